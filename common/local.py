@@ -1,0 +1,49 @@
+"""Runs stages in this process."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from common.stage import Call, Contract, PipelineStage, compose_contracts
+
+
+class HostedStages:
+    """A run of consecutive stages, as one function over slots."""
+
+    def __init__(self, name: str, stages: Sequence[PipelineStage[Any, Any]]) -> None:
+        self.contract = compose_contracts(name, [stage.contract for stage in stages])
+        self._stages = tuple(stages)
+
+    def run(self, values: Mapping[str, Any], call: Call) -> dict[str, Any]:
+        """Run the stages in order on artifacts by slot; returns the contract's outputs."""
+        slots = dict(values)
+        for stage in self._stages:
+            call.check_cancelled()
+            inputs = {name: slots[name] for name in stage.contract.inputs if name in slots}
+            output = stage.run(stage.Input(**inputs), call)
+            slots.update({name: getattr(output, name) for name in stage.contract.outputs})
+        return {name: slots[name] for name in self.contract.outputs}
+
+
+class LocalRunner:
+    """Runs hosted stages on one thread of this process; values are artifacts. The twin of common.rpc.client.RemoteRunner.
+
+    One thread, because a device's stages must not interleave; runners may share the executor.
+    """
+
+    def __init__(self, stages: HostedStages, executor: ThreadPoolExecutor) -> None:
+        self._stages = stages
+        self._executor = executor
+
+    @property
+    def contract(self) -> Contract:
+        """What the stages read and write together."""
+        return self._stages.contract
+
+    async def __call__(self, values: Mapping[str, Any], call: Call) -> Mapping[str, Any]:
+        """Run on the executor's thread."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._executor, self._stages.run, values, call)

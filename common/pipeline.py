@@ -1,0 +1,169 @@
+"""ComposedPipeline: the ordered stages of one model. Its wiring is checked when it is built, before anything runs."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, ClassVar, Protocol
+
+from common.errors import CheckpointError
+from common.stage import Call, Contract, compose_contracts
+
+
+class PipelineError(Exception):
+    """The stages do not compose: a defect of the pipeline class, found when it is built."""
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """A stage by name, so that the coordinator can order stages without importing them.
+
+    `implementation` is "package.module:Class"; only the service that hosts the stage imports it. `modules` are the
+    checkpoint's modules that the stage is built with.
+    """
+
+    contract: Contract
+    service: str
+    implementation: str
+    modules: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ServiceSpec:
+    """A run of consecutive stages that one service hosts."""
+
+    service: str
+    contract: Contract
+    stages: tuple[StageSpec, ...]
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The checkpoint's modules that the service loads, each once, in the order of use."""
+        return tuple(dict.fromkeys(module for stage in self.stages for module in stage.modules))
+
+
+class Runner(Protocol):
+    """Runs a contract somewhere: in this process, or behind gRPC. The values are opaque to the pipeline."""
+
+    @property
+    def contract(self) -> Contract:
+        """What it reads and writes."""
+
+    async def __call__(self, values: Mapping[str, Any], call: Call) -> Mapping[str, Any]:
+        """Turn the values of the contract's inputs into those of its outputs."""
+
+
+class ComposedPipeline:
+    """The ordered stages of one model. One subclass per Diffusers `_class_name`.
+
+    `modules` are the names in the checkpoint's model_index.json. Raises CheckpointError when a required one is
+    missing and PipelineError when the stages do not compose.
+    """
+
+    pipeline_name: ClassVar[str]
+    _required_config_modules: ClassVar[tuple[str, ...]]
+    given: ClassVar[Mapping[str, str]] = {"prompt": "Prompt", "canvas": "Canvas", "sampling": "Sampling"}
+    wanted: ClassVar[tuple[str, ...]] = ("media",)
+
+    def __init__(self, modules: Collection[str]) -> None:
+        missing = [name for name in self._required_config_modules if name not in modules]
+        if missing:
+            raise CheckpointError(
+                f"{self.pipeline_name} needs the modules {', '.join(self._required_config_modules)}; "
+                f"model_index.json lacks {', '.join(missing)}"
+            )
+        self._stages: list[StageSpec] = []
+        self.create_pipeline_stages()
+        check(self.services, given=self.given, wanted=self.wanted)
+
+    def create_pipeline_stages(self) -> None:
+        """Add this model's stages, in order."""
+        raise PipelineError(f"{type(self).__name__} defines no stages")
+
+    def add_stage(self, stage: StageSpec) -> None:
+        """Append a stage."""
+        self._stages.append(stage)
+
+    @property
+    def services(self) -> tuple[ServiceSpec, ...]:
+        """The services of this model, in order. Two runs of one service are a PipelineError."""
+        runs = [(service, tuple(run)) for service, run in groupby(self._stages, key=lambda stage: stage.service)]
+        names = [service for service, _ in runs]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise PipelineError(f"the stages of {', '.join(sorted(twice))} are not consecutive")
+        return tuple(
+            ServiceSpec(service, compose_contracts(service, [stage.contract for stage in run]), run)
+            for service, run in runs
+        )
+
+    def service(self, name: str) -> ServiceSpec:
+        """The service of that name; raises PipelineError when the model does not use it."""
+        for spec in self.services:
+            if spec.service == name:
+                return spec
+        used = ", ".join(spec.service for spec in self.services)
+        raise PipelineError(f"{self.pipeline_name} has no {name} service; it has {used}")
+
+
+async def run_pipeline(
+    runners: Sequence[Runner], values: Mapping[str, Any], call: Call, *, wanted: Sequence[str]
+) -> dict[str, Any]:
+    """Run every stage as soon as its inputs exist, so that independent ones overlap; return the wanted slots.
+
+    A slot's value is dropped after its last reader. The first error cancels the other stages and is raised as it is.
+    """
+    slots = {
+        name: asyncio.get_running_loop().create_future()
+        for name in (*values, *(slot for runner in runners for slot in runner.contract.outputs))
+    }
+    for name, value in values.items():
+        slots[name].set_result(value)
+    readers = {name: sum(name in r.contract.inputs for r in runners) + (name in wanted) for name in slots}
+
+    def release(name: str) -> None:
+        readers[name] -= 1
+        if not readers[name]:
+            del slots[name]
+
+    async def step(runner: Runner) -> None:
+        present = [name for name in runner.contract.inputs if name in slots]
+        outputs = await runner({name: await slots[name] for name in present}, call)
+        for name in runner.contract.outputs:
+            if readers[name]:
+                slots[name].set_result(outputs[name])
+        for name in present:
+            release(name)
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            for runner in runners:
+                group.create_task(step(runner), name=runner.contract.name)
+    except BaseExceptionGroup as failures:
+        raise _first(failures) from None
+    return {name: slots[name].result() for name in wanted}
+
+
+def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    error = group.exceptions[0]
+    return _first(error) if isinstance(error, BaseExceptionGroup) else error
+
+
+def check(services: Sequence[ServiceSpec], *, given: Mapping[str, str], wanted: Sequence[str]) -> None:
+    """Every slot is written once, before it is read, with the artifact its reader expects. Raises PipelineError."""
+    known = dict(given)
+    problems: list[str] = []
+    for stage in (stage.contract for service in services for stage in service.stages):
+        for slot, kind in stage.inputs.items():
+            if slot not in known and slot not in stage.optional:
+                problems.append(f"{stage.name} reads {slot!r}, which no earlier stage writes")
+            elif known.get(slot, kind) != kind:
+                problems.append(f"{stage.name} reads {slot!r} as {kind}, but it is {known[slot]}")
+        for slot, kind in stage.outputs.items():
+            if slot in known:
+                problems.append(f"{stage.name} writes {slot!r}, which is already written")
+            known[slot] = kind
+    problems += [f"nothing writes {slot!r}, which the caller wants" for slot in wanted if slot not in known]
+    if problems:
+        raise PipelineError("; ".join(problems))

@@ -1,0 +1,112 @@
+"""Inputs and outputs of the standard stages. Their fields are the slots of a pipeline.
+
+Artifacts are named in annotations only, so that the coordinator can read the contracts without torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from common.stage import derive_contract
+
+if TYPE_CHECKING:
+    from common.artifacts import (
+        Canvas,
+        Conditioning,
+        DenoiseState,
+        Generator,
+        Latents,
+        Media,
+        Prompt,
+        Sampling,
+        Schedule,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextEncodingInput:
+    """What a text encoder reads."""
+
+    prompt: Prompt
+    sampling: Sampling
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextEncodingOutput:
+    """What a text encoder writes."""
+
+    text_conditioning: Conditioning
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentPreparationInput:
+    """What the draw of the starting noise depends on."""
+
+    canvas: Canvas
+    sampling: Sampling
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentPreparationOutput:
+    """The starting noise, and the random numbers after its draw."""
+
+    initial_latents: Latents
+    latents_generator: Generator
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimestepPreparationInput:
+    """What the steps depend on."""
+
+    canvas: Canvas
+    sampling: Sampling
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimestepPreparationOutput:
+    """The steps of the loop."""
+
+    schedule: Schedule
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenoisingInput:
+    """What the denoising loop reads. With resume_from it continues there."""
+
+    initial_latents: Latents
+    schedule: Schedule
+    text_conditioning: Conditioning
+    sampling: Sampling
+    canvas: Canvas
+    image_conditioning: Conditioning | None = None
+    resume_from: DenoiseState | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenoisingOutput:
+    """The loop's result."""
+
+    denoised_latents: Latents
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodingInput:
+    """What a decoder reads."""
+
+    denoised_latents: Latents
+    canvas: Canvas
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodingOutput:
+    """The finished files."""
+
+    media: Media
+
+
+TEXT_ENCODING = derive_contract("TextEncodingStage", TextEncodingInput, TextEncodingOutput)
+LATENT_PREPARATION = derive_contract("LatentPreparationStage", LatentPreparationInput, LatentPreparationOutput)
+TIMESTEP_PREPARATION = derive_contract("TimestepPreparationStage", TimestepPreparationInput, TimestepPreparationOutput)
+DENOISING = derive_contract("DenoisingStage", DenoisingInput, DenoisingOutput)
+DECODING = derive_contract("DecodingStage", DecodingInput, DecodingOutput)

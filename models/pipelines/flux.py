@@ -1,0 +1,27 @@
+"""FLUX.1: two text encoders (CLIP pooled, T5 sequence), a packed flow-matching DiT, a 16-channel image VAE."""
+
+from __future__ import annotations
+
+from models.composition import StandardPipeline
+
+
+class FluxPipeline(StandardPipeline):
+    """Diffusers' FluxPipeline, text to image: FLUX.1-dev, FLUX.1-schnell and their fine-tunes."""
+
+    pipeline_name = "FluxPipeline"
+    _required_config_modules = (
+        "text_encoder",
+        "text_encoder_2",
+        "tokenizer",
+        "tokenizer_2",
+        "transformer",
+        "scheduler",
+        "vae",
+    )
+
+    def create_pipeline_stages(self) -> None:
+        """Text to image with both encoders."""
+        self.add_standard_t2i_stages(text_modules=("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
+
+
+EntryClass = FluxPipeline

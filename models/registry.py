@@ -1,0 +1,117 @@
+"""Which pipelines this fleet can serve, and the configs that belong to each.
+
+A pipeline file holds `EntryClass` and is found by itself: every module of models/pipelines, and every .py file of the
+directories that FLEET_PLUGINS or `plugins` name. Configs are registered by family, by reference, so that reading
+the registry imports no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from common.errors import CheckpointError
+from common.pipeline import ComposedPipeline
+
+
+@dataclass(frozen=True)
+class PipelineEntry:
+    """A pipeline class with its configs, each as "package.module:Class"."""
+
+    pipeline: type[ComposedPipeline]
+    sampling_params: str
+    pipeline_config: str
+
+
+@dataclass
+class Registry:
+    """Pipelines by `_class_name`. Registering a name twice is an error."""
+
+    _configs: dict[str, tuple[str, str]] = field(default_factory=dict)
+    _pipelines: dict[str, type[ComposedPipeline]] = field(default_factory=dict)
+
+    def register_configs(self, pipeline_name: str, *, sampling_params: str, pipeline_config: str) -> None:
+        """Say which SamplingParams and PipelineConfig a pipeline has. Raises ValueError on a duplicate."""
+        if pipeline_name in self._configs:
+            raise ValueError(f"configs of {pipeline_name} are registered twice")
+        self._configs[pipeline_name] = (sampling_params, pipeline_config)
+
+    def register_pipeline(self, pipeline: type[ComposedPipeline]) -> None:
+        """Add a pipeline class. Raises ValueError on a duplicate."""
+        name = pipeline.pipeline_name
+        if name in self._pipelines:
+            raise ValueError(f"pipeline {name} is registered twice")
+        self._pipelines[name] = pipeline
+
+    def entry(self, pipeline_name: str) -> PipelineEntry:
+        """The entry of a `_class_name`. Raises CheckpointError that names the supported ones."""
+        if pipeline_name not in self._pipelines:
+            supported = ", ".join(sorted(self._pipelines))
+            raise CheckpointError(f"pipeline {pipeline_name!r} is not supported; supported are {supported}")
+        if pipeline_name not in self._configs:
+            raise ValueError(f"pipeline {pipeline_name} has no configs; call register_configs() in its family")
+        return PipelineEntry(self._pipelines[pipeline_name], *self._configs[pipeline_name])
+
+    def names(self) -> list[str]:
+        """The supported `_class_name`s, sorted."""
+        return sorted(self._pipelines)
+
+
+def resolve(reference: str) -> Any:
+    """Import what "package.module:Name" refers to."""
+    module, _, name = reference.partition(":")
+    return vars(importlib.import_module(module))[name]
+
+
+def _register_flux(registry: Registry) -> None:
+    registry.register_configs(
+        "FluxPipeline",
+        sampling_params="configs.sample.flux:FluxSamplingParams",
+        pipeline_config="configs.pipeline_configs.flux:FluxPipelineConfig",
+    )
+
+
+_FAMILIES = (_register_flux,)
+
+
+def load_registry(plugins: Iterable[Path] = ()) -> Registry:
+    """Build the registry: the families here, then the plugin directories.
+
+    A plugin directory is put on sys.path; each of its .py files that has `EntryClass` is a pipeline file and has a
+    `register_configs(registry)` function. Errors of a plugin are raised as they are.
+    """
+    import models.pipelines as package
+
+    registry = Registry()
+    for register in _FAMILIES:
+        register(registry)
+    for info in pkgutil.iter_modules(package.__path__):
+        _add_entry(registry, importlib.import_module(f"{package.__name__}.{info.name}"))
+    for directory in plugins:
+        _load_plugins(registry, directory)
+    return registry
+
+
+def _load_plugins(registry: Registry, directory: Path) -> None:
+    if not directory.is_dir():
+        raise CheckpointError(f"plugin directory {directory} does not exist")
+    if str(directory) not in sys.path:
+        sys.path.insert(0, str(directory))
+    for path in sorted(directory.glob("*.py")):
+        module = importlib.import_module(path.stem)
+        contents: Mapping[str, Any] = vars(module)
+        if "EntryClass" in contents:
+            _add_entry(registry, module)
+            contents["register_configs"](registry)
+
+
+def _add_entry(registry: Registry, module: ModuleType) -> None:
+    entry = vars(module).get("EntryClass")
+    if entry is not None:
+        registry.register_pipeline(entry)
