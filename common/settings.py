@@ -1,0 +1,199 @@
+"""Settings of a process: a frozen dataclass, filled from flags over the environment over a TOML file.
+
+    @dataclass(frozen=True, kw_only=True)
+    class WorkerSettings:
+        model: str = setting(help="checkpoint directory, or the name of a shipped model")
+        capacity: int = setting(1, help="requests taken at a time")
+
+    settings = load_settings(WorkerSettings, argv, prog="fleet serve denoising")
+
+The field `queue_bound` is the flag --queue-bound, the variable FLEET_QUEUE_BOUND and the TOML key queue_bound. Types
+are bool, int, float, str, Path, Literal of texts, any of these or None, and tuples of one of these: a flag to repeat,
+a comma list in the environment, an array in TOML. Annotations must be importable when the settings are loaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import os
+import tomllib
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, NoReturn, TypeVar
+
+from common.errors import InvalidInput
+
+T = TypeVar("T")
+
+_HELP = "help"
+
+
+class SettingsError(InvalidInput):
+    """A flag, variable or TOML key is unknown, missing or has a wrong value; the message is one line."""
+
+
+def setting(default: Any = dataclasses.MISSING, *, help: str) -> Any:
+    """A field of a settings dataclass. Without a default it must be given."""
+    metadata = {_HELP: help}
+    if default is dataclasses.MISSING:
+        return dataclasses.field(metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What a field takes: one scalar, or several of it."""
+
+    scalar: type[Any]
+    many: bool
+    choices: tuple[str, ...]
+
+    @property
+    def expected(self) -> str:
+        if self.choices:
+            return "one of " + ", ".join(self.choices)
+        return {bool: "true or false", int: "a whole number", float: "a number"}.get(self.scalar, "a text")
+
+
+def load_settings(cls: type[T], argv: Sequence[str], *, prog: str, environ: Mapping[str, str] | None = None) -> T:
+    """Fill a settings dataclass. Flags win over FLEET_* variables, those over the file of --config or FLEET_CONFIG.
+
+    An empty variable counts as unset. --help prints the flags and raises SystemExit(0); all that is wrong raises
+    SettingsError.
+    """
+    environ = os.environ if environ is None else environ
+    kinds = _kinds(cls)
+    given = vars(_parser(cls, kinds, prog).parse_args(argv))
+    flags = {name: value for name, value in given.items() if value is not None}
+    config = flags.pop("config", None) or environ.get("FLEET_CONFIG")
+    values = _from_toml(Path(config), kinds) if config else {}
+    values |= _from_environment(environ, kinds)
+    values |= {name: _from_flag(value, kinds[name], "--" + name.replace("_", "-")) for name, value in flags.items()}
+    for item in dataclasses.fields(typing.cast(Any, cls)):
+        if item.name not in values and item.default is dataclasses.MISSING:
+            raise SettingsError(
+                f"--{item.name.replace('_', '-')} is missing: give the flag, FLEET_{item.name.upper()}, "
+                f"or {item.name} in the --config file",
+                field=item.name,
+            )
+    return cls(**values)
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse that raises instead of exiting."""
+
+    def error(self, message: str) -> NoReturn:
+        raise SettingsError(f"{message}; see {self.prog} --help")
+
+
+def _parser(cls: type[Any], kinds: Mapping[str, _Kind], prog: str) -> _Parser:
+    """Flags hold raw texts, so that every source is converted by the same code."""
+    parser = _Parser(prog=prog, allow_abbrev=False, description=(cls.__doc__ or "").strip().splitlines()[0])
+    parser.add_argument("--config", metavar="FILE", help="TOML file with settings; flags and FLEET_* variables win")
+    for item in dataclasses.fields(cls):
+        kind = kinds[item.name]
+        flag, text = "--" + item.name.replace("_", "-"), _describe(item)
+        if kind.scalar is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
+        else:
+            metavar = "{" + ",".join(kind.choices) + "}" if kind.choices else item.name.upper()
+            parser.add_argument(flag, action="append" if kind.many else "store", metavar=metavar, help=text)
+    return parser
+
+
+def _describe(item: dataclasses.Field[Any]) -> str:
+    text = str(item.metadata.get(_HELP, "")).replace("%", "%%")
+    if item.default is dataclasses.MISSING:
+        return f"{text} (required)"
+    if item.default in (None, (), ""):
+        return text
+    return f"{text} (default: {str(item.default).replace('%', '%%')})"
+
+
+def _kinds(cls: type[Any]) -> dict[str, _Kind]:
+    hints = typing.get_type_hints(cls)
+    return {item.name: _kind(cls, item.name, hints[item.name]) for item in dataclasses.fields(cls)}
+
+
+def _kind(cls: type[Any], name: str, annotation: Any) -> _Kind:
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (UnionType, typing.Union):
+        rest = [each for each in arguments if each is not NoneType]
+        if len(rest) == 1:
+            return _kind(cls, name, rest[0])
+    if origin is tuple and len(arguments) == 2 and arguments[1] is Ellipsis:
+        return dataclasses.replace(_kind(cls, name, arguments[0]), many=True)
+    if origin is Literal:
+        return _Kind(str, False, tuple(arguments))
+    if annotation in (bool, int, float, str, Path):
+        return _Kind(annotation, False, ())
+    raise TypeError(f"{cls.__name__}.{name}: settings cannot be {annotation}")
+
+
+def _from_flag(value: Any, kind: _Kind, source: str) -> Any:
+    if kind.many:
+        return tuple(_convert(each, kind, source) for each in value)
+    return _convert(value, kind, source)
+
+
+def _from_environment(environ: Mapping[str, str], kinds: Mapping[str, _Kind]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for name, kind in kinds.items():
+        source = "FLEET_" + name.upper()
+        if text := environ.get(source, ""):
+            parts = [part.strip() for part in text.split(",") if part.strip()]
+            values[name] = _from_flag(parts if kind.many else text, kind, source)
+    return values
+
+
+def _from_toml(path: Path, kinds: Mapping[str, _Kind]) -> dict[str, Any]:
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SettingsError(f"cannot read the config file {path}: {error.strerror}", field="config") from error
+    except ValueError as error:
+        raise SettingsError(f"the config file {path} is not TOML: {error}", field="config") from error
+    if unknown := sorted(table.keys() - kinds.keys()):
+        raise SettingsError(
+            f"{path} has the unknown key {unknown[0]!r}; known are {', '.join(sorted(kinds))}", field=unknown[0]
+        )
+    return {name: _from_toml_value(value, kinds[name], f"{name} in {path}") for name, value in table.items()}
+
+
+def _from_toml_value(value: Any, kind: _Kind, source: str) -> Any:
+    if kind.many:
+        if not isinstance(value, list):
+            raise _wrong(value, "an array", source)
+        return tuple(_from_toml_value(each, dataclasses.replace(kind, many=False), source) for each in value)
+    typed = {bool: (bool,), int: (int,), float: (int, float)}.get(kind.scalar, (str,))
+    if not isinstance(value, typed) or (isinstance(value, bool) and kind.scalar is not bool):
+        raise _wrong(value, kind.expected, source)
+    return _convert(value, kind, source)
+
+
+def _convert(value: Any, kind: _Kind, source: str) -> Any:
+    """One scalar, from its text or already typed."""
+    if kind.choices and value not in kind.choices:
+        raise _wrong(value, kind.expected, source)
+    if kind.scalar is bool and isinstance(value, str):
+        truth = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+        if value.lower() not in truth:
+            raise _wrong(value, kind.expected, source)
+        return truth[value.lower()]
+    try:
+        result = kind.scalar(value)
+    except ValueError as error:
+        raise _wrong(value, kind.expected, source) from error
+    if isinstance(result, float) and not math.isfinite(result):
+        raise _wrong(value, "a finite number", source)
+    return result
+
+
+def _wrong(value: object, expected: str, source: str) -> SettingsError:
+    name = source.removeprefix("--").removeprefix("FLEET_").partition(" ")[0].replace("-", "_").lower()
+    return SettingsError(f"{source} must be {expected}, not {value!r}", field=name)
