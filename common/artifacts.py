@@ -1,4 +1,4 @@
-"""The values that flow between stages. Each class mirrors the message of the same name in proto/fleet/v1/artifacts.proto.
+"""The values that flow between stages. Each class mirrors the message of its name in proto/fleet/v1/artifacts.proto.
 
 Tensors are torch tensors, but nothing here imports torch: the coordinator reads these names and never opens a tensor.
 """
@@ -59,7 +59,7 @@ class ImageInputs:
 
 @dataclass(frozen=True, kw_only=True)
 class Conditioning:
-    """Keyword tensors for the denoiser's forward(), batch 1; the negative branch is empty without classifier-free guidance."""
+    """Keyword tensors for the denoiser's forward(), batch 1; the negative branch is empty without true CFG.
 
     prompt_embeds: Mapping[str, Tensor]
     negative_prompt_embeds: Mapping[str, Tensor] = field(default_factory=dict)

@@ -29,7 +29,7 @@ class HostedStages:
 
 
 class LocalRunner:
-    """Runs hosted stages on one thread of this process; values are artifacts. The twin of common.rpc.client.RemoteRunner.
+    """Runs hosted stages on one thread of this process; values are artifacts. Twin of common.rpc.client.RemoteRunner.
 
     One thread, because a device's stages must not interleave; runners may share the executor.
     """

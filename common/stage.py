@@ -116,7 +116,7 @@ class PipelineStage(ABC, Generic[In, Out]):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         for base in cls.__dict__.get("__orig_bases__", ()):
-            types = getattr(base, "__args__", ())
+            types: tuple[Any, ...] = getattr(base, "__args__", ())
             if len(types) == 2 and all(isinstance(each, type) for each in types):
                 cls.Input, cls.Output = types
         if "Input" in cls.__dict__:

@@ -1,0 +1,1 @@
+"""What differs between models, as data: sampling parameters, pipeline callbacks, architectures."""

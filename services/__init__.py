@@ -1,0 +1,1 @@
+"""The processes of the fleet, a folder a service, and the command line."""

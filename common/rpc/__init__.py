@@ -1,0 +1,1 @@
+"""Stages over gRPC: one framing, one runner, one servicer."""

@@ -1,0 +1,1 @@
+"""Request state in Redis: records, events, results, workers, slots."""

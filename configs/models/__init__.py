@@ -1,0 +1,1 @@
+"""Architecture parameters, read from the config.json of a checkpoint's modules."""

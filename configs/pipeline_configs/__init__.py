@@ -1,0 +1,1 @@
+"""One PipelineConfig a family: what the standard stages ask of a model."""

@@ -1,0 +1,1 @@
+"""The diffusion transformers, single-device, with the parameter names of their checkpoints."""

@@ -1,0 +1,1 @@
+"""What text becomes: tokenizing and encoding, by family."""

@@ -1,0 +1,1 @@
+"""Solvers with their state per request, so that a loop can be resumed."""

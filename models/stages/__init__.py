@@ -1,0 +1,1 @@
+"""The standard stages. No model is named in them."""

@@ -1,0 +1,1 @@
+"""The coordinator: takes requests, orders stages, keeps its state in Redis. Free of torch."""

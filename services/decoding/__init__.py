@@ -1,0 +1,1 @@
+"""The decoding service: latents to files."""

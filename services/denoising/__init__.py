@@ -1,0 +1,1 @@
+"""The denoising service: the loop over the transformer."""

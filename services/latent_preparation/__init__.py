@@ -1,0 +1,1 @@
+"""The latent preparation service: starting noise and steps."""

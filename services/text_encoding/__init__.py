@@ -1,0 +1,1 @@
+"""The text encoding service: prompts to conditioning."""

@@ -1,0 +1,1 @@
+"""Architecture parameters of the autoencoders."""

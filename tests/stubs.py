@@ -1,0 +1,37 @@
+"""Makes the Python stubs of proto/ anew. `python -m tests.stubs` writes them beside the .proto files.
+
+Only proto/ is a root of imports: generating with the repository as root would name the modules proto.fleet.v1.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PROTO = ROOT / "proto"
+SUFFIXES = ("_pb2.py", "_pb2.pyi", "_pb2_grpc.py", "_pb2_grpc.pyi")
+
+
+def script(name: str) -> str:
+    """Path of a command of this environment, which need not be on PATH."""
+    return str(Path(sysconfig.get_path("scripts")) / name)
+
+
+def sources(proto: Path = PROTO) -> list[str]:
+    """The .proto files, relative to their root, in order."""
+    return sorted(path.relative_to(proto).as_posix() for path in proto.rglob("*.proto"))
+
+
+def generate(output: Path, proto: Path = PROTO) -> None:
+    """Write messages, services and their types under `output`. Raises CalledProcessError when protoc refuses."""
+    plugins = [f"--plugin={name}={script(name)}" for name in ("protoc-gen-mypy", "protoc-gen-mypy_grpc")]
+    targets = [f"--{kind}_out={output}" for kind in ("python", "grpc_python", "mypy", "mypy_grpc")]
+    command = [sys.executable, "-m", "grpc_tools.protoc", f"-I{proto}", *plugins, *targets, *sources(proto)]
+    subprocess.run(command, check=True)
+
+
+if __name__ == "__main__":
+    generate(PROTO)

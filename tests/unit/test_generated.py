@@ -1,0 +1,67 @@
+"""The committed stubs are those of the protos, and a breaking change of the public contract is refused."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import stubs
+
+BASELINE = stubs.ROOT / "tests" / "golden" / "fleet-v1.binpb"
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.name.endswith(stubs.SUFFIXES)
+    }
+
+
+def _buf(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([stubs.script("buf"), *map(str, arguments)], capture_output=True, text=True, check=False)
+
+
+def _edited(folder: Path, old: str, new: str) -> Path:
+    """A copy of the protos with one edit in generation.proto."""
+    copy = folder / "proto"
+    shutil.copytree(stubs.PROTO, copy, ignore=shutil.ignore_patterns("*.py", "*.pyi", "__pycache__"))
+    path = copy / "fleet" / "v1" / "generation.proto"
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+    return copy
+
+
+def test_stubs_are_those_of_the_protos(tmp_path: Path) -> None:
+    stubs.generate(tmp_path)
+    made, committed = _files(tmp_path), _files(stubs.PROTO)
+    assert made.keys() == committed.keys()
+    stale = [name for name, data in made.items() if committed[name] != data]
+    assert not stale, f"run `poe stubs`: {stale}"
+
+
+def test_the_contract_has_not_been_broken() -> None:
+    result = _buf("breaking", stubs.PROTO, "--against", BASELINE)
+    assert result.returncode == 0, result.stdout
+
+
+def test_removing_a_field_is_a_break(tmp_path: Path) -> None:
+    proto = _edited(tmp_path, "string request_id = 1;", "string request_key = 1;")
+    result = _buf("breaking", proto, "--against", BASELINE)
+    assert result.returncode != 0
+    assert "request_id" in result.stdout
+
+
+def test_adding_a_field_is_none(tmp_path: Path) -> None:
+    new = "string request_id = 1;\n  // New.\n  string added_later = 1000;"
+    result = _buf("breaking", _edited(tmp_path, "string request_id = 1;", new), "--against", BASELINE)
+    assert result.returncode == 0, result.stdout
+
+
+def test_a_field_without_a_comment_is_refused(tmp_path: Path) -> None:
+    proto = _edited(tmp_path, "string request_id = 1;", "string request_id = 1;\n  string added_later = 1000;")
+    result = _buf("lint", proto)
+    assert result.returncode != 0
+    assert "added_later" in result.stdout
