@@ -59,7 +59,7 @@ class ImageInputs:
 
 @dataclass(frozen=True, kw_only=True)
 class Conditioning:
-    """Keyword tensors for the denoiser's forward(), batch 1; the negative branch is empty without true CFG.
+    """Keyword tensors for the denoiser's forward(), batch 1; the negative branch is empty without true CFG."""
 
     prompt_embeds: Mapping[str, Tensor]
     negative_prompt_embeds: Mapping[str, Tensor] = field(default_factory=dict)

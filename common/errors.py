@@ -1,16 +1,16 @@
 """Errors that callers see. Transport-free; common.rpc.status maps each to its gRPC status code and back.
 
-    FleetError
-    ├── InvalidInput          a value is wrong            INVALID_ARGUMENT
-    ├── NotFound              no such thing               NOT_FOUND
-    ├── FailedPrecondition    not in this state           FAILED_PRECONDITION
-    │   └── CheckpointError   the checkpoint is unusable
-    ├── ResourceExhausted     a bound is reached          RESOURCE_EXHAUSTED
-    ├── Unavailable           nobody can do it now        UNAVAILABLE
-    ├── Cancelled             somebody asked for it       CANCELLED
-    ├── DeadlineExceeded      too late                    DEADLINE_EXCEEDED
-    ├── Aborted               somebody else was first     ABORTED
-    └── InternalError         a defect                    INTERNAL
+FleetError
+├── InvalidInput          a value is wrong            INVALID_ARGUMENT
+├── NotFound              no such thing               NOT_FOUND
+├── FailedPrecondition    not in this state           FAILED_PRECONDITION
+│   └── CheckpointError   the checkpoint is unusable
+├── ResourceExhausted     a bound is reached          RESOURCE_EXHAUSTED
+├── Unavailable           nobody can do it now        UNAVAILABLE
+├── Cancelled             somebody asked for it       CANCELLED
+├── DeadlineExceeded      too late                    DEADLINE_EXCEEDED
+├── Aborted               somebody else was first     ABORTED
+└── InternalError         a defect                    INTERNAL
 """
 
 from __future__ import annotations

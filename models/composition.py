@@ -53,6 +53,4 @@ class StandardPipeline(ComposedPipeline):
                 ("transformer", scheduler),
             )
         )
-        self.add_stage(
-            StageSpec(contracts.DECODING, "decoding", "models.stages.decoding:DecodingStage", ("vae",))
-        )
+        self.add_stage(StageSpec(contracts.DECODING, "decoding", "models.stages.decoding:DecodingStage", ("vae",)))
