@@ -18,6 +18,7 @@ from typing import Any
 
 from common.errors import CheckpointError
 from common.pipeline import ComposedPipeline
+from models import pipelines
 
 
 @dataclass(frozen=True)
@@ -86,13 +87,11 @@ def load_registry(plugins: Iterable[Path] = ()) -> Registry:
     A plugin directory is put on sys.path; each of its .py files that has `EntryClass` is a pipeline file and has a
     `register_configs(registry)` function. Errors of a plugin are raised as they are.
     """
-    import models.pipelines as package
-
     registry = Registry()
     for register in _FAMILIES:
         register(registry)
-    for info in pkgutil.iter_modules(package.__path__):
-        _add_entry(registry, importlib.import_module(f"{package.__name__}.{info.name}"))
+    for info in pkgutil.iter_modules(pipelines.__path__):
+        _add_entry(registry, importlib.import_module(f"{pipelines.__name__}.{info.name}"))
     for directory in plugins:
         _load_plugins(registry, directory)
     return registry

@@ -1,0 +1,150 @@
+"""Bounds on size and habits that a linter does not know. Each check is also shown to bite."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDERS = ("common", "configs", "models", "services", "tests")
+
+FILE_LINES = 500
+FUNCTION_LINES = 80
+
+# Path, or path:function, with the reason why it may be longer.
+LONGER: dict[str, str] = {}
+
+_FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+def _sources() -> dict[str, str]:
+    """The Python files written by hand, by path from the root."""
+    return {
+        path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+        for folder in FOLDERS
+        for path in sorted((ROOT / folder).rglob("*.py"))
+        if "node_modules" not in path.parts
+    }
+
+
+def long_things(path: str, source: str) -> Iterator[str]:
+    """The file and its functions that are over their bounds."""
+    lines = source.count("\n")
+    if lines > FILE_LINES:
+        yield path
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, _FUNCTIONS) and (node.end_lineno or 0) - node.lineno + 1 > FUNCTION_LINES:
+            yield f"{path}:{node.name}"
+
+
+def bad_habits(path: str, source: str) -> Iterator[str]:
+    """What this project does without: each with its place."""
+    lines = source.splitlines()
+    for node in ast.walk(ast.parse(source)):
+        if habit := _bad_call(node) or _bad_import(node) or _bad_raise(node):
+            yield f"{path}:{node.lineno}: {habit}"  # type: ignore[attr-defined]
+        if isinstance(node, _FUNCTIONS):
+            for inner in ast.walk(node):
+                if isinstance(inner, ast.Import | ast.ImportFrom) and not _explained(lines, inner.lineno):
+                    yield f"{path}:{inner.lineno}: an import inside a function, with no comment that says why"
+
+
+def _bad_call(node: ast.AST) -> str:
+    if not isinstance(node, ast.Call):
+        return ""
+    match node.func:
+        case ast.Name("getattr" | "hasattr" as name):
+            second = node.args[1] if len(node.args) > 1 else None
+            literal = isinstance(second, ast.Constant) and not str(second.value).startswith("__")
+            return f"{name} with a literal name" if literal else ""
+        case ast.Attribute(ast.Name("pytest"), "skip" | "xfail" as name):
+            return f"pytest.{name}: a test that cannot fail"
+        case ast.Attribute(ast.Attribute(ast.Name("pytest"), "mark"), "skip" | "skipif" | "xfail" as name):
+            return f"pytest.mark.{name}: a test that cannot fail"
+    return ""
+
+
+def _bad_import(node: ast.AST) -> str:
+    names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+    if isinstance(node, ast.ImportFrom) and node.module:
+        names = [node.module]
+    found = {"pickle", "dill", "cloudpickle", "marshal"}.intersection(name.split(".")[0] for name in names)
+    return f"{', '.join(found)}: bytes that run code when they are read" if found else ""
+
+
+def _bad_raise(node: ast.AST) -> str:
+    if not isinstance(node, ast.Raise):
+        return ""
+    error = node.exc.func if isinstance(node.exc, ast.Call) else node.exc
+    return "NotImplementedError" if isinstance(error, ast.Name) and error.id == "NotImplementedError" else ""
+
+
+def _explained(lines: list[str], number: int) -> bool:
+    """Whether a comment stands on the line, or above it and the imports directly before it."""
+    above = number - 2
+    while above >= 0 and lines[above].lstrip().startswith(("import ", "from ")):
+        above -= 1
+    return "#" in lines[number - 1] or (above >= 0 and lines[above].lstrip().startswith("#"))
+
+
+def test_files_and_functions_are_short() -> None:
+    found = {name for path, source in _sources().items() for name in long_things(path, source)}
+    assert not found - LONGER.keys()
+    assert not LONGER.keys() - found, "these are short again: take them off the list"
+
+
+def test_no_bad_habits() -> None:
+    assert not [habit for path, source in _sources().items() for habit in bad_habits(path, source)]
+
+
+def test_test_files_have_unique_names_and_no_package() -> None:
+    names = [path.name for path in sorted((ROOT / "tests").rglob("*.py")) if "node_modules" not in path.parts]
+    assert "__init__.py" not in names
+    assert sorted(set(names)) == sorted(names)
+
+
+def test_a_long_function_is_found() -> None:
+    body = "    x = 1\n" * FUNCTION_LINES
+    assert list(long_things("a.py", f"async def f() -> None:\n{body}")) == ["a.py:f"]
+    assert not list(long_things("a.py", f"def f() -> None:\n{body[10:]}"))
+
+
+def test_a_long_file_is_found() -> None:
+    assert list(long_things("a.py", "x = 1\n" * (FILE_LINES + 1))) == ["a.py"]
+    assert not list(long_things("a.py", "x = 1\n" * FILE_LINES))
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "getattr(x, 'name')",
+        "hasattr(x, 'name')",
+        "import pickle",
+        "from pickle import loads",
+        "raise NotImplementedError",
+        "raise NotImplementedError('later')",
+        "pytest.skip('no')",
+        "@pytest.mark.skipif(True, reason='no')\ndef test(): pass",
+        "def f():\n    import torch",
+        "def f():\n    # Slow to load.\n    x = 1\n    import torch",
+    ],
+)
+def test_a_bad_habit_is_found(source: str) -> None:
+    assert list(bad_habits("a.py", source))
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "getattr(x, '__name__', '')",
+        "getattr(x, name)",
+        "def f():\n    # Slow to load.\n    import torch\n    from torch import nn",
+        "def f():\n    import torch  # slow to load",
+        "raise ValueError('no')",
+    ],
+)
+def test_what_is_fine_is_left_alone(source: str) -> None:
+    assert not list(bad_habits("a.py", source))
