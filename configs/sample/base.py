@@ -1,0 +1,257 @@
+"""Sampling parameters: one frozen dataclass per family, which holds its names, defaults, bounds and rounding.
+
+A field is a parameter under its Diffusers name. Its annotation is its type, `parameter()` gives it words and bounds,
+and a subclass overrides a default by assigning another. Everything else follows: what ListModels tells, what is
+refused, and which artifact the value travels in.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import secrets
+from collections.abc import Collection, Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields, replace
+from typing import Any, ClassVar, Self, TypeVar
+
+from common.artifacts import Canvas, ParamValue, Prompt, Sampling
+from common.checkpoint import Checkpoint
+from common.errors import InvalidInput
+
+# A drawn seed is short, so that a person can retype it and every client language can hold it.
+_DRAWN_SEED_BITS = 32
+_MAX_SEED = 2**63 - 1
+_MAX_STEPS = 1000
+_MAX_SCALE = 1000.0
+
+_TYPES = {"str": "string", "int": "int", "float": "float", "bool": "bool", "tuple[float, ...]": "floats"}
+_NOUNS = {"string": "a text", "int": "a whole number", "float": "a finite number", "bool": "true or false"}
+
+_Artifact = TypeVar("_Artifact", Prompt, Canvas, Sampling)
+
+
+@dataclass(frozen=True)
+class ParameterSpec:
+    """What a caller may know of a parameter. `type` is string, int, float, bool or floats; bounds are inclusive."""
+
+    name: str
+    type: str
+    default: ParamValue | None
+    description: str
+    minimum: float | None = None
+    maximum: float | None = None
+
+    @property
+    def expected(self) -> str:
+        """What a right value is, to end a sentence with."""
+        noun = _NOUNS.get(self.type, "a list of finite numbers")
+        if self.minimum is None and self.maximum is None:
+            return noun
+        if self.maximum is None:
+            return f"{noun}, at least {self.minimum}"
+        return f"{noun} from {self.minimum} to {self.maximum}"
+
+
+@dataclass(frozen=True)
+class ParamWarning:
+    """Something that was done instead of what `field` asked for."""
+
+    field: str
+    message: str
+
+
+def parameter(
+    description: str, default: Any = MISSING, *, minimum: float | None = None, maximum: float | None = None
+) -> Any:
+    """A dataclass field that is a parameter. Without a default the model's own, or the caller's, is needed."""
+    return field(default=default, metadata={"description": description, "minimum": minimum, "maximum": maximum})
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """What every family of models has. Made by build(), which is where values are checked.
+
+    `output_formats` begins with the one that an unset output_format means. The bounds protect the workers' memory:
+    text in bytes of UTF-8, pixels over all outputs together.
+    """
+
+    output_formats: ClassVar[tuple[str, ...]] = ("png", "safetensors")
+    max_text_bytes: ClassVar[int] = 64 * 1024
+    max_total_pixels: ClassVar[int] = 2**24
+
+    prompt: str = parameter("Text to draw.")
+    negative_prompt: str | None = parameter("Text to steer away from.", None)
+    height: int = parameter("Height in pixels.", minimum=1, maximum=8192)
+    width: int = parameter("Width in pixels.", minimum=1, maximum=8192)
+    num_inference_steps: int = parameter("Steps of the denoising loop.", minimum=1, maximum=_MAX_STEPS)
+    guidance_scale: float = parameter("How closely to follow the prompt.", minimum=0.0, maximum=_MAX_SCALE)
+    seed: int = parameter("Seed of the noise; unset draws one.", minimum=0, maximum=_MAX_SEED)
+    num_outputs_per_prompt: int = parameter("Outputs, drawn with one generator.", 1, minimum=1, maximum=64)
+    output_format: str = parameter("Format of the result.", "png")
+
+    @classmethod
+    def build(cls, given: Mapping[str, ParamValue], checkpoint: Checkpoint) -> tuple[Self, tuple[ParamWarning, ...]]:
+        """Complete what the caller gave with the checkpoint's and the family's defaults, and check all of it.
+
+        Raises InvalidInput that names the field, the value and what would be right. Warnings tell what was rounded.
+        """
+        specs = {spec.name: spec for spec in cls.parameters(checkpoint)}
+        for name in given:
+            if name not in specs:
+                raise InvalidInput(_unknown(name, specs, checkpoint.pipeline_name), field=name)
+        values = {name: spec.default for name, spec in specs.items() if spec.default is not None}
+        values |= {"seed": secrets.randbits(_DRAWN_SEED_BITS), **values, **given}
+        for name in specs:
+            if name in values:
+                values[name] = cls._checked(specs[name], values[name])
+            elif name not in cls._nullable():
+                raise InvalidInput(f"{name} is missing; it must be {specs[name].expected}", field=name)
+        whole: dict[str, Any] = {**dict.fromkeys(cls._nullable()), **values}
+        params, warnings = cls(**whole).fitted(checkpoint, frozenset(given))
+        params._check_total_pixels()
+        return params, warnings
+
+    @classmethod
+    def parameters(cls, checkpoint: Checkpoint | None = None) -> tuple[ParameterSpec, ...]:
+        """Every parameter with its default: the checkpoint's where there is one, else the family's."""
+        defaults: dict[str, ParamValue] = {}
+        for item in fields(cls):
+            if item.default is not MISSING and item.default not in (None, ()):
+                defaults[item.name] = item.default
+        if "output_format" in defaults:
+            defaults["output_format"] = cls.output_formats[0]
+        if checkpoint is not None:
+            defaults |= {**cls.model_defaults(checkpoint), **checkpoint.sampling_defaults}
+        specs = tuple(cls._spec(item, defaults.get(item.name)) for item in fields(cls))
+        if unknown := defaults.keys() - {spec.name for spec in specs}:
+            raise InvalidInput(f"there is no parameter {min(unknown)!r}", field=min(unknown))
+        return specs
+
+    @classmethod
+    def model_defaults(cls, checkpoint: Checkpoint) -> dict[str, ParamValue]:
+        """Defaults that follow from the checkpoint's architecture, such as its native size."""
+        del checkpoint
+        return {}
+
+    def fitted(self, checkpoint: Checkpoint, given: Collection[str]) -> tuple[Self, tuple[ParamWarning, ...]]:
+        """Round to what the model can make, as its Diffusers pipeline does, and say so.
+
+        `given` are the names that the caller set. Raises InvalidInput for what no rounding makes right.
+        """
+        del checkpoint, given
+        return self, ()
+
+    def floored_size(self, multiple: int) -> tuple[Self, tuple[ParamWarning, ...]]:
+        """Height and width rounded down to a multiple (pixels). Raises InvalidInput where nothing would be left."""
+        warnings = []
+        sizes = {"height": self.height, "width": self.width}
+        for name, asked in sizes.items():
+            sizes[name] = asked // multiple * multiple
+            if not sizes[name]:
+                raise InvalidInput(f"{name} must be at least {multiple}, but is {asked}", field=name)
+            if sizes[name] != asked:
+                message = f"{name} {asked} is not a multiple of {multiple}; {sizes[name]} is used instead"
+                warnings.append(ParamWarning(name, message))
+        return replace(self, height=sizes["height"], width=sizes["width"]), tuple(warnings)
+
+    def as_mapping(self) -> dict[str, ParamValue]:
+        """Every value that is set, by name: what a record keeps, and what build() takes."""
+        values = {item.name: vars(self)[item.name] for item in fields(self)}
+        return {name: value for name, value in values.items() if value not in (None, ())}
+
+    def artifacts(self) -> dict[str, Prompt | Canvas | Sampling]:
+        """The values as artifacts by slot. What no artifact has a field for travels in Sampling.params."""
+        values: dict[str, Any] = self.as_mapping()
+        prompt, canvas = _take(Prompt, values), _take(Canvas, values)
+        shared = {item.name for item in fields(Sampling)}
+        own = {name: values.pop(name) for name in list(values) if name not in shared}
+        return {"prompt": prompt, "canvas": canvas, "sampling": _take(Sampling, {**values, "params": own})}
+
+    @classmethod
+    def _spec(cls, item: Field[Any], default: ParamValue | None) -> ParameterSpec:
+        """Words and bounds come from the nearest class that gave them, so that a subclass may change only a default."""
+        annotation = str(item.type).removesuffix(" | None")
+        for base in cls.__mro__:
+            declared = vars(base).get("__dataclass_fields__", {}).get(item.name)
+            if declared is not None and declared.metadata and annotation in _TYPES:
+                return ParameterSpec(item.name, _TYPES[annotation], default, **declared.metadata)
+        raise TypeError(f"{cls.__name__}.{item.name}: {item.type} is not declared by parameter() with a known type")
+
+    @classmethod
+    def _nullable(cls) -> frozenset[str]:
+        return frozenset(item.name for item in fields(cls) if item.default in (None, ()))
+
+    @classmethod
+    def _checked(cls, spec: ParameterSpec, value: ParamValue) -> ParamValue:
+        if spec.type == "string":
+            return cls._checked_text(spec, value)
+        if spec.type == "floats":
+            if not isinstance(value, tuple | list):
+                raise _refusal(spec, value)
+            return tuple(float(_checked_number(spec, each)) for each in value)
+        if spec.type == "bool":
+            if not isinstance(value, bool):
+                raise _refusal(spec, value)
+            return value
+        return _checked_number(spec, value)
+
+    @classmethod
+    def _checked_text(cls, spec: ParameterSpec, value: ParamValue) -> str:
+        if not isinstance(value, str):
+            raise _refusal(spec, value)
+        try:
+            size = len(value.encode())
+        except UnicodeEncodeError:
+            raise InvalidInput(f"{spec.name} is not valid Unicode text", field=spec.name) from None
+        if size > cls.max_text_bytes:
+            message = f"{spec.name} must be at most {cls.max_text_bytes} bytes of UTF-8, but has {size}"
+            raise InvalidInput(message, field=spec.name)
+        if spec.name == "output_format" and value not in cls.output_formats:
+            message = f"output_format must be {' or '.join(cls.output_formats)} for this model, but is {_shown(value)}"
+            raise InvalidInput(message, field=spec.name)
+        return value
+
+    def _check_total_pixels(self) -> None:
+        area, most = self.height * self.width, self.max_total_pixels
+        if area > most:
+            message = f"height x width must be at most {most} pixels, but is {self.height} x {self.width}"
+            raise InvalidInput(message, field="height")
+        if area * self.num_outputs_per_prompt > most:
+            message = (
+                f"num_outputs_per_prompt must be at most {most // area} at {self.height} x {self.width}, "
+                f"but is {self.num_outputs_per_prompt}"
+            )
+            raise InvalidInput(message, field="num_outputs_per_prompt")
+
+
+def _checked_number(spec: ParameterSpec, value: object) -> int | float:
+    """An int where an int is due, a finite float where a float is; truth values are neither."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise _refusal(spec, value)
+    if isinstance(value, float) and (spec.type == "int" or not math.isfinite(value)):
+        raise _refusal(spec, value)
+    low = -math.inf if spec.minimum is None else spec.minimum
+    high = math.inf if spec.maximum is None else spec.maximum
+    if not low <= value <= high:
+        raise _refusal(spec, value)
+    return value if spec.type == "int" else float(value)
+
+
+def _refusal(spec: ParameterSpec, value: object) -> InvalidInput:
+    return InvalidInput(f"{spec.name} must be {spec.expected}, but is {_shown(value)}", field=spec.name)
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _unknown(name: str, known: Collection[str], pipeline_name: str) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f" (did you mean {close[0]}?)" if close else ""
+    return f"{pipeline_name} has no parameter {_shown(name)}{hint}; it takes {', '.join(known)}"
+
+
+def _take(artifact: type[_Artifact], values: dict[str, Any]) -> _Artifact:
+    """Build an artifact of those values that it has fields for, and take them out."""
+    return artifact(**{item.name: values.pop(item.name) for item in fields(artifact) if item.name in values})
