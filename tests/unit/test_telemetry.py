@@ -15,8 +15,6 @@ from prometheus_client import REGISTRY
 
 from common import telemetry
 
-Handler = grpc.RpcMethodHandler[bytes, bytes]
-
 
 @pytest.fixture(autouse=True)
 def root_logger() -> Iterator[None]:
@@ -85,12 +83,12 @@ async def _stream(request: bytes, _: grpc.aio.ServicerContext[bytes, bytes]) -> 
 
 async def _measured(service: str) -> None:
     server = grpc.aio.server(interceptors=[telemetry.MetricsInterceptor(service)])
-    handlers: dict[str, Handler] = {
+    handlers: dict[str, grpc.RpcMethodHandler[bytes, bytes]] = {
         "Unary": grpc.unary_unary_rpc_method_handler(_unary),
         "Stream": grpc.unary_stream_rpc_method_handler(_stream),
     }
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("fleet.v1.Test", handlers),))
-    health: dict[str, Handler] = {"Check": grpc.unary_unary_rpc_method_handler(_unary)}
+    health: dict[str, grpc.RpcMethodHandler[bytes, bytes]] = {"Check": grpc.unary_unary_rpc_method_handler(_unary)}
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("grpc.health.v1.Health", health),))
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
