@@ -1,0 +1,294 @@
+"""Packets, and what is checked before a byte of a tensor is believed.
+
+An artifact travels as a Packet: its message, in which small tensors ride inline, and the payloads of the large ones
+by path ("slot.field.key"). `frames_of` turns packets into frames; an `Assembler` turns chunks back into payloads.
+Every violation is an InvalidInput that names the path. Free of torch: the coordinator moves payloads unopened.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import xxhash
+from google.protobuf.message import Message
+
+from common.errors import InvalidInput, ResourceExhausted
+from common.rpc.buffers import BufferLease
+from common.rpc.frames import CHUNK_BYTES, INLINE_BYTES, ChunkView, Data, chunk_frame
+from fleet.v1 import artifacts_pb2 as pb
+
+ITEM_BYTES: Mapping[int, int] = {
+    pb.DTYPE_FLOAT32: 4,
+    pb.DTYPE_BFLOAT16: 2,
+    pb.DTYPE_FLOAT16: 2,
+    pb.DTYPE_INT64: 8,
+    pb.DTYPE_UINT8: 1,
+    pb.DTYPE_FLOAT64: 8,
+    pb.DTYPE_INT32: 4,
+    pb.DTYPE_BOOL: 1,
+}
+"""Bytes an element takes, by Dtype."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one call may carry in one direction."""
+
+    total_bytes: int = 2 << 30
+    tensors: int = 4096
+    dimensions: int = 8
+    path_length: int = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Consecutive bytes of a payload.
+
+    `frame` is the serialised chunk frame that the bytes came in, if they can be sent on as they are. `owner` is the
+    buffer that starts with exactly this payload, if a tensor may be laid over it.
+    """
+
+    data: Data
+    frame: bytes = b""
+    owner: bytearray | None = None
+
+
+Payloads = Mapping[str, Sequence[Piece]]
+
+
+@dataclass(frozen=True)
+class Packet:
+    """An artifact under way: its message, and the payloads of its large tensors by full path, slot first."""
+
+    message: Message
+    chunks: Payloads = field(default_factory=dict)
+
+    @property
+    def byte_size(self) -> int:
+        """Memory that the packet holds on to."""
+        return self.message.ByteSize() + sum(len(piece.data) for pieces in self.chunks.values() for piece in pieces)
+
+    def payload(self, path: str, tensor: pb.Tensor) -> Iterator[Data]:
+        """The bytes of one of the packet's tensors, in parts of at most 1 MiB each where they came in chunks."""
+        if tensor.HasField("data"):
+            yield tensor.data
+        else:
+            yield from (piece.data for piece in self.chunks[path])
+
+    def renamed(self, old: str, new: str) -> Packet:
+        """The same artifact for another slot."""
+        return Packet(
+            self.message,
+            {
+                new + path.removeprefix(old): [Piece(piece.data, owner=piece.owner) for piece in pieces]
+                for path, pieces in self.chunks.items()
+            },
+        )
+
+
+def checksum(parts: Sequence[Data]) -> int:
+    """XXH3-64 of the parts in order."""
+    digest = xxhash.xxh3_64()
+    for part in parts:
+        digest.update(part)
+    return digest.intdigest()
+
+
+def tensors_of(path: str, message: Message) -> Iterator[tuple[str, pb.Tensor]]:
+    """Every tensor in a message with its path; `path` is that of the message."""
+    if isinstance(message, pb.Tensor):
+        yield path, message
+        return
+    for descriptor, value in message.ListFields():
+        if descriptor.message_type is None:
+            continue
+        at = f"{path}.{descriptor.name}" if path else descriptor.name
+        if descriptor.message_type.GetOptions().map_entry:
+            if descriptor.message_type.fields_by_name["value"].message_type is not None:
+                for key in sorted(value):
+                    yield from tensors_of(f"{at}.{key}", value[key])
+        elif isinstance(value, Message):
+            yield from tensors_of(at, value)
+        else:
+            for index, item in enumerate(value):
+                yield from tensors_of(f"{at}.{index}", item)
+
+
+def described_tensors(path: str, message: Message, limits: Limits) -> dict[str, pb.Tensor]:
+    """Check every tensor of a header; return those whose payload follows in chunks.
+
+    Raises InvalidInput for a tensor that contradicts itself and ResourceExhausted beyond the limits' total.
+    """
+    following: dict[str, pb.Tensor] = {}
+    total = 0
+    for count, (at, tensor) in enumerate(tensors_of(path, message), start=1):
+        _check_tensor(at, tensor, limits)
+        total += tensor.byte_size
+        if count > limits.tensors:
+            raise InvalidInput(f"more than {limits.tensors} tensors in one message", field=at)
+        if total > limits.total_bytes:
+            raise ResourceExhausted(
+                f"{at} brings the tensors of this message to {total} bytes; at most {limits.total_bytes} are taken",
+                field=at,
+            )
+        if not tensor.HasField("data"):
+            following[at] = tensor
+    return following
+
+
+def _check_tensor(path: str, tensor: pb.Tensor, limits: Limits) -> None:
+    if len(path) > limits.path_length:
+        raise InvalidInput(f"tensor path of {len(path)} characters; at most {limits.path_length}", field=path[:64])
+    shape = list(tensor.shape)
+    if tensor.dtype not in ITEM_BYTES:
+        raise InvalidInput(f"{path} has dtype {tensor.dtype}, which is not a Dtype", field=path)
+    if len(shape) > limits.dimensions or any(extent < 0 for extent in shape):
+        raise InvalidInput(f"{path} has shape {shape[:16]}; at most {limits.dimensions} extents, none < 0", field=path)
+    size = math.prod(shape) * ITEM_BYTES[tensor.dtype]
+    if size != tensor.byte_size:
+        raise InvalidInput(
+            f"{path}: shape {shape} of {pb.Dtype.Name(tensor.dtype)} takes {size} bytes, not {tensor.byte_size}",
+            field=path,
+        )
+    if tensor.HasField("data"):
+        if len(tensor.data) != size:
+            raise InvalidInput(f"{path} holds {len(tensor.data)} bytes where {size} belong", field=path)
+        if size > INLINE_BYTES:
+            raise InvalidInput(f"{path} holds {size} bytes inline; above {INLINE_BYTES} send chunks", field=path)
+    elif size == 0:
+        raise InvalidInput(f"{path} is empty and must be inline", field=path)
+
+
+class Store(Protocol):
+    """Where the payload of one tensor goes."""
+
+    def add(self, chunk: ChunkView) -> None:
+        """Take the next bytes."""
+
+    def pieces(self) -> Sequence[Piece]:
+        """The payload, once complete."""
+
+
+class KeptFrames:
+    """Keeps chunks in the frames they came in: no copy, and ready to be sent on."""
+
+    def __init__(self, size: int) -> None:
+        del size
+        self._pieces: list[Piece] = []
+
+    def add(self, chunk: ChunkView) -> None:
+        """Take the next bytes."""
+        self._pieces.append(Piece(chunk.data, chunk.frame))
+
+    def pieces(self) -> Sequence[Piece]:
+        """One piece a chunk."""
+        return self._pieces
+
+
+class PooledPayload:
+    """Copies chunks into one pooled buffer, over which a tensor can be laid."""
+
+    def __init__(self, size: int, lease: BufferLease) -> None:
+        self._buffer, self._view = lease.take(size)
+
+    def add(self, chunk: ChunkView) -> None:
+        """Take the next bytes."""
+        self._view[chunk.offset : chunk.offset + len(chunk.data)] = chunk.data
+
+    def pieces(self) -> Sequence[Piece]:
+        """The whole payload as one piece."""
+        return (Piece(self._view, owner=self._buffer),)
+
+
+class Dropped:
+    """Forgets the payload: for checkpoints that nobody asked for."""
+
+    def __init__(self, size: int) -> None:
+        del size
+
+    def add(self, chunk: ChunkView) -> None:
+        """Forget the next bytes."""
+
+    def pieces(self) -> Sequence[Piece]:
+        """Nothing."""
+        return ()
+
+
+class StoreFactory(Protocol):
+    """Makes the store of a payload of so many bytes."""
+
+    def __call__(self, size: int, /) -> Store:
+        """A store for one payload."""
+
+
+class Assembler:
+    """Collects the payloads that one header announced. Chunks of a tensor come in order; tensors may interleave."""
+
+    def __init__(self, tensors: Mapping[str, pb.Tensor], make_store: StoreFactory) -> None:
+        self._tensors = tensors
+        self._stores = {path: make_store(tensor.byte_size) for path, tensor in tensors.items()}
+        self._received = dict.fromkeys(tensors, 0)
+        self._digests = {path: xxhash.xxh3_64() for path in tensors}
+        self._missing = len(tensors)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every announced payload is there."""
+        return not self._missing
+
+    def add(self, chunk: ChunkView) -> None:
+        """Take a chunk. Raises InvalidInput when it does not continue an announced payload, or ends it wrongly."""
+        path, offset, data = chunk.path, chunk.offset, chunk.data
+        if path not in self._tensors:
+            raise InvalidInput(f"a chunk of {path!r}, which the header does not announce", field=path)
+        size, received = self._tensors[path].byte_size, self._received[path]
+        if not 0 < len(data) <= CHUNK_BYTES:
+            raise InvalidInput(f"a chunk of {path} has {len(data)} bytes; 1 to {CHUNK_BYTES} are right", field=path)
+        if offset != received:
+            raise InvalidInput(f"a chunk of {path} begins at {offset}; {received} is next", field=path)
+        if offset + len(data) > size:
+            raise InvalidInput(f"a chunk of {path} ends at {offset + len(data)}, beyond its {size} bytes", field=path)
+        self._stores[path].add(chunk)
+        self._digests[path].update(data)
+        self._received[path] = offset + len(data)
+        if self._received[path] == size:
+            self._missing -= 1
+            self._check_digest(path)
+
+    def _check_digest(self, path: str) -> None:
+        announced, found = self._tensors[path].checksum, self._digests[path].intdigest()
+        if announced != found:
+            raise InvalidInput(f"the payload of {path} has checksum {found:016x}, not {announced:016x}", field=path)
+
+    def finish(self) -> dict[str, Sequence[Piece]]:
+        """The payloads by path. Raises InvalidInput when one is incomplete."""
+        for path, received in self._received.items():
+            size = self._tensors[path].byte_size
+            if received != size:
+                raise InvalidInput(f"{path} ended after {received} of {size} bytes", field=path)
+        return {path: store.pieces() for path, store in self._stores.items()}
+
+
+def split_packets(header: Message, payloads: Payloads) -> dict[str, Packet]:
+    """One packet for each slot that is present in a header."""
+    chunks: dict[str, dict[str, Sequence[Piece]]] = {}
+    for path, pieces in payloads.items():
+        chunks.setdefault(path.partition(".")[0], {})[path] = pieces
+    return {field.name: Packet(value, chunks.get(field.name, {})) for field, value in header.ListFields()}
+
+
+def chunk_frames(payloads: Payloads) -> Iterator[bytes]:
+    """The chunk frames of payloads, made one at a time; frames that came from elsewhere go on as they are."""
+    for path, pieces in payloads.items():
+        offset = 0
+        for piece in pieces:
+            if piece.frame:
+                yield piece.frame
+            else:
+                view = memoryview(piece.data)
+                for start in range(0, len(view), CHUNK_BYTES):
+                    yield chunk_frame(path, offset + start, view[start : start + CHUNK_BYTES])
+            offset += len(piece.data)

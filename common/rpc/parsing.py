@@ -1,0 +1,88 @@
+"""Parses messages inside handlers, so that a caller learns which field is wrong instead of getting a bare INTERNAL."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple, TypeVar, cast
+
+from google.protobuf.descriptor import Descriptor, FieldDescriptor
+from google.protobuf.empty_pb2 import Empty
+from google.protobuf.message import DecodeError, Message
+from google.protobuf.unknown_fields import UnknownFieldSet
+
+from common.errors import InvalidInput
+
+M = TypeVar("M", bound=Message)
+
+_LENGTH_DELIMITED = 2
+
+
+class _RawField(NamedTuple):
+    """What UnknownFieldSet iterates over; its type stub does not say so."""
+
+    field_number: int
+    wire_type: int
+    data: bytes
+
+
+def parse(message_type: type[M], raw: bytes) -> M:
+    """The message in raw. Raises InvalidInput that names the string field which is not UTF-8, if that is the reason."""
+    try:
+        return message_type.FromString(raw)
+    except DecodeError:
+        descriptor = cast(Descriptor, message_type.DESCRIPTOR)
+        if path := _first_bad_text(descriptor, raw):
+            raise InvalidInput(f"{path} is not valid UTF-8", field=path) from None
+        raise InvalidInput(f"the bytes are not a {descriptor.full_name}") from None
+
+
+def refuse_unknown_fields(path: str, message: Message) -> None:
+    """Raise InvalidInput for any field that this version does not know: nothing is dropped silently."""
+    for unknown in _unknown_fields(message):
+        at = path or message.DESCRIPTOR.name
+        raise InvalidInput(f"{at} has a field {unknown.field_number} that this version does not know", field=at)
+    for descriptor, value in message.ListFields():
+        if descriptor.message_type is None:
+            continue
+        at = f"{path}.{descriptor.name}" if path else descriptor.name
+        if descriptor.message_type.GetOptions().map_entry:
+            if descriptor.message_type.fields_by_name["value"].message_type is not None:
+                for key, item in value.items():
+                    refuse_unknown_fields(f"{at}.{key}", item)
+        elif isinstance(value, Message):
+            refuse_unknown_fields(at, value)
+        else:
+            for index, item in enumerate(value):
+                refuse_unknown_fields(f"{at}.{index}", item)
+
+
+def _unknown_fields(message: Message) -> Iterator[_RawField]:
+    return iter(cast(Iterable[_RawField], UnknownFieldSet(message)))
+
+
+def _first_bad_text(descriptor: Descriptor, raw: bytes) -> str:
+    """Path of the first string field that is not UTF-8; empty when there is none, or raw is not a message at all.
+
+    Read as a message without fields, raw shows every field of its as bytes; descriptors tell which are texts.
+    """
+    try:
+        fields = list(_unknown_fields(Empty.FromString(raw)))
+    except DecodeError:
+        return ""
+    for field in fields:
+        known = descriptor.fields_by_number.get(field.field_number)
+        if known is None or field.wire_type != _LENGTH_DELIMITED:
+            continue
+        for name in _bad_text_in(known, field.data):
+            return name
+    return ""
+
+
+def _bad_text_in(field: FieldDescriptor, data: bytes) -> Iterator[str]:
+    if field.type == FieldDescriptor.TYPE_STRING:
+        try:
+            data.decode()
+        except UnicodeDecodeError:
+            yield field.name
+    elif field.message_type is not None and (inner := _first_bad_text(field.message_type, data)):
+        yield f"{field.name}.{inner}"
