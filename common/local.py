@@ -44,6 +44,10 @@ class LocalRunner:
         return self._stages.contract
 
     async def __call__(self, values: Mapping[str, Any], call: Call) -> Mapping[str, Any]:
-        """Run on the executor's thread."""
+        """Run on the executor's thread. Cancelling tells the stages, which end within a step."""
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._executor, self._stages.run, values, call)
+        try:
+            return await loop.run_in_executor(self._executor, self._stages.run, values, call)
+        except asyncio.CancelledError:
+            call.cancelled.set()
+            raise

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, ClassVar, Protocol
 
-from common.errors import CheckpointError
+from common.errors import Cancelled, CheckpointError, InternalError
 from common.stage import Call, Contract, compose_contracts
 
 
@@ -76,6 +76,9 @@ class ComposedPipeline:
             )
         self._stages: list[StageSpec] = []
         self.create_pipeline_stages()
+        for stage in self._stages:
+            if absent := [name for name in stage.modules if name not in modules]:
+                raise PipelineError(f"{stage.contract.name} is built with {', '.join(absent)}, which is no module")
         check(self.services, given=self.given, wanted=self.wanted)
 
     def create_pipeline_stages(self) -> None:
@@ -112,12 +115,12 @@ async def run_pipeline(
 ) -> dict[str, Any]:
     """Run every stage as soon as its inputs exist, so that independent ones overlap; return the wanted slots.
 
-    A slot's value is dropped after its last reader. The first error cancels the other stages and is raised as it is.
+    A slot's value is dropped after its last reader. The first error cancels the other stages and is raised as it is;
+    a caller that is cancelled itself sees only that.
     """
-    slots = {
-        name: asyncio.get_running_loop().create_future()
-        for name in (*values, *(slot for runner in runners for slot in runner.contract.outputs))
-    }
+    loop = asyncio.get_running_loop()
+    produced = [slot for runner in runners for slot in runner.contract.outputs]
+    slots: dict[str, asyncio.Future[Any]] = {name: loop.create_future() for name in (*values, *produced)}
     for name, value in values.items():
         slots[name].set_result(value)
     readers = {name: sum(name in r.contract.inputs for r in runners) + (name in wanted) for name in slots}
@@ -129,7 +132,7 @@ async def run_pipeline(
 
     async def step(runner: Runner) -> None:
         present = [name for name in runner.contract.inputs if name in slots]
-        outputs = await runner({name: await slots[name] for name in present}, call)
+        outputs = await _run(runner, {name: await slots[name] for name in present}, call)
         for name in runner.contract.outputs:
             if readers[name]:
                 slots[name].set_result(outputs[name])
@@ -141,8 +144,32 @@ async def run_pipeline(
             for runner in runners:
                 group.create_task(step(runner), name=runner.contract.name)
     except BaseExceptionGroup as failures:
+        if _is_cancelled():
+            raise asyncio.CancelledError from None
         raise _first(failures) from None
     return {name: slots[name].result() for name in wanted}
+
+
+async def _run(runner: Runner, values: Mapping[str, Any], call: Call) -> Mapping[str, Any]:
+    """One stage, which must end with all of its outputs or with an error.
+
+    A runner that cancels itself would leave the group without an error, and the readers of its slots waiting for ever.
+    """
+    try:
+        outputs = await runner(values, call)
+    except asyncio.CancelledError:
+        if _is_cancelled():
+            raise
+        raise Cancelled(f"{runner.contract.name} was cancelled") from None
+    if absent := [name for name in runner.contract.outputs if name not in outputs]:
+        raise InternalError(f"{runner.contract.name} did not return {', '.join(absent)}")
+    return outputs
+
+
+def _is_cancelled() -> bool:
+    """Whether somebody cancelled the running task, as opposed to something that it awaits."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
@@ -154,9 +181,11 @@ def check(services: Sequence[ServiceSpec], *, given: Mapping[str, str], wanted: 
     """Every slot is written once, before it is read, with the artifact its reader expects. Raises PipelineError."""
     known = dict(given)
     problems: list[str] = []
-    for stage in (stage.contract for service in services for stage in service.stages):
+    contracts = [stage.contract for service in services for stage in service.stages]
+    written = {slot for contract in contracts for slot in contract.outputs}
+    for stage in contracts:
         for slot, kind in stage.inputs.items():
-            if slot not in known and slot not in stage.optional:
+            if slot not in known and (slot in written or slot not in stage.optional):
                 problems.append(f"{stage.name} reads {slot!r}, which no earlier stage writes")
             elif known.get(slot, kind) != kind:
                 problems.append(f"{stage.name} reads {slot!r} as {kind}, but it is {known[slot]}")

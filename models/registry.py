@@ -1,16 +1,17 @@
 """Which pipelines this fleet can serve, and the configs that belong to each.
 
-A pipeline file holds `EntryClass` and is found by itself: every module of models/pipelines, and every .py file of the
-directories that FLEET_PLUGINS or `plugins` name. Configs are registered by family, by reference, so that reading
+A pipeline file defines `EntryClass` and is found by itself, in models/pipelines and in the plugin directories that
+a service's settings name. Configs are registered by family, by reference, so that reading
 the registry imports no torch.
 """
 
 from __future__ import annotations
 
+import ast
 import importlib
 import pkgutil
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -45,6 +46,8 @@ class Registry:
 
     def register_pipeline(self, pipeline: type[ComposedPipeline]) -> None:
         """Add a pipeline class. Raises ValueError on a duplicate."""
+        if not (isinstance(pipeline, type) and issubclass(pipeline, ComposedPipeline)):
+            raise TypeError(f"EntryClass must be a ComposedPipeline, but is {pipeline!r}")
         name = pipeline.pipeline_name
         if name in self._pipelines:
             raise ValueError(f"pipeline {name} is registered twice")
@@ -65,9 +68,12 @@ class Registry:
 
 
 def resolve(reference: str) -> Any:
-    """Import what "package.module:Name" refers to."""
+    """Import what "package.module:Name" refers to. Raises ImportError where there is nothing of that name."""
     module, _, name = reference.partition(":")
-    return vars(importlib.import_module(module))[name]
+    contents = vars(importlib.import_module(module))
+    if name not in contents:
+        raise ImportError(f"{module} has no {name!r}, which {reference!r} refers to")
+    return contents[name]
 
 
 def _register_flux(registry: Registry) -> None:
@@ -84,8 +90,9 @@ _FAMILIES = (_register_flux,)
 def load_registry(plugins: Iterable[Path] = ()) -> Registry:
     """Build the registry: the families here, then the plugin directories.
 
-    A plugin directory is put on sys.path; each of its .py files that has `EntryClass` is a pipeline file and has a
-    `register_configs(registry)` function. Errors of a plugin are raised as they are.
+    A plugin directory is put on sys.path, so that references may name its files. Each of them that defines `EntryClass`
+    is a pipeline file, which also has a `register_configs(registry)` function; the others are not imported here, for
+    they may need torch. Errors of a plugin are raised as they are.
     """
     registry = Registry()
     for register in _FAMILIES:
@@ -100,14 +107,29 @@ def load_registry(plugins: Iterable[Path] = ()) -> Registry:
 def _load_plugins(registry: Registry, directory: Path) -> None:
     if not directory.is_dir():
         raise CheckpointError(f"plugin directory {directory} does not exist")
+    directory = directory.resolve()
     if str(directory) not in sys.path:
-        sys.path.insert(0, str(directory))
-    for path in sorted(directory.glob("*.py")):
+        sys.path.append(str(directory))
+    found = [path for path in sorted(directory.glob("*.py")) if _defines_entry(path)]
+    if not found:
+        raise CheckpointError(f"plugin directory {directory} has no .py file that defines EntryClass")
+    for path in found:
         module = importlib.import_module(path.stem)
-        contents: Mapping[str, Any] = vars(module)
-        if "EntryClass" in contents:
-            _add_entry(registry, module)
-            contents["register_configs"](registry)
+        if module.__file__ is None or Path(module.__file__).resolve() != path:
+            raise ImportError(f"{path} cannot be imported: {path.stem!r} is {module.__file__}; give it another name")
+        _add_entry(registry, module)
+        vars(module)["register_configs"](registry)
+
+
+def _defines_entry(path: Path) -> bool:
+    """Whether a file assigns or defines the name EntryClass, told without running it."""
+    for statement in ast.parse(path.read_text(), str(path)).body:
+        match statement:
+            case ast.Assign(targets=[ast.Name(id="EntryClass")]) | ast.AnnAssign(target=ast.Name(id="EntryClass")):
+                return True
+            case ast.ClassDef(name="EntryClass"):
+                return True
+    return False
 
 
 def _add_entry(registry: Registry, module: ModuleType) -> None:

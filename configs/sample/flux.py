@@ -66,7 +66,9 @@ class FluxSamplingParams(SamplingParams):
         """What the caller set and FluxPipeline passes over in silence."""
         idle: dict[str, str] = {}
         if self.negative_prompt is None:
-            idle = dict.fromkeys(("negative_prompt_2", "true_cfg_scale"), "without negative_prompt")
+            idle["negative_prompt_2"] = "without negative_prompt"
+            if self.true_cfg_scale > 1:
+                idle["true_cfg_scale"] = "without negative_prompt"
         elif self.true_cfg_scale <= 1:
             idle = dict.fromkeys(("negative_prompt", "negative_prompt_2"), "unless true_cfg_scale is above 1")
         if not checkpoint.module_config("transformer").get("guidance_embeds", False):
