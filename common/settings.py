@@ -84,16 +84,16 @@ def load_settings(cls: type[T], argv: Sequence[str], *, prog: str, environ: Mapp
     return cls(**values)
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse that raises instead of exiting."""
+class FlagParser(argparse.ArgumentParser):
+    """argparse that raises SettingsError where it would print its usage and exit."""
 
     def error(self, message: str) -> NoReturn:
         raise SettingsError(f"{message}; see {self.prog} --help")
 
 
-def _parser(cls: type[Any], kinds: Mapping[str, _Kind], prog: str) -> _Parser:
+def _parser(cls: type[Any], kinds: Mapping[str, _Kind], prog: str) -> FlagParser:
     """Flags hold raw texts, so that every source is converted by the same code."""
-    parser = _Parser(prog=prog, allow_abbrev=False, description=(cls.__doc__ or "").strip().splitlines()[0])
+    parser = FlagParser(prog=prog, allow_abbrev=False, description=(cls.__doc__ or "").strip().splitlines()[0])
     parser.add_argument("--config", metavar="FILE", help="TOML file with settings; flags and FLEET_* variables win")
     for item in dataclasses.fields(cls):
         kind = kinds[item.name]

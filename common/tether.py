@@ -15,27 +15,24 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
 
 
-def start_tethered(
-    command: Sequence[str],
-    *,
-    environ: Mapping[str, str] | None = None,
-    directory: Path | None = None,
-    output: int | None = None,
-) -> subprocess.Popen[bytes]:
-    """Start a command, in a session of its own so that Ctrl-C at the terminal reaches only this process.
+def tethered(command: Sequence[str]) -> list[str]:
+    """The command line that starts `command`, whose first word is a path, tied to this process."""
+    return [sys.executable, "-I", "-S", str(Path(__file__).resolve()), str(os.getpid()), *command]
 
-    command[0] is a path. `output`, a file descriptor, takes its standard output and error.
+
+def start_tethered(command: Sequence[str], *, directory: Path, output: int) -> subprocess.Popen[bytes]:
+    """Start a command in a directory, its standard output and error going to a file descriptor.
+
+    It gets a session of its own, so that Ctrl-C at the terminal reaches only this process.
     """
-    launcher = [sys.executable, "-I", "-S", str(Path(__file__).resolve()), str(os.getpid())]
     return subprocess.Popen(
-        [*launcher, *command],
-        env=environ,
+        tethered(command),
         cwd=directory,
         stdin=subprocess.DEVNULL,
         stdout=output,

@@ -61,6 +61,11 @@ class EmbeddedStore:
             raise Unavailable("the embedded store is not running")
         return self._process.pid
 
+    @property
+    def running(self) -> bool:
+        """Whether the server lives."""
+        return self._process is not None and self._process.poll() is None
+
     def __enter__(self) -> Self:
         binary = _server_binary()
         self._sockets = private_directory()

@@ -1,0 +1,65 @@
+"""The `fleet` command: finds the subcommand, runs it, and turns errors into one line and an exit code.
+
+A subcommand's module is imported only when it is asked for, so that `fleet status` loads no weights' libraries.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import signal
+import sys
+from collections.abc import Callable, Sequence
+
+from common.errors import FleetError
+from services.cli.options import BAD_INPUT, FAILED, INTERRUPTED, SUCCESS, exit_code, interrupt, one_line
+
+COMMANDS = {
+    "generate": "draw a picture: in this process, or at a running fleet",
+    "up": "run a whole fleet here, every service as a process, until Ctrl-C",
+    "serve": "run one service",
+    "status": "show the models, their workers and the latest requests",
+    "watch": "follow a request until it ends",
+    "cancel": "ask for a request to end",
+    "models": "list the models and what a request to them may set",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `fleet ARGV`; returns 0 for success, 1 for failure, 2 for bad input, 130 after Ctrl-C, 143 after SIGTERM."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    name = arguments[0] if arguments else ""
+    if name in ("-h", "--help"):
+        sys.stdout.write(_usage())
+        return SUCCESS
+    if name == "--version":
+        sys.stdout.write(importlib.metadata.version("diffusion-fleet") + "\n")
+        return SUCCESS
+    if name not in COMMANDS:
+        what = f"unknown command {name!r}" if name else "no command given"
+        sys.stderr.write(f"fleet: {what}; commands are {', '.join(COMMANDS)}\n")
+        return BAD_INPUT
+    signal.signal(signal.SIGTERM, interrupt)
+    command: Callable[[Sequence[str]], int] = vars(importlib.import_module(f"services.cli.{name}"))["main"]
+    try:
+        return command(arguments[1:])
+    except FleetError as error:
+        sys.stderr.write(f"fleet {name}: {one_line(error)}\n")
+        return exit_code(error)
+    except KeyboardInterrupt:
+        sys.stderr.write(f"fleet {name}: interrupted\n")
+        return INTERRUPTED
+    except BrokenPipeError:  # whoever read our output has gone
+        sys.stderr.close()
+        return FAILED
+
+
+def _usage() -> str:
+    lines = [f"  {name:10}{text}" for name, text in COMMANDS.items()]
+    return "\n".join(
+        ["usage: fleet COMMAND ...", "", *lines, "", "`fleet COMMAND --help` tells the flags of a command.", ""]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

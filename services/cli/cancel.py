@@ -1,0 +1,27 @@
+"""`fleet cancel ID`: asks for a request to end."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from fleet.v1 import generation_pb2
+from services.cli.client import TERMINAL, connect, state_name
+from services.cli.options import FAILED, SUCCESS, add_endpoint, command_parser, endpoint_of, run_async
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print the request's state; 1 when it had already ended in another one."""
+    parser = command_parser("cancel", "Ask for a request to end as CANCELLED. One that has ended stays as it is.")
+    parser.add_argument("id", metavar="ID", help="the request")
+    add_endpoint(parser)
+    args = parser.parse_args(argv)
+    return run_async(_cancel(endpoint_of(args.endpoint), args.id))
+
+
+async def _cancel(endpoint: str, request_id: str) -> int:
+    async with connect(endpoint) as client:
+        record = await client.cancel(request_id)
+    sys.stdout.write(f"{request_id} {state_name(record.state)}\n")
+    ended_otherwise = record.state in TERMINAL and record.state != generation_pb2.REQUEST_STATE_CANCELLED
+    return FAILED if ended_otherwise else SUCCESS

@@ -1,0 +1,118 @@
+"""A typed client of the public API; every failure is a FleetError."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+
+import grpc
+
+from common.errors import FleetError, Unavailable
+from common.rpc.client import open_channel
+from common.rpc.status import from_rpc_error
+from fleet.v1 import generation_pb2, generation_pb2_grpc
+
+Responses = AsyncGenerator[generation_pb2.GenerateResponse, None]
+Events = AsyncGenerator[generation_pb2.Event, None]
+
+TERMINAL = frozenset(
+    {
+        generation_pb2.REQUEST_STATE_SUCCEEDED,
+        generation_pb2.REQUEST_STATE_FAILED,
+        generation_pb2.REQUEST_STATE_CANCELLED,
+        generation_pb2.REQUEST_STATE_EXPIRED,
+    }
+)
+
+
+class RequestFailed(FleetError):
+    """The request ended without a result."""
+
+
+class FleetClient:
+    """GenerationService at one endpoint. Use connect() to make one."""
+
+    def __init__(self, endpoint: str, channel: grpc.aio.Channel) -> None:
+        self._endpoint = endpoint
+        self._stub: generation_pb2_grpc.GenerationServiceAsyncStub = generation_pb2_grpc.GenerationServiceStub(channel)
+
+    async def generate(self, request: generation_pb2.SubmitRequest) -> Responses:
+        """Submit, follow and download. Leaving early cancels the request when it has no idempotency key."""
+        call = self._stub.Generate(generation_pb2.GenerateRequest(request=request))
+        try:
+            with self._translated():
+                async for response in call:
+                    yield response
+        finally:
+            call.cancel()
+
+    async def watch(self, request_id: str, after: str = "") -> Events:
+        """The events of a request, to its terminal state."""
+        call = self._stub.Watch(generation_pb2.WatchRequest(request_id=request_id, after_event_id=after))
+        try:
+            with self._translated():
+                async for response in call:
+                    yield response.event
+        finally:
+            call.cancel()
+
+    async def get(self, request_id: str) -> generation_pb2.RequestRecord:
+        """A request's record."""
+        with self._translated():
+            response = await self._stub.GetRequest(generation_pb2.GetRequestRequest(request_id=request_id))
+        return response.request
+
+    async def cancel(self, request_id: str) -> generation_pb2.RequestRecord:
+        """Ask for a request to end; its record right after."""
+        with self._translated():
+            response = await self._stub.CancelRequest(generation_pb2.CancelRequestRequest(request_id=request_id))
+        return response.request
+
+    async def requests(self, count: int) -> list[generation_pb2.RequestRecord]:
+        """The newest requests."""
+        with self._translated():
+            response = await self._stub.ListRequests(generation_pb2.ListRequestsRequest(page_size=count))
+        return list(response.requests)
+
+    async def models(self) -> list[generation_pb2.Model]:
+        """The models that are served, with their workers."""
+        with self._translated():
+            response = await self._stub.ListModels(generation_pb2.ListModelsRequest())
+        return list(response.models)
+
+    @contextlib.contextmanager
+    def _translated(self) -> Iterator[None]:
+        try:
+            yield
+        except grpc.aio.AioRpcError as error:
+            failure = from_rpc_error(error)
+            if isinstance(failure, Unavailable):
+                raise Unavailable(f"{self._endpoint}: {failure.message}") from error
+            raise failure from error
+
+
+@contextlib.asynccontextmanager
+async def connect(endpoint: str) -> AsyncIterator[FleetClient]:
+    """A client of the fleet at HOST:PORT or unix:PATH; connecting happens with the first call."""
+    channel = open_channel(endpoint)
+    try:
+        yield FleetClient(endpoint, channel)
+    finally:
+        await channel.close()
+
+
+def state_name(state: generation_pb2.RequestState.ValueType) -> str:
+    """The state's name without its prefix, such as "RUNNING"."""
+    return generation_pb2.RequestState.Name(state).removeprefix("REQUEST_STATE_")
+
+
+def raise_unless_succeeded(request_id: str, change: generation_pb2.StateChange) -> None:
+    """Raise RequestFailed for a terminal state without a result."""
+    if change.state not in TERMINAL or change.state == generation_pb2.REQUEST_STATE_SUCCEEDED:
+        return
+    ending = {
+        generation_pb2.REQUEST_STATE_CANCELLED: "was cancelled",
+        generation_pb2.REQUEST_STATE_EXPIRED: "passed its deadline",
+    }.get(change.state, "failed")
+    why = f": {change.error.code}: {change.error.message}" if change.HasField("error") else ""
+    raise RequestFailed(f"request {request_id} {ending}{why}", field=change.error.field)

@@ -1,0 +1,150 @@
+"""`fleet generate`: one request, at a running fleet, or in a fleet that this process makes for it."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from common.errors import InternalError
+from common.settings import SettingsError
+from common.state.embedded import EmbeddedStore, private_directory
+from fleet.v1 import generation_pb2
+from models.catalog import DEFAULT_MODEL, ServedModel, open_model
+from models.registry import load_registry
+from models.validation import InputValidationStage
+from services.cli.client import FleetClient, connect, raise_unless_succeeded
+from services.cli.options import SUCCESS, command_parser, endpoint_of, run_async
+from services.cli.output import ResultFiles, check_output
+from services.cli.parameters import add_parameters, given_images, given_parameters, parameters_message
+from services.cli.progress import Reporter, reporter
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run `fleet generate`. Everything that can be refused is refused before anything starts."""
+    args = _arguments(argv)
+    output = check_output(args.output)
+    given, images = given_parameters(args), given_images(args)
+    request = generation_pb2.SubmitRequest(
+        model=args.model or "", parameters=parameters_message(given, images, output.suffix.lower())
+    )
+    if args.endpoint:
+        return run_async(_at_endpoint(endpoint_of(args.endpoint), request, output))
+    model = open_model(args.model or DEFAULT_MODEL, load_registry(plugin_directories()))
+    request.model = model.name
+    InputValidationStage(model).run(
+        given | {"output_format": output.suffix.lower().removeprefix(".")}, images=[role for role, _ in images]
+    )
+    with contextlib.ExitStack() as stack:
+        directory = private_directory()
+        stack.callback(shutil.rmtree, directory, ignore_errors=True)
+        # The store ends with this process, so there is nothing to be gained from waiting for the disk.
+        redis_url = args.redis or stack.enter_context(EmbeddedStore(appendfsync="no")).url
+        return run_async(_in_process(model, args.dtype, redis_url, directory, request, output))
+
+
+def plugin_directories() -> list[Path]:
+    """Directories of FLEET_PLUGINS with families that are not in this tree."""
+    return [Path(each) for each in os.environ.get("FLEET_PLUGINS", "").split(",") if each.strip()]
+
+
+def _arguments(argv: Sequence[str]) -> argparse.Namespace:
+    parser = command_parser("generate", "Draw a picture of PROMPT. The path of the result goes to stdout.")
+    add_parameters(parser)
+    parser.add_argument("--model", metavar="DIR|NAME", help=f"Diffusers directory or name (default: {DEFAULT_MODEL})")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="what to compute in, without --endpoint")
+    parser.add_argument("--endpoint", metavar="HOST:PORT", help="a running fleet; without it, a fleet in this process")
+    parser.add_argument("--redis", metavar="URL", help="store to use without --endpoint (default: an embedded one)")
+    parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="ends in .png, .mp4 or .safetensors")
+    args = parser.parse_args(argv)
+    if args.endpoint:
+        for flag in ("dtype", "redis"):
+            if vars(args)[flag]:
+                raise SettingsError(
+                    f"--{flag} does not go with --endpoint: the running fleet has chosen its own", field=flag
+                )
+        if args.model and (os.sep in args.model or "=" in args.model):
+            raise SettingsError(
+                f"with --endpoint, --model is a name that the fleet serves (`fleet models` lists them), "
+                f"not {args.model!r}",
+                field="model",
+            )
+    return args
+
+
+async def _at_endpoint(endpoint: str, request: generation_pb2.SubmitRequest, output: Path) -> int:
+    async with connect(endpoint) as client:
+        with reporter() as report:
+            paths = await draw(client, request, output, report)
+    return _tell(paths)
+
+
+async def _in_process(
+    model: ServedModel,
+    dtype: str | None,
+    redis_url: str,
+    directory: Path,
+    request: generation_pb2.SubmitRequest,
+    output: Path,
+) -> int:
+    # Here and not above: it brings torch, which a bad flag, --help and --endpoint shall not wait for.
+    from services.cli.local import start_fleet
+
+    with reporter() as report:
+        started = time.perf_counter()
+        fleet = await start_fleet([model], redis_url=redis_url, dtype=dtype, directory=directory)
+        try:
+            report.note(f"{model.name} is loaded ({time.perf_counter() - started:.1f} s)")
+            async with connect(fleet.endpoint) as client:
+                paths = await draw(client, request, output, report)
+        finally:
+            await fleet.stop()
+    return _tell(paths)
+
+
+async def draw(
+    client: FleetClient, request: generation_pb2.SubmitRequest, output: Path, report: Reporter
+) -> list[Path]:
+    """Send the request, show its progress, write its files. Raises RequestFailed when it ends without a result."""
+    started = time.perf_counter()
+    request_id, seed = "", 0
+    with ResultFiles(output) as files:
+        async with contextlib.aclosing(client.generate(request)) as responses:
+            async for response in responses:
+                match response.WhichOneof("payload"):
+                    case "accepted":
+                        request_id, seed = response.accepted.request_id, response.accepted.parameters.seed
+                        for warning in response.accepted.warnings:
+                            report.warning(warning)
+                    case "event":
+                        _show(request_id, response.event, report)
+                    case "file":
+                        files.begin(response.file.index, response.file.count, response.file.byte_size)
+                    case "data":
+                        files.write(response.data)
+        report.finish()
+        if not files.paths:
+            raise InternalError(f"request {request_id} ended without a result")
+    report.note(f"request {request_id}, seed {seed}: {time.perf_counter() - started:.1f} s")
+    return files.paths
+
+
+def _show(request_id: str, event: generation_pb2.Event, report: Reporter) -> None:
+    match event.WhichOneof("kind"):
+        case "progress":
+            report.progress(event.progress)
+        case "warning":
+            report.warning(event.warning)
+        case "state_change":
+            raise_unless_succeeded(request_id, event.state_change)
+
+
+def _tell(paths: Sequence[Path]) -> int:
+    sys.stdout.write("".join(f"{path}\n" for path in paths))
+    sys.stdout.flush()
+    return SUCCESS

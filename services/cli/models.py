@@ -1,0 +1,48 @@
+"""`fleet models`: what a running fleet serves, and what a request may set."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from fleet.v1 import artifacts_pb2, generation_pb2
+from services.cli.client import connect
+from services.cli.options import SUCCESS, add_endpoint, command_parser, endpoint_of, run_async
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print every model with its parameters."""
+    parser = command_parser("models", "List the models of a running fleet, and what a request to them may set.")
+    add_endpoint(parser)
+    args = parser.parse_args(argv)
+    return run_async(_models(endpoint_of(args.endpoint)))
+
+
+async def _models(endpoint: str) -> int:
+    async with connect(endpoint) as client:
+        models = await client.models()
+    for model in models:
+        sys.stdout.write(f"{model.name} ({model.pipeline_name}), checkpoint {model.fingerprint[:12]}\n")
+        for parameter in model.parameters:
+            sys.stdout.write(f"  {_line(parameter)}\n")
+    return SUCCESS
+
+
+def _line(parameter: generation_pb2.Parameter) -> str:
+    default = f" = {value_text(parameter.default_value)}" if parameter.HasField("default_value") else ""
+    return f"{parameter.name}: {parameter.type}{default}  {parameter.description}".rstrip()
+
+
+def value_text(value: artifacts_pb2.ParamValue) -> str:
+    """A parameter's value, as --param would take it."""
+    match value.WhichOneof("kind"):
+        case "bool_value":
+            return "true" if value.bool_value else "false"
+        case "int_value":
+            return str(value.int_value)
+        case "double_value":
+            return f"{value.double_value:g}"
+        case "doubles_value":
+            return "[" + ", ".join(f"{each:g}" for each in value.doubles_value.values) + "]"
+        case _:
+            return repr(value.string_value)

@@ -1,0 +1,175 @@
+"""From flags to the parameters of a request.
+
+Flags that are not given stay unset: the model's defaults hold. `--param KEY=VALUE` reaches any other argument of the
+model's Diffusers call; whether the model has it is for the model to say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from google.protobuf.descriptor import FieldDescriptor
+
+from common.artifacts import ParamValue
+from common.errors import InvalidInput
+from common.settings import FlagParser
+from fleet.v1 import artifacts_pb2, generation_pb2
+
+FORMATS = {
+    ".png": generation_pb2.OUTPUT_FORMAT_PNG,
+    ".mp4": generation_pb2.OUTPUT_FORMAT_MP4,
+    ".safetensors": generation_pb2.OUTPUT_FORMAT_SAFETENSORS,
+}
+IMAGE_PARAMS = ("image", "last_image", "mask_image")
+_DIFFUSERS_NAMES = {
+    "num_images_per_prompt": "num_outputs_per_prompt",
+    "num_videos_per_prompt": "num_outputs_per_prompt",
+}
+_MESSAGE_FIELDS = {
+    name: field
+    for name, field in generation_pb2.GenerationParameters.DESCRIPTOR.fields_by_name.items()
+    if field.has_presence and field.message_type is None
+}
+_PYTHON_TYPES = {
+    FieldDescriptor.CPPTYPE_STRING: ((str,), "a text"),
+    FieldDescriptor.CPPTYPE_INT64: ((int,), "a whole number"),
+    FieldDescriptor.CPPTYPE_DOUBLE: ((int, float), "a number"),
+}
+
+
+def whole_number(text: str) -> int:
+    """argparse's int, with a message that says what would be right."""
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a whole number, not {text!r}") from None
+
+
+def number(text: str) -> float:
+    """argparse's float, likewise."""
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number, not {text!r}") from None
+
+
+def add_parameters(parser: FlagParser) -> None:
+    """Add the sampling flags. Their destinations are the parameters' Diffusers names."""
+    parser.add_argument("prompt", metavar="PROMPT", help="what to draw")
+    parser.add_argument("--negative-prompt", metavar="T", help="what to steer away from")
+    parser.add_argument("--seed", type=whole_number, metavar="N", help="same seed, same picture (default: a new one)")
+    parser.add_argument("--num-inference-steps", type=whole_number, metavar="N", help="steps of the denoising loop")
+    parser.add_argument("--guidance-scale", type=number, metavar="X", help="how closely to follow the prompt")
+    parser.add_argument("--true-cfg-scale", type=number, metavar="X", help="classifier-free guidance; above 1 it is on")
+    parser.add_argument("--height", type=whole_number, metavar="H", help="pixels")
+    parser.add_argument("--width", type=whole_number, metavar="W", help="pixels")
+    parser.add_argument("--num-frames", type=whole_number, metavar="F", help="frames of a video")
+    parser.add_argument("--image", action="append", default=[], type=Path, metavar="FILE", help="picture to start from")
+    parser.add_argument(
+        "--num-outputs",
+        dest="num_outputs_per_prompt",
+        type=whole_number,
+        metavar="N",
+        help="pictures to draw with one generator; they become NAME-0.png, NAME-1.png ...",
+    )
+    parser.add_argument(
+        "--param",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="any other argument of the model's Diffusers call; VALUE is JSON, else text",
+    )
+
+
+def given_parameters(args: argparse.Namespace) -> dict[str, ParamValue]:
+    """What was given, by Diffusers name. Raises InvalidInput for a malformed, doubled or undecodable value."""
+    flags: Mapping[str, Any] = vars(args)
+    given: dict[str, ParamValue] = {name: flags[name] for name in _MESSAGE_FIELDS if flags.get(name) is not None}
+    for text in args.param:
+        key, equals, value = text.partition("=")
+        if not (equals and key):
+            raise InvalidInput(f"--param must be KEY=VALUE, not {text!r}", field="param")
+        name = _DIFFUSERS_NAMES.get(key, key)
+        if name in given:
+            raise InvalidInput(f"{name} is given twice", field=name)
+        if key not in IMAGE_PARAMS:
+            given[name] = _param_value(key, value)
+    for name, each in given.items():
+        _check(name, each)
+    return given
+
+
+def _param_value(key: str, text: str) -> ParamValue:
+    """JSON where it is JSON, else the text itself."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return text
+    if isinstance(value, list) and all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in value):
+        return tuple(float(x) for x in value)
+    if isinstance(value, (bool, int, float, str)):
+        return value
+    raise InvalidInput(
+        f"--param {key} must be a text, a number, true, false or a list of numbers, not {text}", field=key
+    )
+
+
+def _check(name: str, value: ParamValue) -> None:
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise InvalidInput(f"{name} must be valid UTF-8", field=name) from None
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise InvalidInput(f"{name} must fit in 64 bits, not {value}", field=name)
+    if field := _MESSAGE_FIELDS.get(name):
+        types, expected = _PYTHON_TYPES[field.cpp_type]
+        if not isinstance(value, types) or isinstance(value, bool):
+            raise InvalidInput(f"{name} must be {expected}, not {value!r}", field=name)
+
+
+def given_images(args: argparse.Namespace) -> list[tuple[str, bytes]]:
+    """Files by role: those of --image, and of --param for arguments that are pictures. InvalidInput when unreadable."""
+    named: list[tuple[str, Path]] = [("image" if i == 0 else f"image_{i}", path) for i, path in enumerate(args.image)]
+    for text in args.param:
+        key, _, value = text.partition("=")
+        if key in IMAGE_PARAMS:
+            named.append((key, Path(value)))
+    files: list[tuple[str, bytes]] = []
+    for role, path in named:
+        try:
+            files.append((role, path.read_bytes()))
+        except OSError as error:
+            raise InvalidInput(f"cannot read the picture {path}: {error.strerror}", field=role) from error
+    return files
+
+
+def parameters_message(
+    given: Mapping[str, ParamValue], images: Sequence[tuple[str, bytes]], suffix: str
+) -> generation_pb2.GenerationParameters:
+    """The message: named fields where there are some, the others under params."""
+    message = generation_pb2.GenerationParameters(
+        output_format=FORMATS[suffix],
+        images=[generation_pb2.ImageInput(role=role, data=data) for role, data in images],
+        params={name: param_message(value) for name, value in given.items() if name not in _MESSAGE_FIELDS},
+    )
+    named: dict[str, Any] = {name: value for name, value in given.items() if name in _MESSAGE_FIELDS}
+    message.MergeFrom(generation_pb2.GenerationParameters(**named))
+    return message
+
+
+def param_message(value: ParamValue) -> artifacts_pb2.ParamValue:
+    """A value as the API carries it."""
+    if isinstance(value, bool):
+        return artifacts_pb2.ParamValue(bool_value=value)
+    if isinstance(value, int):
+        return artifacts_pb2.ParamValue(int_value=value)
+    if isinstance(value, float):
+        return artifacts_pb2.ParamValue(double_value=value)
+    if isinstance(value, str):
+        return artifacts_pb2.ParamValue(string_value=value)
+    return artifacts_pb2.ParamValue(doubles_value=artifacts_pb2.DoubleList(values=value))

@@ -1,0 +1,38 @@
+"""`fleet serve SERVICE`: runs one service, with that service's own flags. Containers start this."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import sys
+from collections.abc import Callable, Sequence
+
+import services
+from services.cli.options import BAD_INPUT, SUCCESS
+
+_NOT_SERVICES = ("cli",)
+
+
+def service_names() -> list[str]:
+    """The packages under services/ that can be run."""
+    return [
+        info.name for info in pkgutil.iter_modules(services.__path__) if info.ispkg and info.name not in _NOT_SERVICES
+    ]
+
+
+def main(argv: Sequence[str]) -> int:
+    """Hand over to the service's own main()."""
+    names = service_names()
+    name = argv[0] if argv else ""
+    if name in ("-h", "--help"):
+        sys.stdout.write(
+            f"usage: fleet serve SERVICE [flags]\n\nservices: {', '.join(names)}\n"
+            "`fleet serve SERVICE --help` tells a service's flags.\n"
+        )
+        return SUCCESS
+    if name not in names:
+        what = f"unknown service {name!r}" if name else "no service given"
+        sys.stderr.write(f"fleet serve: {what}; services are {', '.join(names)}\n")
+        return BAD_INPUT
+    run: Callable[[Sequence[str]], int] = vars(importlib.import_module(f"services.{name}.__main__"))["main"]
+    return run(argv[1:])

@@ -1,0 +1,57 @@
+"""`fleet status`: the services of a running fleet and its latest requests."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from services.cli.client import connect, state_name
+from services.cli.options import SUCCESS, add_endpoint, command_parser, endpoint_of, run_async
+
+_REQUESTS = 10
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print a line a service and a line a request."""
+    parser = command_parser("status", "Show the models of a running fleet, their workers, and the latest requests.")
+    add_endpoint(parser)
+    args = parser.parse_args(argv)
+    return run_async(_status(endpoint_of(args.endpoint)))
+
+
+async def _status(endpoint: str) -> int:
+    async with connect(endpoint) as client:
+        models = await client.models()
+        requests = await client.requests(_REQUESTS)
+    services = [
+        (model.name, each.service, str(each.workers), f"{each.busy}/{each.capacity}", str(each.queued))
+        for model in models
+        for each in model.services
+    ]
+    sys.stdout.write(table(("MODEL", "SERVICE", "WORKERS", "BUSY", "QUEUED"), services))
+    records = [
+        (
+            record.request_id,
+            state_name(record.state),
+            record.model,
+            f"{record.created_at.ToDatetime():%Y-%m-%d %H:%M:%S}",
+            shortened(record.parameters.prompt),
+        )
+        for record in requests
+    ]
+    if records:
+        sys.stdout.write("\n" + table(("REQUEST", "STATE", "MODEL", "CREATED (UTC)", "PROMPT"), records))
+    return SUCCESS
+
+
+def shortened(text: str, length: int = 48) -> str:
+    """One line of at most that many characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= length else line[: length - 1] + "…"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns, two blanks apart."""
+    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (head, *rows)]
+    return "\n".join(line.rstrip() for line in lines) + "\n"

@@ -1,0 +1,67 @@
+"""`fleet watch ID`: follows a request until it ends, and across a coordinator that goes away meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sys
+from collections.abc import Sequence
+
+from common.errors import Unavailable
+from fleet.v1 import generation_pb2
+from services.cli.client import FleetClient, connect, raise_unless_succeeded, state_name
+from services.cli.options import FAILED, SUCCESS, add_endpoint, command_parser, endpoint_of, run_async
+
+_ATTEMPTS = 5
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print a line an event; 0 when the request succeeds, 1 when it ends otherwise."""
+    parser = command_parser("watch", "Follow a request, from its first event to its terminal state.")
+    parser.add_argument("id", metavar="ID", help="the request")
+    add_endpoint(parser)
+    args = parser.parse_args(argv)
+    return run_async(_watch(endpoint_of(args.endpoint), args.id))
+
+
+async def _watch(endpoint: str, request_id: str) -> int:
+    after, failures = "", 0
+    async with connect(endpoint) as client:
+        while True:
+            try:
+                async with contextlib.aclosing(client.watch(request_id, after)) as events:
+                    async for event in events:
+                        after, failures = event.event_id, 0
+                        if await _tell(client, request_id, event):
+                            return SUCCESS
+                return FAILED
+            except Unavailable:
+                failures += 1
+                if not after or failures > _ATTEMPTS:
+                    raise
+                await asyncio.sleep(0.2 * 2**failures)
+
+
+async def _tell(client: FleetClient, request_id: str, event: generation_pb2.Event) -> bool:
+    """Print the event; True for the last one of a request that succeeded, RequestFailed for the others' last."""
+    lines = [f"{event.time.ToDatetime():%H:%M:%S.%f} {_text(event)}"]
+    succeeded = event.state_change.state == generation_pb2.REQUEST_STATE_SUCCEEDED
+    if succeeded:
+        record = await client.get(request_id)
+        lines += [f"  file {file.index}: {file.content_type}, {file.byte_size} bytes" for file in record.files]
+    sys.stdout.write("\n".join(lines) + "\n")
+    sys.stdout.flush()
+    raise_unless_succeeded(request_id, event.state_change)
+    return succeeded
+
+
+def _text(event: generation_pb2.Event) -> str:
+    match event.WhichOneof("kind"):
+        case "progress":
+            progress = event.progress
+            steps = f" {progress.step}/{progress.total_steps}" if progress.total_steps else ""
+            return f"{progress.service}{steps}"
+        case "warning":
+            return f"warning: {event.warning.field}: {event.warning.message}"
+        case _:
+            return state_name(event.state_change.state)
