@@ -1,0 +1,37 @@
+"""A text encoder as data: which text it reads, how much of it, and which of its outputs the denoiser gets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from common.artifacts import Prompt
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptText:
+    """A text and the request's field that it came from, for warnings."""
+
+    field: str
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextEncoding:
+    """One pass of one text encoder.
+
+    `keyword` is the argument of the denoiser's forward() that the result becomes. `tokenizer` and `encoder` are module
+    names of the checkpoint. `max_length` is the number of tokens that the text is padded or cut to; None means the
+    tokenizer's own. `output` picks the result, batch first, from what the encoder returned.
+    """
+
+    keyword: str
+    tokenizer: str
+    encoder: str
+    text: Callable[[Prompt], PromptText]
+    max_length: Callable[[Prompt], int | None]
+    output: Callable[[Any], Tensor]

@@ -1,0 +1,109 @@
+"""What the standard stages ask a model: precision, placement, and a callback for each step that differs by model."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from configs.models.encoders.base import TextEncoding
+
+if TYPE_CHECKING:
+    from common.artifacts import Canvas, Prompt, Sampling
+    from common.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineConfig(ABC):
+    """What every stage of a model is built with, besides its modules.
+
+    `dtype` is that of the weights; `device` is where the stages compute: they move inputs there and outputs back to
+    the CPU. `checkpoint_every` is how many steps lie between two checkpoints of the denoising loop; 0 means none.
+    """
+
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    dtype: torch.dtype = torch.float32
+    checkpoint_every: int = 0
+
+    module_loaders: ClassVar[Mapping[str, str]] = {}
+    """Loaders of module classes that models.loader does not know, or that are ours: class name in model_index.json to
+    "package.module:function", a models.loader.ModuleLoader."""
+
+    @classmethod
+    @abstractmethod
+    def from_checkpoint(cls, checkpoint: Checkpoint) -> Self:
+        """Read the modules' config.json. Raises CheckpointError for architectures that this model does not have."""
+
+    def placed(self, device: torch.device, dtype: torch.dtype) -> Self:
+        """The same config for another device and precision."""
+        return replace(self, device=device, dtype=dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StandardPipelineConfig(PipelineConfig):
+    """The callbacks of the standard stages, in the order in which a request meets them.
+
+    A raw latent shape is that of the latents before packing, batch first.
+    """
+
+    @property
+    @abstractmethod
+    def text_encodings(self) -> tuple[TextEncoding, ...]:
+        """The text encoders, in the order in which they run."""
+
+    @abstractmethod
+    def wants_negative(self, prompt: Prompt, sampling: Sampling) -> bool:
+        """Whether the request runs the denoiser's negative branch."""
+
+    @property
+    def noise_dtype(self) -> torch.dtype:
+        """Type that the starting noise is drawn in: that of the prompt embeddings."""
+        return self.dtype
+
+    @abstractmethod
+    def raw_latent_shape(self, canvas: Canvas, batch: int) -> tuple[int, ...]:
+        """Shape of the starting noise as it is drawn."""
+
+    def pack(self, raw: Tensor) -> Tensor:
+        """Raw latents in the layout that the denoiser consumes."""
+        return raw
+
+    def unpack(self, latents: Tensor, raw_latent_shape: tuple[int, ...]) -> Tensor:
+        """The inverse of pack."""
+        return latents.reshape(raw_latent_shape)
+
+    @abstractmethod
+    def sigmas(self, sampling: Sampling) -> Sequence[float]:
+        """Noise levels before the scheduler's shift, one a step, highest first."""
+
+    @abstractmethod
+    def mu(self, canvas: Canvas) -> float | None:
+        """The shift of a scheduler that shifts by size; None for the others."""
+
+    @abstractmethod
+    def model_timestep(self, timestep: Tensor) -> Tensor:
+        """What the denoiser takes as its timestep, from the schedule's; float32."""
+
+    @abstractmethod
+    def prepare_pos_cond_kwargs(
+        self, embeds: Mapping[str, Tensor], raw_latent_shape: tuple[int, ...], sampling: Sampling
+    ) -> Mapping[str, Tensor | None]:
+        """The denoiser's keywords that depend on size and guidance, beside the conditioning's own."""
+
+    def prepare_neg_cond_kwargs(
+        self, embeds: Mapping[str, Tensor], raw_latent_shape: tuple[int, ...], sampling: Sampling
+    ) -> Mapping[str, Tensor | None]:
+        """The same for the negative branch."""
+        return self.prepare_pos_cond_kwargs(embeds, raw_latent_shape, sampling)
+
+    @abstractmethod
+    def guide(self, positive: Tensor, negative: Tensor, sampling: Sampling) -> Tensor:
+        """Combine the predictions of the two branches."""
+
+    @abstractmethod
+    def vae_latents(self, raw: Tensor) -> Tensor:
+        """Undo the normalisation of raw latents, so that the VAE can decode them."""

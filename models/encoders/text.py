@@ -1,0 +1,44 @@
+"""Runs one text encoder as its TextEncoding describes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from configs.models.encoders.base import TextEncoding
+
+if TYPE_CHECKING:
+    from common.artifacts import Prompt
+
+Warn = Callable[[str, str], None]
+
+
+class TextEncoder:
+    """A tokenizer and an encoder of transformers."""
+
+    def __init__(self, encoding: TextEncoding, tokenizer: Any, encoder: Any, device: torch.device) -> None:
+        self._encoding = encoding
+        self._tokenizer = tokenizer
+        self._encoder = encoder
+        self._device = device
+
+    def encode(self, prompt: Prompt, warn: Warn) -> Tensor:
+        """What the denoiser gets, batch 1. A text that is too long is cut; warn(field, message) says what was lost."""
+        source = self._encoding.text(prompt)
+        limit = self._encoding.max_length(prompt) or self._tokenizer.model_max_length
+        tokens = self._tokenizer(
+            source.text, padding="max_length", max_length=limit, truncation=True, return_tensors="pt"
+        ).input_ids
+        whole = self._tokenizer(source.text, return_tensors="pt").input_ids
+        if whole.shape[1] > limit:
+            # The last token that fits is the end mark, as is the last one of the whole text.
+            removed = self._tokenizer.decode(whole[0, limit - 1 : -1])
+            warn(
+                source.field,
+                f"{self._encoding.encoder} reads at most {limit} tokens, and the text has {whole.shape[1]}; "
+                f"it was cut before: {removed}",
+            )
+        return self._encoding.output(self._encoder(tokens.to(self._device)))

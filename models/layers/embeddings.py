@@ -1,0 +1,32 @@
+"""Embeddings of scalars: timestep and guidance."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import silu
+
+
+def sinusoidal_embedding(values: Tensor, size: int, max_period: float = 10000.0) -> Tensor:
+    """(batch,) to float32 (batch, size): cosines, then sines, of the values at falling frequencies."""
+    half = size // 2
+    falling = torch.arange(half, dtype=torch.float32, device=values.device) / half
+    angles = values[:, None].float() * torch.exp(-math.log(max_period) * falling)
+    return torch.cat((angles.cos(), angles.sin()), dim=-1)
+
+
+class EmbeddingMLP(nn.Module):
+    """Two linear layers with SiLU between them: a feature vector (batch, in_size) to (batch, size)."""
+
+    def __init__(self, in_size: int, size: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(in_size, size)
+        self.linear_2 = nn.Linear(size, size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Computed in the weights' type."""
+        hidden: Tensor = self.linear_1(x.to(self.linear_1.weight.dtype))
+        embedded: Tensor = self.linear_2(silu(hidden))
+        return embedded

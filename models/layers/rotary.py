@@ -1,0 +1,37 @@
+"""Rotary position embedding over several axes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Rotation(NamedTuple):
+    """cos and sin of the angle of each pair of channels, float32 (tokens, head size / 2)."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+def rotary_embedding(ids: Tensor, axes_dims: Sequence[int], theta: float = 10000.0) -> Rotation:
+    """Angles for positions `ids` (tokens, axes): axis i turns axes_dims[i] channels of a head.
+
+    Computed in float64: at large positions float32 angles are visibly wrong.
+    """
+    angles = []
+    for axis, dim in enumerate(axes_dims):
+        exponents = torch.arange(0, dim, 2, dtype=torch.float64, device=ids.device) / dim
+        angles.append(torch.outer(ids[:, axis].double(), 1.0 / theta**exponents))
+    joined = torch.cat(angles, dim=-1)
+    return Rotation(joined.cos().float(), joined.sin().float())
+
+
+def apply_rotary(x: Tensor, rotation: Rotation) -> Tensor:
+    """Turn neighbouring pairs of channels of x (batch, tokens, heads, head size). In float32, result in x's type."""
+    cos, sin = rotation.cos[:, None, :], rotation.sin[:, None, :]
+    even, odd = x.float().reshape(*x.shape[:-1], -1, 2).unbind(-1)
+    turned = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1)
+    return turned.flatten(-2).to(x.dtype)

@@ -1,0 +1,131 @@
+"""Builds the stages of one service: reads the modules that they need, and no others."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.metadata
+import json
+import platform
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from common.errors import CheckpointError
+from common.stage import PipelineStage
+from configs.pipeline_configs.base import PipelineConfig
+from models.registry import resolve
+
+if TYPE_CHECKING:
+    from common.checkpoint import Checkpoint
+    from common.pipeline import ServiceSpec
+    from models.catalog import ServedModel
+
+
+ModuleLoader = Callable[["Checkpoint", str, torch.device, torch.dtype], Any]
+"""Loads one module of a checkpoint, by its name in model_index.json, for inference. Raises CheckpointError."""
+
+
+def load_stages(
+    model: ServedModel, service: ServiceSpec, *, device: torch.device, dtype: torch.dtype
+) -> list[PipelineStage[Any, Any]]:
+    """The stages of the service, in order, with their modules on the device. Raises CheckpointError."""
+    config_class: type[PipelineConfig] = resolve(model.entry.pipeline_config)
+    config = config_class.from_checkpoint(model.checkpoint).placed(device, dtype)
+    loaded = {name: load_module(model.checkpoint, name, config) for name in service.modules}
+    return [
+        resolve(stage.implementation)(config, {name: loaded[name] for name in stage.modules})
+        for stage in service.stages
+    ]
+
+
+def load_module(checkpoint: Checkpoint, name: str, config: PipelineConfig) -> Any:
+    """One module of a checkpoint, by the loader of its class. Raises CheckpointError for a class without a loader."""
+    if name not in checkpoint.modules:
+        raise CheckpointError(f"{checkpoint.name}: model_index.json has no {name}")
+    _, class_name = checkpoint.modules[name]
+    if reference := config.module_loaders.get(class_name):
+        loader: ModuleLoader = resolve(reference)
+    elif class_name in _LOADERS:
+        loader = _LOADERS[class_name]
+    else:
+        supported = ", ".join(sorted({*_LOADERS, *config.module_loaders}))
+        raise CheckpointError(f"{name}: class {class_name} is not supported; supported are {supported}")
+    return loader(checkpoint, name, config.device, config.dtype)
+
+
+def _load_tokenizer(checkpoint: Checkpoint, name: str, *_: object) -> Any:
+    folder = checkpoint.path / name
+    for path in sorted(folder.glob("*.json")):
+        _check_json(name, path)
+    return _from_pretrained(checkpoint, name, {})
+
+
+def _load_scheduler(checkpoint: Checkpoint, name: str, *_: object) -> Any:
+    return _from_pretrained(checkpoint, name, {})
+
+
+def _load_model(checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype) -> Any:
+    module, info = _from_pretrained(
+        checkpoint, name, {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+    )
+    for kind in ("missing_keys", "mismatched_keys"):
+        if keys := sorted(map(str, info.get(kind, ()))):
+            raise CheckpointError(f"{name}: {kind.replace('_', ' ')}: {', '.join(keys[:3])} ({len(keys)} in all)")
+    return module.to(device).requires_grad_(False).eval()
+
+
+_LOADERS: Mapping[str, ModuleLoader] = {
+    "AutoencoderKL": _load_model,
+    "CLIPTextModel": _load_model,
+    "CLIPTokenizer": _load_tokenizer,
+    "CLIPTokenizerFast": _load_tokenizer,
+    "FlowMatchEulerDiscreteScheduler": _load_scheduler,
+    "T5EncoderModel": _load_model,
+    "T5Tokenizer": _load_tokenizer,
+    "T5TokenizerFast": _load_tokenizer,
+}
+
+
+def _from_pretrained(checkpoint: Checkpoint, name: str, options: Mapping[str, Any]) -> Any:
+    """Let the module's own library load it, from this directory only: no hub, no pickle, no progress bar."""
+    library, class_name = checkpoint.modules[name]
+    if library not in ("diffusers", "transformers"):
+        raise CheckpointError(f"{name}: library {library!r} is not supported; supported are diffusers and transformers")
+    importlib.import_module(f"{library}.utils.logging").disable_progress_bar()
+    cls = getattr(importlib.import_module(library), class_name)
+    try:
+        return cls.from_pretrained(checkpoint.path / name, local_files_only=True, **options)
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
+        sentence = " ".join(str(error).split())
+        raise CheckpointError(f"{name}: {class_name} cannot be loaded: {sentence}") from error
+
+
+def _check_json(name: str, path: Path) -> None:
+    # The tokenizers library raises a bare Exception on a broken file.
+    try:
+        json.loads(path.read_bytes())
+    except ValueError as error:
+        raise CheckpointError(f"{name}: {path.name} is not JSON: {error}") from error
+
+
+def numerics_fingerprint(device: torch.device, dtype: torch.dtype) -> str:
+    """Equal on two workers only if the same stage gives the same bytes on both."""
+    facts = [
+        platform.machine(),
+        device.type,
+        str(dtype),
+        *(f"{package} {importlib.metadata.version(package)}" for package in ("torch", "diffusers", "transformers")),
+    ]
+    if device.type == "cuda":
+        facts += [
+            torch.cuda.get_device_name(device),
+            f"cuda {torch.version.cuda}",
+            f"cudnn {torch.backends.cudnn.version()}",  # type: ignore[no-untyped-call]
+            f"tf32 {torch.backends.cuda.matmul.allow_tf32}",
+        ]
+    else:
+        facts += [torch.backends.cpu.get_cpu_capability(), f"threads {torch.get_num_threads()}"]
+    return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:32]

@@ -1,0 +1,104 @@
+"""The denoising loop. It knows no model: what differs between models, it asks the config."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from common.artifacts import Conditioning, DenoiseState, LatentPart, Latents, Sampling
+from common.errors import InvalidInput
+from common.stage import Call, PipelineStage
+from configs.pipeline_configs.base import StandardPipelineConfig
+from models.contracts import DenoisingInput, DenoisingOutput
+from models.schedulers.solver import Solver, solver_class
+
+Keywords = dict[str, Tensor | None]
+
+
+class DenoisingStage(PipelineStage[DenoisingInput, DenoisingOutput]):
+    """Predicts and steps until the schedule ends, one or two predictions a step."""
+
+    def __init__(self, config: StandardPipelineConfig, modules: Mapping[str, Any]) -> None:
+        self._config = config
+        self._transformer = modules["transformer"]
+        self._scheduler = modules["scheduler"]
+        self._solver_class = solver_class(self._scheduler)
+
+    @torch.inference_mode()
+    def run(self, x: DenoisingInput, call: Call) -> DenoisingOutput:
+        """Denoise all outputs as one batch.
+
+        Reports every step, ends within one when cancelled, and continues after resume_from.step to the same bytes.
+        """
+        device, total = self._config.device, x.schedule.num_inference_steps
+        noise = x.initial_latents.parts["image"]
+        positive, negative = self._branches(x, noise.raw_latent_shape)
+        timesteps = x.schedule.timesteps.to(device)
+        solver = self._solver_class(self._scheduler, x.schedule)
+        start, latents = _start(x, solver)
+        latents = latents.to(device)
+        for step in range(start, total):
+            call.check_cancelled()
+            t = timesteps[step]
+            timestep = self._config.model_timestep(t.expand(latents.shape[0]))
+            prediction = self._transformer(hidden_states=latents, timestep=timestep, **positive)
+            if negative is not None:
+                other = self._transformer(hidden_states=latents, timestep=timestep, **negative)
+                prediction = self._config.guide(prediction, other, x.sampling)
+            latents = solver.step(prediction, t, latents)
+            self._checkpoint(step + 1, total, latents, noise.raw_latent_shape, solver, call)
+            call.progress(step + 1, total)
+        return DenoisingOutput(denoised_latents=_latents(latents, noise.raw_latent_shape))
+
+    def _branches(self, x: DenoisingInput, shape: tuple[int, ...]) -> tuple[Keywords, Keywords | None]:
+        """The transformer's keywords besides latents and timestep, for both branches; batched and on the device."""
+        embeds = merge_conditioning(x.text_conditioning, x.image_conditioning)
+        config, sampling = self._config, x.sampling
+        own = config.prepare_pos_cond_kwargs(embeds.prompt_embeds, shape, sampling)
+        positive = self._keywords(embeds.prompt_embeds, own, sampling)
+        if not embeds.negative_prompt_embeds:
+            return positive, None
+        own = config.prepare_neg_cond_kwargs(embeds.negative_prompt_embeds, shape, sampling)
+        return positive, self._keywords(embeds.negative_prompt_embeds, own, sampling)
+
+    def _keywords(self, embeds: Mapping[str, Tensor], own: Mapping[str, Tensor | None], sampling: Sampling) -> Keywords:
+        device, batch = self._config.device, sampling.num_outputs_per_prompt
+        keywords: Keywords = {name: value.to(device).repeat_interleave(batch, 0) for name, value in embeds.items()}
+        keywords.update({name: None if value is None else value.to(device) for name, value in own.items()})
+        return keywords
+
+    def _checkpoint(
+        self, step: int, total: int, latents: Tensor, shape: tuple[int, ...], solver: Solver, call: Call
+    ) -> None:
+        every = self._config.checkpoint_every
+        if every and step < total and step % every == 0:
+            call.on_checkpoint(DenoiseState(step=step, latents=_latents(latents, shape), solver=solver.state()))
+
+
+def merge_conditioning(text: Conditioning, image: Conditioning | None) -> Conditioning:
+    """What text and image encoders made, as one. A keyword that both made is a defect: AssertionError."""
+    if image is None:
+        return text
+    assert not text.prompt_embeds.keys() & image.prompt_embeds.keys(), "two encoders made the same keyword"
+    return Conditioning(
+        prompt_embeds={**text.prompt_embeds, **image.prompt_embeds},
+        negative_prompt_embeds={**text.negative_prompt_embeds, **image.negative_prompt_embeds},
+    )
+
+
+def _start(x: DenoisingInput, solver: Solver) -> tuple[int, Tensor]:
+    """The step to begin with, and the latents before it."""
+    if x.resume_from is None:
+        return 0, x.initial_latents.parts["image"].latents
+    state, total = x.resume_from, x.schedule.num_inference_steps
+    if not 0 <= state.step <= total:
+        raise InvalidInput(f"step {state.step} is not one of 0 to {total}", field="resume_from.step")
+    solver.restore(state.step, state.solver)
+    return state.step, state.latents.parts["image"].latents
+
+
+def _latents(latents: Tensor, shape: tuple[int, ...]) -> Latents:
+    return Latents(parts={"image": LatentPart(latents=latents.cpu(), raw_latent_shape=shape)})

@@ -1,0 +1,33 @@
+"""Draws the starting noise."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from common.artifacts import Generator, LatentPart, Latents
+from common.stage import Call, PipelineStage
+from configs.pipeline_configs.base import StandardPipelineConfig
+from models.contracts import LatentPreparationInput, LatentPreparationOutput
+
+
+class LatentPreparationStage(PipelineStage[LatentPreparationInput, LatentPreparationOutput]):
+    """One draw on the CPU for all outputs, as Diffusers makes it with a CPU generator: same seed, same noise."""
+
+    def __init__(self, config: StandardPipelineConfig, modules: Mapping[str, Any]) -> None:  # noqa: ARG002  (every stage is built so)
+        self._config = config
+
+    @torch.inference_mode()
+    def run(self, x: LatentPreparationInput, call: Call) -> LatentPreparationOutput:
+        """The noise in the denoiser's layout, and the generator after the draw."""
+        call.check_cancelled()
+        generator = torch.Generator("cpu").manual_seed(x.sampling.seed)
+        shape = self._config.raw_latent_shape(x.canvas, x.sampling.num_outputs_per_prompt)
+        noise = torch.randn(shape, generator=generator, dtype=self._config.noise_dtype)
+        part = LatentPart(latents=self._config.pack(noise), raw_latent_shape=shape)
+        return LatentPreparationOutput(
+            initial_latents=Latents(parts={"image": part}),
+            latents_generator=Generator(seed=x.sampling.seed, state=generator.get_state()),
+        )

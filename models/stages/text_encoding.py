@@ -1,0 +1,52 @@
+"""Turns prompts into conditioning."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from common.artifacts import Conditioning, Prompt
+from common.stage import Call, PipelineStage
+from configs.pipeline_configs.base import StandardPipelineConfig
+from models.contracts import TextEncodingInput, TextEncodingOutput
+from models.encoders.text import TextEncoder, Warn
+
+
+class TextEncodingStage(PipelineStage[TextEncodingInput, TextEncodingOutput]):
+    """Runs the model's text encoders on the prompt and, when guidance needs it, on the negative prompt."""
+
+    def __init__(self, config: StandardPipelineConfig, modules: Mapping[str, Any]) -> None:
+        self._config = config
+        self._encoders = {
+            encoding.keyword: TextEncoder(
+                encoding, modules[encoding.tokenizer], modules[encoding.encoder], config.device
+            )
+            for encoding in config.text_encodings
+        }
+
+    @torch.inference_mode()
+    def run(self, x: TextEncodingInput, call: Call) -> TextEncodingOutput:
+        """Batch 1, on the CPU: outputs share their conditioning, and the denoising stage repeats it."""
+        prompt_embeds = self._encode(x.prompt, call.warn)
+        negative_prompt_embeds: dict[str, Tensor] = {}
+        if self._config.wants_negative(x.prompt, x.sampling):
+            call.check_cancelled()
+            negative_prompt_embeds = self._encode(
+                Prompt(
+                    prompt=x.prompt.negative_prompt or "",
+                    prompt_2=x.prompt.negative_prompt_2,
+                    max_sequence_length=x.prompt.max_sequence_length,
+                ),
+                lambda field, message: call.warn(f"negative_{field}", message),
+            )
+        conditioning = Conditioning(prompt_embeds=prompt_embeds, negative_prompt_embeds=negative_prompt_embeds)
+        return TextEncodingOutput(text_conditioning=conditioning)
+
+    def _encode(self, prompt: Prompt, warn: Warn) -> dict[str, Tensor]:
+        return {
+            keyword: encoder.encode(prompt, warn).to("cpu", self._config.dtype)
+            for keyword, encoder in self._encoders.items()
+        }

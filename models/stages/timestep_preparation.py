@@ -1,0 +1,33 @@
+"""Lays out the steps of the denoising loop."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from common.artifacts import Schedule
+from common.stage import Call, PipelineStage
+from configs.pipeline_configs.base import StandardPipelineConfig
+from models.contracts import TimestepPreparationInput, TimestepPreparationOutput
+
+
+class TimestepPreparationStage(PipelineStage[TimestepPreparationInput, TimestepPreparationOutput]):
+    """Asks the model for sigmas and mu, and the scheduler for the shifted schedule."""
+
+    def __init__(self, config: StandardPipelineConfig, modules: Mapping[str, Any]) -> None:
+        self._config = config
+        (self._scheduler,) = modules.values()
+
+    @torch.inference_mode()
+    def run(self, x: TimestepPreparationInput, call: Call) -> TimestepPreparationOutput:
+        """The schedule; its length is that of custom sigmas, where the request has them."""
+        call.check_cancelled()
+        scheduler = copy.deepcopy(self._scheduler)
+        scheduler.set_timesteps(sigmas=list(self._config.sigmas(x.sampling)), mu=self._config.mu(x.canvas))
+        schedule = Schedule(
+            timesteps=scheduler.timesteps, sigmas=scheduler.sigmas, num_inference_steps=len(scheduler.timesteps)
+        )
+        return TimestepPreparationOutput(schedule=schedule)

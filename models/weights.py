@@ -1,0 +1,87 @@
+"""Reads safetensors into modules of ours: by name, strictly, one tensor at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from common.errors import CheckpointError
+
+# The names that safetensors gives to the types that a weight may be stored in.
+_DTYPES = ("F64", "F32", "F16", "BF16")
+
+
+class Weights:
+    """The tensors of a module's safetensors files, by name. Open it with `with`; nothing is read until asked for.
+
+    Raises CheckpointError, naming the module, for files that are no safetensors and for a name that two files hold.
+    """
+
+    def __init__(self, module: str, files: Sequence[Path]) -> None:
+        self._module = module
+        self._files = files
+        self._stack = ExitStack()
+        self._sources: dict[str, Any] = {}
+
+    def __enter__(self) -> Weights:
+        """Open the files."""
+        with ExitStack() as stack:
+            for path in self._files:
+                try:
+                    source = stack.enter_context(safe_open(path, framework="pt", device="cpu"))
+                except (SafetensorError, OSError) as error:
+                    raise CheckpointError(f"{self._module}: {path.name} is not readable: {error}") from error
+                for name in source.keys():  # noqa: SIM118  (not a mapping: it has no iterator)
+                    if name in self._sources:
+                        raise CheckpointError(f"{self._module}: {name} is in two files, {path.name} is the second")
+                    self._sources[name] = source
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close the files."""
+        self._sources.clear()
+        self._stack.close()
+
+    def check(self, expected: dict[str, tuple[int, ...]]) -> None:
+        """Refuse names and shapes other than the expected ones, and types that are no plain floats."""
+        self._refuse("lacks", sorted(expected.keys() - self._sources.keys()))
+        self._refuse("has unknown weights", sorted(self._sources.keys() - expected.keys()))
+        for name, shape in expected.items():
+            part = self._sources[name].get_slice(name)
+            if tuple(part.get_shape()) != shape:
+                raise CheckpointError(f"{self._module}: {name} has shape {part.get_shape()}; expected {list(shape)}")
+            if part.get_dtype() not in _DTYPES:
+                supported = ", ".join(_DTYPES)
+                raise CheckpointError(f"{self._module}: {name} is {part.get_dtype()}; supported are {supported}")
+
+    def read(self, name: str, index: tuple[slice, ...] = ()) -> Tensor:
+        """The tensor, or the part of it that a rank needs, read from disk and nothing else."""
+        try:
+            part: Tensor = self._sources[name].get_slice(name)[index or ...]
+        except SafetensorError as error:
+            raise CheckpointError(f"{self._module}: {name} is not readable: {error}") from error
+        return part
+
+    def _refuse(self, problem: str, names: Sequence[str]) -> None:
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise CheckpointError(f"{self._module} {problem}: {', '.join(names[:3])}{more}")
+
+
+def load_module(module: nn.Module, name: str, files: Sequence[Path], device: torch.device, dtype: torch.dtype) -> None:
+    """Fill a module built on the meta device, in place, and make it ready for inference.
+
+    Every parameter must be in the files under its own name and shape, and nothing else. Raises CheckpointError.
+    """
+    with Weights(name, files) as weights:
+        weights.check({key: tuple(value.shape) for key, value in module.state_dict().items()})
+        state = {key: weights.read(key).to(device, dtype) for key in module.state_dict()}
+    module.load_state_dict(state, strict=True, assign=True)
+    module.requires_grad_(False).eval()

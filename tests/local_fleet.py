@@ -1,0 +1,100 @@
+"""A whole pipeline in this process, for tests: the real stages behind LocalRunners, no gRPC, no Redis."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors.torch import load
+from torch import Tensor
+
+from common.artifacts import Media, ParamValue
+from common.local import HostedStages, LocalRunner
+from common.pipeline import run_pipeline
+from common.stage import Call
+from models.catalog import ServedModel, open_model
+from models.loader import load_stages
+from models.registry import load_registry
+from models.validation import InputValidationStage
+
+
+@dataclass
+class Heard:
+    """What a call told its caller."""
+
+    warnings: list[tuple[str, str]] = field(default_factory=list)
+    progress: list[tuple[int, int]] = field(default_factory=list)
+
+    def call(self) -> Call:
+        """A call that tells it here."""
+        return Call(
+            request_id="test",
+            on_warning=lambda field, message: self.warnings.append((field, message)),
+            on_progress=lambda step, total: self.progress.append((step, total)),
+        )
+
+
+class LocalFleet:
+    """A model with all its services on one thread."""
+
+    def __init__(
+        self, model: ServedModel, dtype: torch.dtype = torch.float32, device: torch.device | None = None
+    ) -> None:
+        self.model = model
+        self._executor = ThreadPoolExecutor(1)
+        place = device or torch.device("cpu")
+        self.services = {
+            spec.service: HostedStages(spec.service, load_stages(model, spec, device=place, dtype=dtype))
+            for spec in model.pipeline.services
+        }
+
+    def media(self, heard: Heard | None = None, **given: ParamValue) -> Media:
+        """Run one request through validation and every service."""
+        values = InputValidationStage(self.model).run(given).artifacts
+        runners = [LocalRunner(stages, self._executor) for stages in self.services.values()]
+        call = (heard or Heard()).call()
+        outputs: dict[str, Any] = asyncio.run(run_pipeline(runners, values, call, wanted=("media",)))
+        media: Media = outputs["media"]
+        return media
+
+    def tensors(self, heard: Heard | None = None, **given: ParamValue) -> dict[str, Tensor]:
+        """latents and pixels of one request."""
+        (item,) = self.media(heard, **given, output_format="safetensors").items
+        tensors: dict[str, Tensor] = load(item.data.numpy().tobytes())
+        return tensors
+
+    def images(self, heard: Heard | None = None, **given: ParamValue) -> list[Image.Image]:
+        """The pictures of one request."""
+        return [Image.open(io.BytesIO(item.data.numpy().tobytes())) for item in self.media(heard, **given).items]
+
+    def close(self) -> None:
+        """End the thread."""
+        self._executor.shutdown()
+
+
+def open_fleet(reference: str, dtype: torch.dtype = torch.float32) -> LocalFleet:
+    """A fleet for a shipped model or a directory."""
+    return LocalFleet(open_model(reference, load_registry()), dtype)
+
+
+def reference_run(
+    pipeline: Any, *, seed: int, call: Callable[..., Any] | None = None, **given: Any
+) -> dict[str, Tensor]:
+    """latents and pixels that Diffusers' pipeline gives for the same request."""
+    results = {}
+    for name, output_type in (("latents", "latent"), ("pixels", "pt")):
+        generator = torch.Generator("cpu").manual_seed(seed)
+        with torch.inference_mode():
+            results[name] = (call or pipeline)(**given, generator=generator, output_type=output_type).images
+    return results
+
+
+def relative_error(ours: Tensor, theirs: Tensor) -> float:
+    """L2 norm of the difference over that of the reference."""
+    return float((ours.double() - theirs.double()).norm() / theirs.double().norm())
