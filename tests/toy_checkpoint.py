@@ -1,0 +1,54 @@
+"""A second family for tests: a genuine checkpoint directory, and the plugin files in a directory of their own."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+TOY_FAMILY = Path(__file__).parent / "toy_family"
+TOY_INDEX = {
+    "_class_name": "ToyPipeline",
+    "_diffusers_version": "0.42.1",
+    "image_encoder": [None, None],
+    "palette": ["toy", "ToyPalette"],
+    "transformer": ["toy", "ToyTransformer"],
+}
+
+
+def build_toy_checkpoint(path: Path, *, cell: int = 8, seed: int = 0) -> Path:
+    """Write a ToyPipeline directory; returns it."""
+    generator = torch.Generator().manual_seed(seed)
+    _write_module(path / "palette", {"_class_name": "ToyPalette"}, torch.randn(256, 3, generator=generator))
+    _write_module(path / "transformer", {"_class_name": "ToyTransformer", "cell": cell}, torch.tensor([0.9, 1.0, 1.1]))
+    (path / "model_index.json").write_text(json.dumps(TOY_INDEX))
+    return path
+
+
+def copy_toy_family(directory: Path) -> Path:
+    """Copy the plugin files to a directory, as a user would put them there; returns it."""
+    shutil.copytree(TOY_FAMILY, directory, ignore=shutil.ignore_patterns("__pycache__"))
+    return directory
+
+
+@contextmanager
+def toy_family(directory: Path) -> Iterator[Path]:
+    """The plugin directory, whose modules this process forgets afterwards."""
+    try:
+        yield copy_toy_family(directory)
+    finally:
+        sys.path[:] = [entry for entry in sys.path if entry != str(directory.resolve())]
+        for file in directory.glob("*.py"):
+            sys.modules.pop(file.stem, None)
+
+
+def _write_module(folder: Path, config: dict[str, object], weight: torch.Tensor) -> None:
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file({"weight": weight}, folder / "diffusion_pytorch_model.safetensors")

@@ -1,0 +1,35 @@
+"""Sampling parameters of the toy family: its own defaults, a parameter that no other family has, its own rounding."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Self
+
+from common.artifacts import ParamValue
+from common.checkpoint import Checkpoint
+from configs.sample.base import ParamWarning, SamplingParams, parameter
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToySamplingParams(SamplingParams):
+    """Sizes are multiples of the checkpoint's cell."""
+
+    num_inference_steps: int = 4
+    guidance_scale: float = 1.0
+    contrast: float = parameter("How far the speckles stand out.", 1.0, minimum=0.0, maximum=4.0)
+
+    @classmethod
+    def model_defaults(cls, checkpoint: Checkpoint) -> dict[str, ParamValue]:
+        """Four cells a side."""
+        side = 4 * _cell(checkpoint)
+        return {"height": side, "width": side}
+
+    def fitted(self, checkpoint: Checkpoint, given: Collection[str]) -> tuple[Self, tuple[ParamWarning, ...]]:
+        """Whole cells only."""
+        del given
+        return self.floored_size(_cell(checkpoint))
+
+
+def _cell(checkpoint: Checkpoint) -> int:
+    return int(checkpoint.module_config("transformer")["cell"])
