@@ -61,8 +61,7 @@ class EmbeddedStore:
             raise Unavailable("the embedded store is not running")
         return self._process.pid
 
-    @property
-    def running(self) -> bool:
+    def is_running(self) -> bool:
         """Whether the server lives."""
         return self._process is not None and self._process.poll() is None
 

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 
 from fleet.v1 import generation_pb2
 from services.cli.client import TERMINAL, connect, state_name
-from services.cli.options import FAILED, SUCCESS, add_endpoint, command_parser, endpoint_of, run_async
+from services.cli.options import FAILED, SUCCESS, add_endpoint, add_request_id, command_parser, endpoint_of, run_async
 
 
 def main(argv: Sequence[str]) -> int:
     """Print the request's state; 1 when it had already ended in another one."""
     parser = command_parser("cancel", "Ask for a request to end as CANCELLED. One that has ended stays as it is.")
-    parser.add_argument("id", metavar="ID", help="the request")
+    add_request_id(parser)
     add_endpoint(parser)
     args = parser.parse_args(argv)
     return run_async(_cancel(endpoint_of(args.endpoint), args.id))

@@ -86,8 +86,10 @@ class FleetClient:
             yield
         except grpc.aio.AioRpcError as error:
             failure = from_rpc_error(error)
-            if isinstance(failure, Unavailable):
-                raise Unavailable(f"{self._endpoint}: {failure.message}") from error
+            if isinstance(failure, Unavailable) and "failed to connect" in failure.message:
+                raise Unavailable(
+                    f"no fleet answers at {self._endpoint}; `fleet up` starts one, --endpoint names another"
+                ) from error
             raise failure from error
 
 

@@ -8,11 +8,13 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from common.errors import InternalError
+from common.artifacts import ParamValue
+from common.errors import InternalError, InvalidInput
 from common.settings import SettingsError
+from common.state.connection import connect as connect_store
 from common.state.embedded import EmbeddedStore, private_directory
 from fleet.v1 import generation_pb2
 from models.catalog import DEFAULT_MODEL, ServedModel, open_model
@@ -37,15 +39,28 @@ def main(argv: Sequence[str]) -> int:
         return run_async(_at_endpoint(endpoint_of(args.endpoint), request, output))
     model = open_model(args.model or DEFAULT_MODEL, load_registry(plugin_directories()))
     request.model = model.name
-    InputValidationStage(model).run(
-        given | {"output_format": output.suffix.lower().removeprefix(".")}, images=[role for role, _ in images]
-    )
+    _validate(model, given, output, [role for role, _ in images])
+    if args.redis:
+        connect_store(args.redis)  # refuses what is no URL
     with contextlib.ExitStack() as stack:
         directory = private_directory()
         stack.callback(shutil.rmtree, directory, ignore_errors=True)
         # The store ends with this process, so there is nothing to be gained from waiting for the disk.
         redis_url = args.redis or stack.enter_context(EmbeddedStore(appendfsync="no")).url
         return run_async(_in_process(model, args.dtype, redis_url, directory, request, output))
+
+
+def _validate(model: ServedModel, given: Mapping[str, ParamValue], output: Path, images: Sequence[str]) -> None:
+    """What the coordinator will do, before there is one."""
+    name, formats = output.suffix.lower().removeprefix("."), model.sampling_params.output_formats
+    if name not in formats:
+        makes, needs = ("images", "a video model") if name == "mp4" else ("videos", "an image model")
+        raise InvalidInput(
+            f"{model.name} ({model.checkpoint.pipeline_name}) makes {makes}; .{name} needs {needs}; "
+            f"give {' or '.join(f'.{each}' for each in formats)}",
+            field="output",
+        )
+    InputValidationStage(model).run({**given, "output_format": name}, images)
 
 
 def plugin_directories() -> list[Path]:
@@ -68,7 +83,7 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
                 raise SettingsError(
                     f"--{flag} does not go with --endpoint: the running fleet has chosen its own", field=flag
                 )
-        if args.model and (os.sep in args.model or "=" in args.model):
+        if args.model and (os.sep in args.model or "=" in args.model or not args.model.isascii()):
             raise SettingsError(
                 f"with --endpoint, --model is a name that the fleet serves (`fleet models` lists them), "
                 f"not {args.model!r}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import os
 import signal
@@ -30,6 +31,17 @@ def add_endpoint(parser: FlagParser) -> None:
     parser.add_argument(
         "--endpoint", metavar="HOST:PORT", help=f"where the fleet answers (default: FLEET_ENDPOINT, {DEFAULT_ENDPOINT})"
     )
+
+
+def add_request_id(parser: FlagParser) -> None:
+    """Add the positional ID."""
+    parser.add_argument("id", metavar="ID", type=_request_id, help="the request")
+
+
+def _request_id(text: str) -> str:
+    if not (text.isascii() and text.isprintable() and text):
+        raise argparse.ArgumentTypeError(f"must be the ID of a request, not {text!r}")
+    return text
 
 
 def endpoint_of(given: str | None, environ: Mapping[str, str] = os.environ) -> str:

@@ -192,7 +192,7 @@ async def _announce_ready(plan: Plan, supervisor: Supervisor) -> None:
 
 
 async def _watch_store(store: EmbeddedStore) -> None:
-    while store.running:  # noqa: ASYNC110 -- another process, which tells nobody
+    while store.is_running():  # noqa: ASYNC110 -- another process, which tells nobody
         await asyncio.sleep(_POLL_SECONDS * 5)
     raise Unavailable("the embedded store ended")
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from common.errors import Unavailable
 from fleet.v1 import generation_pb2
 from services.cli.client import FleetClient, connect, raise_unless_succeeded, state_name
-from services.cli.options import FAILED, SUCCESS, add_endpoint, command_parser, endpoint_of, run_async
+from services.cli.options import FAILED, SUCCESS, add_endpoint, add_request_id, command_parser, endpoint_of, run_async
 
 _ATTEMPTS = 5
 
@@ -18,7 +18,7 @@ _ATTEMPTS = 5
 def main(argv: Sequence[str]) -> int:
     """Print a line an event; 0 when the request succeeds, 1 when it ends otherwise."""
     parser = command_parser("watch", "Follow a request, from its first event to its terminal state.")
-    parser.add_argument("id", metavar="ID", help="the request")
+    add_request_id(parser)
     add_endpoint(parser)
     args = parser.parse_args(argv)
     return run_async(_watch(endpoint_of(args.endpoint), args.id))

@@ -1,0 +1,146 @@
+"""Settings come from flags over the environment over TOML, and whatever is wrong with them is one line."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from common.settings import SettingsError, load_settings, setting
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """One field of every kind."""
+
+    model: str = setting(help="what to serve, 100% of it")
+    capacity: int = setting(1, help="requests at a time")
+    grace_seconds: float = setting(30.0, help="time to finish")
+    metrics_port: int | None = setting(None, help="port of the metrics")
+    plugins: tuple[Path, ...] = setting((), help="directories")
+    dtype: Literal["float32", "bfloat16"] = setting("float32", help="precision")
+    reflection: bool = setting(True, help="tell the methods")
+
+
+def load(*argv: str, environ: Mapping[str, str] | None = None) -> Example:
+    """The example, from nothing but the arguments."""
+    return load_settings(Example, argv, prog="example", environ=environ or {})
+
+
+def test_defaults_hold_where_nothing_is_given() -> None:
+    assert load("--model", "m") == Example(model="m")
+
+
+def test_a_flag_wins_over_the_environment_and_that_over_the_file(tmp_path: Path) -> None:
+    config = tmp_path / "example.toml"
+    config.write_text('model = "file"\ncapacity = 2\ngrace_seconds = 3\nplugins = ["a"]\nreflection = false\n')
+    environ = {"FLEET_CONFIG": str(config), "FLEET_MODEL": "variable", "FLEET_CAPACITY": "4", "FLEET_DTYPE": ""}
+    loaded = load("--capacity", "5", environ=environ)
+    assert loaded == Example(model="variable", capacity=5, grace_seconds=3.0, plugins=(Path("a"),), reflection=False)
+    assert isinstance(loaded.grace_seconds, float)
+
+
+def test_the_config_flag_wins_over_its_variable(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).write_text(f'model = "{name}"')
+    environ = {"FLEET_CONFIG": str(tmp_path / "one")}
+    assert load("--config", str(tmp_path / "two"), environ=environ).model == "two"
+
+
+def test_tuples_are_repeated_flags_and_comma_lists() -> None:
+    assert load("--model", "m", "--plugins", "a", "--plugins", "b,c").plugins == (Path("a"), Path("b,c"))
+    assert load("--model", "m", environ={"FLEET_PLUGINS": "a, b,"}).plugins == (Path("a"), Path("b"))
+
+
+@pytest.mark.parametrize(("text", "value"), [("true", True), ("0", False), ("No", False), ("YES", True)])
+def test_truth_values_of_the_environment(text: str, value: bool) -> None:
+    assert load("--model", "m", environ={"FLEET_REFLECTION": text}).reflection is value
+
+
+def test_a_bool_is_a_pair_of_flags() -> None:
+    assert load("--model", "m", "--no-reflection").reflection is False
+    assert load("--model", "m", "--reflection", environ={"FLEET_REFLECTION": "no"}).reflection is True
+
+
+@pytest.mark.parametrize(
+    ("argv", "field", "words"),
+    [
+        ([], "model", "FLEET_MODEL"),
+        (["--model", "m", "--capacity", "many"], "capacity", "--capacity must be a whole number, not 'many'"),
+        (["--model", "m", "--grace-seconds", "nan"], "grace_seconds", "finite"),
+        (["--model", "m", "--dtype", "int4"], "dtype", "one of float32, bfloat16"),
+        (["--model", "m", "--capacit", "1"], "", "--capacit"),
+        (["--model", "m", "--config", "/nowhere.toml"], "config", "/nowhere.toml"),
+    ],
+)
+def test_what_is_wrong_with_flags(argv: list[str], field: str, words: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        load(*argv)
+    assert caught.value.field == field
+    assert words in caught.value.message
+    assert "\n" not in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("capasity = 1", "unknown key 'capasity'"),
+        ("capacity = true", "a whole number, not True"),
+        ("capacity = 1.5", "a whole number"),
+        ('capacity = "1"', "a whole number"),
+        ("model = 1", "a text"),
+        ('plugins = "a"', "an array"),
+        ("plugins = [1]", "a text"),
+        ('reflection = "yes"', "true or false"),
+        ("grace_seconds = inf", "finite"),
+        ("model = ", "not TOML"),
+    ],
+)
+def test_what_is_wrong_with_a_file(tmp_path: Path, text: str, words: str) -> None:
+    config = tmp_path / "example.toml"
+    config.write_text(text)
+    with pytest.raises(SettingsError, match=r"example\.toml") as caught:
+        load("--model", "m", "--config", str(config))
+    assert words in caught.value.message
+
+
+def test_a_wrong_variable_is_named() -> None:
+    with pytest.raises(SettingsError, match="FLEET_CAPACITY must be a whole number, not 'x'") as caught:
+        load("--model", "m", environ={"FLEET_CAPACITY": "x"})
+    assert caught.value.field == "capacity"
+
+
+def test_help_tells_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        load("--help")
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    assert "--grace-seconds" in text
+    assert "100% of it (required)" in " ".join(text.split())
+
+
+def test_the_process_environment_is_read_when_none_is_passed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLEET_MODEL", "m")
+    monkeypatch.delenv("FLEET_CONFIG", raising=False)
+    assert load_settings(Example, [], prog="example").model == "m"
+
+
+def test_a_field_of_another_type_is_a_defect() -> None:
+    @dataclass(frozen=True)
+    class Wrong:
+        """Not a setting."""
+
+        value: complex = setting(1j, help="no")
+
+    with pytest.raises(TypeError, match="value"):
+        load_settings(Wrong, [], prog="wrong", environ={})
+
+
+def test_floats_may_be_whole_in_toml(tmp_path: Path) -> None:
+    config = tmp_path / "example.toml"
+    config.write_text('model = "m"\ngrace_seconds = 2')
+    assert math.isclose(load("--config", str(config)).grace_seconds, 2.0)
