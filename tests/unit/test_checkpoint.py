@@ -1,0 +1,212 @@
+"""A checkpoint is read without torch, and a broken one is refused with the place where it is broken."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bare_checkpoint import FLUX_MODULES, build_bare_flux, safetensors_bytes
+from common.checkpoint import Checkpoint
+from common.errors import CheckpointError
+
+WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture
+def flux(tmp_path: Path) -> Path:
+    return build_bare_flux(tmp_path / "flux")
+
+
+def edit_json(file: Path, **changes: object) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def with_header(entry: object, data: bytes = b"") -> bytes:
+    raw = json.dumps(entry).encode()
+    return len(raw).to_bytes(8, "little") + raw + data
+
+
+def tensor(dtype: str = "F32", shape: object = (1,), begin: int = 0, end: int = 4) -> dict[str, object]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+
+def test_tells_what_the_directory_holds(flux: Path) -> None:
+    checkpoint = Checkpoint.open(flux)
+    assert checkpoint.name == "flux"
+    assert checkpoint.path == flux
+    assert checkpoint.pipeline_name == "FluxPipeline"
+    assert checkpoint.modules == {name: tuple(entry) for name, entry in FLUX_MODULES.items()}
+    assert checkpoint.module_config("vae")["block_out_channels"] == [8, 8, 8, 8]
+    assert checkpoint.module_config("tokenizer") == {}
+    assert checkpoint.weight_files("scheduler") == ()
+    assert checkpoint.weight_files("transformer") == (flux / WEIGHTS,)
+    (header,) = checkpoint.weight_headers("transformer").values()
+    assert {name: info.shape for name, info in header.tensors.items()} == {"weight": (5,), "bias": (1,)}
+    assert checkpoint.sampling_defaults == {}
+
+
+def test_null_modules_and_plain_settings_are_no_modules(flux: Path) -> None:
+    edit_json(flux / "model_index.json", image_encoder=[None, None], boundary_ratio=0.9, expand_timesteps=False)
+    checkpoint = Checkpoint.open(flux)
+    assert "image_encoder" not in checkpoint.modules
+    assert checkpoint.index["boundary_ratio"] == 0.9
+
+
+def test_a_module_that_is_not_there_is_named_with_those_that_are(flux: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no module 'unet'; it has scheduler, text_encoder"):
+        Checkpoint.open(flux).module_config("unet")
+
+
+def test_sampling_defaults_keep_their_types(tmp_path: Path) -> None:
+    defaults = {"height": 64, "guidance_scale": 2.5, "prompt_2": "x", "flag": True, "sigmas": [1, 0.5]}
+    checkpoint = Checkpoint.open(build_bare_flux(tmp_path / "flux", sampling_defaults=defaults))
+    assert checkpoint.sampling_defaults == {**defaults, "sigmas": (1.0, 0.5)}
+    assert type(checkpoint.sampling_defaults["height"]) is int
+
+
+def test_shards_are_found_through_their_index(flux: Path) -> None:
+    folder = flux / "transformer"
+    (flux / WEIGHTS).unlink()
+    for shard, name in (("b.safetensors", "weight"), ("a.safetensors", "bias")):
+        (folder / shard).write_bytes(safetensors_bytes({name: [0.0]}))
+    weight_map = {"weight": "b.safetensors", "bias": "a.safetensors"}
+    index = folder / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    assert Checkpoint.open(flux).weight_files("transformer") == (folder / "a.safetensors", folder / "b.safetensors")
+
+    index.write_text(json.dumps({"weight_map": {**weight_map, "scale": "a.safetensors"}}))
+    with pytest.raises(CheckpointError, match=r"says that a.safetensors holds scale, but it does not"):
+        Checkpoint.open(flux)
+    index.write_text(json.dumps({"weight_map": {"weight": "../vae/config.json"}}))
+    with pytest.raises(CheckpointError, match="must name a file of the same folder"):
+        Checkpoint.open(flux)
+    (folder / "b.safetensors").unlink()
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(CheckpointError, match=r"names b.safetensors, which is missing"):
+        Checkpoint.open(flux)
+    index.write_text("{}")
+    with pytest.raises(CheckpointError, match="has no weight_map"):
+        Checkpoint.open(flux)
+
+
+BROKEN_DIRECTORIES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no such directory": (shutil.rmtree, "is not a directory"),
+    "no index": (lambda path: (path / "model_index.json").unlink(), "has no model_index.json"),
+    "index is no JSON": (lambda path: (path / "model_index.json").write_text("{"), "is not valid JSON"),
+    "index is no UTF-8": (lambda path: (path / "model_index.json").write_bytes(b'{"a": "\xff"}'), "is not valid JSON"),
+    "index is a list": (lambda path: (path / "model_index.json").write_text("[]"), "must hold a JSON object"),
+    "endless nesting": (lambda path: (path / "model_index.json").write_text("[" * 100_000), "is not valid JSON"),
+    "no class": (lambda path: (path / "model_index.json").write_text("{}"), "has no _class_name"),
+    "module without folder": (lambda path: shutil.rmtree(path / "vae"), "lacks the folder vae/"),
+    "module entry of one": (lambda path: edit_json(path / "model_index.json", vae=["diffusers"]), "library, class"),
+    "module elsewhere": (
+        lambda path: edit_json(path / "model_index.json", **{"../vae": ["diffusers", "AutoencoderKL"]}),
+        r"module '\.\./vae' cannot be",
+    ),
+    "no config": (lambda path: (path / "vae/config.json").unlink(), r"vae holds none of config\.json"),
+    "broken config": (lambda path: (path / "vae/config.json").write_text("nul"), r"vae/config\.json is not valid JSON"),
+    "no weights": (lambda path: (path / WEIGHTS).unlink(), "holds no weights"),
+    "defaults are no JSON": (lambda path: (path / "sampling_defaults.json").write_text("x"), "is not valid JSON"),
+    "default of null": (
+        lambda path: (path / "sampling_defaults.json").write_text('{"height": null}'),
+        "height must be a number",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN_DIRECTORIES)
+def test_refuses_a_broken_directory(flux: Path, case: str) -> None:
+    spoil, message = BROKEN_DIRECTORIES[case]
+    spoil(flux)
+    with pytest.raises(CheckpointError, match=message):
+        Checkpoint.open(flux)
+
+
+BROKEN_WEIGHTS = {
+    "empty": (b"", "is not a whole safetensors file"),
+    "header longer than the file": ((2**40).to_bytes(8, "little") + b"{}", "is not a whole safetensors file"),
+    "Git LFS pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a Git LFS pointer"),
+    "header is no JSON": ((2).to_bytes(8, "little") + b"{x", "header that is not JSON"),
+    "header is a list": (with_header([]), "not a JSON object"),
+    "entry without offsets": (with_header({"w": {"dtype": "F32", "shape": []}}), "entry of w lacks"),
+    "unknown dtype": (with_header({"w": tensor(dtype="F33")}, bytes(4)), "w has the unknown dtype 'F33'; known are"),
+    "negative extent": (with_header({"w": tensor(shape=[-1, -1])}, bytes(4)), "impossible shape"),
+    "shape and bytes disagree": (with_header({"w": tensor(shape=[2])}, bytes(4)), "does not fill the 4 bytes"),
+    "gap": (with_header({"w": tensor(begin=4, end=8)}, bytes(8)), "begins at byte 4 of the data, but 0 is next"),
+    "overlap": (
+        with_header({"v": tensor(), "w": tensor()}, bytes(4)),
+        "begins at byte 0 of the data, but 4 is next",
+    ),
+    "truncated": (safetensors_bytes({"w": [0.0] * 9})[:-1], "is truncated: its header describes"),
+    "trailing bytes": (safetensors_bytes({"w": [0.0]}) + b"\0", "is too long"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN_WEIGHTS)
+def test_refuses_broken_weights(flux: Path, case: str) -> None:
+    data, message = BROKEN_WEIGHTS[case]
+    (flux / WEIGHTS).write_bytes(data)
+    with pytest.raises(CheckpointError, match=message) as refusal:
+        Checkpoint.open(flux)
+    assert WEIGHTS in str(refusal.value)
+
+
+def test_the_fingerprint_follows_what_is_computed(flux: Path, tmp_path: Path) -> None:
+    original = Checkpoint.open(flux).fingerprint
+    copy = tmp_path / "elsewhere"
+    shutil.copytree(flux, copy)
+    (copy / "sampling_defaults.json").write_text('{"height": 64}')
+    (copy / "README.md").write_text("read me")
+    (copy / "vae/README.md").write_text("read me")
+    assert Checkpoint.open(copy).fingerprint == original
+
+    for file in (WEIGHTS, "vae/config.json", "scheduler/scheduler_config.json", "model_index.json"):
+        shutil.rmtree(copy)
+        shutil.copytree(flux, copy)
+        data = (copy / file).read_bytes()
+        (copy / file).write_bytes(data[:-1] + b"\x01" if file == WEIGHTS else data + b" ")
+        assert Checkpoint.open(copy).fingerprint != original, file
+
+
+def test_the_fingerprint_sees_every_tensor_of_a_large_file(flux: Path) -> None:
+    sizes = {f"block.{i}": [0.0] * 4096 for i in range(8)}
+    data = bytearray(safetensors_bytes(sizes))
+    start = len(data) - 8 * 4 * 4096
+    seen = set()
+    for index in range(-1, 8):
+        spoilt = bytearray(data)
+        if index >= 0:
+            spoilt[start + index * 4 * 4096 + 2 * 4096] = 1
+        (flux / WEIGHTS).write_bytes(spoilt)
+        seen.add(Checkpoint.open(flux).fingerprint)
+    assert len(seen) == 9
+
+
+@pytest.fixture(scope="module")
+def victim(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_bare_flux(tmp_path_factory.mktemp("victim") / "flux")
+
+
+@settings(deadline=None, max_examples=150)
+@given(data=st.data())
+def test_damage_is_refused_or_harmless(victim: Path, data: st.DataObject) -> None:
+    """Whatever a disk or a download does to one file, the answer is a checkpoint or a CheckpointError."""
+    file = victim / data.draw(st.sampled_from(["model_index.json", WEIGHTS, "vae/config.json"]))
+    whole = file.read_bytes()
+    position = data.draw(st.integers(0, len(whole) - 1))
+    kept = data.draw(st.sampled_from([whole[:position], whole[position + 1 :]]))
+    file.write_bytes(kept + data.draw(st.binary(max_size=12)))
+    try:
+        assert Checkpoint.open(victim).fingerprint
+    except CheckpointError as error:
+        problem = error.message
+    else:
+        problem = ""
+    file.write_bytes(whole)
+    assert not problem or str(victim) in problem
