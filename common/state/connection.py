@@ -1,0 +1,107 @@
+"""Redis, as the state modules use it: one pool, one script, and errors that callers understand.
+
+State speaks of Unavailable when the server is away, which is for waiting or for the caller to try again, and of
+InternalError when a command is refused, which is a defect.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from importlib import resources
+from typing import Any, cast
+
+from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import ExponentialBackoff
+from redis.exceptions import (
+    AuthenticationError,
+    ConnectionError,
+    NoScriptError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    RedisError,
+    ResponseError,
+    TimeoutError,
+)
+
+from common.errors import InternalError, InvalidInput, Unavailable
+
+PREFIX = "fleet:"
+# No command blocks longer on the server than this; the socket's own timeout is beyond it.
+BLOCK_SECONDS = 5.0
+_SOCKET_SECONDS = 10.0
+_CONNECT_SECONDS = 3.0
+_RETRIES = 2
+_AWAY = (ConnectionError, TimeoutError, ReadOnlyError, OutOfMemoryError)
+
+
+def connect(url: str) -> Redis:
+    """A client of redis://, rediss:// or unix:// with a pool of connections; nothing is opened yet.
+
+    Raises InvalidInput for a URL that is none of these.
+    """
+    try:
+        return Redis.from_url(
+            url,
+            socket_timeout=_SOCKET_SECONDS,
+            socket_connect_timeout=_CONNECT_SECONDS,
+            retry=Retry(ExponentialBackoff(cap=0.25, base=0.02), _RETRIES),
+        )
+    except ValueError as error:
+        raise InvalidInput(
+            f"{url!r} is no Redis URL; it reads like redis://host:6379/0 or unix:///path: {error}", field="redis"
+        ) from error
+
+
+@contextmanager
+def store_errors() -> Iterator[None]:
+    """Turn Redis's errors into the fleet's."""
+    try:
+        yield
+    except AuthenticationError as error:
+        raise Unavailable(f"the request store refuses the login: {error}") from error
+    except _AWAY as error:
+        raise Unavailable(f"the request store is away: {error}") from error
+    except ResponseError as error:
+        if str(error).startswith(("MISCONF", "NOREPLICAS", "BUSY", "LOADING", "MASTERDOWN")):
+            raise Unavailable(f"the request store takes no writes: {error}") from error
+        raise InternalError(f"the request store refused a command: {error}") from error
+    except RedisError as error:
+        raise InternalError(f"the request store failed: {error}") from error
+
+
+async def command(redis: Redis, *words: str | bytes | memoryview | float) -> Any:
+    """Run one command; its reply is as the server gives it, texts as bytes."""
+    with store_errors():
+        return await cast(Any, redis).execute_command(*words)
+
+
+async def ping(redis: Redis) -> None:
+    """Raise Unavailable unless the server answers."""
+    await command(redis, "PING")
+
+
+@cache
+def script_source() -> str:
+    """The text of fleet.lua."""
+    return resources.files(__package__).joinpath("fleet.lua").read_text(encoding="utf-8")
+
+
+@cache
+def script_sha() -> str:
+    """The name under which the server keeps fleet.lua."""
+    return hashlib.sha1(script_source().encode(), usedforsecurity=False).hexdigest()
+
+
+async def run_script(redis: Redis, operation: str, *arguments: str | bytes | float) -> Any:
+    """Run an operation of fleet.lua: one round trip, and one more where the server does not know the script yet."""
+    words = ("EVALSHA", script_sha(), 0, operation, *arguments)
+    with store_errors():
+        try:
+            return await cast(Any, redis).execute_command(*words)
+        except NoScriptError:
+            await redis.script_load(script_source())
+            return await cast(Any, redis).execute_command(*words)

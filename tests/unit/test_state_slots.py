@@ -1,0 +1,272 @@
+"""Workers and slots against real servers: who lives, who is next, and what happens to the slots of the dead."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
+
+import pytest
+from redis.asyncio import Redis
+
+from common.errors import FailedPrecondition, InvalidInput, Unavailable
+from common.stage import Contract
+from common.state.connection import connect, run_script
+from common.state.presence import Presence
+from common.state.slots import Slot, Slots
+from common.state.workers import WorkerRegistry
+from fleet.v1 import worker_pb2
+from redis_servers import running_server, server_binaries, until
+
+SLOW = 3_600.0
+
+
+@pytest.fixture(scope="module", params=sorted(server_binaries()))
+def url(request: pytest.FixtureRequest) -> Iterator[str]:
+    with running_server(request.param) as server:
+        yield server.url
+
+
+def run(url: str, test: Callable[[Redis], Awaitable[None]]) -> None:
+    """Run a test on an empty store."""
+
+    async def main() -> None:
+        async with connect(url) as redis:
+            await redis.flushall()
+            async with asyncio.timeout(30):
+                await test(redis)
+
+    asyncio.run(main())
+
+
+def worker(worker_id: str, *, capacity: int = 1, fingerprint: str = "f") -> worker_pb2.WorkerInfo:
+    contract = worker_pb2.StageContract(stages=["DenoisingStage"], inputs={"canvas": "Canvas"})
+    return worker_pb2.WorkerInfo(
+        worker_id=worker_id,
+        service="denoising",
+        model="emoji",
+        model_fingerprint=fingerprint,
+        capacity=capacity,
+        address=f"unix:/{worker_id}",
+        contract=contract,
+    )
+
+
+@asynccontextmanager
+async def slots_of(redis: Redis, owner: str, *, ask_again_seconds: float = SLOW) -> AsyncIterator[Slots]:
+    presence = Presence(redis, owner)
+    slots = Slots(redis, presence, ask_again_seconds=ask_again_seconds)
+    await presence.start()
+    yield slots
+    await presence.stop()
+
+
+async def queued(registry: WorkerRegistry, count: int) -> None:
+    """Wait until so many claims are in the queue."""
+
+    async def so_many() -> bool:
+        return (await registry.load("emoji", "denoising")).queued == count
+
+    await until(so_many)
+
+
+def test_slots_go_by_priority_then_deadline_then_arrival(url: str) -> None:
+    async def story(redis: Redis) -> None:
+        registry = WorkerRegistry(redis)
+        await registry.announce(worker("w"))
+        async with slots_of(redis, "a") as mine, slots_of(redis, "b") as others:
+            order: list[str] = []
+
+            async def take(slots: Slots, name: str, priority: int, deadline: int) -> None:
+                slot = await slots.claim("emoji", "denoising", name, priority=priority, deadline_ms=deadline)
+                order.append(name)
+                await slots.release(slot)
+
+            first = await mine.claim("emoji", "denoising", "first")
+            waiting = []
+            for number, (slots, name, priority, deadline) in enumerate(
+                [
+                    (mine, "plain 1", 0, 0),
+                    (others, "plain 2", 0, 0),
+                    (mine, "low", -100, 1),
+                    (others, "late", 0, 4_000_000_000_000),
+                    (mine, "soon", 0, 3_000_000_000_000),
+                    (others, "high", 100, 0),
+                ],
+                start=1,
+            ):
+                waiting.append(asyncio.create_task(take(slots, name, priority, deadline)))
+                await queued(registry, number)
+            await mine.release(first)
+            await asyncio.gather(*waiting)
+            assert order == ["high", "soon", "late", "plain 1", "plain 2", "low"]
+            assert await redis.keys("fleet:slots:*") == []
+            assert await redis.keys("fleet:waiting:*") == []
+        await registry.withdraw("w")
+
+    run(url, story)
+
+
+def test_slots_spread_over_workers_up_to_their_capacity(url: str) -> None:
+    async def story(redis: Redis) -> None:
+        registry = WorkerRegistry(redis)
+        for info in (worker("one"), worker("two", capacity=2)):
+            await registry.announce(info)
+        async with slots_of(redis, "a") as slots:
+            taken = await asyncio.gather(*(slots.claim("emoji", "denoising", f"r{i}") for i in range(3)))
+            assert sorted(slot.worker.worker_id for slot in taken) == ["one", "two", "two"]
+            load = await registry.load("emoji", "denoising")
+            assert (load.capacity, load.busy, load.queued) == (3, 3, 0)
+            waiting = asyncio.create_task(slots.claim("emoji", "denoising", "r3"))
+            await queued(registry, 1)
+            await slots.release(taken[0])
+            assert (await waiting).worker.worker_id == taken[0].worker.worker_id
+        for name in ("one", "two"):
+            await registry.withdraw(name)
+        assert await registry.live("emoji", "denoising") == []
+
+    run(url, story)
+
+
+def test_idle_workers_take_turns(url: str) -> None:
+    async def story(redis: Redis) -> None:
+        registry = WorkerRegistry(redis)
+        for name in ("one", "two", "three"):
+            await registry.announce(worker(name))
+        async with slots_of(redis, "a") as slots:
+            seen = []
+            for number in range(6):
+                slot = await slots.claim("emoji", "denoising", f"r{number}")
+                seen.append(slot.worker.worker_id)
+                await slots.release(slot)
+            assert sorted(seen[:3]) == sorted(seen[3:]) == ["one", "three", "two"]
+        for name in ("one", "two", "three"):
+            await registry.withdraw(name)
+
+    run(url, story)
+
+
+def test_a_worker_that_comes_serves_who_waits(url: str) -> None:
+    async def story(redis: Redis) -> None:
+        registry = WorkerRegistry(redis)
+        async with slots_of(redis, "a") as slots:
+            waiting = asyncio.create_task(slots.claim("emoji", "denoising", "r"))
+            await queued(registry, 1)
+            await registry.announce(worker("w"))
+            assert (await waiting).worker == worker("w")
+        await registry.withdraw("w")
+
+    run(url, story)
+
+
+def test_an_abandoned_claim_leaves_queue_and_slot(url: str) -> None:
+    async def story(redis: Redis) -> None:
+        registry = WorkerRegistry(redis)
+        await registry.announce(worker("w"))
+        async with slots_of(redis, "a") as slots:
+            held = await slots.claim("emoji", "denoising", "r")
+            waiting = asyncio.create_task(slots.claim("emoji", "denoising", "gone"))
+            await queued(registry, 1)
+            waiting.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await waiting
+            assert (await registry.load("emoji", "denoising")).queued == 0
+            await slots.release(held)
+            assert (await registry.load("emoji", "denoising")).busy == 0
+        await registry.withdraw("w")
+
+    run(url, story)
+
+
+def test_slots_and_places_of_a_dead_coordinator_are_free(url: str) -> None:
+    async def story(redis: Redis) -> None:
+        registry = WorkerRegistry(redis)
+        await registry.announce(worker("w"))
+        async with slots_of(redis, "dying") as dying, slots_of(redis, "living", ask_again_seconds=0.02) as living:
+            await dying.claim("emoji", "denoising", "held")
+            first = asyncio.create_task(dying.claim("emoji", "denoising", "first", priority=9))
+            await queued(registry, 1)
+            second = asyncio.create_task(living.claim("emoji", "denoising", "second"))
+            await queued(registry, 2)
+            await run_script(redis, "resign", "dying")  # What the end of its heartbeat comes to.
+            assert (await second).worker.worker_id == "w"
+            first.cancel()
+            await asyncio.gather(first, return_exceptions=True)
+        await registry.withdraw("w")
+
+    run(url, story)
+
+
+def test_the_slots_of_a_dead_worker_go_to_another(url: str) -> None:
+    async def story(redis: Redis) -> None:
+        fast = WorkerRegistry(redis, beat_seconds=0.01, ttl_seconds=0.1)
+        mortal = WorkerRegistry(redis, beat_seconds=SLOW, ttl_seconds=0.1)
+        await fast.announce(worker("alive"))
+        await mortal.announce(worker("dead"))
+        assert len(await fast.live("emoji", "denoising")) == 2
+
+        async def one_is_left() -> bool:
+            return len(await fast.live("emoji", "denoising")) == 1
+
+        await until(one_is_left)
+        assert [each.worker_id for each in await fast.live("emoji", "denoising")] == ["alive"]
+        assert 0 <= await redis.pttl("fleet:workers:emoji/denoising") <= 100
+        await fast.withdraw("alive")
+        await mortal.withdraw("dead")
+
+    run(url, story)
+
+
+def test_a_suspect_is_out_until_its_next_beat(url: str) -> None:
+    async def story(redis: Redis) -> None:
+        registry = WorkerRegistry(redis, beat_seconds=0.05)
+        await registry.announce(worker("w"))
+        async with slots_of(redis, "a") as slots:
+            lost = await slots.claim("emoji", "denoising", "r")
+            await registry.suspect("w")
+            await slots.release(lost)
+            assert (await slots.claim("emoji", "denoising", "r", patience_seconds=5)).worker.worker_id == "w"
+        await registry.withdraw("w")
+
+    run(url, story)
+
+
+def test_patience_ends_only_without_workers(url: str) -> None:
+    async def story(redis: Redis) -> None:
+        async with slots_of(redis, "a", ask_again_seconds=0.01) as slots:
+            with pytest.raises(Unavailable, match="no worker serves emoji/denoising, and none came"):
+                await slots.claim("emoji", "denoising", "r", patience_seconds=0.05)
+            registry = WorkerRegistry(redis)
+            assert (await registry.load("emoji", "denoising")).queued == 0
+            await registry.announce(worker("w"))
+            held = await slots.claim("emoji", "denoising", "r", patience_seconds=0.0)
+            waiting = asyncio.create_task(slots.claim("emoji", "denoising", "s", patience_seconds=0.0))
+            await queued(registry, 1)
+            await slots.release(held)
+            assert isinstance(await waiting, Slot)
+            await registry.withdraw("w")
+
+    run(url, story)
+
+
+def test_a_model_is_one_checkpoint_with_one_contract(url: str) -> None:
+    async def story(redis: Redis) -> None:
+        registry = WorkerRegistry(redis)
+        contract = Contract("DenoisingStage", {"canvas": "Canvas"}, {})
+        await registry.declare("emoji", "f", {"denoising": contract})
+        await registry.announce(worker("w"))
+        with pytest.raises(FailedPrecondition, match="fingerprint f, this one has other") as caught:
+            await registry.announce(worker("x", fingerprint="other"))
+        assert caught.value.field == "model_fingerprint"
+        odd = worker("y")
+        odd.contract.inputs["canvas"] = "Prompt"
+        with pytest.raises(FailedPrecondition, match="another contract") as caught:
+            await registry.announce(odd)
+        assert caught.value.field == "contract"
+        assert [each.worker_id for each in await registry.live("emoji", "denoising")] == ["w"]
+        assert 0 < await redis.pttl("fleet:model:emoji") <= 6_000
+        with pytest.raises(InvalidInput, match="worker_id"):
+            await registry.announce(worker("a|b"))
+        await registry.withdraw("w")
+
+    run(url, story)
