@@ -1,0 +1,61 @@
+# Targets: `coordinator` (no torch), `cpu` and `gpu` (every stage service). BuildKit is needed.
+#
+#     docker build --target cpu --build-arg TORCH_INDEX=... -t diffusion-fleet:cpu .
+#
+# TORCH_INDEX: a package index to ask for torch besides the default one, for the cpu target. PyPI's torch for Linux brings
+# CUDA's libraries along; the index of CPU wheels that pytorch.org names spares the image several gigabytes.
+# Secret pip_conf: a pip.conf for this build (mirrors, find-links, certificates). No layer keeps it.
+#
+#     docker build --secret id=pip_conf,src=$HOME/.config/pip/pip.conf ...
+
+FROM python:3.11-slim AS base
+# Big buffers stay with the process from one tensor to the next, instead of being mapped and faulted in anew.
+ENV GLIBC_TUNABLES=glibc.malloc.mmap_threshold=268435456:glibc.malloc.trim_threshold=268435456:glibc.malloc.arena_max=4 \
+    PATH=/fleet/venv/bin:$PATH \
+    PIP_DISABLE_PIP_VERSION_CHECK=1 \
+    PIP_NO_CACHE_DIR=1 \
+    PYTHONUNBUFFERED=1
+RUN useradd --uid 10001 --user-group --home-dir /fleet --create-home fleet \
+    && python -m venv /fleet/venv
+WORKDIR /fleet
+EXPOSE 50051
+HEALTHCHECK --interval=5s --timeout=5s --start-period=120s --retries=3 \
+    CMD ["python", "-m", "common.rpc.probe", "127.0.0.1:50051"]
+ENTRYPOINT ["fleet", "serve"]
+
+# The wheel, and what it needs by target: a change of code rebuilds the first and leaves the others as they are.
+FROM base AS wheel
+COPY pyproject.toml ./
+RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
+    pip install hatchling \
+    && python -c 'import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+open("coordinator.txt", "w").write("\n".join(project["dependencies"])); \
+open("worker.txt", "w").write("\n".join(project["optional-dependencies"]["worker"]))'
+COPY . .
+RUN pip wheel --no-deps --no-build-isolation --wheel-dir dist .
+
+FROM base AS coordinator-packages
+COPY --from=wheel /fleet/coordinator.txt ./
+RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf pip install -r coordinator.txt
+
+FROM coordinator-packages AS cpu-packages
+ARG TORCH_INDEX=""
+COPY --from=wheel /fleet/worker.txt ./
+RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
+    pip install ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} -r worker.txt
+
+FROM coordinator-packages AS gpu-packages
+COPY --from=wheel /fleet/worker.txt ./
+RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf pip install -r worker.txt
+
+FROM coordinator-packages AS coordinator
+RUN --mount=type=bind,from=wheel,source=/fleet/dist,target=/dist pip install --no-deps /dist/*.whl
+USER fleet
+
+FROM gpu-packages AS gpu
+RUN --mount=type=bind,from=wheel,source=/fleet/dist,target=/dist pip install --no-deps /dist/*.whl
+USER fleet
+
+FROM cpu-packages AS cpu
+RUN --mount=type=bind,from=wheel,source=/fleet/dist,target=/dist pip install --no-deps /dist/*.whl
+USER fleet
