@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
+from mmap import mmap
 from typing import Any, Protocol, TypeVar
 
 from google.protobuf.descriptor import FieldDescriptor
@@ -33,7 +34,7 @@ class TensorLeaf(Protocol):
     def view(self, path: str, value: Any) -> tuple[pb.Dtype.ValueType, Sequence[int], memoryview]:
         """The Dtype, the shape and the bytes of a tensor; the view keeps its memory alive."""
 
-    def restore(self, path: str, tensor: pb.Tensor, buffer: bytearray) -> Any:
+    def restore(self, path: str, tensor: pb.Tensor, buffer: bytearray | mmap) -> Any:
         """A tensor laid over the beginning of buffer, which it keeps alive and may write to."""
 
 
@@ -44,7 +45,7 @@ class NoTensors:
         """Refuse. Raises TypeError."""
         raise TypeError(f"{path} is a {type(value).__name__}: packing tensors needs common.tensors.TORCH")
 
-    def restore(self, path: str, tensor: pb.Tensor, buffer: bytearray) -> Any:
+    def restore(self, path: str, tensor: pb.Tensor, buffer: bytearray | mmap) -> Any:
         """Refuse. Raises TypeError."""
         raise TypeError(f"{path} of {len(tensor.shape)} dimensions, {len(buffer)} bytes: needs common.tensors.TORCH")
 
@@ -190,18 +191,15 @@ class _Reader:
             return read_param(path, message)
         return self.read(path, message)
 
-    def _buffer(self, path: str, tensor: pb.Tensor) -> bytearray:
+    def _buffer(self, path: str, tensor: pb.Tensor) -> bytearray | mmap:
         if tensor.HasField("data"):
             return bytearray(tensor.data)
         pieces = self._packet.chunks.get(path, ())
         if len(pieces) == 1 and pieces[0].owner is not None:
             return pieces[0].owner
-        buffer, at = bytearray(tensor.byte_size), 0
-        for piece in pieces:
-            buffer[at : at + len(piece.data)] = piece.data
-            at += len(piece.data)
-        if at != tensor.byte_size or len(buffer) != at:
-            raise InvalidInput(f"{path} has {at} of {tensor.byte_size} bytes", field=path)
+        buffer = bytearray().join(piece.data for piece in pieces)
+        if len(buffer) != tensor.byte_size:
+            raise InvalidInput(f"{path} has {len(buffer)} of {tensor.byte_size} bytes", field=path)
         return buffer
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import re
 import threading
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
-from common.errors import Cancelled
+from common.errors import Cancelled, DeadlineExceeded
 
 if TYPE_CHECKING:
     from common.artifacts import DenoiseState
@@ -27,23 +28,33 @@ def _ignore(*_: object) -> None:
 
 @dataclass(frozen=True)
 class Call:
-    """What a stage may know about the request it works on, and whom it tells how it goes."""
+    """What a stage may know about the request it works on, and whom it tells how it goes.
+
+    `deadline` is in seconds of time.monotonic().
+    """
 
     request_id: str
     on_progress: Callable[[int, int], None] = _ignore
     on_warning: Callable[[str, str], None] = _ignore
     on_checkpoint: Callable[[DenoiseState], None] = _ignore
     cancelled: threading.Event = field(default_factory=threading.Event)
+    deadline: float | None = None
 
     def progress(self, step: int, total_steps: int) -> None:
-        """Report a finished step. Raises Cancelled when the caller has gone: the loop ends within one step."""
+        """Report a finished step. Raises as check_cancelled, so that the loop ends within one step."""
         self.check_cancelled()
         self.on_progress(step, total_steps)
 
     def check_cancelled(self) -> None:
-        """Raise Cancelled when the caller has gone."""
+        """Raise Cancelled when the caller has gone, DeadlineExceeded when the result is no longer of use."""
         if self.cancelled.is_set():
             raise Cancelled(f"request {self.request_id} was cancelled")
+        if (left := self.seconds_left()) is not None and left <= 0:
+            raise DeadlineExceeded(f"request {self.request_id} is past its deadline")
+
+    def seconds_left(self) -> float | None:
+        """Time until the deadline, negative after it; None without one."""
+        return None if self.deadline is None else self.deadline - time.monotonic()
 
     def warn(self, field: str, message: str) -> None:
         """Tell the caller what was done instead of what `field` asked for."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from mmap import mmap
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ class TorchTensors:
         dense = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         return _NUMBERS[value.dtype], tuple(value.shape), dense.numpy().data
 
-    def restore(self, path: str, tensor: pb.Tensor, buffer: bytearray) -> Tensor:
+    def restore(self, path: str, tensor: pb.Tensor, buffer: bytearray | mmap) -> Tensor:
         """A tensor over the beginning of buffer. Raises InvalidInput for bytes that a bool cannot have."""
         dtype, count = _DTYPES[tensor.dtype], tensor.byte_size
         if count == 0:

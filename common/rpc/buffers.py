@@ -1,11 +1,13 @@
 """Buffers that are used again. Memory that the process already touched is what makes a large hop cheap.
 
-Not thread-safe: one pool belongs to one event loop.
+Buffers are anonymous mappings, not bytearrays: those are zeroed when they are made, which for a large one holds up
+the event loop, and would let a header that promises much cost as much. Not thread-safe: one pool, one event loop.
 """
 
 from __future__ import annotations
 
 import sys
+from mmap import mmap
 
 _GRAIN = 1 << 20
 _UNSHARED = 2  # references that sys.getrefcount sees when only one local name holds an object
@@ -16,7 +18,7 @@ class BufferPool:
 
     def __init__(self, idle_bytes: int = 256 << 20) -> None:
         self._idle_bytes = idle_bytes
-        self._idle: list[bytearray] = []
+        self._idle: list[mmap] = []
 
     @property
     def idle_bytes(self) -> int:
@@ -27,16 +29,16 @@ class BufferPool:
         """A set of buffers with one end of life."""
         return BufferLease(self)
 
-    def take(self, size: int) -> bytearray:
+    def take(self, size: int) -> mmap:
         """A buffer of at least `size` bytes: the smallest idle one that fits without wasting half, or a new one."""
         fitting = [buffer for buffer in self._idle if size <= len(buffer) <= max(2 * size, _GRAIN)]
         if not fitting:
-            return bytearray(-(-size // _GRAIN) * _GRAIN)
+            return mmap(-1, -(-size // _GRAIN) * _GRAIN)
         chosen = min(fitting, key=len)
         self._idle = [buffer for buffer in self._idle if buffer is not chosen]
         return chosen
 
-    def give(self, buffer: bytearray) -> None:
+    def give(self, buffer: mmap) -> None:
         """Keep a buffer that nobody looks at any more; the oldest idle ones make room."""
         self._idle.append(buffer)
         while self.idle_bytes > self._idle_bytes:
@@ -51,10 +53,10 @@ class BufferLease:
 
     def __init__(self, pool: BufferPool) -> None:
         self._pool = pool
-        self._buffers: list[bytearray] = []
+        self._buffers: list[mmap] = []
         self._views: list[memoryview] = []
 
-    def take(self, size: int) -> tuple[bytearray, memoryview]:
+    def take(self, size: int) -> tuple[mmap, memoryview]:
         """A buffer, and a view of its first `size` bytes that dies with the lease."""
         buffer = self._pool.take(size)
         view = memoryview(buffer)[:size]

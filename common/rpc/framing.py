@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from mmap import mmap
 from typing import Protocol
 
 import xxhash
@@ -53,7 +54,7 @@ class Piece:
 
     data: Data
     frame: bytes = b""
-    owner: bytearray | None = None
+    owner: mmap | None = None
 
 
 Payloads = Mapping[str, Sequence[Piece]]

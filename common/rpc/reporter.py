@@ -1,0 +1,78 @@
+"""Turns what a stage tells its Call, on the device thread, into frames that the event loop sends."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import AsyncIterator, Sequence
+from typing import Any, cast
+
+from google.protobuf.message import Message
+
+from common.artifacts import DenoiseState
+from common.codec import TensorLeaf, pack
+from common.rpc.framing import chunk_frames
+from common.stage import Call
+
+_MAX_WAITING = 256
+
+
+class Reporter:
+    """The frames that a call sends while its stages run.
+
+    A client that reads slowly gets fewer of them, never a growing queue: progress is left out while many frames wait,
+    and so is a checkpoint while the one before it waits, since an older checkpoint is as valid.
+    """
+
+    def __init__(self, frame: type[Message], leaf: TensorLeaf) -> None:
+        self._frame = cast(Any, frame)
+        self._leaf = leaf
+        self._loop = asyncio.get_running_loop()
+        self._queue: asyncio.Queue[tuple[Sequence[bytes], bool]] = asyncio.Queue()
+        self._checkpoints = "checkpoint" in frame.DESCRIPTOR.fields_by_name
+        self._checkpoint_waits = False
+
+    def listen(self, call: Call) -> Call:
+        """The same call, telling this reporter."""
+        return dataclasses.replace(
+            call, on_progress=self._progress, on_warning=self._warning, on_checkpoint=self._checkpoint
+        )
+
+    def end(self) -> None:
+        """No more frames. Called on the event loop."""
+        self._queue.put_nowait(((), False))
+
+    async def frames(self) -> AsyncIterator[bytes]:
+        """The frames in order, until the end."""
+        while True:
+            frames, is_checkpoint = await self._queue.get()
+            if not frames:
+                return
+            for frame in frames:
+                yield frame
+            if is_checkpoint:
+                self._checkpoint_waits = False
+
+    def _put(self, frames: Sequence[bytes], is_checkpoint: bool = False) -> None:
+        self._loop.call_soon_threadsafe(self._queue.put_nowait, (frames, is_checkpoint))
+
+    def _progress(self, step: int, total_steps: int) -> None:
+        if self._queue.qsize() < _MAX_WAITING or step == total_steps:
+            frame = self._frame()
+            frame.progress.step, frame.progress.total_steps = step, total_steps
+            self._put((frame.SerializeToString(),))
+
+    def _warning(self, field: str, message: str) -> None:
+        frame = self._frame()
+        frame.warning.field, frame.warning.message = field, message
+        self._put((frame.SerializeToString(),))
+
+    def _checkpoint(self, state: DenoiseState) -> None:
+        """Serialised at once: the loop may write to its tensors as soon as this returns."""
+        if not self._checkpoints or self._checkpoint_waits:
+            return
+        self._checkpoint_waits = True
+        packet = pack("checkpoint", state, self._leaf)
+        frame = self._frame()
+        frame.checkpoint.state.CopyFrom(packet.message)
+        self._put((frame.SerializeToString(), *chunk_frames(packet.chunks)), True)

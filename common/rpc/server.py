@@ -1,0 +1,248 @@
+"""Serves a run of stages behind its service's RPC."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol, TypeAlias, cast
+
+import grpc
+from google.protobuf.message import Message
+
+from common.codec import TensorLeaf, artifact_class, pack, unpack
+from common.errors import DeadlineExceeded, InternalError, InvalidInput, ResourceExhausted
+from common.rpc.buffers import BufferLease, BufferPool
+from common.rpc.client import header_frame
+from common.rpc.frames import ChunkView, read_chunk
+from common.rpc.framing import (
+    Assembler,
+    Limits,
+    Packet,
+    PooledPayload,
+    chunk_frames,
+    described_tensors,
+    split_packets,
+)
+from common.rpc.method import check_contract, path_of, request_type, response_type, service_name, stage_method
+from common.rpc.parsing import parse, refuse_unknown_fields
+from common.rpc.reporter import Reporter
+from common.stage import Call, Contract
+from common.telemetry import REQUEST_ID_KEY
+
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+
+
+class Stages(Protocol):
+    """What is served; common.local.HostedStages is one."""
+
+    contract: Contract
+
+    def run(self, values: Mapping[str, Any], call: Call) -> dict[str, Any]:
+        """Artifacts in, artifacts out, by slot."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServingLimits:
+    """Bounds of a servicer.
+
+    `capacity` calls run or wait for the device thread at a time; a peer that sends no frame for `idle_seconds`
+    before its call is complete is given up.
+    """
+
+    capacity: int = 1
+    idle_seconds: float = 30.0
+    call: Limits = field(default_factory=Limits)
+
+
+class StageServicer(grpc.GenericRpcHandler):
+    """Puts stages behind the RPC of a service.
+
+    Raises PipelineError when the stages' contract is not part of the RPC's messages. The stages run on `executor`,
+    which has the one thread that may touch the device; unpacking and packing run there too, off the event loop.
+    """
+
+    def __init__(
+        self,
+        service: str,
+        stages: Stages,
+        executor: ThreadPoolExecutor,
+        leaf: TensorLeaf,
+        *,
+        limits: ServingLimits | None = None,
+        pool: BufferPool | None = None,
+    ) -> None:
+        method = stage_method(service)
+        check_contract(stages.contract, method)
+        self.service_name = service_name(method)
+        self._stages = stages
+        self._executor = executor
+        self._leaf = leaf
+        self._limits = limits or ServingLimits()
+        self._pool = pool or BufferPool()
+        self._request = request_type(method)
+        self._reply = response_type(method)
+        self._path = path_of(method)
+        self._handler: grpc.RpcMethodHandler[Any, Any] = grpc.stream_stream_rpc_method_handler(cast(Any, self._handle))
+        self.in_flight = 0
+
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[Any, Any] | None:
+        """The handler of the one method served here."""
+        return self._handler if handler_call_details.method == self._path else None
+
+    async def _handle(self, _requests: object, context: Context) -> None:
+        with self._place() as leave:
+            job = _Job(self._pool.lease(), self._call_of(context))
+            try:
+                await self._receive(context, job)
+                outputs = await self._run(context, job)
+                await self._answer(context, outputs, leave)
+            finally:
+                job.abandon()
+
+    @contextmanager
+    def _place(self) -> Iterator[Callable[[], None]]:
+        """One of the servicer's places, and the function that gives it back early.
+
+        A cancelled call gives its place back at once, although its stage may compute for the rest of a step: the
+        next call's inputs arrive meanwhile, and wait for the device thread.
+        """
+        if self.in_flight >= self._limits.capacity:
+            raise ResourceExhausted(f"this worker takes {self._limits.capacity} calls at a time and has as many")
+        self.in_flight += 1
+        held = [True]
+
+        def leave() -> None:
+            if held:
+                held.clear()
+                self.in_flight -= 1
+
+        try:
+            yield leave
+        finally:
+            leave()
+
+    def _call_of(self, context: Context) -> Call:
+        remaining = context.time_remaining()
+        metadata = dict(context.invocation_metadata() or ())
+        return Call(
+            request_id=str(metadata.get(REQUEST_ID_KEY, "")),
+            deadline=None if remaining is None else time.monotonic() + remaining,
+        )
+
+    async def _receive(self, context: Context, job: _Job) -> None:
+        """Read the header and the chunks that it announces, until half-close."""
+        assembler: Assembler | None = None
+        header: Message | None = None
+        while (raw := await self._read(context)) is not None:
+            chunk, frame = read_chunk(raw), None
+            if chunk is None:
+                frame = cast(Any, parse(self._request, raw))
+                if frame.WhichOneof("frame") == "chunk":
+                    chunk = ChunkView(frame.chunk.path, frame.chunk.offset, frame.chunk.data)
+            if chunk is not None:
+                if assembler is None:
+                    raise InvalidInput(f"a chunk of {chunk.path!r} before the header", field=chunk.path)
+                assembler.add(chunk)
+            elif header is not None:
+                raise InvalidInput("a second header")
+            else:
+                header = self._checked_header(frame)
+                tensors = described_tensors("", header, self._limits.call)
+                assembler = Assembler(tensors, partial(PooledPayload, lease=job.lease))
+        if header is None or assembler is None:
+            raise InvalidInput("the call ended before its header")
+        job.inputs = split_packets(header, assembler.finish())
+
+    async def _read(self, context: Context) -> bytes | None:
+        """The next frame, None after the last. Raises DeadlineExceeded when the peer falls silent."""
+        try:
+            async with asyncio.timeout(self._limits.idle_seconds):
+                raw = await context.read()
+        except TimeoutError:
+            raise DeadlineExceeded(f"no frame came for {self._limits.idle_seconds:g} s") from None
+        return None if raw is grpc.aio.EOF else cast(bytes, raw)
+
+    def _checked_header(self, frame: Any) -> Message:
+        refuse_unknown_fields("", frame)
+        if not frame.HasField("header"):
+            raise InvalidInput("a frame that is neither header nor chunk")
+        header: Message = frame.header
+        contract = self._stages.contract
+        present = {descriptor.name for descriptor, _ in header.ListFields()}
+        for slot in sorted(present - contract.inputs.keys()):
+            raise InvalidInput(f"{slot} is present, but {contract.name} of this model does not read it", field=slot)
+        for slot in contract.inputs:
+            if slot not in present and slot not in contract.optional:
+                raise InvalidInput(f"{slot} is missing; {contract.name} of this model needs it", field=slot)
+        return header
+
+    async def _run(self, context: Context, job: _Job) -> Mapping[str, Packet]:
+        """Compute on the device thread; meanwhile send on what the stages report."""
+        reporter = Reporter(self._reply, self._leaf)
+        job.start(self._executor, partial(self._compute, job.inputs, reporter.listen(job.call)), reporter.end)
+        async for frame in reporter.frames():
+            await context.write(frame)
+        return job.result()
+
+    def _compute(self, inputs: dict[str, Packet], call: Call) -> dict[str, Packet]:
+        """Unpack, run, pack: on the device thread. Empties inputs, so that nothing but tensors holds on to buffers."""
+        call.check_cancelled()
+        contract = self._stages.contract
+        values = {
+            slot: unpack(slot, artifact_class(contract.inputs[slot]), inputs.pop(slot), self._leaf)
+            for slot in list(inputs)
+        }
+        outputs = self._stages.run(values, call)
+        try:
+            return {slot: pack(slot, outputs[slot], self._leaf) for slot in contract.outputs}
+        except InvalidInput as error:
+            raise InternalError(f"{contract.name} made something that cannot travel: {error}") from error
+
+    async def _answer(self, context: Context, outputs: Mapping[str, Packet], leave: Callable[[], None]) -> None:
+        """Send the outputs. The place is given back before the last frame: who has read it may call again."""
+        frame = header_frame(self._reply, outputs)
+        for packet in outputs.values():
+            for following in chunk_frames(packet.chunks):
+                await context.write(frame)
+                frame = following
+        leave()
+        await context.write(frame)
+
+
+class _Job:
+    """One call's work on the device thread, and the buffers that it reads, which outlive the call if need be."""
+
+    def __init__(self, lease: BufferLease, call: Call) -> None:
+        self.lease = lease
+        self.call = call
+        self.inputs: dict[str, Packet] = {}
+        self._future: Future[dict[str, Packet]] | None = None
+
+    def start(
+        self, executor: ThreadPoolExecutor, work: Callable[[], dict[str, Packet]], on_end: Callable[[], None]
+    ) -> None:
+        """Queue the work; on_end is called on the event loop once it has ended, however."""
+        loop = asyncio.get_running_loop()
+        self._future = executor.submit(work)
+        self._future.add_done_callback(lambda _: loop.call_soon_threadsafe(on_end))
+
+    def result(self) -> dict[str, Packet]:
+        """What the work returned; raises what it raised."""
+        if self._future is None:
+            raise AssertionError("not started")
+        return self._future.result()
+
+    def abandon(self) -> None:
+        """Stop the work within a step if it still runs, and free the buffers once it has ended."""
+        self.call.cancelled.set()
+        self.inputs.clear()
+        if self._future is None or self._future.cancel() or self._future.done():
+            self.lease.close()
+        else:
+            loop = asyncio.get_running_loop()
+            self._future.add_done_callback(lambda _: loop.call_soon_threadsafe(self.lease.close))
