@@ -1,0 +1,99 @@
+"""A fleet of separate processes for the benches, and requests to it."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import grpc
+
+from fleet.v1 import generation_pb2 as api
+from fleet.v1 import generation_pb2_grpc
+
+
+@dataclass(frozen=True)
+class RunningFleet:
+    """A `fleet up` that is ready. `ready_seconds` is from the start of its process to its ready line."""
+
+    endpoint: str
+    ready_seconds: float
+
+
+@contextmanager
+def running_fleet(*arguments: str) -> Iterator[RunningFleet]:
+    """Run `fleet up --port 0 ARGUMENTS` for as long as the block. Raises RuntimeError when it does not get ready."""
+    command = [sys.executable, "-m", "services.cli", "up", "--port", "0", *arguments]
+    with tempfile.TemporaryFile("w+") as notes:
+        began = time.monotonic()
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=notes, text=True)
+        try:
+            assert process.stdout is not None
+            words = process.stdout.readline().split()
+            if words[:1] != ["ready:"]:
+                notes.seek(0)
+                raise RuntimeError("fleet up did not get ready:\n" + "".join(notes.readlines()[-20:]))
+            yield RunningFleet(words[1], time.monotonic() - began)
+        finally:
+            process.send_signal(signal.SIGTERM)
+            process.wait()
+
+
+@dataclass
+class Timeline:
+    """One request as its client saw it: seconds since the call began."""
+
+    accepted: float = 0.0
+    first_progress: float = 0.0
+    finished: float = 0.0
+    services: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """First and last progress event of each service."""
+    files: list[bytes] = field(default_factory=list)
+    failure: str = ""
+
+
+class Caller:
+    """A blocking client with one connection, as a service that uses the fleet would keep."""
+
+    def __init__(self, endpoint: str) -> None:
+        self._channel = grpc.insecure_channel(endpoint)
+        self._stub = generation_pb2_grpc.GenerationServiceStub(self._channel)
+
+    def generate(self, parameters: api.GenerationParameters, model: str = "") -> Timeline:
+        """Submit, follow and download in one call. Raises RuntimeError for a request that does not succeed."""
+        seen = Timeline()
+        began = time.perf_counter()
+        request = api.SubmitRequest(model=model, parameters=parameters)
+        for reply in self._stub.Generate(api.GenerateRequest(request=request)):
+            now = time.perf_counter() - began
+            match reply.WhichOneof("payload"):
+                case "accepted":
+                    seen.accepted = now
+                case "event":
+                    _note(seen, reply.event, now)
+                case "file":
+                    seen.files.append(b"")
+                case "data":
+                    seen.files[-1] += reply.data
+        seen.finished = time.perf_counter() - began
+        if not seen.files:
+            raise RuntimeError(f"no result: {seen.failure}")
+        return seen
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._channel.close()
+
+
+def _note(seen: Timeline, event: api.Event, now: float) -> None:
+    if event.HasField("progress"):
+        seen.first_progress = seen.first_progress or now
+        first, _ = seen.services.get(event.progress.service, (now, now))
+        seen.services[event.progress.service] = (first, now)
+    elif event.HasField("state_change"):
+        seen.failure = event.state_change.error.message

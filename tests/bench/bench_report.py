@@ -1,0 +1,79 @@
+"""What every bench prints: the machine it ran on, tables, and verdicts against a stated budget."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import statistics
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+PACKAGES = ("torch", "diffusers", "transformers", "grpcio", "protobuf", "redis")
+
+
+def say(text: str = "") -> None:
+    """Print a line, at once: benches are watched while they run."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def print_machine(title: str) -> None:
+    """Name the bench, the processor, the versions, and how busy the machine was to begin with."""
+    versions = ", ".join(f"{name} {_version(name)}" for name in PACKAGES)
+    say(f"# {title}")
+    say()
+    say(f"{processor()}, {len(os.sched_getaffinity(0))} cores, {platform.system()} {platform.machine()}")
+    say(f"Python {platform.python_version()}, {versions}; load before the run {os.getloadavg()[0]:.1f}")
+    say()
+
+
+def processor() -> str:
+    """The processor's name, as the kernel tells it."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or "unknown processor"
+
+
+def print_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Print a Markdown table; floats get one decimal below 100."""
+    say("| " + " | ".join(header) + " |")
+    say("|" + "---|" * len(header))
+    for row in rows:
+        say("| " + " | ".join(_cell(value) for value in row) + " |")
+    say()
+
+
+def print_verdict(what: str, measured: float, budget: float, unit: str, *, at_least: bool = False) -> bool:
+    """Print a measured value beside its budget; returns whether it is kept."""
+    kept = measured >= budget if at_least else measured <= budget
+    relation = "at least" if at_least else "at most"
+    say(f"{'ok  ' if kept else 'OVER'}  {what}: {_cell(measured)} {unit} ({relation} {_cell(budget)} {unit})")
+    return kept
+
+
+def median(values: Iterable[float]) -> float:
+    """The median; of nothing, not a number."""
+    found = list(values)
+    return statistics.median(found) if found else float("nan")
+
+
+def quantile(values: Iterable[float], share: float) -> float:
+    """The value below which that share of the values lies; no interpolation."""
+    found = sorted(values)
+    return found[min(len(found) - 1, int(share * len(found)))]
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 1 else f"{value:.3g}"
+    return str(value)
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "absent"

@@ -1,0 +1,228 @@
+"""Every stage on CUDA, next to Diffusers in the same run: the emoji model, and a full-size FLUX.1 of random weights.
+
+Diffusers draws first and is timed stage by stage (its device is synchronised around each); then it leaves the card,
+the fleet starts as separate processes and draws from the same directory, prompt and seed. Printed are stage times, the
+relative error of the latents, and the error of the pixels. Needs no network: the full checkpoint (34 GB) is drawn on
+the card, written to --directory and removed at the end. Memory: at most about 40 GB on the card.
+
+Run it with: python tests/bench/cuda_flux.py; to try its logic without a card: --device cpu --scale tiny
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench_checkpoint import SCALES, build_checkpoint, remove_checkpoint
+from bench_fleet import Caller, Timeline, running_fleet
+from bench_report import median, print_machine, print_table, say
+from diffusers import FluxPipeline
+from safetensors.torch import load
+from torch import Tensor
+
+from fleet.v1 import generation_pb2 as api
+from models.catalog import open_model
+from models.registry import load_registry
+
+PROMPT = "a red apple on a yellow background next to a blue house"
+SEED = 7
+GUIDANCE = 3.5
+STAGES = ("text encoding", "denoising", "a step", "decoding", "whole request")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model in one dtype, and what is asked of it."""
+
+    name: str
+    directory: Path
+    dtype: torch.dtype
+    pixels: int
+    steps: int
+    text_tokens: int
+
+    @property
+    def dtype_name(self) -> str:
+        """As the command line calls it."""
+        return str(self.dtype).removeprefix("torch.")
+
+
+@dataclass
+class Drawn:
+    """What one side drew, and its milliseconds by stage, one entry a repeat."""
+
+    latents: Tensor
+    pixels: Tensor
+    spent: dict[str, list[float]] = field(default_factory=lambda: {stage: [] for stage in STAGES})
+
+
+def main() -> None:
+    """Measure every case and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--scale", default="full", choices=tuple(SCALES))
+    parser.add_argument("--steps", type=int, default=28, help="steps of the large model")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--directory", type=Path, default=Path(tempfile.gettempdir()) / "flux-random")
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    os.environ["FLEET_DEVICE"] = args.device
+    print_machine(f"Flux on {args.device}, against Diffusers in the same run")
+    if device.type == "cuda":
+        say(f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}")
+        say()
+    emoji = open_model("emoji", load_registry()).checkpoint.path
+    for dtype in (torch.float32, torch.bfloat16):
+        measure(Case("emoji", emoji, dtype, 128, 20, 64), device, args.repeats)
+    scale = SCALES[args.scale]
+    try:
+        began = time.perf_counter()
+        build_checkpoint(args.directory, scale, emoji, device=device, dtype=torch.bfloat16)
+        _empty(device)
+        say(f"Random FLUX.1, {args.scale} size, written in {time.perf_counter() - began:.0f} s")
+        say()
+        name = f"FLUX.1 random ({args.scale})"
+        case = Case(name, args.directory, torch.bfloat16, scale.pixels, args.steps, scale.text_tokens)
+        measure(case, device, args.repeats)
+    finally:
+        remove_checkpoint(args.directory)
+
+
+def measure(case: Case, device: torch.device, repeats: int) -> None:
+    """Draw with both, and print times and errors."""
+    began = time.perf_counter()
+    theirs = draw_with_diffusers(case, device, repeats)
+    _empty(device)
+    loaded = time.perf_counter()
+    with running_fleet("--model", f"model={case.directory}", "--dtype", case.dtype_name) as fleet:
+        ready = fleet.ready_seconds
+        ours = draw_with_fleet(case, fleet.endpoint, repeats)
+    say(f"## {case.name}, {case.dtype_name}, {case.pixels}x{case.pixels}, {case.steps} steps")
+    say()
+    rows = [(stage, median(ours.spent[stage]), median(theirs.spent[stage])) for stage in STAGES]
+    print_table(
+        ("ms, median", "fleet (hops included)", "Diffusers", "ratio"),
+        [(stage, a, b, f"{a / b:.2f}") for stage, a, b in rows],
+    )
+    error = (ours.latents - theirs.latents).double().norm() / theirs.latents.double().norm()
+    difference = (ours.pixels - theirs.pixels).abs()
+    say(f"Latents: relative L2 error {float(error):.2e}; all finite: {bool(ours.latents.isfinite().all())}")
+    say(f"Pixels in [0, 1]: greatest difference {float(difference.max()):.4f}, mean {float(difference.mean()):.6f}")
+    say(f"Ready in {ready:.1f} s; Diffusers took {loaded - began:.0f} s in all, loading included")
+    say()
+
+
+def draw_with_diffusers(case: Case, device: torch.device, repeats: int) -> Drawn:
+    """The reference: the pipeline's own calls, one stage at a time, after a short warm-up."""
+    pipeline = FluxPipeline.from_pretrained(case.directory, torch_dtype=case.dtype).to(device)
+    pipeline.set_progress_bar_config(disable=True)
+    _reference(pipeline, case, device, steps=2)
+    runs = [_reference(pipeline, case, device, steps=case.steps) for _ in range(repeats)]
+    drawn = Drawn(runs[-1][0], runs[-1][1])
+    for _, _, spent in runs:
+        for stage, value in spent.items():
+            drawn.spent[stage].append(value)
+    return drawn
+
+
+@torch.inference_mode()
+def _reference(
+    pipeline: Any, case: Case, device: torch.device, *, steps: int
+) -> tuple[Tensor, Tensor, dict[str, float]]:
+    began = _now(device)
+    embeds, pooled, _ = pipeline.encode_prompt(
+        PROMPT, prompt_2=None, device=device, max_sequence_length=case.text_tokens
+    )
+    encoded = _now(device)
+    latents = pipeline(
+        prompt_embeds=embeds,
+        pooled_prompt_embeds=pooled,
+        height=case.pixels,
+        width=case.pixels,
+        num_inference_steps=steps,
+        guidance_scale=GUIDANCE,
+        generator=torch.Generator("cpu").manual_seed(SEED),
+        output_type="latent",
+    ).images
+    denoised = _now(device)
+    raw = pipeline._unpack_latents(latents, case.pixels, case.pixels, pipeline.vae_scale_factor)
+    vae = pipeline.vae
+    decoded = vae.decode(raw / vae.config.scaling_factor + vae.config.shift_factor, return_dict=False)[0]
+    pixels = pipeline.image_processor.postprocess(decoded, output_type="pt").float().cpu()
+    finished = _now(device)
+    loop = 1e3 * (denoised - encoded)
+    return (
+        latents.cpu(),
+        pixels,
+        {
+            "text encoding": 1e3 * (encoded - began),
+            "denoising": loop,
+            "a step": loop / steps,
+            "decoding": 1e3 * (finished - denoised),
+            "whole request": 1e3 * (finished - began),
+        },
+    )
+
+
+def draw_with_fleet(case: Case, endpoint: str, repeats: int) -> Drawn:
+    """The same request to the fleet, after a short warm-up. A stage lasts until the next one begins."""
+    caller = Caller(endpoint)
+    caller.generate(_parameters(case, steps=2))
+    runs = [caller.generate(_parameters(case, steps=case.steps)) for _ in range(repeats)]
+    caller.close()
+    tensors = load(runs[-1].files[0])
+    drawn = Drawn(tensors["latents"], tensors["pixels"])
+    for run in runs:
+        for stage, value in _spent(run, case.steps).items():
+            drawn.spent[stage].append(value)
+    return drawn
+
+
+def _parameters(case: Case, *, steps: int) -> api.GenerationParameters:
+    parameters = api.GenerationParameters(
+        prompt=PROMPT,
+        height=case.pixels,
+        width=case.pixels,
+        num_inference_steps=steps,
+        guidance_scale=GUIDANCE,
+        seed=SEED,
+        output_format=api.OUTPUT_FORMAT_SAFETENSORS,
+    )
+    parameters.params["max_sequence_length"].int_value = case.text_tokens
+    return parameters
+
+
+def _spent(run: Timeline, steps: int) -> dict[str, float]:
+    encoding, denoising, decoding = (run.services[name] for name in ("text_encoding", "denoising", "decoding"))
+    return {
+        "text encoding": 1e3 * (denoising[0] - encoding[0]),
+        "denoising": 1e3 * (decoding[0] - denoising[0]),
+        "a step": 1e3 * (denoising[1] - denoising[0]) / steps,
+        "decoding": 1e3 * (run.finished - decoding[0]),
+        "whole request": 1e3 * run.finished,
+    }
+
+
+def _now(device: torch.device) -> float:
+    """Seconds, once the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _empty(device: torch.device) -> None:
+    """Give the card's memory back to the other processes."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""What the fleet costs a request: separate processes, gRPC and Redis, against the same stages in one process.
+
+Both draw the same pictures (the bench checks that the files are equal, byte by byte), turn by turn in one run, so that
+a busy machine is busy for both. Run it with: python tests/bench/overhead.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from bench_fleet import Caller, running_fleet
+from bench_report import median, print_machine, print_table, print_verdict, quantile, say
+
+from common.artifacts import Media, ParamValue
+from common.local import HostedStages
+from common.stage import Call
+from fleet.v1 import generation_pb2 as api
+from models.catalog import ServedModel, open_model
+from models.loader import load_stages
+from models.registry import load_registry
+from models.validation import InputValidationStage
+
+FIXED_MS = 15.0
+SHARE = 0.02
+WARM_UP = 3
+PROMPT = "a red apple"
+
+
+class InProcess:
+    """The model's stages in this process, called one after another; nothing between them."""
+
+    def __init__(self, model: ServedModel) -> None:
+        self._validation = InputValidationStage(model)
+        self._services = [
+            HostedStages(spec.service, load_stages(model, spec, device=torch.device("cpu"), dtype=torch.float32))
+            for spec in model.pipeline.services
+        ]
+
+    def draw(self, seed: int, steps: int) -> tuple[dict[str, float], bytes]:
+        """Milliseconds by service, and of all under "total"; and the file."""
+        began = time.perf_counter()
+        given: dict[str, ParamValue] = {"prompt": PROMPT, "seed": seed, "num_inference_steps": steps}
+        slots: dict[str, Any] = dict(self._validation.run(given).artifacts)
+        spent: dict[str, float] = {}
+        for service in self._services:
+            before = time.perf_counter()
+            present = {name: slots[name] for name in service.contract.inputs if name in slots}
+            slots |= service.run(present, Call("bench"))
+            spent[service.contract.name] = 1e3 * (time.perf_counter() - before)
+        media: Media = slots["media"]
+        file = media.items[0].data.numpy().tobytes()
+        return spent | {"total": 1e3 * (time.perf_counter() - began)}, file
+
+
+def main() -> None:
+    """Measure, print, and tell whether the budget is kept."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="emoji")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--requests", type=int, default=30)
+    args = parser.parse_args()
+    print_machine(f"Overhead of the fleet: {args.model}, {args.steps} steps, {args.requests} requests each way")
+
+    local = InProcess(open_model(args.model, load_registry()))
+    with running_fleet("--model", args.model) as fleet:
+        caller = Caller(fleet.endpoint)
+        rows = [_pair(local, caller, seed, args.steps) for seed in range(WARM_UP + args.requests)][WARM_UP:]
+        caller.close()
+    _report([row[0] for row in rows], [row[1] for row in rows])
+
+
+def _pair(local: InProcess, caller: Caller, seed: int, steps: int) -> tuple[Mapping[str, float], float]:
+    """One request each way, in turn; in-process milliseconds by service, and the fleet's in all."""
+    spent, file = local.draw(seed, steps)
+    parameters = api.GenerationParameters(prompt=PROMPT, seed=seed, num_inference_steps=steps)
+    timeline = caller.generate(parameters)
+    if timeline.files != [file]:
+        raise RuntimeError(f"seed {seed}: the fleet drew another picture than the same stages in this process")
+    return spent, 1e3 * timeline.finished
+
+
+def _report(local: list[Mapping[str, float]], fleet: list[float]) -> None:
+    totals = [each["total"] for each in local]
+    differences = [theirs - ours for theirs, ours in zip(fleet, totals, strict=True)]
+    rows = (("one process", totals), ("fleet", fleet), ("fleet - one process, paired", differences))
+    print_table(
+        ("ms a request", "median", "p10", "p90"),
+        [(name, median(values), quantile(values, 0.1), quantile(values, 0.9)) for name, values in rows],
+    )
+    stages = ", ".join(f"{name} {median(each[name] for each in local):.1f}" for name in local[0] if name != "total")
+    say(f"Stages in one process, ms: {stages}. The files are equal, byte by byte.")
+    ours, theirs = median(totals), median(fleet)
+    say(f"Ratio of the medians: {theirs / ours:.3f}")
+    print_verdict("overhead of the median request", theirs - ours, FIXED_MS + SHARE * ours, "ms")
+
+
+if __name__ == "__main__":
+    main()
