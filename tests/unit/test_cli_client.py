@@ -1,0 +1,271 @@
+"""The commands that talk to a running fleet, against a coordinator that only pretends."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from google.protobuf.message import Message
+
+from fleet.v1 import artifacts_pb2, generation_pb2
+from services.cli.__main__ import main
+
+RUNNING, SUCCEEDED, FAILED, CANCELLED = (
+    generation_pb2.REQUEST_STATE_RUNNING,
+    generation_pb2.REQUEST_STATE_SUCCEEDED,
+    generation_pb2.REQUEST_STATE_FAILED,
+    generation_pb2.REQUEST_STATE_CANCELLED,
+)
+Context = grpc.ServicerContext
+
+
+def changed(event_id: str, state: generation_pb2.RequestState.ValueType, error: str = "") -> generation_pb2.Event:
+    """A change of state."""
+    change = generation_pb2.StateChange(state=state)
+    if error:
+        change.error.MergeFrom(generation_pb2.Error(code="INTERNAL", message=error))
+    return generation_pb2.Event(event_id=event_id, state_change=change)
+
+
+def stepped(event_id: str, step: int) -> generation_pb2.Event:
+    """A step of the denoising loop."""
+    progress = generation_pb2.StageProgress(service="denoising", step=step, total_steps=2)
+    return generation_pb2.Event(event_id=event_id, progress=progress)
+
+
+class Pretender:
+    """Answers from a script; remembers what it was asked."""
+
+    def __init__(self) -> None:
+        self.requests: list[generation_pb2.SubmitRequest] = []
+        self.watched_after: list[str] = []
+        self.ending = SUCCEEDED
+        self.break_after_first_event = False
+        self.files = [b"first", b"second"]
+
+    def generate(
+        self, request: generation_pb2.GenerateRequest, context: Context
+    ) -> Iterator[generation_pb2.GenerateResponse]:
+        """Two files, one of them in two parts."""
+        self.requests.append(request.request)
+        if request.request.model == "unknown":
+            context.abort(grpc.StatusCode.NOT_FOUND, "model 'unknown' is not served; served are emoji")
+        warning = artifacts_pb2.Warning(field="prompt", message="the end was left out")
+        record = generation_pb2.RequestRecord(request_id="r1", warnings=[warning])
+        record.parameters.seed = 7
+        yield generation_pb2.GenerateResponse(accepted=record)
+        yield generation_pb2.GenerateResponse(event=stepped("1", 1))
+        error = "out of memory" if self.ending == FAILED else ""
+        yield generation_pb2.GenerateResponse(event=changed("2", self.ending, error))
+        for index, data in enumerate(self.files):
+            header = generation_pb2.FileHeader(index=index, count=len(self.files), byte_size=len(data))
+            yield generation_pb2.GenerateResponse(file=header)
+            yield generation_pb2.GenerateResponse(data=data[:2])
+            yield generation_pb2.GenerateResponse(data=data[2:])
+
+    def watch(self, request: generation_pb2.WatchRequest, context: Context) -> Iterator[generation_pb2.WatchResponse]:
+        """Three events, resumable."""
+        if request.request_id != "r1":
+            context.abort(grpc.StatusCode.NOT_FOUND, f"there is no request {request.request_id!r}")
+        self.watched_after.append(request.after_event_id)
+        for event in (changed("1", RUNNING), stepped("2", 1), changed("3", self.ending)):
+            if event.event_id > request.after_event_id:
+                yield generation_pb2.WatchResponse(event=event)
+                if self.break_after_first_event:
+                    self.break_after_first_event = False
+                    context.abort(grpc.StatusCode.UNAVAILABLE, "the coordinator is leaving")
+
+    def get_request(self, request: generation_pb2.GetRequestRequest, _: Context) -> generation_pb2.GetRequestResponse:
+        """A record with a file."""
+        header = generation_pb2.FileHeader(content_type="image/png", byte_size=5)
+        record = generation_pb2.RequestRecord(request_id=request.request_id, files=[header])
+        return generation_pb2.GetRequestResponse(request=record)
+
+    def cancel_request(
+        self, request: generation_pb2.CancelRequestRequest, _: Context
+    ) -> generation_pb2.CancelRequestResponse:
+        """The scripted ending."""
+        record = generation_pb2.RequestRecord(request_id=request.request_id, state=self.ending)
+        return generation_pb2.CancelRequestResponse(request=record)
+
+    def list_requests(self, _: generation_pb2.ListRequestsRequest, __: Context) -> generation_pb2.ListRequestsResponse:
+        """One request."""
+        record = generation_pb2.RequestRecord(request_id="r1", state=RUNNING, model="emoji")
+        record.parameters.prompt = "a\nred apple " + "very " * 30
+        return generation_pb2.ListRequestsResponse(requests=[record])
+
+    def list_models(self, _: generation_pb2.ListModelsRequest, __: Context) -> generation_pb2.ListModelsResponse:
+        """One model."""
+        steps = generation_pb2.Parameter(name="num_inference_steps", type="int", description="Steps.")
+        steps.default_value.int_value = 20
+        services = [generation_pb2.ServiceStatus(service="denoising", workers=2, capacity=2, busy=1, queued=3)]
+        model = generation_pb2.Model(
+            name="emoji", pipeline_name="FluxPipeline", fingerprint="f" * 64, parameters=[steps], services=services
+        )
+        return generation_pb2.ListModelsResponse(models=[model])
+
+
+def serialize(message: Message) -> bytes:
+    """As generated servers do it."""
+    return message.SerializeToString()
+
+
+def handlers(pretender: Pretender) -> grpc.GenericRpcHandler:
+    """The pretender's methods under the names of the API."""
+    unary: dict[str, tuple[Callable[..., Any], Any]] = {
+        "GetRequest": (pretender.get_request, generation_pb2.GetRequestRequest),
+        "CancelRequest": (pretender.cancel_request, generation_pb2.CancelRequestRequest),
+        "ListRequests": (pretender.list_requests, generation_pb2.ListRequestsRequest),
+        "ListModels": (pretender.list_models, generation_pb2.ListModelsRequest),
+    }
+    streams: dict[str, tuple[Callable[..., Any], Any]] = {
+        "Generate": (pretender.generate, generation_pb2.GenerateRequest),
+        "Watch": (pretender.watch, generation_pb2.WatchRequest),
+    }
+    methods: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
+        name: grpc.unary_unary_rpc_method_handler(call, kind.FromString, serialize)
+        for name, (call, kind) in unary.items()
+    }
+    for name, (call, kind) in streams.items():
+        methods[name] = grpc.unary_stream_rpc_method_handler(call, kind.FromString, serialize)
+    return grpc.method_handlers_generic_handler("fleet.v1.GenerationService", methods)
+
+
+@pytest.fixture
+def pretender(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pretender]:
+    """A coordinator on a free port; FLEET_ENDPOINT names it."""
+    before = signal.getsignal(signal.SIGTERM)
+    servicer = Pretender()
+    server = grpc.server(ThreadPoolExecutor(4))
+    server.add_generic_rpc_handlers((handlers(servicer),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    monkeypatch.setenv("FLEET_ENDPOINT", f"127.0.0.1:{port}")
+    yield servicer
+    server.stop(None).wait()
+    signal.signal(signal.SIGTERM, before)
+
+
+def endpoint() -> list[str]:
+    """The flag that names the pretender."""
+    return ["--endpoint", os.environ["FLEET_ENDPOINT"]]
+
+
+def test_generate_writes_the_files_and_tells_their_paths(
+    pretender: Pretender, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["generate", "p", "--seed", "7", "--model", "emoji", "--output", str(tmp_path / "x.png"), *endpoint()]
+    assert main(argv) == 0
+    captured = capsys.readouterr()
+    paths = [tmp_path / "x-0.png", tmp_path / "x-1.png"]
+    assert captured.out == "".join(f"{path}\n" for path in paths)
+    assert [path.read_bytes() for path in paths] == [b"first", b"second"]
+    assert "denoising 1/2" in captured.err
+    assert "warning: prompt: the end was left out" in captured.err
+    assert "request r1, seed 7" in captured.err
+    (sent,) = pretender.requests
+    assert sent.model == "emoji"
+    assert sent.parameters.seed == 7
+    assert not sent.idempotency_key
+
+
+@pytest.mark.parametrize(
+    ("ending", "words"),
+    [(FAILED, "request r1 failed: INTERNAL: out of memory"), (CANCELLED, "request r1 was cancelled")],
+)
+def test_generate_fails_with_the_request(
+    pretender: Pretender,
+    ending: generation_pb2.RequestState.ValueType,
+    words: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pretender.ending = ending
+    assert main(["generate", "p", "--output", str(tmp_path / "x.png"), *endpoint()]) == 1
+    captured = capsys.readouterr()
+    assert captured.err.splitlines()[-1] == f"fleet generate: {words}"
+    assert captured.out == ""
+    assert not list(tmp_path.iterdir())
+
+
+def test_generate_without_a_file_is_a_failure(
+    pretender: Pretender, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pretender.files = []
+    assert main(["generate", "p", "--output", str(tmp_path / "x.png"), *endpoint()]) == 1
+    assert "ended without a result" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("pretender")
+def test_generate_with_an_unknown_model_is_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "p", "--model", "unknown", "--output", str(tmp_path / "x.png"), *endpoint()]) == 2
+    assert capsys.readouterr().err == "fleet generate: model 'unknown' is not served; served are emoji\n"
+
+
+def test_nobody_there(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    monkeypatch.setenv("FLEET_ENDPOINT", f"unix:{tmp_path}/nobody.sock")
+    assert main(["status"]) == 1
+    error = capsys.readouterr().err
+    assert f"no fleet answers at unix:{tmp_path}/nobody.sock" in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.usefixtures("pretender")
+def test_status_shows_services_and_requests(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["status"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split() == ["emoji", "denoising", "2", "1/2", "3"]
+    assert lines[-1].startswith("r1")
+    assert "RUNNING" in lines[-1]
+    assert lines[-1].endswith("…")
+
+
+@pytest.mark.usefixtures("pretender")
+def test_models_shows_parameters_with_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["models"]) == 0
+    head, parameter = capsys.readouterr().out.splitlines()
+    assert head == "emoji (FluxPipeline), checkpoint ffffffffffff"
+    assert parameter.split() == ["num_inference_steps:", "int", "=", "20", "Steps."]
+
+
+def test_watch_follows_to_the_end_across_a_coordinator_that_leaves(
+    pretender: Pretender, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pretender.break_after_first_event = True
+    assert main(["watch", "r1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" ", 1)[1] for line in lines[:3]] == ["RUNNING", "denoising 1/2", "SUCCEEDED"]
+    assert lines[3] == "  file 0: image/png, 5 bytes"
+    assert pretender.watched_after == ["", "1"]
+
+
+def test_watch_of_a_request_that_fails(pretender: Pretender, capsys: pytest.CaptureFixture[str]) -> None:
+    pretender.ending = CANCELLED
+    assert main(["watch", "r1"]) == 1
+    assert capsys.readouterr().err == "fleet watch: request r1 was cancelled\n"
+
+
+@pytest.mark.usefixtures("pretender")
+def test_watch_of_an_unknown_request(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["watch", "r2"]) == 2
+    assert capsys.readouterr().err == "fleet watch: there is no request 'r2'\n"
+    assert main(["watch", "\udcff"]) == 2
+    assert "must be the ID of a request" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("ending", "code"), [(CANCELLED, 0), (RUNNING, 0), (SUCCEEDED, 1)])
+def test_cancel_tells_the_state(
+    pretender: Pretender,
+    ending: generation_pb2.RequestState.ValueType,
+    code: int,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pretender.ending = ending
+    assert main(["cancel", "r1"]) == code
+    assert capsys.readouterr().out.startswith("r1 ")

@@ -1,0 +1,258 @@
+"""Whatever is wrong with a command line is one line on stderr and exit code 2, and nothing has been started."""
+
+from __future__ import annotations
+
+import signal
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from common.errors import CheckpointError, InternalError, InvalidInput, NotFound, Unavailable
+from common.settings import FlagParser, SettingsError
+from common.state.embedded import EmbeddedStore
+from fleet.v1 import generation_pb2
+from services.cli.__main__ import COMMANDS, main
+from services.cli.options import endpoint_of, exit_code, one_line
+from services.cli.output import ResultFiles, check_output, numbered
+from services.cli.parameters import add_parameters, given_images, given_parameters, parameters_message
+from services.cli.serve import service_names
+
+
+@pytest.fixture(autouse=True)
+def _nothing_starts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    def start(_: EmbeddedStore) -> None:
+        raise AssertionError("a store was started")
+
+    monkeypatch.setattr(EmbeddedStore, "__enter__", start)
+    for name in ("FLEET_ENDPOINT", "FLEET_PLUGINS", "FLEET_CONFIG"):
+        monkeypatch.delenv(name, raising=False)
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("", "no command given"),
+        ("draw", "unknown command 'draw'; commands are generate, up,"),
+        ("generate", "required: PROMPT, --output"),
+        ("generate p --output X.png --hight 3", "unrecognized arguments: --hight 3"),
+        ("generate p --output X.gif", "must end in .png, .mp4, .safetensors, not"),
+        ("generate p --output X/y.png", "does not exist"),
+        ("generate p --output X.png --height tall", "--height: must be a whole number, not 'tall'"),
+        ("generate p --output X.png --height 7", "height must be at least 16"),
+        ("generate p --output X.png --guidance-scale nan", "guidance_scale must be a finite number"),
+        ("generate p --output X.png --num-inference-steps 0", "num_inference_steps"),
+        ("generate p --output X.png --num-inference-steps -3", "num_inference_steps"),
+        ("generate p --output X.png --num-outputs 0", "num_outputs_per_prompt"),
+        ("generate p --output X.png --seed -1", "seed"),
+        ("generate p --output X.png --num-frames 5", "num_frames"),
+        ("generate p --output X.png --dtype int8", "choose from 'float32', 'bfloat16'"),
+        ("generate p --output X.png --model nowhere", "'nowhere' is neither a directory nor"),
+        ("generate p --output X.png --param steps", "--param must be KEY=VALUE, not 'steps'"),
+        ("generate p --output X.png --param =1", "--param must be KEY=VALUE"),
+        ("generate p --output X.png --param stepz=3", "no parameter 'stepz'"),
+        ("generate p --output X.png --param height=tall", "height must be a whole number, not 'tall'"),
+        ("generate p --output X.png --param seed=99999999999999999999", "seed must fit in 64 bits"),
+        ("generate p --output X.png --seed 1 --param seed=2", "seed is given twice"),
+        ("generate p --output X.png --param sigmas={}", "--param sigmas must be"),
+        ("generate p --output X.png --image X.jpg", "cannot read the picture"),
+        ("generate p --output X.png --param last_image=X.jpg", "cannot read the picture"),
+        ("generate p --output X.mp4", "emoji (FluxPipeline) makes images; .mp4 needs a video model"),
+        ("generate p --output X.png --redis nonsense", "no Redis URL"),
+        ("generate p --output X.png --endpoint nonsense", "--endpoint must be HOST:PORT"),
+        ("generate p --output X.png --endpoint a:1 --dtype float32", "--dtype does not go with --endpoint"),
+        ("generate p --output X.png --endpoint a:1 --redis redis://a", "--redis does not go with --endpoint"),
+        ("generate p --output X.png --endpoint a:1 --model ./emoji", "a name that the fleet serves"),
+        ("up --model nowhere", "'nowhere' is neither"),
+        ("up --model emoji --model emoji", "2 models are named 'emoji'"),
+        ("up --replicas painting=2", "SERVICE one of text_encoding, latent_preparation, denoising, decoding"),
+        ("up --replicas denoising=0", "N from 1 to 64"),
+        ("up --port 65536", "--port must be 0 to 65535"),
+        ("up --redis nonsense", "no Redis URL"),
+        ("serve", "no service given; services are"),
+        ("serve painting", "unknown service 'painting'"),
+        ("status --endpoint :1", "--endpoint must be HOST:PORT"),
+        ("watch", "required: ID"),
+        ("cancel ID --endpoint a:b", "--endpoint must be HOST:PORT"),
+    ],
+)
+def test_bad_input_is_one_line_and_code_2(
+    arguments: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = [word.replace("X", str(tmp_path / "x")) for word in arguments.split()]
+    assert main(argv) == 2
+    captured = capsys.readouterr()
+    assert words in captured.err
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_picture_for_a_model_that_takes_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    picture = tmp_path / "in.png"
+    picture.write_bytes(b"png")
+    assert main(["generate", "p", "--output", str(tmp_path / "x.png"), "--image", str(picture)]) == 2
+    assert "takes no images" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--negative-prompt", "--param=prompt_2"])
+def test_text_that_is_not_utf8(flag: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [f"{flag}=\udcff"] if "=" in flag else [flag, "\udcff"]
+    assert main(["generate", "p", "--output", str(tmp_path / "x.png"), *words]) == 2
+    assert "must be valid UTF-8" in capsys.readouterr().err
+
+
+def test_a_prompt_beyond_64_kib(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "x" * (64 * 1024 + 1), "--output", str(tmp_path / "x.png")]) == 2
+    assert "prompt" in capsys.readouterr().err
+
+
+def test_a_port_that_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        assert main(["up", "--port", str(taken.getsockname()[1])]) == 2
+    assert "cannot listen on 127.0.0.1:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code: int | str | None
+    try:
+        code = main([command, "--help"])
+    except SystemExit as end:
+        code = end.code
+    assert code == 0
+    assert f"fleet {command}" in capsys.readouterr().out
+
+
+def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(command in text for command in COMMANDS)
+
+
+def test_services_are_found_by_themselves() -> None:
+    assert {"coordinator", "text_encoding", "latent_preparation", "denoising", "decoding"} <= set(service_names())
+    assert "cli" not in service_names()
+
+
+def test_the_endpoint_is_the_flag_then_the_variable_then_the_usual_one() -> None:
+    environ = {"FLEET_ENDPOINT": "b:2"}
+    assert endpoint_of("a:1", environ) == "a:1"
+    assert endpoint_of(None, environ) == "b:2"
+    assert endpoint_of(None, {}) == "127.0.0.1:50051"
+    assert endpoint_of("unix:/tmp/x.sock", {}) == "unix:/tmp/x.sock"
+    assert endpoint_of("[::1]:50051", {}) == "[::1]:50051"
+    with pytest.raises(SettingsError):
+        endpoint_of("host:70000", {})
+
+
+def test_exit_codes_and_lines_of_errors() -> None:
+    bad = (InvalidInput("m"), NotFound("m"), CheckpointError("m"), SettingsError("m"))
+    assert [exit_code(error) for error in bad] == [2, 2, 2, 2]
+    assert [exit_code(error) for error in (Unavailable("m"), InternalError("m"))] == [1, 1]
+    assert one_line(InvalidInput("two\nlines", field="seed")) == "seed: two lines"
+    assert one_line(InvalidInput("seed is odd", field="seed")) == "seed is odd"
+    assert one_line(InvalidInput("--num-outputs is odd", field="num_outputs")) == "--num-outputs is odd"
+
+
+def parse(*argv: str) -> generation_pb2.GenerationParameters:
+    """The message of a command line."""
+    parser = FlagParser()
+    add_parameters(parser)
+    args = parser.parse_args(["p", *argv])
+    return parameters_message(given_parameters(args), given_images(args), ".png")
+
+
+def test_flags_that_are_not_given_stay_unset() -> None:
+    expected = generation_pb2.GenerationParameters(prompt="p", output_format=generation_pb2.OUTPUT_FORMAT_PNG)
+    assert parse() == expected
+
+
+def test_flags_reach_the_fields_of_their_names(tmp_path: Path) -> None:
+    picture = tmp_path / "in.png"
+    picture.write_bytes(b"png")
+    flags = "--negative-prompt=n --seed=1 --num-inference-steps=2 --guidance-scale=3 --true-cfg-scale=4 --height=5"
+    message = parse(*flags.split(), "--width=6", "--num-frames=7", "--num-outputs=8", "--image", str(picture))
+    assert message == generation_pb2.GenerationParameters(
+        prompt="p",
+        negative_prompt="n",
+        seed=1,
+        num_inference_steps=2,
+        guidance_scale=3.0,
+        true_cfg_scale=4.0,
+        height=5,
+        width=6,
+        num_frames=7,
+        num_outputs_per_prompt=8,
+        output_format=generation_pb2.OUTPUT_FORMAT_PNG,
+        images=[generation_pb2.ImageInput(role="image", data=b"png")],
+    )
+
+
+def test_param_values_are_json_else_text() -> None:
+    texts = {"a": "1", "b": "1.5", "c": "true", "d": "red apple", "e": '"7"', "f": "[1, 0.5]", "g": ""}
+    message = parse(*(f"--param={name}={text}" for name, text in texts.items()))
+    assert message.params["a"].int_value == 1
+    assert message.params["b"].double_value == 1.5
+    assert message.params["c"].bool_value is True
+    assert message.params["d"].string_value == "red apple"
+    assert message.params["e"].string_value == "7"
+    assert list(message.params["f"].doubles_value.values) == [1.0, 0.5]
+    assert message.params["g"].WhichOneof("kind") == "string_value"
+
+
+def test_param_knows_named_fields_and_diffusers_own_names(tmp_path: Path) -> None:
+    picture = tmp_path / "last.png"
+    picture.write_bytes(b"png")
+    message = parse(
+        "--param=num_images_per_prompt=3",
+        "--param=true_cfg_scale=2",
+        "--param=prompt_2=a=b",
+        f"--param=last_image={picture}",
+    )
+    assert message.num_outputs_per_prompt == 3
+    assert message.true_cfg_scale == 2.0
+    assert message.params["prompt_2"].string_value == "a=b"
+    assert [(image.role, image.data) for image in message.images] == [("last_image", b"png")]
+
+
+def test_outputs_are_numbered_only_when_there_are_several() -> None:
+    assert numbered(Path("a/b.png"), 0, 1) == Path("a/b.png")
+    assert [str(numbered(Path("a/b.png"), index, 2)) for index in (0, 1)] == ["a/b-0.png", "a/b-1.png"]
+
+
+def test_a_directory_is_no_output(tmp_path: Path) -> None:
+    (tmp_path / "x.png").mkdir()
+    with pytest.raises(InvalidInput, match="is a directory"):
+        check_output(tmp_path / "x.png")
+    assert check_output(tmp_path / "X.PNG") == tmp_path / "X.PNG"
+
+
+def test_files_appear_complete(tmp_path: Path) -> None:
+    target = tmp_path / "x.png"
+    target.write_bytes(b"old")
+    with ResultFiles(target) as files:
+        files.begin(0, 1, 4)
+        files.write(b"ab")
+        assert target.read_bytes() == b"old"
+        files.write(b"cd")
+        assert target.read_bytes() == b"abcd"
+        assert files.paths == [target]
+    assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.parametrize(("byte_size", "words"), [(4, "2 bytes early"), (1, "more bytes")])
+def test_a_file_of_another_size_leaves_nothing(byte_size: int, words: str, tmp_path: Path) -> None:
+    def receive() -> None:
+        with ResultFiles(tmp_path / "x.png") as files:
+            files.begin(0, 2, byte_size)
+            files.write(b"ab")
+            files.begin(1, 2, byte_size)
+
+    with pytest.raises(InternalError, match=words):
+        receive()
+    assert not list(tmp_path.iterdir())
