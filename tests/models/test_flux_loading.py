@@ -80,15 +80,10 @@ def test_truncated_weights(checkpoint: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("file", "service", "key", "sentence"),
+    ("module", "file", "service", "key"),
     [
-        (
-            "text_encoder_2/model.safetensors",
-            "text_encoding",
-            "encoder.final_layer_norm.weight",
-            "text_encoder_2: missing keys",
-        ),
-        ("vae/diffusion_pytorch_model.safetensors", "decoding", "decoder.conv_in.weight", "vae: missing keys"),
+        ("text_encoder_2", "model.safetensors", "text_encoding", "encoder.final_layer_norm.weight"),
+        ("vae", "diffusion_pytorch_model.safetensors", "decoding", "decoder.conv_in.weight"),
     ],
 )
 def test_other_modules_with_missing_weights(checkpoint: Path, module: str, file: str, service: str, key: str) -> None:
