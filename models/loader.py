@@ -7,6 +7,7 @@ import importlib
 import importlib.metadata
 import json
 import platform
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -36,6 +37,18 @@ def load_stages(
 
     A denoising stage tells its caller a checkpoint after every `checkpoint_every` steps; 0 means never.
     """
+    with _LOADING:
+        return _load_stages(model, service, device, dtype, checkpoint_every)
+
+
+# While it loads a model, transformers changes defaults of the whole process, such as the type of new tensors: services
+# that share a process load one after the other.
+_LOADING = threading.Lock()
+
+
+def _load_stages(
+    model: ServedModel, service: ServiceSpec, device: torch.device, dtype: torch.dtype, checkpoint_every: int
+) -> list[PipelineStage[Any, Any]]:
     config_class: type[PipelineConfig] = resolve(model.entry.pipeline_config)
     config = config_class.from_checkpoint(model.checkpoint)
     config = replace(config, device=device, dtype=dtype, checkpoint_every=checkpoint_every)
