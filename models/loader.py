@@ -7,6 +7,7 @@ import importlib
 import importlib.metadata
 import json
 import platform
+import textwrap
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from common.pipeline import ServiceSpec
     from models.catalog import ServedModel
 
+
+# Letters of another library's error that are worth a line.
+MOST_TOLD = 400
 
 ModuleLoader = Callable[["Checkpoint", str, torch.device, torch.dtype], Any]
 """Loads one module of a checkpoint, by its name in model_index.json, for inference. Raises CheckpointError."""
@@ -117,7 +121,7 @@ def _from_pretrained(checkpoint: Checkpoint, name: str, options: Mapping[str, An
     try:
         return cls.from_pretrained(checkpoint.path / name, local_files_only=True, **options)
     except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
-        sentence = " ".join(str(error).split())
+        sentence = textwrap.shorten(str(error), MOST_TOLD, placeholder=" ...")
         raise CheckpointError(f"{name}: {class_name} cannot be loaded: {sentence}") from error
 
 

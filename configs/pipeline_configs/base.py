@@ -46,6 +46,9 @@ class StandardPipelineConfig(PipelineConfig):
     A raw latent shape is that of the latents before packing, batch first.
     """
 
+    latent_part: ClassVar[str] = "image"
+    """The part of Latents that is drawn, denoised and decoded: "image" or "video"."""
+
     @property
     @abstractmethod
     def text_encodings(self) -> tuple[TextEncoding, ...]:

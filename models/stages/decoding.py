@@ -36,7 +36,7 @@ class DecodingStage(PipelineStage[DecodingInput, DecodingOutput]):
                 f"output_format {x.canvas.output_format!r} is not made by this model; it makes png and safetensors",
                 field="output_format",
             )
-        part = x.denoised_latents.parts["image"]
+        part = x.denoised_latents.parts[self._config.latent_part]
         pixels = self._decode(part.latents, part.raw_latent_shape)
         call.progress(1, 1)
         if x.canvas.output_format == "safetensors":

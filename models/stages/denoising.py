@@ -34,35 +34,34 @@ class DenoisingStage(PipelineStage[DenoisingInput, DenoisingOutput]):
         Reports every step, ends within one when cancelled, and continues after resume_from.step to the same bytes.
         """
         device, total = self._config.device, x.schedule.num_inference_steps
-        noise = x.initial_latents.parts["image"]
-        positive, negative = self._branches(x, noise.raw_latent_shape)
+        shape = x.initial_latents.parts[self._config.latent_part].raw_latent_shape
+        positive, negative = self._branches(x, shape)
         timesteps = x.schedule.timesteps.to(device)
         solver = self._solver_class(self._scheduler, x.schedule)
-        start, latents = _start(x, solver)
+        start, latents = self._start(x, solver)
         latents = latents.to(device)
         for step in range(start, total):
             call.check_cancelled()
-            t = timesteps[step]
-            timestep = self._config.model_timestep(t.expand(latents.shape[0]))
-            prediction = self._transformer(hidden_states=latents, timestep=timestep, **positive)
+            timestep = timesteps[step]
+            prediction = self._predict(latents, timestep, positive)
             if negative is not None:
-                other = self._transformer(hidden_states=latents, timestep=timestep, **negative)
-                prediction = self._config.guide(prediction, other, x.sampling)
-            latents = solver.step(prediction, t, latents)
-            self._checkpoint(step + 1, total, latents, noise.raw_latent_shape, solver, call)
+                prediction = self._config.guide(prediction, self._predict(latents, timestep, negative), x.sampling)
+            latents = solver.step(prediction, timestep, latents)
+            if self._is_checkpoint(step + 1, total):
+                state = DenoiseState(step=step + 1, latents=self._artifact(latents, shape), solver=solver.state())
+                call.on_checkpoint(state)
             call.progress(step + 1, total)
-        return DenoisingOutput(denoised_latents=_latents(latents, noise.raw_latent_shape))
+        return DenoisingOutput(denoised_latents=self._artifact(latents, shape))
 
     def _branches(self, x: DenoisingInput, shape: tuple[int, ...]) -> tuple[Keywords, Keywords | None]:
         """The transformer's keywords besides latents and timestep, for both branches; batched and on the device."""
         embeds = merge_conditioning(x.text_conditioning, x.image_conditioning)
-        config, sampling = self._config, x.sampling
-        own = config.prepare_pos_cond_kwargs(embeds.prompt_embeds, shape, sampling)
-        positive = self._keywords(embeds.prompt_embeds, own, sampling)
+        own = self._config.prepare_pos_cond_kwargs(embeds.prompt_embeds, shape, x.sampling)
+        positive = self._keywords(embeds.prompt_embeds, own, x.sampling)
         if not embeds.negative_prompt_embeds:
             return positive, None
-        own = config.prepare_neg_cond_kwargs(embeds.negative_prompt_embeds, shape, sampling)
-        return positive, self._keywords(embeds.negative_prompt_embeds, own, sampling)
+        own = self._config.prepare_neg_cond_kwargs(embeds.negative_prompt_embeds, shape, x.sampling)
+        return positive, self._keywords(embeds.negative_prompt_embeds, own, x.sampling)
 
     def _keywords(self, embeds: Mapping[str, Tensor], own: Mapping[str, Tensor | None], sampling: Sampling) -> Keywords:
         device, batch = self._config.device, sampling.num_outputs_per_prompt
@@ -70,12 +69,34 @@ class DenoisingStage(PipelineStage[DenoisingInput, DenoisingOutput]):
         keywords.update({name: None if value is None else value.to(device) for name, value in own.items()})
         return keywords
 
-    def _checkpoint(
-        self, step: int, total: int, latents: Tensor, shape: tuple[int, ...], solver: Solver, call: Call
-    ) -> None:
+    def _start(self, x: DenoisingInput, solver: Solver) -> tuple[int, Tensor]:
+        """The step to begin with, and the latents before it."""
+        noise = x.initial_latents.parts[self._config.latent_part].latents
+        state, total = x.resume_from, x.schedule.num_inference_steps
+        if state is None:
+            return 0, noise
+        if not 0 <= state.step <= total:
+            raise InvalidInput(f"step {state.step} is not one of 0 to {total}", field="resume_from.step")
+        part = state.latents.parts.get(self._config.latent_part)
+        if part is None or part.latents.shape != noise.shape:
+            raise InvalidInput(
+                f"a loop that started at latents {tuple(noise.shape)} cannot continue at others",
+                field="resume_from.latents",
+            )
+        solver.restore(state.step, state.solver)
+        return state.step, part.latents
+
+    def _predict(self, latents: Tensor, timestep: Tensor, keywords: Keywords) -> Tensor:
+        model_timestep = self._config.model_timestep(timestep.expand(latents.shape[0]))
+        prediction: Tensor = self._transformer(hidden_states=latents, timestep=model_timestep, **keywords)
+        return prediction
+
+    def _is_checkpoint(self, done: int, total: int) -> bool:
         every = self._config.checkpoint_every
-        if every and step < total and step % every == 0:
-            call.on_checkpoint(DenoiseState(step=step, latents=_latents(latents, shape), solver=solver.state()))
+        return every > 0 and done % every == 0 and done < total
+
+    def _artifact(self, latents: Tensor, shape: tuple[int, ...]) -> Latents:
+        return Latents(parts={self._config.latent_part: LatentPart(latents=latents.cpu(), raw_latent_shape=shape)})
 
 
 def merge_conditioning(text: Conditioning, image: Conditioning | None) -> Conditioning:
@@ -88,18 +109,3 @@ def merge_conditioning(text: Conditioning, image: Conditioning | None) -> Condit
         prompt_embeds={**text.prompt_embeds, **image.prompt_embeds},
         negative_prompt_embeds={**text.negative_prompt_embeds, **image.negative_prompt_embeds},
     )
-
-
-def _start(x: DenoisingInput, solver: Solver) -> tuple[int, Tensor]:
-    """The step to begin with, and the latents before it."""
-    if x.resume_from is None:
-        return 0, x.initial_latents.parts["image"].latents
-    state, total = x.resume_from, x.schedule.num_inference_steps
-    if not 0 <= state.step <= total:
-        raise InvalidInput(f"step {state.step} is not one of 0 to {total}", field="resume_from.step")
-    solver.restore(state.step, state.solver)
-    return state.step, state.latents.parts["image"].latents
-
-
-def _latents(latents: Tensor, shape: tuple[int, ...]) -> Latents:
-    return Latents(parts={"image": LatentPart(latents=latents.cpu(), raw_latent_shape=shape)})

@@ -188,6 +188,15 @@ def test_resuming_outside_the_schedule(dev: Pair, prepared: Slots, step: int) ->
     assert caught.value.field == "resume_from.step"
 
 
+def test_resuming_at_latents_of_another_size(dev: Pair, prepared: Slots) -> None:
+    part = prepared["initial_latents"].parts["image"]
+    smaller = dataclasses.replace(part, latents=part.latents[:1])
+    state = DenoiseState(step=1, latents=Latents(parts={"image": smaller}))
+    with pytest.raises(InvalidInput) as caught:
+        run(dev, "denoising", {**prepared, "resume_from": state})
+    assert caught.value.field == "resume_from.latents"
+
+
 def test_resuming_with_the_state_of_another_solver(dev: Pair, prepared: Slots) -> None:
     state = DenoiseState(step=1, latents=prepared["initial_latents"], solver={"last_sample": torch.zeros(1)})
     with pytest.raises(InvalidInput, match="last_sample"):
