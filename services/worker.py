@@ -22,9 +22,10 @@ import torch
 from common.errors import FailedPrecondition, FleetError, InvalidInput, Unavailable
 from common.local import HostedStages
 from common.pipeline import PipelineError, ServiceSpec
+from common.rpc.address import advertised_address
 from common.rpc.framing import Limits
 from common.rpc.server import ServingLimits, StageServicer
-from common.rpc.serving import FleetServer, advertised_address, stop_signals
+from common.rpc.serving import FleetServer, stop_signals
 from common.settings import load_settings, setting
 from common.stage import Contract
 from common.state.connection import connect
