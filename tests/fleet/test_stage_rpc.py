@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import socket
 import threading
 import time
 from collections.abc import Awaitable, Callable
@@ -16,7 +17,7 @@ import pytest
 import torch
 from grpc_health.v1 import health_pb2
 
-from common.artifacts import Conditioning, DenoiseState, Latents
+from common.artifacts import Conditioning, DenoiseState, Latents, Sampling
 from common.codec import unpack
 from common.errors import (
     Cancelled,
@@ -85,15 +86,15 @@ def test_remote_and_local_runners_are_bit_equal(count: int) -> None:
 
 
 def test_unix_socket_goes_with_its_server(tmp_path: Path) -> None:
-    socket = tmp_path / "stage.sock"
+    path = tmp_path / "stage.sock"
 
     async def test(stage: Served) -> None:
-        assert stage.server.address == f"unix:{socket}"
+        assert stage.server.address == f"unix:{path}"
         await stage.runner()(packets(), stage.heard.call())
         await stage.server.drain(1)
-        assert not socket.exists()
+        assert not path.exists()
 
-    run(test, listen=f"unix:{socket}")
+    run(test, listen=f"unix:{path}")
 
 
 def test_reports_come_in_order_and_checkpoints_hold_what_was() -> None:
@@ -250,6 +251,26 @@ def test_a_reply_may_not_carry_more_than_the_limit() -> None:
             await stage.runner(limits=Limits(total_bytes=1000))(packets(), stage.heard.call())
 
     run(test)
+
+
+def test_a_header_that_no_worker_takes_is_told_before_it_is_sent() -> None:
+    async def test(stage: Served) -> None:
+        more = {"sampling": Sampling(num_inference_steps=1, seed=1, params={"text": "x" * (17 << 20)})}
+        with pytest.raises(ResourceExhausted, match="sampling makes a header of") as caught:
+            await stage.runner()(packets(**more), stage.heard.call())
+        assert caught.value.field == "sampling"
+
+    run(test)
+
+
+def test_a_socket_left_behind_is_taken_over(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(tmp_path / "x.sock"))
+
+    async def test(stage: Served) -> None:
+        await stage.runner()(packets(8), stage.heard.call())
+
+    run(test, listen=f"unix:{tmp_path}/x.sock")
 
 
 def test_a_silent_caller_is_given_up() -> None:
