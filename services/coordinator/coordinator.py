@@ -127,7 +127,7 @@ class Coordinator:
             for spec in model.services:
                 load = await self._registry.load(name, spec.service)
                 QUEUE_LENGTH.labels(spec.service, name).set(load.queued)
-            await self._driver.end_orphans(name)
+            await self._driver.end_orphans(name, self._settings.heartbeat_ttl_seconds)
         await self._server.set_ready(True)
 
 

@@ -186,7 +186,7 @@ def test_requests_of_a_killed_coordinator_end_as_failed(server: RedisServer) -> 
             name = (await stub.Submit(submission())).request.request_id
         process.kill()
         await process.wait()
-        _, other = await fleet.add_coordinator()
+        _, other = await fleet.add_coordinator(heartbeat_ttl_seconds=0.5)
         change = (await terminal(other, name))[-1].state_change
         assert change.state == pb.REQUEST_STATE_FAILED
         assert change.error.code == "UNAVAILABLE"
