@@ -10,6 +10,8 @@ FleetError
 ├── Cancelled             somebody asked for it       CANCELLED
 ├── DeadlineExceeded      too late                    DEADLINE_EXCEEDED
 ├── Aborted               somebody else was first     ABORTED
+├── Unauthenticated       who is calling?             UNAUTHENTICATED
+├── PermissionDenied      not for this caller         PERMISSION_DENIED
 └── InternalError         a defect                    INTERNAL
 """
 
@@ -59,6 +61,14 @@ class DeadlineExceeded(FleetError):
 
 class Aborted(FleetError):
     """Another process got there first."""
+
+
+class Unauthenticated(FleetError):
+    """The caller has not shown who it is, or not credibly."""
+
+
+class PermissionDenied(FleetError):
+    """The caller is known, and may not do that."""
 
 
 class InternalError(FleetError):

@@ -24,8 +24,10 @@ from common.local import HostedStages
 from common.pipeline import PipelineError, ServiceSpec
 from common.rpc.address import advertised_address
 from common.rpc.framing import Limits
+from common.rpc.interceptor import admit_all
 from common.rpc.server import ServingLimits, StageServicer
 from common.rpc.serving import FleetServer, stop_signals
+from common.rpc.tls import Mutual, NamedPeers, TlsSettings, mutual_of
 from common.settings import load_settings, setting
 from common.stage import Contract
 from common.state.connection import connect
@@ -46,7 +48,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True, kw_only=True)
-class WorkerSettings:
+class WorkerSettings(TlsSettings):
     """Serve one stage service of one model."""
 
     model: str = setting(help="what to serve: a Diffusers directory, NAME=DIR, or the name of a shipped model")
@@ -64,6 +66,7 @@ class WorkerSettings:
     announce_seconds: float = setting(60.0, help="how long to wait for the request store at the start")
     idle_seconds: float = setting(30.0, help="give up on a caller that is silent for so long within its inputs")
     max_call_bytes: int = setting(2 << 30, help="most bytes of tensors that a call may carry")
+    tls_callers: tuple[str, ...] = setting(("coordinator",), help="names in the certificates of those who may call")
     metrics_port: int | None = setting(None, help="port for Prometheus metrics; without one there are none")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = setting("INFO", help="least severe log lines to write")
     log_format: Literal["text", "json"] = setting("text", help="form of log lines")
@@ -82,6 +85,11 @@ class Worker:
     def address(self) -> str:
         """Where coordinators call it."""
         return self.info.address
+
+    @property
+    def health_address(self) -> str:
+        """Where probes ask for its health, if that is elsewhere."""
+        return self._server.health_address
 
     async def stop(self, grace: float) -> None:
         """Withdraw, let running calls finish within `grace` seconds, free everything."""
@@ -105,6 +113,7 @@ async def start_worker(service: str, model: ServedModel, settings: WorkerSetting
     fit, Unavailable when the request store stays away.
     """
     spec = _service_of(model, service)
+    tls = _tls_of(settings)
     device, dtype = _device_of(settings.device), settings.dtype
     torch_dtype = _DTYPES["bfloat16" if device.type == "cuda" else "float32"] if dtype == "auto" else _DTYPES[dtype]
     async with AsyncExitStack() as resources:
@@ -129,7 +138,7 @@ async def start_worker(service: str, model: ServedModel, settings: WorkerSetting
             device=str(device),
             versions={name: importlib.metadata.version(name) for name in _PACKAGES},
         )
-        server = _make_server(service, hosted, executor, info, settings)
+        server = _make_server(service, hosted, executor, info, settings, tls)
         bound = await server.start()
         resources.push_async_callback(server.drain, 0)
         info.address = settings.advertise or advertised_address(bound, settings.redis)
@@ -149,6 +158,14 @@ def _service_of(model: ServedModel, service: str) -> ServiceSpec:
         return model.pipeline.service(service)
     except PipelineError as error:
         raise InvalidInput(str(error), field="service") from error
+
+
+def _tls_of(settings: WorkerSettings) -> Mutual | None:
+    """A worker's TLS is always mutual: it serves coordinators only. Raises InvalidInput for half of it."""
+    tls = mutual_of(settings)
+    if tls is None and settings.tls_cert is not None:
+        raise InvalidInput("tls_cert is set without tls_ca, by which a worker knows coordinators", field="tls_ca")
+    return tls
 
 
 def _device_of(name: str) -> torch.device:
@@ -190,13 +207,20 @@ def _make_server(
     executor: ThreadPoolExecutor,
     info: worker_pb2.WorkerInfo,
     settings: WorkerSettings,
+    tls: Mutual | None,
 ) -> FleetServer:
     limits = ServingLimits(
         capacity=settings.capacity,
         idle_seconds=settings.idle_seconds,
         call=Limits(total_bytes=settings.max_call_bytes),
     )
-    server = FleetServer(settings.listen, interceptors=[MetricsInterceptor(service)])
+    server = FleetServer(
+        settings.listen,
+        interceptors=[MetricsInterceptor(service)],
+        credentials=tls.server() if tls else None,
+        admit=NamedPeers(settings.tls_callers) if tls else admit_all,
+        health_listen=settings.health_listen,
+    )
     servicer = StageServicer(service, stages, executor, TORCH, limits=limits)
     server.add(servicer, servicer.service_name)
     worker_pb2_grpc.add_WorkerServiceServicer_to_server(_WorkerService(info), server.grpc_server)

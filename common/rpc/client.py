@@ -38,9 +38,17 @@ OnCheckpoint = Callable[[Packet], None]
 """Takes a packet of a DenoiseState for the slot "checkpoint"."""
 
 
-def open_channel(address: str) -> grpc.aio.Channel:
-    """A channel to a gRPC target: host:port, or unix:path. It connects at the first call."""
-    return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+def open_channel(
+    address: str, credentials: grpc.ChannelCredentials | None = None, *, server_name: str = ""
+) -> grpc.aio.Channel:
+    """A channel to a gRPC target: host:port, or unix:path. It connects at the first call.
+
+    With credentials it speaks TLS, and the server's certificate must be for `server_name`, or else for the host.
+    """
+    if credentials is None:
+        return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+    named = (("grpc.ssl_target_name_override", server_name),) if server_name else ()
+    return grpc.aio.secure_channel(address, credentials, options=(*CHANNEL_OPTIONS, *named))
 
 
 async def get_model_info(channel: grpc.aio.Channel, *, seconds: float = 10) -> worker_pb2.WorkerInfo:

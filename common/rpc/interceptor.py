@@ -11,25 +11,37 @@ from typing import Any, TypeAlias
 
 import grpc
 
-from common.errors import FleetError, InternalError, Unavailable
+from common.errors import FleetError, InternalError, ResourceExhausted, Unavailable
 from common.rpc.status import abort_with
 
 log = logging.getLogger(__name__)
 
 _HEAR_OUT_SECONDS = 5.0
+MAX_CALLS = 4096
+"""Calls of all connections together that a server takes at a time."""
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+
+Admit = Callable[[Context], None]
+"""Looks at who calls. Raises FleetError to refuse; what it sets in context variables, the handler sees."""
+
+
+def admit_all(_: Context) -> None:
+    """Refuse nobody."""
 
 
 class CallGate(grpc.aio.ServerInterceptor):
     """Turns what handlers raise into statuses, and knows when the last call has ended.
 
     A FleetError is answered as it is. Anything else is a defect: logged with its traceback, answered as INTERNAL with
-    its type and text; the process goes on. Health checks and reflection pass by.
+    its type and text; the process goes on. `admit` decides who is served, `max_calls` how many at a time. Health checks
+    and reflection pass by.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, admit: Admit = admit_all, max_calls: int = MAX_CALLS) -> None:
+        self._admit = admit
+        self._max_calls = max_calls
         self._in_flight = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -101,6 +113,9 @@ class CallGate(grpc.aio.ServerInterceptor):
         try:
             if self._draining:
                 raise Unavailable("this process is shutting down")
+            if self._in_flight > self._max_calls:
+                raise ResourceExhausted(f"this process serves {self._max_calls} calls at a time and has as many")
+            self._admit(context)
             yield
         except FleetError as error:
             if isinstance(error, InternalError):

@@ -9,6 +9,17 @@ Options = tuple[tuple[str, Any], ...]
 MAX_MESSAGE_BYTES = 16 << 20
 """Largest message of a stage RPC: a header with its inline tensors; chunks are far smaller."""
 
+MAX_METADATA_BYTES = 16 << 10
+"""Most metadata that a call may carry, either way; calls with more are RESOURCE_EXHAUSTED."""
+MAX_STREAMS = 1024
+"""Most calls that a server takes at a time on one connection; a client's further calls wait for one of them to end."""
+
+# Soft and hard limit are one: between them gRPC refuses calls by chance.
+_METADATA: Options = (
+    ("grpc.max_metadata_size", MAX_METADATA_BYTES),
+    ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
+)
+
 # A peer that vanished without a word is noticed within ten seconds, during calls and between them.
 _KEEPALIVE: Options = (
     ("grpc.keepalive_time_ms", 5_000),
@@ -19,6 +30,7 @@ _KEEPALIVE: Options = (
 
 CHANNEL_OPTIONS: Options = (
     *_KEEPALIVE,
+    *_METADATA,
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", -1),
     ("grpc.initial_reconnect_backoff_ms", 100),
@@ -27,10 +39,12 @@ CHANNEL_OPTIONS: Options = (
 )
 
 
-def server_options(max_message_bytes: int = MAX_MESSAGE_BYTES) -> Options:
+def server_options(max_message_bytes: int = MAX_MESSAGE_BYTES, max_streams: int = MAX_STREAMS) -> Options:
     """Arguments of a server. Two servers on one port are an error, not load balancing."""
     return (
         *_KEEPALIVE,
+        *_METADATA,
+        ("grpc.max_concurrent_streams", max_streams),
         ("grpc.http2.min_recv_ping_interval_without_data_ms", 1_000),
         ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
         ("grpc.max_receive_message_length", max_message_bytes),

@@ -1,11 +1,13 @@
 """Asks a server whether it is ready: `python -m common.rpc.probe ADDRESS`, for the health checks of containers.
 
 Exit code 0 when the server says SERVING, 1 with a line on stderr when it says anything else or nothing in time, 2 when
-it is called wrongly. The line is what `docker inspect` shows of a failed check.
+it is called wrongly. The line is what `docker inspect` shows of a failed check. Where FLEET_HEALTH_LISTEN is set, which
+a server that speaks TLS needs for health checks, that port is asked and not the one of ADDRESS.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -22,6 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write("usage: python -m common.rpc.probe ADDRESS\n")
         return 2
     (address,) = arguments
+    if health := os.environ.get("FLEET_HEALTH_LISTEN", ""):
+        address = health if health.startswith("unix:") else f"127.0.0.1:{health.rpartition(':')[2]}"
     with grpc.insecure_channel(address) as channel:
         check: grpc.UnaryUnaryMultiCallable[health_pb2.HealthCheckRequest, health_pb2.HealthCheckResponse]
         check = channel.unary_unary(

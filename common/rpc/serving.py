@@ -13,14 +13,18 @@ from grpc_reflection.v1alpha import reflection
 
 from common.errors import FailedPrecondition
 from common.rpc.address import bound_address, check_listenable, socket_path
-from common.rpc.interceptor import CallGate
-from common.rpc.options import MAX_MESSAGE_BYTES, server_options
+from common.rpc.interceptor import MAX_CALLS, Admit, CallGate, admit_all
+from common.rpc.options import MAX_MESSAGE_BYTES, MAX_STREAMS, server_options
 
 _FLUSH_SECONDS = 0.5  # for the last bytes of calls that ended, and for health watches that never do
 
 
 class FleetServer:
-    """One listening server. Add servicers to `grpc_server` or `add`, start, say when it is ready, drain."""
+    """One listening server. Add servicers to `grpc_server` or `add`, start, say when it is ready, drain.
+
+    Without `credentials` it speaks in the clear. `admit` looks at who calls the fleet's own methods. `health_listen` is
+    an address of its own for health checks in the clear: kubelets and other probes have no certificates.
+    """
 
     def __init__(
         self,
@@ -28,16 +32,25 @@ class FleetServer:
         *,
         interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
         max_message_bytes: int = MAX_MESSAGE_BYTES,
+        max_streams: int = MAX_STREAMS,
+        max_calls: int = MAX_CALLS,
+        credentials: grpc.ServerCredentials | None = None,
+        admit: Admit = admit_all,
+        health_listen: str = "",
     ) -> None:
         self._listen = listen
-        self.gate = CallGate()
+        self._credentials = credentials
+        self.gate = CallGate(admit, max_calls)
         self.grpc_server: grpc.aio.Server = grpc.aio.server(
-            interceptors=[*interceptors, self.gate], options=server_options(max_message_bytes)
+            interceptors=[*interceptors, self.gate], options=server_options(max_message_bytes, max_streams)
         )
         self._health = health.aio.HealthServicer()
         self._services: list[str] = []
         self.address = ""
+        self.health_address = ""
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc_server)
+        self._health_listen = health_listen
+        self._health_server: grpc.aio.Server | None = None
 
     def add(self, handler: grpc.GenericRpcHandler | None, service_name: str) -> None:
         """Serve a handler, and list its service for health checks and reflection.
@@ -56,13 +69,13 @@ class FleetServer:
         names = (*self._services, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self.grpc_server)
         await self.set_ready(False)
-        check_listenable(self._listen)
-        try:
-            port = self.grpc_server.add_insecure_port(self._listen)
-        except (RuntimeError, ValueError) as error:
-            raise FailedPrecondition(f"cannot listen on {self._listen}: {error}", field="listen") from None
+        self.address = _bind(self.grpc_server, self._listen, self._credentials)
+        if self._health_listen:
+            self._health_server = grpc.aio.server(options=server_options())
+            health_pb2_grpc.add_HealthServicer_to_server(self._health, self._health_server)
+            self.health_address = _bind(self._health_server, self._health_listen, None)
+            await self._health_server.start()
         await self.grpc_server.start()
-        self.address = bound_address(self._listen, port)
         return self.address
 
     async def set_ready(self, ready: bool) -> None:
@@ -81,8 +94,22 @@ class FleetServer:
         except TimeoutError:
             pass
         await self.grpc_server.stop(_FLUSH_SECONDS if grace else None)
-        if self._listen.startswith("unix:"):
-            socket_path(self._listen).unlink(missing_ok=True)
+        if self._health_server is not None:
+            await self._health_server.stop(None)
+        for listen in (self._listen, self._health_listen):
+            if listen.startswith("unix:"):
+                socket_path(listen).unlink(missing_ok=True)
+
+
+def _bind(server: grpc.aio.Server, listen: str, credentials: grpc.ServerCredentials | None) -> str:
+    """Bind a server; returns the address with its port. Raises FailedPrecondition when it cannot be had."""
+    check_listenable(listen)
+    try:
+        if credentials is None:
+            return bound_address(listen, server.add_insecure_port(listen))
+        return bound_address(listen, server.add_secure_port(listen, credentials))
+    except (RuntimeError, ValueError) as error:
+        raise FailedPrecondition(f"cannot listen on {listen}: {error}", field="listen") from None
 
 
 @asynccontextmanager

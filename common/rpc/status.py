@@ -30,6 +30,8 @@ _CODES: dict[type[FleetError], grpc.StatusCode] = {
     errors.Cancelled: grpc.StatusCode.CANCELLED,
     errors.DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
     errors.Aborted: grpc.StatusCode.ABORTED,
+    errors.Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
+    errors.PermissionDenied: grpc.StatusCode.PERMISSION_DENIED,
     errors.InternalError: grpc.StatusCode.INTERNAL,
 }
 _KINDS = {kind.__name__: kind for kind in _CODES}
@@ -40,8 +42,8 @@ _TRANSPORT: dict[grpc.StatusCode, type[FleetError]] = {
     grpc.StatusCode.NOT_FOUND: errors.NotFound,
     grpc.StatusCode.FAILED_PRECONDITION: errors.FailedPrecondition,
     grpc.StatusCode.UNIMPLEMENTED: errors.FailedPrecondition,
-    grpc.StatusCode.PERMISSION_DENIED: errors.FailedPrecondition,
-    grpc.StatusCode.UNAUTHENTICATED: errors.FailedPrecondition,
+    grpc.StatusCode.PERMISSION_DENIED: errors.PermissionDenied,
+    grpc.StatusCode.UNAUTHENTICATED: errors.Unauthenticated,
     grpc.StatusCode.RESOURCE_EXHAUSTED: errors.ResourceExhausted,
     grpc.StatusCode.DEADLINE_EXCEEDED: errors.DeadlineExceeded,
     grpc.StatusCode.ABORTED: errors.Aborted,

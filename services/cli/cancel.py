@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from fleet.v1 import generation_pb2
+from services.cli.access import Access, access_of
 from services.cli.client import TERMINAL, connect, state_name
 from services.cli.options import FAILED, SUCCESS, add_endpoint, add_request_id, command_parser, endpoint_of, run_async
 
@@ -16,11 +17,11 @@ def main(argv: Sequence[str]) -> int:
     add_request_id(parser)
     add_endpoint(parser)
     args = parser.parse_args(argv)
-    return run_async(_cancel(endpoint_of(args.endpoint), args.id))
+    return run_async(_cancel(endpoint_of(args.endpoint), access_of(args), args.id))
 
 
-async def _cancel(endpoint: str, request_id: str) -> int:
-    async with connect(endpoint) as client:
+async def _cancel(endpoint: str, access: Access, request_id: str) -> int:
+    async with connect(endpoint, access) as client:
         record = await client.cancel(request_id)
     sys.stdout.write(f"{request_id} {state_name(record.state)}\n")
     ended_otherwise = record.state in TERMINAL and record.state != generation_pb2.REQUEST_STATE_CANCELLED

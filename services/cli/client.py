@@ -11,6 +11,7 @@ from common.errors import FleetError, Unavailable
 from common.rpc.client import open_channel
 from common.rpc.status import from_rpc_error
 from fleet.v1 import generation_pb2, generation_pb2_grpc
+from services.cli.access import IN_THE_CLEAR, Access
 
 Responses = AsyncGenerator[generation_pb2.GenerateResponse, None]
 Events = AsyncGenerator[generation_pb2.Event, None]
@@ -32,13 +33,14 @@ class RequestFailed(FleetError):
 class FleetClient:
     """GenerationService at one endpoint. Use connect() to make one."""
 
-    def __init__(self, endpoint: str, channel: grpc.aio.Channel) -> None:
+    def __init__(self, endpoint: str, channel: grpc.aio.Channel, api_key: str = "") -> None:
         self._endpoint = endpoint
+        self._metadata = (("authorization", f"Bearer {api_key}"),) if api_key else ()
         self._stub: generation_pb2_grpc.GenerationServiceAsyncStub = generation_pb2_grpc.GenerationServiceStub(channel)
 
     async def generate(self, request: generation_pb2.SubmitRequest) -> Responses:
         """Submit, follow and download. Leaving early cancels the request when it has no idempotency key."""
-        call = self._stub.Generate(generation_pb2.GenerateRequest(request=request))
+        call = self._stub.Generate(generation_pb2.GenerateRequest(request=request), metadata=self._metadata)
         try:
             with self._translated():
                 async for response in call:
@@ -48,7 +50,9 @@ class FleetClient:
 
     async def watch(self, request_id: str, after: str = "") -> Events:
         """The events of a request, to its terminal state."""
-        call = self._stub.Watch(generation_pb2.WatchRequest(request_id=request_id, after_event_id=after))
+        call = self._stub.Watch(
+            generation_pb2.WatchRequest(request_id=request_id, after_event_id=after), metadata=self._metadata
+        )
         try:
             with self._translated():
                 async for response in call:
@@ -59,25 +63,31 @@ class FleetClient:
     async def get(self, request_id: str) -> generation_pb2.RequestRecord:
         """A request's record."""
         with self._translated():
-            response = await self._stub.GetRequest(generation_pb2.GetRequestRequest(request_id=request_id))
+            response = await self._stub.GetRequest(
+                generation_pb2.GetRequestRequest(request_id=request_id), metadata=self._metadata
+            )
         return response.request
 
     async def cancel(self, request_id: str) -> generation_pb2.RequestRecord:
         """Ask for a request to end; its record right after."""
         with self._translated():
-            response = await self._stub.CancelRequest(generation_pb2.CancelRequestRequest(request_id=request_id))
+            response = await self._stub.CancelRequest(
+                generation_pb2.CancelRequestRequest(request_id=request_id), metadata=self._metadata
+            )
         return response.request
 
     async def requests(self, count: int) -> list[generation_pb2.RequestRecord]:
         """The newest requests."""
         with self._translated():
-            response = await self._stub.ListRequests(generation_pb2.ListRequestsRequest(page_size=count))
+            response = await self._stub.ListRequests(
+                generation_pb2.ListRequestsRequest(page_size=count), metadata=self._metadata
+            )
         return list(response.requests)
 
     async def models(self) -> list[generation_pb2.Model]:
         """The models that are served, with their workers."""
         with self._translated():
-            response = await self._stub.ListModels(generation_pb2.ListModelsRequest())
+            response = await self._stub.ListModels(generation_pb2.ListModelsRequest(), metadata=self._metadata)
         return list(response.models)
 
     @contextlib.contextmanager
@@ -86,6 +96,10 @@ class FleetClient:
             yield
         except grpc.aio.AioRpcError as error:
             failure = from_rpc_error(error)
+            if isinstance(failure, Unavailable) and "andshake" in failure.message:
+                raise Unavailable(
+                    f"{self._endpoint} and this command could not agree on TLS (see --tls-ca): {failure.message}"
+                ) from error
             if isinstance(failure, Unavailable) and "failed to connect" in failure.message:
                 raise Unavailable(
                     f"no fleet answers at {self._endpoint}; `fleet up` starts one, --endpoint names another"
@@ -94,11 +108,11 @@ class FleetClient:
 
 
 @contextlib.asynccontextmanager
-async def connect(endpoint: str) -> AsyncIterator[FleetClient]:
+async def connect(endpoint: str, access: Access = IN_THE_CLEAR) -> AsyncIterator[FleetClient]:
     """A client of the fleet at HOST:PORT or unix:PATH; connecting happens with the first call."""
-    channel = open_channel(endpoint)
+    channel = open_channel(endpoint, access.credentials)
     try:
-        yield FleetClient(endpoint, channel)
+        yield FleetClient(endpoint, channel, access.api_key)
     finally:
         await channel.close()
 

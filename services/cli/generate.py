@@ -21,6 +21,7 @@ from fleet.v1 import generation_pb2
 from models.catalog import DEFAULT_MODEL, ServedModel, open_model
 from models.registry import load_registry
 from models.validation import InputValidationStage
+from services.cli.access import Access, access_of, add_access
 from services.cli.client import FleetClient, connect, raise_unless_succeeded
 from services.cli.options import SUCCESS, command_parser, endpoint_of, let_threads_sleep, run_async
 from services.cli.output import ResultFiles, check_output
@@ -38,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
         model=args.model or "", parameters=parameters_message(given, images, output.suffix.lower())
     )
     if args.endpoint:
-        return run_async(_at_endpoint(endpoint_of(args.endpoint), request, output))
+        return run_async(_at_endpoint(endpoint_of(args.endpoint), access_of(args), request, output))
     model = open_model(args.model or DEFAULT_MODEL, load_registry(plugin_directories()))
     request.model = model.name
     _validate(model, given, output, [role for role, _ in images])
@@ -78,6 +79,7 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--endpoint", metavar="HOST:PORT", help="a running fleet; without it, a fleet in this process")
     parser.add_argument("--redis", metavar="URL", help="store to use without --endpoint (default: an embedded one)")
     parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="ends in .png, .mp4 or .safetensors")
+    add_access(parser)
     args = parser.parse_args(argv)
     if args.endpoint:
         for flag in ("dtype", "redis"):
@@ -94,8 +96,8 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     return args
 
 
-async def _at_endpoint(endpoint: str, request: generation_pb2.SubmitRequest, output: Path) -> int:
-    async with connect(endpoint) as client:
+async def _at_endpoint(endpoint: str, access: Access, request: generation_pb2.SubmitRequest, output: Path) -> int:
+    async with connect(endpoint, access) as client:
         with reporter() as report:
             paths = await draw(client, request, output, report)
     return _tell(paths)

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from fleet.v1 import artifacts_pb2, generation_pb2
+from services.cli.access import Access, access_of
 from services.cli.client import connect
 from services.cli.options import SUCCESS, add_endpoint, command_parser, endpoint_of, run_async
 
@@ -15,11 +16,11 @@ def main(argv: Sequence[str]) -> int:
     parser = command_parser("models", "List the models of a running fleet, and what a request to them may set.")
     add_endpoint(parser)
     args = parser.parse_args(argv)
-    return run_async(_models(endpoint_of(args.endpoint)))
+    return run_async(_models(endpoint_of(args.endpoint), access_of(args)))
 
 
-async def _models(endpoint: str) -> int:
-    async with connect(endpoint) as client:
+async def _models(endpoint: str, access: Access) -> int:
+    async with connect(endpoint, access) as client:
         models = await client.models()
     for model in models:
         sys.stdout.write(f"{model.name} ({model.pipeline_name}), checkpoint {model.fingerprint[:12]}\n")

@@ -10,8 +10,9 @@ import sys
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, NoReturn
 
-from common.errors import CheckpointError, FleetError, InvalidInput, NotFound
+from common.errors import CheckpointError, FleetError, InvalidInput, NotFound, PermissionDenied, Unauthenticated
 from common.settings import FlagParser, SettingsError
+from services.cli.access import add_access
 
 SUCCESS = 0
 FAILED = 1
@@ -21,6 +22,7 @@ TERMINATED = 143
 
 DEFAULT_ENDPOINT = "127.0.0.1:50051"
 
+_CALLERS_FAULT = (InvalidInput, NotFound, CheckpointError, Unauthenticated, PermissionDenied)
 _PATIENCE_SECONDS = 3.0
 _SHOW_CURSOR = "\x1b[?25h"
 
@@ -31,10 +33,11 @@ def command_parser(name: str, description: str) -> FlagParser:
 
 
 def add_endpoint(parser: FlagParser) -> None:
-    """Add --endpoint to a command that talks to a running fleet."""
+    """Add --endpoint, and how to get in, to a command that talks to a running fleet."""
     parser.add_argument(
         "--endpoint", metavar="HOST:PORT", help=f"where the fleet answers (default: FLEET_ENDPOINT, {DEFAULT_ENDPOINT})"
     )
+    add_access(parser)
 
 
 def add_request_id(parser: FlagParser) -> None:
@@ -61,7 +64,7 @@ def endpoint_of(given: str | None, environ: Mapping[str, str] = os.environ) -> s
 
 def exit_code(error: FleetError) -> int:
     """2 where the caller gave something wrong, 1 for the rest."""
-    return BAD_INPUT if isinstance(error, (InvalidInput, NotFound, CheckpointError)) else FAILED
+    return BAD_INPUT if isinstance(error, _CALLERS_FAULT) else FAILED
 
 
 def one_line(error: FleetError) -> str:

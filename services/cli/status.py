@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from services.cli.access import Access, access_of
 from services.cli.client import connect, state_name
 from services.cli.options import SUCCESS, add_endpoint, command_parser, endpoint_of, run_async
 
@@ -16,11 +17,11 @@ def main(argv: Sequence[str]) -> int:
     parser = command_parser("status", "Show the models of a running fleet, their workers, and the latest requests.")
     add_endpoint(parser)
     args = parser.parse_args(argv)
-    return run_async(_status(endpoint_of(args.endpoint)))
+    return run_async(_status(endpoint_of(args.endpoint), access_of(args)))
 
 
-async def _status(endpoint: str) -> int:
-    async with connect(endpoint) as client:
+async def _status(endpoint: str, access: Access) -> int:
+    async with connect(endpoint, access) as client:
         models = await client.models()
         requests = await client.requests(_REQUESTS)
     services = [

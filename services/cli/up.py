@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import os
 import shutil
 import socket
 import sys
@@ -22,6 +23,7 @@ from common.settings import SettingsError
 from common.state.embedded import EmbeddedStore, private_directory
 from models.catalog import DEFAULT_MODEL, ServedModel, open_model
 from models.registry import load_registry
+from services.cli.access import Access
 from services.cli.client import connect
 from services.cli.generate import plugin_directories
 from services.cli.options import BAD_INPUT, FAILED, SUCCESS, TERMINATED, command_parser, run_async
@@ -51,6 +53,7 @@ class Plan:
 def main(argv: Sequence[str]) -> int:
     """Run until Ctrl-C or SIGTERM, which are the ways to end it and give exit code 0."""
     args = _arguments(argv)
+    access = _access(os.environ)
     models = _models(args.model or [DEFAULT_MODEL])
     replicas = _replicas(args.replicas, models)
     if args.redis:
@@ -62,7 +65,7 @@ def main(argv: Sequence[str]) -> int:
         store = None if args.redis else stack.enter_context(EmbeddedStore())
         redis_url = store.url if store else args.redis
         plan = _plan(models, replicas, args, endpoint, redis_url, directory)
-        code = run_async(_run(plan, store))
+        code = run_async(_run(plan, store, access))
     return SUCCESS if code in (CTRL_C, TERMINATED) else code
 
 
@@ -87,6 +90,17 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     if not 0 <= args.port < 65536:
         raise SettingsError(f"--port must be 0 to 65535, not {args.port}", field="port")
     return args
+
+
+def _access(environ: Mapping[str, str]) -> Access:
+    """How this process calls its own coordinator, which shares the environment with it."""
+    if unused := sorted(name for name in environ if name.startswith("FLEET_TLS") and environ[name]):
+        raise SettingsError(
+            f"{unused[0]} is set, but `fleet up` serves this machine alone, in the clear; unset it, "
+            "or start each service with `fleet serve`",
+            field=unused[0],
+        )
+    return Access(api_key=environ.get("FLEET_API_KEY", ""))
 
 
 def _models(references: Sequence[str]) -> list[ServedModel]:
@@ -151,14 +165,14 @@ def _plan(
     return Plan(endpoint, Program(_COORDINATOR, coordinator), workers)
 
 
-async def _run(plan: Plan, store: EmbeddedStore | None) -> int:
+async def _run(plan: Plan, store: EmbeddedStore | None, access: Access) -> int:
     supervisor = Supervisor(_note)
     code = SUCCESS
     try:
         async with asyncio.TaskGroup() as group:
             for program in plan.programs:
                 group.create_task(supervisor.keep(program))
-            group.create_task(_announce_ready(plan, supervisor))
+            group.create_task(_announce_ready(plan, supervisor, access))
             if store:
                 group.create_task(_watch_store(store))
     except* FleetError as failures:
@@ -173,10 +187,10 @@ async def _run(plan: Plan, store: EmbeddedStore | None) -> int:
     return code
 
 
-async def _announce_ready(plan: Plan, supervisor: Supervisor) -> None:
+async def _announce_ready(plan: Plan, supervisor: Supervisor, access: Access) -> None:
     """Wait until every worker has announced itself to the coordinator."""
     began = time.monotonic()
-    async with connect(plan.endpoint) as client:
+    async with connect(plan.endpoint, access) as client:
         while not supervisor.ready:
             await asyncio.sleep(_POLL_SECONDS)
             with contextlib.suppress(Unavailable):

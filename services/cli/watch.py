@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from common.errors import Unavailable
 from fleet.v1 import generation_pb2
+from services.cli.access import Access, access_of
 from services.cli.client import FleetClient, connect, raise_unless_succeeded, state_name
 from services.cli.options import FAILED, SUCCESS, add_endpoint, add_request_id, command_parser, endpoint_of, run_async
 
@@ -21,12 +22,12 @@ def main(argv: Sequence[str]) -> int:
     add_request_id(parser)
     add_endpoint(parser)
     args = parser.parse_args(argv)
-    return run_async(_watch(endpoint_of(args.endpoint), args.id))
+    return run_async(_watch(endpoint_of(args.endpoint), access_of(args), args.id))
 
 
-async def _watch(endpoint: str, request_id: str) -> int:
+async def _watch(endpoint: str, access: Access, request_id: str) -> int:
     after, failures = "", 0
-    async with connect(endpoint) as client:
+    async with connect(endpoint, access) as client:
         while True:
             try:
                 async with contextlib.aclosing(client.watch(request_id, after)) as events:

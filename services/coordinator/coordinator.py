@@ -20,6 +20,7 @@ from common.state.workers import WorkerRegistry
 from common.telemetry import QUEUE_LENGTH, MetricsInterceptor
 from fleet.v1 import generation_pb2
 from models.catalog import ServedModel
+from services.coordinator.access import public_credentials, worker_channels
 from services.coordinator.dispatch import ArtifactMemory, Connections, Workers
 from services.coordinator.driver import Driver
 from services.coordinator.handlers import ServiceHandler
@@ -46,7 +47,7 @@ class Coordinator:
         self._presence = Presence(self._redis, owner, beat_seconds=beat, ttl_seconds=ttl)
         self._registry = WorkerRegistry(self._redis, beat_seconds=beat, ttl_seconds=ttl)
         self._slots = Slots(self._redis, self._presence)
-        self._connections = Connections(Limits(total_bytes=settings.max_artifact_bytes))
+        self._connections = Connections(Limits(total_bytes=settings.max_artifact_bytes), worker_channels(settings))
         self.artifact_memory = ArtifactMemory(settings.max_artifact_bytes)
         workers = Workers(
             self._slots,
@@ -69,6 +70,8 @@ class Coordinator:
             settings.listen,
             interceptors=[MetricsInterceptor("coordinator")],
             max_message_bytes=settings.max_message_bytes,
+            credentials=public_credentials(settings),
+            health_listen=settings.health_listen,
         )
         self._present = False
         self._housekeeping: asyncio.Task[None] | None = None

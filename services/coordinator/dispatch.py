@@ -28,8 +28,9 @@ _log = logging.getLogger(__name__)
 class Connections:
     """Channels to workers, opened once and kept; a worker that does not answer is connected to anew."""
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, open_to: Callable[[str], grpc.aio.Channel] = open_channel) -> None:
         self._limits = limits
+        self._open = open_to
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._runners: dict[tuple[str, str, str], RemoteRunner] = {}
         self._closing: set[asyncio.Task[None]] = set()
@@ -39,7 +40,7 @@ class Connections:
         key = (model, spec.service, address)
         if key not in self._runners:
             if address not in self._channels:
-                self._channels[address] = open_channel(address)
+                self._channels[address] = self._open(address)
             self._runners[key] = RemoteRunner(self._channels[address], spec.service, spec.contract, limits=self._limits)
         return self._runners[key]
 

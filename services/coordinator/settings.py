@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from common.rpc.tls import TlsSettings
 from common.settings import SettingsError, setting
 from common.state.presence import BEAT_SECONDS, TTL_SECONDS
 from common.state.requests import Limits, Retention
@@ -13,7 +14,7 @@ from models.catalog import DEFAULT_MODEL
 
 
 @dataclass(frozen=True, kw_only=True)
-class CoordinatorSettings:
+class CoordinatorSettings(TlsSettings):
     """Settings of the coordinator, which accepts requests and takes them through the stages of their models."""
 
     model: tuple[str, ...] = setting((DEFAULT_MODEL,), help="NAME, DIR or NAME=DIR to serve; repeatable")
@@ -27,6 +28,12 @@ class CoordinatorSettings:
     stage_attempts: int = setting(3, help="workers that a stage is tried on when they go away")
     record_seconds: float = setting(86_400.0, help="how long a request that has ended is remembered")
     result_seconds: float = setting(3_600.0, help="how long its files can be downloaded; at most record_seconds")
+    tls_client_ca: Path | None = setting(
+        None, help="authority whose certificates clients must show; unset asks for none"
+    )
+    tls_public_cert: Path | None = setting(None, help="certificate to show to clients, where it is not tls_cert")
+    tls_public_key: Path | None = setting(None, help="private key of tls_public_cert")
+    tls_worker_name: str = setting("worker", help="name in the certificates of workers")
     max_message_bytes: int = setting(16 << 20, help="largest request that is read")
     max_artifact_bytes: int = setting(4 << 30, help="memory for what stages hand on, over all requests")
     max_raw_result_bytes: int = setting(1 << 30, help="largest .safetensors result")
