@@ -3,12 +3,13 @@
 -- Messages are stored serialised and never opened here: a protobuf message followed by another of its type is their
 -- merge, so a record grows by appending to `extra`. Time is this server's, in milliseconds, never a caller's.
 --
---   fleet:request:<id>             hash   record, extra, state, created, updated, model, owner, epoch, cancel, key, token
+--   fleet:request:<id>             hash   record, extra, state, created, updated, model, owner, epoch, cancel, key, caller, token
 --   fleet:events:<id>              stream field `event`
 --   fleet:result:<id>:<file>:<n>   string a chunk of a file of the result
 --   fleet:idempotency:<key>        string request id
 --   fleet:requests, fleet:ended    zset   ids by sequence number; ended ids by the time their record expires
 --   fleet:open:<model>             set    ids that have not ended
+--   fleet:open-by:<caller>         set    the same, of a caller with a name
 --   fleet:model:<model>            hash   fingerprint, contract:<service>
 --   fleet:worker:<id>              hash   info, capacity, model, service, granted
 --   fleet:workers:<model>/<svc>    zset   worker ids by the time their heartbeat runs out
@@ -60,8 +61,9 @@ local function prune_index()
   end
 end
 
--- id, owner, idempotency key, record, model, deadline or 0, most open requests, longest queue, n, n services, events
-function ops.admit(id, owner, key, record, model, deadline, max_open, queue_limit, count)
+-- id, owner, idempotency key, record, model, deadline or 0, most open requests, longest queue, caller, most of theirs,
+-- n, n services, events
+function ops.admit(id, owner, key, record, model, deadline, max_open, queue_limit, caller, max_theirs, count)
   local known = key ~= '' and redis.call('GET', P .. 'idempotency:' .. key)
   if known and redis.call('EXISTS', P .. 'request:' .. known) == 1 then
     return { 'replayed', known, snapshot(known) }
@@ -76,21 +78,28 @@ function ops.admit(id, owner, key, record, model, deadline, max_open, queue_limi
   if open >= tonumber(max_open) then
     return { 'crowded', open }
   end
+  local theirs = redis.call('SCARD', P .. 'open-by:' .. caller)
+  if caller ~= '' and theirs >= tonumber(max_theirs) then
+    return { 'quota', theirs }
+  end
   for i = 1, tonumber(count) do
-    local service = ARGV[10 + i]
+    local service = ARGV[12 + i]
     local length = redis.call('ZCARD', P .. 'queue:' .. model .. '/' .. service)
     if length >= tonumber(queue_limit) then
       return { 'full', service, length }
     end
   end
   redis.call('HSET', P .. 'request:' .. id, 'record', record, 'extra', '', 'state', '1', 'created', int(now),
-    'updated', int(now), 'model', model, 'owner', owner, 'epoch', '1', 'key', key)
+    'updated', int(now), 'model', model, 'owner', owner, 'epoch', '1', 'key', key, 'caller', caller)
   redis.call('ZADD', P .. 'requests', redis.call('INCR', P .. 'sequence'), id)
   redis.call('SADD', P .. 'open:' .. model, id)
+  if caller ~= '' then
+    redis.call('SADD', P .. 'open-by:' .. caller, id)
+  end
   if key ~= '' then
     redis.call('SET', P .. 'idempotency:' .. key, id)
   end
-  add_events(id, 11 + tonumber(count))
+  add_events(id, 13 + tonumber(count))
   prune_index()
   return { 'admitted', int(now), snapshot(id) }
 end
@@ -111,8 +120,11 @@ local function finish(id, token, state, extra, keep)
   local key = P .. 'request:' .. id
   redis.call('HSET', key, 'state', state, 'updated', int(now), 'token', token)
   extend(id, extra)
-  local fields = redis.call('HMGET', key, 'model', 'key')
+  local fields = redis.call('HMGET', key, 'model', 'key', 'caller')
   redis.call('SREM', P .. 'open:' .. fields[1], id)
+  if fields[3] and fields[3] ~= '' then
+    redis.call('SREM', P .. 'open-by:' .. fields[3], id)
+  end
   redis.call('ZADD', P .. 'ended', int(now + tonumber(keep)), id)
   redis.call('PEXPIRE', key, keep)
   if fields[2] ~= '' then

@@ -8,7 +8,7 @@ from typing import TypeAlias, cast
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from common.errors import FailedPrecondition
+from common.errors import FailedPrecondition, NotFound
 from fleet.v1 import generation_pb2
 
 State = generation_pb2.RequestState
@@ -50,6 +50,17 @@ def require_succeeded(record: generation_pb2.RequestRecord) -> None:
     if record.state != State.REQUEST_STATE_SUCCEEDED:
         name = State.Name(record.state).removeprefix("REQUEST_STATE_")
         raise FailedPrecondition(f"request {record.request_id} is {name}; only one that SUCCEEDED has a result")
+
+
+def unknown_request(request_id: str) -> NotFound:
+    """The error of a request that is not there."""
+    return NotFound(f"there is no request {request_id!r}; it may have expired", field="request_id")
+
+
+def require_own(record: generation_pb2.RequestRecord, caller: str) -> None:
+    """Raise NotFound for another caller's request, as if it were not there. Without a name, all may see all."""
+    if caller and record.caller != caller:
+        raise unknown_request(record.request_id)
 
 
 def timestamp_of(milliseconds: int) -> Timestamp:

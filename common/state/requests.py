@@ -33,6 +33,7 @@ from common.state.records import (
     read_record,
     state_event,
     timestamp_of,
+    unknown_request,
 )
 from fleet.v1 import generation_pb2
 
@@ -51,6 +52,7 @@ class Limits:
     services: Sequence[str] = ()
     max_open: int = 1_000
     queue_limit: int = 256
+    max_open_of_caller: int = 1_000
 
 
 @dataclass(frozen=True)
@@ -82,8 +84,8 @@ class RequestStore:
     ) -> Admission:
         """Store a request durably, with its first events: QUEUED, and the warnings it has. One round trip.
 
-        A known key answers with the request that it belongs to. Raises InvalidInput for a deadline that has passed
-        and ResourceExhausted beyond the limits.
+        A known key answers with the request that it belongs to; each caller has keys of its own. Raises InvalidInput
+        for a deadline that has passed and ResourceExhausted beyond the limits.
         """
         limits = limits or Limits()
         events = [state_event(State.REQUEST_STATE_QUEUED)]
@@ -94,12 +96,14 @@ class RequestStore:
             "admit",
             record.request_id,
             self._owner,
-            idempotency_key,
+            idempotency_key and f"{record.caller}/{idempotency_key}",
             record.SerializeToString(),
             record.model,
             deadline,
             limits.max_open,
             limits.queue_limit,
+            record.caller,
+            limits.max_open_of_caller,
             len(limits.services),
             *limits.services,
             *(event.SerializeToString() for event in events),
@@ -113,6 +117,8 @@ class RequestStore:
                 )
             case b"crowded":
                 raise ResourceExhausted(f"{int(reply[1])} requests for {record.model} are open, which is the bound")
+            case b"quota":
+                raise ResourceExhausted(f"{record.caller} has {int(reply[1])} open requests, which is the bound")
             case b"full":
                 raise ResourceExhausted(
                     f"{int(reply[2])} requests wait for {reply[1].decode()} of {record.model}, which is the bound"
@@ -125,7 +131,7 @@ class RequestStore:
         """The record. Raises NotFound."""
         fields = await command(self._redis, "HMGET", _key("request", request_id), *SNAPSHOT)
         if fields[0] is None:
-            raise _unknown(request_id)
+            raise unknown_request(request_id)
         return read_record(fields)
 
     async def page(
@@ -135,6 +141,7 @@ class RequestStore:
         page_token: str = "",
         state: StateValue = State.REQUEST_STATE_UNSPECIFIED,
         model: str = "",
+        caller: str = "",
     ) -> tuple[list[generation_pb2.RequestRecord], str]:
         """A page of records, newest first, and the token of the next page. Raises InvalidInput for a bad page."""
         if not 0 <= page_size <= MAX_PAGE:
@@ -149,6 +156,8 @@ class RequestStore:
             batch = await self._scan(below)
             for number, fields in batch:
                 if fields[0] is None or (state and int(fields[2]) != state) or (model and fields[5].decode() != model):
+                    continue
+                if caller and (fields[6] or b"").decode() != caller:
                     continue
                 if len(found) == wanted:
                     return found, last
@@ -169,7 +178,7 @@ class RequestStore:
         with store_errors():
             async with self._redis.pipeline(transaction=False) as pipeline:
                 for request_id, _ in rows:
-                    pipeline.hmget(_key("request", request_id.decode()), (*SNAPSHOT, "model"))
+                    pipeline.hmget(_key("request", request_id.decode()), (*SNAPSHOT, "model", "caller"))
                 fields = await pipeline.execute()
         return [(str(int(score)), each) for (_, score), each in zip(rows, fields, strict=True)]
 
@@ -271,7 +280,7 @@ class RequestStore:
             state_event(state).SerializeToString(),
         )
         if reply[0] is None:
-            raise _unknown(request_id)
+            raise unknown_request(request_id)
         return read_record(reply)
 
     async def orphans(self, model: str) -> list[str]:
@@ -305,7 +314,7 @@ class RequestStore:
                 pipeline.xrange(_key("events", request_id), min=f"({last}")
                 state, rows = await pipeline.execute()
         if state is None:
-            raise _unknown(request_id)
+            raise unknown_request(request_id)
         return rows, is_terminal(int(state))
 
     async def _wait(self, request_id: str, last: str) -> list[Any]:
@@ -329,7 +338,3 @@ def _key(kind: str, *parts: object) -> str:
 
 def _milliseconds(seconds: float) -> int:
     return max(1, int(seconds * 1_000))
-
-
-def _unknown(request_id: str) -> NotFound:
-    return NotFound(f"there is no request {request_id!r}; it may have expired", field="request_id")

@@ -21,6 +21,7 @@ from common.telemetry import QUEUE_LENGTH, MetricsInterceptor
 from fleet.v1 import generation_pb2
 from models.catalog import ServedModel
 from services.coordinator.access import public_credentials, worker_channels
+from services.coordinator.callers import admission
 from services.coordinator.dispatch import ArtifactMemory, Connections, Workers
 from services.coordinator.driver import Driver
 from services.coordinator.handlers import ServiceHandler
@@ -70,7 +71,10 @@ class Coordinator:
             settings.listen,
             interceptors=[MetricsInterceptor("coordinator")],
             max_message_bytes=settings.max_message_bytes,
+            max_streams=settings.max_streams,
+            max_calls=settings.max_calls,
             credentials=public_credentials(settings),
+            admit=admission(settings),
             health_listen=settings.health_listen,
         )
         self._present = False
@@ -80,6 +84,11 @@ class Coordinator:
     def address(self) -> str:
         """Where it listens."""
         return self._server.address
+
+    @property
+    def calls_in_flight(self) -> int:
+        """Calls being served."""
+        return self._server.gate.in_flight
 
     async def start(self) -> None:
         """Listen, and become ready once the store answers. Raises FailedPrecondition when it disagrees on a model."""

@@ -13,13 +13,14 @@ from datetime import UTC, datetime
 from common.codec import pack, write_param
 from common.errors import FailedPrecondition, InvalidInput, NotFound, Unavailable
 from common.pipeline import ServiceSpec
-from common.state.records import State, chunks_of, require_succeeded
+from common.state.records import State, chunks_of, require_own, require_succeeded
 from common.state.requests import RequestStore
 from common.state.workers import WorkerRegistry
 from configs.sample.base import ParameterSpec
 from fleet.v1 import generation_pb2 as pb
 from models.catalog import ServedModel
 from models.validation import InputValidationStage
+from services.coordinator.callers import current_caller
 from services.coordinator.driver import Driver, Execution, Submission
 from services.coordinator.handlers import Function
 from services.coordinator.parameters import given_parameters, image_roles, recorded_parameters
@@ -128,6 +129,7 @@ class GenerationService:
     async def watch(self, request: pb.WatchRequest) -> AsyncGenerator[pb.WatchResponse, None]:
         """Follow a request."""
         request_id = _checked_id(request.request_id)
+        await self._require_own(request_id)
         async with aclosing(self._until_closing(request_id, request.after_event_id)) as events:
             async for event in events:
                 yield pb.WatchResponse(event=event)
@@ -158,7 +160,7 @@ class GenerationService:
         self, request: pb.DownloadResultRequest
     ) -> AsyncGenerator[pb.DownloadResultResponse, None]:
         """Stream the stored files."""
-        record = await self._store.get(_checked_id(request.request_id))
+        record = await self._own(request.request_id)
         require_succeeded(record)
         index = request.index if request.HasField("index") else None
         if index is not None and index >= len(record.files):
@@ -186,20 +188,35 @@ class GenerationService:
 
     async def get_request(self, request: pb.GetRequestRequest) -> pb.GetRequestResponse:
         """Tell how a request stands."""
-        return pb.GetRequestResponse(request=await self._store.get(_checked_id(request.request_id)))
+        return pb.GetRequestResponse(request=await self._own(request.request_id))
 
     async def cancel_request(self, request: pb.CancelRequestRequest) -> pb.CancelRequestResponse:
         """Ask for a request to end."""
         request_id = _checked_id(request.request_id)
+        await self._require_own(request_id)
         self._driver.cancel(request_id)
         return pb.CancelRequestResponse(request=await self._store.request_cancel(request_id))
+
+    async def _own(self, request_id: str) -> pb.RequestRecord:
+        """The record of a request of the caller's. Raises NotFound."""
+        record = await self._store.get(_checked_id(request_id))
+        require_own(record, current_caller().name)
+        return record
+
+    async def _require_own(self, request_id: str) -> None:
+        if current_caller().name:
+            await self._own(request_id)
 
     async def list_requests(self, request: pb.ListRequestsRequest) -> pb.ListRequestsResponse:
         """A page of requests."""
         if request.state not in State.values():
             raise InvalidInput(f"state {request.state} is unknown", field="state")
         records, token = await self._store.page(
-            page_size=request.page_size, page_token=request.page_token, state=request.state, model=request.model
+            page_size=request.page_size,
+            page_token=request.page_token,
+            state=request.state,
+            model=request.model,
+            caller=current_caller().name,
         )
         return pb.ListRequestsResponse(requests=records, next_page_token=token)
 
@@ -230,6 +247,7 @@ class GenerationService:
 
     def _validated(self, request: pb.SubmitRequest) -> Submission:
         """Check all of a request that can be checked without weights, and complete it."""
+        caller = current_caller()
         model = self._chosen(request.model)
         _check_envelope(request)
         given = given_parameters(request.parameters)
@@ -239,6 +257,7 @@ class GenerationService:
             request_id=secrets.token_hex(8),
             model=model.served.name,
             parameters=parameters,
+            caller=caller.name,
             priority=request.priority,
             deadline=request.deadline if request.HasField("deadline") else None,
         )
@@ -248,7 +267,7 @@ class GenerationService:
             record,
             model.services,
             {slot: pack(slot, artifact) for slot, artifact in validated.artifacts.items()},
-            self._settings.limits(tuple(spec.service for spec in model.services)),
+            self._settings.limits(tuple(spec.service for spec in model.services), caller.max_open),
             request.idempotency_key,
             raw=parameters.output_format == pb.OUTPUT_FORMAT_SAFETENSORS,
         )

@@ -12,6 +12,17 @@ from common.state.presence import BEAT_SECONDS, TTL_SECONDS
 from common.state.requests import Limits, Retention
 from models.catalog import DEFAULT_MODEL
 
+_POSITIVE = (
+    "max_open_requests",
+    "max_open_of_caller",
+    "queue_limit",
+    "max_calls",
+    "max_streams",
+    "stage_attempts",
+    "record_seconds",
+    "result_seconds",
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class CoordinatorSettings(TlsSettings):
@@ -23,6 +34,7 @@ class CoordinatorSettings(TlsSettings):
     plugins: tuple[Path, ...] = setting((), help="directory with families that are not in this tree; repeatable")
     grace_seconds: float = setting(30.0, help="how long running requests may finish after SIGTERM")
     max_open_requests: int = setting(1_000, help="requests of a model that may be accepted and not ended")
+    max_open_of_caller: int = setting(1_000, help="the same of one caller, unless api_keys tells another bound")
     queue_limit: int = setting(256, help="claims that may wait for one service of a model when a request is accepted")
     worker_wait_seconds: float | None = setting(None, help="fail a request that found no live worker for so long")
     stage_attempts: int = setting(3, help="workers that a stage is tried on when they go away")
@@ -34,6 +46,9 @@ class CoordinatorSettings(TlsSettings):
     tls_public_cert: Path | None = setting(None, help="certificate to show to clients, where it is not tls_cert")
     tls_public_key: Path | None = setting(None, help="private key of tls_public_cert")
     tls_worker_name: str = setting("worker", help="name in the certificates of workers")
+    api_keys: Path | None = setting(None, help="TOML file of callers and their keys; without one, anybody is served")
+    max_calls: int = setting(4_096, help="calls that are served at a time")
+    max_streams: int = setting(1_024, help="calls that are served at a time on one connection; its others wait")
     max_message_bytes: int = setting(16 << 20, help="largest request that is read")
     max_artifact_bytes: int = setting(4 << 30, help="memory for what stages hand on, over all requests")
     max_raw_result_bytes: int = setting(1 << 30, help="largest .safetensors result")
@@ -45,7 +60,7 @@ class CoordinatorSettings(TlsSettings):
     log_format: Literal["text", "json"] = setting("text", help="form of log lines")
 
     def __post_init__(self) -> None:
-        for name in ("max_open_requests", "queue_limit", "stage_attempts", "record_seconds", "result_seconds"):
+        for name in _POSITIVE:
             if not vars(self)[name] > 0:
                 raise SettingsError(f"{name} must be more than 0, not {vars(self)[name]}", field=name)
         if self.grace_seconds < 0:
@@ -67,6 +82,7 @@ class CoordinatorSettings(TlsSettings):
         """How long what has ended is kept."""
         return Retention(self.record_seconds, self.result_seconds)
 
-    def limits(self, services: tuple[str, ...]) -> Limits:
-        """What may be open and waiting for a model with these services."""
-        return Limits(services, self.max_open_requests, self.queue_limit)
+    def limits(self, services: tuple[str, ...], max_open_of_caller: int | None = None) -> Limits:
+        """What may be open and waiting for a model with these services, and for one caller."""
+        theirs = self.max_open_of_caller if max_open_of_caller is None else max_open_of_caller
+        return Limits(services, self.max_open_requests, self.queue_limit, theirs)

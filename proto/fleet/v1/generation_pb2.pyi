@@ -692,6 +692,7 @@ class RequestRecord(_message.Message):
     ERROR_FIELD_NUMBER: _builtins.int
     WARNINGS_FIELD_NUMBER: _builtins.int
     FILES_FIELD_NUMBER: _builtins.int
+    CALLER_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Unique name."""
     state: Global___RequestState.ValueType
@@ -700,6 +701,8 @@ class RequestRecord(_message.Message):
     """Model it runs on."""
     priority: _builtins.int
     """As submitted."""
+    caller: _builtins.str
+    """Who submitted it, by the name of its API key or certificate; empty where the fleet asks for neither."""
     @_builtins.property
     def parameters(self) -> Global___GenerationParameters:
         """What it runs with: every parameter, defaults included. Pictures are left out."""
@@ -742,10 +745,11 @@ class RequestRecord(_message.Message):
         error: Global___Error | None = ...,
         warnings: _abc.Iterable[_artifacts_pb2.Warning] | None = ...,
         files: _abc.Iterable[Global___FileHeader] | None = ...,
+        caller: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at", "deadline", b"deadline", "error", b"error", "parameters", b"parameters", "updated_at", b"updated_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at", "deadline", b"deadline", "error", b"error", "files", b"files", "model", b"model", "parameters", b"parameters", "priority", b"priority", "request_id", b"request_id", "state", b"state", "updated_at", b"updated_at", "warnings", b"warnings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["caller", b"caller", "created_at", b"created_at", "deadline", b"deadline", "error", b"error", "files", b"files", "model", b"model", "parameters", b"parameters", "priority", b"priority", "request_id", b"request_id", "state", b"state", "updated_at", b"updated_at", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

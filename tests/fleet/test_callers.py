@@ -1,0 +1,251 @@
+"""Who may call a coordinator, what callers see of each other, and how much each may have open."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import logging
+import os
+import secrets
+import sys
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2
+
+from common.errors import InvalidInput, Unauthenticated
+from common.rpc.client import open_channel
+from common.state.connection import connect
+from coordinator_fleet import FakeFleet, Gate, Script, emoji, error_of, running_fleet, submission, terminal
+from fleet.v1 import generation_pb2 as pb
+from redis_servers import running_server
+from services.coordinator.callers import ByKey, Caller, read_keys
+
+ALICE, BOB = "key-of-alice", "key-of-bob"
+UNKNOWN = "00000000deadbeef"
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    with running_server("valkey") as server:
+        yield server.url
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> Path:
+    path = tmp_path / "keys.toml"
+    path.write_text(
+        f'[callers.alice]\nkey_sha256 = ["{digest(ALICE)}", "{digest("next")}"]\nmax_open = 1\n'
+        f'[callers."bob@studio"]\nkey_sha256 = ["{digest(BOB)}"]\n'
+    )
+    return path
+
+
+def digest(key: str) -> str:
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
+def bearer(key: str) -> tuple[tuple[str, str], ...]:
+    return (("authorization", f"Bearer {key}"),)
+
+
+def run(url: str, test: Callable[[FakeFleet], Awaitable[None]]) -> None:
+    async def main() -> None:
+        async with asyncio.timeout(60), running_fleet(url, emoji()) as running:
+            await test(running)
+
+    asyncio.run(main())
+
+
+async def code_of(call: Any) -> tuple[str, str]:
+    """Code and message of the error that a call, unary or streaming, ends with."""
+
+    async def end() -> None:
+        if not isinstance(call, grpc.aio.UnaryStreamCall):
+            await call
+            return
+        async for _ in call:
+            continue
+
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await end()
+    return error_of(caught.value)[0], caught.value.details() or ""
+
+
+def test_every_rpc_needs_a_key_and_health_does_not(url: str, keys: Path) -> None:
+    async def story(running: FakeFleet) -> None:
+        coordinator, stub = await running.add_coordinator(api_keys=keys)
+        calls = (
+            lambda metadata: stub.Submit(submission(), metadata=metadata),
+            lambda metadata: stub.Generate(pb.GenerateRequest(request=submission()), metadata=metadata),
+            lambda metadata: stub.Watch(pb.WatchRequest(request_id=UNKNOWN), metadata=metadata),
+            lambda metadata: stub.DownloadResult(pb.DownloadResultRequest(request_id=UNKNOWN), metadata=metadata),
+            lambda metadata: stub.GetRequest(pb.GetRequestRequest(request_id=UNKNOWN), metadata=metadata),
+            lambda metadata: stub.CancelRequest(pb.CancelRequestRequest(request_id=UNKNOWN), metadata=metadata),
+            lambda metadata: stub.ListRequests(pb.ListRequestsRequest(), metadata=metadata),
+            lambda metadata: stub.ListModels(pb.ListModelsRequest(), metadata=metadata),
+        )
+        assert len(calls) == len(pb.DESCRIPTOR.services_by_name["GenerationService"].methods)
+        wrong = ((), bearer("key"), bearer(""), (("authorization", ALICE),), bearer(ALICE) + bearer(BOB))
+        for call in calls:
+            for metadata in wrong:
+                assert (await code_of(call(metadata)))[0] == "UNAUTHENTICATED"
+        async with connect(url) as redis:
+            assert not await redis.exists("fleet:requests")
+        async with open_channel(coordinator.address) as channel:
+            check: Any = channel.unary_unary(
+                "/grpc.health.v1.Health/Check", response_deserializer=health_pb2.HealthCheckResponse.FromString
+            )
+            assert (await check(b"")).status == health_pb2.HealthCheckResponse.SERVING
+
+    run(url, story)
+
+
+def test_callers_see_their_own_requests_only(url: str, keys: Path) -> None:
+    async def story(running: FakeFleet) -> None:
+        await running.add_workers()
+        _, stub = await running.add_coordinator(api_keys=keys)
+        alice, bob = bearer(ALICE), bearer(BOB)
+        given = submission(idempotency_key="k")
+        made = (await stub.Submit(given, metadata=alice)).request
+        assert made.caller == "alice"
+        assert (await stub.Submit(given, metadata=bearer("next"))).replayed
+        other = await stub.Submit(given, metadata=bob)
+        assert not other.replayed
+        assert other.request.request_id != made.request_id
+
+        unknown = (await code_of(stub.GetRequest(pb.GetRequestRequest(request_id=UNKNOWN), metadata=bob)))[1]
+        for call in (
+            stub.GetRequest(pb.GetRequestRequest(request_id=made.request_id), metadata=bob),
+            stub.CancelRequest(pb.CancelRequestRequest(request_id=made.request_id), metadata=bob),
+            stub.Watch(pb.WatchRequest(request_id=made.request_id), metadata=bob),
+            stub.DownloadResult(pb.DownloadResultRequest(request_id=made.request_id), metadata=bob),
+        ):
+            code, message = await code_of(call)
+            assert code == "NOT_FOUND"
+            assert message == unknown.replace(UNKNOWN, made.request_id)
+
+        events = [reply async for reply in stub.Watch(pb.WatchRequest(request_id=made.request_id), metadata=alice)]
+        assert events[-1].event.state_change.state == pb.REQUEST_STATE_SUCCEEDED
+        download = pb.DownloadResultRequest(request_id=made.request_id)
+        assert [reply async for reply in stub.DownloadResult(download, metadata=alice)]
+        for metadata, own in ((alice, made.request_id), (bob, other.request.request_id)):
+            listed = await stub.ListRequests(pb.ListRequestsRequest(), metadata=metadata)
+            assert [record.request_id for record in listed.requests] == [own]
+
+        _, open_to_all = await running.add_coordinator()
+        assert len((await open_to_all.ListRequests(pb.ListRequestsRequest())).requests) == 2
+
+    run(url, story)
+
+
+def test_a_caller_has_so_many_requests_open_and_others_do_not_suffer(url: str, keys: Path) -> None:
+    async def story(running: FakeFleet) -> None:
+        gate = Gate()
+        await running.add_workers(("latent_preparation", "denoising", "decoding"))
+        await running.add_worker("text_encoding", Script(running.scripts["text_encoding"].contract, gate), capacity=4)
+        _, stub = await running.add_coordinator(api_keys=keys, max_open_of_caller=2)
+        first = (await stub.Submit(submission(), metadata=bearer(ALICE))).request.request_id
+        code, message = await code_of(stub.Submit(submission(), metadata=bearer(ALICE)))
+        assert (code, message) == ("RESOURCE_EXHAUSTED", "alice has 1 open requests, which is the bound")
+        ids = [(await stub.Submit(submission(), metadata=bearer(BOB))).request.request_id for _ in range(2)]
+        assert (await code_of(stub.Submit(submission(), metadata=bearer(BOB))))[0] == "RESOURCE_EXHAUSTED"
+        gate.opened.set()
+        _, open_to_all = await running.add_coordinator()
+        for request_id in (first, *ids):
+            await terminal(open_to_all, request_id)
+        assert (await stub.Submit(submission(), metadata=bearer(ALICE))).request.request_id
+        async with connect(url) as redis:
+            assert not await redis.exists("fleet:open-by:bob@studio")
+
+    run(url, story)
+
+
+def test_bounds_on_metadata_and_calls(url: str) -> None:
+    async def story(running: FakeFleet) -> None:
+        coordinator, stub = await running.add_coordinator(max_calls=2)
+        large = (("x", "y" * 20_000),)
+        assert (await code_of(stub.ListModels(pb.ListModelsRequest(), metadata=large)))[0] == "RESOURCE_EXHAUSTED"
+        held = (await stub.Submit(submission())).request.request_id
+        watches = [stub.Watch(pb.WatchRequest(request_id=held)) for _ in range(2)]
+        for watch in watches:
+            assert await watch.read()
+        code, message = await code_of(stub.ListModels(pb.ListModelsRequest()))
+        assert (code, "2 calls at a time" in message) == ("RESOURCE_EXHAUSTED", True)
+        watches[0].cancel()
+        while coordinator.calls_in_flight > 1:  # noqa: ASYNC110 -- nothing tells
+            await asyncio.sleep(0.005)
+        assert await stub.ListModels(pb.ListModelsRequest())
+        watches[1].cancel()
+
+    run(url, story)
+
+
+async def command(*words: str, key: str) -> tuple[int | None, bytes, bytes]:
+    """Exit code and output of `fleet WORDS`."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "services.cli", *words),
+        env=os.environ | {"FLEET_API_KEY": key},
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    output, errors = await process.communicate()
+    return process.returncode, output, errors
+
+
+def test_the_command_line_sends_the_key(url: str, keys: Path) -> None:
+    async def story(running: FakeFleet) -> None:
+        coordinator, _ = await running.add_coordinator(api_keys=keys)
+        words = ("models", "--endpoint", coordinator.address)
+        code, _, errors = await command(*words, key="")
+        assert code == 2
+        assert errors.count(b"\n") == 1
+        assert b"FLEET_API_KEY" in errors
+        code, output, _ = await command(*words, key=BOB)
+        assert code == 0
+        assert b"emoji" in output
+
+    run(url, story)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("callers", "is not TOML"),
+        ("", "tables \\[callers.NAME\\]"),
+        ("x = 1\n[callers.a]", "tables \\[callers.NAME\\]"),
+        ("callers = 3", "tables \\[callers.NAME\\]"),
+        ("[callers]\na = 3", "must be a table of"),
+        ("[callers.'a b']\nkey_sha256 = []", "must have a name of"),
+        ("[callers.a]\nkey = 'x'", "must be a table of"),
+        ("[callers.a]\n", "needs key_sha256"),
+        ("[callers.a]\nkey_sha256 = 'x'", "needs key_sha256"),
+        ("[callers.a]\nkey_sha256 = ['x']", "64 digits"),
+        (f"[callers.a]\nkey_sha256 = ['{digest('x')}']\nmax_open = true", "max_open"),
+        (f"[callers.a]\nkey_sha256 = ['{digest('x')}']\n[callers.b]\nkey_sha256 = ['{digest('x')}']", "have one key"),
+    ],
+)
+def test_a_wrong_keys_file_is_refused_at_the_start(text: str, words: str, tmp_path: Path) -> None:
+    path = tmp_path / "keys.toml"
+    path.write_text(text)
+    with pytest.raises(InvalidInput, match=words) as caught:
+        read_keys(path)
+    assert "\n" not in caught.value.message
+    with pytest.raises(InvalidInput, match="cannot be read"):
+        read_keys(tmp_path / "none.toml")
+
+
+def test_a_key_is_found_whole_and_never_logged(keys: Path, caplog: pytest.LogCaptureFixture) -> None:
+    callers = ByKey(read_keys(keys))
+    with caplog.at_level(logging.DEBUG):
+        assert callers.find(ALICE) == callers.find("next") == Caller("alice", 1)
+        assert callers.find(BOB) == Caller("bob@studio")
+        for wrong in ("", ALICE[:-1], ALICE + " ", digest(ALICE), secrets.token_hex(16), "\udfff"):
+            with pytest.raises(Unauthenticated) as caught:
+                callers.find(wrong)
+            assert not wrong or wrong not in caught.value.message
+    assert ALICE not in json.dumps(caplog.messages)
