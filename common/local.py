@@ -30,6 +30,7 @@ class HostedStages:
     ) -> None:
         self.contract = compose_contracts(name, [stage.contract for stage in stages])
         self._stages = tuple(stages)
+        self.indifferent_to = _common([stage.indifferent_to for stage in stages])
         self._timed = timed
 
     def run(self, values: Mapping[str, Any], call: Call) -> dict[str, Any]:
@@ -42,6 +43,12 @@ class HostedStages:
                 output = stage.run(stage.Input(**inputs), call)
             slots.update({name: getattr(output, name) for name in stage.contract.outputs})
         return {name: slots[name] for name in self.contract.outputs}
+
+
+def _common(declared: Sequence[frozenset[str] | None]) -> frozenset[str] | None:
+    """What none of the stages reads; None where one of them is not to be kept."""
+    named = [each for each in declared if each is not None]
+    return frozenset.intersection(*named) if named and len(named) == len(declared) else None
 
 
 class LocalRunner:

@@ -123,6 +123,9 @@ class PipelineStage(ABC, Generic[In, Out]):
     Input: ClassVar[type[Any]]
     Output: ClassVar[type[Any]]
     contract: ClassVar[Contract]
+    indifferent_to: ClassVar[frozenset[str] | None] = None
+    """Numbers and texts among the inputs, as slot.field, that make no difference to run(): it may get zeros in their
+    place, and its outputs may be kept and given again for equal inputs. None: not to be kept."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

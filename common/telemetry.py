@@ -37,6 +37,10 @@ RPC_IN_FLIGHT = Gauge("fleet_rpc_in_flight", "Calls being served", ("service", "
 STAGE_SECONDS = Histogram(
     "fleet_stage_seconds", "Computing time of a stage", ("service", "model", "stage"), buckets=_SECONDS
 )
+CACHE_LOOKUPS = Counter(
+    "fleet_cache_lookups", "Calls that may be answered from a cache", ("service", "model", "result")
+)
+CACHE_BYTES = Gauge("fleet_cache_bytes", "Memory of kept replies", ("service", "model"))
 QUEUE_LENGTH = Gauge("fleet_queue_length", "Requests that wait for a slot", ("service", "model"))
 REQUESTS = Counter("fleet_requests", "Requests that reached their terminal state", ("model", "state"))
 

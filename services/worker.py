@@ -25,6 +25,7 @@ from common.pipeline import PipelineError, ServiceSpec
 from common.rpc.address import advertised_address
 from common.rpc.framing import Limits
 from common.rpc.interceptor import admit_all
+from common.rpc.replies import ReplyCache
 from common.rpc.server import ServingLimits, StageServicer
 from common.rpc.serving import FleetServer, stop_signals
 from common.rpc.tls import Mutual, NamedPeers, TlsSettings, mutual_of
@@ -67,6 +68,7 @@ class WorkerSettings(TlsSettings):
     idle_seconds: float = setting(30.0, help="give up on a caller that is silent for so long within its inputs")
     max_call_bytes: int = setting(2 << 30, help="most bytes of tensors that a call may carry")
     tls_callers: tuple[str, ...] = setting(("coordinator",), help="names in the certificates of those who may call")
+    cache_bytes: int = setting(256 << 20, help="memory for replies of text_encoding, given again to the same inputs")
     metrics_port: int | None = setting(None, help="port for Prometheus metrics; without one there are none")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = setting("INFO", help="least severe log lines to write")
     log_format: Literal["text", "json"] = setting("text", help="form of log lines")
@@ -221,11 +223,19 @@ def _make_server(
         admit=NamedPeers(settings.tls_callers) if tls else admit_all,
         health_listen=settings.health_listen,
     )
-    servicer = StageServicer(service, stages, executor, TORCH, limits=limits)
+    servicer = StageServicer(service, stages, executor, TORCH, limits=limits, cache=_cache_of(stages, info, settings))
     server.add(servicer, servicer.service_name)
     worker_pb2_grpc.add_WorkerServiceServicer_to_server(_WorkerService(info), server.grpc_server)
     server.add(None, _SERVICE)
     return server
+
+
+def _cache_of(stages: HostedStages, info: worker_pb2.WorkerInfo, settings: WorkerSettings) -> ReplyCache | None:
+    """Where replies are kept, if settings and stages both want it."""
+    if stages.indifferent_to is None or settings.cache_bytes <= 0:
+        return None
+    indifferent_to = stages.indifferent_to
+    return ReplyCache(settings.cache_bytes, service=info.service, model=info.model, indifferent_to=indifferent_to)
 
 
 class _WorkerService(worker_pb2_grpc.WorkerServiceServicer):

@@ -17,6 +17,7 @@ from common.codec import pack
 from common.local import HostedStages
 from common.rpc.client import RemoteRunner, open_channel
 from common.rpc.framing import Packet
+from common.rpc.replies import ReplyCache
 from common.rpc.server import ServingLimits, StageServicer
 from common.rpc.serving import FleetServer
 from common.stage import Call, PipelineStage
@@ -143,13 +144,17 @@ class Served:
 
 @asynccontextmanager
 async def served(
-    script: Script = do_nothing, *, listen: str = "127.0.0.1:0", limits: ServingLimits | None = None
+    script: Script = do_nothing,
+    *,
+    listen: str = "127.0.0.1:0",
+    limits: ServingLimits | None = None,
+    cache: ReplyCache | None = None,
 ) -> AsyncIterator[Served]:
     """Serve a scripted stage."""
     hosted = HostedStages(SERVICE, [ScriptedStage(script)])
     with ThreadPoolExecutor(1) as executor:
         server = FleetServer(listen)
-        servicer = StageServicer(SERVICE, hosted, executor, TORCH, limits=limits)
+        servicer = StageServicer(SERVICE, hosted, executor, TORCH, limits=limits, cache=cache)
         server.add(servicer, servicer.service_name)
         address = await server.start()
         await server.set_ready(True)

@@ -30,6 +30,7 @@ from common.rpc.framing import (
 )
 from common.rpc.method import check_contract, path_of, request_type, response_type, service_name, stage_method
 from common.rpc.parsing import parse, refuse_unknown_fields
+from common.rpc.replies import Recorder, ReplyCache, Write
 from common.rpc.reporter import Reporter
 from common.stage import Call, Contract
 from common.telemetry import REQUEST_ID_KEY
@@ -63,7 +64,8 @@ class StageServicer(grpc.GenericRpcHandler):
     """Puts stages behind the RPC of a service.
 
     Raises PipelineError when the stages' contract is not part of the RPC's messages. The stages run on `executor`,
-    which has the one thread that may touch the device; unpacking and packing run there too, off the event loop.
+    which has the one thread that may touch the device; unpacking and packing run there too, off the event loop. With a
+    cache, a call whose inputs came before is answered from it.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class StageServicer(grpc.GenericRpcHandler):
         *,
         limits: ServingLimits | None = None,
         pool: BufferPool | None = None,
+        cache: ReplyCache | None = None,
     ) -> None:
         method = stage_method(service)
         check_contract(stages.contract, method)
@@ -84,6 +87,7 @@ class StageServicer(grpc.GenericRpcHandler):
         self._leaf = leaf
         self._limits = limits or ServingLimits()
         self.pool = pool or BufferPool()
+        self._cache = cache
         self._request = request_type(method)
         self._reply = response_type(method)
         self._path = path_of(method)
@@ -99,10 +103,29 @@ class StageServicer(grpc.GenericRpcHandler):
             job = _Job(self.pool.lease(), self._call_of(context))
             try:
                 await self._receive(context, job)
-                outputs = await self._run(context, job)
-                await self._answer(context, outputs, leave)
+                if self._cache is None:
+                    await self._compute_and_answer(context.write, job, leave)
+                else:
+                    await self._answer_through(self._cache, context.write, job, leave)
             finally:
                 job.abandon()
+
+    async def _compute_and_answer(self, write: Write, job: _Job, leave: Callable[[], None]) -> None:
+        outputs = await self._run(write, job)
+        await self._answer(write, outputs, leave)
+
+    async def _answer_through(self, cache: ReplyCache, write: Write, job: _Job, leave: Callable[[], None]) -> None:
+        key = cache.key(job.inputs)
+        if (kept := cache.get(key)) is not None:
+            for frame in kept[:-1]:
+                await write(frame)
+            leave()
+            await write(kept[-1])
+            return
+        recorder = Recorder(write, cache.max_bytes)
+        await self._compute_and_answer(recorder.write, job, leave)
+        if recorder.frames:
+            cache.put(key, recorder.frames)
 
     @contextmanager
     def _place(self) -> Iterator[Callable[[], None]]:
@@ -181,12 +204,12 @@ class StageServicer(grpc.GenericRpcHandler):
                 raise InvalidInput(f"{slot} is missing; {contract.name} of this model needs it", field=slot)
         return header
 
-    async def _run(self, context: Context, job: _Job) -> Mapping[str, Packet]:
+    async def _run(self, write: Write, job: _Job) -> Mapping[str, Packet]:
         """Compute on the device thread; meanwhile send on what the stages report."""
         reporter = Reporter(self._reply, self._leaf)
         job.start(self._executor, partial(self._compute, job.inputs, reporter.listen(job.call)), reporter.end)
         async for frame in reporter.frames():
-            await context.write(frame)
+            await write(frame)
         return job.result()
 
     def _compute(self, inputs: dict[str, Packet], call: Call) -> dict[str, Packet]:
@@ -203,15 +226,15 @@ class StageServicer(grpc.GenericRpcHandler):
         except InvalidInput as error:
             raise InternalError(f"{contract.name} made something that cannot travel: {error}") from error
 
-    async def _answer(self, context: Context, outputs: Mapping[str, Packet], leave: Callable[[], None]) -> None:
+    async def _answer(self, write: Write, outputs: Mapping[str, Packet], leave: Callable[[], None]) -> None:
         """Send the outputs. The place is given back before the last frame: who has read it may call again."""
         frame = header_frame(self._reply, outputs)
         for packet in outputs.values():
             for following in chunk_frames(packet.chunks):
-                await context.write(frame)
+                await write(frame)
                 frame = following
         leave()
-        await context.write(frame)
+        await write(frame)
 
 
 class _Job:

@@ -18,6 +18,8 @@ from models.encoders.text import TextEncoder, Warn
 class TextEncodingStage(PipelineStage[TextEncodingInput, TextEncodingOutput]):
     """Runs the model's text encoders on the prompt and, when guidance needs it, on the negative prompt."""
 
+    indifferent_to = frozenset({"sampling.seed", "sampling.num_inference_steps"})
+
     def __init__(self, config: StandardPipelineConfig, modules: Mapping[str, Any]) -> None:
         self._config = config
         self._encoders = {

@@ -1,0 +1,203 @@
+"""Kept replies: byte-equal to computed ones, given to equal inputs only, and never more of them than fit."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from prometheus_client import REGISTRY
+
+from common.artifacts import Conditioning, Latents, Prompt, Sampling
+from common.codec import pack, unpack
+from common.errors import InvalidInput
+from common.rpc.client import RemoteRunner, open_channel
+from common.rpc.framing import Packet
+from common.rpc.replies import ReplyCache
+from common.stage import Call
+from common.tensors import TORCH
+from models.catalog import open_model
+from models.registry import load_registry
+from models.stages.decoding import DecodingStage
+from models.stages.denoising import DenoisingStage
+from models.stages.text_encoding import TextEncodingStage
+from redis_servers import running_server
+from services.worker import WorkerSettings, start_worker
+from stage_server import Heard, Served, StageInput, artifacts, packets, served
+
+SEED = "sampling.seed"
+
+
+@pytest.fixture(scope="module")
+def store() -> Iterator[str]:
+    with running_server("valkey") as server:
+        yield server.url
+
+
+def cache(max_bytes: int = 1 << 20, *, model: str = "m", indifferent_to: tuple[str, ...] = ()) -> ReplyCache:
+    return ReplyCache(max_bytes, service="s", model=model, indifferent_to=indifferent_to)
+
+
+def lookups(model: str, result: str, service: str = "s") -> float:
+    labels = {"service": service, "model": model, "result": result}
+    return REGISTRY.get_sample_value("fleet_cache_lookups_total", labels) or 0.0
+
+
+def packed(**slots: Any) -> dict[str, Packet]:
+    return {slot: pack(slot, artifact, TORCH) for slot, artifact in slots.items()}
+
+
+def test_the_latest_used_stay_within_the_bound() -> None:
+    kept = cache(3 * (1000 + 256))
+    for name in (b"a", b"b", b"c"):
+        kept.put(name, (bytes(400), bytes(600)))
+    assert kept.get(b"a") == (bytes(400), bytes(600))
+    kept.put(b"d", (bytes(1000),))
+    assert kept.get(b"b") is None
+    assert [kept.get(name) is not None for name in (b"a", b"c", b"d")] == [True] * 3
+    kept.put(b"huge", (bytes(4000),))
+    assert kept.get(b"huge") is None
+    assert kept.used_bytes == 3 * 1256 <= kept.max_bytes
+    kept.put(b"e", (bytes(3000),))
+    assert (kept.get(b"a"), kept.used_bytes) == (None, 3256)
+
+
+def test_every_bit_of_the_inputs_is_in_the_key() -> None:
+    prompt = Prompt(prompt="a", max_sequence_length=8)
+    sampling = Sampling(num_inference_steps=2, seed=1)
+    tensor = torch.arange(30_000, dtype=torch.float32)
+    other = tensor.clone()
+    other[-1] = torch.nextafter(other[-1], torch.tensor(0.0))
+    given = {"prompt": prompt, "sampling": sampling, "text": Conditioning(prompt_embeds={"x": tensor})}
+    variants: list[dict[str, Any]] = [
+        given,
+        given | {"prompt": replace(prompt, prompt="b")},
+        given | {"prompt": replace(prompt, prompt_2="a")},
+        given | {"prompt": replace(prompt, max_sequence_length=9)},
+        given | {"prompt": replace(prompt, negative_prompt="")},
+        given | {"sampling": replace(sampling, true_cfg_scale=1.0)},
+        given | {"text": Conditioning(prompt_embeds={"x": other})},
+        given | {"text": Conditioning(prompt_embeds={"y": tensor})},
+        given | {"text": Conditioning(prompt_embeds={"x": tensor.reshape(2, -1)})},
+        given | {"text": Conditioning(prompt_embeds={"x": tensor[:10]})},
+        {"prompt": prompt, "sampling": sampling},
+    ]
+    keep = cache(indifferent_to=(SEED,))
+    keys = [keep.key(packed(**variant)) for variant in variants]
+    assert len(set(keys)) == len(variants)
+    assert keep.key(packed(**dict(reversed(given.items())))) == keys[0]
+    reseeded = packed(**given | {"sampling": replace(sampling, seed=2)})
+    assert keep.key(reseeded) == keys[0]
+    assert unpack("sampling", Sampling, reseeded["sampling"]).seed == 0
+    assert cache().key(packed(**given | {"sampling": replace(sampling, seed=2)})) not in keys
+
+
+class Counted:
+    """A script that counts its runs and tells things on the way."""
+
+    def __init__(self) -> None:
+        self.seeds: list[int] = []
+
+    def __call__(self, x: StageInput, call: Call) -> None:
+        self.seeds.append(x.sampling.seed)
+        if x.sampling.num_inference_steps == 13:
+            raise InvalidInput("no")
+        call.warn("prompt", "cut")
+        call.progress(1, 1)
+
+
+def serve(test: Callable[[Served, Counted], Awaitable[None]], kept: ReplyCache) -> None:
+    async def main() -> None:
+        script = Counted()
+        async with asyncio.timeout(60), served(script, cache=kept) as stage:
+            await test(stage, script)
+            assert not stage.servicer.in_flight
+
+    asyncio.run(main())
+
+
+def latents_of(outputs: Any) -> torch.Tensor:
+    return unpack("denoised_latents", Latents, outputs["denoised_latents"], TORCH).parts["image"].latents
+
+
+@pytest.mark.parametrize("count", [10, 300_000])
+def test_a_call_whose_inputs_came_before_gets_the_same_and_computes_nothing(count: int) -> None:
+    name = f"again-{count}"
+
+    async def test(stage: Served, script: Counted) -> None:
+        found = []
+        for seed in (1, 1, 2):
+            heard = Heard()
+            outputs = await stage.runner()(
+                packets(count, sampling=Sampling(num_inference_steps=3, seed=seed)), heard.call()
+            )
+            found.append((latents_of(outputs), heard.warnings, heard.progress))
+        assert script.seeds == [0]
+        assert torch.equal(found[0][0], artifacts(count)["initial_latents"].parts["image"].latents * 3)
+        for latents, warnings, progress in found[1:]:
+            assert torch.equal(latents, found[0][0])
+            assert (warnings, progress) == ([("prompt", "cut")], [(1, 1)])
+        assert (lookups(name, "hit"), lookups(name, "miss")) == (2, 1)
+        await stage.runner()(packets(count, sampling=Sampling(num_inference_steps=4, seed=1)), Heard().call())
+        assert script.seeds == [0, 0]
+
+    serve(test, cache(8 << 20, model=name, indifferent_to=(SEED,)))
+
+
+def test_failures_and_what_is_too_large_are_not_kept() -> None:
+    async def test(stage: Served, script: Counted) -> None:
+        for _ in range(2):
+            with pytest.raises(InvalidInput):
+                await stage.runner()(packets(8, sampling=Sampling(num_inference_steps=13, seed=1)), Heard().call())
+            await stage.runner()(packets(300_000), Heard().call())
+        assert len(script.seeds) == 4
+
+    serve(test, cache(100_000))
+
+
+def test_text_encoding_alone_keeps_replies() -> None:
+    assert TextEncodingStage.indifferent_to == {SEED, "sampling.num_inference_steps"}
+    assert DenoisingStage.indifferent_to is DecodingStage.indifferent_to is None
+
+
+def test_a_worker_answers_from_its_cache_what_it_would_compute(store: str) -> None:
+    model = open_model("emoji", load_registry())
+    spec = model.pipeline.service("text_encoding")
+
+    def inputs(text: str, seed: int, length: int = 64) -> dict[str, Packet]:
+        prompt = Prompt(prompt=text, max_sequence_length=length)
+        return packed(prompt=prompt, sampling=Sampling(num_inference_steps=seed, seed=seed))
+
+    async def encode(runner: RemoteRunner, given: dict[str, Packet]) -> tuple[dict[str, torch.Tensor], list[Any]]:
+        heard = Heard()
+        outputs = await runner(given, heard.call())
+        conditioning = unpack("text_conditioning", Conditioning, outputs["text_conditioning"], TORCH)
+        return dict(conditioning.prompt_embeds), heard.warnings
+
+    async def main() -> None:
+        found = []
+        for cache_bytes in (0, 64 << 20):
+            settings = WorkerSettings(model="emoji", redis=store, threads=1, device="cpu", cache_bytes=cache_bytes)
+            worker = await start_worker("text_encoding", model, settings)
+            try:
+                async with open_channel(worker.address) as channel:
+                    runner = RemoteRunner(channel, "text_encoding", spec.contract)
+                    asked = (inputs("a red apple", 1), inputs("a red apple " * 90, 2), inputs("a red apple", 3, 8))
+                    again = (inputs("a red apple", 4), inputs("a red apple " * 90, 5), inputs("a red apple", 6, 8))
+                    found.append([await encode(runner, each) for each in (*asked, *again)])
+            finally:
+                await worker.stop(5)
+        computed, kept = found
+        assert any(warnings for _, warnings in computed)
+        for (embeds, warnings), (other_embeds, other_warnings) in zip(computed, kept, strict=True):
+            assert warnings == other_warnings
+            assert embeds.keys() == other_embeds.keys()
+            assert all(torch.equal(embeds[name], other_embeds[name]) for name in embeds)
+        assert not torch.equal(computed[0][0]["encoder_hidden_states"], computed[1][0]["encoder_hidden_states"])
+        assert lookups("emoji", "hit", "text_encoding") == 3
+        assert lookups("emoji", "miss", "text_encoding") == 3
+
+    asyncio.run(main())
