@@ -1,0 +1,411 @@
+"""What is fuzzed: everything that reads bytes of others, each as a function that must return or raise a FleetError."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import io
+import json
+import secrets
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn, cast
+
+import grpc
+import torch
+from fuzz_inputs import Frames
+from google.protobuf.descriptor import Descriptor
+from google.protobuf.message import Message
+from redis.exceptions import ConnectionError as Away
+
+from bare_checkpoint import build_bare_flux, safetensors_bytes
+from common.codec import pack
+from common.errors import FleetError, InternalError
+from common.rpc.client import RemoteRunner
+from common.rpc.frames import chunk_frame, read_chunk
+from common.rpc.framing import Limits, checksum
+from common.rpc.method import contract_of, path_of, request_type, response_type, stage_method
+from common.rpc.parsing import parse, refuse_unknown_fields
+from common.rpc.replies import ReplyCache
+from common.rpc.server import ServingLimits, StageServicer
+from common.rpc.status import from_status, to_status
+from common.rpc.tls import read_authority
+from common.safetensors_header import read_header
+from common.settings import load_settings
+from common.stage import Call, Contract
+from common.state.requests import Admission, RequestStore
+from common.tensors import TORCH
+from fleet.v1 import artifacts_pb2 as pb
+from fleet.v1 import generation_pb2
+from models.catalog import ServedModel, open_model
+from models.registry import load_registry
+from models.validation import InputValidationStage
+from services.coordinator.callers import read_keys
+from services.coordinator.driver import Driver, Submission
+from services.coordinator.handlers import ServiceHandler
+from services.coordinator.service import GenerationService, OfferedModel
+from services.coordinator.settings import CoordinatorSettings
+from services.worker import WorkerSettings
+
+SERVICES = ("text_encoding", "latent_preparation", "denoising", "decoding")
+LIMITS = Limits(total_bytes=64 << 20)
+
+
+@dataclass(frozen=True)
+class Target:
+    """`run` takes an input; `seeds` are right ones, `types` the messages that a frame may be."""
+
+    name: str
+    run: Callable[[Frames], None]
+    seeds: Sequence[Frames]
+    types: Sequence[Descriptor] = ()
+
+
+def check(target: Target, frames: Frames) -> None:
+    """Run a target. A FleetError is an answer, if it can be told to a caller; everything else is a finding."""
+    try:
+        target.run(frames)
+    except FleetError as error:
+        status = to_status(error)
+        status.details.encode()
+        assert all(value.isascii() for _, value in status.metadata)
+
+
+@contextlib.contextmanager
+def targets(directory: Path) -> Iterator[list[Target]]:
+    """All of them, for as long as the block; `directory` is for the files that some read."""
+    torch.set_num_threads(1)
+    model = open_model("emoji", load_registry())
+    loop = asyncio.new_event_loop()
+    with contextlib.closing(loop), ThreadPoolExecutor(1) as device:
+        yield [
+            *(_stage_target(service, loop, device) for service in SERVICES),
+            *(_reply_target(service, loop) for service in SERVICES),
+            *_public_targets(model, loop),
+            *_parser_targets(),
+            Target("chunk", _chunk, [(chunk_frame("a.b", 5, b"data"),), (chunk_frame("a", 0, b""),)]),
+            Target("status", _status, [(b"InvalidInput", b"details", b"prompt"), (b"", b"", b"%ff%")]),
+            *_file_targets(directory),
+        ]
+
+
+class _Context:
+    """A server's side of a call that sends these frames."""
+
+    def __init__(self, frames: Frames) -> None:
+        self._frames = iter(frames)
+
+    async def read(self) -> Any:
+        return next(self._frames, grpc.aio.EOF)
+
+    async def write(self, frame: bytes) -> None:
+        assert isinstance(frame, bytes)
+
+    def time_remaining(self) -> None:
+        return None
+
+    def invocation_metadata(self) -> tuple[()]:
+        return ()
+
+
+class _Reader:
+    """Stages that read every slot that their service's messages can carry, and write none."""
+
+    def __init__(self, service: str) -> None:
+        widest = contract_of(stage_method(service))
+        self.contract = Contract(service, widest.inputs, {}, widest.optional)
+
+    def run(self, values: Mapping[str, Any], call: Call) -> dict[str, Any]:
+        """Touch every byte of every tensor, by packing what was unpacked."""
+        call.check_cancelled()
+        for slot, value in values.items():
+            packet = pack(slot, value, TORCH)
+            assert packet.byte_size < 2 * LIMITS.total_bytes
+        return {}
+
+
+def _stage_target(service: str, loop: asyncio.AbstractEventLoop, device: ThreadPoolExecutor) -> Target:
+    """The whole of a stage service's RPC, from frames to artifacts."""
+    method = stage_method(service)
+    limits = ServingLimits(capacity=1, call=LIMITS)
+    cache = ReplyCache(1 << 20, service=service, model="fuzz") if service == "text_encoding" else None
+    servicer = StageServicer(service, _Reader(service), device, TORCH, limits=limits, cache=cache)
+    handler: Any = servicer.service(cast(Any, _Details(path_of(method))))
+
+    def run(frames: Frames) -> None:
+        try:
+            loop.run_until_complete(handler.stream_stream(None, _Context(frames)))
+        except InternalError as error:
+            raise AssertionError(f"a wrong input is no defect: {error}") from error
+        finally:
+            assert not servicer.in_flight
+            assert servicer.pool.idle_bytes <= 256 << 20
+
+    kind = request_type(method)
+    return Target(f"rpc.{service}", run, _framed_seeds(kind), [_header(kind)])
+
+
+def _reply_target(service: str, loop: asyncio.AbstractEventLoop) -> Target:
+    """What a coordinator makes of a worker's answer."""
+    method = stage_method(service)
+    kind = response_type(method)
+    outputs = contract_of(method).outputs
+    runner = RemoteRunner(cast(Any, _Channel()), service, Contract(service, {}, outputs), limits=LIMITS)
+
+    def run(frames: Frames) -> None:
+        _Channel.frames = frames
+        loop.run_until_complete(runner({}, Call("fuzz")))
+
+    return Target(f"reply.{service}", run, _framed_seeds(kind), [_header(kind)])
+
+
+@dataclass(frozen=True)
+class _Details:
+    method: str
+    invocation_metadata: tuple[()] = ()
+
+
+class _Channel:
+    """A channel to a worker that answers every call with `frames`."""
+
+    frames: Frames = ()
+
+    def stream_stream(self, _: str) -> Any:
+        return lambda *_, **__: _Answer(self.frames)
+
+
+class _Answer:
+    def __init__(self, frames: Frames) -> None:
+        self._frames = frames
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        for frame in self._frames:
+            yield frame
+
+    def cancel(self) -> None:
+        """It ends by itself."""
+
+
+def _header(frame: type[Message]) -> Descriptor:
+    """A frame's type; every other one is reached through it."""
+    return cast(Descriptor, frame.DESCRIPTOR)
+
+
+def _framed_seeds(kind: type[Message]) -> list[Frames]:
+    """A call with every slot, one whose tensors come in chunks, and an empty one."""
+    inline, chunked = cast(Any, kind)(), cast(Any, kind)()
+    chunks: list[bytes] = []
+    data = bytes(range(120))
+    for slot in inline.header.DESCRIPTOR.fields:
+        near, far = getattr(inline.header, slot.name), getattr(chunked.header, slot.name)
+        near.SetInParent()
+        far.SetInParent()
+        sampled = zip(_sample_tensors(slot.name, near), _sample_tensors(slot.name, far), strict=True)
+        for (path, tensor), (_, described) in sampled:
+            tensor.CopyFrom(pb.Tensor(dtype=pb.DTYPE_FLOAT32, shape=[5, 6], byte_size=120, data=data))
+            described.CopyFrom(pb.Tensor(dtype=pb.DTYPE_FLOAT32, shape=[30], byte_size=120, checksum=checksum((data,))))
+            chunks += [chunk_frame(path, 0, data[:50]), chunk_frame(path, 50, data[50:])]
+    return [(inline.SerializeToString(),), (chunked.SerializeToString(), *chunks), (kind().SerializeToString(),)]
+
+
+def _sample_tensors(slot: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """Give an artifact one tensor where it has a place for one; the place, and the tensor."""
+    match value:
+        case pb.Latents():
+            value.parts["image"].raw_latent_shape.append(30)
+            yield f"{slot}.parts.image.latents", value.parts["image"].latents
+        case pb.DenoiseState():
+            value.latents.parts["image"].raw_latent_shape.append(30)
+            yield f"{slot}.latents.parts.image.latents", value.latents.parts["image"].latents
+        case pb.Conditioning():
+            yield f"{slot}.prompt_embeds.x", value.prompt_embeds["x"]
+        case pb.Schedule():
+            yield f"{slot}.timesteps", value.timesteps
+            yield f"{slot}.sigmas", value.sigmas
+        case pb.Generator():
+            yield f"{slot}.state", value.state
+
+
+def _chunk(frames: Frames) -> None:
+    for raw in frames:
+        if (chunk := read_chunk(raw)) is not None:
+            again = chunk_frame(chunk.path, chunk.offset, bytes(chunk.data))
+            assert read_chunk(again) == (chunk.path, chunk.offset, chunk.data, again)
+
+
+def _status(frames: Frames) -> None:
+    kind, details, field = (*(frame.decode("utf-8", "surrogateescape") for frame in frames), "", "", "")[:3]
+    for code in grpc.StatusCode:
+        from_status(code, details, (("fleet-error", kind), ("fleet-error-field", field), ("x-bin", b"\xff")))
+
+
+class _NoRedis:
+    """A store that is away."""
+
+    async def execute_command(self, *_: Any) -> NoReturn:
+        raise Away("away")
+
+    async def xread(self, *_: Any, **__: Any) -> NoReturn:
+        raise Away("away")
+
+    async def zrevrangebyscore(self, *_: Any, **__: Any) -> NoReturn:
+        raise Away("away")
+
+    def pipeline(self, **_: Any) -> NoReturn:
+        raise Away("away")
+
+
+class _Registry:
+    """No workers."""
+
+    async def load(self, *_: Any) -> NoReturn:
+        raise FleetError("no workers")
+
+
+class _Driver:
+    """Accepts a request as far as the store lets it."""
+
+    def __init__(self, store: RequestStore) -> None:
+        self._store = store
+
+    async def accept(self, submission: Submission) -> tuple[Admission, None]:
+        assert submission.record.model == "emoji"
+        admission = await self._store.admit(
+            submission.record, idempotency_key=submission.idempotency_key, limits=submission.limits
+        )
+        return admission, None
+
+    def cancel(self, request_id: str) -> None:
+        assert request_id
+
+    def runs(self, request_id: str) -> bool:
+        return not request_id
+
+
+def _public_targets(model: ServedModel, loop: asyncio.AbstractEventLoop) -> Iterator[Target]:
+    """The public RPCs, up to the store."""
+    store = RequestStore(cast(Any, _NoRedis()))
+    driver = cast(Driver, _Driver(store))
+    offered = {"emoji": OfferedModel.of(model)}
+    service = GenerationService(offered, store, cast(Any, _Registry()), driver, CoordinatorSettings())
+    descriptor = generation_pb2.DESCRIPTOR.services_by_name["GenerationService"]
+    handlers = ServiceHandler(descriptor, service.functions)
+    for method in descriptor.methods:
+        handler: Any = handlers.service(cast(Any, _Details(f"/{descriptor.full_name}/{method.name}")))
+        yield Target(
+            f"public.{method.name}",
+            _public_run(handler, loop),
+            [(each.SerializeToString(),) for each in PUBLIC_SEEDS[method.name]],
+            [method.input_type],
+        )
+
+
+def _public_run(handler: Any, loop: asyncio.AbstractEventLoop) -> Callable[[Frames], None]:
+    async def call(raw: bytes) -> None:
+        if handler.unary_unary is not None:
+            await handler.unary_unary(raw, None)
+        else:
+            async with contextlib.aclosing(handler.unary_stream(raw, None)) as replies:
+                async for _ in replies:
+                    continue
+
+    def run(frames: Frames) -> None:
+        for raw in frames:
+            loop.run_until_complete(call(raw))
+
+    return run
+
+
+_SUBMIT = generation_pb2.SubmitRequest(
+    model="emoji",
+    parameters=generation_pb2.GenerationParameters(
+        prompt="a red apple",
+        height=64,
+        width=72,
+        seed=7,
+        params={"max_sequence_length": pb.ParamValue(int_value=64), "prompt_2": pb.ParamValue(string_value="x")},
+    ),
+    idempotency_key="key",
+    priority=3,
+)
+PUBLIC_SEEDS: Mapping[str, Sequence[Message]] = {
+    "Submit": [_SUBMIT],
+    "Generate": [generation_pb2.GenerateRequest(request=_SUBMIT)],
+    "Watch": [generation_pb2.WatchRequest(request_id="0123456789abcdef", after_event_id="1-1")],
+    "DownloadResult": [generation_pb2.DownloadResultRequest(request_id="0123456789abcdef", index=0)],
+    "GetRequest": [generation_pb2.GetRequestRequest(request_id="0123456789abcdef")],
+    "CancelRequest": [generation_pb2.CancelRequestRequest(request_id="0123456789abcdef")],
+    "ListRequests": [generation_pb2.ListRequestsRequest(page_size=3, page_token="7", model="emoji")],
+    "ListModels": [generation_pb2.ListModelsRequest()],
+}
+
+
+def _file_targets(directory: Path) -> Iterator[Target]:
+    """Files that operators give: weights, configs, settings, keys."""
+    file = directory / secrets.token_hex(4)
+
+    def reading(read: Callable[[Path], object]) -> Callable[[Frames], None]:
+        def run(frames: Frames) -> None:
+            file.write_bytes(b"".join(frames))
+            read(file)
+
+        return run
+
+    weights = safetensors_bytes({"a": [0.0] * 3, "b": [0.0]})
+    yield Target("safetensors", reading(read_header), [(weights,)])
+    keys = b'[callers.a]\nkey_sha256 = ["' + b"0" * 64 + b'"]\nmax_open = 3\n'
+    yield Target("keys", reading(read_keys), [(keys,)])
+    pem = b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"
+    yield Target("authority", reading(read_authority), [(pem,)])
+    toml = b'model = ["emoji"]\nqueue_limit = 3\ngrace_seconds = 1.5\nlog_level = "INFO"\nplugins = ["x"]\n'
+    yield Target("toml", reading(_from_toml), [(toml,)])
+    flags = (b"--model", b"emoji", b"--capacity=3", b"--dtype", b"float32", b"--redis", b"redis://x", b"3")
+    yield Target("flags", _flags, [flags])
+    checkpoint = build_bare_flux(directory / "checkpoint")
+    index = (checkpoint / "model_index.json").read_bytes()
+    seed = (index, b'{"height": 128, "sigmas": [1, 0.5]}', json.dumps({"block_out_channels": [8] * 4}).encode())
+    yield Target("checkpoint", _checkpoint_run(checkpoint), [seed])
+
+
+def _from_toml(path: Path) -> None:
+    load_settings(CoordinatorSettings, ["--config", str(path)], prog="fuzz", environ={})
+
+
+def _flags(frames: Frames) -> None:
+    """Flags, and last a variable."""
+    *words, capacity = (*(frame.decode("utf-8", "surrogateescape") for frame in frames), "")[: max(len(frames), 1)]
+    if "--config" in words:
+        return  # Which file it reads is the caller's choice.
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
+        load_settings(WorkerSettings, words, prog="fuzz", environ={"FLEET_CAPACITY": capacity})
+
+
+def _checkpoint_run(path: Path) -> Callable[[Frames], None]:
+    registry = load_registry()
+
+    def run(frames: Frames) -> None:
+        index, defaults, config = (*frames, b"{}", b"{}", b"{}")[:3]
+        (path / "model_index.json").write_bytes(index)
+        (path / "sampling_defaults.json").write_bytes(defaults)
+        (path / "vae" / "config.json").write_bytes(config)
+        InputValidationStage(open_model(str(path), registry)).run({"prompt": "x", "seed": 1})
+
+    return run
+
+
+def _parser_targets() -> Iterator[Target]:
+    """The parser alone, on every message of the public API and of the stages."""
+    kinds = [request_type(stage_method(service)) for service in SERVICES]
+    kinds += [response_type(stage_method(service)) for service in SERVICES]
+    for kind in kinds:
+        yield Target(f"parse.{kind.DESCRIPTOR.name}", _parsing(kind), _framed_seeds(kind), [_header(kind)])
+
+
+def _parsing(kind: type[Message]) -> Callable[[Frames], None]:
+    def run(frames: Frames) -> None:
+        for raw in frames:
+            refuse_unknown_fields("", parse(kind, raw))
+
+    return run

@@ -1,0 +1,151 @@
+"""Fuzzes everything that reads bytes of others: python tests/fleet/fuzz/run_fuzz.py --seconds 600 [--target NAME]
+
+Ends with 1 at the first finding, whose smallest form is then a file of the corpus, which the tests run ever after.
+The table tells, for each target, how many inputs it took, the slowest of them, and what memory the process has gained.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import secrets
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+TESTS = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(TESTS), str(TESTS.parent), str(TESTS.parent / "proto"), str(Path(__file__).parent)]
+
+from fuzz_inputs import Frames, inputs  # noqa: E402
+from fuzz_targets import Target, check, targets  # noqa: E402
+from hypothesis import HealthCheck, Phase, given, seed, settings  # noqa: E402
+
+CORPUS = Path(__file__).parent / "corpus"
+HANG_SECONDS = 5.0
+MOST_GAINED_BYTES = 512 << 20
+
+
+class Hang(BaseException):
+    """An input took too long. Not an Exception, so that nothing under test takes it for its own."""
+
+
+@dataclass
+class Tally:
+    """What a target has been through."""
+
+    inputs: int = 0
+    slowest_seconds: float = 0.0
+    gained_bytes: int = 0
+
+
+@contextmanager
+def limited(seconds: float = HANG_SECONDS) -> Iterator[None]:
+    """Raise Hang within, after so long."""
+
+    def ring(_: int, __: FrameType | None) -> None:
+        raise Hang(f"no answer after {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def memory_peak() -> int:
+    """Most memory that this process has had, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+
+
+class Finding(Exception):
+    """An input that a target did not take as it should."""
+
+    def __init__(self, target: Target, frames: Frames, error: BaseException) -> None:
+        super().__init__(f"{target.name}: {type(error).__name__}: {error}")
+        self.frames = frames
+
+
+def fuzz(target: Target, examples: int, number: int, tally: Tally) -> None:
+    """Put so many inputs to a target; `number` decides which. Raises Finding with the smallest that fails."""
+    last: list[Frames] = []
+
+    @seed(number)
+    @settings(
+        max_examples=examples,
+        deadline=None,
+        database=None,
+        phases=(Phase.generate, Phase.shrink),
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(inputs(target.seeds, target.types))
+    def one(frames: Frames) -> None:
+        last[:] = [frames]
+        began = time.perf_counter()
+        with limited():
+            check(target, frames)
+        tally.inputs += 1
+        tally.slowest_seconds = max(tally.slowest_seconds, time.perf_counter() - began)
+
+    before = memory_peak()
+    try:
+        one()
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt) or not last:
+            raise
+        raise Finding(target, last[0], error) from error
+    tally.gained_bytes += memory_peak() - before
+    if tally.gained_bytes > MOST_GAINED_BYTES:
+        raise Finding(target, last[0], MemoryError(f"{tally.gained_bytes >> 20} MiB in all"))
+
+
+def read_corpus() -> Iterator[tuple[str, str, Frames]]:
+    """Target, file name and frames of every input that was kept: a line of hex digits a frame."""
+    for path in sorted(CORPUS.glob("*/*.hex")):
+        yield path.parent.name, path.name, tuple(bytes.fromhex(line) for line in path.read_text().splitlines())
+
+
+def keep(target: str, frames: Frames) -> Path:
+    """Write an input into the corpus."""
+    path = CORPUS / target / f"{secrets.token_hex(4)}.hex"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f"{frame.hex()}\n" for frame in frames))
+    return path
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Fuzz for so long, one target after the other, in turns."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--seconds", type=float, default=600.0)
+    parser.add_argument("--seed", type=int, default=secrets.randbits(32), help="of the first turn")
+    parser.add_argument("--target", action="append", help="only these")
+    parser.add_argument("--examples", type=int, default=200, help="inputs a turn")
+    args = parser.parse_args(argv)
+    print(f"seed {args.seed}")  # noqa: T201
+    with tempfile.TemporaryDirectory() as directory, targets(Path(directory)) as every:
+        chosen = [each for each in every if not args.target or each.name in args.target]
+        tallies = {target.name: Tally() for target in chosen}
+        end, turn = time.monotonic() + args.seconds, 0
+        try:
+            while time.monotonic() < end:
+                for target in chosen:
+                    fuzz(target, args.examples, args.seed + turn, tallies[target.name])
+                turn += 1
+        except Finding as finding:
+            print(f"{finding}\nkept as {keep(str(finding).partition(':')[0], finding.frames)}")  # noqa: T201
+            raise
+    for name, tally in tallies.items():
+        slowest, gained = tally.slowest_seconds * 1e3, tally.gained_bytes / 2**20
+        print(f"{name:28} {tally.inputs:9} inputs {slowest:9.1f} ms slowest {gained:8.1f} MiB gained")  # noqa: T201
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,74 @@
+"""A short fuzz of everything that reads bytes of others, the same inputs each time, and all that was ever found.
+
+The long one is a program: python tests/fleet/fuzz/run_fuzz.py --seconds 600
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from fuzz_targets import Target, check, targets
+from run_fuzz import CORPUS, MOST_GAINED_BYTES, Finding, Hang, Tally, fuzz, limited, read_corpus
+
+from common.errors import InvalidInput, Unavailable
+
+EXAMPLES = 30
+
+
+@pytest.fixture(scope="module")
+def all_targets() -> Iterator[dict[str, Target]]:
+    with tempfile.TemporaryDirectory() as directory, targets(Path(directory)) as every:
+        yield {target.name: target for target in every}
+
+
+def test_what_was_once_found_is_refused(all_targets: dict[str, Target]) -> None:
+    kept = list(read_corpus())
+    assert {path.suffix for path in CORPUS.glob("*/*")} <= {".hex"}
+    for target, name, frames in kept:
+        with limited():
+            check(all_targets[target], frames)
+        assert target in all_targets, name
+
+
+def test_right_inputs_get_through(all_targets: dict[str, Target]) -> None:
+    """Or the fuzz would scratch at the door only."""
+    for name, target in all_targets.items():
+        if name.startswith(("rpc.", "reply.", "parse.")):
+            for frames in target.seeds[:2]:
+                target.run(frames)
+        elif name.startswith("public.") and name != "public.ListModels":
+            with pytest.raises(Unavailable):  # the store is away, which is the last thing that they ask
+                target.run(target.seeds[0])
+    for name in ("safetensors", "keys", "toml", "flags", "checkpoint"):
+        all_targets[name].run(all_targets[name].seeds[0])
+
+
+def test_a_short_fuzz_finds_nothing(all_targets: dict[str, Target]) -> None:
+    for number, target in enumerate(all_targets.values()):
+        tally = Tally()
+        fuzz(target, EXAMPLES, number, tally)
+        assert tally.inputs >= EXAMPLES // 2, target.name
+        assert tally.gained_bytes < MOST_GAINED_BYTES
+
+
+def test_the_fuzz_finds_what_is_there_and_makes_it_small() -> None:
+    def run(frames: tuple[bytes, ...]) -> None:
+        if any(b"!" in frame for frame in frames):
+            raise ValueError("no error of ours")
+        raise InvalidInput("an answer")
+
+    with pytest.raises(Finding, match="trap: ValueError") as caught:
+        fuzz(Target("trap", run, [(b"a!b",), (b"ab", b"cd")]), 200, 0, Tally())
+    assert sum(map(len, caught.value.frames)) <= 3
+
+
+def test_a_hang_is_a_finding() -> None:
+    def spin() -> None:
+        while True:
+            pass
+
+    with pytest.raises(Hang), limited(0.05):
+        spin()
