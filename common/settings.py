@@ -156,7 +156,7 @@ def _from_toml(path: Path, kinds: Mapping[str, _Kind]) -> dict[str, Any]:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise SettingsError(f"cannot read the config file {path}: {error.strerror}", field="config") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise SettingsError(f"the config file {path} is not TOML: {error}", field="config") from error
     if unknown := sorted(table.keys() - kinds.keys()):
         raise SettingsError(

@@ -104,7 +104,7 @@ def read_keys(path: Path) -> dict[bytes, Caller]:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InvalidInput(f"api_keys: {path} cannot be read: {error.strerror}", field="api_keys") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InvalidInput(f"api_keys: {path} is not TOML: {error}", field="api_keys") from None
     callers = table.get("callers")
     if set(table) != {"callers"} or not isinstance(callers, dict) or not callers:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -144,3 +145,52 @@ def inputs(draw: st.DrawFn, seeds: Sequence[Frames], types: Sequence[Descriptor]
         case 2:
             frames.reverse()
     return tuple(frames)
+
+
+_MORE_TOKENS = (
+    *_TOKENS,
+    b"null",
+    b"NaN",
+    b"1e999",
+    b"\\ud800",
+    b"\xed\xa0\x80",
+    b"[callers",
+    b"=",
+    b"\n",
+    b"[" * 5000,
+    b'{"a":' * 5000,
+)
+
+
+def any_input(rng: random.Random, seeds: Sequence[Frames]) -> Frames:
+    """The same without a way to make it small again, and many times as quick."""
+    pieces = [frame for seed in seeds for frame in seed] or [b""]
+    frames = [_bent_by(rng, frame, pieces) if rng.random() < 0.6 else frame for frame in rng.choice(seeds)]
+    match rng.randint(0, 12):
+        case 0 if frames:
+            del frames[rng.randrange(len(frames))]
+        case 1:
+            frames.insert(rng.randint(0, len(frames)), rng.choice(pieces))
+        case 2:
+            frames.reverse()
+    return tuple(frames)
+
+
+def _bent_by(rng: random.Random, frame: bytes, others: Sequence[bytes]) -> bytes:
+    data = bytearray(frame)
+    for _ in range(rng.choice((0, 1, 1, 2, 4, 8))):
+        at, size = rng.randint(0, len(data)), rng.choice((1, 1, 2, 8, 64))
+        match rng.choice(_KINDS):
+            case "flip" if at < len(data):
+                data[at] ^= 1 << rng.randint(0, 7)
+            case "cut":
+                del data[at : at + size]
+            case "insert":
+                data[at:at] = rng.choice(_MORE_TOKENS)
+            case "repeat":
+                data[at:at] = data[at : at + size] * rng.choice((1, 3, 50))
+            case "noise":
+                data[at : at + size] = rng.randbytes(size)
+            case "splice":
+                data[at:] = rng.choice(others)[at:]
+    return bytes(data)

@@ -7,6 +7,7 @@ The table tells, for each target, how many inputs it took, the slowest of them, 
 from __future__ import annotations
 
 import argparse
+import random
 import resource
 import secrets
 import signal
@@ -22,12 +23,15 @@ from types import FrameType
 TESTS = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(TESTS), str(TESTS.parent), str(TESTS.parent / "proto"), str(Path(__file__).parent)]
 
-from fuzz_inputs import Frames, inputs  # noqa: E402
+from fuzz_inputs import Frames, any_input, inputs  # noqa: E402
 from fuzz_targets import Target, check, targets  # noqa: E402
 from hypothesis import HealthCheck, Phase, given, seed, settings  # noqa: E402
 
 CORPUS = Path(__file__).parent / "corpus"
 HANG_SECONDS = 5.0
+FAST_TURNS = 20  # inputs of the fast kind for one of the other
+MOST_SEEDS = 60
+NEW_SEED = 0.01
 MOST_GAINED_BYTES = 512 << 20
 
 
@@ -88,15 +92,39 @@ def fuzz(target: Target, examples: int, number: int, tally: Tally) -> None:
     @given(inputs(target.seeds, target.types))
     def one(frames: Frames) -> None:
         last[:] = [frames]
-        began = time.perf_counter()
-        with limited():
-            check(target, frames)
-        tally.inputs += 1
-        tally.slowest_seconds = max(tally.slowest_seconds, time.perf_counter() - began)
+        _put(target, frames, tally)
 
+    with _watching(target, last, tally):
+        one()
+
+
+def fuzz_fast(target: Target, examples: int, number: int, tally: Tally) -> None:
+    """The same with inputs that are quicker to make. Inputs that get through serve as seeds for others."""
+    last: list[Frames] = []
+    rng = random.Random(number)
+    seeds = list(target.seeds)
+    with _watching(target, last, tally):
+        for _ in range(examples):
+            last[:] = [any_input(rng, seeds)]
+            _put(target, last[0], tally)
+            if len(seeds) < MOST_SEEDS and rng.random() < NEW_SEED:
+                seeds.append(last[0])
+
+
+def _put(target: Target, frames: Frames, tally: Tally) -> None:
+    began = time.perf_counter()
+    with limited():
+        check(target, frames)
+    tally.inputs += 1
+    tally.slowest_seconds = max(tally.slowest_seconds, time.perf_counter() - began)
+
+
+@contextmanager
+def _watching(target: Target, last: Sequence[Frames], tally: Tally) -> Iterator[None]:
+    """Make a Finding of what is raised within, and of too much memory."""
     before = memory_peak()
     try:
-        one()
+        yield
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt) or not last:
             raise
@@ -126,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=600.0)
     parser.add_argument("--seed", type=int, default=secrets.randbits(32), help="of the first turn")
     parser.add_argument("--target", action="append", help="only these")
-    parser.add_argument("--examples", type=int, default=200, help="inputs a turn")
+    parser.add_argument("--examples", type=int, default=50, help="inputs a turn")
     args = parser.parse_args(argv)
     print(f"seed {args.seed}")  # noqa: T201
     with tempfile.TemporaryDirectory() as directory, targets(Path(directory)) as every:
@@ -137,6 +165,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             while time.monotonic() < end:
                 for target in chosen:
                     fuzz(target, args.examples, args.seed + turn, tallies[target.name])
+                    fuzz_fast(target, FAST_TURNS * args.examples, args.seed + turn, tallies[target.name])
                 turn += 1
         except Finding as finding:
             print(f"{finding}\nkept as {keep(str(finding).partition(':')[0], finding.frames)}")  # noqa: T201
