@@ -13,6 +13,8 @@ import grpc
 from common.rpc.tls import channel_credentials, read_authority, read_identity
 from common.settings import FlagParser, SettingsError
 
+ACCESS_FLAGS = ("tls", "tls_ca", "tls_cert", "tls_key", "api_key")
+
 
 @dataclass(frozen=True)
 class Access:
@@ -39,10 +41,7 @@ def add_access(parser: FlagParser) -> None:
 def access_of(args: argparse.Namespace, environ: Mapping[str, str] | None = None) -> Access:
     """The access that flags and environment describe, flags first. Raises InvalidInput for files that do not fit."""
     environ = os.environ if environ is None else environ
-    given = {
-        name: vars(args)[name] or environ.get(f"FLEET_{name.upper()}") or None
-        for name in ("tls", "tls_ca", "tls_cert", "tls_key", "api_key")
-    }
+    given = {name: vars(args)[name] or environ.get(f"FLEET_{name.upper()}") or None for name in ACCESS_FLAGS}
     api_key = given["api_key"] or ""
     if not (api_key.isascii() and api_key.isprintable() and " " not in api_key):
         raise SettingsError("--api-key must be of printable ASCII characters without blanks", field="api_key")

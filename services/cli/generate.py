@@ -21,7 +21,7 @@ from fleet.v1 import generation_pb2
 from models.catalog import DEFAULT_MODEL, ServedModel, open_model
 from models.registry import load_registry
 from models.validation import InputValidationStage
-from services.cli.access import Access, access_of, add_access
+from services.cli.access import ACCESS_FLAGS, Access, access_of, add_access
 from services.cli.client import FleetClient, connect, raise_unless_succeeded
 from services.cli.options import SUCCESS, command_parser, endpoint_of, let_threads_sleep, run_async
 from services.cli.output import ResultFiles, check_output
@@ -81,6 +81,10 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="ends in .png, .mp4 or .safetensors")
     add_access(parser)
     args = parser.parse_args(argv)
+    if not args.endpoint:
+        for flag in ACCESS_FLAGS:
+            if vars(args)[flag]:
+                raise SettingsError(f"--{flag.replace('_', '-')} needs --endpoint", field=flag)
     if args.endpoint:
         for flag in ("dtype", "redis"):
             if vars(args)[flag]:

@@ -67,6 +67,10 @@ def _nothing_starts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         ("generate p --output X.png --endpoint a:1 --dtype float32", "--dtype does not go with --endpoint"),
         ("generate p --output X.png --endpoint a:1 --redis redis://a", "--redis does not go with --endpoint"),
         ("generate p --output X.png --endpoint a:1 --model ./emoji", "a name that the fleet serves"),
+        ("generate p --output X.png --api-key k", "--api-key needs --endpoint"),
+        ("generate p --output X.png --endpoint a:1 --tls-ca X.pem", "x.pem cannot be read: No such file"),
+        ("status --tls-cert X.pem", "tls_cert is set without tls_key"),
+        ("models --api-key ké", "--api-key must be of printable ASCII"),
         ("up --model nowhere", "'nowhere' is neither"),
         ("up --model emoji --model emoji", "2 models are named 'emoji'"),
         ("up --replicas painting=2", "SERVICE one of text_encoding, latent_preparation, denoising, decoding"),
@@ -115,6 +119,14 @@ def test_a_port_that_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert main(["up", "--port", str(taken.getsockname()[1])]) == 2
     assert "cannot listen on 127.0.0.1:" in capsys.readouterr().err
+
+
+def test_a_fleet_of_one_machine_refuses_tls(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FLEET_TLS_CERT", "x.pem")
+    assert main(["up"]) == 2
+    assert "FLEET_TLS_CERT is set, but `fleet up` serves this machine alone" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", COMMANDS)
