@@ -26,6 +26,7 @@ _MODEL_CONFIG = "config.json"
 _OTHER_CONFIGS = ("scheduler_config.json", "tokenizer_config.json", "preprocessor_config.json", "processor_config.json")
 _WEIGHT_STEMS = ("diffusion_pytorch_model", "model")
 _SAMPLE_BYTES = 1024
+_LONGEST_NAME = 255  # bytes
 
 
 @dataclass(frozen=True)
@@ -122,11 +123,20 @@ def _module_classes(path: Path, index: Mapping[str, Any]) -> dict[str, tuple[str
                 modules[name] = (library, class_name)
             case _:
                 raise CheckpointError(f"{where}: {name} must be [library, class], but is {json.dumps(entry)}")
-        if not name.isidentifier():
+        if not (name.isidentifier() and _is_file_name(name)):
             raise CheckpointError(f"{where}: module {name!r} cannot be the name of a folder here")
         if not (path / name).is_dir():
             raise CheckpointError(f"{path} lacks the folder {name}/, whose module {INDEX_FILE} names")
     return modules
+
+
+def _is_file_name(text: str) -> bool:
+    """Whether a file system could have it as the name of one file."""
+    try:
+        size = len(text.encode())
+    except UnicodeEncodeError:
+        return False
+    return size <= _LONGEST_NAME and "\0" not in text and Path(text).name == text
 
 
 def _open_module(folder: Path) -> _Module:
@@ -159,7 +169,7 @@ def _read_shards(index: Path) -> dict[Path, SafetensorsHeader]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} has no weight_map")
     for tensor, file in weight_map.items():
-        if not isinstance(file, str) or Path(file).name != file:
+        if not isinstance(file, str) or not _is_file_name(file):
             raise CheckpointError(f"{index}: {tensor} must name a file of the same folder, but is {file!r}")
     headers: dict[Path, SafetensorsHeader] = {}
     for path in sorted({index.parent / file for file in weight_map.values()}):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -40,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"fleet: {what}; commands are {', '.join(COMMANDS)}\n")
         return BAD_INPUT
     signal.signal(signal.SIGTERM, interrupt)
+    # Read when grpc is imported: without it, a failed handshake is a line of C++ on stderr besides ours.
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     command: Callable[[Sequence[str]], int] = vars(importlib.import_module(f"services.cli.{name}"))["main"]
     try:
         code = command(arguments[1:])

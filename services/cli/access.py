@@ -11,9 +11,8 @@ from pathlib import Path
 import grpc
 
 from common.rpc.tls import channel_credentials, read_authority, read_identity
-from common.settings import FlagParser, SettingsError
-
-ACCESS_FLAGS = ("tls", "tls_ca", "tls_cert", "tls_key", "api_key")
+from common.settings import SettingsError
+from services.cli.options import ACCESS_FLAGS
 
 
 @dataclass(frozen=True)
@@ -26,16 +25,6 @@ class Access:
 
 IN_THE_CLEAR = Access()
 """As within one machine."""
-
-
-def add_access(parser: FlagParser) -> None:
-    """Add the flags of a command that talks to a running fleet."""
-    group = parser.add_argument_group("access", "each is also a variable, such as FLEET_TLS_CA or FLEET_API_KEY")
-    group.add_argument("--tls", action="store_true", default=None, help="speak TLS; FLEET_TLS=1")
-    group.add_argument("--tls-ca", metavar="FILE", help="speak TLS, and believe this authority (PEM)")
-    group.add_argument("--tls-cert", metavar="FILE", help="certificate to show, where the fleet asks for one")
-    group.add_argument("--tls-key", metavar="FILE", help="private key of --tls-cert")
-    group.add_argument("--api-key", metavar="KEY", help="who is calling; prefer the variable, which `ps` does not show")
 
 
 def access_of(args: argparse.Namespace, environ: Mapping[str, str] | None = None) -> Access:

@@ -33,8 +33,9 @@ class RequestFailed(FleetError):
 class FleetClient:
     """GenerationService at one endpoint. Use connect() to make one."""
 
-    def __init__(self, endpoint: str, channel: grpc.aio.Channel, api_key: str = "") -> None:
+    def __init__(self, endpoint: str, channel: grpc.aio.Channel, *, api_key: str = "", is_tls: bool = False) -> None:
         self._endpoint = endpoint
+        self._is_tls = is_tls
         self._metadata = (("authorization", f"Bearer {api_key}"),) if api_key else ()
         self._stub: generation_pb2_grpc.GenerationServiceAsyncStub = generation_pb2_grpc.GenerationServiceStub(channel)
 
@@ -96,13 +97,14 @@ class FleetClient:
             yield
         except grpc.aio.AioRpcError as error:
             failure = from_rpc_error(error)
-            if isinstance(failure, Unavailable) and "andshake" in failure.message:
+            if isinstance(failure, Unavailable) and "andshake failed" in failure.message:
                 raise Unavailable(
                     f"{self._endpoint} and this command could not agree on TLS (see --tls-ca): {failure.message}"
                 ) from error
             if isinstance(failure, Unavailable) and "failed to connect" in failure.message:
+                hint = "" if self._is_tls else "; if that one speaks TLS, so must this command: --tls or --tls-ca"
                 raise Unavailable(
-                    f"no fleet answers at {self._endpoint}; `fleet up` starts one, --endpoint names another"
+                    f"no fleet answers at {self._endpoint}; `fleet up` starts one, --endpoint names another{hint}"
                 ) from error
             raise failure from error
 
@@ -112,7 +114,7 @@ async def connect(endpoint: str, access: Access = IN_THE_CLEAR) -> AsyncIterator
     """A client of the fleet at HOST:PORT or unix:PATH; connecting happens with the first call."""
     channel = open_channel(endpoint, access.credentials)
     try:
-        yield FleetClient(endpoint, channel, access.api_key)
+        yield FleetClient(endpoint, channel, api_key=access.api_key, is_tls=access.credentials is not None)
     finally:
         await channel.close()
 

@@ -21,9 +21,17 @@ from fleet.v1 import generation_pb2
 from models.catalog import DEFAULT_MODEL, ServedModel, open_model
 from models.registry import load_registry
 from models.validation import InputValidationStage
-from services.cli.access import ACCESS_FLAGS, Access, access_of, add_access
+from services.cli.access import Access, access_of
 from services.cli.client import FleetClient, connect, raise_unless_succeeded
-from services.cli.options import SUCCESS, command_parser, endpoint_of, let_threads_sleep, run_async
+from services.cli.options import (
+    ACCESS_FLAGS,
+    SUCCESS,
+    add_access,
+    command_parser,
+    endpoint_of,
+    let_threads_sleep,
+    run_async,
+)
 from services.cli.output import ResultFiles, check_output
 from services.cli.parameters import add_parameters, given_images, given_parameters, parameters_message
 from services.cli.progress import Reporter, reporter

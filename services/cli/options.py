@@ -12,7 +12,6 @@ from typing import Any, NoReturn
 
 from common.errors import CheckpointError, FleetError, InvalidInput, NotFound, PermissionDenied, Unauthenticated
 from common.settings import FlagParser, SettingsError
-from services.cli.access import add_access
 
 SUCCESS = 0
 FAILED = 1
@@ -21,6 +20,7 @@ INTERRUPTED = 130
 TERMINATED = 143
 
 DEFAULT_ENDPOINT = "127.0.0.1:50051"
+ACCESS_FLAGS = ("tls", "tls_ca", "tls_cert", "tls_key", "api_key")
 
 _CALLERS_FAULT = (InvalidInput, NotFound, CheckpointError, Unauthenticated, PermissionDenied)
 _PATIENCE_SECONDS = 3.0
@@ -38,6 +38,16 @@ def add_endpoint(parser: FlagParser) -> None:
         "--endpoint", metavar="HOST:PORT", help=f"where the fleet answers (default: FLEET_ENDPOINT, {DEFAULT_ENDPOINT})"
     )
     add_access(parser)
+
+
+def add_access(parser: FlagParser) -> None:
+    """Add the flags of a command that talks to a running fleet."""
+    group = parser.add_argument_group("access", "each is also a variable, such as FLEET_TLS_CA or FLEET_API_KEY")
+    group.add_argument("--tls", action="store_true", default=None, help="speak TLS; FLEET_TLS=1")
+    group.add_argument("--tls-ca", metavar="FILE", help="speak TLS, and believe this authority (PEM)")
+    group.add_argument("--tls-cert", metavar="FILE", help="certificate to show, where the fleet asks for one")
+    group.add_argument("--tls-key", metavar="FILE", help="private key of --tls-cert")
+    group.add_argument("--api-key", metavar="KEY", help="who is calling; prefer the variable, which `ps` does not show")
 
 
 def add_request_id(parser: FlagParser) -> None:

@@ -232,6 +232,36 @@ def test_the_store_is_reached_over_tls(store: str, fleet: Authority, others: Aut
     run(test)
 
 
+def test_a_handshake_may_take_its_time(toy: ServedModel, store: str, fleet: Authority) -> None:
+    """As on a machine whose cores are all loading weights."""
+
+    async def serve(address: str) -> asyncio.Server:
+        host, _, port = address.rpartition(":")
+
+        async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            while data := await reader.read(1 << 16):
+                writer.write(data)
+            writer.close()
+
+        async def delayed(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            behind_reader, behind_writer = await asyncio.open_connection(host, int(port))
+            await asyncio.sleep(0.5)  # what is tested
+            await asyncio.gather(pump(reader, behind_writer), pump(behind_reader, writer), return_exceptions=True)
+
+        return await asyncio.start_server(delayed, "127.0.0.1", 0)
+
+    async def test() -> None:
+        worker = await start_worker("decoding", toy, worker_settings(store, **tls_files(fleet, "worker")))
+        try:
+            async with await serve(worker.address) as slow:
+                address = f"127.0.0.1:{slow.sockets[0].getsockname()[1]}"
+                assert await outcome(address, mutual(fleet, fleet.issue("coordinator"))) is None
+        finally:
+            await worker.stop(5)
+
+    run(test)
+
+
 def wrong_files(fleet: Authority, directory: Path) -> dict[str, tuple[dict[str, Any], str]]:
     right, other = tls_files(fleet, "worker"), tls_files(fleet, "coordinator")
     text = directory / "text.pem"

@@ -21,6 +21,7 @@ from google.protobuf.message import Message
 from redis.exceptions import ConnectionError as Away
 
 from bare_checkpoint import build_bare_flux, safetensors_bytes
+from common.checkpoint import Checkpoint
 from common.codec import pack
 from common.errors import FleetError, InternalError
 from common.rpc.client import RemoteRunner
@@ -363,10 +364,21 @@ def _file_targets(directory: Path) -> Iterator[Target]:
     yield Target("toml", reading(_from_toml), [(toml,)])
     flags = (b"--model", b"emoji", b"--capacity=3", b"--dtype", b"float32", b"--redis", b"redis://x", b"3")
     yield Target("flags", _flags, [flags])
+    sharded = build_bare_flux(directory / "sharded")
+    map_of_shards = b'{"weight_map": {"weight": "model.safetensors", "bias": "model.safetensors"}}'
+    yield Target("shards", _shards_run(sharded), [(map_of_shards,)])
     checkpoint = build_bare_flux(directory / "checkpoint")
     index = (checkpoint / "model_index.json").read_bytes()
     seed = (index, b'{"height": 128, "sigmas": [1, 0.5]}', json.dumps({"block_out_channels": [8] * 4}).encode())
     yield Target("checkpoint", _checkpoint_run(checkpoint), [seed])
+
+
+def _shards_run(path: Path) -> Callable[[Frames], None]:
+    def run(frames: Frames) -> None:
+        (path / "text_encoder" / "model.safetensors.index.json").write_bytes(b"".join(frames))
+        Checkpoint.open(path)
+
+    return run
 
 
 def _from_toml(path: Path) -> None:
