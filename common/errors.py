@@ -44,7 +44,11 @@ class CheckpointError(FailedPrecondition):
 
 
 class ResourceExhausted(FleetError):
-    """A bound of the fleet is reached; later it may work."""
+    """A bound of the fleet is reached; later it may work: after `retry_seconds`, where that can be told."""
+
+    def __init__(self, message: str, *, field: str = "", retry_seconds: float | None = None) -> None:
+        super().__init__(message, field=field)
+        self.retry_seconds = retry_seconds
 
 
 class Unavailable(FleetError):

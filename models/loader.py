@@ -35,14 +35,21 @@ ModuleLoader = Callable[["Checkpoint", str, torch.device, torch.dtype], Any]
 
 
 def load_stages(
-    model: ServedModel, service: ServiceSpec, *, device: torch.device, dtype: torch.dtype, checkpoint_every: int = 0
+    model: ServedModel,
+    service: ServiceSpec,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    checkpoint_every: int = 0,
+    checkpoint_seconds: float = 0.0,
 ) -> list[PipelineStage[Any, Any]]:
     """The stages of the service, in order, with their modules on the device. Raises CheckpointError.
 
-    A denoising stage tells its caller a checkpoint after every `checkpoint_every` steps; 0 means never.
+    A denoising stage tells its caller a checkpoint after every `checkpoint_every` steps, and whenever the last one is
+    older than `checkpoint_seconds`; 0 means never.
     """
     with _LOADING:
-        return _load_stages(model, service, device, dtype, checkpoint_every)
+        return _load_stages(model, service, device, dtype, checkpoint_every, checkpoint_seconds)
 
 
 # While it loads a model, transformers changes defaults of the whole process, such as the type of new tensors: services
@@ -51,11 +58,11 @@ _LOADING = threading.Lock()
 
 
 def _load_stages(
-    model: ServedModel, service: ServiceSpec, device: torch.device, dtype: torch.dtype, checkpoint_every: int
+    model: ServedModel, service: ServiceSpec, device: torch.device, dtype: torch.dtype, every: int, seconds: float
 ) -> list[PipelineStage[Any, Any]]:
     config_class: type[PipelineConfig] = resolve(model.entry.pipeline_config)
     config = config_class.from_checkpoint(model.checkpoint)
-    config = replace(config, device=device, dtype=dtype, checkpoint_every=checkpoint_every)
+    config = replace(config, device=device, dtype=dtype, checkpoint_every=every, checkpoint_seconds=seconds)
     loaded = {name: load_module(model.checkpoint, name, config) for name in service.modules}
     return [
         resolve(stage.implementation)(config, {name: loaded[name] for name in stage.modules})

@@ -62,6 +62,8 @@ class WorkerSettings(TlsSettings):
     )
     threads: int = setting(0, help="CPU threads that an operation may use; 0 leaves that to torch")
     capacity: int = setting(1, help="requests taken at a time; they compute one after the other")
+    checkpoint_every: int = setting(0, help="denoising steps between two checkpoints to resume from; 0: by time only")
+    checkpoint_seconds: float = setting(5.0, help="longest time between two of them; 0: by steps only")
     plugins: tuple[Path, ...] = setting((), help="directories with pipelines of other families")
     grace_seconds: float = setting(30.0, help="time that running calls get to finish after SIGTERM")
     announce_seconds: float = setting(60.0, help="how long to wait for the request store at the start")
@@ -123,7 +125,15 @@ async def start_worker(service: str, model: ServedModel, settings: WorkerSetting
         executor = ThreadPoolExecutor(1, thread_name_prefix=f"{service}-device", initializer=prepare)
         # Waits for a stage that still computes: it ends within a step, and its callbacks need this loop.
         resources.push_async_callback(asyncio.to_thread, executor.shutdown, cancel_futures=True)
-        load = partial(load_stages, model, spec, device=device, dtype=torch_dtype)
+        load = partial(
+            load_stages,
+            model,
+            spec,
+            device=device,
+            dtype=torch_dtype,
+            checkpoint_every=settings.checkpoint_every,
+            checkpoint_seconds=settings.checkpoint_seconds,
+        )
         stages = await asyncio.get_running_loop().run_in_executor(executor, load)
         hosted = HostedStages(service, stages, timed=partial(stage_timer, service, model.name))
         numerics = await asyncio.get_running_loop().run_in_executor(executor, numerics_fingerprint, device, torch_dtype)

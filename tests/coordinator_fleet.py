@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import sys
 import tempfile
 import threading
+from asyncio.subprocess import DEVNULL, PIPE, Process
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -173,6 +175,23 @@ class FakeFleet:
         channel = open_channel(coordinator.address)
         self._stack.push_async_callback(channel.close)
         return coordinator, generation_pb2_grpc.GenerationServiceStub(channel)
+
+    async def start_process(self, listen: str) -> Process:
+        """A coordinator as a process of its own, which listens; killed with the fleet if it still lives."""
+        beat = ("--heartbeat-seconds", "0.1", "--heartbeat-ttl-seconds", "0.5")
+        words = ("--listen", listen, "--redis", self.url, *beat, "--log-level", "ERROR")
+        command = (sys.executable, "-m", "services.coordinator", *words)
+        process = await asyncio.create_subprocess_exec(*command, stdout=DEVNULL, stderr=PIPE)
+        self._stack.push_async_callback(_kill, process)
+        assert process.stderr is not None
+        assert b"listens on" in await process.stderr.readline()
+        return process
+
+
+async def _kill(process: Process) -> None:
+    if process.returncode is None:
+        process.kill()
+    await process.wait()
 
 
 async def _forget(worker: FakeWorker) -> None:

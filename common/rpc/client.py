@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -24,7 +25,7 @@ from common.rpc.framing import (
 )
 from common.rpc.method import check_contract, header_type, path_of, request_type, response_type, stage_method
 from common.rpc.options import CHANNEL_OPTIONS, MAX_MESSAGE_BYTES
-from common.rpc.status import from_rpc_error
+from common.rpc.status import from_rpc_error, is_told
 from common.stage import Call, Contract
 from common.telemetry import REQUEST_ID_KEY
 from fleet.v1 import artifacts_pb2 as pb
@@ -61,12 +62,16 @@ async def get_model_info(channel: grpc.aio.Channel, *, seconds: float = 10) -> w
     return reply.worker
 
 
+class WorkerLost(Unavailable):
+    """The connection ended after the worker had got the call: it may have died of it."""
+
+
 class RemoteRunner:
     """Runs a contract on the worker behind a channel. The twin of common.local.LocalRunner.
 
     Cancelling the task that awaits it cancels the call. Raises the error that the worker raised, and Unavailable when
-    the connection is lost, so that the caller can try another worker with the same packets. ResourceExhausted has a
-    field where no worker could take the values, and none where this one has no place left.
+    the connection is lost (WorkerLost during the call), so that the caller can try another worker with the same
+    packets. ResourceExhausted has a field where no worker could take the values, and none where this one has no place.
     """
 
     def __init__(
@@ -93,6 +98,12 @@ class RemoteRunner:
         """What the stages read and write together."""
         return self._contract
 
+    def telling(self, on_checkpoint: OnCheckpoint) -> RemoteRunner:
+        """The same runner, with its checkpoints going there."""
+        runner = copy.copy(self)
+        runner._on_checkpoint = on_checkpoint
+        return runner
+
     async def __call__(self, values: Mapping[str, Packet], call: Call) -> Mapping[str, Packet]:
         """Send the inputs, report what the worker reports, return the outputs."""
         call.check_cancelled()
@@ -105,8 +116,9 @@ class RemoteRunner:
             raise ResourceExhausted(
                 f"{largest} makes a header of {len(header)} bytes; at most {MAX_MESSAGE_BYTES} travel", field=largest
             )
+        sent = asyncio.Event()
         rpc = self._open(
-            _request_frames(header, values.values()),
+            _request_frames(header, values.values(), sent),
             timeout=timeout,
             metadata=((REQUEST_ID_KEY, call.request_id),),
         )
@@ -116,7 +128,10 @@ class RemoteRunner:
                 receiver.take(raw)
             return receiver.finish()
         except grpc.aio.AioRpcError as error:
-            raise from_rpc_error(error) from error
+            reason = from_rpc_error(error)
+            if isinstance(reason, Unavailable) and sent.is_set() and not is_told(error):
+                reason = WorkerLost(reason.message)
+            raise reason from error
         except (InvalidInput, DecodeError) as error:
             raise InternalError(f"{self._service} answered with wrong frames: {error}") from error
         except asyncio.CancelledError:
@@ -127,8 +142,10 @@ class RemoteRunner:
             rpc.cancel()  # Without effect on a call that has ended.
 
 
-async def _request_frames(header: bytes, packets: Iterable[Packet]) -> AsyncIterator[bytes]:
+async def _request_frames(header: bytes, packets: Iterable[Packet], sent: asyncio.Event) -> AsyncIterator[bytes]:
+    """The frames of a call; `sent` is set once the first one is on its way, so that there is a connection."""
     yield header
+    sent.set()
     for packet in packets:
         for chunk in chunk_frames(packet.chunks):
             yield chunk

@@ -1,11 +1,13 @@
 """Errors to gRPC statuses and back: mirror images, so that an error is the same on both sides of a call.
 
-Two pieces of trailing metadata complete the status: `fleet-error` is the name of the error's class, `fleet-error-field`
-the parameter it is about, percent-encoded. A status without `fleet-error` was made by gRPC itself.
+Trailing metadata completes the status: `fleet-error` is the name of the error's class, `fleet-error-field` the
+parameter it is about, percent-encoded, `retry-after-ms` how long to wait before the next try. A status without
+`fleet-error` was made by gRPC itself.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple, NoReturn, cast
 from urllib.parse import quote, unquote
@@ -17,6 +19,7 @@ from common.errors import FleetError
 
 KIND_KEY = "fleet-error"
 FIELD_KEY = "fleet-error-field"
+RETRY_KEY = "retry-after-ms"
 _MAX_MESSAGE = 2048  # characters; headers are bounded, and an error is a sentence
 _MAX_FIELD = 256
 
@@ -66,6 +69,8 @@ def to_status(error: FleetError) -> Status:
     metadata: tuple[tuple[str, str], ...] = ((KIND_KEY, kind.__name__),)
     if error.field:
         metadata += ((FIELD_KEY, quote(_sound(error.field[:_MAX_FIELD]), safe="[]")),)
+    if isinstance(error, errors.ResourceExhausted) and error.retry_seconds is not None:
+        metadata += ((RETRY_KEY, str(math.ceil(error.retry_seconds * 1_000))),)
     return Status(_CODES[kind], _sound(error.message[:_MAX_MESSAGE]), metadata)
 
 
@@ -76,13 +81,22 @@ def from_status(code: grpc.StatusCode, details: str, metadata: Iterable[tuple[st
     if kind is None:
         kind = _TRANSPORT.get(code, errors.Unavailable)
         details = details or code.name
-    return kind(details, field=unquote(trailing.get(FIELD_KEY, "")))
+    field = unquote(trailing.get(FIELD_KEY, ""))
+    delay = trailing.get(RETRY_KEY, "")
+    if kind is errors.ResourceExhausted and delay.isascii() and delay.isdigit():
+        return errors.ResourceExhausted(details, field=field, retry_seconds=int(delay[:12]) / 1_000)
+    return kind(details, field=field)
 
 
 def from_rpc_error(error: grpc.RpcError) -> FleetError:
     """The error that a call ended with, from grpc's asyncio or its blocking API."""
     call = cast(Any, error)
     return from_status(call.code(), call.details() or "", call.trailing_metadata() or ())
+
+
+def is_told(error: grpc.RpcError) -> bool:
+    """Whether the other side sent this status, rather than gRPC having made it."""
+    return any(key == KIND_KEY for key, _ in cast(Any, error).trailing_metadata() or ())
 
 
 async def abort_with(context: grpc.aio.ServicerContext[Any, Any], error: FleetError) -> NoReturn:

@@ -3,9 +3,11 @@
 -- Messages are stored serialised and never opened here: a protobuf message followed by another of its type is their
 -- merge, so a record grows by appending to `extra`. Time is this server's, in milliseconds, never a caller's.
 --
---   fleet:request:<id>             hash   record, extra, state, created, updated, model, owner, epoch, cancel, key, caller, token
+--   fleet:request:<id>             hash   record, extra, state, created, updated, model, owner, epoch, cancel, key, caller, token,
+--                                         and until its end submission, deaths, point (the key and size of a checkpoint)
 --   fleet:events:<id>              stream field `event`
---   fleet:result:<id>:<file>:<n>   string a chunk of a file of the result
+--   fleet:result:<id>:<epoch>:<file>:<n>  string a chunk of a file of the result
+--   fleet:checkpoint:<id>:<epoch>-<n>     list   a step checkpoint: its header, then its chunks
 --   fleet:idempotency:<key>        string request id
 --   fleet:requests, fleet:ended    zset   ids by sequence number; ended ids by the time their record expires
 --   fleet:open:<model>             set    ids that have not ended
@@ -16,8 +18,12 @@
 --   fleet:queue:<model>/<svc>      zset   rank | ticket | owner, in lexical order
 --   fleet:waiting:<model>/<svc>    hash   ticket -> its entry in the queue
 --   fleet:slots:<model>/<svc>      hash   ticket -> worker | owner
+--   fleet:pace:<model>/<svc>       string ms that a request holds a slot, averaged over the latest
 --   fleet:coordinator:<owner>      string present while that coordinator's heartbeat lasts; also its channel
 --   fleet:cancels:<owner>          set    ids that it should cancel
+--
+-- A coordinator's heartbeat is its lease on all requests that it owns. `epoch` is the fencing token: it grows when a
+-- request changes hands, and a write with another one is refused.
 
 local P = 'fleet:'
 local TERMINAL = 3
@@ -32,6 +38,16 @@ end
 local function is_open(id)
   local state = redis.call('HGET', P .. 'request:' .. id, 'state')
   return state and tonumber(state) < TERMINAL
+end
+
+-- nil where the writer may write, else what keeps it from that.
+local function refusal(id, epoch)
+  if not is_open(id) then
+    return 'ended'
+  end
+  if redis.call('HGET', P .. 'request:' .. id, 'epoch') ~= epoch then
+    return 'lost'
+  end
 end
 
 local function snapshot(id)
@@ -53,6 +69,34 @@ local function extend(id, extra)
   end
 end
 
+local function live_workers(place)
+  redis.call('ZREMRANGEBYSCORE', P .. 'workers:' .. place, '-inf', int(now))
+  local live = {}
+  for _, id in ipairs(redis.call('ZRANGE', P .. 'workers:' .. place, 0, -1)) do
+    local fields = redis.call('HMGET', P .. 'worker:' .. id, 'capacity', 'granted', 'info')
+    if fields[1] then
+      live[#live + 1] = { id = id, capacity = tonumber(fields[1]), granted = tonumber(fields[2]), info = fields[3] }
+    end
+  end
+  return live
+end
+
+-- The milliseconds that the slowest of the services needs for so many requests, as far as is known.
+local function work(model, first, count, requests)
+  local most = 0
+  for i = first, first + count - 1 do
+    local place, capacity = model .. '/' .. ARGV[i], 0
+    for _, worker in ipairs(live_workers(place)) do
+      capacity = capacity + worker.capacity
+    end
+    local pace = redis.call('GET', P .. 'pace:' .. place)
+    if pace and capacity > 0 then
+      most = math.max(most, tonumber(pace) * requests / capacity)
+    end
+  end
+  return most
+end
+
 -- Drops ended requests whose records have expired from the index.
 local function prune_index()
   for _, id in ipairs(redis.call('ZRANGEBYSCORE', P .. 'ended', '-inf', int(now), 'LIMIT', 0, 100)) do
@@ -61,9 +105,11 @@ local function prune_index()
   end
 end
 
--- id, owner, idempotency key, record, model, deadline or 0, most open requests, longest queue, caller, most of theirs,
--- n, n services, events
-function ops.admit(id, owner, key, record, model, deadline, max_open, queue_limit, caller, max_theirs, count)
+-- id, owner, idempotency key, record, submission, model, deadline or 0, most open requests, longest queue,
+-- most ms of work, caller, most of theirs, n, n services, events. Refusals tell the ms after which to try again.
+function ops.admit(id, owner, key, record, submission, model, deadline, max_open, queue_limit, max_work, caller,
+  max_theirs, count)
+  count = tonumber(count)
   local known = key ~= '' and redis.call('GET', P .. 'idempotency:' .. key)
   if known and redis.call('EXISTS', P .. 'request:' .. known) == 1 then
     return { 'replayed', known, snapshot(known) }
@@ -76,21 +122,25 @@ function ops.admit(id, owner, key, record, model, deadline, max_open, queue_limi
   end
   local open = redis.call('SCARD', P .. 'open:' .. model)
   if open >= tonumber(max_open) then
-    return { 'crowded', open }
+    return { 'crowded', open, int(work(model, 15, count, 1)) }
   end
   local theirs = redis.call('SCARD', P .. 'open-by:' .. caller)
   if caller ~= '' and theirs >= tonumber(max_theirs) then
-    return { 'quota', theirs }
+    return { 'quota', theirs, int(work(model, 15, count, 1)) }
   end
-  for i = 1, tonumber(count) do
-    local service = ARGV[12 + i]
-    local length = redis.call('ZCARD', P .. 'queue:' .. model .. '/' .. service)
+  for i = 15, 14 + count do
+    local length = redis.call('ZCARD', P .. 'queue:' .. model .. '/' .. ARGV[i])
     if length >= tonumber(queue_limit) then
-      return { 'full', service, length }
+      return { 'full', length, int(work(model, 15, count, 1)), ARGV[i] }
     end
   end
+  local queued = work(model, 15, count, open)
+  if tonumber(max_work) > 0 and queued > tonumber(max_work) then
+    return { 'busy', int(queued), int(queued - max_work) }
+  end
   redis.call('HSET', P .. 'request:' .. id, 'record', record, 'extra', '', 'state', '1', 'created', int(now),
-    'updated', int(now), 'model', model, 'owner', owner, 'epoch', '1', 'key', key, 'caller', caller)
+    'updated', int(now), 'model', model, 'owner', owner, 'epoch', '1', 'key', key, 'caller', caller,
+    'submission', submission)
   redis.call('ZADD', P .. 'requests', redis.call('INCR', P .. 'sequence'), id)
   redis.call('SADD', P .. 'open:' .. model, id)
   if caller ~= '' then
@@ -99,28 +149,33 @@ function ops.admit(id, owner, key, record, model, deadline, max_open, queue_limi
   if key ~= '' then
     redis.call('SET', P .. 'idempotency:' .. key, id)
   end
-  local events = add_events(id, 13 + tonumber(count))
+  local events = add_events(id, 15 + count)
   prune_index()
   return { 'admitted', int(now), snapshot(id), events }
 end
 
--- id, new state or '', addition to the record, events. Refused once the request has ended.
-function ops.append(id, state, extra)
-  if not is_open(id) then
-    return { 'ended' }
+-- id, epoch, new state or '', addition to the record, events. Refused once the request has ended or changed hands.
+function ops.append(id, epoch, state, extra)
+  local refused = refusal(id, epoch)
+  if refused then
+    return { refused }
   end
   if state ~= '' then
     redis.call('HSET', P .. 'request:' .. id, 'state', state, 'updated', int(now))
   end
   extend(id, extra)
-  return { 'appended', add_events(id, 5) }
+  return { 'appended', add_events(id, 6) }
 end
 
 local function finish(id, token, state, extra, keep)
   local key = P .. 'request:' .. id
   redis.call('HSET', key, 'state', state, 'updated', int(now), 'token', token)
   extend(id, extra)
-  local fields = redis.call('HMGET', key, 'model', 'key', 'caller')
+  local fields = redis.call('HMGET', key, 'model', 'key', 'caller', 'point')
+  if fields[4] then
+    redis.call('DEL', fields[4])
+  end
+  redis.call('HDEL', key, 'submission', 'deaths', 'point')
   redis.call('SREM', P .. 'open:' .. fields[1], id)
   if fields[3] and fields[3] ~= '' then
     redis.call('SREM', P .. 'open-by:' .. fields[3], id)
@@ -132,14 +187,16 @@ local function finish(id, token, state, extra, keep)
   end
 end
 
--- id, token, state, addition to the record, ms to keep it, events. The first one wins; its own repetition is no loss.
-function ops.finish(id, token, state, extra, keep)
-  if not is_open(id) then
+-- id, epoch, token, state, addition to the record, ms to keep it, events. The owner ends it, once; its own repetition
+-- is no loss.
+function ops.finish(id, epoch, token, state, extra, keep)
+  local refused = refusal(id, epoch)
+  if refused then
     local mine = redis.call('HGET', P .. 'request:' .. id, 'token') == token
-    return { mine and 'finished' or 'ended', {} }
+    return { mine and 'finished' or refused, {} }
   end
   finish(id, token, state, extra, keep)
-  local events = add_events(id, 7)
+  local events = add_events(id, 8)
   redis.call('PEXPIRE', P .. 'events:' .. id, keep)
   prune_index()
   return { 'finished', events }
@@ -164,16 +221,47 @@ function ops.cancel(id, state, keep)
   return snapshot(id)
 end
 
--- Ids of open requests of a model whose coordinator is dead.
-function ops.orphans(model)
-  local orphans = {}
+-- owner, model, the most to take. The open requests of a model whose coordinator is dead are this one's from now on:
+-- for each id, epoch, submission, cancel, deaths, now and the record.
+function ops.take_over(owner, model, most)
+  local taken = {}
   for _, id in ipairs(redis.call('SMEMBERS', P .. 'open:' .. model)) do
-    local owner = redis.call('HGET', P .. 'request:' .. id, 'owner')
-    if owner and redis.call('EXISTS', P .. 'coordinator:' .. owner) == 0 then
-      orphans[#orphans + 1] = id
+    local key = P .. 'request:' .. id
+    local before = redis.call('HGET', key, 'owner')
+    if before and before ~= owner and redis.call('EXISTS', P .. 'coordinator:' .. before) == 0 then
+      redis.call('HSET', key, 'owner', owner)
+      local epoch = redis.call('HINCRBY', key, 'epoch', 1)
+      local fields = redis.call('HMGET', key, 'submission', 'cancel', 'deaths')
+      taken[#taken + 1] = { id, epoch, fields[1] or '', fields[2] or '0', fields[3] or '0', int(now), snapshot(id) }
+      if #taken >= tonumber(most) then
+        break
+      end
     end
   end
-  return orphans
+  return taken
+end
+
+-- id, epoch. A worker died while it worked on the request; how many have by now.
+function ops.death(id, epoch)
+  if refusal(id, epoch) then
+    return 0
+  end
+  return redis.call('HINCRBY', P .. 'request:' .. id, 'deaths', 1)
+end
+
+-- id, epoch, key of the checkpoint. It takes the place of the one before.
+function ops.checkpoint(id, epoch, point)
+  local key = P .. 'request:' .. id
+  if refusal(id, epoch) then
+    redis.call('DEL', point)
+    return 0
+  end
+  local before = redis.call('HGET', key, 'point')
+  if before and before ~= point then
+    redis.call('DEL', before)
+  end
+  redis.call('HSET', key, 'point', point)
+  return 1
 end
 
 -- owner, ms that the beat lasts. Returns the ids to cancel since the last beat.
@@ -227,18 +315,6 @@ local function busy_slots(place)
     end
   end
   return busy
-end
-
-local function live_workers(place)
-  redis.call('ZREMRANGEBYSCORE', P .. 'workers:' .. place, '-inf', int(now))
-  local live = {}
-  for _, id in ipairs(redis.call('ZRANGE', P .. 'workers:' .. place, 0, -1)) do
-    local fields = redis.call('HMGET', P .. 'worker:' .. id, 'capacity', 'granted', 'info')
-    if fields[1] then
-      live[#live + 1] = { id = id, capacity = tonumber(fields[1]), granted = tonumber(fields[2]), info = fields[3] }
-    end
-  end
-  return live
 end
 
 -- The live worker with a free slot that has the fewest taken; among equals the one that got the fewest so far.
@@ -310,8 +386,13 @@ function ops.claim(ticket, place, owner, priority, deadline)
   return { 'waiting', #workers }
 end
 
--- ticket, model/service. Gives back a slot, or a place in the queue.
-function ops.release(ticket, place)
+-- ticket, model/service, ms that the slot was of use or 0. Gives back a slot, or a place in the queue.
+function ops.release(ticket, place, ms)
+  if tonumber(ms) > 0 then
+    local pace = redis.call('GET', P .. 'pace:' .. place)
+    local average = pace and 0.8 * tonumber(pace) + 0.2 * tonumber(ms) or tonumber(ms)
+    redis.call('SET', P .. 'pace:' .. place, string.format('%.3f', average), 'PX', 86400000)
+  end
   redis.call('HDEL', P .. 'slots:' .. place, ticket)
   leave_queue(place, ticket)
   dispatch(place)

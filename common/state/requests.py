@@ -54,6 +54,8 @@ class Limits:
     max_open: int = 1_000
     queue_limit: int = 256
     max_open_of_caller: int = 1_000
+    queue_seconds: float = 0.0
+    """Most seconds that the slowest service needs for what is open, at its measured pace; 0 sets no such bound."""
 
 
 @dataclass(frozen=True)
@@ -85,12 +87,18 @@ class RequestStore:
         self._retention = retention or Retention()
 
     async def admit(
-        self, record: generation_pb2.RequestRecord, *, idempotency_key: str = "", limits: Limits | None = None
+        self,
+        record: generation_pb2.RequestRecord,
+        *,
+        idempotency_key: str = "",
+        submission: bytes = b"",
+        limits: Limits | None = None,
     ) -> Admission:
         """Store a request durably, with its first events: QUEUED, and the warnings it has. One round trip.
 
-        A known key answers with the request that it belongs to; each caller has keys of its own. Raises InvalidInput
-        for a deadline that has passed and ResourceExhausted beyond the limits.
+        A known key answers with the request that it belongs to; each caller has keys of its own. `submission` is what
+        another coordinator needs to run the request. Raises InvalidInput for a deadline that has passed and
+        ResourceExhausted beyond the limits, with the time after which to try again.
         """
         limits = limits or Limits()
         events = [state_event(State.REQUEST_STATE_QUEUED)]
@@ -103,31 +111,19 @@ class RequestStore:
             self._owner,
             idempotency_key and f"{record.caller}/{idempotency_key}",
             record.SerializeToString(),
+            submission,
             record.model,
             deadline,
             limits.max_open,
             limits.queue_limit,
+            int(limits.queue_seconds * 1_000),
             record.caller,
             limits.max_open_of_caller,
             len(limits.services),
             *limits.services,
             *(event.SerializeToString() for event in events),
         )
-        match reply[0]:
-            case b"late":
-                clock = timestamp_of(int(reply[1])).ToJsonString()
-                raise InvalidInput(
-                    f"deadline {record.deadline.ToJsonString()} has passed: the fleet's clock reads {clock}",
-                    field="deadline",
-                )
-            case b"crowded":
-                raise ResourceExhausted(f"{int(reply[1])} requests for {record.model} are open, which is the bound")
-            case b"quota":
-                raise ResourceExhausted(f"{record.caller} has {int(reply[1])} open requests, which is the bound")
-            case b"full":
-                raise ResourceExhausted(
-                    f"{int(reply[2])} requests wait for {reply[1].decode()} of {record.model}, which is the bound"
-                )
+        _check_admitted(reply, record)
         stored = read_record(reply[2])
         left = (deadline - int(reply[1])) / 1_000 if deadline and reply[0] == b"admitted" else None
         ids = reply[3] if reply[0] == b"admitted" else []
@@ -189,18 +185,18 @@ class RequestStore:
         return [(str(int(score)), each) for (_, score), each in zip(rows, fields, strict=True)]
 
     async def append(
-        self, request_id: str, events: Sequence[generation_pb2.Event]
+        self, request_id: str, events: Sequence[generation_pb2.Event], *, epoch: int = 1
     ) -> list[generation_pb2.Event] | None:
         """Add events; what they say of state and warnings goes into the record.
 
-        Returns them as stored, and None once the request has ended.
+        Returns them as stored, and None once the request has ended or belongs to another epoch.
         """
         state = next((str(event.state_change.state) for event in events if event.HasField("state_change")), "")
         extra = generation_pb2.RequestRecord(
             warnings=[event.warning for event in events if event.HasField("warning")]
         ).SerializeToString()
         reply = await run_script(
-            self._redis, "append", request_id, state, extra, *(event.SerializeToString() for event in events)
+            self._redis, "append", request_id, epoch, state, extra, *(event.SerializeToString() for event in events)
         )
         return with_ids(events, reply[1]) if reply[0] == b"appended" else None
 
@@ -213,12 +209,13 @@ class RequestStore:
         files: Sequence[ResultFile] = (),
         stored: bool = True,
         events: Sequence[generation_pb2.Event] = (),
+        epoch: int = 1,
     ) -> list[generation_pb2.Event] | None:
         """End a request: `events` that are still to be told, its files, its state.
 
         Returns the events as stored, the terminal one last (none where the first answer was lost on the way), and
-        None for all but the one call that ended it. Unless `stored`, the files are named in the record, but their
-        bytes are not kept.
+        None for all but the one call that ended it, which only the owner of the latest epoch can. Unless `stored`, the
+        files are named in the record, but their bytes are not kept.
         """
         extra = generation_pb2.RequestRecord(
             error=error,
@@ -228,6 +225,7 @@ class RequestStore:
         last = state_event(state, error)
         arguments: list[str | bytes | int] = [
             request_id,
+            epoch,
             secrets.token_hex(8),
             str(state),
             extra.SerializeToString(),
@@ -235,7 +233,7 @@ class RequestStore:
             *(event.SerializeToString() for event in (*events, last)),
         ]
         chunks = {
-            _key("result", request_id, index, number): chunk
+            _key("result", request_id, epoch, index, number): chunk
             for index, file in enumerate(files if stored else ())
             for number, chunk in enumerate(chunks_of(file.pieces))
         }
@@ -295,10 +293,6 @@ class RequestStore:
             raise unknown_request(request_id)
         return read_record(reply)
 
-    async def orphans(self, model: str) -> list[str]:
-        """Ids of the open requests of a model whose coordinator is dead."""
-        return [each.decode() for each in await run_script(self._redis, "orphans", model)]
-
     async def events(self, request_id: str, after: str = "") -> AsyncGenerator[generation_pb2.Event, None]:
         """The events after the given one as they come, up to the terminal one. Raises NotFound, InvalidInput."""
         if after and not _EVENT_ID.fullmatch(after):
@@ -337,11 +331,34 @@ class RequestStore:
 
     async def result_chunks(self, request_id: str, index: int, byte_size: int) -> AsyncIterator[bytes]:
         """The bytes of a stored file of that size, in chunks of at most 1 MiB. Raises NotFound once they are gone."""
+        epoch = (await command(self._redis, "HGET", _key("request", request_id), "epoch") or b"").decode()
         for number in range(len(range(0, byte_size, CHUNK_BYTES))):
-            chunk = await command(self._redis, "GET", _key("result", request_id, index, number))
+            chunk = await command(self._redis, "GET", _key("result", request_id, epoch, index, number))
             if chunk is None:
                 raise NotFound(f"the result of request {request_id} has expired", field="request_id")
             yield chunk
+
+
+def _check_admitted(reply: Sequence[Any], record: generation_pb2.RequestRecord) -> None:
+    """Raise what a refusal of admission means."""
+    match reply[0]:
+        case b"late":
+            clock = timestamp_of(int(reply[1])).ToJsonString()
+            raise InvalidInput(
+                f"deadline {record.deadline.ToJsonString()} has passed: the fleet's clock reads {clock}",
+                field="deadline",
+            )
+        case b"crowded":
+            what = f"{int(reply[1])} requests for {record.model} are open, which is the bound"
+        case b"quota":
+            what = f"{record.caller} has {int(reply[1])} open requests, which is the bound"
+        case b"full":
+            what = f"{int(reply[1])} requests wait for {reply[3].decode()} of {record.model}, which is the bound"
+        case b"busy":
+            what = f"{record.model} has {int(reply[1]) / 1_000:.1f} s of work before it, which is beyond the bound"
+        case _:
+            return
+    raise ResourceExhausted(what, retry_seconds=int(reply[2]) / 1_000 or None)
 
 
 def _key(kind: str, *parts: object) -> str:

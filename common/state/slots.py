@@ -97,19 +97,22 @@ class Slots:
             if granted.done():
                 return granted.result()
 
-    def release(self, slot: Slot) -> None:
-        """Give a slot back; it goes to who is next. Done in the background, and for as long as the store is away."""
-        self._release(slot.ticket, slot.place)
+    def release(self, slot: Slot, used_seconds: float = 0.0) -> None:
+        """Give a slot back; it goes to who is next. Done in the background, and for as long as the store is away.
 
-    def _release(self, ticket: str, place: str) -> None:
-        task = asyncio.create_task(self._keep_releasing(ticket, place))
+        `used_seconds`, unless 0, is what a request took from beginning to end: the service's pace is measured by it.
+        """
+        self._release(slot.ticket, slot.place, used_seconds)
+
+    def _release(self, ticket: str, place: str, used_seconds: float = 0.0) -> None:
+        task = asyncio.create_task(self._keep_releasing(ticket, place, used_seconds))
         self._releases.add(task)
         task.add_done_callback(self._releases.discard)
 
-    async def _keep_releasing(self, ticket: str, place: str) -> None:
+    async def _keep_releasing(self, ticket: str, place: str, used_seconds: float) -> None:
         while True:
             try:
-                await run_script(self._redis, "release", ticket, place)
+                await run_script(self._redis, "release", ticket, place, int(used_seconds * 1_000))
             except Unavailable as error:
                 _log.warning("cannot give back a slot of %s yet: %s", place, error)
                 await asyncio.sleep(_RETRY_SECONDS)

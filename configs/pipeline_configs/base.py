@@ -22,12 +22,14 @@ class PipelineConfig(ABC):
     """What every stage of a model is built with, besides its modules.
 
     `dtype` is that of the weights; `device` is where the stages compute: they move inputs there and outputs back to
-    the CPU. `checkpoint_every` is how many steps lie between two checkpoints of the denoising loop; 0 means none.
+    the CPU. `checkpoint_every` is how many steps lie between two checkpoints of the denoising loop, and
+    `checkpoint_seconds` after which time there is one anyway; 0 means none.
     """
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dtype: torch.dtype = torch.float32
     checkpoint_every: int = 0
+    checkpoint_seconds: float = 0.0
 
     module_loaders: ClassVar[Mapping[str, str]] = {}
     """Loaders of module classes that models.loader does not know, or that are ours: class name in model_index.json to

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -40,6 +41,7 @@ class DenoisingStage(PipelineStage[DenoisingInput, DenoisingOutput]):
         solver = self._solver_class(self._scheduler, x.schedule)
         start, latents = self._start(x, solver)
         latents = latents.to(device)
+        told = time.monotonic()
         for step in range(start, total):
             call.check_cancelled()
             timestep = timesteps[step]
@@ -47,7 +49,8 @@ class DenoisingStage(PipelineStage[DenoisingInput, DenoisingOutput]):
             if negative is not None:
                 prediction = self._config.guide(prediction, self._predict(latents, timestep, negative), x.sampling)
             latents = solver.step(prediction, timestep, latents)
-            if self._is_checkpoint(step + 1, total):
+            if self._is_checkpoint(step + 1, total, told):
+                told = time.monotonic()
                 state = DenoiseState(step=step + 1, latents=self._artifact(latents, shape), solver=solver.state())
                 call.on_checkpoint(state)
             call.progress(step + 1, total)
@@ -91,9 +94,11 @@ class DenoisingStage(PipelineStage[DenoisingInput, DenoisingOutput]):
         prediction: Tensor = self._transformer(hidden_states=latents, timestep=model_timestep, **keywords)
         return prediction
 
-    def _is_checkpoint(self, done: int, total: int) -> bool:
-        every = self._config.checkpoint_every
-        return every > 0 and done % every == 0 and done < total
+    def _is_checkpoint(self, done: int, total: int, told: float) -> bool:
+        """Whether to tell one after so many steps, the last one having been told at a time of the monotonic clock."""
+        every, seconds = self._config.checkpoint_every, self._config.checkpoint_seconds
+        due = 0 < seconds <= time.monotonic() - told
+        return (due or (every > 0 and done % every == 0)) and done < total
 
     def _artifact(self, latents: Tensor, shape: tuple[int, ...]) -> Latents:
         return Latents(parts={self._config.latent_part: LatentPart(latents=latents.cpu(), raw_latent_shape=shape)})

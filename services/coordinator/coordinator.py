@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import secrets
 from collections.abc import Sequence
 
@@ -13,6 +14,7 @@ from common.errors import FailedPrecondition, InvalidInput, Unavailable
 from common.rpc.framing import Limits
 from common.rpc.serving import FleetServer
 from common.state.connection import connect
+from common.state.leases import Leases
 from common.state.presence import Presence
 from common.state.requests import RequestStore
 from common.state.slots import Slots
@@ -61,8 +63,10 @@ class Coordinator:
         store = RequestStore(self._redis, owner=owner, retention=settings.retention)
         self._driver = Driver(
             store,
+            Leases(self._redis, owner),
             workers,
             max_raw_result_bytes=settings.max_raw_result_bytes,
+            max_worker_deaths=settings.max_worker_deaths,
             step_seconds=settings.step_seconds,
         )
         self._presence.on_cancel = self._driver.cancel
@@ -78,6 +82,8 @@ class Coordinator:
             health_listen=settings.health_listen,
         )
         self._present = False
+        self._patient_until = 0.0
+        self._kept_house = -math.inf
         self._housekeeping: asyncio.Task[None] | None = None
 
     @property
@@ -129,7 +135,8 @@ class Coordinator:
                 await self._server.set_ready(False)
 
     async def _keep_house(self) -> None:
-        """Be present, say what the models are, end what dead coordinators left behind; ready if all that works."""
+        """Be present, say what the models are, take over what dead coordinators left; ready if all that works."""
+        patient = self._is_patient()
         if not self._present:
             await self._presence.start()
             self._present = True
@@ -139,8 +146,17 @@ class Coordinator:
             for spec in model.services:
                 load = await self._registry.load(name, spec.service)
                 QUEUE_LENGTH.labels(spec.service, name).set(load.queued)
-            await self._driver.end_orphans(name, self._settings.heartbeat_ttl_seconds)
+            if not patient:
+                await self._driver.take_over(name, self._service.restore)
+        self._kept_house = asyncio.get_running_loop().time()
         await self._server.set_ready(True)
+
+    def _is_patient(self) -> bool:
+        """Whether living coordinators may look dead: once the store is back, each needs a heartbeat to show itself."""
+        now, settings = asyncio.get_running_loop().time(), self._settings
+        if now - self._kept_house > settings.heartbeat_ttl_seconds - settings.heartbeat_seconds:
+            self._patient_until = now + settings.heartbeat_ttl_seconds
+        return now < self._patient_until
 
 
 async def start_coordinator(models: Sequence[ServedModel], settings: CoordinatorSettings) -> Coordinator:

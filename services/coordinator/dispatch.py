@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import grpc
 
 from common.errors import Cancelled, ResourceExhausted, Unavailable
 from common.pipeline import ServiceSpec
-from common.rpc.client import RemoteRunner, open_channel
+from common.rpc.client import RemoteRunner, WorkerLost, open_channel
 from common.rpc.framing import Limits, Packet
 from common.stage import Call, Contract
 from common.state.slots import NoWorkers, Slot, Slots
 from common.state.workers import WorkerRegistry
+from services.coordinator.resume import RESUME_SLOT, Recovery, origin_of
 
 _FIRST_PAUSE_SECONDS = 0.05
 _LONGEST_PAUSE_SECONDS = 1.0
@@ -109,16 +112,24 @@ class WorkerRunner:
     """One service of a model for one request: a Runner whose values are packets.
 
     `on_begin` is called each time that a worker begins on it. A worker that goes away is tried no more until it is
-    heard of again, and a full one later. Raises Unavailable when the attempts are used up.
+    heard of again, and a full one later. Raises Unavailable when the attempts are used up, and InternalError for a
+    request that too many workers have died of.
     """
 
     def __init__(
-        self, workers: Workers, model: str, spec: ServiceSpec, rank: Rank, on_begin: Callable[[], None]
+        self,
+        workers: Workers,
+        model: str,
+        spec: ServiceSpec,
+        rank: Rank,
+        recovery: Recovery,
+        on_begin: Callable[[], None],
     ) -> None:
         self._workers = workers
         self._model = model
         self._spec = spec
         self._rank = rank
+        self._recovery = recovery
         self._on_begin = on_begin
 
     @property
@@ -133,14 +144,17 @@ class WorkerRunner:
         while True:
             slot = await self._claim(call)
             address = slot.worker.address
-            runner = self._workers.connections.runner(self._model, self._spec, address)
+            began, used = time.monotonic(), 0.0
             try:
                 self._on_begin()
-                outputs = await runner(values, call)
+                outputs = await self._run(slot, values, call)
+                used = time.monotonic() - began
                 self._workers.memory.hold(outputs.values())
                 return outputs
             except (Unavailable, Cancelled) as error:
                 lost += 1
+                if isinstance(error, WorkerLost):
+                    await self._recovery.worker_died(self._spec.service, error)
                 _log.warning("request %s lost %s at %s: %s", call.request_id, self._spec.service, address, error)
                 if lost >= self._workers.attempts:
                     raise Unavailable(
@@ -152,9 +166,22 @@ class WorkerRunner:
                     raise
                 _log.info("request %s finds %s full: %s", call.request_id, address, error)
             finally:
-                self._workers.slots.release(slot)
+                self._workers.slots.release(slot, used)
             await asyncio.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
+
+    async def _run(self, slot: Slot, values: Mapping[str, Packet], call: Call) -> Mapping[str, Packet]:
+        """Run on one worker, from where another one got to if that gives the same bytes."""
+        runner = self._workers.connections.runner(self._model, self._spec, slot.worker.address)
+        numerics = slot.worker.numerics_fingerprint
+        if RESUME_SLOT not in self._spec.contract.inputs or not numerics:
+            return await runner(values, call)
+        origin = origin_of(numerics, values)
+        checkpoint = await self._recovery.point.find(origin)
+        if checkpoint is not None:
+            _log.info("request %s goes on with %s where it was", call.request_id, self._spec.service)
+            values = {**values, RESUME_SLOT: checkpoint}
+        return await runner.telling(partial(self._recovery.point.remember, origin))(values, call)
 
     async def _claim(self, call: Call) -> Slot:
         """A slot; waits for as long as it takes, also for a store that is away."""

@@ -8,24 +8,28 @@ import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 from common.errors import DeadlineExceeded, FleetError, InternalError, NotFound, ResourceExhausted, Unavailable
 from common.pipeline import ServiceSpec, run_pipeline
 from common.rpc.framing import Packet
 from common.rpc.status import to_status
 from common.stage import Call, Contract
+from common.state.leases import Inherited, Leases
 from common.state.records import ResultFile, State, StateValue, state_event
 from common.state.requests import Admission, Limits, RequestStore
 from common.telemetry import REQUESTS, request_scope
 from fleet.v1 import artifacts_pb2, generation_pb2
 from services.coordinator.dispatch import Rank, WorkerRunner, Workers
 from services.coordinator.events import EventLog, EventWriter
+from services.coordinator.resume import Recovery
 
 _RETRY_SECONDS = 0.2
 _LONGEST_RETRY_SECONDS = 2.0
 _LATER_SECONDS = 1.0  # how much later the workers' deadline is, so that it is the coordinator who says it passed
 _RESULT_SLOT = "media"
+
+_MOST_OWNERS = 20
 
 _log = logging.getLogger(__name__)
 
@@ -40,11 +44,13 @@ class Submission:
     limits: Limits
     idempotency_key: str = ""
     raw: bool = False
+    stored: bytes = field(default=b"", repr=False)
+    """What another coordinator needs to run it."""
 
 
 @dataclass
 class Execution:
-    """A request under way in this coordinator. `files` are its result, once `task` is done."""
+    """A request under way in this coordinator. `files` are its result, once it has ended here."""
 
     submission: Submission
     seconds_left: float | None
@@ -52,7 +58,14 @@ class Execution:
     task: asyncio.Task[None] | None = None
     work: asyncio.Task[dict[str, Any]] | None = None
     cancel_requested: bool = False
-    files: Sequence[ResultFile] = field(default=(), repr=False)
+    files: Sequence[ResultFile] | None = field(default=None, repr=False)
+    epoch: int = 1
+    deaths: int = 0
+
+    @property
+    def request_id(self) -> str:
+        """Its name."""
+        return self.submission.record.request_id
 
 
 @dataclass(frozen=True)
@@ -62,18 +75,29 @@ class _Outcome:
     files: Sequence[ResultFile] = ()
 
 
+Restore: TypeAlias = Callable[[generation_pb2.RequestRecord, bytes], Submission]
+
+
 class Driver:
     """Admits requests and runs them. One for each coordinator."""
 
     def __init__(
-        self, store: RequestStore, workers: Workers, *, max_raw_result_bytes: int, step_seconds: float = 0.0
+        self,
+        store: RequestStore,
+        leases: Leases,
+        workers: Workers,
+        *,
+        max_raw_result_bytes: int,
+        max_worker_deaths: int = 2,
+        step_seconds: float = 0.0,
     ) -> None:
         self._store = store
+        self._leases = leases
+        self._max_worker_deaths = max_worker_deaths
         self._workers = workers
         self._max_raw_result_bytes = max_raw_result_bytes
         self._step_seconds = step_seconds
         self._executions: dict[str, Execution] = {}
-        self._orphans: dict[str, dict[str, float]] = {}  # by model and request id: since when
         self._accepting: dict[str, bool] = {}  # whether each is to be cancelled as soon as it runs
         self._tasks: set[asyncio.Task[Any]] = set()
         self._stopping = False
@@ -95,11 +119,14 @@ class Driver:
         self._accepting[record.request_id] = False
         try:
             admission = await self._store.admit(
-                record, idempotency_key=submission.idempotency_key, limits=submission.limits
+                record,
+                idempotency_key=submission.idempotency_key,
+                submission=submission.stored,
+                limits=submission.limits,
             )
             if admission.replayed:
                 return admission, None
-            return admission, self._start(submission, admission.seconds_left, admission.events)
+            return admission, self._start(Execution(submission, admission.seconds_left, EventLog(admission.events)))
         except Unavailable:
             self._spawn(self._settle(submission))
             raise
@@ -117,17 +144,13 @@ class Driver:
         except NotFound:
             return
         left = stored.deadline.ToNanoseconds() - stored.created_at.ToNanoseconds()
-        execution = self._start(submission, left / 1e9 if stored.HasField("deadline") else None, ())
+        execution = self._start(Execution(submission, left / 1e9 if stored.HasField("deadline") else None, EventLog()))
         if not submission.idempotency_key:
             self._cancel(execution)
 
-    def _start(
-        self, submission: Submission, seconds_left: float | None, events: Sequence[generation_pb2.Event]
-    ) -> Execution:
-        request_id = submission.record.request_id
-        execution = Execution(submission, seconds_left, EventLog(events))
-        execution.cancel_requested = self._accepting.get(request_id, False)
-        self._executions[request_id] = execution
+    def _start(self, execution: Execution) -> Execution:
+        execution.cancel_requested |= self._accepting.get(execution.request_id, False)
+        self._executions[execution.request_id] = execution
         execution.task = self._spawn(self._drive(execution))
         return execution
 
@@ -154,7 +177,10 @@ class Driver:
             execution.work.cancel()
 
     async def drain(self, grace: float) -> None:
-        """Let running requests finish within `grace` seconds; then end them as FAILED."""
+        """Let running requests finish within `grace` seconds; others are for the next coordinator to go on with.
+
+        A raw one, whose result nobody else could deliver, ends as FAILED.
+        """
         tasks = [execution.task for execution in self._executions.values() if execution.task is not None]
         if tasks:
             await asyncio.wait(tasks, timeout=grace)
@@ -172,8 +198,22 @@ class Driver:
         record = execution.submission.record
         with request_scope(record.request_id):
             ended = partial(self._cancel, execution)
-            events = EventWriter(self._store, record.request_id, execution.log, ended, step_seconds=self._step_seconds)
-            execution.work = asyncio.create_task(self._run(execution, events))
+            events = EventWriter(
+                self._store,
+                record.request_id,
+                execution.log,
+                ended,
+                epoch=execution.epoch,
+                step_seconds=self._step_seconds,
+            )
+            recovery = Recovery(
+                self._leases,
+                record.request_id,
+                epoch=execution.epoch,
+                deaths=execution.deaths,
+                most_deaths=self._max_worker_deaths,
+            )
+            execution.work = asyncio.create_task(self._run(execution, events, recovery))
             if execution.cancel_requested or self._stopping:
                 execution.work.cancel()
             try:
@@ -181,13 +221,23 @@ class Driver:
                 if not done:
                     execution.work.cancel()
                     await asyncio.wait({execution.work})
+                if self._is_left_behind(execution, execution.work, late=not done):
+                    _log.warning("request %s is left for another coordinator", record.request_id)
+                    await events.close()
+                    return
                 outcome = self._outcome(execution, execution.work, late=not done)
                 await self._finish(execution, outcome, await events.close())
             finally:
+                await recovery.point.close()
                 execution.log.close()
                 del self._executions[record.request_id]
 
-    async def _run(self, execution: Execution, events: EventWriter) -> dict[str, Any]:
+    def _is_left_behind(self, execution: Execution, work: asyncio.Task[dict[str, Any]], *, late: bool) -> bool:
+        """Whether it was this coordinator's own end that stopped a request which another one can run."""
+        kept = execution.cancel_requested or late or execution.submission.raw or not execution.submission.stored
+        return self._stopping and work.cancelled() and not kept
+
+    async def _run(self, execution: Execution, events: EventWriter, recovery: Recovery) -> dict[str, Any]:
         submission = execution.submission
         record = submission.record
         deadline = None
@@ -196,9 +246,13 @@ class Driver:
         call = Call(record.request_id, on_warning=events.warning, deadline=deadline)
         rank = Rank(record.priority, record.deadline.ToMilliseconds() if record.HasField("deadline") else 0)
         begun = _Once(partial(events.add, state_event(State.REQUEST_STATE_RUNNING)))
+        if record.state == State.REQUEST_STATE_RUNNING:
+            begun = _Once(_nothing)
         runners = [
             _Reporting(
-                WorkerRunner(self._workers, record.model, spec, rank, partial(_begin, begun, events, spec, record)),
+                WorkerRunner(
+                    self._workers, record.model, spec, rank, recovery, partial(_begin, begun, events, spec, record)
+                ),
                 spec.service,
                 events,
             )
@@ -237,7 +291,6 @@ class Driver:
     async def _finish(self, execution: Execution, outcome: _Outcome, events: Sequence[generation_pb2.Event]) -> None:
         """Write the end down, however long the store is away."""
         record = execution.submission.record
-        execution.files = outcome.files
         finish = partial(
             self._store.finish,
             record.request_id,
@@ -246,35 +299,50 @@ class Driver:
             files=outcome.files,
             stored=not execution.submission.raw,
             events=events,
+            epoch=execution.epoch,
         )
         try:
             last = await _persist(f"request {record.request_id} has ended", finish)
         except InternalError as error:
             _log.exception("the end of the request could not be stored")
             failed = _failure(error)
-            last = await self._store.finish(record.request_id, failed.state, error=failed.error)
+            last = await self._store.finish(record.request_id, failed.state, error=failed.error, epoch=execution.epoch)
+        execution.files = None if last is None else outcome.files
         execution.log.extend(last or ())
         name = State.Name(outcome.state).removeprefix("REQUEST_STATE_")
-        if last is not None:
-            REQUESTS.labels(record.model, name).inc()
+        if last is None:
+            _log.info("request %s ends elsewhere", record.request_id)
+            return
+        REQUESTS.labels(record.model, name).inc()
         why = f": {outcome.error.message}" if outcome.error else ""
         _log.info("request %s of %s is %s%s", record.request_id, record.model, name, why)
 
-    async def end_orphans(self, model: str, patience_seconds: float) -> None:
-        """End the open requests of a model whose coordinator is dead: nobody else would. Raises Unavailable.
+    async def take_over(self, model: str, restore: Restore) -> None:
+        """Go on with the open requests of a model whose coordinator is dead. Raises Unavailable.
 
-        Only those that have been orphans for `patience_seconds` while the store was there: after a restart of the
-        store, living coordinators need a heartbeat to show themselves.
+        `restore` makes the submission of a stored one again. One that cannot be run here ends as FAILED.
         """
-        error = _failure(Unavailable("the coordinator that ran it is gone; submit it again")).error
-        now = time.monotonic()
-        orphans = set(await self._store.orphans(model)) - self._executions.keys()
-        seen = self._orphans.get(model, {})
-        self._orphans[model] = {request_id: seen.get(request_id, now) for request_id in orphans}
-        for request_id, since in self._orphans[model].items():
-            if now - since >= patience_seconds:
-                await self._store.finish(request_id, State.REQUEST_STATE_FAILED, error=error)
-                _log.warning("request %s was left behind by a dead coordinator", request_id)
+        while inherited := await self._leases.take_over(model):
+            for each in inherited:
+                _log.warning("request %s is taken over from a dead coordinator", each.record.request_id)
+                self._spawn(self._inherit(each, restore))
+
+    async def _inherit(self, inherited: Inherited, restore: Restore) -> None:
+        record, epoch = inherited.record, inherited.epoch
+        try:
+            if epoch > _MOST_OWNERS:
+                raise InternalError(f"{epoch - 1} coordinators have ended while they ran this request; it is given up")
+            submission = restore(record, inherited.submission)
+            if submission.raw:
+                raise Unavailable("the coordinator that streamed it is gone; submit it again")
+        except FleetError as error:
+            failed = _failure(error)
+            finish = partial(self._store.finish, record.request_id, failed.state, error=failed.error, epoch=epoch)
+            await _persist(f"request {record.request_id} cannot be taken over", finish)
+            return
+        execution = Execution(submission, inherited.seconds_left, EventLog(), epoch=epoch, deaths=inherited.deaths)
+        execution.cancel_requested = inherited.cancel_requested
+        self._start(execution)
 
 
 @dataclass(frozen=True)
@@ -300,6 +368,10 @@ class _Reporting:
         if not steps:
             self.events.progress(self.service, 1, 1)
         return outputs
+
+
+def _nothing() -> None:
+    return None
 
 
 class _Once:

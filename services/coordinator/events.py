@@ -54,7 +54,8 @@ class EventWriter:
     """One write at a time; what comes meanwhile goes with the next one, of a stage's steps only the latest.
 
     Steps wait until `step_seconds` after the write before, so that quick ones do not cost more than they tell.
-    What is stored goes into `log`. `on_ended` is called when the store says that the request has ended elsewhere.
+    What is stored goes into `log`. `on_ended` is called when the store says that the request has ended, or goes on,
+    elsewhere.
     """
 
     def __init__(
@@ -64,9 +65,11 @@ class EventWriter:
         log: EventLog,
         on_ended: Callable[[], None],
         *,
+        epoch: int = 1,
         step_seconds: float = 0.0,
     ) -> None:
         self._store = store
+        self._epoch = epoch
         self._request_id = request_id
         self._log = log
         self._on_ended = on_ended
@@ -114,7 +117,7 @@ class EventWriter:
                 return
             batch, self._pending = self._pending, []
             try:
-                stored = await self._store.append(self._request_id, batch)
+                stored = await self._store.append(self._request_id, batch, epoch=self._epoch)
                 if stored is None:
                     self._on_ended()
                 self._log.extend(stored or ())

@@ -7,7 +7,7 @@ import re
 import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 from common.codec import pack, write_param
@@ -124,13 +124,13 @@ class GenerationService:
                 yield event
                 if is_terminal(event.state_change.state):
                     return
-        async with aclosing(self._store.events(request_id, last)) as events:
+        async with aclosing(self._until_closing(request_id, last)) as events:
             async for event in events:
                 yield event
 
     async def _files(self, request_id: str, execution: Execution | None) -> AsyncIterator[pb.GenerateResponse]:
         """The files of a request that succeeded: from memory where it ran here, else from the store."""
-        if execution is not None:
+        if execution is not None and execution.files is not None:
             for file in execution.files:
                 yield pb.GenerateResponse(file=file.header)
                 for chunk in chunks_of(file.pieces):
@@ -283,7 +283,12 @@ class GenerationService:
             self._settings.limits(tuple(spec.service for spec in model.services), caller.max_open),
             request.idempotency_key,
             raw=parameters.output_format == pb.OUTPUT_FORMAT_SAFETENSORS,
+            stored=_stored(request, record),
         )
+
+    def restore(self, record: pb.RequestRecord, stored: bytes) -> Submission:
+        """A request that another coordinator accepted. Raises FleetError where it cannot be run here."""
+        return replace(self._validated(pb.SubmitRequest.FromString(stored)), record=record, stored=stored)
 
     def _chosen(self, name: str) -> OfferedModel:
         if not name and len(self._models) == 1:
@@ -293,6 +298,13 @@ class GenerationService:
             what = f"model {name[:80]!r} is not served" if name else "model is empty"
             raise InvalidInput(f"{what}; this fleet serves {served}", field="model")
         return self._models[name]
+
+
+def _stored(request: pb.SubmitRequest, record: pb.RequestRecord) -> bytes:
+    """The request as it came, pictures included, with the seed that was drawn for it."""
+    stored = pb.SubmitRequest(model=record.model, parameters=request.parameters)
+    stored.parameters.seed = record.parameters.seed
+    return stored.SerializeToString()
 
 
 def _check_envelope(request: pb.SubmitRequest) -> None:

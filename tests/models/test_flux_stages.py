@@ -13,9 +13,11 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from common.artifacts import Canvas, Conditioning, DenoiseState, Latents, Prompt, Sampling
+from common.codec import pack, unpack
 from common.errors import Cancelled, InternalError, InvalidInput
 from common.local import HostedStages
 from common.stage import Call
+from common.tensors import TORCH
 from configs.pipeline_configs.flux import FluxPipelineConfig
 from flux_pair import Pair
 from local_fleet import Heard
@@ -167,9 +169,15 @@ def test_resuming_after_any_step_gives_the_same_bytes(dev: Pair, prepared: Slots
     start = DenoiseState(step=0, latents=prepared["initial_latents"])
     for state in [start, *states]:
         heard = Heard()
-        resumed = run(dev, "denoising", {**prepared, "resume_from": state}, heard.call())
+        resumed = run(dev, "denoising", {**prepared, "resume_from": travelled(state)}, heard.call())
         assert torch.equal(resumed["denoised_latents"].parts["image"].latents, whole)
         assert [step for step, _ in heard.progress] == list(range(state.step + 1, STEPS + 1))
+
+
+def travelled(state: DenoiseState) -> DenoiseState:
+    """The checkpoint as another worker gets it."""
+    packet = pack("checkpoint", state, TORCH).renamed("checkpoint", "resume_from")
+    return unpack("resume_from", DenoiseState, packet, TORCH)
 
 
 def checkpointing_stage(pair: Pair) -> HostedStages:

@@ -1,0 +1,90 @@
+"""What becomes of a request when a process dies: who owns it next, how many workers it has cost, where it can go on.
+
+A coordinator's heartbeat is its lease on all that it owns. Who takes a request over gets the next epoch, and the store
+refuses every write under an earlier one, so that a coordinator which only seemed dead does no harm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from redis.asyncio import Redis
+
+from common.errors import NotFound
+from common.state.connection import PREFIX, command, run_script, store_errors
+from common.state.records import read_record
+from fleet.v1 import generation_pb2
+
+_MOST_AT_ONCE = 50
+_KEPT_MS = 3_600_000
+_BATCH_BYTES = 8 << 20
+
+
+class Inherited(NamedTuple):
+    """A request that another coordinator left behind. `seconds_left` until its deadline; None without one."""
+
+    record: generation_pb2.RequestRecord
+    epoch: int
+    submission: bytes
+    cancel_requested: bool
+    deaths: int
+    seconds_left: float | None
+
+
+class Leases:
+    """Takes requests over for one coordinator, and keeps what the next owner of a request needs."""
+
+    def __init__(self, redis: Redis, owner: str) -> None:
+        self._redis = redis
+        self._owner = owner
+
+    async def take_over(self, model: str) -> list[Inherited]:
+        """Own some of the open requests of a model whose coordinator is dead; call again until there are none."""
+        return [
+            _inherited(row) for row in await run_script(self._redis, "take_over", self._owner, model, _MOST_AT_ONCE)
+        ]
+
+    async def count_death(self, request_id: str, epoch: int) -> int:
+        """A worker died while it ran the request; returns how many have by now, 0 where it is not ours any more."""
+        return int(await run_script(self._redis, "death", request_id, epoch))
+
+    async def save_checkpoint(self, request_id: str, epoch: int, number: int, parts: Iterable[bytes]) -> bool:
+        """Store a checkpoint, in place of the one before; False where the request is not ours any more.
+
+        `number` tells the checkpoints of an epoch apart; each part is at most a little above 1 MiB.
+        """
+        key = f"{PREFIX}checkpoint:{request_id}:{epoch}-{number}"
+        batch: list[bytes] = []
+        for part in parts:
+            batch.append(part)
+            if sum(map(len, batch)) >= _BATCH_BYTES:
+                await self._push(key, batch)
+                batch = []
+        if batch:
+            await self._push(key, batch)
+        return bool(await run_script(self._redis, "checkpoint", request_id, epoch, key))
+
+    async def _push(self, key: str, parts: list[bytes]) -> None:
+        with store_errors():
+            async with self._redis.pipeline(transaction=True) as pipeline:
+                pipeline.rpush(key, *parts)
+                pipeline.pexpire(key, _KEPT_MS)
+                await pipeline.execute()
+
+    async def load_checkpoint(self, request_id: str) -> list[bytes]:
+        """The parts of the newest checkpoint. Raises NotFound where there is none."""
+        key = await command(self._redis, "HGET", f"{PREFIX}request:{request_id}", "point")
+        parts: list[bytes] = []
+        while key is not None and (part := await command(self._redis, "LINDEX", key, len(parts))) is not None:
+            parts.append(part)
+        if not parts:
+            raise NotFound(f"request {request_id} has no checkpoint")
+        return parts
+
+
+def _inherited(row: list[Any]) -> Inherited:
+    _, epoch, submission, cancel, deaths, now, fields = row
+    record = read_record(fields)
+    left = (record.deadline.ToMilliseconds() - int(now)) / 1_000 if record.HasField("deadline") else None
+    return Inherited(record, int(epoch), submission, cancel == b"1", int(deaths), left)

@@ -1,0 +1,183 @@
+"""Coordinators that die, sleep or leave: another one goes on with their requests, and each still ends once."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Awaitable, Callable, Iterator
+
+import grpc
+import pytest
+
+from common.rpc.client import open_channel
+from common.stage import Call
+from common.state.connection import connect
+from coordinator_fleet import (
+    FakeFleet,
+    FakeWorker,
+    Gate,
+    Script,
+    Stub,
+    emoji,
+    error_of,
+    running_fleet,
+    submission,
+    terminal,
+)
+from fleet.v1 import generation_pb2 as pb
+from fleet.v1 import generation_pb2_grpc
+from redis_servers import RedisServer, running_server, server_binaries, until
+
+MODEL = emoji()
+
+
+@pytest.fixture(params=sorted(server_binaries()))
+def server(request: pytest.FixtureRequest) -> Iterator[RedisServer]:
+    with running_server(request.param) as server:
+        yield server
+
+
+def run(server: RedisServer, test: Callable[[FakeFleet], Awaitable[None]]) -> None:
+    """Run a test on a fleet of its own."""
+
+    async def whole() -> None:
+        async with asyncio.timeout(60), running_fleet(server.url, MODEL) as fleet:
+            await test(fleet)
+
+    asyncio.run(whole())
+
+
+class SecondGate(Gate):
+    """Lets the first call wait until it is cancelled, and later ones pass."""
+
+    def __call__(self, call: Call) -> None:
+        if self.reached.is_set():
+            return
+        super().__call__(call)
+
+
+def ends(events: list[pb.Event]) -> list[pb.RequestState.ValueType]:
+    """The terminal states among the events; there must be one."""
+    return [each.state_change.state for each in events if each.state_change.state >= pb.REQUEST_STATE_SUCCEEDED]
+
+
+async def download(stub: Stub, name: str) -> bytes:
+    return b"".join([reply.data async for reply in stub.DownloadResult(pb.DownloadResultRequest(request_id=name))])
+
+
+def test_a_request_outlives_its_coordinator(server: RedisServer) -> None:
+    async def story(fleet: FakeFleet) -> None:
+        gate = SecondGate()
+        fleet.scripts["denoising"].work = gate
+        await fleet.add_workers()
+        listen = f"unix:{fleet.directory}/c.sock"
+        process = await fleet.start_process(listen)
+        _, other = await fleet.add_coordinator(heartbeat_ttl_seconds=0.5)
+        async with open_channel(listen) as channel:
+            stub: Stub = generation_pb2_grpc.GenerationServiceStub(channel)
+            call = stub.Generate(pb.GenerateRequest(request=submission()))
+            replies = aiter(call)
+            name = (await anext(replies)).accepted.request_id
+            seen = [(await anext(replies)).event]
+            await gate.wait_reached()
+            process.kill()
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                seen += [reply.event async for reply in replies]
+            assert error_of(caught.value)[0] == "UNAVAILABLE"
+        # The caller has lost its coordinator, not its request.
+        watch = other.Watch(pb.WatchRequest(request_id=name, after_event_id=seen[-1].event_id))
+        seen += [reply.event async for reply in watch]
+        assert ends(seen) == [pb.REQUEST_STATE_SUCCEEDED]
+        assert len({event.event_id for event in seen}) == len(seen)
+        assert [event.event_id for event in seen] == [event.event_id for event in await terminal(other, name)]
+        assert await download(other, name) == b"\x07" * 100
+        assert fleet.scripts["denoising"].calls == [name, name]
+
+    run(server, story)
+
+
+def test_a_coordinator_that_slept_does_no_harm(server: RedisServer) -> None:
+    async def story(fleet: FakeFleet) -> None:
+        gate = SecondGate()
+        fleet.scripts["decoding"].work = gate
+        await fleet.add_workers()
+        await fleet.add_worker("decoding")
+        listen = f"unix:{fleet.directory}/c.sock"
+        process = await fleet.start_process(listen)
+        _, other = await fleet.add_coordinator(heartbeat_ttl_seconds=0.5)
+        async with open_channel(listen) as channel:
+            stub: Stub = generation_pb2_grpc.GenerationServiceStub(channel)
+            name = (await stub.Submit(submission())).request.request_id
+            await gate.wait_reached()
+            process.send_signal(signal.SIGSTOP)
+            events = await terminal(other, name)
+            assert ends(events) == [pb.REQUEST_STATE_SUCCEEDED]
+            gate.opened.set()  # the sleeper's call ends too
+            process.send_signal(signal.SIGCONT)
+            async with connect(fleet.url) as redis:
+
+                async def idle() -> bool:
+                    return not await redis.hlen("fleet:slots:emoji/decoding")
+
+                await until(idle)
+            assert await terminal(stub, name) == events
+            assert await download(stub, name) == b"\x07" * 100
+            again = (await stub.Submit(submission())).request.request_id
+            assert ends(await terminal(stub, again)) == [pb.REQUEST_STATE_SUCCEEDED]
+
+    run(server, story)
+
+
+def test_a_raw_result_without_its_caller_ends_as_failed(server: RedisServer) -> None:
+    async def story(fleet: FakeFleet) -> None:
+        listen = f"unix:{fleet.directory}/c.sock"
+        process = await fleet.start_process(listen)
+        async with open_channel(listen) as channel:
+            stub: Stub = generation_pb2_grpc.GenerationServiceStub(channel)
+            request = submission()
+            request.parameters.output_format = pb.OUTPUT_FORMAT_SAFETENSORS
+            replies = aiter(stub.Generate(pb.GenerateRequest(request=request)))
+            name = (await anext(replies)).accepted.request_id
+            process.kill()
+            await process.wait()
+        _, other = await fleet.add_coordinator(heartbeat_ttl_seconds=0.5)
+        change = (await terminal(other, name))[-1].state_change
+        assert change.state == pb.REQUEST_STATE_FAILED
+        assert change.error.code == "UNAVAILABLE"
+        assert "streamed" in change.error.message
+
+    run(server, story)
+
+
+def test_a_request_that_kills_workers_is_given_up(server: RedisServer) -> None:
+    async def story(fleet: FakeFleet) -> None:
+        loop = asyncio.get_running_loop()
+        dying: list[asyncio.Future[None]] = []
+
+        async def add_mortal() -> None:
+            script = Script(fleet.scripts["denoising"].contract)
+            worker: FakeWorker = await fleet.add_worker("denoising", script)
+
+            def work(call: Call) -> None:
+                if call.request_id == poison:
+                    dying.append(asyncio.wrap_future(asyncio.run_coroutine_threadsafe(worker.die(), loop), loop=loop))
+                    Gate()(call)
+
+            script.work = work
+
+        poison = ""
+        await fleet.add_workers(["text_encoding", "latent_preparation", "decoding"])
+        _, stub = await fleet.add_coordinator()
+        poison = (await stub.Submit(submission())).request.request_id
+        for _ in range(3):
+            await add_mortal()
+        change = (await terminal(stub, poison))[-1].state_change
+        assert change.state == pb.REQUEST_STATE_FAILED
+        assert change.error.code == "INTERNAL"
+        assert "2 workers died while they ran this request, the last one in denoising" in change.error.message
+        assert len(dying) == 2
+        innocent = (await stub.Submit(submission())).request.request_id
+        assert ends(await terminal(stub, innocent)) == [pb.REQUEST_STATE_SUCCEEDED]
+        await asyncio.gather(*dying)
+
+    run(server, story)
