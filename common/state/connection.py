@@ -15,6 +15,7 @@ from typing import Any, cast
 
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
+from redis.asyncio.sentinel import Sentinel
 from redis.backoff import ExponentialBackoff
 from redis.exceptions import (
     AuthenticationError,
@@ -30,6 +31,7 @@ from redis.exceptions import (
 from common.errors import InternalError, InvalidInput, Unavailable
 
 PREFIX = "fleet:"
+_SENTINEL = "redis+sentinel://"
 # No command blocks longer on the server than this; the socket's own timeout is beyond it.
 BLOCK_SECONDS = 5.0
 _SOCKET_SECONDS = 10.0
@@ -41,20 +43,55 @@ _AWAY = (ConnectionError, TimeoutError, ReadOnlyError, OutOfMemoryError)
 def connect(url: str) -> Redis:
     """A client of redis://, rediss:// or unix:// with a pool of connections; nothing is opened yet.
 
-    Raises InvalidInput for a URL that is none of these.
+    redis+sentinel://HOST:PORT,HOST:PORT/SERVICE/DATABASE asks the sentinels who the service's primary is, whenever it
+    connects. Raises InvalidInput for a URL that is none of these.
     """
     try:
-        return Redis.from_url(
-            url,
-            protocol=2,  # so that replies have one form, whatever redis-py's default
-            socket_timeout=_SOCKET_SECONDS,
-            socket_connect_timeout=_CONNECT_SECONDS,
-            retry=Retry(ExponentialBackoff(cap=0.25, base=0.02), _RETRIES),
-        )
+        if url.startswith(_SENTINEL):
+            return _primary(url)
+        return Redis.from_url(url, **_options())
     except ValueError as error:
         raise InvalidInput(
             f"{url!r} is no Redis URL; it reads like redis://host:6379/0 or unix:///path: {error}", field="redis"
         ) from error
+
+
+def _options() -> dict[str, Any]:
+    return {
+        "protocol": 2,  # so that replies have one form, whatever redis-py's default
+        "socket_timeout": _SOCKET_SECONDS,
+        "socket_connect_timeout": _CONNECT_SECONDS,
+        "retry": Retry(ExponentialBackoff(cap=0.25, base=0.02), _RETRIES),
+    }
+
+
+class _Primary(Redis):
+    """The primary that sentinels name. Closing it closes the connections to the sentinels too."""
+
+    watchers: Any
+
+    async def aclose(self, close_connection_pool: bool | None = None) -> None:
+        """Close everything."""
+        await super().aclose(close_connection_pool)
+        await self.watchers.aclose()
+
+
+def _primary(url: str) -> Redis:
+    """A client of the primary of a service that sentinels watch. Raises ValueError."""
+    places, _, rest = url.removeprefix(_SENTINEL).partition("/")
+    service, _, database = rest.partition("/")
+    pairs = [place.rpartition(":") for place in places.split(",")]
+    if not service or not all(host and port.isdigit() for host, _, port in pairs):
+        raise ValueError("sentinels read like redis+sentinel://host:26379,host:26379/service")
+    watchers = cast(Any, Sentinel)(
+        [(host.strip("[]"), int(port)) for host, _, port in pairs],
+        sentinel_kwargs={**_options(), "socket_timeout": _CONNECT_SECONDS},
+        **_options(),
+        db=int(database or 0),
+    )
+    primary: _Primary = watchers.master_for(service, redis_class=_Primary)
+    primary.watchers = watchers
+    return primary
 
 
 @contextmanager
