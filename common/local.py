@@ -3,19 +3,34 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from common.stage import Call, Contract, PipelineStage, compose_contracts
 
 
-class HostedStages:
-    """A run of consecutive stages, as one function over slots."""
+def _untimed(_: str) -> AbstractContextManager[None]:
+    return nullcontext()
 
-    def __init__(self, name: str, stages: Sequence[PipelineStage[Any, Any]]) -> None:
+
+class HostedStages:
+    """A run of consecutive stages, as one function over slots.
+
+    `timed` makes the context that a stage of that name runs in, for whoever measures.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        stages: Sequence[PipelineStage[Any, Any]],
+        *,
+        timed: Callable[[str], AbstractContextManager[None]] = _untimed,
+    ) -> None:
         self.contract = compose_contracts(name, [stage.contract for stage in stages])
         self._stages = tuple(stages)
+        self._timed = timed
 
     def run(self, values: Mapping[str, Any], call: Call) -> dict[str, Any]:
         """Run the stages in order on artifacts by slot; returns the contract's outputs."""
@@ -23,7 +38,8 @@ class HostedStages:
         for stage in self._stages:
             call.check_cancelled()
             inputs = {name: slots[name] for name in stage.contract.inputs if name in slots}
-            output = stage.run(stage.Input(**inputs), call)
+            with self._timed(stage.contract.name):
+                output = stage.run(stage.Input(**inputs), call)
             slots.update({name: getattr(output, name) for name in stage.contract.outputs})
         return {name: slots[name] for name in self.contract.outputs}
 

@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import platform
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,11 +30,15 @@ ModuleLoader = Callable[["Checkpoint", str, torch.device, torch.dtype], Any]
 
 
 def load_stages(
-    model: ServedModel, service: ServiceSpec, *, device: torch.device, dtype: torch.dtype
+    model: ServedModel, service: ServiceSpec, *, device: torch.device, dtype: torch.dtype, checkpoint_every: int = 0
 ) -> list[PipelineStage[Any, Any]]:
-    """The stages of the service, in order, with their modules on the device. Raises CheckpointError."""
+    """The stages of the service, in order, with their modules on the device. Raises CheckpointError.
+
+    A denoising stage tells its caller a checkpoint after every `checkpoint_every` steps; 0 means never.
+    """
     config_class: type[PipelineConfig] = resolve(model.entry.pipeline_config)
-    config = config_class.from_checkpoint(model.checkpoint).placed(device, dtype)
+    config = config_class.from_checkpoint(model.checkpoint)
+    config = replace(config, device=device, dtype=dtype, checkpoint_every=checkpoint_every)
     loaded = {name: load_module(model.checkpoint, name, config) for name in service.modules}
     return [
         resolve(stage.implementation)(config, {name: loaded[name] for name in stage.modules})

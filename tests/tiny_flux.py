@@ -85,7 +85,7 @@ def build_tiny_flux(
 
 
 def randomise(module: nn.Module) -> None:
-    """Draw every parameter: matrices scaled by their fan-in, gains around 1, biases around 0. None is left at 0 or 1."""
+    """Draw every parameter: matrices scaled by their fan-in, gains around 1, biases around 0; none stays 0 or 1."""
     with torch.no_grad():
         for name, value in module.named_parameters():
             noise = torch.randn_like(value)

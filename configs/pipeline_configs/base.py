@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Self
 
 import torch
@@ -37,10 +37,6 @@ class PipelineConfig(ABC):
     @abstractmethod
     def from_checkpoint(cls, checkpoint: Checkpoint) -> Self:
         """Read the modules' config.json. Raises CheckpointError for architectures that this model does not have."""
-
-    def placed(self, device: torch.device, dtype: torch.dtype) -> Self:
-        """The same config for another device and precision."""
-        return replace(self, device=device, dtype=dtype)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,6 +22,7 @@ from common.errors import InvalidInput
 _DRAWN_SEED_BITS = 32
 _MAX_SEED = 2**63 - 1
 _MAX_STEPS = 1000
+_MAX_VALUES = _MAX_STEPS
 _MAX_SCALE = 1000.0
 
 _TYPES = {"str": "string", "int": "int", "float": "float", "bool": "bool", "tuple[float, ...]": "floats"}
@@ -188,6 +189,9 @@ class SamplingParams:
         if spec.type == "floats":
             if not isinstance(value, tuple | list):
                 raise _refusal(spec, value)
+            if len(value) > _MAX_VALUES:
+                message = f"{spec.name} must have at most {_MAX_VALUES} values, but has {len(value)}"
+                raise InvalidInput(message, field=spec.name)
             return tuple(float(_checked_number(spec, each)) for each in value)
         if spec.type == "bool":
             if not isinstance(value, bool):

@@ -79,10 +79,11 @@ class DenoisingStage(PipelineStage[DenoisingInput, DenoisingOutput]):
 
 
 def merge_conditioning(text: Conditioning, image: Conditioning | None) -> Conditioning:
-    """What text and image encoders made, as one. A keyword that both made is a defect: AssertionError."""
+    """What text and image encoders made, as one. Raises InvalidInput for a keyword that both made."""
     if image is None:
         return text
-    assert not text.prompt_embeds.keys() & image.prompt_embeds.keys(), "two encoders made the same keyword"
+    if twice := sorted(text.prompt_embeds.keys() & image.prompt_embeds.keys()):
+        raise InvalidInput(f"text and image encoders both made {twice}", field="image_conditioning")
     return Conditioning(
         prompt_embeds={**text.prompt_embeds, **image.prompt_embeds},
         negative_prompt_embeds={**text.negative_prompt_embeds, **image.negative_prompt_embeds},

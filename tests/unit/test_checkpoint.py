@@ -208,5 +208,6 @@ def test_damage_is_refused_or_harmless(victim: Path, data: st.DataObject) -> Non
         problem = error.message
     else:
         problem = ""
-    file.write_bytes(whole)
+    finally:
+        file.write_bytes(whole)
     assert not problem or str(victim) in problem

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.metadata
 import re
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("common", "configs", "models", "services")
 HEAVY = {"torch", "transformers", "diffusers", "numpy", "safetensors", "PIL"}
 
 THIN = (
@@ -30,28 +32,42 @@ THIN = (
 
 
 def _loaded(imports: str) -> set[str]:
-    """Top-level names in sys.modules of a new interpreter after an import."""
+    """Names in sys.modules of a new interpreter after an import."""
     program = f"{imports}\nimport sys\nprint(*sys.modules)"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    return {name.partition(".")[0] for name in result.stdout.split()}
+    return set(result.stdout.split())
+
+
+def _imports(source: str, body_only: bool) -> Iterator[str]:
+    """Top-level names of absolute imports: of the module's own body, or of its functions too."""
+    tree = ast.parse(source)
+    for node in tree.body if body_only else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield node.module.partition(".")[0]
+
+
+def _undeclared(imported: Iterable[str], requirements: Iterable[str]) -> set[str]:
+    """Those that are neither the standard library's, nor ours, nor brought by one of the requirements itself."""
+    declared = {_normal(Requirement(each).name) for each in requirements}
+    distributions = importlib.metadata.packages_distributions()
+    return {
+        name
+        for name in set(imported) - sys.stdlib_module_names - {*PACKAGES, "fleet"}
+        if not declared.intersection(_normal(each) for each in distributions.get(name, ()))
+    }
 
 
 def _normal(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def _closure(requirements: Iterable[str]) -> set[str]:
-    """The distributions that these bring, themselves included, on this Python without extras."""
-    found: set[str] = set()
-    waiting = list(requirements)
-    while waiting:
-        requirement = Requirement(waiting.pop())
-        name = _normal(requirement.name)
-        if name not in found and (not requirement.marker or requirement.marker.evaluate({"extra": ""})):
-            found.add(name)
-            waiting += importlib.metadata.requires(name) or []
-    return found
+def _project() -> tuple[list[str], list[str]]:
+    """What the project needs, and what its workers need besides."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    return project["dependencies"], project["optional-dependencies"]["worker"]
 
 
 @pytest.mark.parametrize("module", THIN)
@@ -60,22 +76,27 @@ def test_importing_it_leaves_torch_out(module: str) -> None:
 
 
 @pytest.mark.parametrize("module", THIN)
-def test_it_needs_the_base_dependencies_alone(module: str) -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    allowed = _closure(project["dependencies"]) | {project["name"]}
-    distributions = importlib.metadata.packages_distributions()
-    loaded = _loaded(f"import {module}") - _loaded("")
-    assert not [
-        name
-        for name in loaded
-        if name in distributions and not allowed.intersection(_normal(each) for each in distributions[name])
-    ]
+def test_it_imports_base_dependencies_alone(module: str) -> None:
+    base, _ = _project()
+    names = [name for name in _loaded(f"import {module}") if name.startswith(tuple(f"{each}." for each in PACKAGES))]
+    paths = [ROOT / (name.replace(".", "/") + ".py") for name in [*names, module]]
+    imported = [each for path in paths if path.exists() for each in _imports(path.read_text(), body_only=True)]
+    assert "common" in imported or module == "common.rpc.probe"
+    assert not _undeclared(imported, base)
+
+
+def test_everything_imported_is_declared() -> None:
+    base, worker = _project()
+    sources = [path.read_text() for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
+    imported = {each for source in sources for each in _imports(source, body_only=False)}
+    assert not _undeclared(imported, [*base, *worker])
 
 
 def test_a_heavy_import_is_seen() -> None:
     assert _loaded("import PIL") & HEAVY
 
 
-def test_a_closure_ends_where_an_extra_begins() -> None:
-    assert "protobuf" in _closure(["grpcio-health-checking"])
-    assert "grpcio-tools" not in _closure(["grpcio"])
+def test_an_undeclared_import_is_seen() -> None:
+    source = "import os, grpc\ndef f():\n    from torch import nn"
+    assert _undeclared(_imports(source, body_only=False), ["grpcio>=1"]) == {"torch"}
+    assert not _undeclared(_imports(source, body_only=True), ["grpcio>=1"])

@@ -1,0 +1,265 @@
+"""What the stage services share: load a model's stages, serve them, announce them, and leave without losing a call."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.metadata
+import logging
+import os
+import secrets
+import socket
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from common.errors import FailedPrecondition, FleetError, InvalidInput, Unavailable
+from common.local import HostedStages
+from common.pipeline import PipelineError, ServiceSpec
+from common.rpc.framing import Limits
+from common.rpc.server import ServingLimits, StageServicer
+from common.rpc.serving import FleetServer, advertised_address, stop_signals
+from common.settings import load_settings, setting
+from common.stage import Contract
+from common.state.connection import connect
+from common.state.workers import WorkerRegistry
+from common.telemetry import MetricsInterceptor, setup_logging, stage_timer, start_metrics
+from common.tensors import TORCH
+from fleet.v1 import worker_pb2, worker_pb2_grpc
+from models.catalog import ServedModel, open_model
+from models.loader import load_stages, numerics_fingerprint
+from models.registry import load_registry
+
+log = logging.getLogger(__name__)
+
+_SERVICE = "fleet.v1.WorkerService"
+_PACKAGES = ("diffusion-fleet", "torch", "diffusers", "transformers")
+_ANNOUNCE_AGAIN_SECONDS = 1.0
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerSettings:
+    """Serve one stage service of one model."""
+
+    model: str = setting(help="what to serve: a Diffusers directory, NAME=DIR, or the name of a shipped model")
+    redis: str = setting(help="URL of the request store, to announce this worker in")
+    listen: str = setting("127.0.0.1:0", help="address to listen on: HOST:PORT (port 0: a free one), or unix:PATH")
+    advertise: str = setting("", help="address under which coordinators reach this worker, where it is not --listen")
+    device: str = setting("auto", help="where to compute: auto, cpu, cuda or cuda:N")
+    dtype: Literal["auto", "float32", "bfloat16"] = setting(
+        "auto", help="what to compute in; auto is bfloat16 on CUDA and float32 elsewhere"
+    )
+    threads: int = setting(0, help="CPU threads that an operation may use; 0 leaves that to torch")
+    capacity: int = setting(1, help="requests taken at a time; they compute one after the other")
+    plugins: tuple[Path, ...] = setting((), help="directories with pipelines of other families")
+    grace_seconds: float = setting(30.0, help="time that running calls get to finish after SIGTERM")
+    announce_seconds: float = setting(60.0, help="how long to wait for the request store at the start")
+    idle_seconds: float = setting(30.0, help="give up on a caller that is silent for so long within its inputs")
+    max_call_bytes: int = setting(2 << 30, help="most bytes of tensors that a call may carry")
+    metrics_port: int | None = setting(None, help="port for Prometheus metrics; without one there are none")
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = setting("INFO", help="least severe log lines to write")
+    log_format: Literal["text", "json"] = setting("text", help="form of log lines")
+
+
+class Worker:
+    """A running worker. `stop` is its only way to end: it takes itself off the list first."""
+
+    def __init__(self, info: worker_pb2.WorkerInfo, server: FleetServer, registry: WorkerRegistry) -> None:
+        self.info = info
+        self._server = server
+        self._registry = registry
+        self._resources = AsyncExitStack()
+
+    @property
+    def address(self) -> str:
+        """Where coordinators call it."""
+        return self.info.address
+
+    async def stop(self, grace: float) -> None:
+        """Withdraw, let running calls finish within `grace` seconds, free everything."""
+        try:
+            await self._registry.withdraw(self.info.worker_id)
+        except Unavailable as error:
+            log.warning("left without telling the request store: %s", error)
+        await self._server.drain(grace)
+        await self._resources.aclose()
+
+    def keep(self, resources: AsyncExitStack) -> Worker:
+        """Take over what must live as long as the worker."""
+        self._resources = resources.pop_all()
+        return self
+
+
+async def start_worker(service: str, model: ServedModel, settings: WorkerSettings) -> Worker:
+    """Load, serve, announce; returns once coordinators can find the worker.
+
+    Raises CheckpointError for a model that cannot be loaded, FailedPrecondition where device, address or fleet do not
+    fit, Unavailable when the request store stays away.
+    """
+    spec = _service_of(model, service)
+    device, dtype = _device_of(settings.device), settings.dtype
+    torch_dtype = _DTYPES["bfloat16" if device.type == "cuda" else "float32"] if dtype == "auto" else _DTYPES[dtype]
+    async with AsyncExitStack() as resources:
+        prepare = partial(_prepare_thread, device, settings.threads)
+        executor = ThreadPoolExecutor(1, thread_name_prefix=f"{service}-device", initializer=prepare)
+        resources.callback(executor.shutdown, wait=False, cancel_futures=True)
+        load = partial(load_stages, model, spec, device=device, dtype=torch_dtype)
+        stages = await asyncio.get_running_loop().run_in_executor(executor, load)
+        hosted = HostedStages(service, stages, timed=partial(stage_timer, service, model.name))
+        numerics = await asyncio.get_running_loop().run_in_executor(executor, numerics_fingerprint, device, torch_dtype)
+        info = worker_pb2.WorkerInfo(
+            worker_id=f"{service}-{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}",
+            service=service,
+            model=model.name,
+            pipeline_name=model.checkpoint.pipeline_name,
+            model_fingerprint=model.checkpoint.fingerprint,
+            numerics_fingerprint=numerics,
+            contract=_contract_message(hosted.contract, spec),
+            capacity=settings.capacity,
+            dtype=str(torch_dtype).removeprefix("torch."),
+            device=str(device),
+            versions={name: importlib.metadata.version(name) for name in _PACKAGES},
+        )
+        server = _make_server(service, hosted, executor, info, settings)
+        bound = await server.start()
+        resources.push_async_callback(server.drain, 0)
+        info.address = settings.advertise or advertised_address(bound, settings.redis)
+        if settings.metrics_port is not None:
+            resources.callback(start_metrics(settings.metrics_port).stop)
+        redis = connect(settings.redis)
+        resources.push_async_callback(redis.aclose)
+        registry = WorkerRegistry(redis)
+        await _announce(registry, info, settings.announce_seconds)
+        await server.set_ready(True)
+        log.info("serves %s of %s at %s in %s on %s", service, model.name, info.address, info.dtype, info.device)
+        return Worker(info, server, registry).keep(resources)
+
+
+def _service_of(model: ServedModel, service: str) -> ServiceSpec:
+    try:
+        return model.pipeline.service(service)
+    except PipelineError as error:
+        raise InvalidInput(str(error), field="service") from error
+
+
+def _device_of(name: str) -> torch.device:
+    """The device of a setting. Raises FailedPrecondition when this machine has none such."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InvalidInput(f"device must be auto, cpu, cuda or cuda:N, not {name!r}", field="device") from None
+    if device.type not in ("cpu", "cuda"):
+        raise InvalidInput(f"device must be auto, cpu, cuda or cuda:N, not {name!r}", field="device")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise FailedPrecondition(f"device {name} is not here: this machine has {count} CUDA devices", field="device")
+    return device
+
+
+def _prepare_thread(device: torch.device, threads: int) -> None:
+    """Make the thread that computes this device's."""
+    if threads:
+        torch.set_num_threads(threads)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
+def _contract_message(contract: Contract, spec: ServiceSpec) -> worker_pb2.StageContract:
+    return worker_pb2.StageContract(
+        stages=[stage.contract.name for stage in spec.stages],
+        inputs=contract.inputs,
+        outputs=contract.outputs,
+        optional_inputs=sorted(contract.optional),
+    )
+
+
+def _make_server(
+    service: str,
+    stages: HostedStages,
+    executor: ThreadPoolExecutor,
+    info: worker_pb2.WorkerInfo,
+    settings: WorkerSettings,
+) -> FleetServer:
+    limits = ServingLimits(
+        capacity=settings.capacity,
+        idle_seconds=settings.idle_seconds,
+        call=Limits(total_bytes=settings.max_call_bytes),
+    )
+    server = FleetServer(settings.listen, interceptors=[MetricsInterceptor(service)])
+    servicer = StageServicer(service, stages, executor, TORCH, limits=limits)
+    server.add(servicer, servicer.service_name)
+    worker_pb2_grpc.add_WorkerServiceServicer_to_server(_WorkerService(info), server.grpc_server)
+    server.add(None, _SERVICE)
+    return server
+
+
+class _WorkerService(worker_pb2_grpc.WorkerServiceServicer):
+    def __init__(self, info: worker_pb2.WorkerInfo) -> None:
+        self._info = info
+
+    async def GetModelInfo(  # noqa: N802 -- the name in the .proto  # type: ignore[override]
+        self, request: worker_pb2.GetModelInfoRequest, context: Any
+    ) -> worker_pb2.GetModelInfoResponse:
+        del request, context
+        return worker_pb2.GetModelInfoResponse(worker=self._info)
+
+
+async def _announce(registry: WorkerRegistry, info: worker_pb2.WorkerInfo, patience: float) -> None:
+    """Announce the worker, as soon as the store answers: services start in any order."""
+    loop = asyncio.get_running_loop()
+    give_up = loop.time() + patience
+    while True:
+        try:
+            return await registry.announce(info)
+        except Unavailable as error:
+            if loop.time() >= give_up:
+                raise
+            log.warning("waiting for the request store: %s", error)
+        await asyncio.sleep(_ANNOUNCE_AGAIN_SECONDS)
+
+
+def main_for(service: str) -> Callable[[Sequence[str] | None], int]:
+    """The main() of a stage service. It returns 0 after a graceful end, 2 for wrong settings, 1 for the rest."""
+
+    def main(argv: Sequence[str] | None = None) -> int:
+        prog = f"fleet serve {service}"
+        try:
+            settings = load_settings(WorkerSettings, sys.argv[1:] if argv is None else argv, prog=prog)
+            setup_logging(service, level=settings.log_level, form=settings.log_format)
+            model = open_model(settings.model, load_registry(settings.plugins))
+            asyncio.run(_serve(service, model, settings))
+        except FleetError as error:
+            sys.stderr.write(f"{prog}: {error.message}\n")
+            return 2 if isinstance(error, (InvalidInput, FailedPrecondition)) else 1
+        return 0
+
+    return main
+
+
+async def _serve(service: str, model: ServedModel, settings: WorkerSettings) -> None:
+    async with stop_signals() as stop:
+        starting = asyncio.create_task(start_worker(service, model, settings))
+        stopping = asyncio.create_task(stop.wait())
+        await asyncio.wait((starting, stopping), return_when=asyncio.FIRST_COMPLETED)
+        if not starting.done():
+            _leave_loading()
+        worker = starting.result()
+        await stopping
+        log.info("draining")
+        await worker.stop(settings.grace_seconds)
+
+
+def _leave_loading() -> None:
+    """End the process at once: a thread that reads weights cannot be interrupted, and nobody waits for its result."""
+    logging.shutdown()
+    sys.stderr.flush()
+    os._exit(0)

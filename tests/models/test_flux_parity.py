@@ -1,0 +1,129 @@
+"""The same request gives the same latents and pixels as Diffusers' FluxPipeline, in every mode that it has."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from flux_pair import Pair, open_pair
+from local_fleet import Heard, reference_run, relative_error
+
+BASE: dict[str, Any] = {"prompt": "a red apple", "height": 64, "width": 64, "num_inference_steps": 4}
+LONG = "the old stone river on the moon and the red cat in a blue car " * 12
+
+MODES: dict[str, dict[str, Any]] = {
+    "square": {},
+    "wide": {"height": 48, "width": 96},
+    "tall": {"height": 112, "width": 32},
+    "smallest": {"height": 16, "width": 16},
+    "guidance": {"guidance_scale": 7.25},
+    "no guidance": {"guidance_scale": 0.0},
+    "one step": {"num_inference_steps": 1},
+    "many steps": {"num_inference_steps": 9},
+    "true guidance": {"negative_prompt": "a blue car", "true_cfg_scale": 3.5},
+    "empty negative prompt": {"negative_prompt": "", "true_cfg_scale": 2.0},
+    "negative prompt without a scale": {"negative_prompt": "a blue car"},
+    "two prompts": {"prompt_2": "a blue cat on the moon"},
+    "empty second prompt": {"prompt_2": ""},
+    "two negative prompts": {"negative_prompt": "car", "negative_prompt_2": "the moon", "true_cfg_scale": 1.5},
+    "empty prompt": {"prompt": ""},
+    "long prompt": {"prompt": LONG},
+    "few tokens": {"prompt": LONG, "max_sequence_length": 8},
+    "odd text": {"prompt": "Zürich \t 42\n\n<|endoftext|> </s> '; 猫 \u200b"},
+    "custom sigmas": {"sigmas": (1.0, 0.7, 0.45, 0.2, 0.05), "num_inference_steps": 5},
+    "two outputs": {"num_outputs_per_prompt": 2},
+    "two outputs with true guidance": {"num_outputs_per_prompt": 2, "negative_prompt": "car", "true_cfg_scale": 2.0},
+}
+
+
+def compare(pair: Pair, given: dict[str, Any], seed: int = 5) -> dict[str, torch.Tensor]:
+    """Run both; return ours. Latents within 1e-4 relative L2, pixels within 1e-3."""
+    call = {name: value for name, value in given.items() if name not in ("num_outputs_per_prompt", "sigmas")}
+    if "sigmas" in given:
+        call["sigmas"] = list(given["sigmas"])
+    theirs = reference_run(pair.theirs, seed=seed, num_images_per_prompt=given.get("num_outputs_per_prompt", 1), **call)
+    ours = pair.ours.tensors(seed=seed, **given)
+    assert ours["latents"].shape == theirs["latents"].shape
+    assert ours["pixels"].shape == theirs["pixels"].shape
+    assert ours["pixels"].dtype == torch.float32
+    assert relative_error(ours["latents"], theirs["latents"]) <= 1e-4
+    assert (ours["pixels"] - theirs["pixels"]).abs().max() <= 1e-3
+    return ours
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_like_dev(dev: Pair, mode: str) -> None:
+    compare(dev, BASE | {"max_sequence_length": 32} | MODES[mode])
+
+
+@pytest.mark.parametrize("mode", ["square", "wide", "one step", "true guidance", "two outputs", "custom sigmas"])
+def test_like_schnell(schnell: Pair, mode: str) -> None:
+    compare(schnell, BASE | {"max_sequence_length": 32} | MODES[mode])
+
+
+def test_all_512_text_tokens(dev: Pair) -> None:
+    compare(dev, BASE | {"prompt": LONG})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"prompt": "a blue apple"},
+        {"prompt_2": "a blue apple"},
+        {"seed": 6},
+        {"guidance_scale": 4.0},
+        {"negative_prompt": "", "true_cfg_scale": 1.5},
+        {"max_sequence_length": 28},
+    ],
+    ids=str,
+)
+def test_every_input_matters(dev: Pair, change: dict[str, Any]) -> None:
+    """The tolerance means something: what the request changes moves the result a hundred times further."""
+    given = BASE | {"seed": 5, "max_sequence_length": 32}
+    before, after = dev.ours.tensors(**given)["latents"], dev.ours.tensors(**given | change)["latents"]
+    assert relative_error(after, before) > 1e-2
+
+
+def test_outputs_of_one_request_differ(dev: Pair) -> None:
+    pixels = dev.ours.tensors(**BASE, seed=5, num_outputs_per_prompt=2)["pixels"]
+    assert (pixels[0] - pixels[1]).abs().max() > 0.1
+
+
+def test_png_pixels_equal_diffusers(dev: Pair) -> None:
+    given = BASE | {"max_sequence_length": 32}
+    images = dev.ours.images(seed=5, num_outputs_per_prompt=2, **given)
+    generator = torch.Generator("cpu").manual_seed(5)
+    theirs = dev.theirs(**given, num_images_per_prompt=2, generator=generator).images
+    assert len(images) == len(theirs) == 2
+    for image, reference in zip(images, theirs, strict=True):
+        difference = np.asarray(image).astype(int) - np.asarray(reference).astype(int)
+        assert np.abs(difference).max() <= 1
+        assert (difference != 0).mean() < 1e-3
+
+
+def test_shipped_model() -> None:
+    """The model that comes along, with its own defaults, as Diffusers draws it from the same directory."""
+    given = {"prompt": "a green apple on a yellow background", "height": 128, "width": 128}
+    with open_pair("emoji") as emoji:
+        compare(emoji, given | {"num_inference_steps": 20, "max_sequence_length": 64}, seed=7)
+
+
+def test_bfloat16_is_near(dev: Pair) -> None:
+    """Not comparable at the tolerances of float32, but the same picture."""
+    given = BASE | {"max_sequence_length": 32}
+    with open_pair(dev.path, torch.bfloat16) as half:
+        ours = half.ours.tensors(seed=5, **given)
+        theirs = reference_run(half.theirs, seed=5, **given)
+    exact = dev.ours.tensors(seed=5, **given)
+    assert ours["latents"].dtype == torch.bfloat16
+    floor = relative_error(theirs["latents"], exact["latents"])
+    assert relative_error(ours["latents"], exact["latents"]) < 1.5 * floor
+
+
+def test_progress_is_told_step_by_step(dev: Pair) -> None:
+    heard = Heard()
+    dev.ours.tensors(heard, **BASE, seed=1)
+    assert [told for told in heard.progress if told[1] == 4] == [(1, 4), (2, 4), (3, 4), (4, 4)]

@@ -1,0 +1,130 @@
+"""The registry finds pipelines by itself, and refuses what it would have to guess about."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from common.errors import CheckpointError
+from common.pipeline import ComposedPipeline
+from models.pipelines.flux import FluxPipeline
+from models.registry import Registry, load_registry, resolve
+from toy_checkpoint import toy_family
+
+PLUGIN = """
+from models.pipelines.flux import FluxPipeline
+
+
+class {name}(FluxPipeline):
+    pipeline_name = {name!r}
+
+
+def register_configs(registry):
+    registry.register_configs({name!r}, sampling_params="a:A", pipeline_config="b:B")
+
+
+EntryClass = {name}
+"""
+
+
+@pytest.fixture
+def plugins(tmp_path: Path) -> Iterator[Path]:
+    """An empty plugin directory, whose modules are forgotten afterwards."""
+    directory = tmp_path / "plugins"
+    directory.mkdir()
+    before = list(sys.path)
+    yield directory
+    sys.path[:] = before
+    for path in tmp_path.rglob("*.py"):
+        module = sys.modules.get(path.stem)
+        if module is not None and module.__file__ == str(path):
+            del sys.modules[path.stem]
+
+
+def test_the_families_here_are_found_by_themselves() -> None:
+    registry = load_registry()
+    assert registry.names() == ["FluxPipeline"]
+    entry = registry.entry("FluxPipeline")
+    assert entry.pipeline is FluxPipeline
+    assert resolve(entry.sampling_params).__name__ == "FluxSamplingParams"
+    assert resolve(entry.pipeline_config).__name__ == "FluxPipelineConfig"
+
+
+def test_plugins_are_added_without_importing_their_stages(tmp_path: Path) -> None:
+    with toy_family(tmp_path / "plugins") as directory:
+        registry = load_registry([directory])
+        assert registry.names() == ["FluxPipeline", "ToyPipeline"]
+        assert "toy_stages" not in sys.modules
+        entry = registry.entry("ToyPipeline")
+        assert resolve(entry.sampling_params).__module__ == "toy_sample"
+        assert entry.pipeline(["palette", "transformer"]).service("denoising").modules == ("transformer",)
+        assert load_registry([directory]).names() == registry.names()
+
+
+def test_an_unsupported_pipeline_is_refused_with_the_supported_ones() -> None:
+    with pytest.raises(CheckpointError, match="'WanPipeline' is not supported; supported are FluxPipeline"):
+        load_registry().entry("WanPipeline")
+
+
+def test_a_name_is_registered_once(plugins: Path) -> None:
+    registry = Registry()
+    registry.register_pipeline(FluxPipeline)
+    with pytest.raises(ValueError, match="pipeline FluxPipeline is registered twice"):
+        registry.register_pipeline(FluxPipeline)
+    registry.register_configs("FluxPipeline", sampling_params="a:A", pipeline_config="b:B")
+    with pytest.raises(ValueError, match="configs of FluxPipeline are registered twice"):
+        registry.register_configs("FluxPipeline", sampling_params="a:A", pipeline_config="b:B")
+    (plugins / "second_flux.py").write_text(PLUGIN.format(name="FluxPipeline"))
+    with pytest.raises(ValueError, match="registered twice"):
+        load_registry([plugins])
+
+
+def test_a_pipeline_without_configs_is_a_defect() -> None:
+    registry = Registry()
+    registry.register_pipeline(FluxPipeline)
+    with pytest.raises(ValueError, match="FluxPipeline has no configs; call register_configs"):
+        registry.entry("FluxPipeline")
+
+
+def test_an_entry_class_of_another_kind_is_a_defect(plugins: Path) -> None:
+    (plugins / "not_a_pipeline.py").write_text("EntryClass = int\n")
+    with pytest.raises(TypeError, match="EntryClass must be a ComposedPipeline, but is <class 'int'>"):
+        load_registry([plugins])
+
+
+def test_a_plugins_own_error_is_not_swallowed(plugins: Path) -> None:
+    (plugins / "broken_family.py").write_text("import nonesuch_package\n\nEntryClass = None\n")
+    with pytest.raises(ModuleNotFoundError, match="nonesuch_package"):
+        load_registry([plugins])
+
+
+def test_a_plugin_cannot_take_the_name_of_another_module(plugins: Path) -> None:
+    (plugins / "json.py").write_text(PLUGIN.format(name="JsonPipeline"))
+    with pytest.raises(ImportError, match=r"json\.py cannot be imported: 'json' is .*; give it another name"):
+        load_registry([plugins])
+
+
+@pytest.mark.parametrize(("directory", "message"), [("absent", "does not exist"), ("plugins", "defines EntryClass")])
+def test_a_plugin_directory_holds_plugins(plugins: Path, directory: str, message: str) -> None:
+    (plugins / "helper.py").write_text("raise RuntimeError('this file is nobody\\'s entry')\n")
+    with pytest.raises(CheckpointError, match=message):
+        load_registry([plugins.parent / directory])
+
+
+def test_plugins_of_two_directories_are_both_found(plugins: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    (plugins / "first_family.py").write_text(PLUGIN.format(name="FirstPipeline"))
+    (other / "second_family.py").write_text(PLUGIN.format(name="SecondPipeline"))
+    registry = load_registry([plugins, other])
+    assert registry.names() == ["FirstPipeline", "FluxPipeline", "SecondPipeline"]
+    assert issubclass(registry.entry("SecondPipeline").pipeline, ComposedPipeline)
+
+
+@pytest.mark.parametrize("reference", ["json:nonesuch", "json", "nonesuch_package:Name"])
+def test_a_reference_to_nothing_is_an_import_error(reference: str) -> None:
+    with pytest.raises(ImportError):
+        resolve(reference)

@@ -1,0 +1,259 @@
+"""Sampling parameters are completed and checked before a request is accepted."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bare_checkpoint import build_bare_flux
+from common.artifacts import Canvas, ParamValue, Prompt, Sampling
+from common.checkpoint import Checkpoint
+from common.errors import CheckpointError, InvalidInput
+from configs.sample.base import ParameterSpec, SamplingParams, parameter
+from configs.sample.flux import FluxSamplingParams, vae_scale_factor
+
+
+@pytest.fixture(scope="module")
+def flux(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    return Checkpoint.open(build_bare_flux(tmp_path_factory.mktemp("sampling") / "flux"))
+
+
+def build(checkpoint: Checkpoint, **given: Any) -> tuple[FluxSamplingParams, dict[str, str]]:
+    params, warnings = FluxSamplingParams.build({"prompt": "a red apple", **given}, checkpoint)
+    assert len({warning.field for warning in warnings}) == len(warnings)
+    return params, {warning.field: warning.message for warning in warnings}
+
+
+def refusal(checkpoint: Checkpoint, given: dict[str, Any]) -> InvalidInput:
+    with pytest.raises(InvalidInput) as refused:
+        FluxSamplingParams.build({"prompt": "a red apple", **given}, checkpoint)
+    return refused.value
+
+
+def test_unset_means_the_models_default(flux: Checkpoint) -> None:
+    params, warnings = build(flux, seed=7)
+    assert not warnings
+    assert params.as_mapping() == {
+        "prompt": "a red apple",
+        "height": 1024,
+        "width": 1024,
+        "num_inference_steps": 28,
+        "guidance_scale": 3.5,
+        "seed": 7,
+        "num_outputs_per_prompt": 1,
+        "output_format": "png",
+        "true_cfg_scale": 1.0,
+        "max_sequence_length": 512,
+    }
+
+
+def test_the_caller_overrides_the_checkpoint_which_overrides_the_family(tmp_path: Path) -> None:
+    defaults = {"height": 64, "num_inference_steps": 20, "guidance_scale": 1, "seed": 5}
+    checkpoint = Checkpoint.open(build_bare_flux(tmp_path / "flux", sampling_defaults=defaults))
+    params, warnings = build(checkpoint, num_inference_steps=3)
+    assert (params.height, params.width, params.num_inference_steps, params.seed) == (64, 1024, 3, 5)
+    assert type(params.guidance_scale) is float
+    assert not warnings
+    assert {spec.name: spec.default for spec in FluxSamplingParams.parameters(checkpoint)}["height"] == 64
+
+
+def test_the_native_size_follows_the_vae(tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(build_bare_flux(tmp_path / "flux", vae_blocks=2))
+    params, warnings = build(checkpoint, width=30)
+    assert vae_scale_factor(checkpoint) == 2
+    assert (params.height, params.width) == (256, 28)
+    assert warnings == {"width": "width 30 is not a multiple of 4; 28 is used instead"}
+
+
+def test_a_vae_that_does_not_tell_its_factor_is_refused(tmp_path: Path) -> None:
+    path = build_bare_flux(tmp_path / "flux")
+    (path / "vae/config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="block_out_channels"):
+        FluxSamplingParams.build({"prompt": ""}, Checkpoint.open(path))
+
+
+def test_what_was_completed_is_complete(flux: Checkpoint) -> None:
+    """A record's parameters give the same request again, without warnings."""
+    params, warnings = build(flux, height=100, negative_prompt="", true_cfg_scale=2, sigmas=[1, 0.5], seed=2**63 - 1)
+    assert warnings.keys() == {"height"}
+    assert FluxSamplingParams.build(params.as_mapping(), flux) == (params, ())
+
+
+def test_an_unset_seed_is_drawn(flux: Checkpoint) -> None:
+    seeds = {build(flux)[0].seed for _ in range(8)}
+    assert len(seeds) > 1
+    assert all(0 <= seed < 2**32 for seed in seeds)
+
+
+def test_every_value_travels_in_one_artifact(flux: Checkpoint) -> None:
+    params, _ = build(flux, seed=1, negative_prompt="", prompt_2="two", true_cfg_scale=2.0, sigmas=(1.0, 0.25))
+    assert params.artifacts() == {
+        "prompt": Prompt(prompt="a red apple", negative_prompt="", prompt_2="two", max_sequence_length=512),
+        "canvas": Canvas(height=1024, width=1024),
+        "sampling": Sampling(num_inference_steps=2, seed=1, guidance_scale=3.5, true_cfg_scale=2.0, sigmas=(1.0, 0.25)),
+    }
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "zero steps": ({"num_inference_steps": 0}, "a whole number from 1 to 1000, but is 0"),
+    "negative steps": ({"num_inference_steps": -4}, "a whole number from 1 to 1000, but is -4"),
+    "too many steps": ({"num_inference_steps": 1001}, "from 1 to 1000"),
+    "steps as a float": ({"num_inference_steps": 4.0}, "a whole number"),
+    "steps as a truth value": ({"num_inference_steps": True}, "a whole number from 1 to 1000, but is True"),
+    "steps as a text": ({"num_inference_steps": "4"}, "a whole number from 1 to 1000, but is '4'"),
+    "zero height": ({"height": 0}, "from 1 to 8192, but is 0"),
+    "a size that rounds to nothing": ({"width": 15}, "width must be at least 16, but is 15"),
+    "a huge size": ({"height": 2**62}, "from 1 to 8192"),
+    "a huge area": ({"height": 8192, "width": 8192}, "at most 16777216 pixels, but is 8192 x 8192"),
+    "too many outputs": ({"num_outputs_per_prompt": 17}, "at most 16 at 1024 x 1024, but is 17"),
+    "no output": ({"num_outputs_per_prompt": 0}, "from 1 to 64, but is 0"),
+    "NaN guidance": ({"guidance_scale": math.nan}, "a finite number from 0.0 to 1000.0, but is nan"),
+    "infinite guidance": ({"true_cfg_scale": math.inf}, "a finite number"),
+    "negative guidance": ({"guidance_scale": -0.1}, "from 0.0 to 1000.0, but is -0.1"),
+    "guidance beyond floats": ({"guidance_scale": 10**400}, "from 0.0 to 1000.0"),
+    "guidance as a list": ({"guidance_scale": (1.0,)}, "a finite number"),
+    "negative seed": ({"seed": -1}, "from 0 to 9223372036854775807, but is -1"),
+    "seed over 63 bits": ({"seed": 2**63}, "from 0 to 9223372036854775807"),
+    "prompt of another type": ({"prompt": 3}, "prompt must be a text, but is 3"),
+    "prompt too long": ({"prompt": "é" * 32769}, "at most 65536 bytes of UTF-8, but has 65538"),
+    "prompt that is no Unicode": ({"prompt": "\udcff"}, "not valid Unicode"),
+    "second prompt too long": ({"negative_prompt_2": "x" * 65537}, "at most 65536 bytes"),
+    "too many tokens": ({"max_sequence_length": 513}, "from 1 to 512, but is 513"),
+    "no tokens": ({"max_sequence_length": 0}, "from 1 to 512, but is 0"),
+    "rising sigmas": ({"sigmas": (0.5, 1.0)}, "sigmas must not rise, but 1.0 follows 0.5"),
+    "a sigma of zero": ({"sigmas": (1.0, 0.0)}, "a list of finite numbers from 1e-06 to 1.0, but is 0.0"),
+    "a sigma of NaN": ({"sigmas": (math.nan,)}, "but is nan"),
+    "a sigma of a text": ({"sigmas": ("1",)}, "but is '1'"),
+    "a single sigma": ({"sigmas": 1.0}, "a list of finite numbers"),
+    "too many sigmas": ({"sigmas": (0.5,) * 1001}, "at most 1000 values, but has 1001"),
+    "video": ({"output_format": "mp4"}, "png or safetensors for this model, but is 'mp4'"),
+    "unknown": ({"num_frames": 9}, "FluxPipeline has no parameter 'num_frames'"),
+    "misspelt": ({"guidance_scael": 2.0}, "did you mean guidance_scale?"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refuses(flux: Checkpoint, case: str) -> None:
+    given, message = REFUSED[case]
+    error = refusal(flux, given)
+    assert error.field == next(iter(given))
+    assert error.field in error.message
+    assert message in error.message
+    assert len(error.message) < 400
+
+
+def test_a_prompt_is_needed_but_may_be_empty(flux: Checkpoint) -> None:
+    with pytest.raises(InvalidInput, match="prompt is missing") as refused:
+        FluxSamplingParams.build({}, flux)
+    assert refused.value.field == "prompt"
+    assert FluxSamplingParams.build({"prompt": ""}, flux)[0].prompt == ""
+
+
+@pytest.mark.parametrize("size", [{"prompt": "x" * 65536}, {"prompt": "é" * 32768}, {"width": 16}, {"width": 8192}])
+def test_bounds_are_inclusive(flux: Checkpoint, size: dict[str, Any]) -> None:
+    FluxSamplingParams.build({"prompt": "", **size}, flux)
+
+
+def test_sigmas_decide_the_number_of_steps(flux: Checkpoint) -> None:
+    assert build(flux, sigmas=(1.0, 0.6, 0.3))[1] == {}
+    params, warnings = build(flux, sigmas=(1.0, 0.6, 0.3), num_inference_steps=20)
+    assert params.num_inference_steps == 3
+    assert warnings == {"num_inference_steps": "sigmas has 3 values, so 3 steps are taken instead of 20"}
+
+
+@pytest.mark.parametrize(
+    ("given", "warned"),
+    [
+        ({"negative_prompt": "x"}, {"negative_prompt"}),
+        ({"negative_prompt": "x", "negative_prompt_2": "y", "true_cfg_scale": 2.0}, set()),
+        ({"negative_prompt_2": "y", "true_cfg_scale": 2.0}, {"negative_prompt_2", "true_cfg_scale"}),
+        ({"true_cfg_scale": 1.0}, set()),
+        ({"guidance_scale": 5.0}, set()),
+    ],
+)
+def test_what_has_no_effect_is_said(flux: Checkpoint, given: dict[str, Any], warned: set[str]) -> None:
+    assert build(flux, **given)[1].keys() == warned
+
+
+def test_guidance_without_an_embedding_has_no_effect(tmp_path: Path) -> None:
+    schnell = Checkpoint.open(build_bare_flux(tmp_path / "flux", guidance_embeds=False))
+    assert build(schnell)[1] == {}
+    assert build(schnell, guidance_scale=5.0)[1].keys() == {"guidance_scale"}
+
+
+def test_tells_its_parameters(flux: Checkpoint) -> None:
+    specs = {spec.name: spec for spec in FluxSamplingParams.parameters(flux)}
+    assert specs["height"] == ParameterSpec("height", "int", 1024, "Height in pixels.", 1, 8192)
+    assert (specs["prompt"].default, specs["seed"].default, specs["sigmas"].default) == (None, None, None)
+    assert {spec.type for spec in specs.values()} == {"string", "int", "float", "floats"}
+    assert all(spec.description.endswith(".") for spec in specs.values())
+    assert {spec.name for spec in FluxSamplingParams.parameters()} == specs.keys()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipParams(SamplingParams):
+    output_formats = ("mp4", "safetensors")
+    max_total_pixels = 1024
+
+    height: int = 32
+    width: int = 32
+    num_inference_steps: int = 5
+    guidance_scale: float = 6.0
+    num_frames: int = parameter("Frames.", 9, minimum=1, maximum=17)
+    frame_rate: float = parameter("Frames a second.", 8.0, minimum=1.0)
+    looped: bool = parameter("Whether the end meets the beginning.", False)
+
+
+def test_another_family_states_only_what_differs(flux: Checkpoint) -> None:
+    params, _ = ClipParams.build({"prompt": "x", "seed": 1, "looped": True, "frame_rate": 12}, flux)
+    assert params.artifacts()["canvas"] == Canvas(
+        height=32, width=32, num_frames=9, frame_rate=12.0, output_format="mp4"
+    )
+    assert params.artifacts()["sampling"] == Sampling(
+        num_inference_steps=5, seed=1, guidance_scale=6.0, params={"looped": True}
+    )
+    for wrong, message in (
+        ({"looped": 1}, "looped must be true or false, but is 1"),
+        ({"frame_rate": 0.5}, "a finite number, at least 1.0"),
+        ({"output_format": "png"}, "mp4 or safetensors"),
+        ({"width": 33}, "at most 1024 pixels, but is 32 x 33"),
+        ({"num_outputs_per_prompt": 2}, "at most 1 at 32 x 32"),
+        ({"true_cfg_scale": 2.0}, "no parameter 'true_cfg_scale'"),
+    ):
+        with pytest.raises(InvalidInput, match=message):
+            ClipParams.build({"prompt": "x", **wrong}, flux)
+
+
+def test_a_field_of_another_type_is_a_defect() -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Wrong(SamplingParams):
+        layers: bytes = parameter("Layers.", None)
+
+    with pytest.raises(TypeError, match=r"Wrong\.layers"):
+        Wrong.parameters()
+
+
+VALUES = st.one_of(
+    st.booleans(), st.integers(), st.integers(0, 2000), st.floats(), st.text(max_size=8), st.tuples(st.floats(0, 1))
+)
+
+
+@settings(deadline=None, max_examples=200)
+@given(given=st.dictionaries(st.sampled_from([spec.name for spec in FluxSamplingParams.parameters()]), VALUES))
+def test_any_value_is_right_or_refused_by_name(flux: Checkpoint, given: dict[str, ParamValue]) -> None:
+    try:
+        params, _ = FluxSamplingParams.build({"prompt": "x", **given}, flux)
+    except InvalidInput as error:
+        problem, field = error.message, error.field
+    else:
+        problem, field = "", ""
+        assert params.height % 16 == params.width % 16 == 0
+        assert params.height * params.width * params.num_outputs_per_prompt <= 2**24
+        assert FluxSamplingParams.build(params.as_mapping(), flux)[0] == params
+    assert not problem or (field in given and field in problem)
