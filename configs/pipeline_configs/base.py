@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Self
 
@@ -46,6 +46,9 @@ class StandardPipelineConfig(PipelineConfig):
     A raw latent shape is that of the latents before packing, batch first.
     """
 
+    latent_part: ClassVar[str] = "image"
+    """Name of the part of Latents that is denoised: "image", or "video", whose third raw dimension is time."""
+
     @property
     @abstractmethod
     def text_encodings(self) -> tuple[TextEncoding, ...]:
@@ -73,12 +76,36 @@ class StandardPipelineConfig(PipelineConfig):
         return latents.reshape(raw_latent_shape)
 
     @abstractmethod
-    def sigmas(self, sampling: Sampling) -> Sequence[float]:
-        """Noise levels before the scheduler's shift, one a step, highest first."""
+    def sigmas(self, sampling: Sampling) -> Sequence[float] | None:
+        """Noise levels before the scheduler's shift, one a step, highest first; None leaves them to the scheduler."""
 
     @abstractmethod
     def mu(self, canvas: Canvas) -> float | None:
         """The shift of a scheduler that shifts by size; None for the others."""
+
+    def model_input(self, latents: Tensor, condition: Tensor | None) -> Tensor:
+        """What the denoiser takes as its latents, from those of the loop and, of pictures, those given (batched)."""
+        assert condition is None, "latents of pictures for a model that takes none"
+        return latents
+
+    def model_output(self, prediction: Tensor, latents: Tensor) -> Tensor:
+        """The part of the denoiser's prediction that belongs to the loop's latents."""
+        del latents
+        return prediction
+
+    def image_size(self, size: tuple[int, int], canvas: Canvas) -> tuple[int, int]:
+        """Height and width (pixels) that a picture of this height and width is given to the VAE with."""
+        del size
+        return canvas.height, canvas.width
+
+    def image_latents(
+        self, encode: Callable[[Tensor], Tensor], pictures: Mapping[str, Tensor], canvas: Canvas
+    ) -> Tensor:
+        """The condition for model_input, batch 1, from pictures by role: float32 (1, 3, height, width) in [-1, 1].
+
+        `encode` is the VAE's encoder, from a picture or a video (1, 3, frames, height, width) to its likeliest latents.
+        """
+        raise TypeError(f"{type(self).__name__} takes no pictures, but {encode} got {canvas} and {', '.join(pictures)}")
 
     @abstractmethod
     def model_timestep(self, timestep: Tensor) -> Tensor:

@@ -176,11 +176,11 @@ def _max_sequence_length(prompt: Prompt) -> int:
     return prompt.max_sequence_length or MAX_SEQUENCE_LENGTH
 
 
-def _pooled(output: Any) -> Tensor:
+def _pooled(output: Any, _: Tensor) -> Tensor:
     pooled: Tensor = output.pooler_output
     return pooled
 
 
-def _last_hidden_state(output: Any) -> Tensor:
+def _last_hidden_state(output: Any, _: Tensor) -> Tensor:
     hidden: Tensor = output.last_hidden_state
     return hidden

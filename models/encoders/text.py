@@ -30,8 +30,13 @@ class TextEncoder:
         source = self._encoding.text(prompt)
         limit = self._encoding.max_length(prompt) or self._tokenizer.model_max_length
         tokens = self._tokenizer(
-            source.text, padding="max_length", max_length=limit, truncation=True, return_tensors="pt"
-        ).input_ids
+            source.text,
+            padding="max_length",
+            max_length=limit,
+            truncation=True,
+            return_attention_mask=True,
+            return_tensors="pt",
+        ).to(self._device)
         whole = self._tokenizer(source.text, return_tensors="pt").input_ids
         if whole.shape[1] > limit:
             # The last token that fits is the end mark, as is the last one of the whole text.
@@ -41,4 +46,5 @@ class TextEncoder:
                 f"{self._encoding.encoder} reads at most {limit} tokens, and the text has {whole.shape[1]}; "
                 f"it was cut before: {removed}",
             )
-        return self._encoding.output(self._encoder(tokens.to(self._device)))
+        given = (tokens.input_ids, tokens.attention_mask) if self._encoding.masked else (tokens.input_ids,)
+        return self._encoding.output(self._encoder(*given), tokens.attention_mask)

@@ -34,24 +34,28 @@ class DenoisingStage(PipelineStage[DenoisingInput, DenoisingOutput]):
         Reports every step, ends within one when cancelled, and continues after resume_from.step to the same bytes.
         """
         device, total = self._config.device, x.schedule.num_inference_steps
-        noise = x.initial_latents.parts["image"]
+        noise = x.initial_latents.parts[self._config.latent_part]
+        condition = self._condition(x)
         positive, negative = self._branches(x, noise.raw_latent_shape)
         timesteps = x.schedule.timesteps.to(device)
         solver = self._solver_class(self._scheduler, x.schedule)
-        start, latents = _start(x, solver)
+        start, latents = self._start(x, solver)
         latents = latents.to(device)
         for step in range(start, total):
             call.check_cancelled()
             t = timesteps[step]
             timestep = self._config.model_timestep(t.expand(latents.shape[0]))
-            prediction = self._transformer(hidden_states=latents, timestep=timestep, **positive)
+            given = self._config.model_input(latents, condition)
+            prediction = self._transformer(hidden_states=given, timestep=timestep, **positive)
+            prediction = self._config.model_output(prediction, latents)
             if negative is not None:
-                other = self._transformer(hidden_states=latents, timestep=timestep, **negative)
+                other = self._transformer(hidden_states=given, timestep=timestep, **negative)
+                other = self._config.model_output(other, latents)
                 prediction = self._config.guide(prediction, other, x.sampling)
             latents = solver.step(prediction, t, latents)
             self._checkpoint(step + 1, total, latents, noise.raw_latent_shape, solver, call)
             call.progress(step + 1, total)
-        return DenoisingOutput(denoised_latents=_latents(latents, noise.raw_latent_shape))
+        return DenoisingOutput(denoised_latents=self._latents(latents, noise.raw_latent_shape))
 
     def _branches(self, x: DenoisingInput, shape: tuple[int, ...]) -> tuple[Keywords, Keywords | None]:
         """The transformer's keywords besides latents and timestep, for both branches; batched and on the device."""
@@ -70,12 +74,34 @@ class DenoisingStage(PipelineStage[DenoisingInput, DenoisingOutput]):
         keywords.update({name: None if value is None else value.to(device) for name, value in own.items()})
         return keywords
 
+    def _condition(self, x: DenoisingInput) -> Tensor | None:
+        """Latents of the request's pictures, batched and on the device."""
+        if x.image_latents is None:
+            return None
+        condition = x.image_latents.parts["condition"].latents.to(self._config.device)
+        return condition.repeat_interleave(x.sampling.num_outputs_per_prompt, 0)
+
+    def _start(self, x: DenoisingInput, solver: Solver) -> tuple[int, Tensor]:
+        """The step to begin with, and the latents before it."""
+        part = self._config.latent_part
+        if x.resume_from is None:
+            return 0, x.initial_latents.parts[part].latents
+        state, total = x.resume_from, x.schedule.num_inference_steps
+        if not 0 <= state.step <= total:
+            raise InvalidInput(f"step {state.step} is not one of 0 to {total}", field="resume_from.step")
+        solver.restore(state.step, state.solver)
+        return state.step, state.latents.parts[part].latents
+
+    def _latents(self, latents: Tensor, shape: tuple[int, ...]) -> Latents:
+        part = LatentPart(latents=latents.cpu(), raw_latent_shape=shape)
+        return Latents(parts={self._config.latent_part: part})
+
     def _checkpoint(
         self, step: int, total: int, latents: Tensor, shape: tuple[int, ...], solver: Solver, call: Call
     ) -> None:
         every = self._config.checkpoint_every
         if every and step < total and step % every == 0:
-            call.on_checkpoint(DenoiseState(step=step, latents=_latents(latents, shape), solver=solver.state()))
+            call.on_checkpoint(DenoiseState(step=step, latents=self._latents(latents, shape), solver=solver.state()))
 
 
 def merge_conditioning(text: Conditioning, image: Conditioning | None) -> Conditioning:
@@ -88,18 +114,3 @@ def merge_conditioning(text: Conditioning, image: Conditioning | None) -> Condit
         prompt_embeds={**text.prompt_embeds, **image.prompt_embeds},
         negative_prompt_embeds={**text.negative_prompt_embeds, **image.negative_prompt_embeds},
     )
-
-
-def _start(x: DenoisingInput, solver: Solver) -> tuple[int, Tensor]:
-    """The step to begin with, and the latents before it."""
-    if x.resume_from is None:
-        return 0, x.initial_latents.parts["image"].latents
-    state, total = x.resume_from, x.schedule.num_inference_steps
-    if not 0 <= state.step <= total:
-        raise InvalidInput(f"step {state.step} is not one of 0 to {total}", field="resume_from.step")
-    solver.restore(state.step, state.solver)
-    return state.step, state.latents.parts["image"].latents
-
-
-def _latents(latents: Tensor, shape: tuple[int, ...]) -> Latents:
-    return Latents(parts={"image": LatentPart(latents=latents.cpu(), raw_latent_shape=shape)})

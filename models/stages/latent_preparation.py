@@ -28,6 +28,6 @@ class LatentPreparationStage(PipelineStage[LatentPreparationInput, LatentPrepara
         noise = torch.randn(shape, generator=generator, dtype=self._config.noise_dtype)
         part = LatentPart(latents=self._config.pack(noise), raw_latent_shape=shape)
         return LatentPreparationOutput(
-            initial_latents=Latents(parts={"image": part}),
+            initial_latents=Latents(parts={self._config.latent_part: part}),
             latents_generator=Generator(seed=x.sampling.seed, state=generator.get_state()),
         )

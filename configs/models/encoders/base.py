@@ -26,7 +26,8 @@ class TextEncoding:
 
     `keyword` is the argument of the denoiser's forward() that the result becomes. `tokenizer` and `encoder` are module
     names of the checkpoint. `max_length` is the number of tokens that the text is padded or cut to; None means the
-    tokenizer's own. `output` picks the result, batch first, from what the encoder returned.
+    tokenizer's own. `output` picks the result, batch first, from what the encoder returned and the attention mask,
+    int64 (batch, tokens). `masked` encoders get that mask; the others attend to padding.
     """
 
     keyword: str
@@ -34,4 +35,5 @@ class TextEncoding:
     encoder: str
     text: Callable[[Prompt], PromptText]
     max_length: Callable[[Prompt], int | None]
-    output: Callable[[Any], Tensor]
+    output: Callable[[Any, Tensor], Tensor]
+    masked: bool = False
