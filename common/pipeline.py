@@ -139,42 +139,38 @@ async def run_pipeline(
         for name in present:
             release(name)
 
+    # Not a TaskGroup: Python 3.11's leaves the caller's task marked as cancelled after an error.
+    finished: list[asyncio.Task[None]] = []
+    tasks = [asyncio.create_task(step(runner), name=runner.contract.name) for runner in runners]
+    for task in tasks:
+        task.add_done_callback(finished.append)
     try:
-        async with asyncio.TaskGroup() as group:
-            for runner in runners:
-                group.create_task(step(runner), name=runner.contract.name)
-    except BaseExceptionGroup as failures:
-        if _is_cancelled():
-            raise asyncio.CancelledError from None
-        raise _first(failures) from None
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    for task in finished:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            raise error
     return {name: slots[name].result() for name in wanted}
 
 
 async def _run(runner: Runner, values: Mapping[str, Any], call: Call) -> Mapping[str, Any]:
     """One stage, which must end with all of its outputs or with an error.
 
-    A runner that cancels itself would leave the group without an error, and the readers of its slots waiting for ever.
+    A runner that cancels itself would end without an error, and leave the readers of its slots waiting for ever.
     """
     try:
         outputs = await runner(values, call)
     except asyncio.CancelledError:
-        if _is_cancelled():
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
             raise
         raise Cancelled(f"{runner.contract.name} was cancelled") from None
     if absent := [name for name in runner.contract.outputs if name not in outputs]:
         raise InternalError(f"{runner.contract.name} did not return {', '.join(absent)}")
     return outputs
-
-
-def _is_cancelled() -> bool:
-    """Whether somebody cancelled the running task, as opposed to something that it awaits."""
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
-
-
-def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    error = group.exceptions[0]
-    return _first(error) if isinstance(error, BaseExceptionGroup) else error
 
 
 def check(services: Sequence[ServiceSpec], *, given: Mapping[str, str], wanted: Sequence[str]) -> None:

@@ -73,6 +73,8 @@ class FluxPipelineConfig(StandardPipelineConfig):
                 f"the transformer has {transformer.in_channels} input and {transformer.out_channels} output channels, "
                 f"but 2x2 patches of the VAE's {vae.latent_channels} latent channels have {4 * vae.latent_channels}"
             )
+        _check_size(checkpoint, "text_encoder", "hidden_size", transformer.pooled_projection_dim)
+        _check_size(checkpoint, "text_encoder_2", "d_model", transformer.joint_attention_dim)
         shift = SequenceShift.from_dict("scheduler", checkpoint.module_config("scheduler"))
         return cls(transformer=transformer, vae=vae, shift=shift)
 
@@ -158,6 +160,12 @@ class FluxPipelineConfig(StandardPipelineConfig):
     def _patches(self, canvas: Canvas) -> tuple[int, int]:
         side = 2 * self.vae.spatial_factor
         return canvas.height // side, canvas.width // side
+
+
+def _check_size(checkpoint: Checkpoint, encoder: str, entry: str, taken: int) -> None:
+    made = ConfigFields(encoder, checkpoint.module_config(encoder)).integer(entry, taken)
+    if made != taken:
+        raise CheckpointError(f"the transformer takes {taken} text features where {encoder} makes {made}")
 
 
 def _prompt(prompt: Prompt) -> PromptText:

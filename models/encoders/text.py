@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from common.errors import CheckpointError
 from configs.models.encoders.base import TextEncoding
 
 if TYPE_CHECKING:
@@ -17,13 +18,27 @@ Warn = Callable[[str, str], None]
 
 
 class TextEncoder:
-    """A tokenizer and an encoder of transformers."""
+    """A tokenizer and an encoder of transformers. Raises CheckpointError when the two do not fit."""
 
     def __init__(self, encoding: TextEncoding, tokenizer: Any, encoder: Any, device: torch.device) -> None:
         self._encoding = encoding
         self._tokenizer = tokenizer
         self._encoder = encoder
         self._device = device
+        self._check()
+
+    def _check(self) -> None:
+        """Refuse a tokenizer whose tokens the encoder has no embedding for: on a GPU that ends the process."""
+        names, config = self._encoding, self._encoder.config.to_dict()
+        if len(self._tokenizer) > config["vocab_size"]:
+            raise CheckpointError(
+                f"{names.tokenizer} has {len(self._tokenizer)} tokens, but {names.encoder} knows {config['vocab_size']}"
+            )
+        longest, positions = self._tokenizer.model_max_length, config.get("max_position_embeddings")
+        if positions is not None and longest > positions:
+            raise CheckpointError(
+                f"{names.tokenizer} makes up to {longest} tokens, but {names.encoder} has {positions} positions"
+            )
 
     def encode(self, prompt: Prompt, warn: Warn) -> Tensor:
         """What the denoiser gets, batch 1. A text that is too long is cut; warn(field, message) says what was lost."""

@@ -12,7 +12,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from common.artifacts import Media, MediaItem
-from common.errors import InvalidInput
+from common.errors import InternalError, InvalidInput
 from common.stage import Call, PipelineStage
 from configs.pipeline_configs.base import StandardPipelineConfig
 from models.contracts import DecodingInput, DecodingOutput
@@ -47,10 +47,13 @@ class DecodingStage(PipelineStage[DecodingInput, DecodingOutput]):
         return DecodingOutput(media=Media(items=tuple(files)))
 
     def _decode(self, latents: Tensor, raw_latent_shape: tuple[int, ...]) -> Tensor:
-        """Pixels in [0, 1], float32 (outputs, 3, height, width), on the CPU."""
+        """Pixels in [0, 1], float32 (outputs, 3, height, width), on the CPU. Raises InternalError for NaN."""
         raw = self._config.unpack(latents.to(self._config.device), raw_latent_shape)
         decoded: Tensor = self._vae.decode(self._config.vae_latents(raw), return_dict=False)[0]
-        return (decoded * 0.5 + 0.5).clamp(0, 1).float().cpu().contiguous()
+        pixels = (decoded * 0.5 + 0.5).clamp(0, 1).float().cpu().contiguous()
+        if not pixels.isfinite().all():
+            raise InternalError("the model made pixels that are no numbers: its weights or latents overflowed")
+        return pixels
 
 
 def _png(pixels: Tensor) -> bytes:

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from common.artifacts import Canvas, Conditioning, DenoiseState, Prompt, Sampling
-from common.errors import Cancelled, InvalidInput
+from common.artifacts import Canvas, Conditioning, DenoiseState, Latents, Prompt, Sampling
+from common.errors import Cancelled, InternalError, InvalidInput
 from common.local import HostedStages
 from common.stage import Call
 from configs.pipeline_configs.flux import FluxPipelineConfig
@@ -211,6 +211,13 @@ def test_images_are_no_films(dev: Pair, prepared: Slots) -> None:
     with pytest.raises(InvalidInput) as caught:
         run(dev, "decoding", slots)
     assert caught.value.field == "output_format"
+
+
+def test_pixels_that_are_no_numbers(dev: Pair, prepared: Slots) -> None:
+    noise = prepared["initial_latents"].parts["image"]
+    broken = dataclasses.replace(noise, latents=torch.full_like(noise.latents, torch.nan))
+    with pytest.raises(InternalError, match="no numbers"):
+        run(dev, "decoding", {"denoised_latents": Latents(parts={"image": broken}), "canvas": CANVAS})
 
 
 def test_files_tell_their_size_and_type(dev: Pair) -> None:

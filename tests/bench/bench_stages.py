@@ -1,0 +1,122 @@
+"""Two stages that only move bytes, each served by a process of its own as the fleet serves real ones.
+
+The producer makes a payload and notes when it was done; the consumer notes when it begins. The clock is the kernel's
+monotonic one, which all processes of a machine share, so that the difference is the whole way from stage to stage.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cache
+from subprocess import PIPE, Popen
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from common.artifacts import Conditioning, LatentPart, Latents
+from common.local import HostedStages
+from common.rpc.server import StageServicer
+from common.rpc.serving import FleetServer, stop_signals
+from common.stage import Call, PipelineStage
+from common.tensors import TORCH
+from models.contracts import DenoisingInput, DenoisingOutput, TextEncodingInput, TextEncodingOutput
+
+SENT = "sent"
+PAYLOAD = "payload"
+ROUTE = "route"
+
+
+@cache
+def payload_of(size: int) -> Tensor:
+    """A payload of so many bytes, the same in every process; made once, as its making is not measured."""
+    return torch.arange(size // 4, dtype=torch.int32)
+
+
+class Producer(PipelineStage[TextEncodingInput, TextEncodingOutput]):
+    """Hands out as many bytes as the prompt says."""
+
+    def run(self, x: TextEncodingInput, call: Call) -> TextEncodingOutput:
+        """The payload, and when it was ready."""
+        del call
+        payload = payload_of(int(x.prompt.prompt))
+        sent = torch.tensor([time.monotonic_ns()])
+        return TextEncodingOutput(text_conditioning=Conditioning(prompt_embeds={PAYLOAD: payload, SENT: sent}))
+
+
+class Consumer(PipelineStage[DenoisingInput, DenoisingOutput]):
+    """Takes a payload and looks at it."""
+
+    def run(self, x: DenoisingInput, call: Call) -> DenoisingOutput:
+        """When it was sent, and when it was here. Fails unless the payload is what was sent."""
+        del call
+        here = time.monotonic_ns()
+        embeds = x.text_conditioning.prompt_embeds
+        payload, sent = embeds[PAYLOAD], embeds[SENT]
+        if not torch.equal(payload, payload_of(payload.nbytes)):
+            raise ValueError("the payload changed on its way")
+        times = torch.tensor([int(sent), here])
+        part = LatentPart(latents=times, raw_latent_shape=tuple(times.shape))
+        return DenoisingOutput(denoised_latents=Latents(parts={ROUTE: part}))
+
+
+STAGES: dict[str, type[PipelineStage[Any, Any]]] = {"text_encoding": Producer, "denoising": Consumer}
+
+
+@contextmanager
+def serving(service: str, address: str) -> Iterator[Popen[str]]:
+    """A process that serves the service's stage at the address, for as long as the block."""
+    process = Popen([sys.executable, __file__, service, address], stdout=PIPE, stdin=PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        if process.stdout.readline().strip() != "ready":
+            raise RuntimeError(f"the {service} process did not get ready")
+        yield process
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def _say_ready() -> None:
+    sys.stdout.write("ready\n")
+    sys.stdout.flush()
+
+
+async def _serve(service: str, address: str) -> None:
+    torch.set_num_threads(1)
+    with ThreadPoolExecutor(1) as executor:
+        server = FleetServer(address)
+        stages = HostedStages(service, [STAGES[service]()])
+        servicer = StageServicer(service, stages, executor, TORCH)
+        server.add(servicer, servicer.service_name)
+        async with stop_signals() as stop:
+            await server.start()
+            _say_ready()
+            await stop.wait()
+        await server.drain(1)
+
+
+def _serve_raw(path: str) -> None:
+    """The yardstick: on a TCP connection, answers each 8-byte size with as many bytes. Its port goes into the file."""
+    data = memoryview(bytearray(64 << 20))
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        with open(path, "w") as file:
+            file.write(str(server.getsockname()[1]))
+        _say_ready()
+        connection, _ = server.accept()
+        with connection:
+            while request := connection.recv(8, socket.MSG_WAITALL):
+                connection.sendall(data[: int.from_bytes(request, "big")])
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "raw":
+        _serve_raw(sys.argv[2])
+    else:
+        asyncio.run(_serve(sys.argv[1], sys.argv[2]))

@@ -1,0 +1,213 @@
+"""A checkpoint that is not what it says is refused when its modules load, in a sentence that names the place."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from common.errors import CheckpointError
+from flux_pair import Pair
+from local_fleet import LocalFleet, open_fleet
+from models.catalog import open_model
+from models.loader import load_stages, numerics_fingerprint
+from models.registry import load_registry
+
+TRANSFORMER = "transformer/diffusion_pytorch_model.safetensors"
+QUERY = "transformer_blocks.0.attn.to_q.weight"
+
+Tensors = dict[str, Tensor]
+
+
+@pytest.fixture
+def checkpoint(dev: Pair, tmp_path: Path) -> Path:
+    """A copy that a test may break."""
+    return shutil.copytree(dev.path, tmp_path / "broken")
+
+
+def load(path: Path, service: str) -> None:
+    """Load one service's stages."""
+    model = open_model(str(path), load_registry())
+    load_stages(model, model.pipeline.service(service), device=torch.device("cpu"), dtype=torch.float32)
+
+
+def rewrite(file: Path, change: Callable[[Tensors], object]) -> None:
+    """Change a weight file's tensors."""
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
+
+
+def edit(file: Path, **values: object) -> None:
+    """Change entries of a JSON file."""
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda t: t.pop(QUERY), f"transformer lacks: {QUERY}"),
+        (lambda t: t.update(extra=torch.zeros(1)), "transformer has unknown weights: extra"),
+        (lambda t: t.update({QUERY: t[QUERY][:-1].clone()}), r"to_q.weight has shape \[63, 64\]; expected \[64, 64\]"),
+        (lambda t: t.update({QUERY: t[QUERY].to(torch.float8_e4m3fn)}), "to_q.weight is F8_E4M3; supported are"),
+        (lambda t: t.update({QUERY: t[QUERY].to(torch.int32)}), "to_q.weight is I32; supported are"),
+    ],
+    ids=["missing", "unexpected", "shape", "float8", "integers"],
+)
+def test_transformer_weights(checkpoint: Path, change: Callable[[Tensors], object], sentence: str) -> None:
+    rewrite(checkpoint / TRANSFORMER, change)
+    with pytest.raises(CheckpointError, match=sentence):
+        load(checkpoint, "denoising")
+
+
+def test_other_architecture_than_the_weights(checkpoint: Path) -> None:
+    edit(checkpoint / "transformer" / "config.json", num_layers=1)
+    with pytest.raises(CheckpointError, match=r"has unknown weights: transformer_blocks.1.* and \d+ more"):
+        load(checkpoint, "denoising")
+
+
+def test_truncated_weights(checkpoint: Path) -> None:
+    file = checkpoint / TRANSFORMER
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match="diffusion_pytorch_model"):
+        load(checkpoint, "denoising")
+
+
+@pytest.mark.parametrize(
+    ("file", "service", "key", "sentence"),
+    [
+        (
+            "text_encoder_2/model.safetensors",
+            "text_encoding",
+            "encoder.final_layer_norm.weight",
+            "text_encoder_2: missing keys",
+        ),
+        ("vae/diffusion_pytorch_model.safetensors", "decoding", "decoder.conv_in.weight", "vae: missing keys"),
+    ],
+)
+def test_other_modules_with_missing_weights(checkpoint: Path, module: str, file: str, service: str, key: str) -> None:
+    rewrite(checkpoint / module / file, lambda tensors: tensors.pop(key))
+    with pytest.raises(CheckpointError, match=f"{module}: missing keys: {key}"):
+        load(checkpoint, service)
+
+
+def test_vae_with_another_shape(checkpoint: Path) -> None:
+    edit(checkpoint / "vae" / "config.json", layers_per_block=1, block_out_channels=[8, 8, 16, 32])
+    with pytest.raises(CheckpointError, match="vae: "):
+        load(checkpoint, "decoding")
+
+
+def test_tokenizer_that_is_no_json(checkpoint: Path) -> None:
+    (checkpoint / "tokenizer_2" / "tokenizer.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"tokenizer_2: tokenizer.json is not JSON"):
+        load(checkpoint, "text_encoding")
+
+
+def test_tokenizer_with_more_tokens_than_its_encoder(checkpoint: Path) -> None:
+    shutil.rmtree(checkpoint / "tokenizer_2")
+    shutil.copytree(checkpoint / "tokenizer", checkpoint / "tokenizer_2")
+    edit(checkpoint / "model_index.json", tokenizer_2=["transformers", "CLIPTokenizer"])
+    with pytest.raises(CheckpointError, match="tokenizer_2 has 542 tokens, but text_encoder_2 knows 110"):
+        load(checkpoint, "text_encoding")
+
+
+def test_tokenizer_with_longer_texts_than_its_encoder(checkpoint: Path) -> None:
+    edit(checkpoint / "tokenizer" / "tokenizer_config.json", model_max_length=128)
+    with pytest.raises(CheckpointError, match="tokenizer makes up to 128 tokens, but text_encoder has 77 positions"):
+        load(checkpoint, "text_encoding")
+
+
+def test_module_class_without_a_loader(checkpoint: Path) -> None:
+    edit(checkpoint / "model_index.json", text_encoder_2=["transformers", "BertModel"])
+    with pytest.raises(CheckpointError, match=r"text_encoder_2: class BertModel is not supported; .*T5EncoderModel"):
+        load(checkpoint, "text_encoding")
+
+
+def test_module_of_an_unknown_library(checkpoint: Path) -> None:
+    edit(checkpoint / "model_index.json", vae=["somewhere", "AutoencoderKL"])
+    with pytest.raises(CheckpointError, match="vae: library 'somewhere' is not supported"):
+        load(checkpoint, "decoding")
+
+
+def test_scheduler_that_draws_noise(checkpoint: Path) -> None:
+    edit(checkpoint / "scheduler" / "scheduler_config.json", stochastic_sampling=True)
+    with pytest.raises(CheckpointError, match="stochastic_sampling is not supported"):
+        load(checkpoint, "denoising")
+
+
+@pytest.mark.parametrize(
+    ("file", "values", "sentence"),
+    [
+        (
+            "transformer/config.json",
+            {"num_attention_heads": 0},
+            "transformer/config.json: num_attention_heads 0",
+        ),
+        ("transformer/config.json", {"num_layers": "2"}, "num_layers '2' must be a whole number"),
+        ("transformer/config.json", {"axes_dims_rope": [4, 6]}, "axes_dims_rope .* add up to the head size 16"),
+        ("transformer/config.json", {"patch_size": 2}, "patch_size 2 is not supported; supported is 1"),
+        ("transformer/config.json", {"guidance_embeds": "yes"}, "guidance_embeds 'yes' must be true or false"),
+        ("transformer/config.json", {"in_channels": 32}, "transformer has 32 input and 32 output channels"),
+        ("transformer/config.json", {"out_channels": 16}, "transformer has 64 input and 16 output channels"),
+        ("vae/config.json", {"latent_channels": 4}, "the VAE's 4 latent channels have 16"),
+        ("vae/config.json", {"scaling_factor": 0}, "scaling_factor 0 must not be 0"),
+        ("vae/config.json", {"scaling_factor": "x"}, "scaling_factor 'x' must be a number"),
+        ("text_encoder/config.json", {"hidden_size": 32}, "takes 24 .* text_encoder makes 32"),
+        ("text_encoder_2/config.json", {"d_model": 64}, "takes 32 .* text_encoder_2 makes 64"),
+        ("scheduler/scheduler_config.json", {"max_image_seq_len": 256}, "max_image_seq_len 256 must differ"),
+    ],
+    ids=str,
+)
+def test_architectures_that_are_not_flux(checkpoint: Path, file: str, values: dict[str, object], sentence: str) -> None:
+    edit(checkpoint / file, **values)
+    with pytest.raises(CheckpointError, match=sentence):
+        load(checkpoint, "latent_preparation")
+
+
+def test_each_service_loads_its_own_modules_only(checkpoint: Path) -> None:
+    """Weights of other services may be anything."""
+    rewrite(checkpoint / TRANSFORMER, lambda tensors: tensors.pop(QUERY))
+    for service in ("text_encoding", "latent_preparation", "decoding"):
+        load(checkpoint, service)
+
+
+def test_shards_equal_one_file(dev: Pair, checkpoint: Path) -> None:
+    file = checkpoint / TRANSFORMER
+    tensors = load_file(file)
+    file.unlink()
+    names = sorted(tensors)
+    shards = {f"diffusion_pytorch_model-0000{part + 1}-of-00002.safetensors": names[part::2] for part in (0, 1)}
+    for shard, keys in shards.items():
+        save_file({key: tensors[key] for key in keys}, file.parent / shard)
+    weight_map = {key: shard for shard, keys in shards.items() for key in keys}
+    index = {"metadata": {}, "weight_map": weight_map}
+    (file.parent / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    fleet = open_fleet(str(checkpoint))
+    assert torch.equal(draw(fleet), draw(dev.ours))
+    fleet.close()
+
+
+def draw(fleet: LocalFleet) -> Tensor:
+    """Pixels of a small request."""
+    return fleet.tensors(prompt="a red apple", seed=1, height=32, width=32, num_inference_steps=2)["pixels"]
+
+
+def test_weights_are_cast_to_the_asked_type(dev: Pair) -> None:
+    model = dev.ours.model
+    spec = model.pipeline.service("denoising")
+    (stage,) = load_stages(model, spec, device=torch.device("cpu"), dtype=torch.bfloat16)
+    transformer = vars(stage)["_transformer"]
+    assert {parameter.dtype for parameter in transformer.parameters()} == {torch.bfloat16}
+    assert not any(parameter.requires_grad for parameter in transformer.parameters())
+
+
+def test_numerics_fingerprint_tells_types_apart() -> None:
+    cpu = torch.device("cpu")
+    assert numerics_fingerprint(cpu, torch.float32) == numerics_fingerprint(cpu, torch.float32)
+    assert numerics_fingerprint(cpu, torch.float32) != numerics_fingerprint(cpu, torch.bfloat16)

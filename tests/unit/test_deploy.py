@@ -1,0 +1,91 @@
+"""What the containers run with: names agree everywhere, and every setting is one that its service reads."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from common.settings import SettingsError, load_settings
+from services.cli.serve import service_names
+from services.coordinator.settings import CoordinatorSettings
+from services.worker import WorkerSettings
+
+ROOT = Path(__file__).resolve().parents[2]
+DEPLOY = ROOT / "configs" / "deploy"
+DOCKERFILE = (ROOT / "Dockerfile").read_text()
+SERVICES = service_names()
+
+
+def _compose(name: str) -> dict[str, Any]:
+    """The services of a compose file, with its variables at their defaults."""
+    text = re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", (ROOT / name).read_text())
+    services: dict[str, Any] = yaml.safe_load(text)["services"]
+    return services
+
+
+COMPOSE = _compose("compose.yaml")
+GPU = _compose("compose.gpu.yaml")
+
+
+def _settings(service: str, environ: dict[str, str]) -> CoordinatorSettings | WorkerSettings:
+    arguments = ["--config", str(DEPLOY / f"{service}.toml")]
+    if service == "coordinator":
+        return load_settings(CoordinatorSettings, arguments, prog=service, environ=environ)
+    return load_settings(WorkerSettings, arguments, prog=service, environ=environ)
+
+
+def _seconds(duration: str) -> float:
+    return float(duration.removesuffix("s"))
+
+
+def test_a_service_has_one_name() -> None:
+    assert set(COMPOSE) - {"redis"} == set(SERVICES)
+    assert {path.stem for path in DEPLOY.glob("*.toml")} == set(SERVICES)
+    protos = {path.stem for path in (ROOT / "proto" / "fleet" / "v1").glob("*.proto")}
+    assert set(SERVICES) - {"coordinator"} <= protos
+    assert set(GPU) <= set(SERVICES)
+
+
+@pytest.mark.parametrize("service", SERVICES)
+def test_compose_starts_it_with_settings_that_it_reads(service: str) -> None:
+    spec = COMPOSE[service]
+    assert spec["command"] == [service, "--config", f"/etc/fleet/{service}.toml"]
+    for environ in (spec["environment"], spec["environment"] | GPU.get(service, {}).get("environment", {})):
+        settings = _settings(service, environ)
+        read = {f"FLEET_{name.upper()}" for name in vars(settings)}
+        assert set(environ) <= read
+        assert _seconds(spec["stop_grace_period"]) > settings.grace_seconds
+        assert f"127.0.0.1:{settings.listen.rpartition(':')[2]}" in DOCKERFILE
+
+
+def test_a_misspelt_setting_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "decoding.toml"
+    path.write_text((DEPLOY / "decoding.toml").read_text().replace("capacity", "capasity"))
+    environ = COMPOSE["decoding"]["environment"]
+    with pytest.raises(SettingsError, match="capasity"):
+        load_settings(WorkerSettings, ["--config", str(path)], prog="decoding", environ=environ)
+
+
+def test_images_are_targets_of_the_dockerfile() -> None:
+    targets = set(re.findall(r"^FROM \S+ AS (\S+)$", DOCKERFILE, flags=re.MULTILINE))
+    for spec in [*COMPOSE.values(), *GPU.values()]:
+        if "build" in spec:
+            assert spec["build"]["target"] in targets
+            assert spec["image"] == f"diffusion-fleet:{spec['build']['target']}"
+
+
+def test_everything_starts_after_redis_is_healthy() -> None:
+    assert "healthcheck" in COMPOSE["redis"]
+    assert all(COMPOSE[name]["depends_on"] == {"redis": {"condition": "service_healthy"}} for name in SERVICES)
+    command = " ".join(COMPOSE["redis"]["command"])
+    assert "--appendonly yes" in command
+    assert "--appendfsync always" in command
+
+
+def test_the_gpu_file_gives_every_stage_the_same_dtype() -> None:
+    workers = set(SERVICES) - {"coordinator"}
+    assert {GPU[name]["environment"]["FLEET_DTYPE"] for name in workers} == {"bfloat16"}
