@@ -84,7 +84,20 @@ def _register_flux(registry: Registry) -> None:
     )
 
 
-_FAMILIES = (_register_flux,)
+def _register_wan(registry: Registry) -> None:
+    registry.register_configs(
+        "WanPipeline",
+        sampling_params="configs.sample.wan:WanSamplingParams",
+        pipeline_config="configs.pipeline_configs.wan:WanPipelineConfig",
+    )
+    registry.register_configs(
+        "WanImageToVideoPipeline",
+        sampling_params="configs.sample.wan:WanImageToVideoSamplingParams",
+        pipeline_config="configs.pipeline_configs.wan:WanImageToVideoPipelineConfig",
+    )
+
+
+_FAMILIES = (_register_flux, _register_wan)
 
 
 def load_registry(plugins: Iterable[Path] = ()) -> Registry:

@@ -119,7 +119,7 @@ class SelfAttention(nn.Module):
 
     def heads(self, x: Tensor) -> Tensor:
         """(B, tokens, D) to (B, tokens, heads, head size)."""
-        return x.unflatten(-1, (-1, self.head_size))
+        return x.reshape(*x.shape[:-1], -1, self.head_size)
 
     def forward(self, x_BSD: Tensor, rotation: Rotation) -> Tensor:
         """(B, S, D) to the same."""
@@ -183,7 +183,8 @@ class WanTransformerBlock(nn.Module):
         x_BSD = (x_BSD.float() + attended * gate[:, None]).to(dtype)
         x_BSD = x_BSD + self.attn2.cross(self.norm2(x_BSD), text_BTD, image_BVD)
         fed = self.ffn(self.norm(x_BSD.float(), ff_scale, ff_shift).to(dtype))
-        return (x_BSD.float() + fed.float() * ff_gate[:, None]).to(dtype)
+        result: Tensor = (x_BSD.float() + fed.float() * ff_gate[:, None]).to(dtype)
+        return result
 
 
 class WanTransformer3DModel(nn.Module):
@@ -231,7 +232,7 @@ class WanTransformer3DModel(nn.Module):
 
     def _unpatchify(self, patches: Tensor, grid: tuple[int, ...]) -> Tensor:
         """(B, S, channels of a patch) to (B, channels, frames, rows, columns); a patch is (t, y, x, channel)."""
-        video = patches.unflatten(2, (*self.patch_size, -1)).unflatten(1, grid)
+        video = patches.reshape(patches.shape[0], *grid, *self.patch_size, -1)
         return video.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
 

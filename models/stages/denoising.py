@@ -105,12 +105,16 @@ class DenoisingStage(PipelineStage[DenoisingInput, DenoisingOutput]):
 
 
 def merge_conditioning(text: Conditioning, image: Conditioning | None) -> Conditioning:
-    """What text and image encoders made, as one. Raises InvalidInput for a keyword that both made."""
+    """What text and image encoders made, as one. The negative branch, if there is one, sees the same pictures.
+
+    Raises InvalidInput for a keyword that both made.
+    """
     if image is None:
         return text
     if twice := sorted(text.prompt_embeds.keys() & image.prompt_embeds.keys()):
         raise InvalidInput(f"text and image encoders both made {twice}", field="image_conditioning")
+    negative = text.negative_prompt_embeds
     return Conditioning(
         prompt_embeds={**text.prompt_embeds, **image.prompt_embeds},
-        negative_prompt_embeds={**text.negative_prompt_embeds, **image.negative_prompt_embeds},
+        negative_prompt_embeds=negative and {**negative, **(image.negative_prompt_embeds or image.prompt_embeds)},
     )

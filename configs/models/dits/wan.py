@@ -18,7 +18,7 @@ class WanTransformerConfig:
     together, in models that take both.
     """
 
-    patch_size: tuple[int, ...] = (1, 2, 2)
+    patch_size: tuple[int, int, int] = (1, 2, 2)
     num_attention_heads: int = 40
     attention_head_dim: int = 128
     in_channels: int = 16
@@ -49,9 +49,11 @@ class WanTransformerConfig:
         """Read config.json of the module. Raises CheckpointError."""
         fields = ConfigFields(module, values)
         fields.only("qk_norm", "rms_norm_across_heads")
-        patch_size = fields.integers("patch_size", cls.patch_size)
-        if len(patch_size) != 3:
-            raise fields.error("patch_size", "must be frames, rows and columns of a patch")
+        match fields.integers("patch_size", cls.patch_size):
+            case (frames, rows, columns):
+                patch_size = (frames, rows, columns)
+            case _:
+                raise fields.error("patch_size", "must be frames, rows and columns of a patch")
         in_channels = fields.integer("in_channels", cls.in_channels)
         config = cls(
             patch_size=patch_size,
