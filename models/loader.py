@@ -7,6 +7,8 @@ import importlib
 import importlib.metadata
 import json
 import platform
+import textwrap
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +27,9 @@ if TYPE_CHECKING:
     from models.catalog import ServedModel
 
 
+# Letters of another library's error that are worth a line.
+MOST_TOLD = 400
+
 ModuleLoader = Callable[["Checkpoint", str, torch.device, torch.dtype], Any]
 """Loads one module of a checkpoint, by its name in model_index.json, for inference. Raises CheckpointError."""
 
@@ -36,6 +41,18 @@ def load_stages(
 
     A denoising stage tells its caller a checkpoint after every `checkpoint_every` steps; 0 means never.
     """
+    with _LOADING:
+        return _load_stages(model, service, device, dtype, checkpoint_every)
+
+
+# While it loads a model, transformers changes defaults of the whole process, such as the type of new tensors: services
+# that share a process load one after the other.
+_LOADING = threading.Lock()
+
+
+def _load_stages(
+    model: ServedModel, service: ServiceSpec, device: torch.device, dtype: torch.dtype, checkpoint_every: int
+) -> list[PipelineStage[Any, Any]]:
     config_class: type[PipelineConfig] = resolve(model.entry.pipeline_config)
     config = config_class.from_checkpoint(model.checkpoint)
     config = replace(config, device=device, dtype=dtype, checkpoint_every=checkpoint_every)
@@ -116,7 +133,7 @@ def _from_pretrained(checkpoint: Checkpoint, name: str, options: Mapping[str, An
     try:
         return cls.from_pretrained(checkpoint.path / name, local_files_only=True, **options)
     except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
-        sentence = " ".join(str(error).split())
+        sentence = textwrap.shorten(str(error), MOST_TOLD, placeholder=" ...")
         raise CheckpointError(f"{name}: {class_name} cannot be loaded: {sentence}") from error
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import io
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -83,15 +82,13 @@ def open_fleet(reference: str, dtype: torch.dtype = torch.float32) -> LocalFleet
     return LocalFleet(open_model(reference, load_registry()), dtype)
 
 
-def reference_run(
-    pipeline: Any, *, seed: int, call: Callable[..., Any] | None = None, **given: Any
-) -> dict[str, Tensor]:
+def reference_run(pipeline: Any, *, seed: int, **given: Any) -> dict[str, Tensor]:
     """latents and pixels that Diffusers' pipeline gives for the same request."""
     results = {}
     for name, output_type in (("latents", "latent"), ("pixels", "pt")):
         generator = torch.Generator("cpu").manual_seed(seed)
         with torch.inference_mode():
-            results[name] = (call or pipeline)(**given, generator=generator, output_type=output_type).images
+            results[name] = pipeline(**given, generator=generator, output_type=output_type).images
     return results
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 from dataclasses import dataclass
 
 from redis.asyncio import Redis
@@ -18,6 +19,14 @@ from common.state.presence import Presence
 from fleet.v1 import worker_pb2
 
 _ASK_AGAIN_SECONDS = 1.0
+_RETRY_SECONDS = 0.5
+_CLOSE_SECONDS = 1.0
+
+_log = logging.getLogger(__name__)
+
+
+class NoWorkers(Unavailable):
+    """No live worker serves the model's service."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +47,7 @@ class Slots:
         self._ask_again_seconds = ask_again_seconds
         self._waiting: dict[str, asyncio.Future[bytes]] = {}
         self._numbers = itertools.count()
+        self._releases: set[asyncio.Task[None]] = set()
         presence.on_grant = self._granted
 
     async def claim(
@@ -52,8 +62,9 @@ class Slots:
     ) -> Slot:
         """Wait for a slot; when it is free at once, that is one round trip.
 
-        `deadline_ms`, since the epoch, only ranks; 0 is none. Raises Unavailable when for `patience_seconds` there was
-        no live worker at all (None waits for ever), or when the store is away. An abandoned claim leaves the queue.
+        `deadline_ms`, since the epoch, only ranks; 0 is none. Raises NoWorkers when for `patience_seconds` there was
+        no live worker at all (None waits for ever), and Unavailable when the store is away. An abandoned claim leaves
+        the queue.
         """
         ticket = f"{request_id}/{self._owner}/{next(self._numbers)}"
         place = f"{model}/{service}"
@@ -63,7 +74,7 @@ class Slots:
             info = await self._wait(ticket, place, granted, (str(priority), str(deadline_ms)), patience_seconds)
             return Slot(ticket, place, worker_pb2.WorkerInfo.FromString(info))
         except BaseException:
-            await asyncio.shield(self._release(ticket, place))
+            self._release(ticket, place)
             raise
         finally:
             del self._waiting[ticket]
@@ -80,17 +91,42 @@ class Slots:
             if int(reply[1]):
                 last_seen = loop.time()
             elif patience is not None and loop.time() - last_seen >= patience:
-                raise Unavailable(f"no worker serves {place}, and none came within {patience:g} s")
-            await asyncio.wait({granted}, timeout=self._ask_again_seconds)
+                raise NoWorkers(f"no worker serves {place}, and none came within {patience:g} s")
+            pause = self._ask_again_seconds if patience is None else min(self._ask_again_seconds, max(patience, 0.01))
+            await asyncio.wait({granted}, timeout=pause)
             if granted.done():
                 return granted.result()
 
-    async def release(self, slot: Slot) -> None:
-        """Give a slot back; it goes to who is next. Raises Unavailable when the store is away."""
-        await self._release(slot.ticket, slot.place)
+    def release(self, slot: Slot) -> None:
+        """Give a slot back; it goes to who is next. Done in the background, and for as long as the store is away."""
+        self._release(slot.ticket, slot.place)
 
-    async def _release(self, ticket: str, place: str) -> None:
-        await run_script(self._redis, "release", ticket, place)
+    def _release(self, ticket: str, place: str) -> None:
+        task = asyncio.create_task(self._keep_releasing(ticket, place))
+        self._releases.add(task)
+        task.add_done_callback(self._releases.discard)
+
+    async def _keep_releasing(self, ticket: str, place: str) -> None:
+        while True:
+            try:
+                await run_script(self._redis, "release", ticket, place)
+            except Unavailable as error:
+                _log.warning("cannot give back a slot of %s yet: %s", place, error)
+                await asyncio.sleep(_RETRY_SECONDS)
+            else:
+                return
+
+    async def settle(self) -> None:
+        """Wait until all that was released is free."""
+        await asyncio.gather(*self._releases)
+
+    async def close(self) -> None:
+        """Settle if the store is there; what is not given back then is free once the presence ends."""
+        if self._releases:
+            await asyncio.wait(self._releases, timeout=_CLOSE_SECONDS)
+        for release in self._releases:
+            release.cancel()
+        await asyncio.gather(*self._releases, return_exceptions=True)
 
     def _granted(self, ticket: str, info: bytes) -> None:
         waiting = self._waiting.get(ticket)

@@ -47,7 +47,7 @@ class StandardPipelineConfig(PipelineConfig):
     """
 
     latent_part: ClassVar[str] = "image"
-    """Name of the part of Latents that is denoised: "image", or "video", whose third raw dimension is time."""
+    """The part of Latents that is drawn, denoised and decoded: "image" or "video"."""
 
     @property
     @abstractmethod

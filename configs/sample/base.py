@@ -176,7 +176,8 @@ class SamplingParams:
         for name, asked in sizes.items():
             sizes[name] = asked // multiple * multiple
             if not sizes[name]:
-                raise InvalidInput(f"{name} must be at least {multiple}, but is {asked}", field=name)
+                message = f"{name} must be at least {multiple}, but is {asked}; sizes are multiples of {multiple}"
+                raise InvalidInput(message, field=name)
             if sizes[name] != asked:
                 message = f"{name} {asked} is not a multiple of {multiple}; {sizes[name]} is used instead"
                 warnings.append(ParamWarning(name, message))

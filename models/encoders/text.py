@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 Warn = Callable[[str, str], None]
 
+MOST_TOLD = 2000
+
 
 class TextEncoder:
     """A tokenizer and an encoder of transformers. Raises CheckpointError when the two do not fit."""
@@ -55,7 +57,7 @@ class TextEncoder:
         whole = self._tokenizer(source.text, return_tensors="pt").input_ids
         if whole.shape[1] > limit:
             # The last token that fits is the end mark, as is the last one of the whole text.
-            removed = self._tokenizer.decode(whole[0, limit - 1 : -1])
+            removed = shorten(self._tokenizer.decode(whole[0, limit - 1 : -1]))
             warn(
                 source.field,
                 f"{self._encoding.encoder} reads at most {limit} tokens, and the text has {whole.shape[1]}; "
@@ -63,3 +65,8 @@ class TextEncoder:
             )
         given = (tokens.input_ids, tokens.attention_mask) if self._encoding.masked else (tokens.input_ids,)
         return self._encoding.output(self._encoder(*given), tokens.attention_mask)
+
+
+def shorten(text: str) -> str:
+    """The text, or its beginning: a warning is kept and sent with every answer."""
+    return text if len(text) <= MOST_TOLD else f"{text[:MOST_TOLD]} ..."

@@ -34,45 +34,58 @@ class DenoisingStage(PipelineStage[DenoisingInput, DenoisingOutput]):
         Reports every step, ends within one when cancelled, and continues after resume_from.step to the same bytes.
         """
         device, total = self._config.device, x.schedule.num_inference_steps
-        noise = x.initial_latents.parts[self._config.latent_part]
-        condition = self._condition(x)
-        positive, negative = self._branches(x, noise.raw_latent_shape)
-        timesteps = x.schedule.timesteps.to(device)
+        shape = x.initial_latents.parts[self._config.latent_part].raw_latent_shape
+        positive, negative = self._branches(x, shape)
+        condition, timesteps = self._condition(x), x.schedule.timesteps.to(device)
         solver = self._solver_class(self._scheduler, x.schedule)
         start, latents = self._start(x, solver)
         latents = latents.to(device)
         for step in range(start, total):
             call.check_cancelled()
-            t = timesteps[step]
-            timestep = self._config.model_timestep(t.expand(latents.shape[0]))
-            given = self._config.model_input(latents, condition)
-            prediction = self._transformer(hidden_states=given, timestep=timestep, **positive)
-            prediction = self._config.model_output(prediction, latents)
+            timestep = timesteps[step]
+            prediction = self._predict(latents, condition, timestep, positive)
             if negative is not None:
-                other = self._transformer(hidden_states=given, timestep=timestep, **negative)
-                other = self._config.model_output(other, latents)
+                other = self._predict(latents, condition, timestep, negative)
                 prediction = self._config.guide(prediction, other, x.sampling)
-            latents = solver.step(prediction, t, latents)
-            self._checkpoint(step + 1, total, latents, noise.raw_latent_shape, solver, call)
+            latents = solver.step(prediction, timestep, latents)
+            if self._is_checkpoint(step + 1, total):
+                state = DenoiseState(step=step + 1, latents=self._artifact(latents, shape), solver=solver.state())
+                call.on_checkpoint(state)
             call.progress(step + 1, total)
-        return DenoisingOutput(denoised_latents=self._latents(latents, noise.raw_latent_shape))
+        return DenoisingOutput(denoised_latents=self._artifact(latents, shape))
 
     def _branches(self, x: DenoisingInput, shape: tuple[int, ...]) -> tuple[Keywords, Keywords | None]:
         """The transformer's keywords besides latents and timestep, for both branches; batched and on the device."""
         embeds = merge_conditioning(x.text_conditioning, x.image_conditioning)
-        config, sampling = self._config, x.sampling
-        own = config.prepare_pos_cond_kwargs(embeds.prompt_embeds, shape, sampling)
-        positive = self._keywords(embeds.prompt_embeds, own, sampling)
+        own = self._config.prepare_pos_cond_kwargs(embeds.prompt_embeds, shape, x.sampling)
+        positive = self._keywords(embeds.prompt_embeds, own, x.sampling)
         if not embeds.negative_prompt_embeds:
             return positive, None
-        own = config.prepare_neg_cond_kwargs(embeds.negative_prompt_embeds, shape, sampling)
-        return positive, self._keywords(embeds.negative_prompt_embeds, own, sampling)
+        own = self._config.prepare_neg_cond_kwargs(embeds.negative_prompt_embeds, shape, x.sampling)
+        return positive, self._keywords(embeds.negative_prompt_embeds, own, x.sampling)
 
     def _keywords(self, embeds: Mapping[str, Tensor], own: Mapping[str, Tensor | None], sampling: Sampling) -> Keywords:
         device, batch = self._config.device, sampling.num_outputs_per_prompt
         keywords: Keywords = {name: value.to(device).repeat_interleave(batch, 0) for name, value in embeds.items()}
         keywords.update({name: None if value is None else value.to(device) for name, value in own.items()})
         return keywords
+
+    def _start(self, x: DenoisingInput, solver: Solver) -> tuple[int, Tensor]:
+        """The step to begin with, and the latents before it."""
+        noise = x.initial_latents.parts[self._config.latent_part].latents
+        state, total = x.resume_from, x.schedule.num_inference_steps
+        if state is None:
+            return 0, noise
+        if not 0 <= state.step <= total:
+            raise InvalidInput(f"step {state.step} is not one of 0 to {total}", field="resume_from.step")
+        part = state.latents.parts.get(self._config.latent_part)
+        if part is None or part.latents.shape != noise.shape:
+            raise InvalidInput(
+                f"a loop that started at latents {tuple(noise.shape)} cannot continue at others",
+                field="resume_from.latents",
+            )
+        solver.restore(state.step, state.solver)
+        return state.step, part.latents
 
     def _condition(self, x: DenoisingInput) -> Tensor | None:
         """Latents of the request's pictures, batched and on the device."""
@@ -81,27 +94,18 @@ class DenoisingStage(PipelineStage[DenoisingInput, DenoisingOutput]):
         condition = x.image_latents.parts["condition"].latents.to(self._config.device)
         return condition.repeat_interleave(x.sampling.num_outputs_per_prompt, 0)
 
-    def _start(self, x: DenoisingInput, solver: Solver) -> tuple[int, Tensor]:
-        """The step to begin with, and the latents before it."""
-        part = self._config.latent_part
-        if x.resume_from is None:
-            return 0, x.initial_latents.parts[part].latents
-        state, total = x.resume_from, x.schedule.num_inference_steps
-        if not 0 <= state.step <= total:
-            raise InvalidInput(f"step {state.step} is not one of 0 to {total}", field="resume_from.step")
-        solver.restore(state.step, state.solver)
-        return state.step, state.latents.parts[part].latents
+    def _predict(self, latents: Tensor, condition: Tensor | None, timestep: Tensor, keywords: Keywords) -> Tensor:
+        model_timestep = self._config.model_timestep(timestep.expand(latents.shape[0]))
+        given = self._config.model_input(latents, condition)
+        prediction: Tensor = self._transformer(hidden_states=given, timestep=model_timestep, **keywords)
+        return self._config.model_output(prediction, latents)
 
-    def _latents(self, latents: Tensor, shape: tuple[int, ...]) -> Latents:
-        part = LatentPart(latents=latents.cpu(), raw_latent_shape=shape)
-        return Latents(parts={self._config.latent_part: part})
-
-    def _checkpoint(
-        self, step: int, total: int, latents: Tensor, shape: tuple[int, ...], solver: Solver, call: Call
-    ) -> None:
+    def _is_checkpoint(self, done: int, total: int) -> bool:
         every = self._config.checkpoint_every
-        if every and step < total and step % every == 0:
-            call.on_checkpoint(DenoiseState(step=step, latents=self._latents(latents, shape), solver=solver.state()))
+        return every > 0 and done % every == 0 and done < total
+
+    def _artifact(self, latents: Tensor, shape: tuple[int, ...]) -> Latents:
+        return Latents(parts={self._config.latent_part: LatentPart(latents=latents.cpu(), raw_latent_shape=shape)})
 
 
 def merge_conditioning(text: Conditioning, image: Conditioning | None) -> Conditioning:

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 from common.artifacts import ParamValue
 from common.errors import InternalError, InvalidInput
@@ -101,7 +102,7 @@ async def _at_endpoint(endpoint: str, request: generation_pb2.SubmitRequest, out
 
 async def _in_process(
     model: ServedModel,
-    dtype: str | None,
+    dtype: Literal["float32", "bfloat16"] | None,
     redis_url: str,
     directory: Path,
     request: generation_pb2.SubmitRequest,

@@ -51,6 +51,7 @@ HOP_BUDGET_MS = {4 * MIB: 8.0, 8 * MIB: 14.0}
 LARGE_GB_PER_SECOND = 1.0
 LARGE_TIMES_TCP = 3.0
 STALL_MS = 25.0
+UNDER_WAY_MIB = 32.0  # frames under way, and what malloc keeps of smaller payloads
 # A FLUX.1-dev request of 28 steps takes about 3.6 s on one H100; its hops are one of embeddings and two of latents.
 REQUEST_MS, REQUEST_SHARE = 3600.0, 0.01
 MALLOC = "glibc.malloc.mmap_threshold=268435456:glibc.malloc.trim_threshold=268435456:glibc.malloc.arena_max=4"
@@ -206,7 +207,6 @@ async def main() -> None:
     args = parser.parse_args()
     print_machine(f"Hops between processes of one machine, {args.repeats} of each size")
     routes: dict[int, Route] = {}
-    parts: dict[int, dict[str, float]] = {}
     tcp: dict[int, float] = {}
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -221,10 +221,9 @@ async def main() -> None:
         for size in SIZES.values():
             routes[size] = await measure(coordinator, size, args.repeats, idle)
             tcp[size] = transfer(size, args.repeats)
-            parts[size] = parts_of(size, args.repeats)
         for channel in channels:
             await channel.close()
-    report(routes, parts, tcp)
+    report(routes, {size: parts_of(size, args.repeats) for size in SIZES.values()}, tcp)
 
 
 def report(routes: Mapping[int, Route], parts: Mapping[int, Mapping[str, float]], tcp: Mapping[int, float]) -> None:
@@ -263,7 +262,8 @@ def report(routes: Mapping[int, Route], parts: Mapping[int, Mapping[str, float]]
     slower = max(median(routes[large].first_half), median(routes[large].second_half))
     print_verdict("64 MB between two processes", large / 1e6 / slower, LARGE_GB_PER_SECOND, "GB/s", at_least=True)
     print_verdict("64 MB between two processes, times raw TCP", slower / tcp[large], LARGE_TIMES_TCP, "")
-    print_verdict("memory of the coordinator at 64 MB", routes[large].memory / large, 1.25, "payloads")
+    beyond = (routes[large].memory - large) / MIB
+    print_verdict("memory of the coordinator at 64 MB, beyond the payload itself", beyond, UNDER_WAY_MIB, "MiB")
     print_verdict("longest stall of the coordinator's loop", max(r.stall for r in routes.values()), STALL_MS, "ms")
     say()
 

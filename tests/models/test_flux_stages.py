@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 
 from common.artifacts import Canvas, Conditioning, DenoiseState, Latents, Prompt, Sampling
 from common.errors import Cancelled, InternalError, InvalidInput
@@ -105,6 +106,12 @@ def test_text_that_is_cut_is_told(dev: Pair) -> None:
     assert negative.endswith("red moon")
 
 
+def test_very_long_text_is_told_in_part(dev: Pair) -> None:
+    heard = Heard()
+    run(dev, "text_encoding", {"prompt": Prompt(prompt="the cat " * 4000), "sampling": SAMPLING}, heard.call())
+    assert [len(message) < 2200 for _, message in heard.warnings] == [True, True]
+
+
 def test_text_that_just_fits_is_not_told(dev: Pair) -> None:
     heard = Heard()
     prompt = Prompt(prompt="the " * 75, prompt_2="a red cat", max_sequence_length=4)
@@ -134,6 +141,14 @@ def test_schedule_ends_at_zero(prepared: Slots) -> None:
     assert schedule.sigmas.shape == (STEPS + 1,)
     assert schedule.sigmas[0] == 1
     assert schedule.sigmas[-1] == 0
+
+
+def test_schedule_with_a_fixed_shift(dev: Pair) -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    stage = TimestepPreparationStage(load_config(dev), {"scheduler": scheduler})
+    given = contracts.TimestepPreparationInput(canvas=CANVAS, sampling=SAMPLING)
+    sigmas = torch.tensor([1.0, 0.8, 0.6, 0.4, 0.2, 0.0])
+    torch.testing.assert_close(stage.run(given, Call("test")).schedule.sigmas, 3 * sigmas / (1 + 2 * sigmas))
 
 
 def test_requests_leave_no_trace(dev: Pair, prepared: Slots) -> None:
@@ -171,6 +186,15 @@ def test_resuming_outside_the_schedule(dev: Pair, prepared: Slots, step: int) ->
     with pytest.raises(InvalidInput) as caught:
         run(dev, "denoising", {**prepared, "resume_from": state})
     assert caught.value.field == "resume_from.step"
+
+
+def test_resuming_at_latents_of_another_size(dev: Pair, prepared: Slots) -> None:
+    part = prepared["initial_latents"].parts["image"]
+    smaller = dataclasses.replace(part, latents=part.latents[:1])
+    state = DenoiseState(step=1, latents=Latents(parts={"image": smaller}))
+    with pytest.raises(InvalidInput) as caught:
+        run(dev, "denoising", {**prepared, "resume_from": state})
+    assert caught.value.field == "resume_from.latents"
 
 
 def test_resuming_with_the_state_of_another_solver(dev: Pair, prepared: Slots) -> None:

@@ -9,11 +9,11 @@ from contextlib import asynccontextmanager
 import pytest
 from redis.asyncio import Redis
 
-from common.errors import FailedPrecondition, InvalidInput, Unavailable
+from common.errors import FailedPrecondition, InvalidInput
 from common.stage import Contract
 from common.state.connection import connect, run_script
 from common.state.presence import Presence
-from common.state.slots import Slot, Slots
+from common.state.slots import NoWorkers, Slot, Slots
 from common.state.workers import WorkerRegistry
 from fleet.v1 import worker_pb2
 from redis_servers import running_server, server_binaries, until
@@ -58,6 +58,7 @@ async def slots_of(redis: Redis, owner: str, *, ask_again_seconds: float = SLOW)
     slots = Slots(redis, presence, ask_again_seconds=ask_again_seconds)
     await presence.start()
     yield slots
+    await slots.settle()
     await presence.stop()
 
 
@@ -80,7 +81,7 @@ def test_slots_go_by_priority_then_deadline_then_arrival(url: str) -> None:
             async def take(slots: Slots, name: str, priority: int, deadline: int) -> None:
                 slot = await slots.claim("emoji", "denoising", name, priority=priority, deadline_ms=deadline)
                 order.append(name)
-                await slots.release(slot)
+                slots.release(slot)
 
             first = await mine.claim("emoji", "denoising", "first")
             waiting = []
@@ -97,9 +98,11 @@ def test_slots_go_by_priority_then_deadline_then_arrival(url: str) -> None:
             ):
                 waiting.append(asyncio.create_task(take(slots, name, priority, deadline)))
                 await queued(registry, number)
-            await mine.release(first)
+            mine.release(first)
             await asyncio.gather(*waiting)
             assert order == ["high", "soon", "late", "plain 1", "plain 2", "low"]
+            await mine.settle()
+            await others.settle()
             assert await redis.keys("fleet:slots:*") == []
             assert await redis.keys("fleet:waiting:*") == []
         await registry.withdraw("w")
@@ -119,7 +122,7 @@ def test_slots_spread_over_workers_up_to_their_capacity(url: str) -> None:
             assert (load.capacity, load.busy, load.queued) == (3, 3, 0)
             waiting = asyncio.create_task(slots.claim("emoji", "denoising", "r3"))
             await queued(registry, 1)
-            await slots.release(taken[0])
+            slots.release(taken[0])
             assert (await waiting).worker.worker_id == taken[0].worker.worker_id
         for name in ("one", "two"):
             await registry.withdraw(name)
@@ -138,7 +141,8 @@ def test_idle_workers_take_turns(url: str) -> None:
             for number in range(6):
                 slot = await slots.claim("emoji", "denoising", f"r{number}")
                 seen.append(slot.worker.worker_id)
-                await slots.release(slot)
+                slots.release(slot)
+                await slots.settle()
             assert sorted(seen[:3]) == sorted(seen[3:]) == ["one", "three", "two"]
         for name in ("one", "two", "three"):
             await registry.withdraw(name)
@@ -170,8 +174,10 @@ def test_an_abandoned_claim_leaves_queue_and_slot(url: str) -> None:
             waiting.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await waiting
+            await slots.settle()
             assert (await registry.load("emoji", "denoising")).queued == 0
-            await slots.release(held)
+            slots.release(held)
+            await slots.settle()
             assert (await registry.load("emoji", "denoising")).busy == 0
         await registry.withdraw("w")
 
@@ -224,7 +230,7 @@ def test_a_suspect_is_out_until_its_next_beat(url: str) -> None:
         async with slots_of(redis, "a") as slots:
             lost = await slots.claim("emoji", "denoising", "r")
             await registry.suspect("w")
-            await slots.release(lost)
+            slots.release(lost)
             assert (await slots.claim("emoji", "denoising", "r", patience_seconds=5)).worker.worker_id == "w"
         await registry.withdraw("w")
 
@@ -234,15 +240,16 @@ def test_a_suspect_is_out_until_its_next_beat(url: str) -> None:
 def test_patience_ends_only_without_workers(url: str) -> None:
     async def story(redis: Redis) -> None:
         async with slots_of(redis, "a", ask_again_seconds=0.01) as slots:
-            with pytest.raises(Unavailable, match="no worker serves emoji/denoising, and none came"):
+            with pytest.raises(NoWorkers, match="no worker serves emoji/denoising, and none came"):
                 await slots.claim("emoji", "denoising", "r", patience_seconds=0.05)
+            await slots.settle()
             registry = WorkerRegistry(redis)
             assert (await registry.load("emoji", "denoising")).queued == 0
             await registry.announce(worker("w"))
             held = await slots.claim("emoji", "denoising", "r", patience_seconds=0.0)
             waiting = asyncio.create_task(slots.claim("emoji", "denoising", "s", patience_seconds=0.0))
             await queued(registry, 1)
-            await slots.release(held)
+            slots.release(held)
             assert isinstance(await waiting, Slot)
             await registry.withdraw("w")
 

@@ -1,0 +1,75 @@
+"""A whole fleet in this process: the same services over the same gRPC, behind unix sockets in a private directory."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from models.catalog import ServedModel
+from services.coordinator.coordinator import Coordinator, start_coordinator
+from services.coordinator.settings import CoordinatorSettings
+from services.worker import Worker, WorkerSettings, start_worker
+
+_GRACE_SECONDS = 5.0
+
+Dtype = Literal["float32", "bfloat16"]
+
+
+class LocalFleet:
+    """The coordinator and workers of one process. start_fleet() makes one; stop() ends it, also when half started."""
+
+    def __init__(self, endpoint: str) -> None:
+        self.endpoint = endpoint
+        self._coordinators: list[Coordinator] = []
+        self._workers: list[Worker] = []
+
+    async def add_coordinator(self, models: Sequence[ServedModel], settings: CoordinatorSettings) -> None:
+        """Start the coordinator."""
+        self._coordinators.append(await start_coordinator(models, settings))
+
+    async def add_worker(self, service: str, model: ServedModel, settings: WorkerSettings) -> None:
+        """Start a worker; it loads its weights in a thread of its own."""
+        self._workers.append(await start_worker(service, model, settings))
+
+    async def stop(self) -> None:
+        """End everything, the coordinator first: it finishes with the workers' help."""
+        await asyncio.gather(*(each.stop(_GRACE_SECONDS) for each in self._coordinators))
+        await asyncio.gather(*(each.stop(_GRACE_SECONDS) for each in self._workers))
+
+
+async def start_fleet(
+    models: Sequence[ServedModel], *, redis_url: str, dtype: Dtype | None, directory: Path
+) -> LocalFleet:
+    """Start every service of the models at once, their sockets in `directory`; returns when all can be called.
+
+    Raises the first FleetError, such as CheckpointError for weights that cannot be loaded, with everything ended.
+    """
+    fleet = LocalFleet(f"unix:{directory}/coordinator.sock")
+    settings = CoordinatorSettings(model=tuple(model.name for model in models), listen=fleet.endpoint, redis=redis_url)
+    try:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(fleet.add_coordinator(models, settings))
+            for number, model in enumerate(models):
+                for spec in model.pipeline.services:
+                    group.create_task(
+                        fleet.add_worker(
+                            spec.service,
+                            model,
+                            WorkerSettings(
+                                model=model.name,
+                                redis=redis_url,
+                                listen=f"unix:{directory}/{spec.service}-{number}.sock",
+                                dtype=dtype or "auto",
+                                announce_seconds=_GRACE_SECONDS,
+                            ),
+                        )
+                    )
+    except BaseExceptionGroup as failures:
+        await fleet.stop()
+        raise failures.exceptions[0] from None
+    except asyncio.CancelledError:
+        await fleet.stop()
+        raise
+    return fleet

@@ -1,0 +1,48 @@
+"""Starts the coordinator as a process: `fleet serve coordinator`."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Sequence
+
+from common.errors import FleetError
+from common.rpc.serving import stop_signals
+from common.settings import load_settings
+from common.telemetry import setup_logging, start_metrics
+from models.catalog import ServedModel, open_model
+from models.registry import load_registry
+from services.coordinator.coordinator import start_coordinator
+from services.coordinator.settings import CoordinatorSettings
+
+_BAD_INPUT = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Serve until SIGTERM or SIGINT; 0 after a graceful end, 2 when the settings or models are wrong."""
+    try:
+        arguments = sys.argv[1:] if argv is None else argv
+        settings = load_settings(CoordinatorSettings, arguments, prog="fleet serve coordinator")
+        setup_logging("coordinator", level=settings.log_level, form=settings.log_format)
+        registry = load_registry(settings.plugins)
+        models = [open_model(reference, registry) for reference in settings.model]
+        return asyncio.run(_serve(models, settings))
+    except FleetError as error:
+        sys.stderr.write(f"coordinator: {error}\n")
+        return _BAD_INPUT
+
+
+async def _serve(models: Sequence[ServedModel], settings: CoordinatorSettings) -> int:
+    metrics = None if settings.metrics_port is None else start_metrics(settings.metrics_port)
+    async with stop_signals() as stop:
+        coordinator = await start_coordinator(models, settings)
+        sys.stderr.write(f"coordinator listens on {coordinator.address}\n")
+        await stop.wait()
+        await coordinator.stop(settings.grace_seconds)
+    if metrics is not None:
+        metrics.stop()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,136 @@
+"""A running coordinator: the server, what it keeps alive in the store, and how it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections.abc import Sequence
+
+from redis.asyncio import Redis
+
+from common.errors import FailedPrecondition, InvalidInput, Unavailable
+from common.rpc.framing import Limits
+from common.rpc.serving import FleetServer
+from common.state.connection import connect
+from common.state.presence import Presence
+from common.state.requests import RequestStore
+from common.state.slots import Slots
+from common.state.workers import WorkerRegistry
+from common.telemetry import QUEUE_LENGTH, MetricsInterceptor
+from fleet.v1 import generation_pb2
+from models.catalog import ServedModel
+from services.coordinator.dispatch import ArtifactMemory, Connections, Workers
+from services.coordinator.driver import Driver
+from services.coordinator.handlers import ServiceHandler
+from services.coordinator.service import GenerationService, OfferedModel
+from services.coordinator.settings import CoordinatorSettings
+
+_DELIVERY_SECONDS = 1.0  # for callers to hear of an end that came with the end of the grace time
+
+_log = logging.getLogger(__name__)
+
+
+class Coordinator:
+    """Accepts requests at `address` from start() to stop(). Ready, as health checks see it, while the store answers."""
+
+    def __init__(self, models: Sequence[ServedModel], settings: CoordinatorSettings) -> None:
+        self._models = {model.name: OfferedModel.of(model) for model in models}
+        if len(self._models) != len(models):
+            names = ", ".join(sorted(model.name for model in models))
+            raise InvalidInput(f"two models have one name ({names}); write OTHER=DIR for one of them", field="model")
+        self._settings = settings
+        self._redis: Redis = connect(settings.redis)
+        beat, ttl = settings.heartbeat_seconds, settings.heartbeat_ttl_seconds
+        owner = f"coordinator-{secrets.token_hex(6)}"
+        self._presence = Presence(self._redis, owner, beat_seconds=beat, ttl_seconds=ttl)
+        self._registry = WorkerRegistry(self._redis, beat_seconds=beat, ttl_seconds=ttl)
+        self._slots = Slots(self._redis, self._presence)
+        self._connections = Connections(Limits(total_bytes=settings.max_artifact_bytes))
+        workers = Workers(
+            self._slots,
+            self._registry,
+            self._connections,
+            ArtifactMemory(settings.max_artifact_bytes),
+            settings.stage_attempts,
+            settings.worker_wait_seconds,
+        )
+        store = RequestStore(self._redis, owner=owner, retention=settings.retention)
+        self._driver = Driver(store, workers, max_raw_result_bytes=settings.max_raw_result_bytes)
+        self._presence.on_cancel = self._driver.cancel
+        self._service = GenerationService(self._models, store, self._registry, self._driver, settings)
+        self._server = FleetServer(
+            settings.listen,
+            interceptors=[MetricsInterceptor("coordinator")],
+            max_message_bytes=settings.max_message_bytes,
+        )
+        self._present = False
+        self._housekeeping: asyncio.Task[None] | None = None
+
+    @property
+    def address(self) -> str:
+        """Where it listens."""
+        return self._server.address
+
+    async def start(self) -> None:
+        """Listen, and become ready once the store answers. Raises FailedPrecondition when it disagrees on a model."""
+        descriptor = generation_pb2.DESCRIPTOR.services_by_name["GenerationService"]
+        handler = ServiceHandler(descriptor, self._service.functions)
+        self._server.add(handler, handler.service_name)
+        await self._server.start()
+        try:
+            await self._keep_house()
+        except Unavailable as error:
+            _log.warning("not ready yet: %s", error)
+        self._housekeeping = asyncio.create_task(self._keep_keeping_house())
+
+    async def stop(self, grace: float) -> None:
+        """Accept nothing more, let running requests end within `grace` seconds, leave the store."""
+        began = asyncio.get_running_loop().time()
+        self._server.gate.close()
+        await self._server.set_ready(False)
+        await self._driver.drain(grace)
+        self._service.close()
+        left = grace - (asyncio.get_running_loop().time() - began)
+        await self._server.drain(max(left, _DELIVERY_SECONDS))
+        if self._housekeeping is not None:
+            self._housekeeping.cancel()
+            await asyncio.gather(self._housekeeping, return_exceptions=True)
+        await self._slots.close()
+        await self._connections.close()
+        await self._presence.stop()
+        await self._redis.aclose()
+
+    async def _keep_keeping_house(self) -> None:
+        while True:
+            await asyncio.sleep(self._settings.heartbeat_seconds)
+            try:
+                await self._keep_house()
+            except (Unavailable, FailedPrecondition) as error:
+                _log.error("not ready: %s", error)
+                await self._server.set_ready(False)
+
+    async def _keep_house(self) -> None:
+        """Be present, say what the models are, end what dead coordinators left behind; ready if all that works."""
+        if not self._present:
+            await self._presence.start()
+            self._present = True
+        for name, model in self._models.items():
+            contracts = {spec.service: spec.contract for spec in model.services}
+            await self._registry.declare(name, model.served.checkpoint.fingerprint, contracts)
+            for spec in model.services:
+                load = await self._registry.load(name, spec.service)
+                QUEUE_LENGTH.labels(spec.service, name).set(load.queued)
+            await self._driver.end_orphans(name)
+        await self._server.set_ready(True)
+
+
+async def start_coordinator(models: Sequence[ServedModel], settings: CoordinatorSettings) -> Coordinator:
+    """A coordinator that listens. Raises FleetError when its settings or its models cannot be served."""
+    coordinator = Coordinator(models, settings)
+    try:
+        await coordinator.start()
+    except BaseException:
+        await coordinator.stop(0)
+        raise
+    return coordinator

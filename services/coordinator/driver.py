@@ -1,0 +1,344 @@
+"""Takes accepted requests through the stages of their models, each to exactly one end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+from common.errors import DeadlineExceeded, FleetError, InternalError, NotFound, ResourceExhausted, Unavailable
+from common.pipeline import ServiceSpec, run_pipeline
+from common.rpc.framing import Packet
+from common.rpc.status import to_status
+from common.stage import Call, Contract
+from common.state.records import ResultFile, State, StateValue, state_event
+from common.state.requests import Admission, Limits, RequestStore
+from common.telemetry import REQUESTS, request_scope
+from fleet.v1 import artifacts_pb2, generation_pb2
+from services.coordinator.dispatch import Rank, WorkerRunner, Workers
+from services.coordinator.events import EventWriter
+
+_RETRY_SECONDS = 0.2
+_LONGEST_RETRY_SECONDS = 2.0
+_LATER_SECONDS = 1.0  # how much later the workers' deadline is, so that it is the coordinator who says it passed
+_RESULT_SLOT = "media"
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A validated request. `raw` results are kept in memory for the caller who waits, and never stored."""
+
+    record: generation_pb2.RequestRecord
+    services: Sequence[ServiceSpec]
+    values: Mapping[str, Packet]
+    limits: Limits
+    idempotency_key: str = ""
+    raw: bool = False
+
+
+@dataclass
+class Execution:
+    """A request under way in this coordinator. `files` are its result, once `task` is done."""
+
+    submission: Submission
+    seconds_left: float | None
+    task: asyncio.Task[None] | None = None
+    work: asyncio.Task[dict[str, Any]] | None = None
+    cancel_requested: bool = False
+    files: Sequence[ResultFile] = field(default=(), repr=False)
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    state: StateValue
+    error: generation_pb2.Error | None = None
+    files: Sequence[ResultFile] = ()
+
+
+class Driver:
+    """Admits requests and runs them. One for each coordinator."""
+
+    def __init__(self, store: RequestStore, workers: Workers, *, max_raw_result_bytes: int) -> None:
+        self._store = store
+        self._workers = workers
+        self._max_raw_result_bytes = max_raw_result_bytes
+        self._executions: dict[str, Execution] = {}
+        self._accepting: dict[str, bool] = {}  # whether each is to be cancelled as soon as it runs
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._stopping = False
+
+    @property
+    def running(self) -> int:
+        """Requests that have not ended."""
+        return len(self._executions)
+
+    async def accept(self, submission: Submission) -> tuple[Admission, Execution | None]:
+        """Store a request and start it; None for a replayed one. Goes on when the caller is cancelled meanwhile.
+
+        Raises what RequestStore.admit raises.
+        """
+        return await asyncio.shield(self._spawn(self._accept(submission)))
+
+    async def _accept(self, submission: Submission) -> tuple[Admission, Execution | None]:
+        record = submission.record
+        self._accepting[record.request_id] = False
+        try:
+            admission = await self._store.admit(
+                record, idempotency_key=submission.idempotency_key, limits=submission.limits
+            )
+            if admission.replayed:
+                return admission, None
+            return admission, self._start(submission, admission.seconds_left)
+        except Unavailable:
+            self._spawn(self._settle(submission))
+            raise
+        finally:
+            del self._accepting[record.request_id]
+
+    async def _settle(self, submission: Submission) -> None:
+        """Find out whether a request was stored although the answer was lost, and if so run it or end it.
+
+        One with an idempotency key is run: its caller will ask for it again.
+        """
+        request_id = submission.record.request_id
+        try:
+            stored = await _persist(f"request {request_id} may be stored", partial(self._store.get, request_id))
+        except NotFound:
+            return
+        left = stored.deadline.ToNanoseconds() - stored.created_at.ToNanoseconds()
+        execution = self._start(submission, left / 1e9 if stored.HasField("deadline") else None)
+        if not submission.idempotency_key:
+            self._cancel(execution)
+
+    def _start(self, submission: Submission, seconds_left: float | None) -> Execution:
+        request_id = submission.record.request_id
+        execution = Execution(submission, seconds_left)
+        execution.cancel_requested = self._accepting.get(request_id, False)
+        self._executions[request_id] = execution
+        execution.task = self._spawn(self._drive(execution))
+        return execution
+
+    def _spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    def runs(self, request_id: str) -> bool:
+        """Whether a request is under way here."""
+        return request_id in self._executions
+
+    def cancel(self, request_id: str) -> None:
+        """End a request as CANCELLED if it runs here, or is about to."""
+        if request_id in self._accepting:
+            self._accepting[request_id] = True
+        elif execution := self._executions.get(request_id):
+            self._cancel(execution)
+
+    def _cancel(self, execution: Execution) -> None:
+        execution.cancel_requested = True
+        if execution.work is not None:
+            execution.work.cancel()
+
+    async def drain(self, grace: float) -> None:
+        """Let running requests finish within `grace` seconds; then end them as FAILED."""
+        tasks = [execution.task for execution in self._executions.values() if execution.task is not None]
+        if tasks:
+            await asyncio.wait(tasks, timeout=grace)
+        self._stopping = True
+        for execution in list(self._executions.values()):
+            if execution.work is not None:
+                execution.work.cancel()
+        if tasks:
+            await asyncio.wait(tasks, timeout=_LONGEST_RETRY_SECONDS)
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _drive(self, execution: Execution) -> None:
+        record = execution.submission.record
+        with request_scope(record.request_id):
+            events = EventWriter(self._store, record.request_id, partial(self._cancel, execution))
+            execution.work = asyncio.create_task(self._run(execution, events))
+            if execution.cancel_requested or self._stopping:
+                execution.work.cancel()
+            try:
+                done, _ = await asyncio.wait({execution.work}, timeout=execution.seconds_left)
+                if not done:
+                    execution.work.cancel()
+                    await asyncio.wait({execution.work})
+                outcome = self._outcome(execution, execution.work, late=not done)
+                await self._finish(execution, outcome, await events.close())
+            finally:
+                del self._executions[record.request_id]
+
+    async def _run(self, execution: Execution, events: EventWriter) -> dict[str, Any]:
+        submission = execution.submission
+        record = submission.record
+        deadline = None
+        if execution.seconds_left is not None:
+            deadline = time.monotonic() + execution.seconds_left + _LATER_SECONDS
+        call = Call(record.request_id, on_warning=events.warning, deadline=deadline)
+        rank = Rank(record.priority, record.deadline.ToMilliseconds() if record.HasField("deadline") else 0)
+        begun = _Once(partial(events.add, state_event(State.REQUEST_STATE_RUNNING)))
+        runners = [
+            _Reporting(
+                WorkerRunner(self._workers, record.model, spec, rank, partial(_begin, begun, events, spec, record)),
+                spec.service,
+                events,
+            )
+            for spec in submission.services
+        ]
+        self._workers.memory.hold(submission.values.values())
+        return await run_pipeline(runners, submission.values, call, wanted=(_RESULT_SLOT,))
+
+    def _outcome(self, execution: Execution, work: asyncio.Task[dict[str, Any]], *, late: bool) -> _Outcome:
+        """How a request ended."""
+        if not work.cancelled() and work.exception() is None:
+            return self._success(execution, work.result()[_RESULT_SLOT])
+        error = None if work.cancelled() else work.exception()
+        if late or (isinstance(error, DeadlineExceeded) and execution.seconds_left is not None):
+            return _Outcome(State.REQUEST_STATE_EXPIRED)
+        if execution.cancel_requested:
+            return _Outcome(State.REQUEST_STATE_CANCELLED)
+        if error is None:
+            return _failure(Unavailable("the coordinator that ran it was shut down; submit it again"))
+        if isinstance(error, FleetError):
+            return _failure(error)
+        _log.error("request failed by a defect", exc_info=error)
+        return _failure(InternalError(f"{type(error).__name__}: {error}"))
+
+    def _success(self, execution: Execution, media: Packet) -> _Outcome:
+        try:
+            files = result_files(media)
+        except InternalError as error:
+            return _failure(error)
+        size = sum(file.header.byte_size for file in files)
+        if execution.submission.raw and size > self._max_raw_result_bytes:
+            message = f"the raw result has {size} bytes; at most {self._max_raw_result_bytes} are streamed"
+            return _failure(ResourceExhausted(message, field="output_format"))
+        return _Outcome(State.REQUEST_STATE_SUCCEEDED, files=files)
+
+    async def _finish(self, execution: Execution, outcome: _Outcome, events: Sequence[generation_pb2.Event]) -> None:
+        """Write the end down, however long the store is away."""
+        record = execution.submission.record
+        execution.files = outcome.files
+        finish = partial(
+            self._store.finish,
+            record.request_id,
+            outcome.state,
+            error=outcome.error,
+            files=outcome.files,
+            stored=not execution.submission.raw,
+            events=events,
+        )
+        try:
+            won = await _persist(f"request {record.request_id} has ended", finish)
+        except InternalError as error:
+            _log.exception("the end of the request could not be stored")
+            failed = _failure(error)
+            won = await self._store.finish(record.request_id, failed.state, error=failed.error)
+        name = State.Name(outcome.state).removeprefix("REQUEST_STATE_")
+        if won:
+            REQUESTS.labels(record.model, name).inc()
+        why = f": {outcome.error.message}" if outcome.error else ""
+        _log.info("request %s of %s is %s%s", record.request_id, record.model, name, why)
+
+    async def end_orphans(self, model: str) -> None:
+        """End the open requests of a model whose coordinator is dead: nobody else would. Raises Unavailable."""
+        error = _failure(Unavailable("the coordinator that ran it is gone; submit it again")).error
+        for request_id in await self._store.orphans(model):
+            if request_id not in self._executions:
+                await self._store.finish(request_id, State.REQUEST_STATE_FAILED, error=error)
+                _log.warning("request %s was left behind by a dead coordinator", request_id)
+
+
+@dataclass(frozen=True)
+class _Reporting:
+    """A runner whose progress becomes events of its service. One without steps counts as one step."""
+
+    runner: WorkerRunner
+    service: str
+    events: EventWriter
+
+    @property
+    def contract(self) -> Contract:
+        return self.runner.contract
+
+    async def __call__(self, values: Mapping[str, Packet], call: Call) -> Mapping[str, Packet]:
+        steps: list[int] = []
+
+        def on_progress(step: int, total_steps: int) -> None:
+            steps.append(step)
+            self.events.progress(self.service, step, total_steps)
+
+        outputs = await self.runner(values, replace(call, on_progress=on_progress))
+        if not steps:
+            self.events.progress(self.service, 1, 1)
+        return outputs
+
+
+class _Once:
+    """Calls a function the first time only."""
+
+    def __init__(self, function: Callable[[], None]) -> None:
+        self._function: Callable[[], None] | None = function
+
+    def __call__(self) -> None:
+        function, self._function = self._function, None
+        if function is not None:
+            function()
+
+
+def _begin(running: _Once, events: EventWriter, spec: ServiceSpec, record: generation_pb2.RequestRecord) -> None:
+    """Tell that a worker begins on a service. The stage that reads the schedule takes its steps."""
+    running()
+    steps = record.parameters.num_inference_steps if "schedule" in spec.contract.inputs else 1
+    events.progress(spec.service, 0, steps)
+
+
+def result_files(packet: Packet) -> list[ResultFile]:
+    """The files in a packet of Media."""
+    media = packet.message
+    if not isinstance(media, artifacts_pb2.Media):
+        raise InternalError(f"the result is a {media.DESCRIPTOR.name}, not Media")
+    return [
+        ResultFile(
+            generation_pb2.FileHeader(
+                index=index,
+                count=len(media.items),
+                content_type=item.content_type,
+                byte_size=item.data.byte_size,
+                height=item.height,
+                width=item.width,
+                num_frames=item.num_frames,
+            ),
+            list(packet.payload(f"{_RESULT_SLOT}.items.{index}.data", item.data)),
+        )
+        for index, item in enumerate(media.items)
+    ]
+
+
+def _failure(error: FleetError) -> _Outcome:
+    return _Outcome(
+        State.REQUEST_STATE_FAILED,
+        generation_pb2.Error(code=to_status(error).code.name, message=error.message, field=error.field),
+    )
+
+
+async def _persist(what: str, attempt: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
+    """Try until the store is there."""
+    pause = _RETRY_SECONDS
+    while True:
+        try:
+            return await attempt()
+        except Unavailable as error:
+            _log.warning("%s, and waits for the store: %s", what, error)
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, _LONGEST_RETRY_SECONDS)

@@ -1,0 +1,88 @@
+"""Writes a request's events while it runs, without ever holding it up."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+from common.errors import Unavailable
+from common.state.requests import RequestStore
+from fleet.v1 import artifacts_pb2, generation_pb2
+
+_RETRY_SECONDS = 0.5
+
+_log = logging.getLogger(__name__)
+
+
+class EventWriter:
+    """One write at a time; what comes meanwhile goes with the next one, of a stage's steps only the latest.
+
+    `on_ended` is called when the store says that the request has ended elsewhere.
+    """
+
+    def __init__(self, store: RequestStore, request_id: str, on_ended: Callable[[], None]) -> None:
+        self._store = store
+        self._request_id = request_id
+        self._on_ended = on_ended
+        self._pending: list[generation_pb2.Event] = []
+        self._wake = asyncio.Event()
+        self._closing = False
+        self._task = asyncio.create_task(self._write())
+
+    def progress(self, service: str, step: int, total_steps: int) -> None:
+        """A stage has done so many of its steps; 0 when it begins."""
+        if step:
+            self._pending = [each for each in self._pending if not _is_step_of(each, service)]
+        self.add(
+            generation_pb2.Event(
+                progress=generation_pb2.StageProgress(service=service, step=step, total_steps=total_steps)
+            )
+        )
+
+    def warning(self, field: str, message: str) -> None:
+        """The caller should know something."""
+        self.add(generation_pb2.Event(warning=artifacts_pb2.Warning(field=field, message=message)))
+
+    def add(self, event: generation_pb2.Event) -> None:
+        """Any event."""
+        self._pending.append(event)
+        self._wake.set()
+
+    async def close(self) -> list[generation_pb2.Event]:
+        """End writing; returns what is not written yet, to go with the request's end."""
+        self._closing = True
+        self._wake.set()
+        await self._task
+        return self._pending
+
+    async def _write(self) -> None:
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            if self._closing:
+                return
+            batch, self._pending = self._pending, []
+            try:
+                if not await self._store.append(self._request_id, batch):
+                    self._on_ended()
+            except Unavailable as error:
+                _log.warning("events of request %s wait: %s", self._request_id, error)
+                self._pending = batch + self._pending
+                await self._pause()
+                self._wake.set()
+
+    async def _pause(self) -> None:
+        """Wait a while, or until close()."""
+        deadline = asyncio.get_running_loop().time() + _RETRY_SECONDS
+        try:
+            async with asyncio.timeout_at(deadline):
+                while not self._closing:
+                    self._wake.clear()
+                    await self._wake.wait()
+        except TimeoutError:
+            pass
+
+
+def _is_step_of(event: generation_pb2.Event, service: str) -> bool:
+    return bool(event.progress.step) and event.progress.service == service

@@ -1,0 +1,58 @@
+"""Sampling parameters between the public API's message and the names and values that models know."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from common.artifacts import ParamValue
+from common.codec import read_param, write_param
+from common.errors import InvalidInput
+from fleet.v1 import generation_pb2
+
+_FORMATS = {
+    generation_pb2.OUTPUT_FORMAT_PNG: "png",
+    generation_pb2.OUTPUT_FORMAT_MP4: "mp4",
+    generation_pb2.OUTPUT_FORMAT_SAFETENSORS: "safetensors",
+}
+_FORMAT_NUMBERS = {name: number for number, name in _FORMATS.items()}
+_FORMAT = "output_format"
+_APART = ("images", "params")
+
+
+def given_parameters(message: generation_pb2.GenerationParameters) -> dict[str, ParamValue]:
+    """What the caller set, by name. Raises InvalidInput for a format that is none and a parameter in two places."""
+    given: dict[str, ParamValue] = {
+        descriptor.name: value
+        for descriptor, value in message.ListFields()
+        if descriptor.name not in _APART and descriptor.name != _FORMAT
+    }
+    if message.output_format:
+        if message.output_format not in _FORMATS:
+            raise InvalidInput(
+                f"output_format {message.output_format} is unknown; {', '.join(_FORMAT_NUMBERS)} are known",
+                field=_FORMAT,
+            )
+        given[_FORMAT] = _FORMATS[message.output_format]
+    for name in sorted(message.params):
+        if name in message.DESCRIPTOR.fields_by_name:
+            raise InvalidInput(f"{name} has a field of its own; it cannot come in params", field=name)
+        given[name] = read_param(name, message.params[name])
+    return given
+
+
+def image_roles(message: generation_pb2.GenerationParameters) -> list[str]:
+    """The roles of the pictures that came along."""
+    return [image.role or "image" for image in message.images]
+
+
+def recorded_parameters(values: Mapping[str, ParamValue]) -> generation_pb2.GenerationParameters:
+    """Every value of a validated request as the message that would ask for the same."""
+    message = generation_pb2.GenerationParameters()
+    for name, value in values.items():
+        if name == _FORMAT:
+            message.output_format = _FORMAT_NUMBERS[str(value)]
+        elif name in message.DESCRIPTOR.fields_by_name:
+            setattr(message, name, value)
+        else:
+            message.params[name].CopyFrom(write_param(name, value))
+    return message

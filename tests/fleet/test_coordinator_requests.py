@@ -1,0 +1,415 @@
+"""The public API from submission to download, with a real store and real gRPC, and stages that do what a test says."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterable, Awaitable, Callable, Iterator
+from typing import Any
+
+import grpc
+import pytest
+
+from common.stage import Call
+from coordinator_fleet import FakeFleet, Gate, Script, emoji, error_of, running_fleet, submission, terminal
+from fleet.v1 import generation_pb2 as pb
+from models.catalog import ServedModel
+from redis_servers import running_server, server_binaries
+
+MODEL = emoji()
+
+
+@pytest.fixture(scope="module", params=sorted(server_binaries()))
+def url(request: pytest.FixtureRequest) -> Iterator[str]:
+    with running_server(request.param) as server:
+        yield server.url
+
+
+def run(url: str, test: Callable[[FakeFleet], Awaitable[None]], model: ServedModel = MODEL) -> None:
+    """Run a test on a fleet of its own."""
+
+    async def main() -> None:
+        async with asyncio.timeout(60), running_fleet(url, model) as fleet:
+            await test(fleet)
+
+    asyncio.run(main())
+
+
+def steps(count: int) -> Callable[[Call], None]:
+    def work(call: Call) -> None:
+        for step in range(count):
+            call.progress(step + 1, count)
+
+    return work
+
+
+def test_submit_watch_and_download(url: str) -> None:
+    async def story(fleet: FakeFleet) -> None:
+        fleet.scripts["denoising"].work = steps(4)
+        fleet.scripts["decoding"].result_bytes = 2_500_000
+        await fleet.add_workers()
+        _, stub = await fleet.add_coordinator()
+        request = submission(priority=3)
+        request.parameters.num_inference_steps = 4
+        accepted = (await stub.Submit(request)).request
+        assert accepted.state == pb.REQUEST_STATE_QUEUED
+        assert accepted.parameters.height == 128
+        assert accepted.parameters.HasField("seed")
+        events = await terminal(stub, accepted.request_id)
+        states = [event.state_change.state for event in events if event.HasField("state_change")]
+        assert states == [pb.REQUEST_STATE_QUEUED, pb.REQUEST_STATE_RUNNING, pb.REQUEST_STATE_SUCCEEDED]
+        progress = [
+            (event.progress.service, event.progress.step, event.progress.total_steps)
+            for event in events
+            if event.HasField("progress")
+        ]
+        for service, total in [("text_encoding", 1), ("latent_preparation", 1), ("denoising", 4), ("decoding", 1)]:
+            assert (service, 0, total) in progress
+            assert (service, total, total) in progress
+        record = (await stub.GetRequest(pb.GetRequestRequest(request_id=accepted.request_id))).request
+        assert record.state == pb.REQUEST_STATE_SUCCEEDED
+        assert record.priority == 3
+        assert record.files[0].byte_size == 2_500_000
+        replies = [reply async for reply in stub.DownloadResult(pb.DownloadResultRequest(request_id=record.request_id))]
+        assert replies[0].file == record.files[0]
+        assert b"".join(reply.data for reply in replies) == b"\x07" * 2_500_000
+        assert max(len(reply.data) for reply in replies) == 1 << 20
+        later = events[3].event_id
+        rest = [r async for r in stub.Watch(pb.WatchRequest(request_id=record.request_id, after_event_id=later))]
+        assert [response.event for response in rest] == events[4:]
+
+    run(url, story)
+
+
+def test_generate_in_one_call_stored_and_raw(url: str) -> None:
+    async def story(fleet: FakeFleet) -> None:
+        fleet.scripts["decoding"].result_bytes = 1_500_000
+        await fleet.add_workers()
+        _, stub = await fleet.add_coordinator()
+        for form, stored in [(pb.OUTPUT_FORMAT_UNSPECIFIED, 2), (pb.OUTPUT_FORMAT_SAFETENSORS, 0)]:
+            request = submission()
+            request.parameters.output_format = form
+            replies = [reply async for reply in stub.Generate(pb.GenerateRequest(request=request))]
+            kinds = [reply.WhichOneof("payload") for reply in replies]
+            assert kinds[0] == "accepted"
+            assert kinds[-3:] == ["file", "data", "data"]
+            assert set(kinds[1:-3]) == {"event"}
+            assert b"".join(reply.data for reply in replies) == b"\x07" * 1_500_000
+            request_id = replies[0].accepted.request_id
+            download = pb.DownloadResultRequest(request_id=request_id)
+            if stored:
+                assert len([each async for each in stub.DownloadResult(download)]) == 1 + stored
+            else:
+                with pytest.raises(grpc.aio.AioRpcError, match="never stored") as caught:
+                    [each async for each in stub.DownloadResult(download)]
+                assert error_of(caught.value)[0] == "FAILED_PRECONDITION"
+
+    run(url, story)
+
+
+def test_a_raw_result_beyond_the_bound_fails(url: str) -> None:
+    async def story(fleet: FakeFleet) -> None:
+        await fleet.add_workers()
+        _, stub = await fleet.add_coordinator(max_raw_result_bytes=99)
+        request = submission()
+        request.parameters.output_format = pb.OUTPUT_FORMAT_SAFETENSORS
+        replies = [reply async for reply in stub.Generate(pb.GenerateRequest(request=request))]
+        error = replies[-1].event.state_change.error
+        assert (error.code, error.field) == ("RESOURCE_EXHAUSTED", "output_format")
+
+    run(url, story)
+
+
+def test_a_key_is_one_request_in_submit_and_generate(url: str) -> None:
+    async def story(fleet: FakeFleet) -> None:
+        await fleet.add_workers()
+        _, one = await fleet.add_coordinator()
+        _, two = await fleet.add_coordinator()
+        answers = await asyncio.gather(
+            *(stub.Submit(submission(idempotency_key="k")) for stub in (one, two) for _ in range(5))
+        )
+        names = {answer.request.request_id for answer in answers}
+        assert len(names) == 1
+        assert sum(not answer.replayed for answer in answers) == 1
+        await terminal(one, names.pop())
+        for stub in (one, two):
+            replies = [r async for r in stub.Generate(pb.GenerateRequest(request=submission(idempotency_key="k")))]
+            assert b"".join(reply.data for reply in replies) == b"\x07" * 100
+        assert len(fleet.scripts["decoding"].calls) == 1
+
+    run(url, story)
+
+
+def test_cancel_ends_a_running_request_within_its_step(url: str) -> None:
+    async def story(fleet: FakeFleet) -> None:
+        gate = Gate()
+        fleet.scripts["denoising"].work = gate
+        await fleet.add_workers()
+        _, one = await fleet.add_coordinator()
+        _, other = await fleet.add_coordinator()
+        for canceller in (one, other):
+            gate.reached.clear()
+            name = (await one.Submit(submission())).request.request_id
+            await gate.wait_reached()
+            await canceller.CancelRequest(pb.CancelRequestRequest(request_id=name))
+            assert (await terminal(other, name))[-1].state_change.state == pb.REQUEST_STATE_CANCELLED
+        again = await one.CancelRequest(pb.CancelRequestRequest(request_id=name))
+        assert again.request.state == pb.REQUEST_STATE_CANCELLED
+        gate.opened.set()
+        name = (await one.Submit(submission())).request.request_id
+        assert (await terminal(one, name))[-1].state_change.state == pb.REQUEST_STATE_SUCCEEDED
+
+    run(url, story)
+
+
+def test_a_queued_request_can_be_cancelled_and_expire(url: str) -> None:
+    async def story(fleet: FakeFleet) -> None:
+        _, stub = await fleet.add_coordinator()
+        queued = (await stub.Submit(submission())).request
+        soon = submission()
+        soon.deadline.FromMilliseconds(queued.created_at.ToMilliseconds() + 300)
+        late = (await stub.Submit(soon)).request.request_id
+        await stub.CancelRequest(pb.CancelRequestRequest(request_id=queued.request_id))
+        for name, end in [(queued.request_id, pb.REQUEST_STATE_CANCELLED), (late, pb.REQUEST_STATE_EXPIRED)]:
+            states = [event.state_change.state for event in await terminal(stub, name)]
+            assert states == [pb.REQUEST_STATE_QUEUED, end]
+        listed = await stub.ListModels(pb.ListModelsRequest())
+        assert [service.queued for service in listed.models[0].services] == [0, 0, 0, 0]
+
+    run(url, story)
+
+
+def test_leaving_generate_cancels_only_without_a_key(url: str) -> None:
+    async def story(fleet: FakeFleet) -> None:
+        gate = Gate()
+        fleet.scripts["denoising"].work = gate
+        await fleet.add_workers()
+        _, stub = await fleet.add_coordinator()
+        ends = {"": pb.REQUEST_STATE_CANCELLED, "k": pb.REQUEST_STATE_SUCCEEDED}
+        for key, end in ends.items():
+            gate.reached.clear()
+            call = stub.Generate(pb.GenerateRequest(request=submission(idempotency_key=key)))
+            name = (await anext(aiter(call))).accepted.request_id
+            await gate.wait_reached()
+            call.cancel()
+            watch = stub.Watch(pb.WatchRequest(request_id=name))
+            await anext(aiter(watch))
+            watch.cancel()
+            if key:
+                gate.opened.set()
+            assert (await terminal(stub, name))[-1].state_change.state == end
+
+    run(url, story)
+
+
+def test_a_lost_worker_is_replaced_and_a_broken_one_is_told(url: str) -> None:
+    async def story(fleet: FakeFleet) -> None:
+        gate = Gate()
+        script = Script(fleet.scripts["denoising"].contract, gate)
+        await fleet.add_workers(["text_encoding", "latent_preparation", "decoding"])
+        first = await fleet.add_worker("denoising", script)
+        _, stub = await fleet.add_coordinator()
+        name = (await stub.Submit(submission())).request.request_id
+        await gate.wait_reached()
+        await fleet.add_worker("denoising")
+        await first.die()
+        assert (await terminal(stub, name))[-1].state_change.state == pb.REQUEST_STATE_SUCCEEDED
+        assert len(fleet.scripts["denoising"].calls) == 1
+        await first.withdraw()
+
+        def break_down(_: Call) -> None:
+            raise ZeroDivisionError("no such luck")
+
+        fleet.scripts["decoding"].work = break_down
+        name = (await stub.Submit(submission())).request.request_id
+        change = (await terminal(stub, name))[-1].state_change
+        assert change.state == pb.REQUEST_STATE_FAILED
+        assert change.error.code == "INTERNAL"
+        assert "no such luck" in change.error.message
+
+    run(url, story)
+
+
+def test_workers_that_keep_dying_fail_the_request(url: str) -> None:
+    async def story(fleet: FakeFleet) -> None:
+        for _ in range(2):
+            dead = await fleet.add_worker("text_encoding")
+            await dead.die()
+        await fleet.add_workers(["latent_preparation"])
+        _, stub = await fleet.add_coordinator(stage_attempts=2)
+        name = (await stub.Submit(submission())).request.request_id
+        change = (await terminal(stub, name))[-1].state_change
+        assert change.error.code == "UNAVAILABLE"
+        assert "text_encoding was lost on 2 workers" in change.error.message
+
+    run(url, story)
+
+
+def test_without_workers_patience_is_an_option(url: str) -> None:
+    async def story(fleet: FakeFleet) -> None:
+        _, stub = await fleet.add_coordinator(worker_wait_seconds=0.1)
+        name = (await stub.Submit(submission())).request.request_id
+        change = (await terminal(stub, name))[-1].state_change
+        assert change.error.code == "UNAVAILABLE"
+        assert "no worker serves emoji/" in change.error.message
+
+    run(url, story)
+
+
+def test_warnings_of_stages_reach_events_and_record(url: str) -> None:
+    async def story(fleet: FakeFleet) -> None:
+        fleet.scripts["text_encoding"].work = lambda call: call.warn("prompt", "cut after 64 tokens")
+        await fleet.add_workers()
+        _, stub = await fleet.add_coordinator()
+        request = submission()
+        request.parameters.height = 130
+        accepted = (await stub.Submit(request)).request
+        events = await terminal(stub, accepted.request_id)
+        told = [event.warning.field for event in events if event.HasField("warning")]
+        assert told == ["height", "prompt"]
+        record = (await stub.GetRequest(pb.GetRequestRequest(request_id=accepted.request_id))).request
+        assert [warning.field for warning in record.warnings] == told
+        assert record.parameters.height == 128
+
+    run(url, story)
+
+
+def test_requests_are_listed(url: str) -> None:
+    async def story(fleet: FakeFleet) -> None:
+        _, stub = await fleet.add_coordinator()
+        names = [(await stub.Submit(submission(str(number)))).request.request_id for number in range(5)]
+        page = await stub.ListRequests(pb.ListRequestsRequest(page_size=3))
+        assert [each.parameters.prompt for each in page.requests] == ["4", "3", "2"]
+        rest = await stub.ListRequests(pb.ListRequestsRequest(page_token=page.next_page_token, model="emoji"))
+        assert [each.request_id for each in rest.requests] == names[1::-1]
+        assert rest.next_page_token == ""
+
+    run(url, story)
+
+
+def test_a_full_fleet_refuses_at_the_door(url: str) -> None:
+    async def story(fleet: FakeFleet) -> None:
+        _, stub = await fleet.add_coordinator(max_open_requests=2)
+        first = (await stub.Submit(submission())).request.request_id
+        await stub.Submit(submission())
+        with pytest.raises(grpc.aio.AioRpcError, match="2 requests for emoji are open") as caught:
+            await stub.Submit(submission())
+        assert error_of(caught.value)[0] == "RESOURCE_EXHAUSTED"
+        await stub.CancelRequest(pb.CancelRequestRequest(request_id=first))
+        await terminal(stub, first)
+        await stub.Submit(submission())
+
+    run(url, story)
+
+
+def test_models_are_listed_with_parameters_and_workers(url: str) -> None:
+    async def story(fleet: FakeFleet) -> None:
+        await fleet.add_worker("denoising", capacity=3)
+        _, stub = await fleet.add_coordinator()
+        (model,) = (await stub.ListModels(pb.ListModelsRequest())).models
+        assert (model.name, model.pipeline_name) == ("emoji", "FluxPipeline")
+        assert [service.service for service in model.services] == list(fleet.scripts)
+        assert [(each.workers, each.capacity) for each in model.services] == [(0, 0), (0, 0), (1, 3), (0, 0)]
+        parameters = {each.name: each for each in model.parameters}
+        assert parameters["height"].default_value.int_value == 128
+        assert parameters["prompt"].type == "string"
+        assert not parameters["prompt"].HasField("default_value")
+
+    run(url, story)
+
+
+async def _raises(call: Awaitable[Any] | AsyncIterable[Any]) -> tuple[str, str]:
+    """The code that a call ends with, and the field that it names."""
+
+    async def finish() -> None:
+        if isinstance(call, AsyncIterable):
+            async for _ in call:
+                pass
+        else:
+            await call
+
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await finish()
+    return error_of(caught.value)
+
+
+def test_bad_input_is_refused_with_the_name_of_its_field(url: str) -> None:
+    async def story(fleet: FakeFleet) -> None:
+        _, stub = await fleet.add_coordinator()
+        nan = submission()
+        nan.parameters.guidance_scale = float("nan")
+        raw, both, odd, video = submission(), submission(), submission(), submission()
+        raw.parameters.output_format = pb.OUTPUT_FORMAT_SAFETENSORS
+        both.parameters.params["height"].int_value = 1
+        odd.parameters.params["colour"].string_value = "red"
+        video.parameters.output_format = pb.OUTPUT_FORMAT_MP4
+        picture = submission()
+        picture.parameters.images.add(data=b"x")
+        past = submission()
+        past.deadline.seconds = 1
+        never = submission()
+        never.deadline.seconds = -1
+        wrong = {
+            "model": submission(model="mona-lisa"),
+            "guidance_scale": nan,
+            "height": both,
+            "colour": odd,
+            "images": picture,
+            "idempotency_key": submission(idempotency_key="k" * 129),
+            "priority": submission(priority=101),
+            "prompt": submission("x" * (64 * 1024 + 1)),
+        }
+        for name, request in wrong.items():
+            assert await _raises(stub.Submit(request)) == ("INVALID_ARGUMENT", name)
+            assert await _raises(stub.Generate(pb.GenerateRequest(request=request))) == ("INVALID_ARGUMENT", name)
+        for request, name in [
+            (raw, "output_format"),
+            (video, "output_format"),
+            (past, "deadline"),
+            (never, "deadline"),
+        ]:
+            assert await _raises(stub.Submit(request)) == ("INVALID_ARGUMENT", name)
+        raw.idempotency_key = "k"
+        assert await _raises(stub.Generate(pb.GenerateRequest(request=raw))) == ("INVALID_ARGUMENT", "idempotency_key")
+        listed = await stub.ListRequests(pb.ListRequestsRequest())
+        assert not listed.requests
+
+    run(url, story)
+
+
+def test_questions_about_nothing_are_answered_so(url: str) -> None:
+    async def story(fleet: FakeFleet) -> None:
+        _, stub = await fleet.add_coordinator()
+        name = (await stub.Submit(submission())).request.request_id
+        for unknown in ("nothing", "", "x y", "9" * 100):
+            for call in (
+                stub.GetRequest(pb.GetRequestRequest(request_id=unknown)),
+                stub.CancelRequest(pb.CancelRequestRequest(request_id=unknown)),
+                stub.Watch(pb.WatchRequest(request_id=unknown)),
+                stub.DownloadResult(pb.DownloadResultRequest(request_id=unknown)),
+            ):
+                assert await _raises(call) == ("NOT_FOUND", "request_id")
+        early = stub.DownloadResult(pb.DownloadResultRequest(request_id=name))
+        assert (await _raises(early))[0] == "FAILED_PRECONDITION"
+        watch = stub.Watch(pb.WatchRequest(request_id=name, after_event_id="x"))
+        assert await _raises(watch) == ("INVALID_ARGUMENT", "after_event_id")
+        page = pb.ListRequestsRequest(page_size=1001)
+        assert await _raises(stub.ListRequests(page)) == ("INVALID_ARGUMENT", "page_size")
+
+    run(url, story)
+
+
+def test_invalid_utf8_and_unknown_fields_are_named(url: str) -> None:
+    async def story(fleet: FakeFleet) -> None:
+        coordinator, _ = await fleet.add_coordinator()
+        async with grpc.aio.insecure_channel(coordinator.address) as channel:
+            submit: Any = channel.unary_unary("/fleet.v1.GenerationService/Submit")
+            prompt = b"\x0a\x02\xff\xfe"
+            assert await _raises(submit(b"\x12" + bytes([len(prompt)]) + prompt)) == (
+                "INVALID_ARGUMENT",
+                "parameters.prompt",
+            )
+            assert (await _raises(submit(b"\xa0\x06\x01")))[0] == "INVALID_ARGUMENT"
+            assert (await _raises(submit(b"\xff")))[0] == "INVALID_ARGUMENT"
+            assert (await _raises(submit(b"\x00" * (17 << 20))))[0] == "RESOURCE_EXHAUSTED"
+
+    run(url, story)

@@ -1,0 +1,133 @@
+"""A family from a plugin directory is served by real processes over real gRPC, with no edit anywhere in this tree."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from local_fleet import LocalFleet
+from models.catalog import open_model
+from models.registry import load_registry
+from toy_checkpoint import build_toy_checkpoint, toy_family
+
+FLEET = (sys.executable, "-m", "services.cli")
+
+
+@dataclass(frozen=True)
+class Served:
+    """A fleet of processes that serves one model of the toy family, and the directories that it was given."""
+
+    endpoint: str
+    environ: dict[str, str]
+    checkpoint: Path
+    plugins: Path
+
+    def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Run a `fleet` command against it. It needs no plugin: the fleet has them."""
+        environ = {name: value for name, value in self.environ.items() if name != "FLEET_PLUGINS"}
+        return subprocess.run(
+            [*FLEET, *arguments, f"--endpoint={self.endpoint}"],
+            env=environ,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    checkpoint = build_toy_checkpoint(tmp_path_factory.mktemp("toy") / "checkpoint")
+    # A short path, as sockets lie in it.
+    temporary = Path(tempfile.mkdtemp(prefix="t-", dir="/tmp"))
+    with toy_family(tmp_path_factory.mktemp("toy") / "plugins") as plugins:
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("FLEET_")}
+        environ = {**kept, "TMPDIR": str(temporary), "OMP_NUM_THREADS": "1", "FLEET_PLUGINS": str(plugins)}
+        with fleet_up(environ, f"toy={checkpoint}") as endpoint:
+            yield Served(endpoint, environ, checkpoint, plugins)
+    shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def fleet_up(environ: dict[str, str], model: str) -> Iterator[str]:
+    """Run `fleet up` until it is ready; yields its endpoint."""
+    process = subprocess.Popen(
+        [*FLEET, "up", "--port=0", f"--model={model}"],
+        env=environ,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        said = []
+        for line in process.stdout:
+            said.append(line)
+            if match := re.search(r"ready: (\S+) serves toy", line):
+                yield match[1]
+                break
+        else:
+            pytest.fail("".join(said))
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=60)
+
+
+def test_its_tensors_are_those_of_one_process(served: Served, tmp_path: Path) -> None:
+    output = tmp_path / "red.safetensors"
+    words = ("generate", "x" * 65, "--model=toy", "--seed=3", "--num-outputs=2", "--height=35", "--param=contrast=2")
+    done = served.run(*words, f"--output={output}")
+    assert done.returncode == 0, done.stderr
+    assert "height 35 is not a multiple of 8; 32 is used instead" in done.stderr
+    assert "only the first 64 of 65 bytes are read" in done.stderr
+
+    fleet = LocalFleet(open_model(f"toy={served.checkpoint}", load_registry([served.plugins])))
+    expected = fleet.tensors(prompt="x" * 65, seed=3, num_outputs_per_prompt=2, height=32, contrast=2.0)
+    fleet.close()
+    drawn = load_file(output)
+    assert drawn.keys() == expected.keys()
+    assert all(torch.equal(drawn[name], expected[name]) for name in expected)
+
+
+def test_it_draws_pictures_by_its_own_defaults(served: Served, tmp_path: Path) -> None:
+    output = tmp_path / "red.png"
+    done = served.run("generate", "red", f"--output={output}")
+    assert done.returncode == 0, done.stderr
+    with Image.open(output) as picture:
+        assert (picture.format, picture.size) == ("PNG", (32, 32))
+
+
+def test_its_parameters_are_listed(served: Served) -> None:
+    done = served.run("models")
+    assert done.returncode == 0, done.stderr
+    assert "ToyPipeline" in done.stdout
+    assert "contrast" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("--param=contrast=5", "contrast must be a finite number from 0.0 to 4.0, but is 5"),
+        ("--true-cfg-scale=2", "ToyPipeline has no parameter 'true_cfg_scale'"),
+        ("--width=7", "width must be at least 8, but is 7"),
+    ],
+)
+def test_its_own_bounds_hold(served: Served, tmp_path: Path, word: str, message: str) -> None:
+    done = served.run("generate", "red", word, f"--output={tmp_path / 'red.png'}")
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert not list(tmp_path.iterdir())

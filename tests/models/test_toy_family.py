@@ -1,0 +1,81 @@
+"""A family from plugin files runs through the same catalog, loader and pipeline as the ones that come along."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from common.artifacts import Canvas, DenoiseState, ParamValue, Prompt, Sampling
+from common.errors import CheckpointError
+from common.stage import Call
+from local_fleet import Heard, LocalFleet
+from models.catalog import open_model
+from models.registry import Registry, load_registry
+from toy_checkpoint import build_toy_checkpoint, toy_family
+
+
+@pytest.fixture(scope="module")
+def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
+    with toy_family(tmp_path_factory.mktemp("toy") / "plugins") as plugins:
+        yield load_registry([plugins])
+
+
+@pytest.fixture(scope="module")
+def fleet(registry: Registry, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalFleet]:
+    fleet = LocalFleet(open_model(str(build_toy_checkpoint(tmp_path_factory.mktemp("model") / "toy")), registry))
+    yield fleet
+    fleet.close()
+
+
+def test_draws_what_is_asked_for(fleet: LocalFleet) -> None:
+    once = fleet.tensors(prompt="red", seed=1)
+    assert torch.equal(fleet.tensors(prompt="red", seed=1)["pixels"], once["pixels"])
+    assert once["pixels"].shape == (1, 3, 32, 32)
+    changes: list[dict[str, ParamValue]] = [
+        {"prompt": "blue"},
+        {"seed": 2},
+        {"contrast": 3.0},
+        {"num_inference_steps": 5},
+    ]
+    for change in changes:
+        given: dict[str, ParamValue] = {"prompt": "red", "seed": 1, **change}
+        assert not torch.equal(fleet.tensors(None, **given)["pixels"], once["pixels"]), change
+    pictures = fleet.images(prompt="red", seed=1, num_outputs_per_prompt=2, width=40)
+    assert [picture.size for picture in pictures] == [(40, 32)] * 2
+
+
+def test_tells_what_it_did(fleet: LocalFleet) -> None:
+    heard = Heard()
+    fleet.media(heard, prompt="x" * 65, seed=1)
+    assert heard.warnings == [("prompt", "only the first 64 of 65 bytes are read")]
+    assert heard.progress[-5:] == [(1, 4), (2, 4), (3, 4), (4, 4), (1, 1)]
+
+
+def test_continues_from_every_step_to_the_same_bytes(fleet: LocalFleet) -> None:
+    states: list[DenoiseState] = []
+    canvas, sampling = Canvas(height=32, width=32), Sampling(num_inference_steps=4, seed=1, params={"contrast": 1.0})
+    quiet = Call("toy")
+    inputs = {
+        **fleet.services["text_encoding"].run({"prompt": Prompt(prompt="red"), "sampling": sampling}, quiet),
+        **fleet.services["latent_preparation"].run({"canvas": canvas, "sampling": sampling}, quiet),
+        "canvas": canvas,
+        "sampling": sampling,
+    }
+    denoising = fleet.services["denoising"]
+    slots = {name: inputs[name] for name in denoising.contract.inputs if name in inputs}
+    whole = denoising.run(slots, Call("toy", on_checkpoint=states.append))["denoised_latents"]
+    assert [state.step for state in states] == [1, 2, 3, 4]
+    for state in states:
+        resumed = denoising.run({**slots, "resume_from": state}, quiet)["denoised_latents"]
+        assert torch.equal(resumed.parts["image"].latents, whole.parts["image"].latents)
+
+
+def test_a_module_class_that_no_loader_knows_is_refused(registry: Registry, tmp_path: Path) -> None:
+    path = build_toy_checkpoint(tmp_path / "checkpoint")
+    index = path / "model_index.json"
+    index.write_text(index.read_text().replace("ToyTransformer", "OtherTransformer"))
+    with pytest.raises(CheckpointError, match=r"OtherTransformer is not supported; supported are .*ToyTransformer"):
+        LocalFleet(open_model(str(path), registry))
