@@ -1,4 +1,4 @@
-"""Builds small Wan 2.1 checkpoints with random weights: genuine Diffusers directories, made here, without a download."""
+"""Builds small Wan 2.1 checkpoints with random weights: genuine Diffusers directories, made here, offline."""
 
 from __future__ import annotations
 
