@@ -19,7 +19,7 @@ RUN useradd --uid 10001 --user-group --home-dir /fleet --create-home fleet \
     && python -m venv /fleet/venv
 WORKDIR /fleet
 EXPOSE 50051
-HEALTHCHECK --interval=5s --timeout=5s --start-period=120s --retries=3 \
+HEALTHCHECK --interval=10s --timeout=5s --start-period=120s --retries=3 \
     CMD ["python", "-m", "common.rpc.probe", "127.0.0.1:50051"]
 ENTRYPOINT ["fleet", "serve"]
 

@@ -21,7 +21,7 @@ from google.protobuf.message_factory import GetMessageClass
 from common import artifacts
 from common.artifacts import ParamValue
 from common.errors import InvalidInput
-from common.rpc.frames import INLINE_BYTES
+from common.rpc.frames import INLINE_BYTES, INLINE_TOTAL_BYTES
 from common.rpc.framing import Packet, Piece, checksum
 from fleet.v1 import artifacts_pb2 as pb
 
@@ -109,6 +109,7 @@ def _map_value(descriptor: FieldDescriptor) -> FieldDescriptor | None:
 class _Writer:
     def __init__(self, leaf: TensorLeaf) -> None:
         self._leaf = leaf
+        self._inline_left = INLINE_TOTAL_BYTES
         self.payloads: dict[str, Sequence[Piece]] = {}
 
     def write(self, path: str, value: Any, message: Message) -> None:
@@ -151,7 +152,8 @@ class _Writer:
         message.dtype = dtype
         message.shape.extend(shape)
         message.byte_size = len(view)
-        if len(view) <= INLINE_BYTES:
+        if len(view) <= min(INLINE_BYTES, self._inline_left):
+            self._inline_left -= len(view)
             message.data = bytes(view)
         else:
             message.checksum = checksum((view,))

@@ -22,9 +22,10 @@ import torch
 from common.errors import FailedPrecondition, FleetError, InvalidInput, Unavailable
 from common.local import HostedStages
 from common.pipeline import PipelineError, ServiceSpec
+from common.rpc.address import advertised_address
 from common.rpc.framing import Limits
 from common.rpc.server import ServingLimits, StageServicer
-from common.rpc.serving import FleetServer, advertised_address, stop_signals
+from common.rpc.serving import FleetServer, stop_signals
 from common.settings import load_settings, setting
 from common.stage import Contract
 from common.state.connection import connect
@@ -109,7 +110,8 @@ async def start_worker(service: str, model: ServedModel, settings: WorkerSetting
     async with AsyncExitStack() as resources:
         prepare = partial(_prepare_thread, device, settings.threads)
         executor = ThreadPoolExecutor(1, thread_name_prefix=f"{service}-device", initializer=prepare)
-        resources.callback(executor.shutdown, wait=False, cancel_futures=True)
+        # Waits for a stage that still computes: it ends within a step, and its callbacks need this loop.
+        resources.push_async_callback(asyncio.to_thread, executor.shutdown, cancel_futures=True)
         load = partial(load_stages, model, spec, device=device, dtype=torch_dtype)
         stages = await asyncio.get_running_loop().run_in_executor(executor, load)
         hosted = HostedStages(service, stages, timed=partial(stage_timer, service, model.name))
@@ -251,6 +253,8 @@ async def _serve(service: str, model: ServedModel, settings: WorkerSettings) -> 
         stopping = asyncio.create_task(stop.wait())
         await asyncio.wait((starting, stopping), return_when=asyncio.FIRST_COMPLETED)
         if not starting.done():
+            starting.cancel()
+            await asyncio.wait((starting,))
             _leave_loading()
         worker = starting.result()
         await stopping

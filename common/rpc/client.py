@@ -10,7 +10,7 @@ from typing import Any, cast
 import grpc
 from google.protobuf.message import DecodeError, Message
 
-from common.errors import DeadlineExceeded, InternalError, InvalidInput, Unavailable
+from common.errors import DeadlineExceeded, InternalError, InvalidInput, ResourceExhausted, Unavailable
 from common.rpc.frames import ChunkView, read_chunk
 from common.rpc.framing import (
     Assembler,
@@ -23,7 +23,7 @@ from common.rpc.framing import (
     split_packets,
 )
 from common.rpc.method import check_contract, header_type, path_of, request_type, response_type, stage_method
-from common.rpc.options import CHANNEL_OPTIONS
+from common.rpc.options import CHANNEL_OPTIONS, MAX_MESSAGE_BYTES
 from common.rpc.status import from_rpc_error
 from common.stage import Call, Contract
 from common.telemetry import REQUEST_ID_KEY
@@ -57,7 +57,8 @@ class RemoteRunner:
     """Runs a contract on the worker behind a channel. The twin of common.local.LocalRunner.
 
     Cancelling the task that awaits it cancels the call. Raises the error that the worker raised, and Unavailable when
-    the connection is lost, so that the caller can try another worker with the same packets.
+    the connection is lost, so that the caller can try another worker with the same packets. ResourceExhausted has a
+    field where no worker could take the values, and none where this one has no place left.
     """
 
     def __init__(
@@ -91,6 +92,11 @@ class RemoteRunner:
         if timeout is not None and (timeout := timeout - _HOP_SECONDS) <= 0:
             raise DeadlineExceeded(f"request {call.request_id} cannot reach {self._service} before its deadline")
         header = header_frame(self._request, values)
+        if len(header) > MAX_MESSAGE_BYTES:
+            largest = max(values, key=lambda slot: values[slot].message.ByteSize())
+            raise ResourceExhausted(
+                f"{largest} makes a header of {len(header)} bytes; at most {MAX_MESSAGE_BYTES} travel", field=largest
+            )
         rpc = self._open(
             _request_frames(header, values.values()),
             timeout=timeout,

@@ -14,6 +14,8 @@ CHUNK_BYTES = 1 << 20
 """Largest payload of one chunk."""
 INLINE_BYTES = 64 << 10
 """Largest tensor that rides inside its header."""
+INLINE_TOTAL_BYTES = 1 << 20
+"""Most bytes of tensors that an artifact puts inside its header; the rest follows in chunks, however small."""
 
 _FRAME_CHUNK = 0x12  # field 2, length-delimited
 _CHUNK_PATH = 0x0A  # field 1, length-delimited

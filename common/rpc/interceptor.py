@@ -6,7 +6,7 @@ import asyncio
 import inspect
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 from typing import Any, TypeAlias
 
 import grpc
@@ -15,6 +15,8 @@ from common.errors import FleetError, InternalError, Unavailable
 from common.rpc.status import abort_with
 
 log = logging.getLogger(__name__)
+
+_HEAR_OUT_SECONDS = 5.0
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
@@ -37,6 +39,11 @@ class CallGate(grpc.aio.ServerInterceptor):
     def in_flight(self) -> int:
         """Calls being served."""
         return self._in_flight
+
+    @property
+    def closed(self) -> bool:
+        """Whether new calls are refused."""
+        return self._draining
 
     def close(self) -> None:
         """From now on new calls get UNAVAILABLE; those in flight go on."""
@@ -67,28 +74,28 @@ class CallGate(grpc.aio.ServerInterceptor):
         make, behavior = kinds[bool(handler.request_streaming), bool(handler.response_streaming)]
         wrap = self._generator if inspect.isasyncgenfunction(behavior) else self._coroutine
         return make(
-            wrap(behavior, method),
+            wrap(behavior, method, bool(handler.request_streaming)),
             request_deserializer=handler.request_deserializer,
             response_serializer=handler.response_serializer,
         )
 
-    def _coroutine(self, behavior: Any, method: str) -> Any:
+    def _coroutine(self, behavior: Any, method: str, streams: bool) -> Any:
         async def gated(request: Any, context: Context) -> Any:
-            async with self._call(context, method):
+            async with self._call(context, method, streams):
                 return await behavior(request, context)
 
         return gated
 
-    def _generator(self, behavior: Any, method: str) -> Any:
+    def _generator(self, behavior: Any, method: str, streams: bool) -> Any:
         async def gated(request: Any, context: Context) -> AsyncIterator[Any]:
-            async with self._call(context, method), aclosing(behavior(request, context)) as responses:
+            async with self._call(context, method, streams), aclosing(behavior(request, context)) as responses:
                 async for response in responses:
                     yield response
 
         return gated
 
     @asynccontextmanager
-    async def _call(self, context: Context, method: str) -> AsyncIterator[None]:
+    async def _call(self, context: Context, method: str, streams: bool) -> AsyncIterator[None]:
         self._in_flight += 1
         self._idle.clear()
         try:
@@ -98,13 +105,27 @@ class CallGate(grpc.aio.ServerInterceptor):
         except FleetError as error:
             if isinstance(error, InternalError):
                 log.error("%s: %s", method, error.message, exc_info=error)
+            await _hear_out(context, streams)
             await abort_with(context, error)
         except grpc.aio.AbortError:
             raise
         except Exception as error:
             log.exception("%s failed", method)
+            await _hear_out(context, streams)
             await abort_with(context, InternalError(f"{type(error).__name__}: {error}"))
         finally:
             self._in_flight -= 1
             if not self._in_flight:
                 self._idle.set()
+
+
+async def _hear_out(context: Context, streams: bool) -> None:
+    """Let a caller that still sends finish, within limits: grpc's asyncio clients lose the status of a call that ends
+    while they write (grpc issue 36066), and would take a wrong input for a broken connection.
+    """
+    if not streams:
+        return
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_HEAR_OUT_SECONDS):
+            while await context.read() is not grpc.aio.EOF:
+                pass

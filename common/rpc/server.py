@@ -83,7 +83,7 @@ class StageServicer(grpc.GenericRpcHandler):
         self._executor = executor
         self._leaf = leaf
         self._limits = limits or ServingLimits()
-        self._pool = pool or BufferPool()
+        self.pool = pool or BufferPool()
         self._request = request_type(method)
         self._reply = response_type(method)
         self._path = path_of(method)
@@ -96,7 +96,7 @@ class StageServicer(grpc.GenericRpcHandler):
 
     async def _handle(self, _requests: object, context: Context) -> None:
         with self._place() as leave:
-            job = _Job(self._pool.lease(), self._call_of(context))
+            job = _Job(self.pool.lease(), self._call_of(context))
             try:
                 await self._receive(context, job)
                 outputs = await self._run(context, job)

@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import signal
-import socket
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from pathlib import Path
-from typing import Any
-from urllib.parse import urlsplit
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from common.errors import FailedPrecondition
+from common.rpc.address import bound_address, check_listenable, socket_path
 from common.rpc.interceptor import CallGate
 from common.rpc.options import MAX_MESSAGE_BYTES, server_options
 
 _FLUSH_SECONDS = 0.5  # for the last bytes of calls that ended, and for health watches that never do
-_WILDCARDS = ("0.0.0.0", "[::]", "*", "")
 
 
 class FleetServer:
@@ -60,10 +56,11 @@ class FleetServer:
         names = (*self._services, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self.grpc_server)
         await self.set_ready(False)
+        check_listenable(self._listen)
         try:
             port = self.grpc_server.add_insecure_port(self._listen)
         except (RuntimeError, ValueError) as error:
-            raise FailedPrecondition(f"cannot listen on {self._listen}: {_reason(error)}", field="listen") from None
+            raise FailedPrecondition(f"cannot listen on {self._listen}: {error}", field="listen") from None
         await self.grpc_server.start()
         self.address = bound_address(self._listen, port)
         return self.address
@@ -85,40 +82,7 @@ class FleetServer:
             pass
         await self.grpc_server.stop(_FLUSH_SECONDS if grace else None)
         if self._listen.startswith("unix:"):
-            _socket_path(self._listen).unlink(missing_ok=True)
-
-
-def bound_address(listen: str, port: int) -> str:
-    """The address that `listen` became: the same, with the port that the system picked in place of 0."""
-    if listen.startswith("unix:"):
-        return listen
-    return f"{listen.rpartition(':')[0]}:{port}"
-
-
-def advertised_address(bound: str, towards: str) -> str:
-    """The address under which others reach a server bound to a wildcard: this host's, as `towards` (a URL) sees it.
-
-    Finding it sends nothing: a datagram socket is connected, which only picks a route.
-    """
-    host, _, port = bound.rpartition(":")
-    if bound.startswith("unix:") or host not in _WILDCARDS:
-        return bound
-    target = urlsplit(towards)
-    for family, kind, protocol, _, address in _resolve(target.hostname, target.port):
-        with socket.socket(family, kind, protocol) as probe:
-            probe.connect(address)
-            own = str(probe.getsockname()[0])
-        return f"[{own}]:{port}" if ":" in own else f"{own}:{port}"
-    return f"127.0.0.1:{port}"
-
-
-def _resolve(host: str | None, port: int | None) -> list[Any]:
-    if not host:
-        return []
-    try:
-        return socket.getaddrinfo(host, port or 1, type=socket.SOCK_DGRAM)
-    except socket.gaierror:
-        return []
+            socket_path(self._listen).unlink(missing_ok=True)
 
 
 @asynccontextmanager
@@ -134,16 +98,3 @@ async def stop_signals() -> AsyncIterator[asyncio.Event]:
     finally:
         for each in caught:
             loop.remove_signal_handler(each)
-
-
-def _socket_path(listen: str) -> Path:
-    return Path(listen.removeprefix("unix:").removeprefix("//"))
-
-
-def _reason(error: Exception) -> str:
-    """The cause within gRPC's long text, in a few words."""
-    text = str(error)
-    for known in ("Address already in use", "Permission denied", "No such file or directory", "Cannot assign"):
-        if known.lower() in text.lower():
-            return known.lower()
-    return "it is not an address, or not one of this machine; host:port or unix:path is right"

@@ -42,16 +42,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, interrupt)
     command: Callable[[Sequence[str]], int] = vars(importlib.import_module(f"services.cli.{name}"))["main"]
     try:
-        return command(arguments[1:])
+        code = command(arguments[1:])
     except FleetError as error:
         sys.stderr.write(f"fleet {name}: {one_line(error)}\n")
-        return exit_code(error)
+        code = exit_code(error)
     except KeyboardInterrupt:
-        sys.stderr.write(f"fleet {name}: interrupted\n")
-        return INTERRUPTED
+        code = INTERRUPTED
     except BrokenPipeError:  # whoever read our output has gone
         sys.stderr.close()
         return FAILED
+    if code == INTERRUPTED:
+        sys.stderr.write(f"fleet {name}: interrupted\n")
+    return code
 
 
 def _usage() -> str:

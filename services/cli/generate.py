@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import os
 import shutil
 import sys
@@ -120,6 +121,8 @@ async def _in_process(
                 paths = await draw(client, request, output, report)
         finally:
             await fleet.stop()
+            # Or the interpreter's last collection walks every object of torch and transformers: a second for nothing.
+            gc.freeze()
     return _tell(paths)
 
 

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,24 +64,24 @@ class Running:
         """The processes that it has started."""
         return psutil.Process(self.process.pid).children(recursive=True)
 
-    def end(self, number: signal.Signals) -> int:
-        """Send a signal, and wait for the end."""
+    def end(self, number: signal.Signals) -> tuple[int, str]:
+        """Send a signal and wait for the end; the exit code, and what was written meanwhile."""
         self.process.send_signal(number)
-        self.process.communicate(timeout=90)
-        return self.process.returncode
+        output, _ = self.process.communicate(timeout=90)
+        return self.process.returncode, output
 
 
-def start(temporary: Path, *arguments: str) -> Running:
-    """Start `fleet ARGUMENTS`, its standard error joined to its output."""
-    return Running(
-        subprocess.Popen(
-            [*_FLEET, *arguments],
-            env=environ(temporary),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-    )
+@contextmanager
+def started(temporary: Path, *arguments: str) -> Iterator[Running]:
+    """Start `fleet ARGUMENTS`, its standard error joined to its output; if it still runs at the end, kill it."""
+    command = [*_FLEET, *arguments]
+    with subprocess.Popen(
+        command, env=environ(temporary), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        try:
+            yield Running(process)
+        finally:
+            process.kill()
 
 
 def ended(processes: Sequence[psutil.Process]) -> bool:
@@ -108,31 +109,30 @@ def test_generate_draws_in_one_process_and_cleans_up(temporary: Path, tmp_path: 
     with Image.open(output) as picture:
         assert (picture.format, picture.size) == ("PNG", (128, 128))
     assert "denoising 3/3" in done.stderr
-    assert not list(temporary.iterdir())
+    assert not list(temporary.glob("fleet-*"))
     assert list(tmp_path.iterdir()) == [output]
 
 
 def test_sigint_ends_a_run_without_leftovers(temporary: Path, tmp_path: Path) -> None:
-    running = start(
-        temporary, "generate", "a red apple", "--num-inference-steps=1000", "--output", str(tmp_path / "x.png")
-    )
-    running.line(r"denoising \d+/1000")
-    started = running.descendants()
-    assert started, "the embedded store should be running"
-    assert running.end(signal.SIGINT) == 130
-    assert ended(started)
-    assert not list(temporary.iterdir())
+    flags = ("--num-inference-steps=1000", "--output", str(tmp_path / "x.png"))
+    with started(temporary, "generate", "a red apple", *flags) as running:
+        running.line(r"denoising \d+/1000")
+        children = running.descendants()
+        assert children, "the embedded store should be running"
+        code, output = running.end(signal.SIGINT)
+    assert code == 130
+    assert output.splitlines()[-1] == "fleet generate: interrupted"
+    assert "Traceback" not in output
+    assert ended(children)
+    assert not list(temporary.glob("fleet-*"))
     assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture(scope="module")
 def up(temporary: Path) -> Iterator[tuple[str, Running]]:
     """The endpoint and process of a fleet with two denoising workers."""
-    running = start(temporary, "up", "--port", "0", "--replicas", "denoising=2")
-    yield running.line(r"^ready: (\S+) serves emoji")[1], running
-    if running.process.poll() is None:
-        running.process.kill()
-        running.process.communicate()
+    with started(temporary, "up", "--port", "0", "--replicas", "denoising=2") as running:
+        yield running.line(r"^ready: (\S+) serves emoji")[1], running
 
 
 def test_a_running_fleet_draws_and_tells_about_it(up: tuple[str, Running], temporary: Path, tmp_path: Path) -> None:
@@ -167,14 +167,15 @@ def test_a_running_fleet_draws_and_tells_about_it(up: tuple[str, Running], tempo
 def test_cancel_ends_a_request_that_runs(up: tuple[str, Running], temporary: Path, tmp_path: Path) -> None:
     endpoint = ("--endpoint", up[0])
     output = tmp_path / "x.png"
-    running = start(temporary, "generate", "endless", "--num-inference-steps=1000", "--output", str(output), *endpoint)
-    running.line(r"denoising \d+/1000")
-    status = fleet(temporary, "status", *endpoint).stdout
-    request_id = next(line.split()[0] for line in status.splitlines() if line.endswith("endless"))
-    assert fleet(temporary, "cancel", request_id, *endpoint).returncode == 0
-    running.line(f"request {request_id} was cancelled")
-    running.process.communicate(timeout=60)
-    assert running.process.returncode == 1
+    flags = ("--num-inference-steps=1000", "--output", str(output))
+    with started(temporary, "generate", "endless", *flags, *endpoint) as running:
+        running.line(r"denoising \d+/1000")
+        status = fleet(temporary, "status", *endpoint).stdout
+        request_id = next(line.split()[0] for line in status.splitlines() if line.endswith("endless"))
+        cancelled = fleet(temporary, "cancel", request_id, *endpoint)
+        assert cancelled.returncode == 0, cancelled
+        running.line(f"request {request_id} was cancelled")
+        assert running.process.wait(60) == 1
     assert fleet(temporary, "watch", request_id, *endpoint).returncode == 1
     assert not list(tmp_path.iterdir())
 
@@ -189,20 +190,23 @@ def test_a_service_that_dies_is_started_again(up: tuple[str, Running]) -> None:
 
 def test_ctrl_c_ends_every_process_of_a_fleet(up: tuple[str, Running], temporary: Path) -> None:
     _, running = up
-    started = running.descendants()
-    assert len(started) >= 7
-    assert running.end(signal.SIGINT) == 0
-    assert ended(started)
-    assert not list(temporary.iterdir())
+    children = running.descendants()
+    assert len(children) >= 7
+    code, output = running.end(signal.SIGINT)
+    assert code == 0
+    assert "Traceback" not in output
+    assert ended(children)
+    assert not list(temporary.glob("fleet-*"))
 
 
 def test_nothing_outlives_a_fleet_that_is_killed(temporary: Path) -> None:
-    running = start(temporary, "up", "--port", "0")
-    running.line(r"decoding-0: started")
-    started = running.descendants()
-    assert len(started) == 6
-    assert running.end(signal.SIGKILL) == -signal.SIGKILL
-    assert ended(started)
+    with started(temporary, "up", "--port", "0") as running:
+        running.line(r"decoding-0: started")
+        children = running.descendants()
+        assert len(children) == 6
+        running.process.kill()
+        running.process.wait()
+        assert ended(children)
 
 
 def test_a_checkpoint_that_cannot_be_loaded_ends_up_with_code_2(temporary: Path, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ MODES: dict[str, dict[str, Any]] = {
     "wide": {"height": 48, "width": 96},
     "tall": {"height": 112, "width": 32},
     "smallest": {"height": 16, "width": 16},
+    "large": {"height": 512, "width": 384, "num_inference_steps": 2},
     "guidance": {"guidance_scale": 7.25},
     "no guidance": {"guidance_scale": 0.0},
     "one step": {"num_inference_steps": 1},

@@ -139,6 +139,19 @@ def test_packing_a_large_tensor_copies_nothing() -> None:
     assert piece.data[0] == 7
 
 
+def test_many_small_tensors_do_not_make_a_header_that_no_server_takes() -> None:
+    media = Media(
+        items=tuple(
+            MediaItem(data=torch.full((60_000,), index, dtype=torch.uint8), content_type="x", height=1, width=1)
+            for index in range(64)
+        )
+    )
+    packet = pack("media", media, TORCH)
+    assert packet.message.ByteSize() < 2 << 20
+    assert len(packet.chunks) > 32
+    assert equal(unpack("media", Media, packet, TORCH), media)
+
+
 def test_maps_come_back_sorted() -> None:
     given = Conditioning(prompt_embeds={key: torch.zeros(1) for key in ("b", "c", "a")})
     assert list(unpack("c", Conditioning, pack("c", given, TORCH), TORCH).prompt_embeds) == ["a", "b", "c"]

@@ -225,27 +225,28 @@ class WaitOutput:
 
 
 class WaitStage(PipelineStage[WaitInput, WaitOutput]):
-    """Loops until it is cancelled; sets `began` on its way and `ended` when it is done."""
+    """Waits to be cancelled; says `began` on its way, and sets `stopped` when it is stopped by that."""
 
-    def __init__(self, began: Callable[[], object], ended: threading.Event) -> None:
+    def __init__(self, began: Callable[[], object], stopped: threading.Event) -> None:
         self._began = began
-        self._ended = ended
+        self._stopped = stopped
 
     def run(self, x: WaitInput, call: Call) -> WaitOutput:
-        """Never returns of itself."""
+        """Never returns."""
         self._began()
+        call.cancelled.wait(10)
         try:
-            while True:
-                call.cancelled.wait(20)
-                call.progress(1, 2)
-        finally:
-            self._ended.set()
+            call.progress(1, 2)
+        except Cancelled:
+            self._stopped.set()
+            raise
+        raise AssertionError("nobody cancelled the stage")
 
 
 def test_cancelling_reaches_a_stage_on_its_thread() -> None:
     async def scenario() -> None:
-        loop, began, ended = asyncio.get_running_loop(), asyncio.Event(), threading.Event()
-        stage = WaitStage(lambda: loop.call_soon_threadsafe(began.set), ended)
+        loop, began, stopped = asyncio.get_running_loop(), asyncio.Event(), threading.Event()
+        stage = WaitStage(lambda: loop.call_soon_threadsafe(began.set), stopped)
         with ThreadPoolExecutor(1) as executor:
             runner = LocalRunner(HostedStages("wait", [stage]), executor)
             assert runner.contract.optional == {"canvas"}
@@ -255,6 +256,6 @@ def test_cancelling_reaches_a_stage_on_its_thread() -> None:
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
-            assert await asyncio.to_thread(ended.wait, 20)
+            assert await asyncio.to_thread(stopped.wait, 10)
 
     in_time(scenario())

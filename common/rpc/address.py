@@ -1,0 +1,95 @@
+"""Addresses to listen on, and those under which others reach them."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from common.errors import FailedPrecondition
+
+_WILDCARDS = ("0.0.0.0", "[::]", "*", "")
+_LONGEST_SOCKET_PATH = 107  # bytes; what the kernel's address structure holds
+
+
+def check_listenable(listen: str) -> None:
+    """Raise FailedPrecondition, with the reason, when an address cannot be listened on.
+
+    gRPC itself says only that it failed, and writes several lines to stderr.
+    """
+    try:
+        if listen.startswith("unix:"):
+            _check_socket_path(socket_path(listen))
+        else:
+            _check_port(listen)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise FailedPrecondition(f"cannot listen on {listen}: {reason}", field="listen") from None
+
+
+def _check_socket_path(path: Path) -> None:
+    if len(os.fsencode(path)) > _LONGEST_SOCKET_PATH:
+        raise OSError(f"the path has more than {_LONGEST_SOCKET_PATH} bytes")
+    if not path.parent.is_dir():
+        raise OSError(f"there is no directory {path.parent}")
+    if not os.access(path.parent, os.W_OK):
+        raise OSError(f"the directory {path.parent} cannot be written to")
+    if path.exists():
+        if not path.is_socket():
+            raise OSError("there is a file of that name")
+        with socket.socket(socket.AF_UNIX) as probe:
+            if probe.connect_ex(str(path)) == 0:
+                raise OSError("another process listens there")
+
+
+def _check_port(listen: str) -> None:
+    host, colon, port = listen.rpartition(":")
+    if not (colon and port.isascii() and port.isdecimal() and int(port) < 65536):
+        raise OSError("an address is HOST:PORT with a port from 0 to 65535, or unix:PATH")
+    name = None if host in _WILDCARDS else host.strip("[]")
+    for family, kind, protocol, _, address in socket.getaddrinfo(
+        name, int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )[:1]:
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+
+
+def bound_address(listen: str, port: int) -> str:
+    """The address that `listen` became: the same, with the port that the system picked in place of 0."""
+    if listen.startswith("unix:"):
+        return listen
+    return f"{listen.rpartition(':')[0]}:{port}"
+
+
+def advertised_address(bound: str, towards: str) -> str:
+    """The address under which others reach a server bound to a wildcard: this host's, as `towards` (a URL) sees it.
+
+    Finding it sends nothing: a datagram socket is connected, which only picks a route.
+    """
+    host, _, port = bound.rpartition(":")
+    if bound.startswith("unix:") or host not in _WILDCARDS:
+        return bound
+    target = urlsplit(towards)
+    for family, kind, protocol, _, address in _resolve(target.hostname, target.port):
+        with socket.socket(family, kind, protocol) as probe:
+            probe.connect(address)
+            own = str(probe.getsockname()[0])
+        return f"[{own}]:{port}" if ":" in own else f"{own}:{port}"
+    return f"127.0.0.1:{port}"
+
+
+def _resolve(host: str | None, port: int | None) -> list[Any]:
+    if not host:
+        return []
+    try:
+        return socket.getaddrinfo(host, port or 1, type=socket.SOCK_DGRAM)
+    except socket.gaierror:
+        return []
+
+
+def socket_path(listen: str) -> Path:
+    """The file of unix:PATH or unix://PATH."""
+    return Path(listen.removeprefix("unix:").removeprefix("//"))

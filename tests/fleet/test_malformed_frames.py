@@ -1,0 +1,212 @@
+"""Frames that no runner of ours would send: each is refused with the field's name, and the worker goes on."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import grpc
+import pytest
+
+from common.artifacts import Latents
+from common.codec import unpack
+from common.errors import FleetError, InternalError, InvalidInput, ResourceExhausted, Unavailable
+from common.rpc.client import RemoteRunner, open_channel
+from common.rpc.frames import chunk_frame
+from common.rpc.framing import chunk_frames
+from common.rpc.serving import FleetServer
+from common.rpc.status import from_rpc_error
+from common.tensors import TORCH
+from fleet.v1 import artifacts_pb2 as pb
+from fleet.v1 import denoising_pb2
+from stage_server import METHOD, Heard, Served, packets, served
+
+PATH = "initial_latents.parts.image.latents"
+SIZE = 400_000
+
+
+def frames() -> list[bytes]:
+    """The frames of a right call: a header and one chunk."""
+    given = packets(SIZE // 4)
+    header = denoising_pb2.DenoiseInputs(
+        initial_latents=given["initial_latents"].message,  # type: ignore[arg-type]
+        sampling=given["sampling"].message,  # type: ignore[arg-type]
+    )
+    request = denoising_pb2.DenoiseRequest(header=header)
+    return [request.SerializeToString(), *chunk_frames(given["initial_latents"].chunks)]
+
+
+def header_with(change: Callable[[Any], object]) -> bytes:
+    request = denoising_pb2.DenoiseRequest.FromString(frames()[0])
+    change(request.header)
+    return request.SerializeToString()
+
+
+def latents_of(header: Any) -> Any:
+    return header.initial_latents.parts["image"].latents
+
+
+MALFORMED: dict[str, tuple[list[bytes], str, str]] = {
+    "nothing": ([], "before its header", ""),
+    "empty frame": ([b""], "neither header nor chunk", ""),
+    "garbage": ([b"\xff\xff\xff"], "not a fleet.v1.DenoiseRequest", ""),
+    "chunk first": (frames()[1:], "before the header", PATH),
+    "two headers": ([frames()[0]] * 2, "second header", ""),
+    "no chunk": (frames()[:1], "ended after 0 of 400000 bytes", PATH),
+    "chunk twice": ([*frames(), frames()[1]], "begins at 0; 400000 is next", PATH),
+    "other path": ([frames()[0], chunk_frame("x.y", 0, b"z")], "does not announce", "x.y"),
+    "overrun": ([frames()[0], chunk_frame(PATH, 0, bytes(SIZE + 1))], "beyond its 400000 bytes", PATH),
+    "gap": ([frames()[0], chunk_frame(PATH, 1, b"z")], "begins at 1; 0 is next", PATH),
+    "flipped bit": ([frames()[0], frames()[1][:-1] + b"\x00"], "has checksum", PATH),
+    "big chunk": ([frames()[0], chunk_frame(PATH, 0, bytes((1 << 20) + 1))], "1 to 1048576 are right", PATH),
+    "unknown frame": ([b"\x7a\x00"], "does not know", "DenoiseRequest"),
+    "unknown slot": ([frames()[0][:1] + b"\x03" + b"\xf8\x01\x01"], "does not know", "header"),
+    "shape against bytes": (
+        [header_with(lambda header: latents_of(header).shape.append(2)), frames()[1]],
+        "takes 800000 bytes, not 400000",
+        PATH,
+    ),
+    "huge promise": (
+        [header_with(lambda header: latents_of(header).MergeFrom(pb.Tensor(shape=[1 << 40], byte_size=1 << 58)))],
+        "takes",
+        PATH,
+    ),
+    "no dtype": ([header_with(lambda header: latents_of(header).ClearField("dtype"))], "not a Dtype", PATH),
+    "slot missing": ([header_with(lambda header: header.ClearField("sampling"))], "sampling is missing", "sampling"),
+    "slot unread": ([header_with(lambda header: header.canvas.SetInParent())], "canvas is present", "canvas"),
+    "field missing": (
+        [header_with(lambda header: header.initial_latents.parts["image"].ClearField("latents"))],
+        "latents is missing",
+        PATH,
+    ),
+    "no text": (
+        [header_with(lambda header: header.sampling.params["key"].SetInParent()).replace(b"key", b"k\xffy")],
+        "not valid UTF-8",
+        "header.sampling.params.key",
+    ),
+    "parameter without value": (
+        [header_with(lambda header: header.sampling.params["key"].SetInParent()), frames()[1]],
+        "has no value",
+        "sampling.params.key",
+    ),
+}
+
+
+def test_each_is_refused_and_the_worker_goes_on() -> None:
+    async def main() -> None:
+        async with asyncio.timeout(60), served() as stage:
+            for name, (sent, words, field) in MALFORMED.items():
+                error = await refusal(stage, *sent)
+                assert isinstance(error, InvalidInput), (name, error)
+                assert words in error.message, name
+                assert error.field == field, name
+            assert len(await stage.raw_call(*frames())) == 2
+            outputs = await stage.runner()(packets(), stage.heard.call())
+            assert unpack("denoised_latents", Latents, outputs["denoised_latents"], TORCH)
+            assert not stage.servicer.in_flight
+
+    asyncio.run(main())
+
+
+def test_an_oversized_message_is_grpcs_resource_exhausted() -> None:
+    async def main() -> None:
+        async with asyncio.timeout(60), served() as stage:
+            assert isinstance(await refusal(stage, bytes(17 << 20)), ResourceExhausted | Unavailable)
+            assert len(await stage.raw_call(*frames())) == 2
+
+    asyncio.run(main())
+
+
+def test_every_cut_of_a_right_call_is_refused() -> None:
+    async def main() -> None:
+        header = frames()[0]
+        async with asyncio.timeout(60), served() as stage:
+            for size in range(len(header)):
+                assert isinstance(await refusal(stage, header[:size]), InvalidInput)
+            assert not stage.servicer.in_flight
+
+    asyncio.run(main())
+
+
+def test_a_caller_that_vanishes_mid_tensor_leaves_nothing() -> None:
+    async def main() -> None:
+        async with asyncio.timeout(60), served() as stage:
+            async with open_channel(stage.server.address) as channel:
+                call: Any = channel.stream_stream(METHOD)()
+                await call.write(frames()[0])
+                await until(lambda: stage.servicer.in_flight == 1)
+            await until(lambda: stage.servicer.in_flight == 0)
+            assert len(await stage.raw_call(*frames())) == 2
+
+    asyncio.run(main())
+
+
+async def refusal(stage: Served, *sent: bytes) -> FleetError:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await stage.raw_call(*sent)
+    return from_rpc_error(caught.value)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():  # noqa: ASYNC110 -- nothing tells
+        await asyncio.sleep(0.005)
+
+
+class Liar(grpc.GenericRpcHandler):
+    """A worker that answers with given frames, whatever it is asked."""
+
+    def __init__(self, *replies: bytes) -> None:
+        self._replies = replies
+        self._handler: Any = grpc.stream_stream_rpc_method_handler(self._answer)
+
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> Any:
+        """Every method."""
+        del handler_call_details
+        return self._handler
+
+    async def _answer(self, _: Any, context: Any) -> None:
+        while await context.read() is not grpc.aio.EOF:
+            pass
+        for reply in self._replies:
+            await context.write(reply)
+
+
+def reply(**frame: Any) -> bytes:
+    return denoising_pb2.DenoiseResponse(**frame).SerializeToString()
+
+
+RIGHT = reply(header=denoising_pb2.DenoiseOutputs(denoised_latents=pb.Latents()))
+LARGE = pb.LatentPart(latents=pb.Tensor(dtype=pb.DTYPE_UINT8, shape=[70_000], byte_size=70_000))
+LATENTS = pb.Latents(parts={"image": LARGE})
+
+
+@pytest.mark.parametrize(
+    ("replies", "kind", "words"),
+    [
+        ([], Unavailable, "ended without its result"),
+        ([reply(progress=pb.Progress(step=1))], Unavailable, "ended without its result"),
+        ([b"\xff"], InternalError, "wrong frames"),
+        ([b""], InternalError, "unexpected frame"),
+        ([b"\x7a\x00"], InternalError, "unexpected frame"),
+        ([RIGHT, RIGHT], InternalError, "unexpected frame: header"),
+        ([chunk_frame("denoised_latents.x", 0, b"z")], InternalError, "before its header"),
+        ([RIGHT, chunk_frame("denoised_latents.x", 0, b"z")], InternalError, "does not announce"),
+        ([reply(header=denoising_pb2.DenoiseOutputs())], InternalError, "outputs"),
+        ([reply(header=denoising_pb2.DenoiseOutputs(denoised_latents=LATENTS))], InternalError, "ended after 0 of"),
+        ([reply(checkpoint=pb.Checkpoint(state=pb.DenoiseState(latents=LATENTS))), RIGHT], Unavailable, "result"),
+        ([reply(checkpoint=pb.Checkpoint(state=pb.DenoiseState(latents=LATENTS)))] * 2, InternalError, "complete"),
+    ],
+)
+def test_a_worker_that_answers_wrongly_is_a_defect_of_ours(
+    replies: list[bytes], kind: type[FleetError], words: str
+) -> None:
+    async def main() -> None:
+        server = FleetServer("127.0.0.1:0")
+        server.add(Liar(*replies), "fleet.v1.DenoisingService")
+        async with served() as stage, open_channel(await server.start()) as channel:
+            with pytest.raises(kind, match=words):
+                await RemoteRunner(channel, "denoising", stage.hosted.contract)(packets(8), Heard().call())
+        await server.drain(0)
+
+    asyncio.run(main())

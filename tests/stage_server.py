@@ -1,0 +1,165 @@
+"""A stage service in this process for tests: small real stages behind a real gRPC server, and a runner to call them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+import torch
+
+from common.artifacts import Canvas, Conditioning, DenoiseState, LatentPart, Latents, Sampling
+from common.codec import pack
+from common.local import HostedStages
+from common.rpc.client import RemoteRunner, open_channel
+from common.rpc.framing import Packet
+from common.rpc.server import ServingLimits, StageServicer
+from common.rpc.serving import FleetServer
+from common.stage import Call, PipelineStage
+from common.tensors import TORCH
+
+SERVICE = "denoising"
+METHOD = "/fleet.v1.DenoisingService/Denoise"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageInput:
+    """Slots of several kinds, one of them optional."""
+
+    initial_latents: Latents
+    sampling: Sampling
+    text_conditioning: Conditioning | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageOutput:
+    """One slot."""
+
+    denoised_latents: Latents
+
+
+Script = Callable[[StageInput, Call], None]
+
+
+def do_nothing(_: StageInput, call: Call) -> None:
+    """The script of a stage that only computes."""
+    call.check_cancelled()
+
+
+class ScriptedStage(PipelineStage[StageInput, StageOutput]):
+    """Runs the script, then multiplies the latents by the number of steps."""
+
+    def __init__(self, script: Script = do_nothing) -> None:
+        self._script = script
+
+    def run(self, x: StageInput, call: Call) -> StageOutput:
+        """Run it."""
+        self._script(x, call)
+        parts = {
+            name: LatentPart(
+                latents=part.latents * x.sampling.num_inference_steps, raw_latent_shape=part.raw_latent_shape
+            )
+            for name, part in x.initial_latents.parts.items()
+        }
+        return StageOutput(denoised_latents=Latents(parts=parts))
+
+
+def latents(count: int = 1 << 20, seed: int = 0) -> Latents:
+    """float32 latents of `count` numbers."""
+    values = torch.randn(count, generator=torch.Generator().manual_seed(seed))
+    return Latents(parts={"image": LatentPart(latents=values, raw_latent_shape=(count,))})
+
+
+def artifacts(count: int = 1 << 20, **more: Any) -> dict[str, Any]:
+    """Inputs of a ScriptedStage."""
+    return {"initial_latents": latents(count), "sampling": Sampling(num_inference_steps=3, seed=1)} | more
+
+
+def packets(count: int = 1 << 20, **more: Any) -> dict[str, Packet]:
+    """The same, packed."""
+    return {slot: pack(slot, artifact, TORCH) for slot, artifact in artifacts(count, **more).items()}
+
+
+CANVAS = Canvas(height=8, width=8)
+
+
+@dataclass
+class Heard:
+    """What a call told its caller."""
+
+    progress: list[tuple[int, int]] = field(default_factory=list)
+    warnings: list[tuple[str, str]] = field(default_factory=list)
+    checkpoints: list[Packet] = field(default_factory=list)
+
+    def call(self, **more: Any) -> Call:
+        """A call that tells it here."""
+        return Call(
+            "r1",
+            on_progress=lambda step, total: self.progress.append((step, total)),
+            on_warning=lambda name, text: self.warnings.append((name, text)),
+            **more,
+        )
+
+
+class Gate:
+    """Holds a stage in its first step until the test lets it go on."""
+
+    def __init__(self) -> None:
+        self.entered = threading.Event()
+        self.opened = threading.Event()
+        self.cancelled_within: list[bool] = []
+
+    def __call__(self, _: StageInput, call: Call) -> None:
+        self.entered.set()
+        self.opened.wait(30)
+        self.cancelled_within.append(call.cancelled.wait(0))
+        call.check_cancelled()
+
+
+@dataclass
+class Served:
+    """A running server, its servicer, and a channel to it."""
+
+    server: FleetServer
+    servicer: StageServicer
+    channel: grpc.aio.Channel
+    hosted: HostedStages
+    heard: Heard = field(default_factory=Heard)
+
+    def runner(self, **more: Any) -> RemoteRunner:
+        """A runner that calls it."""
+        on_checkpoint = self.heard.checkpoints.append
+        return RemoteRunner(self.channel, SERVICE, self.hosted.contract, on_checkpoint=on_checkpoint, **more)
+
+    async def raw_call(self, *frames: bytes) -> list[bytes]:
+        """Send these bytes as frames, half-close, return the frames that come back."""
+        open_call: grpc.aio.StreamStreamMultiCallable[bytes, bytes] = self.channel.stream_stream(METHOD)
+        return [reply async for reply in open_call(iter(frames))]
+
+
+@asynccontextmanager
+async def served(
+    script: Script = do_nothing, *, listen: str = "127.0.0.1:0", limits: ServingLimits | None = None
+) -> AsyncIterator[Served]:
+    """Serve a scripted stage."""
+    hosted = HostedStages(SERVICE, [ScriptedStage(script)])
+    with ThreadPoolExecutor(1) as executor:
+        server = FleetServer(listen)
+        servicer = StageServicer(SERVICE, hosted, executor, TORCH, limits=limits)
+        server.add(servicer, servicer.service_name)
+        address = await server.start()
+        await server.set_ready(True)
+        async with open_channel(address) as channel:
+            try:
+                yield Served(server, servicer, channel, hosted)
+            finally:
+                await server.drain(0)
+
+
+def checkpoint_of(x: StageInput, step: int) -> DenoiseState:
+    """A checkpoint whose latents are the stage's inputs."""
+    return DenoiseState(step=step, latents=x.initial_latents)
