@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from common.errors import InvalidInput
 
-MAX_FILE_BYTES = 32 * 2**20
+MAX_FILE_BYTES = 20 * 2**20
 MAX_PIXELS = 2**26
 MAX_ASPECT = 64
 

@@ -87,7 +87,7 @@ def _load_tokenizer(checkpoint: Checkpoint, name: str, *_: object) -> Any:
 
 def _load_image_processor(checkpoint: Checkpoint, name: str, *_: object) -> Any:
     """The processor on Pillow: the one on torchvision, where that is installed, resizes with another kernel."""
-    return _from_pretrained(checkpoint, name, {}, class_name=f"{checkpoint.modules[name][1]}Pil")
+    return _from_pretrained(checkpoint, name, {}, class_name=f"{checkpoint.modules[name][1].removesuffix('Pil')}Pil")
 
 
 def _load_scheduler(checkpoint: Checkpoint, name: str, *_: object) -> Any:
@@ -109,6 +109,7 @@ _LOADERS: Mapping[str, ModuleLoader] = {
     "AutoencoderKL": load_pretrained,
     "CLIPTextModel": load_pretrained,
     "CLIPImageProcessor": _load_image_processor,
+    "CLIPImageProcessorPil": _load_image_processor,
     "CLIPTokenizer": _load_tokenizer,
     "CLIPTokenizerFast": _load_tokenizer,
     "CLIPVisionModel": load_pretrained,

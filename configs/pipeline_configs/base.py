@@ -93,6 +93,10 @@ class StandardPipelineConfig(PipelineConfig):
         del latents
         return prediction
 
+    def vision_tokens(self, hidden_states: Sequence[Tensor]) -> Mapping[str, Tensor]:
+        """The denoiser's keywords from all layers of the vision encoder, (pictures, tokens, size) each; batch 1."""
+        raise TypeError(f"{type(self).__name__} looks at no pictures, but {len(hidden_states)} layers did")
+
     def image_size(self, size: tuple[int, int], canvas: Canvas) -> tuple[int, int]:
         """Height and width (pixels) that a picture of this height and width is given to the VAE with."""
         del size

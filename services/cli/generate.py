@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
         return run_async(_at_endpoint(endpoint_of(args.endpoint), request, output))
     model = open_model(args.model or DEFAULT_MODEL, load_registry(plugin_directories()))
     request.model = model.name
-    _validate(model, given, output, [role for role, _ in images])
+    _validate(model, given, output, dict(images))
     if args.redis:
         connect_store(args.redis)  # refuses what is no URL
     with contextlib.ExitStack() as stack:
@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
         return run_async(_in_process(model, args.dtype, redis_url, directory, request, output))
 
 
-def _validate(model: ServedModel, given: Mapping[str, ParamValue], output: Path, images: Sequence[str]) -> None:
+def _validate(model: ServedModel, given: Mapping[str, ParamValue], output: Path, images: Mapping[str, bytes]) -> None:
     """What the coordinator will do, before there is one."""
     name, formats = output.suffix.lower().removeprefix("."), model.sampling_params.output_formats
     if name not in formats:

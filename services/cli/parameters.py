@@ -141,6 +141,8 @@ def given_images(args: argparse.Namespace) -> list[tuple[str, bytes]]:
             named.append((key, Path(value)))
     files: list[tuple[str, bytes]] = []
     for role, path in named:
+        if role in dict(files):
+            raise InvalidInput(f"{role} is given twice", field=role)
         try:
             files.append((role, path.read_bytes()))
         except OSError as error:

@@ -27,7 +27,7 @@ class CoordinatorSettings:
     stage_attempts: int = setting(3, help="workers that a stage is tried on when they go away")
     record_seconds: float = setting(86_400.0, help="how long a request that has ended is remembered")
     result_seconds: float = setting(3_600.0, help="how long its files can be downloaded; at most record_seconds")
-    max_message_bytes: int = setting(16 << 20, help="largest request that is read")
+    max_message_bytes: int = setting(48 << 20, help="largest request that is read, with its pictures")
     max_artifact_bytes: int = setting(4 << 30, help="memory for what stages hand on, over all requests")
     max_raw_result_bytes: int = setting(1 << 30, help="largest .safetensors result")
     heartbeat_seconds: float = setting(BEAT_SECONDS, help="how often the store hears from this coordinator")
