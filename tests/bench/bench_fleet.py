@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import grpc
 
+from common.tether import tethered
 from fleet.v1 import generation_pb2 as api
 from fleet.v1 import generation_pb2_grpc
 
@@ -31,7 +32,7 @@ def running_fleet(*arguments: str) -> Iterator[RunningFleet]:
     command = [sys.executable, "-m", "services.cli", "up", "--port", "0", *arguments]
     with tempfile.TemporaryFile("w+") as notes:
         began = time.monotonic()
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=notes, text=True)
+        process = subprocess.Popen(tethered(command), stdout=subprocess.PIPE, stderr=notes, text=True)
         try:
             assert process.stdout is not None
             words = process.stdout.readline().split()

@@ -255,9 +255,9 @@ def test_a_reply_may_not_carry_more_than_the_limit() -> None:
 
 def test_a_header_that_no_worker_takes_is_told_before_it_is_sent() -> None:
     async def test(stage: Served) -> None:
-        more = {"sampling": Sampling(num_inference_steps=1, seed=1, params={"text": "x" * (17 << 20)})}
+        sampling = Sampling(num_inference_steps=1, seed=1, params={"text": "x" * (17 << 20)})
         with pytest.raises(ResourceExhausted, match="sampling makes a header of") as caught:
-            await stage.runner()(packets(**more), stage.heard.call())
+            await stage.runner()(packets(sampling=sampling), stage.heard.call())
         assert caught.value.field == "sampling"
 
     run(test)

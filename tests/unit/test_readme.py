@@ -1,0 +1,54 @@
+"""What the README names is there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from readme import ROOT, code_blocks
+
+DOCUMENTS = ("README.md", "models/checkpoints/emoji/README.md")
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_local_links_lead_somewhere(document: str) -> None:
+    path = ROOT / document
+    targets = re.findall(r"\]\((?!https?://|#)([^)#]+)", path.read_text())
+    missing = [target for target in targets if not (path.parent / target).exists()]
+    assert targets
+    assert not missing
+
+
+def test_anchors_are_headings_of_the_readme() -> None:
+    text = (ROOT / "README.md").read_text()
+    headings = {heading.lower().replace(" ", "-") for heading in re.findall(r"^#+ (.+)$", text, re.MULTILINE)}
+    assert set(re.findall(r"\]\(#([^)]+)\)", text)) <= headings
+
+
+def test_the_first_block_is_the_two_commands_of_a_fresh_machine() -> None:
+    draw, check = code_blocks("bash")[0].strip().splitlines()
+    assert "fleet generate" in draw
+    assert "poe check" in check
+
+
+def test_the_tree_names_what_is_there() -> None:
+    section = (ROOT / "README.md").read_text().partition("## The tree")[2].partition("\n## ")[0]
+    named: list[Path] = []
+    top = Path()
+    for line in re.findall(r"^ {4}( *)(\S.*)$", section, re.MULTILINE):
+        names = [name.strip().removesuffix("/") for name in re.split(r" {2,}", line[1])[0].split(",")]
+        if not line[0]:
+            top = Path(names[0])
+        named += [Path(name) if not line[0] else top / name for name in names]
+    missing = [path for path in named if not ((ROOT / path).exists() or (ROOT / path).with_suffix(".py").exists())]
+    assert len(named) > 20
+    assert not missing
+
+
+def test_every_bench_is_described() -> None:
+    text = (ROOT / "README.md").read_text()
+    benches = [path.name for path in (ROOT / "tests" / "bench").glob("*.py") if not path.name.startswith("bench_")]
+    assert benches
+    assert all(f"tests/bench/{name}" in text for name in benches)
