@@ -16,7 +16,6 @@ from typing import Literal
 from common.artifacts import ParamValue
 from common.errors import InternalError, InvalidInput
 from common.settings import SettingsError
-from common.state.connection import connect as connect_store
 from common.state.embedded import EmbeddedStore, private_directory
 from fleet.v1 import generation_pb2
 from models.catalog import DEFAULT_MODEL, ServedModel, open_model
@@ -27,6 +26,7 @@ from services.cli.options import SUCCESS, command_parser, endpoint_of, run_async
 from services.cli.output import ResultFiles, check_output
 from services.cli.parameters import add_parameters, given_images, given_parameters, parameters_message
 from services.cli.progress import Reporter, reporter
+from services.cli.store import check_store
 
 
 def main(argv: Sequence[str]) -> int:
@@ -43,13 +43,13 @@ def main(argv: Sequence[str]) -> int:
     request.model = model.name
     _validate(model, given, output, dict(images))
     if args.redis:
-        connect_store(args.redis)  # refuses what is no URL
+        check_store(args.redis)
     with contextlib.ExitStack() as stack:
         directory = private_directory()
         stack.callback(shutil.rmtree, directory, ignore_errors=True)
         # The store ends with this process, so there is nothing to be gained from waiting for the disk.
         redis_url = args.redis or stack.enter_context(EmbeddedStore(appendfsync="no")).url
-        return run_async(_in_process(model, args.dtype, redis_url, directory, request, output))
+        return run_async(_in_process(model, args.dtype, redis_url, directory, request, output), abandon=stack.close)
 
 
 def _validate(model: ServedModel, given: Mapping[str, ParamValue], output: Path, images: Mapping[str, bytes]) -> None:

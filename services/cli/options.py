@@ -6,7 +6,8 @@ import argparse
 import asyncio
 import os
 import signal
-from collections.abc import Coroutine, Mapping
+import sys
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, NoReturn
 
 from common.errors import CheckpointError, FleetError, InvalidInput, NotFound
@@ -19,6 +20,9 @@ INTERRUPTED = 130
 TERMINATED = 143
 
 DEFAULT_ENDPOINT = "127.0.0.1:50051"
+
+_PATIENCE_SECONDS = 3.0
+_SHOW_CURSOR = "\x1b[?25h"
 
 
 def command_parser(name: str, description: str) -> FlagParser:
@@ -67,20 +71,35 @@ def one_line(error: FleetError) -> str:
     return message if named else f"{error.field}: {message}"
 
 
-def run_async(program: Coroutine[Any, Any, int]) -> int:
-    """Run a program; SIGINT and SIGTERM cancel it, so that it cleans up, and then decide the exit code."""
-    return asyncio.run(_until_signal(program))
+def run_async(program: Coroutine[Any, Any, int], *, abandon: Callable[[], None] | None = None) -> int:
+    """Run a program; SIGINT and SIGTERM cancel it, so that it cleans up, and then decide the exit code.
+
+    With `abandon`, which cleans up what must not stay, a program that has not ended some seconds after the signal, or
+    at the second one, is left as it is and the process ends: reading weights cannot be interrupted.
+    """
+    return asyncio.run(_until_signal(program, abandon))
 
 
-async def _until_signal(program: Coroutine[Any, Any, int]) -> int:
+async def _until_signal(program: Coroutine[Any, Any, int], abandon: Callable[[], None] | None) -> int:
     task = asyncio.ensure_future(program)
+    loop = asyncio.get_running_loop()
     received: list[int] = []
+
+    def leave() -> None:
+        if abandon is not None:
+            abandon()
+            sys.stderr.write(_SHOW_CURSOR if sys.stderr.isatty() else "")  # progress bars hide it
+            sys.stderr.write("interrupted\n")
+            sys.stderr.flush()
+            os._exit(_signal_code(received[0]))
 
     def stop(number: int) -> None:
         received.append(number)
+        if len(received) > 1:
+            leave()
         task.cancel()
+        loop.call_later(_PATIENCE_SECONDS, leave)
 
-    loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop, number)
     try:
@@ -88,7 +107,11 @@ async def _until_signal(program: Coroutine[Any, Any, int]) -> int:
     except asyncio.CancelledError:
         if not received:
             raise
-        return INTERRUPTED if received[0] == signal.SIGINT else TERMINATED
+        return _signal_code(received[0])
+
+
+def _signal_code(number: int) -> int:
+    return INTERRUPTED if number == signal.SIGINT else TERMINATED
 
 
 def interrupt(*_: object) -> NoReturn:

@@ -19,7 +19,6 @@ from pathlib import Path
 
 from common.errors import FleetError, InvalidInput, Unavailable
 from common.settings import SettingsError
-from common.state.connection import connect as connect_store
 from common.state.embedded import EmbeddedStore, private_directory
 from models.catalog import DEFAULT_MODEL, ServedModel, open_model
 from models.registry import load_registry
@@ -28,6 +27,7 @@ from services.cli.generate import plugin_directories
 from services.cli.options import BAD_INPUT, FAILED, SUCCESS, TERMINATED, command_parser, run_async
 from services.cli.options import INTERRUPTED as CTRL_C
 from services.cli.parameters import whole_number
+from services.cli.store import check_store
 from services.cli.supervisor import Program, ServiceEnded, Supervisor
 
 _POLL_SECONDS = 0.1
@@ -54,7 +54,7 @@ def main(argv: Sequence[str]) -> int:
     models = _models(args.model or [DEFAULT_MODEL])
     replicas = _replicas(args.replicas, models)
     if args.redis:
-        connect_store(args.redis)  # refuses what is no URL
+        check_store(args.redis)
     endpoint = f"127.0.0.1:{_free_port(args.port)}"
     with contextlib.ExitStack() as stack:
         directory = private_directory()

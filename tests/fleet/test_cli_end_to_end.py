@@ -121,7 +121,7 @@ def test_sigint_ends_a_run_without_leftovers(temporary: Path, tmp_path: Path) ->
         assert children, "the embedded store should be running"
         code, output = running.end(signal.SIGINT)
     assert code == 130
-    assert output.splitlines()[-1] == "fleet generate: interrupted"
+    assert output.splitlines()[-1].endswith("interrupted")
     assert "Traceback" not in output
     assert ended(children)
     assert not list(temporary.glob("fleet-*"))
@@ -207,6 +207,15 @@ def test_nothing_outlives_a_fleet_that_is_killed(temporary: Path) -> None:
         running.process.kill()
         running.process.wait()
         assert ended(children)
+
+
+def test_a_store_that_is_away_is_one_line(temporary: Path, tmp_path: Path) -> None:
+    nobody = f"unix://{tmp_path}/nobody.sock"
+    for command in (["up"], ["generate", "p", "--output", str(tmp_path / "x.png")]):
+        done = fleet(temporary, *command, "--redis", nobody)
+        assert done.returncode == 1
+        assert "the request store is away" in done.stderr
+        assert done.stderr.count("\n") == 1
 
 
 def test_a_checkpoint_that_cannot_be_loaded_ends_up_with_code_2(temporary: Path, tmp_path: Path) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -52,7 +55,17 @@ def test_data_in_a_given_directory_survive(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_it_dies_with_its_parent(number: signal.Signals) -> None:
-    parent = subprocess.Popen([sys.executable, "-c", _PARENT], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    directory = tempfile.mkdtemp(prefix="t-", dir="/tmp")  # what a killed parent leaves; short, for sockets
+    try:
+        _kill_a_parent(number, {**os.environ, "TMPDIR": directory})
+    finally:
+        shutil.rmtree(directory)
+
+
+def _kill_a_parent(number: signal.Signals, environ: dict[str, str]) -> None:
+    parent = subprocess.Popen(
+        [sys.executable, "-c", _PARENT], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environ, text=True
+    )
     with parent:
         assert parent.stdout is not None
         server = psutil.Process(int(parent.stdout.readline().split()[0]))
