@@ -138,8 +138,6 @@ async def draw(
                 match response.WhichOneof("payload"):
                     case "accepted":
                         request_id, seed = response.accepted.request_id, response.accepted.parameters.seed
-                        for warning in response.accepted.warnings:
-                            report.warning(warning)
                     case "event":
                         _show(request_id, response.event, report)
                     case "file":
