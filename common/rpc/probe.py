@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 import grpc
-from grpc_health.v1 import health_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 _SECONDS = 3.0
 
@@ -18,13 +18,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write("usage: python -m common.rpc.probe ADDRESS\n")
         return 2
     with grpc.insecure_channel(arguments[0]) as channel:
-        check = channel.unary_unary(
-            "/grpc.health.v1.Health/Check",
-            request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
-            response_deserializer=health_pb2.HealthCheckResponse.FromString,
-        )
         try:
-            reply = check(health_pb2.HealthCheckRequest(), timeout=_SECONDS)
+            reply = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=_SECONDS)
         except grpc.RpcError:
             return 1
     return 0 if reply.status == health_pb2.HealthCheckResponse.SERVING else 1

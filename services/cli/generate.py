@@ -22,7 +22,7 @@ from models.catalog import DEFAULT_MODEL, ServedModel, open_model
 from models.registry import load_registry
 from models.validation import InputValidationStage
 from services.cli.client import FleetClient, connect, raise_unless_succeeded
-from services.cli.options import SUCCESS, command_parser, endpoint_of, run_async
+from services.cli.options import SUCCESS, command_parser, endpoint_of, let_threads_sleep, run_async
 from services.cli.output import ResultFiles, check_output
 from services.cli.parameters import add_parameters, given_images, given_parameters, parameters_message
 from services.cli.progress import Reporter, reporter
@@ -109,6 +109,7 @@ async def _in_process(
     request: generation_pb2.SubmitRequest,
     output: Path,
 ) -> int:
+    let_threads_sleep()
     # Here and not above: it brings torch, which a bad flag, --help and --endpoint shall not wait for.
     from services.cli.local import start_fleet
 

@@ -71,6 +71,15 @@ def one_line(error: FleetError) -> str:
     return message if named else f"{error.field}: {message}"
 
 
+def let_threads_sleep() -> None:
+    """Make OpenMP's threads wait asleep unless the environment says otherwise. To be called before torch is imported.
+
+    By default they spin at the end of every operation. Where processes or device threads share the cores, that steals
+    the time of those who compute: 20 steps of the emoji model took 10 s instead of 0.6 on two busy cores.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
 def run_async(program: Coroutine[Any, Any, int], *, abandon: Callable[[], None] | None = None) -> int:
     """Run a program; SIGINT and SIGTERM cancel it, so that it cleans up, and then decide the exit code.
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 import services
-from services.cli.options import BAD_INPUT, SUCCESS
+from services.cli.options import BAD_INPUT, SUCCESS, let_threads_sleep
 
 _NOT_SERVICES = ("cli",)
 
@@ -34,5 +34,6 @@ def main(argv: Sequence[str]) -> int:
         what = f"unknown service {name!r}" if name else "no service given"
         sys.stderr.write(f"fleet serve: {what}; services are {', '.join(names)}\n")
         return BAD_INPUT
+    let_threads_sleep()
     run: Callable[[Sequence[str]], int] = vars(importlib.import_module(f"services.{name}.__main__"))["main"]
     return run(argv[1:])

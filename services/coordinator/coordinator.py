@@ -56,7 +56,12 @@ class Coordinator:
             settings.worker_wait_seconds,
         )
         store = RequestStore(self._redis, owner=owner, retention=settings.retention)
-        self._driver = Driver(store, workers, max_raw_result_bytes=settings.max_raw_result_bytes)
+        self._driver = Driver(
+            store,
+            workers,
+            max_raw_result_bytes=settings.max_raw_result_bytes,
+            step_seconds=settings.step_seconds,
+        )
         self._presence.on_cancel = self._driver.cancel
         self._service = GenerationService(self._models, store, self._registry, self._driver, settings)
         self._server = FleetServer(

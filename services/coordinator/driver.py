@@ -64,10 +64,13 @@ class _Outcome:
 class Driver:
     """Admits requests and runs them. One for each coordinator."""
 
-    def __init__(self, store: RequestStore, workers: Workers, *, max_raw_result_bytes: int) -> None:
+    def __init__(
+        self, store: RequestStore, workers: Workers, *, max_raw_result_bytes: int, step_seconds: float = 0.0
+    ) -> None:
         self._store = store
         self._workers = workers
         self._max_raw_result_bytes = max_raw_result_bytes
+        self._step_seconds = step_seconds
         self._executions: dict[str, Execution] = {}
         self._accepting: dict[str, bool] = {}  # whether each is to be cancelled as soon as it runs
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -164,7 +167,8 @@ class Driver:
     async def _drive(self, execution: Execution) -> None:
         record = execution.submission.record
         with request_scope(record.request_id):
-            events = EventWriter(self._store, record.request_id, partial(self._cancel, execution))
+            ended = partial(self._cancel, execution)
+            events = EventWriter(self._store, record.request_id, ended, step_seconds=self._step_seconds)
             execution.work = asyncio.create_task(self._run(execution, events))
             if execution.cancel_requested or self._stopping:
                 execution.work.cancel()

@@ -18,13 +18,17 @@ _log = logging.getLogger(__name__)
 class EventWriter:
     """One write at a time; what comes meanwhile goes with the next one, of a stage's steps only the latest.
 
+    Steps wait until `step_seconds` after the write before, so that quick ones do not cost more than they tell.
     `on_ended` is called when the store says that the request has ended elsewhere.
     """
 
-    def __init__(self, store: RequestStore, request_id: str, on_ended: Callable[[], None]) -> None:
+    def __init__(
+        self, store: RequestStore, request_id: str, on_ended: Callable[[], None], *, step_seconds: float = 0.0
+    ) -> None:
         self._store = store
         self._request_id = request_id
         self._on_ended = on_ended
+        self._step_seconds = step_seconds
         self._pending: list[generation_pb2.Event] = []
         self._wake = asyncio.Event()
         self._closing = False
@@ -57,32 +61,41 @@ class EventWriter:
         return self._pending
 
     async def _write(self) -> None:
+        loop = asyncio.get_running_loop()
+        not_before = 0.0
         while True:
             await self._wake.wait()
             self._wake.clear()
+            while not self._closing and loop.time() < not_before and all(map(_is_step, self._pending)):
+                await self._woken_before(not_before)
             if self._closing:
                 return
             batch, self._pending = self._pending, []
             try:
                 if not await self._store.append(self._request_id, batch):
                     self._on_ended()
+                not_before = loop.time() + self._step_seconds
             except Unavailable as error:
                 _log.warning("events of request %s wait: %s", self._request_id, error)
                 self._pending = batch + self._pending
-                await self._pause()
+                again = loop.time() + _RETRY_SECONDS
+                while not self._closing and loop.time() < again:
+                    await self._woken_before(again)
                 self._wake.set()
 
-    async def _pause(self) -> None:
-        """Wait a while, or until close()."""
-        deadline = asyncio.get_running_loop().time() + _RETRY_SECONDS
+    async def _woken_before(self, moment: float) -> None:
+        """Wait for something new, at most until a moment of the loop's time."""
         try:
-            async with asyncio.timeout_at(deadline):
-                while not self._closing:
-                    self._wake.clear()
-                    await self._wake.wait()
+            async with asyncio.timeout_at(moment):
+                await self._wake.wait()
         except TimeoutError:
-            pass
+            return
+        self._wake.clear()
+
+
+def _is_step(event: generation_pb2.Event) -> bool:
+    return bool(event.progress.step)
 
 
 def _is_step_of(event: generation_pb2.Event, service: str) -> bool:
-    return bool(event.progress.step) and event.progress.service == service
+    return _is_step(event) and event.progress.service == service

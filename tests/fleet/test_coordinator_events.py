@@ -1,0 +1,108 @@
+"""A request's events are written in order, without holding up the request, and none that matters is lost."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+
+import pytest
+
+from common.state.connection import connect
+from common.state.requests import RequestStore
+from fleet.v1 import generation_pb2
+from redis_servers import RedisServer, running_server, server_binaries
+from services.coordinator.events import EventWriter
+
+LONG = 3_600.0
+
+
+@pytest.fixture(params=sorted(server_binaries()))
+def server(request: pytest.FixtureRequest) -> Iterator[RedisServer]:
+    with running_server(request.param) as server:
+        yield server
+
+
+def run(server: RedisServer, test: Callable[[RequestStore], Awaitable[None]]) -> None:
+    async def main() -> None:
+        async with connect(server.url) as redis, asyncio.timeout(30):
+            store = RequestStore(redis)
+            await store.admit(generation_pb2.RequestRecord(request_id="r", model="m"))
+            await test(store)
+
+    asyncio.run(main())
+
+
+def told(events: Sequence[generation_pb2.Event]) -> list[tuple[str, int]]:
+    return [(event.progress.service, event.progress.step) for event in events if event.HasField("progress")]
+
+
+async def stored(store: RequestStore, count: int) -> list[generation_pb2.Event]:
+    """The first so many events after the one of admission."""
+    events = [event async for event in _first(store, count + 1)]
+    return events[1:]
+
+
+async def _first(store: RequestStore, count: int) -> AsyncIterator[generation_pb2.Event]:
+    async for event in store.events("r"):
+        yield event
+        count -= 1
+        if not count:
+            return
+
+
+def test_steps_that_come_quickly_are_told_by_the_latest(server: RedisServer) -> None:
+    async def story(store: RequestStore) -> None:
+        writer = EventWriter(store, "r", lambda: None, step_seconds=LONG)
+        writer.progress("denoising", 0, 50)
+        assert told(await stored(store, 1)) == [("denoising", 0)]
+        for step in range(1, 50):
+            writer.progress("denoising", step, 50)
+            await asyncio.sleep(0)
+        writer.progress("decoding", 0, 1)
+        assert told(await stored(store, 3)) == [("denoising", 0), ("denoising", 49), ("decoding", 0)]
+        writer.progress("denoising", 50, 50)
+        writer.progress("decoding", 1, 1)
+        assert told(await writer.close()) == [("denoising", 50), ("decoding", 1)]
+
+    run(server, story)
+
+
+def test_events_wait_for_a_store_that_is_away(server: RedisServer) -> None:
+    async def story(store: RequestStore) -> None:
+        writer = EventWriter(store, "r", lambda: None)
+        server.kill()
+        writer.warning("prompt", "cut")
+        writer.progress("denoising", 1, 2)
+        await asyncio.sleep(0.01)
+        writer.progress("denoising", 2, 2)
+        server.start()
+        events = await stored(store, 2)
+        assert events[0].warning.message == "cut"
+        rest = told([*events, *await writer.close()])
+        assert rest[-1] == ("denoising", 2) or told(await stored(store, 3))[-1] == ("denoising", 2)
+
+    run(server, story)
+
+
+def test_closing_does_not_wait_for_a_store_that_is_away(server: RedisServer) -> None:
+    async def story(store: RequestStore) -> None:
+        writer = EventWriter(store, "r", lambda: None)
+        server.kill()
+        writer.warning("prompt", "cut")
+        await asyncio.sleep(0.01)
+        async with asyncio.timeout(5):
+            assert [event.warning.message for event in await writer.close()] == ["cut"]
+
+    run(server, story)
+
+
+def test_a_request_that_ended_elsewhere_is_noticed(server: RedisServer) -> None:
+    async def story(store: RequestStore) -> None:
+        ended = asyncio.Event()
+        writer = EventWriter(store, "r", ended.set)
+        await store.finish("r", generation_pb2.REQUEST_STATE_FAILED)
+        writer.progress("denoising", 1, 2)
+        await ended.wait()
+        await writer.close()
+
+    run(server, story)
