@@ -16,6 +16,7 @@ MAX_PIXELS = 2**26
 MAX_ASPECT = 64
 
 _EXIF_ORIENTATION = 0x0112
+_JPEG_END = b"\xff\xd9"
 _PNG = b"\x89PNG\r\n\x1a\n"
 _JPEG = b"\xff\xd8\xff"
 _JPEG_WITHOUT_LENGTH = {0x01, *range(0xD0, 0xD8)}
@@ -43,7 +44,7 @@ class ImageHeader:
 
 
 class _Truncated(Exception):
-    """The header goes on behind the end of the data."""
+    """The file goes on behind the end of the data."""
 
 
 def read_image_header(role: str, data: bytes | memoryview) -> ImageHeader:
@@ -57,7 +58,7 @@ def read_image_header(role: str, data: bytes | memoryview) -> ImageHeader:
     try:
         header = _read(role, view)
     except _Truncated:
-        raise InvalidInput(f"{role} is cut off: its header is not whole", field=role) from None
+        raise InvalidInput(f"{role} is cut off: the file is not whole", field=role) from None
     _check_size(role, header)
     return header
 
@@ -67,7 +68,7 @@ def _read(role: str, view: memoryview) -> ImageHeader:
     if start.startswith(_PNG):
         return _read_png(role, view)
     if start.startswith(_JPEG):
-        return _read_jpeg(role, view)
+        return _read_jpeg(view)
     if start[:4] == b"RIFF" and start[8:12] == b"WEBP":
         return _read_webp(role, view)
     found = next((f" but {name}" for magic, name in _OTHERS.items() if start.startswith(magic)), "")
@@ -97,9 +98,9 @@ def _read_png(role: str, view: memoryview) -> ImageHeader:
                 raise _moving(role, "PNG")
             case b"eXIf":
                 orientation = _orientation(view[begin:end])
-            case b"IDAT":
+            case b"IEND":
                 break
-    if not width:
+    else:
         raise _Truncated
     return _turned("PNG", height, width, orientation)
 
@@ -112,8 +113,7 @@ def _png_chunks(view: memoryview) -> Iterator[tuple[bytes, int, int]]:
         at += 12 + size
 
 
-def _read_jpeg(role: str, view: memoryview) -> ImageHeader:
-    del role
+def _read_jpeg(view: memoryview) -> ImageHeader:
     at, orientation = 2, 0
     while True:
         marker, at = _jpeg_marker(view, at)
@@ -121,6 +121,8 @@ def _read_jpeg(role: str, view: memoryview) -> ImageHeader:
             continue
         size = _number(view, at, 2)
         if marker in _JPEG_FRAMES:
+            if bytes(view[at:]).rfind(_JPEG_END) < 0:
+                raise _Truncated
             return _turned("JPEG", _number(view, at + 3, 2), _number(view, at + 5, 2), orientation)
         if marker == 0xE1 and bytes(view[at + 2 : at + 8]) == b"Exif\0\0":
             orientation = _orientation(view[at + 8 : at + size])
@@ -137,6 +139,8 @@ def _jpeg_marker(view: memoryview, at: int) -> tuple[int, int]:
 
 
 def _read_webp(role: str, view: memoryview) -> ImageHeader:
+    if len(view) < _number(view, 4, 4, "little") + 8:
+        raise _Truncated
     kind = bytes(view[12:16])
     if kind == b"VP8X":
         if _number(view, 20, 1) & 0x02:

@@ -83,13 +83,17 @@ class WanImageToVideoSamplingParams(WanSamplingParams):
     @classmethod
     def image_roles(cls, checkpoint: Checkpoint) -> ImageRoles:
         """Models that tell the tokens of two pictures apart by position need both."""
-        if _takes_last_image(checkpoint.module_config("transformer")):
+        if checkpoint.module_config("transformer").get("pos_embed_seq_len"):
             return ImageRoles(required=("image", "last_image"))
         return ImageRoles(required=("image",))
 
-
-def _takes_last_image(transformer: Mapping[str, Any]) -> bool:
-    return bool(transformer.get("pos_embed_seq_len"))
+    def fitted(self, checkpoint: Checkpoint, given: Collection[str]) -> tuple[Self, tuple[ParamWarning, ...]]:
+        """As for text alone; a first and a last frame are two."""
+        params, warnings = super().fitted(checkpoint, given)
+        if params.num_frames == 1 and "last_image" in self.image_roles(checkpoint).required:
+            message = f"num_frames must be at least 5 with a last_image, but is {self.num_frames}"
+            raise InvalidInput(message, field="num_frames")
+        return params, warnings
 
 
 def _factor(vae: Mapping[str, Any], name: str, default: int) -> int:

@@ -63,6 +63,12 @@ def _validate(model: ServedModel, given: Mapping[str, ParamValue], output: Path,
             field="output",
         )
     InputValidationStage(model).run({**given, "output_format": name}, images)
+    if images:
+        # Here and not above: it brings torch. The services would find the same, but only once all of them are loaded.
+        from models.images import open_image
+
+        for role, data in images.items():
+            open_image(role, data)
 
 
 def plugin_directories() -> list[Path]:

@@ -67,7 +67,9 @@ def test_plugins_are_added_without_importing_their_stages(tmp_path: Path) -> Non
 
 
 def test_an_unsupported_pipeline_is_refused_with_the_supported_ones() -> None:
-    with pytest.raises(CheckpointError, match="'SanaPipeline' is not supported; supported are FluxPipeline, .*WanPipeline"):
+    with pytest.raises(
+        CheckpointError, match=r"'SanaPipeline' is not supported; supported are FluxPipeline, .*WanPipeline"
+    ):
         load_registry().entry("SanaPipeline")
 
 
