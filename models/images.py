@@ -19,8 +19,11 @@ _FORMATS = ("PNG", "JPEG", "WEBP")
 
 
 def open_images(inputs: ImageInputs) -> Mapping[str, Image.Image]:
-    """RGB pictures by role. Raises InvalidInput about the role of one that cannot be read, or is too large."""
-    return {role: open_image(role, _file(data)) for role, data in inputs.images.items()}
+    """RGB pictures by role: image, image_1 ..., last_image, in whatever order they came.
+
+    Raises InvalidInput about the role of one that cannot be read, or is too large.
+    """
+    return {role: open_image(role, _file(inputs.images[role])) for role in sorted(inputs.images, key=_place)}
 
 
 def open_image(role: str, data: bytes) -> Image.Image:
@@ -38,6 +41,11 @@ def as_tensor(picture: Image.Image, height: int, width: int) -> Tensor:
     resized = picture.resize((width, height), Image.Resampling.LANCZOS)
     pixels = torch.from_numpy(np.array(resized).astype(np.float32) / 255.0)
     return (2.0 * pixels - 1.0).permute(2, 0, 1)[None]
+
+
+def _place(role: str) -> tuple[str, int]:
+    name, _, number = role.rpartition("_")
+    return (name, int(number)) if number.isdecimal() else (role, 0)
 
 
 def _file(data: Tensor | bytes) -> bytes:
