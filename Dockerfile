@@ -27,7 +27,7 @@ ENTRYPOINT ["fleet", "serve"]
 FROM base AS wheel
 COPY pyproject.toml ./
 RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
-    pip install hatchling \
+    pip install "hatchling>=1.27" \
     && python -c 'import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
 open("coordinator.txt", "w").write("\n".join(project["dependencies"])); \
 open("worker.txt", "w").write("\n".join(project["optional-dependencies"]["worker"]))'
@@ -50,12 +50,12 @@ RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf pip install -r worker.t
 
 FROM coordinator-packages AS coordinator
 RUN --mount=type=bind,from=wheel,source=/fleet/dist,target=/dist pip install --no-deps /dist/*.whl
-USER fleet
+USER 10001:10001
 
 FROM gpu-packages AS gpu
 RUN --mount=type=bind,from=wheel,source=/fleet/dist,target=/dist pip install --no-deps /dist/*.whl
-USER fleet
+USER 10001:10001
 
 FROM cpu-packages AS cpu
 RUN --mount=type=bind,from=wheel,source=/fleet/dist,target=/dist pip install --no-deps /dist/*.whl
-USER fleet
+USER 10001:10001

@@ -124,8 +124,13 @@ class FakeFleet:
         self.scripts = {spec.service: Script(spec.contract) for spec in model.pipeline.services}
         self._stack = stack
 
-    async def add_worker(self, service: str, script: Script | None = None, *, capacity: int = 1) -> FakeWorker:
-        """Serve and announce one more worker, by default with the service's common script."""
+    async def add_worker(
+        self, service: str, script: Script | None = None, *, capacity: int = 1, announced: int = 0
+    ) -> FakeWorker:
+        """Serve and announce one more worker, by default with the service's common script.
+
+        `announced` is the capacity that it claims to have, if that is another.
+        """
         script = script or self.scripts[service]
         executor = ThreadPoolExecutor(1)
         self._stack.callback(executor.shutdown, wait=True, cancel_futures=True)
@@ -144,7 +149,7 @@ class FakeFleet:
             model=self.model.name,
             model_fingerprint=self.model.checkpoint.fingerprint,
             address=server.address,
-            capacity=capacity,
+            capacity=announced or capacity,
             contract=worker_pb2.StageContract(
                 inputs=contract.inputs, outputs=contract.outputs, optional_inputs=sorted(contract.optional)
             ),

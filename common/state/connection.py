@@ -46,6 +46,7 @@ def connect(url: str) -> Redis:
     try:
         return Redis.from_url(
             url,
+            protocol=2,  # so that replies have one form, whatever redis-py's default
             socket_timeout=_SOCKET_SECONDS,
             socket_connect_timeout=_CONNECT_SECONDS,
             retry=Retry(ExponentialBackoff(cap=0.25, base=0.02), _RETRIES),

@@ -284,7 +284,7 @@ end
 function ops.claim(ticket, place, owner, priority, deadline)
   if redis.call('HEXISTS', P .. 'slots:' .. place, ticket) == 0
     and redis.call('HEXISTS', P .. 'waiting:' .. place, ticket) == 0 then
-    local latest = tonumber(deadline) > 0 and tonumber(deadline) or 9999999999999
+    local latest = tonumber(deadline) > 0 and math.min(tonumber(deadline), 9999999999999) or 9999999999999
     local rank = string.format('%03d%013.0f%016.0f', 100 - tonumber(priority), latest, redis.call('INCR', P .. 'sequence'))
     local entry = rank .. '|' .. ticket .. '|' .. owner
     redis.call('ZADD', P .. 'queue:' .. place, 0, entry)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -160,9 +160,10 @@ class RequestStore:
 
     async def _scan(self, below: str) -> list[tuple[str, list[Any]]]:
         """The next ids of the index with their sequence numbers and stored fields."""
-        rows = await command(
-            self._redis, "ZREVRANGEBYSCORE", PREFIX + "requests", below, "-inf", "WITHSCORES", "LIMIT", 0, _SCAN
-        )
+        with store_errors():
+            rows: Any = await self._redis.zrevrangebyscore(
+                PREFIX + "requests", below, "-inf", start=0, num=_SCAN, withscores=True
+            )
         if not rows:
             return []
         with store_errors():
@@ -277,7 +278,7 @@ class RequestStore:
         """Ids of the open requests of a model whose coordinator is dead."""
         return [each.decode() for each in await run_script(self._redis, "orphans", model)]
 
-    async def events(self, request_id: str, after: str = "") -> AsyncIterator[generation_pb2.Event]:
+    async def events(self, request_id: str, after: str = "") -> AsyncGenerator[generation_pb2.Event, None]:
         """The events after the given one as they come, up to the terminal one. Raises NotFound, InvalidInput."""
         if after and not _EVENT_ID.fullmatch(after):
             raise InvalidInput(f"after_event_id {after!r} is not the id of an event", field="after_event_id")

@@ -47,11 +47,12 @@ class Coordinator:
         self._registry = WorkerRegistry(self._redis, beat_seconds=beat, ttl_seconds=ttl)
         self._slots = Slots(self._redis, self._presence)
         self._connections = Connections(Limits(total_bytes=settings.max_artifact_bytes))
+        self.artifact_memory = ArtifactMemory(settings.max_artifact_bytes)
         workers = Workers(
             self._slots,
             self._registry,
             self._connections,
-            ArtifactMemory(settings.max_artifact_bytes),
+            self.artifact_memory,
             settings.stage_attempts,
             settings.worker_wait_seconds,
         )
@@ -126,7 +127,7 @@ class Coordinator:
             for spec in model.services:
                 load = await self._registry.load(name, spec.service)
                 QUEUE_LENGTH.labels(spec.service, name).set(load.queued)
-            await self._driver.end_orphans(name)
+            await self._driver.end_orphans(name, self._settings.heartbeat_ttl_seconds)
         await self._server.set_ready(True)
 
 

@@ -72,6 +72,7 @@ class Driver:
         self._max_raw_result_bytes = max_raw_result_bytes
         self._step_seconds = step_seconds
         self._executions: dict[str, Execution] = {}
+        self._orphans: dict[str, dict[str, float]] = {}  # by model and request id: since when
         self._accepting: dict[str, bool] = {}  # whether each is to be cancelled as soon as it runs
         self._tasks: set[asyncio.Task[Any]] = set()
         self._stopping = False
@@ -254,11 +255,19 @@ class Driver:
         why = f": {outcome.error.message}" if outcome.error else ""
         _log.info("request %s of %s is %s%s", record.request_id, record.model, name, why)
 
-    async def end_orphans(self, model: str) -> None:
-        """End the open requests of a model whose coordinator is dead: nobody else would. Raises Unavailable."""
+    async def end_orphans(self, model: str, patience_seconds: float) -> None:
+        """End the open requests of a model whose coordinator is dead: nobody else would. Raises Unavailable.
+
+        Only those that have been orphans for `patience_seconds` while the store was there: after a restart of the
+        store, living coordinators need a heartbeat to show themselves.
+        """
         error = _failure(Unavailable("the coordinator that ran it is gone; submit it again")).error
-        for request_id in await self._store.orphans(model):
-            if request_id not in self._executions:
+        now = time.monotonic()
+        orphans = set(await self._store.orphans(model)) - self._executions.keys()
+        seen = self._orphans.get(model, {})
+        self._orphans[model] = {request_id: seen.get(request_id, now) for request_id in orphans}
+        for request_id, since in self._orphans[model].items():
+            if now - since >= patience_seconds:
                 await self._store.finish(request_id, State.REQUEST_STATE_FAILED, error=error)
                 _log.warning("request %s was left behind by a dead coordinator", request_id)
 

@@ -102,9 +102,10 @@ class GenerationService:
             request_id = admission.record.request_id
             yield pb.GenerateResponse(accepted=admission.record)
             state = State.REQUEST_STATE_UNSPECIFIED
-            async for event in self._store.events(request_id):
-                yield pb.GenerateResponse(event=event)
-                state = event.state_change.state
+            async with aclosing(self._store.events(request_id)) as events:
+                async for event in events:
+                    yield pb.GenerateResponse(event=event)
+                    state = event.state_change.state
             ended = True
             if state == State.REQUEST_STATE_SUCCEEDED:
                 async for response in self._files(request_id, execution):
@@ -135,13 +136,13 @@ class GenerationService:
         """The events, until this coordinator closes and the request does not run here."""
         closing = asyncio.create_task(self._closing.wait())
         events = self._store.events(request_id, after)
+        upcoming: asyncio.Future[pb.Event | None] = asyncio.get_running_loop().create_future()
         try:
             while True:
                 upcoming = asyncio.ensure_future(anext(events, None))
                 waits = {upcoming} if self._driver.runs(request_id) else {upcoming, closing}
                 await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
                 if not upcoming.done():
-                    upcoming.cancel()
                     raise Unavailable("this coordinator is shutting down; watch again from the last event")
                 event = upcoming.result()
                 if event is None:
@@ -149,6 +150,9 @@ class GenerationService:
                 yield event
         finally:
             closing.cancel()
+            upcoming.cancel()
+            await asyncio.wait({upcoming})
+            await events.aclose()
 
     async def download_result(
         self, request: pb.DownloadResultRequest

@@ -9,10 +9,11 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 import torch
-from bench_fleet import Caller, running_fleet
+from bench_fleet import Caller, Timeline, running_fleet
 from bench_report import median, print_machine, print_table, print_verdict, quantile, say
 
 from common.artifacts import Media, ParamValue
@@ -73,18 +74,19 @@ def main() -> None:
     _report([row[0] for row in rows], [row[1] for row in rows])
 
 
-def _pair(local: InProcess, caller: Caller, seed: int, steps: int) -> tuple[Mapping[str, float], float]:
-    """One request each way, in turn; in-process milliseconds by service, and the fleet's in all."""
+def _pair(local: InProcess, caller: Caller, seed: int, steps: int) -> tuple[Mapping[str, float], Timeline]:
+    """One request each way, in turn: in-process milliseconds by service, and what the fleet's client saw."""
     spent, file = local.draw(seed, steps)
     parameters = api.GenerationParameters(prompt=PROMPT, seed=seed, num_inference_steps=steps)
     timeline = caller.generate(parameters)
     if timeline.files != [file]:
         raise RuntimeError(f"seed {seed}: the fleet drew another picture than the same stages in this process")
-    return spent, 1e3 * timeline.finished
+    return spent, timeline
 
 
-def _report(local: list[Mapping[str, float]], fleet: list[float]) -> None:
+def _report(local: list[Mapping[str, float]], timelines: list[Timeline]) -> None:
     totals = [each["total"] for each in local]
+    fleet = [1e3 * each.finished for each in timelines]
     differences = [theirs - ours for theirs, ours in zip(fleet, totals, strict=True)]
     rows = (("one process", totals), ("fleet", fleet), ("fleet - one process, paired", differences))
     print_table(
@@ -93,9 +95,26 @@ def _report(local: list[Mapping[str, float]], fleet: list[float]) -> None:
     )
     stages = ", ".join(f"{name} {median(each[name] for each in local):.1f}" for name in local[0] if name != "total")
     say(f"Stages in one process, ms: {stages}. The files are equal, byte by byte.")
+    say(f"The fleet's way, ms: {_way(timelines)}.")
     ours, theirs = median(totals), median(fleet)
     say(f"Ratio of the medians: {theirs / ours:.3f}")
     print_verdict("overhead of the median request", theirs - ours, FIXED_MS + SHARE * ours, "ms")
+
+
+def _way(timelines: list[Timeline]) -> str:
+    """Where a request's time goes, as its client sees the events: medians between one event and the next."""
+    moments = {
+        "accepted": [each.accepted for each in timelines],
+        "first stage begins": [each.first_progress for each in timelines],
+        "denoising begins": [each.services["denoising"][0] for each in timelines],
+        "its last step": [each.services["denoising"][1] for each in timelines],
+        "decoding begins": [each.services["decoding"][0] for each in timelines],
+        "decoded": [each.services["decoding"][1] for each in timelines],
+        "downloaded": [each.finished for each in timelines],
+    }
+    names, columns = list(moments), list(moments.values())
+    gaps = [columns[0], *([b - a for a, b in zip(*pair, strict=True)] for pair in pairwise(columns))]
+    return ", ".join(f"{name} +{1e3 * median(gap):.1f}" for name, gap in zip(names, gaps, strict=True))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,8 @@ import pytest
 from PIL import Image
 from safetensors import safe_open
 
+from toy_checkpoint import build_toy_checkpoint, copy_toy_family
+
 _FLEET = (sys.executable, "-m", "services.cli")
 
 
@@ -37,10 +39,11 @@ def environ(temporary: Path) -> dict[str, str]:
     return {**kept, "TMPDIR": str(temporary), "OMP_NUM_THREADS": "1"}
 
 
-def fleet(temporary: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run `fleet ARGUMENTS` to its end."""
+def fleet(temporary: Path, *arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
+    """Run `fleet ARGUMENTS` to its end, with more environment variables if given."""
+    environment = {**environ(temporary), **settings}
     return subprocess.run(
-        [*_FLEET, *arguments], env=environ(temporary), capture_output=True, text=True, timeout=120, check=False
+        [*_FLEET, *arguments], env=environment, capture_output=True, text=True, timeout=120, check=False
     )
 
 
@@ -111,6 +114,18 @@ def test_generate_draws_in_one_process_and_cleans_up(temporary: Path, tmp_path: 
     assert "denoising 3/3" in done.stderr
     assert not list(temporary.glob("fleet-*"))
     assert list(tmp_path.iterdir()) == [output]
+
+
+def test_generate_serves_a_family_that_is_not_in_the_tree(temporary: Path, tmp_path: Path) -> None:
+    checkpoint = build_toy_checkpoint(tmp_path / "toy")
+    output = tmp_path / "toy.png"
+    plugins = str(copy_toy_family(tmp_path / "plugins"))
+    command = ("generate", "hello", "--model", str(checkpoint), "--output", str(output))
+    done = fleet(temporary, *command, FLEET_PLUGINS=plugins)
+    assert (done.returncode, done.stdout) == (0, f"{output}\n"), done.stderr
+    refused = fleet(temporary, *command)
+    assert refused.returncode == 2
+    assert "'ToyPipeline' is not supported; supported are FluxPipeline" in refused.stderr
 
 
 def test_sigint_ends_a_run_without_leftovers(temporary: Path, tmp_path: Path) -> None:

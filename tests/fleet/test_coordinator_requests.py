@@ -244,6 +244,22 @@ def test_workers_that_keep_dying_fail_the_request(url: str) -> None:
     run(url, story)
 
 
+def test_a_worker_that_is_fuller_than_it_says_is_tried_again(url: str) -> None:
+    async def story(fleet: FakeFleet) -> None:
+        gate = Gate()
+        await fleet.add_workers(["latent_preparation", "denoising", "decoding"])
+        fleet.scripts["text_encoding"].work = gate
+        await fleet.add_worker("text_encoding", announced=3)
+        _, stub = await fleet.add_coordinator()
+        names = [(await stub.Submit(submission())).request.request_id for _ in range(3)]
+        await gate.wait_reached()
+        gate.opened.set()
+        for name in names:
+            assert (await terminal(stub, name))[-1].state_change.state == pb.REQUEST_STATE_SUCCEEDED
+
+    run(url, story)
+
+
 def test_without_workers_patience_is_an_option(url: str) -> None:
     async def story(fleet: FakeFleet) -> None:
         _, stub = await fleet.add_coordinator(worker_wait_seconds=0.1)

@@ -20,7 +20,7 @@ WRONG = Program("wrong", ("serve", "nothing"))
 
 def test_a_program_that_ends_before_the_fleet_is_ready_ends_the_fleet() -> None:
     notes: list[str] = []
-    with pytest.raises(ServiceEnded, match="wrong .* ended with exit code 2 before the fleet was ready") as caught:
+    with pytest.raises(ServiceEnded, match=r"wrong .* ended with exit code 2 before the fleet was ready") as caught:
         asyncio.run(Supervisor(notes.append).keep(WRONG))
     assert caught.value.code == 2
     assert len(notes) == 1
