@@ -109,6 +109,8 @@ def _png_chunks(view: memoryview) -> Iterator[tuple[bytes, int, int]]:
     at = len(_PNG)
     while at < len(view):
         size, kind = _number(view, at, 4), bytes(view[at + 4 : at + 8])
+        if at + 12 + size > len(view):
+            raise _Truncated
         yield kind, at + 8, at + 8 + size
         at += 12 + size
 
