@@ -107,6 +107,7 @@ def load_pretrained(checkpoint: Checkpoint, name: str, device: torch.device, dty
 
 _LOADERS: Mapping[str, ModuleLoader] = {
     "AutoencoderKL": load_pretrained,
+    "AutoencoderKLQwenImage": load_pretrained,
     "CLIPTextModel": load_pretrained,
     "CLIPImageProcessor": _load_image_processor,
     "CLIPImageProcessorPil": _load_image_processor,
@@ -115,6 +116,8 @@ _LOADERS: Mapping[str, ModuleLoader] = {
     "CLIPVisionModel": load_pretrained,
     "CLIPVisionModelWithProjection": load_pretrained,
     "FlowMatchEulerDiscreteScheduler": _load_scheduler,
+    "Qwen2Tokenizer": _load_tokenizer,
+    "Qwen2TokenizerFast": _load_tokenizer,
     "T5EncoderModel": load_pretrained,
     "T5Tokenizer": _load_tokenizer,
     "T5TokenizerFast": _load_tokenizer,

@@ -97,7 +97,15 @@ def _register_wan(registry: Registry) -> None:
     )
 
 
-_FAMILIES = (_register_flux, _register_wan)
+def _register_qwen_image(registry: Registry) -> None:
+    registry.register_configs(
+        "QwenImagePipeline",
+        sampling_params="configs.sample.qwen_image:QwenImageSamplingParams",
+        pipeline_config="configs.pipeline_configs.qwen_image:QwenImagePipelineConfig",
+    )
+
+
+_FAMILIES = (_register_flux, _register_qwen_image, _register_wan)
 
 
 def load_registry(plugins: Iterable[Path] = ()) -> Registry:

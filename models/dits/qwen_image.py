@@ -50,7 +50,7 @@ class BlockModulation(nn.Sequential):
 
     def forward(self, activated_BD: Tensor) -> tuple[Tensor, ...]:
         """Attention's three, then the feed-forward's three."""
-        parts: Tensor = super().forward(activated_BD)
+        parts: Tensor = self[1](activated_BD)
         return parts.chunk(6, dim=1)
 
 
