@@ -67,7 +67,7 @@ function ops.admit(id, owner, key, record, model, deadline, max_open, queue_limi
     return { 'replayed', known, snapshot(known) }
   end
   if redis.call('EXISTS', P .. 'request:' .. id) == 1 then
-    return { 'admitted', int(now), snapshot(id) }
+    return { 'admitted', int(now), snapshot(id), {} }
   end
   if tonumber(deadline) > 0 and tonumber(deadline) <= now then
     return { 'late', int(now) }
@@ -90,9 +90,9 @@ function ops.admit(id, owner, key, record, model, deadline, max_open, queue_limi
   if key ~= '' then
     redis.call('SET', P .. 'idempotency:' .. key, id)
   end
-  add_events(id, 11 + tonumber(count))
+  local events = add_events(id, 11 + tonumber(count))
   prune_index()
-  return { 'admitted', int(now), snapshot(id) }
+  return { 'admitted', int(now), snapshot(id), events }
 end
 
 -- id, new state or '', addition to the record, events. Refused once the request has ended.
@@ -124,13 +124,13 @@ end
 function ops.finish(id, token, state, extra, keep)
   if not is_open(id) then
     local mine = redis.call('HGET', P .. 'request:' .. id, 'token') == token
-    return { mine and 'finished' or 'ended' }
+    return { mine and 'finished' or 'ended', {} }
   end
   finish(id, token, state, extra, keep)
-  add_events(id, 7)
+  local events = add_events(id, 7)
   redis.call('PEXPIRE', P .. 'events:' .. id, keep)
   prune_index()
-  return { 'finished' }
+  return { 'finished', events }
 end
 
 -- id, state, ms to keep the record, event. Tells the owner; where that one is dead, the request ends here.

@@ -57,6 +57,11 @@ def timestamp_of(milliseconds: int) -> Timestamp:
     return Timestamp(seconds=milliseconds // 1_000, nanos=milliseconds % 1_000 * 1_000_000)
 
 
+def with_ids(events: Sequence[generation_pb2.Event], ids: Sequence[bytes]) -> list[generation_pb2.Event]:
+    """Events as the store keeps them under these ids; none where it gave none."""
+    return [read_event(each.decode(), event.SerializeToString()) for event, each in zip(events, ids, strict=False)]
+
+
 def read_event(event_id: str, payload: bytes) -> generation_pb2.Event:
     """A stored event, with its id, which is also its time."""
     event = generation_pb2.Event.FromString(payload)

@@ -33,6 +33,7 @@ from common.state.records import (
     read_record,
     state_event,
     timestamp_of,
+    with_ids,
 )
 from fleet.v1 import generation_pb2
 
@@ -62,11 +63,15 @@ class Retention:
 
 
 class Admission(NamedTuple):
-    """An accepted request. `seconds_left` until its deadline, by the store's clock; None without one."""
+    """An accepted request. `seconds_left` until its deadline, by the store's clock; None without one.
+
+    `events` are its first ones, as stored; empty where an answer was lost on the way or the request is replayed.
+    """
 
     record: generation_pb2.RequestRecord
     replayed: bool
     seconds_left: float | None
+    events: list[generation_pb2.Event]
 
 
 class RequestStore:
@@ -119,7 +124,8 @@ class RequestStore:
                 )
         stored = read_record(reply[2])
         left = (deadline - int(reply[1])) / 1_000 if deadline and reply[0] == b"admitted" else None
-        return Admission(stored, reply[0] == b"replayed", left)
+        ids = reply[3] if reply[0] == b"admitted" else []
+        return Admission(stored, reply[0] == b"replayed", left, with_ids(events, ids))
 
     async def get(self, request_id: str) -> generation_pb2.RequestRecord:
         """The record. Raises NotFound."""
@@ -173,10 +179,13 @@ class RequestStore:
                 fields = await pipeline.execute()
         return [(str(int(score)), each) for (_, score), each in zip(rows, fields, strict=True)]
 
-    async def append(self, request_id: str, events: Sequence[generation_pb2.Event]) -> bool:
-        """Add events; what they say of state and warnings goes into the record. False once the request has ended."""
-        if not events:
-            return True
+    async def append(
+        self, request_id: str, events: Sequence[generation_pb2.Event]
+    ) -> list[generation_pb2.Event] | None:
+        """Add events; what they say of state and warnings goes into the record.
+
+        Returns them as stored, and None once the request has ended.
+        """
         state = next((str(event.state_change.state) for event in events if event.HasField("state_change")), "")
         extra = generation_pb2.RequestRecord(
             warnings=[event.warning for event in events if event.HasField("warning")]
@@ -184,7 +193,7 @@ class RequestStore:
         reply = await run_script(
             self._redis, "append", request_id, state, extra, *(event.SerializeToString() for event in events)
         )
-        return bool(reply[0] == b"appended")
+        return with_ids(events, reply[1]) if reply[0] == b"appended" else None
 
     async def finish(
         self,
@@ -195,10 +204,12 @@ class RequestStore:
         files: Sequence[ResultFile] = (),
         stored: bool = True,
         events: Sequence[generation_pb2.Event] = (),
-    ) -> bool:
-        """End a request: `events` that are still to be told, its files, its state. True for the one call that did it.
+    ) -> list[generation_pb2.Event] | None:
+        """End a request: `events` that are still to be told, its files, its state.
 
-        Unless `stored`, the files are named in the record, but their bytes are not kept.
+        Returns the events as stored, the terminal one last (none where the first answer was lost on the way), and
+        None for all but the one call that ended it. Unless `stored`, the files are named in the record, but their
+        bytes are not kept.
         """
         extra = generation_pb2.RequestRecord(
             error=error,
@@ -220,11 +231,12 @@ class RequestStore:
             for number, chunk in enumerate(chunks_of(file.pieces))
         }
         reply = await self._store_then_run(chunks, "finish", arguments)
-        finished = bool(reply[0] == b"finished")
-        if chunks and not finished:
+        if reply[0] == b"finished":
+            return with_ids((*events, last), reply[1])
+        if chunks:
             with store_errors():
                 await self._redis.delete(*chunks)
-        return finished
+        return None
 
     async def _store_then_run(
         self, chunks: Mapping[str, memoryview], operation: str, arguments: Sequence[str | bytes | int]

@@ -20,7 +20,7 @@ from common.state.requests import Admission, Limits, RequestStore
 from common.telemetry import REQUESTS, request_scope
 from fleet.v1 import artifacts_pb2, generation_pb2
 from services.coordinator.dispatch import Rank, WorkerRunner, Workers
-from services.coordinator.events import EventWriter
+from services.coordinator.events import EventLog, EventWriter
 
 _RETRY_SECONDS = 0.2
 _LONGEST_RETRY_SECONDS = 2.0
@@ -48,6 +48,7 @@ class Execution:
 
     submission: Submission
     seconds_left: float | None
+    log: EventLog
     task: asyncio.Task[None] | None = None
     work: asyncio.Task[dict[str, Any]] | None = None
     cancel_requested: bool = False
@@ -98,7 +99,7 @@ class Driver:
             )
             if admission.replayed:
                 return admission, None
-            return admission, self._start(submission, admission.seconds_left)
+            return admission, self._start(submission, admission.seconds_left, admission.events)
         except Unavailable:
             self._spawn(self._settle(submission))
             raise
@@ -116,13 +117,15 @@ class Driver:
         except NotFound:
             return
         left = stored.deadline.ToNanoseconds() - stored.created_at.ToNanoseconds()
-        execution = self._start(submission, left / 1e9 if stored.HasField("deadline") else None)
+        execution = self._start(submission, left / 1e9 if stored.HasField("deadline") else None, ())
         if not submission.idempotency_key:
             self._cancel(execution)
 
-    def _start(self, submission: Submission, seconds_left: float | None) -> Execution:
+    def _start(
+        self, submission: Submission, seconds_left: float | None, events: Sequence[generation_pb2.Event]
+    ) -> Execution:
         request_id = submission.record.request_id
-        execution = Execution(submission, seconds_left)
+        execution = Execution(submission, seconds_left, EventLog(events))
         execution.cancel_requested = self._accepting.get(request_id, False)
         self._executions[request_id] = execution
         execution.task = self._spawn(self._drive(execution))
@@ -169,7 +172,7 @@ class Driver:
         record = execution.submission.record
         with request_scope(record.request_id):
             ended = partial(self._cancel, execution)
-            events = EventWriter(self._store, record.request_id, ended, step_seconds=self._step_seconds)
+            events = EventWriter(self._store, record.request_id, execution.log, ended, step_seconds=self._step_seconds)
             execution.work = asyncio.create_task(self._run(execution, events))
             if execution.cancel_requested or self._stopping:
                 execution.work.cancel()
@@ -181,6 +184,7 @@ class Driver:
                 outcome = self._outcome(execution, execution.work, late=not done)
                 await self._finish(execution, outcome, await events.close())
             finally:
+                execution.log.close()
                 del self._executions[record.request_id]
 
     async def _run(self, execution: Execution, events: EventWriter) -> dict[str, Any]:
@@ -244,13 +248,14 @@ class Driver:
             events=events,
         )
         try:
-            won = await _persist(f"request {record.request_id} has ended", finish)
+            last = await _persist(f"request {record.request_id} has ended", finish)
         except InternalError as error:
             _log.exception("the end of the request could not be stored")
             failed = _failure(error)
-            won = await self._store.finish(record.request_id, failed.state, error=failed.error)
+            last = await self._store.finish(record.request_id, failed.state, error=failed.error)
+        execution.log.extend(last or ())
         name = State.Name(outcome.state).removeprefix("REQUEST_STATE_")
-        if won:
+        if last is not None:
             REQUESTS.labels(record.model, name).inc()
         why = f": {outcome.error.message}" if outcome.error else ""
         _log.info("request %s of %s is %s%s", record.request_id, record.model, name, why)

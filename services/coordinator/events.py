@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 
 from common.errors import Unavailable
 from common.state.requests import RequestStore
@@ -15,18 +15,60 @@ _RETRY_SECONDS = 0.5
 _log = logging.getLogger(__name__)
 
 
+class EventLog:
+    """A running request's events as they were stored, for those who follow it in this process: they spare the store."""
+
+    def __init__(self, events: Iterable[generation_pb2.Event] = ()) -> None:
+        self._events = list(events)
+        self._closed = False
+        self._more = asyncio.Event()
+
+    def extend(self, events: Iterable[generation_pb2.Event]) -> None:
+        """More events have been stored."""
+        self._events += events
+        self._wake()
+
+    def close(self) -> None:
+        """No more will come."""
+        self._closed = True
+        self._wake()
+
+    def _wake(self) -> None:
+        self._more.set()
+        self._more = asyncio.Event()
+
+    async def follow(self) -> AsyncIterator[generation_pb2.Event]:
+        """All events as they come, until close()."""
+        told = 0
+        while True:
+            for event in self._events[told:]:
+                told += 1
+                yield event
+            if told == len(self._events):
+                if self._closed:
+                    return
+                await self._more.wait()
+
+
 class EventWriter:
     """One write at a time; what comes meanwhile goes with the next one, of a stage's steps only the latest.
 
     Steps wait until `step_seconds` after the write before, so that quick ones do not cost more than they tell.
-    `on_ended` is called when the store says that the request has ended elsewhere.
+    What is stored goes into `log`. `on_ended` is called when the store says that the request has ended elsewhere.
     """
 
     def __init__(
-        self, store: RequestStore, request_id: str, on_ended: Callable[[], None], *, step_seconds: float = 0.0
+        self,
+        store: RequestStore,
+        request_id: str,
+        log: EventLog,
+        on_ended: Callable[[], None],
+        *,
+        step_seconds: float = 0.0,
     ) -> None:
         self._store = store
         self._request_id = request_id
+        self._log = log
         self._on_ended = on_ended
         self._step_seconds = step_seconds
         self._pending: list[generation_pb2.Event] = []
@@ -72,8 +114,10 @@ class EventWriter:
                 return
             batch, self._pending = self._pending, []
             try:
-                if not await self._store.append(self._request_id, batch):
+                stored = await self._store.append(self._request_id, batch)
+                if stored is None:
                     self._on_ended()
+                self._log.extend(stored or ())
                 not_before = loop.time() + self._step_seconds
             except Unavailable as error:
                 _log.warning("events of request %s wait: %s", self._request_id, error)

@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from common.codec import pack, write_param
 from common.errors import FailedPrecondition, InvalidInput, NotFound, Unavailable
 from common.pipeline import ServiceSpec
-from common.state.records import State, chunks_of, require_succeeded
+from common.state.records import State, chunks_of, is_terminal, require_succeeded
 from common.state.requests import RequestStore
 from common.state.workers import WorkerRegistry
 from configs.sample.base import ParameterSpec
@@ -102,7 +102,7 @@ class GenerationService:
             request_id = admission.record.request_id
             yield pb.GenerateResponse(accepted=admission.record)
             state = State.REQUEST_STATE_UNSPECIFIED
-            async with aclosing(self._store.events(request_id)) as events:
+            async with aclosing(self._followed(request_id, execution)) as events:
                 async for event in events:
                     yield pb.GenerateResponse(event=event)
                     state = event.state_change.state
@@ -113,6 +113,19 @@ class GenerationService:
         finally:
             if not (ended or submission.idempotency_key or self._closing.is_set()):
                 self._driver.cancel(submission.record.request_id)
+
+    async def _followed(self, request_id: str, execution: Execution | None) -> AsyncGenerator[pb.Event, None]:
+        """All events of a request: from memory while it runs here, else from the store."""
+        last = ""
+        if execution is not None:
+            async for event in execution.log.follow():
+                last = event.event_id
+                yield event
+                if is_terminal(event.state_change.state):
+                    return
+        async with aclosing(self._store.events(request_id, last)) as events:
+            async for event in events:
+                yield event
 
     async def _files(self, request_id: str, execution: Execution | None) -> AsyncIterator[pb.GenerateResponse]:
         """The files of a request that succeeded: from memory where it ran here, else from the store."""

@@ -11,7 +11,7 @@ from common.state.connection import connect
 from common.state.requests import RequestStore
 from fleet.v1 import generation_pb2
 from redis_servers import RedisServer, running_server, server_binaries
-from services.coordinator.events import EventWriter
+from services.coordinator.events import EventLog, EventWriter
 
 LONG = 3_600.0
 
@@ -52,7 +52,7 @@ async def _first(store: RequestStore, count: int) -> AsyncIterator[generation_pb
 
 def test_steps_that_come_quickly_are_told_by_the_latest(server: RedisServer) -> None:
     async def story(store: RequestStore) -> None:
-        writer = EventWriter(store, "r", lambda: None, step_seconds=LONG)
+        writer = EventWriter(store, "r", EventLog(), lambda: None, step_seconds=LONG)
         writer.progress("denoising", 0, 50)
         assert told(await stored(store, 1)) == [("denoising", 0)]
         for step in range(1, 50):
@@ -69,7 +69,7 @@ def test_steps_that_come_quickly_are_told_by_the_latest(server: RedisServer) -> 
 
 def test_events_wait_for_a_store_that_is_away(server: RedisServer) -> None:
     async def story(store: RequestStore) -> None:
-        writer = EventWriter(store, "r", lambda: None)
+        writer = EventWriter(store, "r", EventLog(), lambda: None)
         server.kill()
         writer.warning("prompt", "cut")
         writer.progress("denoising", 1, 2)
@@ -86,7 +86,7 @@ def test_events_wait_for_a_store_that_is_away(server: RedisServer) -> None:
 
 def test_closing_does_not_wait_for_a_store_that_is_away(server: RedisServer) -> None:
     async def story(store: RequestStore) -> None:
-        writer = EventWriter(store, "r", lambda: None)
+        writer = EventWriter(store, "r", EventLog(), lambda: None)
         server.kill()
         writer.warning("prompt", "cut")
         await asyncio.sleep(0.01)
@@ -99,7 +99,7 @@ def test_closing_does_not_wait_for_a_store_that_is_away(server: RedisServer) -> 
 def test_a_request_that_ended_elsewhere_is_noticed(server: RedisServer) -> None:
     async def story(store: RequestStore) -> None:
         ended = asyncio.Event()
-        writer = EventWriter(store, "r", ended.set)
+        writer = EventWriter(store, "r", EventLog(), ended.set)
         await store.finish("r", generation_pb2.REQUEST_STATE_FAILED)
         writer.progress("denoising", 1, 2)
         await ended.wait()

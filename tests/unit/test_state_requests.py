@@ -96,13 +96,14 @@ def test_an_end_happens_once_and_nothing_follows_it(url: str) -> None:
         name = (await store.admit(record())).record.request_id
         ends = [State.REQUEST_STATE_SUCCEEDED, State.REQUEST_STATE_CANCELLED, State.REQUEST_STATE_EXPIRED] * 7
         files = [[picture(b"x" * 100)] if end == State.REQUEST_STATE_SUCCEEDED else [] for end in ends]
-        won = await asyncio.gather(
+        ends_seen = await asyncio.gather(
             *(store.finish(name, end, files=each) for end, each in zip(ends, files, strict=True))
         )
+        won = [each is not None for each in ends_seen]
         assert sum(won) == 1
         stored = await store.get(name)
         assert stored.state == ends[won.index(True)]
-        assert not await store.append(name, [progress(3)])
+        assert await store.append(name, [progress(3)]) is None
         events = [event async for event in store.events(name)]
         assert [event.state_change.state for event in events] == [State.REQUEST_STATE_QUEUED, stored.state]
 
@@ -114,7 +115,7 @@ def test_a_file_of_a_late_end_does_not_stay(url: str) -> None:
         store = RequestStore(redis)
         name = (await store.admit(record())).record.request_id
         assert await store.finish(name, State.REQUEST_STATE_CANCELLED)
-        assert not await store.finish(name, State.REQUEST_STATE_SUCCEEDED, files=[picture(b"x" * 9)])
+        assert await store.finish(name, State.REQUEST_STATE_SUCCEEDED, files=[picture(b"x" * 9)]) is None
         assert not await redis.keys("fleet:result:*")
 
     run(url, story)
