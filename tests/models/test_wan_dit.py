@@ -44,7 +44,7 @@ def pair(path: Path, given: dict[str, Any], dtype: torch.dtype) -> tuple[Referen
     made = Reference(**BLOCKS, **given)
     randomise(made)
     made.save_pretrained(path)
-    reference = Reference.from_pretrained(path, torch_dtype=dtype)
+    reference = Reference.from_pretrained(path, dtype=dtype)
     with torch.device("meta"):
         ours = WanTransformer3DModel(WanTransformerConfig.from_dict("transformer", dict(reference.config)))
     files = sorted(path.glob("*.safetensors"))
