@@ -90,6 +90,11 @@ def _load_image_processor(checkpoint: Checkpoint, name: str, *_: object) -> Any:
     return _from_pretrained(checkpoint, name, {}, class_name=f"{checkpoint.modules[name][1].removesuffix('Pil')}Pil")
 
 
+def _load_image_processor_of(image_processor: str) -> ModuleLoader:
+    """A processor's picture half: the text half is the tokenizer, which is a module of its own."""
+    return lambda checkpoint, name, *_: _from_pretrained(checkpoint, name, {}, class_name=image_processor)
+
+
 def _load_scheduler(checkpoint: Checkpoint, name: str, *_: object) -> Any:
     return _from_pretrained(checkpoint, name, {})
 
@@ -107,7 +112,6 @@ def load_pretrained(checkpoint: Checkpoint, name: str, device: torch.device, dty
 
 _LOADERS: Mapping[str, ModuleLoader] = {
     "AutoencoderKL": load_pretrained,
-    "AutoencoderKLQwenImage": load_pretrained,
     "CLIPTextModel": load_pretrained,
     "CLIPImageProcessor": _load_image_processor,
     "CLIPImageProcessorPil": _load_image_processor,
@@ -116,6 +120,8 @@ _LOADERS: Mapping[str, ModuleLoader] = {
     "CLIPVisionModel": load_pretrained,
     "CLIPVisionModelWithProjection": load_pretrained,
     "FlowMatchEulerDiscreteScheduler": _load_scheduler,
+    "Qwen2_5_VLProcessor": _load_image_processor_of("Qwen2VLImageProcessorPil"),
+    "Qwen2VLProcessor": _load_image_processor_of("Qwen2VLImageProcessorPil"),
     "Qwen2Tokenizer": _load_tokenizer,
     "Qwen2TokenizerFast": _load_tokenizer,
     "T5EncoderModel": load_pretrained,

@@ -103,6 +103,11 @@ def _register_qwen_image(registry: Registry) -> None:
         sampling_params="configs.sample.qwen_image:QwenImageSamplingParams",
         pipeline_config="configs.pipeline_configs.qwen_image:QwenImagePipelineConfig",
     )
+    registry.register_configs(
+        "QwenImageEditPipeline",
+        sampling_params="configs.sample.qwen_image:QwenImageEditSamplingParams",
+        pipeline_config="configs.pipeline_configs.qwen_image_edit:QwenImageEditPipelineConfig",
+    )
 
 
 _FAMILIES = (_register_flux, _register_qwen_image, _register_wan)

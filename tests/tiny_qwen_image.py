@@ -14,19 +14,28 @@ import torch
 from diffusers import (
     AutoencoderKLQwenImage,
     FlowMatchEulerDiscreteScheduler,
+    QwenImageEditPipeline,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
 )
 from tokenizers import Tokenizer, models, trainers
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import nn
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+from transformers import (
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
+    Qwen2VLImageProcessorPil,
+    Qwen2VLProcessor,
+)
 
 from tiny_flux import WORDS, randomise
 
 LATENT_CHANNELS = 16
 HEADS, HEAD_SIZE = 4, 16
 TEXT_SIZE = 32
+# Tokens that the language model sees a picture in: 28x28 pixels each.
+LOOKED_AT = 64
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
 
 # What the tokenizer must know in whole words: the templates' text, without their marks.
@@ -62,6 +71,36 @@ def build_tiny_qwen_image(path: Path, *, text_size: int = TEXT_SIZE, seed: int =
     modules = _modules(text_size)
     QwenImagePipeline(scheduler=_scheduler(), **modules).save_pretrained(str(path))
     return path
+
+
+def build_tiny_qwen_image_edit(path: Path, *, seed: int = 0) -> Path:
+    """Write a checkpoint that edits pictures. Its processor is told from the parts that need no torchvision."""
+    build_tiny_qwen_image(path, seed=seed)
+    Qwen2VLImageProcessorPil(size={"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * LOOKED_AT}).save_pretrained(
+        path / "processor"
+    )
+    qwen_tokenizer().save_pretrained(path / "processor")
+    index = json.loads((path / "model_index.json").read_text())
+    index |= {"_class_name": "QwenImageEditPipeline", "processor": ["transformers", "Qwen2VLProcessor"]}
+    (path / "model_index.json").write_text(json.dumps(index))
+    return path
+
+
+def open_edit_reference(path: Path) -> QwenImageEditPipeline:
+    """Diffusers' pipeline. Its processor is put together here: from_pretrained would need torchvision for videos."""
+    processor = _PictureProcessor(
+        Qwen2VLImageProcessorPil.from_pretrained(path / "processor"),
+        Qwen2Tokenizer.from_pretrained(path / "processor"),
+    )
+    return QwenImageEditPipeline.from_pretrained(path, processor=processor)
+
+
+class _PictureProcessor(Qwen2VLProcessor):  # type: ignore[misc]
+    """Qwen2VLProcessor without its video half."""
+
+    def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
+        """Take the video half's absence too."""
+        return argument_name, type(argument)
 
 
 def _modules(text_size: int) -> dict[str, Any]:

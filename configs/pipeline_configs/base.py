@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar, Self
 import torch
 from torch import Tensor
 
-from configs.models.encoders.base import TextEncoding
+from configs.models.encoders.base import ImageTextEncoding, TextEncoding
 
 if TYPE_CHECKING:
     from common.artifacts import Canvas, Prompt, Sampling
@@ -53,6 +53,11 @@ class StandardPipelineConfig(PipelineConfig):
     @abstractmethod
     def text_encodings(self) -> tuple[TextEncoding, ...]:
         """The text encoders, in the order in which they run."""
+
+    @property
+    def image_text_encoding(self) -> ImageTextEncoding:
+        """The encoder that reads text and pictures together, where there is one."""
+        raise TypeError(f"{type(self).__name__} reads text without pictures")
 
     @abstractmethod
     def wants_negative(self, prompt: Prompt, sampling: Sampling) -> bool:
@@ -105,7 +110,7 @@ class StandardPipelineConfig(PipelineConfig):
     def image_latents(
         self, encode: Callable[[Tensor], Tensor], pictures: Mapping[str, Tensor], canvas: Canvas
     ) -> Tensor:
-        """The condition for model_input, batch 1, from pictures by role: float32 (1, 3, height, width) in [-1, 1].
+        """Raw latents from pictures by role, float32 (1, 3, height, width) in [-1, 1]; packed, the condition; batch 1.
 
         `encode` is the VAE's encoder, from a picture or a video (1, 3, frames, height, width) to its likeliest latents.
         """
@@ -117,15 +122,26 @@ class StandardPipelineConfig(PipelineConfig):
 
     @abstractmethod
     def prepare_pos_cond_kwargs(
-        self, embeds: Mapping[str, Tensor], raw_latent_shape: tuple[int, ...], sampling: Sampling
+        self,
+        embeds: Mapping[str, Tensor],
+        raw_latent_shape: tuple[int, ...],
+        sampling: Sampling,
+        condition_shape: tuple[int, ...] | None = None,
     ) -> Mapping[str, Tensor | None]:
-        """The denoiser's keywords that depend on size and guidance, beside the conditioning's own."""
+        """The denoiser's keywords that depend on size and guidance, beside the conditioning's own.
+
+        `condition_shape` is the raw shape of the pictures' latents, in a request that has them.
+        """
 
     def prepare_neg_cond_kwargs(
-        self, embeds: Mapping[str, Tensor], raw_latent_shape: tuple[int, ...], sampling: Sampling
+        self,
+        embeds: Mapping[str, Tensor],
+        raw_latent_shape: tuple[int, ...],
+        sampling: Sampling,
+        condition_shape: tuple[int, ...] | None = None,
     ) -> Mapping[str, Tensor | None]:
         """The same for the negative branch."""
-        return self.prepare_pos_cond_kwargs(embeds, raw_latent_shape, sampling)
+        return self.prepare_pos_cond_kwargs(embeds, raw_latent_shape, sampling, condition_shape)
 
     @abstractmethod
     def guide(self, positive: Tensor, negative: Tensor, sampling: Sampling) -> Tensor:

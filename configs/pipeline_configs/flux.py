@@ -135,9 +135,14 @@ class FluxPipelineConfig(StandardPipelineConfig):
         return timestep / 1000
 
     def prepare_pos_cond_kwargs(
-        self, embeds: Mapping[str, Tensor], raw_latent_shape: tuple[int, ...], sampling: Sampling
+        self,
+        embeds: Mapping[str, Tensor],
+        raw_latent_shape: tuple[int, ...],
+        sampling: Sampling,
+        condition_shape: tuple[int, ...] | None = None,
     ) -> Mapping[str, Tensor | None]:
         """Guidance embedding of distilled models; positions (axis, row, column) of every token, all 0 for text."""
+        del condition_shape
         batch, _, rows, columns = raw_latent_shape
         guidance = None
         if self.transformer.guidance_embeds:

@@ -44,6 +44,7 @@ class QwenImagePipelineConfig(PackedPipelineConfig):
     vae: AutoencoderKLQwenImageConfig
 
     module_loaders: ClassVar[Mapping[str, str]] = {
+        "AutoencoderKLQwenImage": "models.vaes.qwen_image:load_qwen_image_vae",
         "Qwen2_5_VLForConditionalGeneration": "models.encoders.qwen_vl:load_qwen_text_model",
         "QwenImageTransformer2DModel": "models.dits.qwen_image:load_qwen_image_transformer",
     }
@@ -98,15 +99,21 @@ class QwenImagePipelineConfig(PackedPipelineConfig):
         return unpack_patches(latents, *raw_latent_shape[2:])[:, :, None]
 
     def prepare_pos_cond_kwargs(
-        self, embeds: Mapping[str, Tensor], raw_latent_shape: tuple[int, ...], sampling: Sampling
+        self,
+        embeds: Mapping[str, Tensor],
+        raw_latent_shape: tuple[int, ...],
+        sampling: Sampling,
+        condition_shape: tuple[int, ...] | None = None,
     ) -> Mapping[str, Tensor | None]:
-        """Positions (picture, row, column) around the picture's middle; text goes on diagonally behind its edge."""
+        """Positions (picture, row, column) around each picture's middle; text goes on diagonally behind their edges."""
         del sampling
-        rows, columns = (size // 2 for size in raw_latent_shape[-2:])
+        shapes = (raw_latent_shape, condition_shape) if condition_shape else (raw_latent_shape,)
+        grids = [(shape[-2] // 2, shape[-1] // 2) for shape in shapes]
+        edge = max(side // 2 for grid in grids for side in grid)
         text = torch.arange(embeds["encoder_hidden_states"].shape[1], dtype=torch.float32)
         return {
-            "txt_ids": (text + max(rows // 2, columns // 2))[:, None].expand(-1, 3),
-            "img_ids": _positions(0, rows, columns),
+            "txt_ids": (text + edge)[:, None].expand(-1, 3),
+            "img_ids": torch.cat([_positions(index, *grid) for index, grid in enumerate(grids)]),
         }
 
     def guide(self, positive: Tensor, negative: Tensor, sampling: Sampling) -> Tensor:

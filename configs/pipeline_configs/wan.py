@@ -106,10 +106,14 @@ class WanPipelineConfig(StandardPipelineConfig):
         return timestep
 
     def prepare_pos_cond_kwargs(
-        self, embeds: Mapping[str, Tensor], raw_latent_shape: tuple[int, ...], sampling: Sampling
+        self,
+        embeds: Mapping[str, Tensor],
+        raw_latent_shape: tuple[int, ...],
+        sampling: Sampling,
+        condition_shape: tuple[int, ...] | None = None,
     ) -> Mapping[str, Tensor | None]:
         """None: positions follow from the latents' shape, and guidance is not embedded."""
-        del embeds, raw_latent_shape, sampling
+        del embeds, raw_latent_shape, sampling, condition_shape
         return {}
 
     def guide(self, positive: Tensor, negative: Tensor, sampling: Sampling) -> Tensor:

@@ -1,16 +1,18 @@
-"""Sampling parameters of Qwen-Image, as Diffusers 0.42's QwenImagePipeline takes and rounds them."""
+"""Sampling parameters of Qwen-Image and Qwen-Image-Edit, as Diffusers 0.42's pipelines take and round them."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Self
 
+from common.artifacts import ParamValue
 from common.checkpoint import Checkpoint
 from common.errors import InvalidInput
+from common.image_header import ImageHeader
 from configs.models.fields import ConfigFields
-from configs.models.vaes.qwen_image import spatial_factor
-from configs.sample.base import ParamWarning, parameter
+from configs.models.vaes.qwen_image import given_size, spatial_factor
+from configs.sample.base import ImageRoles, ParamWarning, parameter
 from configs.sample.packed import PackedSamplingParams
 
 _HIGHEST_LAST_SIGMA = 0.9999
@@ -50,4 +52,30 @@ class QwenImageSamplingParams(PackedSamplingParams):
         return {
             **super().without_effect(checkpoint),
             "guidance_scale": "on this model, which has no guidance embedding",
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class QwenImageEditSamplingParams(QwenImageSamplingParams):
+    """Qwen-Image-Edit. The result has the picture's proportion and about a square mebipixel, unless a size is set."""
+
+    @classmethod
+    def image_roles(cls, checkpoint: Checkpoint) -> ImageRoles:
+        """One picture."""
+        del checkpoint
+        return ImageRoles(required=("image",))
+
+    @classmethod
+    def image_defaults(cls, images: Mapping[str, ImageHeader]) -> dict[str, ParamValue]:
+        """The size that the picture is edited in."""
+        if "image" not in images:
+            return {}
+        height, width = given_size(images["image"].height, images["image"].width)
+        return {"height": height, "width": width}
+
+    def without_effect(self, checkpoint: Checkpoint) -> dict[str, str]:
+        """Nor has max_sequence_length: the prompt is read whole, as Diffusers does."""
+        return {
+            **super().without_effect(checkpoint),
+            "max_sequence_length": "on this model, which reads the whole prompt",
         }

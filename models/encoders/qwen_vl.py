@@ -12,6 +12,13 @@ if TYPE_CHECKING:
     from common.checkpoint import Checkpoint
 
 
+def load_qwen_vl_model(checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype) -> Any:
+    """Language model and vision tower, for prompts with pictures. Raises CheckpointError."""
+    model = load_pretrained(checkpoint, name, device, dtype).model
+    model.language_model.config.use_cache = False
+    return model
+
+
 def load_qwen_text_model(checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype) -> Any:
     """The language model alone, for prompts without pictures. Raises CheckpointError."""
     model = load_pretrained(checkpoint, name, device, dtype).model.language_model

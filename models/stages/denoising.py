@@ -57,11 +57,12 @@ class DenoisingStage(PipelineStage[DenoisingInput, DenoisingOutput]):
     def _branches(self, x: DenoisingInput, shape: tuple[int, ...]) -> tuple[Keywords, Keywords | None]:
         """The transformer's keywords besides latents and timestep, for both branches; batched and on the device."""
         embeds = merge_conditioning(x.text_conditioning, x.image_conditioning)
-        own = self._config.prepare_pos_cond_kwargs(embeds.prompt_embeds, shape, x.sampling)
+        given = None if x.image_latents is None else x.image_latents.parts["condition"].raw_latent_shape
+        own = self._config.prepare_pos_cond_kwargs(embeds.prompt_embeds, shape, x.sampling, given)
         positive = self._keywords(embeds.prompt_embeds, own, x.sampling)
         if not embeds.negative_prompt_embeds:
             return positive, None
-        own = self._config.prepare_neg_cond_kwargs(embeds.negative_prompt_embeds, shape, x.sampling)
+        own = self._config.prepare_neg_cond_kwargs(embeds.negative_prompt_embeds, shape, x.sampling, given)
         return positive, self._keywords(embeds.negative_prompt_embeds, own, x.sampling)
 
     def _keywords(self, embeds: Mapping[str, Tensor], own: Mapping[str, Tensor | None], sampling: Sampling) -> Keywords:

@@ -54,6 +54,6 @@ class ImageVAEEncodingStage(PipelineStage[ImageVAEEncodingInput, ImageVAEEncodin
         for role, picture in open_images(x.image_inputs).items():
             height, width = self._config.image_size((picture.height, picture.width), x.canvas)
             tensors[role] = as_tensor(picture, height, width).to(self._config.device)
-        latents = self._config.image_latents(self._vae.encode, tensors, x.canvas).cpu()
-        part = LatentPart(latents=latents, raw_latent_shape=tuple(latents.shape))
+        raw = self._config.image_latents(self._vae.encode, tensors, x.canvas).cpu()
+        part = LatentPart(latents=self._config.pack(raw), raw_latent_shape=tuple(raw.shape))
         return ImageVAEEncodingOutput(image_latents=Latents(parts={"condition": part}))

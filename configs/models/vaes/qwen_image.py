@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
 from configs.models.fields import ConfigFields
+
+_GIVEN_AREA = 1024 * 1024
+_GIVEN_MULTIPLE = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,3 +52,12 @@ def spatial_factor(fields: ConfigFields) -> int:
     if not isinstance(steps, list | tuple) or not steps:
         raise fields.error("temperal_downsample", "must be a list of truth values")
     return 1 << len(steps)
+
+
+def given_size(height: int, width: int) -> tuple[int, int]:
+    """Height and width that a given picture is edited in: about a square mebipixel, in about the same proportion."""
+    exact_width = math.sqrt(_GIVEN_AREA * (width / height))
+    exact_height = exact_width / (width / height)
+    return round(exact_height / _GIVEN_MULTIPLE) * _GIVEN_MULTIPLE, round(
+        exact_width / _GIVEN_MULTIPLE
+    ) * _GIVEN_MULTIPLE
