@@ -24,6 +24,8 @@ from models.loader import load_stages
 from models.registry import load_registry
 from models.validation import InputValidationStage
 
+NO_IMAGES: Mapping[str, bytes] = MappingProxyType({})
+
 
 @dataclass
 class Heard:
@@ -55,9 +57,7 @@ class LocalFleet:
             for spec in model.pipeline.services
         }
 
-    def media(
-        self, heard: Heard | None = None, images: Mapping[str, bytes] = MappingProxyType({}), **given: ParamValue
-    ) -> Media:
+    def media(self, heard: Heard | None = None, images: Mapping[str, bytes] = NO_IMAGES, **given: ParamValue) -> Media:
         """Run one request through validation and every service."""
         values = dict(InputValidationStage(self.model).run(given, images).artifacts)
         if images:
@@ -70,7 +70,7 @@ class LocalFleet:
         return media
 
     def tensors(
-        self, heard: Heard | None = None, images: Mapping[str, bytes] = MappingProxyType({}), **given: ParamValue
+        self, heard: Heard | None = None, images: Mapping[str, bytes] = NO_IMAGES, **given: ParamValue
     ) -> dict[str, Tensor]:
         """latents and pixels of one request."""
         (item,) = self.media(heard, images, **given, output_format="safetensors").items
@@ -79,7 +79,9 @@ class LocalFleet:
 
     def images(self, heard: Heard | None = None, **given: ParamValue) -> list[Image.Image]:
         """The pictures of one request."""
-        return [Image.open(io.BytesIO(item.data.numpy().tobytes())) for item in self.media(heard, **given).items]
+        return [
+            Image.open(io.BytesIO(item.data.numpy().tobytes())) for item in self.media(heard, NO_IMAGES, **given).items
+        ]
 
     def close(self) -> None:
         """End the thread."""
