@@ -35,7 +35,10 @@ _Artifact = TypeVar("_Artifact", Prompt, Canvas, Sampling)
 
 @dataclass(frozen=True)
 class ParameterSpec:
-    """What a caller may know of a parameter. `type` is string, int, float, bool or floats; bounds are inclusive."""
+    """What a caller may know of a parameter.
+
+    `type` is string, int, float, bool or floats, or image for a picture; bounds are inclusive.
+    """
 
     name: str
     type: str

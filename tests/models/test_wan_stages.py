@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import av
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 from common.artifacts import Canvas, DenoiseState, ImageInputs, Prompt, Sampling
 from common.codec import pack, unpack
@@ -23,7 +26,7 @@ from local_fleet import Heard
 from models.catalog import ServedModel, open_model
 from models.images import as_tensor, open_image, open_images
 from models.loader import load_stages
-from models.media import mp4_bytes
+from models.media import Mp4File, mp4_bytes
 from models.registry import load_registry
 from tiny_wan import build_tiny_wan_i2v
 
@@ -172,6 +175,28 @@ def test_pictures_come_in_the_order_of_their_numbers() -> None:
     roles = ["last_image", *(f"image_{number}" for number in (10, 2, 1)), "image"]
     opened = open_images(inputs(**{role: png() for role in roles}))
     assert list(opened) == ["image", "image_1", "image_2", "image_10", "last_image"]
+
+
+def test_a_frame_is_encoded_while_the_next_one_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The encoder waits here for the next frame; were it to run between two frames, it would wait for ever."""
+    made = [threading.Event() for _ in range(4)]
+    encoded: list[int] = []
+    encode = Mp4File.add
+
+    def add(file: Mp4File, pixels: Tensor) -> None:
+        following = len(encoded) + 1
+        assert following == len(made) or made[following].wait(10), "the next frame was not made meanwhile"
+        encoded.append(following)
+        encode(file, pixels)
+
+    def frames() -> Iterator[Tensor]:
+        for event in made:
+            event.set()
+            yield torch.zeros(3, 16, 16)
+
+    monkeypatch.setattr(Mp4File, "add", add)
+    assert mp4_bytes(frames(), 16, 16, 8.0)
+    assert encoded == [1, 2, 3, 4]
 
 
 def test_a_failing_encoder_is_heard() -> None:
