@@ -11,10 +11,11 @@ from torch import Tensor
 
 from common.errors import InvalidInput
 from configs.models.encoders.base import ImageTextEncoding, PromptText
+from models.encoders.text import check_vocabulary
 
 
 class ImageTextEncoder:
-    """A tokenizer, a processor of pictures and an encoder of transformers."""
+    """A tokenizer, a processor of pictures and an encoder that fit together, else it raises CheckpointError."""
 
     def __init__(
         self, encoding: ImageTextEncoding, tokenizer: Any, processor: Any, encoder: Any, device: torch.device
@@ -24,6 +25,8 @@ class ImageTextEncoder:
         self._processor = processor
         self._encoder = encoder
         self._device = device
+        known = encoder.get_input_embeddings().num_embeddings
+        check_vocabulary(encoding.tokenizer, tokenizer, encoding.encoder, known)
 
     def encode(self, source: PromptText, pictures: Sequence[Image.Image]) -> Tensor:
         """The states from the template's skipped tokens on, (1, tokens, size); the picture's tokens are among them.

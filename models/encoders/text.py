@@ -30,12 +30,8 @@ class TextEncoder:
         self._check()
 
     def _check(self) -> None:
-        """Refuse a tokenizer whose tokens the encoder has no embedding for: on a GPU that ends the process."""
         names, config = self._encoding, self._encoder.config.to_dict()
-        if len(self._tokenizer) > config["vocab_size"]:
-            raise CheckpointError(
-                f"{names.tokenizer} has {len(self._tokenizer)} tokens, but {names.encoder} knows {config['vocab_size']}"
-            )
+        check_vocabulary(names.tokenizer, self._tokenizer, names.encoder, config["vocab_size"])
         longest, positions = self._tokenizer.model_max_length, config.get("max_position_embeddings")
         if names.template is None and positions is not None and longest > positions:
             raise CheckpointError(
@@ -80,6 +76,12 @@ class TextEncoder:
             f"{self._encoding.encoder} reads at most {limit} tokens, and the text has {length}; "
             f"it was cut before: {shorten(self._tokenizer.decode(removed))}",
         )
+
+
+def check_vocabulary(tokenizer_name: str, tokenizer: Any, encoder_name: str, known: int) -> None:
+    """Refuse a tokenizer whose tokens the encoder has no embedding for: on a GPU that ends the process."""
+    if len(tokenizer) > known:
+        raise CheckpointError(f"{tokenizer_name} has {len(tokenizer)} tokens, but {encoder_name} knows {known}")
 
 
 def shorten(text: str) -> str:
