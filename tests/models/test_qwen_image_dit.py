@@ -72,6 +72,15 @@ def test_predictions_are_diffusers(tmp_path: Path, grid: tuple[int, int], dtype:
     assert relative_error(got, expected) <= most
 
 
+def test_parameters_of_the_published_size_are_diffusers() -> None:
+    """Names and shapes, with the defaults of both: Qwen-Image's own architecture."""
+    with torch.device("meta"):
+        theirs, ours = Reference(), QwenImageTransformer2DModel(QwenImageTransformerConfig())
+    expected = {name: value.shape for name, value in theirs.state_dict().items()}
+    assert {name: value.shape for name, value in ours.state_dict().items()} == expected
+    assert QwenImageTransformerConfig.from_dict("transformer", dict(theirs.config)) == QwenImageTransformerConfig()
+
+
 def test_conditioning_is_exactly_what_forward_takes() -> None:
     config = pipeline_config()
     embeds = {"encoder_hidden_states": torch.zeros(1, 5, 24)}
