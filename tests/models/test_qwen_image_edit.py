@@ -15,12 +15,13 @@ import torch
 from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit import calculate_dimensions
 from PIL import Image
 
-from common.errors import InvalidInput
+from common.errors import CheckpointError, InvalidInput
 from common.image_header import ImageHeader
 from configs.models.vaes.qwen_image import given_size
-from configs.pipeline_configs.qwen_image_edit import EDIT_TEMPLATE, POSITIONS
+from configs.pipeline_configs.qwen_image_edit import EDIT_TEMPLATE, POSITIONS, QwenImageEditPipelineConfig
 from configs.sample.qwen_image import QwenImageEditSamplingParams
 from local_fleet import Heard, LocalFleet, open_fleet, reference_run, relative_error
+from models.encoders.image_text import ImageTextEncoder
 from models.validation import InputValidationStage
 from tiny_qwen_image import build_tiny_qwen_image_edit, open_edit_reference, qwen_tokenizer
 
