@@ -99,6 +99,17 @@ def test_the_template_is_as_long_as_with_the_published_tokenizer() -> None:
     assert len(qwen_tokenizer()(head).input_ids) == EDIT_TEMPLATE.skipped
 
 
+def test_a_tokenizer_that_the_encoder_does_not_know_is_refused(pair: Pair) -> None:
+    encoding = QwenImageEditPipelineConfig.from_checkpoint(pair[0].model.checkpoint).image_text_encoding
+    encoder = pair[1].text_encoder.model
+    known = encoder.get_input_embeddings().num_embeddings
+    tokenizer = qwen_tokenizer()
+    assert len(tokenizer) == known
+    tokenizer.add_tokens(["one more"])
+    with pytest.raises(CheckpointError, match=f"tokenizer has {known + 1} tokens, but text_encoder knows {known}"):
+        ImageTextEncoder(encoding, tokenizer, pair[1].processor.image_processor, encoder, torch.device("cpu"))
+
+
 @pytest.mark.parametrize(
     "size", [(64, 64), (90, 60), (60, 90), (1, 60), (1999, 1201), (5000, 333), (31, 1023)], ids=str
 )
