@@ -63,6 +63,7 @@ class WorkerSettings:
     grace_seconds: float = setting(30.0, help="time that running calls get to finish after SIGTERM")
     announce_seconds: float = setting(60.0, help="how long to wait for the request store at the start")
     idle_seconds: float = setting(30.0, help="give up on a caller that is silent for so long within its inputs")
+    step_seconds: float = setting(0.1, help="shortest time between two steps that a call tells its caller of")
     max_call_bytes: int = setting(2 << 30, help="most bytes of tensors that a call may carry")
     metrics_port: int | None = setting(None, help="port for Prometheus metrics; without one there are none")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = setting("INFO", help="least severe log lines to write")
@@ -194,6 +195,7 @@ def _make_server(
     limits = ServingLimits(
         capacity=settings.capacity,
         idle_seconds=settings.idle_seconds,
+        step_seconds=settings.step_seconds,
         call=Limits(total_bytes=settings.max_call_bytes),
     )
     server = FleetServer(settings.listen, interceptors=[MetricsInterceptor(service)])
