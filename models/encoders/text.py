@@ -52,7 +52,7 @@ class TextEncoder:
             return_attention_mask=True,
             return_tensors="pt",
         ).to(self._device)
-        whole = self._tokenizer(source.text, return_tensors="pt").input_ids
+        whole = self._tokenizer(source.text, return_tensors="pt", verbose=False).input_ids
         if whole.shape[1] > limit:
             # The last token that fits is the end mark, as is the last one of the whole text.
             self._warn_of_cut(warn, source, limit, whole.shape[1], whole[0, limit - 1 : -1])
