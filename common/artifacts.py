@@ -52,9 +52,9 @@ class Sampling:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageInputs:
-    """Encoded image files by role, uint8 (bytes,)."""
+    """Encoded image files by role: uint8 (bytes,), or plain bytes where there is no torch."""
 
-    images: Mapping[str, Tensor]
+    images: Mapping[str, Tensor | bytes]
 
 
 @dataclass(frozen=True, kw_only=True)

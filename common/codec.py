@@ -39,10 +39,12 @@ class TensorLeaf(Protocol):
 
 
 class NoTensors:
-    """The leaf of processes that never open a tensor."""
+    """The leaf of processes that never open a tensor. Files, which are plain bytes there, travel as uint8 tensors."""
 
     def view(self, path: str, value: Any) -> tuple[pb.Dtype.ValueType, Sequence[int], memoryview]:
-        """Refuse. Raises TypeError."""
+        """Bytes as they are. Raises TypeError for anything else."""
+        if isinstance(value, bytes):
+            return pb.DTYPE_UINT8, (len(value),), memoryview(value)
         raise TypeError(f"{path} is a {type(value).__name__}: packing tensors needs common.tensors.TORCH")
 
     def restore(self, path: str, tensor: pb.Tensor, buffer: bytearray | mmap) -> Any:

@@ -34,8 +34,14 @@ class ServedModel:
     sampling_params: type[SamplingParams]
 
     def parameters(self) -> tuple[ParameterSpec, ...]:
-        """What a request may set, with this checkpoint's defaults."""
-        return self.sampling_params.parameters(self.checkpoint)
+        """What a request may set, with this checkpoint's defaults, and the pictures that it brings."""
+        roles = self.sampling_params.image_roles(self.checkpoint)
+        pictures = [
+            ParameterSpec(role, "image", None, f"Picture to start from; {need}.")
+            for need, names in (("needed", roles.required), ("may be left out", roles.optional))
+            for role in names
+        ]
+        return (*self.sampling_params.parameters(self.checkpoint), *pictures)
 
 
 def shipped_models() -> list[str]:

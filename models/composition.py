@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 from common.pipeline import ComposedPipeline, StageSpec
 from models import contracts
@@ -14,7 +15,7 @@ class StandardPipeline(ComposedPipeline):
     def add_standard_t2i_stages(
         self, *, text_modules: Sequence[str] = ("text_encoder", "tokenizer"), scheduler: str = "scheduler"
     ) -> None:
-        """Text to image: encode the text, draw the noise, lay out the steps, denoise, decode."""
+        """Text to image, or to video: encode the text, draw the noise, lay out the steps, denoise, decode."""
         self.add_stage(
             StageSpec(
                 contracts.TEXT_ENCODING,
@@ -25,6 +26,16 @@ class StandardPipeline(ComposedPipeline):
         )
         self._add_preparation(scheduler)
         self._add_denoising_and_decoding(scheduler)
+
+    def _add_image_vae_encoding(self) -> None:
+        self.add_stage(
+            StageSpec(
+                contracts.IMAGE_VAE_ENCODING,
+                "image_encoding",
+                "models.stages.image_encoding:ImageVAEEncodingStage",
+                ("vae",),
+            )
+        )
 
     def _add_preparation(self, scheduler: str) -> None:
         self.add_stage(
@@ -54,3 +65,53 @@ class StandardPipeline(ComposedPipeline):
             )
         )
         self.add_stage(StageSpec(contracts.DECODING, "decoding", "models.stages.decoding:DecodingStage", ("vae",)))
+
+
+class StandardImagePipeline(StandardPipeline):
+    """The same for models that start from pictures."""
+
+    given: ClassVar[Mapping[str, str]] = {**StandardPipeline.given, "image_inputs": "ImageInputs"}
+
+    def add_standard_ti2i_stages(
+        self, *, text_modules: Sequence[str] = ("text_encoder", "tokenizer", "processor"), scheduler: str = "scheduler"
+    ) -> None:
+        """Text and images to image: the text encoder sees the pictures, and the denoiser their latents."""
+        self.add_stage(
+            StageSpec(
+                contracts.IMAGE_TEXT_ENCODING,
+                "text_encoding",
+                "models.stages.image_text_encoding:ImageTextEncodingStage",
+                tuple(text_modules),
+            )
+        )
+        self._add_image_vae_encoding()
+        self._add_preparation(scheduler)
+        self._add_denoising_and_decoding(scheduler)
+
+    def add_standard_ti2v_stages(
+        self,
+        *,
+        text_modules: Sequence[str] = ("text_encoder", "tokenizer"),
+        image_modules: Sequence[str] = ("image_encoder", "image_processor"),
+        scheduler: str = "scheduler",
+    ) -> None:
+        """Text and images to video: the denoiser gets a vision encoder's tokens, and the pictures' latents."""
+        self.add_stage(
+            StageSpec(
+                contracts.TEXT_ENCODING,
+                "text_encoding",
+                "models.stages.text_encoding:TextEncodingStage",
+                tuple(text_modules),
+            )
+        )
+        self.add_stage(
+            StageSpec(
+                contracts.IMAGE_ENCODING,
+                "image_encoding",
+                "models.stages.image_encoding:ImageEncodingStage",
+                tuple(image_modules),
+            )
+        )
+        self._add_image_vae_encoding()
+        self._add_preparation(scheduler)
+        self._add_denoising_and_decoding(scheduler)

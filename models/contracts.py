@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         Conditioning,
         DenoiseState,
         Generator,
+        ImageInputs,
         Latents,
         Media,
         Prompt,
@@ -37,6 +38,44 @@ class TextEncodingOutput:
     """What a text encoder writes."""
 
     text_conditioning: Conditioning
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageTextEncodingInput:
+    """What a text encoder reads that looks at pictures too."""
+
+    prompt: Prompt
+    sampling: Sampling
+    image_inputs: ImageInputs
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageEncodingInput:
+    """What a vision encoder reads."""
+
+    image_inputs: ImageInputs
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageEncodingOutput:
+    """What a vision encoder writes."""
+
+    image_conditioning: Conditioning
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageVAEEncodingInput:
+    """What the encoder of a VAE reads."""
+
+    image_inputs: ImageInputs
+    canvas: Canvas
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageVAEEncodingOutput:
+    """Pictures as latents: the part "condition", beside the noise."""
+
+    image_latents: Latents
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +119,7 @@ class DenoisingInput:
     sampling: Sampling
     canvas: Canvas
     image_conditioning: Conditioning | None = None
+    image_latents: Latents | None = None
     resume_from: DenoiseState | None = None
 
 
@@ -106,6 +146,9 @@ class DecodingOutput:
 
 
 TEXT_ENCODING = derive_contract("TextEncodingStage", TextEncodingInput, TextEncodingOutput)
+IMAGE_TEXT_ENCODING = derive_contract("ImageTextEncodingStage", ImageTextEncodingInput, TextEncodingOutput)
+IMAGE_ENCODING = derive_contract("ImageEncodingStage", ImageEncodingInput, ImageEncodingOutput)
+IMAGE_VAE_ENCODING = derive_contract("ImageVAEEncodingStage", ImageVAEEncodingInput, ImageVAEEncodingOutput)
 LATENT_PREPARATION = derive_contract("LatentPreparationStage", LatentPreparationInput, LatentPreparationOutput)
 TIMESTEP_PREPARATION = derive_contract("TimestepPreparationStage", TimestepPreparationInput, TimestepPreparationOutput)
 DENOISING = derive_contract("DenoisingStage", DenoisingInput, DenoisingOutput)

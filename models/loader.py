@@ -92,11 +92,22 @@ def _load_tokenizer(checkpoint: Checkpoint, name: str, *_: object) -> Any:
     return _from_pretrained(checkpoint, name, {})
 
 
+def _load_image_processor(checkpoint: Checkpoint, name: str, *_: object) -> Any:
+    """The processor on Pillow: the one on torchvision, where that is installed, resizes with another kernel."""
+    return _from_pretrained(checkpoint, name, {}, class_name=f"{checkpoint.modules[name][1].removesuffix('Pil')}Pil")
+
+
+def _load_image_processor_of(image_processor: str) -> ModuleLoader:
+    """A processor's picture half: the text half is the tokenizer, which is a module of its own."""
+    return lambda checkpoint, name, *_: _from_pretrained(checkpoint, name, {}, class_name=image_processor)
+
+
 def _load_scheduler(checkpoint: Checkpoint, name: str, *_: object) -> Any:
     return _from_pretrained(checkpoint, name, {})
 
 
-def _load_model(checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype) -> Any:
+def load_pretrained(checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype) -> Any:
+    """A module with weights, by its own library, whole and ready for inference. Raises CheckpointError."""
     module, info = _from_pretrained(
         checkpoint, name, {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
     )
@@ -107,20 +118,31 @@ def _load_model(checkpoint: Checkpoint, name: str, device: torch.device, dtype: 
 
 
 _LOADERS: Mapping[str, ModuleLoader] = {
-    "AutoencoderKL": _load_model,
-    "CLIPTextModel": _load_model,
+    "AutoencoderKL": load_pretrained,
+    "CLIPTextModel": load_pretrained,
+    "CLIPImageProcessor": _load_image_processor,
+    "CLIPImageProcessorPil": _load_image_processor,
     "CLIPTokenizer": _load_tokenizer,
     "CLIPTokenizerFast": _load_tokenizer,
+    "CLIPVisionModel": load_pretrained,
+    "CLIPVisionModelWithProjection": load_pretrained,
     "FlowMatchEulerDiscreteScheduler": _load_scheduler,
-    "T5EncoderModel": _load_model,
+    "Qwen2_5_VLProcessor": _load_image_processor_of("Qwen2VLImageProcessorPil"),
+    "Qwen2VLProcessor": _load_image_processor_of("Qwen2VLImageProcessorPil"),
+    "Qwen2Tokenizer": _load_tokenizer,
+    "Qwen2TokenizerFast": _load_tokenizer,
+    "T5EncoderModel": load_pretrained,
     "T5Tokenizer": _load_tokenizer,
     "T5TokenizerFast": _load_tokenizer,
+    "UMT5EncoderModel": load_pretrained,
+    "UniPCMultistepScheduler": _load_scheduler,
 }
 
 
-def _from_pretrained(checkpoint: Checkpoint, name: str, options: Mapping[str, Any]) -> Any:
+def _from_pretrained(checkpoint: Checkpoint, name: str, options: Mapping[str, Any], class_name: str = "") -> Any:
     """Let the module's own library load it, from this directory only: no hub, no pickle, no progress bar."""
-    library, class_name = checkpoint.modules[name]
+    library = checkpoint.modules[name][0]
+    class_name = class_name or checkpoint.modules[name][1]
     if library not in ("diffusers", "transformers"):
         raise CheckpointError(f"{name}: library {library!r} is not supported; supported are diffusers and transformers")
     importlib.import_module(f"{library}.utils.logging").disable_progress_bar()

@@ -84,7 +84,33 @@ def _register_flux(registry: Registry) -> None:
     )
 
 
-_FAMILIES = (_register_flux,)
+def _register_wan(registry: Registry) -> None:
+    registry.register_configs(
+        "WanPipeline",
+        sampling_params="configs.sample.wan:WanSamplingParams",
+        pipeline_config="configs.pipeline_configs.wan:WanPipelineConfig",
+    )
+    registry.register_configs(
+        "WanImageToVideoPipeline",
+        sampling_params="configs.sample.wan:WanImageToVideoSamplingParams",
+        pipeline_config="configs.pipeline_configs.wan:WanImageToVideoPipelineConfig",
+    )
+
+
+def _register_qwen_image(registry: Registry) -> None:
+    registry.register_configs(
+        "QwenImagePipeline",
+        sampling_params="configs.sample.qwen_image:QwenImageSamplingParams",
+        pipeline_config="configs.pipeline_configs.qwen_image:QwenImagePipelineConfig",
+    )
+    registry.register_configs(
+        "QwenImageEditPipeline",
+        sampling_params="configs.sample.qwen_image:QwenImageEditSamplingParams",
+        pipeline_config="configs.pipeline_configs.qwen_image_edit:QwenImageEditPipelineConfig",
+    )
+
+
+_FAMILIES = (_register_flux, _register_qwen_image, _register_wan)
 
 
 def load_registry(plugins: Iterable[Path] = ()) -> Registry:

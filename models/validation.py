@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
-from common.artifacts import ParamValue
+from common.artifacts import ImageInputs, ParamValue
 from common.errors import InvalidInput
+from common.image_header import read_image_header
 from configs.sample.base import ParamWarning, SamplingParams
 from models.catalog import ServedModel
+
+_NO_IMAGES: Mapping[str, bytes] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -25,14 +29,30 @@ class InputValidationStage:
 
     def __init__(self, model: ServedModel) -> None:
         self._model = model
+        self._roles = model.sampling_params.image_roles(model.checkpoint)
 
-    def run(self, given: Mapping[str, ParamValue], images: Collection[str] = ()) -> ValidatedRequest:
-        """Check and complete a request. `images` are the roles of the pictures that came with it.
+    def run(self, given: Mapping[str, ParamValue], images: Mapping[str, bytes] = _NO_IMAGES) -> ValidatedRequest:
+        """Check and complete a request. `images` are the picture files that came with it, by role.
 
-        Raises InvalidInput that names the field, the value and what would be right.
+        Of the pictures only the headers are read. Raises InvalidInput that names the field, the value and what would
+        be right.
         """
-        if images:
-            name, pipeline = self._model.name, self._model.checkpoint.pipeline_name
-            raise InvalidInput(f"{name} ({pipeline}) takes no images, but {len(images)} came", field="images")
-        params, warnings = self._model.sampling_params.build(given, self._model.checkpoint)
-        return ValidatedRequest(params, params.artifacts(), warnings)
+        self._check_roles(images)
+        headers = {role: read_image_header(role, data) for role, data in images.items()}
+        params, warnings = self._model.sampling_params.build(given, self._model.checkpoint, headers)
+        artifacts: dict[str, object] = {**params.artifacts()}
+        if "image_inputs" in self._model.pipeline.given:
+            artifacts["image_inputs"] = ImageInputs(images=images)
+        return ValidatedRequest(params, artifacts, warnings)
+
+    def _check_roles(self, images: Mapping[str, bytes]) -> None:
+        known = (*self._roles.required, *self._roles.optional)
+        name = f"{self._model.name} ({self._model.checkpoint.pipeline_name})"
+        if images and not known:
+            raise InvalidInput(f"{name} takes no images, but {len(images)} came", field="images")
+        for role in self._roles.required:
+            if role not in images:
+                raise InvalidInput(f"{name} needs a picture as {role!r}, but none came", field=role)
+        if unknown := [role for role in images if role not in known]:
+            came = ", ".join(images)
+            raise InvalidInput(f"{name} takes {', '.join(known)} as pictures, but {came} came", field=unknown[0])

@@ -49,10 +49,14 @@ class Weights:
         self._sources.clear()
         self._stack.close()
 
-    def check(self, expected: dict[str, tuple[int, ...]]) -> None:
-        """Refuse names and shapes other than the expected ones, and types that are no plain floats."""
+    def check(self, expected: dict[str, tuple[int, ...]], unused: Sequence[str] = ()) -> None:
+        """Refuse names and shapes other than the expected ones, and types that are no plain floats.
+
+        Names that contain one of `unused` may be there for nobody.
+        """
         self._refuse("lacks", sorted(expected.keys() - self._sources.keys()))
-        self._refuse("has unknown weights", sorted(self._sources.keys() - expected.keys()))
+        unknown = sorted(self._sources.keys() - expected.keys())
+        self._refuse("has unknown weights", [name for name in unknown if not _contains(name, unused)])
         for name, shape in expected.items():
             part = self._sources[name].get_slice(name)
             if tuple(part.get_shape()) != shape:
@@ -75,13 +79,30 @@ class Weights:
             raise CheckpointError(f"{self._module} {problem}: {', '.join(names[:3])}{more}")
 
 
-def load_module(module: nn.Module, name: str, files: Sequence[Path], device: torch.device, dtype: torch.dtype) -> None:
+def load_module(
+    module: nn.Module,
+    name: str,
+    files: Sequence[Path],
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    keep_float32: Sequence[str] = (),
+    unused: Sequence[str] = (),
+) -> None:
     """Fill a module built on the meta device, in place, and make it ready for inference.
 
-    Every parameter must be in the files under its own name and shape, and nothing else. Raises CheckpointError.
+    Every parameter must be in the files under its own name and shape, and nothing else but names that contain one of
+    `unused`. Names that contain one of `keep_float32` are float32 whatever dtype is. Raises CheckpointError.
     """
     with Weights(name, files) as weights:
-        weights.check({key: tuple(value.shape) for key, value in module.state_dict().items()})
-        state = {key: weights.read(key).to(device, dtype) for key in module.state_dict()}
+        weights.check({key: tuple(value.shape) for key, value in module.state_dict().items()}, unused)
+        state = {
+            key: weights.read(key).to(device, torch.float32 if _contains(key, keep_float32) else dtype)
+            for key in module.state_dict()
+        }
     module.load_state_dict(state, strict=True, assign=True)
     module.requires_grad_(False).eval()
+
+
+def _contains(name: str, parts: Sequence[str]) -> bool:
+    return any(part in name for part in parts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import importlib.metadata
 import logging
 import os
@@ -68,6 +69,7 @@ class WorkerSettings(TlsSettings):
     grace_seconds: float = setting(30.0, help="time that running calls get to finish after SIGTERM")
     announce_seconds: float = setting(60.0, help="how long to wait for the request store at the start")
     idle_seconds: float = setting(30.0, help="give up on a caller that is silent for so long within its inputs")
+    step_seconds: float = setting(0.1, help="shortest time between two steps that a call tells its caller of")
     max_call_bytes: int = setting(2 << 30, help="most bytes of tensors that a call may carry")
     tls_callers: tuple[str, ...] = setting(("coordinator",), help="names in the certificates of those who may call")
     cache_bytes: int = setting(256 << 20, help="memory for replies of text_encoding, given again to the same inputs")
@@ -224,6 +226,7 @@ def _make_server(
     limits = ServingLimits(
         capacity=settings.capacity,
         idle_seconds=settings.idle_seconds,
+        step_seconds=settings.step_seconds,
         call=Limits(total_bytes=settings.max_call_bytes),
     )
     server = FleetServer(
@@ -304,6 +307,8 @@ async def _serve(service: str, model: ServedModel, settings: WorkerSettings) -> 
         await stopping
         log.info("draining")
         await worker.stop(settings.grace_seconds)
+        # Or the interpreter's last collection walks every object of torch and transformers: a second for nothing.
+        gc.freeze()
 
 
 def _leave_loading() -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import io
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load
 from torch import Tensor
 
-from common.artifacts import Media, ParamValue
+from common.artifacts import ImageInputs, Media, ParamValue
 from common.local import HostedStages, LocalRunner
 from common.pipeline import run_pipeline
 from common.stage import Call
@@ -21,6 +23,8 @@ from models.catalog import ServedModel, open_model
 from models.loader import load_stages
 from models.registry import load_registry
 from models.validation import InputValidationStage
+
+NO_IMAGES: Mapping[str, bytes] = MappingProxyType({})
 
 
 @dataclass
@@ -53,24 +57,31 @@ class LocalFleet:
             for spec in model.pipeline.services
         }
 
-    def media(self, heard: Heard | None = None, **given: ParamValue) -> Media:
+    def media(self, heard: Heard | None = None, images: Mapping[str, bytes] = NO_IMAGES, **given: ParamValue) -> Media:
         """Run one request through validation and every service."""
-        values = InputValidationStage(self.model).run(given).artifacts
+        values = dict(InputValidationStage(self.model).run(given, images).artifacts)
+        if images:
+            files = {role: torch.frombuffer(bytearray(data), dtype=torch.uint8) for role, data in images.items()}
+            values["image_inputs"] = ImageInputs(images=files)
         runners = [LocalRunner(stages, self._executor) for stages in self.services.values()]
         call = (heard or Heard()).call()
         outputs: dict[str, Any] = asyncio.run(run_pipeline(runners, values, call, wanted=("media",)))
         media: Media = outputs["media"]
         return media
 
-    def tensors(self, heard: Heard | None = None, **given: ParamValue) -> dict[str, Tensor]:
+    def tensors(
+        self, heard: Heard | None = None, images: Mapping[str, bytes] = NO_IMAGES, **given: ParamValue
+    ) -> dict[str, Tensor]:
         """latents and pixels of one request."""
-        (item,) = self.media(heard, **given, output_format="safetensors").items
+        (item,) = self.media(heard, images, **given, output_format="safetensors").items
         tensors: dict[str, Tensor] = load(item.data.numpy().tobytes())
         return tensors
 
     def images(self, heard: Heard | None = None, **given: ParamValue) -> list[Image.Image]:
         """The pictures of one request."""
-        return [Image.open(io.BytesIO(item.data.numpy().tobytes())) for item in self.media(heard, **given).items]
+        return [
+            Image.open(io.BytesIO(item.data.numpy().tobytes())) for item in self.media(heard, NO_IMAGES, **given).items
+        ]
 
     def close(self) -> None:
         """End the thread."""
@@ -83,12 +94,13 @@ def open_fleet(reference: str, dtype: torch.dtype = torch.float32) -> LocalFleet
 
 
 def reference_run(pipeline: Any, *, seed: int, **given: Any) -> dict[str, Tensor]:
-    """latents and pixels that Diffusers' pipeline gives for the same request."""
+    """latents and pixels that Diffusers' pipeline of images (or of videos) gives for the same request."""
     results = {}
     for name, output_type in (("latents", "latent"), ("pixels", "pt")):
         generator = torch.Generator("cpu").manual_seed(seed)
         with torch.inference_mode():
-            results[name] = pipeline(**given, generator=generator, output_type=output_type).images
+            given |= {"generator": generator, "output_type": output_type, "return_dict": False}
+            (results[name],) = pipeline(**given)
     return results
 
 

@@ -34,7 +34,8 @@ CHANNEL_OPTIONS: Options = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", -1),
     ("grpc.initial_reconnect_backoff_ms", 100),
-    # Named for what it is not: how long an attempt to connect may take, handshakes included.
+    # How long an attempt to connect may take, whatever its name says: a busy peer, or a far one, needs a while. Where
+    # nobody listens, an attempt fails at once, and the next one follows by the other two.
     ("grpc.min_reconnect_backoff_ms", 5_000),
     ("grpc.max_reconnect_backoff_ms", 2_000),
 )

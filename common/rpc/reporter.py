@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any, cast
 
@@ -21,12 +22,15 @@ class Reporter:
     """The frames that a call sends while its stages run.
 
     A client that reads slowly gets fewer of them, never a growing queue: progress is left out while many frames wait,
-    and so is a checkpoint while the one before it waits, since an older checkpoint is as valid.
+    and so is a checkpoint while the one before it waits, since an older checkpoint is as valid. Steps that come within
+    `step_seconds` of one that was told are left out too, except the last: each would wake three processes.
     """
 
-    def __init__(self, frame: type[Message], leaf: TensorLeaf) -> None:
+    def __init__(self, frame: type[Message], leaf: TensorLeaf, *, step_seconds: float = 0.0) -> None:
         self._frame = cast(Any, frame)
         self._leaf = leaf
+        self._step_seconds = step_seconds
+        self._next_step = 0.0
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[tuple[Sequence[bytes], bool]] = asyncio.Queue()
         self._checkpoints = "checkpoint" in frame.DESCRIPTOR.fields_by_name
@@ -57,7 +61,9 @@ class Reporter:
         self._loop.call_soon_threadsafe(self._queue.put_nowait, (frames, is_checkpoint))
 
     def _progress(self, step: int, total_steps: int) -> None:
-        if self._queue.qsize() < _MAX_WAITING or step == total_steps:
+        now = time.monotonic()
+        if step == total_steps or (now >= self._next_step and self._queue.qsize() < _MAX_WAITING):
+            self._next_step = now + self._step_seconds
             frame = self._frame()
             frame.progress.step, frame.progress.total_steps = step, total_steps
             self._put((frame.SerializeToString(),))

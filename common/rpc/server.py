@@ -52,11 +52,12 @@ class ServingLimits:
     """Bounds of a servicer.
 
     `capacity` calls run or wait for the device thread at a time; a peer that sends no frame for `idle_seconds`
-    before its call is complete is given up.
+    before its call is complete is given up. Steps are told at most every `step_seconds`, and the last one always.
     """
 
     capacity: int = 1
     idle_seconds: float = 30.0
+    step_seconds: float = 0.0
     call: Limits = field(default_factory=Limits)
 
 
@@ -206,7 +207,7 @@ class StageServicer(grpc.GenericRpcHandler):
 
     async def _run(self, write: Write, job: _Job) -> Mapping[str, Packet]:
         """Compute on the device thread; meanwhile send on what the stages report."""
-        reporter = Reporter(self._reply, self._leaf)
+        reporter = Reporter(self._reply, self._leaf, step_seconds=self._limits.step_seconds)
         job.start(self._executor, partial(self._compute, job.inputs, reporter.listen(job.call)), reporter.end)
         async for frame in reporter.frames():
             await write(frame)

@@ -62,8 +62,8 @@ class Slots:
     ) -> Slot:
         """Wait for a slot; when it is free at once, that is one round trip.
 
-        `deadline_ms`, since the epoch, only ranks; 0 is none. Raises NoWorkers when for `patience_seconds` there was
-        no live worker at all (None waits for ever), and Unavailable when the store is away. An abandoned claim leaves
+        `deadline_ms`, since the epoch, only ranks; 0 is none. A store that is away is waited for. Raises NoWorkers
+        when for `patience_seconds` there was no live worker at all (None waits for ever). An abandoned claim leaves
         the queue.
         """
         ticket = f"{request_id}/{self._owner}/{next(self._numbers)}"
@@ -85,7 +85,13 @@ class Slots:
         loop = asyncio.get_running_loop()
         last_seen = loop.time()
         while True:
-            reply = await run_script(self._redis, "claim", ticket, place, self._owner, *rank)
+            try:
+                reply = await run_script(self._redis, "claim", ticket, place, self._owner, *rank)
+            except Unavailable as error:
+                _log.warning("waits for a slot of %s: %s", place, error)
+                await asyncio.sleep(_RETRY_SECONDS)
+                last_seen = loop.time()
+                continue
             if reply[0] == b"granted":
                 return bytes(reply[1])
             if int(reply[1]):

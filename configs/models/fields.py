@@ -49,6 +49,13 @@ class ConfigFields:
             raise self.error(name, "must be a list of positive whole numbers")
         return tuple(value)
 
+    def numbers(self, name: str, default: tuple[float, ...]) -> tuple[float, ...]:
+        """A list of numbers."""
+        value = self._value(name, default)
+        if not isinstance(value, (list, tuple)) or any(type(v) not in (int, float) for v in value):
+            raise self.error(name, "must be a list of numbers")
+        return tuple(float(v) for v in value)
+
     def only(self, name: str, supported: T) -> None:
         """Refuse every value but the one that this fleet supports, which is also the default."""
         if self._value(name, supported) != supported:

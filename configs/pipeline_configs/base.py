@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Self
 
 import torch
 from torch import Tensor
 
-from configs.models.encoders.base import TextEncoding
+from configs.models.encoders.base import ImageTextEncoding, TextEncoding
 
 if TYPE_CHECKING:
     from common.artifacts import Canvas, Prompt, Sampling
@@ -56,6 +56,11 @@ class StandardPipelineConfig(PipelineConfig):
     def text_encodings(self) -> tuple[TextEncoding, ...]:
         """The text encoders, in the order in which they run."""
 
+    @property
+    def image_text_encoding(self) -> ImageTextEncoding:
+        """The encoder that reads text and pictures together, where there is one."""
+        raise TypeError(f"{type(self).__name__} reads text without pictures")
+
     @abstractmethod
     def wants_negative(self, prompt: Prompt, sampling: Sampling) -> bool:
         """Whether the request runs the denoiser's negative branch."""
@@ -78,12 +83,40 @@ class StandardPipelineConfig(PipelineConfig):
         return latents.reshape(raw_latent_shape)
 
     @abstractmethod
-    def sigmas(self, sampling: Sampling) -> Sequence[float]:
-        """Noise levels before the scheduler's shift, one a step, highest first."""
+    def sigmas(self, sampling: Sampling) -> Sequence[float] | None:
+        """Noise levels before the scheduler's shift, one a step, highest first; None leaves them to the scheduler."""
 
     @abstractmethod
     def mu(self, canvas: Canvas) -> float | None:
         """The shift of a scheduler that shifts by size; None for the others."""
+
+    def model_input(self, latents: Tensor, condition: Tensor | None) -> Tensor:
+        """What the denoiser takes as its latents, from those of the loop and, of pictures, those given (batched)."""
+        assert condition is None, "latents of pictures for a model that takes none"
+        return latents
+
+    def model_output(self, prediction: Tensor, latents: Tensor) -> Tensor:
+        """The part of the denoiser's prediction that belongs to the loop's latents."""
+        del latents
+        return prediction
+
+    def vision_tokens(self, hidden_states: Sequence[Tensor]) -> Mapping[str, Tensor]:
+        """The denoiser's keywords from all layers of the vision encoder, (pictures, tokens, size) each; batch 1."""
+        raise TypeError(f"{type(self).__name__} looks at no pictures, but {len(hidden_states)} layers did")
+
+    def image_size(self, size: tuple[int, int], canvas: Canvas) -> tuple[int, int]:
+        """Height and width (pixels) that a picture of this height and width is given to the VAE with."""
+        del size
+        return canvas.height, canvas.width
+
+    def image_latents(
+        self, encode: Callable[[Tensor], Tensor], pictures: Mapping[str, Tensor], canvas: Canvas
+    ) -> Tensor:
+        """Raw latents from pictures by role, float32 (1, 3, height, width) in [-1, 1]; packed, the condition; batch 1.
+
+        `encode` is the VAE's encoder, from a picture or a video (1, 3, frames, height, width) to its likeliest latents.
+        """
+        raise TypeError(f"{type(self).__name__} takes no pictures, but {encode} got {canvas} and {', '.join(pictures)}")
 
     @abstractmethod
     def model_timestep(self, timestep: Tensor) -> Tensor:
@@ -91,15 +124,26 @@ class StandardPipelineConfig(PipelineConfig):
 
     @abstractmethod
     def prepare_pos_cond_kwargs(
-        self, embeds: Mapping[str, Tensor], raw_latent_shape: tuple[int, ...], sampling: Sampling
+        self,
+        embeds: Mapping[str, Tensor],
+        raw_latent_shape: tuple[int, ...],
+        sampling: Sampling,
+        condition_shape: tuple[int, ...] | None = None,
     ) -> Mapping[str, Tensor | None]:
-        """The denoiser's keywords that depend on size and guidance, beside the conditioning's own."""
+        """The denoiser's keywords that depend on size and guidance, beside the conditioning's own.
+
+        `condition_shape` is the raw shape of the pictures' latents, in a request that has them.
+        """
 
     def prepare_neg_cond_kwargs(
-        self, embeds: Mapping[str, Tensor], raw_latent_shape: tuple[int, ...], sampling: Sampling
+        self,
+        embeds: Mapping[str, Tensor],
+        raw_latent_shape: tuple[int, ...],
+        sampling: Sampling,
+        condition_shape: tuple[int, ...] | None = None,
     ) -> Mapping[str, Tensor | None]:
         """The same for the negative branch."""
-        return self.prepare_pos_cond_kwargs(embeds, raw_latent_shape, sampling)
+        return self.prepare_pos_cond_kwargs(embeds, raw_latent_shape, sampling, condition_shape)
 
     @abstractmethod
     def guide(self, positive: Tensor, negative: Tensor, sampling: Sampling) -> Tensor:

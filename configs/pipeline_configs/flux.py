@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,7 +14,13 @@ from configs.models.dits.flux import FluxTransformerConfig
 from configs.models.encoders.base import PromptText, TextEncoding
 from configs.models.fields import ConfigFields
 from configs.models.vaes.kl import AutoencoderKLConfig
-from configs.pipeline_configs.base import StandardPipelineConfig
+from configs.pipeline_configs.packed import (
+    PackedPipelineConfig,
+    SequenceShift,
+    check_text_size,
+    pack_patches,
+    unpack_patches,
+)
 
 if TYPE_CHECKING:
     from common.artifacts import Canvas, Prompt, Sampling
@@ -25,41 +30,11 @@ MAX_SEQUENCE_LENGTH = 512
 
 
 @dataclass(frozen=True, kw_only=True)
-class SequenceShift:
-    """The schedule's shift mu: linear in the number of image tokens, through two given points."""
-
-    base_image_seq_len: int = 256
-    max_image_seq_len: int = 4096
-    base_shift: float = 0.5
-    max_shift: float = 1.15
-
-    @classmethod
-    def from_dict(cls, module: str, values: Mapping[str, Any]) -> Self:
-        """Read the scheduler's config. Raises CheckpointError."""
-        fields = ConfigFields(module, values)
-        shift = cls(
-            base_image_seq_len=fields.integer("base_image_seq_len", cls.base_image_seq_len),
-            max_image_seq_len=fields.integer("max_image_seq_len", cls.max_image_seq_len),
-            base_shift=fields.number("base_shift", cls.base_shift),
-            max_shift=fields.number("max_shift", cls.max_shift),
-        )
-        if shift.base_image_seq_len == shift.max_image_seq_len:
-            raise fields.error("max_image_seq_len", "must differ from base_image_seq_len")
-        return shift
-
-    def mu(self, tokens: int) -> float:
-        """mu for an image of that many tokens."""
-        slope = (self.max_shift - self.base_shift) / (self.max_image_seq_len - self.base_image_seq_len)
-        return tokens * slope + (self.base_shift - slope * self.base_image_seq_len)
-
-
-@dataclass(frozen=True, kw_only=True)
-class FluxPipelineConfig(StandardPipelineConfig):
+class FluxPipelineConfig(PackedPipelineConfig):
     """FluxPipeline's callbacks. A token is a 2x2 patch of latents, channels in the order (c, dy, dx)."""
 
     transformer: FluxTransformerConfig
     vae: AutoencoderKLConfig
-    shift: SequenceShift
 
     module_loaders: ClassVar[Mapping[str, str]] = {"FluxTransformer2DModel": "models.dits.flux:load_flux_transformer"}
 
@@ -77,6 +52,11 @@ class FluxPipelineConfig(StandardPipelineConfig):
         _check_size(checkpoint, "text_encoder_2", "d_model", transformer.joint_attention_dim)
         shift = SequenceShift.from_dict("scheduler", checkpoint.module_config("scheduler"))
         return cls(transformer=transformer, vae=vae, shift=shift)
+
+    @property
+    def pixels_per_latent(self) -> int:
+        """The VAE's."""
+        return self.vae.spatial_factor
 
     @property
     def text_encodings(self) -> tuple[TextEncoding, ...]:
@@ -99,45 +79,28 @@ class FluxPipelineConfig(StandardPipelineConfig):
         )
         return (clip, t5)
 
-    def wants_negative(self, prompt: Prompt, sampling: Sampling) -> bool:
-        """True guidance needs a scale above 1 and a negative prompt, which may be empty."""
-        return prompt.negative_prompt is not None and (sampling.true_cfg_scale or 1.0) > 1.0
-
     def raw_latent_shape(self, canvas: Canvas, batch: int) -> tuple[int, ...]:
         """(batch, channels, rows, columns), rows and columns even."""
-        rows, columns = self._patches(canvas)
+        rows, columns = self.patches(canvas)
         return (batch, self.vae.latent_channels, 2 * rows, 2 * columns)
 
     def pack(self, raw: Tensor) -> Tensor:
         """(B, C, 2h, 2w) to (B, h*w, 4C)."""
-        batch, channels, rows, columns = raw.shape
-        patches = raw.view(batch, channels, rows // 2, 2, columns // 2, 2).permute(0, 2, 4, 1, 3, 5)
-        return patches.reshape(batch, (rows // 2) * (columns // 2), channels * 4)
+        return pack_patches(raw)
 
     def unpack(self, latents: Tensor, raw_latent_shape: tuple[int, ...]) -> Tensor:
         """(B, h*w, 4C) to (B, C, 2h, 2w)."""
-        batch, channels, rows, columns = raw_latent_shape
-        patches = latents.view(batch, rows // 2, columns // 2, channels, 2, 2).permute(0, 3, 1, 4, 2, 5)
-        return patches.reshape(raw_latent_shape)
-
-    def sigmas(self, sampling: Sampling) -> Sequence[float]:
-        """The request's own, or evenly spaced from 1 to 1/steps."""
-        steps = sampling.num_inference_steps
-        return sampling.sigmas or np.linspace(1.0, 1.0 / steps, steps).tolist()
-
-    def mu(self, canvas: Canvas) -> float | None:
-        """From the number of image tokens; a scheduler without dynamic shifting ignores it."""
-        rows, columns = self._patches(canvas)
-        return self.shift.mu(rows * columns)
-
-    def model_timestep(self, timestep: Tensor) -> Tensor:
-        """From [0, 1000] to [0, 1]."""
-        return timestep / 1000
+        return unpack_patches(latents, *raw_latent_shape[1:])
 
     def prepare_pos_cond_kwargs(
-        self, embeds: Mapping[str, Tensor], raw_latent_shape: tuple[int, ...], sampling: Sampling
+        self,
+        embeds: Mapping[str, Tensor],
+        raw_latent_shape: tuple[int, ...],
+        sampling: Sampling,
+        condition_shape: tuple[int, ...] | None = None,
     ) -> Mapping[str, Tensor | None]:
         """Guidance embedding of distilled models; positions (axis, row, column) of every token, all 0 for text."""
+        del condition_shape
         batch, _, rows, columns = raw_latent_shape
         guidance = None
         if self.transformer.guidance_embeds:
@@ -149,23 +112,14 @@ class FluxPipelineConfig(StandardPipelineConfig):
             "img_ids": torch.cartesian_prod(*axes),
         }
 
-    def guide(self, positive: Tensor, negative: Tensor, sampling: Sampling) -> Tensor:
-        """True classifier-free guidance."""
-        return negative + (sampling.true_cfg_scale or 1.0) * (positive - negative)
-
     def vae_latents(self, raw: Tensor) -> Tensor:
         """Undo scale, then shift."""
         return raw / self.vae.scaling_factor + self.vae.shift_factor
 
-    def _patches(self, canvas: Canvas) -> tuple[int, int]:
-        side = 2 * self.vae.spatial_factor
-        return canvas.height // side, canvas.width // side
-
 
 def _check_size(checkpoint: Checkpoint, encoder: str, entry: str, taken: int) -> None:
     made = ConfigFields(encoder, checkpoint.module_config(encoder)).integer(entry, taken)
-    if made != taken:
-        raise CheckpointError(f"the transformer takes {taken} text features where {encoder} makes {made}")
+    check_text_size(made, encoder, taken)
 
 
 def _prompt(prompt: Prompt) -> PromptText:
@@ -184,11 +138,11 @@ def _max_sequence_length(prompt: Prompt) -> int:
     return prompt.max_sequence_length or MAX_SEQUENCE_LENGTH
 
 
-def _pooled(output: Any) -> Tensor:
+def _pooled(output: Any, _: Tensor) -> Tensor:
     pooled: Tensor = output.pooler_output
     return pooled
 
 
-def _last_hidden_state(output: Any) -> Tensor:
+def _last_hidden_state(output: Any, _: Tensor) -> Tensor:
     hidden: Tensor = output.last_hidden_state
     return hidden

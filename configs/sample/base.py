@@ -12,11 +12,13 @@ import math
 import secrets
 from collections.abc import Collection, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
+from types import MappingProxyType
 from typing import Any, ClassVar, Self, TypeVar
 
 from common.artifacts import Canvas, ParamValue, Prompt, Sampling
 from common.checkpoint import Checkpoint
 from common.errors import InvalidInput
+from common.image_header import ImageHeader
 
 # A drawn seed is short, so that a person can retype it and every client language can hold it.
 _DRAWN_SEED_BITS = 32
@@ -33,7 +35,10 @@ _Artifact = TypeVar("_Artifact", Prompt, Canvas, Sampling)
 
 @dataclass(frozen=True)
 class ParameterSpec:
-    """What a caller may know of a parameter. `type` is string, int, float, bool or floats; bounds are inclusive."""
+    """What a caller may know of a parameter.
+
+    `type` is string, int, float, bool or floats, or image for a picture; bounds are inclusive.
+    """
 
     name: str
     type: str
@@ -51,6 +56,14 @@ class ParameterSpec:
         if self.maximum is None:
             return f"{noun}, at least {self.minimum}"
         return f"{noun} from {self.minimum} to {self.maximum}"
+
+
+@dataclass(frozen=True)
+class ImageRoles:
+    """The pictures that a request brings, by role: "image", "image_1" ..., "last_image"."""
+
+    required: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -91,7 +104,12 @@ class SamplingParams:
     output_format: str = parameter("Format of the result.", "png")
 
     @classmethod
-    def build(cls, given: Mapping[str, ParamValue], checkpoint: Checkpoint) -> tuple[Self, tuple[ParamWarning, ...]]:
+    def build(
+        cls,
+        given: Mapping[str, ParamValue],
+        checkpoint: Checkpoint,
+        images: Mapping[str, ImageHeader] = MappingProxyType({}),
+    ) -> tuple[Self, tuple[ParamWarning, ...]]:
         """Complete what the caller gave with the checkpoint's and the family's defaults, and check all of it.
 
         Raises InvalidInput that names the field, the value and what would be right. Warnings tell what was rounded.
@@ -101,7 +119,7 @@ class SamplingParams:
             if name not in specs:
                 raise InvalidInput(_unknown(name, specs, checkpoint.pipeline_name), field=name)
         values = {name: spec.default for name, spec in specs.items() if spec.default is not None}
-        values |= {"seed": secrets.randbits(_DRAWN_SEED_BITS), **values, **given}
+        values |= {"seed": secrets.randbits(_DRAWN_SEED_BITS), **values, **cls.image_defaults(images), **given}
         for name in specs:
             if name in values:
                 values[name] = cls._checked(specs[name], values[name])
@@ -127,6 +145,18 @@ class SamplingParams:
         if unknown := defaults.keys() - {spec.name for spec in specs}:
             raise InvalidInput(f"there is no parameter {min(unknown)!r}", field=min(unknown))
         return specs
+
+    @classmethod
+    def image_roles(cls, checkpoint: Checkpoint) -> ImageRoles:
+        """The pictures that a request must and may bring; none, unless a family says otherwise."""
+        del checkpoint
+        return ImageRoles()
+
+    @classmethod
+    def image_defaults(cls, images: Mapping[str, ImageHeader]) -> dict[str, ParamValue]:
+        """Defaults that follow from the request's pictures, such as the size of what is made."""
+        del images
+        return {}
 
     @classmethod
     def model_defaults(cls, checkpoint: Checkpoint) -> dict[str, ParamValue]:
@@ -155,6 +185,11 @@ class SamplingParams:
                 message = f"{name} {asked} is not a multiple of {multiple}; {sizes[name]} is used instead"
                 warnings.append(ParamWarning(name, message))
         return replace(self, height=sizes["height"], width=sizes["width"]), tuple(warnings)
+
+    @property
+    def extent(self) -> dict[str, int]:
+        """What multiplies to the pixels of one output."""
+        return {"height": self.height, "width": self.width}
 
     def as_mapping(self) -> dict[str, ParamValue]:
         """Every value that is set, by name: what a record keeps, and what build() takes."""
@@ -217,14 +252,14 @@ class SamplingParams:
         return value
 
     def _check_total_pixels(self) -> None:
-        area, most = self.height * self.width, self.max_total_pixels
+        area, most = math.prod(self.extent.values()), self.max_total_pixels
+        size = " x ".join(map(str, self.extent.values()))
         if area > most:
-            message = f"height x width must be at most {most} pixels, but is {self.height} x {self.width}"
+            message = f"{' x '.join(self.extent)} must be at most {most} pixels, but is {size}"
             raise InvalidInput(message, field="height")
         if area * self.num_outputs_per_prompt > most:
             message = (
-                f"num_outputs_per_prompt must be at most {most // area} at {self.height} x {self.width}, "
-                f"but is {self.num_outputs_per_prompt}"
+                f"num_outputs_per_prompt must be at most {most // area} at {size}, but is {self.num_outputs_per_prompt}"
             )
             raise InvalidInput(message, field="num_outputs_per_prompt")
 

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, silu
 
 from configs.models.dits.flux import FluxTransformerConfig
-from models.layers.attention import attention
 from models.layers.embeddings import EmbeddingMLP, sinusoidal_embedding
 from models.layers.feed_forward import FeedForward
-from models.layers.norms import LayerNormScaleShift, RMSNorm, apply_qk_norm
-from models.layers.rotary import Rotation, apply_rotary, rotary_embedding
+from models.layers.joint_attention import JointAttention, StreamAttention
+from models.layers.norms import LayerNormScaleShift
+from models.layers.rotary import Rotation, rotary_embedding
 from models.weights import load_module
 
 if TYPE_CHECKING:
@@ -61,62 +61,6 @@ class ConditioningEmbedding(nn.Module):
         return embedding + text
 
 
-class StreamAttention(nn.Module):
-    """Attention over one stream, with normalised queries and keys. The block projects the result."""
-
-    def __init__(self, config: FluxTransformerConfig) -> None:
-        super().__init__()
-        size, head = config.hidden_size, config.attention_head_dim
-        self.head_size = head
-        self.to_q = nn.Linear(size, size)
-        self.to_k = nn.Linear(size, size)
-        self.to_v = nn.Linear(size, size)
-        self.norm_q = RMSNorm(head)
-        self.norm_k = RMSNorm(head)
-
-    def qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, tokens, D) to queries, keys and values (B, tokens, H, K)."""
-        q, k, v = (layer(x).unflatten(-1, (-1, self.head_size)) for layer in (self.to_q, self.to_k, self.to_v))
-        return *apply_qk_norm(q, k, self.norm_q, self.norm_k), v
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation) -> Tensor:
-        """Turn queries and keys, attend, and join the heads: (B, S, D)."""
-        return attention(apply_rotary(q, rotation), apply_rotary(k, rotation), v).flatten(2)
-
-    def forward(self, x_BSD: Tensor, rotation: Rotation) -> Tensor:
-        """Self-attention."""
-        return self.attend(*self.qkv(x_BSD), rotation)
-
-
-class JointAttention(StreamAttention):
-    """Attention over both streams at once, each with projections of its own."""
-
-    def __init__(self, config: FluxTransformerConfig) -> None:
-        super().__init__(config)
-        size = config.hidden_size
-        self.add_q_proj = nn.Linear(size, size)
-        self.add_k_proj = nn.Linear(size, size)
-        self.add_v_proj = nn.Linear(size, size)
-        self.norm_added_q = RMSNorm(config.attention_head_dim)
-        self.norm_added_k = RMSNorm(config.attention_head_dim)
-        self.to_out = nn.ModuleList([nn.Linear(size, size)])
-        self.to_add_out = nn.Linear(size, size)
-
-    def added_qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """qkv of the text stream."""
-        layers = (self.add_q_proj, self.add_k_proj, self.add_v_proj)
-        q, k, v = (layer(x).unflatten(-1, (-1, self.head_size)) for layer in layers)
-        return *apply_qk_norm(q, k, self.norm_added_q, self.norm_added_k), v
-
-    def joint(self, image_BID: Tensor, text_BTD: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
-        """What the image and the text stream each took from both."""
-        pairs = zip(self.added_qkv(text_BTD), self.qkv(image_BID), strict=True)
-        q, k, v = (torch.cat(pair, dim=1) for pair in pairs)
-        joint_BSD = self.attend(q, k, v, rotation)
-        tokens = text_BTD.shape[1]
-        return self.to_out[0](joint_BSD[:, tokens:]), self.to_add_out(joint_BSD[:, :tokens])
-
-
 class FluxTransformerBlock(nn.Module):
     """A block with two streams: joint attention, then a feed-forward each."""
 
@@ -126,7 +70,7 @@ class FluxTransformerBlock(nn.Module):
         self.norm = LayerNormScaleShift(size)
         self.norm1 = Modulation(size, 6)
         self.norm1_context = Modulation(size, 6)
-        self.attn = JointAttention(config)
+        self.attn = JointAttention(size, config.attention_head_dim)
         self.ff = FeedForward(size)
         self.ff_context = FeedForward(size)
 
@@ -154,7 +98,7 @@ class FluxSingleTransformerBlock(nn.Module):
         size = config.hidden_size
         self.layer_norm = LayerNormScaleShift(size)
         self.norm = Modulation(size, 3)
-        self.attn = StreamAttention(config)
+        self.attn = StreamAttention(size, config.attention_head_dim)
         self.proj_mlp = nn.Linear(size, 4 * size)
         self.proj_out = nn.Linear(5 * size, size)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from common.errors import CheckpointError
-from configs.models.encoders.base import TextEncoding
+from configs.models.encoders.base import PromptText, Template, TextEncoding
 
 if TYPE_CHECKING:
     from common.artifacts import Prompt
@@ -30,14 +30,10 @@ class TextEncoder:
         self._check()
 
     def _check(self) -> None:
-        """Refuse a tokenizer whose tokens the encoder has no embedding for: on a GPU that ends the process."""
         names, config = self._encoding, self._encoder.config.to_dict()
-        if len(self._tokenizer) > config["vocab_size"]:
-            raise CheckpointError(
-                f"{names.tokenizer} has {len(self._tokenizer)} tokens, but {names.encoder} knows {config['vocab_size']}"
-            )
+        check_vocabulary(names.tokenizer, self._tokenizer, names.encoder, config["vocab_size"])
         longest, positions = self._tokenizer.model_max_length, config.get("max_position_embeddings")
-        if positions is not None and longest > positions:
+        if names.template is None and positions is not None and longest > positions:
             raise CheckpointError(
                 f"{names.tokenizer} makes up to {longest} tokens, but {names.encoder} has {positions} positions"
             )
@@ -45,20 +41,47 @@ class TextEncoder:
     def encode(self, prompt: Prompt, warn: Warn) -> Tensor:
         """What the denoiser gets, batch 1. A text that is too long is cut; warn(field, message) says what was lost."""
         source = self._encoding.text(prompt)
+        if self._encoding.template is not None:
+            return self._encode_in_template(self._encoding.template, source, prompt, warn)
         limit = self._encoding.max_length(prompt) or self._tokenizer.model_max_length
         tokens = self._tokenizer(
-            source.text, padding="max_length", max_length=limit, truncation=True, return_tensors="pt"
-        ).input_ids
-        whole = self._tokenizer(source.text, return_tensors="pt").input_ids
+            source.text,
+            padding="max_length",
+            max_length=limit,
+            truncation=True,
+            return_attention_mask=True,
+            return_tensors="pt",
+        ).to(self._device)
+        whole = self._tokenizer(source.text, return_tensors="pt", verbose=False).input_ids
         if whole.shape[1] > limit:
             # The last token that fits is the end mark, as is the last one of the whole text.
-            removed = shorten(self._tokenizer.decode(whole[0, limit - 1 : -1]))
-            warn(
-                source.field,
-                f"{self._encoding.encoder} reads at most {limit} tokens, and the text has {whole.shape[1]}; "
-                f"it was cut before: {removed}",
-            )
-        return self._encoding.output(self._encoder(tokens.to(self._device)))
+            self._warn_of_cut(warn, source, limit, whole.shape[1], whole[0, limit - 1 : -1])
+        given = (tokens.input_ids, tokens.attention_mask) if self._encoding.masked else (tokens.input_ids,)
+        return self._encoding.output(self._encoder(*given), tokens.attention_mask)
+
+    def _encode_in_template(self, template: Template, source: PromptText, prompt: Prompt, warn: Warn) -> Tensor:
+        """The same for text in a template, which is cut together with it."""
+        whole = self._tokenizer(template.before + source.text + template.after, return_tensors="pt").input_ids
+        limit = self._encoding.max_length(prompt) or self._tokenizer.model_max_length
+        after = len(self._tokenizer(template.after).input_ids)
+        text = whole[0, template.skipped : whole.shape[1] - after]
+        if len(text) > limit:
+            self._warn_of_cut(warn, source, limit, len(text), text[limit:])
+        tokens = whole[:, : template.skipped + limit].to(self._device)
+        return self._encoding.output(self._encoder(tokens), torch.ones_like(tokens))
+
+    def _warn_of_cut(self, warn: Warn, source: PromptText, limit: int, length: int, removed: Tensor) -> None:
+        warn(
+            source.field,
+            f"{self._encoding.encoder} reads at most {limit} tokens, and the text has {length}; "
+            f"it was cut before: {shorten(self._tokenizer.decode(removed))}",
+        )
+
+
+def check_vocabulary(tokenizer_name: str, tokenizer: Any, encoder_name: str, known: int) -> None:
+    """Refuse a tokenizer whose tokens the encoder has no embedding for: on a GPU that ends the process."""
+    if len(tokenizer) > known:
+        raise CheckpointError(f"{tokenizer_name} has {len(tokenizer)} tokens, but {encoder_name} knows {known}")
 
 
 def shorten(text: str) -> str:

@@ -9,23 +9,32 @@ from torch.nn.functional import gelu
 class _Projection(nn.Module):
     """The layer that checkpoints call net.0.proj, with its activation."""
 
-    def __init__(self, size: int, hidden: int) -> None:
+    def __init__(self, size: int, hidden: int, approximate: str) -> None:
         super().__init__()
         self.proj = nn.Linear(size, hidden)
+        self.approximate = approximate
 
     def forward(self, x: Tensor) -> Tensor:
-        return gelu(self.proj(x), approximate="tanh")
+        return gelu(self.proj(x), approximate=self.approximate)
 
 
 class FeedForward(nn.Module):
-    """Linear, GELU (tanh form), linear; four times as wide inside. Parameters are net.0.proj and net.2."""
+    """Linear, GELU, linear. Parameters are net.0.proj and net.2.
 
-    def __init__(self, size: int) -> None:
+    Unless told otherwise it is four times as wide inside, as wide outside as in, and GELU has its tanh form.
+    """
+
+    def __init__(
+        self, size: int, hidden: int | None = None, out_size: int | None = None, approximate: str = "tanh"
+    ) -> None:
         super().__init__()
+        hidden = hidden or 4 * size
         # Position 1 is a dropout in training code; it has no parameters, but the names count it.
-        self.net = nn.Sequential(_Projection(size, 4 * size), nn.Identity(), nn.Linear(4 * size, size))
+        self.net = nn.Sequential(
+            _Projection(size, hidden, approximate), nn.Identity(), nn.Linear(hidden, out_size or size)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
-        """(batch, tokens, size) to the same."""
+        """(batch, tokens, size) to (batch, tokens, out_size)."""
         result: Tensor = self.net(x)
         return result

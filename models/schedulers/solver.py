@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from common.artifacts import Schedule
@@ -50,7 +51,66 @@ class FlowMatchEulerSolver:
         self._scheduler.set_begin_index(step)
 
 
-_SOLVERS: Mapping[str, Callable[[Any, Schedule], Solver]] = {"FlowMatchEulerDiscreteScheduler": FlowMatchEulerSolver}
+class UniPCSolver:
+    """UniPC: a multistep predictor, and a corrector that improves each step once the next prediction is known.
+
+    It remembers the last predictions of the clean latents, as many as its order, newest last, and the latents that
+    the last step began with. How many of them a step uses follows from the step's number.
+    """
+
+    def __init__(self, scheduler: Any, schedule: Schedule) -> None:
+        self._scheduler = copy.deepcopy(scheduler)
+        self._scheduler.timesteps = schedule.timesteps
+        self._scheduler.sigmas = schedule.sigmas
+        self._scheduler.num_inference_steps = schedule.num_inference_steps
+        self._device = torch.device("cpu")
+        self.restore(0, {})
+
+    def step(self, prediction: Tensor, timestep: Tensor, latents: Tensor) -> Tensor:
+        """Correct the latents, then predict the next ones; in the latents' type."""
+        self._move(latents.device)
+        stepped: Tensor = self._scheduler.step(prediction, timestep, latents, return_dict=False)[0]
+        return stepped
+
+    def state(self) -> Mapping[str, Tensor]:
+        """The history; nothing before the first step."""
+        scheduler = self._scheduler
+        state = {f"clean_{i}": clean for i, clean in enumerate(scheduler.model_outputs) if clean is not None}
+        if scheduler.last_sample is not None:
+            state["last_sample"] = scheduler.last_sample
+        return {name: value.cpu() for name, value in state.items()}
+
+    def restore(self, step: int, state: Mapping[str, Tensor]) -> None:
+        """Set history and step counter. Raises InvalidInput unless the state is that of this solver at that step."""
+        scheduler = self._scheduler
+        order, total = scheduler.config.solver_order, len(scheduler.timesteps)
+        known = min(step, order)
+        names = {f"clean_{i}" for i in range(order - known, order)} | ({"last_sample"} if step else set())
+        if state.keys() != names:
+            message = f"step {step} needs {sorted(names)}, but the state has {sorted(state)}"
+            raise InvalidInput(message, field="resume_from.solver")
+        scheduler.model_outputs = [state.get(f"clean_{i}") for i in range(order)]
+        scheduler.timestep_list = [None] * order
+        scheduler.last_sample = state.get("last_sample")
+        scheduler.lower_order_nums = known
+        left = total - (step - 1) if scheduler.config.lower_order_final else order
+        scheduler.this_order = min(order, left, step)
+        scheduler.set_begin_index(step)
+        scheduler._step_index = None
+
+    def _move(self, device: torch.device) -> None:
+        """Bring a restored history to where the latents are."""
+        if device != self._device:
+            scheduler, self._device = self._scheduler, device
+            scheduler.model_outputs = [each if each is None else each.to(device) for each in scheduler.model_outputs]
+            if scheduler.last_sample is not None:
+                scheduler.last_sample = scheduler.last_sample.to(device)
+
+
+_SOLVERS: Mapping[str, Callable[[Any, Schedule], Solver]] = {
+    "FlowMatchEulerDiscreteScheduler": FlowMatchEulerSolver,
+    "UniPCMultistepScheduler": UniPCSolver,
+}
 
 
 def solver_class(scheduler: Any) -> Callable[[Any, Schedule], Solver]:
@@ -60,4 +120,6 @@ def solver_class(scheduler: Any) -> Callable[[Any, Schedule], Solver]:
         raise CheckpointError(f"scheduler {name} is not supported; supported are {', '.join(sorted(_SOLVERS))}")
     if scheduler.config.get("stochastic_sampling"):
         raise CheckpointError("scheduler: stochastic_sampling is not supported; a seed would not fix the result")
+    if scheduler.config.get("solver_p") is not None:
+        raise CheckpointError("scheduler: solver_p is not supported; UniPC's own predictor is")
     return _SOLVERS[name]

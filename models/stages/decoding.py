@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from PIL import Image
 from safetensors.torch import save
 from torch import Tensor
 
-from common.artifacts import Media, MediaItem
+from common.artifacts import LatentPart, Media, MediaItem
 from common.errors import InternalError, InvalidInput
 from common.stage import Call, PipelineStage
 from configs.pipeline_configs.base import StandardPipelineConfig
 from models.contracts import DecodingInput, DecodingOutput
+from models.media import MP4, PNG, SAFETENSORS, mp4_bytes, png_bytes
 
-PNG = "image/png"
-SAFETENSORS = "application/vnd.safetensors"
+_DEFAULT_FRAME_RATE = 16.0
 
 
 class DecodingStage(PipelineStage[DecodingInput, DecodingOutput]):
-    """Decodes images with the VAE and encodes them: a PNG each, or one safetensors file with tensors."""
+    """Decodes with the VAE and encodes: a PNG an image, an MP4 a video, or one safetensors file with tensors.
+
+    The VAE of a video model decodes frame by frame, and each frame is encoded while the next one is decoded.
+    """
 
     def __init__(self, config: StandardPipelineConfig, modules: Mapping[str, Any]) -> None:
         self._config = config
@@ -30,43 +31,66 @@ class DecodingStage(PipelineStage[DecodingInput, DecodingOutput]):
 
     @torch.inference_mode()
     def run(self, x: DecodingInput, call: Call) -> DecodingOutput:
-        """The finished files. Raises InvalidInput for a format that is no image's."""
-        if x.canvas.output_format not in ("png", "safetensors"):
-            raise InvalidInput(
-                f"output_format {x.canvas.output_format!r} is not made by this model; it makes png and safetensors",
-                field="output_format",
-            )
+        """The finished files. Raises InvalidInput for a format that this model does not make."""
         part = x.denoised_latents.parts[self._config.latent_part]
-        pixels = self._decode(part.latents, part.raw_latent_shape)
-        call.progress(1, 1)
-        if x.canvas.output_format == "safetensors":
-            tensors = {"latents": part.latents.contiguous(), "pixels": pixels}
-            files = [MediaItem(data=_bytes(save(tensors)), content_type=SAFETENSORS, **_size(pixels))]
-        else:
-            files = [MediaItem(data=_bytes(_png(each)), content_type=PNG, **_size(pixels)) for each in pixels]
-        return DecodingOutput(media=Media(items=tuple(files)))
+        is_video = self._config.latent_part == "video"
+        match x.canvas.output_format:
+            case "safetensors":
+                pixels = self._video_tensor(part, x, call) if is_video else self._images(part, call)
+                data = save({"latents": part.latents.contiguous(), "pixels": pixels})
+                items = [_item(data, SAFETENSORS, x)]
+            case "png" if not is_video:
+                items = [_item(png_bytes(each), PNG, x) for each in self._images(part, call)]
+            case "mp4" if is_video:
+                items = [_item(self._mp4(part, index, x, call), MP4, x) for index in range(part.latents.shape[0])]
+            case other:
+                made = "mp4" if is_video else "png"
+                message = f"output_format {other!r} is not made by this model; it makes {made} and safetensors"
+                raise InvalidInput(message, field="output_format")
+        return DecodingOutput(media=Media(items=tuple(items)))
 
-    def _decode(self, latents: Tensor, raw_latent_shape: tuple[int, ...]) -> Tensor:
-        """Pixels in [0, 1], float32 (outputs, 3, height, width), on the CPU. Raises InternalError for NaN."""
-        raw = self._config.unpack(latents.to(self._config.device), raw_latent_shape)
+    def _images(self, part: LatentPart, call: Call) -> Tensor:
+        """Pixels of all outputs, (outputs, 3, height, width)."""
+        raw = self._config.unpack(part.latents.to(self._config.device), part.raw_latent_shape)
         decoded: Tensor = self._vae.decode(self._config.vae_latents(raw), return_dict=False)[0]
-        pixels = (decoded * 0.5 + 0.5).clamp(0, 1).float().cpu().contiguous()
-        if not pixels.isfinite().all():
-            raise InternalError("the model made pixels that are no numbers: its weights or latents overflowed")
+        # An image from the VAE of a video model is a video of one frame.
+        pixels = _pixels(decoded[:, :, 0] if decoded.ndim == 5 else decoded)
+        call.progress(1, 1)
         return pixels
 
+    def _frames(self, part: LatentPart, index: int, x: DecodingInput, call: Call) -> Iterator[Tensor]:
+        """Pixels of one output, frame by frame, (3, height, width)."""
+        shape, total = part.raw_latent_shape, x.canvas.num_frames * part.latents.shape[0]
+        latents = part.latents[index : index + 1].to(self._config.device)
+        raw = self._config.unpack(latents, (1, *shape[1:]))
+        for number, frame in enumerate(self._vae.decode(self._config.vae_latents(raw)), index * x.canvas.num_frames):
+            yield _pixels(frame)
+            call.progress(number + 1, total)
 
-def _png(pixels: Tensor) -> bytes:
-    """Encode (3, height, width); half values round to even, as Diffusers' do."""
-    rgb = (pixels.permute(1, 2, 0) * 255).round().to(torch.uint8)
-    file = io.BytesIO()
-    Image.fromarray(rgb.numpy()).save(file, "PNG")
-    return file.getvalue()
+    def _video_tensor(self, part: LatentPart, x: DecodingInput, call: Call) -> Tensor:
+        """Pixels of all outputs, (outputs, frames, 3, height, width)."""
+        outputs = range(part.latents.shape[0])
+        return torch.stack([torch.stack(list(self._frames(part, index, x, call))) for index in outputs])
+
+    def _mp4(self, part: LatentPart, index: int, x: DecodingInput, call: Call) -> bytes:
+        canvas = x.canvas
+        frames = self._frames(part, index, x, call)
+        return mp4_bytes(frames, canvas.height, canvas.width, canvas.frame_rate or _DEFAULT_FRAME_RATE)
 
 
-def _bytes(data: bytes) -> Tensor:
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+def _pixels(decoded: Tensor) -> Tensor:
+    """From [-1, 1] to [0, 1], float32 on the CPU. Raises InternalError for what is no number."""
+    pixels = (decoded * 0.5 + 0.5).clamp(0, 1).float().cpu().contiguous()
+    if not pixels.isfinite().all():
+        raise InternalError("the model made pixels that are no numbers: its weights or latents overflowed")
+    return pixels
 
 
-def _size(pixels: Tensor) -> dict[str, int]:
-    return {"height": pixels.shape[-2], "width": pixels.shape[-1]}
+def _item(data: bytes, content_type: str, x: DecodingInput) -> MediaItem:
+    return MediaItem(
+        data=torch.frombuffer(bytearray(data), dtype=torch.uint8),
+        content_type=content_type,
+        height=x.canvas.height,
+        width=x.canvas.width,
+        num_frames=x.canvas.num_frames,
+    )

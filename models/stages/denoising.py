@@ -37,7 +37,7 @@ class DenoisingStage(PipelineStage[DenoisingInput, DenoisingOutput]):
         device, total = self._config.device, x.schedule.num_inference_steps
         shape = x.initial_latents.parts[self._config.latent_part].raw_latent_shape
         positive, negative = self._branches(x, shape)
-        timesteps = x.schedule.timesteps.to(device)
+        condition, timesteps = self._condition(x), x.schedule.timesteps.to(device)
         solver = self._solver_class(self._scheduler, x.schedule)
         start, latents = self._start(x, solver)
         latents = latents.to(device)
@@ -45,9 +45,10 @@ class DenoisingStage(PipelineStage[DenoisingInput, DenoisingOutput]):
         for step in range(start, total):
             call.check_cancelled()
             timestep = timesteps[step]
-            prediction = self._predict(latents, timestep, positive)
+            prediction = self._predict(latents, condition, timestep, positive)
             if negative is not None:
-                prediction = self._config.guide(prediction, self._predict(latents, timestep, negative), x.sampling)
+                other = self._predict(latents, condition, timestep, negative)
+                prediction = self._config.guide(prediction, other, x.sampling)
             latents = solver.step(prediction, timestep, latents)
             if self._is_checkpoint(step + 1, total, told):
                 told = time.monotonic()
@@ -59,11 +60,12 @@ class DenoisingStage(PipelineStage[DenoisingInput, DenoisingOutput]):
     def _branches(self, x: DenoisingInput, shape: tuple[int, ...]) -> tuple[Keywords, Keywords | None]:
         """The transformer's keywords besides latents and timestep, for both branches; batched and on the device."""
         embeds = merge_conditioning(x.text_conditioning, x.image_conditioning)
-        own = self._config.prepare_pos_cond_kwargs(embeds.prompt_embeds, shape, x.sampling)
+        given = None if x.image_latents is None else x.image_latents.parts["condition"].raw_latent_shape
+        own = self._config.prepare_pos_cond_kwargs(embeds.prompt_embeds, shape, x.sampling, given)
         positive = self._keywords(embeds.prompt_embeds, own, x.sampling)
         if not embeds.negative_prompt_embeds:
             return positive, None
-        own = self._config.prepare_neg_cond_kwargs(embeds.negative_prompt_embeds, shape, x.sampling)
+        own = self._config.prepare_neg_cond_kwargs(embeds.negative_prompt_embeds, shape, x.sampling, given)
         return positive, self._keywords(embeds.negative_prompt_embeds, own, x.sampling)
 
     def _keywords(self, embeds: Mapping[str, Tensor], own: Mapping[str, Tensor | None], sampling: Sampling) -> Keywords:
@@ -89,10 +91,18 @@ class DenoisingStage(PipelineStage[DenoisingInput, DenoisingOutput]):
         solver.restore(state.step, state.solver)
         return state.step, part.latents
 
-    def _predict(self, latents: Tensor, timestep: Tensor, keywords: Keywords) -> Tensor:
+    def _condition(self, x: DenoisingInput) -> Tensor | None:
+        """Latents of the request's pictures, batched and on the device."""
+        if x.image_latents is None:
+            return None
+        condition = x.image_latents.parts["condition"].latents.to(self._config.device)
+        return condition.repeat_interleave(x.sampling.num_outputs_per_prompt, 0)
+
+    def _predict(self, latents: Tensor, condition: Tensor | None, timestep: Tensor, keywords: Keywords) -> Tensor:
         model_timestep = self._config.model_timestep(timestep.expand(latents.shape[0]))
-        prediction: Tensor = self._transformer(hidden_states=latents, timestep=model_timestep, **keywords)
-        return prediction
+        given = self._config.model_input(latents, condition)
+        prediction: Tensor = self._transformer(hidden_states=given, timestep=model_timestep, **keywords)
+        return self._config.model_output(prediction, latents)
 
     def _is_checkpoint(self, done: int, total: int, told: float) -> bool:
         """Whether to tell one after so many steps, the last one having been told at a time of the monotonic clock."""
@@ -105,12 +115,16 @@ class DenoisingStage(PipelineStage[DenoisingInput, DenoisingOutput]):
 
 
 def merge_conditioning(text: Conditioning, image: Conditioning | None) -> Conditioning:
-    """What text and image encoders made, as one. Raises InvalidInput for a keyword that both made."""
+    """What text and image encoders made, as one. The negative branch, if there is one, sees the same pictures.
+
+    Raises InvalidInput for a keyword that both made.
+    """
     if image is None:
         return text
     if twice := sorted(text.prompt_embeds.keys() & image.prompt_embeds.keys()):
         raise InvalidInput(f"text and image encoders both made {twice}", field="image_conditioning")
+    negative = text.negative_prompt_embeds
     return Conditioning(
         prompt_embeds={**text.prompt_embeds, **image.prompt_embeds},
-        negative_prompt_embeds={**text.negative_prompt_embeds, **image.negative_prompt_embeds},
+        negative_prompt_embeds=negative and {**negative, **(image.negative_prompt_embeds or image.prompt_embeds)},
     )

@@ -26,7 +26,11 @@ class TimestepPreparationStage(PipelineStage[TimestepPreparationInput, TimestepP
         """The schedule; its length is that of custom sigmas, where the request has them."""
         call.check_cancelled()
         scheduler = copy.deepcopy(self._scheduler)
-        scheduler.set_timesteps(sigmas=list(self._config.sigmas(x.sampling)), mu=self._config.mu(x.canvas))
+        sigmas = self._config.sigmas(x.sampling)
+        if sigmas is None:
+            scheduler.set_timesteps(x.sampling.num_inference_steps, mu=self._config.mu(x.canvas))
+        else:
+            scheduler.set_timesteps(sigmas=list(sigmas), mu=self._config.mu(x.canvas))
         schedule = Schedule(
             timesteps=scheduler.timesteps, sigmas=scheduler.sigmas, num_inference_steps=len(scheduler.timesteps)
         )

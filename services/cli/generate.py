@@ -50,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
         return run_async(_at_endpoint(endpoint_of(args.endpoint), access_of(args), request, output))
     model = open_model(args.model or DEFAULT_MODEL, load_registry(plugin_directories()))
     request.model = model.name
-    _validate(model, given, output, [role for role, _ in images])
+    _validate(model, given, output, dict(images))
     if args.redis:
         check_store(args.redis)
     with contextlib.ExitStack() as stack:
@@ -61,7 +61,7 @@ def main(argv: Sequence[str]) -> int:
         return run_async(_in_process(model, args.dtype, redis_url, directory, request, output), abandon=stack.close)
 
 
-def _validate(model: ServedModel, given: Mapping[str, ParamValue], output: Path, images: Sequence[str]) -> None:
+def _validate(model: ServedModel, given: Mapping[str, ParamValue], output: Path, images: Mapping[str, bytes]) -> None:
     """What the coordinator will do, before there is one."""
     name, formats = output.suffix.lower().removeprefix("."), model.sampling_params.output_formats
     if name not in formats:
@@ -72,6 +72,12 @@ def _validate(model: ServedModel, given: Mapping[str, ParamValue], output: Path,
             field="output",
         )
     InputValidationStage(model).run({**given, "output_format": name}, images)
+    if images:
+        # Here and not above: it brings torch. The services would find the same, but only once all of them are loaded.
+        from models.images import open_image
+
+        for role, data in images.items():
+            open_image(role, data)
 
 
 def plugin_directories() -> list[Path]:

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
 
-from common.errors import InternalError, InvalidInput
+from common.errors import FleetError, InternalError, InvalidInput
 from services.cli.parameters import FORMATS
+
+
+class OutputError(FleetError):
+    """The result is there, but cannot be written: the disk is full, or the directory has gone."""
 
 
 def check_output(path: Path) -> Path:
@@ -31,7 +37,10 @@ def numbered(path: Path, index: int, count: int) -> Path:
 
 
 class ResultFiles:
-    """Receives the files of a result one after the other. What is unfinished at exit is removed."""
+    """Receives the files of a result one after the other. What is unfinished at exit is removed.
+
+    Raises OutputError for what the file system refuses.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -47,7 +56,8 @@ class ResultFiles:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._file is not None:
-            self._file.close()
+            with suppress(OSError):  # a full disk refuses what is still in the buffer
+                self._file.close()
             Path(self._file.name).unlink(missing_ok=True)
             self._file = None
 
@@ -56,18 +66,27 @@ class ResultFiles:
         if self._missing:
             raise InternalError(f"{self._target.name} ended {self._missing} bytes early")
         self._target, self._missing = numbered(self._path, index, count), byte_size
-        self._file = tempfile.NamedTemporaryFile(  # noqa: SIM115 -- it stays open over several calls
-            dir=self._path.parent, prefix=f".{self._path.stem[:64]}-", suffix=".part", delete=False
-        )
-        self._finish_when_complete()
+        with self._writing():
+            self._file = tempfile.NamedTemporaryFile(  # noqa: SIM115 -- it stays open over several calls
+                dir=self._path.parent, prefix=f".{self._path.stem[:64]}-", suffix=".part", delete=False
+            )
+            self._finish_when_complete()
 
     def write(self, data: bytes) -> None:
         """More of the current file; complete, it appears under its name."""
         if self._file is None or len(data) > self._missing:
             raise InternalError("the result has more bytes than its header says")
-        self._file.write(data)
-        self._missing -= len(data)
-        self._finish_when_complete()
+        with self._writing():
+            self._file.write(data)
+            self._missing -= len(data)
+            self._finish_when_complete()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise OutputError(f"cannot write {self._target}: {error.strerror}", field="output") from error
 
     def _finish_when_complete(self) -> None:
         if self._missing or self._file is None:

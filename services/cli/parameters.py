@@ -15,9 +15,10 @@ from typing import Any
 from google.protobuf.descriptor import FieldDescriptor
 
 from common.artifacts import ParamValue
+from common.codec import write_param
 from common.errors import InvalidInput
 from common.settings import FlagParser
-from fleet.v1 import artifacts_pb2, generation_pb2
+from fleet.v1 import generation_pb2
 
 FORMATS = {
     ".png": generation_pb2.OUTPUT_FORMAT_PNG,
@@ -141,6 +142,8 @@ def given_images(args: argparse.Namespace) -> list[tuple[str, bytes]]:
             named.append((key, Path(value)))
     files: list[tuple[str, bytes]] = []
     for role, path in named:
+        if role in dict(files):
+            raise InvalidInput(f"{role} is given twice", field=role)
         try:
             files.append((role, path.read_bytes()))
         except OSError as error:
@@ -155,21 +158,8 @@ def parameters_message(
     message = generation_pb2.GenerationParameters(
         output_format=FORMATS[suffix],
         images=[generation_pb2.ImageInput(role=role, data=data) for role, data in images],
-        params={name: param_message(value) for name, value in given.items() if name not in _MESSAGE_FIELDS},
+        params={name: write_param(name, value) for name, value in given.items() if name not in _MESSAGE_FIELDS},
     )
     named: dict[str, Any] = {name: value for name, value in given.items() if name in _MESSAGE_FIELDS}
     message.MergeFrom(generation_pb2.GenerationParameters(**named))
     return message
-
-
-def param_message(value: ParamValue) -> artifacts_pb2.ParamValue:
-    """A value as the API carries it."""
-    if isinstance(value, bool):
-        return artifacts_pb2.ParamValue(bool_value=value)
-    if isinstance(value, int):
-        return artifacts_pb2.ParamValue(int_value=value)
-    if isinstance(value, float):
-        return artifacts_pb2.ParamValue(double_value=value)
-    if isinstance(value, str):
-        return artifacts_pb2.ParamValue(string_value=value)
-    return artifacts_pb2.ParamValue(doubles_value=artifacts_pb2.DoubleList(values=value))

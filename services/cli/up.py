@@ -62,7 +62,8 @@ def main(argv: Sequence[str]) -> int:
     with contextlib.ExitStack() as stack:
         directory = private_directory()
         stack.callback(shutil.rmtree, directory, ignore_errors=True)
-        store = None if args.redis else stack.enter_context(EmbeddedStore())
+        # What it keeps ends with this process, so there is nothing to be gained from waiting for the disk.
+        store = None if args.redis else stack.enter_context(EmbeddedStore(appendfsync="no"))
         redis_url = store.url if store else args.redis
         plan = _plan(models, replicas, args, endpoint, redis_url, directory)
         code = run_async(_run(plan, store, access))

@@ -17,7 +17,7 @@ from common.pipeline import ServiceSpec
 from common.rpc.client import RemoteRunner, WorkerLost, open_channel
 from common.rpc.framing import Limits, Packet
 from common.stage import Call, Contract
-from common.state.slots import NoWorkers, Slot, Slots
+from common.state.slots import Slot, Slots
 from common.state.workers import WorkerRegistry
 from services.coordinator.resume import RESUME_SLOT, Recovery, origin_of
 
@@ -185,23 +185,14 @@ class WorkerRunner:
 
     async def _claim(self, call: Call) -> Slot:
         """A slot; waits for as long as it takes, also for a store that is away."""
-        pause = _FIRST_PAUSE_SECONDS
-        while True:
-            try:
-                return await self._workers.slots.claim(
-                    self._model,
-                    self._spec.service,
-                    call.request_id,
-                    priority=self._rank.priority,
-                    deadline_ms=self._rank.deadline_ms,
-                    patience_seconds=self._workers.patience_seconds,
-                )
-            except NoWorkers:
-                raise
-            except Unavailable as error:
-                _log.warning("request %s waits: %s", call.request_id, error)
-                await asyncio.sleep(pause)
-                pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
+        return await self._workers.slots.claim(
+            self._model,
+            self._spec.service,
+            call.request_id,
+            priority=self._rank.priority,
+            deadline_ms=self._rank.deadline_ms,
+            patience_seconds=self._workers.patience_seconds,
+        )
 
     async def _give_up(self, slot: Slot) -> None:
         """Send no more requests to a worker that went away, until its next heartbeat."""

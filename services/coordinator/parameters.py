@@ -17,6 +17,7 @@ _FORMATS = {
 _FORMAT_NUMBERS = {name: number for number, name in _FORMATS.items()}
 _FORMAT = "output_format"
 _APART = ("images", "params")
+_MOST_IMAGES = 16
 
 
 def given_parameters(message: generation_pb2.GenerationParameters) -> dict[str, ParamValue]:
@@ -40,9 +41,17 @@ def given_parameters(message: generation_pb2.GenerationParameters) -> dict[str, 
     return given
 
 
-def image_roles(message: generation_pb2.GenerationParameters) -> list[str]:
-    """The roles of the pictures that came along."""
-    return [image.role or "image" for image in message.images]
+def given_images(message: generation_pb2.GenerationParameters) -> dict[str, bytes]:
+    """The pictures that came along, by role. Raises InvalidInput for a role that came twice, or for too many."""
+    if len(message.images) > _MOST_IMAGES:
+        raise InvalidInput(f"{len(message.images)} pictures came; at most {_MOST_IMAGES} are taken", field="images")
+    images: dict[str, bytes] = {}
+    for image in message.images:
+        role = image.role or "image"
+        if role in images:
+            raise InvalidInput(f"two pictures came as {role[:80]!r}", field="images")
+        images[role] = image.data
+    return images
 
 
 def recorded_parameters(values: Mapping[str, ParamValue]) -> generation_pb2.GenerationParameters:

@@ -23,7 +23,7 @@ from models.validation import InputValidationStage
 from services.coordinator.callers import current_caller
 from services.coordinator.driver import Driver, Execution, Submission
 from services.coordinator.handlers import Function
-from services.coordinator.parameters import given_parameters, image_roles, recorded_parameters
+from services.coordinator.parameters import given_images, given_parameters, recorded_parameters
 from services.coordinator.settings import CoordinatorSettings
 
 _MAX_KEY = 128
@@ -264,7 +264,7 @@ class GenerationService:
         model = self._chosen(request.model)
         _check_envelope(request)
         given = given_parameters(request.parameters)
-        validated = model.validation.run(given, image_roles(request.parameters))
+        validated = model.validation.run(given, given_images(request.parameters))
         parameters = recorded_parameters(validated.params.as_mapping())
         record = pb.RequestRecord(
             request_id=secrets.token_hex(8),

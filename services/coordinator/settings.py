@@ -54,7 +54,7 @@ class CoordinatorSettings(TlsSettings):
     api_keys: Path | None = setting(None, help="TOML file of callers and their keys; without one, anybody is served")
     max_calls: int = setting(4_096, help="calls that are served at a time")
     max_streams: int = setting(1_024, help="calls that are served at a time on one connection; its others wait")
-    max_message_bytes: int = setting(16 << 20, help="largest request that is read")
+    max_message_bytes: int = setting(48 << 20, help="largest request that is read, with its pictures")
     max_artifact_bytes: int = setting(4 << 30, help="memory for what stages hand on, over all requests")
     max_raw_result_bytes: int = setting(1 << 30, help="largest .safetensors result")
     step_seconds: float = setting(0.1, help="shortest time between two progress events of a request's steps")

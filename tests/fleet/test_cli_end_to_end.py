@@ -17,9 +17,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from PIL import Image
-from safetensors import safe_open
+from safetensors.torch import load_file
 
+from local_fleet import open_fleet
 from toy_checkpoint import build_toy_checkpoint, copy_toy_family
 
 _FLEET = (sys.executable, "-m", "services.cli")
@@ -152,14 +154,6 @@ def up(temporary: Path) -> Iterator[tuple[str, Running]]:
 
 def test_a_running_fleet_draws_and_tells_about_it(up: tuple[str, Running], temporary: Path, tmp_path: Path) -> None:
     endpoint = ("--endpoint", up[0])
-    output = tmp_path / "apples.safetensors"
-    flags = ("--num-inference-steps=3", "--seed=1", "--num-outputs=2", "--output", str(output))
-    done = fleet(temporary, "generate", "a red apple", *flags, *endpoint)
-    assert done.returncode == 0, done.stderr
-    with safe_open(output, "pt") as tensors:
-        assert set(tensors.keys()) == {"latents", "pixels"}
-        assert tensors.get_slice("pixels").get_shape() == [2, 3, 128, 128]
-
     pictures = fleet(temporary, "generate", "a pear", "--num-outputs=2", "--output", str(tmp_path / "p.png"), *endpoint)
     assert pictures.stdout.splitlines() == [str(tmp_path / "p-0.png"), str(tmp_path / "p-1.png")], pictures.stderr
 
@@ -173,10 +167,50 @@ def test_a_running_fleet_draws_and_tells_about_it(up: tuple[str, Running], tempo
     cancelled = fleet(temporary, "cancel", request_id, *endpoint)
     assert (cancelled.returncode, cancelled.stdout) == (1, f"{request_id} SUCCEEDED\n")
     assert "num_inference_steps: int = 20" in fleet(temporary, "models", *endpoint).stdout
-    refused = fleet(temporary, "generate", "p", "--height=3", "--output", str(output), *endpoint)
+    output = str(tmp_path / "x.safetensors")
+    refused = fleet(temporary, "generate", "p", "--height=3", "--output", output, *endpoint)
     assert refused.returncode == 2
     assert refused.stderr.startswith("fleet generate: ")
     assert "height" in refused.stderr
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As many as the services have: how an operation is divided decides its last bits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_flux_through_the_services_equals_flux_in_one_process(
+    up: tuple[str, Running], temporary: Path, tmp_path: Path
+) -> None:
+    """To the last bit, with true guidance, two outputs and a size that is not square."""
+    output = tmp_path / "apples.safetensors"
+    size, guidance = ("--height=96", "--width=160"), ("--negative-prompt=a pear", "--true-cfg-scale=2.5")
+    flags = ("--num-inference-steps=3", "--seed=1", "--num-outputs=2", *size, *guidance, "--output", str(output))
+    done = fleet(temporary, "generate", "a red apple", *flags, "--endpoint", up[0])
+    assert done.returncode == 0, done.stderr
+    drawn = load_file(output)
+
+    alone = open_fleet("emoji")
+    expected = alone.tensors(
+        prompt="a red apple",
+        num_inference_steps=3,
+        seed=1,
+        num_outputs_per_prompt=2,
+        height=96,
+        width=160,
+        negative_prompt="a pear",
+        true_cfg_scale=2.5,
+    )
+    alone.close()
+    assert drawn.keys() == expected.keys() == {"latents", "pixels"}
+    assert drawn["pixels"].shape == (2, 3, 96, 160)
+    for name, tensor in expected.items():
+        assert torch.equal(drawn[name], tensor), name
 
 
 def test_cancel_ends_a_request_that_runs(up: tuple[str, Running], temporary: Path, tmp_path: Path) -> None:

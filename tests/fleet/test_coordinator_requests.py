@@ -426,6 +426,6 @@ def test_invalid_utf8_and_unknown_fields_are_named(url: str) -> None:
             )
             assert (await _raises(submit(b"\xa0\x06\x01")))[0] == "INVALID_ARGUMENT"
             assert (await _raises(submit(b"\xff")))[0] == "INVALID_ARGUMENT"
-            assert (await _raises(submit(b"\x00" * (17 << 20))))[0] == "RESOURCE_EXHAUSTED"
+            assert (await _raises(submit(b"\x00" * (49 << 20))))[0] == "RESOURCE_EXHAUSTED"
 
     run(url, story)

@@ -120,6 +120,19 @@ def test_reports_come_in_order_and_checkpoints_hold_what_was() -> None:
     run(test, script)
 
 
+def test_of_quick_steps_the_first_and_the_last_are_told() -> None:
+    def script(x: StageInput, call: Call) -> None:
+        del x
+        for step in range(1, 6):
+            call.progress(step, 5)
+
+    async def test(stage: Served) -> None:
+        await stage.runner()(packets(), stage.heard.call())
+        assert stage.heard.progress == [(1, 5), (5, 5)]
+
+    run(test, script, limits=ServingLimits(step_seconds=3_600))
+
+
 def test_cancelling_the_task_stops_the_stage_within_a_step() -> None:
     gate = Gate()
 

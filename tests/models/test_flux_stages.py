@@ -230,7 +230,9 @@ def test_merging_conditioning() -> None:
     assert merge_conditioning(text, None) is text
     merged = merge_conditioning(text, image)
     assert merged.prompt_embeds.keys() == {"a", "b"}
-    assert merged.negative_prompt_embeds.keys() == {"a"}
+    assert merged.negative_prompt_embeds.keys() == {"a", "b"}, "the negative branch sees the same pictures"
+    without = merge_conditioning(Conditioning(prompt_embeds=text.prompt_embeds), image)
+    assert not without.negative_prompt_embeds, "pictures alone make no negative branch"
     with pytest.raises(InvalidInput, match="'a'"):
         merge_conditioning(text, text)
 

@@ -11,7 +11,7 @@ import torch
 from common.artifacts import Canvas, DenoiseState, ParamValue, Prompt, Sampling
 from common.errors import CheckpointError
 from common.stage import Call
-from local_fleet import Heard, LocalFleet
+from local_fleet import NO_IMAGES, Heard, LocalFleet
 from models.catalog import open_model
 from models.registry import Registry, load_registry
 from toy_checkpoint import build_toy_checkpoint, toy_family
@@ -42,7 +42,7 @@ def test_draws_what_is_asked_for(fleet: LocalFleet) -> None:
     ]
     for change in changes:
         given: dict[str, ParamValue] = {"prompt": "red", "seed": 1, **change}
-        assert not torch.equal(fleet.tensors(None, **given)["pixels"], once["pixels"]), change
+        assert not torch.equal(fleet.tensors(None, NO_IMAGES, **given)["pixels"], once["pixels"]), change
     pictures = fleet.images(prompt="red", seed=1, num_outputs_per_prompt=2, width=40)
     assert [picture.size for picture in pictures] == [(40, 32)] * 2
 

@@ -145,7 +145,7 @@ def test_validation_makes_what_the_pipeline_is_given(registry: Registry) -> None
 def test_images_are_refused_by_a_model_that_takes_none(registry: Registry) -> None:
     stage = InputValidationStage(open_model(DEFAULT_MODEL, registry))
     with pytest.raises(InvalidInput, match=r"emoji \(FluxPipeline\) takes no images") as refused:
-        stage.run({"prompt": "x"}, images=["image"])
+        stage.run({"prompt": "x"}, images={"image": b"a picture"})
     assert refused.value.field == "images"
 
 

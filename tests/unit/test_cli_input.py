@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import resource
 import signal
 import socket
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from common.state.embedded import EmbeddedStore
 from fleet.v1 import generation_pb2
 from services.cli.__main__ import COMMANDS, main
 from services.cli.options import endpoint_of, exit_code, one_line
-from services.cli.output import ResultFiles, check_output, numbered
+from services.cli.output import OutputError, ResultFiles, check_output, numbered
 from services.cli.parameters import add_parameters, given_images, given_parameters, parameters_message
 from services.cli.serve import service_names
 
@@ -268,3 +270,35 @@ def test_a_file_of_another_size_leaves_nothing(byte_size: int, words: str, tmp_p
     with pytest.raises(InternalError, match=words):
         receive()
     assert not list(tmp_path.iterdir())
+
+
+@contextmanager
+def files_of_at_most(byte_size: int) -> Iterator[None]:
+    """Makes every file of this process full at that size, as a full disk does."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (byte_size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("byte_size", [20, 100_000])  # refused when the buffer is emptied, and at once
+def test_a_full_disk_is_an_error_that_leaves_nothing(byte_size: int, tmp_path: Path) -> None:
+    def receive() -> None:
+        with ResultFiles(tmp_path / "x.png") as files:
+            files.begin(0, 1, byte_size)
+            with files_of_at_most(10):
+                files.write(bytes(byte_size))
+
+    with pytest.raises(OutputError, match=r"cannot write .*x\.png: File too large"):
+        receive()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_directory_that_has_gone_is_an_error(tmp_path: Path) -> None:
+    with (
+        ResultFiles(tmp_path / "gone" / "x.png") as files,
+        pytest.raises(OutputError, match=r"x\.png: No such file or directory"),
+    ):
+        files.begin(0, 1, 4)

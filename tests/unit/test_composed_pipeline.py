@@ -151,4 +151,8 @@ def test_flux_runs_its_encoders_beside_its_preparation() -> None:
     pipeline = FluxPipeline(FluxPipeline._required_config_modules)
     text, preparation = pipeline.service("text_encoding").contract, pipeline.service("latent_preparation").contract
     assert not preparation.inputs.keys() & text.outputs.keys()
-    assert set(pipeline.service("denoising").contract.optional) == {"image_conditioning", "resume_from"}
+    assert set(pipeline.service("denoising").contract.optional) == {
+        "image_conditioning",
+        "image_latents",
+        "resume_from",
+    }

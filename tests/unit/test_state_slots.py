@@ -203,6 +203,31 @@ def test_slots_and_places_of_a_dead_coordinator_are_free(url: str) -> None:
     run(url, story)
 
 
+def test_a_claim_waits_for_a_store_that_is_away(caplog: pytest.LogCaptureFixture) -> None:
+    """As the one claim that it is: not one more to take back for each time that it asks."""
+
+    async def asked_twice() -> bool:
+        return sum("waits for a slot" in record.message for record in caplog.records) >= 2
+
+    with running_server("valkey") as server:
+
+        async def story(redis: Redis) -> None:
+            registry = WorkerRegistry(redis)
+            await registry.announce(worker("w"))
+            async with slots_of(redis, "a") as slots:
+                server.kill()
+                claim = asyncio.create_task(slots.claim("emoji", "denoising", "r"))
+                await until(asked_twice)
+                server.start()
+                slot = await claim
+                assert slot.worker.worker_id == "w"
+                slots.release(slot)
+            await registry.withdraw("w")
+
+        run(server.url, story)
+    assert not [record for record in caplog.records if "cannot give back" in record.message]
+
+
 def test_the_slots_of_a_dead_worker_go_to_another(url: str) -> None:
     async def story(redis: Redis) -> None:
         fast = WorkerRegistry(redis, beat_seconds=0.01, ttl_seconds=0.1)

@@ -21,12 +21,46 @@ class PromptText:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Template:
+    """Chat text that a language model expects around a prompt.
+
+    `skipped` is how many of the first tokens the encoding's output leaves out: as many as the model was trained with.
+    """
+
+    before: str
+    after: str
+    skipped: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageTextEncoding:
+    """One pass of a language model that looks at pictures too.
+
+    `keyword` is the argument of the denoiser's forward() that the result becomes; `tokenizer`, `encoder` and
+    `processor` are module names. `template` holds `picture_mark` for each picture, which is repeated for each of its
+    tokens. `picture_size` is the height and width (pixels) that a picture of a height and width is looked at in.
+    `most_tokens` of the result can be placed by the denoiser next to a picture of a size.
+    """
+
+    keyword: str
+    tokenizer: str
+    encoder: str
+    processor: str
+    template: Template
+    picture_mark: str
+    picture_size: Callable[[int, int], tuple[int, int]]
+    most_tokens: Callable[[int, int], int]
+
+
+@dataclass(frozen=True, kw_only=True)
 class TextEncoding:
     """One pass of one text encoder.
 
     `keyword` is the argument of the denoiser's forward() that the result becomes. `tokenizer` and `encoder` are module
     names of the checkpoint. `max_length` is the number of tokens that the text is padded or cut to; None means the
-    tokenizer's own. `output` picks the result, batch first, from what the encoder returned.
+    tokenizer's own. `output` picks the result, batch first, from what the encoder returned and the attention mask,
+    int64 (batch, tokens). `masked` encoders get that mask; the others attend to padding. Text in
+    a `template` is not padded and has no end mark; its max_length does not count what the template skips.
     """
 
     keyword: str
@@ -34,4 +68,6 @@ class TextEncoding:
     encoder: str
     text: Callable[[Prompt], PromptText]
     max_length: Callable[[Prompt], int | None]
-    output: Callable[[Any], Tensor]
+    output: Callable[[Any, Tensor], Tensor]
+    masked: bool = False
+    template: Template | None = None

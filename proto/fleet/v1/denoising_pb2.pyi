@@ -113,6 +113,7 @@ class DenoiseInputs(_message.Message):
     CANVAS_FIELD_NUMBER: _builtins.int
     LATENTS_GENERATOR_FIELD_NUMBER: _builtins.int
     RESUME_FROM_FIELD_NUMBER: _builtins.int
+    IMAGE_LATENTS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def initial_latents(self) -> _artifacts_pb2.Latents:
         """The noise to start from."""
@@ -145,6 +146,10 @@ class DenoiseInputs(_message.Message):
     def resume_from(self) -> _artifacts_pb2.DenoiseState:
         """Where an earlier worker got to."""
 
+    @_builtins.property
+    def image_latents(self) -> _artifacts_pb2.Latents:
+        """Pictures in latent space, beside the noise."""
+
     def __init__(
         self,
         *,
@@ -156,15 +161,18 @@ class DenoiseInputs(_message.Message):
         canvas: _artifacts_pb2.Canvas | None = ...,
         latents_generator: _artifacts_pb2.Generator | None = ...,
         resume_from: _artifacts_pb2.DenoiseState | None = ...,
+        image_latents: _artifacts_pb2.Latents | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_canvas", b"_canvas", "_image_conditioning", b"_image_conditioning", "_initial_latents", b"_initial_latents", "_latents_generator", b"_latents_generator", "_resume_from", b"_resume_from", "_sampling", b"_sampling", "_schedule", b"_schedule", "_text_conditioning", b"_text_conditioning", "canvas", b"canvas", "image_conditioning", b"image_conditioning", "initial_latents", b"initial_latents", "latents_generator", b"latents_generator", "resume_from", b"resume_from", "sampling", b"sampling", "schedule", b"schedule", "text_conditioning", b"text_conditioning"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_canvas", b"_canvas", "_image_conditioning", b"_image_conditioning", "_image_latents", b"_image_latents", "_initial_latents", b"_initial_latents", "_latents_generator", b"_latents_generator", "_resume_from", b"_resume_from", "_sampling", b"_sampling", "_schedule", b"_schedule", "_text_conditioning", b"_text_conditioning", "canvas", b"canvas", "image_conditioning", b"image_conditioning", "image_latents", b"image_latents", "initial_latents", b"initial_latents", "latents_generator", b"latents_generator", "resume_from", b"resume_from", "sampling", b"sampling", "schedule", b"schedule", "text_conditioning", b"text_conditioning"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_canvas", b"_canvas", "_image_conditioning", b"_image_conditioning", "_initial_latents", b"_initial_latents", "_latents_generator", b"_latents_generator", "_resume_from", b"_resume_from", "_sampling", b"_sampling", "_schedule", b"_schedule", "_text_conditioning", b"_text_conditioning", "canvas", b"canvas", "image_conditioning", b"image_conditioning", "initial_latents", b"initial_latents", "latents_generator", b"latents_generator", "resume_from", b"resume_from", "sampling", b"sampling", "schedule", b"schedule", "text_conditioning", b"text_conditioning"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_canvas", b"_canvas", "_image_conditioning", b"_image_conditioning", "_image_latents", b"_image_latents", "_initial_latents", b"_initial_latents", "_latents_generator", b"_latents_generator", "_resume_from", b"_resume_from", "_sampling", b"_sampling", "_schedule", b"_schedule", "_text_conditioning", b"_text_conditioning", "canvas", b"canvas", "image_conditioning", b"image_conditioning", "image_latents", b"image_latents", "initial_latents", b"initial_latents", "latents_generator", b"latents_generator", "resume_from", b"resume_from", "sampling", b"sampling", "schedule", b"schedule", "text_conditioning", b"text_conditioning"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__canvas: _TypeAlias = _typing.Literal["canvas"]  # noqa: Y015
     _WhichOneofArgType__canvas: _TypeAlias = _typing.Literal["_canvas", b"_canvas"]  # noqa: Y015
     _WhichOneofReturnType__image_conditioning: _TypeAlias = _typing.Literal["image_conditioning"]  # noqa: Y015
     _WhichOneofArgType__image_conditioning: _TypeAlias = _typing.Literal["_image_conditioning", b"_image_conditioning"]  # noqa: Y015
+    _WhichOneofReturnType__image_latents: _TypeAlias = _typing.Literal["image_latents"]  # noqa: Y015
+    _WhichOneofArgType__image_latents: _TypeAlias = _typing.Literal["_image_latents", b"_image_latents"]  # noqa: Y015
     _WhichOneofReturnType__initial_latents: _TypeAlias = _typing.Literal["initial_latents"]  # noqa: Y015
     _WhichOneofArgType__initial_latents: _TypeAlias = _typing.Literal["_initial_latents", b"_initial_latents"]  # noqa: Y015
     _WhichOneofReturnType__latents_generator: _TypeAlias = _typing.Literal["latents_generator"]  # noqa: Y015
@@ -181,6 +189,8 @@ class DenoiseInputs(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__canvas) -> _WhichOneofReturnType__canvas | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__image_conditioning) -> _WhichOneofReturnType__image_conditioning | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__image_latents) -> _WhichOneofReturnType__image_latents | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__initial_latents) -> _WhichOneofReturnType__initial_latents | None: ...
     @_typing.overload

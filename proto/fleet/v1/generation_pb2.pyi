@@ -1005,7 +1005,7 @@ class Parameter(_message.Message):
     name: _builtins.str
     """Diffusers name."""
     type: _builtins.str
-    """Type: "string", "int", "float", "bool" or "floats"."""
+    """Type: "string", "int", "float", "bool", "floats", or "image" for what comes in GenerationParameters.images."""
     description: _builtins.str
     """What it means and which values it takes."""
     @_builtins.property

@@ -1,0 +1,63 @@
+"""What the stages need to know of Diffusers' AutoencoderKLQwenImage."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+from configs.models.fields import ConfigFields
+
+_GIVEN_AREA = 1024 * 1024
+_GIVEN_MULTIPLE = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderKLQwenImageConfig:
+    """AutoencoderKLQwenImage's config.json, as far as latents depend on it.
+
+    It is the VAE of a video model; a picture is a video of one frame. A latent z is stored as (z - mean) / std, per
+    channel; `spatial_factor` pixels make one latent row.
+    """
+
+    z_dim: int
+    spatial_factor: int
+    latents_mean: tuple[float, ...]
+    latents_std: tuple[float, ...]
+
+    @classmethod
+    def from_dict(cls, module: str, values: Mapping[str, Any]) -> Self:
+        """Read config.json of the module. Raises CheckpointError."""
+        fields = ConfigFields(module, values)
+        fields.only("input_channels", 3)
+        z_dim = fields.integer("z_dim", 16)
+        mean, std = (fields.numbers(name, ()) for name in ("latents_mean", "latents_std"))
+        for name, constants in (("latents_mean", mean), ("latents_std", std)):
+            if len(constants) != z_dim:
+                raise fields.error(name, f"must have a number for each of the {z_dim} latent channels")
+        if not all(std):
+            raise fields.error("latents_std", "must not hold a 0")
+        return cls(
+            z_dim=z_dim,
+            spatial_factor=spatial_factor(fields),
+            latents_mean=mean,
+            latents_std=std,
+        )
+
+
+def spatial_factor(fields: ConfigFields) -> int:
+    """Pixels a side that become one latent: the encoder halves once for each entry. Raises CheckpointError."""
+    steps = fields.values.get("temperal_downsample", [False, True, True])
+    if not isinstance(steps, list | tuple) or not steps:
+        raise fields.error("temperal_downsample", "must be a list of truth values")
+    return 1 << len(steps)
+
+
+def given_size(height: int, width: int) -> tuple[int, int]:
+    """Height and width that a given picture is edited in: about a square mebipixel, in about the same proportion."""
+    exact_width = math.sqrt(_GIVEN_AREA * (width / height))
+    exact_height = exact_width / (width / height)
+    return round(exact_height / _GIVEN_MULTIPLE) * _GIVEN_MULTIPLE, round(
+        exact_width / _GIVEN_MULTIPLE
+    ) * _GIVEN_MULTIPLE

@@ -1,0 +1,106 @@
+"""What models of packed latents share: a token is a 2x2 patch of latents, and the schedule shifts with their number."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+from torch import Tensor
+
+from common.errors import CheckpointError
+from configs.models.fields import ConfigFields
+from configs.pipeline_configs.base import StandardPipelineConfig
+
+if TYPE_CHECKING:
+    from common.artifacts import Canvas, Prompt, Sampling
+
+
+@dataclass(frozen=True, kw_only=True)
+class SequenceShift:
+    """The schedule's shift mu: linear in the number of image tokens, through two given points."""
+
+    base_image_seq_len: int = 256
+    max_image_seq_len: int = 4096
+    base_shift: float = 0.5
+    max_shift: float = 1.15
+
+    @classmethod
+    def from_dict(cls, module: str, values: Mapping[str, Any]) -> Self:
+        """Read the scheduler's config. Raises CheckpointError."""
+        fields = ConfigFields(module, values)
+        shift = cls(
+            base_image_seq_len=fields.integer("base_image_seq_len", cls.base_image_seq_len),
+            max_image_seq_len=fields.integer("max_image_seq_len", cls.max_image_seq_len),
+            base_shift=fields.number("base_shift", cls.base_shift),
+            max_shift=fields.number("max_shift", cls.max_shift),
+        )
+        if shift.base_image_seq_len == shift.max_image_seq_len:
+            raise fields.error("max_image_seq_len", "must differ from base_image_seq_len")
+        return shift
+
+    def mu(self, tokens: int) -> float:
+        """mu for an image of that many tokens."""
+        slope = (self.max_shift - self.base_shift) / (self.max_image_seq_len - self.base_image_seq_len)
+        return tokens * slope + (self.base_shift - slope * self.base_image_seq_len)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedPipelineConfig(StandardPipelineConfig):
+    """Callbacks for packed latents, true classifier-free guidance and a schedule shifted by size."""
+
+    shift: SequenceShift
+
+    @property
+    @abstractmethod
+    def pixels_per_latent(self) -> int:
+        """Pixels a side that become one latent."""
+
+    def patches(self, canvas: Canvas) -> tuple[int, int]:
+        """Rows and columns of tokens."""
+        side = 2 * self.pixels_per_latent
+        return canvas.height // side, canvas.width // side
+
+    def wants_negative(self, prompt: Prompt, sampling: Sampling) -> bool:
+        """True guidance needs a scale above 1 and a negative prompt, which may be empty."""
+        return prompt.negative_prompt is not None and (sampling.true_cfg_scale or 1.0) > 1.0
+
+    def sigmas(self, sampling: Sampling) -> Sequence[float]:
+        """The request's own, or evenly spaced from 1 to 1/steps."""
+        steps = sampling.num_inference_steps
+        return sampling.sigmas or np.linspace(1.0, 1.0 / steps, steps).tolist()
+
+    def mu(self, canvas: Canvas) -> float | None:
+        """From the number of image tokens; a scheduler without dynamic shifting ignores it."""
+        rows, columns = self.patches(canvas)
+        return self.shift.mu(rows * columns)
+
+    def model_timestep(self, timestep: Tensor) -> Tensor:
+        """From [0, 1000] to [0, 1]."""
+        return timestep / 1000
+
+    def guide(self, positive: Tensor, negative: Tensor, sampling: Sampling) -> Tensor:
+        """True classifier-free guidance."""
+        return negative + (sampling.true_cfg_scale or 1.0) * (positive - negative)
+
+
+def pack_patches(raw: Tensor) -> Tensor:
+    """(B, C, 2h, 2w) to (B, h*w, 4C); channels in the order (c, dy, dx)."""
+    batch, channels, rows, columns = raw.shape
+    patches = raw.reshape(batch, channels, rows // 2, 2, columns // 2, 2).permute(0, 2, 4, 1, 3, 5)
+    return patches.reshape(batch, (rows // 2) * (columns // 2), channels * 4)
+
+
+def unpack_patches(latents: Tensor, channels: int, rows: int, columns: int) -> Tensor:
+    """(B, h*w, 4C) to (B, C, 2h, 2w), where rows is 2h and columns 2w."""
+    batch = latents.shape[0]
+    patches = latents.view(batch, rows // 2, columns // 2, channels, 2, 2).permute(0, 3, 1, 4, 2, 5)
+    return patches.reshape(batch, channels, rows, columns)
+
+
+def check_text_size(made: int, encoder: str, taken: int) -> None:
+    """Refuse a text encoder whose features the transformer cannot take. Raises CheckpointError."""
+    if made != taken:
+        raise CheckpointError(f"the transformer takes {taken} text features where {encoder} makes {made}")

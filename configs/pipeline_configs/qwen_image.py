@@ -1,0 +1,158 @@
+"""Qwen-Image: packed latents, a language model that reads the prompt in a template, guidance that keeps the norm."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from common.errors import CheckpointError
+from configs.models.dits.qwen_image import QwenImageTransformerConfig
+from configs.models.encoders.base import PromptText, Template, TextEncoding
+from configs.models.fields import ConfigFields
+from configs.models.vaes.qwen_image import AutoencoderKLQwenImageConfig
+from configs.pipeline_configs.packed import (
+    PackedPipelineConfig,
+    SequenceShift,
+    check_text_size,
+    pack_patches,
+    unpack_patches,
+)
+
+if TYPE_CHECKING:
+    from common.artifacts import Canvas, Prompt, Sampling
+    from common.checkpoint import Checkpoint
+
+MAX_SEQUENCE_LENGTH = 512
+
+TEMPLATE = Template(
+    before="<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, "
+    "spatial relationships of the objects and background:<|im_end|>\n<|im_start|>user\n",
+    after="<|im_end|>\n<|im_start|>assistant\n",
+    skipped=34,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class QwenImagePipelineConfig(PackedPipelineConfig):
+    """QwenImagePipeline's callbacks."""
+
+    transformer: QwenImageTransformerConfig
+    vae: AutoencoderKLQwenImageConfig
+
+    module_loaders: ClassVar[Mapping[str, str]] = {
+        "AutoencoderKLQwenImage": "models.vaes.qwen_image:load_qwen_image_vae",
+        "Qwen2_5_VLForConditionalGeneration": "models.encoders.qwen_vl:load_qwen_text_model",
+        "QwenImageTransformer2DModel": "models.dits.qwen_image:load_qwen_image_transformer",
+    }
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint: Checkpoint) -> Self:
+        """Read transformer, VAE and scheduler. Raises CheckpointError when they do not fit together."""
+        transformer = QwenImageTransformerConfig.from_dict("transformer", checkpoint.module_config("transformer"))
+        vae = AutoencoderKLQwenImageConfig.from_dict("vae", checkpoint.module_config("vae"))
+        if not transformer.in_channels == transformer.token_channels == 4 * vae.z_dim:
+            raise CheckpointError(
+                f"the transformer takes {transformer.in_channels} and makes {transformer.token_channels} channels a "
+                f"token, but 2x2 patches of the VAE's {vae.z_dim} latent channels have {4 * vae.z_dim}"
+            )
+        text = checkpoint.module_config("text_encoder")
+        # Older files have the language model's entries at the top.
+        size = ConfigFields("text_encoder", text.get("text_config") or text).integer("hidden_size", 3584)
+        check_text_size(size, "text_encoder", transformer.joint_attention_dim)
+        shift = SequenceShift.from_dict("scheduler", checkpoint.module_config("scheduler"))
+        return cls(transformer=transformer, vae=vae, shift=shift)
+
+    @property
+    def pixels_per_latent(self) -> int:
+        """The VAE's."""
+        return self.vae.spatial_factor
+
+    @property
+    def text_encodings(self) -> tuple[TextEncoding, ...]:
+        """The language model's last states from the prompt on, without padding."""
+        qwen = TextEncoding(
+            keyword="encoder_hidden_states",
+            tokenizer="tokenizer",
+            encoder="text_encoder",
+            text=_prompt,
+            max_length=_max_sequence_length,
+            output=_from_the_prompt_on,
+            template=TEMPLATE,
+        )
+        return (qwen,)
+
+    def raw_latent_shape(self, canvas: Canvas, batch: int) -> tuple[int, ...]:
+        """(batch, frames, channels, rows, columns): one frame; rows and columns even."""
+        rows, columns = self.patches(canvas)
+        return (batch, 1, self.vae.z_dim, 2 * rows, 2 * columns)
+
+    def pack(self, raw: Tensor) -> Tensor:
+        """(B, 1, C, 2h, 2w) to (B, h*w, 4C)."""
+        return pack_patches(raw[:, 0])
+
+    def unpack(self, latents: Tensor, raw_latent_shape: tuple[int, ...]) -> Tensor:
+        """(B, h*w, 4C) to what the VAE reads, which has frames after channels: (B, C, 1, 2h, 2w)."""
+        return unpack_patches(latents, *raw_latent_shape[2:])[:, :, None]
+
+    def prepare_pos_cond_kwargs(
+        self,
+        embeds: Mapping[str, Tensor],
+        raw_latent_shape: tuple[int, ...],
+        sampling: Sampling,
+        condition_shape: tuple[int, ...] | None = None,
+    ) -> Mapping[str, Tensor | None]:
+        """Positions (picture, row, column) around each picture's middle; text goes on diagonally behind their edges."""
+        del sampling
+        shapes = (raw_latent_shape, condition_shape) if condition_shape else (raw_latent_shape,)
+        grids = [(shape[-2] // 2, shape[-1] // 2) for shape in shapes]
+        edge = max(side // 2 for grid in grids for side in grid)
+        text = torch.arange(embeds["encoder_hidden_states"].shape[1], dtype=torch.float32)
+        return {
+            "txt_ids": (text + edge)[:, None].expand(-1, 3),
+            "img_ids": torch.cat([_positions(index, *grid) for index, grid in enumerate(grids)]),
+        }
+
+    def guide(self, positive: Tensor, negative: Tensor, sampling: Sampling) -> Tensor:
+        """True classifier-free guidance, each token scaled back to the positive prediction's length."""
+        guided = super().guide(positive, negative, sampling)
+        wanted, found = (torch.linalg.vector_norm(each, dim=-1, keepdim=True) for each in (positive, guided))
+        rescaled: Tensor = guided * (wanted / found)
+        return rescaled
+
+    def vae_latents(self, raw: Tensor) -> Tensor:
+        """Undo the normalisation of each channel."""
+        mean, inverse = self._normalisation(raw)
+        return raw / inverse + mean
+
+    def _normalisation(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and 1 / std of the latent channels, (1, z, 1, 1, 1)."""
+        mean, std = (
+            torch.tensor(values).view(1, -1, 1, 1, 1).to(like)
+            for values in (self.vae.latents_mean, self.vae.latents_std)
+        )
+        return mean, 1.0 / std
+
+
+def _positions(picture: int, rows: int, columns: int) -> Tensor:
+    """Positions of a picture's tokens (rows * columns, 3); 0 is its middle, or just after it."""
+    down = torch.arange(rows, dtype=torch.float32) - (rows - rows // 2)
+    across = torch.arange(columns, dtype=torch.float32) - (columns - columns // 2)
+    return torch.cartesian_prod(torch.tensor([float(picture)]), down, across)
+
+
+def _prompt(prompt: Prompt) -> PromptText:
+    return PromptText(field="prompt", text=prompt.prompt)
+
+
+def _max_sequence_length(prompt: Prompt) -> int:
+    # Diffusers cuts behind the encoder. That is the same: the encoder looks only back.
+    return prompt.max_sequence_length or MAX_SEQUENCE_LENGTH
+
+
+def _from_the_prompt_on(output: Any, _: Tensor) -> Tensor:
+    hidden: Tensor = output.last_hidden_state
+    return hidden[:, TEMPLATE.skipped :]

@@ -1,0 +1,81 @@
+"""Qwen-Image-Edit: the picture's tokens in the text, and its latents behind those of the picture that is made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from configs.models.encoders.base import ImageTextEncoding, Template
+from configs.models.vaes.qwen_image import given_size
+from configs.pipeline_configs.qwen_image import QwenImagePipelineConfig
+
+if TYPE_CHECKING:
+    from common.artifacts import Canvas
+
+POSITIONS = 4096
+"""Diffusers has so many for text; behind them it fails."""
+
+EDIT_TEMPLATE = Template(
+    before="<|im_start|>system\nDescribe the key features of the input image (color, shape, size, texture, objects, "
+    "background), then explain how the user's text instruction should alter or modify the image. Generate a new image "
+    "that meets the user's requirements while maintaining consistency with the original input where appropriate."
+    "<|im_end|>\n<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>",
+    after="<|im_end|>\n<|im_start|>assistant\n",
+    skipped=64,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class QwenImageEditPipelineConfig(QwenImagePipelineConfig):
+    """QwenImageEditPipeline's callbacks, beside those of QwenImagePipeline."""
+
+    module_loaders: ClassVar[Mapping[str, str]] = {
+        **QwenImagePipelineConfig.module_loaders,
+        "Qwen2_5_VLForConditionalGeneration": "models.encoders.qwen_vl:load_qwen_vl_model",
+    }
+
+    @property
+    def image_text_encoding(self) -> ImageTextEncoding:
+        """The language model's last states: what of the template follows its first 64 tokens, picture and prompt."""
+        return ImageTextEncoding(
+            keyword="encoder_hidden_states",
+            tokenizer="tokenizer",
+            encoder="text_encoder",
+            processor="processor",
+            template=EDIT_TEMPLATE,
+            picture_mark="<|image_pad|>",
+            picture_size=given_size,
+            most_tokens=self._positions_beside,
+        )
+
+    def image_size(self, size: tuple[int, int], canvas: Canvas) -> tuple[int, int]:
+        """Its own, whatever the size of the picture that is made."""
+        del canvas
+        return given_size(*size)
+
+    def image_latents(
+        self, encode: Callable[[Tensor], Tensor], pictures: Mapping[str, Tensor], canvas: Canvas
+    ) -> Tensor:
+        """Normalised latents of the picture, frame before channels like the noise: (1, 1, C, 2h, 2w)."""
+        del canvas
+        latents = encode(pictures["image"][:, :, None])
+        mean, inverse = self._normalisation(latents)
+        return ((latents - mean) * inverse).transpose(1, 2)
+
+    def model_input(self, latents: Tensor, condition: Tensor | None) -> Tensor:
+        """The given picture's tokens behind those of the one that is made."""
+        assert condition is not None, "an edit starts from a picture"
+        return torch.cat((latents, condition), dim=1)
+
+    def model_output(self, prediction: Tensor, latents: Tensor) -> Tensor:
+        """Without the given picture's tokens."""
+        return prediction[:, : latents.shape[1]]
+
+    def _positions_beside(self, height: int, width: int) -> int:
+        """How many text tokens have positions next to a picture of that size (pixels)."""
+        side = max(given_size(height, width)) // (2 * self.pixels_per_latent)
+        return POSITIONS - side // 2

@@ -1,0 +1,196 @@
+"""Wan 2.1: video latents that are not packed, classifier-free guidance, text without padding's noise."""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import ftfy
+import torch
+from torch import Tensor
+
+from common.errors import CheckpointError, InvalidInput
+from configs.models.dits.wan import WanTransformerConfig
+from configs.models.encoders.base import PromptText, TextEncoding
+from configs.models.vaes.wan import AutoencoderKLWanConfig
+from configs.pipeline_configs.base import StandardPipelineConfig
+
+if TYPE_CHECKING:
+    from common.artifacts import Canvas, Prompt, Sampling
+    from common.checkpoint import Checkpoint
+
+MAX_SEQUENCE_LENGTH = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class WanPipelineConfig(StandardPipelineConfig):
+    """WanPipeline's callbacks. Latents are float32 (B, z, frames, rows, columns) whatever the weights' type."""
+
+    transformer: WanTransformerConfig
+    vae: AutoencoderKLWanConfig
+
+    latent_part: ClassVar[str] = "video"
+    module_loaders: ClassVar[Mapping[str, str]] = {
+        "WanTransformer3DModel": "models.dits.wan:load_wan_transformer",
+        "AutoencoderKLWan": "models.vaes.wan:load_wan_vae",
+    }
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint: Checkpoint) -> Self:
+        """Read transformer and VAE. Raises CheckpointError when they do not fit together."""
+        transformer = WanTransformerConfig.from_dict("transformer", checkpoint.module_config("transformer"))
+        vae = AutoencoderKLWanConfig.from_dict("vae", checkpoint.module_config("vae"))
+        needed = cls.input_channels(vae)
+        if transformer.in_channels != needed or transformer.out_channels != vae.z_dim:
+            raise CheckpointError(
+                f"the transformer has {transformer.in_channels} input and {transformer.out_channels} output channels, "
+                f"but with {vae.z_dim} channels of the VAE {checkpoint.pipeline_name} needs {needed} and {vae.z_dim}"
+            )
+        return cls(transformer=transformer, vae=vae)
+
+    @classmethod
+    def input_channels(cls, vae: AutoencoderKLWanConfig) -> int:
+        """What the transformer takes: the noise."""
+        return vae.z_dim
+
+    @property
+    def text_encodings(self) -> tuple[TextEncoding, ...]:
+        """UMT5's sequence, padding set to zero; it is attended to nevertheless, as in training."""
+        umt5 = TextEncoding(
+            keyword="encoder_hidden_states",
+            tokenizer="tokenizer",
+            encoder="text_encoder",
+            text=_cleaned_prompt,
+            max_length=_max_sequence_length,
+            output=_unpadded,
+            masked=True,
+        )
+        return (umt5,)
+
+    def wants_negative(self, prompt: Prompt, sampling: Sampling) -> bool:
+        """Guidance above 1 needs it; an unset negative prompt is an empty one."""
+        del prompt
+        return (sampling.guidance_scale or 0.0) > 1.0
+
+    @property
+    def noise_dtype(self) -> torch.dtype:
+        """float32 always."""
+        return torch.float32
+
+    def raw_latent_shape(self, canvas: Canvas, batch: int) -> tuple[int, ...]:
+        """(batch, channels, latent frames, rows, columns)."""
+        side = self.vae.spatial_factor
+        frames = self.vae.latent_frames(canvas.num_frames)
+        return (batch, self.vae.z_dim, frames, canvas.height // side, canvas.width // side)
+
+    def sigmas(self, sampling: Sampling) -> Sequence[float] | None:
+        """The scheduler's own."""
+        del sampling
+        return None
+
+    def mu(self, canvas: Canvas) -> float | None:
+        """The schedule does not depend on size."""
+        del canvas
+        return None
+
+    def model_input(self, latents: Tensor, condition: Tensor | None) -> Tensor:
+        """In the weights' type; mask and latents of pictures are further channels."""
+        given = latents if condition is None else torch.cat((latents, condition), dim=1)
+        return given.to(self.dtype)
+
+    def model_timestep(self, timestep: Tensor) -> Tensor:
+        """The whole number in [0, 1000) that the schedule has."""
+        return timestep
+
+    def prepare_pos_cond_kwargs(
+        self,
+        embeds: Mapping[str, Tensor],
+        raw_latent_shape: tuple[int, ...],
+        sampling: Sampling,
+        condition_shape: tuple[int, ...] | None = None,
+    ) -> Mapping[str, Tensor | None]:
+        """None: positions follow from the latents' shape, and guidance is not embedded."""
+        del embeds, raw_latent_shape, sampling, condition_shape
+        return {}
+
+    def guide(self, positive: Tensor, negative: Tensor, sampling: Sampling) -> Tensor:
+        """Classifier-free guidance."""
+        return negative + (sampling.guidance_scale or 0.0) * (positive - negative)
+
+    def vae_latents(self, raw: Tensor) -> Tensor:
+        """Undo the normalisation of each channel, in the weights' type."""
+        mean, inverse = self._normalisation(raw.device, self.dtype)
+        return raw.to(self.dtype) / inverse + mean
+
+    def _normalisation(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Mean and 1 / std of the latent channels, (1, z, 1, 1, 1)."""
+        mean, std = (
+            torch.tensor(values).view(1, -1, 1, 1, 1).to(device, dtype)
+            for values in (self.vae.latents_mean, self.vae.latents_std)
+        )
+        return mean, 1.0 / std
+
+
+@dataclass(frozen=True, kw_only=True)
+class WanImageToVideoPipelineConfig(WanPipelineConfig):
+    """WanImageToVideoPipeline's callbacks: beside the noise, the mask of what is given and its latents."""
+
+    @classmethod
+    def input_channels(cls, vae: AutoencoderKLWanConfig) -> int:
+        """Noise, a mask for each frame of a latent frame, and the pictures' latents."""
+        return 2 * vae.z_dim + vae.temporal_factor
+
+    def vision_tokens(self, hidden_states: Sequence[Tensor]) -> Mapping[str, Tensor]:
+        """The last layer but one; tokens of first and last frame behind each other. Raises InvalidInput if they differ.
+
+        Every picture makes (1, tokens, image_dim).
+        """
+        tokens = hidden_states[-2].flatten(0, 1)[None]
+        expected = self.transformer.pos_embed_seq_len
+        if expected is not None and tokens.shape[1] != expected:
+            message = f"the model reads {expected} tokens of pictures, but these have {tokens.shape[1]}"
+            raise InvalidInput(message, field="image")
+        return {"encoder_hidden_states_image": tokens}
+
+    def image_latents(
+        self, encode: Callable[[Tensor], Tensor], pictures: Mapping[str, Tensor], canvas: Canvas
+    ) -> Tensor:
+        """Mask and normalised latents of a video that is grey where no frame is given; float32 (1, 4 + z, ...)."""
+        frames = canvas.num_frames
+        first, last = pictures["image"][:, :, None], pictures.get("last_image")
+        given = 1 if last is None else 2
+        grey = first.new_zeros(*first.shape[:2], max(frames - given, 0), *first.shape[3:])
+        video = [first, grey] if last is None else [first, grey, last[:, :, None]]
+        latents = encode(torch.cat(video, dim=2)).float()
+        mean, inverse = self._normalisation(latents.device, latents.dtype)
+        mask = self._mask(frames, last is not None, latents)
+        return torch.cat((mask, (latents - mean) * inverse), dim=1)
+
+    def _mask(self, frames: int, has_last: bool, latents: Tensor) -> Tensor:
+        """1 where a frame is given: (1, 4, latent frames, rows, columns). The first frame counts four times."""
+        factor, shape = self.vae.temporal_factor, latents.shape
+        given = torch.zeros(factor - 1 + frames, dtype=latents.dtype, device=latents.device)
+        given[:factor] = 1
+        if has_last:
+            given[-1] = 1
+        mask = given.view(shape[2], factor).T
+        return mask[None, :, :, None, None].expand(-1, -1, -1, *shape[3:])
+
+
+def _cleaned_prompt(prompt: Prompt) -> PromptText:
+    """Mend mojibake, resolve HTML entities (also doubly escaped ones), and make every run of whitespace one space."""
+    text = html.unescape(html.unescape(ftfy.fix_text(prompt.prompt))).strip()
+    return PromptText(field="prompt", text=re.sub(r"\s+", " ", text).strip())
+
+
+def _max_sequence_length(prompt: Prompt) -> int:
+    return prompt.max_sequence_length or MAX_SEQUENCE_LENGTH
+
+
+def _unpadded(output: Any, mask: Tensor) -> Tensor:
+    """The last hidden state, zero where there is padding (at the end)."""
+    hidden: Tensor = output.last_hidden_state
+    return hidden * mask[:, :, None].to(hidden.dtype)

@@ -1,0 +1,71 @@
+"""Sampling parameters that image models with packed latents share."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Self
+
+from common.artifacts import ParamValue
+from common.checkpoint import Checkpoint
+from common.errors import InvalidInput
+from configs.sample.base import ParamWarning, SamplingParams, parameter
+
+_DEFAULT_LATENT_SIZE = 128
+_PATCH = 2
+_SMALLEST_SIGMA = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedSamplingParams(SamplingParams):
+    """Sizes are multiples of what VAE and 2x2 packing reduce together; sigmas may replace the even spacing of steps.
+
+    true_cfg_scale above 1 with a negative prompt is classifier-free guidance.
+    """
+
+    true_cfg_scale: float = parameter(
+        "Classifier-free guidance, on above 1 with a negative prompt.", 1.0, minimum=0.0, maximum=1000.0
+    )
+    sigmas: tuple[float, ...] = parameter(
+        "Noise level of each step, highest first; sets the number of steps.", (), minimum=_SMALLEST_SIGMA, maximum=1.0
+    )
+
+    @classmethod
+    def pixels_per_latent(cls, checkpoint: Checkpoint) -> int:
+        """Pixels a side that become one latent. Raises CheckpointError where the VAE's config does not tell."""
+        raise TypeError(f"{cls.__name__} does not know the VAE of {checkpoint.name}")
+
+    @classmethod
+    def model_defaults(cls, checkpoint: Checkpoint) -> dict[str, ParamValue]:
+        """The native size: 128 latents a side."""
+        side = _DEFAULT_LATENT_SIZE * cls.pixels_per_latent(checkpoint)
+        return {"height": side, "width": side}
+
+    def fitted(self, checkpoint: Checkpoint, given: Collection[str]) -> tuple[Self, tuple[ParamWarning, ...]]:
+        """Floor the size to whole patches; sigmas decide the steps; warn where a value has no effect."""
+        params, warnings = self.floored_size(_PATCH * self.pixels_per_latent(checkpoint))
+        params, more = params._with_steps_of_sigmas(given)
+        idle = params.without_effect(checkpoint)
+        told = tuple(ParamWarning(name, f"{name} has no effect {why}") for name, why in idle.items() if name in given)
+        return params, (*warnings, *more, *told)
+
+    def without_effect(self, checkpoint: Checkpoint) -> dict[str, str]:
+        """Parameters that this model passes over in silence, each with the circumstance; a warning if they were set."""
+        del checkpoint
+        if self.negative_prompt is None:
+            return {"true_cfg_scale": "without negative_prompt"} if self.true_cfg_scale > 1 else {}
+        return {} if self.true_cfg_scale > 1 else {"negative_prompt": "unless true_cfg_scale is above 1"}
+
+    def _with_steps_of_sigmas(self, given: Collection[str]) -> tuple[Self, tuple[ParamWarning, ...]]:
+        if not self.sigmas:
+            return self, ()
+        for earlier, later in pairwise(self.sigmas):
+            if later > earlier:
+                raise InvalidInput(f"sigmas must not rise, but {later} follows {earlier}", field="sigmas")
+        steps = len(self.sigmas)
+        fitted = replace(self, num_inference_steps=steps)
+        if "num_inference_steps" not in given or self.num_inference_steps == steps:
+            return fitted, ()
+        message = f"sigmas has {steps} values, so {steps} steps are taken instead of {self.num_inference_steps}"
+        return fitted, (ParamWarning("num_inference_steps", message),)

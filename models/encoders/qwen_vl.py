@@ -1,0 +1,26 @@
+"""Qwen2.5-VL as an encoder: its states are used, and never its predictions of the next token."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from models.loader import load_pretrained
+
+if TYPE_CHECKING:
+    import torch
+
+    from common.checkpoint import Checkpoint
+
+
+def load_qwen_vl_model(checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype) -> Any:
+    """Language model and vision tower, for prompts with pictures. Raises CheckpointError."""
+    model = load_pretrained(checkpoint, name, device, dtype).model
+    model.language_model.config.use_cache = False
+    return model
+
+
+def load_qwen_text_model(checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype) -> Any:
+    """The language model alone, for prompts without pictures. Raises CheckpointError."""
+    model = load_pretrained(checkpoint, name, device, dtype).model.language_model
+    model.config.use_cache = False
+    return model

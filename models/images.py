@@ -1,0 +1,52 @@
+"""Opens the pictures of a request, as Diffusers' load_image does: turned as EXIF says, converted to RGB."""
+
+from __future__ import annotations
+
+import io
+import zlib
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from common.artifacts import ImageInputs
+from common.errors import InvalidInput
+from common.image_header import read_image_header
+
+_FORMATS = ("PNG", "JPEG", "WEBP")
+
+
+def open_images(inputs: ImageInputs) -> Mapping[str, Image.Image]:
+    """RGB pictures by role: image, image_1 ..., last_image, in whatever order they came.
+
+    Raises InvalidInput about the role of one that cannot be read, or is too large.
+    """
+    return {role: open_image(role, _file(inputs.images[role])) for role in sorted(inputs.images, key=_place)}
+
+
+def open_image(role: str, data: bytes) -> Image.Image:
+    """One picture. CMYK, grey and palette pictures become RGB; transparency is dropped, and the colours stay."""
+    read_image_header(role, data)
+    try:
+        with Image.open(io.BytesIO(data), formats=_FORMATS) as picture:
+            return ImageOps.exif_transpose(picture).convert("RGB")
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError, zlib.error) as error:
+        raise InvalidInput(f"{role} cannot be decoded: {error}", field=role) from None
+
+
+def as_tensor(picture: Image.Image, height: int, width: int) -> Tensor:
+    """float32 (1, 3, height, width) in [-1, 1]. Stretched by Lanczos: the aspect is not kept, as in Diffusers."""
+    resized = picture.resize((width, height), Image.Resampling.LANCZOS)
+    pixels = torch.from_numpy(np.array(resized).astype(np.float32) / 255.0)
+    return (2.0 * pixels - 1.0).permute(2, 0, 1)[None]
+
+
+def _place(role: str) -> tuple[str, int]:
+    name, _, number = role.rpartition("_")
+    return (name, int(number)) if number.isdecimal() else (role, 0)
+
+
+def _file(data: Tensor | bytes) -> bytes:
+    return data if isinstance(data, bytes) else data.numpy().tobytes()

@@ -1,0 +1,19 @@
+"""Qwen-Image: a language model as text encoder, a packed flow-matching DiT, the image half of a video VAE."""
+
+from __future__ import annotations
+
+from models.composition import StandardPipeline
+
+
+class QwenImagePipeline(StandardPipeline):
+    """Diffusers' QwenImagePipeline, text to image."""
+
+    pipeline_name = "QwenImagePipeline"
+    _required_config_modules = ("text_encoder", "tokenizer", "transformer", "scheduler", "vae")
+
+    def create_pipeline_stages(self) -> None:
+        """Text to image with one encoder."""
+        self.add_standard_t2i_stages()
+
+
+EntryClass = QwenImagePipeline

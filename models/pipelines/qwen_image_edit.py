@@ -1,0 +1,19 @@
+"""Qwen-Image-Edit: the same with a picture, which the language model sees and whose latents the DiT attends to."""
+
+from __future__ import annotations
+
+from models.composition import StandardImagePipeline
+
+
+class QwenImageEditPipeline(StandardImagePipeline):
+    """Diffusers' QwenImageEditPipeline: one picture and an instruction to one picture."""
+
+    pipeline_name = "QwenImageEditPipeline"
+    _required_config_modules = ("text_encoder", "tokenizer", "processor", "transformer", "scheduler", "vae")
+
+    def create_pipeline_stages(self) -> None:
+        """Text and image to image."""
+        self.add_standard_ti2i_stages()
+
+
+EntryClass = QwenImageEditPipeline

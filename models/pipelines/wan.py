@@ -1,0 +1,19 @@
+"""Wan 2.1: UMT5, a flow-matching DiT over video latents, UniPC, a causal video VAE. Text to video."""
+
+from __future__ import annotations
+
+from models.composition import StandardPipeline
+
+
+class WanPipeline(StandardPipeline):
+    """Diffusers' WanPipeline, text to video: Wan 2.1 T2V in all sizes, and their fine-tunes."""
+
+    pipeline_name = "WanPipeline"
+    _required_config_modules = ("text_encoder", "tokenizer", "transformer", "scheduler", "vae")
+
+    def create_pipeline_stages(self) -> None:
+        """Text to video with one encoder."""
+        self.add_standard_t2i_stages()
+
+
+EntryClass = WanPipeline

@@ -1,0 +1,59 @@
+"""Turns the pictures of a request into conditioning, and into latents."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from common.artifacts import Conditioning, LatentPart, Latents
+from common.stage import Call, PipelineStage
+from configs.pipeline_configs.base import StandardPipelineConfig
+from models.contracts import (
+    ImageEncodingInput,
+    ImageEncodingOutput,
+    ImageVAEEncodingInput,
+    ImageVAEEncodingOutput,
+)
+from models.images import as_tensor, open_images
+
+
+class ImageEncodingStage(PipelineStage[ImageEncodingInput, ImageEncodingOutput]):
+    """Runs the model's vision encoder on all pictures at once, each in its own size before the encoder's crop."""
+
+    def __init__(self, config: StandardPipelineConfig, modules: Mapping[str, Any]) -> None:
+        self._config = config
+        self._encoder, self._processor = modules.values()
+
+    @torch.inference_mode()
+    def run(self, x: ImageEncodingInput, call: Call) -> ImageEncodingOutput:
+        """Batch 1, on the CPU. The negative branch sees the same pictures. Raises InvalidInput for unreadable ones."""
+        call.check_cancelled()
+        pictures = list(open_images(x.image_inputs).values())
+        pixels = self._processor(images=pictures, return_tensors="pt").pixel_values
+        output = self._encoder(pixels.to(self._config.device, self._config.dtype), output_hidden_states=True)
+        embeds = self._config.vision_tokens(output.hidden_states)
+        moved = {name: value.to("cpu", self._config.dtype) for name, value in embeds.items()}
+        return ImageEncodingOutput(image_conditioning=Conditioning(prompt_embeds=moved))
+
+
+class ImageVAEEncodingStage(PipelineStage[ImageVAEEncodingInput, ImageVAEEncodingOutput]):
+    """Runs the VAE's encoder on the pictures, in the size and arrangement that the model wants them in."""
+
+    def __init__(self, config: StandardPipelineConfig, modules: Mapping[str, Any]) -> None:
+        self._config = config
+        (self._vae,) = modules.values()
+
+    @torch.inference_mode()
+    def run(self, x: ImageVAEEncodingInput, call: Call) -> ImageVAEEncodingOutput:
+        """Batch 1, on the CPU. The likeliest latents are taken: nothing is drawn."""
+        call.check_cancelled()
+        tensors: dict[str, Tensor] = {}
+        for role, picture in open_images(x.image_inputs).items():
+            height, width = self._config.image_size((picture.height, picture.width), x.canvas)
+            tensors[role] = as_tensor(picture, height, width).to(self._config.device)
+        raw = self._config.image_latents(self._vae.encode, tensors, x.canvas).cpu()
+        part = LatentPart(latents=self._config.pack(raw), raw_latent_shape=tuple(raw.shape))
+        return ImageVAEEncodingOutput(image_latents=Latents(parts={"condition": part}))

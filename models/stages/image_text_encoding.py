@@ -1,0 +1,50 @@
+"""Turns a prompt and the pictures that it speaks of into conditioning."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from common.artifacts import Conditioning
+from common.stage import Call, PipelineStage
+from configs.models.encoders.base import PromptText
+from configs.pipeline_configs.base import StandardPipelineConfig
+from models.contracts import ImageTextEncodingInput, TextEncodingOutput
+from models.encoders.image_text import ImageTextEncoder
+from models.images import open_images
+
+
+class ImageTextEncodingStage(PipelineStage[ImageTextEncodingInput, TextEncodingOutput]):
+    """Runs the model's encoder on text and pictures; for guidance, on the negative text and the same pictures."""
+
+    def __init__(self, config: StandardPipelineConfig, modules: Mapping[str, Any]) -> None:
+        self._config = config
+        encoding = config.image_text_encoding
+        self._keyword = encoding.keyword
+        self._encoder = ImageTextEncoder(
+            encoding,
+            tokenizer=modules[encoding.tokenizer],
+            processor=modules[encoding.processor],
+            encoder=modules[encoding.encoder],
+            device=config.device,
+        )
+
+    @torch.inference_mode()
+    def run(self, x: ImageTextEncodingInput, call: Call) -> TextEncodingOutput:
+        """Batch 1, on the CPU. Raises InvalidInput for unreadable pictures."""
+        call.check_cancelled()
+        pictures = list(open_images(x.image_inputs).values())
+        texts = [PromptText(field="prompt", text=x.prompt.prompt)]
+        if self._config.wants_negative(x.prompt, x.sampling):
+            texts.append(PromptText(field="negative_prompt", text=x.prompt.negative_prompt or ""))
+        encoded: list[dict[str, Tensor]] = []
+        for text in texts:
+            call.check_cancelled()
+            embeds = self._encoder.encode(text, pictures)
+            encoded.append({self._keyword: embeds.to("cpu", self._config.dtype)})
+        positive, *negative = encoded
+        conditioning = Conditioning(prompt_embeds=positive, negative_prompt_embeds=negative[0] if negative else {})
+        return TextEncodingOutput(text_conditioning=conditioning)

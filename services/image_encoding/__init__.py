@@ -1,0 +1,1 @@
+"""The image_encoding service: pictures become conditioning and latents."""

@@ -1,0 +1,117 @@
+"""Pictures and videos on the command line: wrong ones are one line and exit code 2, and nothing has been started."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from common.state.embedded import EmbeddedStore
+from services.cli.__main__ import main
+from tiny_wan import build_tiny_wan_i2v
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with models and pictures, good and bad."""
+    root = tmp_path_factory.mktemp("pictures")
+    build_tiny_wan_i2v(root / "i2v")
+    build_tiny_wan_i2v(root / "flf2v", last_image=True)
+    noise = np.random.default_rng(0).integers(0, 256, (90, 150, 3), np.uint8)
+    good = Image.fromarray(noise)
+    good.save(root / "good.png")
+    good.save(root / "old.gif")
+    good.save(root / "moving.webp", save_all=True, append_images=[Image.fromarray(255 - noise)])
+    data = (root / "good.png").read_bytes()
+    (root / "cut.png").write_bytes(data[:2000])
+    at = data.index(b"IDAT") + 20
+    (root / "spoiled.png").write_bytes(data[:at] + bytes(200) + data[at + 200 :])
+    (root / "words.png").write_text("no picture")
+    return root
+
+
+@pytest.fixture
+def _nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(_: EmbeddedStore) -> None:
+        raise AssertionError("a store was started")
+
+    monkeypatch.setattr(EmbeddedStore, "__enter__", start)
+    monkeypatch.delenv("FLEET_PLUGINS", raising=False)
+
+
+@pytest.mark.usefixtures("_nothing_starts")
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--model i2v --output a.mp4", "i2v (WanImageToVideoPipeline) needs a picture as 'image', but none came"),
+        ("--model i2v --image nowhere.png --output a.mp4", "cannot read the picture nowhere.png"),
+        ("--model i2v --image words.png --output a.mp4", "image is not a PNG, JPEG or WebP picture"),
+        ("--model i2v --image old.gif --output a.mp4", "image is not a PNG, JPEG or WebP picture but GIF"),
+        ("--model i2v --image moving.webp --output a.mp4", "image is an animated WebP"),
+        ("--model i2v --image cut.png --output a.mp4", "image is cut off"),
+        ("--model i2v --image spoiled.png --output a.mp4", "image cannot be decoded"),
+        ("--model i2v --image good.png --image good.png --output a.mp4", "takes image as pictures, but image, image_1"),
+        ("--model i2v --image good.png --param image=good.png --output a.mp4", "image is given twice"),
+        ("--model i2v --image good.png --param last_image=good.png --output a.mp4", "but image, last_image came"),
+        ("--model flf2v --image good.png --output a.mp4", "needs a picture as 'last_image'"),
+        (
+            "--model emoji-video --image good.png --output a.mp4",
+            "emoji-video (WanPipeline) takes no images, but 1 came",
+        ),
+        ("--model emoji-video --output a.png", "makes videos; .png needs an image model; give .mp4 or .safetensors"),
+        ("--model emoji --output a.mp4", "makes images; .mp4 needs a video model; give .png or .safetensors"),
+        ("--model emoji-video --num-frames 0 --output a.mp4", "num_frames must be a whole number from 1"),
+        ("--model emoji-video --height 72 --output a.mp4", "height must be a multiple of 16"),
+    ],
+)
+def test_what_is_wrong_is_one_line(
+    files: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    words: str,
+    message: str,
+) -> None:
+    monkeypatch.chdir(files)
+    assert main(["generate", "x", *words.split()]) == 2
+    said = capsys.readouterr()
+    assert message in said.err
+    assert said.err.count("\n") == 1
+    assert not said.out
+    assert not list(files.glob("a.*"))
+
+
+def test_a_red_heart_beats(tmp_path: Path) -> None:
+    """The README's command, at few steps: a real video from a fleet in one process."""
+    output = tmp_path / "heart.mp4"
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("FLEET_")}
+    words = (
+        "generate",
+        "a red heart beating",
+        "--model",
+        "emoji-video",
+        "--num-inference-steps",
+        "3",
+        "--num-frames",
+        "12",
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "services.cli", *words, "--output", str(output)],
+        env=environ,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{output}\n"
+    assert done.stderr.count("num_frames 12 is not one more than a multiple of 4; 13 is used instead") == 1
+    with av.open(str(output), "r") as container:
+        stream = container.streams.video[0]
+        assert (stream.width, stream.height, float(stream.average_rate or 0)) == (64, 64, 8.0)
+        assert len(list(container.decode(stream))) == 13

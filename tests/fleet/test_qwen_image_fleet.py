@@ -1,0 +1,92 @@
+"""Qwen-Image and Qwen-Image-Edit through real services give the bytes that their stages give in one process."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from common.errors import InvalidInput
+from local_fleet import LocalFleet
+from models.catalog import ServedModel, open_model
+from models.registry import load_registry
+from served_fleet import ServedFleet, served_fleet
+from tiny_qwen_image import build_tiny_qwen_image, build_tiny_qwen_image_edit
+
+GIVEN: dict[str, Any] = {
+    "prompt": "a red apple",
+    "negative_prompt": "a blue car",
+    "height": 32,
+    "width": 48,
+    "num_inference_steps": 2,
+    "seed": 5,
+}
+
+
+def picture(seed: int, kind: str = "PNG") -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (60, 90, 3), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, kind)
+    return file.getvalue()
+
+
+CASES: dict[str, tuple[str, Mapping[str, bytes], dict[str, Any]]] = {
+    "guided": ("image", {}, GIVEN),
+    "two outputs, without guidance": ("image", {}, {**GIVEN, "true_cfg_scale": 1.0, "num_outputs_per_prompt": 2}),
+    "edit": ("edit", {"image": picture(1, "JPEG")}, GIVEN),
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ServedModel]:
+    torch.set_num_threads(1)
+    root = tmp_path_factory.mktemp("qwen")
+    paths = {"image": build_tiny_qwen_image(root / "image"), "edit": build_tiny_qwen_image_edit(root / "edit")}
+    return {name: open_model(f"{name}={path}", load_registry()) for name, path in paths.items()}
+
+
+@pytest.fixture(scope="module")
+def fleet(models: dict[str, ServedModel]) -> Iterator[ServedFleet]:
+    with served_fleet(list(models.values())) as served:
+        yield served
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_tensors_are_those_of_one_process(fleet: ServedFleet, models: dict[str, ServedModel], case: str) -> None:
+    name, images, given = CASES[case]
+    local = LocalFleet(models[name])
+    expected = local.tensors(images=images, **given)
+    local.close()
+    got = fleet.generate(name, images=images, **given).tensors
+    assert got.keys() == expected.keys()
+    assert all(torch.equal(got[key], expected[key]) for key in expected)
+
+
+def test_pictures_are_png_and_warnings_arrive(fleet: ServedFleet) -> None:
+    asked = {**GIVEN, "height": 47, "guidance_scale": 3.0, "num_outputs_per_prompt": 2}
+    answer = fleet.generate("image", ".png", **asked)
+    assert [Image.open(io.BytesIO(data)).size for data in answer.files] == [(48, 32)] * 2
+    assert [warning.field for warning in answer.warnings] == ["height", "guidance_scale"]
+
+
+@pytest.mark.parametrize(
+    ("name", "images", "change", "field"),
+    [
+        ("image", {"image": picture(1)}, {}, "images"),
+        ("image", {}, {"num_inference_steps": 1}, "num_inference_steps"),
+        ("edit", {}, {}, "image"),
+        ("edit", {"image": picture(1), "last_image": picture(2)}, {}, "last_image"),
+    ],
+    ids=["picture for nothing", "one step", "no picture", "two pictures"],
+)
+def test_what_cannot_be_drawn_is_refused_before_it_is_accepted(
+    fleet: ServedFleet, name: str, images: dict[str, bytes], change: dict[str, Any], field: str
+) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        fleet.generate(name, images=images, **{**GIVEN, **change})
+    assert caught.value.field == field

@@ -1,0 +1,132 @@
+"""The emoji video model shows what it is asked for, and it moves as it is told.
+
+What moves is told from the background by colour: the border of a frame is background, and everything else that
+differs from its median colour is the emoji. Its centre of mass and its area over time are the motion. No learned
+weights judge; a model that made noise would have no steady centre and no flat background.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import av
+import numpy as np
+import pytest
+import torch
+from diffusers import WanPipeline
+from numpy.typing import NDArray
+
+from local_fleet import LocalFleet, open_fleet, reference_run
+
+MODEL = "emoji-video"
+FRAMES, SIDE = 17, 64
+DIFFERENT = 0.15
+
+Video = NDArray[np.float64]
+"""Frames (F, 3, H, W) in [0, 1]."""
+
+
+@dataclass(frozen=True)
+class Track:
+    """Of each frame: centre of mass (share of width and of height), and area (share of the frame)."""
+
+    x: NDArray[np.float64]
+    y: NDArray[np.float64]
+    area: NDArray[np.float64]
+
+
+def track(video: Video) -> Track:
+    """Follow what is not background."""
+    border = np.concatenate([video[:, :, 0], video[:, :, -1], video[..., 0], video[..., -1]], axis=-1)
+    background = np.median(border, axis=-1)[..., None, None]
+    mass = np.abs(video - background).max(axis=1)
+    mass[mass < DIFFERENT] = 0
+    rows, columns = np.mgrid[: mass.shape[1], : mass.shape[2]] + 0.5
+    total = mass.sum(axis=(1, 2)) + 1e-9
+    x, y = ((mass * axis).sum(axis=(1, 2)) / total / SIDE for axis in (columns, rows))
+    return Track(x, y, (mass > 0).mean(axis=(1, 2)))
+
+
+@pytest.fixture(scope="module")
+def fleet() -> Iterator[LocalFleet]:
+    """The model's services in this process."""
+    torch.set_num_threads(2)
+    opened = open_fleet(MODEL)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture(scope="module")
+def show(fleet: LocalFleet) -> Callable[[str], Video]:
+    """Make a video with the checkpoint's own defaults; the same prompt is made once."""
+    made: dict[str, Video] = {}
+
+    def shown(prompt: str) -> Video:
+        if prompt not in made:
+            made[prompt] = fleet.tensors(prompt=prompt, seed=0)["pixels"][0].double().numpy()
+        return made[prompt]
+
+    return shown
+
+
+@pytest.mark.parametrize(
+    ("prompt", "axis", "direction"),
+    [("a cat moving left", "x", -1), ("a red car moving right", "x", 1), ("an apple falling", "y", 1)],
+)
+def test_the_centre_of_mass_moves_as_told(show: Callable[[str], Video], prompt: str, axis: str, direction: int) -> None:
+    seen = track(show(prompt))
+    along, across = (seen.x, seen.y) if axis == "x" else (seen.y, seen.x)
+    steps = direction * np.diff(along)
+    assert (steps > 0).mean() >= 0.9, f"{axis} of the centre: {along.round(2)}"
+    assert direction * (along[-1] - along[0]) > 0.25
+    assert np.ptp(across) < 0.1, "it moves in the other direction too"
+
+
+def test_the_area_pulses_when_it_beats(show: Callable[[str], Video]) -> None:
+    """Two beats in a clip: large at a quarter of each, small at three quarters, and in its place."""
+    seen = track(show("a red heart beating"))
+    large, small = seen.area[[2, 10]], seen.area[[6, 14]]
+    assert large.min() > 1.5 * small.max(), f"area: {seen.area.round(2)}"
+    assert np.ptp(seen.x) < 0.05
+    assert np.ptp(seen.y) < 0.05
+
+
+def test_the_beating_heart_is_red_over_white(show: Callable[[str], Video]) -> None:
+    video = show("a red heart beating")
+    red, green, blue = video[:, :, SIDE // 2, SIDE // 2].mean(axis=0)
+    assert red > 0.6
+    assert max(green, blue) < 0.5
+    assert video[:, :, :2].min() > 0.85, "the background is not white"
+
+
+def test_noise_does_not_pass_for_motion() -> None:
+    """The measure itself."""
+    seen = track(np.random.default_rng(0).random((FRAMES, 3, SIDE, SIDE)))
+    assert abs(seen.x[-1] - seen.x[0]) < 0.05
+    assert seen.area[[2, 10]].min() < 1.5 * seen.area[[6, 14]].max()
+
+
+def test_diffusers_makes_the_same_video_from_the_same_directory(
+    fleet: LocalFleet, show: Callable[[str], Video]
+) -> None:
+    pipeline = WanPipeline.from_pretrained(fleet.model.checkpoint.path, dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    given = {**fleet.model.checkpoint.sampling_defaults}
+    del given["frame_rate"]
+    theirs = reference_run(pipeline, prompt="a red heart beating", seed=0, **given)
+    assert np.abs(theirs["pixels"][0].double().numpy() - show("a red heart beating")).max() < 1e-3
+
+
+def test_the_mp4_shows_the_same_frames_at_the_model_s_rate(fleet: LocalFleet, show: Callable[[str], Video]) -> None:
+    (item,) = fleet.media(prompt="a red heart beating", seed=0).items
+    assert (item.content_type, item.num_frames, item.height, item.width) == ("video/mp4", FRAMES, SIDE, SIDE)
+    with av.open(io.BytesIO(item.data.numpy().tobytes()), "r") as container:
+        stream = container.streams.video[0]
+        assert stream.codec_context.name == "h264"
+        assert float(stream.average_rate or 0) == 8
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
+    seen = np.stack(frames).astype(np.float64).transpose(0, 3, 1, 2) / 255
+    assert seen.shape == show("a red heart beating").shape
+    assert np.abs(seen - show("a red heart beating")).mean() < 0.03

@@ -1,0 +1,125 @@
+"""Our Qwen-Image DiT predicts what Diffusers' does from the same weights."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import QwenImageTransformer2DModel as Reference
+
+from common.artifacts import Sampling
+from common.errors import CheckpointError
+from configs.models.dits.qwen_image import QwenImageTransformerConfig
+from configs.models.vaes.qwen_image import AutoencoderKLQwenImageConfig
+from configs.pipeline_configs.packed import SequenceShift
+from configs.pipeline_configs.qwen_image import QwenImagePipelineConfig
+from local_fleet import relative_error
+from models.dits.qwen_image import QwenImageTransformer2DModel
+from models.weights import load_module
+from tiny_flux import randomise
+
+SIZES: dict[str, Any] = {
+    "in_channels": 16,
+    "out_channels": 4,
+    "num_layers": 3,
+    "attention_head_dim": 16,
+    "num_attention_heads": 4,
+    "joint_attention_dim": 24,
+    "axes_dims_rope": (4, 6, 6),
+}
+SAMPLING = Sampling(num_inference_steps=4, seed=0)
+
+
+def pair(path: Path, dtype: torch.dtype) -> tuple[Reference, QwenImageTransformer2DModel]:
+    """Diffusers' model and ours, from one file of random weights."""
+    torch.manual_seed(0)
+    made = Reference(**SIZES)
+    randomise(made)
+    made.save_pretrained(path)
+    reference = Reference.from_pretrained(path, torch_dtype=dtype)
+    with torch.device("meta"):
+        ours = QwenImageTransformer2DModel(QwenImageTransformerConfig.from_dict("transformer", dict(reference.config)))
+    load_module(ours, "transformer", sorted(path.glob("*.safetensors")), torch.device("cpu"), dtype)
+    return reference, ours
+
+
+def pipeline_config() -> QwenImagePipelineConfig:
+    """Callbacks for 4 latent channels."""
+    transformer = QwenImageTransformerConfig.from_dict("transformer", SIZES)
+    statistics = {"latents_mean": (0.0,) * 4, "latents_std": (1.0,) * 4}
+    vae = AutoencoderKLQwenImageConfig(z_dim=4, spatial_factor=8, **statistics)
+    return QwenImagePipelineConfig(transformer=transformer, vae=vae, shift=SequenceShift())
+
+
+@pytest.mark.parametrize("grid", [(4, 4), (3, 5), (1, 6), (7, 1)], ids=str)
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=["f32", "bf16"])
+def test_predictions_are_diffusers(tmp_path: Path, grid: tuple[int, int], dtype: torch.dtype, most: float) -> None:
+    reference, ours = pair(tmp_path, dtype)
+    rows, columns = grid
+    latents = torch.randn(2, rows * columns, 16, dtype=dtype)
+    text = torch.randn(2, 9, 24, dtype=dtype)
+    timestep = torch.tensor([0.75, 0.75])  # exact in bfloat16, which Diffusers rounds timesteps to
+    embeds = {"encoder_hidden_states": text}
+    own = pipeline_config().prepare_pos_cond_kwargs(embeds, (2, 1, 4, 2 * rows, 2 * columns), SAMPLING)
+    with torch.inference_mode():
+        shapes = [[(1, rows, columns)]] * 2
+        expected = reference(latents, text, timestep=timestep, img_shapes=shapes, return_dict=False)[0]
+        got = ours(latents, timestep, **embeds, **own)
+    assert got.dtype == dtype
+    assert relative_error(got, expected) <= most
+
+
+def test_parameters_of_the_published_size_are_diffusers() -> None:
+    """Names and shapes, with the defaults of both: Qwen-Image's own architecture."""
+    with torch.device("meta"):
+        theirs, ours = Reference(), QwenImageTransformer2DModel(QwenImageTransformerConfig())
+    expected = {name: value.shape for name, value in theirs.state_dict().items()}
+    assert {name: value.shape for name, value in ours.state_dict().items()} == expected
+    assert QwenImageTransformerConfig.from_dict("transformer", dict(theirs.config)) == QwenImageTransformerConfig()
+
+
+def test_conditioning_is_exactly_what_forward_takes() -> None:
+    config = pipeline_config()
+    embeds = {"encoder_hidden_states": torch.zeros(1, 5, 24)}
+    assert {encoding.keyword for encoding in config.text_encodings} == embeds.keys()
+    own = config.prepare_pos_cond_kwargs(embeds, (1, 1, 4, 6, 8), SAMPLING)
+    assert own.keys() == config.prepare_neg_cond_kwargs(embeds, (1, 1, 4, 6, 8), SAMPLING).keys()
+    taken = inspect.signature(QwenImageTransformer2DModel.forward).parameters.keys() - {"self"}
+    assert own.keys() | embeds.keys() | {"hidden_states", "timestep"} == taken
+
+
+def test_packing_and_unpacking_move_the_frame_axis() -> None:
+    """Noise is drawn with frames before channels; the VAE reads them after."""
+    config = pipeline_config()
+    raw = torch.randn(2, 1, 4, 6, 8)
+    packed = config.pack(raw)
+    assert packed.shape == (2, 12, 16)
+    assert torch.equal(packed[0, 0], raw[0, 0, :, :2, :2].flatten())
+    assert torch.equal(config.unpack(packed, tuple(raw.shape)), raw.transpose(1, 2))
+
+
+def test_guidance_keeps_each_tokens_length() -> None:
+    positive, negative = torch.randn(2, 1, 5, 16).unbind(0)
+    guided = pipeline_config().guide(positive, negative, Sampling(num_inference_steps=4, seed=0, true_cfg_scale=7.0))
+    assert torch.allclose(guided.norm(dim=-1), positive.norm(dim=-1))
+    assert not torch.allclose(guided, positive, atol=0.1)
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"guidance_embeds": True}, "guidance_embeds"),
+        ({"zero_cond_t": True}, "zero_cond_t"),
+        ({"use_additional_t_cond": True}, "use_additional_t_cond"),
+        ({"use_layer3d_rope": True}, "use_layer3d_rope"),
+        ({"patch_size": 1}, "patch_size"),
+        ({"axes_dims_rope": [16, 56]}, "axes_dims_rope"),
+    ],
+    ids=str,
+)
+def test_other_architectures_are_named(values: dict[str, Any], named: str) -> None:
+    with pytest.raises(CheckpointError, match=named):
+        QwenImageTransformerConfig.from_dict("transformer", values)

@@ -1,0 +1,156 @@
+"""Qwen-Image-Edit through all of its stages, against Diffusers' pipeline with the same weights, seed and picture.
+
+Whatever the size of the result, the given picture has about 4000 tokens: few steps, and few cases.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit import calculate_dimensions
+from PIL import Image
+
+from common.errors import CheckpointError, InvalidInput
+from common.image_header import ImageHeader
+from configs.models.vaes.qwen_image import given_size
+from configs.pipeline_configs.qwen_image_edit import EDIT_TEMPLATE, POSITIONS, QwenImageEditPipelineConfig
+from configs.sample.qwen_image import QwenImageEditSamplingParams
+from local_fleet import Heard, LocalFleet, open_fleet, reference_run, relative_error
+from models.encoders.image_text import ImageTextEncoder
+from models.validation import InputValidationStage
+from tiny_qwen_image import build_tiny_qwen_image_edit, open_edit_reference, qwen_tokenizer
+
+Pair = tuple[LocalFleet, Any]
+
+BASE: dict[str, Any] = {"prompt": "a red apple", "height": 32, "width": 48, "num_inference_steps": 2}
+GUIDED: dict[str, Any] = {"negative_prompt": "a blue car"}
+LONG = "the old stone river on the moon and the red cat in a blue car " * 20
+
+
+def picture(width: int, height: int, seed: int = 1) -> Image.Image:
+    """Coarse random colours."""
+    tiles = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), np.uint8)
+    return Image.fromarray(tiles).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def png(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    path = build_tiny_qwen_image_edit(tmp_path_factory.mktemp("qwen") / "edit")
+    theirs = open_edit_reference(path)
+    theirs.set_progress_bar_config(disable=True)
+    fleet = open_fleet(str(path))
+    yield fleet, theirs
+    fleet.close()
+
+
+@pytest.mark.parametrize(
+    ("size", "given"),
+    [
+        ((90, 60), GUIDED),
+        ((50, 200), {"height": 80, "width": 32, "prompt": LONG}),
+        ((64, 64), {"num_outputs_per_prompt": 2, "prompt": "", "sigmas": (1.0, 0.4)}),
+    ],
+    ids=["wide, guided", "tall, long prompt", "square, two outputs, empty prompt"],
+)
+def test_latents_and_pixels_are_diffusers(pair: Pair, size: tuple[int, int], given: dict[str, Any]) -> None:
+    fleet, pipeline = pair
+    whole = BASE | given
+    call = {name: value for name, value in whole.items() if name != "num_outputs_per_prompt"}
+    if "sigmas" in call:
+        call["sigmas"] = list(call["sigmas"])
+    outputs = whole.get("num_outputs_per_prompt", 1)
+    theirs = reference_run(pipeline, seed=5, image=picture(*size), num_images_per_prompt=outputs, **call)
+    ours = fleet.tensors(images={"image": png(picture(*size))}, seed=5, **whole)
+    assert ours["latents"].shape == theirs["latents"].shape
+    assert ours["pixels"].shape == theirs["pixels"].shape
+    assert relative_error(ours["latents"], theirs["latents"]) <= 1e-4
+    assert float((ours["pixels"] - theirs["pixels"]).abs().max()) <= 1e-3
+    assert float(theirs["pixels"].std()) > 0.05, "a flat picture would prove nothing"
+
+
+def test_prompt_picture_and_negative_prompt_matter(pair: Pair) -> None:
+    """Each moves the result far beyond the tolerance."""
+
+    def latents(image: Image.Image, **change: Any) -> torch.Tensor:
+        return pair[0].tensors(images={"image": png(image)}, seed=5, **BASE | GUIDED | change)["latents"]
+
+    before = latents(picture(90, 60))
+    for after in (
+        latents(picture(90, 60, seed=2)),
+        latents(picture(90, 60), prompt="a blue apple"),
+        latents(picture(90, 60), negative_prompt="a red car"),
+    ):
+        assert relative_error(after, before) > 1e-3
+
+
+def test_the_template_is_as_long_as_with_the_published_tokenizer() -> None:
+    head, _ = EDIT_TEMPLATE.before.split("<|vision_start|>")
+    assert len(qwen_tokenizer()(head).input_ids) == EDIT_TEMPLATE.skipped
+
+
+def test_a_tokenizer_that_the_encoder_does_not_know_is_refused(pair: Pair) -> None:
+    encoding = QwenImageEditPipelineConfig.from_checkpoint(pair[0].model.checkpoint).image_text_encoding
+    encoder = pair[1].text_encoder.model
+    known = encoder.get_input_embeddings().num_embeddings
+    tokenizer = qwen_tokenizer()
+    assert len(tokenizer) == known
+    tokenizer.add_tokens(["one more"])
+    with pytest.raises(CheckpointError, match=f"tokenizer has {known + 1} tokens, but text_encoder knows {known}"):
+        ImageTextEncoder(encoding, tokenizer, pair[1].processor.image_processor, encoder, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    "size", [(64, 64), (90, 60), (60, 90), (1, 60), (1999, 1201), (5000, 333), (31, 1023)], ids=str
+)
+def test_pictures_are_edited_in_diffusers_sizes(size: tuple[int, int]) -> None:
+    width, height = size
+    theirs = calculate_dimensions(1024 * 1024, width / height)
+    assert given_size(height, width) == (theirs[1], theirs[0])
+
+
+def test_the_size_follows_from_the_picture(pair: Pair) -> None:
+    stage = InputValidationStage(pair[0].model)
+    params = stage.run({"prompt": ""}, {"image": png(picture(90, 60))}).params
+    assert (params.height, params.width) == given_size(60, 90) == (832, 1248)
+    params = stage.run({"prompt": "", "height": 64}, {"image": png(picture(90, 60))}).params
+    assert (params.height, params.width) == (64, 1248)
+    headers = {"image": ImageHeader(format="PNG", height=90, width=60)}
+    assert QwenImageEditSamplingParams.image_defaults(headers) == {"height": 1248, "width": 832}
+
+
+def test_tokens_are_not_limited_as_diffusers_does_not(pair: Pair) -> None:
+    stage = InputValidationStage(pair[0].model)
+    warnings = stage.run({"prompt": "", "max_sequence_length": 8}, {"image": png(picture(9, 9))}).warnings
+    assert [warning.field for warning in warnings] == ["max_sequence_length"]
+
+
+@pytest.mark.parametrize(
+    ("given", "images", "field"),
+    [
+        ({}, {}, "image"),
+        ({}, {"image": b"no picture"}, "image"),
+        ({}, {"image": png(picture(9, 9)), "image_1": png(picture(9, 9))}, "image_1"),
+        ({"num_inference_steps": 1}, {"image": png(picture(9, 9))}, "num_inference_steps"),
+        ({"prompt": "put <|image_pad|> there"}, {"image": png(picture(9, 9))}, "prompt"),
+        ({"prompt": "猫" * POSITIONS}, {"image": png(picture(9, 9))}, "prompt"),
+        ({**GUIDED, "negative_prompt": "<|image_pad|>"}, {"image": png(picture(9, 9))}, "negative_prompt"),
+    ],
+    ids=["none", "no picture", "two", "one step", "mark", "too long", "negative mark"],
+)
+def test_what_cannot_be_edited_is_refused(
+    pair: Pair, given: dict[str, Any], images: dict[str, bytes], field: str
+) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        pair[0].media(Heard(), images, **BASE | given, seed=1)
+    assert caught.value.field == field

@@ -1,0 +1,113 @@
+"""Wan's SamplingParams against the pipelines of the installed Diffusers: defaults, rounding, limits."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from diffusers import WanImageToVideoPipeline, WanPipeline
+
+from common.checkpoint import Checkpoint
+from common.errors import CheckpointError, InvalidInput
+from configs.sample.base import SamplingParams
+from configs.sample.wan import WanImageToVideoSamplingParams, WanSamplingParams
+from models.catalog import open_model
+from models.registry import load_registry
+from tiny_wan import build_tiny_wan, build_tiny_wan_i2v
+
+RENAMED = {"num_videos_per_prompt": "num_outputs_per_prompt"}
+# What a request cannot carry, what travels apart, and what only Wan 2.2 has.
+NOT_SERVED = {
+    *("self", "generator", "output_type", "return_dict", "callback_on_step_end", "callback_on_step_end_tensor_inputs"),
+    *("latents", "prompt_embeds", "negative_prompt_embeds", "image_embeds", "attention_kwargs"),
+    *("image", "last_image", "guidance_scale_2"),
+}
+
+
+@pytest.fixture(scope="module")
+def wan(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    return Checkpoint.open(build_tiny_wan(tmp_path_factory.mktemp("wan") / "t2v"))
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "params"),
+    [(WanPipeline, WanSamplingParams), (WanImageToVideoPipeline, WanImageToVideoSamplingParams)],
+)
+def test_every_argument_of_the_call_is_served_with_its_default(
+    wan: Checkpoint, pipeline: Any, params: type[SamplingParams]
+) -> None:
+    arguments = inspect.signature(pipeline.__call__).parameters
+    served = {spec.name: spec.default for spec in params.parameters(wan)}
+    for name, argument in arguments.items():
+        if name not in NOT_SERVED:
+            assert served[RENAMED.get(name, name)] == argument.default, name
+
+
+@pytest.mark.parametrize(
+    ("given", "field", "message"),
+    [
+        ({"height": 40}, "height", "height must be a multiple of 16, such as 32 or 48, but is 40"),
+        ({"width": 8}, "width", "width must be a multiple of 16, such as 16, but is 8"),
+        ({"num_frames": 0}, "num_frames", "num_frames must be a whole number from 1 to 4093, but is 0"),
+        ({"num_frames": 4097}, "num_frames", "from 1 to 4093"),
+        ({"num_frames": 4093}, "height", "height x width x num_frames must be at most 268435456 pixels"),
+        ({"num_outputs_per_prompt": 9}, "num_outputs_per_prompt", "must be at most 8 at 480 x 832 x 81, but is 9"),
+        ({"max_sequence_length": 513}, "max_sequence_length", "from 1 to 512"),
+        ({"frame_rate": 0.0}, "frame_rate", "from 1.0 to 240.0"),
+        ({"guidance_scale_2": 3.0}, "guidance_scale_2", "WanPipeline has no parameter 'guidance_scale_2'"),
+        ({"output_format": "png"}, "output_format", "output_format must be mp4 or safetensors"),
+    ],
+)
+def test_what_no_rounding_makes_right(wan: Checkpoint, given: dict[str, Any], field: str, message: str) -> None:
+    with pytest.raises(InvalidInput, match=message) as caught:
+        WanSamplingParams.build({"prompt": "x", **given}, wan)
+    assert caught.value.field == field
+
+
+@pytest.mark.parametrize("asked", range(1, 20))
+def test_frames_are_rounded_with_a_warning(wan: Checkpoint, asked: int) -> None:
+    params, warnings = WanSamplingParams.build({"prompt": "x", "num_frames": asked}, wan)
+    assert params.num_frames == (asked if asked % 4 == 1 else asked // 4 * 4 + 1)
+    assert [warning.field for warning in warnings] == (["num_frames"] if params.num_frames != asked else [])
+
+
+def test_sizes_are_floored_to_whole_patches(tmp_path: Path) -> None:
+    """A patch of 4 latents is 32 pixels: a multiple of 16 need not be one of these."""
+    path = build_tiny_wan(tmp_path / "m")
+    config = json.loads((path / "transformer" / "config.json").read_text())
+    (path / "transformer" / "config.json").write_text(json.dumps(config | {"patch_size": [1, 4, 4]}))
+    params, warnings = WanSamplingParams.build({"prompt": "x", "height": 48, "width": 64}, Checkpoint.open(path))
+    assert (params.height, params.width) == (32, 64)
+    assert [warning.field for warning in warnings] == ["height"]
+
+
+@pytest.mark.parametrize("entry", [{"boundary_ratio": 0.9}, {"expand_timesteps": True}])
+def test_wan_2_2_is_refused_by_name(tmp_path: Path, entry: dict[str, Any]) -> None:
+    path = build_tiny_wan(tmp_path / "m")
+    index = json.loads((path / "model_index.json").read_text())
+    (path / "model_index.json").write_text(json.dumps(index | entry))
+    with pytest.raises(CheckpointError, match=r"is Wan 2\.2 with .* supported is Wan 2\.1"):
+        open_model(str(path), load_registry())
+
+
+def test_roles_follow_from_the_checkpoint(tmp_path: Path, wan: Checkpoint) -> None:
+    one = Checkpoint.open(build_tiny_wan_i2v(tmp_path / "one"))
+    two = Checkpoint.open(build_tiny_wan_i2v(tmp_path / "two", last_image=True))
+    assert WanSamplingParams.image_roles(wan).required == ()
+    assert WanImageToVideoSamplingParams.image_roles(one).required == ("image",)
+    assert WanImageToVideoSamplingParams.image_roles(two).required == ("image", "last_image")
+
+
+def test_the_frame_rate_travels_with_the_canvas(wan: Checkpoint) -> None:
+    params, _ = WanSamplingParams.build({"prompt": "x", "frame_rate": 24}, wan)
+    canvas = params.artifacts()["canvas"]
+    assert vars(canvas) == {
+        "height": 480,
+        "width": 832,
+        "num_frames": 81,
+        "frame_rate": 24.0,
+        "output_format": "mp4",
+    }

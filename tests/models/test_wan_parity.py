@@ -1,0 +1,202 @@
+"""Wan 2.1 through all of its stages, against Diffusers' pipelines with the same weights, seed and arguments."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import WanImageToVideoPipeline, WanPipeline
+from PIL import Image
+from torch import Tensor
+
+from common.errors import InvalidInput
+from local_fleet import Heard, LocalFleet, open_fleet, reference_run, relative_error
+from tiny_wan import build_tiny_wan, build_tiny_wan_i2v
+
+SEED = 7
+LATENTS_WITHIN = 1e-4
+PIXELS_WITHIN = 1e-3
+
+Pair = tuple[LocalFleet, Any]
+
+
+def open_pair(path: Path, kind: Any) -> Pair:
+    """The fleet in this process and Diffusers' pipeline."""
+    torch.set_num_threads(2)
+    pipeline = kind.from_pretrained(path)
+    pipeline.set_progress_bar_config(disable=True)
+    return open_fleet(str(path)), pipeline
+
+
+@pytest.fixture(scope="module")
+def t2v(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    pair = open_pair(build_tiny_wan(tmp_path_factory.mktemp("wan") / "t2v"), WanPipeline)
+    yield pair
+    pair[0].close()
+
+
+@pytest.fixture(scope="module")
+def i2v(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    pair = open_pair(build_tiny_wan_i2v(tmp_path_factory.mktemp("wan") / "i2v"), WanImageToVideoPipeline)
+    yield pair
+    pair[0].close()
+
+
+@pytest.fixture(scope="module")
+def flf2v(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    path = build_tiny_wan_i2v(tmp_path_factory.mktemp("wan") / "flf2v", last_image=True)
+    pair = open_pair(path, WanImageToVideoPipeline)
+    yield pair
+    pair[0].close()
+
+
+def given(prompt: str = "a red apple on the moon", **others: Any) -> dict[str, Any]:
+    """A small request."""
+    size = {"height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 3, "guidance_scale": 5.0}
+    return {"prompt": prompt, **size, **others}
+
+
+def picture(width: int, height: int, seed: int) -> Image.Image:
+    """Coarse random colours."""
+    tiles = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), np.uint8)
+    return Image.fromarray(tiles).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def png(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def check(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    assert ours["latents"].shape == theirs["latents"].shape
+    assert ours["pixels"].shape == theirs["pixels"].shape
+    assert relative_error(ours["latents"], theirs["latents"]) <= LATENTS_WITHIN
+    assert float((ours["pixels"] - theirs["pixels"]).abs().max()) <= PIXELS_WITHIN
+    assert float(theirs["pixels"].std()) > 0.05, "a flat video would prove nothing"
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        given(height=32, width=48, num_frames=9, negative_prompt="old stone"),
+        given(height=48, width=32, guidance_scale=1.0, negative_prompt="is not read"),
+        given("", num_inference_steps=1),
+        given("a cat", num_frames=1, num_inference_steps=2),
+        given("old  stone &amp;amp; river\n" * 200, num_inference_steps=2),
+        given("the moon", max_sequence_length=12, num_inference_steps=2),
+        given("a car", num_inference_steps=16, guidance_scale=2.0),
+    ],
+    ids=["wide", "high-unguided", "empty", "one-frame", "long", "few-tokens", "many-steps"],
+)
+def test_text_to_video_is_diffusers(t2v: Pair, request_: dict[str, Any]) -> None:
+    fleet, pipeline = t2v
+    check(fleet.tensors(seed=SEED, **request_), reference_run(pipeline, seed=SEED, **request_))
+
+
+def test_several_videos_are_one_draw(t2v: Pair) -> None:
+    fleet, pipeline = t2v
+    ours = fleet.tensors(seed=SEED, num_outputs_per_prompt=2, **given())
+    check(ours, reference_run(pipeline, seed=SEED, num_videos_per_prompt=2, **given()))
+    assert not torch.equal(ours["latents"][0], ours["latents"][1])
+
+
+@pytest.mark.parametrize(("asked", "used"), [(6, 5), (7, 5), (8, 9), (2, 1)])
+def test_frames_are_rounded_as_diffusers_rounds_them(t2v: Pair, asked: int, used: int) -> None:
+    fleet, pipeline = t2v
+    request = given(num_frames=asked, num_inference_steps=1)
+    ours = fleet.tensors(seed=SEED, **request)
+    assert ours["pixels"].shape[1] == used
+    check(ours, reference_run(pipeline, seed=SEED, **request))
+
+
+def test_the_prompt_matters(t2v: Pair) -> None:
+    fleet, _ = t2v
+    one, other = (fleet.tensors(seed=SEED, **given(prompt))["latents"] for prompt in ("a red car", "a blue car"))
+    assert relative_error(other, one) > 10 * LATENTS_WITHIN
+
+
+def test_a_long_prompt_is_cut_with_a_warning(t2v: Pair) -> None:
+    heard = Heard()
+    t2v[0].tensors(heard, seed=SEED, **given("cat " * 30 + "moon", max_sequence_length=8, num_inference_steps=1))
+    ((field, message),) = heard.warnings
+    assert field == "prompt"
+    assert "at most 8 tokens" in message
+    assert message.endswith("moon")
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        given(height=32, width=48, num_frames=9, negative_prompt="old stone"),
+        given("", height=48, width=32, guidance_scale=1.0),
+        given("cat " * 600, num_frames=1, num_inference_steps=2),
+    ],
+    ids=["wide", "high-empty-unguided", "one-frame-long"],
+)
+def test_image_to_video_is_diffusers(i2v: Pair, request_: dict[str, Any]) -> None:
+    fleet, pipeline = i2v
+    image = picture(150, 90, seed=1)
+    theirs = reference_run(pipeline, seed=SEED, image=image, **request_)
+    check(fleet.tensors(images={"image": png(image)}, seed=SEED, **request_), theirs)
+
+
+def test_a_picture_is_turned_as_its_exif_says(i2v: Pair) -> None:
+    fleet, pipeline = i2v
+    image = picture(60, 200, seed=2)
+    file, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = 6
+    image.transpose(Image.Transpose.ROTATE_90).save(file, "PNG", exif=exif)
+    request = given(num_inference_steps=1)
+    theirs = reference_run(pipeline, seed=SEED, image=image, **request)
+    check(fleet.tensors(images={"image": file.getvalue()}, seed=SEED, **request), theirs)
+
+
+def test_the_picture_matters(i2v: Pair) -> None:
+    fleet, _ = i2v
+    one, other = (
+        fleet.tensors(images={"image": png(picture(64, 64, seed))}, seed=SEED, **given())["latents"] for seed in (1, 2)
+    )
+    assert relative_error(other, one) > 10 * LATENTS_WITHIN
+
+
+def test_several_videos_of_one_picture(i2v: Pair) -> None:
+    """Diffusers raises here; each of ours begins with the picture, and the first is the one that comes alone."""
+    fleet, _ = i2v
+    images = {"image": png(picture(64, 64, seed=1))}
+    both = fleet.tensors(images=images, seed=SEED, num_outputs_per_prompt=2, **given())["latents"]
+    alone = fleet.tensors(images=images, seed=SEED, **given())["latents"]
+    assert relative_error(both[:1], alone) <= LATENTS_WITHIN
+    assert not torch.equal(both[0], both[1])
+
+
+@pytest.mark.parametrize("request_", [given(width=48, num_frames=9), given("", guidance_scale=1.0)])
+def test_first_and_last_frame_is_diffusers(flf2v: Pair, request_: dict[str, Any]) -> None:
+    fleet, pipeline = flf2v
+    first, last = picture(150, 90, seed=1), picture(64, 200, seed=2)
+    theirs = reference_run(pipeline, seed=SEED, image=first, last_image=last, **request_)
+    images = {"last_image": png(last), "image": png(first)}
+    check(fleet.tensors(images=images, seed=SEED, **request_), theirs)
+
+
+@pytest.mark.parametrize(
+    ("roles", "named"), [((), "image"), (("image",), "last_image"), (("image", "last_image", "image_1"), "image_1")]
+)
+def test_pictures_that_the_model_does_not_take_are_named(flf2v: Pair, roles: tuple[str, ...], named: str) -> None:
+    images = {role: png(picture(8, 8, seed=0)) for role in roles}
+    with pytest.raises(InvalidInput) as caught:
+        flf2v[0].tensors(images=images, seed=SEED, **given())
+    assert caught.value.field == named
+    assert "WanImageToVideoPipeline" in caught.value.message
+
+
+def test_one_frame_cannot_be_first_and_last(flf2v: Pair) -> None:
+    images = {role: png(picture(8, 8, seed=0)) for role in ("image", "last_image")}
+    with pytest.raises(InvalidInput) as caught:
+        flf2v[0].tensors(images=images, seed=SEED, **given(num_frames=1))
+    assert caught.value.field == "num_frames"

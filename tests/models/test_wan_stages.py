@@ -1,0 +1,205 @@
+"""What each stage of Wan 2.1 promises by itself: resuming, refusing, and telling what was done."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from common.artifacts import Canvas, DenoiseState, ImageInputs, Prompt, Sampling
+from common.codec import pack, unpack
+from common.errors import Cancelled, InvalidInput
+from common.local import HostedStages
+from common.stage import Call
+from common.tensors import TORCH
+from configs.pipeline_configs.wan import WanImageToVideoPipelineConfig
+from local_fleet import Heard
+from models.catalog import ServedModel, open_model
+from models.images import as_tensor, open_image, open_images
+from models.loader import load_stages
+from models.media import Mp4File, mp4_bytes
+from models.registry import load_registry
+from tiny_wan import build_tiny_wan_i2v
+
+STEPS = 5
+CANVAS = Canvas(height=32, width=48, num_frames=5, output_format="safetensors")
+SAMPLING = Sampling(num_inference_steps=STEPS, seed=3, guidance_scale=4.0)
+CPU = torch.device("cpu")
+
+Slots = dict[str, Any]
+
+
+def png(size: tuple[int, int] = (40, 30), mode: str = "RGB") -> bytes:
+    pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], len(mode)), np.uint8)
+    file = io.BytesIO()
+    Image.frombytes(mode, size, pixels.tobytes()).save(file, "PNG")
+    return file.getvalue()
+
+
+def inputs(**files: bytes) -> ImageInputs:
+    return ImageInputs(
+        images={role: torch.frombuffer(bytearray(data), dtype=torch.uint8) for role, data in files.items()}
+    )
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> ServedModel:
+    torch.set_num_threads(1)
+    return open_model(str(build_tiny_wan_i2v(tmp_path_factory.mktemp("wan") / "i2v")), load_registry())
+
+
+@pytest.fixture(scope="module")
+def services(model: ServedModel) -> dict[str, HostedStages]:
+    return {
+        spec.service: HostedStages(
+            spec.service, load_stages(model, spec, device=CPU, dtype=torch.float32, checkpoint_every=1)
+        )
+        for spec in model.pipeline.services
+    }
+
+
+@pytest.fixture(scope="module")
+def prepared(services: dict[str, HostedStages]) -> Slots:
+    """All that the loop reads."""
+    slots: Slots = {
+        "prompt": Prompt(prompt="a red apple"),
+        "canvas": CANVAS,
+        "sampling": SAMPLING,
+        "image_inputs": inputs(image=png()),
+    }
+    for name in ("text_encoding", "image_encoding", "latent_preparation"):
+        slots |= run(services, name, slots)
+    return slots
+
+
+def run(services: dict[str, HostedStages], name: str, slots: Slots, call: Call | None = None) -> Slots:
+    stages = services[name]
+    given = {slot: slots[slot] for slot in stages.contract.inputs if slot in slots}
+    return stages.run(given, call or Heard().call())
+
+
+def test_a_loop_resumes_after_every_step_to_the_same_bytes(services: dict[str, HostedStages], prepared: Slots) -> None:
+    """Through the codec, as a checkpoint travels: the solver's history is part of it."""
+    states: list[DenoiseState] = []
+    whole = run(services, "denoising", prepared, Call("test", on_checkpoint=states.append))["denoised_latents"]
+    assert [state.step for state in states] == [1, 2, 3, 4]
+    for state in states:
+        travelled = unpack("state", DenoiseState, pack("state", state, TORCH), TORCH)
+        again = run(services, "denoising", {**prepared, "resume_from": travelled})["denoised_latents"]
+        assert torch.equal(again.parts["video"].latents, whole.parts["video"].latents), f"after step {state.step}"
+
+
+def test_noise_and_latents_are_float32_whatever_the_weights_are(model: ServedModel) -> None:
+    config = WanImageToVideoPipelineConfig.from_checkpoint(model.checkpoint)
+    config = dataclasses.replace(config, dtype=torch.bfloat16)
+    assert config.noise_dtype is torch.float32
+    given = config.model_input(torch.zeros(1, 16, 1, 2, 2), torch.zeros(1, 20, 1, 2, 2))
+    assert (given.dtype, given.shape[1]) == (torch.bfloat16, 36)
+
+
+def test_bfloat16_runs_from_picture_to_video(model: ServedModel) -> None:
+    services = {
+        spec.service: HostedStages(spec.service, load_stages(model, spec, device=CPU, dtype=torch.bfloat16))
+        for spec in model.pipeline.services
+    }
+    slots: Slots = {
+        "prompt": Prompt(prompt="a red apple"),
+        "canvas": dataclasses.replace(CANVAS, output_format="mp4", frame_rate=10.0),
+        "sampling": SAMPLING,
+        "image_inputs": inputs(image=png()),
+    }
+    for name in services:
+        slots |= run(services, name, slots)
+    assert slots["denoised_latents"].parts["video"].latents.dtype == torch.float32
+    assert slots["image_latents"].parts["condition"].latents.shape == (1, 20, 2, 4, 6)
+    (item,) = slots["media"].items
+    assert item.content_type == "video/mp4"
+
+
+def test_the_mask_marks_what_is_given(services: dict[str, HostedStages], prepared: Slots) -> None:
+    condition = prepared["image_latents"].parts["condition"].latents
+    mask = condition[0, :4, :, 0, 0]
+    assert mask[:, 0].tolist() == [1, 1, 1, 1]
+    assert mask[:, 1].tolist() == [0, 0, 0, 0]
+    del services
+
+
+def test_decoding_ends_within_a_frame_when_cancelled(services: dict[str, HostedStages], prepared: Slots) -> None:
+    heard: list[int] = []
+
+    def leave(step: int, _: int) -> None:
+        heard.append(step)
+        call.cancelled.set()
+
+    call = Call("test", on_progress=leave)
+    slots = {
+        "denoised_latents": prepared["initial_latents"],
+        "canvas": dataclasses.replace(CANVAS, output_format="mp4"),
+    }
+    with pytest.raises(Cancelled):
+        run(services, "decoding", slots, call)
+    assert heard == [1]
+
+
+def test_videos_are_no_pictures(services: dict[str, HostedStages], prepared: Slots) -> None:
+    slots = {
+        "denoised_latents": prepared["initial_latents"],
+        "canvas": dataclasses.replace(CANVAS, output_format="png"),
+    }
+    with pytest.raises(InvalidInput, match="it makes mp4 and safetensors"):
+        run(services, "decoding", slots)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L"])
+def test_pictures_become_rgb(mode: str) -> None:
+    picture = open_image("image", png(mode=mode))
+    assert (picture.mode, picture.size) == ("RGB", (40, 30))
+
+
+def test_pictures_are_stretched_to_the_canvas() -> None:
+    pixels = as_tensor(open_image("image", png((200, 20))), 32, 48)
+    assert pixels.shape == (1, 3, 32, 48)
+    assert -1 <= float(pixels.min()) < -0.5 < 0.5 < float(pixels.max()) <= 1
+
+
+def test_pictures_come_in_the_order_of_their_numbers() -> None:
+    roles = ["last_image", *(f"image_{number}" for number in (10, 2, 1)), "image"]
+    opened = open_images(inputs(**{role: png() for role in roles}))
+    assert list(opened) == ["image", "image_1", "image_2", "image_10", "last_image"]
+
+
+def test_a_frame_is_encoded_while_the_next_one_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The encoder waits here for the next frame; were it to run between two frames, it would wait for ever."""
+    made = [threading.Event() for _ in range(4)]
+    encoded: list[int] = []
+    encode = Mp4File.add
+
+    def add(file: Mp4File, pixels: Tensor) -> None:
+        following = len(encoded) + 1
+        assert following == len(made) or made[following].wait(10), "the next frame was not made meanwhile"
+        encoded.append(following)
+        encode(file, pixels)
+
+    def frames() -> Iterator[Tensor]:
+        for event in made:
+            event.set()
+            yield torch.zeros(3, 16, 16)
+
+    monkeypatch.setattr(Mp4File, "add", add)
+    assert mp4_bytes(frames(), 16, 16, 8.0)
+    assert encoded == [1, 2, 3, 4]
+
+
+def test_a_failing_encoder_is_heard() -> None:
+    frames = (torch.zeros(3, size, 16) for size in (16, 16, 20))
+    with pytest.raises(av.error.ExternalError, match="libx264"):
+        mp4_bytes(frames, 16, 17, 8.0)

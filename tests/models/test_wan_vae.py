@@ -1,0 +1,86 @@
+"""Frames that are decoded one by one are those of Diffusers' decoder, in memory that is bounded."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import AutoencoderKLWan
+from torch import Tensor
+
+from models.vaes.wan import DECODING_BYTES, WanVAE
+from tensor_memory import PeakBytes
+from tiny_flux import randomise
+
+SAME = 1e-5
+LITTLE = 4_000_000
+
+
+@pytest.fixture(scope="module")
+def vae() -> AutoencoderKLWan:
+    torch.manual_seed(0)
+    model = AutoencoderKLWan(base_dim=8, num_res_blocks=1).eval().requires_grad_(False)
+    randomise(model)
+    return model
+
+
+def decode(vae: AutoencoderKLWan, latents: Tensor, decoding_bytes: int = DECODING_BYTES) -> Tensor:
+    with torch.inference_mode():
+        return torch.stack(list(WanVAE(vae, decoding_bytes).decode(latents)), dim=1)
+
+
+@pytest.mark.parametrize("shape", [(1, 6, 8), (2, 8, 6), (5, 4, 4)])
+def test_frames_are_those_of_decoding_at_once(vae: AutoencoderKLWan, shape: tuple[int, int, int]) -> None:
+    latents = torch.randn(1, 16, *shape, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        at_once = vae.decode(latents, return_dict=False)[0]
+    frames = decode(vae, latents)
+    assert frames.shape == at_once[0].shape
+    assert float((frames - at_once[0]).abs().max()) <= SAME
+    assert float(at_once.std()) > 0.1, "an empty picture would prove nothing"
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 60), (2, 60, 4)])
+def test_strips_join_without_a_seam(vae: AutoencoderKLWan, shape: tuple[int, int, int]) -> None:
+    latents = torch.randn(1, 16, *shape, generator=torch.Generator().manual_seed(2))
+    assert len(WanVAE(vae, LITTLE)._strips(latents)) > 2
+    with torch.inference_mode():
+        at_once = vae.decode(latents, return_dict=False)[0]
+    assert float((decode(vae, latents, LITTLE) - at_once[0]).abs().max()) <= SAME
+
+
+def test_a_frame_comes_before_the_next_latents_are_looked_at(vae: AutoencoderKLWan) -> None:
+    """Frames depend on no later latents, and the first one is there when only the first latents were decoded."""
+    latents = torch.randn(1, 16, 3, 4, 4, generator=torch.Generator().manual_seed(3))
+    changed = latents.clone()
+    changed[:, :, 2] += 1
+    before, after = decode(vae, latents), decode(vae, changed)
+    assert torch.equal(before[:, :5], after[:, :5])
+    assert not torch.equal(before[:, 5:], after[:, 5:])
+    frames = WanVAE(vae).decode(latents)
+    seen: list[int] = []
+    handle = vae.post_quant_conv.register_forward_hook(lambda *_: seen.append(1))
+    with torch.inference_mode():
+        next(frames)
+    handle.remove()
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_long_wide_video_decodes_within_four_gigabytes(dtype: torch.dtype) -> None:
+    """81 frames of 480x832 at the published size: the tensors of the whole decoding, counted on the meta device."""
+    with torch.device("meta"):
+        published = WanVAE(AutoencoderKLWan().to(dtype))
+        latents = torch.empty(1, 16, 21, 60, 104, dtype=dtype)
+    with torch.inference_mode(), PeakBytes() as memory:
+        frames = sum(1 for _ in published.decode(latents))
+    assert frames == 81
+    assert memory.peak <= DECODING_BYTES
+
+
+def test_the_measure_sees_what_decoding_at_once_takes() -> None:
+    with torch.device("meta"):
+        published = AutoencoderKLWan()
+        latents = torch.empty(1, 16, 3, 60, 104)
+    with torch.inference_mode(), PeakBytes() as memory:
+        published.decode(latents)
+    assert memory.peak > 4e9

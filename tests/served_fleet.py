@@ -1,0 +1,108 @@
+"""A fleet with real gRPC and a real store, in this process, for tests that compare it with stages called directly."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import threading
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TypeVar
+
+from safetensors.torch import load
+from torch import Tensor
+
+from common.artifacts import ParamValue
+from common.state.embedded import EmbeddedStore, private_directory
+from fleet.v1 import artifacts_pb2, generation_pb2
+from models.catalog import ServedModel
+from services.cli.client import FleetClient, connect, raise_unless_succeeded
+from services.cli.local import start_fleet
+from services.cli.parameters import parameters_message
+
+T = TypeVar("T")
+
+
+@dataclass
+class Answer:
+    """What a request was answered with."""
+
+    record: generation_pb2.RequestRecord
+    files: list[bytes]
+    warnings: list[artifacts_pb2.Warning]
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """latents and pixels."""
+        (data,) = self.files
+        tensors: dict[str, Tensor] = load(data)
+        return tensors
+
+
+class ServedFleet:
+    """Asks a running fleet, from the test's own thread."""
+
+    def __init__(self, endpoint: str, loop: asyncio.AbstractEventLoop) -> None:
+        self._endpoint = endpoint
+        self._loop = loop
+
+    def generate(
+        self,
+        model: str,
+        suffix: str = ".safetensors",
+        images: Mapping[str, bytes] = MappingProxyType({}),
+        **given: ParamValue,
+    ) -> Answer:
+        """One request to its end. Raises the error that it was answered with, or RequestFailed."""
+        parameters = parameters_message(given, list(images.items()), suffix)
+        request = generation_pb2.SubmitRequest(model=model, parameters=parameters)
+        return self._run(_generate(self._endpoint, request))
+
+    def _run(self, work: Coroutine[None, None, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(timeout=120)
+
+
+async def _generate(endpoint: str, request: generation_pb2.SubmitRequest) -> Answer:
+    answer = Answer(generation_pb2.RequestRecord(), [], [])
+    async with connect(endpoint) as client:
+        await _collect(client, request, answer)
+    return answer
+
+
+async def _collect(client: FleetClient, request: generation_pb2.SubmitRequest, answer: Answer) -> None:
+    async for response in client.generate(request):
+        match response.WhichOneof("payload"):
+            case "accepted":
+                answer.record = response.accepted
+            case "event" if response.event.HasField("warning"):
+                answer.warnings.append(response.event.warning)
+            case "event":
+                raise_unless_succeeded(answer.record.request_id, response.event.state_change)
+            case "file":
+                answer.files.append(b"")
+            case "data":
+                answer.files[-1] += response.data
+
+
+@contextmanager
+def served_fleet(models: Sequence[ServedModel]) -> Iterator[ServedFleet]:
+    """Start every service of the models; ends them, the store and the thread of their event loop."""
+    directory = private_directory()
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, name="fleet")
+    thread.start()
+    try:
+        with EmbeddedStore(appendfsync="no") as store:
+            starting = start_fleet(models, redis_url=store.url, dtype="float32", directory=directory)
+            fleet = asyncio.run_coroutine_threadsafe(starting, loop).result(timeout=120)
+            try:
+                yield ServedFleet(fleet.endpoint, loop)
+            finally:
+                asyncio.run_coroutine_threadsafe(fleet.stop(), loop).result(timeout=60)
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+        shutil.rmtree(directory, ignore_errors=True)

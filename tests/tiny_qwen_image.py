@@ -1,0 +1,170 @@
+"""Builds small Qwen-Image checkpoints with random weights: genuine Diffusers directories, made here, offline.
+
+The tokenizer is trained here on the templates, so that their words are tokens of their own and the templates are as
+long as with the published tokenizer: 34 tokens stand before the prompt, or 64 where a picture comes along.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKLQwenImage,
+    FlowMatchEulerDiscreteScheduler,
+    QwenImageEditPipeline,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
+)
+from tokenizers import Tokenizer, models, trainers
+from tokenizers.pre_tokenizers import ByteLevel
+from torch import nn
+from transformers import (
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
+    Qwen2VLImageProcessorPil,
+    Qwen2VLProcessor,
+)
+
+from tiny_flux import WORDS, randomise
+
+LATENT_CHANNELS = 16
+HEADS, HEAD_SIZE = 4, 16
+TEXT_SIZE = 32
+# Tokens that the language model sees a picture in: 28x28 pixels each.
+LOOKED_AT = 64
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
+
+# What the tokenizer must know in whole words: the templates' text, without their marks.
+TEMPLATES = (
+    "system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial relationships "
+    "of the objects and background:\nuser\nassistant\n",
+    "Describe the key features of the input image (color, shape, size, texture, objects, background), then explain "
+    "how the user's text instruction should alter or modify the image. Generate a new image that meets the user's "
+    "requirements while maintaining consistency with the original input where appropriate.",
+)
+
+
+def qwen_tokenizer() -> Qwen2Tokenizer:
+    """Byte-level BPE over the templates' words; it reads any text."""
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = Qwen2Tokenizer().backend_tokenizer.pre_tokenizer
+    trainer = trainers.BpeTrainer(
+        vocab_size=2000, min_frequency=1, show_progress=False, initial_alphabet=sorted(ByteLevel.alphabet())
+    )
+    trained.train_from_iterator((*TEMPLATES, " ".join(WORDS)), trainer)
+    learnt = json.loads(trained.to_str())["model"]
+    return Qwen2Tokenizer(
+        vocab=learnt["vocab"],
+        merges=[tuple(pair) for pair in learnt["merges"]],
+        model_max_length=131072,
+        extra_special_tokens=list(SPECIAL_TOKENS),
+    )
+
+
+def build_tiny_qwen_image(path: Path, *, text_size: int = TEXT_SIZE, seed: int = 0) -> Path:
+    """Write a text-to-image checkpoint."""
+    torch.manual_seed(seed)
+    modules = _modules(text_size)
+    QwenImagePipeline(scheduler=_scheduler(), **modules).save_pretrained(str(path))
+    return path
+
+
+def build_tiny_qwen_image_edit(path: Path, *, seed: int = 0) -> Path:
+    """Write a checkpoint that edits pictures. Its processor is told from the parts that need no torchvision."""
+    build_tiny_qwen_image(path, seed=seed)
+    Qwen2VLImageProcessorPil(size={"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * LOOKED_AT}).save_pretrained(
+        path / "processor"
+    )
+    qwen_tokenizer().save_pretrained(path / "processor")
+    index = json.loads((path / "model_index.json").read_text())
+    index |= {"_class_name": "QwenImageEditPipeline", "processor": ["transformers", "Qwen2VLProcessor"]}
+    (path / "model_index.json").write_text(json.dumps(index))
+    return path
+
+
+def open_edit_reference(path: Path) -> QwenImageEditPipeline:
+    """Diffusers' pipeline. Its processor is put together here: from_pretrained would need torchvision for videos."""
+    processor = _PictureProcessor(
+        Qwen2VLImageProcessorPil.from_pretrained(path / "processor"),
+        Qwen2Tokenizer.from_pretrained(path / "processor"),
+    )
+    return QwenImageEditPipeline.from_pretrained(path, processor=processor)
+
+
+class _PictureProcessor(Qwen2VLProcessor):  # type: ignore[misc]
+    """Qwen2VLProcessor without its video half."""
+
+    def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
+        """Take the video half's absence too."""
+        return argument_name, type(argument)
+
+
+def _modules(text_size: int) -> dict[str, Any]:
+    tokenizer = qwen_tokenizer()
+    modules: dict[str, Any] = {
+        "tokenizer": tokenizer,
+        "text_encoder": _text_encoder(tokenizer, text_size),
+        "transformer": QwenImageTransformer2DModel(
+            in_channels=4 * LATENT_CHANNELS,
+            out_channels=LATENT_CHANNELS,
+            num_layers=2,
+            attention_head_dim=HEAD_SIZE,
+            num_attention_heads=HEADS,
+            joint_attention_dim=TEXT_SIZE,
+            axes_dims_rope=(4, 6, 6),
+        ),
+        "vae": AutoencoderKLQwenImage(base_dim=8, z_dim=LATENT_CHANNELS, num_res_blocks=1),
+    }
+    for module in modules.values():
+        if isinstance(module, nn.Module):
+            randomise(module)
+    return modules
+
+
+def _scheduler() -> FlowMatchEulerDiscreteScheduler:
+    return FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True,
+        base_shift=0.5,
+        max_shift=0.9,
+        base_image_seq_len=256,
+        max_image_seq_len=8192,
+        shift_terminal=0.02,
+        time_shift_type="exponential",
+    )
+
+
+def _text_encoder(tokenizer: Qwen2Tokenizer, size: int) -> Qwen2_5_VLForConditionalGeneration:
+    image, start, end = (
+        tokenizer.convert_tokens_to_ids(token) for token in ("<|image_pad|>", "<|vision_start|>", "<|vision_end|>")
+    )
+    config = Qwen2_5_VLConfig(
+        text_config={
+            "vocab_size": len(tokenizer),
+            "hidden_size": size,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 128000,
+            "rms_norm_eps": 1e-6,
+            "bos_token_id": 0,
+            "eos_token_id": 0,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [1, 1, 2]},
+        },
+        vision_config={
+            "depth": 2,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_heads": 4,
+            "out_hidden_size": size,
+            "fullatt_block_indexes": [1],
+        },
+        image_token_id=image,
+        vision_start_token_id=start,
+        vision_end_token_id=end,
+    )
+    return Qwen2_5_VLForConditionalGeneration(config)

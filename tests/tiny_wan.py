@@ -1,0 +1,112 @@
+"""Builds small Wan 2.1 checkpoints with random weights: genuine Diffusers directories, made here, offline."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKLWan,
+    UniPCMultistepScheduler,
+    WanImageToVideoPipeline,
+    WanPipeline,
+    WanTransformer3DModel,
+)
+from torch import nn
+from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
+
+from tiny_flux import randomise, t5_tokenizer
+
+LATENT_CHANNELS = 16
+TEXT_SIZE = 32
+IMAGE_SIZE = 24
+VISION_TOKENS = 17
+
+
+def build_tiny_wan(path: Path, *, seed: int = 0) -> Path:
+    """Write a text-to-video checkpoint."""
+    torch.manual_seed(seed)
+    modules = _text_modules() | {"transformer": _transformer(LATENT_CHANNELS), "vae": _vae()}
+    _randomise(modules)
+    WanPipeline(scheduler=_scheduler(), **modules).save_pretrained(str(path))
+    return path
+
+
+def build_tiny_wan_i2v(path: Path, *, last_image: bool = False, seed: int = 0) -> Path:
+    """Write an image-to-video checkpoint, or one for first and last frame."""
+    torch.manual_seed(seed)
+    modules = _text_modules() | {
+        "image_encoder": _vision_model(),
+        "image_processor": CLIPImageProcessorPil(),
+        "transformer": _transformer(
+            2 * LATENT_CHANNELS + 4,
+            image_dim=IMAGE_SIZE,
+            added_kv_proj_dim=4 * 16,
+            pos_embed_seq_len=2 * VISION_TOKENS if last_image else None,
+        ),
+        "vae": _vae(),
+    }
+    _randomise(modules)
+    WanImageToVideoPipeline(scheduler=_scheduler(), **modules).save_pretrained(str(path))
+    return path
+
+
+def _randomise(modules: dict[str, Any]) -> None:
+    for module in modules.values():
+        if isinstance(module, nn.Module):
+            randomise(module)
+
+
+def _scheduler() -> UniPCMultistepScheduler:
+    return UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+
+
+def _text_modules() -> dict[str, Any]:
+    tokenizer = t5_tokenizer()
+    encoder = UMT5EncoderModel(
+        UMT5Config(
+            vocab_size=len(tokenizer),
+            d_model=TEXT_SIZE,
+            d_kv=8,
+            d_ff=48,
+            num_layers=2,
+            num_heads=4,
+            feed_forward_proj="gated-gelu",
+            dropout_rate=0.0,
+            is_encoder_decoder=False,
+            use_cache=False,
+        )
+    )
+    return {"tokenizer": tokenizer, "text_encoder": encoder}
+
+
+def _transformer(in_channels: int, **image: int | None) -> WanTransformer3DModel:
+    return WanTransformer3DModel(
+        in_channels=in_channels,
+        out_channels=LATENT_CHANNELS,
+        num_attention_heads=4,
+        attention_head_dim=16,
+        text_dim=TEXT_SIZE,
+        freq_dim=32,
+        ffn_dim=96,
+        num_layers=2,
+        **image,
+    )
+
+
+def _vae() -> AutoencoderKLWan:
+    return AutoencoderKLWan(base_dim=8, num_res_blocks=1)
+
+
+def _vision_model() -> CLIPVisionModel:
+    return CLIPVisionModel(
+        CLIPVisionConfig(
+            hidden_size=IMAGE_SIZE,
+            intermediate_size=48,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            image_size=224,
+            patch_size=56,
+        )
+    )
