@@ -20,6 +20,8 @@ from models.images import open_images
 class ImageTextEncodingStage(PipelineStage[ImageTextEncodingInput, TextEncodingOutput]):
     """Runs the model's encoder on text and pictures; for guidance, on the negative text and the same pictures."""
 
+    indifferent_to = frozenset({"sampling.seed", "sampling.num_inference_steps"})
+
     def __init__(self, config: StandardPipelineConfig, modules: Mapping[str, Any]) -> None:
         self._config = config
         encoding = config.image_text_encoding

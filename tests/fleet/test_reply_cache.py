@@ -23,6 +23,7 @@ from models.catalog import open_model
 from models.registry import load_registry
 from models.stages.decoding import DecodingStage
 from models.stages.denoising import DenoisingStage
+from models.stages.image_text_encoding import ImageTextEncodingStage
 from models.stages.text_encoding import TextEncodingStage
 from redis_servers import running_server
 from services.worker import WorkerSettings, start_worker
@@ -159,7 +160,11 @@ def test_failures_and_what_is_too_large_are_not_kept() -> None:
 
 
 def test_text_encoding_alone_keeps_replies() -> None:
-    assert TextEncodingStage.indifferent_to == {SEED, "sampling.num_inference_steps"}
+    assert (
+        ImageTextEncodingStage.indifferent_to
+        == TextEncodingStage.indifferent_to
+        == {SEED, "sampling.num_inference_steps"}
+    )
     assert DenoisingStage.indifferent_to is DecodingStage.indifferent_to is None
 
 

@@ -7,6 +7,7 @@ import contextlib
 import io
 import json
 import secrets
+import warnings
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import torch
 from fuzz_inputs import Frames
 from google.protobuf.descriptor import Descriptor
 from google.protobuf.message import Message
+from PIL import Image
 from redis.exceptions import ConnectionError as Away
 
 from bare_checkpoint import build_bare_flux, safetensors_bytes
@@ -41,6 +43,7 @@ from common.tensors import TORCH
 from fleet.v1 import artifacts_pb2 as pb
 from fleet.v1 import generation_pb2
 from models.catalog import ServedModel, open_model
+from models.images import open_image
 from models.registry import load_registry
 from models.validation import InputValidationStage
 from services.coordinator.callers import read_keys
@@ -50,7 +53,7 @@ from services.coordinator.service import GenerationService, OfferedModel
 from services.coordinator.settings import CoordinatorSettings
 from services.worker import WorkerSettings
 
-SERVICES = ("text_encoding", "latent_preparation", "denoising", "decoding")
+SERVICES = ("text_encoding", "image_encoding", "latent_preparation", "denoising", "decoding")
 LIMITS = Limits(total_bytes=64 << 20)
 
 
@@ -88,8 +91,10 @@ def targets(directory: Path) -> Iterator[list[Target]]:
             *_parser_targets(),
             Target("chunk", _chunk, [(chunk_frame("a.b", 5, b"data"),), (chunk_frame("a", 0, b""),)]),
             Target("status", _status, [(b"InvalidInput", b"details", b"prompt"), (b"", b"", b"%ff%")]),
+            Target("picture", _picture, [(_encoded(form),) for form in ("PNG", "JPEG", "WEBP")]),
             *_file_targets(directory),
         ]
+        loop.run_until_complete(loop.shutdown_asyncgens())
 
 
 class _Context:
@@ -225,6 +230,8 @@ def _sample_tensors(slot: str, value: Any) -> Iterator[tuple[str, Any]]:
         case pb.Schedule():
             yield f"{slot}.timesteps", value.timesteps
             yield f"{slot}.sigmas", value.sigmas
+        case pb.ImageInputs():
+            yield f"{slot}.images.image", value.images["image"]
         case pb.Generator():
             yield f"{slot}.state", value.state
 
@@ -234,6 +241,19 @@ def _chunk(frames: Frames) -> None:
         if (chunk := read_chunk(raw)) is not None:
             again = chunk_frame(chunk.path, chunk.offset, bytes(chunk.data))
             assert read_chunk(again) == (chunk.path, chunk.offset, chunk.data, again)
+
+
+def _encoded(form: str) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (9, 7), (200, 30, 30)).save(file, form)
+    return file.getvalue()
+
+
+def _picture(frames: Frames) -> None:
+    """Warnings of Pillow's, such as of broken EXIF, are for a log."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        open_image("image", b"".join(frames))
 
 
 def _status(frames: Frames) -> None:
