@@ -1,12 +1,16 @@
 """What the fleet costs a request: separate processes, gRPC and Redis, against the same stages in one process.
 
 Both draw the same pictures (the bench checks that the files are equal, byte by byte), turn by turn in one run, so that
-a busy machine is busy for both. Run it with: python tests/bench/overhead.py
+a busy machine is busy for both, and under the same OpenMP policy: the fleet's processes let idle threads sleep, because
+spinning ones take the cores from whoever computes, and so does the one process here. OMP_WAIT_POLICY=ACTIVE gives both
+the other policy. Run it with: python tests/bench/overhead.py
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 import time
 from collections.abc import Mapping
 from itertools import pairwise
@@ -59,6 +63,8 @@ class InProcess:
 
 def main() -> None:
     """Measure, print, and tell whether the budget is kept."""
+    if "OMP_WAIT_POLICY" not in os.environ:  # as the fleet's processes have it; read when torch is imported
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"OMP_WAIT_POLICY": "PASSIVE"})
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="emoji")
     parser.add_argument("--steps", type=int, default=20)
@@ -80,7 +86,10 @@ def _pair(local: InProcess, caller: Caller, seed: int, steps: int) -> tuple[Mapp
     parameters = api.GenerationParameters(prompt=PROMPT, seed=seed, num_inference_steps=steps)
     timeline = caller.generate(parameters)
     if timeline.files != [file]:
-        raise RuntimeError(f"seed {seed}: the fleet drew another picture than the same stages in this process")
+        raise RuntimeError(
+            f"seed {seed}: the fleet drew another picture than the same stages in this process, which uses "
+            f"{torch.get_num_threads()} threads; other numbers of threads sum up in another order"
+        )
     return spent, timeline
 
 
@@ -118,4 +127,7 @@ def _way(timelines: list[Timeline]) -> str:
 
 
 if __name__ == "__main__":
+    # OpenMP reads its policy when torch is imported, which is long before main().
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"})
     main()
