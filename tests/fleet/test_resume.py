@@ -26,6 +26,7 @@ from services.worker import WorkerSettings, start_worker
 
 MODEL = emoji()
 STEPS = 8
+SIZE = 512  # pixels; so large that a step takes longer than its progress needs to arrive here
 KILLED_AT = (1, STEPS // 2, STEPS - 1)
 
 
@@ -37,7 +38,8 @@ def server() -> Iterator[RedisServer]:
 
 async def _denoiser(url: str, listen: str) -> Process:
     words = ("--model", "emoji", "--redis", url, "--listen", listen, "--threads", "1", "--checkpoint-every", "1")
-    command = (sys.executable, "-m", "services.denoising", *words, "--log-level", "ERROR", "--device", "cpu")
+    told = ("--step-seconds", "0", "--log-level", "ERROR")
+    command = (sys.executable, "-m", "services.denoising", *words, "--device", "cpu", *told)
     return await asyncio.create_subprocess_exec(*command)
 
 
@@ -83,7 +85,9 @@ async def kill_the_busy_one(url: str) -> None:
 async def draw(stub: Stub, url: str, kill_at: int = 0) -> tuple[bytes, list[int]]:
     """A picture, and the denoiser's steps as they were told; at step `kill_at` its worker is killed."""
     request = pb.SubmitRequest(
-        parameters=pb.GenerationParameters(prompt="a red apple", seed=3, num_inference_steps=STEPS)
+        parameters=pb.GenerationParameters(
+            prompt="a red apple", seed=3, num_inference_steps=STEPS, height=SIZE, width=SIZE
+        )
     )
     name = (await stub.Submit(request)).request.request_id
     steps: list[int] = []
