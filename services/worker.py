@@ -69,7 +69,7 @@ class WorkerSettings(TlsSettings):
     grace_seconds: float = setting(30.0, help="time that running calls get to finish after SIGTERM")
     announce_seconds: float = setting(60.0, help="how long to wait for the request store at the start")
     idle_seconds: float = setting(30.0, help="give up on a caller that is silent for so long within its inputs")
-    step_seconds: float = setting(0.1, help="shortest time between two steps that a call tells its caller of")
+    step_seconds: float = setting(0.25, help="shortest time between two steps that a call tells its caller of")
     max_call_bytes: int = setting(2 << 30, help="most bytes of tensors that a call may carry")
     tls_callers: tuple[str, ...] = setting(("coordinator",), help="names in the certificates of those who may call")
     cache_bytes: int = setting(256 << 20, help="memory for replies of text_encoding, given again to the same inputs")
