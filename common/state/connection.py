@@ -6,6 +6,7 @@ InternalError when a command is refused, which is a defect.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -95,8 +96,30 @@ def _primary(url: str) -> Redis:
 
 
 @contextmanager
+def cancellation_kept() -> Iterator[None]:
+    """Raise CancelledError when the task was cancelled within the block and something in there swallowed it.
+
+    redis-py sends under asyncio.wait_for, which until Python 3.12 returns a result that comes at the same moment as a
+    cancellation, and forgets the cancellation: whoever waits for the task's end then waits for ever.
+    """
+    task = asyncio.current_task()
+    asked = task.cancelling() if task else 0
+    try:
+        yield
+    finally:
+        if task and task.cancelling() > asked:
+            raise asyncio.CancelledError
+
+
+@contextmanager
 def store_errors() -> Iterator[None]:
-    """Turn Redis's errors into the fleet's."""
+    """Turn Redis's errors into the fleet's, and lose no cancellation."""
+    with cancellation_kept(), _translated():
+        yield
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
     try:
         yield
     except AuthenticationError as error:

@@ -14,7 +14,7 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from common.errors import Unavailable
-from common.state.connection import BLOCK_SECONDS, PREFIX, run_script
+from common.state.connection import BLOCK_SECONDS, PREFIX, cancellation_kept, run_script
 
 BEAT_SECONDS = 2.0
 TTL_SECONDS = 6.0
@@ -80,7 +80,8 @@ class Presence:
         while True:
             try:
                 async with self._redis.pubsub(ignore_subscribe_messages=True) as channel:
-                    await channel.subscribe(f"{PREFIX}coordinator:{self.owner}")
+                    with cancellation_kept():
+                        await channel.subscribe(f"{PREFIX}coordinator:{self.owner}")
                     subscribed.set()
                     while True:
                         message = await channel.get_message(timeout=BLOCK_SECONDS)
