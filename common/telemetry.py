@@ -7,14 +7,13 @@ stay apart. Only the fleet's own RPCs are measured: health checks and reflection
 from __future__ import annotations
 
 import asyncio
-import inspect
 import json
 import logging
 import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import aclosing, contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Literal, TextIO
@@ -22,6 +21,8 @@ from wsgiref.simple_server import WSGIServer
 
 import grpc
 from prometheus_client import Counter, Gauge, Histogram, start_http_server
+
+from common.rpc.wrapping import Context, Handler, wrap_handler
 
 REQUEST_ID_KEY = "fleet-request-id"
 """Metadata key under which a call carries the id of the request that it works for."""
@@ -135,9 +136,9 @@ class MetricsInterceptor(grpc.aio.ServerInterceptor):
 
     async def intercept_service(
         self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
         handler_call_details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler[Any, Any] | None:
+    ) -> Handler | None:
         """Wrap the method's handler; anything but the fleet's own methods is passed on as it is."""
         handler = await continuation(handler_call_details)
         package, _, method = handler_call_details.method.lstrip("/").partition("/")
@@ -145,7 +146,7 @@ class MetricsInterceptor(grpc.aio.ServerInterceptor):
             return handler
         metadata = dict(handler_call_details.invocation_metadata or ())
         call = _MeasuredCall(self._service, method, str(metadata.get(REQUEST_ID_KEY, "")))
-        return _wrapped(handler, call)
+        return wrap_handler(handler, call.measure)
 
 
 @dataclass(frozen=True)
@@ -154,8 +155,8 @@ class _MeasuredCall:
     method: str
     request_id: str
 
-    @contextmanager
-    def measure(self, context: grpc.aio.ServicerContext[Any, Any]) -> Iterator[None]:
+    @asynccontextmanager
+    async def measure(self, context: Context) -> AsyncIterator[None]:
         started = time.perf_counter()
         in_flight = RPC_IN_FLIGHT.labels(self.service, self.method)
         in_flight.inc()
@@ -175,45 +176,10 @@ class _MeasuredCall:
             RPC_SECONDS.labels(self.service, self.method, code).observe(time.perf_counter() - started)
 
 
-def _code(context: grpc.aio.ServicerContext[Any, Any], unset: str) -> str:
+def _code(context: Context, unset: str) -> str:
     """The status the handler set, by name; the context holds 0 or None until then, and may hold a plain number."""
     code: Any = context.code()
     if isinstance(code, grpc.StatusCode):
         return code.name
     names = {status.value[0]: status.name for status in grpc.StatusCode}
     return names[code] if code else unset
-
-
-def _wrapped(handler: grpc.RpcMethodHandler[Any, Any], call: _MeasuredCall) -> grpc.RpcMethodHandler[Any, Any]:
-    """The same handler, measured. One function for each of gRPC's four kinds, and two forms of those that stream."""
-    makers = {
-        (False, False): (grpc.unary_unary_rpc_method_handler, handler.unary_unary),
-        (False, True): (grpc.unary_stream_rpc_method_handler, handler.unary_stream),
-        (True, False): (grpc.stream_unary_rpc_method_handler, handler.stream_unary),
-        (True, True): (grpc.stream_stream_rpc_method_handler, handler.stream_stream),
-    }
-    make, behavior = makers[(bool(handler.request_streaming), bool(handler.response_streaming))]
-    wrap = _measured_generator if inspect.isasyncgenfunction(behavior) else _measured_coroutine
-    return make(
-        wrap(behavior, call),
-        request_deserializer=handler.request_deserializer,
-        response_serializer=handler.response_serializer,
-    )
-
-
-def _measured_coroutine(behavior: Any, call: _MeasuredCall) -> Any:
-    async def measured(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
-        with call.measure(context):
-            return await behavior(request, context)
-
-    return measured
-
-
-def _measured_generator(behavior: Any, call: _MeasuredCall) -> Any:
-    async def measured(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
-        with call.measure(context):
-            async with aclosing(behavior(request, context)) as responses:
-                async for response in responses:
-                    yield response
-
-    return measured

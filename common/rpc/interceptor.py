@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import inspect
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import aclosing, asynccontextmanager, suppress
-from typing import Any, TypeAlias
+from contextlib import asynccontextmanager, suppress
 
 import grpc
 
 from common.errors import FleetError, InternalError, ResourceExhausted, Unavailable
 from common.rpc.status import abort_with
+from common.rpc.wrapping import Context, Handler, wrap_handler
 
 log = logging.getLogger(__name__)
 
 _HEAR_OUT_SECONDS = 5.0
 MAX_CALLS = 4096
 """Calls of all connections together that a server takes at a time."""
-
-Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
-Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 
 Admit = Callable[[Context], None]
 """Looks at who calls. Raises FleetError to refuse; what it sets in context variables, the handler sees."""
@@ -74,37 +70,8 @@ class CallGate(grpc.aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         if handler is None or not handler_call_details.method.startswith("/fleet."):
             return handler
-        return self._wrapped(handler, handler_call_details.method)
-
-    def _wrapped(self, handler: Handler, method: str) -> Handler:
-        kinds = {
-            (False, False): (grpc.unary_unary_rpc_method_handler, handler.unary_unary),
-            (False, True): (grpc.unary_stream_rpc_method_handler, handler.unary_stream),
-            (True, False): (grpc.stream_unary_rpc_method_handler, handler.stream_unary),
-            (True, True): (grpc.stream_stream_rpc_method_handler, handler.stream_stream),
-        }
-        make, behavior = kinds[bool(handler.request_streaming), bool(handler.response_streaming)]
-        wrap = self._generator if inspect.isasyncgenfunction(behavior) else self._coroutine
-        return make(
-            wrap(behavior, method, bool(handler.request_streaming)),
-            request_deserializer=handler.request_deserializer,
-            response_serializer=handler.response_serializer,
-        )
-
-    def _coroutine(self, behavior: Any, method: str, streams: bool) -> Any:
-        async def gated(request: Any, context: Context) -> Any:
-            async with self._call(context, method, streams):
-                return await behavior(request, context)
-
-        return gated
-
-    def _generator(self, behavior: Any, method: str, streams: bool) -> Any:
-        async def gated(request: Any, context: Context) -> AsyncIterator[Any]:
-            async with self._call(context, method, streams), aclosing(behavior(request, context)) as responses:
-                async for response in responses:
-                    yield response
-
-        return gated
+        method, streams = handler_call_details.method, bool(handler.request_streaming)
+        return wrap_handler(handler, lambda context: self._call(context, method, streams))
 
     @asynccontextmanager
     async def _call(self, context: Context, method: str, streams: bool) -> AsyncIterator[None]:

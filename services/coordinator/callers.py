@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import InvalidInput, Unauthenticated
-from common.rpc.interceptor import Admit, Context, admit_all
+from common.rpc.interceptor import Admit, admit_all
 from common.rpc.tls import peer_names
+from common.rpc.wrapping import Context
 from services.coordinator.settings import CoordinatorSettings
 
 _NAME = re.compile(r"[0-9A-Za-z][0-9A-Za-z._@-]{0,63}")
