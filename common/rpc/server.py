@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol, TypeAlias, cast
@@ -253,7 +253,7 @@ class _Job:
         """Queue the work; on_end is called on the event loop once it has ended, however."""
         loop = asyncio.get_running_loop()
         self._future = executor.submit(work)
-        self._future.add_done_callback(lambda _: loop.call_soon_threadsafe(on_end))
+        self._future.add_done_callback(lambda _: _call_on(loop, on_end))
 
     def result(self) -> dict[str, Packet]:
         """What the work returned; raises what it raised."""
@@ -269,4 +269,10 @@ class _Job:
             self.lease.close()
         else:
             loop = asyncio.get_running_loop()
-            self._future.add_done_callback(lambda _: loop.call_soon_threadsafe(self.lease.close))
+            self._future.add_done_callback(lambda _: _call_on(loop, self.lease.close))
+
+
+def _call_on(loop: asyncio.AbstractEventLoop, callback: Callable[[], None]) -> None:
+    """Call it on the event loop; one that has ended before the device thread's work did has nobody left to tell."""
+    with suppress(RuntimeError):
+        loop.call_soon_threadsafe(callback)

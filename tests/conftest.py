@@ -1,13 +1,30 @@
-"""Small Flux checkpoints that the model tests share, open on both sides: built once a session."""
+"""What tests share: small Flux checkpoints, open on both sides and built once a session, and a logger of their own."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 
 import pytest
 
 from flux_pair import Pair, open_pair
 from tiny_flux import build_tiny_flux
+
+
+@pytest.fixture(autouse=True)
+def own_logging() -> Iterator[None]:
+    """Put the root logger back: a service's main(), run in a test, sets it up for its process.
+
+    Else a later record would go to a stream that is closed by then, and logging would complain on stderr.
+    """
+    root = logging.getLogger()
+    level, handlers = root.level, list(root.handlers)
+    yield
+    root.setLevel(level)
+    for handler in set(root.handlers) - set(handlers):
+        root.removeHandler(handler)
+    for handler in set(handlers) - set(root.handlers):
+        root.addHandler(handler)
 
 
 @pytest.fixture(scope="session")
