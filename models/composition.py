@@ -16,14 +16,7 @@ class StandardPipeline(ComposedPipeline):
         self, *, text_modules: Sequence[str] = ("text_encoder", "tokenizer"), scheduler: str = "scheduler"
     ) -> None:
         """Text to image, or to video: encode the text, draw the noise, lay out the steps, denoise, decode."""
-        self.add_stage(
-            StageSpec(
-                contracts.TEXT_ENCODING,
-                "text_encoding",
-                "models.stages.text_encoding:TextEncodingStage",
-                tuple(text_modules),
-            )
-        )
+        self._add_text_encoding(text_modules)
         self._add_preparation(scheduler)
         self._add_denoising_and_decoding(scheduler)
 
@@ -34,6 +27,16 @@ class StandardPipeline(ComposedPipeline):
                 "image_encoding",
                 "models.stages.image_encoding:ImageVAEEncodingStage",
                 ("vae",),
+            )
+        )
+
+    def _add_text_encoding(self, modules: Sequence[str]) -> None:
+        self.add_stage(
+            StageSpec(
+                contracts.TEXT_ENCODING,
+                "text_encoding",
+                "models.stages.text_encoding:TextEncodingStage",
+                tuple(modules),
             )
         )
 
@@ -96,14 +99,7 @@ class StandardImagePipeline(StandardPipeline):
         scheduler: str = "scheduler",
     ) -> None:
         """Text and images to video: the denoiser gets a vision encoder's tokens, and the pictures' latents."""
-        self.add_stage(
-            StageSpec(
-                contracts.TEXT_ENCODING,
-                "text_encoding",
-                "models.stages.text_encoding:TextEncodingStage",
-                tuple(text_modules),
-            )
-        )
+        self._add_text_encoding(text_modules)
         self.add_stage(
             StageSpec(
                 contracts.IMAGE_ENCODING,

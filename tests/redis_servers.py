@@ -16,6 +16,10 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from redis.asyncio import Redis
+
+from common.state.connection import connect
+
 
 def server_binaries() -> dict[str, Path]:
     """The servers of this machine by name."""
@@ -89,3 +93,15 @@ async def until(ask: Callable[[], Awaitable[bool]]) -> None:
         if await ask():
             return
         await asyncio.sleep(0.002)
+
+
+def run_on_empty_store(url: str, test: Callable[[Redis], Awaitable[None]]) -> None:
+    """Run a test on an empty store."""
+
+    async def main() -> None:
+        async with connect(url) as redis:
+            await redis.flushall()
+            async with asyncio.timeout(30):
+                await test(redis)
+
+    asyncio.run(main())

@@ -11,7 +11,6 @@ Run it with: python tests/bench/cuda_flux.py; to try its logic without a card: -
 from __future__ import annotations
 
 import argparse
-import gc
 import os
 import tempfile
 import time
@@ -21,6 +20,7 @@ from typing import Any
 
 import torch
 from bench_checkpoint import SCALES, build_checkpoint, remove_checkpoint
+from bench_device import empty, now
 from bench_fleet import Caller, Timeline, running_fleet
 from bench_report import median, print_machine, print_table, say
 from diffusers import FluxPipeline
@@ -85,7 +85,7 @@ def main() -> None:
     try:
         began = time.perf_counter()
         build_checkpoint(args.directory, scale, emoji, device=device, dtype=torch.bfloat16)
-        _empty(device)
+        empty(device)
         say(f"Random FLUX.1, {args.scale} size, written in {time.perf_counter() - began:.0f} s")
         say()
         name = f"FLUX.1 random ({args.scale})"
@@ -99,7 +99,7 @@ def measure(case: Case, device: torch.device, repeats: int, exact: Tensor | None
     """Draw with both, print times and errors, and return Diffusers' latents; `exact` are its latents in float32."""
     began = time.perf_counter()
     theirs = draw_with_diffusers(case, device, repeats)
-    _empty(device)
+    empty(device)
     loaded = time.perf_counter()
     with running_fleet("--model", f"model={case.directory}", "--dtype", case.dtype_name) as fleet:
         ready = fleet.ready_seconds
@@ -145,11 +145,11 @@ def draw_with_diffusers(case: Case, device: torch.device, repeats: int) -> Drawn
 def _reference(
     pipeline: Any, case: Case, device: torch.device, *, steps: int
 ) -> tuple[Tensor, Tensor, dict[str, float]]:
-    began = _now(device)
+    began = now(device)
     embeds, pooled, _ = pipeline.encode_prompt(
         PROMPT, prompt_2=None, device=device, max_sequence_length=case.text_tokens
     )
-    encoded = _now(device)
+    encoded = now(device)
     latents = pipeline(
         prompt_embeds=embeds,
         pooled_prompt_embeds=pooled,
@@ -160,12 +160,12 @@ def _reference(
         generator=torch.Generator("cpu").manual_seed(SEED),
         output_type="latent",
     ).images
-    denoised = _now(device)
+    denoised = now(device)
     raw = pipeline._unpack_latents(latents, case.pixels, case.pixels, pipeline.vae_scale_factor)
     vae = pipeline.vae
     decoded = vae.decode(raw / vae.config.scaling_factor + vae.config.shift_factor, return_dict=False)[0]
     pixels = pipeline.image_processor.postprocess(decoded, output_type="pt").float().cpu()
-    finished = _now(device)
+    finished = now(device)
     loop = 1e3 * (denoised - encoded)
     return (
         latents.cpu(),
@@ -217,20 +217,6 @@ def _spent(run: Timeline, steps: int) -> dict[str, float]:
         "decoding": 1e3 * (run.finished - decoding[0]),
         "whole request": 1e3 * run.finished,
     }
-
-
-def _now(device: torch.device) -> float:
-    """Seconds, once the device has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-def _empty(device: torch.device) -> None:
-    """Give the card's memory back to the other processes."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

@@ -11,15 +11,14 @@ Run it with: python tests/bench/cuda_wan.py; to try its logic without a card: --
 from __future__ import annotations
 
 import argparse
-import gc
 import shutil
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from bench_device import empty, now
 from bench_report import print_machine, print_table, print_verdict, say
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 from torch import Tensor
@@ -120,13 +119,13 @@ def build(path: Path, scale: Scale, device: torch.device) -> None:
         **modules,
     ).save_pretrained(path, max_shard_size="5GB")
     del modules
-    _empty(device)
+    empty(device)
 
 
 def measure(path: Path, given: dict[str, Any], device: torch.device, dtype: torch.dtype) -> None:
     """Both sides once to warm up and once for the clock."""
     theirs, their_latents, _ = run_diffusers(path, given, device, dtype)
-    _empty(device)
+    empty(device)
     ours, our_latents, taken = run_stages(path, given, device, dtype)
     size = f"{given['height']}x{given['width']}, {given['num_frames']} frames, {given['num_inference_steps']} steps"
     say(f"## {dtype}, {size}")
@@ -149,13 +148,13 @@ def run_diffusers(
     spent: dict[str, float] = {}
     for _ in range(2):
         generator = torch.Generator("cpu").manual_seed(SEED)
-        began = _now(device)
+        began = now(device)
         embeds, negative = pipeline.encode_prompt(PROMPT, max_sequence_length=512, device=device)
-        encoded = _now(device)
+        encoded = now(device)
         latents = pipeline(
             prompt_embeds=embeds, negative_prompt_embeds=negative, generator=generator, output_type="latent", **given
         ).frames
-        denoised = _now(device)
+        denoised = now(device)
         shape = (1, pipeline.vae.config.z_dim, 1, 1, 1)
         mean, std = (
             torch.tensor(values, device=device, dtype=dtype).view(shape)
@@ -163,7 +162,7 @@ def run_diffusers(
         )
         decoded = pipeline.vae.decode(latents.to(dtype) * std + mean, return_dict=False)[0]
         pixels = pipeline.video_processor.postprocess_video(decoded, output_type="pt").float().cpu()
-        times = (encoded - began, denoised - encoded, _now(device) - denoised)
+        times = (encoded - began, denoised - encoded, now(device) - denoised)
         spent = {name: 1e3 * each for name, each in zip(("text_encoding", "denoising", "decoding"), times, strict=True)}
     return spent, latents.cpu(), pixels
 
@@ -185,28 +184,15 @@ def run_stages(
             if device.type == "cuda":
                 before = torch.cuda.memory_allocated(device)
                 torch.cuda.reset_peak_memory_stats(device)
-            began = _now(device)
+            began = now(device)
             outputs = stages.run(inputs, Call("bench"))
-            spent[spec.service] = 1e3 * (_now(device) - began)
+            spent[spec.service] = 1e3 * (now(device) - began)
         if device.type == "cuda":
             taken = torch.cuda.max_memory_allocated(device) - before
         slots |= outputs
         del stages
-        _empty(device)
+        empty(device)
     return spent, slots["denoised_latents"].parts["video"].latents, taken
-
-
-def _now(device: torch.device) -> float:
-    """Seconds, once the device has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-def _empty(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 from redis.asyncio import Redis
 
 from common.errors import NotFound, ResourceExhausted
-from common.state.connection import connect
 from common.state.leases import Leases
 from common.state.presence import Presence
 from common.state.records import ResultFile, state_event
@@ -17,7 +15,7 @@ from common.state.requests import Limits, RequestStore
 from common.state.slots import Slots
 from common.state.workers import WorkerRegistry
 from fleet.v1 import generation_pb2, worker_pb2
-from redis_servers import running_server, server_binaries
+from redis_servers import run_on_empty_store, running_server, server_binaries
 
 State = generation_pb2.RequestState
 
@@ -26,18 +24,6 @@ State = generation_pb2.RequestState
 def url(request: pytest.FixtureRequest) -> Iterator[str]:
     with running_server(request.param) as server:
         yield server.url
-
-
-def run(url: str, test: Callable[[Redis], Awaitable[None]]) -> None:
-    """Run a test on an empty store."""
-
-    async def main() -> None:
-        async with connect(url) as redis:
-            await redis.flushall()
-            async with asyncio.timeout(30):
-                await test(redis)
-
-    asyncio.run(main())
 
 
 def record(name: str) -> generation_pb2.RequestRecord:
@@ -79,7 +65,7 @@ def test_a_late_write_of_the_owner_before_is_refused(url: str) -> None:
         for key in await redis.keys("fleet:re*:*"):
             assert await redis.pttl(key) > 0, key
 
-    run(url, story)
+    run_on_empty_store(url, story)
 
 
 def test_a_cancel_and_deaths_are_inherited(url: str) -> None:
@@ -95,7 +81,7 @@ def test_a_cancel_and_deaths_are_inherited(url: str) -> None:
         assert inherited.cancel_requested
         assert inherited.deaths == 2
 
-    run(url, story)
+    run_on_empty_store(url, story)
 
 
 def test_the_newest_checkpoint_stays_until_the_request_ends(url: str) -> None:
@@ -114,7 +100,7 @@ def test_the_newest_checkpoint_stays_until_the_request_ends(url: str) -> None:
         await store.finish("r", State.REQUEST_STATE_FAILED)
         assert not await redis.keys("fleet:checkpoint:*")
 
-    run(url, story)
+    run_on_empty_store(url, story)
 
 
 def test_work_beyond_the_bound_is_refused_with_the_time_to_wait(url: str) -> None:
@@ -144,4 +130,4 @@ def test_work_beyond_the_bound_is_refused_with_the_time_to_wait(url: str) -> Non
         await registry.withdraw("w")
         await presence.stop()
 
-    run(url, story)
+    run_on_empty_store(url, story)

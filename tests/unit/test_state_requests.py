@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 from redis.asyncio import Redis
@@ -15,7 +15,7 @@ from common.state.presence import Presence
 from common.state.records import ResultFile, state_event
 from common.state.requests import Limits, RequestStore, Retention
 from fleet.v1 import artifacts_pb2, generation_pb2
-from redis_servers import running_server, server_binaries, until
+from redis_servers import run_on_empty_store, running_server, server_binaries, until
 
 State = generation_pb2.RequestState
 
@@ -24,18 +24,6 @@ State = generation_pb2.RequestState
 def url(request: pytest.FixtureRequest) -> Iterator[str]:
     with running_server(request.param) as server:
         yield server.url
-
-
-def run(url: str, test: Callable[[Redis], Awaitable[None]]) -> None:
-    """Run a test on an empty store."""
-
-    async def main() -> None:
-        async with connect(url) as redis:
-            await redis.flushall()
-            async with asyncio.timeout(30):
-                await test(redis)
-
-    asyncio.run(main())
 
 
 def record(model: str = "emoji", **parameters: str) -> generation_pb2.RequestRecord:
@@ -87,7 +75,7 @@ def test_a_request_from_admission_to_its_end(url: str) -> None:
         assert b"".join(chunks) == data
         assert max(map(len, chunks)) == 1 << 20
 
-    run(url, story)
+    run_on_empty_store(url, story)
 
 
 def test_an_end_happens_once_and_nothing_follows_it(url: str) -> None:
@@ -107,7 +95,7 @@ def test_an_end_happens_once_and_nothing_follows_it(url: str) -> None:
         events = [event async for event in store.events(name)]
         assert [event.state_change.state for event in events] == [State.REQUEST_STATE_QUEUED, stored.state]
 
-    run(url, story)
+    run_on_empty_store(url, story)
 
 
 def test_a_file_of_a_late_end_does_not_stay(url: str) -> None:
@@ -118,7 +106,7 @@ def test_a_file_of_a_late_end_does_not_stay(url: str) -> None:
         assert await store.finish(name, State.REQUEST_STATE_SUCCEEDED, files=[picture(b"x" * 9)]) is None
         assert not await redis.keys("fleet:result:*")
 
-    run(url, story)
+    run_on_empty_store(url, story)
 
 
 def test_every_key_of_an_ended_request_expires(url: str) -> None:
@@ -142,7 +130,7 @@ def test_every_key_of_an_ended_request_expires(url: str) -> None:
         assert await redis.zrange("fleet:requests", 0, -1) == [other.encode()]
         assert [each.request_id for each in (await store.page())[0]] == [other]
 
-    run(url, story)
+    run_on_empty_store(url, story)
 
 
 def test_a_key_replays_one_request_to_all_who_come_at_once(url: str) -> None:
@@ -157,7 +145,7 @@ def test_a_key_replays_one_request_to_all_who_come_at_once(url: str) -> None:
         assert again.record.state == State.REQUEST_STATE_SUCCEEDED
         assert not (await store.admit(record(), idempotency_key="order-8")).replayed
 
-    run(url, story)
+    run_on_empty_store(url, story)
 
 
 def test_watching_goes_on_after_an_event_and_wakes_up_at_once(url: str) -> None:
@@ -184,7 +172,7 @@ def test_watching_goes_on_after_an_event_and_wakes_up_at_once(url: str) -> None:
         await second
         assert [event async for event in store.events(name, last.event_id)] == []
 
-    run(url, story)
+    run_on_empty_store(url, story)
 
 
 @pytest.mark.parametrize("after", ["x", "1-", "99999999999999999999999-1", "(1-1"])
@@ -198,7 +186,7 @@ def test_a_watch_from_no_event_is_refused(url: str, after: str) -> None:
         with pytest.raises(NotFound):
             await anext(aiter(store.events("nothing")))
 
-    run(url, story)
+    run_on_empty_store(url, story)
 
 
 def test_admission_is_bounded_and_knows_the_time(url: str) -> None:
@@ -225,7 +213,7 @@ def test_admission_is_bounded_and_knows_the_time(url: str) -> None:
         assert left is not None
         assert 3_500 < left <= 3_600
 
-    run(url, story)
+    run_on_empty_store(url, story)
 
 
 def test_pages_are_newest_first_and_filtered(url: str) -> None:
@@ -252,7 +240,7 @@ def test_pages_are_newest_first_and_filtered(url: str) -> None:
             with pytest.raises(InvalidInput, match="page_"):
                 await store.page(page_size=size, page_token=bad)
 
-    run(url, story)
+    run_on_empty_store(url, story)
 
 
 def test_a_cancel_reaches_the_owner_or_ends_what_nobody_owns(url: str) -> None:
@@ -272,7 +260,7 @@ def test_a_cancel_reaches_the_owner_or_ends_what_nobody_owns(url: str) -> None:
         with pytest.raises(NotFound):
             await stranger.request_cancel("nothing")
 
-    run(url, story)
+    run_on_empty_store(url, story)
 
 
 def test_a_cancel_that_no_channel_carried_comes_with_the_next_beat(url: str) -> None:
@@ -288,7 +276,7 @@ def test_a_cancel_that_no_channel_carried_comes_with_the_next_beat(url: str) -> 
         await presence.stop()
         assert asked == [name]
 
-    run(url, story)
+    run_on_empty_store(url, story)
 
 
 @pytest.mark.parametrize("name", sorted(server_binaries()))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 
 import pytest
@@ -11,12 +11,12 @@ from redis.asyncio import Redis
 
 from common.errors import FailedPrecondition, InvalidInput
 from common.stage import Contract
-from common.state.connection import connect, run_script
+from common.state.connection import run_script
 from common.state.presence import Presence
 from common.state.slots import NoWorkers, Slot, Slots
 from common.state.workers import WorkerRegistry
 from fleet.v1 import worker_pb2
-from redis_servers import running_server, server_binaries, until
+from redis_servers import run_on_empty_store, running_server, server_binaries, until
 
 SLOW = 3_600.0
 
@@ -25,18 +25,6 @@ SLOW = 3_600.0
 def url(request: pytest.FixtureRequest) -> Iterator[str]:
     with running_server(request.param) as server:
         yield server.url
-
-
-def run(url: str, test: Callable[[Redis], Awaitable[None]]) -> None:
-    """Run a test on an empty store."""
-
-    async def main() -> None:
-        async with connect(url) as redis:
-            await redis.flushall()
-            async with asyncio.timeout(30):
-                await test(redis)
-
-    asyncio.run(main())
 
 
 def worker(worker_id: str, *, capacity: int = 1, fingerprint: str = "f") -> worker_pb2.WorkerInfo:
@@ -107,7 +95,7 @@ def test_slots_go_by_priority_then_deadline_then_arrival(url: str) -> None:
             assert await redis.keys("fleet:waiting:*") == []
         await registry.withdraw("w")
 
-    run(url, story)
+    run_on_empty_store(url, story)
 
 
 def test_slots_spread_over_workers_up_to_their_capacity(url: str) -> None:
@@ -128,7 +116,7 @@ def test_slots_spread_over_workers_up_to_their_capacity(url: str) -> None:
             await registry.withdraw(name)
         assert await registry.live("emoji", "denoising") == []
 
-    run(url, story)
+    run_on_empty_store(url, story)
 
 
 def test_idle_workers_take_turns(url: str) -> None:
@@ -147,7 +135,7 @@ def test_idle_workers_take_turns(url: str) -> None:
         for name in ("one", "two", "three"):
             await registry.withdraw(name)
 
-    run(url, story)
+    run_on_empty_store(url, story)
 
 
 def test_a_worker_that_comes_serves_who_waits(url: str) -> None:
@@ -160,7 +148,7 @@ def test_a_worker_that_comes_serves_who_waits(url: str) -> None:
             assert (await waiting).worker == worker("w")
         await registry.withdraw("w")
 
-    run(url, story)
+    run_on_empty_store(url, story)
 
 
 def test_an_abandoned_claim_leaves_queue_and_slot(url: str) -> None:
@@ -181,7 +169,7 @@ def test_an_abandoned_claim_leaves_queue_and_slot(url: str) -> None:
             assert (await registry.load("emoji", "denoising")).busy == 0
         await registry.withdraw("w")
 
-    run(url, story)
+    run_on_empty_store(url, story)
 
 
 def test_slots_and_places_of_a_dead_coordinator_are_free(url: str) -> None:
@@ -200,7 +188,7 @@ def test_slots_and_places_of_a_dead_coordinator_are_free(url: str) -> None:
             await asyncio.gather(first, return_exceptions=True)
         await registry.withdraw("w")
 
-    run(url, story)
+    run_on_empty_store(url, story)
 
 
 def test_a_claim_waits_for_a_store_that_is_away(caplog: pytest.LogCaptureFixture) -> None:
@@ -224,7 +212,7 @@ def test_a_claim_waits_for_a_store_that_is_away(caplog: pytest.LogCaptureFixture
                 slots.release(slot)
             await registry.withdraw("w")
 
-        run(server.url, story)
+        run_on_empty_store(server.url, story)
     assert not [record for record in caplog.records if "cannot give back" in record.message]
 
 
@@ -245,7 +233,7 @@ def test_the_slots_of_a_dead_worker_go_to_another(url: str) -> None:
         await fast.withdraw("alive")
         await mortal.withdraw("dead")
 
-    run(url, story)
+    run_on_empty_store(url, story)
 
 
 def test_a_suspect_is_out_until_its_next_beat(url: str) -> None:
@@ -259,7 +247,7 @@ def test_a_suspect_is_out_until_its_next_beat(url: str) -> None:
             assert (await slots.claim("emoji", "denoising", "r", patience_seconds=5)).worker.worker_id == "w"
         await registry.withdraw("w")
 
-    run(url, story)
+    run_on_empty_store(url, story)
 
 
 def test_patience_ends_only_without_workers(url: str) -> None:
@@ -278,7 +266,7 @@ def test_patience_ends_only_without_workers(url: str) -> None:
             assert isinstance(await waiting, Slot)
             await registry.withdraw("w")
 
-    run(url, story)
+    run_on_empty_store(url, story)
 
 
 def test_a_model_is_one_checkpoint_with_one_contract(url: str) -> None:
@@ -301,4 +289,4 @@ def test_a_model_is_one_checkpoint_with_one_contract(url: str) -> None:
             await registry.announce(worker("a|b"))
         await registry.withdraw("w")
 
-    run(url, story)
+    run_on_empty_store(url, story)

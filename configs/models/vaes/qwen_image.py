@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from configs.models.fields import ConfigFields
+from configs.models.vaes.statistics import latent_statistics
 
 _GIVEN_AREA = 1024 * 1024
 _GIVEN_MULTIPLE = 32
@@ -32,12 +33,7 @@ class AutoencoderKLQwenImageConfig:
         fields = ConfigFields(module, values)
         fields.only("input_channels", 3)
         z_dim = fields.integer("z_dim", 16)
-        mean, std = (fields.numbers(name, ()) for name in ("latents_mean", "latents_std"))
-        for name, constants in (("latents_mean", mean), ("latents_std", std)):
-            if len(constants) != z_dim:
-                raise fields.error(name, f"must have a number for each of the {z_dim} latent channels")
-        if not all(std):
-            raise fields.error("latents_std", "must not hold a 0")
+        mean, std = latent_statistics(fields, z_dim)
         return cls(
             z_dim=z_dim,
             spatial_factor=spatial_factor(fields),

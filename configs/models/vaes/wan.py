@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from configs.models.fields import ConfigFields
+from configs.models.vaes.statistics import latent_statistics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,12 +30,7 @@ class AutoencoderKLWanConfig:
         fields = ConfigFields(module, values)
         fields.only("is_residual", False)
         z_dim = fields.integer("z_dim", 16)
-        mean, std = (fields.numbers(name, _WAN_21[name]) for name in ("latents_mean", "latents_std"))
-        for name, constants in (("latents_mean", mean), ("latents_std", std)):
-            if len(constants) != z_dim:
-                raise fields.error(name, f"must have a number for each of the {z_dim} latent channels")
-        if not all(std):
-            raise fields.error("latents_std", "must not hold a 0")
+        mean, std = latent_statistics(fields, z_dim, _WAN_21)
         return cls(
             z_dim=z_dim,
             temporal_factor=fields.integer("scale_factor_temporal", 4),
