@@ -17,7 +17,7 @@ from common.pipeline import ServiceSpec
 from common.rpc.client import RemoteRunner, WorkerLost, open_channel
 from common.rpc.framing import Limits, Packet
 from common.stage import Call, Contract
-from common.state.slots import Slot, Slots
+from common.state.slots import Rank, Slot, Slots
 from common.state.workers import WorkerRegistry
 from services.coordinator.resume import RESUME_SLOT, Recovery, origin_of
 
@@ -98,14 +98,6 @@ class Workers:
     memory: ArtifactMemory
     attempts: int = 3
     patience_seconds: float | None = None
-
-
-@dataclass(frozen=True)
-class Rank:
-    """What decides a request's place in queues; `deadline_ms` since the epoch, 0 for none."""
-
-    priority: int = 0
-    deadline_ms: int = 0
 
 
 class WorkerRunner:
@@ -189,8 +181,7 @@ class WorkerRunner:
             self._model,
             self._spec.service,
             call.request_id,
-            priority=self._rank.priority,
-            deadline_ms=self._rank.deadline_ms,
+            self._rank,
             patience_seconds=self._workers.patience_seconds,
         )
 

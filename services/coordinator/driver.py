@@ -18,9 +18,10 @@ from common.stage import Call, Contract
 from common.state.leases import Inherited, Leases
 from common.state.records import ResultFile, State, StateValue, state_event
 from common.state.requests import Admission, Limits, RequestStore
+from common.state.slots import Rank
 from common.telemetry import REQUESTS, request_scope
 from fleet.v1 import artifacts_pb2, generation_pb2
-from services.coordinator.dispatch import Rank, WorkerRunner, Workers
+from services.coordinator.dispatch import WorkerRunner, Workers
 from services.coordinator.events import EventLog, EventWriter
 from services.coordinator.resume import Recovery
 
@@ -36,7 +37,10 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Submission:
-    """A validated request. `raw` results are kept in memory for the caller who waits, and never stored."""
+    """A validated request. `raw` results are kept in memory for the caller who waits, and never stored.
+
+    `costs` say how much it asks of each service; see services.coordinator.costs.
+    """
 
     record: generation_pb2.RequestRecord
     services: Sequence[ServiceSpec]
@@ -46,6 +50,7 @@ class Submission:
     raw: bool = False
     stored: bytes = field(default=b"", repr=False)
     """What another coordinator needs to run it."""
+    costs: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -123,6 +128,7 @@ class Driver:
                 idempotency_key=submission.idempotency_key,
                 submission=submission.stored,
                 limits=submission.limits,
+                costs=submission.costs,
             )
             if admission.replayed:
                 return admission, None
@@ -244,14 +250,18 @@ class Driver:
         if execution.seconds_left is not None:
             deadline = time.monotonic() + execution.seconds_left + _LATER_SECONDS
         call = Call(record.request_id, on_warning=events.warning, deadline=deadline)
-        rank = Rank(record.priority, record.deadline.ToMilliseconds() if record.HasField("deadline") else 0)
         begun = _Once(partial(events.add, state_event(State.REQUEST_STATE_RUNNING)))
         if record.state == State.REQUEST_STATE_RUNNING:
             begun = _Once(_nothing)
         runners = [
             _Reporting(
                 WorkerRunner(
-                    self._workers, record.model, spec, rank, recovery, partial(_begin, begun, events, spec, record)
+                    self._workers,
+                    record.model,
+                    spec,
+                    _rank(submission, spec.service),
+                    recovery,
+                    partial(_begin, begun, events, spec, record),
                 ),
                 spec.service,
                 events,
@@ -384,6 +394,13 @@ class _Once:
         function, self._function = self._function, None
         if function is not None:
             function()
+
+
+def _rank(submission: Submission, service: str) -> Rank:
+    """A request's place in the queue of a service."""
+    record = submission.record
+    due = record.deadline.ToMilliseconds() if record.HasField("deadline") else 0
+    return Rank(record.priority, due, record.caller, submission.costs.get(service, 1))
 
 
 def _begin(running: _Once, events: EventWriter, spec: ServiceSpec, record: generation_pb2.RequestRecord) -> None:
