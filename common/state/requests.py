@@ -215,6 +215,7 @@ class RequestStore:
         files: Sequence[ResultFile] = (),
         stored: bool = True,
         events: Sequence[generation_pb2.Event] = (),
+        steps_saved: int = 0,
         epoch: int = 1,
     ) -> list[generation_pb2.Event] | None:
         """End a request: `events` that are still to be told, its files, its state.
@@ -227,8 +228,9 @@ class RequestStore:
             error=error,
             files=[file.header for file in files],
             warnings=[event.warning for event in events if event.HasField("warning")],
+            steps_saved=steps_saved,
         )
-        last = state_event(state, error)
+        last = state_event(state, error, steps_saved=steps_saved)
         arguments: list[str | bytes | int] = [
             request_id,
             epoch,

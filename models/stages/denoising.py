@@ -15,6 +15,7 @@ from common.stage import Call, PipelineStage
 from configs.pipeline_configs.base import StandardPipelineConfig
 from models.contracts import DenoisingInput, DenoisingOutput
 from models.schedulers.solver import Solver, solver_class
+from models.stages.pacing import paced_steps
 
 Keywords = dict[str, Tensor | None]
 
@@ -42,8 +43,7 @@ class DenoisingStage(PipelineStage[DenoisingInput, DenoisingOutput]):
         start, latents = self._start(x, solver)
         latents = latents.to(device)
         told = time.monotonic()
-        for step in range(start, total):
-            call.check_cancelled()
+        for step in paced_steps(start, total, call, device):
             timestep = timesteps[step]
             prediction = self._predict(latents, condition, timestep, positive)
             if negative is not None:
@@ -54,7 +54,6 @@ class DenoisingStage(PipelineStage[DenoisingInput, DenoisingOutput]):
                 told = time.monotonic()
                 state = DenoiseState(step=step + 1, latents=self._artifact(latents, shape), solver=solver.state())
                 call.on_checkpoint(state)
-            call.progress(step + 1, total)
         return DenoisingOutput(denoised_latents=self._artifact(latents, shape))
 
     def _branches(self, x: DenoisingInput, shape: tuple[int, ...]) -> tuple[Keywords, Keywords | None]:
