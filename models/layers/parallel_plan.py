@@ -50,8 +50,14 @@ class ParallelPlan:
 
     def segments_of(self, path: str, size: int) -> tuple[int, ...]:
         """The segments of a module's dimension of this size. Raises ValueError where the ratios do not fit it."""
-        ratios = next((ratios for pattern, ratios in self.segments.items() if fnmatchcase(path, pattern)), (1,))
+        ratios = next((ratios for pattern, ratios in self.segments.items() if matches(path, pattern)), (1,))
         unit, rest = divmod(size, sum(ratios))
         if rest:
             raise ValueError(f"{path}: {size} cannot be cut into segments of {ratios}")
         return tuple(unit * ratio for ratio in ratios)
+
+
+def matches(path: str, pattern: str) -> bool:
+    """Whether the pattern is one of the path: a wildcard stands for one name, or a part of it, and for no dot."""
+    names, patterns = path.split("."), pattern.split(".")
+    return len(names) == len(patterns) and all(map(fnmatchcase, names, patterns))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from fnmatch import fnmatchcase
 from typing import Any, TypeVar
 
 import torch
@@ -18,7 +17,7 @@ from models.layers.attention import Attention
 from models.layers.collectives import gather_chunks
 from models.layers.mesh import Axis, WorkerMesh, get_sp_world_size
 from models.layers.norms import RMSNorm
-from models.layers.parallel_plan import Cut, Join, ParallelPlan
+from models.layers.parallel_plan import Cut, Join, ParallelPlan, matches
 from models.layers.shards import SequenceShards
 from models.layers.tensor_parallel import ColumnParallelLinear, ParallelRMSNorm, RowParallelLinear
 from models.layers.usp_attention import USPAttention
@@ -45,7 +44,7 @@ def parallelize(
 def matching(model: nn.Module, pattern: str, kind: type[M]) -> Iterator[tuple[str, M]]:
     """The modules whose path matches. Raises TypeError for one of another kind."""
     for path, module in list(model.named_modules()):
-        if fnmatchcase(path, pattern):
+        if matches(path, pattern):
             if not isinstance(module, kind):
                 raise TypeError(f"{path} is {type(module).__name__}, but the plan has it for {kind.__name__}")
             yield path, module
