@@ -94,8 +94,9 @@ class RankPool:
 
     def close(self) -> None:
         """Hang up, which ends the ranks."""
-        for each in (*self._answers, *self._connections):
-            each.close()
+        for answers, connection in zip(self._answers, self._connections, strict=True):
+            answers.close()
+            connection.close()
         try:
             self._process.wait(20)
         except subprocess.TimeoutExpired:
