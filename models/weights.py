@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from common.errors import CheckpointError
+from models.layers.linear import join_all_weights
 
 # The names that safetensors gives to the types that a weight may be stored in.
 _DTYPES = ("F64", "F32", "F16", "BF16")
@@ -102,6 +103,7 @@ def load_module(
         }
     module.load_state_dict(state, strict=True, assign=True)
     module.requires_grad_(False).eval()
+    join_all_weights(module)
 
 
 def _contains(name: str, parts: Sequence[str]) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from common.stage import Call, PipelineStage
 from configs.pipeline_configs.base import StandardPipelineConfig
 from models.contracts import DenoisingInput, DenoisingOutput
 from models.schedulers.solver import Solver, solver_class
+from models.stages.prediction import Branch, StepGraphs
 
 Keywords = dict[str, Tensor | None]
 
@@ -27,6 +28,7 @@ class DenoisingStage(PipelineStage[DenoisingInput, DenoisingOutput]):
         self._transformer = modules["transformer"]
         self._scheduler = modules["scheduler"]
         self._solver_class = solver_class(self._scheduler)
+        self._graphs = StepGraphs() if config.device.type == "cuda" else None
 
     @torch.inference_mode()
     def run(self, x: DenoisingInput, call: Call) -> DenoisingOutput:
@@ -34,22 +36,32 @@ class DenoisingStage(PipelineStage[DenoisingInput, DenoisingOutput]):
 
         Reports every step, ends within one when cancelled, and continues after resume_from.step to the same bytes.
         """
-        device, total = self._config.device, x.schedule.num_inference_steps
+        device = self._config.device
         shape = x.initial_latents.parts[self._config.latent_part].raw_latent_shape
-        positive, negative = self._branches(x, shape)
-        condition, timesteps = self._condition(x), x.schedule.timesteps.to(device)
+        timesteps = x.schedule.timesteps.to(device)
+        branches = [self._branch(keywords, timesteps, x.sampling) for keywords in self._keywords_of_branches(x, shape)]
+        try:
+            return self._loop(x, call, branches, timesteps, shape)
+        finally:
+            for branch in branches:
+                branch.close()
+
+    def _loop(
+        self, x: DenoisingInput, call: Call, branches: Sequence[Branch], timesteps: Tensor, shape: tuple[int, ...]
+    ) -> DenoisingOutput:
+        total, condition = x.schedule.num_inference_steps, self._condition(x)
         solver = self._solver_class(self._scheduler, x.schedule)
         start, latents = self._start(x, solver)
-        latents = latents.to(device)
+        latents = latents.to(self._config.device)
         told = time.monotonic()
         for step in range(start, total):
             call.check_cancelled()
-            timestep = timesteps[step]
-            prediction = self._predict(latents, condition, timestep, positive)
-            if negative is not None:
-                other = self._predict(latents, condition, timestep, negative)
-                prediction = self._config.guide(prediction, other, x.sampling)
-            latents = solver.step(prediction, timestep, latents)
+            given = self._config.model_input(latents, condition)
+            predictions = [self._config.model_output(branch.predict(given, step), latents) for branch in branches]
+            prediction = predictions[0]
+            if len(predictions) > 1:
+                prediction = self._config.guide(prediction, predictions[1], x.sampling)
+            latents = solver.step(prediction, timesteps[step], latents)
             if self._is_checkpoint(step + 1, total, told):
                 told = time.monotonic()
                 state = DenoiseState(step=step + 1, latents=self._artifact(latents, shape), solver=solver.state())
@@ -57,16 +69,24 @@ class DenoisingStage(PipelineStage[DenoisingInput, DenoisingOutput]):
             call.progress(step + 1, total)
         return DenoisingOutput(denoised_latents=self._artifact(latents, shape))
 
-    def _branches(self, x: DenoisingInput, shape: tuple[int, ...]) -> tuple[Keywords, Keywords | None]:
-        """The transformer's keywords besides latents and timestep, for both branches; batched and on the device."""
+    def _branch(self, keywords: Keywords, timesteps: Tensor, sampling: Sampling) -> Branch:
+        batched = timesteps[:, None].expand(-1, sampling.num_outputs_per_prompt)
+        prepared = self._transformer.prepare(self._config.model_timestep(batched), **keywords)
+        return Branch(self._transformer, prepared, self._graphs)
+
+    def _keywords_of_branches(self, x: DenoisingInput, shape: tuple[int, ...]) -> list[Keywords]:
+        """The transformer's keywords besides latents and timestep, batched and on the device: positive, then negative.
+
+        The negative branch is there only where the request needs it.
+        """
         embeds = merge_conditioning(x.text_conditioning, x.image_conditioning)
         given = None if x.image_latents is None else x.image_latents.parts["condition"].raw_latent_shape
         own = self._config.prepare_pos_cond_kwargs(embeds.prompt_embeds, shape, x.sampling, given)
         positive = self._keywords(embeds.prompt_embeds, own, x.sampling)
         if not embeds.negative_prompt_embeds:
-            return positive, None
+            return [positive]
         own = self._config.prepare_neg_cond_kwargs(embeds.negative_prompt_embeds, shape, x.sampling, given)
-        return positive, self._keywords(embeds.negative_prompt_embeds, own, x.sampling)
+        return [positive, self._keywords(embeds.negative_prompt_embeds, own, x.sampling)]
 
     def _keywords(self, embeds: Mapping[str, Tensor], own: Mapping[str, Tensor | None], sampling: Sampling) -> Keywords:
         device, batch = self._config.device, sampling.num_outputs_per_prompt
@@ -97,12 +117,6 @@ class DenoisingStage(PipelineStage[DenoisingInput, DenoisingOutput]):
             return None
         condition = x.image_latents.parts["condition"].latents.to(self._config.device)
         return condition.repeat_interleave(x.sampling.num_outputs_per_prompt, 0)
-
-    def _predict(self, latents: Tensor, condition: Tensor | None, timestep: Tensor, keywords: Keywords) -> Tensor:
-        model_timestep = self._config.model_timestep(timestep.expand(latents.shape[0]))
-        given = self._config.model_input(latents, condition)
-        prediction: Tensor = self._transformer(hidden_states=given, timestep=model_timestep, **keywords)
-        return self._config.model_output(prediction, latents)
 
     def _is_checkpoint(self, done: int, total: int, told: float) -> bool:
         """Whether to tell one after so many steps, the last one having been told at a time of the monotonic clock."""
