@@ -20,6 +20,7 @@ import torch
 from common.errors import CheckpointError, InvalidInput
 from common.stage import PipelineStage
 from configs.pipeline_configs.base import PipelineConfig
+from models.layers.attention import has_flash_attention_3
 from models.layers.mesh import Degrees, WorkerMesh
 from models.registry import resolve
 
@@ -202,6 +203,7 @@ def numerics_fingerprint(device: torch.device, dtype: torch.dtype, degrees: Degr
             f"cuda {torch.version.cuda}",
             f"cudnn {torch.backends.cudnn.version()}",  # type: ignore[no-untyped-call]
             f"tf32 {torch.backends.cuda.matmul.allow_tf32}",
+            f"flash attention 3 {has_flash_attention_3()}",
         ]
     else:
         facts += [torch.backends.cpu.get_cpu_capability(), f"threads {torch.get_num_threads()}"]

@@ -1,13 +1,31 @@
-"""The one entry point for attention; what runs behind it is chosen here."""
+"""The one entry point for attention. What runs behind it is chosen by a committed table, never by timing at run time.
+
+So workers of one kind agree bit for bit. The table is measured by tests/bench/attention.py.
+"""
 
 from __future__ import annotations
 
+import importlib.util
+from functools import lru_cache
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+Backend = Literal["sdpa", "cudnn", "flash_attn_3"]
+
+# Compute capability of Hopper, to the products of heads and tokens from which on FlashAttention-3 is faster than
+# cuDNN there. Measured on an H100 at head size 128 in bfloat16: 24 x 4,296 and 24 x 4,608 (650 and 694 against 549 and
+# 646 TFLOP/s), 12 x 32,760 (712 against 564), 6 x 32,760 (698 against 596); below, at 12 x 4,608 (529 against 555) and
+# 24 x 1,536 (165 against 297), it is slower.
+_FLASH_ATTENTION_3_FROM = {(9, 0): 90_000}
+
 _ATEN = torch.ops.aten
-HOPPER = (9, 0)
+
+_CUDNN_CAPABILITIES = ((9, 0),)
+_LARGEST_HEAD = 128
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -15,7 +33,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
 
     `mask` broadcasts to (batch, heads, query tokens, key tokens): True attends, or a float that is added to the scores.
     """
+    backend = _backend_for(q, k, mask)
+    if backend == "flash_attn_3":
+        return _flash_attention_3(q, k, v)
     q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
+    if backend == "cudnn":
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            return scaled_dot_product_attention(q, k, v).transpose(1, 2)
     return scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
 
 
@@ -23,15 +47,17 @@ def attention_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]
     """attention() over some of the keys, and what it takes to merge it with that over others.
 
     The second result is the logarithm of the sum of the exponentials of each query's scores, float32 (batch, tokens,
-    heads). There must be at least one query and one key.
+    heads). There must be at least one query and one key. The kernels are those of PyTorch that tell the logarithm.
     """
+    wide = q.dtype == torch.float32
+    is_cudnn = q.is_cuda and not wide and torch.cuda.get_device_capability(q.device) in _CUDNN_CAPABILITIES
     q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
-    if q.device.type == "cpu":
+    if not q.is_cuda:
         out, lse = _ATEN._scaled_dot_product_flash_attention_for_cpu(q, k, v)
-    elif q.dtype == torch.float32:
-        out, lse = _ATEN._scaled_dot_product_efficient_attention(q, k, v, None, True)[:2]
-    elif torch.cuda.get_device_capability(q.device) >= HOPPER:
+    elif is_cudnn:
         out, lse = _ATEN._scaled_dot_product_cudnn_attention(q, k, v, None, True)[:2]
+    elif wide:
+        out, lse = _ATEN._scaled_dot_product_efficient_attention(q, k, v, None, True)[:2]
     else:
         out, lse = _ATEN._scaled_dot_product_flash_attention(q, k, v)[:2]
     # Some kernels give a last dimension of 1, or more rows than there are queries.
@@ -39,8 +65,45 @@ def attention_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]
     return out.transpose(1, 2), lse.transpose(1, 2)
 
 
+def _backend_for(q: Tensor, k: Tensor, mask: Tensor | None) -> Backend:
+    if not q.is_cuda or mask is not None:
+        return "sdpa"
+    batch, tokens, heads, head_size = q.shape
+    work = batch * heads * min(tokens, k.shape[1])
+    return choose_backend(torch.cuda.get_device_capability(q.device), q.dtype, work, head_size, has_flash_attention_3())
+
+
+def choose_backend(
+    capability: tuple[int, int], dtype: torch.dtype, work: int, head_size: int, has_flash_attention_3: bool
+) -> Backend:
+    """What the table names for attention without a mask on a GPU; "sdpa" leaves the choice to PyTorch.
+
+    `work` is the number of rows of scores, or of their columns where these are fewer: batch * heads * tokens.
+    """
+    if dtype != torch.bfloat16 or head_size % 8 or head_size > _LARGEST_HEAD:
+        return "sdpa"
+    least = _FLASH_ATTENTION_3_FROM.get(capability)
+    if least is not None and work >= least and has_flash_attention_3:
+        return "flash_attn_3"
+    return "cudnn" if capability in _CUDNN_CAPABILITIES else "sdpa"
+
+
+@lru_cache(maxsize=1)
+def has_flash_attention_3() -> bool:
+    """Whether the package is installed. It is part of the numerics fingerprint: workers with and without it differ."""
+    return importlib.util.find_spec("fa3_fwd_interface") is not None
+
+
+def _flash_attention_3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    # An optional package for GPUs.
+    import fa3_fwd_interface
+
+    result: Tensor = fa3_fwd_interface.flash_attn_func(q, k, v)
+    return result
+
+
 class Attention(nn.Module):
-    """attention() as a module, so that a parallel form can take its place. It has no parameters."""
+    """attention() as a module, so that a parallel form can take its place in a model."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """(batch, tokens, heads, head size) each."""

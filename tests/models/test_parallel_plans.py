@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -61,9 +62,12 @@ def test_a_plan_names_nothing_that_is_not_there(
     plan: ParallelPlan, kind: type[nn.Module], configs: tuple[Any, ...]
 ) -> None:
     paths = {path for config in configs for path, _ in on_meta(kind, config).named_modules()}
-    cut = [*(cut.module for cut in plan.cuts), *(join.module for join in plan.joins)]
-    for pattern in (*plan.column, *plan.row, *plan.gathered, *plan.norms, *plan.segments, *plan.attention, *cut):
+    for pattern in (*plan.column, *plan.row, *plan.gathered, *plan.norms, *plan.segments, *plan.attention):
         assert any(matches(path, pattern) for path in paths), pattern
+    for cut in plan.cuts:
+        assert cut.argument in inspect.signature(getattr(kind, cut.method)).parameters, cut
+    assert plan.join.stream in {cut.stream for cut in plan.cuts}
+    assert callable(getattr(kind, plan.join.method))
 
 
 @EVERY_PLAN
@@ -82,7 +86,9 @@ def test_no_matrix_of_a_block_is_whole_on_every_rank(
 
 
 @EVERY_PLAN
-def test_chunks_are_of_what_forward_takes(plan: ParallelPlan, kind: type[nn.Module], configs: tuple[Any, ...]) -> None:
+def test_attention_is_replaced_where_the_plan_says(
+    plan: ParallelPlan, kind: type[nn.Module], configs: tuple[Any, ...]
+) -> None:
     """Without tp no weight is cut, and attention is replaced everywhere that the plan says."""
     model = on_meta(kind, configs[0])
     parallelize(model, plan, rank_of(Degrees(ulysses=2, ring=3)), heads=configs[0].num_attention_heads)
