@@ -21,13 +21,13 @@ def milliseconds(run: Callable[[], object], *, calls: int = 5, rounds: int = 1) 
     """Median time of a call on CUDA, by its own clock: `calls` follow on each other without waiting in a round."""
     spent = []
     for _ in range(rounds):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         begin.record()
         for _ in range(calls):
             run()
         end.record()
         end.synchronize()
-        spent.append(begin.elapsed_time(end) / calls)
+        spent.append(float(begin.elapsed_time(end)) / calls)
     return statistics.median(spent)
 
 
