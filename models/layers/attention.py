@@ -35,7 +35,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
     """
     backend = _backend_for(q, k, mask)
     if backend == "flash_attn_3":
-        return _flash_attention_3(q, k, v)
+        return flash_attention_3(q, k, v)
     q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
     if backend == "cudnn":
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
@@ -94,7 +94,8 @@ def has_flash_attention_3() -> bool:
     return importlib.util.find_spec("fa3_fwd_interface") is not None
 
 
-def _flash_attention_3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def flash_attention_3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """attention() without a mask, by the kernels of FlashAttention-3. Raises ImportError where these are not there."""
     # An optional package for GPUs.
     import fa3_fwd_interface
 

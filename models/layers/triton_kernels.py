@@ -177,3 +177,32 @@ def beside_gelu(x: Tensor, hidden: Tensor) -> Tensor:
     grid = (batch * tokens, triton.cdiv(width, block))
     _beside_gelu_kernel[grid](x, hidden, out, size, hidden.shape[-1], BLOCK=block, num_warps=8)
     return out
+
+
+@triton.jit
+def _channel_norm_silu_kernel(
+    x_ptr, weight_ptr, out_ptr, pixels, channels, root, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    channel = tl.arange(0, BLOCK)[None, :]
+    mask = (row < pixels) & (channel < channels)
+    at = row * channels + channel
+    x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + channel, mask=channel < channels, other=0.0).to(tl.float32)
+    length = tl.maximum(tl.sqrt(tl.sum(x * x, axis=1)), 1e-12)[:, None]
+    normed = x / length * root * weight
+    tl.store(out_ptr + at, (normed * tl.sigmoid(normed)).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def channel_norm_silu(frame: Tensor, weight: Tensor) -> Tensor:
+    """frame (1, C, H, W) with channels adjacent: divided by its pixels' root mean squares, times weight (C), SiLU."""
+    frame = frame.contiguous(memory_format=torch.channels_last)
+    out = torch.empty_like(frame)
+    channels = frame.shape[1]
+    pixels = frame.numel() // channels
+    block = triton.next_power_of_2(channels)
+    rows = max(1, 4096 // block)
+    _channel_norm_silu_kernel[(triton.cdiv(pixels, rows),)](
+        frame, weight, out, pixels, channels, channels**0.5, ROWS=rows, BLOCK=block, num_warps=8
+    )
+    return out

@@ -18,7 +18,7 @@ from typing import Any
 
 import diffusers
 import torch
-from bench_device import empty, now
+from bench_device import empty, milliseconds, now
 from bench_report import median, print_machine, print_table, say
 from torch import Tensor, nn
 
@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--scale", default="full", choices=("full", "tiny"))
     parser.add_argument("--work", nargs="*", default=list(WORKS), choices=tuple(WORKS))
-    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--repeats", type=int, default=5, help="rounds of five steps")
     parser.add_argument("--compile", action="store_true", help="time Diffusers compiled by repeated blocks, too")
     parser.add_argument("--profile", type=Path, help="folder for a table of our kernels' times")
     args = parser.parse_args()
@@ -146,16 +146,17 @@ def on(device: torch.device, given: Inputs) -> Inputs:
 def float32_prediction(model: Any, inputs: Inputs) -> Tensor:
     """The reference's prediction in float32. Each module that has weights is widened only while it runs."""
     handles = []
-    dtypes: dict[nn.Module, dict[str, torch.dtype]] = {}
+    kept: dict[nn.Module, dict[str, Tensor]] = {}
 
     def widen(module: nn.Module, _: object) -> None:
-        dtypes[module] = {name: value.dtype for name, value in module.named_parameters(recurse=False)}
+        kept[module] = {name: value.data for name, value in module.named_parameters(recurse=False)}
         for value in module.parameters(recurse=False):
             value.data = value.data.float()
 
     def narrow(module: nn.Module, *_: object) -> None:
         for name, value in module.named_parameters(recurse=False):
-            value.data = value.data.to(dtypes[module][name])
+            value.data = kept[module][name]
+        del kept[module]
 
     for module in model.modules():
         if next(module.parameters(recurse=False), None) is not None:
@@ -195,14 +196,14 @@ def peak_beside(run: Callable[[], object], device: torch.device) -> float:
 
 
 def in_turns(sides: Mapping[str, Callable[[], object]], device: torch.device, repeats: int) -> dict[str, list[float]]:
-    """Milliseconds of each side's calls: rounds of five, one side after the other."""
+    """Milliseconds of each side's calls: one round after the other, the sides in turn."""
     spent: dict[str, list[float]] = {name: [] for name in sides}
     for run in sides.values():
         for _ in range(3):
             run()
-    while min(map(len, spent.values())) < repeats:
+    for _ in range(repeats):
         for name, run in sides.items():
-            spent[name] += [1e3 * timed(run, device) for _ in range(5)]
+            spent[name].append(milliseconds(run) if device.type == "cuda" else 1e3 * timed(run, device))
     return spent
 
 
