@@ -102,6 +102,25 @@ def test_attention_is_replaced_where_the_plan_says(
     assert len({module.shards for module in model.modules() if isinstance(module, USPAttention)}) == 1
 
 
+def test_graphs_of_requests_with_chunks_of_equal_size_are_told_apart(dev: Pair) -> None:
+    """Of 13 and of 14 tokens the first of two ranks has 7; the other one does not, and both capture collectives."""
+    config = replace(FluxPipelineConfig.from_checkpoint(dev.ours.model.checkpoint), mesh=rank_of(Degrees(ulysses=2)))
+    transformer = load_module(dev.ours.model.checkpoint, "transformer", config)
+    shapes = []
+    for tokens in (13, 14):
+        prepared = transformer.prepare(
+            torch.ones(1, 1),
+            encoder_hidden_states=torch.zeros(1, tokens, 32),
+            pooled_projections=torch.zeros(1, 24),
+            guidance=torch.ones(1),
+            img_ids=torch.zeros(35, 3),
+            txt_ids=torch.zeros(tokens, 3),
+        )
+        shapes.append({name: tuple(value.shape) for name, value in prepared.constants.items()})
+    assert shapes[0]["text_BTD"] == shapes[1]["text_BTD"] == (1, 7, 64)
+    assert [each["text_length"] for each in shapes] == [(13, 0), (14, 0)]
+
+
 def test_a_plan_for_something_else_is_refused() -> None:
     model = on_meta(FluxTransformer2DModel, FluxTransformerConfig(num_layers=1, num_single_layers=1))
     plan = replace(FLUX_PLAN, column=("transformer_blocks.*.attn",))
