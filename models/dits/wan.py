@@ -20,17 +20,20 @@ from torch.nn.functional import gelu, layer_norm, silu
 
 from configs.models.dits.wan import WanTransformerConfig
 from models.dits.base import DiffusionTransformer, Prepared
+from models.dits.wan_plan import WAN_PLAN
 from models.layers.attention import Attention, attention
 from models.layers.embeddings import EmbeddingMLP, sinusoidal_embedding
 from models.layers.feed_forward import FeedForward
 from models.layers.linear import JoinedLinear, JoinsWeights, Linear, project
 from models.layers.norms import LayerNormScaleShift, Residual, RMSNorm, Streams
+from models.layers.parallelize import parallelize
 from models.layers.qk_norm import QKNorms, apply_qk_norm, split_heads
 from models.layers.rotary import Rotation, rotary_embedding
 from models.weights import load_module
 
 if TYPE_CHECKING:
     from common.checkpoint import Checkpoint
+    from models.layers.mesh import WorkerMesh
 
 FLOAT32_PARAMETERS = ("time_embedder", "scale_shift_table", "norm1", "norm2", "norm3")
 """Parts of parameter names that stay in float32 whatever the model's type, as Diffusers keeps them."""
@@ -298,12 +301,12 @@ class WanTransformer3DModel(DiffusionTransformer):
         grid = tuple(size // patch for size, patch in zip(hidden_states.shape[2:], self.patch_size, strict=True))
         rotation = _rotation(grid, self.axes_dims, hidden_states.device)
         x_BSD = self.patch_embedding(hidden_states).flatten(2).transpose(1, 2).contiguous()
-        return self._unpatchify(self.proj_out(self.tokens(x_BSD, modulation, text_kv, image_kv, *rotation)), grid)
+        return self._unpatchify(self.tokens(x_BSD, modulation, text_kv, image_kv, *rotation), grid)
 
     def tokens(
         self, x_BSD: Tensor, modulation: Tensor, text_kv: Tensor, image_kv: Tensor | None, cos: Tensor, sin: Tensor
     ) -> Tensor:
-        """All blocks and the last norm, on the tokens of patches (B, S, D)."""
+        """All blocks, the last norm and the projection, from the tokens of patches (B, S, D) to those of the result."""
         residual, rotation = Residual(x_BSD), Rotation(cos, sin)
         for index, block in enumerate(self._blocks()):
             own = modulation[:, 6 * index : 6 * index + 6]
@@ -311,7 +314,8 @@ class WanTransformer3DModel(DiffusionTransformer):
             residual = block(residual, own, text_kv[index], image, rotation)
         shift, scale = (Streams.same(each) for each in modulation[:, -2:].unbind(1))
         _, normed = self.final_norm.after(residual, scale, shift)
-        return normed
+        patches: Tensor = self.proj_out(normed)
+        return patches
 
     def _blocks(self) -> Iterator[WanTransformerBlock]:
         for block in self.blocks:
@@ -332,12 +336,16 @@ def _rotation(grid: tuple[int, ...], axes_dims: tuple[int, ...], device: torch.d
 
 
 def load_wan_transformer(
-    checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype
+    checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype, mesh: WorkerMesh | None = None
 ) -> WanTransformer3DModel:
-    """Build the DiT of the module's config.json and read its weights. Raises CheckpointError."""
+    """Build the DiT of the module's config.json, or this rank's part of it, and read its weights.
+
+    Raises CheckpointError, and InvalidInput for a mesh whose degrees do not divide the model.
+    """
     config = WanTransformerConfig.from_dict(name, checkpoint.module_config(name))
     with torch.device("meta"):
         model = WanTransformer3DModel(config)
+    parallelize(model, WAN_PLAN, mesh, heads=config.num_attention_heads, feed_forward=config.ffn_dim)
     files = checkpoint.weight_files(name)
     load_module(model, name, files, device, dtype, keep_float32=FLOAT32_PARAMETERS, unused=UNUSED_PARAMETERS)
     return model

@@ -22,6 +22,8 @@ Backend = Literal["sdpa", "cudnn", "flash_attn_3"]
 # 24 x 1,536 (165 against 297), it is slower.
 _FLASH_ATTENTION_3_FROM = {(9, 0): 90_000}
 
+_ATEN = torch.ops.aten
+
 _CUDNN_CAPABILITIES = ((9, 0),)
 _LARGEST_HEAD = 128
 
@@ -39,6 +41,28 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
             return scaled_dot_product_attention(q, k, v).transpose(1, 2)
     return scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+
+
+def attention_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """attention() over some of the keys, and what it takes to merge it with that over others.
+
+    The second result is the logarithm of the sum of the exponentials of each query's scores, float32 (batch, tokens,
+    heads). There must be at least one query and one key. The kernels are those of PyTorch that tell the logarithm.
+    """
+    wide = q.dtype == torch.float32
+    is_cudnn = q.is_cuda and not wide and torch.cuda.get_device_capability(q.device) in _CUDNN_CAPABILITIES
+    q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
+    if not q.is_cuda:
+        out, lse = _ATEN._scaled_dot_product_flash_attention_for_cpu(q, k, v)
+    elif is_cudnn:
+        out, lse = _ATEN._scaled_dot_product_cudnn_attention(q, k, v, None, True)[:2]
+    elif wide:
+        out, lse = _ATEN._scaled_dot_product_efficient_attention(q, k, v, None, True)[:2]
+    else:
+        out, lse = _ATEN._scaled_dot_product_flash_attention(q, k, v)[:2]
+    # Some kernels give a last dimension of 1, or more rows than there are queries.
+    lse = lse.reshape(*lse.shape[:2], -1)[:, :, : q.shape[2]]
+    return out.transpose(1, 2), lse.transpose(1, 2)
 
 
 def _backend_for(q: Tensor, k: Tensor, mask: Tensor | None) -> Backend:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from contextlib import closing
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,8 +16,9 @@ from common.errors import InvalidInput
 from common.stage import Call, PipelineStage
 from configs.pipeline_configs.base import StandardPipelineConfig
 from models.contracts import DenoisingInput, DenoisingOutput
+from models.layers.mesh import Axis
 from models.schedulers.solver import Solver, solver_class
-from models.stages.prediction import Branch, StepGraphs
+from models.stages.prediction import Branch, Branches, StepGraphs
 
 Keywords = dict[str, Tensor | None]
 
@@ -29,25 +32,26 @@ class DenoisingStage(PipelineStage[DenoisingInput, DenoisingOutput]):
         self._scheduler = modules["scheduler"]
         self._solver_class = solver_class(self._scheduler)
         self._graphs = StepGraphs() if config.device.type == "cuda" else None
+        self._cfg = Axis() if config.mesh is None else config.mesh.axis("cfg")
 
     @torch.inference_mode()
     def run(self, x: DenoisingInput, call: Call) -> DenoisingOutput:
         """Denoise all outputs as one batch.
 
-        Reports every step, ends within one when cancelled, and continues after resume_from.step to the same bytes.
+        Reports every step, ends within one when cancelled, and continues after resume_from.step to the same bytes. In a
+        worker group all ranks run it together, on equal inputs, and get equal outputs.
         """
         device = self._config.device
         shape = x.initial_latents.parts[self._config.latent_part].raw_latent_shape
         timesteps = x.schedule.timesteps.to(device)
-        branches = [self._branch(keywords, timesteps, x.sampling) for keywords in self._keywords_of_branches(x, shape)]
-        try:
+        prepare = [
+            partial(self._branch, keywords, timesteps, x.sampling) for keywords in self._keywords_of_branches(x, shape)
+        ]
+        with closing(Branches(prepare, self._cfg)) as branches:
             return self._loop(x, call, branches, timesteps, shape)
-        finally:
-            for branch in branches:
-                branch.close()
 
     def _loop(
-        self, x: DenoisingInput, call: Call, branches: Sequence[Branch], timesteps: Tensor, shape: tuple[int, ...]
+        self, x: DenoisingInput, call: Call, branches: Branches, timesteps: Tensor, shape: tuple[int, ...]
     ) -> DenoisingOutput:
         total, condition = x.schedule.num_inference_steps, self._condition(x)
         solver = self._solver_class(self._scheduler, x.schedule)
@@ -57,10 +61,10 @@ class DenoisingStage(PipelineStage[DenoisingInput, DenoisingOutput]):
         for step in range(start, total):
             call.check_cancelled()
             given = self._config.model_input(latents, condition)
-            predictions = [self._config.model_output(branch.predict(given, step), latents) for branch in branches]
-            prediction = predictions[0]
-            if len(predictions) > 1:
-                prediction = self._config.guide(prediction, predictions[1], x.sampling)
+            output = partial(self._config.model_output, latents=latents)
+            prediction, *negative = branches.predict(given, step, output)
+            if negative:
+                prediction = self._config.guide(prediction, negative[0], x.sampling)
             latents = solver.step(prediction, timesteps[step], latents)
             if self._is_checkpoint(step + 1, total, told):
                 told = time.monotonic()

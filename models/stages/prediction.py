@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from models.dits.base import DiffusionTransformer, Prepared
+from models.layers.collectives import all_gather
+from models.layers.mesh import Axis
 
 MOST_GRAPHS = 8
 
@@ -44,6 +46,29 @@ class Branch:
         if self._graphs is not None and self._graph is not None:
             self._graphs.give_back(self._graph)
             self._graph = None
+
+
+class Branches:
+    """The branches of a request, positive first, and what they predict together.
+
+    Two ranks on the cfg axis take one each and exchange what they predict, which changes no bit: the branches are never
+    one batch. Where there is no negative branch there is nothing to share out: both ranks predict the same.
+    """
+
+    def __init__(self, prepare: Sequence[Callable[[], Branch]], cfg: Axis) -> None:
+        self._exchanging = cfg.size > 1 and len(prepare) > 1
+        self._cfg = cfg
+        self._branches = [make() for make in ((prepare[cfg.index],) if self._exchanging else prepare)]
+
+    def predict(self, hidden_states: Tensor, step: int, output: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        """The predictions of all branches, through `output`."""
+        own = [output(branch.predict(hidden_states, step)) for branch in self._branches]
+        return list(all_gather(own[0], self._cfg).unbind()) if self._exchanging else own
+
+    def close(self) -> None:
+        """Give the branches' graphs back."""
+        for branch in self._branches:
+            branch.close()
 
 
 class StepGraph:
