@@ -24,9 +24,6 @@ class USPAttention(Attention):
     Within a ulysses group every rank gets all tokens of the group for some of the heads, and attends; the groups' keys
     and values travel around the ring meanwhile. Keys have no order, so that a rank's tokens may be chunks of several
     streams. Chunks may have any lengths, 0 too: nothing is padded. All ranks must call it together.
-
-    `forward` does it in one call. To overlap the all-to-all with other work, `start` each of q, k and v as soon as it
-    is made, and `finish` the three.
     """
 
     def __init__(self, mesh: WorkerMesh, shards: SequenceShards) -> None:
@@ -34,10 +31,6 @@ class USPAttention(Attention):
         self.ulysses = mesh.axis("ulysses")
         self.ring = mesh.axis("ring")
         self.shards = shards
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """(B, L, H, K) each."""
-        return self.finish(self.start(q), self.start(k), self.start(v))
 
     def start(self, x: Tensor) -> Tensor:
         """Send queries, keys or values (B, L, H, K) on their way. Only `finish` can read the result."""
