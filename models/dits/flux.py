@@ -101,9 +101,10 @@ class FluxSingleTransformerBlock(nn.Module):
         """The next residual; takes its modulations from `parts`."""
         shift, scale, gate = (Streams.same(part) for part in islice(parts, 3))
         x_BSD, normed = self.layer_norm.after(residual, scale, shift, boundary)
-        attended = self.attn(normed, rotation)
-        hidden = beside_gelu(attended, self.proj_mlp(normed))
-        return Residual(x_BSD, self.proj_out(hidden), gate)
+        started = self.attn.start(normed, rotation)
+        hidden = self.proj_mlp(normed)
+        both = beside_gelu(self.attn.finish(started), hidden)
+        return Residual(x_BSD, self.proj_out(both), gate)
 
 
 class FluxTransformer2DModel(DiffusionTransformer):

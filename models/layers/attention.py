@@ -104,8 +104,20 @@ def flash_attention_3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """attention() as a module, so that a parallel form can take its place in a model."""
+    """attention() as a module, so that a parallel form can take its place in a model.
+
+    A parallel form sends tensors to other ranks: a model that has something else to compute meanwhile starts queries,
+    keys and values as soon as each is made, and finishes later.
+    """
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """(batch, tokens, heads, head size) each."""
+        return self.finish(self.start(q), self.start(k), self.start(v))
+
+    def start(self, x: Tensor) -> Tensor:
+        """Queries, keys or values, on their way; only finish() can read them."""
+        return x
+
+    def finish(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attend to what was started."""
         return attention(q, k, v)

@@ -19,6 +19,9 @@ from models.layers.norms import LayerNormScaleShift, Residual, RMSNorm, Streams
 from models.layers.qk_norm import QKNorms, apply_qk_norm, split_heads
 from models.layers.rotary import Rotation
 
+Started = tuple[Tensor, Tensor, Tensor]
+"""Queries, keys and values that attention was started with."""
+
 
 class StreamAttention(JoinsWeights):
     """Attention over one stream, with normalised queries and keys. The block projects the result."""
@@ -42,19 +45,23 @@ class StreamAttention(JoinsWeights):
         """Write queries, keys and values side by side into qkv (B, S, 3 * D of this rank)."""
         project(x_BSD, qkv, self.joined, (self.to_q, self.to_k, self.to_v))
 
-    def attend(self, qkv: Tensor, rotation: Rotation, boundary: int = 0) -> Tensor:
-        """Normalise and turn queries and keys, in place, and attend: (B, S, D)."""
-        width = qkv.shape[-1] // 3
-        apply_qk_norm(qkv[..., : 2 * width], self._norms(), rotation, boundary)
-        q, k, v = (split_heads(part, self.head_size) for part in qkv.chunk(3, dim=-1))
-        attended: Tensor = self.inner(q, k, v).flatten(2)
-        return attended
-
-    def forward(self, x_BSD: Tensor, rotation: Rotation) -> Tensor:
-        """Self-attention."""
+    def start(self, x_BSD: Tensor, rotation: Rotation) -> Started:
+        """Begin self-attention: whatever is computed before finish() overlaps with what ranks send each other."""
         qkv = x_BSD.new_empty(*x_BSD.shape[:2], 3 * self.to_q.weight.shape[0])
         self.project(x_BSD, qkv)
-        return self.attend(qkv, rotation)
+        return self._start(qkv, rotation)
+
+    def finish(self, started: Started) -> Tensor:
+        """(B, S, D of this rank)."""
+        attended: Tensor = self.inner.finish(*started)
+        return attended.flatten(2)
+
+    def _start(self, qkv: Tensor, rotation: Rotation, boundary: int = 0) -> Started:
+        """Normalise and turn queries and keys, in place; values are on their way before that."""
+        q, k, v = (split_heads(part, self.head_size) for part in qkv.chunk(3, dim=-1))
+        values = self.inner.start(v)
+        apply_qk_norm(qkv[..., : 2 * qkv.shape[-1] // 3], self._norms(), rotation, boundary)
+        return self.inner.start(q), self.inner.start(k), values
 
     def _norms(self) -> QKNorms:
         norms = (self.norm_q, self.norm_k)
@@ -86,7 +93,7 @@ class JointAttention(StreamAttention):
         added = (self.add_q_proj, self.add_k_proj, self.add_v_proj)
         project(x_BSD[:, :boundary], qkv[:, :boundary], self.added, added)
         self.project(x_BSD[:, boundary:], qkv[:, boundary:])
-        attended = self.attend(qkv, rotation, boundary)
+        attended = self.finish(self._start(qkv, rotation, boundary))
         result = x_BSD.new_empty(x_BSD.shape)
         self.to_add_out.into(attended[:, :boundary], result[:, :boundary])
         out = self.to_out[0]

@@ -24,9 +24,6 @@ class USPAttention(Attention):
     Within a ulysses group every rank gets all tokens of the group for some of the heads, and attends; the groups' keys
     and values travel around the ring meanwhile. Keys have no order, so that a rank's tokens may be chunks of several
     streams. Chunks may have any lengths, 0 too: nothing is padded. All ranks must call it together.
-
-    `forward` does it in one call, with queries, keys and values in one message. To overlap the all-to-all with other
-    work, `start` each of them as soon as it is made, and `finish` the three.
     """
 
     def __init__(self, mesh: WorkerMesh, shards: SequenceShards) -> None:
@@ -34,13 +31,6 @@ class USPAttention(Attention):
         self.ulysses = mesh.axis("ulysses")
         self.ring = mesh.axis("ring")
         self.shards = shards
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """(B, L, H, K) each."""
-        if self.ulysses.size == 1:
-            return self._attend(q, k, v)
-        arrived = wait(self.start(torch.cat((q, k, v), dim=-1))).transpose(0, 1)
-        return self._give_back(self._attend(*arrived.chunk(3, dim=-1)))
 
     def start(self, x: Tensor) -> Tensor:
         """Send queries, keys or values (B, L, H, K) on their way. Only `finish` can read the result."""
@@ -55,14 +45,11 @@ class USPAttention(Attention):
         """Attend to what `start` sent; (B, L, H, K)."""
         if self.ulysses.size == 1:
             return self._attend(q, k, v)
-        return self._give_back(self._attend(*(wait(each).transpose(0, 1) for each in (q, k, v))))
-
-    def _give_back(self, attended: Tensor) -> Tensor:
-        """All tokens of the group for some heads (B, R, heads, K) to this rank's tokens for all (B, L, H, K)."""
+        attended = self._attend(*(wait(each).transpose(0, 1) for each in (q, k, v)))
         tokens, ranks = self.shards.sizes[self.shards.index], self.ulysses.size
-        sent = self._group(self.ring.index)
-        x_LBHK = wait(start_all_to_all(attended.transpose(0, 1), sent, [tokens] * ranks, self.ulysses))
-        return x_LBHK.view(ranks, tokens, *x_LBHK.shape[1:]).permute(2, 1, 0, 3, 4).flatten(2, 3)
+        back = start_all_to_all(attended.transpose(0, 1), self._group(self.ring.index), [tokens] * ranks, self.ulysses)
+        x_ULBHK = wait(back).view(ranks, tokens, *back.shape[1:])
+        return x_ULBHK.permute(2, 1, 0, 3, 4).flatten(2, 3)
 
     def _group(self, ring: int) -> list[int]:
         """Tokens of each rank of the ulysses group that has this place on the ring."""

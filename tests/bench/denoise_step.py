@@ -27,9 +27,16 @@ from configs.models.dits.qwen_image import QwenImageTransformerConfig
 from configs.models.dits.wan import WanTransformerConfig
 from models.dits.base import DiffusionTransformer
 from models.dits.flux import FluxTransformer2DModel
+from models.dits.flux_plan import FLUX_PLAN
 from models.dits.qwen_image import QwenImageTransformer2DModel
+from models.dits.qwen_image_plan import QWEN_IMAGE_PLAN
 from models.dits.wan import FLOAT32_PARAMETERS, WanTransformer3DModel
+from models.dits.wan_plan import WAN_PLAN
 from models.layers.linear import join_all_weights
+from models.layers.mesh import WorkerMesh
+from models.layers.parallel_plan import ParallelPlan
+from models.layers.parallelize import parallelize
+from models.layers.shards import parameter_shards
 from models.stages.prediction import Branch, StepGraphs
 
 STEPS = 28
@@ -45,6 +52,7 @@ class Work:
     sizes: Mapping[str, Any]
     ours: Callable[[Any], DiffusionTransformer]
     inputs: Callable[[bool], tuple[Inputs, Inputs]]
+    plan: ParallelPlan
     goal_ms: float
 
 
@@ -130,11 +138,14 @@ def build_reference(work: Work, device: torch.device, *, tiny: bool) -> Any:
     return model.requires_grad_(False).eval()
 
 
-def same_weights(work: Work, theirs: Any) -> DiffusionTransformer:
-    """Our model over the reference's own tensors."""
+def same_weights(work: Work, theirs: Any, mesh: WorkerMesh | None = None) -> DiffusionTransformer:
+    """Our model, or this rank's part of it, over the reference's own tensors."""
     with torch.device("meta"):
         ours = work.ours(dict(theirs.config))
-    ours.load_state_dict(theirs.state_dict(), strict=True, assign=True)
+    parallelize(ours, work.plan, mesh, heads=theirs.config.num_attention_heads)
+    shards = parameter_shards(ours)
+    state = {name: shards[name].cut(value) if name in shards else value for name, value in theirs.state_dict().items()}
+    ours.load_state_dict(state, strict=True, assign=True)
     return ours.requires_grad_(False).eval()
 
 
@@ -267,6 +278,7 @@ WORKS = {
         {"guidance_embeds": True},
         lambda config: FluxTransformer2DModel(FluxTransformerConfig.from_dict("transformer", config)),
         _flux_inputs,
+        FLUX_PLAN,
         112,
     ),
     "wan": Work(
@@ -275,6 +287,7 @@ WORKS = {
         {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30, "text_dim": 4096},
         lambda config: WanTransformer3DModel(WanTransformerConfig.from_dict("transformer", config)),
         _wan_inputs,
+        WAN_PLAN,
         440,
     ),
     "qwen": Work(
@@ -283,6 +296,7 @@ WORKS = {
         {"in_channels": 64, "out_channels": 16},
         lambda config: QwenImageTransformer2DModel(QwenImageTransformerConfig.from_dict("transformer", config)),
         _qwen_inputs,
+        QWEN_IMAGE_PLAN,
         115,
     ),
 }

@@ -26,7 +26,7 @@ from models.registry import load_registry, resolve
 from rank_calls import denoise, forward, rank_file
 from rank_pool import RankPool
 from tiny_flux import LATENT_CHANNELS, build_tiny_flux
-from tiny_qwen_image import build_tiny_qwen_image
+from tiny_qwen_image import build_tiny_qwen_image, build_tiny_qwen_image_edit
 from tiny_wan import build_tiny_wan, build_tiny_wan_i2v
 
 CPU = torch.device("cpu")
@@ -36,14 +36,17 @@ STEPS = 4
 LAYOUTS = [
     Degrees(tp, ulysses, ring, cfg)
     for tp, ulysses, ring, cfg in product((1, 2, 4), (1, 2, 4), (1, 2, 4), (1, 2))
-    if 1 < tp * ulysses * ring * cfg <= 4
+    if tp * ulysses * ring * cfg <= 4
 ]
 PAIRS = [layout for layout in LAYOUTS if layout.world_size == 4 and max(map(layout.of, AXES)) == 2]
 
 
 @dataclass(frozen=True)
 class Family:
-    """A checkpoint, and a request whose tokens divide by little. Embeddings are (tokens, width) or (width,)."""
+    """A checkpoint, and a request whose tokens divide by little.
+
+    Embeddings are (tokens, width) or (width,); latents of pictures are of the shapes packed and raw.
+    """
 
     build: Callable[[Path], Path]
     canvas: Canvas
@@ -51,6 +54,7 @@ class Family:
     positive: Mapping[str, tuple[int, ...]]
     negative: Mapping[str, tuple[int, ...]]
     pictures: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    condition: tuple[tuple[int, ...], tuple[int, ...]] | None = None
 
 
 SAMPLING = Sampling(num_inference_steps=STEPS, seed=3, num_outputs_per_prompt=2, guidance_scale=4.0, true_cfg_scale=2.0)
@@ -69,6 +73,14 @@ FAMILIES = {
         negative={"encoder_hidden_states": (3, 32)},
         tokens=35,
     ),
+    "qwen-image-edit": Family(
+        build_tiny_qwen_image_edit,
+        Canvas(height=80, width=112),
+        positive={"encoder_hidden_states": (13, 32)},
+        negative={"encoder_hidden_states": (6, 32)},
+        condition=((1, 15, 64), (1, 1, 16, 6, 10)),
+        tokens=35,
+    ),
     "wan": Family(
         build_tiny_wan,
         Canvas(height=80, width=112, output_format="mp4"),
@@ -82,6 +94,7 @@ FAMILIES = {
         positive={"encoder_hidden_states": (13, 32)},
         negative={"encoder_hidden_states": (13, 32)},
         pictures={"encoder_hidden_states_image": (17, 24)},
+        condition=((1, 20, 3, 6, 10), (1, 20, 3, 6, 10)),
         tokens=45,
     ),
 }
@@ -127,9 +140,9 @@ def draw_input(model: ServedModel, family: Family) -> DenoisingInput:
     (noise,) = prepared["initial_latents"].parts.values()
     assert noise.latents[0].numel() == family.tokens * 2 * 2 * LATENT_CHANNELS
     condition = None
-    if family.pictures:
-        shape = (1, 20, *noise.raw_latent_shape[2:])
-        part = LatentPart(latents=torch.randn(shape), raw_latent_shape=shape)
+    if family.condition:
+        packed, raw = family.condition
+        part = LatentPart(latents=torch.randn(packed), raw_latent_shape=raw)
         condition = Latents(parts={"condition": part})
     return DenoisingInput(
         initial_latents=prepared["initial_latents"],
@@ -153,13 +166,16 @@ def single_input(model: ServedModel, x: DenoisingInput) -> dict[str, Tensor]:
     config_class: type[StandardPipelineConfig] = resolve(model.entry.pipeline_config)
     config = config_class.from_checkpoint(model.checkpoint)
     (noise,) = x.initial_latents.parts.values()
-    condition = None if x.image_latents is None else x.image_latents.parts["condition"].latents
+    condition, raw = None, None
+    if x.image_latents is not None:
+        part = x.image_latents.parts["condition"]
+        condition, raw = part.latents, part.raw_latent_shape
     embeds = {**x.text_conditioning.prompt_embeds}
     shape = (1, *noise.raw_latent_shape[1:])
     keywords = {
         **embeds,
         **(x.image_conditioning.prompt_embeds if x.image_conditioning else {}),
-        **config.prepare_pos_cond_kwargs(embeds, shape, x.sampling),
+        **config.prepare_pos_cond_kwargs(embeds, shape, x.sampling, raw),
         "hidden_states": config.model_input(noise.latents[:1], condition),
         "timestep": config.model_timestep(x.schedule.timesteps[1:2]),
     }
@@ -188,7 +204,7 @@ def test_every_layout(rank_pool: RankPool, cases: dict[str, Case], tmp_path: Pat
 
 
 @pytest.mark.parametrize("degrees", PAIRS, ids=str)
-@pytest.mark.parametrize("family", ["qwen-image", "wan", "wan-i2v"])
+@pytest.mark.parametrize("family", ["qwen-image", "qwen-image-edit", "wan", "wan-i2v"])
 def test_pairs(rank_pool: RankPool, cases: dict[str, Case], tmp_path: Path, family: str, degrees: Degrees) -> None:
     check(rank_pool, cases[family], degrees, tmp_path)
 
