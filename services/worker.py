@@ -238,7 +238,7 @@ def _make_server(
         health_listen=settings.health_listen,
     )
     servicer = StageServicer(service, stages, executor, TORCH, limits=limits, cache=_cache_of(stages, info, settings))
-    server.add(servicer, servicer.service_name)
+    server.add(servicer.methods, servicer.service_name)
     worker_pb2_grpc.add_WorkerServiceServicer_to_server(_WorkerService(info), server.grpc_server)
     server.add(None, _SERVICE)
     return server

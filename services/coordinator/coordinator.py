@@ -74,9 +74,7 @@ class Coordinator:
         self._server = FleetServer(
             settings.listen,
             interceptors=[MetricsInterceptor("coordinator")],
-            max_message_bytes=settings.max_message_bytes,
-            max_streams=settings.max_streams,
-            max_calls=settings.max_calls,
+            limits=settings.server_limits,
             credentials=public_credentials(settings),
             admit=admission(settings),
             health_listen=settings.health_listen,
@@ -100,7 +98,7 @@ class Coordinator:
         """Listen, and become ready once the store answers. Raises FailedPrecondition when it disagrees on a model."""
         descriptor = generation_pb2.DESCRIPTOR.services_by_name["GenerationService"]
         handler = ServiceHandler(descriptor, self._service.functions)
-        self._server.add(handler, handler.service_name)
+        self._server.add(handler.methods, handler.service_name)
         await self._server.start()
         try:
             await self._keep_house()

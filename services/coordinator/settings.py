@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from common.rpc.options import ServerLimits
 from common.rpc.tls import TlsSettings
 from common.settings import SettingsError, setting
 from common.state.presence import BEAT_SECONDS, TTL_SECONDS
@@ -20,6 +21,7 @@ _POSITIVE = (
     "queue_limit",
     "max_calls",
     "max_streams",
+    "max_connections",
     "stage_attempts",
     "max_worker_deaths",
     "record_seconds",
@@ -64,6 +66,7 @@ class CoordinatorSettings(TlsSettings):
     jwt_leeway_seconds: float = setting(30.0, help="how far a token's clock may be from this one, 300 at most")
     max_calls: int = setting(4_096, help="calls that are served at a time")
     max_streams: int = setting(1_024, help="calls that are served at a time on one connection; its others wait")
+    max_connections: int = setting(1_024, help="connections that are open at a time; those beyond are closed")
     max_message_bytes: int = setting(48 << 20, help="largest request that is read, with its pictures")
     max_artifact_bytes: int = setting(4 << 30, help="memory for what stages hand on, over all requests")
     max_raw_result_bytes: int = setting(1 << 30, help="largest .safetensors result")
@@ -113,6 +116,16 @@ class CoordinatorSettings(TlsSettings):
     def retention(self) -> Retention:
         """How long what has ended is kept."""
         return Retention(self.record_seconds, self.result_seconds)
+
+    @property
+    def server_limits(self) -> ServerLimits:
+        """What the public port takes on."""
+        return ServerLimits(
+            message_bytes=self.max_message_bytes,
+            streams=self.max_streams,
+            calls=self.max_calls,
+            connections=self.max_connections,
+        )
 
     def limits(self, services: tuple[str, ...], max_open_of_caller: int | None = None) -> Limits:
         """What may be open and waiting for a model with these services, and for one caller."""
