@@ -48,9 +48,8 @@ def open_image(role: str, data: bytes) -> Image.Image:
     try:
         with Image.open(io.BytesIO(data), formats=_FORMATS) as picture:
             if {picture.height, picture.width} != {header.height, header.width}:
-                raise ValueError(
-                    f"it is {header.width} x {header.height} in one place and {picture.width} x {picture.height} in another"
-                )
+                first, second = (f"{each.width} x {each.height}" for each in (header, picture))
+                raise ValueError(f"it is {first} in one place and {second} in another")
             return ImageOps.exif_transpose(picture).convert("RGB")
     except _UNREADABLE as error:
         raise InvalidInput(f"{role} cannot be decoded: {error}", field=role) from None
