@@ -16,8 +16,10 @@ from configs.pipeline_configs.base import StandardPipelineConfig
 from models.contracts import DenoisingInput, DenoisingOutput
 from models.schedulers.solver import Solver, solver_class
 from models.stages.pacing import paced_steps
+from models.stages.snapshots import on_cpu
 
 Keywords = dict[str, Tensor | None]
+_LATENTS = "latents"
 
 
 class DenoisingStage(PipelineStage[DenoisingInput, DenoisingOutput]):
@@ -52,8 +54,7 @@ class DenoisingStage(PipelineStage[DenoisingInput, DenoisingOutput]):
             latents = solver.step(prediction, timestep, latents)
             if self._is_checkpoint(step + 1, total, told):
                 told = time.monotonic()
-                state = DenoiseState(step=step + 1, latents=self._artifact(latents, shape), solver=solver.state())
-                call.on_checkpoint(state)
+                call.on_checkpoint(self._checkpoint(step + 1, latents, shape, solver))
         return DenoisingOutput(denoised_latents=self._artifact(latents, shape))
 
     def _branches(self, x: DenoisingInput, shape: tuple[int, ...]) -> tuple[Keywords, Keywords | None]:
@@ -108,6 +109,11 @@ class DenoisingStage(PipelineStage[DenoisingInput, DenoisingOutput]):
         every, seconds = self._config.checkpoint_every, self._config.checkpoint_seconds
         due = 0 < seconds <= time.monotonic() - told
         return (due or (every > 0 and done % every == 0)) and done < total
+
+    def _checkpoint(self, step: int, latents: Tensor, shape: tuple[int, ...], solver: Solver) -> DenoiseState:
+        """The loop after so many steps; it is the listener's to keep."""
+        kept = on_cpu({**solver.state(), _LATENTS: latents})
+        return DenoiseState(step=step, latents=self._artifact(kept.pop(_LATENTS), shape), solver=kept)
 
     def _artifact(self, latents: Tensor, shape: tuple[int, ...]) -> Latents:
         return Latents(parts={self._config.latent_part: LatentPart(latents=latents.cpu(), raw_latent_shape=shape)})
