@@ -140,6 +140,7 @@ class Coordinator:
         if not self._present:
             await self._presence.start()
             self._present = True
+            _log.info("is %s in the request store", self._presence.owner)
         for name, model in self._models.items():
             contracts = {spec.service: spec.contract for spec in model.services}
             await self._registry.declare(name, model.served.checkpoint.fingerprint, contracts)
