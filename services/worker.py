@@ -120,7 +120,7 @@ async def start_worker(service: str, model: ServedModel, settings: WorkerSetting
     """
     spec = _service_of(model, service)
     tls = _tls_of(settings)
-    device, dtype = _device_of(settings.device), settings.dtype
+    device, dtype = device_of(settings.device), settings.dtype
     torch_dtype = _DTYPES["bfloat16" if device.type == "cuda" else "float32"] if dtype == "auto" else _DTYPES[dtype]
     async with AsyncExitStack() as resources:
         prepare = partial(_prepare_thread, device, settings.threads)
@@ -182,20 +182,22 @@ def _tls_of(settings: WorkerSettings) -> Mutual | None:
     return tls
 
 
-def _device_of(name: str) -> torch.device:
-    """The device of a setting. Raises FailedPrecondition when this machine has none such."""
+def device_of(name: str) -> torch.device:
+    """The device of a setting, on CUDA with its number. Raises FailedPrecondition when this machine has none such."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
         raise InvalidInput(f"device must be auto, cpu, cuda or cuda:N, not {name!r}", field="device") from None
     if device.type not in ("cpu", "cuda"):
         raise InvalidInput(f"device must be auto, cpu, cuda or cuda:N, not {name!r}", field="device")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        count = torch.cuda.device_count()
+    if device.type == "cpu":
+        return device
+    index, count = device.index or 0, torch.cuda.device_count()
+    if index >= count:
         raise FailedPrecondition(f"device {name} is not here: this machine has {count} CUDA devices", field="device")
-    return device
+    return torch.device("cuda", index)
 
 
 def _prepare_thread(device: torch.device, threads: int) -> None:
