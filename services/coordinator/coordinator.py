@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from redis.asyncio import Redis
 
-from common.errors import FailedPrecondition, InvalidInput, Unavailable
+from common.errors import FailedPrecondition, InternalError, InvalidInput, Unavailable
 from common.rpc.framing import Limits
 from common.rpc.serving import FleetServer
 from common.state.connection import connect
@@ -133,6 +133,9 @@ class Coordinator:
             except (Unavailable, FailedPrecondition) as error:
                 _log.error("not ready: %s", error)
                 await self._server.set_ready(False)
+            except InternalError:
+                _log.exception("not ready")
+                await self._server.set_ready(False)
 
     async def _keep_house(self) -> None:
         """Be present, say what the models are, take over what dead coordinators left; ready if all that works."""
@@ -147,8 +150,8 @@ class Coordinator:
             for spec in model.services:
                 load = await self._registry.load(name, spec.service)
                 QUEUE_LENGTH.labels(spec.service, name).set(load.queued)
-            if not patient:
-                await self._driver.take_over(name, self._service.restore)
+                await self._slots.give_back_unknown(name, spec.service)
+            await self._driver.take_over(name, self._service.restore, beyond_own=not patient)
         self._kept_house = asyncio.get_running_loop().time()
         await self._server.set_ready(True)
 
