@@ -8,7 +8,7 @@
 --                                         (the key of a checkpoint), told (number and ids of the latest events)
 --   fleet:events:<id>              stream field `event`
 --   fleet:result:<id>:<epoch>:<file>:<n>  string a chunk of a file of the result
---   fleet:checkpoint:<id>:<epoch>-<n>     list   a step checkpoint: its header, then its chunks
+--   fleet:checkpoint:<id>:<epoch>-<n>     hash   a step checkpoint by part: 0 its origin, 1 its header, then its chunks
 --   fleet:idempotency:<key>        string request id
 --   fleet:requests, fleet:ended    zset   ids by sequence number; ended ids by the time their record expires
 --   fleet:open:<model>             set    ids that have not ended

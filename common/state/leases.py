@@ -6,8 +6,8 @@ refuses every write under an earlier one, so that a coordinator which only seeme
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple, cast
 
 from redis.asyncio import Redis
 
@@ -65,20 +65,21 @@ class Leases:
         `number` tells the checkpoints of an epoch apart; each part is at most a little above 1 MiB.
         """
         key = f"{PREFIX}checkpoint:{request_id}:{epoch}-{number}"
-        batch: list[bytes] = []
-        for part in parts:
-            batch.append(part)
-            if sum(map(len, batch)) >= _BATCH_BYTES:
-                await self._push(key, batch)
-                batch = []
+        batch: dict[str, bytes] = {}
+        for index, part in enumerate(parts):
+            batch[str(index)] = part
+            if sum(map(len, batch.values())) >= _BATCH_BYTES:
+                await self._put(key, batch)
+                batch = {}
         if batch:
-            await self._push(key, batch)
+            await self._put(key, batch)
         return bool(await run_script(self._redis, "checkpoint", request_id, epoch, key))
 
-    async def _push(self, key: str, parts: list[bytes]) -> None:
+    async def _put(self, key: str, parts: Mapping[str, bytes]) -> None:
+        """Write parts under their numbers, which may be done twice: redis-py repeats what it got no answer to."""
         with store_errors():
             async with self._redis.pipeline(transaction=True) as pipeline:
-                pipeline.rpush(key, *parts)
+                pipeline.hset(key, mapping=cast(Any, parts))
                 pipeline.pexpire(key, _KEPT_MS)
                 await pipeline.execute()
 
@@ -86,7 +87,7 @@ class Leases:
         """The parts of the newest checkpoint. Raises NotFound where there is none."""
         key = await command(self._redis, "HGET", f"{PREFIX}request:{request_id}", "point")
         parts: list[bytes] = []
-        while key is not None and (part := await command(self._redis, "LINDEX", key, len(parts))) is not None:
+        while key is not None and (part := await command(self._redis, "HGET", key, len(parts))) is not None:
             parts.append(part)
         if not parts:
             raise NotFound(f"request {request_id} has no checkpoint")

@@ -74,7 +74,9 @@ class Presence:
                 await self._beat()
             except Unavailable as error:
                 _log.warning("missed a heartbeat: %s", error)
-            except InternalError:  # the next one may succeed; without any, this coordinator would be dead and not know it
+            except (
+                InternalError
+            ):  # the next one may succeed; without any, this coordinator would be dead and not know it
                 _log.exception("missed a heartbeat")
 
     async def _listen(self, subscribed: asyncio.Event) -> None:

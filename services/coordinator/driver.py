@@ -323,7 +323,7 @@ class Driver:
         _log.info("request %s of %s is %s%s", record.request_id, record.model, name, why)
 
     async def take_over(self, model: str, restore: Restore, *, beyond_own: bool = True) -> None:
-        """Go on with the open requests of a model that nobody runs, and end those that are cancelled. Raises Unavailable.
+        """Go on with open requests of a model that nobody runs, end those that are cancelled. Raises Unavailable.
 
         Unless `beyond_own`, only with those that belong to this coordinator: the store may have given it one whose
         news was lost. `restore` makes the submission of a stored one again. One that cannot be run here ends as FAILED.

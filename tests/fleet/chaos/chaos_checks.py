@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -14,6 +14,7 @@ from chaos_plan import PICTURES, Manner, Picture
 from chaos_processes import COORDINATOR, Fleet, Process, Role
 from redis.asyncio import Redis
 
+from common.state.connection import command
 from common.state.records import SNAPSHOT, is_terminal, read_event, read_record
 from fleet.v1 import generation_pb2 as pb
 
@@ -41,17 +42,20 @@ class Stored:
 async def read_store(redis: Redis) -> dict[str, Stored]:
     """Every request that was ever accepted, by its id."""
     found: dict[str, Stored] = {}
-    for name in await redis.zrange("fleet:requests", 0, -1):
+    for name in await command(redis, "ZRANGE", "fleet:requests", 0, -1):
         request_id = name.decode()
-        *fields, epoch = await redis.hmget(f"fleet:request:{request_id}", [*SNAPSHOT, "epoch"])  # type: ignore[misc]
-        rows = await redis.xrange(f"fleet:events:{request_id}")
-        events = [read_event(event_id.decode(), fields[b"event"]) for event_id, fields in rows]
-        found[request_id] = Stored(read_record(fields), events, int(epoch))
+        *record, epoch = await command(redis, "HMGET", f"fleet:request:{request_id}", *SNAPSHOT, "epoch")
+        rows = await command(redis, "XRANGE", f"fleet:events:{request_id}", "-", "+")
+        events = [read_event(event_id.decode(), event) for event_id, (_, event) in rows]
+        found[request_id] = Stored(read_record(record), events, int(epoch))
     return found
 
 
-def check_requests(stored: Mapping[str, Stored], outcomes: Sequence[Outcome]) -> list[str]:
-    """Every request has ended once, as its order allows, and its client has heard all that there was to hear."""
+def check_requests(stored: Mapping[str, Stored], outcomes: Sequence[Outcome], known: Collection[str]) -> list[str]:
+    """Every request has ended once, as its order allows, and its client has heard all that there was to hear.
+
+    `known` are the ids of requests that were no client's.
+    """
     findings: list[str] = []
     for name, each in stored.items():
         ends = [event.state_change.state for event in each.events if is_terminal(event.state_change.state)]
@@ -64,7 +68,7 @@ def check_requests(stored: Mapping[str, Stored], outcomes: Sequence[Outcome]) ->
             findings.append(f"request {name} is told to be RUNNING {len(begun)} times")
     for outcome in outcomes:
         findings += _check_outcome(stored, outcome)
-    return findings + _check_strays(stored, outcomes)
+    return findings + _check_strays(stored, outcomes, known)
 
 
 def _check_outcome(stored: Mapping[str, Stored], outcome: Outcome) -> list[str]:
@@ -88,10 +92,10 @@ def _check_outcome(stored: Mapping[str, Stored], outcome: Outcome) -> list[str]:
     return []
 
 
-def _check_strays(stored: Mapping[str, Stored], outcomes: Sequence[Outcome]) -> list[str]:
+def _check_strays(stored: Mapping[str, Stored], outcomes: Sequence[Outcome], known: Collection[str]) -> list[str]:
     """A request that no client knows of is one whose answer a client without a key has lost."""
     lost = sum(outcome.lost_answers for outcome in outcomes)
-    strays = stored.keys() - {outcome.request_id for outcome in outcomes}
+    strays = stored.keys() - {outcome.request_id for outcome in outcomes} - set(known)
     findings = [
         f"request {name}, which no client knows of, is {State.Name(stored[name].record.state)}"
         for name in sorted(strays)
@@ -115,20 +119,20 @@ def check_files(
 
 
 async def check_store(redis: Redis) -> list[str]:
-    """Nothing is taken, nothing waits, nothing is open, and everything but the index expires by itself."""
-    findings = [
-        f"the store has {key} left, with {await redis.execute_command(*count, key)} entries"  # type: ignore[no-untyped-call]
-        for pattern, count in (("slots", "HLEN"), ("waiting", "HLEN"), ("queue", "ZCARD"), ("open", "SCARD"))
-        for key in sorted(each.decode() for each in await redis.keys(f"fleet:{pattern}:*"))
-        for count in [(count,)]
-    ]
-    for key in sorted(each.decode() for each in await redis.keys("*")):
-        if key not in PERMANENT and await redis.pttl(key) == -1:
+    """Nothing is taken, nothing waits, nothing is open, and everything but the index expires by itself.
+
+    Redis deletes what becomes empty: sets of what is taken, waits or is open are not there at all.
+    """
+    findings: list[str] = []
+    for key in sorted(each.decode() for each in await command(redis, "KEYS", "*")):
+        if key.startswith(("fleet:slots:", "fleet:waiting:", "fleet:queue:", "fleet:open")):
+            findings.append(f"the store has {key} left")
+        elif key not in PERMANENT and await command(redis, "PTTL", key) == -1:
             findings.append(f"the store keeps {key} for ever")
-    for key in await redis.keys("fleet:checkpoint:*"):
-        request_id = key.decode().split(":")[2]
-        if await redis.hget(f"fleet:request:{request_id}", "point") == key:  # type: ignore[misc]
-            findings.append(f"the store still has {key.decode()} as the point to go on from")
+        elif key.startswith("fleet:checkpoint:"):
+            point = await command(redis, "HGET", f"fleet:request:{key.split(':')[2]}", "point")
+            if point is not None:
+                findings.append(f"the store still has {key} as the point to go on from")
     return findings
 
 
@@ -141,13 +145,13 @@ class Descriptors(NamedTuple):
     own: int
 
 
-def descriptors(process: Process, workers: Mapping[int, str]) -> Descriptors:
-    """Count them. `workers` are the ports at which workers can be reached."""
+def descriptors(process: Process) -> Descriptors:
+    """Count them."""
     view = psutil.Process(process.pid)
     total = view.num_fds()
     remote = [each.raddr.port for each in view.net_connections("tcp") if each.raddr]
     to_store = remote.count(process.store.port)
-    local = [each for each in view.net_connections("unix") if each.laddr == str(process.socket)]
+    local = [each for each in view.net_connections("unix") if str(each.laddr) == str(process.socket)]
     accepted = len(local) - 1  # one of them listens
     return Descriptors(to_store, len(remote) - to_store, accepted, total - len(remote) - accepted)
 
@@ -161,18 +165,18 @@ class Baseline:
     def measure(self, fleet: Fleet) -> None:
         """Take what there is."""
         for process in fleet.living:
-            own = descriptors(process, {}).own
+            own = descriptors(process).own
             self.own[process.role] = max(own, self.own.get(process.role, 0))
 
     def exceeded(self, fleet: Fleet) -> list[str]:
         """Processes with more open than that, or with connections that nobody uses."""
-        ports = {process.access.port: process.name for process in fleet.living if process.access is not None}
+        workers = len([each for each in fleet.living if each.role != COORDINATOR])
         coordinators = len([each for each in fleet.living if each.role == COORDINATOR])
         findings: list[str] = []
         for process in fleet.living:
-            found = descriptors(process, ports)
+            found = descriptors(process)
             accepted = 0 if process.role == COORDINATOR else coordinators
-            bound = Descriptors(_MOST_STORE_CONNECTIONS, len(ports), accepted, self.own[process.role])
+            bound = Descriptors(_MOST_STORE_CONNECTIONS, workers, accepted, self.own[process.role])
             if any(has > most for has, most in zip(found, bound, strict=True)):
                 findings.append(f"{process.name} has {found} open, where {bound} are explained")
         return findings
@@ -187,6 +191,16 @@ async def settled(fleet: Fleet, redis: Redis, baseline: Baseline) -> list[str]:
         if not findings or loop.time() > give_up:
             return findings
         await asyncio.sleep(0.2)
+
+
+def check_logs(fleet: Fleet) -> list[str]:
+    """No process has met an error that it did not expect. gRPC logs one where a client left while it was written to."""
+    findings: list[str] = []
+    for process in fleet.all:
+        text = process.log.read_text(errors="replace").splitlines() if process.log.exists() else []
+        wrong = [line for line in text if "Traceback" in line and "logger=grpc._cython.cygrpc" not in line]
+        findings += [f"{process.name} logs {line}" for line in wrong]
+    return findings
 
 
 def lines_about(fleet: Fleet, names: Sequence[str]) -> list[str]:

@@ -30,7 +30,8 @@ _SILENCE_SECONDS = 6.0
 _PAUSE_SECONDS = 0.1
 _DEADLINE_SECONDS = 1_800
 # A frozen coordinator is noticed sooner than a client of the command line needs to.
-_OPTIONS = tuple(option for option in CHANNEL_OPTIONS if "keepalive_t" not in option[0]) + (
+_OPTIONS = (
+    *(option for option in CHANNEL_OPTIONS if "keepalive_t" not in option[0]),
     ("grpc.keepalive_time_ms", 1_500),
     ("grpc.keepalive_timeout_ms", 1_500),
 )
@@ -57,6 +58,7 @@ class Channels:
         """Close all."""
         for channel in self._channels.values():
             await channel.close()
+        self._channels.clear()
 
 
 class Pulse:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -15,10 +15,10 @@ from chaos_peers import Peers
 from chaos_plan import Fault, Kind
 from chaos_processes import Fleet, Process
 from redis.asyncio import Redis
-from redis.exceptions import RedisError
 
+from common.errors import Unavailable
+from common.state.connection import command
 from common.state.records import is_terminal
-from fleet.v1 import generation_pb2 as pb
 
 T = TypeVar("T")
 
@@ -153,8 +153,8 @@ class Chaos:
 
     def _read_slowly(self, fault: Fault) -> None:
         is_watch = fault.kind is Kind.SLOW_WATCH
-        wanted: Callable[[Client], bool] = lambda client: is_watch or bool(client.outcome.files)  # noqa: E731
-        known = [each.outcome for each in self._clients if each.outcome.request_id and wanted(each)]
+        known = [each.outcome for each in self._clients if each.outcome.request_id]
+        known = known if is_watch else [outcome for outcome in known if outcome.files]
         target, outcome = _drawn(self._fleet.of(coordinators=True), fault.draw), _drawn(known, fault.draw)
         if target is None or outcome is None:
             return
@@ -173,11 +173,12 @@ class Chaos:
         """The requests that have a slot, by the process of the worker, whose id tells it."""
         runs: dict[int, tuple[str, ...]] = {}
         try:
-            for key in await self._redis.keys("fleet:slots:*"):
-                for ticket, slot in (await self._redis.hgetall(key)).items():
+            for key in await command(self._redis, "KEYS", "fleet:slots:*"):
+                slots = await command(self._redis, "HGETALL", key)
+                for ticket, slot in zip(slots[::2], slots[1::2], strict=True):
                     pid = int(slot.decode().partition("|")[0].split("-")[-2])
                     runs[pid] = (*runs.get(pid, ()), ticket.decode().partition("/")[0])
-        except (RedisError, OSError):
+        except Unavailable:
             return {}  # The store is away: whom it hits is not known then.
         return runs
 
@@ -189,16 +190,11 @@ class Chaos:
 
     async def _owner_of(self, request_id: str) -> str:
         try:
-            owner: bytes | None = await self._redis.hget(f"fleet:request:{request_id}", "owner")  # type: ignore[misc]
-        except (RedisError, OSError):
+            owner: bytes | None = await command(self._redis, "HGET", f"fleet:request:{request_id}", "owner")
+        except Unavailable:
             return ""
         return (owner or b"").decode()
 
 
 def _drawn(candidates: Sequence[T], draw: float) -> T | None:
     return candidates[int(draw * len(candidates))] if candidates else None
-
-
-def progress_of(events: Iterable[pb.Event], service: str) -> list[pb.Event]:
-    """The events that tell of a service's steps."""
-    return [event for event in events if event.progress.service == service]

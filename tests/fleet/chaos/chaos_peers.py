@@ -26,7 +26,7 @@ _SMALL_WINDOW = (("grpc.http2.lookahead_bytes", 1), ("grpc.http2.bdp_probe", 0),
 
 
 class Peers:
-    """Those that stay until close(): half-open connections, and calls that nobody reads. `findings` are wrong answers."""
+    """Half-open connections, and calls that nobody reads, which stay until close(). `findings` are wrong answers."""
 
     def __init__(self) -> None:
         self.findings: list[str] = []
@@ -67,10 +67,11 @@ class Peers:
         async with grpc.aio.insecure_channel(process.target, options=CHANNEL_OPTIONS) as channel:
             try:
                 if process.role == COORDINATOR:
-                    await channel.unary_unary("/fleet.v1.GenerationService/Submit")(frames[0], timeout=_ANSWER_SECONDS)
+                    submit: Any = channel.unary_unary("/fleet.v1.GenerationService/Submit")
+                    await submit(frames[0], timeout=_ANSWER_SECONDS)
                 else:
-                    method = channel.stream_stream(path_of(stage_method(process.role.program)))
-                    await method(iter(frames), timeout=_ANSWER_SECONDS).read()
+                    stage: Any = channel.stream_stream(path_of(stage_method(process.role.program)))
+                    await stage(iter(frames), timeout=_ANSWER_SECONDS).read()
             except grpc.aio.AioRpcError as error:
                 if is_told(error) and isinstance(from_rpc_error(error), InternalError):
                     self.findings.append(f"{process.name} takes a malformed message for a defect: {error.details()}")
@@ -80,8 +81,8 @@ class Peers:
         if process.role == COORDINATOR:
             await self._stay_half_open(process, random.Random(0))
             return
-        channel = self._channel(process.target)
-        call = channel.stream_stream(path_of(stage_method(process.role.program)))()
+        stage: Any = self._channel(process.target).stream_stream(path_of(stage_method(process.role.program)))
+        call = stage()
         self._calls.append(call)
         await call.wait_for_connection()
 
@@ -108,6 +109,8 @@ class Peers:
             await channel.close()
         for writer in self._writers:
             writer.transport.abort()
+        for each in (self._calls, self._channels, self._writers):
+            each.clear()  # a call that is still known keeps its connection
 
 
 async def _talk(socket: Path, pieces: Sequence[bytes]) -> None:

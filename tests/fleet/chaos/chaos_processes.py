@@ -12,10 +12,10 @@ import sys
 import time
 from asyncio.subprocess import PIPE
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from chaos_links import Link
 
@@ -187,8 +187,8 @@ class Fleet:
         await self._close_links(process)
         await self._spawn(process.role)
 
-    def _do(self, work: object) -> None:
-        task: asyncio.Task[None] = asyncio.ensure_future(work)  # type: ignore[arg-type]
+    def _do(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -218,8 +218,7 @@ class Fleet:
             if process.access is not None:
                 process.access.heal()
 
-    @property
-    def is_complete(self) -> bool:
+    async def is_complete(self) -> bool:
         """Whether every role has as many processes as it should."""
         roles = [process.role for process in self.living if not process.is_ending]
         return sorted(roles) == sorted(self._roles) and not self._tasks

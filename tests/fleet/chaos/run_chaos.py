@@ -1,4 +1,6 @@
-"""Torments a fleet of real processes while clients use it: python tests/fleet/chaos/run_chaos.py --requests 1000 --seed 1
+"""Torments a fleet of real processes while clients use it.
+
+    python tests/fleet/chaos/run_chaos.py --requests 1000 --seed 1
 
 Several coordinators, and several workers for each stage of a Flux and a Wan checkpoint, on a real Redis that writes to
 its disk before it answers. Processes are killed, stopped, told to leave and cut off; Redis is killed and started again;
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import secrets
 import shutil
 import sys
@@ -26,8 +29,17 @@ sys.path[:0] = [str(TESTS), str(TESTS.parent), str(TESTS.parent / "proto"), str(
 
 import psutil  # noqa: E402
 import torch  # noqa: E402
-from chaos_checks import Baseline, Stored, check_files, check_requests, lines_about, read_store, settled  # noqa: E402
-from chaos_clients import Channels, Client, Pulse, Wrong, download  # noqa: E402
+from chaos_checks import (  # noqa: E402
+    Baseline,
+    Stored,
+    check_files,
+    check_logs,
+    check_requests,
+    lines_about,
+    read_store,
+    settled,
+)
+from chaos_clients import Channels, Client, Pulse, Stub, Wrong, download  # noqa: E402
 from chaos_faults import Chaos  # noqa: E402
 from chaos_plan import FLUX, PICTURES, WAN, Picture, Plan, make_plan  # noqa: E402
 from chaos_processes import Fleet  # noqa: E402
@@ -37,6 +49,7 @@ from redis.asyncio import Redis  # noqa: E402
 from common.state.connection import connect  # noqa: E402
 from fleet.v1 import generation_pb2 as pb  # noqa: E402
 from local_fleet import open_fleet  # noqa: E402
+from redis_servers import until  # noqa: E402
 from tiny_flux import build_tiny_flux  # noqa: E402
 from tiny_wan import build_tiny_wan  # noqa: E402
 
@@ -80,6 +93,7 @@ class Run:
         self._baseline = Baseline()
         self._findings: list[str] = []
         self._stored: dict[str, Stored] = {}
+        self._warmed: list[str] = []
 
     async def run(self) -> Report:
         """Start, torment, check, stop."""
@@ -95,7 +109,7 @@ class Run:
             await self._chaos.stop()
             await self._channels.close()
         await self._fleet.stop()
-        self._findings += self._fleet.findings + self._chaos.peers.findings
+        self._findings += self._fleet.findings + self._chaos.peers.findings + check_logs(self._fleet)
         outcomes = [client.outcome for client in self._clients]
         seconds = time.monotonic() - began
         details = self._details() if self._findings else ()
@@ -103,20 +117,22 @@ class Run:
 
     async def _warm_up(self) -> None:
         """Wait for all workers, and let every coordinator and every stage serve once."""
-        names = {}
-        for process in self._fleet.of(coordinators=True):
-            stub = self._channels.stub(process.target)
-            while not await _sees_everybody(stub):
-                await asyncio.sleep(0.02)
-            names |= dict.fromkeys(PICTURES[:: len(PICTURES) // 2], stub)
-            for picture in names:
-                request = pb.SubmitRequest(model=picture.model, parameters=picture.parameters)
-                accepted = await stub.Submit(request)
-                watch = stub.Watch(pb.WatchRequest(request_id=accepted.request.request_id))
-                last = [reply.event async for reply in watch][-1]
-                assert last.state_change.state == pb.REQUEST_STATE_SUCCEEDED, last
+        coordinators = self._fleet.of(coordinators=True)
+        await asyncio.gather(*(self._warm(self._channels.stub(each.target)) for each in coordinators))
         self._baseline.measure(self._fleet)
-        await self._redis.flushall()
+
+    async def _warm(self, stub: Stub) -> None:
+        async def sees_everybody() -> bool:
+            reply = await stub.ListModels(pb.ListModelsRequest(), wait_for_ready=True)
+            return all(service.workers == WORKERS for model in reply.models for service in model.services)
+
+        await until(sees_everybody)
+        for picture in PICTURES[:: len(PICTURES) // 2]:
+            accepted = await stub.Submit(pb.SubmitRequest(model=picture.model, parameters=picture.parameters))
+            self._warmed.append(accepted.request.request_id)
+            watch = stub.Watch(pb.WatchRequest(request_id=accepted.request.request_id))
+            last = [reply.event async for reply in watch][-1]
+            assert last.state_change.state == pb.REQUEST_STATE_SUCCEEDED, last
 
     async def _serve_orders(self) -> None:
         """So many clients at a time, each with its orders one after the other."""
@@ -156,16 +172,15 @@ class Run:
                 striking.cancel()
             await self._chaos.stop()
             self._fleet.heal()
-            while not self._fleet.is_complete:
-                await asyncio.sleep(0.05)
+            await until(self._fleet.is_complete)
 
     async def _check(self) -> None:
         outcomes = [client.outcome for client in self._clients]
         await self._channels.close()
-        self._channels = Channels()
+        gc.collect()  # calls that broke off live on in the tracebacks of their errors, and keep their connections
         self._findings += await settled(self._fleet, self._redis, self._baseline)
         self._stored = await read_store(self._redis)
-        self._findings += check_requests(self._stored, outcomes)
+        self._findings += check_requests(self._stored, outcomes, self._warmed)
         heard = {outcome.request_id: outcome.files for outcome in outcomes if outcome.files}
         stub = self._channels.stub(self._fleet.of(coordinators=True)[0].target)
         for name, each in self._stored.items():
@@ -181,20 +196,8 @@ class Run:
         names = [name for name in self._stored if name in text]
         streams = [f"{name}: {event}".replace("\n", " ") for name in names for event in self._stored[name].events]
         schedule = [str(fault) for fault in self._plan.faults]
-        return [
-            "schedule:",
-            *schedule,
-            "what happened:",
-            *self._fleet.story,
-            "events:",
-            *streams,
-            "logs:",
-        ] + lines_about(self._fleet, names)
-
-
-async def _sees_everybody(stub: object) -> bool:
-    reply: pb.ListModelsResponse = await stub.ListModels(pb.ListModelsRequest())  # type: ignore[attr-defined]
-    return all(service.workers == WORKERS for model in reply.models for service in model.services)
+        lines = lines_about(self._fleet, names)
+        return ["schedule:", *schedule, "what happened:", *self._fleet.story, "events:", *streams, "logs:", *lines]
 
 
 async def _run(plan: Plan, models: Mapping[str, Path], references: References, directory: Path) -> Report:

@@ -88,8 +88,13 @@ class WarmParent:
                 *lines, rest = (rest + data).split(b"\n")
                 for line in lines:
                     self._fork(json.loads(line))
+        self._leave_signals()
         for pid in self._children:
             os.kill(pid, signal.SIGKILL)
+
+    def _leave_signals(self) -> None:
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
     def _fork(self, order: dict[str, Any]) -> None:
         parent = os.getpid()
@@ -100,8 +105,7 @@ class WarmParent:
             return
         code = 1
         try:
-            signal.set_wakeup_fd(-1)
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            self._leave_signals()
             self._selector.close()
             self._woken.close()
             self._wakes.close()
