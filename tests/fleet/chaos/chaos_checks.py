@@ -46,7 +46,7 @@ async def read_store(redis: Redis) -> dict[str, Stored]:
         request_id = name.decode()
         *record, epoch = await command(redis, "HMGET", f"fleet:request:{request_id}", *SNAPSHOT, "epoch")
         rows = await command(redis, "XRANGE", f"fleet:events:{request_id}", "-", "+")
-        events = [read_event(event_id.decode(), event) for event_id, (_, event) in rows]
+        events = [read_event(event_id.decode(), fields[b"event"]) for event_id, fields in rows]
         found[request_id] = Stored(read_record(record), events, int(epoch))
     return found
 

@@ -69,6 +69,7 @@ class Pulse:
         self.events = 0
         self.beaten = time.monotonic()
         self._moved = asyncio.Event()
+        self._is_over = False
 
     def event(self) -> None:
         """A client has heard an event."""
@@ -80,6 +81,11 @@ class Pulse:
         self.orders += 1
         self._move()
 
+    def end(self) -> None:
+        """There is nothing more to wait for."""
+        self._is_over = True
+        self._move()
+
     def _move(self) -> None:
         self.beaten = time.monotonic()
         self._moved.set()
@@ -87,10 +93,10 @@ class Pulse:
 
     async def reach(self, orders: int, events: int) -> None:
         """Wait for so many orders, and then for so many more events."""
-        while self.orders < orders:
+        while self.orders < orders and not self._is_over:
             await self._moved.wait()
         until = self.events + events
-        while self.events < until:
+        while self.events < until and not self._is_over:
             await self._moved.wait()
 
 

@@ -46,7 +46,8 @@ def _skewed_datetime(seconds: float) -> type[datetime]:
 
 
 def _replace_datetime(skewed: type[datetime]) -> None:
-    """In every module that has imported the class by its name, and for those to come."""
+    """In every module that has imported the class, by whatever name, and for those to come."""
     for module in list(sys.modules.values()):
-        if vars(module).get("datetime") is datetime and module is not sys.modules[__name__]:
-            vars(module)["datetime"] = skewed
+        if isinstance(module, types.ModuleType) and module is not sys.modules[__name__]:
+            for name in [name for name, value in vars(module).items() if value is datetime]:
+                setattr(module, name, skewed)

@@ -167,9 +167,8 @@ class Run:
     async def _end_faults(self, striking: asyncio.Task[None]) -> None:
         """Let what still lasts come to its end, heal everything, and wait for the fleet to be whole."""
         async with asyncio.timeout(self._plan.longest_seconds + _SILENT_SECONDS):
-            await asyncio.wait({striking}, timeout=self._plan.longest_seconds + 5)
-            if not striking.done():
-                striking.cancel()
+            self._pulse.end()
+            await striking
             await self._chaos.stop()
             self._fleet.heal()
             await until(self._fleet.is_complete)
