@@ -19,6 +19,7 @@ import torch
 from common.errors import CheckpointError
 from common.stage import PipelineStage
 from configs.pipeline_configs.base import PipelineConfig
+from models.layers.mesh import Degrees, WorkerMesh
 from models.registry import resolve
 
 if TYPE_CHECKING:
@@ -42,12 +43,14 @@ def load_stages(
     dtype: torch.dtype,
     checkpoint_every: int = 0,
     checkpoint_seconds: float = 0.0,
+    mesh: WorkerMesh | None = None,
 ) -> list[PipelineStage[Any, Any]]:
     """The stages of the service, in order, with their modules on the device. Raises CheckpointError.
 
     A denoising stage tells its caller a checkpoint after every `checkpoint_every` steps, and whenever the last one is
     older than `checkpoint_seconds`; 0 means never.
     """
+    del mesh
     with _LOADING:
         return _load_stages(model, service, device, dtype, checkpoint_every, checkpoint_seconds)
 
@@ -162,12 +165,16 @@ def _check_json(name: str, path: Path) -> None:
         raise CheckpointError(f"{name}: {path.name} is not JSON: {error}") from error
 
 
-def numerics_fingerprint(device: torch.device, dtype: torch.dtype) -> str:
-    """Equal on two workers only if the same stage gives the same bytes on both."""
+def numerics_fingerprint(device: torch.device, dtype: torch.dtype, degrees: Degrees | None = None) -> str:
+    """Equal on two workers only if the same stage gives the same bytes on both. None is one rank.
+
+    Each degree counts: sums over ranks are rounded otherwise than those of one rank.
+    """
     facts = [
         platform.machine(),
         device.type,
         str(dtype),
+        str(degrees or Degrees()),
         *(f"{package} {importlib.metadata.version(package)}" for package in ("torch", "diffusers", "transformers")),
     ]
     if device.type == "cuda":
