@@ -15,15 +15,18 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, silu
 
 from configs.models.dits.flux import FluxTransformerConfig
+from models.dits.flux_plan import FLUX_PLAN
 from models.layers.embeddings import EmbeddingMLP, sinusoidal_embedding
 from models.layers.feed_forward import FeedForward
 from models.layers.joint_attention import JointAttention, StreamAttention
 from models.layers.norms import LayerNormScaleShift
+from models.layers.parallelize import parallelize
 from models.layers.rotary import Rotation, rotary_embedding
 from models.weights import load_module
 
 if TYPE_CHECKING:
     from common.checkpoint import Checkpoint
+    from models.layers.mesh import WorkerMesh
 
 SINUSOID_SIZE = 256
 
@@ -160,11 +163,15 @@ class FluxTransformer2DModel(nn.Module):
 
 
 def load_flux_transformer(
-    checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype
+    checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype, mesh: WorkerMesh | None = None
 ) -> FluxTransformer2DModel:
-    """Build the DiT of the module's config.json and read its weights. Raises CheckpointError."""
+    """Build the DiT of the module's config.json, or this rank's part of it, and read its weights.
+
+    Raises CheckpointError, and InvalidInput for a mesh whose degrees do not divide the model.
+    """
     config = FluxTransformerConfig.from_dict(name, checkpoint.module_config(name))
     with torch.device("meta"):
         model = FluxTransformer2DModel(config)
+    parallelize(model, FLUX_PLAN, mesh, heads=config.num_attention_heads)
     load_module(model, name, checkpoint.weight_files(name), device, dtype)
     return model

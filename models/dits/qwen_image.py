@@ -15,15 +15,18 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from configs.models.dits.qwen_image import QwenImageTransformerConfig
+from models.dits.qwen_image_plan import QWEN_IMAGE_PLAN
 from models.layers.embeddings import EmbeddingMLP, sinusoidal_embedding
 from models.layers.feed_forward import FeedForward
 from models.layers.joint_attention import JointAttention
 from models.layers.norms import LayerNormScaleShift, RMSNorm
+from models.layers.parallelize import parallelize
 from models.layers.rotary import Rotation, rotary_embedding
 from models.weights import load_module
 
 if TYPE_CHECKING:
     from common.checkpoint import Checkpoint
+    from models.layers.mesh import WorkerMesh
 
 SINUSOID_SIZE = 256
 
@@ -137,11 +140,15 @@ class QwenImageTransformer2DModel(nn.Module):
 
 
 def load_qwen_image_transformer(
-    checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype
+    checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype, mesh: WorkerMesh | None = None
 ) -> QwenImageTransformer2DModel:
-    """Build the DiT of the module's config.json and read its weights. Raises CheckpointError."""
+    """Build the DiT of the module's config.json, or this rank's part of it, and read its weights.
+
+    Raises CheckpointError, and InvalidInput for a mesh whose degrees do not divide the model.
+    """
     config = QwenImageTransformerConfig.from_dict(name, checkpoint.module_config(name))
     with torch.device("meta"):
         model = QwenImageTransformer2DModel(config)
+    parallelize(model, QWEN_IMAGE_PLAN, mesh, heads=config.num_attention_heads)
     load_module(model, name, checkpoint.weight_files(name), device, dtype)
     return model

@@ -17,15 +17,18 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, layer_norm, silu
 
 from configs.models.dits.wan import WanTransformerConfig
-from models.layers.attention import attention
+from models.dits.wan_plan import WAN_PLAN
+from models.layers.attention import Attention
 from models.layers.embeddings import EmbeddingMLP, sinusoidal_embedding
 from models.layers.feed_forward import FeedForward
 from models.layers.norms import LayerNormScaleShift, RMSNorm
+from models.layers.parallelize import parallelize
 from models.layers.rotary import Rotation, apply_rotary, rotary_embedding
 from models.weights import load_module
 
 if TYPE_CHECKING:
     from common.checkpoint import Checkpoint
+    from models.layers.mesh import WorkerMesh
 
 FLOAT32_PARAMETERS = ("time_embedder", "scale_shift_table", "norm1", "norm2", "norm3")
 """Parts of parameter names that stay in float32 whatever the model's type, as Diffusers keeps them."""
@@ -116,6 +119,7 @@ class SelfAttention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(size, size)])
         self.norm_q = RMSNorm(size, config.eps)
         self.norm_k = RMSNorm(size, config.eps)
+        self.attention = Attention()
 
     def heads(self, x: Tensor) -> Tensor:
         """(B, tokens, D) to (B, tokens, heads, head size)."""
@@ -125,7 +129,7 @@ class SelfAttention(nn.Module):
         """(B, S, D) to the same."""
         q = apply_rotary(self.heads(self.norm_q(self.to_q(x_BSD))), rotation)
         k = apply_rotary(self.heads(self.norm_k(self.to_k(x_BSD))), rotation)
-        attended: Tensor = self.to_out[0](attention(q, k, self.heads(self.to_v(x_BSD))).flatten(2))
+        attended: Tensor = self.to_out[0](self.attention(q, k, self.heads(self.to_v(x_BSD))).flatten(2))
         return attended
 
 
@@ -143,13 +147,13 @@ class CrossAttention(SelfAttention):
         """(B, S, D) to the same. Padding of the text is attended to: it is zero before its embedding."""
         q = self.heads(self.norm_q(self.to_q(x_BSD)))
         k = self.heads(self.norm_k(self.to_k(text_BTD)))
-        attended = attention(q, k, self.heads(self.to_v(text_BTD))).flatten(2)
+        attended = self.attention(q, k, self.heads(self.to_v(text_BTD))).flatten(2)
         if image_BVD is not None:
             assert self.add_k_proj is not None, "image tokens in a model that takes none"
             assert self.add_v_proj is not None, "image tokens in a model that takes none"
             assert self.norm_added_k is not None, "image tokens in a model that takes none"
             k = self.heads(self.norm_added_k(self.add_k_proj(image_BVD)))
-            attended = attended + attention(q, k, self.heads(self.add_v_proj(image_BVD))).flatten(2)
+            attended = attended + self.attention(q, k, self.heads(self.add_v_proj(image_BVD))).flatten(2)
         projected: Tensor = self.to_out[0](attended)
         return projected
 
@@ -242,12 +246,16 @@ def _positions(grid: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 def load_wan_transformer(
-    checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype
+    checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype, mesh: WorkerMesh | None = None
 ) -> WanTransformer3DModel:
-    """Build the DiT of the module's config.json and read its weights. Raises CheckpointError."""
+    """Build the DiT of the module's config.json, or this rank's part of it, and read its weights.
+
+    Raises CheckpointError, and InvalidInput for a mesh whose degrees do not divide the model.
+    """
     config = WanTransformerConfig.from_dict(name, checkpoint.module_config(name))
     with torch.device("meta"):
         model = WanTransformer3DModel(config)
+    parallelize(model, WAN_PLAN, mesh, heads=config.num_attention_heads, feed_forward=config.ffn_dim)
     files = checkpoint.weight_files(name)
     load_module(model, name, files, device, dtype, keep_float32=FLOAT32_PARAMETERS, unused=UNUSED_PARAMETERS)
     return model

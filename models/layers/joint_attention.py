@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from models.layers.attention import attention
+from models.layers.attention import Attention
 from models.layers.norms import RMSNorm, apply_qk_norm
 from models.layers.rotary import Rotation, apply_rotary
 
@@ -26,6 +26,7 @@ class StreamAttention(nn.Module):
         self.to_v = nn.Linear(size, size)
         self.norm_q = RMSNorm(head_size)
         self.norm_k = RMSNorm(head_size)
+        self.attention = Attention()
 
     def qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, tokens, D) to queries, keys and values (B, tokens, H, K)."""
@@ -34,7 +35,8 @@ class StreamAttention(nn.Module):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation) -> Tensor:
         """Turn queries and keys, attend, and join the heads: (B, S, D)."""
-        return attention(apply_rotary(q, rotation), apply_rotary(k, rotation), v).flatten(2)
+        attended: Tensor = self.attention(apply_rotary(q, rotation), apply_rotary(k, rotation), v)
+        return attended.flatten(2)
 
     def forward(self, x_BSD: Tensor, rotation: Rotation) -> Tensor:
         """Self-attention."""

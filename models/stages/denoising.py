@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from common.errors import InvalidInput
 from common.stage import Call, PipelineStage
 from configs.pipeline_configs.base import StandardPipelineConfig
 from models.contracts import DenoisingInput, DenoisingOutput
+from models.layers.collectives import all_gather
+from models.layers.mesh import Axis
 from models.schedulers.solver import Solver, solver_class
 
 Keywords = dict[str, Tensor | None]
@@ -27,12 +30,14 @@ class DenoisingStage(PipelineStage[DenoisingInput, DenoisingOutput]):
         self._transformer = modules["transformer"]
         self._scheduler = modules["scheduler"]
         self._solver_class = solver_class(self._scheduler)
+        self._cfg = Axis() if config.mesh is None else config.mesh.axis("cfg")
 
     @torch.inference_mode()
     def run(self, x: DenoisingInput, call: Call) -> DenoisingOutput:
         """Denoise all outputs as one batch.
 
-        Reports every step, ends within one when cancelled, and continues after resume_from.step to the same bytes.
+        Reports every step, ends within one when cancelled, and continues after resume_from.step to the same bytes. In a
+        worker group all ranks run it at once, on equal inputs, and get equal outputs.
         """
         device, total = self._config.device, x.schedule.num_inference_steps
         shape = x.initial_latents.parts[self._config.latent_part].raw_latent_shape
@@ -45,10 +50,11 @@ class DenoisingStage(PipelineStage[DenoisingInput, DenoisingOutput]):
         for step in range(start, total):
             call.check_cancelled()
             timestep = timesteps[step]
-            prediction = self._predict(latents, condition, timestep, positive)
-            if negative is not None:
-                other = self._predict(latents, condition, timestep, negative)
-                prediction = self._config.guide(prediction, other, x.sampling)
+            predict = partial(self._predict, latents, condition, timestep)
+            if negative is None:
+                prediction = predict(positive)
+            else:
+                prediction = self._config.guide(*predict_branches(predict, positive, negative, self._cfg), x.sampling)
             latents = solver.step(prediction, timestep, latents)
             if self._is_checkpoint(step + 1, total, told):
                 told = time.monotonic()
@@ -112,6 +118,20 @@ class DenoisingStage(PipelineStage[DenoisingInput, DenoisingOutput]):
 
     def _artifact(self, latents: Tensor, shape: tuple[int, ...]) -> Latents:
         return Latents(parts={self._config.latent_part: LatentPart(latents=latents.cpu(), raw_latent_shape=shape)})
+
+
+def predict_branches(
+    predict: Callable[[Keywords], Tensor], positive: Keywords, negative: Keywords, cfg: Axis
+) -> tuple[Tensor, Tensor]:
+    """The predictions of both branches of guidance, on every rank.
+
+    Two ranks on the cfg axis compute one each and exchange them, which changes no bit: the branches are never one
+    batch. Without a negative branch there is nothing to share out, and both ranks predict the same.
+    """
+    if cfg.size == 1:
+        return predict(positive), predict(negative)
+    of_positive, of_negative = all_gather(predict((positive, negative)[cfg.index]), cfg).unbind()
+    return of_positive, of_negative
 
 
 def merge_conditioning(text: Conditioning, image: Conditioning | None) -> Conditioning:

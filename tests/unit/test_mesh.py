@@ -43,7 +43,7 @@ def test_heads_that_do_not_divide(degrees: Degrees, field: str) -> None:
 
 def test_feed_forward_that_does_not_divide() -> None:
     Degrees(tp=4, ulysses=3, ring=7, cfg=2).check_model(heads=12, feed_forward=8960)
-    with pytest.raises(InvalidInput, match="8960 wide; it must be one of 1, 2, 4$"):
+    with pytest.raises(InvalidInput, match=r"8960 wide; it must be one of 1, 2, 4$"):
         Degrees(tp=3).check_model(heads=12, feed_forward=8960)
 
 
