@@ -71,7 +71,15 @@ class GroupFleet:
     async def started(self, degrees: Sequence[str]) -> AsyncIterator[None]:
         """All services of the emoji model. The group has these flags."""
         async with AsyncExitStack() as stack:
-            words = (*_SERVE, *_WATCHFUL, *degrees, "--redis", self.url, "--listen", f"unix:{self._directory}/group.sock")
+            words = (
+                *_SERVE,
+                *_WATCHFUL,
+                *degrees,
+                "--redis",
+                self.url,
+                "--listen",
+                f"unix:{self._directory}/group.sock",
+            )
             self.agent = await asyncio.create_subprocess_exec(sys.executable, "-m", "services.denoising", *words)
             stack.push_async_callback(_end, self.agent)
             for service in ("text_encoding", "latent_preparation", "decoding"):

@@ -19,7 +19,7 @@ from common.rpc.method import request_type, stage_method
 from common.rpc.parsing import parse
 from common.tensors import TORCH
 from services.denoising.agreement import FollowingCall, outcome
-from services.denoising.group import SETTLE_SECONDS
+from services.denoising.group import compare
 from services.denoising.messages import Kind, Link, OutOfStep
 
 _log = logging.getLogger(__name__)
@@ -59,9 +59,7 @@ class Follower:
             _log.exception("a follower failed in request %s", request_id)
             raise OutOfStep(f"this rank raised {type(error).__name__}: {error}") from error
         self._link.send(Kind.OUTCOME, told)
-        if told:
-            # Rank 0 may be in a collective that waits for this rank: then it cannot hear what happened here.
-            self._link.receive(Kind.SETTLED, seconds=SETTLE_SECONDS)
+        compare(self._link, told)
 
     def _compute(self, values: Mapping[str, Any], call: FollowingCall) -> None:
         """Run the stages. The outputs are rank 0's to send; here they only free their memory."""

@@ -91,13 +91,17 @@ class LeadingStages:
             link.send(kind, payload)
 
     def _settle(self, own: bytes) -> None:
-        """Hear how the call ended on every follower. Raises OutOfStep where it ended otherwise than here."""
+        """Tell how the call ended here, and hear how on the followers. Raises OutOfStep where it is not the same."""
+        self._send(Kind.OUTCOME, own)
         for link in self._links:
-            _, theirs = link.receive(Kind.OUTCOME, seconds=SETTLE_SECONDS)
-            if theirs != own:
-                raise OutOfStep(f"rank {link.peer} ended a call with {_words(theirs)}, rank 0 with {_words(own)}")
-        if own:
-            self._send(Kind.SETTLED)
+            compare(link, own)
+
+
+def compare(link: Link, own: bytes) -> None:
+    """Hear how a call ended on the peer. Raises OutOfStep when it ended otherwise than here, or does not end."""
+    _, theirs = link.receive(Kind.OUTCOME, seconds=SETTLE_SECONDS)
+    if theirs != own:
+        raise OutOfStep(f"a call ended with {_words(theirs)} on rank {link.peer}, and with {_words(own)} here")
 
 
 def _words(told: bytes) -> str:

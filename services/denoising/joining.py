@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from enum import IntEnum
 
-from torch.distributed import DistStoreError, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from common.errors import Unavailable
@@ -64,9 +64,13 @@ class Place:
         )
 
     def store(self, seconds: float) -> Store:
-        """The part of the agents' store that belongs to this start of the group."""
+        """The part of the agents' store that belongs to this start of the group. Raises Unavailable without one."""
         timeout = timedelta(seconds=seconds)
-        whole = TCPStore(self.store_host, self.store_port, is_master=False, timeout=timeout)
+        try:
+            whole = TCPStore(self.store_host, self.store_port, is_master=False, timeout=timeout)
+        except DistError as error:
+            at = f"{self.store_host}:{self.store_port}"
+            raise Unavailable(f"rank {self.rank} cannot reach the agents' store at {at}") from error
         return PrefixStore(self.token, whole)
 
 
@@ -130,7 +134,7 @@ def _connect(place: Place, store: Store, deadline: float) -> Connections:
             connection.sendall(_HELLO.pack(place.token.encode(), purpose, place.rank))
             _prepare(connection)
             connections[purpose] = connection
-    except (OSError, DistStoreError) as error:
+    except (OSError, DistError) as error:
         raise Unavailable(f"rank {place.rank} cannot reach rank 0: {error}") from error
     return {0: connections}
 

@@ -22,7 +22,7 @@ LOST = 75
 """Exit code of a rank that gave up because of another one: EX_TEMPFAIL, the group is worth starting again."""
 
 _BEAT, _LEAVING, _END = b".", b"!", b"$"
-_LAST_WORDS_SECONDS = 2
+_LAST_WORDS_SECONDS = 2.0
 
 _log = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ _log = logging.getLogger(__name__)
 def abandon(reason: str, code: int = LOST) -> NoReturn:
     """End this process at once, and say why: a thread that waits in a collective cannot be unwound."""
     # Ends the process even where standard error, or the log's lock, is held by what does not move any more.
-    signal.alarm(_LAST_WORDS_SECONDS)
+    signal.setitimer(signal.ITIMER_REAL, _LAST_WORDS_SECONDS)
     _log.critical("%s; this rank ends, so that the group can start again", reason)
     logging.shutdown()
     os._exit(code)

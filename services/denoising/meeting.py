@@ -82,9 +82,11 @@ class Meeting(RendezvousHandler):
     def _come(self) -> tuple[Store, str]:
         while True:
             try:
+                # The store's own client would fill the log with stack traces for as long as machine 0 is away.
+                socket.create_connection((self._host, self._port), _WAIT.total_seconds()).close()
                 store = TCPStore(self._host, self._port, is_master=False, timeout=_WAIT)
                 return store, self._answer(store)
-            except DistError:  # Machine 0 is not there, or has gone.
+            except (OSError, DistError):  # Machine 0 is not there, or has gone.
                 time.sleep(_PAUSE_SECONDS)
 
     def _answer(self, store: Store) -> str:

@@ -7,8 +7,7 @@ A message is its kind (one byte), the size of its payload (four bytes, big endia
     INPUT    header, then chunks    ──▶      the frames of the stage's RPC, as a coordinator would send them
     RUN                             ──▶      both run the stage
     CHECK    go on, or the error    ──▶      once for each time that the stage asks whether it should go on
-                                    ◀──      OUTCOME  nothing, or the error that the stage ended with
-    SETTLED  after an error alike   ──▶
+    OUTCOME  result or error        ◀─▶      how the call ended, which each side compares with its own
 
 END ends the follower. Nothing on the wire is pickled.
 """
@@ -32,8 +31,7 @@ class Kind(IntEnum):
     RUN = 3
     CHECK = 4
     OUTCOME = 5
-    SETTLED = 6
-    END = 7
+    END = 6
 
 
 class OutOfStep(Exception):

@@ -10,6 +10,7 @@ from common.errors import FailedPrecondition, InvalidInput
 from common.settings import setting
 from models.catalog import ServedModel
 from models.layers.mesh import Degrees
+from models.loader import check_parallel
 from services.worker import WorkerSettings, device_of, service_of
 
 SERVICE = "denoising"
@@ -75,7 +76,9 @@ def check_group(model: ServedModel, settings: DenoisingSettings) -> None:
 
 def check_degrees(model: ServedModel, degrees: Degrees) -> None:
     """Refuse degrees that do not fit the model, as far as can be told without its weights. Raises InvalidInput."""
-    for module in service_of(model, SERVICE).modules:
+    spec = service_of(model, SERVICE)
+    check_parallel(model, spec, degrees)
+    for module in spec.modules:
         heads = model.checkpoint.module_config(module).get("num_attention_heads")
         if isinstance(heads, int):
             degrees.check_model(heads)

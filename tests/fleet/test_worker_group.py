@@ -5,9 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 
-import psutil
 import pytest
 
 from fleet.v1 import generation_pb2 as pb
