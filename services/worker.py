@@ -29,13 +29,14 @@ from common.rpc.interceptor import admit_all
 from common.rpc.replies import ReplyCache
 from common.rpc.server import ServingLimits, StageServicer
 from common.rpc.serving import FleetServer, stop_signals
-from common.rpc.tls import Mutual, NamedPeers, TlsSettings, mutual_of
+from common.rpc.tls import Mutual, NamedPeers, Shown, TlsSettings, server_credentials, watch_mutual
 from common.settings import load_settings, setting
 from common.stage import Contract
 from common.state.connection import connect
 from common.state.workers import WorkerRegistry
 from common.telemetry import MetricsInterceptor, setup_logging, stage_timer, start_metrics
 from common.tensors import TORCH
+from common.watched import WatchedFiles
 from fleet.v1 import worker_pb2, worker_pb2_grpc
 from models.catalog import ServedModel, open_model
 from models.loader import load_stages, numerics_fingerprint
@@ -174,9 +175,9 @@ def _service_of(model: ServedModel, service: str) -> ServiceSpec:
         raise InvalidInput(str(error), field="service") from error
 
 
-def _tls_of(settings: WorkerSettings) -> Mutual | None:
+def _tls_of(settings: WorkerSettings) -> WatchedFiles[Mutual] | None:
     """A worker's TLS is always mutual: it serves coordinators only. Raises InvalidInput for half of it."""
-    tls = mutual_of(settings)
+    tls = watch_mutual(settings)
     if tls is None and settings.tls_cert is not None:
         raise InvalidInput("tls_cert is set without tls_ca, by which a worker knows coordinators", field="tls_ca")
     return tls
@@ -223,7 +224,7 @@ def _make_server(
     executor: ThreadPoolExecutor,
     info: worker_pb2.WorkerInfo,
     settings: WorkerSettings,
-    tls: Mutual | None,
+    tls: WatchedFiles[Mutual] | None,
 ) -> FleetServer:
     limits = ServingLimits(
         capacity=settings.capacity,
@@ -234,15 +235,20 @@ def _make_server(
     server = FleetServer(
         settings.listen,
         interceptors=[MetricsInterceptor(service)],
-        credentials=tls.server() if tls else None,
+        credentials=None if tls is None else server_credentials(partial(_shown, tls)),
         admit=NamedPeers(settings.tls_callers) if tls else admit_all,
         health_listen=settings.health_listen,
     )
     servicer = StageServicer(service, stages, executor, TORCH, limits=limits, cache=_cache_of(stages, info, settings))
-    server.add(servicer, servicer.service_name)
+    server.add(servicer.methods, servicer.service_name)
     worker_pb2_grpc.add_WorkerServiceServicer_to_server(_WorkerService(info), server.grpc_server)
     server.add(None, _SERVICE)
     return server
+
+
+def _shown(tls: WatchedFiles[Mutual]) -> tuple[int, Shown]:
+    version, mutual = tls.versioned()
+    return version, mutual.shown()
 
 
 def _cache_of(stages: HostedStages, info: worker_pb2.WorkerInfo, settings: WorkerSettings) -> ReplyCache | None:

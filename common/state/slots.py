@@ -1,4 +1,7 @@
-"""Slots: the right to run one request on one worker of a service, handed out in order of priority, deadline, arrival.
+"""Slots: the right to run one request on one worker of a service.
+
+They are handed out by priority; within one in turn to the callers, so that each gets an equal share of the work
+whatever it has waiting; and to each caller by deadline and arrival.
 
 The store hands a slot that is given back straight to who is next, so that nobody polls. A claim still asks again now
 and then, which heals lost messages, dead workers and dead coordinators.
@@ -10,6 +13,7 @@ import asyncio
 import itertools
 import logging
 from dataclasses import dataclass
+from urllib.parse import quote
 
 from redis.asyncio import Redis
 
@@ -27,6 +31,22 @@ _log = logging.getLogger(__name__)
 
 class NoWorkers(Unavailable):
     """No live worker serves the model's service."""
+
+
+@dataclass(frozen=True)
+class Rank:
+    """What decides a claim's place in the queue.
+
+    `deadline_ms` is since the epoch, 0 for none. `cost` says how much the request asks of the service, beside others.
+    """
+
+    priority: int = 0
+    deadline_ms: int = 0
+    caller: str = ""
+    cost: int = 1
+
+
+FIRST_COME = Rank()
 
 
 @dataclass(frozen=True)
@@ -55,23 +75,21 @@ class Slots:
         model: str,
         service: str,
         request_id: str,
+        rank: Rank = FIRST_COME,
         *,
-        priority: int = 0,
-        deadline_ms: int = 0,
         patience_seconds: float | None = None,
     ) -> Slot:
         """Wait for a slot; when it is free at once, that is one round trip.
 
-        `deadline_ms`, since the epoch, only ranks; 0 is none. A store that is away is waited for. Raises NoWorkers
-        when for `patience_seconds` there was no live worker at all (None waits for ever). An abandoned claim leaves
-        the queue.
+        A store that is away is waited for. Raises NoWorkers when for `patience_seconds` there was no live worker at
+        all (None waits for ever). An abandoned claim leaves the queue.
         """
         ticket = f"{request_id}/{self._owner}/{next(self._numbers)}"
         place = f"{model}/{service}"
         granted: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
         self._waiting[ticket] = granted
         try:
-            info = await self._wait(ticket, place, granted, (str(priority), str(deadline_ms)), patience_seconds)
+            info = await self._wait(ticket, place, granted, rank, patience_seconds)
             return Slot(ticket, place, worker_pb2.WorkerInfo.FromString(info))
         except BaseException:
             self._release(ticket, place)
@@ -80,13 +98,14 @@ class Slots:
             del self._waiting[ticket]
 
     async def _wait(
-        self, ticket: str, place: str, granted: asyncio.Future[bytes], rank: tuple[str, str], patience: float | None
+        self, ticket: str, place: str, granted: asyncio.Future[bytes], rank: Rank, patience: float | None
     ) -> bytes:
         loop = asyncio.get_running_loop()
+        words = (rank.priority, rank.deadline_ms, quote(rank.caller, safe=""), rank.cost)
         last_seen = loop.time()
         while True:
             try:
-                reply = await run_script(self._redis, "claim", ticket, place, self._owner, *rank)
+                reply = await run_script(self._redis, "claim", ticket, place, self._owner, *words)
             except Unavailable as error:
                 _log.warning("waits for a slot of %s: %s", place, error)
                 await asyncio.sleep(_RETRY_SECONDS)

@@ -18,9 +18,12 @@ from configs.pipeline_configs.base import StandardPipelineConfig
 from models.contracts import DenoisingInput, DenoisingOutput
 from models.layers.mesh import Axis
 from models.schedulers.solver import Solver, solver_class
+from models.stages.pacing import paced_steps
 from models.stages.prediction import Branch, Branches, StepGraphs
+from models.stages.snapshots import on_cpu
 
 Keywords = dict[str, Tensor | None]
+_LATENTS = "latents"
 
 
 class DenoisingStage(PipelineStage[DenoisingInput, DenoisingOutput]):
@@ -58,8 +61,7 @@ class DenoisingStage(PipelineStage[DenoisingInput, DenoisingOutput]):
         start, latents = self._start(x, solver)
         latents = latents.to(self._config.device)
         told = time.monotonic()
-        for step in range(start, total):
-            call.check_cancelled()
+        for step in paced_steps(start, total, call, self._config.device):
             given = self._config.model_input(latents, condition)
             output = partial(self._config.model_output, latents=latents)
             prediction, *negative = branches.predict(given, step, output)
@@ -68,9 +70,7 @@ class DenoisingStage(PipelineStage[DenoisingInput, DenoisingOutput]):
             latents = solver.step(prediction, timesteps[step], latents)
             if self._is_checkpoint(step + 1, total, told):
                 told = time.monotonic()
-                state = DenoiseState(step=step + 1, latents=self._artifact(latents, shape), solver=solver.state())
-                call.on_checkpoint(state)
-            call.progress(step + 1, total)
+                call.on_checkpoint(self._checkpoint(step + 1, latents, shape, solver))
         return DenoisingOutput(denoised_latents=self._artifact(latents, shape))
 
     def _branch(self, keywords: Keywords, timesteps: Tensor, sampling: Sampling) -> Branch:
@@ -127,6 +127,11 @@ class DenoisingStage(PipelineStage[DenoisingInput, DenoisingOutput]):
         every, seconds = self._config.checkpoint_every, self._config.checkpoint_seconds
         due = 0 < seconds <= time.monotonic() - told
         return (due or (every > 0 and done % every == 0)) and done < total
+
+    def _checkpoint(self, step: int, latents: Tensor, shape: tuple[int, ...], solver: Solver) -> DenoiseState:
+        """The loop after so many steps; it is the listener's to keep."""
+        kept = on_cpu({**solver.state(), _LATENTS: latents})
+        return DenoiseState(step=step, latents=self._artifact(kept.pop(_LATENTS), shape), solver=kept)
 
     def _artifact(self, latents: Tensor, shape: tuple[int, ...]) -> Latents:
         return Latents(parts={self._config.latent_part: LatentPart(latents=latents.cpu(), raw_latent_shape=shape)})

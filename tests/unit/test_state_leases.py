@@ -7,14 +7,11 @@ from collections.abc import Iterator
 import pytest
 from redis.asyncio import Redis
 
-from common.errors import NotFound, ResourceExhausted
+from common.errors import NotFound
 from common.state.leases import Leases
-from common.state.presence import Presence
 from common.state.records import ResultFile, state_event
-from common.state.requests import Limits, RequestStore
-from common.state.slots import Slots
-from common.state.workers import WorkerRegistry
-from fleet.v1 import generation_pb2, worker_pb2
+from common.state.requests import RequestStore
+from fleet.v1 import generation_pb2
 from redis_servers import run_on_empty_store, running_server, server_binaries
 
 State = generation_pb2.RequestState
@@ -99,35 +96,5 @@ def test_the_newest_checkpoint_stays_until_the_request_ends(url: str) -> None:
         assert await redis.pttl(key) > 0
         await store.finish("r", State.REQUEST_STATE_FAILED)
         assert not await redis.keys("fleet:checkpoint:*")
-
-    run_on_empty_store(url, story)
-
-
-def test_work_beyond_the_bound_is_refused_with_the_time_to_wait(url: str) -> None:
-    async def story(redis: Redis) -> None:
-        store = RequestStore(redis, owner="me")
-        presence = Presence(redis, "me")
-        await presence.start()
-        slots = Slots(redis, presence)
-        registry = WorkerRegistry(redis)
-        info = worker_pb2.WorkerInfo(
-            worker_id="w", model="emoji", service="denoising", capacity=2, model_fingerprint="f"
-        )
-        await registry.announce(info)
-        slots.release(await slots.claim("emoji", "denoising", "x"), used_seconds=4.0)
-        await slots.settle()
-        limits = Limits(services=("denoising",), queue_seconds=5.0)
-        for number in range(3):  # 0, 2 and 4 seconds of work before them
-            await store.admit(record(f"r{number}"), limits=limits)
-        with pytest.raises(ResourceExhausted, match=r"6\.0 s of work") as caught:
-            await store.admit(record("r3"), limits=limits)
-        assert caught.value.retry_seconds == pytest.approx(1.0)
-        with pytest.raises(ResourceExhausted, match="3 requests") as caught:
-            await store.admit(record("r4"), limits=Limits(services=("denoising",), max_open=3))
-        assert caught.value.retry_seconds == pytest.approx(2.0)
-        await store.finish("r0", State.REQUEST_STATE_CANCELLED)
-        await store.admit(record("r5"), limits=limits)
-        await registry.withdraw("w")
-        await presence.stop()
 
     run_on_empty_store(url, story)

@@ -13,7 +13,7 @@ from common.errors import FailedPrecondition, InvalidInput
 from common.stage import Contract
 from common.state.connection import run_script
 from common.state.presence import Presence
-from common.state.slots import NoWorkers, Slot, Slots
+from common.state.slots import NoWorkers, Rank, Slot, Slots
 from common.state.workers import WorkerRegistry
 from fleet.v1 import worker_pb2
 from redis_servers import run_on_empty_store, running_server, server_binaries, until
@@ -67,7 +67,7 @@ def test_slots_go_by_priority_then_deadline_then_arrival(url: str) -> None:
             order: list[str] = []
 
             async def take(slots: Slots, name: str, priority: int, deadline: int) -> None:
-                slot = await slots.claim("emoji", "denoising", name, priority=priority, deadline_ms=deadline)
+                slot = await slots.claim("emoji", "denoising", name, Rank(priority, deadline))
                 order.append(name)
                 slots.release(slot)
 
@@ -178,7 +178,7 @@ def test_slots_and_places_of_a_dead_coordinator_are_free(url: str) -> None:
         await registry.announce(worker("w"))
         async with slots_of(redis, "dying") as dying, slots_of(redis, "living", ask_again_seconds=0.02) as living:
             await dying.claim("emoji", "denoising", "held")
-            first = asyncio.create_task(dying.claim("emoji", "denoising", "first", priority=9))
+            first = asyncio.create_task(dying.claim("emoji", "denoising", "first", Rank(priority=9)))
             await queued(registry, 1)
             second = asyncio.create_task(living.claim("emoji", "denoising", "second"))
             await queued(registry, 2)
