@@ -73,7 +73,7 @@ def _load_stages(model: ServedModel, service: ServiceSpec, options: Mapping[str,
     config_class: type[PipelineConfig] = resolve(model.entry.pipeline_config)
     config = replace(config_class.from_checkpoint(model.checkpoint), **options)
     if config.mesh is not None:
-        _check_parallel(model, service, config, config.mesh.degrees)
+        check_parallel(model, service, config.mesh.degrees)
     loaded = {name: load_module(model.checkpoint, name, config) for name in service.modules}
     return [
         resolve(stage.implementation)(config, {name: loaded[name] for name in stage.modules})
@@ -81,8 +81,9 @@ def _load_stages(model: ServedModel, service: ServiceSpec, options: Mapping[str,
     ]
 
 
-def _check_parallel(model: ServedModel, service: ServiceSpec, config: PipelineConfig, degrees: Degrees) -> None:
-    """Refuse several ranks for what has no plan: each would do all the work."""
+def check_parallel(model: ServedModel, service: ServiceSpec, degrees: Degrees) -> None:
+    """Refuse to cut what has no plan: each rank would do all the work. cfg needs none. Raises InvalidInput."""
+    config: type[PipelineConfig] = resolve(model.entry.pipeline_config)
     classes = {model.checkpoint.modules[name][1] for name in service.modules if name in model.checkpoint.modules}
     if degrees.world_size > 1 and not classes & config.parallel_modules:
         raise InvalidInput(

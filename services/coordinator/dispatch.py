@@ -154,7 +154,7 @@ class WorkerRunner:
             except (Unavailable, Cancelled) as error:
                 lost += 1
                 if isinstance(error, WorkerLost):
-                    await self._recovery.worker_died(self._spec.service, error)
+                    await self._recovery.worker_died(slot.worker.worker_id, self._spec.service, error)
                 _log.warning("request %s lost %s at %s: %s", call.request_id, self._spec.service, address, error)
                 if lost >= self._workers.attempts:
                     raise Unavailable(
