@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from common.errors import FleetError, InvalidInput, Unavailable
 from common.settings import SettingsError
@@ -133,12 +134,12 @@ def _replicas(texts: Sequence[str], models: Sequence[ServedModel]) -> dict[str, 
     return replicas
 
 
-def _degrees(args: argparse.Namespace) -> dict[str, int]:
+def _degrees(args: argparse.Namespace) -> dict[str, Any]:
     """The degrees that are given."""
     return {axis: vars(args)[axis] for axis in DEGREES if vars(args)[axis] is not None}
 
 
-def _check_degrees(degrees: Mapping[str, int], models: Sequence[ServedModel]) -> None:
+def _check_degrees(degrees: Mapping[str, Any], models: Sequence[ServedModel]) -> None:
     """Refuse a worker group that cannot be, before anything is started."""
     if not degrees:
         return

@@ -10,7 +10,7 @@ from contextlib import suppress
 from typing import TypeVar
 
 import pytest
-from torch.distributed.elastic.rendezvous import RendezvousInfo
+from torch.distributed.elastic.rendezvous import RendezvousInfo, RendezvousStoreInfo
 
 from common.errors import FailedPrecondition, Unavailable
 from services.denoising.joining import GROUP_TOKEN, Connections, Place, Purpose, join
@@ -26,6 +26,13 @@ def at_once(*works: Callable[[], T]) -> list[T]:
         return [future.result(timeout=30) for future in [executor.submit(work) for work in works]]
 
 
+def place_of(info: RendezvousInfo) -> RendezvousStoreInfo:
+    """Where the ranks of a start find each other."""
+    place: RendezvousStoreInfo | None = info.bootstrap_store_info
+    assert place is not None
+    return place
+
+
 def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         return int(probe.getsockname()[1])
@@ -34,7 +41,7 @@ def free_port() -> int:
 def test_one_machine_meets_itself_where_nobody_else_can() -> None:
     meeting = Meeting(1, 0, "")
     first = meeting.next_rendezvous()
-    place = first.bootstrap_store_info
+    place = place_of(first)
     assert (first.rank, first.world_size, place.master_addr) == (0, 1, "127.0.0.1")
     first.store.set("key", "value")
     token = meeting.token
@@ -72,7 +79,7 @@ def test_a_port_that_is_taken_is_said() -> None:
 
 
 def places(world_size: int, meeting: Meeting) -> list[Place]:
-    info = meeting.next_rendezvous().bootstrap_store_info
+    info = place_of(meeting.next_rendezvous())
     return [
         Place(rank, rank, world_size, 1, info.master_addr, info.master_port, meeting.token)
         for rank in range(world_size)
