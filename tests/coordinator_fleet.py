@@ -139,7 +139,7 @@ class FakeFleet:
         self._stack.callback(executor.shutdown, wait=True, cancel_futures=True)
         servicer = StageServicer(service, script, executor, TORCH, limits=ServingLimits(capacity=capacity))
         server = FleetServer(f"unix:{self.directory}/{secrets.token_hex(4)}.sock")
-        server.add(servicer, servicer.service_name)
+        server.add(servicer.methods, servicer.service_name)
         await server.start()
         self._stack.push_async_callback(server.drain, 0)
         redis = connect(self.url)

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from traceback import clear_frames
-from typing import Any, Protocol, TypeAlias, cast
+from typing import Any, Protocol, cast
 
 import grpc
 from google.protobuf.message import Message
@@ -29,14 +29,13 @@ from common.rpc.framing import (
     described_tensors,
     split_packets,
 )
-from common.rpc.method import check_contract, path_of, request_type, response_type, service_name, stage_method
+from common.rpc.method import check_contract, request_type, response_type, service_name, stage_method
 from common.rpc.parsing import parse, refuse_unknown_fields
 from common.rpc.replies import Recorder, ReplyCache, Write
 from common.rpc.reporter import Reporter
+from common.rpc.wrapping import Context, Handler
 from common.stage import Call, Contract
 from common.telemetry import REQUEST_ID_KEY
-
-Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 
 class Stages(Protocol):
@@ -62,7 +61,7 @@ class ServingLimits:
     call: Limits = field(default_factory=Limits)
 
 
-class StageServicer(grpc.GenericRpcHandler):
+class StageServicer:
     """Puts stages behind the RPC of a service.
 
     Raises PipelineError when the stages' contract is not part of the RPC's messages. The stages run on `executor`,
@@ -92,13 +91,9 @@ class StageServicer(grpc.GenericRpcHandler):
         self._cache = cache
         self._request = request_type(method)
         self._reply = response_type(method)
-        self._path = path_of(method)
-        self._handler: grpc.RpcMethodHandler[Any, Any] = grpc.stream_stream_rpc_method_handler(cast(Any, self._handle))
+        handler: Handler = grpc.stream_stream_rpc_method_handler(cast(Any, self._handle))
+        self.methods: Mapping[str, Handler] = {method.name: handler}
         self.in_flight = 0
-
-    def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[Any, Any] | None:
-        """The handler of the one method served here."""
-        return self._handler if handler_call_details.method == self._path else None
 
     async def _handle(self, _requests: object, context: Context) -> None:
         with self._place() as leave:

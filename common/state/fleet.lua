@@ -4,11 +4,12 @@
 -- merge, so a record grows by appending to `extra`. Time is this server's, in milliseconds, never a caller's.
 --
 --   fleet:request:<id>             hash   record, extra, state, created, updated, model, owner, epoch, cancel, key, caller, token,
---                                         and until its end submission, deaths, point (the key and size of a checkpoint),
+--                                         and until its end submission, deaths (workers that died while they ran it), point
+--                                         (the key of a checkpoint), told (number and ids of the latest events),
 --                                         left:<service> (its cost, until that service is done with it)
 --   fleet:events:<id>              stream field `event`
 --   fleet:result:<id>:<epoch>:<file>:<n>  string a chunk of a file of the result
---   fleet:checkpoint:<id>:<epoch>-<n>     list   a step checkpoint: its header, then its chunks
+--   fleet:checkpoint:<id>:<epoch>-<n>     hash   a step checkpoint by part: 0 its origin, 1 its header, then its chunks
 --   fleet:idempotency:<key>        string request id
 --   fleet:requests, fleet:ended    zset   ids by sequence number; ended ids by the time their record expires
 --   fleet:open:<model>             set    ids that have not ended
@@ -23,10 +24,10 @@
 --   fleet:pace:<model>/<svc>       string ms that slots were held and the cost of what held them, of the latest
 --   fleet:work:<model>/<svc>       hash   caller -> cost of their open requests that still need the service
 --   fleet:coordinator:<owner>      string present while that coordinator's heartbeat lasts; also its channel
---   fleet:cancels:<owner>          set    ids that it should cancel
 --
 -- A coordinator's heartbeat is its lease on all requests that it owns. `epoch` is the fencing token: it grows when a
--- request changes hands, and a write with another one is refused.
+-- request changes hands, and a write with another one is refused. Callers repeat an operation whose answer they have
+-- lost, and a network may deliver one long after its caller gave up: done twice or late, each must do no harm.
 --
 -- The cost of a request is a number that says how much it asks of a service, beside other requests.
 
@@ -219,17 +220,28 @@ function ops.admit(id, owner, key, record, submission, model, deadline, max_open
   return { 'admitted', int(now), snapshot(id), events }
 end
 
--- id, epoch, new state or '', addition to the record, events. Refused once the request has ended or changed hands.
-function ops.append(id, epoch, state, extra)
+-- id, epoch, number of this owner's events before these, new state or '', addition to the record, events. Refused once
+-- the request has ended or changed hands. Written again, as its answer was lost, it gets the same answer.
+function ops.append(id, epoch, number, state, extra)
   local refused = refusal(id, epoch)
   if refused then
     return { refused }
   end
+  local key, ids = P .. 'request:' .. id, {}
+  local latest, told = string.match(redis.call('HGET', key, 'told') or '', '^(%d+) ?(.*)$')
+  if latest and tonumber(number) <= tonumber(latest) then
+    for each in string.gmatch(number == latest and told or '', '%S+') do
+      ids[#ids + 1] = each
+    end
+    return { 'appended', ids }
+  end
   if state ~= '' then
-    redis.call('HSET', P .. 'request:' .. id, 'state', state, 'updated', int(now))
+    redis.call('HSET', key, 'state', state, 'updated', int(now))
   end
   extend(id, extra)
-  return { 'appended', add_events(id, 6) }
+  ids = add_events(id, 7)
+  redis.call('HSET', key, 'told', number .. ' ' .. table.concat(ids, ' '))
+  return { 'appended', ids }
 end
 
 -- A request needs a service no more: its cost is open there no more, which counts once.
@@ -259,7 +271,7 @@ local function finish(id, token, state, extra, keep)
   if fields[4] then
     redis.call('DEL', fields[4])
   end
-  redis.call('HDEL', key, 'submission', 'deaths', 'point')
+  redis.call('HDEL', key, 'submission', 'deaths', 'point', 'told')
   redis.call('SREM', P .. 'open:' .. fields[1], id)
   if fields[3] and fields[3] ~= '' then
     redis.call('SREM', P .. 'open-by:' .. fields[3], id)
@@ -293,8 +305,6 @@ function ops.cancel(id, state, keep)
     local owner = redis.call('HGET', key, 'owner')
     redis.call('HSET', key, 'cancel', '1')
     if redis.call('EXISTS', P .. 'coordinator:' .. owner) == 1 then
-      redis.call('SADD', P .. 'cancels:' .. owner, id)
-      redis.call('PEXPIRE', P .. 'cancels:' .. owner, 60000)
       redis.call('PUBLISH', P .. 'coordinator:' .. owner, 'cancel\n' .. id)
     else
       finish(id, 'cancel', state, '', keep)
@@ -305,32 +315,48 @@ function ops.cancel(id, state, keep)
   return snapshot(id)
 end
 
--- owner, model, the most to take. The open requests of a model whose coordinator is dead are this one's from now on:
--- for each id, epoch, submission, cancel, deaths, now and the record.
-function ops.take_over(owner, model, most)
-  local taken = {}
+-- owner, model, the most to take, 1 to look beyond one's own, the ids that it runs. Its own requests that it does not
+-- run, and those of dead coordinators, are this one's to run from now on: for each id, epoch, submission, cancel, deaths,
+-- now and the record. Then the ids of those that it runs and should cancel. Only who lives itself takes anything.
+function ops.take_over(owner, model, most, beyond, running)
+  local taken, cancels, runs = {}, {}, {}
+  if redis.call('EXISTS', P .. 'coordinator:' .. owner) == 0 then
+    return { taken, cancels }
+  end
+  for id in string.gmatch(running, '%S+') do
+    runs[id] = true
+  end
   for _, id in ipairs(redis.call('SMEMBERS', P .. 'open:' .. model)) do
     local key = P .. 'request:' .. id
-    local before = redis.call('HGET', key, 'owner')
-    if before and before ~= owner and redis.call('EXISTS', P .. 'coordinator:' .. before) == 0 then
-      redis.call('HSET', key, 'owner', owner)
-      local epoch = redis.call('HINCRBY', key, 'epoch', 1)
-      local fields = redis.call('HMGET', key, 'submission', 'cancel', 'deaths')
-      taken[#taken + 1] = { id, epoch, fields[1] or '', fields[2] or '0', fields[3] or '0', int(now), snapshot(id) }
-      if #taken >= tonumber(most) then
-        break
+    local fields = redis.call('HMGET', key, 'owner', 'cancel', 'submission', 'deaths')
+    local is_own = fields[1] == owner
+    if is_own and runs[id] then
+      if fields[2] then
+        cancels[#cancels + 1] = id
       end
+    elseif #taken < tonumber(most)
+      and (is_own or beyond == '1' and fields[1] and redis.call('EXISTS', P .. 'coordinator:' .. fields[1]) == 0) then
+      redis.call('HSET', key, 'owner', owner)
+      redis.call('HDEL', key, 'told')
+      local epoch = redis.call('HINCRBY', key, 'epoch', 1)
+      taken[#taken + 1] = { id, epoch, fields[3] or '', fields[2] or '0', fields[4] or '', int(now), snapshot(id) }
     end
   end
-  return taken
+  return { taken, cancels }
 end
 
--- id, epoch. A worker died while it worked on the request; how many have by now.
-function ops.death(id, epoch)
+-- id, epoch, worker. It died while it worked on the request; returns all that have by now.
+function ops.death(id, epoch, worker)
   if refusal(id, epoch) then
-    return 0
+    return ''
   end
-  return redis.call('HINCRBY', P .. 'request:' .. id, 'deaths', 1)
+  local key = P .. 'request:' .. id
+  local deaths = redis.call('HGET', key, 'deaths') or ''
+  if not string.find('\n' .. deaths, '\n' .. worker .. '\n', 1, true) then
+    deaths = deaths .. worker .. '\n'
+    redis.call('HSET', key, 'deaths', deaths)
+  end
+  return deaths
 end
 
 -- id, epoch, key of the checkpoint. It takes the place of the one before.
@@ -348,16 +374,13 @@ function ops.checkpoint(id, epoch, point)
   return 1
 end
 
--- owner, ms that the beat lasts. Returns the ids to cancel since the last beat.
+-- owner, ms that the beat lasts
 function ops.beat(owner, lasts)
   redis.call('SET', P .. 'coordinator:' .. owner, '1', 'PX', lasts)
-  local ids = redis.call('SMEMBERS', P .. 'cancels:' .. owner)
-  redis.call('DEL', P .. 'cancels:' .. owner)
-  return ids
 end
 
 function ops.resign(owner)
-  redis.call('DEL', P .. 'coordinator:' .. owner, P .. 'cancels:' .. owner)
+  redis.call('DEL', P .. 'coordinator:' .. owner)
 end
 
 -- model, fingerprint, ms that it lasts, pairs of service and contract. The first one to declare a model decides.
@@ -516,6 +539,24 @@ function ops.withdraw(worker)
     redis.call('ZREM', P .. 'workers:' .. fields[1] .. '/' .. fields[2], worker)
     redis.call('DEL', P .. 'worker:' .. worker)
   end
+end
+
+-- model/service, owner. The tickets of that coordinator that have a slot or wait for one.
+function ops.claims(place, owner)
+  local tickets = {}
+  local slots = redis.call('HGETALL', P .. 'slots:' .. place)
+  for i = 1, #slots, 2 do
+    if string.match(slots[i + 1], '^[^|]*|([^|]*)') == owner then
+      tickets[#tickets + 1] = slots[i]
+    end
+  end
+  local waiting = redis.call('HGETALL', P .. 'waiting:' .. place)
+  for i = 1, #waiting, 2 do
+    if string.match(waiting[i + 1], '|([^|]*)$') == owner then
+      tickets[#tickets + 1] = waiting[i]
+    end
+  end
+  return tickets
 end
 
 -- model/service. Live workers' infos, slots taken, length of the queue.

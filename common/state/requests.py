@@ -191,18 +191,27 @@ class RequestStore:
         return [(str(int(score)), each) for (_, score), each in zip(rows, fields, strict=True)]
 
     async def append(
-        self, request_id: str, events: Sequence[generation_pb2.Event], *, epoch: int = 1
+        self, request_id: str, events: Sequence[generation_pb2.Event], *, number: int, epoch: int = 1
     ) -> list[generation_pb2.Event] | None:
         """Add events; what they say of state and warnings goes into the record.
 
-        Returns them as stored, and None once the request has ended or belongs to another epoch.
+        `number` is how many the caller has added before in this epoch: the same ones may be given again, when it is not
+        known whether they were added. Returns them as stored, and None once the request has ended or belongs to another
+        epoch.
         """
         state = next((str(event.state_change.state) for event in events if event.HasField("state_change")), "")
         extra = generation_pb2.RequestRecord(
             warnings=[event.warning for event in events if event.HasField("warning")]
         ).SerializeToString()
         reply = await run_script(
-            self._redis, "append", request_id, epoch, state, extra, *(event.SerializeToString() for event in events)
+            self._redis,
+            "append",
+            request_id,
+            epoch,
+            number,
+            state,
+            extra,
+            *(event.SerializeToString() for event in events),
         )
         return with_ids(events, reply[1]) if reply[0] == b"appended" else None
 

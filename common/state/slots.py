@@ -66,6 +66,7 @@ class Slots:
         self._owner = presence.owner
         self._ask_again_seconds = ask_again_seconds
         self._waiting: dict[str, asyncio.Future[bytes]] = {}
+        self._tickets: set[str] = set()  # that wait, are held, or are being given back
         self._numbers = itertools.count()
         self._releases: set[asyncio.Task[None]] = set()
         presence.on_grant = self._granted
@@ -88,6 +89,7 @@ class Slots:
         place = f"{model}/{service}"
         granted: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
         self._waiting[ticket] = granted
+        self._tickets.add(ticket)
         try:
             info = await self._wait(ticket, place, granted, rank, patience_seconds)
             return Slot(ticket, place, worker_pb2.WorkerInfo.FromString(info))
@@ -130,6 +132,7 @@ class Slots:
         self._release(slot.ticket, slot.place, used_seconds)
 
     def _release(self, ticket: str, place: str, used_seconds: float = 0.0) -> None:
+        self._tickets.add(ticket)
         task = asyncio.create_task(self._keep_releasing(ticket, place, used_seconds))
         self._releases.add(task)
         task.add_done_callback(self._releases.discard)
@@ -142,7 +145,19 @@ class Slots:
                 _log.warning("cannot give back a slot of %s yet: %s", place, error)
                 await asyncio.sleep(_RETRY_SECONDS)
             else:
+                self._tickets.discard(ticket)
                 return
+
+    async def give_back_unknown(self, model: str, service: str) -> None:
+        """Release what the store holds for this coordinator, but nobody here does. Raises Unavailable.
+
+        A network that comes back delivers claims that were given up long ago.
+        """
+        place = f"{model}/{service}"
+        for ticket in await run_script(self._redis, "claims", place, self._owner):
+            if ticket.decode() not in self._tickets:
+                _log.warning("gives back a slot of %s that nobody here has: %s", place, ticket.decode())
+                self._release(ticket.decode(), place)
 
     async def settle(self) -> None:
         """Wait until all that was released is free."""

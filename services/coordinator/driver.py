@@ -66,7 +66,7 @@ class Execution:
     cancel_requested: bool = False
     files: Sequence[ResultFile] | None = field(default=None, repr=False)
     epoch: int = 1
-    deaths: int = 0
+    deaths: frozenset[str] = frozenset()
 
     @property
     def request_id(self) -> str:
@@ -106,6 +106,7 @@ class Driver:
         self._step_seconds = step_seconds
         self._executions: dict[str, Execution] = {}
         self._accepting: dict[str, bool] = {}  # whether each is to be cancelled as soon as it runs
+        self._settling: set[str] = set()  # ids of requests that will be run once it is known that they should be
         self._tasks: set[asyncio.Task[Any]] = set()
         self._stopping = False
 
@@ -136,6 +137,7 @@ class Driver:
                 return admission, None
             return admission, self._start(Execution(submission, admission.seconds_left, EventLog(admission.events)))
         except Unavailable:
+            self._settling.add(record.request_id)
             self._spawn(self._settle(submission))
             raise
         finally:
@@ -151,6 +153,8 @@ class Driver:
             stored = await _persist(f"request {request_id} may be stored", partial(self._store.get, request_id))
         except NotFound:
             return
+        finally:
+            self._settling.discard(request_id)
         left = stored.deadline.ToNanoseconds() - stored.created_at.ToNanoseconds()
         execution = self._start(Execution(submission, left / 1e9 if stored.HasField("deadline") else None, EventLog()))
         if not submission.idempotency_key:
@@ -230,12 +234,12 @@ class Driver:
                 if not done:
                     execution.work.cancel()
                     await asyncio.wait({execution.work})
+                await events.close()
                 if self._is_left_behind(execution, execution.work, late=not done):
                     _log.warning("request %s is left for another coordinator", record.request_id)
-                    await events.close()
                     return
                 outcome = self._outcome(execution, execution.work, progress, late=not done)
-                await self._finish(execution, outcome, await events.close())
+                await self._finish(execution, outcome, events)
             finally:
                 await recovery.point.close()
                 execution.log.close()
@@ -302,20 +306,22 @@ class Driver:
             return _failure(ResourceExhausted(message, field="output_format"))
         return _Outcome(State.REQUEST_STATE_SUCCEEDED, files=files)
 
-    async def _finish(self, execution: Execution, outcome: _Outcome, events: Sequence[generation_pb2.Event]) -> None:
+    async def _finish(self, execution: Execution, outcome: _Outcome, events: EventWriter) -> None:
         """Write the end down, however long the store is away."""
         record = execution.submission.record
-        finish = partial(
-            self._store.finish,
-            record.request_id,
-            outcome.state,
-            error=outcome.error,
-            files=outcome.files,
-            stored=not execution.submission.raw,
-            events=events,
-            steps_saved=outcome.steps_saved,
-            epoch=execution.epoch,
-        )
+
+        async def finish() -> list[generation_pb2.Event] | None:
+            return await self._store.finish(
+                record.request_id,
+                outcome.state,
+                error=outcome.error,
+                files=outcome.files,
+                stored=not execution.submission.raw,
+                events=await events.rest(),
+                steps_saved=outcome.steps_saved,
+                epoch=execution.epoch,
+            )
+
         try:
             last = await _persist(f"request {record.request_id} has ended", finish)
         except InternalError as error:
@@ -333,32 +339,49 @@ class Driver:
         why = f": {outcome.error.message}" if outcome.error else ""
         _log.info("request %s of %s is %s%s", record.request_id, record.model, name, why)
 
-    async def take_over(self, model: str, restore: Restore) -> None:
-        """Go on with the open requests of a model whose coordinator is dead. Raises Unavailable.
+    async def take_over(self, model: str, restore: Restore, *, beyond_own: bool = True) -> None:
+        """Go on with open requests of a model that nobody runs, end those that are cancelled. Raises Unavailable.
 
-        `restore` makes the submission of a stored one again. One that cannot be run here ends as FAILED.
+        Unless `beyond_own`, only with those that belong to this coordinator: the store may have given it one whose
+        news was lost. `restore` makes the submission of a stored one again. One that cannot be run here ends as FAILED.
         """
-        while inherited := await self._leases.take_over(model):
-            for each in inherited:
-                _log.warning("request %s is taken over from a dead coordinator", each.record.request_id)
+        inherited = True
+        while inherited:
+            running = (*self._executions, *self._accepting, *self._settling)
+            taken, cancelled = await self._leases.take_over(model, running=running, beyond_own=beyond_own)
+            for each in taken:
+                _log.warning("request %s is taken over: nobody runs it", each.record.request_id)
+                self._settling.add(each.record.request_id)
                 self._spawn(self._inherit(each, restore))
+            for request_id in cancelled:
+                self.cancel(request_id)
+            inherited = bool(taken)
 
     async def _inherit(self, inherited: Inherited, restore: Restore) -> None:
         record, epoch = inherited.record, inherited.epoch
         try:
+            await self._end_former(record.request_id)
             if epoch > _MOST_OWNERS:
                 raise InternalError(f"{epoch - 1} coordinators have ended while they ran this request; it is given up")
             submission = restore(record, inherited.submission)
             if submission.raw:
                 raise Unavailable("the coordinator that streamed it is gone; submit it again")
+            execution = Execution(submission, inherited.seconds_left, EventLog(), epoch=epoch, deaths=inherited.deaths)
+            execution.cancel_requested = inherited.cancel_requested
+            self._start(execution)
         except FleetError as error:
             failed = _failure(error)
             finish = partial(self._store.finish, record.request_id, failed.state, error=failed.error, epoch=epoch)
             await _persist(f"request {record.request_id} cannot be taken over", finish)
-            return
-        execution = Execution(submission, inherited.seconds_left, EventLog(), epoch=epoch, deaths=inherited.deaths)
-        execution.cancel_requested = inherited.cancel_requested
-        self._start(execution)
+        finally:
+            self._settling.discard(record.request_id)
+
+    async def _end_former(self, request_id: str) -> None:
+        """Stop what this coordinator still does for a request under an earlier epoch, none of which counts any more."""
+        former = self._executions.get(request_id)
+        if former is not None and former.task is not None:
+            self._cancel(former)
+            await asyncio.wait({former.task})
 
 
 def _rank(submission: Submission, service: str) -> Rank:

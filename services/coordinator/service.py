@@ -254,6 +254,7 @@ class GenerationService:
                     capacity=load.capacity,
                     busy=load.busy,
                     queued=load.queued,
+                    groups=[worker.degrees for worker in load.workers if worker.HasField("degrees")],
                 )
                 for service, load in loads
             ],

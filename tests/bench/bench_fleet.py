@@ -47,7 +47,7 @@ def running_fleet(*arguments: str, settings: Mapping[str, str] = NO_SETTINGS) ->
             words = process.stdout.readline().split()
             if words[:1] != ["ready:"]:
                 notes.seek(0)
-                raise RuntimeError("fleet up did not get ready:\n" + "".join(notes.readlines()[-20:]))
+                raise RuntimeError("fleet up did not get ready:\n" + "".join(notes.readlines()[-60:]))
             yield RunningFleet(words[1], time.monotonic() - began, process.pid)
         finally:
             process.send_signal(signal.SIGTERM)

@@ -19,6 +19,7 @@ from fleet.v1 import worker_pb2
 from redis_servers import run_on_empty_store, running_server, server_binaries, until
 
 SLOW = 3_600.0
+LATE = (0, 0, "", 1)  # the rank of a claim that somebody else makes
 
 
 @pytest.fixture(scope="module", params=sorted(server_binaries()))
@@ -245,6 +246,34 @@ def test_a_suspect_is_out_until_its_next_beat(url: str) -> None:
             await registry.suspect("w")
             slots.release(lost)
             assert (await slots.claim("emoji", "denoising", "r", patience_seconds=5)).worker.worker_id == "w"
+        await registry.withdraw("w")
+
+    run_on_empty_store(url, story)
+
+
+def test_a_claim_that_arrives_after_it_was_given_up_is_given_back(url: str) -> None:
+    async def story(redis: Redis) -> None:
+        registry = WorkerRegistry(redis)
+        await registry.announce(worker("w"))
+        async with slots_of(redis, "a") as slots, slots_of(redis, "b") as others:
+            held = await slots.claim("emoji", "denoising", "r")
+            for owner in ("a", "b"):
+                await run_script(redis, "claim", f"late/{owner}/9", "emoji/denoising", owner, *LATE)
+            await slots.give_back_unknown("emoji", "denoising")
+            await slots.settle()
+            assert (await registry.load("emoji", "denoising")).queued == 1
+            slots.release(held)  # "b" gets the slot, which nobody there wants either
+            await slots.settle()
+            assert (await registry.load("emoji", "denoising")).busy == 1
+            await others.give_back_unknown("emoji", "denoising")
+            await others.settle()
+            load = await registry.load("emoji", "denoising")
+            assert (load.busy, load.queued) == (0, 0)
+            kept = await slots.claim("emoji", "denoising", "r")
+            await slots.give_back_unknown("emoji", "denoising")
+            await slots.settle()
+            assert (await registry.load("emoji", "denoising")).busy == 1
+            slots.release(kept)
         await registry.withdraw("w")
 
     run_on_empty_store(url, story)

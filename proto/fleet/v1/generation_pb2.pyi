@@ -5,6 +5,7 @@ The public API: submit a request, follow it, fetch what it made."""
 
 from collections import abc as _abc
 from fleet.v1 import artifacts_pb2 as _artifacts_pb2
+from fleet.v1 import worker_pb2 as _worker_pb2
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
@@ -1049,6 +1050,7 @@ class ServiceStatus(_message.Message):
     CAPACITY_FIELD_NUMBER: _builtins.int
     BUSY_FIELD_NUMBER: _builtins.int
     QUEUED_FIELD_NUMBER: _builtins.int
+    GROUPS_FIELD_NUMBER: _builtins.int
     service: _builtins.str
     """Service, such as "denoising"."""
     workers: _builtins.int
@@ -1059,6 +1061,10 @@ class ServiceStatus(_message.Message):
     """Requests they are working on."""
     queued: _builtins.int
     """Requests that wait."""
+    @_builtins.property
+    def groups(self) -> _containers.RepeatedCompositeFieldContainer[_worker_pb2.Degrees]:
+        """Degrees of those live workers that are worker groups, one entry a worker."""
+
     def __init__(
         self,
         *,
@@ -1067,10 +1073,11 @@ class ServiceStatus(_message.Message):
         capacity: _builtins.int = ...,
         busy: _builtins.int = ...,
         queued: _builtins.int = ...,
+        groups: _abc.Iterable[_worker_pb2.Degrees] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["busy", b"busy", "capacity", b"capacity", "queued", b"queued", "service", b"service", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["busy", b"busy", "capacity", b"capacity", "groups", b"groups", "queued", b"queued", "service", b"service", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -29,7 +29,7 @@ from common.errors import FleetError, InternalError
 from common.rpc.client import RemoteRunner
 from common.rpc.frames import chunk_frame, read_chunk
 from common.rpc.framing import Limits, checksum
-from common.rpc.method import contract_of, path_of, request_type, response_type, stage_method
+from common.rpc.method import contract_of, request_type, response_type, stage_method
 from common.rpc.parsing import parse, refuse_unknown_fields
 from common.rpc.replies import ReplyCache
 from common.rpc.server import ServingLimits, StageServicer
@@ -138,7 +138,7 @@ def _stage_target(service: str, loop: asyncio.AbstractEventLoop, device: ThreadP
     limits = ServingLimits(capacity=1, call=LIMITS)
     cache = ReplyCache(1 << 20, service=service, model="fuzz") if service == "text_encoding" else None
     servicer = StageServicer(service, _Reader(service), device, TORCH, limits=limits, cache=cache)
-    handler: Any = servicer.service(cast(Any, _Details(path_of(method))))
+    handler: Any = servicer.methods[method.name]
 
     def run(frames: Frames) -> None:
         try:
@@ -165,12 +165,6 @@ def _reply_target(service: str, loop: asyncio.AbstractEventLoop) -> Target:
         loop.run_until_complete(runner({}, Call("fuzz")))
 
     return Target(f"reply.{service}", run, _framed_seeds(kind), [_header(kind)])
-
-
-@dataclass(frozen=True)
-class _Details:
-    method: str
-    invocation_metadata: tuple[()] = ()
 
 
 class _Channel:
@@ -314,7 +308,7 @@ def _public_targets(model: ServedModel, loop: asyncio.AbstractEventLoop) -> Iter
     descriptor = generation_pb2.DESCRIPTOR.services_by_name["GenerationService"]
     handlers = ServiceHandler(descriptor, service.functions)
     for method in descriptor.methods:
-        handler: Any = handlers.service(cast(Any, _Details(f"/{descriptor.full_name}/{method.name}")))
+        handler: Any = handlers.methods[method.name]
         yield Target(
             f"public.{method.name}",
             _public_run(handler, loop),
