@@ -239,7 +239,7 @@ def _make_server(
     )
     servicer = StageServicer(service, stages, executor, TORCH, limits=limits, cache=_cache_of(stages, info, settings))
     server.add(servicer.methods, servicer.service_name)
-    worker_pb2_grpc.addWorkerServiceServicer_to_server(WorkerService(info), server.grpc_server)
+    worker_pb2_grpc.add_WorkerServiceServicer_to_server(WorkerService(info), server.grpc_server)
     server.add(None, _SERVICE)
     return server
 

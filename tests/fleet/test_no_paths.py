@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -49,13 +50,13 @@ def fleet() -> Iterator[ServedFleet]:
 def test_no_text_of_a_request_is_a_path(fleet: ServedFleet, tmp_path: Path) -> None:
     secret = tmp_path / f"{SECRET}.safetensors"
     secret.write_bytes(b"secret")
-    small = {"height": 64, "width": 64, "num_inference_steps": 1, "seed": 1}
+    small: dict[str, Any] = {"height": 64, "width": 64, "num_inference_steps": 1, "seed": 1}
     for text in (str(secret), f"../../../..{secret}", secret.as_uri(), f"@{secret}", f"{secret}\0.png"):
         with touched() as found:
             fleet.generate("emoji", prompt=text, prompt_2=text, negative_prompt=text, true_cfg_scale=2.0, **small)
             for given in ({"model": text}, {"model": "emoji", "images": {text: b"x"}}, {"model": "emoji", text: text}):
                 with suppress(FleetError):
-                    fleet.generate(prompt="x", **{**small, **given})  # type: ignore[arg-type]
+                    fleet.generate(prompt="x", **{**small, **given})
         assert not found
 
 

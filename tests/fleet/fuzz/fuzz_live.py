@@ -13,7 +13,6 @@ from typing import Any
 import grpc
 from fuzz_inputs import Frames
 from fuzz_targets import PUBLIC, PUBLIC_SEEDS, SERVICES, Target, framed_seeds, public_service, stage_servicer, targets
-from google.protobuf.descriptor import MethodDescriptor
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 
@@ -84,7 +83,8 @@ class _Live:
 
     async def call(self, path: str, frames: Frames) -> None:
         """Send the frames; a stream of one message is what a single message is, on the wire."""
-        call: Any = self.channel.stream_stream(path)(iter(frames), timeout=_SECONDS)
+        send: Any = self.channel.stream_stream(path)
+        call = send(iter(frames), timeout=_SECONDS)
         code, details = grpc.StatusCode.OK, ""
         try:
             if path == _WATCH:  # goes on for as long as somebody watches
@@ -113,8 +113,8 @@ def _call_targets(live: _Live, loop: asyncio.AbstractEventLoop) -> Iterator[Targ
         yield Target(name, _calling(live, loop, method), seeds, [method.input_type])
 
 
-def _methods() -> Iterator[tuple[MethodDescriptor, list[Frames]]]:
-    """Every RPC, with right inputs."""
+def _methods() -> Iterator[tuple[Any, list[Frames]]]:
+    """The descriptor of every RPC, with right inputs."""
     for method in PUBLIC.methods:
         yield method, [(each.SerializeToString(),) for each in PUBLIC_SEEDS[method.name]]
     for service in SERVICES:
@@ -132,7 +132,7 @@ def _methods() -> Iterator[tuple[MethodDescriptor, list[Frames]]]:
     yield REFLECTION.methods[0], [tuple(each.SerializeToString() for each in ways)]
 
 
-def _calling(live: _Live, loop: asyncio.AbstractEventLoop, method: MethodDescriptor) -> Callable[[Frames], None]:
+def _calling(live: _Live, loop: asyncio.AbstractEventLoop, method: Any) -> Callable[[Frames], None]:
     path = f"/{method.containing_service.full_name}/{method.name}"
 
     def run(frames: Frames) -> None:
