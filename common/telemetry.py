@@ -44,6 +44,9 @@ CACHE_LOOKUPS = Counter(
 CACHE_BYTES = Gauge("fleet_cache_bytes", "Memory of kept replies", ("service", "model"))
 QUEUE_LENGTH = Gauge("fleet_queue_length", "Requests that wait for a slot", ("service", "model"))
 REQUESTS = Counter("fleet_requests", "Requests that reached their terminal state", ("model", "state"))
+STEPS_SAVED = Counter(
+    "fleet_steps_saved", "Denoising steps that were not done because their request was cancelled or expired", ("model",)
+)
 
 _request_id: ContextVar[str] = ContextVar("fleet_request_id", default="")
 

@@ -11,14 +11,17 @@ import textwrap
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from common.errors import CheckpointError
+from common.errors import CheckpointError, InvalidInput
 from common.stage import PipelineStage
 from configs.pipeline_configs.base import PipelineConfig
+from models.layers.attention import has_flash_attention_3
+from models.layers.mesh import Degrees, WorkerMesh
 from models.registry import resolve
 
 if TYPE_CHECKING:
@@ -31,7 +34,9 @@ if TYPE_CHECKING:
 MOST_TOLD = 400
 
 ModuleLoader = Callable[["Checkpoint", str, torch.device, torch.dtype], Any]
-"""Loads one module of a checkpoint, by its name in model_index.json, for inference. Raises CheckpointError."""
+"""Loads one module of a checkpoint, by its name in model_index.json, for inference. Raises CheckpointError.
+
+That of one of the config's parallel_modules also takes `mesh`, a WorkerMesh or None, and loads this rank's part."""
 
 
 def load_stages(
@@ -42,14 +47,21 @@ def load_stages(
     dtype: torch.dtype,
     checkpoint_every: int = 0,
     checkpoint_seconds: float = 0.0,
+    mesh: WorkerMesh | None = None,
 ) -> list[PipelineStage[Any, Any]]:
     """The stages of the service, in order, with their modules on the device. Raises CheckpointError.
 
     A denoising stage tells its caller a checkpoint after every `checkpoint_every` steps, and whenever the last one is
     older than `checkpoint_seconds`; 0 means never.
+
+    With a mesh they are this rank's part of the stages: every rank of the worker group calls this, and then each
+    stage's run() with equal inputs, and gets the same outputs. Raises InvalidInput for degrees that the model does
+    not have.
     """
+    options = {"device": device, "dtype": dtype, "mesh": mesh}
+    options |= {"checkpoint_every": checkpoint_every, "checkpoint_seconds": checkpoint_seconds}
     with _LOADING:
-        return _load_stages(model, service, device, dtype, checkpoint_every, checkpoint_seconds)
+        return _load_stages(model, service, options)
 
 
 # While it loads a model, transformers changes defaults of the whole process, such as the type of new tensors: services
@@ -57,17 +69,27 @@ def load_stages(
 _LOADING = threading.Lock()
 
 
-def _load_stages(
-    model: ServedModel, service: ServiceSpec, device: torch.device, dtype: torch.dtype, every: int, seconds: float
-) -> list[PipelineStage[Any, Any]]:
+def _load_stages(model: ServedModel, service: ServiceSpec, options: Mapping[str, Any]) -> list[PipelineStage[Any, Any]]:
     config_class: type[PipelineConfig] = resolve(model.entry.pipeline_config)
-    config = config_class.from_checkpoint(model.checkpoint)
-    config = replace(config, device=device, dtype=dtype, checkpoint_every=every, checkpoint_seconds=seconds)
+    config = replace(config_class.from_checkpoint(model.checkpoint), **options)
+    if config.mesh is not None:
+        check_parallel(model, service, config.mesh.degrees)
     loaded = {name: load_module(model.checkpoint, name, config) for name in service.modules}
     return [
         resolve(stage.implementation)(config, {name: loaded[name] for name in stage.modules})
         for stage in service.stages
     ]
+
+
+def check_parallel(model: ServedModel, service: ServiceSpec, degrees: Degrees) -> None:
+    """Refuse to cut what has no plan: each rank would do all the work. cfg needs none. Raises InvalidInput."""
+    config: type[PipelineConfig] = resolve(model.entry.pipeline_config)
+    classes = {model.checkpoint.modules[name][1] for name in service.modules if name in model.checkpoint.modules}
+    if degrees.world_size > 1 and not classes & config.parallel_modules:
+        raise InvalidInput(
+            f"{model.checkpoint.pipeline_name} has no parallel plan for {service.service}, so that tp, ulysses, ring "
+            f"and cfg must be 1; they are {degrees}"
+        )
 
 
 def load_module(checkpoint: Checkpoint, name: str, config: PipelineConfig) -> Any:
@@ -76,7 +98,9 @@ def load_module(checkpoint: Checkpoint, name: str, config: PipelineConfig) -> An
         raise CheckpointError(f"{checkpoint.name}: model_index.json has no {name}")
     _, class_name = checkpoint.modules[name]
     if reference := config.module_loaders.get(class_name):
-        loader: ModuleLoader = resolve(reference)
+        function = resolve(reference)
+        parallel = class_name in config.parallel_modules
+        loader: ModuleLoader = partial(function, mesh=config.mesh) if parallel else function
     elif class_name in _LOADERS:
         loader = _LOADERS[class_name]
     else:
@@ -162,12 +186,16 @@ def _check_json(name: str, path: Path) -> None:
         raise CheckpointError(f"{name}: {path.name} is not JSON: {error}") from error
 
 
-def numerics_fingerprint(device: torch.device, dtype: torch.dtype) -> str:
-    """Equal on two workers only if the same stage gives the same bytes on both."""
+def numerics_fingerprint(device: torch.device, dtype: torch.dtype, degrees: Degrees | None = None) -> str:
+    """Equal on two workers only if the same stage gives the same bytes on both. None is one rank.
+
+    Each degree counts: sums over ranks are rounded otherwise than those of one rank.
+    """
     facts = [
         platform.machine(),
         device.type,
         str(dtype),
+        str(degrees or Degrees()),
         *(f"{package} {importlib.metadata.version(package)}" for package in ("torch", "diffusers", "transformers")),
     ]
     if device.type == "cuda":
@@ -176,6 +204,7 @@ def numerics_fingerprint(device: torch.device, dtype: torch.dtype) -> str:
             f"cuda {torch.version.cuda}",
             f"cudnn {torch.backends.cudnn.version()}",  # type: ignore[no-untyped-call]
             f"tf32 {torch.backends.cuda.matmul.allow_tf32}",
+            f"flash attention 3 {has_flash_attention_3()}",
         ]
     else:
         facts += [torch.backends.cpu.get_cpu_capability(), f"threads {torch.get_num_threads()}"]

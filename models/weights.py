@@ -1,7 +1,9 @@
-"""Reads safetensors into modules of ours: by name, strictly, one tensor at a time."""
+"""Reads safetensors into modules of ours: by name, strictly, one tensor (or this rank's part of it) at a time."""
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,6 +14,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from common.errors import CheckpointError
+from models.layers.linear import join_all_weights
+from models.layers.shards import Shard, parameter_shards
+
+_log = logging.getLogger(__name__)
 
 # The names that safetensors gives to the types that a weight may be stored in.
 _DTYPES = ("F64", "F32", "F16", "BF16")
@@ -28,6 +34,7 @@ class Weights:
         self._files = files
         self._stack = ExitStack()
         self._sources: dict[str, Any] = {}
+        self.bytes_read = 0
 
     def __enter__(self) -> Weights:
         """Open the files."""
@@ -71,7 +78,15 @@ class Weights:
             part: Tensor = self._sources[name].get_slice(name)[index or ...]
         except SafetensorError as error:
             raise CheckpointError(f"{self._module}: {name} is not readable: {error}") from error
+        self.bytes_read += part.nbytes
         return part
+
+    def load(self, name: str, shard: Shard | None, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """The tensor, or the shard of it, on the device. No more than one segment of it is held on the host besides."""
+        if shard is None:
+            return self.read(name).to(device, dtype)
+        parts = [self.read(name, index).to(device, dtype) for index in shard.slices()]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=shard.dim)
 
     def _refuse(self, problem: str, names: Sequence[str]) -> None:
         if names:
@@ -91,17 +106,25 @@ def load_module(
 ) -> None:
     """Fill a module built on the meta device, in place, and make it ready for inference.
 
-    Every parameter must be in the files under its own name and shape, and nothing else but names that contain one of
-    `unused`. Names that contain one of `keep_float32` are float32 whatever dtype is. Raises CheckpointError.
+    Every parameter must be in the files under its own name and shape (that of the whole tensor, for a shard of one),
+    and nothing else but names that contain one of `unused`. Names that contain one of `keep_float32` are float32
+    whatever dtype is. Raises CheckpointError.
     """
+    began = time.monotonic()
+    shards = parameter_shards(module)
+    shapes = {key: tuple(value.shape) for key, value in module.state_dict().items()}
+    shapes |= {key: shard.whole_shape(shapes[key]) for key, shard in shards.items()}
     with Weights(name, files) as weights:
-        weights.check({key: tuple(value.shape) for key, value in module.state_dict().items()}, unused)
+        weights.check(shapes, unused)
         state = {
-            key: weights.read(key).to(device, torch.float32 if _contains(key, keep_float32) else dtype)
-            for key in module.state_dict()
+            key: weights.load(key, shards.get(key), device, torch.float32 if _contains(key, keep_float32) else dtype)
+            for key in shapes
         }
+        gigabytes, seconds = weights.bytes_read / 1e9, time.monotonic() - began
+    _log.info("%s: read %.3f GB in %.2f s onto %s", name, gigabytes, seconds, device)
     module.load_state_dict(state, strict=True, assign=True)
     module.requires_grad_(False).eval()
+    join_all_weights(module)
 
 
 def _contains(name: str, parts: Sequence[str]) -> bool:

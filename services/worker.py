@@ -16,7 +16,7 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 
@@ -27,7 +27,7 @@ from common.rpc.address import advertised_address
 from common.rpc.framing import Limits
 from common.rpc.interceptor import admit_all
 from common.rpc.replies import ReplyCache
-from common.rpc.server import ServingLimits, StageServicer
+from common.rpc.server import ServingLimits, Stages, StageServicer
 from common.rpc.serving import FleetServer, stop_signals
 from common.rpc.tls import Mutual, NamedPeers, Shown, TlsSettings, server_credentials, watch_mutual
 from common.settings import load_settings, setting
@@ -39,6 +39,7 @@ from common.tensors import TORCH
 from common.watched import WatchedFiles
 from fleet.v1 import worker_pb2, worker_pb2_grpc
 from models.catalog import ServedModel, open_model
+from models.layers.mesh import Degrees, WorkerMesh
 from models.loader import load_stages, numerics_fingerprint
 from models.registry import load_registry
 
@@ -79,6 +80,21 @@ class WorkerSettings(TlsSettings):
     log_format: Literal["text", "json"] = setting("text", help="form of log lines")
 
 
+class Ranks(Protocol):
+    """The worker group that a worker leads, as services.denoising makes one."""
+
+    degrees: Degrees
+
+    def make_mesh(self, device: torch.device) -> WorkerMesh:
+        """This rank's place among the others; all ranks make theirs together. Called on the device's thread."""
+
+    def lead(self, stages: HostedStages) -> Stages:
+        """The same stages, run by all ranks together."""
+
+    def on_leaving(self, stop: Callable[[], object]) -> None:
+        """Have `stop` called, from any thread, when another rank has been told to end."""
+
+
 class Worker:
     """A running worker. `stop` is its only way to end: it takes itself off the list first."""
 
@@ -113,33 +129,27 @@ class Worker:
         return self
 
 
-async def start_worker(service: str, model: ServedModel, settings: WorkerSettings) -> Worker:
-    """Load, serve, announce; returns once coordinators can find the worker.
+async def start_worker(
+    service: str, model: ServedModel, settings: WorkerSettings, *, ranks: Ranks | None = None
+) -> Worker:
+    """Load, serve, announce; returns once coordinators can find the worker. With `ranks` it leads a worker group.
 
     Raises CheckpointError for a model that cannot be loaded, FailedPrecondition where device, address or fleet do not
     fit, Unavailable when the request store stays away.
     """
-    spec = _service_of(model, service)
+    spec = service_of(model, service)
     tls = _tls_of(settings)
-    device, dtype = _device_of(settings.device), settings.dtype
-    torch_dtype = _DTYPES["bfloat16" if device.type == "cuda" else "float32"] if dtype == "auto" else _DTYPES[dtype]
+    device = device_of(settings.device)
+    dtype = dtype_of(settings.dtype, device)
+    loop = asyncio.get_running_loop()
     async with AsyncExitStack() as resources:
-        prepare = partial(_prepare_thread, device, settings.threads)
+        prepare = partial(prepare_thread, device, settings.threads)
         executor = ThreadPoolExecutor(1, thread_name_prefix=f"{service}-device", initializer=prepare)
         # Waits for a stage that still computes: it ends within a step, and its callbacks need this loop.
         resources.push_async_callback(asyncio.to_thread, executor.shutdown, cancel_futures=True)
-        load = partial(
-            load_stages,
-            model,
-            spec,
-            device=device,
-            dtype=torch_dtype,
-            checkpoint_every=settings.checkpoint_every,
-            checkpoint_seconds=settings.checkpoint_seconds,
-        )
-        stages = await asyncio.get_running_loop().run_in_executor(executor, load)
-        hosted = HostedStages(service, stages, timed=partial(stage_timer, service, model.name))
-        numerics = await asyncio.get_running_loop().run_in_executor(executor, numerics_fingerprint, device, torch_dtype)
+        hosted = await loop.run_in_executor(executor, _load, model, spec, settings, device, dtype, ranks)
+        degrees = ranks.degrees if ranks else None
+        numerics = await loop.run_in_executor(executor, numerics_fingerprint, device, dtype, degrees)
         info = worker_pb2.WorkerInfo(
             worker_id=f"{service}-{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}",
             service=service,
@@ -149,11 +159,13 @@ async def start_worker(service: str, model: ServedModel, settings: WorkerSetting
             numerics_fingerprint=numerics,
             contract=_contract_message(hosted.contract, spec),
             capacity=settings.capacity,
-            dtype=str(torch_dtype).removeprefix("torch."),
+            dtype=str(dtype).removeprefix("torch."),
             device=str(device),
             versions={name: importlib.metadata.version(name) for name in _PACKAGES},
+            degrees=_degrees_message(ranks.degrees) if ranks else None,
         )
-        server = _make_server(service, hosted, executor, info, settings, tls)
+        stages = ranks.lead(hosted) if ranks else hosted
+        server = _make_server(service, stages, executor, info, settings, tls, _cache_of(hosted, info, settings))
         bound = await server.start()
         resources.push_async_callback(server.drain, 0)
         info.address = settings.advertise or advertised_address(bound, settings.redis)
@@ -168,7 +180,29 @@ async def start_worker(service: str, model: ServedModel, settings: WorkerSetting
         return Worker(info, server, registry).keep(resources)
 
 
-def _service_of(model: ServedModel, service: str) -> ServiceSpec:
+def _load(
+    model: ServedModel,
+    spec: ServiceSpec,
+    settings: WorkerSettings,
+    device: torch.device,
+    dtype: torch.dtype,
+    ranks: Ranks | None,
+) -> HostedStages:
+    """Load the service's stages: on the device's thread, and with all ranks of a worker group together."""
+    stages = load_stages(
+        model,
+        spec,
+        device=device,
+        dtype=dtype,
+        checkpoint_every=settings.checkpoint_every,
+        checkpoint_seconds=settings.checkpoint_seconds,
+        mesh=ranks.make_mesh(device) if ranks else None,
+    )
+    return HostedStages(spec.service, stages, timed=partial(stage_timer, spec.service, model.name))
+
+
+def service_of(model: ServedModel, service: str) -> ServiceSpec:
+    """A service of the model's pipeline. Raises InvalidInput when it has none of that name."""
     try:
         return model.pipeline.service(service)
     except PipelineError as error:
@@ -183,23 +217,32 @@ def _tls_of(settings: WorkerSettings) -> WatchedFiles[Mutual] | None:
     return tls
 
 
-def _device_of(name: str) -> torch.device:
-    """The device of a setting. Raises FailedPrecondition when this machine has none such."""
+def device_of(name: str) -> torch.device:
+    """The device of a setting, on CUDA with its number. Raises FailedPrecondition when this machine has none such."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
         raise InvalidInput(f"device must be auto, cpu, cuda or cuda:N, not {name!r}", field="device") from None
     if device.type not in ("cpu", "cuda"):
         raise InvalidInput(f"device must be auto, cpu, cuda or cuda:N, not {name!r}", field="device")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        count = torch.cuda.device_count()
+    if device.type == "cpu":
+        return device
+    index, count = device.index or 0, torch.cuda.device_count()
+    if index >= count:
         raise FailedPrecondition(f"device {name} is not here: this machine has {count} CUDA devices", field="device")
-    return device
+    return torch.device("cuda", index)
 
 
-def _prepare_thread(device: torch.device, threads: int) -> None:
+def dtype_of(name: str, device: torch.device) -> torch.dtype:
+    """The element type of a setting on a device."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return _DTYPES[name]
+
+
+def prepare_thread(device: torch.device, threads: int) -> None:
     """Make the thread that computes this device's."""
     if threads:
         torch.set_num_threads(threads)
@@ -216,13 +259,18 @@ def _contract_message(contract: Contract, spec: ServiceSpec) -> worker_pb2.Stage
     )
 
 
+def _degrees_message(degrees: Degrees) -> worker_pb2.Degrees:
+    return worker_pb2.Degrees(tp=degrees.tp, ulysses=degrees.ulysses, ring=degrees.ring, cfg=degrees.cfg)
+
+
 def _make_server(
     service: str,
-    stages: HostedStages,
+    stages: Stages,
     executor: ThreadPoolExecutor,
     info: worker_pb2.WorkerInfo,
     settings: WorkerSettings,
     tls: WatchedFiles[Mutual] | None,
+    cache: ReplyCache | None,
 ) -> FleetServer:
     limits = ServingLimits(
         capacity=settings.capacity,
@@ -237,7 +285,7 @@ def _make_server(
         admit=NamedPeers(settings.tls_callers) if tls else admit_all,
         health_listen=settings.health_listen,
     )
-    servicer = StageServicer(service, stages, executor, TORCH, limits=limits, cache=_cache_of(stages, info, settings))
+    servicer = StageServicer(service, stages, executor, TORCH, limits=limits, cache=cache)
     server.add(servicer.methods, servicer.service_name)
     worker_pb2_grpc.add_WorkerServiceServicer_to_server(WorkerService(info), server.grpc_server)
     server.add(None, _SERVICE)
@@ -284,27 +332,50 @@ async def _announce(registry: WorkerRegistry, info: worker_pb2.WorkerInfo, patie
         await asyncio.sleep(_ANNOUNCE_AGAIN_SECONDS)
 
 
+Settings = TypeVar("Settings", bound=WorkerSettings)
+
+
 def main_for(service: str) -> Callable[[Sequence[str] | None], int]:
     """The main() of a stage service. It returns 0 after a graceful end, 2 for wrong settings, 1 for the rest."""
 
-    def main(argv: Sequence[str] | None = None) -> int:
-        prog = f"fleet serve {service}"
-        try:
-            settings = load_settings(WorkerSettings, sys.argv[1:] if argv is None else argv, prog=prog)
-            setup_logging(service, level=settings.log_level, form=settings.log_format)
-            model = open_model(settings.model, load_registry(settings.plugins))
-            asyncio.run(_serve(service, model, settings))
-        except FleetError as error:
-            sys.stderr.write(f"{prog}: {error.message}\n")
-            return 2 if isinstance(error, (InvalidInput, FailedPrecondition)) else 1
+    def run(model: ServedModel, settings: WorkerSettings, _: Sequence[str]) -> int:
+        asyncio.run(serve(service, model, settings))
         return 0
+
+    def main(argv: Sequence[str] | None = None) -> int:
+        return run_service(service, WorkerSettings, run, argv)
 
     return main
 
 
-async def _serve(service: str, model: ServedModel, settings: WorkerSettings) -> None:
+def run_service(
+    service: str,
+    settings_class: type[Settings],
+    run: Callable[[ServedModel, Settings, Sequence[str]], int],
+    argv: Sequence[str] | None,
+) -> int:
+    """Read settings, open the model, and `run` with both and the flags, for the exit code; an error is one line.
+
+    Settings and surroundings that are wrong give exit code 2, other errors 1.
+    """
+    prog = f"fleet serve {service}"
+    flags = sys.argv[1:] if argv is None else argv
+    try:
+        settings = load_settings(settings_class, flags, prog=prog)
+        setup_logging(service, level=settings.log_level, form=settings.log_format)
+        return run(open_model(settings.model, load_registry(settings.plugins)), settings, flags)
+    except FleetError as error:
+        sys.stderr.write(f"{prog}: {error.message}\n")
+        return 2 if isinstance(error, (InvalidInput, FailedPrecondition)) else 1
+
+
+async def serve(service: str, model: ServedModel, settings: WorkerSettings, *, ranks: Ranks | None = None) -> None:
+    """Serve until SIGTERM or SIGINT, and then finish what runs. Raises as start_worker()."""
     async with stop_signals() as stop:
-        starting = asyncio.create_task(start_worker(service, model, settings))
+        if ranks is not None:
+            loop = asyncio.get_running_loop()
+            ranks.on_leaving(partial(loop.call_soon_threadsafe, stop.set))
+        starting = asyncio.create_task(start_worker(service, model, settings, ranks=ranks))
         stopping = asyncio.create_task(stop.wait())
         await asyncio.wait((starting, stopping), return_when=asyncio.FIRST_COMPLETED)
         if not starting.done():

@@ -1,13 +1,19 @@
-"""What tests share: small Flux checkpoints, open on both sides and built once a session, and a logger of their own."""
+"""What tests share: small Flux checkpoints, open on both sides and built once a session, ranks of worker
+groups, and a logger of their own."""
 
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 
 import pytest
 
+# Read when Triton is first imported, which torch does where it is installed: kernels then run on the CPU.
+os.environ["TRITON_INTERPRET"] = "1"
+
 from flux_pair import Pair, open_pair
+from rank_pool import RankPool
 from tiny_flux import build_tiny_flux
 
 
@@ -40,3 +46,11 @@ def schnell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     path = tmp_path_factory.mktemp("schnell")
     with open_pair(str(build_tiny_flux(path, guidance_embeds=False, dynamic_shift=False, seed=1))) as pair:
         yield pair
+
+
+@pytest.fixture(scope="session")
+def rank_pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankPool]:
+    """Four processes that form worker groups of any layout, one after the other."""
+    pool = RankPool(tmp_path_factory.mktemp("ranks"))
+    yield pool
+    pool.close()

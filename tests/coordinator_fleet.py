@@ -107,6 +107,7 @@ class FakeWorker:
     info: worker_pb2.WorkerInfo
     server: FleetServer
     registry: WorkerRegistry
+    servicer: StageServicer
 
     async def withdraw(self) -> None:
         await self.registry.withdraw(self.info.worker_id)
@@ -157,7 +158,7 @@ class FakeFleet:
             ),
         )
         await registry.announce(info)
-        worker = FakeWorker(info, server, registry)
+        worker = FakeWorker(info, server, registry, servicer)
         self._stack.push_async_callback(_forget, worker)
         return worker
 

@@ -40,11 +40,12 @@ class RedisServer:
         self._binary = binary
         self._directory = Path(tempfile.mkdtemp(prefix="fleet-redis-"))
         self._process: subprocess.Popen[bytes] | None = None
-        self.url = f"unix://{self._directory}/redis.sock"
+        self.socket = self._directory / "redis.sock"
+        self.url = f"unix://{self.socket}"
 
     def start(self) -> None:
         """Start, and wait until it answers."""
-        words = f"--port 0 --unixsocket {self._directory}/redis.sock --dir {self._directory} --appendonly yes"
+        words = f"--port 0 --unixsocket {self.socket} --dir {self._directory} --appendonly yes"
         command = [str(self._binary), *words.split(), "--appendfsync", "always", "--save", ""]
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 20
@@ -69,7 +70,7 @@ class RedisServer:
         with socket.socket(socket.AF_UNIX) as client:
             client.settimeout(5)
             try:
-                client.connect(f"{self._directory}/redis.sock")
+                client.connect(str(self.socket))
                 client.sendall(b"PING\r\n")
                 return client.recv(16).startswith(b"+PONG")
             except OSError:

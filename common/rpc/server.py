@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
+from traceback import clear_frames
 from typing import Any, Protocol, cast
 
 import grpc
@@ -247,7 +248,7 @@ class _Job:
     ) -> None:
         """Queue the work; on_end is called on the event loop once it has ended, however."""
         loop = asyncio.get_running_loop()
-        self._future = executor.submit(work)
+        self._future = executor.submit(_holding_nothing, work)
         self._future.add_done_callback(lambda _: _call_on(loop, on_end))
 
     def result(self) -> dict[str, Packet]:
@@ -265,6 +266,21 @@ class _Job:
         else:
             loop = asyncio.get_running_loop()
             self._future.add_done_callback(lambda _: _call_on(loop, self.lease.close))
+
+
+def _holding_nothing(work: Callable[[], dict[str, Packet]]) -> dict[str, Packet]:
+    """Do the work. An error that it ends with keeps its traceback, but not the tensors that its frames refer to.
+
+    Those lie over the call's buffers, which could else not be used again, and fill the device's memory.
+    """
+    try:
+        return work()
+    except BaseException as error:
+        cause: BaseException | None = error
+        while cause is not None:
+            clear_frames(cause.__traceback__)
+            cause = cause.__context__
+        raise
 
 
 def _call_on(loop: asyncio.AbstractEventLoop, callback: Callable[[], None]) -> None:

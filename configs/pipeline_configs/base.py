@@ -15,6 +15,7 @@ from configs.models.encoders.base import ImageTextEncoding, TextEncoding
 if TYPE_CHECKING:
     from common.artifacts import Canvas, Prompt, Sampling
     from common.checkpoint import Checkpoint
+    from models.layers.mesh import WorkerMesh
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,17 +24,22 @@ class PipelineConfig(ABC):
 
     `dtype` is that of the weights; `device` is where the stages compute: they move inputs there and outputs back to
     the CPU. `checkpoint_every` is how many steps lie between two checkpoints of the denoising loop, and
-    `checkpoint_seconds` after which time there is one anyway; 0 means none.
+    `checkpoint_seconds` after which time there is one anyway; 0 means none. `mesh` is this rank's place in the worker
+    group that denoises; None where one rank does it alone.
     """
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dtype: torch.dtype = torch.float32
     checkpoint_every: int = 0
     checkpoint_seconds: float = 0.0
+    mesh: WorkerMesh | None = None
 
     module_loaders: ClassVar[Mapping[str, str]] = {}
     """Loaders of module classes that models.loader does not know, or that are ours: class name in model_index.json to
     "package.module:function", a models.loader.ModuleLoader."""
+
+    parallel_modules: ClassVar[frozenset[str]] = frozenset()
+    """Those of module_loaders whose class has a plan for tp, ulysses and ring: their loaders take the mesh, too."""
 
     @classmethod
     @abstractmethod

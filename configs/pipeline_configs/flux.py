@@ -37,6 +37,7 @@ class FluxPipelineConfig(PackedPipelineConfig):
     vae: AutoencoderKLConfig
 
     module_loaders: ClassVar[Mapping[str, str]] = {"FluxTransformer2DModel": "models.dits.flux:load_flux_transformer"}
+    parallel_modules: ClassVar[frozenset[str]] = frozenset({"FluxTransformer2DModel"})
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Checkpoint) -> Self:

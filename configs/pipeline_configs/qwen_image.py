@@ -48,6 +48,7 @@ class QwenImagePipelineConfig(PackedPipelineConfig):
         "Qwen2_5_VLForConditionalGeneration": "models.encoders.qwen_vl:load_qwen_text_model",
         "QwenImageTransformer2DModel": "models.dits.qwen_image:load_qwen_image_transformer",
     }
+    parallel_modules: ClassVar[frozenset[str]] = frozenset({"QwenImageTransformer2DModel"})
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Checkpoint) -> Self:

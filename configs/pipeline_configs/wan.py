@@ -37,6 +37,7 @@ class WanPipelineConfig(StandardPipelineConfig):
         "WanTransformer3DModel": "models.dits.wan:load_wan_transformer",
         "AutoencoderKLWan": "models.vaes.wan:load_wan_vae",
     }
+    parallel_modules: ClassVar[frozenset[str]] = frozenset({"WanTransformer3DModel"})
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Checkpoint) -> Self:

@@ -25,6 +25,7 @@ from services.cli.access import Access, access_of
 from services.cli.client import FleetClient, connect, raise_unless_succeeded
 from services.cli.options import (
     ACCESS_FLAGS,
+    DEGREES,
     SUCCESS,
     add_access,
     command_parser,
@@ -94,7 +95,16 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--redis", metavar="URL", help="store to use without --endpoint (default: an embedded one)")
     parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="ends in .png, .mp4 or .safetensors")
     add_access(parser)
+    for axis in DEGREES:
+        parser.add_argument(f"--{axis}", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
+    for axis in DEGREES:
+        if vars(args)[axis] is not None:
+            raise SettingsError(
+                f"--{axis} makes a worker group, which is several processes: start one with `fleet up --{axis} N` or "
+                f"`fleet serve denoising --{axis} N`, and draw there with --endpoint",
+                field=axis,
+            )
     if not args.endpoint:
         for flag in ACCESS_FLAGS:
             if vars(args)[flag]:

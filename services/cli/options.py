@@ -20,6 +20,8 @@ INTERRUPTED = 130
 TERMINATED = 143
 
 DEFAULT_ENDPOINT = "127.0.0.1:50051"
+DEGREES = ("tp", "ulysses", "ring", "cfg")
+"""Flags that give a worker group its shape."""
 ACCESS_FLAGS = ("tls", "tls_ca", "tls_cert", "tls_key", "api_key")
 
 _CALLERS_FAULT = (InvalidInput, NotFound, CheckpointError, Unauthenticated, PermissionDenied)

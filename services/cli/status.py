@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 
+from fleet.v1 import worker_pb2
 from services.cli.access import Access, access_of
 from services.cli.client import connect, state_name
 from services.cli.options import SUCCESS, add_endpoint, command_parser, endpoint_of, run_async
@@ -25,11 +27,18 @@ async def _status(endpoint: str, access: Access) -> int:
         models = await client.models()
         requests = await client.requests(_REQUESTS)
     services = [
-        (model.name, each.service, str(each.workers), f"{each.busy}/{each.capacity}", str(each.queued))
+        (
+            model.name,
+            each.service,
+            str(each.workers),
+            f"{each.busy}/{each.capacity}",
+            str(each.queued),
+            degrees_text(each.groups),
+        )
         for model in models
         for each in model.services
     ]
-    sys.stdout.write(table(("MODEL", "SERVICE", "WORKERS", "BUSY", "QUEUED"), services))
+    sys.stdout.write(table(("MODEL", "SERVICE", "WORKERS", "BUSY", "QUEUED", "DEGREES"), services))
     records = [
         (
             record.request_id,
@@ -43,6 +52,15 @@ async def _status(endpoint: str, access: Access) -> int:
     if records:
         sys.stdout.write("\n" + table(("REQUEST", "STATE", "MODEL", "CREATED (UTC)", "PROMPT"), records))
     return SUCCESS
+
+
+def degrees_text(groups: Iterable[worker_pb2.Degrees]) -> str:
+    """The degrees of the worker groups among a service's workers, without those that are 1: "2 of tp=2 ulysses=2"."""
+    counts: Counter[str] = Counter()
+    for degrees in groups:
+        named = {"tp": degrees.tp, "ulysses": degrees.ulysses, "ring": degrees.ring, "cfg": degrees.cfg}
+        counts[" ".join(f"{axis}={degree}" for axis, degree in named.items() if degree > 1)] += 1
+    return ", ".join(text if count == 1 else f"{count} of {text}" for text, count in sorted(counts.items()))
 
 
 def shortened(text: str, length: int = 48) -> str:

@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from common.errors import FleetError, InvalidInput, Unavailable
 from common.settings import SettingsError
@@ -26,7 +27,7 @@ from models.registry import load_registry
 from services.cli.access import Access
 from services.cli.client import connect
 from services.cli.generate import plugin_directories
-from services.cli.options import BAD_INPUT, FAILED, SUCCESS, TERMINATED, command_parser, run_async
+from services.cli.options import BAD_INPUT, DEGREES, FAILED, SUCCESS, TERMINATED, command_parser, run_async
 from services.cli.options import INTERRUPTED as CTRL_C
 from services.cli.parameters import whole_number
 from services.cli.store import check_store
@@ -56,6 +57,7 @@ def main(argv: Sequence[str]) -> int:
     access = _access(os.environ)
     models = _models(args.model or [DEFAULT_MODEL])
     replicas = _replicas(args.replicas, models)
+    _check_degrees(_degrees(args), models)
     if args.redis:
         check_store(args.redis)
     endpoint = f"127.0.0.1:{_free_port(args.port)}"
@@ -87,6 +89,10 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--redis", metavar="URL", help="store to use (default: an embedded one, gone at the end)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="what to compute in")
+    for axis in DEGREES:
+        parser.add_argument(
+            f"--{axis}", type=whole_number, metavar="N", help=f"{axis} degree of denoising, for a worker group"
+        )
     args = parser.parse_args(argv)
     if not 0 <= args.port < 65536:
         raise SettingsError(f"--port must be 0 to 65535, not {args.port}", field="port")
@@ -128,6 +134,22 @@ def _replicas(texts: Sequence[str], models: Sequence[ServedModel]) -> dict[str, 
     return replicas
 
 
+def _degrees(args: argparse.Namespace) -> dict[str, Any]:
+    """The degrees that are given."""
+    return {axis: vars(args)[axis] for axis in DEGREES if vars(args)[axis] is not None}
+
+
+def _check_degrees(degrees: Mapping[str, Any], models: Sequence[ServedModel]) -> None:
+    """Refuse a worker group that cannot be, before anything is started."""
+    if not degrees:
+        return
+    # Brings torch, which a fleet without worker groups needs in its workers only.
+    from services.denoising.settings import DenoisingSettings, check_group
+
+    for model in models:
+        check_group(model, DenoisingSettings(model=model.name, redis="", **degrees))
+
+
 def _free_port(port: int) -> int:
     """The port, once it is known that it can be had; for 0 one that is free."""
     with socket.socket() as probe:
@@ -151,6 +173,7 @@ def _plan(
     served = [word for reference in references.values() for word in ("--model", reference)]
     coordinator = ("serve", _COORDINATOR, *served, "--listen", endpoint, "--redis", redis_url)
     options = ("--redis", redis_url, *(("--dtype", args.dtype) if args.dtype else ()))
+    degrees = tuple(word for axis, degree in _degrees(args).items() for word in (f"--{axis}", str(degree)))
     workers: dict[tuple[str, str], tuple[Program, ...]] = {}
     count = 0
     for model in models:
@@ -160,6 +183,8 @@ def _plan(
                 name = f"{spec.service}-{number}" if len(models) == 1 else f"{model.name}/{spec.service}-{number}"
                 listen = f"unix:{directory}/{count}.sock"
                 model_options = ("--model", references[model.name], "--listen", listen, *options)
+                if spec.service == "denoising":
+                    model_options += degrees
                 programs.append(Program(name, ("serve", spec.service, *model_options)))
                 count += 1
             workers[model.name, spec.service] = tuple(programs)

@@ -65,4 +65,5 @@ def _text(event: generation_pb2.Event) -> str:
         case "warning":
             return f"warning: {event.warning.field}: {event.warning.message}"
         case _:
-            return state_name(event.state_change.state)
+            saved = event.state_change.steps_saved
+            return state_name(event.state_change.state) + (f", steps saved: {saved}" if saved else "")

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from redis.asyncio import Redis
 
-from common.errors import FailedPrecondition, InvalidInput, Unavailable
+from common.errors import FailedPrecondition, InternalError, InvalidInput, Unavailable
 from common.rpc.framing import Limits
 from common.rpc.serving import FleetServer
 from common.state.connection import connect
@@ -131,6 +131,9 @@ class Coordinator:
             except (Unavailable, FailedPrecondition) as error:
                 _log.error("not ready: %s", error)
                 await self._server.set_ready(False)
+            except InternalError:
+                _log.exception("not ready")
+                await self._server.set_ready(False)
 
     async def _keep_house(self) -> None:
         """Be present, say what the models are, take over what dead coordinators left; ready if all that works."""
@@ -138,14 +141,15 @@ class Coordinator:
         if not self._present:
             await self._presence.start()
             self._present = True
+            _log.info("is %s in the request store", self._presence.owner)
         for name, model in self._models.items():
             contracts = {spec.service: spec.contract for spec in model.services}
             await self._registry.declare(name, model.served.checkpoint.fingerprint, contracts)
             for spec in model.services:
                 load = await self._registry.load(name, spec.service)
                 QUEUE_LENGTH.labels(spec.service, name).set(load.queued)
-            if not patient:
-                await self._driver.take_over(name, self._service.restore)
+                await self._slots.give_back_unknown(name, spec.service)
+            await self._driver.take_over(name, self._service.restore, beyond_own=not patient)
         self._kept_house = asyncio.get_running_loop().time()
         await self._server.set_ready(True)
 

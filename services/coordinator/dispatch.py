@@ -17,7 +17,7 @@ from common.pipeline import ServiceSpec
 from common.rpc.client import RemoteRunner, WorkerLost
 from common.rpc.framing import Limits, Packet
 from common.stage import Call, Contract
-from common.state.slots import Slot, Slots
+from common.state.slots import Rank, Slot, Slots
 from common.state.workers import WorkerRegistry
 from services.coordinator.access import WorkerAccess
 from services.coordinator.resume import RESUME_SLOT, Recovery, origin_of
@@ -108,14 +108,6 @@ class Workers:
     patience_seconds: float | None = None
 
 
-@dataclass(frozen=True)
-class Rank:
-    """What decides a request's place in queues; `deadline_ms` since the epoch, 0 for none."""
-
-    priority: int = 0
-    deadline_ms: int = 0
-
-
 class WorkerRunner:
     """One service of a model for one request: a Runner whose values are packets.
 
@@ -162,7 +154,7 @@ class WorkerRunner:
             except (Unavailable, Cancelled) as error:
                 lost += 1
                 if isinstance(error, WorkerLost):
-                    await self._recovery.worker_died(self._spec.service, error)
+                    await self._recovery.worker_died(slot.worker.worker_id, self._spec.service, error)
                 _log.warning("request %s lost %s at %s: %s", call.request_id, self._spec.service, address, error)
                 if lost >= self._workers.attempts:
                     raise Unavailable(
@@ -197,8 +189,7 @@ class WorkerRunner:
             self._model,
             self._spec.service,
             call.request_id,
-            priority=self._rank.priority,
-            deadline_ms=self._rank.deadline_ms,
+            self._rank,
             patience_seconds=self._workers.patience_seconds,
         )
 

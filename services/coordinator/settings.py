@@ -44,7 +44,7 @@ class CoordinatorSettings(TlsSettings):
     worker_wait_seconds: float | None = setting(None, help="fail a request that found no live worker for so long")
     max_worker_deaths: int = setting(2, help="give a request up once so many workers died while they ran it")
     queue_seconds: float = setting(
-        0.0, help="refuse what would have to wait longer, by the measured pace of the services; 0 refuses none"
+        0.0, help="refuse what would have to wait longer, by the services' pace and the callers' parts; 0 refuses none"
     )
     stage_attempts: int = setting(3, help="workers that a stage is tried on when they go away")
     record_seconds: float = setting(86_400.0, help="how long a request that has ended is remembered")

@@ -1,16 +1,32 @@
-"""Runs the denoising service."""
+"""Runs the denoising service: in this process, or as a worker group, of which this is then the agent or a rank."""
 
 from __future__ import annotations
 
+import asyncio
+import os
 import sys
 from collections.abc import Sequence
 
-from services.worker import main_for
+from models.catalog import ServedModel
+from services.denoising.joining import Place
+from services.denoising.launcher import launch
+from services.denoising.rank import run_rank
+from services.denoising.settings import SERVICE, DenoisingSettings, check_group
+from services.worker import run_service, serve
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve until SIGTERM or SIGINT; returns the exit code."""
-    return main_for("denoising")(argv)
+    return run_service(SERVICE, DenoisingSettings, _run, argv)
+
+
+def _run(model: ServedModel, settings: DenoisingSettings, flags: Sequence[str]) -> int:
+    if settings.degrees.world_size == 1:
+        asyncio.run(serve(SERVICE, model, settings))
+        return 0
+    check_group(model, settings)
+    place = Place.from_environment(os.environ)
+    return launch(settings, flags) if place is None else run_rank(model, settings, place)
 
 
 if __name__ == "__main__":

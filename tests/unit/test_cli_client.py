@@ -13,7 +13,7 @@ import grpc
 import pytest
 from google.protobuf.message import Message
 
-from fleet.v1 import artifacts_pb2, generation_pb2
+from fleet.v1 import artifacts_pb2, generation_pb2, worker_pb2
 from services.cli.__main__ import main
 
 RUNNING, SUCCEEDED, FAILED, CANCELLED = (
@@ -75,7 +75,9 @@ class Pretender:
         if request.request_id != "r1":
             context.abort(grpc.StatusCode.NOT_FOUND, f"there is no request {request.request_id!r}")
         self.watched_after.append(request.after_event_id)
-        for event in (changed("1", RUNNING), stepped("2", 1), changed("3", self.ending)):
+        last = changed("3", self.ending)
+        last.state_change.steps_saved = int(self.ending == CANCELLED)
+        for event in (changed("1", RUNNING), stepped("2", 1), last):
             if event.event_id > request.after_event_id:
                 yield generation_pb2.WatchResponse(event=event)
                 if self.break_after_first_event:
@@ -105,7 +107,11 @@ class Pretender:
         """One model."""
         steps = generation_pb2.Parameter(name="num_inference_steps", type="int", description="Steps.")
         steps.default_value.int_value = 20
-        services = [generation_pb2.ServiceStatus(service="denoising", workers=2, capacity=2, busy=1, queued=3)]
+        groups = [worker_pb2.Degrees(tp=2, ulysses=1, ring=1, cfg=2)] * 2
+        services = [
+            generation_pb2.ServiceStatus(service="denoising", workers=2, capacity=2, busy=1, queued=3, groups=groups),
+            generation_pb2.ServiceStatus(service="decoding", workers=1, capacity=1),
+        ]
         model = generation_pb2.Model(
             name="emoji", pipeline_name="FluxPipeline", fingerprint="f" * 64, parameters=[steps], services=services
         )
@@ -221,7 +227,8 @@ def test_nobody_there(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
 def test_status_shows_services_and_requests(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["status"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1].split() == ["emoji", "denoising", "2", "1/2", "3"]
+    assert lines[1].split() == ["emoji", "denoising", "2", "1/2", "3", "2", "of", "tp=2", "cfg=2"]
+    assert lines[2].split() == ["emoji", "decoding", "1", "0/1", "0"]
     assert lines[-1].startswith("r1")
     assert "RUNNING" in lines[-1]
     assert lines[-1].endswith("…")
@@ -249,7 +256,9 @@ def test_watch_follows_to_the_end_across_a_coordinator_that_leaves(
 def test_watch_of_a_request_that_fails(pretender: Pretender, capsys: pytest.CaptureFixture[str]) -> None:
     pretender.ending = CANCELLED
     assert main(["watch", "r1"]) == 1
-    assert capsys.readouterr().err == "fleet watch: request r1 was cancelled\n"
+    told = capsys.readouterr()
+    assert told.err == "fleet watch: request r1 was cancelled\n"
+    assert told.out.splitlines()[-1].endswith(" CANCELLED, steps saved: 1")
 
 
 @pytest.mark.usefixtures("pretender")

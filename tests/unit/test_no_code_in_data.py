@@ -29,6 +29,10 @@ FILES_BELONG_TO = {
     "services/coordinator/callers.py",
     "services/coordinator/settings.py",
     "services/coordinator/tokens.py",
+    "services/denoising/__main__.py",
+    "services/denoising/launcher.py",
+    "services/denoising/liveness.py",
+    "services/denoising/rank.py",
     "services/worker.py",
 }
 COMMAND_LINE = "services/cli/"

@@ -97,6 +97,7 @@ class WorkerInfo(_message.Message):
     DTYPE_FIELD_NUMBER: _builtins.int
     DEVICE_FIELD_NUMBER: _builtins.int
     VERSIONS_FIELD_NUMBER: _builtins.int
+    DEGREES_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     """Unique to the process."""
     service: _builtins.str
@@ -125,6 +126,10 @@ class WorkerInfo(_message.Message):
     def versions(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Package versions, by package."""
 
+    @_builtins.property
+    def degrees(self) -> Global___Degrees:
+        """How many processes compute together in it; absent where it is one process."""
+
     def __init__(
         self,
         *,
@@ -140,14 +145,49 @@ class WorkerInfo(_message.Message):
         dtype: _builtins.str = ...,
         device: _builtins.str = ...,
         versions: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        degrees: Global___Degrees | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["contract", b"contract"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["contract", b"contract", "degrees", b"degrees"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "capacity", b"capacity", "contract", b"contract", "device", b"device", "dtype", b"dtype", "model", b"model", "model_fingerprint", b"model_fingerprint", "numerics_fingerprint", b"numerics_fingerprint", "pipeline_name", b"pipeline_name", "service", b"service", "versions", b"versions", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "capacity", b"capacity", "contract", b"contract", "degrees", b"degrees", "device", b"device", "dtype", b"dtype", "model", b"model", "model_fingerprint", b"model_fingerprint", "numerics_fingerprint", b"numerics_fingerprint", "pipeline_name", b"pipeline_name", "service", b"service", "versions", b"versions", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WorkerInfo: _TypeAlias = WorkerInfo  # noqa: Y015
+
+@_typing.final
+class Degrees(_message.Message):
+    """How many ranks of a worker group share the work of one model along each axis; the group has as many as their product."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TP_FIELD_NUMBER: _builtins.int
+    ULYSSES_FIELD_NUMBER: _builtins.int
+    RING_FIELD_NUMBER: _builtins.int
+    CFG_FIELD_NUMBER: _builtins.int
+    tp: _builtins.int
+    """Ranks among which the weights are cut: tensor parallelism."""
+    ulysses: _builtins.int
+    """Ranks that exchange attention heads for shares of the sequence."""
+    ring: _builtins.int
+    """Ranks that pass keys and values around."""
+    cfg: _builtins.int
+    """Ranks among which the branches of classifier-free guidance are shared out."""
+    def __init__(
+        self,
+        *,
+        tp: _builtins.int = ...,
+        ulysses: _builtins.int = ...,
+        ring: _builtins.int = ...,
+        cfg: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cfg", b"cfg", "ring", b"ring", "tp", b"tp", "ulysses", b"ulysses"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Degrees: _TypeAlias = Degrees  # noqa: Y015
 
 @_typing.final
 class StageContract(_message.Message):

@@ -1,0 +1,37 @@
+"""How the Flux DiT is shared out between ranks."""
+
+from __future__ import annotations
+
+from models.layers.parallel_plan import Cut, Join, ParallelPlan
+
+DOUBLE, SINGLE = "transformer_blocks.*", "single_transformer_blocks.*"
+
+FLUX_PLAN = ParallelPlan(
+    column=(
+        f"{DOUBLE}.attn.to_[qkv]",
+        f"{DOUBLE}.attn.add_[qkv]_proj",
+        f"{DOUBLE}.ff.net.0.proj",
+        f"{DOUBLE}.ff_context.net.0.proj",
+        f"{SINGLE}.attn.to_[qkv]",
+        f"{SINGLE}.proj_mlp",
+    ),
+    row=(
+        f"{DOUBLE}.attn.to_out.0",
+        f"{DOUBLE}.attn.to_add_out",
+        f"{DOUBLE}.ff.net.2",
+        f"{DOUBLE}.ff_context.net.2",
+        f"{SINGLE}.proj_out",
+    ),
+    # A third of the weights, read once a request: whole, they would cost each rank their memory.
+    gathered=(f"{DOUBLE}.norm1.linear", f"{DOUBLE}.norm1_context.linear", f"{SINGLE}.norm.linear"),
+    # Its inputs are the heads, and beside them the feed-forward, four times as wide.
+    segments={f"{SINGLE}.proj_out": (1, 4)},
+    attention=(f"{DOUBLE}.attn.inner", f"{SINGLE}.attn.inner"),
+    cuts=(
+        Cut("prepare", "encoder_hidden_states", "text"),
+        Cut("prepare", "txt_ids", "text", dim=0),
+        Cut("prepare", "img_ids", "image", dim=0),
+        Cut("predict", "hidden_states", "image"),
+    ),
+    join=Join("predict", "image"),
+)

@@ -1,0 +1,33 @@
+"""How the Qwen-Image DiT is shared out between ranks."""
+
+from __future__ import annotations
+
+from models.layers.parallel_plan import Cut, Join, ParallelPlan
+
+BLOCK = "transformer_blocks.*"
+
+QWEN_IMAGE_PLAN = ParallelPlan(
+    column=(
+        f"{BLOCK}.attn.to_[qkv]",
+        f"{BLOCK}.attn.add_[qkv]_proj",
+        f"{BLOCK}.img_mlp.net.0.proj",
+        f"{BLOCK}.txt_mlp.net.0.proj",
+    ),
+    row=(
+        f"{BLOCK}.attn.to_out.0",
+        f"{BLOCK}.attn.to_add_out",
+        f"{BLOCK}.img_mlp.net.2",
+        f"{BLOCK}.txt_mlp.net.2",
+    ),
+    # A third of the weights, read once a request: whole, they would cost each rank their memory.
+    gathered=(f"{BLOCK}.img_mod.1", f"{BLOCK}.txt_mod.1"),
+    attention=(f"{BLOCK}.attn.inner",),
+    # The image's tokens are those of the picture that is made and of those that were given, behind each other.
+    cuts=(
+        Cut("prepare", "encoder_hidden_states", "text"),
+        Cut("prepare", "txt_ids", "text", dim=0),
+        Cut("prepare", "img_ids", "image", dim=0),
+        Cut("predict", "hidden_states", "image"),
+    ),
+    join=Join("predict", "image"),
+)

@@ -1,0 +1,21 @@
+"""How the Wan DiT is shared out between ranks."""
+
+from __future__ import annotations
+
+from models.layers.parallel_plan import Cut, Join, ParallelPlan
+
+BLOCK = "blocks.*"
+
+WAN_PLAN = ParallelPlan(
+    # The second attention is to text and pictures, which every rank has whole, for its own heads and video tokens.
+    column=(f"{BLOCK}.attn[12].to_[qkv]", f"{BLOCK}.attn2.add_[kv]_proj", f"{BLOCK}.ffn.net.0.proj"),
+    row=(f"{BLOCK}.attn[12].to_out.0", f"{BLOCK}.ffn.net.2"),
+    norms=(f"{BLOCK}.attn[12].norm_[qk]", f"{BLOCK}.attn2.norm_added_k"),
+    attention=(f"{BLOCK}.attn1.inner",),
+    cuts=(
+        Cut("tokens", "x_BSD", "video"),
+        Cut("tokens", "cos", "video", dim=0),
+        Cut("tokens", "sin", "video", dim=0),
+    ),
+    join=Join("tokens", "video"),
+)

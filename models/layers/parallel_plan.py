@@ -1,0 +1,63 @@
+"""How a DiT is shared out between the ranks of a worker group, as data that stands beside the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+
+@dataclass(frozen=True)
+class Cut:
+    """An argument of one of the model's methods that each rank gets its chunk of, along `dim`.
+
+    All that is cut of one stream has one length.
+    """
+
+    method: str
+    argument: str
+    stream: str
+    dim: int = 1
+
+
+@dataclass(frozen=True)
+class Join:
+    """A method of the model whose result is a chunk of a stream, along `dim`, and is joined."""
+
+    method: str
+    stream: str
+    dim: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelPlan:
+    """How a DiT is shared out. Modules are shell patterns of their paths: `*` is any index, `[qkv]` one of the letters.
+
+    `column` layers keep some of their outputs; `row` layers take some inputs; `gathered` layers compute some outputs
+    and give all; `norms` (RMS) are over outputs of column layers. What is not named is whole on every rank. `segments`
+    are those of a layer whose inputs or outputs have parts of different meaning, as ratios. `attention` are the calls
+    of attention among tokens that are cut; `cuts` and `join` are where that begins and ends.
+    """
+
+    column: tuple[str, ...]
+    row: tuple[str, ...]
+    gathered: tuple[str, ...] = ()
+    norms: tuple[str, ...] = ()
+    segments: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    attention: tuple[str, ...]
+    cuts: tuple[Cut, ...]
+    join: Join
+
+    def segments_of(self, path: str, size: int) -> tuple[int, ...]:
+        """The segments of a module's dimension of this size. Raises ValueError where the ratios do not fit it."""
+        ratios = next((ratios for pattern, ratios in self.segments.items() if matches(path, pattern)), (1,))
+        unit, rest = divmod(size, sum(ratios))
+        if rest:
+            raise ValueError(f"{path}: {size} cannot be cut into segments of {ratios}")
+        return tuple(unit * ratio for ratio in ratios)
+
+
+def matches(path: str, pattern: str) -> bool:
+    """Whether the pattern is one of the path: a wildcard stands for one name, or a part of it, and for no dot."""
+    names, patterns = path.split("."), pattern.split(".")
+    return len(names) == len(patterns) and all(map(fnmatchcase, names, patterns))

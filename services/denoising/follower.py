@@ -1,0 +1,86 @@
+"""A follower's side of a worker group: it waits for calls, asleep, and runs them as rank 0 does."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, cast
+
+from google.protobuf.message import Message
+
+from common.codec import artifact_class, unpack
+from common.errors import FleetError
+from common.local import HostedStages
+from common.rpc.buffers import BufferLease, BufferPool
+from common.rpc.frames import read_chunk
+from common.rpc.framing import Assembler, Limits, Packet, PooledPayload, described_tensors, split_packets
+from common.rpc.method import request_type, stage_method
+from common.rpc.parsing import parse
+from common.tensors import TORCH
+from services.denoising.agreement import FollowingCall, outcome
+from services.denoising.group import compare
+from services.denoising.messages import Kind, Link, OutOfStep
+
+_log = logging.getLogger(__name__)
+
+
+class Follower:
+    """Runs the stages whenever rank 0 does, until it is sent home. `total_bytes` bounds the tensors of a call."""
+
+    def __init__(self, service: str, stages: HostedStages, link: Link, *, total_bytes: int) -> None:
+        self._request = request_type(stage_method(service))
+        self._stages = stages
+        self._link = link
+        self._limits = Limits(total_bytes=total_bytes)
+        self._pool = BufferPool()
+
+    def follow(self) -> None:
+        """Take calls until END. Raises OutOfStep when this rank and rank 0 do not do the same any more."""
+        while True:
+            kind, request_id = self._link.receive(Kind.CALL, Kind.END)
+            if kind is Kind.END:
+                return
+            lease = self._pool.lease()
+            try:
+                self._run(request_id.decode(), lease)
+            finally:
+                lease.close()
+
+    def _run(self, request_id: str, lease: BufferLease) -> None:
+        told = b""
+        try:
+            self._compute(self._inputs(lease), FollowingCall(request_id, ask=self._ask))
+        except FleetError as error:
+            told = outcome(error)
+        except OutOfStep:
+            raise
+        except Exception as error:
+            _log.exception("a follower failed in request %s", request_id)
+            raise OutOfStep(f"this rank raised {type(error).__name__}: {error}") from error
+        self._link.send(Kind.OUTCOME, told)
+        compare(self._link, told)
+
+    def _compute(self, values: Mapping[str, Any], call: FollowingCall) -> None:
+        """Run the stages. The outputs are rank 0's to send; here they only free their memory."""
+        self._stages.run(values, call)
+
+    def _ask(self) -> bytes:
+        return self._link.receive(Kind.CHECK)[1]
+
+    def _inputs(self, lease: BufferLease) -> dict[str, Any]:
+        """The artifacts of a call by slot, laid over leased buffers."""
+        _, raw = self._link.receive(Kind.INPUT)
+        header: Message = cast(Any, parse(self._request, raw)).header
+        chunks = Assembler(described_tensors("", header, self._limits), partial(PooledPayload, lease=lease))
+        while (message := self._link.receive(Kind.INPUT, Kind.RUN))[0] is Kind.INPUT:
+            chunk = read_chunk(message[1])
+            if chunk is None:
+                raise OutOfStep("rank 0 sent something else where a chunk should come")
+            chunks.add(chunk)
+        return self._unpacked(split_packets(header, chunks.finish()))
+
+    def _unpacked(self, packets: dict[str, Packet]) -> dict[str, Any]:
+        """Empties packets, so that nothing but the tensors holds on to the buffers."""
+        kinds = self._stages.contract.inputs
+        return {slot: unpack(slot, artifact_class(kinds[slot]), packets.pop(slot), TORCH) for slot in list(packets)}

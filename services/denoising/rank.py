@@ -1,0 +1,156 @@
+"""One rank of a worker group: finds the others, loads its part of the model, and serves (rank 0) or follows."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from datetime import timedelta
+from typing import NoReturn
+
+import torch
+from torch import distributed
+from torch.distributed.distributed_c10d import PrefixStore, Store
+
+from common.local import HostedStages
+from models.catalog import ServedModel
+from models.layers.mesh import WorkerMesh, make_mesh
+from models.loader import load_stages
+from services.denoising.follower import Follower
+from services.denoising.group import LeadingStages
+from services.denoising.joining import Place, Purpose, join
+from services.denoising.liveness import Liveness, abandon
+from services.denoising.messages import Kind, Link, OutOfStep
+from services.denoising.settings import SERVICE, DenoisingSettings
+from services.worker import device_of, dtype_of, prepare_thread, serve, service_of
+
+# Collectives must outlast whatever one rank may do longer than another, such as warming up. Losses are noticed by the
+# side channel.
+_COLLECTIVE_TIMEOUT = timedelta(hours=2)
+
+
+def run_rank(model: ServedModel, settings: DenoisingSettings, place: Place) -> int:
+    """Be that rank until the group ends; returns the exit code. Raises Unavailable when the others do not come."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _leave)
+    settings = _of_rank(settings, place)
+    store = place.store(settings.join_seconds)
+    connections = join(place, store, settings.join_seconds)
+    links = [Link(peer, each[Purpose.CONTROL]) for peer, each in sorted(connections.items())]
+    beats = {peer: each[Purpose.BEATS] for peer, each in connections.items()}
+    liveness = Liveness(beats, beat_seconds=settings.beat_seconds, lost_seconds=settings.lost_seconds)
+    rank = (FollowingRank if place.rank else LeadingRank)(place, store, settings, links, liveness)
+    rank.run(model)
+    distributed.destroy_process_group()
+    return 0
+
+
+def _leave(*_: object) -> NoReturn:
+    """Told to end while there is nothing to finish yet: reading weights cannot be interrupted otherwise."""
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def _of_rank(settings: DenoisingSettings, place: Place) -> DenoisingSettings:
+    """A GPU for each rank of the machine; on a CPU, which they share, one thread each."""
+    if device_of(settings.device).type == "cuda":
+        return replace(settings, device=f"cuda:{place.local_rank}")
+    return replace(settings, threads=settings.threads or 1)
+
+
+class _Rank:
+    """What all ranks have."""
+
+    def __init__(
+        self, place: Place, store: Store, settings: DenoisingSettings, links: list[Link], liveness: Liveness
+    ) -> None:
+        self.degrees = settings.degrees
+        self._place = place
+        self._store = store
+        self._settings = settings
+        self._links = links
+        self._liveness = liveness
+
+    def make_mesh(self, device: torch.device) -> WorkerMesh:
+        """Connect the devices of all ranks, for collectives."""
+        if self._place.num_nodes == 1 and sys.platform == "linux":
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # Else gloo takes the address that the host's name has.
+        cuda = device.type == "cuda"
+        distributed.init_process_group(
+            "nccl" if cuda else "gloo",
+            store=PrefixStore("collectives", self._store),
+            rank=self._place.rank,
+            world_size=self._place.world_size,
+            timeout=_COLLECTIVE_TIMEOUT,
+            device_id=device if cuda else None,
+        )
+        return make_mesh(self.degrees, device)
+
+
+class LeadingRank(_Rank):
+    """Rank 0: the worker of the service, as coordinators know it."""
+
+    _told: Callable[[], object] | None = None
+
+    def run(self, model: ServedModel) -> None:
+        """Serve until told to end, here or by a follower that was told, and send the followers home."""
+        self._liveness.start(on_lost=abandon, on_leaving=self._stop)
+        asyncio.run(serve(SERVICE, model, self._settings, ranks=self))
+        self._liveness.end()
+        for link in self._links:
+            link.send(Kind.END)
+
+    def lead(self, stages: HostedStages) -> LeadingStages:
+        """The stages, run by all ranks."""
+        return LeadingStages(SERVICE, stages, self._links, abandon)
+
+    def on_leaving(self, stop: Callable[[], object]) -> None:
+        """Have `stop` called, from another thread, when a follower has been told to end."""
+        self._told = stop
+
+    def _stop(self) -> None:
+        if self._told is None:
+            _leave()
+        with suppress(RuntimeError):  # The event loop has ended: it has been told already.
+            self._told()
+
+
+class FollowingRank(_Rank):
+    """Any other rank: computes with rank 0, and asks it to end the group when it is told to end itself."""
+
+    _told = False
+
+    def run(self, model: ServedModel) -> None:
+        """Follow until sent home."""
+        self._liveness.start(on_lost=self._lost)
+        device = device_of(self._settings.device)
+        prepare_thread(device, self._settings.threads)
+        stages = load_stages(
+            model,
+            service_of(model, SERVICE),
+            device=device,
+            dtype=dtype_of(self._settings.dtype, device),
+            mesh=self.make_mesh(device),
+        )
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._ask_to_end)
+        hosted = HostedStages(SERVICE, stages)
+        try:
+            Follower(SERVICE, hosted, self._links[0], total_bytes=self._settings.max_call_bytes).follow()
+        except OutOfStep as error:
+            self._lost(str(error))
+        self._liveness.end()
+
+    def _ask_to_end(self, *_: object) -> None:
+        self._told = True
+        self._liveness.leave()
+
+    def _lost(self, reason: str) -> None:
+        """Rank 0 may go before it has said so only where all are told to end."""
+        if self._told:
+            _leave()
+        abandon(reason)

@@ -1,0 +1,100 @@
+"""What the denoising service runs with: a worker's settings, and the shape and habits of a worker group."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from common.errors import FailedPrecondition, InvalidInput
+from common.settings import setting
+from models.catalog import ServedModel
+from models.layers.mesh import Degrees
+from models.loader import check_parallel
+from services.worker import WorkerSettings, device_of, service_of
+
+SERVICE = "denoising"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenoisingSettings(WorkerSettings):
+    """Serve the denoising of one model, by this process or by a worker group of tp x ulysses x ring x cfg ranks."""
+
+    tp: int = setting(1, help="ranks among which the weights are cut (tensor parallelism)")
+    ulysses: int = setting(1, help="ranks that share the sequence by exchanging attention heads")
+    ring: int = setting(1, help="ranks that share the sequence by passing keys and values around")
+    cfg: int = setting(1, help="ranks among which the branches of guidance are shared out: 1 or 2")
+    nnodes: int = setting(1, help="machines that the ranks are spread over, equally; each runs this command")
+    node_rank: int = setting(0, help="which of the machines this is, from 0; rank 0, which serves, is on machine 0")
+    rdzv_endpoint: str = setting("", help="HOST:PORT where the machines meet: an address of machine 0, and a free port")
+    max_restarts: int = setting(10, help="starts of the group in a row, none of which served for a minute")
+    beat_seconds: float = setting(1.0, help="time between two signs of life among ranks")
+    lost_seconds: float = setting(8.0, help="silence after which a rank is taken for lost, and the group starts again")
+    join_seconds: float = setting(120.0, help="time that all ranks get to find each other at the start")
+
+    @property
+    def degrees(self) -> Degrees:
+        """How many ranks there are, by axis. Raises InvalidInput for numbers that cannot be."""
+        return Degrees(tp=self.tp, ulysses=self.ulysses, ring=self.ring, cfg=self.cfg)
+
+    @property
+    def ranks_per_node(self) -> int:
+        """Ranks on this machine."""
+        return self.degrees.world_size // self.nnodes
+
+
+def check_group(model: ServedModel, settings: DenoisingSettings) -> None:
+    """Refuse a worker group that cannot be, before anything is started.
+
+    Raises InvalidInput for numbers that do not fit the model or each other, FailedPrecondition for those that do not
+    fit this machine.
+    """
+    degrees = settings.degrees
+    if settings.nnodes < 1 or degrees.world_size % settings.nnodes:
+        raise InvalidInput(
+            f"nnodes is {settings.nnodes}, which must divide the {degrees.world_size} ranks of {degrees}",
+            field="nnodes",
+        )
+    if not 0 <= settings.node_rank < settings.nnodes:
+        raise InvalidInput(
+            f"node_rank is {settings.node_rank}; of {settings.nnodes} machines it is 0 to {settings.nnodes - 1}",
+            field="node_rank",
+        )
+    host, _, port = settings.rdzv_endpoint.rpartition(":")
+    if settings.nnodes > 1 and not (host and port.isascii() and port.isdecimal() and 0 < int(port) < 65536):
+        raise InvalidInput(
+            f"{settings.nnodes} machines need --rdzv-endpoint HOST:PORT to meet, not {settings.rdzv_endpoint!r}",
+            field="rdzv_endpoint",
+        )
+    if settings.lost_seconds < 3 * settings.beat_seconds or settings.beat_seconds <= 0:
+        raise InvalidInput("lost_seconds must be at least three times beat_seconds", field="lost_seconds")
+    if settings.max_restarts < 0:
+        raise InvalidInput(f"max_restarts is {settings.max_restarts}; it must be 0 or more", field="max_restarts")
+    check_degrees(model, degrees)
+    _check_device(settings)
+
+
+def check_degrees(model: ServedModel, degrees: Degrees) -> None:
+    """Refuse degrees that do not fit the model, as far as can be told without its weights. Raises InvalidInput."""
+    spec = service_of(model, SERVICE)
+    check_parallel(model, spec, degrees)
+    for module in spec.modules:
+        heads = model.checkpoint.module_config(module).get("num_attention_heads")
+        if isinstance(heads, int):
+            degrees.check_model(heads)
+
+
+def _check_device(settings: DenoisingSettings) -> None:
+    """Each rank takes a GPU of its own, or they share the CPU."""
+    if settings.device not in ("auto", "cpu", "cuda"):
+        raise InvalidInput(
+            f"device is {settings.device!r}; of a worker group it must be auto, cpu or cuda: each rank takes the GPU "
+            "with its number",
+            field="device",
+        )
+    if device_of(settings.device).type == "cuda" and settings.ranks_per_node > torch.cuda.device_count():
+        raise FailedPrecondition(
+            f"{settings.ranks_per_node} ranks ({settings.degrees}) need a GPU each, but this machine has "
+            f"{torch.cuda.device_count()}; take smaller degrees, more machines (--nnodes), or --device cpu",
+            field="device",
+        )

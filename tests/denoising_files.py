@@ -1,0 +1,69 @@
+"""The denoising stage's input as a safetensors file: how tests hand one input to several processes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from common.artifacts import Canvas, Conditioning, LatentPart, Latents, Sampling, Schedule
+from models.contracts import DenoisingInput
+
+
+def save_input(x: DenoisingInput, path: Path) -> None:
+    """Write all but resume_from."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    tensors = {"schedule.timesteps": x.schedule.timesteps, "schedule.sigmas": x.schedule.sigmas}
+    for slot, latents in (("initial", x.initial_latents), ("image", x.image_latents)):
+        for name, part in latents.parts.items() if latents else ():
+            tensors[f"{slot}.{name}"] = part.latents
+            shapes[f"{slot}.{name}"] = part.raw_latent_shape
+    for slot, conditioning in (("text", x.text_conditioning), ("picture", x.image_conditioning)):
+        if conditioning:
+            tensors |= {f"{slot}.positive.{name}": value for name, value in conditioning.prompt_embeds.items()}
+            tensors |= {f"{slot}.negative.{name}": value for name, value in conditioning.negative_prompt_embeds.items()}
+    numbers = {"sampling": dataclasses.asdict(x.sampling), "canvas": dataclasses.asdict(x.canvas), "shapes": shapes}
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, {"numbers": json.dumps(numbers)})
+
+
+def load_input(path: str | Path) -> DenoisingInput:
+    """Read it."""
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
+        numbers = json.loads(file.metadata()["numbers"])
+    timesteps = tensors["schedule.timesteps"]
+    return DenoisingInput(
+        initial_latents=_latents(tensors, "initial", numbers["shapes"]),
+        image_latents=_latents(tensors, "image", numbers["shapes"]) if _below(tensors, "image") else None,
+        schedule=Schedule(timesteps=timesteps, sigmas=tensors["schedule.sigmas"], num_inference_steps=len(timesteps)),
+        text_conditioning=_conditioning(tensors, "text"),
+        image_conditioning=_conditioning(tensors, "picture") if _below(tensors, "picture") else None,
+        sampling=Sampling(**numbers["sampling"] | {"sigmas": tuple(numbers["sampling"]["sigmas"])}),
+        canvas=Canvas(**numbers["canvas"]),
+    )
+
+
+def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {
+        name.removeprefix(f"{prefix}."): tensor for name, tensor in tensors.items() if name.startswith(f"{prefix}.")
+    }
+
+
+def _latents(tensors: Mapping[str, Tensor], slot: str, shapes: Mapping[str, list[int]]) -> Latents:
+    return Latents(
+        parts={
+            name: LatentPart(latents=tensor, raw_latent_shape=tuple(shapes[f"{slot}.{name}"]))
+            for name, tensor in _below(tensors, slot).items()
+        }
+    )
+
+
+def _conditioning(tensors: Mapping[str, Tensor], slot: str) -> Conditioning:
+    return Conditioning(
+        prompt_embeds=_below(tensors, f"{slot}.positive"), negative_prompt_embeds=_below(tensors, f"{slot}.negative")
+    )

@@ -1,0 +1,172 @@
+"""A fleet whose denoiser is a worker group, for tests that disturb it: the group as processes, all else in this one."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import threading
+from asyncio.subprocess import Process
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import psutil
+from redis.asyncio import Redis
+
+from common.rpc.client import open_channel
+from common.state.connection import connect
+from common.state.workers import WorkerRegistry
+from coordinator_fleet import Stub, emoji
+from fleet.v1 import generation_pb2 as pb
+from fleet.v1 import generation_pb2_grpc, worker_pb2
+from redis_servers import running_server, until
+from services.coordinator.coordinator import start_coordinator
+from services.coordinator.settings import CoordinatorSettings
+from services.worker import WorkerSettings, start_worker
+
+T = TypeVar("T")
+
+STEPS = 8
+SIZE = 512  # pixels; so large that a step takes longer than its progress needs to arrive here
+
+_BOUND_SECONDS = 60.0  # for whatever is waited for
+_SERVE = ("--model", "emoji", "--device", "cpu", "--threads", "1", "--checkpoint-every", "1", "--step-seconds", "0")
+_WATCHFUL = ("--beat-seconds", "0.1", "--lost-seconds", "2")
+
+OnStep = Callable[[], None]
+
+
+@dataclass
+class Drawn:
+    """What became of a request: its state, its file, and the denoiser's steps as they were told."""
+
+    state: pb.RequestState.ValueType = pb.REQUEST_STATE_UNSPECIFIED
+    file: bytes = b""
+    steps: list[int] = field(default_factory=list)
+
+
+class GroupFleet:
+    """Runs coroutines on the fleet's event loop, from the test's own thread."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, url: str, directory: Path) -> None:
+        self.url = url
+        self._loop = loop
+        self._directory = directory
+        self._stub: Stub
+        self._redis: Redis
+        self.agent: Process
+
+    def run(self, work: Coroutine[None, None, T]) -> T:
+        """The work's result, which it must have within a minute."""
+
+        async def bounded() -> T:
+            async with asyncio.timeout(_BOUND_SECONDS):
+                return await work
+
+        return asyncio.run_coroutine_threadsafe(bounded(), self._loop).result()
+
+    @asynccontextmanager
+    async def started(self, degrees: Sequence[str]) -> AsyncIterator[None]:
+        """All services of the emoji model. The group has these flags."""
+        async with AsyncExitStack() as stack:
+            words = (
+                *_SERVE,
+                *_WATCHFUL,
+                *degrees,
+                "--redis",
+                self.url,
+                "--listen",
+                f"unix:{self._directory}/group.sock",
+            )
+            self.agent = await asyncio.create_subprocess_exec(sys.executable, "-m", "services.denoising", *words)
+            stack.push_async_callback(_end, self.agent)
+            for service in ("text_encoding", "latent_preparation", "decoding"):
+                listen = f"unix:{self._directory}/{service}.sock"
+                settings = WorkerSettings(model="emoji", redis=self.url, listen=listen, device="cpu", threads=1)
+                worker = await start_worker(service, emoji(), settings)
+                stack.push_async_callback(worker.stop, 0)
+            listen = f"unix:{self._directory}/c.sock"
+            chosen = CoordinatorSettings(listen=listen, redis=self.url, step_seconds=0.0, heartbeat_seconds=0.2)
+            coordinator = await start_coordinator([emoji()], chosen)
+            stack.push_async_callback(coordinator.stop, 0)
+            self._stub = generation_pb2_grpc.GenerationServiceStub(
+                await stack.enter_async_context(open_channel(listen))
+            )
+            self._redis = await stack.enter_async_context(connect(self.url))
+            await self._serving()
+            yield
+
+    async def _serving(self) -> None:
+        async def announced() -> bool:
+            assert self.agent.returncode is None, "the agent has ended"
+            return bool(await WorkerRegistry(self._redis).live("emoji", "denoising"))
+
+        await until(announced)
+
+    def workers(self) -> list[worker_pb2.WorkerInfo]:
+        """The denoisers that the coordinator knows."""
+        return self.run(WorkerRegistry(self._redis).live("emoji", "denoising"))
+
+    def ranks(self) -> dict[int, psutil.Process]:
+        """The group's processes."""
+        children = psutil.Process(self.agent.pid).children()
+        return {int(each.environ()["RANK"]): each for each in children if each.status() != psutil.STATUS_ZOMBIE}
+
+    def draw(self, at_step: int = 0, then: OnStep | None = None) -> Drawn:
+        """One request to its end; `then` is called once, at the denoiser's step `at_step`."""
+        return self.run(self._draw(at_step, then))
+
+    def cancel_at(self, step: int) -> Drawn:
+        """One request that is cancelled at the denoiser's step."""
+        return self.run(self._draw(step, None, cancel=True))
+
+    async def _draw(self, at_step: int, then: OnStep | None, *, cancel: bool = False) -> Drawn:
+        parameters = pb.GenerationParameters(
+            prompt="a red apple", seed=3, num_inference_steps=STEPS, height=SIZE, width=SIZE
+        )
+        name = (await self._stub.Submit(pb.SubmitRequest(parameters=parameters))).request.request_id
+        drawn = Drawn()
+        async for reply in self._stub.Watch(pb.WatchRequest(request_id=name)):
+            drawn.state = reply.event.state_change.state or drawn.state
+            if reply.event.progress.service != "denoising":
+                continue
+            drawn.steps.append(reply.event.progress.step)
+            if at_step and drawn.steps[-1] >= at_step:
+                at_step = 0
+                if cancel:
+                    await self._stub.CancelRequest(pb.CancelRequestRequest(request_id=name))
+                elif then is not None:
+                    then()
+        if drawn.state == pb.REQUEST_STATE_SUCCEEDED:
+            download = self._stub.DownloadResult(pb.DownloadResultRequest(request_id=name))
+            drawn.file = b"".join([reply.data async for reply in download])
+        return drawn
+
+
+async def _end(process: Process) -> None:
+    if process.returncode is None:
+        process.kill()
+    await process.wait()
+
+
+@contextmanager
+def group_fleet(directory: Path, *degrees: str) -> Iterator[GroupFleet]:
+    """A running fleet with a group of these degrees, as flags."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, name="fleet")
+    thread.start()
+    try:
+        with running_server("valkey") as server:
+            fleet = GroupFleet(loop, server.url, directory)
+            context: Any = fleet.started(degrees)
+            fleet.run(context.__aenter__())
+            try:
+                yield fleet
+            finally:
+                fleet.run(context.__aexit__(None, None, None))
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()

@@ -1,0 +1,97 @@
+"""The layers between ranks, each against one rank: attention over cut sequences, chunks of any size."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from local_fleet import relative_error
+from models.layers.attention import attention, attention_with_lse
+from models.layers.mesh import AXES, Degrees
+from models.layers.usp_attention import merge
+from rank_calls import rank_file
+from rank_pool import RankFailed, RankPool
+
+SEQUENCE_LAYOUTS = [
+    Degrees(ulysses=2),
+    Degrees(ring=2),
+    Degrees(ulysses=4),
+    Degrees(ring=4),
+    Degrees(ulysses=2, ring=2),
+    Degrees(tp=2, ring=2),
+    Degrees(cfg=2, ulysses=2),
+]
+
+
+LENGTHS = [(13, 35), (1, 4), (3, 0), (1, 1)]
+"""Tokens of text and image; in the last ones some ranks hold a token and others none."""
+
+
+@pytest.mark.parametrize("degrees", SEQUENCE_LAYOUTS, ids=str)
+def test_attention_over_a_cut_sequence(rank_pool: RankPool, tmp_path: Path, degrees: Degrees) -> None:
+    torch.manual_seed(0)
+    rank_pool.join(degrees)
+    for text, image in LENGTHS:
+        streams = {name: torch.randn(3, 2, tokens, 4, 8) for name, tokens in (("text", text), ("image", image))}
+        whole = torch.cat(list(streams.values()), dim=2)
+        save_file(streams, tmp_path / "in")
+        sizes = rank_pool.call("rank_calls:attend", inputs=str(tmp_path / "in"), output=str(tmp_path / "out"))
+        # Ranks that differ on tp or cfg only have the same chunk.
+        ranks = range(0, degrees.sp * degrees.tp, degrees.tp)
+        assert [sum(sizes[rank][stream] for rank in ranks) for stream in (0, 1)] == [text, image]
+        parts = [load_file(rank_file(str(tmp_path / "out"), rank)) for rank in ranks]
+        got = torch.cat([part[name] for name in streams for part in parts], dim=1)
+        assert relative_error(got, attention(*whole.unbind())) <= 1e-6, (text, image)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_to_some_keys_after_others(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, tokens, 3, 8, dtype=dtype) for tokens in (5, 9, 9))
+    parts = [attention_with_lse(q, k[:, rows], v[:, rows]) for rows in (slice(0, 2), slice(2, 5), slice(5, None))]
+    merged = merge(merge(parts[0], parts[1], torch.float32), parts[2], torch.float32)
+    out, lse = attention_with_lse(q, k, v)
+    scores = torch.einsum("bqhd,bkhd->bqhk", q.float(), k.float()) / 8**0.5
+    most = 1e-6 if dtype == torch.float32 else 1e-2
+    assert lse.dtype == merged[0].dtype == torch.float32
+    assert relative_error(out, attention(q, k, v)) <= most
+    assert relative_error(merged[0], out) <= most
+    assert relative_error(merged[1], scores.logsumexp(-1)) <= most
+
+
+def test_merging_scores_that_no_exponential_holds() -> None:
+    """Attention to keys that matter, after keys that do not: exp(200) is infinite in float32."""
+    out, lse = torch.ones(1, 1, 1, 2), torch.full((1, 1, 1), 200.0)
+    merged, total = merge((torch.zeros(1, 1, 1, 2), torch.full((1, 1, 1), -200.0)), (out, lse), torch.bfloat16)
+    assert torch.equal(merged, out.bfloat16())
+    assert torch.equal(total, lse)
+
+
+def test_chunks_of_any_size_are_joined(rank_pool: RankPool) -> None:
+    rank_pool.join(Degrees(tp=4))
+    assert rank_pool.call("rank_calls:gather", sizes=[2, 1, 0, 1]) == [[0.0, 0.0, 1.0, 3.0]] * 4
+
+
+@pytest.mark.parametrize(
+    ("degrees", "places"),
+    [
+        (Degrees(tp=2, ulysses=2), [(0, 0, 0, 0), (0, 0, 0, 1), (0, 0, 1, 0), (0, 0, 1, 1)]),
+        (Degrees(ring=2, cfg=2), [(0, 0, 0, 0), (0, 1, 0, 0), (1, 0, 0, 0), (1, 1, 0, 0)]),
+    ],
+    ids=str,
+)
+def test_neighbours_on_the_tp_axis_have_consecutive_ranks(
+    rank_pool: RankPool, degrees: Degrees, places: list[tuple[int, ...]]
+) -> None:
+    assert [tuple(place[axis] for axis in AXES) for place in rank_pool.join(degrees)] == places
+
+
+def test_a_rank_that_fails_ends_the_pool_instead_of_hanging_it(tmp_path: Path) -> None:
+    pool = RankPool(tmp_path)
+    pool.join(Degrees(tp=2))
+    with pytest.raises(RankFailed, match="sizes"):
+        pool.call("rank_calls:gather")
+    pool.close()

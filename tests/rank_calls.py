@@ -1,0 +1,108 @@
+"""What a rank of the pool can be asked to do. Each function gets its rank first and returns what JSON can say."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+
+# Here, so that ranks have it from the process that forks them: loading a stage would import it in each.
+from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler  # noqa: F401
+from safetensors.torch import load_file, save_file
+from torch import distributed, nn
+
+from common.stage import Call
+from configs.pipeline_configs.base import PipelineConfig
+from denoising_files import load_input
+from models.catalog import open_model
+from models.layers.collectives import gather_chunks
+from models.layers.mesh import AXES, Degrees, WorkerMesh, make_mesh
+from models.layers.shards import SequenceShards
+from models.layers.usp_attention import USPAttention
+from models.loader import load_module, load_stages
+from models.registry import load_registry, resolve
+
+CPU = torch.device("cpu")
+
+
+@dataclass
+class Rank:
+    """The worker group that this process belongs to now."""
+
+    mesh: WorkerMesh | None = None
+
+
+RANK = Rank()
+
+
+def join(rank: int, degrees: dict[str, int], store: str) -> dict[str, int]:
+    """Form a worker group, after leaving the last one; this rank's place on each axis."""
+    leave()
+    layout = Degrees(**degrees)
+    if layout.world_size > 1:
+        distributed.init_process_group(
+            "gloo",
+            init_method=f"file://{store}",
+            rank=rank,
+            world_size=layout.world_size,
+            timeout=timedelta(seconds=60),
+        )
+    RANK.mesh = make_mesh(layout, CPU)
+    return {axis: RANK.mesh.index(axis) for axis in AXES}
+
+
+def leave() -> None:
+    """Leave the worker group."""
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+def forward(rank: int, checkpoint: str, inputs: str, output: str, compiled: bool = False) -> None:
+    """One prediction of the checkpoint's transformer; compiled, each block is one graph, with its collectives."""
+    model = open_model(checkpoint, load_registry())
+    config_class: type[PipelineConfig] = resolve(model.entry.pipeline_config)
+    config = replace(config_class.from_checkpoint(model.checkpoint), mesh=RANK.mesh)
+    transformer = load_module(model.checkpoint, "transformer", config)
+    for blocks in transformer.children():
+        for block in blocks if compiled and isinstance(blocks, nn.ModuleList) else ():
+            block.compile(fullgraph=True, backend="aot_eager")
+    with torch.inference_mode():
+        save_file({"prediction": transformer(**load_file(inputs))}, rank_file(output, rank))
+
+
+def denoise(rank: int, checkpoint: str, inputs: str, output: str) -> list[int]:
+    """The whole loop; the steps that it reported."""
+    model, steps = open_model(checkpoint, load_registry()), []
+    spec = model.pipeline.service("denoising")
+    (stage,) = load_stages(model, spec, device=CPU, dtype=torch.float32, mesh=RANK.mesh)
+    done = stage.run(load_input(inputs), Call("test", on_progress=lambda step, _: steps.append(step)))
+    (part,) = done.denoised_latents.parts.values()
+    save_file({"latents": part.latents}, rank_file(output, rank))
+    return steps
+
+
+def attend(rank: int, inputs: str, output: str) -> list[int]:
+    """USPAttention over "text" and "image" streams, (3, B, tokens, H, K) each; what each rank holds of the tokens."""
+    assert RANK.mesh is not None
+    mesh, streams = RANK.mesh, load_file(inputs)
+    shards = SequenceShards(mesh.degrees.sp, mesh.sp_index)
+    local = torch.cat([shards.local(streams[name], 2, name) for name in ("text", "image")], dim=2)
+    attended = USPAttention(mesh, shards)(*local.unbind())
+    sizes = [shards.of(name)[mesh.sp_index] for name in ("text", "image")]
+    text, image = (part.contiguous() for part in attended.split(sizes, dim=1))
+    save_file({"text": text, "image": image}, rank_file(output, rank))
+    return sizes
+
+
+def gather(rank: int, sizes: list[int]) -> list[float]:
+    """Chunks of these sizes that hold the number of their rank, joined on the tp axis."""
+    assert RANK.mesh is not None
+    axis = RANK.mesh.axis("tp")
+    return gather_chunks(torch.full((2, sizes[axis.index]), float(rank)), 1, sizes, axis)[0].tolist()
+
+
+def rank_file(output: str, rank: int) -> Path:
+    """Where a rank leaves its tensors."""
+    return Path(f"{output}-{rank}.safetensors")

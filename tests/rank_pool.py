@@ -1,0 +1,106 @@
+"""A long-lived pool of rank processes on gloo, which take any layout in turn: to start them takes longest."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from models.layers.mesh import Degrees
+
+TESTS = Path(__file__).resolve().parent
+RANKS = 4
+# Longer than any collective may take, shorter than a test run may hang.
+ANSWER_SECONDS = 120.0
+
+
+class RankFailed(Exception):
+    """A rank raised (the message is its traceback), died or hangs."""
+
+
+class RankPool:
+    """Ranks 0 to 3. A layout takes as many of them as its degrees multiply to. Close it."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        pairs = [socket.socketpair() for _ in range(RANKS)]
+        theirs = [pair[1].fileno() for pair in pairs]
+        self._process = subprocess.Popen(
+            [sys.executable, "-W", "error", str(TESTS / "rank_process.py"), *map(str, theirs)],
+            pass_fds=theirs,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join((str(TESTS.parent), str(TESTS))), "OMP_NUM_THREADS": "1"},
+            start_new_session=True,
+        )
+        for _, other in pairs:
+            other.close()
+        self._connections = [mine for mine, _ in pairs]
+        self._answers = [mine.makefile("rb") for mine in self._connections]
+        self._world_size = 0
+        self._layouts = 0
+
+    def join(self, degrees: Degrees) -> list[dict[str, int]]:
+        """Make the first ranks a worker group of this layout, to which later calls go; their places on the axes."""
+        self._world_size = degrees.world_size
+        self._layouts += 1
+        store = self._folder / f"rendezvous-{self._layouts}"
+        return self.call("rank_calls:join", degrees=dataclasses.asdict(degrees), store=str(store))
+
+    def call(self, function: str, **keywords: Any) -> list[Any]:
+        """Call function(rank, **keywords) on every rank at once; the results in the order of ranks, as JSON gives them.
+
+        Raises RankFailed when a rank raises or dies, or does not answer. The pool ends then: the others may wait for
+        that rank for ever.
+        """
+        line = (json.dumps({"call": function, **keywords}) + "\n").encode()
+        try:
+            for connection in self._connections[: self._world_size]:
+                connection.sendall(line)
+            return self._collect(function)
+        except (RankFailed, OSError) as error:
+            if self._process.poll() is None:
+                os.killpg(self._process.pid, signal.SIGKILL)
+            raise RankFailed(f"{function}: {error}") from error
+
+    def _collect(self, function: str) -> list[Any]:
+        results: dict[int, Any] = {}
+        deadline = time.monotonic() + ANSWER_SECONDS
+        with selectors.DefaultSelector() as selector:
+            for rank in range(self._world_size):
+                selector.register(self._answers[rank], selectors.EVENT_READ, rank)
+            while len(results) < self._world_size:
+                ready = selector.select(deadline - time.monotonic())
+                if not ready:
+                    raise RankFailed(f"{function}: only ranks {sorted(results)} answer")
+                for key, _ in ready:
+                    results[key.data] = self._result(key.data)
+                    selector.unregister(key.fileobj)
+        return [results[rank] for rank in range(self._world_size)]
+
+    def _result(self, rank: int) -> Any:
+        line = self._answers[rank].readline()
+        if not line:
+            raise RankFailed(f"rank {rank} has died")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise RankFailed(f"rank {rank}:\n{answer['error']}")
+        return answer["result"]
+
+    def close(self) -> None:
+        """Hang up, which ends the ranks."""
+        for answers, connection in zip(self._answers, self._connections, strict=True):
+            answers.close()
+            connection.close()
+        try:
+            self._process.wait(20)
+        except subprocess.TimeoutExpired:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            raise

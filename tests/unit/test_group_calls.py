@@ -1,0 +1,228 @@
+"""Calls of a worker group, with a follower in a thread: all ranks run the same, and stop at the same place."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import NoReturn
+
+import pytest
+import torch
+
+from common.errors import Cancelled, DeadlineExceeded, FleetError, InvalidInput
+from common.local import HostedStages
+from common.stage import Call
+from services.denoising import group
+from services.denoising.agreement import FollowingCall, LeadingCall, outcome, stop_of
+from services.denoising.follower import Follower
+from services.denoising.group import LeadingStages
+from services.denoising.messages import Kind, Link, OutOfStep
+from stage_server import SERVICE, Script, ScriptedStage, StageInput, artifacts, do_nothing
+
+TOTAL_BYTES = 1 << 28
+
+
+class Abandoned(BaseException):
+    """In place of the end of the process."""
+
+
+@dataclass
+class Ranks:
+    """Rank 0, and what became of the follower's thread."""
+
+    leading: LeadingStages
+    link: Link
+    ended: threading.Event = field(default_factory=threading.Event)
+    errors: list[OutOfStep] = field(default_factory=list)
+
+    def run(self, call: Call | None = None, count: int = 100_000) -> torch.Tensor:
+        """One call; returns the latents."""
+        outputs = self.leading.run(artifacts(count), call or Call("r1"))
+        latents: torch.Tensor = outputs["denoised_latents"].parts["image"].latents
+        return latents
+
+
+@contextmanager
+def two_ranks(leads: Script, follows: Script | None = None) -> Iterator[Ranks]:
+    """A group of two whose stages run these scripts; by default the same one."""
+    left, right = socket.socketpair()
+
+    def abandon(reason: str) -> NoReturn:
+        left.close()
+        raise Abandoned(reason)
+
+    leading = LeadingStages(SERVICE, HostedStages(SERVICE, [ScriptedStage(leads)]), [Link(1, left)], abandon)
+    hosted = HostedStages(SERVICE, [ScriptedStage(follows or leads)])
+    following = Follower(SERVICE, hosted, Link(0, right), total_bytes=TOTAL_BYTES)
+    ranks = Ranks(leading, Link(1, left))
+
+    def follow() -> None:
+        try:
+            following.follow()
+        except OutOfStep as error:
+            ranks.errors.append(error)
+        right.close()
+        ranks.ended.set()
+
+    thread = threading.Thread(target=follow)
+    thread.start()
+    try:
+        yield ranks
+        with suppress(OutOfStep):  # It has ended already.
+            ranks.link.send(Kind.END)
+    finally:
+        left.close()
+        thread.join(20)
+    assert not thread.is_alive()
+
+
+def test_a_follower_gets_the_same_inputs_and_id() -> None:
+    seen: list[tuple[str, StageInput]] = []
+    with two_ranks(lambda x, call: seen.append((call.request_id, x))) as ranks:
+        for _ in range(2):
+            result = ranks.run(Call("r7"))
+    assert len(seen) == 4
+    assert {name for name, _ in seen} == {"r7"}
+    (_, one), (_, other) = seen[:2]
+    assert torch.equal(one.initial_latents.parts["image"].latents, other.initial_latents.parts["image"].latents)
+    assert one.sampling == other.sampling
+    assert one.text_conditioning is other.text_conditioning is None
+    assert torch.equal(result, one.initial_latents.parts["image"].latents * 3)
+
+
+def test_only_rank_0_reports() -> None:
+    def report(_: StageInput, call: Call) -> None:
+        call.warn("prompt", "too long")
+        call.progress(1, 3)
+
+    told: list[object] = []
+    call = Call("r1", on_progress=lambda *step: told.append(step), on_warning=lambda *words: told.append(words))
+    with two_ranks(report) as ranks:
+        ranks.run(call)
+    assert told == [("prompt", "too long"), (1, 3)]
+
+
+def test_all_ranks_stop_at_the_same_step_when_the_caller_goes() -> None:
+    """The follower runs ahead, and asks before rank 0 has been cancelled."""
+    call, steps = Call("r1"), {0: 0, 1: 0}
+
+    def loop(rank: int, call_of_rank: Call) -> None:
+        for step in range(1, 100):
+            call_of_rank.check_cancelled()
+            steps[rank] = step
+            if rank == 0 and step == 5:
+                call.cancelled.set()
+            call_of_rank.progress(step, 100)
+
+    with two_ranks(lambda _, each: loop(0, each), lambda _, each: loop(1, each)) as ranks:
+        with pytest.raises(Cancelled, match="request r1 was cancelled"):
+            ranks.run(call)
+        assert steps == {0: 5, 1: 5}
+        call.cancelled.clear()
+        with pytest.raises(DeadlineExceeded, match="past its deadline"):
+            ranks.run(Call("r2", deadline=time.monotonic()))
+        assert not ranks.ended.is_set()
+
+
+def refuse(*_: object) -> NoReturn:
+    raise InvalidInput("no such step", field="resume_from.step")
+
+
+def refuse_otherwise(*_: object) -> NoReturn:
+    raise InvalidInput("no such latents", field="resume_from.latents")
+
+
+def break_down(*_: object) -> NoReturn:
+    raise RuntimeError("out of memory")
+
+
+def test_an_error_that_all_ranks_raise_alike_is_an_answer() -> None:
+    calls: list[str] = []
+
+    def at_first(_: StageInput, call: Call) -> None:
+        calls.append(call.request_id)
+        if call.request_id == "bad":
+            refuse()
+
+    with two_ranks(at_first) as ranks:
+        with pytest.raises(InvalidInput, match="no such step") as caught:
+            ranks.run(Call("bad"))
+        assert caught.value.field == "resume_from.step"
+        ranks.run(Call("good"))
+    assert sorted(calls) == ["bad", "bad", "good", "good"]
+
+
+def test_an_error_on_one_rank_alone_ends_the_group() -> None:
+    for leads, follows in ((do_nothing, refuse), (refuse, do_nothing), (refuse, refuse_otherwise)):
+        with two_ranks(leads, follows) as ranks, pytest.raises(Abandoned):
+            ranks.run()
+        assert len(ranks.errors) == 1
+
+
+@pytest.mark.parametrize(("leads", "follows"), [(break_down, do_nothing), (do_nothing, break_down)])
+def test_a_rank_that_breaks_down_ends_the_group(leads: Script, follows: Script) -> None:
+    with two_ranks(leads, follows) as ranks, pytest.raises(Abandoned):
+        ranks.run()
+    assert len(ranks.errors) == 1
+
+
+def _sleep_until(opened: threading.Event) -> None:
+    opened.wait(20)
+
+
+def test_a_rank_that_never_ends_a_call_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(group, "SETTLE_SECONDS", 0.05)
+    opened = threading.Event()
+    with two_ranks(do_nothing, lambda *_: _sleep_until(opened)) as ranks:
+        with pytest.raises(Abandoned, match=r"rank 1 has said nothing for 0\.05 s"):
+            ranks.run()
+        opened.set()
+
+
+def test_ranks_that_ask_unequally_often_end_the_group() -> None:
+    with two_ranks(ask_twice, do_nothing) as ranks:
+        with suppress(Abandoned):  # Or the result, which is right, if rank 0 was faster.
+            ranks.run()
+        assert ranks.ended.wait(20)
+    assert "sent message 4 where OUTCOME should come" in str(ranks.errors[0])
+    with two_ranks(do_nothing, ask_twice) as ranks, pytest.raises(Abandoned):
+        ranks.run()
+    assert "sent message 5 where CHECK should come" in str(ranks.errors[0])
+
+
+def ask_twice(_: StageInput, call: Call) -> None:
+    call.check_cancelled()
+    call.check_cancelled()
+
+
+def test_errors_travel_as_what_they_are() -> None:
+    for error in (Cancelled("request ä was cancelled"), DeadlineExceeded("late\nvery")):
+        again = stop_of(outcome(error))
+        assert (type(again), again.message) == (type(error), error.message)
+    with pytest.raises(ValueError, match="does not stop a call"):
+        stop_of(outcome(FleetError("x")))
+
+
+def test_calls_agree_by_what_they_are_told() -> None:
+    answers: list[bytes] = []
+    leading = LeadingCall("r1", tell=answers.append)
+    leading.check_cancelled()
+    leading.cancelled.set()
+    with pytest.raises(Cancelled):
+        leading.check_cancelled()
+    following = FollowingCall("r1", ask=lambda: answers.pop(0))
+    following.check_cancelled()
+    with pytest.raises(Cancelled, match="request r1 was cancelled"):
+        following.check_cancelled()
+
+
+def test_a_message_that_is_too_large_is_refused() -> None:
+    left, right = socket.socketpair()
+    with left, right:
+        left.sendall(bytes((Kind.CALL, 255, 255, 255, 255)))
+        with pytest.raises(OutOfStep, match="4294967295 bytes"):
+            Link(0, right).receive(Kind.CALL)

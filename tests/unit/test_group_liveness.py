@@ -1,0 +1,131 @@
+"""The side channel between ranks: what it takes for a loss, and what it does not."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import pytest
+
+from services.denoising.launcher import _is_stopped
+from services.denoising.liveness import LOST, Liveness, Watch
+
+WAIT = 20  # seconds, for what must come
+
+
+@dataclass
+class Told:
+    """What a side channel called back with."""
+
+    reasons: list[str] = field(default_factory=list)
+    lost: threading.Event = field(default_factory=threading.Event)
+    leaving: threading.Event = field(default_factory=threading.Event)
+
+    def on_lost(self, reason: str) -> None:
+        self.reasons.append(reason)
+        self.lost.set()
+
+    def start(self, liveness: Liveness) -> Liveness:
+        """Start it, calling back here."""
+        liveness.start(on_lost=self.on_lost, on_leaving=self.leaving.set)
+        return liveness
+
+
+def channel(peer: int, connection: socket.socket, lost_seconds: float = WAIT) -> Liveness:
+    return Liveness({peer: connection}, beat_seconds=0.005, lost_seconds=lost_seconds)
+
+
+@pytest.fixture
+def ends() -> Iterator[tuple[socket.socket, socket.socket]]:
+    left, right = socket.socketpair()
+    yield left, right
+    left.close()
+    right.close()
+
+
+def test_silence_is_counted_from_the_last_sign_of_life() -> None:
+    watch = Watch([1, 2], 8.0, 0.0)
+    for now in range(1, 9):
+        watch.hear(1, float(now))
+        assert watch.silent(float(now)) is None
+    assert watch.silent(8.1) == 2
+    watch.forget(2)
+    assert watch.silent(12.0) is None
+    assert watch.silent(15.9) is None
+    assert watch.silent(16.1) == 1
+
+
+def test_a_watcher_that_slept_blames_nobody() -> None:
+    watch = Watch([1], 8.0, 0.0)
+    assert watch.silent(100.0) is None
+    assert watch.silent(103.0) is None
+    assert watch.silent(106.0) is None
+    assert watch.silent(108.1) == 1
+
+
+def test_a_connection_that_ends_is_a_loss(ends: tuple[socket.socket, socket.socket]) -> None:
+    told = Told()
+    liveness = told.start(channel(3, ends[0]))
+    ends[1].close()
+    assert told.lost.wait(WAIT)
+    assert told.reasons == ["rank 3 has ended"]
+    liveness.end()
+
+
+def test_a_peer_that_says_nothing_is_a_loss(ends: tuple[socket.socket, socket.socket]) -> None:
+    told = Told()
+    liveness = told.start(channel(0, ends[0], lost_seconds=0.05))
+    assert told.lost.wait(WAIT)
+    assert told.reasons == ["rank 0 has been silent for 0.05 s"]
+    liveness.end()
+
+
+def test_peers_that_beat_and_take_their_leave_are_no_loss(ends: tuple[socket.socket, socket.socket]) -> None:
+    left, right = Told(), Told()
+    one, other = left.start(channel(1, ends[0])), right.start(channel(0, ends[1]))
+    other.leave()
+    assert left.leaving.wait(WAIT)
+    assert not right.leaving.is_set()
+    one.end()
+    other.end()
+    assert not left.reasons
+    assert not right.reasons
+
+
+def test_whoever_notices_a_loss_ends_at_once_and_says_why() -> None:
+    code = "from services.denoising.liveness import abandon; abandon('rank 1 has ended')"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert ended.returncode == LOST
+    assert "rank 1 has ended; this rank ends, so that the group can start again" in ended.stderr
+
+
+def test_a_rank_that_cannot_even_say_why_ends_nevertheless() -> None:
+    code = (
+        "import logging, threading; from services.denoising import liveness; liveness._LAST_WORDS_SECONDS = 0.1;"
+        "threading.Thread(target=logging.lastResort.lock.acquire).start(); liveness.abandon('rank 1 has ended')"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False, timeout=WAIT)
+    assert ended.returncode == -signal.SIGALRM
+
+
+def test_an_agent_sees_whether_its_child_is_stopped() -> None:
+    child = subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"])
+    try:
+        assert not _is_stopped(child.pid)
+        child.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, child.pid, os.WSTOPPED | os.WNOWAIT)
+        assert _is_stopped(child.pid)
+        assert child.poll() is None
+        child.send_signal(signal.SIGCONT)
+        os.waitid(os.P_PID, child.pid, os.WCONTINUED | os.WNOWAIT)
+        assert not _is_stopped(child.pid)
+    finally:
+        child.kill()
+        child.wait()
+    assert not _is_stopped(child.pid)

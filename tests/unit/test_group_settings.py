@@ -1,0 +1,89 @@
+"""Worker groups that cannot be are refused in a sentence, with exit code 2, before anything is started."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import torch
+
+from common.errors import FailedPrecondition, FleetError, InvalidInput
+from models.catalog import ServedModel, open_model
+from models.registry import load_registry
+from services.denoising import __main__ as denoising
+from services.denoising.settings import DenoisingSettings, check_group
+from toy_checkpoint import build_toy_checkpoint, toy_family
+
+
+@pytest.fixture(scope="module")
+def emoji() -> ServedModel:
+    return open_model("emoji", load_registry())
+
+
+def settings_of(**given: Any) -> DenoisingSettings:
+    return DenoisingSettings(**{"model": "emoji", "redis": "unix:///x", "device": "cpu"} | given)
+
+
+@pytest.mark.parametrize(
+    ("given", "kind", "field", "words"),
+    [
+        ({"tp": 3}, InvalidInput, "tp", "4 attention heads; the product must be one of 1, 2, 4"),
+        ({"tp": 2, "ulysses": 4}, InvalidInput, "ulysses", "2 x 4"),
+        ({"tp": 0}, InvalidInput, "tp", "at least 1"),
+        ({"cfg": 3}, InvalidInput, "cfg", "2 branches"),
+        ({"tp": 2, "nnodes": 3}, InvalidInput, "nnodes", "must divide the 2 ranks of tp=2 ulysses=1 ring=1 cfg=1"),
+        ({"tp": 2, "nnodes": 2}, InvalidInput, "rdzv_endpoint", "need --rdzv-endpoint HOST:PORT to meet, not ''"),
+        ({"tp": 2, "nnodes": 2, "rdzv_endpoint": "a:x"}, InvalidInput, "rdzv_endpoint", "not 'a:x'"),
+        ({"tp": 2, "node_rank": 1}, InvalidInput, "node_rank", "of 1 machines it is 0 to 0"),
+        ({"tp": 2, "lost_seconds": 2.0}, InvalidInput, "lost_seconds", "at least three times beat_seconds"),
+        ({"tp": 2, "max_restarts": -1}, InvalidInput, "max_restarts", "0 or more"),
+        ({"tp": 2, "device": "cuda:1"}, InvalidInput, "device", "must be auto, cpu or cuda"),
+        ({"tp": 2, "device": "cuda"}, FailedPrecondition, "device", "2 ranks .* need a GPU each, but .* has 1"),
+    ],
+)
+def test_what_cannot_be_is_refused(
+    emoji: ServedModel,
+    monkeypatch: pytest.MonkeyPatch,
+    given: dict[str, Any],
+    kind: type[FleetError],
+    field: str,
+    words: str,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(kind, match=words) as caught:
+        check_group(emoji, settings_of(**given))
+    assert caught.value.field == field
+
+
+def test_what_can_be_is_not_refused(emoji: ServedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    check_group(emoji, settings_of(tp=2, ulysses=2, ring=3, cfg=2))
+    check_group(emoji, settings_of(tp=2, device="cuda"))
+    spread = settings_of(tp=2, ulysses=2, nnodes=2, node_rank=1, rdzv_endpoint="[::1]:29500", device="cuda")
+    check_group(emoji, spread)
+    assert spread.ranks_per_node == 2
+
+
+def test_a_model_without_a_plan_is_refused(tmp_path_factory: pytest.TempPathFactory) -> None:
+    with toy_family(tmp_path_factory.mktemp("plugins") / "toy") as plugins:
+        toy = open_model(f"toy={build_toy_checkpoint(tmp_path_factory.mktemp('toy'))}", load_registry([plugins]))
+        with pytest.raises(InvalidInput, match="has no parallel plan for denoising"):
+            check_group(toy, settings_of(ulysses=2))
+
+
+def test_the_service_says_it_in_a_line_and_starts_nothing(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in os.environ if name.startswith("FLEET_")]:
+        monkeypatch.delenv(name)
+
+    def start(*_: object) -> int:
+        raise AssertionError("something was started")
+
+    monkeypatch.setattr(denoising, "launch", start)
+    flags = ["--model", "emoji", "--redis", "unix:///x", "--device", "cpu"]
+    assert denoising.main([*flags, "--tp", "3"]) == 2
+    assert capsys.readouterr().err.startswith("fleet serve denoising: tp x ulysses is 3 x 1, but the model has 4")
+    with pytest.raises(AssertionError, match="started"):
+        denoising.main([*flags, "--tp", "2"])

@@ -1,0 +1,74 @@
+"""Degrees of a worker group: which there are, which a model allows, and what one rank alone is."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from common.errors import InvalidInput
+from models.layers.mesh import AXES, Axis, Degrees, WorkerMesh, get_sp_world_size, make_mesh
+
+CPU = torch.device("cpu")
+
+
+def test_products() -> None:
+    degrees = Degrees(tp=2, ulysses=3, ring=5, cfg=2)
+    assert degrees.sp == 15
+    assert degrees.world_size == 60
+    assert str(degrees) == "tp=2 ulysses=3 ring=5 cfg=2"
+
+
+@pytest.mark.parametrize("axis", AXES)
+def test_less_than_one_rank(axis: str) -> None:
+    with pytest.raises(InvalidInput, match=f"{axis} is 0; it must be at least 1") as caught:
+        Degrees(**{axis: 0})
+    assert caught.value.field == axis
+
+
+def test_guidance_has_two_branches() -> None:
+    with pytest.raises(InvalidInput, match="it must be 1 or 2") as caught:
+        Degrees(cfg=3)
+    assert caught.value.field == "cfg"
+
+
+@pytest.mark.parametrize(
+    ("degrees", "field"),
+    [(Degrees(tp=5), "tp"), (Degrees(ulysses=5), "ulysses"), (Degrees(tp=4, ulysses=4), "ulysses")],
+)
+def test_heads_that_do_not_divide(degrees: Degrees, field: str) -> None:
+    with pytest.raises(InvalidInput, match=r"24 attention heads; .* one of 1, 2, 3, 4, 6, 8, 12, 24\.") as caught:
+        degrees.check_model(heads=24)
+    assert caught.value.field == field
+
+
+def test_feed_forward_that_does_not_divide() -> None:
+    Degrees(tp=4, ulysses=3, ring=7, cfg=2).check_model(heads=12, feed_forward=8960)
+    with pytest.raises(InvalidInput, match=r"8960 wide; it must be one of 1, 2, 4$"):
+        Degrees(tp=3).check_model(heads=12, feed_forward=8960)
+
+
+def test_one_rank_needs_no_process_group() -> None:
+    mesh = make_mesh(Degrees(), CPU)
+    assert mesh.rank == mesh.sp_index == 0
+    assert [(mesh.size(axis), mesh.index(axis)) for axis in AXES] == [(1, 0)] * 4
+
+
+def test_ranks_that_are_not_there() -> None:
+    with pytest.raises(InvalidInput, match="tp=2 ulysses=1 ring=1 cfg=1 takes 2 ranks, but the worker group has 1"):
+        make_mesh(Degrees(tp=2), CPU)
+
+
+def test_shards_of_a_ulysses_group_lie_behind_each_other() -> None:
+    degrees = Degrees(ulysses=2, ring=3)
+    places = {}
+    for ring in range(3):
+        for ulysses in range(2):
+            axes = {axis: Axis() for axis in AXES} | {"ring": Axis(3, ring), "ulysses": Axis(2, ulysses)}
+            places[ring, ulysses] = WorkerMesh(degrees, CPU, 0, axes).sp_index
+    assert [places[key] for key in sorted(places)] == [0, 1, 2, 3, 4, 5]
+
+
+def test_shards_of_the_sequence() -> None:
+    assert get_sp_world_size(None) == 1
+    axes = {axis: Axis() for axis in AXES}
+    assert get_sp_world_size(WorkerMesh(Degrees(tp=2, ulysses=2, ring=3, cfg=2), CPU, 0, axes)) == 6

@@ -1,0 +1,113 @@
+"""Parts of weights and of sequences: together they are the whole, whichever way it is cut."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from common.errors import CheckpointError
+from models.layers.mesh import Axis
+from models.layers.shards import SequenceShards, Shard, chunk_sizes, parameter_shards
+from models.layers.tensor_parallel import ColumnParallelLinear, ParallelRMSNorm, RowParallelLinear
+from models.weights import load_module
+
+CPU = torch.device("cpu")
+
+
+def test_a_share_of_each_segment() -> None:
+    whole = torch.arange(10.0)
+    parts = [Shard(0, 2, index, (4, 6)).cut(whole).tolist() for index in range(2)]
+    assert parts == [[0, 1, 4, 5, 6], [2, 3, 7, 8, 9]]
+    assert Shard(0, 2, 0, (4, 6)).whole_shape((5,)) == (10,)
+
+
+def test_columns_of_a_matrix() -> None:
+    whole = torch.arange(24.0).reshape(2, 12)
+    shard = Shard(1, 3, 1, (3, 9))
+    assert torch.equal(shard.cut(whole), whole[:, [1, 6, 7, 8]])
+    assert shard.whole_shape((2, 4)) == (2, 12)
+
+
+def test_segments_that_do_not_divide() -> None:
+    with pytest.raises(ValueError, match="segments of \\[3\\] cannot be cut into 2"):
+        Shard(0, 2, 0, (4, 3))
+
+
+@pytest.mark.parametrize("parts", range(1, 6))
+@pytest.mark.parametrize("length", [0, 1, 4, 13, 35])
+def test_chunks_are_those_of_tensor_split(length: int, parts: int) -> None:
+    whole = torch.arange(length)
+    chunks = torch.tensor_split(whole, parts)
+    assert chunk_sizes(length, parts) == tuple(len(chunk) for chunk in chunks)
+    for index, chunk in enumerate(chunks):
+        assert torch.equal(SequenceShards(parts, index).local(whole, 0, "image"), chunk)
+
+
+def test_streams_are_cut_each_by_itself() -> None:
+    shards = SequenceShards(4, 1)
+    shards.local(torch.zeros(2, 13), 1, "text")
+    assert shards.local(torch.zeros(35, 1), 0, "image").shape == (9, 1)
+    assert shards.sizes == (4 + 9, 3 + 9, 3 + 9, 3 + 8)
+    assert shards.of("text") == (4, 3, 3, 3)
+    shards.local(torch.zeros(2, 6), 1, "text")
+    assert shards.sizes == (2 + 9, 2 + 9, 1 + 9, 1 + 8), "the other branch of guidance has a text of its own"
+
+
+class Layers(nn.Module):
+    """One of each parallel layer, or the single-device layers that they stand for."""
+
+    def __init__(self, axis: Axis | None) -> None:
+        super().__init__()
+        self.up = ColumnParallelLinear(4, (8,), axis) if axis else nn.Linear(4, 8)
+        self.down = RowParallelLinear((8, 16), 4, axis) if axis else nn.Linear(24, 4)
+        self.norm = ParallelRMSNorm(8, axis, 1e-6) if axis else nn.RMSNorm(8)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    path = tmp_path / "weights.safetensors"
+    save_file({name: torch.randn_like(value) for name, value in Layers(None).state_dict().items()}, path)
+    return path
+
+
+def load_part(file: Path, index: int, ranks: int) -> Layers:
+    with torch.device("meta"):
+        part = Layers(Axis(ranks, index))
+    load_module(part, "dit", [file], CPU, torch.float32)
+    return part
+
+
+def test_ranks_read_their_parts_and_no_more(file: Path, caplog: pytest.LogCaptureFixture) -> None:
+    whole = Layers(None)
+    load_module(whole, "dit", [file], CPU, torch.float32)
+    caplog.set_level(logging.INFO)
+    for index in range(4):
+        part = load_part(file, index, 4)
+        shards = parameter_shards(part)
+        assert shards.keys() == {"up.weight", "up.bias", "down.weight", "norm.weight"}
+        for name, value in whole.state_dict().items():
+            expected = shards[name].cut(value) if name in shards else value
+            assert torch.equal(part.state_dict()[name], expected), name
+    # 8 x 4 + 8, 4 x 24 and 8 numbers are cut in four, 4 are whole.
+    assert [record.args[1] for record in caplog.records if isinstance(record.args, tuple)] == [
+        (144 / 4 + 4) * 4 / 1e9
+    ] * 4
+
+
+def test_a_file_is_checked_for_whole_tensors(file: Path) -> None:
+    with torch.device("meta"):
+        part = Layers(Axis(2, 0))
+    part.up = ColumnParallelLinear(4, (16,), Axis(2, 0))
+    with pytest.raises(CheckpointError, match=r"up\.weight has shape \[8, 4\]; expected \[16, 4\]"):
+        load_module(part, "dit", [file], CPU, torch.float32)
+
+
+def test_segments_cannot_be_gathered() -> None:
+    with pytest.raises(ValueError, match="2 segments cannot be gathered"):
+        ColumnParallelLinear(4, (4, 4), Axis(2, 0), gather=True)
