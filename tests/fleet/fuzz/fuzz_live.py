@@ -121,8 +121,8 @@ def _methods() -> Iterator[tuple[Any, list[Frames]]]:
         yield stage_method(service), framed_seeds(request_type(stage_method(service)))
     yield WORKER.methods_by_name["GetModelInfo"], [(b"",)]
     watched = health_pb2.HealthCheckRequest(service="fleet.v1.GenerationService").SerializeToString()
-    for method in HEALTH.methods:
-        yield method, [(b"",), (watched,)]
+    for check in HEALTH.methods:
+        yield check, [(b"",), (watched,)]
     asked = reflection_pb2.ServerReflectionRequest
     ways = (
         asked(list_services=""),

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import random
-import resource
 import secrets
 import signal
 import sys
@@ -28,7 +27,7 @@ from fuzz_live import all_targets  # noqa: E402
 from fuzz_targets import Target, check  # noqa: E402
 from hypothesis import HealthCheck, Phase, given, seed, settings  # noqa: E402
 
-from process_memory import measured_growth  # noqa: E402
+from process_memory import measured_growth, resident_bytes  # noqa: E402
 
 CORPUS = Path(__file__).parent / "corpus"
 HANG_SECONDS = 5.0
@@ -65,11 +64,6 @@ def limited(seconds: float = HANG_SECONDS) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-
-
-def memory_peak() -> int:
-    """Most memory that this process has had, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
 
 
 class Finding(Exception):
@@ -127,14 +121,14 @@ def _put(target: Target, frames: Frames, tally: Tally) -> None:
 @contextmanager
 def _watching(target: Target, last: Sequence[Frames], tally: Tally) -> Iterator[None]:
     """Make a Finding of what is raised within, and of too much memory."""
-    before = memory_peak()
+    before = resident_bytes()
     try:
         yield
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt) or not last:
             raise
         raise Finding(target, last[0], error) from error
-    tally.gained_bytes += memory_peak() - before
+    tally.gained_bytes += resident_bytes() - before
     if tally.gained_bytes > MOST_GAINED_BYTES:
         raise Finding(target, last[0], MemoryError(f"{tally.gained_bytes >> 20} MiB in all"))
 
