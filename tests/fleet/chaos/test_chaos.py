@@ -124,9 +124,15 @@ def test_what_is_left_in_the_store_is_a_finding() -> None:
         assert not await check_store(redis)
         await command(redis, "HSET", "fleet:slots:flux/denoising", "ticket", "worker|owner")
         await command(redis, "SET", "fleet:pace:flux/denoising", "1")
+        await command(redis, "ZADD", "fleet:shares:flux/denoising|100", "1", "caller")
+        await command(redis, "HSET", "fleet:work:flux/denoising", "caller", "1")
+        await command(redis, "HSET", "fleet:request:r", "left:denoising", "1")
         assert await check_store(redis) == [
             "the store keeps fleet:pace:flux/denoising for ever",
+            "the store has left:denoising left in fleet:request:r",
+            "the store keeps fleet:shares:flux/denoising|100 for ever",
             "the store has fleet:slots:flux/denoising left",
+            "the store has fleet:work:flux/denoising left",
         ]
 
     on_store(story)
