@@ -80,6 +80,8 @@ def _check_outcome(stored: Mapping[str, Stored], outcome: Outcome) -> list[str]:
     if name not in stored:
         return [f"request {name} of order {order.number} was accepted and is lost"]
     each = stored[name]
+    if each.record.caller != order.caller:
+        return [f"request {name} of order {order.number} is {each.record.caller}'s, and not {order.caller}'s"]
     may_end = {State.REQUEST_STATE_SUCCEEDED}
     if outcome.gave_up and order.manner in (Manner.CANCEL, Manner.LEAVE):
         may_end.add(State.REQUEST_STATE_CANCELLED)

@@ -71,9 +71,10 @@ def on_store(story: Callable[[Redis, RequestStore], Awaitable[None]]) -> None:
 
 async def accepted(store: RequestStore, name: str) -> Outcome:
     picture = PICTURES[0]
-    record = pb.RequestRecord(request_id=name, model=picture.model, parameters=picture.parameters)
+    order = outcome(name).order
+    record = pb.RequestRecord(request_id=name, model=picture.model, parameters=picture.parameters, caller=order.caller)
     admission = await store.admit(record)
-    return Outcome(outcome(name).order, request_id=name, heard=list(admission.events))
+    return Outcome(order, request_id=name, heard=list(admission.events))
 
 
 def test_a_lost_or_unfinished_request_is_a_finding() -> None:
@@ -89,6 +90,9 @@ def test_a_lost_or_unfinished_request_is_a_finding() -> None:
         good.heard.pop()
         (finding,) = check_requests({"good": stored["good"]}, [good], ())
         assert "has heard" in finding
+        stored["good"].record.caller = "somebody"
+        (finding,) = check_requests({"good": stored["good"]}, [good], ())
+        assert "is somebody's, and not" in finding
 
     on_store(story)
 
@@ -107,10 +111,10 @@ def test_an_end_twice_or_unexplained_is_a_finding() -> None:
         assert "unexplained: by chance" in finding
         found = check_requests({"stray": stored["stray"]}, [], ())
         assert len(found) == 2  # nobody knows of it, and it has not even succeeded
-        cancelled = Stored(pb.RequestRecord(state=pb.REQUEST_STATE_CANCELLED), [], 1)
-        cancelled.events.append(state_event(pb.REQUEST_STATE_CANCELLED))
-        assert not check_requests({"c": cancelled}, [outcome("c", Manner.LEAVE, gave_up=True)], ())
-        assert check_requests({"c": cancelled}, [outcome("c")], ())
+        state = pb.REQUEST_STATE_CANCELLED
+        for each, count in ((outcome("c", Manner.LEAVE, gave_up=True), 0), (outcome("c"), 1)):
+            cancelled = Stored(pb.RequestRecord(state=state, caller=each.order.caller), [state_event(state)], 1)
+            assert len(check_requests({"c": cancelled}, [each], ())) == count
 
     on_store(story)
 
