@@ -200,8 +200,8 @@ def progress(service: str, step: int, milliseconds: int = 0) -> pb.Event:
 
 
 def test_the_table_counts_what_events_tell() -> None:
-    steps = [progress("denoising", step) for step in (0, 1, 2, 3, 0, 3, 4, 0, 1, 2)]
-    assert Denoising.of(steps) == Denoising(begun=3, resumed=1, redone=1 + 4)
+    steps = [progress("denoising", step) for step in (0, 0, 1, 2, 3, 0, 0, 3, 4, 0, 1, 2)]
+    assert Denoising.of(steps) == Denoising(resumed=1, anew=1, redone=1 + 4)
     latency = Latency()
     latency.add(1_000, [progress("a", 0, 500), progress("a", 2, 900), progress("a", 0, 1_500), progress("a", 3, 1_700)])
     assert (latency.detect, latency.recover) == ([0.5], [0.7])
