@@ -60,13 +60,14 @@ class RankPool:
         that rank for ever.
         """
         line = (json.dumps({"call": function, **keywords}) + "\n").encode()
-        for connection in self._connections[: self._world_size]:
-            connection.sendall(line)
         try:
+            for connection in self._connections[: self._world_size]:
+                connection.sendall(line)
             return self._collect(function)
-        except RankFailed:
-            os.killpg(self._process.pid, signal.SIGKILL)
-            raise
+        except (RankFailed, OSError) as error:
+            if self._process.poll() is None:
+                os.killpg(self._process.pid, signal.SIGKILL)
+            raise RankFailed(f"{function}: {error}") from error
 
     def _collect(self, function: str) -> list[Any]:
         results: dict[int, Any] = {}

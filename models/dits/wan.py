@@ -136,10 +136,12 @@ class SelfAttention(JoinsWeights):
         width = self.to_q.weight.shape[0]
         qkv = x_BSD.new_empty(*x_BSD.shape[:2], 3 * width)
         project(x_BSD, qkv, self.joined, (self.to_q, self.to_k, self.to_v))
+        q, k, v = (split_heads(part, self.head_size) for part in qkv.chunk(3, dim=-1))
+        values = self.inner.start_keys(v)
         norms = (self.norm_q, self.norm_k)
         apply_qk_norm(qkv[..., : 2 * width], QKNorms(norms, norms, self.head_size), rotation)
-        q, k, v = (split_heads(part, self.head_size) for part in qkv.chunk(3, dim=-1))
-        attended: Tensor = self.to_out[0](self.inner(q, k, v).flatten(2))
+        keys = self.inner.start_keys(k)
+        attended: Tensor = self.to_out[0](self.inner.finish(self.inner.start_queries(q), keys, values).flatten(2))
         return attended
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
     """
     backend = _backend_for(q, k, mask)
     if backend == "flash_attn_3":
-        return flash_attention_3(q, k, v)
+        result: Tensor = flash_attention_3(q, k, v)
+        return result
     q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
     if backend == "cudnn":
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
@@ -47,20 +48,21 @@ def attention_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]
     """attention() over some of the keys, and what it takes to merge it with that over others.
 
     The second result is the logarithm of the sum of the exponentials of each query's scores, float32 (batch, tokens,
-    heads). There must be at least one query and one key. The kernels are those of PyTorch that tell the logarithm.
+    heads). There must be at least one query and one key. The backend is the table's; where that leaves the choice to
+    PyTorch, it is a kernel that tells the logarithm.
     """
-    wide = q.dtype == torch.float32
-    is_cudnn = q.is_cuda and not wide and torch.cuda.get_device_capability(q.device) in _CUDNN_CAPABILITIES
+    backend = _backend_for(q, k, None)
+    if backend == "flash_attn_3":
+        out, lse = flash_attention_3(q, k, v, return_attn_probs=True)
+        return out, lse.transpose(1, 2)
     q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
     if not q.is_cuda:
         out, lse = _ATEN._scaled_dot_product_flash_attention_for_cpu(q, k, v)
-    elif is_cudnn:
+    elif backend == "cudnn":
         out, lse = _ATEN._scaled_dot_product_cudnn_attention(q, k, v, None, True)[:2]
-    elif wide:
-        out, lse = _ATEN._scaled_dot_product_efficient_attention(q, k, v, None, True)[:2]
     else:
-        out, lse = _ATEN._scaled_dot_product_flash_attention(q, k, v)[:2]
-    # Some kernels give a last dimension of 1, or more rows than there are queries.
+        out, lse = _ATEN._scaled_dot_product_efficient_attention(q, k, v, None, True)[:2]
+    # cuDNN adds a dimension of 1, the efficient kernel rows up to a multiple of its tile.
     lse = lse.reshape(*lse.shape[:2], -1)[:, :, : q.shape[2]]
     return out.transpose(1, 2), lse.transpose(1, 2)
 
@@ -94,13 +96,16 @@ def has_flash_attention_3() -> bool:
     return importlib.util.find_spec("fa3_fwd_interface") is not None
 
 
-def flash_attention_3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def flash_attention_3(q: Tensor, k: Tensor, v: Tensor, **options: bool) -> Any:
     """attention() without a mask, by the kernels of FlashAttention-3. Raises ImportError where these are not there."""
     # An optional package for GPUs.
     import fa3_fwd_interface
 
-    result: Tensor = fa3_fwd_interface.flash_attn_func(q, k, v)
-    return result
+    return fa3_fwd_interface.flash_attn_func(q, k, v, **options)
+
+
+InFlight = tuple[Tensor, ...]
+"""Queries, keys or values on their way to attention: only finish() can read them."""
 
 
 class Attention(nn.Module):
@@ -112,12 +117,17 @@ class Attention(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """(batch, tokens, heads, head size) each."""
-        return self.finish(self.start(q), self.start(k), self.start(v))
+        values = self.start_keys(v)
+        return self.finish(self.start_queries(q), self.start_keys(k), values)
 
-    def start(self, x: Tensor) -> Tensor:
-        """Queries, keys or values, on their way; only finish() can read them."""
-        return x
+    def start_queries(self, x: Tensor) -> InFlight:
+        """Send queries on their way."""
+        return (x,)
 
-    def finish(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def start_keys(self, x: Tensor) -> InFlight:
+        """Send keys, or values, on their way."""
+        return (x,)
+
+    def finish(self, q: InFlight, k: InFlight, v: InFlight) -> Tensor:
         """Attend to what was started."""
-        return attention(q, k, v)
+        return attention(*q, *k, *v)

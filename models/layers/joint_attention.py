@@ -12,14 +12,14 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from models.layers.attention import Attention
+from models.layers.attention import Attention, InFlight
 from models.layers.feed_forward import FeedForward
 from models.layers.linear import JoinedLinear, JoinsWeights, Linear, project
 from models.layers.norms import LayerNormScaleShift, Residual, RMSNorm, Streams
 from models.layers.qk_norm import QKNorms, apply_qk_norm, split_heads
 from models.layers.rotary import Rotation
 
-Started = tuple[Tensor, Tensor, Tensor]
+Started = tuple[InFlight, InFlight, InFlight]
 """Queries, keys and values that attention was started with."""
 
 
@@ -59,9 +59,10 @@ class StreamAttention(JoinsWeights):
     def _start(self, qkv: Tensor, rotation: Rotation, boundary: int = 0) -> Started:
         """Normalise and turn queries and keys, in place; values are on their way before that."""
         q, k, v = (split_heads(part, self.head_size) for part in qkv.chunk(3, dim=-1))
-        values = self.inner.start(v)
+        values = self.inner.start_keys(v)
         apply_qk_norm(qkv[..., : 2 * qkv.shape[-1] // 3], self._norms(), rotation, boundary)
-        return self.inner.start(q), self.inner.start(k), values
+        keys = self.inner.start_keys(k)
+        return self.inner.start_queries(q), keys, values
 
     def _norms(self) -> QKNorms:
         norms = (self.norm_q, self.norm_k)

@@ -206,3 +206,48 @@ def channel_norm_silu(frame: Tensor, weight: Tensor) -> Tensor:
         frame, weight, out, pixels, channels, channels**0.5, ROWS=rows, BLOCK=block, num_warps=8
     )
     return out
+
+
+@triton.jit
+def _merge_attention_kernel(
+    one_ptr, one_lse_ptr, other_ptr, other_lse_ptr, out_ptr, lse_ptr, tokens, heads, size,
+    one_batch, one_token, one_head, one_lse_batch, one_lse_token, one_lse_head,
+    other_batch, other_token, other_head, other_lse_batch, other_lse_token, other_lse_head,
+    HEAD: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    batch, token = row // tokens, row % tokens
+    head, channel = tl.arange(0, HEADS)[:, None], tl.arange(0, HEAD)[None, :]
+    inside = head < heads
+    mask = inside & (channel < size)
+    one_at = batch * one_lse_batch + token * one_lse_token + head * one_lse_head
+    other_at = batch * other_lse_batch + token * other_lse_token + head * other_lse_head
+    one_lse = tl.load(one_lse_ptr + one_at, mask=inside, other=0.0)
+    other_lse = tl.load(other_lse_ptr + other_at, mask=inside, other=0.0)
+    most = tl.maximum(one_lse, other_lse)
+    one_weight, other_weight = tl.exp(one_lse - most), tl.exp(other_lse - most)
+    total = one_weight + other_weight
+    tl.store(lse_ptr + row * heads + head, most + tl.log(total), mask=inside)
+    one_at = batch * one_batch + token * one_token + head * one_head + channel
+    other_at = batch * other_batch + token * other_token + head * other_head + channel
+    one = tl.load(one_ptr + one_at, mask=mask, other=0.0).to(tl.float32)
+    other = tl.load(other_ptr + other_at, mask=mask, other=0.0).to(tl.float32)
+    merged = (one * one_weight + other * other_weight) / total
+    tl.store(out_ptr + (row * heads + head) * size + channel, merged.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def merge_attention(
+    one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """As models.layers.usp_attention.merge."""
+    batch, tokens, heads, size = one[0].shape
+    assert one[0].stride(3) == other[0].stride(3) == 1, "channels must be adjacent"
+    out = one[0].new_empty(one[0].shape, dtype=dtype)
+    lse = one[1].new_empty(one[1].shape)
+    head, block = triton.next_power_of_2(size), triton.next_power_of_2(heads)
+    strides = [stride for each in (*one, *other) for stride in each.stride()[:3]]
+    _merge_attention_kernel[(batch * tokens,)](
+        *one, *other, out, lse, tokens, heads, size, *strides,
+        HEAD=head, HEADS=block, num_warps=max(1, min(8, block * head // 512)),
+    )  # fmt: skip
+    return out, lse

@@ -224,6 +224,19 @@ def test_a_block_is_one_graph(
     assert relative_error(load_file(rank_file(output, 0))["prediction"], case.prediction) <= 1e-5
 
 
+@pytest.mark.parametrize("degrees", [Degrees(tp=2), Degrees(ulysses=2), Degrees(ring=2)], ids=str)
+def test_branches_side_by_side_are_the_branches_in_turn(
+    rank_pool: RankPool, cases: dict[str, Case], tmp_path: Path, degrees: Degrees
+) -> None:
+    case, latents = cases["flux"], []
+    for layout in (degrees, replace(degrees, cfg=2)):
+        rank_pool.join(layout)
+        output = str(tmp_path / str(layout.cfg))
+        rank_pool.call("rank_calls:denoise", checkpoint=case.checkpoint, inputs=str(case.loop), output=output)
+        latents += [load_file(rank_file(output, rank))["latents"] for rank in range(layout.world_size)]
+    assert all(torch.equal(each, latents[0]) for each in latents)
+
+
 def test_cfg_ranks_agree_where_there_is_one_branch(rank_pool: RankPool, cases: dict[str, Case], tmp_path: Path) -> None:
     case, inputs, output = cases["flux"], tmp_path / "in", str(tmp_path / "out")
     x = load_input(case.loop)

@@ -106,11 +106,11 @@ def test_ranks_connect_with_rank_0() -> None:
 def test_strangers_are_turned_away_and_a_rank_that_does_not_come_is_named() -> None:
     meeting = Meeting(1, 0, "")
     (place, _) = places(2, meeting)
-    store = place.store(20)
+    store, strangers = place.store(20), place.store(20)  # a client of a store does one thing at a time
 
     def intrude() -> bytes:
-        store.wait(["rank0"])
-        host, port = store.get("rank0").decode().split()
+        strangers.wait(["rank0"])
+        host, port = strangers.get("rank0").decode().split()
         with socket.create_connection((host, int(port)), 20) as stranger:
             stranger.sendall(b"x" * 37)
             with suppress(ConnectionError):

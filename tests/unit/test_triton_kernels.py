@@ -14,6 +14,7 @@ from models.layers.feed_forward import beside_gelu
 from models.layers.norms import LayerNormScaleShift, Residual, RMSNorm, Streams
 from models.layers.qk_norm import QKNorms, apply_qk_norm
 from models.layers.rotary import rotary_embedding
+from models.layers.usp_attention import merge
 
 BATCH, TOKENS, BOUNDARY, HEADS, HEAD = 2, 7, 3, 3, 32
 SIZE = HEADS * HEAD
@@ -92,6 +93,22 @@ def test_beside_gelu(dtype: torch.dtype, most: float) -> None:
     got = kernels.beside_gelu(x, hidden)
     assert torch.equal(got[..., :SIZE], x)
     assert_near(got, beside_gelu(x, hidden), most)
+
+
+@DTYPES
+def test_merge_attention(dtype: torch.dtype, most: float) -> None:
+    """Log-sum-exps as kernels give them, heads before tokens; also scores whose exponentials no float holds."""
+    parts = []
+    for offset in (0.0, 1.0):
+        lse = (torch.randn(BATCH, HEADS, TOKENS) + offset).transpose(1, 2)
+        parts.append((torch.randn(BATCH, TOKENS, 3, HEADS, HEAD, dtype=dtype)[:, :, 1], lse))
+    parts[0][1][:, 0] = 500.0
+    parts[1][1][:, 1] = 500.0
+    one, other = parts
+    for wanted in (dtype, torch.float32):
+        got, expected = kernels.merge_attention(one, other, wanted), merge(one, other, wanted)
+        assert_near(got[0], expected[0], most)
+        assert_near(got[1], expected[1], 1e-6)
 
 
 @DTYPES
