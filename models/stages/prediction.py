@@ -87,7 +87,8 @@ class StepGraph:
         self._hidden_states, self._modulation = hidden_states.clone(), modulation.clone()
         self._constants = {name: value.clone() for name, value in constants.items()}
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=pool):
+        # Other threads may use the card meanwhile: those of other services in one process, and NCCL's.
+        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
             self._prediction = transformer.predict(self._hidden_states, self._modulation, **self._constants)
 
     def load(self, constants: Mapping[str, Tensor]) -> None:
