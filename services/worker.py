@@ -298,7 +298,7 @@ def _make_server(
     )
     servicer = StageServicer(service, stages, executor, TORCH, limits=limits, cache=cache)
     server.add(servicer.methods, servicer.service_name)
-    worker_pb2_grpc.add_WorkerServiceServicer_to_server(_WorkerService(info), server.grpc_server)
+    worker_pb2_grpc.add_WorkerServiceServicer_to_server(WorkerService(info), server.grpc_server)
     server.add(None, _SERVICE)
     return server
 
@@ -338,7 +338,9 @@ def _shared_of(redis: Redis, info: worker_pb2.WorkerInfo, settings: WorkerSettin
     )
 
 
-class _WorkerService(worker_pb2_grpc.WorkerServiceServicer):
+class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
+    """Tells who asks what the worker is."""
+
     def __init__(self, info: worker_pb2.WorkerInfo) -> None:
         self._info = info
 

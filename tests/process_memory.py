@@ -25,11 +25,16 @@ def measured_growth() -> Iterator[Growth]:
     """Watch the resident set of this process. Not for blocks within each other."""
     growth = Growth()
     _CLEAR.write_text(_FORGET_PEAK)
-    before = _resident("VmRSS")
+    before = resident_bytes()
     try:
         yield growth
     finally:
         growth.peak_bytes = max(_resident("VmHWM") - before, 0)
+
+
+def resident_bytes() -> int:
+    """Memory that this process has now."""
+    return _resident("VmRSS")
 
 
 def _resident(name: str) -> int:

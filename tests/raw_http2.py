@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 
 Header = tuple[bytes, bytes]
 
-_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 _HEADERS, _RST_STREAM, _SETTINGS = 1, 3, 4
 _END_STREAM, _END_HEADERS = 1, 4
 
@@ -57,7 +57,7 @@ class RawConnection:
 
     async def greet(self) -> None:
         """Begin as every client does."""
-        await self.send(_PREFACE, frame(_SETTINGS, 0, 0, b""))
+        await self.send(PREFACE, frame(_SETTINGS, 0, 0, b""))
 
     async def until(self, *words: bytes) -> bytes:
         """What comes, to the first of these texts in it."""

@@ -8,8 +8,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 
 import grpc
+from google.protobuf.message import DecodeError
 
-from common.errors import DeadlineExceeded, FleetError, InternalError, ResourceExhausted, Unavailable
+from common.errors import DeadlineExceeded, FleetError, InternalError, InvalidInput, ResourceExhausted, Unavailable
 from common.rpc.options import ServerLimits
 from common.rpc.status import abort_with
 from common.rpc.wrapping import Context, Handler, waiting_for_request, wrap_handler
@@ -77,8 +78,7 @@ class CallGate(grpc.aio.ServerInterceptor):
         handler = waiting_for_request(handler, self._limits.request_seconds)
         if method.startswith("/fleet."):
             return wrap_handler(handler, lambda context: self._call(context, method, streams))
-        seconds = _REFLECTION_SECONDS if streams else None
-        return wrap_handler(handler, lambda context: self._call_aside(context, seconds))
+        return wrap_handler(handler, lambda context: self._call_aside(context, streams))
 
     @asynccontextmanager
     async def _call(self, context: Context, method: str, streams: bool) -> AsyncIterator[None]:
@@ -108,15 +108,18 @@ class CallGate(grpc.aio.ServerInterceptor):
                 self._idle.set()
 
     @asynccontextmanager
-    async def _call_aside(self, context: Context, seconds: float | None) -> AsyncIterator[None]:
+    async def _call_aside(self, context: Context, streams: bool) -> AsyncIterator[None]:
         self._aside += 1
         try:
             if self._aside > _MAX_ASIDE:
                 raise ResourceExhausted(f"{_MAX_ASIDE} health checks and reflections are under way")
-            async with _ended_after(seconds):
+            async with _ended_after(_REFLECTION_SECONDS if streams else None):
                 yield
         except FleetError as error:
             await abort_with(context, error)
+        except DecodeError:
+            await _hear_out(context, streams)
+            await abort_with(context, InvalidInput("the bytes are not a request of this method"))
         finally:
             self._aside -= 1
 
@@ -138,5 +141,13 @@ async def _hear_out(context: Context, streams: bool) -> None:
         return
     with suppress(TimeoutError):
         async with asyncio.timeout(_HEAR_OUT_SECONDS):
-            while await context.read() is not grpc.aio.EOF:
+            while await _reads_on(context):
                 pass
+
+
+async def _reads_on(context: Context) -> bool:
+    """Whether something came, right or wrong."""
+    try:
+        return await context.read() is not grpc.aio.EOF
+    except DecodeError:
+        return True

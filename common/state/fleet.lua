@@ -361,14 +361,16 @@ function ops.death(id, epoch, worker)
   return deaths
 end
 
--- id, epoch, key of the checkpoint. It takes the place of the one before.
+-- id, epoch, key of the checkpoint. It takes the place of the one before, but not of a later one of its epoch.
 function ops.checkpoint(id, epoch, point)
   local key = P .. 'request:' .. id
-  if refusal(id, epoch) then
+  local before = redis.call('HGET', key, 'point')
+  local since, latest = string.match(before or '', ':(%d+)%-(%d+)$')
+  local is_late = since == epoch and tonumber(latest) > tonumber(string.match(point, '%-(%d+)$'))
+  if is_late or refusal(id, epoch) then
     redis.call('DEL', point)
     return 0
   end
-  local before = redis.call('HGET', key, 'point')
   if before and before ~= point then
     redis.call('DEL', before)
   end
