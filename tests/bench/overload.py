@@ -32,6 +32,7 @@ CALLERS = ("greedy", "modest")
 LOAD = 5.0
 MODEST_LOAD = 0.2
 TIMES_SERVICE = 3.0
+BEYOND = 0.5  # of the bound, that a second caller may add although the first has filled it: its part
 REJECTION_MS = 50.0
 GROWTH_MIB = 4.0
 KEPT_SECONDS = 5  # of what has ended: so short that the store has as much of it at the end as soon after the start
@@ -173,7 +174,8 @@ def report(phases: Mapping[str, Phase], service: float, seconds: float) -> None:
             f"{name}: {len(done) * service / seconds:.2f} of the fleet was used; rejections took {median(refused):.1f} "
             f"ms (median) and told to come again after {median(phase.delays):.2f} s (median)."
         )
-        print_verdict(f"{name}: p95 of accepted requests", quantile(done, 0.95) / service, TIMES_SERVICE, "times")
+        budget = TIMES_SERVICE + BEYOND * (len(phase.accepted) - 1)
+        print_verdict(f"{name}: p95 of accepted requests", quantile(done, 0.95) / service, budget, "times")
         print_verdict(f"{name}: p99 of rejections", quantile(refused, 0.99), REJECTION_MS, "ms")
         for process, sizes in phase.memory.items():
             print_verdict(f"{name}: {process}, {max(sizes) / MIB:.0f} MiB, grew by", growth(sizes), GROWTH_MIB, "MiB")
