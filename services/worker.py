@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
 import torch
+from redis.asyncio import Redis
 
 from common.errors import FailedPrecondition, FleetError, InvalidInput, Unavailable
 from common.local import HostedStages
@@ -33,6 +34,7 @@ from common.rpc.tls import Mutual, NamedPeers, Shown, TlsSettings, server_creden
 from common.settings import load_settings, setting
 from common.stage import Contract
 from common.state.connection import connect
+from common.state.shared_replies import SharedReplies
 from common.state.workers import WorkerRegistry
 from common.telemetry import MetricsInterceptor, setup_logging, stage_timer, start_metrics
 from common.tensors import TORCH
@@ -75,6 +77,11 @@ class WorkerSettings(TlsSettings):
     max_call_bytes: int = setting(2 << 30, help="most bytes of tensors that a call may carry")
     tls_callers: tuple[str, ...] = setting(("coordinator",), help="names in the certificates of those who may call")
     cache_bytes: int = setting(256 << 20, help="memory for replies of text_encoding, given again to the same inputs")
+    cache_redis_bytes: int = setting(0, help="memory of the request store to share them in with other workers; 0: none")
+    cache_redis_seconds: float = setting(3_600.0, help="how long a shared one is kept after its last use")
+    cache_redis_gain: float = setting(
+        2.0, help="share what takes so many times longer to compute than to fetch, as measured; 0 shares all"
+    )
     metrics_port: int | None = setting(None, help="port for Prometheus metrics; without one there are none")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = setting("INFO", help="least severe log lines to write")
     log_format: Literal["text", "json"] = setting("text", help="form of log lines")
@@ -165,14 +172,18 @@ async def start_worker(
             degrees=_degrees_message(ranks.degrees) if ranks else None,
         )
         stages = ranks.lead(hosted) if ranks else hosted
-        server = _make_server(service, stages, executor, info, settings, tls, _cache_of(hosted, info, settings))
+        redis = connect(settings.redis)
+        resources.push_async_callback(redis.aclose)
+        shared = _shared_of(redis, info, settings)
+        if shared is not None:
+            resources.push_async_callback(shared.close)
+        cache = _cache_of(hosted, info, settings, shared)
+        server = _make_server(service, stages, executor, info, settings, tls, cache)
         bound = await server.start()
         resources.push_async_callback(server.drain, 0)
         info.address = settings.advertise or advertised_address(bound, settings.redis)
         if settings.metrics_port is not None:
             resources.callback(start_metrics(settings.metrics_port).stop)
-        redis = connect(settings.redis)
-        resources.push_async_callback(redis.aclose)
         registry = WorkerRegistry(redis)
         await _announce(registry, info, settings.announce_seconds)
         await server.set_ready(True)
@@ -297,12 +308,34 @@ def _shown(tls: WatchedFiles[Mutual]) -> tuple[int, Shown]:
     return version, mutual.shown()
 
 
-def _cache_of(stages: HostedStages, info: worker_pb2.WorkerInfo, settings: WorkerSettings) -> ReplyCache | None:
+def _cache_of(
+    stages: HostedStages, info: worker_pb2.WorkerInfo, settings: WorkerSettings, shared: SharedReplies | None
+) -> ReplyCache | None:
     """Where replies are kept, if settings and stages both want it."""
     if stages.indifferent_to is None or settings.cache_bytes <= 0:
         return None
-    indifferent_to = stages.indifferent_to
-    return ReplyCache(settings.cache_bytes, service=info.service, model=info.model, indifferent_to=indifferent_to)
+    return ReplyCache(
+        settings.cache_bytes,
+        service=info.service,
+        model=info.model,
+        indifferent_to=stages.indifferent_to,
+        shared=shared,
+    )
+
+
+def _shared_of(redis: Redis, info: worker_pb2.WorkerInfo, settings: WorkerSettings) -> SharedReplies | None:
+    """Where replies are shared, if that is wanted: among workers with equal weights and equal numerics."""
+    if settings.cache_redis_bytes <= 0:
+        return None
+    return SharedReplies(
+        redis,
+        service=info.service,
+        model=info.model,
+        origin=f"{info.model_fingerprint} {info.numerics_fingerprint}",
+        max_bytes=settings.cache_redis_bytes,
+        keep_seconds=settings.cache_redis_seconds,
+        gain=settings.cache_redis_gain,
+    )
 
 
 class WorkerService(worker_pb2_grpc.WorkerServiceServicer):

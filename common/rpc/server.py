@@ -113,7 +113,7 @@ class StageServicer:
 
     async def _answer_through(self, cache: ReplyCache, write: Write, job: _Job, leave: Callable[[], None]) -> None:
         key = cache.key(job.inputs)
-        if (kept := cache.get(key)) is not None:
+        if (kept := await cache.find(key)) is not None:
             for frame in kept[:-1]:
                 await write(frame)
             leave()
@@ -122,7 +122,7 @@ class StageServicer:
         recorder = Recorder(write, cache.max_bytes)
         await self._compute_and_answer(recorder.write, job, leave)
         if recorder.frames:
-            cache.put(key, recorder.frames)
+            cache.add(key, recorder.frames, job.seconds)
 
     @contextmanager
     def _place(self) -> Iterator[Callable[[], None]]:
@@ -204,20 +204,22 @@ class StageServicer:
     async def _run(self, write: Write, job: _Job) -> Mapping[str, Packet]:
         """Compute on the device thread; meanwhile send on what the stages report."""
         reporter = Reporter(self._reply, self._leaf, step_seconds=self._limits.step_seconds)
-        job.start(self._executor, partial(self._compute, job.inputs, reporter.listen(job.call)), reporter.end)
+        job.start(self._executor, partial(self._compute, job, reporter.listen(job.call)), reporter.end)
         async for frame in reporter.frames():
             await write(frame)
         return job.result()
 
-    def _compute(self, inputs: dict[str, Packet], call: Call) -> dict[str, Packet]:
+    def _compute(self, job: _Job, call: Call) -> dict[str, Packet]:
         """Unpack, run, pack: on the device thread. Empties inputs, so that nothing but tensors holds on to buffers."""
         call.check_cancelled()
+        began = time.perf_counter()
         contract = self._stages.contract
         values = {
-            slot: unpack(slot, artifact_class(contract.inputs[slot]), inputs.pop(slot), self._leaf)
-            for slot in list(inputs)
+            slot: unpack(slot, artifact_class(contract.inputs[slot]), job.inputs.pop(slot), self._leaf)
+            for slot in list(job.inputs)
         }
         outputs = self._stages.run(values, call)
+        job.seconds = time.perf_counter() - began
         try:
             return {slot: pack(slot, outputs[slot], self._leaf) for slot in contract.outputs}
         except InvalidInput as error:
@@ -241,6 +243,7 @@ class _Job:
         self.lease = lease
         self.call = call
         self.inputs: dict[str, Packet] = {}
+        self.seconds = 0.0  # that the stages took
         self._future: Future[dict[str, Packet]] | None = None
 
     def start(

@@ -23,6 +23,8 @@
 --   fleet:slots:<model>/<svc>      hash   ticket -> worker | owner | cost | when it was granted
 --   fleet:pace:<model>/<svc>       string ms that slots were held and the cost of what held them, of the latest
 --   fleet:work:<model>/<svc>       hash   caller -> cost of their open requests that still need the service
+--   fleet:reply:<name>             list   a reply that workers share: its checksum, then its frames
+--   fleet:replies, fleet:reply-sizes   zset, hash   names of these by when they expire; their bytes
 --   fleet:coordinator:<owner>      string present while that coordinator's heartbeat lasts; also its channel
 --
 -- A coordinator's heartbeat is its lease on all requests that it owns. `epoch` is the fencing token: it grows when a
@@ -359,14 +361,16 @@ function ops.death(id, epoch, worker)
   return deaths
 end
 
--- id, epoch, key of the checkpoint. It takes the place of the one before.
+-- id, epoch, key of the checkpoint. It takes the place of the one before, but not of a later one of its epoch.
 function ops.checkpoint(id, epoch, point)
   local key = P .. 'request:' .. id
-  if refusal(id, epoch) then
+  local before = redis.call('HGET', key, 'point')
+  local since, latest = string.match(before or '', ':(%d+)%-(%d+)$')
+  local is_late = since == epoch and tonumber(latest) > tonumber(string.match(point, '%-(%d+)$'))
+  if is_late or refusal(id, epoch) then
     redis.call('DEL', point)
     return 0
   end
-  local before = redis.call('HGET', key, 'point')
   if before and before ~= point then
     redis.call('DEL', before)
   end
@@ -570,6 +574,46 @@ function ops.status(place)
     taken = taken + count
   end
   return { infos, taken, redis.call('ZCARD', P .. 'queue:' .. place) }
+end
+
+-- name, ms that it is kept from now on
+function ops.touch_reply(name, lasts)
+  if redis.call('PEXPIRE', P .. 'reply:' .. name, lasts) == 1 then
+    redis.call('ZADD', P .. 'replies', 'XX', int(now + tonumber(lasts)), name)
+  end
+end
+
+local function drop_reply(name)
+  redis.call('DEL', P .. 'reply:' .. name)
+  redis.call('ZREM', P .. 'replies', name)
+  redis.call('HDEL', P .. 'reply-sizes', name)
+end
+
+-- key of its parts, name, its bytes, most bytes of all, ms that it is kept. Those unused for longest make room.
+function ops.keep_reply(parts, name, bytes, most, lasts)
+  for _, expired in ipairs(redis.call('ZRANGEBYSCORE', P .. 'replies', '-inf', int(now))) do
+    drop_reply(expired)
+  end
+  drop_reply(name)
+  local total = tonumber(bytes)
+  for _, size in ipairs(redis.call('HVALS', P .. 'reply-sizes')) do
+    total = total + tonumber(size)
+  end
+  while total > tonumber(most) do
+    local oldest = redis.call('ZRANGE', P .. 'replies', 0, 0)[1]
+    if not oldest then
+      redis.call('DEL', parts)
+      return
+    end
+    total = total - tonumber(redis.call('HGET', P .. 'reply-sizes', oldest) or 0)
+    drop_reply(oldest)
+  end
+  redis.call('RENAME', parts, P .. 'reply:' .. name)
+  redis.call('ZADD', P .. 'replies', int(now + tonumber(lasts)), name)
+  redis.call('HSET', P .. 'reply-sizes', name, bytes)
+  for _, key in ipairs({ 'reply:' .. name, 'replies', 'reply-sizes' }) do
+    redis.call('PEXPIRE', P .. key, lasts)
+  end
 end
 
 return ops[ARGV[1]](unpack(ARGV, 2))

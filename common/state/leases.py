@@ -60,9 +60,9 @@ class Leases:
         return _names(await run_script(self._redis, "death", request_id, epoch, worker_id))
 
     async def save_checkpoint(self, request_id: str, epoch: int, number: int, parts: Iterable[bytes]) -> bool:
-        """Store a checkpoint, in place of the one before; False where the request is not ours any more.
+        """Store a checkpoint, in place of the one before; False where the request is not ours any more, or is further.
 
-        `number` tells the checkpoints of an epoch apart; each part is at most a little above 1 MiB.
+        `number` counts the checkpoints of an epoch; each part is at most a little above 1 MiB.
         """
         key = f"{PREFIX}checkpoint:{request_id}:{epoch}-{number}"
         batch: dict[str, bytes] = {}

@@ -17,10 +17,10 @@ from torch.nn.functional import scaled_dot_product_attention
 Backend = Literal["sdpa", "cudnn", "flash_attn_3"]
 
 # Compute capability of Hopper, to the products of heads and tokens from which on FlashAttention-3 is faster than
-# cuDNN there. Measured on an H100 at head size 128 in bfloat16: 24 x 4,296 and 24 x 4,608 (650 and 694 against 549 and
-# 646 TFLOP/s), 12 x 32,760 (712 against 564), 6 x 32,760 (698 against 596); below, at 12 x 4,608 (529 against 555) and
-# 24 x 1,536 (165 against 297), it is slower.
-_FLASH_ATTENTION_3_FROM = {(9, 0): 90_000}
+# cuDNN there. Measured on an H100 at head size 128 in bfloat16: 24 x 4,608 and 24 x 4,296 (683 and 633 against 622 and
+# 540 TFLOP/s), 12 x 4,608 and 12 x 4,296 (569 and 534 against 543 and 453), 12 x 32,760 and 6 x 32,760 (669 and 685
+# against 572 and 566). Below, at 24 x 1,536, it is slower (201 against 409).
+_FLASH_ATTENTION_3_FROM = {(9, 0): 45_000}
 
 _ATEN = torch.ops.aten
 

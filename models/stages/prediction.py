@@ -29,7 +29,7 @@ class Branch:
         self._asked = 0
 
     def predict(self, hidden_states: Tensor, step: int) -> Tensor:
-        """The prediction at a step; it is valid until the branch is asked again.
+        """The prediction at a step.
 
         On CUDA the first call runs the kernels one by one, which readies them; from the second on a graph is replayed.
         """
@@ -87,7 +87,8 @@ class StepGraph:
         self._hidden_states, self._modulation = hidden_states.clone(), modulation.clone()
         self._constants = {name: value.clone() for name, value in constants.items()}
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=pool):
+        # Other threads may use the card meanwhile: those of other services in one process, and NCCL's.
+        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
             self._prediction = transformer.predict(self._hidden_states, self._modulation, **self._constants)
 
     def load(self, constants: Mapping[str, Tensor]) -> None:
@@ -96,11 +97,11 @@ class StepGraph:
             self._constants[name].copy_(value)
 
     def replay(self, hidden_states: Tensor, modulation: Tensor) -> Tensor:
-        """The prediction, in a tensor that the next replay overwrites."""
+        """The prediction, copied out of the memory that graphs share: the next replay may overwrite it there."""
         self._hidden_states.copy_(hidden_states)
         self._modulation.copy_(modulation)
         self._graph.replay()
-        return self._prediction
+        return self._prediction.clone()
 
 
 class StepGraphs:

@@ -10,28 +10,16 @@ with: python tests/bench/checkpoint_cost.py
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 
-import grpc
+from bench_paced import build_checkpoint, denoise, paced_fleet
 from bench_report import median, print_machine, print_table, print_verdict, quantile
-from bench_services import service
 
-from common.state.embedded import EmbeddedStore
-from fleet.v1 import generation_pb2 as api
-from fleet.v1 import generation_pb2_grpc
 from services.worker import WorkerSettings
 
-sys.path.append(str(Path(__file__).parents[1]))  # the builders of small checkpoints
-
-from tiny_wan import build_tiny_wan
-
-PLUGINS = Path(__file__).parent / "paced_family"
 STATE_MB = 4 * 16 * 21 * 60 * 104 * 4 / 1e6  # latents, two predictions, the last sample: float32, 81 frames of 480x832
 SHARE = 0.01
 EVERY = 25
@@ -42,48 +30,6 @@ WAYS: Mapping[str, tuple[str, ...]] = {
     BY_DEFAULT: (),
     OFTEN: (*WITHOUT, "--checkpoint-every", str(EVERY)),
 }
-
-
-def build_checkpoint(path: Path, seconds: float) -> Path:
-    """A small Wan directory whose transformer sleeps for so long."""
-    build_tiny_wan(path)
-    index = json.loads((path / "model_index.json").read_text())
-    (path / "model_index.json").write_text(json.dumps({**index, "_class_name": "PacedWanPipeline"}))
-    config = path / "transformer" / "config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "paced_seconds": seconds}))
-    return path
-
-
-@contextmanager
-def fleet(directory: Path, model: Path) -> Iterator[tuple[generation_pb2_grpc.GenerationServiceStub, list[Path]]]:
-    """A fleet that never decodes, and the logs of its denoisers, one a way."""
-    with ExitStack() as stack:
-        store = stack.enter_context(EmbeddedStore(appendfsync="always"))
-        shared = ("--model", f"paced={model}", "--redis", store.url, "--plugins", str(PLUGINS))
-        worker = (*shared, "--device", "cpu", "--threads", "1")
-        logs = []
-        for number, options in enumerate(WAYS.values()):
-            listen = ("--listen", f"unix:{directory}/d{number}.sock")
-            process = stack.enter_context(service("denoising", *worker, *listen, *options))
-            logs.append(model / f"steps-{process.pid}")
-        for name in ("text_encoding", "latent_preparation"):
-            stack.enter_context(service(name, *worker, "--listen", f"unix:{directory}/{name}.sock"))
-        listen_on = f"unix:{directory}/c.sock"
-        stack.enter_context(service("coordinator", *shared, "--listen", listen_on))
-        channel = stack.enter_context(grpc.insecure_channel(listen_on))
-        yield generation_pb2_grpc.GenerationServiceStub(channel), logs
-
-
-def denoise(stub: generation_pb2_grpc.GenerationServiceStub, steps: int) -> None:
-    """One request until its last step; then it is cancelled, as there is nobody to decode it."""
-    parameters = api.GenerationParameters(
-        prompt="a sleeping cat", height=480, width=832, num_frames=81, num_inference_steps=steps, guidance_scale=1.0
-    )
-    request_id = stub.Submit(api.SubmitRequest(parameters=parameters)).request.request_id
-    for reply in stub.Watch(api.WatchRequest(request_id=request_id)):
-        progress = reply.event.progress
-        if progress.service == "denoising" and progress.step == progress.total_steps:
-            stub.CancelRequest(api.CancelRequestRequest(request_id=request_id))
 
 
 def steps_of(log: Path, steps: int) -> list[list[float]]:
@@ -120,7 +66,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         model = build_checkpoint(directory / "model", args.sleep_ms / 1e3)
-        with fleet(directory, model) as (stub, logs):
+        with paced_fleet(directory, model, *WAYS.values()) as (stub, logs):
             for _ in range(args.rounds * len(WAYS)):  # idle workers take turns
                 denoise(stub, args.steps)
         found = {way: steps_of(log, args.steps) for way, log in zip(WAYS, logs, strict=True)}

@@ -163,6 +163,9 @@ def test_the_newest_checkpoint_stays_until_the_request_ends(url: str) -> None:
         assert await Leases(redis, "heir").load_checkpoint("r") == parts
         (key,) = await redis.keys("fleet:checkpoint:*")
         assert await redis.pttl(key) > 0
+        assert not await old.save_checkpoint("r", 1, 0, [b"first"])  # delivered late: its caller gave up and went on
+        assert await redis.keys("fleet:checkpoint:*") == [key]
+        assert await old.load_checkpoint("r") == parts
         await store.finish("r", State.REQUEST_STATE_FAILED)
         assert not await redis.keys("fleet:checkpoint:*")
 

@@ -8,15 +8,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from configs.pipeline_configs.wan import WanPipelineConfig
+from models.dits.base import DiffusionTransformer, Prepared
 
 if TYPE_CHECKING:
     from common.checkpoint import Checkpoint
+    from models.layers.mesh import WorkerMesh
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,10 +30,11 @@ class PacedWanPipelineConfig(WanPipelineConfig):
     )
 
 
-class PacedTransformer(nn.Module):
+class PacedTransformer(DiffusionTransformer):
     """Predicts no change after `seconds`, during which the processor is free, as it is while a GPU computes.
 
-    It writes into `log` when each step begins, in ns of the monotonic clock, a line a step.
+    It writes into `log` when each step begins, in ns of the monotonic clock, a line a step. For the CPU: a CUDA graph
+    would sleep only once.
     """
 
     def __init__(self, seconds: float, log: Path) -> None:
@@ -39,17 +42,24 @@ class PacedTransformer(nn.Module):
         self._seconds = seconds
         self._log = log.open("w", buffering=1)
 
-    def forward(self, hidden_states: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
+    def prepare(self, timesteps: Tensor, **conditioning: Any) -> Prepared:
+        """Nothing that a step needs; the timesteps have the right number of rows."""
+        del conditioning
+        return Prepared(timesteps, {})
+
+    def predict(self, hidden_states: Tensor, modulation: Tensor, **constants: Any) -> Tensor:
         """Zeros in the shape of the latents."""
-        del timestep, encoder_hidden_states
+        del modulation, constants
         self._log.write(f"{time.monotonic_ns()}\n")
         time.sleep(self._seconds)
         return torch.zeros_like(hidden_states)
 
 
-def load_paced(checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype) -> PacedTransformer:
+def load_paced(
+    checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype, mesh: WorkerMesh | None = None
+) -> PacedTransformer:
     """Of the module, only its config is read: `paced_seconds`. The log is `steps-PID` in the checkpoint's folder."""
-    del device, dtype
+    del device, dtype, mesh
     return PacedTransformer(
         float(checkpoint.module_config(name)["paced_seconds"]), checkpoint.path / f"steps-{os.getpid()}"
     )

@@ -26,6 +26,8 @@ PERMANENT = {
     "fleet:ended": "when which record expires, by which the index is pruned",
     "fleet:sequence": "the last number that was given to a request or a claim",
 }
+_TAKEN = ("fleet:slots:", "fleet:waiting:", "fleet:queue:", "fleet:open", "fleet:work:")
+_LASTING_FIELDS = {*SNAPSHOT, "model", "owner", "epoch", "cancel", "key", "caller", "token"}
 _MOST_STORE_CONNECTIONS = 40
 _SETTLE_SECONDS = 30.0
 
@@ -78,6 +80,8 @@ def _check_outcome(stored: Mapping[str, Stored], outcome: Outcome) -> list[str]:
     if name not in stored:
         return [f"request {name} of order {order.number} was accepted and is lost"]
     each = stored[name]
+    if each.record.caller != order.caller:
+        return [f"request {name} of order {order.number} is {each.record.caller}'s, and not {order.caller}'s"]
     may_end = {State.REQUEST_STATE_SUCCEEDED}
     if outcome.gave_up and order.manner in (Manner.CANCEL, Manner.LEAVE):
         may_end.add(State.REQUEST_STATE_CANCELLED)
@@ -121,11 +125,15 @@ def check_files(
 async def check_store(redis: Redis) -> list[str]:
     """Nothing is taken, nothing waits, nothing is open, and everything but the index expires by itself.
 
-    Redis deletes what becomes empty: sets of what is taken, waits or is open are not there at all.
+    Redis deletes what becomes empty: sets of what is taken, waits or is open, and counts of the work that is open, are
+    not there at all. A record keeps nothing of what only an open request needs.
     """
     findings: list[str] = []
     for key in sorted(each.decode() for each in await command(redis, "KEYS", "*")):
-        if key.startswith(("fleet:slots:", "fleet:waiting:", "fleet:queue:", "fleet:open")):
+        if key.startswith("fleet:request:"):
+            fields = {field.decode() for field in await command(redis, "HKEYS", key)}
+            findings += [f"the store has {field} left in {key}" for field in sorted(fields - _LASTING_FIELDS)]
+        if key.startswith(_TAKEN):
             findings.append(f"the store has {key} left")
         elif key not in PERMANENT and await command(redis, "PTTL", key) == -1:
             findings.append(f"the store keeps {key} for ever")

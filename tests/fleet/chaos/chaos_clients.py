@@ -12,7 +12,7 @@ from typing import Any, TypeAlias, TypeVar
 
 import grpc
 from chaos_plan import Manner, Order
-from chaos_processes import Fleet
+from chaos_processes import Fleet, credentials
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from common.errors import Cancelled, DeadlineExceeded, FleetError, Unavailable
@@ -123,6 +123,7 @@ class Client:
         self._fleet = fleet
         self._channels = channels
         self._pulse = pulse
+        self._key = credentials(order.caller)
         self._rng = random.Random(f"client {order.number} of {seed}")
 
     async def run(self) -> None:
@@ -136,6 +137,8 @@ class Client:
         await self._follow()
         if self.outcome.state == pb.REQUEST_STATE_SUCCEEDED:
             await self._again("downloads", self._download)
+        if self._order.manner is Manner.TWICE and (again := await self._submit()) != self.outcome.request_id:
+            raise Wrong(f"request {self.outcome.request_id} has ended, and its idempotency key became {again}")
 
     def _request(self) -> pb.SubmitRequest:
         keyless = self._order.manner in (Manner.SUBMIT, Manner.LEAVE)
@@ -178,7 +181,7 @@ class Client:
 
         async def once(stub: Stub) -> str:
             try:
-                return (await stub.Submit(request, timeout=_CALL_SECONDS)).request.request_id
+                return (await stub.Submit(request, timeout=_CALL_SECONDS, metadata=self._key)).request.request_id
             except grpc.aio.AioRpcError:
                 self.outcome.lost_answers += not request.idempotency_key
                 raise
@@ -192,7 +195,7 @@ class Client:
         """All in one stream; what is missing when it breaks off is left to the other calls."""
         outcome = self.outcome
         with suppress(Unavailable, grpc.aio.AioRpcError):
-            call = self._any_stub().Generate(pb.GenerateRequest(request=self._request()))
+            call = self._any_stub().Generate(pb.GenerateRequest(request=self._request()), metadata=self._key)
             try:
                 async for reply in _unless_silent(call):
                     match reply.WhichOneof("payload"):
@@ -228,7 +231,8 @@ class Client:
         async def watch(stub: Stub) -> None:
             heard = self.outcome.heard
             after = heard[-1].event_id if heard else ""
-            call = stub.Watch(pb.WatchRequest(request_id=self.outcome.request_id, after_event_id=after))
+            wanted = pb.WatchRequest(request_id=self.outcome.request_id, after_event_id=after)
+            call = stub.Watch(wanted, metadata=self._key)
             try:
                 async for reply in _unless_silent(call):
                     self._hear(reply.event)
@@ -244,16 +248,17 @@ class Client:
         await self._again("watches", watch)
 
     async def _cancel(self, stub: Stub) -> None:
-        await stub.CancelRequest(pb.CancelRequestRequest(request_id=self.outcome.request_id), timeout=_CALL_SECONDS)
+        unwanted = pb.CancelRequestRequest(request_id=self.outcome.request_id)
+        await stub.CancelRequest(unwanted, timeout=_CALL_SECONDS, metadata=self._key)
 
     async def _download(self, stub: Stub) -> None:
-        self.outcome.files = await download(stub, self.outcome.request_id)
+        self.outcome.files = await download(stub, self._order.caller, self.outcome.request_id)
 
 
-async def download(stub: Stub, request_id: str) -> list[bytes]:
-    """The stored files of a request."""
+async def download(stub: Stub, caller: str, request_id: str) -> list[bytes]:
+    """The stored files of a request of a caller's."""
     files: list[bytes] = []
-    call = stub.DownloadResult(pb.DownloadResultRequest(request_id=request_id))
+    call = stub.DownloadResult(pb.DownloadResultRequest(request_id=request_id), metadata=credentials(caller))
     try:
         async for reply in _unless_silent(call):
             if reply.WhichOneof("payload") == "file":

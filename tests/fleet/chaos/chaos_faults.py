@@ -175,7 +175,7 @@ class Chaos:
             return False
         self._note(fault, f"{target.name}, of request {outcome.request_id}")
         ask = self.peers.watch_without_reading if is_watch else self.peers.download_without_reading
-        ask(target, outcome.request_id)
+        ask(target, outcome.order.caller, outcome.request_id)
         return True
 
     async def _malform(self, fault: Fault) -> bool:

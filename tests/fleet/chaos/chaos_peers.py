@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-from chaos_processes import COORDINATOR, Process
+from chaos_plan import CALLERS
+from chaos_processes import COORDINATOR, Process, credentials
 
 from common.errors import InternalError
 from common.rpc.method import path_of, stage_method
@@ -68,7 +69,7 @@ class Peers:
             try:
                 if process.role == COORDINATOR:
                     submit: Any = channel.unary_unary("/fleet.v1.GenerationService/Submit")
-                    await submit(frames[0], timeout=_ANSWER_SECONDS)
+                    await submit(frames[0], timeout=_ANSWER_SECONDS, metadata=credentials(CALLERS[0]))
                 else:
                     stage: Any = channel.stream_stream(path_of(stage_method(process.role.program)))
                     await stage(iter(frames), timeout=_ANSWER_SECONDS).read()
@@ -91,15 +92,16 @@ class Peers:
         self._channels.append(channel)
         return channel
 
-    def watch_without_reading(self, process: Process, request_id: str) -> None:
-        """Ask a coordinator for the events of a request, and read none."""
+    def watch_without_reading(self, process: Process, caller: str, request_id: str) -> None:
+        """Ask a coordinator for the events of a request of a caller's, and read none."""
         stub: Any = generation_pb2_grpc.GenerationServiceStub(self._channel(process.target, _SMALL_WINDOW))
-        self._calls.append(stub.Watch(pb.WatchRequest(request_id=request_id)))
+        self._calls.append(stub.Watch(pb.WatchRequest(request_id=request_id), metadata=credentials(caller)))
 
-    def download_without_reading(self, process: Process, request_id: str) -> None:
-        """Ask a coordinator for a result, and read none of it."""
+    def download_without_reading(self, process: Process, caller: str, request_id: str) -> None:
+        """Ask a coordinator for a result of a caller's, and read none of it."""
         stub: Any = generation_pb2_grpc.GenerationServiceStub(self._channel(process.target, _SMALL_WINDOW))
-        self._calls.append(stub.DownloadResult(pb.DownloadResultRequest(request_id=request_id)))
+        wanted = pb.DownloadResultRequest(request_id=request_id)
+        self._calls.append(stub.DownloadResult(wanted, metadata=credentials(caller)))
 
     async def close(self) -> None:
         """Leave."""

@@ -18,6 +18,7 @@ _FLUX_GIVEN = {"height": 192, "width": 192, "num_inference_steps": STEPS}
 _WAN_GIVEN = {"height": 48, "width": 64, "num_frames": 5, "num_inference_steps": STEPS}
 _WAN_SHARE = 0.3
 _VARIANTS = 4
+CALLERS = ("studio", "press")
 _PROMPTS = ("a red apple", "a blue car", "the old stone on the moon", "a cat on the river")
 
 
@@ -26,7 +27,7 @@ class Manner(Enum):
 
     SUBMIT = "submits without a key"
     KEYED = "submits with an idempotency key"
-    TWICE = "submits with one key to several coordinators at once"
+    TWICE = "submits with one key to several coordinators at once, and again after the end"
     GENERATE = "generates with an idempotency key"
     CANCEL = "submits with a key, and cancels once it denoises"
     LEAVE = "generates without a key, and leaves once it denoises"
@@ -112,9 +113,10 @@ PICTURES = tuple(
 
 @dataclass(frozen=True)
 class Order:
-    """What one client wants, and how it behaves. `at_step` is the step at which it cancels or leaves."""
+    """What one client wants, on whose behalf, and how it behaves. `at_step` is when it cancels or leaves."""
 
     number: int
+    caller: str
     picture: Picture
     manner: Manner
     priority: int
@@ -181,6 +183,7 @@ def _order(number: int, rng: random.Random) -> Order:
     model = WAN if rng.random() < _WAN_SHARE else FLUX
     return Order(
         number=number,
+        caller=rng.choice(CALLERS),
         picture=rng.choice([picture for picture in PICTURES if picture.model == model]),
         manner=rng.choices(list(_MANNERS), list(_MANNERS.values()))[0],
         priority=rng.randrange(-2, 3),

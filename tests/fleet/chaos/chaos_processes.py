@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import os
 import random
@@ -36,6 +37,16 @@ _WORKER_WORDS = (
     *("--device", "cpu", "--threads", "1", "--checkpoint-every", "1", "--step-seconds", "0", "--grace-seconds", "5"),
     *("--idle-seconds", str(_IDLE_SECONDS)),
 )
+
+
+def credentials(caller: str) -> tuple[tuple[str, str]]:
+    """The metadata of the calls of a caller that the fleet knows."""
+    return (("authorization", f"Bearer key-of-{caller}"),)
+
+
+def _write_keys(path: Path, callers: Sequence[str]) -> None:
+    digests = {name: hashlib.sha256(f"key-of-{name}".encode()).hexdigest() for name in callers}
+    path.write_text("".join(f'[callers.{name}]\nkey_sha256 = ["{digest}"]\n' for name, digest in digests.items()))
 
 
 class Role(NamedTuple):
@@ -77,10 +88,20 @@ class Process:
 
 
 class Fleet:
-    """Starts processes, and another of the same role for each that ends. `findings` are ends that nobody caused."""
+    """Starts processes, and another of the same role for each that ends. `findings` are ends that nobody caused.
+
+    With `callers`, its coordinators serve only them; without, anybody.
+    """
 
     def __init__(
-        self, directory: Path, models: Mapping[str, Path], skews: random.Random, *, coordinators: int, workers: int
+        self,
+        directory: Path,
+        models: Mapping[str, Path],
+        skews: random.Random,
+        *,
+        coordinators: int,
+        workers: int,
+        callers: Sequence[str] = (),
     ) -> None:
         self.models = models
         self.server = RedisServer(server_binaries()["valkey"])
@@ -90,6 +111,7 @@ class Fleet:
         self.findings: list[str] = []
         self.story: list[str] = []
         self._skews = skews
+        self._callers = callers
         roles = [Role(service, model) for model in models for service in SERVICES]
         self._roles = [COORDINATOR] * coordinators + [role for role in roles for _ in range(workers)]
         self._parent: asyncio.subprocess.Process | None = None
@@ -106,6 +128,8 @@ class Fleet:
 
     async def start(self) -> None:
         """Start everything; returns once every process has been forked."""
+        if self._callers:
+            _write_keys(self._keys, self._callers)
         await asyncio.to_thread(self.server.start)
         words = (sys.executable, str(_WARM_PARENT), *self._references())
         self._parent = await asyncio.create_subprocess_exec(*words, stdin=PIPE, stdout=PIPE)
@@ -113,6 +137,10 @@ class Fleet:
         assert "ready" in json.loads(await self._parent.stdout.readline())
         self._listener = asyncio.create_task(self._listen(self._parent.stdout))
         await asyncio.gather(*(self._spawn(role) for role in self._roles))
+
+    @property
+    def _keys(self) -> Path:
+        return self.directory / "keys.toml"
 
     def _references(self) -> list[str]:
         return [f"{name}={path}" for name, path in self.models.items()]
@@ -160,7 +188,8 @@ class Fleet:
         words = ["--listen", process.target, "--redis", f"redis://{process.store.address}/0"]
         if process.access is None:
             references = [word for reference in self._references() for word in ("--model", reference)]
-            return [*words, *references, *_COORDINATOR_WORDS]
+            keys = ("--api-keys", str(self._keys)) if self._callers else ()
+            return [*words, *references, *keys, *_COORDINATOR_WORDS]
         model = process.role.model
         return [
             *words,

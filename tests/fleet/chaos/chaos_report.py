@@ -18,10 +18,10 @@ from fleet.v1 import generation_pb2 as pb
 
 @dataclass
 class Denoising:
-    """How a request's denoising went, as its events tell."""
+    """How often a request's denoising went on, or began anew, after steps were done, as its events tell."""
 
-    begun: int = 0
     resumed: int = 0
+    anew: int = 0
     redone: int = 0
 
     @classmethod
@@ -30,12 +30,12 @@ class Denoising:
         found, last, is_new = cls(), 0, False
         for progress in (event.progress for event in events if event.progress.service == "denoising"):
             if progress.step == 0:
-                found.begun += 1
                 is_new = True
                 continue
-            if is_new and found.begun > 1:
+            if is_new and last:
                 # Quick steps may be told together: of what was told, the first is at least the first that was done.
                 found.resumed += progress.step > 1
+                found.anew += progress.step == 1
                 found.redone += max(0, last - progress.step + 1)
             is_new, last = False, progress.step
         return found
@@ -82,7 +82,7 @@ class Report:
 
     def _requests(self) -> list[str]:
         states = Counter(pb.RequestState.Name(each.record.state)[14:].lower() for each in self.stored.values())
-        begun = [Denoising.of(each.events) for each in self.stored.values()]
+        denoised = [Denoising.of(each.events) for each in self.stored.values()]
         ways = Counter(event.progress.service for each in self.stored.values() for event in _begins(each.events))
         again = sum(ways.values()) - sum(
             len({event.progress.service for event in _begins(each.events)}) for each in self.stored.values()
@@ -93,9 +93,9 @@ class Report:
             "calls that clients repeated": sum(outcome.asked_again for outcome in self.outcomes),
             "stages begun again": again,
             "requests taken over": sum(each.epoch > 1 for each in self.stored.values()),
-            "denoisings resumed, begun anew": f"{sum(each.resumed for each in begun)}, "
-            f"{sum(max(0, each.begun - 1 - each.resumed) for each in begun)}",
-            "steps redone": sum(each.redone for each in begun),
+            "denoisings resumed, begun anew": f"{sum(each.resumed for each in denoised)}, "
+            f"{sum(each.anew for each in denoised)}",
+            "steps redone": sum(each.redone for each in denoised),
         }
         return [f"{name:34} {value}" for name, value in rows.items()]
 

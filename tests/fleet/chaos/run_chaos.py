@@ -41,8 +41,8 @@ from chaos_checks import (  # noqa: E402
 )
 from chaos_clients import Channels, Client, Pulse, Stub, Wrong, download  # noqa: E402
 from chaos_faults import Chaos  # noqa: E402
-from chaos_plan import FLUX, PICTURES, WAN, Picture, Plan, make_plan  # noqa: E402
-from chaos_processes import Fleet  # noqa: E402
+from chaos_plan import CALLERS, FLUX, PICTURES, WAN, Picture, Plan, make_plan  # noqa: E402
+from chaos_processes import Fleet, credentials  # noqa: E402
 from chaos_report import Report  # noqa: E402
 from redis.asyncio import Redis  # noqa: E402
 
@@ -122,15 +122,18 @@ class Run:
         self._baseline.measure(self._fleet)
 
     async def _warm(self, stub: Stub) -> None:
+        key = credentials(CALLERS[0])
+
         async def sees_everybody() -> bool:
-            reply = await stub.ListModels(pb.ListModelsRequest(), wait_for_ready=True)
+            reply = await stub.ListModels(pb.ListModelsRequest(), wait_for_ready=True, metadata=key)
             return all(service.workers == WORKERS for model in reply.models for service in model.services)
 
         await until(sees_everybody)
         for picture in PICTURES[:: len(PICTURES) // 2]:
-            accepted = await stub.Submit(pb.SubmitRequest(model=picture.model, parameters=picture.parameters))
+            request = pb.SubmitRequest(model=picture.model, parameters=picture.parameters)
+            accepted = await stub.Submit(request, metadata=key)
             self._warmed.append(accepted.request.request_id)
-            watch = stub.Watch(pb.WatchRequest(request_id=accepted.request.request_id))
+            watch = stub.Watch(pb.WatchRequest(request_id=self._warmed[-1]), metadata=key)
             last = [reply.event async for reply in watch][-1]
             assert last.state_change.state == pb.REQUEST_STATE_SUCCEEDED, last
 
@@ -184,7 +187,7 @@ class Run:
         stub = self._channels.stub(self._fleet.of(coordinators=True)[0].target)
         for name, each in self._stored.items():
             if each.record.state == pb.REQUEST_STATE_SUCCEEDED:
-                files = await download(stub, name)
+                files = await download(stub, each.record.caller, name)
                 self._findings += check_files(name, each.record, files, self._references)
                 if heard.get(name, files) != files:
                     self._findings.append(f"the client of request {name} got other bytes than are stored")
@@ -201,7 +204,7 @@ class Run:
 
 async def _run(plan: Plan, models: Mapping[str, Path], references: References, directory: Path) -> Report:
     before = {child.pid for child in psutil.Process().children(recursive=True)}
-    fleet = Fleet(directory, models, plan.skews(), coordinators=COORDINATORS, workers=WORKERS)
+    fleet = Fleet(directory, models, plan.skews(), coordinators=COORDINATORS, workers=WORKERS, callers=CALLERS)
     try:
         async with connect(fleet.server.url) as redis:
             report = await Run(plan, fleet, redis, references).run()

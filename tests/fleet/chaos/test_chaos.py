@@ -71,9 +71,10 @@ def on_store(story: Callable[[Redis, RequestStore], Awaitable[None]]) -> None:
 
 async def accepted(store: RequestStore, name: str) -> Outcome:
     picture = PICTURES[0]
-    record = pb.RequestRecord(request_id=name, model=picture.model, parameters=picture.parameters)
+    order = outcome(name).order
+    record = pb.RequestRecord(request_id=name, model=picture.model, parameters=picture.parameters, caller=order.caller)
     admission = await store.admit(record)
-    return Outcome(outcome(name).order, request_id=name, heard=list(admission.events))
+    return Outcome(order, request_id=name, heard=list(admission.events))
 
 
 def test_a_lost_or_unfinished_request_is_a_finding() -> None:
@@ -89,6 +90,9 @@ def test_a_lost_or_unfinished_request_is_a_finding() -> None:
         good.heard.pop()
         (finding,) = check_requests({"good": stored["good"]}, [good], ())
         assert "has heard" in finding
+        stored["good"].record.caller = "somebody"
+        (finding,) = check_requests({"good": stored["good"]}, [good], ())
+        assert "is somebody's, and not" in finding
 
     on_store(story)
 
@@ -107,10 +111,10 @@ def test_an_end_twice_or_unexplained_is_a_finding() -> None:
         assert "unexplained: by chance" in finding
         found = check_requests({"stray": stored["stray"]}, [], ())
         assert len(found) == 2  # nobody knows of it, and it has not even succeeded
-        cancelled = Stored(pb.RequestRecord(state=pb.REQUEST_STATE_CANCELLED), [], 1)
-        cancelled.events.append(state_event(pb.REQUEST_STATE_CANCELLED))
-        assert not check_requests({"c": cancelled}, [outcome("c", Manner.LEAVE, gave_up=True)], ())
-        assert check_requests({"c": cancelled}, [outcome("c")], ())
+        state = pb.REQUEST_STATE_CANCELLED
+        for each, count in ((outcome("c", Manner.LEAVE, gave_up=True), 0), (outcome("c"), 1)):
+            cancelled = Stored(pb.RequestRecord(state=state, caller=each.order.caller), [state_event(state)], 1)
+            assert len(check_requests({"c": cancelled}, [each], ())) == count
 
     on_store(story)
 
@@ -124,9 +128,15 @@ def test_what_is_left_in_the_store_is_a_finding() -> None:
         assert not await check_store(redis)
         await command(redis, "HSET", "fleet:slots:flux/denoising", "ticket", "worker|owner")
         await command(redis, "SET", "fleet:pace:flux/denoising", "1")
+        await command(redis, "ZADD", "fleet:shares:flux/denoising|100", "1", "caller")
+        await command(redis, "HSET", "fleet:work:flux/denoising", "caller", "1")
+        await command(redis, "HSET", "fleet:request:r", "left:denoising", "1")
         assert await check_store(redis) == [
             "the store keeps fleet:pace:flux/denoising for ever",
+            "the store has left:denoising left in fleet:request:r",
+            "the store keeps fleet:shares:flux/denoising|100 for ever",
             "the store has fleet:slots:flux/denoising left",
+            "the store has fleet:work:flux/denoising left",
         ]
 
     on_store(story)
@@ -190,8 +200,8 @@ def progress(service: str, step: int, milliseconds: int = 0) -> pb.Event:
 
 
 def test_the_table_counts_what_events_tell() -> None:
-    steps = [progress("denoising", step) for step in (0, 1, 2, 3, 0, 3, 4, 0, 1, 2)]
-    assert Denoising.of(steps) == Denoising(begun=3, resumed=1, redone=1 + 4)
+    steps = [progress("denoising", step) for step in (0, 0, 1, 2, 3, 0, 0, 3, 4, 0, 1, 2)]
+    assert Denoising.of(steps) == Denoising(resumed=1, anew=1, redone=1 + 4)
     latency = Latency()
     latency.add(1_000, [progress("a", 0, 500), progress("a", 2, 900), progress("a", 0, 1_500), progress("a", 3, 1_700)])
     assert (latency.detect, latency.recover) == ([0.5], [0.7])
