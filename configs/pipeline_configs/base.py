@@ -68,6 +68,10 @@ class StandardPipelineConfig(PipelineConfig):
         raise TypeError(f"{type(self).__name__} reads text without pictures")
 
     @abstractmethod
+    def conditioning_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Shapes that the encoders' outputs usually have, text's and pictures', by the denoiser's keyword; batch 1."""
+
+    @abstractmethod
     def wants_negative(self, prompt: Prompt, sampling: Sampling) -> bool:
         """Whether the request runs the denoiser's negative branch."""
 
@@ -123,6 +127,11 @@ class StandardPipelineConfig(PipelineConfig):
         `encode` is the VAE's encoder, from a picture or a video (1, 3, frames, height, width) to its likeliest latents.
         """
         raise TypeError(f"{type(self).__name__} takes no pictures, but {encode} got {canvas} and {', '.join(pictures)}")
+
+    def condition_shape(self, canvas: Canvas) -> tuple[int, ...] | None:
+        """Raw shape that image_latents() usually gives; None for a model that takes no pictures."""
+        del canvas
+        return None
 
     @abstractmethod
     def model_timestep(self, timestep: Tensor) -> Tensor:

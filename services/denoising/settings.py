@@ -31,6 +31,7 @@ class DenoisingSettings(WorkerSettings):
     beat_seconds: float = setting(1.0, help="time between two signs of life among ranks")
     lost_seconds: float = setting(8.0, help="silence after which a rank is taken for lost, and the group starts again")
     join_seconds: float = setting(120.0, help="time that all ranks get to find each other at the start")
+    warm_up: tuple[str, ...] = setting((), help="size to be warm for at the start: HEIGHTxWIDTH, or with xFRAMES")
 
     @property
     def degrees(self) -> Degrees:

@@ -13,6 +13,7 @@ import argparse
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from models.layers.parallel_plan import ParallelPlan
 from models.layers.parallelize import parallelize
 from models.layers.shards import parameter_shards
 from models.stages.prediction import Branch, StepGraphs
+from models.warm_up import STEPS as WARM_UP_STEPS
 
 STEPS = 28
 Inputs = dict[str, Any]
@@ -87,8 +89,9 @@ def measure(work: Work, device: torch.device, args: argparse.Namespace) -> None:
     join_all_weights(ours)
     hidden_states, timestep = our_inputs.pop("hidden_states"), our_inputs.pop("timestep")
     timesteps = timestep[None].expand(STEPS, -1)
-    prepared = ours.prepare(timesteps, **our_inputs)
-    branch = Branch(ours, prepared, StepGraphs() if device.type == "cuda" else None)
+    graphs = StepGraphs() if device.type == "cuda" else None
+    print_first_requests(ours, graphs, hidden_states, timesteps, our_inputs)
+    branch = Branch(ours, ours.prepare(timesteps, **our_inputs), graphs)
     sides: dict[str, Callable[[], Tensor]] = {
         "Diffusers": lambda: theirs(**their_inputs, return_dict=False)[0],
         "ours": lambda: branch.predict(hidden_states, 0),
@@ -119,6 +122,25 @@ def measure(work: Work, device: torch.device, args: argparse.Namespace) -> None:
     say()
     if args.profile:
         profile(sides["ours"], args.profile / f"{work.reference}.txt")
+
+
+def print_first_requests(
+    ours: DiffusionTransformer, graphs: StepGraphs | None, hidden_states: Tensor, timesteps: Tensor, inputs: Inputs
+) -> None:
+    """Three requests of three steps each, with what a service does before them: the warm-up, the first, the second."""
+
+    def request(prepared_steps: int) -> None:
+        branch = Branch(ours, ours.prepare(timesteps[:prepared_steps], **inputs), graphs)
+        for step in range(WARM_UP_STEPS):
+            branch.predict(hidden_states, step)
+        branch.close()
+
+    spent = [1e3 * timed(partial(request, steps), hidden_states.device) for steps in (WARM_UP_STEPS, STEPS, STEPS)]
+    say(
+        f"{WARM_UP_STEPS} steps with their preparation: {spent[0]:.1f} ms to warm up, then {spent[1]:.1f} ms in the "
+        f"first request and {spent[2]:.1f} ms in the second, of which the first takes {spent[1] / spent[2]:.2f}"
+    )
+    say()
 
 
 def build_reference(work: Work, device: torch.device, *, tiny: bool) -> Any:
