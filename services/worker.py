@@ -38,6 +38,7 @@ from common.state.workers import WorkerRegistry
 from common.telemetry import MetricsInterceptor, setup_logging, stage_timer, start_metrics
 from common.tensors import TORCH
 from common.watched import WatchedFiles
+from configs.approximation import EXACT, Approximation
 from fleet.v1 import worker_pb2, worker_pb2_grpc
 from models.catalog import ServedModel, open_model
 from models.layers.mesh import Degrees, WorkerMesh
@@ -81,6 +82,11 @@ class WorkerSettings(TlsSettings):
     metrics_port: int | None = setting(None, help="port for Prometheus metrics; without one there are none")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = setting("INFO", help="least severe log lines to write")
     log_format: Literal["text", "json"] = setting("text", help="form of log lines")
+
+    @property
+    def approximation(self) -> Approximation:
+        """What the stages may leave out of the exact computation: nothing, but in denoising."""
+        return EXACT
 
 
 class Ranks(Protocol):
@@ -157,7 +163,8 @@ async def start_worker(
         resources.push_async_callback(asyncio.to_thread, executor.shutdown, cancel_futures=True)
         hosted = await loop.run_in_executor(executor, _load, model, spec, settings, device, dtype, ranks)
         degrees = ranks.degrees if ranks else None
-        numerics = await loop.run_in_executor(executor, numerics_fingerprint, device, dtype, degrees)
+        facts = (device, dtype, degrees, settings.approximation)
+        numerics = await loop.run_in_executor(executor, numerics_fingerprint, *facts)
         info = worker_pb2.WorkerInfo(
             worker_id=f"{service}-{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}",
             service=service,
@@ -207,6 +214,7 @@ def _load(
         checkpoint_every=settings.checkpoint_every,
         checkpoint_seconds=settings.checkpoint_seconds,
         mesh=ranks.make_mesh(device) if ranks else None,
+        approximation=settings.approximation,
     )
     return HostedStages(spec.service, stages, timed=partial(stage_timer, spec.service, model.name))
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, ClassVar, Self
 import torch
 from torch import Tensor
 
+from configs.approximation import EXACT, Approximation
 from configs.models.encoders.base import ImageTextEncoding, TextEncoding
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ class PipelineConfig(ABC):
     `dtype` is that of the weights; `device` is where the stages compute: they move inputs there and outputs back to
     the CPU. `checkpoint_every` is how many steps lie between two checkpoints of the denoising loop, and
     `checkpoint_seconds` after which time there is one anyway; 0 means none. `mesh` is this rank's place in the worker
-    group that denoises; None where one rank does it alone.
+    group that denoises; None where one rank does it alone. `approximation` is what denoising may leave out.
     """
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -33,6 +34,7 @@ class PipelineConfig(ABC):
     checkpoint_every: int = 0
     checkpoint_seconds: float = 0.0
     mesh: WorkerMesh | None = None
+    approximation: Approximation = EXACT
 
     module_loaders: ClassVar[Mapping[str, str]] = {}
     """Loaders of module classes that models.loader does not know, or that are ours: class name in model_index.json to

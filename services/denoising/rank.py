@@ -141,6 +141,7 @@ class FollowingRank(_Rank):
             device=device,
             dtype=dtype_of(self._settings.dtype, device),
             mesh=self.make_mesh(device),
+            approximation=self._settings.approximation,
         )
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._ask_to_end)
