@@ -58,6 +58,8 @@ USER 10001:10001
 
 FROM gpu-packages AS gpu
 RUN --mount=type=bind,from=wheel,source=/fleet/dist,target=/dist pip install --no-deps /dist/*.whl
+# A volume that is mounted here gets its owner from the image.
+RUN install --directory --owner 10001 --group 10001 /var/cache/fleet
 USER 10001:10001
 
 FROM cpu-packages AS cpu

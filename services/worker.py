@@ -10,6 +10,7 @@ import os
 import secrets
 import socket
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
@@ -32,18 +33,20 @@ from common.rpc.server import ServingLimits, Stages, StageServicer
 from common.rpc.serving import FleetServer, stop_signals
 from common.rpc.tls import Mutual, NamedPeers, Shown, TlsSettings, server_credentials, watch_mutual
 from common.settings import load_settings, setting
-from common.stage import Contract
+from common.stage import Call, Contract
 from common.state.connection import connect
 from common.state.shared_replies import SharedReplies
 from common.state.workers import WorkerRegistry
 from common.telemetry import MetricsInterceptor, setup_logging, stage_timer, start_metrics
 from common.tensors import TORCH
 from common.watched import WatchedFiles
+from configs.approximation import EXACT, Approximation
 from fleet.v1 import worker_pb2, worker_pb2_grpc
 from models.catalog import ServedModel, open_model
 from models.layers.mesh import Degrees, WorkerMesh
 from models.loader import load_stages, numerics_fingerprint
 from models.registry import load_registry
+from models.warm_up import WarmUp
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +72,7 @@ class WorkerSettings(TlsSettings):
     capacity: int = setting(1, help="requests taken at a time; they compute one after the other")
     checkpoint_every: int = setting(0, help="denoising steps between two checkpoints to resume from; 0: by time only")
     checkpoint_seconds: float = setting(5.0, help="longest time between two of them; 0: by steps only")
+    kernel_cache: Path | None = setting(None, help="directory that keeps compiled kernels from one start to the next")
     plugins: tuple[Path, ...] = setting((), help="directories with pipelines of other families")
     grace_seconds: float = setting(30.0, help="time that running calls get to finish after SIGTERM")
     announce_seconds: float = setting(60.0, help="how long to wait for the request store at the start")
@@ -85,6 +89,11 @@ class WorkerSettings(TlsSettings):
     metrics_port: int | None = setting(None, help="port for Prometheus metrics; without one there are none")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = setting("INFO", help="least severe log lines to write")
     log_format: Literal["text", "json"] = setting("text", help="form of log lines")
+
+    @property
+    def approximation(self) -> Approximation:
+        """What the stages may leave out of the exact computation: nothing, but in denoising."""
+        return EXACT
 
 
 class Ranks(Protocol):
@@ -137,12 +146,17 @@ class Worker:
 
 
 async def start_worker(
-    service: str, model: ServedModel, settings: WorkerSettings, *, ranks: Ranks | None = None
+    service: str,
+    model: ServedModel,
+    settings: WorkerSettings,
+    *,
+    ranks: Ranks | None = None,
+    warm_up: WarmUp | None = None,
 ) -> Worker:
-    """Load, serve, announce; returns once coordinators can find the worker. With `ranks` it leads a worker group.
+    """Load, warm up, serve, announce; returns once coordinators can find the worker.
 
-    Raises CheckpointError for a model that cannot be loaded, FailedPrecondition where device, address or fleet do not
-    fit, Unavailable when the request store stays away.
+    With `ranks` it leads a worker group. Raises CheckpointError for a model that cannot be loaded, FailedPrecondition
+    where device, address or fleet do not fit, Unavailable when the request store stays away.
     """
     spec = service_of(model, service)
     tls = _tls_of(settings)
@@ -156,7 +170,8 @@ async def start_worker(
         resources.push_async_callback(asyncio.to_thread, executor.shutdown, cancel_futures=True)
         hosted = await loop.run_in_executor(executor, _load, model, spec, settings, device, dtype, ranks)
         degrees = ranks.degrees if ranks else None
-        numerics = await loop.run_in_executor(executor, numerics_fingerprint, device, dtype, degrees)
+        facts = (device, dtype, degrees, settings.approximation)
+        numerics = await loop.run_in_executor(executor, numerics_fingerprint, *facts)
         info = worker_pb2.WorkerInfo(
             worker_id=f"{service}-{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}",
             service=service,
@@ -172,6 +187,8 @@ async def start_worker(
             degrees=_degrees_message(ranks.degrees) if ranks else None,
         )
         stages = ranks.lead(hosted) if ranks else hosted
+        if warm_up is not None:
+            await _warm_up(warm_up, stages, dtype, executor)
         redis = connect(settings.redis)
         resources.push_async_callback(redis.aclose)
         shared = _shared_of(redis, info, settings)
@@ -208,8 +225,19 @@ def _load(
         checkpoint_every=settings.checkpoint_every,
         checkpoint_seconds=settings.checkpoint_seconds,
         mesh=ranks.make_mesh(device) if ranks else None,
+        approximation=settings.approximation,
     )
     return HostedStages(spec.service, stages, timed=partial(stage_timer, spec.service, model.name))
+
+
+async def _warm_up(warm_up: WarmUp, stages: Stages, dtype: torch.dtype, executor: ThreadPoolExecutor) -> None:
+    """Run made-up requests on the device's thread, and in a worker group on all ranks. A cancel ends it in a step."""
+    call = Call("warm-up")
+    try:
+        await asyncio.get_running_loop().run_in_executor(executor, warm_up.run, stages.run, dtype, call)
+    except asyncio.CancelledError:
+        call.cancelled.set()
+        raise
 
 
 def service_of(model: ServedModel, service: str) -> ServiceSpec:
@@ -396,19 +424,44 @@ def run_service(
     try:
         settings = load_settings(settings_class, flags, prog=prog)
         setup_logging(service, level=settings.log_level, form=settings.log_format)
+        _keep_kernels(settings.kernel_cache)
         return run(open_model(settings.model, load_registry(settings.plugins)), settings, flags)
     except FleetError as error:
         sys.stderr.write(f"{prog}: {error.message}\n")
         return 2 if isinstance(error, (InvalidInput, FailedPrecondition)) else 1
 
 
-async def serve(service: str, model: ServedModel, settings: WorkerSettings, *, ranks: Ranks | None = None) -> None:
+def _keep_kernels(directory: Path | None) -> None:
+    """Have Triton, which is imported with the first kernel, keep what it compiles there.
+
+    Raises FailedPrecondition for a directory that cannot be written to.
+    """
+    if directory is None:
+        return
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        message = f"kernel_cache {directory} cannot be written to: {error.strerror}"
+        raise FailedPrecondition(message, field="kernel_cache") from error
+    os.environ["TRITON_CACHE_DIR"] = str(directory)
+
+
+async def serve(
+    service: str,
+    model: ServedModel,
+    settings: WorkerSettings,
+    *,
+    ranks: Ranks | None = None,
+    warm_up: WarmUp | None = None,
+) -> None:
     """Serve until SIGTERM or SIGINT, and then finish what runs. Raises as start_worker()."""
     async with stop_signals() as stop:
         if ranks is not None:
             loop = asyncio.get_running_loop()
             ranks.on_leaving(partial(loop.call_soon_threadsafe, stop.set))
-        starting = asyncio.create_task(start_worker(service, model, settings, ranks=ranks))
+        starting = asyncio.create_task(start_worker(service, model, settings, ranks=ranks, warm_up=warm_up))
         stopping = asyncio.create_task(stop.wait())
         await asyncio.wait((starting, stopping), return_when=asyncio.FIRST_COMPLETED)
         if not starting.done():

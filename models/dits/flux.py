@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -109,6 +109,8 @@ class FluxSingleTransformerBlock(nn.Module):
 
 class FluxTransformer2DModel(DiffusionTransformer):
     """Predicts the velocity of packed latents."""
+
+    block_linears: ClassVar[tuple[str, ...]] = FLUX_PLAN.block_linears
 
     def __init__(self, config: FluxTransformerConfig) -> None:
         super().__init__()

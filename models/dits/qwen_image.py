@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -93,6 +93,8 @@ class QwenImageTransformerBlock(nn.Module):
 
 class QwenImageTransformer2DModel(DiffusionTransformer):
     """Predicts the velocity of packed latents."""
+
+    block_linears: ClassVar[tuple[str, ...]] = QWEN_IMAGE_PLAN.block_linears
 
     def __init__(self, config: QwenImageTransformerConfig) -> None:
         super().__init__()

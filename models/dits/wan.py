@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -243,6 +243,8 @@ class WanTransformerBlock(nn.Module):
 
 class WanTransformer3DModel(DiffusionTransformer):
     """Predicts the velocity of video latents."""
+
+    block_linears: ClassVar[tuple[str, ...]] = WAN_PLAN.block_linears
 
     def __init__(self, config: WanTransformerConfig) -> None:
         super().__init__()

@@ -48,6 +48,11 @@ class ParallelPlan:
     cuts: tuple[Cut, ...]
     join: Join
 
+    @property
+    def block_linears(self) -> tuple[str, ...]:
+        """All linear layers of the blocks but those of modulations: those that are worth cutting without a gather."""
+        return (*self.column, *self.row)
+
     def segments_of(self, path: str, size: int) -> tuple[int, ...]:
         """The segments of a module's dimension of this size. Raises ValueError where the ratios do not fit it."""
         ratios = next((ratios for pattern, ratios in self.segments.items() if matches(path, pattern)), (1,))

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import gelu, linear
+from torch.nn.functional import gelu
 
 from models.layers.collectives import all_reduce, gather_last
-from models.layers.linear import Linear
+from models.layers.linear import Linear, apply_linear
 from models.layers.mesh import Axis
 from models.layers.norms import RMSNorm
 from models.layers.shards import Shard, Sharded
@@ -56,15 +56,19 @@ class RowParallelLinear(Sharded, Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., this rank's inputs) to (..., out_features), the same on every rank."""
-        return all_reduce(linear(x, self.weight), self.axis) + self.bias
+        return self._sum(x) + self.bias
 
     def into(self, x: Tensor, out: Tensor) -> None:
         """Write the result (B, tokens, out_features) of this rank's inputs (B, tokens, inputs)."""
-        torch.add(all_reduce(linear(x, self.weight), self.axis), self.bias, out=out)
+        torch.add(self._sum(x), self.bias, out=out)
 
     def gelu_into(self, x: Tensor, out: Tensor) -> None:
         """The same, through GELU in its tanh form."""
         out.copy_(gelu(self(x), approximate="tanh"))
+
+    def _sum(self, x: Tensor) -> Tensor:
+        """The products of all ranks' inputs."""
+        return all_reduce(apply_linear(x, self.factor, None), self.axis)
 
 
 class ParallelRMSNorm(Sharded, RMSNorm):

@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from models.layers.float8 import FLOAT8, LARGEST, SMALLEST_MAGNITUDE
+
 if TYPE_CHECKING:
     from models.layers.norms import Streams
     from models.layers.qk_norm import QKNorms
@@ -177,6 +179,33 @@ def beside_gelu(x: Tensor, hidden: Tensor) -> Tensor:
     grid = (batch * tokens, triton.cdiv(width, block))
     _beside_gelu_kernel[grid](x, hidden, out, size, hidden.shape[-1], BLOCK=block, num_warps=8)
     return out
+
+
+@triton.jit
+def _quantize_rows_kernel(
+    x_ptr, values_ptr, scale_ptr, size, stride, LARGEST: tl.constexpr, SMALLEST: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    row, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    mask = column < size
+    x = tl.load(x_ptr + row * stride + column, mask=mask, other=0.0).to(tl.float32)
+    most = tl.maximum(tl.max(tl.abs(x), axis=0), SMALLEST)
+    tl.store(scale_ptr + row, most / LARGEST)
+    tl.store(values_ptr + row * size + column, (x * (LARGEST / most)).to(values_ptr.dtype.element_ty), mask=mask)
+
+
+def quantize_rows(x: Tensor, dtype: torch.dtype = FLOAT8) -> tuple[Tensor, Tensor]:
+    """As models.layers.float8.quantize_rows; `dtype` is that of the values. Channels of x are adjacent."""
+    rows, size = x.shape
+    assert x.stride(1) == 1, "channels must be adjacent"
+    values = torch.empty(rows, size, dtype=dtype, device=x.device)
+    scale = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
+    block = triton.next_power_of_2(size)
+    if rows:
+        _quantize_rows_kernel[(rows,)](
+            x, values, scale, size, x.stride(0), LARGEST=LARGEST, SMALLEST=SMALLEST_MAGNITUDE,
+            BLOCK=block, num_warps=max(1, min(16, block // 512)),
+        )  # fmt: skip
+    return values, scale
 
 
 @triton.jit

@@ -13,6 +13,7 @@ import argparse
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +33,13 @@ from models.dits.qwen_image import QwenImageTransformer2DModel
 from models.dits.qwen_image_plan import QWEN_IMAGE_PLAN
 from models.dits.wan import FLOAT32_PARAMETERS, WanTransformer3DModel
 from models.dits.wan_plan import WAN_PLAN
-from models.layers.linear import join_all_weights
+from models.layers.linear import join_all_weights, quantize_linears
 from models.layers.mesh import WorkerMesh
 from models.layers.parallel_plan import ParallelPlan
 from models.layers.parallelize import parallelize
 from models.layers.shards import parameter_shards
 from models.stages.prediction import Branch, StepGraphs
+from models.warm_up import STEPS as WARM_UP_STEPS
 
 STEPS = 28
 Inputs = dict[str, Any]
@@ -64,6 +66,7 @@ def main() -> None:
     parser.add_argument("--work", nargs="*", default=list(WORKS), choices=tuple(WORKS))
     parser.add_argument("--repeats", type=int, default=5, help="rounds of five steps")
     parser.add_argument("--compile", action="store_true", help="time Diffusers compiled by repeated blocks, too")
+    parser.add_argument("--linear-dtype", choices=("same", "float8"), default="same", help="time ours in float8, too")
     parser.add_argument("--profile", type=Path, help="folder for a table of our kernels' times")
     args = parser.parse_args()
     device = torch.device(args.device)
@@ -87,12 +90,15 @@ def measure(work: Work, device: torch.device, args: argparse.Namespace) -> None:
     join_all_weights(ours)
     hidden_states, timestep = our_inputs.pop("hidden_states"), our_inputs.pop("timestep")
     timesteps = timestep[None].expand(STEPS, -1)
-    prepared = ours.prepare(timesteps, **our_inputs)
-    branch = Branch(ours, prepared, StepGraphs() if device.type == "cuda" else None)
+    print_first_requests(ours, hidden_states, timesteps, our_inputs)
     sides: dict[str, Callable[[], Tensor]] = {
         "Diffusers": lambda: theirs(**their_inputs, return_dict=False)[0],
-        "ours": lambda: branch.predict(hidden_states, 0),
+        "ours": step_of(ours, hidden_states, timesteps, our_inputs),
     }
+    if args.linear_dtype == "float8":
+        quantised = same_weights(work, theirs)
+        quantize_linears(quantised, quantised.block_linears)
+        sides["ours, float8"] = step_of(quantised, hidden_states, timesteps, our_inputs)
     errors = {name: error(run(), exact) for name, run in sides.items()}
     peaks = {name: peak_beside(run, device) for name, run in sides.items()}
     if args.compile:
@@ -117,8 +123,37 @@ def measure(work: Work, device: torch.device, args: argparse.Namespace) -> None:
         if name != "ours":
             say(f"Ours takes {median(spent['ours']) / median(spent[name]):.2f} of {name}; goal {work.goal_ms} ms")
     say()
-    if args.profile:
-        profile(sides["ours"], args.profile / f"{work.reference}.txt")
+    for name, run in sides.items() if args.profile else ():
+        if name.startswith("ours"):
+            profile(run, args.profile / f"{work.reference} {name}.txt")
+
+
+def step_of(
+    ours: DiffusionTransformer, hidden_states: Tensor, timesteps: Tensor, inputs: Inputs
+) -> Callable[[], Tensor]:
+    """A step of ours, as the denoising stage runs it."""
+    graphs = StepGraphs() if hidden_states.device.type == "cuda" else None
+    branch = Branch(ours, ours.prepare(timesteps, **inputs), graphs)
+    return lambda: branch.predict(hidden_states, 0)
+
+
+def print_first_requests(ours: DiffusionTransformer, hidden_states: Tensor, timesteps: Tensor, inputs: Inputs) -> None:
+    """Three requests of three steps each, with what a service does before them: the warm-up, the first, the second."""
+
+    graphs = StepGraphs() if hidden_states.device.type == "cuda" else None
+
+    def request(prepared_steps: int) -> None:
+        branch = Branch(ours, ours.prepare(timesteps[:prepared_steps], **inputs), graphs)
+        for step in range(WARM_UP_STEPS):
+            branch.predict(hidden_states, step)
+        branch.close()
+
+    spent = [1e3 * timed(partial(request, steps), hidden_states.device) for steps in (WARM_UP_STEPS, STEPS, STEPS)]
+    say(
+        f"{WARM_UP_STEPS} steps with their preparation: {spent[0]:.1f} ms to warm up, then {spent[1]:.1f} ms in the "
+        f"first request and {spent[2]:.1f} ms in the second, that is {spent[1] / spent[2]:.2f} of the second's"
+    )
+    say()
 
 
 def build_reference(work: Work, device: torch.device, *, tiny: bool) -> Any:

@@ -18,7 +18,7 @@ from group_fleet import STEPS, Drawn, GroupFleet, group_fleet
 
 @pytest.fixture(scope="module")
 def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GroupFleet]:
-    with group_fleet(tmp_path_factory.mktemp("group"), "--tp", "2") as running:
+    with group_fleet(tmp_path_factory.mktemp("group"), "--tp", "2", "--warm-up", "64x64") as running:
         yield running
 
 

@@ -138,7 +138,7 @@ def test_joined_layers_make_what_each_of_them_makes() -> None:
             project(x, out.zero_(), given, layers)
             torch.testing.assert_close(out, expected)
     assert all(torch.equal(layer.weight, weight) for layer, weight in zip(layers, before, strict=True))
-    assert joined.weight.untyped_storage().data_ptr() == layers[1].weight.untyped_storage().data_ptr()
+    assert joined.weight.values.untyped_storage().data_ptr() == layers[1].weight.untyped_storage().data_ptr()
 
 
 def test_a_layer_writes_into_a_part_of_a_batch() -> None:

@@ -85,6 +85,8 @@ def _check_outcome(stored: Mapping[str, Stored], outcome: Outcome) -> list[str]:
     may_end = {State.REQUEST_STATE_SUCCEEDED}
     if outcome.gave_up and order.manner in (Manner.CANCEL, Manner.LEAVE):
         may_end.add(State.REQUEST_STATE_CANCELLED)
+    if order.manner is Manner.HURRY:
+        may_end.add(State.REQUEST_STATE_EXPIRED)
     if each.record.state not in may_end:
         why = each.record.error.message
         return [f"request {name} of order {order.number} is {State.Name(each.record.state)}, unexplained: {why}"]

@@ -15,7 +15,7 @@ from chaos_plan import Manner, Order
 from chaos_processes import Fleet, credentials
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from common.errors import Cancelled, DeadlineExceeded, FleetError, Unavailable
+from common.errors import Cancelled, DeadlineExceeded, FleetError, InvalidInput, Unavailable
 from common.rpc.options import CHANNEL_OPTIONS
 from common.rpc.status import from_rpc_error
 from common.state.records import is_terminal
@@ -28,7 +28,6 @@ Stub: TypeAlias = "generation_pb2_grpc.GenerationServiceAsyncStub"
 _CALL_SECONDS = 6.0
 _SILENCE_SECONDS = 6.0
 _PAUSE_SECONDS = 0.1
-_DEADLINE_SECONDS = 1_800
 # A frozen coordinator is noticed sooner than a client of the command line needs to.
 _OPTIONS = (
     *(option for option in CHANNEL_OPTIONS if "keepalive_t" not in option[0]),
@@ -124,16 +123,25 @@ class Client:
         self._channels = channels
         self._pulse = pulse
         self._key = credentials(order.caller)
+        self._deadline: Timestamp | None = None
         self._rng = random.Random(f"client {order.number} of {seed}")
 
     async def run(self) -> None:
         """Submit, follow, download, as the order says. Raises Wrong."""
+        if self._order.deadline_seconds is not None:
+            self._deadline = Timestamp()
+            self._deadline.FromMilliseconds(int((time.time() + self._order.deadline_seconds) * 1_000))
         if self._order.manner in (Manner.GENERATE, Manner.LEAVE):
             await self._generate()
             if self.outcome.gave_up or is_terminal(self.outcome.state):
                 return
         if not self.outcome.request_id:
             self.outcome.request_id = await self._submit()
+        if self.outcome.request_id:
+            await self._see_through()
+
+    async def _see_through(self) -> None:
+        """Follow and download what was accepted."""
         await self._follow()
         if self.outcome.state == pb.REQUEST_STATE_SUCCEEDED:
             await self._again("downloads", self._download)
@@ -147,7 +155,7 @@ class Client:
             parameters=self._order.picture.parameters,
             idempotency_key="" if keyless else f"order {self._order.number}",
             priority=self._order.priority,
-            deadline=Timestamp(seconds=int(time.time()) + _DEADLINE_SECONDS) if self._order.has_deadline else None,
+            deadline=self._deadline,
         )
 
     def _any_stub(self) -> Stub:
@@ -176,13 +184,17 @@ class Client:
         return Wrong(f"order {self._order.number} (request {name}) {what} and is told {kind}: {error.message}")
 
     async def _submit(self) -> str:
+        """The request's id; empty where its deadline has passed before it was accepted."""
         request = self._request()
         times = 3 if self._order.manner is Manner.TWICE else 1
 
         async def once(stub: Stub) -> str:
             try:
                 return (await stub.Submit(request, timeout=_CALL_SECONDS, metadata=self._key)).request.request_id
-            except grpc.aio.AioRpcError:
+            except grpc.aio.AioRpcError as error:
+                if self._is_late(error):
+                    self.outcome.gave_up = True
+                    return ""
                 self.outcome.lost_answers += not request.idempotency_key
                 raise
 
@@ -190,6 +202,11 @@ class Client:
         if len(names) != 1:
             raise Wrong(f"order {self._order.number} has one idempotency key and became {sorted(names)}")
         return names.pop()
+
+    def _is_late(self, error: grpc.aio.AioRpcError) -> bool:
+        reason = from_rpc_error(error)
+        is_hurried = self._order.manner is Manner.HURRY
+        return is_hurried and isinstance(reason, InvalidInput) and reason.field == "deadline"
 
     async def _generate(self) -> None:
         """All in one stream; what is missing when it breaks off is left to the other calls."""

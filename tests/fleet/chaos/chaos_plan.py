@@ -17,6 +17,7 @@ STEPS = 12
 _FLUX_GIVEN = {"height": 192, "width": 192, "num_inference_steps": STEPS}
 _WAN_GIVEN = {"height": 48, "width": 64, "num_frames": 5, "num_inference_steps": STEPS}
 _WAN_SHARE = 0.3
+_FAR_DEADLINE_SECONDS = 1_800.0
 _VARIANTS = 4
 CALLERS = ("studio", "press")
 _PROMPTS = ("a red apple", "a blue car", "the old stone on the moon", "a cat on the river")
@@ -31,10 +32,19 @@ class Manner(Enum):
     GENERATE = "generates with an idempotency key"
     CANCEL = "submits with a key, and cancels once it denoises"
     LEAVE = "generates without a key, and leaves once it denoises"
+    HURRY = "submits with an idempotency key and a deadline that may pass"
 
 
 _MANNERS: Mapping[Manner, int] = MappingProxyType(
-    {Manner.SUBMIT: 5, Manner.KEYED: 7, Manner.TWICE: 3, Manner.GENERATE: 3, Manner.CANCEL: 2, Manner.LEAVE: 1}
+    {
+        Manner.SUBMIT: 5,
+        Manner.KEYED: 7,
+        Manner.TWICE: 3,
+        Manner.GENERATE: 3,
+        Manner.CANCEL: 2,
+        Manner.LEAVE: 1,
+        Manner.HURRY: 2,
+    }
 )
 
 
@@ -120,7 +130,7 @@ class Order:
     picture: Picture
     manner: Manner
     priority: int
-    has_deadline: bool
+    deadline_seconds: float | None
     at_step: int
 
 
@@ -181,12 +191,14 @@ def make_plan(seed: int, requests: int, *, clients: int, faults: int, longest_se
 
 def _order(number: int, rng: random.Random) -> Order:
     model = WAN if rng.random() < _WAN_SHARE else FLUX
+    manner = rng.choices(list(_MANNERS), list(_MANNERS.values()))[0]
+    far = rng.choice((None, None, _FAR_DEADLINE_SECONDS))
     return Order(
         number=number,
         caller=rng.choice(CALLERS),
         picture=rng.choice([picture for picture in PICTURES if picture.model == model]),
-        manner=rng.choices(list(_MANNERS), list(_MANNERS.values()))[0],
+        manner=manner,
         priority=rng.randrange(-2, 3),
-        has_deadline=rng.random() < 0.3,
+        deadline_seconds=rng.uniform(0.5, 3.0) if manner is Manner.HURRY else far,
         at_step=rng.randrange(1, STEPS - 2),
     )

@@ -61,7 +61,11 @@ COORDINATOR = Role("coordinator")
 
 @dataclass(eq=False)
 class Process:
-    """A process of the fleet. `store` is its way to Redis, `access` that of coordinators to it, if it is a worker."""
+    """A process of the fleet. `store` is its way to Redis, `access` that of coordinators to it, if it is a worker.
+
+    It `left_early` when it was told to leave before it listened: nobody can have lost anything then, and where it had
+    not come to its signal handlers yet, SIGTERM ends it as it ends any process.
+    """
 
     name: str
     role: Role
@@ -72,6 +76,7 @@ class Process:
     pid: int = 0
     is_ending: bool = False
     is_stopped: bool = False
+    left_early: bool = False
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     code: int | None = None
 
@@ -207,7 +212,7 @@ class Fleet:
         self.tell(f"{process.name} ends with {code}")
         if not process.is_ending:
             self.findings.append(f"{process.name} ended by itself, with {code}; see {process.log}")
-        elif code not in (0, -signal.SIGKILL):
+        elif code not in (0, -signal.SIGKILL) and not (process.left_early and code == -signal.SIGTERM):
             self.findings.append(f"{process.name} was told to leave and ended with {code}; see {process.log}")
         if not self._closing:
             self._do(self._replace(process))
@@ -236,6 +241,7 @@ class Fleet:
             return
         process.is_ending |= number in (signal.SIGKILL, signal.SIGTERM)
         process.is_stopped = number == signal.SIGSTOP
+        process.left_early |= number == signal.SIGTERM and not process.socket.exists()
         os.kill(process.pid, number)
 
     def heal(self) -> None:

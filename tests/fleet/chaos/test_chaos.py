@@ -111,10 +111,15 @@ def test_an_end_twice_or_unexplained_is_a_finding() -> None:
         assert "unexplained: by chance" in finding
         found = check_requests({"stray": stored["stray"]}, [], ())
         assert len(found) == 2  # nobody knows of it, and it has not even succeeded
-        state = pb.REQUEST_STATE_CANCELLED
-        for each, count in ((outcome("c", Manner.LEAVE, gave_up=True), 0), (outcome("c"), 1)):
-            cancelled = Stored(pb.RequestRecord(state=state, caller=each.order.caller), [state_event(state)], 1)
-            assert len(check_requests({"c": cancelled}, [each], ())) == count
+        cancelled, expired = state_event(pb.REQUEST_STATE_CANCELLED), state_event(pb.REQUEST_STATE_EXPIRED)
+        hurry = outcome("c", Manner.HURRY, heard=[expired])
+        explained = ((outcome("c", Manner.LEAVE, gave_up=True), cancelled), (hurry, expired))
+        unexplained = ((outcome("c"), cancelled), (outcome("c"), expired), (hurry, cancelled))
+        for each, end in (*explained, *unexplained):
+            record = pb.RequestRecord(state=end.state_change.state, caller=each.order.caller)
+            found = check_requests({"c": Stored(record, [end], 1)}, [each], ())
+            assert [finding for finding in found if "unexplained" in finding] == found
+            assert bool(found) == ((each, end) in unexplained)
 
     on_store(story)
 

@@ -7,6 +7,7 @@ The table tells, for each target, how many inputs it took, the slowest of them, 
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import secrets
 import signal
@@ -21,6 +22,8 @@ from types import FrameType
 
 TESTS = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(TESTS), str(TESTS.parent), str(TESTS.parent / "proto"), str(Path(__file__).parent)]
+
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # it tells of every wrong byte; before grpc is imported
 
 from fuzz_inputs import Frames, any_input, inputs  # noqa: E402
 from fuzz_live import all_targets  # noqa: E402
