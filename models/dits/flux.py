@@ -22,7 +22,7 @@ from models.dits.base import DiffusionTransformer, Prepared
 from models.dits.flux_plan import FLUX_PLAN
 from models.layers.embeddings import EmbeddingMLP, sinusoidal_embedding
 from models.layers.feed_forward import FeedForward, beside_gelu
-from models.layers.joint_attention import JointAttention, Modulation, StreamAttention, joint_block
+from models.layers.joint_attention import JointAttention, StreamAttention, block_modulations, joint_block
 from models.layers.linear import Linear
 from models.layers.norms import LayerNormScaleShift, Residual, Streams
 from models.layers.parallelize import parallelize
@@ -80,11 +80,8 @@ class FluxTransformerBlock(nn.Module):
 
     def forward(self, residual: Residual, parts: Iterator[Tensor], rotation: Rotation, boundary: int) -> Residual:
         """The next residual; takes its modulations from `parts`."""
-        image, text = (list(islice(parts, 6)) for _ in range(2))
-        vectors = [Streams(*pair) for pair in zip(text, image, strict=True)]
-        modulations = (Modulation(*vectors[:3]), Modulation(*vectors[3:]))
-        feed_forwards = (self.ff_context, self.ff)
-        return joint_block(residual, self.norm, self.attn, feed_forwards, modulations, rotation, boundary)
+        modulations = block_modulations(parts)
+        return joint_block(residual, self.norm, self.attn, (self.ff_context, self.ff), modulations, rotation, boundary)
 
 
 class FluxSingleTransformerBlock(nn.Module):

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from itertools import islice
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -22,7 +21,7 @@ from models.dits.base import DiffusionTransformer, Prepared
 from models.dits.qwen_image_plan import QWEN_IMAGE_PLAN
 from models.layers.embeddings import EmbeddingMLP, sinusoidal_embedding
 from models.layers.feed_forward import FeedForward
-from models.layers.joint_attention import JointAttention, Modulation, joint_block
+from models.layers.joint_attention import JointAttention, block_modulations, joint_block
 from models.layers.linear import Linear
 from models.layers.norms import LayerNormScaleShift, Residual, RMSNorm, Streams
 from models.layers.parallelize import parallelize
@@ -86,9 +85,7 @@ class QwenImageTransformerBlock(nn.Module):
 
     def forward(self, residual: Residual, parts: Iterator[Tensor], rotation: Rotation, boundary: int) -> Residual:
         """The next residual; takes its modulations from `parts`."""
-        image, text = (list(islice(parts, 6)) for _ in range(2))
-        vectors = [Streams(*pair) for pair in zip(text, image, strict=True)]
-        modulations = (Modulation(*vectors[:3]), Modulation(*vectors[3:]))
+        modulations = block_modulations(parts)
         feed_forwards = (self.txt_mlp, self.img_mlp)
         return joint_block(residual, self.norm, self.attn, feed_forwards, modulations, rotation, boundary)
 

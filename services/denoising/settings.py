@@ -12,7 +12,8 @@ from configs.approximation import Approximation, LinearDtype
 from models.catalog import ServedModel
 from models.layers.mesh import Degrees
 from models.loader import check_parallel
-from services.worker import WorkerSettings, device_of, service_of
+from services.worker import service_of
+from services.worker_settings import WorkerSettings, device_of
 
 SERVICE = "denoising"
 
