@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import dataclasses
 import os
 import shutil
 import socket
@@ -145,8 +146,9 @@ def _check_degrees(degrees: Mapping[str, int], models: Sequence[ServedModel]) ->
     # Brings torch, which a fleet without worker groups needs in its workers only.
     from services.denoising.settings import DenoisingSettings, check_group
 
+    settings = dataclasses.replace(DenoisingSettings(model="", redis=""), **degrees)
     for model in models:
-        check_group(model, DenoisingSettings(model=model.name, redis="", **degrees))
+        check_group(model, settings)
 
 
 def _free_port(port: int) -> int:

@@ -35,6 +35,7 @@ def test_one_machine_meets_itself_where_nobody_else_can() -> None:
     meeting = Meeting(1, 0, "")
     first = meeting.next_rendezvous()
     place = first.bootstrap_store_info
+    assert place is not None
     assert (first.rank, first.world_size, place.master_addr) == (0, 1, "127.0.0.1")
     first.store.set("key", "value")
     token = meeting.token
@@ -73,6 +74,7 @@ def test_a_port_that_is_taken_is_said() -> None:
 
 def places(world_size: int, meeting: Meeting) -> list[Place]:
     info = meeting.next_rendezvous().bootstrap_store_info
+    assert info is not None
     return [
         Place(rank, rank, world_size, 1, info.master_addr, info.master_port, meeting.token)
         for rank in range(world_size)
@@ -99,9 +101,9 @@ def test_ranks_connect_with_rank_0() -> None:
 def test_strangers_are_turned_away_and_a_rank_that_does_not_come_is_named() -> None:
     meeting = Meeting(1, 0, "")
     (place, _) = places(2, meeting)
-    store = place.store(20)
 
     def intrude() -> bytes:
+        store = place.store(20)
         store.wait(["rank0"])
         host, port = store.get("rank0").decode().split()
         with socket.create_connection((host, int(port)), 20) as stranger:
@@ -112,7 +114,7 @@ def test_strangers_are_turned_away_and_a_rank_that_does_not_come_is_named() -> N
 
     def wait() -> bytes:
         with pytest.raises(Unavailable, match=r"ranks \[1\] of 2 have not joined in time"):
-            join(place, store, 0.5)
+            join(place, place.store(20), 0.5)
         return b""
 
     assert at_once(wait, intrude) == [b"", b""]
