@@ -30,7 +30,8 @@ RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
     pip install "hatchling>=1.27" \
     && python -c 'import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
 open("coordinator.txt", "w").write("\n".join(project["dependencies"])); \
-open("worker.txt", "w").write("\n".join(project["optional-dependencies"]["worker"]))'
+open("worker.txt", "w").write("\n".join(project["optional-dependencies"]["worker"])); \
+open("gpu.txt", "w").write("\n".join(project["optional-dependencies"]["gpu"]))'
 COPY . .
 RUN pip wheel --no-deps --no-build-isolation --wheel-dir dist .
 
@@ -44,9 +45,12 @@ COPY --from=wheel /fleet/worker.txt ./
 RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
     pip install ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} -r worker.txt
 
+# Triton compiles the launchers of its kernels with a C compiler, when they first run.
 FROM coordinator-packages AS gpu-packages
-COPY --from=wheel /fleet/worker.txt ./
-RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf pip install -r worker.txt
+# hadolint ignore=DL3008
+RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
+COPY --from=wheel /fleet/worker.txt /fleet/gpu.txt ./
+RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf pip install -r worker.txt -r gpu.txt
 
 FROM coordinator-packages AS coordinator
 RUN --mount=type=bind,from=wheel,source=/fleet/dist,target=/dist pip install --no-deps /dist/*.whl
@@ -54,6 +58,8 @@ USER 10001:10001
 
 FROM gpu-packages AS gpu
 RUN --mount=type=bind,from=wheel,source=/fleet/dist,target=/dist pip install --no-deps /dist/*.whl
+# A volume that is mounted here gets its owner from the image.
+RUN install --directory --owner 10001 --group 10001 /var/cache/fleet
 USER 10001:10001
 
 FROM cpu-packages AS cpu

@@ -6,18 +6,20 @@ that have no image library. What the bytes behind the header hold is seen only w
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from common.errors import InvalidInput
 
 MAX_FILE_BYTES = 20 * 2**20
 MAX_PIXELS = 2**26
+MAX_TOTAL_PIXELS = 2**27
 MAX_ASPECT = 64
 
 _EXIF_ORIENTATION = 0x0112
 _JPEG_END = b"\xff\xd9"
 _PNG = b"\x89PNG\r\n\x1a\n"
+_FIRST_PNG_CHUNK = len(_PNG) + 8
 _JPEG = b"\xff\xd8\xff"
 _JPEG_WITHOUT_LENGTH = {0x01, *range(0xD0, 0xD8)}
 _JPEG_FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
@@ -63,6 +65,17 @@ def read_image_header(role: str, data: bytes | memoryview) -> ImageHeader:
     return header
 
 
+def check_total_size(headers: Mapping[str, ImageHeader]) -> None:
+    """Raise InvalidInput when the pictures of one request, by role, have too many pixels together.
+
+    A few KiB can hold 2^26 pixels of one colour, and all pictures of a request are open at a time.
+    """
+    total = sum(header.height * header.width for header in headers.values())
+    if total > MAX_TOTAL_PIXELS:
+        message = f"the pictures must have at most {MAX_TOTAL_PIXELS} pixels together, but have {total}"
+        raise InvalidInput(message, field="images")
+
+
 def _read(role: str, view: memoryview) -> ImageHeader:
     start = bytes(view[:16])
     if start.startswith(_PNG):
@@ -92,6 +105,8 @@ def _read_png(role: str, view: memoryview) -> ImageHeader:
     width = height = orientation = 0
     for kind, begin, end in _png_chunks(view):
         match kind:
+            case b"IHDR" if width or begin != _FIRST_PNG_CHUNK:
+                raise InvalidInput(f"{role} is not a well-formed PNG: its header must come first, and once", field=role)
             case b"IHDR":
                 width, height = _number(view, begin, 4), _number(view, begin + 4, 4)
             case b"acTL":

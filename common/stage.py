@@ -30,7 +30,8 @@ def _ignore(*_: object) -> None:
 class Call:
     """What a stage may know about the request it works on, and whom it tells how it goes.
 
-    `deadline` is in seconds of time.monotonic().
+    `deadline` is in seconds of time.monotonic(). The tensors of a checkpoint are on the CPU and the listener's to keep:
+    the stage does not write to them any more.
     """
 
     request_id: str

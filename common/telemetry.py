@@ -41,9 +41,15 @@ STAGE_SECONDS = Histogram(
 CACHE_LOOKUPS = Counter(
     "fleet_cache_lookups", "Calls that may be answered from a cache", ("service", "model", "result")
 )
+SHARED_CACHE_LOOKUPS = Counter(
+    "fleet_shared_cache_lookups", "Of these, calls that were looked up in Redis", ("service", "model", "result")
+)
 CACHE_BYTES = Gauge("fleet_cache_bytes", "Memory of kept replies", ("service", "model"))
 QUEUE_LENGTH = Gauge("fleet_queue_length", "Requests that wait for a slot", ("service", "model"))
 REQUESTS = Counter("fleet_requests", "Requests that reached their terminal state", ("model", "state"))
+STEPS_SAVED = Counter(
+    "fleet_steps_saved", "Denoising steps that were not done because their request was cancelled or expired", ("model",)
+)
 
 _request_id: ContextVar[str] = ContextVar("fleet_request_id", default="")
 

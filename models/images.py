@@ -13,26 +13,45 @@ from torch import Tensor
 
 from common.artifacts import ImageInputs
 from common.errors import InvalidInput
-from common.image_header import read_image_header
+from common.image_header import check_total_size, read_image_header
 
 _FORMATS = ("PNG", "JPEG", "WEBP")
+# What Pillow is known to raise for files that are not what they seem.
+_UNREADABLE = (
+    UnidentifiedImageError,
+    Image.DecompressionBombError,
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    zlib.error,
+)
 
 
 def open_images(inputs: ImageInputs) -> Mapping[str, Image.Image]:
     """RGB pictures by role: image, image_1 ..., last_image, in whatever order they came.
 
-    Raises InvalidInput about the role of one that cannot be read, or is too large.
+    Raises InvalidInput about the role of one that cannot be read, or is too large, and for too much of them together.
     """
-    return {role: open_image(role, _file(inputs.images[role])) for role in sorted(inputs.images, key=_place)}
+    files = {role: _file(inputs.images[role]) for role in sorted(inputs.images, key=_place)}
+    check_total_size({role: read_image_header(role, data) for role, data in files.items()})
+    return {role: open_image(role, data) for role, data in files.items()}
 
 
 def open_image(role: str, data: bytes) -> Image.Image:
-    """One picture. CMYK, grey and palette pictures become RGB; transparency is dropped, and the colours stay."""
-    read_image_header(role, data)
+    """One picture. CMYK, grey and palette pictures become RGB; transparency is dropped, and the colours stay.
+
+    Its size is bounded here, by its header, before Pillow makes room for it: Pillow's own bounds are for the whole
+    process, and anybody in it may change them.
+    """
+    header = read_image_header(role, data)
     try:
         with Image.open(io.BytesIO(data), formats=_FORMATS) as picture:
+            if {picture.height, picture.width} != {header.height, header.width}:
+                first, second = (f"{each.width} x {each.height}" for each in (header, picture))
+                raise ValueError(f"it is {first} in one place and {second} in another")
             return ImageOps.exif_transpose(picture).convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError, zlib.error) as error:
+    except _UNREADABLE as error:
         raise InvalidInput(f"{role} cannot be decoded: {error}", field=role) from None
 
 

@@ -9,7 +9,7 @@ import json
 import platform
 import textwrap
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,12 @@ import torch
 
 from common.errors import CheckpointError, InvalidInput
 from common.stage import PipelineStage
+from configs.approximation import EXACT, Approximation
 from configs.pipeline_configs.base import PipelineConfig
+from models.dits.base import DiffusionTransformer
+from models.layers.attention import has_flash_attention_3
+from models.layers.float8 import check_float8
+from models.layers.linear import quantize_linears
 from models.layers.mesh import Degrees, WorkerMesh
 from models.registry import resolve
 
@@ -47,6 +52,7 @@ def load_stages(
     checkpoint_every: int = 0,
     checkpoint_seconds: float = 0.0,
     mesh: WorkerMesh | None = None,
+    approximation: Approximation = EXACT,
 ) -> list[PipelineStage[Any, Any]]:
     """The stages of the service, in order, with their modules on the device. Raises CheckpointError.
 
@@ -55,9 +61,9 @@ def load_stages(
 
     With a mesh they are this rank's part of the stages: every rank of the worker group calls this, and then each
     stage's run() with equal inputs, and gets the same outputs. Raises InvalidInput for degrees that the model does
-    not have.
+    not have, and for an approximation that model or device do not have (or FailedPrecondition).
     """
-    options = {"device": device, "dtype": dtype, "mesh": mesh}
+    options: dict[str, Any] = {"device": device, "dtype": dtype, "mesh": mesh, "approximation": approximation}
     options |= {"checkpoint_every": checkpoint_every, "checkpoint_seconds": checkpoint_seconds}
     with _LOADING:
         return _load_stages(model, service, options)
@@ -73,11 +79,24 @@ def _load_stages(model: ServedModel, service: ServiceSpec, options: Mapping[str,
     config = replace(config_class.from_checkpoint(model.checkpoint), **options)
     if config.mesh is not None:
         check_parallel(model, service, config.mesh.degrees)
+    if config.approximation.linear_dtype == "float8":
+        check_float8(config.device, config.dtype)
     loaded = {name: load_module(model.checkpoint, name, config) for name in service.modules}
+    if config.approximation != EXACT:
+        _approximate(model.checkpoint, loaded.values(), config.approximation)
     return [
         resolve(stage.implementation)(config, {name: loaded[name] for name in stage.modules})
         for stage in service.stages
     ]
+
+
+def _approximate(checkpoint: Checkpoint, modules: Iterable[Any], approximation: Approximation) -> None:
+    transformers = [module for module in modules if isinstance(module, DiffusionTransformer)]
+    if not transformers:
+        raise InvalidInput(f"{checkpoint.pipeline_name} has no transformer that can compute with {approximation}")
+    for transformer in transformers:
+        if approximation.linear_dtype == "float8":
+            quantize_linears(transformer, transformer.block_linears)
 
 
 def check_parallel(model: ServedModel, service: ServiceSpec, degrees: Degrees) -> None:
@@ -185,7 +204,12 @@ def _check_json(name: str, path: Path) -> None:
         raise CheckpointError(f"{name}: {path.name} is not JSON: {error}") from error
 
 
-def numerics_fingerprint(device: torch.device, dtype: torch.dtype, degrees: Degrees | None = None) -> str:
+def numerics_fingerprint(
+    device: torch.device,
+    dtype: torch.dtype,
+    degrees: Degrees | None = None,
+    approximation: Approximation = EXACT,
+) -> str:
     """Equal on two workers only if the same stage gives the same bytes on both. None is one rank.
 
     Each degree counts: sums over ranks are rounded otherwise than those of one rank.
@@ -195,6 +219,7 @@ def numerics_fingerprint(device: torch.device, dtype: torch.dtype, degrees: Degr
         device.type,
         str(dtype),
         str(degrees or Degrees()),
+        str(approximation),
         *(f"{package} {importlib.metadata.version(package)}" for package in ("torch", "diffusers", "transformers")),
     ]
     if device.type == "cuda":
@@ -203,6 +228,7 @@ def numerics_fingerprint(device: torch.device, dtype: torch.dtype, degrees: Degr
             f"cuda {torch.version.cuda}",
             f"cudnn {torch.backends.cudnn.version()}",  # type: ignore[no-untyped-call]
             f"tf32 {torch.backends.cuda.matmul.allow_tf32}",
+            f"flash attention 3 {has_flash_attention_3()}",
         ]
     else:
         facts += [torch.backends.cpu.get_cpu_capability(), f"threads {torch.get_num_threads()}"]

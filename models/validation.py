@@ -8,7 +8,7 @@ from types import MappingProxyType
 
 from common.artifacts import ImageInputs, ParamValue
 from common.errors import InvalidInput
-from common.image_header import read_image_header
+from common.image_header import check_total_size, read_image_header
 from configs.sample.base import ParamWarning, SamplingParams
 from models.catalog import ServedModel
 
@@ -39,6 +39,7 @@ class InputValidationStage:
         """
         self._check_roles(images)
         headers = {role: read_image_header(role, data) for role, data in images.items()}
+        check_total_size(headers)
         params, warnings = self._model.sampling_params.build(given, self._model.checkpoint, headers)
         artifacts: dict[str, object] = {**params.artifacts()}
         if "image_inputs" in self._model.pipeline.given:

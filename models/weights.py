@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from common.errors import CheckpointError
+from models.layers.linear import join_all_weights
 from models.layers.shards import Shard, parameter_shards
 
 _log = logging.getLogger(__name__)
@@ -123,6 +124,7 @@ def load_module(
     _log.info("%s: read %.3f GB in %.2f s onto %s", name, gigabytes, seconds, device)
     module.load_state_dict(state, strict=True, assign=True)
     module.requires_grad_(False).eval()
+    join_all_weights(module)
 
 
 def _contains(name: str, parts: Sequence[str]) -> bool:

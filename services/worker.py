@@ -10,6 +10,7 @@ import os
 import secrets
 import socket
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
 import torch
+from redis.asyncio import Redis
 
 from common.errors import FailedPrecondition, FleetError, InvalidInput, Unavailable
 from common.local import HostedStages
@@ -29,18 +31,22 @@ from common.rpc.interceptor import admit_all
 from common.rpc.replies import ReplyCache
 from common.rpc.server import ServingLimits, Stages, StageServicer
 from common.rpc.serving import FleetServer, stop_signals
-from common.rpc.tls import Mutual, NamedPeers, TlsSettings, mutual_of
+from common.rpc.tls import Mutual, NamedPeers, Shown, TlsSettings, server_credentials, watch_mutual
 from common.settings import load_settings, setting
-from common.stage import Contract
+from common.stage import Call, Contract
 from common.state.connection import connect
+from common.state.shared_replies import SharedReplies
 from common.state.workers import WorkerRegistry
 from common.telemetry import MetricsInterceptor, setup_logging, stage_timer, start_metrics
 from common.tensors import TORCH
+from common.watched import WatchedFiles
+from configs.approximation import EXACT, Approximation
 from fleet.v1 import worker_pb2, worker_pb2_grpc
 from models.catalog import ServedModel, open_model
 from models.layers.mesh import Degrees, WorkerMesh
 from models.loader import load_stages, numerics_fingerprint
 from models.registry import load_registry
+from models.warm_up import WarmUp
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +72,7 @@ class WorkerSettings(TlsSettings):
     capacity: int = setting(1, help="requests taken at a time; they compute one after the other")
     checkpoint_every: int = setting(0, help="denoising steps between two checkpoints to resume from; 0: by time only")
     checkpoint_seconds: float = setting(5.0, help="longest time between two of them; 0: by steps only")
+    kernel_cache: Path | None = setting(None, help="directory that keeps compiled kernels from one start to the next")
     plugins: tuple[Path, ...] = setting((), help="directories with pipelines of other families")
     grace_seconds: float = setting(30.0, help="time that running calls get to finish after SIGTERM")
     announce_seconds: float = setting(60.0, help="how long to wait for the request store at the start")
@@ -74,9 +81,19 @@ class WorkerSettings(TlsSettings):
     max_call_bytes: int = setting(2 << 30, help="most bytes of tensors that a call may carry")
     tls_callers: tuple[str, ...] = setting(("coordinator",), help="names in the certificates of those who may call")
     cache_bytes: int = setting(256 << 20, help="memory for replies of text_encoding, given again to the same inputs")
+    cache_redis_bytes: int = setting(0, help="memory of the request store to share them in with other workers; 0: none")
+    cache_redis_seconds: float = setting(3_600.0, help="how long a shared one is kept after its last use")
+    cache_redis_gain: float = setting(
+        2.0, help="share what takes so many times longer to compute than to fetch, as measured; 0 shares all"
+    )
     metrics_port: int | None = setting(None, help="port for Prometheus metrics; without one there are none")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = setting("INFO", help="least severe log lines to write")
     log_format: Literal["text", "json"] = setting("text", help="form of log lines")
+
+    @property
+    def approximation(self) -> Approximation:
+        """What the stages may leave out of the exact computation: nothing, but in denoising."""
+        return EXACT
 
 
 class Ranks(Protocol):
@@ -129,12 +146,17 @@ class Worker:
 
 
 async def start_worker(
-    service: str, model: ServedModel, settings: WorkerSettings, *, ranks: Ranks | None = None
+    service: str,
+    model: ServedModel,
+    settings: WorkerSettings,
+    *,
+    ranks: Ranks | None = None,
+    warm_up: WarmUp | None = None,
 ) -> Worker:
-    """Load, serve, announce; returns once coordinators can find the worker. With `ranks` it leads a worker group.
+    """Load, warm up, serve, announce; returns once coordinators can find the worker.
 
-    Raises CheckpointError for a model that cannot be loaded, FailedPrecondition where device, address or fleet do not
-    fit, Unavailable when the request store stays away.
+    With `ranks` it leads a worker group. Raises CheckpointError for a model that cannot be loaded, FailedPrecondition
+    where device, address or fleet do not fit, Unavailable when the request store stays away.
     """
     spec = service_of(model, service)
     tls = _tls_of(settings)
@@ -148,7 +170,8 @@ async def start_worker(
         resources.push_async_callback(asyncio.to_thread, executor.shutdown, cancel_futures=True)
         hosted = await loop.run_in_executor(executor, _load, model, spec, settings, device, dtype, ranks)
         degrees = ranks.degrees if ranks else None
-        numerics = await loop.run_in_executor(executor, numerics_fingerprint, device, dtype, degrees)
+        facts = (device, dtype, degrees, settings.approximation)
+        numerics = await loop.run_in_executor(executor, numerics_fingerprint, *facts)
         info = worker_pb2.WorkerInfo(
             worker_id=f"{service}-{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}",
             service=service,
@@ -164,14 +187,20 @@ async def start_worker(
             degrees=_degrees_message(ranks.degrees) if ranks else None,
         )
         stages = ranks.lead(hosted) if ranks else hosted
-        server = _make_server(service, stages, executor, info, settings, tls, _cache_of(hosted, info, settings))
+        if warm_up is not None:
+            await _warm_up(warm_up, stages, dtype, executor)
+        redis = connect(settings.redis)
+        resources.push_async_callback(redis.aclose)
+        shared = _shared_of(redis, info, settings)
+        if shared is not None:
+            resources.push_async_callback(shared.close)
+        cache = _cache_of(hosted, info, settings, shared)
+        server = _make_server(service, stages, executor, info, settings, tls, cache)
         bound = await server.start()
         resources.push_async_callback(server.drain, 0)
         info.address = settings.advertise or advertised_address(bound, settings.redis)
         if settings.metrics_port is not None:
             resources.callback(start_metrics(settings.metrics_port).stop)
-        redis = connect(settings.redis)
-        resources.push_async_callback(redis.aclose)
         registry = WorkerRegistry(redis)
         await _announce(registry, info, settings.announce_seconds)
         await server.set_ready(True)
@@ -196,8 +225,19 @@ def _load(
         checkpoint_every=settings.checkpoint_every,
         checkpoint_seconds=settings.checkpoint_seconds,
         mesh=ranks.make_mesh(device) if ranks else None,
+        approximation=settings.approximation,
     )
     return HostedStages(spec.service, stages, timed=partial(stage_timer, spec.service, model.name))
+
+
+async def _warm_up(warm_up: WarmUp, stages: Stages, dtype: torch.dtype, executor: ThreadPoolExecutor) -> None:
+    """Run made-up requests on the device's thread, and in a worker group on all ranks. A cancel ends it in a step."""
+    call = Call("warm-up")
+    try:
+        await asyncio.get_running_loop().run_in_executor(executor, warm_up.run, stages.run, dtype, call)
+    except asyncio.CancelledError:
+        call.cancelled.set()
+        raise
 
 
 def service_of(model: ServedModel, service: str) -> ServiceSpec:
@@ -208,28 +248,30 @@ def service_of(model: ServedModel, service: str) -> ServiceSpec:
         raise InvalidInput(str(error), field="service") from error
 
 
-def _tls_of(settings: WorkerSettings) -> Mutual | None:
+def _tls_of(settings: WorkerSettings) -> WatchedFiles[Mutual] | None:
     """A worker's TLS is always mutual: it serves coordinators only. Raises InvalidInput for half of it."""
-    tls = mutual_of(settings)
+    tls = watch_mutual(settings)
     if tls is None and settings.tls_cert is not None:
         raise InvalidInput("tls_cert is set without tls_ca, by which a worker knows coordinators", field="tls_ca")
     return tls
 
 
 def device_of(name: str) -> torch.device:
-    """The device of a setting. Raises FailedPrecondition when this machine has none such."""
+    """The device of a setting, on CUDA with its number. Raises FailedPrecondition when this machine has none such."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
         raise InvalidInput(f"device must be auto, cpu, cuda or cuda:N, not {name!r}", field="device") from None
     if device.type not in ("cpu", "cuda"):
         raise InvalidInput(f"device must be auto, cpu, cuda or cuda:N, not {name!r}", field="device")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        count = torch.cuda.device_count()
+    if device.type == "cpu":
+        return device
+    index, count = device.index or 0, torch.cuda.device_count()
+    if index >= count:
         raise FailedPrecondition(f"device {name} is not here: this machine has {count} CUDA devices", field="device")
-    return device
+    return torch.device("cuda", index)
 
 
 def dtype_of(name: str, device: torch.device) -> torch.dtype:
@@ -266,7 +308,7 @@ def _make_server(
     executor: ThreadPoolExecutor,
     info: worker_pb2.WorkerInfo,
     settings: WorkerSettings,
-    tls: Mutual | None,
+    tls: WatchedFiles[Mutual] | None,
     cache: ReplyCache | None,
 ) -> FleetServer:
     limits = ServingLimits(
@@ -278,26 +320,55 @@ def _make_server(
     server = FleetServer(
         settings.listen,
         interceptors=[MetricsInterceptor(service)],
-        credentials=tls.server() if tls else None,
+        credentials=None if tls is None else server_credentials(partial(_shown, tls)),
         admit=NamedPeers(settings.tls_callers) if tls else admit_all,
         health_listen=settings.health_listen,
     )
     servicer = StageServicer(service, stages, executor, TORCH, limits=limits, cache=cache)
-    server.add(servicer, servicer.service_name)
-    worker_pb2_grpc.add_WorkerServiceServicer_to_server(_WorkerService(info), server.grpc_server)
+    server.add(servicer.methods, servicer.service_name)
+    worker_pb2_grpc.add_WorkerServiceServicer_to_server(WorkerService(info), server.grpc_server)
     server.add(None, _SERVICE)
     return server
 
 
-def _cache_of(stages: HostedStages, info: worker_pb2.WorkerInfo, settings: WorkerSettings) -> ReplyCache | None:
+def _shown(tls: WatchedFiles[Mutual]) -> tuple[int, Shown]:
+    version, mutual = tls.versioned()
+    return version, mutual.shown()
+
+
+def _cache_of(
+    stages: HostedStages, info: worker_pb2.WorkerInfo, settings: WorkerSettings, shared: SharedReplies | None
+) -> ReplyCache | None:
     """Where replies are kept, if settings and stages both want it."""
     if stages.indifferent_to is None or settings.cache_bytes <= 0:
         return None
-    indifferent_to = stages.indifferent_to
-    return ReplyCache(settings.cache_bytes, service=info.service, model=info.model, indifferent_to=indifferent_to)
+    return ReplyCache(
+        settings.cache_bytes,
+        service=info.service,
+        model=info.model,
+        indifferent_to=stages.indifferent_to,
+        shared=shared,
+    )
 
 
-class _WorkerService(worker_pb2_grpc.WorkerServiceServicer):
+def _shared_of(redis: Redis, info: worker_pb2.WorkerInfo, settings: WorkerSettings) -> SharedReplies | None:
+    """Where replies are shared, if that is wanted: among workers with equal weights and equal numerics."""
+    if settings.cache_redis_bytes <= 0:
+        return None
+    return SharedReplies(
+        redis,
+        service=info.service,
+        model=info.model,
+        origin=f"{info.model_fingerprint} {info.numerics_fingerprint}",
+        max_bytes=settings.cache_redis_bytes,
+        keep_seconds=settings.cache_redis_seconds,
+        gain=settings.cache_redis_gain,
+    )
+
+
+class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
+    """Tells who asks what the worker is."""
+
     def __init__(self, info: worker_pb2.WorkerInfo) -> None:
         self._info = info
 
@@ -353,19 +424,44 @@ def run_service(
     try:
         settings = load_settings(settings_class, flags, prog=prog)
         setup_logging(service, level=settings.log_level, form=settings.log_format)
+        _keep_kernels(settings.kernel_cache)
         return run(open_model(settings.model, load_registry(settings.plugins)), settings, flags)
     except FleetError as error:
         sys.stderr.write(f"{prog}: {error.message}\n")
         return 2 if isinstance(error, (InvalidInput, FailedPrecondition)) else 1
 
 
-async def serve(service: str, model: ServedModel, settings: WorkerSettings, *, ranks: Ranks | None = None) -> None:
+def _keep_kernels(directory: Path | None) -> None:
+    """Have Triton, which is imported with the first kernel, keep what it compiles there.
+
+    Raises FailedPrecondition for a directory that cannot be written to.
+    """
+    if directory is None:
+        return
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        message = f"kernel_cache {directory} cannot be written to: {error.strerror}"
+        raise FailedPrecondition(message, field="kernel_cache") from error
+    os.environ["TRITON_CACHE_DIR"] = str(directory)
+
+
+async def serve(
+    service: str,
+    model: ServedModel,
+    settings: WorkerSettings,
+    *,
+    ranks: Ranks | None = None,
+    warm_up: WarmUp | None = None,
+) -> None:
     """Serve until SIGTERM or SIGINT, and then finish what runs. Raises as start_worker()."""
     async with stop_signals() as stop:
         if ranks is not None:
             loop = asyncio.get_running_loop()
             ranks.on_leaving(partial(loop.call_soon_threadsafe, stop.set))
-        starting = asyncio.create_task(start_worker(service, model, settings, ranks=ranks))
+        starting = asyncio.create_task(start_worker(service, model, settings, ranks=ranks, warm_up=warm_up))
         stopping = asyncio.create_task(stop.wait())
         await asyncio.wait((starting, stopping), return_when=asyncio.FIRST_COMPLETED)
         if not starting.done():

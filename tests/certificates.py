@@ -12,6 +12,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+_DAY = datetime.timedelta(days=1)
+
 
 @dataclass(frozen=True)
 class Certificate:
@@ -34,12 +36,19 @@ class Authority:
         self.ca = directory / "ca.pem"
         self.ca.write_bytes(_pem(certificate.sign(self._key, hashes.SHA256())))
 
-    def issue(self, *names: str) -> Certificate:
-        """A certificate for these names, which may be IP addresses."""
+    def issue(
+        self, *names: str, valid: datetime.timedelta = _DAY, usage: x509.ObjectIdentifier | None = None
+    ) -> Certificate:
+        """A certificate for these names, which may be IP addresses. Files of the same first name are replaced.
+
+        It ends to be `valid` after so long, which may be negative; with a `usage` it is for that alone.
+        """
         key = ec.generate_private_key(ec.SECP256R1())
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, names[0])])
         alternatives = x509.SubjectAlternativeName([_general(name) for name in names])
-        builder = _builder(subject, self._name, key.public_key()).add_extension(alternatives, critical=False)
+        builder = _builder(subject, self._name, key.public_key(), valid).add_extension(alternatives, critical=False)
+        if usage is not None:
+            builder = builder.add_extension(x509.ExtendedKeyUsage([usage]), critical=False)
         files = Certificate(self._directory / f"{names[0]}.pem", self._directory / f"{names[0]}.key")
         files.cert.write_bytes(_pem(builder.sign(self._key, hashes.SHA256())))
         files.key.write_bytes(
@@ -50,7 +59,9 @@ class Authority:
         return files
 
 
-def _builder(subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey) -> x509.CertificateBuilder:
+def _builder(
+    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, valid: datetime.timedelta = _DAY
+) -> x509.CertificateBuilder:
     now = datetime.datetime.now(datetime.UTC)
     return (
         x509.CertificateBuilder()
@@ -58,8 +69,8 @@ def _builder(subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicK
         .issuer_name(issuer)
         .public_key(key)
         .serial_number(x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(hours=1))
-        .not_valid_after(now + datetime.timedelta(days=1))
+        .not_valid_before(now - 2 * _DAY)
+        .not_valid_after(now + valid)
     )
 
 

@@ -107,6 +107,7 @@ class FakeWorker:
     info: worker_pb2.WorkerInfo
     server: FleetServer
     registry: WorkerRegistry
+    servicer: StageServicer
 
     async def withdraw(self) -> None:
         await self.registry.withdraw(self.info.worker_id)
@@ -138,7 +139,7 @@ class FakeFleet:
         self._stack.callback(executor.shutdown, wait=True, cancel_futures=True)
         servicer = StageServicer(service, script, executor, TORCH, limits=ServingLimits(capacity=capacity))
         server = FleetServer(f"unix:{self.directory}/{secrets.token_hex(4)}.sock")
-        server.add(servicer, servicer.service_name)
+        server.add(servicer.methods, servicer.service_name)
         await server.start()
         self._stack.push_async_callback(server.drain, 0)
         redis = connect(self.url)
@@ -157,7 +158,7 @@ class FakeFleet:
             ),
         )
         await registry.announce(info)
-        worker = FakeWorker(info, server, registry)
+        worker = FakeWorker(info, server, registry, servicer)
         self._stack.push_async_callback(_forget, worker)
         return worker
 

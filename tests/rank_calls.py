@@ -11,7 +11,7 @@ import torch
 # Here, so that ranks have it from the process that forks them: loading a stage would import it in each.
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler  # noqa: F401
 from safetensors.torch import load_file, save_file
-from torch import distributed
+from torch import distributed, nn
 
 from common.stage import Call
 from configs.pipeline_configs.base import PipelineConfig
@@ -44,7 +44,7 @@ def join(rank: int, degrees: dict[str, int], store: str) -> dict[str, int]:
     if layout.world_size > 1:
         distributed.init_process_group(
             "gloo",
-            store=distributed.FileStore(store, layout.world_size),
+            init_method=f"file://{store}",
             rank=rank,
             world_size=layout.world_size,
             timeout=timedelta(seconds=60),
@@ -59,12 +59,15 @@ def leave() -> None:
         distributed.destroy_process_group()
 
 
-def forward(rank: int, checkpoint: str, inputs: str, output: str) -> None:
-    """One prediction of the checkpoint's transformer."""
+def forward(rank: int, checkpoint: str, inputs: str, output: str, compiled: bool = False) -> None:
+    """One prediction of the checkpoint's transformer; compiled, each block is one graph, with its collectives."""
     model = open_model(checkpoint, load_registry())
     config_class: type[PipelineConfig] = resolve(model.entry.pipeline_config)
     config = replace(config_class.from_checkpoint(model.checkpoint), mesh=RANK.mesh)
     transformer = load_module(model.checkpoint, "transformer", config)
+    for blocks in transformer.children():
+        for block in blocks if compiled and isinstance(blocks, nn.ModuleList) else ():
+            block.compile(fullgraph=True, backend="aot_eager")
     with torch.inference_mode():
         save_file({"prediction": transformer(**load_file(inputs))}, rank_file(output, rank))
 

@@ -60,13 +60,14 @@ class RankPool:
         that rank for ever.
         """
         line = (json.dumps({"call": function, **keywords}) + "\n").encode()
-        for connection in self._connections[: self._world_size]:
-            connection.sendall(line)
         try:
+            for connection in self._connections[: self._world_size]:
+                connection.sendall(line)
             return self._collect(function)
-        except RankFailed:
-            os.killpg(self._process.pid, signal.SIGKILL)
-            raise
+        except (RankFailed, OSError) as error:
+            if self._process.poll() is None:
+                os.killpg(self._process.pid, signal.SIGKILL)
+            raise RankFailed(f"{function}: {error}") from error
 
     def _collect(self, function: str) -> list[Any]:
         results: dict[int, Any] = {}
@@ -94,8 +95,9 @@ class RankPool:
 
     def close(self) -> None:
         """Hang up, which ends the ranks."""
-        for each in (*self._answers, *self._connections):
-            each.close()
+        for answers, connection in zip(self._answers, self._connections, strict=True):
+            answers.close()
+            connection.close()
         try:
             self._process.wait(20)
         except subprocess.TimeoutExpired:

@@ -12,7 +12,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -36,16 +36,18 @@ def server_binaries() -> dict[str, Path]:
 class RedisServer:
     """A server with an append-only file that can be killed and started again on the same data."""
 
-    def __init__(self, binary: Path) -> None:
+    def __init__(self, binary: Path, options: Sequence[str] = ()) -> None:
         self._binary = binary
+        self._options = tuple(options)
         self._directory = Path(tempfile.mkdtemp(prefix="fleet-redis-"))
         self._process: subprocess.Popen[bytes] | None = None
-        self.url = f"unix://{self._directory}/redis.sock"
+        self.socket = self._directory / "redis.sock"
+        self.url = f"unix://{self.socket}"
 
     def start(self) -> None:
         """Start, and wait until it answers."""
-        words = f"--port 0 --unixsocket {self._directory}/redis.sock --dir {self._directory} --appendonly yes"
-        command = [str(self._binary), *words.split(), "--appendfsync", "always", "--save", ""]
+        words = f"--port 0 --unixsocket {self.socket} --dir {self._directory} --appendonly yes"
+        command = [str(self._binary), *words.split(), "--appendfsync", "always", "--save", "", *self._options]
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 20
         while not self._answers():
@@ -69,7 +71,7 @@ class RedisServer:
         with socket.socket(socket.AF_UNIX) as client:
             client.settimeout(5)
             try:
-                client.connect(f"{self._directory}/redis.sock")
+                client.connect(str(self.socket))
                 client.sendall(b"PING\r\n")
                 return client.recv(16).startswith(b"+PONG")
             except OSError:
@@ -77,9 +79,9 @@ class RedisServer:
 
 
 @contextmanager
-def running_server(name: str) -> Iterator[RedisServer]:
+def running_server(name: str, *options: str) -> Iterator[RedisServer]:
     """A started server of server_binaries()."""
-    server = RedisServer(server_binaries()[name])
+    server = RedisServer(server_binaries()[name], options)
     try:
         server.start()
         yield server

@@ -155,7 +155,7 @@ async def served(
     with ThreadPoolExecutor(1) as executor:
         server = FleetServer(listen)
         servicer = StageServicer(SERVICE, hosted, executor, TORCH, limits=limits, cache=cache)
-        server.add(servicer, servicer.service_name)
+        server.add(servicer.methods, servicer.service_name)
         address = await server.start()
         await server.set_ready(True)
         async with open_channel(address) as channel:

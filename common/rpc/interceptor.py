@@ -8,16 +8,18 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 
 import grpc
+from google.protobuf.message import DecodeError
 
-from common.errors import FleetError, InternalError, ResourceExhausted, Unavailable
+from common.errors import DeadlineExceeded, FleetError, InternalError, InvalidInput, ResourceExhausted, Unavailable
+from common.rpc.options import ServerLimits
 from common.rpc.status import abort_with
-from common.rpc.wrapping import Context, Handler, wrap_handler
+from common.rpc.wrapping import Context, Handler, waiting_for_request, wrap_handler
 
 log = logging.getLogger(__name__)
 
 _HEAR_OUT_SECONDS = 5.0
-MAX_CALLS = 4096
-"""Calls of all connections together that a server takes at a time."""
+_MAX_ASIDE = 1_024  # health checks and reflection, of which watches of health go on for as long as their caller likes
+_REFLECTION_SECONDS = 60.0
 
 Admit = Callable[[Context], None]
 """Looks at who calls. Raises FleetError to refuse; what it sets in context variables, the handler sees."""
@@ -31,13 +33,15 @@ class CallGate(grpc.aio.ServerInterceptor):
     """Turns what handlers raise into statuses, and knows when the last call has ended.
 
     A FleetError is answered as it is. Anything else is a defect: logged with its traceback, answered as INTERNAL with
-    its type and text; the process goes on. `admit` decides who is served, `max_calls` how many at a time. Health checks
-    and reflection pass by.
+    its type and text; the process goes on. `admit` decides who is served, `limits` how many at a time. A request is
+    read after that, and waited for so long only. Health checks and reflection are for everybody: they are counted for
+    themselves, so that neither crowds the other out.
     """
 
-    def __init__(self, admit: Admit = admit_all, max_calls: int = MAX_CALLS) -> None:
+    def __init__(self, admit: Admit = admit_all, limits: ServerLimits | None = None) -> None:
         self._admit = admit
-        self._max_calls = max_calls
+        self._limits = limits or ServerLimits()
+        self._aside = 0
         self._in_flight = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -66,12 +70,15 @@ class CallGate(grpc.aio.ServerInterceptor):
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Handler | None:
-        """Wrap the handler of a fleet method."""
+        """Wrap the handler of a method."""
         handler = await continuation(handler_call_details)
-        if handler is None or not handler_call_details.method.startswith("/fleet."):
-            return handler
+        if handler is None:
+            return None
         method, streams = handler_call_details.method, bool(handler.request_streaming)
-        return wrap_handler(handler, lambda context: self._call(context, method, streams))
+        handler = waiting_for_request(handler, self._limits.request_seconds)
+        if method.startswith("/fleet."):
+            return wrap_handler(handler, lambda context: self._call(context, method, streams))
+        return wrap_handler(handler, lambda context: self._call_aside(context, streams))
 
     @asynccontextmanager
     async def _call(self, context: Context, method: str, streams: bool) -> AsyncIterator[None]:
@@ -80,8 +87,8 @@ class CallGate(grpc.aio.ServerInterceptor):
         try:
             if self._draining:
                 raise Unavailable("this process is shutting down")
-            if self._in_flight > self._max_calls:
-                raise ResourceExhausted(f"this process serves {self._max_calls} calls at a time and has as many")
+            if self._in_flight > self._limits.calls:
+                raise ResourceExhausted(f"this process serves {self._limits.calls} calls at a time and has as many")
             self._admit(context)
             yield
         except FleetError as error:
@@ -100,6 +107,31 @@ class CallGate(grpc.aio.ServerInterceptor):
             if not self._in_flight:
                 self._idle.set()
 
+    @asynccontextmanager
+    async def _call_aside(self, context: Context, streams: bool) -> AsyncIterator[None]:
+        self._aside += 1
+        try:
+            if self._aside > _MAX_ASIDE:
+                raise ResourceExhausted(f"{_MAX_ASIDE} health checks and reflections are under way")
+            async with _ended_after(_REFLECTION_SECONDS if streams else None):
+                yield
+        except FleetError as error:
+            await abort_with(context, error)
+        except DecodeError:
+            await _hear_out(context, streams)
+            await abort_with(context, InvalidInput("the bytes are not a request of this method"))
+        finally:
+            self._aside -= 1
+
+
+@asynccontextmanager
+async def _ended_after(seconds: float | None) -> AsyncIterator[None]:
+    try:
+        async with asyncio.timeout(seconds):
+            yield
+    except TimeoutError:
+        raise DeadlineExceeded(f"the call took longer than {seconds:g} s") from None
+
 
 async def _hear_out(context: Context, streams: bool) -> None:
     """Let a caller that still sends finish, within limits: grpc's asyncio clients lose the status of a call that ends
@@ -109,5 +141,13 @@ async def _hear_out(context: Context, streams: bool) -> None:
         return
     with suppress(TimeoutError):
         async with asyncio.timeout(_HEAR_OUT_SECONDS):
-            while await context.read() is not grpc.aio.EOF:
+            while await _reads_on(context):
                 pass
+
+
+async def _reads_on(context: Context) -> bool:
+    """Whether something came, right or wrong."""
+    try:
+        return await context.read() is not grpc.aio.EOF
+    except DecodeError:
+        return True

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Collection, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from common.rpc.framing import Packet
 from common.telemetry import CACHE_BYTES, CACHE_LOOKUPS
@@ -21,15 +21,35 @@ Frames = tuple[bytes, ...]
 Write = Callable[[bytes], Awaitable[None]]
 
 
+class Shared(Protocol):
+    """Replies that other workers made too; common.state.shared_replies.SharedReplies is one."""
+
+    async def find(self, key: bytes) -> Frames | None:
+        """The frames of a reply, if it is there and worth fetching. Never raises because of the store."""
+
+    def offer(self, key: bytes, frames: Frames, seconds: float) -> None:
+        """A reply that was computed here in so long; returns at once."""
+
+
 class ReplyCache:
     """The latest used replies of one service of one model, `max_bytes` of them at most.
 
     `indifferent_to` are fields, as slot.field, that make no difference to a reply. They are blanked in the inputs
     before these are read, by the key and by the stages: what the key leaves out, no stage can depend on.
+    `shared` is asked for what is not here.
     """
 
-    def __init__(self, max_bytes: int, *, service: str, model: str, indifferent_to: Collection[str] = ()) -> None:
+    def __init__(
+        self,
+        max_bytes: int,
+        *,
+        service: str,
+        model: str,
+        indifferent_to: Collection[str] = (),
+        shared: Shared | None = None,
+    ) -> None:
         self.max_bytes = max_bytes
+        self._shared = shared
         self._blank = [path.split(".") for path in indifferent_to]
         self._entries: OrderedDict[bytes, Frames] = OrderedDict()
         self._hits = CACHE_LOOKUPS.labels(service, model, "hit")
@@ -62,6 +82,19 @@ class ReplyCache:
         self._hits.inc()
         self._entries.move_to_end(key)
         return frames
+
+    async def find(self, key: bytes) -> Frames | None:
+        """The frames of a reply, from here or from where it is shared; it is now the latest used one."""
+        frames = self.get(key)
+        if frames is None and self._shared is not None and (frames := await self._shared.find(key)) is not None:
+            self.put(key, frames)
+        return frames
+
+    def add(self, key: bytes, frames: Frames, seconds: float) -> None:
+        """Keep a reply that took so long to compute, and share it."""
+        self.put(key, frames)
+        if self._shared is not None:
+            self._shared.offer(key, frames, seconds)
 
     def put(self, key: bytes, frames: Frames) -> None:
         """Keep a reply; those that were used longest ago make room. One that is too large is not kept."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from typing import Any, cast
 
 from google.protobuf.message import Message
@@ -32,7 +32,7 @@ class Reporter:
         self._step_seconds = step_seconds
         self._next_step = 0.0
         self._loop = asyncio.get_running_loop()
-        self._queue: asyncio.Queue[tuple[Sequence[bytes], bool]] = asyncio.Queue()
+        self._queue: asyncio.Queue[bytes | DenoiseState | None] = asyncio.Queue()
         self._checkpoints = "checkpoint" in frame.DESCRIPTOR.fields_by_name
         self._checkpoint_waits = False
 
@@ -44,21 +44,24 @@ class Reporter:
 
     def end(self) -> None:
         """No more frames. Called on the event loop."""
-        self._queue.put_nowait(((), False))
+        self._queue.put_nowait(None)
 
     async def frames(self) -> AsyncIterator[bytes]:
-        """The frames in order, until the end."""
-        while True:
-            frames, is_checkpoint = await self._queue.get()
-            if not frames:
-                return
-            for frame in frames:
-                yield frame
-            if is_checkpoint:
-                self._checkpoint_waits = False
+        """The frames in order, until the end. Those of a checkpoint are made one at a time, as they are sent."""
+        while (told := await self._queue.get()) is not None:
+            if isinstance(told, bytes):
+                yield told
+                continue
+            packet = await asyncio.to_thread(pack, "checkpoint", told, self._leaf)  # checksums of many bytes
+            frame = self._frame()
+            frame.checkpoint.state.CopyFrom(packet.message)
+            yield frame.SerializeToString()
+            for chunk in chunk_frames(packet.chunks):
+                yield chunk
+            self._checkpoint_waits = False
 
-    def _put(self, frames: Sequence[bytes], is_checkpoint: bool = False) -> None:
-        self._loop.call_soon_threadsafe(self._queue.put_nowait, (frames, is_checkpoint))
+    def _put(self, told: bytes | DenoiseState) -> None:
+        self._loop.call_soon_threadsafe(self._queue.put_nowait, told)
 
     def _progress(self, step: int, total_steps: int) -> None:
         now = time.monotonic()
@@ -66,19 +69,15 @@ class Reporter:
             self._next_step = now + self._step_seconds
             frame = self._frame()
             frame.progress.step, frame.progress.total_steps = step, total_steps
-            self._put((frame.SerializeToString(),))
+            self._put(frame.SerializeToString())
 
     def _warning(self, field: str, message: str) -> None:
         frame = self._frame()
         frame.warning.field, frame.warning.message = field, message
-        self._put((frame.SerializeToString(),))
+        self._put(frame.SerializeToString())
 
     def _checkpoint(self, state: DenoiseState) -> None:
-        """Serialised at once: the loop may write to its tensors as soon as this returns."""
-        if not self._checkpoints or self._checkpoint_waits:
-            return
-        self._checkpoint_waits = True
-        packet = pack("checkpoint", state, self._leaf)
-        frame = self._frame()
-        frame.checkpoint.state.CopyFrom(packet.message)
-        self._put((frame.SerializeToString(), *chunk_frames(packet.chunks)), True)
+        """Taken as it is: its tensors are not written to any more, and the loop need not wait for them to be sent."""
+        if self._checkpoints and not self._checkpoint_waits:
+            self._checkpoint_waits = True
+            self._put(state)

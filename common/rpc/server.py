@@ -9,7 +9,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol, TypeAlias, cast
+from traceback import clear_frames
+from typing import Any, Protocol, cast
 
 import grpc
 from google.protobuf.message import Message
@@ -28,14 +29,13 @@ from common.rpc.framing import (
     described_tensors,
     split_packets,
 )
-from common.rpc.method import check_contract, path_of, request_type, response_type, service_name, stage_method
+from common.rpc.method import check_contract, request_type, response_type, service_name, stage_method
 from common.rpc.parsing import parse, refuse_unknown_fields
 from common.rpc.replies import Recorder, ReplyCache, Write
 from common.rpc.reporter import Reporter
+from common.rpc.wrapping import Context, Handler
 from common.stage import Call, Contract
 from common.telemetry import REQUEST_ID_KEY
-
-Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 
 class Stages(Protocol):
@@ -61,7 +61,7 @@ class ServingLimits:
     call: Limits = field(default_factory=Limits)
 
 
-class StageServicer(grpc.GenericRpcHandler):
+class StageServicer:
     """Puts stages behind the RPC of a service.
 
     Raises PipelineError when the stages' contract is not part of the RPC's messages. The stages run on `executor`,
@@ -91,13 +91,9 @@ class StageServicer(grpc.GenericRpcHandler):
         self._cache = cache
         self._request = request_type(method)
         self._reply = response_type(method)
-        self._path = path_of(method)
-        self._handler: grpc.RpcMethodHandler[Any, Any] = grpc.stream_stream_rpc_method_handler(cast(Any, self._handle))
+        handler: Handler = grpc.stream_stream_rpc_method_handler(cast(Any, self._handle))
+        self.methods: Mapping[str, Handler] = {method.name: handler}
         self.in_flight = 0
-
-    def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[Any, Any] | None:
-        """The handler of the one method served here."""
-        return self._handler if handler_call_details.method == self._path else None
 
     async def _handle(self, _requests: object, context: Context) -> None:
         with self._place() as leave:
@@ -117,7 +113,7 @@ class StageServicer(grpc.GenericRpcHandler):
 
     async def _answer_through(self, cache: ReplyCache, write: Write, job: _Job, leave: Callable[[], None]) -> None:
         key = cache.key(job.inputs)
-        if (kept := cache.get(key)) is not None:
+        if (kept := await cache.find(key)) is not None:
             for frame in kept[:-1]:
                 await write(frame)
             leave()
@@ -126,7 +122,7 @@ class StageServicer(grpc.GenericRpcHandler):
         recorder = Recorder(write, cache.max_bytes)
         await self._compute_and_answer(recorder.write, job, leave)
         if recorder.frames:
-            cache.put(key, recorder.frames)
+            cache.add(key, recorder.frames, job.seconds)
 
     @contextmanager
     def _place(self) -> Iterator[Callable[[], None]]:
@@ -208,20 +204,22 @@ class StageServicer(grpc.GenericRpcHandler):
     async def _run(self, write: Write, job: _Job) -> Mapping[str, Packet]:
         """Compute on the device thread; meanwhile send on what the stages report."""
         reporter = Reporter(self._reply, self._leaf, step_seconds=self._limits.step_seconds)
-        job.start(self._executor, partial(self._compute, job.inputs, reporter.listen(job.call)), reporter.end)
+        job.start(self._executor, partial(self._compute, job, reporter.listen(job.call)), reporter.end)
         async for frame in reporter.frames():
             await write(frame)
         return job.result()
 
-    def _compute(self, inputs: dict[str, Packet], call: Call) -> dict[str, Packet]:
+    def _compute(self, job: _Job, call: Call) -> dict[str, Packet]:
         """Unpack, run, pack: on the device thread. Empties inputs, so that nothing but tensors holds on to buffers."""
         call.check_cancelled()
+        began = time.perf_counter()
         contract = self._stages.contract
         values = {
-            slot: unpack(slot, artifact_class(contract.inputs[slot]), inputs.pop(slot), self._leaf)
-            for slot in list(inputs)
+            slot: unpack(slot, artifact_class(contract.inputs[slot]), job.inputs.pop(slot), self._leaf)
+            for slot in list(job.inputs)
         }
         outputs = self._stages.run(values, call)
+        job.seconds = time.perf_counter() - began
         try:
             return {slot: pack(slot, outputs[slot], self._leaf) for slot in contract.outputs}
         except InvalidInput as error:
@@ -245,6 +243,7 @@ class _Job:
         self.lease = lease
         self.call = call
         self.inputs: dict[str, Packet] = {}
+        self.seconds = 0.0  # that the stages took
         self._future: Future[dict[str, Packet]] | None = None
 
     def start(
@@ -252,7 +251,7 @@ class _Job:
     ) -> None:
         """Queue the work; on_end is called on the event loop once it has ended, however."""
         loop = asyncio.get_running_loop()
-        self._future = executor.submit(work)
+        self._future = executor.submit(_holding_nothing, work)
         self._future.add_done_callback(lambda _: _call_on(loop, on_end))
 
     def result(self) -> dict[str, Packet]:
@@ -270,6 +269,21 @@ class _Job:
         else:
             loop = asyncio.get_running_loop()
             self._future.add_done_callback(lambda _: _call_on(loop, self.lease.close))
+
+
+def _holding_nothing(work: Callable[[], dict[str, Packet]]) -> dict[str, Packet]:
+    """Do the work. An error that it ends with keeps its traceback, but not the tensors that its frames refer to.
+
+    Those lie over the call's buffers, which could else not be used again, and fill the device's memory.
+    """
+    try:
+        return work()
+    except BaseException as error:
+        cause: BaseException | None = error
+        while cause is not None:
+            clear_frames(cause.__traceback__)
+            cause = cause.__context__
+        raise
 
 
 def _call_on(loop: asyncio.AbstractEventLoop, callback: Callable[[], None]) -> None:

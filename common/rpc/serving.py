@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 
 import grpc
@@ -13,8 +13,10 @@ from grpc_reflection.v1alpha import reflection
 
 from common.errors import FailedPrecondition
 from common.rpc.address import bound_address, check_listenable, socket_path
-from common.rpc.interceptor import MAX_CALLS, Admit, CallGate, admit_all
-from common.rpc.options import MAX_MESSAGE_BYTES, MAX_STREAMS, server_options
+from common.rpc.aio_server import make_server
+from common.rpc.interceptor import Admit, CallGate, admit_all
+from common.rpc.options import ServerLimits, server_options
+from common.rpc.wrapping import Handler
 
 _FLUSH_SECONDS = 0.5  # for the last bytes of calls that ended, and for health watches that never do
 
@@ -31,19 +33,16 @@ class FleetServer:
         listen: str,
         *,
         interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
-        max_message_bytes: int = MAX_MESSAGE_BYTES,
-        max_streams: int = MAX_STREAMS,
-        max_calls: int = MAX_CALLS,
+        limits: ServerLimits | None = None,
         credentials: grpc.ServerCredentials | None = None,
         admit: Admit = admit_all,
         health_listen: str = "",
     ) -> None:
         self._listen = listen
         self._credentials = credentials
-        self.gate = CallGate(admit, max_calls)
-        self.grpc_server: grpc.aio.Server = grpc.aio.server(
-            interceptors=[*interceptors, self.gate], options=server_options(max_message_bytes, max_streams)
-        )
+        self._limits = limits or ServerLimits()
+        self.gate = CallGate(admit, self._limits)
+        self.grpc_server = make_server(interceptors=[*interceptors, self.gate], options=server_options(self._limits))
         self._health = health.aio.HealthServicer()
         self._services: list[str] = []
         self.address = ""
@@ -52,13 +51,13 @@ class FleetServer:
         self._health_listen = health_listen
         self._health_server: grpc.aio.Server | None = None
 
-    def add(self, handler: grpc.GenericRpcHandler | None, service_name: str) -> None:
-        """Serve a handler, and list its service for health checks and reflection.
+    def add(self, methods: Mapping[str, Handler] | None, service_name: str) -> None:
+        """Serve the methods of a service, by name, and list it for health checks and reflection.
 
-        Handlers that a generated add_…_to_server function has added already are None here.
+        Methods that a generated add_…_to_server function has added already are None here.
         """
-        if handler is not None:
-            self.grpc_server.add_generic_rpc_handlers((handler,))
+        if methods is not None:
+            self.grpc_server.add_registered_method_handlers(service_name, dict(methods))
         self._services.append(service_name)
 
     async def start(self) -> str:
@@ -71,7 +70,7 @@ class FleetServer:
         await self.set_ready(False)
         self.address = _bind(self.grpc_server, self._listen, self._credentials)
         if self._health_listen:
-            self._health_server = grpc.aio.server(options=server_options())
+            self._health_server = make_server(interceptors=[CallGate()], options=server_options(ServerLimits()))
             health_pb2_grpc.add_HealthServicer_to_server(self._health, self._health_server)
             self.health_address = _bind(self._health_server, self._health_listen, None)
             await self._health_server.start()

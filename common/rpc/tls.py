@@ -2,32 +2,37 @@
 
 Within the fleet both ends show a certificate of one authority, and a name in it says what its holder may do: workers
 serve whoever is called `coordinator`, coordinators call whoever is called `worker`. Who holds another certificate of
-that authority may ask a worker for its health, and for nothing else.
+that authority may ask a worker for its health, and for nothing else. Files are read again when they change, and count
+from the next handshake on; what asks for certificates of clients at the start does so to its end.
 """
 
 from __future__ import annotations
 
 import ssl
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar, cast
 
 import grpc
 
 from common.errors import InvalidInput, PermissionDenied
 from common.settings import setting
+from common.watched import WatchedFiles
+
+T = TypeVar("T")
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 
 @dataclass(frozen=True, kw_only=True)
 class TlsSettings:
-    """The certificate that a process shows, and the authority that it believes. Files are PEM, read at the start."""
+    """The certificate that a process shows, and the authority that it believes. Files are PEM."""
 
     tls_cert: Path | None = setting(None, help="certificate to show, with its chain; without one nothing is encrypted")
     tls_key: Path | None = setting(None, help="private key of tls_cert, without a password")
     tls_ca: Path | None = setting(None, help="authority of the fleet, which signed what coordinator and workers show")
+    reload_seconds: float = setting(2.0, help="how often files of certificates and keys are looked at for changes")
     health_listen: str = setting("", help="another address, for health checks alone and in the clear, beside TLS")
 
 
@@ -78,15 +83,23 @@ def _read(path: Path, name: str) -> bytes:
 
 
 @dataclass(frozen=True)
+class Shown:
+    """What a server shows. With `clients`, only holders of that authority's certificates get a connection."""
+
+    identity: Identity
+    clients: bytes | None = None
+
+
+@dataclass(frozen=True)
 class Mutual:
     """A process's side of mutual TLS within the fleet."""
 
     identity: Identity
     authority: bytes
 
-    def server(self) -> grpc.ServerCredentials:
-        """For a server that talks to holders of the authority's certificates only."""
-        return server_credentials(self.identity, clients=self.authority)
+    def shown(self) -> Shown:
+        """What a server shows that talks to holders of the authority's certificates only."""
+        return Shown(self.identity, self.authority)
 
     def channel(self) -> grpc.ChannelCredentials:
         """For calling such a server."""
@@ -105,10 +118,50 @@ def mutual_of(settings: TlsSettings) -> Mutual | None:
     return Mutual(identity, read_authority(settings.tls_ca))
 
 
-def server_credentials(identity: Identity, *, clients: bytes | None = None) -> grpc.ServerCredentials:
-    """For a server. With `clients`, only holders of that authority's certificates get a connection."""
-    pairs = [(identity.key, identity.certificate)]
-    return grpc.ssl_server_credentials(pairs, root_certificates=clients, require_client_auth=clients is not None)
+def watch_mutual(settings: TlsSettings) -> WatchedFiles[Mutual] | None:
+    """The same, always as the files are now."""
+    if mutual_of(settings) is None:
+        return None
+
+    def read() -> Mutual:
+        mutual = mutual_of(settings)
+        if mutual is None:
+            raise AssertionError("settings do not change")
+        return mutual
+
+    files = (settings.tls_cert, settings.tls_key, settings.tls_ca)
+    return watch(settings, files, read, "tls_cert, tls_key and tls_ca")
+
+
+def watch(settings: TlsSettings, files: Sequence[Path | None], read: Callable[[], T], name: str) -> WatchedFiles[T]:
+    """What `read` makes of those of the files that are set, looked at as often as the settings say."""
+    return WatchedFiles(
+        [file for file in files if file is not None], read, check_seconds=settings.reload_seconds, name=name
+    )
+
+
+def server_credentials(shown: Callable[[], tuple[int, Shown]]) -> grpc.ServerCredentials:
+    """For a server. Each handshake asks what is to be shown, and a number that tells whether that is something new."""
+    version, first = shown()
+    told = [version]
+
+    def changed() -> grpc.ServerCertificateConfiguration | None:
+        """Called by gRPC on a thread of its own; None leaves things as they were."""
+        version, now = shown()
+        if told == [version]:
+            return None
+        told[:] = [version]
+        return _configuration(now)
+
+    fetcher = cast(Callable[[], grpc.ServerCertificateConfiguration], changed)  # the type stub does not know of None
+    return grpc.dynamic_ssl_server_credentials(
+        _configuration(first), fetcher, require_client_authentication=first.clients is not None
+    )
+
+
+def _configuration(shown: Shown) -> grpc.ServerCertificateConfiguration:
+    pairs = [(shown.identity.key, shown.identity.certificate)]
+    return grpc.ssl_server_certificate_configuration(pairs, root_certificates=shown.clients)
 
 
 def channel_credentials(authority: bytes | None, identity: Identity | None = None) -> grpc.ChannelCredentials:

@@ -1,13 +1,17 @@
-"""Puts a context around every call of a handler, whichever of gRPC's four kinds it is."""
+"""Puts things around a handler, whichever of gRPC's four kinds it is: a context, and the wait for its request."""
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, aclosing
 from typing import Any, TypeAlias
 
 import grpc
+from google.protobuf.message import DecodeError
+
+from common.errors import DeadlineExceeded, InvalidInput
 
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
@@ -32,6 +36,60 @@ def wrap_handler(handler: Handler, around: Around) -> Handler:
         request_deserializer=handler.request_deserializer,
         response_serializer=handler.response_serializer,
     )
+
+
+def waiting_for_request(handler: Handler, seconds: float) -> Handler:
+    """The same handler, which reads its one request itself, and waits so long for it at most.
+
+    gRPC would have it before anything of ours runs: who opens calls and sends nothing would not be noticed, and who
+    sends much would not be looked at before. On the wire one message is one message, streamed or not.
+    """
+    if handler.request_streaming:
+        return handler
+    kinds = {
+        False: (grpc.stream_unary_rpc_method_handler, handler.unary_unary),
+        True: (grpc.stream_stream_rpc_method_handler, handler.unary_stream),
+    }
+    make, behavior = kinds[bool(handler.response_streaming)]
+    read = _RequestReader(handler.request_deserializer, seconds)
+    wait = _waiting_generator if inspect.isasyncgenfunction(behavior) else _waiting_coroutine
+    return make(wait(behavior, read), response_serializer=handler.response_serializer)
+
+
+class _RequestReader:
+    def __init__(self, deserialize: Callable[[bytes], Any] | None, seconds: float) -> None:
+        self._deserialize = deserialize
+        self._seconds = seconds
+
+    async def __call__(self, context: Context) -> Any:
+        """The request. Raises DeadlineExceeded when none comes, and InvalidInput for bytes that are none."""
+        try:
+            async with asyncio.timeout(self._seconds):
+                raw: Any = await context.read()
+        except TimeoutError:
+            raise DeadlineExceeded(f"no request came for {self._seconds:g} s") from None
+        if raw is grpc.aio.EOF:
+            raise InvalidInput("the call ended before its request")
+        try:
+            return raw if self._deserialize is None else self._deserialize(raw)
+        except DecodeError:
+            raise InvalidInput("the bytes are not a request of this method") from None
+
+
+def _waiting_coroutine(behavior: Any, read: _RequestReader) -> Any:
+    async def waiting(_: Any, context: Context) -> Any:
+        return await behavior(await read(context), context)
+
+    return waiting
+
+
+def _waiting_generator(behavior: Any, read: _RequestReader) -> Any:
+    async def waiting(_: Any, context: Context) -> AsyncIterator[Any]:
+        async with aclosing(behavior(await read(context), context)) as responses:
+            async for response in responses:
+                yield response
+
+    return waiting
 
 
 def _coroutine(behavior: Any, around: Around) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -53,8 +54,14 @@ def connect(url: str) -> Redis:
         return Redis.from_url(url, **_options())
     except ValueError as error:
         raise InvalidInput(
-            f"{url!r} is no Redis URL; it reads like redis://host:6379/0 or unix:///path: {error}", field="redis"
+            f"{without_password(url)!r} is no Redis URL; it reads like redis://host:6379/0 or unix:///path: {error}",
+            field="redis",
         ) from error
+
+
+def without_password(url: str) -> str:
+    """The URL as it may be shown: without the user and password that may stand in it."""
+    return re.sub(r"(?<=//).*@", "", url, flags=re.DOTALL)
 
 
 def _options() -> dict[str, Any]:

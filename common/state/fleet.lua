@@ -4,10 +4,12 @@
 -- merge, so a record grows by appending to `extra`. Time is this server's, in milliseconds, never a caller's.
 --
 --   fleet:request:<id>             hash   record, extra, state, created, updated, model, owner, epoch, cancel, key, caller, token,
---                                         and until its end submission, deaths, point (the key and size of a checkpoint)
+--                                         and until its end submission, deaths (workers that died while they ran it), point
+--                                         (the key of a checkpoint), told (number and ids of the latest events),
+--                                         left:<service> (its cost, until that service is done with it)
 --   fleet:events:<id>              stream field `event`
 --   fleet:result:<id>:<epoch>:<file>:<n>  string a chunk of a file of the result
---   fleet:checkpoint:<id>:<epoch>-<n>     list   a step checkpoint: its header, then its chunks
+--   fleet:checkpoint:<id>:<epoch>-<n>     hash   a step checkpoint by part: 0 its origin, 1 its header, then its chunks
 --   fleet:idempotency:<key>        string request id
 --   fleet:requests, fleet:ended    zset   ids by sequence number; ended ids by the time their record expires
 --   fleet:open:<model>             set    ids that have not ended
@@ -15,15 +17,21 @@
 --   fleet:model:<model>            hash   fingerprint, contract:<service>
 --   fleet:worker:<id>              hash   info, capacity, model, service, granted
 --   fleet:workers:<model>/<svc>    zset   worker ids by the time their heartbeat runs out
---   fleet:queue:<model>/<svc>      zset   rank | ticket | owner, in lexical order
+--   fleet:queue:<model>/<svc>      zset   rank | caller | deadline and number | cost | ticket | owner, in lexical order
 --   fleet:waiting:<model>/<svc>    hash   ticket -> its entry in the queue
---   fleet:slots:<model>/<svc>      hash   ticket -> worker | owner
---   fleet:pace:<model>/<svc>       string ms that a request holds a slot, averaged over the latest
+--   fleet:shares:<model>/<svc>|<rank>  zset   callers by the work that they were given, '|' by the virtual time
+--   fleet:slots:<model>/<svc>      hash   ticket -> worker | owner | cost | when it was granted
+--   fleet:pace:<model>/<svc>       string ms that slots were held and the cost of what held them, of the latest
+--   fleet:work:<model>/<svc>       hash   caller -> cost of their open requests that still need the service
+--   fleet:reply:<name>             list   a reply that workers share: its checksum, then its frames
+--   fleet:replies, fleet:reply-sizes   zset, hash   names of these by when they expire; their bytes
 --   fleet:coordinator:<owner>      string present while that coordinator's heartbeat lasts; also its channel
---   fleet:cancels:<owner>          set    ids that it should cancel
 --
 -- A coordinator's heartbeat is its lease on all requests that it owns. `epoch` is the fencing token: it grows when a
--- request changes hands, and a write with another one is refused.
+-- request changes hands, and a write with another one is refused. Callers repeat an operation whose answer they have
+-- lost, and a network may deliver one long after its caller gave up: done twice or late, each must do no harm.
+--
+-- The cost of a request is a number that says how much it asks of a service, beside other requests.
 
 local P = 'fleet:'
 local TERMINAL = 3
@@ -81,20 +89,74 @@ local function live_workers(place)
   return live
 end
 
--- The milliseconds that the slowest of the services needs for so many requests, as far as is known.
-local function work(model, first, count, requests)
-  local most = 0
-  for i = first, first + count - 1 do
-    local place, capacity = model .. '/' .. ARGV[i], 0
-    for _, worker in ipairs(live_workers(place)) do
-      capacity = capacity + worker.capacity
-    end
-    local pace = redis.call('GET', P .. 'pace:' .. place)
-    if pace and capacity > 0 then
-      most = math.max(most, tonumber(pace) * requests / capacity)
+-- Drops the slots of dead workers and dead coordinators; returns how many each worker has, and all that are left.
+local function busy_slots(place)
+  local busy, held, slots = {}, {}, redis.call('HGETALL', P .. 'slots:' .. place)
+  for i = 1, #slots, 2 do
+    local worker, owner, cost, since = string.match(slots[i + 1], '^(.*)|(.*)|(.*)|(.*)$')
+    if redis.call('EXISTS', P .. 'worker:' .. worker) == 0
+      or redis.call('EXISTS', P .. 'coordinator:' .. owner) == 0 then
+      redis.call('HDEL', P .. 'slots:' .. place, slots[i])
+    else
+      busy[worker] = (busy[worker] or 0) + 1
+      held[#held + 1] = { cost = tonumber(cost), since = tonumber(since) }
     end
   end
-  return most
+  return busy, held
+end
+
+-- What a service has before it, as far as the pace of the latest requests tells; pace is nil before there is one.
+-- In ms: `queued` until all that is open is done, `own` for the caller's part of that, `more` for a request of that
+-- cost. `callers` have a part in it, this one included, and `capacity` requests are taken at a time.
+local function forecast(place, caller, cost)
+  local found = { capacity = 0, callers = 1, queued = 0, own = 0, more = 0 }
+  for _, worker in ipairs(live_workers(place)) do
+    found.capacity = found.capacity + worker.capacity
+  end
+  found.capacity = math.max(found.capacity, 1)
+  local ms, of = string.match(redis.call('GET', P .. 'pace:' .. place) or '', '^(%S+) (%S+)$')
+  if not ms then
+    return found
+  end
+  found.pace = tonumber(ms) / tonumber(of)
+  local scale = found.pace / found.capacity
+  local open = redis.call('HGETALL', P .. 'work:' .. place)
+  for i = 1, #open, 2 do
+    found.queued = found.queued + tonumber(open[i + 1]) * scale
+    if open[i] == caller then
+      found.own = tonumber(open[i + 1]) * scale
+    else
+      found.callers = found.callers + 1
+    end
+  end
+  local _, held = busy_slots(place)
+  for _, slot in ipairs(held) do
+    found.queued = found.queued - math.min(now - slot.since, slot.cost * found.pace) / found.capacity
+  end
+  found.more = cost * scale
+  return found
+end
+
+-- Whether a request has to be refused for the work that is open, or for its number before there is a pace to tell the
+-- work by: the refusal or nil, and the ms that the slowest service needs for the request alone. A caller who has no
+-- more than an equal part of the bound is not refused for what the others have.
+local function overload(model, caller, first, last, open, max_work)
+  local most, more, unmeasured = 0, 0, false
+  for i = first, last, 2 do
+    local service = forecast(model .. '/' .. ARGV[i], caller, tonumber(ARGV[i + 1]))
+    more = math.max(more, service.more)
+    unmeasured = unmeasured or not service.pace and open >= service.capacity
+    if service.queued > max_work and service.own > max_work / service.callers then
+      most = math.max(most, service.queued)
+    end
+  end
+  if max_work > 0 and most > 0 then
+    return { 'busy', int(most), int(most - max_work) }, int(more)
+  end
+  if max_work > 0 and unmeasured then
+    return { 'unmeasured', open, int(max_work) }, int(more)
+  end
+  return nil, int(more)
 end
 
 -- Drops ended requests whose records have expired from the index.
@@ -106,7 +168,8 @@ local function prune_index()
 end
 
 -- id, owner, idempotency key, record, submission, model, deadline or 0, most open requests, longest queue,
--- most ms of work, caller, most of theirs, n, n services, events. Refusals tell the ms after which to try again.
+-- most ms of work, caller, most of theirs, n, n pairs of service and cost, events. Refusals tell the ms after which to
+-- try again.
 function ops.admit(id, owner, key, record, submission, model, deadline, max_open, queue_limit, max_work, caller,
   max_theirs, count)
   count = tonumber(count)
@@ -120,27 +183,32 @@ function ops.admit(id, owner, key, record, submission, model, deadline, max_open
   if tonumber(deadline) > 0 and tonumber(deadline) <= now then
     return { 'late', int(now) }
   end
+  local first, last = 15, 14 + 2 * count
   local open = redis.call('SCARD', P .. 'open:' .. model)
+  local busy, alone = overload(model, caller, first, last, open, tonumber(max_work))
   if open >= tonumber(max_open) then
-    return { 'crowded', open, int(work(model, 15, count, 1)) }
+    return { 'crowded', open, alone }
   end
   local theirs = redis.call('SCARD', P .. 'open-by:' .. caller)
   if caller ~= '' and theirs >= tonumber(max_theirs) then
-    return { 'quota', theirs, int(work(model, 15, count, 1)) }
+    return { 'quota', theirs, alone }
   end
-  for i = 15, 14 + count do
+  for i = first, last, 2 do
     local length = redis.call('ZCARD', P .. 'queue:' .. model .. '/' .. ARGV[i])
     if length >= tonumber(queue_limit) then
-      return { 'full', length, int(work(model, 15, count, 1)), ARGV[i] }
+      return { 'full', length, alone, ARGV[i] }
     end
   end
-  local queued = work(model, 15, count, open)
-  if tonumber(max_work) > 0 and queued > tonumber(max_work) then
-    return { 'busy', int(queued), int(queued - max_work) }
+  if busy then
+    return busy
   end
   redis.call('HSET', P .. 'request:' .. id, 'record', record, 'extra', '', 'state', '1', 'created', int(now),
     'updated', int(now), 'model', model, 'owner', owner, 'epoch', '1', 'key', key, 'caller', caller,
     'submission', submission)
+  for i = first, last, 2 do
+    redis.call('HSET', P .. 'request:' .. id, 'left:' .. ARGV[i], ARGV[i + 1])
+    redis.call('HINCRBY', P .. 'work:' .. model .. '/' .. ARGV[i], caller, ARGV[i + 1])
+  end
   redis.call('ZADD', P .. 'requests', redis.call('INCR', P .. 'sequence'), id)
   redis.call('SADD', P .. 'open:' .. model, id)
   if caller ~= '' then
@@ -149,33 +217,63 @@ function ops.admit(id, owner, key, record, submission, model, deadline, max_open
   if key ~= '' then
     redis.call('SET', P .. 'idempotency:' .. key, id)
   end
-  local events = add_events(id, 15 + count)
+  local events = add_events(id, last + 1)
   prune_index()
   return { 'admitted', int(now), snapshot(id), events }
 end
 
--- id, epoch, new state or '', addition to the record, events. Refused once the request has ended or changed hands.
-function ops.append(id, epoch, state, extra)
+-- id, epoch, number of this owner's events before these, new state or '', addition to the record, events. Refused once
+-- the request has ended or changed hands. Written again, as its answer was lost, it gets the same answer.
+function ops.append(id, epoch, number, state, extra)
   local refused = refusal(id, epoch)
   if refused then
     return { refused }
   end
+  local key, ids = P .. 'request:' .. id, {}
+  local latest, told = string.match(redis.call('HGET', key, 'told') or '', '^(%d+) ?(.*)$')
+  if latest and tonumber(number) <= tonumber(latest) then
+    for each in string.gmatch(number == latest and told or '', '%S+') do
+      ids[#ids + 1] = each
+    end
+    return { 'appended', ids }
+  end
   if state ~= '' then
-    redis.call('HSET', P .. 'request:' .. id, 'state', state, 'updated', int(now))
+    redis.call('HSET', key, 'state', state, 'updated', int(now))
   end
   extend(id, extra)
-  return { 'appended', add_events(id, 6) }
+  ids = add_events(id, 7)
+  redis.call('HSET', key, 'told', number .. ' ' .. table.concat(ids, ' '))
+  return { 'appended', ids }
+end
+
+-- A request needs a service no more: its cost is open there no more, which counts once.
+local function settle(id, service)
+  local key = P .. 'request:' .. id
+  local fields = redis.call('HMGET', key, 'left:' .. service, 'model', 'caller')
+  if fields[1] then
+    local work = P .. 'work:' .. fields[2] .. '/' .. service
+    redis.call('HDEL', key, 'left:' .. service)
+    if redis.call('HINCRBY', work, fields[3], -tonumber(fields[1])) <= 0 then
+      redis.call('HDEL', work, fields[3])
+    end
+  end
 end
 
 local function finish(id, token, state, extra, keep)
   local key = P .. 'request:' .. id
+  for _, field in ipairs(redis.call('HKEYS', key)) do
+    local service = string.match(field, '^left:(.*)$')
+    if service then
+      settle(id, service)
+    end
+  end
   redis.call('HSET', key, 'state', state, 'updated', int(now), 'token', token)
   extend(id, extra)
   local fields = redis.call('HMGET', key, 'model', 'key', 'caller', 'point')
   if fields[4] then
     redis.call('DEL', fields[4])
   end
-  redis.call('HDEL', key, 'submission', 'deaths', 'point')
+  redis.call('HDEL', key, 'submission', 'deaths', 'point', 'told')
   redis.call('SREM', P .. 'open:' .. fields[1], id)
   if fields[3] and fields[3] ~= '' then
     redis.call('SREM', P .. 'open-by:' .. fields[3], id)
@@ -209,8 +307,6 @@ function ops.cancel(id, state, keep)
     local owner = redis.call('HGET', key, 'owner')
     redis.call('HSET', key, 'cancel', '1')
     if redis.call('EXISTS', P .. 'coordinator:' .. owner) == 1 then
-      redis.call('SADD', P .. 'cancels:' .. owner, id)
-      redis.call('PEXPIRE', P .. 'cancels:' .. owner, 60000)
       redis.call('PUBLISH', P .. 'coordinator:' .. owner, 'cancel\n' .. id)
     else
       finish(id, 'cancel', state, '', keep)
@@ -221,42 +317,60 @@ function ops.cancel(id, state, keep)
   return snapshot(id)
 end
 
--- owner, model, the most to take. The open requests of a model whose coordinator is dead are this one's from now on:
--- for each id, epoch, submission, cancel, deaths, now and the record.
-function ops.take_over(owner, model, most)
-  local taken = {}
+-- owner, model, the most to take, 1 to look beyond one's own, the ids that it runs. Its own requests that it does not
+-- run, and those of dead coordinators, are this one's to run from now on: for each id, epoch, submission, cancel, deaths,
+-- now and the record. Then the ids of those that it runs and should cancel. Only who lives itself takes anything.
+function ops.take_over(owner, model, most, beyond, running)
+  local taken, cancels, runs = {}, {}, {}
+  if redis.call('EXISTS', P .. 'coordinator:' .. owner) == 0 then
+    return { taken, cancels }
+  end
+  for id in string.gmatch(running, '%S+') do
+    runs[id] = true
+  end
   for _, id in ipairs(redis.call('SMEMBERS', P .. 'open:' .. model)) do
     local key = P .. 'request:' .. id
-    local before = redis.call('HGET', key, 'owner')
-    if before and before ~= owner and redis.call('EXISTS', P .. 'coordinator:' .. before) == 0 then
-      redis.call('HSET', key, 'owner', owner)
-      local epoch = redis.call('HINCRBY', key, 'epoch', 1)
-      local fields = redis.call('HMGET', key, 'submission', 'cancel', 'deaths')
-      taken[#taken + 1] = { id, epoch, fields[1] or '', fields[2] or '0', fields[3] or '0', int(now), snapshot(id) }
-      if #taken >= tonumber(most) then
-        break
+    local fields = redis.call('HMGET', key, 'owner', 'cancel', 'submission', 'deaths')
+    local is_own = fields[1] == owner
+    if is_own and runs[id] then
+      if fields[2] then
+        cancels[#cancels + 1] = id
       end
+    elseif #taken < tonumber(most)
+      and (is_own or beyond == '1' and fields[1] and redis.call('EXISTS', P .. 'coordinator:' .. fields[1]) == 0) then
+      redis.call('HSET', key, 'owner', owner)
+      redis.call('HDEL', key, 'told')
+      local epoch = redis.call('HINCRBY', key, 'epoch', 1)
+      taken[#taken + 1] = { id, epoch, fields[3] or '', fields[2] or '0', fields[4] or '', int(now), snapshot(id) }
     end
   end
-  return taken
+  return { taken, cancels }
 end
 
--- id, epoch. A worker died while it worked on the request; how many have by now.
-function ops.death(id, epoch)
+-- id, epoch, worker. It died while it worked on the request; returns all that have by now.
+function ops.death(id, epoch, worker)
   if refusal(id, epoch) then
-    return 0
+    return ''
   end
-  return redis.call('HINCRBY', P .. 'request:' .. id, 'deaths', 1)
+  local key = P .. 'request:' .. id
+  local deaths = redis.call('HGET', key, 'deaths') or ''
+  if not string.find('\n' .. deaths, '\n' .. worker .. '\n', 1, true) then
+    deaths = deaths .. worker .. '\n'
+    redis.call('HSET', key, 'deaths', deaths)
+  end
+  return deaths
 end
 
--- id, epoch, key of the checkpoint. It takes the place of the one before.
+-- id, epoch, key of the checkpoint. It takes the place of the one before, but not of a later one of its epoch.
 function ops.checkpoint(id, epoch, point)
   local key = P .. 'request:' .. id
-  if refusal(id, epoch) then
+  local before = redis.call('HGET', key, 'point')
+  local since, latest = string.match(before or '', ':(%d+)%-(%d+)$')
+  local is_late = since == epoch and tonumber(latest) > tonumber(string.match(point, '%-(%d+)$'))
+  if is_late or refusal(id, epoch) then
     redis.call('DEL', point)
     return 0
   end
-  local before = redis.call('HGET', key, 'point')
   if before and before ~= point then
     redis.call('DEL', before)
   end
@@ -264,16 +378,13 @@ function ops.checkpoint(id, epoch, point)
   return 1
 end
 
--- owner, ms that the beat lasts. Returns the ids to cancel since the last beat.
+-- owner, ms that the beat lasts
 function ops.beat(owner, lasts)
   redis.call('SET', P .. 'coordinator:' .. owner, '1', 'PX', lasts)
-  local ids = redis.call('SMEMBERS', P .. 'cancels:' .. owner)
-  redis.call('DEL', P .. 'cancels:' .. owner)
-  return ids
 end
 
 function ops.resign(owner)
-  redis.call('DEL', P .. 'coordinator:' .. owner, P .. 'cancels:' .. owner)
+  redis.call('DEL', P .. 'coordinator:' .. owner)
 end
 
 -- model, fingerprint, ms that it lasts, pairs of service and contract. The first one to declare a model decides.
@@ -295,26 +406,6 @@ function ops.declare(model, fingerprint, lasts)
   end
   redis.call('PEXPIRE', key, lasts)
   return { 'declared' }
-end
-
-local function split(text)
-  local first, rest = string.match(text, '^(.-)|(.*)$')
-  return first, rest
-end
-
--- Drops the slots of dead workers and dead coordinators; returns how many each worker has.
-local function busy_slots(place)
-  local busy, slots = {}, redis.call('HGETALL', P .. 'slots:' .. place)
-  for i = 1, #slots, 2 do
-    local worker, owner = split(slots[i + 1])
-    if redis.call('EXISTS', P .. 'worker:' .. worker) == 0
-      or redis.call('EXISTS', P .. 'coordinator:' .. owner) == 0 then
-      redis.call('HDEL', P .. 'slots:' .. place, slots[i])
-    else
-      busy[worker] = (busy[worker] or 0) + 1
-    end
-  end
-  return busy
 end
 
 -- The live worker with a free slot that has the fewest taken; among equals the one that got the fewest so far.
@@ -340,58 +431,95 @@ local function leave_queue(place, ticket)
   end
 end
 
+-- Who is next: of the highest priority, of the caller who was given the least work, the earliest deadline, the first.
+-- This is start-time fair queueing (Goyal, Vin, Cheng 1996): a claim starts when its caller's last one ends, in virtual
+-- time, but not in the past, so that nobody saves up a share by staying away. The queue is walked a step a caller.
+local function next_claim(place)
+  local queue, best, shares, virtual = P .. 'queue:' .. place, nil, nil, nil
+  local entry = redis.call('ZRANGE', queue, 0, 0)[1]
+  while entry do
+    local rank, caller, order, cost, ticket, owner = string.match(entry, '^(.-)|(.-)|(.-)|(.-)|(.-)|(.*)$')
+    if best and rank ~= best.rank then
+      break
+    end
+    shares = shares or P .. 'shares:' .. place .. '|' .. rank
+    virtual = virtual or tonumber(redis.call('ZSCORE', shares, '|') or 0)
+    local start = math.max(virtual, tonumber(redis.call('ZSCORE', shares, caller) or 0))
+    if not best or start < best.start or (start == best.start and order < best.order) then
+      best = { rank = rank, caller = caller, order = order, cost = tonumber(cost), ticket = ticket, owner = owner,
+        start = start, shares = shares }
+    end
+    entry = redis.call('ZRANGEBYLEX', queue, '(' .. rank .. '|' .. caller .. '|~', '+', 'LIMIT', 0, 1)[1]
+  end
+  return best
+end
+
+-- Writes down that a claim was granted. Who is behind the virtual time afterwards is as good as new, and forgotten.
+local function charge(claim)
+  redis.call('ZADD', claim.shares, int(claim.start), '|', int(claim.start + claim.cost), claim.caller)
+  redis.call('ZREMRANGEBYSCORE', claim.shares, '-inf', '(' .. int(claim.start))
+  redis.call('PEXPIRE', claim.shares, 3600000)
+end
+
 -- Hands free slots to those who wait, in order. Coordinators hear of theirs on their channels. Returns the live workers.
 local function dispatch(place, asking)
   local workers = live_workers(place)
   local busy = busy_slots(place)
   while true do
-    local entry = redis.call('ZRANGE', P .. 'queue:' .. place, 0, 0)[1]
-    if not entry then
+    local claim = next_claim(place)
+    if not claim then
       break
     end
-    local _, rest = split(entry)
-    local ticket, owner = split(rest)
-    if redis.call('EXISTS', P .. 'coordinator:' .. owner) == 1 then
+    if redis.call('EXISTS', P .. 'coordinator:' .. claim.owner) == 1 then
       local worker = least_busy(workers, busy)
       if not worker then
         break
       end
       busy[worker.id] = (busy[worker.id] or 0) + 1
       worker.granted = redis.call('HINCRBY', P .. 'worker:' .. worker.id, 'granted', 1)
-      redis.call('HSET', P .. 'slots:' .. place, ticket, worker.id .. '|' .. owner)
-      if ticket ~= asking then
-        redis.call('PUBLISH', P .. 'coordinator:' .. owner, 'grant\n' .. ticket .. '\n' .. worker.info)
+      redis.call('HSET', P .. 'slots:' .. place, claim.ticket,
+        worker.id .. '|' .. claim.owner .. '|' .. int(claim.cost) .. '|' .. int(now))
+      charge(claim)
+      if claim.ticket ~= asking then
+        redis.call('PUBLISH', P .. 'coordinator:' .. claim.owner, 'grant\n' .. claim.ticket .. '\n' .. worker.info)
       end
     end
-    leave_queue(place, ticket)
+    leave_queue(place, claim.ticket)
   end
   return workers
 end
 
--- ticket, model/service, owner, priority, deadline or 0. Asking again with the same ticket changes nothing.
-function ops.claim(ticket, place, owner, priority, deadline)
+-- ticket, model/service, owner, priority, deadline or 0, caller (a name without '|'), cost. Asking again with the same
+-- ticket changes nothing.
+function ops.claim(ticket, place, owner, priority, deadline, caller, cost)
   if redis.call('HEXISTS', P .. 'slots:' .. place, ticket) == 0
     and redis.call('HEXISTS', P .. 'waiting:' .. place, ticket) == 0 then
     local latest = tonumber(deadline) > 0 and math.min(tonumber(deadline), 9999999999999) or 9999999999999
-    local rank = string.format('%03d%013.0f%016.0f', 100 - tonumber(priority), latest, redis.call('INCR', P .. 'sequence'))
-    local entry = rank .. '|' .. ticket .. '|' .. owner
+    local entry = string.format('%03d|%s|%013.0f%016.0f|%s|%s|%s', 100 - tonumber(priority), caller, latest,
+      redis.call('INCR', P .. 'sequence'), cost, ticket, owner)
     redis.call('ZADD', P .. 'queue:' .. place, 0, entry)
     redis.call('HSET', P .. 'waiting:' .. place, ticket, entry)
   end
   local workers = dispatch(place, ticket)
   local slot = redis.call('HGET', P .. 'slots:' .. place, ticket)
   if slot then
-    return { 'granted', redis.call('HGET', P .. 'worker:' .. split(slot), 'info') }
+    return { 'granted', redis.call('HGET', P .. 'worker:' .. string.match(slot, '^(.-)|'), 'info') }
   end
   return { 'waiting', #workers }
 end
 
 -- ticket, model/service, ms that the slot was of use or 0. Gives back a slot, or a place in the queue.
 function ops.release(ticket, place, ms)
-  if tonumber(ms) > 0 then
-    local pace = redis.call('GET', P .. 'pace:' .. place)
-    local average = pace and 0.8 * tonumber(pace) + 0.2 * tonumber(ms) or tonumber(ms)
-    redis.call('SET', P .. 'pace:' .. place, string.format('%.3f', average), 'PX', 86400000)
+  local slot = redis.call('HGET', P .. 'slots:' .. place, ticket)
+  ms = tonumber(ms)
+  if ms > 0 and slot then
+    local cost = tonumber(string.match(slot, '|(%d+)|%d+$'))
+    local held, of = string.match(redis.call('GET', P .. 'pace:' .. place) or '', '^(%S+) (%S+)$')
+    redis.call('SET', P .. 'pace:' .. place, string.format('%.3f %.3f',
+      ms + 0.8 * tonumber(held or 0), cost + 0.8 * tonumber(of or 0)), 'PX', 86400000)
+  end
+  if ms > 0 then
+    settle(string.match(ticket, '^[^/]*'), string.match(place, '[^/]*$'))
   end
   redis.call('HDEL', P .. 'slots:' .. place, ticket)
   leave_queue(place, ticket)
@@ -417,6 +545,24 @@ function ops.withdraw(worker)
   end
 end
 
+-- model/service, owner. The tickets of that coordinator that have a slot or wait for one.
+function ops.claims(place, owner)
+  local tickets = {}
+  local slots = redis.call('HGETALL', P .. 'slots:' .. place)
+  for i = 1, #slots, 2 do
+    if string.match(slots[i + 1], '^[^|]*|([^|]*)') == owner then
+      tickets[#tickets + 1] = slots[i]
+    end
+  end
+  local waiting = redis.call('HGETALL', P .. 'waiting:' .. place)
+  for i = 1, #waiting, 2 do
+    if string.match(waiting[i + 1], '|([^|]*)$') == owner then
+      tickets[#tickets + 1] = waiting[i]
+    end
+  end
+  return tickets
+end
+
 -- model/service. Live workers' infos, slots taken, length of the queue.
 function ops.status(place)
   local infos = {}
@@ -428,6 +574,46 @@ function ops.status(place)
     taken = taken + count
   end
   return { infos, taken, redis.call('ZCARD', P .. 'queue:' .. place) }
+end
+
+-- name, ms that it is kept from now on
+function ops.touch_reply(name, lasts)
+  if redis.call('PEXPIRE', P .. 'reply:' .. name, lasts) == 1 then
+    redis.call('ZADD', P .. 'replies', 'XX', int(now + tonumber(lasts)), name)
+  end
+end
+
+local function drop_reply(name)
+  redis.call('DEL', P .. 'reply:' .. name)
+  redis.call('ZREM', P .. 'replies', name)
+  redis.call('HDEL', P .. 'reply-sizes', name)
+end
+
+-- key of its parts, name, its bytes, most bytes of all, ms that it is kept. Those unused for longest make room.
+function ops.keep_reply(parts, name, bytes, most, lasts)
+  for _, expired in ipairs(redis.call('ZRANGEBYSCORE', P .. 'replies', '-inf', int(now))) do
+    drop_reply(expired)
+  end
+  drop_reply(name)
+  local total = tonumber(bytes)
+  for _, size in ipairs(redis.call('HVALS', P .. 'reply-sizes')) do
+    total = total + tonumber(size)
+  end
+  while total > tonumber(most) do
+    local oldest = redis.call('ZRANGE', P .. 'replies', 0, 0)[1]
+    if not oldest then
+      redis.call('DEL', parts)
+      return
+    end
+    total = total - tonumber(redis.call('HGET', P .. 'reply-sizes', oldest) or 0)
+    drop_reply(oldest)
+  end
+  redis.call('RENAME', parts, P .. 'reply:' .. name)
+  redis.call('ZADD', P .. 'replies', int(now + tonumber(lasts)), name)
+  redis.call('HSET', P .. 'reply-sizes', name, bytes)
+  for _, key in ipairs({ 'reply:' .. name, 'replies', 'reply-sizes' }) do
+    redis.call('PEXPIRE', P .. key, lasts)
+  end
 end
 
 return ops[ARGV[1]](unpack(ARGV, 2))

@@ -6,8 +6,8 @@ refuses every write under an earlier one, so that a coordinator which only seeme
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple, cast
 
 from redis.asyncio import Redis
 
@@ -22,13 +22,16 @@ _BATCH_BYTES = 8 << 20
 
 
 class Inherited(NamedTuple):
-    """A request that another coordinator left behind. `seconds_left` until its deadline; None without one."""
+    """A request that another coordinator left behind. `seconds_left` until its deadline; None without one.
+
+    `deaths` are the workers that have died while they ran it.
+    """
 
     record: generation_pb2.RequestRecord
     epoch: int
     submission: bytes
     cancel_requested: bool
-    deaths: int
+    deaths: frozenset[str]
     seconds_left: float | None
 
 
@@ -39,36 +42,44 @@ class Leases:
         self._redis = redis
         self._owner = owner
 
-    async def take_over(self, model: str) -> list[Inherited]:
-        """Own some of the open requests of a model whose coordinator is dead; call again until there are none."""
-        return [
-            _inherited(row) for row in await run_script(self._redis, "take_over", self._owner, model, _MOST_AT_ONCE)
-        ]
+    async def take_over(
+        self, model: str, *, running: Iterable[str] = (), beyond_own: bool = True
+    ) -> tuple[list[Inherited], list[str]]:
+        """Own some of the open requests of a model that nobody runs; call again until there are none.
 
-    async def count_death(self, request_id: str, epoch: int) -> int:
-        """A worker died while it ran the request; returns how many have by now, 0 where it is not ours any more."""
-        return int(await run_script(self._redis, "death", request_id, epoch))
+        These are the requests of dead coordinators (unless only one's own are wanted), and one's own that are not among
+        `running`: an answer may have been lost that told of them. Also returns which of those that it runs are to be
+        cancelled, for the same reason. Who has no heartbeat itself gets nothing.
+        """
+        words = (self._owner, model, _MOST_AT_ONCE, int(beyond_own), " ".join(running))
+        taken, cancels = await run_script(self._redis, "take_over", *words)
+        return [_inherited(row) for row in taken], [request_id.decode() for request_id in cancels]
+
+    async def add_death(self, request_id: str, epoch: int, worker_id: str) -> frozenset[str]:
+        """A worker died while it ran the request; returns all that have by now, none where it is not ours any more."""
+        return _names(await run_script(self._redis, "death", request_id, epoch, worker_id))
 
     async def save_checkpoint(self, request_id: str, epoch: int, number: int, parts: Iterable[bytes]) -> bool:
-        """Store a checkpoint, in place of the one before; False where the request is not ours any more.
+        """Store a checkpoint, in place of the one before; False where the request is not ours any more, or is further.
 
-        `number` tells the checkpoints of an epoch apart; each part is at most a little above 1 MiB.
+        `number` counts the checkpoints of an epoch; each part is at most a little above 1 MiB.
         """
         key = f"{PREFIX}checkpoint:{request_id}:{epoch}-{number}"
-        batch: list[bytes] = []
-        for part in parts:
-            batch.append(part)
-            if sum(map(len, batch)) >= _BATCH_BYTES:
-                await self._push(key, batch)
-                batch = []
+        batch: dict[str, bytes] = {}
+        for index, part in enumerate(parts):
+            batch[str(index)] = part
+            if sum(map(len, batch.values())) >= _BATCH_BYTES:
+                await self._put(key, batch)
+                batch = {}
         if batch:
-            await self._push(key, batch)
+            await self._put(key, batch)
         return bool(await run_script(self._redis, "checkpoint", request_id, epoch, key))
 
-    async def _push(self, key: str, parts: list[bytes]) -> None:
+    async def _put(self, key: str, parts: Mapping[str, bytes]) -> None:
+        """Write parts under their numbers, which may be done twice: redis-py repeats what it got no answer to."""
         with store_errors():
             async with self._redis.pipeline(transaction=True) as pipeline:
-                pipeline.rpush(key, *parts)
+                pipeline.hset(key, mapping=cast(Any, parts))
                 pipeline.pexpire(key, _KEPT_MS)
                 await pipeline.execute()
 
@@ -76,7 +87,7 @@ class Leases:
         """The parts of the newest checkpoint. Raises NotFound where there is none."""
         key = await command(self._redis, "HGET", f"{PREFIX}request:{request_id}", "point")
         parts: list[bytes] = []
-        while key is not None and (part := await command(self._redis, "LINDEX", key, len(parts))) is not None:
+        while key is not None and (part := await command(self._redis, "HGET", key, len(parts))) is not None:
             parts.append(part)
         if not parts:
             raise NotFound(f"request {request_id} has no checkpoint")
@@ -87,4 +98,8 @@ def _inherited(row: list[Any]) -> Inherited:
     _, epoch, submission, cancel, deaths, now, fields = row
     record = read_record(fields)
     left = (record.deadline.ToMilliseconds() - int(now)) / 1_000 if record.HasField("deadline") else None
-    return Inherited(record, int(epoch), submission, cancel == b"1", int(deaths), left)
+    return Inherited(record, int(epoch), submission, cancel == b"1", _names(deaths), left)
+
+
+def _names(lines: bytes) -> frozenset[str]:
+    return frozenset(lines.decode().splitlines())

@@ -1,7 +1,7 @@
 """A coordinator's presence: while its heartbeat lasts, its slots and its places in queues count, and it can be told.
 
 What it is told (a slot that was granted, a request to cancel) comes over a channel, at once. A message that is lost
-with a connection is found again: cancels by the next beat, grants by the next time the claim asks.
+with a connection is found again: cancels when it next looks for requests to run, grants when the claim next asks.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from common.errors import Unavailable
+from common.errors import InternalError, Unavailable
 from common.state.connection import BLOCK_SECONDS, PREFIX, cancellation_kept, run_script
 
 BEAT_SECONDS = 2.0
@@ -65,8 +65,7 @@ class Presence:
             _log.warning("left without telling the store: %s", error)
 
     async def _beat(self) -> None:
-        for request_id in await run_script(self._redis, "beat", self.owner, self._ttl):
-            self.on_cancel(request_id.decode())
+        await run_script(self._redis, "beat", self.owner, self._ttl)
 
     async def _keep_beating(self) -> None:
         while True:
@@ -75,6 +74,10 @@ class Presence:
                 await self._beat()
             except Unavailable as error:
                 _log.warning("missed a heartbeat: %s", error)
+            except (
+                InternalError
+            ):  # the next one may succeed; without any, this coordinator would be dead and not know it
+                _log.exception("missed a heartbeat")
 
     async def _listen(self, subscribed: asyncio.Event) -> None:
         while True:

@@ -27,9 +27,12 @@ class ResultFile:
     pieces: Sequence[bytes | memoryview] = field(repr=False)
 
 
-def state_event(state: StateValue, error: generation_pb2.Error | None = None) -> generation_pb2.Event:
+def state_event(
+    state: StateValue, error: generation_pb2.Error | None = None, *, steps_saved: int = 0
+) -> generation_pb2.Event:
     """The event of a change of state."""
-    return generation_pb2.Event(state_change=generation_pb2.StateChange(state=state, error=error))
+    change = generation_pb2.StateChange(state=state, error=error, steps_saved=steps_saved)
+    return generation_pb2.Event(state_change=change)
 
 
 def is_terminal(state: int) -> bool:

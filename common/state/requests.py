@@ -10,6 +10,7 @@ import re
 import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from redis.asyncio import Redis
@@ -55,7 +56,10 @@ class Limits:
     queue_limit: int = 256
     max_open_of_caller: int = 1_000
     queue_seconds: float = 0.0
-    """Most seconds that the slowest service needs for what is open, at its measured pace; 0 sets no such bound."""
+    """Most seconds that the slowest service needs for what is open, at its measured pace; 0 sets no such bound.
+
+    A caller whose part is no more than an equal one may go beyond it. Before a service has a pace, as many requests may
+    be open as its workers take at a time."""
 
 
 @dataclass(frozen=True)
@@ -93,11 +97,13 @@ class RequestStore:
         idempotency_key: str = "",
         submission: bytes = b"",
         limits: Limits | None = None,
+        costs: Mapping[str, int] = MappingProxyType({}),
     ) -> Admission:
         """Store a request durably, with its first events: QUEUED, and the warnings it has. One round trip.
 
         A known key answers with the request that it belongs to; each caller has keys of its own. `submission` is what
-        another coordinator needs to run the request. Raises InvalidInput for a deadline that has passed and
+        another coordinator needs to run the request. `costs` say how much it asks of each service, beside other
+        requests; 1 where nothing is said. Raises InvalidInput for a deadline that has passed and
         ResourceExhausted beyond the limits, with the time after which to try again.
         """
         limits = limits or Limits()
@@ -120,7 +126,7 @@ class RequestStore:
             record.caller,
             limits.max_open_of_caller,
             len(limits.services),
-            *limits.services,
+            *(word for service in limits.services for word in (service, costs.get(service, 1))),
             *(event.SerializeToString() for event in events),
         )
         _check_admitted(reply, record)
@@ -185,18 +191,27 @@ class RequestStore:
         return [(str(int(score)), each) for (_, score), each in zip(rows, fields, strict=True)]
 
     async def append(
-        self, request_id: str, events: Sequence[generation_pb2.Event], *, epoch: int = 1
+        self, request_id: str, events: Sequence[generation_pb2.Event], *, number: int, epoch: int = 1
     ) -> list[generation_pb2.Event] | None:
         """Add events; what they say of state and warnings goes into the record.
 
-        Returns them as stored, and None once the request has ended or belongs to another epoch.
+        `number` is how many the caller has added before in this epoch: the same ones may be given again, when it is not
+        known whether they were added. Returns them as stored, and None once the request has ended or belongs to another
+        epoch.
         """
         state = next((str(event.state_change.state) for event in events if event.HasField("state_change")), "")
         extra = generation_pb2.RequestRecord(
             warnings=[event.warning for event in events if event.HasField("warning")]
         ).SerializeToString()
         reply = await run_script(
-            self._redis, "append", request_id, epoch, state, extra, *(event.SerializeToString() for event in events)
+            self._redis,
+            "append",
+            request_id,
+            epoch,
+            number,
+            state,
+            extra,
+            *(event.SerializeToString() for event in events),
         )
         return with_ids(events, reply[1]) if reply[0] == b"appended" else None
 
@@ -209,6 +224,7 @@ class RequestStore:
         files: Sequence[ResultFile] = (),
         stored: bool = True,
         events: Sequence[generation_pb2.Event] = (),
+        steps_saved: int = 0,
         epoch: int = 1,
     ) -> list[generation_pb2.Event] | None:
         """End a request: `events` that are still to be told, its files, its state.
@@ -221,8 +237,9 @@ class RequestStore:
             error=error,
             files=[file.header for file in files],
             warnings=[event.warning for event in events if event.HasField("warning")],
+            steps_saved=steps_saved,
         )
-        last = state_event(state, error)
+        last = state_event(state, error, steps_saved=steps_saved)
         arguments: list[str | bytes | int] = [
             request_id,
             epoch,
@@ -354,6 +371,8 @@ def _check_admitted(reply: Sequence[Any], record: generation_pb2.RequestRecord) 
             what = f"{record.caller} has {int(reply[1])} open requests, which is the bound"
         case b"full":
             what = f"{int(reply[1])} requests wait for {reply[3].decode()} of {record.model}, which is the bound"
+        case b"unmeasured":
+            what = f"{int(reply[1])} requests for {record.model} are open, and none has ended yet to tell its pace by"
         case b"busy":
             what = f"{record.model} has {int(reply[1]) / 1_000:.1f} s of work before it, which is beyond the bound"
         case _:

@@ -1,4 +1,7 @@
-"""Slots: the right to run one request on one worker of a service, handed out in order of priority, deadline, arrival.
+"""Slots: the right to run one request on one worker of a service.
+
+They are handed out by priority; within one in turn to the callers, so that each gets an equal share of the work
+whatever it has waiting; and to each caller by deadline and arrival.
 
 The store hands a slot that is given back straight to who is next, so that nobody polls. A claim still asks again now
 and then, which heals lost messages, dead workers and dead coordinators.
@@ -10,6 +13,7 @@ import asyncio
 import itertools
 import logging
 from dataclasses import dataclass
+from urllib.parse import quote
 
 from redis.asyncio import Redis
 
@@ -30,6 +34,22 @@ class NoWorkers(Unavailable):
 
 
 @dataclass(frozen=True)
+class Rank:
+    """What decides a claim's place in the queue.
+
+    `deadline_ms` is since the epoch, 0 for none. `cost` says how much the request asks of the service, beside others.
+    """
+
+    priority: int = 0
+    deadline_ms: int = 0
+    caller: str = ""
+    cost: int = 1
+
+
+FIRST_COME = Rank()
+
+
+@dataclass(frozen=True)
 class Slot:
     """The right to run a request on `worker`, until it is released."""
 
@@ -46,6 +66,7 @@ class Slots:
         self._owner = presence.owner
         self._ask_again_seconds = ask_again_seconds
         self._waiting: dict[str, asyncio.Future[bytes]] = {}
+        self._tickets: set[str] = set()  # that wait, are held, or are being given back
         self._numbers = itertools.count()
         self._releases: set[asyncio.Task[None]] = set()
         presence.on_grant = self._granted
@@ -55,23 +76,22 @@ class Slots:
         model: str,
         service: str,
         request_id: str,
+        rank: Rank = FIRST_COME,
         *,
-        priority: int = 0,
-        deadline_ms: int = 0,
         patience_seconds: float | None = None,
     ) -> Slot:
         """Wait for a slot; when it is free at once, that is one round trip.
 
-        `deadline_ms`, since the epoch, only ranks; 0 is none. A store that is away is waited for. Raises NoWorkers
-        when for `patience_seconds` there was no live worker at all (None waits for ever). An abandoned claim leaves
-        the queue.
+        A store that is away is waited for. Raises NoWorkers when for `patience_seconds` there was no live worker at
+        all (None waits for ever). An abandoned claim leaves the queue.
         """
         ticket = f"{request_id}/{self._owner}/{next(self._numbers)}"
         place = f"{model}/{service}"
         granted: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
         self._waiting[ticket] = granted
+        self._tickets.add(ticket)
         try:
-            info = await self._wait(ticket, place, granted, (str(priority), str(deadline_ms)), patience_seconds)
+            info = await self._wait(ticket, place, granted, rank, patience_seconds)
             return Slot(ticket, place, worker_pb2.WorkerInfo.FromString(info))
         except BaseException:
             self._release(ticket, place)
@@ -80,13 +100,14 @@ class Slots:
             del self._waiting[ticket]
 
     async def _wait(
-        self, ticket: str, place: str, granted: asyncio.Future[bytes], rank: tuple[str, str], patience: float | None
+        self, ticket: str, place: str, granted: asyncio.Future[bytes], rank: Rank, patience: float | None
     ) -> bytes:
         loop = asyncio.get_running_loop()
+        words = (rank.priority, rank.deadline_ms, quote(rank.caller, safe=""), rank.cost)
         last_seen = loop.time()
         while True:
             try:
-                reply = await run_script(self._redis, "claim", ticket, place, self._owner, *rank)
+                reply = await run_script(self._redis, "claim", ticket, place, self._owner, *words)
             except Unavailable as error:
                 _log.warning("waits for a slot of %s: %s", place, error)
                 await asyncio.sleep(_RETRY_SECONDS)
@@ -111,6 +132,7 @@ class Slots:
         self._release(slot.ticket, slot.place, used_seconds)
 
     def _release(self, ticket: str, place: str, used_seconds: float = 0.0) -> None:
+        self._tickets.add(ticket)
         task = asyncio.create_task(self._keep_releasing(ticket, place, used_seconds))
         self._releases.add(task)
         task.add_done_callback(self._releases.discard)
@@ -123,7 +145,19 @@ class Slots:
                 _log.warning("cannot give back a slot of %s yet: %s", place, error)
                 await asyncio.sleep(_RETRY_SECONDS)
             else:
+                self._tickets.discard(ticket)
                 return
+
+    async def give_back_unknown(self, model: str, service: str) -> None:
+        """Release what the store holds for this coordinator, but nobody here does. Raises Unavailable.
+
+        A network that comes back delivers claims that were given up long ago.
+        """
+        place = f"{model}/{service}"
+        for ticket in await run_script(self._redis, "claims", place, self._owner):
+            if ticket.decode() not in self._tickets:
+                _log.warning("gives back a slot of %s that nobody here has: %s", place, ticket.decode())
+                self._release(ticket.decode(), place)
 
     async def settle(self) -> None:
         """Wait until all that was released is free."""

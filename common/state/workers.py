@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from redis.asyncio import Redis
 
-from common.errors import FailedPrecondition, InvalidInput, Unavailable
+from common.errors import FailedPrecondition, InternalError, InvalidInput, Unavailable
 from common.stage import Contract
 from common.state.connection import run_script
 from common.state.presence import BEAT_SECONDS, TTL_SECONDS
@@ -102,6 +102,8 @@ class WorkerRegistry:
                 _log.warning("worker %s missed a heartbeat: %s", info.worker_id, error)
             except FailedPrecondition as error:
                 _log.error("worker %s is not part of the fleet any more: %s", info.worker_id, error)
+            except InternalError:  # the next one may succeed; without any, nobody would ever find this worker again
+                _log.exception("worker %s missed a heartbeat", info.worker_id)
 
     def _stop_beat(self, worker_id: str) -> None:
         beat = self._beats.pop(worker_id, None)

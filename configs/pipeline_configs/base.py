@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, ClassVar, Self
 import torch
 from torch import Tensor
 
+from configs.approximation import EXACT, Approximation
 from configs.models.encoders.base import ImageTextEncoding, TextEncoding
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ class PipelineConfig(ABC):
     `dtype` is that of the weights; `device` is where the stages compute: they move inputs there and outputs back to
     the CPU. `checkpoint_every` is how many steps lie between two checkpoints of the denoising loop, and
     `checkpoint_seconds` after which time there is one anyway; 0 means none. `mesh` is this rank's place in the worker
-    group that denoises; None where one rank does it alone.
+    group that denoises; None where one rank does it alone. `approximation` is what denoising may leave out.
     """
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -33,6 +34,7 @@ class PipelineConfig(ABC):
     checkpoint_every: int = 0
     checkpoint_seconds: float = 0.0
     mesh: WorkerMesh | None = None
+    approximation: Approximation = EXACT
 
     module_loaders: ClassVar[Mapping[str, str]] = {}
     """Loaders of module classes that models.loader does not know, or that are ours: class name in model_index.json to
@@ -66,6 +68,10 @@ class StandardPipelineConfig(PipelineConfig):
     def image_text_encoding(self) -> ImageTextEncoding:
         """The encoder that reads text and pictures together, where there is one."""
         raise TypeError(f"{type(self).__name__} reads text without pictures")
+
+    @abstractmethod
+    def conditioning_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Shapes that the encoders' outputs usually have, text's and pictures', by the denoiser's keyword; batch 1."""
 
     @abstractmethod
     def wants_negative(self, prompt: Prompt, sampling: Sampling) -> bool:
@@ -123,6 +129,11 @@ class StandardPipelineConfig(PipelineConfig):
         `encode` is the VAE's encoder, from a picture or a video (1, 3, frames, height, width) to its likeliest latents.
         """
         raise TypeError(f"{type(self).__name__} takes no pictures, but {encode} got {canvas} and {', '.join(pictures)}")
+
+    def condition_shape(self, canvas: Canvas) -> tuple[int, ...] | None:
+        """Raw shape that image_latents() usually gives; None for a model that takes no pictures."""
+        del canvas
+        return None
 
     @abstractmethod
     def model_timestep(self, timestep: Tensor) -> Tensor:

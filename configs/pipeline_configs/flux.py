@@ -80,6 +80,13 @@ class FluxPipelineConfig(PackedPipelineConfig):
         )
         return (clip, t5)
 
+    def conditioning_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """T5's text is padded to 512 tokens, unless a request says otherwise."""
+        return {
+            "pooled_projections": (1, self.transformer.pooled_projection_dim),
+            "encoder_hidden_states": (1, MAX_SEQUENCE_LENGTH, self.transformer.joint_attention_dim),
+        }
+
     def raw_latent_shape(self, canvas: Canvas, batch: int) -> tuple[int, ...]:
         """(batch, channels, rows, columns), rows and columns even."""
         rows, columns = self.patches(canvas)

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 MAX_SEQUENCE_LENGTH = 512
 
+USUAL_TOKENS = 64
+"""Of a prompt of a few sentences. Text is not padded: every prompt has a number of its own."""
+
 TEMPLATE = Template(
     before="<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, "
     "spatial relationships of the objects and background:<|im_end|>\n<|im_start|>user\n",
@@ -85,6 +88,10 @@ class QwenImagePipelineConfig(PackedPipelineConfig):
             template=TEMPLATE,
         )
         return (qwen,)
+
+    def conditioning_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """A text of a usual length."""
+        return {"encoder_hidden_states": (1, USUAL_TOKENS, self.transformer.joint_attention_dim)}
 
     def raw_latent_shape(self, canvas: Canvas, batch: int) -> tuple[int, ...]:
         """(batch, frames, channels, rows, columns): one frame; rows and columns even."""

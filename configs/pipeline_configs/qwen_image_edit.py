@@ -57,6 +57,12 @@ class QwenImageEditPipelineConfig(QwenImagePipelineConfig):
         del canvas
         return given_size(*size)
 
+    def condition_shape(self, canvas: Canvas) -> tuple[int, ...]:
+        """That of a picture with the proportions of the one that is made."""
+        side = self.pixels_per_latent
+        height, width = given_size(canvas.height, canvas.width)
+        return (1, 1, self.vae.z_dim, height // side, width // side)
+
     def image_latents(
         self, encode: Callable[[Tensor], Tensor], pictures: Mapping[str, Tensor], canvas: Canvas
     ) -> Tensor:

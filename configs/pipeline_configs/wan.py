@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import ftfy
@@ -15,6 +15,7 @@ from torch import Tensor
 from common.errors import CheckpointError, InvalidInput
 from configs.models.dits.wan import WanTransformerConfig
 from configs.models.encoders.base import PromptText, TextEncoding
+from configs.models.fields import ConfigFields
 from configs.models.vaes.wan import AutoencoderKLWanConfig
 from configs.pipeline_configs.base import StandardPipelineConfig
 
@@ -70,6 +71,10 @@ class WanPipelineConfig(StandardPipelineConfig):
             masked=True,
         )
         return (umt5,)
+
+    def conditioning_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Text is padded to 512 tokens, unless a request says otherwise."""
+        return {"encoder_hidden_states": (1, MAX_SEQUENCE_LENGTH, self.transformer.text_dim)}
 
     def wants_negative(self, prompt: Prompt, sampling: Sampling) -> bool:
         """Guidance above 1 needs it; an unset negative prompt is an empty one."""
@@ -137,12 +142,40 @@ class WanPipelineConfig(StandardPipelineConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class WanImageToVideoPipelineConfig(WanPipelineConfig):
-    """WanImageToVideoPipeline's callbacks: beside the noise, the mask of what is given and its latents."""
+    """WanImageToVideoPipeline's callbacks: beside the noise, the mask of what is given and its latents.
+
+    `vision_tokens_of_picture` is how many the vision encoder makes of one.
+    """
+
+    vision_tokens_of_picture: int = 257
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint: Checkpoint) -> Self:
+        """Read the vision encoder's patches, too: it makes a token of each, and one of the whole picture."""
+        config = super().from_checkpoint(checkpoint)
+        if config.transformer.image_dim is None:
+            return config
+        fields = ConfigFields("image_encoder", checkpoint.module_config("image_encoder"))
+        side = fields.integer("image_size", 224) // fields.integer("patch_size", 32)
+        return replace(config, vision_tokens_of_picture=side * side + 1)
 
     @classmethod
     def input_channels(cls, vae: AutoencoderKLWanConfig) -> int:
         """Noise, a mask for each frame of a latent frame, and the pictures' latents."""
         return 2 * vae.z_dim + vae.temporal_factor
+
+    def conditioning_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """The vision encoder's tokens come beside the text: CLIP's of one picture, or those of two."""
+        shapes = dict(super().conditioning_shapes())
+        if self.transformer.image_dim is not None:
+            tokens = self.transformer.pos_embed_seq_len or self.vision_tokens_of_picture
+            shapes["encoder_hidden_states_image"] = (1, tokens, self.transformer.image_dim)
+        return shapes
+
+    def condition_shape(self, canvas: Canvas) -> tuple[int, ...]:
+        """Mask and latents, as large as the video's."""
+        batch, channels, *grid = self.raw_latent_shape(canvas, 1)
+        return (batch, self.vae.temporal_factor + channels, *grid)
 
     def vision_tokens(self, hidden_states: Sequence[Tensor]) -> Mapping[str, Tensor]:
         """The last layer but one; tokens of first and last frame behind each other. Raises InvalidInput if they differ.

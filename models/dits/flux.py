@@ -1,25 +1,29 @@
 """The Flux DiT: blocks with a text and an image stream that attend jointly, then blocks over both as one stream.
 
-Shapes: B batch, T text tokens, I image tokens, S = T + I (text first), D hidden size, H heads, K head size.
-Parameter names are the checkpoint's. Parallel and fused forms are decided beside the model, not in it.
+Shapes: N steps, B batch, T text tokens, I image tokens, S = T + I (text first), D hidden size, M all modulations.
+Parameter names are the checkpoint's. Parallel forms are decided beside the model, not in it.
 """
 
 # ruff: noqa: N803, N806  (the capitals of a tensor's name are its shape)
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from itertools import islice
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import gelu, silu
+from torch.nn.functional import silu
 
 from configs.models.dits.flux import FluxTransformerConfig
+from models.dits.base import DiffusionTransformer, Prepared
 from models.dits.flux_plan import FLUX_PLAN
 from models.layers.embeddings import EmbeddingMLP, sinusoidal_embedding
-from models.layers.feed_forward import FeedForward
-from models.layers.joint_attention import JointAttention, StreamAttention
-from models.layers.norms import LayerNormScaleShift
+from models.layers.feed_forward import FeedForward, beside_gelu
+from models.layers.joint_attention import JointAttention, Modulation, StreamAttention, joint_block
+from models.layers.linear import Linear
+from models.layers.norms import LayerNormScaleShift, Residual, Streams
 from models.layers.parallelize import parallelize
 from models.layers.rotary import Rotation, rotary_embedding
 from models.weights import load_module
@@ -31,18 +35,13 @@ if TYPE_CHECKING:
 SINUSOID_SIZE = 256
 
 
-class Modulation(nn.Module):
-    """Shifts, scales and gates of a block, from the conditioning vector: `parts` tensors (B, D)."""
+class ModulationLinear(nn.Module):
+    """Shifts, scales and gates of a block, from the conditioning vector: `parts` vectors of its size."""
 
     def __init__(self, size: int, parts: int) -> None:
         super().__init__()
-        self.linear = nn.Linear(size, parts * size)
+        self.linear = Linear(size, parts * size)
         self.parts = parts
-
-    def forward(self, activated_BD: Tensor) -> tuple[Tensor, ...]:
-        """The parts, in the checkpoint's order. The caller applies SiLU, once for all blocks."""
-        parts: Tensor = self.linear(activated_BD)
-        return parts.chunk(self.parts, dim=1)
 
 
 class ConditioningEmbedding(nn.Module):
@@ -71,26 +70,19 @@ class FluxTransformerBlock(nn.Module):
         super().__init__()
         size = config.hidden_size
         self.norm = LayerNormScaleShift(size)
-        self.norm1 = Modulation(size, 6)
-        self.norm1_context = Modulation(size, 6)
+        self.norm1 = ModulationLinear(size, 6)
+        self.norm1_context = ModulationLinear(size, 6)
         self.attn = JointAttention(size, config.attention_head_dim)
         self.ff = FeedForward(size)
         self.ff_context = FeedForward(size)
 
-    def forward(
-        self, image_BID: Tensor, text_BTD: Tensor, activated_BD: Tensor, rotation: Rotation
-    ) -> tuple[Tensor, Tensor]:
-        """The next image and text streams."""
-        shift, scale, gate, ff_shift, ff_scale, ff_gate = self.norm1(activated_BD)
-        c_shift, c_scale, c_gate, c_ff_shift, c_ff_scale, c_ff_gate = self.norm1_context(activated_BD)
-        image, text = self.attn.joint(
-            self.norm(image_BID, scale, shift), self.norm(text_BTD, c_scale, c_shift), rotation
-        )
-        image_BID = image_BID + gate[:, None] * image
-        image_BID = image_BID + ff_gate[:, None] * self.ff(self.norm(image_BID, ff_scale, ff_shift))
-        text_BTD = text_BTD + c_gate[:, None] * text
-        text_BTD = text_BTD + c_ff_gate[:, None] * self.ff_context(self.norm(text_BTD, c_ff_scale, c_ff_shift))
-        return image_BID, text_BTD
+    def forward(self, residual: Residual, parts: Iterator[Tensor], rotation: Rotation, boundary: int) -> Residual:
+        """The next residual; takes its modulations from `parts`."""
+        image, text = (list(islice(parts, 6)) for _ in range(2))
+        vectors = [Streams(*pair) for pair in zip(text, image, strict=True)]
+        modulations = (Modulation(*vectors[:3]), Modulation(*vectors[3:]))
+        feed_forwards = (self.ff_context, self.ff)
+        return joint_block(residual, self.norm, self.attn, feed_forwards, modulations, rotation, boundary)
 
 
 class FluxSingleTransformerBlock(nn.Module):
@@ -100,36 +92,38 @@ class FluxSingleTransformerBlock(nn.Module):
         super().__init__()
         size = config.hidden_size
         self.layer_norm = LayerNormScaleShift(size)
-        self.norm = Modulation(size, 3)
+        self.norm = ModulationLinear(size, 3)
         self.attn = StreamAttention(size, config.attention_head_dim)
-        self.proj_mlp = nn.Linear(size, 4 * size)
-        self.proj_out = nn.Linear(5 * size, size)
+        self.proj_mlp = Linear(size, 4 * size)
+        self.proj_out = Linear(5 * size, size)
 
-    def forward(self, x_BSD: Tensor, activated_BD: Tensor, rotation: Rotation) -> Tensor:
-        """The next stream."""
-        shift, scale, gate = self.norm(activated_BD)
-        normed = self.layer_norm(x_BSD, scale, shift)
-        attended = self.attn(normed, rotation)
-        hidden = gelu(self.proj_mlp(normed), approximate="tanh")
-        update: Tensor = gate[:, None] * self.proj_out(torch.cat((attended, hidden), dim=2))
-        return x_BSD + update
+    def forward(self, residual: Residual, parts: Iterator[Tensor], rotation: Rotation, boundary: int) -> Residual:
+        """The next residual; takes its modulations from `parts`."""
+        shift, scale, gate = (Streams.same(part) for part in islice(parts, 3))
+        x_BSD, normed = self.layer_norm.after(residual, scale, shift, boundary)
+        started = self.attn.start(normed, rotation)
+        hidden = self.proj_mlp(normed)
+        both = beside_gelu(self.attn.finish(started), hidden)
+        return Residual(x_BSD, self.proj_out(both), gate)
 
 
-class FluxTransformer2DModel(nn.Module):
+class FluxTransformer2DModel(DiffusionTransformer):
     """Predicts the velocity of packed latents."""
+
+    block_linears: ClassVar[tuple[str, ...]] = FLUX_PLAN.block_linears
 
     def __init__(self, config: FluxTransformerConfig) -> None:
         super().__init__()
         size = config.hidden_size
         self.axes_dims = config.axes_dims_rope
         self.time_text_embed = ConditioningEmbedding(config)
-        self.context_embedder = nn.Linear(config.joint_attention_dim, size)
-        self.x_embedder = nn.Linear(config.in_channels, size)
+        self.context_embedder = Linear(config.joint_attention_dim, size)
+        self.x_embedder = Linear(config.in_channels, size)
         self.transformer_blocks = nn.ModuleList(FluxTransformerBlock(config) for _ in range(config.num_layers))
         self.single_transformer_blocks = nn.ModuleList(
             FluxSingleTransformerBlock(config) for _ in range(config.num_single_layers)
         )
-        self.norm_out = Modulation(size, 2)
+        self.norm_out = ModulationLinear(size, 2)
         self.final_norm = LayerNormScaleShift(size)
         self.proj_out = nn.Linear(size, config.out_channels)
 
@@ -148,18 +142,54 @@ class FluxTransformer2DModel(nn.Module):
         timestep is float32 (B,) in [0, 1]; guidance float32 (B,), or None for models without it; encoder_hidden_states
         (B, T, joint_attention_dim); pooled_projections (B, pooled_projection_dim); positions (tokens, 3).
         """
+        prepared = self.prepare(
+            timestep[None], encoder_hidden_states, pooled_projections, guidance, img_ids=img_ids, txt_ids=txt_ids
+        )
+        return self.predict(hidden_states, prepared.steps[0], **prepared.constants)
+
+    def prepare(  # type: ignore[override]  # which keywords there are differs by model
+        self,
+        timesteps: Tensor,
+        encoder_hidden_states: Tensor,
+        pooled_projections: Tensor,
+        guidance: Tensor | None,
+        img_ids: Tensor,
+        txt_ids: Tensor,
+    ) -> Prepared:
+        """Modulations of all blocks (N, B, M) for timesteps (N, B), the embedded text, the rotation of all tokens."""
+        steps, batch = timesteps.shape
+        repeated = None if guidance is None else guidance.repeat(steps)
+        embedding = self.time_text_embed(timesteps.flatten(), repeated, pooled_projections.repeat(steps, 1))
+        activated_BD = silu(embedding)
+        modulations = torch.cat([each.linear(activated_BD) for each in self._modulations()], dim=1)
         rotation = rotary_embedding(torch.cat((txt_ids, img_ids)), self.axes_dims)
-        activated_BD = silu(self.time_text_embed(timestep, guidance, pooled_projections))
-        image_BID = self.x_embedder(hidden_states)
         text_BTD = self.context_embedder(encoder_hidden_states)
-        for block in self.transformer_blocks:
-            image_BID, text_BTD = block(image_BID, text_BTD, activated_BD, rotation)
-        x_BSD = torch.cat((text_BTD, image_BID), dim=1)
-        for block in self.single_transformer_blocks:
-            x_BSD = block(x_BSD, activated_BD, rotation)
-        scale, shift = self.norm_out(activated_BD)
-        velocity: Tensor = self.proj_out(self.final_norm(x_BSD[:, text_BTD.shape[1] :], scale, shift))
+        return Prepared(modulations.view(steps, batch, -1), {"text_BTD": text_BTD, **rotation._asdict()})
+
+    def predict(  # type: ignore[override]  # which constants there are differs by model
+        self, hidden_states: Tensor, modulation: Tensor, text_BTD: Tensor, cos: Tensor, sin: Tensor
+    ) -> Tensor:
+        """Velocity (B, I, channels), with a step's modulations (B, M)."""
+        boundary = text_BTD.shape[1]
+        parts = iter(modulation.chunk(modulation.shape[1] // self.final_norm.size, dim=1))
+        rotation = Rotation(cos, sin)
+        residual = Residual(torch.cat((text_BTD, self.x_embedder(hidden_states)), dim=1))
+        for block in (*self.transformer_blocks, *self.single_transformer_blocks):
+            residual = block(residual, parts, rotation, boundary)
+        scale, shift = (Streams.same(part) for part in parts)
+        _, normed = self.final_norm.after(residual, scale, shift, boundary)
+        velocity: Tensor = self.proj_out(normed[:, boundary:])
         return velocity
+
+    def _modulations(self) -> Iterator[ModulationLinear]:
+        """In the order in which predict() takes their parts."""
+        for block in self.transformer_blocks:
+            assert isinstance(block, FluxTransformerBlock)
+            yield from (block.norm1, block.norm1_context)
+        for single in self.single_transformer_blocks:
+            assert isinstance(single, FluxSingleTransformerBlock)
+            yield single.norm
+        yield self.norm_out
 
 
 def load_flux_transformer(

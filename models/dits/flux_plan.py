@@ -22,16 +22,16 @@ FLUX_PLAN = ParallelPlan(
         f"{DOUBLE}.ff_context.net.2",
         f"{SINGLE}.proj_out",
     ),
-    # A third of the weights, read for one vector: whole, they would cost each rank their memory and its bandwidth.
+    # A third of the weights, read once a request: whole, they would cost each rank their memory.
     gathered=(f"{DOUBLE}.norm1.linear", f"{DOUBLE}.norm1_context.linear", f"{SINGLE}.norm.linear"),
     # Its inputs are the heads, and beside them the feed-forward, four times as wide.
     segments={f"{SINGLE}.proj_out": (1, 4)},
-    attention=(f"{DOUBLE}.attn.attention", f"{SINGLE}.attn.attention"),
+    attention=(f"{DOUBLE}.attn.inner", f"{SINGLE}.attn.inner"),
     cuts=(
-        Cut("", "hidden_states", "image"),
-        Cut("", "encoder_hidden_states", "text"),
-        Cut("", "img_ids", "image", dim=0),
-        Cut("", "txt_ids", "text", dim=0),
+        Cut("prepare", "encoder_hidden_states", "text"),
+        Cut("prepare", "txt_ids", "text", dim=0),
+        Cut("prepare", "img_ids", "image", dim=0),
+        Cut("predict", "hidden_states", "image"),
     ),
-    joins=(Join("", "image"),),
+    join=Join("predict", "image"),
 )

@@ -1,25 +1,29 @@
 """The Qwen-Image DiT: blocks with a text and an image stream that attend jointly.
 
-Shapes: B batch, T text tokens, I image tokens (the picture's own first, then those of pictures given), D hidden size.
-Parameter names are the checkpoint's.
+Shapes: N steps, B batch, T text tokens, I image tokens (the picture's own first, then those of pictures given), D
+hidden size, M all modulations. Parameter names are the checkpoint's.
 """
 
 # ruff: noqa: N803, N806  (the capitals of a tensor's name are its shape)
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from itertools import islice
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from configs.models.dits.qwen_image import QwenImageTransformerConfig
+from models.dits.base import DiffusionTransformer, Prepared
 from models.dits.qwen_image_plan import QWEN_IMAGE_PLAN
 from models.layers.embeddings import EmbeddingMLP, sinusoidal_embedding
 from models.layers.feed_forward import FeedForward
-from models.layers.joint_attention import JointAttention
-from models.layers.norms import LayerNormScaleShift, RMSNorm
+from models.layers.joint_attention import JointAttention, Modulation, joint_block
+from models.layers.linear import Linear
+from models.layers.norms import LayerNormScaleShift, Residual, RMSNorm, Streams
 from models.layers.parallelize import parallelize
 from models.layers.rotary import Rotation, rotary_embedding
 from models.weights import load_module
@@ -45,29 +49,24 @@ class TimeEmbedding(nn.Module):
 
 
 class BlockModulation(nn.Sequential):
-    """Shift, scale and gate for each half of a block, from the timestep's vector: six tensors (B, D)."""
+    """Shift, scale and gate for each half of a block, from the timestep's vector: six vectors of its size."""
 
     def __init__(self, size: int) -> None:
         # Position 0 is the checkpoint's SiLU; the caller applies it, once for all blocks.
-        super().__init__(nn.Identity(), nn.Linear(size, 6 * size))
-
-    def forward(self, activated_BD: Tensor) -> tuple[Tensor, ...]:
-        """Attention's three, then the feed-forward's three."""
-        parts: Tensor = self[1](activated_BD)
-        return parts.chunk(6, dim=1)
+        super().__init__(nn.Identity(), Linear(size, 6 * size))
 
 
 class FinalModulation(nn.Module):
-    """Scale and shift of the last norm: two tensors (B, D)."""
+    """Scale and shift of the last norm."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
-        self.linear = nn.Linear(size, 2 * size)
+        self.linear = Linear(size, 2 * size)
 
-    def forward(self, activated_BD: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, activated_BD: Tensor) -> Tensor:
         """Scale first. The caller applies SiLU."""
         parts: Tensor = self.linear(activated_BD)
-        return parts.chunk(2, dim=1)
+        return parts
 
 
 class QwenImageTransformerBlock(nn.Module):
@@ -83,24 +82,19 @@ class QwenImageTransformerBlock(nn.Module):
         self.img_mlp = FeedForward(size)
         self.txt_mlp = FeedForward(size)
 
-    def forward(
-        self, image_BID: Tensor, text_BTD: Tensor, activated_BD: Tensor, rotation: Rotation
-    ) -> tuple[Tensor, Tensor]:
-        """The next image and text streams."""
-        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = self.img_mod(activated_BD)
-        t_shift, t_scale, t_gate, t_mlp_shift, t_mlp_scale, t_mlp_gate = self.txt_mod(activated_BD)
-        image, text = self.attn.joint(
-            self.norm(image_BID, scale, shift), self.norm(text_BTD, t_scale, t_shift), rotation
-        )
-        image_BID = image_BID + gate[:, None] * image
-        image_BID = image_BID + mlp_gate[:, None] * self.img_mlp(self.norm(image_BID, mlp_scale, mlp_shift))
-        text_BTD = text_BTD + t_gate[:, None] * text
-        text_BTD = text_BTD + t_mlp_gate[:, None] * self.txt_mlp(self.norm(text_BTD, t_mlp_scale, t_mlp_shift))
-        return image_BID, text_BTD
+    def forward(self, residual: Residual, parts: Iterator[Tensor], rotation: Rotation, boundary: int) -> Residual:
+        """The next residual; takes its modulations from `parts`."""
+        image, text = (list(islice(parts, 6)) for _ in range(2))
+        vectors = [Streams(*pair) for pair in zip(text, image, strict=True)]
+        modulations = (Modulation(*vectors[:3]), Modulation(*vectors[3:]))
+        feed_forwards = (self.txt_mlp, self.img_mlp)
+        return joint_block(residual, self.norm, self.attn, feed_forwards, modulations, rotation, boundary)
 
 
-class QwenImageTransformer2DModel(nn.Module):
+class QwenImageTransformer2DModel(DiffusionTransformer):
     """Predicts the velocity of packed latents."""
+
+    block_linears: ClassVar[tuple[str, ...]] = QWEN_IMAGE_PLAN.block_linears
 
     def __init__(self, config: QwenImageTransformerConfig) -> None:
         super().__init__()
@@ -108,8 +102,8 @@ class QwenImageTransformer2DModel(nn.Module):
         self.axes_dims = config.axes_dims_rope
         self.time_text_embed = TimeEmbedding(size)
         self.txt_norm = RMSNorm(config.joint_attention_dim)
-        self.img_in = nn.Linear(config.in_channels, size)
-        self.txt_in = nn.Linear(config.joint_attention_dim, size)
+        self.img_in = Linear(config.in_channels, size)
+        self.txt_in = Linear(config.joint_attention_dim, size)
         self.transformer_blocks = nn.ModuleList(QwenImageTransformerBlock(config) for _ in range(config.num_layers))
         self.norm_out = FinalModulation(size)
         self.final_norm = LayerNormScaleShift(size)
@@ -128,15 +122,40 @@ class QwenImageTransformer2DModel(nn.Module):
         timestep is float32 (B,) in [0, 1]; encoder_hidden_states (B, T, joint_attention_dim), without padding;
         positions (tokens, 3).
         """
+        prepared = self.prepare(timestep[None], encoder_hidden_states, img_ids, txt_ids)
+        return self.predict(hidden_states, prepared.steps[0], **prepared.constants)
+
+    def prepare(  # type: ignore[override]  # which keywords there are differs by model
+        self, timesteps: Tensor, encoder_hidden_states: Tensor, img_ids: Tensor, txt_ids: Tensor
+    ) -> Prepared:
+        """Modulations of all blocks (N, B, M) for timesteps (N, B), the embedded text, the rotation of all tokens."""
+        activated_BD = silu(self.time_text_embed(timesteps.flatten()))
+        modulations = torch.cat([each(activated_BD) for each in self._modulations()], dim=1)
         rotation = rotary_embedding(torch.cat((txt_ids, img_ids)), self.axes_dims)
-        activated_BD = silu(self.time_text_embed(timestep))
-        image_BID = self.img_in(hidden_states)
         text_BTD = self.txt_in(self.txt_norm(encoder_hidden_states))
+        return Prepared(modulations.view(*timesteps.shape, -1), {"text_BTD": text_BTD, **rotation._asdict()})
+
+    def predict(  # type: ignore[override]  # which constants there are differs by model
+        self, hidden_states: Tensor, modulation: Tensor, text_BTD: Tensor, cos: Tensor, sin: Tensor
+    ) -> Tensor:
+        """Velocity (B, I, token channels), with a step's modulations (B, M)."""
+        boundary = text_BTD.shape[1]
+        parts = iter(modulation.chunk(modulation.shape[1] // self.final_norm.size, dim=1))
+        rotation = Rotation(cos, sin)
+        residual = Residual(torch.cat((text_BTD, self.img_in(hidden_states)), dim=1))
         for block in self.transformer_blocks:
-            image_BID, text_BTD = block(image_BID, text_BTD, activated_BD, rotation)
-        scale, shift = self.norm_out(activated_BD)
-        velocity: Tensor = self.proj_out(self.final_norm(image_BID, scale, shift))
+            residual = block(residual, parts, rotation, boundary)
+        scale, shift = (Streams.same(part) for part in parts)
+        _, normed = self.final_norm.after(residual, scale, shift, boundary)
+        velocity: Tensor = self.proj_out(normed[:, boundary:])
         return velocity
+
+    def _modulations(self) -> Iterator[nn.Module]:
+        """In the order in which predict() takes their parts."""
+        for block in self.transformer_blocks:
+            assert isinstance(block, QwenImageTransformerBlock)
+            yield from (block.img_mod, block.txt_mod)
+        yield self.norm_out
 
 
 def load_qwen_image_transformer(

@@ -19,15 +19,15 @@ QWEN_IMAGE_PLAN = ParallelPlan(
         f"{BLOCK}.img_mlp.net.2",
         f"{BLOCK}.txt_mlp.net.2",
     ),
-    # A third of the weights, read for one vector: whole, they would cost each rank their memory and its bandwidth.
+    # A third of the weights, read once a request: whole, they would cost each rank their memory.
     gathered=(f"{BLOCK}.img_mod.1", f"{BLOCK}.txt_mod.1"),
-    attention=(f"{BLOCK}.attn.attention",),
+    attention=(f"{BLOCK}.attn.inner",),
     # The image's tokens are those of the picture that is made and of those that were given, behind each other.
     cuts=(
-        Cut("", "hidden_states", "image"),
-        Cut("", "encoder_hidden_states", "text"),
-        Cut("", "img_ids", "image", dim=0),
-        Cut("", "txt_ids", "text", dim=0),
+        Cut("prepare", "encoder_hidden_states", "text"),
+        Cut("prepare", "txt_ids", "text", dim=0),
+        Cut("prepare", "img_ids", "image", dim=0),
+        Cut("predict", "hidden_states", "image"),
     ),
-    joins=(Join("", "image"),),
+    join=Join("predict", "image"),
 )

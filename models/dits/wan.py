@@ -1,8 +1,8 @@
 """The Wan DiT: one stream of video tokens that attends to itself, then to the text (and to an image's tokens).
 
-Shapes: B batch, S video tokens (frames, rows, columns of patches), T text tokens, V vision tokens, D hidden size.
-Parameter names are the checkpoint's. The residual stream is in the model's type; norms, modulation and gates compute in
-float32, and their weights are kept in it.
+Shapes: N steps, B batch, S video tokens (frames, rows, columns of patches), T text tokens, V vision tokens, D hidden
+size. Parameter names are the checkpoint's. The residual stream is in the model's type; norms, modulation and gates
+compute in float32, and their weights are kept in it.
 """
 
 # ruff: noqa: N803, N806  (the capitals of a tensor's name are its shape)
@@ -10,20 +10,25 @@ float32, and their weights are kept in it.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, layer_norm, silu
 
 from configs.models.dits.wan import WanTransformerConfig
+from models.dits.base import DiffusionTransformer, Prepared
 from models.dits.wan_plan import WAN_PLAN
-from models.layers.attention import Attention
+from models.layers.attention import Attention, attention
 from models.layers.embeddings import EmbeddingMLP, sinusoidal_embedding
 from models.layers.feed_forward import FeedForward
-from models.layers.norms import LayerNormScaleShift, RMSNorm
+from models.layers.linear import JoinedLinear, JoinsWeights, Linear, project
+from models.layers.norms import LayerNormScaleShift, Residual, RMSNorm, Streams
 from models.layers.parallelize import parallelize
-from models.layers.rotary import Rotation, apply_rotary, rotary_embedding
+from models.layers.qk_norm import QKNorms, apply_qk_norm, split_heads
+from models.layers.rotary import Rotation, rotary_embedding
 from models.weights import load_module
 
 if TYPE_CHECKING:
@@ -106,56 +111,90 @@ class ConditionEmbedder(nn.Module):
         return embedding, self.time_proj(silu(embedding)).unflatten(1, (6, -1))
 
 
-class SelfAttention(nn.Module):
+class SelfAttention(JoinsWeights):
     """Video tokens attend to each other; queries and keys are normalised over all heads together, then turned."""
 
     def __init__(self, config: WanTransformerConfig) -> None:
         super().__init__()
         size = config.hidden_size
         self.head_size = config.attention_head_dim
-        self.to_q = nn.Linear(size, size)
-        self.to_k = nn.Linear(size, size)
-        self.to_v = nn.Linear(size, size)
-        self.to_out = nn.ModuleList([nn.Linear(size, size)])
+        self.to_q = Linear(size, size)
+        self.to_k = Linear(size, size)
+        self.to_v = Linear(size, size)
+        self.to_out = nn.ModuleList([Linear(size, size)])
         self.norm_q = RMSNorm(size, config.eps)
         self.norm_k = RMSNorm(size, config.eps)
-        self.attention = Attention()
+        self.inner = Attention()
+        self.joined: JoinedLinear | None = None
 
-    def heads(self, x: Tensor) -> Tensor:
-        """(B, tokens, D) to (B, tokens, heads, head size)."""
-        return x.reshape(*x.shape[:-1], -1, self.head_size)
+    def join_weights(self) -> None:
+        """Make one product of the three projections, once the weights are in place."""
+        self.joined = JoinedLinear((self.to_q, self.to_k, self.to_v))
 
     def forward(self, x_BSD: Tensor, rotation: Rotation) -> Tensor:
         """(B, S, D) to the same."""
-        q = apply_rotary(self.heads(self.norm_q(self.to_q(x_BSD))), rotation)
-        k = apply_rotary(self.heads(self.norm_k(self.to_k(x_BSD))), rotation)
-        attended: Tensor = self.to_out[0](self.attention(q, k, self.heads(self.to_v(x_BSD))).flatten(2))
+        width = self.to_q.weight.shape[0]
+        qkv = x_BSD.new_empty(*x_BSD.shape[:2], 3 * width)
+        project(x_BSD, qkv, self.joined, (self.to_q, self.to_k, self.to_v))
+        q, k, v = (split_heads(part, self.head_size) for part in qkv.chunk(3, dim=-1))
+        values = self.inner.start_keys(v)
+        norms = (self.norm_q, self.norm_k)
+        apply_qk_norm(qkv[..., : 2 * width], QKNorms(norms, norms, self.head_size), rotation)
+        keys = self.inner.start_keys(k)
+        attended: Tensor = self.to_out[0](self.inner.finish(self.inner.start_queries(q), keys, values).flatten(2))
         return attended
 
 
-class CrossAttention(SelfAttention):
-    """Video tokens attend to the text and, each softmax for itself, to an image's tokens; the results add up."""
+class CrossAttention(nn.Module):
+    """Video tokens attend to the text and, each softmax for itself, to an image's tokens; the results add up.
+
+    Text and image stay the same through a request: their keys and values are made once.
+    """
 
     def __init__(self, config: WanTransformerConfig) -> None:
-        super().__init__(config)
-        size = config.hidden_size
-        self.add_k_proj = nn.Linear(config.added_kv_proj_dim, size) if config.added_kv_proj_dim else None
-        self.add_v_proj = nn.Linear(config.added_kv_proj_dim, size) if config.added_kv_proj_dim else None
-        self.norm_added_k = RMSNorm(size, config.eps) if config.added_kv_proj_dim else None
+        super().__init__()
+        size, image_size = config.hidden_size, config.added_kv_proj_dim
+        self.head_size = config.attention_head_dim
+        self.to_q = Linear(size, size)
+        self.to_k = Linear(size, size)
+        self.to_v = Linear(size, size)
+        self.to_out = nn.ModuleList([Linear(size, size)])
+        self.norm_q = RMSNorm(size, config.eps)
+        self.norm_k = RMSNorm(size, config.eps)
+        self.add_k_proj = Linear(image_size, size) if image_size else None
+        self.add_v_proj = Linear(image_size, size) if image_size else None
+        self.norm_added_k = RMSNorm(size, config.eps) if image_size else None
 
-    def cross(self, x_BSD: Tensor, text_BTD: Tensor, image_BVD: Tensor | None) -> Tensor:
-        """(B, S, D) to the same. Padding of the text is attended to: it is zero before its embedding."""
-        q = self.heads(self.norm_q(self.to_q(x_BSD)))
-        k = self.heads(self.norm_k(self.to_k(text_BTD)))
-        attended = self.attention(q, k, self.heads(self.to_v(text_BTD))).flatten(2)
-        if image_BVD is not None:
-            assert self.add_k_proj is not None, "image tokens in a model that takes none"
-            assert self.add_v_proj is not None, "image tokens in a model that takes none"
-            assert self.norm_added_k is not None, "image tokens in a model that takes none"
-            k = self.heads(self.norm_added_k(self.add_k_proj(image_BVD)))
-            attended = attended + self.attention(q, k, self.heads(self.add_v_proj(image_BVD))).flatten(2)
+    def text_keys_and_values(self, text_BTD: Tensor) -> Tensor:
+        """Keys, then values, (B, T, 2 * D). Padding of the text is attended to: it is zero before its embedding."""
+        return self._keys_and_values(text_BTD, self.to_k, self.to_v, self.norm_k)
+
+    def image_keys_and_values(self, image_BVD: Tensor) -> Tensor:
+        """The same of an image's tokens, (B, V, 2 * D)."""
+        assert self.add_k_proj is not None, "image tokens in a model that takes none"
+        assert self.add_v_proj is not None, "image tokens in a model that takes none"
+        assert self.norm_added_k is not None, "image tokens in a model that takes none"
+        return self._keys_and_values(image_BVD, self.add_k_proj, self.add_v_proj, self.norm_added_k)
+
+    def forward(self, x_BSD: Tensor, text_kv: Tensor, image_kv: Tensor | None) -> Tensor:
+        """(B, S, D) to the same."""
+        q = self.to_q(x_BSD)
+        apply_qk_norm(q, QKNorms((self.norm_q,), (self.norm_q,), self.head_size))
+        q = split_heads(q, self.head_size)
+        attended = self._attend(q, text_kv)
+        if image_kv is not None:
+            attended = attended + self._attend(q, image_kv)
         projected: Tensor = self.to_out[0](attended)
         return projected
+
+    def _attend(self, q: Tensor, kv: Tensor) -> Tensor:
+        k, v = (split_heads(part, self.head_size) for part in kv.chunk(2, dim=-1))
+        return attention(q, k, v).flatten(2)
+
+    def _keys_and_values(self, x: Tensor, to_k: Linear, to_v: Linear, norm: RMSNorm) -> Tensor:
+        k: Tensor = to_k(x)
+        apply_qk_norm(k, QKNorms((norm,), (norm,), self.head_size))
+        return torch.cat((k, to_v(x)), dim=-1)
 
 
 class WanTransformerBlock(nn.Module):
@@ -167,32 +206,45 @@ class WanTransformerBlock(nn.Module):
         self.norm = LayerNormScaleShift(size, config.eps)
         self.attn1 = SelfAttention(config)
         self.attn2 = CrossAttention(config)
-        self.norm2 = FloatLayerNorm(size, config.eps) if config.cross_attn_norm else nn.Identity()
+        self.norm2 = FloatLayerNorm(size, config.eps) if config.cross_attn_norm else None
         self.ffn = FeedForward(size, hidden=config.ffn_dim)
         self.scale_shift_table = nn.Parameter(torch.zeros(1, 6, size))
 
     def forward(
         self,
-        x_BSD: Tensor,
-        text_BTD: Tensor,
-        image_BVD: Tensor | None,
+        residual: Residual,
         modulation_B6D: Tensor,
+        text_kv: Tensor,
+        image_kv: Tensor | None,
         rotation: Rotation,
-    ) -> Tensor:
-        """The next residual stream."""
-        dtype = x_BSD.dtype
-        modulation = self.scale_shift_table + modulation_B6D.float()
-        shift, scale, gate, ff_shift, ff_scale, ff_gate = modulation.unbind(1)
-        attended = self.attn1(self.norm(x_BSD.float(), scale, shift).to(dtype), rotation)
-        x_BSD = (x_BSD.float() + attended * gate[:, None]).to(dtype)
-        x_BSD = x_BSD + self.attn2.cross(self.norm2(x_BSD), text_BTD, image_BVD)
-        fed = self.ffn(self.norm(x_BSD.float(), ff_scale, ff_shift).to(dtype))
-        result: Tensor = (x_BSD.float() + fed.float() * ff_gate[:, None]).to(dtype)
-        return result
+    ) -> Residual:
+        """The next residual; modulations are float32."""
+        shift, scale, gate, ff_shift, ff_scale, ff_gate = (Streams.same(each) for each in modulation_B6D.unbind(1))
+        x_BSD, normed = self.norm.after(residual, scale, shift)
+        x_BSD, normed = self._cross_norm(Residual(x_BSD, self.attn1(normed, rotation), gate))
+        one = Streams.same(torch.ones_like(gate.text))
+        x_BSD, normed = self.norm.after(Residual(x_BSD, self.attn2(normed, text_kv, image_kv), one), ff_scale, ff_shift)
+        fed = normed.new_empty(normed.shape)
+        self.ffn.into(normed, fed)
+        return Residual(x_BSD, fed, ff_gate)
+
+    def _cross_norm(self, residual: Residual) -> tuple[Tensor, Tensor]:
+        """The stream with its update, and that through norm2, whose weight and bias are a scale and a shift."""
+        if self.norm2 is None:
+            assert residual.update is not None, "self-attention made an update"
+            assert residual.gate is not None, "self-attention made an update"
+            x, gate = residual.x, residual.gate.image[:, None]
+            x_BSD = (x.float() + residual.update.float() * gate).to(x.dtype)
+            return x_BSD, x_BSD
+        batch = len(residual.x)
+        scale, shift = ((each.float()).expand(batch, -1) for each in (self.norm2.weight - 1, self.norm2.bias))
+        return self.norm.after(residual, Streams.same(scale), Streams.same(shift))
 
 
-class WanTransformer3DModel(nn.Module):
+class WanTransformer3DModel(DiffusionTransformer):
     """Predicts the velocity of video latents."""
+
+    block_linears: ClassVar[tuple[str, ...]] = WAN_PLAN.block_linears
 
     def __init__(self, config: WanTransformerConfig) -> None:
         super().__init__()
@@ -218,21 +270,61 @@ class WanTransformer3DModel(nn.Module):
         timestep is (B,) in [0, 1000]; encoder_hidden_states (B, T, text_dim); encoder_hidden_states_image
         (B, V, image_dim), the tokens of first and last frame behind each other where there are two.
         """
-        dtype = hidden_states.dtype
-        grid = tuple(size // patch for size, patch in zip(hidden_states.shape[2:], self.patch_size, strict=True))
-        rotation = rotary_embedding(_positions(grid, hidden_states.device), self.axes_dims)
+        prepared = self.prepare(timestep[None], encoder_hidden_states, encoder_hidden_states_image)
+        return self.predict(hidden_states, prepared.steps[0], **prepared.constants)
+
+    def prepare(  # type: ignore[override]  # which keywords there are differs by model
+        self,
+        timesteps: Tensor,
+        encoder_hidden_states: Tensor,
+        encoder_hidden_states_image: Tensor | None = None,
+    ) -> Prepared:
+        """Modulations (N, B, 6 * blocks + 2, D), float32, for timesteps (N, B); keys and values for cross-attention.
+
+        Those of the text are (blocks, B, T, 2 * D), of the image (blocks, B, V, 2 * D).
+        """
         embed = self.condition_embedder
-        time_BD, modulation_B6D = embed.time(timestep, encoder_hidden_states.dtype)
+        time_BD, modulation_B6D = embed.time(timesteps.flatten(), encoder_hidden_states.dtype)
+        tables = [block.scale_shift_table + modulation_B6D.float() for block in self._blocks()]
+        last = self.scale_shift_table + time_BD[:, None]
+        steps = torch.cat((*tables, last.float()), dim=1)
+        steps = steps.view(*timesteps.shape, *steps.shape[1:])
         text_BTD = embed.text_embedder(encoder_hidden_states)
-        image_BVD = None
+        cross = [block.attn2 for block in self._blocks()]
+        constants = {"text_kv": torch.stack([each.text_keys_and_values(text_BTD) for each in cross])}
         if encoder_hidden_states_image is not None:
             assert embed.image_embedder is not None, "image tokens in a model that takes none"
             image_BVD = embed.image_embedder(encoder_hidden_states_image)
+            constants["image_kv"] = torch.stack([each.image_keys_and_values(image_BVD) for each in cross])
+        return Prepared(steps, constants)
+
+    def predict(  # type: ignore[override]  # which constants there are differs by model
+        self, hidden_states: Tensor, modulation: Tensor, text_kv: Tensor, image_kv: Tensor | None = None
+    ) -> Tensor:
+        """Velocity (B, out_channels, frames, rows, columns), with a step's modulations (B, 6 * blocks + 2, D)."""
+        grid = tuple(size // patch for size, patch in zip(hidden_states.shape[2:], self.patch_size, strict=True))
+        rotation = _rotation(grid, self.axes_dims, hidden_states.device)
         x_BSD = self.patch_embedding(hidden_states).flatten(2).transpose(1, 2).contiguous()
+        return self._unpatchify(self.tokens(x_BSD, modulation, text_kv, image_kv, *rotation), grid)
+
+    def tokens(
+        self, x_BSD: Tensor, modulation: Tensor, text_kv: Tensor, image_kv: Tensor | None, cos: Tensor, sin: Tensor
+    ) -> Tensor:
+        """All blocks, the last norm and the projection, from the tokens of patches (B, S, D) to those of the result."""
+        residual, rotation = Residual(x_BSD), Rotation(cos, sin)
+        for index, block in enumerate(self._blocks()):
+            own = modulation[:, 6 * index : 6 * index + 6]
+            image = None if image_kv is None else image_kv[index]
+            residual = block(residual, own, text_kv[index], image, rotation)
+        shift, scale = (Streams.same(each) for each in modulation[:, -2:].unbind(1))
+        _, normed = self.final_norm.after(residual, scale, shift)
+        patches: Tensor = self.proj_out(normed)
+        return patches
+
+    def _blocks(self) -> Iterator[WanTransformerBlock]:
         for block in self.blocks:
-            x_BSD = block(x_BSD, text_BTD, image_BVD, modulation_B6D, rotation)
-        shift, scale = (self.scale_shift_table + time_BD[:, None]).unbind(1)
-        return self._unpatchify(self.proj_out(self.final_norm(x_BSD.float(), scale, shift).to(dtype)), grid)
+            assert isinstance(block, WanTransformerBlock)
+            yield block
 
     def _unpatchify(self, patches: Tensor, grid: tuple[int, ...]) -> Tensor:
         """(B, S, channels of a patch) to (B, channels, frames, rows, columns); a patch is (t, y, x, channel)."""
@@ -240,9 +332,11 @@ class WanTransformer3DModel(nn.Module):
         return video.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
 
-def _positions(grid: tuple[int, ...], device: torch.device) -> Tensor:
-    """(frame, row, column) of every token, in order; (S, 3)."""
-    return torch.cartesian_prod(*(torch.arange(size, device=device) for size in grid))
+@lru_cache(maxsize=4)
+def _rotation(grid: tuple[int, ...], axes_dims: tuple[int, ...], device: torch.device) -> Rotation:
+    """Of every token's (frame, row, column), in order. The same for all steps and requests of a size."""
+    positions = torch.cartesian_prod(*(torch.arange(size, device=device) for size in grid))
+    return rotary_embedding(positions, axes_dims)
 
 
 def load_wan_transformer(

@@ -11,8 +11,11 @@ WAN_PLAN = ParallelPlan(
     column=(f"{BLOCK}.attn[12].to_[qkv]", f"{BLOCK}.attn2.add_[kv]_proj", f"{BLOCK}.ffn.net.0.proj"),
     row=(f"{BLOCK}.attn[12].to_out.0", f"{BLOCK}.ffn.net.2"),
     norms=(f"{BLOCK}.attn[12].norm_[qk]", f"{BLOCK}.attn2.norm_added_k"),
-    attention=(f"{BLOCK}.attn1.attention",),
-    # Tokens are patches of the video: the blocks are the first to see them, and the last projection the last.
-    cuts=(Cut("blocks.0", "x_BSD", "video"), Cut(BLOCK, "rotation", "video", dim=0)),
-    joins=(Join("proj_out", "video"),),
+    attention=(f"{BLOCK}.attn1.inner",),
+    cuts=(
+        Cut("tokens", "x_BSD", "video"),
+        Cut("tokens", "cos", "video", dim=0),
+        Cut("tokens", "sin", "video", dim=0),
+    ),
+    join=Join("tokens", "video"),
 )

@@ -1,13 +1,31 @@
-"""The one entry point for attention; what runs behind it is chosen here."""
+"""The one entry point for attention. What runs behind it is chosen by a committed table, never by timing at run time.
+
+So workers of one kind agree bit for bit. The table is measured by tests/bench/attention.py.
+"""
 
 from __future__ import annotations
 
+import importlib.util
+from functools import lru_cache
+from typing import Any, Literal
+
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+Backend = Literal["sdpa", "cudnn", "flash_attn_3"]
+
+# Compute capability of Hopper, to the products of heads and tokens from which on FlashAttention-3 is faster than
+# cuDNN there. Measured on an H100 at head size 128 in bfloat16: 24 x 4,608 and 24 x 4,296 (683 and 633 against 622 and
+# 540 TFLOP/s), 12 x 4,608 and 12 x 4,296 (569 and 534 against 543 and 453), 12 x 32,760 and 6 x 32,760 (669 and 685
+# against 572 and 566). Below, at 24 x 1,536, it is slower (201 against 409).
+_FLASH_ATTENTION_3_FROM = {(9, 0): 45_000}
+
 _ATEN = torch.ops.aten
-HOPPER = (9, 0)
+
+_CUDNN_CAPABILITIES = ((9, 0),)
+_LARGEST_HEAD = 128
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -15,7 +33,14 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
 
     `mask` broadcasts to (batch, heads, query tokens, key tokens): True attends, or a float that is added to the scores.
     """
+    backend = _backend_for(q, k, mask)
+    if backend == "flash_attn_3":
+        result: Tensor = flash_attention_3(q, k, v)
+        return result
     q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
+    if backend == "cudnn":
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            return scaled_dot_product_attention(q, k, v).transpose(1, 2)
     return scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
 
 
@@ -23,25 +48,86 @@ def attention_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]
     """attention() over some of the keys, and what it takes to merge it with that over others.
 
     The second result is the logarithm of the sum of the exponentials of each query's scores, float32 (batch, tokens,
-    heads). There must be at least one query and one key.
+    heads). There must be at least one query and one key. The backend is the table's; where that leaves the choice to
+    PyTorch, it is a kernel that tells the logarithm.
     """
+    backend = _backend_for(q, k, None)
+    if backend == "flash_attn_3":
+        out, lse = flash_attention_3(q, k, v, return_attn_probs=True)
+        return out, lse.transpose(1, 2)
     q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
-    if q.device.type == "cpu":
+    if not q.is_cuda:
         out, lse = _ATEN._scaled_dot_product_flash_attention_for_cpu(q, k, v)
-    elif q.dtype == torch.float32:
-        out, lse = _ATEN._scaled_dot_product_efficient_attention(q, k, v, None, True)[:2]
-    elif torch.cuda.get_device_capability(q.device) >= HOPPER:
+    elif backend == "cudnn":
         out, lse = _ATEN._scaled_dot_product_cudnn_attention(q, k, v, None, True)[:2]
     else:
-        out, lse = _ATEN._scaled_dot_product_flash_attention(q, k, v)[:2]
-    # Some kernels give a last dimension of 1, or more rows than there are queries.
+        out, lse = _ATEN._scaled_dot_product_efficient_attention(q, k, v, None, True)[:2]
+    # cuDNN adds a dimension of 1, the efficient kernel rows up to a multiple of its tile.
     lse = lse.reshape(*lse.shape[:2], -1)[:, :, : q.shape[2]]
     return out.transpose(1, 2), lse.transpose(1, 2)
 
 
+def _backend_for(q: Tensor, k: Tensor, mask: Tensor | None) -> Backend:
+    if not q.is_cuda or mask is not None:
+        return "sdpa"
+    batch, tokens, heads, head_size = q.shape
+    work = batch * heads * min(tokens, k.shape[1])
+    return choose_backend(torch.cuda.get_device_capability(q.device), q.dtype, work, head_size, has_flash_attention_3())
+
+
+def choose_backend(
+    capability: tuple[int, int], dtype: torch.dtype, work: int, head_size: int, has_flash_attention_3: bool
+) -> Backend:
+    """What the table names for attention without a mask on a GPU; "sdpa" leaves the choice to PyTorch.
+
+    `work` is the number of rows of scores, or of their columns where these are fewer: batch * heads * tokens.
+    """
+    if dtype != torch.bfloat16 or head_size % 8 or head_size > _LARGEST_HEAD:
+        return "sdpa"
+    least = _FLASH_ATTENTION_3_FROM.get(capability)
+    if least is not None and work >= least and has_flash_attention_3:
+        return "flash_attn_3"
+    return "cudnn" if capability in _CUDNN_CAPABILITIES else "sdpa"
+
+
+@lru_cache(maxsize=1)
+def has_flash_attention_3() -> bool:
+    """Whether the package is installed. It is part of the numerics fingerprint: workers with and without it differ."""
+    return importlib.util.find_spec("fa3_fwd_interface") is not None
+
+
+def flash_attention_3(q: Tensor, k: Tensor, v: Tensor, **options: bool) -> Any:
+    """attention() without a mask, by the kernels of FlashAttention-3. Raises ImportError where these are not there."""
+    # An optional package for GPUs.
+    import fa3_fwd_interface
+
+    return fa3_fwd_interface.flash_attn_func(q, k, v, **options)
+
+
+InFlight = tuple[Tensor, ...]
+"""Queries, keys or values on their way to attention: only finish() can read them."""
+
+
 class Attention(nn.Module):
-    """attention() as a module, so that a parallel form can take its place. It has no parameters."""
+    """attention() as a module, so that a parallel form can take its place in a model.
+
+    A parallel form sends tensors to other ranks: a model that has something else to compute meanwhile starts queries,
+    keys and values as soon as each is made, and finishes later.
+    """
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """(batch, tokens, heads, head size) each."""
-        return attention(q, k, v)
+        values = self.start_keys(v)
+        return self.finish(self.start_queries(q), self.start_keys(k), values)
+
+    def start_queries(self, x: Tensor) -> InFlight:
+        """Send queries on their way."""
+        return (x,)
+
+    def start_keys(self, x: Tensor) -> InFlight:
+        """Send keys, or values, on their way."""
+        return (x,)
+
+    def finish(self, q: InFlight, k: InFlight, v: InFlight) -> Tensor:
+        """Attend to what was started."""
+        return attention(*q, *k, *v)

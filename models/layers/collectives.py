@@ -25,8 +25,10 @@ def wait(started: Tensor) -> Tensor:
 
 
 def all_reduce(x: Tensor, axis: Axis) -> Tensor:
-    """The sum over all ranks, the same bytes on each."""
-    started: Tensor = _OPS.all_reduce(x.contiguous(), "sum", axis.group)
+    """The sum over all ranks, the same bytes on each. x may be overwritten with it: it is a product made for this."""
+    # The compiler wants the form without side effects, and finds out itself that it may overwrite.
+    reduce = _OPS.all_reduce if torch.compiler.is_compiling() else _OPS.all_reduce_
+    started: Tensor = reduce(x.contiguous(), "sum", axis.group)
     return wait(started)
 
 

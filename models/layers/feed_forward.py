@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu
+
+from models.layers.backend import kernels_for
+from models.layers.linear import Linear
 
 
 class _Projection(nn.Module):
@@ -11,7 +15,7 @@ class _Projection(nn.Module):
 
     def __init__(self, size: int, hidden: int, approximate: str) -> None:
         super().__init__()
-        self.proj = nn.Linear(size, hidden)
+        self.proj = Linear(size, hidden)
         self.approximate = approximate
 
     def forward(self, x: Tensor) -> Tensor:
@@ -31,10 +35,27 @@ class FeedForward(nn.Module):
         hidden = hidden or 4 * size
         # Position 1 is a dropout in training code; it has no parameters, but the names count it.
         self.net = nn.Sequential(
-            _Projection(size, hidden, approximate), nn.Identity(), nn.Linear(hidden, out_size or size)
+            _Projection(size, hidden, approximate), nn.Identity(), Linear(hidden, out_size or size)
         )
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, tokens, size) to (batch, tokens, out_size)."""
         result: Tensor = self.net(x)
         return result
+
+    def into(self, x: Tensor, out: Tensor) -> None:
+        """Write the result into `out`; for GELU's tanh form."""
+        first, _, last = self.net
+        assert isinstance(first, _Projection), "the layers of net are those of __init__"
+        assert isinstance(last, Linear), "the layers of net are those of __init__"
+        hidden = x.new_empty(*x.shape[:2], first.proj.weight.shape[0])
+        first.proj.gelu_into(x, hidden)
+        last.into(hidden, out)
+
+
+def beside_gelu(x: Tensor, hidden: Tensor) -> Tensor:
+    """x (B, S, D) and GELU (tanh form) of hidden (B, S, F) side by side: (B, S, D + F)."""
+    if (kernels := kernels_for(x)) is not None:
+        joined: Tensor = kernels.beside_gelu(x, hidden)
+        return joined
+    return torch.cat((x, gelu(hidden, approximate="tanh")), dim=-1)

@@ -1,46 +1,72 @@
-"""Attention in DiTs with a text and an image stream. Parameter names are those of Diffusers' checkpoints.
+"""Attention and blocks of DiTs with a text and an image stream. Parameter names are those of Diffusers' checkpoints.
 
-Shapes: B batch, T text tokens, I image tokens, S = T + I (text first), D hidden size, H heads, K head size.
+Shapes: B batch, T text tokens, S tokens of both streams (text first), D hidden size, K head size. The two streams are
+kept in one tensor: each has weights of its own, and products write into their part of the next tensor.
 """
 
 # ruff: noqa: N803, N806  (the capitals of a tensor's name are its shape)
 
 from __future__ import annotations
 
-import torch
+from typing import NamedTuple
+
 from torch import Tensor, nn
 
-from models.layers.attention import Attention
-from models.layers.norms import RMSNorm, apply_qk_norm
-from models.layers.rotary import Rotation, apply_rotary
+from models.layers.attention import Attention, InFlight
+from models.layers.feed_forward import FeedForward
+from models.layers.linear import JoinedLinear, JoinsWeights, Linear, project
+from models.layers.norms import LayerNormScaleShift, Residual, RMSNorm, Streams
+from models.layers.qk_norm import QKNorms, apply_qk_norm, split_heads
+from models.layers.rotary import Rotation
+
+Started = tuple[InFlight, InFlight, InFlight]
+"""Queries, keys and values that attention was started with."""
 
 
-class StreamAttention(nn.Module):
+class StreamAttention(JoinsWeights):
     """Attention over one stream, with normalised queries and keys. The block projects the result."""
 
     def __init__(self, size: int, head_size: int) -> None:
         super().__init__()
         self.head_size = head_size
-        self.to_q = nn.Linear(size, size)
-        self.to_k = nn.Linear(size, size)
-        self.to_v = nn.Linear(size, size)
+        self.to_q = Linear(size, size)
+        self.to_k = Linear(size, size)
+        self.to_v = Linear(size, size)
         self.norm_q = RMSNorm(head_size)
         self.norm_k = RMSNorm(head_size)
-        self.attention = Attention()
+        self.inner = Attention()
+        self.joined: JoinedLinear | None = None
 
-    def qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, tokens, D) to queries, keys and values (B, tokens, H, K)."""
-        q, k, v = (layer(x).unflatten(-1, (-1, self.head_size)) for layer in (self.to_q, self.to_k, self.to_v))
-        return *apply_qk_norm(q, k, self.norm_q, self.norm_k), v
+    def join_weights(self) -> None:
+        """Make one product of the three projections, once the weights are in place."""
+        self.joined = JoinedLinear((self.to_q, self.to_k, self.to_v))
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation) -> Tensor:
-        """Turn queries and keys, attend, and join the heads: (B, S, D)."""
-        attended: Tensor = self.attention(apply_rotary(q, rotation), apply_rotary(k, rotation), v)
+    def project(self, x_BSD: Tensor, qkv: Tensor) -> None:
+        """Write queries, keys and values side by side into qkv (B, S, 3 * D of this rank)."""
+        project(x_BSD, qkv, self.joined, (self.to_q, self.to_k, self.to_v))
+
+    def start(self, x_BSD: Tensor, rotation: Rotation) -> Started:
+        """Begin self-attention: whatever is computed before finish() overlaps with what ranks send each other."""
+        qkv = x_BSD.new_empty(*x_BSD.shape[:2], 3 * self.to_q.weight.shape[0])
+        self.project(x_BSD, qkv)
+        return self._start(qkv, rotation)
+
+    def finish(self, started: Started) -> Tensor:
+        """(B, S, D of this rank)."""
+        attended: Tensor = self.inner.finish(*started)
         return attended.flatten(2)
 
-    def forward(self, x_BSD: Tensor, rotation: Rotation) -> Tensor:
-        """Self-attention."""
-        return self.attend(*self.qkv(x_BSD), rotation)
+    def _start(self, qkv: Tensor, rotation: Rotation, boundary: int = 0) -> Started:
+        """Normalise and turn queries and keys, in place; values are on their way before that."""
+        q, k, v = (split_heads(part, self.head_size) for part in qkv.chunk(3, dim=-1))
+        values = self.inner.start_keys(v)
+        apply_qk_norm(qkv[..., : 2 * qkv.shape[-1] // 3], self._norms(), rotation, boundary)
+        keys = self.inner.start_keys(k)
+        return self.inner.start_queries(q), keys, values
+
+    def _norms(self) -> QKNorms:
+        norms = (self.norm_q, self.norm_k)
+        return QKNorms(text=norms, image=norms, head_size=self.head_size)
 
 
 class JointAttention(StreamAttention):
@@ -48,24 +74,63 @@ class JointAttention(StreamAttention):
 
     def __init__(self, size: int, head_size: int) -> None:
         super().__init__(size, head_size)
-        self.add_q_proj = nn.Linear(size, size)
-        self.add_k_proj = nn.Linear(size, size)
-        self.add_v_proj = nn.Linear(size, size)
+        self.add_q_proj = Linear(size, size)
+        self.add_k_proj = Linear(size, size)
+        self.add_v_proj = Linear(size, size)
         self.norm_added_q = RMSNorm(head_size)
         self.norm_added_k = RMSNorm(head_size)
-        self.to_out = nn.ModuleList([nn.Linear(size, size)])
-        self.to_add_out = nn.Linear(size, size)
+        self.to_out = nn.ModuleList([Linear(size, size)])
+        self.to_add_out = Linear(size, size)
+        self.added: JoinedLinear | None = None
 
-    def added_qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """qkv of the text stream."""
-        layers = (self.add_q_proj, self.add_k_proj, self.add_v_proj)
-        q, k, v = (layer(x).unflatten(-1, (-1, self.head_size)) for layer in layers)
-        return *apply_qk_norm(q, k, self.norm_added_q, self.norm_added_k), v
+    def join_weights(self) -> None:
+        """The same for both streams."""
+        super().join_weights()
+        self.added = JoinedLinear((self.add_q_proj, self.add_k_proj, self.add_v_proj))
 
-    def joint(self, image_BID: Tensor, text_BTD: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
-        """What the image and the text stream each took from both."""
-        pairs = zip(self.added_qkv(text_BTD), self.qkv(image_BID), strict=True)
-        q, k, v = (torch.cat(pair, dim=1) for pair in pairs)
-        joint_BSD = self.attend(q, k, v, rotation)
-        tokens = text_BTD.shape[1]
-        return self.to_out[0](joint_BSD[:, tokens:]), self.to_add_out(joint_BSD[:, :tokens])
+    def joint(self, x_BSD: Tensor, rotation: Rotation, boundary: int) -> Tensor:
+        """What both streams (B, S, D) took from both; the first `boundary` tokens are text."""
+        qkv = x_BSD.new_empty(*x_BSD.shape[:2], 3 * self.to_q.weight.shape[0])
+        added = (self.add_q_proj, self.add_k_proj, self.add_v_proj)
+        project(x_BSD[:, :boundary], qkv[:, :boundary], self.added, added)
+        self.project(x_BSD[:, boundary:], qkv[:, boundary:])
+        attended = self.finish(self._start(qkv, rotation, boundary))
+        result = x_BSD.new_empty(x_BSD.shape)
+        self.to_add_out.into(attended[:, :boundary], result[:, :boundary])
+        out = self.to_out[0]
+        assert isinstance(out, Linear)
+        out.into(attended[:, boundary:], result[:, boundary:])
+        return result
+
+    def _norms(self) -> QKNorms:
+        return QKNorms(
+            text=(self.norm_added_q, self.norm_added_k), image=(self.norm_q, self.norm_k), head_size=self.head_size
+        )
+
+
+class Modulation(NamedTuple):
+    """What the timestep makes of one half of a block: (B, D) for each stream."""
+
+    shift: Streams
+    scale: Streams
+    gate: Streams
+
+
+def joint_block(
+    residual: Residual,
+    norm: LayerNormScaleShift,
+    attn: JointAttention,
+    feed_forwards: tuple[FeedForward, FeedForward],
+    modulations: tuple[Modulation, Modulation],
+    rotation: Rotation,
+    boundary: int,
+) -> Residual:
+    """Joint attention, then a feed-forward for each stream (text first), both modulated and gated."""
+    before, after = modulations
+    x_BSD, normed = norm.after(residual, before.scale, before.shift, boundary)
+    residual = Residual(x_BSD, attn.joint(normed, rotation, boundary), before.gate)
+    x_BSD, normed = norm.after(residual, after.scale, after.shift, boundary)
+    fed = normed.new_empty(normed.shape)
+    for rows, feed_forward in zip((slice(0, boundary), slice(boundary, None)), feed_forwards, strict=True):
+        feed_forward.into(normed[:, rows], fed[:, rows])
+    return Residual(x_BSD, fed, after.gate)

@@ -1,16 +1,46 @@
-"""Normalisation layers of DiTs, each one call so that a fused kernel can take its place."""
+"""Normalisation layers of DiTs, each one call, so that one kernel on CUDA does what a block asks for between products.
+
+Shapes: B batch, S tokens, D hidden size. In models of two streams text tokens come first, `boundary` of them; each
+stream has a modulation of its own. Models of one stream have boundary 0 and give the same for both.
+"""
+
+# ruff: noqa: N803, N806  (the capitals of a tensor's name are its shape)
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm, rms_norm
 
+from models.layers.backend import kernels_for
+
+
+class Streams(NamedTuple):
+    """A vector (B, D) for the text tokens, and one for the others."""
+
+    text: Tensor
+    image: Tensor
+
+    @classmethod
+    def same(cls, vector: Tensor) -> Streams:
+        """For models of one stream."""
+        return cls(vector, vector)
+
+
+class Residual(NamedTuple):
+    """A residual stream x (B, S, D), and an update that is still to be added to it: x + gate * update."""
+
+    x: Tensor
+    update: Tensor | None = None
+    gate: Streams | None = None
+
 
 class LayerNormScaleShift(nn.Module):
     """Layer norm without weights of its own, then a scale and a shift that the timestep decides.
 
-    x is (batch, tokens, size); scale and shift are (batch, size).
+    Statistics and modulation are computed in float32; results are in x's type.
     """
 
     def __init__(self, size: int, eps: float = 1e-6) -> None:
@@ -18,24 +48,56 @@ class LayerNormScaleShift(nn.Module):
         self.size = size
         self.eps = eps
 
-    def forward(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    def forward(self, x_BSD: Tensor, scale: Streams, shift: Streams, boundary: int = 0) -> Tensor:
         """norm(x) * (1 + scale) + shift."""
-        return layer_norm(x, (self.size,), eps=self.eps) * (1 + scale[:, None]) + shift[:, None]
+        if (kernels := kernels_for(x_BSD)) is not None:
+            modulated: Tensor = kernels.norm_scale_shift(x_BSD, scale, shift, boundary, self.eps)
+            return modulated
+        return self._modulated(x_BSD, scale, shift, boundary)
+
+    def after(self, residual: Residual, scale: Streams, shift: Streams, boundary: int = 0) -> tuple[Tensor, Tensor]:
+        """The residual stream with its update, and that through forward()."""
+        if residual.update is None or residual.gate is None:
+            return residual.x, self(residual.x, scale, shift, boundary)
+        if (kernels := kernels_for(residual.x)) is not None:
+            both: tuple[Tensor, Tensor] = kernels.gate_norm_scale_shift(*residual, scale, shift, boundary, self.eps)
+            return both
+        x = residual.x
+        gate_BSD = _by_token(residual.gate, boundary, x.shape[1]).float()
+        x_BSD = (x.float() + residual.update.float() * gate_BSD).to(x.dtype)
+        return x_BSD, self._modulated(x_BSD, scale, shift, boundary)
+
+    def _modulated(self, x: Tensor, scale: Streams, shift: Streams, boundary: int) -> Tensor:
+        normed = layer_norm(x.float(), (self.size,), eps=self.eps)
+        scale_BSD, shift_BSD = (_by_token(each, boundary, x.shape[1]).float() for each in (scale, shift))
+        return (normed * (1 + scale_BSD) + shift_BSD).to(x.dtype)
+
+
+def _by_token(streams: Streams, boundary: int, tokens: int) -> Tensor:
+    """(B, 1, D) where one vector serves all tokens, else (B, tokens, D)."""
+    text, image = streams
+    if boundary == 0 or text is image:
+        return image[:, None]
+    return torch.cat((text[:, None].expand(-1, boundary, -1), image[:, None].expand(-1, tokens - boundary, -1)), dim=1)
 
 
 class RMSNorm(nn.Module):
-    """Division by the root mean square over the last dimension, times a weight."""
+    """Division by the root mean square over the last dimension, of `size`, times a weight."""
 
     def __init__(self, size: int, eps: float = 1e-6) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
+        self.size = size
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
         """x / rms(x) * weight."""
         return rms_norm(x, self.weight.shape, self.weight, self.eps)
 
+    def square_sums(self, x: Tensor, parts: int) -> Tensor | None:
+        """Sums of squares (B, S, parts) that the mean is made of, where x is not the whole of it; else None.
 
-def apply_qk_norm(q: Tensor, k: Tensor, norm_q: RMSNorm, norm_k: RMSNorm) -> tuple[Tensor, Tensor]:
-    """Normalise queries and keys per head; both are (batch, tokens, heads, head size)."""
-    return norm_q(q), norm_k(k)
+        x (B, S, parts * channels) holds as many things to normalise side by side.
+        """
+        del x, parts
+        return None

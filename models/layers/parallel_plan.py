@@ -9,12 +9,12 @@ from fnmatch import fnmatchcase
 
 @dataclass(frozen=True)
 class Cut:
-    """An argument of a module that each rank gets its chunk of, along `dim`; or a tuple of such tensors.
+    """An argument of one of the model's methods that each rank gets its chunk of, along `dim`.
 
-    It is cut at the call of the module: "" is the model itself. All that is cut of one stream has one length.
+    All that is cut of one stream has one length.
     """
 
-    module: str
+    method: str
     argument: str
     stream: str
     dim: int = 1
@@ -22,9 +22,9 @@ class Cut:
 
 @dataclass(frozen=True)
 class Join:
-    """A module whose result is a chunk of a stream, along `dim`, and is joined."""
+    """A method of the model whose result is a chunk of a stream, along `dim`, and is joined."""
 
-    module: str
+    method: str
     stream: str
     dim: int = 1
 
@@ -36,7 +36,7 @@ class ParallelPlan:
     `column` layers keep some of their outputs; `row` layers take some inputs; `gathered` layers compute some outputs
     and give all; `norms` (RMS) are over outputs of column layers. What is not named is whole on every rank. `segments`
     are those of a layer whose inputs or outputs have parts of different meaning, as ratios. `attention` are the calls
-    of attention among tokens that are cut; `cuts` and `joins` are where that begins and ends.
+    of attention among tokens that are cut; `cuts` and `join` are where that begins and ends.
     """
 
     column: tuple[str, ...]
@@ -46,7 +46,12 @@ class ParallelPlan:
     segments: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     attention: tuple[str, ...]
     cuts: tuple[Cut, ...]
-    joins: tuple[Join, ...]
+    join: Join
+
+    @property
+    def block_linears(self) -> tuple[str, ...]:
+        """All linear layers of the blocks but those of modulations: those that are worth cutting without a gather."""
+        return (*self.column, *self.row)
 
     def segments_of(self, path: str, size: int) -> tuple[int, ...]:
         """The segments of a module's dimension of this size. Raises ValueError where the ratios do not fit it."""

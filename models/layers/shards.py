@@ -85,11 +85,18 @@ class SequenceShards:
         self.index = index
         self._lengths: dict[str, int] = {}
 
+    def set_length(self, stream: str, length: int) -> None:
+        """How many tokens a stream has from now on."""
+        self._lengths[stream] = length
+
+    def length(self, stream: str) -> int:
+        """All tokens of a stream."""
+        return self._lengths[stream]
+
     def local(self, whole: Tensor, dim: int, stream: str) -> Tensor:
         """This rank's chunk of a stream's tensor, whose length is from now on the stream's."""
-        length = whole.shape[dim]
-        self._lengths[stream] = length
-        sizes = chunk_sizes(length, self.ranks)
+        self.set_length(stream, whole.shape[dim])
+        sizes = self.of(stream)
         return whole.narrow(dim, sum(sizes[: self.index]), sizes[self.index])
 
     def of(self, stream: str) -> tuple[int, ...]:

@@ -1,8 +1,8 @@
 """Layers whose weights are cut between the ranks of the tp axis, after Megatron-LM (arXiv 1909.08053).
 
 A column-parallel layer gives each rank some of its outputs, and a row-parallel layer behind it takes just these: the
-pair needs one sum over the ranks. Parameters are local tensors: whatever works on an nn.Linear's weight works on
-theirs. `shards` says where they lie in the checkpoint's.
+pair needs one sum over the ranks. Parameters are local tensors: whatever works on a Linear's weight works on theirs.
+`shards` says where they lie in the checkpoint's.
 """
 
 from __future__ import annotations
@@ -10,30 +10,29 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch import Tensor
+from torch.nn.functional import gelu
 
 from models.layers.collectives import all_reduce, gather_last
+from models.layers.linear import Linear, apply_linear
 from models.layers.mesh import Axis
 from models.layers.norms import RMSNorm
 from models.layers.shards import Shard, Sharded
 
 
-class ColumnParallelLinear(Sharded, nn.Linear):
+class ColumnParallelLinear(Sharded, Linear):
     """A linear layer of which this rank has an equal share of each segment of the outputs.
 
     With `gather` the outputs of all ranks are joined, in the whole layer's order: for layers that are followed by
     something that needs all of them. Such a layer can have one segment only.
     """
 
-    def __init__(
-        self, in_features: int, segments: Sequence[int], axis: Axis, *, bias: bool = True, gather: bool = False
-    ) -> None:
+    def __init__(self, in_features: int, segments: Sequence[int], axis: Axis, *, gather: bool = False) -> None:
         if gather and len(segments) > 1:
             raise ValueError(f"outputs in {len(segments)} segments cannot be gathered: they would change places")
         shard = Shard(0, axis.size, axis.index, tuple(segments))
-        super().__init__(in_features, shard.size, bias=bias)
-        self.shards = {"weight": shard, "bias": shard} if bias else {"weight": shard}
+        super().__init__(in_features, shard.size)
+        self.shards = {"weight": shard, "bias": shard}
         self.axis = axis
         self.gather = gather
 
@@ -43,22 +42,33 @@ class ColumnParallelLinear(Sharded, nn.Linear):
         return gather_last(result, self.axis) if self.gather else result
 
 
-class RowParallelLinear(Sharded, nn.Linear):
+class RowParallelLinear(Sharded, Linear):
     """A linear layer of which this rank takes an equal share of each segment of the inputs.
 
     The bias is whole on every rank, and added once: to the sum, not to one of its terms.
     """
 
-    def __init__(self, segments: Sequence[int], out_features: int, axis: Axis, *, bias: bool = True) -> None:
+    def __init__(self, segments: Sequence[int], out_features: int, axis: Axis) -> None:
         shard = Shard(1, axis.size, axis.index, tuple(segments))
-        super().__init__(shard.size, out_features, bias=bias)
+        super().__init__(shard.size, out_features)
         self.shards = {"weight": shard}
         self.axis = axis
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., this rank's inputs) to (..., out_features), the same on every rank."""
-        result = all_reduce(linear(x, self.weight), self.axis)
-        return result if self.bias is None else result + self.bias
+        return self._sum(x) + self.bias
+
+    def into(self, x: Tensor, out: Tensor) -> None:
+        """Write the result (B, tokens, out_features) of this rank's inputs (B, tokens, inputs)."""
+        torch.add(self._sum(x), self.bias, out=out)
+
+    def gelu_into(self, x: Tensor, out: Tensor) -> None:
+        """The same, through GELU in its tanh form."""
+        out.copy_(gelu(self(x), approximate="tanh"))
+
+    def _sum(self, x: Tensor) -> Tensor:
+        """The products of all ranks' inputs."""
+        return all_reduce(apply_linear(x, self.factor, None), self.axis)
 
 
 class ParallelRMSNorm(Sharded, RMSNorm):
@@ -72,7 +82,11 @@ class ParallelRMSNorm(Sharded, RMSNorm):
         self.size = size
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., this rank's part) to the same. Computed in float32, result in x's type."""
-        wide = x.float()
-        squares = all_reduce(wide.square().sum(-1, keepdim=True), self.axis)
-        return (wide * torch.rsqrt(squares / self.size + self.eps) * self.weight).to(x.dtype)
+        """(B, S, this rank's channels) to the same. Computed in float32, result in x's type."""
+        inverse = torch.rsqrt(self.square_sums(x, 1) / self.size + self.eps)
+        return (x.float() * inverse * self.weight.float()).to(x.dtype)
+
+    def square_sums(self, x: Tensor, parts: int) -> Tensor:
+        """Sums of squares over all ranks (B, S, parts), float32, of each part of x (B, S, parts * channels)."""
+        squares = x.float().square().view(*x.shape[:-1], parts, x.shape[-1] // parts)
+        return all_reduce(squares.sum(-1), self.axis)

@@ -20,7 +20,7 @@ class Solver(Protocol):
         """Latents after the next step, in the prediction's type."""
 
     def state(self) -> Mapping[str, Tensor]:
-        """What it remembers besides the step counter, on the CPU: a multistep solver's history."""
+        """What it remembers besides the step counter: a multistep solver's history, on the device, never written to."""
 
     def restore(self, step: int, state: Mapping[str, Tensor]) -> None:
         """Continue after `step` steps with what state() returned then."""
@@ -75,10 +75,12 @@ class UniPCSolver:
     def state(self) -> Mapping[str, Tensor]:
         """The history; nothing before the first step."""
         scheduler = self._scheduler
-        state = {f"clean_{i}": clean for i, clean in enumerate(scheduler.model_outputs) if clean is not None}
+        state: dict[str, Tensor] = {
+            f"clean_{i}": clean for i, clean in enumerate(scheduler.model_outputs) if clean is not None
+        }
         if scheduler.last_sample is not None:
             state["last_sample"] = scheduler.last_sample
-        return {name: value.cpu() for name, value in state.items()}
+        return state
 
     def restore(self, step: int, state: Mapping[str, Tensor]) -> None:
         """Set history and step counter. Raises InvalidInput unless the state is that of this solver at that step."""

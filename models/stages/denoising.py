@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from contextlib import closing
 from functools import partial
 from typing import Any
 
@@ -15,11 +16,14 @@ from common.errors import InvalidInput
 from common.stage import Call, PipelineStage
 from configs.pipeline_configs.base import StandardPipelineConfig
 from models.contracts import DenoisingInput, DenoisingOutput
-from models.layers.collectives import all_gather
 from models.layers.mesh import Axis
 from models.schedulers.solver import Solver, solver_class
+from models.stages.pacing import paced_steps
+from models.stages.prediction import Branch, Branches, StepGraphs
+from models.stages.snapshots import on_cpu
 
 Keywords = dict[str, Tensor | None]
+_LATENTS = "latents"
 
 
 class DenoisingStage(PipelineStage[DenoisingInput, DenoisingOutput]):
@@ -30,6 +34,7 @@ class DenoisingStage(PipelineStage[DenoisingInput, DenoisingOutput]):
         self._transformer = modules["transformer"]
         self._scheduler = modules["scheduler"]
         self._solver_class = solver_class(self._scheduler)
+        self._graphs = StepGraphs() if config.device.type == "cuda" else None
         self._cfg = Axis() if config.mesh is None else config.mesh.axis("cfg")
 
     @torch.inference_mode()
@@ -37,42 +42,55 @@ class DenoisingStage(PipelineStage[DenoisingInput, DenoisingOutput]):
         """Denoise all outputs as one batch.
 
         Reports every step, ends within one when cancelled, and continues after resume_from.step to the same bytes. In a
-        worker group all ranks run it at once, on equal inputs, and get equal outputs.
+        worker group all ranks run it together, on equal inputs, and get equal outputs.
         """
-        device, total = self._config.device, x.schedule.num_inference_steps
+        device = self._config.device
         shape = x.initial_latents.parts[self._config.latent_part].raw_latent_shape
-        positive, negative = self._branches(x, shape)
-        condition, timesteps = self._condition(x), x.schedule.timesteps.to(device)
+        timesteps = x.schedule.timesteps.to(device)
+        prepare = [
+            partial(self._branch, keywords, timesteps, x.sampling) for keywords in self._keywords_of_branches(x, shape)
+        ]
+        with closing(Branches(prepare, self._cfg)) as branches:
+            return self._loop(x, call, branches, timesteps, shape)
+
+    def _loop(
+        self, x: DenoisingInput, call: Call, branches: Branches, timesteps: Tensor, shape: tuple[int, ...]
+    ) -> DenoisingOutput:
+        total, condition = x.schedule.num_inference_steps, self._condition(x)
         solver = self._solver_class(self._scheduler, x.schedule)
         start, latents = self._start(x, solver)
-        latents = latents.to(device)
+        latents = latents.to(self._config.device)
         told = time.monotonic()
-        for step in range(start, total):
-            call.check_cancelled()
-            timestep = timesteps[step]
-            predict = partial(self._predict, latents, condition, timestep)
-            if negative is None:
-                prediction = predict(positive)
-            else:
-                prediction = self._config.guide(*predict_branches(predict, positive, negative, self._cfg), x.sampling)
-            latents = solver.step(prediction, timestep, latents)
+        for step in paced_steps(start, total, call, self._config.device):
+            given = self._config.model_input(latents, condition)
+            output = partial(self._config.model_output, latents=latents)
+            prediction, *negative = branches.predict(given, step, output)
+            if negative:
+                prediction = self._config.guide(prediction, negative[0], x.sampling)
+            latents = solver.step(prediction, timesteps[step], latents)
             if self._is_checkpoint(step + 1, total, told):
                 told = time.monotonic()
-                state = DenoiseState(step=step + 1, latents=self._artifact(latents, shape), solver=solver.state())
-                call.on_checkpoint(state)
-            call.progress(step + 1, total)
+                call.on_checkpoint(self._checkpoint(step + 1, latents, shape, solver))
         return DenoisingOutput(denoised_latents=self._artifact(latents, shape))
 
-    def _branches(self, x: DenoisingInput, shape: tuple[int, ...]) -> tuple[Keywords, Keywords | None]:
-        """The transformer's keywords besides latents and timestep, for both branches; batched and on the device."""
+    def _branch(self, keywords: Keywords, timesteps: Tensor, sampling: Sampling) -> Branch:
+        batched = timesteps[:, None].expand(-1, sampling.num_outputs_per_prompt)
+        prepared = self._transformer.prepare(self._config.model_timestep(batched), **keywords)
+        return Branch(self._transformer, prepared, self._graphs)
+
+    def _keywords_of_branches(self, x: DenoisingInput, shape: tuple[int, ...]) -> list[Keywords]:
+        """The transformer's keywords besides latents and timestep, batched and on the device: positive, then negative.
+
+        The negative branch is there only where the request needs it.
+        """
         embeds = merge_conditioning(x.text_conditioning, x.image_conditioning)
         given = None if x.image_latents is None else x.image_latents.parts["condition"].raw_latent_shape
         own = self._config.prepare_pos_cond_kwargs(embeds.prompt_embeds, shape, x.sampling, given)
         positive = self._keywords(embeds.prompt_embeds, own, x.sampling)
         if not embeds.negative_prompt_embeds:
-            return positive, None
+            return [positive]
         own = self._config.prepare_neg_cond_kwargs(embeds.negative_prompt_embeds, shape, x.sampling, given)
-        return positive, self._keywords(embeds.negative_prompt_embeds, own, x.sampling)
+        return [positive, self._keywords(embeds.negative_prompt_embeds, own, x.sampling)]
 
     def _keywords(self, embeds: Mapping[str, Tensor], own: Mapping[str, Tensor | None], sampling: Sampling) -> Keywords:
         device, batch = self._config.device, sampling.num_outputs_per_prompt
@@ -104,34 +122,19 @@ class DenoisingStage(PipelineStage[DenoisingInput, DenoisingOutput]):
         condition = x.image_latents.parts["condition"].latents.to(self._config.device)
         return condition.repeat_interleave(x.sampling.num_outputs_per_prompt, 0)
 
-    def _predict(self, latents: Tensor, condition: Tensor | None, timestep: Tensor, keywords: Keywords) -> Tensor:
-        model_timestep = self._config.model_timestep(timestep.expand(latents.shape[0]))
-        given = self._config.model_input(latents, condition)
-        prediction: Tensor = self._transformer(hidden_states=given, timestep=model_timestep, **keywords)
-        return self._config.model_output(prediction, latents)
-
     def _is_checkpoint(self, done: int, total: int, told: float) -> bool:
         """Whether to tell one after so many steps, the last one having been told at a time of the monotonic clock."""
         every, seconds = self._config.checkpoint_every, self._config.checkpoint_seconds
         due = 0 < seconds <= time.monotonic() - told
         return (due or (every > 0 and done % every == 0)) and done < total
 
+    def _checkpoint(self, step: int, latents: Tensor, shape: tuple[int, ...], solver: Solver) -> DenoiseState:
+        """The loop after so many steps; it is the listener's to keep."""
+        kept = on_cpu({**solver.state(), _LATENTS: latents})
+        return DenoiseState(step=step, latents=self._artifact(kept.pop(_LATENTS), shape), solver=kept)
+
     def _artifact(self, latents: Tensor, shape: tuple[int, ...]) -> Latents:
         return Latents(parts={self._config.latent_part: LatentPart(latents=latents.cpu(), raw_latent_shape=shape)})
-
-
-def predict_branches(
-    predict: Callable[[Keywords], Tensor], positive: Keywords, negative: Keywords, cfg: Axis
-) -> tuple[Tensor, Tensor]:
-    """The predictions of both branches of guidance, on every rank.
-
-    Two ranks on the cfg axis compute one each and exchange them, which changes no bit: the branches are never one
-    batch. Without a negative branch there is nothing to share out, and both ranks predict the same.
-    """
-    if cfg.size == 1:
-        return predict(positive), predict(negative)
-    of_positive, of_negative = all_gather(predict((positive, negative)[cfg.index]), cfg).unbind()
-    return of_positive, of_negative
 
 
 def merge_conditioning(text: Conditioning, image: Conditioning | None) -> Conditioning:

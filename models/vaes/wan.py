@@ -15,10 +15,11 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import Tensor
-from torch.nn.functional import conv3d, silu
+from torch import Tensor, nn
+from torch.nn.functional import conv2d, normalize, silu
 
 from common.errors import CheckpointError
+from models.layers.backend import kernels_for
 from models.loader import load_pretrained
 
 if TYPE_CHECKING:
@@ -32,19 +33,24 @@ _FRAMES_AT_WORK = 12
 
 
 class _Layer(Protocol):
-    """Turns a stream of frames (1, C, 1, H, W) into another; it may return none, one or two for each."""
+    """Turns a stream of frames (1, C, H, W) into another; it may return none, one or two for each."""
 
     def feed(self, frame: Tensor) -> Iterator[Tensor]:
         """The frames that follow from one more."""
 
 
 class _CausalConv:
-    """A convolution over space, and over this frame and the ones before; before the first there are zeros."""
+    """A convolution over space, and over this frame and the ones before; before the first there are zeros.
+
+    Of a window of frames one frame comes out, so it is a convolution of a picture that has the window's channels:
+    libraries have far better kernels for that than for a video of three frames.
+    """
 
     def __init__(self, conv: Any) -> None:
-        self._conv = conv
         time, height, width = conv.kernel_size
-        self._padding = (0, height // 2, width // 2)
+        self._weight = conv.window
+        self._bias = conv.bias
+        self._padding = (height // 2, width // 2)
         self._past = time - 1
         self._history: list[Tensor] = []
 
@@ -53,35 +59,56 @@ class _CausalConv:
         window = frame
         if self._past:
             missing = self._past - len(self._history)
-            window = torch.cat((*[torch.zeros_like(frame)] * missing, *self._history, frame), dim=2)
+            window = torch.cat((*[torch.zeros_like(frame)] * missing, *self._history, frame), dim=1)
             self._history = [*self._history, frame][-self._past :]
-        yield conv3d(window, self._conv.weight, self._conv.bias, padding=self._padding)
+        yield conv2d(window, self._weight, self._bias, padding=self._padding)
+
+
+def _arrange(decoder: Any) -> None:
+    """Give each convolution its weight (out, in, frames, h, w) as one over a window: (out, frames * in, h, w).
+
+    The two share memory, in which CUDA's convolutions find the channels of a window adjacent.
+    """
+    for module in decoder.modules():
+        if isinstance(module, nn.Conv3d):
+            window = module.weight.data.transpose(1, 2).flatten(1, 2)
+            if window.is_cuda:
+                window = window.contiguous(memory_format=torch.channels_last)
+            module.register_buffer("window", window, persistent=False)
+            frames = module.kernel_size[0]
+            module.weight.data = window.view(len(window), frames, -1, *window.shape[2:]).transpose(1, 2)
 
 
 class _Residual:
     """A residual block: norm, activation, convolution, twice, beside a shortcut."""
 
     def __init__(self, block: Any) -> None:
-        self._block = block
+        self._norm1, self._norm2 = block.norm1, block.norm2
         self._conv1, self._conv2 = _CausalConv(block.conv1), _CausalConv(block.conv2)
+        has_shortcut = block.conv1.in_channels != block.conv2.out_channels
+        self._shortcut = _CausalConv(block.conv_shortcut) if has_shortcut else None
 
     def feed(self, frame: Tensor) -> Iterator[Tensor]:
-        """One frame for one."""
-        block = self._block
-        (hidden,) = self._conv1.feed(silu(block.norm1(frame), inplace=True))
-        (hidden,) = self._conv2.feed(silu(block.norm2(hidden), inplace=True))
-        yield hidden.add_(block.conv_shortcut(frame))
+        """One frame for one. While the next layers work on it, no intermediate tensor is alive."""
+        yield self._made_of(frame)
+
+    def _made_of(self, frame: Tensor) -> Tensor:
+        (hidden,) = self._conv1.feed(_norm_silu(frame, self._norm1))
+        (hidden,) = self._conv2.feed(_norm_silu(hidden, self._norm2))
+        if self._shortcut is not None:
+            (frame,) = self._shortcut.feed(frame)
+        return hidden.add_(frame)
 
 
 class _PerFrame:
-    """A module that looks at one frame at a time."""
+    """A module of Diffusers' that looks at one frame at a time, as a video of one."""
 
     def __init__(self, module: Any) -> None:
         self._module = module
 
     def feed(self, frame: Tensor) -> Iterator[Tensor]:
         """One frame for one."""
-        yield self._module(frame)
+        yield self._module(frame[:, :, None])[:, :, 0]
 
 
 class _Activation:
@@ -92,7 +119,16 @@ class _Activation:
 
     def feed(self, frame: Tensor) -> Iterator[Tensor]:
         """One frame for one."""
-        yield silu(self._norm(frame), inplace=True)
+        yield _norm_silu(frame, self._norm)
+
+
+def _norm_silu(frame: Tensor, norm: Any) -> Tensor:
+    """Each pixel's channels divided by their root mean square, times a weight, through SiLU."""
+    if (kernels := kernels_for(frame)) is not None:
+        activated: Tensor = kernels.channel_norm_silu(frame, norm.gamma.flatten())
+        return activated
+    normed = normalize(frame.float(), dim=1).to(frame.dtype)
+    return silu(normed * norm.scale * norm.gamma.view(-1, 1, 1), inplace=True)
 
 
 class _Upsample:
@@ -107,11 +143,11 @@ class _Upsample:
         """One frame, or two."""
         if self._time is None or self._first:
             self._first = False
-            yield self._space(frame[:, :, 0])[:, :, None]
+            yield self._space(frame)
             return
         (pair,) = self._time.feed(frame)
         for half in pair.chunk(2, dim=1):
-            yield self._space(half[:, :, 0])[:, :, None]
+            yield self._space(half)
 
 
 def _head(decoder: Any) -> list[_Layer]:
@@ -183,6 +219,7 @@ class WanVAE:
     def __init__(self, vae: Any, decoding_bytes: int = DECODING_BYTES) -> None:
         self._vae = vae
         self._decoding_bytes = decoding_bytes
+        _arrange(vae.decoder)
 
     def encode(self, video: Tensor) -> Tensor:
         """The likeliest latents (1, z, latent frames, h, w) of a video (1, 3, frames, H, W) in [-1, 1]."""
@@ -201,7 +238,7 @@ class WanVAE:
             layers = [*_head(decoder), *_tail(decoder)]
             for latent_frame in self._latent_frames(latents):
                 for frame in _run(layers, latent_frame):
-                    yield frame[0, :, 0].clamp(-1, 1)
+                    yield frame[0].clamp(-1, 1)
             return
         head, dim = _head(decoder), _longer_side(latents)
         features = [frame for each in self._latent_frames(latents) for frame in _run(head, each)]
@@ -210,8 +247,9 @@ class WanVAE:
             yield torch.cat(parts, dim=dim)
 
     def _latent_frames(self, latents: Tensor) -> Iterator[Tensor]:
+        layout = torch.channels_last if latents.is_cuda else torch.contiguous_format
         for latent_frame in latents.tensor_split(latents.shape[2], dim=2):
-            yield self._vae.post_quant_conv(latent_frame)
+            yield self._vae.post_quant_conv(latent_frame)[:, :, 0].contiguous(memory_format=layout)
 
     def _strip(self, features: Sequence[Tensor], strip: _Strip, dim: int) -> list[Tensor]:
         """The part of each frame that the strip is for."""
@@ -220,7 +258,7 @@ class WanVAE:
         for feature in features:
             for frame in _run(layers, feature.narrow(dim, strip.low, strip.high - strip.low)):
                 side = frame.shape[dim] // (strip.high - strip.low)
-                piece = frame[0, :, 0].narrow(dim, (strip.begin - strip.low) * side, (strip.end - strip.begin) * side)
+                piece = frame[0].narrow(dim, (strip.begin - strip.low) * side, (strip.end - strip.begin) * side)
                 frames.append(piece.clamp(-1, 1).cpu())
         return frames
 

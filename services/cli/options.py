@@ -79,11 +79,16 @@ def exit_code(error: FleetError) -> int:
     return BAD_INPUT if isinstance(error, _CALLERS_FAULT) else FAILED
 
 
+def plain(text: str) -> str:
+    """A text of somebody else's for a terminal: what would steer it, or turn the line round, stands there as a mark."""
+    return "".join(each if each.isprintable() else "\N{REPLACEMENT CHARACTER}" for each in text)
+
+
 def one_line(error: FleetError) -> str:
     """The error's sentence, led by the field where the sentence does not name it."""
-    message = " ".join(error.message.split())
+    message = plain(" ".join(error.message.split()))
     named = not error.field or error.field in message or "--" + error.field.replace("_", "-") in message
-    return message if named else f"{error.field}: {message}"
+    return message if named else f"{plain(error.field)}: {message}"
 
 
 def let_threads_sleep() -> None:

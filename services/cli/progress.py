@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from fleet.v1 import artifacts_pb2, generation_pb2
+from services.cli.options import plain
 
 
 class Reporter(ABC):
@@ -51,7 +52,7 @@ class LineReporter(Reporter):
 
     def note(self, text: str) -> None:
         """A line of its own."""
-        sys.stderr.write(text + "\n")
+        sys.stderr.write(plain(text) + "\n")
         sys.stderr.flush()
 
     def progress(self, progress: generation_pb2.StageProgress) -> None:
@@ -81,7 +82,7 @@ class BarReporter(Reporter):
 
     def note(self, text: str) -> None:
         """A line above the bars."""
-        self._progress.console.print(text, markup=False, highlight=False)
+        self._progress.console.print(plain(text), markup=False, highlight=False)
 
     def progress(self, progress: generation_pb2.StageProgress) -> None:
         """Move the stage's bar; it appears with the stage's first news."""

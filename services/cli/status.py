@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from fleet.v1 import worker_pb2
 from services.cli.access import Access, access_of
 from services.cli.client import connect, state_name
-from services.cli.options import SUCCESS, add_endpoint, command_parser, endpoint_of, run_async
+from services.cli.options import SUCCESS, add_endpoint, command_parser, endpoint_of, plain, run_async
 
 _REQUESTS = 10
 
@@ -65,7 +65,7 @@ def degrees_text(groups: Iterable[worker_pb2.Degrees]) -> str:
 
 def shortened(text: str, length: int = 48) -> str:
     """One line of at most that many characters."""
-    line = " ".join(text.split())
+    line = plain(" ".join(text.split()))
     return line if len(line) <= length else line[: length - 1] + "…"
 
 

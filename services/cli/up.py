@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import dataclasses
 import os
 import shutil
 import socket
@@ -18,6 +17,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from common.errors import FleetError, InvalidInput, Unavailable
 from common.settings import SettingsError
@@ -134,21 +134,20 @@ def _replicas(texts: Sequence[str], models: Sequence[ServedModel]) -> dict[str, 
     return replicas
 
 
-def _degrees(args: argparse.Namespace) -> dict[str, int]:
+def _degrees(args: argparse.Namespace) -> dict[str, Any]:
     """The degrees that are given."""
     return {axis: vars(args)[axis] for axis in DEGREES if vars(args)[axis] is not None}
 
 
-def _check_degrees(degrees: Mapping[str, int], models: Sequence[ServedModel]) -> None:
+def _check_degrees(degrees: Mapping[str, Any], models: Sequence[ServedModel]) -> None:
     """Refuse a worker group that cannot be, before anything is started."""
     if not degrees:
         return
     # Brings torch, which a fleet without worker groups needs in its workers only.
     from services.denoising.settings import DenoisingSettings, check_group
 
-    settings = dataclasses.replace(DenoisingSettings(model="", redis=""), **degrees)
     for model in models:
-        check_group(model, settings)
+        check_group(model, DenoisingSettings(model=model.name, redis="", **degrees))
 
 
 def _free_port(port: int) -> int:

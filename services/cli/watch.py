@@ -11,7 +11,16 @@ from common.errors import Unavailable
 from fleet.v1 import generation_pb2
 from services.cli.access import Access, access_of
 from services.cli.client import FleetClient, connect, raise_unless_succeeded, state_name
-from services.cli.options import FAILED, SUCCESS, add_endpoint, add_request_id, command_parser, endpoint_of, run_async
+from services.cli.options import (
+    FAILED,
+    SUCCESS,
+    add_endpoint,
+    add_request_id,
+    command_parser,
+    endpoint_of,
+    plain,
+    run_async,
+)
 
 _ATTEMPTS = 5
 
@@ -63,6 +72,7 @@ def _text(event: generation_pb2.Event) -> str:
             steps = f" {progress.step}/{progress.total_steps}" if progress.total_steps else ""
             return f"{progress.service}{steps}"
         case "warning":
-            return f"warning: {event.warning.field}: {event.warning.message}"
+            return plain(f"warning: {event.warning.field}: {event.warning.message}")
         case _:
-            return state_name(event.state_change.state)
+            saved = event.state_change.steps_saved
+            return state_name(event.state_change.state) + (f", steps saved: {saved}" if saved else "")

@@ -2,32 +2,72 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass
 
 import grpc
 
 from common.errors import InvalidInput
 from common.rpc.client import open_channel
-from common.rpc.tls import mutual_of, read_authority, read_identity, server_credentials
+from common.rpc.tls import (
+    Mutual,
+    Shown,
+    read_authority,
+    read_identity,
+    server_credentials,
+    watch,
+    watch_mutual,
+)
+from common.watched import WatchedFiles
 from services.coordinator.settings import CoordinatorSettings
 
 
 def public_credentials(settings: CoordinatorSettings) -> grpc.ServerCredentials | None:
     """What the public port shows and asks for; None for plain text. Raises InvalidInput for files that do not fit."""
+    if _shown_to_clients(settings) is None:
+        return None
+
+    def read() -> Shown:
+        shown = _shown_to_clients(settings)
+        if shown is None:
+            raise AssertionError("settings do not change")
+        return shown
+
+    own = (settings.tls_public_cert, settings.tls_public_key)
+    files = own if own != (None, None) else (settings.tls_cert, settings.tls_key)
+    watched = watch(settings, (*files, settings.tls_client_ca), read, "certificate for clients")
+    return server_credentials(watched.versioned)
+
+
+def _shown_to_clients(settings: CoordinatorSettings) -> Shown | None:
     identity = read_identity(settings.tls_public_cert, settings.tls_public_key, name="tls_public")
     identity = identity or read_identity(settings.tls_cert, settings.tls_key)
     if settings.tls_client_ca is None:
-        return None if identity is None else server_credentials(identity)
+        return None if identity is None else Shown(identity)
     clients = read_authority(settings.tls_client_ca, name="tls_client_ca")
     if identity is None:
         raise InvalidInput("tls_client_ca is set without tls_cert and tls_key", field="tls_cert")
-    return server_credentials(identity, clients=clients)
+    return Shown(identity, clients)
 
 
-def worker_channels(settings: CoordinatorSettings) -> Callable[[str], grpc.aio.Channel]:
-    """What opens channels to workers: over mutual TLS where `tls_ca` is set. Raises InvalidInput as above."""
-    tls = mutual_of(settings)
-    if tls is None:
-        return open_channel
-    return partial(open_channel, credentials=tls.channel(), server_name=settings.tls_worker_name)
+@dataclass(frozen=True)
+class WorkerAccess:
+    """Opens channels to workers: over mutual TLS where there are files for it."""
+
+    tls: WatchedFiles[Mutual] | None = None
+    worker_name: str = ""
+
+    @classmethod
+    def of(cls, settings: CoordinatorSettings) -> WorkerAccess:
+        """As the settings say. Raises InvalidInput as above."""
+        return cls(watch_mutual(settings), settings.tls_worker_name)
+
+    @property
+    def version(self) -> int:
+        """Grows when the files have changed: channels that were opened before show what they held then."""
+        return 0 if self.tls is None else self.tls.versioned()[0]
+
+    def open(self, address: str) -> grpc.aio.Channel:
+        """A channel to a worker, which shows the certificate that the files hold now."""
+        if self.tls is None:
+            return open_channel(address)
+        return open_channel(address, self.tls.value.channel(), server_name=self.worker_name)

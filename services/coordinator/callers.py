@@ -1,4 +1,4 @@
-"""Who calls: by API key where there are keys, else by the certificate that was asked for, else anybody.
+"""Who calls: by API key or token where those are set, else by the certificate that was asked for, else anybody.
 
 The keys file holds digests, so that reading it lets nobody in:
 
@@ -6,7 +6,8 @@ The keys file holds digests, so that reading it lets nobody in:
     key_sha256 = ["9f86d081…"]    # of each key that is valid, in hex: a new one can be added before an old one goes
     max_open = 20                 # optional: requests that this caller may have open
 
-Keys are random and long, so that a plain digest of them cannot be reversed; they are not passwords.
+Keys are random and long, so that a plain digest of them cannot be reversed; they are not passwords. Tokens are those of
+services.coordinator.tokens. Files of either kind are read again when they change.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ from common.errors import InvalidInput, Unauthenticated
 from common.rpc.interceptor import Admit, admit_all
 from common.rpc.tls import peer_names
 from common.rpc.wrapping import Context
+from common.watched import WatchedFiles
 from services.coordinator.settings import CoordinatorSettings
+from services.coordinator.tokens import TokenRules, TokenVerifier, looks_like_token, read_public_keys, read_secret
 
 _NAME = re.compile(r"[0-9A-Za-z][0-9A-Za-z._@-]{0,63}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -54,12 +57,40 @@ def current_caller() -> Caller:
 
 
 def admission(settings: CoordinatorSettings) -> Admit:
-    """What finds out who calls. Raises InvalidInput for a keys file that cannot be read or understood."""
-    if settings.api_keys is not None:
-        if settings.tls_cert is None and settings.tls_public_cert is None:
-            _log.warning("api_keys without tls_cert: keys travel in the clear unless something before this encrypts")
-        return ByKey(read_keys(settings.api_keys))
-    return by_certificate if settings.tls_client_ca is not None else admit_all
+    """What finds out who calls. Raises InvalidInput for a file of keys that cannot be read or understood."""
+    keys, tokens = _watched_keys(settings), _watched_tokens(settings)
+    if keys is None and tokens is None:
+        return by_certificate if settings.tls_client_ca is not None else admit_all
+    if settings.tls_cert is None and settings.tls_public_cert is None:
+        _log.warning("no tls_cert: keys and tokens travel in the clear unless something before this encrypts")
+    return ByBearer(keys, tokens, settings.max_open_of_caller)
+
+
+def _watched_keys(settings: CoordinatorSettings) -> WatchedFiles[Keys] | None:
+    path = settings.api_keys
+    if path is None:
+        return None
+    return WatchedFiles([path], lambda: Keys(read_keys(path)), check_seconds=settings.reload_seconds, name="api_keys")
+
+
+def _watched_tokens(settings: CoordinatorSettings) -> WatchedFiles[TokenVerifier] | None:
+    paths = [path for path in (settings.jwt_keys, settings.jwt_secret) if path is not None]
+    if not paths:
+        return None
+    rules = TokenRules(
+        audience=settings.jwt_audience,
+        issuer=settings.jwt_issuer,
+        caller_claim=settings.jwt_caller_claim,
+        leeway_seconds=settings.jwt_leeway_seconds,
+    )
+
+    def read() -> TokenVerifier:
+        keys = read_public_keys(settings.jwt_keys) if settings.jwt_keys is not None else []
+        if settings.jwt_secret is not None:
+            keys.append(read_secret(settings.jwt_secret))
+        return TokenVerifier(keys, rules)
+
+    return WatchedFiles(paths, read, check_seconds=settings.reload_seconds, name="jwt_keys and jwt_secret")
 
 
 def by_certificate(context: Context) -> None:
@@ -71,32 +102,71 @@ def by_certificate(context: Context) -> None:
     raise Unauthenticated("no name in the certificate is of letters, digits and ._@- alone, 64 at most")
 
 
-class ByKey:
-    """The caller is whose key came along, as `authorization: Bearer KEY`."""
+class ByBearer:
+    """The caller is whose key or token came along, as `authorization: Bearer KEY` or `Bearer TOKEN`.
 
-    def __init__(self, keys: Mapping[bytes, Caller]) -> None:
-        self._keys = dict(keys)
+    A token may lower the bound that its caller has by the keys file, or else by `max_open_of_caller`.
+    """
+
+    def __init__(
+        self, keys: WatchedFiles[Keys] | None, tokens: WatchedFiles[TokenVerifier] | None, max_open_of_caller: int
+    ) -> None:
+        self._keys = keys
+        self._tokens = tokens
+        self._max_open_of_caller = max_open_of_caller
+        self._what = " or ".join(word for word, kind in (("KEY", keys), ("TOKEN", tokens)) if kind is not None)
 
     def __call__(self, context: Context) -> None:
-        """Raise Unauthenticated without a key, or with one that nobody has."""
+        """Raise Unauthenticated without a key or token, or with one that does not count here."""
         given = [value for key, value in context.invocation_metadata() or () if key == "authorization"]
         if len(given) != 1:
-            raise Unauthenticated("send one key, in the metadata `authorization: Bearer KEY` (fleet: FLEET_API_KEY)")
+            raise Unauthenticated(
+                f"send one of these in the metadata: `authorization: Bearer {self._what}` (fleet: FLEET_API_KEY)"
+            )
         text = given[0] if isinstance(given[0], str) else given[0].decode("ascii", "replace")
         if not text.lower().startswith(_SCHEME):
-            raise Unauthenticated("authorization must read `Bearer KEY`")
+            raise Unauthenticated(f"authorization must read `Bearer {self._what}`")
         _current.set(self.find(text[len(_SCHEME) :].strip()))
+
+    def find(self, given: str) -> Caller:
+        """Whose key or token it is. Raises Unauthenticated."""
+        if self._tokens is not None and (self._keys is None or looks_like_token(given)):
+            return self._by_token(self._tokens.value, given)
+        if self._keys is None:
+            raise AssertionError("neither keys nor tokens")
+        return self._keys.value.find(given)
+
+    def _by_token(self, tokens: TokenVerifier, token: str) -> Caller:
+        claimed = tokens.verify(token)
+        if not _NAME.fullmatch(claimed.name):
+            raise Unauthenticated("the token's caller must have a name of letters, digits and ._@-, 64 at most")
+        known = None if self._keys is None else self._keys.value.bound(claimed.name)
+        if claimed.max_open is None:
+            return Caller(claimed.name, known)
+        return Caller(claimed.name, min(claimed.max_open, self._max_open_of_caller if known is None else known))
+
+
+class Keys:
+    """Callers by the SHA-256 of their keys."""
+
+    def __init__(self, callers: Mapping[bytes, Caller]) -> None:
+        self._callers = dict(callers)
+        self._bounds = {caller.name: caller.max_open for caller in callers.values()}
 
     def find(self, key: str) -> Caller:
         """Whose key it is; takes the same time for every key. Raises Unauthenticated."""
         digest = hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
         found: Caller | None = None
-        for known, caller in self._keys.items():
+        for known, caller in self._callers.items():
             if hmac.compare_digest(known, digest):
                 found = caller
         if found is None:
             raise Unauthenticated("the API key is not known here")
         return found
+
+    def bound(self, name: str) -> int | None:
+        """The bound that the file gives this caller; None where it gives none."""
+        return self._bounds.get(name)
 
 
 def read_keys(path: Path) -> dict[bytes, Caller]:

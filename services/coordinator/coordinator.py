@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from redis.asyncio import Redis
 
-from common.errors import FailedPrecondition, InvalidInput, Unavailable
+from common.errors import FailedPrecondition, InternalError, InvalidInput, Unavailable
 from common.rpc.framing import Limits
 from common.rpc.serving import FleetServer
 from common.state.connection import connect
@@ -22,7 +22,7 @@ from common.state.workers import WorkerRegistry
 from common.telemetry import QUEUE_LENGTH, MetricsInterceptor
 from fleet.v1 import generation_pb2
 from models.catalog import ServedModel
-from services.coordinator.access import public_credentials, worker_channels
+from services.coordinator.access import WorkerAccess, public_credentials
 from services.coordinator.callers import admission
 from services.coordinator.dispatch import ArtifactMemory, Connections, Workers
 from services.coordinator.driver import Driver
@@ -50,7 +50,7 @@ class Coordinator:
         self._presence = Presence(self._redis, owner, beat_seconds=beat, ttl_seconds=ttl)
         self._registry = WorkerRegistry(self._redis, beat_seconds=beat, ttl_seconds=ttl)
         self._slots = Slots(self._redis, self._presence)
-        self._connections = Connections(Limits(total_bytes=settings.max_artifact_bytes), worker_channels(settings))
+        self._connections = Connections(Limits(total_bytes=settings.max_artifact_bytes), WorkerAccess.of(settings))
         self.artifact_memory = ArtifactMemory(settings.max_artifact_bytes)
         workers = Workers(
             self._slots,
@@ -74,9 +74,7 @@ class Coordinator:
         self._server = FleetServer(
             settings.listen,
             interceptors=[MetricsInterceptor("coordinator")],
-            max_message_bytes=settings.max_message_bytes,
-            max_streams=settings.max_streams,
-            max_calls=settings.max_calls,
+            limits=settings.server_limits,
             credentials=public_credentials(settings),
             admit=admission(settings),
             health_listen=settings.health_listen,
@@ -100,7 +98,7 @@ class Coordinator:
         """Listen, and become ready once the store answers. Raises FailedPrecondition when it disagrees on a model."""
         descriptor = generation_pb2.DESCRIPTOR.services_by_name["GenerationService"]
         handler = ServiceHandler(descriptor, self._service.functions)
-        self._server.add(handler, handler.service_name)
+        self._server.add(handler.methods, handler.service_name)
         await self._server.start()
         try:
             await self._keep_house()
@@ -133,6 +131,9 @@ class Coordinator:
             except (Unavailable, FailedPrecondition) as error:
                 _log.error("not ready: %s", error)
                 await self._server.set_ready(False)
+            except InternalError:
+                _log.exception("not ready")
+                await self._server.set_ready(False)
 
     async def _keep_house(self) -> None:
         """Be present, say what the models are, take over what dead coordinators left; ready if all that works."""
@@ -140,14 +141,15 @@ class Coordinator:
         if not self._present:
             await self._presence.start()
             self._present = True
+            _log.info("is %s in the request store", self._presence.owner)
         for name, model in self._models.items():
             contracts = {spec.service: spec.contract for spec in model.services}
             await self._registry.declare(name, model.served.checkpoint.fingerprint, contracts)
             for spec in model.services:
                 load = await self._registry.load(name, spec.service)
                 QUEUE_LENGTH.labels(spec.service, name).set(load.queued)
-            if not patient:
-                await self._driver.take_over(name, self._service.restore)
+                await self._slots.give_back_unknown(name, spec.service)
+            await self._driver.take_over(name, self._service.restore, beyond_own=not patient)
         self._kept_house = asyncio.get_running_loop().time()
         await self._server.set_ready(True)
 

@@ -14,11 +14,12 @@ import grpc
 
 from common.errors import Cancelled, ResourceExhausted, Unavailable
 from common.pipeline import ServiceSpec
-from common.rpc.client import RemoteRunner, WorkerLost, open_channel
+from common.rpc.client import RemoteRunner, WorkerLost
 from common.rpc.framing import Limits, Packet
 from common.stage import Call, Contract
-from common.state.slots import Slot, Slots
+from common.state.slots import Rank, Slot, Slots
 from common.state.workers import WorkerRegistry
+from services.coordinator.access import WorkerAccess
 from services.coordinator.resume import RESUME_SLOT, Recovery, origin_of
 
 _FIRST_PAUSE_SECONDS = 0.05
@@ -29,21 +30,28 @@ _log = logging.getLogger(__name__)
 
 
 class Connections:
-    """Channels to workers, opened once and kept; a worker that does not answer is connected to anew."""
+    """Channels to workers, opened once and kept; a worker that does not answer is connected to anew, and every one
+    when the coordinator has another certificate to show.
+    """
 
-    def __init__(self, limits: Limits, open_to: Callable[[str], grpc.aio.Channel] = open_channel) -> None:
+    def __init__(self, limits: Limits, access: WorkerAccess | None = None) -> None:
         self._limits = limits
-        self._open = open_to
+        self._access = access or WorkerAccess()
+        self._version = self._access.version
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._runners: dict[tuple[str, str, str], RemoteRunner] = {}
         self._closing: set[asyncio.Task[None]] = set()
 
     def runner(self, model: str, spec: ServiceSpec, address: str) -> RemoteRunner:
         """What calls a service of a model at an address."""
+        if (version := self._access.version) != self._version:
+            self._version = version
+            for opened in list(self._channels):
+                self.drop(opened)
         key = (model, spec.service, address)
         if key not in self._runners:
             if address not in self._channels:
-                self._channels[address] = self._open(address)
+                self._channels[address] = self._access.open(address)
             self._runners[key] = RemoteRunner(self._channels[address], spec.service, spec.contract, limits=self._limits)
         return self._runners[key]
 
@@ -100,14 +108,6 @@ class Workers:
     patience_seconds: float | None = None
 
 
-@dataclass(frozen=True)
-class Rank:
-    """What decides a request's place in queues; `deadline_ms` since the epoch, 0 for none."""
-
-    priority: int = 0
-    deadline_ms: int = 0
-
-
 class WorkerRunner:
     """One service of a model for one request: a Runner whose values are packets.
 
@@ -154,7 +154,7 @@ class WorkerRunner:
             except (Unavailable, Cancelled) as error:
                 lost += 1
                 if isinstance(error, WorkerLost):
-                    await self._recovery.worker_died(self._spec.service, error)
+                    await self._recovery.worker_died(slot.worker.worker_id, self._spec.service, error)
                 _log.warning("request %s lost %s at %s: %s", call.request_id, self._spec.service, address, error)
                 if lost >= self._workers.attempts:
                     raise Unavailable(
@@ -189,8 +189,7 @@ class WorkerRunner:
             self._model,
             self._spec.service,
             call.request_id,
-            priority=self._rank.priority,
-            deadline_ms=self._rank.deadline_ms,
+            self._rank,
             patience_seconds=self._workers.patience_seconds,
         )
 

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -14,14 +14,16 @@ from common.errors import DeadlineExceeded, FleetError, InternalError, NotFound,
 from common.pipeline import ServiceSpec, run_pipeline
 from common.rpc.framing import Packet
 from common.rpc.status import to_status
-from common.stage import Call, Contract
+from common.stage import Call
 from common.state.leases import Inherited, Leases
-from common.state.records import ResultFile, State, StateValue, state_event
+from common.state.records import ResultFile, State, StateValue
 from common.state.requests import Admission, Limits, RequestStore
-from common.telemetry import REQUESTS, request_scope
+from common.state.slots import Rank
+from common.telemetry import REQUESTS, STEPS_SAVED, request_scope
 from fleet.v1 import artifacts_pb2, generation_pb2
-from services.coordinator.dispatch import Rank, WorkerRunner, Workers
+from services.coordinator.dispatch import WorkerRunner, Workers
 from services.coordinator.events import EventLog, EventWriter
+from services.coordinator.reporting import Reporting, RequestProgress
 from services.coordinator.resume import Recovery
 
 _RETRY_SECONDS = 0.2
@@ -36,7 +38,10 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Submission:
-    """A validated request. `raw` results are kept in memory for the caller who waits, and never stored."""
+    """A validated request. `raw` results are kept in memory for the caller who waits, and never stored.
+
+    `costs` say how much it asks of each service; see services.coordinator.costs.
+    """
 
     record: generation_pb2.RequestRecord
     services: Sequence[ServiceSpec]
@@ -46,6 +51,7 @@ class Submission:
     raw: bool = False
     stored: bytes = field(default=b"", repr=False)
     """What another coordinator needs to run it."""
+    costs: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -60,7 +66,7 @@ class Execution:
     cancel_requested: bool = False
     files: Sequence[ResultFile] | None = field(default=None, repr=False)
     epoch: int = 1
-    deaths: int = 0
+    deaths: frozenset[str] = frozenset()
 
     @property
     def request_id(self) -> str:
@@ -73,6 +79,7 @@ class _Outcome:
     state: StateValue
     error: generation_pb2.Error | None = None
     files: Sequence[ResultFile] = ()
+    steps_saved: int = 0
 
 
 Restore: TypeAlias = Callable[[generation_pb2.RequestRecord, bytes], Submission]
@@ -99,6 +106,7 @@ class Driver:
         self._step_seconds = step_seconds
         self._executions: dict[str, Execution] = {}
         self._accepting: dict[str, bool] = {}  # whether each is to be cancelled as soon as it runs
+        self._settling: set[str] = set()  # ids of requests that will be run once it is known that they should be
         self._tasks: set[asyncio.Task[Any]] = set()
         self._stopping = False
 
@@ -123,11 +131,13 @@ class Driver:
                 idempotency_key=submission.idempotency_key,
                 submission=submission.stored,
                 limits=submission.limits,
+                costs=submission.costs,
             )
             if admission.replayed:
                 return admission, None
             return admission, self._start(Execution(submission, admission.seconds_left, EventLog(admission.events)))
         except Unavailable:
+            self._settling.add(record.request_id)
             self._spawn(self._settle(submission))
             raise
         finally:
@@ -143,6 +153,8 @@ class Driver:
             stored = await _persist(f"request {request_id} may be stored", partial(self._store.get, request_id))
         except NotFound:
             return
+        finally:
+            self._settling.discard(request_id)
         left = stored.deadline.ToNanoseconds() - stored.created_at.ToNanoseconds()
         execution = self._start(Execution(submission, left / 1e9 if stored.HasField("deadline") else None, EventLog()))
         if not submission.idempotency_key:
@@ -213,7 +225,8 @@ class Driver:
                 deaths=execution.deaths,
                 most_deaths=self._max_worker_deaths,
             )
-            execution.work = asyncio.create_task(self._run(execution, events, recovery))
+            progress = RequestProgress(record, events)
+            execution.work = asyncio.create_task(self._run(execution, events, progress, recovery))
             if execution.cancel_requested or self._stopping:
                 execution.work.cancel()
             try:
@@ -221,12 +234,12 @@ class Driver:
                 if not done:
                     execution.work.cancel()
                     await asyncio.wait({execution.work})
+                await events.close()
                 if self._is_left_behind(execution, execution.work, late=not done):
                     _log.warning("request %s is left for another coordinator", record.request_id)
-                    await events.close()
                     return
-                outcome = self._outcome(execution, execution.work, late=not done)
-                await self._finish(execution, outcome, await events.close())
+                outcome = self._outcome(execution, execution.work, progress, late=not done)
+                await self._finish(execution, outcome, events)
             finally:
                 await recovery.point.close()
                 execution.log.close()
@@ -237,39 +250,44 @@ class Driver:
         kept = execution.cancel_requested or late or execution.submission.raw or not execution.submission.stored
         return self._stopping and work.cancelled() and not kept
 
-    async def _run(self, execution: Execution, events: EventWriter, recovery: Recovery) -> dict[str, Any]:
+    async def _run(
+        self, execution: Execution, events: EventWriter, progress: RequestProgress, recovery: Recovery
+    ) -> dict[str, Any]:
         submission = execution.submission
         record = submission.record
         deadline = None
         if execution.seconds_left is not None:
             deadline = time.monotonic() + execution.seconds_left + _LATER_SECONDS
         call = Call(record.request_id, on_warning=events.warning, deadline=deadline)
-        rank = Rank(record.priority, record.deadline.ToMilliseconds() if record.HasField("deadline") else 0)
-        begun = _Once(partial(events.add, state_event(State.REQUEST_STATE_RUNNING)))
-        if record.state == State.REQUEST_STATE_RUNNING:
-            begun = _Once(_nothing)
         runners = [
-            _Reporting(
+            Reporting(
                 WorkerRunner(
-                    self._workers, record.model, spec, rank, recovery, partial(_begin, begun, events, spec, record)
+                    self._workers,
+                    record.model,
+                    spec,
+                    _rank(submission, spec.service),
+                    recovery,
+                    partial(progress.begin, spec),
                 ),
-                spec.service,
-                events,
+                spec,
+                progress,
             )
             for spec in submission.services
         ]
         self._workers.memory.hold(submission.values.values())
         return await run_pipeline(runners, submission.values, call, wanted=(_RESULT_SLOT,))
 
-    def _outcome(self, execution: Execution, work: asyncio.Task[dict[str, Any]], *, late: bool) -> _Outcome:
+    def _outcome(
+        self, execution: Execution, work: asyncio.Task[dict[str, Any]], progress: RequestProgress, *, late: bool
+    ) -> _Outcome:
         """How a request ended."""
         if not work.cancelled() and work.exception() is None:
             return self._success(execution, work.result()[_RESULT_SLOT])
         error = None if work.cancelled() else work.exception()
         if late or (isinstance(error, DeadlineExceeded) and execution.seconds_left is not None):
-            return _Outcome(State.REQUEST_STATE_EXPIRED)
+            return _Outcome(State.REQUEST_STATE_EXPIRED, steps_saved=progress.steps_left)
         if execution.cancel_requested:
-            return _Outcome(State.REQUEST_STATE_CANCELLED)
+            return _Outcome(State.REQUEST_STATE_CANCELLED, steps_saved=progress.steps_left)
         if error is None:
             return _failure(Unavailable("the coordinator that ran it was shut down; submit it again"))
         if isinstance(error, FleetError):
@@ -288,19 +306,22 @@ class Driver:
             return _failure(ResourceExhausted(message, field="output_format"))
         return _Outcome(State.REQUEST_STATE_SUCCEEDED, files=files)
 
-    async def _finish(self, execution: Execution, outcome: _Outcome, events: Sequence[generation_pb2.Event]) -> None:
+    async def _finish(self, execution: Execution, outcome: _Outcome, events: EventWriter) -> None:
         """Write the end down, however long the store is away."""
         record = execution.submission.record
-        finish = partial(
-            self._store.finish,
-            record.request_id,
-            outcome.state,
-            error=outcome.error,
-            files=outcome.files,
-            stored=not execution.submission.raw,
-            events=events,
-            epoch=execution.epoch,
-        )
+
+        async def finish() -> list[generation_pb2.Event] | None:
+            return await self._store.finish(
+                record.request_id,
+                outcome.state,
+                error=outcome.error,
+                files=outcome.files,
+                stored=not execution.submission.raw,
+                events=await events.rest(),
+                steps_saved=outcome.steps_saved,
+                epoch=execution.epoch,
+            )
+
         try:
             last = await _persist(f"request {record.request_id} has ended", finish)
         except InternalError as error:
@@ -314,83 +335,60 @@ class Driver:
             _log.info("request %s ends elsewhere", record.request_id)
             return
         REQUESTS.labels(record.model, name).inc()
+        STEPS_SAVED.labels(record.model).inc(outcome.steps_saved)
         why = f": {outcome.error.message}" if outcome.error else ""
         _log.info("request %s of %s is %s%s", record.request_id, record.model, name, why)
 
-    async def take_over(self, model: str, restore: Restore) -> None:
-        """Go on with the open requests of a model whose coordinator is dead. Raises Unavailable.
+    async def take_over(self, model: str, restore: Restore, *, beyond_own: bool = True) -> None:
+        """Go on with open requests of a model that nobody runs, end those that are cancelled. Raises Unavailable.
 
-        `restore` makes the submission of a stored one again. One that cannot be run here ends as FAILED.
+        Unless `beyond_own`, only with those that belong to this coordinator: the store may have given it one whose
+        news was lost. `restore` makes the submission of a stored one again. One that cannot be run here ends as FAILED.
         """
-        while inherited := await self._leases.take_over(model):
-            for each in inherited:
-                _log.warning("request %s is taken over from a dead coordinator", each.record.request_id)
+        inherited = True
+        while inherited:
+            running = (*self._executions, *self._accepting, *self._settling)
+            taken, cancelled = await self._leases.take_over(model, running=running, beyond_own=beyond_own)
+            for each in taken:
+                _log.warning("request %s is taken over: nobody runs it", each.record.request_id)
+                self._settling.add(each.record.request_id)
                 self._spawn(self._inherit(each, restore))
+            for request_id in cancelled:
+                self.cancel(request_id)
+            inherited = bool(taken)
 
     async def _inherit(self, inherited: Inherited, restore: Restore) -> None:
         record, epoch = inherited.record, inherited.epoch
         try:
+            await self._end_former(record.request_id)
             if epoch > _MOST_OWNERS:
                 raise InternalError(f"{epoch - 1} coordinators have ended while they ran this request; it is given up")
             submission = restore(record, inherited.submission)
             if submission.raw:
                 raise Unavailable("the coordinator that streamed it is gone; submit it again")
+            execution = Execution(submission, inherited.seconds_left, EventLog(), epoch=epoch, deaths=inherited.deaths)
+            execution.cancel_requested = inherited.cancel_requested
+            self._start(execution)
         except FleetError as error:
             failed = _failure(error)
             finish = partial(self._store.finish, record.request_id, failed.state, error=failed.error, epoch=epoch)
             await _persist(f"request {record.request_id} cannot be taken over", finish)
-            return
-        execution = Execution(submission, inherited.seconds_left, EventLog(), epoch=epoch, deaths=inherited.deaths)
-        execution.cancel_requested = inherited.cancel_requested
-        self._start(execution)
+        finally:
+            self._settling.discard(record.request_id)
+
+    async def _end_former(self, request_id: str) -> None:
+        """Stop what this coordinator still does for a request under an earlier epoch, none of which counts any more."""
+        former = self._executions.get(request_id)
+        if former is not None and former.task is not None:
+            self._cancel(former)
+            await asyncio.wait({former.task})
 
 
-@dataclass(frozen=True)
-class _Reporting:
-    """A runner whose progress becomes events of its service. One without steps counts as one step."""
-
-    runner: WorkerRunner
-    service: str
-    events: EventWriter
-
-    @property
-    def contract(self) -> Contract:
-        return self.runner.contract
-
-    async def __call__(self, values: Mapping[str, Packet], call: Call) -> Mapping[str, Packet]:
-        steps: list[int] = []
-
-        def on_progress(step: int, total_steps: int) -> None:
-            steps.append(step)
-            self.events.progress(self.service, step, total_steps)
-
-        outputs = await self.runner(values, replace(call, on_progress=on_progress))
-        if not steps:
-            self.events.progress(self.service, 1, 1)
-        return outputs
-
-
-def _nothing() -> None:
-    return None
-
-
-class _Once:
-    """Calls a function the first time only."""
-
-    def __init__(self, function: Callable[[], None]) -> None:
-        self._function: Callable[[], None] | None = function
-
-    def __call__(self) -> None:
-        function, self._function = self._function, None
-        if function is not None:
-            function()
-
-
-def _begin(running: _Once, events: EventWriter, spec: ServiceSpec, record: generation_pb2.RequestRecord) -> None:
-    """Tell that a worker begins on a service. The stage that reads the schedule takes its steps."""
-    running()
-    steps = record.parameters.num_inference_steps if "schedule" in spec.contract.inputs else 1
-    events.progress(spec.service, 0, steps)
+def _rank(submission: Submission, service: str) -> Rank:
+    """A request's place in the queue of a service."""
+    record = submission.record
+    due = record.deadline.ToMilliseconds() if record.HasField("deadline") else 0
+    return Rank(record.priority, due, record.caller, submission.costs.get(service, 1))
 
 
 def result_files(packet: Packet) -> list[ResultFile]:

@@ -53,7 +53,8 @@ class EventLog:
 class EventWriter:
     """One write at a time; what comes meanwhile goes with the next one, of a stage's steps only the latest.
 
-    Steps wait until `step_seconds` after the write before, so that quick ones do not cost more than they tell.
+    Where the answer to a write is lost, the same events are written again until there is one, so that each is stored
+    once. Steps wait until `step_seconds` after the write before, so that quick ones do not cost more than they tell.
     What is stored goes into `log`. `on_ended` is called when the store says that the request has ended, or goes on,
     elsewhere.
     """
@@ -75,6 +76,8 @@ class EventWriter:
         self._on_ended = on_ended
         self._step_seconds = step_seconds
         self._pending: list[generation_pb2.Event] = []
+        self._unsure: list[generation_pb2.Event] = []
+        self._number = 0
         self._wake = asyncio.Event()
         self._closing = False
         self._task = asyncio.create_task(self._write())
@@ -98,12 +101,28 @@ class EventWriter:
         self._pending.append(event)
         self._wake.set()
 
-    async def close(self) -> list[generation_pb2.Event]:
-        """End writing; returns what is not written yet, to go with the request's end."""
+    async def close(self) -> None:
+        """End writing."""
         self._closing = True
         self._wake.set()
         await self._task
+
+    async def rest(self) -> list[generation_pb2.Event]:
+        """Once closed: what is not written yet, to go with the request's end. Raises Unavailable.
+
+        Events of which it is not known whether they are stored are written again first.
+        """
+        if self._unsure:
+            await self._store_unsure()
         return self._pending
+
+    async def _store_unsure(self) -> None:
+        stored = await self._store.append(self._request_id, self._unsure, number=self._number, epoch=self._epoch)
+        self._number += len(self._unsure)
+        self._unsure = []
+        if stored is None:
+            self._on_ended()
+        self._log.extend(stored or ())
 
     async def _write(self) -> None:
         loop = asyncio.get_running_loop()
@@ -115,16 +134,15 @@ class EventWriter:
                 await self._woken_before(not_before)
             if self._closing:
                 return
-            batch, self._pending = self._pending, []
+            if not self._unsure:
+                self._unsure, self._pending = self._pending, []
             try:
-                stored = await self._store.append(self._request_id, batch, epoch=self._epoch)
-                if stored is None:
-                    self._on_ended()
-                self._log.extend(stored or ())
+                await self._store_unsure()
                 not_before = loop.time() + self._step_seconds
+                if self._pending:
+                    self._wake.set()
             except Unavailable as error:
                 _log.warning("events of request %s wait: %s", self._request_id, error)
-                self._pending = batch + self._pending
                 again = loop.time() + _RETRY_SECONDS
                 while not self._closing and loop.time() < again:
                     await self._woken_before(again)

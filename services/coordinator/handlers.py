@@ -16,19 +16,12 @@ from common.rpc.parsing import parse, refuse_unknown_fields
 Function = Callable[[Any], Awaitable[Message]] | Callable[[Any], AsyncGenerator[Message, None]]
 
 
-class ServiceHandler(grpc.GenericRpcHandler):
-    """Serves every method of `service` with the function of its name. Raises KeyError when one is missing."""
+class ServiceHandler:
+    """The `methods` of a service, each with the function of its name. Raises KeyError when one is missing."""
 
     def __init__(self, service: ServiceDescriptor, functions: Mapping[str, Function]) -> None:
         self.service_name = str(service.full_name)
-        self._handlers = {
-            f"/{service.full_name}/{method.name}": _handler(method, functions[method.name])
-            for method in service.methods
-        }
-
-    def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[Any, Any] | None:
-        """The handler of a method of the service."""
-        return self._handlers.get(handler_call_details.method)
+        self.methods = {method.name: _handler(method, functions[method.name]) for method in service.methods}
 
 
 def _handler(method: MethodDescriptor, function: Any) -> grpc.RpcMethodHandler[Any, Any]:

@@ -120,7 +120,13 @@ class Recovery:
     """What a request has been through: the workers that died of it, perhaps, and the point to go on from."""
 
     def __init__(
-        self, leases: Leases, request_id: str, *, epoch: int = 1, deaths: int = 0, most_deaths: int = 2
+        self,
+        leases: Leases,
+        request_id: str,
+        *,
+        epoch: int = 1,
+        deaths: frozenset[str] = frozenset(),
+        most_deaths: int = 2,
     ) -> None:
         self.point = ResumePoint(leases, request_id, epoch, inherited=epoch > 1)
         self._leases = leases
@@ -129,16 +135,15 @@ class Recovery:
         self._deaths = deaths
         self._most_deaths = most_deaths
 
-    async def worker_died(self, service: str, error: FleetError) -> None:
+    async def worker_died(self, worker_id: str, service: str, error: FleetError) -> None:
         """Count a worker that died during the call. Raises InternalError once it is the last that the request gets."""
-        self._deaths += 1
+        self._deaths |= {worker_id}
         try:
-            stored = await self._leases.count_death(self._request_id, self._epoch)
-            self._deaths = max(self._deaths, stored)
+            self._deaths |= await self._leases.add_death(self._request_id, self._epoch, worker_id)
         except Unavailable as unavailable:
             _log.warning("a death under request %s is not stored: %s", self._request_id, unavailable)
-        if self._deaths >= self._most_deaths:
+        if len(self._deaths) >= self._most_deaths:
             raise InternalError(
-                f"{self._deaths} workers died while they ran this request, the last one in {service} "
+                f"{len(self._deaths)} workers died while they ran this request, the last one in {service} "
                 f"({error.message}); it is given up for the sake of the others"
             ) from error

@@ -21,6 +21,7 @@ from fleet.v1 import generation_pb2 as pb
 from models.catalog import ServedModel
 from models.validation import InputValidationStage
 from services.coordinator.callers import current_caller
+from services.coordinator.costs import costs_of
 from services.coordinator.driver import Driver, Execution, Submission
 from services.coordinator.handlers import Function
 from services.coordinator.parameters import given_images, given_parameters, recorded_parameters
@@ -285,6 +286,7 @@ class GenerationService:
             request.idempotency_key,
             raw=parameters.output_format == pb.OUTPUT_FORMAT_SAFETENSORS,
             stored=_stored(request, record),
+            costs=costs_of(model.services, validated.params),
         )
 
     def restore(self, record: pb.RequestRecord, stored: bytes) -> Submission:

@@ -6,11 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from common.rpc.options import ServerLimits
 from common.rpc.tls import TlsSettings
 from common.settings import SettingsError, setting
 from common.state.presence import BEAT_SECONDS, TTL_SECONDS
 from common.state.requests import Limits, Retention
 from models.catalog import DEFAULT_MODEL
+
+_MOST_LEEWAY_SECONDS = 300.0
 
 _POSITIVE = (
     "max_open_requests",
@@ -18,6 +21,7 @@ _POSITIVE = (
     "queue_limit",
     "max_calls",
     "max_streams",
+    "max_connections",
     "stage_attempts",
     "max_worker_deaths",
     "record_seconds",
@@ -40,7 +44,7 @@ class CoordinatorSettings(TlsSettings):
     worker_wait_seconds: float | None = setting(None, help="fail a request that found no live worker for so long")
     max_worker_deaths: int = setting(2, help="give a request up once so many workers died while they ran it")
     queue_seconds: float = setting(
-        0.0, help="refuse what would have to wait longer, by the measured pace of the services; 0 refuses none"
+        0.0, help="refuse what would have to wait longer, by the services' pace and the callers' parts; 0 refuses none"
     )
     stage_attempts: int = setting(3, help="workers that a stage is tried on when they go away")
     record_seconds: float = setting(86_400.0, help="how long a request that has ended is remembered")
@@ -51,9 +55,18 @@ class CoordinatorSettings(TlsSettings):
     tls_public_cert: Path | None = setting(None, help="certificate to show to clients, where it is not tls_cert")
     tls_public_key: Path | None = setting(None, help="private key of tls_public_cert")
     tls_worker_name: str = setting("worker", help="name in the certificates of workers")
-    api_keys: Path | None = setting(None, help="TOML file of callers and their keys; without one, anybody is served")
+    api_keys: Path | None = setting(None, help="TOML file of callers and their keys, read again when it changes")
+    jwt_keys: Path | None = setting(
+        None, help="JWK Set or PEM file of the public keys that sign callers' tokens, read again when it changes"
+    )
+    jwt_secret: Path | None = setting(None, help="file of the secret that signs tokens with HS256, if any does")
+    jwt_audience: str = setting("", help="audience that a token must be for")
+    jwt_issuer: str = setting("", help="issuer that a token must be of")
+    jwt_caller_claim: str = setting("sub", help="claim of a token that names its caller")
+    jwt_leeway_seconds: float = setting(30.0, help="how far a token's clock may be from this one, 300 at most")
     max_calls: int = setting(4_096, help="calls that are served at a time")
     max_streams: int = setting(1_024, help="calls that are served at a time on one connection; its others wait")
+    max_connections: int = setting(1_024, help="connections that are open at a time; those beyond are closed")
     max_message_bytes: int = setting(48 << 20, help="largest request that is read, with its pictures")
     max_artifact_bytes: int = setting(4 << 30, help="memory for what stages hand on, over all requests")
     max_raw_result_bytes: int = setting(1 << 30, help="largest .safetensors result")
@@ -77,15 +90,42 @@ class CoordinatorSettings(TlsSettings):
                 f"result_seconds must be at most record_seconds ({self.record_seconds:g}), not {self.result_seconds:g}",
                 field="result_seconds",
             )
+        self._check_token_rules()
         if not 0 < self.heartbeat_seconds < self.heartbeat_ttl_seconds:
             raise SettingsError(
                 "heartbeat_ttl_seconds must be longer than heartbeat_seconds", field="heartbeat_seconds"
+            )
+
+    def _check_token_rules(self) -> None:
+        given = [name for name in ("jwt_keys", "jwt_secret") if vars(self)[name] is not None]
+        named = [name for name in ("jwt_audience", "jwt_issuer") if vars(self)[name]]
+        if given and (lacking := {"jwt_audience", "jwt_issuer"}.difference(named)):
+            field = min(lacking)
+            raise SettingsError(f"{given[0]} is set without {field}, which a token must name", field=field)
+        if named and not given:
+            raise SettingsError(f"{named[0]} is set without jwt_keys or jwt_secret to know tokens by", field="jwt_keys")
+        if not self.jwt_caller_claim:
+            raise SettingsError("jwt_caller_claim must not be empty; sub is usual", field="jwt_caller_claim")
+        if not 0 <= self.jwt_leeway_seconds <= _MOST_LEEWAY_SECONDS:
+            raise SettingsError(
+                f"jwt_leeway_seconds must be from 0 to {_MOST_LEEWAY_SECONDS:g}, not {self.jwt_leeway_seconds:g}",
+                field="jwt_leeway_seconds",
             )
 
     @property
     def retention(self) -> Retention:
         """How long what has ended is kept."""
         return Retention(self.record_seconds, self.result_seconds)
+
+    @property
+    def server_limits(self) -> ServerLimits:
+        """What the public port takes on."""
+        return ServerLimits(
+            message_bytes=self.max_message_bytes,
+            streams=self.max_streams,
+            calls=self.max_calls,
+            connections=self.max_connections,
+        )
 
     def limits(self, services: tuple[str, ...], max_open_of_caller: int | None = None) -> Limits:
         """What may be open and waiting for a model with these services, and for one caller."""

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from models.catalog import ServedModel
+from models.warm_up import WarmUp
 from services.denoising.joining import Place
 from services.denoising.launcher import launch
 from services.denoising.rank import run_rank
@@ -21,12 +22,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(model: ServedModel, settings: DenoisingSettings, flags: Sequence[str]) -> int:
+    warm_up = WarmUp.parse(model, settings.warm_up)
     if settings.degrees.world_size == 1:
-        asyncio.run(serve(SERVICE, model, settings))
+        asyncio.run(serve(SERVICE, model, settings, warm_up=warm_up))
         return 0
     check_group(model, settings)
     place = Place.from_environment(os.environ)
-    return launch(settings, flags) if place is None else run_rank(model, settings, place)
+    return launch(settings, flags) if place is None else run_rank(model, settings, place, warm_up)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from common.local import HostedStages
 from models.catalog import ServedModel
 from models.layers.mesh import WorkerMesh, make_mesh
 from models.loader import load_stages
+from models.warm_up import WarmUp
 from services.denoising.follower import Follower
 from services.denoising.group import LeadingStages
 from services.denoising.joining import Place, Purpose, join
@@ -33,8 +34,11 @@ from services.worker import device_of, dtype_of, prepare_thread, serve, service_
 _COLLECTIVE_TIMEOUT = timedelta(hours=2)
 
 
-def run_rank(model: ServedModel, settings: DenoisingSettings, place: Place) -> int:
-    """Be that rank until the group ends; returns the exit code. Raises Unavailable when the others do not come."""
+def run_rank(model: ServedModel, settings: DenoisingSettings, place: Place, warm_up: WarmUp) -> int:
+    """Be that rank until the group ends; returns the exit code. Raises Unavailable when the others do not come.
+
+    All ranks warm up together: rank 0 hands out made-up requests as it does others.
+    """
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _leave)
     settings = _of_rank(settings, place)
@@ -43,8 +47,10 @@ def run_rank(model: ServedModel, settings: DenoisingSettings, place: Place) -> i
     links = [Link(peer, each[Purpose.CONTROL]) for peer, each in sorted(connections.items())]
     beats = {peer: each[Purpose.BEATS] for peer, each in connections.items()}
     liveness = Liveness(beats, beat_seconds=settings.beat_seconds, lost_seconds=settings.lost_seconds)
-    rank = (FollowingRank if place.rank else LeadingRank)(place, store, settings, links, liveness)
-    rank.run(model)
+    if place.rank:
+        FollowingRank(place, store, settings, links, liveness).run(model)
+    else:
+        LeadingRank(place, store, settings, links, liveness).run(model, warm_up)
     distributed.destroy_process_group()
     return 0
 
@@ -96,10 +102,10 @@ class LeadingRank(_Rank):
 
     _told: Callable[[], object] | None = None
 
-    def run(self, model: ServedModel) -> None:
+    def run(self, model: ServedModel, warm_up: WarmUp) -> None:
         """Serve until told to end, here or by a follower that was told, and send the followers home."""
         self._liveness.start(on_lost=abandon, on_leaving=self._stop)
-        asyncio.run(serve(SERVICE, model, self._settings, ranks=self))
+        asyncio.run(serve(SERVICE, model, self._settings, ranks=self, warm_up=warm_up))
         self._liveness.end()
         for link in self._links:
             link.send(Kind.END)
@@ -135,6 +141,7 @@ class FollowingRank(_Rank):
             device=device,
             dtype=dtype_of(self._settings.dtype, device),
             mesh=self.make_mesh(device),
+            approximation=self._settings.approximation,
         )
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._ask_to_end)

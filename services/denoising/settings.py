@@ -8,6 +8,7 @@ import torch
 
 from common.errors import FailedPrecondition, InvalidInput
 from common.settings import setting
+from configs.approximation import Approximation, LinearDtype
 from models.catalog import ServedModel
 from models.layers.mesh import Degrees
 from models.loader import check_parallel
@@ -31,6 +32,16 @@ class DenoisingSettings(WorkerSettings):
     beat_seconds: float = setting(1.0, help="time between two signs of life among ranks")
     lost_seconds: float = setting(8.0, help="silence after which a rank is taken for lost, and the group starts again")
     join_seconds: float = setting(120.0, help="time that all ranks get to find each other at the start")
+    warm_up: tuple[str, ...] = setting((), help="size to be warm for at the start: HEIGHTxWIDTH, or with xFRAMES")
+
+    linear_dtype: LinearDtype = setting(
+        "same", help="what the transformer's large linear layers multiply in: float8 is faster, and less exact"
+    )
+
+    @property
+    def approximation(self) -> Approximation:
+        """What denoising may leave out of the exact computation."""
+        return Approximation(self.linear_dtype)
 
     @property
     def degrees(self) -> Degrees:

@@ -8,15 +8,18 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import grpc
 
 from common.tether import tethered
 from fleet.v1 import generation_pb2 as api
 from fleet.v1 import generation_pb2_grpc
+
+NO_SETTINGS: Mapping[str, str] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -25,13 +28,17 @@ class RunningFleet:
 
     endpoint: str
     ready_seconds: float
+    process_id: int
 
 
 @contextmanager
-def running_fleet(*arguments: str) -> Iterator[RunningFleet]:
-    """Run `fleet up --port 0 ARGUMENTS` for as long as the block. Raises RuntimeError when it does not get ready."""
+def running_fleet(*arguments: str, settings: Mapping[str, str] = NO_SETTINGS) -> Iterator[RunningFleet]:
+    """Run `fleet up --port 0 ARGUMENTS` for as long as the block, with settings by the names of their variables.
+
+    Raises RuntimeError when it does not get ready.
+    """
     command = [sys.executable, "-m", "services.cli", "up", "--port", "0", *arguments]
-    environ = os.environ | {"FLEET_CACHE_BYTES": "0"}  # every request is to be computed
+    environ = {**os.environ, "FLEET_CACHE_BYTES": "0", **settings}  # every request is to be computed
     with tempfile.TemporaryFile("w+") as notes:
         began = time.monotonic()
         process = subprocess.Popen(tethered(command), env=environ, stdout=subprocess.PIPE, stderr=notes, text=True)
@@ -40,8 +47,8 @@ def running_fleet(*arguments: str) -> Iterator[RunningFleet]:
             words = process.stdout.readline().split()
             if words[:1] != ["ready:"]:
                 notes.seek(0)
-                raise RuntimeError("fleet up did not get ready:\n" + "".join(notes.readlines()[-20:]))
-            yield RunningFleet(words[1], time.monotonic() - began)
+                raise RuntimeError("fleet up did not get ready:\n" + "".join(notes.readlines()[-60:]))
+            yield RunningFleet(words[1], time.monotonic() - began, process.pid)
         finally:
             process.send_signal(signal.SIGTERM)
             process.wait()

@@ -94,7 +94,7 @@ async def _serve(service: str, address: str) -> None:
         server = FleetServer(address)
         stages = HostedStages(service, [STAGES[service]()])
         servicer = StageServicer(service, stages, executor, TORCH)
-        server.add(servicer, servicer.service_name)
+        server.add(servicer.methods, servicer.service_name)
         async with stop_signals() as stop:
             await server.start()
             _say_ready()

@@ -23,7 +23,9 @@ from common.state.connection import connect
 from coordinator_fleet import FakeFleet, Gate, Script, emoji, error_of, running_fleet, submission, terminal
 from fleet.v1 import generation_pb2 as pb
 from redis_servers import running_server
-from services.coordinator.callers import ByKey, Caller, read_keys
+from services.coordinator.callers import Caller, Keys, read_keys
+from services.coordinator.settings import CoordinatorSettings
+from tokens import AUDIENCE, ISSUER, jwk, jwk_set, public_pem, token
 
 ALICE, BOB = "key-of-alice", "key-of-bob"
 UNKNOWN = "00000000deadbeef"
@@ -212,6 +214,108 @@ def test_the_command_line_sends_the_key(url: str, keys: Path) -> None:
     run(url, story)
 
 
+def token_settings(keys: Path) -> dict[str, Any]:
+    return {"jwt_keys": keys, "jwt_audience": AUDIENCE, "jwt_issuer": ISSUER}
+
+
+def test_a_token_says_who_calls_and_may_lower_its_bound(url: str, keys: Path, tmp_path: Path) -> None:
+    (tmp_path / "jwks.json").write_text(jwk_set(jwk("Ed", kid="one")))
+
+    async def story(running: FakeFleet) -> None:
+        settings = {"api_keys": keys, "max_open_of_caller": 2} | token_settings(tmp_path / "jwks.json")
+        _, stub = await running.add_coordinator(**settings)
+
+        async def opened(name: str, **claims: Any) -> int:
+            """How many requests a caller can open, of three."""
+            metadata = bearer(token("Ed", "EdDSA", sub=name, **claims))
+            codes = [(await stub.Submit(submission(), metadata=metadata).code()).name for _ in range(3)]
+            assert codes == sorted(codes)
+            assert set(codes) <= {"OK", "RESOURCE_EXHAUSTED"}
+            return codes.count("OK")
+
+        assert await opened("carol") == 2
+        assert await opened("dave", max_open=1) == 1
+        assert await opened("erin", max_open=9) == 2
+        assert await opened("frank", max_open=0) == 0
+        assert await opened("alice", max_open=9) == 1
+        for bad in (
+            token("Ed2", "EdDSA"),
+            token("Ed", "EdDSA", aud="another"),
+            token("Ed", "EdDSA", sub="a b"),
+            "a.b.c",
+        ):
+            code, message = await code_of(stub.ListModels(pb.ListModelsRequest(), metadata=bearer(bad)))
+            assert code == "UNAUTHENTICATED"
+            assert bad not in message
+        as_token = await stub.ListRequests(pb.ListRequestsRequest(), metadata=bearer(token("Ed", "EdDSA", sub="alice")))
+        as_key = await stub.ListRequests(pb.ListRequestsRequest(), metadata=bearer(ALICE))
+        assert as_token == as_key
+        assert len(as_key.requests) == 1
+
+    run(url, story)
+
+
+def replace(files: dict[Path, bytes]) -> None:
+    for path, content in files.items():
+        path.write_bytes(content)
+
+
+def test_new_keys_count_without_a_restart_and_broken_files_change_nothing(url: str, keys: Path, tmp_path: Path) -> None:
+    public = tmp_path / "public.pem"
+    public.write_bytes(public_pem("Ed"))
+
+    async def story(running: FakeFleet) -> None:
+        settings = {"api_keys": keys, "reload_seconds": 0} | token_settings(public)
+        _, stub = await running.add_coordinator(**settings)
+
+        async def served(*given: str) -> list[bool]:
+            calls = [stub.ListModels(pb.ListModelsRequest(), metadata=bearer(each)) for each in given]
+            codes = [(await call.code()).name for call in calls]
+            assert set(codes) <= {"OK", "UNAUTHENTICATED"}
+            return [code == "OK" for code in codes]
+
+        old, new = token("Ed", "EdDSA"), token("Ed2", "EdDSA")
+        assert await served(ALICE, BOB, "other", old, new) == [True, True, False, True, False]
+        others = f'[callers.bob]\nkey_sha256 = ["{digest("other")}"]\n'.encode()
+        replace({keys: others, public: public_pem("Ed2")})
+        assert await served(ALICE, BOB, "other", old, new) == [False, False, True, False, True]
+        replace({keys: b"[callers", public: b""})
+        assert await served(ALICE, "other", old, new) == [False, True, False, True]
+
+    run(url, story)
+
+
+def test_the_command_line_sends_a_token_in_the_same_way(url: str, tmp_path: Path) -> None:
+    (tmp_path / "public.pem").write_bytes(public_pem("Ed"))
+
+    async def story(running: FakeFleet) -> None:
+        coordinator, _ = await running.add_coordinator(**token_settings(tmp_path / "public.pem"))
+        words = ("models", "--endpoint", coordinator.address)
+        code, output, _ = await command(*words, key=token("Ed", "EdDSA"))
+        assert (code, b"emoji" in output) == (0, True)
+        code, _, errors = await command(*words, key=token("Ed", "EdDSA", exp=1))
+        assert (code, errors.count(b"\n")) == (2, 1)
+        assert b"the token has expired" in errors
+
+    run(url, story)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"jwt_keys": Path("x"), "jwt_audience": "a"}, "jwt_keys is set without jwt_issuer"),
+        ({"jwt_secret": Path("x")}, "jwt_secret is set without jwt_audience"),
+        ({"jwt_issuer": "i"}, "jwt_issuer is set without jwt_keys or jwt_secret"),
+        ({"jwt_caller_claim": ""}, "jwt_caller_claim must not be empty"),
+        ({"jwt_leeway_seconds": 301.0}, "from 0 to 300"),
+        ({"jwt_leeway_seconds": -1.0}, "from 0 to 300"),
+    ],
+)
+def test_settings_of_tokens_that_would_let_in_too_many_are_refused(given: dict[str, Any], words: str) -> None:
+    with pytest.raises(InvalidInput, match=words):
+        CoordinatorSettings(**given)
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -240,7 +344,7 @@ def test_a_wrong_keys_file_is_refused_at_the_start(text: str, words: str, tmp_pa
 
 
 def test_a_key_is_found_whole_and_never_logged(keys: Path, caplog: pytest.LogCaptureFixture) -> None:
-    callers = ByKey(read_keys(keys))
+    callers = Keys(read_keys(keys))
     with caplog.at_level(logging.DEBUG):
         assert callers.find(ALICE) == callers.find("next") == Caller("alice", 1)
         assert callers.find(BOB) == Caller("bob@studio")

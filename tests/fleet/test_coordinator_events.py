@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequen
 
 import pytest
 
+from common.errors import Unavailable
 from common.state.connection import connect
 from common.state.requests import RequestStore
 from fleet.v1 import generation_pb2
@@ -62,7 +63,8 @@ def test_steps_that_come_quickly_are_told_by_the_latest(server: RedisServer) -> 
         assert told(await stored(store, 3)) == [("denoising", 0), ("denoising", 49), ("decoding", 0)]
         writer.progress("denoising", 50, 50)
         writer.progress("decoding", 1, 1)
-        assert told(await writer.close()) == [("denoising", 50), ("decoding", 1)]
+        await writer.close()
+        assert told(await writer.rest()) == [("denoising", 50), ("decoding", 1)]
 
     run(server, story)
 
@@ -78,7 +80,8 @@ def test_events_wait_for_a_store_that_is_away(server: RedisServer) -> None:
         server.start()
         events = await stored(store, 2)
         assert events[0].warning.message == "cut"
-        rest = told([*events, *await writer.close()])
+        await writer.close()
+        rest = told([*events, *await writer.rest()])
         assert rest[-1] == ("denoising", 2) or told(await stored(store, 3))[-1] == ("denoising", 2)
 
     run(server, story)
@@ -91,7 +94,12 @@ def test_closing_does_not_wait_for_a_store_that_is_away(server: RedisServer) -> 
         writer.warning("prompt", "cut")
         await asyncio.sleep(0.01)
         async with asyncio.timeout(5):
-            assert [event.warning.message for event in await writer.close()] == ["cut"]
+            await writer.close()
+        with pytest.raises(Unavailable):
+            await writer.rest()
+        server.start()
+        assert not await writer.rest()
+        assert [event.warning.message for event in await stored(store, 1)] == ["cut"]
 
     run(server, story)
 

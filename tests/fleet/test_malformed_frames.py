@@ -153,17 +153,12 @@ async def until(condition: Callable[[], bool]) -> None:
         await asyncio.sleep(0.005)
 
 
-class Liar(grpc.GenericRpcHandler):
+class Liar:
     """A worker that answers with given frames, whatever it is asked."""
 
     def __init__(self, *replies: bytes) -> None:
         self._replies = replies
-        self._handler: Any = grpc.stream_stream_rpc_method_handler(self._answer)
-
-    def service(self, handler_call_details: grpc.HandlerCallDetails) -> Any:
-        """Every method."""
-        del handler_call_details
-        return self._handler
+        self.methods: dict[str, Any] = {"Denoise": grpc.stream_stream_rpc_method_handler(self._answer)}
 
     async def _answer(self, _: Any, context: Any) -> None:
         while await context.read() is not grpc.aio.EOF:
@@ -203,7 +198,7 @@ def test_a_worker_that_answers_wrongly_is_a_defect_of_ours(
 ) -> None:
     async def main() -> None:
         server = FleetServer("127.0.0.1:0")
-        server.add(Liar(*replies), "fleet.v1.DenoisingService")
+        server.add(Liar(*replies).methods, "fleet.v1.DenoisingService")
         async with served() as stage, open_channel(await server.start()) as channel:
             with pytest.raises(kind, match=words):
                 await RemoteRunner(channel, "denoising", stage.hosted.contract)(packets(8), Heard().call())

@@ -1,121 +1,153 @@
-"""SIGKILL of the worker that denoises, at the first, a middle and the last step: the picture stays the same bytes."""
+"""SIGKILL while a request denoises, of its worker at any step, or of its coordinator too: its result keeps its bytes.
+
+All processes are real, for Flux (Euler) and for Wan (UniPC, whose solver has a history).
+"""
 
 from __future__ import annotations
 
 import asyncio
-import os
+import random
 import signal
-import sys
-from asyncio.subprocess import Process
-from collections.abc import AsyncIterator, Iterator
+import tempfile
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
+from chaos_processes import Fleet
+from redis.asyncio import Redis
 
 from common.rpc.client import open_channel
 from common.state.connection import command, connect
-from common.state.workers import WorkerRegistry
-from coordinator_fleet import Stub, emoji
+from coordinator_fleet import Stub
 from fleet.v1 import generation_pb2 as pb
 from fleet.v1 import generation_pb2_grpc
-from redis_servers import RedisServer, running_server, until
-from services.coordinator.coordinator import start_coordinator
-from services.coordinator.settings import CoordinatorSettings
-from services.worker import WorkerSettings, start_worker
+from redis_servers import until
 
-MODEL = emoji()
 STEPS = 8
-SIZE = 512  # pixels; so large that a step takes longer than its progress needs to arrive here
 KILLED_AT = (1, STEPS // 2, STEPS - 1)
+CHECKPOINTS = Path(__file__).resolve().parents[2] / "models" / "checkpoints"
 
 
-@pytest.fixture
-def server() -> Iterator[RedisServer]:
-    with running_server("valkey") as server:
-        yield server
+@dataclass(frozen=True)
+class Family:
+    """A shipped model, and a request so large that a step takes longer than its progress needs to arrive here."""
+
+    model: str
+    given: dict[str, Any]
+    begins_with: bytes
 
 
-async def _denoiser(url: str, listen: str) -> Process:
-    words = ("--model", "emoji", "--redis", url, "--listen", listen, "--threads", "1", "--checkpoint-every", "1")
-    told = ("--step-seconds", "0", "--log-level", "ERROR")
-    command = (sys.executable, "-m", "services.denoising", *words, "--device", "cpu", *told)
-    return await asyncio.create_subprocess_exec(*command)
+FAMILIES = {
+    "flux": Family("emoji", {"height": 384, "width": 384}, b"\x89PNG"),
+    "wan": Family("emoji-video", {"num_frames": 17}, b"\x00\x00\x00"),
+}
 
 
-async def _end(process: Process) -> None:
-    if process.returncode is None:
-        process.kill()
-    await process.wait()
+class Served:
+    """A running fleet of one model, with a client of each coordinator."""
+
+    def __init__(self, fleet: Fleet, redis: Redis, family: Family, stubs: Sequence[Stub]) -> None:
+        self.fleet = fleet
+        self.redis = redis
+        self.stubs = stubs
+        self.stored_step = 0
+        self._family = family
+
+    async def submit(self, stub: Stub) -> str:
+        """Ask for the one result of this test."""
+        parameters = pb.GenerationParameters(
+            prompt="a red heart moving left", seed=3, num_inference_steps=STEPS, **self._family.given
+        )
+        return (await stub.Submit(pb.SubmitRequest(parameters=parameters))).request.request_id
+
+    async def result(
+        self, stub: Stub, name: str, kill_at: int = 0, kill: Callable[[str], Awaitable[None]] | None = None
+    ) -> tuple[bytes, list[int]]:
+        """The file, and the denoiser's steps as they were told; at step `kill_at` `kill` is called, once."""
+        steps: list[int] = []
+        last = pb.StateChange()
+        async for reply in stub.Watch(pb.WatchRequest(request_id=name)):
+            last = reply.event.state_change
+            if reply.event.progress.service == "denoising":
+                steps.append(reply.event.progress.step)
+                if kill is not None and steps[-1] >= kill_at:
+                    await kill(name)
+                    kill = None
+        assert last.state == pb.REQUEST_STATE_SUCCEEDED, last
+        download = stub.DownloadResult(pb.DownloadResultRequest(request_id=name))
+        return b"".join([reply.data async for reply in download]), steps
+
+    async def kill_worker(self, _: str) -> None:
+        """SIGKILL the process that has the slot; a worker's name tells its process id."""
+        (slot,) = await command(self.redis, "HVALS", f"fleet:slots:{self._family.model}/denoising")
+        pid = int(slot.decode().partition("|")[0].split("-")[-2])
+        (worker,) = [each for each in self.fleet.of(coordinators=False) if each.pid == pid]
+        self.fleet.signal(worker, signal.SIGKILL)
+
+    async def kill_both(self, name: str) -> None:
+        """SIGKILL the second coordinator, once the store has a checkpoint, and the worker."""
+
+        async def is_stored() -> bool:
+            point: bytes = await command(self.redis, "HGET", f"fleet:request:{name}", "point") or b"-0"
+            self.stored_step = int(point.rpartition(b"-")[2])  # at least so many came before it, one a step
+            return self.stored_step > 0
+
+        await until(is_stored)
+        self.fleet.signal(self.fleet.of(coordinators=True)[1], signal.SIGKILL)
+        await self.kill_worker(name)
 
 
 @asynccontextmanager
-async def fleet(url: str, directory: Path) -> AsyncIterator[Stub]:
-    """Denoisers as processes, one more than are killed; all else in this process."""
+async def served(family: Family) -> AsyncIterator[Served]:
+    """Two coordinators, and two workers for each service, all of which see each other."""
     async with AsyncExitStack() as stack:
-        for number in range(len(KILLED_AT) + 1):
-            stack.push_async_callback(_end, await _denoiser(url, f"unix:{directory}/d{number}.sock"))
-        for service in ("text_encoding", "latent_preparation", "decoding"):
-            listen = f"unix:{directory}/{service}.sock"
-            settings = WorkerSettings(model="emoji", redis=url, listen=listen, device="cpu", threads=1)
-            worker = await start_worker(service, MODEL, settings)
-            stack.push_async_callback(worker.stop, 0)
-        listen = f"unix:{directory}/c.sock"
-        coordinator = await start_coordinator(
-            [MODEL], CoordinatorSettings(listen=listen, redis=url, step_seconds=0.0, heartbeat_seconds=0.2)
-        )
-        stack.push_async_callback(coordinator.stop, 0)
-        channel = await stack.enter_async_context(open_channel(listen))
-        redis = await stack.enter_async_context(connect(url))
-
-        async def complete() -> bool:
-            return len(await WorkerRegistry(redis).live("emoji", "denoising")) == len(KILLED_AT) + 1
-
-        await until(complete)
-        yield generation_pb2_grpc.GenerationServiceStub(channel)
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="resume-")))
+        models = {family.model: CHECKPOINTS / family.model}
+        fleet = Fleet(directory, models, random.Random(0), coordinators=2, workers=2)
+        stack.push_async_callback(fleet.close)
+        await fleet.start()
+        redis = await stack.enter_async_context(connect(fleet.server.url))
+        stubs: list[Stub] = []
+        for coordinator in fleet.of(coordinators=True):
+            channel = await stack.enter_async_context(open_channel(coordinator.target))
+            stubs.append(generation_pb2_grpc.GenerationServiceStub(channel))
+            await until(partial(_is_complete, stubs[-1]))
+        yield Served(fleet, redis, family, stubs)
+        await fleet.stop()
+        assert not fleet.findings
 
 
-async def kill_the_busy_one(url: str) -> None:
-    """SIGKILL the process that has the slot; a worker's name tells its process id."""
-    async with connect(url) as redis:
-        (slot,) = await command(redis, "HVALS", "fleet:slots:emoji/denoising")
-    os.kill(int(slot.decode().partition("|")[0].split("-")[-2]), signal.SIGKILL)
+async def _is_complete(stub: Stub) -> bool:
+    (model,) = (await stub.ListModels(pb.ListModelsRequest(), wait_for_ready=True)).models
+    return all(service.workers == 2 for service in model.services)
 
 
-async def draw(stub: Stub, url: str, kill_at: int = 0) -> tuple[bytes, list[int]]:
-    """A picture, and the denoiser's steps as they were told; at step `kill_at` its worker is killed."""
-    request = pb.SubmitRequest(
-        parameters=pb.GenerationParameters(
-            prompt="a red apple", seed=3, num_inference_steps=STEPS, height=SIZE, width=SIZE
-        )
-    )
-    name = (await stub.Submit(request)).request.request_id
-    steps: list[int] = []
-    last = pb.StateChange()
-    async for reply in stub.Watch(pb.WatchRequest(request_id=name)):
-        last = reply.event.state_change
-        if reply.event.progress.service == "denoising":
-            steps.append(reply.event.progress.step)
-            if kill_at and steps[-1] >= kill_at:
-                await kill_the_busy_one(url)
-                kill_at = 0
-    assert last.state == pb.REQUEST_STATE_SUCCEEDED, last
-    download = stub.DownloadResult(pb.DownloadResultRequest(request_id=name))
-    return b"".join([reply.data async for reply in download]), steps
+def resumed_at(steps: list[int]) -> int:
+    """The first step that the second worker did."""
+    assert steps.count(0) == 2, steps
+    return steps[steps.index(0, 1) + 1]
 
 
-def test_a_killed_denoiser_changes_no_byte(server: RedisServer, tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_a_death_in_the_middle_changes_no_byte(family: Family) -> None:
     async def story() -> None:
-        async with asyncio.timeout(150), fleet(server.url, tmp_path) as stub, connect(server.url) as redis:
-            whole, steps = await draw(stub, server.url)
-            assert whole.startswith(b"\x89PNG")
+        async with asyncio.timeout(150), served(family) as fleet:
+            stub = fleet.stubs[0]
+            whole, steps = await fleet.result(stub, await fleet.submit(stub))
+            assert whole.startswith(family.begins_with)
             assert steps.count(0) == 1
             for kill_at in KILLED_AT:
-                again, steps = await draw(stub, server.url, kill_at)
+                again, steps = await fleet.result(stub, await fleet.submit(stub), kill_at, fleet.kill_worker)
                 assert again == whole
-                assert steps.count(0) == 2, steps
-                resumed_at = steps[steps.index(0, 1) + 1]
-                assert resumed_at > kill_at, steps
-            assert not await redis.keys("fleet:checkpoint:*")
+                assert resumed_at(steps) > kill_at, steps
+            assert not await fleet.redis.keys("fleet:checkpoint:*")
+            # Its coordinator dies too: what the next one goes on from, it has from the store.
+            again, steps = await fleet.result(stub, await fleet.submit(fleet.stubs[1]), STEPS // 2, fleet.kill_both)
+            assert again == whole
+            assert resumed_at(steps) > fleet.stored_step > 0, steps
 
     asyncio.run(story())

@@ -11,7 +11,8 @@ import pytest
 
 from common.rpc.client import open_channel
 from common.stage import Call
-from common.state.connection import connect
+from common.state.connection import command, connect
+from common.state.requests import RequestStore
 from coordinator_fleet import (
     FakeFleet,
     FakeWorker,
@@ -124,6 +125,55 @@ def test_a_coordinator_that_slept_does_no_harm(server: RedisServer) -> None:
             assert await download(stub, name) == b"\x07" * 100
             again = (await stub.Submit(submission())).request.request_id
             assert ends(await terminal(stub, again)) == [pb.REQUEST_STATE_SUCCEEDED]
+
+    run(server, story)
+
+
+def test_a_request_that_comes_back_is_run_once(server: RedisServer) -> None:
+    """Another coordinator took it over and died, while this one was still at it."""
+
+    async def story(fleet: FakeFleet) -> None:
+        gate = Gate()
+        fleet.scripts["denoising"].work = gate
+        await fleet.add_workers()
+        coordinator, stub = await fleet.add_coordinator()
+        name = (await stub.Submit(submission())).request.request_id
+        await gate.wait_reached()
+        gate.reached.clear()
+        async with connect(fleet.url) as redis:
+            await command(redis, "HSET", f"fleet:request:{name}", "owner", "coordinator-of-before", "epoch", 2)
+            await gate.wait_reached()
+            gate.opened.set()
+            assert ends(await terminal(stub, name)) == [pb.REQUEST_STATE_SUCCEEDED]
+            assert await command(redis, "HGET", f"fleet:request:{name}", "epoch") == b"3"
+        assert fleet.scripts["denoising"].calls == [name, name]
+        await coordinator.stop(5)
+        assert not failed_tasks
+
+    failed_tasks: list[object] = []
+
+    async def watched(fleet: FakeFleet) -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: failed_tasks.append(context))
+        await story(fleet)
+
+    run(server, watched)
+
+
+def test_a_request_that_arrives_after_its_coordinator_gave_up_is_run(server: RedisServer) -> None:
+    """A network that comes back delivers an admission whose caller heard long ago that the store is away."""
+
+    async def story(fleet: FakeFleet) -> None:
+        await fleet.add_workers()
+        _, stub = await fleet.add_coordinator()
+        known = (await stub.Submit(submission())).request
+        await terminal(stub, known.request_id)
+        async with connect(fleet.url) as redis:
+            owner = await command(redis, "HGET", f"fleet:request:{known.request_id}", "owner")
+            late = pb.RequestRecord(request_id="late", model=known.model, parameters=known.parameters)
+            stored = pb.SubmitRequest(model=known.model, parameters=known.parameters).SerializeToString()
+            await RequestStore(redis, owner=owner.decode()).admit(late, submission=stored)
+        assert ends(await terminal(stub, "late")) == [pb.REQUEST_STATE_SUCCEEDED]
+        assert await download(stub, "late") == b"\x07" * 100
 
     run(server, story)
 

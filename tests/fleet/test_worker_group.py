@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import signal
+import time
 from collections.abc import Iterator
 from functools import partial
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from fleet.v1 import generation_pb2 as pb
 from group_fleet import STEPS, Drawn, GroupFleet, group_fleet
@@ -14,7 +18,7 @@ from group_fleet import STEPS, Drawn, GroupFleet, group_fleet
 
 @pytest.fixture(scope="module")
 def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GroupFleet]:
-    with group_fleet(tmp_path_factory.mktemp("group"), "--tp", "2") as running:
+    with group_fleet(tmp_path_factory.mktemp("group"), "--tp", "2", "--warm-up", "64x64") as running:
         yield running
 
 
@@ -24,6 +28,37 @@ def undisturbed(fleet: GroupFleet) -> Drawn:
     assert drawn.state == pb.REQUEST_STATE_SUCCEEDED
     assert drawn.file.startswith(b"\x89PNG")
     return drawn
+
+
+def test_it_draws_what_one_process_draws(undisturbed: Drawn, tmp_path_factory: pytest.TempPathFactory) -> None:
+    with group_fleet(tmp_path_factory.mktemp("single")) as alone:
+        drawn = alone.draw()
+    one, group = (np.asarray(Image.open(io.BytesIO(each.file)), dtype=int) for each in (drawn, undisturbed))
+    assert np.abs(one - group).max() <= 1, "sums over ranks may round a pixel's value the other way, and no more"
+    assert one.std() > 10, "an empty picture would prove nothing"
+
+
+def test_coordinators_know_its_degrees(fleet: GroupFleet) -> None:
+    (worker,) = fleet.workers()
+    assert (worker.degrees.tp, worker.degrees.ulysses, worker.degrees.ring, worker.degrees.cfg) == (2, 1, 1, 1)
+
+
+def test_a_waiting_follower_is_asleep(fleet: GroupFleet, undisturbed: Drawn) -> None:
+    assert undisturbed.file
+    follower = fleet.ranks()[1]
+    began, before = time.monotonic(), follower.cpu_times()
+    while time.monotonic() - began < 2:
+        time.sleep(0.1)
+    after = follower.cpu_times()
+    used = (after.user + after.system) - (before.user + before.system)
+    assert used <= 0.05 * (time.monotonic() - began), "beats alone take far less than one part in twenty"
+
+
+def test_a_cancel_leaves_the_group_serving(fleet: GroupFleet, undisturbed: Drawn) -> None:
+    before = fleet.ranks()
+    assert fleet.cancel_at(2).state == pb.REQUEST_STATE_CANCELLED
+    assert fleet.draw().file == undisturbed.file
+    assert {rank: each.pid for rank, each in fleet.ranks().items()} == {rank: each.pid for rank, each in before.items()}
 
 
 @pytest.mark.parametrize("rank", [1, 0])
@@ -37,3 +72,14 @@ def test_a_rank_that_is_lost_costs_the_request_nothing(
     assert drawn.file == undisturbed.file
     assert drawn.steps.count(0) == 2, "it did not begin a second time"
     assert not any(process.is_running() for process in before.values())
+
+
+def test_sigterm_finishes_what_is_under_way(fleet: GroupFleet, undisturbed: Drawn) -> None:
+    """The last test of this group: it has ended afterwards."""
+    ranks = fleet.ranks()
+    drawn = fleet.draw(2, fleet.agent.terminate)
+    assert drawn.state == pb.REQUEST_STATE_SUCCEEDED
+    assert drawn.file == undisturbed.file
+    assert fleet.run(fleet.agent.wait()) == 0
+    assert not any(process.is_running() for process in ranks.values())
+    assert not fleet.workers()

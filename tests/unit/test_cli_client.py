@@ -75,7 +75,9 @@ class Pretender:
         if request.request_id != "r1":
             context.abort(grpc.StatusCode.NOT_FOUND, f"there is no request {request.request_id!r}")
         self.watched_after.append(request.after_event_id)
-        for event in (changed("1", RUNNING), stepped("2", 1), changed("3", self.ending)):
+        last = changed("3", self.ending)
+        last.state_change.steps_saved = int(self.ending == CANCELLED)
+        for event in (changed("1", RUNNING), stepped("2", 1), last):
             if event.event_id > request.after_event_id:
                 yield generation_pb2.WatchResponse(event=event)
                 if self.break_after_first_event:
@@ -254,7 +256,9 @@ def test_watch_follows_to_the_end_across_a_coordinator_that_leaves(
 def test_watch_of_a_request_that_fails(pretender: Pretender, capsys: pytest.CaptureFixture[str]) -> None:
     pretender.ending = CANCELLED
     assert main(["watch", "r1"]) == 1
-    assert capsys.readouterr().err == "fleet watch: request r1 was cancelled\n"
+    told = capsys.readouterr()
+    assert told.err == "fleet watch: request r1 was cancelled\n"
+    assert told.out.splitlines()[-1].endswith(" CANCELLED, steps saved: 1")
 
 
 @pytest.mark.usefixtures("pretender")

@@ -20,6 +20,7 @@ from services.cli.options import endpoint_of, exit_code, one_line
 from services.cli.output import OutputError, ResultFiles, check_output, numbered
 from services.cli.parameters import add_parameters, given_images, given_parameters, parameters_message
 from services.cli.serve import service_names
+from services.cli.status import shortened
 
 
 @pytest.fixture(autouse=True)
@@ -175,6 +176,7 @@ def test_exit_codes_and_lines_of_errors() -> None:
     assert [exit_code(error) for error in (Unavailable("m"), InternalError("m"))] == [1, 1]
     assert one_line(InvalidInput("two\nlines", field="seed")) == "seed: two lines"
     assert one_line(InvalidInput("seed is odd", field="seed")) == "seed is odd"
+    assert one_line(InvalidInput("no \x1b[2J\u202e", field="\x07")) == "\ufffd: no \ufffd[2J\ufffd"
     assert one_line(InvalidInput("--num-outputs is odd", field="num_outputs")) == "--num-outputs is odd"
 
 
@@ -307,3 +309,8 @@ def test_a_directory_that_has_gone_is_an_error(tmp_path: Path) -> None:
         pytest.raises(OutputError, match=r"x\.png: No such file or directory"),
     ):
         files.begin(0, 1, 4)
+
+
+def test_prompts_of_others_do_not_steer_the_terminal() -> None:
+    assert shortened("a \x1b]0;title\x07 cat\r\n\x9b31m") == "a \ufffd]0;title\ufffd cat \ufffd31m"
+    assert shortened("ü" * 60) == "ü" * 47 + "…"

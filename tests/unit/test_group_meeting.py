@@ -10,7 +10,7 @@ from contextlib import suppress
 from typing import TypeVar
 
 import pytest
-from torch.distributed.elastic.rendezvous import RendezvousInfo
+from torch.distributed.elastic.rendezvous import RendezvousInfo, RendezvousStoreInfo
 
 from common.errors import FailedPrecondition, Unavailable
 from services.denoising.joining import GROUP_TOKEN, Connections, Place, Purpose, join
@@ -26,6 +26,13 @@ def at_once(*works: Callable[[], T]) -> list[T]:
         return [future.result(timeout=30) for future in [executor.submit(work) for work in works]]
 
 
+def place_of(info: RendezvousInfo) -> RendezvousStoreInfo:
+    """Where the ranks of a start find each other."""
+    place: RendezvousStoreInfo | None = info.bootstrap_store_info
+    assert place is not None
+    return place
+
+
 def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         return int(probe.getsockname()[1])
@@ -34,8 +41,7 @@ def free_port() -> int:
 def test_one_machine_meets_itself_where_nobody_else_can() -> None:
     meeting = Meeting(1, 0, "")
     first = meeting.next_rendezvous()
-    place = first.bootstrap_store_info
-    assert place is not None
+    place = place_of(first)
     assert (first.rank, first.world_size, place.master_addr) == (0, 1, "127.0.0.1")
     first.store.set("key", "value")
     token = meeting.token
@@ -73,8 +79,7 @@ def test_a_port_that_is_taken_is_said() -> None:
 
 
 def places(world_size: int, meeting: Meeting) -> list[Place]:
-    info = meeting.next_rendezvous().bootstrap_store_info
-    assert info is not None
+    info = place_of(meeting.next_rendezvous())
     return [
         Place(rank, rank, world_size, 1, info.master_addr, info.master_port, meeting.token)
         for rank in range(world_size)
@@ -101,11 +106,11 @@ def test_ranks_connect_with_rank_0() -> None:
 def test_strangers_are_turned_away_and_a_rank_that_does_not_come_is_named() -> None:
     meeting = Meeting(1, 0, "")
     (place, _) = places(2, meeting)
+    store, strangers = place.store(20), place.store(20)  # a client of a store does one thing at a time
 
     def intrude() -> bytes:
-        store = place.store(20)
-        store.wait(["rank0"])
-        host, port = store.get("rank0").decode().split()
+        strangers.wait(["rank0"])
+        host, port = strangers.get("rank0").decode().split()
         with socket.create_connection((host, int(port)), 20) as stranger:
             stranger.sendall(b"x" * 37)
             with suppress(ConnectionError):
@@ -114,7 +119,7 @@ def test_strangers_are_turned_away_and_a_rank_that_does_not_come_is_named() -> N
 
     def wait() -> bytes:
         with pytest.raises(Unavailable, match=r"ranks \[1\] of 2 have not joined in time"):
-            join(place, place.store(20), 0.5)
+            join(place, store, 0.5)
         return b""
 
     assert at_once(wait, intrude) == [b"", b""]

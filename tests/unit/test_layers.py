@@ -6,11 +6,14 @@ import math
 
 import pytest
 import torch
+from torch.nn.functional import gelu
 
-from models.layers.attention import attention
+from models.layers.attention import attention, choose_backend
 from models.layers.embeddings import EmbeddingMLP, sinusoidal_embedding
-from models.layers.feed_forward import FeedForward
-from models.layers.norms import LayerNormScaleShift, RMSNorm, apply_qk_norm
+from models.layers.feed_forward import FeedForward, beside_gelu
+from models.layers.linear import JoinedLinear, Linear, project
+from models.layers.norms import LayerNormScaleShift, Residual, RMSNorm, Streams
+from models.layers.qk_norm import QKNorms, apply_qk_norm
 from models.layers.rotary import apply_rotary, rotary_embedding
 
 
@@ -29,6 +32,32 @@ def test_attention_mask() -> None:
     q, k, v = (torch.randn(1, 6, 2, 4) for _ in range(3))
     mask = torch.tensor([True] * 4 + [False] * 2)[None, None, None]
     torch.testing.assert_close(attention(q, k, v, mask), attention(q, k[:, :4], v[:, :4]))
+
+
+@pytest.mark.parametrize(
+    ("work", "installed", "expected"),
+    [
+        (24 * 4608, True, "flash_attn_3"),
+        (24 * 4296, True, "flash_attn_3"),
+        (6 * 32760, True, "flash_attn_3"),
+        (12 * 4608, True, "flash_attn_3"),
+        (12 * 4296, True, "flash_attn_3"),
+        (24 * 1536, True, "cudnn"),
+        (24 * 4608, False, "cudnn"),
+    ],
+)
+def test_the_table_names_the_fastest_backend_on_hopper(work: int, installed: bool, expected: str) -> None:
+    assert choose_backend((9, 0), torch.bfloat16, work, 128, installed) == expected
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "head_size"),
+    [((8, 0), torch.bfloat16, 128), ((9, 0), torch.float32, 128), ((9, 0), torch.bfloat16, 256)],
+)
+def test_what_was_not_measured_is_left_to_torch(
+    capability: tuple[int, int], dtype: torch.dtype, head_size: int
+) -> None:
+    assert choose_backend(capability, dtype, 10**6, head_size, True) == "sdpa"
 
 
 def test_rotation_depends_on_distance_only() -> None:
@@ -57,16 +86,77 @@ def test_layer_norm_scale_shift() -> None:
     x, scale, shift = torch.randn(2, 3, 8), torch.randn(2, 8), torch.randn(2, 8)
     normed = (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-6).sqrt()
     expected = normed * (1 + scale[:, None]) + shift[:, None]
-    torch.testing.assert_close(LayerNormScaleShift(8)(x, scale, shift), expected)
+    torch.testing.assert_close(LayerNormScaleShift(8)(x, Streams.same(scale), Streams.same(shift)), expected)
 
 
-def test_qk_norm_is_per_head() -> None:
-    norm_q, norm_k = RMSNorm(8), RMSNorm(8)
-    torch.nn.init.normal_(norm_k.weight)
-    q, k = torch.randn(1, 4, 2, 8), torch.randn(1, 4, 2, 8)
-    normed_q, normed_k = apply_qk_norm(q, k, norm_q, norm_k)
-    torch.testing.assert_close(normed_q, q / (q.square().mean(-1, keepdim=True) + 1e-6).sqrt())
-    torch.testing.assert_close(normed_k, k / (k.square().mean(-1, keepdim=True) + 1e-6).sqrt() * norm_k.weight)
+def test_each_stream_has_its_own_modulation_and_gate() -> None:
+    norm, boundary = LayerNormScaleShift(8), 2
+    x, update = torch.randn(2, 2, 5, 8).unbind(0)
+    scale, shift, gate = (Streams(*torch.randn(2, 2, 8).unbind(0)) for _ in range(3))
+    added, normed = norm.after(Residual(x, update, gate), scale, shift, boundary)
+    for rows, stream in ((slice(0, boundary), 0), (slice(boundary, None), 1)):
+        expected = x[:, rows] + gate[stream][:, None] * update[:, rows]
+        torch.testing.assert_close(added[:, rows], expected)
+        alone = norm(expected, Streams.same(scale[stream]), Streams.same(shift[stream]))
+        torch.testing.assert_close(normed[:, rows], alone)
+
+
+@pytest.mark.parametrize("rotated", [False, True])
+def test_qk_norm_is_per_head_and_per_stream(rotated: bool) -> None:
+    norms = [RMSNorm(8) for _ in range(4)]
+    for norm in norms:
+        torch.nn.init.normal_(norm.weight)
+    rotation = rotary_embedding(torch.arange(4.0)[:, None], (8,)) if rotated else None
+    qk = torch.randn(1, 4, 2 * 16)
+    expected = []
+    for part, pair in zip(qk.view(1, 4, 2, 2, 8).unbind(2), zip(norms[:2], norms[2:], strict=True), strict=True):
+        weight = torch.stack((pair[0].weight, *[pair[1].weight] * 3))[None, :, None]
+        normed = part / (part.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight
+        expected.append(normed if rotation is None else apply_rotary(normed, rotation))
+    with torch.inference_mode():
+        apply_qk_norm(qk, QKNorms((norms[0], norms[1]), (norms[2], norms[3]), 8), rotation, boundary=1)
+    torch.testing.assert_close(qk, torch.stack(expected, dim=2).flatten(2))
+
+
+def test_qk_norm_over_all_heads() -> None:
+    norm = RMSNorm(16)
+    q = torch.randn(1, 4, 16)
+    expected = q / (q.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    with torch.inference_mode():
+        apply_qk_norm(q, QKNorms((norm,), (norm,), 8))
+    torch.testing.assert_close(q, expected)
+
+
+def test_joined_layers_make_what_each_of_them_makes() -> None:
+    layers = [Linear(6, 4), Linear(6, 4)]
+    x, out = torch.randn(2, 3, 6), torch.empty(2, 3, 8)
+    expected = torch.cat([layer(x) for layer in layers], dim=-1)
+    before = [layer.weight.clone() for layer in layers]
+    joined = JoinedLinear(layers)
+    with torch.inference_mode():
+        for given in (None, joined):
+            project(x, out.zero_(), given, layers)
+            torch.testing.assert_close(out, expected)
+    assert all(torch.equal(layer.weight, weight) for layer, weight in zip(layers, before, strict=True))
+    assert joined.weight.values.untyped_storage().data_ptr() == layers[1].weight.untyped_storage().data_ptr()
+
+
+def test_a_layer_writes_into_a_part_of_a_batch() -> None:
+    layer = Linear(6, 4)
+    x, out = torch.randn(2, 5, 6), torch.zeros(2, 5, 4)
+    with torch.inference_mode():
+        layer.into(x[:, 1:3], out[:, 1:3])
+        layer.gelu_into(x[:, 3:], out[:, 3:])
+        torch.testing.assert_close(out[:, 1:3], layer(x[:, 1:3]))
+        torch.testing.assert_close(out[:, 3:], gelu(layer(x[:, 3:]), approximate="tanh"))
+    assert not out[:, :1].any()
+
+
+def test_beside_gelu() -> None:
+    x, hidden = torch.randn(2, 3, 4), torch.randn(2, 3, 16)
+    both = beside_gelu(x, hidden)
+    assert torch.equal(both[..., :4], x)
+    torch.testing.assert_close(both[..., 4:], gelu(hidden, approximate="tanh"))
 
 
 def test_sinusoidal_embedding() -> None:

@@ -56,8 +56,8 @@ def test_a_request_from_admission_to_its_end(url: str) -> None:
         assert not admitted.replayed
         assert admitted.record.state == State.REQUEST_STATE_QUEUED
         assert admitted.record.created_at.seconds > 1_700_000_000
-        assert await store.append(given.request_id, [state_event(State.REQUEST_STATE_RUNNING), progress(1)])
-        assert await store.append(given.request_id, [warning("cut")])
+        assert await store.append(given.request_id, [state_event(State.REQUEST_STATE_RUNNING), progress(1)], number=0)
+        assert await store.append(given.request_id, [warning("cut")], number=2)
         data = bytes(range(256)) * 10_000
         assert await store.finish(
             given.request_id, State.REQUEST_STATE_SUCCEEDED, files=[picture(data)], events=[progress(9)]
@@ -91,7 +91,7 @@ def test_an_end_happens_once_and_nothing_follows_it(url: str) -> None:
         assert sum(won) == 1
         stored = await store.get(name)
         assert stored.state == ends[won.index(True)]
-        assert await store.append(name, [progress(3)]) is None
+        assert await store.append(name, [progress(3)], number=0) is None
         events = [event async for event in store.events(name)]
         assert [event.state_change.state for event in events] == [State.REQUEST_STATE_QUEUED, stored.state]
 
@@ -160,7 +160,7 @@ def test_watching_goes_on_after_an_event_and_wakes_up_at_once(url: str) -> None:
 
         first = asyncio.create_task(watch(""))
         assert (await seen.get()).state_change.state == State.REQUEST_STATE_QUEUED
-        await store.append(name, [progress(1), progress(2)])
+        await store.append(name, [progress(1), progress(2)], number=0)
         one, two = await seen.get(), await seen.get()
         assert (one.progress.step, two.progress.step) == (1, 2)
         first.cancel()
@@ -263,18 +263,22 @@ def test_a_cancel_reaches_the_owner_or_ends_what_nobody_owns(url: str) -> None:
     run_on_empty_store(url, story)
 
 
-def test_a_cancel_that_no_channel_carried_comes_with_the_next_beat(url: str) -> None:
+def test_events_that_are_written_again_are_there_once(url: str) -> None:
+    """A writer repeats itself when an answer is lost; a slow network repeats it once more, later."""
+
     async def story(redis: Redis) -> None:
-        store = RequestStore(redis, owner="me")
+        store = RequestStore(redis)
         name = (await store.admit(record())).record.request_id
-        await redis.set("fleet:coordinator:me", "1")
-        await store.request_cancel(name)
-        presence = Presence(redis, "me")
-        asked: list[str] = []
-        presence.on_cancel = asked.append
-        await presence.start()
-        await presence.stop()
-        assert asked == [name]
+        first, second = [warning("cut"), progress(1)], [progress(2)]
+        stored = await store.append(name, first, number=0)
+        assert await store.append(name, first, number=0) == stored
+        assert len(await store.append(name, second, number=2) or ()) == 1
+        assert await store.append(name, first, number=0) == []
+        await store.finish(name, State.REQUEST_STATE_SUCCEEDED)
+        events = [event async for event in store.events(name)]
+        assert [event.progress.step for event in events if event.HasField("progress")] == [1, 2]
+        assert [each.message for each in (await store.get(name)).warnings] == ["cut"]
+        assert not await redis.hexists(f"fleet:request:{name}", "told")
 
     run_on_empty_store(url, story)
 

@@ -13,12 +13,13 @@ from common.errors import FailedPrecondition, InvalidInput
 from common.stage import Contract
 from common.state.connection import run_script
 from common.state.presence import Presence
-from common.state.slots import NoWorkers, Slot, Slots
+from common.state.slots import NoWorkers, Rank, Slot, Slots
 from common.state.workers import WorkerRegistry
 from fleet.v1 import worker_pb2
 from redis_servers import run_on_empty_store, running_server, server_binaries, until
 
 SLOW = 3_600.0
+LATE = (0, 0, "", 1)  # the rank of a claim that somebody else makes
 
 
 @pytest.fixture(scope="module", params=sorted(server_binaries()))
@@ -67,7 +68,7 @@ def test_slots_go_by_priority_then_deadline_then_arrival(url: str) -> None:
             order: list[str] = []
 
             async def take(slots: Slots, name: str, priority: int, deadline: int) -> None:
-                slot = await slots.claim("emoji", "denoising", name, priority=priority, deadline_ms=deadline)
+                slot = await slots.claim("emoji", "denoising", name, Rank(priority, deadline))
                 order.append(name)
                 slots.release(slot)
 
@@ -178,7 +179,7 @@ def test_slots_and_places_of_a_dead_coordinator_are_free(url: str) -> None:
         await registry.announce(worker("w"))
         async with slots_of(redis, "dying") as dying, slots_of(redis, "living", ask_again_seconds=0.02) as living:
             await dying.claim("emoji", "denoising", "held")
-            first = asyncio.create_task(dying.claim("emoji", "denoising", "first", priority=9))
+            first = asyncio.create_task(dying.claim("emoji", "denoising", "first", Rank(priority=9)))
             await queued(registry, 1)
             second = asyncio.create_task(living.claim("emoji", "denoising", "second"))
             await queued(registry, 2)
@@ -245,6 +246,34 @@ def test_a_suspect_is_out_until_its_next_beat(url: str) -> None:
             await registry.suspect("w")
             slots.release(lost)
             assert (await slots.claim("emoji", "denoising", "r", patience_seconds=5)).worker.worker_id == "w"
+        await registry.withdraw("w")
+
+    run_on_empty_store(url, story)
+
+
+def test_a_claim_that_arrives_after_it_was_given_up_is_given_back(url: str) -> None:
+    async def story(redis: Redis) -> None:
+        registry = WorkerRegistry(redis)
+        await registry.announce(worker("w"))
+        async with slots_of(redis, "a") as slots, slots_of(redis, "b") as others:
+            held = await slots.claim("emoji", "denoising", "r")
+            for owner in ("a", "b"):
+                await run_script(redis, "claim", f"late/{owner}/9", "emoji/denoising", owner, *LATE)
+            await slots.give_back_unknown("emoji", "denoising")
+            await slots.settle()
+            assert (await registry.load("emoji", "denoising")).queued == 1
+            slots.release(held)  # "b" gets the slot, which nobody there wants either
+            await slots.settle()
+            assert (await registry.load("emoji", "denoising")).busy == 1
+            await others.give_back_unknown("emoji", "denoising")
+            await others.settle()
+            load = await registry.load("emoji", "denoising")
+            assert (load.busy, load.queued) == (0, 0)
+            kept = await slots.claim("emoji", "denoising", "r")
+            await slots.give_back_unknown("emoji", "denoising")
+            await slots.settle()
+            assert (await registry.load("emoji", "denoising")).busy == 1
+            slots.release(kept)
         await registry.withdraw("w")
 
     run_on_empty_store(url, story)

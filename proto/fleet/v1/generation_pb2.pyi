@@ -538,8 +538,13 @@ class StateChange(_message.Message):
 
     STATE_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
+    STEPS_SAVED_FIELD_NUMBER: _builtins.int
     state: Global___RequestState.ValueType
     """The new state."""
+    steps_saved: _builtins.int
+    """For CANCELLED and EXPIRED: steps of the denoising loop that were not done by then, as far as the fleet was told;
+    all of them where it had not begun.
+    """
     @_builtins.property
     def error(self) -> Global___Error:
         """Why, for FAILED."""
@@ -549,10 +554,11 @@ class StateChange(_message.Message):
         *,
         state: Global___RequestState.ValueType = ...,
         error: Global___Error | None = ...,
+        steps_saved: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "state", b"state", "steps_saved", b"steps_saved"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -694,6 +700,7 @@ class RequestRecord(_message.Message):
     WARNINGS_FIELD_NUMBER: _builtins.int
     FILES_FIELD_NUMBER: _builtins.int
     CALLER_FIELD_NUMBER: _builtins.int
+    STEPS_SAVED_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Unique name."""
     state: Global___RequestState.ValueType
@@ -704,6 +711,8 @@ class RequestRecord(_message.Message):
     """As submitted."""
     caller: _builtins.str
     """Who submitted it, by the name of its API key or certificate; empty where the fleet asks for neither."""
+    steps_saved: _builtins.int
+    """Steps of the denoising loop that its early end has saved, as in StateChange."""
     @_builtins.property
     def parameters(self) -> Global___GenerationParameters:
         """What it runs with: every parameter, defaults included. Pictures are left out."""
@@ -747,10 +756,11 @@ class RequestRecord(_message.Message):
         warnings: _abc.Iterable[_artifacts_pb2.Warning] | None = ...,
         files: _abc.Iterable[Global___FileHeader] | None = ...,
         caller: _builtins.str = ...,
+        steps_saved: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at", "deadline", b"deadline", "error", b"error", "parameters", b"parameters", "updated_at", b"updated_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["caller", b"caller", "created_at", b"created_at", "deadline", b"deadline", "error", b"error", "files", b"files", "model", b"model", "parameters", b"parameters", "priority", b"priority", "request_id", b"request_id", "state", b"state", "updated_at", b"updated_at", "warnings", b"warnings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["caller", b"caller", "created_at", b"created_at", "deadline", b"deadline", "error", b"error", "files", b"files", "model", b"model", "parameters", b"parameters", "priority", b"priority", "request_id", b"request_id", "state", b"state", "steps_saved", b"steps_saved", "updated_at", b"updated_at", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

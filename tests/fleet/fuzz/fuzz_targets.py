@@ -19,17 +19,18 @@ import torch
 from fuzz_inputs import Frames
 from google.protobuf.descriptor import Descriptor
 from google.protobuf.message import Message
-from PIL import Image
+from PIL import Image, ImageCms, PngImagePlugin
 from redis.exceptions import ConnectionError as Away
 
 from bare_checkpoint import build_bare_flux, safetensors_bytes
 from common.checkpoint import Checkpoint
 from common.codec import pack
-from common.errors import FleetError, InternalError
+from common.errors import FleetError, InternalError, Unauthenticated, Unavailable
+from common.image_header import MAX_PIXELS
 from common.rpc.client import RemoteRunner
 from common.rpc.frames import chunk_frame, read_chunk
 from common.rpc.framing import Limits, checksum
-from common.rpc.method import contract_of, path_of, request_type, response_type, stage_method
+from common.rpc.method import contract_of, request_type, response_type, stage_method
 from common.rpc.parsing import parse, refuse_unknown_fields
 from common.rpc.replies import ReplyCache
 from common.rpc.server import ServingLimits, StageServicer
@@ -51,20 +52,27 @@ from services.coordinator.driver import Driver, Submission
 from services.coordinator.handlers import ServiceHandler
 from services.coordinator.service import GenerationService, OfferedModel
 from services.coordinator.settings import CoordinatorSettings
+from services.coordinator.tokens import Claimed, TokenRules, TokenVerifier, VerificationKey, read_public_keys
 from services.worker import WorkerSettings
+from tokens import AUDIENCE, ISSUER, jwk, jwk_set, private_key, public_pem, token
 
 SERVICES = ("text_encoding", "image_encoding", "latent_preparation", "denoising", "decoding")
+PUBLIC = generation_pb2.DESCRIPTOR.services_by_name["GenerationService"]
 LIMITS = Limits(total_bytes=64 << 20)
 
 
 @dataclass(frozen=True)
 class Target:
-    """`run` takes an input; `seeds` are right ones, `types` the messages that a frame may be."""
+    """`run` takes an input; `seeds` are right ones, `types` the messages that a frame may be.
+
+    An input may make the process larger by `most_bytes`.
+    """
 
     name: str
     run: Callable[[Frames], None]
     seeds: Sequence[Frames]
     types: Sequence[Descriptor] = ()
+    most_bytes: int = 192 << 20
 
 
 def check(target: Target, frames: Frames) -> None:
@@ -79,7 +87,7 @@ def check(target: Target, frames: Frames) -> None:
 
 @contextlib.contextmanager
 def targets(directory: Path) -> Iterator[list[Target]]:
-    """All of them, for as long as the block; `directory` is for the files that some read."""
+    """All that need no server, for as long as the block; `directory` is for the files that some read."""
     torch.set_num_threads(1)
     model = open_model("emoji", load_registry())
     loop = asyncio.new_event_loop()
@@ -91,7 +99,7 @@ def targets(directory: Path) -> Iterator[list[Target]]:
             *_parser_targets(),
             Target("chunk", _chunk, [(chunk_frame("a.b", 5, b"data"),), (chunk_frame("a", 0, b""),)]),
             Target("status", _status, [(b"InvalidInput", b"details", b"prompt"), (b"", b"", b"%ff%")]),
-            Target("picture", _picture, [(_encoded(form),) for form in ("PNG", "JPEG", "WEBP")]),
+            Target("picture", _picture, list(_picture_seeds()), most_bytes=4 * MAX_PIXELS * 4),
             *_file_targets(directory),
         ]
         loop.run_until_complete(loop.shutdown_asyncgens())
@@ -132,13 +140,18 @@ class _Reader:
         return {}
 
 
+def stage_servicer(service: str, device: ThreadPoolExecutor) -> StageServicer:
+    """What serves a stage's RPC, down to the artifacts."""
+    limits = ServingLimits(capacity=1, call=LIMITS)
+    cache = ReplyCache(1 << 20, service=service, model="fuzz") if service == "text_encoding" else None
+    return StageServicer(service, _Reader(service), device, TORCH, limits=limits, cache=cache)
+
+
 def _stage_target(service: str, loop: asyncio.AbstractEventLoop, device: ThreadPoolExecutor) -> Target:
     """The whole of a stage service's RPC, from frames to artifacts."""
     method = stage_method(service)
-    limits = ServingLimits(capacity=1, call=LIMITS)
-    cache = ReplyCache(1 << 20, service=service, model="fuzz") if service == "text_encoding" else None
-    servicer = StageServicer(service, _Reader(service), device, TORCH, limits=limits, cache=cache)
-    handler: Any = servicer.service(cast(Any, _Details(path_of(method))))
+    servicer = stage_servicer(service, device)
+    handler: Any = servicer.methods[method.name]
 
     def run(frames: Frames) -> None:
         try:
@@ -150,7 +163,7 @@ def _stage_target(service: str, loop: asyncio.AbstractEventLoop, device: ThreadP
             assert servicer.pool.idle_bytes <= 256 << 20
 
     kind = request_type(method)
-    return Target(f"rpc.{service}", run, _framed_seeds(kind), [_header(kind)])
+    return Target(f"rpc.{service}", run, framed_seeds(kind), [header_type(kind)])
 
 
 def _reply_target(service: str, loop: asyncio.AbstractEventLoop) -> Target:
@@ -164,13 +177,7 @@ def _reply_target(service: str, loop: asyncio.AbstractEventLoop) -> Target:
         _Channel.frames = frames
         loop.run_until_complete(runner({}, Call("fuzz")))
 
-    return Target(f"reply.{service}", run, _framed_seeds(kind), [_header(kind)])
-
-
-@dataclass(frozen=True)
-class _Details:
-    method: str
-    invocation_metadata: tuple[()] = ()
+    return Target(f"reply.{service}", run, framed_seeds(kind), [header_type(kind)])
 
 
 class _Channel:
@@ -194,12 +201,12 @@ class _Answer:
         """It ends by itself."""
 
 
-def _header(frame: type[Message]) -> Descriptor:
+def header_type(frame: type[Message]) -> Descriptor:
     """A frame's type; every other one is reached through it."""
     return cast(Descriptor, frame.DESCRIPTOR)
 
 
-def _framed_seeds(kind: type[Message]) -> list[Frames]:
+def framed_seeds(kind: type[Message]) -> list[Frames]:
     """A call with every slot, one whose tensors come in chunks, and an empty one."""
     inline, chunked = cast(Any, kind)(), cast(Any, kind)()
     chunks: list[bytes] = []
@@ -243,9 +250,26 @@ def _chunk(frames: Frames) -> None:
             assert read_chunk(again) == (chunk.path, chunk.offset, chunk.data, again)
 
 
-def _encoded(form: str) -> bytes:
+def _picture_seeds() -> Iterator[Frames]:
+    """One of each kind, and some with what has parsers of its own: EXIF, texts, colour profiles, more pictures."""
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010E] = 6, "a description"
+    text = PngImagePlugin.PngInfo()
+    text.add_text("key", "value" * 20, zip=True)
+    text.add_itxt("Raw profile type exif", "exif\n 10\n45786966")
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()[:400]
+    for form in ("PNG", "JPEG", "WEBP"):
+        yield (_encoded(form),)
+        yield (_encoded(form, exif=exif, icc_profile=profile),)
+    yield (_encoded("PNG", pnginfo=text),)
+    yield (_encoded("JPEG", progressive=True, comment=b"x"),)
+    yield (_encoded("WEBP", lossless=True),)
+    yield (_encoded("MPO", save_all=True, append_images=[Image.new("RGB", (4, 4))]),)
+
+
+def _encoded(form: str, **options: Any) -> bytes:
     file = io.BytesIO()
-    Image.new("RGB", (9, 7), (200, 30, 30)).save(file, form)
+    Image.new("RGB", (9, 7), (200, 30, 30)).save(file, form, **options)
     return file.getvalue()
 
 
@@ -282,7 +306,7 @@ class _Registry:
     """No workers."""
 
     async def load(self, *_: Any) -> NoReturn:
-        raise FleetError("no workers")
+        raise Unavailable("no workers")
 
 
 class _Driver:
@@ -305,16 +329,19 @@ class _Driver:
         return not request_id
 
 
-def _public_targets(model: ServedModel, loop: asyncio.AbstractEventLoop) -> Iterator[Target]:
+def public_service(model: ServedModel) -> ServiceHandler:
     """The public RPCs, up to the store."""
     store = RequestStore(cast(Any, _NoRedis()))
     driver = cast(Driver, _Driver(store))
     offered = {"emoji": OfferedModel.of(model)}
     service = GenerationService(offered, store, cast(Any, _Registry()), driver, CoordinatorSettings())
-    descriptor = generation_pb2.DESCRIPTOR.services_by_name["GenerationService"]
-    handlers = ServiceHandler(descriptor, service.functions)
-    for method in descriptor.methods:
-        handler: Any = handlers.service(cast(Any, _Details(f"/{descriptor.full_name}/{method.name}")))
+    return ServiceHandler(PUBLIC, service.functions)
+
+
+def _public_targets(model: ServedModel, loop: asyncio.AbstractEventLoop) -> Iterator[Target]:
+    handlers = public_service(model)
+    for method in PUBLIC.methods:
+        handler: Any = handlers.methods[method.name]
         yield Target(
             f"public.{method.name}",
             _public_run(handler, loop),
@@ -363,6 +390,22 @@ PUBLIC_SEEDS: Mapping[str, Sequence[Message]] = {
 }
 
 
+def _token(frames: Frames) -> None:
+    """The parts of a token; only what nobody bent may be taken."""
+    text = b".".join(frames).decode("latin-1")
+    try:
+        claimed = _VERIFIER.verify(text)
+    except Unauthenticated:
+        return
+    assert claimed == Claimed("alice", None)
+
+
+_VERIFIER = TokenVerifier(
+    [VerificationKey(cast(Any, private_key("Ed").public_key()), "EdDSA", "k")],
+    TokenRules(audience=AUDIENCE, issuer=ISSUER),
+)
+
+
 def _file_targets(directory: Path) -> Iterator[Target]:
     """Files that operators give: weights, configs, settings, keys."""
     file = directory / secrets.token_hex(4)
@@ -378,6 +421,9 @@ def _file_targets(directory: Path) -> Iterator[Target]:
     yield Target("safetensors", reading(read_header), [(weights,)])
     keys = b'[callers.a]\nkey_sha256 = ["' + b"0" * 64 + b'"]\nmax_open = 3\n'
     yield Target("keys", reading(read_keys), [(keys,)])
+    key_set = jwk_set(jwk("Ed", kid="k", use="sig"), jwk("P-256", alg="ES256"), {"kty": "RSA", "use": "enc"}).encode()
+    yield Target("jwt_keys", reading(read_public_keys), [(key_set,), (public_pem("Ed"), public_pem("P-256"))])
+    yield Target("token", _token, [tuple(token("Ed", "EdDSA", {"kid": "k"}).encode().split(b"."))])
     pem = b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"
     yield Target("authority", reading(read_authority), [(pem,)])
     toml = b'model = ["emoji"]\nqueue_limit = 3\ngrace_seconds = 1.5\nlog_level = "INFO"\nplugins = ["x"]\n'
@@ -432,7 +478,7 @@ def _parser_targets() -> Iterator[Target]:
     kinds = [request_type(stage_method(service)) for service in SERVICES]
     kinds += [response_type(stage_method(service)) for service in SERVICES]
     for kind in kinds:
-        yield Target(f"parse.{kind.DESCRIPTOR.name}", _parsing(kind), _framed_seeds(kind), [_header(kind)])
+        yield Target(f"parse.{kind.DESCRIPTOR.name}", _parsing(kind), framed_seeds(kind), [header_type(kind)])
 
 
 def _parsing(kind: type[Message]) -> Callable[[Frames], None]:

@@ -7,8 +7,8 @@ The table tells, for each target, how many inputs it took, the slowest of them, 
 from __future__ import annotations
 
 import argparse
+import os
 import random
-import resource
 import secrets
 import signal
 import sys
@@ -23,9 +23,14 @@ from types import FrameType
 TESTS = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(TESTS), str(TESTS.parent), str(TESTS.parent / "proto"), str(Path(__file__).parent)]
 
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # it tells of every wrong byte; before grpc is imported
+
 from fuzz_inputs import Frames, any_input, inputs  # noqa: E402
-from fuzz_targets import Target, check, targets  # noqa: E402
+from fuzz_live import all_targets  # noqa: E402
+from fuzz_targets import Target, check  # noqa: E402
 from hypothesis import HealthCheck, Phase, given, seed, settings  # noqa: E402
+
+from process_memory import measured_growth, resident_bytes  # noqa: E402
 
 CORPUS = Path(__file__).parent / "corpus"
 HANG_SECONDS = 5.0
@@ -62,11 +67,6 @@ def limited(seconds: float = HANG_SECONDS) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-
-
-def memory_peak() -> int:
-    """Most memory that this process has had, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
 
 
 class Finding(Exception):
@@ -113,8 +113,10 @@ def fuzz_fast(target: Target, examples: int, number: int, tally: Tally) -> None:
 
 def _put(target: Target, frames: Frames, tally: Tally) -> None:
     began = time.perf_counter()
-    with limited():
+    with limited(), measured_growth() as growth:
         check(target, frames)
+    if growth.peak_bytes > target.most_bytes:
+        raise MemoryError(f"{growth.peak_bytes >> 20} MiB for one input")
     tally.inputs += 1
     tally.slowest_seconds = max(tally.slowest_seconds, time.perf_counter() - began)
 
@@ -122,14 +124,14 @@ def _put(target: Target, frames: Frames, tally: Tally) -> None:
 @contextmanager
 def _watching(target: Target, last: Sequence[Frames], tally: Tally) -> Iterator[None]:
     """Make a Finding of what is raised within, and of too much memory."""
-    before = memory_peak()
+    before = resident_bytes()
     try:
         yield
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt) or not last:
             raise
         raise Finding(target, last[0], error) from error
-    tally.gained_bytes += memory_peak() - before
+    tally.gained_bytes += resident_bytes() - before
     if tally.gained_bytes > MOST_GAINED_BYTES:
         raise Finding(target, last[0], MemoryError(f"{tally.gained_bytes >> 20} MiB in all"))
 
@@ -157,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--examples", type=int, default=50, help="inputs a turn")
     args = parser.parse_args(argv)
     print(f"seed {args.seed}")  # noqa: T201
-    with tempfile.TemporaryDirectory() as directory, targets(Path(directory)) as every:
+    with tempfile.TemporaryDirectory() as directory, all_targets(Path(directory)) as every:
         chosen = [each for each in every if not args.target or each.name in args.target]
         tallies = {target.name: Tally() for target in chosen}
         end, turn = time.monotonic() + args.seconds, 0
@@ -172,7 +174,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
     for name, tally in tallies.items():
         slowest, gained = tally.slowest_seconds * 1e3, tally.gained_bytes / 2**20
-        print(f"{name:28} {tally.inputs:9} inputs {slowest:9.1f} ms slowest {gained:8.1f} MiB gained")  # noqa: T201
+        print(f"{name:56} {tally.inputs:9} inputs {slowest:9.1f} ms slowest {gained:8.1f} MiB gained")  # noqa: T201
     return 0
 
 

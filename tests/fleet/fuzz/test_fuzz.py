@@ -5,23 +5,26 @@ The long one is a program: python tests/fleet/fuzz/run_fuzz.py --seconds 600
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fuzz_targets import Target, check, targets
+from fuzz_live import all_targets as open_targets
+from fuzz_targets import SERVICES, Target, check
 from run_fuzz import CORPUS, MOST_GAINED_BYTES, Finding, Hang, Tally, fuzz, fuzz_fast, limited, read_corpus
 
 from common.errors import InvalidInput, Unavailable
 
+PROTO = Path(__file__).parents[3] / "proto"
 EXAMPLES = 15
 FAST_EXAMPLES = 200
 
 
 @pytest.fixture(scope="module")
 def all_targets() -> Iterator[dict[str, Target]]:
-    with tempfile.TemporaryDirectory() as directory, targets(Path(directory)) as every:
+    with tempfile.TemporaryDirectory() as directory, open_targets(Path(directory)) as every:
         yield {target.name: target for target in every}
 
 
@@ -43,8 +46,25 @@ def test_right_inputs_get_through(all_targets: dict[str, Target]) -> None:
         elif name.startswith("public.") and name != "public.ListModels":
             with pytest.raises(Unavailable):  # the store is away, which is the last thing that they ask
                 target.run(target.seeds[0])
-    for name in ("safetensors", "keys", "toml", "flags", "checkpoint"):
+        elif name.startswith("live."):
+            target.run(target.seeds[0])
+    for name in ("safetensors", "keys", "jwt_keys", "token", "toml", "flags", "checkpoint"):
         all_targets[name].run(all_targets[name].seeds[0])
+
+
+def test_every_rpc_is_fuzzed(all_targets: dict[str, Target]) -> None:
+    files = (PROTO / "fleet" / "v1").glob("*.proto")
+    rpcs = {
+        f"{service}.{rpc}"
+        for file in files
+        for service, body in re.findall(r"^service (\w+) \{(.*?)^\}", file.read_text(), re.MULTILINE | re.DOTALL)
+        for rpc in re.findall(r"^  rpc (\w+)", body, re.MULTILINE)
+    }
+    assert len(rpcs) == len(SERVICES) + 9
+    fuzzed = {".".join(name.split(".")[-2:]) for name in all_targets if name.startswith("live.fleet.v1.")}
+    assert fuzzed == rpcs
+    others = {name.rpartition(".")[2] for name in all_targets if name.startswith("live.grpc.")}
+    assert {"Check", "Watch", "ServerReflectionInfo"} <= others
 
 
 def test_a_short_fuzz_finds_nothing(all_targets: dict[str, Target]) -> None:
@@ -65,6 +85,16 @@ def test_the_fuzz_finds_what_is_there_and_makes_it_small() -> None:
     with pytest.raises(Finding, match="trap: ValueError") as caught:
         fuzz(Target("trap", run, [(b"a!b",), (b"ab", b"cd")]), 200, 0, Tally())
     assert sum(map(len, caught.value.frames)) <= 3
+
+
+def test_too_much_memory_for_one_input_is_a_finding() -> None:
+    def run(frames: tuple[bytes, ...]) -> None:
+        if any(b"!" in frame for frame in frames):
+            bytearray(64 << 20)[:: 1 << 12] = bytes(1 << 14)
+        raise InvalidInput("an answer")
+
+    with pytest.raises(Finding, match="trap: MemoryError: "):
+        fuzz_fast(Target("trap", run, [(b"a!b",)], most_bytes=32 << 20), 50, 0, Tally())
 
 
 def test_a_hang_is_a_finding() -> None:

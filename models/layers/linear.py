@@ -1,0 +1,167 @@
+"""Linear layers that write their result where it is needed, so that streams and projections need no concatenation."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from models.layers.float8 import FLOAT8, check_sizes, float8_linear, quantize_rows, write_float8_linear
+from models.layers.parallel_plan import matches
+
+
+class Weight(NamedTuple):
+    """What a layer multiplies with: values (N, K), and where these are float8 the float32 scale (N,) of each row."""
+
+    values: Tensor
+    scale: Tensor | None = None
+
+
+class Linear(nn.Linear):
+    """torch's linear layer, which can also write into a part of a larger tensor, and multiply in float8.
+
+    Parallel layers take its place and keep its methods: `weight` is then this rank's part. After quantize() `weight`
+    holds float8 numbers, to be multiplied by `scale`.
+    """
+
+    scale: Tensor | None
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features)
+        self.register_buffer("scale", None, persistent=False)
+
+    @property
+    def factor(self) -> Weight:
+        """The weight with its scale."""
+        return Weight(self.weight, self.scale)
+
+    def quantize(self) -> None:
+        """Keep the weights in float8 only. A layer that was joined with others must be joined anew."""
+        values, scale = quantize_rows(self.weight.data)
+        self.weight = nn.Parameter(values, requires_grad=False)
+        self.scale = scale.flatten()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) to (..., out_features)."""
+        return apply_linear(x, self.factor, self.bias)
+
+    def into(self, x: Tensor, out: Tensor) -> None:
+        """Write the result (B, tokens, out_features) of x (B, tokens, in_features); both may be parts of others."""
+        write_linear(x, self.factor, self.bias, out)
+
+    def gelu_into(self, x: Tensor, out: Tensor) -> None:
+        """The same, through GELU in its tanh form."""
+        write_linear_gelu(x, self.factor, self.bias, out)
+
+
+def apply_linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+    """x @ weight.T + bias, (..., K) to (..., N)."""
+    if weight.scale is None:
+        return linear(x, weight.values, bias)
+    return float8_linear(x, weight.values, weight.scale, bias)
+
+
+def write_linear(x: Tensor, weight: Weight, bias: Tensor, out: Tensor) -> None:
+    """out = x @ weight.T + bias, (B, tokens, features) each, row by row of the batch where those are not adjacent."""
+    for x_SK, out_SN in _matrices(x, out):  # noqa: N806
+        if weight.scale is None:
+            torch.addmm(bias, x_SK, weight.values.t(), out=out_SN)
+        else:
+            write_float8_linear(x_SK, weight.values, weight.scale, bias, out_SN)
+
+
+def write_linear_gelu(x: Tensor, weight: Weight, bias: Tensor, out: Tensor) -> None:
+    """out = gelu(x @ weight.T + bias) with the tanh form of GELU; on CUDA in the matrix product's epilogue.
+
+    Products of float8 have no such epilogue.
+    """
+    if x.is_cuda and weight.scale is None:
+        for x_SK, out_SN in _matrices(x, out):  # noqa: N806
+            torch._addmm_activation(bias, x_SK, weight.values.t(), use_gelu=True, out=out_SN)
+    else:
+        write_linear(x, weight, bias, out)
+        torch.ops.aten.gelu_(out, approximate="tanh")
+
+
+def _matrices(x: Tensor, out: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """The two as matrices: one pair where batch rows follow on each other, else one for each row of the batch."""
+    if len(x) == 1 or (_is_adjacent(x) and _is_adjacent(out)):
+        return [(x.view(-1, x.shape[-1]) if _is_adjacent(x) else x[0], out.flatten(0, 1) if len(x) > 1 else out[0])]
+    return list(zip(x, out, strict=True))
+
+
+def _is_adjacent(x: Tensor) -> bool:
+    return x.stride(0) == x.shape[1] * x.stride(1)
+
+
+class JoinedLinear:
+    """Several linear layers of one input as one matrix product.
+
+    The layers' own parameters become views of the joined ones, so that names and memory stay as they were.
+    """
+
+    def __init__(self, layers: Sequence[Linear]) -> None:
+        scales = [layer.scale for layer in layers if layer.scale is not None]
+        if len(scales) not in (0, len(layers)):
+            raise ValueError("layers in float8 cannot be joined with others")
+        self.weight = Weight(_joined([layer.weight.data for layer in layers]), torch.cat(scales) if scales else None)
+        self.bias = torch.cat([layer.bias.data for layer in layers])
+        start = 0
+        for layer in layers:
+            end = start + len(layer.weight)
+            layer.weight = nn.Parameter(self.weight.values[start:end], requires_grad=False)
+            layer.bias = nn.Parameter(self.bias[start:end], requires_grad=False)
+            start = end
+
+    def into(self, x: Tensor, out: Tensor) -> None:
+        """Write the results (B, tokens, sum of out_features), side by side in the layers' order."""
+        write_linear(x, self.weight, self.bias, out)
+
+
+def _joined(weights: Sequence[Tensor]) -> Tensor:
+    """Rows behind each other; those of float8 as the bytes that they are, which every device can join."""
+    if weights[0].dtype != FLOAT8:
+        return torch.cat(list(weights))
+    return torch.cat([weight.view(torch.uint8) for weight in weights]).view(FLOAT8)
+
+
+def project(x: Tensor, out: Tensor, joined: JoinedLinear | None, layers: Sequence[Linear]) -> None:
+    """Write what several layers make of x side by side into `out`: in one product if they were joined."""
+    if joined is not None:
+        joined.into(x, out)
+        return
+    for layer, part in zip(layers, out.chunk(len(layers), dim=-1), strict=True):
+        layer.into(x, part)
+
+
+class JoinsWeights(nn.Module, ABC):
+    """A module with layers that are joined once their weights are in place."""
+
+    @abstractmethod
+    def join_weights(self) -> None:
+        """Join them. The parameters stay, as views of what was joined."""
+
+
+def join_all_weights(model: nn.Module) -> None:
+    """Join what a model's modules have to join. Its parameters keep their names, shapes and values."""
+    for module in model.modules():
+        if isinstance(module, JoinsWeights):
+            module.join_weights()
+
+
+def quantize_linears(model: nn.Module, patterns: Sequence[str]) -> None:
+    """Put the weights of the linear layers whose path matches into float8, and join anew what is joined.
+
+    A layer's former weights are freed before the next one's turn, but for those that are joined with others, which are
+    freed at the end. Raises InvalidInput for sizes that the device's products do not take.
+    """
+    for path, layer in model.named_modules():
+        if any(matches(path, pattern) for pattern in patterns):
+            assert isinstance(layer, Linear), f"{path} is {type(layer).__name__}"
+            check_sizes(path, layer.weight.shape, layer.weight.device)
+            layer.quantize()
+    join_all_weights(model)

@@ -1,0 +1,68 @@
+"""Normalises queries and keys and turns them to their positions, in place and in one pass.
+
+Shapes: B batch, S tokens, D = heads * head size. In models of two streams text tokens come first, `boundary` of them,
+and each stream has weights of its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from models.layers.backend import kernels_for
+from models.layers.norms import RMSNorm
+from models.layers.rotary import Rotation, apply_rotary
+
+
+def split_heads(x: Tensor, head_size: int) -> Tensor:
+    """(..., D) to (..., heads, head size), the same memory."""
+    return x.view(*x.shape[:-1], x.shape[-1] // head_size, head_size)
+
+
+@dataclass(frozen=True)
+class QKNorms:
+    """The norm of each part of a tensor (B, S, parts * D): of queries and keys, or of queries alone.
+
+    A norm of the head size works on each head by itself, any other on all heads together.
+    """
+
+    text: tuple[RMSNorm, ...]
+    image: tuple[RMSNorm, ...]
+    head_size: int
+
+    @property
+    def per_head(self) -> bool:
+        """Whether each head is normalised by itself."""
+        return self.image[0].size == self.head_size
+
+
+def apply_qk_norm(qk: Tensor, norms: QKNorms, rotation: Rotation | None = None, boundary: int = 0) -> None:
+    """Replace qk (B, S, parts * D) by its parts normalised and turned. Float32 inside."""
+    sums = norms.image[0].square_sums(qk, len(norms.image))
+    if (kernels := kernels_for(qk)) is not None and norms.head_size.bit_count() == 1:
+        kernels.apply_qk_norm(qk, norms, rotation, boundary, sums)
+        return
+    for index, part in enumerate(qk.chunk(len(norms.image), dim=-1)):
+        pieces = [
+            _normalised(part[:, rows], norm, norms, None if sums is None else sums[:, rows, index, None])
+            for rows, norm in (
+                (slice(0, boundary), norms.text[index]),
+                (slice(boundary, None), norms.image[index]),
+            )
+        ]
+        heads = split_heads(torch.cat(pieces, dim=1), norms.head_size)
+        part.copy_((heads if rotation is None else apply_rotary(heads, rotation)).flatten(-2))
+
+
+def _normalised(x: Tensor, norm: RMSNorm, norms: QKNorms, sums: Tensor | None) -> Tensor:
+    """(B, tokens, D) to the same; `sums` (B, tokens, 1) of squares where x is a part of what is normalised."""
+    if sums is not None:
+        scaled: Tensor = x.float() * torch.rsqrt(sums / norm.size + norm.eps) * norm.weight.float()
+        return scaled.to(x.dtype)
+    if norms.per_head:
+        per_head: Tensor = norm(split_heads(x, norms.head_size)).flatten(-2)
+        return per_head
+    whole: Tensor = norm(x)
+    return whole

@@ -1,0 +1,282 @@
+"""One pass over memory for what DiT blocks do between matrix products, in Triton. PyTorch's operators define it.
+
+Each program of the first two kernels owns a token; each of the third a token's queries or its keys. Arithmetic is
+float32, with the rounding of the stored type where PyTorch's operators round too.
+"""
+
+# ruff: noqa: ANN001, ANN202, N803  (in a kernel types are Triton's, and its constants are capitals)
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from models.layers.float8 import FLOAT8, LARGEST, SMALLEST_MAGNITUDE
+
+if TYPE_CHECKING:
+    from models.layers.norms import Streams
+    from models.layers.qk_norm import QKNorms
+    from models.layers.rotary import Rotation
+
+
+@triton.jit
+def _of_stream(text_ptr, image_ptr, is_text, offsets, mask):
+    if is_text:
+        values = tl.load(text_ptr + offsets, mask=mask, other=0.0)
+    else:
+        values = tl.load(image_ptr + offsets, mask=mask, other=0.0)
+    return values.to(tl.float32)
+
+
+@triton.jit
+def _gate_norm_scale_shift_kernel(
+    x_ptr, update_ptr, text_gate, image_gate, text_scale, image_scale, text_shift, image_shift, sum_ptr, normed_ptr,
+    tokens, boundary, size, gate_stride, modulation_stride, eps, HAS_UPDATE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    batch, token = row // tokens, row % tokens
+    columns = tl.arange(0, BLOCK)
+    mask = columns < size
+    at = row.to(tl.int64) * size + columns
+    x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    is_text = token < boundary
+    if HAS_UPDATE:
+        update = tl.load(update_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        x += update * _of_stream(text_gate, image_gate, is_text, batch * gate_stride + columns, mask)
+        rounded = x.to(sum_ptr.dtype.element_ty)
+        tl.store(sum_ptr + at, rounded, mask=mask)
+        x = rounded.to(tl.float32)
+    mean = tl.sum(x, axis=0) / size
+    centred = tl.where(mask, x - mean, 0.0)
+    variance = tl.sum(centred * centred, axis=0) / size
+    where = batch * modulation_stride + columns
+    scale = _of_stream(text_scale, image_scale, is_text, where, mask)
+    shift = _of_stream(text_shift, image_shift, is_text, where, mask)
+    normed = centred * tl.rsqrt(variance + eps) * (1 + scale) + shift
+    tl.store(normed_ptr + at, normed.to(normed_ptr.dtype.element_ty), mask=mask)
+
+
+def norm_scale_shift(x: Tensor, scale: Streams, shift: Streams, boundary: int, eps: float) -> Tensor:
+    """As LayerNormScaleShift.forward; x (B, S, D)."""
+    x = x.contiguous()
+    normed = torch.empty_like(x)
+    _launch_norm(x, None, (x, x), scale, shift, x, normed, boundary, eps)
+    return normed
+
+
+def gate_norm_scale_shift(
+    x: Tensor, update: Tensor, gate: Streams, scale: Streams, shift: Streams, boundary: int, eps: float
+) -> tuple[Tensor, Tensor]:
+    """As LayerNormScaleShift.after; x and update (B, S, D)."""
+    x = x.contiguous()
+    added, normed = torch.empty_like(x), torch.empty_like(x)
+    _launch_norm(x, update.contiguous(), gate, scale, shift, added, normed, boundary, eps)
+    return added, normed
+
+
+def _launch_norm(
+    x: Tensor,
+    update: Tensor | None,
+    gate: tuple[Tensor, Tensor],
+    scale: tuple[Tensor, Tensor],
+    shift: tuple[Tensor, Tensor],
+    added: Tensor,
+    normed: Tensor,
+    boundary: int,
+    eps: float,
+) -> None:
+    batch, tokens, size = x.shape
+    strides = {each.stride(0) for each in (*scale, *shift)}
+    assert len(strides) == 1, "scales and shifts must be parts of one tensor"
+    block = triton.next_power_of_2(size)
+    _gate_norm_scale_shift_kernel[(batch * tokens,)](
+        x, x if update is None else update, *gate, *scale, *shift, added, normed,
+        tokens, boundary, size, gate[0].stride(0), strides.pop(), eps,
+        HAS_UPDATE=update is not None, BLOCK=block, num_warps=max(1, min(16, block // 512)),
+    )  # fmt: skip
+
+
+@triton.jit
+def _head_norm_rotary_kernel(
+    x_ptr, text_q, image_q, text_k, image_k, cos_ptr, sin_ptr, sums_ptr,
+    tokens, boundary, heads, row_stride, part_stride, eps, normed_size,
+    HEAD: tl.constexpr, HEADS: tl.constexpr, PER_HEAD: tl.constexpr, ROTATE: tl.constexpr, HAS_SUMS: tl.constexpr,
+):  # fmt: skip
+    row, part = tl.program_id(0), tl.program_id(1)
+    token = row % tokens
+    head, channel = tl.arange(0, HEADS)[:, None], tl.arange(0, HEAD)[None, :]
+    inside = head * HEAD + channel
+    mask = (head < heads) & (channel < HEAD)
+    at = x_ptr + row.to(tl.int64) * row_stride + part * part_stride + inside
+    x = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    is_text = token < boundary
+    if PER_HEAD:
+        square = tl.sum(x * x, axis=1)[:, None]
+        weight_at = channel + head * 0
+    else:
+        square = tl.sum(tl.sum(x * x, axis=1), axis=0)
+        weight_at = inside
+    if HAS_SUMS:
+        square = tl.load(sums_ptr + row * tl.num_programs(1) + part)
+    if part == 0:
+        weight = _of_stream(text_q, image_q, is_text, weight_at, mask)
+    else:
+        weight = _of_stream(text_k, image_k, is_text, weight_at, mask)
+    x = x * tl.rsqrt(square / normed_size + eps) * weight
+    if ROTATE:
+        pair = token * (HEAD // 2) + tl.arange(0, HEAD // 2)[None, :]
+        cos, sin = tl.load(cos_ptr + pair), tl.load(sin_ptr + pair)
+        even, odd = tl.split(tl.reshape(x, (HEADS, HEAD // 2, 2)))
+        x = tl.reshape(tl.join(even * cos - odd * sin, odd * cos + even * sin), (HEADS, HEAD))
+    tl.store(at, x.to(x_ptr.dtype.element_ty), mask=mask)
+
+
+def apply_qk_norm(
+    qk: Tensor, norms: QKNorms, rotation: Rotation | None, boundary: int, square_sums: Tensor | None
+) -> None:
+    """As models.layers.qk_norm.apply_qk_norm; qk (B, S, parts * D) in place. The head size is a power of two."""
+    batch, tokens, width = qk.shape
+    parts, head_size = len(norms.image), norms.head_size
+    size = width // parts
+    assert qk.stride(2) == 1, "channels must be adjacent"
+    assert batch == 1 or qk.stride(0) == tokens * qk.stride(1), "rows of the batch must be adjacent"
+    weights = [norm.weight for pair in zip(norms.text, norms.image, strict=True) for norm in pair]
+    cos, sin = (qk, qk) if rotation is None else rotation
+    block = triton.next_power_of_2(size // head_size)
+    _head_norm_rotary_kernel[(batch * tokens, parts)](
+        qk, *weights[:2], *weights[-2:], cos, sin, qk if square_sums is None else square_sums,
+        tokens, boundary, size // head_size, qk.stride(1), size, norms.image[0].eps, norms.image[0].size,
+        HEAD=head_size, HEADS=block, PER_HEAD=norms.per_head, ROTATE=rotation is not None,
+        HAS_SUMS=square_sums is not None, num_warps=max(1, min(8, block * head_size // 512)),
+    )  # fmt: skip
+
+
+@triton.jit
+def _beside_gelu_kernel(x_ptr, hidden_ptr, out_ptr, size, hidden_size, BLOCK: tl.constexpr):
+    row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < size
+    x = tl.load(x_ptr + row * size + column, mask=inside, other=0.0).to(tl.float32)
+    at = column - size
+    is_hidden = (column >= size) & (at < hidden_size)
+    h = tl.load(hidden_ptr + row * hidden_size + at, mask=is_hidden, other=0.0).to(tl.float32)
+    # tanh(u) by the logistic function: 0.5 * (1 + tanh(u)) = sigmoid(2 * u)
+    gelu = h * tl.sigmoid(2 * 0.7978845608028654 * (h + 0.044715 * h * h * h))
+    result = tl.where(inside, x, gelu).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + row * (size + hidden_size) + column, result, mask=inside | is_hidden)
+
+
+def beside_gelu(x: Tensor, hidden: Tensor) -> Tensor:
+    """As models.layers.feed_forward.beside_gelu."""
+    batch, tokens, size = x.shape
+    x, hidden = x.contiguous(), hidden.contiguous()
+    width = size + hidden.shape[-1]
+    out = x.new_empty(batch, tokens, width)
+    block = 4096
+    grid = (batch * tokens, triton.cdiv(width, block))
+    _beside_gelu_kernel[grid](x, hidden, out, size, hidden.shape[-1], BLOCK=block, num_warps=8)
+    return out
+
+
+@triton.jit
+def _quantize_rows_kernel(
+    x_ptr, values_ptr, scale_ptr, size, stride, LARGEST: tl.constexpr, SMALLEST: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    row, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    mask = column < size
+    x = tl.load(x_ptr + row * stride + column, mask=mask, other=0.0).to(tl.float32)
+    most = tl.maximum(tl.max(tl.abs(x), axis=0), SMALLEST)
+    tl.store(scale_ptr + row, most / LARGEST)
+    tl.store(values_ptr + row * size + column, (x * (LARGEST / most)).to(values_ptr.dtype.element_ty), mask=mask)
+
+
+def quantize_rows(x: Tensor, dtype: torch.dtype = FLOAT8) -> tuple[Tensor, Tensor]:
+    """As models.layers.float8.quantize_rows; `dtype` is that of the values. Channels of x are adjacent."""
+    rows, size = x.shape
+    assert x.stride(1) == 1, "channels must be adjacent"
+    values = torch.empty(rows, size, dtype=dtype, device=x.device)
+    scale = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
+    block = triton.next_power_of_2(size)
+    if rows:
+        _quantize_rows_kernel[(rows,)](
+            x, values, scale, size, x.stride(0), LARGEST=LARGEST, SMALLEST=SMALLEST_MAGNITUDE,
+            BLOCK=block, num_warps=max(1, min(16, block // 512)),
+        )  # fmt: skip
+    return values, scale
+
+
+@triton.jit
+def _channel_norm_silu_kernel(
+    x_ptr, weight_ptr, out_ptr, pixels, channels, root, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    channel = tl.arange(0, BLOCK)[None, :]
+    mask = (row < pixels) & (channel < channels)
+    at = row * channels + channel
+    x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + channel, mask=channel < channels, other=0.0).to(tl.float32)
+    length = tl.maximum(tl.sqrt(tl.sum(x * x, axis=1)), 1e-12)[:, None]
+    normed = x / length * root * weight
+    tl.store(out_ptr + at, (normed * tl.sigmoid(normed)).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def channel_norm_silu(frame: Tensor, weight: Tensor) -> Tensor:
+    """frame (1, C, H, W) with channels adjacent: divided by its pixels' root mean squares, times weight (C), SiLU."""
+    frame = frame.contiguous(memory_format=torch.channels_last)
+    out = torch.empty_like(frame)
+    channels = frame.shape[1]
+    pixels = frame.numel() // channels
+    block = triton.next_power_of_2(channels)
+    rows = max(1, 4096 // block)
+    _channel_norm_silu_kernel[(triton.cdiv(pixels, rows),)](
+        frame, weight, out, pixels, channels, channels**0.5, ROWS=rows, BLOCK=block, num_warps=8
+    )
+    return out
+
+
+@triton.jit
+def _merge_attention_kernel(
+    one_ptr, one_lse_ptr, other_ptr, other_lse_ptr, out_ptr, lse_ptr, tokens, heads, size,
+    one_batch, one_token, one_head, one_lse_batch, one_lse_token, one_lse_head,
+    other_batch, other_token, other_head, other_lse_batch, other_lse_token, other_lse_head,
+    HEAD: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    batch, token = row // tokens, row % tokens
+    head, channel = tl.arange(0, HEADS)[:, None], tl.arange(0, HEAD)[None, :]
+    inside = head < heads
+    mask = inside & (channel < size)
+    one_at = batch * one_lse_batch + token * one_lse_token + head * one_lse_head
+    other_at = batch * other_lse_batch + token * other_lse_token + head * other_lse_head
+    one_lse = tl.load(one_lse_ptr + one_at, mask=inside, other=0.0)
+    other_lse = tl.load(other_lse_ptr + other_at, mask=inside, other=0.0)
+    most = tl.maximum(one_lse, other_lse)
+    one_weight, other_weight = tl.exp(one_lse - most), tl.exp(other_lse - most)
+    total = one_weight + other_weight
+    tl.store(lse_ptr + row * heads + head, most + tl.log(total), mask=inside)
+    one_at = batch * one_batch + token * one_token + head * one_head + channel
+    other_at = batch * other_batch + token * other_token + head * other_head + channel
+    one = tl.load(one_ptr + one_at, mask=mask, other=0.0).to(tl.float32)
+    other = tl.load(other_ptr + other_at, mask=mask, other=0.0).to(tl.float32)
+    merged = (one * one_weight + other * other_weight) / total
+    tl.store(out_ptr + (row * heads + head) * size + channel, merged.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def merge_attention(
+    one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """As models.layers.usp_attention.merge."""
+    batch, tokens, heads, size = one[0].shape
+    assert one[0].stride(3) == other[0].stride(3) == 1, "channels must be adjacent"
+    out = one[0].new_empty(one[0].shape, dtype=dtype)
+    lse = one[1].new_empty(one[1].shape)
+    head, block = triton.next_power_of_2(size), triton.next_power_of_2(heads)
+    strides = [stride for each in (*one, *other) for stride in each.stride()[:3]]
+    _merge_attention_kernel[(batch * tokens,)](
+        *one, *other, out, lse, tokens, heads, size, *strides,
+        HEAD=head, HEADS=block, num_warps=max(1, min(8, block * head // 512)),
+    )  # fmt: skip
+    return out, lse

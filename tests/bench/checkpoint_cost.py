@@ -1,0 +1,88 @@
+"""What step checkpoints cost the denoising loop: Wan 2.1's latents and UniPC history, 34 MB, at about 40 ms a step.
+
+Workers denoise in turn, each in a process of its own, behind a coordinator and a Redis that waits for the disk: one
+without checkpoints, one with the default interval, and one that makes one every 25 steps. The transformer sleeps in
+place of a GPU; everything else is real. What a single checkpoint costs is told by the last worker's steps: the 12 from
+a checkpoint on, beside the 12 before the next one, so that a machine that is slow for a while is so for both. Run it
+with: python tests/bench/checkpoint_cost.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Mapping
+from itertools import pairwise
+from pathlib import Path
+
+from bench_paced import build_checkpoint, denoise, paced_fleet
+from bench_report import median, print_machine, print_table, print_verdict, quantile
+
+from services.worker import WorkerSettings
+
+STATE_MB = 4 * 16 * 21 * 60 * 104 * 4 / 1e6  # latents, two predictions, the last sample: float32, 81 frames of 480x832
+SHARE = 0.01
+EVERY = 25
+WITHOUT = ("--checkpoint-seconds", "0")
+NEVER, BY_DEFAULT, OFTEN = "none", "by default", f"every {EVERY} steps"
+WAYS: Mapping[str, tuple[str, ...]] = {
+    NEVER: WITHOUT,
+    BY_DEFAULT: (),
+    OFTEN: (*WITHOUT, "--checkpoint-every", str(EVERY)),
+}
+
+
+def steps_of(log: Path, steps: int) -> list[list[float]]:
+    """Milliseconds from each step's beginning to the next one's, by request; a request's last step has no next one."""
+    begins = [int(line) / 1e6 for line in log.read_text().split()]
+    if len(begins) % steps:
+        raise RuntimeError(f"{len(begins)} steps were done, which is not {steps} a request")
+    requests = [begins[start : start + steps] for start in range(0, len(begins), steps)]
+    return [[after - before for before, after in pairwise(request)] for request in requests]
+
+
+def checkpoint_costs(requests: list[list[float]]) -> list[float]:
+    """Milliseconds by which each checkpoint delayed the steps after it; a step is compared with those before the next.
+
+    A checkpoint is made at the end of step 25, 50 ..., so it is in the time from step 25's beginning to step 26's.
+    """
+    half = EVERY // 2
+    costs = []
+    for steps in requests:
+        for at in range(EVERY - 1, len(steps) - EVERY, EVERY):
+            after, later = steps[at : at + half], steps[at + EVERY - half : at + EVERY]
+            costs.append(sum(after) - sum(later))
+    return costs
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=400, help="steps of a request")
+    parser.add_argument("--rounds", type=int, default=3, help="requests to each worker")
+    parser.add_argument("--sleep-ms", type=float, default=25.0, help="time of the transformer; UniPC takes some more")
+    args = parser.parse_args()
+    print_machine(f"Checkpoints of {STATE_MB:.0f} MB: {args.rounds} requests of {args.steps} steps each way")
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        model = build_checkpoint(directory / "model", args.sleep_ms / 1e3)
+        with paced_fleet(directory, model, *WAYS.values()) as (stub, logs):
+            for _ in range(args.rounds * len(WAYS)):  # idle workers take turns
+                denoise(stub, args.steps)
+        found = {way: steps_of(log, args.steps) for way, log in zip(WAYS, logs, strict=True)}
+    rows = []
+    for way, requests in found.items():
+        steps = [each for request in requests for each in request]
+        rows.append((way, len(steps), sum(steps) / len(steps), median(steps), quantile(steps, 0.99)))
+    print_table(("checkpoints", "steps", "mean ms a step", "median", "p99"), rows)
+    costs = checkpoint_costs(found[OFTEN])
+    print_table(
+        ("", "median", "p10", "p90"),
+        [(f"ms by which each of {len(costs)} delays", median(costs), quantile(costs, 0.1), quantile(costs, 0.9))],
+    )
+    interval = 1e3 * WorkerSettings.checkpoint_seconds
+    print_verdict("a checkpoint in the default interval, share", 100 * median(costs) / interval, 100 * SHARE, "%")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,266 @@
+"""Every stage of Qwen-Image on CUDA, next to Diffusers in the same run: random weights of published size, 1024x1024.
+
+Both sides compute with the very same weights in memory: 58 GB of them would not fit twice. Diffusers' pipeline runs
+first, stage by stage; then the fleet's stages run in this process, without hops (cuda_flux.py has those). Printed are
+stage times and the relative error of the latents. Needs no network and no disk; about 70 GB on the card.
+
+Run it with: python tests/bench/cuda_qwen_image.py; to try its logic without a card: --device cpu --scale tiny
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from bench_device import now
+from bench_report import print_machine, print_table, say
+from diffusers import (
+    AutoencoderKLQwenImage,
+    FlowMatchEulerDiscreteScheduler,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
+)
+from tokenizers.pre_tokenizers import ByteLevel
+from torch import Tensor, nn
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+
+from common.artifacts import Canvas, Prompt, Sampling
+from common.local import HostedStages
+from common.stage import Call, PipelineStage
+from configs.models.dits.qwen_image import QwenImageTransformerConfig
+from configs.models.vaes.qwen_image import AutoencoderKLQwenImageConfig
+from configs.pipeline_configs.packed import SequenceShift
+from configs.pipeline_configs.qwen_image import TEMPLATE, QwenImagePipelineConfig
+from models.dits.qwen_image import QwenImageTransformer2DModel as OurTransformer
+from models.stages.decoding import DecodingStage
+from models.stages.denoising import DenoisingStage
+from models.stages.latent_preparation import LatentPreparationStage
+from models.stages.text_encoding import TextEncodingStage
+from models.stages.timestep_preparation import TimestepPreparationStage
+from models.vaes.qwen_image import QwenImageVAE
+
+SEED = 7
+TEXT_TOKENS = 200
+STAGES = ("text_encoding", "denoising", "decoding")
+SCHEDULER = {
+    "use_dynamic_shifting": True,
+    "base_shift": 0.5,
+    "max_shift": 0.9,
+    "base_image_seq_len": 256,
+    "max_image_seq_len": 8192,
+    "shift_terminal": 0.02,
+    "time_shift_type": "exponential",
+}
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Sizes of the modules, and of the picture."""
+
+    dit: dict[str, Any]
+    text: dict[str, Any]
+    vision: dict[str, Any]
+    vae: dict[str, Any]
+    pixels: int
+
+
+SCALES = {
+    # Qwen-Image as published: 60 blocks of width 3072, Qwen2.5-VL-7B as the encoder.
+    "full": Scale(
+        dit={},
+        text={
+            "hidden_size": 3584,
+            "intermediate_size": 18944,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 28,
+            "num_key_value_heads": 4,
+            "vocab_size": 152064,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+        },
+        vision={"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "out_hidden_size": 3584},
+        vae={},
+        pixels=1024,
+    ),
+    "tiny": Scale(
+        dit={
+            "num_layers": 2,
+            "attention_head_dim": 16,
+            "num_attention_heads": 4,
+            "joint_attention_dim": 32,
+            "axes_dims_rope": (4, 6, 6),
+        },
+        text={
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "vocab_size": 512,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [1, 1, 2]},
+        },
+        vision={"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 4, "out_hidden_size": 32},
+        vae={"base_dim": 8, "num_res_blocks": 1},
+        pixels=128,
+    ),
+}
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--scale", default="full", choices=tuple(SCALES))
+    parser.add_argument("--steps", type=int, default=8, help="steps of the loop")
+    args = parser.parse_args()
+    device, scale = torch.device(args.device), SCALES[args.scale]
+    print_machine(f"Qwen-Image on {args.device}, against Diffusers in the same run")
+    if device.type == "cuda":
+        say(f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}")
+        say()
+    modules = build(scale, device)
+    theirs, their_latents = run_diffusers(modules, scale, device, args.steps)
+    ours, our_latents = run_stages(modules, scale, device, args.steps)
+    say(f"## bfloat16, {scale.pixels}x{scale.pixels}, {TEXT_TOKENS} text tokens, {args.steps} steps, no guidance")
+    say()
+    rows = [(name, ours[name], theirs[name], f"{ours[name] / theirs[name]:.2f}") for name in STAGES]
+    print_table(("ms", "fleet's stages", "Diffusers", "ratio"), rows)
+    error = float((our_latents.double() - their_latents.double()).norm() / their_latents.double().norm())
+    say(f"Latents: relative L2 error {error:.2e}; all finite: {bool(our_latents.isfinite().all())}")
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """New tensors are of this type."""
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(previous)
+
+
+def byte_tokenizer() -> Qwen2Tokenizer:
+    """Every byte is a token, and the template's marks are one each."""
+    marks = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+    vocab = {letter: number for number, letter in enumerate(sorted(ByteLevel.alphabet()))}
+    return Qwen2Tokenizer(vocab=vocab, merges=[], model_max_length=131072, extra_special_tokens=list(marks))
+
+
+def prompt_of(tokenizer: Qwen2Tokenizer) -> str:
+    """A prompt that makes TEXT_TOKENS tokens in the template, whose first ones are dropped."""
+    around = len(tokenizer(TEMPLATE.before + TEMPLATE.after).input_ids)
+    return ("a red apple on a yellow table, " * 10)[: TEXT_TOKENS + TEMPLATE.skipped - around]
+
+
+def build(scale: Scale, device: torch.device) -> dict[str, Any]:
+    """Modules of random weights."""
+    torch.manual_seed(0)
+    text = Qwen2_5_VLConfig(text_config=scale.text, vision_config=scale.vision)
+    with default_dtype(torch.bfloat16), device:
+        modules: dict[str, Any] = {
+            "text_encoder": Qwen2_5_VLForConditionalGeneration(text),
+            "transformer": QwenImageTransformer2DModel(in_channels=64, out_channels=16, **scale.dit),
+            "vae": AutoencoderKLQwenImage(**scale.vae),
+        }
+    for module in modules.values():
+        module.requires_grad_(False).eval()
+    modules["tokenizer"] = byte_tokenizer()
+    modules["scheduler"] = FlowMatchEulerDiscreteScheduler(**SCHEDULER)
+    return modules
+
+
+@torch.inference_mode()
+def run_diffusers(
+    modules: dict[str, Any], scale: Scale, device: torch.device, steps: int
+) -> tuple[dict[str, float], Tensor]:
+    """Milliseconds by stage, once to warm up and once for the clock, and the latents of the reference."""
+    pipeline = QwenImagePipeline(**modules)
+    pipeline.set_progress_bar_config(disable=True)
+    prompt = prompt_of(modules["tokenizer"])
+    spent: dict[str, float] = {}
+    for _ in range(2):
+        began = now(device)
+        embeds, mask = pipeline.encode_prompt(prompt, device=device, max_sequence_length=512)
+        encoded = now(device)
+        latents = pipeline(
+            prompt_embeds=embeds,
+            prompt_embeds_mask=mask,
+            height=scale.pixels,
+            width=scale.pixels,
+            num_inference_steps=steps,
+            true_cfg_scale=1.0,
+            generator=torch.Generator("cpu").manual_seed(SEED),
+            output_type="latent",
+        ).images
+        denoised = now(device)
+        raw = pipeline._unpack_latents(latents, scale.pixels, scale.pixels, pipeline.vae_scale_factor)
+        shape, config = (1, -1, 1, 1, 1), pipeline.vae.config
+        mean, std = (torch.tensor(values).view(shape).to(raw) for values in (config.latents_mean, config.latents_std))
+        decoded = pipeline.vae.decode(raw * std + mean, return_dict=False)[0][:, :, 0]
+        pipeline.image_processor.postprocess(decoded, output_type="pt").float().cpu()
+        times = (encoded - began, denoised - encoded, now(device) - denoised)
+        spent = {name: 1e3 * each for name, each in zip(STAGES, times, strict=True)}
+    return spent, latents.cpu()
+
+
+def run_stages(
+    modules: dict[str, Any], scale: Scale, device: torch.device, steps: int
+) -> tuple[dict[str, float], Tensor]:
+    """Milliseconds by stage, once to warm up and once for the clock, and the latents of the fleet's stages."""
+    transformer, vae = modules["transformer"], modules["vae"]
+    config = QwenImagePipelineConfig(
+        transformer=QwenImageTransformerConfig.from_dict("transformer", dict(transformer.config)),
+        vae=AutoencoderKLQwenImageConfig.from_dict("vae", dict(vae.config)),
+        shift=SequenceShift.from_dict("scheduler", SCHEDULER),
+        device=device,
+        dtype=torch.bfloat16,
+    )
+    language_model = modules["text_encoder"].model.language_model
+    language_model.config.use_cache = False
+    given = {
+        **modules,
+        "text_encoder": language_model,
+        "transformer": same_weights(config, transformer),
+        "vae": QwenImageVAE(vae),
+        "scheduler": FlowMatchEulerDiscreteScheduler(**SCHEDULER),
+    }
+    stages: dict[str, list[PipelineStage[Any, Any]]] = {
+        "text_encoding": [TextEncodingStage(config, given)],
+        "latent_preparation": [
+            LatentPreparationStage(config, {}),
+            TimestepPreparationStage(config, {"scheduler": given["scheduler"]}),
+        ],
+        "denoising": [DenoisingStage(config, given)],
+        "decoding": [DecodingStage(config, given)],
+    }
+    slots: dict[str, Any] = {
+        "prompt": Prompt(prompt=prompt_of(modules["tokenizer"])),
+        "canvas": Canvas(height=scale.pixels, width=scale.pixels, output_format="safetensors"),
+        "sampling": Sampling(num_inference_steps=steps, seed=SEED, true_cfg_scale=1.0),
+    }
+    spent: dict[str, float] = {}
+    for service, each in stages.items():
+        hosted = HostedStages(service, each)
+        inputs = {name: slots[name] for name in hosted.contract.inputs if name in slots}
+        for _ in range(2):
+            began = now(device)
+            outputs = hosted.run(inputs, Call("bench"))
+            spent[service] = 1e3 * (now(device) - began)
+        slots |= outputs
+    return spent, slots["denoised_latents"].parts["image"].latents
+
+
+def same_weights(config: QwenImagePipelineConfig, theirs: nn.Module) -> nn.Module:
+    """Our transformer over the reference's own tensors."""
+    with torch.device("meta"):
+        ours = OurTransformer(config.transformer)
+    ours.load_state_dict(theirs.state_dict(), strict=True, assign=True)
+    return ours.requires_grad_(False).eval()
+
+
+if __name__ == "__main__":
+    main()

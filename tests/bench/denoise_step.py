@@ -1,0 +1,359 @@
+"""One denoising step of full published size: ours next to Diffusers, eager and compiled, over the very same weights.
+
+Weights are random, in bfloat16. Every side is timed with the device's own clock, in turns, so that the card is as hot
+for one as for the other. Ours is what the denoising stage runs: the request's preparation once, which is told apart,
+then a CUDA graph a step. Errors are relative L2 against Diffusers' model in float32. Memory is beside the weights.
+
+Run it with: python tests/bench/denoise_step.py; to try its logic without a card: --device cpu --scale tiny
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from bench_device import empty, milliseconds, now
+from bench_report import median, print_machine, print_table, say
+from torch import Tensor, nn
+
+from configs.models.dits.flux import FluxTransformerConfig
+from configs.models.dits.qwen_image import QwenImageTransformerConfig
+from configs.models.dits.wan import WanTransformerConfig
+from models.dits.base import DiffusionTransformer
+from models.dits.flux import FluxTransformer2DModel
+from models.dits.flux_plan import FLUX_PLAN
+from models.dits.qwen_image import QwenImageTransformer2DModel
+from models.dits.qwen_image_plan import QWEN_IMAGE_PLAN
+from models.dits.wan import FLOAT32_PARAMETERS, WanTransformer3DModel
+from models.dits.wan_plan import WAN_PLAN
+from models.layers.linear import join_all_weights, quantize_linears
+from models.layers.mesh import WorkerMesh
+from models.layers.parallel_plan import ParallelPlan
+from models.layers.parallelize import parallelize
+from models.layers.shards import parameter_shards
+from models.stages.prediction import Branch, StepGraphs
+from models.warm_up import STEPS as WARM_UP_STEPS
+
+STEPS = 28
+Inputs = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Work:
+    """A model of one size, and the inputs of one step: theirs and ours, by the names of forward()."""
+
+    title: str
+    reference: str
+    sizes: Mapping[str, Any]
+    ours: Callable[[Any], DiffusionTransformer]
+    inputs: Callable[[bool], tuple[Inputs, Inputs]]
+    plan: ParallelPlan
+    goal_ms: float
+
+
+def main() -> None:
+    """Measure what was asked for, and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--scale", default="full", choices=("full", "tiny"))
+    parser.add_argument("--work", nargs="*", default=list(WORKS), choices=tuple(WORKS))
+    parser.add_argument("--repeats", type=int, default=5, help="rounds of five steps")
+    parser.add_argument("--compile", action="store_true", help="time Diffusers compiled by repeated blocks, too")
+    parser.add_argument("--linear-dtype", choices=("same", "float8"), default="same", help="time ours in float8, too")
+    parser.add_argument("--profile", type=Path, help="folder for a table of our kernels' times")
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    print_machine(f"A denoising step on {args.device}, ours next to Diffusers")
+    if device.type == "cuda":
+        say(f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}")  # type: ignore[no-untyped-call]
+        say()
+    for name in args.work:
+        measure(WORKS[name], device, args)
+        empty(device)
+
+
+@torch.inference_mode()
+def measure(work: Work, device: torch.device, args: argparse.Namespace) -> None:
+    """Build, check, time in turns, print."""
+    tiny = args.scale == "tiny"
+    theirs = build_reference(work, device, tiny=tiny)
+    ours = same_weights(work, theirs)
+    their_inputs, our_inputs = (on(device, given) for given in work.inputs(tiny))
+    exact = float32_prediction(theirs, their_inputs)
+    join_all_weights(ours)
+    hidden_states, timestep = our_inputs.pop("hidden_states"), our_inputs.pop("timestep")
+    timesteps = timestep[None].expand(STEPS, -1)
+    print_first_requests(ours, hidden_states, timesteps, our_inputs)
+    sides: dict[str, Callable[[], Tensor]] = {
+        "Diffusers": lambda: theirs(**their_inputs, return_dict=False)[0],
+        "ours": step_of(ours, hidden_states, timesteps, our_inputs),
+    }
+    if args.linear_dtype == "float8":
+        quantised = same_weights(work, theirs)
+        quantize_linears(quantised, quantised.block_linears)
+        sides["ours, float8"] = step_of(quantised, hidden_states, timesteps, our_inputs)
+    errors = {name: error(run(), exact) for name, run in sides.items()}
+    peaks = {name: peak_beside(run, device) for name, run in sides.items()}
+    if args.compile:
+        began = time.perf_counter()
+        theirs.compile_repeated_blocks(fullgraph=True)
+        sides["Diffusers, compiled"] = sides.pop("Diffusers")
+        errors["Diffusers, compiled"] = error(sides["Diffusers, compiled"](), exact)
+        say(f"Diffusers compiled in {time.perf_counter() - began:.0f} s")
+    spent = in_turns(sides, device, args.repeats)
+    once = 1e3 * timed(lambda: ours.prepare(timesteps, **our_inputs), device)
+    say(f"## {work.title}{' (tiny)' if tiny else ''}")
+    say()
+    print_table(
+        ("", "ms a step", "fastest", "error", "MB beside the weights"),
+        [
+            (name, median(spent[name]), min(spent[name]), f"{errors[name]:.2e}", peaks.get(name, float("nan")))
+            for name in spent
+        ],
+    )
+    say(f"Ours prepares a request of {STEPS} steps in {once:.1f} ms, {once / STEPS:.2f} ms a step")
+    for name in spent:
+        if name != "ours":
+            say(f"Ours takes {median(spent['ours']) / median(spent[name]):.2f} of {name}; goal {work.goal_ms} ms")
+    say()
+    for name, run in sides.items() if args.profile else ():
+        if name.startswith("ours"):
+            profile(run, args.profile / f"{work.reference} {name}.txt")
+
+
+def step_of(
+    ours: DiffusionTransformer, hidden_states: Tensor, timesteps: Tensor, inputs: Inputs
+) -> Callable[[], Tensor]:
+    """A step of ours, as the denoising stage runs it."""
+    graphs = StepGraphs() if hidden_states.device.type == "cuda" else None
+    branch = Branch(ours, ours.prepare(timesteps, **inputs), graphs)
+    return lambda: branch.predict(hidden_states, 0)
+
+
+def print_first_requests(ours: DiffusionTransformer, hidden_states: Tensor, timesteps: Tensor, inputs: Inputs) -> None:
+    """Three requests of three steps each, with what a service does before them: the warm-up, the first, the second."""
+
+    graphs = StepGraphs() if hidden_states.device.type == "cuda" else None
+
+    def request(prepared_steps: int) -> None:
+        branch = Branch(ours, ours.prepare(timesteps[:prepared_steps], **inputs), graphs)
+        for step in range(WARM_UP_STEPS):
+            branch.predict(hidden_states, step)
+        branch.close()
+
+    spent = [1e3 * timed(partial(request, steps), hidden_states.device) for steps in (WARM_UP_STEPS, STEPS, STEPS)]
+    say(
+        f"{WARM_UP_STEPS} steps with their preparation: {spent[0]:.1f} ms to warm up, then {spent[1]:.1f} ms in the "
+        f"first request and {spent[2]:.1f} ms in the second, that is {spent[1] / spent[2]:.2f} of the second's"
+    )
+    say()
+
+
+def build_reference(work: Work, device: torch.device, *, tiny: bool) -> Any:
+    """Diffusers' model with random weights of a scale that keeps activations in bounds."""
+    torch.manual_seed(0)
+    sizes = {**work.sizes, **(TINY[work.reference] if tiny else {})}
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with device:
+            model = getattr(diffusers, work.reference)(**sizes)
+    finally:
+        torch.set_default_dtype(previous)
+    for name, parameter in model.named_parameters():
+        if work.reference.startswith("Wan") and any(part in name for part in FLOAT32_PARAMETERS):
+            parameter.data = parameter.data.float()
+    return model.requires_grad_(False).eval()
+
+
+def same_weights(work: Work, theirs: Any, mesh: WorkerMesh | None = None) -> DiffusionTransformer:
+    """Our model, or this rank's part of it, over the reference's own tensors."""
+    with torch.device("meta"):
+        ours = work.ours(dict(theirs.config))
+    parallelize(ours, work.plan, mesh, heads=theirs.config.num_attention_heads)
+    shards = parameter_shards(ours)
+    state = {name: shards[name].cut(value) if name in shards else value for name, value in theirs.state_dict().items()}
+    ours.load_state_dict(state, strict=True, assign=True)
+    return ours.requires_grad_(False).eval()
+
+
+def on(device: torch.device, given: Inputs) -> Inputs:
+    """The inputs on the device."""
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in given.items()}
+
+
+def float32_prediction(model: Any, inputs: Inputs) -> Tensor:
+    """The reference's prediction in float32. Each module that has weights is widened only while it runs."""
+    handles = []
+    kept: dict[nn.Module, dict[str, Tensor]] = {}
+
+    def widen(module: nn.Module, _: object) -> None:
+        kept[module] = {name: value.data for name, value in module.named_parameters(recurse=False)}
+        for value in module.parameters(recurse=False):
+            value.data = value.data.float()
+
+    def narrow(module: nn.Module, *_: object) -> None:
+        for name, value in module.named_parameters(recurse=False):
+            value.data = kept[module][name]
+        del kept[module]
+
+    for module in model.modules():
+        if next(module.parameters(recurse=False), None) is not None:
+            handles += [module.register_forward_pre_hook(widen), module.register_forward_hook(narrow)]
+    wide = {
+        name: value.float() if isinstance(value, Tensor) and value.dtype == torch.bfloat16 else value
+        for name, value in inputs.items()
+    }
+    exact: Tensor = model(**wide, return_dict=False)[0].double()
+    for handle in handles:
+        handle.remove()
+    return exact
+
+
+def error(prediction: Tensor, exact: Tensor) -> float:
+    """Relative L2."""
+    return float((prediction.double() - exact).norm() / exact.norm())
+
+
+def timed(run: Callable[[], object], device: torch.device) -> float:
+    """Seconds of a call."""
+    began = now(device)
+    run()
+    return now(device) - began
+
+
+def peak_beside(run: Callable[[], object], device: torch.device) -> float:
+    """Most MB that a call takes beside what is there before; a graph's own memory is counted when it is captured."""
+    if device.type != "cuda":
+        return float("nan")
+    empty(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    run()
+    torch.cuda.synchronize(device)
+    return (torch.cuda.max_memory_allocated(device) - before) / 1e6
+
+
+def in_turns(sides: Mapping[str, Callable[[], object]], device: torch.device, repeats: int) -> dict[str, list[float]]:
+    """Milliseconds of each side's calls: one round after the other, the sides in turn."""
+    spent: dict[str, list[float]] = {name: [] for name in sides}
+    for run in sides.values():
+        for _ in range(3):
+            run()
+    for _ in range(repeats):
+        for name, run in sides.items():
+            spent[name].append(milliseconds(run) if device.type == "cuda" else 1e3 * timed(run, device))
+    return spent
+
+
+def profile(run: Callable[[], object], path: Path) -> None:
+    """Write a table of kernels by their time."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
+        for _ in range(3):
+            run()
+        torch.cuda.synchronize()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(found.key_averages().table(sort_by="cuda_time_total", row_limit=40, max_name_column_width=110))
+
+
+def _flux_inputs(tiny: bool) -> tuple[Inputs, Inputs]:
+    rows, text, width, pooled, channels = (4, 6, 32, 24, 64) if tiny else (64, 512, 4096, 768, 64)
+    shared: Inputs = {
+        "hidden_states": _normal(1, rows * rows, channels),
+        "encoder_hidden_states": _normal(1, text, width),
+        "pooled_projections": _normal(1, pooled),
+        "timestep": torch.tensor([0.75]),
+        "guidance": torch.tensor([3.5]),
+        "txt_ids": torch.zeros(text, 3),
+        "img_ids": torch.cartesian_prod(torch.zeros(1), torch.arange(float(rows)), torch.arange(float(rows))),
+    }
+    return dict(shared), shared
+
+
+def _qwen_inputs(tiny: bool) -> tuple[Inputs, Inputs]:
+    rows, text, width, channels = (4, 6, 24, 64) if tiny else (64, 200, 3584, 64)
+    shared: Inputs = {
+        "hidden_states": _normal(1, rows * rows, channels),
+        "encoder_hidden_states": _normal(1, text, width),
+        "timestep": torch.tensor([0.75]),
+    }
+    down = torch.arange(float(rows)) - rows // 2
+    positions: Inputs = {
+        "img_ids": torch.cartesian_prod(torch.zeros(1), down, down),
+        "txt_ids": (torch.arange(float(text)) + rows // 2)[:, None].expand(-1, 3),
+    }
+    return {**shared, "img_shapes": [[(1, rows, rows)]]}, {**shared, **positions}
+
+
+def _wan_inputs(tiny: bool) -> tuple[Inputs, Inputs]:
+    frames, rows, columns, text, width = (2, 4, 4, 512, 16) if tiny else (21, 60, 104, 512, 4096)
+    shared: Inputs = {
+        "hidden_states": _normal(1, 16, frames, rows, columns),
+        "timestep": torch.tensor([750]),
+        "encoder_hidden_states": _normal(1, text, width),
+    }
+    return dict(shared), shared
+
+
+def _normal(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(len(shape))).bfloat16()
+
+
+WORKS = {
+    "flux": Work(
+        "FLUX.1-dev 1024x1024, 512 text tokens",
+        "FluxTransformer2DModel",
+        {"guidance_embeds": True},
+        lambda config: FluxTransformer2DModel(FluxTransformerConfig.from_dict("transformer", config)),
+        _flux_inputs,
+        FLUX_PLAN,
+        112,
+    ),
+    "wan": Work(
+        "Wan2.1-1.3B 480x832, 81 frames, no guidance",
+        "WanTransformer3DModel",
+        {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30, "text_dim": 4096},
+        lambda config: WanTransformer3DModel(WanTransformerConfig.from_dict("transformer", config)),
+        _wan_inputs,
+        WAN_PLAN,
+        440,
+    ),
+    "qwen": Work(
+        "Qwen-Image 1024x1024, 200 text tokens",
+        "QwenImageTransformer2DModel",
+        {"in_channels": 64, "out_channels": 16},
+        lambda config: QwenImageTransformer2DModel(QwenImageTransformerConfig.from_dict("transformer", config)),
+        _qwen_inputs,
+        QWEN_IMAGE_PLAN,
+        115,
+    ),
+}
+
+_SMALL_HEADS = {"num_layers": 2, "attention_head_dim": 16, "num_attention_heads": 4, "axes_dims_rope": (4, 6, 6)}
+TINY: Mapping[str, Mapping[str, Any]] = {
+    "FluxTransformer2DModel": {
+        **_SMALL_HEADS,
+        "num_single_layers": 2,
+        "joint_attention_dim": 32,
+        "pooled_projection_dim": 24,
+    },
+    "QwenImageTransformer2DModel": {**_SMALL_HEADS, "joint_attention_dim": 24},
+    "WanTransformer3DModel": {
+        "num_layers": 2,
+        "attention_head_dim": 16,
+        "num_attention_heads": 4,
+        "ffn_dim": 48,
+        "text_dim": 16,
+    },
+}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""One denoising step of full published size on several GPUs: our worker group next to Diffusers' context parallelism.
+
+Every rank builds the same random weights, in bfloat16. Ours runs by the degrees asked for, Diffusers by Ulysses over
+all ranks, compiled by repeated blocks if asked; both in turns, timed by the device's own clock, the slowest rank's
+counts. Errors are relative L2 against Diffusers' model in float32 on one rank.
+
+Run it with: torchrun --nproc-per-node 2 tests/bench/denoise_step_group.py --ulysses 2; to try its logic without cards,
+with --device cpu --scale tiny --alone: Diffusers' parallelism is for GPUs only
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from bench_device import empty, milliseconds
+from bench_report import median, print_machine, print_table, say
+from denoise_step import STEPS, WORKS, Work, build_reference, error, float32_prediction, on, same_weights, timed
+from diffusers import ContextParallelConfig
+from torch import Tensor, distributed
+
+from models.layers.linear import join_all_weights
+from models.layers.mesh import Degrees, WorkerMesh, make_mesh
+from models.stages.prediction import Branch, StepGraphs
+
+
+def main() -> None:
+    """Measure what was asked for; rank 0 prints."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--scale", default="full", choices=("full", "tiny"))
+    parser.add_argument("--work", nargs="*", default=["flux", "wan"], choices=tuple(WORKS))
+    parser.add_argument("--repeats", type=int, default=5, help="rounds of five steps")
+    parser.add_argument("--tp", type=int, default=1)
+    parser.add_argument("--ulysses", type=int, default=1)
+    parser.add_argument("--ring", type=int, default=1)
+    parser.add_argument("--compile", action="store_true", help="compile Diffusers by repeated blocks")
+    parser.add_argument("--alone", action="store_true", help="leave Diffusers out")
+    args = parser.parse_args()
+    rank = int(os.environ["LOCAL_RANK"])
+    device = torch.device("cuda", rank) if args.device == "cuda" else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    mesh = make_mesh(Degrees(tp=args.tp, ulysses=args.ulysses, ring=args.ring), device)
+    if mesh.rank == 0:
+        print_machine(f"A denoising step on {mesh.degrees.world_size} ranks, {mesh.degrees}")
+        if device.type == "cuda":
+            say(f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}, NCCL {torch.cuda.nccl.version()}")  # type: ignore[no-untyped-call]
+            say()
+    for name in args.work:
+        measure(WORKS[name], mesh, args)
+        empty(device)
+    distributed.destroy_process_group()
+
+
+@torch.inference_mode()
+def measure(work: Work, mesh: WorkerMesh, args: argparse.Namespace) -> None:
+    """Build, check, time in turns, print."""
+    device, tiny = mesh.device, args.scale == "tiny"
+    theirs = build_reference(work, device, tiny=tiny)
+    their_inputs, our_inputs = (on(device, given) for given in work.inputs(tiny))
+    exact = float32_prediction(theirs, their_inputs)
+    ours = same_weights(work, theirs, mesh)
+    join_all_weights(ours)
+    hidden_states, timestep = our_inputs.pop("hidden_states"), our_inputs.pop("timestep")
+    prepared = ours.prepare(timestep[None].expand(STEPS, -1), **our_inputs)
+    branch = Branch(ours, prepared, StepGraphs() if device.type == "cuda" else None)
+    sides: dict[str, Callable[[], Tensor]] = {f"ours, {mesh.degrees}": lambda: branch.predict(hidden_states, 0)}
+    if not args.alone:
+        name = f"Diffusers, ulysses={mesh.degrees.world_size}{', compiled' if args.compile else ''}"
+        share_out(theirs, device, mesh.degrees.world_size, compiled=args.compile)
+        sides[name] = lambda: theirs(**their_inputs, return_dict=False)[0]
+    errors = {name: error(run(), exact) for name, run in sides.items()}
+    spent = in_turns(sides, device, args.repeats)
+    if mesh.rank == 0:
+        say(f"## {work.title}{' (tiny)' if tiny else ''}")
+        say()
+        header = ("", "ms a step", "fastest", "error")
+        print_table(header, [(name, median(each), min(each), f"{errors[name]:.2e}") for name, each in spent.items()])
+
+
+def share_out(theirs: Any, device: torch.device, ranks: int, *, compiled: bool) -> None:
+    """Let Diffusers cut the sequence between all ranks, with its fastest backend here."""
+    if device.type == "cuda":
+        theirs.set_attention_backend("_native_cudnn")
+    theirs.enable_parallelism(config=ContextParallelConfig(ulysses_degree=ranks))
+    if compiled:
+        theirs.compile_repeated_blocks(fullgraph=True)
+
+
+def in_turns(sides: Mapping[str, Callable[[], object]], device: torch.device, repeats: int) -> dict[str, list[float]]:
+    """Milliseconds of each side's calls on the slowest rank, one round after the other, the sides in turn."""
+    spent: dict[str, list[float]] = {name: [] for name in sides}
+    for run in sides.values():
+        for _ in range(3):
+            run()
+    for _ in range(repeats):
+        for name, run in sides.items():
+            distributed.barrier()
+            own = milliseconds(run) if device.type == "cuda" else 1e3 * timed(run, device)
+            slowest = torch.tensor(own)
+            distributed.all_reduce(slowest, op=distributed.ReduceOp.MAX)
+            spent[name].append(float(slowest))
+    return spent
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,224 @@
+"""What must hold once a chaos run is over. Each check returns findings: sentences that name what is wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import psutil
+from chaos_clients import Outcome
+from chaos_plan import PICTURES, Manner, Picture
+from chaos_processes import COORDINATOR, Fleet, Process, Role
+from redis.asyncio import Redis
+
+from common.state.connection import command
+from common.state.records import SNAPSHOT, is_terminal, read_event, read_record
+from fleet.v1 import generation_pb2 as pb
+
+State = pb.RequestState
+
+# What stays in the store without a time to live, and why.
+PERMANENT = {
+    "fleet:requests": "the index of requests; an entry goes when its record has expired",
+    "fleet:ended": "when which record expires, by which the index is pruned",
+    "fleet:sequence": "the last number that was given to a request or a claim",
+}
+_TAKEN = ("fleet:slots:", "fleet:waiting:", "fleet:queue:", "fleet:open", "fleet:work:")
+_LASTING_FIELDS = {*SNAPSHOT, "model", "owner", "epoch", "cancel", "key", "caller", "token"}
+_MOST_STORE_CONNECTIONS = 40
+_SETTLE_SECONDS = 30.0
+
+
+@dataclass
+class Stored:
+    """A request as the store has it at the end."""
+
+    record: pb.RequestRecord
+    events: list[pb.Event]
+    epoch: int
+
+
+async def read_store(redis: Redis) -> dict[str, Stored]:
+    """Every request that was ever accepted, by its id."""
+    found: dict[str, Stored] = {}
+    for name in await command(redis, "ZRANGE", "fleet:requests", 0, -1):
+        request_id = name.decode()
+        *record, epoch = await command(redis, "HMGET", f"fleet:request:{request_id}", *SNAPSHOT, "epoch")
+        rows = await command(redis, "XRANGE", f"fleet:events:{request_id}", "-", "+")
+        events = [read_event(event_id.decode(), fields[b"event"]) for event_id, fields in rows]
+        found[request_id] = Stored(read_record(record), events, int(epoch))
+    return found
+
+
+def check_requests(stored: Mapping[str, Stored], outcomes: Sequence[Outcome], known: Collection[str]) -> list[str]:
+    """Every request has ended once, as its order allows, and its client has heard all that there was to hear.
+
+    `known` are the ids of requests that were no client's.
+    """
+    findings: list[str] = []
+    for name, each in stored.items():
+        ends = [event.state_change.state for event in each.events if is_terminal(event.state_change.state)]
+        last = each.events[-1].state_change.state if each.events else State.REQUEST_STATE_UNSPECIFIED
+        if ends != [each.record.state] or last != each.record.state:
+            told = [State.Name(state) for state in ends]
+            findings.append(f"request {name} is {State.Name(each.record.state)}, but its events tell the ends {told}")
+        begun = [event for event in each.events if event.state_change.state == State.REQUEST_STATE_RUNNING]
+        if len(begun) > 1:
+            findings.append(f"request {name} is told to be RUNNING {len(begun)} times")
+    for outcome in outcomes:
+        findings += _check_outcome(stored, outcome)
+    return findings + _check_strays(stored, outcomes, known)
+
+
+def _check_outcome(stored: Mapping[str, Stored], outcome: Outcome) -> list[str]:
+    order, name = outcome.order, outcome.request_id
+    if not name:
+        return [] if outcome.gave_up else [f"order {order.number} was never accepted"]
+    if name not in stored:
+        return [f"request {name} of order {order.number} was accepted and is lost"]
+    each = stored[name]
+    if each.record.caller != order.caller:
+        return [f"request {name} of order {order.number} is {each.record.caller}'s, and not {order.caller}'s"]
+    may_end = {State.REQUEST_STATE_SUCCEEDED}
+    if outcome.gave_up and order.manner in (Manner.CANCEL, Manner.LEAVE):
+        may_end.add(State.REQUEST_STATE_CANCELLED)
+    if order.manner is Manner.HURRY:
+        may_end.add(State.REQUEST_STATE_EXPIRED)
+    if each.record.state not in may_end:
+        why = each.record.error.message
+        return [f"request {name} of order {order.number} is {State.Name(each.record.state)}, unexplained: {why}"]
+    if order.manner is Manner.LEAVE:
+        return []
+    heard, told = [event.event_id for event in outcome.heard], [event.event_id for event in each.events]
+    if heard != told:
+        return [f"the client of request {name} has heard the events {heard}, of which the store has {told}"]
+    return []
+
+
+def _check_strays(stored: Mapping[str, Stored], outcomes: Sequence[Outcome], known: Collection[str]) -> list[str]:
+    """A request that no client knows of is one whose answer a client without a key has lost."""
+    lost = sum(outcome.lost_answers for outcome in outcomes)
+    strays = stored.keys() - {outcome.request_id for outcome in outcomes} - set(known)
+    findings = [
+        f"request {name}, which no client knows of, is {State.Name(stored[name].record.state)}"
+        for name in sorted(strays)
+        if stored[name].record.state not in (State.REQUEST_STATE_SUCCEEDED, State.REQUEST_STATE_CANCELLED)
+    ]
+    if len(strays) > lost:
+        findings.append(f"{sorted(strays)} were accepted, but clients lost the answers to {lost} submissions only")
+    return findings
+
+
+def check_files(
+    name: str, record: pb.RequestRecord, files: Sequence[bytes], references: Mapping[Picture, Sequence[bytes]]
+) -> list[str]:
+    """A result is what one process makes of the same request, byte for byte."""
+    given = record.parameters
+    (picture,) = [each for each in PICTURES if (each.model, each.seed) == (record.model, given.seed)]
+    if list(files) == list(references[picture]):
+        return []
+    sizes = [len(file) for file in files]
+    return [f"the result of request {name} ({picture}) has other bytes than its reference; sizes are {sizes}"]
+
+
+async def check_store(redis: Redis) -> list[str]:
+    """Nothing is taken, nothing waits, nothing is open, and everything but the index expires by itself.
+
+    Redis deletes what becomes empty: sets of what is taken, waits or is open, and counts of the work that is open, are
+    not there at all. A record keeps nothing of what only an open request needs.
+    """
+    findings: list[str] = []
+    for key in sorted(each.decode() for each in await command(redis, "KEYS", "*")):
+        if key.startswith("fleet:request:"):
+            fields = {field.decode() for field in await command(redis, "HKEYS", key)}
+            findings += [f"the store has {field} left in {key}" for field in sorted(fields - _LASTING_FIELDS)]
+        if key.startswith(_TAKEN):
+            findings.append(f"the store has {key} left")
+        elif key not in PERMANENT and await command(redis, "PTTL", key) == -1:
+            findings.append(f"the store keeps {key} for ever")
+        elif key.startswith("fleet:checkpoint:"):
+            point = await command(redis, "HGET", f"fleet:request:{key.split(':')[2]}", "point")
+            if point is not None:
+                findings.append(f"the store still has {key} as the point to go on from")
+    return findings
+
+
+class Descriptors(NamedTuple):
+    """The file descriptors of a process by what they are; `own` is all the rest."""
+
+    to_store: int
+    to_workers: int
+    accepted: int
+    own: int
+
+
+def descriptors(process: Process) -> Descriptors:
+    """Count them."""
+    view = psutil.Process(process.pid)
+    total = view.num_fds()
+    remote = [each.raddr.port for each in view.net_connections("tcp") if each.raddr]
+    to_store = remote.count(process.store.port)
+    local = [each for each in view.net_connections("unix") if str(each.laddr) == str(process.socket)]
+    accepted = len(local) - 1  # one of them listens
+    return Descriptors(to_store, len(remote) - to_store, accepted, total - len(remote) - accepted)
+
+
+@dataclass
+class Baseline:
+    """What processes of a role have open by themselves, before anything was done to them."""
+
+    own: dict[Role, int] = field(default_factory=dict)
+
+    def measure(self, fleet: Fleet) -> None:
+        """Take what there is."""
+        for process in fleet.living:
+            own = descriptors(process).own
+            self.own[process.role] = max(own, self.own.get(process.role, 0))
+
+    def exceeded(self, fleet: Fleet) -> list[str]:
+        """Processes with more open than that, or with connections that nobody uses."""
+        workers = len([each for each in fleet.living if each.role != COORDINATOR])
+        coordinators = len([each for each in fleet.living if each.role == COORDINATOR])
+        findings: list[str] = []
+        for process in fleet.living:
+            found = descriptors(process)
+            accepted = 0 if process.role == COORDINATOR else coordinators
+            bound = Descriptors(_MOST_STORE_CONNECTIONS, workers, accepted, self.own[process.role])
+            if any(has > most for has, most in zip(found, bound, strict=True)):
+                findings.append(f"{process.name} has {found} open, where {bound} are explained")
+        return findings
+
+
+async def settled(fleet: Fleet, redis: Redis, baseline: Baseline) -> list[str]:
+    """Wait until nothing is left over; what still is after a while are findings."""
+    loop = asyncio.get_running_loop()
+    give_up = loop.time() + _SETTLE_SECONDS
+    while True:
+        findings = await check_store(redis) + baseline.exceeded(fleet)
+        if not findings or loop.time() > give_up:
+            return findings
+        await asyncio.sleep(0.2)
+
+
+def check_logs(fleet: Fleet) -> list[str]:
+    """No process has met an error that it did not expect. gRPC logs one where a client left while it was written to."""
+    findings: list[str] = []
+    for process in fleet.all:
+        text = process.log.read_text(errors="replace").splitlines() if process.log.exists() else []
+        wrong = [line for line in text if "Traceback" in line and "logger=grpc._cython.cygrpc" not in line]
+        findings += [f"{process.name} logs {line}" for line in wrong]
+    return findings
+
+
+def lines_about(fleet: Fleet, names: Sequence[str]) -> list[str]:
+    """What the logs of all processes say of requests or processes, and every error."""
+    wanted = re.compile("|".join([*map(re.escape, names), "Traceback", "level=error"]))
+    lines: list[str] = []
+    for process in fleet.all:
+        if process.log.exists():
+            text = process.log.read_text(errors="replace").splitlines()
+            lines += [f"{process.name}: {line}" for line in text if wanted.search(line)]
+    return lines

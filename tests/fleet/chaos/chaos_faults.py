@@ -1,0 +1,217 @@
+"""Lets the faults of a plan strike, each at its moment, and notes whom they hit."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeVar
+
+from chaos_clients import Channels, Client, Pulse
+from chaos_links import Link
+from chaos_peers import Peers
+from chaos_plan import Fault, Kind
+from chaos_processes import Fleet, Process
+from redis.asyncio import Redis
+
+from common.errors import Unavailable
+from common.state.connection import command
+from common.state.records import is_terminal
+from redis_servers import until
+
+T = TypeVar("T")
+
+
+@dataclass
+class Strike:
+    """A fault that has struck: when, in milliseconds since the epoch, whom, and the requests that ran there."""
+
+    fault: Fault
+    target: str
+    requests: Sequence[str] = ()
+    at_ms: float = field(default_factory=lambda: time.time() * 1_000)
+
+
+class Chaos:
+    """Applies faults to a fleet. `redis` is a client that no link keeps from the store."""
+
+    def __init__(self, fleet: Fleet, redis: Redis, clients: Sequence[Client], channels: Channels) -> None:
+        self.strikes: list[Strike] = []
+        self.peers = Peers()
+        self._fleet = fleet
+        self._redis = redis
+        self._clients = clients
+        self._channels = channels
+        self._store_lock = asyncio.Lock()
+        self._lasting: list[asyncio.Task[None]] = []
+
+    async def run(self, faults: Sequence[Fault], pulse: Pulse) -> None:
+        """All faults, in order; a fault that lasts does so beside the next ones."""
+        for fault in faults:
+            await pulse.reach(fault.after_orders, fault.after_events)
+            self._lasting.append(asyncio.create_task(self._strike(fault)))
+        await asyncio.gather(*self._lasting)
+
+    async def stop(self) -> None:
+        """Strike no more, and let malformed peers and slow readers leave."""
+        for task in self._lasting:
+            task.cancel()
+        await asyncio.gather(*self._lasting, return_exceptions=True)
+        await self.peers.close()
+
+    async def _strike(self, fault: Fault) -> None:
+        """Let a fault strike, as soon as there is somebody to strike, and last."""
+        await until(partial(self._struck, fault))
+
+    async def _struck(self, fault: Fault) -> bool:
+        """Try it; False where nobody is there at the moment."""
+        match fault.kind:
+            case Kind.KILL_DENOISER | Kind.KILL_WORKER | Kind.LEAVE_WORKER | Kind.STOP_WORKER | Kind.FREEZE_WORKER:
+                return await self._strike_worker(fault)
+            case Kind.KILL_COORDINATOR | Kind.LEAVE_COORDINATOR | Kind.STOP_COORDINATOR | Kind.FREEZE_COORDINATOR:
+                return await self._strike_coordinator(fault)
+            case Kind.KILL_BOTH:
+                return await self._kill_both(fault)
+            case Kind.RESTART_STORE:
+                return await self._restart_store(fault)
+            case Kind.HOLD_STORE | Kind.CUT_STORE | Kind.HOLD_WORKER | Kind.CUT_WORKER:
+                return await self._part(fault)
+            case Kind.SLOW_WATCH | Kind.SLOW_DOWNLOAD:
+                return self._read_slowly(fault)
+            case Kind.MALFORMED_COORDINATOR | Kind.MALFORMED_WORKER:
+                return await self._malform(fault)
+
+    def _note(self, fault: Fault, target: str, requests: Sequence[str] = ()) -> None:
+        self.strikes.append(Strike(fault, target, requests))
+        hit = f", which runs {', '.join(requests)}" if requests else ""
+        self._fleet.tell(f"{fault.kind.value} ({fault.number}): {target}{hit}")
+
+    async def _strike_worker(self, fault: Fault) -> bool:
+        running = await self._runs_by_worker()
+        workers = self._fleet.of(coordinators=False)
+        denoising = [each for each in workers if each.role.program == "denoising"]
+        busy = [each for each in denoising if running.get(each.pid)]
+        candidates = (busy or denoising) if fault.kind is Kind.KILL_DENOISER else workers
+        target = _drawn(candidates, fault.draw)
+        if target is None:
+            return False
+        await self._signal(fault, target, running.get(target.pid, ()))
+        return True
+
+    async def _strike_coordinator(self, fault: Fault) -> bool:
+        target = _drawn(self._fleet.of(coordinators=True), fault.draw)
+        if target is None:
+            return False
+        await self._signal(fault, target, await self._runs_of(target))
+        return True
+
+    async def _signal(self, fault: Fault, target: Process, requests: Sequence[str]) -> None:
+        self._note(fault, target.name, requests)
+        match fault.kind:
+            case Kind.LEAVE_WORKER | Kind.LEAVE_COORDINATOR:
+                self._fleet.signal(target, signal.SIGTERM)
+            case Kind.STOP_WORKER | Kind.STOP_COORDINATOR | Kind.FREEZE_WORKER | Kind.FREEZE_COORDINATOR:
+                self._fleet.signal(target, signal.SIGSTOP)
+                await asyncio.sleep(fault.seconds)
+                is_frozen = fault.kind in (Kind.FREEZE_WORKER, Kind.FREEZE_COORDINATOR)
+                self._fleet.signal(target, signal.SIGKILL if is_frozen else signal.SIGCONT)
+            case _:
+                self._fleet.signal(target, signal.SIGKILL)
+
+    async def _kill_both(self, fault: Fault) -> bool:
+        """A denoiser at work, and the coordinator of its request, at the same moment."""
+        running = await self._runs_by_worker()
+        by_pid = {each.pid: each for each in self._fleet.of(coordinators=False)}
+        busy = [pid for pid in running if pid in by_pid and by_pid[pid].role.program == "denoising"]
+        worker = _drawn([by_pid[pid] for pid in sorted(busy)], fault.draw)
+        owner = await self._owner_of(running[worker.pid][0]) if worker else ""
+        coordinator = next((each for each in self._fleet.of(coordinators=True) if owner and each.owner == owner), None)
+        worker = worker or _drawn(self._fleet.of(coordinators=False), fault.draw)
+        coordinator = coordinator or _drawn(self._fleet.of(coordinators=True), fault.draw)
+        if worker is None or coordinator is None:
+            return False
+        requests = dict.fromkeys((*running.get(worker.pid, ()), *await self._runs_of(coordinator)))
+        self._note(fault, f"{worker.name} and {coordinator.name}", tuple(requests))
+        self._fleet.signal(worker, signal.SIGKILL)
+        self._fleet.signal(coordinator, signal.SIGKILL)
+        return True
+
+    async def _restart_store(self, fault: Fault) -> bool:
+        async with self._store_lock:
+            self._note(fault, "Redis")
+            await asyncio.to_thread(self._fleet.server.kill)
+            await asyncio.sleep(fault.seconds)
+            await asyncio.to_thread(self._fleet.server.start)
+            self._fleet.tell(f"Redis is back ({fault.number})")
+        return True
+
+    async def _part(self, fault: Fault) -> bool:
+        """Cut a process off, from the store or, if it is a worker, from the coordinators."""
+        from_store = fault.kind in (Kind.HOLD_STORE, Kind.CUT_STORE)
+        workers = list(self._fleet.of(coordinators=False))
+        candidates = [*self._fleet.of(coordinators=True), *workers[::3]] if from_store else workers
+        target = _drawn(candidates, fault.draw)
+        if target is None:
+            return False
+        running = (await self._runs_by_worker()).get(target.pid, ()) if not from_store else ()
+        link: Link | None = target.store if from_store else target.access
+        assert link is not None
+        self._note(fault, target.name, running)
+        (link.hold if fault.kind in (Kind.HOLD_STORE, Kind.HOLD_WORKER) else link.cut)()
+        await asyncio.sleep(fault.seconds)
+        link.heal()
+        self._fleet.tell(f"{target.name} is connected again ({fault.number})")
+        return True
+
+    def _read_slowly(self, fault: Fault) -> bool:
+        is_watch = fault.kind is Kind.SLOW_WATCH
+        known = [each.outcome for each in self._clients if each.outcome.request_id]
+        known = known if is_watch else [outcome for outcome in known if outcome.files]
+        target, outcome = _drawn(self._fleet.of(coordinators=True), fault.draw), _drawn(known, fault.draw)
+        if target is None or outcome is None:
+            return False
+        self._note(fault, f"{target.name}, of request {outcome.request_id}")
+        ask = self.peers.watch_without_reading if is_watch else self.peers.download_without_reading
+        ask(target, outcome.order.caller, outcome.request_id)
+        return True
+
+    async def _malform(self, fault: Fault) -> bool:
+        candidates = self._fleet.of(coordinators=fault.kind is Kind.MALFORMED_COORDINATOR)
+        target = _drawn(candidates, fault.draw)
+        if target is None:
+            return False
+        self._note(fault, target.name)
+        self._fleet.tell(f"{await self.peers.bother(target, fault.draw)} ({fault.number})")
+        return True
+
+    async def _runs_by_worker(self) -> dict[int, tuple[str, ...]]:
+        """The requests that have a slot, by the process of the worker, whose id tells it."""
+        runs: dict[int, tuple[str, ...]] = {}
+        try:
+            for key in await command(self._redis, "KEYS", "fleet:slots:*"):
+                for ticket, slot in (await command(self._redis, "HGETALL", key)).items():
+                    pid = int(slot.decode().partition("|")[0].split("-")[-2])
+                    runs[pid] = (*runs.get(pid, ()), ticket.decode().partition("/")[0])
+        except Unavailable:
+            return {}  # The store is away: whom it hits is not known then.
+        return runs
+
+    async def _runs_of(self, coordinator: Process) -> tuple[str, ...]:
+        """The open requests that a coordinator owns."""
+        owner, known = coordinator.owner, [client.outcome for client in self._clients if client.outcome.request_id]
+        open_ones = [outcome.request_id for outcome in known if not is_terminal(outcome.state)]
+        return tuple([name for name in open_ones if owner and await self._owner_of(name) == owner])
+
+    async def _owner_of(self, request_id: str) -> str:
+        try:
+            owner: bytes | None = await command(self._redis, "HGET", f"fleet:request:{request_id}", "owner")
+        except Unavailable:
+            return ""
+        return (owner or b"").decode()
+
+
+def _drawn(candidates: Sequence[T], draw: float) -> T | None:
+    return candidates[int(draw * len(candidates))] if candidates else None

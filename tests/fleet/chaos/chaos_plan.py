@@ -1,0 +1,204 @@
+"""What a chaos run does, all of it drawn from a seed: which requests its clients send, and which faults strike when."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from types import MappingProxyType
+from typing import Any
+
+from fleet.v1 import generation_pb2 as pb
+
+FLUX, WAN = "flux", "wan"
+STEPS = 12
+
+_FLUX_GIVEN = {"height": 192, "width": 192, "num_inference_steps": STEPS}
+_WAN_GIVEN = {"height": 48, "width": 64, "num_frames": 5, "num_inference_steps": STEPS}
+_WAN_SHARE = 0.3
+_FAR_DEADLINE_SECONDS = 1_800.0
+_VARIANTS = 4
+CALLERS = ("studio", "press")
+_PROMPTS = ("a red apple", "a blue car", "the old stone on the moon", "a cat on the river")
+
+
+class Manner(Enum):
+    """How a client asks for a picture."""
+
+    SUBMIT = "submits without a key"
+    KEYED = "submits with an idempotency key"
+    TWICE = "submits with one key to several coordinators at once, and again after the end"
+    GENERATE = "generates with an idempotency key"
+    CANCEL = "submits with a key, and cancels once it denoises"
+    LEAVE = "generates without a key, and leaves once it denoises"
+    HURRY = "submits with an idempotency key and a deadline that may pass"
+
+
+_MANNERS: Mapping[Manner, int] = MappingProxyType(
+    {
+        Manner.SUBMIT: 5,
+        Manner.KEYED: 7,
+        Manner.TWICE: 3,
+        Manner.GENERATE: 3,
+        Manner.CANCEL: 2,
+        Manner.LEAVE: 1,
+        Manner.HURRY: 2,
+    }
+)
+
+
+class Kind(Enum):
+    """A kind of fault."""
+
+    KILL_DENOISER = "SIGKILL of a denoiser at work"
+    KILL_WORKER = "SIGKILL of a worker"
+    STOP_WORKER = "SIGSTOP of a worker, then SIGCONT"
+    FREEZE_WORKER = "SIGSTOP of a worker, then SIGKILL"
+    LEAVE_WORKER = "SIGTERM of a worker"
+    KILL_COORDINATOR = "SIGKILL of a coordinator"
+    STOP_COORDINATOR = "SIGSTOP of a coordinator, then SIGCONT"
+    FREEZE_COORDINATOR = "SIGSTOP of a coordinator, then SIGKILL"
+    LEAVE_COORDINATOR = "SIGTERM of a coordinator"
+    KILL_BOTH = "SIGKILL of a denoiser and its coordinator"
+    RESTART_STORE = "SIGKILL and restart of Redis"
+    HOLD_STORE = "partition from Redis, packets late"
+    CUT_STORE = "partition from Redis, connections reset"
+    HOLD_WORKER = "partition from a worker, packets late"
+    CUT_WORKER = "partition from a worker, connections reset"
+    SLOW_WATCH = "watcher that does not read"
+    SLOW_DOWNLOAD = "download that is not read"
+    MALFORMED_COORDINATOR = "malformed peer of a coordinator"
+    MALFORMED_WORKER = "malformed peer of a worker"
+
+
+_FAULTS: Mapping[Kind, int] = MappingProxyType(
+    {
+        Kind.KILL_DENOISER: 5,
+        Kind.KILL_WORKER: 3,
+        Kind.STOP_WORKER: 2,
+        Kind.FREEZE_WORKER: 1,
+        Kind.LEAVE_WORKER: 2,
+        Kind.KILL_COORDINATOR: 3,
+        Kind.STOP_COORDINATOR: 2,
+        Kind.FREEZE_COORDINATOR: 1,
+        Kind.LEAVE_COORDINATOR: 1,
+        Kind.KILL_BOTH: 2,
+        Kind.RESTART_STORE: 2,
+        Kind.HOLD_STORE: 3,
+        Kind.CUT_STORE: 3,
+        Kind.HOLD_WORKER: 2,
+        Kind.CUT_WORKER: 2,
+        Kind.SLOW_WATCH: 1,
+        Kind.SLOW_DOWNLOAD: 1,
+        Kind.MALFORMED_COORDINATOR: 2,
+        Kind.MALFORMED_WORKER: 2,
+    }
+)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What is asked for. Equal ones have equal results, byte for byte."""
+
+    model: str
+    prompt: str
+    seed: int
+
+    @property
+    def given(self) -> Mapping[str, Any]:
+        """The sampling parameters by name."""
+        return {"prompt": self.prompt, "seed": self.seed, **(_WAN_GIVEN if self.model == WAN else _FLUX_GIVEN)}
+
+    @property
+    def parameters(self) -> pb.GenerationParameters:
+        """The same as a message."""
+        return pb.GenerationParameters(**self.given)
+
+
+PICTURES = tuple(
+    Picture(model, _PROMPTS[number % len(_PROMPTS)], number) for model in (FLUX, WAN) for number in range(_VARIANTS)
+)
+
+
+@dataclass(frozen=True)
+class Order:
+    """What one client wants, on whose behalf, and how it behaves. `at_step` is when it cancels or leaves."""
+
+    number: int
+    caller: str
+    picture: Picture
+    manner: Manner
+    priority: int
+    deadline_seconds: float | None
+    at_step: int
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Strikes once so many orders have ended and, from then on, so many events have been heard.
+
+    `seconds` is how long it lasts, where it lasts; `draw` in [0, 1) chooses among what can be struck by then.
+    """
+
+    number: int
+    kind: Kind
+    after_orders: int
+    after_events: int
+    seconds: float
+    draw: float
+
+    def __str__(self) -> str:
+        when = f"after {self.after_orders} orders and {self.after_events} events"
+        return f"fault {self.number}: {self.kind.value}, {when}, for {self.seconds:.1f} s, draw {self.draw:.3f}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A whole run. `skews` are the errors of the processes' clocks in seconds, in the order of their starts."""
+
+    seed: int
+    clients: int
+    orders: Sequence[Order]
+    faults: Sequence[Fault]
+    longest_seconds: float
+
+    def skews(self) -> random.Random:
+        """Where the errors of the clocks come from."""
+        return random.Random(f"skews of {self.seed}")
+
+
+def make_plan(seed: int, requests: int, *, clients: int, faults: int, longest_seconds: float) -> Plan:
+    """Draw a run. There are at least as many faults as kinds; each lasts at most `longest_seconds`."""
+    rng = random.Random(seed)
+    orders = [_order(number, rng) for number in range(requests)]
+    kinds = list(Kind) + rng.choices(list(_FAULTS), list(_FAULTS.values()), k=max(0, faults - len(Kind)))
+    rng.shuffle(kinds)
+    last = max(1, requests - clients)
+    drawn = [
+        Fault(
+            number=number,
+            kind=kind,
+            after_orders=number * last // len(kinds),
+            after_events=rng.randrange(1, 25),
+            seconds=rng.uniform(0.2, longest_seconds),
+            draw=rng.random(),
+        )
+        for number, kind in enumerate(kinds)
+    ]
+    return Plan(seed, clients, orders, drawn, longest_seconds)
+
+
+def _order(number: int, rng: random.Random) -> Order:
+    model = WAN if rng.random() < _WAN_SHARE else FLUX
+    manner = rng.choices(list(_MANNERS), list(_MANNERS.values()))[0]
+    far = rng.choice((None, None, _FAR_DEADLINE_SECONDS))
+    return Order(
+        number=number,
+        caller=rng.choice(CALLERS),
+        picture=rng.choice([picture for picture in PICTURES if picture.model == model]),
+        manner=manner,
+        priority=rng.randrange(-2, 3),
+        deadline_seconds=rng.uniform(0.5, 3.0) if manner is Manner.HURRY else far,
+        at_step=rng.randrange(1, STEPS - 2),
+    )

@@ -1,0 +1,295 @@
+"""The fleet that a chaos run torments: a store, a warm parent, and the services that it forks, each behind links."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import os
+import random
+import re
+import signal
+import sys
+import time
+from asyncio.subprocess import PIPE
+from collections import deque
+from collections.abc import Coroutine, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from chaos_links import Link
+
+from redis_servers import RedisServer, server_binaries
+
+SERVICES = ("text_encoding", "latent_preparation", "denoising", "decoding")
+_WARM_PARENT = Path(__file__).with_name("warm_parent.py")
+_LARGEST_SKEW_SECONDS = 7_200.0
+_IDLE_SECONDS = 2.0
+_OWNER = re.compile(r"coordinator-[0-9a-f]{12}")
+
+# Quick heartbeats, as a take-over waits for a few; budgets that no run uses up, as every failure would be a finding.
+_COORDINATOR_WORDS = (
+    *("--heartbeat-seconds", "0.3", "--heartbeat-ttl-seconds", "1.5", "--step-seconds", "0", "--grace-seconds", "2"),
+    *("--max-worker-deaths", "1000", "--stage-attempts", "1000"),
+)
+_WORKER_WORDS = (
+    *("--device", "cpu", "--threads", "1", "--checkpoint-every", "1", "--step-seconds", "0", "--grace-seconds", "5"),
+    *("--idle-seconds", str(_IDLE_SECONDS)),
+)
+
+
+def credentials(caller: str) -> tuple[tuple[str, str]]:
+    """The metadata of the calls of a caller that the fleet knows."""
+    return (("authorization", f"Bearer key-of-{caller}"),)
+
+
+def _write_keys(path: Path, callers: Sequence[str]) -> None:
+    digests = {name: hashlib.sha256(f"key-of-{name}".encode()).hexdigest() for name in callers}
+    path.write_text("".join(f'[callers.{name}]\nkey_sha256 = ["{digest}"]\n' for name, digest in digests.items()))
+
+
+class Role(NamedTuple):
+    """What a process is: a service of a model, or a coordinator, which serves all models."""
+
+    program: str
+    model: str = ""
+
+
+COORDINATOR = Role("coordinator")
+
+
+@dataclass(eq=False)
+class Process:
+    """A process of the fleet. `store` is its way to Redis, `access` that of coordinators to it, if it is a worker.
+
+    It `left_early` when it was told to leave before it listened: nobody can have lost anything then, and where it had
+    not come to its signal handlers yet, SIGTERM ends it as it ends any process.
+    """
+
+    name: str
+    role: Role
+    log: Path
+    socket: Path
+    store: Link
+    access: Link | None
+    pid: int = 0
+    is_ending: bool = False
+    is_stopped: bool = False
+    left_early: bool = False
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
+    code: int | None = None
+
+    @property
+    def target(self) -> str:
+        """Where gRPC clients reach it without a link between."""
+        return f"unix:{self.socket}"
+
+    @property
+    def owner(self) -> str:
+        """A coordinator's name in the store; empty until it has told it in its log."""
+        found = _OWNER.search(self.log.read_text(errors="replace")) if self.log.exists() else None
+        return found[0] if found else ""
+
+
+class Fleet:
+    """Starts processes, and another of the same role for each that ends. `findings` are ends that nobody caused.
+
+    With `callers`, its coordinators serve only them; without, anybody.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        models: Mapping[str, Path],
+        skews: random.Random,
+        *,
+        coordinators: int,
+        workers: int,
+        callers: Sequence[str] = (),
+    ) -> None:
+        self.models = models
+        self.server = RedisServer(server_binaries()["valkey"])
+        self.directory = directory
+        self.living: list[Process] = []
+        self.all: list[Process] = []
+        self.findings: list[str] = []
+        self.story: list[str] = []
+        self._skews = skews
+        self._callers = callers
+        roles = [Role(service, model) for model in models for service in SERVICES]
+        self._roles = [COORDINATOR] * coordinators + [role for role in roles for _ in range(workers)]
+        self._parent: asyncio.subprocess.Process | None = None
+        self._listener: asyncio.Task[None] | None = None
+        self._starting: deque[tuple[Process, asyncio.Future[None]]] = deque()
+        self._by_pid: dict[int, Process] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._closing = False
+        self._began = time.monotonic()
+
+    def tell(self, what: str) -> None:
+        """Note what happens, with the time since the start."""
+        self.story.append(f"{time.monotonic() - self._began:8.3f} s  {what}")
+
+    async def start(self) -> None:
+        """Start everything; returns once every process has been forked."""
+        if self._callers:
+            _write_keys(self._keys, self._callers)
+        await asyncio.to_thread(self.server.start)
+        words = (sys.executable, str(_WARM_PARENT), *self._references())
+        self._parent = await asyncio.create_subprocess_exec(*words, stdin=PIPE, stdout=PIPE)
+        assert self._parent.stdout is not None
+        assert "ready" in json.loads(await self._parent.stdout.readline())
+        self._listener = asyncio.create_task(self._listen(self._parent.stdout))
+        await asyncio.gather(*(self._spawn(role) for role in self._roles))
+
+    @property
+    def _keys(self) -> Path:
+        return self.directory / "keys.toml"
+
+    def _references(self) -> list[str]:
+        return [f"{name}={path}" for name, path in self.models.items()]
+
+    async def _listen(self, answers: asyncio.StreamReader) -> None:
+        """Take what the warm parent tells, in the order of the orders."""
+        while line := await answers.readline():
+            answer = json.loads(line)
+            if "started" in answer:
+                process, started = self._starting.popleft()
+                process.pid = answer["started"]
+                self._by_pid[process.pid] = process
+                started.set_result(None)
+            else:
+                self._ended(self._by_pid[answer["ended"]], answer["code"])
+
+    async def _spawn(self, role: Role) -> Process:
+        number = len(self.all)
+        name = f"{number}-{role.program}" + (f"-{role.model}" if role.model else "")
+        socket = self.directory / f"{number}.sock"
+        access = Link(socket) if role.model else None
+        process = Process(name, role, self.directory / f"{name}.log", socket, Link(self.server.socket), access)
+        self.all.append(process)
+        await process.store.start()
+        if access is not None:
+            await access.start()
+        skew = self._skews.uniform(-_LARGEST_SKEW_SECONDS, _LARGEST_SKEW_SECONDS)
+        order = {
+            "program": role.program,
+            "arguments": self._arguments(process),
+            "log": str(process.log),
+            "skew": round(skew, 3),
+        }
+        started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._starting.append((process, started))
+        assert self._parent is not None
+        assert self._parent.stdin is not None
+        self._parent.stdin.write(json.dumps(order).encode() + b"\n")
+        await started
+        self.living.append(process)
+        self.tell(f"{name} starts as process {process.pid}, its clock {skew:+.0f} s")
+        return process
+
+    def _arguments(self, process: Process) -> list[str]:
+        words = ["--listen", process.target, "--redis", f"redis://{process.store.address}/0"]
+        if process.access is None:
+            references = [word for reference in self._references() for word in ("--model", reference)]
+            keys = ("--api-keys", str(self._keys)) if self._callers else ()
+            return [*words, *references, *keys, *_COORDINATOR_WORDS]
+        model = process.role.model
+        return [
+            *words,
+            "--model",
+            f"{model}={self.models[model]}",
+            "--advertise",
+            process.access.address,
+            *_WORKER_WORDS,
+        ]
+
+    def _ended(self, process: Process, code: int) -> None:
+        process.code = code
+        self.living.remove(process)
+        process.ended.set()
+        self.tell(f"{process.name} ends with {code}")
+        if not process.is_ending:
+            self.findings.append(f"{process.name} ended by itself, with {code}; see {process.log}")
+        elif code not in (0, -signal.SIGKILL) and not (process.left_early and code == -signal.SIGTERM):
+            self.findings.append(f"{process.name} was told to leave and ended with {code}; see {process.log}")
+        if not self._closing:
+            self._do(self._replace(process))
+
+    async def _replace(self, process: Process) -> None:
+        await self._close_links(process)
+        await self._spawn(process.role)
+
+    def _do(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _close_links(self, process: Process) -> None:
+        await process.store.close()
+        if process.access is not None:
+            await process.access.close()
+
+    def of(self, *, coordinators: bool) -> Sequence[Process]:
+        """The living coordinators, or the living workers, that are not about to end."""
+        return [each for each in self.living if (each.role == COORDINATOR) == coordinators and not each.is_ending]
+
+    def signal(self, process: Process, number: signal.Signals) -> None:
+        """Send a signal to a process that lives."""
+        if process.ended.is_set():
+            return
+        process.is_ending |= number in (signal.SIGKILL, signal.SIGTERM)
+        process.is_stopped = number == signal.SIGSTOP
+        process.left_early |= number == signal.SIGTERM and not process.socket.exists()
+        os.kill(process.pid, number)
+
+    def heal(self) -> None:
+        """Let every process run and reach everything."""
+        for process in self.living:
+            if process.is_stopped and not process.is_ending:
+                self.signal(process, signal.SIGCONT)
+            process.store.heal()
+            if process.access is not None:
+                process.access.heal()
+
+    async def is_complete(self) -> bool:
+        """Whether every role has as many processes as it should."""
+        roles = [process.role for process in self.living if not process.is_ending]
+        return sorted(roles) == sorted(self._roles) and not self._tasks
+
+    async def stop(self, seconds: float = 30.0) -> None:
+        """End everything gracefully, coordinators first; what does not end is a finding, and killed."""
+        self._closing = True
+        self.heal()
+        for coordinators in (True, False):
+            leaving = list(self.of(coordinators=coordinators))
+            for process in leaving:
+                self.signal(process, signal.SIGTERM)
+            await self._wait_ended(leaving, seconds)
+        for process in list(self.living):
+            self.findings.append(f"{process.name} did not end within {seconds:g} s of SIGTERM; see {process.log}")
+            self.signal(process, signal.SIGKILL)
+        await self._wait_ended(self.living, seconds)
+
+    async def _wait_ended(self, processes: Sequence[Process], seconds: float) -> None:
+        waits = [asyncio.ensure_future(process.ended.wait()) for process in processes]
+        if waits:
+            _, late = await asyncio.wait(waits, timeout=seconds)
+            for each in late:
+                each.cancel()
+
+    async def close(self) -> None:
+        """End the rest: links, warm parent, store."""
+        self._closing = True
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for process in self.all:
+            await self._close_links(process)
+        if self._parent is not None and self._parent.stdin is not None:
+            self._parent.stdin.close()
+            await self._parent.wait()
+        if self._listener is not None:
+            await self._listener
+        self.server.remove()

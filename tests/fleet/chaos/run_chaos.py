@@ -1,0 +1,258 @@
+"""Torments a fleet of real processes while clients use it.
+
+    python tests/fleet/chaos/run_chaos.py --requests 1000 --seed 1
+
+Several coordinators, and several workers for each stage of a Flux and a Wan checkpoint, on a real Redis that writes to
+its disk before it answers. Processes are killed, stopped, told to leave and cut off; Redis is killed and started again;
+clients do not read, send twice, cancel, leave; peers speak nonsense; and every process has a wrong clock. At the end
+every accepted request has ended once, every result has the bytes that one process makes, and nothing is left over.
+
+Ends with 1 and tells all that is needed to look into it, if anything did not hold. The same seed draws the same
+requests and faults; how they meet depends on the machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import gc
+import secrets
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+TESTS = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(TESTS), str(TESTS.parent), str(TESTS.parent / "proto"), str(Path(__file__).parent)]
+
+import psutil  # noqa: E402
+import torch  # noqa: E402
+from chaos_checks import (  # noqa: E402
+    Baseline,
+    Stored,
+    check_files,
+    check_logs,
+    check_requests,
+    lines_about,
+    read_store,
+    settled,
+)
+from chaos_clients import Channels, Client, Pulse, Stub, Wrong, download  # noqa: E402
+from chaos_faults import Chaos  # noqa: E402
+from chaos_plan import CALLERS, FLUX, PICTURES, WAN, Picture, Plan, make_plan  # noqa: E402
+from chaos_processes import Fleet, credentials  # noqa: E402
+from chaos_report import Report  # noqa: E402
+from redis.asyncio import Redis  # noqa: E402
+
+from common.state.connection import connect  # noqa: E402
+from fleet.v1 import generation_pb2 as pb  # noqa: E402
+from local_fleet import open_fleet  # noqa: E402
+from redis_servers import until  # noqa: E402
+from tiny_flux import build_tiny_flux  # noqa: E402
+from tiny_wan import build_tiny_wan  # noqa: E402
+
+COORDINATORS, WORKERS = 3, 2
+_SILENT_SECONDS = 60.0  # after which a run without any event is given up
+
+References = Mapping[Picture, Sequence[bytes]]
+
+
+def build_models(directory: Path) -> dict[str, Path]:
+    """The checkpoints that are served, by name."""
+    return {FLUX: build_tiny_flux(directory / FLUX), WAN: build_tiny_wan(directory / WAN)}
+
+
+def make_references(models: Mapping[str, Path]) -> References:
+    """What each picture's files are, computed in this process by the same stages, with as many threads as there."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    references: dict[Picture, Sequence[bytes]] = {}
+    for name, path in models.items():
+        local = open_fleet(f"{name}={path}")
+        for picture in (each for each in PICTURES if each.model == name):
+            references[picture] = [item.data.numpy().tobytes() for item in local.media(**picture.given).items]
+        local.close()
+    torch.set_num_threads(threads)
+    return references
+
+
+class Run:
+    """One run: a fleet, its clients, and the chaos."""
+
+    def __init__(self, plan: Plan, fleet: Fleet, redis: Redis, references: References) -> None:
+        self._plan = plan
+        self._fleet = fleet
+        self._redis = redis
+        self._references = references
+        self._channels = Channels()
+        self._pulse = Pulse()
+        self._clients = [Client(order, fleet, self._channels, self._pulse, plan.seed) for order in plan.orders]
+        self._chaos = Chaos(fleet, redis, self._clients, self._channels)
+        self._baseline = Baseline()
+        self._findings: list[str] = []
+        self._stored: dict[str, Stored] = {}
+        self._warmed: list[str] = []
+
+    async def run(self) -> Report:
+        """Start, torment, check, stop."""
+        began = time.monotonic()
+        try:
+            await self._fleet.start()
+            await self._warm_up()
+            striking = asyncio.create_task(self._chaos.run(self._plan.faults, self._pulse))
+            await self._serve_orders()
+            await self._end_faults(striking)
+            await self._check()
+        finally:
+            await self._chaos.stop()
+            await self._channels.close()
+        await self._fleet.stop()
+        self._findings += self._fleet.findings + self._chaos.peers.findings + check_logs(self._fleet)
+        outcomes = [client.outcome for client in self._clients]
+        seconds = time.monotonic() - began
+        details = self._details() if self._findings else ()
+        return Report(self._plan, seconds, outcomes, self._stored, self._chaos.strikes, self._findings, details)
+
+    async def _warm_up(self) -> None:
+        """Wait for all workers, and let every coordinator and every stage serve once."""
+        coordinators = self._fleet.of(coordinators=True)
+        await asyncio.gather(*(self._warm(self._channels.stub(each.target)) for each in coordinators))
+        self._baseline.measure(self._fleet)
+
+    async def _warm(self, stub: Stub) -> None:
+        key = credentials(CALLERS[0])
+
+        async def sees_everybody() -> bool:
+            reply = await stub.ListModels(pb.ListModelsRequest(), wait_for_ready=True, metadata=key)
+            return all(service.workers == WORKERS for model in reply.models for service in model.services)
+
+        await until(sees_everybody)
+        for picture in PICTURES[:: len(PICTURES) // 2]:
+            request = pb.SubmitRequest(model=picture.model, parameters=picture.parameters)
+            accepted = await stub.Submit(request, metadata=key)
+            self._warmed.append(accepted.request.request_id)
+            watch = stub.Watch(pb.WatchRequest(request_id=self._warmed[-1]), metadata=key)
+            last = [reply.event async for reply in watch][-1]
+            assert last.state_change.state == pb.REQUEST_STATE_SUCCEEDED, last
+
+    async def _serve_orders(self) -> None:
+        """So many clients at a time, each with its orders one after the other."""
+        waiting = list(reversed(self._clients))
+
+        async def work() -> None:
+            while waiting:
+                client = waiting.pop()
+                try:
+                    await client.run()
+                except Wrong as wrong:
+                    self._findings.append(str(wrong))
+                self._pulse.order()
+
+        workers = [asyncio.create_task(work()) for _ in range(self._plan.clients)]
+        while not all(worker.done() for worker in workers):
+            await asyncio.wait(workers, timeout=1)
+            if time.monotonic() - self._pulse.beaten > _SILENT_SECONDS:
+                self._findings.append(f"nothing has happened for {_SILENT_SECONDS:g} s: {self._unfinished()}")
+                break
+        for worker in workers:
+            worker.cancel()
+        for failure in await asyncio.gather(*workers, return_exceptions=True):
+            if isinstance(failure, Exception):
+                raise failure
+
+    def _unfinished(self) -> str:
+        outcomes = [client.outcome for client in self._clients]
+        open_ones = [each for each in outcomes if each.heard and each.heard[-1].state_change.state < 3]
+        return ", ".join(f"order {each.order.number} is request {each.request_id}" for each in open_ones)
+
+    async def _end_faults(self, striking: asyncio.Task[None]) -> None:
+        """Let what still lasts come to its end, heal everything, and wait for the fleet to be whole."""
+        async with asyncio.timeout(self._plan.longest_seconds + _SILENT_SECONDS):
+            self._pulse.end()
+            await striking
+            await self._chaos.stop()
+            self._fleet.heal()
+            await until(self._fleet.is_complete)
+
+    async def _check(self) -> None:
+        outcomes = [client.outcome for client in self._clients]
+        await self._channels.close()
+        gc.collect()  # calls that broke off live on in the tracebacks of their errors, and keep their connections
+        self._findings += await settled(self._fleet, self._redis, self._baseline)
+        self._stored = await read_store(self._redis)
+        self._findings += check_requests(self._stored, outcomes, self._warmed)
+        heard = {outcome.request_id: outcome.files for outcome in outcomes if outcome.files}
+        stub = self._channels.stub(self._fleet.of(coordinators=True)[0].target)
+        for name, each in self._stored.items():
+            if each.record.state == pb.REQUEST_STATE_SUCCEEDED:
+                files = await download(stub, each.record.caller, name)
+                self._findings += check_files(name, each.record, files, self._references)
+                if heard.get(name, files) != files:
+                    self._findings.append(f"the client of request {name} got other bytes than are stored")
+
+    def _details(self) -> list[str]:
+        """What tells how it came to the findings."""
+        text = "\n".join(self._findings)
+        names = [name for name in self._stored if name in text]
+        streams = [f"{name}: {event}".replace("\n", " ") for name in names for event in self._stored[name].events]
+        schedule = [str(fault) for fault in self._plan.faults]
+        lines = lines_about(self._fleet, names)
+        return ["schedule:", *schedule, "what happened:", *self._fleet.story, "events:", *streams, "logs:", *lines]
+
+
+async def _run(plan: Plan, models: Mapping[str, Path], references: References, directory: Path) -> Report:
+    before = {child.pid for child in psutil.Process().children(recursive=True)}
+    fleet = Fleet(directory, models, plan.skews(), coordinators=COORDINATORS, workers=WORKERS, callers=CALLERS)
+    try:
+        async with connect(fleet.server.url) as redis:
+            report = await Run(plan, fleet, redis, references).run()
+    finally:
+        await fleet.close()
+    left = [child for child in psutil.Process().children(recursive=True) if child.pid not in before]
+    if left:
+        report.findings = [*report.findings, f"processes are left over: {left}"]
+    return report
+
+
+def run_chaos(plan: Plan, directory: Path) -> Report:
+    """Run a plan; the logs of its processes go to `directory`, whose path must be short enough for unix sockets."""
+    models = build_models(directory / "models")
+    return asyncio.run(_run(plan, models, make_references(models), directory))
+
+
+def explain(report: Report, directory: Path) -> str:
+    """The findings, and all that helps to find their cause."""
+    again = f"--requests {len(report.plan.orders)} --seed {report.plan.seed}"
+    lines = [*report.details, f"findings of {again} (logs are in {directory}):", *report.findings]
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run once, print the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--requests", type=int, default=60, help="pictures that the clients want (default: 60)")
+    parser.add_argument("--seed", type=int, help="of requests and faults (default: another one each time)")
+    parser.add_argument("--clients", type=int, default=6, help="clients at a time (default: 6)")
+    parser.add_argument("--faults", type=int, help="how many strike (default: one for two requests, 19 at least)")
+    parser.add_argument("--longest-seconds", type=float, default=3.0, help="that a fault lasts (default: 3)")
+    args = parser.parse_args(argv)
+    seed = secrets.randbits(32) if args.seed is None else args.seed
+    faults = args.requests // 2 if args.faults is None else args.faults
+    plan = make_plan(seed, args.requests, clients=args.clients, faults=faults, longest_seconds=args.longest_seconds)
+    directory = Path(tempfile.mkdtemp(prefix="chaos-"))
+    sys.stdout.write(f"seed {seed}\n")
+    report = run_chaos(plan, directory)
+    sys.stdout.write(f"{report.table()}\n")
+    if report.findings:
+        sys.stdout.write(f"{explain(report, directory)}\n")
+        return 1
+    shutil.rmtree(directory)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,212 @@
+"""A short chaos with one seed, and what shows that the long one would find something.
+
+The long one is a program: python tests/fleet/chaos/run_chaos.py --requests 1000
+"""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from chaos_checks import Stored, check_files, check_requests, check_store, read_store
+from chaos_clients import Outcome
+from chaos_links import Link
+from chaos_plan import PICTURES, Kind, Manner, Plan, make_plan
+from chaos_report import Denoising, Latency
+from redis.asyncio import Redis
+from run_chaos import explain, run_chaos
+
+from common.state.connection import command
+from common.state.records import ResultFile, state_event
+from common.state.requests import RequestStore
+from fleet.v1 import generation_pb2 as pb
+from redis_servers import run_on_empty_store, running_server
+
+SEED, REQUESTS, FAULTS = 1, 60, 24
+LONGEST_SECONDS = 2.0
+
+
+def plan(seed: int = SEED, requests: int = REQUESTS) -> Plan:
+    return make_plan(seed, requests, clients=6, faults=FAULTS, longest_seconds=LONGEST_SECONDS)
+
+
+def test_a_short_chaos_breaks_no_promise() -> None:
+    directory = Path(tempfile.mkdtemp(prefix="chaos-"))  # unix sockets want a short path
+    report = run_chaos(plan(), directory)
+    assert not report.findings, explain(report, directory)
+    assert {strike.fault.kind for strike in report.strikes} == set(Kind)
+    assert len(report.strikes) == FAULTS
+    assert len(report.stored) >= REQUESTS - sum(outcome.gave_up for outcome in report.outcomes)
+    assert "SIGKILL of a denoiser and its coordinator" in report.table()
+    shutil.rmtree(directory)
+
+
+def test_a_seed_draws_the_same_run_again() -> None:
+    assert plan(7) == plan(7)
+    assert plan(7).faults != plan(8).faults
+    assert plan(7).orders != plan(8).orders
+    assert {fault.kind for fault in plan(7).faults} == set(Kind)
+    assert {order.manner for order in plan(7).orders} == set(Manner)
+
+
+def outcome(name: str, manner: Manner = Manner.KEYED, **more: Any) -> Outcome:
+    order = next(order for order in plan().orders if order.manner is manner)
+    return Outcome(order, request_id=name, **more)
+
+
+def on_store(story: Callable[[Redis, RequestStore], Awaitable[None]]) -> None:
+    async def test(redis: Redis) -> None:
+        await story(redis, RequestStore(redis))
+
+    with running_server("valkey") as server:
+        run_on_empty_store(server.url, test)
+
+
+async def accepted(store: RequestStore, name: str) -> Outcome:
+    picture = PICTURES[0]
+    order = outcome(name).order
+    record = pb.RequestRecord(request_id=name, model=picture.model, parameters=picture.parameters, caller=order.caller)
+    admission = await store.admit(record)
+    return Outcome(order, request_id=name, heard=list(admission.events))
+
+
+def test_a_lost_or_unfinished_request_is_a_finding() -> None:
+    async def story(redis: Redis, store: RequestStore) -> None:
+        good, open_one = await accepted(store, "good"), await accepted(store, "open")
+        good.heard += await store.finish("good", pb.REQUEST_STATE_SUCCEEDED) or ()
+        stored = await read_store(redis)
+        assert not check_requests({"good": stored["good"]}, [good], ())
+        (finding,) = check_requests(stored, [good, outcome("gone")], ["open"])[1:]
+        assert "gone" in finding
+        assert "is lost" in finding
+        assert any("its events tell the ends []" in each for each in check_requests(stored, [good, open_one], ()))
+        good.heard.pop()
+        (finding,) = check_requests({"good": stored["good"]}, [good], ())
+        assert "has heard" in finding
+        stored["good"].record.caller = "somebody"
+        (finding,) = check_requests({"good": stored["good"]}, [good], ())
+        assert "is somebody's, and not" in finding
+
+    on_store(story)
+
+
+def test_an_end_twice_or_unexplained_is_a_finding() -> None:
+    async def story(redis: Redis, store: RequestStore) -> None:
+        for name in ("twice", "failed", "stray"):
+            await accepted(store, name)
+            await store.finish(name, pb.REQUEST_STATE_FAILED, error=pb.Error(message="by chance"))
+        stored = await read_store(redis)
+        stored["twice"].events.append(state_event(pb.REQUEST_STATE_FAILED))
+        found = check_requests({"twice": stored["twice"]}, [], ["twice"])
+        assert len(found) == 1
+        assert "its events tell the ends" in found[0]
+        (finding,) = check_requests({"failed": stored["failed"]}, [outcome("failed")], ())
+        assert "unexplained: by chance" in finding
+        found = check_requests({"stray": stored["stray"]}, [], ())
+        assert len(found) == 2  # nobody knows of it, and it has not even succeeded
+        cancelled, expired = state_event(pb.REQUEST_STATE_CANCELLED), state_event(pb.REQUEST_STATE_EXPIRED)
+        hurry = outcome("c", Manner.HURRY, heard=[expired])
+        explained = ((outcome("c", Manner.LEAVE, gave_up=True), cancelled), (hurry, expired))
+        unexplained = ((outcome("c"), cancelled), (outcome("c"), expired), (hurry, cancelled))
+        for each, end in (*explained, *unexplained):
+            record = pb.RequestRecord(state=end.state_change.state, caller=each.order.caller)
+            found = check_requests({"c": Stored(record, [end], 1)}, [each], ())
+            assert [finding for finding in found if "unexplained" in finding] == found
+            assert bool(found) == ((each, end) in unexplained)
+
+    on_store(story)
+
+
+def test_what_is_left_in_the_store_is_a_finding() -> None:
+    async def story(redis: Redis, store: RequestStore) -> None:
+        await accepted(store, "r")
+        assert any("fleet:open:flux left" in finding for finding in await check_store(redis))
+        file = ResultFile(pb.FileHeader(count=1, byte_size=1), [b"x"])
+        await store.finish("r", pb.REQUEST_STATE_SUCCEEDED, files=[file])
+        assert not await check_store(redis)
+        await command(redis, "HSET", "fleet:slots:flux/denoising", "ticket", "worker|owner")
+        await command(redis, "SET", "fleet:pace:flux/denoising", "1")
+        await command(redis, "ZADD", "fleet:shares:flux/denoising|100", "1", "caller")
+        await command(redis, "HSET", "fleet:work:flux/denoising", "caller", "1")
+        await command(redis, "HSET", "fleet:request:r", "left:denoising", "1")
+        assert await check_store(redis) == [
+            "the store keeps fleet:pace:flux/denoising for ever",
+            "the store has left:denoising left in fleet:request:r",
+            "the store keeps fleet:shares:flux/denoising|100 for ever",
+            "the store has fleet:slots:flux/denoising left",
+            "the store has fleet:work:flux/denoising left",
+        ]
+
+    on_store(story)
+
+
+def test_other_bytes_are_a_finding() -> None:
+    picture = PICTURES[0]
+    record = pb.RequestRecord(model=picture.model, parameters=picture.parameters)
+    assert not check_files("r", record, [b"png"], {picture: [b"png"]})
+    assert "other bytes" in check_files("r", record, [b"pnG"], {picture: [b"png"]})[0]
+
+
+def test_a_held_link_delivers_late_and_a_cut_one_never(tmp_path: Path) -> None:
+    async def story() -> None:
+        heard: asyncio.Queue[bytes] = asyncio.Queue()
+
+        async def listen(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            heard.put_nowait(await reader.read())
+            writer.close()
+
+        server = await asyncio.start_unix_server(listen, tmp_path / "s")
+        link = Link(tmp_path / "s")
+        await link.start()
+        link.hold()
+        _, writer = await asyncio.open_connection("127.0.0.1", link.port)
+        writer.write(b"late")
+        writer.close()  # the sender gives up
+        await asyncio.sleep(0)
+        assert heard.empty()
+        link.heal()
+        assert await heard.get() == b"late"
+        link.cut()
+        reader, writer = await asyncio.open_connection("127.0.0.1", link.port)
+        writer.write(b"never")
+        with suppress(ConnectionResetError):
+            assert not await reader.read()
+        link.heal()
+        await link.close()
+        server.close()
+        assert heard.empty()
+
+    asyncio.run(story())
+
+
+def test_a_skewed_clock_shows_in_every_way_to_read_it() -> None:
+    script = (
+        "import time, datetime; from datetime import datetime as d; true = time.time(); before = time.monotonic()\n"
+        "import clock_skew; clock_skew.skew_clock(3600)\n"
+        "dates = d.now(), datetime.datetime.now(datetime.UTC)\n"
+        "times = time.time(), time.time_ns() / 1e9, *(date.timestamp() for date in dates)\n"
+        "assert all(3590 < each - true < 3610 for each in times), times\n"
+        "assert time.monotonic() - before < 10\n"
+    )
+    subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parent, check=True)
+
+
+def progress(service: str, step: int, milliseconds: int = 0) -> pb.Event:
+    event = pb.Event(progress=pb.StageProgress(service=service, step=step, total_steps=9))
+    event.time.FromMilliseconds(milliseconds)
+    return event
+
+
+def test_the_table_counts_what_events_tell() -> None:
+    steps = [progress("denoising", step) for step in (0, 0, 1, 2, 3, 0, 0, 3, 4, 0, 1, 2)]
+    assert Denoising.of(steps) == Denoising(resumed=1, anew=1, redone=1 + 4)
+    latency = Latency()
+    latency.add(1_000, [progress("a", 0, 500), progress("a", 2, 900), progress("a", 0, 1_500), progress("a", 3, 1_700)])
+    assert (latency.detect, latency.recover) == ([0.5], [0.7])

@@ -1,0 +1,147 @@
+"""Starts services in a moment: a process that has imported all they need, and forks for each.
+
+    python warm_parent.py MODEL...
+
+It loads the models once and drops them, for the imports that this brings, and tells {"ready": PID}. Then it reads a
+JSON object a line from stdin, {"program", "arguments", "log", "skew"}, and answers {"started": PID} in order; it tells
+{"ended": PID, "code": N} of each that ends (N below 0 is a signal). At the end of stdin it kills those that are left.
+It has one thread only: a fork inherits locks, and of a pool of threads only the memory.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import os
+import selectors
+import signal
+import socket
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+TESTS = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(TESTS), str(TESTS.parent), str(TESTS.parent / "proto"), str(Path(__file__).parent)]
+
+import torch  # noqa: E402
+from clock_skew import skew_clock  # noqa: E402
+
+from models.catalog import open_model  # noqa: E402
+from models.loader import load_stages  # noqa: E402
+from models.registry import load_registry  # noqa: E402
+from services.coordinator.__main__ import main as coordinator  # noqa: E402
+from services.worker import main_for  # noqa: E402
+
+Main = Callable[[Sequence[str]], int]
+
+SERVICES = ("text_encoding", "latent_preparation", "denoising", "decoding")
+PROGRAMS: dict[str, Main] = {"coordinator": coordinator, **{service: main_for(service) for service in SERVICES}}
+_PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+def _run_child(order: dict[str, Any], parent: int) -> int:
+    """Become the program; returns its exit code."""
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        return 1
+    os.setsid()
+    with open(os.devnull, "rb") as nothing, open(order["log"], "ab") as log:
+        os.dup2(nothing.fileno(), 0)
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    if order["skew"]:
+        skew_clock(order["skew"])
+    return PROGRAMS[order["program"]](order["arguments"])
+
+
+class WarmParent:
+    """Takes orders until there are no more."""
+
+    def __init__(self) -> None:
+        self._children: set[int] = set()
+        self._woken, wakes = socket.socketpair()
+        self._woken.setblocking(False)
+        wakes.setblocking(False)
+        self._wakes = wakes
+        signal.set_wakeup_fd(wakes.fileno())
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(0, selectors.EVENT_READ)
+        self._selector.register(self._woken, selectors.EVENT_READ)
+
+    def serve(self) -> None:
+        """Fork as ordered, tell who ended."""
+        rest = b""
+        while True:
+            ready = [key.fileobj for key, _ in self._selector.select()]
+            if self._woken in ready:
+                self._woken.recv(4096)
+                self._reap()
+            if 0 in ready:
+                data = os.read(0, 1 << 16)
+                if not data:
+                    break
+                *lines, rest = (rest + data).split(b"\n")
+                for line in lines:
+                    self._fork(json.loads(line))
+        self._leave_signals()
+        for pid in self._children:
+            os.kill(pid, signal.SIGKILL)
+
+    def _leave_signals(self) -> None:
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+    def _fork(self, order: dict[str, Any]) -> None:
+        parent = os.getpid()
+        pid = os.fork()
+        if pid:
+            self._children.add(pid)
+            _tell({"started": pid})
+            return
+        code = 1
+        try:
+            self._leave_signals()
+            self._selector.close()
+            self._woken.close()
+            self._wakes.close()
+            code = _run_child(order, parent)
+        except SystemExit as ending:
+            code = ending.code if isinstance(ending.code, int) else 1
+        except BaseException:  # noqa: BLE001 -- the end of a process; its log tells why
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(code)
+
+    def _reap(self) -> None:
+        for pid in list(self._children):
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                self._children.remove(pid)
+                _tell({"ended": pid, "code": os.waitstatus_to_exitcode(status)})
+
+
+def _tell(answer: dict[str, int]) -> None:
+    os.write(1, json.dumps(answer).encode() + b"\n")
+
+
+def main(references: Sequence[str]) -> None:
+    """Import what the models need, say so, serve."""
+    torch.set_num_threads(1)
+    for reference in references:
+        model = open_model(reference, load_registry())
+        for spec in model.pipeline.services:
+            load_stages(model, spec, device=torch.device("cpu"), dtype=torch.float32)
+    gc.collect()
+    gc.freeze()  # or the first collection in a child would copy every page
+    _tell({"ready": os.getpid()})
+    WarmParent().serve()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,159 @@
+"""What is fuzzed behind a real server: every RPC of the fleet, health, reflection, and the connection itself."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import grpc
+from fuzz_inputs import Frames
+from fuzz_targets import PUBLIC, PUBLIC_SEEDS, SERVICES, Target, framed_seeds, public_service, stage_servicer, targets
+from grpc_health.v1 import health_pb2
+from grpc_reflection.v1alpha import reflection_pb2
+
+from common.rpc.client import open_channel
+from common.rpc.method import request_type, stage_method
+from common.rpc.options import ServerLimits
+from common.rpc.serving import FleetServer
+from fleet.v1 import worker_pb2, worker_pb2_grpc
+from models.catalog import open_model
+from models.registry import load_registry
+from raw_http2 import PREFACE, SETTINGS_TAKEN, call_headers, cancellation, frame, raw_connection
+from services.worker import WorkerService
+
+HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"]
+REFLECTION = reflection_pb2.DESCRIPTOR.services_by_name["ServerReflection"]
+WORKER = worker_pb2.DESCRIPTOR.services_by_name["WorkerService"]
+
+_SECONDS = 4.0
+_WATCH = "/grpc.health.v1.Health/Watch"
+# How no call may end, whatever it sent; the last is for what the server did not answer in time.
+_DEFECTS = {grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL, grpc.StatusCode.DEADLINE_EXCEEDED}
+
+
+@contextlib.contextmanager
+def all_targets(directory: Path) -> Iterator[list[Target]]:
+    """Those of fuzz_targets, and all that need a server."""
+    with targets(directory) as without, live_targets() as live:
+        yield [*without, *live]
+
+
+@contextlib.contextmanager
+def live_targets() -> Iterator[list[Target]]:
+    """One server with every service of the fleet, for as long as the block."""
+    loop = asyncio.new_event_loop()
+    with contextlib.closing(loop), ThreadPoolExecutor(1) as device, tempfile.TemporaryDirectory() as directory:
+        live = loop.run_until_complete(_Live.start(f"unix:{directory}/fuzz.sock", device))
+        try:
+            yield [*_call_targets(live, loop), _connection_target(live, loop)]
+        finally:
+            loop.run_until_complete(live.stop())
+            loop.run_until_complete(loop.shutdown_asyncgens())
+
+
+class _Live:
+    """The server, and a channel to it."""
+
+    def __init__(self, server: FleetServer, channel: grpc.aio.Channel) -> None:
+        self.server = server
+        self.channel = channel
+
+    @classmethod
+    async def start(cls, listen: str, device: ThreadPoolExecutor) -> _Live:
+        server = FleetServer(listen, limits=ServerLimits(request_seconds=1.0, handshake_seconds=1.0))
+        server.add(public_service(open_model("emoji", load_registry())).methods, str(PUBLIC.full_name))
+        for service in SERVICES:
+            servicer = stage_servicer(service, device)
+            server.add(servicer.methods, servicer.service_name)
+        info = worker_pb2.WorkerInfo(worker_id="fuzz")
+        worker_pb2_grpc.add_WorkerServiceServicer_to_server(WorkerService(info), server.grpc_server)
+        server.add(None, str(WORKER.full_name))
+        await server.start()
+        await server.set_ready(True)
+        return cls(server, open_channel(server.address))
+
+    async def stop(self) -> None:
+        await self.channel.close()
+        await self.server.drain(0)
+
+    async def call(self, path: str, frames: Frames) -> None:
+        """Send the frames; a stream of one message is what a single message is, on the wire."""
+        send: Any = self.channel.stream_stream(path)
+        call = send(iter(frames), timeout=_SECONDS)
+        code, details = grpc.StatusCode.OK, ""
+        try:
+            if path == _WATCH:  # goes on for as long as somebody watches
+                await call.read()
+                call.cancel()
+                return
+            async for reply in call:
+                assert isinstance(reply, bytes)
+        except grpc.aio.AioRpcError as error:
+            code, details = error.code(), error.details() or ""
+        assert code not in _DEFECTS, f"{code}: {details}"
+        assert await self.is_well()
+
+    async def is_well(self) -> bool:
+        """Whether it answers somebody else."""
+        check: Any = self.channel.unary_unary(
+            "/grpc.health.v1.Health/Check", response_deserializer=health_pb2.HealthCheckResponse.FromString
+        )
+        reply = await check(b"", timeout=_SECONDS)
+        return bool(reply.status == health_pb2.HealthCheckResponse.SERVING)
+
+
+def _call_targets(live: _Live, loop: asyncio.AbstractEventLoop) -> Iterator[Target]:
+    for method, seeds in _methods():
+        name = f"live.{method.containing_service.full_name}.{method.name}"
+        yield Target(name, _calling(live, loop, method), seeds, [method.input_type])
+
+
+def _methods() -> Iterator[tuple[Any, list[Frames]]]:
+    """The descriptor of every RPC, with right inputs."""
+    for method in PUBLIC.methods:
+        yield method, [(each.SerializeToString(),) for each in PUBLIC_SEEDS[method.name]]
+    for service in SERVICES:
+        yield stage_method(service), framed_seeds(request_type(stage_method(service)))
+    yield WORKER.methods_by_name["GetModelInfo"], [(b"",)]
+    watched = health_pb2.HealthCheckRequest(service="fleet.v1.GenerationService").SerializeToString()
+    for check in HEALTH.methods:
+        yield check, [(b"",), (watched,)]
+    asked = reflection_pb2.ServerReflectionRequest
+    ways = (
+        asked(list_services=""),
+        asked(file_containing_symbol="fleet.v1.WorkerService"),
+        asked(file_by_filename="x"),
+    )
+    yield REFLECTION.methods[0], [tuple(each.SerializeToString() for each in ways)]
+
+
+def _calling(live: _Live, loop: asyncio.AbstractEventLoop, method: Any) -> Callable[[Frames], None]:
+    path = f"/{method.containing_service.full_name}/{method.name}"
+
+    def run(frames: Frames) -> None:
+        loop.run_until_complete(live.call(path, frames if method.client_streaming else (b"".join(frames),)))
+
+    return run
+
+
+def _connection_target(live: _Live, loop: asyncio.AbstractEventLoop) -> Target:
+    """Bytes that come before there is a call: of HTTP/2, and of headers."""
+    ask = call_headers(b"/fleet.v1.GenerationService/ListModels", [(b"authorization", b"Bearer x"), (b"a-bin", b"AA")])
+    body = frame(0, 1, 1, b"\0\0\0\0\0")
+    odd = call_headers(b"/x/\xff", [(b"grpc-timeout", b"1S")], ended=True)
+    ping = frame(6, 0, 0, bytes(8))
+    seeds: list[Frames] = [(PREFACE, SETTINGS_TAKEN, ask, body), (PREFACE, ping, odd), (PREFACE, ask, cancellation(1))]
+
+    async def send(frames: Frames) -> None:
+        async with raw_connection(live.server.address) as connection:
+            with contextlib.suppress(ConnectionError):
+                await connection.greet()
+                await connection.send(*frames)
+        assert await live.is_well()
+
+    return Target("live.connection", lambda frames: loop.run_until_complete(send(frames)), seeds)

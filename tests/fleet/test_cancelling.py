@@ -1,0 +1,156 @@
+"""A request that nobody wants any more, however that shows: its worker is free within a step, and nothing stays."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+
+import pytest
+from prometheus_client import REGISTRY
+
+from common.stage import Call
+from common.state.connection import connect
+from coordinator_fleet import FakeFleet, Gate, Stub, emoji, running_fleet, submission, terminal
+from fleet.v1 import generation_pb2 as pb
+from redis_servers import running_server, until
+
+STEPS = 8
+DONE = 3
+INPUT_BYTES = 2 << 20
+"""The buffers of the denoiser's call: embeddings of 1.2 MB, in grains of a MiB; all else rides in the header."""
+
+Way = Callable[[Stub, pb.SubmitRequest], AsyncIterator[str]]
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    with running_server("valkey") as server:
+        yield server.url
+
+
+def run(url: str, test: Callable[[FakeFleet], Awaitable[None]]) -> None:
+    async def main() -> None:
+        async with asyncio.timeout(60), running_fleet(url, emoji()) as fleet:
+            await test(fleet)
+
+    asyncio.run(main())
+
+
+class Steps:
+    """A loop that does a few steps and stays in the next one until the test opens it, or it is cancelled."""
+
+    def __init__(self) -> None:
+        self.gate = Gate()
+
+    def __call__(self, call: Call) -> None:
+        for step in range(1, STEPS + 1):
+            call.progress(step, STEPS)
+            if step == DONE:
+                self.gate(call)
+
+
+async def by_call(stub: Stub, request: pb.SubmitRequest) -> AsyncIterator[str]:
+    """Somebody calls CancelRequest."""
+    name = (await stub.Submit(request)).request.request_id
+    yield name
+    await stub.CancelRequest(pb.CancelRequestRequest(request_id=name))
+
+
+async def by_leaving(stub: Stub, request: pb.SubmitRequest) -> AsyncIterator[str]:
+    """The caller of Generate goes away."""
+    call = stub.Generate(pb.GenerateRequest(request=request))
+    yield (await anext(aiter(call))).accepted.request_id
+    call.cancel()
+
+
+async def by_deadline(stub: Stub, request: pb.SubmitRequest) -> AsyncIterator[str]:
+    """The request's deadline passes; it is long enough for its steps to be told."""
+    request.deadline.GetCurrentTime()
+    request.deadline.seconds += 3
+    yield (await stub.Submit(request)).request.request_id
+
+
+async def left_in(url: str) -> list[bytes | str]:
+    """Keys of queues, slots, open work and checkpoints."""
+    async with connect(url) as redis:
+        kinds = ("queue", "waiting", "slots", "work", "open", "checkpoint", "cancels")
+        return [key for kind in kinds for key in await redis.keys(f"fleet:{kind}:*")]
+
+
+def metric() -> float:
+    return REGISTRY.get_sample_value("fleet_steps_saved_total", {"model": "emoji"}) or 0.0
+
+
+@pytest.mark.parametrize(
+    ("way", "end"),
+    [
+        (by_call, pb.REQUEST_STATE_CANCELLED),
+        (by_leaving, pb.REQUEST_STATE_CANCELLED),
+        (by_deadline, pb.REQUEST_STATE_EXPIRED),
+    ],
+)
+def test_the_worker_takes_the_next_request_and_nothing_is_left(
+    url: str, way: Way, end: pb.RequestState.ValueType
+) -> None:
+    async def story(fleet: FakeFleet) -> None:
+        steps = Steps()
+        fleet.scripts["denoising"].work = steps
+        await fleet.add_workers(["text_encoding", "latent_preparation", "decoding"])
+        worker = await fleet.add_worker("denoising")
+        coordinator, stub = await fleet.add_coordinator(step_seconds=0.0)
+        request = submission()
+        request.parameters.num_inference_steps = STEPS
+        before = metric()
+        unwanted = way(stub, request)
+        name = await anext(unwanted)
+        await steps.gate.wait_reached()
+        async for reply in stub.Watch(pb.WatchRequest(request_id=name)):
+            if reply.event.progress.step == DONE:
+                break
+        assert not [_ async for _ in unwanted]
+        change = (await terminal(stub, name))[-1].state_change
+        assert (change.state, change.steps_saved) == (end, STEPS - DONE)
+        assert metric() - before == STEPS - DONE
+        record = (await stub.GetRequest(pb.GetRequestRequest(request_id=name))).request
+        assert record.steps_saved == STEPS - DONE
+
+        async def nothing_is_left() -> bool:
+            gc.collect()
+            buffers = worker.servicer.pool.idle_bytes == INPUT_BYTES
+            return buffers and not coordinator.artifact_memory.used_bytes and not await left_in(url)
+
+        await until(nothing_is_left)
+        assert worker.servicer.in_flight == 0
+        steps.gate.opened.set()
+        again = (await stub.Submit(submission())).request.request_id
+        change = (await terminal(stub, again))[-1].state_change
+        assert (change.state, change.steps_saved) == (pb.REQUEST_STATE_SUCCEEDED, 0)
+        assert fleet.scripts["denoising"].calls == [name, again]
+        await until(nothing_is_left)
+
+    run(url, story)
+
+
+def test_a_request_that_waits_is_cancelled_with_all_its_steps(url: str) -> None:
+    async def story(fleet: FakeFleet) -> None:
+        gate = Gate()
+        fleet.scripts["text_encoding"].work = gate
+        await fleet.add_workers()
+        _, stub = await fleet.add_coordinator()
+        running = (await stub.Submit(submission())).request.request_id
+        await gate.wait_reached()
+        request = submission()
+        request.parameters.num_inference_steps = STEPS
+        waiting = (await stub.Submit(request)).request.request_id
+        await stub.CancelRequest(pb.CancelRequestRequest(request_id=waiting))
+        assert (await terminal(stub, waiting))[-1].state_change.steps_saved == STEPS
+        gate.opened.set()
+        assert (await terminal(stub, running))[-1].state_change.state == pb.REQUEST_STATE_SUCCEEDED
+
+        async def nothing_is_left() -> bool:
+            return not await left_in(url)
+
+        await until(nothing_is_left)
+
+    run(url, story)

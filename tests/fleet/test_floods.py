@@ -1,0 +1,308 @@
+"""Peers that mean ill: they connect and say nothing, open calls and send nothing, or send what no library sends."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2
+
+from certificates import Authority
+from common.errors import Unauthenticated
+from common.rpc.client import open_channel
+from common.rpc.interceptor import Admit, admit_all
+from common.rpc.options import ServerLimits
+from common.rpc.serving import FleetServer
+from common.rpc.tls import Shown, read_authority, read_identity, server_credentials
+from coordinator_fleet import FakeFleet, emoji, running_fleet
+from fleet.v1 import generation_pb2 as pb
+from raw_http2 import SETTINGS_TAKEN, RawConnection, call_headers, cancellation, raw_connection
+from redis_servers import running_server
+
+PATH = b"/fleet.v1.TestService/Ask"
+CHECK = b"/grpc.health.v1.Health/Check"
+SERVICE = "fleet.v1.TestService"
+OFTEN = 200
+
+
+class Answers:
+    """A service of one method, which answers with what it was sent, once it may."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.methods: dict[str, Any] = {"Ask": grpc.unary_unary_rpc_method_handler(self._answer)}
+
+    async def _answer(self, request: bytes, _: object) -> bytes:
+        self.asked += 1
+        await self.gate.wait()
+        return request
+
+
+@asynccontextmanager
+async def served(
+    limits: ServerLimits | None = None,
+    *,
+    admit: Admit = admit_all,
+    credentials: grpc.ServerCredentials | None = None,
+) -> AsyncIterator[tuple[FleetServer, Answers]]:
+    server, answers = FleetServer("127.0.0.1:0", limits=limits, admit=admit, credentials=credentials), Answers()
+    server.add(answers.methods, SERVICE)
+    await server.start()
+    await server.set_ready(True)
+    try:
+        yield server, answers
+    finally:
+        answers.gate.set()
+        await server.drain(0)
+
+
+def run(test: Callable[[], Awaitable[None]]) -> None:
+    async def main() -> None:
+        async with asyncio.timeout(60):
+            await test()
+
+    asyncio.run(main())
+
+
+async def is_well(server: FleetServer) -> bool:
+    """Whether it answers a usual client, on a connection of its own."""
+    async with open_channel(server.address) as channel:
+        check: Any = channel.unary_unary(
+            CHECK.decode(), response_deserializer=health_pb2.HealthCheckResponse.FromString
+        )
+        ask: Any = channel.unary_unary(PATH.decode())
+        status = (await check(b"", timeout=10)).status
+        echo = await ask(b"hello", timeout=10)
+    return bool(status == health_pb2.HealthCheckResponse.SERVING and echo == b"hello")
+
+
+def ended(code: grpc.StatusCode) -> bytes:
+    """How a call's end with this code looks on a new connection."""
+    number = str(code.value[0]).encode()
+    return b"grpc-status" + bytes((len(number),)) + number
+
+
+@asynccontextmanager
+async def greeted(address: str) -> AsyncIterator[RawConnection]:
+    """A connection that is past the handshake."""
+    async with raw_connection(address) as connection:
+        await connection.greet()
+        await connection.until(SETTINGS_TAKEN)
+        yield connection
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():  # noqa: ASYNC110 -- nothing tells
+        await asyncio.sleep(0.002)
+
+
+@pytest.mark.parametrize("path", [b"/x/\xff", b"\xff\xfe", b"/fleet.v1.TestService/Ask\xc3", b"/", b"/fleet.v1.X/Y"])
+def test_no_path_ends_a_server(path: bytes) -> None:
+    """In grpcio 1.85 one that is not UTF-8 does: common.rpc.aio_server tells how."""
+
+    async def test() -> None:
+        async with served() as (server, _):
+            for _ in range(3):
+                async with raw_connection(server.address) as connection:
+                    await connection.greet()
+                    await connection.send(call_headers(path, ended=True))
+                    await connection.until(ended(grpc.StatusCode.UNIMPLEMENTED))
+            assert await is_well(server)
+
+    run(test)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        (b"x-text", b"\xff\xfe"),
+        (b"x-file-bin", b"!!!"),
+        (b"grpc-timeout", b"99999999999H"),
+        (b"grpc-timeout", b"-1S"),
+        (b"grpc-encoding", b"none-such"),
+        (b"authorization", b"Bearer \xff"),
+        (b"content-type", b"\x00"),
+    ],
+)
+def test_no_metadata_ends_a_server(header: tuple[bytes, bytes]) -> None:
+    async def test() -> None:
+        async with served() as (server, _):
+            for path in (PATH, CHECK):
+                async with raw_connection(server.address) as connection:
+                    await connection.greet()
+                    await connection.send(call_headers(path, [header]), cancellation(1))
+            assert await is_well(server)
+            await until(lambda: not server.gate.in_flight)
+
+    run(test)
+
+
+def test_calls_of_unknown_methods_are_refused_in_any_number() -> None:
+    async def test() -> None:
+        async with served() as (server, _), open_channel(server.address) as channel:
+            ask: Any = channel.unary_unary("/fleet.v1.TestService/Unknown")
+            codes = await asyncio.gather(*(ask(b"").code() for _ in range(OFTEN)))
+            assert set(codes) == {grpc.StatusCode.UNIMPLEMENTED}
+            assert await is_well(server)
+
+    run(test)
+
+
+def credentials_of(authority: Authority) -> grpc.ServerCredentials:
+    issued = authority.issue("worker")
+    identity = read_identity(issued.cert, issued.key)
+    assert identity is not None
+    shown = Shown(identity, read_authority(authority.ca))
+    return server_credentials(lambda: (1, shown))
+
+
+@pytest.mark.parametrize("tls", [False, True])
+@pytest.mark.parametrize("sent", [b"", b"\x16\x03\x01\x02\x00\x01\x00", b"PRI * HTTP/2.0\r\n"])
+def test_a_handshake_that_never_ends_is_ended(tls: bool, sent: bytes, tmp_path: Path) -> None:
+    limits = ServerLimits(handshake_seconds=0.2)
+
+    async def test() -> None:
+        credentials = credentials_of(Authority(tmp_path)) if tls else None
+        async with served(limits, credentials=credentials) as (server, _), AsyncExitStack() as stack:
+            halves = [await stack.enter_async_context(raw_connection(server.address)) for _ in range(20)]
+            for half in halves:
+                await half.send(sent)
+            for half in halves:
+                await half.until_closed()
+
+    run(test)
+
+
+def test_a_connection_without_calls_is_closed_and_one_with_a_call_is_not() -> None:
+    limits = ServerLimits(connection_idle_seconds=0.2)
+
+    async def test() -> None:
+        async with served(limits) as (server, answers), open_channel(server.address) as channel:
+            answers.gate.clear()
+            ask: Any = channel.unary_unary(PATH.decode())
+            call = ask(b"hello")
+            await until(lambda: bool(answers.asked))
+            async with greeted(server.address) as idle:
+                await idle.until_closed()
+            answers.gate.set()
+            assert await call == b"hello"
+
+    run(test)
+
+
+def test_there_is_an_end_to_connections() -> None:
+    async def test() -> None:
+        async with served(ServerLimits(connections=3)) as (server, _):
+            async with AsyncExitStack() as stack:
+                for _ in range(3):
+                    await stack.enter_async_context(greeted(server.address))
+                for _ in range(20):
+                    async with raw_connection(server.address) as beyond:
+                        assert await beyond.until_closed() == b""
+            while True:  # It may take a moment to notice that they are gone.
+                try:
+                    assert await is_well(server)
+                except grpc.aio.AioRpcError:
+                    continue
+                break
+
+    run(test)
+
+
+@pytest.mark.parametrize("path", [PATH, CHECK])
+def test_a_call_without_a_request_is_ended(path: bytes) -> None:
+    async def test() -> None:
+        async with served(ServerLimits(request_seconds=0.2)) as (server, answers):
+            async with raw_connection(server.address) as connection:
+                await connection.greet()
+                await connection.send(call_headers(path))
+                assert b"no request came for 0.2 s" in await connection.until(ended(grpc.StatusCode.DEADLINE_EXCEEDED))
+            async with raw_connection(server.address) as connection:
+                await connection.greet()
+                await connection.send(call_headers(path, ended=True))
+                await connection.until(ended(grpc.StatusCode.INVALID_ARGUMENT))
+            assert not answers.asked
+            assert await is_well(server)
+
+    run(test)
+
+
+def test_calls_without_a_request_count() -> None:
+    async def test() -> None:
+        async with served(ServerLimits(calls=5)) as (server, _):
+            async with raw_connection(server.address) as connection:
+                await connection.greet()
+                await connection.send(*(call_headers(PATH, stream=number) for number in range(1, 11, 2)))
+                await until(lambda: server.gate.in_flight == 5)
+                async with raw_connection(server.address) as beyond:
+                    await beyond.greet()
+                    await beyond.send(call_headers(PATH))
+                    await beyond.until(ended(grpc.StatusCode.RESOURCE_EXHAUSTED))
+            await until(lambda: not server.gate.in_flight)
+            assert await is_well(server)
+
+    run(test)
+
+
+def refuse(_: object) -> None:
+    raise Unauthenticated("who is calling?")
+
+
+def test_a_caller_that_is_refused_is_refused_before_its_request_is_read() -> None:
+    async def test() -> None:
+        async with served(admit=refuse) as (server, answers):
+            async with raw_connection(server.address) as connection:
+                await connection.greet()
+                await connection.send(call_headers(PATH))
+                await connection.until(ended(grpc.StatusCode.UNAUTHENTICATED))
+            async with open_channel(server.address) as channel:
+                ask: Any = channel.unary_unary(PATH.decode())
+                for size in (1, 15 << 20):
+                    call = ask(bytes(size))
+                    assert await call.code() == grpc.StatusCode.UNAUTHENTICATED
+                    assert await call.details() == "who is calling?"
+            assert not answers.asked
+
+    run(test)
+
+
+def test_calls_that_are_opened_and_cancelled_leave_nothing() -> None:
+    async def test() -> None:
+        async with served() as (server, _):
+            async with raw_connection(server.address) as connection:
+                await connection.greet()
+                for start in range(1, 2_000, 100):
+                    numbers = range(start, start + 100, 2)
+                    await connection.send(*(call_headers(PATH, stream=each) + cancellation(each) for each in numbers))
+            assert await is_well(server)
+            await until(lambda: not server.gate.in_flight)
+
+    run(test)
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    with running_server("valkey") as server:
+        yield server.url
+
+
+def test_a_coordinator_bounds_its_connections(url: str) -> None:
+    async def story(running: FakeFleet) -> None:
+        coordinator, stub = await running.add_coordinator(listen="127.0.0.1:0", max_connections=2)
+        assert await stub.ListModels(pb.ListModelsRequest())
+        async with greeted(coordinator.address), raw_connection(coordinator.address) as beyond:
+            assert await beyond.until_closed() == b""
+        assert await stub.ListModels(pb.ListModelsRequest())
+
+    async def main() -> None:
+        async with asyncio.timeout(60), running_fleet(url, emoji()) as running:
+            await story(running)
+
+    asyncio.run(main())

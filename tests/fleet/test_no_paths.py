@@ -1,0 +1,66 @@
+"""Texts of requests that name files, of which no process of the fleet takes any for a path."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from common.errors import FleetError
+from models.catalog import open_model
+from models.registry import load_registry
+from served_fleet import ServedFleet, served_fleet
+
+SECRET = "secret-of-this-machine"
+
+_watching: list[list[str]] = []
+
+
+def _hook(event: str, arguments: tuple[object, ...]) -> None:
+    """What Python tells of every file, process, module and evaluated text; hooks stay for good."""
+    if _watching and event.startswith(("open", "os.", "subprocess.", "import", "exec", "compile", "glob.", "shutil.")):
+        told = repr(arguments)
+        if SECRET in told:
+            _watching[-1].append(f"{event}{told}")
+
+
+sys.addaudithook(_hook)
+
+
+@contextmanager
+def touched() -> Iterator[list[str]]:
+    """What this process, whichever thread of it, does within with something of that name."""
+    _watching.append([])
+    try:
+        yield _watching[-1]
+    finally:
+        _watching.pop()
+
+
+@pytest.fixture(scope="module")
+def fleet() -> Iterator[ServedFleet]:
+    with served_fleet([open_model("emoji", load_registry())]) as fleet:
+        yield fleet
+
+
+def test_no_text_of_a_request_is_a_path(fleet: ServedFleet, tmp_path: Path) -> None:
+    secret = tmp_path / f"{SECRET}.safetensors"
+    secret.write_bytes(b"secret")
+    small: dict[str, Any] = {"height": 64, "width": 64, "num_inference_steps": 1, "seed": 1}
+    for text in (str(secret), f"../../../..{secret}", secret.as_uri(), f"@{secret}", f"{secret}\0.png"):
+        with touched() as found:
+            fleet.generate("emoji", prompt=text, prompt_2=text, negative_prompt=text, true_cfg_scale=2.0, **small)
+            for given in ({"model": text}, {"model": "emoji", "images": {text: b"x"}}, {"model": "emoji", text: text}):
+                with suppress(FleetError):
+                    fleet.generate(prompt="x", **{**small, **given})
+        assert not found
+
+
+def test_a_touch_is_told(tmp_path: Path) -> None:
+    with touched() as found, suppress(OSError):
+        (tmp_path / SECRET).read_bytes()
+    assert found

@@ -1,0 +1,97 @@
+"""What callers notice when more is asked for than the fleet can do: fair turns, a bound in seconds, a time to wait."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+
+from common.errors import ResourceExhausted
+from common.rpc.status import from_rpc_error
+from common.state.connection import connect
+from coordinator_fleet import SERVICES, FakeFleet, Gate, emoji, running_fleet, submission, terminal
+from fleet.v1 import generation_pb2 as pb
+from redis_servers import running_server, until
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    with running_server("valkey") as server:
+        yield server.url
+
+
+def run(url: str, test: Callable[[FakeFleet], Awaitable[None]]) -> None:
+    async def main() -> None:
+        async with asyncio.timeout(60), running_fleet(url, emoji()) as fleet:
+            await test(fleet)
+
+    asyncio.run(main())
+
+
+def test_callers_take_turns_at_every_coordinator(url: str, tmp_path: Path) -> None:
+    names = ("greedy", "modest")
+    keys = tmp_path / "keys.toml"
+    digests = {name: hashlib.sha256(name.encode()).hexdigest() for name in names}
+    keys.write_text("".join(f'[callers.{name}]\nkey_sha256 = ["{digests[name]}"]\n' for name in names))
+
+    async def story(fleet: FakeFleet) -> None:
+        gate = Gate()
+        fleet.scripts["text_encoding"].work = gate
+        await fleet.add_workers()
+        stubs = [(await fleet.add_coordinator(api_keys=keys))[1] for _ in range(2)]
+        watcher = (await fleet.add_coordinator())[1]
+        owners: dict[str, str] = {}
+
+        async def submit(name: str, number: int) -> None:
+            key = (("authorization", f"Bearer {name}"),)
+            accepted = await stubs[number % 2].Submit(submission(), metadata=key)
+            owners[accepted.request.request_id] = name
+
+        async def all_wait() -> bool:
+            return (await watcher.ListModels(pb.ListModelsRequest())).models[0].services[0].queued == 6
+
+        await submit("greedy", 0)
+        await gate.wait_reached()
+        for number in range(1, 5):
+            await submit("greedy", number)
+        for number in range(2):
+            await submit("modest", number)
+        await until(all_wait)
+        gate.opened.set()
+        for request_id in owners:
+            assert (await terminal(watcher, request_id))[-1].state_change.state == pb.REQUEST_STATE_SUCCEEDED
+        order = [owners[request_id] for request_id in fleet.scripts["text_encoding"].calls]
+        assert order == ["greedy", "modest", "greedy", "modest", "greedy", "greedy", "greedy"]
+
+    run(url, story)
+
+
+def test_a_bound_in_seconds_tells_when_to_come_again(url: str) -> None:
+    async def story(fleet: FakeFleet) -> None:
+        gate = Gate()
+        fleet.scripts["denoising"].work = gate
+        await fleet.add_workers()
+        _, stub = await fleet.add_coordinator(queue_seconds=60.0)
+        first = (await stub.Submit(submission())).request.request_id
+        with pytest.raises(grpc.aio.AioRpcError, match="none has ended yet") as caught:
+            await stub.Submit(submission())
+        refusal = from_rpc_error(caught.value)
+        assert isinstance(refusal, ResourceExhausted)
+        assert refusal.retry_seconds == 60.0
+        gate.opened.set()
+        assert (await terminal(stub, first))[-1].state_change.state == pb.REQUEST_STATE_SUCCEEDED
+        async with connect(url) as redis:
+
+            async def measured() -> bool:
+                return len(await redis.keys("fleet:pace:*")) == len(SERVICES)
+
+            await until(measured)
+        accepted = [(await stub.Submit(submission())).request.request_id for _ in range(3)]
+        for request_id in accepted:
+            assert (await terminal(stub, request_id))[-1].state_change.state == pb.REQUEST_STATE_SUCCEEDED
+
+    run(url, story)

@@ -1,0 +1,132 @@
+"""Two text encoders that share their replies: the second gives what the first computed, byte for byte."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from prometheus_client import REGISTRY
+
+from common.artifacts import Conditioning, Prompt, Sampling
+from common.codec import pack, unpack
+from common.rpc.client import RemoteRunner, open_channel
+from common.state.connection import connect
+from common.tensors import TORCH
+from models.catalog import open_model
+from models.registry import load_registry
+from redis_servers import RedisServer, running_server, until
+from services.worker import WorkerSettings, start_worker
+from stage_server import Heard
+
+MODEL = open_model("emoji", load_registry())
+LONG = "a red apple " * 90  # is cut, with a warning
+
+
+@dataclass
+class Encoder:
+    """A worker, as its caller sees it."""
+
+    runner: RemoteRunner
+
+    async def encode(self, text: str) -> tuple[dict[str, torch.Tensor], list[Any]]:
+        """Embeddings of a prompt, and the warnings that came with them."""
+        heard = Heard()
+        given = {
+            "prompt": pack("prompt", Prompt(prompt=text, max_sequence_length=64), TORCH),
+            "sampling": pack("sampling", Sampling(num_inference_steps=1, seed=1), TORCH),
+        }
+        outputs = await self.runner(given, heard.call())
+        conditioning = unpack("text_conditioning", Conditioning, outputs["text_conditioning"], TORCH)
+        return dict(conditioning.prompt_embeds), heard.warnings
+
+
+@asynccontextmanager
+async def encoders(url: str, *dtypes: str) -> AsyncIterator[list[Encoder]]:
+    """Workers that share all they compute; each has encoded something, and so knows what that takes."""
+    async with AsyncExitStack() as stack:
+        found = []
+        for number, dtype in enumerate(dtypes):
+            settings = WorkerSettings(
+                model="emoji",
+                redis=url,
+                threads=1,
+                device="cpu",
+                dtype=dtype,  # type: ignore[arg-type]
+                cache_redis_bytes=64 << 20,
+                cache_redis_gain=0.0,
+            )
+            worker = await start_worker("text_encoding", MODEL, settings)
+            stack.push_async_callback(worker.stop, 5)
+            channel = await stack.enter_async_context(open_channel(worker.address))
+            contract = MODEL.pipeline.service("text_encoding").contract
+            encoder = Encoder(RemoteRunner(channel, "text_encoding", contract))
+            await encoder.encode(f"to begin with, {number}")
+            found.append(encoder)
+        yield found
+
+
+def computed() -> float:
+    labels = {"service": "text_encoding", "model": "emoji", "stage": "TextEncodingStage"}
+    return REGISTRY.get_sample_value("fleet_stage_seconds_count", labels) or 0.0
+
+
+def hits() -> float:
+    labels = {"service": "text_encoding", "model": "emoji", "result": "hit"}
+    return REGISTRY.get_sample_value("fleet_shared_cache_lookups_total", labels) or 0.0
+
+
+def run(test: Callable[[RedisServer], Awaitable[None]]) -> None:
+    async def main(server: RedisServer) -> None:
+        async with asyncio.timeout(60):
+            await test(server)
+
+    with running_server("valkey") as server:
+        asyncio.run(main(server))
+
+
+async def kept(url: str, count: int) -> None:
+    """Until so many replies are in the store."""
+
+    async def so_many() -> bool:
+        async with connect(url) as redis:
+            return len(await redis.keys("fleet:reply:*")) == count
+
+    await until(so_many)
+
+
+def test_what_one_worker_encoded_another_does_not_encode_again() -> None:
+    async def story(server: RedisServer) -> None:
+        async with encoders(server.url, "float32", "float32", "bfloat16") as (one, other, rounded):
+            texts = ("a red apple", LONG)
+            first = [await one.encode(text) for text in texts]
+            await kept(server.url, 5)
+            before, found = computed(), hits()
+            for text, (embeds, warnings) in zip(texts, first, strict=True):
+                for _ in range(2):  # from the store, and then from its own memory
+                    again, told = await other.encode(text)
+                    assert told == warnings
+                    assert embeds.keys() == again.keys()
+                    assert all(torch.equal(embeds[name], again[name]) for name in embeds)
+            assert any(warnings for _, warnings in first)
+            assert (computed(), hits()) == (before, found + 2)
+            await rounded.encode("a red apple")  # other numerics have other replies
+            assert (computed(), hits()) == (before + 1, found + 2)
+
+    run(story)
+
+
+def test_without_the_store_workers_encode_by_themselves() -> None:
+    async def story(server: RedisServer) -> None:
+        async with encoders(server.url, "float32", "float32") as (one, other):
+            embeds, _ = await one.encode("a red apple")
+            await kept(server.url, 3)
+            server.kill()
+            again, _ = await other.encode("a red apple")
+            assert all(torch.equal(embeds[name], again[name]) for name in embeds)
+            server.start()
+
+    run(story)

@@ -1,0 +1,183 @@
+"""The plans beside the models: whole, and refused where they do not fit. No ranks: what one of them would load."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from common.errors import InvalidInput
+from configs.models.dits.flux import FluxTransformerConfig
+from configs.models.dits.qwen_image import QwenImageTransformerConfig
+from configs.models.dits.wan import WanTransformerConfig
+from configs.pipeline_configs.flux import FluxPipelineConfig
+from flux_pair import Pair
+from models.catalog import open_model
+from models.dits.flux import FluxTransformer2DModel
+from models.dits.flux_plan import FLUX_PLAN
+from models.dits.qwen_image import QwenImageTransformer2DModel
+from models.dits.qwen_image_plan import QWEN_IMAGE_PLAN
+from models.dits.wan import WanTransformer3DModel
+from models.dits.wan_plan import WAN_PLAN
+from models.layers.attention import Attention
+from models.layers.mesh import AXES, Axis, Degrees, WorkerMesh
+from models.layers.parallel_plan import ParallelPlan, matches
+from models.layers.parallelize import parallelize
+from models.layers.shards import parameter_shards
+from models.layers.usp_attention import USPAttention
+from models.loader import load_module, load_stages, numerics_fingerprint
+from models.registry import load_registry
+from toy_checkpoint import build_toy_checkpoint, toy_family
+
+CPU = torch.device("cpu")
+WAN_I2V = WanTransformerConfig(in_channels=36, image_dim=1280, added_kv_proj_dim=5120)
+PLANS: dict[str, tuple[ParallelPlan, type[nn.Module], tuple[Any, ...]]] = {
+    "flux": (FLUX_PLAN, FluxTransformer2DModel, (FluxTransformerConfig(guidance_embeds=True),)),
+    "qwen-image": (QWEN_IMAGE_PLAN, QwenImageTransformer2DModel, (QwenImageTransformerConfig(),)),
+    "wan": (WAN_PLAN, WanTransformer3DModel, (WanTransformerConfig(), WAN_I2V)),
+}
+"""Plan, model and published configs of each family."""
+
+EVERY_PLAN = pytest.mark.parametrize(("plan", "kind", "configs"), PLANS.values(), ids=PLANS)
+
+
+def rank_of(degrees: Degrees, **places: int) -> WorkerMesh:
+    """One rank of a worker group whose others are not there: it can load, and not compute."""
+    return WorkerMesh(degrees, CPU, 0, {axis: Axis(degrees.of(axis), places.get(axis, 0)) for axis in AXES})
+
+
+def on_meta(kind: type[nn.Module], config: Any) -> nn.Module:
+    with torch.device("meta"):
+        return kind(config)
+
+
+@EVERY_PLAN
+def test_a_plan_names_nothing_that_is_not_there(
+    plan: ParallelPlan, kind: type[nn.Module], configs: tuple[Any, ...]
+) -> None:
+    paths = {path for config in configs for path, _ in on_meta(kind, config).named_modules()}
+    for pattern in (*plan.column, *plan.row, *plan.gathered, *plan.norms, *plan.segments, *plan.attention):
+        assert any(matches(path, pattern) for path in paths), pattern
+    for cut in plan.cuts:
+        assert cut.argument in inspect.signature(getattr(kind, cut.method)).parameters, cut
+    assert plan.join.stream in {cut.stream for cut in plan.cuts}
+    assert callable(getattr(kind, plan.join.method))
+
+
+@EVERY_PLAN
+def test_no_matrix_of_a_block_is_whole_on_every_rank(
+    plan: ParallelPlan, kind: type[nn.Module], configs: tuple[Any, ...]
+) -> None:
+    for config in configs:
+        model = on_meta(kind, config)
+        parallelize(model, plan, rank_of(Degrees(tp=2)), heads=config.num_attention_heads)
+        shards = parameter_shards(model)
+        whole = {name: value for name, value in model.named_parameters() if name not in shards}
+        assert not [name for name, value in whole.items() if "blocks." in name and value.ndim == 2]
+        held = sum(value.numel() for value in model.parameters())
+        everything = sum(value.numel() for value in on_meta(kind, config).parameters())
+        assert held / everything < 0.52, "of two ranks each holds half, and what is small besides"
+
+
+@EVERY_PLAN
+def test_attention_is_replaced_where_the_plan_says(
+    plan: ParallelPlan, kind: type[nn.Module], configs: tuple[Any, ...]
+) -> None:
+    """Without tp no weight is cut, and attention is replaced everywhere that the plan says."""
+    model = on_meta(kind, configs[0])
+    parallelize(model, plan, rank_of(Degrees(ulysses=2, ring=3)), heads=configs[0].num_attention_heads)
+    assert not parameter_shards(model)
+    replaced = [path for path, module in model.named_modules() if isinstance(module, USPAttention)]
+    assert replaced == [
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, Attention) and any(matches(path, pattern) for pattern in plan.attention)
+    ]
+    assert len({module.shards for module in model.modules() if isinstance(module, USPAttention)}) == 1
+
+
+def test_graphs_of_requests_with_chunks_of_equal_size_are_told_apart(dev: Pair) -> None:
+    """Of 13 and of 14 tokens the first of two ranks has 7; the other one does not, and both capture collectives."""
+    config = replace(FluxPipelineConfig.from_checkpoint(dev.ours.model.checkpoint), mesh=rank_of(Degrees(ulysses=2)))
+    transformer = load_module(dev.ours.model.checkpoint, "transformer", config)
+    shapes = []
+    for tokens in (13, 14):
+        prepared = transformer.prepare(
+            torch.ones(1, 1),
+            encoder_hidden_states=torch.zeros(1, tokens, 32),
+            pooled_projections=torch.zeros(1, 24),
+            guidance=torch.ones(1),
+            img_ids=torch.zeros(35, 3),
+            txt_ids=torch.zeros(tokens, 3),
+        )
+        shapes.append({name: tuple(value.shape) for name, value in prepared.constants.items()})
+    assert shapes[0]["text_BTD"] == shapes[1]["text_BTD"] == (1, 7, 64)
+    assert [each["text_length"] for each in shapes] == [(13, 0), (14, 0)]
+
+
+def test_a_plan_for_something_else_is_refused() -> None:
+    model = on_meta(FluxTransformer2DModel, FluxTransformerConfig(num_layers=1, num_single_layers=1))
+    plan = replace(FLUX_PLAN, column=("transformer_blocks.*.attn",))
+    with pytest.raises(TypeError, match=r"transformer_blocks\.0\.attn is JointAttention, .* for Linear"):
+        parallelize(model, plan, rank_of(Degrees(tp=2)), heads=24)
+    plan = replace(FLUX_PLAN, segments={"single_transformer_blocks.*.proj_out": (7, 4)})
+    with pytest.raises(ValueError, match="proj_out: 15360 cannot be cut into segments of"):
+        parallelize(model, plan, rank_of(Degrees(tp=2)), heads=24)
+
+
+@pytest.mark.parametrize(
+    ("path", "pattern", "expected"),
+    [
+        ("blocks.0.attn.to_q", "blocks.*.attn.to_[qkv]", True),
+        ("blocks.0.attn.to_out", "blocks.*.attn.to_[qkv]", False),
+        ("blocks.0.attn", "blocks.*", False),
+        ("single_blocks.0", "blocks.*", False),
+        ("", "", True),
+    ],
+)
+def test_patterns(path: str, pattern: str, expected: bool) -> None:
+    assert matches(path, pattern) is expected
+
+
+def test_each_rank_reads_what_it_holds(dev: Pair, caplog: pytest.LogCaptureFixture) -> None:
+    model = dev.ours.model
+    config = FluxPipelineConfig.from_checkpoint(model.checkpoint)
+    caplog.set_level(logging.INFO, "models.weights")
+    for index in range(4):
+        mesh = rank_of(Degrees(tp=4), tp=index)
+        transformer = load_module(model.checkpoint, "transformer", replace(config, mesh=mesh))
+        held = sum(value.nbytes for value in transformer.parameters())
+        assert isinstance(caplog.records[-1].args, tuple)
+        assert caplog.records[-1].args[:2] == ("transformer", held / 1e9)
+
+
+@pytest.mark.parametrize("degrees", [Degrees(tp=3), Degrees(tp=2, ulysses=4)], ids=str)
+def test_heads_that_do_not_divide(dev: Pair, degrees: Degrees) -> None:
+    model = dev.ours.model
+    spec = model.pipeline.service("denoising")
+    with pytest.raises(InvalidInput, match="the model has 4 attention heads"):
+        load_stages(model, spec, device=CPU, dtype=torch.float32, mesh=rank_of(degrees))
+
+
+@pytest.mark.parametrize("degrees", [Degrees(ring=2), Degrees(cfg=2)], ids=str)
+def test_a_family_without_a_plan(tmp_path: Path, degrees: Degrees) -> None:
+    with toy_family(tmp_path / "plugins") as plugins:
+        model = open_model(str(build_toy_checkpoint(tmp_path / "toy")), load_registry([plugins]))
+        spec = model.pipeline.service("denoising")
+        load_stages(model, spec, device=CPU, dtype=torch.float32, mesh=rank_of(Degrees()))
+        with pytest.raises(
+            InvalidInput, match=f"ToyPipeline has no parallel plan for denoising, .* they are {degrees}"
+        ):
+            load_stages(model, spec, device=CPU, dtype=torch.float32, mesh=rank_of(degrees))
+
+
+def test_numerics_differ_between_layouts() -> None:
+    prints = {numerics_fingerprint(CPU, torch.float32, degrees) for degrees in (Degrees(tp=2), Degrees(ring=2), None)}
+    assert len(prints) == 3
+    assert numerics_fingerprint(CPU, torch.float32, Degrees()) == numerics_fingerprint(CPU, torch.float32)

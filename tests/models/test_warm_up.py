@@ -1,0 +1,176 @@
+"""Made-up requests have the shapes of real ones, run through the denoising stage, and run before a worker is known."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from common.artifacts import Canvas, ImageInputs, Prompt, Sampling
+from common.errors import InvalidInput
+from common.local import HostedStages
+from common.stage import Call
+from common.state.connection import connect
+from common.state.workers import WorkerRegistry
+from models.catalog import ServedModel, open_model
+from models.loader import load_stages
+from models.registry import load_registry
+from models.stages.denoising import merge_conditioning
+from models.warm_up import STEPS, WarmUp
+from redis_servers import running_server
+from services.denoising import __main__ as denoising
+from services.denoising.settings import DenoisingSettings
+from services.worker import start_worker
+from tiny_qwen_image import build_tiny_qwen_image_edit
+from tiny_wan import build_tiny_wan_i2v
+from toy_checkpoint import build_toy_checkpoint, toy_family
+
+CPU = torch.device("cpu")
+Shapes = dict[str, dict[str, tuple[int, ...]]]
+
+
+def opened(reference: object) -> ServedModel:
+    return open_model(str(reference), load_registry())
+
+
+def shapes_of(values: Mapping[str, Any]) -> Shapes:
+    """Of everything that a loop's graphs depend on: conditioning of both branches, and latents by part."""
+    found: Shapes = {"positive": {}, "negative": {}, "latents": {}}
+    both = merge_conditioning(values["text_conditioning"], values.get("image_conditioning"))
+    found["positive"] = {name: tuple(value.shape) for name, value in both.prompt_embeds.items()}
+    found["negative"] = {name: tuple(value.shape) for name, value in both.negative_prompt_embeds.items()}
+    for slot in ("initial_latents", "image_latents"):
+        for name, part in values[slot].parts.items() if slot in values else ():
+            found["latents"][name] = (*part.latents.shape, *part.raw_latent_shape)
+    return found
+
+
+def encoded(model: ServedModel, params: Mapping[str, Any], picture: tuple[int, int] | None) -> dict[str, Any]:
+    """What real encoders and preparation make of a request, with a picture of that width and height."""
+    values: dict[str, Any] = {
+        "prompt": Prompt(prompt="a red apple", negative_prompt=""),
+        "canvas": Canvas(**{name: params[name] for name in ("height", "width", "num_frames") if name in params}),
+        "sampling": Sampling(num_inference_steps=STEPS, seed=0, guidance_scale=5.0, true_cfg_scale=1.0),
+    }
+    if picture is not None:
+        pixels = np.random.default_rng(0).integers(0, 256, (picture[1], picture[0], 3), np.uint8)
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, "PNG")
+        data = torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)
+        values["image_inputs"] = ImageInputs(images={"image": data})
+    for spec in model.pipeline.services:
+        if spec.service in ("denoising", "decoding"):
+            break
+        stages = HostedStages(spec.service, load_stages(model, spec, device=CPU, dtype=torch.float32))
+        given = {slot: values[slot] for slot in stages.contract.inputs if slot in values}
+        values |= stages.run(given, Call("real"))
+    return values
+
+
+@pytest.mark.parametrize(
+    ("build", "size", "picture"),
+    [(None, "32x48", None), (build_tiny_wan_i2v, "32x48x5", (48, 32))],
+    ids=["flux", "wan-i2v"],
+)
+def test_made_up_requests_have_the_shapes_of_real_ones(
+    tmp_path: Path, build: Callable[[Path], Path] | None, size: str, picture: tuple[int, int] | None
+) -> None:
+    model = opened("emoji" if build is None else build(tmp_path / "model"))
+    warm_up = WarmUp.parse(model, (size,))
+    (made_up,) = warm_up.inputs(torch.float32)
+    assert shapes_of(made_up) == shapes_of(encoded(model, warm_up.sizes[0].as_mapping(), picture))
+
+
+def test_an_edit_is_given_a_picture_of_its_own_size(tmp_path: Path) -> None:
+    (made_up,) = WarmUp.parse(opened(build_tiny_qwen_image_edit(tmp_path / "edit")), ("32x48",)).inputs(torch.bfloat16)
+    found = shapes_of(made_up)
+    assert found["latents"]["image"] == (1, 6, 64, 1, 1, 16, 4, 6)
+    # As Diffusers sizes a picture of these proportions: 832 x 1248 pixels.
+    assert found["latents"]["condition"] == (1, 52 * 78, 64, 1, 1, 16, 104, 156)
+    assert found["positive"] == found["negative"], "guidance is on by default"
+    assert made_up["text_conditioning"].prompt_embeds["encoder_hidden_states"].dtype == torch.bfloat16
+
+
+def test_the_loop_runs_a_few_steps_at_each_size(caplog: pytest.LogCaptureFixture) -> None:
+    model = opened("emoji")
+    spec = model.pipeline.service("denoising")
+    stages = HostedStages("denoising", load_stages(model, spec, device=CPU, dtype=torch.float32))
+    steps: list[tuple[int, int]] = []
+    call = Call("warm-up", on_progress=lambda *step: steps.append(step))
+    with caplog.at_level(logging.INFO, "models.warm_up"):
+        WarmUp.parse(model, ("16x32", "32x16")).run(stages.run, torch.float32, call)
+    assert steps == [(1, 3), (2, 3), (3, 3)] * 2
+    assert [line.rpartition(" in ")[0] for line in caplog.messages] == ["warmed up for 16x32", "warmed up for 32x16"]
+
+
+def test_a_size_that_is_rounded_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    (params,) = WarmUp.parse(opened("emoji"), ("35x32",)).sizes
+    assert params.height == 32
+    assert len(caplog.messages) == 1
+    assert "height 35 is not a multiple of 16; 32 is used instead" in caplog.messages[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("large", "'large' is no size to warm up for; it must be HEIGHTxWIDTH"),
+        ("64x", "HEIGHTxWIDTH"),
+        ("64x64x5", "warm_up 64x64x5: FluxPipeline has no parameter 'num_frames'"),
+        ("4x64", "warm_up 4x64: height must be at least 16"),
+        ("64x9999", "warm_up 64x9999: width must be a whole number from 1 to 8192"),
+    ],
+)
+def test_a_bad_size_is_refused_before_anything_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], text: str, words: str
+) -> None:
+    def start(*_: object, **__: object) -> None:
+        raise AssertionError("something was started")
+
+    monkeypatch.setattr(denoising, "serve", start)
+    flags = ["--model", "emoji", "--redis", "unix:///x", "--device", "cpu", "--warm-up", "64x64", "--warm-up", text]
+    assert denoising.main(flags) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_family_with_a_loop_of_its_own_is_refused(tmp_path_factory: pytest.TempPathFactory) -> None:
+    with toy_family(tmp_path_factory.mktemp("plugins") / "toy") as plugins:
+        toy = open_model(f"toy={build_toy_checkpoint(tmp_path_factory.mktemp('toy'))}", load_registry([plugins]))
+        assert WarmUp.parse(toy, ()).sizes == ()
+        with pytest.raises(InvalidInput, match="cannot be warmed up"):
+            WarmUp.parse(toy, ("64x64",))
+
+
+def test_a_worker_is_warm_before_it_is_known() -> None:
+    """The stages that it announces are those that the made-up requests ran through."""
+    model = opened("emoji")
+
+    async def live(url: str) -> int:
+        async with connect(url) as redis:
+            return len(await WorkerRegistry(redis).live("emoji", "denoising"))
+
+    with running_server("valkey") as server:
+        ran: list[tuple[str, int]] = []
+
+        class Watched(WarmUp):
+            def run(self, stages: Callable[[Mapping[str, Any], Call], object], dtype: torch.dtype, call: Call) -> None:
+                super().run(stages, dtype, call)
+                ran.append((call.request_id, asyncio.run(live(server.url))))
+
+        async def test() -> None:
+            settings = DenoisingSettings(model="emoji", redis=server.url, device="cpu", threads=1)
+            worker = await start_worker("denoising", model, settings, warm_up=Watched.parse(model, ("16x16",)))
+            try:
+                assert ran == [("warm-up", 0)]
+                assert await live(server.url) == 1
+            finally:
+                await worker.stop(0)
+
+        asyncio.run(asyncio.wait_for(test(), 60))

@@ -1,0 +1,42 @@
+"""Peers that speak TLS: what a worker is started with, who calls it, and how that ends."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import grpc
+
+from certificates import Authority, Certificate
+from common.errors import FleetError
+from common.rpc.client import get_model_info, open_channel
+from common.rpc.tls import Mutual, read_authority, read_identity
+from services.worker import WorkerSettings
+
+
+def tls_files(authority: Authority, *names: str) -> dict[str, Any]:
+    """The settings of a process that shows a certificate for these names."""
+    issued = authority.issue(*names)
+    return {"tls_ca": authority.ca, "tls_cert": issued.cert, "tls_key": issued.key}
+
+
+def mutual(believed: Authority, shown: Certificate) -> grpc.ChannelCredentials:
+    """What a client believes and shows."""
+    identity = read_identity(shown.cert, shown.key)
+    assert identity is not None
+    return Mutual(identity, read_authority(believed.ca)).channel()
+
+
+def worker_settings(store: str, **more: Any) -> WorkerSettings:
+    """Those of a worker of the toy model."""
+    given: dict[str, Any] = {"model": "toy", "redis": store, "threads": 1, "device": "cpu"} | more
+    return WorkerSettings(**given)
+
+
+async def outcome(address: str, credentials: grpc.ChannelCredentials | None, name: str = "worker") -> FleetError | None:
+    """How a call of a fleet method ends."""
+    async with open_channel(address, credentials, server_name=name) as channel:
+        try:
+            await get_model_info(channel)
+        except FleetError as error:
+            return error
+    return None

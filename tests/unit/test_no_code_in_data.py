@@ -1,0 +1,133 @@
+"""Nothing that comes from outside runs as code or names a file: no evaluation, no pickle, no files for requests."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDERS = ("common", "configs", "models", "services")
+
+# Whoever starts a process says which files it reads: settings, checkpoints, plugins, keys, the store's binary.
+FILES_BELONG_TO = {
+    "common/checkpoint.py",
+    "common/rpc/address.py",
+    "common/rpc/probe.py",
+    "common/rpc/tls.py",
+    "common/safetensors_header.py",
+    "common/settings.py",
+    "common/state/embedded.py",
+    "common/tether.py",
+    "common/watched.py",
+    "models/catalog.py",
+    "models/loader.py",
+    "models/registry.py",
+    "models/weights.py",
+    "services/coordinator/callers.py",
+    "services/coordinator/settings.py",
+    "services/coordinator/tokens.py",
+    "services/denoising/__main__.py",
+    "services/denoising/launcher.py",
+    "services/denoising/liveness.py",
+    "services/denoising/rank.py",
+    "services/worker.py",
+}
+COMMAND_LINE = "services/cli/"
+
+_CODE = {"eval", "exec", "compile", "__import__"}
+_FILES = {"pathlib", "os", "shutil", "tempfile", "glob", "subprocess", "fileinput", "linecache"}
+_PICKLED = {
+    "broadcast_object_list",
+    "all_gather_object",
+    "gather_object",
+    "scatter_object_list",
+    "send_object_list",
+    "recv_object_list",
+}
+
+
+def code_from_data(source: str) -> Iterator[str]:
+    """Calls that run what they are given, with their lines."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call) and (what := _runs(node)):
+            yield f"{node.lineno}: {what}"
+
+
+def _runs(call: ast.Call) -> str:
+    match call.func:
+        case ast.Name(name) if name in _CODE:
+            return name
+        case ast.Attribute(ast.Name("torch" | "np" | "numpy" | "joblib" | "yaml" as module), "load"):
+            return f"{module}.load"
+        case ast.Attribute(ast.Name("os"), "system" | "popen" as name):
+            return f"os.{name}"
+        case ast.Attribute(_, name) | ast.Name(name) if name in _PICKLED:
+            return f"{name}, which pickles"
+    for keyword in call.keywords:
+        if keyword.arg in ("shell", "trust_remote_code", "allow_pickle") and not _is_false(keyword.value):
+            return f"{keyword.arg}="
+    return ""
+
+
+def _is_false(value: ast.expr) -> bool:
+    return isinstance(value, ast.Constant) and value.value is False
+
+
+def files_of(source: str) -> Iterator[str]:
+    """Ways to the file system: modules that are imported, and open()."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.split(".")[0] in _FILES)
+        elif isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] in _FILES:
+            yield node.module
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "open":
+            yield "open"
+
+
+def sources() -> Iterator[tuple[str, str]]:
+    for folder in FOLDERS:
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            yield path.relative_to(ROOT).as_posix(), path.read_text(encoding="utf-8")
+
+
+def test_nothing_runs_what_it_is_given() -> None:
+    assert not [f"{path}:{found}" for path, source in sources() for found in code_from_data(source)]
+
+
+def test_files_are_read_where_processes_start_and_not_where_requests_go() -> None:
+    found = {path for path, source in sources() if list(files_of(source)) and not path.startswith(COMMAND_LINE)}
+    assert not found - FILES_BELONG_TO
+    assert not FILES_BELONG_TO - found, "these read no files any more: take them off the list"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "eval(text)",
+        "exec(text)",
+        "torch.load(file)",
+        "np.load(file)",
+        "yaml.load(file)",
+        "os.system(text)",
+        "subprocess.run(text, shell=True)",
+        "subprocess.run(text, shell=flag)",
+        "AutoModel.from_pretrained(path, trust_remote_code=True)",
+        "dist.broadcast_object_list(values)",
+        "all_gather_object(values, value)",
+    ],
+)
+def test_code_from_data_is_found(source: str) -> None:
+    assert list(code_from_data(source))
+
+
+@pytest.mark.parametrize("source", ["import os.path", "from pathlib import Path", "open(name)", "import shutil as s"])
+def test_ways_to_files_are_found(source: str) -> None:
+    assert list(files_of(source))
+
+
+@pytest.mark.parametrize("source", ["re.compile(text)", "json.load(file)", "model.eval()", "run(x, shell=False)"])
+def test_what_is_fine_is_left_alone(source: str) -> None:
+    assert not list(code_from_data(source))

@@ -1,0 +1,140 @@
+"""Pictures that say one size and hold another, or hold far more than their file: refused, and at no cost."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from collections.abc import Callable
+
+import pytest
+from PIL import Image, ImageFile, PngImagePlugin
+
+from common.artifacts import ImageInputs
+from common.errors import InvalidInput
+from common.image_header import MAX_PIXELS, MAX_TOTAL_PIXELS, ImageHeader, check_total_size
+from models.images import open_image, open_images
+from process_memory import measured_growth
+
+MOST_BYTES = 64 << 20
+BIG = 9_000
+EXPANDED = 256 << 20
+"""What a chunk of a few hundred KiB would become."""
+
+
+def encoded(kind: str, size: tuple[int, int] = (16, 16), **options: object) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", size, "red").save(file, kind, **options)
+    return file.getvalue()
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png(*extra: bytes, before: bytes = b"IDAT", size: tuple[int, int] = (16, 16)) -> bytes:
+    """A PNG with more chunks, which stand before the one of that name."""
+    data = encoded("PNG", size)
+    at = data.index(before) - 4
+    return data[:at] + b"".join(extra) + data[at:]
+
+
+def header_chunk(width: int, height: int) -> bytes:
+    return chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+
+
+def expanding() -> bytes:
+    packer, zeros = zlib.compressobj(1), bytes(1 << 20)
+    return b"".join(packer.compress(zeros) for _ in range(EXPANDED >> 20)) + packer.flush()
+
+
+def with_second_frame_header(width: int, height: int) -> bytes:
+    """A JPEG with one more start of frame, of another size."""
+    data = encoded("JPEG")
+    at = data.index(b"\xff\xc0")
+    size = struct.unpack(">H", data[at + 2 : at + 4])[0] + 2
+    other = bytearray(data[at : at + size])
+    other[5:9] = struct.pack(">HH", height, width)
+    return data[: at + size] + bytes(other) + data[at + size :]
+
+
+def with_canvas(width: int, height: int) -> bytes:
+    """A WebP whose canvas has another size than its one frame."""
+    frame = encoded("WEBP", lossless=True)[12:]
+    canvas = bytes(4) + struct.pack("<I", width - 1)[:3] + struct.pack("<I", height - 1)[:3]
+    body = b"WEBP" + b"VP8X" + struct.pack("<I", len(canvas)) + canvas + frame
+    return b"RIFF" + struct.pack("<I", len(body)) + body
+
+
+LIARS: dict[str, Callable[[], bytes]] = {
+    "PNG, then larger": lambda: png(header_chunk(BIG, BIG)),
+    "PNG, then smaller": lambda: png(header_chunk(1, 1), before=b"IEND", size=(64, 64)),
+    "PNG, header not first": lambda: encoded("PNG")[:8] + chunk(b"tEXt", b"a\0b") + encoded("PNG")[8:],
+    "JPEG, then larger": lambda: with_second_frame_header(BIG, BIG),
+    "JPEG, then smaller": lambda: with_second_frame_header(8, 8),
+    "WebP, larger canvas": lambda: with_canvas(8_000, 8_000),
+    "WebP, smaller canvas": lambda: with_canvas(8, 8),
+}
+
+
+@pytest.mark.parametrize("name", LIARS)
+def test_a_picture_that_says_two_sizes_is_refused(name: str) -> None:
+    words = {"PNG": "must come first, and once", "JPE": "in one place and", "Web": "cannot be decoded"}[name[:3]]
+    data = LIARS[name]()
+    with measured_growth() as growth, pytest.raises(InvalidInput, match=words) as caught:
+        open_image("image", data)
+    assert caught.value.field == "image"
+    assert growth.peak_bytes < MOST_BYTES
+
+
+@pytest.mark.parametrize("bound", [None, 16, 1 << 40])
+def test_the_bound_is_not_the_one_of_the_whole_process(bound: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", bound)
+    with pytest.raises(InvalidInput, match="image"):
+        open_image("image", LIARS["JPEG, then larger"]())
+    if bound != 16:
+        assert open_image("image", encoded("PNG")).size == (16, 16)
+    else:
+        with pytest.raises(InvalidInput, match="cannot be decoded"):
+            open_image("image", encoded("PNG"))
+
+
+@pytest.mark.parametrize("kind", [b"zTXt", b"iCCP", b"iTXt"])
+def test_text_and_profiles_that_expand_are_not_expanded(kind: bytes) -> None:
+    packed = expanding()
+    data = png(chunk(kind, b"a\0\1\0\0\0" + packed if kind == b"iTXt" else b"a\0\0" + packed))
+    assert len(data) < 2 << 20
+    with measured_growth() as growth, pytest.raises(InvalidInput, match="cannot be decoded"):
+        open_image("image", data)
+    assert growth.peak_bytes < MOST_BYTES
+
+
+def test_many_texts_that_expand_a_little_are_not_kept() -> None:
+    packed = zlib.compress(bytes((1 << 20) - 1))
+    data = png(*(chunk(b"zTXt", f"key{number}".encode() + b"\0\0" + packed) for number in range(500)))
+    with measured_growth() as growth, pytest.raises(InvalidInput, match="cannot be decoded"):
+        open_image("image", data)
+    assert growth.peak_bytes < 3 * MOST_BYTES
+
+
+def test_nothing_loosens_pillows_own_bounds() -> None:
+    """What stages import, this test has imported."""
+    assert Image.MAX_IMAGE_PIXELS is not None
+    assert Image.MAX_IMAGE_PIXELS >= MAX_PIXELS
+    assert PngImagePlugin.MAX_TEXT_CHUNK <= 1 << 20
+    assert PngImagePlugin.MAX_TEXT_MEMORY <= 64 << 20
+    assert not ImageFile.LOAD_TRUNCATED_IMAGES
+
+
+def test_there_is_an_end_to_pixels_of_all_pictures_together() -> None:
+    side = 2**13
+    headers = {f"image_{number}": ImageHeader("PNG", side, side) for number in range(MAX_TOTAL_PIXELS // side**2)}
+    check_total_size(headers)
+    with pytest.raises(InvalidInput, match="at most 134217728 pixels together") as caught:
+        check_total_size(headers | {"image": ImageHeader("PNG", 1, 1)})
+    assert caught.value.field == "images"
+    file = io.BytesIO()
+    Image.new("1", (side, side)).save(file, "PNG")
+    with measured_growth() as growth, pytest.raises(InvalidInput, match="pixels together"):
+        open_images(ImageInputs(images={f"image_{number}": file.getvalue() for number in range(3)}))
+    assert growth.peak_bytes < MOST_BYTES

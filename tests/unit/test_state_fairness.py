@@ -1,0 +1,164 @@
+"""Whose turn it is: callers of one priority get equal shares of a service's work, whatever each has waiting."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+
+import pytest
+from redis.asyncio import Redis
+
+from common.state.presence import Presence
+from common.state.slots import Rank, Slots
+from common.state.workers import WorkerRegistry
+from fleet.v1 import worker_pb2
+from redis_servers import run_on_empty_store, running_server, server_binaries, until
+
+SLOW = 3_600.0
+
+
+@pytest.fixture(scope="module", params=sorted(server_binaries()))
+def url(request: pytest.FixtureRequest) -> Iterator[str]:
+    with running_server(request.param) as server:
+        yield server.url
+
+
+class Line:
+    """One worker with one place, and claims that wait for it; `order` tells who got it."""
+
+    def __init__(self, redis: Redis, *coordinators: Slots) -> None:
+        self.redis = redis
+        self.order: list[str] = []
+        self._coordinators = coordinators
+        self._registry = WorkerRegistry(redis)
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def join(self, name: str, rank: Rank) -> None:
+        """Claim, and return once the claim is in the queue. Claims come through the coordinators in turn."""
+        slots = self._coordinators[len(self._tasks) % len(self._coordinators)]
+        self._tasks.append(asyncio.create_task(self._take(slots, name, rank)))
+        count = len(self._tasks) - len(self.order)
+
+        async def waits() -> bool:
+            return (await self._registry.load("emoji", "denoising")).queued == count
+
+        await until(waits)
+
+    async def _take(self, slots: Slots, name: str, rank: Rank) -> None:
+        slot = await slots.claim("emoji", "denoising", name, rank)
+        self.order.append(name)
+        slots.release(slot)
+
+    async def finish(self) -> list[str]:
+        """Wait until all had their turn."""
+        await asyncio.gather(*self._tasks)
+        order, self.order, self._tasks = self.order, [], []
+        for slots in self._coordinators:
+            await slots.settle()
+        return order
+
+
+@asynccontextmanager
+async def line(redis: Redis) -> AsyncIterator[tuple[Line, Slots]]:
+    """A line behind two coordinators, and the first of them."""
+    registry = WorkerRegistry(redis)
+    info = worker_pb2.WorkerInfo(
+        worker_id="w", service="denoising", model="emoji", model_fingerprint="f", capacity=1, address="unix:/w"
+    )
+    await registry.announce(info)
+    one, two = Presence(redis, "one"), Presence(redis, "two")
+    mine, others = (Slots(redis, each, ask_again_seconds=SLOW) for each in (one, two))
+    await one.start()
+    await two.start()
+    yield Line(redis, mine, others), mine
+    await one.stop()
+    await two.stop()
+    await registry.withdraw("w")
+
+
+def test_a_caller_with_much_waiting_does_not_hold_up_one_with_little(url: str) -> None:
+    async def story(redis: Redis) -> None:
+        async with line(redis) as (queue, slots):
+            held = await slots.claim("emoji", "denoising", "g0", Rank(caller="greedy"))
+            for number in range(1, 7):
+                await queue.join(f"g{number}", Rank(caller="greedy"))
+            for number in (1, 2):
+                await queue.join(f"m{number}", Rank(caller="modest"))
+            slots.release(held)
+            assert await queue.finish() == ["m1", "g1", "m2", "g2", "g3", "g4", "g5", "g6"]
+            assert await redis.keys("fleet:slots:*") + await redis.keys("fleet:waiting:*") == []
+            (shares,) = await redis.keys("fleet:shares:*")
+            assert await redis.pttl(shares) > 0
+
+    run_on_empty_store(url, story)
+
+
+def test_shares_are_of_work_and_not_of_requests(url: str) -> None:
+    async def story(redis: Redis) -> None:
+        async with line(redis) as (queue, slots):
+            held = await slots.claim("emoji", "denoising", "x", Rank(caller="x"))
+            for number in range(3):
+                await queue.join(f"video {number}", Rank(caller="films", cost=40))
+            for number in range(8):
+                await queue.join(f"icon {number}", Rank(caller="icons", cost=10))
+            slots.release(held)
+            order = await queue.finish()
+            assert order[:2] == ["video 0", "icon 0"]
+            between = [order.index(f"video {number}") for number in range(3)]
+            assert [after - before - 1 for before, after in itertools.pairwise(between)] == [4, 4]
+
+    run_on_empty_store(url, story)
+
+
+def test_who_stays_away_saves_nothing_up(url: str) -> None:
+    async def story(redis: Redis) -> None:
+        async with line(redis) as (queue, slots):
+            for number in range(20):
+                slots.release(await slots.claim("emoji", "denoising", f"a{number}", Rank(caller="always")))
+                await slots.settle()
+            held = await slots.claim("emoji", "denoising", "a", Rank(caller="always"))
+            for number in range(3):
+                await queue.join(f"always {number}", Rank(caller="always"))
+                await queue.join(f"seldom {number}", Rank(caller="seldom"))
+            slots.release(held)
+            order = await queue.finish()
+            assert order == [f"{name} {number}" for number in range(3) for name in ("seldom", "always")]
+
+    run_on_empty_store(url, story)
+
+
+def test_priority_is_before_shares_and_deadlines_are_within_them(url: str) -> None:
+    """A deadline moves a request before its caller's others, and takes nobody else's turn."""
+
+    async def story(redis: Redis) -> None:
+        async with line(redis) as (queue, slots):
+            held = await slots.claim("emoji", "denoising", "a0", Rank(caller="a"))
+            soon, late = 3_000_000_000_000, 4_000_000_000_000
+            for name, rank in {
+                "a late": Rank(0, late, "a"),
+                "a soon": Rank(0, soon, "a"),
+                "ab": Rank(0, 0, "ab"),
+                "b": Rank(0, 0, "b|~%"),
+                "a first": Rank(9, 0, "a"),
+                "b last": Rank(-9, 1, "b|~%"),
+            }.items():
+                await queue.join(name, rank)
+            slots.release(held)
+            assert await queue.finish() == ["a first", "ab", "b", "a soon", "a late", "b last"]
+
+    run_on_empty_store(url, story)
+
+
+def test_a_hundred_waiting_callers_take_turns(url: str) -> None:
+    async def story(redis: Redis) -> None:
+        async with line(redis) as (queue, slots):
+            held = await slots.claim("emoji", "denoising", "x", Rank(caller="x"))
+            for turn in range(2):
+                for number in range(100):
+                    await queue.join(f"{turn} of {number}", Rank(caller=f"caller-{number}"))
+            slots.release(held)
+            assert await queue.finish() == [f"{turn} of {number}" for turn in range(2) for number in range(100)]
+
+    run_on_empty_store(url, story)

@@ -1,0 +1,134 @@
+"""The fused kernels compute what PyTorch's operators compute. They run in Triton's interpreter, which needs no GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize, silu
+
+from models.layers import triton_kernels as kernels
+from models.layers.feed_forward import beside_gelu
+from models.layers.float8 import FLOAT8, quantize_rows
+from models.layers.norms import LayerNormScaleShift, Residual, RMSNorm, Streams
+from models.layers.qk_norm import QKNorms, apply_qk_norm
+from models.layers.rotary import rotary_embedding
+from models.layers.usp_attention import merge
+
+BATCH, TOKENS, BOUNDARY, HEADS, HEAD = 2, 7, 3, 3, 32
+SIZE = HEADS * HEAD
+DTYPES = pytest.mark.parametrize(
+    ("dtype", "most"), [(torch.float32, 1e-6), (torch.bfloat16, 8e-3)], ids=["f32", "bf16"]
+)
+
+
+@pytest.fixture(autouse=True)
+def _inference() -> Iterator[None]:
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        yield
+
+
+def assert_near(got: Tensor, expected: Tensor, most: float) -> None:
+    assert got.dtype == expected.dtype
+    assert float((got.float() - expected.float()).norm() / expected.float().norm()) <= most
+
+
+def modulations(dtype: torch.dtype) -> list[Streams]:
+    """Scale, shift and gate of two streams, as parts of one tensor."""
+    parts = torch.randn(BATCH, 6 * SIZE, dtype=dtype).chunk(6, dim=1)
+    return [Streams(*parts[start : start + 2]) for start in (0, 2, 4)]
+
+
+@DTYPES
+def test_norm_scale_shift(dtype: torch.dtype, most: float) -> None:
+    x = torch.randn(BATCH, TOKENS, SIZE, dtype=dtype)
+    scale, shift, _ = modulations(dtype)
+    norm = LayerNormScaleShift(SIZE)
+    assert_near(kernels.norm_scale_shift(x, scale, shift, BOUNDARY, norm.eps), norm(x, scale, shift, BOUNDARY), most)
+
+
+@DTYPES
+def test_gate_norm_scale_shift(dtype: torch.dtype, most: float) -> None:
+    x, update = torch.randn(2, BATCH, TOKENS, SIZE, dtype=dtype).unbind(0)
+    scale, shift, gate = modulations(dtype)
+    norm = LayerNormScaleShift(SIZE)
+    got = kernels.gate_norm_scale_shift(x, update, gate, scale, shift, BOUNDARY, norm.eps)
+    for mine, expected in zip(got, norm.after(Residual(x, update, gate), scale, shift, BOUNDARY), strict=True):
+        assert_near(mine, expected, most)
+
+
+@DTYPES
+@pytest.mark.parametrize("size", [HEAD, SIZE], ids=["per-head", "all-heads"])
+@pytest.mark.parametrize("parts", [1, 2])
+def test_qk_norm_rotary(dtype: torch.dtype, most: float, size: int, parts: int) -> None:
+    each = [RMSNorm(size).to(dtype) for _ in range(2 * parts)]
+    for norm in each:
+        norm.weight.normal_()
+    norms = QKNorms(tuple(each[:parts]), tuple(each[parts:]), HEAD)
+    rotation = rotary_embedding(torch.arange(TOKENS)[:, None], (HEAD,)) if parts == 2 else None
+    qkv = torch.randn(BATCH, TOKENS, 3 * SIZE, dtype=dtype)
+    expected = qkv.clone()
+    apply_qk_norm(expected[..., : parts * SIZE], norms, rotation, BOUNDARY)
+    kernels.apply_qk_norm(qkv[..., : parts * SIZE], norms, rotation, BOUNDARY, None)
+    assert_near(qkv, expected, most)
+    assert torch.equal(qkv[..., parts * SIZE :], expected[..., parts * SIZE :])
+
+
+def test_qk_norm_of_a_part_uses_the_sums_of_the_whole() -> None:
+    whole = torch.randn(1, TOKENS, 2 * SIZE)
+    norm = RMSNorm(2 * SIZE)
+    norm.weight.normal_()
+    expected = norm(whole)[..., :SIZE]
+    norm.weight = torch.nn.Parameter(norm.weight[:SIZE])
+    part, sums = whole[..., :SIZE].contiguous(), whole.square().sum(-1, keepdim=True)
+    kernels.apply_qk_norm(part, QKNorms((norm,), (norm,), HEAD), None, 0, sums)
+    assert_near(part, expected, 1e-6)
+
+
+@DTYPES
+def test_beside_gelu(dtype: torch.dtype, most: float) -> None:
+    x, hidden = torch.randn(BATCH, TOKENS, SIZE, dtype=dtype), torch.randn(BATCH, TOKENS, 4 * SIZE, dtype=dtype)
+    got = kernels.beside_gelu(x, hidden)
+    assert torch.equal(got[..., :SIZE], x)
+    assert_near(got, beside_gelu(x, hidden), most)
+
+
+@DTYPES
+def test_merge_attention(dtype: torch.dtype, most: float) -> None:
+    """Log-sum-exps as kernels give them, heads before tokens; also scores whose exponentials no float holds."""
+    parts = []
+    for offset in (0.0, 1.0):
+        lse = (torch.randn(BATCH, HEADS, TOKENS) + offset).transpose(1, 2)
+        parts.append((torch.randn(BATCH, TOKENS, 3, HEADS, HEAD, dtype=dtype)[:, :, 1], lse))
+    parts[0][1][:, 0] = 500.0
+    parts[1][1][:, 1] = 500.0
+    one, other = parts
+    for wanted in (dtype, torch.float32):
+        got, expected = kernels.merge_attention(one, other, wanted), merge(one, other, wanted)
+        assert_near(got[0], expected[0], most)
+        assert_near(got[1], expected[1], 1e-6)
+
+
+@DTYPES
+def test_channel_norm_silu(dtype: torch.dtype, most: float) -> None:
+    frame, weight = torch.randn(1, SIZE, 5, 7, dtype=dtype), torch.randn(SIZE, dtype=dtype)
+    expected = silu(normalize(frame.float(), dim=1) * SIZE**0.5 * weight[:, None, None]).to(dtype)
+    got = kernels.channel_norm_silu(frame, weight)
+    assert_near(got, expected, most)
+    assert got.is_contiguous(memory_format=torch.channels_last)
+
+
+@DTYPES
+@pytest.mark.parametrize("stride", [SIZE, 2 * SIZE], ids=["adjacent", "apart"])
+def test_quantize_rows(dtype: torch.dtype, most: float, stride: int) -> None:
+    """Without the last rounding: the interpreter's to float8 is off where a value comes up to a power of two."""
+    x = torch.randn(TOKENS, stride, dtype=dtype)[:, :SIZE] * torch.logspace(-4, 4, TOKENS, dtype=dtype)[:, None]
+    x[1] = 0
+    values, scale = kernels.quantize_rows(x, torch.float32)
+    expected, own = quantize_rows(x)
+    assert torch.equal(values.to(FLOAT8).float(), expected.float())
+    assert_near(scale, own, most)
+    assert kernels.quantize_rows(x)[0].dtype == FLOAT8

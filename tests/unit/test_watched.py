@@ -1,0 +1,109 @@
+"""Files that change under a running process: taken when they are right, and kept out when they are not."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from common.errors import InvalidInput
+from common.watched import WatchedFiles
+
+
+def reading(*paths: Path) -> Callable[[], str]:
+    def read() -> str:
+        text = "+".join(path.read_text() for path in paths if path.exists())
+        if "wrong" in text or not text:
+            raise InvalidInput(f"{text!r} cannot be understood")
+        return text
+
+    return read
+
+
+def replace(path: Path, text: str) -> None:
+    """As tools do it: another file takes the name."""
+    other = path.with_suffix(".new")
+    other.write_text(text)
+    other.rename(path)
+
+
+def test_a_file_that_changes_is_read_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "keys"
+    path.write_text("one")
+    watched = WatchedFiles([path], reading(path), check_seconds=0, name="keys")
+    assert watched.versioned() == (1, "one")
+    replace(path, "two")
+    with caplog.at_level(logging.INFO):
+        assert watched.versioned() == watched.versioned() == (2, "two")
+    assert len(caplog.records) == 1
+    path.write_text("three")
+    assert watched.value == "three"
+
+
+def test_what_is_wrong_leaves_the_old_in_force_and_is_told_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "keys"
+    path.write_text("one")
+    watched = WatchedFiles([path], reading(path), check_seconds=0, name="api_keys")
+    for bad in ("wrong", None):
+        caplog.clear()
+        path.unlink() if bad is None else replace(path, bad)
+        assert watched.versioned() == watched.versioned() == (1, "one")
+        (record,) = caplog.records
+        assert record.levelno == logging.ERROR
+        assert record.getMessage().startswith("api_keys: new files are not taken")
+    path.write_text("two")
+    assert watched.versioned() == (2, "two")
+
+
+def test_two_files_that_belong_together_come_into_force_together(tmp_path: Path) -> None:
+    cert, key = tmp_path / "cert", tmp_path / "key"
+    cert.write_text("a")
+    key.write_text("a")
+
+    def read() -> str:
+        if cert.read_text() != key.read_text():
+            raise InvalidInput("not a pair")
+        return cert.read_text()
+
+    watched = WatchedFiles([cert, key], read, check_seconds=0, name="tls")
+    replace(cert, "b")
+    assert watched.value == "a"
+    replace(key, "b")
+    assert watched.value == "b"
+
+
+def test_a_link_that_points_elsewhere_is_a_change(tmp_path: Path) -> None:
+    """So secrets are mounted in Kubernetes."""
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "keys").write_text(name)
+        os.utime(tmp_path / name / "keys", (1, 1))
+    (tmp_path / "data").symlink_to("first")
+    path = tmp_path / "data" / "keys"
+    watched = WatchedFiles([path], reading(path), check_seconds=0, name="keys")
+    (tmp_path / "next").symlink_to("second")
+    (tmp_path / "next").rename(tmp_path / "data")
+    assert watched.value == "second"
+
+
+def test_files_are_looked_at_every_so_often_only(tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    path.write_text("one")
+    now = [100.0]
+    watched = WatchedFiles([path], reading(path), check_seconds=2, name="keys", clock=lambda: now[0])
+    replace(path, "two")
+    assert watched.value == "one"
+    now[0] = 101.9
+    assert watched.value == "one"
+    now[0] = 102.0
+    assert watched.value == "two"
+
+
+def test_the_first_reading_must_succeed(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput):
+        WatchedFiles([tmp_path / "none"], reading(tmp_path / "none"), check_seconds=0, name="keys")

@@ -1,0 +1,38 @@
+"""Which device a worker's setting means. That of CUDA bears a number: torch makes no other one a thread's own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from common.errors import FailedPrecondition, InvalidInput
+from services.worker import device_of
+
+
+@pytest.fixture
+def _two_cards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+
+
+@pytest.mark.usefixtures("_two_cards")
+@pytest.mark.parametrize(("name", "index"), [("auto", 0), ("cuda", 0), ("cuda:1", 1)])
+def test_a_card_is_named_by_its_number(name: str, index: int) -> None:
+    assert device_of(name) == torch.device("cuda", index)
+
+
+@pytest.mark.usefixtures("_two_cards")
+def test_a_card_that_is_not_there_is_refused() -> None:
+    with pytest.raises(FailedPrecondition, match="2 CUDA devices"):
+        device_of("cuda:2")
+
+
+def test_without_a_card_auto_is_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert device_of("auto") == torch.device("cpu")
+
+
+@pytest.mark.parametrize("name", ["gpu", "meta", "mps"])
+def test_other_devices_are_refused(name: str) -> None:
+    with pytest.raises(InvalidInput, match="auto, cpu, cuda or cuda:N"):
+        device_of(name)
