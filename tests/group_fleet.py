@@ -7,7 +7,7 @@ import sys
 import threading
 from asyncio.subprocess import Process
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -51,13 +51,21 @@ class Drawn:
 class GroupFleet:
     """Runs coroutines on the fleet's event loop, from the test's own thread."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, url: str, directory: Path) -> None:
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, url: str, directory: Path, machines: Sequence[Sequence[str]]
+    ) -> None:
         self.url = url
         self._loop = loop
         self._directory = directory
         self._stub: Stub
         self._redis: Redis
-        self.agent: Process
+        self._machines = machines
+        self.agents: dict[int, Process] = {}
+
+    @property
+    def agent(self) -> Process:
+        """The agent of the machine that serves."""
+        return self.agents[0]
 
     def run(self, work: Coroutine[None, None, T]) -> T:
         """The work's result, which it must have within a minute."""
@@ -81,8 +89,10 @@ class GroupFleet:
                 "--listen",
                 f"unix:{self._directory}/group.sock",
             )
-            self.agent = await asyncio.create_subprocess_exec(sys.executable, "-m", "services.denoising", *words)
-            stack.push_async_callback(_end, self.agent)
+            for node, more in enumerate(self._machines):
+                agent = await asyncio.create_subprocess_exec(sys.executable, "-m", "services.denoising", *words, *more)
+                stack.push_async_callback(_end, agent)
+                self.agents[node] = agent
             for service in ("text_encoding", "latent_preparation", "decoding"):
                 listen = f"unix:{self._directory}/{service}.sock"
                 settings = WorkerSettings(model="emoji", redis=self.url, listen=listen, device="cpu", threads=1)
@@ -112,8 +122,20 @@ class GroupFleet:
 
     def ranks(self) -> dict[int, psutil.Process]:
         """The group's processes."""
-        children = psutil.Process(self.agent.pid).children()
+        children = [child for agent in self.agents.values() for child in psutil.Process(agent.pid).children()]
         return {int(each.environ()["RANK"]): each for each in children if each.status() != psutil.STATUS_ZOMBIE}
+
+    def started_again(self, rank: int, before: psutil.Process) -> psutil.Process:
+        """The process that takes a rank after another one, as soon as there is one."""
+        return self.run(self._started_again(rank, before))
+
+    async def _started_again(self, rank: int, before: psutil.Process) -> psutil.Process:
+        while True:
+            with suppress(psutil.Error):  # One that ends while it is looked at.
+                found = self.ranks().get(rank, before)
+                if found != before:
+                    return found
+            await asyncio.sleep(0.01)
 
     def draw(self, at_step: int = 0, then: OnStep | None = None) -> Drawn:
         """One request to its end; `then` is called once, at the denoiser's step `at_step`."""
@@ -153,14 +175,14 @@ async def _end(process: Process) -> None:
 
 
 @contextmanager
-def group_fleet(directory: Path, *degrees: str) -> Iterator[GroupFleet]:
-    """A running fleet with a group of these degrees, as flags."""
+def group_fleet(directory: Path, *degrees: str, machines: Sequence[Sequence[str]] = ((),)) -> Iterator[GroupFleet]:
+    """A running fleet with a group of these degrees, as flags; for each machine it has an agent, with more flags."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="fleet")
     thread.start()
     try:
         with running_server("valkey") as server:
-            fleet = GroupFleet(loop, server.url, directory)
+            fleet = GroupFleet(loop, server.url, directory, machines)
             context: Any = fleet.started(degrees)
             fleet.run(context.__aenter__())
             try:

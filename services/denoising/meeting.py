@@ -23,6 +23,7 @@ from common.errors import FailedPrecondition
 
 _OFFER = "offer"
 _WORD = "word"
+_LATE = "late"
 # Short, as signals are only heard in between: a machine may wait for another one for hours.
 _WAIT = timedelta(seconds=1)
 _PAUSE_SECONDS = 0.1
@@ -40,6 +41,7 @@ class Meeting(RendezvousHandler):
             self._host, port = endpoint.rpartition(":")[::2]
             self._host, self._port = self._host.strip("[]"), int(port)
         self._kept = self._keep_store() if node_rank == 0 else None
+        self._seen: Store | None = None
         self.token = ""
 
     def _keep_store(self) -> Store:
@@ -66,6 +68,7 @@ class Meeting(RendezvousHandler):
             self.token = self._gather(store)
         else:
             store, self.token = self._come()
+            self._seen = store
         # Keys of an earlier start do not count.
         of_this_start = PrefixStore(self.token, store)
         place = RendezvousStoreInfo(self._host, self._port)
@@ -100,6 +103,8 @@ class Meeting(RendezvousHandler):
             if token and not given and token != answered:
                 store.set(f"{token}/{self._node_rank}", "1")
                 answered = token
+            if given and token != answered:
+                store.set(f"{token}/{_LATE}", "1")  # Machine 0 may not know yet that its group has lost this machine.
             time.sleep(_PAUSE_SECONDS)
 
     @property
@@ -123,8 +128,13 @@ class Meeting(RendezvousHandler):
         """There is nothing to close for the others: they wait for the next start."""
 
     def num_nodes_waiting(self) -> int:
-        """None: the number of machines is fixed, and one that comes back does so at the next start."""
-        return 0
+        """1 when another machine has turned to the next start: this one's ranks wait for its ranks, and in vain."""
+        try:
+            if self._kept is not None:
+                return int(self._kept.check([f"{self.token}/{_LATE}"]))
+            return int(self._seen is not None and self._seen.get(_OFFER).decode() != self.token)
+        except DistError:
+            return 0  # Machine 0's agent has gone, and its ranks with it: those here will notice.
 
     def shutdown(self) -> bool:
         """Let go of the store."""

@@ -109,7 +109,8 @@ class LeadingRank(_Rank):
         asyncio.run(serve(SERVICE, model, self._settings, ranks=self, warm_up=warm_up))
         self._liveness.end()
         for link in self._links:
-            link.send(Kind.END)
+            with suppress(OutOfStep):  # It has ended by itself.
+                link.send(Kind.END)
 
     def lead(self, stages: HostedStages) -> LeadingStages:
         """The stages, run by all ranks."""

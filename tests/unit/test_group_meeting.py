@@ -62,10 +62,18 @@ def test_machines_meet_for_each_start_and_one_that_comes_back_waits_for_the_next
         return {each.token for each in of}
 
     (first,) = tokens(meetings)
+    assert [each.num_nodes_waiting() for each in meetings] == [0, 0]
     # Another process takes the place of machine 1, and finds the offer of the start that it was not there for.
-    meetings[1] = Meeting(2, 1, endpoint)
-    (second,) = tokens(meetings)
-    assert first != second
+    gone, meetings[1] = meetings[1], Meeting(2, 1, endpoint)
+    with ThreadPoolExecutor(1) as executor:
+        coming = executor.submit(meetings[1].next_rendezvous)
+        while not meetings[0].num_nodes_waiting():
+            assert not coming.done()
+        meetings[0].next_rendezvous()
+        coming.result(timeout=30)
+    assert first != meetings[0].token == meetings[1].token
+    assert gone.num_nodes_waiting() == 1
+    assert [each.num_nodes_waiting() for each in meetings] == [0, 0]
     for each in meetings:
         each.shutdown()
 

@@ -1,0 +1,31 @@
+"""A worker group whose ranks have an agent each, as on two machines: losses while nobody asks anything of it."""
+
+from __future__ import annotations
+
+import signal
+import socket
+from pathlib import Path
+
+from fleet.v1 import generation_pb2 as pb
+from group_fleet import group_fleet
+
+
+def test_ranks_that_stop_while_they_wait_and_while_they_load(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        endpoint = f"127.0.0.1:{probe.getsockname()[1]}"
+    machines = [("--nnodes", "2", "--node-rank", str(node), "--rdzv-endpoint", endpoint) for node in range(2)]
+    with group_fleet(tmp_path, "--ulysses", "2", machines=machines) as fleet:
+        drawn = fleet.draw()
+        assert drawn.state == pb.REQUEST_STATE_SUCCEEDED
+        serving = fleet.ranks()
+        serving[1].send_signal(signal.SIGSTOP)
+        loading = fleet.started_again(0, serving[0])
+        # It imports its libraries, and no rank knows it yet: its agent alone can notice, and then tells the other one.
+        loading.send_signal(signal.SIGSTOP)
+        fleet.started_again(0, loading)
+        assert fleet.draw().file == drawn.file
+        ranks = fleet.ranks()
+        again = fleet.draw(2, fleet.agents[1].terminate)
+        assert again.file == drawn.file
+        assert [fleet.run(agent.wait()) for agent in fleet.agents.values()] == [0, 0]
+        assert not any(process.is_running() for process in ranks.values())
