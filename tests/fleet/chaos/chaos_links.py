@@ -9,6 +9,13 @@ from pathlib import Path
 _PIECE_BYTES = 1 << 16
 
 
+async def end(writer: asyncio.StreamWriter) -> None:
+    """Reset a connection, and wait until its socket is closed: the event loop may end next."""
+    writer.transport.abort()
+    with suppress(OSError):
+        await writer.wait_closed()
+
+
 class Link:
     """Passes bytes on between whoever connects to `port` and the server at a socket.
 
@@ -52,22 +59,25 @@ class Link:
         self._flows.set()
 
     async def close(self) -> None:
-        """End, with all connections."""
+        """End, with all connections; returns once they are closed."""
+        writers = list(self._writers)
         self.cut()
         if self._server is not None:
             self._server.close()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        for writer in writers:
+            await end(writer)
 
     def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._writers.add(writer)  # here: a task that is cancelled before it begins does nothing at all
         task = asyncio.get_running_loop().create_task(self._join(reader, writer))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
     async def _join(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Serve one connection until both sides have ended it."""
-        self._writers.add(writer)
         onward: asyncio.StreamWriter | None = None
         try:
             await self._flows.wait()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+from chaos_links import end
 from chaos_plan import CALLERS
 from chaos_processes import COORDINATOR, Process, credentials
 
@@ -110,7 +111,7 @@ class Peers:
         for channel in self._channels:
             await channel.close()
         for writer in self._writers:
-            writer.transport.abort()
+            await end(writer)
         for each in (self._calls, self._channels, self._writers):
             each.clear()  # a call that is still known keeps its connection
 
@@ -127,4 +128,4 @@ async def _talk(socket: Path, pieces: Sequence[bytes]) -> None:
                 while await reader.read(1 << 16):
                     pass
     finally:
-        writer.transport.abort()
+        await end(writer)
