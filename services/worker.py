@@ -14,86 +14,36 @@ import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import torch
-from redis.asyncio import Redis
 
 from common.errors import FailedPrecondition, FleetError, InvalidInput, Unavailable
 from common.local import HostedStages
 from common.pipeline import PipelineError, ServiceSpec
 from common.rpc.address import advertised_address
-from common.rpc.framing import Limits
-from common.rpc.interceptor import admit_all
-from common.rpc.replies import ReplyCache
-from common.rpc.server import ServingLimits, Stages, StageServicer
+from common.rpc.server import Stages
 from common.rpc.serving import FleetServer, stop_signals
-from common.rpc.tls import Mutual, NamedPeers, Shown, TlsSettings, server_credentials, watch_mutual
-from common.settings import load_settings, setting
-from common.stage import Call, Contract
+from common.settings import load_settings
+from common.stage import Call
 from common.state.connection import connect
-from common.state.shared_replies import SharedReplies
 from common.state.workers import WorkerRegistry
-from common.telemetry import MetricsInterceptor, setup_logging, stage_timer, start_metrics
-from common.tensors import TORCH
-from common.watched import WatchedFiles
-from configs.approximation import EXACT, Approximation
-from fleet.v1 import worker_pb2, worker_pb2_grpc
+from common.telemetry import setup_logging, stage_timer, start_metrics
+from fleet.v1 import worker_pb2
 from models.catalog import ServedModel, open_model
 from models.layers.mesh import Degrees, WorkerMesh
 from models.loader import load_stages, numerics_fingerprint
 from models.registry import load_registry
 from models.warm_up import WarmUp
+from services.worker_server import cache_of, contract_message, degrees_message, make_server, shared_of, tls_of
+from services.worker_settings import WorkerSettings, device_of, dtype_of, prepare_thread
 
 log = logging.getLogger(__name__)
 
-_SERVICE = "fleet.v1.WorkerService"
 _PACKAGES = ("diffusion-fleet", "torch", "diffusers", "transformers")
 _ANNOUNCE_AGAIN_SECONDS = 1.0
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-@dataclass(frozen=True, kw_only=True)
-class WorkerSettings(TlsSettings):
-    """Serve one stage service of one model."""
-
-    model: str = setting(help="what to serve: a Diffusers directory, NAME=DIR, or the name of a shipped model")
-    redis: str = setting(help="URL of the request store, to announce this worker in")
-    listen: str = setting("127.0.0.1:0", help="address to listen on: HOST:PORT (port 0: a free one), or unix:PATH")
-    advertise: str = setting("", help="address under which coordinators reach this worker, where it is not --listen")
-    device: str = setting("auto", help="where to compute: auto, cpu, cuda or cuda:N")
-    dtype: Literal["auto", "float32", "bfloat16"] = setting(
-        "auto", help="what to compute in; auto is bfloat16 on CUDA and float32 elsewhere"
-    )
-    threads: int = setting(0, help="CPU threads that an operation may use; 0 leaves that to torch")
-    capacity: int = setting(1, help="requests taken at a time; they compute one after the other")
-    checkpoint_every: int = setting(0, help="denoising steps between two checkpoints to resume from; 0: by time only")
-    checkpoint_seconds: float = setting(5.0, help="longest time between two of them; 0: by steps only")
-    kernel_cache: Path | None = setting(None, help="directory that keeps compiled kernels from one start to the next")
-    plugins: tuple[Path, ...] = setting((), help="directories with pipelines of other families")
-    grace_seconds: float = setting(30.0, help="time that running calls get to finish after SIGTERM")
-    announce_seconds: float = setting(60.0, help="how long to wait for the request store at the start")
-    idle_seconds: float = setting(30.0, help="give up on a caller that is silent for so long within its inputs")
-    step_seconds: float = setting(0.25, help="shortest time between two steps that a call tells its caller of")
-    max_call_bytes: int = setting(2 << 30, help="most bytes of tensors that a call may carry")
-    tls_callers: tuple[str, ...] = setting(("coordinator",), help="names in the certificates of those who may call")
-    cache_bytes: int = setting(256 << 20, help="memory for replies of text_encoding, given again to the same inputs")
-    cache_redis_bytes: int = setting(0, help="memory of the request store to share them in with other workers; 0: none")
-    cache_redis_seconds: float = setting(3_600.0, help="how long a shared one is kept after its last use")
-    cache_redis_gain: float = setting(
-        2.0, help="share what takes so many times longer to compute than to fetch, as measured; 0 shares all"
-    )
-    metrics_port: int | None = setting(None, help="port for Prometheus metrics; without one there are none")
-    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = setting("INFO", help="least severe log lines to write")
-    log_format: Literal["text", "json"] = setting("text", help="form of log lines")
-
-    @property
-    def approximation(self) -> Approximation:
-        """What the stages may leave out of the exact computation: nothing, but in denoising."""
-        return EXACT
 
 
 class Ranks(Protocol):
@@ -159,7 +109,7 @@ async def start_worker(
     where device, address or fleet do not fit, Unavailable when the request store stays away.
     """
     spec = service_of(model, service)
-    tls = _tls_of(settings)
+    tls = tls_of(settings)
     device = device_of(settings.device)
     dtype = dtype_of(settings.dtype, device)
     loop = asyncio.get_running_loop()
@@ -179,23 +129,23 @@ async def start_worker(
             pipeline_name=model.checkpoint.pipeline_name,
             model_fingerprint=model.checkpoint.fingerprint,
             numerics_fingerprint=numerics,
-            contract=_contract_message(hosted.contract, spec),
+            contract=contract_message(hosted.contract, spec),
             capacity=settings.capacity,
             dtype=str(dtype).removeprefix("torch."),
             device=str(device),
             versions={name: importlib.metadata.version(name) for name in _PACKAGES},
-            degrees=_degrees_message(ranks.degrees) if ranks else None,
+            degrees=degrees_message(ranks.degrees) if ranks else None,
         )
         stages = ranks.lead(hosted) if ranks else hosted
         if warm_up is not None:
             await _warm_up(warm_up, stages, dtype, executor)
         redis = connect(settings.redis)
         resources.push_async_callback(redis.aclose)
-        shared = _shared_of(redis, info, settings)
+        shared = shared_of(redis, info, settings)
         if shared is not None:
             resources.push_async_callback(shared.close)
-        cache = _cache_of(hosted, info, settings, shared)
-        server = _make_server(service, stages, executor, info, settings, tls, cache)
+        cache = cache_of(hosted, info, settings, shared)
+        server = make_server(service, stages, executor, info, settings, tls, cache)
         bound = await server.start()
         resources.push_async_callback(server.drain, 0)
         info.address = settings.advertise or advertised_address(bound, settings.redis)
@@ -246,137 +196,6 @@ def service_of(model: ServedModel, service: str) -> ServiceSpec:
         return model.pipeline.service(service)
     except PipelineError as error:
         raise InvalidInput(str(error), field="service") from error
-
-
-def _tls_of(settings: WorkerSettings) -> WatchedFiles[Mutual] | None:
-    """A worker's TLS is always mutual: it serves coordinators only. Raises InvalidInput for half of it."""
-    tls = watch_mutual(settings)
-    if tls is None and settings.tls_cert is not None:
-        raise InvalidInput("tls_cert is set without tls_ca, by which a worker knows coordinators", field="tls_ca")
-    return tls
-
-
-def device_of(name: str) -> torch.device:
-    """The device of a setting, on CUDA with its number. Raises FailedPrecondition when this machine has none such."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise InvalidInput(f"device must be auto, cpu, cuda or cuda:N, not {name!r}", field="device") from None
-    if device.type not in ("cpu", "cuda"):
-        raise InvalidInput(f"device must be auto, cpu, cuda or cuda:N, not {name!r}", field="device")
-    if device.type == "cpu":
-        return device
-    index, count = device.index or 0, torch.cuda.device_count()
-    if index >= count:
-        raise FailedPrecondition(f"device {name} is not here: this machine has {count} CUDA devices", field="device")
-    return torch.device("cuda", index)
-
-
-def dtype_of(name: str, device: torch.device) -> torch.dtype:
-    """The element type of a setting on a device."""
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return _DTYPES[name]
-
-
-def prepare_thread(device: torch.device, threads: int) -> None:
-    """Make the thread that computes this device's."""
-    if threads:
-        torch.set_num_threads(threads)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-
-
-def _contract_message(contract: Contract, spec: ServiceSpec) -> worker_pb2.StageContract:
-    return worker_pb2.StageContract(
-        stages=[stage.contract.name for stage in spec.stages],
-        inputs=contract.inputs,
-        outputs=contract.outputs,
-        optional_inputs=sorted(contract.optional),
-    )
-
-
-def _degrees_message(degrees: Degrees) -> worker_pb2.Degrees:
-    return worker_pb2.Degrees(tp=degrees.tp, ulysses=degrees.ulysses, ring=degrees.ring, cfg=degrees.cfg)
-
-
-def _make_server(
-    service: str,
-    stages: Stages,
-    executor: ThreadPoolExecutor,
-    info: worker_pb2.WorkerInfo,
-    settings: WorkerSettings,
-    tls: WatchedFiles[Mutual] | None,
-    cache: ReplyCache | None,
-) -> FleetServer:
-    limits = ServingLimits(
-        capacity=settings.capacity,
-        idle_seconds=settings.idle_seconds,
-        step_seconds=settings.step_seconds,
-        call=Limits(total_bytes=settings.max_call_bytes),
-    )
-    server = FleetServer(
-        settings.listen,
-        interceptors=[MetricsInterceptor(service)],
-        credentials=None if tls is None else server_credentials(partial(_shown, tls)),
-        admit=NamedPeers(settings.tls_callers) if tls else admit_all,
-        health_listen=settings.health_listen,
-    )
-    servicer = StageServicer(service, stages, executor, TORCH, limits=limits, cache=cache)
-    server.add(servicer.methods, servicer.service_name)
-    worker_pb2_grpc.add_WorkerServiceServicer_to_server(WorkerService(info), server.grpc_server)
-    server.add(None, _SERVICE)
-    return server
-
-
-def _shown(tls: WatchedFiles[Mutual]) -> tuple[int, Shown]:
-    version, mutual = tls.versioned()
-    return version, mutual.shown()
-
-
-def _cache_of(
-    stages: HostedStages, info: worker_pb2.WorkerInfo, settings: WorkerSettings, shared: SharedReplies | None
-) -> ReplyCache | None:
-    """Where replies are kept, if settings and stages both want it."""
-    if stages.indifferent_to is None or settings.cache_bytes <= 0:
-        return None
-    return ReplyCache(
-        settings.cache_bytes,
-        service=info.service,
-        model=info.model,
-        indifferent_to=stages.indifferent_to,
-        shared=shared,
-    )
-
-
-def _shared_of(redis: Redis, info: worker_pb2.WorkerInfo, settings: WorkerSettings) -> SharedReplies | None:
-    """Where replies are shared, if that is wanted: among workers with equal weights and equal numerics."""
-    if settings.cache_redis_bytes <= 0:
-        return None
-    return SharedReplies(
-        redis,
-        service=info.service,
-        model=info.model,
-        origin=f"{info.model_fingerprint} {info.numerics_fingerprint}",
-        max_bytes=settings.cache_redis_bytes,
-        keep_seconds=settings.cache_redis_seconds,
-        gain=settings.cache_redis_gain,
-    )
-
-
-class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
-    """Tells who asks what the worker is."""
-
-    def __init__(self, info: worker_pb2.WorkerInfo) -> None:
-        self._info = info
-
-    async def GetModelInfo(  # noqa: N802 -- the name in the .proto  # type: ignore[override]
-        self, request: worker_pb2.GetModelInfoRequest, context: Any
-    ) -> worker_pb2.GetModelInfoResponse:
-        del request, context
-        return worker_pb2.GetModelInfoResponse(worker=self._info)
 
 
 async def _announce(registry: WorkerRegistry, info: worker_pb2.WorkerInfo, patience: float) -> None:

@@ -24,7 +24,8 @@ from fleet.v1 import generation_pb2_grpc, worker_pb2
 from redis_servers import running_server, until
 from services.coordinator.coordinator import start_coordinator
 from services.coordinator.settings import CoordinatorSettings
-from services.worker import WorkerSettings, start_worker
+from services.worker import start_worker
+from services.worker_settings import WorkerSettings
 
 T = TypeVar("T")
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import torch
 
@@ -14,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import distributed, nn
 
 from common.stage import Call
+from configs.approximation import Approximation
 from configs.pipeline_configs.base import PipelineConfig
 from denoising_files import load_input
 from models.catalog import open_model
@@ -25,6 +29,9 @@ from models.loader import load_module, load_stages
 from models.registry import load_registry, resolve
 
 CPU = torch.device("cpu")
+
+
+NONE: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass
@@ -72,11 +79,12 @@ def forward(rank: int, checkpoint: str, inputs: str, output: str, compiled: bool
         save_file({"prediction": transformer(**load_file(inputs))}, rank_file(output, rank))
 
 
-def denoise(rank: int, checkpoint: str, inputs: str, output: str) -> list[int]:
+def denoise(rank: int, checkpoint: str, inputs: str, output: str, approximation: Mapping[str, Any] = NONE) -> list[int]:
     """The whole loop; the steps that it reported."""
     model, steps = open_model(checkpoint, load_registry()), []
     spec = model.pipeline.service("denoising")
-    (stage,) = load_stages(model, spec, device=CPU, dtype=torch.float32, mesh=RANK.mesh)
+    given = Approximation(**approximation)
+    (stage,) = load_stages(model, spec, device=CPU, dtype=torch.float32, mesh=RANK.mesh, approximation=given)
     done = stage.run(load_input(inputs), Call("test", on_progress=lambda step, _: steps.append(step)))
     (part,) = done.denoised_latents.parts.values()
     save_file({"latents": part.latents}, rank_file(output, rank))

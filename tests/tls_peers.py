@@ -10,7 +10,7 @@ from certificates import Authority, Certificate
 from common.errors import FleetError
 from common.rpc.client import get_model_info, open_channel
 from common.rpc.tls import Mutual, read_authority, read_identity
-from services.worker import WorkerSettings
+from services.worker_settings import WorkerSettings
 
 
 def tls_files(authority: Authority, *names: str) -> dict[str, Any]:

@@ -19,12 +19,25 @@ from common.state.connection import BLOCK_SECONDS, PREFIX, cancellation_kept, ru
 BEAT_SECONDS = 2.0
 TTL_SECONDS = 6.0
 _BACKOFF_SECONDS = 0.5
+_LEAVE_SECONDS = 2.0
 
 _log = logging.getLogger(__name__)
 
 
 def _ignore(*_: object) -> None:
     return None
+
+
+async def run_on_leaving(redis: Redis, operation: str, *arguments: str) -> None:
+    """Run an operation that the store would come to by itself, once heartbeats stop. Raises Unavailable.
+
+    A store that does not answer is given up soon: who ends has calls to finish, and may be killed for taking long.
+    """
+    try:
+        async with asyncio.timeout(_LEAVE_SECONDS):
+            await run_script(redis, operation, *arguments)
+    except TimeoutError:
+        raise Unavailable(f"the request store has not answered within {_LEAVE_SECONDS:g} s") from None
 
 
 class Presence:
@@ -60,7 +73,7 @@ class Presence:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._tasks = []
         try:
-            await run_script(self._redis, "resign", self.owner)
+            await run_on_leaving(self._redis, "resign", self.owner)
         except Unavailable as error:
             _log.warning("left without telling the store: %s", error)
 

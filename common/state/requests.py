@@ -226,12 +226,14 @@ class RequestStore:
         events: Sequence[generation_pb2.Event] = (),
         steps_saved: int = 0,
         epoch: int = 1,
+        token: str = "",
     ) -> list[generation_pb2.Event] | None:
         """End a request: `events` that are still to be told, its files, its state.
 
         Returns the events as stored, the terminal one last (none where the first answer was lost on the way), and
-        None for all but the one call that ended it, which only the owner of the latest epoch can. Unless `stored`, the
-        files are named in the record, but their bytes are not kept.
+        None for all but the one call that ended it, which only the owner of the latest epoch can. A call that is made
+        again, as its answer was lost, has the same `token`; one with another would delete the files that are there.
+        Unless `stored`, the files are named in the record, but their bytes are not kept.
         """
         extra = generation_pb2.RequestRecord(
             error=error,
@@ -243,7 +245,7 @@ class RequestStore:
         arguments: list[str | bytes | int] = [
             request_id,
             epoch,
-            secrets.token_hex(8),
+            token or secrets.token_hex(8),
             str(state),
             extra.SerializeToString(),
             _milliseconds(self._retention.record_seconds),

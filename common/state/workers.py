@@ -13,7 +13,7 @@ from redis.asyncio import Redis
 from common.errors import FailedPrecondition, InternalError, InvalidInput, Unavailable
 from common.stage import Contract
 from common.state.connection import run_script
-from common.state.presence import BEAT_SECONDS, TTL_SECONDS
+from common.state.presence import BEAT_SECONDS, TTL_SECONDS, run_on_leaving
 from fleet.v1 import worker_pb2
 
 _log = logging.getLogger(__name__)
@@ -113,7 +113,7 @@ class WorkerRegistry:
     async def withdraw(self, worker_id: str) -> None:
         """Take a worker off the list: no new request goes there. Raises Unavailable when the store is away."""
         self._stop_beat(worker_id)
-        await run_script(self._redis, "withdraw", worker_id)
+        await run_on_leaving(self._redis, "withdraw", worker_id)
 
     async def suspect(self, worker_id: str) -> None:
         """Take a worker that did not answer off the list until its next heartbeat."""

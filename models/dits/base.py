@@ -9,6 +9,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from models.layers.step_cache import CacheUse
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -35,8 +37,11 @@ class DiffusionTransformer(nn.Module, ABC):
         """
 
     @abstractmethod
-    def predict(self, hidden_states: Tensor, modulation: Tensor, **constants: Any) -> Tensor:
+    def predict(
+        self, hidden_states: Tensor, modulation: Tensor, *, use: CacheUse | None = None, **constants: Any
+    ) -> Tensor:
         """The prediction for latents, with a row of Prepared.steps and Prepared.constants.
 
-        A pure function of its tensors, without a look at their values: a CUDA graph can hold it.
+        A function of its tensors, without a look at their values: a CUDA graph can hold it. `use` says what to
+        do with a step cache, where there is one.
         """

@@ -9,6 +9,7 @@ Parameter names are the checkpoint's. Parallel forms are decided beside the mode
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, ClassVar
 
@@ -21,11 +22,12 @@ from models.dits.base import DiffusionTransformer, Prepared
 from models.dits.flux_plan import FLUX_PLAN
 from models.layers.embeddings import EmbeddingMLP, sinusoidal_embedding
 from models.layers.feed_forward import FeedForward, beside_gelu
-from models.layers.joint_attention import JointAttention, Modulation, StreamAttention, joint_block
+from models.layers.joint_attention import JointAttention, StreamAttention, block_modulations, joint_block
 from models.layers.linear import Linear
 from models.layers.norms import LayerNormScaleShift, Residual, Streams
 from models.layers.parallelize import parallelize
 from models.layers.rotary import Rotation, rotary_embedding
+from models.layers.step_cache import CacheUse, through_blocks
 from models.weights import load_module
 
 if TYPE_CHECKING:
@@ -78,11 +80,8 @@ class FluxTransformerBlock(nn.Module):
 
     def forward(self, residual: Residual, parts: Iterator[Tensor], rotation: Rotation, boundary: int) -> Residual:
         """The next residual; takes its modulations from `parts`."""
-        image, text = (list(islice(parts, 6)) for _ in range(2))
-        vectors = [Streams(*pair) for pair in zip(text, image, strict=True)]
-        modulations = (Modulation(*vectors[:3]), Modulation(*vectors[3:]))
-        feed_forwards = (self.ff_context, self.ff)
-        return joint_block(residual, self.norm, self.attn, feed_forwards, modulations, rotation, boundary)
+        modulations = block_modulations(parts)
+        return joint_block(residual, self.norm, self.attn, (self.ff_context, self.ff), modulations, rotation, boundary)
 
 
 class FluxSingleTransformerBlock(nn.Module):
@@ -145,7 +144,7 @@ class FluxTransformer2DModel(DiffusionTransformer):
         prepared = self.prepare(
             timestep[None], encoder_hidden_states, pooled_projections, guidance, img_ids=img_ids, txt_ids=txt_ids
         )
-        return self.predict(hidden_states, prepared.steps[0], **prepared.constants)
+        return self.predict(hidden_states, prepared.steps[0], use=None, **prepared.constants)
 
     def prepare(  # type: ignore[override]  # which keywords there are differs by model
         self,
@@ -167,16 +166,22 @@ class FluxTransformer2DModel(DiffusionTransformer):
         return Prepared(modulations.view(steps, batch, -1), {"text_BTD": text_BTD, **rotation._asdict()})
 
     def predict(  # type: ignore[override]  # which constants there are differs by model
-        self, hidden_states: Tensor, modulation: Tensor, text_BTD: Tensor, cos: Tensor, sin: Tensor
+        self,
+        hidden_states: Tensor,
+        modulation: Tensor,
+        text_BTD: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        use: CacheUse | None = None,
     ) -> Tensor:
         """Velocity (B, I, channels), with a step's modulations (B, M)."""
         boundary = text_BTD.shape[1]
-        parts = iter(modulation.chunk(modulation.shape[1] // self.final_norm.size, dim=1))
-        rotation = Rotation(cos, sin)
+        parts = modulation.chunk(modulation.shape[1] // self.final_norm.size, dim=1)
+        given = {"parts": iter(parts), "rotation": Rotation(cos, sin), "boundary": boundary}
+        blocks = [partial(block, **given) for block in (*self.transformer_blocks, *self.single_transformer_blocks)]
         residual = Residual(torch.cat((text_BTD, self.x_embedder(hidden_states)), dim=1))
-        for block in (*self.transformer_blocks, *self.single_transformer_blocks):
-            residual = block(residual, parts, rotation, boundary)
-        scale, shift = (Streams.same(part) for part in parts)
+        residual = through_blocks(residual, blocks, boundary, use)
+        scale, shift = (Streams.same(part) for part in parts[-2:])
         _, normed = self.final_norm.after(residual, scale, shift, boundary)
         velocity: Tensor = self.proj_out(normed[:, boundary:])
         return velocity

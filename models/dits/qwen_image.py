@@ -9,7 +9,7 @@ hidden size, M all modulations. Parameter names are the checkpoint's.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import islice
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -21,11 +21,12 @@ from models.dits.base import DiffusionTransformer, Prepared
 from models.dits.qwen_image_plan import QWEN_IMAGE_PLAN
 from models.layers.embeddings import EmbeddingMLP, sinusoidal_embedding
 from models.layers.feed_forward import FeedForward
-from models.layers.joint_attention import JointAttention, Modulation, joint_block
+from models.layers.joint_attention import JointAttention, block_modulations, joint_block
 from models.layers.linear import Linear
 from models.layers.norms import LayerNormScaleShift, Residual, RMSNorm, Streams
 from models.layers.parallelize import parallelize
 from models.layers.rotary import Rotation, rotary_embedding
+from models.layers.step_cache import CacheUse, through_blocks
 from models.weights import load_module
 
 if TYPE_CHECKING:
@@ -84,9 +85,7 @@ class QwenImageTransformerBlock(nn.Module):
 
     def forward(self, residual: Residual, parts: Iterator[Tensor], rotation: Rotation, boundary: int) -> Residual:
         """The next residual; takes its modulations from `parts`."""
-        image, text = (list(islice(parts, 6)) for _ in range(2))
-        vectors = [Streams(*pair) for pair in zip(text, image, strict=True)]
-        modulations = (Modulation(*vectors[:3]), Modulation(*vectors[3:]))
+        modulations = block_modulations(parts)
         feed_forwards = (self.txt_mlp, self.img_mlp)
         return joint_block(residual, self.norm, self.attn, feed_forwards, modulations, rotation, boundary)
 
@@ -123,7 +122,7 @@ class QwenImageTransformer2DModel(DiffusionTransformer):
         positions (tokens, 3).
         """
         prepared = self.prepare(timestep[None], encoder_hidden_states, img_ids, txt_ids)
-        return self.predict(hidden_states, prepared.steps[0], **prepared.constants)
+        return self.predict(hidden_states, prepared.steps[0], use=None, **prepared.constants)
 
     def prepare(  # type: ignore[override]  # which keywords there are differs by model
         self, timesteps: Tensor, encoder_hidden_states: Tensor, img_ids: Tensor, txt_ids: Tensor
@@ -136,16 +135,22 @@ class QwenImageTransformer2DModel(DiffusionTransformer):
         return Prepared(modulations.view(*timesteps.shape, -1), {"text_BTD": text_BTD, **rotation._asdict()})
 
     def predict(  # type: ignore[override]  # which constants there are differs by model
-        self, hidden_states: Tensor, modulation: Tensor, text_BTD: Tensor, cos: Tensor, sin: Tensor
+        self,
+        hidden_states: Tensor,
+        modulation: Tensor,
+        text_BTD: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        use: CacheUse | None = None,
     ) -> Tensor:
         """Velocity (B, I, token channels), with a step's modulations (B, M)."""
         boundary = text_BTD.shape[1]
-        parts = iter(modulation.chunk(modulation.shape[1] // self.final_norm.size, dim=1))
-        rotation = Rotation(cos, sin)
+        parts = modulation.chunk(modulation.shape[1] // self.final_norm.size, dim=1)
+        given = {"parts": iter(parts), "rotation": Rotation(cos, sin), "boundary": boundary}
+        blocks = [partial(block, **given) for block in self.transformer_blocks]
         residual = Residual(torch.cat((text_BTD, self.img_in(hidden_states)), dim=1))
-        for block in self.transformer_blocks:
-            residual = block(residual, parts, rotation, boundary)
-        scale, shift = (Streams.same(part) for part in parts)
+        residual = through_blocks(residual, blocks, boundary, use)
+        scale, shift = (Streams.same(part) for part in parts[-2:])
         _, normed = self.final_norm.after(residual, scale, shift, boundary)
         velocity: Tensor = self.proj_out(normed[:, boundary:])
         return velocity

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -29,6 +29,7 @@ from models.layers.norms import LayerNormScaleShift, Residual, RMSNorm, Streams
 from models.layers.parallelize import parallelize
 from models.layers.qk_norm import QKNorms, apply_qk_norm, split_heads
 from models.layers.rotary import Rotation, rotary_embedding
+from models.layers.step_cache import CacheUse, through_blocks
 from models.weights import load_module
 
 if TYPE_CHECKING:
@@ -231,10 +232,7 @@ class WanTransformerBlock(nn.Module):
     def _cross_norm(self, residual: Residual) -> tuple[Tensor, Tensor]:
         """The stream with its update, and that through norm2, whose weight and bias are a scale and a shift."""
         if self.norm2 is None:
-            assert residual.update is not None, "self-attention made an update"
-            assert residual.gate is not None, "self-attention made an update"
-            x, gate = residual.x, residual.gate.image[:, None]
-            x_BSD = (x.float() + residual.update.float() * gate).to(x.dtype)
+            x_BSD = residual.added(0)
             return x_BSD, x_BSD
         batch = len(residual.x)
         scale, shift = ((each.float()).expand(batch, -1) for each in (self.norm2.weight - 1, self.norm2.bias))
@@ -271,7 +269,7 @@ class WanTransformer3DModel(DiffusionTransformer):
         (B, V, image_dim), the tokens of first and last frame behind each other where there are two.
         """
         prepared = self.prepare(timestep[None], encoder_hidden_states, encoder_hidden_states_image)
-        return self.predict(hidden_states, prepared.steps[0], **prepared.constants)
+        return self.predict(hidden_states, prepared.steps[0], use=None, **prepared.constants)
 
     def prepare(  # type: ignore[override]  # which keywords there are differs by model
         self,
@@ -299,23 +297,41 @@ class WanTransformer3DModel(DiffusionTransformer):
         return Prepared(steps, constants)
 
     def predict(  # type: ignore[override]  # which constants there are differs by model
-        self, hidden_states: Tensor, modulation: Tensor, text_kv: Tensor, image_kv: Tensor | None = None
+        self,
+        hidden_states: Tensor,
+        modulation: Tensor,
+        text_kv: Tensor,
+        image_kv: Tensor | None = None,
+        use: CacheUse | None = None,
     ) -> Tensor:
         """Velocity (B, out_channels, frames, rows, columns), with a step's modulations (B, 6 * blocks + 2, D)."""
         grid = tuple(size // patch for size, patch in zip(hidden_states.shape[2:], self.patch_size, strict=True))
         rotation = _rotation(grid, self.axes_dims, hidden_states.device)
         x_BSD = self.patch_embedding(hidden_states).flatten(2).transpose(1, 2).contiguous()
-        return self._unpatchify(self.tokens(x_BSD, modulation, text_kv, image_kv, *rotation), grid)
+        return self._unpatchify(self.tokens(x_BSD, modulation, text_kv, image_kv, *rotation, use), grid)
 
     def tokens(
-        self, x_BSD: Tensor, modulation: Tensor, text_kv: Tensor, image_kv: Tensor | None, cos: Tensor, sin: Tensor
+        self,
+        x_BSD: Tensor,
+        modulation: Tensor,
+        text_kv: Tensor,
+        image_kv: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        use: CacheUse | None = None,
     ) -> Tensor:
         """All blocks, the last norm and the projection, from the tokens of patches (B, S, D) to those of the result."""
-        residual, rotation = Residual(x_BSD), Rotation(cos, sin)
-        for index, block in enumerate(self._blocks()):
-            own = modulation[:, 6 * index : 6 * index + 6]
-            image = None if image_kv is None else image_kv[index]
-            residual = block(residual, own, text_kv[index], image, rotation)
+        blocks = [
+            partial(
+                block,
+                modulation_B6D=modulation[:, 6 * index : 6 * index + 6],
+                text_kv=text_kv[index],
+                image_kv=None if image_kv is None else image_kv[index],
+                rotation=Rotation(cos, sin),
+            )
+            for index, block in enumerate(self._blocks())
+        ]
+        residual = through_blocks(Residual(x_BSD), blocks, 0, use)
         shift, scale = (Streams.same(each) for each in modulation[:, -2:].unbind(1))
         _, normed = self.final_norm.after(residual, scale, shift)
         patches: Tensor = self.proj_out(normed)

@@ -8,6 +8,8 @@ kept in one tensor: each has weights of its own, and products write into their p
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import islice
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -114,6 +116,13 @@ class Modulation(NamedTuple):
     shift: Streams
     scale: Streams
     gate: Streams
+
+
+def block_modulations(parts: Iterator[Tensor]) -> tuple[Modulation, Modulation]:
+    """Those of a block's attention and of its feed-forwards: the next six of the picture, then six of the text."""
+    image, text = (list(islice(parts, 6)) for _ in range(2))
+    vectors = [Streams(*pair) for pair in zip(text, image, strict=True)]
+    return Modulation(*vectors[:3]), Modulation(*vectors[3:])
 
 
 def joint_block(

@@ -36,6 +36,13 @@ class Residual(NamedTuple):
     update: Tensor | None = None
     gate: Streams | None = None
 
+    def added(self, boundary: int) -> Tensor:
+        """The stream with its update; computed in float32, result in x's type."""
+        if self.update is None or self.gate is None:
+            return self.x
+        gate_BSD = _by_token(self.gate, boundary, self.x.shape[1]).float()
+        return (self.x.float() + self.update.float() * gate_BSD).to(self.x.dtype)
+
 
 class LayerNormScaleShift(nn.Module):
     """Layer norm without weights of its own, then a scale and a shift that the timestep decides.
@@ -62,9 +69,7 @@ class LayerNormScaleShift(nn.Module):
         if (kernels := kernels_for(residual.x)) is not None:
             both: tuple[Tensor, Tensor] = kernels.gate_norm_scale_shift(*residual, scale, shift, boundary, self.eps)
             return both
-        x = residual.x
-        gate_BSD = _by_token(residual.gate, boundary, x.shape[1]).float()
-        x_BSD = (x.float() + residual.update.float() * gate_BSD).to(x.dtype)
+        x_BSD = residual.added(boundary)
         return x_BSD, self._modulated(x_BSD, scale, shift, boundary)
 
     def _modulated(self, x: Tensor, scale: Streams, shift: Streams, boundary: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping
 from contextlib import closing
@@ -9,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from prometheus_client import Counter
 from torch import Tensor
 
 from common.artifacts import Conditioning, DenoiseState, LatentPart, Latents, Sampling
@@ -19,11 +21,14 @@ from models.contracts import DenoisingInput, DenoisingOutput
 from models.layers.mesh import Axis
 from models.schedulers.solver import Solver, solver_class
 from models.stages.pacing import paced_steps
-from models.stages.prediction import Branch, Branches, StepGraphs
+from models.stages.prediction import Branch, Branches, StepCaching, StepGraphs
 from models.stages.snapshots import on_cpu
 
 Keywords = dict[str, Tensor | None]
 _LATENTS = "latents"
+_log = logging.getLogger(__name__)
+
+STEPS_REUSED = Counter("fleet_steps_reused", "Predictions that took most blocks' work from earlier steps")
 
 
 class DenoisingStage(PipelineStage[DenoisingInput, DenoisingOutput]):
@@ -36,13 +41,15 @@ class DenoisingStage(PipelineStage[DenoisingInput, DenoisingOutput]):
         self._solver_class = solver_class(self._scheduler)
         self._graphs = StepGraphs() if config.device.type == "cuda" else None
         self._cfg = Axis() if config.mesh is None else config.mesh.axis("cfg")
+        self._caching = _step_caching(config)
 
     @torch.inference_mode()
     def run(self, x: DenoisingInput, call: Call) -> DenoisingOutput:
         """Denoise all outputs as one batch.
 
         Reports every step, ends within one when cancelled, and continues after resume_from.step to the same bytes. In a
-        worker group all ranks run it together, on equal inputs, and get equal outputs.
+        worker group all ranks run it together, on equal inputs, and get equal outputs. With a step cache it neither
+        tells checkpoints nor continues: what the cache holds is not part of them.
         """
         device = self._config.device
         shape = x.initial_latents.parts[self._config.latent_part].raw_latent_shape
@@ -71,12 +78,15 @@ class DenoisingStage(PipelineStage[DenoisingInput, DenoisingOutput]):
             if self._is_checkpoint(step + 1, total, told):
                 told = time.monotonic()
                 call.on_checkpoint(self._checkpoint(step + 1, latents, shape, solver))
+        if self._caching is not None:
+            STEPS_REUSED.inc(branches.reused)
+            _log.info("reused the blocks' work of earlier steps %d times in %d steps", branches.reused, total)
         return DenoisingOutput(denoised_latents=self._artifact(latents, shape))
 
     def _branch(self, keywords: Keywords, timesteps: Tensor, sampling: Sampling) -> Branch:
         batched = timesteps[:, None].expand(-1, sampling.num_outputs_per_prompt)
         prepared = self._transformer.prepare(self._config.model_timestep(batched), **keywords)
-        return Branch(self._transformer, prepared, self._graphs)
+        return Branch(self._transformer, prepared, self._graphs, self._caching)
 
     def _keywords_of_branches(self, x: DenoisingInput, shape: tuple[int, ...]) -> list[Keywords]:
         """The transformer's keywords besides latents and timestep, batched and on the device: positive, then negative.
@@ -104,6 +114,8 @@ class DenoisingStage(PipelineStage[DenoisingInput, DenoisingOutput]):
         state, total = x.resume_from, x.schedule.num_inference_steps
         if state is None:
             return 0, noise
+        if self._caching is not None:
+            raise InvalidInput("a loop with a step cache starts at step 0: it has no checkpoints", field="resume_from")
         if not 0 <= state.step <= total:
             raise InvalidInput(f"step {state.step} is not one of 0 to {total}", field="resume_from.step")
         part = state.latents.parts.get(self._config.latent_part)
@@ -124,6 +136,8 @@ class DenoisingStage(PipelineStage[DenoisingInput, DenoisingOutput]):
 
     def _is_checkpoint(self, done: int, total: int, told: float) -> bool:
         """Whether to tell one after so many steps, the last one having been told at a time of the monotonic clock."""
+        if self._caching is not None:
+            return False
         every, seconds = self._config.checkpoint_every, self._config.checkpoint_seconds
         due = 0 < seconds <= time.monotonic() - told
         return (due or (every > 0 and done % every == 0)) and done < total
@@ -135,6 +149,15 @@ class DenoisingStage(PipelineStage[DenoisingInput, DenoisingOutput]):
 
     def _artifact(self, latents: Tensor, shape: tuple[int, ...]) -> Latents:
         return Latents(parts={self._config.latent_part: LatentPart(latents=latents.cpu(), raw_latent_shape=shape)})
+
+
+def _step_caching(config: StandardPipelineConfig) -> StepCaching | None:
+    """Ranks that hold parts of one branch decide together; the branches are for themselves."""
+    threshold = config.approximation.step_cache_threshold
+    if threshold <= 0:
+        return None
+    axes = () if config.mesh is None else tuple(config.mesh.axis(name) for name in ("tp", "ulysses", "ring"))
+    return StepCaching(threshold, axes)
 
 
 def merge_conditioning(text: Conditioning, image: Conditioning | None) -> Conditioning:

@@ -10,7 +10,8 @@ from typing import Literal
 from models.catalog import ServedModel
 from services.coordinator.coordinator import Coordinator, start_coordinator
 from services.coordinator.settings import CoordinatorSettings
-from services.worker import Worker, WorkerSettings, start_worker
+from services.worker import Worker, start_worker
+from services.worker_settings import WorkerSettings
 
 _GRACE_SECONDS = 5.0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -309,6 +310,7 @@ class Driver:
     async def _finish(self, execution: Execution, outcome: _Outcome, events: EventWriter) -> None:
         """Write the end down, however long the store is away."""
         record = execution.submission.record
+        token = secrets.token_hex(8)  # the same for each attempt: one whose answer is lost may have ended the request
 
         async def finish() -> list[generation_pb2.Event] | None:
             return await self._store.finish(
@@ -320,6 +322,7 @@ class Driver:
                 events=await events.rest(),
                 steps_saved=outcome.steps_saved,
                 epoch=execution.epoch,
+                token=token,
             )
 
         try:

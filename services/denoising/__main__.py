@@ -22,6 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(model: ServedModel, settings: DenoisingSettings, flags: Sequence[str]) -> int:
+    _ = settings.approximation  # Refuses what cannot be.
     warm_up = WarmUp.parse(model, settings.warm_up)
     if settings.degrees.world_size == 1:
         asyncio.run(serve(SERVICE, model, settings, warm_up=warm_up))

@@ -27,7 +27,8 @@ from services.denoising.joining import Place, Purpose, join
 from services.denoising.liveness import Liveness, abandon
 from services.denoising.messages import Kind, Link, OutOfStep
 from services.denoising.settings import SERVICE, DenoisingSettings
-from services.worker import device_of, dtype_of, prepare_thread, serve, service_of
+from services.worker import serve, service_of
+from services.worker_settings import device_of, dtype_of, prepare_thread
 
 # Collectives must outlast whatever one rank may do longer than another, such as warming up. Losses are noticed by the
 # side channel.

@@ -12,7 +12,8 @@ from configs.approximation import Approximation, LinearDtype
 from models.catalog import ServedModel
 from models.layers.mesh import Degrees
 from models.loader import check_parallel
-from services.worker import WorkerSettings, device_of, service_of
+from services.worker import service_of
+from services.worker_settings import WorkerSettings, device_of
 
 SERVICE = "denoising"
 
@@ -37,11 +38,15 @@ class DenoisingSettings(WorkerSettings):
     linear_dtype: LinearDtype = setting(
         "same", help="what the transformer's large linear layers multiply in: float8 is faster, and less exact"
     )
+    step_cache_threshold: float = setting(
+        0.0,
+        help="a step whose first block changes less than this reuses the others' work; 0: never; 0.1 is usual",
+    )
 
     @property
     def approximation(self) -> Approximation:
         """What denoising may leave out of the exact computation."""
-        return Approximation(self.linear_dtype)
+        return Approximation(self.linear_dtype, self.step_cache_threshold)
 
     @property
     def degrees(self) -> Degrees:

@@ -18,7 +18,7 @@ from pathlib import Path
 from bench_paced import build_checkpoint, denoise, paced_fleet
 from bench_report import median, print_machine, print_table, print_verdict, quantile
 
-from services.worker import WorkerSettings
+from services.worker_settings import WorkerSettings
 
 STATE_MB = 4 * 16 * 21 * 60 * 104 * 4 / 1e6  # latents, two predictions, the last sample: float32, 81 frames of 480x832
 SHARE = 0.01

@@ -38,7 +38,7 @@ from models.layers.mesh import WorkerMesh
 from models.layers.parallel_plan import ParallelPlan
 from models.layers.parallelize import parallelize
 from models.layers.shards import parameter_shards
-from models.stages.prediction import Branch, StepGraphs
+from models.stages.prediction import Branch, StepCaching, StepGraphs
 from models.warm_up import STEPS as WARM_UP_STEPS
 
 STEPS = 28
@@ -67,6 +67,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="rounds of five steps")
     parser.add_argument("--compile", action="store_true", help="time Diffusers compiled by repeated blocks, too")
     parser.add_argument("--linear-dtype", choices=("same", "float8"), default="same", help="time ours in float8, too")
+    parser.add_argument("--step-cache", type=float, help="run a loop with a step cache of this threshold, too")
     parser.add_argument("--profile", type=Path, help="folder for a table of our kernels' times")
     args = parser.parse_args()
     device = torch.device(args.device)
@@ -99,6 +100,10 @@ def measure(work: Work, device: torch.device, args: argparse.Namespace) -> None:
         quantised = same_weights(work, theirs)
         quantize_linears(quantised, quantised.block_linears)
         sides["ours, float8"] = step_of(quantised, hidden_states, timesteps, our_inputs)
+    if args.step_cache is not None:
+        # The inputs never change: with a threshold above 0 all steps but the first are reused, below it none are.
+        for name, threshold in (("ours, reused", 1.0), ("ours, probed and computed", -1.0)):
+            sides[name] = step_of(ours, hidden_states, timesteps, our_inputs, StepCaching(threshold))
     errors = {name: error(run(), exact) for name, run in sides.items()}
     peaks = {name: peak_beside(run, device) for name, run in sides.items()}
     if args.compile:
@@ -120,8 +125,12 @@ def measure(work: Work, device: torch.device, args: argparse.Namespace) -> None:
     )
     say(f"Ours prepares a request of {STEPS} steps in {once:.1f} ms, {once / STEPS:.2f} ms a step")
     for name in spent:
-        if name != "ours":
+        if name.startswith("Diffusers"):
             say(f"Ours takes {median(spent['ours']) / median(spent[name]):.2f} of {name}; goal {work.goal_ms} ms")
+        elif name != "ours":
+            say(f"{name} takes {median(spent[name]) / median(spent['ours']):.2f} of ours")
+    if args.step_cache is not None:
+        print_cached_loop(ours, hidden_states, timestep, our_inputs, args.step_cache)
     say()
     for name, run in sides.items() if args.profile else ():
         if name.startswith("ours"):
@@ -129,12 +138,42 @@ def measure(work: Work, device: torch.device, args: argparse.Namespace) -> None:
 
 
 def step_of(
-    ours: DiffusionTransformer, hidden_states: Tensor, timesteps: Tensor, inputs: Inputs
+    ours: DiffusionTransformer,
+    hidden_states: Tensor,
+    timesteps: Tensor,
+    inputs: Inputs,
+    caching: StepCaching | None = None,
 ) -> Callable[[], Tensor]:
     """A step of ours, as the denoising stage runs it."""
     graphs = StepGraphs() if hidden_states.device.type == "cuda" else None
-    branch = Branch(ours, ours.prepare(timesteps, **inputs), graphs)
+    branch = Branch(ours, ours.prepare(timesteps, **inputs), graphs, caching)
     return lambda: branch.predict(hidden_states, 0)
+
+
+def print_cached_loop(
+    ours: DiffusionTransformer, noise: Tensor, timestep: Tensor, inputs: Inputs, threshold: float
+) -> None:
+    """Euler's loop from noise over evenly spaced steps, with a step cache and without; each is run twice."""
+    sigmas = torch.linspace(1, 0, STEPS + 1, device=noise.device)
+    whole = 1000 if timestep.item() > 1 else 1
+    timesteps = (sigmas[:-1, None] * whole).to(timestep.dtype).expand(-1, len(noise))
+    made, spent, reused = [], [], 0
+    for caching in (None, StepCaching(threshold)):
+        graphs = StepGraphs() if noise.device.type == "cuda" else None
+        for _ in range(2):
+            branch = Branch(ours, ours.prepare(timesteps, **inputs), graphs, caching)
+            latents, began = noise, now(noise.device)
+            for step in range(STEPS):
+                velocity = branch.predict(latents, step)
+                latents = latents + ((sigmas[step + 1] - sigmas[step]) * velocity).to(latents.dtype)
+            took, reused = now(noise.device) - began, branch.reused
+            branch.close()
+        made.append(latents.double())
+        spent.append(1e3 * took / STEPS)
+    say(
+        f"A loop of {STEPS} steps: {spent[0]:.1f} ms a step, and {spent[1]:.1f} ms with a step cache of {threshold:g}, "
+        f"which reuses {reused} steps; relative L2 of its latents {error(made[1], made[0]):.2e}"
+    )
 
 
 def print_first_requests(ours: DiffusionTransformer, hidden_states: Tensor, timesteps: Tensor, inputs: Inputs) -> None:

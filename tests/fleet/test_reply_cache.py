@@ -26,7 +26,8 @@ from models.stages.denoising import DenoisingStage
 from models.stages.image_text_encoding import ImageTextEncodingStage
 from models.stages.text_encoding import TextEncodingStage
 from redis_servers import running_server
-from services.worker import WorkerSettings, start_worker
+from services.worker import start_worker
+from services.worker_settings import WorkerSettings
 from stage_server import Heard, Served, StageInput, artifacts, packets, served
 
 SEED = "sampling.seed"

@@ -19,7 +19,8 @@ from common.tensors import TORCH
 from models.catalog import open_model
 from models.registry import load_registry
 from redis_servers import RedisServer, running_server, until
-from services.worker import WorkerSettings, start_worker
+from services.worker import start_worker
+from services.worker_settings import WorkerSettings
 from stage_server import Heard
 
 MODEL = open_model("emoji", load_registry())

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import signal
 from collections.abc import Awaitable, Callable, Iterator
+from typing import Any
 
 import grpc
 import pytest
 
+from common.errors import Unavailable
 from common.rpc.client import open_channel
 from common.stage import Call
 from common.state.connection import command, connect
@@ -174,6 +176,34 @@ def test_a_request_that_arrives_after_its_coordinator_gave_up_is_run(server: Red
             await RequestStore(redis, owner=owner.decode()).admit(late, submission=stored)
         assert ends(await terminal(stub, "late")) == [pb.REQUEST_STATE_SUCCEEDED]
         assert await download(stub, "late") == b"\x07" * 100
+
+    run(server, story)
+
+
+def test_an_end_whose_answer_is_lost_keeps_its_result(server: RedisServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The coordinator writes the end down again, and must not take its own first attempt for somebody else's."""
+    finish = RequestStore.finish
+    lost: list[str] = []
+
+    async def finish_in_silence(
+        store: RequestStore, request_id: str, *more: Any, **named: Any
+    ) -> list[pb.Event] | None:
+        events = await finish(store, request_id, *more, **named)
+        if not lost:
+            lost.append(request_id)
+            raise Unavailable("the answer is lost")
+        return events
+
+    async def story(fleet: FakeFleet) -> None:
+        monkeypatch.setattr(RequestStore, "finish", finish_in_silence)
+        await fleet.add_workers()
+        coordinator, stub = await fleet.add_coordinator()
+        name = (await stub.Submit(submission())).request.request_id
+        assert ends(await terminal(stub, name)) == [pb.REQUEST_STATE_SUCCEEDED]
+        await coordinator.stop(5)  # it has written the end down again by then
+        assert lost == [name]
+        _, other = await fleet.add_coordinator()
+        assert await download(other, name) == b"\x07" * 100
 
     run(server, story)
 

@@ -35,7 +35,8 @@ from models.loader import load_stages
 from models.registry import load_registry
 from models.validation import InputValidationStage
 from redis_servers import running_server
-from services.worker import WorkerSettings, main_for, start_worker
+from services.worker import main_for, start_worker
+from services.worker_settings import WorkerSettings
 from stage_server import METHOD
 from toy_checkpoint import build_toy_checkpoint, toy_family
 

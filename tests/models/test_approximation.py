@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from prometheus_client import REGISTRY
 from torch import Tensor
 
+from common.artifacts import DenoiseState
 from common.errors import InvalidInput
 from common.stage import Call
 from configs.approximation import EXACT, Approximation
@@ -21,7 +25,9 @@ from models.layers.linear import JoinedLinear, JoinsWeights
 from models.loader import load_stages
 from models.registry import load_registry
 from models.stages.denoising import DenoisingStage
-from models.warm_up import WarmUp
+from models.stages.prediction import Branch, StepCaching
+from models.warm_up import STEPS, WarmUp
+from services.denoising import __main__ as denoising
 from services.denoising.settings import DenoisingSettings
 from tiny_flux import build_tiny_flux
 from tiny_qwen_image import build_tiny_qwen_image
@@ -48,9 +54,15 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return model, DenoisingInput(**inputs), parts
 
 
-def stage_of(model: ServedModel, approximation: Approximation) -> DenoisingStage:
-    spec = model.pipeline.service("denoising")
-    (stage,) = load_stages(model, spec, device=CPU, dtype=torch.float32, approximation=approximation)
+def stage_of(model: ServedModel, approximation: Approximation, checkpoint_every: int = 0) -> DenoisingStage:
+    (stage,) = load_stages(
+        model,
+        model.pipeline.service("denoising"),
+        device=CPU,
+        dtype=torch.float32,
+        checkpoint_every=checkpoint_every,
+        approximation=approximation,
+    )
     assert isinstance(stage, DenoisingStage)
     return stage
 
@@ -78,6 +90,65 @@ def test_float8_linears(case: Case) -> None:
     assert 1e-4 < error < 0.1
 
 
+def cached(model: ServedModel, threshold: float) -> DenoisingStage:
+    return stage_of(model, Approximation(step_cache_threshold=threshold), checkpoint_every=1)
+
+
+def test_a_step_cache_changes_nothing_where_every_step_is_computed(case: Case) -> None:
+    """Probes are made, and no step is so near to the last one."""
+    model, x, _ = case
+    before = reused()
+    assert torch.equal(latents_of(cached(model, 1e-9), x), latents_of(stage_of(model, EXACT), x))
+    assert reused() == before
+
+
+def test_a_step_cache_reuses_what_changed_little(case: Case, caplog: pytest.LogCaptureFixture) -> None:
+    """A second request does not see what the first one left."""
+    model, x, _ = case
+    stage, before = cached(model, 1e9), reused()
+    with caplog.at_level(logging.INFO, "models.stages.denoising"):
+        first = latents_of(stage, x)
+    branches = 2 if x.text_conditioning.negative_prompt_embeds else 1
+    assert reused() - before == branches * (STEPS - 1)
+    assert f"{branches * (STEPS - 1)} times in {STEPS} steps" in caplog.text
+    error = relative_error(first, latents_of(stage_of(model, EXACT), x))
+    assert 1e-5 < error < 0.5
+    assert torch.equal(latents_of(stage, x), first)
+
+
+def test_a_reused_step_adds_what_the_other_blocks_added(case: Case) -> None:
+    """Asked again for the step that it computed last, the probe predicts the same."""
+    model, x, _ = case
+    stage = stage_of(model, EXACT)
+    (keywords, *_) = stage._keywords_of_branches(x, x.initial_latents.parts[stage._config.latent_part].raw_latent_shape)
+    timesteps = stage._config.model_timestep(x.schedule.timesteps[:, None])
+    condition = None if x.image_latents is None else x.image_latents.parts["condition"].latents
+    given = stage._config.model_input(x.initial_latents.parts[stage._config.latent_part].latents, condition)
+    with torch.inference_mode():
+        prepared = stage._transformer.prepare(timesteps, **keywords)
+        branch = Branch(stage._transformer, prepared, None, StepCaching(1e-9))
+        computed, again = branch.predict(given, 0), branch.predict(given, 0)
+    assert branch.reused == 1
+    assert relative_error(again, computed) <= 1e-5
+
+
+def test_a_loop_with_a_step_cache_has_no_checkpoints(case: Case) -> None:
+    model, x, _ = case
+    states: list[DenoiseState] = []
+    latents_of(stage_of(model, EXACT, checkpoint_every=1), x, Call("test", on_checkpoint=states.append))
+    assert len(states) == STEPS - 1
+    call = Call("test", on_checkpoint=lambda _: pytest.fail("a checkpoint was told"))
+    latents_of(cached(model, 1e-9), x, call)
+    with pytest.raises(InvalidInput, match="starts at step 0") as caught:
+        latents_of(cached(model, 1e-9), replace(x, resume_from=states[0]))
+    assert caught.value.field == "resume_from"
+
+
+def reused() -> float:
+    """Of all requests in this process so far."""
+    return REGISTRY.get_sample_value("fleet_steps_reused_total") or 0.0
+
+
 def test_a_family_without_such_layers_is_refused(tmp_path: Path) -> None:
     with toy_family(tmp_path / "plugins") as plugins:
         model = open_model(str(build_toy_checkpoint(tmp_path / "toy")), load_registry([plugins]))
@@ -88,5 +159,14 @@ def test_a_family_without_such_layers_is_refused(tmp_path: Path) -> None:
 
 def test_settings_say_what_is_approximated() -> None:
     assert DenoisingSettings(model="emoji", redis="unix:///x").approximation == EXACT
-    given = DenoisingSettings(model="emoji", redis="unix:///x", linear_dtype="float8")
-    assert given.approximation == FLOAT8_LINEARS
+    given = DenoisingSettings(model="emoji", redis="unix:///x", linear_dtype="float8", step_cache_threshold=0.1)
+    assert given.approximation == Approximation("float8", 0.1)
+
+
+def test_a_negative_threshold_is_refused_before_anything_is_started(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(denoising, "serve", lambda *_, **__: pytest.fail("something was started"))
+    flags = ["--model", "emoji", "--redis", "unix:///x", "--device", "cpu", "--step-cache-threshold", "-0.1"]
+    assert denoising.main(flags) == 2
+    assert "step_cache_threshold is -0.1; it must be 0 (off) or more" in capsys.readouterr().err

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -207,6 +208,33 @@ def test_every_layout(rank_pool: RankPool, cases: dict[str, Case], tmp_path: Pat
 @pytest.mark.parametrize("family", ["qwen-image", "qwen-image-edit", "wan", "wan-i2v"])
 def test_pairs(rank_pool: RankPool, cases: dict[str, Case], tmp_path: Path, family: str, degrees: Degrees) -> None:
     check(rank_pool, cases[family], degrees, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("approximation", "most"),
+    [({"linear_dtype": "float8"}, 0.05), ({"step_cache_threshold": 0.7}, 1e-4)],
+    ids=["float8", "step-cache"],
+)
+@pytest.mark.parametrize("family", ["flux", "wan"])
+def test_ranks_approximate_alike(
+    rank_pool: RankPool,
+    cases: dict[str, Case],
+    tmp_path: Path,
+    family: str,
+    approximation: dict[str, Any],
+    most: float,
+) -> None:
+    """All skip the same steps; parts of a weight have scales of their own."""
+    loop = str(cases[family].loop)
+    given: dict[str, Any] = {"checkpoint": cases[family].checkpoint, "inputs": loop, "approximation": approximation}
+    rank_pool.join(Degrees(tp=2, ulysses=2))
+    rank_pool.call("rank_calls:denoise", **given, output=str(tmp_path / "group"))
+    results = [load_file(rank_file(str(tmp_path / "group"), rank))["latents"] for rank in range(4)]
+    assert all(torch.equal(results[0], other) for other in results[1:])
+    denoise(0, **given, output=str(tmp_path / "one"))
+    alone = load_file(rank_file(str(tmp_path / "one"), 0))["latents"]
+    assert relative_error(results[0], alone) <= most
+    assert relative_error(alone, cases[family].latents) > 1e-3, "something was approximated"
 
 
 @pytest.mark.parametrize(

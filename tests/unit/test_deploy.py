@@ -12,7 +12,7 @@ import yaml
 from common.settings import SettingsError, load_settings
 from services.cli.serve import service_names
 from services.coordinator.settings import CoordinatorSettings
-from services.worker import WorkerSettings
+from services.worker_settings import WorkerSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "configs" / "deploy"

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import triton
 
-from services.worker import WorkerSettings, run_service
+from services.worker import run_service
+from services.worker_settings import WorkerSettings
 
 FLAGS = ("--model", "emoji", "--redis", "unix:///x", "--kernel-cache")
 

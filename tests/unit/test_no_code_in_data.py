@@ -34,6 +34,7 @@ FILES_BELONG_TO = {
     "services/denoising/liveness.py",
     "services/denoising/rank.py",
     "services/worker.py",
+    "services/worker_settings.py",
 }
 COMMAND_LINE = "services/cli/"
 

@@ -119,7 +119,7 @@ def test_every_key_of_an_ended_request_expires(url: str) -> None:
         assert all(-2 <= life <= 50 and life != -1 for life in lives), dict(zip(keys, lives, strict=True))
 
         async def gone() -> bool:
-            return not await redis.exists(*keys)
+            return not keys or not await redis.exists(*keys)
 
         await until(gone)
         with pytest.raises(NotFound, match="may have expired"):
@@ -129,6 +129,18 @@ def test_every_key_of_an_ended_request_expires(url: str) -> None:
         other = (await store.admit(record())).record.request_id
         assert await redis.zrange("fleet:requests", 0, -1) == [other.encode()]
         assert [each.request_id for each in (await store.page())[0]] == [other]
+
+    run_on_empty_store(url, story)
+
+
+def test_an_end_that_is_written_again_keeps_its_files(url: str) -> None:
+    async def story(redis: Redis) -> None:
+        store = RequestStore(redis)
+        name = (await store.admit(record())).record.request_id
+        assert await store.finish(name, State.REQUEST_STATE_SUCCEEDED, files=[picture(b"x")], token="mine")
+        assert await store.finish(name, State.REQUEST_STATE_SUCCEEDED, files=[picture(b"x")], token="mine") == []
+        assert [chunk async for chunk in store.result_chunks(name, 0, 1)] == [b"x"]
+        assert await store.finish(name, State.REQUEST_STATE_FAILED, token="other") is None
 
     run_on_empty_store(url, story)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from common.errors import FailedPrecondition, InvalidInput
-from services.worker import device_of
+from services.worker_settings import device_of
 
 
 @pytest.fixture

@@ -27,6 +27,7 @@ from pathlib import Path
 TESTS = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(TESTS), str(TESTS.parent), str(TESTS.parent / "proto"), str(Path(__file__).parent)]
 
+import grpc  # noqa: E402
 import psutil  # noqa: E402
 import torch  # noqa: E402
 from chaos_checks import (  # noqa: E402
@@ -187,7 +188,11 @@ class Run:
         stub = self._channels.stub(self._fleet.of(coordinators=True)[0].target)
         for name, each in self._stored.items():
             if each.record.state == pb.REQUEST_STATE_SUCCEEDED:
-                files = await download(stub, each.record.caller, name)
+                try:
+                    files = await download(stub, each.record.caller, name)
+                except grpc.aio.AioRpcError as error:
+                    self._findings.append(f"the result of request {name} cannot be had: {error.details()}")
+                    continue
                 self._findings += check_files(name, each.record, files, self._references)
                 if heard.get(name, files) != files:
                     self._findings.append(f"the client of request {name} got other bytes than are stored")

@@ -24,7 +24,7 @@ from fleet.v1 import worker_pb2, worker_pb2_grpc
 from models.catalog import open_model
 from models.registry import load_registry
 from raw_http2 import PREFACE, SETTINGS_TAKEN, call_headers, cancellation, frame, raw_connection
-from services.worker import WorkerService
+from services.worker_server import WorkerService
 
 HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"]
 REFLECTION = reflection_pb2.DESCRIPTOR.services_by_name["ServerReflection"]

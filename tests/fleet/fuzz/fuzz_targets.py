@@ -53,7 +53,7 @@ from services.coordinator.handlers import ServiceHandler
 from services.coordinator.service import GenerationService, OfferedModel
 from services.coordinator.settings import CoordinatorSettings
 from services.coordinator.tokens import Claimed, TokenRules, TokenVerifier, VerificationKey, read_public_keys
-from services.worker import WorkerSettings
+from services.worker_settings import WorkerSettings
 from tokens import AUDIENCE, ISSUER, jwk, jwk_set, private_key, public_pem, token
 
 SERVICES = ("text_encoding", "image_encoding", "latent_preparation", "denoising", "decoding")

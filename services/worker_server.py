@@ -1,0 +1,130 @@
+"""How a stage service is served: its server and caches, and what it tells of itself."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+from redis.asyncio import Redis
+
+from common.errors import InvalidInput
+from common.local import HostedStages
+from common.pipeline import ServiceSpec
+from common.rpc.framing import Limits
+from common.rpc.interceptor import admit_all
+from common.rpc.replies import ReplyCache
+from common.rpc.server import ServingLimits, Stages, StageServicer
+from common.rpc.serving import FleetServer
+from common.rpc.tls import Mutual, NamedPeers, Shown, server_credentials, watch_mutual
+from common.stage import Contract
+from common.state.shared_replies import SharedReplies
+from common.telemetry import MetricsInterceptor
+from common.tensors import TORCH
+from common.watched import WatchedFiles
+from fleet.v1 import worker_pb2, worker_pb2_grpc
+from models.layers.mesh import Degrees
+from services.worker_settings import WorkerSettings
+
+_SERVICE = "fleet.v1.WorkerService"
+
+
+def contract_message(contract: Contract, spec: ServiceSpec) -> worker_pb2.StageContract:
+    """What the service reads and writes, for those who ask and for the registry."""
+    return worker_pb2.StageContract(
+        stages=[stage.contract.name for stage in spec.stages],
+        inputs=contract.inputs,
+        outputs=contract.outputs,
+        optional_inputs=sorted(contract.optional),
+    )
+
+
+def degrees_message(degrees: Degrees) -> worker_pb2.Degrees:
+    """How the ranks of a worker group share its work."""
+    return worker_pb2.Degrees(tp=degrees.tp, ulysses=degrees.ulysses, ring=degrees.ring, cfg=degrees.cfg)
+
+
+def tls_of(settings: WorkerSettings) -> WatchedFiles[Mutual] | None:
+    """A worker's TLS is always mutual: it serves coordinators only. Raises InvalidInput for half of it."""
+    tls = watch_mutual(settings)
+    if tls is None and settings.tls_cert is not None:
+        raise InvalidInput("tls_cert is set without tls_ca, by which a worker knows coordinators", field="tls_ca")
+    return tls
+
+
+def make_server(
+    service: str,
+    stages: Stages,
+    executor: ThreadPoolExecutor,
+    info: worker_pb2.WorkerInfo,
+    settings: WorkerSettings,
+    tls: WatchedFiles[Mutual] | None,
+    cache: ReplyCache | None,
+) -> FleetServer:
+    """The server of a worker, with the service's stages and GetModelInfo; it is started by the caller."""
+    limits = ServingLimits(
+        capacity=settings.capacity,
+        idle_seconds=settings.idle_seconds,
+        step_seconds=settings.step_seconds,
+        call=Limits(total_bytes=settings.max_call_bytes),
+    )
+    server = FleetServer(
+        settings.listen,
+        interceptors=[MetricsInterceptor(service)],
+        credentials=None if tls is None else server_credentials(partial(_shown, tls)),
+        admit=NamedPeers(settings.tls_callers) if tls else admit_all,
+        health_listen=settings.health_listen,
+    )
+    servicer = StageServicer(service, stages, executor, TORCH, limits=limits, cache=cache)
+    server.add(servicer.methods, servicer.service_name)
+    worker_pb2_grpc.add_WorkerServiceServicer_to_server(WorkerService(info), server.grpc_server)
+    server.add(None, _SERVICE)
+    return server
+
+
+def _shown(tls: WatchedFiles[Mutual]) -> tuple[int, Shown]:
+    version, mutual = tls.versioned()
+    return version, mutual.shown()
+
+
+def cache_of(
+    stages: HostedStages, info: worker_pb2.WorkerInfo, settings: WorkerSettings, shared: SharedReplies | None
+) -> ReplyCache | None:
+    """Where replies are kept, if settings and stages both want it."""
+    if stages.indifferent_to is None or settings.cache_bytes <= 0:
+        return None
+    return ReplyCache(
+        settings.cache_bytes,
+        service=info.service,
+        model=info.model,
+        indifferent_to=stages.indifferent_to,
+        shared=shared,
+    )
+
+
+def shared_of(redis: Redis, info: worker_pb2.WorkerInfo, settings: WorkerSettings) -> SharedReplies | None:
+    """Where replies are shared, if that is wanted: among workers with equal weights and equal numerics."""
+    if settings.cache_redis_bytes <= 0:
+        return None
+    return SharedReplies(
+        redis,
+        service=info.service,
+        model=info.model,
+        origin=f"{info.model_fingerprint} {info.numerics_fingerprint}",
+        max_bytes=settings.cache_redis_bytes,
+        keep_seconds=settings.cache_redis_seconds,
+        gain=settings.cache_redis_gain,
+    )
+
+
+class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
+    """Tells who asks what the worker is."""
+
+    def __init__(self, info: worker_pb2.WorkerInfo) -> None:
+        self._info = info
+
+    async def GetModelInfo(  # noqa: N802 -- the name in the .proto  # type: ignore[override]
+        self, request: worker_pb2.GetModelInfoRequest, context: Any
+    ) -> worker_pb2.GetModelInfoResponse:
+        del request, context
+        return worker_pb2.GetModelInfoResponse(worker=self._info)

@@ -1,0 +1,89 @@
+"""What a stage service runs with, and where it computes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from common.errors import FailedPrecondition, InvalidInput
+from common.rpc.tls import TlsSettings
+from common.settings import setting
+from configs.approximation import EXACT, Approximation
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerSettings(TlsSettings):
+    """Serve one stage service of one model."""
+
+    model: str = setting(help="what to serve: a Diffusers directory, NAME=DIR, or the name of a shipped model")
+    redis: str = setting(help="URL of the request store, to announce this worker in")
+    listen: str = setting("127.0.0.1:0", help="address to listen on: HOST:PORT (port 0: a free one), or unix:PATH")
+    advertise: str = setting("", help="address under which coordinators reach this worker, where it is not --listen")
+    device: str = setting("auto", help="where to compute: auto, cpu, cuda or cuda:N")
+    dtype: Literal["auto", "float32", "bfloat16"] = setting(
+        "auto", help="what to compute in; auto is bfloat16 on CUDA and float32 elsewhere"
+    )
+    threads: int = setting(0, help="CPU threads that an operation may use; 0 leaves that to torch")
+    capacity: int = setting(1, help="requests taken at a time; they compute one after the other")
+    checkpoint_every: int = setting(0, help="denoising steps between two checkpoints to resume from; 0: by time only")
+    checkpoint_seconds: float = setting(5.0, help="longest time between two of them; 0: by steps only")
+    kernel_cache: Path | None = setting(None, help="directory that keeps compiled kernels from one start to the next")
+    plugins: tuple[Path, ...] = setting((), help="directories with pipelines of other families")
+    grace_seconds: float = setting(30.0, help="time that running calls get to finish after SIGTERM")
+    announce_seconds: float = setting(60.0, help="how long to wait for the request store at the start")
+    idle_seconds: float = setting(30.0, help="give up on a caller that is silent for so long within its inputs")
+    step_seconds: float = setting(0.25, help="shortest time between two steps that a call tells its caller of")
+    max_call_bytes: int = setting(2 << 30, help="most bytes of tensors that a call may carry")
+    tls_callers: tuple[str, ...] = setting(("coordinator",), help="names in the certificates of those who may call")
+    cache_bytes: int = setting(256 << 20, help="memory for replies of text_encoding, given again to the same inputs")
+    cache_redis_bytes: int = setting(0, help="memory of the request store to share them in with other workers; 0: none")
+    cache_redis_seconds: float = setting(3_600.0, help="how long a shared one is kept after its last use")
+    cache_redis_gain: float = setting(
+        2.0, help="share what takes so many times longer to compute than to fetch, as measured; 0 shares all"
+    )
+    metrics_port: int | None = setting(None, help="port for Prometheus metrics; without one there are none")
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = setting("INFO", help="least severe log lines to write")
+    log_format: Literal["text", "json"] = setting("text", help="form of log lines")
+
+    @property
+    def approximation(self) -> Approximation:
+        """What the stages may leave out of the exact computation: nothing, but in denoising."""
+        return EXACT
+
+
+def device_of(name: str) -> torch.device:
+    """The device of a setting, on CUDA with its number. Raises FailedPrecondition when this machine has none such."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InvalidInput(f"device must be auto, cpu, cuda or cuda:N, not {name!r}", field="device") from None
+    if device.type not in ("cpu", "cuda"):
+        raise InvalidInput(f"device must be auto, cpu, cuda or cuda:N, not {name!r}", field="device")
+    if device.type == "cpu":
+        return device
+    index, count = device.index or 0, torch.cuda.device_count()
+    if index >= count:
+        raise FailedPrecondition(f"device {name} is not here: this machine has {count} CUDA devices", field="device")
+    return torch.device("cuda", index)
+
+
+def dtype_of(name: str, device: torch.device) -> torch.dtype:
+    """The element type of a setting on a device."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return _DTYPES[name]
+
+
+def prepare_thread(device: torch.device, threads: int) -> None:
+    """Make the thread that computes this device's."""
+    if threads:
+        torch.set_num_threads(threads)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
