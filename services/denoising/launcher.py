@@ -155,6 +155,7 @@ class GroupAgent(LocalElasticAgent):
         if time.monotonic() - self._began > _STEADY_SECONDS:
             self._remaining_restarts = max(0, worker_group.spec.max_restarts - 1)
             self._delay = _FIRST_DELAY
+        self._end_the_others()  # Some still run where another machine has lost a rank: they wait for it.
         _log.warning("starting the worker group again in %g s (%d more tries)", self._delay, self._remaining_restarts)
         time.sleep(self._delay)
         self._delay = min(2 * self._delay, _LONGEST_DELAY)
