@@ -54,6 +54,9 @@ class Ranks(Protocol):
     def make_mesh(self, device: torch.device) -> WorkerMesh:
         """This rank's place among the others; all ranks make theirs together. Called on the device's thread."""
 
+    def wait_for_all(self) -> None:
+        """Return once all ranks have loaded their part. Called on the device's thread."""
+
     def lead(self, stages: HostedStages) -> Stages:
         """The same stages, run by all ranks together."""
 
@@ -177,6 +180,8 @@ def _load(
         mesh=ranks.make_mesh(device) if ranks else None,
         approximation=settings.approximation,
     )
+    if ranks:
+        ranks.wait_for_all()
     return HostedStages(spec.service, stages, timed=partial(stage_timer, spec.service, model.name))
 
 

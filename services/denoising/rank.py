@@ -97,6 +97,10 @@ class _Rank:
         )
         return make_mesh(self.degrees, device)
 
+    def wait_for_all(self) -> None:
+        """Return once all ranks have loaded: a call that came before would not end on them at the same time."""
+        distributed.barrier()
+
 
 class LeadingRank(_Rank):
     """Rank 0: the worker of the service, as coordinators know it."""
@@ -145,6 +149,7 @@ class FollowingRank(_Rank):
             mesh=self.make_mesh(device),
             approximation=self._settings.approximation,
         )
+        self.wait_for_all()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._ask_to_end)
         hosted = HostedStages(SERVICE, stages)
