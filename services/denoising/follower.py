@@ -43,7 +43,8 @@ class Follower:
                 return
             lease = self._pool.lease()
             try:
-                self._run(request_id.decode(), lease)
+                # Names the request in logs only: one that is no text is no reason to end anything.
+                self._run(request_id.decode(errors="backslashreplace"), lease)
             finally:
                 lease.close()
 

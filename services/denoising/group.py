@@ -105,4 +105,5 @@ def compare(link: Link, own: bytes) -> None:
 
 
 def _words(told: bytes) -> str:
-    return ": ".join(told.decode().split("\n", 1)) if told else "a result"
+    """For people: a rank that is out of step may send what is no text."""
+    return ": ".join(told.decode(errors="backslashreplace").split("\n", 1)) if told else "a result"

@@ -194,6 +194,19 @@ def test_ranks_that_ask_unequally_often_end_the_group() -> None:
     assert "sent message 5 where CHECK should come" in str(ranks.errors[0])
 
 
+def test_what_is_no_text_leaves_a_group_out_of_step_and_nothing_else() -> None:
+    with two_ranks(do_nothing) as ranks:
+        ranks.link.send(Kind.CALL, b"\xff")
+        ranks.link.send(Kind.END)
+        assert ranks.ended.wait(20)
+    assert "sent message 6 where INPUT should come" in str(ranks.errors[0])
+    here, there = socket.socketpair()
+    with here, there:
+        Link(0, there).send(Kind.OUTCOME, b"Cancelled\n\xff")
+        with pytest.raises(OutOfStep, match=r"ended with Cancelled: \\xff on rank 1, and with a result here"):
+            group.compare(Link(1, here), b"")
+
+
 def ask_twice(_: StageInput, call: Call) -> None:
     call.check_cancelled()
     call.check_cancelled()

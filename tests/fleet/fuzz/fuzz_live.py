@@ -12,6 +12,7 @@ from typing import Any
 
 import grpc
 from fuzz_inputs import Frames
+from fuzz_ranks import rank_targets
 from fuzz_targets import PUBLIC, PUBLIC_SEEDS, SERVICES, Target, framed_seeds, public_service, stage_servicer, targets
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
@@ -38,9 +39,9 @@ _DEFECTS = {grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL, grpc.StatusCode.D
 
 @contextlib.contextmanager
 def all_targets(directory: Path) -> Iterator[list[Target]]:
-    """Those of fuzz_targets, and all that need a server."""
+    """Those of fuzz_targets, those between ranks, and all that need a server."""
     with targets(directory) as without, live_targets() as live:
-        yield [*without, *live]
+        yield [*without, *rank_targets(), *live]
 
 
 @contextlib.contextmanager

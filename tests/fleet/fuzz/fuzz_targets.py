@@ -53,6 +53,7 @@ from services.coordinator.handlers import ServiceHandler
 from services.coordinator.service import GenerationService, OfferedModel
 from services.coordinator.settings import CoordinatorSettings
 from services.coordinator.tokens import Claimed, TokenRules, TokenVerifier, VerificationKey, read_public_keys
+from services.denoising.messages import OutOfStep
 from services.worker_settings import WorkerSettings
 from tokens import AUDIENCE, ISSUER, jwk, jwk_set, private_key, public_pem, token
 
@@ -76,9 +77,14 @@ class Target:
 
 
 def check(target: Target, frames: Frames) -> None:
-    """Run a target. A FleetError is an answer, if it can be told to a caller; everything else is a finding."""
+    """Run a target. A FleetError is an answer, if it can be told to a caller; everything else is a finding.
+
+    Between ranks, so is OutOfStep: the group starts again.
+    """
     try:
         target.run(frames)
+    except OutOfStep:
+        return
     except FleetError as error:
         status = to_status(error)
         status.details.encode()
@@ -124,7 +130,7 @@ class _Context:
         return ()
 
 
-class _Reader:
+class Reader:
     """Stages that read every slot that their service's messages can carry, and write none."""
 
     def __init__(self, service: str) -> None:
@@ -144,7 +150,7 @@ def stage_servicer(service: str, device: ThreadPoolExecutor) -> StageServicer:
     """What serves a stage's RPC, down to the artifacts."""
     limits = ServingLimits(capacity=1, call=LIMITS)
     cache = ReplyCache(1 << 20, service=service, model="fuzz") if service == "text_encoding" else None
-    return StageServicer(service, _Reader(service), device, TORCH, limits=limits, cache=cache)
+    return StageServicer(service, Reader(service), device, TORCH, limits=limits, cache=cache)
 
 
 def _stage_target(service: str, loop: asyncio.AbstractEventLoop, device: ThreadPoolExecutor) -> Target:

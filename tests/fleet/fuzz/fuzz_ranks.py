@@ -1,0 +1,138 @@
+"""What is fuzzed between the ranks of a worker group: calls, outcomes, the first words of a connection, beats.
+
+Ranks trust each other more than anybody, but one that is out of step, or a stranger at rank 0's port, must leave the
+others with an answer all the same: OutOfStep, after which the group starts again, or no attention at all.
+"""
+
+from __future__ import annotations
+
+import io
+import socket
+import struct
+from collections.abc import Iterator
+from typing import Any, cast
+
+from fuzz_inputs import Frames
+from fuzz_targets import LIMITS, Reader, Target, framed_seeds, header_type
+
+from common.errors import Cancelled
+from common.rpc.method import request_type, stage_method
+from services.denoising.agreement import GO_ON, outcome
+from services.denoising.follower import Follower
+from services.denoising.group import compare
+from services.denoising.joining import Place, Purpose, join
+from services.denoising.liveness import Liveness
+from services.denoising.messages import Kind, Link
+
+_SERVICE = "denoising"
+_PLACE = Place(0, 0, world_size=2, num_nodes=1, store_host="127.0.0.1", store_port=0, token="a" * 32)
+_MOST_HELLO_BYTES = 4096  # fits into a socket's buffer, so that nobody needs to read for it to be sent
+_CANCELLED = outcome(Cancelled("request 1 was cancelled"))
+
+
+def rank_targets() -> Iterator[Target]:
+    """All of them; none needs anything that must be closed."""
+    request = request_type(stage_method(_SERVICE))
+    calls = list(_calls())
+    yield Target("rank.call", _follow_messages, calls, [header_type(request)])
+    yield Target("rank.wire", _follow_bytes, [tuple(_on_the_wire(each) for each in call) for call in calls])
+    yield Target("rank.outcome", _compare, [(_on_the_wire(_message(Kind.OUTCOME)),)])
+    yield Target("rank.hello", _join, [(_hello(Purpose.CONTROL), b""), (_hello(Purpose.BEATS),)])
+    yield Target("rank.beats", _beat, [(b".", b"..", b"$"), (b".", b"!")])
+
+
+class _Connection:
+    """A connection on which these bytes come, and then its end; what is sent is not kept."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = io.BytesIO(data)
+
+    def recv_into(self, view: memoryview) -> int:
+        return self._data.readinto(view)
+
+    def sendall(self, _: bytes) -> None:
+        """Nobody listens."""
+
+    def settimeout(self, _: float | None) -> None:
+        """It never waits."""
+
+
+def _link(data: bytes) -> Link:
+    return Link(0, cast(socket.socket, _Connection(data)))
+
+
+def _message(kind: Kind, payload: bytes = b"") -> bytes:
+    """As targets get it, without its length: what is bent may change it."""
+    return bytes((kind,)) + payload
+
+
+def _on_the_wire(message: bytes) -> bytes:
+    return message[:1] + struct.pack(">I", max(len(message) - 1, 0)) + message[1:]
+
+
+def _calls() -> Iterator[Frames]:
+    """What rank 0 sends for right calls: one that ends well, one that it cancels; then END."""
+    for frames in framed_seeds(request_type(stage_method(_SERVICE)))[:2]:
+        for answer, end in ((GO_ON, b""), (_CANCELLED, _CANCELLED)):
+            yield (
+                _message(Kind.CALL, b"request"),
+                *(_message(Kind.INPUT, frame) for frame in frames),
+                _message(Kind.RUN),
+                _message(Kind.CHECK, answer),
+                _message(Kind.OUTCOME, end),
+                _message(Kind.END),
+            )
+
+
+def _follow_messages(frames: Frames) -> None:
+    _follow_bytes(tuple(_on_the_wire(each) for each in frames if each))
+
+
+def _follow_bytes(frames: Frames) -> None:
+    Follower(_SERVICE, Reader(_SERVICE), _link(b"".join(frames)), total_bytes=LIMITS.total_bytes).follow()
+
+
+def _compare(frames: Frames) -> None:
+    compare(_link(b"".join(frames)), b"")
+
+
+def _hello(purpose: Purpose, rank: int = 1) -> bytes:
+    return _PLACE.token.encode() + bytes((purpose,)) + struct.pack(">I", rank)
+
+
+class _Store:
+    """The agents' store; once rank 0 tells where it listens, a stranger comes for each frame, then its follower."""
+
+    def __init__(self, strangers: Frames) -> None:
+        self._strangers = strangers
+        self.follower: list[socket.socket] = []
+
+    def set(self, _: str, value: str) -> None:
+        host, port = value.split()
+        for words in self._strangers:
+            with socket.create_connection((host, int(port))) as stranger:
+                stranger.sendall(words[:_MOST_HELLO_BYTES])
+        for purpose in Purpose:
+            self.follower.append(socket.create_connection((host, int(port))))
+            self.follower[-1].sendall(_hello(purpose))
+
+
+def _join(frames: Frames) -> None:
+    """Whoever comes first, rank 0 finds its follower."""
+    store = _Store(frames[:8])
+    joined = join(_PLACE, cast(Any, store), 4.0)
+    assert {rank: set(each) for rank, each in joined.items()} == {1: set(Purpose)}
+    for connection in (*joined[1].values(), *store.follower):
+        connection.close()
+
+
+def _beat(frames: Frames) -> None:
+    """The side channel takes whatever a peer says, and ends when it is told to."""
+    here, peer = socket.socketpair()
+    with peer:
+        peer.sendall(b"".join(frames)[:_MOST_HELLO_BYTES])
+        peer.shutdown(socket.SHUT_WR)
+        liveness = Liveness({1: here}, beat_seconds=60.0, lost_seconds=60.0)
+        liveness.start(on_lost=lambda _: None)
+        assert peer.recv(1) == b"."  # It has begun, and looks at what lies there before it can be told to end.
+        liveness.end()
