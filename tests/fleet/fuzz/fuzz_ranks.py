@@ -16,6 +16,7 @@ from fuzz_inputs import Frames
 from fuzz_targets import LIMITS, Reader, Target, framed_seeds, header_type
 
 from common.errors import Cancelled
+from common.local import HostedStages
 from common.rpc.method import request_type, stage_method
 from services.denoising.agreement import GO_ON, outcome
 from services.denoising.follower import Follower
@@ -89,7 +90,8 @@ def _follow_messages(frames: Frames) -> None:
 
 
 def _follow_bytes(frames: Frames) -> None:
-    Follower(_SERVICE, Reader(_SERVICE), _link(b"".join(frames)), total_bytes=LIMITS.total_bytes).follow()
+    stages = cast(HostedStages, Reader(_SERVICE))
+    Follower(_SERVICE, stages, _link(b"".join(frames)), total_bytes=LIMITS.total_bytes).follow()
 
 
 def _compare(frames: Frames) -> None:
