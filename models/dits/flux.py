@@ -9,7 +9,6 @@ Parameter names are the checkpoint's. Parallel forms are decided beside the mode
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, ClassVar
 
@@ -20,6 +19,7 @@ from torch.nn.functional import silu
 from configs.models.dits.flux import FluxTransformerConfig
 from models.dits.base import DiffusionTransformer, Prepared
 from models.dits.flux_plan import FLUX_PLAN
+from models.dits.joint_stream import through_joint_blocks
 from models.layers.embeddings import EmbeddingMLP, sinusoidal_embedding
 from models.layers.feed_forward import FeedForward, beside_gelu
 from models.layers.joint_attention import JointAttention, StreamAttention, block_modulations, joint_block
@@ -27,7 +27,7 @@ from models.layers.linear import Linear
 from models.layers.norms import LayerNormScaleShift, Residual, Streams
 from models.layers.parallelize import parallelize
 from models.layers.rotary import Rotation, rotary_embedding
-from models.layers.step_cache import CacheUse, through_blocks
+from models.layers.step_cache import CacheUse
 from models.weights import load_module
 
 if TYPE_CHECKING:
@@ -175,15 +175,11 @@ class FluxTransformer2DModel(DiffusionTransformer):
         use: CacheUse | None = None,
     ) -> Tensor:
         """Velocity (B, I, channels), with a step's modulations (B, M)."""
-        boundary = text_BTD.shape[1]
-        parts = modulation.chunk(modulation.shape[1] // self.final_norm.size, dim=1)
-        given = {"parts": iter(parts), "rotation": Rotation(cos, sin), "boundary": boundary}
-        blocks = [partial(block, **given) for block in (*self.transformer_blocks, *self.single_transformer_blocks)]
-        residual = Residual(torch.cat((text_BTD, self.x_embedder(hidden_states)), dim=1))
-        residual = through_blocks(residual, blocks, boundary, use)
-        scale, shift = (Streams.same(part) for part in parts[-2:])
-        _, normed = self.final_norm.after(residual, scale, shift, boundary)
-        velocity: Tensor = self.proj_out(normed[:, boundary:])
+        blocks = (*self.transformer_blocks, *self.single_transformer_blocks)
+        normed = through_joint_blocks(
+            self.x_embedder(hidden_states), text_BTD, modulation, Rotation(cos, sin), blocks, self.final_norm, use
+        )
+        velocity: Tensor = self.proj_out(normed)
         return velocity
 
     def _modulations(self) -> Iterator[ModulationLinear]:

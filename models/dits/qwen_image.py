@@ -9,7 +9,6 @@ hidden size, M all modulations. Parameter names are the checkpoint's.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -18,15 +17,16 @@ from torch.nn.functional import silu
 
 from configs.models.dits.qwen_image import QwenImageTransformerConfig
 from models.dits.base import DiffusionTransformer, Prepared
+from models.dits.joint_stream import through_joint_blocks
 from models.dits.qwen_image_plan import QWEN_IMAGE_PLAN
 from models.layers.embeddings import EmbeddingMLP, sinusoidal_embedding
 from models.layers.feed_forward import FeedForward
 from models.layers.joint_attention import JointAttention, block_modulations, joint_block
 from models.layers.linear import Linear
-from models.layers.norms import LayerNormScaleShift, Residual, RMSNorm, Streams
+from models.layers.norms import LayerNormScaleShift, Residual, RMSNorm
 from models.layers.parallelize import parallelize
 from models.layers.rotary import Rotation, rotary_embedding
-from models.layers.step_cache import CacheUse, through_blocks
+from models.layers.step_cache import CacheUse
 from models.weights import load_module
 
 if TYPE_CHECKING:
@@ -144,15 +144,16 @@ class QwenImageTransformer2DModel(DiffusionTransformer):
         use: CacheUse | None = None,
     ) -> Tensor:
         """Velocity (B, I, token channels), with a step's modulations (B, M)."""
-        boundary = text_BTD.shape[1]
-        parts = modulation.chunk(modulation.shape[1] // self.final_norm.size, dim=1)
-        given = {"parts": iter(parts), "rotation": Rotation(cos, sin), "boundary": boundary}
-        blocks = [partial(block, **given) for block in self.transformer_blocks]
-        residual = Residual(torch.cat((text_BTD, self.img_in(hidden_states)), dim=1))
-        residual = through_blocks(residual, blocks, boundary, use)
-        scale, shift = (Streams.same(part) for part in parts[-2:])
-        _, normed = self.final_norm.after(residual, scale, shift, boundary)
-        velocity: Tensor = self.proj_out(normed[:, boundary:])
+        normed = through_joint_blocks(
+            self.img_in(hidden_states),
+            text_BTD,
+            modulation,
+            Rotation(cos, sin),
+            self.transformer_blocks,
+            self.final_norm,
+            use,
+        )
+        velocity: Tensor = self.proj_out(normed)
         return velocity
 
     def _modulations(self) -> Iterator[nn.Module]:

@@ -112,7 +112,7 @@ def measure(work: Work, device: torch.device, args: argparse.Namespace) -> None:
         sides["Diffusers, compiled"] = sides.pop("Diffusers")
         errors["Diffusers, compiled"] = error(sides["Diffusers, compiled"](), exact)
         say(f"Diffusers compiled in {time.perf_counter() - began:.0f} s")
-    spent = in_turns(sides, device, args.repeats)
+    spent = in_turns(sides, partial(step_milliseconds, device=device), args.repeats)
     once = 1e3 * timed(lambda: ours.prepare(timesteps, **our_inputs), device)
     say(f"## {work.title}{' (tiny)' if tiny else ''}")
     say()
@@ -280,15 +280,22 @@ def peak_beside(run: Callable[[], object], device: torch.device) -> float:
     return (torch.cuda.max_memory_allocated(device) - before) / 1e6
 
 
-def in_turns(sides: Mapping[str, Callable[[], object]], device: torch.device, repeats: int) -> dict[str, list[float]]:
-    """Milliseconds of each side's calls: one round after the other, the sides in turn."""
+def step_milliseconds(run: Callable[[], object], device: torch.device) -> float:
+    """Of a call, by the device's own clock where it has one."""
+    return milliseconds(run) if device.type == "cuda" else 1e3 * timed(run, device)
+
+
+def in_turns(
+    sides: Mapping[str, Callable[[], object]], clock: Callable[[Callable[[], object]], float], repeats: int
+) -> dict[str, list[float]]:
+    """What `clock` says of each side's calls: one round after the other, the sides in turn."""
     spent: dict[str, list[float]] = {name: [] for name in sides}
     for run in sides.values():
         for _ in range(3):
             run()
     for _ in range(repeats):
         for name, run in sides.items():
-            spent[name].append(milliseconds(run) if device.type == "cuda" else 1e3 * timed(run, device))
+            spent[name].append(clock(run))
     return spent
 
 

@@ -12,13 +12,25 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
-from bench_device import empty, milliseconds
+from bench_device import empty
 from bench_report import median, print_machine, print_table, say
-from denoise_step import STEPS, WORKS, Work, build_reference, error, float32_prediction, on, same_weights, timed
+from denoise_step import (
+    STEPS,
+    WORKS,
+    Work,
+    build_reference,
+    error,
+    float32_prediction,
+    in_turns,
+    on,
+    same_weights,
+    step_milliseconds,
+)
 from diffusers import ContextParallelConfig
 from torch import Tensor, distributed
 
@@ -75,7 +87,7 @@ def measure(work: Work, mesh: WorkerMesh, args: argparse.Namespace) -> None:
         share_out(theirs, device, mesh.degrees.world_size, compiled=args.compile)
         sides[name] = lambda: theirs(**their_inputs, return_dict=False)[0]
     errors = {name: error(run(), exact) for name, run in sides.items()}
-    spent = in_turns(sides, device, args.repeats)
+    spent = in_turns(sides, partial(slowest_milliseconds, device), args.repeats)
     if mesh.rank == 0:
         say(f"## {work.title}{' (tiny)' if tiny else ''}")
         say()
@@ -92,20 +104,12 @@ def share_out(theirs: Any, device: torch.device, ranks: int, *, compiled: bool) 
         theirs.compile_repeated_blocks(fullgraph=True)
 
 
-def in_turns(sides: Mapping[str, Callable[[], object]], device: torch.device, repeats: int) -> dict[str, list[float]]:
-    """Milliseconds of each side's calls on the slowest rank, one round after the other, the sides in turn."""
-    spent: dict[str, list[float]] = {name: [] for name in sides}
-    for run in sides.values():
-        for _ in range(3):
-            run()
-    for _ in range(repeats):
-        for name, run in sides.items():
-            distributed.barrier()
-            own = milliseconds(run) if device.type == "cuda" else 1e3 * timed(run, device)
-            slowest = torch.tensor(own)
-            distributed.all_reduce(slowest, op=distributed.ReduceOp.MAX)
-            spent[name].append(float(slowest))
-    return spent
+def slowest_milliseconds(device: torch.device, run: Callable[[], object]) -> float:
+    """Of a call that all ranks make together, on the slowest of them."""
+    distributed.barrier()
+    slowest = torch.tensor(step_milliseconds(run, device))
+    distributed.all_reduce(slowest, op=distributed.ReduceOp.MAX)
+    return float(slowest)
 
 
 if __name__ == "__main__":

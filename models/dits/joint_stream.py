@@ -1,0 +1,38 @@
+"""What DiTs of a text and an image stream do between their first and their last projection."""
+
+# ruff: noqa: N803  (the capitals of a tensor's name are its shape)
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from models.layers.norms import LayerNormScaleShift, Residual, Streams
+from models.layers.rotary import Rotation
+from models.layers.step_cache import CacheUse, through_blocks
+
+
+def through_joint_blocks(
+    image_BID: Tensor,
+    text_BTD: Tensor,
+    modulation_BM: Tensor,
+    rotation: Rotation,
+    blocks: Iterable[nn.Module],
+    final_norm: LayerNormScaleShift,
+    use: CacheUse | None,
+) -> Tensor:
+    """The image stream (B, I, D) after all blocks and the last norm.
+
+    Each block takes its share of the modulations, vectors of size D, in order; the last two are the norm's.
+    """
+    boundary = text_BTD.shape[1]
+    parts = modulation_BM.chunk(modulation_BM.shape[1] // final_norm.size, dim=1)
+    given = {"parts": iter(parts), "rotation": rotation, "boundary": boundary}
+    residual = Residual(torch.cat((text_BTD, image_BID), dim=1))
+    residual = through_blocks(residual, [partial(block, **given) for block in blocks], boundary, use)
+    scale, shift = (Streams.same(part) for part in parts[-2:])
+    _, normed = final_norm.after(residual, scale, shift, boundary)
+    return normed[:, boundary:]
