@@ -21,12 +21,13 @@ from models.dits.base import DiffusionTransformer, Prepared
 from models.dits.flux_plan import FLUX_PLAN
 from models.dits.joint_stream import through_joint_blocks
 from models.layers.embeddings import EmbeddingMLP, sinusoidal_embedding
-from models.layers.feed_forward import FeedForward, beside_gelu
-from models.layers.joint_attention import JointAttention, StreamAttention, block_modulations, joint_block
+from models.layers.feed_forward import FeedForward, write_gelu
+from models.layers.joint_attention import JointAttention, block_modulations, joint_block
 from models.layers.linear import Linear
 from models.layers.norms import LayerNormScaleShift, Residual, Streams
 from models.layers.parallelize import parallelize
 from models.layers.rotary import Rotation, rotary_embedding
+from models.layers.self_attention import SelfAttention
 from models.layers.step_cache import CacheUse
 from models.weights import load_module
 
@@ -92,7 +93,7 @@ class FluxSingleTransformerBlock(nn.Module):
         size = config.hidden_size
         self.layer_norm = LayerNormScaleShift(size)
         self.norm = ModulationLinear(size, 3)
-        self.attn = StreamAttention(size, config.attention_head_dim)
+        self.attn = SelfAttention(size, config.attention_head_dim)
         self.proj_mlp = Linear(size, 4 * size)
         self.proj_out = Linear(5 * size, size)
 
@@ -102,7 +103,10 @@ class FluxSingleTransformerBlock(nn.Module):
         x_BSD, normed = self.layer_norm.after(residual, scale, shift, boundary)
         started = self.attn.start(normed, rotation)
         hidden = self.proj_mlp(normed)
-        both = beside_gelu(self.attn.finish(started), hidden)
+        width = self.attn.to_q.weight.shape[0]
+        both = normed.new_empty(*normed.shape[:2], width + hidden.shape[2])
+        write_gelu(hidden, both[..., width:])
+        self.attn.finish(started, both[..., :width])
         return Residual(x_BSD, self.proj_out(both), gate)
 
 

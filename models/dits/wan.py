@@ -21,14 +21,15 @@ from torch.nn.functional import gelu, layer_norm, silu
 from configs.models.dits.wan import WanTransformerConfig
 from models.dits.base import DiffusionTransformer, Prepared
 from models.dits.wan_plan import WAN_PLAN
-from models.layers.attention import Attention, attention
+from models.layers.attention import attention
 from models.layers.embeddings import EmbeddingMLP, sinusoidal_embedding
 from models.layers.feed_forward import FeedForward
-from models.layers.linear import JoinedLinear, JoinsWeights, Linear, project
+from models.layers.linear import Linear
 from models.layers.norms import LayerNormScaleShift, Residual, RMSNorm, Streams
 from models.layers.parallelize import parallelize
 from models.layers.qk_norm import QKNorms, apply_qk_norm, split_heads
 from models.layers.rotary import Rotation, rotary_embedding
+from models.layers.self_attention import SelfAttention
 from models.layers.step_cache import CacheUse, through_blocks
 from models.weights import load_module
 
@@ -112,37 +113,17 @@ class ConditionEmbedder(nn.Module):
         return embedding, self.time_proj(silu(embedding)).unflatten(1, (6, -1))
 
 
-class SelfAttention(JoinsWeights):
-    """Video tokens attend to each other; queries and keys are normalised over all heads together, then turned."""
+class VideoAttention(SelfAttention):
+    """Video tokens attend to each other; queries and keys are normalised over all heads together."""
 
     def __init__(self, config: WanTransformerConfig) -> None:
-        super().__init__()
         size = config.hidden_size
-        self.head_size = config.attention_head_dim
-        self.to_q = Linear(size, size)
-        self.to_k = Linear(size, size)
-        self.to_v = Linear(size, size)
+        super().__init__(size, config.attention_head_dim, norm_size=size, eps=config.eps)
         self.to_out = nn.ModuleList([Linear(size, size)])
-        self.norm_q = RMSNorm(size, config.eps)
-        self.norm_k = RMSNorm(size, config.eps)
-        self.inner = Attention()
-        self.joined: JoinedLinear | None = None
-
-    def join_weights(self) -> None:
-        """Make one product of the three projections, once the weights are in place."""
-        self.joined = JoinedLinear((self.to_q, self.to_k, self.to_v))
 
     def forward(self, x_BSD: Tensor, rotation: Rotation) -> Tensor:
         """(B, S, D) to the same."""
-        width = self.to_q.weight.shape[0]
-        qkv = x_BSD.new_empty(*x_BSD.shape[:2], 3 * width)
-        project(x_BSD, qkv, self.joined, (self.to_q, self.to_k, self.to_v))
-        q, k, v = (split_heads(part, self.head_size) for part in qkv.chunk(3, dim=-1))
-        values = self.inner.start_keys(v)
-        norms = (self.norm_q, self.norm_k)
-        apply_qk_norm(qkv[..., : 2 * width], QKNorms(norms, norms, self.head_size), rotation)
-        keys = self.inner.start_keys(k)
-        attended: Tensor = self.to_out[0](self.inner.finish(self.inner.start_queries(q), keys, values).flatten(2))
+        attended: Tensor = self.to_out[0](self.finish(self.start(x_BSD, rotation, keys_first=True)))
         return attended
 
 
@@ -205,7 +186,7 @@ class WanTransformerBlock(nn.Module):
         super().__init__()
         size = config.hidden_size
         self.norm = LayerNormScaleShift(size, config.eps)
-        self.attn1 = SelfAttention(config)
+        self.attn1 = VideoAttention(config)
         self.attn2 = CrossAttention(config)
         self.norm2 = FloatLayerNorm(size, config.eps) if config.cross_attn_norm else None
         self.ffn = FeedForward(size, hidden=config.ffn_dim)

@@ -28,15 +28,21 @@ _CUDNN_CAPABILITIES = ((9, 0),)
 _LARGEST_HEAD = 128
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, out: Tensor | None = None) -> Tensor:
     """Softmax attention without causality. q, k, v and the result are (batch, tokens, heads, head size).
 
     `mask` broadcasts to (batch, heads, query tokens, key tokens): True attends, or a float that is added to the scores.
+    `out` is where the result is to be, which may be channels of a wider tensor.
     """
     backend = _backend_for(q, k, mask)
     if backend == "flash_attn_3":
-        result: Tensor = flash_attention_3(q, k, v)
+        result: Tensor = flash_attention_3(q, k, v) if out is None else flash_attention_3_into(q, k, v, out)
         return result
+    attended = _torch_attention(q, k, v, mask, backend)
+    return attended if out is None else out.copy_(attended)
+
+
+def _torch_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, backend: Backend) -> Tensor:
     q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
     if backend == "cudnn":
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
@@ -104,30 +110,65 @@ def flash_attention_3(q: Tensor, k: Tensor, v: Tensor, **options: bool) -> Any:
     return fa3_fwd_interface.flash_attn_func(q, k, v, **options)
 
 
-InFlight = tuple[Tensor, ...]
-"""Queries, keys or values on their way to attention: only finish() can read them."""
+def flash_attention_3_into(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> Tensor:
+    """The same into `out`, whose channels are adjacent. The package's own function has no such argument."""
+    # Loading it registers its operators.
+    import fa3_fwd_interface  # noqa: F401
+
+    torch.ops.fa3_fwd.fwd(q, k, v, out=out, num_splits=1)
+    return out
+
+
+class KeyValues:
+    """Keys and values (B, L, H, K) on their way to attention. A parallel form sends them to other ranks.
+
+    `room` is where they are to be written before they are sent, if they are not to be sent from where they are.
+    """
+
+    room: tuple[Tensor, Tensor] | None = None
+
+    def __init__(self, k: Tensor, v: Tensor) -> None:
+        self.k, self.v = k, v
+
+    def take(self, k: Tensor, v: Tensor) -> None:
+        """Send these."""
+        if self.room is not None:
+            for room, tensor in zip(self.room, (k, v), strict=True):
+                room.copy_(tensor)
+        self.send()
+
+    def send(self) -> None:
+        """Begin to send them, once they are written. What is computed next overlaps with it."""
+
+    def wait(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of all ranks, once they are there."""
+        return self.k, self.v
 
 
 class Attention(nn.Module):
     """attention() as a module, so that a parallel form can take its place in a model.
 
     A parallel form sends tensors to other ranks: a model that has something else to compute meanwhile starts queries,
-    keys and values as soon as each is made, and finishes later.
+    keys and values as soon as they are made, and finishes later.
     """
+
+    travels = False
+    """Whether keys and values are sent anywhere, so that it pays to make them first."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """(batch, tokens, heads, head size) each."""
-        values = self.start_keys(v)
-        return self.finish(self.start_queries(q), self.start_keys(k), values)
+        sent = self.key_values(k, v)
+        sent.take(k, v)
+        return self.finish(self.start_queries(q), sent)
 
-    def start_queries(self, x: Tensor) -> InFlight:
-        """Send queries on their way."""
-        return (x,)
+    def key_values(self, k: Tensor, v: Tensor) -> KeyValues:
+        """A way for keys and values of these shapes, which may still have to be written."""
+        return KeyValues(k, v)
 
-    def start_keys(self, x: Tensor) -> InFlight:
-        """Send keys, or values, on their way."""
-        return (x,)
+    def start_queries(self, x: Tensor) -> Tensor:
+        """Send queries on their way: only finish() can read what it returns."""
+        return x
 
-    def finish(self, q: InFlight, k: InFlight, v: InFlight) -> Tensor:
-        """Attend to what was started."""
-        return attention(*q, *k, *v)
+    def finish(self, q: Tensor, sent: KeyValues, out: Tensor | None = None) -> Tensor:
+        """Attend to what was started; into `out`, if given."""
+        return attention(q, *sent.wait(), out=out)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
@@ -53,9 +52,9 @@ class FeedForward(nn.Module):
         last.into(hidden, out)
 
 
-def beside_gelu(x: Tensor, hidden: Tensor) -> Tensor:
-    """x (B, S, D) and GELU (tanh form) of hidden (B, S, F) side by side: (B, S, D + F)."""
+def write_gelu(x: Tensor, out: Tensor) -> None:
+    """out = GELU (tanh form) of x, (B, S, F) each; `out` may be columns of a wider tensor."""
     if (kernels := kernels_for(x)) is not None:
-        joined: Tensor = kernels.beside_gelu(x, hidden)
-        return joined
-    return torch.cat((x, gelu(hidden, approximate="tanh")), dim=-1)
+        kernels.write_gelu(x, out)
+    else:
+        out.copy_(gelu(x, approximate="tanh"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
@@ -12,6 +13,8 @@ from torch.nn.functional import linear
 
 from models.layers.float8 import FLOAT8, check_sizes, float8_linear, quantize_rows, write_float8_linear
 from models.layers.parallel_plan import matches
+
+ALL = slice(None)
 
 
 class Weight(NamedTuple):
@@ -110,16 +113,16 @@ class JoinedLinear:
             raise ValueError("layers in float8 cannot be joined with others")
         self.weight = Weight(_joined([layer.weight.data for layer in layers]), torch.cat(scales) if scales else None)
         self.bias = torch.cat([layer.bias.data for layer in layers])
-        start = 0
-        for layer in layers:
-            end = start + len(layer.weight)
+        self._ends = list(accumulate((len(layer.weight) for layer in layers), initial=0))
+        for layer, (start, end) in zip(layers, pairwise(self._ends), strict=True):
             layer.weight = nn.Parameter(self.weight.values[start:end], requires_grad=False)
             layer.bias = nn.Parameter(self.bias[start:end], requires_grad=False)
-            start = end
 
-    def into(self, x: Tensor, out: Tensor) -> None:
-        """Write the results (B, tokens, sum of out_features), side by side in the layers' order."""
-        write_linear(x, self.weight, self.bias, out)
+    def into(self, x: Tensor, out: Tensor, which: slice = ALL) -> None:
+        """Write the results (B, tokens, sum of out_features), side by side in the layers' order, of some layers."""
+        first, *_, end = self._ends[which.start or 0 : None if which.stop is None else which.stop + 1]
+        scale = None if self.weight.scale is None else self.weight.scale[first:end]
+        write_linear(x, Weight(self.weight.values[first:end], scale), self.bias[first:end], out)
 
 
 def _joined(weights: Sequence[Tensor]) -> Tensor:
@@ -129,12 +132,13 @@ def _joined(weights: Sequence[Tensor]) -> Tensor:
     return torch.cat([weight.view(torch.uint8) for weight in weights]).view(FLOAT8)
 
 
-def project(x: Tensor, out: Tensor, joined: JoinedLinear | None, layers: Sequence[Linear]) -> None:
-    """Write what several layers make of x side by side into `out`: in one product if they were joined."""
+def project(x: Tensor, out: Tensor, joined: JoinedLinear | None, layers: Sequence[Linear], which: slice = ALL) -> None:
+    """Write what some of several layers make of x side by side into `out`: in one product if they were joined."""
     if joined is not None:
-        joined.into(x, out)
+        joined.into(x, out, which)
         return
-    for layer, part in zip(layers, out.chunk(len(layers), dim=-1), strict=True):
+    chosen = layers[which]
+    for layer, part in zip(chosen, out.chunk(len(chosen), dim=-1), strict=True):
         layer.into(x, part)
 
 

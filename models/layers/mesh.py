@@ -8,7 +8,9 @@ one node after the other puts them on one node's NVLink; then come ulysses, ring
 
 from __future__ import annotations
 
+import itertools
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Literal, get_args
@@ -94,12 +96,24 @@ class Axis:
 
 
 class WorkerMesh:
-    """What one rank knows of its worker group. `device` is where this rank computes."""
+    """What one rank knows of its worker group.
 
-    def __init__(self, degrees: Degrees, device: torch.device, rank: int, axes: Mapping[AxisName, Axis]) -> None:
+    `device` is where this rank computes; `shares_memory` says whether all ranks' devices can write to each other's.
+    """
+
+    def __init__(
+        self,
+        degrees: Degrees,
+        device: torch.device,
+        rank: int,
+        axes: Mapping[AxisName, Axis],
+        *,
+        shares_memory: bool = False,
+    ) -> None:
         self.degrees = degrees
         self.device = device
         self.rank = rank
+        self.shares_memory = shares_memory
         self._axes = dict(axes)
 
     def axis(self, name: AxisName) -> Axis:
@@ -144,7 +158,15 @@ def make_mesh(degrees: Degrees, device: torch.device) -> WorkerMesh:
     axes = {axis: Axis() for axis in AXES}
     for axis in shared:
         axes[axis] = Axis(degrees.of(axis), grid.get_local_rank(axis), grid.get_group(axis).group_name)
-    return WorkerMesh(degrees, device, distributed.get_rank(), axes)
+    return WorkerMesh(degrees, device, distributed.get_rank(), axes, shares_memory=_share_memory(device))
+
+
+def _share_memory(device: torch.device) -> bool:
+    """Whether the ranks have a GPU each of one host, and these reach each other; all ranks find the same."""
+    ranks = distributed.get_world_size()
+    if device.type != "cuda" or os.environ.get("LOCAL_WORLD_SIZE") != str(ranks) or torch.cuda.device_count() < ranks:
+        return False
+    return all(torch.cuda.can_device_access_peer(*pair) for pair in itertools.permutations(range(ranks), 2))
 
 
 def _divisors(number: int) -> str:

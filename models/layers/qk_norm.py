@@ -1,4 +1,4 @@
-"""Normalises queries and keys and turns them to their positions, in place and in one pass.
+"""Normalises queries and keys and turns them to their positions, in one pass.
 
 Shapes: B batch, S tokens, D = heads * head size. In models of two streams text tokens come first, `boundary` of them,
 and each stream has weights of its own.
@@ -6,6 +6,7 @@ and each stream has weights of its own.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,14 +38,31 @@ class QKNorms:
         """Whether each head is normalised by itself."""
         return self.image[0].size == self.head_size
 
+    def of(self, parts: slice) -> QKNorms:
+        """Those of some parts."""
+        return QKNorms(self.text[parts], self.image[parts], self.head_size)
 
-def apply_qk_norm(qk: Tensor, norms: QKNorms, rotation: Rotation | None = None, boundary: int = 0) -> None:
-    """Replace qk (B, S, parts * D) by its parts normalised and turned. Float32 inside."""
-    sums = norms.image[0].square_sums(qk, len(norms.image))
-    if (kernels := kernels_for(qk)) is not None and norms.head_size.bit_count() == 1:
-        kernels.apply_qk_norm(qk, norms, rotation, boundary, sums)
+
+def apply_qk_norm(
+    x: Tensor,
+    norms: QKNorms,
+    rotation: Rotation | None = None,
+    boundary: int = 0,
+    out: Sequence[Tensor] | None = None,
+) -> None:
+    """Normalise and turn the parts of x (B, S, parts * D), float32 inside, in place unless told otherwise.
+
+    `out` are tensors (B, S, heads, head size), one for each part of x, which may then have parts without a norm at its
+    end: these are copied. A part may be its own `out`.
+    """
+    out = in_place(x, len(norms.image), norms.head_size) if out is None else out
+    normed = x[..., : len(norms.image) * x.shape[-1] // len(out)]
+    sums = norms.image[0].square_sums(normed, len(norms.image))
+    if (kernels := kernels_for(x)) is not None and norms.head_size.bit_count() == 1:
+        kernels.apply_qk_norm(x, norms, rotation, boundary, sums, out)
         return
-    for index, part in enumerate(qk.chunk(len(norms.image), dim=-1)):
+    parts = x.chunk(len(out), dim=-1)
+    for index, part in enumerate(parts[: len(norms.image)]):
         pieces = [
             _normalised(part[:, rows], norm, norms, None if sums is None else sums[:, rows, index, None])
             for rows, norm in (
@@ -53,7 +71,14 @@ def apply_qk_norm(qk: Tensor, norms: QKNorms, rotation: Rotation | None = None, 
             )
         ]
         heads = split_heads(torch.cat(pieces, dim=1), norms.head_size)
-        part.copy_((heads if rotation is None else apply_rotary(heads, rotation)).flatten(-2))
+        out[index].copy_(heads if rotation is None else apply_rotary(heads, rotation))
+    for part, copy in zip(parts[len(norms.image) :], out[len(norms.image) :], strict=True):
+        copy.copy_(split_heads(part, norms.head_size))
+
+
+def in_place(x: Tensor, parts: int, head_size: int) -> tuple[Tensor, ...]:
+    """The parts of x (B, S, parts * D) as heads (B, S, heads, head size), the same memory."""
+    return tuple(split_heads(part, head_size) for part in x.chunk(parts, dim=-1))
 
 
 def _normalised(x: Tensor, norm: RMSNorm, norms: QKNorms, sums: Tensor | None) -> Tensor:

@@ -18,6 +18,8 @@ from torch import Tensor
 from models.layers.float8 import FLOAT8, LARGEST, SMALLEST_MAGNITUDE
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from models.layers.norms import Streams
     from models.layers.qk_norm import QKNorms
     from models.layers.rotary import Rotation
@@ -102,83 +104,95 @@ def _launch_norm(
 
 @triton.jit
 def _head_norm_rotary_kernel(
-    x_ptr, text_q, image_q, text_k, image_k, cos_ptr, sin_ptr, sums_ptr,
+    x_ptr, out_0, out_1, out_2, text_0, image_0, text_1, image_1, cos_ptr, sin_ptr, sums_ptr,
     tokens, boundary, heads, row_stride, part_stride, eps, normed_size,
-    HEAD: tl.constexpr, HEADS: tl.constexpr, PER_HEAD: tl.constexpr, ROTATE: tl.constexpr, HAS_SUMS: tl.constexpr,
+    batch_0, token_0, batch_1, token_1, batch_2, token_2,
+    NORMED: tl.constexpr, HEAD: tl.constexpr, HEADS: tl.constexpr, PER_HEAD: tl.constexpr, ROTATE: tl.constexpr,
+    HAS_SUMS: tl.constexpr,
 ):  # fmt: skip
     row, part = tl.program_id(0), tl.program_id(1)
-    token = row % tokens
+    batch, token = (row // tokens).to(tl.int64), row % tokens
     head, channel = tl.arange(0, HEADS)[:, None], tl.arange(0, HEAD)[None, :]
     inside = head * HEAD + channel
     mask = (head < heads) & (channel < HEAD)
-    at = x_ptr + row.to(tl.int64) * row_stride + part * part_stride + inside
-    x = tl.load(at, mask=mask, other=0.0).to(tl.float32)
-    is_text = token < boundary
-    if PER_HEAD:
-        square = tl.sum(x * x, axis=1)[:, None]
-        weight_at = channel + head * 0
-    else:
-        square = tl.sum(tl.sum(x * x, axis=1), axis=0)
-        weight_at = inside
-    if HAS_SUMS:
-        square = tl.load(sums_ptr + row * tl.num_programs(1) + part)
+    x = tl.load(x_ptr + row.to(tl.int64) * row_stride + part * part_stride + inside, mask=mask, other=0.0)
+    x = x.to(tl.float32)
+    if part < NORMED:
+        is_text = token < boundary
+        if PER_HEAD:
+            square = tl.sum(x * x, axis=1)[:, None]
+            weight_at = channel + head * 0
+        else:
+            square = tl.sum(tl.sum(x * x, axis=1), axis=0)
+            weight_at = inside
+        if HAS_SUMS:
+            square = tl.load(sums_ptr + row * NORMED + part)
+        if part == 0:
+            weight = _of_stream(text_0, image_0, is_text, weight_at, mask)
+        else:
+            weight = _of_stream(text_1, image_1, is_text, weight_at, mask)
+        x = x * tl.rsqrt(square / normed_size + eps) * weight
+        if ROTATE:
+            pair = token * (HEAD // 2) + tl.arange(0, HEAD // 2)[None, :]
+            cos, sin = tl.load(cos_ptr + pair), tl.load(sin_ptr + pair)
+            even, odd = tl.split(tl.reshape(x, (HEADS, HEAD // 2, 2)))
+            x = tl.reshape(tl.join(even * cos - odd * sin, odd * cos + even * sin), (HEADS, HEAD))
+    result = x.to(x_ptr.dtype.element_ty)
     if part == 0:
-        weight = _of_stream(text_q, image_q, is_text, weight_at, mask)
+        tl.store(out_0 + batch * batch_0 + token * token_0 + inside, result, mask=mask)
+    elif part == 1:
+        tl.store(out_1 + batch * batch_1 + token * token_1 + inside, result, mask=mask)
     else:
-        weight = _of_stream(text_k, image_k, is_text, weight_at, mask)
-    x = x * tl.rsqrt(square / normed_size + eps) * weight
-    if ROTATE:
-        pair = token * (HEAD // 2) + tl.arange(0, HEAD // 2)[None, :]
-        cos, sin = tl.load(cos_ptr + pair), tl.load(sin_ptr + pair)
-        even, odd = tl.split(tl.reshape(x, (HEADS, HEAD // 2, 2)))
-        x = tl.reshape(tl.join(even * cos - odd * sin, odd * cos + even * sin), (HEADS, HEAD))
-    tl.store(at, x.to(x_ptr.dtype.element_ty), mask=mask)
+        tl.store(out_2 + batch * batch_2 + token * token_2 + inside, result, mask=mask)
 
 
 def apply_qk_norm(
-    qk: Tensor, norms: QKNorms, rotation: Rotation | None, boundary: int, square_sums: Tensor | None
+    x: Tensor,
+    norms: QKNorms,
+    rotation: Rotation | None,
+    boundary: int,
+    square_sums: Tensor | None,
+    out: Sequence[Tensor],
 ) -> None:
-    """As models.layers.qk_norm.apply_qk_norm; qk (B, S, parts * D) in place. The head size is a power of two."""
-    batch, tokens, width = qk.shape
-    parts, head_size = len(norms.image), norms.head_size
-    size = width // parts
-    assert qk.stride(2) == 1, "channels must be adjacent"
-    assert batch == 1 or qk.stride(0) == tokens * qk.stride(1), "rows of the batch must be adjacent"
+    """As models.layers.qk_norm.apply_qk_norm, `out` being one to three tensors. The head size is a power of two."""
+    batch, tokens, width = x.shape
+    size = width // len(out)
+    heads, head_size = size // norms.head_size, norms.head_size
+    assert x.stride(2) == 1, "channels must be adjacent"
+    assert batch == 1 or x.stride(0) == tokens * x.stride(1), "rows of the batch must be adjacent"
+    assert all(each.stride(3) == 1 and each.stride(2) == head_size for each in out), "channels must be adjacent"
     weights = [norm.weight for pair in zip(norms.text, norms.image, strict=True) for norm in pair]
-    cos, sin = (qk, qk) if rotation is None else rotation
-    block = triton.next_power_of_2(size // head_size)
-    _head_norm_rotary_kernel[(batch * tokens, parts)](
-        qk, *weights[:2], *weights[-2:], cos, sin, qk if square_sums is None else square_sums,
-        tokens, boundary, size // head_size, qk.stride(1), size, norms.image[0].eps, norms.image[0].size,
-        HEAD=head_size, HEADS=block, PER_HEAD=norms.per_head, ROTATE=rotation is not None,
+    cos, sin = (x, x) if rotation is None else rotation
+    places = [out[min(part, len(out) - 1)] for part in range(3)]
+    block = triton.next_power_of_2(heads)
+    _head_norm_rotary_kernel[(batch * tokens, len(out))](
+        x, *places, *weights[:2], *weights[-2:], cos, sin, x if square_sums is None else square_sums,
+        tokens, boundary, heads, x.stride(1), size, norms.image[0].eps, norms.image[0].size,
+        *(stride for place in places for stride in place.stride()[:2]),
+        NORMED=len(norms.image), HEAD=head_size, HEADS=block, PER_HEAD=norms.per_head, ROTATE=rotation is not None,
         HAS_SUMS=square_sums is not None, num_warps=max(1, min(8, block * head_size // 512)),
     )  # fmt: skip
 
 
 @triton.jit
-def _beside_gelu_kernel(x_ptr, hidden_ptr, out_ptr, size, hidden_size, BLOCK: tl.constexpr):
+def _gelu_kernel(x_ptr, out_ptr, size, x_stride, out_stride, BLOCK: tl.constexpr):
     row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < size
-    x = tl.load(x_ptr + row * size + column, mask=inside, other=0.0).to(tl.float32)
-    at = column - size
-    is_hidden = (column >= size) & (at < hidden_size)
-    h = tl.load(hidden_ptr + row * hidden_size + at, mask=is_hidden, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
     # tanh(u) by the logistic function: 0.5 * (1 + tanh(u)) = sigmoid(2 * u)
-    gelu = h * tl.sigmoid(2 * 0.7978845608028654 * (h + 0.044715 * h * h * h))
-    result = tl.where(inside, x, gelu).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + row * (size + hidden_size) + column, result, mask=inside | is_hidden)
+    gelu = x * tl.sigmoid(2 * 0.7978845608028654 * (x + 0.044715 * x * x * x))
+    tl.store(out_ptr + row * out_stride + column, gelu.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def beside_gelu(x: Tensor, hidden: Tensor) -> Tensor:
-    """As models.layers.feed_forward.beside_gelu."""
+def write_gelu(x: Tensor, out: Tensor) -> None:
+    """As models.layers.feed_forward.write_gelu."""
     batch, tokens, size = x.shape
-    x, hidden = x.contiguous(), hidden.contiguous()
-    width = size + hidden.shape[-1]
-    out = x.new_empty(batch, tokens, width)
+    assert all(each.stride(2) == 1 for each in (x, out)), "channels must be adjacent"
+    rows = ((each.stride(0), tokens * each.stride(1)) for each in (x, out))
+    assert batch == 1 or all(a == b for a, b in rows), "rows of the batch must be adjacent"
     block = 4096
-    grid = (batch * tokens, triton.cdiv(width, block))
-    _beside_gelu_kernel[grid](x, hidden, out, size, hidden.shape[-1], BLOCK=block, num_warps=8)
-    return out
+    grid = (batch * tokens, triton.cdiv(size, block))
+    _gelu_kernel[grid](x, out, size, x.stride(1), out.stride(1), BLOCK=block, num_warps=8)
 
 
 @triton.jit

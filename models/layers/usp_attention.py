@@ -9,49 +9,56 @@ head size, U ranks on the ulysses axis.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from models.layers.attention import Attention, InFlight, attention, attention_with_lse
+from models.layers.attention import Attention, KeyValues, attention, attention_with_lse
 from models.layers.backend import kernels_for
 from models.layers.collectives import start_all_to_all, start_shift, wait
-from models.layers.mesh import WorkerMesh
+from models.layers.mesh import Axis, WorkerMesh
+from models.layers.peer_gather import Gathered, PeerGather
 from models.layers.shards import SequenceShards
 
 
 class USPAttention(Attention):
     """Attention of this rank's queries to the keys of all ranks.
 
-    Within a ulysses group every rank gets all tokens of the group for some of the heads, and attends; the groups' keys
-    and values travel around the ring meanwhile. Keys have no order, so that a rank's tokens may be chunks of several
-    streams. Chunks may have any lengths, 0 too: nothing is padded. All ranks must call it together.
+    Within a ulysses group every rank gets all tokens of the group for some of the heads, and attends. The groups' keys
+    and values travel around the ring meanwhile, or are gathered before where all ranks can write to each other's
+    memory. Keys have no order, so that a rank's tokens may be chunks of several streams. Chunks may have any lengths,
+    0 too: nothing is padded. All ranks must call it together.
     """
 
-    def __init__(self, mesh: WorkerMesh, shards: SequenceShards) -> None:
+    travels = True
+
+    def __init__(self, mesh: WorkerMesh, shards: SequenceShards, gather: PeerGather | None = None) -> None:
         super().__init__()
         self.ulysses = mesh.axis("ulysses")
         self.ring = mesh.axis("ring")
         self.shards = shards
+        self.gather = gather
 
-    def start_queries(self, x: Tensor) -> InFlight:
+    def key_values(self, k: Tensor, v: Tensor) -> KeyValues:
+        """Those that go to the ranks that have their heads, or to the others of the ring."""
+        return self._in_ring(k, v) if self.ulysses.size == 1 else _SharedHeads(k, v, self)
+
+    def start_queries(self, x: Tensor) -> Tensor:
         """Send queries (B, L, H, K) to the ranks that have their heads. On a ring they stay."""
-        return (x,) if self.ulysses.size == 1 else (self._share_heads(x),)
+        return x if self.ulysses.size == 1 else self.share_heads(x)
 
-    def start_keys(self, x: Tensor) -> InFlight:
-        """Send keys or values (B, L, H, K) to the ranks that have their heads, or to the next one of the ring."""
-        if self.ulysses.size == 1:
-            return (x, *self._pass_on(x, 0))
-        return (self._share_heads(x),)
-
-    def finish(self, q: InFlight, k: InFlight, v: InFlight) -> Tensor:
+    def finish(self, q: Tensor, sent: KeyValues, out: Tensor | None = None) -> Tensor:
         """Attend to what was started; (B, L, H, K)."""
         if self.ulysses.size == 1:
-            return self._attend(q[0], k, v)
-        queries, keys, values = (wait(each).transpose(0, 1) for (each,) in (q, k, v))
-        attended = self._attend(queries, (keys, *self._pass_on(keys, 0)), (values, *self._pass_on(values, 0)))
-        return self._give_back(attended)
+            return self._attend(q, sent, out)
+        keys, values = sent.wait()
+        in_ring = self._in_ring(keys, values)
+        in_ring.take(keys, values)
+        attended = self._give_back(self._attend(wait(q).transpose(0, 1), in_ring, None))
+        return attended if out is None else out.copy_(attended)
 
-    def _share_heads(self, x: Tensor) -> Tensor:
+    def share_heads(self, x: Tensor) -> Tensor:
         """Begin to give each rank of the group its heads of x (B, L, H, K); (R, B, heads, K) will arrive."""
         batch, tokens, heads, size = x.shape
         ranks = self.ulysses.size
@@ -70,32 +77,81 @@ class USPAttention(Attention):
         first = ring * self.ulysses.size
         return list(self.shards.sizes[first : first + self.ulysses.size])
 
+    def _in_ring(self, k: Tensor, v: Tensor) -> KeyValues:
+        """The way of keys and values (B, R, heads, K) of one group to the others."""
+        if self.ring.size == 1:
+            return KeyValues(k, v)
+        blocks = [sum(self._group(index)) for index in range(self.ring.size)]
+        # Writing to other ranks' memory is nothing that a compiler could trace.
+        if self.gather is None or torch.compiler.is_compiling():
+            return _Blocks(k, v, self.ring, blocks)
+        return self.gather.key_values(k, v, blocks)
+
+    def _attend(self, q: Tensor, sent: KeyValues, out: Tensor | None) -> Tensor:
+        """Queries (B, R, heads, K) to all keys."""
+        if isinstance(sent, _Blocks | Gathered):
+            return sent.attend(q, out)
+        keys, values = sent.wait()
+        if q.shape[1]:
+            return attention(q, keys, values, out=out)
+        return q if out is None else out
+
+
+class _SharedHeads(KeyValues):
+    """Keys and values on their way to the ranks of a ulysses group that have their heads."""
+
+    def __init__(self, k: Tensor, v: Tensor, attention: USPAttention) -> None:
+        super().__init__(k, v)
+        self._attention = attention
+
+    def send(self) -> None:
+        self.v, self.k = (self._attention.share_heads(each) for each in (self.v, self.k))
+
+    def wait(self) -> tuple[Tensor, Tensor]:
+        keys, values = (wait(each).transpose(0, 1) for each in (self.k, self.v))
+        return keys, values
+
+
+class _Blocks(KeyValues):
+    """Keys and values (B, R, heads, K) that go around a ring: one block travels while the one before is computed.
+
+    `sizes` are the tokens of the ranks' blocks.
+    """
+
+    def __init__(self, k: Tensor, v: Tensor, ring: Axis, sizes: Sequence[int]) -> None:
+        super().__init__(k, v)
+        self._ring = ring
+        self._sizes = sizes
+        self._next: list[Tensor] = []
+
+    def send(self) -> None:
+        self._pass_on(0)
+
+    def attend(self, q: Tensor, out: Tensor | None = None) -> Tensor:
+        """Queries (B, R, heads, K) to all blocks."""
+        last = max(step for step in range(self._ring.size) if self._block(step))
+        merged: tuple[Tensor, Tensor] | None = None
+        for step in range(self._ring.size):
+            if q.shape[1] and self._block(step):
+                part = attention_with_lse(q, self.k, self.v)
+                merged = merge(merged, part, q.dtype if step == last else torch.float32) if merged else part
+            if step + 1 < self._ring.size:
+                shape = (self.k.shape[0], self._block(step + 1), *self.k.shape[2:])
+                self.v, self.k = (wait(each).view(shape) for each in self._next)
+                self._pass_on(step + 1)
+        attended = q if merged is None else merged[0]
+        return attended if out is None else out.copy_(attended)
+
     def _block(self, step: int) -> int:
         """Tokens of the block of keys that is here at a step of the ring; at step 0 it is this rank's own."""
-        return sum(self._group((self.ring.index - step) % self.ring.size))
+        return self._sizes[(self._ring.index - step) % self._ring.size]
 
-    def _pass_on(self, x: Tensor, step: int) -> InFlight:
-        """Begin to exchange a step's block (B, tokens, heads, K) for the next one; nothing after the last step."""
-        if step + 1 == self.ring.size:
-            return ()
-        row = x.shape[0] * x.shape[2] * x.shape[3]
-        return (start_shift(x.flatten(), row * self._block(step + 1), self.ring),)
-
-    def _attend(self, q: Tensor, k: InFlight, v: InFlight) -> Tensor:
-        """Queries (B, R, heads, K) to all keys, whose blocks go round: one travels while the one before is computed."""
-        if self.ring.size == 1:
-            return attention(q, *k, *v) if q.shape[1] else q
-        last = max(step for step in range(self.ring.size) if self._block(step))
-        merged: tuple[Tensor, Tensor] | None = None
-        for step in range(self.ring.size):
-            if q.shape[1] and self._block(step):
-                part = attention_with_lse(q, k[0], v[0])
-                merged = merge(merged, part, q.dtype if step == last else torch.float32) if merged else part
-            if step + 1 < self.ring.size:
-                shape = (k[0].shape[0], self._block(step + 1), *k[0].shape[2:])
-                blocks = [wait(each[1]).view(shape) for each in (k, v)]
-                k, v = ((block, *self._pass_on(block, step + 1)) for block in blocks)
-        return q if merged is None else merged[0]
+    def _pass_on(self, step: int) -> None:
+        """Begin to exchange a step's block for the next one; nothing after the last step."""
+        if step + 1 < self._ring.size:
+            row = self.k.shape[0] * self.k.shape[2] * self.k.shape[3]
+            received = row * self._block(step + 1)
+            self._next = [start_shift(each.flatten(), received, self._ring) for each in (self.v, self.k)]
 
 
 def merge(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:

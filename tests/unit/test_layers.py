@@ -10,7 +10,7 @@ from torch.nn.functional import gelu
 
 from models.layers.attention import attention, choose_backend
 from models.layers.embeddings import EmbeddingMLP, sinusoidal_embedding
-from models.layers.feed_forward import FeedForward, beside_gelu
+from models.layers.feed_forward import FeedForward, write_gelu
 from models.layers.linear import JoinedLinear, Linear, project
 from models.layers.norms import LayerNormScaleShift, Residual, RMSNorm, Streams
 from models.layers.qk_norm import QKNorms, apply_qk_norm
@@ -127,6 +127,21 @@ def test_qk_norm_over_all_heads() -> None:
     torch.testing.assert_close(q, expected)
 
 
+def test_qk_norm_writes_elsewhere_and_takes_values_along() -> None:
+    norm = RMSNorm(8)
+    torch.nn.init.normal_(norm.weight)
+    kv, room = torch.randn(2, 4, 32), torch.zeros(2, 2, 9, 2, 8)
+    before = kv.clone()
+    with torch.inference_mode():
+        expected = norm(kv[..., :16].view(2, 4, 2, 8))
+        apply_qk_norm(kv, QKNorms((norm,), (norm,), 8), out=tuple(room[:, :, 3:7]))
+    torch.testing.assert_close(room[0, :, 3:7], expected)
+    assert torch.equal(room[1, :, 3:7], before[..., 16:].view(2, 4, 2, 8))
+    assert torch.equal(kv, before)
+    assert not room[:, :, :3].any()
+    assert not room[:, :, 7:].any()
+
+
 def test_joined_layers_make_what_each_of_them_makes() -> None:
     layers = [Linear(6, 4), Linear(6, 4)]
     x, out = torch.randn(2, 3, 6), torch.empty(2, 3, 8)
@@ -152,11 +167,11 @@ def test_a_layer_writes_into_a_part_of_a_batch() -> None:
     assert not out[:, :1].any()
 
 
-def test_beside_gelu() -> None:
-    x, hidden = torch.randn(2, 3, 4), torch.randn(2, 3, 16)
-    both = beside_gelu(x, hidden)
-    assert torch.equal(both[..., :4], x)
-    torch.testing.assert_close(both[..., 4:], gelu(hidden, approximate="tanh"))
+def test_gelu_into_columns() -> None:
+    hidden, out = torch.randn(2, 3, 16), torch.zeros(2, 3, 20)
+    write_gelu(hidden, out[..., 4:])
+    torch.testing.assert_close(out[..., 4:], gelu(hidden, approximate="tanh"))
+    assert not out[..., :4].any()
 
 
 def test_sinusoidal_embedding() -> None:

@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.nn.functional import normalize, silu
 
 from models.layers import triton_kernels as kernels
-from models.layers.feed_forward import beside_gelu
+from models.layers.feed_forward import write_gelu
 from models.layers.float8 import FLOAT8, quantize_rows
 from models.layers.norms import LayerNormScaleShift, Residual, RMSNorm, Streams
-from models.layers.qk_norm import QKNorms, apply_qk_norm
+from models.layers.qk_norm import QKNorms, apply_qk_norm, in_place
 from models.layers.rotary import rotary_embedding
 from models.layers.usp_attention import merge
 
@@ -72,7 +72,8 @@ def test_qk_norm_rotary(dtype: torch.dtype, most: float, size: int, parts: int) 
     qkv = torch.randn(BATCH, TOKENS, 3 * SIZE, dtype=dtype)
     expected = qkv.clone()
     apply_qk_norm(expected[..., : parts * SIZE], norms, rotation, BOUNDARY)
-    kernels.apply_qk_norm(qkv[..., : parts * SIZE], norms, rotation, BOUNDARY, None)
+    qk = qkv[..., : parts * SIZE]
+    kernels.apply_qk_norm(qk, norms, rotation, BOUNDARY, None, in_place(qk, parts, HEAD))
     assert_near(qkv, expected, most)
     assert torch.equal(qkv[..., parts * SIZE :], expected[..., parts * SIZE :])
 
@@ -84,16 +85,39 @@ def test_qk_norm_of_a_part_uses_the_sums_of_the_whole() -> None:
     expected = norm(whole)[..., :SIZE]
     norm.weight = torch.nn.Parameter(norm.weight[:SIZE])
     part, sums = whole[..., :SIZE].contiguous(), whole.square().sum(-1, keepdim=True)
-    kernels.apply_qk_norm(part, QKNorms((norm,), (norm,), HEAD), None, 0, sums)
+    kernels.apply_qk_norm(part, QKNorms((norm,), (norm,), HEAD), None, 0, sums, in_place(part, 1, HEAD))
     assert_near(part, expected, 1e-6)
 
 
+@pytest.mark.parametrize("normed", [1, 2])
+def test_qk_norm_writes_elsewhere_and_takes_values_along(normed: int) -> None:
+    """Rows of the batch may be far apart there, as they are among the tokens of other ranks."""
+    each = [RMSNorm(HEAD) for _ in range(2 * normed)]
+    for norm in each:
+        norm.weight.normal_()
+    norms = QKNorms(tuple(each[:normed]), tuple(each[normed:]), HEAD)
+    rotation = rotary_embedding(torch.arange(TOKENS)[:, None], (HEAD,))
+    x = torch.randn(BATCH, TOKENS, (normed + 1) * SIZE)
+    before = x.clone()
+    expected, got = (torch.zeros(normed + 1, BATCH, 2 * TOKENS, HEADS, HEAD) for _ in range(2))
+    apply_qk_norm(x, norms, rotation, BOUNDARY, out=expected[:, :, 3 : 3 + TOKENS].unbind())
+    kernels.apply_qk_norm(x, norms, rotation, BOUNDARY, None, got[:, :, 3 : 3 + TOKENS].unbind())
+    assert_near(got, expected, 1e-6)
+    assert torch.equal(got[normed], expected[normed])
+    assert torch.equal(x, before)
+
+
 @DTYPES
-def test_beside_gelu(dtype: torch.dtype, most: float) -> None:
-    x, hidden = torch.randn(BATCH, TOKENS, SIZE, dtype=dtype), torch.randn(BATCH, TOKENS, 4 * SIZE, dtype=dtype)
-    got = kernels.beside_gelu(x, hidden)
-    assert torch.equal(got[..., :SIZE], x)
-    assert_near(got, beside_gelu(x, hidden), most)
+def test_gelu_into_columns(dtype: torch.dtype, most: float) -> None:
+    hidden, expected = (
+        torch.randn(BATCH, TOKENS, 4 * SIZE, dtype=dtype),
+        torch.zeros(BATCH, TOKENS, 5 * SIZE, dtype=dtype),
+    )
+    got = expected.clone()
+    write_gelu(hidden, expected[..., SIZE:])
+    kernels.write_gelu(hidden, got[..., SIZE:])
+    assert_near(got, expected, most)
+    assert not got[..., :SIZE].any()
 
 
 @DTYPES
