@@ -23,6 +23,7 @@ from configs.approximation import EXACT, Approximation
 from configs.pipeline_configs.base import PipelineConfig
 from models.dits.base import DiffusionTransformer
 from models.layers.attention import has_flash_attention_3
+from models.layers.cublas_lt import has_cublas_lt
 from models.layers.float8 import check_float8
 from models.layers.linear import quantize_linears
 from models.layers.mesh import Degrees, WorkerMesh
@@ -229,6 +230,7 @@ def numerics_fingerprint(
             f"cudnn {torch.backends.cudnn.version()}",  # type: ignore[no-untyped-call]
             f"tf32 {torch.backends.cuda.matmul.allow_tf32}",
             f"flash attention 3 {has_flash_attention_3()}",
+            f"cublaslt {has_cublas_lt()}",
         ]
     else:
         facts += [torch.backends.cpu.get_cpu_capability(), f"threads {torch.get_num_threads()}"]

@@ -21,7 +21,7 @@ from models.dits.base import DiffusionTransformer, Prepared
 from models.dits.flux_plan import FLUX_PLAN
 from models.dits.joint_stream import through_joint_blocks
 from models.layers.embeddings import EmbeddingMLP, sinusoidal_embedding
-from models.layers.feed_forward import FeedForward, write_gelu
+from models.layers.feed_forward import FeedForward
 from models.layers.joint_attention import JointAttention, block_modulations, joint_block
 from models.layers.linear import Linear
 from models.layers.norms import LayerNormScaleShift, Residual, Streams
@@ -102,11 +102,10 @@ class FluxSingleTransformerBlock(nn.Module):
         shift, scale, gate = (Streams.same(part) for part in islice(parts, 3))
         x_BSD, normed = self.layer_norm.after(residual, scale, shift, boundary)
         started = self.attn.start(normed, rotation)
-        hidden = self.proj_mlp(normed)
-        width = self.attn.to_q.weight.shape[0]
-        both = normed.new_empty(*normed.shape[:2], width + hidden.shape[2])
-        write_gelu(hidden, both[..., width:])
-        self.attn.finish(started, both[..., :width])
+        size, hidden = (len(layer.weight) for layer in (self.attn.to_q, self.proj_mlp))
+        both = normed.new_empty(*normed.shape[:2], size + hidden)
+        self.proj_mlp.gelu_into(normed, both[..., size:])
+        self.attn.finish(started, both[..., :size])
         return Residual(x_BSD, self.proj_out(both), gate)
 
 

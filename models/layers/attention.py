@@ -122,10 +122,11 @@ def flash_attention_3_into(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> Tens
 class KeyValues:
     """Keys and values (B, L, H, K) on their way to attention. A parallel form sends them to other ranks.
 
-    `room` is where they are to be written before they are sent, if they are not to be sent from where they are.
+    `room` is where they are to be written before they are sent, if they are not to be sent from where they are: keys
+    and values of each token behind each other, (B, L, 2, H, K).
     """
 
-    room: tuple[Tensor, Tensor] | None = None
+    room: Tensor | None = None
 
     def __init__(self, k: Tensor, v: Tensor) -> None:
         self.k, self.v = k, v
@@ -133,8 +134,7 @@ class KeyValues:
     def take(self, k: Tensor, v: Tensor) -> None:
         """Send these."""
         if self.room is not None:
-            for room, tensor in zip(self.room, (k, v), strict=True):
-                room.copy_(tensor)
+            self.room.copy_(torch.stack((k, v), dim=2))
         self.send()
 
     def send(self) -> None:

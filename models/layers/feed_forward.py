@@ -5,7 +5,6 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
-from models.layers.backend import kernels_for
 from models.layers.linear import Linear
 
 
@@ -50,11 +49,3 @@ class FeedForward(nn.Module):
         hidden = x.new_empty(*x.shape[:2], first.proj.weight.shape[0])
         first.proj.gelu_into(x, hidden)
         last.into(hidden, out)
-
-
-def write_gelu(x: Tensor, out: Tensor) -> None:
-    """out = GELU (tanh form) of x, (B, S, F) each; `out` may be columns of a wider tensor."""
-    if (kernels := kernels_for(x)) is not None:
-        kernels.write_gelu(x, out)
-    else:
-        out.copy_(gelu(x, approximate="tanh"))

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from models.layers.activation import write_gelu
+from models.layers.cublas_lt import can_multiply, linear_into
 from models.layers.float8 import FLOAT8, check_sizes, float8_linear, quantize_rows, write_float8_linear
 from models.layers.parallel_plan import matches
 
@@ -63,31 +65,42 @@ class Linear(nn.Linear):
 
 def apply_linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     """x @ weight.T + bias, (..., K) to (..., N)."""
-    if weight.scale is None:
-        return linear(x, weight.values, bias)
-    return float8_linear(x, weight.values, weight.scale, bias)
+    if weight.scale is not None:
+        return float8_linear(x, weight.values, weight.scale, bias)
+    if bias is not None and x.is_contiguous() and can_multiply(x.view(-1, x.shape[-1]), weight.values, bias):
+        result = x.new_empty(*x.shape[:-1], len(weight.values))
+        linear_into(x.view(-1, x.shape[-1]), weight.values, bias, result.view(-1, len(weight.values)))
+        return result
+    return linear(x, weight.values, bias)
 
 
 def write_linear(x: Tensor, weight: Weight, bias: Tensor, out: Tensor) -> None:
     """out = x @ weight.T + bias, (B, tokens, features) each, row by row of the batch where those are not adjacent."""
     for x_SK, out_SN in _matrices(x, out):  # noqa: N806
-        if weight.scale is None:
-            torch.addmm(bias, x_SK, weight.values.t(), out=out_SN)
-        else:
+        if weight.scale is not None:
             write_float8_linear(x_SK, weight.values, weight.scale, bias, out_SN)
+        elif can_multiply(x_SK, weight.values, bias, out_SN):
+            linear_into(x_SK, weight.values, bias, out_SN)
+        else:
+            torch.addmm(bias, x_SK, weight.values.t(), out=out_SN)
 
 
 def write_linear_gelu(x: Tensor, weight: Weight, bias: Tensor, out: Tensor) -> None:
     """out = gelu(x @ weight.T + bias) with the tanh form of GELU; on CUDA in the matrix product's epilogue.
 
-    Products of float8 have no such epilogue.
+    Products of float8 have no such epilogue, and PyTorch's none that writes into columns of a wider tensor.
     """
     if x.is_cuda and weight.scale is None:
-        for x_SK, out_SN in _matrices(x, out):  # noqa: N806
-            torch._addmm_activation(bias, x_SK, weight.values.t(), use_gelu=True, out=out_SN)
-    else:
-        write_linear(x, weight, bias, out)
-        torch.ops.aten.gelu_(out, approximate="tanh")
+        matrices = _matrices(x, out)
+        if all(can_multiply(x_SK, weight.values, bias, out_SN) for x_SK, out_SN in matrices):
+            for x_SK, out_SN in matrices:  # noqa: N806
+                linear_into(x_SK, weight.values, bias, out_SN, gelu=True)
+            return
+        if all(out_SN.is_contiguous() for _, out_SN in matrices):
+            for x_SK, out_SN in matrices:  # noqa: N806
+                torch._addmm_activation(bias, x_SK, weight.values.t(), use_gelu=True, out=out_SN)
+            return
+    write_gelu(apply_linear(x, weight, bias), out)
 
 
 def _matrices(x: Tensor, out: Tensor) -> list[tuple[Tensor, Tensor]]:

@@ -53,7 +53,7 @@ class PeerGather:
         """A way for keys and values (B, L, H, K) of this rank, where the ranks hold `sizes` tokens."""
         batch, tokens, heads, size = k.shape
         assert tokens == sizes[self._axis.index], "a chunk of another size than was told"
-        form = _Form((2, batch, sum(sizes), heads, size), k.dtype, sum(sizes[: self._axis.index]), tokens)
+        form = _Form((batch, sum(sizes), 2, heads, size), k.dtype, sum(sizes[: self._axis.index]), tokens)
         memory = self._memory_for(form.bytes)
         self._layers += 1
         return Gathered(k, v, memory, self._layers % PLACES, form)
@@ -67,7 +67,7 @@ class PeerGather:
 
 @dataclass(frozen=True)
 class _Form:
-    """Keys and values of all ranks as one tensor (2, B, tokens, H, K), and which tokens are this rank's.
+    """Keys and values of all ranks as one tensor (B, tokens, 2, H, K), and which tokens are this rank's.
 
     They travel in groups of heads: who attends to the first ones need not wait for the others.
     """
@@ -83,19 +83,17 @@ class _Form:
 
     @property
     def token_bytes(self) -> int:
-        return math.prod(self.shape[3:]) * self.dtype.itemsize
+        return math.prod(self.shape[2:]) * self.dtype.itemsize
 
     @property
     def groups(self) -> int:
         """Halves where attention to each still fills all multiprocessors evenly; else one group."""
-        batch, tokens, heads = self.shape[1:4]
+        batch, tokens, _, heads, _ = self.shape
         return MOST_GROUPS if heads % MOST_GROUPS == 0 and batch * tokens * heads >= LEAST_WORK_OF_GROUPS else 1
 
 
 class Gathered(KeyValues):
     """Keys and values of one layer on their way into the places of all ranks."""
-
-    room: tuple[Tensor, Tensor]
 
     def __init__(self, k: Tensor, v: Tensor, memory: _Memory, place: int, form: _Form) -> None:
         super().__init__(k, v)
@@ -103,8 +101,7 @@ class Gathered(KeyValues):
         self._place = place
         self._form = form
         self._whole = memory.view(place, form)
-        own = self._whole.narrow(2, form.first, form.tokens)
-        self.room = (own[0], own[1])
+        self.room = self._whole.narrow(1, form.first, form.tokens)
 
     def send(self) -> None:
         self._memory.send(self._place, self._form)
@@ -114,7 +111,7 @@ class Gathered(KeyValues):
         out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
         groups = self._form.groups
         for group, (queries, k, v, result) in enumerate(
-            zip(*(each.chunk(groups, dim=2) for each in (q, *self._whole, out)), strict=True)
+            zip(*(each.chunk(groups, dim=2) for each in (q, *self._whole.unbind(2), out)), strict=True)
         ):
             self._memory.receive(self._place, group)
             if q.shape[1]:
@@ -174,12 +171,12 @@ class _Memory:
 
     def _copy(self, rank: int, place: int, group: int, form: _Form) -> None:
         """Keys and values of a group of heads to the same place of another rank."""
-        width = form.token_bytes // form.groups
-        for matrix in range(form.shape[0] * form.shape[1]):
-            token = matrix * form.shape[2] + form.first
-            at = place * self.place_bytes + token * form.token_bytes + group * width
-            to, source = (self._handle.buffer_ptrs[each] + at for each in (rank, self.axis.index))
-            _copy_rows(self._stream, to, source, form.token_bytes, width, form.tokens)
+        width = form.token_bytes // 2 // form.groups
+        for row in range(form.shape[0]):
+            token = place * self.place_bytes + (row * form.shape[1] + form.first) * form.token_bytes
+            for at in (token + group * width, token + (form.groups + group) * width):
+                to, source = (self._handle.buffer_ptrs[each] + at for each in (rank, self.axis.index))
+                _copy_rows(self._stream, to, source, form.token_bytes, width, form.tokens)
 
     def _flag(self, rank: int, place: int, group: int, writer: int) -> int:
         """The address of a flag that a rank has for what another one writes."""

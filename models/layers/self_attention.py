@@ -54,38 +54,39 @@ class SelfAttention(JoinsWeights):
         Where nothing is, `keys_first` lets at least the queries' projection do so, in a product of its own. The first
         `boundary` tokens are text.
         """
-        width = self.to_q.weight.shape[0]
-        norms = self._norms()
-        if not (keys_first and self.inner.travels):
-            qkv = x_BSD.new_empty(*x_BSD.shape[:2], 3 * width)
-            self._project(x_BSD, qkv, boundary, ALL)
-            key_values = self._send(qkv, norms, rotation, boundary)
-            return Started(self.inner.start_queries(split_heads(qkv[..., :width], self.head_size)), key_values)
-        kv = x_BSD.new_empty(*x_BSD.shape[:2], 2 * width)
+        if keys_first and self.inner.travels:
+            return self._start_keys_first(x_BSD, rotation, boundary)
+        qkv = self._empty(x_BSD, 3)
+        self._project(x_BSD, qkv, boundary, ALL)
+        q, k, v = in_place(qkv, 3, self.head_size)
+        key_values = self.inner.key_values(k, v)
+        if key_values.room is None:
+            apply_qk_norm(qkv[..., : 2 * qkv.shape[2] // 3], self._norms(), rotation, boundary)
+        else:
+            apply_qk_norm(qkv, self._norms(), rotation, boundary, out=(q, *key_values.room.unbind(2)))
+        key_values.send()
+        return Started(self.inner.start_queries(q), key_values)
+
+    def _start_keys_first(self, x_BSD: Tensor, rotation: Rotation, boundary: int) -> Started:
+        kv = self._empty(x_BSD, 2)
+        key_values = self.inner.key_values(*in_place(kv, 2, self.head_size))
+        kv = kv if key_values.room is None else key_values.room.flatten(2)
         self._project(x_BSD, kv, boundary, KEYS_AND_VALUES)
-        key_values = self._send(kv, norms.of(slice(1, 2)), rotation, boundary)
-        q = x_BSD.new_empty(*x_BSD.shape[:2], width)
+        apply_qk_norm(kv[..., : kv.shape[2] // 2], self._norms().of(slice(1, 2)), rotation, boundary)
+        key_values.send()
+        q = self._empty(x_BSD, 1)
         self._project(x_BSD, q, boundary, QUERIES)
-        apply_qk_norm(q, norms.of(slice(0, 1)), rotation, boundary)
+        apply_qk_norm(q, self._norms().of(slice(0, 1)), rotation, boundary)
         return Started(self.inner.start_queries(split_heads(q, self.head_size)), key_values)
+
+    def _empty(self, x_BSD: Tensor, parts: int) -> Tensor:
+        return x_BSD.new_empty(*x_BSD.shape[:2], parts * self.to_q.weight.shape[0])
 
     def finish(self, started: Started, out: Tensor | None = None) -> Tensor:
         """(B, S, D), in `out` if given."""
         heads = None if out is None else split_heads(out, self.head_size)
         attended: Tensor = self.inner.finish(*started, heads)
         return attended.flatten(2) if out is None else out
-
-    def _send(self, x: Tensor, norms: QKNorms, rotation: Rotation, boundary: int) -> KeyValues:
-        """Normalise and turn what the norms are for; keys and values, the last two parts of x, are then sent."""
-        parts = in_place(x, len(norms.image) + 1, self.head_size)
-        key_values = self.inner.key_values(*parts[-2:])
-        if key_values.room is None:
-            without_values = x[..., : -parts[-1].shape[2] * self.head_size]
-            apply_qk_norm(without_values, norms, rotation, boundary)
-        else:
-            apply_qk_norm(x, norms, rotation, boundary, out=(*parts[:-2], *key_values.room))
-        key_values.send()
-        return key_values
 
     @property
     def _projections(self) -> tuple[Linear, ...]:

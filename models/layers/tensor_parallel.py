@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import gelu
 
+from models.layers.activation import write_gelu
 from models.layers.collectives import all_reduce, gather_last
 from models.layers.linear import Linear, apply_linear
 from models.layers.mesh import Axis
@@ -64,7 +64,7 @@ class RowParallelLinear(Sharded, Linear):
 
     def gelu_into(self, x: Tensor, out: Tensor) -> None:
         """The same, through GELU in its tanh form."""
-        out.copy_(gelu(self(x), approximate="tanh"))
+        write_gelu(self(x), out)
 
     def _sum(self, x: Tensor) -> Tensor:
         """The products of all ranks' inputs."""

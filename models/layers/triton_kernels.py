@@ -105,7 +105,7 @@ def _launch_norm(
 @triton.jit
 def _head_norm_rotary_kernel(
     x_ptr, out_0, out_1, out_2, text_0, image_0, text_1, image_1, cos_ptr, sin_ptr, sums_ptr,
-    tokens, boundary, heads, row_stride, part_stride, eps, normed_size,
+    tokens, boundary, heads, x_batch, x_token, part_stride, eps, normed_size,
     batch_0, token_0, batch_1, token_1, batch_2, token_2,
     NORMED: tl.constexpr, HEAD: tl.constexpr, HEADS: tl.constexpr, PER_HEAD: tl.constexpr, ROTATE: tl.constexpr,
     HAS_SUMS: tl.constexpr,
@@ -115,8 +115,9 @@ def _head_norm_rotary_kernel(
     head, channel = tl.arange(0, HEADS)[:, None], tl.arange(0, HEAD)[None, :]
     inside = head * HEAD + channel
     mask = (head < heads) & (channel < HEAD)
-    x = tl.load(x_ptr + row.to(tl.int64) * row_stride + part * part_stride + inside, mask=mask, other=0.0)
-    x = x.to(tl.float32)
+    far = token.to(tl.int64)
+    at = x_ptr + batch * x_batch + far * x_token + part * part_stride + inside
+    x = tl.load(at, mask=mask, other=0.0).to(tl.float32)
     if part < NORMED:
         is_text = token < boundary
         if PER_HEAD:
@@ -139,11 +140,11 @@ def _head_norm_rotary_kernel(
             x = tl.reshape(tl.join(even * cos - odd * sin, odd * cos + even * sin), (HEADS, HEAD))
     result = x.to(x_ptr.dtype.element_ty)
     if part == 0:
-        tl.store(out_0 + batch * batch_0 + token * token_0 + inside, result, mask=mask)
+        tl.store(out_0 + batch * batch_0 + far * token_0 + inside, result, mask=mask)
     elif part == 1:
-        tl.store(out_1 + batch * batch_1 + token * token_1 + inside, result, mask=mask)
+        tl.store(out_1 + batch * batch_1 + far * token_1 + inside, result, mask=mask)
     else:
-        tl.store(out_2 + batch * batch_2 + token * token_2 + inside, result, mask=mask)
+        tl.store(out_2 + batch * batch_2 + far * token_2 + inside, result, mask=mask)
 
 
 def apply_qk_norm(
@@ -159,7 +160,6 @@ def apply_qk_norm(
     size = width // len(out)
     heads, head_size = size // norms.head_size, norms.head_size
     assert x.stride(2) == 1, "channels must be adjacent"
-    assert batch == 1 or x.stride(0) == tokens * x.stride(1), "rows of the batch must be adjacent"
     assert all(each.stride(3) == 1 and each.stride(2) == head_size for each in out), "channels must be adjacent"
     weights = [norm.weight for pair in zip(norms.text, norms.image, strict=True) for norm in pair]
     cos, sin = (x, x) if rotation is None else rotation
@@ -167,7 +167,7 @@ def apply_qk_norm(
     block = triton.next_power_of_2(heads)
     _head_norm_rotary_kernel[(batch * tokens, len(out))](
         x, *places, *weights[:2], *weights[-2:], cos, sin, x if square_sums is None else square_sums,
-        tokens, boundary, heads, x.stride(1), size, norms.image[0].eps, norms.image[0].size,
+        tokens, boundary, heads, *x.stride()[:2], size, norms.image[0].eps, norms.image[0].size,
         *(stride for place in places for stride in place.stride()[:2]),
         NORMED=len(norms.image), HEAD=head_size, HEADS=block, PER_HEAD=norms.per_head, ROTATE=rotation is not None,
         HAS_SUMS=square_sums is not None, num_warps=max(1, min(8, block * head_size // 512)),
@@ -175,24 +175,25 @@ def apply_qk_norm(
 
 
 @triton.jit
-def _gelu_kernel(x_ptr, out_ptr, size, x_stride, out_stride, BLOCK: tl.constexpr):
-    row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+def _gelu_kernel(
+    x_ptr, out_ptr, tokens, size, x_batch, x_token, out_batch, out_token, BLOCK: tl.constexpr
+):  # fmt: skip
+    row, column = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    batch, token = (row // tokens).to(tl.int64), (row % tokens).to(tl.int64)
     inside = column < size
-    x = tl.load(x_ptr + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + batch * x_batch + token * x_token + column, mask=inside, other=0.0).to(tl.float32)
     # tanh(u) by the logistic function: 0.5 * (1 + tanh(u)) = sigmoid(2 * u)
     gelu = x * tl.sigmoid(2 * 0.7978845608028654 * (x + 0.044715 * x * x * x))
-    tl.store(out_ptr + row * out_stride + column, gelu.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(out_ptr + batch * out_batch + token * out_token + column, gelu.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 def write_gelu(x: Tensor, out: Tensor) -> None:
-    """As models.layers.feed_forward.write_gelu."""
+    """As models.layers.activation.write_gelu."""
     batch, tokens, size = x.shape
     assert all(each.stride(2) == 1 for each in (x, out)), "channels must be adjacent"
-    rows = ((each.stride(0), tokens * each.stride(1)) for each in (x, out))
-    assert batch == 1 or all(a == b for a, b in rows), "rows of the batch must be adjacent"
     block = 4096
     grid = (batch * tokens, triton.cdiv(size, block))
-    _gelu_kernel[grid](x, out, size, x.stride(1), out.stride(1), BLOCK=block, num_warps=8)
+    _gelu_kernel[grid](x, out, tokens, size, *x.stride()[:2], *out.stride()[:2], BLOCK=block, num_warps=8)
 
 
 @triton.jit

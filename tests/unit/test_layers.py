@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch.nn.functional import gelu
 
+from models.layers.activation import write_gelu
 from models.layers.attention import attention, choose_backend
 from models.layers.embeddings import EmbeddingMLP, sinusoidal_embedding
-from models.layers.feed_forward import FeedForward, write_gelu
+from models.layers.feed_forward import FeedForward
 from models.layers.linear import JoinedLinear, Linear, project
 from models.layers.norms import LayerNormScaleShift, Residual, RMSNorm, Streams
 from models.layers.qk_norm import QKNorms, apply_qk_norm

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import normalize, silu
 
 from models.layers import triton_kernels as kernels
-from models.layers.feed_forward import write_gelu
+from models.layers.activation import write_gelu
 from models.layers.float8 import FLOAT8, quantize_rows
 from models.layers.norms import LayerNormScaleShift, Residual, RMSNorm, Streams
 from models.layers.qk_norm import QKNorms, apply_qk_norm, in_place

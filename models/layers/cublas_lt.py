@@ -1,0 +1,153 @@
+"""Matrix products of cuBLASLt with what PyTorch's own do not take: columns of a wider tensor to write into.
+
+So bias and GELU stay in the product's epilogue where the result is a part of something else. Products get no workspace:
+cuBLASLt then takes kernels that share out their tiles beforehand, which need no counter cleared before each of them.
+The library's first choice is taken for each shape, so that workers of one kind agree bit for bit.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from ctypes import addressof, c_float
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+LEAST_ROWS = 1024
+"""Below, products are cut along their inputs, which needs a workspace: PyTorch gives them one."""
+
+_ALIGNMENT = 16
+"""Bytes, of rows and of where they begin."""
+
+_ONE, _ZERO = c_float(1), c_float(0)
+
+
+@lru_cache(maxsize=1)
+def has_cublas_lt() -> bool:
+    """Whether the package that binds it is installed. It is part of the numerics fingerprint."""
+    return importlib.util.find_spec("nvmath") is not None
+
+
+def can_multiply(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> bool:
+    """Whether linear_into() is for these: large products in bfloat16 on a GPU, of aligned rows."""
+    if not (x.is_cuda and x.dtype == torch.bfloat16 and bias is not None and has_cublas_lt()):
+        return False
+    # A compiler could not trace it.
+    if torch.compiler.is_compiling() or len(x) < LEAST_ROWS:
+        return False
+    return all(_is_aligned(each) for each in (x, weight, out) if each is not None)
+
+
+def _is_aligned(matrix: Tensor) -> bool:
+    width = matrix.dtype.itemsize
+    return matrix.stride(1) == 1 and matrix.stride(0) * width % _ALIGNMENT == 0 and matrix.data_ptr() % _ALIGNMENT == 0
+
+
+def linear_into(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor, *, gelu: bool = False) -> None:
+    """out = x @ weight.T + bias, through GELU in its tanh form if asked; all bfloat16, summed in float32.
+
+    x is (M, K), weight (N, K), bias (N,), out (M, N); rows of x and out may be any distance apart.
+    """
+    from nvmath.bindings import cublasLt
+
+    rows, size = x.shape
+    plan = _plan(x.device.index, rows, len(weight), size, x.stride(0), out.stride(0), gelu)
+    operation = _operation(gelu)
+    try:
+        _set(cublasLt, operation, cublasLt.MatmulDescAttribute.BIAS_POINTER, bias.data_ptr())
+        cublasLt.matmul(
+            _handle(x.device.index),
+            operation,
+            addressof(_ONE),
+            weight.data_ptr(),
+            plan.weight,
+            x.data_ptr(),
+            plan.x,
+            addressof(_ZERO),
+            out.data_ptr(),
+            plan.out,
+            out.data_ptr(),
+            plan.out,
+            plan.result.ptr,
+            0,
+            0,
+            torch.cuda.current_stream(x.device).cuda_stream,
+        )
+    finally:
+        cublasLt.matmul_desc_destroy(operation)
+
+
+class _Plan(NamedTuple):
+    """How products of one shape are computed. Layouts are column by column, as BLAS has them: all is transposed."""
+
+    weight: int
+    x: int
+    out: int
+    result: Any
+
+
+@lru_cache(maxsize=1024)
+def _plan(device: int, rows: int, width: int, size: int, x_stride: int, out_stride: int, gelu: bool) -> _Plan:
+    from nvmath.bindings import cublasLt
+
+    weight_layout, x_layout, out_layout = (
+        cublasLt.matrix_layout_create(_BFLOAT16, *shape)
+        for shape in ((size, width, size), (size, rows, x_stride), (width, rows, out_stride))
+    )
+    operation, preference = _operation(gelu), cublasLt.matmul_preference_create()
+    # The heuristics look at how it is aligned only.
+    _set(cublasLt, operation, cublasLt.MatmulDescAttribute.BIAS_POINTER, _ALIGNMENT)
+    result, found = cublasLt.MatmulHeuristicResult(1), np.zeros(1, np.int32)
+    layouts = (weight_layout, x_layout, out_layout, out_layout)
+    try:
+        none = np.zeros(1, np.uint64)
+        limit = cublasLt.MatmulPreferenceAttribute.MAX_WORKSPACE_BYTES
+        cublasLt.matmul_preference_set_attribute(preference, limit, none.ctypes.data, none.nbytes)
+        cublasLt.matmul_algo_get_heuristic(
+            _handle(device), operation, *layouts, preference, 1, result.ptr, found.ctypes.data
+        )
+    finally:
+        cublasLt.matmul_preference_destroy(preference)
+        cublasLt.matmul_desc_destroy(operation)
+    if not found[0] or int(result.state):
+        raise RuntimeError(f"cuBLASLt has no product of {rows} x {size} by {size} x {width}")
+    return _Plan(*layouts[:3], result)
+
+
+@lru_cache(maxsize=16)
+def _handle(device: int) -> int:
+    from nvmath.bindings import cublasLt
+
+    with torch.cuda.device(device):
+        handle: int = cublasLt.create()
+        return handle
+
+
+_BFLOAT16, _FLOAT32 = 14, 0
+"""CUDA_R_16BF, CUDA_R_32F."""
+
+_COMPUTE_FLOAT32 = 68
+"""CUBLAS_COMPUTE_32F."""
+
+_TRANSPOSED = 1
+"""CUBLAS_OP_T."""
+
+
+def _operation(gelu: bool) -> int:
+    """A product with the first operand transposed, and its epilogue. The caller destroys it."""
+    from nvmath.bindings import cublasLt
+
+    attribute, epilogue = cublasLt.MatmulDescAttribute, cublasLt.Epilogue
+    operation: int = cublasLt.matmul_desc_create(_COMPUTE_FLOAT32, _FLOAT32)
+    _set(cublasLt, operation, attribute.TRANSA, _TRANSPOSED)
+    _set(cublasLt, operation, attribute.EPILOGUE, epilogue.GELU_BIAS if gelu else epilogue.BIAS)
+    _set(cublasLt, operation, attribute.BIAS_DATA_TYPE, _BFLOAT16)
+    return operation
+
+
+def _set(cublas_lt: Any, operation: int, attribute: Any, value: int) -> None:
+    held = np.array([value], dtype=cublas_lt.get_matmul_desc_attribute_dtype(attribute))
+    cublas_lt.matmul_desc_set_attribute(operation, attribute, held.ctypes.data, held.nbytes)
