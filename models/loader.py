@@ -26,7 +26,7 @@ from models.layers.attention import has_flash_attention_3
 from models.layers.cublas_lt import has_cublas_lt
 from models.layers.float8 import check_float8
 from models.layers.linear import quantize_linears
-from models.layers.mesh import Degrees, WorkerMesh
+from models.layers.mesh import Degrees, WorkerMesh, can_share_memory
 from models.registry import resolve
 
 if TYPE_CHECKING:
@@ -231,6 +231,7 @@ def numerics_fingerprint(
             f"tf32 {torch.backends.cuda.matmul.allow_tf32}",
             f"flash attention 3 {has_flash_attention_3()}",
             f"cublaslt {has_cublas_lt()}",
+            f"shared memory {can_share_memory(device)}",
         ]
     else:
         facts += [torch.backends.cpu.get_cpu_capability(), f"threads {torch.get_num_threads()}"]

@@ -158,13 +158,15 @@ def make_mesh(degrees: Degrees, device: torch.device) -> WorkerMesh:
     axes = {axis: Axis() for axis in AXES}
     for axis in shared:
         axes[axis] = Axis(degrees.of(axis), grid.get_local_rank(axis), grid.get_group(axis).group_name)
-    return WorkerMesh(degrees, device, distributed.get_rank(), axes, shares_memory=_share_memory(device))
+    return WorkerMesh(degrees, device, distributed.get_rank(), axes, shares_memory=can_share_memory(device))
 
 
-def _share_memory(device: torch.device) -> bool:
-    """Whether the ranks have a GPU each of one host, and these reach each other; all ranks find the same."""
+def can_share_memory(device: torch.device) -> bool:
+    """Whether the group's ranks have a GPU each of one host, and these reach each other; all ranks find the same."""
+    if device.type != "cuda" or not distributed.is_initialized():
+        return False
     ranks = distributed.get_world_size()
-    if device.type != "cuda" or os.environ.get("LOCAL_WORLD_SIZE") != str(ranks) or torch.cuda.device_count() < ranks:
+    if os.environ.get("LOCAL_WORLD_SIZE") != str(ranks) or torch.cuda.device_count() < ranks:
         return False
     return all(torch.cuda.can_device_access_peer(*pair) for pair in itertools.permutations(range(ranks), 2))
 

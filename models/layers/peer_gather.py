@@ -1,22 +1,22 @@
-"""Gathers keys and values that the GPUs of one host share, by their copy engines: no multiprocessor takes part.
+"""Gathers keys and values of a ring of ranks whose GPUs share a host, while these compute.
 
 Each rank has places for what all ranks hold, in memory that its peers may write to. A rank writes its own chunk into
 its own place, copies it from there into every other rank's, and raises a flag there; who wants to read waits for the
-flags. Copies, flags and waits are operations of streams, so that CUDA graphs take them and products run meanwhile.
+flags. One call of attention over all keys then needs no merging.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from models.layers.attention import KeyValues, attention
 from models.layers.mesh import Axis
+from models.layers.peer_memory import PeerMemory, Streams
 
 PLACES = 2
 """Used in turn by one layer of attention after the other: see PeerGather."""
@@ -25,17 +25,19 @@ MOST_GROUPS = 2
 """Of heads, that travel behind each other."""
 
 LEAST_WORK_OF_GROUPS = 350_000
-"""Products of heads and tokens from which on groups are worth it.
+"""Products of heads and tokens from which on groups are worth it: each must still fill a GPU evenly.
 
-Each must leave 132 multiprocessors, and tiles of 128 queries, an even share.
+On two H100s groups made a Wan step (12 x 32,760) faster, and a Flux step (24 x 4,608) slower.
 """
 
 ALIGNMENT = 512
 """Bytes."""
 
+_FLAG_BYTES = 4
+
 
 class PeerGather:
-    """Memory for keys and values of all ranks of an axis, on each of them.
+    """Places for keys and values of all ranks of an axis, on each of them.
 
     A place is written again two layers later. By then every rank has read it: a peer writes for a layer only when it
     has what this rank sent for the layer before, and this rank sent that after it had attended in the layer before
@@ -43,10 +45,18 @@ class PeerGather:
     computed. All ranks call its methods in the same order.
     """
 
-    def __init__(self, axis: Axis, device: torch.device) -> None:
+    def __init__(
+        self,
+        axis: Axis,
+        device: torch.device,
+        streams: Streams,
+        allocate: Callable[[Axis, torch.device, int], PeerMemory] = PeerMemory,
+    ) -> None:
         self._axis = axis
         self._device = device
-        self._memory: list[_Memory] = []
+        self._streams = streams
+        self._allocate = allocate
+        self._places: list[_Places] = []
         self._layers = 0
 
     def key_values(self, k: Tensor, v: Tensor, sizes: Sequence[int]) -> Gathered:
@@ -54,15 +64,17 @@ class PeerGather:
         batch, tokens, heads, size = k.shape
         assert tokens == sizes[self._axis.index], "a chunk of another size than was told"
         form = _Form((batch, sum(sizes), 2, heads, size), k.dtype, sum(sizes[: self._axis.index]), tokens)
-        memory = self._memory_for(form.bytes)
+        places = self._places_for(form.bytes)
         self._layers += 1
-        return Gathered(k, v, memory, self._layers % PLACES, form)
+        return Gathered(k, v, places, self._layers % PLACES, form)
 
-    def _memory_for(self, needed: int) -> _Memory:
-        """The latest memory, or a larger one: graphs may still use the smaller ones, which are kept."""
-        if not self._memory or self._memory[-1].place_bytes < needed:
-            self._memory.append(_Memory(self._axis, self._device, needed))
-        return self._memory[-1]
+    def _places_for(self, needed: int) -> _Places:
+        """The latest places, or larger ones: graphs may still use the smaller ones, which are kept."""
+        if not self._places or self._places[-1].size < needed:
+            size = -(-needed // ALIGNMENT) * ALIGNMENT
+            memory = self._allocate(self._axis, self._device, PLACES * size + _Places.flag_bytes(self._axis))
+            self._places.append(_Places(self._axis, memory, size, self._streams))
+        return self._places[-1]
 
 
 @dataclass(frozen=True)
@@ -87,123 +99,102 @@ class _Form:
 
     @property
     def groups(self) -> int:
-        """Halves where attention to each still fills all multiprocessors evenly; else one group."""
         batch, tokens, _, heads, _ = self.shape
         return MOST_GROUPS if heads % MOST_GROUPS == 0 and batch * tokens * heads >= LEAST_WORK_OF_GROUPS else 1
+
+    def parts(self, group: int) -> tuple[tuple[int, int], ...]:
+        """Where the keys and the values of a group lie in a token, and their width, in bytes."""
+        if self.groups == 1:
+            return ((0, self.token_bytes),)
+        width = self.token_bytes // 2 // self.groups
+        return (group * width, width), ((self.groups + group) * width, width)
 
 
 class Gathered(KeyValues):
     """Keys and values of one layer on their way into the places of all ranks."""
 
-    def __init__(self, k: Tensor, v: Tensor, memory: _Memory, place: int, form: _Form) -> None:
+    def __init__(self, k: Tensor, v: Tensor, places: _Places, place: int, form: _Form) -> None:
         super().__init__(k, v)
-        self._memory = memory
+        self._places = places
         self._place = place
         self._form = form
-        self._whole = memory.view(place, form)
+        self._whole = places.view(place, form)
         self.room = self._whole.narrow(1, form.first, form.tokens)
 
     def send(self) -> None:
-        self._memory.send(self._place, self._form)
+        self._places.send(self._place, self._form)
 
     def attend(self, q: Tensor, out: Tensor | None = None) -> Tensor:
         """Queries (B, L, H, K) to the keys of all ranks, one group of heads after the other."""
         out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
-        groups = self._form.groups
-        for group, (queries, k, v, result) in enumerate(
-            zip(*(each.chunk(groups, dim=2) for each in (q, *self._whole.unbind(2), out)), strict=True)
-        ):
-            self._memory.receive(self._place, group)
+        whole = (q, *self._whole.unbind(2), out)
+        groups = zip(*(each.chunk(self._form.groups, dim=2) for each in whole), strict=True)
+        for group, (queries, keys, values, result) in enumerate(groups):
+            self._places.receive(self._place, group)
             if q.shape[1]:
-                attention(queries, k, v, out=result)
-        self._memory.finish()
+                attention(queries, keys, values, out=result)
+        self._places.finish()
         return out
 
 
-class _Memory:
-    """The places of one size, of all ranks, and their flags: a place has some for each rank that writes to it."""
+class _Places:
+    """The places of one size, of all ranks, and their flags: a place has one for each group and each writer."""
 
-    def __init__(self, axis: Axis, device: torch.device, place_bytes: int) -> None:
-        from torch.distributed import _symmetric_memory as symmetric_memory
+    def __init__(self, axis: Axis, memory: PeerMemory, size: int, streams: Streams) -> None:
+        self.size = size
+        self._axis = axis
+        self._memory = memory
+        self._streams = streams
 
-        self.axis = axis
-        self.place_bytes = -(-place_bytes // ALIGNMENT) * ALIGNMENT
-        self._flags_at = PLACES * self.place_bytes
-        # The priority lets its copies start before what else is ready to run.
-        self._stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
-        self._sent = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        flags = PLACES * MOST_GROUPS * axis.size
-        self._own = symmetric_memory.empty(self._flags_at + 4 * flags, dtype=torch.uint8, device=device).zero_()
-        self._handle = symmetric_memory.rendezvous(self._own, axis.group)  # type: ignore[arg-type]
-        # No rank writes before all have lowered their flags.
-        self._handle.barrier()
-        torch.cuda.synchronize(device)
+    @staticmethod
+    def flag_bytes(axis: Axis) -> int:
+        """What flags take behind the places."""
+        return _FLAG_BYTES * PLACES * MOST_GROUPS * axis.size
 
     def view(self, place: int, form: _Form) -> Tensor:
         """What this rank has in a place."""
-        start = place * self.place_bytes
-        return self._own[start : start + form.bytes].view(form.dtype).view(form.shape)
+        start = place * self.size
+        return self._memory.own[start : start + form.bytes].view(form.dtype).view(form.shape)
 
     def send(self, place: int, form: _Form) -> None:
         """Copy this rank's tokens to the same place of every other rank, and tell them, group by group."""
-        self._stream.wait_stream(torch.cuda.current_stream())
+        streams = self._streams
+        streams.await_stream(streams.side, streams.current)
         for group in range(form.groups):
-            for offset in range(1, self.axis.size):
+            for offset in range(1, self._axis.size):
                 # The next rank first, so that no two ranks begin with the same one.
-                rank = (self.axis.index + offset) % self.axis.size
+                rank = (self._axis.index + offset) % self._axis.size
                 if form.tokens:
                     self._copy(rank, place, group, form)
-                _write(self._stream, self._flag(rank, place, group, self.axis.index), 1)
-        self._sent.record(self._stream)
+                streams.write_flag(streams.side, self._flag(rank, place, group, self._axis.index), 1)
 
     def receive(self, place: int, group: int) -> None:
-        """Let the current stream wait until all have written a group to a place of this rank; lower their flags."""
-        stream = torch.cuda.current_stream()
-        for rank in range(self.axis.size):
-            if rank != self.axis.index:
-                flag = self._flag(self.axis.index, place, group, rank)
-                _wait_for_one(stream, flag)
-                _write(stream, flag, 0)
+        """Let the current stream wait until all have written a group to a place of this rank; then lower their flags.
+
+        What comes next in the current stream need not wait for these to be lowered.
+        """
+        streams = self._streams
+        writers = [rank for rank in range(self._axis.size) if rank != self._axis.index]
+        flags = [self._flag(self._axis.index, place, group, writer) for writer in writers]
+        for flag in flags:
+            streams.await_flag(streams.current, flag)
+        streams.await_stream(streams.side, streams.current)
+        for flag in flags:
+            streams.write_flag(streams.side, flag, 0)
 
     def finish(self) -> None:
-        """Let the current stream wait until all that was sent has been read here."""
-        torch.cuda.current_stream().wait_event(self._sent)
+        """Let the current stream wait until all that was sent has been read here, and all flags are lowered."""
+        self._streams.await_stream(self._streams.current, self._streams.side)
 
     def _copy(self, rank: int, place: int, group: int, form: _Form) -> None:
-        """Keys and values of a group of heads to the same place of another rank."""
-        width = form.token_bytes // 2 // form.groups
+        to, source = (self._memory.addresses[each] for each in (rank, self._axis.index))
         for row in range(form.shape[0]):
-            token = place * self.place_bytes + (row * form.shape[1] + form.first) * form.token_bytes
-            for at in (token + group * width, token + (form.groups + group) * width):
-                to, source = (self._handle.buffer_ptrs[each] + at for each in (rank, self.axis.index))
-                _copy_rows(self._stream, to, source, form.token_bytes, width, form.tokens)
+            token = place * self.size + (row * form.shape[1] + form.first) * form.token_bytes
+            for start, width in form.parts(group):
+                at = token + start
+                self._streams.copy_rows(self._streams.side, to + at, source + at, form.token_bytes, width, form.tokens)
 
     def _flag(self, rank: int, place: int, group: int, writer: int) -> int:
         """The address of a flag that a rank has for what another one writes."""
-        flags: int = self._handle.buffer_ptrs[rank] + self._flags_at
-        return flags + 4 * ((place * MOST_GROUPS + group) * self.axis.size + writer)
-
-
-def _copy_rows(stream: torch.cuda.Stream, to: int, source: int, pitch: int, width: int, rows: int) -> None:
-    from cuda.bindings import runtime
-
-    kind = runtime.cudaMemcpyKind.cudaMemcpyDeviceToDevice
-    _check(runtime.cudaMemcpy2DAsync(to, pitch, source, pitch, width, rows, kind, stream.cuda_stream))
-
-
-def _write(stream: torch.cuda.Stream, address: int, value: int) -> None:
-    from cuda.bindings import driver
-
-    _check(driver.cuStreamWriteValue32(stream.cuda_stream, address, value, 0))
-
-
-def _wait_for_one(stream: torch.cuda.Stream, address: int) -> None:
-    from cuda.bindings import driver
-
-    equal = driver.CUstreamWaitValue_flags.CU_STREAM_WAIT_VALUE_EQ
-    _check(driver.cuStreamWaitValue32(stream.cuda_stream, address, 1, equal))
-
-
-def _check(result: tuple[Any, ...]) -> None:
-    if int(result[0]):
-        raise RuntimeError(f"a copy between GPUs failed: {result[0].name}")
+        index = (place * MOST_GROUPS + group) * self._axis.size + writer
+        return self._memory.addresses[rank] + PLACES * self.size + _FLAG_BYTES * index

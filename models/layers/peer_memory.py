@@ -1,0 +1,74 @@
+"""Memory that the GPUs of one host write to from each other, and operations on it that streams run without kernels.
+
+Copies are done by the copy engines, and flags are written and awaited by the streams' own front ends: no multiprocessor
+takes part, and CUDA graphs take all of them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models.layers.mesh import Axis
+
+
+class PeerMemory:
+    """As many bytes, zero at first, on each rank of an axis; all ranks make theirs together.
+
+    `own` (bytes,) is this rank's, `addresses` are those of all ranks as this rank's device sees them.
+    """
+
+    def __init__(self, axis: Axis, device: torch.device, size: int) -> None:
+        from torch.distributed import _symmetric_memory as symmetric_memory
+
+        self.own: Tensor = symmetric_memory.empty(size, dtype=torch.uint8, device=device).zero_()
+        self._handle = symmetric_memory.rendezvous(self.own, axis.group)  # type: ignore[arg-type]
+        self.addresses: list[int] = list(self._handle.buffer_ptrs)
+        # No rank writes before all have zeros.
+        self._handle.barrier()
+        torch.cuda.synchronize(device)
+
+
+class Streams:
+    """The current stream of a device, and one beside it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        # The priority lets its copies start before what else is ready to run.
+        self.side: Any = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
+
+    @property
+    def current(self) -> Any:
+        """The stream that layers compute in."""
+        return torch.cuda.current_stream(self._device)
+
+    def await_stream(self, waiting: Any, other: Any) -> None:
+        """Let a stream wait for all that another one has been given so far."""
+        waiting.wait_stream(other)
+
+    def copy_rows(self, stream: Any, to: int, source: int, pitch: int, width: int, rows: int) -> None:
+        """Copy `rows` of `width` bytes, `pitch` bytes apart, between two addresses of any device."""
+        from cuda.bindings import runtime
+
+        kind = runtime.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+        _check(runtime.cudaMemcpy2DAsync(to, pitch, source, pitch, width, rows, kind, stream.cuda_stream))
+
+    def write_flag(self, stream: Any, address: int, value: int) -> None:
+        """Write 32 bits, after all that the stream has been given so far can be seen."""
+        from cuda.bindings import driver
+
+        _check(driver.cuStreamWriteValue32(stream.cuda_stream, address, value, 0))
+
+    def await_flag(self, stream: Any, address: int) -> None:
+        """Let a stream wait until a flag is 1."""
+        from cuda.bindings import driver
+
+        equal = driver.CUstreamWaitValue_flags.CU_STREAM_WAIT_VALUE_EQ
+        _check(driver.cuStreamWaitValue32(stream.cuda_stream, address, 1, equal))
+
+
+def _check(result: tuple[Any, ...]) -> None:
+    if int(result[0]):
+        raise RuntimeError(f"a copy between GPUs failed: {result[0].name}")
