@@ -6,6 +6,7 @@ So workers of one kind agree bit for bit. The table is measured by tests/bench/a
 from __future__ import annotations
 
 import importlib.util
+import math
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -22,6 +23,11 @@ Backend = Literal["sdpa", "cudnn", "flash_attn_3"]
 # against 572 and 566). Below, at 24 x 1,536, it is slower (201 against 409).
 _FLASH_ATTENTION_3_FROM = {(9, 0): 45_000}
 
+_QUERY_TILE = 128
+"""Queries that FlashAttention-3's kernel for this head size takes at a time."""
+
+_MOST_SPLITS, _TURNS_A_SPLIT, _LEAST_GAIN = 8, 0.02, 0.08
+
 _ATEN = torch.ops.aten
 
 _CUDNN_CAPABILITIES = ((9, 0),)
@@ -36,8 +42,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, out: 
     """
     backend = _backend_for(q, k, mask)
     if backend == "flash_attn_3":
-        result: Tensor = flash_attention_3(q, k, v) if out is None else flash_attention_3_into(q, k, v, out)
-        return result
+        out = q.new_empty(*q.shape[:3], v.shape[3]) if out is None else out
+        return flash_attention_3_into(q, k, v, out)
     attended = _torch_attention(q, k, v, mask, backend)
     return attended if out is None else out.copy_(attended)
 
@@ -115,8 +121,33 @@ def flash_attention_3_into(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> Tens
     # Loading it registers its operators.
     import fa3_fwd_interface  # noqa: F401
 
-    torch.ops.fa3_fwd.fwd(q, k, v, out=out, num_splits=1)
+    processors = torch.cuda.get_device_properties(q.device).multi_processor_count
+    for heads, splits in head_shares(q.shape[0] * -(-q.shape[1] // _QUERY_TILE), q.shape[2], processors):
+        parts = (each[:, :, heads] for each in (q, k, v))
+        torch.ops.fa3_fwd.fwd(*parts, out=out[:, :, heads], num_splits=splits)
     return out
+
+
+def head_shares(tiles: int, heads: int, processors: int) -> list[tuple[slice, int]]:
+    """Which heads are attended to in one call, and into how many parts their keys are split meanwhile.
+
+    A head has `tiles` tiles of queries, and as many tiles as there are processors are computed at a time. Where the
+    last few would leave most of them idle, these tiles' heads get a call of their own, which splits the keys.
+    """
+    everything = [(slice(0, heads), 1)]
+    full = processors * (tiles * heads // processors) // tiles
+    rest = heads - full
+    if not 0 < full < heads:
+        return everything
+
+    def turns(splits: int) -> float:
+        return math.ceil(tiles * rest * splits / processors) / splits
+
+    splits = min(range(2, _MOST_SPLITS + 1), key=lambda each: turns(each) + _TURNS_A_SPLIT * each)
+    before, after = math.ceil(tiles * heads / processors), math.ceil(tiles * full / processors) + turns(splits)
+    if after > (1 - _LEAST_GAIN) * before:
+        return everything
+    return [(slice(0, full), 1), (slice(full, heads), splits)]
 
 
 class KeyValues:

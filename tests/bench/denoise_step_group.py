@@ -56,7 +56,7 @@ def main() -> None:
     device = torch.device("cuda", rank) if args.device == "cuda" else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     mesh = make_mesh(Degrees(tp=args.tp, ulysses=args.ulysses, ring=args.ring), device)
     if mesh.rank == 0:
         print_machine(f"A denoising step on {mesh.degrees.world_size} ranks, {mesh.degrees}")
@@ -107,7 +107,7 @@ def share_out(theirs: Any, device: torch.device, ranks: int, *, compiled: bool) 
 def slowest_milliseconds(device: torch.device, run: Callable[[], object]) -> float:
     """Of a call that all ranks make together, on the slowest of them."""
     distributed.barrier()
-    slowest = torch.tensor(step_milliseconds(run, device))
+    slowest = torch.tensor(step_milliseconds(run, device), device=device)
     distributed.all_reduce(slowest, op=distributed.ReduceOp.MAX)
     return float(slowest)
 
