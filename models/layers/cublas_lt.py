@@ -22,6 +22,15 @@ LEAST_ROWS = 1024
 _ALIGNMENT = 16
 """Bytes, of rows and of where they begin."""
 
+_BFLOAT16, _FLOAT32 = 14, 0
+"""CUDA_R_16BF, CUDA_R_32F."""
+
+_COMPUTE_FLOAT32 = 68
+"""CUBLAS_COMPUTE_32F."""
+
+_TRANSPOSED = 1
+"""CUBLAS_OP_T."""
+
 _ONE, _ZERO = c_float(1), c_float(0)
 
 
@@ -51,14 +60,13 @@ def linear_into(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor, *, gelu: b
 
     x is (M, K), weight (N, K), bias (N,), out (M, N); rows of x and out may be any distance apart.
     """
-    from nvmath.bindings import cublasLt
-
+    library = _library()
     rows, size = x.shape
     plan = _plan(x.device.index, rows, len(weight), size, x.stride(0), out.stride(0), gelu)
     operation = _operation(gelu)
     try:
-        _set(cublasLt, operation, cublasLt.MatmulDescAttribute.BIAS_POINTER, bias.data_ptr())
-        cublasLt.matmul(
+        _set(library, operation, library.MatmulDescAttribute.BIAS_POINTER, bias.data_ptr())
+        library.matmul(
             _handle(x.device.index),
             operation,
             addressof(_ONE),
@@ -77,7 +85,7 @@ def linear_into(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor, *, gelu: b
             torch.cuda.current_stream(x.device).cuda_stream,
         )
     finally:
-        cublasLt.matmul_desc_destroy(operation)
+        library.matmul_desc_destroy(operation)
 
 
 class _Plan(NamedTuple):
@@ -91,63 +99,56 @@ class _Plan(NamedTuple):
 
 @lru_cache(maxsize=1024)
 def _plan(device: int, rows: int, width: int, size: int, x_stride: int, out_stride: int, gelu: bool) -> _Plan:
-    from nvmath.bindings import cublasLt
-
+    library = _library()
     weight_layout, x_layout, out_layout = (
-        cublasLt.matrix_layout_create(_BFLOAT16, *shape)
+        library.matrix_layout_create(_BFLOAT16, *shape)
         for shape in ((size, width, size), (size, rows, x_stride), (width, rows, out_stride))
     )
-    operation, preference = _operation(gelu), cublasLt.matmul_preference_create()
+    operation, preference = _operation(gelu), library.matmul_preference_create()
     # The heuristics look at how it is aligned only.
-    _set(cublasLt, operation, cublasLt.MatmulDescAttribute.BIAS_POINTER, _ALIGNMENT)
-    result, found = cublasLt.MatmulHeuristicResult(1), np.zeros(1, np.int32)
+    _set(library, operation, library.MatmulDescAttribute.BIAS_POINTER, _ALIGNMENT)
+    result, found = library.MatmulHeuristicResult(1), np.zeros(1, np.int32)
     layouts = (weight_layout, x_layout, out_layout, out_layout)
     try:
         none = np.zeros(1, np.uint64)
-        limit = cublasLt.MatmulPreferenceAttribute.MAX_WORKSPACE_BYTES
-        cublasLt.matmul_preference_set_attribute(preference, limit, none.ctypes.data, none.nbytes)
-        cublasLt.matmul_algo_get_heuristic(
+        limit = library.MatmulPreferenceAttribute.MAX_WORKSPACE_BYTES
+        library.matmul_preference_set_attribute(preference, limit, none.ctypes.data, none.nbytes)
+        library.matmul_algo_get_heuristic(
             _handle(device), operation, *layouts, preference, 1, result.ptr, found.ctypes.data
         )
     finally:
-        cublasLt.matmul_preference_destroy(preference)
-        cublasLt.matmul_desc_destroy(operation)
+        library.matmul_preference_destroy(preference)
+        library.matmul_desc_destroy(operation)
     if not found[0] or int(result.state):
         raise RuntimeError(f"cuBLASLt has no product of {rows} x {size} by {size} x {width}")
     return _Plan(*layouts[:3], result)
 
 
-@lru_cache(maxsize=16)
-def _handle(device: int) -> int:
+def _library() -> Any:
+    # An optional package for GPUs.
     from nvmath.bindings import cublasLt
 
+    return cublasLt
+
+
+@lru_cache(maxsize=16)
+def _handle(device: int) -> int:
     with torch.cuda.device(device):
-        handle: int = cublasLt.create()
+        handle: int = _library().create()
         return handle
-
-
-_BFLOAT16, _FLOAT32 = 14, 0
-"""CUDA_R_16BF, CUDA_R_32F."""
-
-_COMPUTE_FLOAT32 = 68
-"""CUBLAS_COMPUTE_32F."""
-
-_TRANSPOSED = 1
-"""CUBLAS_OP_T."""
 
 
 def _operation(gelu: bool) -> int:
     """A product with the first operand transposed, and its epilogue. The caller destroys it."""
-    from nvmath.bindings import cublasLt
-
-    attribute, epilogue = cublasLt.MatmulDescAttribute, cublasLt.Epilogue
-    operation: int = cublasLt.matmul_desc_create(_COMPUTE_FLOAT32, _FLOAT32)
-    _set(cublasLt, operation, attribute.TRANSA, _TRANSPOSED)
-    _set(cublasLt, operation, attribute.EPILOGUE, epilogue.GELU_BIAS if gelu else epilogue.BIAS)
-    _set(cublasLt, operation, attribute.BIAS_DATA_TYPE, _BFLOAT16)
+    library = _library()
+    attribute, epilogue = library.MatmulDescAttribute, library.Epilogue
+    operation: int = library.matmul_desc_create(_COMPUTE_FLOAT32, _FLOAT32)
+    _set(library, operation, attribute.TRANSA, _TRANSPOSED)
+    _set(library, operation, attribute.EPILOGUE, epilogue.GELU_BIAS if gelu else epilogue.BIAS)
+    _set(library, operation, attribute.BIAS_DATA_TYPE, _BFLOAT16)
     return operation
 
 
-def _set(cublas_lt: Any, operation: int, attribute: Any, value: int) -> None:
-    held = np.array([value], dtype=cublas_lt.get_matmul_desc_attribute_dtype(attribute))
-    cublas_lt.matmul_desc_set_attribute(operation, attribute, held.ctypes.data, held.nbytes)
+def _set(library: Any, operation: int, attribute: Any, value: int) -> None:
+    held = np.array([value], dtype=library.get_matmul_desc_attribute_dtype(attribute))
+    library.matmul_desc_set_attribute(operation, attribute, held.ctypes.data, held.nbytes)

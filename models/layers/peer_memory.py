@@ -21,6 +21,7 @@ class PeerMemory:
     """
 
     def __init__(self, axis: Axis, device: torch.device, size: int) -> None:
+        # Still private to torch: nobody else shall need it.
         from torch.distributed import _symmetric_memory as symmetric_memory
 
         self.own: Tensor = symmetric_memory.empty(size, dtype=torch.uint8, device=device).zero_()
@@ -50,6 +51,7 @@ class Streams:
 
     def copy_rows(self, stream: Any, to: int, source: int, pitch: int, width: int, rows: int) -> None:
         """Copy `rows` of `width` bytes, `pitch` bytes apart, between two addresses of any device."""
+        # Comes with torch for CUDA.
         from cuda.bindings import runtime
 
         kind = runtime.cudaMemcpyKind.cudaMemcpyDeviceToDevice
@@ -57,12 +59,14 @@ class Streams:
 
     def write_flag(self, stream: Any, address: int, value: int) -> None:
         """Write 32 bits, after all that the stream has been given so far can be seen."""
+        # Comes with torch for CUDA.
         from cuda.bindings import driver
 
         _check(driver.cuStreamWriteValue32(stream.cuda_stream, address, value, 0))
 
     def await_flag(self, stream: Any, address: int) -> None:
         """Let a stream wait until a flag is 1."""
+        # Comes with torch for CUDA.
         from cuda.bindings import driver
 
         equal = driver.CUstreamWaitValue_flags.CU_STREAM_WAIT_VALUE_EQ

@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import gelu
 
 from models.layers.activation import write_gelu
-from models.layers.attention import attention, choose_backend
+from models.layers.attention import attention, choose_backend, head_shares
 from models.layers.embeddings import EmbeddingMLP, sinusoidal_embedding
 from models.layers.feed_forward import FeedForward
 from models.layers.linear import JoinedLinear, Linear, project
@@ -102,6 +102,24 @@ def test_each_stream_has_its_own_modulation_and_gate() -> None:
         torch.testing.assert_close(normed[:, rows], alone)
 
 
+@pytest.mark.parametrize(
+    ("tiles", "heads", "shares"),
+    [
+        pytest.param(36, 24, [(0, 24, 1)], id="flux: 6.5 turns are 7, and 6.6 would not be much better"),
+        pytest.param(18, 24, [(0, 22, 1), (22, 24, 3)], id="flux on two gpus: 3.3 turns instead of 4"),
+        pytest.param(34, 24, [(0, 23, 1), (23, 24, 3)], id="qwen-image: 6.3 instead of 7"),
+        pytest.param(256, 12, [(0, 12, 1)], id="wan: a head is more than a turn"),
+        pytest.param(3, 12, [(0, 12, 1)], id="all heads in one turn"),
+        pytest.param(11, 24, [(0, 24, 1)], id="two turns, full"),
+    ],
+)
+def test_heads_that_would_leave_processors_idle_are_shared_out(
+    tiles: int, heads: int, shares: list[tuple[int, int, int]]
+) -> None:
+    found = [(part.start, part.stop, splits) for part, splits in head_shares(tiles, heads, processors=132)]
+    assert found == shares
+
+
 @pytest.mark.parametrize("rotated", [False, True])
 def test_qk_norm_is_per_head_and_per_stream(rotated: bool) -> None:
     norms = [RMSNorm(8) for _ in range(4)]
@@ -153,6 +171,11 @@ def test_joined_layers_make_what_each_of_them_makes() -> None:
         for given in (None, joined):
             project(x, out.zero_(), given, layers)
             torch.testing.assert_close(out, expected)
+            for which in (slice(0, 1), slice(1, 3)):
+                first, last = (sum(len(layer.weight) for layer in layers[:each]) for each in (which.start, which.stop))
+                part = torch.zeros_like(expected[..., first:last])
+                project(x, part, given, layers, which)
+                torch.testing.assert_close(part, expected[..., first:last])
     assert all(torch.equal(layer.weight, weight) for layer, weight in zip(layers, before, strict=True))
     assert joined.weight.values.untyped_storage().data_ptr() == layers[1].weight.untyped_storage().data_ptr()
 

@@ -1,0 +1,148 @@
+"""Products with bias and GELU into columns of a wider tensor, against a library that reads memory as cuBLASLt does.
+
+The library itself needs a GPU: tests/bench/products.py runs it there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import sys
+from itertools import count
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import gelu, linear
+
+from models.layers import cublas_lt
+
+CUDA_R_16BF, CUBLAS_OP_T = 14, 1
+DESCRIPTION = SimpleNamespace(TRANSA=3, EPILOGUE=7, BIAS_POINTER=8, BIAS_DATA_TYPE=26)
+
+
+class ColumnMajorLibrary:
+    """What linear_into() uses of nvmath.bindings.cublasLt, on the memory of this process."""
+
+    MatmulDescAttribute = DESCRIPTION
+    MatmulPreferenceAttribute = SimpleNamespace(MAX_WORKSPACE_BYTES=1)
+    Epilogue = SimpleNamespace(BIAS=4, GELU_BIAS=36)
+
+    def __init__(self) -> None:
+        self.number = count(1)
+        self.layouts: dict[int, tuple[int, int, int, int]] = {}
+        self.operations: dict[int, dict[int, int]] = {}
+        self.choices = 0
+
+    def create(self) -> int:
+        return next(self.number)
+
+    def get_matmul_desc_attribute_dtype(self, attribute: int) -> type[np.generic]:
+        return np.uint64 if attribute == DESCRIPTION.BIAS_POINTER else np.int32
+
+    def matmul_desc_create(self, compute: int, scale: int) -> int:
+        assert (compute, scale) == (68, 0)
+        operation = next(self.number)
+        self.operations[operation] = {}
+        return operation
+
+    def matmul_desc_set_attribute(self, operation: int, attribute: int, address: int, size: int) -> None:
+        held = ctypes.string_at(address, size)
+        self.operations[operation][attribute] = int.from_bytes(held, "little")
+
+    def matmul_desc_destroy(self, operation: int) -> None:
+        del self.operations[operation]
+
+    def matrix_layout_create(self, kind: int, rows: int, columns: int, distance: int) -> int:
+        layout = next(self.number)
+        self.layouts[layout] = (kind, rows, columns, distance)
+        return layout
+
+    def matmul_preference_create(self) -> int:
+        return next(self.number)
+
+    def matmul_preference_set_attribute(self, preference: int, attribute: int, address: int, size: int) -> None:
+        del preference
+        assert attribute == self.MatmulPreferenceAttribute.MAX_WORKSPACE_BYTES
+        assert ctypes.string_at(address, size) == bytes(8)
+
+    def matmul_preference_destroy(self, preference: int) -> None:
+        del preference
+
+    def MatmulHeuristicResult(self, size: int) -> SimpleNamespace:  # noqa: N802
+        assert size == 1
+        return SimpleNamespace(ptr=next(self.number), state=0)
+
+    def matmul_algo_get_heuristic(self, *args: Any) -> None:
+        self.choices += 1
+        ctypes.c_int32.from_address(args[-1]).value = 1
+
+    def matmul(self, *args: Any) -> None:
+        _, operation, alpha, a, a_layout, b, b_layout, beta, c, c_layout, d, d_layout, _, _, workspace, _ = args
+        asked = self.operations[operation]
+        assert asked[DESCRIPTION.TRANSA] == CUBLAS_OP_T
+        assert asked[DESCRIPTION.BIAS_DATA_TYPE] == CUDA_R_16BF
+        assert (c, c_layout, workspace) == (d, d_layout, 0)
+        assert [ctypes.c_float.from_address(each).value for each in (alpha, beta)] == [1.0, 0.0]
+        weight, x, out = (self._stored(*each) for each in ((a, a_layout), (b, b_layout), (d, d_layout)))
+        bias = _memory(asked[DESCRIPTION.BIAS_POINTER], len(weight))
+        result = x.float() @ weight.float().T + bias.float()
+        is_gelu = asked[DESCRIPTION.EPILOGUE] == self.Epilogue.GELU_BIAS
+        out.copy_(gelu(result, approximate="tanh") if is_gelu else result)
+
+    def _stored(self, address: int, layout: int) -> Tensor:
+        """A matrix that is stored column by column, as its transpose: (columns, rows)."""
+        kind, rows, columns, distance = self.layouts[layout]
+        assert kind == CUDA_R_16BF
+        return _memory(address, (columns - 1) * distance + rows).as_strided((columns, rows), (distance, 1))
+
+
+def _memory(address: int, size: int) -> Tensor:
+    return torch.frombuffer((ctypes.c_uint16 * size).from_address(address), dtype=torch.bfloat16)
+
+
+@pytest.fixture
+def library(monkeypatch: pytest.MonkeyPatch) -> ColumnMajorLibrary:
+    found = ColumnMajorLibrary()
+    bindings = ModuleType("nvmath.bindings")
+    bindings.cublasLt = found  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "nvmath", ModuleType("nvmath"))
+    monkeypatch.setitem(sys.modules, "nvmath.bindings", bindings)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=0))
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    for cached in (cublas_lt._plan, cublas_lt._handle):
+        cached.cache_clear()
+    return found
+
+
+@pytest.mark.parametrize("is_gelu", [False, True])
+def test_a_product_into_columns(library: ColumnMajorLibrary, is_gelu: bool) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(5, 24, dtype=torch.bfloat16)[:, :16]
+    weight, bias = torch.randn(8, 16, dtype=torch.bfloat16), torch.randn(8, dtype=torch.bfloat16)
+    out = torch.zeros(5, 32, dtype=torch.bfloat16)
+    for _ in range(2):
+        cublas_lt.linear_into(x, weight, bias, out[:, 8:16], gelu=is_gelu)
+    expected = linear(x.float(), weight.float(), bias.float())
+    expected = gelu(expected, approximate="tanh") if is_gelu else expected
+    torch.testing.assert_close(out[:, 8:16].float(), expected, rtol=1e-2, atol=1e-2)
+    assert not out[:, :8].any()
+    assert not out[:, 16:].any()
+    assert library.choices == 1, "the kernel of a shape is chosen once"
+    assert not library.operations
+
+
+def test_no_kernel_for_a_shape(library: ColumnMajorLibrary, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "matmul_algo_get_heuristic", lambda *_: None)
+    x, weight, bias = (torch.zeros(shape, dtype=torch.bfloat16) for shape in ((5, 16), (8, 16), (8,)))
+    with pytest.raises(RuntimeError, match="no product of 5 x 16 by 16 x 8"):
+        cublas_lt.linear_into(x, weight, bias, torch.zeros(5, 8, dtype=torch.bfloat16))
+    assert not library.operations
+
+
+def test_on_a_cpu_torch_multiplies() -> None:
+    x = torch.zeros(2048, 16, dtype=torch.bfloat16)
+    assert not cublas_lt.can_multiply(x, x[:8], x[0, :8])
