@@ -26,7 +26,7 @@ from models.layers.attention import has_flash_attention_3
 from models.layers.cublas_lt import has_cublas_lt
 from models.layers.float8 import check_float8
 from models.layers.linear import quantize_linears
-from models.layers.mesh import Degrees, WorkerMesh, can_share_memory
+from models.layers.mesh import Degrees, WorkerMesh
 from models.registry import resolve
 
 if TYPE_CHECKING:
@@ -210,10 +210,13 @@ def numerics_fingerprint(
     dtype: torch.dtype,
     degrees: Degrees | None = None,
     approximation: Approximation = EXACT,
+    *,
+    shares_memory: bool = False,
 ) -> str:
     """Equal on two workers only if the same stage gives the same bytes on both. None is one rank.
 
-    Each degree counts: sums over ranks are rounded otherwise than those of one rank.
+    Each degree counts: sums over ranks are rounded otherwise than those of one rank. And so does whether the ranks
+    share memory: they then attend to all keys at once.
     """
     facts = [
         platform.machine(),
@@ -221,6 +224,7 @@ def numerics_fingerprint(
         str(dtype),
         str(degrees or Degrees()),
         str(approximation),
+        f"shared memory {shares_memory}",
         *(f"{package} {importlib.metadata.version(package)}" for package in ("torch", "diffusers", "transformers")),
     ]
     if device.type == "cuda":
@@ -231,7 +235,6 @@ def numerics_fingerprint(
             f"tf32 {torch.backends.cuda.matmul.allow_tf32}",
             f"flash attention 3 {has_flash_attention_3()}",
             f"cublaslt {has_cublas_lt()}",
-            f"shared memory {can_share_memory(device)}",
         ]
     else:
         facts += [torch.backends.cpu.get_cpu_capability(), f"threads {torch.get_num_threads()}"]

@@ -50,6 +50,8 @@ class Ranks(Protocol):
     """The worker group that a worker leads, as services.denoising makes one."""
 
     degrees: Degrees
+    shares_memory: bool
+    """Whether they write to each other's memory; known once the mesh is made."""
 
     def make_mesh(self, device: torch.device) -> WorkerMesh:
         """This rank's place among the others; all ranks make theirs together. Called on the device's thread."""
@@ -123,8 +125,10 @@ async def start_worker(
         resources.push_async_callback(asyncio.to_thread, executor.shutdown, cancel_futures=True)
         hosted = await loop.run_in_executor(executor, _load, model, spec, settings, device, dtype, ranks)
         degrees = ranks.degrees if ranks else None
+        shares_memory = ranks is not None and ranks.shares_memory
         facts = (device, dtype, degrees, settings.approximation)
-        numerics = await loop.run_in_executor(executor, numerics_fingerprint, *facts)
+        fingerprint = partial(numerics_fingerprint, *facts, shares_memory=shares_memory)
+        numerics = await loop.run_in_executor(executor, fingerprint)
         info = worker_pb2.WorkerInfo(
             worker_id=f"{service}-{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}",
             service=service,

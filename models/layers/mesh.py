@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Literal, get_args
@@ -139,11 +138,12 @@ def get_sp_world_size(mesh: WorkerMesh | None) -> int:
     return 1 if mesh is None else mesh.degrees.sp
 
 
-def make_mesh(degrees: Degrees, device: torch.device) -> WorkerMesh:
+def make_mesh(degrees: Degrees, device: torch.device, *, one_host: bool = False) -> WorkerMesh:
     """This rank's view of the worker group. All ranks must call it together.
 
     More than one rank needs torch.distributed, with gloo for CPUs or NCCL for GPUs, and exactly as many ranks as the
-    degrees multiply to; anything else raises InvalidInput. One rank needs nothing.
+    degrees multiply to; anything else raises InvalidInput. One rank needs nothing. `one_host`: the ranks are on one
+    machine, and each has its GPU of the same number.
     """
     if degrees.world_size == 1:
         return WorkerMesh(degrees, device, 0, {axis: Axis() for axis in AXES})
@@ -158,15 +158,14 @@ def make_mesh(degrees: Degrees, device: torch.device) -> WorkerMesh:
     axes = {axis: Axis() for axis in AXES}
     for axis in shared:
         axes[axis] = Axis(degrees.of(axis), grid.get_local_rank(axis), grid.get_group(axis).group_name)
-    return WorkerMesh(degrees, device, distributed.get_rank(), axes, shares_memory=can_share_memory(device))
+    return WorkerMesh(
+        degrees, device, distributed.get_rank(), axes, shares_memory=one_host and _reach_each_other(device, ranks)
+    )
 
 
-def can_share_memory(device: torch.device) -> bool:
-    """Whether the group's ranks have a GPU each of one host, and these reach each other; all ranks find the same."""
-    if device.type != "cuda" or not distributed.is_initialized():
-        return False
-    ranks = distributed.get_world_size()
-    if os.environ.get("LOCAL_WORLD_SIZE") != str(ranks) or torch.cuda.device_count() < ranks:
+def _reach_each_other(device: torch.device, ranks: int) -> bool:
+    """Whether the first GPUs of this host, one for each rank, can write to each other's memory."""
+    if device.type != "cuda" or torch.cuda.device_count() < ranks:
         return False
     return all(torch.cuda.can_device_access_peer(*pair) for pair in itertools.permutations(range(ranks), 2))
 

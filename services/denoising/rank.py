@@ -76,6 +76,7 @@ class _Rank:
         self, place: Place, store: Store, settings: DenoisingSettings, links: list[Link], liveness: Liveness
     ) -> None:
         self.degrees = settings.degrees
+        self.shares_memory = False
         self._place = place
         self._store = store
         self._settings = settings
@@ -95,7 +96,9 @@ class _Rank:
             timeout=_COLLECTIVE_TIMEOUT,
             device_id=device if cuda else None,
         )
-        return make_mesh(self.degrees, device)
+        mesh = make_mesh(self.degrees, device, one_host=self._place.num_nodes == 1)
+        self.shares_memory = mesh.shares_memory
+        return mesh
 
     def wait_for_all(self) -> None:
         """Return once all ranks have loaded: a call that came before would not end on them at the same time."""

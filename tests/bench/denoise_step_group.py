@@ -57,7 +57,8 @@ def main() -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    mesh = make_mesh(Degrees(tp=args.tp, ulysses=args.ulysses, ring=args.ring), device)
+    one_host = os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]
+    mesh = make_mesh(Degrees(tp=args.tp, ulysses=args.ulysses, ring=args.ring), device, one_host=one_host)
     if mesh.rank == 0:
         print_machine(f"A denoising step on {mesh.degrees.world_size} ranks, {mesh.degrees}")
         if device.type == "cuda":

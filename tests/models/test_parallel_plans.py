@@ -181,3 +181,4 @@ def test_numerics_differ_between_layouts() -> None:
     prints = {numerics_fingerprint(CPU, torch.float32, degrees) for degrees in (Degrees(tp=2), Degrees(ring=2), None)}
     assert len(prints) == 3
     assert numerics_fingerprint(CPU, torch.float32, Degrees()) == numerics_fingerprint(CPU, torch.float32)
+    assert numerics_fingerprint(CPU, torch.float32, Degrees(ring=2), shares_memory=True) not in prints

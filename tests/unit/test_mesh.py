@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from common.errors import InvalidInput
+from models.layers import mesh as mesh_module
 from models.layers.mesh import AXES, Axis, Degrees, WorkerMesh, get_sp_world_size, make_mesh
 
 CPU = torch.device("cpu")
@@ -56,6 +57,26 @@ def test_one_rank_needs_no_process_group() -> None:
 def test_ranks_that_are_not_there() -> None:
     with pytest.raises(InvalidInput, match="tp=2 ulysses=1 ring=1 cfg=1 takes 2 ranks, but the worker group has 1"):
         make_mesh(Degrees(tp=2), CPU)
+
+
+@pytest.mark.parametrize(
+    ("device", "cards", "unreachable", "expected"),
+    [
+        ("cuda", 4, None, True),
+        ("cuda", 3, None, True),
+        ("cuda", 2, None, False),
+        ("cuda", 3, (2, 0), False),
+        ("cuda", 4, (3, 0), True),
+        ("cpu", 4, None, False),
+    ],
+)
+def test_cards_that_reach_each_other(
+    monkeypatch: pytest.MonkeyPatch, device: str, cards: int, unreachable: tuple[int, int] | None, expected: bool
+) -> None:
+    """Of three ranks, in both directions of all pairs."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: cards)
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda *pair: pair != unreachable)
+    assert mesh_module._reach_each_other(torch.device(device), 3) is expected
 
 
 def test_shards_of_a_ulysses_group_lie_behind_each_other() -> None:
