@@ -8,7 +8,7 @@ import sys
 import tempfile
 import threading
 from asyncio.subprocess import DEVNULL, PIPE, Process
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
@@ -210,6 +210,16 @@ async def running_fleet(url: str, model: ServedModel) -> AsyncIterator[FakeFleet
     with tempfile.TemporaryDirectory(prefix="fleet-") as directory:
         async with AsyncExitStack() as stack:
             yield FakeFleet(url, model, Path(directory), stack)
+
+
+def run_on_fleet(url: str, test: Callable[[FakeFleet], Awaitable[None]]) -> None:
+    """Run a test on a fleet of its own, which serves the shipped model."""
+
+    async def whole() -> None:
+        async with asyncio.timeout(60), running_fleet(url, emoji()) as fleet:
+            await test(fleet)
+
+    asyncio.run(whole())
 
 
 def emoji() -> ServedModel:

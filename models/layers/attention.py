@@ -23,8 +23,8 @@ Backend = Literal["sdpa", "cudnn", "flash_attn_3"]
 # against 572 and 566). Below, at 24 x 1,536, it is slower (201 against 409).
 _FLASH_ATTENTION_3_FROM = {(9, 0): 45_000}
 
-_QUERY_TILE = 128
-"""Queries that FlashAttention-3's kernel for this head size takes at a time."""
+_QUERY_TILES = {128: 128}
+"""How many queries FlashAttention-3's kernel takes at a time, by head size."""
 
 _MOST_SPLITS, _TURNS_A_SPLIT, _LEAST_GAIN = 8, 0.02, 0.08
 
@@ -41,14 +41,17 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, out: 
     `out` is where the result is to be, which may be channels of a wider tensor.
     """
     backend = _backend_for(q, k, mask)
-    if backend == "flash_attn_3":
-        out = q.new_empty(*q.shape[:3], v.shape[3]) if out is None else out
-        return flash_attention_3_into(q, k, v, out)
-    attended = _torch_attention(q, k, v, mask, backend)
+    # A compiler can trace what has a result, and not what writes into one.
+    if backend == "flash_attn_3" and not torch.compiler.is_compiling():
+        return flash_attention_3_into(q, k, v, torch.empty_like(q) if out is None else out)
+    attended = _attended(q, k, v, mask, backend)
     return attended if out is None else out.copy_(attended)
 
 
-def _torch_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, backend: Backend) -> Tensor:
+def _attended(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, backend: Backend) -> Tensor:
+    if backend == "flash_attn_3":
+        result: Tensor = flash_attention_3(q, k, v)
+        return result
     q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
     if backend == "cudnn":
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
@@ -117,14 +120,16 @@ def flash_attention_3(q: Tensor, k: Tensor, v: Tensor, **options: bool) -> Any:
 
 
 def flash_attention_3_into(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> Tensor:
-    """The same into `out`, whose channels are adjacent. The package's own function has no such argument."""
-    # Loading it registers its operators.
+    """The same into `out`, whose channels are adjacent, with heads shared out between calls."""
+    # Loading it registers its operators: its own function has no such argument.
     import fa3_fwd_interface  # noqa: F401
 
+    batch, tokens, heads, head_size = q.shape
     processors = torch.cuda.get_device_properties(q.device).multi_processor_count
-    for heads, splits in head_shares(q.shape[0] * -(-q.shape[1] // _QUERY_TILE), q.shape[2], processors):
-        parts = (each[:, :, heads] for each in (q, k, v))
-        torch.ops.fa3_fwd.fwd(*parts, out=out[:, :, heads], num_splits=splits)
+    tiles = batch * math.ceil(tokens / _QUERY_TILES[head_size]) if head_size in _QUERY_TILES else 0
+    for share, splits in head_shares(tiles, heads, processors):
+        parts = (each[:, :, share] for each in (q, k, v))
+        torch.ops.fa3_fwd.fwd(*parts, out=out[:, :, share], num_splits=splits)
     return out
 
 
@@ -135,7 +140,7 @@ def head_shares(tiles: int, heads: int, processors: int) -> list[tuple[slice, in
     last few would leave most of them idle, these tiles' heads get a call of their own, which splits the keys.
     """
     everything = [(slice(0, heads), 1)]
-    full = processors * (tiles * heads // processors) // tiles
+    full = processors * (tiles * heads // processors) // tiles if tiles else heads
     rest = heads - full
     if not 0 < full < heads:
         return everything

@@ -67,10 +67,11 @@ def apply_linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     """x @ weight.T + bias, (..., K) to (..., N)."""
     if weight.scale is not None:
         return float8_linear(x, weight.values, weight.scale, bias)
-    if bias is not None and x.is_contiguous() and can_multiply(x.view(-1, x.shape[-1]), weight.values, bias):
-        result = x.new_empty(*x.shape[:-1], len(weight.values))
-        linear_into(x.view(-1, x.shape[-1]), weight.values, bias, result.view(-1, len(weight.values)))
-        return result
+    rows = x.flatten(0, -2)
+    if bias is not None and can_multiply(rows, weight.values, bias):
+        result = x.new_empty(len(rows), len(weight.values))
+        linear_into(rows, weight.values, bias, result)
+        return result.view(*x.shape[:-1], -1)
     return linear(x, weight.values, bias)
 
 

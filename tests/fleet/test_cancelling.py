@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 import gc
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 
 import pytest
 from prometheus_client import REGISTRY
 
 from common.stage import Call
 from common.state.connection import connect
-from coordinator_fleet import FakeFleet, Gate, Stub, emoji, running_fleet, submission, terminal
+from coordinator_fleet import FakeFleet, Gate, Stub, run_on_fleet, submission, terminal
 from fleet.v1 import generation_pb2 as pb
 from redis_servers import running_server, until
 
@@ -27,14 +26,6 @@ Way = Callable[[Stub, pb.SubmitRequest], AsyncIterator[str]]
 def url() -> Iterator[str]:
     with running_server("valkey") as server:
         yield server.url
-
-
-def run(url: str, test: Callable[[FakeFleet], Awaitable[None]]) -> None:
-    async def main() -> None:
-        async with asyncio.timeout(60), running_fleet(url, emoji()) as fleet:
-            await test(fleet)
-
-    asyncio.run(main())
 
 
 class Steps:
@@ -129,7 +120,7 @@ def test_the_worker_takes_the_next_request_and_nothing_is_left(
         assert fleet.scripts["denoising"].calls == [name, again]
         await until(nothing_is_left)
 
-    run(url, story)
+    run_on_fleet(url, story)
 
 
 def test_a_request_that_waits_is_cancelled_with_all_its_steps(url: str) -> None:
@@ -153,4 +144,4 @@ def test_a_request_that_waits_is_cancelled_with_all_its_steps(url: str) -> None:
 
         await until(nothing_is_left)
 
-    run(url, story)
+    run_on_fleet(url, story)

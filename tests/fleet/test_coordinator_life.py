@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import signal
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import grpc
@@ -17,7 +17,7 @@ from common.rpc.client import open_channel
 from common.stage import Contract
 from common.state.connection import connect
 from common.state.workers import WorkerRegistry
-from coordinator_fleet import FakeFleet, Gate, Stub, emoji, error_of, running_fleet, submission, terminal
+from coordinator_fleet import FakeFleet, Gate, Stub, emoji, error_of, run_on_fleet, submission, terminal
 from fleet.v1 import generation_pb2 as pb
 from redis_servers import RedisServer, running_server, server_binaries, until
 from services.coordinator.__main__ import main
@@ -31,16 +31,6 @@ MODEL = emoji()
 def server(request: pytest.FixtureRequest) -> Iterator[RedisServer]:
     with running_server(request.param) as server:
         yield server
-
-
-def run(server: RedisServer, test: Callable[[FakeFleet], Awaitable[None]]) -> None:
-    """Run a test on a fleet of its own."""
-
-    async def whole() -> None:
-        async with asyncio.timeout(60), running_fleet(server.url, MODEL) as fleet:
-            await test(fleet)
-
-    asyncio.run(whole())
 
 
 async def ready(address: str) -> bool:
@@ -78,7 +68,7 @@ def test_a_running_request_ends_before_its_coordinator(server: RedisServer) -> N
         assert rest[-1].data == b"\x07" * 100
         await stopping
 
-    run(server, story)
+    run_on_fleet(server.url, story)
 
 
 def test_what_does_not_end_within_the_grace_time_goes_on_elsewhere(server: RedisServer) -> None:
@@ -99,7 +89,7 @@ def test_what_does_not_end_within_the_grace_time_goes_on_elsewhere(server: Redis
         async with connect(fleet.url) as redis:
             assert len(await redis.keys("fleet:coordinator:*")) == 1
 
-    run(server, story)
+    run_on_fleet(server.url, story)
 
 
 def test_the_fleet_waits_for_a_store_that_is_away(server: RedisServer) -> None:
@@ -127,7 +117,7 @@ def test_the_fleet_waits_for_a_store_that_is_away(server: RedisServer) -> None:
         await until(is_ready)
         assert (await terminal(stub, name))[-1].state_change.state == pb.REQUEST_STATE_SUCCEEDED
 
-    run(server, story)
+    run_on_fleet(server.url, story)
 
 
 def test_a_coordinator_may_start_before_its_store(server: RedisServer) -> None:
@@ -145,7 +135,7 @@ def test_a_coordinator_may_start_before_its_store(server: RedisServer) -> None:
         name = (await stub.Submit(submission())).request.request_id
         assert (await terminal(stub, name))[-1].state_change.state == pb.REQUEST_STATE_SUCCEEDED
 
-    run(server, story)
+    run_on_fleet(server.url, story)
 
 
 def test_artifacts_in_memory_are_bounded_and_forgotten(server: RedisServer) -> None:
@@ -161,7 +151,7 @@ def test_artifacts_in_memory_are_bounded_and_forgotten(server: RedisServer) -> N
         name = (await tight.Submit(submission())).request.request_id
         assert (await terminal(tight, name))[-1].state_change.error.code == "RESOURCE_EXHAUSTED"
 
-    run(server, story)
+    run_on_fleet(server.url, story)
 
 
 def test_a_process_ends_well_on_sigterm(server: RedisServer) -> None:
@@ -172,7 +162,7 @@ def test_a_process_ends_well_on_sigterm(server: RedisServer) -> None:
         async with connect(fleet.url) as redis:
             assert not await redis.keys("fleet:coordinator:*")
 
-    run(server, story)
+    run_on_fleet(server.url, story)
 
 
 def test_a_coordinator_with_another_checkpoint_is_refused(server: RedisServer) -> None:
@@ -184,7 +174,7 @@ def test_a_coordinator_with_another_checkpoint_is_refused(server: RedisServer) -
         with pytest.raises(FailedPrecondition, match="fingerprint another"):
             await fleet.add_coordinator()
 
-    run(server, story)
+    run_on_fleet(server.url, story)
 
 
 def test_two_models_of_one_name_are_refused() -> None:

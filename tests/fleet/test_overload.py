@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
@@ -13,7 +12,7 @@ import pytest
 from common.errors import ResourceExhausted
 from common.rpc.status import from_rpc_error
 from common.state.connection import connect
-from coordinator_fleet import SERVICES, FakeFleet, Gate, emoji, running_fleet, submission, terminal
+from coordinator_fleet import SERVICES, FakeFleet, Gate, run_on_fleet, submission, terminal
 from fleet.v1 import generation_pb2 as pb
 from redis_servers import running_server, until
 
@@ -22,14 +21,6 @@ from redis_servers import running_server, until
 def url() -> Iterator[str]:
     with running_server("valkey") as server:
         yield server.url
-
-
-def run(url: str, test: Callable[[FakeFleet], Awaitable[None]]) -> None:
-    async def main() -> None:
-        async with asyncio.timeout(60), running_fleet(url, emoji()) as fleet:
-            await test(fleet)
-
-    asyncio.run(main())
 
 
 def test_callers_take_turns_at_every_coordinator(url: str, tmp_path: Path) -> None:
@@ -67,7 +58,7 @@ def test_callers_take_turns_at_every_coordinator(url: str, tmp_path: Path) -> No
         order = [owners[request_id] for request_id in fleet.scripts["text_encoding"].calls]
         assert order == ["greedy", "modest", "greedy", "modest", "greedy", "greedy", "greedy"]
 
-    run(url, story)
+    run_on_fleet(url, story)
 
 
 def test_a_bound_in_seconds_tells_when_to_come_again(url: str) -> None:
@@ -94,4 +85,4 @@ def test_a_bound_in_seconds_tells_when_to_come_again(url: str) -> None:
         for request_id in accepted:
             assert (await terminal(stub, request_id))[-1].state_change.state == pb.REQUEST_STATE_SUCCEEDED
 
-    run(url, story)
+    run_on_fleet(url, story)

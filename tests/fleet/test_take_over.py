@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import grpc
@@ -23,7 +23,7 @@ from coordinator_fleet import (
     Stub,
     emoji,
     error_of,
-    running_fleet,
+    run_on_fleet,
     submission,
     terminal,
 )
@@ -38,16 +38,6 @@ MODEL = emoji()
 def server(request: pytest.FixtureRequest) -> Iterator[RedisServer]:
     with running_server(request.param) as server:
         yield server
-
-
-def run(server: RedisServer, test: Callable[[FakeFleet], Awaitable[None]]) -> None:
-    """Run a test on a fleet of its own."""
-
-    async def whole() -> None:
-        async with asyncio.timeout(60), running_fleet(server.url, MODEL) as fleet:
-            await test(fleet)
-
-    asyncio.run(whole())
 
 
 class SecondGate(Gate):
@@ -96,7 +86,7 @@ def test_a_request_outlives_its_coordinator(server: RedisServer) -> None:
         assert await download(other, name) == b"\x07" * 100
         assert fleet.scripts["denoising"].calls == [name, name]
 
-    run(server, story)
+    run_on_fleet(server.url, story)
 
 
 def test_a_coordinator_that_slept_does_no_harm(server: RedisServer) -> None:
@@ -128,7 +118,7 @@ def test_a_coordinator_that_slept_does_no_harm(server: RedisServer) -> None:
             again = (await stub.Submit(submission())).request.request_id
             assert ends(await terminal(stub, again)) == [pb.REQUEST_STATE_SUCCEEDED]
 
-    run(server, story)
+    run_on_fleet(server.url, story)
 
 
 def test_a_request_that_comes_back_is_run_once(server: RedisServer) -> None:
@@ -158,7 +148,7 @@ def test_a_request_that_comes_back_is_run_once(server: RedisServer) -> None:
         asyncio.get_running_loop().set_exception_handler(lambda _, context: failed_tasks.append(context))
         await story(fleet)
 
-    run(server, watched)
+    run_on_fleet(server.url, watched)
 
 
 def test_a_request_that_arrives_after_its_coordinator_gave_up_is_run(server: RedisServer) -> None:
@@ -177,7 +167,7 @@ def test_a_request_that_arrives_after_its_coordinator_gave_up_is_run(server: Red
         assert ends(await terminal(stub, "late")) == [pb.REQUEST_STATE_SUCCEEDED]
         assert await download(stub, "late") == b"\x07" * 100
 
-    run(server, story)
+    run_on_fleet(server.url, story)
 
 
 def test_an_end_whose_answer_is_lost_keeps_its_result(server: RedisServer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,7 +195,7 @@ def test_an_end_whose_answer_is_lost_keeps_its_result(server: RedisServer, monke
         _, other = await fleet.add_coordinator()
         assert await download(other, name) == b"\x07" * 100
 
-    run(server, story)
+    run_on_fleet(server.url, story)
 
 
 def test_a_raw_result_without_its_caller_ends_as_failed(server: RedisServer) -> None:
@@ -226,7 +216,7 @@ def test_a_raw_result_without_its_caller_ends_as_failed(server: RedisServer) -> 
         assert change.error.code == "UNAVAILABLE"
         assert "streamed" in change.error.message
 
-    run(server, story)
+    run_on_fleet(server.url, story)
 
 
 def test_a_request_that_kills_workers_is_given_up(server: RedisServer) -> None:
@@ -260,4 +250,4 @@ def test_a_request_that_kills_workers_is_given_up(server: RedisServer) -> None:
         assert ends(await terminal(stub, innocent)) == [pb.REQUEST_STATE_SUCCEEDED]
         await asyncio.gather(*dying)
 
-    run(server, story)
+    run_on_fleet(server.url, story)
