@@ -162,6 +162,8 @@ async def start_worker(
         await _announce(registry, info, settings.announce_seconds)
         await server.set_ready(True)
         log.info("serves %s of %s at %s in %s on %s", service, model.name, info.address, info.dtype, info.device)
+        if shares_memory:
+            log.info("its ranks write to each other's memory")
         return Worker(info, server, registry).keep(resources)
 
 
