@@ -201,6 +201,13 @@ class Attention(nn.Module):
         """A way for keys and values of these shapes, which may still have to be written."""
         return KeyValues(k, v)
 
+    def new_key_values(self, like: Tensor, shape: tuple[int, ...]) -> KeyValues:
+        """The same with room (B, L, 2, H, K) for some that are nowhere yet, in the type of `like`."""
+        room = like.new_empty(shape)
+        made = self.key_values(*room.unbind(2))
+        made.room = room
+        return made
+
     def start_queries(self, x: Tensor) -> Tensor:
         """Send queries on their way: only finish() can read what it returns."""
         return x

@@ -59,14 +59,14 @@ class PeerGather:
         self._places: list[_Places] = []
         self._layers = 0
 
-    def key_values(self, k: Tensor, v: Tensor, sizes: Sequence[int]) -> Gathered:
-        """A way for keys and values (B, L, H, K) of this rank, where the ranks hold `sizes` tokens."""
-        batch, tokens, heads, size = k.shape
+    def key_values(self, shape: Sequence[int], dtype: torch.dtype, sizes: Sequence[int]) -> Gathered:
+        """A way for keys and values (B, L, 2, H, K) of this rank, where the ranks hold `sizes` tokens."""
+        batch, tokens, *rest = shape
         assert tokens == sizes[self._axis.index], "a chunk of another size than was told"
-        form = _Form((batch, sum(sizes), 2, heads, size), k.dtype, sum(sizes[: self._axis.index]), tokens)
+        form = _Form((batch, sum(sizes), *rest), dtype, sum(sizes[: self._axis.index]), tokens)
         places = self._places_for(form.bytes)
         self._layers += 1
-        return Gathered(k, v, places, self._layers % PLACES, form)
+        return Gathered(places, self._layers % PLACES, form)
 
     def _places_for(self, needed: int) -> _Places:
         """The latest places, or larger ones: graphs may still use the smaller ones, which are kept."""
@@ -113,13 +113,15 @@ class _Form:
 class Gathered(KeyValues):
     """Keys and values of one layer on their way into the places of all ranks."""
 
-    def __init__(self, k: Tensor, v: Tensor, places: _Places, place: int, form: _Form) -> None:
-        super().__init__(k, v)
+    room: Tensor
+
+    def __init__(self, places: _Places, place: int, form: _Form) -> None:
         self._places = places
         self._place = place
         self._form = form
         self._whole = places.view(place, form)
         self.room = self._whole.narrow(1, form.first, form.tokens)
+        super().__init__(*self.room.unbind(2))
 
     def send(self) -> None:
         self._places.send(self._place, self._form)

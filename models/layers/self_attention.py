@@ -68,9 +68,10 @@ class SelfAttention(JoinsWeights):
         return Started(self.inner.start_queries(q), key_values)
 
     def _start_keys_first(self, x_BSD: Tensor, rotation: Rotation, boundary: int) -> Started:
-        kv = self._empty(x_BSD, 2)
-        key_values = self.inner.key_values(*in_place(kv, 2, self.head_size))
-        kv = kv if key_values.room is None else key_values.room.flatten(2)
+        heads = self.to_q.weight.shape[0] // self.head_size
+        key_values = self.inner.new_key_values(x_BSD, (*x_BSD.shape[:2], 2, heads, self.head_size))
+        assert key_values.room is not None, "there is room for what is new"
+        kv = key_values.room.flatten(2)
         self._project(x_BSD, kv, boundary, KEYS_AND_VALUES)
         apply_qk_norm(kv[..., : kv.shape[2] // 2], self._norms().of(slice(1, 2)), rotation, boundary)
         key_values.send()

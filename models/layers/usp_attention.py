@@ -44,6 +44,13 @@ class USPAttention(Attention):
         """Those that go to the ranks that have their heads, or to the others of the ring."""
         return self._in_ring(k, v) if self.ulysses.size == 1 else _SharedHeads(k, v, self)
 
+    def new_key_values(self, like: Tensor, shape: tuple[int, ...]) -> KeyValues:
+        """Room in the memory that all ranks have, where they do and these are for the ring."""
+        gather = self._gather() if self.ulysses.size == 1 else None
+        if gather is None:
+            return super().new_key_values(like, shape)
+        return gather.key_values(shape, like.dtype, self._blocks())
+
     def start_queries(self, x: Tensor) -> Tensor:
         """Send queries (B, L, H, K) to the ranks that have their heads. On a ring they stay."""
         return x if self.ulysses.size == 1 else self.share_heads(x)
@@ -81,11 +88,19 @@ class USPAttention(Attention):
         """The way of keys and values (B, R, heads, K) of one group to the others."""
         if self.ring.size == 1:
             return KeyValues(k, v)
-        blocks = [sum(self._group(index)) for index in range(self.ring.size)]
-        # Writing to other ranks' memory is nothing that a compiler could trace.
-        if self.gather is None or torch.compiler.is_compiling():
-            return _Blocks(k, v, self.ring, blocks)
-        return self.gather.key_values(k, v, blocks)
+        gather = self._gather()
+        if gather is None:
+            return _Blocks(k, v, self.ring, self._blocks())
+        batch, tokens, heads, size = k.shape
+        return gather.key_values((batch, tokens, 2, heads, size), k.dtype, self._blocks())
+
+    def _gather(self) -> PeerGather | None:
+        """Writing to other ranks' memory is nothing that a compiler could trace."""
+        return None if torch.compiler.is_compiling() else self.gather
+
+    def _blocks(self) -> list[int]:
+        """Tokens of each group of the ring."""
+        return [sum(self._group(index)) for index in range(self.ring.size)]
 
     def _attend(self, q: Tensor, sent: KeyValues, out: Tensor | None) -> Tensor:
         """Queries (B, R, heads, K) to all keys."""

@@ -111,11 +111,8 @@ def record(
     gather = PeerGather(axis, CPU, cast("Streams", streams), memory.of(rank))
     for forward, (layers, sizes) in enumerate(forwards):
         for layer in range(layers):
-            shape = (2, sizes[rank], HEADS, SIZE)
-            sent = gather.key_values(torch.empty(shape), torch.empty(shape), sizes)
-            room = sent.room
-            assert room is not None
-            streams.current.give(partial(room.fill_, value_of(forward, layer, rank)))
+            sent = gather.key_values((2, sizes[rank], 2, HEADS, SIZE), torch.float32, sizes)
+            streams.current.give(partial(sent.room.fill_, value_of(forward, layer, rank)))
             sent.send()
             expected = torch.cat([
                 torch.full((2, tokens, HEADS, SIZE), value_of(forward, layer, other))

@@ -48,7 +48,13 @@ class GatheringAttention(Attention):
 
     def key_values(self, k: Tensor, v: Tensor) -> KeyValues:
         """Those of all ranks, which are this one's."""
-        return self.gather.key_values(k, v, [k.shape[1]])
+        assert k.shape == v.shape
+        batch, tokens, heads, size = k.shape
+        return self.new_key_values(k, (batch, tokens, 2, heads, size))
+
+    def new_key_values(self, like: Tensor, shape: tuple[int, ...]) -> KeyValues:
+        """Room among those of all ranks."""
+        return self.gather.key_values(shape, like.dtype, [shape[1]])
 
     def finish(self, q: Tensor, sent: KeyValues, out: Tensor | None = None) -> Tensor:
         """Attend to them."""
