@@ -5,15 +5,15 @@ So workers of one kind agree bit for bit. The table is measured by tests/bench/a
 
 from __future__ import annotations
 
-import importlib.util
 import math
-from functools import lru_cache
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
+
+from models.layers.backend import is_installed
 
 Backend = Literal["sdpa", "cudnn", "flash_attn_3"]
 
@@ -27,6 +27,7 @@ _QUERY_TILES = {128: 128}
 """How many queries FlashAttention-3's kernel takes at a time, by head size."""
 
 _MOST_SPLITS, _TURNS_A_SPLIT, _LEAST_GAIN = 8, 0.02, 0.08
+"""Of keys: parts at most, what merging one more costs in turns, and the share of turns that sharing out must save."""
 
 _ATEN = torch.ops.aten
 
@@ -105,10 +106,9 @@ def choose_backend(
     return "cudnn" if capability in _CUDNN_CAPABILITIES else "sdpa"
 
 
-@lru_cache(maxsize=1)
 def has_flash_attention_3() -> bool:
     """Whether the package is installed. It is part of the numerics fingerprint: workers with and without it differ."""
-    return importlib.util.find_spec("fa3_fwd_interface") is not None
+    return is_installed("fa3_fwd_interface")
 
 
 def flash_attention_3(q: Tensor, k: Tensor, v: Tensor, **options: bool) -> Any:
@@ -170,7 +170,8 @@ class KeyValues:
     def take(self, k: Tensor, v: Tensor) -> None:
         """Send these."""
         if self.room is not None:
-            self.room.copy_(torch.stack((k, v), dim=2))
+            for room, tensor in zip(self.room.unbind(2), (k, v), strict=True):
+                room.copy_(tensor)
         self.send()
 
     def send(self) -> None:

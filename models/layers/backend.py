@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
+from functools import lru_cache
 from types import ModuleType
 
 from torch import Tensor
+
+
+@lru_cache
+def is_installed(package: str) -> bool:
+    """Whether an optional package for GPUs is there to import."""
+    return importlib.util.find_spec(package) is not None
 
 
 def kernels_for(x: Tensor) -> ModuleType | None:

@@ -7,7 +7,6 @@ The library's first choice is taken for each shape, so that workers of one kind 
 
 from __future__ import annotations
 
-import importlib.util
 from ctypes import addressof, c_float
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -15,6 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+
+from models.layers.backend import is_installed
 
 LEAST_ROWS = 1024
 """Below, products are cut along their inputs, which needs a workspace: PyTorch gives them one."""
@@ -34,15 +35,14 @@ _TRANSPOSED = 1
 _ONE, _ZERO = c_float(1), c_float(0)
 
 
-@lru_cache(maxsize=1)
 def has_cublas_lt() -> bool:
     """Whether the package that binds it is installed. It is part of the numerics fingerprint."""
-    return importlib.util.find_spec("nvmath") is not None
+    return is_installed("nvmath")
 
 
-def can_multiply(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> bool:
+def can_multiply(x: Tensor, weight: Tensor, out: Tensor | None = None) -> bool:
     """Whether linear_into() is for these: large products in bfloat16 on a GPU, of aligned rows."""
-    if not (x.is_cuda and x.dtype == torch.bfloat16 and bias is not None and has_cublas_lt()):
+    if not (x.is_cuda and x.dtype == torch.bfloat16 and has_cublas_lt()):
         return False
     # A compiler could not trace it.
     if torch.compiler.is_compiling() or len(x) < LEAST_ROWS:
@@ -63,9 +63,8 @@ def linear_into(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor, *, gelu: b
     library = _library()
     rows, size = x.shape
     plan = _plan(x.device.index, rows, len(weight), size, x.stride(0), out.stride(0), gelu)
-    operation = _operation(gelu)
+    operation = _operation(gelu, bias.data_ptr())
     try:
-        _set(library, operation, library.MatmulDescAttribute.BIAS_POINTER, bias.data_ptr())
         library.matmul(
             _handle(x.device.index),
             operation,
@@ -104,9 +103,8 @@ def _plan(device: int, rows: int, width: int, size: int, x_stride: int, out_stri
         library.matrix_layout_create(_BFLOAT16, *shape)
         for shape in ((size, width, size), (size, rows, x_stride), (width, rows, out_stride))
     )
-    operation, preference = _operation(gelu), library.matmul_preference_create()
-    # The heuristics look at how it is aligned only.
-    _set(library, operation, library.MatmulDescAttribute.BIAS_POINTER, _ALIGNMENT)
+    # The heuristics look only at how the bias is aligned.
+    operation, preference = _operation(gelu, _ALIGNMENT), library.matmul_preference_create()
     result, found = library.MatmulHeuristicResult(1), np.zeros(1, np.int32)
     layouts = (weight_layout, x_layout, out_layout, out_layout)
     try:
@@ -138,14 +136,15 @@ def _handle(device: int) -> int:
         return handle
 
 
-def _operation(gelu: bool) -> int:
-    """A product with the first operand transposed, and its epilogue. The caller destroys it."""
+def _operation(gelu: bool, bias: int) -> int:
+    """A product of a transposed first operand, with the bias at an address. The caller destroys it."""
     library = _library()
     attribute, epilogue = library.MatmulDescAttribute, library.Epilogue
     operation: int = library.matmul_desc_create(_COMPUTE_FLOAT32, _FLOAT32)
     _set(library, operation, attribute.TRANSA, _TRANSPOSED)
     _set(library, operation, attribute.EPILOGUE, epilogue.GELU_BIAS if gelu else epilogue.BIAS)
     _set(library, operation, attribute.BIAS_DATA_TYPE, _BFLOAT16)
+    _set(library, operation, attribute.BIAS_POINTER, bias)
     return operation
 
 

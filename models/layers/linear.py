@@ -67,8 +67,7 @@ def apply_linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     """x @ weight.T + bias, (..., K) to (..., N)."""
     if weight.scale is not None:
         return float8_linear(x, weight.values, weight.scale, bias)
-    rows = x.flatten(0, -2)
-    if bias is not None and can_multiply(rows, weight.values, bias):
+    if bias is not None and x.is_contiguous() and can_multiply(rows := x.flatten(0, -2), weight.values):
         result = x.new_empty(len(rows), len(weight.values))
         linear_into(rows, weight.values, bias, result)
         return result.view(*x.shape[:-1], -1)
@@ -80,7 +79,7 @@ def write_linear(x: Tensor, weight: Weight, bias: Tensor, out: Tensor) -> None:
     for x_SK, out_SN in _matrices(x, out):  # noqa: N806
         if weight.scale is not None:
             write_float8_linear(x_SK, weight.values, weight.scale, bias, out_SN)
-        elif can_multiply(x_SK, weight.values, bias, out_SN):
+        elif can_multiply(x_SK, weight.values, out_SN):
             linear_into(x_SK, weight.values, bias, out_SN)
         else:
             torch.addmm(bias, x_SK, weight.values.t(), out=out_SN)
@@ -91,17 +90,13 @@ def write_linear_gelu(x: Tensor, weight: Weight, bias: Tensor, out: Tensor) -> N
 
     Products of float8 have no such epilogue, and PyTorch's none that writes into columns of a wider tensor.
     """
-    if x.is_cuda and weight.scale is None:
-        matrices = _matrices(x, out)
-        if all(can_multiply(x_SK, weight.values, bias, out_SN) for x_SK, out_SN in matrices):
-            for x_SK, out_SN in matrices:  # noqa: N806
-                linear_into(x_SK, weight.values, bias, out_SN, gelu=True)
-            return
-        if all(out_SN.is_contiguous() for _, out_SN in matrices):
-            for x_SK, out_SN in matrices:  # noqa: N806
-                torch._addmm_activation(bias, x_SK, weight.values.t(), use_gelu=True, out=out_SN)
-            return
-    write_gelu(apply_linear(x, weight, bias), out)
+    for x_SK, out_SN in _matrices(x, out):  # noqa: N806
+        if weight.scale is None and can_multiply(x_SK, weight.values, out_SN):
+            linear_into(x_SK, weight.values, bias, out_SN, gelu=True)
+        elif weight.scale is None and x.is_cuda and out_SN.is_contiguous():
+            torch._addmm_activation(bias, x_SK, weight.values.t(), use_gelu=True, out=out_SN)
+        else:
+            write_gelu(apply_linear(x_SK[None], weight, bias), out_SN[None])
 
 
 def _matrices(x: Tensor, out: Tensor) -> list[tuple[Tensor, Tensor]]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from models.layers.attention import KeyValues, attention
 from models.layers.mesh import Axis
-from models.layers.peer_memory import PeerMemory, Streams
+from models.layers.peer_memory import PeerMemory, Streams, share_memory
 
 PLACES = 2
 """Used in turn by one layer of attention after the other: see PeerGather."""
@@ -50,7 +50,7 @@ class PeerGather:
         axis: Axis,
         device: torch.device,
         streams: Streams,
-        allocate: Callable[[Axis, torch.device, int], PeerMemory] = PeerMemory,
+        allocate: Callable[[Axis, torch.device, int], PeerMemory] = share_memory,
     ) -> None:
         self._axis = axis
         self._device = device

@@ -6,6 +6,8 @@ takes part, and CUDA graphs take all of them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,22 +16,30 @@ from torch import Tensor
 from models.layers.mesh import Axis
 
 
+@dataclass(frozen=True)
 class PeerMemory:
-    """As many bytes, zero at first, on each rank of an axis; all ranks make theirs together.
+    """As many bytes on each rank of an axis.
 
-    `own` (bytes,) is this rank's, `addresses` are those of all ranks as this rank's device sees them.
+    `own` (bytes,) is this rank's, `addresses` are those of all ranks as this rank's device sees them, and `mapping`
+    keeps the others' in its address space.
     """
 
-    def __init__(self, axis: Axis, device: torch.device, size: int) -> None:
-        # Still private to torch: nobody else shall need it.
-        from torch.distributed import _symmetric_memory as symmetric_memory
+    own: Tensor
+    addresses: Sequence[int]
+    mapping: object = None
 
-        self.own: Tensor = symmetric_memory.empty(size, dtype=torch.uint8, device=device).zero_()
-        self._handle = symmetric_memory.rendezvous(self.own, axis.group)  # type: ignore[arg-type]
-        self.addresses: list[int] = list(self._handle.buffer_ptrs)
-        # No rank writes before all have zeros.
-        self._handle.barrier()
-        torch.cuda.synchronize(device)
+
+def share_memory(axis: Axis, device: torch.device, size: int) -> PeerMemory:
+    """Memory of `size` bytes on each rank, zero at first; all ranks make theirs together."""
+    # Private to torch as yet: should it change, only what needs it shall not import.
+    from torch.distributed import _symmetric_memory as symmetric_memory
+
+    own = symmetric_memory.empty(size, dtype=torch.uint8, device=device).zero_()
+    mapping = symmetric_memory.rendezvous(own, axis.group)  # type: ignore[arg-type]
+    # No rank writes before all have zeros.
+    mapping.barrier()
+    torch.cuda.synchronize(device)
+    return PeerMemory(own, mapping.buffer_ptrs, mapping)
 
 
 class Streams:

@@ -175,9 +175,7 @@ def apply_qk_norm(
 
 
 @triton.jit
-def _gelu_kernel(
-    x_ptr, out_ptr, tokens, size, x_batch, x_token, out_batch, out_token, BLOCK: tl.constexpr
-):  # fmt: skip
+def _gelu_kernel(x_ptr, out_ptr, tokens, size, x_batch, x_token, out_batch, out_token, BLOCK: tl.constexpr):
     row, column = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     batch, token = (row // tokens).to(tl.int64), (row % tokens).to(tl.int64)
     inside = column < size

@@ -90,10 +90,8 @@ class Memory:
                 self.made.setdefault((index, each), torch.zeros(size, dtype=torch.uint8)) for each in range(self.ranks)
             ]
             assert axis.index == rank
-            memory = PeerMemory.__new__(PeerMemory)
-            memory.own, memory.addresses = whole[rank], [each.data_ptr() for each in whole]
             assert all(len(each) == size for each in whole)
-            return memory
+            return PeerMemory(whole[rank], [each.data_ptr() for each in whole])
 
         return allocate
 

@@ -41,10 +41,8 @@ class GatheringAttention(Attention):
     @staticmethod
     def _allocate(axis: Axis, device: torch.device, size: int) -> PeerMemory:
         del axis
-        memory = PeerMemory.__new__(PeerMemory)
-        memory.own = torch.zeros(size, dtype=torch.uint8, device=device)
-        memory.addresses = [memory.own.data_ptr()]
-        return memory
+        own = torch.zeros(size, dtype=torch.uint8, device=device)
+        return PeerMemory(own, [own.data_ptr()])
 
     def key_values(self, k: Tensor, v: Tensor) -> KeyValues:
         """Those of all ranks, which are this one's."""
