@@ -121,9 +121,10 @@ class GroupFleet:
         return self.run(WorkerRegistry(self._redis).live("emoji", "denoising"))
 
     def ranks(self) -> dict[int, psutil.Process]:
-        """The group's processes."""
+        """The group's processes. A child of an agent that has yet to become a rank has the agent's environment."""
         children = [child for agent in self.agents.values() for child in psutil.Process(agent.pid).children()]
-        return {int(each.environ()["RANK"]): each for each in children if each.status() != psutil.STATUS_ZOMBIE}
+        alive = [(child, child.environ()) for child in children if child.status() != psutil.STATUS_ZOMBIE]
+        return {int(environment["RANK"]): child for child, environment in alive if "RANK" in environment}
 
     def started_again(self, rank: int, before: psutil.Process) -> psutil.Process:
         """The process that takes a rank after another one, as soon as there is one."""
