@@ -239,10 +239,14 @@ class Fleet:
         """Send a signal to a process that lives."""
         if process.ended.is_set():
             return
+        listened = process.socket.exists()
+        try:
+            os.kill(process.pid, number)
+        except ProcessLookupError:  # It has ended, which its parent has yet to tell; this did not end it.
+            return
         process.is_ending |= number in (signal.SIGKILL, signal.SIGTERM)
         process.is_stopped = number == signal.SIGSTOP
-        process.left_early |= number == signal.SIGTERM and not process.socket.exists()
-        os.kill(process.pid, number)
+        process.left_early |= number == signal.SIGTERM and not listened
 
     def heal(self) -> None:
         """Let every process run and reach everything."""
