@@ -262,7 +262,7 @@ def run_service(
 
 
 def _keep_kernels(directory: Path | None) -> None:
-    """Have Triton, which is imported with the first kernel, keep what it compiles there.
+    """Have Triton and QuACK, which are imported with their first kernels, keep what they compile there.
 
     Raises FailedPrecondition for a directory that cannot be written to.
     """
@@ -276,6 +276,7 @@ def _keep_kernels(directory: Path | None) -> None:
         message = f"kernel_cache {directory} cannot be written to: {error.strerror}"
         raise FailedPrecondition(message, field="kernel_cache") from error
     os.environ["TRITON_CACHE_DIR"] = str(directory)
+    os.environ["QUACK_CACHE_DIR"] = str(directory / "quack")
 
 
 async def serve(

@@ -166,7 +166,7 @@ class FluxTransformer2DModel(DiffusionTransformer):
         modulations = torch.cat([each.linear(activated_BD) for each in self._modulations()], dim=1)
         rotation = rotary_embedding(torch.cat((txt_ids, img_ids)), self.axes_dims)
         text_BTD = self.context_embedder(encoder_hidden_states)
-        return Prepared(modulations.view(steps, batch, -1), {"text_BTD": text_BTD, **rotation._asdict()})
+        return Prepared(modulations.view(steps, batch, -1), {"text_BTD": text_BTD, **rotation.tensors()})
 
     def predict(  # type: ignore[override]  # which constants there are differs by model
         self,

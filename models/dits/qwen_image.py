@@ -132,7 +132,7 @@ class QwenImageTransformer2DModel(DiffusionTransformer):
         modulations = torch.cat([each(activated_BD) for each in self._modulations()], dim=1)
         rotation = rotary_embedding(torch.cat((txt_ids, img_ids)), self.axes_dims)
         text_BTD = self.txt_in(self.txt_norm(encoder_hidden_states))
-        return Prepared(modulations.view(*timesteps.shape, -1), {"text_BTD": text_BTD, **rotation._asdict()})
+        return Prepared(modulations.view(*timesteps.shape, -1), {"text_BTD": text_BTD, **rotation.tensors()})
 
     def predict(  # type: ignore[override]  # which constants there are differs by model
         self,

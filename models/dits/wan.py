@@ -31,6 +31,7 @@ from models.layers.qk_norm import QKNorms, apply_qk_norm, split_heads
 from models.layers.rotary import Rotation, rotary_embedding
 from models.layers.self_attention import SelfAttention
 from models.layers.step_cache import CacheUse, through_blocks
+from models.layers.update import Updating, updated
 from models.weights import load_module
 
 if TYPE_CHECKING:
@@ -121,10 +122,10 @@ class VideoAttention(SelfAttention):
         super().__init__(size, config.attention_head_dim, norm_size=size, eps=config.eps)
         self.to_out = nn.ModuleList([Linear(size, size)])
 
-    def forward(self, x_BSD: Tensor, rotation: Rotation) -> Tensor:
-        """(B, S, D) to the same."""
-        attended: Tensor = self.to_out[0](self.finish(self.start(x_BSD, rotation, keys_first=True)))
-        return attended
+    @property
+    def out(self) -> Linear:
+        """The projection of what was attended to."""
+        return _out(self.to_out)
 
 
 class CrossAttention(nn.Module):
@@ -159,15 +160,19 @@ class CrossAttention(nn.Module):
         return self._keys_and_values(image_BVD, self.add_k_proj, self.add_v_proj, self.norm_added_k)
 
     def forward(self, x_BSD: Tensor, text_kv: Tensor, image_kv: Tensor | None) -> Tensor:
-        """(B, S, D) to the same."""
+        """What the tokens (B, S, D) attend to, before its projection."""
         q = self.to_q(x_BSD)
         apply_qk_norm(q, QKNorms((self.norm_q,), (self.norm_q,), self.head_size))
         q = split_heads(q, self.head_size)
         attended = self._attend(q, text_kv)
         if image_kv is not None:
             attended = attended + self._attend(q, image_kv)
-        projected: Tensor = self.to_out[0](attended)
-        return projected
+        return attended
+
+    @property
+    def out(self) -> Linear:
+        """The projection of what was attended to."""
+        return _out(self.to_out)
 
     def _attend(self, q: Tensor, kv: Tensor) -> Tensor:
         k, v = (split_heads(part, self.head_size) for part in kv.chunk(2, dim=-1))
@@ -177,6 +182,12 @@ class CrossAttention(nn.Module):
         k: Tensor = to_k(x)
         apply_qk_norm(k, QKNorms((norm,), (norm,), self.head_size))
         return torch.cat((k, to_v(x)), dim=-1)
+
+
+def _out(to_out: nn.ModuleList) -> Linear:
+    out = to_out[0]
+    assert isinstance(out, Linear)
+    return out
 
 
 class WanTransformerBlock(nn.Module):
@@ -203,12 +214,12 @@ class WanTransformerBlock(nn.Module):
         """The next residual; modulations are float32."""
         shift, scale, gate, ff_shift, ff_scale, ff_gate = (Streams.same(each) for each in modulation_B6D.unbind(1))
         x_BSD, normed = self.norm.after(residual, scale, shift)
-        x_BSD, normed = self._cross_norm(Residual(x_BSD, self.attn1(normed, rotation), gate))
+        attended = self.attn1.finish(self.attn1.start(normed, rotation, keys_first=True))
+        x_BSD, normed = self._cross_norm(_updated(x_BSD, attended, gate, self.attn1.out))
         one = Streams.same(torch.ones_like(gate.text))
-        x_BSD, normed = self.norm.after(Residual(x_BSD, self.attn2(normed, text_kv, image_kv), one), ff_scale, ff_shift)
-        fed = normed.new_empty(normed.shape)
-        self.ffn.into(normed, fed)
-        return Residual(x_BSD, fed, ff_gate)
+        residual = _updated(x_BSD, self.attn2(normed, text_kv, image_kv), one, self.attn2.out)
+        x_BSD, normed = self.norm.after(residual, ff_scale, ff_shift)
+        return _updated(x_BSD, normed, ff_gate, self.ffn)
 
     def _cross_norm(self, residual: Residual) -> tuple[Tensor, Tensor]:
         """The stream with its update, and that through norm2, whose weight and bias are a scale and a shift."""
@@ -218,6 +229,10 @@ class WanTransformerBlock(nn.Module):
         batch = len(residual.x)
         scale, shift = ((each.float()).expand(batch, -1) for each in (self.norm2.weight - 1, self.norm2.bias))
         return self.norm.after(residual, Streams.same(scale), Streams.same(shift))
+
+
+def _updated(x_BSD: Tensor, given: Tensor, gate: Streams, layer: Updating) -> Residual:
+    return updated(x_BSD, given, gate, (layer, layer))
 
 
 class WanTransformer3DModel(DiffusionTransformer):
@@ -289,7 +304,8 @@ class WanTransformer3DModel(DiffusionTransformer):
         grid = tuple(size // patch for size, patch in zip(hidden_states.shape[2:], self.patch_size, strict=True))
         rotation = _rotation(grid, self.axes_dims, hidden_states.device)
         x_BSD = self.patch_embedding(hidden_states).flatten(2).transpose(1, 2).contiguous()
-        return self._unpatchify(self.tokens(x_BSD, modulation, text_kv, image_kv, *rotation, use), grid)
+        tokens = self.tokens(x_BSD, modulation, text_kv, image_kv, use=use, **rotation.tensors())
+        return self._unpatchify(tokens, grid)
 
     def tokens(
         self,

@@ -21,6 +21,7 @@ from models.layers.norms import LayerNormScaleShift, Residual, RMSNorm, Streams
 from models.layers.qk_norm import QKNorms
 from models.layers.rotary import Rotation
 from models.layers.self_attention import SelfAttention
+from models.layers.update import updated
 
 
 class JointAttention(SelfAttention):
@@ -42,15 +43,12 @@ class JointAttention(SelfAttention):
         super().join_weights()
         self.added = JoinedLinear(self._added)
 
-    def joint(self, x_BSD: Tensor, rotation: Rotation, boundary: int) -> Tensor:
-        """What both streams (B, S, D) took from both; the first `boundary` tokens are text."""
-        attended = self.finish(self.start(x_BSD, rotation, boundary, keys_first=True))
-        result = x_BSD.new_empty(x_BSD.shape)
-        self.to_add_out.into(attended[:, :boundary], result[:, :boundary])
+    @property
+    def outs(self) -> tuple[Linear, Linear]:
+        """The projections of what was attended to, the text's first."""
         out = self.to_out[0]
         assert isinstance(out, Linear)
-        out.into(attended[:, boundary:], result[:, boundary:])
-        return result
+        return self.to_add_out, out
 
     @property
     def _added(self) -> tuple[Linear, ...]:
@@ -59,6 +57,17 @@ class JointAttention(SelfAttention):
     def _project(self, x_BSD: Tensor, out: Tensor, boundary: int, which: slice) -> None:
         project(x_BSD[:, :boundary], out[:, :boundary], self.added, self._added, which)
         super()._project(x_BSD[:, boundary:], out[:, boundary:], 0, which)
+
+    def _project_normed(self, x_BSD: Tensor, out: Tensor, rotation: Rotation, boundary: int, which: slice) -> None:
+        image = slice(boundary, None)
+        if not self._can_fuse(x_BSD[:, image], out[:, image]):
+            super()._project_normed(x_BSD, out, rotation, boundary, which)
+            return
+        self._write_normed(x_BSD[:, image], out[:, image], rotation.turns[image], which)
+        if boundary:
+            text = slice(0, boundary)
+            project(x_BSD[:, text], out[:, text], self.added, self._added, which)
+            self._normalise(out[:, text], rotation.of(text), boundary, which)
 
     def _norms(self) -> QKNorms:
         return replace(super()._norms(), text=(self.norm_added_q, self.norm_added_k))
@@ -91,9 +100,7 @@ def joint_block(
     """Joint attention, then a feed-forward for each stream (text first), both modulated and gated."""
     before, after = modulations
     x_BSD, normed = norm.after(residual, before.scale, before.shift, boundary)
-    residual = Residual(x_BSD, attn.joint(normed, rotation, boundary), before.gate)
+    attended = attn.finish(attn.start(normed, rotation, boundary, keys_first=True))
+    residual = updated(x_BSD, attended, before.gate, attn.outs, boundary)
     x_BSD, normed = norm.after(residual, after.scale, after.shift, boundary)
-    fed = normed.new_empty(normed.shape)
-    for rows, feed_forward in zip((slice(0, boundary), slice(boundary, None)), feed_forwards, strict=True):
-        feed_forward.into(normed[:, rows], fed[:, rows])
-    return Residual(x_BSD, fed, after.gate)
+    return updated(x_BSD, normed, after.gate, feed_forwards, boundary)

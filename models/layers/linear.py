@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from models.layers import fused_products
 from models.layers.activation import write_gelu
 from models.layers.cublas_lt import can_multiply, linear_into
 from models.layers.float8 import FLOAT8, check_sizes, float8_linear, quantize_rows, write_float8_linear
@@ -62,6 +63,16 @@ class Linear(nn.Linear):
         """The same, through GELU in its tanh form."""
         write_linear_gelu(x, self.factor, self.bias, out)
 
+    def can_add(self, x: Tensor, onto: Tensor) -> bool:
+        """Whether add_gated() is for these."""
+        rows = zip(x, onto, strict=True)
+        return self.scale is None and all(fused_products.can_fuse(each, self.weight, to) for each, to in rows)
+
+    def add_gated(self, x: Tensor, gate: Tensor, onto: Tensor) -> None:
+        """Add the result (B, tokens, out_features), times gate (B, out_features), in place."""
+        for x_SK, gate_N, onto_SN in zip(x, gate, onto, strict=True):  # noqa: N806
+            fused_products.add_gated(x_SK, self.weight, self.bias, gate_N, onto_SN)
+
 
 def apply_linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     """x @ weight.T + bias, (..., K) to (..., N)."""
@@ -88,10 +99,13 @@ def write_linear(x: Tensor, weight: Weight, bias: Tensor, out: Tensor) -> None:
 def write_linear_gelu(x: Tensor, weight: Weight, bias: Tensor, out: Tensor) -> None:
     """out = gelu(x @ weight.T + bias) with the tanh form of GELU; on CUDA in the matrix product's epilogue.
 
-    Products of float8 have no such epilogue, and PyTorch's none that writes into columns of a wider tensor.
+    QuACK's computes it beside other tiles' products, cuBLASLt's behind its own. Products of float8 have no such
+    epilogue, and PyTorch's none that writes into columns of a wider tensor.
     """
     for x_SK, out_SN in _matrices(x, out):  # noqa: N806
-        if weight.scale is None and can_multiply(x_SK, weight.values, out_SN):
+        if weight.scale is None and fused_products.can_fuse(x_SK, weight.values, out_SN):
+            fused_products.gelu_into(x_SK, weight.values, bias, out_SN)
+        elif weight.scale is None and can_multiply(x_SK, weight.values, out_SN):
             linear_into(x_SK, weight.values, bias, out_SN, gelu=True)
         elif weight.scale is None and x.is_cuda and out_SN.is_contiguous():
             torch._addmm_activation(bias, x_SK, weight.values.t(), use_gelu=True, out=out_SN)
@@ -129,9 +143,13 @@ class JoinedLinear:
 
     def into(self, x: Tensor, out: Tensor, which: slice = ALL) -> None:
         """Write the results (B, tokens, sum of out_features), side by side in the layers' order, of some layers."""
+        write_linear(x, *self.of(which), out)
+
+    def of(self, which: slice) -> tuple[Weight, Tensor]:
+        """Weight and bias of some layers that follow on each other."""
         first, *_, end = self._ends[which.start or 0 : None if which.stop is None else which.stop + 1]
         scale = None if self.weight.scale is None else self.weight.scale[first:end]
-        write_linear(x, Weight(self.weight.values[first:end], scale), self.bias[first:end], out)
+        return Weight(self.weight.values[first:end], scale), self.bias[first:end]
 
 
 def _joined(weights: Sequence[Tensor]) -> Tensor:

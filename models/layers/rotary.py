@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 
-class Rotation(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Rotation:
     """cos and sin of the angle of each pair of channels, float32 (tokens, head size / 2)."""
 
     cos: Tensor
     sin: Tensor
+
+    def tensors(self) -> dict[str, Tensor]:
+        """By their names."""
+        return {"cos": self.cos, "sin": self.sin}
+
+    def of(self, tokens: slice) -> Rotation:
+        """That of some tokens."""
+        return Rotation(self.cos[tokens], self.sin[tokens])
+
+    @cached_property
+    def turns(self) -> Tensor:
+        """cos and sin of each pair side by side, (tokens, head size): as fused products read them."""
+        return torch.stack((self.cos, self.sin), dim=-1).flatten(1)
 
 
 def rotary_embedding(ids: Tensor, axes_dims: Sequence[int], theta: float = 10000.0) -> Rotation:

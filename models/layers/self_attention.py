@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
+from models.layers import fused_products
 from models.layers.attention import Attention, KeyValues
 from models.layers.linear import ALL, JoinedLinear, JoinsWeights, Linear, project
 from models.layers.norms import RMSNorm
@@ -43,10 +45,16 @@ class SelfAttention(JoinsWeights):
         self.norm_k = RMSNorm(norm_size or head_size, eps)
         self.inner = Attention()
         self.joined: JoinedLinear | None = None
+        # Of queries and of keys (2, D), where each head is normalised by itself.
+        self.scales: Tensor | None = None
 
     def join_weights(self) -> None:
         """Make one product of the three projections, once the weights are in place."""
         self.joined = JoinedLinear(self._projections)
+        norms = (self.norm_q, self.norm_k)
+        if all(fused_products.has_heads(self.head_size, norm.size, norm.eps) for norm in norms):
+            heads = self._size // self.head_size
+            self.scales = torch.stack([norm.weight.data.repeat(heads) for norm in norms])
 
     def start(self, x_BSD: Tensor, rotation: Rotation, boundary: int = 0, *, keys_first: bool = False) -> Started:
         """Project and begin to attend: what is computed before finish() overlaps with what ranks send each other.
@@ -57,31 +65,28 @@ class SelfAttention(JoinsWeights):
         if keys_first and self.inner.travels:
             return self._start_keys_first(x_BSD, rotation, boundary)
         qkv = self._empty(x_BSD, 3)
-        self._project(x_BSD, qkv, boundary, ALL)
         q, k, v = in_place(qkv, 3, self.head_size)
         key_values = self.inner.key_values(k, v)
         if key_values.room is None:
-            apply_qk_norm(qkv[..., : 2 * qkv.shape[2] // 3], self._norms(), rotation, boundary)
+            self._project_normed(x_BSD, qkv, rotation, boundary, ALL)
         else:
+            self._project(x_BSD, qkv, boundary, ALL)
             apply_qk_norm(qkv, self._norms(), rotation, boundary, out=(q, *key_values.room.unbind(2)))
         key_values.send()
         return Started(self.inner.start_queries(q), key_values)
 
     def _start_keys_first(self, x_BSD: Tensor, rotation: Rotation, boundary: int) -> Started:
-        heads = self.to_q.weight.shape[0] // self.head_size
+        heads = self._size // self.head_size
         key_values = self.inner.new_key_values(x_BSD, (*x_BSD.shape[:2], 2, heads, self.head_size))
         assert key_values.room is not None, "there is room for what is new"
-        kv = key_values.room.flatten(2)
-        self._project(x_BSD, kv, boundary, KEYS_AND_VALUES)
-        apply_qk_norm(kv[..., : kv.shape[2] // 2], self._norms().of(slice(1, 2)), rotation, boundary)
+        self._project_normed(x_BSD, key_values.room.flatten(2), rotation, boundary, KEYS_AND_VALUES)
         key_values.send()
         q = self._empty(x_BSD, 1)
-        self._project(x_BSD, q, boundary, QUERIES)
-        apply_qk_norm(q, self._norms().of(slice(0, 1)), rotation, boundary)
+        self._project_normed(x_BSD, q, rotation, boundary, QUERIES)
         return Started(self.inner.start_queries(split_heads(q, self.head_size)), key_values)
 
     def _empty(self, x_BSD: Tensor, parts: int) -> Tensor:
-        return x_BSD.new_empty(*x_BSD.shape[:2], parts * self.to_q.weight.shape[0])
+        return x_BSD.new_empty(*x_BSD.shape[:2], parts * self._size)
 
     def finish(self, started: Started, out: Tensor | None = None) -> Tensor:
         """(B, S, D), in `out` if given."""
@@ -98,6 +103,49 @@ class SelfAttention(JoinsWeights):
         del boundary  # All tokens are of one stream.
         project(x_BSD, out, self.joined, self._projections, which)
 
+    def _project_normed(self, x_BSD: Tensor, out: Tensor, rotation: Rotation, boundary: int, which: slice) -> None:
+        """The same, with queries and keys normalised and turned."""
+        if self._can_fuse(x_BSD, out):
+            self._write_normed(x_BSD, out, rotation.turns, which)
+        else:
+            self._project(x_BSD, out, boundary, which)
+            self._normalise(out, rotation, boundary, which)
+
+    def _normalise(self, out: Tensor, rotation: Rotation, boundary: int, which: slice) -> None:
+        """What was projected, in place."""
+        normed, _ = _split(which)
+        width = self._size * len(self._projections[normed])
+        apply_qk_norm(out[..., :width], self._norms().of(normed), rotation, boundary)
+
+    def _can_fuse(self, x: Tensor, out: Tensor) -> bool:
+        """Whether products of x (B, tokens, D) can normalise and turn the heads that they write."""
+        if self.joined is None or self.joined.weight.scale is not None or self.scales is None:
+            return False
+        return all(fused_products.can_fuse(row, self.joined.weight.values, to) for row, to in zip(x, out, strict=True))
+
+    def _write_normed(self, x: Tensor, out: Tensor, turns: Tensor, which: slice) -> None:
+        """Where _can_fuse(): queries and keys in one product, values in another."""
+        assert self.joined is not None, "weights are not joined"
+        assert self.scales is not None, "norms are not over each head"
+        normed, values = _split(which)
+        weight, bias = self.joined.of(normed)
+        scale = self.scales[normed].flatten()
+        for row, to in zip(x, out[..., : len(bias)], strict=True):
+            fused_products.normed_heads_into(row, weight.values, bias, scale, turns, to)
+        if self._projections[values]:
+            self.joined.into(x, out[..., len(bias) :], values)
+
+    @property
+    def _size(self) -> int:
+        """Of the queries of all heads that this rank has."""
+        return len(self.to_q.weight)
+
     def _norms(self) -> QKNorms:
         norms = (self.norm_q, self.norm_k)
         return QKNorms(text=norms, image=norms, head_size=self.head_size)
+
+
+def _split(which: slice) -> tuple[slice, slice]:
+    """Some of queries, keys and values: which of them are normalised, and which are not."""
+    first, end, _ = which.indices(3)
+    return slice(first, min(end, 2)), slice(2, max(end, 2))

@@ -99,11 +99,12 @@ def through_blocks(residual: Residual, blocks: Sequence[Block], boundary: int, u
             residual = block(residual)
         return residual
     first, *others = blocks
-    x_BSD = first(residual).added(boundary)  # noqa: N806
+    # Blocks may change what they are given.
+    x_BSD = first(Residual(residual.x.clone())).added(boundary)  # noqa: N806
     own = x_BSD - residual.x
     if use.probe:
         return Residual(x_BSD + use.cache.reuse(own))
-    residual = Residual(x_BSD)
+    residual = Residual(x_BSD.clone())
     for block in others:
         residual = block(residual)
     end_BSD = residual.added(boundary)  # noqa: N806

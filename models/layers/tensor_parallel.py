@@ -66,6 +66,11 @@ class RowParallelLinear(Sharded, Linear):
         """The same, through GELU in its tanh form."""
         write_gelu(self(x), out)
 
+    def can_add(self, x: Tensor, onto: Tensor) -> bool:
+        """Never: what is added must have been summed first."""
+        del x, onto
+        return False
+
     def _sum(self, x: Tensor) -> Tensor:
         """The products of all ranks' inputs."""
         return all_reduce(apply_linear(x, self.factor, None), self.axis)

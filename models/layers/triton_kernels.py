@@ -37,7 +37,8 @@ def _of_stream(text_ptr, image_ptr, is_text, offsets, mask):
 @triton.jit
 def _gate_norm_scale_shift_kernel(
     x_ptr, update_ptr, text_gate, image_gate, text_scale, image_scale, text_shift, image_shift, sum_ptr, normed_ptr,
-    tokens, boundary, size, gate_stride, modulation_stride, eps, HAS_UPDATE: tl.constexpr, BLOCK: tl.constexpr,
+    tokens, updated, boundary, size, gate_stride, modulation_stride, eps, HAS_UPDATE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     batch, token = row // tokens, row % tokens
@@ -47,10 +48,12 @@ def _gate_norm_scale_shift_kernel(
     x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
     is_text = token < boundary
     if HAS_UPDATE:
-        update = tl.load(update_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        x += update * _of_stream(text_gate, image_gate, is_text, batch * gate_stride + columns, mask)
+        has_one = mask & (token < updated)
+        from_update = (batch * updated + token).to(tl.int64) * size + columns
+        update = tl.load(update_ptr + from_update, mask=has_one, other=0.0).to(tl.float32)
+        x += update * _of_stream(text_gate, image_gate, is_text, batch * gate_stride + columns, has_one)
         rounded = x.to(sum_ptr.dtype.element_ty)
-        tl.store(sum_ptr + at, rounded, mask=mask)
+        tl.store(sum_ptr + at, rounded, mask=has_one)
         x = rounded.to(tl.float32)
     mean = tl.sum(x, axis=0) / size
     centred = tl.where(mask, x - mean, 0.0)
@@ -73,9 +76,10 @@ def norm_scale_shift(x: Tensor, scale: Streams, shift: Streams, boundary: int, e
 def gate_norm_scale_shift(
     x: Tensor, update: Tensor, gate: Streams, scale: Streams, shift: Streams, boundary: int, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """As LayerNormScaleShift.after; x and update (B, S, D)."""
+    """As LayerNormScaleShift.after; x (B, S, D), update (B, U, D). With U less than S the stream stays where it is."""
     x = x.contiguous()
-    added, normed = torch.empty_like(x), torch.empty_like(x)
+    added = torch.empty_like(x) if update.shape[1] == x.shape[1] else x
+    normed = torch.empty_like(x)
     _launch_norm(x, update.contiguous(), gate, scale, shift, added, normed, boundary, eps)
     return added, normed
 
@@ -97,7 +101,7 @@ def _launch_norm(
     block = triton.next_power_of_2(size)
     _gate_norm_scale_shift_kernel[(batch * tokens,)](
         x, x if update is None else update, *gate, *scale, *shift, added, normed,
-        tokens, boundary, size, gate[0].stride(0), strides.pop(), eps,
+        tokens, tokens if update is None else update.shape[1], boundary, size, gate[0].stride(0), strides.pop(), eps,
         HAS_UPDATE=update is not None, BLOCK=block, num_warps=max(1, min(16, block // 512)),
     )  # fmt: skip
 
@@ -162,7 +166,7 @@ def apply_qk_norm(
     assert x.stride(2) == 1, "channels must be adjacent"
     assert all(each.stride(3) == 1 and each.stride(2) == head_size for each in out), "channels must be adjacent"
     weights = [norm.weight for pair in zip(norms.text, norms.image, strict=True) for norm in pair]
-    cos, sin = (x, x) if rotation is None else rotation
+    cos, sin = (x, x) if rotation is None else (rotation.cos, rotation.sin)
     places = [out[min(part, len(out) - 1)] for part in range(3)]
     block = triton.next_power_of_2(heads)
     _head_norm_rotary_kernel[(batch * tokens, len(out))](

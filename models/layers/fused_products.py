@@ -1,0 +1,84 @@
+"""Matrix products on Hopper whose epilogue does what would else be a pass of its own over the result.
+
+The kernels are composed with QuACK (github.com/Dao-AILab/quack), the optional package of `gpu`. Elsewhere, and for few
+rows, layers do the same in several passes. An epilogue computes in float32 and rounds once, where passes round between.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from models.layers.backend import is_installed
+
+LEAST_ROWS = 1024
+"""Below, tiles are too few to fill a GPU."""
+
+HEAD_SIZE = 128
+"""Of the heads that normed_heads_into() is for."""
+
+EPS = 1e-6
+"""Of their norms."""
+
+HOPPER = (9, 0)
+
+_ALIGNMENT = 16
+"""Bytes, of rows and of where they begin."""
+
+
+def has_fused_products() -> bool:
+    """Whether their package is installed. It is part of the numerics fingerprint."""
+    return is_installed("quack")
+
+
+def can_fuse(x: Tensor, weight: Tensor, out: Tensor) -> bool:
+    """Whether the products here are for x (M, K), weight (N, K) and out (M, N): large, bfloat16, of aligned rows."""
+    if not (x.is_cuda and x.dtype == weight.dtype == out.dtype == torch.bfloat16 and has_fused_products()):
+        return False
+    # A compiler could not trace them.
+    if torch.compiler.is_compiling() or len(x) < LEAST_ROWS or _capability(x.device.index) != HOPPER:
+        return False
+    return all(_is_aligned(each) for each in (x, weight, out))
+
+
+def has_heads(head_size: int, norm_size: int, eps: float) -> bool:
+    """Whether normed_heads_into() is for such heads and norms of them."""
+    return head_size == norm_size == HEAD_SIZE and eps == EPS
+
+
+def gelu_into(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> None:
+    """out = gelu(x @ weight.T + bias) in GELU's tanh form, of the hardware's tanh (off by 2^-11 at most)."""
+    _kernels().gelu_into(x, weight, bias, out)
+
+
+def add_gated(x: Tensor, weight: Tensor, bias: Tensor, gate: Tensor, onto: Tensor) -> None:
+    """onto += gate * (x @ weight.T + bias), with gate (N,) in bfloat16 or float32."""
+    _kernels().add_gated(x, weight, bias, gate, onto)
+
+
+def normed_heads_into(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, turns: Tensor, out: Tensor) -> None:
+    """out = x @ weight.T + bias, each head of HEAD_SIZE divided by its root mean square, scaled by `scale`, and turned.
+
+    scale is (N,), turns float32 (M, HEAD_SIZE): cos and sin of each pair of a head's channels, side by side.
+    """
+    _kernels().normed_heads_into(x, weight, bias, scale, turns, out)
+
+
+@lru_cache
+def _capability(device: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+def _is_aligned(matrix: Tensor) -> bool:
+    width = matrix.dtype.itemsize
+    return matrix.stride(1) == 1 and matrix.stride(0) * width % _ALIGNMENT == 0 and matrix.data_ptr() % _ALIGNMENT == 0
+
+
+def _kernels() -> ModuleType:
+    # An optional package for GPUs, which takes seconds to import.
+    from models.layers import quack_kernels
+
+    return quack_kernels

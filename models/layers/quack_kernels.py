@@ -1,0 +1,106 @@
+"""The products of models.layers.fused_products in QuACK's terms: each an epilogue, and tiles to run it with.
+
+The tiles are the best of those measured on an H100. In "ping-pong" one warpgroup's epilogue runs beside the other's
+products: what it computes costs no time while it is shorter than a tile's products.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from quack.activation import gelu_tanh_approx
+from quack.epilogue.frontend import gemm_epilogue, pack, unpack
+from quack.epilogue.head_rmsnorm import HeadRstd
+from quack.epilogue.ops import RowVecLoad
+from quack.epilogue.rotary import rotary_cos_sin_load
+from torch import Tensor
+
+from models.layers.fused_products import EPS, HEAD_SIZE
+
+WIDE = {"tile_M": 128, "tile_N": 192, "cluster_M": 2, "cluster_N": 1}
+"""For widths that 192 divides."""
+
+TALL = {"tile_M": 192, "tile_N": 128, "cluster_M": 1, "cluster_N": 2}
+"""For widths of whole heads, or that 192 does not divide."""
+
+
+@gemm_epilogue(ops={"bias": RowVecLoad("bias")})
+def _gelu(acc: Any, bias: Any) -> dict[str, Any]:
+    return {"D": gelu_tanh_approx(acc + bias)}
+
+
+@gemm_epilogue(ops={"bias": RowVecLoad("bias"), "gate": RowVecLoad("gate")})
+def _gated(acc: Any, c: Any, bias: Any, gate: Any) -> dict[str, Any]:
+    return {"D": c + gate * (acc + bias)}
+
+
+def _squares(acc: Any, bias: Any) -> dict[str, Any]:
+    biased = acc + bias
+    return {"inverse": biased * biased}
+
+
+@gemm_epilogue(
+    ops={
+        "turns": rotary_cos_sin_load("turns", tma=True),
+        "inverse": HeadRstd("inverse", eps=EPS),
+        "scale": RowVecLoad("scale"),
+        "bias": RowVecLoad("bias"),
+    },
+    prepass=_squares,
+    prepass_outs=("inverse",),
+    mode="acc_pair",
+)
+def _normed_heads(acc: Any, turns: Any, inverse: Any, scale: Any, bias: Any) -> dict[str, Any]:
+    even, odd = unpack((acc + bias) * inverse * scale)
+    cos, sin = unpack(turns)
+    return {"D": pack(even * cos - odd * sin, even * sin + odd * cos)}
+
+
+def gelu_into(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> None:
+    """As models.layers.fused_products.gelu_into."""
+    _multiply(_gelu, x, weight, out, _tiles(weight), bias=_row(bias))
+
+
+def add_gated(x: Tensor, weight: Tensor, bias: Tensor, gate: Tensor, onto: Tensor) -> None:
+    """As models.layers.fused_products.add_gated."""
+    _multiply(_gated, x, weight, onto, _tiles(weight), onto, bias=_row(bias), gate=_row(gate))
+
+
+def normed_heads_into(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, turns: Tensor, out: Tensor) -> None:
+    """As models.layers.fused_products.normed_heads_into."""
+    rows = {"bias": _row(bias), "scale": _row(scale)}
+    _multiply(_normed_heads, x, weight, out, TALL, turns=turns, inverse=HEAD_SIZE, **rows)
+
+
+def _multiply(
+    epilogue: Any,
+    x: Tensor,
+    weight: Tensor,
+    out: Tensor,
+    tiles: dict[str, int],
+    added: Tensor | None = None,
+    **given: Any,
+) -> None:
+    epilogue.gemm(
+        x,
+        weight,
+        out,
+        added,
+        epi_args=given,
+        **tiles,
+        pingpong=True,
+        persistent=True,
+        is_dynamic_persistent=False,
+        max_swizzle_size=8,
+        # Launched before the kernel in front has ended, it would read vectors that this one may still be writing.
+        post_init_attrs=(("use_pdl", False),),
+    )
+
+
+def _tiles(weight: Tensor) -> dict[str, int]:
+    return WIDE if len(weight) % WIDE["tile_N"] == 0 else TALL
+
+
+def _row(vector: Tensor) -> Tensor:
+    """(N,) to (1, N), which is what a vector of one product among several is to QuACK."""
+    return vector.detach()[None]

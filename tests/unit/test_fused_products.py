@@ -1,0 +1,178 @@
+"""What layers make of products whose epilogue does more, against the same in several passes.
+
+The products themselves need a GPU: tests/bench/products.py checks and times them there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import gelu, linear
+
+from models.layers import fused_products
+from models.layers.feed_forward import FeedForward
+from models.layers.joint_attention import JointAttention, Modulation, joint_block
+from models.layers.linear import Linear, join_all_weights
+from models.layers.norms import LayerNormScaleShift, Residual, Streams
+from models.layers.rotary import apply_rotary, rotary_embedding
+from models.layers.self_attention import SelfAttention
+from models.layers.step_cache import CacheUse, StepCache, through_blocks
+from models.layers.update import updated
+
+HEAD = fused_products.HEAD_SIZE
+SIZE, TOKENS, BOUNDARY, FEWEST = 2 * HEAD, 7, 2, 4
+
+
+class Kernels(SimpleNamespace):
+    """The products by PyTorch, which counts them."""
+
+    calls = 0
+
+    def gelu_into(self, x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> None:
+        self.calls += 1
+        out.copy_(gelu(linear(x, weight, bias), approximate="tanh"))
+
+    def add_gated(self, x: Tensor, weight: Tensor, bias: Tensor, gate: Tensor, onto: Tensor) -> None:
+        self.calls += 1
+        assert gate.shape == bias.shape
+        onto += gate * linear(x, weight, bias)
+
+    def normed_heads_into(
+        self, x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, turns: Tensor, out: Tensor
+    ) -> None:
+        self.calls += 1
+        assert turns.shape == (len(x), HEAD)
+        heads = linear(x, weight, bias).unflatten(-1, (-1, HEAD))
+        heads = heads * torch.rsqrt(heads.square().mean(-1, keepdim=True) + fused_products.EPS)
+        cos, sin = turns.view(len(x), 1, -1, 2).unbind(-1)
+        even, odd = (heads * scale.view(-1, HEAD)).unflatten(-1, (-1, 2)).unbind(-1)
+        out.copy_(torch.stack((even * cos - odd * sin, odd * cos + even * sin), -1).flatten(-3))
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> Kernels:
+    found = Kernels()
+    monkeypatch.setattr(fused_products, "_kernels", lambda: found)
+    return found
+
+
+@pytest.fixture(autouse=True)
+def _inference() -> Iterator[None]:
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        yield
+
+
+def fuse(monkeypatch: pytest.MonkeyPatch, *, rows: int = FEWEST) -> None:
+    monkeypatch.setattr(fused_products, "can_fuse", lambda x, _, __: len(x) >= rows)
+
+
+def random_weights(module: nn.Module) -> nn.Module:
+    for parameter in module.parameters():
+        parameter.copy_(torch.randn_like(parameter) / parameter.shape[-1] ** 0.5)
+    join_all_weights(module)
+    return module
+
+
+class Block(nn.Module):
+    """Of two streams, with modulations of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = LayerNormScaleShift(SIZE)
+        self.attn = JointAttention(SIZE, HEAD)
+        self.feed_forwards = nn.ModuleList((FeedForward(SIZE), FeedForward(SIZE)))
+        parts = [Streams(*pair) for pair in torch.randn(6, 2, 1, SIZE).unbind()]
+        self.modulations = (Modulation(*parts[:3]), Modulation(*parts[3:]))
+
+    def forward(self, residual: Residual) -> Residual:
+        text, image = self.feed_forwards
+        rotation = rotary_embedding(torch.arange(TOKENS)[:, None], (HEAD,))
+        return joint_block(
+            residual,
+            self.norm,
+            self.attn,
+            (text, image),
+            self.modulations,
+            rotation,
+            BOUNDARY,  # type: ignore[arg-type]
+        )
+
+
+@pytest.mark.parametrize("rows", [0, FEWEST], ids=["all rows", "the picture's rows"])
+def test_a_block_of_two_streams(kernels: Kernels, monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    block, x = random_weights(Block()), torch.randn(1, TOKENS, SIZE)
+    expected = block(Residual(x.clone())).added(BOUNDARY)
+    fuse(monkeypatch, rows=rows)
+    torch.testing.assert_close(block(Residual(x.clone())).added(BOUNDARY), expected)
+    # Heads, both updates and what the feed-forward has inside; of the text, the last of these alone.
+    assert kernels.calls == (4 if rows else 5)
+
+
+def test_the_step_cache_sees_what_blocks_were_given(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks, x = [random_weights(Block()) for _ in range(3)], torch.randn(1, TOKENS, SIZE)
+    expected = through_blocks(Residual(x.clone()), blocks, BOUNDARY, None).added(BOUNDARY)
+    fuse(monkeypatch)
+    cache = StepCache()
+    computed = through_blocks(Residual(x), blocks, BOUNDARY, CacheUse(cache, probe=False))
+    torch.testing.assert_close(computed.added(BOUNDARY), expected)
+    reused = through_blocks(Residual(x), blocks, BOUNDARY, CacheUse(cache, probe=True))
+    torch.testing.assert_close(reused.added(BOUNDARY), expected)
+    assert cache.change() == 0
+    assert kernels.calls == 4 * (3 + 1)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_an_update_without_text(kernels: Kernels, monkeypatch: pytest.MonkeyPatch, batch: int) -> None:
+    layer, x = random_weights(Linear(8, SIZE)), torch.randn(batch, TOKENS, SIZE)
+    assert isinstance(layer, Linear)
+    given, gate = torch.randn(batch, TOKENS, 8), Streams.same(torch.randn(batch, SIZE))
+    expected = updated(x, given, gate, (layer, layer)).added(0)
+    fuse(monkeypatch)
+    result = updated(x, given, gate, (layer, layer))
+    assert result.update is None
+    torch.testing.assert_close(result.x, expected)
+    assert kernels.calls == batch
+
+
+def test_one_stream(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    attention, x = random_weights(SelfAttention(SIZE, HEAD)), torch.randn(2, TOKENS, SIZE)
+    assert isinstance(attention, SelfAttention)
+    rotation = rotary_embedding(torch.arange(TOKENS)[:, None], (HEAD,))
+    expected = attention.finish(attention.start(x, rotation))
+    fuse(monkeypatch)
+    torch.testing.assert_close(attention.finish(attention.start(x, rotation)), expected)
+    assert kernels.calls == len(x)
+
+
+@pytest.mark.parametrize(
+    "made", [partial(SelfAttention, SIZE, HEAD, SIZE), partial(SelfAttention, SIZE, 64)], ids=["all heads", "narrow"]
+)
+def test_norms_of_another_form_are_a_pass_of_their_own(
+    kernels: Kernels, monkeypatch: pytest.MonkeyPatch, made: partial[SelfAttention]
+) -> None:
+    attention = random_weights(made())
+    assert isinstance(attention, SelfAttention)
+    fuse(monkeypatch)
+    rotation = rotary_embedding(torch.arange(TOKENS)[:, None], (attention.head_size,))
+    attention.finish(attention.start(torch.randn(1, TOKENS, SIZE), rotation))
+    assert not kernels.calls
+
+
+def test_turns_are_cos_and_sin_of_each_pair() -> None:
+    rotation = rotary_embedding(torch.arange(TOKENS)[:, None], (HEAD,))
+    x = torch.randn(1, TOKENS, 1, HEAD)
+    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
+    turns = torch.view_as_complex(rotation.turns.unflatten(-1, (-1, 2)))
+    turned = torch.view_as_real(pairs * turns[None, :, None]).flatten(-2)
+    torch.testing.assert_close(turned, apply_rotary(x, rotation))
+
+
+def test_on_a_cpu_nothing_is_fused() -> None:
+    x = torch.zeros(2048, 16, dtype=torch.bfloat16)
+    assert not fused_products.can_fuse(x, x[:8], x[:, :8])
