@@ -100,7 +100,7 @@ class Block(nn.Module):
             (text, image),
             self.modulations,
             rotation,
-            BOUNDARY,  # type: ignore[arg-type]
+            BOUNDARY,
         )
 
 
@@ -167,8 +167,8 @@ def test_norms_of_another_form_are_a_pass_of_their_own(
 def test_turns_are_cos_and_sin_of_each_pair() -> None:
     rotation = rotary_embedding(torch.arange(TOKENS)[:, None], (HEAD,))
     x = torch.randn(1, TOKENS, 1, HEAD)
-    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
-    turns = torch.view_as_complex(rotation.turns.unflatten(-1, (-1, 2)))
+    pairs = torch.view_as_complex(x.view(1, TOKENS, 1, -1, 2))
+    turns = torch.view_as_complex(rotation.turns.view(TOKENS, -1, 2))
     turned = torch.view_as_real(pairs * turns[None, :, None]).flatten(-2)
     torch.testing.assert_close(turned, apply_rotary(x, rotation))
 
