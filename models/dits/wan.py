@@ -31,7 +31,6 @@ from models.layers.qk_norm import QKNorms, apply_qk_norm, split_heads
 from models.layers.rotary import Rotation, rotary_embedding
 from models.layers.self_attention import SelfAttention
 from models.layers.step_cache import CacheUse, through_blocks
-from models.layers.update import Updating, updated
 from models.weights import load_module
 
 if TYPE_CHECKING:
@@ -215,11 +214,13 @@ class WanTransformerBlock(nn.Module):
         shift, scale, gate, ff_shift, ff_scale, ff_gate = (Streams.same(each) for each in modulation_B6D.unbind(1))
         x_BSD, normed = self.norm.after(residual, scale, shift)
         attended = self.attn1.finish(self.attn1.start(normed, rotation, keys_first=True))
-        x_BSD, normed = self._cross_norm(_updated(x_BSD, attended, gate, self.attn1.out))
+        x_BSD, normed = self._cross_norm(self.attn1.out.update(x_BSD, attended, gate))
         one = Streams.same(torch.ones_like(gate.text))
-        residual = _updated(x_BSD, self.attn2(normed, text_kv, image_kv), one, self.attn2.out)
+        residual = self.attn2.out.update(x_BSD, self.attn2(normed, text_kv, image_kv), one)
         x_BSD, normed = self.norm.after(residual, ff_scale, ff_shift)
-        return _updated(x_BSD, normed, ff_gate, self.ffn)
+        fed = normed.new_empty(normed.shape)
+        self.ffn.into(normed, fed)
+        return Residual(x_BSD, fed, ff_gate)
 
     def _cross_norm(self, residual: Residual) -> tuple[Tensor, Tensor]:
         """The stream with its update, and that through norm2, whose weight and bias are a scale and a shift."""
@@ -229,10 +230,6 @@ class WanTransformerBlock(nn.Module):
         batch = len(residual.x)
         scale, shift = ((each.float()).expand(batch, -1) for each in (self.norm2.weight - 1, self.norm2.bias))
         return self.norm.after(residual, Streams.same(scale), Streams.same(shift))
-
-
-def _updated(x_BSD: Tensor, given: Tensor, gate: Streams, layer: Updating) -> Residual:
-    return updated(x_BSD, given, gate, (layer, layer))
 
 
 class WanTransformer3DModel(DiffusionTransformer):

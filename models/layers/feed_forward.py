@@ -43,25 +43,9 @@ class FeedForward(nn.Module):
 
     def into(self, x: Tensor, out: Tensor) -> None:
         """Write the result into `out`; for GELU's tanh form."""
-        self._last.into(self._hidden(x), out)
-
-    def can_add(self, x: Tensor, onto: Tensor) -> bool:
-        """Whether add_gated() is for these. What is inside has as many rows as x, and is of the same kind."""
-        return self._last.can_add(x, onto)
-
-    def add_gated(self, x: Tensor, gate: Tensor, onto: Tensor) -> None:
-        """Add the result (B, tokens, out_size), times gate (B, out_size), in place; for GELU's tanh form."""
-        self._last.add_gated(self._hidden(x), gate, onto)
-
-    def _hidden(self, x: Tensor) -> Tensor:
-        first = self.net[0]
+        first, _, last = self.net
         assert isinstance(first, _Projection), "the layers of net are those of __init__"
+        assert isinstance(last, Linear), "the layers of net are those of __init__"
         hidden = x.new_empty(*x.shape[:2], first.proj.weight.shape[0])
         first.proj.gelu_into(x, hidden)
-        return hidden
-
-    @property
-    def _last(self) -> Linear:
-        last = self.net[2]
-        assert isinstance(last, Linear), "the layers of net are those of __init__"
-        return last
+        last.into(hidden, out)

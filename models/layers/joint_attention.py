@@ -21,7 +21,6 @@ from models.layers.norms import LayerNormScaleShift, Residual, RMSNorm, Streams
 from models.layers.qk_norm import QKNorms
 from models.layers.rotary import Rotation
 from models.layers.self_attention import SelfAttention
-from models.layers.update import updated
 
 
 class JointAttention(SelfAttention):
@@ -43,12 +42,15 @@ class JointAttention(SelfAttention):
         super().join_weights()
         self.added = JoinedLinear(self._added)
 
-    @property
-    def outs(self) -> tuple[Linear, Linear]:
-        """The projections of what was attended to, the text's first."""
+    def joint(self, x_BSD: Tensor, rotation: Rotation, boundary: int) -> Tensor:
+        """What both streams (B, S, D) took from both; the first `boundary` tokens are text."""
+        attended = self.finish(self.start(x_BSD, rotation, boundary, keys_first=True))
+        result = x_BSD.new_empty(x_BSD.shape)
+        self.to_add_out.into(attended[:, :boundary], result[:, :boundary])
         out = self.to_out[0]
         assert isinstance(out, Linear)
-        return self.to_add_out, out
+        out.into(attended[:, boundary:], result[:, boundary:])
+        return result
 
     @property
     def _added(self) -> tuple[Linear, ...]:
@@ -100,7 +102,9 @@ def joint_block(
     """Joint attention, then a feed-forward for each stream (text first), both modulated and gated."""
     before, after = modulations
     x_BSD, normed = norm.after(residual, before.scale, before.shift, boundary)
-    attended = attn.finish(attn.start(normed, rotation, boundary, keys_first=True))
-    residual = updated(x_BSD, attended, before.gate, attn.outs, boundary)
+    residual = Residual(x_BSD, attn.joint(normed, rotation, boundary), before.gate)
     x_BSD, normed = norm.after(residual, after.scale, after.shift, boundary)
-    return updated(x_BSD, normed, after.gate, feed_forwards, boundary)
+    fed = normed.new_empty(normed.shape)
+    for rows, feed_forward in zip((slice(0, boundary), slice(boundary, None)), feed_forwards, strict=True):
+        feed_forward.into(normed[:, rows], fed[:, rows])
+    return Residual(x_BSD, fed, after.gate)

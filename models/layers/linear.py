@@ -15,6 +15,7 @@ from models.layers import fused_products
 from models.layers.activation import write_gelu
 from models.layers.cublas_lt import can_multiply, linear_into
 from models.layers.float8 import FLOAT8, check_sizes, float8_linear, quantize_rows, write_float8_linear
+from models.layers.norms import Residual, Streams
 from models.layers.parallel_plan import matches
 
 ALL = slice(None)
@@ -63,15 +64,14 @@ class Linear(nn.Linear):
         """The same, through GELU in its tanh form."""
         write_linear_gelu(x, self.factor, self.bias, out)
 
-    def can_add(self, x: Tensor, onto: Tensor) -> bool:
-        """Whether add_gated() is for these."""
-        rows = zip(x, onto, strict=True)
-        return self.scale is None and all(fused_products.can_fuse(each, self.weight, to) for each, to in rows)
-
-    def add_gated(self, x: Tensor, gate: Tensor, onto: Tensor) -> None:
-        """Add the result (B, tokens, out_features), times gate (B, out_features), in place."""
-        for x_SK, gate_N, onto_SN in zip(x, gate, onto, strict=True):  # noqa: N806
-            fused_products.add_gated(x_SK, self.weight, self.bias, gate_N, onto_SN)
+    def update(self, stream: Tensor, x: Tensor, gate: Streams) -> Residual:
+        """A stream of one kind of tokens, with gate * the result: added in place where the product can."""
+        pairs = list(zip(x, stream, strict=True))
+        if self.scale is None and all(fused_products.can_add(each, self.weight, onto) for each, onto in pairs):
+            for (x_SK, onto_SN), gate_N in zip(pairs, gate.image, strict=True):  # noqa: N806
+                fused_products.add_gated(x_SK, self.weight, self.bias, gate_N, onto_SN)
+            return Residual(stream)
+        return Residual(stream, self(x), gate)
 
 
 def apply_linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
@@ -90,6 +90,8 @@ def write_linear(x: Tensor, weight: Weight, bias: Tensor, out: Tensor) -> None:
     for x_SK, out_SN in _matrices(x, out):  # noqa: N806
         if weight.scale is not None:
             write_float8_linear(x_SK, weight.values, weight.scale, bias, out_SN)
+        elif (pieces := fused_products.pieces_of(x_SK, weight.values, out_SN)) is not None:
+            fused_products.few_rows_into(x_SK, weight.values, bias, out_SN, pieces)
         elif can_multiply(x_SK, weight.values, out_SN):
             linear_into(x_SK, weight.values, bias, out_SN)
         else:
@@ -103,7 +105,7 @@ def write_linear_gelu(x: Tensor, weight: Weight, bias: Tensor, out: Tensor) -> N
     epilogue, and PyTorch's none that writes into columns of a wider tensor.
     """
     for x_SK, out_SN in _matrices(x, out):  # noqa: N806
-        if weight.scale is None and fused_products.can_fuse(x_SK, weight.values, out_SN):
+        if weight.scale is None and fused_products.can_gelu(x_SK, weight.values, out_SN):
             fused_products.gelu_into(x_SK, weight.values, bias, out_SN)
         elif weight.scale is None and can_multiply(x_SK, weight.values, out_SN):
             linear_into(x_SK, weight.values, bias, out_SN, gelu=True)

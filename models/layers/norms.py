@@ -32,7 +32,7 @@ class Streams(NamedTuple):
 class Residual(NamedTuple):
     """A residual stream x (B, S, D), and an update that is still to be added to it: x + gate * update.
 
-    An update (B, U, D) may be of the first U tokens only; the others have theirs. Who is given a residual may change x.
+    Who is given one may change x.
     """
 
     x: Tensor
@@ -43,10 +43,8 @@ class Residual(NamedTuple):
         """The stream with its update; computed in float32, result in x's type."""
         if self.update is None or self.gate is None:
             return self.x
-        updated = self.update.shape[1]
-        gate_BSD = _by_token(self.gate, boundary, self.x.shape[1]).float()[:, :updated]
-        added = (self.x[:, :updated].float() + self.update.float() * gate_BSD).to(self.x.dtype)
-        return added if updated == self.x.shape[1] else torch.cat((added, self.x[:, updated:]), dim=1)
+        gate_BSD = _by_token(self.gate, boundary, self.x.shape[1]).float()
+        return (self.x.float() + self.update.float() * gate_BSD).to(self.x.dtype)
 
 
 class LayerNormScaleShift(nn.Module):

@@ -15,13 +15,18 @@ from quack.epilogue.ops import RowVecLoad
 from quack.epilogue.rotary import rotary_cos_sin_load
 from torch import Tensor
 
-from models.layers.fused_products import EPS, HEAD_SIZE
+from models.layers.fused_products import EPS, HEAD_SIZE, TILE
 
-WIDE = {"tile_M": 128, "tile_N": 192, "cluster_M": 2, "cluster_N": 1}
+WIDE = {"tile_M": TILE[0], "tile_N": TILE[1], "cluster_M": 2, "cluster_N": 1}
 """For widths that 192 divides."""
 
 TALL = {"tile_M": 192, "tile_N": 128, "cluster_M": 1, "cluster_N": 2}
 """For widths of whole heads, or that 192 does not divide."""
+
+
+@gemm_epilogue(ops={"bias": RowVecLoad("bias")})
+def _biased(acc: Any, bias: Any) -> dict[str, Any]:
+    return {"D": acc + bias}
 
 
 @gemm_epilogue(ops={"bias": RowVecLoad("bias")})
@@ -63,13 +68,18 @@ def gelu_into(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> None:
 
 def add_gated(x: Tensor, weight: Tensor, bias: Tensor, gate: Tensor, onto: Tensor) -> None:
     """As models.layers.fused_products.add_gated."""
-    _multiply(_gated, x, weight, onto, _tiles(weight), onto, bias=_row(bias), gate=_row(gate))
+    _multiply(_gated, x, weight, onto, _tiles(weight), added=onto, bias=_row(bias), gate=_row(gate))
 
 
 def normed_heads_into(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, turns: Tensor, out: Tensor) -> None:
     """As models.layers.fused_products.normed_heads_into."""
-    rows = {"bias": _row(bias), "scale": _row(scale)}
-    _multiply(_normed_heads, x, weight, out, TALL, turns=turns, inverse=HEAD_SIZE, **rows)
+    vectors: dict[str, Any] = {"bias": _row(bias), "scale": _row(scale)}
+    _multiply(_normed_heads, x, weight, out, TALL, turns=turns, inverse=HEAD_SIZE, **vectors)
+
+
+def few_rows_into(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor, pieces: int) -> None:
+    """As models.layers.fused_products.few_rows_into."""
+    _multiply(_biased, x, weight, out, WIDE, pieces=pieces, bias=_row(bias))
 
 
 def _multiply(
@@ -78,7 +88,9 @@ def _multiply(
     weight: Tensor,
     out: Tensor,
     tiles: dict[str, int],
+    *,
     added: Tensor | None = None,
+    pieces: int = 1,
     **given: Any,
 ) -> None:
     epilogue.gemm(
@@ -92,6 +104,7 @@ def _multiply(
         persistent=True,
         is_dynamic_persistent=False,
         max_swizzle_size=8,
+        split_k=pieces,
         # Launched before the kernel in front has ended, it would read vectors that this one may still be writing.
         post_init_attrs=(("use_pdl", False),),
     )

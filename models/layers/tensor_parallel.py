@@ -16,7 +16,7 @@ from models.layers.activation import write_gelu
 from models.layers.collectives import all_reduce, gather_last
 from models.layers.linear import Linear, apply_linear
 from models.layers.mesh import Axis
-from models.layers.norms import RMSNorm
+from models.layers.norms import Residual, RMSNorm, Streams
 from models.layers.shards import Shard, Sharded
 
 
@@ -66,10 +66,9 @@ class RowParallelLinear(Sharded, Linear):
         """The same, through GELU in its tanh form."""
         write_gelu(self(x), out)
 
-    def can_add(self, x: Tensor, onto: Tensor) -> bool:
-        """Never: what is added must have been summed first."""
-        del x, onto
-        return False
+    def update(self, stream: Tensor, x: Tensor, gate: Streams) -> Residual:
+        """A stream, with gate * the result that is still to be added: it must have been summed first."""
+        return Residual(stream, self(x), gate)
 
     def _sum(self, x: Tensor) -> Tensor:
         """The products of all ranks' inputs."""

@@ -37,8 +37,7 @@ def _of_stream(text_ptr, image_ptr, is_text, offsets, mask):
 @triton.jit
 def _gate_norm_scale_shift_kernel(
     x_ptr, update_ptr, text_gate, image_gate, text_scale, image_scale, text_shift, image_shift, sum_ptr, normed_ptr,
-    tokens, updated, boundary, size, gate_stride, modulation_stride, eps, HAS_UPDATE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    tokens, boundary, size, gate_stride, modulation_stride, eps, HAS_UPDATE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     batch, token = row // tokens, row % tokens
@@ -48,12 +47,10 @@ def _gate_norm_scale_shift_kernel(
     x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
     is_text = token < boundary
     if HAS_UPDATE:
-        has_one = mask & (token < updated)
-        from_update = (batch * updated + token).to(tl.int64) * size + columns
-        update = tl.load(update_ptr + from_update, mask=has_one, other=0.0).to(tl.float32)
-        x += update * _of_stream(text_gate, image_gate, is_text, batch * gate_stride + columns, has_one)
+        update = tl.load(update_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        x += update * _of_stream(text_gate, image_gate, is_text, batch * gate_stride + columns, mask)
         rounded = x.to(sum_ptr.dtype.element_ty)
-        tl.store(sum_ptr + at, rounded, mask=has_one)
+        tl.store(sum_ptr + at, rounded, mask=mask)
         x = rounded.to(tl.float32)
     mean = tl.sum(x, axis=0) / size
     centred = tl.where(mask, x - mean, 0.0)
@@ -76,10 +73,9 @@ def norm_scale_shift(x: Tensor, scale: Streams, shift: Streams, boundary: int, e
 def gate_norm_scale_shift(
     x: Tensor, update: Tensor, gate: Streams, scale: Streams, shift: Streams, boundary: int, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """As LayerNormScaleShift.after; x (B, S, D), update (B, U, D). With U less than S the stream stays where it is."""
+    """As LayerNormScaleShift.after; x and update (B, S, D)."""
     x = x.contiguous()
-    added = torch.empty_like(x) if update.shape[1] == x.shape[1] else x
-    normed = torch.empty_like(x)
+    added, normed = torch.empty_like(x), torch.empty_like(x)
     _launch_norm(x, update.contiguous(), gate, scale, shift, added, normed, boundary, eps)
     return added, normed
 
@@ -101,7 +97,7 @@ def _launch_norm(
     block = triton.next_power_of_2(size)
     _gate_norm_scale_shift_kernel[(batch * tokens,)](
         x, x if update is None else update, *gate, *scale, *shift, added, normed,
-        tokens, tokens if update is None else update.shape[1], boundary, size, gate[0].stride(0), strides.pop(), eps,
+        tokens, boundary, size, gate[0].stride(0), strides.pop(), eps,
         HAS_UPDATE=update is not None, BLOCK=block, num_warps=max(1, min(16, block // 512)),
     )  # fmt: skip
 

@@ -2,7 +2,7 @@
 
 A card at its power limit slows down until it keeps to it: a step then takes the joules of its kernels divided by that
 limit, and no launch gap or idle multiprocessor matters much. Products are of random bfloat16 numbers, at the sizes of
-a Flux step.
+a Flux step, and few rows at those of the text of Qwen-Image. Errors are relative L2 against float32.
 
 Run it with: python tests/bench/products.py; it needs a GPU whose driver counts energy
 """
@@ -20,14 +20,20 @@ from typing import Any
 import torch
 from bench_report import print_machine, print_table, say
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import gelu, linear, scaled_dot_product_attention
 
+from models.layers import fused_products
 from models.layers.activation import write_gelu
 from models.layers.attention import flash_attention_3, flash_attention_3_into
 from models.layers.cublas_lt import linear_into
+from models.layers.norms import RMSNorm
+from models.layers.qk_norm import QKNorms, apply_qk_norm
+from models.layers.rotary import rotary_embedding
 
 ROWS, SIZE = 4608, 3072
 """Tokens and hidden size."""
+
+HEAD = fused_products.HEAD_SIZE
 
 SETS = 4
 """Of inputs and weights, in turn: none stays in the L2 cache."""
@@ -39,11 +45,17 @@ CARD: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Work:
-    """Calls that do the same with one set each."""
+    """Calls that do the same with one set each, and what they should give for the first in float32."""
 
     name: str
     flops: float
-    run: Callable[[int], object]
+    run: Callable[[int], Tensor]
+    exact: Callable[[], Tensor]
+
+    def error(self) -> float:
+        """Relative L2 of the first set's result."""
+        result, exact = self.run(0).float(), self.exact()
+        return float((result.view_as(exact) - exact).norm() / exact.norm())
 
 
 class EnergyCounter:
@@ -71,57 +83,165 @@ class EnergyCounter:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=3.0, help="that each is run for")
+    parser.add_argument("--seconds", type=float, default=2.0, help="that each is run for")
     args = parser.parse_args()
     print_machine("Products and attention of a Flux step, hot")
     say(f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}")
     say()
     counter = EnergyCounter()
-    products = (*plain("queries, keys, values", 3 * SIZE, SIZE), *plain("out", SIZE, 5 * SIZE))
-    works = [*feed_forward(), *products, *attending()]
-    heat(works[0], WARM_UP_SECONDS)
-    rows = []
-    for work in works:
-        seconds, watts = measure(work, counter, args.seconds)
-        speed = work.flops / seconds / 1e12
-        joules = watts * seconds
-        cells = (f"{speed:.0f}", f"{watts:.0f}", f"{1e3 * joules:.0f}", f"{1e12 * joules / work.flops:.2f}")
-        rows.append((work.name, 1e6 * seconds, *cells))
-    print_table(("", "us", "TFLOP/s", "W", "mJ a call", "pJ/FLOP"), rows)
+    made = (feed_forward, heads, partial(plain, "out", ROWS, SIZE, 5 * SIZE), gated, few_rows, attending)
+    rows, is_hot = [], False
+    for make in made:
+        works = make()
+        if not is_hot:
+            heat(works[0], WARM_UP_SECONDS)
+            is_hot = True
+        for work in works:
+            seconds, watts = measure(work, counter, args.seconds)
+            speed = work.flops / seconds / 1e12
+            joules = watts * seconds
+            cells = (f"{speed:.0f}", f"{watts:.0f}", f"{1e3 * joules:.0f}", f"{1e12 * joules / work.flops:.2f}")
+            rows.append((work.name, 1e6 * seconds, *cells, f"{work.error():.1e}"))
+        del works, work
+        torch.cuda.empty_cache()
+    print_table(("", "us", "TFLOP/s", "W", "mJ a call", "pJ/FLOP", "error"), rows)
+
+
+class Operands:
+    """Inputs (SETS, rows, size), weights (SETS, width, size), a bias (width,), and room for a result."""
+
+    def __init__(self, rows: int, width: int, size: int) -> None:
+        self.x = torch.randn(SETS, rows, size, **CARD)
+        self.weight = torch.randn(SETS, width, size, **CARD) / size**0.5
+        self.bias = torch.randn(width, **CARD)
+        self.out = torch.empty(rows, width, **CARD)
+        self.flops = 2.0 * rows * width * size
+
+    def of(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Input, weight and bias of a set."""
+        return self.x[index], self.weight[index], self.bias
+
+    def by_torch(self, index: int) -> Tensor:
+        """PyTorch's product."""
+        return linear(*self.of(index))
+
+    def exact(self) -> Tensor:
+        """Of the first set, in float32."""
+        return linear(*(each.float() for each in self.of(0)))
 
 
 def feed_forward() -> list[Work]:
     """A single block's, with its GELU, into the columns behind attention's."""
-    hidden = 4 * SIZE
-    x, weight, bias = operands(hidden, SIZE)
-    wide = torch.empty(1, ROWS, SIZE + hidden, **CARD)
-    columns, aside = wide[..., SIZE:], torch.empty(1, ROWS, hidden, **CARD)
-    flops = 2.0 * ROWS * hidden * SIZE
+    given = Operands(ROWS, 4 * SIZE, SIZE)
+    columns = torch.empty(1, ROWS, 5 * SIZE, **CARD)[..., SIZE:]
 
-    def in_two_passes(index: int) -> None:
-        torch.addmm(bias, x[index], weight[index].t(), out=aside[0])
-        write_gelu(aside, columns)
+    def in_two_passes(index: int) -> Tensor:
+        x, weight, bias = given.of(index)
+        torch.addmm(bias, x, weight.t(), out=given.out)
+        write_gelu(given.out[None], columns)
+        return columns
+
+    def by_cublas(index: int) -> Tensor:
+        linear_into(*given.of(index), columns[0], gelu=True)
+        return columns
+
+    def fused(index: int) -> Tensor:
+        fused_products.gelu_into(*given.of(index), columns[0])
+        return columns
+
+    def exact() -> Tensor:
+        return gelu(given.exact(), approximate="tanh")[None]
 
     return [
-        Work("feed-forward without GELU", flops, lambda index: linear(x[index], weight[index], bias)),
-        Work("feed-forward, then GELU", flops, in_two_passes),
-        Work(
-            "feed-forward with GELU, cuBLASLt",
-            flops,
-            lambda index: linear_into(x[index], weight[index], bias, columns[0], gelu=True),
-        ),
+        Work("feed-forward without GELU", given.flops, given.by_torch, given.exact),
+        Work("feed-forward, then GELU", given.flops, in_two_passes, exact),
+        Work("feed-forward with GELU, cuBLASLt", given.flops, by_cublas, exact),
+        Work("feed-forward with GELU, QuACK", given.flops, fused, exact),
     ]
 
 
-def plain(name: str, width: int, size: int) -> list[Work]:
+def heads() -> list[Work]:
+    """Queries and keys, normalised and turned, and values."""
+    given = Operands(ROWS, 3 * SIZE, SIZE)
+    norms = (RMSNorm(HEAD).to(**CARD), RMSNorm(HEAD).to(**CARD))
+    qk_norms = QKNorms(norms, norms, HEAD)
+    rotation = rotary_embedding(torch.arange(ROWS, device="cuda")[:, None], (HEAD,))
+    out, normed = given.out, 2 * SIZE
+    scale = torch.ones(normed, **CARD)
+
+    def in_two_passes(index: int) -> Tensor:
+        linear_into(*given.of(index), out)
+        apply_qk_norm(out[None, :, :normed], qk_norms, rotation)
+        return out
+
+    def fused(index: int) -> Tensor:
+        x, weight, bias = given.of(index)
+        fused_products.normed_heads_into(x, weight[:normed], bias[:normed], scale, rotation.turns, out[:, :normed])
+        linear_into(x, weight[normed:], bias[normed:], out[:, normed:])
+        return out
+
+    def exact() -> Tensor:
+        result = given.exact()
+        apply_qk_norm(result[None, :, :normed], qk_norms, rotation)
+        return result
+
+    return [
+        Work("queries, keys, values", given.flops, given.by_torch, given.exact),
+        Work("queries, keys, values, then norms and rotation", given.flops, in_two_passes, exact),
+        Work("the same in products' epilogue, QuACK", given.flops, fused, exact),
+    ]
+
+
+def plain(name: str, rows: int, width: int, size: int) -> list[Work]:
     """A product with its bias, by PyTorch and by cuBLASLt without a workspace."""
-    x, weight, bias = operands(width, size)
-    out = torch.empty(ROWS, width, **CARD)
-    flops = 2.0 * ROWS * width * size
+    given = Operands(rows, width, size)
+
+    def by_cublas(index: int) -> Tensor:
+        linear_into(*given.of(index), given.out)
+        return given.out
+
     return [
-        Work(name, flops, lambda index: linear(x[index], weight[index], bias)),
-        Work(f"{name}, cuBLASLt", flops, lambda index: linear_into(x[index], weight[index], bias, out)),
+        Work(name, given.flops, given.by_torch, given.exact),
+        Work(f"{name}, cuBLASLt", given.flops, by_cublas, given.exact),
     ]
+
+
+def gated() -> list[Work]:
+    """An update added with its gate to what is all zeros at first, at the size of Wan2.1-1.3B."""
+    given = Operands(32760, 1536, 1536)
+    gate = torch.randn(1536, **CARD)
+
+    def in_two_passes(index: int) -> Tensor:
+        return given.out.zero_().addcmul_(given.by_torch(index), gate)
+
+    def fused(index: int) -> Tensor:
+        fused_products.add_gated(*given.of(index), gate, given.out.zero_())
+        return given.out
+
+    def exact() -> Tensor:
+        return given.exact() * gate.float()
+
+    return [
+        Work("Wan's out, then gate", given.flops, in_two_passes, exact),
+        Work("Wan's out with gate, QuACK", given.flops, fused, exact),
+    ]
+
+
+def few_rows() -> list[Work]:
+    """The text's, of which the weight is most of what is read."""
+    works = []
+    for name, width, size in (("queries, keys, values", 3 * SIZE, SIZE), ("feed-forward's second", SIZE, 4 * SIZE)):
+        given = Operands(200, width, size)
+        pieces = fused_products.pieces_of(given.x[0], given.weight[0], given.out)
+        assert pieces is not None, "200 rows are few"
+
+        def by_quack(index: int, given: Operands = given, pieces: int = pieces) -> Tensor:
+            fused_products.few_rows_into(*given.of(index), given.out, pieces)
+            return given.out
+
+        works.append(Work(f"200 rows, {name}", given.flops, given.by_torch, given.exact))
+        works.append(Work(f"200 rows, {name}, QuACK in {pieces}", given.flops, by_quack, given.exact))
+    return works
 
 
 def attending() -> list[Work]:
@@ -130,23 +250,29 @@ def attending() -> list[Work]:
     for queries in (ROWS, ROWS // 2):
         q, k, v = (torch.randn(SETS, 1, tokens, 24, 128, **CARD) for tokens in (queries, ROWS, ROWS))
         whole = partial(attend, flash_attention_3, q, k, v)
-        shared = partial(attend, partial(flash_attention_3_into, out=torch.empty_like(q[0])), q, k, v)
+        into = partial(attend_into, torch.empty_like(q[0]), q, k, v)
+        exact = partial(attend_exactly, q[0], k[0], v[0])
         flops = 4.0 * queries * ROWS * SIZE
-        works.append(Work(f"attention, {queries} queries", flops, whole))
-        works.append(Work(f"attention, {queries} queries, heads shared out", flops, shared))
+        works.append(Work(f"attention, {queries} queries", flops, whole, exact))
+        works.append(Work(f"attention, {queries} queries, heads shared out", flops, into, exact))
     return works
 
 
-def attend(function: Callable[[Tensor, Tensor, Tensor], object], q: Tensor, k: Tensor, v: Tensor, index: int) -> object:
+def attend(function: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, index: int) -> Tensor:
     """To one set."""
     return function(q[index], k[index], v[index])
 
 
-def operands(width: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Inputs (SETS, ROWS, size), weights (SETS, width, size), a bias (width,)."""
-    x = torch.randn(SETS, ROWS, size, **CARD)
-    weight = torch.randn(SETS, width, size, **CARD) / size**0.5
-    return x, weight, torch.randn(width, **CARD)
+def attend_into(out: Tensor, q: Tensor, k: Tensor, v: Tensor, index: int) -> Tensor:
+    """The same, into a tensor that is there."""
+    flash_attention_3_into(q[index], k[index], v[index], out=out)
+    return out
+
+
+def attend_exactly(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """In float32."""
+    q, k, v = (each.float().transpose(1, 2) for each in (q, k, v))
+    return scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
 def heat(work: Work, seconds: float) -> None:

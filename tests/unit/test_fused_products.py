@@ -5,9 +5,10 @@ The products themselves need a GPU: tests/bench/products.py checks and times the
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from functools import partial
-from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
@@ -22,35 +23,40 @@ from models.layers.norms import LayerNormScaleShift, Residual, Streams
 from models.layers.rotary import apply_rotary, rotary_embedding
 from models.layers.self_attention import SelfAttention
 from models.layers.step_cache import CacheUse, StepCache, through_blocks
-from models.layers.update import updated
 
 HEAD = fused_products.HEAD_SIZE
 SIZE, TOKENS, BOUNDARY, FEWEST = 2 * HEAD, 7, 2, 4
 
 
-class Kernels(SimpleNamespace):
-    """The products by PyTorch, which counts them."""
+class Kernels:
+    """The products by PyTorch, and how often each was called."""
 
-    calls = 0
+    def __init__(self) -> None:
+        self.calls: Counter[str] = Counter()
 
     def gelu_into(self, x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> None:
-        self.calls += 1
+        self.calls["gelu_into"] += 1
         out.copy_(gelu(linear(x, weight, bias), approximate="tanh"))
 
     def add_gated(self, x: Tensor, weight: Tensor, bias: Tensor, gate: Tensor, onto: Tensor) -> None:
-        self.calls += 1
+        self.calls["add_gated"] += 1
         assert gate.shape == bias.shape
         onto += gate * linear(x, weight, bias)
+
+    def few_rows_into(self, x: Tensor, weight: Tensor, bias: Tensor, out: Tensor, pieces: int) -> None:
+        self.calls["few_rows_into"] += 1
+        assert pieces == 3
+        out.copy_(linear(x, weight, bias))
 
     def normed_heads_into(
         self, x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, turns: Tensor, out: Tensor
     ) -> None:
-        self.calls += 1
+        self.calls["normed_heads_into"] += 1
         assert turns.shape == (len(x), HEAD)
-        heads = linear(x, weight, bias).unflatten(-1, (-1, HEAD))
+        heads = linear(x, weight, bias).view(len(x), -1, HEAD)
         heads = heads * torch.rsqrt(heads.square().mean(-1, keepdim=True) + fused_products.EPS)
         cos, sin = turns.view(len(x), 1, -1, 2).unbind(-1)
-        even, odd = (heads * scale.view(-1, HEAD)).unflatten(-1, (-1, 2)).unbind(-1)
+        even, odd = (heads * scale.view(-1, HEAD)).view(len(x), -1, HEAD // 2, 2).unbind(-1)
         out.copy_(torch.stack((even * cos - odd * sin, odd * cos + even * sin), -1).flatten(-3))
 
 
@@ -69,7 +75,10 @@ def _inference() -> Iterator[None]:
 
 
 def fuse(monkeypatch: pytest.MonkeyPatch, *, rows: int = FEWEST) -> None:
-    monkeypatch.setattr(fused_products, "can_fuse", lambda x, _, __: len(x) >= rows)
+    """From so many rows on, and what has few rows in pieces."""
+    for name in ("can_gelu", "can_normalise", "can_add"):
+        monkeypatch.setattr(fused_products, name, lambda x, _, __: len(x) >= rows)
+    monkeypatch.setattr(fused_products, "pieces_of", lambda x, _, __: 3 if len(x) <= BOUNDARY else None)
 
 
 def random_weights(module: nn.Module) -> nn.Module:
@@ -91,7 +100,7 @@ class Block(nn.Module):
         self.modulations = (Modulation(*parts[:3]), Modulation(*parts[3:]))
 
     def forward(self, residual: Residual) -> Residual:
-        text, image = self.feed_forwards
+        text, image = (cast("FeedForward", each) for each in self.feed_forwards)
         rotation = rotary_embedding(torch.arange(TOKENS)[:, None], (HEAD,))
         return joint_block(
             residual,
@@ -104,40 +113,52 @@ class Block(nn.Module):
         )
 
 
-@pytest.mark.parametrize("rows", [0, FEWEST], ids=["all rows", "the picture's rows"])
-def test_a_block_of_two_streams(kernels: Kernels, monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+def test_a_block_of_two_streams(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
     block, x = random_weights(Block()), torch.randn(1, TOKENS, SIZE)
-    expected = block(Residual(x.clone())).added(BOUNDARY)
-    fuse(monkeypatch, rows=rows)
-    torch.testing.assert_close(block(Residual(x.clone())).added(BOUNDARY), expected)
-    # Heads, both updates and what the feed-forward has inside; of the text, the last of these alone.
-    assert kernels.calls == (4 if rows else 5)
-
-
-def test_the_step_cache_sees_what_blocks_were_given(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
-    blocks, x = [random_weights(Block()) for _ in range(3)], torch.randn(1, TOKENS, SIZE)
-    expected = through_blocks(Residual(x.clone()), blocks, BOUNDARY, None).added(BOUNDARY)
+    expected = block(Residual(x)).added(BOUNDARY)
     fuse(monkeypatch)
-    cache = StepCache()
-    computed = through_blocks(Residual(x), blocks, BOUNDARY, CacheUse(cache, probe=False))
-    torch.testing.assert_close(computed.added(BOUNDARY), expected)
-    reused = through_blocks(Residual(x), blocks, BOUNDARY, CacheUse(cache, probe=True))
-    torch.testing.assert_close(reused.added(BOUNDARY), expected)
-    assert cache.change() == 0
-    assert kernels.calls == 4 * (3 + 1)
+    torch.testing.assert_close(block(Residual(x)).added(BOUNDARY), expected)
+    # The picture's heads and what its feed-forward has inside; the text's projections before and after attention and
+    # what comes out of its feed-forward.
+    assert kernels.calls == {"normed_heads_into": 1, "gelu_into": 1, "few_rows_into": 3}
+
+
+class AddingBlock(nn.Module):
+    """Of one stream, to which a product is added."""
+
+    def __init__(self, batch: int) -> None:
+        super().__init__()
+        self.layer = Linear(SIZE, SIZE)
+        self.gate = Streams.same(torch.randn(batch, SIZE))
+
+    def forward(self, residual: Residual) -> Residual:
+        stream = residual.added(0)
+        return self.layer.update(stream, torch.tanh(stream), self.gate)
 
 
 @pytest.mark.parametrize("batch", [1, 2])
-def test_an_update_without_text(kernels: Kernels, monkeypatch: pytest.MonkeyPatch, batch: int) -> None:
-    layer, x = random_weights(Linear(8, SIZE)), torch.randn(batch, TOKENS, SIZE)
-    assert isinstance(layer, Linear)
-    given, gate = torch.randn(batch, TOKENS, 8), Streams.same(torch.randn(batch, SIZE))
-    expected = updated(x, given, gate, (layer, layer)).added(0)
+def test_an_update_is_added_in_place(kernels: Kernels, monkeypatch: pytest.MonkeyPatch, batch: int) -> None:
+    block, x = random_weights(AddingBlock(batch)), torch.randn(batch, TOKENS, SIZE)
+    expected = block(Residual(x)).added(0)
     fuse(monkeypatch)
-    result = updated(x, given, gate, (layer, layer))
+    result = block(Residual(x))
+    assert result.x is x
     assert result.update is None
-    torch.testing.assert_close(result.x, expected)
-    assert kernels.calls == batch
+    torch.testing.assert_close(x, expected)
+    assert kernels.calls == {"add_gated": batch}
+
+
+def test_the_step_cache_sees_what_blocks_were_given(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks, x = [random_weights(AddingBlock(1)) for _ in range(3)], torch.randn(1, TOKENS, SIZE)
+    expected = through_blocks(Residual(x), blocks, 0, None).added(0)
+    fuse(monkeypatch)
+    cache = StepCache()
+    computed = through_blocks(Residual(x), blocks, 0, CacheUse(cache, probe=False))
+    torch.testing.assert_close(computed.added(0), expected)
+    reused = through_blocks(Residual(x), blocks, 0, CacheUse(cache, probe=True))
+    torch.testing.assert_close(reused.added(0), expected)
+    assert cache.change() == 0
+    assert kernels.calls == {"add_gated": 3 + 1}
 
 
 def test_one_stream(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,7 +168,7 @@ def test_one_stream(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = attention.finish(attention.start(x, rotation))
     fuse(monkeypatch)
     torch.testing.assert_close(attention.finish(attention.start(x, rotation)), expected)
-    assert kernels.calls == len(x)
+    assert kernels.calls == {"normed_heads_into": len(x)}
 
 
 @pytest.mark.parametrize(
@@ -174,5 +195,44 @@ def test_turns_are_cos_and_sin_of_each_pair() -> None:
 
 
 def test_on_a_cpu_nothing_is_fused() -> None:
-    x = torch.zeros(2048, 16, dtype=torch.bfloat16)
-    assert not fused_products.can_fuse(x, x[:8], x[:, :8])
+    x = torch.zeros(4096, 16, dtype=torch.bfloat16)
+    weight, out = x[:16], torch.zeros_like(x)
+    for can in (fused_products.can_gelu, fused_products.can_normalise, fused_products.can_add):
+        assert not can(x, weight, out)
+    assert fused_products.pieces_of(x[:200], weight, out[:200]) is None
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is decided on a GPU of 132 multiprocessors."""
+    monkeypatch.setattr(fused_products, "_takes", lambda *_: True)
+    monkeypatch.setattr(fused_products, "_multiprocessors", lambda _: 132)
+
+
+def operands(rows: int, width: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """x, weight and out, which take no memory."""
+    x, weight, out = (torch.empty(shape, device="meta") for shape in ((rows, size), (width, size), (rows, width)))
+    return x, weight, out
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize(
+    ("rows", "width", "size", "pieces"),
+    [(200, 9216, 3072, 1), (200, 3072, 12288, 4), (200, 3072, 3072, None), (257, 9216, 3072, None)],
+)
+def test_few_rows_are_cut_into_as_many_pieces_as_fill_the_gpu(
+    rows: int, width: int, size: int, pieces: int | None
+) -> None:
+    assert fused_products.pieces_of(*operands(rows, width, size)) == pieces
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize(("rows", "width", "expected"), [(200, 12288, True), (4608, 12288, True), (200, 3072, False)])
+def test_gelu_is_fused_where_tiles_fill_the_gpu(rows: int, width: int, expected: bool) -> None:
+    assert fused_products.can_gelu(*operands(rows, width, 3072)) is expected
+
+
+@pytest.mark.usefixtures("hopper")
+def test_an_update_is_fused_where_a_product_is_short() -> None:
+    assert fused_products.can_add(*operands(32760, 1536, 1536))
+    assert not fused_products.can_add(*operands(32760, 1536, 8960))
