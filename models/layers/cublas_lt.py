@@ -15,13 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.layers.backend import is_installed
+from models.layers.backend import ALIGNMENT, is_aligned, is_installed
 
 LEAST_ROWS = 1024
 """Below, products are cut along their inputs, which needs a workspace: PyTorch gives them one."""
-
-_ALIGNMENT = 16
-"""Bytes, of rows and of where they begin."""
 
 _BFLOAT16, _FLOAT32 = 14, 0
 """CUDA_R_16BF, CUDA_R_32F."""
@@ -47,12 +44,7 @@ def can_multiply(x: Tensor, weight: Tensor, out: Tensor | None = None) -> bool:
     # A compiler could not trace it.
     if torch.compiler.is_compiling() or len(x) < LEAST_ROWS:
         return False
-    return all(_is_aligned(each) for each in (x, weight, out) if each is not None)
-
-
-def _is_aligned(matrix: Tensor) -> bool:
-    width = matrix.dtype.itemsize
-    return matrix.stride(1) == 1 and matrix.stride(0) * width % _ALIGNMENT == 0 and matrix.data_ptr() % _ALIGNMENT == 0
+    return all(is_aligned(each) for each in (x, weight, out) if each is not None)
 
 
 def linear_into(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor, *, gelu: bool = False) -> None:
@@ -104,7 +96,7 @@ def _plan(device: int, rows: int, width: int, size: int, x_stride: int, out_stri
         for shape in ((size, width, size), (size, rows, x_stride), (width, rows, out_stride))
     )
     # The heuristics look only at how the bias is aligned.
-    operation, preference = _operation(gelu, _ALIGNMENT), library.matmul_preference_create()
+    operation, preference = _operation(gelu, ALIGNMENT), library.matmul_preference_create()
     result, found = library.MatmulHeuristicResult(1), np.zeros(1, np.int32)
     layouts = (weight_layout, x_layout, out_layout, out_layout)
     try:

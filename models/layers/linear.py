@@ -90,8 +90,6 @@ def write_linear(x: Tensor, weight: Weight, bias: Tensor, out: Tensor) -> None:
     for x_SK, out_SN in _matrices(x, out):  # noqa: N806
         if weight.scale is not None:
             write_float8_linear(x_SK, weight.values, weight.scale, bias, out_SN)
-        elif (pieces := fused_products.pieces_of(x_SK, weight.values, out_SN)) is not None:
-            fused_products.few_rows_into(x_SK, weight.values, bias, out_SN, pieces)
         elif can_multiply(x_SK, weight.values, out_SN):
             linear_into(x_SK, weight.values, bias, out_SN)
         else:
@@ -105,7 +103,7 @@ def write_linear_gelu(x: Tensor, weight: Weight, bias: Tensor, out: Tensor) -> N
     epilogue, and PyTorch's none that writes into columns of a wider tensor.
     """
     for x_SK, out_SN in _matrices(x, out):  # noqa: N806
-        if weight.scale is None and fused_products.can_gelu(x_SK, weight.values, out_SN):
+        if weight.scale is None and fused_products.can_fuse(x_SK, weight.values, out_SN):
             fused_products.gelu_into(x_SK, weight.values, bias, out_SN)
         elif weight.scale is None and can_multiply(x_SK, weight.values, out_SN):
             linear_into(x_SK, weight.values, bias, out_SN, gelu=True)

@@ -15,18 +15,13 @@ from quack.epilogue.ops import RowVecLoad
 from quack.epilogue.rotary import rotary_cos_sin_load
 from torch import Tensor
 
-from models.layers.fused_products import EPS, HEAD_SIZE, TILE
+from models.layers.fused_products import EPS, HEAD_SIZE
 
-WIDE = {"tile_M": TILE[0], "tile_N": TILE[1], "cluster_M": 2, "cluster_N": 1}
+WIDE = {"tile_M": 128, "tile_N": 192, "cluster_M": 2, "cluster_N": 1}
 """For widths that 192 divides."""
 
 TALL = {"tile_M": 192, "tile_N": 128, "cluster_M": 1, "cluster_N": 2}
 """For widths of whole heads, or that 192 does not divide."""
-
-
-@gemm_epilogue(ops={"bias": RowVecLoad("bias")})
-def _biased(acc: Any, bias: Any) -> dict[str, Any]:
-    return {"D": acc + bias}
 
 
 @gemm_epilogue(ops={"bias": RowVecLoad("bias")})
@@ -77,11 +72,6 @@ def normed_heads_into(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, tu
     _multiply(_normed_heads, x, weight, out, TALL, turns=turns, inverse=HEAD_SIZE, **vectors)
 
 
-def few_rows_into(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor, pieces: int) -> None:
-    """As models.layers.fused_products.few_rows_into."""
-    _multiply(_biased, x, weight, out, WIDE, pieces=pieces, bias=_row(bias))
-
-
 def _multiply(
     epilogue: Any,
     x: Tensor,
@@ -90,7 +80,6 @@ def _multiply(
     tiles: dict[str, int],
     *,
     added: Tensor | None = None,
-    pieces: int = 1,
     **given: Any,
 ) -> None:
     epilogue.gemm(
@@ -104,8 +93,7 @@ def _multiply(
         persistent=True,
         is_dynamic_persistent=False,
         max_swizzle_size=8,
-        split_k=pieces,
-        # Launched before the kernel in front has ended, it would read vectors that this one may still be writing.
+        # Else it would begin before the kernel in front has ended, and read vectors that this one may still be writing.
         post_init_attrs=(("use_pdl", False),),
     )
 

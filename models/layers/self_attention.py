@@ -121,9 +121,7 @@ class SelfAttention(JoinsWeights):
         """Whether products of x (B, tokens, D) can normalise and turn the heads that they write."""
         if self.joined is None or self.joined.weight.scale is not None or self.scales is None:
             return False
-        return all(
-            fused_products.can_normalise(row, self.joined.weight.values, to) for row, to in zip(x, out, strict=True)
-        )
+        return all(fused_products.can_fuse(row, self.joined.weight.values, to) for row, to in zip(x, out, strict=True))
 
     def _write_normed(self, x: Tensor, out: Tensor, turns: Tensor, which: slice) -> None:
         """Where _can_fuse(): queries and keys in one product, values in another."""

@@ -2,7 +2,7 @@
 
 A card at its power limit slows down until it keeps to it: a step then takes the joules of its kernels divided by that
 limit, and no launch gap or idle multiprocessor matters much. Products are of random bfloat16 numbers, at the sizes of
-a Flux step, and few rows at those of the text of Qwen-Image. Errors are relative L2 against float32.
+a Flux step, and where it is told of others. Errors are relative L2 against float32.
 
 Run it with: python tests/bench/products.py; it needs a GPU whose driver counts energy
 """
@@ -89,7 +89,7 @@ def main() -> None:
     say(f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}")
     say()
     counter = EnergyCounter()
-    made = (feed_forward, heads, partial(plain, "out", ROWS, SIZE, 5 * SIZE), gated, few_rows, attending)
+    made = (feed_forward, heads, out, gated, attending)
     rows, is_hot = [], False
     for make in made:
         works = make()
@@ -192,22 +192,22 @@ def heads() -> list[Work]:
     ]
 
 
-def plain(name: str, rows: int, width: int, size: int) -> list[Work]:
-    """A product with its bias, by PyTorch and by cuBLASLt without a workspace."""
-    given = Operands(rows, width, size)
+def out() -> list[Work]:
+    """A single block's last product, by PyTorch and by cuBLASLt without a workspace."""
+    given = Operands(ROWS, SIZE, 5 * SIZE)
 
     def by_cublas(index: int) -> Tensor:
         linear_into(*given.of(index), given.out)
         return given.out
 
     return [
-        Work(name, given.flops, given.by_torch, given.exact),
-        Work(f"{name}, cuBLASLt", given.flops, by_cublas, given.exact),
+        Work("out", given.flops, given.by_torch, given.exact),
+        Work("out, cuBLASLt", given.flops, by_cublas, given.exact),
     ]
 
 
 def gated() -> list[Work]:
-    """An update added with its gate to what is all zeros at first, at the size of Wan2.1-1.3B."""
+    """An update of Wan2.1-1.3B's stream, added with its gate to what is zero at first: each way has a pass for that."""
     given = Operands(32760, 1536, 1536)
     gate = torch.randn(1536, **CARD)
 
@@ -225,23 +225,6 @@ def gated() -> list[Work]:
         Work("Wan's out, then gate", given.flops, in_two_passes, exact),
         Work("Wan's out with gate, QuACK", given.flops, fused, exact),
     ]
-
-
-def few_rows() -> list[Work]:
-    """The text's, of which the weight is most of what is read."""
-    works = []
-    for name, width, size in (("queries, keys, values", 3 * SIZE, SIZE), ("feed-forward's second", SIZE, 4 * SIZE)):
-        given = Operands(200, width, size)
-        pieces = fused_products.pieces_of(given.x[0], given.weight[0], given.out)
-        assert pieces is not None, "200 rows are few"
-
-        def by_quack(index: int, given: Operands = given, pieces: int = pieces) -> Tensor:
-            fused_products.few_rows_into(*given.of(index), given.out, pieces)
-            return given.out
-
-        works.append(Work(f"200 rows, {name}", given.flops, given.by_torch, given.exact))
-        works.append(Work(f"200 rows, {name}, QuACK in {pieces}", given.flops, by_quack, given.exact))
-    return works
 
 
 def attending() -> list[Work]:

@@ -43,11 +43,6 @@ class Kernels:
         assert gate.shape == bias.shape
         onto += gate * linear(x, weight, bias)
 
-    def few_rows_into(self, x: Tensor, weight: Tensor, bias: Tensor, out: Tensor, pieces: int) -> None:
-        self.calls["few_rows_into"] += 1
-        assert pieces == 3
-        out.copy_(linear(x, weight, bias))
-
     def normed_heads_into(
         self, x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, turns: Tensor, out: Tensor
     ) -> None:
@@ -75,10 +70,9 @@ def _inference() -> Iterator[None]:
 
 
 def fuse(monkeypatch: pytest.MonkeyPatch, *, rows: int = FEWEST) -> None:
-    """From so many rows on, and what has few rows in pieces."""
-    for name in ("can_gelu", "can_normalise", "can_add"):
+    """From so many rows on."""
+    for name in ("can_fuse", "can_add"):
         monkeypatch.setattr(fused_products, name, lambda x, _, __: len(x) >= rows)
-    monkeypatch.setattr(fused_products, "pieces_of", lambda x, _, __: 3 if len(x) <= BOUNDARY else None)
 
 
 def random_weights(module: nn.Module) -> nn.Module:
@@ -118,9 +112,8 @@ def test_a_block_of_two_streams(kernels: Kernels, monkeypatch: pytest.MonkeyPatc
     expected = block(Residual(x)).added(BOUNDARY)
     fuse(monkeypatch)
     torch.testing.assert_close(block(Residual(x)).added(BOUNDARY), expected)
-    # The picture's heads and what its feed-forward has inside; the text's projections before and after attention and
-    # what comes out of its feed-forward.
-    assert kernels.calls == {"normed_heads_into": 1, "gelu_into": 1, "few_rows_into": 3}
+    # Those of the picture: the text has too few rows.
+    assert kernels.calls == {"normed_heads_into": 1, "gelu_into": 1}
 
 
 class AddingBlock(nn.Module):
@@ -196,43 +189,13 @@ def test_turns_are_cos_and_sin_of_each_pair() -> None:
 
 def test_on_a_cpu_nothing_is_fused() -> None:
     x = torch.zeros(4096, 16, dtype=torch.bfloat16)
-    weight, out = x[:16], torch.zeros_like(x)
-    for can in (fused_products.can_gelu, fused_products.can_normalise, fused_products.can_add):
-        assert not can(x, weight, out)
-    assert fused_products.pieces_of(x[:200], weight, out[:200]) is None
+    assert not fused_products.can_fuse(x, x[:16], torch.zeros_like(x))
 
 
-@pytest.fixture
-def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is decided on a GPU of 132 multiprocessors."""
-    monkeypatch.setattr(fused_products, "_takes", lambda *_: True)
-    monkeypatch.setattr(fused_products, "_multiprocessors", lambda _: 132)
-
-
-def operands(rows: int, width: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """x, weight and out, which take no memory."""
-    x, weight, out = (torch.empty(shape, device="meta") for shape in ((rows, size), (width, size), (rows, width)))
-    return x, weight, out
-
-
-@pytest.mark.usefixtures("hopper")
-@pytest.mark.parametrize(
-    ("rows", "width", "size", "pieces"),
-    [(200, 9216, 3072, 1), (200, 3072, 12288, 4), (200, 3072, 3072, None), (257, 9216, 3072, None)],
-)
-def test_few_rows_are_cut_into_as_many_pieces_as_fill_the_gpu(
-    rows: int, width: int, size: int, pieces: int | None
+@pytest.mark.parametrize(("size", "expected"), [(1536, True), (8960, False)])
+def test_an_update_is_fused_where_a_product_is_short(
+    monkeypatch: pytest.MonkeyPatch, size: int, expected: bool
 ) -> None:
-    assert fused_products.pieces_of(*operands(rows, width, size)) == pieces
-
-
-@pytest.mark.usefixtures("hopper")
-@pytest.mark.parametrize(("rows", "width", "expected"), [(200, 12288, True), (4608, 12288, True), (200, 3072, False)])
-def test_gelu_is_fused_where_tiles_fill_the_gpu(rows: int, width: int, expected: bool) -> None:
-    assert fused_products.can_gelu(*operands(rows, width, 3072)) is expected
-
-
-@pytest.mark.usefixtures("hopper")
-def test_an_update_is_fused_where_a_product_is_short() -> None:
-    assert fused_products.can_add(*operands(32760, 1536, 1536))
-    assert not fused_products.can_add(*operands(32760, 1536, 8960))
+    monkeypatch.setattr(fused_products, "can_fuse", lambda *_: True)
+    x, weight, out = (torch.empty(shape, device="meta") for shape in ((32760, size), (1536, size), (32760, 1536)))
+    assert fused_products.can_add(x, weight, out) is expected

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -13,16 +14,18 @@ from services.worker_settings import WorkerSettings
 FLAGS = ("--model", "emoji", "--redis", "unix:///x", "--kernel-cache")
 
 
-def test_triton_keeps_its_kernels_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TRITON_CACHE_DIR", "elsewhere")  # Put back afterwards.
+def test_compilers_keep_their_kernels_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("TRITON_CACHE_DIR", "QUACK_CACHE_DIR"):
+        monkeypatch.setenv(name, "elsewhere")  # Put back afterwards.
     kept: list[str] = []
 
     def run(*_: object) -> int:
-        kept.append(triton.knobs.cache.dir)
+        kept.extend((triton.knobs.cache.dir, os.environ["QUACK_CACHE_DIR"]))
         return 0
 
-    assert run_service("decoding", WorkerSettings, run, [*FLAGS, str(tmp_path / "new" / "kernels")]) == 0
-    assert kept == [str(tmp_path / "new" / "kernels")]
+    directory = tmp_path / "new" / "kernels"
+    assert run_service("decoding", WorkerSettings, run, [*FLAGS, str(directory)]) == 0
+    assert kept == [str(directory), str(directory / "quack")]
 
 
 def test_a_directory_that_cannot_be_written_to_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
