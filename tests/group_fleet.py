@@ -33,10 +33,19 @@ STEPS = 8
 SIZE = 512  # pixels; so large that a step takes longer than its progress needs to arrive here
 
 _BOUND_SECONDS = 60.0  # for whatever is waited for
-_SERVE = ("--model", "emoji", "--device", "cpu", "--threads", "1", "--checkpoint-every", "1", "--step-seconds", "0")
+_SERVE = ("--model", "emoji", "--threads", "1", "--checkpoint-every", "1", "--step-seconds", "0")
 _WATCHFUL = ("--beat-seconds", "0.1", "--lost-seconds", "2")
 
 OnStep = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the fleet computes on, and what a request asks for: steps long enough for a test to disturb one of them."""
+
+    device: str = "cpu"
+    steps: int = STEPS
+    size: int = SIZE
 
 
 @dataclass
@@ -48,13 +57,22 @@ class Drawn:
     steps: list[int] = field(default_factory=list)
 
 
+ASKED = Asked()
+
+
 class GroupFleet:
     """Runs coroutines on the fleet's event loop, from the test's own thread."""
 
     def __init__(
-        self, loop: asyncio.AbstractEventLoop, url: str, directory: Path, machines: Sequence[Sequence[str]]
+        self,
+        loop: asyncio.AbstractEventLoop,
+        url: str,
+        directory: Path,
+        machines: Sequence[Sequence[str]],
+        asked: Asked,
     ) -> None:
         self.url = url
+        self.asked = asked
         self._loop = loop
         self._directory = directory
         self._stub: Stub
@@ -83,6 +101,8 @@ class GroupFleet:
             words = (
                 *_SERVE,
                 *_WATCHFUL,
+                "--device",
+                self.asked.device,
                 *degrees,
                 "--redis",
                 self.url,
@@ -95,7 +115,9 @@ class GroupFleet:
                 self.agents[node] = agent
             for service in ("text_encoding", "latent_preparation", "decoding"):
                 listen = f"unix:{self._directory}/{service}.sock"
-                settings = WorkerSettings(model="emoji", redis=self.url, listen=listen, device="cpu", threads=1)
+                settings = WorkerSettings(
+                    model="emoji", redis=self.url, listen=listen, device=self.asked.device, threads=1
+                )
                 worker = await start_worker(service, emoji(), settings)
                 stack.push_async_callback(worker.stop, 0)
             listen = f"unix:{self._directory}/c.sock"
@@ -148,7 +170,11 @@ class GroupFleet:
 
     async def _draw(self, at_step: int, then: OnStep | None, *, cancel: bool = False) -> Drawn:
         parameters = pb.GenerationParameters(
-            prompt="a red apple", seed=3, num_inference_steps=STEPS, height=SIZE, width=SIZE
+            prompt="a red apple",
+            seed=3,
+            num_inference_steps=self.asked.steps,
+            height=self.asked.size,
+            width=self.asked.size,
         )
         name = (await self._stub.Submit(pb.SubmitRequest(parameters=parameters))).request.request_id
         drawn = Drawn()
@@ -176,14 +202,16 @@ async def _end(process: Process) -> None:
 
 
 @contextmanager
-def group_fleet(directory: Path, *degrees: str, machines: Sequence[Sequence[str]] = ((),)) -> Iterator[GroupFleet]:
+def group_fleet(
+    directory: Path, *degrees: str, machines: Sequence[Sequence[str]] = ((),), asked: Asked = ASKED
+) -> Iterator[GroupFleet]:
     """A running fleet with a group of these degrees, as flags; for each machine it has an agent, with more flags."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="fleet")
     thread.start()
     try:
         with running_server("valkey") as server:
-            fleet = GroupFleet(loop, server.url, directory, machines)
+            fleet = GroupFleet(loop, server.url, directory, machines, asked)
             context: Any = fleet.started(degrees)
             fleet.run(context.__aenter__())
             try:

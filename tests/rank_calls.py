@@ -39,24 +39,30 @@ class Rank:
     """The worker group that this process belongs to now."""
 
     mesh: WorkerMesh | None = None
+    device: torch.device = CPU
 
 
 RANK = Rank()
 
 
-def join(rank: int, degrees: dict[str, int], store: str) -> dict[str, int]:
-    """Form a worker group, after leaving the last one; this rank's place on each axis."""
+def join(rank: int, degrees: dict[str, int], store: str, kind: str = "cpu") -> dict[str, int]:
+    """Form a worker group on devices of a kind, after leaving the last one; this rank's place on each axis."""
     leave()
     layout = Degrees(**degrees)
+    cuda = kind == "cuda"
+    RANK.device = torch.device(kind, rank) if cuda else CPU
+    if cuda:
+        torch.cuda.set_device(RANK.device)
     if layout.world_size > 1:
         distributed.init_process_group(
-            "gloo",
+            "nccl" if cuda else "gloo",
             init_method=f"file://{store}",
             rank=rank,
             world_size=layout.world_size,
             timeout=timedelta(seconds=60),
+            device_id=RANK.device if cuda else None,
         )
-    RANK.mesh = make_mesh(layout, CPU)
+    RANK.mesh = make_mesh(layout, RANK.device, one_host=True)
     return {axis: RANK.mesh.index(axis) for axis in AXES}
 
 
@@ -70,13 +76,14 @@ def forward(rank: int, checkpoint: str, inputs: str, output: str, compiled: bool
     """One prediction of the checkpoint's transformer; compiled, each block is one graph, with its collectives."""
     model = open_model(checkpoint, load_registry())
     config_class: type[PipelineConfig] = resolve(model.entry.pipeline_config)
-    config = replace(config_class.from_checkpoint(model.checkpoint), mesh=RANK.mesh)
+    config = replace(config_class.from_checkpoint(model.checkpoint), mesh=RANK.mesh, device=RANK.device)
     transformer = load_module(model.checkpoint, "transformer", config)
     for blocks in transformer.children():
         for block in blocks if compiled and isinstance(blocks, nn.ModuleList) else ():
             block.compile(fullgraph=True, backend="aot_eager")
     with torch.inference_mode():
-        save_file({"prediction": transformer(**load_file(inputs))}, rank_file(output, rank))
+        prediction = transformer(**load_file(inputs, device=str(RANK.device)))
+    save_file({"prediction": prediction.cpu()}, rank_file(output, rank))
 
 
 def denoise(rank: int, checkpoint: str, inputs: str, output: str, approximation: Mapping[str, Any] = NONE) -> list[int]:
@@ -84,10 +91,10 @@ def denoise(rank: int, checkpoint: str, inputs: str, output: str, approximation:
     model, steps = open_model(checkpoint, load_registry()), []
     spec = model.pipeline.service("denoising")
     given = Approximation(**approximation)
-    (stage,) = load_stages(model, spec, device=CPU, dtype=torch.float32, mesh=RANK.mesh, approximation=given)
+    (stage,) = load_stages(model, spec, device=RANK.device, dtype=torch.float32, mesh=RANK.mesh, approximation=given)
     done = stage.run(load_input(inputs), Call("test", on_progress=lambda step, _: steps.append(step)))
     (part,) = done.denoised_latents.parts.values()
-    save_file({"latents": part.latents}, rank_file(output, rank))
+    save_file({"latents": part.latents.cpu()}, rank_file(output, rank))
     return steps
 
 

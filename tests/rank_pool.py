@@ -1,4 +1,4 @@
-"""A long-lived pool of rank processes on gloo, which take any layout in turn: to start them takes longest."""
+"""A long-lived pool of rank processes, which take any layout in turn: to start them takes longest."""
 
 from __future__ import annotations
 
@@ -27,10 +27,14 @@ class RankFailed(Exception):
 
 
 class RankPool:
-    """Ranks 0 to 3. A layout takes as many of them as its degrees multiply to. Close it."""
+    """Ranks 0 to 3. A layout takes as many of them as its degrees multiply to. Close it.
 
-    def __init__(self, folder: Path) -> None:
+    On "cpu" they talk by gloo, on "cuda" by NCCL, with a GPU each.
+    """
+
+    def __init__(self, folder: Path, kind: str = "cpu") -> None:
         self._folder = folder
+        self._kind = kind
         pairs = [socket.socketpair() for _ in range(RANKS)]
         theirs = [pair[1].fileno() for pair in pairs]
         self._process = subprocess.Popen(
@@ -51,7 +55,7 @@ class RankPool:
         self._world_size = degrees.world_size
         self._layouts += 1
         store = self._folder / f"rendezvous-{self._layouts}"
-        return self.call("rank_calls:join", degrees=dataclasses.asdict(degrees), store=str(store))
+        return self.call("rank_calls:join", degrees=dataclasses.asdict(degrees), store=str(store), kind=self._kind)
 
     def call(self, function: str, **keywords: Any) -> list[Any]:
         """Call function(rank, **keywords) on every rank at once; the results in the order of ranks, as JSON gives them.

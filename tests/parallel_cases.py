@@ -1,0 +1,207 @@
+"""Requests of small random models of every family, and what one rank makes of them, for tests of worker groups.
+
+Lengths divide by little. Ranks are those of a RankPool, on the CPU or on GPUs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from common.artifacts import Canvas, Conditioning, LatentPart, Latents, Sampling
+from common.local import HostedStages
+from common.stage import Call
+from configs.pipeline_configs.base import StandardPipelineConfig
+from denoising_files import save_input
+from local_fleet import relative_error
+from models.catalog import ServedModel, open_model
+from models.contracts import DenoisingInput
+from models.layers.mesh import Degrees
+from models.loader import load_stages
+from models.registry import load_registry, resolve
+from rank_calls import denoise, forward, rank_file
+from rank_pool import RankPool
+from tiny_flux import LATENT_CHANNELS, build_tiny_flux
+from tiny_qwen_image import build_tiny_qwen_image, build_tiny_qwen_image_edit
+from tiny_wan import build_tiny_wan, build_tiny_wan_i2v
+
+CPU = torch.device("cpu")
+STEPS = 4
+
+# All of up to four ranks.
+LAYOUTS = [
+    Degrees(tp, ulysses, ring, cfg)
+    for tp, ulysses, ring, cfg in product((1, 2, 4), (1, 2, 4), (1, 2, 4), (1, 2))
+    if tp * ulysses * ring * cfg <= 4
+]
+
+
+@dataclass(frozen=True)
+class Family:
+    """A checkpoint, and a request whose tokens divide by little.
+
+    Embeddings are (tokens, width) or (width,); latents of pictures are of the shapes packed and raw.
+    """
+
+    build: Callable[[Path], Path]
+    canvas: Canvas
+    tokens: int
+    positive: Mapping[str, tuple[int, ...]]
+    negative: Mapping[str, tuple[int, ...]]
+    pictures: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    condition: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+
+
+SAMPLING = Sampling(num_inference_steps=STEPS, seed=3, num_outputs_per_prompt=2, guidance_scale=4.0, true_cfg_scale=2.0)
+FAMILIES = {
+    "flux": Family(
+        build_tiny_flux,
+        Canvas(height=80, width=112),
+        positive={"encoder_hidden_states": (13, 32), "pooled_projections": (24,)},
+        negative={"encoder_hidden_states": (11, 32), "pooled_projections": (24,)},
+        tokens=35,
+    ),
+    "qwen-image": Family(
+        build_tiny_qwen_image,
+        Canvas(height=80, width=112),
+        positive={"encoder_hidden_states": (13, 32)},
+        negative={"encoder_hidden_states": (3, 32)},
+        tokens=35,
+    ),
+    "qwen-image-edit": Family(
+        build_tiny_qwen_image_edit,
+        Canvas(height=80, width=112),
+        positive={"encoder_hidden_states": (13, 32)},
+        negative={"encoder_hidden_states": (6, 32)},
+        condition=((1, 15, 64), (1, 1, 16, 6, 10)),
+        tokens=35,
+    ),
+    "wan": Family(
+        build_tiny_wan,
+        Canvas(height=80, width=112, output_format="mp4"),
+        positive={"encoder_hidden_states": (13, 32)},
+        negative={"encoder_hidden_states": (13, 32)},
+        tokens=35,
+    ),
+    "wan-i2v": Family(
+        build_tiny_wan_i2v,
+        Canvas(height=48, width=80, num_frames=9, output_format="mp4"),
+        positive={"encoder_hidden_states": (13, 32)},
+        negative={"encoder_hidden_states": (13, 32)},
+        pictures={"encoder_hidden_states_image": (17, 24)},
+        condition=((1, 20, 3, 6, 10), (1, 20, 3, 6, 10)),
+        tokens=45,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A family's checkpoint, its input for the loop and for one prediction, and what one rank makes of them."""
+
+    checkpoint: str
+    loop: Path
+    single: Path
+    latents: Tensor
+    prediction: Tensor
+
+
+Run = Callable[..., object]
+"""Calls a function of rank_calls on one rank, with its keywords."""
+
+
+def alone(function: Callable[..., object], **keywords: Any) -> object:
+    """In this process, on its CPU."""
+    return function(0, **keywords)
+
+
+def make_case(family: Family, folder: Path, run: Run = alone) -> Case:
+    """Draw a request, and run it on one rank."""
+    model = open_model(str(family.build(folder / "checkpoint")), load_registry())
+    x = draw_input(model, family)
+    save_input(x, folder / "loop.safetensors")
+    save_file(single_input(model, x), folder / "single.safetensors")
+    checkpoint = str(model.checkpoint.path)
+    made: dict[str, Tensor] = {}
+    for function, file in ((denoise, "loop"), (forward, "single")):
+        inputs = str(folder / f"{file}.safetensors")
+        run(function, checkpoint=checkpoint, inputs=inputs, output=str(folder / file))
+        made |= load_file(rank_file(str(folder / file), 0))
+    return Case(checkpoint, folder / "loop.safetensors", folder / "single.safetensors", **made)
+
+
+def draw_input(model: ServedModel, family: Family) -> DenoisingInput:
+    """Noise and schedule of the family's own stages; what encoders would make is random."""
+    torch.manual_seed(5)
+    stages = load_stages(model, model.pipeline.service("latent_preparation"), device=CPU, dtype=torch.float32)
+    given = {"canvas": family.canvas, "sampling": SAMPLING}
+    prepared = HostedStages("latent_preparation", stages).run(given, Call("test"))
+    (noise,) = prepared["initial_latents"].parts.values()
+    assert noise.latents[0].numel() == family.tokens * 2 * 2 * LATENT_CHANNELS
+    condition = None
+    if family.condition:
+        packed, raw = family.condition
+        part = LatentPart(latents=torch.randn(packed), raw_latent_shape=raw)
+        condition = Latents(parts={"condition": part})
+    return DenoisingInput(
+        initial_latents=prepared["initial_latents"],
+        schedule=prepared["schedule"],
+        text_conditioning=Conditioning(
+            prompt_embeds=draw(family.positive), negative_prompt_embeds=draw(family.negative)
+        ),
+        image_conditioning=Conditioning(prompt_embeds=draw(family.pictures)) if family.pictures else None,
+        image_latents=condition,
+        canvas=family.canvas,
+        sampling=SAMPLING,
+    )
+
+
+def draw(sizes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    return {name: torch.randn(1, *size) for name, size in sizes.items()}
+
+
+def single_input(model: ServedModel, x: DenoisingInput) -> dict[str, Tensor]:
+    """The keywords of one prediction in the middle of the schedule, for the first output."""
+    config_class: type[StandardPipelineConfig] = resolve(model.entry.pipeline_config)
+    config = config_class.from_checkpoint(model.checkpoint)
+    (noise,) = x.initial_latents.parts.values()
+    condition, raw = None, None
+    if x.image_latents is not None:
+        part = x.image_latents.parts["condition"]
+        condition, raw = part.latents, part.raw_latent_shape
+    embeds = {**x.text_conditioning.prompt_embeds}
+    shape = (1, *noise.raw_latent_shape[1:])
+    keywords = {
+        **embeds,
+        **(x.image_conditioning.prompt_embeds if x.image_conditioning else {}),
+        **config.prepare_pos_cond_kwargs(embeds, shape, x.sampling, raw),
+        "hidden_states": config.model_input(noise.latents[:1], condition),
+        "timestep": config.model_timestep(x.schedule.timesteps[1:2]),
+    }
+    return {name: value.contiguous() for name, value in keywords.items() if value is not None}
+
+
+def check(pool: RankPool, case: Case, degrees: Degrees, folder: Path) -> dict[str, float]:
+    """Prediction and loop, on every rank, against one rank's: relative L2, which must be small enough."""
+    errors = {}
+    pool.join(degrees)
+    single = {"checkpoint": case.checkpoint, "inputs": str(case.single), "output": str(folder / "single")}
+    loop = {"checkpoint": case.checkpoint, "inputs": str(case.loop), "output": str(folder / "loop")}
+    pool.call("rank_calls:forward", **single)
+    assert pool.call("rank_calls:denoise", **loop) == [[*range(1, STEPS + 1)]] * degrees.world_size
+    for name, expected, most in (("single", case.prediction, 1e-5), ("loop", case.latents, 1e-4)):
+        results = [load_file(rank_file(str(folder / name), rank)) for rank in range(degrees.world_size)]
+        (got, *others) = [tensor for result in results for tensor in result.values()]
+        errors[name] = relative_error(got, expected)
+        assert errors[name] <= most, name
+        assert all(torch.equal(got, other) for other in others), f"{name}: ranks disagree"
+        if degrees.world_size == degrees.cfg:
+            assert torch.equal(got, expected), f"{name}: the branches have the shapes that they have on one rank"
+    return errors
