@@ -33,7 +33,7 @@ from models.layers.mesh import AXES, Degrees
 from parallel_cases import FAMILIES, check, make_case
 from rank_pool import RankPool
 
-LAYOUTS = {axis: Degrees(**{axis: 2}) for axis in AXES}
+LAYOUTS: dict[str, Degrees] = {axis: Degrees(**{axis: 2}) for axis in AXES}
 
 MOST_APART = 0.02
 """Relative L2 of two pictures that were computed in bfloat16 with sums in another order."""
