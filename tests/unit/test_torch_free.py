@@ -32,7 +32,7 @@ THIN = (
 
 
 # What the GPU extra brings, by the name it is imported under: it is not there where tests run.
-ON_GPUS = {"cuda": "cuda-bindings", "fa3_fwd_interface": "fa3-fwd", "nvmath": "nvmath-python", "quack": "quack-kernels"}
+ON_GPUS = {"cuda": "cuda-bindings", "fa3_fwd_interface": "fa3-fwd", "nvmath": "nvmath-python"}
 
 
 def _loaded(imports: str) -> set[str]:

@@ -1,0 +1,40 @@
+"""Compiles the fused products for Hopper, which needs no GPU, and prints the name of each.
+
+Run it with CUTE_DSL_ARCH=sm_90a and QUACK_ARCH=90 in the environment: there is no card to ask.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from quack.epilogue.frontend import EpiMod
+from quack.gemm_runtime import host
+
+ROWS, WIDTH, SIZE = 1536, 1536, 384
+MULTIPROCESSORS = 132
+
+
+def compile_only(self: Any, *args: Any, **keywords: Any) -> None:
+    """In place of a launch."""
+    plan = gemm(self, *args, _launch=False, **keywords)
+    sys.stdout.write(f"{self.fn.__name__} {type(plan).__name__}\n")
+
+
+gemm = EpiMod.gemm
+EpiMod.gemm = compile_only
+# Asked of the driver, where there is one.
+host.get_max_active_clusters = lambda size: MULTIPROCESSORS // size
+
+from models.layers import quack_kernels  # noqa: E402
+
+x = torch.empty(ROWS, SIZE, dtype=torch.bfloat16)
+weight = torch.empty(WIDTH, SIZE, dtype=torch.bfloat16)
+vector = torch.empty(WIDTH, dtype=torch.bfloat16)
+columns = torch.empty(ROWS, 2 * WIDTH, dtype=torch.bfloat16)[:, WIDTH:]
+quack_kernels.gelu_into(x, weight, vector, columns)
+quack_kernels.gelu_into(x, weight[:1280], vector[:1280], columns[:, :1280])
+for gate in (vector, vector.float()):
+    quack_kernels.add_gated(x, weight, vector, gate, columns)
+quack_kernels.normed_heads_into(x, weight, vector, vector, torch.empty(ROWS, 128), columns)

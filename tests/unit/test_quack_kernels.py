@@ -1,0 +1,27 @@
+"""The fused products' kernels are such as QuACK compiles; that needs no GPU. What they compute, products.py checks."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+TESTS = Path(__file__).resolve().parents[1]
+
+
+def test_they_compile_for_hopper(tmp_path: Path) -> None:
+    """In a process of its own: it pretends to have a card, and compilers read the environment when imported."""
+    environment = os.environ | {
+        "CUTE_DSL_ARCH": "sm_90a",
+        "QUACK_ARCH": "90",
+        "QUACK_CACHE_DIR": str(tmp_path),
+        "PYTHONPATH": str(TESTS.parent),
+    }
+    command = [sys.executable, str(TESTS / "quack_compiler.py")]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.split("\n")[:-1] == [
+        f"{name} GemmEpiPlan" for name in ("_gelu", "_gelu", "_gated", "_gated", "_normed_heads")
+    ]
+    assert len(list(tmp_path.rglob("*.o"))) == 5, "each has tiles or types of its own"
