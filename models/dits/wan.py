@@ -24,7 +24,7 @@ from models.dits.wan_plan import WAN_PLAN
 from models.layers.attention import attention
 from models.layers.embeddings import EmbeddingMLP, sinusoidal_embedding
 from models.layers.feed_forward import FeedForward
-from models.layers.linear import Linear
+from models.layers.linear import Linear, only_linear
 from models.layers.norms import LayerNormScaleShift, Residual, RMSNorm, Streams
 from models.layers.parallelize import parallelize
 from models.layers.qk_norm import QKNorms, apply_qk_norm, split_heads
@@ -121,11 +121,6 @@ class VideoAttention(SelfAttention):
         super().__init__(size, config.attention_head_dim, norm_size=size, eps=config.eps)
         self.to_out = nn.ModuleList([Linear(size, size)])
 
-    @property
-    def out(self) -> Linear:
-        """The projection of what was attended to."""
-        return _out(self.to_out)
-
 
 class CrossAttention(nn.Module):
     """Video tokens attend to the text and, each softmax for itself, to an image's tokens; the results add up.
@@ -168,11 +163,6 @@ class CrossAttention(nn.Module):
             attended = attended + self._attend(q, image_kv)
         return attended
 
-    @property
-    def out(self) -> Linear:
-        """The projection of what was attended to."""
-        return _out(self.to_out)
-
     def _attend(self, q: Tensor, kv: Tensor) -> Tensor:
         k, v = (split_heads(part, self.head_size) for part in kv.chunk(2, dim=-1))
         return attention(q, k, v).flatten(2)
@@ -181,12 +171,6 @@ class CrossAttention(nn.Module):
         k: Tensor = to_k(x)
         apply_qk_norm(k, QKNorms((norm,), (norm,), self.head_size))
         return torch.cat((k, to_v(x)), dim=-1)
-
-
-def _out(to_out: nn.ModuleList) -> Linear:
-    out = to_out[0]
-    assert isinstance(out, Linear)
-    return out
 
 
 class WanTransformerBlock(nn.Module):
@@ -214,9 +198,9 @@ class WanTransformerBlock(nn.Module):
         shift, scale, gate, ff_shift, ff_scale, ff_gate = (Streams.same(each) for each in modulation_B6D.unbind(1))
         x_BSD, normed = self.norm.after(residual, scale, shift)
         attended = self.attn1.finish(self.attn1.start(normed, rotation, keys_first=True))
-        x_BSD, normed = self._cross_norm(self.attn1.out.update(x_BSD, attended, gate))
+        x_BSD, normed = self._cross_norm(only_linear(self.attn1.to_out).update(x_BSD, attended, gate))
         one = Streams.same(torch.ones_like(gate.text))
-        residual = self.attn2.out.update(x_BSD, self.attn2(normed, text_kv, image_kv), one)
+        residual = only_linear(self.attn2.to_out).update(x_BSD, self.attn2(normed, text_kv, image_kv), one)
         x_BSD, normed = self.norm.after(residual, ff_scale, ff_shift)
         fed = normed.new_empty(normed.shape)
         self.ffn.into(normed, fed)

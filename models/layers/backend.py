@@ -6,6 +6,7 @@ import importlib.util
 from functools import lru_cache
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
 ALIGNMENT = 16
@@ -18,8 +19,15 @@ def is_installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
-def is_aligned(matrix: Tensor) -> bool:
-    """Whether products' kernels can load it, or write to it: its columns are adjacent, its rows aligned."""
+def can_load(*matrices: Tensor) -> bool:
+    """Whether products' own kernels take these: bfloat16 on a GPU, columns adjacent and rows aligned."""
+    if not all(matrix.is_cuda and matrix.dtype == torch.bfloat16 for matrix in matrices):
+        return False
+    # A compiler could not trace them.
+    return not torch.compiler.is_compiling() and all(map(_is_aligned, matrices))
+
+
+def _is_aligned(matrix: Tensor) -> bool:
     width = matrix.dtype.itemsize
     return matrix.stride(1) == 1 and matrix.stride(0) * width % ALIGNMENT == 0 and matrix.data_ptr() % ALIGNMENT == 0
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.layers.backend import ALIGNMENT, is_aligned, is_installed
+from models.layers.backend import ALIGNMENT, can_load, is_installed
 
 LEAST_ROWS = 1024
 """Below, products are cut along their inputs, which needs a workspace: PyTorch gives them one."""
@@ -39,12 +39,8 @@ def has_cublas_lt() -> bool:
 
 def can_multiply(x: Tensor, weight: Tensor, out: Tensor | None = None) -> bool:
     """Whether linear_into() is for these: large products in bfloat16 on a GPU, of aligned rows."""
-    if not (x.is_cuda and x.dtype == torch.bfloat16 and has_cublas_lt()):
-        return False
-    # A compiler could not trace it.
-    if torch.compiler.is_compiling() or len(x) < LEAST_ROWS:
-        return False
-    return all(is_aligned(each) for each in (x, weight, out) if each is not None)
+    matrices = (x, weight) if out is None else (x, weight, out)
+    return can_load(*matrices) and len(x) >= LEAST_ROWS and has_cublas_lt()
 
 
 def linear_into(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor, *, gelu: bool = False) -> None:

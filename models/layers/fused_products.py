@@ -12,7 +12,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from models.layers.backend import is_aligned, is_installed
+from models.layers.backend import can_load, is_installed
 
 HEAD_SIZE = 128
 """Of the heads that normed_heads_into() is for."""
@@ -38,12 +38,9 @@ def has_heads(head_size: int, norm_size: int, eps: float) -> bool:
 
 def can_fuse(x: Tensor, weight: Tensor, out: Tensor) -> bool:
     """Whether products of x (M, K) and weight (N, K) into out (M, N) can be fused: many rows, aligned, in bfloat16."""
-    if not (x.is_cuda and x.dtype == weight.dtype == out.dtype == torch.bfloat16 and has_fused_products()):
+    if not (can_load(x, weight, out) and len(x) >= LEAST_ROWS and has_fused_products()):
         return False
-    # A compiler could not trace them.
-    if torch.compiler.is_compiling() or len(x) < LEAST_ROWS or _capability(x.device.index) != HOPPER:
-        return False
-    return all(is_aligned(each) for each in (x, weight, out))
+    return _capability(x.device.index) == HOPPER
 
 
 def can_add(x: Tensor, weight: Tensor, onto: Tensor) -> bool:

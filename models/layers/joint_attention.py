@@ -16,7 +16,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from models.layers.feed_forward import FeedForward
-from models.layers.linear import JoinedLinear, Linear, project
+from models.layers.linear import JoinedLinear, Linear, only_linear, project
 from models.layers.norms import LayerNormScaleShift, Residual, RMSNorm, Streams
 from models.layers.qk_norm import QKNorms
 from models.layers.rotary import Rotation
@@ -47,9 +47,7 @@ class JointAttention(SelfAttention):
         attended = self.finish(self.start(x_BSD, rotation, boundary, keys_first=True))
         result = x_BSD.new_empty(x_BSD.shape)
         self.to_add_out.into(attended[:, :boundary], result[:, :boundary])
-        out = self.to_out[0]
-        assert isinstance(out, Linear)
-        out.into(attended[:, boundary:], result[:, boundary:])
+        only_linear(self.to_out).into(attended[:, boundary:], result[:, boundary:])
         return result
 
     @property

@@ -74,6 +74,13 @@ class Linear(nn.Linear):
         return Residual(stream, self(x), gate)
 
 
+def only_linear(layers: nn.ModuleList) -> Linear:
+    """The layer of a list that checkpoints have for the sake of the dropout behind it."""
+    layer = layers[0]
+    assert isinstance(layer, Linear)
+    return layer
+
+
 def apply_linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     """x @ weight.T + bias, (..., K) to (..., N)."""
     if weight.scale is not None:

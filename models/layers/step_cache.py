@@ -100,7 +100,7 @@ def through_blocks(residual: Residual, blocks: Sequence[Block], boundary: int, u
         return residual
     first, *others = blocks
     # Blocks may change what they are given.
-    x_BSD = first(Residual(residual.x.clone())).added(boundary)  # noqa: N806
+    x_BSD = first(residual._replace(x=residual.x.clone())).added(boundary)  # noqa: N806
     own = x_BSD - residual.x
     if use.probe:
         return Residual(x_BSD + use.cache.reuse(own))

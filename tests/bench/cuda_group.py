@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from fleet.v1 import generation_pb2 as pb
 from group_fleet import Asked, Drawn, GroupFleet, group_fleet
+from local_fleet import relative_error
 from models.layers.mesh import AXES, Degrees
 from parallel_cases import FAMILIES, check, make_case
 from rank_pool import RankPool
@@ -128,8 +129,8 @@ def disturbed(fleet: GroupFleet, rank: int, number: signal.Signals) -> tuple[flo
 
 def picture_error(one: Drawn, other: Drawn) -> float:
     """Relative L2 of two requests' pictures."""
-    first, second = (np.asarray(Image.open(io.BytesIO(each.file)), dtype=float) for each in (one, other))
-    return float(np.linalg.norm(first - second) / np.linalg.norm(second))
+    first, second = (torch.from_numpy(np.array(Image.open(io.BytesIO(each.file)))) for each in (one, other))
+    return relative_error(first, second)
 
 
 if __name__ == "__main__":

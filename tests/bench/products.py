@@ -90,12 +90,11 @@ def main() -> None:
     say()
     counter = EnergyCounter()
     made = (feed_forward, heads, out, gated, attending)
-    rows, is_hot = [], False
+    rows: list[tuple[object, ...]] = []
     for make in made:
         works = make()
-        if not is_hot:
+        if not rows:
             heat(works[0], WARM_UP_SECONDS)
-            is_hot = True
         for work in works:
             seconds, watts = measure(work, counter, args.seconds)
             speed = work.flops / seconds / 1e12

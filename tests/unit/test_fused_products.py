@@ -69,10 +69,10 @@ def _inference() -> Iterator[None]:
         yield
 
 
-def fuse(monkeypatch: pytest.MonkeyPatch, *, rows: int = FEWEST) -> None:
-    """From so many rows on."""
+def fuse(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From FEWEST rows on."""
     for name in ("can_fuse", "can_add"):
-        monkeypatch.setattr(fused_products, name, lambda x, _, __: len(x) >= rows)
+        monkeypatch.setattr(fused_products, name, lambda x, _, __: len(x) >= FEWEST)
 
 
 def random_weights(module: nn.Module) -> nn.Module:
@@ -96,15 +96,7 @@ class Block(nn.Module):
     def forward(self, residual: Residual) -> Residual:
         text, image = (cast("FeedForward", each) for each in self.feed_forwards)
         rotation = rotary_embedding(torch.arange(TOKENS)[:, None], (HEAD,))
-        return joint_block(
-            residual,
-            self.norm,
-            self.attn,
-            (text, image),
-            self.modulations,
-            rotation,
-            BOUNDARY,
-        )
+        return joint_block(residual, self.norm, self.attn, (text, image), self.modulations, rotation, BOUNDARY)
 
 
 def test_a_block_of_two_streams(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:

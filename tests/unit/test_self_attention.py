@@ -93,10 +93,9 @@ def test_two_streams() -> None:
     random_weights(attention)
     attention.join_weights()
     x, rotation = torch.randn(2, TOKENS, SIZE), rotary_embedding(torch.arange(TOKENS)[:, None], (HEAD,))
-    expected = attention.finish(attention.start(x, rotation, BOUNDARY, keys_first=True))
+    expected = attention.joint(x, rotation, BOUNDARY)
     attention.inner = GatheringAttention()
-    attended = attention.finish(attention.start(x, rotation, BOUNDARY, keys_first=True))
-    torch.testing.assert_close(attended, expected)
+    torch.testing.assert_close(attention.joint(x, rotation, BOUNDARY), expected)
 
 
 @torch.inference_mode()
