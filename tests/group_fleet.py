@@ -32,7 +32,6 @@ T = TypeVar("T")
 STEPS = 8
 SIZE = 512  # pixels; so large that a step takes longer than its progress needs to arrive here
 
-_BOUND_SECONDS = 60.0  # for whatever is waited for
 _SERVE = ("--model", "emoji", "--threads", "1", "--checkpoint-every", "1", "--step-seconds", "0")
 _WATCHFUL = ("--beat-seconds", "0.1", "--lost-seconds", "2")
 
@@ -41,11 +40,16 @@ OnStep = Callable[[], None]
 
 @dataclass(frozen=True)
 class Asked:
-    """What the fleet computes on, and what a request asks for: steps long enough for a test to disturb one of them."""
+    """What the fleet computes on, and what a request asks for: steps long enough for a test to disturb one of them.
+
+    `watchful` are the flags by which ranks watch each other; nothing may take longer than `seconds`.
+    """
 
     device: str = "cpu"
     steps: int = STEPS
     size: int = SIZE
+    watchful: tuple[str, ...] = _WATCHFUL
+    seconds: float = 60.0
 
 
 @dataclass
@@ -86,10 +90,10 @@ class GroupFleet:
         return self.agents[0]
 
     def run(self, work: Coroutine[None, None, T]) -> T:
-        """The work's result, which it must have within a minute."""
+        """The work's result, which it must have in time."""
 
         async def bounded() -> T:
-            async with asyncio.timeout(_BOUND_SECONDS):
+            async with asyncio.timeout(self.asked.seconds):
                 return await work
 
         return asyncio.run_coroutine_threadsafe(bounded(), self._loop).result()
@@ -100,7 +104,7 @@ class GroupFleet:
         async with AsyncExitStack() as stack:
             words = (
                 *_SERVE,
-                *_WATCHFUL,
+                *self.asked.watchful,
                 "--device",
                 self.asked.device,
                 *degrees,
