@@ -37,10 +37,13 @@ class RankPool:
         self._kind = kind
         pairs = [socket.socketpair() for _ in range(RANKS)]
         theirs = [pair[1].fileno() for pair in pairs]
+        # Libraries for GPUs may warn.
+        strictly = ("-W", "error") if kind == "cpu" else ()
+        paths = filter(None, (str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH")))
         self._process = subprocess.Popen(
-            [sys.executable, "-W", "error", str(TESTS / "rank_process.py"), *map(str, theirs)],
+            [sys.executable, *strictly, str(TESTS / "rank_process.py"), kind, *map(str, theirs)],
             pass_fds=theirs,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join((str(TESTS.parent), str(TESTS))), "OMP_NUM_THREADS": "1"},
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
             start_new_session=True,
         )
         for _, other in pairs:

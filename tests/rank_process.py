@@ -1,12 +1,13 @@
 """The processes of a pool of ranks: one that imports torch once, and then forks a process for each rank.
 
-Run: python rank_process.py FD...    with a connected socket for each rank. A rank reads commands, a JSON object a line,
-`{"call": "module:function", ...keywords}`, and answers each with `{"result": ...}` or `{"error": traceback}`. Tensors
-pass through files. A closed socket ends it.
+Run: python rank_process.py KIND FD...    with the kind of device, and a connected socket for each rank. A rank reads
+commands, a JSON object a line, `{"call": "module:function", ...keywords}`, and answers each with `{"result": ...}` or
+`{"error": traceback}`. Tensors pass through files. A closed socket ends it.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import socket
@@ -16,9 +17,9 @@ from typing import Any
 
 import torch
 
-# Imported before the fork, so that it is done once: all that a rank runs.
-import rank_calls
 from models.registry import resolve
+
+CALLS = "rank_calls"
 
 
 def serve(rank: int, connection: socket.socket) -> None:
@@ -33,12 +34,16 @@ def serve(rank: int, connection: socket.socket) -> None:
                 answer = {"error": traceback.format_exc()}
             lines.write(json.dumps(answer) + "\n")
             lines.flush()
-        rank_calls.leave()
+        resolve(f"{CALLS}:leave")()
 
 
 def main() -> None:
     """Fork a rank for each socket, and wait for all."""
-    connections = [socket.socket(fileno=int(fd)) for fd in sys.argv[1:]]
+    kind, *fds = sys.argv[1:]
+    connections = [socket.socket(fileno=int(fd)) for fd in fds]
+    if kind == "cpu":
+        # All that a rank runs, so that it is imported once. It asks for GPUs, after which CUDA works in no fork.
+        importlib.import_module(CALLS)
     children = []
     for rank, connection in enumerate(connections):
         if child := os.fork():

@@ -87,8 +87,8 @@ class GroupAgent(LocalElasticAgent):
             max_restarts=settings.max_restarts,
             monitor_interval=_MONITOR_SECONDS,
         )
-        shutdown_seconds = int(settings.grace_seconds + _MARGIN_SECONDS)
-        super().__init__(spec, _Inherited(), exit_barrier_timeout=_FAREWELL_SECONDS, shutdown_timeout=shutdown_seconds)
+        super().__init__(spec, _Inherited(), exit_barrier_timeout=_FAREWELL_SECONDS)
+        self._shutdown_seconds = int(settings.grace_seconds + _MARGIN_SECONDS)
         self._lost_seconds = settings.lost_seconds
         self._stopped_since: dict[int, float] = {}
         self._began = 0.0
@@ -129,6 +129,12 @@ class GroupAgent(LocalElasticAgent):
                 self._remaining_restarts = 0
         result: RunResult = super()._monitor_workers(worker_group)
         return result
+
+    def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
+        """End the ranks, which get the time that finishing takes. Agents before torch 2.13 cannot be told one."""
+        if self._pcontext is not None:
+            self._pcontext.close(death_sig, max(timeout, self._shutdown_seconds))
+        super()._shutdown(death_sig)
 
     def _kill_stopped(self) -> None:
         """Kill a rank that has been stopped for too long; one that is not connected yet is missed by nobody else."""
