@@ -6,11 +6,15 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 # Read when Triton is first imported, which torch does where it is installed: kernels then run on the CPU.
 os.environ["TRITON_INTERPRET"] = "1"
+
+import torch
+from torch import Tensor
 
 from flux_pair import Pair, open_pair
 from rank_pool import RankPool
@@ -31,6 +35,17 @@ def own_logging() -> Iterator[None]:
         root.removeHandler(handler)
     for handler in set(handlers) - set(root.handlers):
         root.addHandler(handler)
+
+
+@pytest.fixture
+def rounded_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Noise in bfloat16 is that in float32, rounded. So it is from torch 2.13 on; before, it is drawn otherwise."""
+    draw = torch.randn
+
+    def rounded(*size: Any, dtype: torch.dtype | None = None, **options: Any) -> Tensor:
+        return draw(*size, **options).to(dtype or torch.get_default_dtype())
+
+    monkeypatch.setattr(torch, "randn", rounded)
 
 
 @pytest.fixture(scope="session")

@@ -46,8 +46,7 @@ RANK = Rank()
 
 
 def join(rank: int, degrees: dict[str, int], store: str, kind: str = "cpu") -> dict[str, int]:
-    """Form a worker group on devices of a kind, after leaving the last one; this rank's place on each axis."""
-    leave()
+    """Form a worker group on devices of a kind; this rank's place on each axis."""
     layout = Degrees(**degrees)
     cuda = kind == "cuda"
     RANK.device = torch.device(kind, rank) if cuda else CPU
@@ -66,8 +65,8 @@ def join(rank: int, degrees: dict[str, int], store: str, kind: str = "cpu") -> d
     return {axis: RANK.mesh.index(axis) for axis in AXES}
 
 
-def leave() -> None:
-    """Leave the worker group."""
+def leave(rank: int) -> None:  # noqa: ARG001  (asked for of every rank)
+    """Leave the worker group, as all its ranks do at the same time: NCCL waits for them."""
     if distributed.is_initialized():
         distributed.destroy_process_group()
 

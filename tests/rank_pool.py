@@ -55,6 +55,7 @@ class RankPool:
 
     def join(self, degrees: Degrees) -> list[dict[str, int]]:
         """Make the first ranks a worker group of this layout, to which later calls go; their places on the axes."""
+        self.call("rank_calls:leave")
         self._world_size = degrees.world_size
         self._layouts += 1
         store = self._folder / f"rendezvous-{self._layouts}"

@@ -34,7 +34,7 @@ def serve(rank: int, connection: socket.socket) -> None:
                 answer = {"error": traceback.format_exc()}
             lines.write(json.dumps(answer) + "\n")
             lines.flush()
-        resolve(f"{CALLS}:leave")()
+        resolve(f"{CALLS}:leave")(rank)
 
 
 def main() -> None:

@@ -147,5 +147,6 @@ class SelfAttention(JoinsWeights):
 
 def _split(which: slice) -> tuple[slice, slice]:
     """Some of queries, keys and values: which of them are normalised, and which are not."""
-    first, end, _ = which.indices(3)
+    # Not by indices(), which a compiler does not know before torch 2.13.
+    first, end = which.start or 0, 3 if which.stop is None else which.stop
     return slice(first, min(end, 2)), slice(2, max(end, 2))

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +151,7 @@ def test_what_a_worker_says_about_itself(toy: ServedModel, store: str, tmp_path:
         assert (info.address, info.dtype, info.device, info.capacity) == (options["listen"], "bfloat16", "cpu", 3)
         assert info.model_fingerprint == toy.checkpoint.fingerprint
         assert info.numerics_fingerprint
-        assert info.versions["torch"] == torch.__version__
+        assert info.versions["torch"] == version("torch")
         assert dict(info.contract.inputs)["initial_latents"] == "Latents"
         assert "resume_from" in info.contract.optional_inputs
         async with open_channel(worker.address) as channel:

@@ -112,6 +112,7 @@ def test_shipped_model() -> None:
         compare(emoji, given | {"num_inference_steps": 20, "max_sequence_length": 64}, seed=7)
 
 
+@pytest.mark.usefixtures("rounded_noise")
 def test_bfloat16_is_near(dev: Pair) -> None:
     """Not comparable at the tolerances of float32, but the same picture."""
     given = BASE | {"max_sequence_length": 32}

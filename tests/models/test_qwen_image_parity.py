@@ -140,6 +140,7 @@ def test_what_cannot_be_drawn_is_refused(pair: Pair, given: dict[str, Any], fiel
     assert caught.value.field == field
 
 
+@pytest.mark.usefixtures("rounded_noise")
 def test_bfloat16_is_near(pair: Pair) -> None:
     """Not comparable at the tolerances of float32, but the same picture."""
     given = BASE | {"seed": 5}
