@@ -33,7 +33,6 @@ x = torch.empty(ROWS, SIZE, dtype=torch.bfloat16)
 weight = torch.empty(WIDTH, SIZE, dtype=torch.bfloat16)
 vector = torch.empty(WIDTH, dtype=torch.bfloat16)
 columns = torch.empty(ROWS, 2 * WIDTH, dtype=torch.bfloat16)[:, WIDTH:]
-quack_kernels.linear_into(x, weight, vector, columns)
 quack_kernels.gelu_into(x, weight, vector, columns)
 quack_kernels.gelu_into(x, weight[:1280], vector[:1280], columns[:, :1280])
 for gate in (vector, vector.float()):

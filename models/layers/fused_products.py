@@ -1,13 +1,11 @@
 """Matrix products on Hopper whose epilogue does what would else be a pass of its own over the result.
 
 The kernels are composed with QuACK (github.com/Dao-AILab/quack), an optional package. Elsewhere, and for other sizes,
-layers do the same in several passes. An epilogue computes in float32 and rounds once, where passes round between. One
-product is plain: for sizes at which no other library has tiles that keep all multiprocessors busy.
+layers do the same in several passes. An epilogue computes in float32 and rounds once, where passes round between.
 """
 
 from __future__ import annotations
 
-import math
 from functools import lru_cache
 from types import ModuleType
 
@@ -26,15 +24,6 @@ LEAST_ROWS = 1024
 """Below, cuBLAS' kernels with a pass of their own behind them take as long or less."""
 
 HOPPER = (9, 0)
-
-FILLING_TILES = (128, 224)
-"""Rows and columns of linear_into()'s tiles."""
-
-_USUAL_TILES = ((192, 192), (128, 256), (256, 128))
-"""cuBLAS' fastest."""
-
-_LEAST_FILLED = 1.12
-"""How much busier tiles must keep the multiprocessors to be worth it."""
 
 
 def has_fused_products() -> bool:
@@ -59,27 +48,6 @@ def can_add(x: Tensor, weight: Tensor, onto: Tensor) -> bool:
     return weight.shape[1] <= len(weight) and can_fuse(x, weight, onto)
 
 
-def can_fill(x: Tensor, weight: Tensor, out: Tensor) -> bool:
-    """Whether linear_into() is for these: it keeps the device's multiprocessors busier than cuBLAS' kernels would."""
-    return can_fuse(x, weight, out) and fills(len(x), len(weight), _processors(x.device.index))
-
-
-def fills(rows: int, columns: int, processors: int) -> bool:
-    """Whether FILLING_TILES suit a result of that size better than others: the last tiles of these leave many idle."""
-
-    def busy(height: int, width: int) -> float:
-        tiles = math.ceil(rows / height) * math.ceil(columns / width)
-        turns = math.ceil(tiles / processors)
-        return rows * columns / (height * width * turns * processors)
-
-    return busy(*FILLING_TILES) >= _LEAST_FILLED * max(busy(*tile) for tile in _USUAL_TILES)
-
-
-def linear_into(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> None:
-    """out = x @ weight.T + bias."""
-    _kernels().linear_into(x, weight, bias, out)
-
-
 def gelu_into(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> None:
     """out = gelu(x @ weight.T + bias) in GELU's tanh form, of the hardware's tanh (off by 2^-11 at most)."""
     _kernels().gelu_into(x, weight, bias, out)
@@ -101,11 +69,6 @@ def normed_heads_into(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, tu
 @lru_cache
 def _capability(device: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
-
-
-@lru_cache
-def _processors(device: int) -> int:
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def _kernels() -> ModuleType:

@@ -87,7 +87,7 @@ def apply_linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
         return float8_linear(x, weight.values, weight.scale, bias)
     if bias is not None and x.is_contiguous() and can_multiply(rows := x.flatten(0, -2), weight.values):
         result = x.new_empty(len(rows), len(weight.values))
-        _multiply(rows, weight.values, bias, result)
+        linear_into(rows, weight.values, bias, result)
         return result.view(*x.shape[:-1], -1)
     return linear(x, weight.values, bias)
 
@@ -97,18 +97,10 @@ def write_linear(x: Tensor, weight: Weight, bias: Tensor, out: Tensor) -> None:
     for x_SK, out_SN in _matrices(x, out):  # noqa: N806
         if weight.scale is not None:
             write_float8_linear(x_SK, weight.values, weight.scale, bias, out_SN)
+        elif can_multiply(x_SK, weight.values, out_SN):
+            linear_into(x_SK, weight.values, bias, out_SN)
         else:
-            _multiply(x_SK, weight.values, bias, out_SN)
-
-
-def _multiply(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> None:
-    """out = x @ weight.T + bias, of matrices: by the library whose kernel suits their sizes best."""
-    if fused_products.can_fill(x, weight, out):
-        fused_products.linear_into(x, weight, bias, out)
-    elif can_multiply(x, weight, out):
-        linear_into(x, weight, bias, out)
-    else:
-        torch.addmm(bias, x, weight.t(), out=out)
+            torch.addmm(bias, x_SK, weight.values.t(), out=out_SN)
 
 
 def write_linear_gelu(x: Tensor, weight: Weight, bias: Tensor, out: Tensor) -> None:

@@ -1,7 +1,7 @@
 """The products of models.layers.fused_products in QuACK's terms: each an epilogue, and tiles to run it with.
 
 The tiles are the best of those measured on an H100. In "ping-pong" one warpgroup's epilogue runs beside the other's
-products: what it computes costs no time while it is shorter than a tile's products. Otherwise both share a larger tile.
+products: what it computes costs no time while it is shorter than a tile's products.
 """
 
 from __future__ import annotations
@@ -15,25 +15,13 @@ from quack.epilogue.ops import RowVecLoad
 from quack.epilogue.rotary import rotary_cos_sin_load
 from torch import Tensor
 
-from models.layers.fused_products import EPS, FILLING_TILES, HEAD_SIZE
+from models.layers.fused_products import EPS, HEAD_SIZE
 
-WIDE = {"tile_M": 128, "tile_N": 192, "cluster_M": 2, "cluster_N": 1, "pingpong": True}
+WIDE = {"tile_M": 128, "tile_N": 192, "cluster_M": 2, "cluster_N": 1}
 """For widths that 192 divides."""
 
-TALL = {"tile_M": 192, "tile_N": 128, "cluster_M": 1, "cluster_N": 2, "pingpong": True}
+TALL = {"tile_M": 192, "tile_N": 128, "cluster_M": 1, "cluster_N": 2}
 """For widths of whole heads, or that 192 does not divide."""
-
-FILLING = dict(zip(("tile_M", "tile_N"), FILLING_TILES, strict=True)) | {
-    "cluster_M": 2,
-    "cluster_N": 1,
-    "pingpong": False,
-}
-"""For results of which other tiles would leave many multiprocessors idle at the end."""
-
-
-@gemm_epilogue(ops={"bias": RowVecLoad("bias")})
-def _biased(acc: Any, bias: Any) -> dict[str, Any]:
-    return {"D": acc + bias}
 
 
 @gemm_epilogue(ops={"bias": RowVecLoad("bias")})
@@ -66,11 +54,6 @@ def _normed_heads(acc: Any, turns: Any, inverse: Any, scale: Any, bias: Any) -> 
     even, odd = unpack((acc + bias) * inverse * scale)
     cos, sin = unpack(turns)
     return {"D": pack(even * cos - odd * sin, even * sin + odd * cos)}
-
-
-def linear_into(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> None:
-    """As models.layers.fused_products.linear_into."""
-    _multiply(_biased, x, weight, out, FILLING, bias=_row(bias))
 
 
 def gelu_into(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> None:
@@ -106,6 +89,7 @@ def _multiply(
         added,
         epi_args=given,
         **tiles,
+        pingpong=True,
         persistent=True,
         is_dynamic_persistent=False,
         max_swizzle_size=8,

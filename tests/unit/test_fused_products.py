@@ -34,10 +34,6 @@ class Kernels:
     def __init__(self) -> None:
         self.calls: Counter[str] = Counter()
 
-    def linear_into(self, x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> None:
-        self.calls["linear_into"] += 1
-        out.copy_(linear(x, weight, bias))
-
     def gelu_into(self, x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> None:
         self.calls["gelu_into"] += 1
         out.copy_(gelu(linear(x, weight, bias), approximate="tanh"))
@@ -77,7 +73,6 @@ def fuse(monkeypatch: pytest.MonkeyPatch) -> None:
     """From FEWEST rows on."""
     for name in ("can_fuse", "can_add"):
         monkeypatch.setattr(fused_products, name, lambda x, _, __: len(x) >= FEWEST)
-    monkeypatch.setattr(fused_products, "can_fill", lambda *_: False)
 
 
 def random_weights(module: nn.Module) -> nn.Module:
@@ -196,28 +191,3 @@ def test_an_update_is_fused_where_a_product_is_short(
     monkeypatch.setattr(fused_products, "can_fuse", lambda *_: True)
     x, weight, out = (torch.empty(shape, device="meta") for shape in ((32760, size), (1536, size), (32760, 1536)))
     assert fused_products.can_add(x, weight, out) is expected
-
-
-def test_a_product_fills_the_device(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
-    layer, x = random_weights(Linear(SIZE, SIZE)), torch.randn(1, TOKENS, SIZE)
-    assert isinstance(layer, Linear)
-    expected = layer(x)
-    monkeypatch.setattr(fused_products, "can_fill", lambda *_: True)
-    wide = torch.zeros(1, TOKENS, 2 * SIZE)
-    layer.into(x, wide[..., SIZE:])
-    torch.testing.assert_close(wide[..., SIZE:], expected)
-    assert kernels.calls == {"linear_into": 1}
-
-
-@pytest.mark.parametrize(
-    ("rows", "columns", "expected"),
-    [
-        (2304, 3072, True),  # 192 of the usual tiles, of which 264 are computed in the same time; 252 of these
-        (4608, 3072, False),
-        (4096, 3072, False),
-        (2304, 6144, False),
-        (32760, 1536, False),
-    ],
-)
-def test_tiles_are_chosen_by_what_they_leave_idle(rows: int, columns: int, expected: bool) -> None:
-    assert fused_products.fills(rows, columns, processors=132) is expected
