@@ -19,8 +19,6 @@ import torch
 
 from models.registry import resolve
 
-CALLS = "rank_calls"
-
 
 def serve(rank: int, connection: socket.socket) -> None:
     """Answer commands until the other side hangs up."""
@@ -34,7 +32,6 @@ def serve(rank: int, connection: socket.socket) -> None:
                 answer = {"error": traceback.format_exc()}
             lines.write(json.dumps(answer) + "\n")
             lines.flush()
-        resolve(f"{CALLS}:leave")(rank)
 
 
 def main() -> None:
@@ -43,7 +40,7 @@ def main() -> None:
     connections = [socket.socket(fileno=int(fd)) for fd in fds]
     if kind == "cpu":
         # All that a rank runs, so that it is imported once. It asks for GPUs, after which CUDA works in no fork.
-        importlib.import_module(CALLS)
+        importlib.import_module("rank_calls")
     children = []
     for rank, connection in enumerate(connections):
         if child := os.fork():
@@ -52,7 +49,8 @@ def main() -> None:
         for other in connections[:rank] + connections[rank + 1 :]:
             other.close()
         serve(rank, connection)
-        # At once: to take an interpreter down that has torch and diffusers in it costs each rank a second.
+        # At once, with the group that it is in: to take down an interpreter that has torch and diffusers in it costs a
+        # second, and others of the group end as well.
         os._exit(0)
     for connection in connections:
         connection.close()

@@ -131,9 +131,10 @@ class GroupAgent(LocalElasticAgent):
         return result
 
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
-        """End the ranks, which get the time that finishing takes. Agents before torch 2.13 cannot be told one."""
+        """End the ranks, which get the time that finishing takes."""
+        del timeout  # An agent's own, which it can be told from torch 2.13 on only.
         if self._pcontext is not None:
-            self._pcontext.close(death_sig, max(timeout, self._shutdown_seconds))
+            self._pcontext.close(death_sig, self._shutdown_seconds)
         super()._shutdown(death_sig)
 
     def _kill_stopped(self) -> None:
