@@ -33,12 +33,48 @@ def png_bytes(pixels: Tensor) -> bytes:
     return file.getvalue()
 
 
+class _Reread:
+    """Reads a file in memory at a position of its own, as a second handle of a file on disk would."""
+
+    def __init__(self, file: io.BytesIO) -> None:
+        self._file = file
+        self._position = 0
+
+    def read(self, size: int) -> bytes:
+        """Read up to `size` bytes."""
+        with self._file.getbuffer() as data:
+            read = bytes(data[self._position : self._position + size])
+        self._position += len(read)
+        return read
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Move to an offset from the start, the position or the end."""
+        with self._file.getbuffer() as data:
+            base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: len(data)}[whence]
+        self._position = base + offset
+        return self._position
+
+    def tell(self) -> int:
+        """Return the position."""
+        return self._position
+
+    def close(self) -> None:
+        """Keep the file, which is still written to."""
+
+
 class Mp4File:
-    """An H.264 video in memory, 4:2:0 in BT.709. Height and width are even."""
+    """An H.264 video in memory, 4:2:0 in BT.709, its index before the frames. Height and width are even."""
 
     def __init__(self, height: int, width: int, frame_rate: float) -> None:
         self._file = io.BytesIO()
-        self._container = av.open(self._file, mode="w", format="mp4")
+        # The muxer moves the frames behind the index at the end, for which it opens the file again, to read.
+        self._container = av.open(
+            self._file,
+            mode="w",
+            format="mp4",
+            container_options={"movflags": "+faststart"},
+            io_open=lambda *_: _Reread(self._file),
+        )
         stream: Any = self._container.add_stream("libx264", rate=Fraction(frame_rate).limit_denominator(1001))
         stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
         stream.options, stream.codec_context.thread_count = _X264_OPTIONS, _X264_THREADS
