@@ -46,6 +46,8 @@ class ParameterSpec:
     description: str
     minimum: float | None = None
     maximum: float | None = None
+    unset: str = ""
+    """What happens if the caller leaves it unset, other than taking the default."""
 
     @property
     def expected(self) -> str:
@@ -75,10 +77,16 @@ class ParamWarning:
 
 
 def parameter(
-    description: str, default: Any = MISSING, *, minimum: float | None = None, maximum: float | None = None
+    description: str,
+    default: Any = MISSING,
+    *,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    unset: str = "",
 ) -> Any:
     """A dataclass field that is a parameter. Without a default the model's own, or the caller's, is needed."""
-    return field(default=default, metadata={"description": description, "minimum": minimum, "maximum": maximum})
+    metadata = {"description": description, "minimum": minimum, "maximum": maximum, "unset": unset}
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +107,9 @@ class SamplingParams:
     width: int = parameter("Width in pixels.", minimum=1, maximum=8192)
     num_inference_steps: int = parameter("Steps of the denoising loop.", minimum=1, maximum=_MAX_STEPS)
     guidance_scale: float = parameter("How closely to follow the prompt.", minimum=0.0, maximum=_MAX_SCALE)
-    seed: int = parameter("Seed of the noise; unset draws one.", minimum=0, maximum=_MAX_SEED)
+    seed: int = parameter(
+        "Seed of the noise; unset draws one.", minimum=0, maximum=_MAX_SEED, unset="a random seed is drawn"
+    )
     num_outputs_per_prompt: int = parameter("Outputs, drawn with one generator.", 1, minimum=1, maximum=64)
     output_format: str = parameter("Format of the result.", "png")
 
@@ -278,7 +288,9 @@ def _checked_number(spec: ParameterSpec, value: object) -> int | float:
 
 
 def _refusal(spec: ParameterSpec, value: object) -> InvalidInput:
-    return InvalidInput(f"{spec.name} must be {spec.expected}, but is {_shown(value)}", field=spec.name)
+    unset = spec.unset or (f"{_shown(spec.default)} is used" if spec.default not in (None, "", ()) else "")
+    hint = f"; if it is left unset, {unset}" if unset else ""
+    return InvalidInput(f"{spec.name} must be {spec.expected}, but is {_shown(value)}{hint}", field=spec.name)
 
 
 def _shown(value: object) -> str:
