@@ -12,6 +12,7 @@ from common.errors import FailedPrecondition, InvalidInput
 from common.rpc.tls import TlsSettings
 from common.settings import setting
 from configs.approximation import EXACT, Approximation
+from models.catalog import DEFAULT_MODEL
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -20,7 +21,9 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 class WorkerSettings(TlsSettings):
     """Serve one stage service of one model."""
 
-    model: str = setting(help="what to serve: a Diffusers directory, NAME=DIR, or the name of a shipped model")
+    model: str = setting(
+        DEFAULT_MODEL, help="what to serve: a Diffusers directory, NAME=DIR, or the name of a shipped model"
+    )
     redis: str = setting(help="URL of the request store, to announce this worker in")
     listen: str = setting("127.0.0.1:0", help="address to listen on: HOST:PORT (port 0: a free one), or unix:PATH")
     advertise: str = setting("", help="address under which coordinators reach this worker, where it is not --listen")
