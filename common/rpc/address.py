@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import socket
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from common.errors import FailedPrecondition
 
+_PROXY_VARIABLES = ("grpc_proxy", "https_proxy", "http_proxy")
+_LOOPBACK_NAMES = ("localhost", "ip6-localhost")
 _WILDCARDS = ("0.0.0.0", "[::]", "*", "")
 _LONGEST_SOCKET_PATH = 107  # bytes; what the kernel's address structure holds
 
@@ -93,3 +97,38 @@ def _resolve(host: str | None, port: int | None) -> list[Any]:
 def socket_path(listen: str) -> Path:
     """The file of unix:PATH or unix://PATH."""
     return Path(listen.removeprefix("unix:").removeprefix("//"))
+
+
+def target_of(address: str) -> str:
+    """The gRPC target of HOST:PORT or unix:PATH.
+
+    A target is a URI: %, #, ? and non-ASCII characters of a path are encoded, which an address has as they are.
+    """
+    if not address.startswith("unix:"):
+        return address
+    return f"unix:{quote(os.fsencode(socket_path(address)))}"
+
+
+def is_local(address: str) -> bool:
+    """Whether an address is a unix socket or on the loopback interface."""
+    host = address.rpartition(":")[0].strip("[]")
+    if address.startswith("unix:") or host in _LOOPBACK_NAMES:
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def proxy_variable(address: str, environ: Mapping[str, str] = os.environ) -> str:
+    """Name of the environment variable that makes gRPC connect to an address through a proxy; empty without one.
+
+    The variables and their order are gRPC's; it knows them in lower case only.
+    """
+    if is_local(address):
+        return ""
+    host = address.rpartition(":")[0].strip("[]")
+    excluded = environ.get("no_grpc_proxy") or environ.get("no_proxy") or ""
+    if any(host.endswith(suffix) for each in excluded.split(",") if (suffix := each.strip())):
+        return ""
+    return next((name for name in _PROXY_VARIABLES if environ.get(name)), "")

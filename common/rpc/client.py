@@ -12,6 +12,7 @@ import grpc
 from google.protobuf.message import DecodeError, Message
 
 from common.errors import DeadlineExceeded, InternalError, InvalidInput, ResourceExhausted, Unavailable
+from common.rpc.address import is_local, target_of
 from common.rpc.frames import ChunkView, read_chunk
 from common.rpc.framing import (
     Assembler,
@@ -24,7 +25,7 @@ from common.rpc.framing import (
     split_packets,
 )
 from common.rpc.method import check_contract, header_type, path_of, request_type, response_type, stage_method
-from common.rpc.options import CHANNEL_OPTIONS, MAX_MESSAGE_BYTES
+from common.rpc.options import CHANNEL_OPTIONS, MAX_MESSAGE_BYTES, NO_PROXY
 from common.rpc.status import from_rpc_error, is_told
 from common.stage import Call, Contract
 from common.telemetry import REQUEST_ID_KEY
@@ -40,16 +41,23 @@ OnCheckpoint = Callable[[Packet], None]
 
 
 def open_channel(
-    address: str, credentials: grpc.ChannelCredentials | None = None, *, server_name: str = ""
+    address: str,
+    credentials: grpc.ChannelCredentials | None = None,
+    *,
+    server_name: str = "",
+    may_use_proxy: bool = False,
 ) -> grpc.aio.Channel:
     """A channel to a gRPC target: host:port, or unix:path. It connects at the first call.
 
-    With credentials it speaks TLS, and the server's certificate must be for `server_name`, or else for the host.
+    With credentials it speaks TLS, and the server's certificate must be for `server_name`, or else for the host. With
+    `may_use_proxy` an address of another host is reached as gRPC's proxy variables say, such as https_proxy.
     """
+    target = target_of(address)
+    options = CHANNEL_OPTIONS if may_use_proxy and not is_local(address) else (*CHANNEL_OPTIONS, *NO_PROXY)
     if credentials is None:
-        return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+        return grpc.aio.insecure_channel(target, options=options)
     named = (("grpc.ssl_target_name_override", server_name),) if server_name else ()
-    return grpc.aio.secure_channel(address, credentials, options=(*CHANNEL_OPTIONS, *named))
+    return grpc.aio.secure_channel(target, credentials, options=(*options, *named))
 
 
 async def get_model_info(channel: grpc.aio.Channel, *, seconds: float = 10) -> worker_pb2.WorkerInfo:

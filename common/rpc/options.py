@@ -52,6 +52,9 @@ _KEEPALIVE: Options = (
     ("grpc.http2.max_pings_without_data", 0),
 )
 
+NO_PROXY: Options = (("grpc.enable_http_proxy", 0),)
+"""For connections within the fleet and on this host: gRPC would send them to the proxy that http_proxy names."""
+
 CHANNEL_OPTIONS: Options = (
     *_KEEPALIVE,
     *_METADATA,

@@ -14,6 +14,9 @@ from collections.abc import Sequence
 import grpc
 from grpc_health.v1 import health_pb2
 
+from common.rpc.address import target_of
+from common.rpc.options import NO_PROXY
+
 _SECONDS = 3.0
 
 
@@ -26,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     (address,) = arguments
     if health := os.environ.get("FLEET_HEALTH_LISTEN", ""):
         address = health if health.startswith("unix:") else f"127.0.0.1:{health.rpartition(':')[2]}"
-    with grpc.insecure_channel(address) as channel:
+    with grpc.insecure_channel(target_of(address), options=NO_PROXY) as channel:
         check: grpc.UnaryUnaryMultiCallable[health_pb2.HealthCheckRequest, health_pb2.HealthCheckResponse]
         check = channel.unary_unary(
             "/grpc.health.v1.Health/Check",

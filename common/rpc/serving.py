@@ -12,7 +12,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from common.errors import FailedPrecondition
-from common.rpc.address import bound_address, check_listenable, socket_path
+from common.rpc.address import bound_address, check_listenable, socket_path, target_of
 from common.rpc.aio_server import make_server
 from common.rpc.interceptor import Admit, CallGate, admit_all
 from common.rpc.options import ServerLimits, server_options
@@ -103,10 +103,11 @@ class FleetServer:
 def _bind(server: grpc.aio.Server, listen: str, credentials: grpc.ServerCredentials | None) -> str:
     """Bind a server; returns the address with its port. Raises FailedPrecondition when it cannot be had."""
     check_listenable(listen)
+    target = target_of(listen)
     try:
         if credentials is None:
-            return bound_address(listen, server.add_insecure_port(listen))
-        return bound_address(listen, server.add_secure_port(listen, credentials))
+            return bound_address(listen, server.add_insecure_port(target))
+        return bound_address(listen, server.add_secure_port(target, credentials))
     except (RuntimeError, ValueError) as error:
         raise FailedPrecondition(f"cannot listen on {listen}: {error}", field="listen") from None
 

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
+from urllib.parse import quote
 
 from common.errors import Unavailable
 from common.tether import start_tethered
@@ -52,7 +53,7 @@ class EmbeddedStore:
     @property
     def url(self) -> str:
         """Where clients connect, as redis-py understands it."""
-        return f"unix://{self._socket}"
+        return f"unix://{quote(bytes(self._socket))}"
 
     @property
     def pid(self) -> int:

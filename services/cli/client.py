@@ -8,8 +8,9 @@ from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 import grpc
 
 from common.errors import FleetError, Unavailable
+from common.rpc.address import proxy_variable
 from common.rpc.client import open_channel
-from common.rpc.status import from_rpc_error
+from common.rpc.status import from_rpc_error, is_told
 from fleet.v1 import generation_pb2, generation_pb2_grpc
 from services.cli.access import IN_THE_CLEAR, Access
 
@@ -101,6 +102,11 @@ class FleetClient:
                 raise Unavailable(
                     f"{self._endpoint} and this command could not agree on TLS (see --tls-ca): {failure.message}"
                 ) from error
+            if isinstance(failure, Unavailable) and not is_told(error) and (proxy := proxy_variable(self._endpoint)):
+                raise Unavailable(
+                    f"no fleet answers at {self._endpoint} through the proxy that {proxy} names; no_proxy lists the "
+                    f"hosts that are reached without it: {failure.message}"
+                ) from error
             if isinstance(failure, Unavailable) and "failed to connect" in failure.message:
                 hint = "" if self._is_tls else "; if that one speaks TLS, so must this command: --tls or --tls-ca"
                 raise Unavailable(
@@ -112,7 +118,7 @@ class FleetClient:
 @contextlib.asynccontextmanager
 async def connect(endpoint: str, access: Access = IN_THE_CLEAR) -> AsyncIterator[FleetClient]:
     """A client of the fleet at HOST:PORT or unix:PATH; connecting happens with the first call."""
-    channel = open_channel(endpoint, access.credentials)
+    channel = open_channel(endpoint, access.credentials, may_use_proxy=True)
     try:
         yield FleetClient(endpoint, channel, api_key=access.api_key, is_tls=access.credentials is not None)
     finally:

@@ -1,0 +1,130 @@
+"""Addresses as gRPC targets and store URLs, whatever characters their paths have, and connections past a proxy."""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+from pathlib import Path
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2
+from redis import Redis
+
+from common.rpc import probe
+from common.rpc.address import is_local, proxy_variable, target_of
+from common.rpc.client import open_channel
+from common.rpc.serving import FleetServer
+from common.state.embedded import EmbeddedStore
+
+ROOT = Path(__file__).parents[2]
+NOBODY = "http://127.0.0.1:9"
+ODD_NAMES = ("a b", "50%", "%41", "a#b", "a?b=c", "a'b", 'a"b', "a@b:c", "prüfung", "文")
+
+
+async def is_serving(channel: grpc.aio.Channel) -> bool:
+    check: grpc.aio.UnaryUnaryMultiCallable[health_pb2.HealthCheckRequest, health_pb2.HealthCheckResponse]
+    check = channel.unary_unary(
+        "/grpc.health.v1.Health/Check",
+        request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
+        response_deserializer=health_pb2.HealthCheckResponse.FromString,
+    )
+    reply = await check(health_pb2.HealthCheckRequest(), timeout=10)
+    return reply.status == health_pb2.HealthCheckResponse.SERVING
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_servers_listen_on_sockets_of_any_name(name: str) -> None:
+    async def test(directory: Path) -> None:
+        server = FleetServer(f"unix:{directory}/s.sock")
+        address = await server.start()
+        await server.set_ready(True)
+        assert (directory / "s.sock").is_socket()
+        async with open_channel(address) as channel:
+            assert await is_serving(channel)
+        assert await asyncio.to_thread(probe.main, [address]) == 0
+        await server.drain(0)
+
+    with tempfile.TemporaryDirectory(dir="/tmp") as short:
+        (Path(short) / name).mkdir()
+        asyncio.run(test(Path(short) / name))
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_the_embedded_store_runs_in_directories_of_any_name(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as directory:
+        place = Path(directory) / name
+        place.mkdir()
+        monkeypatch.setattr(tempfile, "tempdir", str(place))
+        with EmbeddedStore(appendfsync="no") as store, Redis.from_url(store.url) as client:
+            assert client.ping()
+            assert list(place.iterdir())
+
+
+@pytest.mark.parametrize("variable", ["grpc_proxy", "https_proxy", "http_proxy"])
+def test_connections_on_this_host_use_no_proxy(monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
+    monkeypatch.setenv(variable, NOBODY)
+
+    async def test() -> None:
+        server = FleetServer("127.0.0.1:0")
+        address = await server.start()
+        await server.set_ready(True)
+        for channel in (open_channel(address), open_channel(address, may_use_proxy=True)):
+            async with channel:
+                assert await is_serving(channel)
+        assert await asyncio.to_thread(probe.main, [address]) == 0
+        async with grpc.aio.insecure_channel(address) as captured:
+            with pytest.raises(grpc.aio.AioRpcError):
+                await is_serving(captured)
+        await server.drain(0)
+
+    asyncio.run(test())
+
+
+def test_only_one_function_opens_channels_of_services() -> None:
+    opening = {
+        str(path.relative_to(ROOT))
+        for package in ("common", "models", "services")
+        for path in (ROOT / package).rglob("*.py")
+        if "insecure_channel(" in (text := path.read_text()) or "secure_channel(" in text
+    }
+    assert opening == {"common/rpc/client.py", "common/rpc/probe.py"}
+
+
+@pytest.mark.parametrize(
+    ("address", "local"),
+    [
+        ("unix:/tmp/s", True),
+        ("localhost:1", True),
+        ("127.4.5.6:1", True),
+        ("[::1]:1", True),
+        ("10.0.0.1:1", False),
+        ("fleet.example:50051", False),
+        ("[2001:db8::1]:1", False),
+    ],
+)
+def test_local_addresses(address: str, local: bool) -> None:
+    assert is_local(address) is local
+
+
+@pytest.mark.parametrize(
+    ("environ", "variable"),
+    [
+        ({}, ""),
+        ({"http_proxy": NOBODY}, "http_proxy"),
+        ({"http_proxy": NOBODY, "https_proxy": NOBODY}, "https_proxy"),
+        ({"http_proxy": NOBODY, "grpc_proxy": NOBODY}, "grpc_proxy"),
+        ({"http_proxy": NOBODY, "no_proxy": "other.example"}, "http_proxy"),
+        ({"http_proxy": NOBODY, "no_proxy": "other.example, .example"}, ""),
+        ({"http_proxy": NOBODY, "no_grpc_proxy": "fleet.example"}, ""),
+        ({"HTTP_PROXY": NOBODY}, ""),
+    ],
+)
+def test_the_proxy_variable_in_force(environ: dict[str, str], variable: str) -> None:
+    assert proxy_variable("fleet.example:50051", environ) == variable
+    assert proxy_variable("127.0.0.1:50051", environ) == ""
+
+
+def test_targets_of_hosts_are_left_alone() -> None:
+    assert target_of("fleet.example:50051") == "fleet.example:50051"
+    assert target_of("unix:///run/fleet/a.sock") == target_of("unix:/run/fleet/a.sock") == "unix:/run/fleet/a.sock"
