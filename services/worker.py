@@ -24,6 +24,7 @@ from common.errors import FailedPrecondition, FleetError, InvalidInput, Unavaila
 from common.local import HostedStages
 from common.pipeline import PipelineError, ServiceSpec
 from common.rpc.address import advertised_address
+from common.rpc.method import begun_frame, response_type, stage_method
 from common.rpc.server import Stages
 from common.rpc.serving import FleetServer, stop_signals
 from common.settings import load_settings
@@ -142,6 +143,7 @@ async def start_worker(
             device=str(device),
             versions={name: importlib.metadata.version(name) for name in _PACKAGES},
             degrees=degrees_message(ranks.degrees) if ranks else None,
+            reports_begun=begun_frame(response_type(stage_method(service))) is not None,
         )
         stages = ranks.lead(hosted) if ranks else hosted
         if warm_up is not None:

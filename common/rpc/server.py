@@ -29,7 +29,15 @@ from common.rpc.framing import (
     described_tensors,
     split_packets,
 )
-from common.rpc.method import check_contract, request_type, response_type, service_name, stage_method
+from common.rpc.method import (
+    BEGUN_KEY,
+    begun_frame,
+    check_contract,
+    request_type,
+    response_type,
+    service_name,
+    stage_method,
+)
 from common.rpc.parsing import parse, refuse_unknown_fields
 from common.rpc.replies import Recorder, ReplyCache, Write
 from common.rpc.reporter import Reporter
@@ -91,13 +99,16 @@ class StageServicer:
         self._cache = cache
         self._request = request_type(method)
         self._reply = response_type(method)
+        self._begun = begun_frame(self._reply)
         handler: Handler = grpc.stream_stream_rpc_method_handler(cast(Any, self._handle))
         self.methods: Mapping[str, Handler] = {method.name: handler}
         self.in_flight = 0
 
     async def _handle(self, _requests: object, context: Context) -> None:
         with self._place() as leave:
-            job = _Job(self.pool.lease(), self._call_of(context))
+            metadata = dict(context.invocation_metadata() or ())
+            begun = self._begun if metadata.get(BEGUN_KEY) == "1" else None
+            job = _Job(self.pool.lease(), _call_of(context, str(metadata.get(REQUEST_ID_KEY, ""))), begun)
             try:
                 await self._receive(context, job)
                 if self._cache is None:
@@ -119,7 +130,7 @@ class StageServicer:
             leave()
             await write(kept[-1])
             return
-        recorder = Recorder(write, cache.max_bytes)
+        recorder = Recorder(write, cache.max_bytes, uncached=job.begun)
         await self._compute_and_answer(recorder.write, job, leave)
         if recorder.frames:
             cache.add(key, recorder.frames, job.seconds)
@@ -145,14 +156,6 @@ class StageServicer:
             yield leave
         finally:
             leave()
-
-    def _call_of(self, context: Context) -> Call:
-        remaining = context.time_remaining()
-        metadata = dict(context.invocation_metadata() or ())
-        return Call(
-            request_id=str(metadata.get(REQUEST_ID_KEY, "")),
-            deadline=None if remaining is None else time.monotonic() + remaining,
-        )
 
     async def _receive(self, context: Context, job: _Job) -> None:
         """Read the header and the chunks that it announces, until half-close."""
@@ -203,15 +206,20 @@ class StageServicer:
 
     async def _run(self, write: Write, job: _Job) -> Mapping[str, Packet]:
         """Compute on the device thread; meanwhile send on what the stages report."""
-        reporter = Reporter(self._reply, self._leaf, step_seconds=self._limits.step_seconds)
-        job.start(self._executor, partial(self._compute, job, reporter.listen(job.call)), reporter.end)
-        async for frame in reporter.frames():
-            await write(frame)
+        reporter = Reporter(self._reply, self._leaf, step_seconds=self._limits.step_seconds, begun=job.begun)
+        job.start(self._executor, partial(self._compute, job, reporter), reporter.end)
+        try:
+            async for frame in reporter.frames():
+                await write(frame)
+        finally:
+            reporter.release()
         return job.result()
 
-    def _compute(self, job: _Job, call: Call) -> dict[str, Packet]:
+    def _compute(self, job: _Job, reporter: Reporter) -> dict[str, Packet]:
         """Unpack, run, pack: on the device thread. Empties inputs, so that nothing but tensors holds on to buffers."""
+        call = reporter.listen(job.call)
         call.check_cancelled()
+        reporter.begin()
         began = time.perf_counter()
         contract = self._stages.contract
         values = {
@@ -237,11 +245,15 @@ class StageServicer:
 
 
 class _Job:
-    """One call's work on the device thread, and the buffers that it reads, which outlive the call if need be."""
+    """One call's work on the device thread, and the buffers that it reads, which outlive the call if need be.
 
-    def __init__(self, lease: BufferLease, call: Call) -> None:
+    `begun` is the frame to send when the work starts; None for a caller that does not know such frames.
+    """
+
+    def __init__(self, lease: BufferLease, call: Call, begun: bytes | None) -> None:
         self.lease = lease
         self.call = call
+        self.begun = begun
         self.inputs: dict[str, Packet] = {}
         self.seconds = 0.0  # that the stages took
         self._future: Future[dict[str, Packet]] | None = None
@@ -269,6 +281,11 @@ class _Job:
         else:
             loop = asyncio.get_running_loop()
             self._future.add_done_callback(lambda _: _call_on(loop, self.lease.close))
+
+
+def _call_of(context: Context, request_id: str) -> Call:
+    remaining = context.time_remaining()
+    return Call(request_id, deadline=None if remaining is None else time.monotonic() + remaining)
 
 
 def _holding_nothing(work: Callable[[], dict[str, Packet]]) -> dict[str, Packet]:
