@@ -89,7 +89,7 @@ class Worker:
     async def stop(self, grace: float) -> None:
         """Withdraw, let running calls finish within `grace` seconds, free everything."""
         try:
-            await self._registry.withdraw(self.info.worker_id)
+            await self._registry.withdraw(self.info.worker_id, grace_seconds=grace)
         except Unavailable as error:
             log.warning("left without telling the request store: %s", error)
         await self._server.drain(grace)

@@ -84,7 +84,8 @@ class RemoteRunner:
     Cancelling the task that awaits it cancels the call. `on_begun` is called when the worker starts the call's stages;
     workers older than Begun frames do not report it (see `reports_begun` of WorkerInfo). Raises the error that the
     worker raised, and Unavailable when the connection is lost (WorkerLost during the call), so that the caller can try
-    another worker with the same packets. ResourceExhausted has a field where no worker could take the values, and none where this one has no place.
+    another worker with the same packets. ResourceExhausted has a field where no worker could take the values, and
+    none where this one has no place.
     """
 
     def __init__(

@@ -110,14 +110,15 @@ class WorkerRegistry:
         if beat is not None:
             beat.cancel()
 
-    async def withdraw(self, worker_id: str) -> None:
-        """Take a worker off the list: no new request goes there. Raises Unavailable when the store is away."""
-        self._stop_beat(worker_id)
-        await run_on_leaving(self._redis, "withdraw", worker_id)
+    async def withdraw(self, worker_id: str, *, grace_seconds: float = 0.0) -> None:
+        """Mark a worker as leaving, and take it off the list: no new request goes there.
 
-    async def suspect(self, worker_id: str) -> None:
-        """Take a worker that did not answer off the list until its next heartbeat."""
-        await run_script(self._redis, "withdraw", worker_id)
+        It ends within `grace_seconds`. Until a heartbeat's time to live after that, a call that is lost with the worker
+        counts against no request. Raises Unavailable when the store is unavailable.
+        """
+        self._stop_beat(worker_id)
+        lasts = self._ttl + int(grace_seconds * 1_000)
+        await run_on_leaving(self._redis, "leaving", worker_id, str(lasts))
 
     async def live(self, model: str, service: str) -> list[worker_pb2.WorkerInfo]:
         """The live workers of a service of a model."""

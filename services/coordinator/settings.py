@@ -22,8 +22,6 @@ _POSITIVE = (
     "max_calls",
     "max_streams",
     "max_connections",
-    "stage_attempts",
-    "max_worker_deaths",
     "record_seconds",
     "result_seconds",
 )
@@ -41,12 +39,12 @@ class CoordinatorSettings(TlsSettings):
     max_open_requests: int = setting(1_000, help="requests of a model that may be accepted and not ended")
     max_open_of_caller: int = setting(1_000, help="the same of one caller, unless api_keys tells another bound")
     queue_limit: int = setting(256, help="claims that may wait for one service of a model when a request is accepted")
-    worker_wait_seconds: float | None = setting(None, help="fail a request that found no live worker for so long")
-    max_worker_deaths: int = setting(2, help="give a request up once so many workers died while they ran it")
+    worker_wait_seconds: float | None = setting(
+        None, help="fail a request that found no live worker, or reached none, for so long"
+    )
     queue_seconds: float = setting(
         0.0, help="refuse what would have to wait longer, by the services' pace and the callers' parts; 0 refuses none"
     )
-    stage_attempts: int = setting(3, help="workers that a stage is tried on when they go away")
     record_seconds: float = setting(86_400.0, help="how long a request that has ended is remembered")
     result_seconds: float = setting(3_600.0, help="how long its files can be downloaded; at most record_seconds")
     tls_client_ca: Path | None = setting(

@@ -28,10 +28,9 @@ _LARGEST_SKEW_SECONDS = 7_200.0
 _IDLE_SECONDS = 2.0
 _OWNER = re.compile(r"coordinator-[0-9a-f]{12}")
 
-# Quick heartbeats, as a take-over waits for a few; budgets that no run uses up, as every failure would be a finding.
+# Quick heartbeats, as a take-over waits for a few.
 _COORDINATOR_WORDS = (
     *("--heartbeat-seconds", "0.3", "--heartbeat-ttl-seconds", "1.5", "--step-seconds", "0", "--grace-seconds", "2"),
-    *("--max-worker-deaths", "1000", "--stage-attempts", "1000"),
 )
 _WORKER_WORDS = (
     *("--device", "cpu", "--threads", "1", "--checkpoint-every", "1", "--step-seconds", "0", "--grace-seconds", "5"),
