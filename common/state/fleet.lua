@@ -97,7 +97,9 @@ local function live_workers(place)
   local key = P .. 'workers:' .. place
   local silent = redis.call('ZRANGEBYSCORE', key, '-inf', int(now), 'WITHSCORES')
   for i = 1, #silent, 2 do
-    note_loss(place, silent[i], tonumber(silent[i + 1]))
+    if redis.call('EXISTS', P .. 'leaving:' .. silent[i]) == 0 then
+      note_loss(place, silent[i], tonumber(silent[i + 1]))
+    end
   end
   redis.call('ZREMRANGEBYSCORE', key, '-inf', int(now))
   local live = {}

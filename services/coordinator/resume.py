@@ -146,6 +146,7 @@ class Recovery:
         self._epoch = epoch
         self._ttl_seconds = ttl_seconds
         self._has_losses = epoch > 1  # perhaps: an earlier owner may have recorded some
+        self._recorded = 0
 
     async def worker_lost(self, worker_id: str, service: str, stage: int) -> None:
         """Record a loss of a call that had begun. Waits until the store is available: the count must be right.
@@ -166,6 +167,7 @@ class Recovery:
             ),
         )
         self._has_losses = True
+        self._recorded += 1
 
     async def admit(self) -> bool:
         """Wait until the request may be claimed; returns whether all slots of a worker have to be claimed.
@@ -173,10 +175,11 @@ class Recovery:
         Raises InternalError when workers die of the request.
         """
         while self._has_losses:
-            self._has_losses = False  # before it asks: a loss of another stage may be recorded meanwhile
+            recorded = self._recorded
             what = f"request {self._request_id} needs its losses"
             losses = await persist(what, partial(self._leases.losses, self._request_id, self._epoch))
-            self._has_losses |= bool(losses)
+            if not losses and recorded == self._recorded:
+                self._has_losses = False
             suspect = [loss for loss in losses if loss.suspect]
             if reason := reason_to_give_up(suspect):
                 where = f"the last one in {suspect[-1].service}"
