@@ -64,6 +64,7 @@ class Book(Leases):
         self.deaths: list[tuple[str, str, int]] = []
 
     async def losses(self, request_id: str, epoch: int) -> list[Loss]:
+        del request_id, epoch
         self.asked += 1
         answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
         if isinstance(answer, Exception):
@@ -71,6 +72,7 @@ class Book(Leases):
         return answer
 
     async def add_death(self, request_id: str, epoch: int, worker_id: str, **more: Any) -> list[Loss]:
+        del request_id, epoch
         self.deaths.append((worker_id, more["service"], more["stage"]))
         return []
 
