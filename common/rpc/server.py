@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from traceback import clear_frames
@@ -16,7 +16,7 @@ import grpc
 from google.protobuf.message import Message
 
 from common.codec import TensorLeaf, artifact_class, pack, unpack
-from common.errors import DeadlineExceeded, InternalError, InvalidInput, ResourceExhausted
+from common.errors import DeadlineExceeded, InternalError, InvalidInput, ResourceExhausted, Unavailable
 from common.rpc.buffers import BufferLease, BufferPool
 from common.rpc.client import header_frame
 from common.rpc.frames import ChunkView, read_chunk
@@ -41,6 +41,7 @@ from common.rpc.method import (
 from common.rpc.parsing import parse, refuse_unknown_fields
 from common.rpc.replies import Recorder, ReplyCache, Write
 from common.rpc.reporter import Reporter
+from common.rpc.watchdog import Watchdog
 from common.rpc.wrapping import Context, Handler
 from common.stage import Call, Contract
 from common.telemetry import REQUEST_ID_KEY
@@ -74,7 +75,8 @@ class StageServicer:
 
     Raises PipelineError when the stages' contract is not part of the RPC's messages. The stages run on `executor`,
     which has the one thread that may touch the device; unpacking and packing run there too, off the event loop. With a
-    cache, a call whose inputs came before is answered from it.
+    cache, a call whose inputs came before is answered from it. With a watchdog, a call that is stuck is answered with
+    UNAVAILABLE, and so is each new one until the device thread is free.
     """
 
     def __init__(
@@ -87,6 +89,7 @@ class StageServicer:
         limits: ServingLimits | None = None,
         pool: BufferPool | None = None,
         cache: ReplyCache | None = None,
+        watchdog: Watchdog | None = None,
     ) -> None:
         method = stage_method(service)
         check_contract(stages.contract, method)
@@ -97,6 +100,7 @@ class StageServicer:
         self._limits = limits or ServingLimits()
         self.pool = pool or BufferPool()
         self._cache = cache
+        self._watchdog = watchdog
         self._request = request_type(method)
         self._reply = response_type(method)
         self._begun = begun_frame(self._reply)
@@ -142,6 +146,8 @@ class StageServicer:
         A cancelled call gives its place back at once, although its stage may compute for the rest of a step: the
         next call's inputs arrive meanwhile, and wait for the device thread.
         """
+        if self._watchdog is not None and self._watchdog.is_stuck:
+            raise Unavailable("this worker's device is stuck in the call before; another worker can take this one")
         if self.in_flight >= self._limits.capacity:
             raise ResourceExhausted(f"this worker takes {self._limits.capacity} calls at a time and has as many")
         self.in_flight += 1
@@ -226,7 +232,8 @@ class StageServicer:
             slot: unpack(slot, artifact_class(contract.inputs[slot]), job.inputs.pop(slot), self._leaf)
             for slot in list(job.inputs)
         }
-        outputs = self._stages.run(values, call)
+        with nullcontext(call) if self._watchdog is None else self._watchdog.watch(call, job.fail) as watched:
+            outputs = self._stages.run(values, watched)
         job.seconds = time.perf_counter() - began
         try:
             return {slot: pack(slot, outputs[slot], self._leaf) for slot in contract.outputs}
@@ -256,20 +263,30 @@ class _Job:
         self.begun = begun
         self.inputs: dict[str, Packet] = {}
         self.seconds = 0.0  # that the stages took
+        self._failure: Unavailable | None = None
+        self._end: Callable[[], None] = _do_nothing
         self._future: Future[dict[str, Packet]] | None = None
 
     def start(
         self, executor: ThreadPoolExecutor, work: Callable[[], dict[str, Packet]], on_end: Callable[[], None]
     ) -> None:
-        """Queue the work; on_end is called on the event loop once it has ended, however."""
-        loop = asyncio.get_running_loop()
+        """Queue the work; on_end is called on the event loop once it has ended, however, or fail() was called."""
+        self._end = partial(_call_on, asyncio.get_running_loop(), on_end)
         self._future = executor.submit(_holding_nothing, work)
-        self._future.add_done_callback(lambda _: _call_on(loop, on_end))
+        self._future.add_done_callback(lambda _: self._end())
+
+    def fail(self, reason: str) -> None:
+        """Cancel the work, and end the call as UNAVAILABLE without waiting for the device thread. Thread-safe."""
+        self._failure = Unavailable(reason)
+        self.call.cancelled.set()
+        self._end()
 
     def result(self) -> dict[str, Packet]:
-        """What the work returned; raises what it raised."""
+        """What the work returned; raises what it raised, or the error of fail()."""
         if self._future is None:
             raise AssertionError("not started")
+        if self._failure is not None and (not self._future.done() or self._future.exception() is not None):
+            raise self._failure
         return self._future.result()
 
     def abandon(self) -> None:
@@ -286,6 +303,10 @@ class _Job:
 def _call_of(context: Context, request_id: str) -> Call:
     remaining = context.time_remaining()
     return Call(request_id, deadline=None if remaining is None else time.monotonic() + remaining)
+
+
+def _do_nothing() -> None:
+    return None
 
 
 def _holding_nothing(work: Callable[[], dict[str, Packet]]) -> dict[str, Packet]:

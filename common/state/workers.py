@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from redis.asyncio import Redis
@@ -17,6 +17,10 @@ from common.state.presence import BEAT_SECONDS, TTL_SECONDS, run_on_leaving
 from fleet.v1 import worker_pb2
 
 _log = logging.getLogger(__name__)
+
+
+def _always() -> bool:
+    return True
 
 
 class ServiceLoad(NamedTuple):
@@ -69,14 +73,17 @@ class WorkerRegistry:
                 field="contract",
             )
 
-    async def announce(self, info: worker_pb2.WorkerInfo) -> None:
-        """Make a worker known, and keep it so until withdraw(). Raises FailedPrecondition when the model is another."""
+    async def announce(self, info: worker_pb2.WorkerInfo, *, is_able: Callable[[], bool] = _always) -> None:
+        """Make a worker known, and keep it so until withdraw(). Raises FailedPrecondition when the model is another.
+
+        No heartbeat is sent while the worker is not `is_able`.
+        """
         for name, value in (("worker_id", info.worker_id), ("model", info.model), ("service", info.service)):
             if not value or any(sign in value for sign in "|/\n"):
                 raise InvalidInput(f"{name} {value!r} must be a name without '|' and '/'", field=name)
         await self._announce(info)
         self._stop_beat(info.worker_id)
-        self._beats[info.worker_id] = asyncio.create_task(self._keep_announcing(info))
+        self._beats[info.worker_id] = asyncio.create_task(self._keep_announcing(info, is_able))
 
     async def _announce(self, info: worker_pb2.WorkerInfo) -> None:
         contract = info.contract
@@ -93,9 +100,11 @@ class WorkerRegistry:
             self._ttl,
         )
 
-    async def _keep_announcing(self, info: worker_pb2.WorkerInfo) -> None:
+    async def _keep_announcing(self, info: worker_pb2.WorkerInfo, is_able: Callable[[], bool]) -> None:
         while True:
             await asyncio.sleep(self._beat_seconds)
+            if not is_able():
+                continue
             try:
                 await self._announce(info)
             except Unavailable as error:
