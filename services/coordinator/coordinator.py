@@ -58,7 +58,7 @@ class Coordinator:
             self.artifact_memory,
             settings.worker_wait_seconds,
         )
-        store = RequestStore(self._redis, owner=owner, retention=settings.retention)
+        store = RequestStore(self._redis, owner=owner, retention=settings.retention, replicas=settings.store_replicas)
         self._driver = Driver(
             store,
             Leases(self._redis, owner),

@@ -34,6 +34,9 @@ class CoordinatorSettings(TlsSettings):
     model: tuple[str, ...] = setting((DEFAULT_MODEL,), help="NAME, DIR or NAME=DIR to serve; repeatable")
     listen: str = setting("127.0.0.1:50051", help="host:port or unix:path to listen on; port 0 picks one")
     redis: str = setting("redis://127.0.0.1:6379/0", help="URL of the request store")
+    store_replicas: int = setting(
+        0, help="replicas of the store that must have a request, and its end, before it counts"
+    )
     plugins: tuple[Path, ...] = setting((), help="directory with families that are not in this tree; repeatable")
     grace_seconds: float = setting(30.0, help="how long running requests may finish after SIGTERM")
     max_open_requests: int = setting(1_000, help="requests of a model that may be accepted and not ended")
@@ -79,6 +82,10 @@ class CoordinatorSettings(TlsSettings):
         for name in _POSITIVE:
             if not vars(self)[name] > 0:
                 raise SettingsError(f"{name} must be more than 0, not {vars(self)[name]}", field=name)
+        if self.store_replicas < 0:
+            raise SettingsError(
+                f"store_replicas: {self.store_replicas} is not 0 or more; 0 waits for none", field="store_replicas"
+            )
         if self.grace_seconds < 0:
             raise SettingsError(
                 f"grace_seconds must not be negative, but is {self.grace_seconds}", field="grace_seconds"
