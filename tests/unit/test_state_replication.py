@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from redis import Redis as BlockingRedis
 from redis.asyncio import Redis
 
 from common.errors import Unavailable
@@ -108,17 +109,17 @@ def test_a_result_of_which_a_failover_lost_a_part_is_written_again(monkeypatch: 
     data = bytes(3 * CHUNK_BYTES)
     follow = Replication.follow
 
-    def lose_the_first_part(self: Replication, pipeline: Any, needed: Collection[str] = ()) -> None:
-        if needed:
-            pipeline.delete("fleet:result:r:1:0:0")
-        follow(self, pipeline, needed)
-
-    monkeypatch.setattr(Replication, "follow", lose_the_first_part)
-
-    async def story(_: Replicated, redis: Redis) -> None:
+    async def story(servers: Replicated, redis: Redis) -> None:
         store = RequestStore(redis, replicas=1)
         await store.admit(record("r"))
         file = ResultFile(generation_pb2.FileHeader(count=1, byte_size=len(data)), [data])
+
+        def lose_the_first_part(self: Replication, pipeline: Any, needed: Collection[str] = ()) -> None:
+            with BlockingRedis.from_url(servers.url) as other:
+                assert not needed or other.delete("fleet:result:r:1:0:0") == 1
+            follow(self, pipeline, needed)
+
+        monkeypatch.setattr(Replication, "follow", lose_the_first_part)
         with pytest.raises(Unavailable, match="2 of 3 parts of a result: a failover lost some"):
             await store.finish("r", SUCCEEDED, files=[file], token="t")
         monkeypatch.setattr(Replication, "follow", follow)
