@@ -88,7 +88,10 @@ class _Struck:
 
     def __init__(self, poisoned: str) -> None:
         self.roles = [COORDINATOR, Role("denoising", "flux"), Role("denoising", "flux"), Role("decoding", "flux")]
-        self.living = [Process(str(pid), role, *cast(Any, (None,) * 4), pid=pid) for pid, role in enumerate(self.roles)]
+        nowhere = cast(Any, None)
+        self.living = [
+            Process(str(pid), role, nowhere, nowhere, nowhere, None, pid=pid) for pid, role in enumerate(self.roles)
+        ]
         self.struck: list[tuple[Kind, int]] = []
         self._poisoned = poisoned
 
