@@ -47,6 +47,11 @@ SHARED_CACHE_LOOKUPS = Counter(
 CACHE_BYTES = Gauge("fleet_cache_bytes", "Memory of kept replies", ("service", "model"))
 QUEUE_LENGTH = Gauge("fleet_queue_length", "Requests that wait for a slot", ("service", "model"))
 REQUESTS = Counter("fleet_requests", "Requests that reached their terminal state", ("model", "state"))
+LOST_CALLS = Counter(
+    "fleet_lost_calls",
+    "Calls that were lost with their worker, by whether their stages had begun",
+    ("service", "model", "begun"),
+)
 STEPS_SAVED = Counter(
     "fleet_steps_saved", "Denoising steps that were not done because their request was cancelled or expired", ("model",)
 )

@@ -24,8 +24,10 @@ from common.errors import FailedPrecondition, FleetError, InvalidInput, Unavaila
 from common.local import HostedStages
 from common.pipeline import PipelineError, ServiceSpec
 from common.rpc.address import advertised_address
+from common.rpc.method import begun_frame, response_type, stage_method
 from common.rpc.server import Stages
 from common.rpc.serving import FleetServer, stop_signals
+from common.rpc.watchdog import Watchdog
 from common.settings import load_settings
 from common.stage import Call
 from common.state.connection import connect
@@ -37,7 +39,15 @@ from models.layers.mesh import Degrees, WorkerMesh
 from models.loader import load_stages, numerics_fingerprint
 from models.registry import load_registry
 from models.warm_up import WarmUp
-from services.worker_server import cache_of, contract_message, degrees_message, make_server, shared_of, tls_of
+from services.worker_server import (
+    cache_of,
+    contract_message,
+    degrees_message,
+    make_server,
+    shared_of,
+    tls_of,
+    watchdog_of,
+)
 from services.worker_settings import WorkerSettings, device_of, dtype_of, prepare_thread
 
 log = logging.getLogger(__name__)
@@ -88,7 +98,7 @@ class Worker:
     async def stop(self, grace: float) -> None:
         """Withdraw, let running calls finish within `grace` seconds, free everything."""
         try:
-            await self._registry.withdraw(self.info.worker_id)
+            await self._registry.withdraw(self.info.worker_id, grace_seconds=grace)
         except Unavailable as error:
             log.warning("left without telling the request store: %s", error)
         await self._server.drain(grace)
@@ -115,6 +125,7 @@ async def start_worker(
     """
     spec = service_of(model, service)
     tls = tls_of(settings)
+    watchdog = watchdog_of(settings)
     device = device_of(settings.device)
     dtype = dtype_of(settings.dtype, device)
     loop = asyncio.get_running_loop()
@@ -142,6 +153,7 @@ async def start_worker(
             device=str(device),
             versions={name: importlib.metadata.version(name) for name in _PACKAGES},
             degrees=degrees_message(ranks.degrees) if ranks else None,
+            reports_begun=begun_frame(response_type(stage_method(service))) is not None,
         )
         stages = ranks.lead(hosted) if ranks else hosted
         if warm_up is not None:
@@ -152,14 +164,14 @@ async def start_worker(
         if shared is not None:
             resources.push_async_callback(shared.close)
         cache = cache_of(hosted, info, settings, shared)
-        server = make_server(service, stages, executor, info, settings, tls, cache)
+        server = make_server(service, stages, executor, info, settings, tls, cache, watchdog)
         bound = await server.start()
         resources.push_async_callback(server.drain, 0)
         info.address = settings.advertise or advertised_address(bound, settings.redis)
         if settings.metrics_port is not None:
             resources.callback(start_metrics(settings.metrics_port).stop)
         registry = WorkerRegistry(redis)
-        await _announce(registry, info, settings.announce_seconds)
+        await _announce(registry, info, watchdog, settings.announce_seconds)
         await server.set_ready(True)
         log.info("serves %s of %s at %s in %s on %s", service, model.name, info.address, info.dtype, info.device)
         if shares_memory:
@@ -209,13 +221,16 @@ def service_of(model: ServedModel, service: str) -> ServiceSpec:
         raise InvalidInput(str(error), field="service") from error
 
 
-async def _announce(registry: WorkerRegistry, info: worker_pb2.WorkerInfo, patience: float) -> None:
-    """Announce the worker, as soon as the store answers: services start in any order."""
+async def _announce(registry: WorkerRegistry, info: worker_pb2.WorkerInfo, watchdog: Watchdog, patience: float) -> None:
+    """Announce the worker, as soon as the store answers: services start in any order.
+
+    While its device is stuck it sends no heartbeats: coordinators then count the call as lost, as with a dead worker.
+    """
     loop = asyncio.get_running_loop()
     give_up = loop.time() + patience
     while True:
         try:
-            return await registry.announce(info)
+            return await registry.announce(info, is_able=lambda: not watchdog.is_stuck)
         except Unavailable as error:
             if loop.time() >= give_up:
                 raise

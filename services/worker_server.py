@@ -17,6 +17,7 @@ from common.rpc.replies import ReplyCache
 from common.rpc.server import ServingLimits, Stages, StageServicer
 from common.rpc.serving import FleetServer
 from common.rpc.tls import Mutual, NamedPeers, Shown, server_credentials, watch_mutual
+from common.rpc.watchdog import HangLimits, Watchdog
 from common.stage import Contract
 from common.state.shared_replies import SharedReplies
 from common.telemetry import MetricsInterceptor
@@ -52,6 +53,14 @@ def tls_of(settings: WorkerSettings) -> WatchedFiles[Mutual] | None:
     return tls
 
 
+def watchdog_of(settings: WorkerSettings) -> Watchdog:
+    """The watchdog of the worker's device thread. Raises InvalidInput for a bound that is not more than 0."""
+    bounds = HangLimits(
+        seconds=settings.hang_seconds, paces=settings.hang_paces, exit_seconds=settings.hang_exit_seconds
+    )
+    return Watchdog(bounds)
+
+
 def make_server(
     service: str,
     stages: Stages,
@@ -60,6 +69,7 @@ def make_server(
     settings: WorkerSettings,
     tls: WatchedFiles[Mutual] | None,
     cache: ReplyCache | None,
+    watchdog: Watchdog,
 ) -> FleetServer:
     """The server of a worker, with the service's stages and GetModelInfo; it is started by the caller."""
     limits = ServingLimits(
@@ -75,7 +85,7 @@ def make_server(
         admit=NamedPeers(settings.tls_callers) if tls else admit_all,
         health_listen=settings.health_listen,
     )
-    servicer = StageServicer(service, stages, executor, TORCH, limits=limits, cache=cache)
+    servicer = StageServicer(service, stages, executor, TORCH, limits=limits, cache=cache, watchdog=watchdog)
     server.add(servicer.methods, servicer.service_name)
     worker_pb2_grpc.add_WorkerServiceServicer_to_server(WorkerService(info), server.grpc_server)
     server.add(None, _SERVICE)

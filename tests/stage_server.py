@@ -20,6 +20,7 @@ from common.rpc.framing import Packet
 from common.rpc.replies import ReplyCache
 from common.rpc.server import ServingLimits, StageServicer
 from common.rpc.serving import FleetServer
+from common.rpc.watchdog import Watchdog
 from common.stage import Call, PipelineStage
 from common.tensors import TORCH
 
@@ -149,12 +150,13 @@ async def served(
     listen: str = "127.0.0.1:0",
     limits: ServingLimits | None = None,
     cache: ReplyCache | None = None,
+    watchdog: Watchdog | None = None,
 ) -> AsyncIterator[Served]:
     """Serve a scripted stage."""
     hosted = HostedStages(SERVICE, [ScriptedStage(script)])
     with ThreadPoolExecutor(1) as executor:
         server = FleetServer(listen)
-        servicer = StageServicer(SERVICE, hosted, executor, TORCH, limits=limits, cache=cache)
+        servicer = StageServicer(SERVICE, hosted, executor, TORCH, limits=limits, cache=cache, watchdog=watchdog)
         server.add(servicer.methods, servicer.service_name)
         address = await server.start()
         await server.set_ready(True)

@@ -24,7 +24,15 @@ from common.rpc.framing import (
     described_tensors,
     split_packets,
 )
-from common.rpc.method import check_contract, header_type, path_of, request_type, response_type, stage_method
+from common.rpc.method import (
+    BEGUN_KEY,
+    check_contract,
+    header_type,
+    path_of,
+    request_type,
+    response_type,
+    stage_method,
+)
 from common.rpc.options import CHANNEL_OPTIONS, MAX_MESSAGE_BYTES, NO_PROXY
 from common.rpc.status import from_rpc_error, is_told
 from common.stage import Call, Contract
@@ -38,6 +46,10 @@ _CHECKPOINT = "checkpoint"
 
 OnCheckpoint = Callable[[Packet], None]
 """Takes a packet of a DenoiseState for the slot "checkpoint"."""
+
+
+def _ignore() -> None:
+    return None
 
 
 def open_channel(
@@ -71,15 +83,17 @@ async def get_model_info(channel: grpc.aio.Channel, *, seconds: float = 10) -> w
 
 
 class WorkerLost(Unavailable):
-    """The connection ended after the worker had got the call: it may have died of it."""
+    """The connection ended after the call's first frame was sent: the call may have begun."""
 
 
 class RemoteRunner:
     """Runs a contract on the worker behind a channel. The twin of common.local.LocalRunner.
 
-    Cancelling the task that awaits it cancels the call. Raises the error that the worker raised, and Unavailable when
-    the connection is lost (WorkerLost during the call), so that the caller can try another worker with the same
-    packets. ResourceExhausted has a field where no worker could take the values, and none where this one has no place.
+    Cancelling the task that awaits it cancels the call. `on_begun` is called when the worker starts the call's stages;
+    workers older than Begun frames do not report it (see `reports_begun` of WorkerInfo). Raises the error that the
+    worker raised, and Unavailable when the connection is lost (WorkerLost during the call), so that the caller can try
+    another worker with the same packets. ResourceExhausted has a field where no worker could take the values, and
+    none where this one has no place.
     """
 
     def __init__(
@@ -89,6 +103,7 @@ class RemoteRunner:
         contract: Contract,
         *,
         on_checkpoint: OnCheckpoint | None = None,
+        on_begun: Callable[[], None] = _ignore,
         limits: Limits | None = None,
     ) -> None:
         method = stage_method(service)
@@ -96,6 +111,7 @@ class RemoteRunner:
         self._contract = contract
         self._service = service
         self._on_checkpoint = on_checkpoint
+        self._on_begun = on_begun
         self._limits = limits or Limits()
         self._request = request_type(method)
         self._reply = response_type(method)
@@ -106,9 +122,10 @@ class RemoteRunner:
         """What the stages read and write together."""
         return self._contract
 
-    def telling(self, on_checkpoint: OnCheckpoint) -> RemoteRunner:
-        """The same runner, with its checkpoints going there."""
+    def telling(self, on_begun: Callable[[], None], on_checkpoint: OnCheckpoint | None = None) -> RemoteRunner:
+        """The same runner with these listeners."""
         runner = copy.copy(self)
+        runner._on_begun = on_begun
         runner._on_checkpoint = on_checkpoint
         return runner
 
@@ -128,9 +145,9 @@ class RemoteRunner:
         rpc = self._open(
             _request_frames(header, values.values(), sent),
             timeout=timeout,
-            metadata=((REQUEST_ID_KEY, call.request_id),),
+            metadata=((REQUEST_ID_KEY, call.request_id), (BEGUN_KEY, "1")),
         )
-        receiver = _Receiver(self._reply, self._contract, call, self._on_checkpoint, self._limits)
+        receiver = _Receiver(self._reply, self._contract, call, self._on_checkpoint, self._on_begun, self._limits)
         try:
             async for raw in rpc:
                 receiver.take(raw)
@@ -180,6 +197,7 @@ class _Receiver:
     contract: Contract
     call: Call
     on_checkpoint: OnCheckpoint | None
+    on_begun: Callable[[], None]
     limits: Limits
     header: Message | None = None
     chunks: Assembler | None = None
@@ -197,6 +215,8 @@ class _Receiver:
                 self._take_chunk(ChunkView(frame.chunk.path, frame.chunk.offset, frame.chunk.data))
             case "progress":
                 self.call.on_progress(frame.progress.step, frame.progress.total_steps)
+            case "begun":
+                self.on_begun()
             case "warning":
                 self.call.on_warning(frame.warning.field, frame.warning.message)
             case "checkpoint":

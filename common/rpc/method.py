@@ -1,14 +1,15 @@
 """Finds a stage service's RPC by convention, and reads the widest contract that its messages can carry.
 
 The service "denoising" lives in fleet.v1.denoising_pb2, which defines one service with one method, whose frames are
-`oneof frame { header = 1; chunk = 2; progress = 3; warning = 4; checkpoint = 5 }`. Nothing is registered anywhere.
+`oneof frame { header = 1; chunk = 2; progress = 3; warning = 4; checkpoint = 5; begun = 6 }`. Nothing is registered
+anywhere.
 """
 
 from __future__ import annotations
 
 import importlib
 import re
-from typing import cast
+from typing import Any, cast
 
 from google.protobuf.descriptor import Descriptor, FieldDescriptor, MethodDescriptor, ServiceDescriptor
 from google.protobuf.message import Message
@@ -24,7 +25,10 @@ _FRAMES = {
     "progress": (3, "Progress"),
     "warning": (4, "Warning"),
     "checkpoint": (5, "Checkpoint"),
+    "begun": (6, "Begun"),
 }
+BEGUN_KEY = "fleet-begun"
+"""Metadata key of a call whose caller knows Begun frames; its value is "1". Callers of before refuse unknown frames."""
 _NAME = re.compile(r"[a-z][a-z_]*")
 
 
@@ -72,6 +76,15 @@ def request_type(method: MethodDescriptor) -> type[Message]:
 def response_type(method: MethodDescriptor) -> type[Message]:
     """The class of a frame of the reply."""
     return GetMessageClass(method.output_type)
+
+
+def begun_frame(reply: type[Message]) -> bytes | None:
+    """The serialised frame which says that a call's stages start; None where the reply has no such frame."""
+    if "begun" not in reply.DESCRIPTOR.fields_by_name:
+        return None
+    frame = cast(Any, reply())
+    frame.begun.SetInParent()
+    return cast(bytes, frame.SerializeToString())
 
 
 def header_type(frame: type[Message]) -> type[Message]:

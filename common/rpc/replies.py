@@ -110,16 +110,19 @@ class ReplyCache:
 
 
 class Recorder:
-    """Writes frames, and remembers them as long as they are worth keeping."""
+    """Writes frames, and caches them as long as they are worth it, except `uncached`: a cached reply begins nothing."""
 
-    def __init__(self, write: Write, max_bytes: int) -> None:
+    def __init__(self, write: Write, max_bytes: int, *, uncached: bytes | None = None) -> None:
         self._write = write
+        self._uncached = uncached
         self._left = max_bytes
         self._frames: list[bytes] = []
 
     async def write(self, frame: bytes) -> None:
         """Send a frame."""
         await self._write(frame)
+        if frame == self._uncached:
+            return
         self._left -= len(frame)
         if self._left >= 0:
             self._frames.append(frame)

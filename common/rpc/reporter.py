@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import threading
 import time
 from collections.abc import AsyncIterator
 from typing import Any, cast
@@ -16,6 +17,7 @@ from common.rpc.framing import chunk_frames
 from common.stage import Call
 
 _MAX_WAITING = 256
+_LONGEST_BEGUN_SECONDS = 1.0
 
 
 class Reporter:
@@ -24,9 +26,12 @@ class Reporter:
     A client that reads slowly gets fewer of them, never a growing queue: progress is left out while many frames wait,
     and so is a checkpoint while the one before it waits, since an older checkpoint is as valid. Steps that come within
     `step_seconds` of one that was told are left out too, except the last: each would wake three processes.
+    begin() sends the frame `begun`, if there is one.
     """
 
-    def __init__(self, frame: type[Message], leaf: TensorLeaf, *, step_seconds: float = 0.0) -> None:
+    def __init__(
+        self, frame: type[Message], leaf: TensorLeaf, *, step_seconds: float = 0.0, begun: bytes | None = None
+    ) -> None:
         self._frame = cast(Any, frame)
         self._leaf = leaf
         self._step_seconds = step_seconds
@@ -35,6 +40,21 @@ class Reporter:
         self._queue: asyncio.Queue[bytes | DenoiseState | None] = asyncio.Queue()
         self._checkpoints = "checkpoint" in frame.DESCRIPTOR.fields_by_name
         self._checkpoint_waits = False
+        self._begun = begun
+        self._begun_sent = threading.Event()
+
+    def begin(self) -> None:
+        """Send `begun`, and return once it is written, or after a second. Called on the device thread.
+
+        A stage may kill its process within its first millisecond, and the caller must know by then that it ran.
+        """
+        if self._begun is not None:
+            self._put(self._begun)
+            self._begun_sent.wait(_LONGEST_BEGUN_SECONDS)
+
+    def release(self) -> None:
+        """Stop waiting for `begun` to be written: nothing is sent any more."""
+        self._begun_sent.set()
 
     def listen(self, call: Call) -> Call:
         """The same call, telling this reporter."""
@@ -51,6 +71,8 @@ class Reporter:
         while (told := await self._queue.get()) is not None:
             if isinstance(told, bytes):
                 yield told
+                if told is self._begun:
+                    self._begun_sent.set()
                 continue
             packet = await asyncio.to_thread(pack, "checkpoint", told, self._leaf)  # checksums of many bytes
             frame = self._frame()

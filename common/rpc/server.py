@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from traceback import clear_frames
@@ -16,7 +16,7 @@ import grpc
 from google.protobuf.message import Message
 
 from common.codec import TensorLeaf, artifact_class, pack, unpack
-from common.errors import DeadlineExceeded, InternalError, InvalidInput, ResourceExhausted
+from common.errors import DeadlineExceeded, InternalError, InvalidInput, ResourceExhausted, Unavailable
 from common.rpc.buffers import BufferLease, BufferPool
 from common.rpc.client import header_frame
 from common.rpc.frames import ChunkView, read_chunk
@@ -29,10 +29,19 @@ from common.rpc.framing import (
     described_tensors,
     split_packets,
 )
-from common.rpc.method import check_contract, request_type, response_type, service_name, stage_method
+from common.rpc.method import (
+    BEGUN_KEY,
+    begun_frame,
+    check_contract,
+    request_type,
+    response_type,
+    service_name,
+    stage_method,
+)
 from common.rpc.parsing import parse, refuse_unknown_fields
 from common.rpc.replies import Recorder, ReplyCache, Write
 from common.rpc.reporter import Reporter
+from common.rpc.watchdog import Watchdog
 from common.rpc.wrapping import Context, Handler
 from common.stage import Call, Contract
 from common.telemetry import REQUEST_ID_KEY
@@ -66,7 +75,8 @@ class StageServicer:
 
     Raises PipelineError when the stages' contract is not part of the RPC's messages. The stages run on `executor`,
     which has the one thread that may touch the device; unpacking and packing run there too, off the event loop. With a
-    cache, a call whose inputs came before is answered from it.
+    cache, a call whose inputs came before is answered from it. With a watchdog, a call that is stuck is answered with
+    UNAVAILABLE, and so is each new one until the device thread is free.
     """
 
     def __init__(
@@ -79,6 +89,7 @@ class StageServicer:
         limits: ServingLimits | None = None,
         pool: BufferPool | None = None,
         cache: ReplyCache | None = None,
+        watchdog: Watchdog | None = None,
     ) -> None:
         method = stage_method(service)
         check_contract(stages.contract, method)
@@ -89,15 +100,19 @@ class StageServicer:
         self._limits = limits or ServingLimits()
         self.pool = pool or BufferPool()
         self._cache = cache
+        self._watchdog = watchdog
         self._request = request_type(method)
         self._reply = response_type(method)
+        self._begun = begun_frame(self._reply)
         handler: Handler = grpc.stream_stream_rpc_method_handler(cast(Any, self._handle))
         self.methods: Mapping[str, Handler] = {method.name: handler}
         self.in_flight = 0
 
     async def _handle(self, _requests: object, context: Context) -> None:
         with self._place() as leave:
-            job = _Job(self.pool.lease(), self._call_of(context))
+            metadata = dict(context.invocation_metadata() or ())
+            begun = self._begun if metadata.get(BEGUN_KEY) == "1" else None
+            job = _Job(self.pool.lease(), _call_of(context, str(metadata.get(REQUEST_ID_KEY, ""))), begun)
             try:
                 await self._receive(context, job)
                 if self._cache is None:
@@ -119,7 +134,7 @@ class StageServicer:
             leave()
             await write(kept[-1])
             return
-        recorder = Recorder(write, cache.max_bytes)
+        recorder = Recorder(write, cache.max_bytes, uncached=job.begun)
         await self._compute_and_answer(recorder.write, job, leave)
         if recorder.frames:
             cache.add(key, recorder.frames, job.seconds)
@@ -131,6 +146,8 @@ class StageServicer:
         A cancelled call gives its place back at once, although its stage may compute for the rest of a step: the
         next call's inputs arrive meanwhile, and wait for the device thread.
         """
+        if self._watchdog is not None and self._watchdog.is_stuck:
+            raise Unavailable("this worker's device is stuck in the call before; another worker can take this one")
         if self.in_flight >= self._limits.capacity:
             raise ResourceExhausted(f"this worker takes {self._limits.capacity} calls at a time and has as many")
         self.in_flight += 1
@@ -145,14 +162,6 @@ class StageServicer:
             yield leave
         finally:
             leave()
-
-    def _call_of(self, context: Context) -> Call:
-        remaining = context.time_remaining()
-        metadata = dict(context.invocation_metadata() or ())
-        return Call(
-            request_id=str(metadata.get(REQUEST_ID_KEY, "")),
-            deadline=None if remaining is None else time.monotonic() + remaining,
-        )
 
     async def _receive(self, context: Context, job: _Job) -> None:
         """Read the header and the chunks that it announces, until half-close."""
@@ -203,22 +212,28 @@ class StageServicer:
 
     async def _run(self, write: Write, job: _Job) -> Mapping[str, Packet]:
         """Compute on the device thread; meanwhile send on what the stages report."""
-        reporter = Reporter(self._reply, self._leaf, step_seconds=self._limits.step_seconds)
-        job.start(self._executor, partial(self._compute, job, reporter.listen(job.call)), reporter.end)
-        async for frame in reporter.frames():
-            await write(frame)
+        reporter = Reporter(self._reply, self._leaf, step_seconds=self._limits.step_seconds, begun=job.begun)
+        job.start(self._executor, partial(self._compute, job, reporter), reporter.end)
+        try:
+            async for frame in reporter.frames():
+                await write(frame)
+        finally:
+            reporter.release()
         return job.result()
 
-    def _compute(self, job: _Job, call: Call) -> dict[str, Packet]:
+    def _compute(self, job: _Job, reporter: Reporter) -> dict[str, Packet]:
         """Unpack, run, pack: on the device thread. Empties inputs, so that nothing but tensors holds on to buffers."""
+        call = reporter.listen(job.call)
         call.check_cancelled()
+        reporter.begin()
         began = time.perf_counter()
         contract = self._stages.contract
         values = {
             slot: unpack(slot, artifact_class(contract.inputs[slot]), job.inputs.pop(slot), self._leaf)
             for slot in list(job.inputs)
         }
-        outputs = self._stages.run(values, call)
+        with nullcontext(call) if self._watchdog is None else self._watchdog.watch(call, job.fail) as watched:
+            outputs = self._stages.run(values, watched)
         job.seconds = time.perf_counter() - began
         try:
             return {slot: pack(slot, outputs[slot], self._leaf) for slot in contract.outputs}
@@ -237,27 +252,41 @@ class StageServicer:
 
 
 class _Job:
-    """One call's work on the device thread, and the buffers that it reads, which outlive the call if need be."""
+    """One call's work on the device thread, and the buffers that it reads, which outlive the call if need be.
 
-    def __init__(self, lease: BufferLease, call: Call) -> None:
+    `begun` is the frame to send when the work starts; None for a caller that does not know such frames.
+    """
+
+    def __init__(self, lease: BufferLease, call: Call, begun: bytes | None) -> None:
         self.lease = lease
         self.call = call
+        self.begun = begun
         self.inputs: dict[str, Packet] = {}
         self.seconds = 0.0  # that the stages took
+        self._failure: Unavailable | None = None
+        self._end: Callable[[], None] = _do_nothing
         self._future: Future[dict[str, Packet]] | None = None
 
     def start(
         self, executor: ThreadPoolExecutor, work: Callable[[], dict[str, Packet]], on_end: Callable[[], None]
     ) -> None:
-        """Queue the work; on_end is called on the event loop once it has ended, however."""
-        loop = asyncio.get_running_loop()
+        """Queue the work; on_end is called on the event loop once it has ended, however, or fail() was called."""
+        self._end = partial(_call_on, asyncio.get_running_loop(), on_end)
         self._future = executor.submit(_holding_nothing, work)
-        self._future.add_done_callback(lambda _: _call_on(loop, on_end))
+        self._future.add_done_callback(lambda _: self._end())
+
+    def fail(self, reason: str) -> None:
+        """Cancel the work, and end the call as UNAVAILABLE without waiting for the device thread. Thread-safe."""
+        self._failure = Unavailable(reason)
+        self.call.cancelled.set()
+        self._end()
 
     def result(self) -> dict[str, Packet]:
-        """What the work returned; raises what it raised."""
+        """What the work returned; raises what it raised, or the error of fail()."""
         if self._future is None:
             raise AssertionError("not started")
+        if self._failure is not None and (not self._future.done() or self._future.exception() is not None):
+            raise self._failure
         return self._future.result()
 
     def abandon(self) -> None:
@@ -269,6 +298,15 @@ class _Job:
         else:
             loop = asyncio.get_running_loop()
             self._future.add_done_callback(lambda _: _call_on(loop, self.lease.close))
+
+
+def _call_of(context: Context, request_id: str) -> Call:
+    remaining = context.time_remaining()
+    return Call(request_id, deadline=None if remaining is None else time.monotonic() + remaining)
+
+
+def _do_nothing() -> None:
+    return None
 
 
 def _holding_nothing(work: Callable[[], dict[str, Packet]]) -> dict[str, Packet]:

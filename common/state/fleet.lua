@@ -4,9 +4,10 @@
 -- merge, so a record grows by appending to `extra`. Time is this server's, in milliseconds, never a caller's.
 --
 --   fleet:request:<id>             hash   record, extra, state, created, updated, model, owner, epoch, cancel, key, caller, token,
---                                         and until its end submission, deaths (workers that died while they ran it), point
---                                         (the key of a checkpoint), told (number and ids of the latest events),
---                                         left:<service> (its cost, until that service is done with it)
+--                                         and until its end submission, deaths (calls of it that were lost with their worker,
+--                                         a line each), point (the key of a checkpoint), reached (its step), told (number and
+--                                         ids of the latest events), left:<service> (its cost, until that service is done
+--                                         with it)
 --   fleet:events:<id>              stream field `event`
 --   fleet:result:<id>:<epoch>:<file>:<n>  string a chunk of a file of the result
 --   fleet:checkpoint:<id>:<epoch>-<n>     hash   a step checkpoint by part: 0 its origin, 1 its header, then its chunks
@@ -15,8 +16,12 @@
 --   fleet:open:<model>             set    ids that have not ended
 --   fleet:open-by:<caller>         set    the same, of a caller with a name
 --   fleet:model:<model>            hash   fingerprint, contract:<service>
---   fleet:worker:<id>              hash   info, capacity, model, service, granted
+--   fleet:worker:<id>              hash   info, capacity, model, service, granted, lasts (ms of its heartbeat)
 --   fleet:workers:<model>/<svc>    zset   worker ids by the time their heartbeat runs out
+--   fleet:leaving:<id>             string present from a worker's announcement that it ends until it has ended
+--   fleet:lost:<model>/<svc>       zset   ids of workers that were lost in the last 10 minutes, by when
+--   fleet:accused:<id>             set    requests that lost a call with that worker, until the loss is suspect or not
+--   fleet:avoided:<owner>          hash   worker -> until when that coordinator does not call it | the length of the pause
 --   fleet:queue:<model>/<svc>      zset   rank | caller | deadline and number | cost | ticket | owner, in lexical order
 --   fleet:waiting:<model>/<svc>    hash   ticket -> its entry in the queue
 --   fleet:shares:<model>/<svc>|<rank>  zset   callers by the work that they were given, '|' by the virtual time
@@ -35,6 +40,9 @@
 
 local P = 'fleet:'
 local TERMINAL = 3
+local CHURN_MS = 600000
+local FIRST_PAUSE_MS, LONGEST_PAUSE_MS = 200, 5000
+local AVOIDED_MS = 60000
 local time = redis.call('TIME')
 local now = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
 local ops = {}
@@ -77,8 +85,23 @@ local function extend(id, extra)
   end
 end
 
+-- Notes that a worker of a service was lost, and forgets such losses after 10 minutes.
+local function note_loss(place, worker, at)
+  local key = P .. 'lost:' .. place
+  redis.call('ZADD', key, int(at), worker)
+  redis.call('ZREMRANGEBYSCORE', key, '-inf', int(now - CHURN_MS))
+  redis.call('PEXPIRE', key, int(CHURN_MS))
+end
+
 local function live_workers(place)
-  redis.call('ZREMRANGEBYSCORE', P .. 'workers:' .. place, '-inf', int(now))
+  local key = P .. 'workers:' .. place
+  local silent = redis.call('ZRANGEBYSCORE', key, '-inf', int(now), 'WITHSCORES')
+  for i = 1, #silent, 2 do
+    if redis.call('EXISTS', P .. 'leaving:' .. silent[i]) == 0 then
+      note_loss(place, silent[i], tonumber(silent[i + 1]))
+    end
+  end
+  redis.call('ZREMRANGEBYSCORE', key, '-inf', int(now))
   local live = {}
   for _, id in ipairs(redis.call('ZRANGE', P .. 'workers:' .. place, 0, -1)) do
     local fields = redis.call('HMGET', P .. 'worker:' .. id, 'capacity', 'granted', 'info')
@@ -89,16 +112,21 @@ local function live_workers(place)
   return live
 end
 
+-- Whether a claim is for all slots of one worker, which its ticket says: no other request may be lost with this one.
+local function is_alone(ticket)
+  return string.match(ticket, '/alone$') ~= nil
+end
+
 -- Drops the slots of dead workers and dead coordinators; returns how many each worker has, and all that are left.
 local function busy_slots(place)
   local busy, held, slots = {}, {}, redis.call('HGETALL', P .. 'slots:' .. place)
   for i = 1, #slots, 2 do
     local worker, owner, cost, since = string.match(slots[i + 1], '^(.*)|(.*)|(.*)|(.*)$')
-    if redis.call('EXISTS', P .. 'worker:' .. worker) == 0
-      or redis.call('EXISTS', P .. 'coordinator:' .. owner) == 0 then
+    local capacity = redis.call('HGET', P .. 'worker:' .. worker, 'capacity')
+    if not capacity or redis.call('EXISTS', P .. 'coordinator:' .. owner) == 0 then
       redis.call('HDEL', P .. 'slots:' .. place, slots[i])
     else
-      busy[worker] = (busy[worker] or 0) + 1
+      busy[worker] = (busy[worker] or 0) + (is_alone(slots[i]) and tonumber(capacity) or 1)
       held[#held + 1] = { cost = tonumber(cost), since = tonumber(since) }
     end
   end
@@ -273,7 +301,7 @@ local function finish(id, token, state, extra, keep)
   if fields[4] then
     redis.call('DEL', fields[4])
   end
-  redis.call('HDEL', key, 'submission', 'deaths', 'point', 'told')
+  redis.call('HDEL', key, 'submission', 'deaths', 'point', 'reached', 'told')
   redis.call('SREM', P .. 'open:' .. fields[1], id)
   if fields[3] and fields[3] ~= '' then
     redis.call('SREM', P .. 'open-by:' .. fields[3], id)
@@ -318,8 +346,8 @@ function ops.cancel(id, state, keep)
 end
 
 -- owner, model, the most to take, 1 to look beyond one's own, the ids that it runs. Its own requests that it does not
--- run, and those of dead coordinators, are this one's to run from now on: for each id, epoch, submission, cancel, deaths,
--- now and the record. Then the ids of those that it runs and should cancel. Only who lives itself takes anything.
+-- run, and those of dead coordinators, are this one's to run from now on: for each id, epoch, submission, cancel, now
+-- and the record. Then the ids of those that it runs and should cancel. Only who lives itself takes anything.
 function ops.take_over(owner, model, most, beyond, running)
   local taken, cancels, runs = {}, {}, {}
   if redis.call('EXISTS', P .. 'coordinator:' .. owner) == 0 then
@@ -330,7 +358,7 @@ function ops.take_over(owner, model, most, beyond, running)
   end
   for _, id in ipairs(redis.call('SMEMBERS', P .. 'open:' .. model)) do
     local key = P .. 'request:' .. id
-    local fields = redis.call('HMGET', key, 'owner', 'cancel', 'submission', 'deaths')
+    local fields = redis.call('HMGET', key, 'owner', 'cancel', 'submission')
     local is_own = fields[1] == owner
     if is_own and runs[id] then
       if fields[2] then
@@ -341,28 +369,132 @@ function ops.take_over(owner, model, most, beyond, running)
       redis.call('HSET', key, 'owner', owner)
       redis.call('HDEL', key, 'told')
       local epoch = redis.call('HINCRBY', key, 'epoch', 1)
-      taken[#taken + 1] = { id, epoch, fields[3] or '', fields[2] or '0', fields[4] or '', int(now), snapshot(id) }
+      taken[#taken + 1] = { id, epoch, fields[3] or '', fields[2] or '0', int(now), snapshot(id) }
     end
   end
   return { taken, cancels }
 end
 
--- id, epoch, worker. It died while it worked on the request; returns all that have by now.
-function ops.death(id, epoch, worker)
-  if refusal(id, epoch) then
-    return ''
+-- The calls of a request that were lost with their worker, in order. Such a loss is `open` until the worker's heartbeat
+-- has run out, and `suspect` then; `cleared` if the worker was announced meanwhile or left. `stage` counts the services of
+-- the request, `reached` is the step of the checkpoint that was stored at the time.
+local function read_losses(id)
+  local losses = {}
+  for line in string.gmatch(redis.call('HGET', P .. 'request:' .. id, 'deaths') or '', '[^\n]+') do
+    local worker, service, stage, reached, at, due, state, churn =
+      string.match(line, '^(.-)|(.-)|(%d+)|(%d+)|(%d+)|(%d+)|(%a+)|(%d)$')
+    if worker then
+      losses[#losses + 1] = { worker = worker, service = service, stage = stage, reached = reached, at = tonumber(at),
+        due = tonumber(due), state = state, churn = churn == '1' }
+    end
   end
-  local key = P .. 'request:' .. id
-  local deaths = redis.call('HGET', key, 'deaths') or ''
-  if not string.find('\n' .. deaths, '\n' .. worker .. '\n', 1, true) then
-    deaths = deaths .. worker .. '\n'
-    redis.call('HSET', key, 'deaths', deaths)
-  end
-  return deaths
+  return losses
 end
 
--- id, epoch, key of the checkpoint. It takes the place of the one before, but not of a later one of its epoch.
-function ops.checkpoint(id, epoch, point)
+local function write_losses(id, losses)
+  local lines = {}
+  for i, loss in ipairs(losses) do
+    lines[i] = table.concat({ loss.worker, loss.service, loss.stage, loss.reached, int(loss.at), int(loss.due), loss.state,
+      loss.churn and '1' or '0' }, '|')
+  end
+  redis.call('HSET', P .. 'request:' .. id, 'deaths', table.concat(lines, '\n'))
+end
+
+-- Whether a worker of that service which did not run the request was lost within 10 minutes of the loss.
+local function is_in_churn(place, loss, ran)
+  local lost = redis.call('ZRANGEBYSCORE', P .. 'lost:' .. place, int(loss.at - CHURN_MS), int(loss.at + CHURN_MS))
+  for _, worker in ipairs(lost) do
+    if not ran[worker] then
+      return true
+    end
+  end
+  return false
+end
+
+-- Decides what can be decided by now. Returns for each loss that is not cleared worker, service, stage, reached, 1 if it
+-- is suspect, 1 if it is in churn, and the ms until it is decided.
+local function judge(id)
+  local losses, ran, rows = read_losses(id), {}, {}
+  local model = redis.call('HGET', P .. 'request:' .. id, 'model') or ''
+  for _, loss in ipairs(losses) do
+    ran[loss.worker] = true
+  end
+  for _, loss in ipairs(losses) do
+    local place, key = model .. '/' .. loss.service, P .. 'worker:' .. loss.worker
+    live_workers(place)
+    if loss.state == 'open' and loss.due <= now then
+      -- A worker that runs an older script clears nobody when it is announced. Its heartbeat of before has run out.
+      local is_older = redis.call('EXISTS', key) == 1 and redis.call('HEXISTS', key, 'lasts') == 0
+      loss.state = is_older and 'cleared' or 'suspect'
+    end
+    if loss.state ~= 'cleared' then
+      local churn = loss.churn or is_in_churn(place, loss, ran)
+      loss.churn = churn and loss.state == 'suspect'
+      rows[#rows + 1] = { loss.worker, loss.service, loss.stage, loss.reached, loss.state == 'suspect' and 1 or 0,
+        churn and 1 or 0, int(math.max(loss.due - now, 0)) }
+    end
+  end
+  if #losses > 0 then
+    write_losses(id, losses)
+  end
+  return rows
+end
+
+-- A worker lives, or left by itself: losses of it that are not decided yet do not count.
+local function clear(worker)
+  local key = P .. 'accused:' .. worker
+  for _, id in ipairs(redis.call('SMEMBERS', key)) do
+    local losses = is_open(id) and read_losses(id) or {}
+    for _, loss in ipairs(losses) do
+      if loss.worker == worker and loss.due > now then
+        loss.state = 'cleared'
+      end
+    end
+    if #losses > 0 then
+      write_losses(id, losses)
+    end
+  end
+  redis.call('DEL', key)
+end
+
+-- id, epoch, service, number of that service, worker, ms of a heartbeat where the store does not know it. A call that had
+-- begun there was lost. Returns the same as losses.
+function ops.death(id, epoch, service, stage, worker, lasts)
+  if refusal(id, epoch) then
+    return {}
+  end
+  local key = P .. 'request:' .. id
+  local losses = {}
+  for _, loss in ipairs(read_losses(id)) do
+    if loss.worker == worker and loss.state ~= 'cleared' then
+      return judge(id) -- told twice
+    elseif loss.worker ~= worker then
+      losses[#losses + 1] = loss
+    end
+  end
+  if redis.call('EXISTS', P .. 'leaving:' .. worker) == 0 then
+    lasts = tonumber(redis.call('HGET', P .. 'worker:' .. worker, 'lasts')
+      or math.max(tonumber(lasts), redis.call('PTTL', P .. 'worker:' .. worker) + 2))
+    losses[#losses + 1] = { worker = worker, service = service, stage = stage,
+      reached = redis.call('HGET', key, 'reached') or '0', at = now, due = now + lasts, state = 'open', churn = false }
+    write_losses(id, losses)
+    note_loss(redis.call('HGET', key, 'model') .. '/' .. service, worker, now)
+    redis.call('SADD', P .. 'accused:' .. worker, id)
+    redis.call('PEXPIRE', P .. 'accused:' .. worker, int(lasts))
+  end
+  return judge(id)
+end
+
+-- id, epoch. The losses that count, or may count; none where the request is not that owner's any more.
+function ops.losses(id, epoch)
+  if refusal(id, epoch) then
+    return {}
+  end
+  return judge(id)
+end
+
+-- id, epoch, key of the checkpoint, its step. It takes the place of the one before, but not of a later one of its epoch.
+function ops.checkpoint(id, epoch, point, step)
   local key = P .. 'request:' .. id
   local before = redis.call('HGET', key, 'point')
   local since, latest = string.match(before or '', ':(%d+)%-(%d+)$')
@@ -374,7 +506,7 @@ function ops.checkpoint(id, epoch, point)
   if before and before ~= point then
     redis.call('DEL', before)
   end
-  redis.call('HSET', key, 'point', point)
+  redis.call('HSET', key, 'point', point, 'reached', step)
   return 1
 end
 
@@ -384,7 +516,7 @@ function ops.beat(owner, lasts)
 end
 
 function ops.resign(owner)
-  redis.call('DEL', P .. 'coordinator:' .. owner)
+  redis.call('DEL', P .. 'coordinator:' .. owner, P .. 'avoided:' .. owner)
 end
 
 -- model, fingerprint, ms that it lasts, pairs of service and contract. The first one to declare a model decides.
@@ -408,12 +540,24 @@ function ops.declare(model, fingerprint, lasts)
   return { 'declared' }
 end
 
--- The live worker with a free slot that has the fewest taken; among equals the one that got the fewest so far.
-local function least_busy(workers, busy)
+-- Until when a coordinator does not call which workers, and the length of each pause, in ms.
+local function avoided_by(owner)
+  local found, fields = {}, redis.call('HGETALL', P .. 'avoided:' .. owner)
+  for i = 1, #fields, 2 do
+    local till, pause = string.match(fields[i + 1], '^(%d+)|(%d+)$')
+    found[fields[i]] = { till = tonumber(till), pause = tonumber(pause) }
+  end
+  return found
+end
+
+-- The live worker that has the fewest slots taken, and fewer than `most` or than its capacity; among equals the one that
+-- got the fewest so far. None that is `reserved` (a set of ids), nor one that is avoided by now.
+local function least_busy(workers, busy, reserved, avoided, most)
   local best
   for _, worker in ipairs(workers) do
     local taken = busy[worker.id] or 0
-    if taken < worker.capacity then
+    local until_then = avoided[worker.id] and avoided[worker.id].till or 0
+    if taken < (most or worker.capacity) and not reserved[worker.id] and until_then <= now then
       local before = best and (busy[best.id] or 0)
       if not best or taken < before or (taken == before and worker.granted < best.granted) then
         best = worker
@@ -433,8 +577,9 @@ end
 
 -- Who is next: of the highest priority, of the caller who was given the least work, the earliest deadline, the first.
 -- This is start-time fair queueing (Goyal, Vin, Cheng 1996): a claim starts when its caller's last one ends, in virtual
--- time, but not in the past, so that nobody saves up a share by staying away. The queue is walked a step a caller.
-local function next_claim(place)
+-- time, but not in the past, so that nobody saves up a share by staying away. The queue is walked a step a caller, and a
+-- step for each entry that is `held` (a set of them), which is passed over.
+local function next_claim(place, held)
   local queue, best, shares, virtual = P .. 'queue:' .. place, nil, nil, nil
   local entry = redis.call('ZRANGE', queue, 0, 0)[1]
   while entry do
@@ -442,14 +587,18 @@ local function next_claim(place)
     if best and rank ~= best.rank then
       break
     end
-    shares = shares or P .. 'shares:' .. place .. '|' .. rank
-    virtual = virtual or tonumber(redis.call('ZSCORE', shares, '|') or 0)
-    local start = math.max(virtual, tonumber(redis.call('ZSCORE', shares, caller) or 0))
-    if not best or start < best.start or (start == best.start and order < best.order) then
-      best = { rank = rank, caller = caller, order = order, cost = tonumber(cost), ticket = ticket, owner = owner,
-        start = start, shares = shares }
+    local last = entry
+    if not held[entry] then
+      shares = shares or P .. 'shares:' .. place .. '|' .. rank
+      virtual = virtual or tonumber(redis.call('ZSCORE', shares, '|') or 0)
+      local start = math.max(virtual, tonumber(redis.call('ZSCORE', shares, caller) or 0))
+      if not best or start < best.start or (start == best.start and order < best.order) then
+        best = { rank = rank, caller = caller, order = order, cost = tonumber(cost), ticket = ticket, owner = owner,
+          start = start, shares = shares, entry = entry }
+      end
+      last = rank .. '|' .. caller .. '|~'
     end
-    entry = redis.call('ZRANGEBYLEX', queue, '(' .. rank .. '|' .. caller .. '|~', '+', 'LIMIT', 0, 1)[1]
+    entry = redis.call('ZRANGEBYLEX', queue, '(' .. last, '+', 'LIMIT', 0, 1)[1]
   end
   return best
 end
@@ -462,35 +611,81 @@ local function charge(claim)
 end
 
 -- Hands free slots to those who wait, in order. Coordinators hear of theirs on their channels. Returns the live workers.
+--
+-- A claim that no free slot fits is passed over: its owner avoids the workers that have one, or it is for a whole worker
+-- and none is idle. The first of the latter kind reserves the worker that is idle soonest: nobody else gets a slot there,
+-- so that the claim's turn comes after the requests that the worker has now. Nothing is written down for that: the
+-- reservation lasts while the claim waits, and goes with it.
 local function dispatch(place, asking)
   local workers = live_workers(place)
   local busy = busy_slots(place)
+  local held, reserved, avoided, is_reserved = {}, {}, {}, false
   while true do
-    local claim = next_claim(place)
+    local claim = next_claim(place, held)
     if not claim then
       break
     end
+    local worker, alone = nil, is_alone(claim.ticket)
     if redis.call('EXISTS', P .. 'coordinator:' .. claim.owner) == 1 then
-      local worker = least_busy(workers, busy)
+      avoided[claim.owner] = avoided[claim.owner] or avoided_by(claim.owner)
+      worker = least_busy(workers, busy, reserved, avoided[claim.owner], alone and 1 or nil)
       if not worker then
-        break
-      end
-      busy[worker.id] = (busy[worker.id] or 0) + 1
-      worker.granted = redis.call('HINCRBY', P .. 'worker:' .. worker.id, 'granted', 1)
-      redis.call('HSET', P .. 'slots:' .. place, claim.ticket,
-        worker.id .. '|' .. claim.owner .. '|' .. int(claim.cost) .. '|' .. int(now))
-      charge(claim)
-      if claim.ticket ~= asking then
-        redis.call('PUBLISH', P .. 'coordinator:' .. claim.owner, 'grant\n' .. claim.ticket .. '\n' .. worker.info)
+        if not least_busy(workers, busy, reserved, {}) then
+          break
+        end
+        local sparing = alone and not is_reserved and least_busy(workers, busy, {}, avoided[claim.owner], math.huge)
+        if sparing then
+          is_reserved, reserved[sparing.id] = true, true
+        end
+        held[claim.entry] = true
+      else
+        busy[worker.id] = (busy[worker.id] or 0) + (alone and worker.capacity or 1)
+        worker.granted = redis.call('HINCRBY', P .. 'worker:' .. worker.id, 'granted', 1)
+        redis.call('HSET', P .. 'slots:' .. place, claim.ticket,
+          worker.id .. '|' .. claim.owner .. '|' .. int(claim.cost) .. '|' .. int(now))
+        charge(claim)
+        if claim.ticket ~= asking then
+          redis.call('PUBLISH', P .. 'coordinator:' .. claim.owner, 'grant\n' .. claim.ticket .. '\n' .. worker.info)
+        end
       end
     end
-    leave_queue(place, claim.ticket)
+    if not held[claim.entry] then
+      leave_queue(place, claim.ticket)
+    end
   end
   return workers
 end
 
+-- Ms until an owner calls one of these workers again that it avoids, 0 where it avoids none.
+local function avoids_for(owner, workers)
+  local soonest, avoided = 0, avoided_by(owner)
+  for _, worker in ipairs(workers) do
+    local left = (avoided[worker.id] and avoided[worker.id].till or now) - now
+    if left > 0 and (soonest == 0 or left < soonest) then
+      soonest = left
+    end
+  end
+  return soonest
+end
+
+-- owner, worker. That coordinator does not call the worker for a pause that doubles each time: nobody else is kept from
+-- it. Returns the pause in ms. Forgotten after a minute, or with a call that succeeds.
+function ops.avoid(owner, worker)
+  local key, avoided = P .. 'avoided:' .. owner, avoided_by(owner)
+  for id, each in pairs(avoided) do
+    if each.till + AVOIDED_MS < now then
+      redis.call('HDEL', key, id)
+      avoided[id] = nil
+    end
+  end
+  local pause = avoided[worker] and math.min(2 * avoided[worker].pause, LONGEST_PAUSE_MS) or FIRST_PAUSE_MS
+  redis.call('HSET', key, worker, int(now + pause) .. '|' .. int(pause))
+  redis.call('PEXPIRE', key, AVOIDED_MS)
+  return pause
+end
+
 -- ticket, model/service, owner, priority, deadline or 0, caller (a name without '|'), cost. Asking again with the same
--- ticket changes nothing.
+-- ticket changes nothing. One that waits gets the number of live workers, and the ms until its owner stops avoiding one.
 function ops.claim(ticket, place, owner, priority, deadline, caller, cost)
   if redis.call('HEXISTS', P .. 'slots:' .. place, ticket) == 0
     and redis.call('HEXISTS', P .. 'waiting:' .. place, ticket) == 0 then
@@ -505,7 +700,7 @@ function ops.claim(ticket, place, owner, priority, deadline, caller, cost)
   if slot then
     return { 'granted', redis.call('HGET', P .. 'worker:' .. string.match(slot, '^(.-)|'), 'info') }
   end
-  return { 'waiting', #workers }
+  return { 'waiting', #workers, avoids_for(owner, workers) }
 end
 
 -- ticket, model/service, ms that the slot was of use or 0. Gives back a slot, or a place in the queue.
@@ -521,28 +716,45 @@ function ops.release(ticket, place, ms)
   if ms > 0 then
     settle(string.match(ticket, '^[^/]*'), string.match(place, '[^/]*$'))
   end
+  if ms > 0 and slot then
+    local worker, owner = string.match(slot, '^(.-)|(.-)|')
+    redis.call('HDEL', P .. 'avoided:' .. owner, worker)
+  end
   redis.call('HDEL', P .. 'slots:' .. place, ticket)
   leave_queue(place, ticket)
   dispatch(place)
 end
 
--- worker, model, service, capacity, info, ms that the beat lasts
+-- worker, model, service, capacity, info, ms that the beat lasts. A beat that comes after its worker left is late.
 function ops.announce(worker, model, service, capacity, info, lasts)
+  if redis.call('EXISTS', P .. 'leaving:' .. worker) == 1 then
+    return
+  end
   local place = model .. '/' .. service
-  redis.call('HSET', P .. 'worker:' .. worker, 'model', model, 'service', service, 'capacity', capacity, 'info', info)
+  if redis.call('EXISTS', P .. 'worker:' .. worker) == 1 then
+    redis.call('ZREM', P .. 'lost:' .. place, worker)
+  end
+  redis.call('HSET', P .. 'worker:' .. worker, 'model', model, 'service', service, 'capacity', capacity, 'info', info,
+    'lasts', lasts)
   redis.call('HSETNX', P .. 'worker:' .. worker, 'granted', '0')
   redis.call('PEXPIRE', P .. 'worker:' .. worker, lasts)
   redis.call('ZADD', P .. 'workers:' .. place, int(now + tonumber(lasts)), worker)
-  redis.call('PEXPIRE', P .. 'workers:' .. place, lasts)
+  redis.call('PEXPIRE', P .. 'workers:' .. place, int(tonumber(lasts) + CHURN_MS))
+  clear(worker)
   dispatch(place)
 end
 
-function ops.withdraw(worker)
+-- worker, ms that this is remembered. It ends by itself: it gets no new request, and calls of it that are lost from now on
+-- are no request's fault.
+function ops.leaving(worker, lasts)
+  redis.call('SET', P .. 'leaving:' .. worker, '1', 'PX', lasts)
   local fields = redis.call('HMGET', P .. 'worker:' .. worker, 'model', 'service')
   if fields[1] then
     redis.call('ZREM', P .. 'workers:' .. fields[1] .. '/' .. fields[2], worker)
+    redis.call('ZREM', P .. 'lost:' .. fields[1] .. '/' .. fields[2], worker)
     redis.call('DEL', P .. 'worker:' .. worker)
   end
+  clear(worker)
 end
 
 -- model/service, owner. The tickets of that coordinator that have a slot or wait for one.

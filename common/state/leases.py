@@ -1,4 +1,4 @@
-"""What becomes of a request when a process dies: who owns it next, how many workers it has cost, where it can go on.
+"""What becomes of a request when a process dies: its next owner, the workers that it lost, the step to resume at.
 
 A coordinator's heartbeat is its lease on all that it owns. Who takes a request over gets the next epoch, and the store
 refuses every write under an earlier one, so that a coordinator which only seemed dead does no harm.
@@ -22,17 +22,30 @@ _BATCH_BYTES = 8 << 20
 
 
 class Inherited(NamedTuple):
-    """A request that another coordinator left behind. `seconds_left` until its deadline; None without one.
-
-    `deaths` are the workers that have died while they ran it.
-    """
+    """A request that another coordinator left behind. `seconds_left` until its deadline; None without one."""
 
     record: generation_pb2.RequestRecord
     epoch: int
     submission: bytes
     cancel_requested: bool
-    deaths: frozenset[str]
     seconds_left: float | None
+
+
+class Loss(NamedTuple):
+    """A call that had begun and was lost with its worker.
+
+    `stage` is the service's place among the request's services, `reached` the step of the checkpoint that was stored.
+    The loss is suspect once the worker's heartbeat has run out, which is decided in `undecided_seconds`. It is in churn
+    if a worker of the service that did not run the request was lost within 10 minutes of it.
+    """
+
+    worker_id: str
+    service: str
+    stage: int
+    reached: int
+    suspect: bool
+    in_churn: bool
+    undecided_seconds: float
 
 
 class Leases:
@@ -55,11 +68,24 @@ class Leases:
         taken, cancels = await run_script(self._redis, "take_over", *words)
         return [_inherited(row) for row in taken], [request_id.decode() for request_id in cancels]
 
-    async def add_death(self, request_id: str, epoch: int, worker_id: str) -> frozenset[str]:
-        """A worker died while it ran the request; returns all that have by now, none where it is not ours any more."""
-        return _names(await run_script(self._redis, "death", request_id, epoch, worker_id))
+    async def add_death(
+        self, request_id: str, epoch: int, worker_id: str, *, service: str, stage: int, ttl_seconds: float
+    ) -> list[Loss]:
+        """Record that a call which had begun was lost; returns the same as losses().
 
-    async def save_checkpoint(self, request_id: str, epoch: int, number: int, parts: Iterable[bytes]) -> bool:
+        A worker that is marked as leaving is no loss. `ttl_seconds` is how long a heartbeat lasts of a worker that the
+        store does not know any more.
+        """
+        words = (request_id, epoch, service, stage, worker_id, int(ttl_seconds * 1_000))
+        return [_loss(row) for row in await run_script(self._redis, "death", *words)]
+
+    async def losses(self, request_id: str, epoch: int) -> list[Loss]:
+        """The losses of a request that are suspect or undecided, in order; none where another coordinator owns it."""
+        return [_loss(row) for row in await run_script(self._redis, "losses", request_id, epoch)]
+
+    async def save_checkpoint(
+        self, request_id: str, epoch: int, number: int, parts: Iterable[bytes], *, step: int
+    ) -> bool:
         """Store a checkpoint, in place of the one before; False where the request is not ours any more, or is further.
 
         `number` counts the checkpoints of an epoch; each part is at most a little above 1 MiB.
@@ -73,7 +99,7 @@ class Leases:
                 batch = {}
         if batch:
             await self._put(key, batch)
-        return bool(await run_script(self._redis, "checkpoint", request_id, epoch, key))
+        return bool(await run_script(self._redis, "checkpoint", request_id, epoch, key, step))
 
     async def _put(self, key: str, parts: Mapping[str, bytes]) -> None:
         """Write parts under their numbers, which may be done twice: redis-py repeats what it got no answer to."""
@@ -95,11 +121,14 @@ class Leases:
 
 
 def _inherited(row: list[Any]) -> Inherited:
-    _, epoch, submission, cancel, deaths, now, fields = row
+    _, epoch, submission, cancel, now, fields = row
     record = read_record(fields)
     left = (record.deadline.ToMilliseconds() - int(now)) / 1_000 if record.HasField("deadline") else None
-    return Inherited(record, int(epoch), submission, cancel == b"1", _names(deaths), left)
+    return Inherited(record, int(epoch), submission, cancel == b"1", left)
 
 
-def _names(lines: bytes) -> frozenset[str]:
-    return frozenset(lines.decode().splitlines())
+def _loss(row: list[Any]) -> Loss:
+    worker, service, stage, reached, suspect, churn, left = row
+    return Loss(
+        worker.decode(), service.decode(), int(stage), int(reached), bool(suspect), bool(churn), int(left) / 1_000
+    )

@@ -37,6 +37,7 @@ from common.state.records import (
     unknown_request,
     with_ids,
 )
+from common.state.replication import Replication
 from fleet.v1 import generation_pb2
 
 MAX_PAGE = 1000
@@ -83,9 +84,14 @@ class Admission(NamedTuple):
 
 
 class RequestStore:
-    """The request state of one fleet. `owner` is the coordinator that admits through it."""
+    """The request state of one fleet. `owner` is the coordinator that admits through it.
 
-    def __init__(self, redis: Redis, *, owner: str = "", retention: Retention | None = None) -> None:
+    admit() and finish() return once as many `replicas` of the store have acknowledged the write. They raise Unavailable
+    where fewer do: the write may have been done, and is acknowledged by a repetition.
+    """
+
+    def __init__(self, redis: Redis, *, owner: str = "", retention: Retention | None = None, replicas: int = 0) -> None:
+        self._replication = Replication(replicas)
         self._redis = redis
         self._owner = owner
         self._retention = retention or Retention()
@@ -110,7 +116,7 @@ class RequestStore:
         events = [state_event(State.REQUEST_STATE_QUEUED)]
         events += [generation_pb2.Event(warning=warning) for warning in record.warnings]
         deadline = record.deadline.ToMilliseconds() if record.HasField("deadline") else 0
-        reply = await run_script(
+        reply = await self._replication.run_script(
             self._redis,
             "admit",
             record.request_id,
@@ -269,7 +275,7 @@ class RequestStore:
     ) -> Any:
         """Write chunks, each safe to be written twice, and then run an operation; one round trip where they are few."""
         if not chunks:
-            return await run_script(self._redis, operation, *arguments)
+            return await self._replication.run_script(self._redis, operation, *arguments)
         ttl = _milliseconds(self._retention.result_seconds)
         pending = 0
         async with self._redis.pipeline(transaction=False) as pipeline:
@@ -280,18 +286,21 @@ class RequestStore:
                     pending = 0
                 pipeline.set(key, chunk, px=ttl)
                 pending += len(chunk)
+            stores = len(pipeline.command_stack)
             pipeline.evalsha(script_sha(), 0, operation, *arguments)
+            self._replication.follow(pipeline, chunks)
             with store_errors():
                 replies = await pipeline.execute(raise_on_error=False)
-        *stores, reply = replies
+        reply = replies[stores]
         with store_errors():
-            for each in stores:
+            for each in replies[:stores]:
                 if isinstance(each, Exception):
                     raise each
             if isinstance(reply, NoScriptError):
-                return await run_script(self._redis, operation, *arguments)
+                return await self._replication.run_script(self._redis, operation, *arguments)
             if isinstance(reply, Exception):
                 raise reply
+        self._replication.check(replies[stores + 1 :], chunks)
         return reply
 
     async def request_cancel(self, request_id: str) -> generation_pb2.RequestRecord:

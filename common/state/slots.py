@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import math
 from dataclasses import dataclass
 from urllib.parse import quote
 
@@ -79,13 +80,15 @@ class Slots:
         rank: Rank = FIRST_COME,
         *,
         patience_seconds: float | None = None,
+        alone: bool = False,
     ) -> Slot:
         """Wait for a slot; when it is free at once, that is one round trip.
 
-        A store that is away is waited for. Raises NoWorkers when for `patience_seconds` there was no live worker at
-        all (None waits for ever). An abandoned claim leaves the queue.
+        `alone` claims all slots of one worker, and waits for a worker that is idle. Waits for a store that is
+        unavailable. Raises NoWorkers when for `patience_seconds` there was no live worker at all (None waits for ever).
+        An abandoned claim leaves the queue.
         """
-        ticket = f"{request_id}/{self._owner}/{next(self._numbers)}"
+        ticket = f"{request_id}/{self._owner}/{next(self._numbers)}" + ("/alone" if alone else "")
         place = f"{model}/{service}"
         granted: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
         self._waiting[ticket] = granted
@@ -120,9 +123,18 @@ class Slots:
             elif patience is not None and loop.time() - last_seen >= patience:
                 raise NoWorkers(f"no worker serves {place}, and none came within {patience:g} s")
             pause = self._ask_again_seconds if patience is None else min(self._ask_again_seconds, max(patience, 0.01))
+            if avoided_ms := int(reply[2]):
+                pause = min(pause, avoided_ms / 1_000)
             await asyncio.wait({granted}, timeout=pause)
             if granted.done():
                 return granted.result()
+
+    async def avoid(self, worker_id: str) -> float:
+        """Get no slot of a worker for a while, of which other coordinators still do; returns the seconds.
+
+        The pause doubles with each call, until a request succeeds there. Raises Unavailable without a store.
+        """
+        return int(await run_script(self._redis, "avoid", self._owner, worker_id)) / 1_000
 
     def release(self, slot: Slot, used_seconds: float = 0.0) -> None:
         """Give a slot back; it goes to who is next. Done in the background, and for as long as the store is away.
@@ -140,7 +152,7 @@ class Slots:
     async def _keep_releasing(self, ticket: str, place: str, used_seconds: float) -> None:
         while True:
             try:
-                await run_script(self._redis, "release", ticket, place, int(used_seconds * 1_000))
+                await run_script(self._redis, "release", ticket, place, math.ceil(used_seconds * 1_000))
             except Unavailable as error:
                 _log.warning("cannot give back a slot of %s yet: %s", place, error)
                 await asyncio.sleep(_RETRY_SECONDS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from redis.asyncio import Redis
@@ -17,6 +17,10 @@ from common.state.presence import BEAT_SECONDS, TTL_SECONDS, run_on_leaving
 from fleet.v1 import worker_pb2
 
 _log = logging.getLogger(__name__)
+
+
+def _always() -> bool:
+    return True
 
 
 class ServiceLoad(NamedTuple):
@@ -69,14 +73,17 @@ class WorkerRegistry:
                 field="contract",
             )
 
-    async def announce(self, info: worker_pb2.WorkerInfo) -> None:
-        """Make a worker known, and keep it so until withdraw(). Raises FailedPrecondition when the model is another."""
+    async def announce(self, info: worker_pb2.WorkerInfo, *, is_able: Callable[[], bool] = _always) -> None:
+        """Make a worker known, and keep it so until withdraw(). Raises FailedPrecondition when the model is another.
+
+        No heartbeat is sent while the worker is not `is_able`.
+        """
         for name, value in (("worker_id", info.worker_id), ("model", info.model), ("service", info.service)):
             if not value or any(sign in value for sign in "|/\n"):
                 raise InvalidInput(f"{name} {value!r} must be a name without '|' and '/'", field=name)
         await self._announce(info)
         self._stop_beat(info.worker_id)
-        self._beats[info.worker_id] = asyncio.create_task(self._keep_announcing(info))
+        self._beats[info.worker_id] = asyncio.create_task(self._keep_announcing(info, is_able))
 
     async def _announce(self, info: worker_pb2.WorkerInfo) -> None:
         contract = info.contract
@@ -93,9 +100,11 @@ class WorkerRegistry:
             self._ttl,
         )
 
-    async def _keep_announcing(self, info: worker_pb2.WorkerInfo) -> None:
+    async def _keep_announcing(self, info: worker_pb2.WorkerInfo, is_able: Callable[[], bool]) -> None:
         while True:
             await asyncio.sleep(self._beat_seconds)
+            if not is_able():
+                continue
             try:
                 await self._announce(info)
             except Unavailable as error:
@@ -110,14 +119,15 @@ class WorkerRegistry:
         if beat is not None:
             beat.cancel()
 
-    async def withdraw(self, worker_id: str) -> None:
-        """Take a worker off the list: no new request goes there. Raises Unavailable when the store is away."""
-        self._stop_beat(worker_id)
-        await run_on_leaving(self._redis, "withdraw", worker_id)
+    async def withdraw(self, worker_id: str, *, grace_seconds: float = 0.0) -> None:
+        """Mark a worker as leaving, and take it off the list: no new request goes there.
 
-    async def suspect(self, worker_id: str) -> None:
-        """Take a worker that did not answer off the list until its next heartbeat."""
-        await run_script(self._redis, "withdraw", worker_id)
+        It ends within `grace_seconds`. Until a heartbeat's time to live after that, a call that is lost with the worker
+        counts against no request. Raises Unavailable when the store is unavailable.
+        """
+        self._stop_beat(worker_id)
+        lasts = self._ttl + int(grace_seconds * 1_000)
+        await run_on_leaving(self._redis, "leaving", worker_id, str(lasts))
 
     async def live(self, model: str, service: str) -> list[worker_pb2.WorkerInfo]:
         """The live workers of a service of a model."""

@@ -54,19 +54,17 @@ class Coordinator:
         self.artifact_memory = ArtifactMemory(settings.max_artifact_bytes)
         workers = Workers(
             self._slots,
-            self._registry,
             self._connections,
             self.artifact_memory,
-            settings.stage_attempts,
             settings.worker_wait_seconds,
         )
-        store = RequestStore(self._redis, owner=owner, retention=settings.retention)
+        store = RequestStore(self._redis, owner=owner, retention=settings.retention, replicas=settings.store_replicas)
         self._driver = Driver(
             store,
             Leases(self._redis, owner),
             workers,
             max_raw_result_bytes=settings.max_raw_result_bytes,
-            max_worker_deaths=settings.max_worker_deaths,
+            worker_ttl_seconds=ttl,
             step_seconds=settings.step_seconds,
         )
         self._presence.on_cancel = self._driver.cancel

@@ -1,4 +1,4 @@
-"""Runs a service of a model on whichever worker is free, and on another one when it goes away."""
+"""Runs a service of a model on a worker that has a free slot, and on another one when that is lost."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ import logging
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import grpc
 
-from common.errors import Cancelled, ResourceExhausted, Unavailable
+from common.errors import Cancelled, FleetError, ResourceExhausted, Unavailable
 from common.pipeline import ServiceSpec
 from common.rpc.client import RemoteRunner, WorkerLost
 from common.rpc.framing import Limits, Packet
 from common.stage import Call, Contract
 from common.state.slots import Rank, Slot, Slots
-from common.state.workers import WorkerRegistry
+from common.telemetry import LOST_CALLS
 from services.coordinator.access import WorkerAccess
 from services.coordinator.resume import RESUME_SLOT, Recovery, origin_of
 
@@ -101,19 +101,39 @@ class Workers:
     """How this coordinator reaches workers."""
 
     slots: Slots
-    registry: WorkerRegistry
     connections: Connections
     memory: ArtifactMemory
-    attempts: int = 3
     patience_seconds: float | None = None
+
+
+@dataclass
+class _Attempt:
+    """A call of one worker. `begun` is whether its stages have started."""
+
+    slot: Slot
+    begun: bool = False
+    since: float = field(default_factory=time.monotonic)
+
+    def begin(self) -> None:
+        """The worker starts the stages."""
+        self.begun = True
+
+    def lose(self, error: FleetError) -> None:
+        """The call was lost. Of a worker that does not report when it begins, a call that it may have got has begun."""
+        self.begun |= not self.slot.worker.reports_begun and isinstance(error, WorkerLost)
+
+    @property
+    def seconds(self) -> float:
+        """Time since the call was made."""
+        return time.monotonic() - self.since
 
 
 class WorkerRunner:
     """One service of a model for one request: a Runner whose values are packets.
 
-    `on_begin` is called each time that a worker begins on it. A worker that goes away is tried no more until it is
-    heard of again, and a full one later. Raises Unavailable when the attempts are used up, and InternalError for a
-    request that too many workers have died of.
+    `stage` is the service's place among the request's services. `on_begin` is called each time that a worker is called.
+    A worker that is lost is avoided for a while, by this coordinator only, and a full one is tried again later. Raises
+    Unavailable when no worker was reached for `patience_seconds`, and InternalError for a request that workers die of.
     """
 
     def __init__(
@@ -121,6 +141,7 @@ class WorkerRunner:
         workers: Workers,
         model: str,
         spec: ServiceSpec,
+        stage: int,
         rank: Rank,
         recovery: Recovery,
         on_begin: Callable[[], None],
@@ -128,9 +149,11 @@ class WorkerRunner:
         self._workers = workers
         self._model = model
         self._spec = spec
+        self._stage = stage
         self._rank = rank
         self._recovery = recovery
         self._on_begin = on_begin
+        self._unreached_since: float | None = None
 
     @property
     def contract(self) -> Contract:
@@ -139,64 +162,80 @@ class WorkerRunner:
 
     async def __call__(self, values: Mapping[str, Packet], call: Call) -> Mapping[str, Packet]:
         """Wait for a worker, run there, and give its slot back."""
-        lost = 0
         pause = _FIRST_PAUSE_SECONDS
         while True:
-            slot = await self._claim(call)
-            address = slot.worker.address
-            began, used = time.monotonic(), 0.0
+            attempt = _Attempt(await self._claim(call))
+            used = 0.0
             try:
                 self._on_begin()
-                outputs = await self._run(slot, values, call)
-                used = time.monotonic() - began
+                outputs = await self._run(attempt, values, call)
+                used = attempt.seconds
                 self._workers.memory.hold(outputs.values())
                 return outputs
             except (Unavailable, Cancelled) as error:
-                lost += 1
-                if isinstance(error, WorkerLost):
-                    await self._recovery.worker_died(slot.worker.worker_id, self._spec.service, error)
-                _log.warning("request %s lost %s at %s: %s", call.request_id, self._spec.service, address, error)
-                if lost >= self._workers.attempts:
-                    raise Unavailable(
-                        f"{self._spec.service} was lost on {lost} workers, at last with: {error.message}"
-                    ) from error
-                await self._give_up(slot)
+                attempt.lose(error)
+                await self._lost(attempt, error, call)
+                continue
             except ResourceExhausted as error:
                 if error.field:  # about a value, and not the worker
                     raise
-                _log.info("request %s finds %s full: %s", call.request_id, address, error)
+                _log.info("request %s finds %s full: %s", call.request_id, attempt.slot.worker.address, error)
+                self._unreached_since = None
             finally:
-                self._workers.slots.release(slot, used)
+                self._workers.slots.release(attempt.slot, used)
             await asyncio.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
 
-    async def _run(self, slot: Slot, values: Mapping[str, Packet], call: Call) -> Mapping[str, Packet]:
+    async def _run(self, attempt: _Attempt, values: Mapping[str, Packet], call: Call) -> Mapping[str, Packet]:
         """Run on one worker, from where another one got to if that gives the same bytes."""
-        runner = self._workers.connections.runner(self._model, self._spec, slot.worker.address)
-        numerics = slot.worker.numerics_fingerprint
-        if RESUME_SLOT not in self._spec.contract.inputs or not numerics:
-            return await runner(values, call)
-        origin = origin_of(numerics, values)
+        worker = attempt.slot.worker
+        runner = self._workers.connections.runner(self._model, self._spec, worker.address)
+        if RESUME_SLOT not in self._spec.contract.inputs or not worker.numerics_fingerprint:
+            return await runner.telling(attempt.begin)(values, call)
+        origin = origin_of(worker.numerics_fingerprint, values)
         checkpoint = await self._recovery.point.find(origin)
         if checkpoint is not None:
             _log.info("request %s goes on with %s where it was", call.request_id, self._spec.service)
             values = {**values, RESUME_SLOT: checkpoint}
-        return await runner.telling(partial(self._recovery.point.remember, origin))(values, call)
+        return await runner.telling(attempt.begin, partial(self._recovery.point.remember, origin))(values, call)
 
     async def _claim(self, call: Call) -> Slot:
         """A slot; waits for as long as it takes, also for a store that is away."""
+        alone = await self._recovery.admit()
         return await self._workers.slots.claim(
             self._model,
             self._spec.service,
             call.request_id,
             self._rank,
             patience_seconds=self._workers.patience_seconds,
+            alone=alone,
         )
 
-    async def _give_up(self, slot: Slot) -> None:
-        """Send no more requests to a worker that went away, until its next heartbeat."""
-        self._workers.connections.drop(slot.worker.address)
+    async def _lost(self, attempt: _Attempt, error: FleetError, call: Call) -> None:
+        """Avoid the worker for a while. A call that had begun counts, if the worker is not announced again.
+
+        Raises Unavailable when no worker was reached for too long.
+        """
+        worker, service = attempt.slot.worker, self._spec.service
+        _log.warning(
+            "request %s lost %s at %s, begun=%s: %s", call.request_id, service, worker.address, attempt.begun, error
+        )
+        LOST_CALLS.labels(service, self._model, "yes" if attempt.begun else "no").inc()
+        self._workers.connections.drop(worker.address)
+        await self._avoid(worker.worker_id)
+        if attempt.begun:
+            self._unreached_since = None
+            await self._recovery.worker_lost(worker.worker_id, service, self._stage)
+            return
+        self._unreached_since = self._unreached_since or attempt.since
+        patience = self._workers.patience_seconds
+        if patience is not None and time.monotonic() - self._unreached_since >= patience:
+            raise Unavailable(
+                f"no worker of {service} was reached for {patience:g} s, at last: {error.message}"
+            ) from error
+
+    async def _avoid(self, worker_id: str) -> None:
         try:
-            await self._workers.registry.suspect(slot.worker.worker_id)
+            await self._workers.slots.avoid(worker_id)
         except Unavailable as error:
-            _log.warning("cannot report worker %s: %s", slot.worker.worker_id, error)
+            _log.warning("cannot avoid worker %s: %s", worker_id, error)

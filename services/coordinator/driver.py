@@ -17,6 +17,7 @@ from common.rpc.framing import Packet
 from common.rpc.status import to_status
 from common.stage import Call
 from common.state.leases import Inherited, Leases
+from common.state.presence import TTL_SECONDS
 from common.state.records import ResultFile, State, StateValue
 from common.state.requests import Admission, Limits, RequestStore
 from common.state.slots import Rank
@@ -24,15 +25,12 @@ from common.telemetry import REQUESTS, STEPS_SAVED, request_scope
 from fleet.v1 import artifacts_pb2, generation_pb2
 from services.coordinator.dispatch import WorkerRunner, Workers
 from services.coordinator.events import EventLog, EventWriter
+from services.coordinator.persistence import LONGEST_RETRY_SECONDS, persist
 from services.coordinator.reporting import Reporting, RequestProgress
 from services.coordinator.resume import Recovery
 
-_RETRY_SECONDS = 0.2
-_LONGEST_RETRY_SECONDS = 2.0
 _LATER_SECONDS = 1.0  # how much later the workers' deadline is, so that it is the coordinator who says it passed
 _RESULT_SLOT = "media"
-
-_MOST_OWNERS = 20
 
 _log = logging.getLogger(__name__)
 
@@ -67,7 +65,6 @@ class Execution:
     cancel_requested: bool = False
     files: Sequence[ResultFile] | None = field(default=None, repr=False)
     epoch: int = 1
-    deaths: frozenset[str] = frozenset()
 
     @property
     def request_id(self) -> str:
@@ -96,12 +93,12 @@ class Driver:
         workers: Workers,
         *,
         max_raw_result_bytes: int,
-        max_worker_deaths: int = 2,
+        worker_ttl_seconds: float = TTL_SECONDS,
         step_seconds: float = 0.0,
     ) -> None:
         self._store = store
         self._leases = leases
-        self._max_worker_deaths = max_worker_deaths
+        self._worker_ttl_seconds = worker_ttl_seconds
         self._workers = workers
         self._max_raw_result_bytes = max_raw_result_bytes
         self._step_seconds = step_seconds
@@ -151,7 +148,7 @@ class Driver:
         """
         request_id = submission.record.request_id
         try:
-            stored = await _persist(f"request {request_id} may be stored", partial(self._store.get, request_id))
+            stored = await persist(f"request {request_id} may be stored", partial(self._store.get, request_id))
         except NotFound:
             return
         finally:
@@ -202,7 +199,7 @@ class Driver:
             if execution.work is not None:
                 execution.work.cancel()
         if tasks:
-            await asyncio.wait(tasks, timeout=_LONGEST_RETRY_SECONDS)
+            await asyncio.wait(tasks, timeout=LONGEST_RETRY_SECONDS)
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -223,8 +220,7 @@ class Driver:
                 self._leases,
                 record.request_id,
                 epoch=execution.epoch,
-                deaths=execution.deaths,
-                most_deaths=self._max_worker_deaths,
+                ttl_seconds=self._worker_ttl_seconds,
             )
             progress = RequestProgress(record, events)
             execution.work = asyncio.create_task(self._run(execution, events, progress, recovery))
@@ -266,6 +262,7 @@ class Driver:
                     self._workers,
                     record.model,
                     spec,
+                    stage,
                     _rank(submission, spec.service),
                     recovery,
                     partial(progress.begin, spec),
@@ -273,7 +270,7 @@ class Driver:
                 spec,
                 progress,
             )
-            for spec in submission.services
+            for stage, spec in enumerate(submission.services)
         ]
         self._workers.memory.hold(submission.values.values())
         return await run_pipeline(runners, submission.values, call, wanted=(_RESULT_SLOT,))
@@ -326,7 +323,7 @@ class Driver:
             )
 
         try:
-            last = await _persist(f"request {record.request_id} has ended", finish)
+            last = await persist(f"request {record.request_id} has ended", finish)
         except InternalError as error:
             _log.exception("the end of the request could not be stored")
             failed = _failure(error)
@@ -364,18 +361,16 @@ class Driver:
         record, epoch = inherited.record, inherited.epoch
         try:
             await self._end_former(record.request_id)
-            if epoch > _MOST_OWNERS:
-                raise InternalError(f"{epoch - 1} coordinators have ended while they ran this request; it is given up")
             submission = restore(record, inherited.submission)
             if submission.raw:
                 raise Unavailable("the coordinator that streamed it is gone; submit it again")
-            execution = Execution(submission, inherited.seconds_left, EventLog(), epoch=epoch, deaths=inherited.deaths)
+            execution = Execution(submission, inherited.seconds_left, EventLog(), epoch=epoch)
             execution.cancel_requested = inherited.cancel_requested
             self._start(execution)
         except FleetError as error:
             failed = _failure(error)
             finish = partial(self._store.finish, record.request_id, failed.state, error=failed.error, epoch=epoch)
-            await _persist(f"request {record.request_id} cannot be taken over", finish)
+            await persist(f"request {record.request_id} cannot be taken over", finish)
         finally:
             self._settling.discard(record.request_id)
 
@@ -421,15 +416,3 @@ def _failure(error: FleetError) -> _Outcome:
         State.REQUEST_STATE_FAILED,
         generation_pb2.Error(code=to_status(error).code.name, message=error.message, field=error.field),
     )
-
-
-async def _persist(what: str, attempt: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
-    """Try until the store is there."""
-    pause = _RETRY_SECONDS
-    while True:
-        try:
-            return await attempt()
-        except Unavailable as error:
-            _log.warning("%s, and waits for the store: %s", what, error)
-            await asyncio.sleep(pause)
-            pause = min(2 * pause, _LONGEST_RETRY_SECONDS)

@@ -12,17 +12,23 @@ import itertools
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
+from typing import cast
 
 from google.protobuf.message import DecodeError
 
 from common.errors import FleetError, InternalError, InvalidInput, NotFound, ResourceExhausted, Unavailable
 from common.rpc.frames import read_chunk
 from common.rpc.framing import Assembler, KeptFrames, Limits, Packet, chunk_frames, described_tensors
-from common.state.leases import Leases
+from common.state.leases import Leases, Loss
+from common.state.presence import TTL_SECONDS
 from fleet.v1 import artifacts_pb2
+from services.coordinator.persistence import persist
+from services.coordinator.poison import reason_to_give_up
 
 RESUME_SLOT = "resume_from"
 _SENT_AS = "checkpoint"
+_SHORTEST_WAIT_SECONDS = 0.01
 
 _log = logging.getLogger(__name__)
 
@@ -72,7 +78,8 @@ class ResumePoint:
             head = (checkpoint.origin.encode(), packet.message.SerializeToString())
             parts = itertools.chain(head, chunk_frames(packet.chunks))
             try:
-                await self._leases.save_checkpoint(self._request_id, self._epoch, next(self._numbers), parts)
+                number, step = next(self._numbers), _step_of(packet)
+                await self._leases.save_checkpoint(self._request_id, self._epoch, number, parts, step=step)
             except Unavailable as error:
                 _log.warning("a checkpoint of request %s is not stored: %s", self._request_id, error)
             except FleetError:
@@ -97,11 +104,20 @@ class ResumePoint:
             _log.warning("the checkpoint of request %s cannot be read: %s", self._request_id, error)
             return None
 
+    async def settle(self) -> None:
+        """Wait until the newest checkpoint is stored, or given up."""
+        if self._saving is not None:
+            await asyncio.wait({self._saving})
+
     async def close(self) -> None:
         """Stop saving."""
         if self._saving is not None:
             self._saving.cancel()
             await asyncio.wait({self._saving})
+
+
+def _step_of(packet: Packet) -> int:
+    return cast(artifacts_pb2.DenoiseState, packet.message).step
 
 
 def _packet(state: bytes, frames: list[bytes]) -> Packet:
@@ -117,33 +133,63 @@ def _packet(state: bytes, frames: list[bytes]) -> Packet:
 
 
 class Recovery:
-    """What a request has been through: the workers that died of it, perhaps, and the point to go on from."""
+    """The losses of one request, and the checkpoint to resume at.
 
-    def __init__(
-        self,
-        leases: Leases,
-        request_id: str,
-        *,
-        epoch: int = 1,
-        deaths: frozenset[str] = frozenset(),
-        most_deaths: int = 2,
-    ) -> None:
+    A loss is undecided until the worker's heartbeat has run out. Meanwhile the request goes on, unless it would be
+    given up if the loss turned out to be suspect.
+    """
+
+    def __init__(self, leases: Leases, request_id: str, *, epoch: int = 1, ttl_seconds: float = TTL_SECONDS) -> None:
         self.point = ResumePoint(leases, request_id, epoch, inherited=epoch > 1)
         self._leases = leases
         self._request_id = request_id
         self._epoch = epoch
-        self._deaths = deaths
-        self._most_deaths = most_deaths
+        self._ttl_seconds = ttl_seconds
+        self._has_losses = epoch > 1  # perhaps: an earlier owner may have recorded some
+        self._recorded = 0
 
-    async def worker_died(self, worker_id: str, service: str, error: FleetError) -> None:
-        """Count a worker that died during the call. Raises InternalError once it is the last that the request gets."""
-        self._deaths |= {worker_id}
-        try:
-            self._deaths |= await self._leases.add_death(self._request_id, self._epoch, worker_id)
-        except Unavailable as unavailable:
-            _log.warning("a death under request %s is not stored: %s", self._request_id, unavailable)
-        if len(self._deaths) >= self._most_deaths:
-            raise InternalError(
-                f"{len(self._deaths)} workers died while they ran this request, the last one in {service} "
-                f"({error.message}); it is given up for the sake of the others"
-            ) from error
+    async def worker_lost(self, worker_id: str, service: str, stage: int) -> None:
+        """Record a loss of a call that had begun. Waits until the store is available: the count must be right.
+
+        `stage` is the service's place among the services of the request.
+        """
+        await self.point.settle()
+        await persist(
+            f"a loss of {service} for request {self._request_id} is not recorded",
+            partial(
+                self._leases.add_death,
+                self._request_id,
+                self._epoch,
+                worker_id,
+                service=service,
+                stage=stage,
+                ttl_seconds=self._ttl_seconds,
+            ),
+        )
+        self._has_losses = True
+        self._recorded += 1
+
+    async def admit(self) -> bool:
+        """Wait until the request may be claimed; returns whether all slots of a worker have to be claimed.
+
+        Raises InternalError when workers die of the request.
+        """
+        while self._has_losses:
+            recorded = self._recorded
+            what = f"request {self._request_id} needs its losses"
+            losses = await persist(what, partial(self._leases.losses, self._request_id, self._epoch))
+            if not losses and recorded == self._recorded:
+                self._has_losses = False
+            suspect = [loss for loss in losses if loss.suspect]
+            if reason := reason_to_give_up(suspect):
+                where = f"the last one in {suspect[-1].service}"
+                raise InternalError(f"{reason}, {where}; it is given up for the sake of the others")
+            if not reason_to_give_up(losses):
+                return bool(losses)
+            await asyncio.sleep(max(_SHORTEST_WAIT_SECONDS, min(_undecided(losses))))
+        return False
+
+
+def _undecided(losses: list[Loss]) -> list[float]:
+    """The seconds until each loss is decided that is not yet."""
+    return [loss.undecided_seconds for loss in losses if not loss.suspect]

@@ -22,8 +22,6 @@ _POSITIVE = (
     "max_calls",
     "max_streams",
     "max_connections",
-    "stage_attempts",
-    "max_worker_deaths",
     "record_seconds",
     "result_seconds",
 )
@@ -36,17 +34,20 @@ class CoordinatorSettings(TlsSettings):
     model: tuple[str, ...] = setting((DEFAULT_MODEL,), help="NAME, DIR or NAME=DIR to serve; repeatable")
     listen: str = setting("127.0.0.1:50051", help="host:port or unix:path to listen on; port 0 picks one")
     redis: str = setting("redis://127.0.0.1:6379/0", help="URL of the request store")
+    store_replicas: int = setting(
+        0, help="replicas of the store that must have a request, and its end, before it counts"
+    )
     plugins: tuple[Path, ...] = setting((), help="directory with families that are not in this tree; repeatable")
     grace_seconds: float = setting(30.0, help="how long running requests may finish after SIGTERM")
     max_open_requests: int = setting(1_000, help="requests of a model that may be accepted and not ended")
     max_open_of_caller: int = setting(1_000, help="the same of one caller, unless api_keys tells another bound")
     queue_limit: int = setting(256, help="claims that may wait for one service of a model when a request is accepted")
-    worker_wait_seconds: float | None = setting(None, help="fail a request that found no live worker for so long")
-    max_worker_deaths: int = setting(2, help="give a request up once so many workers died while they ran it")
+    worker_wait_seconds: float | None = setting(
+        None, help="fail a request that found no live worker, or reached none, for so long"
+    )
     queue_seconds: float = setting(
         0.0, help="refuse what would have to wait longer, by the services' pace and the callers' parts; 0 refuses none"
     )
-    stage_attempts: int = setting(3, help="workers that a stage is tried on when they go away")
     record_seconds: float = setting(86_400.0, help="how long a request that has ended is remembered")
     result_seconds: float = setting(3_600.0, help="how long its files can be downloaded; at most record_seconds")
     tls_client_ca: Path | None = setting(
@@ -81,6 +82,10 @@ class CoordinatorSettings(TlsSettings):
         for name in _POSITIVE:
             if not vars(self)[name] > 0:
                 raise SettingsError(f"{name} must be more than 0, not {vars(self)[name]}", field=name)
+        if self.store_replicas < 0:
+            raise SettingsError(
+                f"store_replicas: {self.store_replicas} is not 0 or more; 0 waits for none", field="store_replicas"
+            )
         if self.grace_seconds < 0:
             raise SettingsError(
                 f"grace_seconds must not be negative, but is {self.grace_seconds}", field="grace_seconds"

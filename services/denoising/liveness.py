@@ -8,32 +8,24 @@ means that the peer is lost; whoever notices ends itself, which ends its connect
 
 from __future__ import annotations
 
-import logging
-import os
 import selectors
-import signal
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import NoReturn
 
-LOST = 75
-"""Exit code of a rank that gave up because of another one: EX_TEMPFAIL, the group is worth starting again."""
+from common.process_exit import TEMPORARY_FAILURE, exit_at_once
+
+LOST = TEMPORARY_FAILURE
+"""Exit code of a rank that gave up because of another one: the group is worth restarting."""
 
 _BEAT, _LEAVING, _END = b".", b"!", b"$"
-_LAST_WORDS_SECONDS = 2.0
-
-_log = logging.getLogger(__name__)
 
 
 def abandon(reason: str, code: int = LOST) -> NoReturn:
-    """End this process at once, and say why: a thread that waits in a collective cannot be unwound."""
-    # Ends the process even where standard error, or the log's lock, is held by what does not move any more.
-    signal.setitimer(signal.ITIMER_REAL, _LAST_WORDS_SECONDS)
-    _log.critical("%s; this rank ends, so that the group can start again", reason)
-    logging.shutdown()
-    os._exit(code)
+    """End this process at once and log why: a thread that waits in a collective cannot be unwound."""
+    exit_at_once(f"{reason}; this rank ends, so that the group can start again", code)
 
 
 def _ignore() -> None:

@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,11 +15,49 @@ from PIL import Image
 
 from fleet.v1 import generation_pb2 as pb
 from group_fleet import STEPS, Drawn, GroupFleet, group_fleet
+from toy_checkpoint import copy_toy_family
+
+# As a kernel that does not end, the follower's step does not: its process lives and beats, and rank 0 waits for it in
+# a collective. Stuck is the process that finds the file, which it takes away, so that the next one is not.
+_STUCK_FOLLOWER = """
+import os, threading
+
+from services.denoising.agreement import FollowingCall
+
+_check = FollowingCall.check_cancelled
+_checks = {}
+
+
+def check_cancelled(call):
+    _check(call)
+    _checks[call.request_id] = _checks.get(call.request_id, 0) + 1
+    if _checks[call.request_id] == 8:
+        try:
+            os.unlink("MARKER")
+        except FileNotFoundError:
+            return
+        threading.Event().wait()
+
+
+FollowingCall.check_cancelled = check_cancelled
+"""
+# Longer than what other tests here do to a rank takes to be noticed.
+_HANGS = ("--hang-seconds", "4", "--hang-paces", "4", "--hang-exit-seconds", "1")
 
 
 @pytest.fixture(scope="module")
-def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GroupFleet]:
-    with group_fleet(tmp_path_factory.mktemp("group"), "--tp", "2", "--warm-up", "64x64") as running:
+def marker(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file that makes the follower hang."""
+    return tmp_path_factory.mktemp("marker") / "hang"
+
+
+@pytest.fixture(scope="module")
+def fleet(tmp_path_factory: pytest.TempPathFactory, marker: Path) -> Iterator[GroupFleet]:
+    plugins = copy_toy_family(tmp_path_factory.mktemp("plugin") / "plugins")
+    with (plugins / "toy_pipeline.py").open("a") as file:
+        file.write(_STUCK_FOLLOWER.replace("MARKER", str(marker)))
+    words = ("--tp", "2", "--warm-up", "64x64", "--plugins", str(plugins), *_HANGS)
+    with group_fleet(tmp_path_factory.mktemp("group"), *words) as running:
         yield running
 
 
@@ -71,6 +110,19 @@ def test_a_rank_that_is_lost_costs_the_request_nothing(
     assert drawn.state == pb.REQUEST_STATE_SUCCEEDED
     assert drawn.file == undisturbed.file
     assert drawn.steps.count(0) == 2, "it did not begin a second time"
+    assert not any(process.is_running() for process in before.values())
+
+
+def test_a_rank_whose_device_is_stuck_ends_its_group_and_costs_the_request_nothing(
+    fleet: GroupFleet, undisturbed: Drawn, marker: Path
+) -> None:
+    before = fleet.ranks()
+    marker.touch()
+    drawn = fleet.draw()
+    assert not marker.exists(), "no rank was stuck"
+    assert drawn.state == pb.REQUEST_STATE_SUCCEEDED
+    assert drawn.file == undisturbed.file
+    assert drawn.steps.count(1) == 1, "it did not resume at a checkpoint"
     assert not any(process.is_running() for process in before.values())
 
 

@@ -107,7 +107,8 @@ def test_whoever_notices_a_loss_ends_at_once_and_says_why() -> None:
 
 def test_a_rank_that_cannot_even_say_why_ends_nevertheless() -> None:
     code = (
-        "import logging, threading; from services.denoising import liveness; liveness._LAST_WORDS_SECONDS = 0.1;"
+        "import logging, threading; from common import process_exit; process_exit._LAST_LINE_SECONDS = 0.1;"
+        "from services.denoising import liveness;"
         "threading.Thread(target=logging.lastResort.lock.acquire).start(); liveness.abandon('rank 1 has ended')"
     )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False, timeout=WAIT)

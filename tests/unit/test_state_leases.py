@@ -1,4 +1,4 @@
-"""Requests that change hands, against real servers: take-over, fencing, deaths, checkpoints, pace."""
+"""Requests that change hands, against real servers: take-over, fencing, checkpoints, pace."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def test_a_late_write_of_the_owner_before_is_refused(url: str) -> None:
         await redis.set("fleet:coordinator:old", "1")  # it was only asleep
         assert await old.append("r", [state_event(State.REQUEST_STATE_RUNNING)], number=0) is None
         assert await old.finish("r", State.REQUEST_STATE_SUCCEEDED, files=[picture(b"old")]) is None
-        assert not await Leases(redis, "old").add_death("r", 1, "w")
-        assert not await Leases(redis, "old").save_checkpoint("r", 1, 0, [b"x"])
+        assert not await Leases(redis, "old").add_death("r", 1, "w", service="denoising", stage=2, ttl_seconds=1.0)
+        assert not await Leases(redis, "old").save_checkpoint("r", 1, 0, [b"x"], step=1)
         assert (await old.get("r")).state == State.REQUEST_STATE_QUEUED
 
         new = RequestStore(redis, owner="heir")
@@ -70,21 +70,16 @@ def test_a_late_write_of_the_owner_before_is_refused(url: str) -> None:
     run_on_empty_store(url, story)
 
 
-def test_a_cancel_and_deaths_are_inherited(url: str) -> None:
+def test_a_cancel_is_inherited(url: str) -> None:
     async def story(redis: Redis) -> None:
         store = RequestStore(redis, owner="old")
         await store.admit(record("r"))
         await redis.set("fleet:coordinator:old", "1")
         await store.request_cancel("r")
-        old = Leases(redis, "old")
-        assert await old.add_death("r", 1, "w-1") == {"w-1"}
-        assert await old.add_death("r", 1, "w-12") == {"w-1", "w-12"}
-        assert await old.add_death("r", 1, "w-1") == {"w-1", "w-12"}  # told twice, as an answer may be lost
         await redis.delete("fleet:coordinator:old")
         await redis.set("fleet:coordinator:heir", "1")
         (inherited,) = await taken(Leases(redis, "heir"))
         assert inherited.cancel_requested
-        assert inherited.deaths == {"w-1", "w-12"}
 
     run_on_empty_store(url, story)
 
@@ -158,12 +153,14 @@ def test_the_newest_checkpoint_stays_until_the_request_ends(url: str) -> None:
         with pytest.raises(NotFound):
             await old.load_checkpoint("r")
         parts = [b"head", *(bytes([n]) * 1_000_000 for n in range(20))]
-        assert await old.save_checkpoint("r", 1, 0, [b"first"])
-        assert await old.save_checkpoint("r", 1, 1, iter(parts))
+        assert await old.save_checkpoint("r", 1, 0, [b"first"], step=1)
+        assert await old.save_checkpoint("r", 1, 1, iter(parts), step=2)
         assert await Leases(redis, "heir").load_checkpoint("r") == parts
         (key,) = await redis.keys("fleet:checkpoint:*")
         assert await redis.pttl(key) > 0
-        assert not await old.save_checkpoint("r", 1, 0, [b"first"])  # delivered late: its caller gave up and went on
+        assert not await old.save_checkpoint(
+            "r", 1, 0, [b"first"], step=1
+        )  # delivered late: its caller gave up and went on
         assert await redis.keys("fleet:checkpoint:*") == [key]
         assert await old.load_checkpoint("r") == parts
         await store.finish("r", State.REQUEST_STATE_FAILED)

@@ -230,22 +230,157 @@ def test_the_slots_of_a_dead_worker_go_to_another(url: str) -> None:
 
         await until(one_is_left)
         assert [each.worker_id for each in await fast.live("emoji", "denoising")] == ["alive"]
-        assert 0 <= await redis.pttl("fleet:workers:emoji/denoising") <= 100
+        assert 0 <= await redis.pttl("fleet:workers:emoji/denoising") <= 600_100
+        assert await redis.zrange("fleet:lost:emoji/denoising", 0, -1) == [b"dead"]
         await fast.withdraw("alive")
         await mortal.withdraw("dead")
 
     run_on_empty_store(url, story)
 
 
-def test_a_suspect_is_out_until_its_next_beat(url: str) -> None:
+def test_a_worker_is_avoided_by_the_coordinator_that_cannot_reach_it_only(url: str) -> None:
     async def story(redis: Redis) -> None:
-        registry = WorkerRegistry(redis, beat_seconds=0.05)
+        registry = WorkerRegistry(redis)
+        await registry.announce(worker("w", capacity=3))
+        async with slots_of(redis, "a") as slots, slots_of(redis, "b") as others:
+            kept = await slots.claim("emoji", "denoising", "kept")
+            await slots.avoid("w")
+            await redis.hset("fleet:avoided:a", "w", f"{2**42}|200")  # a pause that outlasts the test
+            waiting = asyncio.create_task(slots.claim("emoji", "denoising", "r", Rank(priority=9)))
+            await queued(registry, 1)
+            theirs = await others.claim("emoji", "denoising", "s")  # of a lower rank, behind the one that waits
+            assert theirs.worker.worker_id == "w"
+            load = await registry.load("emoji", "denoising")
+            assert (len(load.workers), load.busy, load.queued) == (1, 2, 1)  # listed, and the slot there is not dropped
+            await redis.hset("fleet:avoided:a", "w", "1|200")
+            others.release(theirs)  # what hands the slot on
+            assert (await waiting).worker.worker_id == "w"
+            slots.release(kept)
+        await registry.withdraw("w")
+
+    run_on_empty_store(url, story)
+
+
+def test_the_pause_doubles_and_a_success_ends_it(url: str) -> None:
+    async def story(redis: Redis) -> None:
+        registry = WorkerRegistry(redis)
         await registry.announce(worker("w"))
         async with slots_of(redis, "a") as slots:
+            assert [await slots.avoid("w") for _ in range(7)] == [0.2, 0.4, 0.8, 1.6, 3.2, 5.0, 5.0]
+            assert 0 < await redis.pttl("fleet:avoided:a") <= 60_000
+            await redis.hset("fleet:avoided:a", "w", "1|5000")  # it has ended, a moment ago
+            await redis.hset("fleet:avoided:a", "long ago", "1|5000")
+            assert await slots.avoid("w") == 0.2  # as if it had ended more than a minute ago
+            assert await redis.hkeys("fleet:avoided:a") == [b"w"]
+            await redis.hset("fleet:avoided:a", "w", "1|5000")
             lost = await slots.claim("emoji", "denoising", "r")
-            await registry.suspect("w")
             slots.release(lost)
-            assert (await slots.claim("emoji", "denoising", "r", patience_seconds=5)).worker.worker_id == "w"
+            await slots.settle()
+            assert await redis.hexists("fleet:avoided:a", "w")
+            slots.release(await slots.claim("emoji", "denoising", "r"), used_seconds=0.000_1)
+            await slots.settle()
+            assert not await redis.exists("fleet:avoided:a")
+            await slots.avoid("w")
+            assert (await slots.claim("emoji", "denoising", "r")).worker.worker_id == "w"  # asks again when it ends
+        assert not await redis.exists("fleet:avoided:a")
+        await registry.withdraw("w")
+
+    run_on_empty_store(url, story)
+
+
+def test_a_claim_goes_to_a_worker_that_is_not_avoided(url: str) -> None:
+    async def story(redis: Redis) -> None:
+        registry = WorkerRegistry(redis)
+        for name in ("one", "two"):
+            await registry.announce(worker(name, capacity=2))
+        async with slots_of(redis, "a") as slots:
+            await redis.hset("fleet:avoided:a", "one", f"{2**42}|200")
+            taken = [await slots.claim("emoji", "denoising", f"r{number}") for number in range(2)]
+            assert [slot.worker.worker_id for slot in taken] == ["two", "two"]
+        for name in ("one", "two"):
+            await registry.withdraw(name)
+
+    run_on_empty_store(url, story)
+
+
+def test_a_claim_for_a_whole_worker_waits_for_an_idle_one_and_takes_all_of_it(url: str) -> None:
+    async def story(redis: Redis) -> None:
+        registry = WorkerRegistry(redis)
+        await registry.announce(worker("w", capacity=3))
+        async with slots_of(redis, "a") as slots:
+            first = [await slots.claim("emoji", "denoising", f"first {number}") for number in range(2)]
+            alone = asyncio.create_task(slots.claim("emoji", "denoising", "alone", alone=True))
+            await queued(registry, 1)
+            later = asyncio.create_task(slots.claim("emoji", "denoising", "later"))  # a slot is free, but reserved
+            await queued(registry, 2)
+            slots.release(first[0])
+            await slots.settle()
+            await queued(registry, 2)
+            slots.release(first[1])
+            whole = await alone
+            load = await registry.load("emoji", "denoising")
+            assert (load.busy, load.queued) == (3, 1)
+            slots.release(whole)
+            assert (await later).worker.worker_id == "w"
+            assert (await registry.load("emoji", "denoising")).busy == 1
+        await registry.withdraw("w")
+
+    run_on_empty_store(url, story)
+
+
+def test_a_claim_for_a_whole_worker_reserves_one_worker_and_no_more(url: str) -> None:
+    async def story(redis: Redis) -> None:
+        registry = WorkerRegistry(redis)
+        for name in ("one", "two"):
+            await registry.announce(worker(name, capacity=2))
+        async with slots_of(redis, "a") as slots:
+            held = [await slots.claim("emoji", "denoising", f"held {number}") for number in range(2)]
+            waiting = []
+            for number in range(2):  # the second one reserves nothing
+                name = f"alone {number}"
+                waiting.append(asyncio.create_task(slots.claim("emoji", "denoising", name, alone=True)))
+                await queued(registry, number + 1)
+            busy = []
+            for number in range(4):  # the worker that is not reserved serves the others, one after the other
+                slot = await slots.claim("emoji", "denoising", f"r{number}")
+                busy.append(slot.worker.worker_id)
+                slots.release(slot)
+                await slots.settle()
+            assert len(set(busy)) == 1
+            reserved = next(slot for slot in held if slot.worker.worker_id != busy[0])
+            slots.release(reserved)
+            assert (await waiting[0]).worker.worker_id == reserved.worker.worker_id
+            waiting[1].cancel()
+            await asyncio.gather(waiting[1], return_exceptions=True)
+        for name in ("one", "two"):
+            await registry.withdraw(name)
+
+    run_on_empty_store(url, story)
+
+
+def test_a_reservation_goes_with_its_claim(url: str) -> None:
+    """Whether it is given up, or its coordinator dies."""
+
+    async def story(redis: Redis) -> None:
+        registry = WorkerRegistry(redis)
+        await registry.announce(worker("w", capacity=2))
+        async with slots_of(redis, "a") as slots, slots_of(redis, "dying") as dying:
+            held = await slots.claim("emoji", "denoising", "held")
+            alone = asyncio.create_task(slots.claim("emoji", "denoising", "alone", alone=True))
+            await queued(registry, 1)
+            later = asyncio.create_task(slots.claim("emoji", "denoising", "later"))
+            await queued(registry, 2)
+            alone.cancel()
+            slot = await later
+            slots.release(slot)
+            await slots.settle()
+            orphan = asyncio.create_task(dying.claim("emoji", "denoising", "orphan", alone=True))
+            await queued(registry, 1)
+            await run_script(redis, "resign", "dying")
+            assert (await slots.claim("emoji", "denoising", "last")).worker.worker_id == "w"
+            orphan.cancel()
+            await asyncio.gather(alone, orphan, return_exceptions=True)
+            slots.release(held)
         await registry.withdraw("w")
 
     run_on_empty_store(url, story)

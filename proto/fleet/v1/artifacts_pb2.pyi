@@ -788,6 +788,25 @@ class Progress(_message.Message):
 Global___Progress: _TypeAlias = Progress  # noqa: Y015
 
 @_typing.final
+class Begun(_message.Message):
+    """The call's stages start on the device. Calls that wait for the device have not begun. A worker sends it only to callers
+    that send `fleet-begun: 1` in the metadata of the call, and not with a reply from its cache.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Begun: _TypeAlias = Begun  # noqa: Y015
+
+@_typing.final
 class Warning(_message.Message):
     """Something the caller should know that did not stop the call."""
 

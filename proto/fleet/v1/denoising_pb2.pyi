@@ -60,6 +60,7 @@ class DenoiseResponse(_message.Message):
     PROGRESS_FIELD_NUMBER: _builtins.int
     WARNING_FIELD_NUMBER: _builtins.int
     CHECKPOINT_FIELD_NUMBER: _builtins.int
+    BEGUN_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def header(self) -> Global___DenoiseOutputs:
         """Small values, and the description of large tensors."""
@@ -80,6 +81,10 @@ class DenoiseResponse(_message.Message):
     def checkpoint(self) -> _artifacts_pb2.Checkpoint:
         """A place to resume from."""
 
+    @_builtins.property
+    def begun(self) -> _artifacts_pb2.Begun:
+        """The stages start on the device."""
+
     def __init__(
         self,
         *,
@@ -88,12 +93,13 @@ class DenoiseResponse(_message.Message):
         progress: _artifacts_pb2.Progress | None = ...,
         warning: _artifacts_pb2.Warning | None = ...,
         checkpoint: _artifacts_pb2.Checkpoint | None = ...,
+        begun: _artifacts_pb2.Begun | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "chunk", b"chunk", "frame", b"frame", "header", b"header", "progress", b"progress", "warning", b"warning"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["begun", b"begun", "checkpoint", b"checkpoint", "chunk", b"chunk", "frame", b"frame", "header", b"header", "progress", b"progress", "warning", b"warning"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "chunk", b"chunk", "frame", b"frame", "header", b"header", "progress", b"progress", "warning", b"warning"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["begun", b"begun", "checkpoint", b"checkpoint", "chunk", b"chunk", "frame", b"frame", "header", b"header", "progress", b"progress", "warning", b"warning"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_frame: _TypeAlias = _typing.Literal["header", "chunk", "progress", "warning", "checkpoint"]  # noqa: Y015
+    _WhichOneofReturnType_frame: _TypeAlias = _typing.Literal["header", "chunk", "progress", "warning", "checkpoint", "begun"]  # noqa: Y015
     _WhichOneofArgType_frame: _TypeAlias = _typing.Literal["frame", b"frame"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_frame) -> _WhichOneofReturnType_frame | None: ...
 

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from fleet.v1 import artifacts_pb2 as fleet_dot_v1_dot_artifacts__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!fleet/v1/latent_preparation.proto\x12\x08\x66leet.v1\x1a\x18\x66leet/v1/artifacts.proto\"t\n\x15PrepareLatentsRequest\x12\x30\n\x06header\x18\x01 \x01(\x0b\x32\x1e.fleet.v1.PrepareLatentsInputsH\x00\x12 \n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x0f.fleet.v1.ChunkH\x00\x42\x07\n\x05\x66rame\"\xc4\x01\n\x16PrepareLatentsResponse\x12\x31\n\x06header\x18\x01 \x01(\x0b\x32\x1f.fleet.v1.PrepareLatentsOutputsH\x00\x12 \n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x0f.fleet.v1.ChunkH\x00\x12&\n\x08progress\x18\x03 \x01(\x0b\x32\x12.fleet.v1.ProgressH\x00\x12$\n\x07warning\x18\x04 \x01(\x0b\x32\x11.fleet.v1.WarningH\x00\x42\x07\n\x05\x66rame\"\x80\x01\n\x14PrepareLatentsInputs\x12%\n\x06\x63\x61nvas\x18\x01 \x01(\x0b\x32\x10.fleet.v1.CanvasH\x00\x88\x01\x01\x12)\n\x08sampling\x18\x02 \x01(\x0b\x32\x12.fleet.v1.SamplingH\x01\x88\x01\x01\x42\t\n\x07_canvasB\x0b\n\t_sampling\"\xdf\x01\n\x15PrepareLatentsOutputs\x12/\n\x0finitial_latents\x18\x01 \x01(\x0b\x32\x11.fleet.v1.LatentsH\x00\x88\x01\x01\x12)\n\x08schedule\x18\x02 \x01(\x0b\x32\x12.fleet.v1.ScheduleH\x01\x88\x01\x01\x12\x33\n\x11latents_generator\x18\x03 \x01(\x0b\x32\x13.fleet.v1.GeneratorH\x02\x88\x01\x01\x42\x12\n\x10_initial_latentsB\x0b\n\t_scheduleB\x14\n\x12_latents_generator2s\n\x18LatentPreparationService\x12W\n\x0ePrepareLatents\x12\x1f.fleet.v1.PrepareLatentsRequest\x1a .fleet.v1.PrepareLatentsResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!fleet/v1/latent_preparation.proto\x12\x08\x66leet.v1\x1a\x18\x66leet/v1/artifacts.proto\"t\n\x15PrepareLatentsRequest\x12\x30\n\x06header\x18\x01 \x01(\x0b\x32\x1e.fleet.v1.PrepareLatentsInputsH\x00\x12 \n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x0f.fleet.v1.ChunkH\x00\x42\x07\n\x05\x66rame\"\xe6\x01\n\x16PrepareLatentsResponse\x12\x31\n\x06header\x18\x01 \x01(\x0b\x32\x1f.fleet.v1.PrepareLatentsOutputsH\x00\x12 \n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x0f.fleet.v1.ChunkH\x00\x12&\n\x08progress\x18\x03 \x01(\x0b\x32\x12.fleet.v1.ProgressH\x00\x12$\n\x07warning\x18\x04 \x01(\x0b\x32\x11.fleet.v1.WarningH\x00\x12 \n\x05\x62\x65gun\x18\x06 \x01(\x0b\x32\x0f.fleet.v1.BegunH\x00\x42\x07\n\x05\x66rame\"\x80\x01\n\x14PrepareLatentsInputs\x12%\n\x06\x63\x61nvas\x18\x01 \x01(\x0b\x32\x10.fleet.v1.CanvasH\x00\x88\x01\x01\x12)\n\x08sampling\x18\x02 \x01(\x0b\x32\x12.fleet.v1.SamplingH\x01\x88\x01\x01\x42\t\n\x07_canvasB\x0b\n\t_sampling\"\xdf\x01\n\x15PrepareLatentsOutputs\x12/\n\x0finitial_latents\x18\x01 \x01(\x0b\x32\x11.fleet.v1.LatentsH\x00\x88\x01\x01\x12)\n\x08schedule\x18\x02 \x01(\x0b\x32\x12.fleet.v1.ScheduleH\x01\x88\x01\x01\x12\x33\n\x11latents_generator\x18\x03 \x01(\x0b\x32\x13.fleet.v1.GeneratorH\x02\x88\x01\x01\x42\x12\n\x10_initial_latentsB\x0b\n\t_scheduleB\x14\n\x12_latents_generator2s\n\x18LatentPreparationService\x12W\n\x0ePrepareLatents\x12\x1f.fleet.v1.PrepareLatentsRequest\x1a .fleet.v1.PrepareLatentsResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,11 +35,11 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PREPARELATENTSREQUEST']._serialized_start=73
   _globals['_PREPARELATENTSREQUEST']._serialized_end=189
   _globals['_PREPARELATENTSRESPONSE']._serialized_start=192
-  _globals['_PREPARELATENTSRESPONSE']._serialized_end=388
-  _globals['_PREPARELATENTSINPUTS']._serialized_start=391
-  _globals['_PREPARELATENTSINPUTS']._serialized_end=519
-  _globals['_PREPARELATENTSOUTPUTS']._serialized_start=522
-  _globals['_PREPARELATENTSOUTPUTS']._serialized_end=745
-  _globals['_LATENTPREPARATIONSERVICE']._serialized_start=747
-  _globals['_LATENTPREPARATIONSERVICE']._serialized_end=862
+  _globals['_PREPARELATENTSRESPONSE']._serialized_end=422
+  _globals['_PREPARELATENTSINPUTS']._serialized_start=425
+  _globals['_PREPARELATENTSINPUTS']._serialized_end=553
+  _globals['_PREPARELATENTSOUTPUTS']._serialized_start=556
+  _globals['_PREPARELATENTSOUTPUTS']._serialized_end=779
+  _globals['_LATENTPREPARATIONSERVICE']._serialized_start=781
+  _globals['_LATENTPREPARATIONSERVICE']._serialized_end=896
 # @@protoc_insertion_point(module_scope)

@@ -59,6 +59,7 @@ class PrepareLatentsResponse(_message.Message):
     CHUNK_FIELD_NUMBER: _builtins.int
     PROGRESS_FIELD_NUMBER: _builtins.int
     WARNING_FIELD_NUMBER: _builtins.int
+    BEGUN_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def header(self) -> Global___PrepareLatentsOutputs:
         """Small values, and the description of large tensors."""
@@ -75,6 +76,10 @@ class PrepareLatentsResponse(_message.Message):
     def warning(self) -> _artifacts_pb2.Warning:
         """Something the caller should know."""
 
+    @_builtins.property
+    def begun(self) -> _artifacts_pb2.Begun:
+        """The stages start on the device."""
+
     def __init__(
         self,
         *,
@@ -82,12 +87,13 @@ class PrepareLatentsResponse(_message.Message):
         chunk: _artifacts_pb2.Chunk | None = ...,
         progress: _artifacts_pb2.Progress | None = ...,
         warning: _artifacts_pb2.Warning | None = ...,
+        begun: _artifacts_pb2.Begun | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "frame", b"frame", "header", b"header", "progress", b"progress", "warning", b"warning"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["begun", b"begun", "chunk", b"chunk", "frame", b"frame", "header", b"header", "progress", b"progress", "warning", b"warning"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "frame", b"frame", "header", b"header", "progress", b"progress", "warning", b"warning"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["begun", b"begun", "chunk", b"chunk", "frame", b"frame", "header", b"header", "progress", b"progress", "warning", b"warning"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_frame: _TypeAlias = _typing.Literal["header", "chunk", "progress", "warning"]  # noqa: Y015
+    _WhichOneofReturnType_frame: _TypeAlias = _typing.Literal["header", "chunk", "progress", "warning", "begun"]  # noqa: Y015
     _WhichOneofArgType_frame: _TypeAlias = _typing.Literal["frame", b"frame"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_frame) -> _WhichOneofReturnType_frame | None: ...
 

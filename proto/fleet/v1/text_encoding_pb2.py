@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from fleet.v1 import artifacts_pb2 as fleet_dot_v1_dot_artifacts__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x66leet/v1/text_encoding.proto\x12\x08\x66leet.v1\x1a\x18\x66leet/v1/artifacts.proto\"l\n\x11\x45ncodeTextRequest\x12,\n\x06header\x18\x01 \x01(\x0b\x32\x1a.fleet.v1.EncodeTextInputsH\x00\x12 \n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x0f.fleet.v1.ChunkH\x00\x42\x07\n\x05\x66rame\"\xbc\x01\n\x12\x45ncodeTextResponse\x12-\n\x06header\x18\x01 \x01(\x0b\x32\x1b.fleet.v1.EncodeTextOutputsH\x00\x12 \n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x0f.fleet.v1.ChunkH\x00\x12&\n\x08progress\x18\x03 \x01(\x0b\x32\x12.fleet.v1.ProgressH\x00\x12$\n\x07warning\x18\x04 \x01(\x0b\x32\x11.fleet.v1.WarningH\x00\x42\x07\n\x05\x66rame\"\xf1\x01\n\x10\x45ncodeTextInputs\x12%\n\x06prompt\x18\x01 \x01(\x0b\x32\x10.fleet.v1.PromptH\x00\x88\x01\x01\x12)\n\x08sampling\x18\x02 \x01(\x0b\x32\x12.fleet.v1.SamplingH\x01\x88\x01\x01\x12\x30\n\x0cimage_inputs\x18\x03 \x01(\x0b\x32\x15.fleet.v1.ImageInputsH\x02\x88\x01\x01\x12%\n\x06\x63\x61nvas\x18\x04 \x01(\x0b\x32\x10.fleet.v1.CanvasH\x03\x88\x01\x01\x42\t\n\x07_promptB\x0b\n\t_samplingB\x0f\n\r_image_inputsB\t\n\x07_canvas\"a\n\x11\x45ncodeTextOutputs\x12\x36\n\x11text_conditioning\x18\x01 \x01(\x0b\x32\x16.fleet.v1.ConditioningH\x00\x88\x01\x01\x42\x14\n\x12_text_conditioning2b\n\x13TextEncodingService\x12K\n\nEncodeText\x12\x1b.fleet.v1.EncodeTextRequest\x1a\x1c.fleet.v1.EncodeTextResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x66leet/v1/text_encoding.proto\x12\x08\x66leet.v1\x1a\x18\x66leet/v1/artifacts.proto\"l\n\x11\x45ncodeTextRequest\x12,\n\x06header\x18\x01 \x01(\x0b\x32\x1a.fleet.v1.EncodeTextInputsH\x00\x12 \n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x0f.fleet.v1.ChunkH\x00\x42\x07\n\x05\x66rame\"\xde\x01\n\x12\x45ncodeTextResponse\x12-\n\x06header\x18\x01 \x01(\x0b\x32\x1b.fleet.v1.EncodeTextOutputsH\x00\x12 \n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x0f.fleet.v1.ChunkH\x00\x12&\n\x08progress\x18\x03 \x01(\x0b\x32\x12.fleet.v1.ProgressH\x00\x12$\n\x07warning\x18\x04 \x01(\x0b\x32\x11.fleet.v1.WarningH\x00\x12 \n\x05\x62\x65gun\x18\x06 \x01(\x0b\x32\x0f.fleet.v1.BegunH\x00\x42\x07\n\x05\x66rame\"\xf1\x01\n\x10\x45ncodeTextInputs\x12%\n\x06prompt\x18\x01 \x01(\x0b\x32\x10.fleet.v1.PromptH\x00\x88\x01\x01\x12)\n\x08sampling\x18\x02 \x01(\x0b\x32\x12.fleet.v1.SamplingH\x01\x88\x01\x01\x12\x30\n\x0cimage_inputs\x18\x03 \x01(\x0b\x32\x15.fleet.v1.ImageInputsH\x02\x88\x01\x01\x12%\n\x06\x63\x61nvas\x18\x04 \x01(\x0b\x32\x10.fleet.v1.CanvasH\x03\x88\x01\x01\x42\t\n\x07_promptB\x0b\n\t_samplingB\x0f\n\r_image_inputsB\t\n\x07_canvas\"a\n\x11\x45ncodeTextOutputs\x12\x36\n\x11text_conditioning\x18\x01 \x01(\x0b\x32\x16.fleet.v1.ConditioningH\x00\x88\x01\x01\x42\x14\n\x12_text_conditioning2b\n\x13TextEncodingService\x12K\n\nEncodeText\x12\x1b.fleet.v1.EncodeTextRequest\x1a\x1c.fleet.v1.EncodeTextResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,11 +35,11 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ENCODETEXTREQUEST']._serialized_start=68
   _globals['_ENCODETEXTREQUEST']._serialized_end=176
   _globals['_ENCODETEXTRESPONSE']._serialized_start=179
-  _globals['_ENCODETEXTRESPONSE']._serialized_end=367
-  _globals['_ENCODETEXTINPUTS']._serialized_start=370
-  _globals['_ENCODETEXTINPUTS']._serialized_end=611
-  _globals['_ENCODETEXTOUTPUTS']._serialized_start=613
-  _globals['_ENCODETEXTOUTPUTS']._serialized_end=710
-  _globals['_TEXTENCODINGSERVICE']._serialized_start=712
-  _globals['_TEXTENCODINGSERVICE']._serialized_end=810
+  _globals['_ENCODETEXTRESPONSE']._serialized_end=401
+  _globals['_ENCODETEXTINPUTS']._serialized_start=404
+  _globals['_ENCODETEXTINPUTS']._serialized_end=645
+  _globals['_ENCODETEXTOUTPUTS']._serialized_start=647
+  _globals['_ENCODETEXTOUTPUTS']._serialized_end=744
+  _globals['_TEXTENCODINGSERVICE']._serialized_start=746
+  _globals['_TEXTENCODINGSERVICE']._serialized_end=844
 # @@protoc_insertion_point(module_scope)

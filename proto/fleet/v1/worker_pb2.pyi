@@ -98,6 +98,7 @@ class WorkerInfo(_message.Message):
     DEVICE_FIELD_NUMBER: _builtins.int
     VERSIONS_FIELD_NUMBER: _builtins.int
     DEGREES_FIELD_NUMBER: _builtins.int
+    REPORTS_BEGUN_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     """Unique to the process."""
     service: _builtins.str
@@ -118,6 +119,8 @@ class WorkerInfo(_message.Message):
     """Element type that it computes in."""
     device: _builtins.str
     """Device that it computes on, such as "cpu" or "cuda:0"."""
+    reports_begun: _builtins.bool
+    """It sends Begun frames to callers that ask for them."""
     @_builtins.property
     def contract(self) -> Global___StageContract:
         """What the hosted stages read and write."""
@@ -146,10 +149,11 @@ class WorkerInfo(_message.Message):
         device: _builtins.str = ...,
         versions: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         degrees: Global___Degrees | None = ...,
+        reports_begun: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["contract", b"contract", "degrees", b"degrees"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "capacity", b"capacity", "contract", b"contract", "degrees", b"degrees", "device", b"device", "dtype", b"dtype", "model", b"model", "model_fingerprint", b"model_fingerprint", "numerics_fingerprint", b"numerics_fingerprint", "pipeline_name", b"pipeline_name", "service", b"service", "versions", b"versions", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "capacity", b"capacity", "contract", b"contract", "degrees", b"degrees", "device", b"device", "dtype", b"dtype", "model", b"model", "model_fingerprint", b"model_fingerprint", "numerics_fingerprint", b"numerics_fingerprint", "pipeline_name", b"pipeline_name", "reports_begun", b"reports_begun", "service", b"service", "versions", b"versions", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import psutil
 from chaos_clients import Outcome
-from chaos_plan import PICTURES, Manner, Picture
+from chaos_plan import Manner, Picture
 from chaos_processes import COORDINATOR, Fleet, Process, Role
 from redis.asyncio import Redis
 
@@ -85,6 +85,8 @@ def _check_outcome(stored: Mapping[str, Stored], outcome: Outcome) -> list[str]:
     may_end = {State.REQUEST_STATE_SUCCEEDED}
     if outcome.gave_up and order.manner in (Manner.CANCEL, Manner.LEAVE):
         may_end.add(State.REQUEST_STATE_CANCELLED)
+    if order.manner is Manner.POISON:
+        may_end = {State.REQUEST_STATE_FAILED}
     if order.manner is Manner.HURRY:
         may_end.add(State.REQUEST_STATE_EXPIRED)
     if each.record.state not in may_end:
@@ -117,7 +119,7 @@ def check_files(
 ) -> list[str]:
     """A result is what one process makes of the same request, byte for byte."""
     given = record.parameters
-    (picture,) = [each for each in PICTURES if (each.model, each.seed) == (record.model, given.seed)]
+    (picture,) = [each for each in references if (each.model, each.seed) == (record.model, given.seed)]
     if list(files) == list(references[picture]):
         return []
     sizes = [len(file) for file in files]

@@ -85,6 +85,11 @@ class Pulse:
         self._is_over = True
         self._move()
 
+    async def over(self) -> None:
+        """Wait until there is nothing more to wait for."""
+        while not self._is_over:
+            await self._moved.wait()
+
     def _move(self) -> None:
         self.beaten = time.monotonic()
         self._moved.set()

@@ -89,8 +89,15 @@ class Chaos:
         hit = f", which runs {', '.join(requests)}" if requests else ""
         self._fleet.tell(f"{fault.kind.value} ({fault.number}): {target}{hit}")
 
+    async def strike(self, fault: Fault, target: Process) -> None:
+        """Let a fault strike this process, and last."""
+        if target.access is None:
+            await self._signal(fault, target, await self._runs_of(target))
+        else:
+            await self._signal(fault, target, (await self.runs_by_worker()).get(target.pid, ()))
+
     async def _strike_worker(self, fault: Fault) -> bool:
-        running = await self._runs_by_worker()
+        running = await self.runs_by_worker()
         workers = self._fleet.of(coordinators=False)
         denoising = [each for each in workers if each.role.program == "denoising"]
         busy = [each for each in denoising if running.get(each.pid)]
@@ -123,7 +130,7 @@ class Chaos:
 
     async def _kill_both(self, fault: Fault) -> bool:
         """A denoiser at work, and the coordinator of its request, at the same moment."""
-        running = await self._runs_by_worker()
+        running = await self.runs_by_worker()
         by_pid = {each.pid: each for each in self._fleet.of(coordinators=False)}
         busy = [pid for pid in running if pid in by_pid and by_pid[pid].role.program == "denoising"]
         worker = _drawn([by_pid[pid] for pid in sorted(busy)], fault.draw)
@@ -156,7 +163,7 @@ class Chaos:
         target = _drawn(candidates, fault.draw)
         if target is None:
             return False
-        running = (await self._runs_by_worker()).get(target.pid, ()) if not from_store else ()
+        running = (await self.runs_by_worker()).get(target.pid, ()) if not from_store else ()
         link: Link | None = target.store if from_store else target.access
         assert link is not None
         self._note(fault, target.name, running)
@@ -187,7 +194,7 @@ class Chaos:
         self._fleet.tell(f"{await self.peers.bother(target, fault.draw)} ({fault.number})")
         return True
 
-    async def _runs_by_worker(self) -> dict[int, tuple[str, ...]]:
+    async def runs_by_worker(self) -> dict[int, tuple[str, ...]]:
         """The requests that have a slot, by the process of the worker, whose id tells it."""
         runs: dict[int, tuple[str, ...]] = {}
         try:

@@ -15,6 +15,7 @@ FLUX, WAN = "flux", "wan"
 STEPS = 12
 
 _FLUX_GIVEN = {"height": 192, "width": 192, "num_inference_steps": STEPS}
+_LARGE_GIVEN = {"height": 384, "width": 384, "num_inference_steps": STEPS}  # a loop of about a second
 _WAN_GIVEN = {"height": 48, "width": 64, "num_frames": 5, "num_inference_steps": STEPS}
 _WAN_SHARE = 0.3
 _FAR_DEADLINE_SECONDS = 1_800.0
@@ -33,6 +34,7 @@ class Manner(Enum):
     CANCEL = "submits with a key, and cancels once it denoises"
     LEAVE = "generates without a key, and leaves once it denoises"
     HURRY = "submits with an idempotency key and a deadline that may pass"
+    POISON = "submits with an idempotency key what kills each worker that denoises it"
 
 
 _MANNERS: Mapping[Manner, int] = MappingProxyType(
@@ -46,6 +48,9 @@ _MANNERS: Mapping[Manner, int] = MappingProxyType(
         Manner.HURRY: 2,
     }
 )
+
+
+_INNOCENT = (Manner.SUBMIT, Manner.KEYED, Manner.TWICE, Manner.GENERATE)
 
 
 class Kind(Enum):
@@ -104,11 +109,13 @@ class Picture:
     model: str
     prompt: str
     seed: int
+    is_large: bool = False
 
     @property
     def given(self) -> Mapping[str, Any]:
         """The sampling parameters by name."""
-        return {"prompt": self.prompt, "seed": self.seed, **(_WAN_GIVEN if self.model == WAN else _FLUX_GIVEN)}
+        size = _WAN_GIVEN if self.model == WAN else _LARGE_GIVEN if self.is_large else _FLUX_GIVEN
+        return {"prompt": self.prompt, "seed": self.seed, **size}
 
     @property
     def parameters(self) -> pb.GenerationParameters:
@@ -118,6 +125,9 @@ class Picture:
 
 PICTURES = tuple(
     Picture(model, _PROMPTS[number % len(_PROMPTS)], number) for model in (FLUX, WAN) for number in range(_VARIANTS)
+)
+LARGE_PICTURES = tuple(
+    Picture(FLUX, prompt, _VARIANTS + number, is_large=True) for number, prompt in enumerate(_PROMPTS)
 )
 
 
@@ -155,13 +165,19 @@ class Fault:
 
 @dataclass(frozen=True)
 class Plan:
-    """A whole run. `skews` are the errors of the processes' clocks in seconds, in the order of their starts."""
+    """A whole run. `skews` are the errors of the processes' clocks in seconds, in the order of their starts.
+
+    `faults` strike by the progress of the run. With `death_seconds`, each process also dies that often on average.
+    """
 
     seed: int
     clients: int
     orders: Sequence[Order]
     faults: Sequence[Fault]
     longest_seconds: float
+    pictures: Sequence[Picture] = PICTURES
+    is_churn: bool = False
+    death_seconds: float = 0.0
 
     def skews(self) -> random.Random:
         """Where the errors of the clocks come from."""
@@ -187,6 +203,27 @@ def make_plan(seed: int, requests: int, *, clients: int, faults: int, longest_se
         for number, kind in enumerate(kinds)
     ]
     return Plan(seed, clients, orders, drawn, longest_seconds)
+
+
+def make_churn_plan(
+    seed: int, requests: int, *, clients: int, death_seconds: float, longest_seconds: float, poison: int
+) -> Plan:
+    """Draw a run of deaths by the clock. Of the requests `poison` kill their workers; all others are innocent."""
+    rng = random.Random(seed)
+    kill = set(rng.sample(range(requests), poison))
+    orders = [
+        Order(
+            number=number,
+            caller=rng.choice(CALLERS),
+            picture=rng.choice(LARGE_PICTURES),
+            manner=Manner.POISON if number in kill else rng.choice(_INNOCENT),
+            priority=0,
+            deadline_seconds=None,
+            at_step=0,
+        )
+        for number in range(requests)
+    ]
+    return Plan(seed, clients, orders, (), longest_seconds, LARGE_PICTURES, is_churn=True, death_seconds=death_seconds)
 
 
 def _order(number: int, rng: random.Random) -> Order:

@@ -28,12 +28,11 @@ _LARGEST_SKEW_SECONDS = 7_200.0
 _IDLE_SECONDS = 2.0
 _OWNER = re.compile(r"coordinator-[0-9a-f]{12}")
 
-# Quick heartbeats, as a take-over waits for a few; budgets that no run uses up, as every failure would be a finding.
-_COORDINATOR_WORDS = (
+# Quick heartbeats, as a take-over waits for a few.
+QUICK_COORDINATOR = (
     *("--heartbeat-seconds", "0.3", "--heartbeat-ttl-seconds", "1.5", "--step-seconds", "0", "--grace-seconds", "2"),
-    *("--max-worker-deaths", "1000", "--stage-attempts", "1000"),
 )
-_WORKER_WORDS = (
+QUICK_WORKER = (
     *("--device", "cpu", "--threads", "1", "--checkpoint-every", "1", "--step-seconds", "0", "--grace-seconds", "5"),
     *("--idle-seconds", str(_IDLE_SECONDS)),
 )
@@ -95,7 +94,8 @@ class Process:
 class Fleet:
     """Starts processes, and another of the same role for each that ends. `findings` are ends that nobody caused.
 
-    With `callers`, its coordinators serve only them; without, anybody.
+    There are so many `workers` of each stage, and `denoisers` where that is set. With `callers`, its coordinators serve
+    only them; without, anybody. The words are the settings of coordinators and workers.
     """
 
     def __init__(
@@ -106,7 +106,10 @@ class Fleet:
         *,
         coordinators: int,
         workers: int,
+        denoisers: int = 0,
         callers: Sequence[str] = (),
+        coordinator_words: Sequence[str] = QUICK_COORDINATOR,
+        worker_words: Sequence[str] = QUICK_WORKER,
     ) -> None:
         self.models = models
         self.server = RedisServer(server_binaries()["valkey"])
@@ -117,8 +120,11 @@ class Fleet:
         self.story: list[str] = []
         self._skews = skews
         self._callers = callers
+        self._coordinator_words = coordinator_words
+        self._worker_words = worker_words
+        self.workers = dict.fromkeys(SERVICES, workers) | {"denoising": denoisers or workers}
         roles = [Role(service, model) for model in models for service in SERVICES]
-        self._roles = [COORDINATOR] * coordinators + [role for role in roles for _ in range(workers)]
+        self.roles = [COORDINATOR] * coordinators + [role for role in roles for _ in range(self.workers[role.program])]
         self._parent: asyncio.subprocess.Process | None = None
         self._listener: asyncio.Task[None] | None = None
         self._starting: deque[tuple[Process, asyncio.Future[None]]] = deque()
@@ -141,7 +147,7 @@ class Fleet:
         assert self._parent.stdout is not None
         assert "ready" in json.loads(await self._parent.stdout.readline())
         self._listener = asyncio.create_task(self._listen(self._parent.stdout))
-        await asyncio.gather(*(self._spawn(role) for role in self._roles))
+        await asyncio.gather(*(self._spawn(role) for role in self.roles))
 
     @property
     def _keys(self) -> Path:
@@ -194,7 +200,7 @@ class Fleet:
         if process.access is None:
             references = [word for reference in self._references() for word in ("--model", reference)]
             keys = ("--api-keys", str(self._keys)) if self._callers else ()
-            return [*words, *references, *keys, *_COORDINATOR_WORDS]
+            return [*words, *references, *keys, *self._coordinator_words]
         model = process.role.model
         return [
             *words,
@@ -202,7 +208,7 @@ class Fleet:
             f"{model}={self.models[model]}",
             "--advertise",
             process.access.address,
-            *_WORKER_WORDS,
+            *self._worker_words,
         ]
 
     def _ended(self, process: Process, code: int) -> None:
@@ -260,7 +266,7 @@ class Fleet:
     async def is_complete(self) -> bool:
         """Whether every role has as many processes as it should."""
         roles = [process.role for process in self.living if not process.is_ending]
-        return sorted(roles) == sorted(self._roles) and not self._tasks
+        return sorted(roles) == sorted(self.roles) and not self._tasks
 
     async def stop(self, seconds: float = 30.0) -> None:
         """End everything gracefully, coordinators first; what does not end is a finding, and killed."""

@@ -1,11 +1,16 @@
 """Torments a fleet of real processes while clients use it.
 
     python tests/fleet/chaos/run_chaos.py --requests 1000 --seed 1
+    python tests/fleet/chaos/run_chaos.py --churn --requests 1000 --poison 3
 
 Several coordinators, and several workers for each stage of a Flux and a Wan checkpoint, on a real Redis that writes to
 its disk before it answers. Processes are killed, stopped, told to leave and cut off; Redis is killed and started again;
 clients do not read, send twice, cancel, leave; peers speak nonsense; and every process has a wrong clock. At the end
 every accepted request has ended once, every result has the bytes that one process makes, and nothing is left over.
+
+With --churn it is two coordinators, two denoisers and one worker of each other stage of the Flux checkpoint, with all
+settings at their defaults, and each process is killed every 8 seconds on average. Requests that kill their workers must
+be FAILED, and no other may be.
 
 Ends with 1 and tells all that is needed to look into it, if anything did not hold. The same seed draws the same
 requests and faults; how they meet depends on the machine.
@@ -40,9 +45,10 @@ from chaos_checks import (  # noqa: E402
     read_store,
     settled,
 )
+from chaos_churn import Churn  # noqa: E402
 from chaos_clients import Channels, Client, Pulse, Stub, Wrong, download  # noqa: E402
 from chaos_faults import Chaos  # noqa: E402
-from chaos_plan import CALLERS, FLUX, PICTURES, WAN, Picture, Plan, make_plan  # noqa: E402
+from chaos_plan import CALLERS, FLUX, WAN, Manner, Picture, Plan, make_churn_plan, make_plan  # noqa: E402
 from chaos_processes import Fleet, credentials  # noqa: E402
 from chaos_report import Report  # noqa: E402
 from redis.asyncio import Redis  # noqa: E402
@@ -55,24 +61,27 @@ from tiny_flux import build_tiny_flux  # noqa: E402
 from tiny_wan import build_tiny_wan  # noqa: E402
 
 COORDINATORS, WORKERS = 3, 2
+CHURN_COORDINATORS, CHURN_WORKERS, CHURN_DENOISERS = 2, 1, 2
+_ON_CPU = ("--device", "cpu", "--threads", "1")  # where and how it computes; all else is at its defaults
 _SILENT_SECONDS = 60.0  # after which a run without any event is given up
 
 References = Mapping[Picture, Sequence[bytes]]
 
 
-def build_models(directory: Path) -> dict[str, Path]:
+def build_models(directory: Path, plan: Plan) -> dict[str, Path]:
     """The checkpoints that are served, by name."""
-    return {FLUX: build_tiny_flux(directory / FLUX), WAN: build_tiny_wan(directory / WAN)}
+    build = {FLUX: build_tiny_flux, WAN: build_tiny_wan}
+    return {name: build[name](directory / name) for name in dict.fromkeys(each.model for each in plan.pictures)}
 
 
-def make_references(models: Mapping[str, Path]) -> References:
+def make_references(models: Mapping[str, Path], pictures: Sequence[Picture]) -> References:
     """What each picture's files are, computed in this process by the same stages, with as many threads as there."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     references: dict[Picture, Sequence[bytes]] = {}
     for name, path in models.items():
         local = open_fleet(f"{name}={path}")
-        for picture in (each for each in PICTURES if each.model == name):
+        for picture in (each for each in pictures if each.model == name):
             references[picture] = [item.data.numpy().tobytes() for item in local.media(**picture.given).items]
         local.close()
     torch.set_num_threads(threads)
@@ -91,6 +100,7 @@ class Run:
         self._pulse = Pulse()
         self._clients = [Client(order, fleet, self._channels, self._pulse, plan.seed) for order in plan.orders]
         self._chaos = Chaos(fleet, redis, self._clients, self._channels)
+        self._churn = Churn(plan, fleet, self._chaos, self._clients)
         self._baseline = Baseline()
         self._findings: list[str] = []
         self._stored: dict[str, Stored] = {}
@@ -102,7 +112,7 @@ class Run:
         try:
             await self._fleet.start()
             await self._warm_up()
-            striking = asyncio.create_task(self._chaos.run(self._plan.faults, self._pulse))
+            striking = asyncio.create_task(self._strike())
             await self._serve_orders()
             await self._end_faults(striking)
             await self._check()
@@ -116,6 +126,9 @@ class Run:
         details = self._details() if self._findings else ()
         return Report(self._plan, seconds, outcomes, self._stored, self._chaos.strikes, self._findings, details)
 
+    async def _strike(self) -> None:
+        await asyncio.gather(self._chaos.run(self._plan.faults, self._pulse), self._churn.run(self._pulse))
+
     async def _warm_up(self) -> None:
         """Wait for all workers, and let every coordinator and every stage serve once."""
         coordinators = self._fleet.of(coordinators=True)
@@ -127,10 +140,11 @@ class Run:
 
         async def sees_everybody() -> bool:
             reply = await stub.ListModels(pb.ListModelsRequest(), wait_for_ready=True, metadata=key)
-            return all(service.workers == WORKERS for model in reply.models for service in model.services)
+            wanted = self._fleet.workers
+            return all(each.workers == wanted[each.service] for model in reply.models for each in model.services)
 
         await until(sees_everybody)
-        for picture in PICTURES[:: len(PICTURES) // 2]:
+        for picture in {each.model: each for each in self._plan.pictures}.values():
             request = pb.SubmitRequest(model=picture.model, parameters=picture.parameters)
             accepted = await stub.Submit(request, metadata=key)
             self._warmed.append(accepted.request.request_id)
@@ -207,9 +221,25 @@ class Run:
         return ["schedule:", *schedule, "what happened:", *self._fleet.story, "events:", *streams, "logs:", *lines]
 
 
+def _fleet_of(plan: Plan, models: Mapping[str, Path], directory: Path) -> Fleet:
+    if not plan.is_churn:
+        return Fleet(directory, models, plan.skews(), coordinators=COORDINATORS, workers=WORKERS, callers=CALLERS)
+    return Fleet(
+        directory,
+        models,
+        plan.skews(),
+        coordinators=CHURN_COORDINATORS,
+        workers=CHURN_WORKERS,
+        denoisers=CHURN_DENOISERS,
+        callers=CALLERS,
+        coordinator_words=(),
+        worker_words=_ON_CPU,
+    )
+
+
 async def _run(plan: Plan, models: Mapping[str, Path], references: References, directory: Path) -> Report:
     before = {child.pid for child in psutil.Process().children(recursive=True)}
-    fleet = Fleet(directory, models, plan.skews(), coordinators=COORDINATORS, workers=WORKERS, callers=CALLERS)
+    fleet = _fleet_of(plan, models, directory)
     try:
         async with connect(fleet.server.url) as redis:
             report = await Run(plan, fleet, redis, references).run()
@@ -223,15 +253,33 @@ async def _run(plan: Plan, models: Mapping[str, Path], references: References, d
 
 def run_chaos(plan: Plan, directory: Path) -> Report:
     """Run a plan; the logs of its processes go to `directory`, whose path must be short enough for unix sockets."""
-    models = build_models(directory / "models")
-    return asyncio.run(_run(plan, models, make_references(models), directory))
+    models = build_models(directory / "models", plan)
+    return asyncio.run(_run(plan, models, make_references(models, plan.pictures), directory))
 
 
 def explain(report: Report, directory: Path) -> str:
     """The findings, and all that helps to find their cause."""
     again = f"--requests {len(report.plan.orders)} --seed {report.plan.seed}"
+    if report.plan.is_churn:
+        poison = sum(order.manner is Manner.POISON for order in report.plan.orders)
+        again += f" --churn --death-seconds {report.plan.death_seconds:g} --poison {poison}"
     lines = [*report.details, f"findings of {again} (logs are in {directory}):", *report.findings]
     return "\n".join(lines)
+
+
+def _plan_of(args: argparse.Namespace) -> Plan:
+    seed = secrets.randbits(32) if args.seed is None else args.seed
+    if args.churn:
+        return make_churn_plan(
+            seed,
+            args.requests,
+            clients=args.clients,
+            death_seconds=args.death_seconds,
+            longest_seconds=args.longest_seconds,
+            poison=args.poison,
+        )
+    faults = args.requests // 2 if args.faults is None else args.faults
+    return make_plan(seed, args.requests, clients=args.clients, faults=faults, longest_seconds=args.longest_seconds)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -244,12 +292,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--clients", type=int, default=6, help="clients at a time (default: 6)")
     parser.add_argument("--faults", type=int, help="how many strike (default: one for two requests, 19 at least)")
     parser.add_argument("--longest-seconds", type=float, default=3.0, help="that a fault lasts (default: 3)")
+    churn = parser.add_argument_group(
+        "churn", "a small fleet at its default settings, whose processes die all the time"
+    )
+    churn.add_argument("--churn", action="store_true", help="this in place of faults of all kinds")
+    churn.add_argument(
+        "--death-seconds", type=float, default=8.0, help="mean life of a process (default: 8; 0: no end)"
+    )
+    churn.add_argument("--poison", type=int, default=0, help="requests that kill their workers (default: none)")
     args = parser.parse_args(argv)
-    seed = secrets.randbits(32) if args.seed is None else args.seed
-    faults = args.requests // 2 if args.faults is None else args.faults
-    plan = make_plan(seed, args.requests, clients=args.clients, faults=faults, longest_seconds=args.longest_seconds)
+    plan = _plan_of(args)
     directory = Path(tempfile.mkdtemp(prefix="chaos-"))
-    sys.stdout.write(f"seed {seed}\n")
+    sys.stdout.write(f"seed {plan.seed}\n")
     report = run_chaos(plan, directory)
     sys.stdout.write(f"{report.table()}\n")
     if report.findings:

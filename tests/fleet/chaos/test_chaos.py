@@ -1,6 +1,6 @@
 """A short chaos with one seed, and what shows that the long one would find something.
 
-The long one is a program: python tests/fleet/chaos/run_chaos.py --requests 1000
+The long ones are a program: python tests/fleet/chaos/run_chaos.py --requests 1000, and --churn
 """
 
 from __future__ import annotations
@@ -10,15 +10,19 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 from chaos_checks import Stored, check_files, check_requests, check_store, read_store
-from chaos_clients import Outcome
+from chaos_churn import Churn
+from chaos_clients import Outcome, Pulse
 from chaos_links import Link
-from chaos_plan import PICTURES, Kind, Manner, Plan, make_plan
+from chaos_plan import PICTURES, Fault, Kind, Manner, Plan, make_churn_plan, make_plan
+from chaos_processes import COORDINATOR, Process, Role
 from chaos_report import Denoising, Latency
 from redis.asyncio import Redis
 from run_chaos import explain, run_chaos
@@ -27,7 +31,7 @@ from common.state.connection import command
 from common.state.records import ResultFile, state_event
 from common.state.requests import RequestStore
 from fleet.v1 import generation_pb2 as pb
-from redis_servers import run_on_empty_store, running_server
+from redis_servers import run_on_empty_store, running_server, until
 
 SEED, REQUESTS, FAULTS = 1, 60, 24
 LONGEST_SECONDS = 2.0
@@ -53,7 +57,90 @@ def test_a_seed_draws_the_same_run_again() -> None:
     assert plan(7).faults != plan(8).faults
     assert plan(7).orders != plan(8).orders
     assert {fault.kind for fault in plan(7).faults} == set(Kind)
-    assert {order.manner for order in plan(7).orders} == set(Manner)
+    assert {order.manner for order in plan(7).orders} == set(Manner) - {Manner.POISON}
+
+
+def churn_plan(poison: int = 2, death_seconds: float = 8.0) -> Plan:
+    return make_churn_plan(
+        SEED, 20, clients=6, death_seconds=death_seconds, longest_seconds=LONGEST_SECONDS, poison=poison
+    )
+
+
+def test_a_churn_plan_is_innocent_but_for_its_poison() -> None:
+    drawn = churn_plan()
+    manners = Counter(order.manner for order in drawn.orders)
+    assert manners.pop(Manner.POISON) == 2
+    assert set(manners) == {Manner.SUBMIT, Manner.KEYED, Manner.TWICE, Manner.GENERATE}
+    assert drawn == churn_plan()
+    failed, succeeded = state_event(pb.REQUEST_STATE_FAILED), state_event(pb.REQUEST_STATE_SUCCEEDED)
+    for order, end, explained in (
+        (next(each for each in drawn.orders if each.manner is Manner.POISON), failed, True),
+        (next(each for each in drawn.orders if each.manner is Manner.POISON), succeeded, False),
+        (next(each for each in drawn.orders if each.manner is Manner.KEYED), failed, False),
+    ):
+        record = pb.RequestRecord(state=end.state_change.state, caller=order.caller)
+        found = check_requests({"c": Stored(record, [end], 1)}, [Outcome(order, request_id="c", heard=[end])], ())
+        assert bool(found) != explained
+
+
+class _Struck:
+    """A fleet of processes that exist in name only, and the chaos that strikes them."""
+
+    def __init__(self, poisoned: str) -> None:
+        self.roles = [COORDINATOR, Role("denoising", "flux"), Role("denoising", "flux"), Role("decoding", "flux")]
+        nowhere = cast(Any, None)
+        self.living = [
+            Process(str(pid), role, nowhere, nowhere, nowhere, None, pid=pid) for pid, role in enumerate(self.roles)
+        ]
+        self.struck: list[tuple[Kind, int]] = []
+        self._poisoned = poisoned
+
+    def of(self, *, coordinators: bool) -> list[Process]:
+        return [each for each in self.living if (each.role == COORDINATOR) == coordinators]
+
+    async def runs_by_worker(self) -> dict[int, tuple[str, ...]]:
+        return {2: (self._poisoned,)}
+
+    async def strike(self, fault: Fault, target: Process) -> None:
+        self.struck.append((fault.kind, target.pid))
+        target.ended.set()
+
+
+def test_churn_strikes_every_process_again_and_again() -> None:
+    async def story() -> None:
+        drawn, fleet, pulse = churn_plan(poison=0, death_seconds=0.01), _Struck(""), Pulse()
+        running = asyncio.create_task(Churn(drawn, cast(Any, fleet), cast(Any, fleet), ()).run(pulse))
+
+        async def all_are_struck() -> bool:
+            return min(Counter(pid for _, pid in fleet.struck).get(pid, 0) for pid in range(4)) >= 3
+
+        await until(all_are_struck)
+        pulse.end()
+        await running
+        assert {kind for kind, pid in fleet.struck if pid == 0} <= {Kind.KILL_COORDINATOR, Kind.STOP_COORDINATOR}
+        assert {kind for kind, pid in fleet.struck if pid in (1, 2)} <= {Kind.KILL_DENOISER, Kind.STOP_WORKER}
+
+    asyncio.run(story())
+
+
+def test_a_poison_request_kills_the_worker_that_denoises_it() -> None:
+    async def story() -> None:
+        drawn, fleet, pulse = churn_plan(poison=1, death_seconds=0.0), _Struck("p"), Pulse()
+        clients = [
+            cast(Any, SimpleNamespace(outcome=Outcome(order, request_id="p" if order.manner is Manner.POISON else "")))
+            for order in drawn.orders
+        ]
+        running = asyncio.create_task(Churn(drawn, cast(Any, fleet), cast(Any, fleet), clients).run(pulse))
+
+        async def is_struck() -> bool:
+            return bool(fleet.struck)
+
+        await until(is_struck)
+        pulse.end()
+        await running
+        assert set(fleet.struck) == {(Kind.KILL_DENOISER, 2)}
+
+    asyncio.run(story())
 
 
 def outcome(name: str, manner: Manner = Manner.KEYED, **more: Any) -> Outcome:

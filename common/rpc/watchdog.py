@@ -1,0 +1,198 @@
+"""Finds a call that is stuck: its stage has reported steps, and reports no more of them.
+
+Heartbeats go on while a kernel or a collective does not end, so the store takes such a worker for a live one. The
+watchdog is a thread beside the device thread. It knows the time of each step that a stage reports. A call without a
+step for too long is cancelled, which ends a stage that still reads its Call. A device thread that has not ended some
+seconds later cannot be interrupted: the process ends, and in a worker group the other ranks notice and end too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import Enum
+
+from common.errors import InvalidInput
+from common.process_exit import exit_at_once
+from common.stage import Call
+
+_LONGEST_CHECK_SECONDS = 1.0
+_CHECKS_PER_BOUND = 8
+"""How often the watchdog checks within its shortest bound."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HangLimits:
+    """When a call counts as stuck.
+
+    After its first step a call may be without a step for `seconds`, or for `paces` times the mean seconds per step,
+    whichever is longer. Then the device thread has `exit_seconds` to end. Raises InvalidInput for a bound that is not
+    more than 0.
+    """
+
+    seconds: float = 60.0
+    paces: float = 20.0
+    exit_seconds: float = 30.0
+
+    def __post_init__(self) -> None:
+        for name, value in dataclasses.asdict(self).items():
+            if not value > 0:
+                raise InvalidInput(f"hang_{name}: {value:g} is not more than 0; 60 is usual", field=f"hang_{name}")
+
+    @property
+    def check_seconds(self) -> float:
+        """Seconds from one check to the next."""
+        return min(_LONGEST_CHECK_SECONDS, min(self.seconds, self.exit_seconds) / _CHECKS_PER_BOUND)
+
+
+class Verdict(Enum):
+    """What a check of a call has found."""
+
+    LIVE = "it makes steps, or has not made its first"
+    STUCK = "it has made no step for too long, and is to be cancelled"
+    CANCELLED = "it was cancelled, and may still end"
+    LOST = "it was cancelled, and has not ended in time"
+
+
+class StepWatch:
+    """The steps of one call. Times are seconds of one monotonic clock.
+
+    Time in which nothing was checked does not count: this process was stopped or starved, and the stage with it.
+    """
+
+    def __init__(self, limits: HangLimits, now: float) -> None:
+        self._limits = limits
+        self._began = self._since = self._checked = now
+        self._steps = 0
+        self._is_cancelled = False
+        self.waited_seconds = 0.0
+        """Time since the latest step, or since the cancel, as of the latest check."""
+        self._lock = threading.Lock()
+
+    def step(self, now: float) -> None:
+        """The stage has reported a step."""
+        with self._lock:
+            self._steps += 1
+            if not self._is_cancelled:
+                self._since = now
+
+    @property
+    def allowed_seconds(self) -> float:
+        """Longest time from the latest step to the next. The first step counts for the pace, with all before it."""
+        pace = (self._since - self._began) / max(1, self._steps)
+        return max(self._limits.seconds, self._limits.paces * pace)
+
+    def check(self, now: float) -> Verdict:
+        """Judge the call. To be called every `limits.check_seconds`."""
+        with self._lock:
+            missed = now - self._checked - self._limits.check_seconds
+            if missed > self._limits.check_seconds:
+                self._since = min(now, self._since + missed)
+                self._began = min(now, self._began + missed)
+            self._checked = now
+            self.waited_seconds = waited = now - self._since
+            if self._is_cancelled:
+                return Verdict.LOST if waited > self._limits.exit_seconds else Verdict.CANCELLED
+            if not self._steps or waited <= self.allowed_seconds:
+                return Verdict.LIVE
+            self._is_cancelled = True
+            self._since = now
+            return Verdict.STUCK
+
+
+@dataclass
+class _Watched:
+    """The call on the device thread."""
+
+    steps: StepWatch
+    request_id: str
+    thread: int
+    on_stuck: Callable[[str], None]
+    is_stuck: bool = False
+
+
+class Watchdog:
+    """Watches the calls of one device thread, one at a time.
+
+    `on_lost` gets the reason once a cancelled call does not end; by default it ends the process.
+    """
+
+    def __init__(
+        self,
+        limits: HangLimits,
+        *,
+        on_lost: Callable[[str], object] = exit_at_once,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._limits = limits
+        self._on_lost = on_lost
+        self._clock = clock
+        self._watched: _Watched | None = None
+        self._thread: threading.Thread | None = None
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether a call was cancelled because it was stuck, and has not ended yet."""
+        watched = self._watched
+        return watched is not None and watched.is_stuck
+
+    @contextmanager
+    def watch(self, call: Call, on_stuck: Callable[[str], None]) -> Iterator[Call]:
+        """The same call, watched for as long as the block runs on this thread.
+
+        `on_stuck` is called once with the reason, from the watchdog's thread; it cancels the call.
+        """
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
+            self._thread.start()
+        steps = StepWatch(self._limits, self._clock())
+
+        def progress(step: int, total_steps: int) -> None:
+            steps.step(self._clock())
+            call.on_progress(step, total_steps)
+
+        self._watched = _Watched(steps, call.request_id, threading.get_ident(), on_stuck)
+        try:
+            yield dataclasses.replace(call, on_progress=progress)
+        finally:
+            self._watched = None
+
+    def _run(self) -> None:
+        while True:
+            time.sleep(self._limits.check_seconds)
+            if (watched := self._watched) is not None:
+                self.check(watched)
+
+    def check(self, watched: _Watched) -> None:
+        """Check a call once, and act on the verdict."""
+        verdict = watched.steps.check(self._clock())
+        if watched is not self._watched:
+            return  # It has ended meanwhile.
+        if verdict is Verdict.STUCK:
+            watched.is_stuck = True
+            reason = f"the stage has made no step for {watched.steps.waited_seconds:.1f} s: its device is stuck"
+            _log.error("call cancelled: %s; request=%s at=%s", reason, watched.request_id, _place_of(watched.thread))
+            watched.on_stuck(reason)
+        elif verdict is Verdict.LOST:
+            self._on_lost(
+                f"the device thread has not ended {self._limits.exit_seconds:g} s after request {watched.request_id} "
+                f"was cancelled; this process ends, to be restarted; at={_place_of(watched.thread)}"
+            )
+
+
+def _place_of(thread: int) -> str:
+    """The innermost line of Python of a thread, as FILE:LINE:FUNCTION."""
+    frame = sys._current_frames().get(thread)
+    if frame is None:
+        return "unknown"
+    last = traceback.extract_stack(frame)[-1]
+    return f"{last.filename}:{last.lineno}:{last.name}"

@@ -1,0 +1,81 @@
+"""Operations of fleet.lua that count as done only once replicas have them, so that a failover loses nothing.
+
+WAIT acknowledges the writes of its own connection. It therefore follows the operation in one pipeline, which stays on
+one connection: a client that asked on another one might ask the new primary of a failover, which never got the write.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+from redis.asyncio import Redis
+from redis.exceptions import NoScriptError
+
+from common.errors import Unavailable
+from common.state.connection import PREFIX, run_script, script_sha, script_source, store_errors
+
+_ACKNOWLEDGE_SECONDS = 2.0
+_CHANNEL = PREFIX + "replication"
+
+
+@dataclass(frozen=True)
+class Replication:
+    """How many replicas must acknowledge a write; 0 asks for none."""
+
+    replicas: int = 0
+
+    async def run_script(self, redis: Redis, operation: str, *arguments: str | bytes | float) -> Any:
+        """Run an operation of fleet.lua. Raises Unavailable when too few replicas acknowledge it in time.
+
+        The operation may have been done then. Repeated with the same arguments, it is acknowledged again.
+        """
+        if not self.replicas:
+            return await run_script(redis, operation, *arguments)
+        replies = await self._attempt(redis, operation, arguments)
+        if isinstance(replies[0], NoScriptError):
+            with store_errors():
+                await redis.script_load(script_source())
+            replies = await self._attempt(redis, operation, arguments)
+        with store_errors():
+            if isinstance(replies[0], Exception):
+                raise replies[0]
+        self.check(replies[1:])
+        return replies[0]
+
+    async def _attempt(self, redis: Redis, operation: str, arguments: Sequence[str | bytes | float]) -> list[Any]:
+        async with redis.pipeline(transaction=False) as pipeline:
+            pipeline.evalsha(script_sha(), 0, operation, *cast(Any, arguments))
+            self.follow(pipeline)
+            with store_errors():
+                return list(await pipeline.execute(raise_on_error=False))
+
+    def follow(self, pipeline: Any, needed: Collection[str] = ()) -> None:
+        """Have a pipeline wait, as its last commands, until replicas have all that the primary has by then.
+
+        `needed` are keys that the operation relies on, written before: a failover between may have lost them.
+        """
+        if not self.replicas:
+            return
+        if needed:
+            pipeline.exists(*needed)
+        # A message is a write: without one, WAIT would not cover an operation that only repeats an earlier answer.
+        pipeline.execute_command("PUBLISH", _CHANNEL, b"")
+        pipeline.execute_command("WAIT", self.replicas, int(_ACKNOWLEDGE_SECONDS * 1_000))
+
+    def check(self, replies: Sequence[Any], needed: Collection[str] = ()) -> None:
+        """Judge the replies to the commands that follow() added. Raises Unavailable when something is missing."""
+        if not self.replicas:
+            return
+        with store_errors():
+            for reply in replies:
+                if isinstance(reply, Exception):
+                    raise reply
+        if needed and (found := int(replies[0])) < len(needed):
+            raise Unavailable(f"the request store has {found} of {len(needed)} parts of a result: a failover lost some")
+        if (acknowledged := int(replies[-1])) < self.replicas:
+            raise Unavailable(
+                f"store_replicas: {acknowledged} replicas of the request store acknowledged within "
+                f"{_ACKNOWLEDGE_SECONDS:g} s, which is less than {self.replicas}; connect as many, or try again"
+            )

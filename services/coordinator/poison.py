@@ -1,0 +1,40 @@
+"""The rule by which a request is given up because workers are lost while they run it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from common.state.leases import Loss
+
+MOST_WITHOUT_PROGRESS = 3
+"""Suspect losses without progress after which a request is given up."""
+
+MOST_IN_CHURN = 10
+"""The same where one of them is in churn: other workers were lost too, so that the request may be innocent."""
+
+MOST_OUTSIDE_CHURN = 10
+"""Suspect losses outside churn, with or without progress, after which a request is given up."""
+
+
+def reason_to_give_up(losses: Sequence[Loss]) -> str:
+    """Why a request that had these suspect losses, in order, is given up; empty where it is not."""
+    without_progress = _since_progress(losses)
+    most = MOST_IN_CHURN if any(loss.in_churn for loss in without_progress) else MOST_WITHOUT_PROGRESS
+    if len(without_progress) >= most:
+        return f"{len(without_progress)} workers were lost while they ran this request, without progress between"
+    outside_churn = sum(not loss.in_churn for loss in losses)
+    if outside_churn >= MOST_OUTSIDE_CHURN:
+        return f"{outside_churn} workers were lost while they ran this request"
+    return ""
+
+
+def _since_progress(losses: Sequence[Loss]) -> list[Loss]:
+    """The losses since the request last came further than at any loss before: a later step, or a later service."""
+    since: list[Loss] = []
+    stage, reached = -1, -1
+    for loss in losses:
+        if loss.stage > stage or loss.reached > reached:
+            since = []
+        since.append(loss)
+        stage, reached = max(stage, loss.stage), max(reached, loss.reached)
+    return since

@@ -1,0 +1,159 @@
+"""A worker whose device stops in the middle of a request: its process ends, and the request resumes on another one."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import tempfile
+from asyncio.subprocess import PIPE, Process
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+
+from common.process_exit import TEMPORARY_FAILURE
+from common.rpc.client import open_channel
+from common.state.connection import command, connect
+from coordinator_fleet import Stub
+from fleet.v1 import generation_pb2 as pb
+from fleet.v1 import generation_pb2_grpc
+from models.catalog import ServedModel, open_model
+from models.registry import load_registry
+from redis_servers import running_server
+from services.coordinator.coordinator import start_coordinator
+from services.coordinator.settings import CoordinatorSettings
+from services.worker import start_worker
+from services.worker_settings import WorkerSettings
+from toy_checkpoint import build_toy_checkpoint, toy_family
+
+SLOW_SEED, STUCK_SEED = 7, 8
+STEPS = 4
+
+# Of seed 7 each step takes longer than hang_seconds. Of seed 8 the first process that has done two steps does no third.
+_STUCK_STAGE = f"""
+
+class _Stuck(ToyDenoisingStage):
+    def run(self, x, call):
+        import dataclasses, os, threading, time
+
+        def progress(step, total_steps):
+            if x.sampling.seed == {SLOW_SEED}:
+                time.sleep(1.3)
+            call.on_progress(step, total_steps)
+            if x.sampling.seed == {STUCK_SEED} and step == 2:
+                try:
+                    os.close(os.open("MARKER", os.O_CREAT | os.O_EXCL))
+                except FileExistsError:
+                    return
+                threading.Event().wait()
+
+        return super().run(x, dataclasses.replace(call, on_progress=progress))
+
+
+ToyDenoisingStage = _Stuck
+"""
+_HANGS = ("--hang-seconds", "1", "--hang-exit-seconds", "0.5")
+
+
+class Fleet:
+    """The toy family, with one denoiser as a process of its own, and others in this process."""
+
+    def __init__(
+        self, stub: Stub, redis_url: str, model: ServedModel, denoiser: Process, stack: AsyncExitStack
+    ) -> None:
+        self.stub = stub
+        self.denoiser = denoiser
+        self._redis_url = redis_url
+        self._model = model
+        self._stack = stack
+
+    async def start(self, service: str, directory: Path) -> None:
+        """One more worker, in this process."""
+        listen = f"unix:{directory}/{service}.sock"
+        settings = WorkerSettings(
+            model="toy", redis=self._redis_url, listen=listen, device="cpu", threads=1, step_seconds=0.0
+        )
+        worker = await start_worker(service, self._model, settings)
+        self._stack.push_async_callback(worker.stop, 0)
+
+    async def submit(self, seed: int) -> str:
+        """A request."""
+        parameters = pb.GenerationParameters(prompt="red", seed=seed, num_inference_steps=STEPS)
+        return (await self.stub.Submit(pb.SubmitRequest(parameters=parameters))).request.request_id
+
+    async def result(self, name: str) -> tuple[bytes, list[int]]:
+        """The file of a request that succeeds, and the denoiser's steps."""
+        last, steps = pb.StateChange(), []
+        async for reply in self.stub.Watch(pb.WatchRequest(request_id=name)):
+            last = reply.event.state_change
+            if reply.event.progress.service == "denoising":
+                steps.append(reply.event.progress.step)
+        assert last.state == pb.REQUEST_STATE_SUCCEEDED, last
+        download = self.stub.DownloadResult(pb.DownloadResultRequest(request_id=name))
+        return b"".join([reply.data async for reply in download]), steps
+
+
+@asynccontextmanager
+async def running(url: str, directory: Path, plugins: Path, checkpoint: Path) -> AsyncIterator[Fleet]:
+    async with AsyncExitStack() as stack:
+        words = ("--model", f"toy={checkpoint}", "--plugins", str(plugins), "--redis", url, *_HANGS)
+        more = ("--listen", f"unix:{directory}/d.sock", "--device", "cpu", "--threads", "1", "--step-seconds", "0")
+        denoiser = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "services.denoising", *words, *more, stderr=PIPE
+        )
+        stack.push_async_callback(_end, denoiser)
+        model = open_model(f"toy={checkpoint}", load_registry([plugins]))
+        chosen = CoordinatorSettings(
+            listen=f"unix:{directory}/c.sock", redis=url, step_seconds=0.0, heartbeat_seconds=0.2
+        )
+        coordinator = await start_coordinator([model], chosen)
+        stack.push_async_callback(coordinator.stop, 0)
+        channel = await stack.enter_async_context(open_channel(coordinator.address))
+        fleet = Fleet(generation_pb2_grpc.GenerationServiceStub(channel), url, model, denoiser, stack)
+        for service in ("text_encoding", "latent_preparation", "decoding"):
+            await fleet.start(service, directory)
+        yield fleet
+
+
+async def _end(process: Process) -> None:
+    if process.returncode is None:
+        process.kill()
+    await process.wait()
+
+
+def test_a_stuck_process_ends_and_its_request_resumes_elsewhere(tmp_path: Path) -> None:
+    checkpoint = build_toy_checkpoint(tmp_path / "checkpoint")
+    marker = tmp_path / "stuck"
+
+    async def story(url: str, directory: Path, plugins: Path) -> None:
+        async with asyncio.timeout(90), running(url, directory, plugins, checkpoint) as fleet:
+            _, steps = await fleet.result(await fleet.submit(SLOW_SEED))
+            assert steps == [0, 1, 2, 3, 4], "a loop of slow steps is not stuck"
+            name = await fleet.submit(STUCK_SEED)
+            log, code = await _read_to_end(fleet.denoiser)
+            assert marker.exists()
+            assert code == TEMPORARY_FAILURE
+            assert "call cancelled: the stage has made no step for" in log
+            assert f"the device thread has not ended 0.5 s after request {name} was cancelled" in log
+            assert "toy_stages.py" in log or "threading.py" in log, "it does not say where the thread is"
+            async with connect(url) as redis:
+                assert not await command(redis, "KEYS", "fleet:leaving:*")
+            await fleet.start("denoising", directory)
+            resumed, steps = await fleet.result(name)
+            # The checkpoint of step 2 is left out where that of step 1 still waits to be sent.
+            assert steps.count(1) == 1, "it did not resume at a checkpoint"
+            whole, _ = await fleet.result(await fleet.submit(STUCK_SEED))
+            assert resumed == whole
+
+    with (
+        running_server("valkey") as server,
+        tempfile.TemporaryDirectory(prefix="hung-") as directory,
+        toy_family(tmp_path / "plugins") as plugins,
+    ):
+        stages = plugins / "toy_stages.py"
+        stages.write_text(stages.read_text() + _STUCK_STAGE.replace("MARKER", str(marker)))
+        asyncio.run(story(server.url, Path(directory), plugins))
+
+
+async def _read_to_end(process: Process) -> tuple[str, int]:
+    assert process.stderr is not None
+    return (await process.stderr.read()).decode(), await process.wait()

@@ -1,0 +1,38 @@
+"""A coordinator with `store_replicas`: it accepts nothing, and ends nothing, that no replica of the store has."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import grpc
+import pytest
+
+from coordinator_fleet import FakeFleet, run_on_fleet, submission, terminal
+from fleet.v1 import generation_pb2 as pb
+from sentinel_servers import Replicated, replicated_servers
+
+
+def test_a_request_counts_once_a_replica_has_it() -> None:
+    async def story(fleet: FakeFleet, servers: Replicated) -> None:
+        await fleet.add_workers()
+        _, stub = await fleet.add_coordinator(store_replicas=1)
+        accepted = (await stub.Submit(submission())).request.request_id
+        assert (await terminal(stub, accepted))[-1].state_change.state == pb.REQUEST_STATE_SUCCEEDED
+
+        servers.stop_replica()
+        keyed = submission(idempotency_key="k")
+        with pytest.raises(grpc.aio.AioRpcError, match="store_replicas: 0 replicas") as refused:
+            await stub.Submit(keyed)
+        assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
+        servers.continue_replica()
+        # The request was stored, and its caller asks for it again: it runs, and ends once the replica has its end.
+        again = await stub.Submit(keyed)
+        assert again.replayed
+        assert (await terminal(stub, again.request.request_id))[-1].state_change.state == pb.REQUEST_STATE_SUCCEEDED
+
+    with (
+        tempfile.TemporaryDirectory(prefix="fleet-replicas-") as directory,
+        replicated_servers(Path(directory)) as all_,
+    ):
+        run_on_fleet(all_.url, lambda fleet: story(fleet, all_))

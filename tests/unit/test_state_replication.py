@@ -1,0 +1,149 @@
+"""Requests that count only once replicas have them: what is acknowledged survives the loss of the primary."""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+from collections.abc import Awaitable, Callable, Collection
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+from redis import Redis as BlockingRedis
+from redis.asyncio import Redis
+
+from common.errors import Unavailable
+from common.settings import SettingsError
+from common.state import replication
+from common.state.connection import command, connect
+from common.state.records import CHUNK_BYTES, ResultFile
+from common.state.replication import Replication
+from common.state.requests import RequestStore
+from fleet.v1 import generation_pb2
+from redis_servers import running_server, until
+from sentinel_servers import Replicated, replicated_servers
+from services.coordinator.settings import CoordinatorSettings
+
+SUCCEEDED, CANCELLED = generation_pb2.REQUEST_STATE_SUCCEEDED, generation_pb2.REQUEST_STATE_CANCELLED
+
+Story = Callable[[Replicated, Redis], Awaitable[None]]
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A replica that is cut off is waited for shortly."""
+    monkeypatch.setattr(replication, "_ACKNOWLEDGE_SECONDS", 0.3)
+
+
+def run_on_replicated_servers(story: Story, *, sentinel: bool = False) -> None:
+    """Run a test on a primary, a replica that has caught up, and perhaps a sentinel."""
+
+    async def whole(servers: Replicated) -> None:
+        async with asyncio.timeout(60), connect(servers.url) as redis:
+            await story(servers, redis)
+
+    with ExitStack() as stack:
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fleet-replicas-")))
+        asyncio.run(whole(stack.enter_context(replicated_servers(directory, sentinel=sentinel))))
+
+
+def record(name: str) -> generation_pb2.RequestRecord:
+    return generation_pb2.RequestRecord(request_id=name, model="emoji", caller="c")
+
+
+def test_what_was_accepted_is_there_after_a_failover() -> None:
+    async def story(servers: Replicated, redis: Redis) -> None:
+        store = RequestStore(redis, replicas=1)
+        for number in range(20):
+            await store.admit(record(f"r{number}"))
+        file = ResultFile(generation_pb2.FileHeader(count=1, byte_size=8), [b"the file"])
+        assert await store.finish("r0", SUCCEEDED, files=[file])
+        servers.primary.kill()
+
+        async def is_promoted() -> bool:
+            try:
+                return (await store.get("r19")).request_id == "r19"
+            except Unavailable:
+                return False
+
+        await until(is_promoted)
+        for number in range(1, 20):
+            assert (await store.get(f"r{number}")).state == generation_pb2.REQUEST_STATE_QUEUED
+        assert (await store.get("r0")).state == SUCCEEDED
+        assert b"".join([chunk async for chunk in store.result_chunks("r0", 0, 8)]) == b"the file"
+        # The new primary has no replica.
+        with pytest.raises(Unavailable, match="0 replicas"):
+            await store.admit(record("late"))
+
+    run_on_replicated_servers(story, sentinel=True)
+
+
+def test_what_no_replica_has_is_not_accepted_until_one_has() -> None:
+    async def story(servers: Replicated, redis: Redis) -> None:
+        store = RequestStore(redis, replicas=1)
+        await store.admit(record("before"))
+        servers.stop_replica()
+        refusal = r"store_replicas: 0 replicas .* less than 1; connect as many"
+        async with connect(servers.url) as fresh:
+            # Another connection writes nothing: it asks for the same request, or for the same end.
+            for attempt in (store, RequestStore(fresh, replicas=1)):
+                with pytest.raises(Unavailable, match=refusal):
+                    await attempt.admit(record("r"), idempotency_key="k")
+        async with connect(servers.url) as fresh:
+            for attempt in (store, RequestStore(fresh, replicas=1)):
+                with pytest.raises(Unavailable, match=refusal):
+                    await attempt.finish("before", CANCELLED, token="t")
+        servers.continue_replica()
+        assert (await store.admit(record("again"), idempotency_key="k")).record.request_id == "r"
+        assert await store.finish("before", CANCELLED, token="t") is not None
+        async with connect(servers.replica_url) as replica:
+            states = await command(replica, "HMGET", "fleet:request:before", "state")
+            assert states == [str(int(CANCELLED)).encode()]
+
+    run_on_replicated_servers(story)
+
+
+def test_a_result_of_which_a_failover_lost_a_part_is_written_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("common.state.requests._BATCH_BYTES", CHUNK_BYTES)
+    data = bytes(3 * CHUNK_BYTES)
+    follow = Replication.follow
+
+    async def story(servers: Replicated, redis: Redis) -> None:
+        store = RequestStore(redis, replicas=1)
+        await store.admit(record("r"))
+        file = ResultFile(generation_pb2.FileHeader(count=1, byte_size=len(data)), [data])
+
+        def lose_the_first_part(self: Replication, pipeline: Any, needed: Collection[str] = ()) -> None:
+            with BlockingRedis.from_url(servers.url) as other:
+                assert not needed or other.delete("fleet:result:r:1:0:0") == 1
+            follow(self, pipeline, needed)
+
+        monkeypatch.setattr(Replication, "follow", lose_the_first_part)
+        with pytest.raises(Unavailable, match="2 of 3 parts of a result: a failover lost some"):
+            await store.finish("r", SUCCEEDED, files=[file], token="t")
+        monkeypatch.setattr(Replication, "follow", follow)
+        assert await store.finish("r", SUCCEEDED, files=[file], token="t") is not None
+        assert b"".join([chunk async for chunk in store.result_chunks("r", 0, len(data))]) == data
+
+    run_on_replicated_servers(story)
+
+
+def test_a_server_that_has_forgotten_the_script_is_sent_it() -> None:
+    async def story(redis: Redis) -> None:
+        await command(redis, "SCRIPT", "FLUSH")
+        with pytest.raises(Unavailable, match="0 replicas"):
+            await RequestStore(redis, replicas=1).admit(record("r"))
+        assert (await RequestStore(redis).get("r")).request_id == "r"
+
+    async def whole(url: str) -> None:
+        async with asyncio.timeout(30), connect(url) as redis:
+            await story(redis)
+
+    with running_server("valkey") as server:
+        asyncio.run(whole(server.url))
+
+
+def test_a_negative_number_of_replicas_is_refused() -> None:
+    with pytest.raises(SettingsError, match="store_replicas: -1 is not 0 or more; 0 waits for none"):
+        CoordinatorSettings(store_replicas=-1)

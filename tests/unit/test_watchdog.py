@@ -1,0 +1,154 @@
+"""The watchdog of the device thread: which call is stuck, what becomes of it, and which slow call is not."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+
+import pytest
+from redis.asyncio import Redis
+
+from common.errors import InvalidInput, Unavailable
+from common.rpc.watchdog import HangLimits, StepWatch, Verdict, Watchdog
+from common.stage import Call
+from common.state.workers import WorkerRegistry
+from fleet.v1 import worker_pb2
+from redis_servers import run_on_empty_store, running_server, until
+from stage_server import StageInput, packets, served
+
+LIMITS = HangLimits(seconds=60, paces=20, exit_seconds=30)
+
+
+def checked(watch: StepWatch, begin: int, end: int) -> list[Verdict]:
+    """The verdicts of every second from `begin` to `end`."""
+    return [watch.check(float(now)) for now in range(begin, end + 1)]
+
+
+def test_a_call_without_a_step_for_the_bound_is_stuck_and_then_lost() -> None:
+    watch = StepWatch(LIMITS, 0.0)
+    assert set(checked(watch, 1, 2)) == {Verdict.LIVE}
+    watch.step(2.0)
+    assert set(checked(watch, 3, 62)) == {Verdict.LIVE}
+    assert watch.check(63.0) is Verdict.STUCK
+    assert watch.waited_seconds == 61
+    watch.step(64.0)  # A stage that goes on after its cancel is no sign that the device thread ends.
+    assert set(checked(watch, 64, 93)) == {Verdict.CANCELLED}
+    assert watch.check(94.0) is Verdict.LOST
+
+
+def test_a_call_is_not_stuck_before_its_first_step() -> None:
+    watch = StepWatch(LIMITS, 0.0)
+    assert set(checked(watch, 1, 7_200)) == {Verdict.LIVE}
+
+
+def test_slow_steps_have_as_many_times_their_mean() -> None:
+    watch = StepWatch(LIMITS, 0.0)
+    for step in range(1, 4):
+        assert set(checked(watch, 100 * step - 99, 100 * step)) == {Verdict.LIVE}
+        watch.step(100.0 * step)
+    assert watch.allowed_seconds == 2_000
+    assert set(checked(watch, 301, 2_300)) == {Verdict.LIVE}
+    assert watch.check(2_301.0) is Verdict.STUCK
+
+
+def test_time_in_which_nothing_was_checked_does_not_count() -> None:
+    watch = StepWatch(LIMITS, 0.0)
+    watch.step(1.0)
+    assert watch.check(1.0) is Verdict.LIVE
+    assert watch.check(500.0) is Verdict.LIVE  # The process was stopped.
+    assert set(checked(watch, 501, 559)) == {Verdict.LIVE}
+    assert watch.check(561.0) is Verdict.STUCK
+    assert watch.check(900.0) is Verdict.CANCELLED
+    assert set(checked(watch, 901, 929)) == {Verdict.CANCELLED}
+    assert watch.check(931.0) is Verdict.LOST
+
+
+@pytest.mark.parametrize("name", ["seconds", "paces", "exit_seconds"])
+def test_a_bound_must_be_more_than_0(name: str) -> None:
+    with pytest.raises(InvalidInput, match=f"hang_{name}: 0 is not more than 0") as raised:
+        HangLimits(**{name: 0.0})
+    assert raised.value.field == f"hang_{name}"
+
+
+class StuckStage:
+    """Makes two steps and does not move until the test frees it. It reads no cancel, as a kernel reads none."""
+
+    def __init__(self) -> None:
+        self.freed = threading.Event()
+        self.calls: list[Call] = []
+
+    def __call__(self, _: StageInput, call: Call) -> None:
+        self.calls.append(call)
+        call.progress(1, 3)
+        call.progress(2, 3)
+        assert self.freed.wait(30)
+
+
+@pytest.fixture
+def stage() -> Iterator[StuckStage]:
+    made = StuckStage()
+    yield made
+    made.freed.set()
+
+
+def test_a_stuck_call_is_cancelled_and_answered_and_its_process_is_lost(
+    stage: StuckStage, caplog: pytest.LogCaptureFixture
+) -> None:
+    lost: list[str] = []
+    is_lost = threading.Event()
+
+    def on_lost(reason: str) -> None:
+        lost.append(reason)
+        is_lost.set()
+
+    watchdog = Watchdog(HangLimits(seconds=0.05, paces=1, exit_seconds=0.05), on_lost=on_lost)
+
+    async def story() -> None:
+        async with asyncio.timeout(30), served(stage, watchdog=watchdog) as fleet:
+            with pytest.raises(Unavailable, match=r"no step for \d+\.\d s: its device is stuck"):
+                await fleet.runner()(packets(8), fleet.heard.call())
+            assert fleet.heard.progress == [(1, 3), (2, 3)]
+            assert stage.calls[0].cancelled.is_set()
+            assert watchdog.is_stuck
+            with pytest.raises(Unavailable, match="another worker can take this one"):
+                await fleet.runner()(packets(8), fleet.heard.call())
+            assert len(stage.calls) == 1
+            assert await asyncio.to_thread(is_lost.wait, 20)
+            stage.freed.set()
+
+            async def is_free() -> bool:
+                return not watchdog.is_stuck
+
+            await until(is_free)
+            assert await fleet.runner()(packets(8), fleet.heard.call())
+
+    asyncio.run(story())
+    assert "after request r1 was cancelled; this process ends" in lost[0]
+    assert "request=r1 at=" in caplog.text
+    assert "wait" in lost[0].rpartition("at=")[2]
+
+
+def test_a_worker_whose_device_is_stuck_sends_no_heartbeats() -> None:
+    async def story(redis: Redis) -> None:
+        registry = WorkerRegistry(redis, beat_seconds=0.01, ttl_seconds=0.1)
+        info = worker_pb2.WorkerInfo(worker_id="w", service="denoising", model="m", capacity=1)
+        able = True
+        await registry.announce(info, is_able=lambda: able)
+
+        async def is_live() -> bool:
+            return bool(await registry.live("m", "denoising"))
+
+        async def is_gone() -> bool:
+            return not await is_live()
+
+        await asyncio.sleep(0.3)
+        assert await is_live()
+        able = False
+        await until(is_gone)
+        able = True
+        await until(is_live)
+        await registry.withdraw("w")
+
+    with running_server("valkey") as server:
+        run_on_empty_store(server.url, story)
