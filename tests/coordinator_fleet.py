@@ -141,10 +141,12 @@ class FakeFleet:
         capacity: int = 1,
         announced: int = 0,
         ttl_seconds: float = TTL_SECONDS,
+        reports_begun: bool = True,
     ) -> FakeWorker:
         """Serve and announce one more worker, by default with the service's common script.
 
         `announced` is the capacity that it claims to have, if that is another. A heartbeat lasts for `ttl_seconds`.
+        One that does not announce that it `reports_begun` stands for workers older than that.
         """
         script = script or self.scripts[service]
         executor = ThreadPoolExecutor(1)
@@ -165,7 +167,7 @@ class FakeFleet:
             model_fingerprint=self.model.checkpoint.fingerprint,
             address=server.address,
             capacity=announced or capacity,
-            reports_begun=True,
+            reports_begun=reports_begun,
             contract=worker_pb2.StageContract(
                 inputs=contract.inputs, outputs=contract.outputs, optional_inputs=sorted(contract.optional)
             ),

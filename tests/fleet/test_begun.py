@@ -20,11 +20,11 @@ from common.rpc.reporter import Reporter
 from common.rpc.server import ServingLimits
 from common.stage import Call
 from common.tensors import TORCH
-from fleet.v1 import denoising_pb2
+from fleet.v1 import artifacts_pb2, denoising_pb2
 from redis_servers import until
 from stage_server import METHOD, SERVICE, Gate, ScriptedStage, Served, packets, served
 
-BEGUN = denoising_pb2.DenoiseResponse(begun={}).SerializeToString()
+BEGUN = denoising_pb2.DenoiseResponse(begun=artifacts_pb2.Begun()).SerializeToString()
 
 # A worker whose stage kills its process as the first thing that it does.
 SUICIDE = """

@@ -10,7 +10,7 @@ from prometheus_client import REGISTRY
 from redis.asyncio import Redis
 
 from common.rpc.server import StageServicer
-from common.state.connection import connect
+from common.state.connection import command, connect
 from coordinator_fleet import FakeFleet, Gate, Script, Stub, run_on_fleet, submission, terminal
 from fleet.v1 import generation_pb2 as pb
 from redis_servers import running_server, until
@@ -26,7 +26,7 @@ def url() -> Iterator[str]:
 
 async def deaths(redis: Redis, name: str) -> list[str]:
     """The states of a request's losses."""
-    stored = await redis.hget(f"fleet:request:{name}", "deaths") or b""
+    stored: bytes = await command(redis, "HGET", f"fleet:request:{name}", "deaths") or b""
     return [line.decode().split("|")[6] for line in stored.splitlines()]
 
 
@@ -72,6 +72,28 @@ def test_a_call_that_waits_behind_another_one_is_not_charged(url: str) -> None:
             assert await deaths(redis, waits) == []
         await fleet.add_worker("denoising")
         await asyncio.gather(succeeds(stub, runs), succeeds(stub, waits))
+
+    run_on_fleet(url, story)
+
+
+def test_a_worker_that_does_not_report_when_it_begins_charges_what_it_may_have_begun(url: str) -> None:
+    async def story(fleet: FakeFleet) -> None:
+        gate = Gate()
+        await fleet.add_workers(BESIDE)
+        script = Script(fleet.scripts["denoising"].contract, gate)
+        worker = await fleet.add_worker("denoising", script, capacity=2, reports_begun=False)
+        _, stub = await fleet.add_coordinator()
+        names = [(await stub.Submit(submission())).request.request_id for _ in range(2)]
+        await has_in_flight(worker.servicer, 2)
+        await worker.die()
+        async with connect(fleet.url) as redis:
+
+            async def both_are_charged() -> bool:
+                return [await deaths(redis, name) for name in names] == [["open"], ["open"]]
+
+            await until(both_are_charged)
+        await fleet.add_workers(["denoising"])
+        await asyncio.gather(*(succeeds(stub, name) for name in names))
 
     run_on_fleet(url, story)
 
@@ -150,8 +172,9 @@ def test_after_a_loss_a_request_has_its_worker_alone(url: str) -> None:
                 return await redis.zcard("fleet:queue:emoji/denoising") == 1
 
             await until(waits)
-            slots = await redis.hgetall("fleet:slots:emoji/denoising")
-            (alone,) = [ticket for ticket, slot in slots.items() if slot.startswith(worker.info.worker_id.encode())]
+            slots: list[bytes] = await command(redis, "HGETALL", "fleet:slots:emoji/denoising")
+            mine = worker.info.worker_id.encode()
+            (alone,) = [ticket for ticket, slot in zip(slots[::2], slots[1::2], strict=True) if slot.startswith(mine)]
             assert alone.startswith(name.encode())
         assert worker.servicer.in_flight == 1
         second.opened.set()

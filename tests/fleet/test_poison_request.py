@@ -59,8 +59,8 @@ class Murder:
             return bool(reached == str(CHECKPOINT).encode())
 
         await until(is_stored)
-        slots = await self._redis.hgetall("fleet:slots:emoji/denoising")
-        for ticket, slot in slots.items():
+        slots: list[bytes] = await command(self._redis, "HGETALL", "fleet:slots:emoji/denoising")
+        for ticket, slot in zip(slots[::2], slots[1::2], strict=True):
             pid = int(slot.decode().partition("|")[0].split("-")[-2])
             if ticket.decode().startswith(f"{name}/") and pid not in self.killed:
                 self.killed.add(pid)

@@ -274,6 +274,8 @@ def test_sigterm_finishes_what_runs_withdraws_and_exits_with_0(
                 await get_model_info(channel)  # Answered after the header has begun the call.
                 process.send_signal(signal.SIGTERM)
                 await until(withdrawn)
+                (mark,) = await redis.keys("fleet:leaving:denoising-*")
+                assert 30_000 < await redis.pttl(mark) <= 36_000  # its grace time, and a heartbeat's time to live
                 await until(refuses)
                 for frame in rest:
                     await call.write(frame)
