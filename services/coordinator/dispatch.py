@@ -246,6 +246,8 @@ class WorkerRunner:
 
     async def _avoid(self, worker_id: str) -> None:
         try:
-            await self._workers.slots.avoid(worker_id)
+            seconds = await self._workers.slots.avoid(worker_id)
         except Unavailable as error:
-            _log.warning("cannot avoid worker %s: %s", worker_id, error)
+            _log.warning("cannot avoid a worker: worker=%s: %s", worker_id, error)
+        else:
+            _log.info("avoids a worker: worker=%s seconds=%g", worker_id, seconds)
