@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -100,10 +101,16 @@ def test_a_reply_from_the_cache_begins_nothing() -> None:
 def test_the_stage_starts_once_it_is_written() -> None:
     async def story() -> None:
         reporter = Reporter(denoising_pb2.DenoiseResponse, TORCH, begun=begun_frame(denoising_pb2.DenoiseResponse))
-        starting = asyncio.create_task(asyncio.to_thread(reporter.begin))
+        started = threading.Event()
+
+        def start() -> None:
+            reporter.begin()
+            started.set()
+
+        starting = asyncio.create_task(asyncio.to_thread(start))
         frames = reporter.frames()
         assert await anext(frames) == BEGUN
-        assert not starting.done()  # the frame is with the one who writes it
+        assert not started.wait(0.1)  # the frame is not written yet
         reporter.end()
         assert [frame async for frame in frames] == []
         await starting

@@ -172,9 +172,9 @@ def test_after_a_loss_a_request_has_its_worker_alone(url: str) -> None:
                 return await redis.zcard("fleet:queue:emoji/denoising") == 1
 
             await until(waits)
-            slots: list[bytes] = await command(redis, "HGETALL", "fleet:slots:emoji/denoising")
+            slots: dict[bytes, bytes] = await command(redis, "HGETALL", "fleet:slots:emoji/denoising")
             mine = worker.info.worker_id.encode()
-            (alone,) = [ticket for ticket, slot in zip(slots[::2], slots[1::2], strict=True) if slot.startswith(mine)]
+            (alone,) = [ticket for ticket, slot in slots.items() if slot.startswith(mine)]
             assert alone.startswith(name.encode())
         assert worker.servicer.in_flight == 1
         second.opened.set()

@@ -59,8 +59,8 @@ class Murder:
             return bool(reached == str(CHECKPOINT).encode())
 
         await until(is_stored)
-        slots: list[bytes] = await command(self._redis, "HGETALL", "fleet:slots:emoji/denoising")
-        for ticket, slot in zip(slots[::2], slots[1::2], strict=True):
+        slots: dict[bytes, bytes] = await command(self._redis, "HGETALL", "fleet:slots:emoji/denoising")
+        for ticket, slot in slots.items():
             pid = int(slot.decode().partition("|")[0].split("-")[-2])
             if ticket.decode().startswith(f"{name}/") and pid not in self.killed:
                 self.killed.add(pid)

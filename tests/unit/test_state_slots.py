@@ -281,6 +281,8 @@ def test_the_pause_doubles_and_a_success_ends_it(url: str) -> None:
             await slots.settle()
             assert not await redis.exists("fleet:avoided:a")
             await slots.avoid("w")
+            seconds, _ = await redis.time()
+            await redis.hset("fleet:avoided:a", "w", f"{seconds * 1_000 + 1_500}|200")
             assert (await slots.claim("emoji", "denoising", "r")).worker.worker_id == "w"  # asks again when it ends
         assert not await redis.exists("fleet:avoided:a")
         await registry.withdraw("w")
