@@ -25,6 +25,7 @@ from common.rpc.server import ServingLimits, StageServicer
 from common.rpc.serving import FleetServer
 from common.stage import Call, Contract
 from common.state.connection import connect
+from common.state.presence import TTL_SECONDS
 from common.state.workers import WorkerRegistry
 from common.tensors import TORCH
 from fleet.v1 import generation_pb2 as pb
@@ -112,9 +113,14 @@ class FakeWorker:
     async def withdraw(self) -> None:
         await self.registry.withdraw(self.info.worker_id)
 
-    async def die(self) -> None:
-        """Stop serving at once, and tell nobody."""
+    async def hang_up(self) -> None:
+        """Lose all calls and refuse new ones, as behind a broken network; heartbeats go on."""
         await self.server.grpc_server.stop(None)
+
+    async def die(self) -> None:
+        """Stop serving and announcing at once, and report that to nobody."""
+        self.registry._stop_beat(self.info.worker_id)
+        await self.hang_up()
 
 
 class FakeFleet:
@@ -128,11 +134,19 @@ class FakeFleet:
         self._stack = stack
 
     async def add_worker(
-        self, service: str, script: Script | None = None, *, capacity: int = 1, announced: int = 0
+        self,
+        service: str,
+        script: Script | None = None,
+        *,
+        capacity: int = 1,
+        announced: int = 0,
+        ttl_seconds: float = TTL_SECONDS,
+        reports_begun: bool = True,
     ) -> FakeWorker:
         """Serve and announce one more worker, by default with the service's common script.
 
-        `announced` is the capacity that it claims to have, if that is another.
+        `announced` is the capacity that it claims to have, if that is another. A heartbeat lasts for `ttl_seconds`.
+        One that does not announce that it `reports_begun` stands for workers older than that.
         """
         script = script or self.scripts[service]
         executor = ThreadPoolExecutor(1)
@@ -144,7 +158,7 @@ class FakeFleet:
         self._stack.push_async_callback(server.drain, 0)
         redis = connect(self.url)
         self._stack.push_async_callback(redis.aclose)
-        registry = WorkerRegistry(redis)
+        registry = WorkerRegistry(redis, beat_seconds=ttl_seconds / 5, ttl_seconds=ttl_seconds)
         contract = script.contract
         info = worker_pb2.WorkerInfo(
             worker_id=f"{service}-{secrets.token_hex(4)}",
@@ -153,6 +167,7 @@ class FakeFleet:
             model_fingerprint=self.model.checkpoint.fingerprint,
             address=server.address,
             capacity=announced or capacity,
+            reports_begun=reports_begun,
             contract=worker_pb2.StageContract(
                 inputs=contract.inputs, outputs=contract.outputs, optional_inputs=sorted(contract.optional)
             ),

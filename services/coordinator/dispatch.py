@@ -108,18 +108,28 @@ class Workers:
 
 @dataclass
 class _Attempt:
-    """A call of one worker. `begun` is whether its stages have started."""
+    """A call of one worker. `begun` is whether its stages have started; `on_begin` is called when they do.
+
+    A worker older than Begun frames is taken to start them with the call, and a call that it may have got has begun.
+    """
 
     slot: Slot
+    on_begin: Callable[[], None]
     begun: bool = False
     since: float = field(default_factory=time.monotonic)
 
+    def __post_init__(self) -> None:
+        if not self.slot.worker.reports_begun:
+            self.on_begin()
+
     def begin(self) -> None:
-        """The worker starts the stages."""
+        """The worker starts the stages, or has answered from its cache."""
+        if not self.begun and self.slot.worker.reports_begun:
+            self.on_begin()
         self.begun = True
 
     def lose(self, error: FleetError) -> None:
-        """The call was lost. Of a worker that does not report when it begins, a call that it may have got has begun."""
+        """The call was lost."""
         self.begun |= not self.slot.worker.reports_begun and isinstance(error, WorkerLost)
 
     @property
@@ -131,7 +141,7 @@ class _Attempt:
 class WorkerRunner:
     """One service of a model for one request: a Runner whose values are packets.
 
-    `stage` is the service's place among the request's services. `on_begin` is called each time that a worker is called.
+    `stage` is the service's place among the request's services. `on_begin` is called each time that a worker begins.
     A worker that is lost is avoided for a while, by this coordinator only, and a full one is tried again later. Raises
     Unavailable when no worker was reached for `patience_seconds`, and InternalError for a request that workers die of.
     """
@@ -164,11 +174,11 @@ class WorkerRunner:
         """Wait for a worker, run there, and give its slot back."""
         pause = _FIRST_PAUSE_SECONDS
         while True:
-            attempt = _Attempt(await self._claim(call))
+            attempt = _Attempt(await self._claim(call), self._on_begin)
             used = 0.0
             try:
-                self._on_begin()
                 outputs = await self._run(attempt, values, call)
+                attempt.begin()
                 used = attempt.seconds
                 self._workers.memory.hold(outputs.values())
                 return outputs
@@ -236,6 +246,8 @@ class WorkerRunner:
 
     async def _avoid(self, worker_id: str) -> None:
         try:
-            await self._workers.slots.avoid(worker_id)
+            seconds = await self._workers.slots.avoid(worker_id)
         except Unavailable as error:
-            _log.warning("cannot avoid worker %s: %s", worker_id, error)
+            _log.warning("cannot avoid a worker: worker=%s: %s", worker_id, error)
+        else:
+            _log.info("avoids a worker: worker=%s seconds=%g", worker_id, seconds)

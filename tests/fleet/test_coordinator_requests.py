@@ -10,10 +10,11 @@ import grpc
 import pytest
 
 from common.stage import Call
+from common.state.connection import connect
 from coordinator_fleet import FakeFleet, Gate, Script, emoji, error_of, running_fleet, submission, terminal
 from fleet.v1 import generation_pb2 as pb
 from models.catalog import ServedModel
-from redis_servers import running_server, server_binaries
+from redis_servers import running_server, server_binaries, until
 
 MODEL = emoji()
 
@@ -229,17 +230,37 @@ def test_a_lost_worker_is_replaced_and_a_broken_one_is_told(url: str) -> None:
     run(url, story)
 
 
-def test_workers_that_keep_dying_fail_the_request(url: str) -> None:
+def test_workers_that_cannot_be_reached_cost_no_attempt(url: str) -> None:
     async def story(fleet: FakeFleet) -> None:
-        for _ in range(2):
-            dead = await fleet.add_worker("text_encoding")
-            await dead.die()
+        for _ in range(4):
+            await (await fleet.add_worker("text_encoding")).hang_up()
+        await fleet.add_workers(["latent_preparation", "denoising", "decoding"])
+        _, stub = await fleet.add_coordinator()
+        name = (await stub.Submit(submission())).request.request_id
+        async with connect(fleet.url) as redis:
+
+            async def all_are_avoided() -> bool:
+                keys = await redis.keys("fleet:avoided:*")
+                return bool(keys) and await redis.hlen(keys[0]) == 4
+
+            await until(all_are_avoided)
+            assert not await redis.hexists(f"fleet:request:{name}", "deaths")
+            assert await redis.zcard("fleet:workers:emoji/text_encoding") == 4  # they live, as the others see it
+        await fleet.add_worker("text_encoding")
+        assert (await terminal(stub, name))[-1].state_change.state == pb.REQUEST_STATE_SUCCEEDED
+
+    run(url, story)
+
+
+def test_patience_ends_where_no_worker_can_be_reached(url: str) -> None:
+    async def story(fleet: FakeFleet) -> None:
+        await (await fleet.add_worker("text_encoding")).hang_up()
         await fleet.add_workers(["latent_preparation"])
-        _, stub = await fleet.add_coordinator(stage_attempts=2)
+        _, stub = await fleet.add_coordinator(worker_wait_seconds=0.5)
         name = (await stub.Submit(submission())).request.request_id
         change = (await terminal(stub, name))[-1].state_change
         assert change.error.code == "UNAVAILABLE"
-        assert "text_encoding was lost on 2 workers" in change.error.message
+        assert "no worker of text_encoding was reached for 0.5 s, at last: " in change.error.message
 
     run(url, story)
 

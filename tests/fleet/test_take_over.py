@@ -219,35 +219,109 @@ def test_a_raw_result_without_its_caller_ends_as_failed(server: RedisServer) -> 
     run_on_fleet(server.url, story)
 
 
+class Mortals:
+    """Denoisers that die at once of one request, and serve every other one."""
+
+    def __init__(self, fleet: FakeFleet) -> None:
+        self.poison = ""
+        self.died: list[asyncio.Future[None]] = []
+        self._fleet = fleet
+        self._loop = asyncio.get_running_loop()
+
+    async def add(self) -> None:
+        """One more of them."""
+        script = Script(self._fleet.scripts["denoising"].contract)
+        worker: FakeWorker = await self._fleet.add_worker("denoising", script, ttl_seconds=0.5)
+
+        def work(call: Call) -> None:
+            if call.request_id == self.poison:
+                dying = asyncio.run_coroutine_threadsafe(worker.die(), self._loop)
+                self.died.append(asyncio.wrap_future(dying, loop=self._loop))
+                Gate()(call)
+
+        script.work = work
+
+    async def count(self, number: int) -> None:
+        """Wait until so many have died."""
+
+        async def so_many() -> bool:
+            return len(self.died) == number
+
+        await until(so_many)
+
+
 def test_a_request_that_kills_workers_is_given_up(server: RedisServer) -> None:
     async def story(fleet: FakeFleet) -> None:
-        loop = asyncio.get_running_loop()
-        dying: list[asyncio.Future[None]] = []
-
-        async def add_mortal() -> None:
-            script = Script(fleet.scripts["denoising"].contract)
-            worker: FakeWorker = await fleet.add_worker("denoising", script)
-
-            def work(call: Call) -> None:
-                if call.request_id == poison:
-                    dying.append(asyncio.wrap_future(asyncio.run_coroutine_threadsafe(worker.die(), loop), loop=loop))
-                    Gate()(call)
-
-            script.work = work
-
-        poison = ""
+        mortals = Mortals(fleet)
         await fleet.add_workers(["text_encoding", "latent_preparation", "decoding"])
         _, stub = await fleet.add_coordinator()
-        poison = (await stub.Submit(submission())).request.request_id
-        for _ in range(3):
-            await add_mortal()
-        change = (await terminal(stub, poison))[-1].state_change
+        mortals.poison = (await stub.Submit(submission())).request.request_id
+        for _ in range(4):
+            await mortals.add()
+        change = (await terminal(stub, mortals.poison))[-1].state_change
         assert change.state == pb.REQUEST_STATE_FAILED
         assert change.error.code == "INTERNAL"
-        assert "2 workers died while they ran this request, the last one in denoising" in change.error.message
-        assert len(dying) == 2
+        assert "3 workers were lost while they ran this request, without progress" in change.error.message
+        assert "the last one in denoising" in change.error.message
+        assert len(mortals.died) == 3
         innocent = (await stub.Submit(submission())).request.request_id
         assert ends(await terminal(stub, innocent)) == [pb.REQUEST_STATE_SUCCEEDED]
-        await asyncio.gather(*dying)
+        await asyncio.gather(*mortals.died)
+
+    run_on_fleet(server.url, story)
+
+
+def test_a_take_over_inherits_the_losses(server: RedisServer) -> None:
+    """And is none: only the third loss ends the request."""
+
+    async def story(fleet: FakeFleet) -> None:
+        mortals = Mortals(fleet)
+        await fleet.add_workers(["text_encoding", "latent_preparation", "decoding"])
+        listen = f"unix:{fleet.directory}/c.sock"
+        process = await fleet.start_process(listen)
+        async with open_channel(listen) as channel:
+            first: Stub = generation_pb2_grpc.GenerationServiceStub(channel)
+            mortals.poison = (await first.Submit(submission())).request.request_id
+            for number in (1, 2):
+                await mortals.add()
+                await mortals.count(number)
+            async with connect(fleet.url) as redis:
+
+                async def both_are_stored() -> bool:
+                    deaths = await command(redis, "HGET", f"fleet:request:{mortals.poison}", "deaths")
+                    return len((deaths or b"").splitlines()) == 2
+
+                await until(both_are_stored)
+                process.kill()
+                _, other = await fleet.add_coordinator(heartbeat_ttl_seconds=0.5)
+                for _ in range(2):
+                    await mortals.add()
+                change = (await terminal(other, mortals.poison))[-1].state_change
+                assert change.state == pb.REQUEST_STATE_FAILED
+                assert "3 workers were lost" in change.error.message
+                assert len(mortals.died) == 3
+                assert int(await command(redis, "HGET", f"fleet:request:{mortals.poison}", "epoch")) == 2
+        await asyncio.gather(*mortals.died)
+
+    run_on_fleet(server.url, story)
+
+
+def test_however_many_coordinators_die_the_request_goes_on(server: RedisServer) -> None:
+    async def story(fleet: FakeFleet) -> None:
+        gate = Gate()
+        fleet.scripts["text_encoding"].work = gate
+        await fleet.add_workers()
+        _, stub = await fleet.add_coordinator(heartbeat_ttl_seconds=0.5)
+        name = (await stub.Submit(submission())).request.request_id
+        await gate.wait_reached()
+        async with connect(fleet.url) as redis:
+            await command(redis, "HSET", f"fleet:request:{name}", "owner", "coordinator-of-before", "epoch", 99)
+
+            async def is_taken_over() -> bool:
+                return bool(await command(redis, "HGET", f"fleet:request:{name}", "epoch") == b"100")
+
+            await until(is_taken_over)
+            gate.opened.set()
+            assert ends(await terminal(stub, name)) == [pb.REQUEST_STATE_SUCCEEDED]
 
     run_on_fleet(server.url, story)

@@ -271,9 +271,12 @@ def test_sigterm_finishes_what_runs_withdraws_and_exits_with_0(
                 await until(announced)
                 call: Any = channel.stream_stream(METHOD)()
                 await call.write(header)
-                await get_model_info(channel)  # Answered after the header has begun the call.
+                info = await get_model_info(channel)  # Answered after the header has begun the call.
                 process.send_signal(signal.SIGTERM)
                 await until(withdrawn)
+                left = await redis.pttl(f"fleet:leaving:{info.worker_id}")
+                assert 30_000 < left <= 36_000  # its grace time, and a heartbeat's time to live
+                assert info.reports_begun
                 await until(refuses)
                 for frame in rest:
                     await call.write(frame)

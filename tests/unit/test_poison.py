@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
 
 from common.errors import InternalError, Unavailable
+from common.rpc.framing import Packet
 from common.state.leases import Leases, Loss
+from fleet.v1 import artifacts_pb2
 from services.coordinator import persistence
 from services.coordinator.poison import reason_to_give_up
 from services.coordinator.resume import Recovery
@@ -62,6 +65,7 @@ class Book(Leases):
         self.answers = list(answers)
         self.asked = 0
         self.deaths: list[tuple[str, str, int]] = []
+        self.saved: list[int] = []
 
     async def losses(self, request_id: str, epoch: int) -> list[Loss]:
         del request_id, epoch
@@ -75,6 +79,15 @@ class Book(Leases):
         del request_id, epoch
         self.deaths.append((worker_id, more["service"], more["stage"]))
         return []
+
+    async def save_checkpoint(
+        self, request_id: str, epoch: int, number: int, parts: Iterable[bytes], *, step: int
+    ) -> bool:
+        del request_id, epoch, number, parts
+        assert not self.deaths
+        await asyncio.sleep(0.01)
+        self.saved.append(step)
+        return True
 
 
 def recovery(book: Book, epoch: int = 1) -> Recovery:
@@ -97,6 +110,20 @@ def test_after_a_loss_a_request_is_claimed_alone_until_the_loss_is_cleared() -> 
         assert not await mine.admit()
         assert not await mine.admit()
         assert book.asked == 2
+
+    asyncio.run(story())
+
+
+def test_a_loss_is_recorded_after_the_checkpoint_before_it() -> None:
+    """Or it would look as if the request had come less far, and the next loss as if it had made progress."""
+
+    async def story() -> None:
+        book = Book([])
+        mine = recovery(book)
+        mine.point.remember("origin", Packet(artifacts_pb2.DenoiseState(step=4), {}))
+        await mine.worker_lost("w", "denoising", 2)
+        assert book.saved == [4]
+        assert len(book.deaths) == 1
 
     asyncio.run(story())
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 
 import pytest
@@ -157,12 +156,10 @@ def test_a_loss_is_in_churn_where_a_worker_that_did_not_run_the_request_was_lost
         await case.lose("elsewhere", name="other", service="decoding")
         await case.announce("leaves")
         await case.registry.withdraw("leaves", grace_seconds=SLOW)
-        await redis.zadd(
-            "fleet:workers:emoji/denoising", {"leaves": int(time.time() * 1_000) - 1_000}
-        )  # a late heartbeat
+        seconds, _ = await redis.time()
+        await redis.zadd("fleet:workers:emoji/denoising", {"leaves": seconds * 1_000})  # by a late heartbeat
         assert not any(loss.in_churn for loss in await case.leases.losses("r", 1))
         if seen_by == "heartbeat":
-            seconds, _ = await redis.time()
             await redis.zadd("fleet:workers:emoji/denoising", {"innocent": seconds * 1_000})
         else:
             await case.lose("innocent", name="other")

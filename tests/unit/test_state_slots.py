@@ -263,7 +263,7 @@ def test_a_worker_is_avoided_by_the_coordinator_that_cannot_reach_it_only(url: s
 
 def test_the_pause_doubles_and_a_success_ends_it(url: str) -> None:
     async def story(redis: Redis) -> None:
-        registry = WorkerRegistry(redis)
+        registry = WorkerRegistry(redis, beat_seconds=SLOW, ttl_seconds=SLOW)  # its heartbeats hand slots out too
         await registry.announce(worker("w"))
         async with slots_of(redis, "a") as slots:
             assert [await slots.avoid("w") for _ in range(7)] == [0.2, 0.4, 0.8, 1.6, 3.2, 5.0, 5.0]
@@ -281,6 +281,8 @@ def test_the_pause_doubles_and_a_success_ends_it(url: str) -> None:
             await slots.settle()
             assert not await redis.exists("fleet:avoided:a")
             await slots.avoid("w")
+            seconds, _ = await redis.time()
+            await redis.hset("fleet:avoided:a", "w", f"{seconds * 1_000 + 1_500}|200")
             assert (await slots.claim("emoji", "denoising", "r")).worker.worker_id == "w"  # asks again when it ends
         assert not await redis.exists("fleet:avoided:a")
         await registry.withdraw("w")

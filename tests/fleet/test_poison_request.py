@@ -1,0 +1,114 @@
+"""A request that kills its worker at step 5, after a checkpoint at step 4, in a quiet fleet of real processes."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import signal
+import tempfile
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+from chaos_processes import Fleet, Process
+from redis.asyncio import Redis
+
+from common.rpc.client import open_channel
+from common.state.connection import command, connect
+from coordinator_fleet import Stub
+from fleet.v1 import generation_pb2 as pb
+from fleet.v1 import generation_pb2_grpc
+from redis_servers import until
+
+STEPS = 8
+CHECKPOINT = 4
+CHECKPOINTS = Path(__file__).resolve().parents[2] / "models" / "checkpoints"
+
+
+class RareCheckpoints(Fleet):
+    """Denoisers send a checkpoint after step 4, and no other one."""
+
+    def _arguments(self, process: Process) -> list[str]:
+        rare = ["--checkpoint-every", str(CHECKPOINT), "--checkpoint-seconds", "0"]
+        return super()._arguments(process) + ([] if process.access is None else rare)
+
+
+class Murder:
+    """Kills the denoiser of one request each time that the request has done step 5."""
+
+    def __init__(self, fleet: Fleet, redis: Redis, stub: Stub) -> None:
+        self.killed: set[int] = set()
+        self._fleet = fleet
+        self._redis = redis
+        self._stub = stub
+
+    async def watch(self, name: str) -> pb.StateChange:
+        """Follow the request to its end."""
+        last = pb.StateChange()
+        async for reply in self._stub.Watch(pb.WatchRequest(request_id=name)):
+            last = reply.event.state_change
+            progress = reply.event.progress
+            if progress.service == "denoising" and progress.step > CHECKPOINT:
+                await self._kill(name)
+        return last
+
+    async def _kill(self, name: str) -> None:
+        """SIGKILL the process that has the request's slot, which is in its name, once the checkpoint is stored."""
+
+        async def is_stored() -> bool:
+            reached = await command(self._redis, "HGET", f"fleet:request:{name}", "reached")
+            return bool(reached == str(CHECKPOINT).encode())
+
+        await until(is_stored)
+        slots: dict[bytes, bytes] = await command(self._redis, "HGETALL", "fleet:slots:emoji/denoising")
+        for ticket, slot in slots.items():
+            pid = int(slot.decode().partition("|")[0].split("-")[-2])
+            if ticket.decode().startswith(f"{name}/") and pid not in self.killed:
+                self.killed.add(pid)
+                (worker,) = [each for each in self._fleet.of(coordinators=False) if each.pid == pid]
+                self._fleet.signal(worker, signal.SIGKILL)
+
+
+async def submit(stub: Stub, steps: int) -> str:
+    parameters = pb.GenerationParameters(prompt="a red heart", seed=3, height=384, width=384, num_inference_steps=steps)
+    return (await stub.Submit(pb.SubmitRequest(parameters=parameters))).request.request_id
+
+
+async def steps_and_state(stub: Stub, name: str) -> tuple[list[int], pb.RequestState.ValueType]:
+    """The denoising steps that were done, and how the request ended."""
+    events = [reply.event async for reply in stub.Watch(pb.WatchRequest(request_id=name))]
+    steps = [event.progress.step for event in events if event.progress.service == "denoising"]
+    return [step for step in steps if step > 0], events[-1].state_change.state
+
+
+def test_it_is_given_up_after_three_workers_and_no_other_request_suffers() -> None:
+    async def story() -> None:
+        async with asyncio.timeout(150), AsyncExitStack() as stack:
+            directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="poison-")))
+            models = {"emoji": CHECKPOINTS / "emoji"}
+            fleet = RareCheckpoints(directory, models, random.Random(0), coordinators=1, workers=2)
+            stack.push_async_callback(fleet.close)
+            await fleet.start()
+            redis = await stack.enter_async_context(connect(fleet.server.url))
+            (coordinator,) = fleet.of(coordinators=True)
+            channel = await stack.enter_async_context(open_channel(coordinator.target))
+            stub: Stub = generation_pb2_grpc.GenerationServiceStub(channel)
+
+            async def is_complete() -> bool:
+                (model,) = (await stub.ListModels(pb.ListModelsRequest(), wait_for_ready=True)).models
+                return all(service.workers == 2 for service in model.services)
+
+            await until(is_complete)
+            murder = Murder(fleet, redis, stub)
+            name = await submit(stub, STEPS)
+            watching = asyncio.create_task(murder.watch(name))
+            innocent = [await submit(stub, 2) for _ in range(3)]
+            ends = await asyncio.gather(*(steps_and_state(stub, each) for each in innocent))
+            assert ends == [([1, 2], pb.REQUEST_STATE_SUCCEEDED)] * len(innocent)
+            change = await watching
+            assert change.state == pb.REQUEST_STATE_FAILED
+            assert change.error.message.startswith("3 workers were lost while they ran this request, without progress")
+            assert len(murder.killed) == 3
+            await fleet.stop()
+            assert not fleet.findings
+
+    asyncio.run(story())
