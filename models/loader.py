@@ -6,6 +6,7 @@ import hashlib
 import importlib
 import importlib.metadata
 import json
+import logging
 import platform
 import textwrap
 import threading
@@ -17,10 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from common.checkpoint import kind_of
 from common.errors import CheckpointError, InvalidInput
 from common.stage import PipelineStage
 from configs.approximation import EXACT, Approximation
-from configs.pipeline_configs.base import PipelineConfig
+from configs.pipeline_configs.base import PipelineConfig, StandardPipelineConfig
 from models.dits.base import DiffusionTransformer
 from models.layers.attention import has_flash_attention_3
 from models.layers.cublas_lt import has_cublas_lt
@@ -29,6 +31,7 @@ from models.layers.fused_products import has_fused_products
 from models.layers.linear import quantize_linears
 from models.layers.mesh import Degrees, WorkerMesh
 from models.registry import resolve
+from models.schedulers.trial import try_schedules
 
 if TYPE_CHECKING:
     from common.checkpoint import Checkpoint
@@ -36,8 +39,12 @@ if TYPE_CHECKING:
     from models.catalog import ServedModel
 
 
+_log = logging.getLogger(__name__)
+
 # Letters of another library's error that are worth a line.
 MOST_TOLD = 400
+
+_SCHEDULER = "scheduler"
 
 ModuleLoader = Callable[["Checkpoint", str, torch.device, torch.dtype], Any]
 """Loads one module of a checkpoint, by its name in model_index.json, for inference. Raises CheckpointError.
@@ -84,6 +91,8 @@ def _load_stages(model: ServedModel, service: ServiceSpec, options: Mapping[str,
     if config.approximation.linear_dtype == "float8":
         check_float8(config.device, config.dtype)
     loaded = {name: load_module(model.checkpoint, name, config) for name in service.modules}
+    if _SCHEDULER in loaded and isinstance(config, StandardPipelineConfig):
+        try_schedules(model, config, loaded[_SCHEDULER])
     if config.approximation != EXACT:
         _approximate(model.checkpoint, loaded.values(), config.approximation)
     return [
@@ -124,8 +133,12 @@ def load_module(checkpoint: Checkpoint, name: str, config: PipelineConfig) -> An
     elif class_name in _LOADERS:
         loader = _LOADERS[class_name]
     else:
-        supported = ", ".join(sorted({*_LOADERS, *config.module_loaders}))
+        kind = kind_of(class_name)
+        supported = ", ".join(sorted(each for each in {*_LOADERS, *config.module_loaders} if kind_of(each) == kind))
         raise CheckpointError(f"{name}: class {class_name} is not supported; supported are {supported}")
+    if files := checkpoint.weight_files(name):
+        variant = checkpoint.weight_variant(name) or "none"
+        _log.info("weights module=%s variant=%s files=%s", name, variant, ",".join(file.name for file in files))
     return loader(checkpoint, name, config.device, config.dtype)
 
 
@@ -152,9 +165,10 @@ def _load_scheduler(checkpoint: Checkpoint, name: str, *_: object) -> Any:
 
 def load_pretrained(checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype) -> Any:
     """A module with weights, by its own library, whole and ready for inference. Raises CheckpointError."""
-    module, info = _from_pretrained(
-        checkpoint, name, {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
-    )
+    options = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+    if (variant := checkpoint.weight_variant(name)) is not None:
+        options["variant"] = variant
+    module, info = _from_pretrained(checkpoint, name, options)
     for kind in ("missing_keys", "mismatched_keys"):
         if keys := sorted(map(str, info.get(kind, ()))):
             raise CheckpointError(f"{name}: {kind.replace('_', ' ')}: {', '.join(keys[:3])} ({len(keys)} in all)")
@@ -193,7 +207,7 @@ def _from_pretrained(checkpoint: Checkpoint, name: str, options: Mapping[str, An
     cls = getattr(importlib.import_module(library), class_name)
     try:
         return cls.from_pretrained(checkpoint.path / name, local_files_only=True, **options)
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, TypeError, LookupError, RuntimeError, ImportError, AttributeError) as error:
         sentence = textwrap.shorten(str(error), MOST_TOLD, placeholder=" ...")
         raise CheckpointError(f"{name}: {class_name} cannot be loaded: {sentence}") from error
 

@@ -103,7 +103,7 @@ def test_vae_with_another_shape(checkpoint: Path) -> None:
 
 def test_tokenizer_that_is_no_json(checkpoint: Path) -> None:
     (checkpoint / "tokenizer_2" / "tokenizer.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"tokenizer_2: tokenizer.json is not JSON"):
+    with pytest.raises(CheckpointError, match=r"tokenizer_2/tokenizer.json is not valid JSON"):
         load(checkpoint, "text_encoding")
 
 
