@@ -19,7 +19,7 @@ from common.artifacts import ParamValue
 from common.errors import CheckpointError
 from common.json_file import check_link, is_listed, read_bytes, read_json, read_settings
 from common.safetensors_header import SafetensorsHeader
-from common.vocabulary import Vocabulary, read_vocabulary
+from common.vocabulary import TOKENIZER_FILE, Vocabulary, has_vocabulary, read_vocabulary
 from common.weight_files import WeightFiles, is_file_name, is_weight_file, no_weights, read_weights
 from common.wrong_model import explain, repository_of
 
@@ -167,10 +167,13 @@ def kind_of(class_name: str) -> str | None:
 
 def _open_module(folder: Path, library: str, class_name: str) -> _Module:
     """Read a module: one with weights has config.json; one without has its own kind of file."""
+    kind = kind_of(class_name)
     for path in sorted(folder.iterdir()):
         if not is_weight_file(path.name) and path.suffix != ".md":
             check_link(path)
-    kind = kind_of(class_name)
+            # A tokenizer.json is megabytes long: one parse, by read_vocabulary(), is enough.
+            if path.suffix == ".json" and not (path.name == TOKENIZER_FILE and has_vocabulary(class_name)):
+                read_json(path)
     if kind is not None:
         config = read_settings(_first_of(folder, _OTHER_CONFIGS[kind]))
         return _Module(config, WeightFiles(), read_vocabulary(folder, class_name) if kind == "Tokenizer" else None)

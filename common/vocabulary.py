@@ -6,7 +6,7 @@ the same run of unknown tokens, and no error is raised.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,8 @@ VOCABULARY_FILES: Mapping[str, tuple[str, ...]] = {
 }
 """Files that a tokenizer class (without `Fast`) is built from where there is no tokenizer.json."""
 
-# Byte-level BPE starts from 256 bytes, CLIP's from twice as many; the rest of the slack is for special tokens.
-_MOST_TOKENS_WITHOUT_MERGE = 2048
+# Byte-level BPE starts from 256 bytes, CLIP's from twice as many; the others are special tokens.
+_MOST_TOKENS_WITHOUT_MERGE = 1024
 
 
 @dataclass(frozen=True)
@@ -35,14 +35,19 @@ class Vocabulary:
     size: int
 
 
+def has_vocabulary(class_name: str) -> bool:
+    """Whether read_vocabulary() checks tokenizers of this class."""
+    return class_name.removesuffix("Fast") in VOCABULARY_FILES
+
+
 def read_vocabulary(folder: Path, class_name: str) -> Vocabulary | None:
     """The vocabulary of a tokenizer's folder; None for a class that VOCABULARY_FILES does not list.
 
     Raises CheckpointError that names the file for a vocabulary that is missing, empty or incomplete.
     """
-    names = VOCABULARY_FILES.get(class_name.removesuffix("Fast"))
-    if names is None:
+    if not has_vocabulary(class_name):
         return None
+    names = VOCABULARY_FILES[class_name.removesuffix("Fast")]
     if is_listed(folder / TOKENIZER_FILE):
         return _read_tokenizer_json(folder / TOKENIZER_FILE)
     if absent := [name for name in names if not is_listed(folder / name)]:
@@ -71,7 +76,7 @@ def _read_tokenizer_json(path: Path) -> Vocabulary:
     _check_pieces(path, vocab.keys() - special.keys())
     if model.get("type") == "BPE":
         merges = model.get("merges")
-        _check_merges(path, len(merges) if isinstance(merges, list) else 0, len(vocab))
+        _check_merges(path, merges if isinstance(merges, list) else [], vocab)
     return Vocabulary(path, max(ids | set(special.values())) + 1)
 
 
@@ -79,8 +84,8 @@ def _read_vocab_and_merges(path: Path, merges: Path) -> Vocabulary:
     vocab = read_json(path)
     ids = _ids(path, vocab)
     _check_pieces(path, vocab)
-    lines = read_bytes(merges).splitlines()
-    _check_merges(merges, sum(bool(line.strip()) and not line.startswith(b"#version") for line in lines), len(vocab))
+    lines = read_bytes(merges).decode(errors="replace").split("\n")
+    _check_merges(merges, [line.rstrip("\r") for line in lines if line and not line.startswith("#version")], vocab)
     return Vocabulary(path, max(ids) + 1)
 
 
@@ -123,11 +128,16 @@ def _check_pieces(path: Path, pieces: Iterable[object]) -> None:
         raise CheckpointError(f"{path} holds no vocabulary besides special tokens; download it again")
 
 
-def _check_merges(path: Path, merges: int, tokens: int) -> None:
-    """Every longer token of a BPE vocabulary comes from a merge."""
-    if not merges or tokens - merges > _MOST_TOKENS_WITHOUT_MERGE:
+def _check_merges(path: Path, merges: Sequence[Any], vocab: Mapping[str, int]) -> None:
+    """Every merge gives a token of a BPE vocabulary, and every longer token of it comes from a merge."""
+    for merge in merges:
+        match merge.split(" ") if isinstance(merge, str) else merge:
+            case [str() as left, str() as right] if left + right in vocab:
+                continue
+        raise CheckpointError(f"{path}: merge {merge!r} gives no token of the vocabulary; download it again")
+    if not merges or len(vocab) - len(merges) > _MOST_TOKENS_WITHOUT_MERGE:
         raise CheckpointError(
-            f"{path} holds {merges} merges, too few for a vocabulary of {tokens} tokens; download it again"
+            f"{path} holds {len(merges)} merges, too few for a vocabulary of {len(vocab)} tokens; download it again"
         )
 
 

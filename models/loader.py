@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.metadata
-import json
 import logging
 import platform
 import textwrap
@@ -13,7 +12,6 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -143,10 +141,13 @@ def load_module(checkpoint: Checkpoint, name: str, config: PipelineConfig) -> An
 
 
 def _load_tokenizer(checkpoint: Checkpoint, name: str, *_: object) -> Any:
-    folder = checkpoint.path / name
-    for path in sorted(folder.glob("*.json")):
-        _check_json(name, path)
-    return _from_pretrained(checkpoint, name, {})
+    try:
+        return _from_pretrained(checkpoint, name, {})
+    except Exception as error:
+        # The tokenizers library raises Exception itself for files that do not fit together.
+        if type(error) is not Exception:
+            raise
+        raise CheckpointError(f"{name}: {checkpoint.modules[name][1]} cannot be loaded: {error}") from error
 
 
 def _load_image_processor(checkpoint: Checkpoint, name: str, *_: object) -> Any:
@@ -210,14 +211,6 @@ def _from_pretrained(checkpoint: Checkpoint, name: str, options: Mapping[str, An
     except (OSError, ValueError, TypeError, LookupError, RuntimeError, ImportError, AttributeError) as error:
         sentence = textwrap.shorten(str(error), MOST_TOLD, placeholder=" ...")
         raise CheckpointError(f"{name}: {class_name} cannot be loaded: {sentence}") from error
-
-
-def _check_json(name: str, path: Path) -> None:
-    # The tokenizers library raises a bare Exception on a broken file.
-    try:
-        json.loads(path.read_bytes())
-    except ValueError as error:
-        raise CheckpointError(f"{name}: {path.name} is not JSON: {error}") from error
 
 
 def numerics_fingerprint(

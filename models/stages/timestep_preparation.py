@@ -6,6 +6,7 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 
 from common.artifacts import Sampling, Schedule
@@ -31,10 +32,12 @@ class TimestepPreparationStage(PipelineStage[TimestepPreparationInput, TimestepP
         call.check_cancelled()
         scheduler = copy.deepcopy(self._scheduler)
         sigmas = self._config.sigmas(x.sampling)
-        if sigmas is None:
-            scheduler.set_timesteps(x.sampling.num_inference_steps, mu=self._config.mu(x.canvas))
-        else:
-            scheduler.set_timesteps(sigmas=list(sigmas), mu=self._config.mu(x.canvas))
+        # Checked below: NumPy's warning of a division by 0 would be all that a log says.
+        with np.errstate(divide="ignore", invalid="ignore"):
+            if sigmas is None:
+                scheduler.set_timesteps(x.sampling.num_inference_steps, mu=self._config.mu(x.canvas))
+            else:
+                scheduler.set_timesteps(sigmas=list(sigmas), mu=self._config.mu(x.canvas))
         if not bool(torch.isfinite(scheduler.sigmas).all() and torch.isfinite(scheduler.timesteps).all()):
             raise _not_finite(x.sampling)
         schedule = Schedule(
