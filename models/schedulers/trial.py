@@ -35,8 +35,8 @@ def try_schedules(model: ServedModel, config: StandardPipelineConfig, scheduler:
     Numbers of steps that the model's parameters refuse are left out. A schedule of 1 step whose noise levels are not
     finite is logged: requests for 1 step are refused then. Raises CheckpointError for every other failure.
     """
-    requests: list[dict[str, ParamValue]] = [{}, *({"num_inference_steps": steps} for steps in _FEWEST_STEPS)]
-    for given in requests:
+    requests: list[dict[str, ParamValue]] = [{"num_inference_steps": steps} for steps in _FEWEST_STEPS]
+    for given in ({}, *requests):
         try:
             params, _ = model.sampling_params.build({"prompt": "", "seed": 0, **given}, model.checkpoint)
         except InvalidInput:
