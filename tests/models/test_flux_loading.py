@@ -110,6 +110,12 @@ def test_tokenizer_that_is_no_json(checkpoint: Path) -> None:
         load(checkpoint, "text_encoding")
 
 
+def test_tokenizer_that_its_library_does_not_read(checkpoint: Path) -> None:
+    edit(checkpoint / "tokenizer_2" / "tokenizer.json", normalizer={"type": "Nonsense"})
+    with pytest.raises(CheckpointError, match="tokenizer_2: T5Tokenizer cannot be loaded: "):
+        load(checkpoint, "text_encoding")
+
+
 def test_tokenizer_with_more_tokens_than_its_encoder(checkpoint: Path) -> None:
     shutil.rmtree(checkpoint / "tokenizer_2")
     shutil.copytree(checkpoint / "tokenizer", checkpoint / "tokenizer_2")

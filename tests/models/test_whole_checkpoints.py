@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from common.checkpoint import kind_of
 from common.errors import CheckpointError
 from models.catalog import open_model, shipped_models
 from models.loader import load_stages
@@ -26,6 +27,7 @@ from models.registry import load_registry
 TESTS = Path(__file__).parents[1]
 SHIPPED = TESTS.parent / "models/checkpoints"
 REGISTRY = load_registry()
+TEXTS = ["a red apple", "Two old stones, in the river!", ""]
 
 
 def _families() -> dict[str, Callable[[Path], Path]]:
@@ -138,6 +140,28 @@ def test_damage_is_refused_or_harmless(
         elif not message and not is_harmless(family, file, damage):
             wrong[str(file)] = "is accepted"
     assert not wrong
+
+
+def test_every_harmless_file_is_there(checkpoint_of: Callable[[str], tuple[Path, Path]]) -> None:
+    files = [
+        (family, path.relative_to(whole))
+        for family in FAMILIES
+        for whole in [checkpoint_of(family)[0]]
+        for path in whole.rglob("*.*")
+    ]
+    for families, pattern, _ in HARMLESS:
+        assert any(fnmatch(family, families) and fnmatch(str(file), pattern) for family, file in files), pattern
+
+
+@pytest.mark.parametrize("model", shipped_models())
+def test_tokenizers_without_tokenizer_json_give_the_same_tokens(tmp_path: Path, model: str) -> None:
+    path = shutil.copytree(SHIPPED / model, tmp_path / model)
+    for name, (library, class_name) in open_model(str(path), REGISTRY).checkpoint.modules.items():
+        if kind_of(class_name) == "Tokenizer":
+            load = vars(importlib.import_module(library))[class_name].from_pretrained
+            whole = load(path / name)(TEXTS).input_ids
+            (path / name / "tokenizer.json").unlink()
+            assert load(path / name)(TEXTS).input_ids == whole
 
 
 @pytest.mark.parametrize("family", FAMILIES)
