@@ -169,11 +169,10 @@ def _open_module(folder: Path, library: str, class_name: str) -> _Module:
     """Read a module: one with weights has config.json; one without has its own kind of file."""
     kind = kind_of(class_name)
     for path in sorted(folder.iterdir()):
-        if not is_weight_file(path.name) and path.suffix != ".md":
-            check_link(path)
-            # A tokenizer.json is megabytes long: one parse, by read_vocabulary(), is enough.
-            if path.suffix == ".json" and not (path.name == TOKENIZER_FILE and has_vocabulary(class_name)):
-                read_json(path)
+        # A tokenizer.json is megabytes long: one parse, by read_vocabulary(), is enough.
+        parsed_later = path.name == TOKENIZER_FILE and has_vocabulary(class_name)
+        if path.suffix == ".json" and not is_weight_file(path.name) and not parsed_later:
+            read_json(path)
     if kind is not None:
         config = read_settings(_first_of(folder, _OTHER_CONFIGS[kind]))
         return _Module(config, WeightFiles(), read_vocabulary(folder, class_name) if kind == "Tokenizer" else None)
