@@ -178,3 +178,18 @@ def test_noise_levels_that_are_not_finite_are_refused_at_the_request(
     with caplog.at_level(logging.WARNING):
         try_schedules(model, config, scheduler)
     assert "requests for 1 step will be refused" in caplog.text
+
+
+def test_the_default_number_of_steps_and_the_fewest_are_tried(
+    edited: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[int] = []
+    run = TimestepPreparationStage.run
+
+    def counted(stage: TimestepPreparationStage, x: TimestepPreparationInput, call: Call) -> Any:
+        tried.append(x.sampling.num_inference_steps)
+        return run(stage, x, call)
+
+    monkeypatch.setattr(TimestepPreparationStage, "run", counted)
+    load(opened(edited("wan")), "latent_preparation")
+    assert tried == [50, 2, 1]
