@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,25 +17,34 @@ from typing import Any
 
 from common.artifacts import ParamValue
 from common.errors import CheckpointError
-from common.safetensors_header import SafetensorsHeader, read_header
+from common.json_file import check_link, is_listed, read_bytes, read_json, read_settings
+from common.safetensors_header import SafetensorsHeader
+from common.vocabulary import TOKENIZER_FILE, Vocabulary, has_vocabulary, read_vocabulary
+from common.weight_files import WeightFiles, is_file_name, is_weight_file, no_weights, read_weights
+from common.wrong_model import explain, repository_of
 
 INDEX_FILE = "model_index.json"
 SAMPLING_DEFAULTS_FILE = "sampling_defaults.json"
 
 _MODEL_CONFIG = "config.json"
-# What schedulers, tokenizers and processors have in its place; the first that exists is the module's.
-_OTHER_CONFIGS = ("scheduler_config.json", "tokenizer_config.json", "preprocessor_config.json", "processor_config.json")
-_WEIGHT_STEMS = ("diffusion_pytorch_model", "model")
+# Settings of modules without weights, by what the name of their class ends with.
+_OTHER_CONFIGS: Mapping[str, tuple[str, ...]] = {
+    "Scheduler": ("scheduler_config.json",),
+    "Tokenizer": ("tokenizer_config.json",),
+    "Processor": ("preprocessor_config.json", "processor_config.json"),
+    "FeatureExtractor": ("preprocessor_config.json",),
+}
+_SUFFIXES_OF_CLASSES = re.compile(r"(Fast|Pil)$")
 _SAMPLE_BYTES = 1024
-_LONGEST_NAME = 255  # bytes
 
 
 @dataclass(frozen=True)
 class _Module:
-    """One module's folder: its settings, and the headers of its weight files in the order of their names."""
+    """One module's folder: its settings, its weight files, and of a tokenizer its vocabulary."""
 
     config: Mapping[str, Any]
-    weights: Mapping[Path, SafetensorsHeader]
+    weights: WeightFiles
+    vocabulary: Vocabulary | None = None
 
 
 class Checkpoint:
@@ -45,22 +55,22 @@ class Checkpoint:
         self.index = index
         self.sampling_defaults = defaults
         self.modules = _module_classes(path, index)
-        self._opened = {name: _open_module(path / name) for name in self.modules}
+        self._opened = {name: _open_module(path / name, *entry) for name, entry in self.modules.items()}
+        self._check_vocabularies()
 
     @classmethod
     def open(cls, path: Path) -> Checkpoint:
         """Read a directory. Raises CheckpointError that says what is missing or unreadable, and where."""
+        check_link(path.expanduser())
         path = path.expanduser().resolve()
-        if not path.is_dir():
-            raise CheckpointError(f"{path} is not a directory; a model is a Diffusers directory with {INDEX_FILE}")
-        if not (path / INDEX_FILE).is_file():
-            raise CheckpointError(f"{path} has no {INDEX_FILE}, so it is not a Diffusers directory")
-        return cls(path, _read_json(path / INDEX_FILE), _read_sampling_defaults(path))
+        if not path.is_dir() or not is_listed(path / INDEX_FILE):
+            raise CheckpointError(explain(path))
+        return cls(path, read_json(path / INDEX_FILE), _read_sampling_defaults(path))
 
     @property
     def name(self) -> str:
-        """The folder's name."""
-        return self.path.name
+        """The folder's name; of a snapshot in the Hugging Face cache that of its repository, ORG--NAME."""
+        return repository_of(self.path) or self.path.name
 
     @property
     def pipeline_name(self) -> str:
@@ -73,11 +83,15 @@ class Checkpoint:
 
     def weight_files(self, name: str) -> tuple[Path, ...]:
         """A module's safetensors files, sorted; none for a scheduler, tokenizer or processor."""
-        return tuple(self._module(name).weights)
+        return tuple(self._module(name).weights.headers)
 
     def weight_headers(self, name: str) -> Mapping[Path, SafetensorsHeader]:
         """The same files with their headers: names, dtypes and shapes of the tensors."""
-        return self._module(name).weights
+        return self._module(name).weights.headers
+
+    def weight_variant(self, name: str) -> str | None:
+        """The variant that a module's weight files are, such as "fp16"; None for plain ones."""
+        return self._module(name).weights.variant
 
     @cached_property
     def fingerprint(self) -> str:
@@ -93,15 +107,29 @@ class Checkpoint:
         return digest.hexdigest()
 
     def _fingerprinted(self) -> Iterator[tuple[str, bytes]]:
-        yield INDEX_FILE, _read_bytes(self.path / INDEX_FILE)
+        yield INDEX_FILE, read_bytes(self.path / INDEX_FILE)
         for name in sorted(self.modules):
             weights = self._module(name).weights
             for path in sorted((self.path / name).iterdir()):
                 label = f"{name}/{path.name}"
-                if path in weights:
-                    yield label, _sample(path, weights[path])
-                elif path.is_file() and path.suffix not in {".md", ".safetensors", ".bin"} and path.name[0] != ".":
-                    yield label, _read_bytes(path)
+                if path in weights.headers:
+                    yield label, _sample(path, weights.headers[path])
+                elif path == weights.index or _is_setting(path):
+                    yield label, read_bytes(path)
+
+    def _check_vocabularies(self) -> None:
+        """Refuse a tokenizer whose tokens its encoder has no embeddings for. Their names differ by these words."""
+        for name, module in self._opened.items():
+            encoder = name.replace("tokenizer", "text_encoder")
+            if module.vocabulary is None or encoder not in self._opened or encoder == name:
+                continue
+            config = self._opened[encoder].config
+            text = config.get("text_config")
+            known = config.get("vocab_size", text.get("vocab_size") if isinstance(text, dict) else None)
+            if isinstance(known, int) and module.vocabulary.size > known:
+                raise CheckpointError(
+                    f"{module.vocabulary.file}: {name} has {module.vocabulary.size} tokens, but {encoder} knows {known}"
+                )
 
     def _module(self, name: str) -> _Module:
         if name not in self._opened:
@@ -123,70 +151,59 @@ def _module_classes(path: Path, index: Mapping[str, Any]) -> dict[str, tuple[str
                 modules[name] = (library, class_name)
             case _:
                 raise CheckpointError(f"{where}: {name} must be [library, class], but is {json.dumps(entry)}")
-        if not (name.isidentifier() and _is_file_name(name)):
+        if not (name.isidentifier() and is_file_name(name)):
             raise CheckpointError(f"{where}: module {name!r} cannot be the name of a folder here")
+        check_link(path / name)
         if not (path / name).is_dir():
             raise CheckpointError(f"{path} lacks the folder {name}/, whose module {INDEX_FILE} names")
     return modules
 
 
-def _is_file_name(text: str) -> bool:
-    """Whether a file system could have it as the name of one file."""
-    try:
-        size = len(text.encode())
-    except UnicodeEncodeError:
-        return False
-    return size <= _LONGEST_NAME and "\0" not in text and Path(text).name == text
+def kind_of(class_name: str) -> str | None:
+    """The kind of a module without weights, a key of _OTHER_CONFIGS; None for a class that may have weights."""
+    stem = _SUFFIXES_OF_CLASSES.sub("", class_name)
+    return next((kind for kind in _OTHER_CONFIGS if stem.endswith(kind)), None)
 
 
-def _open_module(folder: Path) -> _Module:
+def _open_module(folder: Path, library: str, class_name: str) -> _Module:
     """Read a module: one with weights has config.json; one without has its own kind of file."""
-    weights = _read_weights(folder)
-    if not weights:
-        for name in _OTHER_CONFIGS:
-            if (file := folder / name).is_file():
-                return _Module(_read_json(file), {})
-    if not (folder / _MODEL_CONFIG).is_file():
-        raise CheckpointError(f"{folder} holds none of {', '.join((_MODEL_CONFIG, *_OTHER_CONFIGS))}")
-    if not weights:
-        names = " or ".join(f"{stem}.safetensors" for stem in _WEIGHT_STEMS)
-        raise CheckpointError(f"{folder} holds no weights; {names} is needed (pickled weights are not read)")
-    return _Module(_read_json(folder / _MODEL_CONFIG), weights)
+    kind = kind_of(class_name)
+    for path in sorted(folder.iterdir()):
+        # A tokenizer.json is megabytes long: one parse, by read_vocabulary(), is enough.
+        parsed_later = path.name == TOKENIZER_FILE and has_vocabulary(class_name)
+        if path.suffix == ".json" and not is_weight_file(path.name) and not parsed_later:
+            read_json(path)
+    if kind is not None:
+        config = read_settings(_first_of(folder, _OTHER_CONFIGS[kind]))
+        return _Module(config, WeightFiles(), read_vocabulary(folder, class_name) if kind == "Tokenizer" else None)
+    weights = read_weights(folder, library)
+    if not weights.headers and not is_listed(folder / _MODEL_CONFIG):
+        # A plugin's class without weights may have any name.
+        names = (_MODEL_CONFIG, *(name for names in _OTHER_CONFIGS.values() for name in names))
+        return _Module(read_settings(_first_of(folder, names)), weights)
+    config = read_settings(_first_of(folder, (_MODEL_CONFIG,)))
+    if not weights.headers:
+        raise no_weights(folder, library)
+    return _Module(config, weights)
 
 
-def _read_weights(folder: Path) -> dict[Path, SafetensorsHeader]:
-    """The headers of the module's weight files: those that its shard index names, or its single one."""
-    for stem in _WEIGHT_STEMS:
-        if (index := folder / f"{stem}.safetensors.index.json").is_file():
-            return _read_shards(index)
-        if (single := folder / f"{stem}.safetensors").is_file():
-            return {single: read_header(single)}
-    return {}
+def _first_of(folder: Path, names: tuple[str, ...]) -> Path:
+    for name in names:
+        if is_listed(folder / name):
+            return folder / name
+    raise CheckpointError(f"{folder} lacks {' or '.join(names)}; download it again")
 
 
-def _read_shards(index: Path) -> dict[Path, SafetensorsHeader]:
-    weight_map = _read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index} has no weight_map")
-    for tensor, file in weight_map.items():
-        if not isinstance(file, str) or not _is_file_name(file):
-            raise CheckpointError(f"{index}: {tensor} must name a file of the same folder, but is {file!r}")
-    headers: dict[Path, SafetensorsHeader] = {}
-    for path in sorted({index.parent / file for file in weight_map.values()}):
-        if not path.is_file():
-            raise CheckpointError(f"{index} names {path.name}, which is missing")
-        headers[path] = read_header(path)
-    for tensor, file in weight_map.items():
-        if tensor not in headers[index.parent / file].tensors:
-            raise CheckpointError(f"{index} says that {file} holds {tensor}, but it does not")
-    return headers
+def _is_setting(path: Path) -> bool:
+    """Whether a file besides weights can change what is computed."""
+    return path.is_file() and path.suffix != ".md" and path.name[0] != "." and not is_weight_file(path.name)
 
 
 def _read_sampling_defaults(path: Path) -> dict[str, ParamValue]:
     file = path / SAMPLING_DEFAULTS_FILE
-    if not file.exists():
+    if not is_listed(file):
         return {}
-    return {name: _param_value(file, name, value) for name, value in _read_json(file).items()}
+    return {name: _param_value(file, name, value) for name, value in read_json(file).items()}
 
 
 def _param_value(file: Path, name: str, value: Any) -> ParamValue:
@@ -197,23 +214,6 @@ def _param_value(file: Path, name: str, value: Any) -> ParamValue:
     raise CheckpointError(
         f"{file}: {name} must be a number, a truth value, a text or a list of numbers, but is {json.dumps(value)}"
     )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(_read_bytes(path))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, but holds {type(value).__name__}")
-    return value
-
-
-def _read_bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
 
 
 def _sample(path: Path, header: SafetensorsHeader) -> bytes:

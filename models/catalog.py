@@ -13,11 +13,15 @@ from pathlib import Path
 from common.checkpoint import INDEX_FILE, SAMPLING_DEFAULTS_FILE, Checkpoint
 from common.errors import CheckpointError, InvalidInput
 from common.pipeline import ComposedPipeline
+from common.wrong_model import repository_of
 from configs.sample.base import ParameterSpec, SamplingParams
 from models.registry import PipelineEntry, Registry, resolve
+from models.schedulers.support import check_scheduler
 
 DEFAULT_MODEL = "emoji"
 
+_DENOISING = "models.stages.denoising:DenoisingStage"
+_SCHEDULER = "scheduler"
 _SHIPPED = Path(__file__).parent / "checkpoints"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
@@ -60,8 +64,10 @@ def open_model(reference: str, registry: Registry) -> ServedModel:
     params = resolve(entry.sampling_params)
     if not (isinstance(params, type) and issubclass(params, SamplingParams)):
         raise TypeError(f"{entry.sampling_params} is not a SamplingParams")
+    pipeline = entry.pipeline(checkpoint.modules)
+    _check_scheduler(pipeline, checkpoint)
     _check_defaults(params, checkpoint)
-    return ServedModel(name, checkpoint, entry, entry.pipeline(checkpoint.modules), params)
+    return ServedModel(name, checkpoint, entry, pipeline, params)
 
 
 def _locate(reference: str) -> tuple[str, Path]:
@@ -74,15 +80,22 @@ def _locate(reference: str) -> tuple[str, Path]:
     if reference in shipped_models():
         return reference, _SHIPPED / reference
     path = Path(reference).expanduser()
-    if not reference or not path.is_dir():
+    if not reference or not (path.exists() or path.is_symlink()):
         shipped = ", ".join(shipped_models())
         raise CheckpointError(f"{reference!r} is neither a directory nor a model that comes along ({shipped})")
     return _name_of(path.resolve()), path
 
 
 def _name_of(path: Path) -> str:
-    """The folder's name, with what a model's name cannot hold replaced."""
-    return _UNSAFE.sub("-", path.name).lstrip("._-")[:64] or "model"
+    """The folder's name, or ORG--NAME of a snapshot in the Hugging Face cache; other characters are replaced."""
+    return _UNSAFE.sub("-", repository_of(path) or path.name).lstrip("._-")[:64] or "model"
+
+
+def _check_scheduler(pipeline: ComposedPipeline, checkpoint: Checkpoint) -> None:
+    """Refuse a scheduler that the standard denoising stage does not run. Raises CheckpointError."""
+    for stage in (stage for service in pipeline.services for stage in service.stages):
+        if stage.implementation == _DENOISING and _SCHEDULER in stage.modules:
+            check_scheduler(checkpoint.modules[_SCHEDULER][1], checkpoint.module_config(_SCHEDULER))
 
 
 def _check_defaults(params: type[SamplingParams], checkpoint: Checkpoint) -> None:

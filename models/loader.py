@@ -5,22 +5,22 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.metadata
-import json
+import logging
 import platform
 import textwrap
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from common.checkpoint import kind_of
 from common.errors import CheckpointError, InvalidInput
 from common.stage import PipelineStage
 from configs.approximation import EXACT, Approximation
-from configs.pipeline_configs.base import PipelineConfig
+from configs.pipeline_configs.base import PipelineConfig, StandardPipelineConfig
 from models.dits.base import DiffusionTransformer
 from models.layers.attention import has_flash_attention_3
 from models.layers.cublas_lt import has_cublas_lt
@@ -29,6 +29,7 @@ from models.layers.fused_products import has_fused_products
 from models.layers.linear import quantize_linears
 from models.layers.mesh import Degrees, WorkerMesh
 from models.registry import resolve
+from models.schedulers.trial import try_schedules
 
 if TYPE_CHECKING:
     from common.checkpoint import Checkpoint
@@ -36,8 +37,12 @@ if TYPE_CHECKING:
     from models.catalog import ServedModel
 
 
+_log = logging.getLogger(__name__)
+
 # Letters of another library's error that are worth a line.
 MOST_TOLD = 400
+
+_SCHEDULER = "scheduler"
 
 ModuleLoader = Callable[["Checkpoint", str, torch.device, torch.dtype], Any]
 """Loads one module of a checkpoint, by its name in model_index.json, for inference. Raises CheckpointError.
@@ -84,6 +89,8 @@ def _load_stages(model: ServedModel, service: ServiceSpec, options: Mapping[str,
     if config.approximation.linear_dtype == "float8":
         check_float8(config.device, config.dtype)
     loaded = {name: load_module(model.checkpoint, name, config) for name in service.modules}
+    if _SCHEDULER in loaded and isinstance(config, StandardPipelineConfig):
+        try_schedules(model, config, loaded[_SCHEDULER])
     if config.approximation != EXACT:
         _approximate(model.checkpoint, loaded.values(), config.approximation)
     return [
@@ -124,16 +131,23 @@ def load_module(checkpoint: Checkpoint, name: str, config: PipelineConfig) -> An
     elif class_name in _LOADERS:
         loader = _LOADERS[class_name]
     else:
-        supported = ", ".join(sorted({*_LOADERS, *config.module_loaders}))
+        kind = kind_of(class_name)
+        supported = ", ".join(sorted(each for each in {*_LOADERS, *config.module_loaders} if kind_of(each) == kind))
         raise CheckpointError(f"{name}: class {class_name} is not supported; supported are {supported}")
+    if files := checkpoint.weight_files(name):
+        variant = checkpoint.weight_variant(name) or "none"
+        _log.info("weights module=%s variant=%s files=%s", name, variant, ",".join(file.name for file in files))
     return loader(checkpoint, name, config.device, config.dtype)
 
 
 def _load_tokenizer(checkpoint: Checkpoint, name: str, *_: object) -> Any:
-    folder = checkpoint.path / name
-    for path in sorted(folder.glob("*.json")):
-        _check_json(name, path)
-    return _from_pretrained(checkpoint, name, {})
+    try:
+        return _from_pretrained(checkpoint, name, {})
+    except Exception as error:
+        # The tokenizers library raises Exception itself for files that do not fit together.
+        if type(error) is not Exception:
+            raise
+        raise CheckpointError(f"{name}: {checkpoint.modules[name][1]} cannot be loaded: {error}") from error
 
 
 def _load_image_processor(checkpoint: Checkpoint, name: str, *_: object) -> Any:
@@ -152,9 +166,10 @@ def _load_scheduler(checkpoint: Checkpoint, name: str, *_: object) -> Any:
 
 def load_pretrained(checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype) -> Any:
     """A module with weights, by its own library, whole and ready for inference. Raises CheckpointError."""
-    module, info = _from_pretrained(
-        checkpoint, name, {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
-    )
+    options = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+    if (variant := checkpoint.weight_variant(name)) is not None:
+        options["variant"] = variant
+    module, info = _from_pretrained(checkpoint, name, options)
     for kind in ("missing_keys", "mismatched_keys"):
         if keys := sorted(map(str, info.get(kind, ()))):
             raise CheckpointError(f"{name}: {kind.replace('_', ' ')}: {', '.join(keys[:3])} ({len(keys)} in all)")
@@ -193,17 +208,9 @@ def _from_pretrained(checkpoint: Checkpoint, name: str, options: Mapping[str, An
     cls = getattr(importlib.import_module(library), class_name)
     try:
         return cls.from_pretrained(checkpoint.path / name, local_files_only=True, **options)
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, TypeError, LookupError, RuntimeError, ImportError, AttributeError) as error:
         sentence = textwrap.shorten(str(error), MOST_TOLD, placeholder=" ...")
         raise CheckpointError(f"{name}: {class_name} cannot be loaded: {sentence}") from error
-
-
-def _check_json(name: str, path: Path) -> None:
-    # The tokenizers library raises a bare Exception on a broken file.
-    try:
-        json.loads(path.read_bytes())
-    except ValueError as error:
-        raise CheckpointError(f"{name}: {path.name} is not JSON: {error}") from error
 
 
 def numerics_fingerprint(

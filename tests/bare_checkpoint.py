@@ -20,6 +20,16 @@ _CONFIG_FILES = {
     "tokenizer": "tokenizer_config.json",
     "tokenizer_2": "tokenizer_config.json",
 }
+_CONFIGS: Mapping[str, Mapping[str, object]] = {
+    "scheduler": {"_class_name": "FlowMatchEulerDiscreteScheduler"},
+    "text_encoder": {"architectures": ["CLIPTextModel"], "vocab_size": 8},
+    "text_encoder_2": {"architectures": ["T5EncoderModel"], "vocab_size": 8},
+    "tokenizer": {"model_max_length": 77},
+    "tokenizer_2": {"model_max_length": 512},
+}
+_BPE = {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": [["a", "b"]]}
+_UNIGRAM = {"type": "Unigram", "unk_id": 0, "vocab": [["<unk>", 0.0], ["a", -1.0]]}
+_TOKENIZERS = {"tokenizer": _BPE, "tokenizer_2": _UNIGRAM}
 
 
 def safetensors_bytes(tensors: Mapping[str, Sequence[float]]) -> bytes:
@@ -41,13 +51,16 @@ def build_bare_flux(
     sampling_defaults: Mapping[str, object] | None = None,
 ) -> Path:
     """Write a FluxPipeline directory whose weights are one small tensor a module; returns it."""
-    configs: dict[str, dict[str, object]] = {name: {} for name in FLUX_MODULES}
+    configs = dict(_CONFIGS)
     configs["transformer"] = {"guidance_embeds": guidance_embeds}
     configs["vae"] = {"block_out_channels": [8] * vae_blocks}
     for name, (library, _) in FLUX_MODULES.items():
         folder = path / name
         folder.mkdir(parents=True)
         (folder / _CONFIG_FILES.get(name, "config.json")).write_text(json.dumps(configs[name]))
+        if name in _TOKENIZERS:
+            tokenizer = {"added_tokens": [], "model": _TOKENIZERS[name]}
+            (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
         if name not in _CONFIG_FILES:
             stem = "model" if library == "transformers" else "diffusion_pytorch_model"
             (folder / f"{stem}.safetensors").write_bytes(safetensors_bytes({"weight": [0.0] * 5, "bias": [0.0]}))

@@ -11,6 +11,7 @@ from common.artifacts import ParamValue
 from common.checkpoint import Checkpoint
 from common.errors import InvalidInput
 from configs.sample.base import ParamWarning, SamplingParams, parameter
+from configs.sample.terminal import check_stretched
 
 _DEFAULT_LATENT_SIZE = 128
 _PATCH = 2
@@ -43,9 +44,13 @@ class PackedSamplingParams(SamplingParams):
         return {"height": side, "width": side}
 
     def fitted(self, checkpoint: Checkpoint, given: Collection[str]) -> tuple[Self, tuple[ParamWarning, ...]]:
-        """Floor the size to whole patches; sigmas decide the steps; warn where a value has no effect."""
+        """Floor the size to whole patches; sigmas decide the steps; warn where a value has no effect.
+
+        Raises InvalidInput for a schedule that shift_terminal cannot stretch.
+        """
         params, warnings = self.floored_size(_PATCH * self.pixels_per_latent(checkpoint))
         params, more = params._with_steps_of_sigmas(given)
+        check_stretched(checkpoint, params.num_inference_steps, params.sigmas)
         idle = params.without_effect(checkpoint)
         told = tuple(ParamWarning(name, f"{name} has no effect {why}") for name, why in idle.items() if name in given)
         return params, (*warnings, *more, *told)

@@ -10,6 +10,7 @@ from common.artifacts import ParamValue
 from common.checkpoint import Checkpoint
 from common.errors import CheckpointError, InvalidInput
 from configs.sample.base import ImageRoles, ParamWarning, SamplingParams, parameter
+from configs.sample.terminal import check_stretched
 
 _SIZE_MULTIPLE = 16
 _PATCH = (1, 2, 2)
@@ -49,6 +50,7 @@ class WanSamplingParams(SamplingParams):
                 lower = size // _SIZE_MULTIPLE * _SIZE_MULTIPLE
                 right = f"{lower} or {lower + _SIZE_MULTIPLE}" if lower else f"{_SIZE_MULTIPLE}"
                 raise InvalidInput(f"{name} must be a multiple of 16, such as {right}, but is {size}", field=name)
+        check_stretched(checkpoint, self.num_inference_steps)
         params, warnings = self._with_whole_latent_frames(checkpoint)
         vae, transformer = checkpoint.module_config("vae"), checkpoint.module_config("transformer")
         patch = (transformer.get("patch_size") or _PATCH)[1]

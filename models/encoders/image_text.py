@@ -11,7 +11,7 @@ from torch import Tensor
 
 from common.errors import InvalidInput
 from configs.models.encoders.base import ImageTextEncoding, PromptText
-from models.encoders.text import check_vocabulary
+from models.encoders.checks import check_patch_processor, check_tokenizer
 
 
 class ImageTextEncoder:
@@ -26,7 +26,8 @@ class ImageTextEncoder:
         self._encoder = encoder
         self._device = device
         known = encoder.get_input_embeddings().num_embeddings
-        check_vocabulary(encoding.tokenizer, tokenizer, encoding.encoder, known)
+        check_tokenizer(encoding.tokenizer, tokenizer, encoding.encoder, known)
+        check_patch_processor(encoding.processor, processor, encoding.encoder, encoder)
 
     def encode(self, source: PromptText, pictures: Sequence[Image.Image]) -> Tensor:
         """The states from the template's skipped tokens on, (1, tokens, size); the picture's tokens are among them.

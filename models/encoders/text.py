@@ -10,6 +10,7 @@ from torch import Tensor
 
 from common.errors import CheckpointError
 from configs.models.encoders.base import PromptText, Template, TextEncoding
+from models.encoders.checks import check_tokenizer
 
 if TYPE_CHECKING:
     from common.artifacts import Prompt
@@ -31,7 +32,7 @@ class TextEncoder:
 
     def _check(self) -> None:
         names, config = self._encoding, self._encoder.config.to_dict()
-        check_vocabulary(names.tokenizer, self._tokenizer, names.encoder, config["vocab_size"])
+        check_tokenizer(names.tokenizer, self._tokenizer, names.encoder, config["vocab_size"])
         longest, positions = self._tokenizer.model_max_length, config.get("max_position_embeddings")
         if names.template is None and positions is not None and longest > positions:
             raise CheckpointError(
@@ -76,12 +77,6 @@ class TextEncoder:
             f"{self._encoding.encoder} reads at most {limit} tokens, and the text has {length}; "
             f"it was cut before: {shorten(self._tokenizer.decode(removed))}",
         )
-
-
-def check_vocabulary(tokenizer_name: str, tokenizer: Any, encoder_name: str, known: int) -> None:
-    """Refuse a tokenizer whose tokens the encoder has no embedding for: on a GPU that ends the process."""
-    if len(tokenizer) > known:
-        raise CheckpointError(f"{tokenizer_name} has {len(tokenizer)} tokens, but {encoder_name} knows {known}")
 
 
 def shorten(text: str) -> str:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from common.artifacts import Schedule
-from common.errors import CheckpointError, InvalidInput
+from common.errors import InvalidInput
+from models.schedulers.support import check_scheduler
 
 
 class Solver(Protocol):
@@ -118,10 +119,5 @@ _SOLVERS: Mapping[str, Callable[[Any, Schedule], Solver]] = {
 def solver_class(scheduler: Any) -> Callable[[Any, Schedule], Solver]:
     """The solver for a scheduler of Diffusers. Raises CheckpointError for one that cannot be resumed exactly."""
     name = type(scheduler).__name__
-    if name not in _SOLVERS:
-        raise CheckpointError(f"scheduler {name} is not supported; supported are {', '.join(sorted(_SOLVERS))}")
-    if scheduler.config.get("stochastic_sampling"):
-        raise CheckpointError("scheduler: stochastic_sampling is not supported; a seed would not fix the result")
-    if scheduler.config.get("solver_p") is not None:
-        raise CheckpointError("scheduler: solver_p is not supported; UniPC's own predictor is")
+    check_scheduler(name, scheduler.config)
     return _SOLVERS[name]

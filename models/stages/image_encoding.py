@@ -17,6 +17,7 @@ from models.contracts import (
     ImageVAEEncodingInput,
     ImageVAEEncodingOutput,
 )
+from models.encoders.checks import check_vision_processor
 from models.images import as_tensor, open_images
 
 
@@ -26,6 +27,8 @@ class ImageEncodingStage(PipelineStage[ImageEncodingInput, ImageEncodingOutput])
     def __init__(self, config: StandardPipelineConfig, modules: Mapping[str, Any]) -> None:
         self._config = config
         self._encoder, self._processor = modules.values()
+        encoder_name, processor_name = modules
+        check_vision_processor(processor_name, self._processor, encoder_name, self._encoder)
 
     @torch.inference_mode()
     def run(self, x: ImageEncodingInput, call: Call) -> ImageEncodingOutput:

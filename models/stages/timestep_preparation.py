@@ -6,9 +6,11 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 
-from common.artifacts import Schedule
+from common.artifacts import Sampling, Schedule
+from common.errors import InvalidInput
 from common.stage import Call, PipelineStage
 from configs.pipeline_configs.base import StandardPipelineConfig
 from models.contracts import TimestepPreparationInput, TimestepPreparationOutput
@@ -23,15 +25,28 @@ class TimestepPreparationStage(PipelineStage[TimestepPreparationInput, TimestepP
 
     @torch.inference_mode()
     def run(self, x: TimestepPreparationInput, call: Call) -> TimestepPreparationOutput:
-        """The schedule; its length is that of custom sigmas, where the request has them."""
+        """The schedule; its length is that of custom sigmas, where the request has them.
+
+        Raises InvalidInput for a schedule with noise levels that are not finite: it ends in an image without a number.
+        """
         call.check_cancelled()
         scheduler = copy.deepcopy(self._scheduler)
         sigmas = self._config.sigmas(x.sampling)
-        if sigmas is None:
-            scheduler.set_timesteps(x.sampling.num_inference_steps, mu=self._config.mu(x.canvas))
-        else:
-            scheduler.set_timesteps(sigmas=list(sigmas), mu=self._config.mu(x.canvas))
+        # Checked below: NumPy's warning of a division by 0 would be all that a log says.
+        with np.errstate(divide="ignore", invalid="ignore"):
+            if sigmas is None:
+                scheduler.set_timesteps(x.sampling.num_inference_steps, mu=self._config.mu(x.canvas))
+            else:
+                scheduler.set_timesteps(sigmas=list(sigmas), mu=self._config.mu(x.canvas))
+        if not bool(torch.isfinite(scheduler.sigmas).all() and torch.isfinite(scheduler.timesteps).all()):
+            raise _not_finite(x.sampling)
         schedule = Schedule(
             timesteps=scheduler.timesteps, sigmas=scheduler.sigmas, num_inference_steps=len(scheduler.timesteps)
         )
         return TimestepPreparationOutput(schedule=schedule)
+
+
+def _not_finite(sampling: Sampling) -> InvalidInput:
+    steps, field = sampling.num_inference_steps, "sigmas" if sampling.sigmas else "num_inference_steps"
+    message = f"{field}: {sampling.sigmas or steps} gives this model's scheduler noise levels that are not finite"
+    return InvalidInput(f"{message}; use more steps", field=field)

@@ -24,6 +24,7 @@ from models.catalog import open_model
 from models.registry import load_registry
 from toy_checkpoint import build_toy_checkpoint, toy_family
 
+NAME = "acme--toy-1.0"
 FLEET = (sys.executable, "-m", "services.cli")
 
 
@@ -51,13 +52,14 @@ class Served:
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    checkpoint = build_toy_checkpoint(tmp_path_factory.mktemp("toy") / "checkpoint")
+    # Where the Hugging Face cache keeps a repository: the model is named by it.
+    checkpoint = build_toy_checkpoint(tmp_path_factory.mktemp("toy") / "models--acme--toy-1.0/snapshots/0a1b2c")
     # A short path, as sockets lie in it.
     temporary = Path(tempfile.mkdtemp(prefix="t-", dir="/tmp"))
     with toy_family(tmp_path_factory.mktemp("toy") / "plugins") as plugins:
         kept = {name: value for name, value in os.environ.items() if not name.startswith("FLEET_")}
         environ = {**kept, "TMPDIR": str(temporary), "OMP_NUM_THREADS": "1", "FLEET_PLUGINS": str(plugins)}
-        with fleet_up(environ, f"toy={checkpoint}") as endpoint:
+        with fleet_up(environ, str(checkpoint)) as endpoint:
             yield Served(endpoint, environ, checkpoint, plugins)
     shutil.rmtree(temporary, ignore_errors=True)
 
@@ -77,7 +79,7 @@ def fleet_up(environ: dict[str, str], model: str) -> Iterator[str]:
         said = []
         for line in process.stdout:
             said.append(line)
-            if match := re.search(r"ready: (\S+) serves toy", line):
+            if match := re.search(rf"ready: (\S+) serves {NAME}", line):
                 yield match[1]
                 break
         else:
@@ -89,8 +91,16 @@ def fleet_up(environ: dict[str, str], model: str) -> Iterator[str]:
 
 def test_its_tensors_are_those_of_one_process(served: Served, tmp_path: Path) -> None:
     output = tmp_path / "red.safetensors"
-    words = ("generate", "x" * 65, "--model=toy", "--seed=3", "--num-outputs=2", "--height=35", "--param=contrast=2")
-    done = served.run(*words, f"--output={output}")
+    words = (
+        "generate",
+        "x" * 65,
+        f"--model={NAME}",
+        "--seed=3",
+        "--num-outputs=2",
+        "--height=35",
+        "--param=contrast=2",
+    )
+    done = served.run(*words, "--param=contrast=2", f"--output={output}")
     assert done.returncode == 0, done.stderr
     assert "height 35 is not a multiple of 8; 32 is used instead" in done.stderr
     assert "only the first 64 of 65 bytes are read" in done.stderr
@@ -114,7 +124,7 @@ def test_it_draws_pictures_by_its_own_defaults(served: Served, tmp_path: Path) -
 def test_its_parameters_are_listed(served: Served) -> None:
     done = served.run("models")
     assert done.returncode == 0, done.stderr
-    assert "ToyPipeline" in done.stdout
+    assert f"{NAME} (ToyPipeline)" in done.stdout
     assert "contrast" in done.stdout
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,13 +14,15 @@ from diffusers import FluxTransformer2DModel as DiffusersTransformer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from common.checkpoint import Checkpoint, kind_of
 from common.errors import CheckpointError
+from common.vocabulary import has_vocabulary
 from configs.models.dits.flux import FluxTransformerConfig
 from flux_pair import Pair
 from local_fleet import LocalFleet, open_fleet
 from models.catalog import open_model
 from models.dits.flux import FluxTransformer2DModel
-from models.loader import load_stages, numerics_fingerprint
+from models.loader import _LOADERS, load_stages, numerics_fingerprint
 from models.registry import load_registry
 
 TRANSFORMER = "transformer/diffusion_pytorch_model.safetensors"
@@ -103,7 +106,13 @@ def test_vae_with_another_shape(checkpoint: Path) -> None:
 
 def test_tokenizer_that_is_no_json(checkpoint: Path) -> None:
     (checkpoint / "tokenizer_2" / "tokenizer.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"tokenizer_2: tokenizer.json is not JSON"):
+    with pytest.raises(CheckpointError, match=r"tokenizer_2/tokenizer.json is not valid JSON"):
+        load(checkpoint, "text_encoding")
+
+
+def test_tokenizer_that_its_library_does_not_read(checkpoint: Path) -> None:
+    edit(checkpoint / "tokenizer_2" / "tokenizer.json", normalizer={"type": "Nonsense"})
+    with pytest.raises(CheckpointError, match="tokenizer_2: T5Tokenizer cannot be loaded: "):
         load(checkpoint, "text_encoding")
 
 
@@ -125,6 +134,19 @@ def test_module_class_without_a_loader(checkpoint: Path) -> None:
     edit(checkpoint / "model_index.json", text_encoder_2=["transformers", "BertModel"])
     with pytest.raises(CheckpointError, match=r"text_encoder_2: class BertModel is not supported; .*T5EncoderModel"):
         load(checkpoint, "text_encoding")
+
+
+def test_an_unsupported_tokenizer_is_refused_with_the_supported_tokenizers(checkpoint: Path) -> None:
+    edit(checkpoint / "model_index.json", tokenizer=["transformers", "BertTokenizer"])
+    with pytest.raises(CheckpointError, match="tokenizer: class BertTokenizer is not supported") as refused:
+        load(checkpoint, "text_encoding")
+    supported = refused.value.message.partition("supported are ")[2].split(", ")
+    assert "CLIPTokenizer" in supported
+    assert all("Tokenizer" in name for name in supported)
+
+
+def test_every_tokenizer_that_is_loaded_is_checked_for_a_vocabulary() -> None:
+    assert all(has_vocabulary(name) for name in _LOADERS if kind_of(name) == "Tokenizer")
 
 
 def test_module_of_an_unknown_library(checkpoint: Path) -> None:
@@ -199,6 +221,24 @@ def test_shards_equal_one_file(dev: Pair, checkpoint: Path) -> None:
     fleet = open_fleet(str(checkpoint))
     assert torch.equal(draw(fleet), draw(dev.ours))
     fleet.close()
+
+
+@pytest.mark.parametrize("variant", ["fp16", "ema"])
+@pytest.mark.parametrize("max_shard_size", ["10GB", "100KB"])
+def test_variants_that_diffusers_writes_are_loaded(
+    dev: Pair, tmp_path: Path, caplog: pytest.LogCaptureFixture, variant: str, max_shard_size: str
+) -> None:
+    """The file names are those of Diffusers' own save_pretrained()."""
+    dev.theirs.save_pretrained(str(tmp_path), variant=variant, max_shard_size=max_shard_size)
+    assert not list(tmp_path.glob("*/*model.safetensors"))
+    assert bool(list(tmp_path.glob(f"*/*.safetensors.index.{variant}.json"))) == (max_shard_size == "100KB")
+    with caplog.at_level(logging.INFO, "models.loader"):
+        fleet = open_fleet(str(tmp_path))
+    assert torch.equal(draw(fleet), draw(dev.ours))
+    fleet.close()
+    for module in ("text_encoder", "text_encoder_2", "transformer", "vae"):
+        files = ",".join(file.name for file in Checkpoint.open(tmp_path).weight_files(module))
+        assert f"weights module={module} variant={variant} files={files}" in caplog.text
 
 
 def draw(fleet: LocalFleet) -> Tensor:

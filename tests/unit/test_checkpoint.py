@@ -43,7 +43,7 @@ def test_tells_what_the_directory_holds(flux: Path) -> None:
     assert checkpoint.pipeline_name == "FluxPipeline"
     assert checkpoint.modules == {name: tuple(entry) for name, entry in FLUX_MODULES.items()}
     assert checkpoint.module_config("vae")["block_out_channels"] == [8, 8, 8, 8]
-    assert checkpoint.module_config("tokenizer") == {}
+    assert checkpoint.module_config("tokenizer") == {"model_max_length": 77}
     assert checkpoint.weight_files("scheduler") == ()
     assert checkpoint.weight_files("transformer") == (flux / WEIGHTS,)
     (header,) = checkpoint.weight_headers("transformer").values()
@@ -109,7 +109,7 @@ BROKEN_DIRECTORIES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda path: edit_json(path / "model_index.json", **{"../vae": ["diffusers", "AutoencoderKL"]}),
         r"module '\.\./vae' cannot be",
     ),
-    "no config": (lambda path: (path / "vae/config.json").unlink(), r"vae holds none of config\.json"),
+    "no config": (lambda path: (path / "vae/config.json").unlink(), r"vae lacks config\.json"),
     "broken config": (lambda path: (path / "vae/config.json").write_text("nul"), r"vae/config\.json is not valid JSON"),
     "no weights": (lambda path: (path / WEIGHTS).unlink(), "holds no weights"),
     "defaults are no JSON": (lambda path: (path / "sampling_defaults.json").write_text("x"), "is not valid JSON"),

@@ -73,7 +73,7 @@ def test_the_native_size_follows_the_vae(tmp_path: Path) -> None:
 
 def test_a_vae_that_does_not_tell_its_factor_is_refused(tmp_path: Path) -> None:
     path = build_bare_flux(tmp_path / "flux")
-    (path / "vae/config.json").write_text("{}")
+    (path / "vae/config.json").write_text('{"latent_channels": 16}')
     with pytest.raises(CheckpointError, match="block_out_channels"):
         FluxSamplingParams.build({"prompt": ""}, Checkpoint.open(path))
 

@@ -1,0 +1,81 @@
+"""Runs a scheduler before the first request: a configuration that it cannot run is refused when the model loads."""
+
+from __future__ import annotations
+
+import logging
+import textwrap
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from common.artifacts import Canvas, ParamValue, Sampling, Schedule
+from common.errors import CheckpointError, InvalidInput
+from common.stage import Call
+from models.contracts import TimestepPreparationInput
+from models.schedulers.solver import solver_class
+from models.schedulers.support import SCHEDULERS
+from models.stages.timestep_preparation import TimestepPreparationStage
+
+if TYPE_CHECKING:
+    from configs.pipeline_configs.base import StandardPipelineConfig
+    from models.catalog import ServedModel
+
+# What Diffusers' schedulers raise for configurations and steps that they cannot run.
+_FAILURES = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError)
+_FEWEST_STEPS = (2, 1)
+_LATENTS = (1, 1, 1, 1)
+_MOST_LETTERS = 400
+
+_log = logging.getLogger(__name__)
+
+
+def try_schedules(model: ServedModel, config: StandardPipelineConfig, scheduler: Any) -> None:
+    """Build the schedules of the default number of steps, of 2 and of 1, and take their steps with small latents.
+
+    Numbers of steps that the model's parameters refuse are left out. A schedule of 1 step whose noise levels are not
+    finite is logged: requests for 1 step are refused then. Raises CheckpointError for every other failure.
+    """
+    requests: list[dict[str, ParamValue]] = [{"num_inference_steps": steps} for steps in _FEWEST_STEPS]
+    for given in ({}, *requests):
+        try:
+            params, _ = model.sampling_params.build({"prompt": "", "seed": 0, **given}, model.checkpoint)
+        except InvalidInput:
+            continue
+        artifacts = params.artifacts()
+        canvas, sampling = artifacts["canvas"], artifacts["sampling"]
+        assert isinstance(canvas, Canvas), "SamplingParams.artifacts() puts each in its slot"
+        assert isinstance(sampling, Sampling), "SamplingParams.artifacts() puts each in its slot"
+        try:
+            _run(config, scheduler, canvas, sampling)
+        except InvalidInput as error:
+            if given.get("num_inference_steps") != 1:
+                raise _refusal(model, scheduler, sampling, error) from error
+            _log.warning("requests for 1 step will be refused: %s", error.message)
+        except (*_FAILURES, ValueError) as error:
+            raise _refusal(model, scheduler, sampling, error) from error
+
+
+def _run(config: StandardPipelineConfig, scheduler: Any, canvas: Canvas, sampling: Sampling) -> None:
+    stage = TimestepPreparationStage(config, {"scheduler": scheduler})
+    prepared = stage.run(TimestepPreparationInput(canvas=canvas, sampling=sampling), Call("schedule-trial"))
+    if type(scheduler).__name__ in SCHEDULERS:
+        _take_steps(scheduler, prepared.schedule)
+
+
+@torch.inference_mode()
+def _take_steps(scheduler: Any, schedule: Schedule) -> None:
+    solver = solver_class(scheduler)(scheduler, schedule)
+    latents = torch.ones(_LATENTS)
+    for timestep in schedule.timesteps:
+        latents = solver.step(torch.zeros_like(latents), timestep, latents)
+    if not bool(torch.isfinite(latents).all()):
+        raise ArithmeticError("its steps end at latents that are not finite")
+
+
+def _refusal(model: ServedModel, scheduler: Any, sampling: Sampling, error: Exception) -> CheckpointError:
+    sentence = error.message if isinstance(error, InvalidInput) else str(error) or type(error).__name__
+    file = model.checkpoint.path / "scheduler" / "scheduler_config.json"
+    return CheckpointError(
+        f"{file}: {type(scheduler).__name__} cannot run {sampling.num_inference_steps} steps with this configuration: "
+        f"{textwrap.shorten(sentence, _MOST_LETTERS, placeholder=' ...')}"
+    )

@@ -1,0 +1,86 @@
+"""A tokenizer or image processor that does not fit its encoder is refused when the model loads."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import CLIPTokenizer, Qwen2Tokenizer, T5TokenizerFast
+
+from common.errors import CheckpointError
+from models.catalog import open_model
+from models.encoders.checks import check_tokenizer
+from models.loader import load_stages
+from models.registry import load_registry
+from tiny_flux import clip_tokenizer, t5_tokenizer
+from tiny_qwen_image import build_tiny_qwen_image_edit, qwen_tokenizer
+from tiny_wan import build_tiny_wan_i2v
+
+EMPTY = (CLIPTokenizer, Qwen2Tokenizer, T5TokenizerFast)
+WHOLE = (clip_tokenizer, qwen_tokenizer, t5_tokenizer)
+
+
+@pytest.mark.parametrize("tokenizer_class", EMPTY)
+def test_a_tokenizer_that_was_built_empty_is_refused(tokenizer_class: type) -> None:
+    with pytest.raises(CheckpointError, match=r"tokenizer encodes 'a red apple' without a piece of its vocabulary"):
+        check_tokenizer("tokenizer", tokenizer_class(), "text_encoder", 50_000)
+
+
+@pytest.mark.parametrize("build", WHOLE)
+def test_a_tokenizer_fits_as_many_embeddings_as_it_has_tokens(build: type) -> None:
+    tokenizer = build()
+    check_tokenizer("tokenizer", tokenizer, "text_encoder", len(tokenizer))
+    message = f"tokenizer has {len(tokenizer)} tokens, but text_encoder knows {len(tokenizer) - 1}"
+    with pytest.raises(CheckpointError, match=message):
+        check_tokenizer("tokenizer", tokenizer, "text_encoder", len(tokenizer) - 1)
+
+
+def test_an_id_beyond_the_embedding_is_refused_however_few_tokens_there_are() -> None:
+    tokenizer = CLIPTokenizer(vocab={"a": 0, "<|startoftext|>": 1, "<|endoftext|>": 900}, merges=[])
+    with pytest.raises(CheckpointError, match="has 901 tokens, but text_encoder knows 100"):
+        check_tokenizer("tokenizer", tokenizer, "text_encoder", 100)
+
+
+def load_edited(path: Path, file: str, service: str, **entries: object) -> None:
+    """Load a service of a checkpoint after changing entries of one of its JSON files."""
+    edited = path / file
+    edited.write_text(json.dumps(json.loads(edited.read_text()) | entries))
+    model = open_model(str(path), load_registry())
+    load_stages(model, model.pipeline.service(service), device=torch.device("cpu"), dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def wan(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_wan_i2v(tmp_path_factory.mktemp("wan"))
+
+
+@pytest.fixture(scope="module")
+def edit_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_qwen_image_edit(tmp_path_factory.mktemp("edit"))
+
+
+def test_images_of_another_size_than_the_vision_encoder_takes(wan: Path, tmp_path: Path) -> None:
+    path = shutil.copytree(wan, tmp_path / "wan")
+    file, crop = "image_processor/preprocessor_config.json", {"height": 112, "width": 112}
+    with pytest.raises(
+        CheckpointError, match="image_processor makes images of 112x112 pixels, but image_encoder takes"
+    ):
+        load_edited(path, file, "image_encoding", crop_size=crop)
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"patch_size": 16}, "processor makes patches of 1536 values and merges 2 a side, but text_encoder takes 1176"),
+        ({"merge_size": 1}, "processor makes patches of 1176 values and merges 1 a side, but text_encoder takes 1176"),
+    ],
+)
+def test_patches_that_the_vision_tower_does_not_take(
+    edit_model: Path, tmp_path: Path, entries: dict[str, object], message: str
+) -> None:
+    path = shutil.copytree(edit_model, tmp_path / "edit")
+    with pytest.raises(CheckpointError, match=message):
+        load_edited(path, "processor/preprocessor_config.json", "text_encoding", **entries)

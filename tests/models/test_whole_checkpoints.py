@@ -1,0 +1,171 @@
+"""Every file of a checkpoint, damaged in turn: the model is refused with the file's name, or the damage is harmless.
+
+The families are the `build_tiny_*` functions of tests/tiny_*.py and the shipped models: a new family is covered too.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatch
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from common.checkpoint import kind_of
+from common.errors import CheckpointError
+from models.catalog import open_model, shipped_models
+from models.loader import load_stages
+from models.registry import load_registry
+
+TESTS = Path(__file__).parents[1]
+SHIPPED = TESTS.parent / "models/checkpoints"
+REGISTRY = load_registry()
+TEXTS = ["a red apple", "Two old stones, in the river!", ""]
+
+
+def _families() -> dict[str, Callable[[Path], Path]]:
+    """A function a family that writes its checkpoint to a directory and returns it."""
+    families: dict[str, Callable[[Path], Path]] = {}
+    for file in sorted(TESTS.glob("tiny_*.py")):
+        for name, function in inspect.getmembers(importlib.import_module(file.stem), inspect.isfunction):
+            if name.startswith("build_tiny_") and function.__module__ == file.stem:
+                families[name.removeprefix("build_")] = function
+    families |= {name: partial(shutil.copytree, SHIPPED / name) for name in shipped_models()}
+    return {**families, "emoji without tokenizer.json": _without_tokenizer_json}
+
+
+def _without_tokenizer_json(path: Path) -> Path:
+    """Tokenizers in the files of their own classes: vocab.json with merges.txt, and spiece.model."""
+    shutil.copytree(SHIPPED / "emoji", path)
+    for name in ("tokenizer", "tokenizer_2"):
+        (path / name / "tokenizer.json").unlink()
+    return path
+
+
+FAMILIES = _families()
+
+DAMAGES: dict[str, Callable[[Path, bytes], object]] = {
+    "removed": lambda _path, _data: None,
+    "emptied": lambda path, _: path.write_bytes(b""),
+    "empty object": lambda path, _: path.write_bytes(b"{}"),
+    "no object": lambda path, _: path.write_bytes(b"[]"),
+    "cut in half": lambda path, data: path.write_bytes(data[: len(data) // 2]),
+    "dangling link": lambda path, _: path.symlink_to("../../blobs/0123"),
+}
+
+HARMLESS = {
+    # (family, file, damage), each a pattern: why the model is the same.
+    ("*", "README.md", "*"): "is text for people",
+    ("*", "sheet.png", "*"): "is an image for people",
+    ("*", "sampling_defaults.json", "removed"): "is optional: a request then has the family's defaults",
+    ("*", "sampling_defaults.json", "empty object"): "sets no default, as without the file",
+    ("*", "*/generation_config.json", "*"): "is about generating text, which an encoder does not do",
+    ("*", "processor/tokenizer*.json", "*"): "is the processor's text half; the tokenizer is a module of its own",
+    ("emoji*", "tokenizer/tokenizer.json", "removed"): "vocab.json and merges.txt hold the same vocabulary",
+    ("emoji*", "tokenizer_2/tokenizer.json", "removed"): "spiece.model holds the same vocabulary",
+    ("emoji-video", "tokenizer/tokenizer.json", "removed"): "spiece.model holds the same vocabulary",
+    ("emoji*", "tokenizer/vocab.json", "*"): "is not read beside tokenizer.json",
+    ("emoji*", "tokenizer/merges.txt", "*"): "is not read beside tokenizer.json",
+    ("emoji*", "tokenizer*/spiece.model", "*"): "is not read beside tokenizer.json",
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoint_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Path]]:
+    """A family's checkpoint, and hard links to its files in another directory, each built once."""
+    built: dict[str, tuple[Path, Path]] = {}
+
+    def build(family: str) -> tuple[Path, Path]:
+        if family not in built:
+            root = tmp_path_factory.mktemp("whole")
+            whole = FAMILIES[family](root / "whole")
+            built[family] = whole, shutil.copytree(whole, root / "damaged", copy_function=os.link)
+        return built[family]
+
+    return build
+
+
+@contextmanager
+def damaged(whole: Path, copy: Path, file: Path, damage: str) -> Iterator[None]:
+    """The copy with one damaged file; the file is a new one, so that the whole checkpoint stays whole."""
+    path = copy / file
+    path.unlink()
+    DAMAGES[damage](path, (whole / file).read_bytes())
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.link(whole / file, path)
+
+
+def refusal(path: Path, folder: str) -> str:
+    """The message that refuses the model when it is opened, or when a service loads the module; "" for neither."""
+    try:
+        model = open_model(str(path), REGISTRY)
+        for service in model.pipeline.services:
+            if folder in service.modules:
+                load_stages(model, service, device=torch.device("cpu"), dtype=torch.float32)
+    except CheckpointError as error:
+        return error.message
+    return ""
+
+
+def is_harmless(family: str, file: Path, damage: str) -> bool:
+    return any(
+        fnmatch(family, families) and fnmatch(str(file), files) and fnmatch(damage, damages)
+        for families, files, damages in HARMLESS
+    )
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_damage_is_refused_or_harmless(
+    checkpoint_of: Callable[[str], tuple[Path, Path]], family: str, damage: str
+) -> None:
+    whole, copy = checkpoint_of(family)
+    wrong: dict[str, str] = {}
+    for path in sorted(whole.rglob("*.*")):
+        file = path.relative_to(whole)
+        with damaged(whole, copy, file, damage):
+            message = refusal(copy, file.parts[0])
+        if message and file.name not in message:
+            wrong[str(file)] = f"is refused without its name: {message}"
+        elif not message and not is_harmless(family, file, damage):
+            wrong[str(file)] = "is accepted"
+    assert not wrong
+
+
+def test_every_harmless_file_is_there(checkpoint_of: Callable[[str], tuple[Path, Path]]) -> None:
+    files = [
+        (family, path.relative_to(whole))
+        for family in FAMILIES
+        for whole in [checkpoint_of(family)[0]]
+        for path in whole.rglob("*.*")
+    ]
+    for families, pattern, _ in HARMLESS:
+        assert any(fnmatch(family, families) and fnmatch(str(file), pattern) for family, file in files), pattern
+
+
+@pytest.mark.parametrize("model", shipped_models())
+def test_tokenizers_without_tokenizer_json_give_the_same_tokens(tmp_path: Path, model: str) -> None:
+    path = shutil.copytree(SHIPPED / model, tmp_path / model)
+    for name, (library, class_name) in open_model(str(path), REGISTRY).checkpoint.modules.items():
+        if kind_of(class_name) == "Tokenizer":
+            load = vars(importlib.import_module(library))[class_name].from_pretrained
+            whole = load(path / name)(TEXTS).input_ids
+            (path / name / "tokenizer.json").unlink()
+            assert load(path / name)(TEXTS).input_ids == whole
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_whole_checkpoint_is_accepted(checkpoint_of: Callable[[str], tuple[Path, Path]], family: str) -> None:
+    whole, _ = checkpoint_of(family)
+    model = open_model(str(whole), REGISTRY)
+    assert [refusal(whole, module) for module in model.checkpoint.modules] == [""] * len(model.checkpoint.modules)
