@@ -33,11 +33,21 @@ from common.state.workers import WorkerRegistry
 from common.telemetry import setup_logging, stage_timer, start_metrics
 from fleet.v1 import worker_pb2
 from models.catalog import ServedModel, open_model
+from models.kernels.packages import outcomes
+from models.kernels.trials import try_packages
 from models.layers.mesh import Degrees, WorkerMesh
 from models.loader import load_stages, numerics_fingerprint
 from models.registry import load_registry
 from models.warm_up import WarmUp
-from services.worker_server import cache_of, contract_message, degrees_message, make_server, shared_of, tls_of
+from services.worker_server import (
+    cache_of,
+    contract_message,
+    degrees_message,
+    kernel_messages,
+    make_server,
+    shared_of,
+    tls_of,
+)
 from services.worker_settings import WorkerSettings, device_of, dtype_of, prepare_thread
 
 log = logging.getLogger(__name__)
@@ -142,6 +152,7 @@ async def start_worker(
             device=str(device),
             versions={name: importlib.metadata.version(name) for name in _PACKAGES},
             degrees=degrees_message(ranks.degrees) if ranks else None,
+            kernels=kernel_messages(outcomes()),
         )
         stages = ranks.lead(hosted) if ranks else hosted
         if warm_up is not None:
@@ -176,6 +187,7 @@ def _load(
     ranks: Ranks | None,
 ) -> HostedStages:
     """Load the service's stages: on the device's thread, and with all ranks of a worker group together."""
+    try_packages(device, settings.kernel_choice)
     stages = load_stages(
         model,
         spec,
@@ -254,6 +266,7 @@ def run_service(
     try:
         settings = load_settings(settings_class, flags, prog=prog)
         setup_logging(service, level=settings.log_level, form=settings.log_format)
+        _ = settings.kernel_choice  # Refuses a contradiction.
         _keep_kernels(settings.kernel_cache)
         return run(open_model(settings.model, load_registry(settings.plugins)), settings, flags)
     except FleetError as error:
