@@ -76,12 +76,14 @@ def flash_attention_3_into(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> Tens
 
 def flash_attention_4(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention by `flash-attn-4`, for Hopper and Blackwell."""
-    return _flash_attention_4(q, k, v, return_lse=False)[0]
+    out: Tensor = _flash_attention_4(q, k, v, return_lse=False)[0]
+    return out
 
 
 def flash_attention_4_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """The same with the log-sum-exp."""
-    return _flash_attention_4(q, k, v, return_lse=True)
+    result: tuple[Tensor, Tensor] = _flash_attention_4(q, k, v, return_lse=True)
+    return result
 
 
 def _flash_attention_4(q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool) -> Any:

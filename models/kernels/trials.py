@@ -117,7 +117,8 @@ def _require_cudnn(device: torch.device) -> None:
     try:
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
             result = scaled_dot_product_attention(q, q, q)
-        _compare(result, scaled_dot_product_attention(*[q.float()] * 3))
+        wide = q.float()
+        _compare(result, scaled_dot_product_attention(wide, wide, wide))
     except (RuntimeError, ArithmeticError) as error:
         raise FailedPrecondition(
             f"attention_backend: cudnn does not work on {device}: {error}; use auto", field="attention_backend"
@@ -222,12 +223,12 @@ def _try_attention(
 
     def run(device: torch.device) -> _Results:
         q, k, v = (_random(device, 1, tokens, 2, 128) for tokens in (128, 192, 192))
-        wide = [each.float().transpose(1, 2) for each in (q, k, v)]
-        expected = scaled_dot_product_attention(*wide).transpose(1, 2)
+        wide_q, wide_k, wide_v = (each.float().transpose(1, 2) for each in (q, k, v))
+        expected = scaled_dot_product_attention(wide_q, wide_k, wide_v).transpose(1, 2)
         yield plain(q, k, v), expected
         out, lse = with_lse(q, k, v)
         yield out, expected
-        yield lse, (wide[0] @ wide[1].transpose(2, 3) / 128**0.5).logsumexp(-1)
+        yield lse, (wide_q @ wide_k.transpose(2, 3) / 128**0.5).logsumexp(-1)
 
     return run
 

@@ -67,9 +67,9 @@ def test_an_adapter_attends() -> None:
 def test_an_adapter_returns_the_log_sum_exp_that_a_ring_merges() -> None:
     q, k, v = random(2, 5, 3, 16), random(2, 8, 3, 16), random(2, 8, 3, 16)
     expected, lse = expected_of(q, k, v)
-    parts = [entry.attention_with_lse(q, k[:, rows], v[:, rows]) for rows in (slice(0, 3), slice(3, None))]
-    assert all(part[1].shape == (2, 5, 3) and part[1].dtype == torch.float32 for part in parts)
-    out, merged = merge(*parts, torch.float32)
+    one, other = (entry.attention_with_lse(q, k[:, rows], v[:, rows]) for rows in (slice(0, 3), slice(3, None)))
+    assert all(part[1].shape == (2, 5, 3) and part[1].dtype == torch.float32 for part in (one, other))
+    out, merged = merge(one, other, torch.float32)
     torch.testing.assert_close(out, expected, rtol=1e-2, atol=1e-2)
     torch.testing.assert_close(merged, lse, rtol=1e-3, atol=1e-3)
 

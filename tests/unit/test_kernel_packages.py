@@ -237,7 +237,12 @@ def test_on_a_cpu_nothing_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_gpu_is_tried_once_for_each_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[KernelChoice] = []
     monkeypatch.setattr(trials._Latest, "key", None)
-    monkeypatch.setattr(trials, "outcomes_on", lambda _, __, choice: tried.append(choice) or ())
+
+    def outcomes(_: object, __: object, choice: KernelChoice) -> tuple[Outcome, ...]:
+        tried.append(choice)
+        return ()
+
+    monkeypatch.setattr(trials, "outcomes_on", outcomes)
     monkeypatch.setattr(torch.cuda, "device", lambda _: threading.Lock())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: HOPPER)
     none = KernelChoice(("none",))
