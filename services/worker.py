@@ -275,7 +275,7 @@ def run_service(
 
 
 def _keep_kernels(directory: Path | None) -> None:
-    """Have Triton and QuACK, which are imported with their first kernels, keep what they compile there.
+    """Set the directory in which Triton, QuACK and FlashAttention-4, which are imported later, cache their kernels.
 
     Raises FailedPrecondition for a directory that cannot be written to.
     """
@@ -290,6 +290,8 @@ def _keep_kernels(directory: Path | None) -> None:
         raise FailedPrecondition(message, field="kernel_cache") from error
     os.environ["TRITON_CACHE_DIR"] = str(directory)
     os.environ["QUACK_CACHE_DIR"] = str(directory / "quack")
+    os.environ["FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED"] = "1"
+    os.environ["FLASH_ATTENTION_CUTE_DSL_CACHE_DIR"] = str(directory / "flash_attn")
 
 
 async def serve(

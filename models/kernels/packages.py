@@ -112,17 +112,26 @@ class Outcome:
         return f"{self.package.name} {self.version} {'unusable' if self.error else 'in use'}"
 
 
+class _NotTried(RuntimeError):
+    """A layer asked for a package before the trials."""
+
+    def __init__(self) -> None:
+        super().__init__("kernel packages have not been tried; call models.kernels.trials.try_packages() first")
+
+
 class _Tried:
     """What was tried in this process: a process computes on one kind of GPU with one choice."""
 
     choice = KernelChoice()
     outcomes: tuple[Outcome, ...] | None = None
+    usable: frozenset[PackageName] | None = None
 
 
 def record(choice: KernelChoice, outcomes: Iterable[Outcome] | None) -> None:
     """Record the outcomes of the trials; None forgets them."""
     _Tried.choice = choice
     _Tried.outcomes = None if outcomes is None else tuple(outcomes)
+    _Tried.usable = None if outcomes is None else frozenset(each.package.name for each in _tried() if not each.error)
 
 
 def outcomes() -> tuple[Outcome, ...]:
@@ -132,7 +141,9 @@ def outcomes() -> tuple[Outcome, ...]:
 
 def is_usable(name: PackageName) -> bool:
     """Whether a package was tried and works. Raises RuntimeError before try_packages() has run in this process."""
-    return any(each.package.name == name and not each.error for each in _tried())
+    if _Tried.usable is None:
+        raise _NotTried
+    return name in _Tried.usable
 
 
 def chosen_attention() -> AttentionChoice:
@@ -150,5 +161,5 @@ def kernel_facts() -> list[str]:
 
 def _tried() -> tuple[Outcome, ...]:
     if _Tried.outcomes is None:
-        raise RuntimeError("kernel packages have not been tried; call models.kernels.trials.try_packages() first")
+        raise _NotTried
     return _Tried.outcomes

@@ -80,9 +80,9 @@ def outcomes_on(device: torch.device, capability: Capability, choice: KernelChoi
             raise FailedPrecondition(f"{message}; it is for {', '.join(map(_dotted, package.capabilities))}")
         outcome = try_package(package, device)
         if required and (outcome is None or outcome.error):
-            error = "it is not installed" if outcome is None else f"{outcome.version} is unusable: {outcome.error}"
-            message = f"{choice.setting_of(package.name)} does not work here, {package.name} is required: {error}"
-            raise FailedPrecondition(f"{message}; install a working {package.name}, or use auto")
+            error = "is not installed" if outcome is None else f"{outcome.version} is broken: {outcome.error}"
+            message = f"{choice.setting_of(package.name)} is not usable here, {package.name} {error}"
+            raise FailedPrecondition(f"{message}; install a working one, or use auto")
         if outcome is not None:
             found.append(outcome)
     return found

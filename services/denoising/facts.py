@@ -39,8 +39,8 @@ def compare_facts(links: Sequence[Link], facts: Sequence[str], seconds: float) -
         theirs = payload.decode(errors="backslashreplace").split("\n")
         if theirs != list(facts):
             raise FailedPrecondition(
-                f"kernels: rank {link.peer} has {_without(theirs, facts)} and this rank has {_without(facts, theirs)}; "
-                "install the same packages on the hosts of all ranks, or name the packages to use in kernels"
+                f"ranks: rank {link.peer} has {_without(theirs, facts)} and this rank has {_without(facts, theirs)}; "
+                "use equal GPUs, packages and releases on all hosts, or name the kernel packages to use in kernels"
             )
 
 

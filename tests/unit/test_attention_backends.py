@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
@@ -12,7 +14,16 @@ from torch import Tensor
 from fake_kernel_packages import FLASH_ATTN_2, FLASH_ATTN_4, install
 from kernel_modules import forgotten
 from models.kernels.attention_table import choose_backend
-from models.kernels.packages import ATTENTION_PACKAGES, AttentionBackend, AttentionChoice, Capability
+from models.kernels.packages import (
+    ATTENTION_PACKAGES,
+    PACKAGES,
+    AttentionBackend,
+    AttentionChoice,
+    Capability,
+    KernelChoice,
+    Outcome,
+    record,
+)
 from models.layers import attention as entry
 from models.layers.usp_attention import merge
 
@@ -72,6 +83,29 @@ def test_an_adapter_returns_the_log_sum_exp_that_a_ring_merges() -> None:
     out, merged = merge(one, other, torch.float32)
     torch.testing.assert_close(out, expected, rtol=1e-2, atol=1e-2)
     torch.testing.assert_close(merged, lse, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("choice", "broken", "compiling", "expected"),
+    [
+        ("auto", "", False, "flash_attn_3"),
+        ("auto", "E", False, "cudnn"),
+        ("flash_attn_4", "", False, "flash_attn_4"),
+        ("flash_attn_4", "", True, "sdpa"),
+        ("cudnn", "", False, "cudnn"),
+    ],
+)
+def test_the_entry_point_asks_table_outcomes_and_setting(
+    monkeypatch: pytest.MonkeyPatch, choice: AttentionChoice, broken: str, compiling: bool, expected: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: HOPPER)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+    q = cast(Tensor, SimpleNamespace(is_cuda=True, shape=(1, 4608, 24, 128), dtype=torch.bfloat16, device="cuda:0"))
+    (package,) = (each for each in PACKAGES if each.name == "fa3-fwd")
+    with forgotten():
+        record(KernelChoice(attention=choice), [Outcome(package, "1", broken)])
+        assert entry._backend_for(q, q, None) == expected
+        assert entry._backend_for(q, q, torch.ones(1)) == "sdpa"
 
 
 def only(*names: str) -> Callable[[str], bool]:

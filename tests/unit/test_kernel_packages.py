@@ -30,8 +30,9 @@ from services.decoding.__main__ import main as decoding
 from services.denoising import rank
 from services.denoising.facts import compare_facts
 from services.denoising.messages import Link
-from services.denoising.rank import LeadingRank
+from services.denoising.rank import FollowingRank, LeadingRank
 from services.worker_server import kernel_messages
+from services.worker_settings import WorkerSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -172,9 +173,24 @@ def test_only_what_may_be_used_is_tried(
 @pytest.mark.parametrize(
     ("source", "capability", "choice", "words"),
     [
-        (LAUNCH_FAILS, AMPERE, KernelChoice(("flash-attn",)), "kernels: flash-attn .* 2.8.3 is unusable: RuntimeError"),
-        (LAUNCH_FAILS, AMPERE, KernelChoice(attention="flash_attn_2"), "attention_backend: flash_attn_2 .* RuntimeErr"),
-        ("", HOPPER, KernelChoice(("auto", "fa3-fwd")), "kernels: fa3-fwd .* it is not installed; install a working"),
+        (
+            LAUNCH_FAILS,
+            AMPERE,
+            KernelChoice(("flash-attn",)),
+            "kernels: flash-attn is not usable .* 2.8.3 is broken: RuntimeError",
+        ),
+        (
+            LAUNCH_FAILS,
+            AMPERE,
+            KernelChoice(attention="flash_attn_2"),
+            "attention_backend: flash_attn_2 is not usable here, .* RuntimeErr",
+        ),
+        (
+            "",
+            HOPPER,
+            KernelChoice(("auto", "fa3-fwd")),
+            "kernels: fa3-fwd is not usable here, fa3-fwd is not installed; install",
+        ),
         ("", AMPERE, KernelChoice(attention="flash_attn_3"), "flash_attn_3 is not for compute capability 8.0; .* 9.0"),
     ],
 )
@@ -223,7 +239,7 @@ def test_a_named_broken_package_ends_the_service_with_exit_code_2(
     flash_attn(BROKEN["library"][0])
     monkeypatch.setattr(worker, "try_packages", lambda device, choice: outcomes_on(device, AMPERE, choice))
     assert decoding([*FLAGS, "--attention-backend", "flash_attn_2"]) == 2
-    assert "2.8.3 is unusable: OSError: libcudart.so.12" in capsys.readouterr().err
+    assert "2.8.3 is broken: OSError: libcudart.so.12" in capsys.readouterr().err
 
 
 def test_on_a_cpu_nothing_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -324,7 +340,7 @@ def test_ranks_with_other_facts_end_the_group() -> None:
 
     thread = threading.Thread(target=follow)
     thread.start()
-    words = "rank 1 has quack-kernels 0.6.5 unusable and this rank has quack-kernels 0.6.5 in use; install the same"
+    words = "rank 1 has quack-kernels 0.6.5 unusable and this rank has quack-kernels 0.6.5 in use; use equal GPUs"
     with pytest.raises(FailedPrecondition, match=words):
         compare_facts([left], ["triton 3.6.0 in use", "quack-kernels 0.6.5 in use"], 5.0)
     thread.join(5)
@@ -350,6 +366,28 @@ def test_a_rank_compares_facts_before_it_connects_its_device(monkeypatch: pytest
     thread.join(5)
     mine.close()
     theirs.close()
+
+
+def test_a_follower_tries_its_packages_before_it_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    def tried(device: torch.device, choice: KernelChoice) -> None:
+        raise InvalidInput(f"{device} {choice.packages}")
+
+    monkeypatch.setattr(rank, "try_packages", tried)
+    choice = KernelChoice(("triton",))
+    settings = SimpleNamespace(degrees=None, device="cpu", threads=0, kernel_choice=choice)
+    liveness = SimpleNamespace(start=lambda **_: None)
+    follower = FollowingRank(cast(Any, None), cast(Any, None), cast(Any, settings), [], cast(Any, liveness))
+    with pytest.raises(InvalidInput, match="cpu .*triton"):
+        follower.run(cast(Any, None))
+
+
+def test_a_contradiction_is_refused_before_anything_is_started(capsys: pytest.CaptureFixture[str]) -> None:
+    def run(*_: object) -> int:
+        raise AssertionError("something was started")
+
+    flags = [*FLAGS, "--kernels", "none", "--kernels", "auto"]
+    assert worker.run_service("decoding", WorkerSettings, run, flags) == 2
+    assert "none,auto is not one choice" in capsys.readouterr().err
 
 
 def _requirements() -> Iterator[tuple[str, Requirement]]:
