@@ -377,7 +377,7 @@ def test_a_follower_tries_its_packages_before_it_loads(monkeypatch: pytest.Monke
     settings = SimpleNamespace(degrees=None, device="cpu", threads=0, kernel_choice=choice)
     liveness = SimpleNamespace(start=lambda **_: None)
     follower = FollowingRank(cast(Any, None), cast(Any, None), cast(Any, settings), [], cast(Any, liveness))
-    with pytest.raises(InvalidInput, match="cpu .*triton"):
+    with pytest.raises(InvalidInput, match="triton"):
         follower.run(cast(Any, None))
 
 
