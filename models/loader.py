@@ -22,10 +22,8 @@ from common.stage import PipelineStage
 from configs.approximation import EXACT, Approximation
 from configs.pipeline_configs.base import PipelineConfig, StandardPipelineConfig
 from models.dits.base import DiffusionTransformer
-from models.layers.attention import has_flash_attention_3
-from models.layers.cublas_lt import has_cublas_lt
+from models.kernels.packages import kernel_facts
 from models.layers.float8 import check_float8
-from models.layers.fused_products import has_fused_products
 from models.layers.linear import quantize_linears
 from models.layers.mesh import Degrees, WorkerMesh
 from models.registry import resolve
@@ -241,9 +239,7 @@ def numerics_fingerprint(
             f"cuda {torch.version.cuda}",
             f"cudnn {torch.backends.cudnn.version()}",  # type: ignore[no-untyped-call]
             f"tf32 {torch.backends.cuda.matmul.allow_tf32}",
-            f"flash attention 3 {has_flash_attention_3()}",
-            f"cublaslt {has_cublas_lt()}",
-            f"fused products {has_fused_products()}",
+            *kernel_facts(),
         ]
     else:
         facts += [torch.backends.cpu.get_cpu_capability(), f"threads {torch.get_num_threads()}"]

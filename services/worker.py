@@ -35,6 +35,8 @@ from common.state.workers import WorkerRegistry
 from common.telemetry import setup_logging, stage_timer, start_metrics
 from fleet.v1 import worker_pb2
 from models.catalog import ServedModel, open_model
+from models.kernels.packages import outcomes
+from models.kernels.trials import try_packages
 from models.layers.mesh import Degrees, WorkerMesh
 from models.loader import load_stages, numerics_fingerprint
 from models.registry import load_registry
@@ -43,6 +45,7 @@ from services.worker_server import (
     cache_of,
     contract_message,
     degrees_message,
+    kernel_messages,
     make_server,
     shared_of,
     tls_of,
@@ -154,6 +157,7 @@ async def start_worker(
             versions={name: importlib.metadata.version(name) for name in _PACKAGES},
             degrees=degrees_message(ranks.degrees) if ranks else None,
             reports_begun=begun_frame(response_type(stage_method(service))) is not None,
+            kernels=kernel_messages(outcomes()),
         )
         stages = ranks.lead(hosted) if ranks else hosted
         if warm_up is not None:
@@ -188,6 +192,7 @@ def _load(
     ranks: Ranks | None,
 ) -> HostedStages:
     """Load the service's stages: on the device's thread, and with all ranks of a worker group together."""
+    try_packages(device, settings.kernel_choice)
     stages = load_stages(
         model,
         spec,
@@ -269,6 +274,7 @@ def run_service(
     try:
         settings = load_settings(settings_class, flags, prog=prog)
         setup_logging(service, level=settings.log_level, form=settings.log_format)
+        _ = settings.kernel_choice  # Refuses a contradiction.
         _keep_kernels(settings.kernel_cache)
         return run(open_model(settings.model, load_registry(settings.plugins)), settings, flags)
     except FleetError as error:
@@ -277,7 +283,7 @@ def run_service(
 
 
 def _keep_kernels(directory: Path | None) -> None:
-    """Have Triton and QuACK, which are imported with their first kernels, keep what they compile there.
+    """Set the directory in which Triton, QuACK and FlashAttention-4, which are imported later, cache their kernels.
 
     Raises FailedPrecondition for a directory that cannot be written to.
     """
@@ -292,6 +298,8 @@ def _keep_kernels(directory: Path | None) -> None:
         raise FailedPrecondition(message, field="kernel_cache") from error
     os.environ["TRITON_CACHE_DIR"] = str(directory)
     os.environ["QUACK_CACHE_DIR"] = str(directory / "quack")
+    os.environ["FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED"] = "1"
+    os.environ["FLASH_ATTENTION_CUTE_DSL_CACHE_DIR"] = str(directory / "flash_attn")
 
 
 async def serve(

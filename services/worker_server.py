@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -24,6 +25,7 @@ from common.telemetry import MetricsInterceptor
 from common.tensors import TORCH
 from common.watched import WatchedFiles
 from fleet.v1 import worker_pb2, worker_pb2_grpc
+from models.kernels.packages import Outcome
 from models.layers.mesh import Degrees
 from services.worker_settings import WorkerSettings
 
@@ -43,6 +45,19 @@ def contract_message(contract: Contract, spec: ServiceSpec) -> worker_pb2.StageC
 def degrees_message(degrees: Degrees) -> worker_pb2.Degrees:
     """How the ranks of a worker group share its work."""
     return worker_pb2.Degrees(tp=degrees.tp, ulysses=degrees.ulysses, ring=degrees.ring, cfg=degrees.cfg)
+
+
+def kernel_messages(outcomes: Iterable[Outcome]) -> list[worker_pb2.KernelPackage]:
+    """The optional kernel packages that were tried at the start, with their outcomes."""
+    return [
+        worker_pb2.KernelPackage(
+            name=each.package.name,
+            version=each.version,
+            error=each.error,
+            replacement=each.package.replacement if each.error else "",
+        )
+        for each in outcomes
+    ]
 
 
 def tls_of(settings: WorkerSettings) -> WatchedFiles[Mutual] | None:

@@ -13,6 +13,7 @@ from common.rpc.tls import TlsSettings
 from common.settings import setting
 from configs.approximation import EXACT, Approximation
 from models.catalog import DEFAULT_MODEL
+from models.kernels.packages import AttentionChoice, KernelChoice, PackageChoice
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -36,6 +37,12 @@ class WorkerSettings(TlsSettings):
     checkpoint_every: int = setting(0, help="denoising steps between two checkpoints to resume from; 0: by time only")
     checkpoint_seconds: float = setting(5.0, help="longest time between two of them; 0: by steps only")
     kernel_cache: Path | None = setting(None, help="directory that keeps compiled kernels from one start to the next")
+    kernels: tuple[PackageChoice, ...] = setting(
+        ("auto",), help="kernel packages of a GPU worker: auto uses those that work, a named one must work; or none"
+    )
+    attention_backend: AttentionChoice = setting(
+        "auto", help="attention on a GPU; auto takes the committed table's, a named one must work"
+    )
     plugins: tuple[Path, ...] = setting((), help="directories with pipelines of other families")
     grace_seconds: float = setting(30.0, help="time that running calls get to finish after SIGTERM")
     announce_seconds: float = setting(60.0, help="how long to wait for the request store at the start")
@@ -60,6 +67,11 @@ class WorkerSettings(TlsSettings):
     def approximation(self) -> Approximation:
         """What the stages may leave out of the exact computation: nothing, but in denoising."""
         return EXACT
+
+    @property
+    def kernel_choice(self) -> KernelChoice:
+        """Optional kernel packages and attention backend. Raises InvalidInput for a contradiction."""
+        return KernelChoice(self.kernels, self.attention_backend)
 
 
 def device_of(name: str) -> torch.device:

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
-from functools import lru_cache
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from models.kernels.packages import is_usable
+
 ALIGNMENT = 16
 """Bytes, of the rows of matrices and of where these begin, as products' kernels load them."""
-
-
-@lru_cache
-def is_installed(package: str) -> bool:
-    """Whether an optional package for GPUs is there to import."""
-    return importlib.util.find_spec(package) is not None
 
 
 def can_load(*matrices: Tensor) -> bool:
@@ -33,10 +27,13 @@ def _is_aligned(matrix: Tensor) -> bool:
 
 
 def kernels_for(x: Tensor) -> ModuleType | None:
-    """models.layers.triton_kernels for tensors on CUDA; None elsewhere, where PyTorch's own operators do the same."""
-    if not x.is_cuda:
+    """models.layers.triton_kernels for tensors on CUDA; None where Triton is absent or broken, and on other devices.
+
+    PyTorch's own operators then compute the same.
+    """
+    if not x.is_cuda or not is_usable("triton"):
         return None
-    # Triton is there only where torch has CUDA.
+    # An optional package for GPUs.
     from models.layers import triton_kernels
 
     return triton_kernels

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.layers.backend import ALIGNMENT, can_load, is_installed
+from models.kernels.packages import is_usable
+from models.layers.backend import ALIGNMENT, can_load
 
 LEAST_ROWS = 1024
 """Below, products are cut along their inputs, which needs a workspace: PyTorch gives them one."""
@@ -32,15 +33,10 @@ _TRANSPOSED = 1
 _ONE, _ZERO = c_float(1), c_float(0)
 
 
-def has_cublas_lt() -> bool:
-    """Whether the package that binds it is installed. It is part of the numerics fingerprint."""
-    return is_installed("nvmath")
-
-
 def can_multiply(x: Tensor, weight: Tensor, out: Tensor | None = None) -> bool:
     """Whether linear_into() is for these: large products in bfloat16 on a GPU, of aligned rows."""
     matrices = (x, weight) if out is None else (x, weight, out)
-    return can_load(*matrices) and len(x) >= LEAST_ROWS and has_cublas_lt()
+    return can_load(*matrices) and len(x) >= LEAST_ROWS and is_usable("nvmath-python")
 
 
 def linear_into(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor, *, gelu: bool = False) -> None:

@@ -12,7 +12,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from models.layers.backend import can_load, is_installed
+from models.kernels.packages import is_usable
+from models.layers.backend import can_load
 
 HEAD_SIZE = 128
 """Of the heads that normed_heads_into() is for."""
@@ -26,11 +27,6 @@ LEAST_ROWS = 1024
 HOPPER = (9, 0)
 
 
-def has_fused_products() -> bool:
-    """Whether their package is installed. It is part of the numerics fingerprint."""
-    return is_installed("quack")
-
-
 def has_heads(head_size: int, norm_size: int, eps: float) -> bool:
     """Whether normed_heads_into() is for such heads and norms of them."""
     return head_size == norm_size == HEAD_SIZE and eps == EPS
@@ -38,7 +34,7 @@ def has_heads(head_size: int, norm_size: int, eps: float) -> bool:
 
 def can_fuse(x: Tensor, weight: Tensor, out: Tensor) -> bool:
     """Whether products of x (M, K) and weight (N, K) into out (M, N) can be fused: many rows, aligned, in bfloat16."""
-    if not (can_load(x, weight, out) and len(x) >= LEAST_ROWS and has_fused_products()):
+    if not (can_load(x, weight, out) and len(x) >= LEAST_ROWS and is_usable("quack-kernels")):
         return False
     return _capability(x.device.index) == HOPPER
 

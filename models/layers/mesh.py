@@ -19,6 +19,7 @@ from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
 
 from common.errors import InvalidInput
+from models.kernels.packages import is_usable
 
 AxisName = Literal["cfg", "ring", "ulysses", "tp"]
 
@@ -165,7 +166,7 @@ def make_mesh(degrees: Degrees, device: torch.device, *, one_host: bool = False)
 
 def _reach_each_other(device: torch.device, ranks: int) -> bool:
     """Whether the first GPUs of this host, one for each rank, can write to each other's memory."""
-    if device.type != "cuda" or torch.cuda.device_count() < ranks:
+    if device.type != "cuda" or torch.cuda.device_count() < ranks or not is_usable("cuda-bindings"):
         return False
     return all(torch.cuda.can_device_access_peer(*pair) for pair in itertools.permutations(range(ranks), 2))
 

@@ -39,6 +39,14 @@ async def _status(endpoint: str, access: Access) -> int:
         for each in model.services
     ]
     sys.stdout.write(table(("MODEL", "SERVICE", "WORKERS", "BUSY", "QUEUED", "DEGREES"), services))
+    kernels = [
+        (model.name, each.service, *kernel_cells(package))
+        for model in models
+        for each in model.services
+        for package in each.kernels
+    ]
+    if kernels:
+        sys.stdout.write("\n" + table(("MODEL", "SERVICE", "KERNELS", "VERSION", "STATE"), kernels))
     records = [
         (
             record.request_id,
@@ -61,6 +69,13 @@ def degrees_text(groups: Iterable[worker_pb2.Degrees]) -> str:
         named = {"tp": degrees.tp, "ulysses": degrees.ulysses, "ring": degrees.ring, "cfg": degrees.cfg}
         counts[" ".join(f"{axis}={degree}" for axis, degree in named.items() if degree > 1)] += 1
     return ", ".join(text if count == 1 else f"{count} of {text}" for text, count in sorted(counts.items()))
+
+
+def kernel_cells(package: worker_pb2.KernelPackage) -> tuple[str, str, str]:
+    """Name, version and state of a kernel package: in use, or its replacement and the error."""
+    error = plain(" ".join(package.error.split()))
+    state = f"unusable, {package.replacement} instead: {error}" if error else "in use"
+    return package.name, package.version, state
 
 
 def shortened(text: str, length: int = 48) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import secrets
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -18,6 +18,7 @@ from common.state.requests import RequestStore
 from common.state.workers import WorkerRegistry
 from configs.sample.base import ParameterSpec
 from fleet.v1 import generation_pb2 as pb
+from fleet.v1 import worker_pb2
 from models.catalog import ServedModel
 from models.validation import InputValidationStage
 from services.coordinator.callers import current_caller
@@ -255,6 +256,7 @@ class GenerationService:
                     busy=load.busy,
                     queued=load.queued,
                     groups=[worker.degrees for worker in load.workers if worker.HasField("degrees")],
+                    kernels=_distinct(each for worker in load.workers for each in worker.kernels),
                 )
                 for service, load in loads
             ],
@@ -308,6 +310,12 @@ def _stored(request: pb.SubmitRequest, record: pb.RequestRecord) -> bytes:
     stored = pb.SubmitRequest(model=record.model, parameters=request.parameters)
     stored.parameters.seed = record.parameters.seed
     return stored.SerializeToString()
+
+
+def _distinct(packages: Iterable[worker_pb2.KernelPackage]) -> list[worker_pb2.KernelPackage]:
+    """Kernel packages of several workers, each outcome once, by name."""
+    found = {each.SerializeToString(deterministic=True): each for each in packages}
+    return sorted(found.values(), key=lambda each: (each.name, each.version, each.error))
 
 
 def _check_envelope(request: pb.SubmitRequest) -> None:

@@ -9,7 +9,8 @@ A message is its kind (one byte), the size of its payload (four bytes, big endia
     CHECK    go on, or the error    ──▶      once for each time that the stage asks whether it should go on
     OUTCOME  result or error        ◀─▶      how the call ended, which each side compares with its own
 
-END ends the follower. Nothing on the wire is pickled.
+END ends the follower. FACTS, once from each side before the first call, are the sender's facts of
+services.denoising.facts, one a line. Nothing on the wire is pickled.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ class Kind(IntEnum):
     CHECK = 4
     OUTCOME = 5
     END = 6
+    FACTS = 20
 
 
 class OutOfStep(Exception):

@@ -18,9 +18,11 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from common.local import HostedStages
 from models.catalog import ServedModel
+from models.kernels.trials import try_packages
 from models.layers.mesh import WorkerMesh, make_mesh
 from models.loader import load_stages
 from models.warm_up import WarmUp
+from services.denoising.facts import compare_facts, facts_of
 from services.denoising.follower import Follower
 from services.denoising.group import LeadingStages
 from services.denoising.joining import Place, Purpose, join
@@ -84,7 +86,14 @@ class _Rank:
         self._liveness = liveness
 
     def make_mesh(self, device: torch.device) -> WorkerMesh:
-        """Connect the devices of all ranks, for collectives."""
+        """Connect the devices of all ranks, for collectives.
+
+        Kernel packages have been tried before. Raises FailedPrecondition where the ranks' facts differ.
+        """
+        try:
+            compare_facts(self._links, facts_of(self._settings, device), self._settings.join_seconds)
+        except OutOfStep as error:
+            abandon(str(error))
         if self._place.num_nodes == 1 and sys.platform == "linux":
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # Else gloo takes the address that the host's name has.
         cuda = device.type == "cuda"
@@ -144,6 +153,7 @@ class FollowingRank(_Rank):
         self._liveness.start(on_lost=self._lost)
         device = device_of(self._settings.device)
         prepare_thread(device, self._settings.threads)
+        try_packages(device, self._settings.kernel_choice)
         stages = load_stages(
             model,
             service_of(model, SERVICE),

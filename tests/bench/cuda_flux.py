@@ -29,6 +29,7 @@ from torch import Tensor
 
 from fleet.v1 import generation_pb2 as api
 from models.catalog import open_model
+from models.kernels.trials import try_packages
 from models.registry import load_registry
 
 PROMPT = "a red apple on a yellow background next to a blue house"
@@ -73,6 +74,7 @@ def main() -> None:
     parser.add_argument("--directory", type=Path, default=Path(tempfile.gettempdir()) / "flux-random")
     args = parser.parse_args()
     device = torch.device(args.device)
+    try_packages(device)
     os.environ["FLEET_DEVICE"] = args.device
     print_machine(f"Flux on {args.device}, against Diffusers in the same run")
     if device.type == "cuda":

@@ -36,6 +36,7 @@ from configs.models.vaes.qwen_image import AutoencoderKLQwenImageConfig
 from configs.pipeline_configs.packed import SequenceShift
 from configs.pipeline_configs.qwen_image import TEMPLATE, QwenImagePipelineConfig
 from models.dits.qwen_image import QwenImageTransformer2DModel as OurTransformer
+from models.kernels.trials import try_packages
 from models.stages.decoding import DecodingStage
 from models.stages.denoising import DenoisingStage
 from models.stages.latent_preparation import LatentPreparationStage
@@ -117,6 +118,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8, help="steps of the loop")
     args = parser.parse_args()
     device, scale = torch.device(args.device), SCALES[args.scale]
+    try_packages(device)
     print_machine(f"Qwen-Image on {args.device}, against Diffusers in the same run")
     if device.type == "cuda":
         say(f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}")

@@ -28,6 +28,7 @@ from transformers import T5TokenizerFast, UMT5Config, UMT5EncoderModel
 from common.local import HostedStages
 from common.stage import Call
 from models.catalog import ServedModel, open_model
+from models.kernels.trials import try_packages
 from models.loader import load_stages
 from models.registry import load_registry
 from models.vaes.wan import load_wan_vae
@@ -81,6 +82,7 @@ def main() -> None:
     parser.add_argument("--directory", type=Path, default=Path(tempfile.gettempdir()) / "wan-random")
     args = parser.parse_args()
     device, scale = torch.device(args.device), SCALES[args.scale]
+    try_packages(device)
     print_machine(f"Wan 2.1 on {args.device}, against Diffusers in the same run")
     if device.type == "cuda":
         say(f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}")

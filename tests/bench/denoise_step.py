@@ -33,6 +33,7 @@ from models.dits.qwen_image import QwenImageTransformer2DModel
 from models.dits.qwen_image_plan import QWEN_IMAGE_PLAN
 from models.dits.wan import FLOAT32_PARAMETERS, WanTransformer3DModel
 from models.dits.wan_plan import WAN_PLAN
+from models.kernels.trials import try_packages
 from models.layers.linear import join_all_weights, quantize_linears
 from models.layers.mesh import WorkerMesh
 from models.layers.parallel_plan import ParallelPlan
@@ -71,6 +72,7 @@ def main() -> None:
     parser.add_argument("--profile", type=Path, help="folder for a table of our kernels' times")
     args = parser.parse_args()
     device = torch.device(args.device)
+    try_packages(device)
     print_machine(f"A denoising step on {args.device}, ours next to Diffusers")
     if device.type == "cuda":
         say(f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}")  # type: ignore[no-untyped-call]

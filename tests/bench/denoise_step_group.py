@@ -34,6 +34,7 @@ from denoise_step import (
 from diffusers import ContextParallelConfig
 from torch import Tensor, distributed
 
+from models.kernels.trials import try_packages
 from models.layers.linear import join_all_weights
 from models.layers.mesh import Degrees, WorkerMesh, make_mesh
 from models.stages.prediction import Branch, StepGraphs
@@ -58,6 +59,7 @@ def main() -> None:
         torch.cuda.set_device(device)
     distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     one_host = os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]
+    try_packages(device)
     mesh = make_mesh(Degrees(tp=args.tp, ulysses=args.ulysses, ring=args.ring), device, one_host=one_host)
     if mesh.rank == 0:
         print_machine(f"A denoising step on {mesh.degrees.world_size} ranks, {mesh.degrees}")

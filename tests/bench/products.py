@@ -22,9 +22,10 @@ from bench_report import print_machine, print_table, say
 from torch import Tensor
 from torch.nn.functional import gelu, linear, scaled_dot_product_attention
 
+from models.kernels.attention_backends import flash_attention_3, flash_attention_3_into
+from models.kernels.trials import try_packages
 from models.layers import fused_products
 from models.layers.activation import write_gelu
-from models.layers.attention import flash_attention_3, flash_attention_3_into
 from models.layers.cublas_lt import linear_into
 from models.layers.norms import RMSNorm
 from models.layers.qk_norm import QKNorms, apply_qk_norm
@@ -88,6 +89,7 @@ def main() -> None:
     print_machine("Products and attention of a Flux step, hot")
     say(f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}")
     say()
+    try_packages(torch.device("cuda", torch.cuda.current_device()))
     counter = EnergyCounter()
     made = (feed_forward, heads, out, gated, attending)
     rows: list[tuple[object, ...]] = []

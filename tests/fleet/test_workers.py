@@ -31,7 +31,9 @@ from common.state.connection import connect
 from common.state.workers import WorkerRegistry
 from common.tensors import TORCH
 from fleet.v1 import denoising_pb2
+from kernel_modules import forgotten
 from models.catalog import ServedModel, open_model
+from models.kernels.packages import PACKAGES, KernelChoice, Outcome, record
 from models.loader import load_stages
 from models.registry import load_registry
 from models.validation import InputValidationStage
@@ -105,6 +107,8 @@ def test_a_family_from_elsewhere_runs_through_workers_as_it_runs_alone(toy: Serv
 
     async def test() -> None:
         async with AsyncExitStack() as stack:
+            stack.enter_context(forgotten())
+            record(KernelChoice(), [Outcome(PACKAGES[0], "3.6.0")])
             registry = WorkerRegistry(await stack.enter_async_context(connect(store)))
             runners = []
             for spec in toy.pipeline.services:
@@ -112,6 +116,7 @@ def test_a_family_from_elsewhere_runs_through_workers_as_it_runs_alone(toy: Serv
                 stack.push_async_callback(worker.stop, 5)
                 (live,) = await registry.live("toy", spec.service)
                 assert live == worker.info
+                assert [each.name for each in live.kernels] == ["triton"]
                 channel = await stack.enter_async_context(open_channel(live.address))
                 assert await get_model_info(channel) == worker.info
                 assert await health(channel, f"fleet.v1.{services_name(spec.service)}") == 1

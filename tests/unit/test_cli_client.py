@@ -108,8 +108,14 @@ class Pretender:
         steps = generation_pb2.Parameter(name="num_inference_steps", type="int", description="Steps.")
         steps.default_value.int_value = 20
         groups = [worker_pb2.Degrees(tp=2, ulysses=1, ring=1, cfg=2)] * 2
+        kernels = [
+            worker_pb2.KernelPackage(name="fa3-fwd", version="0.0.3", error="OSError: a\nb", replacement="cuDNN"),
+            worker_pb2.KernelPackage(name="triton", version="3.6.0"),
+        ]
         services = [
-            generation_pb2.ServiceStatus(service="denoising", workers=2, capacity=2, busy=1, queued=3, groups=groups),
+            generation_pb2.ServiceStatus(
+                service="denoising", workers=2, capacity=2, busy=1, queued=3, groups=groups, kernels=kernels
+            ),
             generation_pb2.ServiceStatus(service="decoding", workers=1, capacity=1),
         ]
         model = generation_pb2.Model(
@@ -229,6 +235,9 @@ def test_status_shows_services_and_requests(capsys: pytest.CaptureFixture[str]) 
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].split() == ["emoji", "denoising", "2", "1/2", "3", "2", "of", "tp=2", "cfg=2"]
     assert lines[2].split() == ["emoji", "decoding", "1", "0/1", "0"]
+    assert lines[4].split() == ["MODEL", "SERVICE", "KERNELS", "VERSION", "STATE"]
+    assert lines[5].split(maxsplit=4)[2:] == ["fa3-fwd", "0.0.3", "unusable, cuDNN instead: OSError: a b"]
+    assert lines[6].split() == ["emoji", "denoising", "triton", "3.6.0", "in", "use"]
     assert lines[-1].startswith("r1")
     assert "RUNNING" in lines[-1]
     assert lines[-1].endswith("…")

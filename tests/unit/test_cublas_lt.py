@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, linear
 
+from models.kernels import trials
 from models.layers import cublas_lt
 
 CUDA_R_16BF, CUBLAS_OP_T = 14, 1
@@ -133,6 +134,12 @@ def test_a_product_into_columns(library: ColumnMajorLibrary, is_gelu: bool) -> N
     assert not out[:, 16:].any()
     assert library.choices == 1, "the kernel of a shape is chosen once"
     assert not library.operations
+
+
+@pytest.mark.usefixtures("library")
+def test_the_trial_at_a_workers_start() -> None:
+    (pair,) = trials._try_nvmath(torch.device("cpu"))
+    trials._compare(*pair)
 
 
 def test_no_kernel_for_a_shape(library: ColumnMajorLibrary, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,21 +11,23 @@ import triton
 from services.worker import run_service
 from services.worker_settings import WorkerSettings
 
+FLASH_ATTENTION_4 = "FLASH_ATTENTION_CUTE_DSL_CACHE"
 FLAGS = ("--model", "emoji", "--redis", "unix:///x", "--kernel-cache")
 
 
 def test_compilers_keep_their_kernels_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("TRITON_CACHE_DIR", "QUACK_CACHE_DIR"):
+    ours = ("TRITON_CACHE_DIR", "QUACK_CACHE_DIR", f"{FLASH_ATTENTION_4}_ENABLED", f"{FLASH_ATTENTION_4}_DIR")
+    for name in ours:
         monkeypatch.setenv(name, "elsewhere")  # Put back afterwards.
     kept: list[str] = []
 
     def run(*_: object) -> int:
-        kept.extend((triton.knobs.cache.dir, os.environ["QUACK_CACHE_DIR"]))
+        kept.extend((triton.knobs.cache.dir, *(os.environ[name] for name in ours[1:])))
         return 0
 
     directory = tmp_path / "new" / "kernels"
     assert run_service("decoding", WorkerSettings, run, [*FLAGS, str(directory)]) == 0
-    assert kept == [str(directory), str(directory / "quack")]
+    assert kept == [str(directory), str(directory / "quack"), "1", str(directory / "flash_attn")]
 
 
 def test_a_directory_that_cannot_be_written_to_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch.nn.functional import gelu
 
+from models.kernels.attention_backends import head_shares
 from models.layers.activation import write_gelu
-from models.layers.attention import attention, choose_backend, head_shares
+from models.layers.attention import attention
 from models.layers.embeddings import EmbeddingMLP, sinusoidal_embedding
 from models.layers.feed_forward import FeedForward
 from models.layers.linear import JoinedLinear, Linear, project
@@ -33,32 +34,6 @@ def test_attention_mask() -> None:
     q, k, v = (torch.randn(1, 6, 2, 4) for _ in range(3))
     mask = torch.tensor([True] * 4 + [False] * 2)[None, None, None]
     torch.testing.assert_close(attention(q, k, v, mask), attention(q, k[:, :4], v[:, :4]))
-
-
-@pytest.mark.parametrize(
-    ("work", "installed", "expected"),
-    [
-        (24 * 4608, True, "flash_attn_3"),
-        (24 * 4296, True, "flash_attn_3"),
-        (6 * 32760, True, "flash_attn_3"),
-        (12 * 4608, True, "flash_attn_3"),
-        (12 * 4296, True, "flash_attn_3"),
-        (24 * 1536, True, "cudnn"),
-        (24 * 4608, False, "cudnn"),
-    ],
-)
-def test_the_table_names_the_fastest_backend_on_hopper(work: int, installed: bool, expected: str) -> None:
-    assert choose_backend((9, 0), torch.bfloat16, work, 128, installed) == expected
-
-
-@pytest.mark.parametrize(
-    ("capability", "dtype", "head_size"),
-    [((8, 0), torch.bfloat16, 128), ((9, 0), torch.float32, 128), ((9, 0), torch.bfloat16, 256)],
-)
-def test_what_was_not_measured_is_left_to_torch(
-    capability: tuple[int, int], dtype: torch.dtype, head_size: int
-) -> None:
-    assert choose_backend(capability, dtype, 10**6, head_size, True) == "sdpa"
 
 
 def test_rotation_depends_on_distance_only() -> None:

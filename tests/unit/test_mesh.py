@@ -74,6 +74,7 @@ def test_cards_that_reach_each_other(
     monkeypatch: pytest.MonkeyPatch, device: str, cards: int, unreachable: tuple[int, int] | None, expected: bool
 ) -> None:
     """Of three ranks, in both directions of all pairs."""
+    monkeypatch.setattr(mesh_module, "is_usable", lambda name: name == "cuda-bindings")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: cards)
     monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda *pair: pair != unreachable)
     assert mesh_module._reach_each_other(torch.device(device), 3) is expected

@@ -32,7 +32,12 @@ THIN = (
 
 
 # What the GPU extra brings, by the name it is imported under: it is not there where tests run.
-ON_GPUS = {"cuda": "cuda-bindings", "fa3_fwd_interface": "fa3-fwd", "nvmath": "nvmath-python"}
+ON_GPUS = {
+    "cuda": "cuda-bindings",
+    "fa3_fwd_interface": "fa3-fwd",
+    "flash_attn": "flash-attn-4",
+    "nvmath": "nvmath-python",
+}
 
 
 def _loaded(imports: str) -> set[str]:

@@ -1051,6 +1051,7 @@ class ServiceStatus(_message.Message):
     BUSY_FIELD_NUMBER: _builtins.int
     QUEUED_FIELD_NUMBER: _builtins.int
     GROUPS_FIELD_NUMBER: _builtins.int
+    KERNELS_FIELD_NUMBER: _builtins.int
     service: _builtins.str
     """Service, such as "denoising"."""
     workers: _builtins.int
@@ -1065,6 +1066,10 @@ class ServiceStatus(_message.Message):
     def groups(self) -> _containers.RepeatedCompositeFieldContainer[_worker_pb2.Degrees]:
         """Degrees of those live workers that are worker groups, one entry a worker."""
 
+    @_builtins.property
+    def kernels(self) -> _containers.RepeatedCompositeFieldContainer[_worker_pb2.KernelPackage]:
+        """Kernel packages of the live workers; workers with equal ones share an entry."""
+
     def __init__(
         self,
         *,
@@ -1074,10 +1079,11 @@ class ServiceStatus(_message.Message):
         busy: _builtins.int = ...,
         queued: _builtins.int = ...,
         groups: _abc.Iterable[_worker_pb2.Degrees] | None = ...,
+        kernels: _abc.Iterable[_worker_pb2.KernelPackage] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["busy", b"busy", "capacity", b"capacity", "groups", b"groups", "queued", b"queued", "service", b"service", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["busy", b"busy", "capacity", b"capacity", "groups", b"groups", "kernels", b"kernels", "queued", b"queued", "service", b"service", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -99,6 +99,7 @@ class WorkerInfo(_message.Message):
     VERSIONS_FIELD_NUMBER: _builtins.int
     DEGREES_FIELD_NUMBER: _builtins.int
     REPORTS_BEGUN_FIELD_NUMBER: _builtins.int
+    KERNELS_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     """Unique to the process."""
     service: _builtins.str
@@ -133,6 +134,10 @@ class WorkerInfo(_message.Message):
     def degrees(self) -> Global___Degrees:
         """How many processes compute together in it; absent where it is one process."""
 
+    @_builtins.property
+    def kernels(self) -> _containers.RepeatedCompositeFieldContainer[Global___KernelPackage]:
+        """Optional kernel packages that are installed and were tried at the start, on a GPU."""
+
     def __init__(
         self,
         *,
@@ -150,14 +155,49 @@ class WorkerInfo(_message.Message):
         versions: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         degrees: Global___Degrees | None = ...,
         reports_begun: _builtins.bool = ...,
+        kernels: _abc.Iterable[Global___KernelPackage] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["contract", b"contract", "degrees", b"degrees"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "capacity", b"capacity", "contract", b"contract", "degrees", b"degrees", "device", b"device", "dtype", b"dtype", "model", b"model", "model_fingerprint", b"model_fingerprint", "numerics_fingerprint", b"numerics_fingerprint", "pipeline_name", b"pipeline_name", "reports_begun", b"reports_begun", "service", b"service", "versions", b"versions", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "capacity", b"capacity", "contract", b"contract", "degrees", b"degrees", "device", b"device", "dtype", b"dtype", "kernels", b"kernels", "model", b"model", "model_fingerprint", b"model_fingerprint", "numerics_fingerprint", b"numerics_fingerprint", "pipeline_name", b"pipeline_name", "reports_begun", b"reports_begun", "service", b"service", "versions", b"versions", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WorkerInfo: _TypeAlias = WorkerInfo  # noqa: Y015
+
+@_typing.final
+class KernelPackage(_message.Message):
+    """An optional kernel package, as a GPU worker found it at its start."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    REPLACEMENT_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Name on PyPI, such as "quack-kernels"."""
+    version: _builtins.str
+    """Installed version."""
+    error: _builtins.str
+    """Why the package is unusable; empty where the worker uses it."""
+    replacement: _builtins.str
+    """What the worker uses instead of an unusable package."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        version: _builtins.str = ...,
+        error: _builtins.str = ...,
+        replacement: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "name", b"name", "replacement", b"replacement", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KernelPackage: _TypeAlias = KernelPackage  # noqa: Y015
 
 @_typing.final
 class Degrees(_message.Message):

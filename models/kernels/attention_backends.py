@@ -1,0 +1,116 @@
+"""Attention by optional packages: FlashAttention 2, 3 and 4. q, k, v and results are (batch, tokens, heads, head size).
+
+Each *_with_lse() also returns the log-sum-exp of the scores, float32 (batch, heads, tokens). No mask, no causality.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_QUERY_TILES = {128: 128}
+"""Queries that FlashAttention-3's kernel takes at a time, by head size."""
+
+_MOST_SPLITS = 8
+"""Parts of the keys at most."""
+
+_TURNS_A_SPLIT = 0.02
+"""Cost of merging one more part of the keys, in turns of all multiprocessors."""
+
+_LEAST_GAIN = 0.08
+"""Share of the turns that a call of its own for the last heads must save."""
+
+
+def flash_attention_2(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention by `flash-attn` 2, for Ampere and Ada."""
+    # An optional package for GPUs.
+    from flash_attn import flash_attn_func
+
+    out: Tensor = flash_attn_func(q, k, v)
+    return out
+
+
+def flash_attention_2_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """The same with the log-sum-exp. The third result, probabilities, is computed only with dropout."""
+    # An optional package for GPUs.
+    from flash_attn import flash_attn_func
+
+    out, lse, _ = flash_attn_func(q, k, v, return_attn_probs=True)
+    return out, lse
+
+
+def flash_attention_3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention by `fa3-fwd`, for Hopper."""
+    # An optional package for GPUs.
+    import fa3_fwd_interface
+
+    out: Tensor = fa3_fwd_interface.flash_attn_func(q, k, v)
+    return out
+
+
+def flash_attention_3_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """The same with the log-sum-exp."""
+    # An optional package for GPUs.
+    import fa3_fwd_interface
+
+    result: tuple[Tensor, Tensor] = fa3_fwd_interface.flash_attn_func(q, k, v, return_attn_probs=True)
+    return result
+
+
+def flash_attention_3_into(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> Tensor:
+    """The same into `out`, whose channels are adjacent, with the last heads in a call of their own."""
+    # Importing it registers its operators: its own function has no argument for the result.
+    import fa3_fwd_interface  # noqa: F401
+
+    batch, tokens, heads, head_size = q.shape
+    processors = torch.cuda.get_device_properties(q.device).multi_processor_count
+    tiles = batch * math.ceil(tokens / _QUERY_TILES[head_size]) if head_size in _QUERY_TILES else 0
+    for share, splits in head_shares(tiles, heads, processors):
+        parts = (each[:, :, share] for each in (q, k, v))
+        torch.ops.fa3_fwd.fwd(*parts, out=out[:, :, share], num_splits=splits)
+    return out
+
+
+def flash_attention_4(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention by `flash-attn-4`, for Hopper and Blackwell."""
+    out: Tensor = _flash_attention_4(q, k, v, return_lse=False)[0]
+    return out
+
+
+def flash_attention_4_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """The same with the log-sum-exp."""
+    result: tuple[Tensor, Tensor] = _flash_attention_4(q, k, v, return_lse=True)
+    return result
+
+
+def _flash_attention_4(q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool) -> Any:
+    # An optional package for GPUs.
+    from flash_attn.cute import flash_attn_func
+
+    # Returns both in any case; the second is None unless asked for.
+    return flash_attn_func(q, k, v, return_lse=return_lse)
+
+
+def head_shares(tiles: int, heads: int, processors: int) -> list[tuple[slice, int]]:
+    """The heads of each call, and the number of parts that its keys are split into.
+
+    A head has `tiles` tiles of queries, and all processors compute one tile each at a time. Where the last turn would
+    leave most of them idle, the heads of its tiles get a call of their own, which splits the keys.
+    """
+    everything = [(slice(0, heads), 1)]
+    full = processors * (tiles * heads // processors) // tiles if tiles else heads
+    rest = heads - full
+    if not 0 < full < heads:
+        return everything
+
+    def turns(splits: int) -> float:
+        return math.ceil(tiles * rest * splits / processors) / splits
+
+    splits = min(range(2, _MOST_SPLITS + 1), key=lambda each: turns(each) + _TURNS_A_SPLIT * each)
+    before, after = math.ceil(tiles * heads / processors), math.ceil(tiles * full / processors) + turns(splits)
+    if after > (1 - _LEAST_GAIN) * before:
+        return everything
+    return [(slice(0, full), 1), (slice(full, heads), splits)]

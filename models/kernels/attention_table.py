@@ -1,0 +1,67 @@
+"""The attention backend of each GPU and shape: a committed table, so that workers of one kind agree bit for bit.
+
+tests/bench/attention.py measures it. `work` is batch x heads x tokens, of queries or keys, whichever are fewer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from models.kernels.packages import ATTENTION_PACKAGES, AttentionBackend, AttentionChoice, Capability, PackageName
+
+_LARGEST_HEAD = 128
+
+
+class Row(NamedTuple):
+    """A backend, and the smallest work at which it is taken."""
+
+    backend: AttentionBackend
+    least_work: int = 0
+
+
+# Measured on an H100 at head size 128 in bfloat16, FlashAttention-3 against cuDNN in TFLOP/s: 24 x 4,608 and 24 x 4,296
+# (683 and 633 against 622 and 540), 12 x 4,608 and 12 x 4,296 (569 and 534 against 543 and 453), 12 x 32,760 and
+# 6 x 32,760 (669 and 685 against 572 and 566). At 24 x 1,536 FlashAttention-3 is slower (201 against 409).
+_HOPPER = (Row("flash_attn_3", 45_000), Row("cudnn"))
+
+# Not measured: PyTorch has no other kernels for these GPUs than FlashAttention-2 of an earlier version.
+_AMPERE_AND_ADA = (Row("flash_attn_2"),)
+
+# Not measured: FlashAttention-4 is written for these GPUs.
+_BLACKWELL = (Row("flash_attn_4"),)
+
+TABLE: dict[Capability, tuple[Row, ...]] = {
+    (8, 0): _AMPERE_AND_ADA,
+    (8, 6): _AMPERE_AND_ADA,
+    (8, 9): _AMPERE_AND_ADA,
+    (9, 0): _HOPPER,
+    (10, 0): _BLACKWELL,
+    (10, 3): _BLACKWELL,
+}
+"""Rows by compute capability; the first one that applies is taken."""
+
+
+def choose_backend(
+    capability: Capability,
+    dtype: torch.dtype,
+    work: int,
+    head_size: int,
+    is_usable: Callable[[PackageName], bool],
+    choice: AttentionChoice = "auto",
+) -> AttentionBackend:
+    """The backend of attention without a mask; "sdpa" leaves the choice to PyTorch.
+
+    A backend that a setting names takes the place of the table. Both are for bfloat16 and heads of 8 to 128 channels.
+    """
+    if dtype != torch.bfloat16 or head_size % 8 or head_size > _LARGEST_HEAD:
+        return "sdpa"
+    if choice != "auto":
+        return choice
+    for backend, least_work in TABLE.get(capability, ()):
+        package = ATTENTION_PACKAGES.get(backend)
+        if work >= least_work and (package is None or is_usable(package)):
+            return backend
+    return "sdpa"

@@ -1,0 +1,250 @@
+"""Imports every optional kernel package once and runs it on a tiny input, when a GPU worker starts.
+
+A package that is installed and broken would otherwise fail the first request. Its absence is no fault and no warning.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import logging
+import textwrap
+import threading
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import gelu, linear, scaled_dot_product_attention
+
+from common.errors import FailedPrecondition
+from models.kernels import attention_backends as backends
+from models.kernels.attention_table import TABLE
+from models.kernels.packages import (
+    ATTENTION_PACKAGES,
+    PACKAGES,
+    Capability,
+    KernelChoice,
+    KernelPackage,
+    Outcome,
+    PackageName,
+    record,
+)
+
+_log = logging.getLogger(__name__)
+
+_MOST_LETTERS = 200
+"""Characters of a package's error that are logged and announced."""
+
+_TOLERANCE = 3e-2
+"""Largest difference from float32 of a result in bfloat16 of magnitude 1 to 4."""
+
+_TRYING = threading.Lock()
+
+
+class _Latest:
+    """Device and choice of the latest trials: the services of one process share them."""
+
+    key: tuple[torch.device, KernelChoice] | None = None
+
+
+def try_packages(device: torch.device, choice: KernelChoice | None = None) -> None:
+    """Try the packages that a process may use on a device, and record the outcomes. On a CPU nothing is tried.
+
+    Raises FailedPrecondition for a package that a setting names and that is absent, broken or not for the device, and
+    for a package whose failure leaves the device unusable.
+    """
+    choice = choice or KernelChoice()
+    if device.type != "cuda":
+        if choice.required or choice.attention == "cudnn":
+            named = choice.setting_of(choice.required[0]) if choice.required else "attention_backend: cudnn"
+            raise FailedPrecondition(f"{named} needs a GPU, and the device is {device}; leave the setting out")
+        return
+    with _TRYING:
+        if _Latest.key == (device, choice):
+            return
+        with torch.cuda.device(device):
+            if choice.attention == "cudnn":
+                _require_cudnn(device)
+            record(choice, outcomes_on(device, torch.cuda.get_device_capability(device), choice))
+        _Latest.key = (device, choice)
+
+
+def outcomes_on(device: torch.device, capability: Capability, choice: KernelChoice) -> list[Outcome]:
+    """Outcomes of the packages that the choice allows on GPUs of the capability. Raises as try_packages()."""
+    found = []
+    for package in _wanted(capability, choice):
+        required = package.name in choice.required
+        if required and not package.is_for(capability):
+            message = f"{choice.setting_of(package.name)} is not for compute capability {_dotted(capability)}"
+            raise FailedPrecondition(f"{message}; it is for {', '.join(map(_dotted, package.capabilities))}")
+        outcome = try_package(package, device)
+        if required and (outcome is None or outcome.error):
+            error = "is not installed" if outcome is None else f"{outcome.version} is broken: {outcome.error}"
+            message = f"{choice.setting_of(package.name)} is not usable here, {package.name} {error}"
+            raise FailedPrecondition(f"{message}; install a working one, or use auto")
+        if outcome is not None:
+            found.append(outcome)
+    return found
+
+
+def try_package(package: KernelPackage, device: torch.device) -> Outcome | None:
+    """Import a package and run it on a tiny input; None where it is not installed. A failure is logged."""
+    try:
+        version = importlib.metadata.version(package.name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    try:
+        importlib.import_module(package.module)
+        for result, expected in _TRIALS[package.name](device):
+            _compare(result, expected)
+    except Exception as error:  # noqa: BLE001  (code of others: any exception means that the package is unusable)
+        text = textwrap.shorten(f"{type(error).__name__}: {error}", _MOST_LETTERS, placeholder=" ...")
+        _log.warning(
+            "kernel package is unusable: package=%s version=%s fallback=%r error=%r",
+            package.name,
+            version,
+            package.replacement,
+            text,
+        )
+        _check_device(device, package)
+        return Outcome(package, version, text)
+    return Outcome(package, version)
+
+
+def _require_cudnn(device: torch.device) -> None:
+    q = _random(device, 1, 2, 128, 128)
+    try:
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            result = scaled_dot_product_attention(q, q, q)
+        wide = q.float()
+        _compare(result, scaled_dot_product_attention(wide, wide, wide))
+    except (RuntimeError, ArithmeticError) as error:
+        raise FailedPrecondition(
+            f"attention_backend: cudnn does not work on {device}: {error}; use auto", field="attention_backend"
+        ) from error
+
+
+def _wanted(capability: Capability, choice: KernelChoice) -> Iterator[KernelPackage]:
+    """Packages that may be used: required ones, and with auto those that layers or the attention table name."""
+    rows = TABLE.get(capability, ()) if choice.attention == "auto" else ()
+    in_table = {ATTENTION_PACKAGES.get(row.backend) for row in rows}
+    for package in PACKAGES:
+        is_used = package.name in in_table if package.name in ATTENTION_PACKAGES.values() else True
+        if package.name in choice.required or ("auto" in choice.packages and is_used and package.is_for(capability)):
+            yield package
+
+
+def _dotted(capability: Capability) -> str:
+    return ".".join(map(str, capability))
+
+
+def _compare(result: Tensor, expected: Tensor) -> None:
+    """Raise ArithmeticError where a result is not the expected one. Waits for the device."""
+    error = float((result.float() - expected.float()).abs().max())
+    # Not a number is not smaller than anything.
+    if not error < _TOLERANCE:
+        raise ArithmeticError(f"a wrong result, off by {error:g}")
+
+
+def _check_device(device: torch.device, package: KernelPackage) -> None:
+    """Refuse to go on with a device on which nothing runs any more, as after an illegal memory access."""
+    try:
+        torch.zeros(1, device=device).add_(1).item()
+    except RuntimeError as error:
+        raise FailedPrecondition(
+            f"kernels: {package.name} left {device} unusable; uninstall it, or name the packages to use in kernels"
+        ) from error
+
+
+_Results = Iterator[tuple[Tensor, Tensor]]
+"""Pairs of a result and its expected value."""
+
+
+def _random(device: torch.device, *shape: int) -> Tensor:
+    """Numbers between -1 and 1 in bfloat16, the same in each process, from no generator of the process."""
+    numbers = torch.arange(float(torch.Size(shape).numel()), device=device).mul_(0.7).sin_()
+    return numbers.view(shape).to(torch.bfloat16)
+
+
+def _try_triton(device: torch.device) -> _Results:
+    # An optional package for GPUs.
+    from models.layers import triton_kernels
+
+    x = _random(device, 1, 2, 64)
+    out = torch.empty_like(x)
+    triton_kernels.write_gelu(x, out)
+    yield out, gelu(x.float(), approximate="tanh")
+
+
+def _products(device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x (128, 64), weight (192, 64) and bias (192,) of a GEMM, and its empty result."""
+    x, weight, bias = _random(device, 128, 64), _random(device, 192, 64) / 8, _random(device, 192)
+    return x, weight, bias, torch.empty(128, 192, dtype=x.dtype, device=device)
+
+
+def _try_nvmath(device: torch.device) -> _Results:
+    # An optional package for GPUs.
+    from models.layers import cublas_lt
+
+    x, weight, bias, out = _products(device)
+    cublas_lt.linear_into(x, weight, bias, out, gelu=True)
+    yield out, gelu(linear(x.float(), weight.float(), bias.float()), approximate="tanh")
+
+
+def _try_quack(device: torch.device) -> _Results:
+    # An optional package for GPUs, which takes seconds to import.
+    from models.layers import quack_kernels
+
+    x, weight, bias, out = _products(device)
+    quack_kernels.gelu_into(x, weight, bias, out)
+    yield out, gelu(linear(x.float(), weight.float(), bias.float()), approximate="tanh")
+
+
+def _try_cuda_bindings(device: torch.device) -> _Results:
+    # Needs torch with CUDA.
+    from models.layers.peer_memory import Streams
+
+    streams = Streams(device)
+    source, copy = _random(device, 2, 16), torch.zeros(2, 16, dtype=torch.bfloat16, device=device)
+    flag = torch.zeros(1, dtype=torch.int32, device=device)
+    streams.write_flag(streams.current, flag.data_ptr(), 1)
+    streams.await_flag(streams.current, flag.data_ptr())
+    streams.copy_rows(streams.current, copy.data_ptr(), source.data_ptr(), 32, 32, 2)
+    yield copy, source
+    yield flag, torch.ones_like(flag)
+
+
+def _try_attention(
+    plain: Callable[[Tensor, Tensor, Tensor], Tensor],
+    with_lse: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
+) -> Callable[[torch.device], _Results]:
+    """A trial of an attention backend, in both of its forms."""
+
+    def run(device: torch.device) -> _Results:
+        q, k, v = (_random(device, 1, tokens, 2, 128) for tokens in (128, 192, 192))
+        wide_q, wide_k, wide_v = (each.float().transpose(1, 2) for each in (q, k, v))
+        expected = scaled_dot_product_attention(wide_q, wide_k, wide_v).transpose(1, 2)
+        yield plain(q, k, v), expected
+        out, lse = with_lse(q, k, v)
+        yield out, expected
+        yield lse, (wide_q @ wide_k.transpose(2, 3) / 128**0.5).logsumexp(-1)
+
+    return run
+
+
+def _try_flash_attention_3(device: torch.device) -> _Results:
+    yield from _try_attention(backends.flash_attention_3, backends.flash_attention_3_with_lse)(device)
+    q, k, v = (_random(device, 1, 128, 2, 128) for _ in range(3))
+    yield backends.flash_attention_3_into(q, k, v, torch.empty_like(q)), backends.flash_attention_3(q, k, v)
+
+
+_TRIALS: Mapping[PackageName, Callable[[torch.device], _Results]] = {
+    "triton": _try_triton,
+    "nvmath-python": _try_nvmath,
+    "quack-kernels": _try_quack,
+    "cuda-bindings": _try_cuda_bindings,
+    "fa3-fwd": _try_flash_attention_3,
+    "flash-attn-4": _try_attention(backends.flash_attention_4, backends.flash_attention_4_with_lse),
+    "flash-attn": _try_attention(backends.flash_attention_2, backends.flash_attention_2_with_lse),
+}

@@ -1,0 +1,49 @@
+"""The ranks of a worker group compare the facts that decide the bytes of a result, before any of them loads weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from common.errors import FailedPrecondition
+from models.kernels.packages import kernel_facts
+from models.loader import numerics_fingerprint
+from services.denoising.messages import Kind, Link
+from services.denoising.settings import DenoisingSettings
+from services.worker_settings import dtype_of
+
+_MOST_NAMED = 4
+"""Facts of each rank that an error names."""
+
+
+def facts_of(settings: DenoisingSettings, device: torch.device) -> list[str]:
+    """Facts of this rank, once its kernel packages have been tried: packages, torch, device, numerics fingerprint."""
+    dtype = dtype_of(settings.dtype, device)
+    fingerprint = numerics_fingerprint(device, dtype, settings.degrees, settings.approximation)
+    if device.type != "cuda":
+        return [f"torch {torch.__version__}", f"numerics {fingerprint}"]
+    name = torch.cuda.get_device_name(device)
+    return [*kernel_facts(), f"torch {torch.__version__}", f"device {name}", f"numerics {fingerprint}"]
+
+
+def compare_facts(links: Sequence[Link], facts: Sequence[str], seconds: float) -> None:
+    """Exchange facts with every peer; all ranks call it. Raises FailedPrecondition where they differ.
+
+    Raises OutOfStep when a peer ends, or does not send its facts in time.
+    """
+    for link in links:
+        link.send(Kind.FACTS, "\n".join(facts).encode())
+    for link in links:
+        _, payload = link.receive(Kind.FACTS, seconds=seconds)
+        theirs = payload.decode(errors="backslashreplace").split("\n")
+        if theirs != list(facts):
+            raise FailedPrecondition(
+                f"ranks: rank {link.peer} has {_without(theirs, facts)} and this rank has {_without(facts, theirs)}; "
+                "use equal GPUs, packages and releases on all hosts, or name the kernel packages to use in kernels"
+            )
+
+
+def _without(facts: Sequence[str], others: Sequence[str]) -> str:
+    """Facts that the others lack, in one line."""
+    return ", ".join([fact for fact in facts if fact not in others][:_MOST_NAMED]) or "nothing else"

@@ -1,0 +1,35 @@
+"""A coordinator reports the kernel packages of a service's workers, each outcome once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from coordinator_fleet import FakeFleet, run_on_fleet
+from fleet.v1 import generation_pb2 as pb
+from fleet.v1 import worker_pb2
+from redis_servers import running_server
+
+
+@pytest.fixture
+def url() -> Iterator[str]:
+    with running_server("valkey") as server:
+        yield server.url
+
+
+def test_outcomes_of_all_workers_are_listed_once(url: str) -> None:
+    works = worker_pb2.KernelPackage(name="triton", version="3.6.0")
+    broken = worker_pb2.KernelPackage(name="fa3-fwd", version="0.0.3", error="OSError: a", replacement="cuDNN")
+
+    async def story(running: FakeFleet) -> None:
+        _, stub = await running.add_coordinator()
+        for kernels in ([works], [works, broken]):
+            worker = await running.add_worker("denoising")
+            worker.info.kernels.extend(kernels)
+            await worker.registry.announce(worker.info)
+        (model,) = (await stub.ListModels(pb.ListModelsRequest())).models
+        found = {each.service: list(each.kernels) for each in model.services if each.kernels}
+        assert found == {"denoising": [broken, works]}
+
+    run_on_fleet(url, story)

@@ -1,0 +1,162 @@
+"""The table of attention backends, and the adapters of packages against modules with their documented signatures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
+
+import pytest
+import torch
+from torch import Tensor
+
+from fake_kernel_packages import FLASH_ATTN_2, FLASH_ATTN_4, install
+from kernel_modules import forgotten
+from models.kernels.attention_table import choose_backend
+from models.kernels.packages import (
+    ATTENTION_PACKAGES,
+    PACKAGES,
+    AttentionBackend,
+    AttentionChoice,
+    Capability,
+    KernelChoice,
+    Outcome,
+    record,
+)
+from models.layers import attention as entry
+from models.layers.usp_attention import merge
+
+HOPPER = (9, 0)
+LARGE = 24 * 4608
+
+
+@pytest.fixture
+def backend(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[AttentionBackend]:
+    """A backend that the entry point takes for everything, by a package that is installed for the test."""
+    name: AttentionBackend = request.param
+    module, source = {"flash_attn_2": ("flash_attn", FLASH_ATTN_2), "flash_attn_4": ("flash_attn.cute", FLASH_ATTN_4)}[
+        name
+    ]
+    install(tmp_path, ATTENTION_PACKAGES[name], "1", module, source)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(entry, "_backend_for", lambda *_: name)
+    with forgotten("flash_attn"):
+        yield name
+
+
+def random(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=torch.bfloat16)
+
+
+def expected_of(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Results (B, L, H, K) and log-sum-exp (B, L, H), in float32."""
+    scores = torch.einsum("bqhd,bkhd->bhqk", q.float(), k.float()) * q.shape[-1] ** -0.5
+    return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v.float()), scores.logsumexp(-1).transpose(1, 2)
+
+
+BOTH = pytest.mark.parametrize("backend", ["flash_attn_2", "flash_attn_4"], indirect=True)
+
+
+@BOTH
+@pytest.mark.usefixtures("backend")
+def test_an_adapter_attends() -> None:
+    q, keys_and_values = random(2, 5, 3, 16), random(2, 7, 6, 16)
+    k, v = keys_and_values.chunk(2, dim=2)
+    expected, _ = expected_of(q, k, v)
+    torch.testing.assert_close(entry.attention(q, k, v).float(), expected, rtol=1e-2, atol=1e-2)
+    wide = torch.zeros(2, 5, 6, 16, dtype=torch.bfloat16)
+    entry.attention(q, k, v, out=wide[:, :, 3:])
+    torch.testing.assert_close(wide[:, :, 3:].float(), expected, rtol=1e-2, atol=1e-2)
+    assert not wide[:, :, :3].any()
+
+
+@BOTH
+@pytest.mark.usefixtures("backend")
+def test_an_adapter_returns_the_log_sum_exp_that_a_ring_merges() -> None:
+    q, k, v = random(2, 5, 3, 16), random(2, 8, 3, 16), random(2, 8, 3, 16)
+    expected, lse = expected_of(q, k, v)
+    one, other = (entry.attention_with_lse(q, k[:, rows], v[:, rows]) for rows in (slice(0, 3), slice(3, None)))
+    assert all(part[1].shape == (2, 5, 3) and part[1].dtype == torch.float32 for part in (one, other))
+    out, merged = merge(one, other, torch.float32)
+    torch.testing.assert_close(out, expected, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(merged, lse, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("choice", "broken", "compiling", "expected"),
+    [
+        ("auto", "", False, "flash_attn_3"),
+        ("auto", "E", False, "cudnn"),
+        ("flash_attn_4", "", False, "flash_attn_4"),
+        ("flash_attn_4", "", True, "sdpa"),
+        ("cudnn", "", False, "cudnn"),
+    ],
+)
+def test_the_entry_point_asks_table_outcomes_and_setting(
+    monkeypatch: pytest.MonkeyPatch, choice: AttentionChoice, broken: str, compiling: bool, expected: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: HOPPER)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+    q = cast(Tensor, SimpleNamespace(is_cuda=True, shape=(1, 4608, 24, 128), dtype=torch.bfloat16, device="cuda:0"))
+    (package,) = (each for each in PACKAGES if each.name == "fa3-fwd")
+    with forgotten():
+        record(KernelChoice(attention=choice), [Outcome(package, "1", broken)])
+        assert entry._backend_for(q, q, None) == expected
+        assert entry._backend_for(q, q, torch.ones(1)) == "sdpa"
+
+
+def only(*names: str) -> Callable[[str], bool]:
+    return lambda name: name in names
+
+
+@pytest.mark.parametrize(
+    ("work", "package", "expected"),
+    [
+        (24 * 4608, "fa3-fwd", "flash_attn_3"),
+        (24 * 4296, "fa3-fwd", "flash_attn_3"),
+        (6 * 32760, "fa3-fwd", "flash_attn_3"),
+        (12 * 4608, "fa3-fwd", "flash_attn_3"),
+        (12 * 4296, "fa3-fwd", "flash_attn_3"),
+        (24 * 1536, "fa3-fwd", "cudnn"),
+        (24 * 4608, "flash-attn-4", "cudnn"),
+        (24 * 4608, "", "cudnn"),
+    ],
+)
+def test_the_table_names_the_fastest_backend_on_hopper(work: int, package: str, expected: str) -> None:
+    assert choose_backend(HOPPER, torch.bfloat16, work, 128, only(package)) == expected
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9)])
+def test_ampere_and_ada_prefer_flash_attn_where_it_is_installed(capability: Capability) -> None:
+    assert choose_backend(capability, torch.bfloat16, 1, 128, only("flash-attn")) == "flash_attn_2"
+    assert choose_backend(capability, torch.bfloat16, LARGE, 64, only("flash-attn")) == "flash_attn_2"
+    assert choose_backend(capability, torch.bfloat16, LARGE, 128, only("fa3-fwd", "flash-attn-4")) == "sdpa"
+
+
+@pytest.mark.parametrize("capability", [(10, 0), (10, 3)])
+def test_blackwell_prefers_flash_attn_4(capability: Capability) -> None:
+    assert choose_backend(capability, torch.bfloat16, LARGE, 128, only("flash-attn-4")) == "flash_attn_4"
+    assert choose_backend(capability, torch.bfloat16, LARGE, 128, only("fa3-fwd", "flash-attn")) == "sdpa"
+
+
+@pytest.mark.parametrize("choice", ["sdpa", "cudnn", "flash_attn_2", "flash_attn_3", "flash_attn_4"])
+def test_a_setting_takes_the_place_of_the_table(choice: AttentionChoice) -> None:
+    assert choose_backend(HOPPER, torch.bfloat16, 1, 128, only("fa3-fwd"), choice) == choice
+    assert choose_backend((7, 5), torch.bfloat16, LARGE, 128, only(), choice) == choice
+    assert choose_backend(HOPPER, torch.float32, LARGE, 128, only("fa3-fwd"), choice) == "sdpa"
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "head_size"),
+    [
+        ((7, 5), torch.bfloat16, 128),
+        ((9, 0), torch.float32, 128),
+        ((9, 0), torch.bfloat16, 256),
+        ((9, 0), torch.bfloat16, 12),
+    ],
+)
+def test_what_no_row_is_for_is_left_to_torch(capability: Capability, dtype: torch.dtype, head_size: int) -> None:
+    assert choose_backend(capability, dtype, 10**6, head_size, lambda _: True) == "sdpa"

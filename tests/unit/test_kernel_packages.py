@@ -1,0 +1,411 @@
+"""Optional kernel packages: tried once at a GPU worker's start; broken ones are named, replaced, or refused."""
+
+from __future__ import annotations
+
+import importlib
+import socket
+import threading
+import tomllib
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+from packaging.requirements import Requirement
+from torch import Tensor
+
+from common.errors import FailedPrecondition, FleetError, InvalidInput
+from fake_kernel_packages import FLASH_ATTN_2, FLASH_ATTN_3, FLASH_ATTN_4, LAUNCH_FAILS, WRONG_RESULTS, install
+from kernel_modules import forgotten
+from models.kernels import trials
+from models.kernels.packages import PACKAGES, Capability, KernelChoice, Outcome, PackageName, is_usable, record
+from models.kernels.trials import outcomes_on, try_package, try_packages
+from models.layers import backend, cublas_lt, fused_products, mesh
+from models.loader import numerics_fingerprint
+from services import worker
+from services.decoding.__main__ import main as decoding
+from services.denoising import rank
+from services.denoising.facts import compare_facts
+from services.denoising.messages import Link
+from services.denoising.rank import FollowingRank, LeadingRank
+from services.worker_server import kernel_messages
+from services.worker_settings import WorkerSettings
+
+ROOT = Path(__file__).resolve().parents[2]
+CPU = torch.device("cpu")
+AMPERE, HOPPER, BLACKWELL = (8, 0), (9, 0), (10, 0)
+BY_NAME = {package.name: package for package in PACKAGES}
+FLASH_ATTN = BY_NAME["flash-attn"]
+
+BROKEN = {
+    "import": ("raise ImportError('undefined symbol: _ZN3c10')", "ImportError: undefined symbol"),
+    "library": ("raise OSError('libcudart.so.12: cannot open shared object file')", "OSError: libcudart.so.12"),
+    "launch": (LAUNCH_FAILS, "RuntimeError: CUDA error: no kernel image"),
+    "signature": ("def flash_attn_func(q, k): return q", "TypeError: flash_attn_func() takes 2"),
+    "result": (WRONG_RESULTS, "ArithmeticError: a wrong result, off by"),
+}
+
+Install = Callable[[str], None]
+
+
+@pytest.fixture
+def flash_attn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
+    """Installs a flash-attn 2 with a source."""
+    monkeypatch.syspath_prepend(tmp_path)
+    with forgotten("flash_attn"):
+        yield lambda source: install(tmp_path, "flash-attn", "2.8.3", "flash_attn", source)
+
+
+def attention_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out the packages that really are installed here and need a GPU."""
+    packages = tuple(each for each in PACKAGES if each.module.startswith(("fa3", "flash")))
+    monkeypatch.setattr(trials, "PACKAGES", packages)
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_broken_package_is_named_with_its_fallback(
+    flash_attn: Install, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    source, expected = BROKEN[kind]
+    flash_attn(source)
+    outcome = try_package(FLASH_ATTN, CPU)
+    assert outcome is not None
+    assert expected in outcome.error
+    (line,) = caplog.messages
+    assert line.startswith("kernel package is unusable: package=flash-attn version=2.8.3")
+    assert "fallback='cuDNN or PyTorch attention'" in line
+    assert expected in line
+    record(KernelChoice(), [outcome])
+    assert not is_usable("flash-attn")
+
+
+def test_a_good_package_is_used_without_a_word(flash_attn: Install, caplog: pytest.LogCaptureFixture) -> None:
+    flash_attn(FLASH_ATTN_2)
+    outcome = try_package(FLASH_ATTN, CPU)
+    assert outcome == Outcome(FLASH_ATTN, "2.8.3")
+    record(KernelChoice(), [outcome])
+    assert is_usable("flash-attn")
+    assert not is_usable("fa3-fwd")
+    assert not caplog.messages
+
+
+def test_an_absent_package_is_no_fault(caplog: pytest.LogCaptureFixture) -> None:
+    assert try_package(FLASH_ATTN, CPU) is None
+    assert not caplog.messages
+
+
+def test_flash_attn_4_alone_is_no_flash_attn_2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both are below flash_attn."""
+    monkeypatch.syspath_prepend(tmp_path)
+    install(tmp_path, "flash-attn-4", "4.0.0b36", "flash_attn.cute", FLASH_ATTN_4)
+    with forgotten("flash_attn"):
+        assert try_package(BY_NAME["flash-attn-4"], CPU) == Outcome(BY_NAME["flash-attn-4"], "4.0.0b36")
+        assert try_package(FLASH_ATTN, CPU) is None
+
+
+def test_triton_passes_its_trial_here() -> None:
+    """Its kernels are interpreted, as in the other tests."""
+    outcome = try_package(BY_NAME["triton"], CPU)
+    assert outcome is not None
+    assert not outcome.error
+
+
+@pytest.mark.parametrize("name", ["quack-kernels", "cuda-bindings"])
+def test_other_packages_of_this_environment_fail_theirs_without_a_gpu(name: PackageName) -> None:
+    outcome = try_package(BY_NAME[name], CPU)
+    assert outcome is not None
+    assert outcome.error
+
+
+def test_flash_attn_3_passes_its_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    install(tmp_path, "fa3-fwd", "0.0.3", "fa3_fwd_interface", FLASH_ATTN_3)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=132), raising=True
+    )
+    with forgotten("fa3_fwd_interface"):
+        attend = importlib.import_module("fa3_fwd_interface").flash_attn_func
+
+        def forward(q: Tensor, k: Tensor, v: Tensor, *, out: Tensor, num_splits: int) -> None:
+            assert num_splits == 1
+            out.copy_(attend(q, k, v))
+
+        monkeypatch.setattr(torch.ops, "fa3_fwd", SimpleNamespace(fwd=forward), raising=False)
+        outcome = try_package(BY_NAME["fa3-fwd"], CPU)
+        assert outcome is not None
+        assert not outcome.error
+
+
+def test_a_failure_that_breaks_the_device_ends_the_start(flash_attn: Install, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> Tensor:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    flash_attn(LAUNCH_FAILS)
+    monkeypatch.setattr(torch, "zeros", fail)
+    with pytest.raises(FailedPrecondition, match="kernels: flash-attn left cpu unusable; uninstall it"):
+        try_package(FLASH_ATTN, CPU)
+
+
+@pytest.mark.parametrize(
+    ("capability", "choice", "tried"),
+    [
+        (HOPPER, KernelChoice(), ["triton", "nvmath-python", "quack-kernels", "cuda-bindings", "fa3-fwd"]),
+        (AMPERE, KernelChoice(), ["triton", "nvmath-python", "cuda-bindings", "flash-attn"]),
+        (BLACKWELL, KernelChoice(), ["triton", "nvmath-python", "cuda-bindings", "flash-attn-4"]),
+        (HOPPER, KernelChoice(("none",)), []),
+        (HOPPER, KernelChoice(("none",), "flash_attn_4"), ["flash-attn-4"]),
+        (HOPPER, KernelChoice(("quack-kernels",)), ["quack-kernels"]),
+        (AMPERE, KernelChoice(attention="sdpa"), ["triton", "nvmath-python", "cuda-bindings"]),
+        (HOPPER, KernelChoice(("auto", "flash-attn")), ["triton", "nvmath-python", "quack-kernels", "cuda-bindings",
+                                                        "fa3-fwd", "flash-attn"]),
+    ],
+)  # fmt: skip
+def test_only_what_may_be_used_is_tried(
+    monkeypatch: pytest.MonkeyPatch, capability: Capability, choice: KernelChoice, tried: list[str]
+) -> None:
+    monkeypatch.setattr(trials, "try_package", lambda package, _: Outcome(package, "1"))
+    assert [each.package.name for each in outcomes_on(CPU, capability, choice)] == tried
+
+
+@pytest.mark.parametrize(
+    ("source", "capability", "choice", "words"),
+    [
+        (
+            LAUNCH_FAILS,
+            AMPERE,
+            KernelChoice(("flash-attn",)),
+            "kernels: flash-attn is not usable .* 2.8.3 is broken: RuntimeError",
+        ),
+        (
+            LAUNCH_FAILS,
+            AMPERE,
+            KernelChoice(attention="flash_attn_2"),
+            "attention_backend: flash_attn_2 is not usable here, .* RuntimeErr",
+        ),
+        (
+            "",
+            HOPPER,
+            KernelChoice(("auto", "fa3-fwd")),
+            "kernels: fa3-fwd is not usable here, fa3-fwd is not installed; install",
+        ),
+        ("", AMPERE, KernelChoice(attention="flash_attn_3"), "flash_attn_3 is not for compute capability 8.0; .* 9.0"),
+    ],
+)
+def test_a_named_package_must_work(
+    flash_attn: Install,
+    monkeypatch: pytest.MonkeyPatch,
+    source: str,
+    capability: Capability,
+    choice: KernelChoice,
+    words: str,
+) -> None:
+    attention_only(monkeypatch)
+    flash_attn(source)
+    with pytest.raises(FailedPrecondition, match=words):
+        outcomes_on(CPU, capability, choice)
+
+
+def test_choices_that_contradict_each_other_are_refused() -> None:
+    with pytest.raises(InvalidInput, match="kernels: none,triton is not one choice"):
+        KernelChoice(("none", "triton"))
+
+
+FLAGS = ("--model", "emoji", "--redis", "unix:///x", "--device", "cpu")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--kernels", "flash-attn"), "kernels: flash-attn needs a GPU, and the device is cpu"),
+        (("--attention-backend", "cudnn"), "attention_backend: cudnn needs a GPU, and the device is cpu"),
+        (("--kernels", "none", "--kernels", "triton"), "kernels: none,triton is not one choice"),
+        (("--kernels", "cutlass"), "--kernels must be one of auto, none, triton,"),
+    ],
+)
+def test_a_wrong_setting_is_a_line_and_exit_code_2(
+    capsys: pytest.CaptureFixture[str], flags: tuple[str, ...], words: str
+) -> None:
+    assert decoding([*FLAGS, *flags]) == 2
+    assert f"fleet serve decoding: {words}" in capsys.readouterr().err
+
+
+def test_a_named_broken_package_ends_the_service_with_exit_code_2(
+    flash_attn: Install, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    attention_only(monkeypatch)
+    flash_attn(BROKEN["library"][0])
+    monkeypatch.setattr(worker, "try_packages", lambda device, choice: outcomes_on(device, AMPERE, choice))
+    assert decoding([*FLAGS, "--attention-backend", "flash_attn_2"]) == 2
+    assert "2.8.3 is broken: OSError: libcudart.so.12" in capsys.readouterr().err
+
+
+def test_on_a_cpu_nothing_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trials, "try_package", lambda *_: pytest.fail("a package was tried"))
+    with forgotten():
+        try_packages(CPU)
+        with pytest.raises(RuntimeError, match="have not been tried; call models"):
+            is_usable("triton")
+
+
+def test_a_gpu_is_tried_once_for_each_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[KernelChoice] = []
+    monkeypatch.setattr(trials._Latest, "key", None)
+
+    def outcomes(_: object, __: object, choice: KernelChoice) -> tuple[Outcome, ...]:
+        tried.append(choice)
+        return ()
+
+    monkeypatch.setattr(trials, "outcomes_on", outcomes)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: threading.Lock())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: HOPPER)
+    none = KernelChoice(("none",))
+    with forgotten():
+        for choice in (None, None, none, none):
+            try_packages(torch.device("cuda", 0), choice)
+        assert tried == [KernelChoice(), none]
+        assert not is_usable("triton")
+
+
+def fingerprint() -> str:
+    return numerics_fingerprint(torch.device("cuda", 0), torch.bfloat16)
+
+
+def test_outcomes_are_part_of_the_numerics_fingerprint(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "H100")
+    quack = BY_NAME["quack-kernels"]
+    with forgotten():
+        found = []
+        for choice, outcomes in (
+            (KernelChoice(), []),
+            (KernelChoice(attention="cudnn"), []),
+            (KernelChoice(), [Outcome(quack, "0.6.5")]),
+            (KernelChoice(), [Outcome(quack, "0.6.6")]),
+            (KernelChoice(), [Outcome(quack, "0.6.5", "ImportError: a")]),
+        ):
+            record(choice, outcomes)
+            found.append(fingerprint())
+        assert len(set(found)) == len(found)
+        record(KernelChoice(), [Outcome(quack, "0.6.5", "ImportError: at 0x7f")])
+        assert fingerprint() == found[-1], "the text of an error may differ between processes"
+        record(KernelChoice(), None)
+        with pytest.raises(RuntimeError, match="have not been tried"):
+            fingerprint()
+
+
+def test_workers_announce_their_packages() -> None:
+    triton, quack = kernel_messages([Outcome(BY_NAME["triton"], "3.6.0"), Outcome(BY_NAME["quack-kernels"], "1", "E")])
+    assert (triton.name, triton.version, triton.error, triton.replacement) == ("triton", "3.6.0", "", "")
+    assert (quack.error, quack.replacement) == ("E", "cuBLASLt or PyTorch GEMM and separate passes")
+
+
+def test_layers_leave_unusable_packages_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_gpu = cast(Tensor, SimpleNamespace(is_cuda=True))
+    for module in (cublas_lt, fused_products):
+        monkeypatch.setattr(module, "can_load", lambda *_: True)
+    monkeypatch.setattr(fused_products, "_capability", lambda _: HOPPER)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda *_: True)
+    x = torch.zeros(2048, 16)
+
+    def uses() -> list[bool]:
+        return [
+            backend.kernels_for(on_gpu) is not None,
+            cublas_lt.can_multiply(x, x),
+            fused_products.can_fuse(x, x, x),
+            mesh._reach_each_other(torch.device("cuda", 0), 2),
+        ]
+
+    names: tuple[PackageName, ...] = ("triton", "nvmath-python", "quack-kernels", "cuda-bindings")
+    with forgotten():
+        record(KernelChoice(), [Outcome(BY_NAME[name], "1") for name in names])
+        assert uses() == [True] * 4
+        for name in names:
+            record(KernelChoice(), [Outcome(BY_NAME[each], "1", "E" if each == name else "") for each in names])
+            assert uses() == [each != name for each in names]
+
+
+def test_ranks_with_other_facts_end_the_group() -> None:
+    """Both ranks raise, and each names the difference."""
+    left, right = map(Link, (1, 0), socket.socketpair())
+    found: list[FleetError] = []
+
+    def follow() -> None:
+        try:
+            compare_facts([right], ["triton 3.6.0 in use", "quack-kernels 0.6.5 unusable"], 5.0)
+        except FleetError as error:
+            found.append(error)
+
+    thread = threading.Thread(target=follow)
+    thread.start()
+    words = "rank 1 has quack-kernels 0.6.5 unusable and this rank has quack-kernels 0.6.5 in use; use equal GPUs"
+    with pytest.raises(FailedPrecondition, match=words):
+        compare_facts([left], ["triton 3.6.0 in use", "quack-kernels 0.6.5 in use"], 5.0)
+    thread.join(5)
+    assert "rank 0 has quack-kernels 0.6.5 in use" in found[0].message
+    left.close()
+    right.close()
+
+
+def test_a_rank_compares_facts_before_it_connects_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    mine, theirs = map(Link, (1, 0), socket.socketpair())
+    monkeypatch.setattr(rank, "facts_of", lambda *_: ["a"])
+
+    def follow() -> None:
+        with suppress(FailedPrecondition):
+            compare_facts([theirs], ["b"], 5.0)
+
+    thread = threading.Thread(target=follow)
+    thread.start()
+    settings = SimpleNamespace(degrees=None, join_seconds=5.0)
+    leading = LeadingRank(cast(Any, None), cast(Any, None), cast(Any, settings), [mine], cast(Any, None))
+    with pytest.raises(FailedPrecondition, match="rank 1 has b and this rank has a"):
+        leading.make_mesh(CPU)
+    thread.join(5)
+    mine.close()
+    theirs.close()
+
+
+def test_a_follower_tries_its_packages_before_it_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    def tried(device: torch.device, choice: KernelChoice) -> None:
+        raise InvalidInput(f"{device} {choice.packages}")
+
+    monkeypatch.setattr(rank, "try_packages", tried)
+    choice = KernelChoice(("triton",))
+    settings = SimpleNamespace(degrees=None, device="cpu", threads=0, kernel_choice=choice)
+    liveness = SimpleNamespace(start=lambda **_: None)
+    follower = FollowingRank(cast(Any, None), cast(Any, None), cast(Any, settings), [], cast(Any, liveness))
+    with pytest.raises(InvalidInput, match="triton"):
+        follower.run(cast(Any, None))
+
+
+def test_a_contradiction_is_refused_before_anything_is_started(capsys: pytest.CaptureFixture[str]) -> None:
+    def run(*_: object) -> int:
+        raise AssertionError("something was started")
+
+    flags = [*FLAGS, "--kernels", "none", "--kernels", "auto"]
+    assert worker.run_service("decoding", WorkerSettings, run, flags) == 2
+    assert "none,auto is not one choice" in capsys.readouterr().err
+
+
+def _requirements() -> Iterator[tuple[str, Requirement]]:
+    """Every requirement of every extra."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for extra, requirements in project["optional-dependencies"].items():
+        for requirement in map(Requirement, requirements):
+            yield extra, requirement
+
+
+def test_every_kernel_package_is_declared_with_an_upper_bound() -> None:
+    declared = [(extra, each) for extra, each in _requirements() if each.name in BY_NAME]
+    assert {each.name for extra, each in declared if extra != "test"} == set(BY_NAME)
+    assert {extra for extra, each in declared if each.name == "flash-attn"} == {"flash-attn"}
+    unbounded = [str(each) for _, each in declared if not {"<", "==", "~="} & {one.operator for one in each.specifier}]
+    assert not unbounded
+
+
+def test_every_package_of_the_gpu_extras_is_tried() -> None:
+    assert {each.name for extra, each in _requirements() if extra in ("gpu", "flash-attn")} == set(BY_NAME)
+    assert set(trials._TRIALS) == set(BY_NAME)
