@@ -26,6 +26,11 @@
 --   fleet:reply:<name>             list   a reply that workers share: its checksum, then its frames
 --   fleet:replies, fleet:reply-sizes   zset, hash   names of these by when they expire; their bytes
 --   fleet:coordinator:<owner>      string present while that coordinator's heartbeat lasts; also its channel
+--   fleet:repairs                  hash   kind of damage -> how often an operation found and removed it
+--
+-- Keys may be missing, evicted, restored from an older copy or of another type. So no loop depends on two keys that
+-- agree: each iterates over what it has read, or at most as often as the key had entries. An entry whose partner is
+-- missing is removed and counted in fleet:repairs.
 --
 -- A coordinator's heartbeat is its lease on all requests that it owns. `epoch` is the fencing token: it grows when a
 -- request changes hands, and a write with another one is refused. Callers repeat an operation whose answer they have
@@ -35,17 +40,48 @@
 
 local P = 'fleet:'
 local TERMINAL = 3
-local time = redis.call('TIME')
+local MOST_DROPPED = 1000  -- entries of a queue that one operation removes; the next operation goes on
+local server = redis
+local time = server.call('TIME')
 local now = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
 local ops = {}
+
+-- Counts damage that was found and removed. The counter itself may be of another type.
+local function repaired(kind, count)
+  local reply = server.pcall('HINCRBY', P .. 'repairs', kind, count or 1)
+  if type(reply) == 'table' and reply.err and string.find(reply.err, 'WRONGTYPE', 1, true) then
+    server.call('DEL', P .. 'repairs')
+    server.call('HINCRBY', P .. 'repairs', kind, count or 1)
+  end
+end
+
+-- The call() of all operations. A key of another type than the command's holds nothing of the fleet's: it is deleted,
+-- and the command repeated. The one exception is the record of a request, which is an error that names the key.
+local redis = {}
+function redis.call(command, key, ...)
+  local reply = server.pcall(command, key, ...)
+  if type(reply) ~= 'table' or not reply.err then
+    return reply
+  end
+  if not string.find(reply.err, 'WRONGTYPE', 1, true) then
+    error(reply)
+  end
+  if string.find(key, P .. 'request:', 1, true) == 1 then
+    local found = server.call('TYPE', key)
+    error({ err = 'FLEETKEY ' .. key .. ' is a ' .. found.ok .. ', not the hash of a request; delete that key' })
+  end
+  server.call('DEL', key)
+  repaired('type')
+  return server.call(command, key, ...)
+end
 
 local function int(number)
   return string.format('%.0f', number)
 end
 
 local function is_open(id)
-  local state = redis.call('HGET', P .. 'request:' .. id, 'state')
-  return state and tonumber(state) < TERMINAL
+  local state = tonumber(redis.call('HGET', P .. 'request:' .. id, 'state'))
+  return state and state < TERMINAL
 end
 
 -- nil where the writer may write, else what keeps it from that.
@@ -77,13 +113,26 @@ local function extend(id, extra)
   end
 end
 
+-- A number above all that were given before, also where the counter was lost or restored from an older copy.
+local function next_number()
+  local number = redis.call('INCR', P .. 'sequence')
+  local newest = tonumber(redis.call('ZREVRANGE', P .. 'requests', 0, 0, 'WITHSCORES')[2])
+  if newest and newest >= number then
+    number = newest + 1
+    redis.call('SET', P .. 'sequence', int(number))
+    repaired('sequence')
+  end
+  return number
+end
+
 local function live_workers(place)
   redis.call('ZREMRANGEBYSCORE', P .. 'workers:' .. place, '-inf', int(now))
   local live = {}
   for _, id in ipairs(redis.call('ZRANGE', P .. 'workers:' .. place, 0, -1)) do
     local fields = redis.call('HMGET', P .. 'worker:' .. id, 'capacity', 'granted', 'info')
-    if fields[1] then
-      live[#live + 1] = { id = id, capacity = tonumber(fields[1]), granted = tonumber(fields[2]), info = fields[3] }
+    local capacity = tonumber(fields[1])
+    if capacity and fields[3] then
+      live[#live + 1] = { id = id, capacity = capacity, granted = tonumber(fields[2]) or 0, info = fields[3] }
     end
   end
   return live
@@ -93,8 +142,11 @@ end
 local function busy_slots(place)
   local busy, held, slots = {}, {}, redis.call('HGETALL', P .. 'slots:' .. place)
   for i = 1, #slots, 2 do
-    local worker, owner, cost, since = string.match(slots[i + 1], '^(.*)|(.*)|(.*)|(.*)$')
-    if redis.call('EXISTS', P .. 'worker:' .. worker) == 0
+    local worker, owner, cost, since = string.match(slots[i + 1], '^(.*)|(.*)|(%d+)|(%d+)$')
+    if not worker then
+      redis.call('HDEL', P .. 'slots:' .. place, slots[i])
+      repaired('slot')
+    elseif redis.call('EXISTS', P .. 'worker:' .. worker) == 0
       or redis.call('EXISTS', P .. 'coordinator:' .. owner) == 0 then
       redis.call('HDEL', P .. 'slots:' .. place, slots[i])
     else
@@ -115,16 +167,17 @@ local function forecast(place, caller, cost)
   end
   found.capacity = math.max(found.capacity, 1)
   local ms, of = string.match(redis.call('GET', P .. 'pace:' .. place) or '', '^(%S+) (%S+)$')
-  if not ms then
+  if not tonumber(ms) or (tonumber(of) or 0) <= 0 then
     return found
   end
   found.pace = tonumber(ms) / tonumber(of)
   local scale = found.pace / found.capacity
   local open = redis.call('HGETALL', P .. 'work:' .. place)
   for i = 1, #open, 2 do
-    found.queued = found.queued + tonumber(open[i + 1]) * scale
+    local work = tonumber(open[i + 1]) or 0
+    found.queued = found.queued + work * scale
     if open[i] == caller then
-      found.own = tonumber(open[i + 1]) * scale
+      found.own = work * scale
     else
       found.callers = found.callers + 1
     end
@@ -168,10 +221,10 @@ local function prune_index()
 end
 
 -- id, owner, idempotency key, record, submission, model, deadline or 0, most open requests, longest queue,
--- most ms of work, caller, most of theirs, n, n pairs of service and cost, events. Refusals tell the ms after which to
--- try again.
+-- most ms of work, caller, most of theirs, 1 where the store is full, n, n pairs of service and cost, events. Refusals
+-- tell the ms after which to try again. A full store still answers what it has admitted before.
 function ops.admit(id, owner, key, record, submission, model, deadline, max_open, queue_limit, max_work, caller,
-  max_theirs, count)
+  max_theirs, is_full, count)
   count = tonumber(count)
   local known = key ~= '' and redis.call('GET', P .. 'idempotency:' .. key)
   if known and redis.call('EXISTS', P .. 'request:' .. known) == 1 then
@@ -183,7 +236,10 @@ function ops.admit(id, owner, key, record, submission, model, deadline, max_open
   if tonumber(deadline) > 0 and tonumber(deadline) <= now then
     return { 'late', int(now) }
   end
-  local first, last = 15, 14 + 2 * count
+  if is_full == '1' then
+    return { 'memory' }
+  end
+  local first, last = 16, 15 + 2 * count
   local open = redis.call('SCARD', P .. 'open:' .. model)
   local busy, alone = overload(model, caller, first, last, open, tonumber(max_work))
   if open >= tonumber(max_open) then
@@ -209,7 +265,7 @@ function ops.admit(id, owner, key, record, submission, model, deadline, max_open
     redis.call('HSET', P .. 'request:' .. id, 'left:' .. ARGV[i], ARGV[i + 1])
     redis.call('HINCRBY', P .. 'work:' .. model .. '/' .. ARGV[i], caller, ARGV[i + 1])
   end
-  redis.call('ZADD', P .. 'requests', redis.call('INCR', P .. 'sequence'), id)
+  redis.call('ZADD', P .. 'requests', int(next_number()), id)
   redis.call('SADD', P .. 'open:' .. model, id)
   if caller ~= '' then
     redis.call('SADD', P .. 'open-by:' .. caller, id)
@@ -250,7 +306,7 @@ end
 local function settle(id, service)
   local key = P .. 'request:' .. id
   local fields = redis.call('HMGET', key, 'left:' .. service, 'model', 'caller')
-  if fields[1] then
+  if tonumber(fields[1]) and fields[2] and fields[3] then
     local work = P .. 'work:' .. fields[2] .. '/' .. service
     redis.call('HDEL', key, 'left:' .. service)
     if redis.call('HINCRBY', work, fields[3], -tonumber(fields[1])) <= 0 then
@@ -274,13 +330,13 @@ local function finish(id, token, state, extra, keep)
     redis.call('DEL', fields[4])
   end
   redis.call('HDEL', key, 'submission', 'deaths', 'point', 'told')
-  redis.call('SREM', P .. 'open:' .. fields[1], id)
+  redis.call('SREM', P .. 'open:' .. (fields[1] or ''), id)
   if fields[3] and fields[3] ~= '' then
     redis.call('SREM', P .. 'open-by:' .. fields[3], id)
   end
   redis.call('ZADD', P .. 'ended', int(now + tonumber(keep)), id)
   redis.call('PEXPIRE', key, keep)
-  if fields[2] ~= '' then
+  if fields[2] and fields[2] ~= '' then
     redis.call('PEXPIRE', P .. 'idempotency:' .. fields[2], keep)
   end
 end
@@ -304,7 +360,7 @@ end
 function ops.cancel(id, state, keep)
   local key = P .. 'request:' .. id
   if is_open(id) then
-    local owner = redis.call('HGET', key, 'owner')
+    local owner = redis.call('HGET', key, 'owner') or ''
     redis.call('HSET', key, 'cancel', '1')
     if redis.call('EXISTS', P .. 'coordinator:' .. owner) == 1 then
       redis.call('PUBLISH', P .. 'coordinator:' .. owner, 'cancel\n' .. id)
@@ -315,6 +371,18 @@ function ops.cancel(id, state, keep)
     end
   end
   return snapshot(id)
+end
+
+-- Fields of a request that the set of open ones names, none of them where that entry is wrong: it is removed then.
+local function open_fields(model, id, ...)
+  local fields = server.pcall('HMGET', P .. 'request:' .. id, 'state', ...)
+  local state = not fields.err and tonumber(table.remove(fields, 1))
+  if state and state < TERMINAL then
+    return fields
+  end
+  redis.call('SREM', P .. 'open:' .. model, id)
+  repaired('open')
+  return {}
 end
 
 -- owner, model, the most to take, 1 to look beyond one's own, the ids that it runs. Its own requests that it does not
@@ -330,7 +398,7 @@ function ops.take_over(owner, model, most, beyond, running)
   end
   for _, id in ipairs(redis.call('SMEMBERS', P .. 'open:' .. model)) do
     local key = P .. 'request:' .. id
-    local fields = redis.call('HMGET', key, 'owner', 'cancel', 'submission', 'deaths')
+    local fields = open_fields(model, id, 'owner', 'cancel', 'submission', 'deaths')
     local is_own = fields[1] == owner
     if is_own and runs[id] then
       if fields[2] then
@@ -433,12 +501,21 @@ end
 
 -- Who is next: of the highest priority, of the caller who was given the least work, the earliest deadline, the first.
 -- This is start-time fair queueing (Goyal, Vin, Cheng 1996): a claim starts when its caller's last one ends, in virtual
--- time, but not in the past, so that nobody saves up a share by staying away. The queue is walked a step a caller.
-local function next_claim(place)
+-- time, but not in the past, so that nobody saves up a share by staying away. The queue is walked a step a caller, at
+-- most `length` steps. A malformed entry is removed; then the second result is 1, else 0.
+local function next_claim(place, length)
   local queue, best, shares, virtual = P .. 'queue:' .. place, nil, nil, nil
   local entry = redis.call('ZRANGE', queue, 0, 0)[1]
-  while entry do
-    local rank, caller, order, cost, ticket, owner = string.match(entry, '^(.-)|(.-)|(.-)|(.-)|(.-)|(.*)$')
+  for _ = 1, length do
+    if not entry then
+      break
+    end
+    local rank, caller, order, cost, ticket, owner = string.match(entry, '^(.-)|(.-)|(.-)|(%d+)|(.-)|(.*)$')
+    if not rank then
+      redis.call('ZREM', queue, entry)
+      repaired('queue')
+      return nil, 1
+    end
     if best and rank ~= best.rank then
       break
     end
@@ -447,11 +524,30 @@ local function next_claim(place)
     local start = math.max(virtual, tonumber(redis.call('ZSCORE', shares, caller) or 0))
     if not best or start < best.start or (start == best.start and order < best.order) then
       best = { rank = rank, caller = caller, order = order, cost = tonumber(cost), ticket = ticket, owner = owner,
-        start = start, shares = shares }
+        start = start, shares = shares, entry = entry }
     end
     entry = redis.call('ZRANGEBYLEX', queue, '(' .. rank .. '|' .. caller .. '|~', '+', 'LIMIT', 0, 1)[1]
   end
-  return best
+  return best, 0
+end
+
+-- Whether a claim is one that somebody waits for: its ticket leads back to its entry, it has no slot yet, and its
+-- coordinator lives. Only the first two are damage when they are not so.
+local function is_wanted(place, claim)
+  if redis.call('HGET', P .. 'waiting:' .. place, claim.ticket) ~= claim.entry
+    or redis.call('HEXISTS', P .. 'slots:' .. place, claim.ticket) == 1 then
+    repaired('queue')
+    return false
+  end
+  return redis.call('EXISTS', P .. 'coordinator:' .. claim.owner) == 1
+end
+
+-- Removes a claim from the queue by its entry, whatever its ticket leads to.
+local function drop_claim(place, claim)
+  redis.call('ZREM', P .. 'queue:' .. place, claim.entry)
+  if redis.call('HGET', P .. 'waiting:' .. place, claim.ticket) == claim.entry then
+    redis.call('HDEL', P .. 'waiting:' .. place, claim.ticket)
+  end
 end
 
 -- Writes down that a claim was granted. Who is behind the virtual time afterwards is as good as new, and forgotten.
@@ -462,15 +558,20 @@ local function charge(claim)
 end
 
 -- Hands free slots to those who wait, in order. Coordinators hear of theirs on their channels. Returns the live workers.
+-- Each iteration takes one entry off the queue, and there are no more iterations than entries.
 local function dispatch(place, asking)
   local workers = live_workers(place)
   local busy = busy_slots(place)
-  while true do
-    local claim = next_claim(place)
-    if not claim then
+  local length, dropped = redis.call('ZCARD', P .. 'queue:' .. place), 0
+  for _ = 1, length do
+    local claim, malformed = next_claim(place, length)
+    dropped = dropped + malformed
+    if not claim and malformed == 0 or dropped > MOST_DROPPED then
       break
     end
-    if redis.call('EXISTS', P .. 'coordinator:' .. claim.owner) == 1 then
+    if claim and not is_wanted(place, claim) then
+      dropped = dropped + 1
+    elseif claim then
       local worker = least_busy(workers, busy)
       if not worker then
         break
@@ -484,26 +585,44 @@ local function dispatch(place, asking)
         redis.call('PUBLISH', P .. 'coordinator:' .. claim.owner, 'grant\n' .. claim.ticket .. '\n' .. worker.info)
       end
     end
-    leave_queue(place, claim.ticket)
+    if claim then
+      drop_claim(place, claim)
+    end
   end
   return workers
+end
+
+-- Puts a claim in the queue, unless it has a slot or a place there. A ticket without an entry, and an entry without its
+-- ticket, are damage.
+local function enqueue(ticket, place, owner, priority, deadline, caller, cost)
+  if redis.call('HEXISTS', P .. 'slots:' .. place, ticket) == 1 then
+    return
+  end
+  local entry = redis.call('HGET', P .. 'waiting:' .. place, ticket)
+  if entry and redis.call('ZSCORE', P .. 'queue:' .. place, entry) then
+    return
+  elseif entry then
+    repaired('waiting')
+  end
+  local latest = tonumber(deadline) > 0 and math.min(tonumber(deadline), 9999999999999) or 9999999999999
+  entry = string.format('%03d|%s|%013.0f%016.0f|%s|%s|%s', 100 - tonumber(priority), caller, latest, next_number(),
+    cost, ticket, owner)
+  redis.call('ZADD', P .. 'queue:' .. place, 0, entry)
+  redis.call('HSET', P .. 'waiting:' .. place, ticket, entry)
 end
 
 -- ticket, model/service, owner, priority, deadline or 0, caller (a name without '|'), cost. Asking again with the same
 -- ticket changes nothing.
 function ops.claim(ticket, place, owner, priority, deadline, caller, cost)
-  if redis.call('HEXISTS', P .. 'slots:' .. place, ticket) == 0
-    and redis.call('HEXISTS', P .. 'waiting:' .. place, ticket) == 0 then
-    local latest = tonumber(deadline) > 0 and math.min(tonumber(deadline), 9999999999999) or 9999999999999
-    local entry = string.format('%03d|%s|%013.0f%016.0f|%s|%s|%s', 100 - tonumber(priority), caller, latest,
-      redis.call('INCR', P .. 'sequence'), cost, ticket, owner)
-    redis.call('ZADD', P .. 'queue:' .. place, 0, entry)
-    redis.call('HSET', P .. 'waiting:' .. place, ticket, entry)
-  end
+  enqueue(ticket, place, owner, priority, deadline, caller, cost)
   local workers = dispatch(place, ticket)
   local slot = redis.call('HGET', P .. 'slots:' .. place, ticket)
-  if slot then
-    return { 'granted', redis.call('HGET', P .. 'worker:' .. string.match(slot, '^(.-)|'), 'info') }
+  local info = slot and redis.call('HGET', P .. 'worker:' .. string.match(slot, '^(.-)|'), 'info')
+  if info then
+    return { 'granted', info }
+  elseif slot then
+    redis.call('HDEL', P .. 'slots:' .. place, ticket)
+    repaired('slot')
   end
   return { 'waiting', #workers }
 end
@@ -512,11 +631,11 @@ end
 function ops.release(ticket, place, ms)
   local slot = redis.call('HGET', P .. 'slots:' .. place, ticket)
   ms = tonumber(ms)
-  if ms > 0 and slot then
-    local cost = tonumber(string.match(slot, '|(%d+)|%d+$'))
+  local cost = slot and tonumber(string.match(slot, '|(%d+)|%d+$'))
+  if ms > 0 and cost then
     local held, of = string.match(redis.call('GET', P .. 'pace:' .. place) or '', '^(%S+) (%S+)$')
     redis.call('SET', P .. 'pace:' .. place, string.format('%.3f %.3f',
-      ms + 0.8 * tonumber(held or 0), cost + 0.8 * tonumber(of or 0)), 'PX', 86400000)
+      ms + 0.8 * (tonumber(held) or 0), cost + 0.8 * (tonumber(of) or 0)), 'PX', 86400000)
   end
   if ms > 0 then
     settle(string.match(ticket, '^[^/]*'), string.match(place, '[^/]*$'))
@@ -539,10 +658,10 @@ end
 
 function ops.withdraw(worker)
   local fields = redis.call('HMGET', P .. 'worker:' .. worker, 'model', 'service')
-  if fields[1] then
+  if fields[1] and fields[2] then
     redis.call('ZREM', P .. 'workers:' .. fields[1] .. '/' .. fields[2], worker)
-    redis.call('DEL', P .. 'worker:' .. worker)
   end
+  redis.call('DEL', P .. 'worker:' .. worker)
 end
 
 -- model/service, owner. The tickets of that coordinator that have a slot or wait for one.
@@ -589,24 +708,51 @@ local function drop_reply(name)
   redis.call('HDEL', P .. 'reply-sizes', name)
 end
 
+-- Bytes by name of the shared replies. A size without a reply, and a reply without a size, are removed.
+local function reply_sizes()
+  local sizes, fields, known = {}, redis.call('HGETALL', P .. 'reply-sizes'), {}
+  for _, name in ipairs(redis.call('ZRANGE', P .. 'replies', 0, -1)) do
+    known[name] = true
+  end
+  for i = 1, #fields, 2 do
+    sizes[fields[i]] = known[fields[i]] and tonumber(fields[i + 1])
+    if not sizes[fields[i]] then
+      drop_reply(fields[i])
+      repaired('reply')
+    end
+  end
+  for name in pairs(known) do
+    if not sizes[name] then
+      drop_reply(name)
+      repaired('reply')
+    end
+  end
+  return sizes
+end
+
 -- key of its parts, name, its bytes, most bytes of all, ms that it is kept. Those unused for longest make room.
 function ops.keep_reply(parts, name, bytes, most, lasts)
   for _, expired in ipairs(redis.call('ZRANGEBYSCORE', P .. 'replies', '-inf', int(now))) do
     drop_reply(expired)
   end
   drop_reply(name)
-  local total = tonumber(bytes)
-  for _, size in ipairs(redis.call('HVALS', P .. 'reply-sizes')) do
-    total = total + tonumber(size)
+  if redis.call('EXISTS', parts) == 0 then
+    return
   end
-  while total > tonumber(most) do
-    local oldest = redis.call('ZRANGE', P .. 'replies', 0, 0)[1]
-    if not oldest then
-      redis.call('DEL', parts)
-      return
+  local sizes, total = reply_sizes(), tonumber(bytes)
+  for _, size in pairs(sizes) do
+    total = total + size
+  end
+  for _, oldest in ipairs(redis.call('ZRANGE', P .. 'replies', 0, -1)) do
+    if total <= tonumber(most) then
+      break
     end
-    total = total - tonumber(redis.call('HGET', P .. 'reply-sizes', oldest) or 0)
+    total = total - (sizes[oldest] or 0)
     drop_reply(oldest)
+  end
+  if total > tonumber(most) then
+    redis.call('DEL', parts)
+    return
   end
   redis.call('RENAME', parts, P .. 'reply:' .. name)
   redis.call('ZADD', P .. 'replies', int(now + tonumber(lasts)), name)
@@ -616,4 +762,13 @@ function ops.keep_reply(parts, name, bytes, most, lasts)
   end
 end
 
-return ops[ARGV[1]](unpack(ARGV, 2))
+-- A failure is a reply of one line, without the place in this file that a traceback has.
+local succeeded, reply = pcall(ops[ARGV[1]], unpack(ARGV, 2))
+if succeeded then
+  return reply
+end
+local failure = string.gsub(type(reply) == 'table' and reply.err or tostring(reply), '^@?user_script: ?%d+: %-?', '')
+if type(reply) ~= 'table' or string.find(failure, '^ERR ') then
+  failure = 'FLEETSTORE ' .. ARGV[1] .. ' cannot use what the store holds: ' .. failure
+end
+return { err = failure }

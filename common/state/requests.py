@@ -125,6 +125,7 @@ class RequestStore:
             int(limits.queue_seconds * 1_000),
             record.caller,
             limits.max_open_of_caller,
+            0,
             len(limits.services),
             *(word for service in limits.services for word in (service, costs.get(service, 1))),
             *(event.SerializeToString() for event in events),
