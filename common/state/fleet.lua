@@ -499,55 +499,73 @@ local function leave_queue(place, ticket)
   end
 end
 
--- Who is next: of the highest priority, of the caller who was given the least work, the earliest deadline, the first.
--- This is start-time fair queueing (Goyal, Vin, Cheng 1996): a claim starts when its caller's last one ends, in virtual
--- time, but not in the past, so that nobody saves up a share by staying away. The queue is walked a step a caller, at
--- most `length` steps. A malformed entry is removed; then the second result is 1, else 0.
-local function next_claim(place, length)
-  local queue, best, shares, virtual = P .. 'queue:' .. place, nil, nil, nil
-  local entry = redis.call('ZRANGE', queue, 0, 0)[1]
-  for _ = 1, length do
-    if not entry then
-      break
-    end
-    local rank, caller, order, cost, ticket, owner = string.match(entry, '^(.-)|(.-)|(.-)|(%d+)|(.-)|(.*)$')
-    if not rank then
-      redis.call('ZREM', queue, entry)
-      repaired('queue')
-      return nil, 1
-    end
-    if best and rank ~= best.rank then
-      break
-    end
-    shares = shares or P .. 'shares:' .. place .. '|' .. rank
-    virtual = virtual or tonumber(redis.call('ZSCORE', shares, '|') or 0)
-    local start = math.max(virtual, tonumber(redis.call('ZSCORE', shares, caller) or 0))
-    if not best or start < best.start or (start == best.start and order < best.order) then
-      best = { rank = rank, caller = caller, order = order, cost = tonumber(cost), ticket = ticket, owner = owner,
-        start = start, shares = shares, entry = entry }
-    end
-    entry = redis.call('ZRANGEBYLEX', queue, '(' .. rank .. '|' .. caller .. '|~', '+', 'LIMIT', 0, 1)[1]
+-- Whether a claim is one that a living coordinator waits for: its ticket leads back to its entry, it has no slot yet.
+-- Only a dead coordinator is no damage. `walk` caches the answers within one operation.
+local function is_wanted(place, claim, walk)
+  if walk.wanted[claim.entry] then
+    return true
   end
-  return best, 0
-end
-
--- Whether a claim is one that somebody waits for: its ticket leads back to its entry, it has no slot yet, and its
--- coordinator lives. Only the first two are damage when they are not so.
-local function is_wanted(place, claim)
   if redis.call('HGET', P .. 'waiting:' .. place, claim.ticket) ~= claim.entry
     or redis.call('HEXISTS', P .. 'slots:' .. place, claim.ticket) == 1 then
     repaired('queue')
     return false
   end
-  return redis.call('EXISTS', P .. 'coordinator:' .. claim.owner) == 1
+  if walk.alive[claim.owner] == nil then
+    walk.alive[claim.owner] = redis.call('EXISTS', P .. 'coordinator:' .. claim.owner) == 1
+  end
+  walk.wanted[claim.entry] = walk.alive[claim.owner]
+  return walk.alive[claim.owner]
 end
 
--- Removes a claim from the queue by its entry, whatever its ticket leads to.
-local function drop_claim(place, claim)
-  redis.call('ZREM', P .. 'queue:' .. place, claim.entry)
-  if redis.call('HGET', P .. 'waiting:' .. place, claim.ticket) == claim.entry then
-    redis.call('HDEL', P .. 'waiting:' .. place, claim.ticket)
+-- Removes an entry from the queue, and its ticket if that leads back to the entry.
+local function drop_claim(place, entry, ticket)
+  redis.call('ZREM', P .. 'queue:' .. place, entry)
+  if ticket and redis.call('HGET', P .. 'waiting:' .. place, ticket) == entry then
+    redis.call('HDEL', P .. 'waiting:' .. place, ticket)
   end
+end
+
+local function read_claim(entry)
+  local rank, caller, order, cost, ticket, owner = string.match(entry, '^(.-)|(.-)|(.-)|(%d+)|(.-)|(.*)$')
+  if not rank then
+    repaired('queue')
+    return nil
+  end
+  return { entry = entry, rank = rank, caller = caller, order = order, cost = tonumber(cost), ticket = ticket,
+    owner = owner }
+end
+
+-- Who is next: of the highest priority, of the caller who was given the least work, the earliest deadline, the first.
+-- This is start-time fair queueing (Goyal, Vin, Cheng 1996): a claim starts when its caller's last one ends, in virtual
+-- time, but not in the past, so that nobody saves up a share by staying away. The queue is walked a step a caller, and
+-- a step an entry that nobody waits for, which is removed. Each step is further on: there are no more than entries.
+local function next_claim(place, walk)
+  local queue, best, shares, virtual = P .. 'queue:' .. place, nil, nil, nil
+  local entry = redis.call('ZRANGE', queue, 0, 0)[1]
+  for _ = 1, walk.length do
+    if not entry or walk.dropped >= MOST_DROPPED then
+      break
+    end
+    local claim, after = read_claim(entry), '(' .. entry
+    if not claim or not is_wanted(place, claim, walk) then
+      drop_claim(place, entry, claim and claim.ticket)
+      walk.dropped = walk.dropped + 1
+    else
+      if best and claim.rank ~= best.rank then
+        break
+      end
+      shares = shares or P .. 'shares:' .. place .. '|' .. claim.rank
+      virtual = virtual or tonumber(redis.call('ZSCORE', shares, '|') or 0)
+      claim.shares = shares
+      claim.start = math.max(virtual, tonumber(redis.call('ZSCORE', shares, claim.caller) or 0))
+      if not best or claim.start < best.start or (claim.start == best.start and claim.order < best.order) then
+        best = claim
+      end
+      after = '(' .. claim.rank .. '|' .. claim.caller .. '|~'
+    end
+    entry = redis.call('ZRANGEBYLEX', queue, after, '+', 'LIMIT', 0, 1)[1]
+  end
+  return best
 end
 
 -- Writes down that a claim was granted. Who is behind the virtual time afterwards is as good as new, and forgotten.
@@ -558,36 +576,29 @@ local function charge(claim)
 end
 
 -- Hands free slots to those who wait, in order. Coordinators hear of theirs on their channels. Returns the live workers.
--- Each iteration takes one entry off the queue, and there are no more iterations than entries.
+-- Each iteration takes a claim off the queue, and there are no more iterations than entries.
 local function dispatch(place, asking)
   local workers = live_workers(place)
   local busy = busy_slots(place)
-  local length, dropped = redis.call('ZCARD', P .. 'queue:' .. place), 0
-  for _ = 1, length do
-    local claim, malformed = next_claim(place, length)
-    dropped = dropped + malformed
-    if not claim and malformed == 0 or dropped > MOST_DROPPED then
+  local walk = { length = redis.call('ZCARD', P .. 'queue:' .. place), dropped = 0, wanted = {}, alive = {} }
+  for _ = 1, walk.length do
+    local claim = next_claim(place, walk)
+    if not claim then
       break
     end
-    if claim and not is_wanted(place, claim) then
-      dropped = dropped + 1
-    elseif claim then
-      local worker = least_busy(workers, busy)
-      if not worker then
-        break
-      end
-      busy[worker.id] = (busy[worker.id] or 0) + 1
-      worker.granted = redis.call('HINCRBY', P .. 'worker:' .. worker.id, 'granted', 1)
-      redis.call('HSET', P .. 'slots:' .. place, claim.ticket,
-        worker.id .. '|' .. claim.owner .. '|' .. int(claim.cost) .. '|' .. int(now))
-      charge(claim)
-      if claim.ticket ~= asking then
-        redis.call('PUBLISH', P .. 'coordinator:' .. claim.owner, 'grant\n' .. claim.ticket .. '\n' .. worker.info)
-      end
+    local worker = least_busy(workers, busy)
+    if not worker then
+      break
     end
-    if claim then
-      drop_claim(place, claim)
+    busy[worker.id] = (busy[worker.id] or 0) + 1
+    worker.granted = redis.call('HINCRBY', P .. 'worker:' .. worker.id, 'granted', 1)
+    redis.call('HSET', P .. 'slots:' .. place, claim.ticket,
+      worker.id .. '|' .. claim.owner .. '|' .. int(claim.cost) .. '|' .. int(now))
+    charge(claim)
+    if claim.ticket ~= asking then
+      redis.call('PUBLISH', P .. 'coordinator:' .. claim.owner, 'grant\n' .. claim.ticket .. '\n' .. worker.info)
     end
+    drop_claim(place, claim.entry, claim.ticket)
   end
   return workers
 end
@@ -762,13 +773,14 @@ function ops.keep_reply(parts, name, bytes, most, lasts)
   end
 end
 
--- A failure is a reply of one line, without the place in this file that a traceback has.
+-- A failure is a reply of one line, without the place in this file that a traceback has. Some servers turn the table
+-- of an error into its text. An error of the server begins with its code in capital letters.
 local succeeded, reply = pcall(ops[ARGV[1]], unpack(ARGV, 2))
 if succeeded then
   return reply
 end
 local failure = string.gsub(type(reply) == 'table' and reply.err or tostring(reply), '^@?user_script: ?%d+: %-?', '')
-if type(reply) ~= 'table' or string.find(failure, '^ERR ') then
+if not string.find(failure, '^%u+ ') or string.find(failure, '^ERR ') then
   failure = 'FLEETSTORE ' .. ARGV[1] .. ' cannot use what the store holds: ' .. failure
 end
 return { err = failure }
