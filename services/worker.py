@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 import torch
+from redis.asyncio import Redis
 
 from common.errors import FailedPrecondition, FleetError, InvalidInput, Unavailable
 from common.local import HostedStages
@@ -29,6 +30,7 @@ from common.rpc.serving import FleetServer, stop_signals
 from common.settings import load_settings
 from common.stage import Call
 from common.state.connection import connect
+from common.state.store_server import check_server
 from common.state.workers import WorkerRegistry
 from common.telemetry import setup_logging, stage_timer, start_metrics
 from fleet.v1 import worker_pb2
@@ -44,6 +46,7 @@ log = logging.getLogger(__name__)
 
 _PACKAGES = ("diffusion-fleet", "torch", "diffusers", "transformers")
 _ANNOUNCE_AGAIN_SECONDS = 1.0
+_CHECK_SECONDS = 3.0  # for the store before weights are loaded; it is checked again before the worker is announced
 
 
 class Ranks(Protocol):
@@ -115,6 +118,7 @@ async def start_worker(
     """
     spec = service_of(model, service)
     tls = tls_of(settings)
+    checked = await _is_store_checked(settings)
     device = device_of(settings.device)
     dtype = dtype_of(settings.dtype, device)
     loop = asyncio.get_running_loop()
@@ -159,7 +163,7 @@ async def start_worker(
         if settings.metrics_port is not None:
             resources.callback(start_metrics(settings.metrics_port).stop)
         registry = WorkerRegistry(redis)
-        await _announce(registry, info, settings.announce_seconds)
+        await _announce(registry, info, settings, None if checked else redis)
         await server.set_ready(True)
         log.info("serves %s of %s at %s in %s on %s", service, model.name, info.address, info.dtype, info.device)
         if shares_memory:
@@ -209,12 +213,32 @@ def service_of(model: ServedModel, service: str) -> ServiceSpec:
         raise InvalidInput(str(error), field="service") from error
 
 
-async def _announce(registry: WorkerRegistry, info: worker_pb2.WorkerInfo, patience: float) -> None:
-    """Announce the worker, as soon as the store answers: services start in any order."""
+async def _is_store_checked(settings: WorkerSettings) -> bool:
+    """Check the store before weights are loaded; False where it does not answer yet. Raises FailedPrecondition."""
+    redis = connect(settings.redis)
+    try:
+        async with asyncio.timeout(_CHECK_SECONDS):
+            await check_server(redis, allow_eviction=settings.allow_eviction, allow_data_loss=settings.allow_data_loss)
+    except (Unavailable, TimeoutError):
+        return False
+    finally:
+        await redis.aclose()
+    return True
+
+
+async def _announce(
+    registry: WorkerRegistry, info: worker_pb2.WorkerInfo, settings: WorkerSettings, unchecked: Redis | None
+) -> None:
+    """Announce the worker, as soon as the store answers: services start in any order. Checks an `unchecked` store."""
     loop = asyncio.get_running_loop()
-    give_up = loop.time() + patience
+    give_up = loop.time() + settings.announce_seconds
     while True:
         try:
+            if unchecked is not None:
+                await check_server(
+                    unchecked, allow_eviction=settings.allow_eviction, allow_data_loss=settings.allow_data_loss
+                )
+                unchecked = None
             return await registry.announce(info)
         except Unavailable as error:
             if loop.time() >= give_up:

@@ -41,6 +41,7 @@
 local P = 'fleet:'
 local TERMINAL = 3
 local MOST_DROPPED = 1000  -- entries of a queue that one operation removes; the next operation goes on
+local MOST_EXTRA = 524288  -- bytes of additions after which a record gets no more warnings, only its end
 local server = redis
 local time = server.call('TIME')
 local now = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
@@ -296,7 +297,9 @@ function ops.append(id, epoch, number, state, extra)
   if state ~= '' then
     redis.call('HSET', key, 'state', state, 'updated', int(now))
   end
-  extend(id, extra)
+  if redis.call('HSTRLEN', key, 'extra') < MOST_EXTRA then
+    extend(id, extra)
+  end
   ids = add_events(id, 7)
   redis.call('HSET', key, 'told', number .. ' ' .. table.concat(ids, ' '))
   return { 'appended', ids }
@@ -771,6 +774,12 @@ function ops.keep_reply(parts, name, bytes, most, lasts)
   for _, key in ipairs({ 'reply:' .. name, 'replies', 'reply-sizes' }) do
     redis.call('PEXPIRE', P .. key, lasts)
   end
+end
+
+-- A full server refuses a script's first write that takes memory, and none after another write: heartbeats, slots and
+-- ends of accepted requests go on, new requests and shared replies do not.
+if ARGV[1] ~= 'admit' and ARGV[1] ~= 'keep_reply' then
+  server.pcall('DEL', P .. 'none')
 end
 
 -- A failure is a reply of one line, without the place in this file that a traceback has. Some servers turn the table

@@ -21,7 +21,7 @@ from common.errors import (
     NotFound,
     ResourceExhausted,
 )
-from common.state.connection import BLOCK_SECONDS, PREFIX, command, run_script, script_sha, store_errors
+from common.state.connection import BLOCK_SECONDS, PREFIX, StoreFull, command, run_script, script_sha, store_errors
 from common.state.records import (
     CHUNK_BYTES,
     SNAPSHOT,
@@ -37,11 +37,17 @@ from common.state.records import (
     unknown_request,
     with_ids,
 )
+from common.state.store_server import StoreMemory
 from fleet.v1 import generation_pb2
 
 MAX_PAGE = 1000
+PAGE_BYTES = 3 << 20
+"""Most bytes of a page's records, below the 4 MiB that a gRPC client takes by default."""
 _DEFAULT_PAGE = 50
+_FULL_RETRY_SECONDS = 5.0
+_RECORD_BYTES = 4 << 10  # of an admitted request in the store, beside its submission
 _SCAN = 200
+_ENTRY_BYTES = 8  # tag and length of a record in its page
 # Chunks of a result are sent to Redis in batches of about this size, so that a long video is not copied as a whole.
 _BATCH_BYTES = 8 << 20
 _EVENT_ID = re.compile(r"\d{1,20}-\d{1,20}")
@@ -85,8 +91,16 @@ class Admission(NamedTuple):
 class RequestStore:
     """The request state of one fleet. `owner` is the coordinator that admits through it."""
 
-    def __init__(self, redis: Redis, *, owner: str = "", retention: Retention | None = None) -> None:
+    def __init__(
+        self,
+        redis: Redis,
+        *,
+        owner: str = "",
+        retention: Retention | None = None,
+        memory: StoreMemory | None = None,
+    ) -> None:
         self._redis = redis
+        self._memory = memory or StoreMemory(redis)
         self._owner = owner
         self._retention = retention or Retention()
 
@@ -104,15 +118,14 @@ class RequestStore:
         A known key answers with the request that it belongs to; each caller has keys of its own. `submission` is what
         another coordinator needs to run the request. `costs` say how much it asks of each service, beside other
         requests; 1 where nothing is said. Raises InvalidInput for a deadline that has passed and
-        ResourceExhausted beyond the limits, with the time after which to try again.
+        ResourceExhausted beyond the limits or where the store is full, with the time after which to try again.
         """
         limits = limits or Limits()
+        memory = await self._memory.use(adding=len(submission) + _RECORD_BYTES)
         events = [state_event(State.REQUEST_STATE_QUEUED)]
         events += [generation_pb2.Event(warning=warning) for warning in record.warnings]
         deadline = record.deadline.ToMilliseconds() if record.HasField("deadline") else 0
-        reply = await run_script(
-            self._redis,
-            "admit",
+        arguments: list[str | bytes | int] = [
             record.request_id,
             self._owner,
             idempotency_key and f"{record.caller}/{idempotency_key}",
@@ -125,11 +138,21 @@ class RequestStore:
             int(limits.queue_seconds * 1_000),
             record.caller,
             limits.max_open_of_caller,
-            0,
+            int(memory.is_full),
             len(limits.services),
             *(word for service in limits.services for word in (service, costs.get(service, 1))),
             *(event.SerializeToString() for event in events),
-        )
+        ]
+        try:
+            reply = await run_script(self._redis, "admit", *arguments)
+        except StoreFull as error:
+            raise ResourceExhausted(str(error), retry_seconds=_FULL_RETRY_SECONDS) from error
+        if reply[0] == b"memory":
+            raise ResourceExhausted(
+                f"the request store is full: it uses {memory}, and accepts requests below {memory.limit / 2**20:.1f} "
+                "MiB; what was accepted goes on",
+                retry_seconds=_FULL_RETRY_SECONDS,
+            )
         _check_admitted(reply, record)
         stored = read_record(reply[2])
         left = (deadline - int(reply[1])) / 1_000 if deadline and reply[0] == b"admitted" else None
@@ -152,7 +175,10 @@ class RequestStore:
         model: str = "",
         caller: str = "",
     ) -> tuple[list[generation_pb2.RequestRecord], str]:
-        """A page of records, newest first, and the token of the next page. Raises InvalidInput for a bad page."""
+        """A page of records, newest first, and the token of the next page. Raises InvalidInput for a bad page.
+
+        It has at most `page_size` records and, unless the first one is larger, PAGE_BYTES.
+        """
         if not 0 <= page_size <= MAX_PAGE:
             raise InvalidInput(f"page_size is {page_size}; it must be at most {MAX_PAGE}", field="page_size")
         if page_token and not (page_token.isascii() and page_token.isdigit() and len(page_token) < 16):
@@ -160,7 +186,7 @@ class RequestStore:
         wanted = page_size or _DEFAULT_PAGE
         below = f"({page_token}" if page_token else "+inf"
         found: list[generation_pb2.RequestRecord] = []
-        last = ""
+        last, size = "", 0
         while True:
             batch = await self._scan(below)
             for number, fields in batch:
@@ -168,9 +194,11 @@ class RequestStore:
                     continue
                 if caller and (fields[6] or b"").decode() != caller:
                     continue
-                if len(found) == wanted:
+                record = read_record(fields)
+                size += record.ByteSize() + _ENTRY_BYTES
+                if len(found) == wanted or (found and size > PAGE_BYTES):
                     return found, last
-                found.append(read_record(fields))
+                found.append(record)
                 last = number
             if len(batch) < _SCAN:
                 return found, ""
@@ -268,12 +296,15 @@ class RequestStore:
     async def _store_then_run(
         self, chunks: Mapping[str, memoryview], operation: str, arguments: Sequence[str | bytes | int]
     ) -> Any:
-        """Write chunks, each safe to be written twice, and then run an operation; one round trip where they are few."""
+        """Write chunks, each safe to be written twice, and then run an operation; one round trip where they are few.
+
+        A transaction, since a full server aborts it as a whole: a request must not succeed without its files.
+        """
         if not chunks:
             return await run_script(self._redis, operation, *arguments)
         ttl = _milliseconds(self._retention.result_seconds)
         pending = 0
-        async with self._redis.pipeline(transaction=False) as pipeline:
+        async with self._redis.pipeline(transaction=True) as pipeline:
             for key, chunk in chunks.items():
                 if pending and pending + len(chunk) > _BATCH_BYTES:
                     with store_errors():

@@ -31,6 +31,8 @@ _RETRY_SECONDS = 0.2
 _LONGEST_RETRY_SECONDS = 2.0
 _LATER_SECONDS = 1.0  # how much later the workers' deadline is, so that it is the coordinator who says it passed
 _RESULT_SLOT = "media"
+_MESSAGE_CHARACTERS = 2_048  # of an error in a record
+_FIELD_CHARACTERS = 256
 
 _MOST_OWNERS = 20
 
@@ -419,7 +421,11 @@ def result_files(packet: Packet) -> list[ResultFile]:
 def _failure(error: FleetError) -> _Outcome:
     return _Outcome(
         State.REQUEST_STATE_FAILED,
-        generation_pb2.Error(code=to_status(error).code.name, message=error.message, field=error.field),
+        generation_pb2.Error(
+            code=to_status(error).code.name,
+            message=error.message[:_MESSAGE_CHARACTERS],
+            field=error.field[:_FIELD_CHARACTERS],
+        ),
     )
 
 

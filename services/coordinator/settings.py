@@ -11,6 +11,7 @@ from common.rpc.tls import TlsSettings
 from common.settings import SettingsError, setting
 from common.state.presence import BEAT_SECONDS, TTL_SECONDS
 from common.state.requests import Limits, Retention
+from common.state.store_server import DEFAULT_MEMORY_FRACTION
 from models.catalog import DEFAULT_MODEL
 
 _MOST_LEEWAY_SECONDS = 300.0
@@ -36,6 +37,11 @@ class CoordinatorSettings(TlsSettings):
     model: tuple[str, ...] = setting((DEFAULT_MODEL,), help="NAME, DIR or NAME=DIR to serve; repeatable")
     listen: str = setting("127.0.0.1:50051", help="host:port or unix:path to listen on; port 0 picks one")
     redis: str = setting("redis://127.0.0.1:6379/0", help="URL of the request store")
+    allow_eviction: bool = setting(False, help="start on a store whose maxmemory-policy may delete accepted requests")
+    allow_data_loss: bool = setting(False, help="omit the warning that the store is not durable")
+    max_store_memory: float = setting(
+        DEFAULT_MEMORY_FRACTION, help="fraction of the store's maxmemory from which on new requests are refused"
+    )
     plugins: tuple[Path, ...] = setting((), help="directory with families that are not in this tree; repeatable")
     grace_seconds: float = setting(30.0, help="how long running requests may finish after SIGTERM")
     max_open_requests: int = setting(1_000, help="requests of a model that may be accepted and not ended")
@@ -81,6 +87,11 @@ class CoordinatorSettings(TlsSettings):
         for name in _POSITIVE:
             if not vars(self)[name] > 0:
                 raise SettingsError(f"{name} must be more than 0, not {vars(self)[name]}", field=name)
+        if not 0 < self.max_store_memory <= 1:
+            raise SettingsError(
+                f"max_store_memory must be more than 0 and at most 1, not {self.max_store_memory:g}",
+                field="max_store_memory",
+            )
         if self.grace_seconds < 0:
             raise SettingsError(
                 f"grace_seconds must not be negative, but is {self.grace_seconds}", field="grace_seconds"
