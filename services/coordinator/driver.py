@@ -31,8 +31,7 @@ _RETRY_SECONDS = 0.2
 _LONGEST_RETRY_SECONDS = 2.0
 _LATER_SECONDS = 1.0  # how much later the workers' deadline is, so that it is the coordinator who says it passed
 _RESULT_SLOT = "media"
-_MESSAGE_CHARACTERS = 2_048  # of an error in a record
-_FIELD_CHARACTERS = 256
+_FIELD_CHARACTERS = 256  # of an error in a record
 
 _MOST_OWNERS = 20
 
@@ -419,13 +418,10 @@ def result_files(packet: Packet) -> list[ResultFile]:
 
 
 def _failure(error: FleetError) -> _Outcome:
+    status = to_status(error)  # with a message of bounded size
     return _Outcome(
         State.REQUEST_STATE_FAILED,
-        generation_pb2.Error(
-            code=to_status(error).code.name,
-            message=error.message[:_MESSAGE_CHARACTERS],
-            field=error.field[:_FIELD_CHARACTERS],
-        ),
+        generation_pb2.Error(code=status.code.name, message=status.details, field=error.field[:_FIELD_CHARACTERS]),
     )
 
 

@@ -100,7 +100,7 @@ class EventWriter:
         """The caller should know something. The record holds all warnings, so their number and length are bounded."""
         self._warnings += 1
         if self._warnings > _MOST_WARNINGS:
-            _log.warning("request %s has too many warnings; left out: %s: %s", self._request_id, field, message)
+            _log.warning("request %s has too many warnings; left out: %.80s: %.200s", self._request_id, field, message)
             return
         warning = artifacts_pb2.Warning(field=field[:_FIELD_CHARACTERS], message=message[:_MESSAGE_CHARACTERS])
         self.add(generation_pb2.Event(warning=warning))
