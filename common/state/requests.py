@@ -89,7 +89,7 @@ class Admission(NamedTuple):
 
 
 class RequestStore:
-    """The request state of one fleet. `owner` is the coordinator that admits through it."""
+    """The request state of one fleet. `owner` is the coordinator that admits through it, `memory` bounds that."""
 
     def __init__(
         self,
@@ -100,7 +100,7 @@ class RequestStore:
         memory: StoreMemory | None = None,
     ) -> None:
         self._redis = redis
-        self._memory = memory or StoreMemory(redis)
+        self.memory = memory or StoreMemory(redis)
         self._owner = owner
         self._retention = retention or Retention()
 
@@ -121,7 +121,7 @@ class RequestStore:
         ResourceExhausted beyond the limits or where the store is full, with the time after which to try again.
         """
         limits = limits or Limits()
-        memory = await self._memory.use(adding=len(submission) + _RECORD_BYTES)
+        memory = await self.memory.use(adding=len(submission) + _RECORD_BYTES)
         events = [state_event(State.REQUEST_STATE_QUEUED)]
         events += [generation_pb2.Event(warning=warning) for warning in record.warnings]
         deadline = record.deadline.ToMilliseconds() if record.HasField("deadline") else 0

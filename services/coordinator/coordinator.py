@@ -65,8 +65,8 @@ class Coordinator:
             settings.stage_attempts,
             settings.worker_wait_seconds,
         )
-        self._memory = StoreMemory(self._redis, settings.max_store_memory)
-        store = RequestStore(self._redis, owner=owner, retention=settings.retention, memory=self._memory)
+        memory = StoreMemory(self._redis, settings.max_store_memory)
+        store = RequestStore(self._redis, owner=owner, retention=settings.retention, memory=memory)
         self._driver = Driver(
             store,
             Leases(self._redis, owner),
@@ -76,7 +76,7 @@ class Coordinator:
             step_seconds=settings.step_seconds,
         )
         self._presence.on_cancel = self._driver.cancel
-        self._service = GenerationService(self._models, store, self._registry, self._driver, settings, self._memory)
+        self._service = GenerationService(self._models, store, self._registry, self._driver, settings)
         self._server = FleetServer(
             settings.listen,
             interceptors=[MetricsInterceptor("coordinator")],
@@ -85,7 +85,7 @@ class Coordinator:
             admit=admission(settings),
             health_listen=settings.health_listen,
         )
-        self._watch = StoreWatch(self._redis, self._memory, self._server)
+        self._watch = StoreWatch(self._redis, memory, self._server)
         self._store_checked = False
         self._present = False
         self._patient_until = 0.0

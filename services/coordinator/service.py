@@ -15,7 +15,6 @@ from common.errors import FailedPrecondition, InvalidInput, NotFound, Unavailabl
 from common.pipeline import ServiceSpec
 from common.state.records import State, chunks_of, is_terminal, require_own, require_succeeded
 from common.state.requests import RequestStore
-from common.state.store_server import StoreMemory
 from common.state.workers import WorkerRegistry
 from configs.sample.base import ParameterSpec
 from fleet.v1 import generation_pb2 as pb
@@ -59,10 +58,8 @@ class GenerationService:
         registry: WorkerRegistry,
         driver: Driver,
         settings: CoordinatorSettings,
-        memory: StoreMemory,
     ) -> None:
         self._models = models
-        self._memory = memory
         self._store = store
         self._registry = registry
         self._driver = driver
@@ -242,7 +239,7 @@ class GenerationService:
         """The models, and who serves them."""
         del request
         models = [await self._model(model) for model in self._models.values()]
-        use = await self._memory.use()
+        use = await self._store.memory.use()
         store = pb.StoreStatus(
             used_bytes=max(use.used, 0), max_bytes=use.maximum, limit_bytes=use.limit, is_full=use.is_full
         )

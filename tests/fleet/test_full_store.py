@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import grpc
 import pytest
@@ -44,7 +45,7 @@ def test_a_full_store_refuses_new_requests_and_ends_accepted_ones(url: str, capl
         accepted = (await stub.Submit(submission())).request.request_id
         await gate.wait_reached()
         async with connect(url) as redis, open_channel(coordinator.address) as channel:
-            health = health_pb2_grpc.HealthStub(channel)
+            health: Any = health_pb2_grpc.HealthStub(channel)
 
             async def is_submit_served(status: int) -> bool:
                 reply = await health.Check(health_pb2.HealthCheckRequest(service=SUBMIT_HEALTH))

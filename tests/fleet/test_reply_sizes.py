@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterator
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import pytest
 from google.protobuf.message import Message
@@ -77,7 +77,7 @@ async def announce_groups(redis: Redis, model: str) -> None:
     async with redis.pipeline(transaction=False) as pipeline:
         for number in range(GROUPS):
             info = worker_pb2.WorkerInfo(worker_id=f"w{number}", capacity=1, degrees=degrees)
-            fields = {"info": info.SerializeToString(), "capacity": 1, "granted": 0}
+            fields: dict[Any, Any] = {"info": info.SerializeToString(), "capacity": 1, "granted": 0}
             pipeline.hset(f"fleet:worker:w{number}", mapping=fields)
             pipeline.zadd(f"fleet:workers:{model}/denoising", {f"w{number}": 1e15})
         await pipeline.execute()
@@ -117,7 +117,8 @@ async def cancel_request(stub: Stub, request_id: str) -> list[Message]:
 
 
 async def list_requests(stub: Stub, _: str) -> list[Message]:
-    pages, token, names = [], "", []
+    pages: list[pb.ListRequestsResponse] = []
+    token, names = "", []
     while token or not pages:
         page = await stub.ListRequests(pb.ListRequestsRequest(page_size=1_000, page_token=token))
         names += [record.request_id for record in page.requests]
