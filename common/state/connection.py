@@ -176,9 +176,24 @@ def _refused(text: str) -> Unavailable | FailedPrecondition | InternalError:
 
 
 async def command(redis: Redis, *words: str | bytes | memoryview | float) -> Any:
-    """Run one command; its reply is as the server gives it, texts as bytes."""
+    """Run one command; its reply is as the server gives it, texts as bytes.
+
+    Raises InternalError that names the key where that has another type than the command's.
+    """
     with store_errors():
-        return await cast(Any, redis).execute_command(*words)
+        try:
+            return await cast(Any, redis).execute_command(*words)
+        except ResponseError as error:
+            if is_wrong_type(error) and isinstance(words[1], str):
+                raise InternalError(
+                    f"the request store is damaged: {words[1]} has another type than {words[0]} reads; delete that key"
+                ) from error
+            raise
+
+
+def is_wrong_type(error: object) -> bool:
+    """Whether a command failed since its key holds a value of another type."""
+    return isinstance(error, ResponseError) and str(error).startswith("WRONGTYPE")
 
 
 async def ping(redis: Redis) -> None:

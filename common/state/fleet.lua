@@ -713,6 +713,8 @@ end
 function ops.touch_reply(name, lasts)
   if redis.call('PEXPIRE', P .. 'reply:' .. name, lasts) == 1 then
     redis.call('ZADD', P .. 'replies', 'XX', int(now + tonumber(lasts)), name)
+    redis.call('PEXPIRE', P .. 'replies', lasts)
+    redis.call('PEXPIRE', P .. 'reply-sizes', lasts)
   end
 end
 

@@ -21,7 +21,16 @@ from common.errors import (
     NotFound,
     ResourceExhausted,
 )
-from common.state.connection import BLOCK_SECONDS, PREFIX, StoreFull, command, run_script, script_sha, store_errors
+from common.state.connection import (
+    BLOCK_SECONDS,
+    PREFIX,
+    StoreFull,
+    command,
+    is_wrong_type,
+    run_script,
+    script_sha,
+    store_errors,
+)
 from common.state.records import (
     CHUNK_BYTES,
     SNAPSHOT,
@@ -216,7 +225,11 @@ class RequestStore:
             async with self._redis.pipeline(transaction=False) as pipeline:
                 for request_id, _ in rows:
                     pipeline.hmget(_key("request", request_id.decode()), (*SNAPSHOT, "model", "caller"))
-                fields = await pipeline.execute()
+                replies = await pipeline.execute(raise_on_error=False)
+            for reply in replies:
+                if isinstance(reply, Exception) and not is_wrong_type(reply):
+                    raise reply
+        fields = [[None] if isinstance(reply, Exception) else reply for reply in replies]  # no record is there
         return [(str(int(score)), each) for (_, score), each in zip(rows, fields, strict=True)]
 
     async def append(

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import pytest
 from redis.asyncio import Redis
 
-from common.errors import FailedPrecondition, InvalidInput, ResourceExhausted, Unavailable
+from common.errors import FailedPrecondition, InternalError, InvalidInput, ResourceExhausted, Unavailable
 from common.state.connection import StoreFull, command, connect, run_script
 from common.state.presence import Presence
 from common.state.records import ResultFile, State
@@ -292,5 +292,23 @@ def test_repairs_are_read_by_kind(url: str) -> None:
         await redis.delete("fleet:repairs")
         await redis.set("fleet:repairs", "another type")
         assert await read_repairs(redis) == {}
+
+    run_on_empty_store(url, story)
+
+
+def test_a_record_of_another_type_is_named_and_hides_no_other(url: str) -> None:
+    async def story(redis: Redis) -> None:
+        store = RequestStore(redis, owner="me")
+        for name in ("a", "b", "c"):
+            await store.admit(record(name))
+        await redis.delete("fleet:request:b")
+        await redis.set("fleet:request:b", "another type")
+        records, _ = await store.page()
+        assert [each.request_id for each in records] == ["c", "a"]
+        damaged = "request store is damaged: fleet:request:b .*; delete that key"
+        with pytest.raises(InternalError, match=damaged):
+            await store.get("b")
+        with pytest.raises(InternalError, match=damaged):
+            await store.request_cancel("b")
 
     run_on_empty_store(url, story)
