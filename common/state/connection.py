@@ -186,7 +186,7 @@ async def command(redis: Redis, *words: str | bytes | memoryview | float) -> Any
         except ResponseError as error:
             if is_wrong_type(error) and isinstance(words[1], str):
                 raise InternalError(
-                    f"the request store is damaged: {words[1]} has another type than {words[0]} reads; delete that key"
+                    f"the request store is damaged: {words[1]} has another type than the command reads; delete that key"
                 ) from error
             raise
 
