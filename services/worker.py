@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 import torch
+from redis.asyncio import Redis
 
 from common.errors import FailedPrecondition, FleetError, InvalidInput, Unavailable
 from common.local import HostedStages
@@ -31,6 +32,7 @@ from common.rpc.watchdog import Watchdog
 from common.settings import load_settings
 from common.stage import Call
 from common.state.connection import connect
+from common.state.store_server import check_server
 from common.state.workers import WorkerRegistry
 from common.telemetry import setup_logging, stage_timer, start_metrics
 from fleet.v1 import worker_pb2
@@ -57,6 +59,7 @@ log = logging.getLogger(__name__)
 
 _PACKAGES = ("diffusion-fleet", "torch", "diffusers", "transformers")
 _ANNOUNCE_AGAIN_SECONDS = 1.0
+_CHECK_SECONDS = 3.0  # for the store before weights are loaded; it is checked again before the worker is announced
 
 
 class Ranks(Protocol):
@@ -129,6 +132,7 @@ async def start_worker(
     spec = service_of(model, service)
     tls = tls_of(settings)
     watchdog = watchdog_of(settings)
+    checked = await _is_store_checked(settings)
     device = device_of(settings.device)
     dtype = dtype_of(settings.dtype, device)
     loop = asyncio.get_running_loop()
@@ -175,7 +179,7 @@ async def start_worker(
         if settings.metrics_port is not None:
             resources.callback(start_metrics(settings.metrics_port).stop)
         registry = WorkerRegistry(redis)
-        await _announce(registry, info, watchdog, settings.announce_seconds)
+        await _announce(registry, info, watchdog, settings, None if checked else redis)
         await server.set_ready(True)
         log.info("serves %s of %s at %s in %s on %s", service, model.name, info.address, info.dtype, info.device)
         if shares_memory:
@@ -226,15 +230,39 @@ def service_of(model: ServedModel, service: str) -> ServiceSpec:
         raise InvalidInput(str(error), field="service") from error
 
 
-async def _announce(registry: WorkerRegistry, info: worker_pb2.WorkerInfo, watchdog: Watchdog, patience: float) -> None:
-    """Announce the worker, as soon as the store answers: services start in any order.
+async def _is_store_checked(settings: WorkerSettings) -> bool:
+    """Check the store before weights are loaded; False where it does not answer yet. Raises FailedPrecondition."""
+    redis = connect(settings.redis)
+    try:
+        async with asyncio.timeout(_CHECK_SECONDS):
+            await check_server(redis, allow_eviction=settings.allow_eviction, allow_data_loss=settings.allow_data_loss)
+    except (Unavailable, TimeoutError):
+        return False
+    finally:
+        await redis.aclose()
+    return True
+
+
+async def _announce(
+    registry: WorkerRegistry,
+    info: worker_pb2.WorkerInfo,
+    watchdog: Watchdog,
+    settings: WorkerSettings,
+    unchecked: Redis | None,
+) -> None:
+    """Announce the worker, as soon as the store answers: services start in any order. Checks an `unchecked` store.
 
     While its device is stuck it sends no heartbeats: coordinators then count the call as lost, as with a dead worker.
     """
     loop = asyncio.get_running_loop()
-    give_up = loop.time() + patience
+    give_up = loop.time() + settings.announce_seconds
     while True:
         try:
+            if unchecked is not None:
+                await check_server(
+                    unchecked, allow_eviction=settings.allow_eviction, allow_data_loss=settings.allow_data_loss
+                )
+                unchecked = None
             return await registry.announce(info, is_able=lambda: not watchdog.is_stuck)
         except Unavailable as error:
             if loop.time() >= give_up:

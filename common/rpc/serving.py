@@ -83,6 +83,11 @@ class FleetServer:
         for name in ("", *self._services):
             await self._health.set(name, status)
 
+    async def set_method_ready(self, name: str, ready: bool) -> None:
+        """The health of one method, as SERVICE/METHOD, for those who ask for it by that name."""
+        status = health_pb2.HealthCheckResponse.SERVING if ready else health_pb2.HealthCheckResponse.NOT_SERVING
+        await self._health.set(name, status)
+
     async def drain(self, grace: float) -> None:
         """Say not ready, refuse new calls, let those in flight finish within `grace` seconds, end."""
         await self._health.enter_graceful_shutdown()

@@ -20,7 +20,8 @@ from common.errors import FleetError
 KIND_KEY = "fleet-error"
 FIELD_KEY = "fleet-error-field"
 RETRY_KEY = "retry-after-ms"
-_MAX_MESSAGE = 2048  # characters; headers are bounded, and an error is a sentence
+# Bytes of UTF-8, each of which takes up to three in a header: headers of 16 KiB are refused, with the call's status.
+_MAX_MESSAGE = 2048
 _MAX_FIELD = 256
 
 _CODES: dict[type[FleetError], grpc.StatusCode] = {
@@ -68,10 +69,10 @@ def to_status(error: FleetError) -> Status:
     kind = next((cls for cls in type(error).__mro__ if cls in _CODES), errors.InternalError)
     metadata: tuple[tuple[str, str], ...] = ((KIND_KEY, kind.__name__),)
     if error.field:
-        metadata += ((FIELD_KEY, quote(_sound(error.field[:_MAX_FIELD]), safe="[]")),)
+        metadata += ((FIELD_KEY, quote(_sound(error.field, _MAX_FIELD), safe="[]")),)
     if isinstance(error, errors.ResourceExhausted) and error.retry_seconds is not None:
         metadata += ((RETRY_KEY, str(math.ceil(error.retry_seconds * 1_000))),)
-    return Status(_CODES[kind], _sound(error.message[:_MAX_MESSAGE]), metadata)
+    return Status(_CODES[kind], _sound(error.message, _MAX_MESSAGE), metadata)
 
 
 def from_status(code: grpc.StatusCode, details: str, metadata: Iterable[tuple[str, Any]]) -> FleetError:
@@ -106,6 +107,6 @@ async def abort_with(context: grpc.aio.ServicerContext[Any, Any], error: FleetEr
     raise AssertionError("abort returned")
 
 
-def _sound(text: str) -> str:
-    """Text that UTF-8 can encode: lone surrogates cannot be, and a caller may have sent some."""
-    return text.encode("utf-8", "backslashreplace").decode()
+def _sound(text: str, most: int) -> str:
+    """At most so many bytes of text that UTF-8 can encode: a caller may have sent lone surrogates."""
+    return text[:most].encode("utf-8", "backslashreplace")[:most].decode("utf-8", "ignore")

@@ -1,7 +1,7 @@
 """Redis, as the state modules use it: one pool, one script, and errors that callers understand.
 
-State speaks of Unavailable when the server is away, which is for waiting or for the caller to try again, and of
-InternalError when a command is refused, which is a defect.
+The state modules raise Unavailable while the server cannot be reached or takes no writes, StoreFull (an Unavailable)
+when its memory is full, FailedPrecondition for a Redis Cluster, and InternalError when it refuses a command.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from redis.asyncio.sentinel import Sentinel
 from redis.backoff import ExponentialBackoff
 from redis.exceptions import (
     AuthenticationError,
+    BusyLoadingError,
     ConnectionError,
     NoScriptError,
     OutOfMemoryError,
@@ -30,7 +31,7 @@ from redis.exceptions import (
     TimeoutError,
 )
 
-from common.errors import InternalError, InvalidInput, Unavailable
+from common.errors import FailedPrecondition, InternalError, InvalidInput, Unavailable
 
 PREFIX = "fleet:"
 _SENTINEL = "redis+sentinel://"
@@ -39,7 +40,18 @@ BLOCK_SECONDS = 5.0
 _SOCKET_SECONDS = 10.0
 _CONNECT_SECONDS = 3.0
 _RETRIES = 2
-_AWAY = (ConnectionError, TimeoutError, ReadOnlyError, OutOfMemoryError)
+_AWAY = (ConnectionError, TimeoutError)
+_NO_WRITES = ("MISCONF", "NOREPLICAS", "BUSY", "LOADING", "MASTERDOWN", "READONLY")
+_CLUSTER_ERRORS = re.compile(r"MOVED |ASK |CROSSSLOT|CLUSTERDOWN|.*non local key")
+CLUSTER_UNSUPPORTED = (
+    "redis: this server is part of a Redis Cluster, which the fleet does not support, as its operations change several "
+    "keys at once; use one primary, a primary that Sentinel watches (redis+sentinel://), or a managed service with "
+    "cluster mode disabled"
+)
+
+
+class StoreFull(Unavailable):
+    """The server has used all of its maxmemory; writes work again once it has free memory."""
 
 
 def connect(url: str) -> Redis:
@@ -71,6 +83,11 @@ def _options() -> dict[str, Any]:
         "socket_connect_timeout": _CONNECT_SECONDS,
         "retry": Retry(ExponentialBackoff(cap=0.25, base=0.02), _RETRIES),
     }
+
+
+def follows_sentinels(redis: Redis) -> bool:
+    """Whether sentinels name the server that this client connects to."""
+    return isinstance(redis, _Primary)
 
 
 class _Primary(Redis):
@@ -131,20 +148,52 @@ def _translated() -> Iterator[None]:
         yield
     except AuthenticationError as error:
         raise Unavailable(f"the request store refuses the login: {error}") from error
+    except BusyLoadingError as error:
+        raise Unavailable(f"the request store takes no writes: {error}") from error
     except _AWAY as error:
         raise Unavailable(f"the request store is away: {error}") from error
+    except OutOfMemoryError as error:
+        raise StoreFull(
+            "the request store is full: it has used its maxmemory; raise maxmemory, or wait until results have expired"
+        ) from error
+    except ReadOnlyError as error:
+        raise Unavailable(f"the request store takes no writes: {error}") from error
     except ResponseError as error:
-        if str(error).startswith(("MISCONF", "NOREPLICAS", "BUSY", "LOADING", "MASTERDOWN")):
-            raise Unavailable(f"the request store takes no writes: {error}") from error
-        raise InternalError(f"the request store refused a command: {error}") from error
+        raise _refused(str(error)) from error
     except RedisError as error:
         raise InternalError(f"the request store failed: {error}") from error
 
 
+def _refused(text: str) -> Unavailable | FailedPrecondition | InternalError:
+    """The error of a command that the server refused."""
+    if _CLUSTER_ERRORS.match(text):
+        return FailedPrecondition(CLUSTER_UNSUPPORTED, field="redis")
+    if text.startswith(_NO_WRITES):
+        return Unavailable(f"the request store takes no writes: {text}")
+    if text.startswith(("FLEETKEY ", "FLEETSTORE ")):
+        return InternalError(f"the request store is damaged: {text.partition(' ')[2]}")
+    return InternalError(f"the request store refused a command: {text}")
+
+
 async def command(redis: Redis, *words: str | bytes | memoryview | float) -> Any:
-    """Run one command; its reply is as the server gives it, texts as bytes."""
+    """Run one command; its reply is as the server gives it, texts as bytes.
+
+    Raises InternalError that names the key where that has another type than the command's.
+    """
     with store_errors():
-        return await cast(Any, redis).execute_command(*words)
+        try:
+            return await cast(Any, redis).execute_command(*words)
+        except ResponseError as error:
+            if is_wrong_type(error) and isinstance(words[1], str):
+                raise InternalError(
+                    f"the request store is damaged: {words[1]} has another type than the command reads; delete that key"
+                ) from error
+            raise
+
+
+def is_wrong_type(error: object) -> bool:
+    """Whether a command failed since its key holds a value of another type."""
+    return isinstance(error, ResponseError) and str(error).startswith("WRONGTYPE")
 
 
 async def ping(redis: Redis) -> None:

@@ -31,6 +31,11 @@
 --   fleet:reply:<name>             list   a reply that workers share: its checksum, then its frames
 --   fleet:replies, fleet:reply-sizes   zset, hash   names of these by when they expire; their bytes
 --   fleet:coordinator:<owner>      string present while that coordinator's heartbeat lasts; also its channel
+--   fleet:repairs                  hash   kind of damage -> how often an operation found and removed it
+--
+-- Keys may be missing, evicted, restored from an older copy or of another type. So no loop depends on two keys that
+-- agree: each iterates over what it has read, or at most as often as the key had entries. An entry whose partner is
+-- missing is removed and counted in fleet:repairs.
 --
 -- A coordinator's heartbeat is its lease on all requests that it owns. `epoch` is the fencing token: it grows when a
 -- request changes hands, and a write with another one is refused. Callers repeat an operation whose answer they have
@@ -43,17 +48,49 @@ local TERMINAL = 3
 local CHURN_MS = 600000
 local FIRST_PAUSE_MS, LONGEST_PAUSE_MS = 200, 5000
 local AVOIDED_MS = 60000
-local time = redis.call('TIME')
+local MOST_DROPPED = 1000  -- entries of a queue that one operation removes; the next operation goes on
+local MOST_EXTRA = 524288  -- bytes of additions after which a record gets no more warnings, only its end
+local server = redis
+local time = server.call('TIME')
 local now = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
 local ops = {}
+
+-- Counts damage that was found and removed. The counter itself may be of another type.
+local function repaired(kind, count)
+  local reply = server.pcall('HINCRBY', P .. 'repairs', kind, count or 1)
+  if type(reply) == 'table' and reply.err and string.find(reply.err, 'WRONGTYPE', 1, true) then
+    server.call('DEL', P .. 'repairs')
+    server.call('HINCRBY', P .. 'repairs', kind, count or 1)
+  end
+end
+
+-- The call() of all operations. A key of another type than the command's holds nothing of the fleet's: it is deleted,
+-- and the command repeated. The one exception is the record of a request, which is an error that names the key.
+local redis = {}
+function redis.call(command, key, ...)
+  local reply = server.pcall(command, key, ...)
+  if type(reply) ~= 'table' or not reply.err then
+    return reply
+  end
+  if not string.find(reply.err, 'WRONGTYPE', 1, true) then
+    error(reply)
+  end
+  if string.find(key, P .. 'request:', 1, true) == 1 then
+    local found = server.call('TYPE', key)
+    error({ err = 'FLEETKEY ' .. key .. ' is a ' .. found.ok .. ', not the hash of a request; delete that key' })
+  end
+  server.call('DEL', key)
+  repaired('type')
+  return server.call(command, key, ...)
+end
 
 local function int(number)
   return string.format('%.0f', number)
 end
 
 local function is_open(id)
-  local state = redis.call('HGET', P .. 'request:' .. id, 'state')
-  return state and tonumber(state) < TERMINAL
+  local state = tonumber(redis.call('HGET', P .. 'request:' .. id, 'state'))
+  return state and state < TERMINAL
 end
 
 -- nil where the writer may write, else what keeps it from that.
@@ -93,6 +130,18 @@ local function note_loss(place, worker, at)
   redis.call('PEXPIRE', key, int(CHURN_MS))
 end
 
+-- A number above all that were given before, also where the counter was lost or restored from an older copy.
+local function next_number()
+  local number = redis.call('INCR', P .. 'sequence')
+  local newest = tonumber(redis.call('ZREVRANGE', P .. 'requests', 0, 0, 'WITHSCORES')[2])
+  if newest and newest >= number then
+    number = newest + 1
+    redis.call('SET', P .. 'sequence', int(number))
+    repaired('sequence')
+  end
+  return number
+end
+
 local function live_workers(place)
   local key = P .. 'workers:' .. place
   local silent = redis.call('ZRANGEBYSCORE', key, '-inf', int(now), 'WITHSCORES')
@@ -105,8 +154,9 @@ local function live_workers(place)
   local live = {}
   for _, id in ipairs(redis.call('ZRANGE', P .. 'workers:' .. place, 0, -1)) do
     local fields = redis.call('HMGET', P .. 'worker:' .. id, 'capacity', 'granted', 'info')
-    if fields[1] then
-      live[#live + 1] = { id = id, capacity = tonumber(fields[1]), granted = tonumber(fields[2]), info = fields[3] }
+    local capacity = tonumber(fields[1])
+    if capacity and fields[3] then
+      live[#live + 1] = { id = id, capacity = capacity, granted = tonumber(fields[2]) or 0, info = fields[3] }
     end
   end
   return live
@@ -121,9 +171,12 @@ end
 local function busy_slots(place)
   local busy, held, slots = {}, {}, redis.call('HGETALL', P .. 'slots:' .. place)
   for i = 1, #slots, 2 do
-    local worker, owner, cost, since = string.match(slots[i + 1], '^(.*)|(.*)|(.*)|(.*)$')
-    local capacity = redis.call('HGET', P .. 'worker:' .. worker, 'capacity')
-    if not capacity or redis.call('EXISTS', P .. 'coordinator:' .. owner) == 0 then
+    local worker, owner, cost, since = string.match(slots[i + 1], '^(.*)|(.*)|(%d+)|(%d+)$')
+    local capacity = worker and redis.call('HGET', P .. 'worker:' .. worker, 'capacity')
+    if not worker then
+      redis.call('HDEL', P .. 'slots:' .. place, slots[i])
+      repaired('slot')
+    elseif not capacity or redis.call('EXISTS', P .. 'coordinator:' .. owner) == 0 then
       redis.call('HDEL', P .. 'slots:' .. place, slots[i])
     else
       busy[worker] = (busy[worker] or 0) + (is_alone(slots[i]) and tonumber(capacity) or 1)
@@ -143,16 +196,17 @@ local function forecast(place, caller, cost)
   end
   found.capacity = math.max(found.capacity, 1)
   local ms, of = string.match(redis.call('GET', P .. 'pace:' .. place) or '', '^(%S+) (%S+)$')
-  if not ms then
+  if not tonumber(ms) or (tonumber(of) or 0) <= 0 then
     return found
   end
   found.pace = tonumber(ms) / tonumber(of)
   local scale = found.pace / found.capacity
   local open = redis.call('HGETALL', P .. 'work:' .. place)
   for i = 1, #open, 2 do
-    found.queued = found.queued + tonumber(open[i + 1]) * scale
+    local work = tonumber(open[i + 1]) or 0
+    found.queued = found.queued + work * scale
     if open[i] == caller then
-      found.own = tonumber(open[i + 1]) * scale
+      found.own = work * scale
     else
       found.callers = found.callers + 1
     end
@@ -196,10 +250,10 @@ local function prune_index()
 end
 
 -- id, owner, idempotency key, record, submission, model, deadline or 0, most open requests, longest queue,
--- most ms of work, caller, most of theirs, n, n pairs of service and cost, events. Refusals tell the ms after which to
--- try again.
+-- most ms of work, caller, most of theirs, 1 where the store is full, n, n pairs of service and cost, events. Refusals
+-- tell the ms after which to try again. A full store still answers what it has admitted before.
 function ops.admit(id, owner, key, record, submission, model, deadline, max_open, queue_limit, max_work, caller,
-  max_theirs, count)
+  max_theirs, is_full, count)
   count = tonumber(count)
   local known = key ~= '' and redis.call('GET', P .. 'idempotency:' .. key)
   if known and redis.call('EXISTS', P .. 'request:' .. known) == 1 then
@@ -211,7 +265,10 @@ function ops.admit(id, owner, key, record, submission, model, deadline, max_open
   if tonumber(deadline) > 0 and tonumber(deadline) <= now then
     return { 'late', int(now) }
   end
-  local first, last = 15, 14 + 2 * count
+  if is_full == '1' then
+    return { 'memory' }
+  end
+  local first, last = 16, 15 + 2 * count
   local open = redis.call('SCARD', P .. 'open:' .. model)
   local busy, alone = overload(model, caller, first, last, open, tonumber(max_work))
   if open >= tonumber(max_open) then
@@ -237,7 +294,7 @@ function ops.admit(id, owner, key, record, submission, model, deadline, max_open
     redis.call('HSET', P .. 'request:' .. id, 'left:' .. ARGV[i], ARGV[i + 1])
     redis.call('HINCRBY', P .. 'work:' .. model .. '/' .. ARGV[i], caller, ARGV[i + 1])
   end
-  redis.call('ZADD', P .. 'requests', redis.call('INCR', P .. 'sequence'), id)
+  redis.call('ZADD', P .. 'requests', int(next_number()), id)
   redis.call('SADD', P .. 'open:' .. model, id)
   if caller ~= '' then
     redis.call('SADD', P .. 'open-by:' .. caller, id)
@@ -268,7 +325,9 @@ function ops.append(id, epoch, number, state, extra)
   if state ~= '' then
     redis.call('HSET', key, 'state', state, 'updated', int(now))
   end
-  extend(id, extra)
+  if redis.call('HSTRLEN', key, 'extra') < MOST_EXTRA then
+    extend(id, extra)
+  end
   ids = add_events(id, 7)
   redis.call('HSET', key, 'told', number .. ' ' .. table.concat(ids, ' '))
   return { 'appended', ids }
@@ -278,7 +337,7 @@ end
 local function settle(id, service)
   local key = P .. 'request:' .. id
   local fields = redis.call('HMGET', key, 'left:' .. service, 'model', 'caller')
-  if fields[1] then
+  if tonumber(fields[1]) and fields[2] and fields[3] then
     local work = P .. 'work:' .. fields[2] .. '/' .. service
     redis.call('HDEL', key, 'left:' .. service)
     if redis.call('HINCRBY', work, fields[3], -tonumber(fields[1])) <= 0 then
@@ -302,13 +361,13 @@ local function finish(id, token, state, extra, keep)
     redis.call('DEL', fields[4])
   end
   redis.call('HDEL', key, 'submission', 'deaths', 'point', 'reached', 'told')
-  redis.call('SREM', P .. 'open:' .. fields[1], id)
+  redis.call('SREM', P .. 'open:' .. (fields[1] or ''), id)
   if fields[3] and fields[3] ~= '' then
     redis.call('SREM', P .. 'open-by:' .. fields[3], id)
   end
   redis.call('ZADD', P .. 'ended', int(now + tonumber(keep)), id)
   redis.call('PEXPIRE', key, keep)
-  if fields[2] ~= '' then
+  if fields[2] and fields[2] ~= '' then
     redis.call('PEXPIRE', P .. 'idempotency:' .. fields[2], keep)
   end
 end
@@ -332,7 +391,7 @@ end
 function ops.cancel(id, state, keep)
   local key = P .. 'request:' .. id
   if is_open(id) then
-    local owner = redis.call('HGET', key, 'owner')
+    local owner = redis.call('HGET', key, 'owner') or ''
     redis.call('HSET', key, 'cancel', '1')
     if redis.call('EXISTS', P .. 'coordinator:' .. owner) == 1 then
       redis.call('PUBLISH', P .. 'coordinator:' .. owner, 'cancel\n' .. id)
@@ -343,6 +402,18 @@ function ops.cancel(id, state, keep)
     end
   end
   return snapshot(id)
+end
+
+-- Fields of a request that the set of open ones names, none of them where that entry is wrong: it is removed then.
+local function open_fields(model, id, ...)
+  local fields = server.pcall('HMGET', P .. 'request:' .. id, 'state', ...)
+  local state = not fields.err and tonumber(table.remove(fields, 1))
+  if state and state < TERMINAL then
+    return fields
+  end
+  redis.call('SREM', P .. 'open:' .. model, id)
+  repaired('open')
+  return {}
 end
 
 -- owner, model, the most to take, 1 to look beyond one's own, the ids that it runs. Its own requests that it does not
@@ -358,7 +429,7 @@ function ops.take_over(owner, model, most, beyond, running)
   end
   for _, id in ipairs(redis.call('SMEMBERS', P .. 'open:' .. model)) do
     local key = P .. 'request:' .. id
-    local fields = redis.call('HMGET', key, 'owner', 'cancel', 'submission')
+    local fields = open_fields(model, id, 'owner', 'cancel', 'submission')
     local is_own = fields[1] == owner
     if is_own and runs[id] then
       if fields[2] then
@@ -545,7 +616,9 @@ local function avoided_by(owner)
   local found, fields = {}, redis.call('HGETALL', P .. 'avoided:' .. owner)
   for i = 1, #fields, 2 do
     local till, pause = string.match(fields[i + 1], '^(%d+)|(%d+)$')
-    found[fields[i]] = { till = tonumber(till), pause = tonumber(pause) }
+    if till then
+      found[fields[i]] = { till = tonumber(till), pause = tonumber(pause) }
+    end
   end
   return found
 end
@@ -575,30 +648,77 @@ local function leave_queue(place, ticket)
   end
 end
 
+-- Whether a claim is one that a living coordinator waits for: its ticket leads back to its entry, it has no slot yet.
+-- Only a dead coordinator is no damage. `walk` caches the answers within one operation.
+local function is_wanted(place, claim, walk)
+  if walk.wanted[claim.entry] then
+    return true
+  end
+  if redis.call('HGET', P .. 'waiting:' .. place, claim.ticket) ~= claim.entry
+    or redis.call('HEXISTS', P .. 'slots:' .. place, claim.ticket) == 1 then
+    repaired('queue')
+    return false
+  end
+  if walk.alive[claim.owner] == nil then
+    walk.alive[claim.owner] = redis.call('EXISTS', P .. 'coordinator:' .. claim.owner) == 1
+  end
+  walk.wanted[claim.entry] = walk.alive[claim.owner]
+  return walk.alive[claim.owner]
+end
+
+-- Removes an entry from the queue, and its ticket if that leads back to the entry.
+local function drop_claim(place, entry, ticket)
+  redis.call('ZREM', P .. 'queue:' .. place, entry)
+  if ticket and redis.call('HGET', P .. 'waiting:' .. place, ticket) == entry then
+    redis.call('HDEL', P .. 'waiting:' .. place, ticket)
+  end
+end
+
+local function read_claim(entry)
+  local rank, caller, order, cost, ticket, owner = string.match(entry, '^(.-)|(.-)|(.-)|(%d+)|(.-)|(.*)$')
+  if not rank then
+    repaired('queue')
+    return nil
+  end
+  return { entry = entry, rank = rank, caller = caller, order = order, cost = tonumber(cost), ticket = ticket,
+    owner = owner }
+end
+
+-- What decides which workers fit a claim. Once none fits a claim, none fits others of its kind within one operation.
+local function kind_of(claim)
+  return claim.owner .. (is_alone(claim.ticket) and '/alone' or '')
+end
+
 -- Who is next: of the highest priority, of the caller who was given the least work, the earliest deadline, the first.
 -- This is start-time fair queueing (Goyal, Vin, Cheng 1996): a claim starts when its caller's last one ends, in virtual
--- time, but not in the past, so that nobody saves up a share by staying away. The queue is walked a step a caller, and a
--- step for each entry that is `held` (a set of them), which is passed over.
-local function next_claim(place, held)
+-- time, but not in the past, so that nobody saves up a share by staying away. The queue is walked a step a caller, and
+-- a step for each entry that fits no worker (passed over) or that nobody waits for (removed). Each step is further on:
+-- there are no more than entries.
+local function next_claim(place, walk)
   local queue, best, shares, virtual = P .. 'queue:' .. place, nil, nil, nil
   local entry = redis.call('ZRANGE', queue, 0, 0)[1]
-  while entry do
-    local rank, caller, order, cost, ticket, owner = string.match(entry, '^(.-)|(.-)|(.-)|(.-)|(.-)|(.*)$')
-    if best and rank ~= best.rank then
+  for _ = 1, walk.length do
+    if not entry or walk.dropped >= MOST_DROPPED then
       break
     end
-    local last = entry
-    if not held[entry] then
-      shares = shares or P .. 'shares:' .. place .. '|' .. rank
-      virtual = virtual or tonumber(redis.call('ZSCORE', shares, '|') or 0)
-      local start = math.max(virtual, tonumber(redis.call('ZSCORE', shares, caller) or 0))
-      if not best or start < best.start or (start == best.start and order < best.order) then
-        best = { rank = rank, caller = caller, order = order, cost = tonumber(cost), ticket = ticket, owner = owner,
-          start = start, shares = shares, entry = entry }
+    local claim, after = read_claim(entry), '(' .. entry
+    if not claim or not is_wanted(place, claim, walk) then
+      drop_claim(place, entry, claim and claim.ticket)
+      walk.dropped = walk.dropped + 1
+    elseif not walk.unfit[kind_of(claim)] then
+      if best and claim.rank ~= best.rank then
+        break
       end
-      last = rank .. '|' .. caller .. '|~'
+      shares = shares or P .. 'shares:' .. place .. '|' .. claim.rank
+      virtual = virtual or tonumber(redis.call('ZSCORE', shares, '|') or 0)
+      claim.shares = shares
+      claim.start = math.max(virtual, tonumber(redis.call('ZSCORE', shares, claim.caller) or 0))
+      if not best or claim.start < best.start or (claim.start == best.start and claim.order < best.order) then
+        best = claim
+      end
+      after = '(' .. claim.rank .. '|' .. claim.caller .. '|~'
     end
-    entry = redis.call('ZRANGEBYLEX', queue, '(' .. last, '+', 'LIMIT', 0, 1)[1]
+    entry = redis.call('ZRANGEBYLEX', queue, after, '+', 'LIMIT', 0, 1)[1]
   end
   return best
 end
@@ -614,43 +734,40 @@ end
 --
 -- A claim that no free slot fits is passed over: its owner avoids the workers that have one, or it is for a whole worker
 -- and none is idle. The first of the latter kind reserves the worker that is idle soonest: nobody else gets a slot there,
--- so that the claim's turn comes after the requests that the worker has now. Nothing is written down for that: the
--- reservation lasts while the claim waits, and goes with it.
+-- so that the claim's turn comes after the requests that the worker has now. The reservation is not stored: it lasts while
+-- the claim waits, and ends with it. Each iteration grants a claim or finds a kind of claim that does not fit, and there
+-- are no more iterations than entries.
 local function dispatch(place, asking)
   local workers = live_workers(place)
   local busy = busy_slots(place)
-  local held, reserved, avoided, is_reserved = {}, {}, {}, false
-  while true do
-    local claim = next_claim(place, held)
+  local walk = { length = redis.call('ZCARD', P .. 'queue:' .. place), dropped = 0, wanted = {}, alive = {}, unfit = {} }
+  local reserved, avoided, is_reserved = {}, {}, false
+  for _ = 1, walk.length do
+    local claim = next_claim(place, walk)
     if not claim then
       break
     end
-    local worker, alone = nil, is_alone(claim.ticket)
-    if redis.call('EXISTS', P .. 'coordinator:' .. claim.owner) == 1 then
-      avoided[claim.owner] = avoided[claim.owner] or avoided_by(claim.owner)
-      worker = least_busy(workers, busy, reserved, avoided[claim.owner], alone and 1 or nil)
-      if not worker then
-        if not least_busy(workers, busy, reserved, {}) then
-          break
-        end
-        local sparing = alone and not is_reserved and least_busy(workers, busy, {}, avoided[claim.owner], math.huge)
-        if sparing then
-          is_reserved, reserved[sparing.id] = true, true
-        end
-        held[claim.entry] = true
-      else
-        busy[worker.id] = (busy[worker.id] or 0) + (alone and worker.capacity or 1)
-        worker.granted = redis.call('HINCRBY', P .. 'worker:' .. worker.id, 'granted', 1)
-        redis.call('HSET', P .. 'slots:' .. place, claim.ticket,
-          worker.id .. '|' .. claim.owner .. '|' .. int(claim.cost) .. '|' .. int(now))
-        charge(claim)
-        if claim.ticket ~= asking then
-          redis.call('PUBLISH', P .. 'coordinator:' .. claim.owner, 'grant\n' .. claim.ticket .. '\n' .. worker.info)
-        end
+    local alone = is_alone(claim.ticket)
+    avoided[claim.owner] = avoided[claim.owner] or avoided_by(claim.owner)
+    local worker = least_busy(workers, busy, reserved, avoided[claim.owner], alone and 1 or nil)
+    if worker then
+      busy[worker.id] = (busy[worker.id] or 0) + (alone and worker.capacity or 1)
+      worker.granted = redis.call('HINCRBY', P .. 'worker:' .. worker.id, 'granted', 1)
+      redis.call('HSET', P .. 'slots:' .. place, claim.ticket,
+        worker.id .. '|' .. claim.owner .. '|' .. int(claim.cost) .. '|' .. int(now))
+      charge(claim)
+      if claim.ticket ~= asking then
+        redis.call('PUBLISH', P .. 'coordinator:' .. claim.owner, 'grant\n' .. claim.ticket .. '\n' .. worker.info)
       end
-    end
-    if not held[claim.entry] then
-      leave_queue(place, claim.ticket)
+      drop_claim(place, claim.entry, claim.ticket)
+    elseif not least_busy(workers, busy, reserved, {}) then
+      break
+    else
+      local sparing = alone and not is_reserved and least_busy(workers, busy, {}, avoided[claim.owner], math.huge)
+      if sparing then
+        is_reserved, reserved[sparing.id] = true, true
+      end
+      walk.unfit[kind_of(claim)] = true
     end
   end
   return workers
@@ -684,21 +801,37 @@ function ops.avoid(owner, worker)
   return pause
 end
 
+-- Puts a claim in the queue, unless it has a slot or a place there. A ticket without an entry, and an entry without its
+-- ticket, are damage.
+local function enqueue(ticket, place, owner, priority, deadline, caller, cost)
+  if redis.call('HEXISTS', P .. 'slots:' .. place, ticket) == 1 then
+    return
+  end
+  local entry = redis.call('HGET', P .. 'waiting:' .. place, ticket)
+  if entry and redis.call('ZSCORE', P .. 'queue:' .. place, entry) then
+    return
+  elseif entry then
+    repaired('waiting')
+  end
+  local latest = tonumber(deadline) > 0 and math.min(tonumber(deadline), 9999999999999) or 9999999999999
+  entry = string.format('%03d|%s|%013.0f%016.0f|%s|%s|%s', 100 - tonumber(priority), caller, latest, next_number(),
+    cost, ticket, owner)
+  redis.call('ZADD', P .. 'queue:' .. place, 0, entry)
+  redis.call('HSET', P .. 'waiting:' .. place, ticket, entry)
+end
+
 -- ticket, model/service, owner, priority, deadline or 0, caller (a name without '|'), cost. Asking again with the same
 -- ticket changes nothing. One that waits gets the number of live workers, and the ms until its owner stops avoiding one.
 function ops.claim(ticket, place, owner, priority, deadline, caller, cost)
-  if redis.call('HEXISTS', P .. 'slots:' .. place, ticket) == 0
-    and redis.call('HEXISTS', P .. 'waiting:' .. place, ticket) == 0 then
-    local latest = tonumber(deadline) > 0 and math.min(tonumber(deadline), 9999999999999) or 9999999999999
-    local entry = string.format('%03d|%s|%013.0f%016.0f|%s|%s|%s', 100 - tonumber(priority), caller, latest,
-      redis.call('INCR', P .. 'sequence'), cost, ticket, owner)
-    redis.call('ZADD', P .. 'queue:' .. place, 0, entry)
-    redis.call('HSET', P .. 'waiting:' .. place, ticket, entry)
-  end
+  enqueue(ticket, place, owner, priority, deadline, caller, cost)
   local workers = dispatch(place, ticket)
   local slot = redis.call('HGET', P .. 'slots:' .. place, ticket)
-  if slot then
-    return { 'granted', redis.call('HGET', P .. 'worker:' .. string.match(slot, '^(.-)|'), 'info') }
+  local info = slot and redis.call('HGET', P .. 'worker:' .. string.match(slot, '^(.-)|'), 'info')
+  if info then
+    return { 'granted', info }
+  elseif slot then
+    redis.call('HDEL', P .. 'slots:' .. place, ticket)
+    repaired('slot')
   end
   return { 'waiting', #workers, avoids_for(owner, workers) }
 end
@@ -707,11 +840,11 @@ end
 function ops.release(ticket, place, ms)
   local slot = redis.call('HGET', P .. 'slots:' .. place, ticket)
   ms = tonumber(ms)
-  if ms > 0 and slot then
-    local cost = tonumber(string.match(slot, '|(%d+)|%d+$'))
+  local cost = slot and tonumber(string.match(slot, '|(%d+)|%d+$'))
+  if ms > 0 and cost then
     local held, of = string.match(redis.call('GET', P .. 'pace:' .. place) or '', '^(%S+) (%S+)$')
     redis.call('SET', P .. 'pace:' .. place, string.format('%.3f %.3f',
-      ms + 0.8 * tonumber(held or 0), cost + 0.8 * tonumber(of or 0)), 'PX', 86400000)
+      ms + 0.8 * (tonumber(held) or 0), cost + 0.8 * (tonumber(of) or 0)), 'PX', 86400000)
   end
   if ms > 0 then
     settle(string.match(ticket, '^[^/]*'), string.match(place, '[^/]*$'))
@@ -749,11 +882,11 @@ end
 function ops.leaving(worker, lasts)
   redis.call('SET', P .. 'leaving:' .. worker, '1', 'PX', lasts)
   local fields = redis.call('HMGET', P .. 'worker:' .. worker, 'model', 'service')
-  if fields[1] then
+  if fields[1] and fields[2] then
     redis.call('ZREM', P .. 'workers:' .. fields[1] .. '/' .. fields[2], worker)
     redis.call('ZREM', P .. 'lost:' .. fields[1] .. '/' .. fields[2], worker)
-    redis.call('DEL', P .. 'worker:' .. worker)
   end
+  redis.call('DEL', P .. 'worker:' .. worker)
   clear(worker)
 end
 
@@ -792,6 +925,8 @@ end
 function ops.touch_reply(name, lasts)
   if redis.call('PEXPIRE', P .. 'reply:' .. name, lasts) == 1 then
     redis.call('ZADD', P .. 'replies', 'XX', int(now + tonumber(lasts)), name)
+    redis.call('PEXPIRE', P .. 'replies', lasts)
+    redis.call('PEXPIRE', P .. 'reply-sizes', lasts)
   end
 end
 
@@ -801,24 +936,51 @@ local function drop_reply(name)
   redis.call('HDEL', P .. 'reply-sizes', name)
 end
 
+-- Bytes by name of the shared replies. A size without a reply, and a reply without a size, are removed.
+local function reply_sizes()
+  local sizes, fields, known = {}, redis.call('HGETALL', P .. 'reply-sizes'), {}
+  for _, name in ipairs(redis.call('ZRANGE', P .. 'replies', 0, -1)) do
+    known[name] = true
+  end
+  for i = 1, #fields, 2 do
+    sizes[fields[i]] = known[fields[i]] and tonumber(fields[i + 1])
+    if not sizes[fields[i]] then
+      drop_reply(fields[i])
+      repaired('reply')
+    end
+  end
+  for name in pairs(known) do
+    if not sizes[name] then
+      drop_reply(name)
+      repaired('reply')
+    end
+  end
+  return sizes
+end
+
 -- key of its parts, name, its bytes, most bytes of all, ms that it is kept. Those unused for longest make room.
 function ops.keep_reply(parts, name, bytes, most, lasts)
   for _, expired in ipairs(redis.call('ZRANGEBYSCORE', P .. 'replies', '-inf', int(now))) do
     drop_reply(expired)
   end
   drop_reply(name)
-  local total = tonumber(bytes)
-  for _, size in ipairs(redis.call('HVALS', P .. 'reply-sizes')) do
-    total = total + tonumber(size)
+  if redis.call('EXISTS', parts) == 0 then
+    return
   end
-  while total > tonumber(most) do
-    local oldest = redis.call('ZRANGE', P .. 'replies', 0, 0)[1]
-    if not oldest then
-      redis.call('DEL', parts)
-      return
+  local sizes, total = reply_sizes(), tonumber(bytes)
+  for _, size in pairs(sizes) do
+    total = total + size
+  end
+  for _, oldest in ipairs(redis.call('ZRANGE', P .. 'replies', 0, -1)) do
+    if total <= tonumber(most) then
+      break
     end
-    total = total - tonumber(redis.call('HGET', P .. 'reply-sizes', oldest) or 0)
+    total = total - (sizes[oldest] or 0)
     drop_reply(oldest)
+  end
+  if total > tonumber(most) then
+    redis.call('DEL', parts)
+    return
   end
   redis.call('RENAME', parts, P .. 'reply:' .. name)
   redis.call('ZADD', P .. 'replies', int(now + tonumber(lasts)), name)
@@ -828,4 +990,20 @@ function ops.keep_reply(parts, name, bytes, most, lasts)
   end
 end
 
-return ops[ARGV[1]](unpack(ARGV, 2))
+-- A full server refuses a script's first write that takes memory, and none after another write: heartbeats, slots and
+-- ends of accepted requests go on, new requests and shared replies do not.
+if ARGV[1] ~= 'admit' and ARGV[1] ~= 'keep_reply' then
+  server.pcall('DEL', P .. 'none')
+end
+
+-- A failure is a reply of one line, without the place in this file that a traceback has. Some servers turn the table
+-- of an error into its text. An error of the server begins with its code in capital letters.
+local succeeded, reply = pcall(ops[ARGV[1]], unpack(ARGV, 2))
+if succeeded then
+  return reply
+end
+local failure = string.gsub(type(reply) == 'table' and reply.err or tostring(reply), '^@?user_script: ?%d+: %-?', '')
+if not string.find(failure, '^%u+ ') or string.find(failure, '^ERR ') then
+  failure = 'FLEETSTORE ' .. ARGV[1] .. ' cannot use what the store holds: ' .. failure
+end
+return { err = failure }

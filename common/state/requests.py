@@ -21,7 +21,16 @@ from common.errors import (
     NotFound,
     ResourceExhausted,
 )
-from common.state.connection import BLOCK_SECONDS, PREFIX, command, run_script, script_sha, store_errors
+from common.state.connection import (
+    BLOCK_SECONDS,
+    PREFIX,
+    StoreFull,
+    command,
+    is_wrong_type,
+    run_script,
+    script_sha,
+    store_errors,
+)
 from common.state.records import (
     CHUNK_BYTES,
     SNAPSHOT,
@@ -38,11 +47,17 @@ from common.state.records import (
     with_ids,
 )
 from common.state.replication import Replication
+from common.state.store_server import StoreMemory
 from fleet.v1 import generation_pb2
 
 MAX_PAGE = 1000
+PAGE_BYTES = 3 << 20
+"""Most bytes of a page's records, below the 4 MiB that a gRPC client takes by default."""
 _DEFAULT_PAGE = 50
+_FULL_RETRY_SECONDS = 5.0
+_RECORD_BYTES = 4 << 10  # of an admitted request in the store, beside its submission
 _SCAN = 200
+_ENTRY_BYTES = 8  # tag and length of a record in its page
 # Chunks of a result are sent to Redis in batches of about this size, so that a long video is not copied as a whole.
 _BATCH_BYTES = 8 << 20
 _EVENT_ID = re.compile(r"\d{1,20}-\d{1,20}")
@@ -84,15 +99,24 @@ class Admission(NamedTuple):
 
 
 class RequestStore:
-    """The request state of one fleet. `owner` is the coordinator that admits through it.
+    """The request state of one fleet. `owner` is the coordinator that admits through it, `memory` bounds that.
 
     admit() and finish() return once as many `replicas` of the store have acknowledged the write. They raise Unavailable
     where fewer do: the write may have been done, and is acknowledged by a repetition.
     """
 
-    def __init__(self, redis: Redis, *, owner: str = "", retention: Retention | None = None, replicas: int = 0) -> None:
+    def __init__(
+        self,
+        redis: Redis,
+        *,
+        owner: str = "",
+        retention: Retention | None = None,
+        replicas: int = 0,
+        memory: StoreMemory | None = None,
+    ) -> None:
         self._replication = Replication(replicas)
         self._redis = redis
+        self.memory = memory or StoreMemory(redis)
         self._owner = owner
         self._retention = retention or Retention()
 
@@ -110,15 +134,14 @@ class RequestStore:
         A known key answers with the request that it belongs to; each caller has keys of its own. `submission` is what
         another coordinator needs to run the request. `costs` say how much it asks of each service, beside other
         requests; 1 where nothing is said. Raises InvalidInput for a deadline that has passed and
-        ResourceExhausted beyond the limits, with the time after which to try again.
+        ResourceExhausted beyond the limits or where the store is full, with the time after which to try again.
         """
         limits = limits or Limits()
+        memory = await self.memory.use(adding=len(submission) + _RECORD_BYTES)
         events = [state_event(State.REQUEST_STATE_QUEUED)]
         events += [generation_pb2.Event(warning=warning) for warning in record.warnings]
         deadline = record.deadline.ToMilliseconds() if record.HasField("deadline") else 0
-        reply = await self._replication.run_script(
-            self._redis,
-            "admit",
+        arguments: list[str | bytes | int] = [
             record.request_id,
             self._owner,
             idempotency_key and f"{record.caller}/{idempotency_key}",
@@ -131,10 +154,21 @@ class RequestStore:
             int(limits.queue_seconds * 1_000),
             record.caller,
             limits.max_open_of_caller,
+            int(memory.is_full),
             len(limits.services),
             *(word for service in limits.services for word in (service, costs.get(service, 1))),
             *(event.SerializeToString() for event in events),
-        )
+        ]
+        try:
+            reply = await self._replication.run_script(self._redis, "admit", *arguments)
+        except StoreFull as error:
+            raise ResourceExhausted(str(error), retry_seconds=_FULL_RETRY_SECONDS) from error
+        if reply[0] == b"memory":
+            raise ResourceExhausted(
+                f"the request store is full: it uses {memory}, and accepts requests below {memory.limit / 2**20:.1f} "
+                "MiB; what was accepted goes on",
+                retry_seconds=_FULL_RETRY_SECONDS,
+            )
         _check_admitted(reply, record)
         stored = read_record(reply[2])
         left = (deadline - int(reply[1])) / 1_000 if deadline and reply[0] == b"admitted" else None
@@ -157,7 +191,10 @@ class RequestStore:
         model: str = "",
         caller: str = "",
     ) -> tuple[list[generation_pb2.RequestRecord], str]:
-        """A page of records, newest first, and the token of the next page. Raises InvalidInput for a bad page."""
+        """A page of records, newest first, and the token of the next page. Raises InvalidInput for a bad page.
+
+        It has at most `page_size` records and, unless the first one is larger, PAGE_BYTES.
+        """
         if not 0 <= page_size <= MAX_PAGE:
             raise InvalidInput(f"page_size is {page_size}; it must be at most {MAX_PAGE}", field="page_size")
         if page_token and not (page_token.isascii() and page_token.isdigit() and len(page_token) < 16):
@@ -165,7 +202,7 @@ class RequestStore:
         wanted = page_size or _DEFAULT_PAGE
         below = f"({page_token}" if page_token else "+inf"
         found: list[generation_pb2.RequestRecord] = []
-        last = ""
+        last, size = "", 0
         while True:
             batch = await self._scan(below)
             for number, fields in batch:
@@ -173,9 +210,11 @@ class RequestStore:
                     continue
                 if caller and (fields[6] or b"").decode() != caller:
                     continue
-                if len(found) == wanted:
+                record = read_record(fields)
+                size += record.ByteSize() + _ENTRY_BYTES
+                if len(found) == wanted or (found and size > PAGE_BYTES):
                     return found, last
-                found.append(read_record(fields))
+                found.append(record)
                 last = number
             if len(batch) < _SCAN:
                 return found, ""
@@ -193,7 +232,11 @@ class RequestStore:
             async with self._redis.pipeline(transaction=False) as pipeline:
                 for request_id, _ in rows:
                     pipeline.hmget(_key("request", request_id.decode()), (*SNAPSHOT, "model", "caller"))
-                fields = await pipeline.execute()
+                replies = await pipeline.execute(raise_on_error=False)
+            for reply in replies:
+                if isinstance(reply, Exception) and not is_wrong_type(reply):
+                    raise reply
+        fields = [[None] if isinstance(reply, Exception) else reply for reply in replies]  # no record is there
         return [(str(int(score)), each) for (_, score), each in zip(rows, fields, strict=True)]
 
     async def append(
@@ -273,34 +316,45 @@ class RequestStore:
     async def _store_then_run(
         self, chunks: Mapping[str, memoryview], operation: str, arguments: Sequence[str | bytes | int]
     ) -> Any:
-        """Write chunks, each safe to be written twice, and then run an operation; one round trip where they are few."""
+        """Write chunks, each safe to be written twice, and then run an operation; one round trip where they are few.
+
+        A transaction, since a full server aborts it as a whole: a request must not succeed without its files.
+        """
         if not chunks:
             return await self._replication.run_script(self._redis, operation, *arguments)
         ttl = _milliseconds(self._retention.result_seconds)
-        pending = 0
+        *early, last = _batches(chunks)
         async with self._redis.pipeline(transaction=False) as pipeline:
-            for key, chunk in chunks.items():
-                if pending and pending + len(chunk) > _BATCH_BYTES:
-                    with store_errors():
-                        await pipeline.execute()
-                    pending = 0
+            for batch in early:
+                for key, chunk in batch.items():
+                    pipeline.set(key, chunk, px=ttl)
+                with store_errors():
+                    await pipeline.execute()
+            # Not a transaction of the client's: in one, WAIT would not wait.
+            pipeline.execute_command("MULTI")
+            for key, chunk in last.items():
                 pipeline.set(key, chunk, px=ttl)
-                pending += len(chunk)
-            stores = len(pipeline.command_stack)
             pipeline.evalsha(script_sha(), 0, operation, *arguments)
+            pipeline.execute_command("EXEC")
             self._replication.follow(pipeline, chunks)
             with store_errors():
                 replies = await pipeline.execute(raise_on_error=False)
-        reply = replies[stores]
+        queued, executed, rest = replies[: len(last) + 2], replies[len(last) + 2], replies[len(last) + 3 :]
         with store_errors():
-            for each in replies[:stores]:
+            for each in queued:
+                if isinstance(each, Exception):
+                    raise each
+            if isinstance(executed, Exception):
+                raise executed
+            *stored, reply = executed
+            for each in stored:
                 if isinstance(each, Exception):
                     raise each
             if isinstance(reply, NoScriptError):
                 return await self._replication.run_script(self._redis, operation, *arguments)
             if isinstance(reply, Exception):
                 raise reply
-        self._replication.check(replies[stores + 1 :], chunks)
+        self._replication.check(rest, chunks)
         return reply
 
     async def request_cancel(self, request_id: str) -> generation_pb2.RequestRecord:
@@ -365,6 +419,19 @@ class RequestStore:
             if chunk is None:
                 raise NotFound(f"the result of request {request_id} has expired", field="request_id")
             yield chunk
+
+
+def _batches(chunks: Mapping[str, memoryview]) -> list[dict[str, memoryview]]:
+    """The chunks by key, in batches of at most _BATCH_BYTES, or of one chunk."""
+    batches: list[dict[str, memoryview]] = [{}]
+    size = 0
+    for key, chunk in chunks.items():
+        if batches[-1] and size + len(chunk) > _BATCH_BYTES:
+            batches.append({})
+            size = 0
+        batches[-1][key] = chunk
+        size += len(chunk)
+    return batches
 
 
 def _check_admitted(reply: Sequence[Any], record: generation_pb2.RequestRecord) -> None:

@@ -88,9 +88,12 @@ class FleetClient:
 
     async def models(self) -> list[generation_pb2.Model]:
         """The models that are served, with their workers."""
+        return list((await self.overview()).models)
+
+    async def overview(self) -> generation_pb2.ListModelsResponse:
+        """The models that are served, with their workers, and the memory of the store."""
         with self._translated():
-            response = await self._stub.ListModels(generation_pb2.ListModelsRequest(), metadata=self._metadata)
-        return list(response.models)
+            return await self._stub.ListModels(generation_pb2.ListModelsRequest(), metadata=self._metadata)
 
     @contextlib.contextmanager
     def _translated(self) -> Iterator[None]:

@@ -45,10 +45,18 @@ async def start_fleet(
 ) -> LocalFleet:
     """Start every service of the models at once, their sockets in `directory`; returns when all can be called.
 
+    The store is not checked again: it is embedded, or the command has checked it.
+
     Raises the first FleetError, such as CheckpointError for weights that cannot be loaded, with everything ended.
     """
     fleet = LocalFleet(f"unix:{directory}/coordinator.sock")
-    settings = CoordinatorSettings(model=tuple(model.name for model in models), listen=fleet.endpoint, redis=redis_url)
+    settings = CoordinatorSettings(
+        model=tuple(model.name for model in models),
+        listen=fleet.endpoint,
+        redis=redis_url,
+        allow_eviction=True,
+        allow_data_loss=True,
+    )
     try:
         async with asyncio.TaskGroup() as group:
             group.create_task(fleet.add_coordinator(models, settings))
@@ -61,6 +69,8 @@ async def start_fleet(
                             WorkerSettings(
                                 model=model.name,
                                 redis=redis_url,
+                                allow_eviction=True,
+                                allow_data_loss=True,
                                 listen=f"unix:{directory}/{spec.service}-{number}.sock",
                                 dtype=dtype or "auto",
                                 announce_seconds=_GRACE_SECONDS,

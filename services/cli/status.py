@@ -1,4 +1,4 @@
-"""`fleet status`: the services of a running fleet and its latest requests."""
+"""`fleet status`: the services of a running fleet, its store and its latest requests."""
 
 from __future__ import annotations
 
@@ -6,17 +6,20 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from fleet.v1 import worker_pb2
+from fleet.v1 import generation_pb2, worker_pb2
 from services.cli.access import Access, access_of
 from services.cli.client import connect, state_name
 from services.cli.options import SUCCESS, add_endpoint, command_parser, endpoint_of, plain, run_async
 
 _REQUESTS = 10
+_MIB = 1 << 20
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print a line a service and a line a request."""
-    parser = command_parser("status", "Show the models of a running fleet, their workers, and the latest requests.")
+    """Print a line a service, a line about the store, and a line a request."""
+    parser = command_parser(
+        "status", "Show the models of a running fleet, their workers, its store, and the latest requests."
+    )
     add_endpoint(parser)
     args = parser.parse_args(argv)
     return run_async(_status(endpoint_of(args.endpoint), access_of(args)))
@@ -24,7 +27,7 @@ def main(argv: Sequence[str]) -> int:
 
 async def _status(endpoint: str, access: Access) -> int:
     async with connect(endpoint, access) as client:
-        models = await client.models()
+        overview = await client.overview()
         requests = await client.requests(_REQUESTS)
     services = [
         (
@@ -35,18 +38,19 @@ async def _status(endpoint: str, access: Access) -> int:
             str(each.queued),
             degrees_text(each.groups),
         )
-        for model in models
+        for model in overview.models
         for each in model.services
     ]
     sys.stdout.write(table(("MODEL", "SERVICE", "WORKERS", "BUSY", "QUEUED", "DEGREES"), services))
     kernels = [
         (model.name, each.service, *kernel_cells(package))
-        for model in models
+        for model in overview.models
         for each in model.services
         for package in each.kernels
     ]
     if kernels:
         sys.stdout.write("\n" + table(("MODEL", "SERVICE", "KERNELS", "VERSION", "STATE"), kernels))
+    sys.stdout.write(store_text(overview.store) + "\n")
     records = [
         (
             record.request_id,
@@ -60,6 +64,16 @@ async def _status(endpoint: str, access: Access) -> int:
     if records:
         sys.stdout.write("\n" + table(("REQUEST", "STATE", "MODEL", "CREATED (UTC)", "PROMPT"), records))
     return SUCCESS
+
+
+def store_text(store: generation_pb2.StoreStatus) -> str:
+    """A line about the memory of the request store."""
+    used = f"STORE  {store.used_bytes / _MIB:.1f} MiB"
+    if store.is_full:
+        return f"{used}, which is full: requests are refused from {store.limit_bytes / _MIB:.1f} MiB on"
+    if store.limit_bytes:
+        return f"{used}; requests are refused from {store.limit_bytes / _MIB:.1f} MiB on"
+    return used
 
 
 def degrees_text(groups: Iterable[worker_pb2.Degrees]) -> str:

@@ -66,8 +66,8 @@ def main(argv: Sequence[str]) -> int:
         stack.callback(shutil.rmtree, directory, ignore_errors=True)
         # What it keeps ends with this process, so there is nothing to be gained from waiting for the disk.
         store = None if args.redis else stack.enter_context(EmbeddedStore(appendfsync="no"))
-        redis_url = store.url if store else args.redis
-        plan = _plan(models, replicas, args, endpoint, redis_url, directory)
+        redis_words = ("--redis", store.url, "--allow-data-loss") if store else ("--redis", args.redis)
+        plan = _plan(models, replicas, args, endpoint, redis_words, directory)
         code = run_async(_run(plan, store, access))
     return SUCCESS if code in (CTRL_C, TERMINATED) else code
 
@@ -166,13 +166,13 @@ def _plan(
     replicas: Mapping[str, int],
     args: argparse.Namespace,
     endpoint: str,
-    redis_url: str,
+    redis_words: Sequence[str],
     directory: Path,
 ) -> Plan:
     references = {model.name: f"{model.name}={model.checkpoint.path.resolve()}" for model in models}
     served = [word for reference in references.values() for word in ("--model", reference)]
-    coordinator = ("serve", _COORDINATOR, *served, "--listen", endpoint, "--redis", redis_url)
-    options = ("--redis", redis_url, *(("--dtype", args.dtype) if args.dtype else ()))
+    coordinator = ("serve", _COORDINATOR, *served, "--listen", endpoint, *redis_words)
+    options = (*redis_words, *(("--dtype", args.dtype) if args.dtype else ()))
     degrees = tuple(word for axis, degree in _degrees(args).items() for word in (f"--{axis}", str(degree)))
     workers: dict[tuple[str, str], tuple[Program, ...]] = {}
     count = 0

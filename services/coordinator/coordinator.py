@@ -18,6 +18,7 @@ from common.state.leases import Leases
 from common.state.presence import Presence
 from common.state.requests import RequestStore
 from common.state.slots import Slots
+from common.state.store_server import StoreMemory, check_server
 from common.state.workers import WorkerRegistry
 from common.telemetry import QUEUE_LENGTH, MetricsInterceptor
 from fleet.v1 import generation_pb2
@@ -29,6 +30,7 @@ from services.coordinator.driver import Driver
 from services.coordinator.handlers import ServiceHandler
 from services.coordinator.service import GenerationService, OfferedModel
 from services.coordinator.settings import CoordinatorSettings
+from services.coordinator.store_watch import SUBMIT_HEALTH, StoreWatch
 
 _DELIVERY_SECONDS = 1.0  # for callers to hear of an end that came with the end of the grace time
 
@@ -36,7 +38,10 @@ _log = logging.getLogger(__name__)
 
 
 class Coordinator:
-    """Accepts requests at `address` from start() to stop(). Ready, as health checks see it, while the store answers."""
+    """Accepts requests at `address` from start() to stop(). Ready, as health checks see it, while the store answers.
+
+    The health of SUBMIT_HEALTH also says whether the store has memory for new requests.
+    """
 
     def __init__(self, models: Sequence[ServedModel], settings: CoordinatorSettings) -> None:
         self._models = {model.name: OfferedModel.of(model) for model in models}
@@ -58,7 +63,10 @@ class Coordinator:
             self.artifact_memory,
             settings.worker_wait_seconds,
         )
-        store = RequestStore(self._redis, owner=owner, retention=settings.retention, replicas=settings.store_replicas)
+        memory = StoreMemory(self._redis, settings.max_store_memory)
+        store = RequestStore(
+            self._redis, owner=owner, retention=settings.retention, replicas=settings.store_replicas, memory=memory
+        )
         self._driver = Driver(
             store,
             Leases(self._redis, owner),
@@ -77,6 +85,8 @@ class Coordinator:
             admit=admission(settings),
             health_listen=settings.health_listen,
         )
+        self._watch = StoreWatch(self._redis, memory, self._server)
+        self._store_checked = False
         self._present = False
         self._patient_until = 0.0
         self._kept_house = -math.inf
@@ -93,7 +103,10 @@ class Coordinator:
         return self._server.gate.in_flight
 
     async def start(self) -> None:
-        """Listen, and become ready once the store answers. Raises FailedPrecondition when it disagrees on a model."""
+        """Listen, and become ready once the store answers.
+
+        Raises FailedPrecondition when the store disagrees on a model, or is one that cannot hold requests.
+        """
         descriptor = generation_pb2.DESCRIPTOR.services_by_name["GenerationService"]
         handler = ServiceHandler(descriptor, self._service.functions)
         self._server.add(handler.methods, handler.service_name)
@@ -108,7 +121,7 @@ class Coordinator:
         """Accept nothing more, let running requests end within `grace` seconds, leave the store."""
         began = asyncio.get_running_loop().time()
         self._server.gate.close()
-        await self._server.set_ready(False)
+        await self._set_unready()
         await self._driver.drain(grace)
         self._service.close()
         left = grace - (asyncio.get_running_loop().time() - began)
@@ -128,14 +141,24 @@ class Coordinator:
                 await self._keep_house()
             except (Unavailable, FailedPrecondition) as error:
                 _log.error("not ready: %s", error)
-                await self._server.set_ready(False)
+                await self._set_unready()
             except InternalError:
                 _log.exception("not ready")
-                await self._server.set_ready(False)
+                await self._set_unready()
+
+    async def _set_unready(self) -> None:
+        await self._server.set_ready(False)
+        await self._server.set_method_ready(SUBMIT_HEALTH, False)
 
     async def _keep_house(self) -> None:
         """Be present, say what the models are, take over what dead coordinators left; ready if all that works."""
         patient = self._is_patient()
+        if not self._store_checked:
+            settings = self._settings
+            await check_server(
+                self._redis, allow_eviction=settings.allow_eviction, allow_data_loss=settings.allow_data_loss
+            )
+            self._store_checked = True
         if not self._present:
             await self._presence.start()
             self._present = True
@@ -150,6 +173,7 @@ class Coordinator:
             await self._driver.take_over(name, self._service.restore, beyond_own=not patient)
         self._kept_house = asyncio.get_running_loop().time()
         await self._server.set_ready(True)
+        await self._watch.look()
 
     def _is_patient(self) -> bool:
         """Whether living coordinators may look dead: once the store is back, each needs a heartbeat to show itself."""

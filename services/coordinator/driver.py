@@ -31,6 +31,7 @@ from services.coordinator.resume import Recovery
 
 _LATER_SECONDS = 1.0  # how much later the workers' deadline is, so that it is the coordinator who says it passed
 _RESULT_SLOT = "media"
+_FIELD_CHARACTERS = 256  # of an error in a record
 
 _log = logging.getLogger(__name__)
 
@@ -412,7 +413,8 @@ def result_files(packet: Packet) -> list[ResultFile]:
 
 
 def _failure(error: FleetError) -> _Outcome:
+    status = to_status(error)  # with a message of bounded size
     return _Outcome(
         State.REQUEST_STATE_FAILED,
-        generation_pb2.Error(code=to_status(error).code.name, message=error.message, field=error.field),
+        generation_pb2.Error(code=status.code.name, message=status.details, field=error.field[:_FIELD_CHARACTERS]),
     )

@@ -11,6 +11,9 @@ from common.state.requests import RequestStore
 from fleet.v1 import artifacts_pb2, generation_pb2
 
 _RETRY_SECONDS = 0.5
+_MOST_WARNINGS = 64
+_MESSAGE_CHARACTERS = 2_048
+_FIELD_CHARACTERS = 256
 
 _log = logging.getLogger(__name__)
 
@@ -78,6 +81,7 @@ class EventWriter:
         self._pending: list[generation_pb2.Event] = []
         self._unsure: list[generation_pb2.Event] = []
         self._number = 0
+        self._warnings = 0
         self._wake = asyncio.Event()
         self._closing = False
         self._task = asyncio.create_task(self._write())
@@ -93,8 +97,13 @@ class EventWriter:
         )
 
     def warning(self, field: str, message: str) -> None:
-        """The caller should know something."""
-        self.add(generation_pb2.Event(warning=artifacts_pb2.Warning(field=field, message=message)))
+        """The caller should know something. The record holds all warnings, so their number and length are bounded."""
+        self._warnings += 1
+        if self._warnings > _MOST_WARNINGS:
+            _log.warning("request %s has too many warnings; left out: %.80s: %.200s", self._request_id, field, message)
+            return
+        warning = artifacts_pb2.Warning(field=field[:_FIELD_CHARACTERS], message=message[:_MESSAGE_CHARACTERS])
+        self.add(generation_pb2.Event(warning=warning))
 
     def add(self, event: generation_pb2.Event) -> None:
         """Any event."""

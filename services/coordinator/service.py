@@ -30,6 +30,7 @@ from services.coordinator.settings import CoordinatorSettings
 
 _MAX_KEY = 128
 _MAX_PRIORITY = 100
+_MOST_GROUPS = 1_000  # a service's worker groups that ListModels describes
 _REQUEST_ID = re.compile(r"[0-9A-Za-z_-]{1,64}")
 _LAST_SECOND = int(datetime(9999, 12, 31, tzinfo=UTC).timestamp())
 
@@ -238,7 +239,12 @@ class GenerationService:
     async def list_models(self, request: pb.ListModelsRequest) -> pb.ListModelsResponse:
         """The models, and who serves them."""
         del request
-        return pb.ListModelsResponse(models=[await self._model(model) for model in self._models.values()])
+        models = [await self._model(model) for model in self._models.values()]
+        use = await self._store.memory.use()
+        store = pb.StoreStatus(
+            used_bytes=max(use.used, 0), max_bytes=use.maximum, limit_bytes=use.limit, is_full=use.is_full
+        )
+        return pb.ListModelsResponse(models=models, store=store)
 
     async def _model(self, model: OfferedModel) -> pb.Model:
         served = model.served
@@ -255,7 +261,7 @@ class GenerationService:
                     capacity=load.capacity,
                     busy=load.busy,
                     queued=load.queued,
-                    groups=[worker.degrees for worker in load.workers if worker.HasField("degrees")],
+                    groups=[worker.degrees for worker in load.workers if worker.HasField("degrees")][:_MOST_GROUPS],
                     kernels=_distinct(each for worker in load.workers for each in worker.kernels),
                 )
                 for service, load in loads

@@ -11,6 +11,7 @@ from common.rpc.tls import TlsSettings
 from common.settings import SettingsError, setting
 from common.state.presence import BEAT_SECONDS, TTL_SECONDS
 from common.state.requests import Limits, Retention
+from common.state.store_server import DEFAULT_MEMORY_FRACTION
 from models.catalog import DEFAULT_MODEL
 
 _MOST_LEEWAY_SECONDS = 300.0
@@ -36,6 +37,11 @@ class CoordinatorSettings(TlsSettings):
     redis: str = setting("redis://127.0.0.1:6379/0", help="URL of the request store")
     store_replicas: int = setting(
         0, help="replicas of the store that must have a request, and its end, before it counts"
+    )
+    allow_eviction: bool = setting(False, help="start on a store whose maxmemory-policy may delete accepted requests")
+    allow_data_loss: bool = setting(False, help="omit the warning that the store is not durable")
+    max_store_memory: float = setting(
+        DEFAULT_MEMORY_FRACTION, help="fraction of the store's maxmemory from which on new requests are refused"
     )
     plugins: tuple[Path, ...] = setting((), help="directory with families that are not in this tree; repeatable")
     grace_seconds: float = setting(30.0, help="how long running requests may finish after SIGTERM")
@@ -85,6 +91,11 @@ class CoordinatorSettings(TlsSettings):
         if self.store_replicas < 0:
             raise SettingsError(
                 f"store_replicas: {self.store_replicas} is not 0 or more; 0 waits for none", field="store_replicas"
+            )
+        if not 0 < self.max_store_memory <= 1:
+            raise SettingsError(
+                f"max_store_memory must be more than 0 and at most 1, not {self.max_store_memory:g}",
+                field="max_store_memory",
             )
         if self.grace_seconds < 0:
             raise SettingsError(

@@ -869,7 +869,7 @@ class ListRequestsRequest(_message.Message):
     STATE_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
-    """Most requests to answer with; 0 means 50, 1000 at most."""
+    """Most requests to answer with; 0 means 50, 1000 at most. A page also ends at 3 MiB, then with a next_page_token."""
     page_token: _builtins.str
     """From the page before; empty means the first page."""
     state: Global___RequestState.ValueType
@@ -944,22 +944,62 @@ class ListModelsResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     MODELS_FIELD_NUMBER: _builtins.int
+    STORE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def models(self) -> _containers.RepeatedCompositeFieldContainer[Global___Model]:
         """The models."""
+
+    @_builtins.property
+    def store(self) -> Global___StoreStatus:
+        """Memory of the fleet's request store."""
 
     def __init__(
         self,
         *,
         models: _abc.Iterable[Global___Model] | None = ...,
+        store: Global___StoreStatus | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["store", b"store"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["models", b"models"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["models", b"models", "store", b"store"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListModelsResponse: _TypeAlias = ListModelsResponse  # noqa: Y015
+
+@_typing.final
+class StoreStatus(_message.Message):
+    """Memory of the Redis server that holds requests, results and queues."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    USED_BYTES_FIELD_NUMBER: _builtins.int
+    MAX_BYTES_FIELD_NUMBER: _builtins.int
+    LIMIT_BYTES_FIELD_NUMBER: _builtins.int
+    IS_FULL_FIELD_NUMBER: _builtins.int
+    used_bytes: _builtins.int
+    """Bytes in use."""
+    max_bytes: _builtins.int
+    """The server's maxmemory; 0 where it has none, or does not report it."""
+    limit_bytes: _builtins.int
+    """Bytes in use from which on Submit and Generate are refused with RESOURCE_EXHAUSTED; 0 without such a bound."""
+    is_full: _builtins.bool
+    """Whether they are refused now. Accepted requests go on."""
+    def __init__(
+        self,
+        *,
+        used_bytes: _builtins.int = ...,
+        max_bytes: _builtins.int = ...,
+        limit_bytes: _builtins.int = ...,
+        is_full: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["is_full", b"is_full", "limit_bytes", b"limit_bytes", "max_bytes", b"max_bytes", "used_bytes", b"used_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StoreStatus: _TypeAlias = StoreStatus  # noqa: Y015
 
 @_typing.final
 class Model(_message.Message):
@@ -1064,7 +1104,7 @@ class ServiceStatus(_message.Message):
     """Requests that wait."""
     @_builtins.property
     def groups(self) -> _containers.RepeatedCompositeFieldContainer[_worker_pb2.Degrees]:
-        """Degrees of those live workers that are worker groups, one entry a worker."""
+        """Degrees of those live workers that are worker groups, one entry a worker; at most 1000."""
 
     @_builtins.property
     def kernels(self) -> _containers.RepeatedCompositeFieldContainer[_worker_pb2.KernelPackage]:

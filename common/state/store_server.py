@@ -1,0 +1,198 @@
+"""The Redis server behind the store: what its configuration means for accepted requests, and how full its memory is."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from redis.asyncio import Redis
+
+from common.errors import FailedPrecondition, InternalError, Unavailable
+from common.state.connection import CLUSTER_UNSUPPORTED, PREFIX, command, follows_sentinels
+
+DEFAULT_MEMORY_FRACTION = 0.9
+_READ_SECONDS = 1.0  # between two reads of the server's memory
+_MIB = 1 << 20
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ServerFacts:
+    """A server's configuration by Redis's own names; empty where the server did not report a value."""
+
+    role: str
+    cluster_enabled: str
+    maxmemory_policy: str
+    appendonly: str
+    appendfsync: str
+
+    @property
+    def unknown(self) -> list[str]:
+        """Names of the settings that the server did not report."""
+        return [name.replace("_", "-") for name, value in vars(self).items() if not value]
+
+
+async def read_facts(redis: Redis) -> ServerFacts:
+    """Ask INFO, and CONFIG for what INFO does not have. Raises Unavailable."""
+    info = await _info(redis)
+    aof = {"0": "no", "1": "yes"}.get(str(info.get("aof_enabled")), "")
+    cluster = {"0": "no", "1": "yes"}.get(str(info.get("cluster_enabled")), "")
+    return ServerFacts(
+        role=str(info.get("role", "")) or await _role(redis),
+        cluster_enabled=cluster or await _config(redis, "cluster-enabled"),
+        maxmemory_policy=str(info.get("maxmemory_policy", "")) or await _config(redis, "maxmemory-policy"),
+        appendonly=aof or await _config(redis, "appendonly"),
+        appendfsync=await _config(redis, "appendfsync"),
+    )
+
+
+async def _info(redis: Redis) -> Mapping[str, Any]:
+    """The fields of INFO; none where the login may not run it."""
+    try:
+        return dict(await command(redis, "INFO"))
+    except InternalError:
+        return {}
+
+
+async def _config(redis: Redis, name: str) -> str:
+    """A configuration value; empty where the login may not read it or a managed service has no CONFIG."""
+    try:
+        pair = await command(redis, "CONFIG", "GET", name)
+    except InternalError:
+        return ""
+    return bytes(pair[1]).decode() if pair else ""
+
+
+async def _role(redis: Redis) -> str:
+    try:
+        return bytes((await command(redis, "ROLE"))[0]).decode()
+    except InternalError:
+        return ""
+
+
+async def check_server(redis: Redis, *, allow_eviction: bool = False, allow_data_loss: bool = False) -> None:
+    """Log in a line what the server's configuration means for accepted requests.
+
+    Raises FailedPrecondition for a Redis Cluster, a replica, and a server that evicts keys unless `allow_eviction`;
+    Unavailable while the server does not answer. `allow_data_loss` omits the warning about a store that is not durable.
+    """
+    facts = await read_facts(redis)
+    _refuse(facts, allow_eviction=allow_eviction, follows=follows_sentinels(redis))
+    found = " ".join(f"{name}={value}" for name, value in vars(facts).items() if value)
+    if facts.unknown:
+        _log.warning(
+            "request store could not be checked for %s: its login may not run INFO or CONFIG; the fleet needs a "
+            "primary without cluster mode, with maxmemory-policy noeviction, appendonly yes and appendfsync always %s",
+            ", ".join(facts.unknown),
+            found,
+        )
+    loss = _loss(facts)
+    if loss and not allow_data_loss:
+        _log.warning("request store is not durable: %s; set appendonly yes and appendfsync always %s", loss, found)
+    if facts.maxmemory_policy not in ("", "noeviction"):
+        _log.warning("request store evicts keys, as allow_eviction permits: accepted requests can disappear %s", found)
+    elif not loss and not facts.unknown:
+        _log.info("request store is durable: accepted requests outlive a restart of it %s", found)
+
+
+def _refuse(facts: ServerFacts, *, allow_eviction: bool, follows: bool) -> None:
+    """Raise FailedPrecondition for a server that cannot hold the fleet's state."""
+    if facts.cluster_enabled == "yes":
+        raise FailedPrecondition(CLUSTER_UNSUPPORTED, field="redis")
+    if facts.role in ("slave", "replica"):
+        message = "redis: this server is a replica, not a primary; it takes no writes: give the primary's address, or "
+        message += "redis+sentinel://HOST:26379/SERVICE to follow the primary"
+        if follows:  # Sentinels name a new primary before that server knows.
+            raise Unavailable(message)
+        raise FailedPrecondition(message, field="redis")
+    policy = facts.maxmemory_policy
+    if policy not in ("", "noeviction") and not allow_eviction:
+        lost = "heartbeats, queues of workers and results" if policy.startswith("volatile") else "accepted requests"
+        raise FailedPrecondition(
+            f"redis: maxmemory-policy {policy} is not noeviction; a full server would delete {lost}: set "
+            "maxmemory-policy noeviction, or start with allow_eviction",
+            field="redis",
+        )
+
+
+def _loss(facts: ServerFacts) -> str:
+    """What a crash of the server loses; empty where that is nothing, or not known."""
+    if facts.appendonly == "no":
+        return "it forgets accepted requests when it restarts"
+    if facts.appendonly and facts.appendfsync in ("everysec", "no"):
+        span = "last second" if facts.appendfsync == "everysec" else "last half minute"
+        return f"a crash of its host loses what was accepted in the {span}"
+    return ""
+
+
+class MemoryUse(NamedTuple):
+    """A server's memory in bytes. `limit` is the most at which requests are accepted; 0 where there is no bound."""
+
+    used: int
+    maximum: int
+    limit: int
+
+    @property
+    def is_full(self) -> bool:
+        """Whether new requests are refused, so that accepted ones can finish."""
+        return bool(self.limit) and self.used >= self.limit
+
+    def __str__(self) -> str:
+        of = f" of {self.maximum / _MIB:.1f} MiB" if self.maximum else ""
+        return f"{self.used / _MIB:.1f} MiB{of}"
+
+
+class StoreMemory:
+    """The memory of the store, read at most every `read_seconds`; what was accepted since then is added.
+
+    `fraction` of the server's maxmemory is the bound for new requests. There is none where maxmemory is 0 or cannot be
+    read.
+    """
+
+    def __init__(
+        self, redis: Redis, fraction: float = DEFAULT_MEMORY_FRACTION, *, read_seconds: float = _READ_SECONDS
+    ) -> None:
+        self._redis = redis
+        self._read_seconds = read_seconds
+        self._fraction = fraction
+        self._use = MemoryUse(0, 0, 0)
+        self._added = 0
+        self._read_at = -math.inf
+        self._reading = asyncio.Lock()
+
+    async def use(self, adding: int = 0) -> MemoryUse:
+        """The memory in use. `adding` bytes are about to be stored. Raises Unavailable."""
+        if time.monotonic() - self._read_at >= self._read_seconds:
+            async with self._reading:
+                if time.monotonic() - self._read_at >= self._read_seconds:
+                    await self._read()
+        self._added += adding
+        return self._use._replace(used=self._use.used + self._added - adding)
+
+    async def _read(self) -> None:
+        """Read the memory that counts for maxmemory: buffers of replicas and of the append-only file do not."""
+        try:
+            info: Mapping[str, Any] = await command(self._redis, "INFO", "memory")
+        except InternalError:  # A login that may not run INFO; the server itself then refuses what it cannot store.
+            info = {}
+        maximum = int(info.get("maxmemory", 0))
+        used = int(info.get("used_memory", 0)) - int(info.get("mem_not_counted_for_evict", 0))
+        self._use = MemoryUse(used, maximum, int(maximum * self._fraction))
+        self._added = 0
+        self._read_at = time.monotonic()
+
+
+async def read_repairs(redis: Redis) -> dict[str, int]:
+    """How often operations of fleet.lua found and removed damage, by kind, since the store was made."""
+    try:
+        reply = await command(redis, "HGETALL", PREFIX + "repairs")
+    except InternalError:  # of another type; the next repair replaces the key
+        return {}
+    pairs = reply.items() if isinstance(reply, dict) else zip(reply[::2], reply[1::2], strict=True)
+    return {kind.decode(): int(count) for kind, count in pairs}

@@ -1,0 +1,51 @@
+"""Reports on the store while the coordinator runs: whether it has memory for new requests, and removed damage."""
+
+from __future__ import annotations
+
+import logging
+
+from redis.asyncio import Redis
+
+from common.rpc.serving import FleetServer
+from common.state.store_server import StoreMemory, read_repairs
+from common.telemetry import STORE_BYTES, STORE_LIMIT_BYTES, STORE_REPAIRS
+
+SUBMIT_HEALTH = "fleet.v1.GenerationService/Submit"
+"""Health-check name of Submit alone: NOT_SERVING while the store is full, when all other calls still work."""
+
+_log = logging.getLogger(__name__)
+
+
+class StoreWatch:
+    """Metrics, a log line for each change, and the health of Submit."""
+
+    def __init__(self, redis: Redis, memory: StoreMemory, server: FleetServer) -> None:
+        self._redis = redis
+        self._memory = memory
+        self._server = server
+        self._was_full = False
+        self._repairs: dict[str, int] | None = None
+
+    async def look(self) -> None:
+        """Read the store once. Raises Unavailable."""
+        use = await self._memory.use()
+        STORE_BYTES.set(use.used)
+        STORE_LIMIT_BYTES.set(use.limit)
+        if use.is_full and not self._was_full:
+            _log.error("request store is full: Submit is refused until results have expired used=%s", use)
+        elif self._was_full and not use.is_full:
+            _log.warning("request store has free memory again: Submit is served used=%s", use)
+        self._was_full = use.is_full
+        await self._server.set_method_ready(SUBMIT_HEALTH, not use.is_full)
+        await self._report_repairs()
+
+    async def _report_repairs(self) -> None:
+        """What was repaired before the first look is counted, but not logged as news."""
+        repairs = await read_repairs(self._redis)
+        known = repairs if self._repairs is None else self._repairs
+        for kind, count in repairs.items():
+            STORE_REPAIRS.labels(kind).set(count)
+            if count > known.get(kind, 0):
+                more = count - known.get(kind, 0)
+                _log.error("damaged entries were removed from the request store kind=%s count=%d", kind, more)
+        self._repairs = repairs

@@ -1,0 +1,314 @@
+"""What a Redis server's configuration means for the fleet, and what happens when its memory is full: real servers."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+from redis.asyncio import Redis
+
+from common.errors import FailedPrecondition, InternalError, InvalidInput, ResourceExhausted, Unavailable
+from common.state.connection import StoreFull, command, connect, run_script
+from common.state.presence import Presence
+from common.state.records import ResultFile, State
+from common.state.requests import RequestStore
+from common.state.store_server import StoreMemory, check_server, read_repairs
+from fleet.v1 import generation_pb2
+from redis_servers import run_on_empty_store, running_server, server_binaries, until
+from services.cli.store import check_store
+from services.text_encoding.__main__ import main as text_encoding
+
+MIB = 1 << 20
+DEFAULTS = {"maxmemory": "0", "maxmemory-policy": "noeviction", "appendonly": "yes", "appendfsync": "always"}
+LOGGER = "common.state.store_server"
+
+
+@pytest.fixture(scope="module", params=sorted(server_binaries()))
+def url(request: pytest.FixtureRequest) -> Iterator[str]:
+    with running_server(request.param) as server:
+        yield server.url
+
+
+async def configure(redis: Redis, **values: str) -> None:
+    """Set configuration values; those that are not given get the defaults of this file."""
+    for name, value in {**DEFAULTS, **{name.replace("_", "-"): value for name, value in values.items()}}.items():
+        await command(redis, "CONFIG", "SET", name, value)
+
+
+def lines(caplog: pytest.LogCaptureFixture) -> list[tuple[str, str]]:
+    """Level and message of each line since the last call."""
+    found = [(record.levelname, record.getMessage()) for record in caplog.records if record.name == LOGGER]
+    caplog.clear()
+    return found
+
+
+def test_a_durable_primary_is_said_to_be_one(url: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, LOGGER)
+
+    async def story(redis: Redis) -> None:
+        await configure(redis)
+        await check_server(redis)
+
+    run_on_empty_store(url, story)
+    [(level, text)] = lines(caplog)
+    assert level == "INFO"
+    assert text.startswith("request store is durable: ")
+    assert "role=master cluster_enabled=no maxmemory_policy=noeviction appendonly=yes appendfsync=always" in text
+
+
+@pytest.mark.parametrize(
+    ("policy", "lost"), [("allkeys-lru", "accepted requests"), ("volatile-ttl", "heartbeats, queues of workers")]
+)
+def test_an_evicting_server_is_refused_unless_allowed(
+    url: str, policy: str, lost: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def story(redis: Redis) -> None:
+        await configure(redis, maxmemory_policy=policy)
+        with pytest.raises(FailedPrecondition, match=f"maxmemory-policy {policy} is not noeviction.*{lost}") as caught:
+            await check_server(redis)
+        assert caught.value.field == "redis"
+        await check_server(redis, allow_eviction=True)
+        await configure(redis)
+
+    run_on_empty_store(url, story)
+    [(level, text)] = lines(caplog)
+    assert level == "WARNING"
+    assert "evicts keys, as allow_eviction permits" in text
+
+
+@pytest.mark.parametrize(
+    ("values", "loss"),
+    [
+        ({"appendonly": "no"}, "forgets accepted requests when it restarts"),
+        ({"appendfsync": "everysec"}, "loses what was accepted in the last second"),
+        ({"appendfsync": "no"}, "loses what was accepted in the last half minute"),
+    ],
+)
+def test_a_store_that_is_not_durable_gets_a_warning(
+    url: str, values: dict[str, str], loss: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def story(redis: Redis) -> None:
+        await configure(redis, **values)
+        await check_server(redis)
+        await check_server(redis, allow_data_loss=True)
+        await configure(redis)
+
+    run_on_empty_store(url, story)
+    [(level, text)] = lines(caplog)
+    assert level == "WARNING"
+    assert loss in text
+
+
+def test_a_login_that_may_not_look_is_told_what_was_not_checked(url: str, caplog: pytest.LogCaptureFixture) -> None:
+    async def story(redis: Redis) -> None:
+        await configure(redis, maxmemory_policy="allkeys-lru")
+        await command(redis, "ACL", "SETUSER", "blind", "on", ">word", "~*", "&*", "+@all", "-config", "-info", "-role")
+        await command(redis, "ACL", "SETUSER", "managed", "on", ">word", "~*", "&*", "+@all", "-config")
+        blind = Redis.from_url(url, username="blind", password="word", protocol=2)
+        await check_server(blind)
+        assert not (await StoreMemory(blind).use()).limit
+        await blind.aclose()
+        managed = Redis.from_url(url, username="managed", password="word", protocol=2)
+        with pytest.raises(FailedPrecondition, match="allkeys-lru"):  # INFO has it where CONFIG is forbidden
+            await check_server(managed)
+        await configure(redis)
+        await check_server(managed)
+        await managed.aclose()
+
+    run_on_empty_store(url, story)
+    (level, first), (_, second) = lines(caplog)
+    assert level == "WARNING"
+    assert "checked for role, cluster-enabled, maxmemory-policy, appendonly, appendfsync: its login may not" in first
+    assert "could not be checked for appendfsync: its login may not" in second
+
+
+def test_a_replica_is_refused(url: str) -> None:
+    async def story(redis: Redis) -> None:
+        await command(redis, "REPLICAOF", "127.0.0.1", "1")
+        try:
+            with pytest.raises(FailedPrecondition, match=r"is a replica, not a primary; .*redis\+sentinel://"):
+                await check_server(redis)
+            with pytest.raises(Unavailable, match="takes no writes"):
+                await run_script(redis, "beat", "me", 1_000)
+        finally:
+            await command(redis, "REPLICAOF", "NO", "ONE")
+
+    run_on_empty_store(url, story)
+
+
+def test_every_process_refuses_an_evicting_store_with_exit_code_2(url: str) -> None:
+    async def evicting(redis: Redis) -> None:
+        await configure(redis, maxmemory_policy="allkeys-random")
+
+    async def fine(redis: Redis) -> None:
+        await configure(redis)
+
+    run_on_empty_store(url, evicting)
+    with pytest.raises(InvalidInput, match="maxmemory-policy allkeys-random") as caught:
+        check_store(url, {})
+    assert caught.value.field == "redis"
+    check_store(url, {"FLEET_ALLOW_EVICTION": "1"})
+    words = [sys.executable, "-m", "services.coordinator", "--redis", url, "--listen", "127.0.0.1:0"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert "coordinator: redis: maxmemory-policy allkeys-random is not noeviction; " in done.stderr
+    assert "Traceback" not in done.stderr
+    run_on_empty_store(url, fine)
+
+
+def test_a_worker_refuses_an_evicting_store_before_it_loads(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    async def evicting(redis: Redis) -> None:
+        await configure(redis, maxmemory_policy="allkeys-random")
+
+    async def fine(redis: Redis) -> None:
+        await configure(redis)
+
+    run_on_empty_store(url, evicting)
+    assert text_encoding(["--model", "emoji", "--redis", url, "--device", "cpu"]) == 2
+    assert "redis: maxmemory-policy allkeys-random is not noeviction; " in capsys.readouterr().err
+    run_on_empty_store(url, fine)
+
+
+def free_port() -> int:
+    """A port whose cluster bus port is a port too."""
+    while True:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            if (port := probe.getsockname()[1]) < 55_000:
+                return int(port)
+
+
+def test_a_redis_cluster_of_two_nodes_is_named_and_refused() -> None:
+    ports = free_port(), free_port()
+    options = [("--cluster-enabled", "yes", "--port", str(port), "--appendfsync", "no") for port in ports]
+
+    async def story(redis: Redis) -> None:
+        async with connect(second.url) as other:
+            await command(redis, "CLUSTER", "ADDSLOTSRANGE", 0, 8191)
+            await command(other, "CLUSTER", "ADDSLOTSRANGE", 8192, 16383)
+            await command(redis, "CLUSTER", "MEET", "127.0.0.1", ports[1])
+
+            async def formed() -> bool:
+                states = [await command(each, "CLUSTER", "INFO") for each in (redis, other)]
+                return all(b"cluster_state:ok" in state for state in states)
+
+            await until(formed)
+            works = "is part of a Redis Cluster.*one primary.*Sentinel.*managed service with cluster mode disabled"
+            with pytest.raises(FailedPrecondition, match=works):
+                await check_server(redis)
+            with pytest.raises(FailedPrecondition, match=works):  # a process that has not checked gets the same error
+                await asyncio.gather(*(run_script(each, "beat", "a", 1_000) for each in (redis, other)))
+
+    with running_server("valkey", *options[0]) as first, running_server("valkey", *options[1]) as second:
+        run_on_empty_store(first.url, story)
+
+
+def record(name: str) -> generation_pb2.RequestRecord:
+    return generation_pb2.RequestRecord(request_id=name, model="emoji")
+
+
+def picture(size: int) -> ResultFile:
+    return ResultFile(generation_pb2.FileHeader(byte_size=size), [bytes(size)])
+
+
+async def fill(redis: Redis, most: int) -> int:
+    """Store bytes that are not the fleet's, up to so many in use; returns those in use."""
+    memory = StoreMemory(redis, read_seconds=0)
+    while (used := (await memory.use()).used) < most - MIB // 2:
+        await redis.rpush("filler", bytes(MIB // 4))
+    return used
+
+
+def test_a_nearly_full_store_refuses_new_requests_and_ends_accepted_ones(url: str) -> None:
+    async def story(redis: Redis) -> None:
+        await configure(redis, maxmemory=str(60 * MIB))
+        store = RequestStore(redis, owner="me", memory=StoreMemory(redis, 0.9, read_seconds=0))
+        await store.admit(record("accepted"), idempotency_key="k")
+        assert await fill(redis, 55 * MIB) > 0.9 * 60 * MIB
+        with pytest.raises(ResourceExhausted, match=r"full: it uses 5\d\.\d MiB of 60\.0 MiB") as caught:
+            await store.admit(record("refused"))
+        assert caught.value.retry_seconds == 5.0
+        assert (await store.admit(record("again"), idempotency_key="k")).replayed
+        assert await store.finish("accepted", State.REQUEST_STATE_SUCCEEDED, files=[picture(MIB)])
+        assert sum([len(chunk) async for chunk in store.result_chunks("accepted", 0, MIB)]) == MIB
+        await redis.delete("filler")
+        await store.admit(record("later"))
+        await configure(redis)
+
+    run_on_empty_store(url, story)
+
+
+def test_what_was_accepted_since_the_last_look_counts(url: str) -> None:
+    async def story(redis: Redis) -> None:
+        await configure(redis, maxmemory=str(60 * MIB))
+        store = RequestStore(redis, owner="me", memory=StoreMemory(redis, 0.3, read_seconds=3_600))
+        for number in range(3):
+            await store.admit(record(f"r{number}"), submission=bytes(6 * MIB))
+        with pytest.raises(ResourceExhausted, match="the request store is full"):
+            await store.admit(record("r3"))
+        await configure(redis)
+
+    run_on_empty_store(url, story)
+
+
+def test_a_full_store_is_not_said_to_be_away_and_keeps_its_heartbeats(url: str) -> None:
+    async def story(redis: Redis) -> None:
+        unbounded = RequestStore(redis, owner="me")
+        presence = Presence(redis, "me")
+        await presence.start()
+        await unbounded.admit(record("accepted"))
+        used = await fill(redis, 22 * MIB)
+        await configure(redis, maxmemory=str(used - MIB))
+        with pytest.raises(ResourceExhausted, match="full: it has used its maxmemory") as caught:
+            await unbounded.admit(record("refused"))
+        assert caught.value.retry_seconds == 5.0
+        await run_script(redis, "beat", "me", 60_000)
+        await run_script(redis, "claim", "accepted/me/0", "emoji/denoising", "me", 0, 0, "", 1)
+        await run_script(redis, "release", "accepted/me/0", "emoji/denoising", 0)
+        with pytest.raises(StoreFull, match="request store is full") as failed:
+            await unbounded.finish("accepted", State.REQUEST_STATE_SUCCEEDED, files=[picture(MIB)], token="t")
+        assert "away" not in str(failed.value)
+        assert (await unbounded.get("accepted")).state == State.REQUEST_STATE_QUEUED  # no end without its files
+        await redis.delete("filler")
+        assert await unbounded.finish("accepted", State.REQUEST_STATE_SUCCEEDED, files=[picture(MIB)], token="t")
+        await presence.stop()
+        await configure(redis)
+
+    run_on_empty_store(url, story)
+
+
+def test_repairs_are_read_by_kind(url: str) -> None:
+    async def story(redis: Redis) -> None:
+        assert await read_repairs(redis) == {}
+        await redis.zadd("fleet:queue:emoji/denoising", {"malformed": 0})
+        await redis.set("fleet:slots:emoji/denoising", "another type")
+        await run_script(redis, "claim", "r/me/0", "emoji/denoising", "me", 0, 0, "", 1)
+        assert await read_repairs(redis) == {"queue": 1, "type": 1}
+        await redis.delete("fleet:repairs")
+        await redis.set("fleet:repairs", "another type")
+        assert await read_repairs(redis) == {}
+
+    run_on_empty_store(url, story)
+
+
+def test_a_record_of_another_type_is_named_and_hides_no_other(url: str) -> None:
+    async def story(redis: Redis) -> None:
+        store = RequestStore(redis, owner="me")
+        for name in ("a", "b", "c"):
+            await store.admit(record(name))
+        await redis.delete("fleet:request:b")
+        await redis.set("fleet:request:b", "another type")
+        records, _ = await store.page()
+        assert [each.request_id for each in records] == ["c", "a"]
+        damaged = "request store is damaged: fleet:request:b .*; delete that key"
+        with pytest.raises(InternalError, match=damaged):
+            await store.get("b")
+        with pytest.raises(InternalError, match=damaged):
+            await store.request_cancel("b")
+
+    run_on_empty_store(url, story)
