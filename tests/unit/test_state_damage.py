@@ -36,8 +36,9 @@ OPERATIONS: dict[str, Sequence[Sequence[object]]] = {
     "finish": [("r1", 1, "t", "3", "", LASTS, "end"), ("r4", 1, "t", "4", "", LASTS, "end")],
     "cancel": [("r2", "5", LASTS, "cancelled"), ("r3", "5", LASTS, "cancelled"), ("nothing", "5", LASTS, "cancelled")],
     "take_over": [("c-1", MODEL, 50, 1, "r0 r1"), ("c-2", MODEL, 50, 0, ""), ("dead", MODEL, 50, 1, "")],
-    "death": [("r0", 1, "w1"), ("r1", 1, "w2")],
-    "checkpoint": [("r0", 1, "fleet:checkpoint:r0:1-3"), ("r1", 1, "fleet:checkpoint:r1:1-1")],
+    "death": [("r0", 1, "denoising", 2, "w1", LASTS), ("r1", 1, "denoising", 2, "w2", LASTS)],
+    "losses": [("r0", 1), ("r1", 1), ("nothing", 1)],
+    "checkpoint": [("r0", 1, "fleet:checkpoint:r0:1-3", 3), ("r1", 1, "fleet:checkpoint:r1:1-1", 4)],
     "beat": [("c-1", LASTS)],
     "resign": [("dead",)],
     "declare": [(MODEL, "print", LASTS, "denoising", "contract")],
@@ -48,7 +49,8 @@ OPERATIONS: dict[str, Sequence[Sequence[object]]] = {
     ],
     "release": [("r0/c-1/0", PLACE, 40), ("r3/c-2/0", PLACE, 0), ("nobody/c-1/0", PLACE, 9)],
     "announce": [("w1", MODEL, "denoising", 1, "info", LASTS)],
-    "withdraw": [("w2",), ("nobody",)],
+    "leaving": [("w2", LASTS), ("nobody", LASTS)],
+    "avoid": [("c-1", "w1"), ("c-1", "w1"), ("c-2", "w-new")],
     "claims": [(PLACE, "c-1")],
     "status": [(PLACE,)],
     "touch_reply": [("a", LASTS)],
@@ -118,8 +120,10 @@ def _build(run: Callable[..., Any], redis: Any, note: Callable[[], None]) -> Non
     run("release", "r1/c-1/0", PLACE, 30)
     run("append", "r0", 1, 0, "2", "", "event")
     redis.hset("fleet:checkpoint:r0:1-2", "0", "origin")
-    run("checkpoint", "r0", 1, "fleet:checkpoint:r0:1-2")
-    run("death", "r0", 1, "w9")
+    run("checkpoint", "r0", 1, "fleet:checkpoint:r0:1-2", 2)
+    run("death", "r0", 1, "denoising", 2, "w9", LASTS)
+    run("avoid", "c-2", "w9")
+    run("leaving", "w8", LASTS)
     for name in ("a", "b", "n", "x"):
         redis.rpush(f"fleet:reply-parts:{name}", "checksum", "frame")
         if name in ("a", "b"):
