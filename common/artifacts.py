@@ -97,6 +97,10 @@ class Generator:
     state: Tensor
 
 
+DENOISE_STATE_FORMAT = 1
+"""Counts the meanings that the fields of DenoiseState have had: a version that changes them resumes no older ones."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class DenoiseState:
     """A denoising loop stopped after `step` steps: enough to continue it to the same bytes."""

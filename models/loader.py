@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,6 +29,7 @@ from models.layers.linear import quantize_linears
 from models.layers.mesh import Degrees, WorkerMesh
 from models.registry import resolve
 from models.schedulers.trial import try_schedules
+from models.sources import own_digest, sources_digest
 
 if TYPE_CHECKING:
     from common.checkpoint import Checkpoint
@@ -218,8 +220,11 @@ def numerics_fingerprint(
     approximation: Approximation = EXACT,
     *,
     shares_memory: bool = False,
+    plugins: Iterable[Path] = (),
 ) -> str:
     """Equal on two workers only if the same stage gives the same bytes on both. None is one rank.
+
+    The code counts too: that of `models` and `configs`, and that of `plugins`, directories of other families.
 
     Each degree counts: sums over ranks are rounded otherwise than those of one rank. And so does whether the ranks
     share memory: they then attend to all keys at once.
@@ -231,6 +236,8 @@ def numerics_fingerprint(
         str(degrees or Degrees()),
         str(approximation),
         f"shared memory {shares_memory}",
+        f"sources {own_digest()}",
+        *(f"plugin {sources_digest([directory])}" for directory in plugins),
         *(f"{package} {importlib.metadata.version(package)}" for package in ("torch", "diffusers", "transformers")),
     ]
     if device.type == "cuda":

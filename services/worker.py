@@ -145,7 +145,7 @@ async def start_worker(
         degrees = ranks.degrees if ranks else None
         shares_memory = ranks is not None and ranks.shares_memory
         facts = (device, dtype, degrees, settings.approximation)
-        fingerprint = partial(numerics_fingerprint, *facts, shares_memory=shares_memory)
+        fingerprint = partial(numerics_fingerprint, *facts, shares_memory=shares_memory, plugins=settings.plugins)
         numerics = await loop.run_in_executor(executor, fingerprint)
         info = worker_pb2.WorkerInfo(
             worker_id=f"{service}-{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}",

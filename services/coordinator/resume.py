@@ -17,6 +17,7 @@ from typing import cast
 
 from google.protobuf.message import DecodeError
 
+from common.artifacts import DENOISE_STATE_FORMAT
 from common.errors import FleetError, InternalError, InvalidInput, NotFound, ResourceExhausted, Unavailable
 from common.rpc.frames import read_chunk
 from common.rpc.framing import Assembler, KeptFrames, Limits, Packet, chunk_frames, described_tensors
@@ -42,11 +43,11 @@ class Checkpoint:
 
 
 def origin_of(numerics: str, values: Mapping[str, Packet]) -> str:
-    """Equal only where a checkpoint of one run fits into another: same numerics, same inputs.
+    """Equal only where a checkpoint of one run fits into another: same numerics, same inputs, same format.
 
     Messages hold the checksums of the tensors that travel beside them, so that the messages are enough.
     """
-    digest = hashlib.sha256(numerics.encode())
+    digest = hashlib.sha256(f"{DENOISE_STATE_FORMAT} {numerics}".encode())
     for slot in sorted(values):
         digest.update(slot.encode() + b"\0" + values[slot].message.SerializeToString(deterministic=True))
     return digest.hexdigest()

@@ -20,7 +20,9 @@ _MOST_NAMED = 4
 def facts_of(settings: DenoisingSettings, device: torch.device) -> list[str]:
     """Facts of this rank, once its kernel packages have been tried: packages, torch, device, numerics fingerprint."""
     dtype = dtype_of(settings.dtype, device)
-    fingerprint = numerics_fingerprint(device, dtype, settings.degrees, settings.approximation)
+    fingerprint = numerics_fingerprint(
+        device, dtype, settings.degrees, settings.approximation, plugins=settings.plugins
+    )
     if device.type != "cuda":
         return [f"torch {torch.__version__}", f"numerics {fingerprint}"]
     name = torch.cuda.get_device_name(device)
