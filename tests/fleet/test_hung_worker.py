@@ -58,19 +58,26 @@ class Fleet:
     """The toy family, with one denoiser as a process of its own, and others in this process."""
 
     def __init__(
-        self, stub: Stub, redis_url: str, model: ServedModel, denoiser: Process, stack: AsyncExitStack
+        self, stub: Stub, redis_url: str, model: ServedModel, plugins: Path, denoiser: Process, stack: AsyncExitStack
     ) -> None:
         self.stub = stub
         self.denoiser = denoiser
         self._redis_url = redis_url
         self._model = model
+        self._plugins = plugins
         self._stack = stack
 
     async def start(self, service: str, directory: Path) -> None:
         """One more worker, in this process."""
         listen = f"unix:{directory}/{service}.sock"
         settings = WorkerSettings(
-            model="toy", redis=self._redis_url, listen=listen, device="cpu", threads=1, step_seconds=0.0
+            model="toy",
+            redis=self._redis_url,
+            listen=listen,
+            plugins=(self._plugins,),
+            device="cpu",
+            threads=1,
+            step_seconds=0.0,
         )
         worker = await start_worker(service, self._model, settings)
         self._stack.push_async_callback(worker.stop, 0)
@@ -108,7 +115,7 @@ async def running(url: str, directory: Path, plugins: Path, checkpoint: Path) ->
         coordinator = await start_coordinator([model], chosen)
         stack.push_async_callback(coordinator.stop, 0)
         channel = await stack.enter_async_context(open_channel(coordinator.address))
-        fleet = Fleet(generation_pb2_grpc.GenerationServiceStub(channel), url, model, denoiser, stack)
+        fleet = Fleet(generation_pb2_grpc.GenerationServiceStub(channel), url, model, plugins, denoiser, stack)
         for service in ("text_encoding", "latent_preparation", "decoding"):
             await fleet.start(service, directory)
         yield fleet

@@ -100,7 +100,7 @@ def test_its_tensors_are_those_of_one_process(served: Served, tmp_path: Path) ->
         "--height=35",
         "--param=contrast=2",
     )
-    done = served.run(*words, "--param=contrast=2", f"--output={output}")
+    done = served.run(*words, f"--output={output}")
     assert done.returncode == 0, done.stderr
     assert "height 35 is not a multiple of 8; 32 is used instead" in done.stderr
     assert "only the first 64 of 65 bytes are read" in done.stderr

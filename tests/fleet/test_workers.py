@@ -213,7 +213,7 @@ def test_another_model_under_the_same_name_is_refused(
     ("argv", "code", "words"),
     [
         (["--nonsense"], 2, "--nonsense"),
-        ([], 2, "--model is missing"),
+        ([], 2, "--redis is missing"),
         (["--model", "no-such-model", "--redis", "unix:///x"], 2, "neither a directory nor a model"),
         (["--model", "emoji", "--redis", "unix:///x", "--device", "gpu"], 2, "device must be"),
     ],
