@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -69,7 +70,12 @@ def test_the_numerics_fingerprint_depends_on_plugins(copy: Path) -> None:
 
 def test_the_digest_covers_models_and_configs_but_no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[Path] = []
-    monkeypatch.setattr(sources, "sources_digest", lambda directories: read.extend(directories) or "")
+
+    def note(directories: Iterable[Path]) -> str:
+        read.extend(directories)
+        return ""
+
+    monkeypatch.setattr(sources, "sources_digest", note)
     own_digest.cache_clear()
     own_digest()
     own_digest.cache_clear()
