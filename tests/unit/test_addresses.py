@@ -16,6 +16,7 @@ from common.rpc.address import is_local, proxy_variable, target_of
 from common.rpc.client import open_channel
 from common.rpc.serving import FleetServer
 from common.state.embedded import EmbeddedStore
+from services.cli.__main__ import main
 
 ROOT = Path(__file__).parents[2]
 NOBODY = "http://127.0.0.1:9"
@@ -128,3 +129,18 @@ def test_the_proxy_variable_in_force(environ: dict[str, str], variable: str) -> 
 def test_targets_of_hosts_are_left_alone() -> None:
     assert target_of("fleet.example:50051") == "fleet.example:50051"
     assert target_of("unix:///run/fleet/a.sock") == target_of("unix:/run/fleet/a.sock") == "unix:/run/fleet/a.sock"
+
+
+def test_the_command_line_names_the_proxy_that_it_failed_through(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("grpc_proxy", "https_proxy", "no_proxy", "no_grpc_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("http_proxy", "http://user:secret@127.0.0.1:9")
+    assert main(["models", "--endpoint", "fleet.example:50051"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(
+        "fleet models: no fleet answers at fleet.example:50051 through the proxy that http_proxy names"
+    )
+    assert error.count("\n") == 1
+    assert "secret" not in error
