@@ -130,11 +130,12 @@ class ImageMetadata:
         decompressor = zlib.decompressobj()
         try:
             text = decompressor.decompress(data, _MAX_TEXT_BYTES)
+            is_too_large = bool(decompressor.unconsumed_tail)
         except zlib.error:
-            self._decompressed_bytes += _MAX_TEXT_BYTES
-            text = None
-        self._decompressed_bytes += len(text or b"")
-        if decompressor.unconsumed_tail or self._decompressed_bytes > _MAX_ALL_TEXT_BYTES:
+            text, is_too_large = None, False
+        # Data that zlib rejects may have expanded to the limit before.
+        self._decompressed_bytes += _MAX_TEXT_BYTES if text is None else len(text)
+        if is_too_large or self._decompressed_bytes > _MAX_ALL_TEXT_BYTES:
             most = f"{_MAX_TEXT_BYTES} bytes in one chunk or {_MAX_ALL_TEXT_BYTES} bytes together"
             raise self._too_large(f"compressed metadata that expands to more than {most}")
         return text
