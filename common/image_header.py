@@ -6,22 +6,31 @@ that have no image library. What the bytes behind the header hold is seen only w
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from common.errors import InvalidInput
+from common.image_orientation import SIDEWAYS, UPRIGHT, ImageMetadata
 
 MAX_FILE_BYTES = 20 * 2**20
 MAX_PIXELS = 2**26
 MAX_TOTAL_PIXELS = 2**27
 MAX_ASPECT = 64
 
-_EXIF_ORIENTATION = 0x0112
 _JPEG_END = b"\xff\xd9"
 _PNG = b"\x89PNG\r\n\x1a\n"
 _FIRST_PNG_CHUNK = len(_PNG) + 8
 _JPEG = b"\xff\xd8\xff"
-_JPEG_WITHOUT_LENGTH = {0x01, *range(0xD0, 0xD8)}
+_JPEG_MARKER = re.compile(rb"\xff([^\x00\x01\xc8\xd0-\xd9\xf0-\xfd\xff])")
+"""A marker that a length follows."""
+_JPEG_SCAN = 0xDA
+_JPEG_APP1 = 0xE1
+_PNG_NAME = re.compile(rb"\w{4}")
+_PNG_GREY_16 = b"\x10\0"
+"""Bit depth and colour type."""
+_WEBP_FLAGS = {b"EXIF": 0x08, b"XMP ": 0x04}
+"""Flags of the VP8X chunk. Decoders ignore a chunk whose flag is not set."""
 _JPEG_FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 _OTHERS = {
     b"GIF8": "GIF",
@@ -38,11 +47,16 @@ _OTHERS = {
 
 @dataclass(frozen=True)
 class ImageHeader:
-    """Format ("PNG", "JPEG" or "WebP"), and size in pixels as it is shown, after the turn that EXIF may ask for."""
+    """Format ("PNG", "JPEG" or "WebP"), size in pixels after `orientation` is applied, and pixel format.
+
+    `orientation` is an EXIF value, 1 to 8. `is_16_bit_grey` is true of PNG files with colour type 0 and bit depth 16.
+    """
 
     format: str
     height: int
     width: int
+    orientation: int = UPRIGHT
+    is_16_bit_grey: bool = False
 
 
 class _Truncated(Exception):
@@ -81,7 +95,7 @@ def _read(role: str, view: memoryview) -> ImageHeader:
     if start.startswith(_PNG):
         return _read_png(role, view)
     if start.startswith(_JPEG):
-        return _read_jpeg(view)
+        return _read_jpeg(role, view)
     if start[:4] == b"RIFF" and start[8:12] == b"WEBP":
         return _read_webp(role, view)
     found = next((f" but {name}" for magic, name in _OTHERS.items() if start.startswith(magic)), "")
@@ -102,22 +116,29 @@ def _check_size(role: str, header: ImageHeader) -> None:
 
 
 def _read_png(role: str, view: memoryview) -> ImageHeader:
-    width = height = orientation = 0
+    width = height = 0
+    is_grey = has_data = is_broken = False
+    metadata = ImageMetadata(role)
     for kind, begin, end in _png_chunks(view):
+        # Pillow stops at such a chunk: with an error before the image data, without one behind it.
+        is_broken |= has_data and not _PNG_NAME.match(kind)
         match kind:
             case b"IHDR" if width or begin != _FIRST_PNG_CHUNK:
                 raise InvalidInput(f"{role} is not a well-formed PNG: its header must come first, and once", field=role)
             case b"IHDR":
                 width, height = _number(view, begin, 4), _number(view, begin + 4, 4)
+                is_grey = bytes(view[begin + 8 : begin + 10]) == _PNG_GREY_16
             case b"acTL":
                 raise _moving(role, "PNG")
-            case b"eXIf":
-                orientation = _orientation(view[begin:end])
+            case b"IDAT":
+                has_data = True
             case b"IEND":
                 break
+            case _ if not is_broken:
+                metadata.add_png_chunk(kind, bytes(view[begin:end]))
     else:
         raise _Truncated
-    return _turned("PNG", height, width, orientation)
+    return _oriented("PNG", height, width, metadata, is_grey)
 
 
 def _png_chunks(view: memoryview) -> Iterator[tuple[bytes, int, int]]:
@@ -130,28 +151,28 @@ def _png_chunks(view: memoryview) -> Iterator[tuple[bytes, int, int]]:
         at += 12 + size
 
 
-def _read_jpeg(view: memoryview) -> ImageHeader:
-    at, orientation = 2, 0
+def _read_jpeg(role: str, view: memoryview) -> ImageHeader:
+    """Read the segments before the first scan. Metadata may stand behind the frame header."""
+    at, size = 2, None
+    metadata = ImageMetadata(role)
     while True:
         marker, at = _jpeg_marker(view, at)
-        if marker in _JPEG_WITHOUT_LENGTH:
-            continue
-        size = _number(view, at, 2)
+        length = _number(view, at, 2)
         if marker in _JPEG_FRAMES:
-            if bytes(view[at:]).rfind(_JPEG_END) < 0:
+            size = size or (_number(view, at + 3, 2), _number(view, at + 5, 2))
+        if marker == _JPEG_APP1:
+            metadata.add_jpeg_app1(bytes(view[at + 2 : at + length]))
+        if marker == _JPEG_SCAN:
+            if size is None or bytes(view[at:]).rfind(_JPEG_END) < 0:
                 raise _Truncated
-            return _turned("JPEG", _number(view, at + 3, 2), _number(view, at + 5, 2), orientation)
-        if marker == 0xE1 and bytes(view[at + 2 : at + 8]) == b"Exif\0\0":
-            orientation = _orientation(view[at + 8 : at + size])
-        at += max(size, 2)
+            return _oriented("JPEG", *size, metadata)
+        at += max(length, 2)
 
 
 def _jpeg_marker(view: memoryview, at: int) -> tuple[int, int]:
-    """The next marker, and where its data begins. Fill bytes may stand before it."""
-    while _number(view, at, 1) == 0xFF:
-        at += 1
-        if (marker := _number(view, at, 1)) not in (0xFF, 0):
-            return marker, at + 1
+    """The next marker with a length, and the offset of its length. Skips fill bytes and bytes outside segments."""
+    if found := _JPEG_MARKER.search(view, at):
+        return found[1][0], found.end()
     raise _Truncated
 
 
@@ -160,10 +181,11 @@ def _read_webp(role: str, view: memoryview) -> ImageHeader:
         raise _Truncated
     kind = bytes(view[12:16])
     if kind == b"VP8X":
-        if _number(view, 20, 1) & 0x02:
+        flags = _number(view, 20, 1)
+        if flags & 0x02:
             raise _moving(role, "WebP")
         width, height = (_number(view, at, 3, "little") + 1 for at in (24, 27))
-        return _turned("WebP", height, width, _webp_orientation(view))
+        return _oriented("WebP", height, width, _webp_metadata(role, view, flags))
     if kind == b"VP8L":
         bits = _number(view, 21, 4, "little")
         return ImageHeader("WebP", (bits >> 14 & 0x3FFF) + 1, (bits & 0x3FFF) + 1)
@@ -173,37 +195,23 @@ def _read_webp(role: str, view: memoryview) -> ImageHeader:
     raise _Truncated
 
 
-def _webp_orientation(view: memoryview) -> int:
+def _webp_metadata(role: str, view: memoryview, flags: int) -> ImageMetadata:
+    metadata = ImageMetadata(role)
+    view = view[: _number(view, 4, 4, "little") + 8]
     at = 12
     while at + 8 <= len(view):
-        size = _number(view, at + 4, 4, "little")
-        if bytes(view[at : at + 4]) == b"EXIF":
-            return _orientation(view[at + 8 : at + 8 + size])
+        kind, size = bytes(view[at : at + 4]), _number(view, at + 4, 4, "little")
+        if flags & _WEBP_FLAGS.get(kind, 0):
+            metadata.add_webp_chunk(kind, bytes(view[at + 8 : at + 8 + size]))
         at += 8 + size + size % 2
-    return 0
+    return metadata
 
 
-def _orientation(exif: memoryview) -> int:
-    """The value of EXIF's orientation entry; 0 where there is none, or where it cannot be read."""
-    if bytes(exif[:6]) == b"Exif\0\0":
-        exif = exif[6:]
-    order = {b"II": "little", b"MM": "big"}.get(bytes(exif[:2]))
-    if order is None:
-        return 0
-    try:
-        directory = _number(exif, 4, 4, order)
-        for entry in range(_number(exif, directory, 2, order)):
-            at = directory + 2 + 12 * entry
-            if _number(exif, at, 2, order) == _EXIF_ORIENTATION:
-                return _number(exif, at + 8, 2, order)
-    except _Truncated:
-        pass
-    return 0
-
-
-def _turned(name: str, height: int, width: int, orientation: int) -> ImageHeader:
-    """Orientations 5 to 8 lie on their side."""
-    return ImageHeader(name, width, height) if 5 <= orientation <= 8 else ImageHeader(name, height, width)
+def _oriented(name: str, height: int, width: int, metadata: ImageMetadata, is_16_bit_grey: bool = False) -> ImageHeader:
+    orientation = metadata.orientation()
+    if orientation in SIDEWAYS:
+        height, width = width, height
+    return ImageHeader(name, height, width, orientation, is_16_bit_grey)
 
 
 def _moving(role: str, name: str) -> InvalidInput:

@@ -1,19 +1,24 @@
-"""Opens the pictures of a request, as Diffusers' load_image does: turned as EXIF says, converted to RGB."""
+"""Opens the images of a request as Diffusers' load_image does: oriented by their metadata, converted to RGB.
+
+The orientation is the one that `common.image_header` reads, so validation and decoding agree on the size.
+"""
 
 from __future__ import annotations
 
 import io
+import struct
 import zlib
 from collections.abc import Mapping
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from common.artifacts import ImageInputs
 from common.errors import InvalidInput
 from common.image_header import check_total_size, read_image_header
+from common.image_orientation import SIDEWAYS
 
 _FORMATS = ("PNG", "JPEG", "WEBP")
 # What Pillow is known to raise for files that are not what they seem.
@@ -24,8 +29,22 @@ _UNREADABLE = (
     SyntaxError,
     ValueError,
     EOFError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    struct.error,
     zlib.error,
 )
+# What undoes each orientation of EXIF, as in Pillow's ImageOps.exif_transpose.
+_TRANSPOSITIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def open_images(inputs: ImageInputs) -> Mapping[str, Image.Image]:
@@ -47,10 +66,13 @@ def open_image(role: str, data: bytes) -> Image.Image:
     header = read_image_header(role, data)
     try:
         with Image.open(io.BytesIO(data), formats=_FORMATS) as picture:
-            if {picture.height, picture.width} != {header.height, header.width}:
-                first, second = (f"{each.width} x {each.height}" for each in (header, picture))
+            size = picture.size[::-1] if header.orientation in SIDEWAYS else picture.size
+            if size != (header.width, header.height):
+                first, second = (f"{width} x {height}" for width, height in ((header.width, header.height), size))
                 raise ValueError(f"it is {first} in one place and {second} in another")
-            return ImageOps.exif_transpose(picture).convert("RGB")
+            transposition = _TRANSPOSITIONS.get(header.orientation)
+            oriented = picture if transposition is None else picture.transpose(transposition)
+            return oriented.convert("RGB")
     except _UNREADABLE as error:
         raise InvalidInput(f"{role} cannot be decoded: {error}", field=role) from None
 

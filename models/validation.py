@@ -8,7 +8,7 @@ from types import MappingProxyType
 
 from common.artifacts import ImageInputs, ParamValue
 from common.errors import InvalidInput
-from common.image_header import check_total_size, read_image_header
+from common.image_header import ImageHeader, check_total_size, read_image_header
 from configs.sample.base import ParamWarning, SamplingParams
 from models.catalog import ServedModel
 
@@ -44,7 +44,7 @@ class InputValidationStage:
         artifacts: dict[str, object] = {**params.artifacts()}
         if "image_inputs" in self._model.pipeline.given:
             artifacts["image_inputs"] = ImageInputs(images=images)
-        return ValidatedRequest(params, artifacts, warnings)
+        return ValidatedRequest(params, artifacts, (*warnings, *_image_warnings(headers)))
 
     def _check_roles(self, images: Mapping[str, bytes]) -> None:
         known = (*self._roles.required, *self._roles.optional)
@@ -57,3 +57,8 @@ class InputValidationStage:
         if unknown := [role for role in images if role not in known]:
             came = ", ".join(images)
             raise InvalidInput(f"{name} takes {', '.join(known)} as pictures, but {came} came", field=unknown[0])
+
+
+def _image_warnings(headers: Mapping[str, ImageHeader]) -> tuple[ParamWarning, ...]:
+    message = "has 16-bit grey levels, of which all above 255 become white, as in Diffusers; convert it to 8 bits"
+    return tuple(ParamWarning(role, f"{role} {message}") for role, header in headers.items() if header.is_16_bit_grey)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit import calculate_dimensions
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from common.errors import CheckpointError, InvalidInput
 from common.image_header import ImageHeader
@@ -41,6 +42,15 @@ def picture(width: int, height: int, seed: int = 1) -> Image.Image:
 def png(image: Image.Image) -> bytes:
     file = io.BytesIO()
     image.save(file, "PNG")
+    return file.getvalue()
+
+
+def xmp_rotated(data: bytes) -> bytes:
+    """The PNG with an XMP chunk that rotates it by 90 degrees."""
+    info = PngInfo()
+    info.add_itxt("XML:com.adobe.xmp", '<rdf:Description tiff:Orientation="6"/>')
+    file = io.BytesIO()
+    Image.open(io.BytesIO(data)).save(file, "PNG", pnginfo=info)
     return file.getvalue()
 
 
@@ -127,6 +137,20 @@ def test_the_size_follows_from_the_picture(pair: Pair) -> None:
     assert (params.height, params.width) == (64, 1248)
     headers = {"image": ImageHeader(format="PNG", height=90, width=60)}
     assert QwenImageEditSamplingParams.image_defaults(headers) == {"height": 1248, "width": 832}
+
+
+def test_the_size_follows_the_orientation_in_the_metadata(pair: Pair) -> None:
+    sideways = xmp_rotated(png(picture(90, 60)))
+    params = InputValidationStage(pair[0].model).run({"prompt": ""}, {"image": sideways}).params
+    assert (params.height, params.width) == given_size(90, 60)
+
+
+def test_16_bit_grey_is_accepted_with_a_warning(pair: Pair) -> None:
+    file = io.BytesIO()
+    Image.new("I;16", (9, 9), 20_000).save(file, "PNG")
+    request = InputValidationStage(pair[0].model).run({"prompt": ""}, {"image": file.getvalue()})
+    assert [warning.field for warning in request.warnings] == ["image"]
+    assert "above 255 become white" in request.warnings[0].message
 
 
 def test_tokens_are_not_limited_as_diffusers_does_not(pair: Pair) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from diffusers import WanImageToVideoPipeline, WanPipeline
+from PIL import Image
 
 from common.checkpoint import Checkpoint
 from common.errors import CheckpointError, InvalidInput
@@ -16,6 +18,7 @@ from configs.sample.base import SamplingParams
 from configs.sample.wan import WanImageToVideoSamplingParams, WanSamplingParams
 from models.catalog import open_model
 from models.registry import load_registry
+from models.validation import InputValidationStage
 from tiny_wan import build_tiny_wan, build_tiny_wan_i2v
 
 RENAMED = {"num_videos_per_prompt": "num_outputs_per_prompt"}
@@ -72,6 +75,17 @@ def test_frames_are_rounded_with_a_warning(wan: Checkpoint, asked: int) -> None:
     params, warnings = WanSamplingParams.build({"prompt": "x", "num_frames": asked}, wan)
     assert params.num_frames == (asked if asked % 4 == 1 else asked // 4 * 4 + 1)
     assert [warning.field for warning in warnings] == (["num_frames"] if params.num_frames != asked else [])
+
+
+def test_each_16_bit_grey_image_gets_a_warning(tmp_path: Path) -> None:
+    model = open_model(str(build_tiny_wan_i2v(tmp_path / "m", last_image=True)), load_registry())
+    images = {}
+    for role, mode in (("image", "L"), ("last_image", "I;16")):
+        file = io.BytesIO()
+        Image.new(mode, (9, 9), 200).save(file, "PNG")
+        images[role] = file.getvalue()
+    request = InputValidationStage(model).run({"prompt": "x", "num_frames": 6}, images)
+    assert [warning.field for warning in request.warnings] == ["num_frames", "last_image"]
 
 
 def test_sizes_are_floored_to_whole_patches(tmp_path: Path) -> None:
