@@ -16,6 +16,7 @@ import torch
 from torch import distributed
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
+from common.errors import Unavailable
 from common.local import HostedStages
 from models.catalog import ServedModel
 from models.kernels.trials import try_packages
@@ -50,11 +51,15 @@ def run_rank(model: ServedModel, settings: DenoisingSettings, place: Place, warm
     links = [Link(peer, each[Purpose.CONTROL]) for peer, each in sorted(connections.items())]
     beats = {peer: each[Purpose.BEATS] for peer, each in connections.items()}
     liveness = Liveness(beats, beat_seconds=settings.beat_seconds, lost_seconds=settings.lost_seconds)
-    if place.rank:
-        FollowingRank(place, store, settings, links, liveness).run(model)
-    else:
-        LeadingRank(place, store, settings, links, liveness).run(model, warm_up)
-    distributed.destroy_process_group()
+    try:
+        if place.rank:
+            FollowingRank(place, store, settings, links, liveness).run(model)
+        else:
+            LeadingRank(place, store, settings, links, liveness).run(model, warm_up)
+        distributed.destroy_process_group()
+    except (RuntimeError, MemoryError) as error:
+        # The loss of another rank or a full device can cause it: the launcher may start the group again.
+        raise Unavailable(f"rank {place.rank}: {type(error).__name__}: {error}") from error
     return 0
 
 
