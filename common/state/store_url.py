@@ -15,12 +15,13 @@ from common.errors import InvalidInput
 SENTINEL = "redis+sentinel://"
 HIDDEN = "***"
 
-_EXAMPLES = "redis://host:6379/0, rediss://:PASSWORD@host:6379/0 or unix:///path"
+_EXAMPLES = "redis://host:6379/0 or unix:///path"
 _PLACE = re.compile(r"[a-z+]+://[A-Za-z_][\w.-]*(:\d{1,5})?(/\d{0,4})?", re.ASCII)
 _WORD = re.compile(r"[\w.-]+", re.ASCII)
 _NUMBER = re.compile(r"\d{1,9}(\.\d{1,9})?", re.ASCII)
 # Up to the last "@": an unquoted password may hold any character. Without "@", up to the end of the word.
-_IN_TEXT = re.compile(r"\b(rediss?|redis\+sentinel|unix)://.*@", re.DOTALL)
+_IN_TEXT = re.compile(r"\b([a-z][a-z+]*)://.*@", re.DOTALL)
+_WITHOUT_HOST = re.compile(r"\b(rediss?)://:.*", re.DOTALL)
 _UNFINISHED = re.compile(r"\b(rediss?)://[^\s/:]*:(?!\d{1,5}(?![^\s/?#'\",;.)]))\S*")
 _SECRET_OPTION = re.compile(r"\b((?:ssl_)?password=)[^&\s]*")
 # A server that does not know AUTH repeats its arguments.
@@ -30,6 +31,7 @@ _ECHOED = re.compile(r"(with args beginning with:).*", re.DOTALL)
 def without_password(text: str) -> str:
     """The text without the user names, passwords and private options of store URLs in it."""
     text = _IN_TEXT.sub(rf"\1://{HIDDEN}@", text)
+    text = _WITHOUT_HOST.sub(rf"\1://{HIDDEN}", text)
     text = _UNFINISHED.sub(rf"\1://{HIDDEN}", text)
     return _ECHOED.sub(rf"\1 {HIDDEN}", _SECRET_OPTION.sub(rf"\1{HIDDEN}", text))
 
@@ -61,7 +63,7 @@ def _fault(url: str) -> str:
         return _quoting("its host or port is malformed")
     beyond = rest[len(parts.netloc) :]
     if parts.fragment or "#" in url or ("@" in beyond and (parts.netloc or scheme != "unix")):
-        return _quoting("'#', or '@' after the host's place, stands in it")
+        return _quoting("'#', or an at sign after the host's place, stands in it")
     if port == 0 or parts.netloc.endswith(":"):
         return "its port is not 1 to 65535"
     if scheme == "unix":
@@ -75,9 +77,7 @@ def _fault(url: str) -> str:
 
 
 def _quoting(reason: str) -> str:
-    return (
-        f"{reason} (percent-encode reserved characters in a password: '#' as %23, '/' as %2F, '?' as %3F, '@' as %40)"
-    )
+    return f"{reason} (percent-encode reserved characters in a password: '#' as %23, '/' as %2F, '?' as %3F, an at sign as %40)"
 
 
 def _sentinel_fault(rest: str) -> str:

@@ -45,22 +45,25 @@ def run_rank(model: ServedModel, settings: DenoisingSettings, place: Place, warm
     """
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _leave)
-    settings = _of_rank(settings, place)
+    try:
+        _take_part(model, _of_rank(settings, place), place, warm_up)
+    except (RuntimeError, MemoryError) as error:
+        # The loss of another rank or a full device can cause it: the launcher may start the group again.
+        raise Unavailable(f"rank {place.rank}: {type(error).__name__}: {error}") from error
+    return 0
+
+
+def _take_part(model: ServedModel, settings: DenoisingSettings, place: Place, warm_up: WarmUp) -> None:
     store = place.store(settings.join_seconds)
     connections = join(place, store, settings.join_seconds)
     links = [Link(peer, each[Purpose.CONTROL]) for peer, each in sorted(connections.items())]
     beats = {peer: each[Purpose.BEATS] for peer, each in connections.items()}
     liveness = Liveness(beats, beat_seconds=settings.beat_seconds, lost_seconds=settings.lost_seconds)
-    try:
-        if place.rank:
-            FollowingRank(place, store, settings, links, liveness).run(model)
-        else:
-            LeadingRank(place, store, settings, links, liveness).run(model, warm_up)
-        distributed.destroy_process_group()
-    except (RuntimeError, MemoryError) as error:
-        # The loss of another rank or a full device can cause it: the launcher may start the group again.
-        raise Unavailable(f"rank {place.rank}: {type(error).__name__}: {error}") from error
-    return 0
+    if place.rank:
+        FollowingRank(place, store, settings, links, liveness).run(model)
+    else:
+        LeadingRank(place, store, settings, links, liveness).run(model, warm_up)
+    distributed.destroy_process_group()
 
 
 def _leave(*_: object) -> NoReturn:
