@@ -77,7 +77,8 @@ def _fault(url: str) -> str:
 
 
 def _quoting(reason: str) -> str:
-    return f"{reason} (percent-encode reserved characters in a password: '#' as %23, '/' as %2F, '?' as %3F, an at sign as %40)"
+    encoded = "'#' as %23, '/' as %2F, '?' as %3F, an at sign as %40"
+    return f"{reason} (percent-encode reserved characters in a password: {encoded})"
 
 
 def _sentinel_fault(rest: str) -> str:

@@ -41,7 +41,7 @@ from services.denoising.joining import Place
 from services.denoising.settings import DenoisingSettings
 from services.start_up import run_program
 
-LIBRARIES = [builtins, json, safetensors, PIL, PIL.Image, torch, distributed, import_utils]
+LIBRARIES = [builtins, json, safetensors, PIL, PIL.Image, torch, import_utils]
 LIBRARIES += [huggingface_hub.errors, redis.exceptions, grpc, grpc.aio]
 PASS = (SystemExit, KeyboardInterrupt, GeneratorExit, BaseExceptionGroup, Warning, StopIteration, StopAsyncIteration)
 PLACE = "unix:///nowhere/store.sock"
@@ -54,7 +54,14 @@ def _errors_of(module: ModuleType) -> Iterator[type[Exception]]:
             yield each
 
 
-ERRORS = sorted({each for module in LIBRARIES for each in _errors_of(module)}, key=lambda each: each.__qualname__)
+DISTRIBUTED = (
+    distributed.DistError,
+    distributed.DistBackendError,
+    distributed.DistNetworkError,
+    distributed.DistStoreError,
+)
+FOUND = {*DISTRIBUTED, *(each for module in LIBRARIES for each in _errors_of(module))}
+ERRORS = sorted(FOUND, key=lambda each: each.__qualname__)
 
 
 def _made(kind: type[Exception]) -> Exception:

@@ -15,23 +15,24 @@ from common.state.connection import connect, store_errors
 from common.state.store_url import check_url, without_password
 from services.start_up import describe
 
-FORMS = (
+FORMS_WITH_HOST = (
     "redis://:{}@host:6379/0",
     "redis://me:{}@host",
     "rediss://:{}@host:6379/0?ssl_ca_certs=/ca.pem",
     "unix://:{}@/run/store.sock",
     "redis+sentinel://:{}@host:26379/service",
     "redi://:{}@host",
-    "redis://:{}",
     ":{}@host",
 )
+FORMS = (*FORMS_WITH_HOST, "redis://:{}")
 ERRORS: tuple[type[RedisError], ...] = (AuthenticationError, ConnectionError, ResponseError, RedisError)
 
 
 async def _all_messages(password: str) -> str:
     """All messages about URLs with this password."""
     messages = []
-    for form in FORMS:
+    # Without a host, what follows an at sign is the host.
+    for form in FORMS if "@" not in password else FORMS_WITH_HOST:
         url = form.format(password)
         try:
             await connect(url).aclose()
