@@ -55,11 +55,18 @@ def describe(error: BaseException) -> str:
     """The error on one line, without credentials: a FleetError's sentence, or type, text and place of any other."""
     if isinstance(error, FleetError):
         return one_line(error)
-    text = without_password(plain(" ".join(str(error).split())))
-    name = type(error).__name__
+    # Unlike str(), this also formats an error whose own __str__ fails.
+    text = next(line for line in traceback.format_exception_only(error) if not line.startswith(" "))
+    text = without_password(plain(" ".join(text.split()))).removeprefix(f"{type(error).__module__}.")
+    return f"{text} ({plain(_place(error))}{_HINT})"
+
+
+def _place(error: BaseException) -> str:
+    """File and line of the error, of the file that is no Python for a SyntaxError; empty where it has none."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{error.filename}:{error.lineno}; "
     frames = traceback.extract_tb(error.__traceback__)
-    place = f"{frames[-1].filename}:{frames[-1].lineno}; " if frames else ""
-    return f"{name}: {text} ({plain(place)}{_HINT})" if text else f"{name} ({plain(place)}{_HINT})"
+    return f"{frames[-1].filename}:{frames[-1].lineno}; " if frames else ""
 
 
 def plain(text: str) -> str:

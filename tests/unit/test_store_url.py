@@ -38,7 +38,7 @@ async def _all_messages(password: str) -> str:
             await connect(url).aclose()
         except InvalidInput as error:
             messages += [describe(error), str(error), repr(error.__cause__)]
-        if "://" in url:
+        if form != ":{}@host":
             messages.append(without_password(f"{url} is not served"))
     for url in (form.format(password) for form in FORMS[:5]):
         messages.append(describe(ValueError(f"cannot read {url}")).partition(" (")[0])
