@@ -21,7 +21,7 @@ from typing import Protocol, TypeVar
 import torch
 from redis.asyncio import Redis
 
-from common.errors import FailedPrecondition, FleetError, InvalidInput, Unavailable
+from common.errors import FailedPrecondition, InvalidInput, Unavailable
 from common.local import HostedStages
 from common.pipeline import PipelineError, ServiceSpec
 from common.rpc.address import advertised_address
@@ -43,6 +43,7 @@ from models.layers.mesh import Degrees, WorkerMesh
 from models.loader import load_stages, numerics_fingerprint
 from models.registry import load_registry
 from models.warm_up import WarmUp
+from services.start_up import run_program
 from services.worker_server import (
     cache_of,
     contract_message,
@@ -299,15 +300,15 @@ def run_service(
     """
     prog = f"fleet serve {service}"
     flags = sys.argv[1:] if argv is None else argv
-    try:
+
+    def program() -> int:
         settings = load_settings(settings_class, flags, prog=prog)
         setup_logging(service, level=settings.log_level, form=settings.log_format)
         _ = settings.kernel_choice  # Refuses a contradiction.
         _keep_kernels(settings.kernel_cache)
         return run(open_model(settings.model, load_registry(settings.plugins)), settings, flags)
-    except FleetError as error:
-        sys.stderr.write(f"{prog}: {error.message}\n")
-        return 2 if isinstance(error, (InvalidInput, FailedPrecondition)) else 1
+
+    return run_program(prog, program, flags)
 
 
 def _keep_kernels(directory: Path | None) -> None:

@@ -32,9 +32,9 @@ from redis.exceptions import (
 )
 
 from common.errors import FailedPrecondition, InternalError, InvalidInput, Unavailable
+from common.state.store_url import SENTINEL, check_url, without_password
 
 PREFIX = "fleet:"
-_SENTINEL = "redis+sentinel://"
 # No command blocks longer on the server than this; the socket's own timeout is beyond it.
 BLOCK_SECONDS = 5.0
 _SOCKET_SECONDS = 10.0
@@ -60,20 +60,12 @@ def connect(url: str) -> Redis:
     redis+sentinel://HOST:PORT,HOST:PORT/SERVICE/DATABASE asks the sentinels who the service's primary is, whenever it
     connects. Raises InvalidInput for a URL that is none of these.
     """
+    check_url(url)
     try:
-        if url.startswith(_SENTINEL):
-            return _primary(url)
-        return Redis.from_url(url, **_options())
-    except ValueError as error:
-        raise InvalidInput(
-            f"{without_password(url)!r} is no Redis URL; it reads like redis://host:6379/0 or unix:///path: {error}",
-            field="redis",
-        ) from error
-
-
-def without_password(url: str) -> str:
-    """The URL as it may be shown: without the user and password that may stand in it."""
-    return re.sub(r"(?<=//).*@", "", url, flags=re.DOTALL)
+        return _primary(url) if url.startswith(SENTINEL) else Redis.from_url(url, **_options())
+    except (ValueError, TypeError):
+        # Without the cause, whose text may hold a part of the URL.
+        raise InvalidInput("redis: redis-py refuses this URL; percent-encode its parts", field="redis") from None
 
 
 def _options() -> dict[str, Any]:
@@ -102,12 +94,10 @@ class _Primary(Redis):
 
 
 def _primary(url: str) -> Redis:
-    """A client of the primary of a service that sentinels watch. Raises ValueError."""
-    places, _, rest = url.removeprefix(_SENTINEL).partition("/")
+    """A client of the primary of a service that sentinels watch."""
+    places, _, rest = url.removeprefix(SENTINEL).partition("/")
     service, _, database = rest.partition("/")
     pairs = [place.rpartition(":") for place in places.split(",")]
-    if not service or not all(host and port.isdigit() for host, _, port in pairs):
-        raise ValueError("sentinels read like redis+sentinel://host:26379,host:26379/service")
     watchers = cast(Any, Sentinel)(
         [(host.strip("[]"), int(port)) for host, _, port in pairs],
         sentinel_kwargs={**_options(), "socket_timeout": _CONNECT_SECONDS},
@@ -147,21 +137,26 @@ def _translated() -> Iterator[None]:
     try:
         yield
     except AuthenticationError as error:
-        raise Unavailable(f"the request store refuses the login: {error}") from error
+        raise Unavailable(f"the request store refuses the login: {_text(error)}") from error
     except BusyLoadingError as error:
-        raise Unavailable(f"the request store takes no writes: {error}") from error
+        raise Unavailable(f"the request store takes no writes: {_text(error)}") from error
     except _AWAY as error:
-        raise Unavailable(f"the request store is away: {error}") from error
+        raise Unavailable(f"the request store is away: {_text(error)}") from error
     except OutOfMemoryError as error:
         raise StoreFull(
             "the request store is full: it has used its maxmemory; raise maxmemory, or wait until results have expired"
         ) from error
     except ReadOnlyError as error:
-        raise Unavailable(f"the request store takes no writes: {error}") from error
+        raise Unavailable(f"the request store takes no writes: {_text(error)}") from error
     except ResponseError as error:
-        raise _refused(str(error)) from error
+        raise _refused(_text(error)) from error
     except RedisError as error:
-        raise InternalError(f"the request store failed: {error}") from error
+        raise InternalError(f"the request store failed: {_text(error)}") from error
+
+
+def _text(error: RedisError) -> str:
+    """The error's text without credentials."""
+    return without_password(str(error))
 
 
 def _refused(text: str) -> Unavailable | FailedPrecondition | InternalError:

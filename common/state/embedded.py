@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Literal, Self
 from urllib.parse import quote
 
-from common.errors import Unavailable
+from common.errors import InvalidInput, Unavailable
 from common.tether import start_tethered
 
 _START_SECONDS = 20.0
@@ -25,11 +25,18 @@ _LONGEST_SOCKET_PATH = 100  # the kernel takes 107 bytes; on macOS 103
 
 
 def private_directory(prefix: str = "fleet-") -> Path:
-    """A new directory that only this user enters, with a path short enough for unix sockets. The caller removes it."""
-    path = Path(tempfile.mkdtemp(prefix=prefix))
-    if len(bytes(path)) + 40 > _LONGEST_SOCKET_PATH:
-        path.rmdir()
-        path = Path(tempfile.mkdtemp(prefix=prefix, dir="/tmp"))
+    """A new directory that only this user enters, with a path short enough for unix sockets. The caller removes it.
+
+    Raises InvalidInput where no temporary directory can be written to.
+    """
+    try:
+        path = Path(tempfile.mkdtemp(prefix=prefix))
+        if len(bytes(path)) + 40 > _LONGEST_SOCKET_PATH:
+            path.rmdir()
+            path = Path(tempfile.mkdtemp(prefix=prefix, dir="/tmp"))
+    except OSError as error:
+        message = f"TMPDIR: no directory for temporary files can be written to ({error.strerror or error}); "
+        raise InvalidInput(message + "set TMPDIR to a directory that can", field="TMPDIR") from error
     return path
 
 

@@ -12,8 +12,8 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 
-from common.errors import FleetError
-from services.cli.options import BAD_INPUT, FAILED, INTERRUPTED, SUCCESS, exit_code, interrupt, one_line
+from services.cli.options import BAD_INPUT, FAILED, INTERRUPTED, SUCCESS, exit_code, interrupt
+from services.start_up import escape_output, run_program
 
 COMMANDS = {
     "generate": "draw a picture: in this process, or at a running fleet",
@@ -28,6 +28,7 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `fleet ARGV`; returns 0 for success, 1 for failure, 2 for bad input, 130 after Ctrl-C, 143 after SIGTERM."""
+    escape_output()
     arguments = list(sys.argv[1:] if argv is None else argv)
     name = arguments[0] if arguments else ""
     if name in ("-h", "--help"):
@@ -43,20 +44,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, interrupt)
     # Read when grpc is imported: without it, a failed handshake is a line of C++ on stderr besides ours.
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
-    command: Callable[[Sequence[str]], int] = vars(importlib.import_module(f"services.cli.{name}"))["main"]
+    words = arguments[1:]
     try:
-        code = command(arguments[1:])
-    except FleetError as error:
-        sys.stderr.write(f"fleet {name}: {one_line(error)}\n")
-        code = exit_code(error)
+        code = run_program(f"fleet {name}", lambda: _run(name, words), words, exit_code=exit_code)
     except KeyboardInterrupt:
         code = INTERRUPTED
-    except BrokenPipeError:  # whoever read our output has gone
-        sys.stderr.close()
-        return FAILED
     if code == INTERRUPTED:
         sys.stderr.write(f"fleet {name}: interrupted\n")
     return code
+
+
+def _run(name: str, words: Sequence[str]) -> int:
+    """Import and run a subcommand."""
+    command: Callable[[Sequence[str]], int] = vars(importlib.import_module(f"services.cli.{name}"))["main"]
+    try:
+        return command(words)
+    except BrokenPipeError:  # The reader of the output has closed it.
+        sys.stderr.close()
+        return FAILED
 
 
 def _usage() -> str:

@@ -12,10 +12,10 @@ from typing import Any, NoReturn
 
 from common.errors import CheckpointError, FleetError, InvalidInput, NotFound, PermissionDenied, Unauthenticated
 from common.settings import FlagParser, SettingsError
+from services.start_up import BAD_INPUT as BAD_INPUT
+from services.start_up import FAILED as FAILED
 
 SUCCESS = 0
-FAILED = 1
-BAD_INPUT = 2
 INTERRUPTED = 130
 TERMINATED = 143
 
@@ -77,18 +77,6 @@ def endpoint_of(given: str | None, environ: Mapping[str, str] = os.environ) -> s
 def exit_code(error: FleetError) -> int:
     """2 where the caller gave something wrong, 1 for the rest."""
     return BAD_INPUT if isinstance(error, _CALLERS_FAULT) else FAILED
-
-
-def plain(text: str) -> str:
-    """A text of somebody else's for a terminal: what would steer it, or turn the line round, stands there as a mark."""
-    return "".join(each if each.isprintable() else "\N{REPLACEMENT CHARACTER}" for each in text)
-
-
-def one_line(error: FleetError) -> str:
-    """The error's sentence, led by the field where the sentence does not name it."""
-    message = plain(" ".join(error.message.split()))
-    named = not error.field or error.field in message or "--" + error.field.replace("_", "-") in message
-    return message if named else f"{plain(error.field)}: {message}"
 
 
 def let_threads_sleep() -> None:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from fleet.v1 import artifacts_pb2, generation_pb2
-from services.cli.options import plain
+from services.start_up import plain
 
 
 class Reporter(ABC):

@@ -9,7 +9,8 @@ from collections.abc import Iterable, Sequence
 from fleet.v1 import generation_pb2, worker_pb2
 from services.cli.access import Access, access_of
 from services.cli.client import connect, state_name
-from services.cli.options import SUCCESS, add_endpoint, command_parser, endpoint_of, plain, run_async
+from services.cli.options import SUCCESS, add_endpoint, command_parser, endpoint_of, run_async
+from services.start_up import plain
 
 _REQUESTS = 10
 _MIB = 1 << 20

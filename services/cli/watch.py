@@ -18,9 +18,9 @@ from services.cli.options import (
     add_request_id,
     command_parser,
     endpoint_of,
-    plain,
     run_async,
 )
+from services.start_up import plain
 
 _ATTEMPTS = 5
 

@@ -6,7 +6,6 @@ import asyncio
 import sys
 from collections.abc import Sequence
 
-from common.errors import FleetError
 from common.rpc.serving import stop_signals
 from common.settings import load_settings
 from common.telemetry import setup_logging, start_metrics
@@ -14,22 +13,21 @@ from models.catalog import ServedModel, open_model
 from models.registry import load_registry
 from services.coordinator.coordinator import start_coordinator
 from services.coordinator.settings import CoordinatorSettings
-
-_BAD_INPUT = 2
+from services.start_up import run_program
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Serve until SIGTERM or SIGINT; 0 after a graceful end, 2 when the settings or models are wrong."""
-    try:
-        arguments = sys.argv[1:] if argv is None else argv
-        settings = load_settings(CoordinatorSettings, arguments, prog="fleet serve coordinator")
-        setup_logging("coordinator", level=settings.log_level, form=settings.log_format)
-        registry = load_registry(settings.plugins)
-        models = [open_model(reference, registry) for reference in settings.model]
-        return asyncio.run(_serve(models, settings))
-    except FleetError as error:
-        sys.stderr.write(f"coordinator: {error}\n")
-        return _BAD_INPUT
+    """Serve until SIGTERM or SIGINT; 0 after a graceful end, 2 for wrong settings or surroundings, 1 for the rest."""
+    flags = sys.argv[1:] if argv is None else argv
+    return run_program("coordinator", lambda: _run(flags), flags)
+
+
+def _run(flags: Sequence[str]) -> int:
+    settings = load_settings(CoordinatorSettings, flags, prog="fleet serve coordinator")
+    setup_logging("coordinator", level=settings.log_level, form=settings.log_format)
+    registry = load_registry(settings.plugins)
+    models = [open_model(reference, registry) for reference in settings.model]
+    return asyncio.run(_serve(models, settings))
 
 
 async def _serve(models: Sequence[ServedModel], settings: CoordinatorSettings) -> int:

@@ -16,6 +16,7 @@ import torch
 from torch import distributed
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
+from common.errors import Unavailable
 from common.local import HostedStages
 from models.catalog import ServedModel
 from models.kernels.trials import try_packages
@@ -44,7 +45,15 @@ def run_rank(model: ServedModel, settings: DenoisingSettings, place: Place, warm
     """
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _leave)
-    settings = _of_rank(settings, place)
+    try:
+        _take_part(model, _of_rank(settings, place), place, warm_up)
+    except (RuntimeError, MemoryError) as error:
+        # The loss of another rank or a full device can cause it: the launcher may start the group again.
+        raise Unavailable(f"rank {place.rank}: {type(error).__name__}: {error}") from error
+    return 0
+
+
+def _take_part(model: ServedModel, settings: DenoisingSettings, place: Place, warm_up: WarmUp) -> None:
     store = place.store(settings.join_seconds)
     connections = join(place, store, settings.join_seconds)
     links = [Link(peer, each[Purpose.CONTROL]) for peer, each in sorted(connections.items())]
@@ -55,7 +64,6 @@ def run_rank(model: ServedModel, settings: DenoisingSettings, place: Place, warm
     else:
         LeadingRank(place, store, settings, links, liveness).run(model, warm_up)
     distributed.destroy_process_group()
-    return 0
 
 
 def _leave(*_: object) -> NoReturn:

@@ -15,7 +15,8 @@ import pytest
 
 from certificates import Authority, Certificate
 from common.errors import InvalidInput, Unavailable
-from common.state.connection import connect, ping, without_password
+from common.state.connection import connect, ping
+from common.state.store_url import without_password
 from coordinator_fleet import emoji, running_fleet, submission, terminal
 from fleet.v1 import generation_pb2 as pb
 from redis_servers import RedisServer, running_server, server_binaries

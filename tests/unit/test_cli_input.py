@@ -16,11 +16,12 @@ from common.settings import FlagParser, SettingsError
 from common.state.embedded import EmbeddedStore
 from fleet.v1 import generation_pb2
 from services.cli.__main__ import COMMANDS, main
-from services.cli.options import endpoint_of, exit_code, one_line
+from services.cli.options import endpoint_of, exit_code
 from services.cli.output import OutputError, ResultFiles, check_output, numbered
 from services.cli.parameters import add_parameters, given_images, given_parameters, parameters_message
 from services.cli.serve import service_names
 from services.cli.status import shortened
+from services.start_up import one_line
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,111 @@
+"""The one place where a failure of a process becomes a line on stderr and an exit code.
+
+Every service's main() and the `fleet` command run their program here. The traceback is written at log level DEBUG only.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from common.errors import FailedPrecondition, FleetError, InvalidInput
+from common.state.store_url import without_password
+
+FAILED = 1
+BAD_INPUT = 2
+
+_MAY_PASS = (ConnectionError, TimeoutError)
+_HINT = "FLEET_LOG_LEVEL=DEBUG shows the traceback"
+
+
+def service_exit_code(error: FleetError) -> int:
+    """2 for settings and surroundings that are wrong, which another start does not change; 1 for other errors."""
+    return BAD_INPUT if isinstance(error, (InvalidInput, FailedPrecondition)) else FAILED
+
+
+def run_program(
+    prog: str,
+    program: Callable[[], int],
+    flags: Sequence[str],
+    *,
+    exit_code: Callable[[FleetError], int] = service_exit_code,
+) -> int:
+    """Run a program for its exit code; an error is one line on stderr, led by `prog`.
+
+    `exit_code` maps a FleetError. Any other error gives 2, as the process's surroundings cause it (a module that cannot
+    be imported, a full disk), or 1 where a connection failed. SystemExit and KeyboardInterrupt pass.
+    """
+    try:
+        return program()
+    except (SystemExit, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # noqa: BLE001 -- The only place; a panic in a library in Rust is no Exception.
+        if _shows_tracebacks(flags):
+            sys.stderr.write(without_password("".join(traceback.format_exception(error))))
+        errors = list(_leaves(error))
+        sys.stderr.write("".join(f"{prog}: {describe(each)}\n" for each in errors))
+        return max(exit_code(each) if isinstance(each, FleetError) else _unexpected_code(each) for each in errors)
+
+
+def describe(error: BaseException) -> str:
+    """The error on one line, without credentials: a FleetError's sentence, or type, text and place of any other."""
+    if isinstance(error, FleetError):
+        return one_line(error)
+    # Unlike str(), this also formats an error whose own __str__ fails.
+    text = next(line for line in traceback.format_exception_only(error) if not line.startswith(" "))
+    text = without_password(plain(" ".join(text.split()))).removeprefix(f"{type(error).__module__}.")
+    return f"{text} ({plain(_place(error))}{_HINT})"
+
+
+def _place(error: BaseException) -> str:
+    """File and line of the error, of the file that is no Python for a SyntaxError; empty where it has none."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{error.filename}:{error.lineno}; "
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{frames[-1].filename}:{frames[-1].lineno}; " if frames else ""
+
+
+def plain(text: str) -> str:
+    """A text of somebody else's for a terminal: what would steer it, or turn the line round, stands there as a mark."""
+    return "".join(each if each.isprintable() else "\N{REPLACEMENT CHARACTER}" for each in text)
+
+
+def one_line(error: FleetError) -> str:
+    """The error's sentence, led by the field where the sentence does not name it."""
+    message = without_password(plain(" ".join(error.message.split())))
+    named = not error.field or error.field in message or "--" + error.field.replace("_", "-") in message
+    return message if named else f"{plain(error.field)}: {message}"
+
+
+def escape_output() -> None:
+    """Write characters that the encoding of stdout or stderr lacks as escapes, such as \\xe9, instead of failing."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _leaves(error: BaseException) -> Iterator[BaseException]:
+    """The errors of a group; an error that is no group is its own leaf."""
+    if isinstance(error, BaseExceptionGroup):
+        for each in error.exceptions:
+            yield from _leaves(each)
+    else:
+        yield error
+
+
+def _unexpected_code(error: BaseException) -> int:
+    return FAILED if isinstance(error, _MAY_PASS) else BAD_INPUT
+
+
+def _shows_tracebacks(flags: Sequence[str], environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether the log level is DEBUG: of the logging that is set up, else of the flag, else of the variable."""
+    if logging.getLogger().isEnabledFor(logging.DEBUG):
+        return True
+    for flag, value in zip(flags, [*flags, ""][1:], strict=True):
+        if flag == "--log-level" or flag.startswith("--log-level="):
+            return (flag.partition("=")[2] or value) == "DEBUG"
+    return environ.get("FLEET_LOG_LEVEL") == "DEBUG"
