@@ -180,8 +180,6 @@ class WorkerRunner:
                 outputs = await self._run(attempt, values, call)
                 attempt.begin()
                 used = attempt.seconds
-                self._workers.memory.hold(outputs.values())
-                return outputs
             except (Unavailable, Cancelled) as error:
                 attempt.lose(error)
                 await self._lost(attempt, error, call)
@@ -191,6 +189,9 @@ class WorkerRunner:
                     raise
                 _log.info("request %s finds %s full: %s", call.request_id, attempt.slot.worker.address, error)
                 self._unreached_since = None
+            else:  # Memory is this coordinator's bound: another run would not fit either.
+                self._workers.memory.hold(outputs.values())
+                return outputs
             finally:
                 self._workers.slots.release(attempt.slot, used)
             await asyncio.sleep(pause)
