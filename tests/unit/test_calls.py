@@ -40,12 +40,17 @@ def test_a_finished_step_ends_a_call_and_is_not_reported(more: dict[str, Any], e
 
 def test_a_stage_that_only_reports_steps_ends_within_one_of_its_cancel() -> None:
     """A plugin's stage may have no other check."""
-    call, steps = stopped()
+    steps: list[int] = []
+    event = threading.Event()
+
+    def on_progress(step: int, _: int) -> None:
+        steps.append(step)
+        if step == 3:
+            event.set()
+
+    call = Call("r", on_progress=on_progress, cancelled=event)
     with pytest.raises(Cancelled):
-        for step in range(1, 9):
-            call.progress(step, 8)
-            if step == 3:
-                call.cancelled.set()
+        _ = [call.progress(step, 8) for step in range(1, 9)]
     assert steps == [1, 2, 3]
 
 
