@@ -17,7 +17,7 @@ from models.dits.wan import WanTransformer3DModel
 from models.registry import load_registry
 from tiny_qwen_image import build_tiny_qwen_image
 
-STEPS = 1
+STEPS = 2
 
 
 def emoji(_: Path) -> str:
@@ -59,6 +59,7 @@ def test_guidance_of_one_runs_one_branch(
     monkeypatch.setattr(transformer, "predict", counted)
     for value, branches in ((1.0, 1), (1.25, 2)):
         calls = 0
-        given = {"prompt": "a cat", "negative_prompt": "a dog", "seed": 1, "num_inference_steps": STEPS}
-        fleet.media(**given, height=32, width=32, **size, **{scale: value}, output_format="safetensors")
+        given: dict[str, Any] = {"prompt": "a cat", "negative_prompt": "a dog", "seed": 1, "num_inference_steps": STEPS}
+        given |= {"height": 32, "width": 32, "output_format": "safetensors", **size, scale: value}
+        fleet.media(**given)
         assert calls == branches * STEPS, f"{scale}={value}"

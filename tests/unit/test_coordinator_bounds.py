@@ -8,6 +8,7 @@ import pytest
 
 from common.errors import InvalidInput
 from common.settings import SettingsError
+from common.state.slots import Rank
 from fleet.v1 import generation_pb2 as pb
 from services.coordinator.driver import Submission, _rank
 from services.coordinator.service import _check_envelope, _stored
@@ -22,8 +23,9 @@ POSITIVE = (
 @pytest.mark.parametrize("name", POSITIVE)
 @pytest.mark.parametrize("value", [0, -1])
 def test_a_bound_is_more_than_0(name: str, value: int) -> None:
+    given: dict[str, Any] = {name: value}
     with pytest.raises(SettingsError, match=f"{name} must be more than 0, not {value}") as caught:
-        CoordinatorSettings(**{name: value})
+        CoordinatorSettings(**given)
     assert caught.value.field == name
 
 
@@ -95,5 +97,5 @@ def test_a_queue_place_has_the_requests_priority_deadline_caller_and_cost() -> N
     record.deadline.seconds = 90
     submission = Submission.__new__(Submission)
     vars(submission).update(record=record, costs={"denoising": 12})
-    assert _rank(submission, "denoising") == (rank := type(_rank(submission, "denoising")))(7, 90_000, "alice", 12)
-    assert _rank(submission, "decoding") == rank(7, 90_000, "alice", 1)
+    assert _rank(submission, "denoising") == Rank(7, 90_000, "alice", 12)
+    assert _rank(submission, "decoding") == Rank(7, 90_000, "alice", 1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import cast
 
 from common.state.requests import RequestStore
@@ -20,12 +20,15 @@ def unwritten(script: Callable[[EventWriter], object]) -> list[generation_pb2.Ev
         await writer.close()  # before the writer's task first ran: nothing was written
         return await writer.rest()
 
-    work: Awaitable[list[generation_pb2.Event]] = main()
-    return asyncio.run(cast(asyncio.Future, work))  # type: ignore[type-arg, arg-type]
+    return asyncio.run(main())
 
 
 def test_a_request_has_at_most_64_warnings() -> None:
-    events = unwritten(lambda writer: [writer.warning("prompt", f"{number}") for number in range(70)])
+    def script(writer: EventWriter) -> None:
+        for number in range(70):
+            writer.warning("prompt", f"{number}")
+
+    events = unwritten(script)
     assert [event.warning.message for event in events] == [str(number) for number in range(64)]
 
 
