@@ -65,10 +65,12 @@ def connect(url: str) -> Redis:
             return _primary(url)
         return Redis.from_url(url, **_options())
     except ValueError as error:
+        shown = without_password(url)
+        # Where a password is not percent-encoded, the parser's own words quote a part of it.
+        reason = str(error) if shown == url else "percent-encode / : @ ? and # in a password, and check host and port"
         raise InvalidInput(
-            f"{without_password(url)!r} is no Redis URL; it reads like redis://host:6379/0 or unix:///path: {error}",
-            field="redis",
-        ) from error
+            f"{shown!r} is no Redis URL; it reads like redis://host:6379/0 or unix:///path: {reason}", field="redis"
+        ) from None
 
 
 def without_password(url: str) -> str:
