@@ -1,0 +1,65 @@
+"""Classifier-free guidance of exactly 1 runs one branch, and anything above 1 runs two, in every family."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from local_fleet import LocalFleet
+from models.catalog import open_model
+from models.dits.base import DiffusionTransformer
+from models.dits.flux import FluxTransformer2DModel
+from models.dits.qwen_image import QwenImageTransformer2DModel
+from models.dits.wan import WanTransformer3DModel
+from models.registry import load_registry
+from tiny_qwen_image import build_tiny_qwen_image
+
+STEPS = 2
+
+
+def emoji(_: Path) -> str:
+    return "emoji"
+
+
+def emoji_video(_: Path) -> str:
+    return "emoji-video"
+
+
+def qwen_image(path: Path) -> str:
+    return str(build_tiny_qwen_image(path / "qwen"))
+
+
+@pytest.mark.parametrize(
+    ("reference", "transformer", "scale", "size"),
+    [
+        (emoji, FluxTransformer2DModel, "true_cfg_scale", {}),
+        (emoji_video, WanTransformer3DModel, "guidance_scale", {"num_frames": 5}),
+        (qwen_image, QwenImageTransformer2DModel, "true_cfg_scale", {}),
+    ],
+)
+def test_guidance_of_one_runs_one_branch(
+    reference: Callable[[Path], str],
+    transformer: type[DiffusionTransformer],
+    scale: str,
+    size: dict[str, int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fleet = LocalFleet(open_model(reference(tmp_path), load_registry()))
+    predict, calls = transformer.predict, 0
+
+    def counted(self: DiffusionTransformer, *arguments: Any, **more: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return predict(self, *arguments, **more)
+
+    monkeypatch.setattr(transformer, "predict", counted)
+    for value, branches in ((1.0, 1), (1.25, 2)):
+        calls = 0
+        given: dict[str, Any] = {"prompt": "a cat", "negative_prompt": "a dog", "seed": 1, "num_inference_steps": STEPS}
+        given |= {"height": 32, "width": 32, "output_format": "safetensors", **size, scale: value}
+        fleet.media(**given)
+        assert calls == branches * STEPS, f"{scale}={value}"

@@ -1,0 +1,74 @@
+"""Pictures before a request is accepted: their pixels together; and their rotation by EXIF once they are opened."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+from PIL import Image
+
+from common.errors import InvalidInput
+from common.image_header import MAX_PIXELS, read_image_header
+from configs.sample.base import ImageRoles
+from models.catalog import ServedModel
+from models.images import open_image
+from models.validation import InputValidationStage
+
+
+def png(width: int, height: int) -> bytes:
+    """A PNG of this size by its header, with an end and no pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IEND", b"")
+
+
+class Params:
+    """Sampling parameters of a model that takes three pictures; build() comes after the checks of pictures."""
+
+    @staticmethod
+    def image_roles(_: object) -> ImageRoles:
+        return ImageRoles(required=("image",), optional=("image_1", "image_2"))
+
+    @staticmethod
+    def build(*_: object) -> Any:
+        raise LookupError("the pictures were accepted")
+
+
+def validation() -> InputValidationStage:
+    checkpoint = SimpleNamespace(pipeline_name="Pipeline")
+    return InputValidationStage(
+        cast(ServedModel, SimpleNamespace(name="m", sampling_params=Params, checkpoint=checkpoint))
+    )
+
+
+def test_pictures_of_one_request_have_a_bound_together() -> None:
+    side = int(MAX_PIXELS**0.5)
+    each = png(side, side)
+    with pytest.raises(LookupError):
+        validation().run({}, {"image": each, "image_1": each})
+    with pytest.raises(InvalidInput, match=r"at most 134217728 pixels together") as caught:
+        validation().run({}, {"image": each, "image_1": each, "image_2": png(1, 1)})
+    assert caught.value.field == "images"
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
+def test_a_picture_is_rotated_as_exif_says(form: str) -> None:
+    """Orientation 6: the top of the image is at the right of the stored pixels."""
+    stored = Image.new("RGB", (32, 16), "blue")
+    stored.paste("red", (0, 0, 16, 16))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    file = io.BytesIO()
+    stored.save(file, form, exif=exif.tobytes(), **({} if form == "JPEG" else {"lossless": True}))
+    header = read_image_header("image", file.getvalue())
+    opened = open_image("image", file.getvalue())
+    assert (header.width, header.height) == opened.size == (16, 32)
+    red, _, blue = cast(tuple[int, int, int], opened.getpixel((8, 4)))
+    assert red > 200 > 100 > blue

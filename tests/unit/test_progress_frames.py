@@ -1,0 +1,42 @@
+"""Which steps a call reports: at most one per `step_seconds`, fewer to a slow reader, and always the last one."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from common.rpc import reporter as module
+from common.rpc.reporter import Reporter
+from common.stage import Call
+from common.tensors import TORCH
+from fleet.v1 import denoising_pb2
+
+
+def reported(total: int, *, step_seconds: float = 0.0) -> list[int]:
+    """The steps that arrive of a stage that makes `total` before anything is read."""
+
+    async def main() -> list[int]:
+        reporter = Reporter(denoising_pb2.DenoiseResponse, TORCH, step_seconds=step_seconds)
+        call = reporter.listen(Call("r"))
+        for step in range(1, total + 1):
+            call.progress(step, total)
+            await asyncio.sleep(0)  # The frame is queued by the event loop.
+        reporter.end()
+        frames = [denoising_pb2.DenoiseResponse.FromString(frame) async for frame in reporter.frames()]
+        return [frame.progress.step for frame in frames]
+
+    return asyncio.run(main())
+
+
+def test_steps_within_step_seconds_are_left_out_except_the_last() -> None:
+    assert reported(8, step_seconds=3_600.0) == [1, 8]
+
+
+def test_without_step_seconds_each_step_is_reported() -> None:
+    assert reported(8) == list(range(1, 9))
+
+
+def test_a_reader_that_is_slow_gets_fewer_steps_and_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_MAX_WAITING", 4)
+    assert reported(100) == [1, 2, 3, 4, 100]

@@ -1,0 +1,62 @@
+"""The public message's parameters: each in one place, a format that is known; and exit codes of all errors."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any, cast
+
+import pytest
+
+from common import errors
+from common.codec import write_param
+from common.errors import DeadlineExceeded, FleetError, InvalidInput
+from common.rpc import client
+from common.rpc.client import RemoteRunner
+from common.stage import Call, Contract
+from fleet.v1 import generation_pb2 as pb
+from services.cli.options import BAD_INPUT, FAILED, exit_code
+from services.coordinator.parameters import given_parameters
+
+
+@pytest.mark.parametrize("name", ["prompt", "seed", "images", "params", "output_format"])
+def test_a_parameter_with_a_field_of_its_own_cannot_come_in_params(name: str) -> None:
+    message = pb.GenerationParameters()
+    message.params[name].CopyFrom(write_param(name, 1))
+    with pytest.raises(InvalidInput, match=f"{name} has a field of its own") as caught:
+        given_parameters(message)
+    assert caught.value.field == name
+
+
+def test_a_format_of_a_later_version_is_refused() -> None:
+    with pytest.raises(InvalidInput, match="output_format 77 is unknown; png, mp4, safetensors are known") as caught:
+        given_parameters(pb.GenerationParameters(output_format=cast(Any, 77)))
+    assert caught.value.field == "output_format"
+
+
+CALLERS_FAULT = {"InvalidInput", "NotFound", "CheckpointError", "Unauthenticated", "PermissionDenied"}
+KINDS = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, FleetError)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_exit_code_is_2_for_the_callers_fault_and_1_for_the_rest(kind: type[FleetError]) -> None:
+    assert exit_code(kind("wrong")) == (BAD_INPUT if kind.__name__ in CALLERS_FAULT else FAILED)
+
+
+class NoChannel:
+    """A channel on which no call may be opened."""
+
+    def stream_stream(self, _: str) -> Any:
+        return self._refuse
+
+    def _refuse(self, *_: object, **__: object) -> Any:
+        raise AssertionError("a call was opened")
+
+
+def test_a_call_that_cannot_arrive_before_its_deadline_is_not_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "_HOP_SECONDS", 3_600.0)
+    contract = Contract("t", {"prompt": "Prompt"}, {"text_conditioning": "Conditioning"})
+    runner = RemoteRunner(cast(Any, NoChannel()), "text_encoding", contract)
+    call = Call("r", deadline=time.monotonic() + 600)
+    with pytest.raises(DeadlineExceeded, match="cannot reach text_encoding before its deadline"):
+        asyncio.run(runner({}, call))

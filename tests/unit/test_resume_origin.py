@@ -1,0 +1,100 @@
+"""A step checkpoint is resumed only on equal numerics and equal inputs."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+
+import pytest
+
+from common.errors import NotFound, Unavailable
+from common.rpc.framing import Packet
+from common.state.leases import Leases
+from fleet.v1 import artifacts_pb2
+from services.coordinator.resume import RESUME_SLOT, ResumePoint, origin_of
+
+
+def prompt(text: str) -> Packet:
+    return Packet(artifacts_pb2.Prompt(prompt=text), {})
+
+
+def state(step: int) -> Packet:
+    return Packet(artifacts_pb2.DenoiseState(step=step), {})
+
+
+def test_an_origin_depends_on_numerics_slots_and_values() -> None:
+    origins = [
+        origin_of("a", {"prompt": prompt("x")}),
+        origin_of("b", {"prompt": prompt("x")}),
+        origin_of("a", {"prompt": prompt("y")}),
+        origin_of("a", {"other": prompt("x")}),
+        origin_of("a", {"other": prompt("x"), "prompt": prompt("x")}),
+    ]
+    assert len(set(origins)) == len(origins)
+    both = {"other": prompt("x"), "prompt": prompt("x")}
+    assert origin_of("a", dict(reversed(both.items()))) == origins[-1]
+
+
+class Book(Leases):
+    """Stores checkpoints in a list, and loads what it is given."""
+
+    def __init__(self, stored: list[bytes] | Exception | None = None) -> None:
+        self.stored = stored
+        self.saved: list[tuple[int, int]] = []
+
+    async def save_checkpoint(
+        self, request_id: str, epoch: int, number: int, parts: Iterable[bytes], *, step: int
+    ) -> bool:
+        del request_id, epoch, parts
+        self.saved.append((number, step))
+        await asyncio.sleep(0)
+        return True
+
+    async def load_checkpoint(self, request_id: str) -> list[bytes]:
+        if isinstance(self.stored, list):
+            return self.stored
+        raise self.stored or NotFound(f"request {request_id} has no checkpoint")
+
+
+def test_a_checkpoint_of_another_origin_is_not_resumed() -> None:
+    async def story() -> None:
+        point = ResumePoint(Book(), "r", 1)
+        point.remember("here", state(4))
+        assert await point.find("elsewhere") is None
+        found = await point.find("here")
+        assert found is not None
+        assert found.message == artifacts_pb2.DenoiseState(step=4)
+        await point.close()
+
+    asyncio.run(story())
+
+
+def test_while_the_store_is_slow_only_the_newest_checkpoint_is_saved() -> None:
+    async def story() -> None:
+        book = Book()
+        point = ResumePoint(book, "r", 1)
+        point.remember("here", state(1))
+        await asyncio.sleep(0)
+        for step in range(2, 9):
+            point.remember("here", state(step))
+        await point.settle()
+        assert book.saved == [(0, 1), (1, 8)]
+
+    asyncio.run(story())
+
+
+def test_the_next_owner_loads_the_stored_checkpoint() -> None:
+    async def story() -> None:
+        stored = [b"here", artifacts_pb2.DenoiseState(step=7).SerializeToString()]
+        assert await ResumePoint(Book(stored), "r", 1).find("here") is None  # The first owner has stored none.
+        assert await ResumePoint(Book(stored), "r", 2, inherited=True).find("elsewhere") is None
+        found = await ResumePoint(Book(stored), "r", 2, inherited=True).find("here")
+        assert found is not None
+        assert (found.message, RESUME_SLOT) == (artifacts_pb2.DenoiseState(step=7), "resume_from")
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize("stored", [None, Unavailable("away"), [b"here", b"\xff"], [b"only one part"]])
+def test_a_checkpoint_that_cannot_be_read_starts_the_loop_anew(stored: list[bytes] | Exception | None) -> None:
+    assert asyncio.run(ResumePoint(Book(stored), "r", 2, inherited=True).find("here")) is None

@@ -1,0 +1,159 @@
+"""The coordinator's runner of one service: slots, lost and full workers, and the memory of stage outputs."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+from collections.abc import Awaitable, Callable, Mapping
+from typing import cast
+
+import pytest
+from prometheus_client import REGISTRY
+
+from common.errors import FleetError, InvalidInput, ResourceExhausted, Unavailable
+from common.pipeline import ServiceSpec
+from common.rpc.client import WorkerLost
+from common.rpc.framing import Packet
+from common.stage import Call, Contract
+from common.state.leases import Leases
+from common.state.slots import FIRST_COME, Slot, Slots
+from fleet.v1 import artifacts_pb2, worker_pb2
+from services.coordinator import dispatch
+from services.coordinator.dispatch import ArtifactMemory, Connections, WorkerRunner, Workers
+from services.coordinator.resume import Recovery
+
+CONTRACT = Contract("text_encoding", {"prompt": "Prompt"}, {"text_conditioning": "Prompt"})
+SPEC = ServiceSpec("text_encoding", CONTRACT, ())
+CALL = Call("r")
+
+Answer = Callable[[], Awaitable[Mapping[str, Packet]]]
+
+
+class Store(Slots):
+    """Slots of one worker that is always free."""
+
+    def __init__(self) -> None:
+        self.claimed = 0
+        self.released: list[Slot] = []
+        self.avoided: list[str] = []
+
+    async def claim(self, *_: object, **__: object) -> Slot:
+        self.claimed += 1
+        worker = worker_pb2.WorkerInfo(worker_id=f"w{self.claimed}", address="here", reports_begun=True)
+        return Slot(f"t{self.claimed}", "model/text_encoding", worker)
+
+    def release(self, slot: Slot, used_seconds: float = 0.0) -> None:
+        del used_seconds
+        self.released.append(slot)
+
+    async def avoid(self, worker_id: str) -> float:
+        self.avoided.append(worker_id)
+        return 0.2
+
+
+class Network(Connections):
+    """Workers that give these answers, in order; the last answer is repeated."""
+
+    def __init__(self, *answers: Mapping[str, Packet] | FleetError) -> None:
+        self.answers = list(answers)
+        self.dropped: list[str] = []
+        self.calls = 0
+
+    def runner(self, *_: object) -> Network:  # type: ignore[override]
+        return self
+
+    def telling(self, *_: object) -> Network:
+        return self
+
+    def drop(self, address: str) -> None:
+        self.dropped.append(address)
+
+    async def __call__(self, values: Mapping[str, Packet], call: Call) -> Mapping[str, Packet]:
+        del values, call
+        self.calls += 1
+        if self.calls > 20:
+            raise AssertionError("the request is retried without end")
+        answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+        if isinstance(answer, FleetError):
+            raise answer
+        return answer
+
+
+def output(size: int) -> dict[str, Packet]:
+    return {"text_conditioning": Packet(artifacts_pb2.Prompt(prompt="x" * size), {})}
+
+
+def runner(
+    network: Network, memory: ArtifactMemory | None = None, patience: float | None = None
+) -> tuple[WorkerRunner, Store]:
+    store = Store()
+    workers = Workers(store, network, memory or ArtifactMemory(1 << 20), patience)
+    recovery = Recovery(cast(Leases, None), "r")
+    return WorkerRunner(workers, "model", SPEC, 0, FIRST_COME, recovery, lambda: None), store
+
+
+@pytest.fixture(autouse=True)
+def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_FIRST_PAUSE_SECONDS", 0.0)
+
+
+def test_outputs_count_for_as_long_as_they_live() -> None:
+    memory = ArtifactMemory(10_000)
+    run, store = runner(Network(output(4_000)), memory)
+    outputs = asyncio.run(run({}, CALL))
+    assert memory.used_bytes == outputs["text_conditioning"].byte_size > 4_000
+    assert len(store.released) == 1
+    del outputs, run
+    store.released.clear()
+    gc.collect()
+    assert memory.used_bytes == 0
+
+
+def test_outputs_beyond_the_memory_end_the_request_and_free_the_slot() -> None:
+    """A second run would make the same outputs: the bound is this coordinator's, not the worker's."""
+    network = Network(output(4_000))
+    run, store = runner(network, ArtifactMemory(3_000))
+    with pytest.raises(ResourceExhausted, match="at most 3000 are kept"):
+        asyncio.run(run({}, CALL))
+    assert network.calls == 1
+    assert len(store.released) == store.claimed == 1
+
+
+def test_a_full_worker_is_tried_again_and_not_avoided() -> None:
+    network = Network(ResourceExhausted("this worker takes 1 calls at a time"), output(1))
+    run, store = runner(network)
+    assert asyncio.run(run({}, CALL))
+    assert (network.calls, store.claimed, len(store.released)) == (2, 2, 2)
+    assert not store.avoided
+
+
+@pytest.mark.parametrize(
+    "error", [ResourceExhausted("too large", field="prompt"), InvalidInput("wrong", field="prompt")]
+)
+def test_an_error_about_a_value_ends_the_request(error: FleetError) -> None:
+    network = Network(error)
+    run, store = runner(network)
+    with pytest.raises(type(error)):
+        asyncio.run(run({}, CALL))
+    assert (network.calls, len(store.released)) == (1, 1)
+
+
+def test_a_lost_worker_is_avoided_dropped_and_counted() -> None:
+    def lost() -> float:
+        labels = {"service": "text_encoding", "model": "model", "begun": "no"}
+        return REGISTRY.get_sample_value("fleet_lost_calls_total", labels) or 0.0
+
+    network, before = Network(WorkerLost("connection reset"), output(1)), lost()
+    run, store = runner(network)
+    assert asyncio.run(run({}, CALL))
+    assert (store.avoided, network.dropped) == (["w1"], ["here"])
+    assert lost() == before + 1
+    assert len(store.released) == 2
+
+
+def test_a_request_that_reaches_no_worker_ends_after_its_patience() -> None:
+    network = Network(WorkerLost("connection reset"))
+    run, store = runner(network, patience=0.0)
+    with pytest.raises(Unavailable, match=r"no worker of text_encoding was reached for 0 s, at last: connection reset"):
+        asyncio.run(run({}, CALL))
+    assert len(store.released) == 1
