@@ -38,6 +38,7 @@ FILES_BELONG_TO = {
     "services/denoising/__main__.py",
     "services/denoising/launcher.py",
     "services/denoising/rank.py",
+    "services/start_up.py",
     "services/worker.py",
     "services/worker_settings.py",
 }
