@@ -11,7 +11,7 @@ from models.kernels.packages import KernelChoice, record
 
 @contextmanager
 def forgotten(*packages: str) -> Iterator[None]:
-    """Import the packages anew inside, and not at all afterwards; forget the outcomes of trials."""
+    """Reimport the packages inside, and remove them afterwards; forget the outcomes of trials."""
 
     def forget() -> None:
         for name in [name for name in sys.modules if name.partition(".")[0] in packages]:

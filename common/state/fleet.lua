@@ -251,7 +251,7 @@ end
 
 -- id, owner, idempotency key, record, submission, model, deadline or 0, most open requests, longest queue,
 -- most ms of work, caller, most of theirs, 1 where the store is full, n, n pairs of service and cost, events. Refusals
--- tell the ms after which to try again. A full store still answers what it has admitted before.
+-- return the ms after which to try again. A full store still answers what it has admitted before.
 function ops.admit(id, owner, key, record, submission, model, deadline, max_open, queue_limit, max_work, caller,
   max_theirs, is_full, count)
   count = tonumber(count)
@@ -538,7 +538,7 @@ function ops.death(id, epoch, service, stage, worker, lasts)
   local losses = {}
   for _, loss in ipairs(read_losses(id)) do
     if loss.worker == worker and loss.state ~= 'cleared' then
-      return judge(id) -- told twice
+      return judge(id)  -- reported twice
     elseif loss.worker ~= worker then
       losses[#losses + 1] = loss
     end

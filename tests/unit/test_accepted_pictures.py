@@ -30,7 +30,7 @@ def png(width: int, height: int) -> bytes:
 
 
 class Params:
-    """Sampling parameters of a model that takes three pictures; build() comes after the checks of pictures."""
+    """Sampling parameters of a model that takes three images; build() comes after the checks of images."""
 
     @staticmethod
     def image_roles(_: object) -> ImageRoles:

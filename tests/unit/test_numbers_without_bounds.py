@@ -1,4 +1,4 @@
-"""A parameter without bounds takes finite numbers only, and a Wan model for two pictures needs two latent frames."""
+"""A parameter without bounds takes finite numbers only, and a Wan model for two images needs two latent frames."""
 
 from __future__ import annotations
 
