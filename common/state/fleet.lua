@@ -142,7 +142,8 @@ local function next_number()
   return number
 end
 
-local function live_workers(place)
+-- Takes workers whose heartbeat has run out off the list, and notes them as lost unless they left.
+local function note_silent(place)
   local key = P .. 'workers:' .. place
   local silent = redis.call('ZRANGEBYSCORE', key, '-inf', int(now), 'WITHSCORES')
   for i = 1, #silent, 2 do
@@ -151,6 +152,10 @@ local function live_workers(place)
     end
   end
   redis.call('ZREMRANGEBYSCORE', key, '-inf', int(now))
+end
+
+local function live_workers(place)
+  note_silent(place)
   local live = {}
   for _, id in ipairs(redis.call('ZRANGE', P .. 'workers:' .. place, 0, -1)) do
     local fields = redis.call('HMGET', P .. 'worker:' .. id, 'capacity', 'granted', 'info')
@@ -485,14 +490,17 @@ end
 -- Decides what can be decided by now. Returns for each loss that is not cleared worker, service, stage, reached, 1 if it
 -- is suspect, 1 if it is in churn, and the ms until it is decided.
 local function judge(id)
-  local losses, ran, rows = read_losses(id), {}, {}
+  local losses, ran, noted, rows = read_losses(id), {}, {}, {}
   local model = redis.call('HGET', P .. 'request:' .. id, 'model') or ''
   for _, loss in ipairs(losses) do
     ran[loss.worker] = true
   end
   for _, loss in ipairs(losses) do
     local place, key = model .. '/' .. loss.service, P .. 'worker:' .. loss.worker
-    live_workers(place)
+    if not noted[place] then
+      noted[place] = true
+      note_silent(place)
+    end
     if loss.state == 'open' and loss.due <= now then
       -- A worker that runs an older script clears nobody when it is announced. Its heartbeat of before has run out.
       local is_older = redis.call('EXISTS', key) == 1 and redis.call('HEXISTS', key, 'lasts') == 0
