@@ -32,7 +32,6 @@ from common.rpc.watchdog import Watchdog
 from common.settings import load_settings
 from common.stage import Call
 from common.state.connection import connect
-from common.state.store_server import check_server
 from common.state.workers import WorkerRegistry
 from common.telemetry import setup_logging, stage_timer, start_metrics
 from fleet.v1 import worker_pb2
@@ -236,7 +235,7 @@ async def _is_store_checked(settings: WorkerSettings) -> bool:
     redis = connect(settings.redis)
     try:
         async with asyncio.timeout(_CHECK_SECONDS):
-            await check_server(redis, allow_eviction=settings.allow_eviction, allow_data_loss=settings.allow_data_loss)
+            await settings.check_store(redis)
     except (Unavailable, TimeoutError):
         return False
     finally:
@@ -260,9 +259,7 @@ async def _announce(
     while True:
         try:
             if unchecked is not None:
-                await check_server(
-                    unchecked, allow_eviction=settings.allow_eviction, allow_data_loss=settings.allow_data_loss
-                )
+                await settings.check_store(unchecked)
                 unchecked = None
             return await registry.announce(info, is_able=lambda: not watchdog.is_stuck)
         except Unavailable as error:

@@ -11,6 +11,7 @@ import torch
 from common.errors import FailedPrecondition, InvalidInput
 from common.rpc.tls import TlsSettings
 from common.settings import setting
+from common.state.store_server import StoreSettings
 from configs.approximation import EXACT, Approximation
 from models.catalog import DEFAULT_MODEL
 from models.kernels.packages import AttentionChoice, KernelChoice, PackageChoice
@@ -19,15 +20,13 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True, kw_only=True)
-class WorkerSettings(TlsSettings):
+class WorkerSettings(StoreSettings, TlsSettings):
     """Serve one stage service of one model."""
 
     model: str = setting(
         DEFAULT_MODEL, help="what to serve: a Diffusers directory, NAME=DIR, or the name of a shipped model"
     )
     redis: str = setting(help="URL of the request store, to announce this worker in")
-    allow_eviction: bool = setting(False, help="start on a store whose maxmemory-policy may delete accepted requests")
-    allow_data_loss: bool = setting(False, help="omit the warning that the store is not durable")
     listen: str = setting("127.0.0.1:0", help="address to listen on: HOST:PORT (port 0: a free one), or unix:PATH")
     advertise: str = setting("", help="address under which coordinators reach this worker, where it is not --listen")
     device: str = setting("auto", help="where to compute: auto, cpu, cuda or cuda:N")

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from redis.asyncio import Redis
 
 from common.errors import FailedPrecondition, InternalError, Unavailable
+from common.settings import setting
 from common.state.connection import CLUSTER_UNSUPPORTED, PREFIX, command, follows_sentinels
 
 DEFAULT_MEMORY_FRACTION = 0.9
@@ -99,6 +100,18 @@ async def check_server(redis: Redis, *, allow_eviction: bool = False, allow_data
         _log.warning("request store evicts keys, as allow_eviction permits: accepted requests can disappear %s", found)
     elif not loss and not facts.unknown:
         _log.info("request store is durable: accepted requests outlive a restart of it %s", found)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreSettings:
+    """Settings of every process that uses the store: which configurations of its server are accepted."""
+
+    allow_eviction: bool = setting(False, help="start on a store whose maxmemory-policy may delete accepted requests")
+    allow_data_loss: bool = setting(False, help="omit the warning that the store is not durable")
+
+    async def check_store(self, redis: Redis) -> None:
+        """Check the server of the store as these settings say. Raises as check_server()."""
+        await check_server(redis, allow_eviction=self.allow_eviction, allow_data_loss=self.allow_data_loss)
 
 
 def _refuse(facts: ServerFacts, *, allow_eviction: bool, follows: bool) -> None:

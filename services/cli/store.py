@@ -5,22 +5,14 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import fields
 
 from common.errors import FailedPrecondition, InvalidInput
-from common.settings import load_settings, setting
+from common.settings import load_settings
 from common.state.connection import connect
-from common.state.store_server import check_server
+from common.state.store_server import StoreSettings
 
-_VARIABLES = ("FLEET_ALLOW_EVICTION", "FLEET_ALLOW_DATA_LOSS")
-
-
-@dataclass(frozen=True, kw_only=True)
-class StoreSettings:
-    """Variables that the services read too: what a store may be that a command is given."""
-
-    allow_eviction: bool = setting(False, help="start on a store whose maxmemory-policy may delete accepted requests")
-    allow_data_loss: bool = setting(False, help="omit the warning that the store is not durable")
+_VARIABLES = tuple(f"FLEET_{item.name.upper()}" for item in fields(StoreSettings))
 
 
 def check_store(url: str, environ: Mapping[str, str] = os.environ) -> None:
@@ -36,7 +28,7 @@ def check_store(url: str, environ: Mapping[str, str] = os.environ) -> None:
 async def _check(url: str, settings: StoreSettings) -> None:
     redis = connect(url)
     try:
-        await check_server(redis, allow_eviction=settings.allow_eviction, allow_data_loss=settings.allow_data_loss)
+        await settings.check_store(redis)
     except FailedPrecondition as error:
         raise InvalidInput(error.message, field="redis") from error
     finally:

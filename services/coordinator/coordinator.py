@@ -18,7 +18,7 @@ from common.state.leases import Leases
 from common.state.presence import Presence
 from common.state.requests import RequestStore
 from common.state.slots import Slots
-from common.state.store_server import StoreMemory, check_server
+from common.state.store_server import StoreMemory
 from common.state.workers import WorkerRegistry
 from common.telemetry import QUEUE_LENGTH, MetricsInterceptor
 from fleet.v1 import generation_pb2
@@ -154,10 +154,7 @@ class Coordinator:
         """Be present, say what the models are, take over what dead coordinators left; ready if all that works."""
         patient = self._is_patient()
         if not self._store_checked:
-            settings = self._settings
-            await check_server(
-                self._redis, allow_eviction=settings.allow_eviction, allow_data_loss=settings.allow_data_loss
-            )
+            await self._settings.check_store(self._redis)
             self._store_checked = True
         if not self._present:
             await self._presence.start()

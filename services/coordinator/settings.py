@@ -11,7 +11,7 @@ from common.rpc.tls import TlsSettings
 from common.settings import SettingsError, setting
 from common.state.presence import BEAT_SECONDS, TTL_SECONDS
 from common.state.requests import Limits, Retention
-from common.state.store_server import DEFAULT_MEMORY_FRACTION
+from common.state.store_server import DEFAULT_MEMORY_FRACTION, StoreSettings
 from models.catalog import DEFAULT_MODEL
 
 _MOST_LEEWAY_SECONDS = 300.0
@@ -29,7 +29,7 @@ _POSITIVE = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class CoordinatorSettings(TlsSettings):
+class CoordinatorSettings(StoreSettings, TlsSettings):
     """Settings of the coordinator, which accepts requests and takes them through the stages of their models."""
 
     model: tuple[str, ...] = setting((DEFAULT_MODEL,), help="NAME, DIR or NAME=DIR to serve; repeatable")
@@ -38,8 +38,6 @@ class CoordinatorSettings(TlsSettings):
     store_replicas: int = setting(
         0, help="replicas of the store that must have a request, and its end, before it counts"
     )
-    allow_eviction: bool = setting(False, help="start on a store whose maxmemory-policy may delete accepted requests")
-    allow_data_loss: bool = setting(False, help="omit the warning that the store is not durable")
     max_store_memory: float = setting(
         DEFAULT_MEMORY_FRACTION, help="fraction of the store's maxmemory from which on new requests are refused"
     )
