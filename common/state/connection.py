@@ -32,7 +32,7 @@ from redis.exceptions import (
 )
 
 from common.errors import FailedPrecondition, InternalError, InvalidInput, Unavailable
-from common.state.store_url import SENTINEL, check_url, without_password
+from common.state.store_url import SENTINEL, check_url, sentinel_parts, without_password
 
 PREFIX = "fleet:"
 # No command blocks longer on the server than this; the socket's own timeout is beyond it.
@@ -95,11 +95,9 @@ class _Primary(Redis):
 
 def _primary(url: str) -> Redis:
     """A client of the primary of a service that sentinels watch."""
-    places, _, rest = url.removeprefix(SENTINEL).partition("/")
-    service, _, database = rest.partition("/")
-    pairs = [place.rpartition(":") for place in places.split(",")]
+    places, service, database = sentinel_parts(url)
     watchers = cast(Any, Sentinel)(
-        [(host.strip("[]"), int(port)) for host, _, port in pairs],
+        [(host.strip("[]"), int(port)) for host, port in places],
         sentinel_kwargs={**_options(), "socket_timeout": _CONNECT_SECONDS},
         **_options(),
         db=int(database or 0),

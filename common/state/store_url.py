@@ -55,7 +55,7 @@ def _fault(url: str) -> str:
     if not url.isprintable() or " " in url:
         return "blanks and control characters must be percent-encoded"
     if scheme == "redis+sentinel":
-        return _sentinel_fault(rest)
+        return _sentinel_fault(url)
     try:
         parts = urlsplit(url)
         port = parts.port
@@ -81,13 +81,18 @@ def _quoting(reason: str) -> str:
     return f"{reason} (percent-encode reserved characters in a password: {encoded})"
 
 
-def _sentinel_fault(rest: str) -> str:
-    places, _, path = rest.partition("/")
+def sentinel_parts(url: str) -> tuple[list[tuple[str, str]], str, str]:
+    """Host and port of each sentinel, service and database of a redis+sentinel URL, unchecked."""
+    places, _, path = url.removeprefix(SENTINEL).partition("/")
     service, _, database = path.partition("/")
-    if any(mark in rest for mark in "@?#"):
+    return [place.rpartition(":")[::2] for place in places.split(",")], service, database
+
+
+def _sentinel_fault(url: str) -> str:
+    places, service, database = sentinel_parts(url)
+    if any(mark in url for mark in "@?#"):
         return "with sentinels it takes no user, password or options"
-    pairs = [place.rpartition(":") for place in places.split(",")]
-    if not service or not all(host and port.isascii() and port.isdecimal() for host, _, port in pairs):
+    if not service or not all(host and port.isascii() and port.isdecimal() for host, port in places):
         return "sentinels read like redis+sentinel://host:26379,host:26379/service"
     return "" if not database or re.fullmatch(r"\d{1,9}", database, re.ASCII) else "its database is not a number"
 
