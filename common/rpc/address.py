@@ -109,9 +109,14 @@ def target_of(address: str) -> str:
     return f"unix:{quote(os.fsencode(socket_path(address)))}"
 
 
+def _host_of(address: str) -> str:
+    """HOST of HOST:PORT, without the brackets of an IPv6 address."""
+    return address.rpartition(":")[0].strip("[]")
+
+
 def is_local(address: str) -> bool:
     """Whether an address is a unix socket or on the loopback interface."""
-    host = address.rpartition(":")[0].strip("[]")
+    host = _host_of(address)
     if address.startswith("unix:") or host in _LOOPBACK_NAMES:
         return True
     try:
@@ -127,7 +132,7 @@ def proxy_variable(address: str, environ: Mapping[str, str] = os.environ) -> str
     """
     if is_local(address):
         return ""
-    host = address.rpartition(":")[0].strip("[]")
+    host = _host_of(address)
     excluded = environ.get("no_grpc_proxy") or environ.get("no_proxy") or ""
     if any(host.endswith(suffix) for each in excluded.split(",") if (suffix := each.strip())):
         return ""
