@@ -20,9 +20,11 @@ from common.errors import FleetError
 KIND_KEY = "fleet-error"
 FIELD_KEY = "fleet-error-field"
 RETRY_KEY = "retry-after-ms"
-# Bytes of UTF-8, each of which takes up to three in a header: headers of 16 KiB are refused, with the call's status.
-_MAX_MESSAGE = 2048
-_MAX_FIELD = 256
+# Each byte takes up to three in a header: headers of 16 KiB are refused, with the call's status.
+MAX_MESSAGE = 2_048
+"""Longest message of an error or a warning; bytes of UTF-8 in a status, characters in a record."""
+MAX_FIELD = 256
+"""Longest name of the field that an error or a warning is about, likewise."""
 
 _CODES: dict[type[FleetError], grpc.StatusCode] = {
     errors.InvalidInput: grpc.StatusCode.INVALID_ARGUMENT,
@@ -69,10 +71,10 @@ def to_status(error: FleetError) -> Status:
     kind = next((cls for cls in type(error).__mro__ if cls in _CODES), errors.InternalError)
     metadata: tuple[tuple[str, str], ...] = ((KIND_KEY, kind.__name__),)
     if error.field:
-        metadata += ((FIELD_KEY, quote(_sound(error.field, _MAX_FIELD), safe="[]")),)
+        metadata += ((FIELD_KEY, quote(_sound(error.field, MAX_FIELD), safe="[]")),)
     if isinstance(error, errors.ResourceExhausted) and error.retry_seconds is not None:
         metadata += ((RETRY_KEY, str(math.ceil(error.retry_seconds * 1_000))),)
-    return Status(_CODES[kind], _sound(error.message, _MAX_MESSAGE), metadata)
+    return Status(_CODES[kind], _sound(error.message, MAX_MESSAGE), metadata)
 
 
 def from_status(code: grpc.StatusCode, details: str, metadata: Iterable[tuple[str, Any]]) -> FleetError:

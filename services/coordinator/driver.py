@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 from common.errors import DeadlineExceeded, FleetError, InternalError, NotFound, ResourceExhausted, Unavailable
 from common.pipeline import ServiceSpec, run_pipeline
 from common.rpc.framing import Packet
-from common.rpc.status import to_status
+from common.rpc.status import MAX_FIELD, to_status
 from common.stage import Call
 from common.state.leases import Inherited, Leases
 from common.state.presence import TTL_SECONDS
@@ -31,7 +31,6 @@ from services.coordinator.resume import Recovery
 
 _LATER_SECONDS = 1.0  # how much later the workers' deadline is, so that it is the coordinator who says it passed
 _RESULT_SLOT = "media"
-_FIELD_CHARACTERS = 256  # of an error in a record
 
 _log = logging.getLogger(__name__)
 
@@ -416,5 +415,5 @@ def _failure(error: FleetError) -> _Outcome:
     status = to_status(error)  # with a message of bounded size
     return _Outcome(
         State.REQUEST_STATE_FAILED,
-        generation_pb2.Error(code=status.code.name, message=status.details, field=error.field[:_FIELD_CHARACTERS]),
+        generation_pb2.Error(code=status.code.name, message=status.details, field=error.field[:MAX_FIELD]),
     )

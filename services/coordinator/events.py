@@ -7,13 +7,12 @@ import logging
 from collections.abc import AsyncIterator, Callable, Iterable
 
 from common.errors import Unavailable
+from common.rpc.status import MAX_FIELD, MAX_MESSAGE
 from common.state.requests import RequestStore
 from fleet.v1 import artifacts_pb2, generation_pb2
 
 _RETRY_SECONDS = 0.5
 _MOST_WARNINGS = 64
-_MESSAGE_CHARACTERS = 2_048
-_FIELD_CHARACTERS = 256
 
 _log = logging.getLogger(__name__)
 
@@ -102,7 +101,7 @@ class EventWriter:
         if self._warnings > _MOST_WARNINGS:
             _log.warning("request %s has too many warnings; left out: %.80s: %.200s", self._request_id, field, message)
             return
-        warning = artifacts_pb2.Warning(field=field[:_FIELD_CHARACTERS], message=message[:_MESSAGE_CHARACTERS])
+        warning = artifacts_pb2.Warning(field=field[:MAX_FIELD], message=message[:MAX_MESSAGE])
         self.add(generation_pb2.Event(warning=warning))
 
     def add(self, event: generation_pb2.Event) -> None:
