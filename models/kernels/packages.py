@@ -17,13 +17,11 @@ PackageName = Literal[
 ]
 """Names on PyPI."""
 
-PackageChoice = Literal[
-    "auto", "none", "triton", "nvmath-python", "quack-kernels", "cuda-bindings", "fa3-fwd", "flash-attn-4", "flash-attn"
-]
+PackageChoice = Literal["auto", "none", PackageName]
 """Values of the setting `kernels`."""
 
 AttentionBackend = Literal["sdpa", "cudnn", "flash_attn_2", "flash_attn_3", "flash_attn_4"]
-AttentionChoice = Literal["auto", "sdpa", "cudnn", "flash_attn_2", "flash_attn_3", "flash_attn_4"]
+AttentionChoice = Literal["auto", AttentionBackend]
 """Values of the setting `attention_backend`."""
 
 Capability = tuple[int, int]
