@@ -340,14 +340,10 @@ class RequestStore:
             with store_errors():
                 replies = await pipeline.execute(raise_on_error=False)
         queued, executed, rest = replies[: len(last) + 2], replies[len(last) + 2], replies[len(last) + 3 :]
+        # A transaction that was aborted has one error for all results; the command that it was aborted for has its own.
+        *stored, reply = executed if isinstance(executed, list) else [executed]
         with store_errors():
-            for each in queued:
-                if isinstance(each, Exception):
-                    raise each
-            if isinstance(executed, Exception):
-                raise executed
-            *stored, reply = executed
-            for each in stored:
+            for each in (*queued, *stored):
                 if isinstance(each, Exception):
                     raise each
             if isinstance(reply, NoScriptError):
