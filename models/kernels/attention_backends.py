@@ -17,11 +17,11 @@ _QUERY_TILES = {128: 128}
 _MOST_SPLITS = 8
 """Parts of the keys at most."""
 
-_TURNS_A_SPLIT = 0.02
-"""Cost of merging one more part of the keys, in turns of all multiprocessors."""
+_WAVES_A_SPLIT = 0.02
+"""Cost of merging one more part of the keys, in waves: one tile on each multiprocessor."""
 
 _LEAST_GAIN = 0.08
-"""Share of the turns that a call of its own for the last heads must save."""
+"""Smallest share of the waves that a separate call for the last heads must save."""
 
 
 def flash_attention_2(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -97,7 +97,7 @@ def _flash_attention_4(q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool) -> 
 def head_shares(tiles: int, heads: int, processors: int) -> list[tuple[slice, int]]:
     """The heads of each call, and the number of parts that its keys are split into.
 
-    A head has `tiles` tiles of queries, and all processors compute one tile each at a time. Where the last turn would
+    A head has `tiles` tiles of queries, and all processors compute one tile each at a time. Where the last wave would
     leave most of them idle, the heads of its tiles get a call of their own, which splits the keys.
     """
     everything = [(slice(0, heads), 1)]
@@ -106,11 +106,11 @@ def head_shares(tiles: int, heads: int, processors: int) -> list[tuple[slice, in
     if not 0 < full < heads:
         return everything
 
-    def turns(splits: int) -> float:
+    def waves(splits: int) -> float:
         return math.ceil(tiles * rest * splits / processors) / splits
 
-    splits = min(range(2, _MOST_SPLITS + 1), key=lambda each: turns(each) + _TURNS_A_SPLIT * each)
-    before, after = math.ceil(tiles * heads / processors), math.ceil(tiles * full / processors) + turns(splits)
+    splits = min(range(2, _MOST_SPLITS + 1), key=lambda each: waves(each) + _WAVES_A_SPLIT * each)
+    before, after = math.ceil(tiles * heads / processors), math.ceil(tiles * full / processors) + waves(splits)
     if after > (1 - _LEAST_GAIN) * before:
         return everything
     return [(slice(0, full), 1), (slice(full, heads), splits)]
