@@ -97,7 +97,7 @@ class Generator:
     state: Tensor
 
 
-DENOISE_STATE_FORMAT = 1
+DENOISE_STATE_FORMAT = 2
 """Counts the meanings that the fields of DenoiseState have had: a version that changes them resumes no older ones."""
 
 

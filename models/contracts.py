@@ -120,6 +120,7 @@ class DenoisingInput:
     canvas: Canvas
     image_conditioning: Conditioning | None = None
     image_latents: Latents | None = None
+    latents_generator: Generator | None = None
     resume_from: DenoiseState | None = None
 
 

@@ -10,7 +10,6 @@ import platform
 import textwrap
 import threading
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,13 +20,14 @@ from common.checkpoint import kind_of
 from common.errors import CheckpointError, InvalidInput
 from common.stage import PipelineStage
 from configs.approximation import EXACT, Approximation
-from configs.pipeline_configs.base import PipelineConfig, StandardPipelineConfig
+from configs.pipeline_configs.base import PipelineConfig, PreparationConfig
 from models.dits.base import DiffusionTransformer
 from models.kernels.packages import kernel_facts
 from models.layers.float8 import check_float8
 from models.layers.linear import quantize_linears
-from models.layers.mesh import Degrees, WorkerMesh
+from models.layers.mesh import Degrees
 from models.registry import resolve
+from models.runtime import Runtime
 from models.schedulers.trial import try_schedules
 from models.sources import own_digest, sources_digest
 
@@ -53,27 +53,16 @@ That of one of the config's parallel_modules also takes `mesh`, a WorkerMesh or 
 def load_stages(
     model: ServedModel,
     service: ServiceSpec,
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-    checkpoint_every: int = 0,
-    checkpoint_seconds: float = 0.0,
-    mesh: WorkerMesh | None = None,
-    approximation: Approximation = EXACT,
+    runtime: Runtime,
 ) -> list[PipelineStage[Any, Any]]:
-    """The stages of the service, in order, with their modules on the device. Raises CheckpointError.
-
-    A denoising stage tells its caller a checkpoint after every `checkpoint_every` steps, and whenever the last one is
-    older than `checkpoint_seconds`; 0 means never.
+    """The stages of the service, in order, with their modules on the runtime's device. Raises CheckpointError.
 
     With a mesh they are this rank's part of the stages: every rank of the worker group calls this, and then each
     stage's run() with equal inputs, and gets the same outputs. Raises InvalidInput for degrees that the model does
     not have, and for an approximation that model or device do not have (or FailedPrecondition).
     """
-    options: dict[str, Any] = {"device": device, "dtype": dtype, "mesh": mesh, "approximation": approximation}
-    options |= {"checkpoint_every": checkpoint_every, "checkpoint_seconds": checkpoint_seconds}
     with _LOADING:
-        return _load_stages(model, service, options)
+        return _load_stages(model, service, runtime)
 
 
 # While it loads a model, transformers changes defaults of the whole process, such as the type of new tensors: services
@@ -81,20 +70,20 @@ def load_stages(
 _LOADING = threading.Lock()
 
 
-def _load_stages(model: ServedModel, service: ServiceSpec, options: Mapping[str, Any]) -> list[PipelineStage[Any, Any]]:
+def _load_stages(model: ServedModel, service: ServiceSpec, runtime: Runtime) -> list[PipelineStage[Any, Any]]:
     config_class: type[PipelineConfig] = resolve(model.entry.pipeline_config)
-    config = replace(config_class.from_checkpoint(model.checkpoint), **options)
-    if config.mesh is not None:
-        check_parallel(model, service, config.mesh.degrees)
-    if config.approximation.linear_dtype == "float8":
-        check_float8(config.device, config.dtype)
-    loaded = {name: load_module(model.checkpoint, name, config) for name in service.modules}
-    if _SCHEDULER in loaded and isinstance(config, StandardPipelineConfig):
+    config = config_class.from_checkpoint(model.checkpoint)
+    if runtime.mesh is not None:
+        check_parallel(model, service, runtime.mesh.degrees)
+    if runtime.approximation.linear_dtype == "float8":
+        check_float8(runtime.device, runtime.dtype)
+    loaded = {name: load_module(model.checkpoint, name, config, runtime) for name in service.modules}
+    if _SCHEDULER in loaded and isinstance(config, PreparationConfig):
         try_schedules(model, config, loaded[_SCHEDULER])
-    if config.approximation != EXACT:
-        _approximate(model.checkpoint, loaded.values(), config.approximation)
+    if runtime.approximation != EXACT:
+        _approximate(model.checkpoint, loaded.values(), runtime.approximation)
     return [
-        resolve(stage.implementation)(config, {name: loaded[name] for name in stage.modules})
+        resolve(stage.implementation)(config, runtime, {name: loaded[name] for name in stage.modules})
         for stage in service.stages
     ]
 
@@ -119,7 +108,7 @@ def check_parallel(model: ServedModel, service: ServiceSpec, degrees: Degrees) -
         )
 
 
-def load_module(checkpoint: Checkpoint, name: str, config: PipelineConfig) -> Any:
+def load_module(checkpoint: Checkpoint, name: str, config: PipelineConfig, runtime: Runtime) -> Any:
     """One module of a checkpoint, by the loader of its class. Raises CheckpointError for a class without a loader."""
     if name not in checkpoint.modules:
         raise CheckpointError(f"{checkpoint.name}: model_index.json has no {name}")
@@ -127,7 +116,7 @@ def load_module(checkpoint: Checkpoint, name: str, config: PipelineConfig) -> An
     if reference := config.module_loaders.get(class_name):
         function = resolve(reference)
         parallel = class_name in config.parallel_modules
-        loader: ModuleLoader = partial(function, mesh=config.mesh) if parallel else function
+        loader: ModuleLoader = partial(function, mesh=runtime.mesh) if parallel else function
     elif class_name in _LOADERS:
         loader = _LOADERS[class_name]
     else:
@@ -137,7 +126,7 @@ def load_module(checkpoint: Checkpoint, name: str, config: PipelineConfig) -> An
     if files := checkpoint.weight_files(name):
         variant = checkpoint.weight_variant(name) or "none"
         _log.info("weights module=%s variant=%s files=%s", name, variant, ",".join(file.name for file in files))
-    return loader(checkpoint, name, config.device, config.dtype)
+    return loader(checkpoint, name, runtime.device, config.dtype_of(name, runtime.dtype))
 
 
 def _load_tokenizer(checkpoint: Checkpoint, name: str, *_: object) -> Any:

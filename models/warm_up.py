@@ -11,23 +11,19 @@ import logging
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from common.artifacts import Canvas, Conditioning, LatentPart, Latents, ParamValue, Prompt, Sampling
+from common.artifacts import Canvas, Conditioning, LatentPart, Latents, ParamValue, Prompt, Sampling, Schedule
 from common.errors import InvalidInput
 from common.stage import Call
-from configs.pipeline_configs.base import StandardPipelineConfig
+from configs.pipeline_configs.base import DenoisingConfig, GuidanceConfig, Shapes
 from configs.sample.base import SamplingParams
 from models.catalog import ServedModel
-from models.contracts import LatentPreparationInput, TimestepPreparationInput
-from models.loader import load_module
 from models.registry import resolve
-from models.stages.latent_preparation import LatentPreparationStage
-from models.stages.timestep_preparation import TimestepPreparationStage
 
 STEPS = 3
 """The first readies the kernels, the second captures a graph, the third finds one."""
@@ -52,7 +48,7 @@ class WarmUp:
         Raises InvalidInput for what is no size, for sizes that a request could not ask this model for, and for models
         whose stages are not the standard ones.
         """
-        if texts and not issubclass(resolve(model.entry.pipeline_config), StandardPipelineConfig):
+        if texts and not issubclass(resolve(model.entry.pipeline_config), DenoisingConfig):
             message = f"{model.checkpoint.pipeline_name} cannot be warmed up: its stages are not the standard ones"
             raise InvalidInput(message, field=_FIELD)
         return cls(model, tuple(_params(model, text) for text in texts))
@@ -69,11 +65,10 @@ class WarmUp:
         """The artifacts of a made-up request at each size, by slot of the denoising stage, on the CPU."""
         if not self.sizes:
             return
-        config_class: type[StandardPipelineConfig] = resolve(self.model.entry.pipeline_config)
-        config = replace(config_class.from_checkpoint(self.model.checkpoint), dtype=dtype)
-        scheduler = load_module(self.model.checkpoint, "scheduler", config)
+        config_class: type[DenoisingConfig] = resolve(self.model.entry.pipeline_config)
+        config = config_class.from_checkpoint(self.model.checkpoint)
         for params in self.sizes:
-            yield _inputs(config, scheduler, params.artifacts())
+            yield _inputs(config, dtype, params.artifacts())
 
 
 def _params(model: ServedModel, text: str) -> SamplingParams:
@@ -94,31 +89,38 @@ def _params(model: ServedModel, text: str) -> SamplingParams:
 
 
 def _inputs(
-    config: StandardPipelineConfig, scheduler: Any, request: Mapping[str, Prompt | Canvas | Sampling]
+    config: DenoisingConfig, dtype: torch.dtype, request: Mapping[str, Prompt | Canvas | Sampling]
 ) -> dict[str, Any]:
     prompt, canvas, sampling = request["prompt"], request["canvas"], request["sampling"]
     assert isinstance(prompt, Prompt), "SamplingParams.artifacts() puts each in its slot"
     assert isinstance(canvas, Canvas), "SamplingParams.artifacts() puts each in its slot"
     assert isinstance(sampling, Sampling), "SamplingParams.artifacts() puts each in its slot"
-    call = Call("warm-up")
-    drawn = LatentPreparationStage(config, {}).run(LatentPreparationInput(canvas=canvas, sampling=sampling), call)
-    laid_out = TimestepPreparationStage(config, {"scheduler": scheduler}).run(
-        TimestepPreparationInput(canvas=canvas, sampling=sampling), call
-    )
-    embeds = {name: _normal(shape, config.dtype) for name, shape in config.conditioning_shapes().items()}
-    inputs = {
-        "initial_latents": drawn.initial_latents,
-        "schedule": laid_out.schedule,
-        "text_conditioning": Conditioning(
-            prompt_embeds=embeds, negative_prompt_embeds=embeds if config.wants_negative(prompt, sampling) else {}
-        ),
+    embeds = {name: _normal(shape, dtype) for name, shape in config.conditioning_shapes().items()}
+    has_negative = isinstance(config, GuidanceConfig) and config.wants_negative(prompt, sampling)
+    inputs: dict[str, Any] = {
+        "initial_latents": _latents(config, config.raw_latent_shapes(canvas, sampling.num_outputs_per_prompt), dtype),
+        "schedule": _schedule(sampling.num_inference_steps),
+        "text_conditioning": Conditioning(prompt_embeds=embeds, negative_prompt_embeds=embeds if has_negative else {}),
         "sampling": sampling,
-        "canvas": canvas,
     }
-    if (shape := config.condition_shape(canvas)) is not None:
-        latents = config.pack(_normal(shape, config.noise_dtype))
-        inputs["image_latents"] = Latents(parts={"condition": LatentPart(latents=latents, raw_latent_shape=shape)})
+    if shapes := config.condition_shapes(canvas):
+        inputs["image_latents"] = _latents(config, shapes, dtype)
     return inputs
+
+
+def _latents(config: DenoisingConfig, shapes: Shapes, dtype: torch.dtype) -> Latents:
+    return Latents(
+        parts={
+            part: LatentPart(latents=config.pack(part, _normal(shape, dtype)), raw_latent_shape=shape)
+            for part, shape in shapes.items()
+        }
+    )
+
+
+def _schedule(steps: int) -> Schedule:
+    """Evenly spaced noise levels between 1 and 0: their values change no kernel."""
+    sigmas = torch.linspace(1.0, 0.0, steps + 2)[1:]
+    return Schedule(timesteps=1000 * sigmas[:-1], sigmas=sigmas, num_inference_steps=steps)
 
 
 def _normal(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -41,6 +41,7 @@ from models.kernels.trials import try_packages
 from models.layers.mesh import Degrees, WorkerMesh
 from models.loader import load_stages, numerics_fingerprint
 from models.registry import load_registry
+from models.runtime import Runtime
 from models.warm_up import WarmUp
 from services.start_up import run_program
 from services.worker_server import (
@@ -200,12 +201,15 @@ def _load(
     stages = load_stages(
         model,
         spec,
-        device=device,
-        dtype=dtype,
-        checkpoint_every=settings.checkpoint_every,
-        checkpoint_seconds=settings.checkpoint_seconds,
-        mesh=ranks.make_mesh(device) if ranks else None,
-        approximation=settings.approximation,
+        Runtime(
+            device=device,
+            dtype=dtype,
+            checkpoint_every=settings.checkpoint_every,
+            checkpoint_seconds=settings.checkpoint_seconds,
+            mesh=ranks.make_mesh(device) if ranks else None,
+            approximation=settings.approximation,
+            step_memory_bytes=settings.step_memory_bytes,
+        ),
     )
     if ranks:
         ranks.wait_for_all()

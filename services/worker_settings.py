@@ -15,6 +15,7 @@ from common.state.store_server import StoreSettings
 from configs.approximation import EXACT, Approximation
 from models.catalog import DEFAULT_MODEL
 from models.kernels.packages import AttentionChoice, KernelChoice, PackageChoice
+from models.runtime import DEFAULT_STEP_MEMORY_BYTES
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -36,6 +37,9 @@ class WorkerSettings(StoreSettings, TlsSettings):
     threads: int = setting(0, help="CPU threads that an operation may use; 0 leaves that to torch")
     capacity: int = setting(1, help="requests taken at a time; they compute one after the other")
     checkpoint_every: int = setting(0, help="denoising steps between two checkpoints to resume from; 0: by time only")
+    step_memory_bytes: int = setting(
+        DEFAULT_STEP_MEMORY_BYTES, help="bound of CUDA graph inputs and of memory that denoising steps update in place"
+    )
     checkpoint_seconds: float = setting(5.0, help="longest time between two of them; 0: by steps only")
     kernel_cache: Path | None = setting(None, help="directory that keeps compiled kernels from one start to the next")
     kernels: tuple[PackageChoice, ...] = setting(

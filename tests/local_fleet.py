@@ -22,6 +22,7 @@ from common.stage import Call
 from models.catalog import ServedModel, open_model
 from models.loader import load_stages
 from models.registry import load_registry
+from models.runtime import Runtime
 from models.validation import InputValidationStage
 
 NO_IMAGES: Mapping[str, bytes] = MappingProxyType({})
@@ -53,7 +54,7 @@ class LocalFleet:
         self._executor = ThreadPoolExecutor(1)
         place = device or torch.device("cpu")
         self.services = {
-            spec.service: HostedStages(spec.service, load_stages(model, spec, device=place, dtype=dtype))
+            spec.service: HostedStages(spec.service, load_stages(model, spec, Runtime(device=place, dtype=dtype)))
             for spec in model.pipeline.services
         }
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from common.artifacts import Canvas, Conditioning, LatentPart, Latents, Sampling
 from common.local import HostedStages
 from common.stage import Call
-from configs.pipeline_configs.base import StandardPipelineConfig
+from configs.pipeline_configs.base import DenoisingConfig
 from denoising_files import save_input
 from local_fleet import relative_error
 from models.catalog import ServedModel, open_model
@@ -26,6 +26,7 @@ from models.contracts import DenoisingInput
 from models.layers.mesh import Degrees
 from models.loader import load_stages
 from models.registry import load_registry, resolve
+from models.runtime import Runtime
 from rank_calls import denoise, forward, rank_file
 from rank_pool import RankPool
 from tiny_flux import LATENT_CHANNELS, build_tiny_flux
@@ -140,7 +141,7 @@ def make_case(family: Family, folder: Path, run: Run = alone) -> Case:
 def draw_input(model: ServedModel, family: Family) -> DenoisingInput:
     """Noise and schedule of the family's own stages; what encoders would make is random."""
     torch.manual_seed(5)
-    stages = load_stages(model, model.pipeline.service("latent_preparation"), device=CPU, dtype=torch.float32)
+    stages = load_stages(model, model.pipeline.service("latent_preparation"), Runtime(device=CPU, dtype=torch.float32))
     given = {"canvas": family.canvas, "sampling": SAMPLING}
     prepared = HostedStages("latent_preparation", stages).run(given, Call("test"))
     (noise,) = prepared["initial_latents"].parts.values()
@@ -169,20 +170,19 @@ def draw(sizes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
 
 def single_input(model: ServedModel, x: DenoisingInput) -> dict[str, Tensor]:
     """The keywords of one prediction in the middle of the schedule, for the first output."""
-    config_class: type[StandardPipelineConfig] = resolve(model.entry.pipeline_config)
+    config_class: type[DenoisingConfig] = resolve(model.entry.pipeline_config)
     config = config_class.from_checkpoint(model.checkpoint)
-    (noise,) = x.initial_latents.parts.values()
-    condition, raw = None, None
-    if x.image_latents is not None:
-        part = x.image_latents.parts["condition"]
-        condition, raw = part.latents, part.raw_latent_shape
+    ((part, noise),) = x.initial_latents.parts.items()
+    given = x.image_latents.parts if x.image_latents else {}
+    conditions = {name: each.latents for name, each in given.items()}
     embeds = {**x.text_conditioning.prompt_embeds}
-    shape = (1, *noise.raw_latent_shape[1:])
+    shapes = {name: each.raw_latent_shape for name, each in given.items()}
+    shapes[part] = (1, *noise.raw_latent_shape[1:])
     keywords = {
         **embeds,
         **(x.image_conditioning.prompt_embeds if x.image_conditioning else {}),
-        **config.prepare_pos_cond_kwargs(embeds, shape, x.sampling, raw),
-        "hidden_states": config.model_input(noise.latents[:1], condition),
+        **config.prepare_pos_cond_kwargs(embeds, shapes, x.sampling),
+        "hidden_states": config.model_input({part: noise.latents[:1]}, conditions)[part],
         "timestep": config.model_timestep(x.schedule.timesteps[1:2]),
     }
     return {name: value.contiguous() for name, value in keywords.items() if value is not None}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from types import MappingProxyType
@@ -27,6 +27,7 @@ from models.layers.shards import SequenceShards
 from models.layers.usp_attention import USPAttention
 from models.loader import load_module, load_stages
 from models.registry import load_registry, resolve
+from models.runtime import Runtime
 
 CPU = torch.device("cpu")
 
@@ -75,8 +76,9 @@ def forward(rank: int, checkpoint: str, inputs: str, output: str, compiled: bool
     """One prediction of the checkpoint's transformer; compiled, each block is one graph, with its collectives."""
     model = open_model(checkpoint, load_registry())
     config_class: type[PipelineConfig] = resolve(model.entry.pipeline_config)
-    config = replace(config_class.from_checkpoint(model.checkpoint), mesh=RANK.mesh, device=RANK.device)
-    transformer = load_module(model.checkpoint, "transformer", config)
+    config = config_class.from_checkpoint(model.checkpoint)
+    runtime = Runtime(mesh=RANK.mesh, device=RANK.device)
+    transformer = load_module(model.checkpoint, "transformer", config, runtime)
     for blocks in transformer.children():
         for block in blocks if compiled and isinstance(blocks, nn.ModuleList) else ():
             block.compile(fullgraph=True, backend="aot_eager")
@@ -90,7 +92,8 @@ def denoise(rank: int, checkpoint: str, inputs: str, output: str, approximation:
     model, steps = open_model(checkpoint, load_registry()), []
     spec = model.pipeline.service("denoising")
     given = Approximation(**approximation)
-    (stage,) = load_stages(model, spec, device=RANK.device, dtype=torch.float32, mesh=RANK.mesh, approximation=given)
+    runtime = Runtime(device=RANK.device, mesh=RANK.mesh, approximation=given)
+    (stage,) = load_stages(model, spec, runtime)
     done = stage.run(load_input(inputs), Call("test", on_progress=lambda step, _: steps.append(step)))
     (part,) = done.denoised_latents.parts.values()
     save_file({"latents": part.latents.cpu()}, rank_file(output, rank))

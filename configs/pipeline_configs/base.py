@@ -1,171 +1,254 @@
-"""What the standard stages ask a model: precision, placement, and a callback for each step that differs by model."""
+"""Callbacks of the standard stages, a class for each group of stages: text, image, preparation, denoising, decoding.
+
+A family's config inherits the groups of the standard stages that its pipelines use; a hybrid model needs the groups of
+denoising and decoding only. Configs are frozen and know nothing of the process: devices, requested dtypes and the
+worker group are in `models.runtime.Runtime`.
+
+Latents are mappings from part names ("image", "video", "audio") to tensors, batch first. A raw latent shape is the
+shape of a part before packing.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Self
 
 import torch
 from torch import Tensor
 
-from configs.approximation import EXACT, Approximation
 from configs.models.encoders.base import ImageTextEncoding, TextEncoding
 
 if TYPE_CHECKING:
     from common.artifacts import Canvas, Prompt, Sampling
     from common.checkpoint import Checkpoint
-    from models.layers.mesh import WorkerMesh
+
+Parts = Mapping[str, Tensor]
+"""Tensors by the names of latent parts."""
+Shapes = Mapping[str, tuple[int, ...]]
+"""Raw latent shapes by the names of latent parts."""
+Keywords = Mapping[str, Tensor | None]
+"""Keywords of a denoiser's prepare()."""
+
+POSITIVE, NEGATIVE = "positive", "negative"
+TRANSFORMER = "transformer"
 
 
 @dataclass(frozen=True, kw_only=True)
 class PipelineConfig(ABC):
-    """What every stage of a model is built with, besides its modules.
-
-    `dtype` is that of the weights; `device` is where the stages compute: they move inputs there and outputs back to
-    the CPU. `checkpoint_every` is how many steps lie between two checkpoints of the denoising loop, and
-    `checkpoint_seconds` after which time there is one anyway; 0 means none. `mesh` is this rank's place in the worker
-    group that denoises; None where one rank does it alone. `approximation` is what denoising may leave out.
-    """
-
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    dtype: torch.dtype = torch.float32
-    checkpoint_every: int = 0
-    checkpoint_seconds: float = 0.0
-    mesh: WorkerMesh | None = None
-    approximation: Approximation = EXACT
+    """Architecture, module loaders and precision of one model; subclasses add the groups of callbacks."""
 
     module_loaders: ClassVar[Mapping[str, str]] = {}
-    """Loaders of module classes that models.loader does not know, or that are ours: class name in model_index.json to
+    """Loaders of module classes that models.loader does not know: class name in model_index.json to
     "package.module:function", a models.loader.ModuleLoader."""
 
     parallel_modules: ClassVar[frozenset[str]] = frozenset()
-    """Those of module_loaders whose class has a plan for tp, ulysses and ring: their loaders take the mesh, too."""
+    """Classes of module_loaders with a plan for tp, ulysses and ring: their loaders also take the mesh."""
+
+    module_dtypes: ClassVar[Mapping[str, torch.dtype]] = {}
+    """Precision of modules that do not run in the requested one, by module name."""
 
     @classmethod
     @abstractmethod
     def from_checkpoint(cls, checkpoint: Checkpoint) -> Self:
         """Read the modules' config.json. Raises CheckpointError for architectures that this model does not have."""
 
+    def dtype_of(self, module: str, requested: torch.dtype) -> torch.dtype:
+        """The precision of a module's weights."""
+        return self.module_dtypes.get(module, requested)
 
-@dataclass(frozen=True, kw_only=True)
-class StandardPipelineConfig(PipelineConfig):
-    """The callbacks of the standard stages, in the order in which a request meets them.
 
-    A raw latent shape is that of the latents before packing, batch first.
-    """
+class GuidanceConfig(PipelineConfig):
+    """Callback that all text encoders share."""
 
-    latent_part: ClassVar[str] = "image"
-    """The part of Latents that is drawn, denoised and decoded: "image" or "video"."""
+    @abstractmethod
+    def wants_negative(self, prompt: Prompt, sampling: Sampling) -> bool:
+        """Whether the request needs the conditioning of a negative prompt."""
+
+
+class TextConfig(GuidanceConfig):
+    """Callbacks of text encoding."""
 
     @property
     @abstractmethod
     def text_encodings(self) -> tuple[TextEncoding, ...]:
         """The text encoders, in the order in which they run."""
 
+
+class ImageTextConfig(GuidanceConfig):
+    """Callbacks of text encoding by a language model that also reads the images."""
+
     @property
+    @abstractmethod
     def image_text_encoding(self) -> ImageTextEncoding:
-        """The encoder that reads text and pictures together, where there is one."""
-        raise TypeError(f"{type(self).__name__} reads text without pictures")
+        """The encoder of text and images."""
+
+
+class VisionConfig(PipelineConfig):
+    """Callbacks of a vision encoder."""
 
     @abstractmethod
-    def conditioning_shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Shapes that the encoders' outputs usually have, text's and pictures', by the denoiser's keyword; batch 1."""
+    def vision_tokens(self, hidden_states: Sequence[Tensor]) -> Mapping[str, Tensor]:
+        """The denoiser's keywords from all layers of the vision encoder, (images, tokens, size) each; batch 1."""
+
+
+class LatentLayout(PipelineConfig):
+    """Parts of the latents, their shapes and their packing."""
 
     @abstractmethod
-    def wants_negative(self, prompt: Prompt, sampling: Sampling) -> bool:
-        """Whether the request runs the denoiser's negative branch."""
+    def raw_latent_shapes(self, canvas: Canvas, batch: int) -> Shapes:
+        """Shapes of the starting noise by part, in the order in which the parts are drawn."""
 
-    @property
-    def noise_dtype(self) -> torch.dtype:
-        """Type that the starting noise is drawn in: that of the prompt embeddings."""
-        return self.dtype
-
-    @abstractmethod
-    def raw_latent_shape(self, canvas: Canvas, batch: int) -> tuple[int, ...]:
-        """Shape of the starting noise as it is drawn."""
-
-    def pack(self, raw: Tensor) -> Tensor:
-        """Raw latents in the layout that the denoiser consumes."""
+    def pack(self, part: str, raw: Tensor) -> Tensor:
+        """Raw latents of a part in the layout that the denoiser consumes."""
+        del part
         return raw
 
-    def unpack(self, latents: Tensor, raw_latent_shape: tuple[int, ...]) -> Tensor:
-        """The inverse of pack."""
+    def unpack(self, part: str, latents: Tensor, raw_latent_shape: tuple[int, ...]) -> Tensor:
+        """The inverse of pack()."""
+        del part
         return latents.reshape(raw_latent_shape)
+
+
+class ImageLatentsConfig(LatentLayout):
+    """Callbacks of encoding images to latents, which condition the denoiser."""
+
+    def image_size(self, size: tuple[int, int], canvas: Canvas) -> tuple[int, int]:
+        """Height and width (pixels) to which an image of this height and width is resized for the VAE."""
+        del size
+        return canvas.height, canvas.width
+
+    @abstractmethod
+    def image_latents(self, encode: Callable[[Tensor], Tensor], images: Mapping[str, Tensor], canvas: Canvas) -> Parts:
+        """Raw latents by part, batch 1, from images by role, float32 (1, 3, height, width) in [-1, 1].
+
+        `encode` is the VAE's encoder: an image or a video (1, 3, frames, height, width) to the mode of its latents.
+        """
+
+
+class PreparationConfig(LatentLayout):
+    """Callbacks of latent and timestep preparation."""
+
+    def noise_dtype(self, requested: torch.dtype) -> torch.dtype:
+        """Dtype in which the starting noise is drawn: that of the prompt embeddings."""
+        return requested
 
     @abstractmethod
     def sigmas(self, sampling: Sampling) -> Sequence[float] | None:
-        """Noise levels before the scheduler's shift, one a step, highest first; None leaves them to the scheduler."""
+        """Noise levels before the scheduler's shift, one a step, highest first; None: the scheduler's own."""
 
     @abstractmethod
     def mu(self, canvas: Canvas) -> float | None:
         """The shift of a scheduler that shifts by size; None for the others."""
 
-    def model_input(self, latents: Tensor, condition: Tensor | None) -> Tensor:
-        """What the denoiser takes as its latents, from those of the loop and, of pictures, those given (batched)."""
-        assert condition is None, "latents of pictures for a model that takes none"
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a denoising loop; `sigma` and `next_sigma` are its noise levels before and after, by part."""
+
+    index: int
+    timestep: float
+    sigma: Mapping[str, float]
+    next_sigma: Mapping[str, float]
+
+
+class DenoisingConfig(LatentLayout):
+    """Callbacks of the denoising loop, in the order in which a request meets them."""
+
+    part_keywords: ClassVar[Mapping[str, str]]
+    """The parts that the loop denoises, each with the keyword of predict() that takes it."""
+
+    transformers: ClassVar[tuple[str, ...]] = (TRANSFORMER,)
+    """Roles of the denoisers (experts)."""
+
+    branches: ClassVar[tuple[str, ...]] = (POSITIVE, NEGATIVE)
+    """All branches of guidance; the cfg axis of a worker group has at most as many ranks."""
+
+    @abstractmethod
+    def conditioning_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Usual shapes of the encoders' outputs by the denoiser's keyword, batch 1; for warm-up."""
+
+    def condition_shapes(self, canvas: Canvas) -> Shapes:
+        """Usual raw shapes of image latents by part, batch 1, for warm-up; empty for a model without images."""
+        del canvas
+        return {}
+
+    def branches_of(self, sampling: Sampling, *, has_negative: bool) -> tuple[str, ...]:
+        """The branches of a request; `has_negative`: it has the conditioning of a negative prompt."""
+        del sampling
+        return tuple(branch for branch in self.branches if has_negative or branch != NEGATIVE)
+
+    def branch_flags(self, branch: str) -> Mapping[str, Hashable]:
+        """Static keywords of predict() that a branch needs, such as indices of skipped blocks."""
+        del branch
+        return {}
+
+    @abstractmethod
+    def prepare_pos_cond_kwargs(self, embeds: Parts, shapes: Shapes, sampling: Sampling) -> Keywords:
+        """Keywords that depend on size and guidance, besides the conditioning's own.
+
+        `shapes` are the raw shapes of all parts, those of image latents included.
+        """
+
+    def prepare_neg_cond_kwargs(self, embeds: Parts, shapes: Shapes, sampling: Sampling) -> Keywords:
+        """The same keywords for the negative branch."""
+        return self.prepare_pos_cond_kwargs(embeds, shapes, sampling)
+
+    @abstractmethod
+    def model_timestep(self, timesteps: Tensor) -> Tensor:
+        """The denoiser's timesteps from those of the schedule, (steps, B) to (steps, B) or (steps, B, segments)."""
+
+    def expert(self, step: Step) -> str:
+        """The role of the denoiser that a step needs."""
+        del step
+        return TRANSFORMER
+
+    def active(self, step: Step, branches: Sequence[str], sampling: Sampling) -> Sequence[str]:
+        """The branches of the request that a step needs."""
+        del step, sampling
+        return branches
+
+    def before_step(self, step: Step, latents: Parts, conditions: Parts) -> Parts:
+        """Change the latents before a step. `conditions` are the image latents by part, batched."""
+        del step, conditions
         return latents
 
-    def model_output(self, prediction: Tensor, latents: Tensor) -> Tensor:
-        """The part of the denoiser's prediction that belongs to the loop's latents."""
+    def model_input(self, latents: Parts, conditions: Parts) -> Parts:
+        """The denoiser's latents by part, from those of the loop and the image latents, batched."""
+        del conditions
+        return latents
+
+    def model_output(self, predictions: Parts, latents: Parts) -> Parts:
+        """The denoiser's predictions for the loop's latents, in their shapes."""
         del latents
-        return prediction
-
-    def vision_tokens(self, hidden_states: Sequence[Tensor]) -> Mapping[str, Tensor]:
-        """The denoiser's keywords from all layers of the vision encoder, (pictures, tokens, size) each; batch 1."""
-        raise TypeError(f"{type(self).__name__} looks at no pictures, but {len(hidden_states)} layers did")
-
-    def image_size(self, size: tuple[int, int], canvas: Canvas) -> tuple[int, int]:
-        """Height and width (pixels) that a picture of this height and width is given to the VAE with."""
-        del size
-        return canvas.height, canvas.width
-
-    def image_latents(
-        self, encode: Callable[[Tensor], Tensor], pictures: Mapping[str, Tensor], canvas: Canvas
-    ) -> Tensor:
-        """Raw latents from pictures by role, float32 (1, 3, height, width) in [-1, 1]; packed, the condition; batch 1.
-
-        `encode` is the VAE's encoder, from a picture or a video (1, 3, frames, height, width) to its likeliest latents.
-        """
-        raise TypeError(f"{type(self).__name__} takes no pictures, but {encode} got {canvas} and {', '.join(pictures)}")
-
-    def condition_shape(self, canvas: Canvas) -> tuple[int, ...] | None:
-        """Raw shape that image_latents() usually gives; None for a model that takes no pictures."""
-        del canvas
-        return None
+        return predictions
 
     @abstractmethod
-    def model_timestep(self, timestep: Tensor) -> Tensor:
-        """What the denoiser takes as its timestep, from the schedule's; float32."""
+    def guide(self, predictions: Mapping[str, Parts], latents: Parts, step: Step, sampling: Sampling) -> Parts:
+        """Combine the predictions of a step's branches; called where a step has more than one."""
 
-    @abstractmethod
-    def prepare_pos_cond_kwargs(
-        self,
-        embeds: Mapping[str, Tensor],
-        raw_latent_shape: tuple[int, ...],
-        sampling: Sampling,
-        condition_shape: tuple[int, ...] | None = None,
-    ) -> Mapping[str, Tensor | None]:
-        """The denoiser's keywords that depend on size and guidance, beside the conditioning's own.
+    def after_step(self, step: Step, latents: Parts, conditions: Parts) -> Parts:
+        """Change the latents after a step."""
+        del step, conditions
+        return latents
 
-        `condition_shape` is the raw shape of the pictures' latents, in a request that has them.
-        """
+    def after_loop(self, latents: Parts, conditions: Parts) -> Parts:
+        """Change the latents after the last step."""
+        del conditions
+        return latents
 
-    def prepare_neg_cond_kwargs(
-        self,
-        embeds: Mapping[str, Tensor],
-        raw_latent_shape: tuple[int, ...],
-        sampling: Sampling,
-        condition_shape: tuple[int, ...] | None = None,
-    ) -> Mapping[str, Tensor | None]:
-        """The same for the negative branch."""
-        return self.prepare_pos_cond_kwargs(embeds, raw_latent_shape, sampling, condition_shape)
 
-    @abstractmethod
-    def guide(self, positive: Tensor, negative: Tensor, sampling: Sampling) -> Tensor:
-        """Combine the predictions of the two branches."""
+class DecodingConfig(LatentLayout):
+    """Callbacks of decoding."""
+
+    visual_part: ClassVar[str]
+    """The part that the VAE decodes to pixels: "image" or "video"."""
 
     @abstractmethod
     def vae_latents(self, raw: Tensor) -> Tensor:
-        """Undo the normalisation of raw latents, so that the VAE can decode them."""
+        """Undo the normalisation of raw latents, in their dtype, so that the VAE can decode them."""
+
+
+class StandardPipelineConfig(TextConfig, PreparationConfig, DenoisingConfig, DecodingConfig):
+    """The groups that a modular pipeline from text to image or video uses."""

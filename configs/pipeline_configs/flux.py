@@ -14,6 +14,7 @@ from configs.models.dits.flux import FluxTransformerConfig
 from configs.models.encoders.base import PromptText, TextEncoding
 from configs.models.fields import ConfigFields
 from configs.models.vaes.kl import AutoencoderKLConfig
+from configs.pipeline_configs.base import Keywords, Parts, Shapes, TextConfig
 from configs.pipeline_configs.packed import (
     PackedPipelineConfig,
     SequenceShift,
@@ -30,7 +31,7 @@ MAX_SEQUENCE_LENGTH = 512
 
 
 @dataclass(frozen=True, kw_only=True)
-class FluxPipelineConfig(PackedPipelineConfig):
+class FluxPipelineConfig(PackedPipelineConfig, TextConfig):
     """FluxPipeline's callbacks. A token is a 2x2 patch of latents, channels in the order (c, dy, dx)."""
 
     transformer: FluxTransformerConfig
@@ -87,29 +88,24 @@ class FluxPipelineConfig(PackedPipelineConfig):
             "encoder_hidden_states": (1, MAX_SEQUENCE_LENGTH, self.transformer.joint_attention_dim),
         }
 
-    def raw_latent_shape(self, canvas: Canvas, batch: int) -> tuple[int, ...]:
+    def raw_latent_shapes(self, canvas: Canvas, batch: int) -> Shapes:
         """(batch, channels, rows, columns), rows and columns even."""
         rows, columns = self.patches(canvas)
-        return (batch, self.vae.latent_channels, 2 * rows, 2 * columns)
+        return {"image": (batch, self.vae.latent_channels, 2 * rows, 2 * columns)}
 
-    def pack(self, raw: Tensor) -> Tensor:
+    def pack(self, part: str, raw: Tensor) -> Tensor:
         """(B, C, 2h, 2w) to (B, h*w, 4C)."""
+        del part
         return pack_patches(raw)
 
-    def unpack(self, latents: Tensor, raw_latent_shape: tuple[int, ...]) -> Tensor:
+    def unpack(self, part: str, latents: Tensor, raw_latent_shape: tuple[int, ...]) -> Tensor:
         """(B, h*w, 4C) to (B, C, 2h, 2w)."""
+        del part
         return unpack_patches(latents, *raw_latent_shape[1:])
 
-    def prepare_pos_cond_kwargs(
-        self,
-        embeds: Mapping[str, Tensor],
-        raw_latent_shape: tuple[int, ...],
-        sampling: Sampling,
-        condition_shape: tuple[int, ...] | None = None,
-    ) -> Mapping[str, Tensor | None]:
+    def prepare_pos_cond_kwargs(self, embeds: Parts, shapes: Shapes, sampling: Sampling) -> Keywords:
         """Guidance embedding of distilled models; positions (axis, row, column) of every token, all 0 for text."""
-        del condition_shape
-        batch, _, rows, columns = raw_latent_shape
+        batch, _, rows, columns = shapes["image"]
         guidance = None
         if self.transformer.guidance_embeds:
             guidance = torch.full((batch,), sampling.guidance_scale or 0.0, dtype=torch.float32)

@@ -5,14 +5,23 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 from torch import Tensor
 
 from common.errors import CheckpointError
 from configs.models.fields import ConfigFields
-from configs.pipeline_configs.base import StandardPipelineConfig
+from configs.pipeline_configs.base import (
+    NEGATIVE,
+    POSITIVE,
+    DecodingConfig,
+    DenoisingConfig,
+    GuidanceConfig,
+    Parts,
+    PreparationConfig,
+    Step,
+)
 
 if TYPE_CHECKING:
     from common.artifacts import Canvas, Prompt, Sampling
@@ -48,10 +57,13 @@ class SequenceShift:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PackedPipelineConfig(StandardPipelineConfig):
+class PackedPipelineConfig(GuidanceConfig, PreparationConfig, DenoisingConfig, DecodingConfig):
     """Callbacks for packed latents, true classifier-free guidance and a schedule shifted by size."""
 
     shift: SequenceShift
+
+    part_keywords: ClassVar[Mapping[str, str]] = {"image": "hidden_states"}
+    visual_part: ClassVar[str] = "image"
 
     @property
     @abstractmethod
@@ -77,13 +89,19 @@ class PackedPipelineConfig(StandardPipelineConfig):
         rows, columns = self.patches(canvas)
         return self.shift.mu(rows * columns)
 
-    def model_timestep(self, timestep: Tensor) -> Tensor:
+    def model_timestep(self, timesteps: Tensor) -> Tensor:
         """From [0, 1000] to [0, 1]."""
-        return timestep / 1000
+        return timesteps / 1000
 
-    def guide(self, positive: Tensor, negative: Tensor, sampling: Sampling) -> Tensor:
+    def guide(self, predictions: Mapping[str, Parts], latents: Parts, step: Step, sampling: Sampling) -> Parts:
         """True classifier-free guidance."""
-        return negative + (sampling.true_cfg_scale or 1.0) * (positive - negative)
+        del latents, step
+        positive, negative = predictions[POSITIVE]["image"], predictions[NEGATIVE]["image"]
+        return {"image": self.guided(positive, negative, sampling.true_cfg_scale or 1.0)}
+
+    def guided(self, positive: Tensor, negative: Tensor, scale: float) -> Tensor:
+        """Extrapolate from the negative prediction beyond the positive one; both (B, tokens, channels)."""
+        return negative + scale * (positive - negative)
 
 
 def pack_patches(raw: Tensor) -> Tensor:

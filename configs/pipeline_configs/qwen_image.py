@@ -14,6 +14,7 @@ from configs.models.dits.qwen_image import QwenImageTransformerConfig
 from configs.models.encoders.base import PromptText, Template, TextEncoding
 from configs.models.fields import ConfigFields
 from configs.models.vaes.qwen_image import AutoencoderKLQwenImageConfig
+from configs.pipeline_configs.base import Keywords, Parts, Shapes, TextConfig
 from configs.pipeline_configs.packed import (
     PackedPipelineConfig,
     SequenceShift,
@@ -40,8 +41,8 @@ TEMPLATE = Template(
 
 
 @dataclass(frozen=True, kw_only=True)
-class QwenImagePipelineConfig(PackedPipelineConfig):
-    """QwenImagePipeline's callbacks."""
+class QwenImageFamilyConfig(PackedPipelineConfig):
+    """The callbacks that QwenImagePipeline and QwenImageEditPipeline share."""
 
     transformer: QwenImageTransformerConfig
     vae: AutoencoderKLQwenImageConfig
@@ -75,48 +76,30 @@ class QwenImagePipelineConfig(PackedPipelineConfig):
         """The VAE's."""
         return self.vae.spatial_factor
 
-    @property
-    def text_encodings(self) -> tuple[TextEncoding, ...]:
-        """The language model's last states from the prompt on, without padding."""
-        qwen = TextEncoding(
-            keyword="encoder_hidden_states",
-            tokenizer="tokenizer",
-            encoder="text_encoder",
-            text=_prompt,
-            max_length=_max_sequence_length,
-            output=_from_the_prompt_on,
-            template=TEMPLATE,
-        )
-        return (qwen,)
-
     def conditioning_shapes(self) -> Mapping[str, tuple[int, ...]]:
         """A text of a usual length."""
         return {"encoder_hidden_states": (1, USUAL_TOKENS, self.transformer.joint_attention_dim)}
 
-    def raw_latent_shape(self, canvas: Canvas, batch: int) -> tuple[int, ...]:
+    def raw_latent_shapes(self, canvas: Canvas, batch: int) -> Shapes:
         """(batch, frames, channels, rows, columns): one frame; rows and columns even."""
         rows, columns = self.patches(canvas)
-        return (batch, 1, self.vae.z_dim, 2 * rows, 2 * columns)
+        return {"image": (batch, 1, self.vae.z_dim, 2 * rows, 2 * columns)}
 
-    def pack(self, raw: Tensor) -> Tensor:
+    def pack(self, part: str, raw: Tensor) -> Tensor:
         """(B, 1, C, 2h, 2w) to (B, h*w, 4C)."""
+        del part
         return pack_patches(raw[:, 0])
 
-    def unpack(self, latents: Tensor, raw_latent_shape: tuple[int, ...]) -> Tensor:
-        """(B, h*w, 4C) to what the VAE reads, which has frames after channels: (B, C, 1, 2h, 2w)."""
+    def unpack(self, part: str, latents: Tensor, raw_latent_shape: tuple[int, ...]) -> Tensor:
+        """(B, h*w, 4C) to the layout of the VAE, which has frames after channels: (B, C, 1, 2h, 2w)."""
+        del part
         return unpack_patches(latents, *raw_latent_shape[2:])[:, :, None]
 
-    def prepare_pos_cond_kwargs(
-        self,
-        embeds: Mapping[str, Tensor],
-        raw_latent_shape: tuple[int, ...],
-        sampling: Sampling,
-        condition_shape: tuple[int, ...] | None = None,
-    ) -> Mapping[str, Tensor | None]:
-        """Positions (picture, row, column) around each picture's middle; text goes on diagonally behind their edges."""
+    def prepare_pos_cond_kwargs(self, embeds: Parts, shapes: Shapes, sampling: Sampling) -> Keywords:
+        """Positions (image, row, column) around each image's centre; text positions continue diagonally after them."""
         del sampling
-        shapes = (raw_latent_shape, condition_shape) if condition_shape else (raw_latent_shape,)
-        grids = [(shape[-2] // 2, shape[-1] // 2) for shape in shapes]
+        ordered = [shapes[part] for part in ("image", "condition") if part in shapes]
+        grids = [(shape[-2] // 2, shape[-1] // 2) for shape in ordered]
         edge = max(side // 2 for grid in grids for side in grid)
         text = torch.arange(embeds["encoder_hidden_states"].shape[1], dtype=torch.float32)
         return {
@@ -124,9 +107,9 @@ class QwenImagePipelineConfig(PackedPipelineConfig):
             "img_ids": torch.cat([_positions(index, *grid) for index, grid in enumerate(grids)]),
         }
 
-    def guide(self, positive: Tensor, negative: Tensor, sampling: Sampling) -> Tensor:
-        """True classifier-free guidance, each token scaled back to the positive prediction's length."""
-        guided = super().guide(positive, negative, sampling)
+    def guided(self, positive: Tensor, negative: Tensor, scale: float) -> Tensor:
+        """True classifier-free guidance, each token rescaled to the norm of the positive prediction."""
+        guided = super().guided(positive, negative, scale)
         wanted, found = (torch.linalg.vector_norm(each, dim=-1, keepdim=True) for each in (positive, guided))
         rescaled: Tensor = guided * (wanted / found)
         return rescaled
@@ -143,6 +126,25 @@ class QwenImagePipelineConfig(PackedPipelineConfig):
             for values in (self.vae.latents_mean, self.vae.latents_std)
         )
         return mean, 1.0 / std
+
+
+@dataclass(frozen=True, kw_only=True)
+class QwenImagePipelineConfig(QwenImageFamilyConfig, TextConfig):
+    """QwenImagePipeline's callbacks."""
+
+    @property
+    def text_encodings(self) -> tuple[TextEncoding, ...]:
+        """The language model's last states from the prompt on, without padding."""
+        qwen = TextEncoding(
+            keyword="encoder_hidden_states",
+            tokenizer="tokenizer",
+            encoder="text_encoder",
+            text=_prompt,
+            max_length=_max_sequence_length,
+            output=_from_the_prompt_on,
+            template=TEMPLATE,
+        )
+        return (qwen,)
 
 
 def _positions(picture: int, rows: int, columns: int) -> Tensor:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from configs.models.encoders.base import ImageTextEncoding, Template
 from configs.models.vaes.qwen_image import given_size
-from configs.pipeline_configs.qwen_image import QwenImagePipelineConfig
+from configs.pipeline_configs.base import ImageLatentsConfig, ImageTextConfig, Parts, Shapes
+from configs.pipeline_configs.qwen_image import QwenImageFamilyConfig
 
 if TYPE_CHECKING:
     from common.artifacts import Canvas
@@ -30,11 +31,11 @@ EDIT_TEMPLATE = Template(
 
 
 @dataclass(frozen=True, kw_only=True)
-class QwenImageEditPipelineConfig(QwenImagePipelineConfig):
+class QwenImageEditPipelineConfig(QwenImageFamilyConfig, ImageTextConfig, ImageLatentsConfig):
     """QwenImageEditPipeline's callbacks, beside those of QwenImagePipeline."""
 
     module_loaders: ClassVar[Mapping[str, str]] = {
-        **QwenImagePipelineConfig.module_loaders,
+        **QwenImageFamilyConfig.module_loaders,
         "Qwen2_5_VLForConditionalGeneration": "models.encoders.qwen_vl:load_qwen_vl_model",
     }
 
@@ -57,29 +58,26 @@ class QwenImageEditPipelineConfig(QwenImagePipelineConfig):
         del canvas
         return given_size(*size)
 
-    def condition_shape(self, canvas: Canvas) -> tuple[int, ...]:
+    def condition_shapes(self, canvas: Canvas) -> Shapes:
         """That of a picture with the proportions of the one that is made."""
         side = self.pixels_per_latent
         height, width = given_size(canvas.height, canvas.width)
-        return (1, 1, self.vae.z_dim, height // side, width // side)
+        return {"condition": (1, 1, self.vae.z_dim, height // side, width // side)}
 
-    def image_latents(
-        self, encode: Callable[[Tensor], Tensor], pictures: Mapping[str, Tensor], canvas: Canvas
-    ) -> Tensor:
+    def image_latents(self, encode: Callable[[Tensor], Tensor], images: Mapping[str, Tensor], canvas: Canvas) -> Parts:
         """Normalised latents of the picture, frame before channels like the noise: (1, 1, C, 2h, 2w)."""
         del canvas
-        latents = encode(pictures["image"][:, :, None])
+        latents = encode(images["image"][:, :, None])
         mean, inverse = self._normalisation(latents)
-        return ((latents - mean) * inverse).transpose(1, 2)
+        return {"condition": ((latents - mean) * inverse).transpose(1, 2)}
 
-    def model_input(self, latents: Tensor, condition: Tensor | None) -> Tensor:
-        """The given picture's tokens behind those of the one that is made."""
-        assert condition is not None, "an edit starts from a picture"
-        return torch.cat((latents, condition), dim=1)
+    def model_input(self, latents: Parts, conditions: Parts) -> Parts:
+        """The tokens of the output, then the tokens of the input image."""
+        return {"image": torch.cat((latents["image"], conditions["condition"]), dim=1)}
 
-    def model_output(self, prediction: Tensor, latents: Tensor) -> Tensor:
-        """Without the given picture's tokens."""
-        return prediction[:, : latents.shape[1]]
+    def model_output(self, predictions: Parts, latents: Parts) -> Parts:
+        """Without the input image's tokens."""
+        return {"image": predictions["image"][:, : latents["image"].shape[1]]}
 
     def _positions_beside(self, height: int, width: int) -> int:
         """How many text tokens have positions next to a picture of that size (pixels)."""

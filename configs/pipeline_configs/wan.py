@@ -17,7 +17,17 @@ from configs.models.dits.wan import WanTransformerConfig
 from configs.models.encoders.base import PromptText, TextEncoding
 from configs.models.fields import ConfigFields
 from configs.models.vaes.wan import AutoencoderKLWanConfig
-from configs.pipeline_configs.base import StandardPipelineConfig
+from configs.pipeline_configs.base import (
+    NEGATIVE,
+    POSITIVE,
+    ImageLatentsConfig,
+    Keywords,
+    Parts,
+    Shapes,
+    StandardPipelineConfig,
+    Step,
+    VisionConfig,
+)
 
 if TYPE_CHECKING:
     from common.artifacts import Canvas, Prompt, Sampling
@@ -33,7 +43,8 @@ class WanPipelineConfig(StandardPipelineConfig):
     transformer: WanTransformerConfig
     vae: AutoencoderKLWanConfig
 
-    latent_part: ClassVar[str] = "video"
+    part_keywords: ClassVar[Mapping[str, str]] = {"video": "hidden_states"}
+    visual_part: ClassVar[str] = "video"
     module_loaders: ClassVar[Mapping[str, str]] = {
         "WanTransformer3DModel": "models.dits.wan:load_wan_transformer",
         "AutoencoderKLWan": "models.vaes.wan:load_wan_vae",
@@ -81,16 +92,16 @@ class WanPipelineConfig(StandardPipelineConfig):
         del prompt
         return (sampling.guidance_scale or 0.0) > 1.0
 
-    @property
-    def noise_dtype(self) -> torch.dtype:
+    def noise_dtype(self, requested: torch.dtype) -> torch.dtype:
         """float32 always."""
+        del requested
         return torch.float32
 
-    def raw_latent_shape(self, canvas: Canvas, batch: int) -> tuple[int, ...]:
+    def raw_latent_shapes(self, canvas: Canvas, batch: int) -> Shapes:
         """(batch, channels, latent frames, rows, columns)."""
         side = self.vae.spatial_factor
         frames = self.vae.latent_frames(canvas.num_frames)
-        return (batch, self.vae.z_dim, frames, canvas.height // side, canvas.width // side)
+        return {"video": (batch, self.vae.z_dim, frames, canvas.height // side, canvas.width // side)}
 
     def sigmas(self, sampling: Sampling) -> Sequence[float] | None:
         """The scheduler's own."""
@@ -102,34 +113,25 @@ class WanPipelineConfig(StandardPipelineConfig):
         del canvas
         return None
 
-    def model_input(self, latents: Tensor, condition: Tensor | None) -> Tensor:
-        """In the weights' type; mask and latents of pictures are further channels."""
-        given = latents if condition is None else torch.cat((latents, condition), dim=1)
-        return given.to(self.dtype)
+    def model_timestep(self, timesteps: Tensor) -> Tensor:
+        """The schedule's whole numbers in [0, 1000)."""
+        return timesteps
 
-    def model_timestep(self, timestep: Tensor) -> Tensor:
-        """The whole number in [0, 1000) that the schedule has."""
-        return timestep
-
-    def prepare_pos_cond_kwargs(
-        self,
-        embeds: Mapping[str, Tensor],
-        raw_latent_shape: tuple[int, ...],
-        sampling: Sampling,
-        condition_shape: tuple[int, ...] | None = None,
-    ) -> Mapping[str, Tensor | None]:
+    def prepare_pos_cond_kwargs(self, embeds: Parts, shapes: Shapes, sampling: Sampling) -> Keywords:
         """None: positions follow from the latents' shape, and guidance is not embedded."""
-        del embeds, raw_latent_shape, sampling, condition_shape
+        del embeds, shapes, sampling
         return {}
 
-    def guide(self, positive: Tensor, negative: Tensor, sampling: Sampling) -> Tensor:
+    def guide(self, predictions: Mapping[str, Parts], latents: Parts, step: Step, sampling: Sampling) -> Parts:
         """Classifier-free guidance."""
-        return negative + (sampling.guidance_scale or 0.0) * (positive - negative)
+        del latents, step
+        positive, negative = predictions[POSITIVE]["video"], predictions[NEGATIVE]["video"]
+        return {"video": negative + (sampling.guidance_scale or 0.0) * (positive - negative)}
 
     def vae_latents(self, raw: Tensor) -> Tensor:
-        """Undo the normalisation of each channel, in the weights' type."""
-        mean, inverse = self._normalisation(raw.device, self.dtype)
-        return raw.to(self.dtype) / inverse + mean
+        """Undo the normalisation of each channel."""
+        mean, inverse = self._normalisation(raw.device, raw.dtype)
+        return raw / inverse + mean
 
     def _normalisation(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Mean and 1 / std of the latent channels, (1, z, 1, 1, 1)."""
@@ -141,7 +143,7 @@ class WanPipelineConfig(StandardPipelineConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class WanImageToVideoPipelineConfig(WanPipelineConfig):
+class WanImageToVideoPipelineConfig(WanPipelineConfig, VisionConfig, ImageLatentsConfig):
     """WanImageToVideoPipeline's callbacks: beside the noise, the mask of what is given and its latents.
 
     `vision_tokens_of_picture` is how many the vision encoder makes of one.
@@ -172,10 +174,14 @@ class WanImageToVideoPipelineConfig(WanPipelineConfig):
             shapes["encoder_hidden_states_image"] = (1, tokens, self.transformer.image_dim)
         return shapes
 
-    def condition_shape(self, canvas: Canvas) -> tuple[int, ...]:
+    def condition_shapes(self, canvas: Canvas) -> Shapes:
         """Mask and latents, as large as the video's."""
-        batch, channels, *grid = self.raw_latent_shape(canvas, 1)
-        return (batch, self.vae.temporal_factor + channels, *grid)
+        batch, channels, *grid = self.raw_latent_shapes(canvas, 1)["video"]
+        return {"condition": (batch, self.vae.temporal_factor + channels, *grid)}
+
+    def model_input(self, latents: Parts, conditions: Parts) -> Parts:
+        """Mask and latents of the images are further channels."""
+        return {"video": torch.cat((latents["video"], conditions["condition"]), dim=1)}
 
     def vision_tokens(self, hidden_states: Sequence[Tensor]) -> Mapping[str, Tensor]:
         """The last layer but one; tokens of first and last frame behind each other. Raises InvalidInput if they differ.
@@ -189,19 +195,17 @@ class WanImageToVideoPipelineConfig(WanPipelineConfig):
             raise InvalidInput(message, field="image")
         return {"encoder_hidden_states_image": tokens}
 
-    def image_latents(
-        self, encode: Callable[[Tensor], Tensor], pictures: Mapping[str, Tensor], canvas: Canvas
-    ) -> Tensor:
+    def image_latents(self, encode: Callable[[Tensor], Tensor], images: Mapping[str, Tensor], canvas: Canvas) -> Parts:
         """Mask and normalised latents of a video that is grey where no frame is given; float32 (1, 4 + z, ...)."""
         frames = canvas.num_frames
-        first, last = pictures["image"][:, :, None], pictures.get("last_image")
+        first, last = images["image"][:, :, None], images.get("last_image")
         given = 1 if last is None else 2
         grey = first.new_zeros(*first.shape[:2], max(frames - given, 0), *first.shape[3:])
         video = [first, grey] if last is None else [first, grey, last[:, :, None]]
         latents = encode(torch.cat(video, dim=2)).float()
         mean, inverse = self._normalisation(latents.device, latents.dtype)
         mask = self._mask(frames, last is not None, latents)
-        return torch.cat((mask, (latents - mean) * inverse), dim=1)
+        return {"condition": torch.cat((mask, (latents - mean) * inverse), dim=1)}
 
     def _mask(self, frames: int, has_last: bool, latents: Tensor) -> Tensor:
         """1 where a frame is given: (1, 4, latent frames, rows, columns). The first frame counts four times."""

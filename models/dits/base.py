@@ -1,26 +1,45 @@
-"""What all diffusion transformers share: work that a request needs once is apart from work that every step needs."""
+"""The interface of all diffusion transformers: work of a request is separate from the work of every step."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from models.layers.step_cache import CacheUse
 
+Predictions = Mapping[str, Tensor]
+"""A prediction for each latents argument of predict(), under the argument's name."""
+
+
+@dataclass(frozen=True)
+class MemorySpec:
+    """A tensor that predict() reads and updates in place, such as a KV cache: at a fixed address, zeros at first."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def byte_size(self) -> int:
+        """Size in bytes."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a request's steps need besides the latents.
+    """Inputs of a request's steps besides the latents.
 
-    `steps` (steps, B, ...) has what depends on the timestep, a row a step; `constants` are predict()'s other keywords.
+    `steps` are tensors (steps, ...), with a row for each step, `constants` the same for all steps; both are keywords of
+    predict(), and so is `memory`, which the caller allocates.
     """
 
-    steps: Tensor
+    steps: Mapping[str, Tensor]
     constants: Mapping[str, Tensor]
+    memory: Mapping[str, MemorySpec] = field(default_factory=dict)
 
 
 class DiffusionTransformer(nn.Module, ABC):
@@ -31,17 +50,20 @@ class DiffusionTransformer(nn.Module, ABC):
 
     @abstractmethod
     def prepare(self, timesteps: Tensor, **conditioning: Any) -> Prepared:
-        """All that does not depend on the latents, for timesteps (steps, B) and forward's other keywords.
+        """Compute what does not depend on the latents, for timesteps (steps, B) and forward's other keywords.
 
         Embedding every step's timestep at once reads the weights for it once a request, instead of once a step.
         """
 
     @abstractmethod
-    def predict(
-        self, hidden_states: Tensor, modulation: Tensor, *, use: CacheUse | None = None, **constants: Any
-    ) -> Tensor:
-        """The prediction for latents, with a row of Prepared.steps and Prepared.constants.
+    def predict(self, *, use: CacheUse | None = None, **inputs: Any) -> Predictions:
+        """Predict for latents, with a row of Prepared.steps, Prepared.constants and the memory.
 
-        A function of its tensors, without a look at their values: a CUDA graph can hold it. `use` says what to
-        do with a step cache, where there is one.
+        A function of its tensors that never reads their values on the host, so that a CUDA graph can capture it. `use`
+        says how a step cache is used, if there is one. Other keywords than those of latents, rows, constants and memory
+        are the static flags of a branch.
         """
+
+    @abstractmethod
+    def residual_elements(self, latents: Mapping[str, Tensor], constants: Mapping[str, Tensor]) -> int:
+        """An upper bound of the elements in the residual stream (B, S, D) of a prediction for these latents."""

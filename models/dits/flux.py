@@ -8,7 +8,7 @@ Parameter names are the checkpoint's. Parallel forms are decided beside the mode
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import TYPE_CHECKING, ClassVar
 
@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from configs.models.dits.flux import FluxTransformerConfig
-from models.dits.base import DiffusionTransformer, Prepared
+from models.dits.base import DiffusionTransformer, Predictions, Prepared
 from models.dits.flux_plan import FLUX_PLAN
-from models.dits.joint_stream import through_joint_blocks
+from models.dits.joint_stream import joint_residual_elements, through_joint_blocks
 from models.layers.embeddings import EmbeddingMLP, sinusoidal_embedding
 from models.layers.feed_forward import FeedForward
 from models.layers.joint_attention import JointAttention, block_modulations, joint_block
@@ -147,7 +147,8 @@ class FluxTransformer2DModel(DiffusionTransformer):
         prepared = self.prepare(
             timestep[None], encoder_hidden_states, pooled_projections, guidance, img_ids=img_ids, txt_ids=txt_ids
         )
-        return self.predict(hidden_states, prepared.steps[0], use=None, **prepared.constants)
+        modulation = prepared.steps["modulation"][0]
+        return self.predict(hidden_states, modulation, use=None, **prepared.constants)["hidden_states"]
 
     def prepare(  # type: ignore[override]  # which keywords there are differs by model
         self,
@@ -166,7 +167,10 @@ class FluxTransformer2DModel(DiffusionTransformer):
         modulations = torch.cat([each.linear(activated_BD) for each in self._modulations()], dim=1)
         rotation = rotary_embedding(torch.cat((txt_ids, img_ids)), self.axes_dims)
         text_BTD = self.context_embedder(encoder_hidden_states)
-        return Prepared(modulations.view(steps, batch, -1), {"text_BTD": text_BTD, **rotation.tensors()})
+        return Prepared(
+            steps={"modulation": modulations.view(steps, batch, -1)},
+            constants={"text_BTD": text_BTD, **rotation.tensors()},
+        )
 
     def predict(  # type: ignore[override]  # which constants there are differs by model
         self,
@@ -176,14 +180,17 @@ class FluxTransformer2DModel(DiffusionTransformer):
         cos: Tensor,
         sin: Tensor,
         use: CacheUse | None = None,
-    ) -> Tensor:
+    ) -> Predictions:
         """Velocity (B, I, channels), with a step's modulations (B, M)."""
         blocks = (*self.transformer_blocks, *self.single_transformer_blocks)
         normed = through_joint_blocks(
             self.x_embedder(hidden_states), text_BTD, modulation, Rotation(cos, sin), blocks, self.final_norm, use
         )
-        velocity: Tensor = self.proj_out(normed)
-        return velocity
+        return {"hidden_states": self.proj_out(normed)}
+
+    def residual_elements(self, latents: Mapping[str, Tensor], constants: Mapping[str, Tensor]) -> int:
+        """Text and image tokens."""
+        return joint_residual_elements(latents["hidden_states"], constants["text_BTD"])
 
     def _modulations(self) -> Iterator[ModulationLinear]:
         """In the order in which predict() takes their parts."""

@@ -33,5 +33,5 @@ FLUX_PLAN = ParallelPlan(
         Cut("prepare", "img_ids", "image", dim=0),
         Cut("predict", "hidden_states", "image"),
     ),
-    join=Join("predict", "image"),
+    joins=(Join("predict", "image", result="hidden_states"),),
 )

@@ -36,3 +36,9 @@ def through_joint_blocks(
     scale, shift = (Streams.same(part) for part in parts[-2:])
     _, normed = final_norm.after(residual, scale, shift, boundary)
     return normed[:, boundary:]
+
+
+def joint_residual_elements(image_BIC: Tensor, text_BTD: Tensor) -> int:
+    """Elements of the residual stream (B, T + I, D)."""
+    batch, _, size = text_BTD.shape
+    return batch * (text_BTD.shape[1] + image_BIC.shape[1]) * size

@@ -8,7 +8,7 @@ hidden size, M all modulations. Parameter names are the checkpoint's.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from configs.models.dits.qwen_image import QwenImageTransformerConfig
-from models.dits.base import DiffusionTransformer, Prepared
-from models.dits.joint_stream import through_joint_blocks
+from models.dits.base import DiffusionTransformer, Predictions, Prepared
+from models.dits.joint_stream import joint_residual_elements, through_joint_blocks
 from models.dits.qwen_image_plan import QWEN_IMAGE_PLAN
 from models.layers.embeddings import EmbeddingMLP, sinusoidal_embedding
 from models.layers.feed_forward import FeedForward
@@ -122,7 +122,8 @@ class QwenImageTransformer2DModel(DiffusionTransformer):
         positions (tokens, 3).
         """
         prepared = self.prepare(timestep[None], encoder_hidden_states, img_ids, txt_ids)
-        return self.predict(hidden_states, prepared.steps[0], use=None, **prepared.constants)
+        modulation = prepared.steps["modulation"][0]
+        return self.predict(hidden_states, modulation, use=None, **prepared.constants)["hidden_states"]
 
     def prepare(  # type: ignore[override]  # which keywords there are differs by model
         self, timesteps: Tensor, encoder_hidden_states: Tensor, img_ids: Tensor, txt_ids: Tensor
@@ -132,7 +133,10 @@ class QwenImageTransformer2DModel(DiffusionTransformer):
         modulations = torch.cat([each(activated_BD) for each in self._modulations()], dim=1)
         rotation = rotary_embedding(torch.cat((txt_ids, img_ids)), self.axes_dims)
         text_BTD = self.txt_in(self.txt_norm(encoder_hidden_states))
-        return Prepared(modulations.view(*timesteps.shape, -1), {"text_BTD": text_BTD, **rotation.tensors()})
+        return Prepared(
+            steps={"modulation": modulations.view(*timesteps.shape, -1)},
+            constants={"text_BTD": text_BTD, **rotation.tensors()},
+        )
 
     def predict(  # type: ignore[override]  # which constants there are differs by model
         self,
@@ -142,7 +146,7 @@ class QwenImageTransformer2DModel(DiffusionTransformer):
         cos: Tensor,
         sin: Tensor,
         use: CacheUse | None = None,
-    ) -> Tensor:
+    ) -> Predictions:
         """Velocity (B, I, token channels), with a step's modulations (B, M)."""
         normed = through_joint_blocks(
             self.img_in(hidden_states),
@@ -153,8 +157,11 @@ class QwenImageTransformer2DModel(DiffusionTransformer):
             self.final_norm,
             use,
         )
-        velocity: Tensor = self.proj_out(normed)
-        return velocity
+        return {"hidden_states": self.proj_out(normed)}
+
+    def residual_elements(self, latents: Mapping[str, Tensor], constants: Mapping[str, Tensor]) -> int:
+        """Text and image tokens."""
+        return joint_residual_elements(latents["hidden_states"], constants["text_BTD"])
 
     def _modulations(self) -> Iterator[nn.Module]:
         """In the order in which predict() takes their parts."""

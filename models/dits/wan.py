@@ -10,7 +10,7 @@ compute in float32, and their weights are kept in it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, ClassVar
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, layer_norm, silu
 
 from configs.models.dits.wan import WanTransformerConfig
-from models.dits.base import DiffusionTransformer, Prepared
+from models.dits.base import DiffusionTransformer, Predictions, Prepared
 from models.dits.wan_plan import WAN_PLAN
 from models.layers.attention import attention
 from models.layers.embeddings import EmbeddingMLP, sinusoidal_embedding
@@ -246,7 +246,8 @@ class WanTransformer3DModel(DiffusionTransformer):
         (B, V, image_dim), the tokens of first and last frame behind each other where there are two.
         """
         prepared = self.prepare(timestep[None], encoder_hidden_states, encoder_hidden_states_image)
-        return self.predict(hidden_states, prepared.steps[0], use=None, **prepared.constants)
+        modulation = prepared.steps["modulation"][0]
+        return self.predict(hidden_states, modulation, use=None, **prepared.constants)["hidden_states"]
 
     def prepare(  # type: ignore[override]  # which keywords there are differs by model
         self,
@@ -271,7 +272,7 @@ class WanTransformer3DModel(DiffusionTransformer):
             assert embed.image_embedder is not None, "image tokens in a model that takes none"
             image_BVD = embed.image_embedder(encoder_hidden_states_image)
             constants["image_kv"] = torch.stack([each.image_keys_and_values(image_BVD) for each in cross])
-        return Prepared(steps, constants)
+        return Prepared({"modulation": steps}, constants)
 
     def predict(  # type: ignore[override]  # which constants there are differs by model
         self,
@@ -280,13 +281,23 @@ class WanTransformer3DModel(DiffusionTransformer):
         text_kv: Tensor,
         image_kv: Tensor | None = None,
         use: CacheUse | None = None,
-    ) -> Tensor:
+    ) -> Predictions:
         """Velocity (B, out_channels, frames, rows, columns), with a step's modulations (B, 6 * blocks + 2, D)."""
-        grid = tuple(size // patch for size, patch in zip(hidden_states.shape[2:], self.patch_size, strict=True))
+        grid = self._grid(hidden_states)
         rotation = _rotation(grid, self.axes_dims, hidden_states.device)
         x_BSD = self.patch_embedding(hidden_states).flatten(2).transpose(1, 2).contiguous()
         tokens = self.tokens(x_BSD, modulation, text_kv, image_kv, use=use, **rotation.tensors())
-        return self._unpatchify(tokens, grid)
+        return {"hidden_states": self._unpatchify(tokens, grid)}
+
+    def residual_elements(self, latents: Mapping[str, Tensor], constants: Mapping[str, Tensor]) -> int:
+        """Video tokens of all ranks."""
+        del constants
+        video = latents["hidden_states"]
+        return len(video) * math.prod(self._grid(video)) * self.final_norm.size
+
+    def _grid(self, hidden_states: Tensor) -> tuple[int, ...]:
+        """Frames, rows and columns of patches."""
+        return tuple(size // patch for size, patch in zip(hidden_states.shape[2:], self.patch_size, strict=True))
 
     def tokens(
         self,

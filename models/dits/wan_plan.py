@@ -17,5 +17,5 @@ WAN_PLAN = ParallelPlan(
         Cut("tokens", "cos", "video", dim=0),
         Cut("tokens", "sin", "video", dim=0),
     ),
-    join=Join("tokens", "video"),
+    joins=(Join("tokens", "video"),),
 )

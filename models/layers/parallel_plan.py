@@ -22,11 +22,15 @@ class Cut:
 
 @dataclass(frozen=True)
 class Join:
-    """A method of the model whose result is a chunk of a stream, along `dim`, and is joined."""
+    """A method of the model that returns a chunk of a stream, along `dim`, which is gathered.
+
+    `result` names the chunk where the method returns a mapping; None: the method returns the chunk itself.
+    """
 
     method: str
     stream: str
     dim: int = 1
+    result: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +40,7 @@ class ParallelPlan:
     `column` layers keep some of their outputs; `row` layers take some inputs; `gathered` layers compute some outputs
     and give all; `norms` (RMS) are over outputs of column layers. What is not named is whole on every rank. `segments`
     are those of a layer whose inputs or outputs have parts of different meaning, as ratios. `attention` are the calls
-    of attention among tokens that are cut; `cuts` and `join` are where that begins and ends.
+    of attention among tokens that are cut; `cuts` and `joins` are where that begins and ends.
     """
 
     column: tuple[str, ...]
@@ -46,7 +50,7 @@ class ParallelPlan:
     segments: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     attention: tuple[str, ...]
     cuts: tuple[Cut, ...]
-    join: Join
+    joins: tuple[Join, ...]
 
     @property
     def block_linears(self) -> tuple[str, ...]:

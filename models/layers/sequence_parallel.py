@@ -34,10 +34,10 @@ def shard_methods(model: nn.Module, plan: ParallelPlan, mesh: WorkerMesh, shards
 
     def sharded(name: str) -> _Sharded:
         cuts = tuple(cut for cut in plan.cuts if cut.method == name)
-        joined = _Joined(plan.join, shards, mesh) if plan.join.method == name else None
+        joined = tuple(_Joined(join, shards, mesh) for join in plan.joins if join.method == name)
         return _Sharded(getattr(model, name), cuts, joined, shards)
 
-    methods = {cut.method for cut in plan.cuts} | {plan.join.method, "prepare", "predict"}
+    methods = {cut.method for cut in plan.cuts} | {join.method for join in plan.joins} | {"prepare", "predict"}
     replaced: dict[str, Callable[..., Any]] = {name: sharded(name) for name in methods}
     replaced["prepare"] = _Preparing(replaced["prepare"], prepared, shards)
     replaced["predict"] = _Predicting(replaced["predict"], prepared, shards)
@@ -49,7 +49,7 @@ class _Sharded:
     """A method that gets this rank's chunks of some arguments, and whose result may be joined."""
 
     def __init__(
-        self, method: Callable[..., Any], cuts: tuple[Cut, ...], joined: _Joined | None, shards: SequenceShards
+        self, method: Callable[..., Any], cuts: tuple[Cut, ...], joined: tuple[_Joined, ...], shards: SequenceShards
     ) -> None:
         self._method = method
         self._signature = inspect.signature(method)
@@ -62,7 +62,9 @@ class _Sharded:
         for cut in self._cuts:
             given.arguments[cut.argument] = self._shards.local(given.arguments[cut.argument], cut.dim, cut.stream)
         result = self._method(*given.args, **given.kwargs)
-        return result if self._joined is None else self._joined(result)
+        for joined in self._joined:
+            result = joined(result)
+        return result
 
 
 class _Preparing:
@@ -75,8 +77,9 @@ class _Preparing:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Prepared:
         prepared = self._method(*args, **kwargs)
+        device = next(iter(prepared.steps.values())).device
         lengths = {
-            _LENGTH.format(stream): torch.empty(self._shards.length(stream), 0, device=prepared.steps.device)
+            _LENGTH.format(stream): torch.empty(self._shards.length(stream), 0, device=device)
             for stream in self._streams
         }
         return replace(prepared, constants={**prepared.constants, **lengths})
@@ -85,12 +88,12 @@ class _Preparing:
 class _Predicting:
     """predict(), for streams of the lengths that were prepared."""
 
-    def __init__(self, method: Callable[..., Tensor], streams: list[str], shards: SequenceShards) -> None:
+    def __init__(self, method: Callable[..., Any], streams: list[str], shards: SequenceShards) -> None:
         self._method = method
         self._streams = streams
         self._shards = shards
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         for stream in self._streams:
             self._shards.set_length(stream, len(kwargs.pop(_LENGTH.format(stream))))
         return self._method(*args, **kwargs)
@@ -104,7 +107,12 @@ class _Joined:
         self._shards = shards
         self._ulysses, self._ring = mesh.axis("ulysses"), mesh.axis("ring")
 
-    def __call__(self, chunk: Tensor) -> Tensor:
+    def __call__(self, returned: Any) -> Any:
+        """What the method returned, with the whole stream in place of the chunk."""
+        name = self._join.result
+        return self._whole(returned) if name is None else {**returned, name: self._whole(returned[name])}
+
+    def _whole(self, chunk: Tensor) -> Tensor:
         sizes, ranks = self._shards.of(self._join.stream), self._ulysses.size
         groups = [sizes[first : first + ranks] for first in range(0, len(sizes), ranks)]
         if ranks > 1:

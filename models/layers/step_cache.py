@@ -23,20 +23,21 @@ Block = Callable[[Residual], Residual]
 
 
 class StepCache:
-    """What one branch of one request keeps of the last step that it computed.
+    """The last computed step of one branch of one request.
 
-    Tensors stay where they are once they are there, so that CUDA graphs find them. `axes` are those whose ranks hold
+    Tensors stay where they are once they are there, so that CUDA graphs find them. The caller sets `is_filled` once a
+    step has been computed: the replay of a graph runs no code here. `axes` are those whose ranks hold
     parts of the tokens or weights, and must come to the same decision.
     """
 
     def __init__(self, axes: Sequence[Axis] = ()) -> None:
         self._axes = tuple(axis for axis in axes if axis.size > 1)
         self._kept: _Kept | None = None
+        self.is_filled = False
 
-    @property
-    def is_filled(self) -> bool:
-        """Whether a step has been computed."""
-        return self._kept is not None
+    def reset(self) -> None:
+        """Forget the steps of the last request; the tensors stay where they are."""
+        self.is_filled = False
 
     def change(self) -> float:
         """How much the first block's part of the step differs from that of the last computed one; waits for it.
@@ -63,17 +64,6 @@ class StepCache:
             sums = all_reduce(sums, axis)
         self._kept.change.copy_(sums[0] / sums[1])
         return self._kept.rest
-
-    def copy(self) -> StepCache:
-        """The same in memory of its own."""
-        cache = StepCache(self._axes)
-        cache.load(self)
-        return cache
-
-    def load(self, other: StepCache) -> None:
-        """Take over what another one of the same shapes remembers."""
-        if other._kept is not None:
-            self.keep(other._kept.first, other._kept.rest)
 
 
 class _Kept(NamedTuple):

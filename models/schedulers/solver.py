@@ -15,10 +15,12 @@ from models.schedulers.support import check_scheduler
 
 
 class Solver(Protocol):
-    """The solver of one request. Its step counter starts where it was built or restored."""
+    """The solver of one latent part of a request. Its step counter starts where it was built or restored."""
 
-    def step(self, prediction: Tensor, timestep: Tensor, latents: Tensor) -> Tensor:
-        """Latents after the next step, in the prediction's type."""
+    def step(
+        self, prediction: Tensor, timestep: Tensor, latents: Tensor, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Latents after the next step, in the prediction's dtype. Only stochastic solvers draw from the generator."""
 
     def state(self) -> Mapping[str, Tensor]:
         """What it remembers besides the step counter: a multistep solver's history, on the device, never written to."""
@@ -36,8 +38,11 @@ class FlowMatchEulerSolver:
         self._scheduler.sigmas = schedule.sigmas
         self.restore(0, {})
 
-    def step(self, prediction: Tensor, timestep: Tensor, latents: Tensor) -> Tensor:
+    def step(
+        self, prediction: Tensor, timestep: Tensor, latents: Tensor, generator: torch.Generator | None = None
+    ) -> Tensor:
         """latents + (next sigma - sigma) * velocity, in float32."""
+        del generator
         stepped: Tensor = self._scheduler.step(prediction, timestep, latents, return_dict=False)[0]
         return stepped
 
@@ -67,8 +72,11 @@ class UniPCSolver:
         self._device = torch.device("cpu")
         self.restore(0, {})
 
-    def step(self, prediction: Tensor, timestep: Tensor, latents: Tensor) -> Tensor:
-        """Correct the latents, then predict the next ones; in the latents' type."""
+    def step(
+        self, prediction: Tensor, timestep: Tensor, latents: Tensor, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Correct the latents, then predict the next ones; in the latents' dtype."""
+        del generator
         self._move(latents.device)
         stepped: Tensor = self._scheduler.step(prediction, timestep, latents, return_dict=False)[0]
         return stepped

@@ -12,12 +12,13 @@ from common.artifacts import Canvas, ParamValue, Sampling, Schedule
 from common.errors import CheckpointError, InvalidInput
 from common.stage import Call
 from models.contracts import TimestepPreparationInput
+from models.runtime import Runtime
 from models.schedulers.solver import solver_class
 from models.schedulers.support import SCHEDULERS
 from models.stages.timestep_preparation import TimestepPreparationStage
 
 if TYPE_CHECKING:
-    from configs.pipeline_configs.base import StandardPipelineConfig
+    from configs.pipeline_configs.base import PreparationConfig
     from models.catalog import ServedModel
 
 # What Diffusers' schedulers raise for configurations and steps that they cannot run.
@@ -29,7 +30,7 @@ _MOST_LETTERS = 400
 _log = logging.getLogger(__name__)
 
 
-def try_schedules(model: ServedModel, config: StandardPipelineConfig, scheduler: Any) -> None:
+def try_schedules(model: ServedModel, config: PreparationConfig, scheduler: Any) -> None:
     """Build the schedules of the default number of steps, of 2 and of 1, and take their steps with small latents.
 
     Numbers of steps that the model's parameters refuse are left out. A schedule of 1 step whose noise levels are not
@@ -55,8 +56,8 @@ def try_schedules(model: ServedModel, config: StandardPipelineConfig, scheduler:
             raise _refusal(model, scheduler, sampling, error) from error
 
 
-def _run(config: StandardPipelineConfig, scheduler: Any, canvas: Canvas, sampling: Sampling) -> None:
-    stage = TimestepPreparationStage(config, {"scheduler": scheduler})
+def _run(config: PreparationConfig, scheduler: Any, canvas: Canvas, sampling: Sampling) -> None:
+    stage = TimestepPreparationStage(config, Runtime(), {"scheduler": scheduler})
     prepared = stage.run(TimestepPreparationInput(canvas=canvas, sampling=sampling), Call("schedule-trial"))
     if type(scheduler).__name__ in SCHEDULERS:
         _take_steps(scheduler, prepared.schedule)

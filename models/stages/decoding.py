@@ -12,9 +12,10 @@ from torch import Tensor
 from common.artifacts import LatentPart, Media, MediaItem
 from common.errors import InternalError, InvalidInput
 from common.stage import Call, PipelineStage
-from configs.pipeline_configs.base import StandardPipelineConfig
+from configs.pipeline_configs.base import DecodingConfig
 from models.contracts import DecodingInput, DecodingOutput
 from models.media import MP4, PNG, SAFETENSORS, mp4_bytes, png_bytes
+from models.runtime import Runtime
 
 _DEFAULT_FRAME_RATE = 16.0
 
@@ -25,15 +26,17 @@ class DecodingStage(PipelineStage[DecodingInput, DecodingOutput]):
     The VAE of a video model decodes frame by frame, and each frame is encoded while the next one is decoded.
     """
 
-    def __init__(self, config: StandardPipelineConfig, modules: Mapping[str, Any]) -> None:
+    def __init__(self, config: DecodingConfig, runtime: Runtime, modules: Mapping[str, Any]) -> None:
         self._config = config
+        self._device = runtime.device
+        self._dtype = config.dtype_of("vae", runtime.dtype)
         self._vae = modules["vae"]
 
     @torch.inference_mode()
     def run(self, x: DecodingInput, call: Call) -> DecodingOutput:
         """The finished files. Raises InvalidInput for a format that this model does not make."""
-        part = x.denoised_latents.parts[self._config.latent_part]
-        is_video = self._config.latent_part == "video"
+        part = x.denoised_latents.parts[self._config.visual_part]
+        is_video = self._config.visual_part == "video"
         match x.canvas.output_format:
             case "safetensors":
                 pixels = self._video_tensor(part, x, call) if is_video else self._images(part, call)
@@ -51,8 +54,7 @@ class DecodingStage(PipelineStage[DecodingInput, DecodingOutput]):
 
     def _images(self, part: LatentPart, call: Call) -> Tensor:
         """Pixels of all outputs, (outputs, 3, height, width)."""
-        raw = self._config.unpack(part.latents.to(self._config.device), part.raw_latent_shape)
-        decoded: Tensor = self._vae.decode(self._config.vae_latents(raw), return_dict=False)[0]
+        decoded: Tensor = self._vae.decode(self._vae_latents(part.latents, part.raw_latent_shape), return_dict=False)[0]
         # An image from the VAE of a video model is a video of one frame.
         pixels = _pixels(decoded[:, :, 0] if decoded.ndim == 5 else decoded)
         call.progress(1, 1)
@@ -61,11 +63,14 @@ class DecodingStage(PipelineStage[DecodingInput, DecodingOutput]):
     def _frames(self, part: LatentPart, index: int, x: DecodingInput, call: Call) -> Iterator[Tensor]:
         """Pixels of one output, frame by frame, (3, height, width)."""
         shape, total = part.raw_latent_shape, x.canvas.num_frames * part.latents.shape[0]
-        latents = part.latents[index : index + 1].to(self._config.device)
-        raw = self._config.unpack(latents, (1, *shape[1:]))
-        for number, frame in enumerate(self._vae.decode(self._config.vae_latents(raw)), index * x.canvas.num_frames):
+        latents = self._vae_latents(part.latents[index : index + 1], (1, *shape[1:]))
+        for number, frame in enumerate(self._vae.decode(latents), index * x.canvas.num_frames):
             yield _pixels(frame)
             call.progress(number + 1, total)
+
+    def _vae_latents(self, latents: Tensor, raw_latent_shape: tuple[int, ...]) -> Tensor:
+        raw = self._config.unpack(self._config.visual_part, latents.to(self._device), raw_latent_shape)
+        return self._config.vae_latents(raw.to(self._dtype))
 
     def _video_tensor(self, part: LatentPart, x: DecodingInput, call: Call) -> Tensor:
         """Pixels of all outputs, (outputs, frames, 3, height, width)."""

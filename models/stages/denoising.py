@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
-from contextlib import closing
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -13,35 +13,50 @@ import torch
 from prometheus_client import Counter
 from torch import Tensor
 
-from common.artifacts import Conditioning, DenoiseState, LatentPart, Latents, Sampling
+from common.artifacts import Conditioning
 from common.errors import InvalidInput
 from common.stage import Call, PipelineStage
-from configs.pipeline_configs.base import StandardPipelineConfig
+from configs.pipeline_configs.base import NEGATIVE, DenoisingConfig, Parts, Shapes, Step
 from models.contracts import DenoisingInput, DenoisingOutput
-from models.layers.mesh import Axis
-from models.schedulers.solver import Solver, solver_class
+from models.layers.step_cache import StepCache
+from models.runtime import Runtime
+from models.schedulers.solver import solver_class
+from models.stages.branches import Branch, Branches, StepCaching, row_of
+from models.stages.loop_state import LoopState
 from models.stages.pacing import paced_steps
-from models.stages.prediction import Branch, Branches, StepCaching, StepGraphs
-from models.stages.snapshots import on_cpu
+from models.stages.step_memory import Lease, StepInputs, StepMemoryPool, cuda_capture
 
 Keywords = dict[str, Tensor | None]
-_LATENTS = "latents"
+CONDITIONS = "image_latents"
 _log = logging.getLogger(__name__)
 
 STEPS_REUSED = Counter("fleet_steps_reused", "Predictions that took most blocks' work from earlier steps")
 
 
-class DenoisingStage(PipelineStage[DenoisingInput, DenoisingOutput]):
-    """Predicts and steps until the schedule ends, one or two predictions a step."""
+@dataclass(frozen=True)
+class _Request:
+    """A request on the device: embeddings and image latents have a row for each output."""
 
-    def __init__(self, config: StandardPipelineConfig, modules: Mapping[str, Any]) -> None:
+    x: DenoisingInput
+    embeds: Conditioning
+    conditions: Parts
+    shapes: Shapes
+    steps: tuple[Step, ...]
+    branches: tuple[str, ...]
+
+
+class DenoisingStage(PipelineStage[DenoisingInput, DenoisingOutput]):
+    """Predicts and steps until the schedule ends, with one prediction for each branch that a step needs."""
+
+    def __init__(self, config: DenoisingConfig, runtime: Runtime, modules: Mapping[str, Any]) -> None:
         self._config = config
-        self._transformer = modules["transformer"]
+        self._runtime = runtime
+        self._transformers = {role: modules[role] for role in config.transformers}
         self._scheduler = modules["scheduler"]
         self._solver_class = solver_class(self._scheduler)
-        self._graphs = StepGraphs() if config.device.type == "cuda" else None
-        self._cfg = Axis() if config.mesh is None else config.mesh.axis("cfg")
-        self._caching = _step_caching(config)
+        capture = cuda_capture() if runtime.device.type == "cuda" else None
+        self._memory = StepMemoryPool(runtime.step_memory_bytes, capture)
+        self._caching = _step_caching(runtime)
 
     @torch.inference_mode()
     def run(self, x: DenoisingInput, call: Call) -> DenoisingOutput:
@@ -49,121 +64,141 @@ class DenoisingStage(PipelineStage[DenoisingInput, DenoisingOutput]):
 
         Reports every step, ends within one when cancelled, and continues after resume_from.step to the same bytes. In a
         worker group all ranks run it together, on equal inputs, and get equal outputs. With a step cache it neither
-        tells checkpoints nor continues: what the cache holds is not part of them.
+        sends checkpoints nor resumes: the cache is not part of them. Raises ResourceExhausted, before the first step,
+        where the memory of its steps does not fit.
         """
-        device = self._config.device
-        shape = x.initial_latents.parts[self._config.latent_part].raw_latent_shape
-        timesteps = x.schedule.timesteps.to(device)
-        prepare = [
-            partial(self._branch, keywords, timesteps, x.sampling) for keywords in self._keywords_of_branches(x, shape)
-        ]
-        with closing(Branches(prepare, self._cfg)) as branches:
-            return self._loop(x, call, branches, timesteps, shape)
+        request = self._request(x)
+        state = LoopState.of(x, self._config.part_keywords, partial(self._solver_class, self._scheduler))
+        if self._caching is not None and state.step:
+            raise InvalidInput("a loop with a step cache starts at step 0: it has no checkpoints", field="resume_from")
+        with self._memory.leases() as lease:
+            self._loop(request, state.to(self._runtime.device), call, lease)
+        latents = self._config.after_loop(state.latents, request.conditions)
+        return DenoisingOutput(denoised_latents=state.artifact({part: each.cpu() for part, each in latents.items()}))
 
-    def _loop(
-        self, x: DenoisingInput, call: Call, branches: Branches, timesteps: Tensor, shape: tuple[int, ...]
-    ) -> DenoisingOutput:
-        total, condition = x.schedule.num_inference_steps, self._condition(x)
-        solver = self._solver_class(self._scheduler, x.schedule)
-        start, latents = self._start(x, solver)
-        latents = latents.to(self._config.device)
-        told = time.monotonic()
-        for step in paced_steps(start, total, call, self._config.device):
-            given = self._config.model_input(latents, condition)
-            output = partial(self._config.model_output, latents=latents)
-            prediction, *negative = branches.predict(given, step, output)
-            if negative:
-                prediction = self._config.guide(prediction, negative[0], x.sampling)
-            latents = solver.step(prediction, timesteps[step], latents)
-            if self._is_checkpoint(step + 1, total, told):
-                told = time.monotonic()
-                call.on_checkpoint(self._checkpoint(step + 1, latents, shape, solver))
+    def _loop(self, request: _Request, state: LoopState, call: Call, lease: Lease) -> None:
+        config, total = self._config, len(request.steps)
+        branches = self._branches(request, state, lease)
+        last_sent = time.monotonic()
+        for index in paced_steps(state.step, total, call, self._runtime.device):
+            step = request.steps[index]
+            state.latents = config.before_step(step, state.latents, request.conditions)
+            predictions = self._predictions(request, branches, state.latents, step)
+            state.advance(predictions)
+            state.latents = config.after_step(step, state.latents, request.conditions)
+            if self._is_checkpoint_due(state.step, total, last_sent):
+                last_sent = time.monotonic()
+                call.on_checkpoint(state.checkpoint())
         if self._caching is not None:
             STEPS_REUSED.inc(branches.reused)
             _log.info("reused the blocks' work of earlier steps %d times in %d steps", branches.reused, total)
-        return DenoisingOutput(denoised_latents=self._artifact(latents, shape))
 
-    def _branch(self, keywords: Keywords, timesteps: Tensor, sampling: Sampling) -> Branch:
-        batched = timesteps[:, None].expand(-1, sampling.num_outputs_per_prompt)
-        prepared = self._transformer.prepare(self._config.model_timestep(batched), **keywords)
-        return Branch(self._transformer, prepared, self._graphs, self._caching)
+    def _predictions(self, request: _Request, branches: Branches, latents: Parts, step: Step) -> Parts:
+        """The guided predictions of a step, by part."""
+        config = self._config
+        given = self._model_input(latents, request.conditions)
+        predict = partial(self._predict, given, latents, step)
+        active = config.active(step, request.branches, request.x.sampling)
+        predicted = branches.predict(active, config.expert(step), predict, latents)
+        if len(predicted) == 1:
+            return predicted[active[0]]
+        return config.guide(predicted, latents, step, request.x.sampling)
 
-    def _keywords_of_branches(self, x: DenoisingInput, shape: tuple[int, ...]) -> list[Keywords]:
-        """The transformer's keywords besides latents and timestep, batched and on the device: positive, then negative.
+    def _predict(self, given: Mapping[str, Tensor], latents: Parts, step: Step, branch: Branch) -> Parts:
+        """One branch's predictions for the loop's latents, by part."""
+        predictions = branch.predict(given, step.index)
+        by_part = {part: predictions[keyword] for part, keyword in self._config.part_keywords.items()}
+        return self._config.model_output(by_part, latents)
 
-        The negative branch is there only where the request needs it.
-        """
+    def _model_input(self, latents: Parts, conditions: Parts) -> dict[str, Tensor]:
+        """The denoiser's latents by its keywords, in the weights' dtype."""
+        given = self._config.model_input(latents, conditions)
+        return {self._config.part_keywords[part]: each.to(self._runtime.dtype) for part, each in given.items()}
+
+    def _request(self, x: DenoisingInput) -> _Request:
         embeds = merge_conditioning(x.text_conditioning, x.image_conditioning)
-        given = None if x.image_latents is None else x.image_latents.parts["condition"].raw_latent_shape
-        own = self._config.prepare_pos_cond_kwargs(embeds.prompt_embeds, shape, x.sampling, given)
-        positive = self._keywords(embeds.prompt_embeds, own, x.sampling)
-        if not embeds.negative_prompt_embeds:
-            return [positive]
-        own = self._config.prepare_neg_cond_kwargs(embeds.negative_prompt_embeds, shape, x.sampling, given)
-        return [positive, self._keywords(embeds.negative_prompt_embeds, own, x.sampling)]
+        parts = {**x.initial_latents.parts, **(x.image_latents.parts if x.image_latents else {})}
+        given = x.image_latents.parts if x.image_latents else {}
+        return _Request(
+            x=x,
+            embeds=embeds,
+            conditions={part: self._batched(each.latents, x) for part, each in given.items()},
+            shapes={part: each.raw_latent_shape for part, each in parts.items()},
+            steps=steps_of(x, self._config.part_keywords),
+            branches=self._config.branches_of(x.sampling, has_negative=bool(embeds.negative_prompt_embeds)),
+        )
 
-    def _keywords(self, embeds: Mapping[str, Tensor], own: Mapping[str, Tensor | None], sampling: Sampling) -> Keywords:
-        device, batch = self._config.device, sampling.num_outputs_per_prompt
-        keywords: Keywords = {name: value.to(device).repeat_interleave(batch, 0) for name, value in embeds.items()}
-        keywords.update({name: None if value is None else value.to(device) for name, value in own.items()})
+    def _branches(self, request: _Request, state: LoopState, lease: Lease) -> Branches:
+        """The branches of the request, on the denoisers that its remaining steps need."""
+        roles = tuple(dict.fromkeys(self._config.expert(step) for step in request.steps[state.step :]))
+        latents = self._model_input(state.latents, request.conditions)
+        make = partial(self._branch, request, latents, lease)
+        return Branches(request.branches, roles, make, self._runtime.axis("cfg"), self._runtime.dtype)
+
+    def _branch(self, request: _Request, latents: Mapping[str, Tensor], lease: Lease, name: str, role: str) -> Branch:
+        x, transformer = request.x, self._transformers[role]
+        timesteps = x.schedule.timesteps.to(self._runtime.device)
+        batched = timesteps[:, None].expand(-1, x.sampling.num_outputs_per_prompt)
+        keywords = self._keywords(request, name)
+        prepared = transformer.prepare(self._config.model_timestep(batched), **keywords)
+        flags = self._config.branch_flags(name)
+        inputs = StepInputs(latents, row_of(prepared, 0), prepared.constants, prepared.memory, flags)
+        if self._caching is None:
+            return Branch(prepared, lease(role, transformer, inputs))
+        memory = lease(role, transformer, inputs, partial(StepCache, self._caching.axes))
+        return Branch(prepared, memory, self._caching.threshold)
+
+    def _keywords(self, request: _Request, branch: str) -> Keywords:
+        """The denoiser's keywords besides latents and timestep, batched and on the device."""
+        config, embeds, sampling = self._config, request.embeds, request.x.sampling
+        if branch == NEGATIVE:
+            given = embeds.negative_prompt_embeds
+            own = config.prepare_neg_cond_kwargs(given, request.shapes, sampling)
+        else:
+            given = embeds.prompt_embeds
+            own = config.prepare_pos_cond_kwargs(given, request.shapes, sampling)
+        keywords: Keywords = {name: self._batched(value, request.x) for name, value in given.items()}
+        keywords.update({name: None if value is None else self._on_device(value) for name, value in own.items()})
         return keywords
 
-    def _start(self, x: DenoisingInput, solver: Solver) -> tuple[int, Tensor]:
-        """The step to begin with, and the latents before it."""
-        noise = x.initial_latents.parts[self._config.latent_part].latents
-        state, total = x.resume_from, x.schedule.num_inference_steps
-        if state is None:
-            return 0, noise
-        if self._caching is not None:
-            raise InvalidInput("a loop with a step cache starts at step 0: it has no checkpoints", field="resume_from")
-        if not 0 <= state.step <= total:
-            raise InvalidInput(f"step {state.step} is not one of 0 to {total}", field="resume_from.step")
-        part = state.latents.parts.get(self._config.latent_part)
-        if part is None or part.latents.shape != noise.shape:
-            raise InvalidInput(
-                f"a loop that started at latents {tuple(noise.shape)} cannot continue at others",
-                field="resume_from.latents",
-            )
-        solver.restore(state.step, state.solver)
-        return state.step, part.latents
+    def _batched(self, value: Tensor, x: DenoisingInput) -> Tensor:
+        """A row for each output, on the device."""
+        return self._on_device(value).repeat_interleave(x.sampling.num_outputs_per_prompt, 0)
 
-    def _condition(self, x: DenoisingInput) -> Tensor | None:
-        """Latents of the request's pictures, batched and on the device."""
-        if x.image_latents is None:
-            return None
-        condition = x.image_latents.parts["condition"].latents.to(self._config.device)
-        return condition.repeat_interleave(x.sampling.num_outputs_per_prompt, 0)
+    def _on_device(self, value: Tensor) -> Tensor:
+        return value.to(self._runtime.device)
 
-    def _is_checkpoint(self, done: int, total: int, told: float) -> bool:
-        """Whether to tell one after so many steps, the last one having been told at a time of the monotonic clock."""
+    def _is_checkpoint_due(self, done: int, total: int, last_sent: float) -> bool:
+        """Whether a checkpoint is due after `done` steps. `last_sent` is a `time.monotonic()` timestamp."""
         if self._caching is not None:
             return False
-        every, seconds = self._config.checkpoint_every, self._config.checkpoint_seconds
-        due = 0 < seconds <= time.monotonic() - told
+        every, seconds = self._runtime.checkpoint_every, self._runtime.checkpoint_seconds
+        due = 0 < seconds <= time.monotonic() - last_sent
         return (due or (every > 0 and done % every == 0)) and done < total
 
-    def _checkpoint(self, step: int, latents: Tensor, shape: tuple[int, ...], solver: Solver) -> DenoiseState:
-        """The loop after so many steps; it is the listener's to keep."""
-        kept = on_cpu({**solver.state(), _LATENTS: latents})
-        return DenoiseState(step=step, latents=self._artifact(kept.pop(_LATENTS), shape), solver=kept)
 
-    def _artifact(self, latents: Tensor, shape: tuple[int, ...]) -> Latents:
-        return Latents(parts={self._config.latent_part: LatentPart(latents=latents.cpu(), raw_latent_shape=shape)})
+def steps_of(x: DenoisingInput, parts: Mapping[str, str]) -> tuple[Step, ...]:
+    """The steps of a schedule; all parts have its noise levels."""
+    timesteps, sigmas = x.schedule.timesteps.tolist(), x.schedule.sigmas.tolist()
+    levels = [dict.fromkeys(parts, sigma) for sigma in sigmas]
+    return tuple(
+        Step(index, float(timesteps[index]), levels[index], levels[index + 1])
+        for index in range(x.schedule.num_inference_steps)
+    )
 
 
-def _step_caching(config: StandardPipelineConfig) -> StepCaching | None:
-    """Ranks that hold parts of one branch decide together; the branches are for themselves."""
-    threshold = config.approximation.step_cache_threshold
+def _step_caching(runtime: Runtime) -> StepCaching | None:
+    """Ranks that hold parts of one branch decide together; branches decide separately."""
+    threshold = runtime.approximation.step_cache_threshold
     if threshold <= 0:
         return None
-    axes = () if config.mesh is None else tuple(config.mesh.axis(name) for name in ("tp", "ulysses", "ring"))
-    return StepCaching(threshold, axes)
+    return StepCaching(threshold, (runtime.axis("tp"), runtime.axis("ulysses"), runtime.axis("ring")))
 
 
 def merge_conditioning(text: Conditioning, image: Conditioning | None) -> Conditioning:
-    """What text and image encoders made, as one. The negative branch, if there is one, sees the same pictures.
+    """The conditioning of text and image encoders together. The negative branch, if there is one, has the same images.
 
-    Raises InvalidInput for a keyword that both made.
+    Raises InvalidInput for a keyword that both encoders made.
     """
     if image is None:
         return text

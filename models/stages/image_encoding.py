@@ -10,7 +10,7 @@ from torch import Tensor
 
 from common.artifacts import Conditioning, LatentPart, Latents
 from common.stage import Call, PipelineStage
-from configs.pipeline_configs.base import StandardPipelineConfig
+from configs.pipeline_configs.base import ImageLatentsConfig, VisionConfig
 from models.contracts import (
     ImageEncodingInput,
     ImageEncodingOutput,
@@ -19,13 +19,15 @@ from models.contracts import (
 )
 from models.encoders.checks import check_vision_processor
 from models.images import as_tensor, open_images
+from models.runtime import Runtime
 
 
 class ImageEncodingStage(PipelineStage[ImageEncodingInput, ImageEncodingOutput]):
     """Runs the model's vision encoder on all pictures at once, each in its own size before the encoder's crop."""
 
-    def __init__(self, config: StandardPipelineConfig, modules: Mapping[str, Any]) -> None:
+    def __init__(self, config: VisionConfig, runtime: Runtime, modules: Mapping[str, Any]) -> None:
         self._config = config
+        self._device, self._dtype = runtime.device, runtime.dtype
         self._encoder, self._processor = modules.values()
         encoder_name, processor_name = modules
         check_vision_processor(processor_name, self._processor, encoder_name, self._encoder)
@@ -36,17 +38,18 @@ class ImageEncodingStage(PipelineStage[ImageEncodingInput, ImageEncodingOutput])
         call.check_cancelled()
         pictures = list(open_images(x.image_inputs).values())
         pixels = self._processor(images=pictures, return_tensors="pt").pixel_values
-        output = self._encoder(pixels.to(self._config.device, self._config.dtype), output_hidden_states=True)
+        output = self._encoder(pixels.to(self._device, self._dtype), output_hidden_states=True)
         embeds = self._config.vision_tokens(output.hidden_states)
-        moved = {name: value.to("cpu", self._config.dtype) for name, value in embeds.items()}
+        moved = {name: value.to("cpu", self._dtype) for name, value in embeds.items()}
         return ImageEncodingOutput(image_conditioning=Conditioning(prompt_embeds=moved))
 
 
 class ImageVAEEncodingStage(PipelineStage[ImageVAEEncodingInput, ImageVAEEncodingOutput]):
     """Runs the VAE's encoder on the pictures, in the size and arrangement that the model wants them in."""
 
-    def __init__(self, config: StandardPipelineConfig, modules: Mapping[str, Any]) -> None:
+    def __init__(self, config: ImageLatentsConfig, runtime: Runtime, modules: Mapping[str, Any]) -> None:
         self._config = config
+        self._device = runtime.device
         (self._vae,) = modules.values()
 
     @torch.inference_mode()
@@ -56,7 +59,9 @@ class ImageVAEEncodingStage(PipelineStage[ImageVAEEncodingInput, ImageVAEEncodin
         tensors: dict[str, Tensor] = {}
         for role, picture in open_images(x.image_inputs).items():
             height, width = self._config.image_size((picture.height, picture.width), x.canvas)
-            tensors[role] = as_tensor(picture, height, width).to(self._config.device)
-        raw = self._config.image_latents(self._vae.encode, tensors, x.canvas).cpu()
-        part = LatentPart(latents=self._config.pack(raw), raw_latent_shape=tuple(raw.shape))
-        return ImageVAEEncodingOutput(image_latents=Latents(parts={"condition": part}))
+            tensors[role] = as_tensor(picture, height, width).to(self._device)
+        parts = {
+            part: LatentPart(latents=self._config.pack(part, raw.cpu()), raw_latent_shape=tuple(raw.shape))
+            for part, raw in self._config.image_latents(self._vae.encode, tensors, x.canvas).items()
+        }
+        return ImageVAEEncodingOutput(image_latents=Latents(parts=parts))

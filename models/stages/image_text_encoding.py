@@ -11,10 +11,11 @@ from torch import Tensor
 from common.artifacts import Conditioning
 from common.stage import Call, PipelineStage
 from configs.models.encoders.base import PromptText
-from configs.pipeline_configs.base import StandardPipelineConfig
+from configs.pipeline_configs.base import ImageTextConfig
 from models.contracts import ImageTextEncodingInput, TextEncodingOutput
 from models.encoders.image_text import ImageTextEncoder
 from models.images import open_images
+from models.runtime import Runtime
 
 
 class ImageTextEncodingStage(PipelineStage[ImageTextEncodingInput, TextEncodingOutput]):
@@ -22,8 +23,9 @@ class ImageTextEncodingStage(PipelineStage[ImageTextEncodingInput, TextEncodingO
 
     indifferent_to = frozenset({"sampling.seed", "sampling.num_inference_steps"})
 
-    def __init__(self, config: StandardPipelineConfig, modules: Mapping[str, Any]) -> None:
+    def __init__(self, config: ImageTextConfig, runtime: Runtime, modules: Mapping[str, Any]) -> None:
         self._config = config
+        self._dtype = runtime.dtype
         encoding = config.image_text_encoding
         self._keyword = encoding.keyword
         self._encoder = ImageTextEncoder(
@@ -31,7 +33,7 @@ class ImageTextEncodingStage(PipelineStage[ImageTextEncodingInput, TextEncodingO
             tokenizer=modules[encoding.tokenizer],
             processor=modules[encoding.processor],
             encoder=modules[encoding.encoder],
-            device=config.device,
+            device=runtime.device,
         )
 
     @torch.inference_mode()
@@ -46,7 +48,7 @@ class ImageTextEncodingStage(PipelineStage[ImageTextEncodingInput, TextEncodingO
         for text in texts:
             call.check_cancelled()
             embeds = self._encoder.encode(text, pictures)
-            encoded.append({self._keyword: embeds.to("cpu", self._config.dtype)})
+            encoded.append({self._keyword: embeds.to("cpu", self._dtype)})
         positive, *negative = encoded
         conditioning = Conditioning(prompt_embeds=positive, negative_prompt_embeds=negative[0] if negative else {})
         return TextEncodingOutput(text_conditioning=conditioning)

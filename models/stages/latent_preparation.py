@@ -9,25 +9,28 @@ import torch
 
 from common.artifacts import Generator, LatentPart, Latents
 from common.stage import Call, PipelineStage
-from configs.pipeline_configs.base import StandardPipelineConfig
+from configs.pipeline_configs.base import PreparationConfig
 from models.contracts import LatentPreparationInput, LatentPreparationOutput
+from models.runtime import Runtime
 
 
 class LatentPreparationStage(PipelineStage[LatentPreparationInput, LatentPreparationOutput]):
-    """One draw on the CPU for all outputs, as Diffusers makes it with a CPU generator: same seed, same noise."""
+    """One draw a part on the CPU for all outputs, as Diffusers makes it with a CPU generator: same seed, same noise."""
 
-    def __init__(self, config: StandardPipelineConfig, modules: Mapping[str, Any]) -> None:  # noqa: ARG002  (every stage is built so)
+    def __init__(self, config: PreparationConfig, runtime: Runtime, modules: Mapping[str, Any]) -> None:  # noqa: ARG002  (every stage is built so)
         self._config = config
+        self._dtype = config.noise_dtype(runtime.dtype)
 
     @torch.inference_mode()
     def run(self, x: LatentPreparationInput, call: Call) -> LatentPreparationOutput:
         """The noise in the denoiser's layout, and the generator after the draw."""
         call.check_cancelled()
         generator = torch.Generator("cpu").manual_seed(x.sampling.seed)
-        shape = self._config.raw_latent_shape(x.canvas, x.sampling.num_outputs_per_prompt)
-        noise = torch.randn(shape, generator=generator, dtype=self._config.noise_dtype)
-        part = LatentPart(latents=self._config.pack(noise), raw_latent_shape=shape)
+        parts: dict[str, LatentPart] = {}
+        for part, shape in self._config.raw_latent_shapes(x.canvas, x.sampling.num_outputs_per_prompt).items():
+            noise = torch.randn(shape, generator=generator, dtype=self._dtype)
+            parts[part] = LatentPart(latents=self._config.pack(part, noise), raw_latent_shape=shape)
         return LatentPreparationOutput(
-            initial_latents=Latents(parts={self._config.latent_part: part}),
+            initial_latents=Latents(parts=parts),
             latents_generator=Generator(seed=x.sampling.seed, state=generator.get_state()),
         )

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from common.artifacts import Conditioning, Prompt
 from common.stage import Call, PipelineStage
-from configs.pipeline_configs.base import StandardPipelineConfig
+from configs.pipeline_configs.base import TextConfig
 from models.contracts import TextEncodingInput, TextEncodingOutput
 from models.encoders.text import TextEncoder, Warn
+from models.runtime import Runtime
 
 
 class TextEncodingStage(PipelineStage[TextEncodingInput, TextEncodingOutput]):
@@ -20,11 +21,12 @@ class TextEncodingStage(PipelineStage[TextEncodingInput, TextEncodingOutput]):
 
     indifferent_to = frozenset({"sampling.seed", "sampling.num_inference_steps"})
 
-    def __init__(self, config: StandardPipelineConfig, modules: Mapping[str, Any]) -> None:
+    def __init__(self, config: TextConfig, runtime: Runtime, modules: Mapping[str, Any]) -> None:
         self._config = config
+        self._dtype = runtime.dtype
         self._encoders = {
             encoding.keyword: TextEncoder(
-                encoding, modules[encoding.tokenizer], modules[encoding.encoder], config.device
+                encoding, modules[encoding.tokenizer], modules[encoding.encoder], runtime.device
             )
             for encoding in config.text_encodings
         }
@@ -49,6 +51,5 @@ class TextEncodingStage(PipelineStage[TextEncodingInput, TextEncodingOutput]):
 
     def _encode(self, prompt: Prompt, warn: Warn) -> dict[str, Tensor]:
         return {
-            keyword: encoder.encode(prompt, warn).to("cpu", self._config.dtype)
-            for keyword, encoder in self._encoders.items()
+            keyword: encoder.encode(prompt, warn).to("cpu", self._dtype) for keyword, encoder in self._encoders.items()
         }

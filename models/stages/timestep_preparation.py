@@ -12,14 +12,15 @@ import torch
 from common.artifacts import Sampling, Schedule
 from common.errors import InvalidInput
 from common.stage import Call, PipelineStage
-from configs.pipeline_configs.base import StandardPipelineConfig
+from configs.pipeline_configs.base import PreparationConfig
 from models.contracts import TimestepPreparationInput, TimestepPreparationOutput
+from models.runtime import Runtime
 
 
 class TimestepPreparationStage(PipelineStage[TimestepPreparationInput, TimestepPreparationOutput]):
     """Asks the model for sigmas and mu, and the scheduler for the shifted schedule."""
 
-    def __init__(self, config: StandardPipelineConfig, modules: Mapping[str, Any]) -> None:
+    def __init__(self, config: PreparationConfig, runtime: Runtime, modules: Mapping[str, Any]) -> None:  # noqa: ARG002  (every stage is built so)
         self._config = config
         (self._scheduler,) = modules.values()
 

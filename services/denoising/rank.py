@@ -22,6 +22,7 @@ from models.catalog import ServedModel
 from models.kernels.trials import try_packages
 from models.layers.mesh import WorkerMesh, make_mesh
 from models.loader import load_stages
+from models.runtime import Runtime
 from models.warm_up import WarmUp
 from services.denoising.facts import compare_facts, facts_of
 from services.denoising.follower import Follower
@@ -165,10 +166,13 @@ class FollowingRank(_Rank):
         stages = load_stages(
             model,
             service_of(model, SERVICE),
-            device=device,
-            dtype=dtype_of(self._settings.dtype, device),
-            mesh=self.make_mesh(device),
-            approximation=self._settings.approximation,
+            Runtime(
+                device=device,
+                dtype=dtype_of(self._settings.dtype, device),
+                mesh=self.make_mesh(device),
+                approximation=self._settings.approximation,
+                step_memory_bytes=self._settings.step_memory_bytes,
+            ),
         )
         self.wait_for_all()
         for number in (signal.SIGTERM, signal.SIGINT):

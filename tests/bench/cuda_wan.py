@@ -31,6 +31,7 @@ from models.catalog import ServedModel, open_model
 from models.kernels.trials import try_packages
 from models.loader import load_stages
 from models.registry import load_registry
+from models.runtime import Runtime
 from models.vaes.wan import load_wan_vae
 from models.validation import InputValidationStage
 
@@ -185,7 +186,7 @@ def run_stages(
     spent: dict[str, float] = {}
     taken = 0
     for spec in model.pipeline.services:
-        stages = HostedStages(spec.service, load_stages(model, spec, device=device, dtype=dtype))
+        stages = HostedStages(spec.service, load_stages(model, spec, Runtime(device=device, dtype=dtype)))
         inputs = {name: slots[name] for name in stages.contract.inputs if name in slots}
         before = 0
         for _ in range(2):

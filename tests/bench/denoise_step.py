@@ -21,6 +21,7 @@ import diffusers
 import torch
 from bench_device import empty, milliseconds, now
 from bench_report import median, print_machine, print_table, say
+from models.stages.prediction import Branch, StepCaching, StepGraphs
 from torch import Tensor, nn
 
 from configs.models.dits.flux import FluxTransformerConfig
@@ -39,7 +40,6 @@ from models.layers.mesh import WorkerMesh
 from models.layers.parallel_plan import ParallelPlan
 from models.layers.parallelize import parallelize
 from models.layers.shards import parameter_shards
-from models.stages.prediction import Branch, StepCaching, StepGraphs
 from models.warm_up import STEPS as WARM_UP_STEPS
 
 STEPS = 28

@@ -32,12 +32,12 @@ from denoise_step import (
     step_milliseconds,
 )
 from diffusers import ContextParallelConfig
+from models.stages.prediction import Branch, StepGraphs
 from torch import Tensor, distributed
 
 from models.kernels.trials import try_packages
 from models.layers.linear import join_all_weights
 from models.layers.mesh import Degrees, WorkerMesh, make_mesh
-from models.stages.prediction import Branch, StepGraphs
 
 
 def main() -> None:

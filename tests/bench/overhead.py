@@ -27,6 +27,7 @@ from fleet.v1 import generation_pb2 as api
 from models.catalog import ServedModel, open_model
 from models.loader import load_stages
 from models.registry import load_registry
+from models.runtime import Runtime
 from models.validation import InputValidationStage
 
 FIXED_MS = 15.0
@@ -41,7 +42,9 @@ class InProcess:
     def __init__(self, model: ServedModel) -> None:
         self._validation = InputValidationStage(model)
         self._services = [
-            HostedStages(spec.service, load_stages(model, spec, device=torch.device("cpu"), dtype=torch.float32))
+            HostedStages(
+                spec.service, load_stages(model, spec, Runtime(device=torch.device("cpu"), dtype=torch.float32))
+            )
             for spec in model.pipeline.services
         ]
 

@@ -36,6 +36,7 @@ from models.catalog import ServedModel, open_model
 from models.kernels.packages import PACKAGES, KernelChoice, Outcome, record
 from models.loader import load_stages
 from models.registry import load_registry
+from models.runtime import Runtime
 from models.validation import InputValidationStage
 from redis_servers import running_server
 from services.worker import main_for, start_worker
@@ -88,7 +89,7 @@ def local_media(model: ServedModel, values: dict[str, Any]) -> Media:
             runners = [
                 LocalRunner(
                     HostedStages(
-                        spec.service, load_stages(model, spec, device=torch.device("cpu"), dtype=torch.float32)
+                        spec.service, load_stages(model, spec, Runtime(device=torch.device("cpu"), dtype=torch.float32))
                     ),
                     executor,
                 )
@@ -236,7 +237,7 @@ def denoise_inputs(model: ServedModel) -> dict[str, Packet]:
     for spec in model.pipeline.services:
         if spec.service == "denoising":
             return {slot: pack(slot, values[slot], TORCH) for slot in spec.contract.inputs if slot in values}
-        stages = load_stages(model, spec, device=torch.device("cpu"), dtype=torch.float32)
+        stages = load_stages(model, spec, Runtime(device=torch.device("cpu"), dtype=torch.float32))
         values |= HostedStages(spec.service, stages).run(values, Call("x"))
     raise AssertionError("no denoising service")
 

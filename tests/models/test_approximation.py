@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from models.stages.prediction import Branch, StepCaching
 from prometheus_client import REGISTRY
 from torch import Tensor
 
@@ -24,8 +25,8 @@ from models.layers.float8 import FLOAT8
 from models.layers.linear import JoinedLinear, JoinsWeights
 from models.loader import load_stages
 from models.registry import load_registry
+from models.runtime import Runtime
 from models.stages.denoising import DenoisingStage
-from models.stages.prediction import Branch, StepCaching
 from models.warm_up import STEPS, WarmUp
 from services.denoising import __main__ as denoising
 from services.denoising.settings import DenoisingSettings
@@ -58,10 +59,7 @@ def stage_of(model: ServedModel, approximation: Approximation, checkpoint_every:
     (stage,) = load_stages(
         model,
         model.pipeline.service("denoising"),
-        device=CPU,
-        dtype=torch.float32,
-        checkpoint_every=checkpoint_every,
-        approximation=approximation,
+        Runtime(device=CPU, dtype=torch.float32, checkpoint_every=checkpoint_every, approximation=approximation),
     )
     assert isinstance(stage, DenoisingStage)
     return stage
@@ -154,7 +152,7 @@ def test_a_family_without_such_layers_is_refused(tmp_path: Path) -> None:
         model = open_model(str(build_toy_checkpoint(tmp_path / "toy")), load_registry([plugins]))
         spec = model.pipeline.service("denoising")
         with pytest.raises(InvalidInput, match=r"ToyPipeline has no transformer that can compute with .*float8"):
-            load_stages(model, spec, device=CPU, dtype=torch.float32, approximation=FLOAT8_LINEARS)
+            load_stages(model, spec, Runtime(device=CPU, dtype=torch.float32, approximation=FLOAT8_LINEARS))
 
 
 def test_settings_say_what_is_approximated() -> None:

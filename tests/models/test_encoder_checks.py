@@ -15,6 +15,7 @@ from models.catalog import open_model
 from models.encoders.checks import check_tokenizer
 from models.loader import load_stages
 from models.registry import load_registry
+from models.runtime import Runtime
 from tiny_flux import clip_tokenizer, t5_tokenizer
 from tiny_qwen_image import build_tiny_qwen_image_edit, qwen_tokenizer
 from tiny_wan import build_tiny_wan_i2v
@@ -49,7 +50,7 @@ def load_edited(path: Path, file: str, service: str, **entries: object) -> None:
     edited = path / file
     edited.write_text(json.dumps(json.loads(edited.read_text()) | entries))
     model = open_model(str(path), load_registry())
-    load_stages(model, model.pipeline.service(service), device=torch.device("cpu"), dtype=torch.float32)
+    load_stages(model, model.pipeline.service(service), Runtime(device=torch.device("cpu"), dtype=torch.float32))
 
 
 @pytest.fixture(scope="module")

@@ -24,6 +24,7 @@ from models.catalog import open_model
 from models.dits.flux import FluxTransformer2DModel
 from models.loader import _LOADERS, load_stages, numerics_fingerprint
 from models.registry import load_registry
+from models.runtime import Runtime
 
 TRANSFORMER = "transformer/diffusion_pytorch_model.safetensors"
 QUERY = "transformer_blocks.0.attn.to_q.weight"
@@ -40,7 +41,7 @@ def checkpoint(dev: Pair, tmp_path: Path) -> Path:
 def load(path: Path, service: str) -> None:
     """Load one service's stages."""
     model = open_model(str(path), load_registry())
-    load_stages(model, model.pipeline.service(service), device=torch.device("cpu"), dtype=torch.float32)
+    load_stages(model, model.pipeline.service(service), Runtime(device=torch.device("cpu"), dtype=torch.float32))
 
 
 def rewrite(file: Path, change: Callable[[Tensors], object]) -> None:
@@ -249,7 +250,7 @@ def draw(fleet: LocalFleet) -> Tensor:
 def test_weights_are_cast_to_the_asked_type(dev: Pair) -> None:
     model = dev.ours.model
     spec = model.pipeline.service("denoising")
-    (stage,) = load_stages(model, spec, device=torch.device("cpu"), dtype=torch.bfloat16)
+    (stage,) = load_stages(model, spec, Runtime(device=torch.device("cpu"), dtype=torch.bfloat16))
     transformer = vars(stage)["_transformer"]
     assert {parameter.dtype for parameter in transformer.parameters()} == {torch.bfloat16}
     assert not any(parameter.requires_grad for parameter in transformer.parameters())

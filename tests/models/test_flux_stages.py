@@ -24,6 +24,7 @@ from local_fleet import Heard
 from models import contracts
 from models.dits.flux import FluxTransformer2DModel
 from models.loader import load_stages
+from models.runtime import Runtime
 from models.stages.decoding import DecodingStage
 from models.stages.denoising import DenoisingStage, merge_conditioning
 from models.stages.latent_preparation import LatentPreparationStage
@@ -184,7 +185,7 @@ def checkpointing_stage(pair: Pair) -> HostedStages:
     """The denoising service, with a checkpoint after every step."""
     model = pair.ours.model
     spec = model.pipeline.service("denoising")
-    (stage,) = load_stages(model, spec, device=torch.device("cpu"), dtype=torch.float32, checkpoint_every=1)
+    (stage,) = load_stages(model, spec, Runtime(device=torch.device("cpu"), dtype=torch.float32, checkpoint_every=1))
     return HostedStages("denoising", [stage])
 
 
@@ -267,7 +268,7 @@ def test_files_tell_their_size_and_type(dev: Pair) -> None:
 def test_noise_is_drawn_in_the_type_of_the_embeddings(dev: Pair) -> None:
     model = dev.ours.model
     spec = model.pipeline.service("latent_preparation")
-    stages = load_stages(model, spec, device=torch.device("cpu"), dtype=torch.bfloat16)
+    stages = load_stages(model, spec, Runtime(device=torch.device("cpu"), dtype=torch.bfloat16))
     made = HostedStages("latent_preparation", stages).run({"canvas": CANVAS, "sampling": SAMPLING}, Call("test"))
     assert made["initial_latents"].parts["image"].latents.dtype == torch.bfloat16
     assert made["schedule"].sigmas.dtype == torch.float32

@@ -33,6 +33,7 @@ from models.layers.shards import parameter_shards
 from models.layers.usp_attention import USPAttention
 from models.loader import load_module, load_stages, numerics_fingerprint
 from models.registry import load_registry
+from models.runtime import Runtime
 from toy_checkpoint import build_toy_checkpoint, toy_family
 
 CPU = torch.device("cpu")
@@ -66,8 +67,9 @@ def test_a_plan_names_nothing_that_is_not_there(
         assert any(matches(path, pattern) for path in paths), pattern
     for cut in plan.cuts:
         assert cut.argument in inspect.signature(getattr(kind, cut.method)).parameters, cut
-    assert plan.join.stream in {cut.stream for cut in plan.cuts}
-    assert callable(getattr(kind, plan.join.method))
+    for join in plan.joins:
+        assert join.stream in {cut.stream for cut in plan.cuts}
+        assert callable(getattr(kind, join.method))
 
 
 @EVERY_PLAN
@@ -104,8 +106,9 @@ def test_attention_is_replaced_where_the_plan_says(
 
 def test_graphs_of_requests_with_chunks_of_equal_size_are_told_apart(dev: Pair) -> None:
     """Of 13 and of 14 tokens the first of two ranks has 7; the other one does not, and both capture collectives."""
-    config = replace(FluxPipelineConfig.from_checkpoint(dev.ours.model.checkpoint), mesh=rank_of(Degrees(ulysses=2)))
-    transformer = load_module(dev.ours.model.checkpoint, "transformer", config)
+    config = FluxPipelineConfig.from_checkpoint(dev.ours.model.checkpoint)
+    runtime = Runtime(mesh=rank_of(Degrees(ulysses=2)))
+    transformer = load_module(dev.ours.model.checkpoint, "transformer", config, runtime)
     shapes = []
     for tokens in (13, 14):
         prepared = transformer.prepare(
@@ -162,7 +165,7 @@ def test_heads_that_do_not_divide(dev: Pair, degrees: Degrees) -> None:
     model = dev.ours.model
     spec = model.pipeline.service("denoising")
     with pytest.raises(InvalidInput, match="the model has 4 attention heads"):
-        load_stages(model, spec, device=CPU, dtype=torch.float32, mesh=rank_of(degrees))
+        load_stages(model, spec, Runtime(device=CPU, dtype=torch.float32, mesh=rank_of(degrees)))
 
 
 @pytest.mark.parametrize("degrees", [Degrees(ring=2), Degrees(cfg=2)], ids=str)
@@ -170,11 +173,11 @@ def test_a_family_without_a_plan(tmp_path: Path, degrees: Degrees) -> None:
     with toy_family(tmp_path / "plugins") as plugins:
         model = open_model(str(build_toy_checkpoint(tmp_path / "toy")), load_registry([plugins]))
         spec = model.pipeline.service("denoising")
-        load_stages(model, spec, device=CPU, dtype=torch.float32, mesh=rank_of(Degrees()))
+        load_stages(model, spec, Runtime(device=CPU, dtype=torch.float32, mesh=rank_of(Degrees())))
         with pytest.raises(
             InvalidInput, match=f"ToyPipeline has no parallel plan for denoising, .* they are {degrees}"
         ):
-            load_stages(model, spec, device=CPU, dtype=torch.float32, mesh=rank_of(degrees))
+            load_stages(model, spec, Runtime(device=CPU, dtype=torch.float32, mesh=rank_of(degrees)))
 
 
 def test_numerics_differ_between_layouts() -> None:

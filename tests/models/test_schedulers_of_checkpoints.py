@@ -20,6 +20,7 @@ from models.catalog import ServedModel, open_model
 from models.contracts import TimestepPreparationInput
 from models.loader import load_stages
 from models.registry import load_registry
+from models.runtime import Runtime
 from models.schedulers.solver import _SOLVERS
 from models.schedulers.support import SCHEDULERS
 from models.schedulers.trial import try_schedules
@@ -62,7 +63,7 @@ def opened(path: Path) -> ServedModel:
 
 
 def load(model: ServedModel, service: str) -> list[Any]:
-    return load_stages(model, model.pipeline.service(service), device=torch.device("cpu"), dtype=torch.float32)
+    return load_stages(model, model.pipeline.service(service), Runtime(device=torch.device("cpu"), dtype=torch.float32))
 
 
 NOISE: dict[str, object] = {"prediction_type": "epsilon", "use_flow_sigmas": False}

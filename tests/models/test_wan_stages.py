@@ -28,6 +28,7 @@ from models.images import as_tensor, open_image, open_images
 from models.loader import load_stages
 from models.media import Mp4File, mp4_bytes
 from models.registry import load_registry
+from models.runtime import Runtime
 from tiny_wan import build_tiny_wan_i2v
 
 STEPS = 5
@@ -61,7 +62,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> ServedModel:
 def services(model: ServedModel) -> dict[str, HostedStages]:
     return {
         spec.service: HostedStages(
-            spec.service, load_stages(model, spec, device=CPU, dtype=torch.float32, checkpoint_every=1)
+            spec.service, load_stages(model, spec, Runtime(device=CPU, dtype=torch.float32, checkpoint_every=1))
         )
         for spec in model.pipeline.services
     }
@@ -108,7 +109,7 @@ def test_noise_and_latents_are_float32_whatever_the_weights_are(model: ServedMod
 
 def test_bfloat16_runs_from_picture_to_video(model: ServedModel) -> None:
     services = {
-        spec.service: HostedStages(spec.service, load_stages(model, spec, device=CPU, dtype=torch.bfloat16))
+        spec.service: HostedStages(spec.service, load_stages(model, spec, Runtime(device=CPU, dtype=torch.bfloat16)))
         for spec in model.pipeline.services
     }
     slots: Slots = {

@@ -23,6 +23,7 @@ from common.state.workers import WorkerRegistry
 from models.catalog import ServedModel, open_model
 from models.loader import load_stages
 from models.registry import load_registry
+from models.runtime import Runtime
 from models.stages.denoising import merge_conditioning
 from models.warm_up import STEPS, WarmUp
 from redis_servers import running_server
@@ -69,7 +70,7 @@ def encoded(model: ServedModel, params: Mapping[str, Any], picture: tuple[int, i
     for spec in model.pipeline.services:
         if spec.service in ("denoising", "decoding"):
             break
-        stages = HostedStages(spec.service, load_stages(model, spec, device=CPU, dtype=torch.float32))
+        stages = HostedStages(spec.service, load_stages(model, spec, Runtime(device=CPU, dtype=torch.float32)))
         given = {slot: values[slot] for slot in stages.contract.inputs if slot in values}
         values |= stages.run(given, Call("real"))
     return values
@@ -102,7 +103,7 @@ def test_an_edit_is_given_a_picture_of_its_own_size(tmp_path: Path) -> None:
 def test_the_loop_runs_a_few_steps_at_each_size(caplog: pytest.LogCaptureFixture) -> None:
     model = opened("emoji")
     spec = model.pipeline.service("denoising")
-    stages = HostedStages("denoising", load_stages(model, spec, device=CPU, dtype=torch.float32))
+    stages = HostedStages("denoising", load_stages(model, spec, Runtime(device=CPU, dtype=torch.float32)))
     steps: list[tuple[int, int]] = []
     call = Call("warm-up", on_progress=lambda *step: steps.append(step))
     with caplog.at_level(logging.INFO, "models.warm_up"):

@@ -23,6 +23,7 @@ from common.errors import CheckpointError
 from models.catalog import open_model, shipped_models
 from models.loader import load_stages
 from models.registry import load_registry
+from models.runtime import Runtime
 
 TESTS = Path(__file__).parents[1]
 SHIPPED = TESTS.parent / "models/checkpoints"
@@ -111,7 +112,7 @@ def refusal(path: Path, folder: str) -> str:
         model = open_model(str(path), REGISTRY)
         for service in model.pipeline.services:
             if folder in service.modules:
-                load_stages(model, service, device=torch.device("cpu"), dtype=torch.float32)
+                load_stages(model, service, Runtime(device=torch.device("cpu"), dtype=torch.float32))
     except CheckpointError as error:
         return error.message
     return ""

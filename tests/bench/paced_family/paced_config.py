@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from configs.pipeline_configs.wan import WanPipelineConfig
-from models.dits.base import DiffusionTransformer, Prepared
+from models.dits.base import DiffusionTransformer, Predictions, Prepared
 
 if TYPE_CHECKING:
     from common.checkpoint import Checkpoint
@@ -45,14 +45,19 @@ class PacedTransformer(DiffusionTransformer):
     def prepare(self, timesteps: Tensor, **conditioning: Any) -> Prepared:
         """Nothing that a step needs; the timesteps have the right number of rows."""
         del conditioning
-        return Prepared(timesteps, {})
+        return Prepared({"timestep": timesteps}, {})
 
-    def predict(self, hidden_states: Tensor, modulation: Tensor, **constants: Any) -> Tensor:
+    def predict(self, hidden_states: Tensor, **inputs: Any) -> Predictions:  # type: ignore[override]
         """Zeros in the shape of the latents."""
-        del modulation, constants
+        del inputs
         self._log.write(f"{time.monotonic_ns()}\n")
         time.sleep(self._seconds)
-        return torch.zeros_like(hidden_states)
+        return {"hidden_states": torch.zeros_like(hidden_states)}
+
+    def residual_elements(self, latents: Mapping[str, Tensor], constants: Mapping[str, Tensor]) -> int:
+        """None: there are no blocks."""
+        del latents, constants
+        return 0
 
 
 def load_paced(

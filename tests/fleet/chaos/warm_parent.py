@@ -32,6 +32,7 @@ from clock_skew import skew_clock  # noqa: E402
 from models.catalog import open_model  # noqa: E402
 from models.loader import load_stages  # noqa: E402
 from models.registry import load_registry  # noqa: E402
+from models.runtime import Runtime  # noqa: E402
 from services.coordinator.__main__ import main as coordinator  # noqa: E402
 from services.worker import main_for  # noqa: E402
 
@@ -136,7 +137,7 @@ def main(references: Sequence[str]) -> None:
     for reference in references:
         model = open_model(reference, load_registry())
         for spec in model.pipeline.services:
-            load_stages(model, spec, device=torch.device("cpu"), dtype=torch.float32)
+            load_stages(model, spec, Runtime(device=torch.device("cpu"), dtype=torch.float32))
     gc.collect()
     gc.freeze()  # or the first collection in a child would copy every page
     _tell({"ready": os.getpid()})

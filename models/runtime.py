@@ -1,0 +1,39 @@
+"""The process in which a model's stages run, as opposed to the model itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from configs.approximation import EXACT, Approximation
+from models.layers.mesh import Axis, AxisName, WorkerMesh
+
+DEFAULT_STEP_MEMORY_BYTES = 8 << 30
+
+
+def _cpu() -> torch.device:
+    return torch.device("cpu")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runtime:
+    """Device, requested precision, worker group and policies of a process.
+
+    Stages compute on `device`: they move inputs there and outputs back to the CPU. `mesh` is this rank's place in the
+    worker group that denoises; None: one rank. A denoising stage sends a step checkpoint after every `checkpoint_every`
+    steps, and when the last one is `checkpoint_seconds` old; 0: never. `step_memory_bytes` bounds the inputs of CUDA
+    graphs and the memory that steps update in place.
+    """
+
+    device: torch.device = field(default_factory=_cpu)
+    dtype: torch.dtype = torch.float32
+    mesh: WorkerMesh | None = None
+    checkpoint_every: int = 0
+    checkpoint_seconds: float = 0.0
+    approximation: Approximation = EXACT
+    step_memory_bytes: int = DEFAULT_STEP_MEMORY_BYTES
+
+    def axis(self, name: AxisName) -> Axis:
+        """This rank's neighbours on an axis of the worker group."""
+        return Axis() if self.mesh is None else self.mesh.axis(name)

@@ -1,0 +1,117 @@
+"""State of a denoising loop: latents, solvers and generator, from the initial noise or from a step checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from common.artifacts import DenoiseState, Generator, LatentPart, Latents, Schedule
+from common.errors import InvalidInput
+from models.contracts import DenoisingInput
+from models.schedulers.solver import Solver
+from models.stages.snapshots import on_cpu
+
+_LATENTS = "latents"
+_FIELD = "resume_from"
+
+
+@dataclass
+class LoopState:
+    """The loop after `step` steps. There is a solver for each part; stochastic solvers draw from `generator`."""
+
+    step: int
+    latents: Mapping[str, Tensor]
+    shapes: Mapping[str, tuple[int, ...]]
+    solvers: Mapping[str, Solver]
+    timesteps: Tensor
+    seed: int
+    generator: torch.Generator | None
+
+    @classmethod
+    def of(cls, x: DenoisingInput, parts: Collection[str], new_solver: Callable[[Schedule], Solver]) -> Self:
+        """The loop at its first step, or where resume_from stopped; tensors are on the CPU.
+
+        Raises InvalidInput for a checkpoint of another loop.
+        """
+        noise = {part: x.initial_latents.parts[part] for part in parts}
+        state = cls(
+            step=0,
+            latents={part: each.latents for part, each in noise.items()},
+            shapes={part: each.raw_latent_shape for part, each in noise.items()},
+            solvers={part: new_solver(x.schedule) for part in parts},
+            timesteps=x.schedule.timesteps,
+            seed=x.sampling.seed,
+            generator=_generator(x.latents_generator),
+        )
+        if x.resume_from is not None:
+            state._restore(x.resume_from, x.schedule.num_inference_steps)
+        return state
+
+    def _restore(self, state: DenoiseState, total: int) -> None:
+        if not 0 <= state.step <= total:
+            raise InvalidInput(f"step {state.step} is not one of 0 to {total}", field=f"{_FIELD}.step")
+        latents: dict[str, Tensor] = {}
+        for part, noise in self.latents.items():
+            found = state.latents.parts.get(part)
+            if found is None or found.latents.shape != noise.shape:
+                message = f"a loop that started at latents {tuple(noise.shape)} cannot continue at others"
+                raise InvalidInput(message, field=f"{_FIELD}.latents")
+            latents[part] = found.latents
+        for part, solver in self.solvers.items():
+            solver.restore(state.step, _of_part(part, state.solver))
+        if unknown := sorted(name for name in state.solver if name.partition(".")[0] not in self.solvers):
+            raise InvalidInput(f"this loop has no solver for {', '.join(unknown)}", field=f"{_FIELD}.solver")
+        if (self.generator is None) != (state.generator is None):
+            raise InvalidInput("the state of the generator does not fit this loop", field=f"{_FIELD}.generator")
+        self.generator = _generator(state.generator)
+        self.step, self.latents = state.step, latents
+
+    def to(self, device: torch.device) -> Self:
+        """Move latents and timesteps to the device; solvers move their state with the first step."""
+        self.latents = {part: each.to(device) for part, each in self.latents.items()}
+        self.timesteps = self.timesteps.to(device)
+        return self
+
+    def advance(self, predictions: Mapping[str, Tensor]) -> None:
+        """Step all parts by their predictions."""
+        timestep = self.timesteps[self.step]
+        self.latents = {
+            part: solver.step(predictions[part], timestep, self.latents[part], self.generator)
+            for part, solver in self.solvers.items()
+        }
+        self.step += 1
+
+    def checkpoint(self) -> DenoiseState:
+        """The loop as it is now, on the CPU; the receiver owns the tensors."""
+        solver = {f"{part}.{name}": each for part, own in self.solvers.items() for name, each in own.state().items()}
+        copies = on_cpu({**solver, **{f"{_LATENTS}.{part}": each for part, each in self.latents.items()}})
+        latents = {part: copies.pop(f"{_LATENTS}.{part}") for part in self.latents}
+        generator = None
+        if self.generator is not None:
+            generator = Generator(seed=self.seed, state=self.generator.get_state())
+        return DenoiseState(step=self.step, latents=self.artifact(latents), solver=copies, generator=generator)
+
+    def artifact(self, latents: Mapping[str, Tensor]) -> Latents:
+        """Latents of all parts, as an artifact."""
+        return Latents(
+            parts={part: LatentPart(latents=each, raw_latent_shape=self.shapes[part]) for part, each in latents.items()}
+        )
+
+
+def _of_part(part: str, solver: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state of one part's solver."""
+    prefix = f"{part}."
+    return {name.removeprefix(prefix): each for name, each in solver.items() if name.startswith(prefix)}
+
+
+def _generator(artifact: Generator | None) -> torch.Generator | None:
+    """A generator in the artifact's state."""
+    if artifact is None:
+        return None
+    generator = torch.Generator("cpu")
+    generator.set_state(artifact.state)
+    return generator

@@ -1,0 +1,247 @@
+"""Fixed-address memory of denoising steps, and the CUDA graphs that were captured for it.
+
+A lease is for one branch of one request. Graphs are captured for the memory of a lease and stay with it: the next
+request with an equal key replays them. An expert or a branch with other static flags has another key, whatever its
+shapes, because its graph runs other weights or other blocks.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from common.errors import ResourceExhausted
+from models.dits.base import DiffusionTransformer, MemorySpec, Predictions
+from models.layers.step_cache import CacheUse, StepCache
+
+Tensors = Mapping[str, Tensor]
+
+
+class Graph(Protocol):
+    """A captured step."""
+
+    def replay(self) -> None:
+        """Run the captured kernels on the buffers that they were captured for."""
+
+
+Capture = Callable[[Callable[[], Predictions]], tuple[Graph, Predictions]]
+"""Captures the kernels of a call; returns the graph and the buffers of the call's result."""
+
+
+def cuda_capture() -> Capture:
+    """Capture into CUDA graphs that share one memory pool: they never run at the same time."""
+    pool = torch.cuda.graph_pool_handle()
+
+    def capture(run: Callable[[], Predictions]) -> tuple[Graph, Predictions]:
+        graph = torch.cuda.CUDAGraph()
+        # Other threads may use the GPU meanwhile: those of other services in one process, and NCCL's.
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            predictions = run()
+        return graph, predictions
+
+    return capture
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """Example tensors of a step: latents by the denoiser's keyword, a row of each prepared tensor, and constants."""
+
+    latents: Tensors
+    row: Tensors
+    constants: Tensors
+    memory: Mapping[str, MemorySpec]
+    flags: Mapping[str, Hashable]
+
+    def key(self, role: str, *, is_cached: bool) -> Hashable:
+        """Equal for steps that one graph can compute: denoiser, static flags, shapes, dtypes and kinds of memory."""
+        forms = tuple(
+            tuple((name, tuple(value.shape), value.dtype) for name, value in sorted(tensors.items()))
+            for tensors in (self.latents, self.row, self.constants)
+        )
+        return role, tuple(sorted(self.flags.items())), forms, tuple(sorted(self.memory.items())), is_cached
+
+
+class StepMemory:
+    """The memory of one branch's steps: buffers of the inputs, tensors that steps update in place, and a step cache."""
+
+    def __init__(
+        self,
+        key: Hashable,
+        transformer: DiffusionTransformer,
+        inputs: StepInputs,
+        cache: StepCache | None,
+        capture: Capture | None,
+    ) -> None:
+        self.key = key
+        self.cache = cache
+        self.byte_size = byte_size_of(transformer, inputs, has_cache=cache is not None, has_graphs=capture is not None)
+        self._transformer = transformer
+        self._flags = dict(inputs.flags)
+        self._capture = capture
+        device = next(iter(inputs.latents.values())).device
+        self._memory = {
+            name: torch.zeros(spec.shape, dtype=spec.dtype, device=device) for name, spec in inputs.memory.items()
+        }
+        self._constants = dict(inputs.constants)
+        self._buffers: dict[str, dict[str, Tensor]] | None = None
+        self._ran: set[bool] = set()
+        self._graphs: dict[bool, tuple[Graph, Predictions]] = {}
+
+    def load(self, constants: Tensors) -> None:
+        """Reset the memory and take the constants of another request, of the same shapes."""
+        for tensor in self._memory.values():
+            tensor.zero_()
+        if self.cache is not None:
+            self.cache.reset()
+        if self._buffers is None:
+            self._constants = dict(constants)
+        else:
+            for name, value in constants.items():
+                self._buffers["constants"][name].copy_(value)
+
+    def release(self) -> None:
+        """Drop the tensors of the request."""
+        self._constants = {}
+
+    def predict(self, latents: Tensors, row: Tensors, *, probe: bool = False) -> Predictions:
+        """Predict, eagerly the first time, which loads the kernels, and by a CUDA graph afterwards.
+
+        With a graph the predictions are copied out of the memory that graphs share: the next replay may overwrite it.
+        """
+        if self._capture is None or probe not in self._ran:
+            self._ran.add(probe)
+            constants = self._constants if self._buffers is None else self._buffers["constants"]
+            predictions = self._run(latents, row, constants, probe)
+        else:
+            predictions = self._replay(self._capture, latents, row, probe)
+        if self.cache is not None and not probe:
+            self.cache.is_filled = True
+        return predictions
+
+    def _replay(self, capture: Capture, latents: Tensors, row: Tensors, probe: bool) -> Predictions:
+        if self._buffers is None:
+            given = {"latents": latents, "row": row, "constants": self._constants}
+            self._buffers = {kind: {name: each.clone() for name, each in part.items()} for kind, part in given.items()}
+            self._constants = {}
+        buffers = self._buffers
+        for kind, tensors in (("latents", latents), ("row", row)):
+            for name, value in tensors.items():
+                buffers[kind][name].copy_(value)
+        if probe not in self._graphs:
+            self._graphs[probe] = capture(
+                lambda: self._run(buffers["latents"], buffers["row"], buffers["constants"], probe)
+            )
+        graph, predictions = self._graphs[probe]
+        graph.replay()
+        return {name: value.clone() for name, value in predictions.items()}
+
+    def _run(self, latents: Tensors, row: Tensors, constants: Tensors, probe: bool) -> Predictions:
+        use = None if self.cache is None else CacheUse(self.cache, probe)
+        given: dict[str, Any] = {**latents, **row, **constants, **self._memory, **self._flags}
+        return self._transformer.predict(use=use, **given)
+
+
+def byte_size_of(transformer: DiffusionTransformer, inputs: StepInputs, *, has_cache: bool, has_graphs: bool) -> int:
+    """Bytes that a StepMemory holds at most: its tensors, its cache, and with graphs the buffers of the inputs."""
+    size = sum(spec.byte_size for spec in inputs.memory.values())
+    if has_cache:
+        first = next(iter(inputs.latents.values()))
+        # What the first block and what the others added to the residual stream.
+        size += 2 * transformer.residual_elements(inputs.latents, inputs.constants) * first.dtype.itemsize
+    if has_graphs:
+        # Predictions are as large as the latents.
+        parts = (inputs.latents, inputs.latents, inputs.row, inputs.constants)
+        size += sum(value.nbytes for tensors in parts for value in tensors.values())
+    return size
+
+
+class Lease(Protocol):
+    """Leases step memory."""
+
+    def __call__(
+        self,
+        role: str,
+        transformer: DiffusionTransformer,
+        inputs: StepInputs,
+        new_cache: Callable[[], StepCache] | None = None,
+    ) -> StepMemory:
+        """Memory for steps of these shapes on the denoiser of a role, reset; with a step cache if one is made.
+
+        Raises ResourceExhausted.
+        """
+
+
+class StepMemoryPool:
+    """Memory for the steps of one stage, leased to the branches of one call; at most `max_bytes` in all.
+
+    `capture` captures graphs; None: steps run eagerly.
+    """
+
+    def __init__(self, max_bytes: int, capture: Capture | None) -> None:
+        self._max_bytes = max_bytes
+        self._capture = capture
+        self._idle: OrderedDict[int, StepMemory] = OrderedDict()
+        self._bytes = 0
+
+    @contextmanager
+    def leases(self) -> Iterator[Lease]:
+        """A function that leases memory until the end of the context."""
+        leased: list[StepMemory] = []
+
+        def lease(
+            role: str,
+            transformer: DiffusionTransformer,
+            inputs: StepInputs,
+            new_cache: Callable[[], StepCache] | None = None,
+        ) -> StepMemory:
+            leased.append(self._lease(role, transformer, inputs, new_cache))
+            return leased[-1]
+
+        try:
+            yield lease
+        finally:
+            for memory in leased:
+                memory.release()
+                self._idle[id(memory)] = memory
+
+    def _lease(
+        self,
+        role: str,
+        transformer: DiffusionTransformer,
+        inputs: StepInputs,
+        new_cache: Callable[[], StepCache] | None,
+    ) -> StepMemory:
+        """Memory for steps of these shapes, reset, with these constants.
+
+        The least recently used idle memory is freed where a new one needs the bytes. Raises ResourceExhausted where
+        leased memory leaves too few.
+        """
+        key = inputs.key(role, is_cached=new_cache is not None)
+        for number, memory in reversed(self._idle.items()):
+            if memory.key == key:
+                del self._idle[number]
+                memory.load(inputs.constants)
+                return memory
+        has_graphs = self._capture is not None
+        self._make_space(byte_size_of(transformer, inputs, has_cache=new_cache is not None, has_graphs=has_graphs))
+        memory = StepMemory(key, transformer, inputs, new_cache() if new_cache else None, self._capture)
+        self._bytes += memory.byte_size
+        return memory
+
+    def _make_space(self, size: int) -> None:
+        """Free idle memory until `size` bytes fit. Raises ResourceExhausted where they do not."""
+        free = self._max_bytes - self._bytes + sum(memory.byte_size for memory in self._idle.values())
+        if size > free:
+            message = (
+                f"steps of this request need {size} bytes of step memory, but {free} of {self._max_bytes} are free"
+            )
+            raise ResourceExhausted(f"{message}; a smaller request or a larger step_memory_bytes works")
+        while self._bytes + size > self._max_bytes:
+            _, oldest = self._idle.popitem(last=False)
+            self._bytes -= oldest.byte_size
