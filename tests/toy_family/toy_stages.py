@@ -16,6 +16,7 @@ from common.artifacts import Conditioning, DenoiseState, Generator, LatentPart, 
 from common.stage import Call, PipelineStage
 from configs.pipeline_configs.base import PipelineConfig
 from models import contracts
+from models.runtime import Runtime
 
 _MAX_BYTES = 64
 
@@ -23,7 +24,7 @@ _MAX_BYTES = 64
 class ToyTextEncodingStage(PipelineStage[contracts.TextEncodingInput, contracts.TextEncodingOutput]):
     """The mean palette entry of the prompt's first 64 bytes: colour (1, 3)."""
 
-    def __init__(self, config: PipelineConfig, modules: Mapping[str, Any]) -> None:
+    def __init__(self, config: PipelineConfig, runtime: Runtime, modules: Mapping[str, Any]) -> None:
         self._palette: Tensor = modules["palette"]
 
     def run(self, x: contracts.TextEncodingInput, call: Call) -> contracts.TextEncodingOutput:
@@ -39,7 +40,7 @@ class ToyTextEncodingStage(PipelineStage[contracts.TextEncodingInput, contracts.
 class ToyLatentPreparationStage(PipelineStage[contracts.LatentPreparationInput, contracts.LatentPreparationOutput]):
     """Noise (outputs, 3, height / cell, width / cell)."""
 
-    def __init__(self, config: Any, modules: Mapping[str, Any]) -> None:
+    def __init__(self, config: Any, runtime: Runtime, modules: Mapping[str, Any]) -> None:
         self._cell: int = config.cell
 
     def run(self, x: contracts.LatentPreparationInput, call: Call) -> contracts.LatentPreparationOutput:
@@ -59,7 +60,7 @@ class ToyTimestepPreparationStage(
 ):
     """Even steps from 1 to 0."""
 
-    def __init__(self, config: PipelineConfig, modules: Mapping[str, Any]) -> None:
+    def __init__(self, config: PipelineConfig, runtime: Runtime, modules: Mapping[str, Any]) -> None:
         pass
 
     def run(self, x: contracts.TimestepPreparationInput, call: Call) -> contracts.TimestepPreparationOutput:
@@ -73,7 +74,7 @@ class ToyTimestepPreparationStage(
 class ToyDenoisingStage(PipelineStage[contracts.DenoisingInput, contracts.DenoisingOutput]):
     """Pulls the noise towards the colour, a step at a time, with a checkpoint after each."""
 
-    def __init__(self, config: PipelineConfig, modules: Mapping[str, Any]) -> None:
+    def __init__(self, config: PipelineConfig, runtime: Runtime, modules: Mapping[str, Any]) -> None:
         self._gain: Tensor = modules["transformer"]
 
     def run(self, x: contracts.DenoisingInput, call: Call) -> contracts.DenoisingOutput:
@@ -97,7 +98,7 @@ class ToyDenoisingStage(PipelineStage[contracts.DenoisingInput, contracts.Denois
 class ToyDecodingStage(PipelineStage[contracts.DecodingInput, contracts.DecodingOutput]):
     """Every latent becomes a square of one colour."""
 
-    def __init__(self, config: Any, modules: Mapping[str, Any]) -> None:
+    def __init__(self, config: Any, runtime: Runtime, modules: Mapping[str, Any]) -> None:
         self._cell: int = config.cell
 
     def run(self, x: contracts.DecodingInput, call: Call) -> contracts.DecodingOutput:
