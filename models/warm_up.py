@@ -102,6 +102,7 @@ def _inputs(
         "schedule": _schedule(sampling.num_inference_steps),
         "text_conditioning": Conditioning(prompt_embeds=embeds, negative_prompt_embeds=embeds if has_negative else {}),
         "sampling": sampling,
+        "canvas": canvas,
     }
     if shapes := config.condition_shapes(canvas):
         inputs["image_latents"] = _latents(config, shapes, dtype)
