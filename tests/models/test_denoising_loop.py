@@ -107,10 +107,10 @@ def test_a_checkpoint_of_another_loop_is_refused(change: dict[str, object], fiel
 
 def test_graphs_give_the_same_bytes_as_eager_steps() -> None:
     """Experts and branches have equal shapes: a graph of another one would give other bytes."""
-    eager, _ = loop_stage()
     stage, capture = with_graphs()
     for seed in range(3):
         x = loop_input(seed)
+        eager, _ = loop_stage()
         assert equal(run(stage, x), run(eager, x)), f"request {seed}"
     # Two experts with four branches, of which "negative" and "isolated" differ in nothing and yet are leased together.
     assert len(capture.graphs) == 8
@@ -139,8 +139,9 @@ def test_idle_memory_is_freed_for_other_shapes() -> None:
         run(stage, x)
         graphs.append(len(capture.graphs))
         assert stage._memory._bytes <= measured._memory._bytes
-    assert graphs[:3] == [8, 8, 16]
-    assert graphs[3] > 16, "what was freed is captured again"
+    # Of the second expert, one branch takes two steps of the first request, and the others one.
+    assert graphs[:3] == [5, 8, 13]
+    assert graphs[3] > 13, "what was freed is captured again"
 
 
 def shorter(x: DenoisingInput) -> DenoisingInput:
