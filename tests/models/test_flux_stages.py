@@ -167,7 +167,7 @@ def test_resuming_after_any_step_gives_the_same_bytes(dev: Pair, prepared: Slots
     stage = checkpointing_stage(dev)
     stage.run(prepared, Call("test", on_checkpoint=states.append))
     assert [state.step for state in states] == list(range(1, STEPS))
-    start = DenoiseState(step=0, latents=prepared["initial_latents"])
+    start = DenoiseState(step=0, latents=prepared["initial_latents"], generator=prepared.get("latents_generator"))
     for state in [start, *states]:
         heard = Heard()
         resumed = run(dev, "denoising", {**prepared, "resume_from": travelled(state)}, heard.call())
