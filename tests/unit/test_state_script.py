@@ -110,7 +110,7 @@ def test_values_are_bytes_and_lists_may_be_empty(url: str) -> None:
         stored = await command(redis, "XRANGE", "fleet:events:new", "-", "+")
         assert [fields[b"event"] for _, fields in stored] == [NUL_AND_NEWLINE, b"", b"events"]
         assert not await redis.keys("fleet:work:*")
-        more = {"id": "new", "epoch": 1, "number": 0, "state": "", "extra": "", "events": []}
+        more: Arguments = {"id": "new", "epoch": 1, "number": 0, "state": "", "extra": "", "events": []}
         assert await run_script(redis, "append", more) == [b"appended", []]
 
     run_on_empty_store(url, story)
