@@ -1,4 +1,4 @@
-"""Admits requests, takes over those that nobody runs, and keeps each until its life in this coordinator has ended."""
+"""Admits requests, takes over those that nobody runs, and drains; services.coordinator.request_life runs each of them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from common.state.leases import Inherited
 from common.state.requests import Admission
 from fleet.v1 import generation_pb2
 from services.coordinator.persistence import LONGEST_RETRY_SECONDS
-from services.coordinator.request_life import Entrance, Execution, ExecutionContext, Phase, Ready, Submission
+from services.coordinator.request_life import Acquire, Acquired, Execution, ExecutionContext, Phase, Submission
 from services.coordinator.take_over import Restore, inherit, settle
 
 _log = logging.getLogger(__name__)
@@ -40,11 +40,11 @@ class Registry:
         return list(self._executions.get(request_id, ()))
 
     def add(self, execution: Execution) -> None:
-        """Keep an execution."""
+        """Add an execution."""
         self._executions.setdefault(execution.request_id, []).append(execution)
 
     def discard(self, execution: Execution) -> None:
-        """Forget an execution that is closed."""
+        """Remove an execution that is closed."""
         left = [each for each in self._executions[execution.request_id] if each is not execution]
         if left:
             self._executions[execution.request_id] = left
@@ -66,7 +66,7 @@ class Driver:
         Raises what RequestStore.admit raises.
         """
         admission = asyncio.create_task(self._admit(submission))
-        execution = self._begin(submission.record, Phase.ADMITTING, partial(self._enter, submission, admission))
+        execution = self._begin(submission.record, Phase.ADMITTING, partial(self._acquire, submission, admission))
         admitted = await asyncio.shield(admission)
         return admitted, None if admitted.replayed else execution
 
@@ -79,20 +79,20 @@ class Driver:
             costs=submission.costs,
         )
 
-    async def _enter(
+    async def _acquire(
         self, submission: Submission, admission: asyncio.Task[Admission], execution: Execution
-    ) -> Ready | None:
-        """The entrance of a request that is admitted here. None where it is refused, or replayed."""
+    ) -> Acquired | None:
+        """Wait for the answer to an admission; None for a request that is refused, or replayed."""
         try:
             admitted = await admission
         except Unavailable:
             return await settle(execution, submission, self._context.store)
         except FleetError:
-            return None  # accept() raises it
+            return None  # accept() raises the error
         if admitted.replayed:
             return None
         execution.log.extend(admitted.events)
-        return Ready(submission, admitted.seconds_left)
+        return Acquired(submission, admitted.seconds_left)
 
     async def take_over(self, model: str, restore: Restore, *, beyond_own: bool = True) -> None:
         """Go on with open requests of a model that nobody runs, end those that are cancelled. Raises Unavailable.
@@ -114,15 +114,15 @@ class Driver:
         record = inherited.record
         _log.warning("request %s is taken over: nobody runs it", record.request_id)
         formers = self._registry.of(record.request_id)
-        enter = partial(inherit, inherited=inherited, formers=formers, restore=restore, store=self._context.store)
-        execution = self._begin(record, Phase.INHERITED, enter, epoch=inherited.epoch)
+        acquire = partial(inherit, inherited=inherited, formers=formers, restore=restore, store=self._context.store)
+        execution = self._begin(record, Phase.INHERITED, acquire, epoch=inherited.epoch)
         if inherited.cancel_requested:
             execution.cancel()
 
     def _begin(
-        self, record: generation_pb2.RequestRecord, phase: Phase, enter: Entrance, *, epoch: int = 1
+        self, record: generation_pb2.RequestRecord, phase: Phase, acquire: Acquire, *, epoch: int = 1
     ) -> Execution:
-        execution = Execution(self._context, record, phase, enter, self._registry.discard, epoch=epoch)
+        execution = Execution(self._context, record, phase, acquire, self._registry.discard, epoch=epoch)
         self._registry.add(execution)
         if self._stopping:
             execution.stop()

@@ -1,4 +1,4 @@
-"""The life of one request in one coordinator: admitted, its stages run, its outcome known, its end stored, closed."""
+"""The life of a request in one coordinator: it is acquired, its stages run, it has an outcome, its end is stored."""
 
 from __future__ import annotations
 
@@ -66,35 +66,35 @@ class ExecutionContext:
 
 
 class Phase(enum.Enum):
-    """The part of its life in which a request is in this coordinator."""
+    """The state of a request in this coordinator."""
 
     ADMITTING = enum.auto()
     """The store has been asked to admit it."""
     SETTLING = enum.auto()
     """The answer to its admission was lost. The store is asked whether it holds the request."""
     INHERITED = enum.auto()
-    """It was taken over. What this coordinator did for it under an earlier epoch ends first."""
+    """It was taken over. An execution of it under an earlier epoch, if there is one here, ends first."""
     RUNNING = enum.auto()
     """Its stages run, or its end is being stored."""
     CLOSED = enum.auto()
     """It has ended, or another coordinator goes on with it, or it was not admitted."""
 
 
-class Ready(NamedTuple):
-    """A request whose stages can run. `seconds_left` until its deadline; None without one."""
+class Acquired(NamedTuple):
+    """A request that this coordinator owns. `seconds_left` until its deadline; None without a deadline."""
 
     submission: Submission
     seconds_left: float | None
 
 
-Entrance: TypeAlias = Callable[["Execution"], Awaitable[Ready | None]]
-"""How a request comes to run here: by its admission, or by a take-over. None where it does not come to run."""
+Acquire: TypeAlias = Callable[["Execution"], Awaitable[Acquired | None]]
+"""Makes this coordinator the owner of a request: admission, settling or take-over. None for a request that does not run."""
 
 
 class Execution:
-    """One request in this coordinator, under one epoch. `files` are its result, once it has ended here.
+    """A request in this coordinator under one epoch. `files` are the result, once the request has ended here.
 
-    `on_closed` is called at the end of its life, which begins with the creation of the object.
+    Its life begins with the creation of the object; `on_closed` is called at the end of it. See _live().
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class Execution:
         context: ExecutionContext,
         record: generation_pb2.RequestRecord,
         phase: Phase,
-        enter: Entrance,
+        acquire: Acquire,
         on_closed: Callable[[Execution], None],
         *,
         epoch: int = 1,
@@ -116,7 +116,7 @@ class Execution:
         self._cancel_requested = False
         self._stopped = False
         self._stages: asyncio.Task[dict[str, Any]] | None = None
-        self.task = asyncio.create_task(self._live(enter, on_closed))
+        self.task = asyncio.create_task(self._live(acquire, on_closed))
 
     def cancel(self) -> None:
         """End as CANCELLED; where it does not run yet, as soon as it does."""
@@ -132,46 +132,46 @@ class Execution:
         if self._stages is not None:
             self._stages.cancel()
 
-    async def _live(self, enter: Entrance, on_closed: Callable[[Execution], None]) -> None:
-        """Enter, run the stages, find the outcome, store the end, close."""
+    async def _live(self, acquire: Acquire, on_closed: Callable[[Execution], None]) -> None:
+        """Acquire the request, run its stages, find the outcome, store the end, close."""
         try:
-            ready = await enter(self)
-            if ready is not None:
+            acquired = await acquire(self)
+            if acquired is not None:
                 self.phase = Phase.RUNNING
                 with request_scope(self.request_id):
-                    await self._run(ready)
+                    await self._run(acquired)
         finally:
             self.phase = Phase.CLOSED
             self.log.close()
             on_closed(self)
 
-    async def _run(self, ready: Ready) -> None:
+    async def _run(self, acquired: Acquired) -> None:
         """From the first stage to the stored end. A request that is left for another coordinator gets no end here."""
-        context, record = self._context, ready.submission.record
+        context, record = self._context, acquired.submission.record
         events = EventWriter(
             context.store, self.request_id, self.log, self.cancel, epoch=self.epoch, step_seconds=context.step_seconds
         )
         recovery = Recovery(context.leases, self.request_id, epoch=self.epoch, ttl_seconds=context.worker_ttl_seconds)
         progress = RequestProgress(record, events)
         try:
-            stages = self._start_stages(ready, events, progress, recovery)
-            done, _ = await asyncio.wait({stages}, timeout=ready.seconds_left)
+            stages = self._start_stages(acquired, events, progress, recovery)
+            done, _ = await asyncio.wait({stages}, timeout=acquired.seconds_left)
             if not done:
                 stages.cancel()
                 await asyncio.wait({stages})
             await events.close()
-            if self._is_left_behind(ready.submission, stages, late=not done):
+            if self._is_left_behind(acquired.submission, stages, late=not done):
                 _log.warning("request %s is left for another coordinator", self.request_id)
                 return
-            outcome = self._outcome(ready, stages, progress, late=not done)
-            await self._store_end(ready.submission, outcome, events)
+            outcome = self._outcome(acquired, stages, progress, late=not done)
+            await self._store_end(acquired.submission, outcome, events)
         finally:
             await recovery.point.close()
 
     def _start_stages(
-        self, ready: Ready, events: EventWriter, progress: RequestProgress, recovery: Recovery
+        self, acquired: Acquired, events: EventWriter, progress: RequestProgress, recovery: Recovery
     ) -> asyncio.Task[dict[str, Any]]:
-        submission, seconds_left = ready
+        submission, seconds_left = acquired
         workers, record = self._context.workers, submission.record
         deadline = None if seconds_left is None else time.monotonic() + seconds_left + _LATER_SECONDS
         call = Call(self.request_id, on_warning=events.warning, deadline=deadline)
@@ -207,14 +207,14 @@ class Execution:
         return self._stopped and stages.cancelled() and not kept
 
     def _outcome(
-        self, ready: Ready, stages: asyncio.Task[dict[str, Any]], progress: RequestProgress, *, late: bool
+        self, acquired: Acquired, stages: asyncio.Task[dict[str, Any]], progress: RequestProgress, *, late: bool
     ) -> Outcome:
-        """How the request ended, of which its stages know the most."""
+        """How the request ended, by the end of its stages."""
         error = None if stages.cancelled() else stages.exception()
         if not stages.cancelled() and error is None:
-            max_bytes = self._context.max_raw_result_bytes if ready.submission.raw else None
+            max_bytes = self._context.max_raw_result_bytes if acquired.submission.raw else None
             return success(stages.result()[RESULT_SLOT], max_bytes=max_bytes)
-        if late or (isinstance(error, DeadlineExceeded) and ready.seconds_left is not None):
+        if late or (isinstance(error, DeadlineExceeded) and acquired.seconds_left is not None):
             return Outcome(State.REQUEST_STATE_EXPIRED, steps_saved=progress.steps_left)
         if self._cancel_requested:
             return Outcome(State.REQUEST_STATE_CANCELLED, steps_saved=progress.steps_left)

@@ -1,4 +1,4 @@
-"""Entrances to a request's life other than a plain admission: an admission without an answer, and a take-over."""
+"""Requests that a coordinator comes to run without an answer to their admission: settled ones and inherited ones."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from common.state.requests import RequestStore
 from fleet.v1 import generation_pb2
 from services.coordinator.outcome import failure
 from services.coordinator.persistence import persist
-from services.coordinator.request_life import Execution, Phase, Ready, Submission
+from services.coordinator.request_life import Acquired, Execution, Phase, Submission
 
 Restore: TypeAlias = Callable[[generation_pb2.RequestRecord, bytes], Submission]
-"""Makes the submission of a stored request again. Raises FleetError where it cannot be run here."""
+"""Makes the submission of a stored request. Raises FleetError where it cannot be run here."""
 
 
-async def settle(execution: Execution, submission: Submission, store: RequestStore) -> Ready | None:
-    """Find out whether a request was stored although the answer was lost; None where it was not.
+async def settle(execution: Execution, submission: Submission, store: RequestStore) -> Acquired | None:
+    """Find out whether a request was stored although the answer was lost; None where it was not stored.
 
-    One with an idempotency key is run: its caller will ask for it again. One without is cancelled.
+    A request with an idempotency key runs: its caller will ask for it again. Another request is cancelled.
     """
     execution.phase = Phase.SETTLING
     request_id = execution.request_id
@@ -35,7 +35,7 @@ async def settle(execution: Execution, submission: Submission, store: RequestSto
     if not submission.idempotency_key:
         execution.cancel()
     left = stored.deadline.ToNanoseconds() - stored.created_at.ToNanoseconds()
-    return Ready(submission, left / 1e9 if stored.HasField("deadline") else None)
+    return Acquired(submission, left / 1e9 if stored.HasField("deadline") else None)
 
 
 async def inherit(
@@ -44,7 +44,7 @@ async def inherit(
     formers: Sequence[Execution],
     restore: Restore,
     store: RequestStore,
-) -> Ready | None:
+) -> Acquired | None:
     """Go on with a request that was taken over, once its `formers` have ended here: executions under earlier epochs.
 
     None for a request that cannot be run here, which ends as FAILED.
@@ -60,7 +60,7 @@ async def inherit(
         finish = partial(store.finish, request_id, failed.state, error=failed.error, epoch=epoch)
         await persist(f"request {request_id} cannot be taken over", finish)
         return None
-    return Ready(submission, inherited.seconds_left)
+    return Acquired(submission, inherited.seconds_left)
 
 
 def _restored(inherited: Inherited, restore: Restore) -> Submission:
