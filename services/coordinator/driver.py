@@ -1,4 +1,4 @@
-"""Admits requests, takes over those that nobody runs, and drains; services.coordinator.request_life runs each of them."""
+"""Admission, take-over and draining of requests, and the registry of those that request_life runs."""
 
 from __future__ import annotations
 

@@ -88,7 +88,7 @@ class Acquired(NamedTuple):
 
 
 Acquire: TypeAlias = Callable[["Execution"], Awaitable[Acquired | None]]
-"""Makes this coordinator the owner of a request: admission, settling or take-over. None for a request that does not run."""
+"""Makes a coordinator the owner of a request: admission, settling or take-over. None where the request does not run."""
 
 
 class Execution:
