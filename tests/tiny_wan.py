@@ -76,7 +76,7 @@ def residual_vae() -> AutoencoderKLWan:
         z_dim=TI2V_LATENT_CHANNELS,
         num_res_blocks=1,
         latents_mean=[0.4 * math.sin(channel) for channel in channels],
-        latents_std=[1.0 + 0.5 * math.cos(2 * channel) for channel in channels],
+        latents_std=[0.5 + 0.3 * math.cos(2 * channel) for channel in channels],
         is_residual=True,
         in_channels=12,
         out_channels=12,

@@ -222,5 +222,6 @@ class _Unpatchify:
 
     def feed(self, frame: Tensor) -> Iterator[Tensor]:
         """Yield one frame."""
-        patches = frame.unflatten(1, (-1, self._patch_size, self._patch_size)).transpose(2, 3)
-        yield pixel_shuffle(patches.flatten(1, 3), self._patch_size)
+        side = self._patch_size
+        patches = frame.view(1, -1, side, side, *frame.shape[2:]).transpose(2, 3)
+        yield pixel_shuffle(patches.flatten(1, 3), side)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKLWan
+from diffusers import AutoencoderKLWan, WanImageToVideoPipeline, WanPipeline
 from torch import Tensor
 
 from common.errors import CheckpointError
@@ -16,7 +17,7 @@ from local_fleet import relative_error
 from models.vaes.wan import RESIDUAL_DECODING_BYTES, WanVAE
 from tensor_memory import PeakBytes
 from tiny_flux import randomise
-from tiny_wan import residual_vae
+from tiny_wan import build_tiny_wan_ti2v, residual_vae
 
 SAME = 1e-5
 LITTLE = 6_000_000
@@ -65,7 +66,7 @@ def decode(vae: AutoencoderKLWan, latents: Tensor, decoding_bytes: int | None = 
 def reference_frames(reference: AutoencoderKLWan, latents: Tensor) -> Tensor:
     """Frames of Diffusers: (3, frames, H, W), and no flat or clamped picture, which would prove nothing."""
     with torch.inference_mode():
-        (video,) = reference.decode(latents, return_dict=False)[0]
+        video: Tensor = reference.decode(latents, return_dict=False)[0][0]
     assert 0.1 < float(video.std()) < 0.9
     assert 0 < float((video.abs() == 1).double().mean()) < 0.5, "both kinds of pixels: clamped and not"
     return video
@@ -133,7 +134,7 @@ def published_peak(shape: tuple[int, int, int], dtype: torch.dtype, decoding_byt
     with torch.inference_mode(), PeakBytes() as memory:
         frames = [frame.shape for frame in published.decode(latents)]
     assert frames == [(3, SIDE * shape[1], SIDE * shape[2])] * (4 * shape[0] - 3)
-    return memory.peak - latents.nbytes
+    return int(memory.peak - latents.nbytes)
 
 
 def test_704x1280_decodes_in_five_gigabytes_whatever_the_length() -> None:
@@ -184,3 +185,13 @@ def test_entries_that_contradict_each_other_are_refused(entry: str, value: objec
         AutoencoderKLWanConfig.from_dict("vae", PUBLISHED | {entry: value})
     assert str(caught.value).startswith(f"vae/config.json: {refused.get(entry, entry)} ")
     assert rule in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", [WanPipeline, WanImageToVideoPipeline])
+def test_both_pipelines_of_diffusers_load_the_tiny_checkpoint(tmp_path: Path, kind: Any) -> None:
+    pipeline = kind.from_pretrained(build_tiny_wan_ti2v(tmp_path / "ti2v"))
+    assert isinstance(pipeline, kind)
+    assert pipeline.config.expand_timesteps
+    assert pipeline.scheduler.config.flow_shift == 5
+    modules = (pipeline.text_encoder, pipeline.transformer, pipeline.vae)
+    assert all(bool(parameter.all()) for module in modules for parameter in module.parameters())
