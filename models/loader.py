@@ -22,6 +22,7 @@ from common.errors import CheckpointError, InvalidInput
 from common.stage import PipelineStage
 from configs.approximation import EXACT, Approximation
 from configs.pipeline_configs.base import PipelineConfig, StandardPipelineConfig
+from models.composition import SCHEDULER
 from models.dits.base import DiffusionTransformer
 from models.kernels.packages import kernel_facts
 from models.layers.float8 import check_float8
@@ -41,8 +42,6 @@ _log = logging.getLogger(__name__)
 
 # Letters of another library's error that are worth a line.
 MOST_TOLD = 400
-
-_SCHEDULER = "scheduler"
 
 ModuleLoader = Callable[["Checkpoint", str, torch.device, torch.dtype], Any]
 """Loads one module of a checkpoint, by its name in model_index.json, for inference. Raises CheckpointError.
@@ -89,14 +88,16 @@ def _load_stages(model: ServedModel, service: ServiceSpec, options: Mapping[str,
     if config.approximation.linear_dtype == "float8":
         check_float8(config.device, config.dtype)
     loaded = {name: load_module(model.checkpoint, name, config) for name in service.modules}
-    if _SCHEDULER in loaded and isinstance(config, StandardPipelineConfig):
-        try_schedules(model, config, loaded[_SCHEDULER])
+    if isinstance(config, StandardPipelineConfig):
+        for name in service.modules_of(SCHEDULER):
+            try_schedules(model, config, name, loaded[name])
     if config.approximation != EXACT:
         _approximate(model.checkpoint, loaded.values(), config.approximation)
-    return [
-        resolve(stage.implementation)(config, {name: loaded[name] for name in stage.modules})
-        for stage in service.stages
-    ]
+    stages: list[PipelineStage[Any, Any]] = []
+    for spec in service.stages:
+        stage = resolve(spec.implementation)(config, {role: loaded[name] for role, name in spec.modules.items()})
+        stages.append(stage.bind(spec.contract))
+    return stages
 
 
 def _approximate(checkpoint: Checkpoint, modules: Iterable[Any], approximation: Approximation) -> None:

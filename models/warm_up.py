@@ -23,6 +23,7 @@ from common.stage import Call
 from configs.pipeline_configs.base import StandardPipelineConfig
 from configs.sample.base import SamplingParams
 from models.catalog import ServedModel
+from models.composition import SCHEDULER
 from models.contracts import LatentPreparationInput, TimestepPreparationInput
 from models.loader import load_module
 from models.registry import resolve
@@ -33,6 +34,7 @@ STEPS = 3
 """The first readies the kernels, the second captures a graph, the third finds one."""
 
 _FIELD = "warm_up"
+_SERVICE = "denoising"
 _SIZE = re.compile(r"(?P<height>[0-9]{1,5})x(?P<width>[0-9]{1,5})(x(?P<num_frames>[0-9]{1,5}))?")
 
 _log = logging.getLogger(__name__)
@@ -71,9 +73,12 @@ class WarmUp:
             return
         config_class: type[StandardPipelineConfig] = resolve(self.model.entry.pipeline_config)
         config = replace(config_class.from_checkpoint(self.model.checkpoint), dtype=dtype)
-        scheduler = load_module(self.model.checkpoint, "scheduler", config)
+        service = self.model.pipeline.service(_SERVICE)
+        (name,) = service.modules_of(SCHEDULER)
+        scheduler = load_module(self.model.checkpoint, name, config)
         for params in self.sizes:
-            yield _inputs(config, scheduler, params.artifacts())
+            made = _inputs(config, scheduler, params.artifacts())
+            yield {slot: made[slot] for slot in service.contract.inputs if slot in made}
 
 
 def _params(model: ServedModel, text: str) -> SamplingParams:
@@ -102,7 +107,7 @@ def _inputs(
     assert isinstance(sampling, Sampling), "SamplingParams.artifacts() puts each in its slot"
     call = Call("warm-up")
     drawn = LatentPreparationStage(config, {}).run(LatentPreparationInput(canvas=canvas, sampling=sampling), call)
-    laid_out = TimestepPreparationStage(config, {"scheduler": scheduler}).run(
+    laid_out = TimestepPreparationStage(config, {SCHEDULER: scheduler}).run(
         TimestepPreparationInput(canvas=canvas, sampling=sampling), call
     )
     embeds = {name: _normal(shape, config.dtype) for name, shape in config.conditioning_shapes().items()}
@@ -113,7 +118,7 @@ def _inputs(
             prompt_embeds=embeds, negative_prompt_embeds=embeds if config.wants_negative(prompt, sampling) else {}
         ),
         "sampling": sampling,
-        "canvas": canvas,
+        "latents_generator": drawn.latents_generator,
     }
     if (shape := config.condition_shape(canvas)) is not None:
         latents = config.pack(_normal(shape, config.noise_dtype))

@@ -21,7 +21,7 @@ class TimestepPreparationStage(PipelineStage[TimestepPreparationInput, TimestepP
 
     def __init__(self, config: StandardPipelineConfig, modules: Mapping[str, Any]) -> None:
         self._config = config
-        (self._scheduler,) = modules.values()
+        self._scheduler = modules["scheduler"]
 
     @torch.inference_mode()
     def run(self, x: TimestepPreparationInput, call: Call) -> TimestepPreparationOutput:

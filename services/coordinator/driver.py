@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any, TypeAlias
 
 from common.errors import DeadlineExceeded, FleetError, InternalError, NotFound, ResourceExhausted, Unavailable
-from common.pipeline import ServiceSpec, run_pipeline
+from common.pipeline import ServiceSpec, result_of, run_pipeline
 from common.rpc.framing import Packet
 from common.rpc.status import MAX_FIELD, to_status
 from common.stage import Call
@@ -30,7 +30,6 @@ from services.coordinator.reporting import Reporting, RequestProgress
 from services.coordinator.resume import Recovery
 
 _LATER_SECONDS = 1.0  # how much later the workers' deadline is, so that it is the coordinator who says it passed
-_RESULT_SLOT = "media"
 
 _log = logging.getLogger(__name__)
 
@@ -273,14 +272,14 @@ class Driver:
             for stage, spec in enumerate(submission.services)
         ]
         self._workers.memory.hold(submission.values.values())
-        return await run_pipeline(runners, submission.values, call, wanted=(_RESULT_SLOT,))
+        return await run_pipeline(runners, submission.values, call, wanted=(result_of(submission.services),))
 
     def _outcome(
         self, execution: Execution, work: asyncio.Task[dict[str, Any]], progress: RequestProgress, *, late: bool
     ) -> _Outcome:
         """How a request ended."""
         if not work.cancelled() and work.exception() is None:
-            return self._success(execution, work.result()[_RESULT_SLOT])
+            return self._success(execution, work.result())
         error = None if work.cancelled() else work.exception()
         if late or (isinstance(error, DeadlineExceeded) and execution.seconds_left is not None):
             return _Outcome(State.REQUEST_STATE_EXPIRED, steps_saved=progress.steps_left)
@@ -293,9 +292,10 @@ class Driver:
         _log.error("request failed by a defect", exc_info=error)
         return _failure(InternalError(f"{type(error).__name__}: {error}"))
 
-    def _success(self, execution: Execution, media: Packet) -> _Outcome:
+    def _success(self, execution: Execution, result: Mapping[str, Packet]) -> _Outcome:
+        ((slot, packet),) = result.items()
         try:
-            files = result_files(media)
+            files = result_files(slot, packet)
         except InternalError as error:
             return _failure(error)
         size = sum(file.header.byte_size for file in files)
@@ -389,8 +389,8 @@ def _rank(submission: Submission, service: str) -> Rank:
     return Rank(record.priority, due, record.caller, submission.costs.get(service, 1))
 
 
-def result_files(packet: Packet) -> list[ResultFile]:
-    """The files in a packet of Media."""
+def result_files(slot: str, packet: Packet) -> list[ResultFile]:
+    """The files in a packet of Media, which is the value of `slot`. Raises InternalError for another artifact."""
     media = packet.message
     if not isinstance(media, artifacts_pb2.Media):
         raise InternalError(f"the result is a {media.DESCRIPTOR.name}, not Media")
@@ -405,7 +405,7 @@ def result_files(packet: Packet) -> list[ResultFile]:
                 width=item.width,
                 num_frames=item.num_frames,
             ),
-            list(packet.payload(f"{_RESULT_SLOT}.items.{index}.data", item.data)),
+            list(packet.payload(f"{slot}.items.{index}.data", item.data)),
         )
         for index, item in enumerate(media.items)
     ]

@@ -74,7 +74,7 @@ class ToyDenoisingStage(PipelineStage[contracts.DenoisingInput, contracts.Denois
     """Pulls the noise towards the colour, a step at a time, with a checkpoint after each."""
 
     def __init__(self, config: PipelineConfig, modules: Mapping[str, Any]) -> None:
-        self._gain: Tensor = modules["transformer"]
+        self._gain: Tensor = modules["gain"]
 
     def run(self, x: contracts.DenoisingInput, call: Call) -> contracts.DenoisingOutput:
         """Step until the schedule ends; params' contrast keeps more of the noise."""
