@@ -6,6 +6,7 @@ It shows that services rely on the facts that stages declare: costs, progress, r
 from __future__ import annotations
 
 import asyncio
+import secrets
 import sys
 import threading
 from collections.abc import Awaitable, Callable, Iterator
@@ -83,7 +84,7 @@ class Running:
     stub: Stub
     workers: dict[str, Worker]
     loop: Loop
-    add_worker: Callable[[str], Awaitable[Worker]]
+    add_worker: Callable[[str], Awaitable[None]]
 
     async def submit(self) -> str:
         """Submit the request; returns its id."""
@@ -105,24 +106,27 @@ def run(
 
     async def main() -> None:
         async with asyncio.timeout(60), running_fleet(url, model) as fleet, AsyncExitStack() as stack:
+            workers: dict[str, Worker] = {}
 
-            async def add_worker(service: str) -> Worker:
+            async def add_worker(service: str) -> None:
                 settings = WorkerSettings(
                     model=model.name,
                     redis=url,
-                    listen=f"unix:{fleet.directory}/{service}-{len(workers)}.sock",
+                    listen=f"unix:{fleet.directory}/{secrets.token_hex(4)}.sock",
                     device="cpu",
                     threads=1,
                     checkpoint_every=1,
                     step_seconds=0,
                 )
-                worker = await start_worker(service, model, settings)
-                stack.push_async_callback(worker.stop, 0)
-                return worker
+                workers[service] = await start_worker(service, model, settings)
 
-            workers: dict[str, Worker] = {}
+            async def stop_workers() -> None:
+                for worker in workers.values():
+                    await worker.stop(0)
+
+            stack.push_async_callback(stop_workers)
             for spec in model.pipeline.services:
-                workers[spec.service] = await add_worker(spec.service)
+                await add_worker(spec.service)
             loop = Loop()
             toy_stage = vars(sys.modules["toy_stages"])["ToyDenoisingStage"]
             monkeypatch.setattr(toy_stage, "run", loop.watch(toy_stage.run))
@@ -221,7 +225,7 @@ def test_another_worker_resumes_at_a_checkpoint(
         name = await running.submit()
         await running.stopped(name)
         running.loop.stops.clear()
-        await running.workers[PAINTING].stop(0)
+        await running.workers.pop(PAINTING).stop(0)
         await running.add_worker(PAINTING)
         assert (await terminal(running.stub, name))[-1].state_change.state == pb.REQUEST_STATE_SUCCEEDED
         first, second = running.loop.starts
