@@ -159,7 +159,9 @@ class NoisySolver:
         used = prediction if self._last is None else (prediction + self._last) / 2
         self._last, self._step = prediction, self._step + 1
         assert generator is not None, "the request has a generator"
-        return latents + (after - now) * used + 0.1 * after * torch.randn(latents.shape, generator=generator)
+        noise = torch.randn(latents.shape, generator=generator)
+        stepped: Tensor = latents + (after - now) * used + 0.1 * after * noise
+        return stepped
 
     def state(self) -> Mapping[str, Tensor]:
         """The last prediction."""
@@ -199,6 +201,5 @@ def loop_input(seed: int = 0) -> DenoisingInput:
             negative_prompt_embeds={"text": torch.randn(1, 3, generator=generator)},
         ),
         sampling=Sampling(num_inference_steps=STEPS, seed=seed, num_outputs_per_prompt=2, guidance_scale=4.0),
-        canvas=Canvas(height=8, width=8),
         latents_generator=Generator(seed=seed, state=generator.get_state()),
     )

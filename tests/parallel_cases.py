@@ -159,7 +159,6 @@ def draw_input(model: ServedModel, family: Family) -> DenoisingInput:
         ),
         image_conditioning=Conditioning(prompt_embeds=draw(family.pictures)) if family.pictures else None,
         image_latents=condition,
-        canvas=family.canvas,
         sampling=SAMPLING,
     )
 

@@ -11,8 +11,6 @@ from common.rpc.status import MAX_FIELD, to_status
 from common.state.records import ResultFile, State, StateValue
 from fleet.v1 import artifacts_pb2, generation_pb2
 
-RESULT_SLOT = "media"
-
 
 @dataclass(frozen=True)
 class Outcome:
@@ -24,10 +22,13 @@ class Outcome:
     steps_saved: int = 0
 
 
-def success(media: Packet, *, max_bytes: int | None = None) -> Outcome:
-    """SUCCEEDED with the files in a packet of Media, or FAILED where they are more than `max_bytes`."""
+def success(slot: str, media: Packet, *, max_bytes: int | None = None) -> Outcome:
+    """SUCCEEDED with the files in a packet of Media, or FAILED where they are more than `max_bytes`.
+
+    `slot` is the result's.
+    """
     try:
-        files = result_files(media)
+        files = result_files(slot, media)
     except InternalError as error:
         return failure(error)
     size = sum(file.header.byte_size for file in files)
@@ -46,8 +47,8 @@ def failure(error: FleetError) -> Outcome:
     )
 
 
-def result_files(packet: Packet) -> list[ResultFile]:
-    """The files in a packet of Media."""
+def result_files(slot: str, packet: Packet) -> list[ResultFile]:
+    """The files in a packet of Media, which is the value of `slot`. Raises InternalError for another artifact."""
     media = packet.message
     if not isinstance(media, artifacts_pb2.Media):
         raise InternalError(f"the result is a {media.DESCRIPTOR.name}, not Media")
@@ -62,7 +63,7 @@ def result_files(packet: Packet) -> list[ResultFile]:
                 width=item.width,
                 num_frames=item.num_frames,
             ),
-            list(packet.payload(f"{RESULT_SLOT}.items.{index}.data", item.data)),
+            list(packet.payload(f"{slot}.items.{index}.data", item.data)),
         )
         for index, item in enumerate(media.items)
     ]

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 from common.errors import DeadlineExceeded, FleetError, InternalError, Unavailable
-from common.pipeline import ServiceSpec, run_pipeline
+from common.pipeline import ServiceSpec, result_of, run_pipeline
 from common.rpc.framing import Packet
 from common.stage import Call
 from common.state.leases import Leases
@@ -25,7 +25,7 @@ from common.telemetry import REQUESTS, STEPS_SAVED, request_scope
 from fleet.v1 import generation_pb2
 from services.coordinator.dispatch import WorkerRunner, Workers
 from services.coordinator.events import EventLog, EventWriter
-from services.coordinator.outcome import RESULT_SLOT, Outcome, failure, success
+from services.coordinator.outcome import Outcome, failure, success
 from services.coordinator.persistence import persist
 from services.coordinator.reporting import Reporting, RequestProgress
 from services.coordinator.resume import Recovery
@@ -194,7 +194,7 @@ class Execution:
 
         async def run_stages() -> dict[str, Any]:
             workers.memory.hold(submission.values.values())
-            return await run_pipeline(runners, submission.values, call, wanted=(RESULT_SLOT,))
+            return await run_pipeline(runners, submission.values, call, wanted=(result_of(submission.services),))
 
         self._stages = asyncio.create_task(run_stages())
         if self._cancel_requested or self._stopped:
@@ -213,7 +213,8 @@ class Execution:
         error = None if stages.cancelled() else stages.exception()
         if not stages.cancelled() and error is None:
             max_bytes = self._context.max_raw_result_bytes if acquired.submission.raw else None
-            return success(stages.result()[RESULT_SLOT], max_bytes=max_bytes)
+            ((slot, media),) = stages.result().items()
+            return success(slot, media, max_bytes=max_bytes)
         if late or (isinstance(error, DeadlineExceeded) and acquired.seconds_left is not None):
             return Outcome(State.REQUEST_STATE_EXPIRED, steps_saved=progress.steps_left)
         if self._cancel_requested:

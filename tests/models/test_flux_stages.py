@@ -128,7 +128,11 @@ def test_noise_is_what_diffusers_draws(dev: Pair, prepared: Slots) -> None:
     part = prepared["initial_latents"].parts["image"]
     assert torch.equal(part.latents, theirs)
     assert part.raw_latent_shape == (2, 16, 4, 6)
-    assert torch.equal(prepared["latents_generator"].state, generator.get_state())
+    stage = LatentPreparationStage(load_config(dev), Runtime(), {})
+    drawn = stage.run(contracts.LatentPreparationInput(canvas=CANVAS, sampling=SAMPLING), Call("test"))
+    assert drawn.latents_generator is not None
+    assert torch.equal(drawn.latents_generator.state, generator.get_state())
+    assert "latents_generator" not in prepared, "no later stage reads it"
 
 
 def test_packing_is_undone(dev: Pair) -> None:

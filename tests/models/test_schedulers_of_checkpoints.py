@@ -177,7 +177,7 @@ def test_noise_levels_that_are_not_finite_are_refused_at_the_request(
         TimestepPreparationStage(config, Runtime(), {"scheduler": scheduler}).run(x, Call("test"))
     assert refused.value.field == "num_inference_steps"
     with caplog.at_level(logging.WARNING):
-        try_schedules(model, config, scheduler)
+        try_schedules(model, config, "scheduler", scheduler)
     assert "requests for 1 step will be refused" in caplog.text
 
 

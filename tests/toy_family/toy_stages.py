@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import save
 from torch import Tensor
 
-from common.artifacts import Conditioning, DenoiseState, Generator, LatentPart, Latents, Media, MediaItem, Schedule
+from common.artifacts import Conditioning, DenoiseState, LatentPart, Latents, Media, MediaItem, Schedule
 from common.stage import Call, PipelineStage
 from configs.pipeline_configs.base import PipelineConfig
 from models import contracts
@@ -49,10 +49,7 @@ class ToyLatentPreparationStage(PipelineStage[contracts.LatentPreparationInput, 
         cell = self._cell
         shape = (x.sampling.num_outputs_per_prompt, 3, x.canvas.height // cell, x.canvas.width // cell)
         noise = torch.randn(shape, generator=generator)
-        return contracts.LatentPreparationOutput(
-            initial_latents=_latents(noise),
-            latents_generator=Generator(seed=x.sampling.seed, state=generator.get_state()),
-        )
+        return contracts.LatentPreparationOutput(initial_latents=_latents(noise))
 
 
 class ToyTimestepPreparationStage(
@@ -75,7 +72,7 @@ class ToyDenoisingStage(PipelineStage[contracts.DenoisingInput, contracts.Denois
     """Pulls the noise towards the colour, a step at a time, with a checkpoint after each."""
 
     def __init__(self, config: PipelineConfig, runtime: Runtime, modules: Mapping[str, Any]) -> None:
-        self._gain: Tensor = modules["transformer"]
+        self._gain: Tensor = modules["gain"]
 
     def run(self, x: contracts.DenoisingInput, call: Call) -> contracts.DenoisingOutput:
         """Step until the schedule ends; params' contrast keeps more of the noise."""
