@@ -1,10 +1,10 @@
-"""The Wan video VAE, frame by frame, in bounded memory.
+"""The VAE of Wan 2.1 and of Wan 2.2 TI2V-5B: decodes frame by frame, in bounded memory.
 
-Its convolutions are causal, so a frame can be decoded as soon as its latents are there. Diffusers' module decodes one
-latent frame after the other too, but passes four frames at a time through the widest layers and keeps the whole
-video; here each frame goes through all layers by itself, and a convolution keeps the two frames that it looks back at.
-Where even these are too much, the picture is decoded in strips, each wide enough that no pixel of it misses what it
-depends on. Weights and layers are Diffusers'; this is another walk through them, equal up to rounding.
+The convolutions are causal, so a frame can be decoded as soon as its latents are there. Diffusers' module decodes one
+latent frame after the other too, but passes four frames at a time through the widest layers and stores the whole
+video; here each frame passes all layers alone, and a convolution caches the two frames before it. A video that would
+still exceed the bound is decoded in strips, which overlap by the pixels that the convolutions depend on. Weights and
+modules are Diffusers' (models/vaes/wan_layers.py wraps them); results are equal up to rounding.
 """
 
 from __future__ import annotations
@@ -32,10 +32,13 @@ if TYPE_CHECKING:
     from common.checkpoint import Checkpoint
 
 DECODING_BYTES = 3_750_000_000
-"""Most bytes that decoding takes beside the weights; workspaces of convolutions, about 250 MB, are not counted."""
+"""Most bytes that decoding with Wan 2.1's VAE takes beside the weights, without workspaces of convolutions (250 MB)."""
 
 RESIDUAL_DECODING_BYTES = 12_000_000_000
-"""The same for Wan 2.2 TI2V-5B's VAE, whose decoder is wider: 704x1280 is decoded in one piece, in float32 too."""
+"""Most bytes that decoding with Wan 2.2 TI2V-5B's VAE takes: enough for 704x1280 in one piece, in float32 too.
+
+In bfloat16 that size takes 4.9 GB, whatever the number of frames.
+"""
 
 # Frames of the widest layer that are alive at a time beside the histories, with all that a residual block makes of one.
 _FRAMES_AT_WORK = 12
