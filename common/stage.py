@@ -31,7 +31,7 @@ class Call:
     """What a stage may know about the request it works on, and whom it tells how it goes.
 
     `deadline` is in seconds of time.monotonic(). The tensors of a checkpoint are on the CPU and the listener's to keep:
-    the stage does not write to them any more.
+    the stage does not write to them any more. `variant` is the model's variant whose stages run; empty means the first.
     """
 
     request_id: str
@@ -40,6 +40,7 @@ class Call:
     on_checkpoint: Callable[[DenoiseState], None] = _ignore
     cancelled: threading.Event = field(default_factory=threading.Event)
     deadline: float | None = None
+    variant: str = ""
 
     def progress(self, step: int, total_steps: int) -> None:
         """Report a finished step. Raises as check_cancelled, so that the loop ends within one step."""
@@ -70,6 +71,7 @@ class Contract:
     inputs: Mapping[str, str]
     outputs: Mapping[str, str]
     optional: frozenset[str] = frozenset()
+    optional_outputs: frozenset[str] = frozenset()
 
 
 def derive_contract(name: str, inputs: type[Any], outputs: type[Any]) -> Contract:
