@@ -41,7 +41,9 @@ class PipelineEntry:
         """The configs of one variant. Raises ValueError for a variant that has none."""
         if variant not in self.configs:
             name = self.pipeline.pipeline_name
-            raise ValueError(f"variant {variant!r} of pipeline {name} has no configs; register_configs() must name them")
+            raise ValueError(
+                f"variant {variant!r} of pipeline {name} has no configs; register_configs() must name them"
+            )
         return self.configs[variant]
 
 
@@ -139,7 +141,7 @@ def _defines_entry(path: Path) -> bool:
 def _add_family(registry: Registry, module: ModuleType) -> None:
     """Add the pipeline of a file, and let the file register its configs."""
     contents = vars(module)
+    registry.register_pipeline(contents["EntryClass"])
     if "register_configs" not in contents:
         raise TypeError(f"{module.__name__} must define register_configs(registry), which names the family's configs")
-    registry.register_pipeline(contents["EntryClass"])
     contents["register_configs"](registry)

@@ -54,7 +54,7 @@ class LocalFleet:
         place = device or torch.device("cpu")
         self.services = {
             spec.service: HostedStages(spec.service, load_stages(model, spec, device=place, dtype=dtype))
-            for spec in model.pipeline.services
+            for spec in model.services
         }
 
     def media(self, heard: Heard | None = None, images: Mapping[str, bytes] = NO_IMAGES, **given: ParamValue) -> Media:

@@ -59,6 +59,9 @@ class StandardPipelineConfig(PipelineConfig):
     latent_part: ClassVar[str] = "image"
     """The part of Latents that is drawn, denoised and decoded: "image" or "video"."""
 
+    branches: ClassVar[tuple[str, ...]] = ("positive", "negative")
+    """Branches of guidance that a step can need."""
+
     @property
     @abstractmethod
     def text_encodings(self) -> tuple[TextEncoding, ...]:

@@ -255,7 +255,7 @@ class Driver:
         deadline = None
         if execution.seconds_left is not None:
             deadline = time.monotonic() + execution.seconds_left + _LATER_SECONDS
-        call = Call(record.request_id, on_warning=events.warning, deadline=deadline)
+        call = Call(record.request_id, on_warning=events.warning, deadline=deadline, variant=record.variant)
         runners = [
             Reporting(
                 WorkerRunner(

@@ -31,9 +31,7 @@ class LeadingStages:
     on all leaves them out of step, which no rank can mend: `abandon` is called, which does not return.
     """
 
-    def __init__(
-        self, service: str, stages: Stages, links: Sequence[Link], abandon: Callable[[str], NoReturn]
-    ) -> None:
+    def __init__(self, service: str, stages: Stages, links: Sequence[Link], abandon: Callable[[str], NoReturn]) -> None:
         self.contract = stages.contract
         self._request = request_type(stage_method(service))
         self._stages = stages

@@ -42,7 +42,7 @@ class InProcess:
         self._validation = InputValidationStage(model)
         self._services = [
             HostedStages(spec.service, load_stages(model, spec, device=torch.device("cpu"), dtype=torch.float32))
-            for spec in model.pipeline.services
+            for spec in model.services
         ]
 
     def draw(self, seed: int, steps: int) -> tuple[dict[str, float], bytes]:

@@ -57,7 +57,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def stage_of(model: ServedModel, approximation: Approximation, checkpoint_every: int = 0) -> DenoisingStage:
     (stage,) = load_stages(
         model,
-        model.pipeline.service("denoising"),
+        model.service("denoising"),
         device=CPU,
         dtype=torch.float32,
         checkpoint_every=checkpoint_every,
@@ -152,7 +152,7 @@ def reused() -> float:
 def test_a_family_without_such_layers_is_refused(tmp_path: Path) -> None:
     with toy_family(tmp_path / "plugins") as plugins:
         model = open_model(str(build_toy_checkpoint(tmp_path / "toy")), load_registry([plugins]))
-        spec = model.pipeline.service("denoising")
+        spec = model.service("denoising")
         with pytest.raises(InvalidInput, match=r"ToyPipeline has no transformer that can compute with .*float8"):
             load_stages(model, spec, device=CPU, dtype=torch.float32, approximation=FLOAT8_LINEARS)
 

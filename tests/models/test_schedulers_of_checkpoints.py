@@ -62,7 +62,7 @@ def opened(path: Path) -> ServedModel:
 
 
 def load(model: ServedModel, service: str) -> list[Any]:
-    return load_stages(model, model.pipeline.service(service), device=torch.device("cpu"), dtype=torch.float32)
+    return load_stages(model, model.service(service), device=torch.device("cpu"), dtype=torch.float32)
 
 
 NOISE: dict[str, object] = {"prediction_type": "epsilon", "use_flow_sigmas": False}
@@ -176,7 +176,7 @@ def test_noise_levels_that_are_not_finite_are_refused_at_the_request(
         TimestepPreparationStage(config, {"scheduler": scheduler}).run(x, Call("test"))
     assert refused.value.field == "num_inference_steps"
     with caplog.at_level(logging.WARNING):
-        try_schedules(model, config, scheduler)
+        try_schedules(model.checkpoint, model.variants[0].sampling_params, config, scheduler)
     assert "requests for 1 step will be refused" in caplog.text
 
 
