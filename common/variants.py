@@ -18,8 +18,8 @@ def unite_contracts(name: str, contracts: Sequence[Contract]) -> Contract:
     """
     inputs = _united(name, [contract.inputs for contract in contracts])
     outputs = _united(name, [contract.outputs for contract in contracts])
-    required = frozenset.intersection(*(contract.inputs.keys() - contract.optional for contract in contracts))
-    always = frozenset.intersection(*(contract.outputs.keys() - contract.optional_outputs for contract in contracts))
+    required = frozenset.intersection(*(frozenset(each.inputs) - each.optional for each in contracts))
+    always = frozenset.intersection(*(frozenset(each.outputs) - each.optional_outputs for each in contracts))
     return Contract(name, inputs, outputs, frozenset(inputs.keys() - required), frozenset(outputs.keys() - always))
 
 

@@ -9,9 +9,8 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 
 from common.checkpoint import INDEX_FILE, SAMPLING_DEFAULTS_FILE, Checkpoint
 from common.errors import CheckpointError, InvalidInput
@@ -72,7 +71,7 @@ class ServedModel:
     checkpoint: Checkpoint
     variants: tuple[ServedVariant, ...]
     services: tuple[ServiceSpec, ...]
-    unserved: Mapping[str, str] = MappingProxyType({})
+    unserved: Mapping[str, str] = field(default_factory=dict)
 
     def service(self, name: str) -> ServiceSpec:
         """The service of that name, for all variants. Raises InvalidInput that names the model's services."""

@@ -3,7 +3,8 @@
 -- Messages are stored serialised and never opened here: a protobuf message followed by another of its type is their
 -- merge, so a record grows by appending to `extra`. Time is this server's, in milliseconds, never a caller's.
 --
---   fleet:request:<id>             hash   record, extra, state, created, updated, model, owner, epoch, cancel, key, caller, token,
+--   fleet:request:<id>             hash   record, extra, state, created, updated, model, owner, epoch, cancel, key, caller, variant,
+--                                         token,
 --                                         and until its end submission, deaths (calls of it that were lost with their worker,
 --                                         a line each), point (the key of a checkpoint), reached (its step), told (number and
 --                                         ids of the latest events), left:<service> (its cost, until that service is done
@@ -27,7 +28,8 @@
 --   fleet:shares:<model>/<svc>|<rank>  zset   callers by the work that they were given, '|' by the virtual time
 --   fleet:slots:<model>/<svc>      hash   ticket -> worker | owner | cost | when it was granted
 --   fleet:pace:<model>/<svc>       string ms that slots were held and the cost of what held them, of the latest
---   fleet:work:<model>/<svc>       hash   caller -> cost of their open requests that still need the service
+--   fleet:pace:<model>/<svc>@<variant>  string the same of one variant's requests, whose cost may weigh otherwise
+--   fleet:work:<model>/<svc>       hash   caller, or caller|variant -> cost of open requests that still need the service
 --   fleet:reply:<name>             list   a reply that workers share: its checksum, then its frames
 --   fleet:replies, fleet:reply-sizes   zset, hash   names of these by when they expire; their bytes
 --   fleet:coordinator:<owner>      string present while that coordinator's heartbeat lasts; also its channel
@@ -185,52 +187,85 @@ local function busy_slots(place)
       redis.call('HDEL', P .. 'slots:' .. place, slots[i])
     else
       busy[worker] = (busy[worker] or 0) + (is_alone(slots[i]) and tonumber(capacity) or 1)
-      held[#held + 1] = { cost = tonumber(cost), since = tonumber(since) }
+      held[#held + 1] = { ticket = slots[i], cost = tonumber(cost), since = tonumber(since) }
     end
   end
   return busy, held
 end
 
+-- The variant of the request that a ticket is for; '' for a model with one variant, and for a request that is forgotten.
+local function variant_of(ticket)
+  local variant = server.pcall('HGET', P .. 'request:' .. string.match(ticket, '^[^/]*'), 'variant')
+  return type(variant) == 'string' and variant or ''
+end
+
+-- ms per unit of cost at a service, of the latest requests of a variant, else of all variants; nil before there are any.
+local function pace_of(place, variant)
+  for _, key in ipairs(variant ~= '' and { place .. '@' .. variant, place } or { place }) do
+    local ms, of = string.match(redis.call('GET', P .. 'pace:' .. key) or '', '^(%S+) (%S+)$')
+    if tonumber(ms) and (tonumber(of) or 0) > 0 then
+      return tonumber(ms) / tonumber(of)
+    end
+  end
+end
+
+local function measure(key, ms, cost)
+  local held, of = string.match(redis.call('GET', P .. 'pace:' .. key) or '', '^(%S+) (%S+)$')
+  redis.call('SET', P .. 'pace:' .. key, string.format('%.3f %.3f',
+    ms + 0.8 * (tonumber(held) or 0), cost + 0.8 * (tonumber(of) or 0)), 'PX', 86400000)
+end
+
+-- The field of a caller's work with requests of a variant.
+local function work_field(caller, variant)
+  return variant ~= '' and caller .. '|' .. variant or caller
+end
+
 -- What a service has before it, as far as the pace of the latest requests tells; pace is nil before there is one.
 -- In ms: `queued` until all that is open is done, `own` for the caller's part of that, `more` for a request of that
--- cost. `callers` have a part in it, this one included, and `capacity` requests are taken at a time.
-local function forecast(place, caller, cost)
+-- variant and cost. `callers` have a part in it, this one included, and `capacity` requests are taken at a time.
+local function forecast(place, variant, caller, cost)
   local found = { capacity = 0, callers = 1, queued = 0, own = 0, more = 0 }
   for _, worker in ipairs(live_workers(place)) do
     found.capacity = found.capacity + worker.capacity
   end
   found.capacity = math.max(found.capacity, 1)
-  local ms, of = string.match(redis.call('GET', P .. 'pace:' .. place) or '', '^(%S+) (%S+)$')
-  if not tonumber(ms) or (tonumber(of) or 0) <= 0 then
+  found.pace = pace_of(place, variant)
+  if not found.pace then
     return found
   end
-  found.pace = tonumber(ms) / tonumber(of)
-  local scale = found.pace / found.capacity
+  local paces, others = { [variant] = found.pace }, {}
+  local function pace(each)
+    paces[each] = paces[each] or pace_of(place, each) or found.pace
+    return paces[each]
+  end
   local open = redis.call('HGETALL', P .. 'work:' .. place)
   for i = 1, #open, 2 do
-    local work = tonumber(open[i + 1]) or 0
-    found.queued = found.queued + work * scale
-    if open[i] == caller then
-      found.own = work * scale
-    else
+    local who, of = string.match(open[i], '^([^|]*)|?(.*)$')
+    local ms = (tonumber(open[i + 1]) or 0) * pace(of) / found.capacity
+    found.queued = found.queued + ms
+    if who == caller then
+      found.own = found.own + ms
+    elseif not others[who] then
+      others[who] = true
       found.callers = found.callers + 1
     end
   end
   local _, held = busy_slots(place)
   for _, slot in ipairs(held) do
-    found.queued = found.queued - math.min(now - slot.since, slot.cost * found.pace) / found.capacity
+    local ms = slot.cost * pace(variant_of(slot.ticket))
+    found.queued = found.queued - math.min(now - slot.since, ms) / found.capacity
   end
-  found.more = cost * scale
+  found.more = cost * found.pace / found.capacity
   return found
 end
 
 -- Whether a request has to be refused for the work that is open, or for its number before there is a pace to tell the
 -- work by: the refusal or nil, and the ms that the slowest service needs for the request alone. A caller who has no
 -- more than an equal part of the bound is not refused for what the others have.
-local function overload(model, caller, first, last, open, max_work)
+local function overload(model, variant, caller, first, last, open, max_work)
   local most, more, unmeasured = 0, 0, false
   for i = first, last, 2 do
-    local service = forecast(model .. '/' .. ARGV[i], caller, tonumber(ARGV[i + 1]))
+    local service = forecast(model .. '/' .. ARGV[i], variant, caller, tonumber(ARGV[i + 1]))
     more = math.max(more, service.more)
     unmeasured = unmeasured or not service.pace and open >= service.capacity
     if service.queued > max_work and service.own > max_work / service.callers then
@@ -255,10 +290,10 @@ local function prune_index()
 end
 
 -- id, owner, idempotency key, record, submission, model, deadline or 0, most open requests, longest queue,
--- most ms of work, caller, most of theirs, 1 where the store is full, n, n pairs of service and cost, events. Refusals
--- return the ms after which to try again. A full store still answers what it has admitted before.
+-- most ms of work, caller, most of theirs, 1 where the store is full, variant, n, n pairs of service and cost, events.
+-- Refusals return the ms after which to try again. A full store still answers what it has admitted before.
 function ops.admit(id, owner, key, record, submission, model, deadline, max_open, queue_limit, max_work, caller,
-  max_theirs, is_full, count)
+  max_theirs, is_full, variant, count)
   count = tonumber(count)
   local known = key ~= '' and redis.call('GET', P .. 'idempotency:' .. key)
   if known and redis.call('EXISTS', P .. 'request:' .. known) == 1 then
@@ -273,9 +308,9 @@ function ops.admit(id, owner, key, record, submission, model, deadline, max_open
   if is_full == '1' then
     return { 'memory' }
   end
-  local first, last = 16, 15 + 2 * count
+  local first, last = 17, 16 + 2 * count
   local open = redis.call('SCARD', P .. 'open:' .. model)
-  local busy, alone = overload(model, caller, first, last, open, tonumber(max_work))
+  local busy, alone = overload(model, variant, caller, first, last, open, tonumber(max_work))
   if open >= tonumber(max_open) then
     return { 'crowded', open, alone }
   end
@@ -294,10 +329,10 @@ function ops.admit(id, owner, key, record, submission, model, deadline, max_open
   end
   redis.call('HSET', P .. 'request:' .. id, 'record', record, 'extra', '', 'state', '1', 'created', int(now),
     'updated', int(now), 'model', model, 'owner', owner, 'epoch', '1', 'key', key, 'caller', caller,
-    'submission', submission)
+    'variant', variant, 'submission', submission)
   for i = first, last, 2 do
     redis.call('HSET', P .. 'request:' .. id, 'left:' .. ARGV[i], ARGV[i + 1])
-    redis.call('HINCRBY', P .. 'work:' .. model .. '/' .. ARGV[i], caller, ARGV[i + 1])
+    redis.call('HINCRBY', P .. 'work:' .. model .. '/' .. ARGV[i], work_field(caller, variant), ARGV[i + 1])
   end
   redis.call('ZADD', P .. 'requests', int(next_number()), id)
   redis.call('SADD', P .. 'open:' .. model, id)
@@ -341,12 +376,12 @@ end
 -- A request needs a service no more: its cost is open there no more, which counts once.
 local function settle(id, service)
   local key = P .. 'request:' .. id
-  local fields = redis.call('HMGET', key, 'left:' .. service, 'model', 'caller')
+  local fields = redis.call('HMGET', key, 'left:' .. service, 'model', 'caller', 'variant')
   if tonumber(fields[1]) and fields[2] and fields[3] then
-    local work = P .. 'work:' .. fields[2] .. '/' .. service
+    local work, field = P .. 'work:' .. fields[2] .. '/' .. service, work_field(fields[3], fields[4] or '')
     redis.call('HDEL', key, 'left:' .. service)
-    if redis.call('HINCRBY', work, fields[3], -tonumber(fields[1])) <= 0 then
-      redis.call('HDEL', work, fields[3])
+    if redis.call('HINCRBY', work, field, -tonumber(fields[1])) <= 0 then
+      redis.call('HDEL', work, field)
     end
   end
 end
@@ -850,9 +885,11 @@ function ops.release(ticket, place, ms)
   ms = tonumber(ms)
   local cost = slot and tonumber(string.match(slot, '|(%d+)|%d+$'))
   if ms > 0 and cost then
-    local held, of = string.match(redis.call('GET', P .. 'pace:' .. place) or '', '^(%S+) (%S+)$')
-    redis.call('SET', P .. 'pace:' .. place, string.format('%.3f %.3f',
-      ms + 0.8 * (tonumber(held) or 0), cost + 0.8 * (tonumber(of) or 0)), 'PX', 86400000)
+    local variant = variant_of(ticket)
+    measure(place, ms, cost)
+    if variant ~= '' then
+      measure(place .. '@' .. variant, ms, cost)
+    end
   end
   if ms > 0 then
     settle(string.match(ticket, '^[^/]*'), string.match(place, '[^/]*$'))

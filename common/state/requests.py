@@ -155,6 +155,7 @@ class RequestStore:
             record.caller,
             limits.max_open_of_caller,
             int(memory.is_full),
+            record.variant,
             len(limits.services),
             *(word for service in limits.services for word in (service, costs.get(service, 1))),
             *(event.SerializeToString() for event in events),

@@ -28,9 +28,28 @@ REPLY_LIMIT = 100
 
 OPERATIONS: dict[str, Sequence[Sequence[object]]] = {
     "admit": [
-        ("new", "c-1", "key-new", "record", "submission", MODEL, 0, 99, 99, 1000, "ann", 99, 0, 1, "denoising", 5, "e"),
-        ("r1", "c-1", "key-r1", "record", "submission", MODEL, 0, 99, 99, 1000, "ann", 99, 0, 0, "e"),
-        ("r2", "c-1", "", "record", "submission", MODEL, 0, 99, 99, 0, "bob", 99, 1, 0, "e"),
+        (
+            "new",
+            "c-1",
+            "key-new",
+            "record",
+            "submission",
+            MODEL,
+            0,
+            99,
+            99,
+            1000,
+            "ann",
+            99,
+            0,
+            "image",
+            1,
+            "denoising",
+            5,
+            "e",
+        ),
+        ("r1", "c-1", "key-r1", "record", "submission", MODEL, 0, 99, 99, 1000, "ann", 99, 0, "", 0, "e"),
+        ("r2", "c-1", "", "record", "submission", MODEL, 0, 99, 99, 0, "bob", 99, 1, "", 0, "e"),
     ],
     "append": [(f"r{number}", 1, 5, "2", "extra", "event") for number in range(5)],
     "finish": [("r1", 1, "t", "3", "", LASTS, "end"), ("r4", 1, "t", "4", "", LASTS, "end")],
@@ -108,13 +127,49 @@ def _build(run: Callable[..., Any], redis: Any, note: Callable[[], None]) -> Non
         run("announce", f"w1{model}" if model == "safe" else "w1", model, service, 1, "info", LASTS)
     run("announce", "w2", MODEL, "denoising", 1, "info", LASTS)
     for number, owner in enumerate(("c-1", "c-1", "c-2", "dead", "c-1")):
-        caller = ("ann", "bob")[number % 2]
-        admit = (f"r{number}", owner, f"key-r{number}", "record", "submission", MODEL, 0, 99, 99, 0, caller, 99, 0, 1)
+        caller, variant = (("ann", "image"), ("bob", ""))[number % 2]
+        admit = (
+            f"r{number}",
+            owner,
+            f"key-r{number}",
+            "record",
+            "submission",
+            MODEL,
+            0,
+            99,
+            99,
+            0,
+            caller,
+            99,
+            0,
+            variant,
+            1,
+        )
         run("admit", *admit, "denoising", 5, "event")
         if number == 2:
             note()
         run("claim", f"r{number}/{owner}/0", PLACE, owner, 0, 0, caller, 5)
-    run("admit", "safe", "c-1", "", "record", "submission", "safe", 0, 99, 99, 0, "", 99, 0, 1, "denoising", 1, "event")
+    run(
+        "admit",
+        "safe",
+        "c-1",
+        "",
+        "record",
+        "submission",
+        "safe",
+        0,
+        99,
+        99,
+        0,
+        "",
+        99,
+        0,
+        "",
+        1,
+        "denoising",
+        1,
+        "event",
+    )
     for number in range(2):
         run("claim", f"safe/c-1/{number}", SAFE_PLACE, "c-1", 0, 0, "safe", 1)
     run("release", "r1/c-1/0", PLACE, 30)
@@ -193,7 +248,7 @@ def _check_the_rest(store: Store) -> None:
     assert store.run("append", "safe", 1, 0, "2", "", "event")[0] == b"appended"
     assert store.run("finish", "safe", 1, "t", "3", "", LASTS, "end")[0] == b"finished"
     assert store.redis.xlen("fleet:events:safe") == 3
-    admit = ("later", "c-1", "", "record", "", MODEL, 0, 99, 99, 0, "ann", 99, 0, 1, "denoising", 5, "event")
+    admit = ("later", "c-1", "", "record", "", MODEL, 0, 99, 99, 0, "ann", 99, 0, "", 1, "denoising", 5, "event")
     assert store.run("admit", *admit)[0] == b"admitted"
     newest = store.redis.zrevrange("fleet:requests", 0, 0)
     assert newest == [b"later"]
@@ -251,14 +306,14 @@ def test_numbers_go_on_where_their_counter_was_lost(store: Store) -> None:
     newest = store.redis.zrevrange("fleet:requests", 0, 0, withscores=True)[0][1]
     store.redis.delete("fleet:sequence")
     for name in ("s1", "s2"):
-        store.run("admit", name, "c-1", "", "record", "", MODEL, 0, 99, 99, 0, "", 99, 0, 0, "event")
+        store.run("admit", name, "c-1", "", "record", "", MODEL, 0, 99, 99, 0, "", 99, 0, "", 0, "event")
     assert store.redis.zrevrange("fleet:requests", 0, 1, withscores=True) == [(b"s2", newest + 2), (b"s1", newest + 1)]
 
 
 def test_a_failure_is_one_line_without_a_traceback(store: Store) -> None:
     store.restore()
     store.redis.hset(f"fleet:work:{MODEL}/denoising", "ann", "many")
-    admit = ("new", "c-1", "", "record", "", MODEL, 0, 99, 99, 0, "ann", 99, 0, 1, "denoising", 5, "event")
+    admit = ("new", "c-1", "", "record", "", MODEL, 0, 99, 99, 0, "ann", 99, 0, "", 1, "denoising", 5, "event")
     with pytest.raises(ResponseError) as caught:
         store.run("admit", *admit)
     assert str(caught.value).startswith("FLEETSTORE admit cannot use what the store holds: ERR hash value is not an")
