@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 from common.errors import InvalidInput
-from common.local import HostedStages, common_indifference
+from common.local import HostedStages, common_indifference, untimed
 from common.pipeline import PipelineError, ServiceSpec
-from common.stage import Call, Contract
+from common.stage import Call, Contract, PipelineStage
 
 
 def unite_contracts(name: str, contracts: Sequence[Contract]) -> Contract:
@@ -60,14 +61,22 @@ def _united_service(name: str, services: Sequence[ServiceSpec]) -> ServiceSpec:
 class HostedVariants:
     """The stages of a service for every variant of a model that uses it; each call is run by those of its variant.
 
-    `variants` are in the model's order. A call without a variant is for the first one.
+    `variants` are the stages of each variant, in the model's order. A call without a variant is for the first one.
+    `timed` makes the context that a stage of that name runs in.
     """
 
-    def __init__(self, service: str, variants: Mapping[str, HostedStages]) -> None:
+    def __init__(
+        self,
+        service: str,
+        variants: Mapping[str, Sequence[PipelineStage[Any, Any]]],
+        *,
+        timed: Callable[[str], AbstractContextManager[None]] = untimed,
+    ) -> None:
         self._service = service
-        self._variants = dict(variants)
-        self.contract = unite_contracts(service, [stages.contract for stages in variants.values()])
-        self.indifferent_to = common_indifference([stages.indifferent_to for stages in variants.values()])
+        self._variants = {name: HostedStages(service, stages, timed=timed) for name, stages in variants.items()}
+        hosted = self._variants.values()
+        self.contract = unite_contracts(service, [stages.contract for stages in hosted])
+        self.indifferent_to = common_indifference([stages.indifferent_to for stages in hosted])
 
     def of(self, variant: str) -> HostedStages:
         """The stages of one variant. Raises InvalidInput that names the variants for another name."""

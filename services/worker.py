@@ -22,7 +22,6 @@ import torch
 from redis.asyncio import Redis
 
 from common.errors import FailedPrecondition, Unavailable
-from common.local import HostedStages
 from common.pipeline import ServiceSpec
 from common.rpc.address import advertised_address
 from common.rpc.method import begun_frame, response_type, stage_method
@@ -210,9 +209,7 @@ def _load(
     )
     if ranks:
         ranks.wait_for_all()
-    timed = partial(stage_timer, spec.service, model.name)
-    hosted = {name: HostedStages(spec.service, stages, timed=timed) for name, stages in variants.items()}
-    return HostedVariants(spec.service, hosted)
+    return HostedVariants(spec.service, variants, timed=partial(stage_timer, spec.service, model.name))
 
 
 async def _warm_up(warm_up: WarmUp, stages: Stages, dtype: torch.dtype, executor: ThreadPoolExecutor) -> None:

@@ -35,7 +35,7 @@ _SERVICE = "fleet.v1.WorkerService"
 def contract_message(contract: Contract, spec: ServiceSpec) -> worker_pb2.StageContract:
     """What the service reads and writes, for those who ask and for the registry."""
     return worker_pb2.StageContract(
-        stages=[stage.contract.name for stage in spec.stages],
+        stages=dict.fromkeys(stage.contract.name for stage in spec.stages),
         inputs=contract.inputs,
         outputs=contract.outputs,
         optional_inputs=sorted(contract.optional),

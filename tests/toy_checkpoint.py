@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 TOY_FAMILY = Path(__file__).parent / "toy_family"
+TWIN_FAMILY = Path(__file__).parent / "twin_family"
 TOY_INDEX = {
     "_class_name": "ToyPipeline",
     "_diffusers_version": "0.42.1",
@@ -31,6 +32,17 @@ def build_toy_checkpoint(path: Path, *, cell: int = 8, seed: int = 0) -> Path:
     return path
 
 
+def build_twin_checkpoint(path: Path, *, lens: bool = True) -> Path:
+    """Write a TwinPipeline directory, on request without the module that its variant `image` needs; returns it."""
+    build_toy_checkpoint(path)
+    index = {**TOY_INDEX, "_class_name": "TwinPipeline"}
+    if lens:
+        index["lens"] = ["toy", "TwinLens"]
+        _write_module(path / "lens", {"_class_name": "TwinLens"}, torch.tensor([1.0, 0.5, 2.0]))
+    (path / "model_index.json").write_text(json.dumps(index))
+    return path
+
+
 def copy_toy_family(directory: Path) -> Path:
     """Copy the plugin files to a directory, as a user would put them there; returns it."""
     shutil.copytree(TOY_FAMILY, directory, ignore=shutil.ignore_patterns("__pycache__"))
@@ -43,9 +55,26 @@ def toy_family(directory: Path) -> Iterator[Path]:
     try:
         yield copy_toy_family(directory)
     finally:
-        sys.path[:] = [entry for entry in sys.path if entry != str(directory.resolve())]
-        for file in directory.glob("*.py"):
-            sys.modules.pop(file.stem, None)
+        _forget(directory)
+
+
+@contextmanager
+def twin_family(directory: Path) -> Iterator[list[Path]]:
+    """The plugin directories of the toy family and of the twin family, which builds on it; forgotten afterwards."""
+    twin = directory / "twin"
+    with toy_family(directory / "toy") as toy:
+        try:
+            shutil.copytree(TWIN_FAMILY, twin, ignore=shutil.ignore_patterns("__pycache__"))
+            yield [toy, twin]
+        finally:
+            _forget(twin)
+
+
+def _forget(directory: Path) -> None:
+    """Forget the modules of a plugin directory."""
+    sys.path[:] = [entry for entry in sys.path if entry != str(directory.resolve())]
+    for file in directory.glob("*.py"):
+        sys.modules.pop(file.stem, None)
 
 
 def _write_module(folder: Path, config: dict[str, object], weight: torch.Tensor) -> None:

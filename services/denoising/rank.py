@@ -17,7 +17,6 @@ from torch import distributed
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from common.errors import Unavailable
-from common.local import HostedStages
 from common.variants import HostedVariants
 from models.catalog import ServedModel
 from models.kernels.trials import try_packages
@@ -174,7 +173,7 @@ class FollowingRank(_Rank):
         self.wait_for_all()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._ask_to_end)
-        hosted = HostedVariants(SERVICE, {name: HostedStages(SERVICE, each) for name, each in variants.items()})
+        hosted = HostedVariants(SERVICE, variants)
         try:
             Follower(SERVICE, hosted, self._links[0], total_bytes=self._settings.max_call_bytes).follow()
         except OutOfStep as error:

@@ -110,11 +110,8 @@ def _check_branches(model: ServedModel, degrees: Degrees) -> None:
     branches = [config.branches for config in configs if issubclass(config, StandardPipelineConfig)]
     most = max(branches, key=len, default=())
     if branches and degrees.cfg > len(most):
-        raise InvalidInput(
-            f"cfg: {degrees.cfg} is not 1 to {len(most)}; {model.checkpoint.pipeline_name} has the branches "
-            f"{', '.join(most)}",
-            field="cfg",
-        )
+        known = f"{model.checkpoint.pipeline_name} has {len(most)} branches: {', '.join(most)}"
+        raise InvalidInput(f"cfg: {degrees.cfg} is not at most {len(most)}; {known}", field="cfg")
 
 
 def _check_device(settings: DenoisingSettings) -> None:
