@@ -7,10 +7,17 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from itertools import groupby
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from common.errors import Cancelled, CheckpointError, InternalError
 from common.stage import Call, Contract, compose_contracts
+
+if TYPE_CHECKING:
+    from common.checkpoint import Checkpoint
+
+
+class MissingModules(CheckpointError):
+    """The checkpoint lacks modules that a pipeline needs; other variants of the model may do without them."""
 
 
 class PipelineError(Exception):
@@ -102,7 +109,7 @@ class Runner(Protocol):
 class ComposedPipeline:
     """The ordered stages of one model. One subclass per Diffusers `_class_name`.
 
-    `modules` are the names in the checkpoint's model_index.json. Raises CheckpointError when a required one is
+    `modules` are the names in the checkpoint's model_index.json. Raises MissingModules when a required one is
     missing and PipelineError when the stages do not compose.
     """
 
@@ -114,7 +121,7 @@ class ComposedPipeline:
     def __init__(self, modules: Collection[str]) -> None:
         missing = [name for name in self._required_config_modules if name not in modules]
         if missing:
-            raise CheckpointError(
+            raise MissingModules(
                 f"{self.pipeline_name} needs the modules {', '.join(self._required_config_modules)}; "
                 f"model_index.json lacks {', '.join(missing)}"
             )
@@ -132,6 +139,16 @@ class ComposedPipeline:
         for index, stage in reversed(list(enumerate(self._stages))):
             self._stages[index] = replace(stage, contract=stage.contract.writing(read))
             read |= stage.contract.inputs.keys()
+
+    @classmethod
+    def variants(cls, checkpoint: Checkpoint) -> Mapping[str, type[ComposedPipeline]]:
+        """The pipelines of one checkpoint by variant; this one alone, without a name, unless a family overrides it.
+
+        The inputs of a request choose the variant: the first one that takes them. Each variant has configs of its own
+        in the registry. Names are lower-case identifiers; only a single variant has none.
+        """
+        del checkpoint
+        return {"": cls}
 
     def create_pipeline_stages(self) -> None:
         """Add this model's stages, in order."""

@@ -141,7 +141,7 @@ def make_case(family: Family, folder: Path, run: Run = alone) -> Case:
 def draw_input(model: ServedModel, family: Family) -> DenoisingInput:
     """Noise and schedule of the family's own stages; what encoders would make is random."""
     torch.manual_seed(5)
-    stages = load_stages(model, model.pipeline.service("latent_preparation"), Runtime(device=CPU, dtype=torch.float32))
+    stages = load_stages(model, model.service("latent_preparation"), Runtime(device=CPU, dtype=torch.float32))
     given = {"canvas": family.canvas, "sampling": SAMPLING}
     prepared = HostedStages("latent_preparation", stages).run(given, Call("test"))
     (noise,) = prepared["initial_latents"].parts.values()
@@ -169,7 +169,7 @@ def draw(sizes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
 
 def single_input(model: ServedModel, x: DenoisingInput) -> dict[str, Tensor]:
     """The keywords of one prediction in the middle of the schedule, for the first output."""
-    config_class: type[DenoisingConfig] = resolve(model.entry.pipeline_config)
+    config_class: type[DenoisingConfig] = resolve(model.variants[0].pipeline_config)
     config = config_class.from_checkpoint(model.checkpoint)
     ((part, noise),) = x.initial_latents.parts.items()
     given = x.image_latents.parts if x.image_latents else {}

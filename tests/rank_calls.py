@@ -75,7 +75,7 @@ def leave(rank: int) -> None:  # noqa: ARG001  (asked for of every rank)
 def forward(rank: int, checkpoint: str, inputs: str, output: str, compiled: bool = False) -> None:
     """One prediction of the checkpoint's transformer; compiled, each block is one graph, with its collectives."""
     model = open_model(checkpoint, load_registry())
-    config_class: type[PipelineConfig] = resolve(model.entry.pipeline_config)
+    config_class: type[PipelineConfig] = resolve(model.variants[0].pipeline_config)
     config = config_class.from_checkpoint(model.checkpoint)
     runtime = Runtime(mesh=RANK.mesh, device=RANK.device)
     transformer = load_module(model.checkpoint, "transformer", config, runtime)
@@ -90,7 +90,7 @@ def forward(rank: int, checkpoint: str, inputs: str, output: str, compiled: bool
 def denoise(rank: int, checkpoint: str, inputs: str, output: str, approximation: Mapping[str, Any] = NONE) -> list[int]:
     """The whole loop; the steps that it reported."""
     model, steps = open_model(checkpoint, load_registry()), []
-    spec = model.pipeline.service("denoising")
+    spec = model.service("denoising")
     given = Approximation(**approximation)
     runtime = Runtime(device=RANK.device, mesh=RANK.mesh, approximation=given)
     (stage,) = load_stages(model, spec, runtime)

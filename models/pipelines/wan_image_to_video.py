@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from models.composition import StandardImagePipeline
+from models.registry import Registry
 
 
 class WanImageToVideoPipeline(StandardImagePipeline):
@@ -22,6 +23,15 @@ class WanImageToVideoPipeline(StandardImagePipeline):
     def create_pipeline_stages(self) -> None:
         """Text and image to video."""
         self.add_standard_ti2v_stages()
+
+
+def register_configs(registry: Registry) -> None:
+    """Name the family's configs."""
+    registry.register_configs(
+        WanImageToVideoPipeline.pipeline_name,
+        sampling_params="configs.sample.wan:WanImageToVideoSamplingParams",
+        pipeline_config="configs.pipeline_configs.wan:WanImageToVideoPipelineConfig",
+    )
 
 
 EntryClass = WanImageToVideoPipeline

@@ -61,7 +61,7 @@ async def start_fleet(
         async with asyncio.TaskGroup() as group:
             group.create_task(fleet.add_coordinator(models, settings))
             for number, model in enumerate(models):
-                for spec in model.pipeline.services:
+                for spec in model.services:
                     group.create_task(
                         fleet.add_worker(
                             spec.service,

@@ -17,11 +17,11 @@ from torch import distributed
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from common.errors import Unavailable
-from common.local import HostedStages
+from common.variants import HostedVariants
 from models.catalog import ServedModel
 from models.kernels.trials import try_packages
 from models.layers.mesh import WorkerMesh, make_mesh
-from models.loader import load_stages
+from models.loader import load_variants
 from models.runtime import Runtime
 from models.warm_up import WarmUp
 from services.denoising.facts import compare_facts, facts_of
@@ -31,7 +31,7 @@ from services.denoising.joining import Place, Purpose, join
 from services.denoising.liveness import Liveness, abandon
 from services.denoising.messages import Kind, Link, OutOfStep
 from services.denoising.settings import SERVICE, DenoisingSettings
-from services.worker import serve, service_of
+from services.worker import serve
 from services.worker_settings import device_of, dtype_of, prepare_thread
 
 # Collectives must outlast whatever one rank may do longer than another, such as warming up. Losses are noticed by the
@@ -137,7 +137,7 @@ class LeadingRank(_Rank):
             with suppress(OutOfStep):  # It has ended by itself.
                 link.send(Kind.END)
 
-    def lead(self, stages: HostedStages) -> LeadingStages:
+    def lead(self, stages: HostedVariants) -> LeadingStages:
         """The stages, run by all ranks."""
         return LeadingStages(SERVICE, stages, self._links, abandon)
 
@@ -163,9 +163,9 @@ class FollowingRank(_Rank):
         device = device_of(self._settings.device)
         prepare_thread(device, self._settings.threads)
         try_packages(device, self._settings.kernel_choice)
-        stages = load_stages(
+        variants = load_variants(
             model,
-            service_of(model, SERVICE),
+            model.service(SERVICE),
             Runtime(
                 device=device,
                 dtype=dtype_of(self._settings.dtype, device),
@@ -177,7 +177,7 @@ class FollowingRank(_Rank):
         self.wait_for_all()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._ask_to_end)
-        hosted = HostedStages(SERVICE, stages)
+        hosted = HostedVariants(SERVICE, variants)
         try:
             Follower(SERVICE, hosted, self._links[0], total_bytes=self._settings.max_call_bytes).follow()
         except OutOfStep as error:

@@ -185,7 +185,7 @@ def run_stages(
     slots: dict[str, Any] = dict(InputValidationStage(model).run(request).artifacts)
     spent: dict[str, float] = {}
     taken = 0
-    for spec in model.pipeline.services:
+    for spec in model.services:
         stages = HostedStages(spec.service, load_stages(model, spec, Runtime(device=device, dtype=dtype)))
         inputs = {name: slots[name] for name in stages.contract.inputs if name in slots}
         before = 0

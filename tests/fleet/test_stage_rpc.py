@@ -298,6 +298,10 @@ def test_a_contract_beyond_the_rpc_starts_nothing() -> None:
     class Odd:
         contract = Contract("Odd", {"canvas": "Prompt"}, {})
 
+        def contract_of(self, variant: str) -> Contract:
+            """Never called."""
+            raise AssertionError(variant)
+
         def run(self, values: Any, call: Call) -> dict[str, Any]:
             """Never called."""
             raise AssertionError((values, call))

@@ -26,8 +26,8 @@ def test_the_default_model_comes_along(registry: Registry) -> None:
     assert DEFAULT_MODEL in shipped_models()
     model = open_model(DEFAULT_MODEL, registry)
     assert model.name == "emoji"
-    assert model.sampling_params is FluxSamplingParams
-    assert [spec.service for spec in model.pipeline.services] == [
+    assert model.variants[0].sampling_params is FluxSamplingParams
+    assert [spec.service for spec in model.services] == [
         "text_encoding",
         "latent_preparation",
         "denoising",
@@ -119,7 +119,7 @@ def test_a_plugin_family_is_opened_and_validated(tmp_path: Path) -> None:
         model = open_model(f"toy={path}", load_registry([plugins]))
         request = InputValidationStage(model).run({"prompt": "x", "seed": 1, "contrast": 2, "height": 12})
     assert (model.name, model.checkpoint.pipeline_name) == ("toy", "ToyPipeline")
-    assert {**request.params.as_mapping(), **model.pipeline.given} == {
+    assert {**request.params.as_mapping(), **request.variant.pipeline.given} == {
         "prompt": "Prompt",
         "canvas": "Canvas",
         "sampling": "Sampling",
@@ -138,7 +138,7 @@ def test_a_plugin_family_is_opened_and_validated(tmp_path: Path) -> None:
 def test_validation_makes_what_the_pipeline_is_given(registry: Registry) -> None:
     model = open_model(DEFAULT_MODEL, registry)
     request = InputValidationStage(model).run({"prompt": "a red apple"})
-    assert {slot: type(value).__name__ for slot, value in request.artifacts.items()} == model.pipeline.given
+    assert {slot: type(value).__name__ for slot, value in request.artifacts.items()} == request.variant.pipeline.given
     assert request.warnings == ()
 
 

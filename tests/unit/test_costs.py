@@ -12,7 +12,7 @@ from services.coordinator.costs import costs_of
 def costs(name: str, **given: ParamValue) -> dict[str, int]:
     model = open_model(name, load_registry())
     validated = InputValidationStage(model).run({"prompt": "a red apple", **given})
-    return costs_of(model.pipeline.services, validated.params)
+    return costs_of(validated.variant.services, validated.params)
 
 
 def test_pictures_count_by_pixels_outputs_and_steps() -> None:

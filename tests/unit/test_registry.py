@@ -51,8 +51,8 @@ def test_the_families_here_are_found_by_themselves() -> None:
     assert registry.names() == FAMILIES
     entry = registry.entry("FluxPipeline")
     assert entry.pipeline is FluxPipeline
-    assert resolve(entry.sampling_params).__name__ == "FluxSamplingParams"
-    assert resolve(entry.pipeline_config).__name__ == "FluxPipelineConfig"
+    assert resolve(entry.configs_of("").sampling_params).__name__ == "FluxSamplingParams"
+    assert resolve(entry.configs_of("").pipeline_config).__name__ == "FluxPipelineConfig"
 
 
 def test_plugins_are_added_without_importing_their_stages(tmp_path: Path) -> None:
@@ -61,7 +61,7 @@ def test_plugins_are_added_without_importing_their_stages(tmp_path: Path) -> Non
         assert registry.names() == sorted([*FAMILIES, "ToyPipeline"])
         assert "toy_stages" not in sys.modules
         entry = registry.entry("ToyPipeline")
-        assert resolve(entry.sampling_params).__module__ == "toy_sample"
+        assert resolve(entry.configs_of("").sampling_params).__module__ == "toy_sample"
         assert entry.pipeline(["palette", "transformer"]).service("denoising").modules == ("transformer",)
         assert load_registry([directory]).names() == registry.names()
 
