@@ -52,7 +52,7 @@ class Store(RequestStore):
         self.epoch = 1
         self.ends: list[tuple[int, StateValue, str]] = []
 
-    async def admit(self, record: pb.RequestRecord, **_: object) -> Admission:  # type: ignore[override]
+    async def admit(self, record: pb.RequestRecord, **_: object) -> Admission:
         if self.admit_gate:
             await self.admit_gate.wait()
         if self.admit_error:
@@ -66,11 +66,11 @@ class Store(RequestStore):
             raise NotFound("it was not stored")
         return pb.RequestRecord(request_id=request_id)
 
-    async def append(self, request_id: str, events: Iterable[pb.Event], **_: object) -> list[pb.Event]:  # type: ignore[override]
+    async def append(self, request_id: str, events: Iterable[pb.Event], **_: object) -> list[pb.Event]:
         del request_id
         return list(events)
 
-    async def finish(  # type: ignore[override]
+    async def finish(
         self,
         request_id: str,
         state: StateValue,
