@@ -64,6 +64,7 @@ def open_model(reference: str, registry: Registry) -> ServedModel:
     if not (isinstance(params, type) and issubclass(params, SamplingParams)):
         raise TypeError(f"{entry.sampling_params} is not a SamplingParams")
     pipeline = entry.pipeline(checkpoint.modules)
+    checkpoint = checkpoint.with_roles(pipeline.roles)
     _check_scheduler(pipeline, checkpoint)
     _check_defaults(params, checkpoint)
     return ServedModel(name, checkpoint, entry, pipeline, params)
@@ -94,8 +95,7 @@ def _check_scheduler(pipeline: ComposedPipeline, checkpoint: Checkpoint) -> None
     """Refuse a scheduler that the standard denoising stage does not run. Raises CheckpointError."""
     for stage in (stage for service in pipeline.services for stage in service.stages):
         if stage.implementation == DENOISING_STAGE:
-            name = stage.modules[SCHEDULER]
-            check_scheduler(checkpoint.modules[name][1], checkpoint.module_config(name))
+            check_scheduler(checkpoint.modules[stage.modules[SCHEDULER]][1], checkpoint.config_of(SCHEDULER))
 
 
 def _check_defaults(params: type[SamplingParams], checkpoint: Checkpoint) -> None:

@@ -88,9 +88,8 @@ def _load_stages(model: ServedModel, service: ServiceSpec, options: Mapping[str,
     if config.approximation.linear_dtype == "float8":
         check_float8(config.device, config.dtype)
     loaded = {name: load_module(model.checkpoint, name, config) for name in service.modules}
-    if isinstance(config, StandardPipelineConfig):
-        for name in service.modules_of(SCHEDULER):
-            try_schedules(model, config, name, loaded[name])
+    if isinstance(config, StandardPipelineConfig) and (name := service.module_of(SCHEDULER)) is not None:
+        try_schedules(model, config, name, loaded[name])
     if config.approximation != EXACT:
         _approximate(model.checkpoint, loaded.values(), config.approximation)
     stages: list[PipelineStage[Any, Any]] = []

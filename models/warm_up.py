@@ -74,8 +74,7 @@ class WarmUp:
         config_class: type[StandardPipelineConfig] = resolve(self.model.entry.pipeline_config)
         config = replace(config_class.from_checkpoint(self.model.checkpoint), dtype=dtype)
         service = self.model.pipeline.service(_SERVICE)
-        (name,) = service.modules_of(SCHEDULER)
-        scheduler = load_module(self.model.checkpoint, name, config)
+        scheduler = load_module(self.model.checkpoint, self.model.pipeline.roles[SCHEDULER], config)
         for params in self.sizes:
             made = _inputs(config, scheduler, params.artifacts())
             yield {slot: made[slot] for slot in service.contract.inputs if slot in made}

@@ -34,8 +34,8 @@ def try_schedules(model: ServedModel, config: StandardPipelineConfig, name: str,
     """Build the schedules of the default number of steps, of 2 and of 1, and take their steps with small latents.
 
     `name` is that of the scheduler's module in model_index.json. Numbers of steps that the model's parameters refuse
-    are left out. A schedule of 1 step whose noise levels are not finite is logged: requests for 1 step are refused then.
-    Raises CheckpointError for every other failure.
+    are left out. A schedule of 1 step whose noise levels are not finite is logged: requests for 1 step are then
+    refused. Raises CheckpointError for every other failure.
     """
     requests: list[dict[str, ParamValue]] = [{"num_inference_steps": steps} for steps in _FEWEST_STEPS]
     for given in ({}, *requests):

@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from diffusers import WanImageToVideoPipeline, WanPipeline
 from PIL import Image
 from torch import Tensor
 
+from coarse_pictures import picture, png
 from common.errors import InvalidInput
 from local_fleet import Heard, LocalFleet, open_fleet, reference_run, relative_error
 from tiny_wan import build_tiny_wan, build_tiny_wan_i2v
@@ -59,18 +59,6 @@ def given(prompt: str = "a red apple on the moon", **others: Any) -> dict[str, A
     """A small request."""
     size = {"height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 3, "guidance_scale": 5.0}
     return {"prompt": prompt, **size, **others}
-
-
-def picture(width: int, height: int, seed: int) -> Image.Image:
-    """Coarse random colours."""
-    tiles = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), np.uint8)
-    return Image.fromarray(tiles).resize((width, height), Image.Resampling.BICUBIC)
-
-
-def png(image: Image.Image) -> bytes:
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return file.getvalue()
 
 
 def check(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
