@@ -20,7 +20,7 @@ from common.artifacts import ParamValue
 from common.stage import Call
 from coordinator_fleet import FakeFleet, Stub, running_fleet, terminal
 from fleet.v1 import generation_pb2 as pb
-from local_fleet import LocalFleet
+from local_fleet import NO_IMAGES, LocalFleet
 from models import contracts
 from models.catalog import ServedModel, open_model
 from models.registry import load_registry
@@ -146,7 +146,7 @@ async def result_of(stub: Stub, name: str) -> bytes:
 def picture(model: ServedModel) -> bytes:
     """The same file from stages in this process."""
     alone = LocalFleet(model)
-    (item,) = alone.media(**GIVEN).items
+    (item,) = alone.media(None, NO_IMAGES, **GIVEN).items
     alone.close()
     return item.data.numpy().tobytes()
 

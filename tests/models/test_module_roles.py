@@ -13,7 +13,7 @@ import torch
 from coarse_pictures import picture, png
 from common.artifacts import ParamValue
 from common.errors import CheckpointError
-from local_fleet import LocalFleet, open_fleet
+from local_fleet import NO_IMAGES, LocalFleet, open_fleet
 from models.catalog import open_model
 from models.registry import Registry, load_registry
 from models.warm_up import WarmUp
@@ -93,7 +93,7 @@ def t2v(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 def test_a_scheduler_of_another_name_is_served_to_the_same_bytes(t2v: tuple[Path, Path], registry: Registry) -> None:
     usual, other = open_fleet(str(t2v[0])), LocalFleet(open_model(str(t2v[1]), registry))
-    ours, theirs = other.tensors(**GIVEN), usual.tensors(**GIVEN)
+    ours, theirs = other.tensors(None, NO_IMAGES, **GIVEN), usual.tensors(None, NO_IMAGES, **GIVEN)
     assert other.model.pipeline.service("denoising").modules == ("transformer", "solver")
     assert all(torch.equal(ours[name], theirs[name]) for name in ("latents", "pixels"))
     usual.close()
