@@ -12,7 +12,7 @@ from pathlib import Path
 
 from common.checkpoint import INDEX_FILE, SAMPLING_DEFAULTS_FILE, Checkpoint
 from common.errors import CheckpointError, InvalidInput
-from common.pipeline import ComposedPipeline
+from common.pipeline import ComposedPipeline, PipelineError
 from common.wrong_model import repository_of
 from configs.sample.base import ParameterSpec, SamplingParams
 from models.composition import DENOISING_STAGE, SCHEDULER
@@ -92,9 +92,14 @@ def _name_of(path: Path) -> str:
 
 
 def _check_scheduler(pipeline: ComposedPipeline, checkpoint: Checkpoint) -> None:
-    """Refuse a scheduler that the standard denoising stage does not run. Raises CheckpointError."""
+    """Refuse a scheduler that the standard denoising stage does not run. Raises CheckpointError.
+
+    Raises PipelineError where the pipeline gives that stage no scheduler.
+    """
     for stage in (stage for service in pipeline.services for stage in service.stages):
         if stage.implementation == DENOISING_STAGE:
+            if SCHEDULER not in stage.modules:
+                raise PipelineError(f"{stage.contract.name} has no module in the role {SCHEDULER!r}, which it needs")
             check_scheduler(checkpoint.modules[stage.modules[SCHEDULER]][1], checkpoint.config_of(SCHEDULER))
 
 
