@@ -39,7 +39,8 @@ class StageSpec:
     """A stage by name, and the facts about it that services rely on: they import no stage and interpret no slot's name.
 
     `implementation` is "package.module:Class"; only the service that hosts the stage imports it. `modules` are the
-    checkpoint's modules that the stage is built with, by role: the stage knows roles, model_index.json knows names.
+    checkpoint's modules that the stage is built with, by role: the stage knows roles, model_index.json knows names. A
+    role means the same module in all stages of a pipeline.
     `reports_steps` is whether progress counts the steps of the request's loop. `result` is the output that the request
     asks for. Raises PipelineError for a result that the stage does not write.
     """
@@ -75,9 +76,9 @@ class ServiceSpec:
         """The checkpoint's modules that the service loads, each once, in the order of use."""
         return tuple(dict.fromkeys(module for stage in self.stages for module in stage.modules.values()))
 
-    def modules_of(self, role: str) -> tuple[str, ...]:
-        """The modules that have this role in one of the stages, each once."""
-        return tuple(dict.fromkeys(stage.modules[role] for stage in self.stages if role in stage.modules))
+    def module_of(self, role: str) -> str | None:
+        """The module with a role; None where no stage of the service has such a role."""
+        return next((stage.modules[role] for stage in self.stages if role in stage.modules), None)
 
     @property
     def cost(self) -> Cost:
@@ -130,8 +131,17 @@ class ComposedPipeline:
         for stage in self._stages:
             if absent := [name for name in stage.modules.values() if name not in modules]:
                 raise PipelineError(f"{stage.contract.name} is built with {', '.join(absent)}, which is no module")
+        self.roles = self._check_roles()
         self._leave_out_unread()
         check(self.services, given=self.given, wanted=(result_of(self.services),))
+
+    def _check_roles(self) -> Mapping[str, str]:
+        """The module of each role. Raises PipelineError for a role of two modules."""
+        roles: dict[str, str] = {}
+        for role, name in (pair for stage in self._stages for pair in stage.modules.items()):
+            if roles.setdefault(role, name) != name:
+                raise PipelineError(f"role {role!r} is that of {roles[role]} and {name}; a role has one module")
+        return roles
 
     def _leave_out_unread(self) -> None:
         """Drop the optional outputs that no later stage reads: they are neither computed nor sent."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -129,6 +129,7 @@ def open_model(reference: str, registry: Registry) -> ServedModel:
     pipelines, unserved = _pipelines(entry, checkpoint)
     for variant, reason in unserved.items():
         _log.warning("variant is not served: model=%s variant=%s reason=%s", name, variant, reason)
+    checkpoint = checkpoint.with_roles(_roles_of(pipelines.values()))
     variants = tuple(_variant(each, pipelines[each], entry, checkpoint) for each in pipelines)
     services = unite_services([each.services for each in variants])
     return ServedModel(name, checkpoint, variants, services, unserved)
@@ -153,6 +154,15 @@ def _pipelines(entry: PipelineEntry, checkpoint: Checkpoint) -> tuple[dict[str, 
     if not pipelines:
         raise MissingModules("; ".join(dict.fromkeys(unserved.values())))
     return pipelines, unserved
+
+
+def _roles_of(pipelines: Iterable[ComposedPipeline]) -> dict[str, str]:
+    """The module of each role. Raises PipelineError where a role is that of two modules."""
+    roles: dict[str, str] = {}
+    for role, name in (pair for pipeline in pipelines for pair in pipeline.roles.items()):
+        if roles.setdefault(role, name) != name:
+            raise PipelineError(f"role {role!r} is that of {roles[role]} and {name} in two variants; it has one module")
+    return roles
 
 
 def _variant(name: str, pipeline: ComposedPipeline, entry: PipelineEntry, checkpoint: Checkpoint) -> ServedVariant:
@@ -188,11 +198,15 @@ def _name_of(path: Path) -> str:
 
 
 def _check_scheduler(pipeline: ComposedPipeline, checkpoint: Checkpoint) -> None:
-    """Refuse a scheduler that the standard denoising stage does not run. Raises CheckpointError."""
+    """Refuse a scheduler that the standard denoising stage does not run. Raises CheckpointError.
+
+    Raises PipelineError where the pipeline gives that stage no scheduler.
+    """
     for stage in (stage for service in pipeline.services for stage in service.stages):
         if stage.implementation == DENOISING_STAGE:
-            name = stage.modules[SCHEDULER]
-            check_scheduler(checkpoint.modules[name][1], checkpoint.module_config(name))
+            if SCHEDULER not in stage.modules:
+                raise PipelineError(f"{stage.contract.name} has no module in the role {SCHEDULER!r}, which it needs")
+            check_scheduler(checkpoint.modules[stage.modules[SCHEDULER]][1], checkpoint.config_of(SCHEDULER))
 
 
 def _check_defaults(params: type[SamplingParams], checkpoint: Checkpoint) -> None:

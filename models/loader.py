@@ -99,12 +99,11 @@ def _build_stages(
     if runtime.approximation.linear_dtype == "float8":
         check_float8(runtime.device, runtime.dtype)
     loaded = modules.load(spec.modules, config)
-    if isinstance(config, PreparationConfig):
-        for name in spec.modules_of(SCHEDULER):
-            try_schedules(model.checkpoint, variant.sampling_params, config, name, loaded[name])
+    if isinstance(config, PreparationConfig) and (name := spec.module_of(SCHEDULER)) is not None:
+        try_schedules(model.checkpoint, variant.sampling_params, config, name, loaded[name])
     if runtime.approximation != EXACT and not any(isinstance(each, DiffusionTransformer) for each in loaded.values()):
-        name = model.checkpoint.pipeline_name
-        raise InvalidInput(f"{name} has no transformer that can compute with {runtime.approximation}")
+        pipeline = model.checkpoint.pipeline_name
+        raise InvalidInput(f"{pipeline} has no transformer that can compute with {runtime.approximation}")
     return [_construct(stage, config, runtime, loaded) for stage in spec.stages]
 
 

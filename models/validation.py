@@ -9,9 +9,11 @@ from types import MappingProxyType
 from common.artifacts import ImageInputs, ParamValue
 from common.errors import FailedPrecondition, InvalidInput
 from common.image_header import ImageHeader, check_total_size, read_image_header
+from common.pipeline import PipelineError
 from configs.sample.base import ImageRoles, ParamWarning, SamplingParams
 from models.catalog import ServedModel, ServedVariant
 
+_MADE = frozenset({"Prompt", "Canvas", "Sampling", "ImageInputs"})
 _NO_IMAGES: Mapping[str, bytes] = MappingProxyType({})
 
 
@@ -26,9 +28,15 @@ class ValidatedRequest:
 
 
 class InputValidationStage:
-    """Turns what a caller gave into the first artifacts of one model's pipeline."""
+    """Makes the first artifacts of one model's pipeline from what a caller gave.
+
+    Raises PipelineError for a pipeline that is given artifacts of other kinds.
+    """
 
     def __init__(self, model: ServedModel) -> None:
+        if unknown := sorted({kind for each in model.variants for kind in each.pipeline.given.values()} - _MADE):
+            made = ", ".join(sorted(_MADE))
+            raise PipelineError(f"given: {', '.join(unknown)} is not made from a request; {made} are")
         self._model = model
 
     def choose(self, given: Collection[str], images: Collection[str], recorded: str = "") -> ServedVariant:

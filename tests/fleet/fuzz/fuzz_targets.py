@@ -139,7 +139,6 @@ class Reader:
         self.contract = Contract(service, widest.inputs, {}, widest.optional)
 
     def contract_of(self, variant: str) -> Contract:
-        """Of a model with one variant, which has no name."""
         assert not variant
         return self.contract
 
