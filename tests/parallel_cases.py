@@ -160,9 +160,10 @@ def make_case(family: Family, folder: Path, run: Run = alone) -> Case:
 def draw_input(checkpoint: Checkpoint, config: Any, family: Family) -> DenoisingInput:
     """Noise and schedule of the family's own stages; what encoders would make is random."""
     torch.manual_seed(5)
-    runtime, given = Runtime(), {"canvas": family.canvas, "sampling": SAMPLING}
+    runtime, canvas = Runtime(), family.canvas
     scheduler = load_module(checkpoint, "scheduler", config, runtime)
-    initial = LatentPreparationStage(config, runtime, {}).run(LatentPreparationInput(**given), Call("test"))
+    drawing = LatentPreparationInput(canvas=canvas, sampling=SAMPLING)
+    initial = LatentPreparationStage(config, runtime, {}).run(drawing, Call("test"))
     timesteps = TimestepPreparationStage(config, runtime, {"scheduler": scheduler})
     (noise,) = initial.initial_latents.parts.values()
     assert noise.latents[0].numel() == family.tokens * 2 * 2 * family.channels
@@ -173,13 +174,13 @@ def draw_input(checkpoint: Checkpoint, config: Any, family: Family) -> Denoising
         condition = Latents(parts={"condition": part})
     return DenoisingInput(
         initial_latents=initial.initial_latents,
-        schedule=timesteps.run(TimestepPreparationInput(**given), Call("test")).schedule,
+        schedule=timesteps.run(TimestepPreparationInput(canvas=canvas, sampling=SAMPLING), Call("test")).schedule,
         text_conditioning=Conditioning(
             prompt_embeds=draw(family.positive), negative_prompt_embeds=draw(family.negative)
         ),
         image_conditioning=Conditioning(prompt_embeds=draw(family.pictures)) if family.pictures else None,
         image_latents=condition,
-        canvas=family.canvas,
+        canvas=canvas,
         sampling=SAMPLING,
     )
 

@@ -111,7 +111,7 @@ def test_steps_are_those_of_single_predictions(tmp_path: Path) -> None:
     with torch.inference_mode():
         prepared = ours.prepare(timesteps, text)
         for step in range(2):
-            got = ours.predict(video, **row_of(prepared, step), **prepared.constants)["hidden_states"]
+            got = ours.predict(video, use=None, **row_of(prepared, step), **prepared.constants)["hidden_states"]
             assert relative_error(got, ours(video, timesteps[step], text)) <= 1e-6
 
 

@@ -78,9 +78,9 @@ class Loop:
 
     def inputs(self, canvas: Canvas = WIDE, sampling: Sampling = SAMPLING) -> DenoisingInput:
         """What the stages before the loop make, with random embeddings."""
-        given = {"canvas": canvas, "sampling": sampling}
         runtime, call = Runtime(dtype=self.dtype), Call("test")
-        drawn = LatentPreparationStage(self.config, runtime, {}).run(LatentPreparationInput(**given), call)
+        drawing = LatentPreparationInput(canvas=canvas, sampling=sampling)
+        drawn = LatentPreparationStage(self.config, runtime, {}).run(drawing, call)
         timesteps = TimestepPreparationStage(self.config, runtime, {"scheduler": self.modules["scheduler"]})
         condition = self.condition(canvas)
         part = None if condition is None else LatentPart(latents=condition, raw_latent_shape=tuple(condition.shape))
@@ -89,7 +89,7 @@ class Loop:
         is_guided = (sampling.guidance_scale or 0.0) > 1
         return DenoisingInput(
             initial_latents=drawn.initial_latents,
-            schedule=timesteps.run(TimestepPreparationInput(**given), call).schedule,
+            schedule=timesteps.run(TimestepPreparationInput(canvas=canvas, sampling=sampling), call).schedule,
             text_conditioning=Conditioning(
                 prompt_embeds={"encoder_hidden_states": positive},
                 negative_prompt_embeds={"encoder_hidden_states": negative} if is_guided else {},
