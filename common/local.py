@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+from common.errors import InternalError
 from common.stage import Call, Contract, PipelineStage, compose_contracts
 
 
@@ -41,8 +42,16 @@ class HostedStages:
             inputs = {name: slots[name] for name in stage.contract.inputs if name in slots}
             with self._timed(stage.contract.name):
                 output = stage.run(stage.Input(**inputs), call)
-            slots.update({name: getattr(output, name) for name in stage.contract.outputs})
+            slots.update(_outputs_of(stage, output))
         return {name: slots[name] for name in self.contract.outputs}
+
+
+def _outputs_of(stage: PipelineStage[Any, Any], output: object) -> dict[str, Any]:
+    """The artifacts that the stage's contract names. Raises InternalError where one is absent."""
+    outputs = {name: getattr(output, name) for name in stage.contract.outputs}
+    if absent := [name for name, artifact in outputs.items() if artifact is None]:
+        raise InternalError(f"{stage.contract.name} did not return {', '.join(absent)}")
+    return outputs
 
 
 def _common(declared: Sequence[frozenset[str] | None]) -> frozenset[str] | None:
@@ -67,10 +76,15 @@ class LocalRunner:
         return self._stages.contract
 
     async def __call__(self, values: Mapping[str, Any], call: Call) -> Mapping[str, Any]:
-        """Run on the executor's thread. Cancelling tells the stages, which end within a step."""
+        """Run on the executor's thread, and report to the call from there. Cancelling ends the stages within a step."""
         loop = asyncio.get_running_loop()
         try:
-            return await loop.run_in_executor(self._executor, self._stages.run, values, call)
+            return await loop.run_in_executor(self._executor, self._run, values, call)
         except asyncio.CancelledError:
             call.cancelled.set()
             raise
+
+    def _run(self, values: Mapping[str, Any], call: Call) -> Mapping[str, Any]:
+        call.check_cancelled()
+        call.on_begun()
+        return self._stages.run(values, call)

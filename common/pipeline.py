@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from enum import IntEnum
 from itertools import groupby
 from typing import Any, ClassVar, Protocol
 
@@ -16,18 +17,42 @@ class PipelineError(Exception):
     """The stages do not compose: a defect of the pipeline class, found when it is built."""
 
 
+class Cost(IntEnum):
+    """What the work of a stage is proportional to. Of a service's stages, the largest value counts."""
+
+    REQUEST = 0
+    PIXEL = 1
+    """Pixels of all frames and outputs."""
+    PIXEL_STEP = 2
+    """The same, times the steps of the loop."""
+
+
 @dataclass(frozen=True)
 class StageSpec:
-    """A stage by name, so that the coordinator can order stages without importing them.
+    """A stage by name, and the facts about it that services rely on: they import no stage and interpret no slot's name.
 
     `implementation` is "package.module:Class"; only the service that hosts the stage imports it. `modules` are the
-    checkpoint's modules that the stage is built with.
+    checkpoint's modules that the stage is built with, by role: the stage knows roles, model_index.json knows names.
+    `reports_steps` is whether progress counts the steps of the request's loop. `result` is the output that the request
+    asks for. Raises PipelineError for a result that the stage does not write.
     """
 
     contract: Contract
     service: str
     implementation: str
-    modules: tuple[str, ...]
+    modules: Mapping[str, str] = field(default_factory=dict)
+    cost: Cost = Cost.REQUEST
+    reports_steps: bool = False
+    result: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.result is not None and self.result not in self.contract.outputs:
+            raise PipelineError(f"{self.contract.name}: result {self.result!r} is not one of its outputs")
+
+    @property
+    def resume_slot(self) -> str | None:
+        """The input with a checkpoint to continue from; None where the stage cannot be resumed."""
+        return self.contract.resume_slot
 
 
 @dataclass(frozen=True)
@@ -41,7 +66,26 @@ class ServiceSpec:
     @property
     def modules(self) -> tuple[str, ...]:
         """The checkpoint's modules that the service loads, each once, in the order of use."""
-        return tuple(dict.fromkeys(module for stage in self.stages for module in stage.modules))
+        return tuple(dict.fromkeys(module for stage in self.stages for module in stage.modules.values()))
+
+    def modules_of(self, role: str) -> tuple[str, ...]:
+        """The modules that have this role in one of the stages, each once."""
+        return tuple(dict.fromkeys(stage.modules[role] for stage in self.stages if role in stage.modules))
+
+    @property
+    def cost(self) -> Cost:
+        """What the service's work is proportional to."""
+        return max(stage.cost for stage in self.stages)
+
+    @property
+    def reports_steps(self) -> bool:
+        """Whether the service's progress counts the steps of the request's loop."""
+        return any(stage.reports_steps for stage in self.stages)
+
+    @property
+    def resume_slot(self) -> str | None:
+        """The input with a checkpoint to continue from; None where the service cannot be resumed."""
+        return self.contract.resume_slot
 
 
 class Runner(Protocol):
@@ -65,7 +109,7 @@ class ComposedPipeline:
     pipeline_name: ClassVar[str]
     _required_config_modules: ClassVar[tuple[str, ...]]
     given: ClassVar[Mapping[str, str]] = {"prompt": "Prompt", "canvas": "Canvas", "sampling": "Sampling"}
-    wanted: ClassVar[tuple[str, ...]] = ("media",)
+    """Slots that validation fills from the request, each with the name of its artifact."""
 
     def __init__(self, modules: Collection[str]) -> None:
         missing = [name for name in self._required_config_modules if name not in modules]
@@ -77,9 +121,17 @@ class ComposedPipeline:
         self._stages: list[StageSpec] = []
         self.create_pipeline_stages()
         for stage in self._stages:
-            if absent := [name for name in stage.modules if name not in modules]:
+            if absent := [name for name in stage.modules.values() if name not in modules]:
                 raise PipelineError(f"{stage.contract.name} is built with {', '.join(absent)}, which is no module")
-        check(self.services, given=self.given, wanted=self.wanted)
+        self._leave_out_unread()
+        check(self.services, given=self.given, wanted=(result_of(self.services),))
+
+    def _leave_out_unread(self) -> None:
+        """Drop the optional outputs that no later stage reads: they are neither computed nor sent."""
+        read = {stage.result for stage in self._stages if stage.result is not None}
+        for index, stage in reversed(list(enumerate(self._stages))):
+            self._stages[index] = replace(stage, contract=stage.contract.writing(read))
+            read |= stage.contract.inputs.keys()
 
     def create_pipeline_stages(self) -> None:
         """Add this model's stages, in order."""
@@ -96,6 +148,9 @@ class ComposedPipeline:
         names = [service for service, _ in runs]
         if twice := {name for name in names if names.count(name) > 1}:
             raise PipelineError(f"the stages of {', '.join(sorted(twice))} are not consecutive")
+        for service, run in runs:
+            if len(resumable := [stage.contract.name for stage in run if stage.resume_slot is not None]) > 1:
+                raise PipelineError(f"{service} has several resumable stages, {', '.join(resumable)}; it can have one")
         return tuple(
             ServiceSpec(service, compose_contracts(service, [stage.contract for stage in run]), run)
             for service, run in runs
@@ -108,6 +163,14 @@ class ComposedPipeline:
                 return spec
         used = ", ".join(spec.service for spec in self.services)
         raise PipelineError(f"{self.pipeline_name} has no {name} service; it has {used}")
+
+
+def result_of(services: Sequence[ServiceSpec]) -> str:
+    """The slot that a request asks for. Raises PipelineError unless exactly one stage declares a result."""
+    declared = [stage.result for service in services for stage in service.stages if stage.result is not None]
+    if len(declared) != 1:
+        raise PipelineError(f"results {declared} are declared; a pipeline has exactly one")
+    return declared[0]
 
 
 async def run_pipeline(
@@ -174,11 +237,15 @@ async def _run(runner: Runner, values: Mapping[str, Any], call: Call) -> Mapping
 
 
 def check(services: Sequence[ServiceSpec], *, given: Mapping[str, str], wanted: Sequence[str]) -> None:
-    """Every slot is written once, before it is read, with the artifact its reader expects. Raises PipelineError."""
+    """Every slot is written once, before it is read, with the artifact its reader expects, and every output is read.
+
+    Optional outputs may be unread. Raises PipelineError.
+    """
     known = dict(given)
     problems: list[str] = []
     contracts = [stage.contract for service in services for stage in service.stages]
     written = {slot for contract in contracts for slot in contract.outputs}
+    read = {*wanted, *(slot for contract in contracts for slot in contract.inputs)}
     for stage in contracts:
         for slot, kind in stage.inputs.items():
             if slot not in known and (slot in written or slot not in stage.optional):
@@ -188,6 +255,8 @@ def check(services: Sequence[ServiceSpec], *, given: Mapping[str, str], wanted: 
         for slot, kind in stage.outputs.items():
             if slot in known:
                 problems.append(f"{stage.name} writes {slot!r}, which is already written")
+            elif slot not in read and slot not in stage.optional_outputs:
+                problems.append(f"{stage.name} writes {slot!r}, which nothing reads")
             known[slot] = kind
     problems += [f"nothing writes {slot!r}, which the caller wants" for slot in wanted if slot not in known]
     if problems:

@@ -7,17 +7,18 @@ import re
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Any, ClassVar, Generic, Self, TypeVar
 
 from common.errors import Cancelled, DeadlineExceeded
 
-if TYPE_CHECKING:
-    from common.artifacts import DenoiseState
-
 In = TypeVar("In")
 Out = TypeVar("Out")
+
+RESUME: Mapping[str, bool] = MappingProxyType({"resume": True})
+"""Metadata of the input field that holds the checkpoint from which a stage continues: its resume slot."""
 
 _OPTIONAL = re.compile(r"^(?P<kind>\w+) \| None$")
 
@@ -28,18 +29,25 @@ def _ignore(*_: object) -> None:
 
 @dataclass(frozen=True)
 class Call:
-    """What a stage may know about the request it works on, and whom it tells how it goes.
+    """A request as its stages see it: its name, its deadline, and the callbacks to which its runner reports.
 
-    `deadline` is in seconds of time.monotonic(). The tensors of a checkpoint are on the CPU and the listener's to keep:
-    the stage does not write to them any more.
+    `deadline` is in seconds of time.monotonic(). `on_begun` is called when the stages start, `on_checkpoint` with each
+    checkpoint in the form of the runner's values: a DenoiseState from a LocalRunner, a Packet from a RemoteRunner. The
+    tensors of a checkpoint are on the CPU and belong to the callback: the stage does not write to them any more.
     """
 
     request_id: str
     on_progress: Callable[[int, int], None] = _ignore
     on_warning: Callable[[str, str], None] = _ignore
-    on_checkpoint: Callable[[DenoiseState], None] = _ignore
+    on_checkpoint: Callable[[Any], None] = _ignore
+    on_begun: Callable[[], None] = _ignore
     cancelled: threading.Event = field(default_factory=threading.Event)
     deadline: float | None = None
+
+    @property
+    def keeps_checkpoints(self) -> bool:
+        """Whether anything listens to checkpoints; where not, a runner may drop their tensors."""
+        return self.on_checkpoint is not _ignore
 
     def progress(self, step: int, total_steps: int) -> None:
         """Report a finished step. Raises as check_cancelled, so that the loop ends within one step."""
@@ -64,12 +72,42 @@ class Call:
 
 @dataclass(frozen=True)
 class Contract:
-    """The slots that a stage, or a run of stages, reads and writes, each with the name of its artifact."""
+    """The slots that a stage, or a run of stages, reads and writes, each with the name of its artifact.
+
+    `optional` inputs may be absent. `optional_outputs` are computed only where a pipeline reads them. `resume_slot` is
+    the input with the checkpoint to continue from; None where the work always starts anew.
+    """
 
     name: str
     inputs: Mapping[str, str]
     outputs: Mapping[str, str]
     optional: frozenset[str] = frozenset()
+    optional_outputs: frozenset[str] = frozenset()
+    resume_slot: str | None = None
+
+    def reading(self, *names: str) -> Contract:
+        """The contract with these optional inputs only, beside the required ones and the resume slot.
+
+        Raises ValueError for a name that is not an optional input.
+        """
+        if unknown := sorted(set(names) - self.optional):
+            known = ", ".join(sorted(self.optional)) or "none"
+            raise ValueError(f"{self.name}: {', '.join(unknown)} is not an optional input; optional inputs are {known}")
+        kept = self.optional.intersection({*names, self.resume_slot})
+        dropped = self.optional - kept
+        inputs = {slot: kind for slot, kind in self.inputs.items() if slot not in dropped}
+        return replace(self, inputs=inputs, optional=kept)
+
+    def writing(self, names: Collection[str]) -> Contract:
+        """The contract with these optional outputs only, beside the required ones. None of its outputs is optional."""
+        dropped = self.optional_outputs.difference(names)
+        outputs = {slot: kind for slot, kind in self.outputs.items() if slot not in dropped}
+        return replace(self, outputs=outputs, optional_outputs=frozenset())
+
+    def includes(self, part: Contract) -> bool:
+        """Whether `part` is this contract, but for optional slots that it lacks."""
+        whole = self.reading(*(part.optional & self.optional)).writing(part.outputs)
+        return (part.inputs, part.outputs) == (whole.inputs, whole.outputs)
 
 
 def derive_contract(name: str, inputs: type[Any], outputs: type[Any]) -> Contract:
@@ -78,10 +116,18 @@ def derive_contract(name: str, inputs: type[Any], outputs: type[Any]) -> Contrac
     Annotations are read as they are written, so that the artifacts' own imports (torch) are not needed.
     """
     read, optional = _slots(inputs)
-    written, maybe = _slots(outputs)
-    if maybe:
-        raise TypeError(f"{outputs.__name__}: outputs cannot be optional: {', '.join(sorted(maybe))}")
-    return Contract(name, read, written, optional)
+    written, optional_outputs = _slots(outputs)
+    return Contract(name, read, written, optional, optional_outputs, _resume_slot(inputs, optional))
+
+
+def _resume_slot(inputs: type[Any], optional: frozenset[str]) -> str | None:
+    """The field that is marked with RESUME. Raises TypeError where it is required, or not the only one."""
+    marked = [item.name for item in dataclasses.fields(inputs) if item.metadata == RESUME]
+    if len(marked) > 1 or not optional.issuperset(marked):
+        raise TypeError(
+            f"{inputs.__name__}: {', '.join(marked)} is not one optional field; a stage has one resume slot"
+        )
+    return marked[0] if marked else None
 
 
 def _slots(cls: type[Any]) -> tuple[dict[str, str], frozenset[str]]:
@@ -104,6 +150,7 @@ def compose_contracts(name: str, contracts: Sequence[Contract]) -> Contract:
     """The contract of a run of consecutive stages: what it needs from outside, and all that it writes."""
     inputs: dict[str, str] = {}
     outputs: dict[str, str] = {}
+    optional_outputs: set[str] = set()
     required: set[str] = set()
     for contract in contracts:
         for slot, kind in contract.inputs.items():
@@ -112,18 +159,22 @@ def compose_contracts(name: str, contracts: Sequence[Contract]) -> Contract:
                 if slot not in contract.optional:
                     required.add(slot)
         outputs.update(contract.outputs)
-    return Contract(name, inputs, outputs, frozenset(inputs.keys() - required))
+        optional_outputs |= contract.optional_outputs
+    resume_slot = next((each.resume_slot for each in contracts if each.resume_slot is not None), None)
+    optional = frozenset(inputs.keys() - required)
+    return Contract(name, inputs, outputs, optional, frozenset(optional_outputs), resume_slot)
 
 
 class PipelineStage(ABC, Generic[In, Out]):
     """One function of a pipeline. It holds weights, never requests.
 
-    Subclass as PipelineStage[MyInput, MyOutput]; `Input`, `Output` and `contract` are set from that.
+    Subclass as PipelineStage[MyInput, MyOutput]; `Input`, `Output` and `contract` are set from that. bind() narrows
+    the contract of one stage to the slots that its pipeline uses.
     """
 
     Input: ClassVar[type[Any]]
     Output: ClassVar[type[Any]]
-    contract: ClassVar[Contract]
+    contract: Contract
     indifferent_to: ClassVar[frozenset[str] | None] = None
     """Numbers and texts among the inputs, as slot.field, that make no difference to run(): it may get zeros in their
     place, and its outputs may be kept and given again for equal inputs. None: not to be kept."""
@@ -136,6 +187,17 @@ class PipelineStage(ABC, Generic[In, Out]):
                 cls.Input, cls.Output = types
         if "Input" in cls.__dict__:
             cls.contract = derive_contract(cls.__name__, cls.Input, cls.Output)
+
+    def bind(self, contract: Contract) -> Self:
+        """Use only the optional slots of this contract. Raises ValueError where it is not part of the stage's own."""
+        if not self.contract.includes(contract):
+            raise ValueError(f"{contract.name} is not part of the contract of {type(self).__name__}, {self.contract}")
+        self.contract = contract
+        return self
+
+    def writes(self, slot: str) -> bool:
+        """Whether an optional output is read by the pipeline, so that it must be computed."""
+        return slot in self.contract.outputs
 
     @abstractmethod
     def run(self, x: In, call: Call) -> Out:

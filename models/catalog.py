@@ -15,13 +15,12 @@ from common.errors import CheckpointError, InvalidInput
 from common.pipeline import ComposedPipeline
 from common.wrong_model import repository_of
 from configs.sample.base import ParameterSpec, SamplingParams
+from models.composition import DENOISING_STAGE, SCHEDULER
 from models.registry import PipelineEntry, Registry, resolve
 from models.schedulers.support import check_scheduler
 
 DEFAULT_MODEL = "emoji"
 
-_DENOISING = "models.stages.denoising:DenoisingStage"
-_SCHEDULER = "scheduler"
 _SHIPPED = Path(__file__).parent / "checkpoints"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
@@ -94,8 +93,9 @@ def _name_of(path: Path) -> str:
 def _check_scheduler(pipeline: ComposedPipeline, checkpoint: Checkpoint) -> None:
     """Refuse a scheduler that the standard denoising stage does not run. Raises CheckpointError."""
     for stage in (stage for service in pipeline.services for stage in service.stages):
-        if stage.implementation == _DENOISING and _SCHEDULER in stage.modules:
-            check_scheduler(checkpoint.modules[_SCHEDULER][1], checkpoint.module_config(_SCHEDULER))
+        if stage.implementation == DENOISING_STAGE:
+            name = stage.modules[SCHEDULER]
+            check_scheduler(checkpoint.modules[name][1], checkpoint.module_config(name))
 
 
 def _check_defaults(params: type[SamplingParams], checkpoint: Checkpoint) -> None:

@@ -5,12 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
-from common.pipeline import ComposedPipeline, StageSpec
+from common.pipeline import ComposedPipeline, Cost, StageSpec
 from models import contracts
+
+SCHEDULER = "scheduler"
+"""Role of the scheduler in the standard stages."""
+TRANSFORMER = "transformer"
+"""Role of the transformer in the standard stages."""
+DENOISING_STAGE = "models.stages.denoising:DenoisingStage"
+"""Implementation of the standard denoising loop."""
 
 
 class StandardPipeline(ComposedPipeline):
-    """Adds runs of standard stages. A model passes the names of its own modules where they differ."""
+    """Adds runs of standard stages. A model passes the names of its own modules where they differ.
+
+    Text encoders and their tokenizers have the roles by which the model's config calls them: their module names.
+    """
 
     def add_standard_t2i_stages(
         self, *, text_modules: Sequence[str] = ("text_encoder", "tokenizer"), scheduler: str = "scheduler"
@@ -26,7 +36,8 @@ class StandardPipeline(ComposedPipeline):
                 contracts.IMAGE_VAE_ENCODING,
                 "image_encoding",
                 "models.stages.image_encoding:ImageVAEEncodingStage",
-                ("vae",),
+                {"vae": "vae"},
+                cost=Cost.PIXEL,
             )
         )
 
@@ -36,7 +47,7 @@ class StandardPipeline(ComposedPipeline):
                 contracts.TEXT_ENCODING,
                 "text_encoding",
                 "models.stages.text_encoding:TextEncodingStage",
-                tuple(modules),
+                {name: name for name in modules},
             )
         )
 
@@ -46,7 +57,7 @@ class StandardPipeline(ComposedPipeline):
                 contracts.LATENT_PREPARATION,
                 "latent_preparation",
                 "models.stages.latent_preparation:LatentPreparationStage",
-                (),
+                cost=Cost.PIXEL,
             )
         )
         self.add_stage(
@@ -54,60 +65,72 @@ class StandardPipeline(ComposedPipeline):
                 contracts.TIMESTEP_PREPARATION,
                 "latent_preparation",
                 "models.stages.timestep_preparation:TimestepPreparationStage",
-                (scheduler,),
+                {SCHEDULER: scheduler},
             )
         )
 
-    def _add_denoising_and_decoding(self, scheduler: str) -> None:
+    def _add_denoising_and_decoding(self, scheduler: str, *optional_inputs: str) -> None:
         self.add_stage(
             StageSpec(
-                contracts.DENOISING,
+                contracts.DENOISING.reading(*optional_inputs),
                 "denoising",
-                "models.stages.denoising:DenoisingStage",
-                ("transformer", scheduler),
+                DENOISING_STAGE,
+                {TRANSFORMER: "transformer", SCHEDULER: scheduler},
+                cost=Cost.PIXEL_STEP,
+                reports_steps=True,
             )
         )
-        self.add_stage(StageSpec(contracts.DECODING, "decoding", "models.stages.decoding:DecodingStage", ("vae",)))
+        self.add_stage(
+            StageSpec(
+                contracts.DECODING,
+                "decoding",
+                "models.stages.decoding:DecodingStage",
+                {"vae": "vae"},
+                cost=Cost.PIXEL,
+                result="media",
+            )
+        )
 
 
 class StandardImagePipeline(StandardPipeline):
-    """The same for models that start from pictures."""
+    """The same for models that start from images."""
 
     given: ClassVar[Mapping[str, str]] = {**StandardPipeline.given, "image_inputs": "ImageInputs"}
 
     def add_standard_ti2i_stages(
         self, *, text_modules: Sequence[str] = ("text_encoder", "tokenizer", "processor"), scheduler: str = "scheduler"
     ) -> None:
-        """Text and images to image: the text encoder sees the pictures, and the denoiser their latents."""
+        """Text and images to image: the text encoder reads the images, and the denoiser their latents."""
         self.add_stage(
             StageSpec(
                 contracts.IMAGE_TEXT_ENCODING,
                 "text_encoding",
                 "models.stages.image_text_encoding:ImageTextEncodingStage",
-                tuple(text_modules),
+                {name: name for name in text_modules},
             )
         )
         self._add_image_vae_encoding()
         self._add_preparation(scheduler)
-        self._add_denoising_and_decoding(scheduler)
+        self._add_denoising_and_decoding(scheduler, "image_latents")
 
     def add_standard_ti2v_stages(
         self,
         *,
         text_modules: Sequence[str] = ("text_encoder", "tokenizer"),
-        image_modules: Sequence[str] = ("image_encoder", "image_processor"),
+        image_encoder: str = "image_encoder",
+        image_processor: str = "image_processor",
         scheduler: str = "scheduler",
     ) -> None:
-        """Text and images to video: the denoiser gets a vision encoder's tokens, and the pictures' latents."""
+        """Text and images to video: the denoiser gets a vision encoder's tokens, and the images' latents."""
         self._add_text_encoding(text_modules)
         self.add_stage(
             StageSpec(
                 contracts.IMAGE_ENCODING,
                 "image_encoding",
                 "models.stages.image_encoding:ImageEncodingStage",
-                tuple(image_modules),
+                {"image_encoder": image_encoder, "image_processor": image_processor},
             )
         )
         self._add_image_vae_encoding()
         self._add_preparation(scheduler)
-        self._add_denoising_and_decoding(scheduler)
+        self._add_denoising_and_decoding(scheduler, "image_conditioning", "image_latents")

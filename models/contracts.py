@@ -5,10 +5,10 @@ Artifacts are named in annotations only, so that the coordinator can read the co
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from common.stage import derive_contract
+from common.stage import RESUME, derive_contract
 
 if TYPE_CHECKING:
     from common.artifacts import (
@@ -88,10 +88,10 @@ class LatentPreparationInput:
 
 @dataclass(frozen=True, kw_only=True)
 class LatentPreparationOutput:
-    """The starting noise, and the random numbers after its draw."""
+    """The starting noise and, for loops that draw, the generator after the draw."""
 
     initial_latents: Latents
-    latents_generator: Generator
+    latents_generator: Generator | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,17 +111,16 @@ class TimestepPreparationOutput:
 
 @dataclass(frozen=True, kw_only=True)
 class DenoisingInput:
-    """What the denoising loop reads. With resume_from it continues there."""
+    """Inputs of the denoising loop, which continues from `resume_from`. Pipelines name the optional ones they use."""
 
     initial_latents: Latents
     schedule: Schedule
     text_conditioning: Conditioning
     sampling: Sampling
-    canvas: Canvas
     image_conditioning: Conditioning | None = None
     image_latents: Latents | None = None
     latents_generator: Generator | None = None
-    resume_from: DenoiseState | None = None
+    resume_from: DenoiseState | None = field(default=None, metadata=RESUME)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,6 +21,7 @@ from common.errors import CheckpointError, InvalidInput
 from common.stage import PipelineStage
 from configs.approximation import EXACT, Approximation
 from configs.pipeline_configs.base import PipelineConfig, PreparationConfig
+from models.composition import SCHEDULER
 from models.dits.base import DiffusionTransformer
 from models.kernels.packages import kernel_facts
 from models.layers.float8 import check_float8
@@ -41,8 +42,6 @@ _log = logging.getLogger(__name__)
 
 # Letters of another library's error that are worth a line.
 MOST_TOLD = 400
-
-_SCHEDULER = "scheduler"
 
 ModuleLoader = Callable[["Checkpoint", str, torch.device, torch.dtype], Any]
 """Loads one module of a checkpoint, by its name in model_index.json, for inference. Raises CheckpointError.
@@ -78,14 +77,17 @@ def _load_stages(model: ServedModel, service: ServiceSpec, runtime: Runtime) -> 
     if runtime.approximation.linear_dtype == "float8":
         check_float8(runtime.device, runtime.dtype)
     loaded = {name: load_module(model.checkpoint, name, config, runtime) for name in service.modules}
-    if _SCHEDULER in loaded and isinstance(config, PreparationConfig):
-        try_schedules(model, config, loaded[_SCHEDULER])
+    if isinstance(config, PreparationConfig):
+        for name in service.modules_of(SCHEDULER):
+            try_schedules(model, config, name, loaded[name])
     if runtime.approximation != EXACT:
         _approximate(model.checkpoint, loaded.values(), runtime.approximation)
-    return [
-        resolve(stage.implementation)(config, runtime, {name: loaded[name] for name in stage.modules})
-        for stage in service.stages
-    ]
+    stages: list[PipelineStage[Any, Any]] = []
+    for spec in service.stages:
+        modules = {role: loaded[name] for role, name in spec.modules.items()}
+        stage = resolve(spec.implementation)(config, runtime, modules)
+        stages.append(stage.bind(spec.contract))
+    return stages
 
 
 def _approximate(checkpoint: Checkpoint, modules: Iterable[Any], approximation: Approximation) -> None:

@@ -41,9 +41,8 @@ class InputValidationStage:
         headers = {role: read_image_header(role, data) for role, data in images.items()}
         check_total_size(headers)
         params, warnings = self._model.sampling_params.build(given, self._model.checkpoint, headers)
-        artifacts: dict[str, object] = {**params.artifacts()}
-        if "image_inputs" in self._model.pipeline.given:
-            artifacts["image_inputs"] = ImageInputs(images=images)
+        made = {type(each).__name__: each for each in (*params.artifacts().values(), ImageInputs(images=images))}
+        artifacts = {slot: made[kind] for slot, kind in self._model.pipeline.given.items()}
         return ValidatedRequest(params, artifacts, (*warnings, *_image_warnings(headers)))
 
     def _check_roles(self, images: Mapping[str, bytes]) -> None:

@@ -17,7 +17,17 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from common.artifacts import Canvas, Conditioning, LatentPart, Latents, ParamValue, Prompt, Sampling, Schedule
+from common.artifacts import (
+    Canvas,
+    Conditioning,
+    Generator,
+    LatentPart,
+    Latents,
+    ParamValue,
+    Prompt,
+    Sampling,
+    Schedule,
+)
 from common.errors import InvalidInput
 from common.stage import Call
 from configs.pipeline_configs.base import DenoisingConfig, GuidanceConfig, Shapes
@@ -29,6 +39,7 @@ STEPS = 3
 """The first readies the kernels, the second captures a graph, the third finds one."""
 
 _FIELD = "warm_up"
+_SERVICE = "denoising"
 _SIZE = re.compile(r"(?P<height>[0-9]{1,5})x(?P<width>[0-9]{1,5})(x(?P<num_frames>[0-9]{1,5}))?")
 
 _log = logging.getLogger(__name__)
@@ -67,8 +78,10 @@ class WarmUp:
             return
         config_class: type[DenoisingConfig] = resolve(self.model.entry.pipeline_config)
         config = config_class.from_checkpoint(self.model.checkpoint)
+        slots = self.model.pipeline.service(_SERVICE).contract.inputs
         for params in self.sizes:
-            yield _inputs(config, dtype, params.artifacts())
+            made = _inputs(config, dtype, params.artifacts())
+            yield {slot: artifact for slot, artifact in made.items() if slot in slots}
 
 
 def _params(model: ServedModel, text: str) -> SamplingParams:
@@ -102,6 +115,7 @@ def _inputs(
         "schedule": _schedule(sampling.num_inference_steps),
         "text_conditioning": Conditioning(prompt_embeds=embeds, negative_prompt_embeds=embeds if has_negative else {}),
         "sampling": sampling,
+        "latents_generator": Generator(seed=sampling.seed, state=torch.Generator("cpu").get_state()),
     }
     if shapes := config.condition_shapes(canvas):
         inputs["image_latents"] = _latents(config, shapes, dtype)

@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 import grpc
 import torch
 
-from common.artifacts import Conditioning, Generator, LatentPart, Latents, Media, MediaItem, Schedule
+from common.artifacts import Conditioning, LatentPart, Latents, Media, MediaItem, Schedule
 from common.errors import Unavailable
 from common.rpc.client import open_channel
 from common.rpc.server import ServingLimits, StageServicer
@@ -50,11 +50,10 @@ def _latents() -> Latents:
 
 def _outputs(values: Mapping[str, Any], size: int) -> dict[str, Any]:
     """Something for every slot that Flux's services write; the picture has `size` bytes, which the seed decides."""
-    canvas, sampling = values.get("canvas"), values.get("sampling")
+    canvas = values.get("canvas")
     made: dict[str, Any] = {
         "text_conditioning": Conditioning(prompt_embeds={"x": torch.zeros(300_000)}),
         "initial_latents": _latents(),
-        "latents_generator": Generator(seed=0, state=torch.zeros(8, dtype=torch.uint8)),
         "schedule": Schedule(timesteps=torch.zeros(2), sigmas=torch.zeros(3), num_inference_steps=2),
         "denoised_latents": _latents(),
     }
@@ -62,8 +61,6 @@ def _outputs(values: Mapping[str, Any], size: int) -> dict[str, Any]:
         data = torch.full((size,), 7, dtype=torch.uint8)
         item = MediaItem(data=data, content_type="image/png", height=canvas.height, width=canvas.width)
         made["media"] = Media(items=(item,))
-    if sampling is not None:
-        made["latents_generator"] = Generator(seed=sampling.seed, state=torch.zeros(8, dtype=torch.uint8))
     return made
 
 

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from common.artifacts import Canvas, Conditioning, LatentPart, Latents, Sampling, Schedule
+from common.artifacts import Conditioning, LatentPart, Latents, Sampling, Schedule
 from models.contracts import DenoisingInput
 
 
@@ -27,7 +27,7 @@ def save_input(x: DenoisingInput, path: Path) -> None:
         if conditioning:
             tensors |= {f"{slot}.positive.{name}": value for name, value in conditioning.prompt_embeds.items()}
             tensors |= {f"{slot}.negative.{name}": value for name, value in conditioning.negative_prompt_embeds.items()}
-    numbers = {"sampling": dataclasses.asdict(x.sampling), "canvas": dataclasses.asdict(x.canvas), "shapes": shapes}
+    numbers = {"sampling": dataclasses.asdict(x.sampling), "shapes": shapes}
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, {"numbers": json.dumps(numbers)})
 
 
@@ -44,7 +44,6 @@ def load_input(path: str | Path) -> DenoisingInput:
         text_conditioning=_conditioning(tensors, "text"),
         image_conditioning=_conditioning(tensors, "picture") if _below(tensors, "picture") else None,
         sampling=Sampling(**numbers["sampling"] | {"sigmas": tuple(numbers["sampling"]["sigmas"])}),
-        canvas=Canvas(**numbers["canvas"]),
     )
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from common.artifacts import ImageInputs, Media, ParamValue
 from common.local import HostedStages, LocalRunner
-from common.pipeline import run_pipeline
+from common.pipeline import result_of, run_pipeline
 from common.stage import Call
 from models.catalog import ServedModel, open_model
 from models.loader import load_stages
@@ -66,8 +66,9 @@ class LocalFleet:
             values["image_inputs"] = ImageInputs(images=files)
         runners = [LocalRunner(stages, self._executor) for stages in self.services.values()]
         call = (heard or Heard()).call()
-        outputs: dict[str, Any] = asyncio.run(run_pipeline(runners, values, call, wanted=("media",)))
-        media: Media = outputs["media"]
+        slot = result_of(self.model.pipeline.services)
+        outputs: dict[str, Any] = asyncio.run(run_pipeline(runners, values, call, wanted=(slot,)))
+        media: Media = outputs[slot]
         return media
 
     def tensors(

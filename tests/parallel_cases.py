@@ -30,8 +30,7 @@ from rank_calls import denoise, forward, open_with, rank_file
 from rank_pool import RankPool
 from tiny_flux import LATENT_CHANNELS, build_tiny_flux
 from tiny_qwen_image import build_tiny_qwen_image, build_tiny_qwen_image_edit
-from tiny_wan import build_tiny_wan, build_tiny_wan_i2v
-from tiny_wan_ti2v import CHANNELS, build_tiny_ti2v_denoiser
+from tiny_wan import TI2V_LATENT_CHANNELS, build_tiny_wan, build_tiny_wan_i2v, build_tiny_wan_ti2v
 
 CPU = torch.device("cpu")
 STEPS = 4
@@ -105,13 +104,13 @@ FAMILIES = {
     ),
     # 15 tokens of the given first frame, and 45 others.
     "wan-ti2v": Family(
-        build_tiny_ti2v_denoiser,
-        Canvas(height=48, width=80, num_frames=13, output_format="mp4"),
+        build_tiny_wan_ti2v,
+        Canvas(height=96, width=160, num_frames=13, output_format="mp4"),
         positive={"encoder_hidden_states": (13, 32)},
         negative={"encoder_hidden_states": (13, 32)},
-        condition=((1, CHANNELS, 1, 6, 10), (1, CHANNELS, 1, 6, 10)),
+        condition=((1, TI2V_LATENT_CHANNELS, 1, 6, 10), (1, TI2V_LATENT_CHANNELS, 1, 6, 10)),
         tokens=60,
-        channels=CHANNELS,
+        channels=TI2V_LATENT_CHANNELS,
         config="configs.pipeline_configs.wan_ti2v:WanTI2VImagePipelineConfig",
     ),
 }
@@ -180,7 +179,6 @@ def draw_input(checkpoint: Checkpoint, config: Any, family: Family) -> Denoising
         ),
         image_conditioning=Conditioning(prompt_embeds=draw(family.pictures)) if family.pictures else None,
         image_latents=condition,
-        canvas=canvas,
         sampling=SAMPLING,
     )
 

@@ -98,9 +98,10 @@ class Heard:
     checkpoints: list[Packet] = field(default_factory=list)
 
     def call(self, **more: Any) -> Call:
-        """A call that tells it here."""
+        """A call that reports here."""
         return Call(
             "r1",
+            on_checkpoint=self.checkpoints.append,
             on_progress=lambda step, total: self.progress.append((step, total)),
             on_warning=lambda name, text: self.warnings.append((name, text)),
             **more,
@@ -134,8 +135,7 @@ class Served:
 
     def runner(self, **more: Any) -> RemoteRunner:
         """A runner that calls it."""
-        on_checkpoint = self.heard.checkpoints.append
-        return RemoteRunner(self.channel, SERVICE, self.hosted.contract, on_checkpoint=on_checkpoint, **more)
+        return RemoteRunner(self.channel, SERVICE, self.hosted.contract, **more)
 
     async def raw_call(self, *frames: bytes) -> list[bytes]:
         """Send these bytes as frames, half-close, return the frames that come back."""

@@ -1,7 +1,8 @@
-"""Builds small Wan 2.1 checkpoints with random weights: genuine Diffusers directories, made here, offline."""
+"""Builds small Wan 2.1 and 2.2 checkpoints with random weights: genuine Diffusers directories, made offline."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionMode
 from tiny_flux import randomise, t5_tokenizer
 
 LATENT_CHANNELS = 16
+TI2V_LATENT_CHANNELS = 48
 TEXT_SIZE = 32
 IMAGE_SIZE = 24
 VISION_TOKENS = 17
@@ -52,14 +54,45 @@ def build_tiny_wan_i2v(path: Path, *, last_image: bool = False, seed: int = 0) -
     return path
 
 
+def build_tiny_wan_ti2v(path: Path, *, seed: int = 0) -> Path:
+    """Write a checkpoint like Wan 2.2 TI2V-5B. WanPipeline and WanImageToVideoPipeline both load the directory."""
+    torch.manual_seed(seed)
+    transformer = _transformer(TI2V_LATENT_CHANNELS, TI2V_LATENT_CHANNELS)
+    modules = _text_modules() | {"transformer": transformer, "vae": residual_vae()}
+    _randomise(modules)
+    WanPipeline(scheduler=_scheduler(5.0), expand_timesteps=True, **modules).save_pretrained(str(path))
+    return path
+
+
+def residual_vae() -> AutoencoderKLWan:
+    """A VAE like that of Wan 2.2 TI2V-5B: real scale factors, few channels, a mean and a std for each latent channel.
+
+    Encoder and decoder have other base widths, as in the published VAE.
+    """
+    channels = range(TI2V_LATENT_CHANNELS)
+    return AutoencoderKLWan(
+        base_dim=8,
+        decoder_base_dim=12,
+        z_dim=TI2V_LATENT_CHANNELS,
+        num_res_blocks=1,
+        latents_mean=[0.4 * math.sin(channel) for channel in channels],
+        latents_std=[0.5 + 0.3 * math.cos(2 * channel) for channel in channels],
+        is_residual=True,
+        in_channels=12,
+        out_channels=12,
+        patch_size=2,
+        scale_factor_spatial=16,
+    )
+
+
 def _randomise(modules: dict[str, Any]) -> None:
     for module in modules.values():
         if isinstance(module, nn.Module):
             randomise(module)
 
 
-def _scheduler() -> UniPCMultistepScheduler:
-    return UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+def _scheduler(flow_shift: float = 3.0) -> UniPCMultistepScheduler:
+    return UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=flow_shift)
 
 
 def _text_modules() -> dict[str, Any]:
@@ -81,10 +114,10 @@ def _text_modules() -> dict[str, Any]:
     return {"tokenizer": tokenizer, "text_encoder": encoder}
 
 
-def _transformer(in_channels: int, **image: int | None) -> WanTransformer3DModel:
+def _transformer(in_channels: int, out_channels: int = LATENT_CHANNELS, **image: int | None) -> WanTransformer3DModel:
     return WanTransformer3DModel(
         in_channels=in_channels,
-        out_channels=LATENT_CHANNELS,
+        out_channels=out_channels,
         num_attention_heads=4,
         attention_head_dim=16,
         text_dim=TEXT_SIZE,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,6 +14,8 @@ import torch
 from safetensors.torch import save_file
 
 TOY_FAMILY = Path(__file__).parent / "toy_family"
+RENAMED_FAMILY = Path(__file__).parent / "renamed_family"
+PROTO = Path(__file__).parents[1] / "proto"
 TOY_INDEX = {
     "_class_name": "ToyPipeline",
     "_diffusers_version": "0.42.1",
@@ -22,12 +25,12 @@ TOY_INDEX = {
 }
 
 
-def build_toy_checkpoint(path: Path, *, cell: int = 8, seed: int = 0) -> Path:
-    """Write a ToyPipeline directory; returns it."""
+def build_toy_checkpoint(path: Path, *, cell: int = 8, seed: int = 0, pipeline: str = "ToyPipeline") -> Path:
+    """Write a checkpoint of the toy family; returns its directory."""
     generator = torch.Generator().manual_seed(seed)
     _write_module(path / "palette", {"_class_name": "ToyPalette"}, torch.randn(256, 3, generator=generator))
     _write_module(path / "transformer", {"_class_name": "ToyTransformer", "cell": cell}, torch.tensor([0.9, 1.0, 1.1]))
-    (path / "model_index.json").write_text(json.dumps(TOY_INDEX))
+    (path / "model_index.json").write_text(json.dumps({**TOY_INDEX, "_class_name": pipeline}))
     return path
 
 
@@ -37,15 +40,27 @@ def copy_toy_family(directory: Path) -> Path:
     return directory
 
 
+def copy_renamed_family(directory: Path) -> Path:
+    """Copy the toy family and the one with other slots, whose RPCs are compiled from its own protos."""
+    copy_toy_family(directory)
+    shutil.copytree(RENAMED_FAMILY, directory, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
+    protos = [path.relative_to(directory).as_posix() for path in sorted(directory.rglob("*.proto"))]
+    compiler = (sys.executable, "-m", "grpc_tools.protoc", f"-I{directory}", f"-I{PROTO}")
+    subprocess.run([*compiler, f"--python_out={directory}", *protos], check=True)
+    return directory
+
+
 @contextmanager
-def toy_family(directory: Path) -> Iterator[Path]:
+def toy_family(directory: Path, copy: Callable[[Path], Path] = copy_toy_family) -> Iterator[Path]:
     """The plugin directory, whose modules this process forgets afterwards."""
     try:
-        yield copy_toy_family(directory)
+        yield copy(directory)
     finally:
         sys.path[:] = [entry for entry in sys.path if entry != str(directory.resolve())]
         for file in directory.glob("*.py"):
             sys.modules.pop(file.stem, None)
+        for file in directory.glob("fleet/v1/*.py"):
+            sys.modules.pop(f"fleet.v1.{file.stem}", None)
 
 
 def _write_module(folder: Path, config: dict[str, object], weight: torch.Tensor) -> None:

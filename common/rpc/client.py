@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import copy
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -26,6 +25,7 @@ from common.rpc.framing import (
 )
 from common.rpc.method import (
     BEGUN_KEY,
+    CHECKPOINT,
     check_contract,
     header_type,
     path_of,
@@ -41,15 +41,6 @@ from fleet.v1 import artifacts_pb2 as pb
 from fleet.v1 import worker_pb2, worker_pb2_grpc
 
 _HOP_SECONDS = 0.005  # what a hop keeps of the deadline for itself
-
-_CHECKPOINT = "checkpoint"
-
-OnCheckpoint = Callable[[Packet], None]
-"""Takes a packet of a DenoiseState for the slot "checkpoint"."""
-
-
-def _ignore() -> None:
-    return None
 
 
 def open_channel(
@@ -89,11 +80,12 @@ class WorkerLost(Unavailable):
 class RemoteRunner:
     """Runs a contract on the worker behind a channel. The twin of common.local.LocalRunner.
 
-    Cancelling the task that awaits it cancels the call. `on_begun` is called when the worker starts the call's stages;
-    workers older than Begun frames do not report it (see `reports_begun` of WorkerInfo). Raises the error that the
-    worker raised, and Unavailable when the connection is lost (WorkerLost during the call), so that the caller can try
-    another worker with the same packets. ResourceExhausted has a field where no worker could take the values, and
-    none where this one has no place.
+    Cancelling the task that awaits it cancels the call. All that the worker reports goes to the Call: checkpoints as
+    packets for the slot CHECKPOINT, and `on_begun` when the worker starts the call's stages, which workers older than
+    Begun frames do not report (see `reports_begun` of WorkerInfo). Raises the error that the worker raised, and
+    Unavailable when the connection is lost (WorkerLost during the call), so that the caller can try another worker with
+    the same packets. ResourceExhausted has a field where no worker could take the values, and none where this worker
+    has as many calls as it takes.
     """
 
     def __init__(
@@ -102,16 +94,12 @@ class RemoteRunner:
         service: str,
         contract: Contract,
         *,
-        on_checkpoint: OnCheckpoint | None = None,
-        on_begun: Callable[[], None] = _ignore,
         limits: Limits | None = None,
     ) -> None:
         method = stage_method(service)
         check_contract(contract, method)
         self._contract = contract
         self._service = service
-        self._on_checkpoint = on_checkpoint
-        self._on_begun = on_begun
         self._limits = limits or Limits()
         self._request = request_type(method)
         self._reply = response_type(method)
@@ -121,13 +109,6 @@ class RemoteRunner:
     def contract(self) -> Contract:
         """What the stages read and write together."""
         return self._contract
-
-    def telling(self, on_begun: Callable[[], None], on_checkpoint: OnCheckpoint | None = None) -> RemoteRunner:
-        """The same runner with these listeners."""
-        runner = copy.copy(self)
-        runner._on_begun = on_begun
-        runner._on_checkpoint = on_checkpoint
-        return runner
 
     async def __call__(self, values: Mapping[str, Packet], call: Call) -> Mapping[str, Packet]:
         """Send the inputs, report what the worker reports, return the outputs."""
@@ -147,7 +128,7 @@ class RemoteRunner:
             timeout=timeout,
             metadata=((REQUEST_ID_KEY, call.request_id), (BEGUN_KEY, "1")),
         )
-        receiver = _Receiver(self._reply, self._contract, call, self._on_checkpoint, self._on_begun, self._limits)
+        receiver = _Receiver(self._reply, self._contract, call, self._limits)
         try:
             async for raw in rpc:
                 receiver.take(raw)
@@ -196,8 +177,6 @@ class _Receiver:
     frame: type[Message]
     contract: Contract
     call: Call
-    on_checkpoint: OnCheckpoint | None
-    on_begun: Callable[[], None]
     limits: Limits
     header: Message | None = None
     chunks: Assembler | None = None
@@ -216,7 +195,7 @@ class _Receiver:
             case "progress":
                 self.call.on_progress(frame.progress.step, frame.progress.total_steps)
             case "begun":
-                self.on_begun()
+                self.call.on_begun()
             case "warning":
                 self.call.on_warning(frame.warning.field, frame.warning.message)
             case "checkpoint":
@@ -237,12 +216,12 @@ class _Receiver:
         if self.state_chunks is not None:
             raise InternalError("a checkpoint begins before the one before it is complete")
         self.state = state
-        tensors = described_tensors(_CHECKPOINT, state, self.limits)
-        self.state_chunks = Assembler(tensors, Dropped if self.on_checkpoint is None else KeptFrames)
+        tensors = described_tensors(CHECKPOINT, state, self.limits)
+        self.state_chunks = Assembler(tensors, KeptFrames if self.call.keeps_checkpoints else Dropped)
         self._end_checkpoint()
 
     def _take_chunk(self, chunk: ChunkView) -> None:
-        if self.state_chunks is not None and chunk.path.startswith(f"{_CHECKPOINT}."):
+        if self.state_chunks is not None and chunk.path.startswith(f"{CHECKPOINT}."):
             self.state_chunks.add(chunk)
             self._end_checkpoint()
         elif self.chunks is not None:
@@ -253,8 +232,8 @@ class _Receiver:
     def _end_checkpoint(self) -> None:
         if self.state is None or self.state_chunks is None or not self.state_chunks.complete:
             return
-        if self.on_checkpoint is not None:
-            self.on_checkpoint(Packet(self.state, self.state_chunks.finish()))
+        if self.call.keeps_checkpoints:
+            self.call.on_checkpoint(Packet(self.state, self.state_chunks.finish()))
         self.state = self.state_chunks = None
 
     def finish(self) -> dict[str, Packet]:

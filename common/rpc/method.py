@@ -19,12 +19,14 @@ from common.errors import FailedPrecondition
 from common.pipeline import PipelineError
 from common.stage import Contract
 
+CHECKPOINT = "checkpoint"
+"""Field of a reply's frame with a DenoiseState, and the start of the paths of its tensors. No slot has this name."""
 _FRAMES = {
     "header": (1, ""),
     "chunk": (2, "Chunk"),
     "progress": (3, "Progress"),
     "warning": (4, "Warning"),
-    "checkpoint": (5, "Checkpoint"),
+    CHECKPOINT: (5, "Checkpoint"),
     "begun": (6, "Begun"),
 }
 BEGUN_KEY = "fleet-begun"

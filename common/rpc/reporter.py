@@ -14,6 +14,7 @@ from google.protobuf.message import Message
 from common.artifacts import DenoiseState
 from common.codec import TensorLeaf, pack
 from common.rpc.framing import chunk_frames
+from common.rpc.method import CHECKPOINT
 from common.stage import Call
 
 _MAX_WAITING = 256
@@ -38,7 +39,7 @@ class Reporter:
         self._next_step = 0.0
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[bytes | DenoiseState | None] = asyncio.Queue()
-        self._checkpoints = "checkpoint" in frame.DESCRIPTOR.fields_by_name
+        self._checkpoints = CHECKPOINT in frame.DESCRIPTOR.fields_by_name
         self._checkpoint_waits = False
         self._begun = begun
         self._begun_sent = threading.Event()
@@ -74,7 +75,7 @@ class Reporter:
                 if told is self._begun:
                     self._begun_sent.set()
                 continue
-            packet = await asyncio.to_thread(pack, "checkpoint", told, self._leaf)  # checksums of many bytes
+            packet = await asyncio.to_thread(pack, CHECKPOINT, told, self._leaf)  # checksums of many bytes
             frame = self._frame()
             frame.checkpoint.state.CopyFrom(packet.message)
             yield frame.SerializeToString()

@@ -9,11 +9,11 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from importlib import resources
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
@@ -35,6 +35,8 @@ from common.errors import FailedPrecondition, InternalError, InvalidInput, Unava
 from common.state.store_url import SENTINEL, check_url, sentinel_parts, without_password
 
 PREFIX = "fleet:"
+SCRIPT_FILES = ("base", "admission", "requests", "leases", "slots", "workers", "replies", "run")
+"""The files of the script in lua/, in the order in which they make one chunk."""
 # No command blocks longer on the server than this; the socket's own timeout is beyond it.
 BLOCK_SECONDS = 5.0
 _SOCKET_SECONDS = 10.0
@@ -48,6 +50,11 @@ CLUSTER_UNSUPPORTED = (
     "keys at once; use one primary, a primary that Sentinel watches (redis+sentinel://), or a managed service with "
     "cluster mode disabled"
 )
+
+
+Word: TypeAlias = str | bytes | int | float
+Arguments: TypeAlias = Mapping[str, Word | Sequence[Word] | Mapping[str, Word]]
+"""The arguments of an operation of the script by name: single values, lists, and lists of pairs."""
 
 
 class StoreFull(Unavailable):
@@ -163,6 +170,8 @@ def _refused(text: str) -> Unavailable | FailedPrecondition | InternalError:
         return FailedPrecondition(CLUSTER_UNSUPPORTED, field="redis")
     if text.startswith(_NO_WRITES):
         return Unavailable(f"the request store takes no writes: {text}")
+    if text.startswith("FLEETCALL "):
+        return InternalError(f"an operation of the request store was called wrongly: {text.partition(' ')[2]}")
     if text.startswith(("FLEETKEY ", "FLEETSTORE ")):
         return InternalError(f"the request store is damaged: {text.partition(' ')[2]}")
     return InternalError(f"the request store refused a command: {text}")
@@ -196,19 +205,41 @@ async def ping(redis: Redis) -> None:
 
 @cache
 def script_source() -> str:
-    """The text of fleet.lua."""
-    return resources.files(__package__).joinpath("fleet.lua").read_text(encoding="utf-8")
+    """The text of the script."""
+    folder = resources.files(__package__).joinpath("lua")
+    return "\n".join(folder.joinpath(f"{name}.lua").read_text(encoding="utf-8") for name in SCRIPT_FILES)
 
 
 @cache
 def script_sha() -> str:
-    """The name under which the server keeps fleet.lua."""
+    """The name under which the server keeps the script."""
     return hashlib.sha1(script_source().encode(), usedforsecurity=False).hexdigest()
 
 
-async def run_script(redis: Redis, operation: str, *arguments: str | bytes | float) -> Any:
-    """Run an operation of fleet.lua: one round trip, and one more where the server does not know the script yet."""
-    words = ("EVALSHA", script_sha(), 0, operation, *arguments)
+def script_call(operation: str, arguments: Arguments) -> list[Word]:
+    """The command that runs an operation of the script, whose arguments are sent as NAME VALUE pairs.
+
+    A list repeats its name for each element, so that an empty list is not sent.
+    """
+    words: list[Word] = ["EVALSHA", script_sha(), 0, operation]
+    for name, value in arguments.items():
+        for each in _elements(value):
+            words += (name, each)
+    return words
+
+
+def _elements(value: Word | Sequence[Word] | Mapping[str, Word]) -> Sequence[Word]:
+    if isinstance(value, Mapping):
+        return [word for pair in value.items() for word in pair]
+    return [value] if isinstance(value, str | bytes | int | float) else value
+
+
+async def run_script(redis: Redis, operation: str, arguments: Arguments) -> Any:
+    """Run an operation of the script: one round trip, and one more where the server does not know the script yet.
+
+    Raises InternalError for arguments that the operation does not take.
+    """
+    words = script_call(operation, arguments)
     with store_errors():
         try:
             return await cast(Any, redis).execute_command(*words)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, cast
 from redis.asyncio import Redis
 
 from common.errors import NotFound
-from common.state.connection import PREFIX, command, run_script, store_errors
+from common.state.connection import PREFIX, Arguments, command, run_script, store_errors
 from common.state.records import read_record
 from fleet.v1 import generation_pb2
 
@@ -64,8 +64,14 @@ class Leases:
         `running`: an answer may have been lost that told of them. Also returns which of those that it runs are to be
         cancelled, for the same reason. Who has no heartbeat itself gets nothing.
         """
-        words = (self._owner, model, _MOST_AT_ONCE, int(beyond_own), " ".join(running))
-        taken, cancels = await run_script(self._redis, "take_over", *words)
+        arguments: Arguments = {
+            "owner": self._owner,
+            "model": model,
+            "most": _MOST_AT_ONCE,
+            "beyond_own": int(beyond_own),
+            "running": list(running),
+        }
+        taken, cancels = await run_script(self._redis, "take_over", arguments)
         return [_inherited(row) for row in taken], [request_id.decode() for request_id in cancels]
 
     async def add_death(
@@ -76,12 +82,20 @@ class Leases:
         A worker that is marked as leaving is no loss. `ttl_seconds` is how long a heartbeat lasts of a worker that the
         store does not know any more.
         """
-        words = (request_id, epoch, service, stage, worker_id, int(ttl_seconds * 1_000))
-        return [_loss(row) for row in await run_script(self._redis, "death", *words)]
+        arguments: Arguments = {
+            "id": request_id,
+            "epoch": epoch,
+            "worker": worker_id,
+            "service": service,
+            "stage": stage,
+            "lasts": int(ttl_seconds * 1_000),
+        }
+        return [_loss(row) for row in await run_script(self._redis, "death", arguments)]
 
     async def losses(self, request_id: str, epoch: int) -> list[Loss]:
         """The losses of a request that are suspect or undecided, in order; none where another coordinator owns it."""
-        return [_loss(row) for row in await run_script(self._redis, "losses", request_id, epoch)]
+        arguments: Arguments = {"id": request_id, "epoch": epoch}
+        return [_loss(row) for row in await run_script(self._redis, "losses", arguments)]
 
     async def save_checkpoint(
         self, request_id: str, epoch: int, number: int, parts: Iterable[bytes], *, step: int
@@ -99,7 +113,8 @@ class Leases:
                 batch = {}
         if batch:
             await self._put(key, batch)
-        return bool(await run_script(self._redis, "checkpoint", request_id, epoch, key, step))
+        arguments: Arguments = {"id": request_id, "epoch": epoch, "point": key, "step": step}
+        return bool(await run_script(self._redis, "checkpoint", arguments))
 
     async def _put(self, key: str, parts: Mapping[str, bytes]) -> None:
         """Write parts under their numbers, which may be done twice: redis-py repeats what it got no answer to."""

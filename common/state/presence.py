@@ -14,7 +14,7 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from common.errors import InternalError, Unavailable
-from common.state.connection import BLOCK_SECONDS, PREFIX, cancellation_kept, run_script
+from common.state.connection import BLOCK_SECONDS, PREFIX, Arguments, cancellation_kept, run_script
 
 BEAT_SECONDS = 2.0
 TTL_SECONDS = 6.0
@@ -28,14 +28,14 @@ def _ignore(*_: object) -> None:
     return None
 
 
-async def run_on_leaving(redis: Redis, operation: str, *arguments: str) -> None:
+async def run_on_leaving(redis: Redis, operation: str, arguments: Arguments) -> None:
     """Run an operation that the store would come to by itself, once heartbeats stop. Raises Unavailable.
 
     A store that does not answer is given up soon: who ends has calls to finish, and may be killed for taking long.
     """
     try:
         async with asyncio.timeout(_LEAVE_SECONDS):
-            await run_script(redis, operation, *arguments)
+            await run_script(redis, operation, arguments)
     except TimeoutError:
         raise Unavailable(f"the request store has not answered within {_LEAVE_SECONDS:g} s") from None
 
@@ -73,12 +73,12 @@ class Presence:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._tasks = []
         try:
-            await run_on_leaving(self._redis, "resign", self.owner)
+            await run_on_leaving(self._redis, "resign", {"owner": self.owner})
         except Unavailable as error:
             _log.warning("left without telling the store: %s", error)
 
     async def _beat(self) -> None:
-        await run_script(self._redis, "beat", self.owner, self._ttl)
+        await run_script(self._redis, "beat", {"owner": self.owner, "lasts": self._ttl})
 
     async def _keep_beating(self) -> None:
         while True:

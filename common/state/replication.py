@@ -1,4 +1,4 @@
-"""Operations of fleet.lua that count as done only once replicas have them, so that a failover loses nothing.
+"""Operations of the script that count as done only once replicas have them, so that a failover loses nothing.
 
 WAIT acknowledges the writes of its own connection. It therefore follows the operation in one pipeline, which stays on
 one connection: a client that asked on another one might ask the new primary of a failover, which never got the write.
@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 from redis.asyncio import Redis
 from redis.exceptions import NoScriptError
 
 from common.errors import Unavailable
-from common.state.connection import PREFIX, run_script, script_sha, script_source, store_errors
+from common.state.connection import PREFIX, Arguments, run_script, script_call, script_source, store_errors
 
 _ACKNOWLEDGE_SECONDS = 2.0
 _CHANNEL = PREFIX + "replication"
@@ -26,13 +26,13 @@ class Replication:
 
     replicas: int = 0
 
-    async def run_script(self, redis: Redis, operation: str, *arguments: str | bytes | float) -> Any:
-        """Run an operation of fleet.lua. Raises Unavailable when too few replicas acknowledge it in time.
+    async def run_script(self, redis: Redis, operation: str, arguments: Arguments) -> Any:
+        """Run an operation of the script. Raises Unavailable when too few replicas acknowledge it in time.
 
         The operation may have been done then. Repeated with the same arguments, it is acknowledged again.
         """
         if not self.replicas:
-            return await run_script(redis, operation, *arguments)
+            return await run_script(redis, operation, arguments)
         replies = await self._attempt(redis, operation, arguments)
         if isinstance(replies[0], NoScriptError):
             with store_errors():
@@ -44,9 +44,9 @@ class Replication:
         self.check(replies[1:])
         return replies[0]
 
-    async def _attempt(self, redis: Redis, operation: str, arguments: Sequence[str | bytes | float]) -> list[Any]:
+    async def _attempt(self, redis: Redis, operation: str, arguments: Arguments) -> list[Any]:
         async with redis.pipeline(transaction=False) as pipeline:
-            pipeline.evalsha(script_sha(), 0, operation, *cast(Any, arguments))
+            pipeline.execute_command(*script_call(operation, arguments))
             self.follow(pipeline)
             with store_errors():
                 return list(await pipeline.execute(raise_on_error=False))

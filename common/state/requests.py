@@ -24,11 +24,12 @@ from common.errors import (
 from common.state.connection import (
     BLOCK_SECONDS,
     PREFIX,
+    Arguments,
     StoreFull,
     command,
     is_wrong_type,
     run_script,
-    script_sha,
+    script_call,
     store_errors,
 )
 from common.state.records import (
@@ -141,26 +142,25 @@ class RequestStore:
         events = [state_event(State.REQUEST_STATE_QUEUED)]
         events += [generation_pb2.Event(warning=warning) for warning in record.warnings]
         deadline = record.deadline.ToMilliseconds() if record.HasField("deadline") else 0
-        arguments: list[str | bytes | int] = [
-            record.request_id,
-            self._owner,
-            idempotency_key and f"{record.caller}/{idempotency_key}",
-            record.SerializeToString(),
-            submission,
-            record.model,
-            deadline,
-            limits.max_open,
-            limits.queue_limit,
-            int(limits.queue_seconds * 1_000),
-            record.caller,
-            limits.max_open_of_caller,
-            int(memory.is_full),
-            len(limits.services),
-            *(word for service in limits.services for word in (service, costs.get(service, 1))),
-            *(event.SerializeToString() for event in events),
-        ]
+        arguments: Arguments = {
+            "id": record.request_id,
+            "model": record.model,
+            "caller": record.caller,
+            "owner": self._owner,
+            "record": record.SerializeToString(),
+            "submission": submission,
+            "idempotency_key": idempotency_key and f"{record.caller}/{idempotency_key}",
+            "deadline": deadline,
+            "max_open": limits.max_open,
+            "max_open_of_caller": limits.max_open_of_caller,
+            "max_queued": limits.queue_limit,
+            "max_work": int(limits.queue_seconds * 1_000),
+            "is_full": int(memory.is_full),
+            "costs": {service: costs.get(service, 1) for service in limits.services},
+            "events": [event.SerializeToString() for event in events],
+        }
         try:
-            reply = await self._replication.run_script(self._redis, "admit", *arguments)
+            reply = await self._replication.run_script(self._redis, "admit", arguments)
         except StoreFull as error:
             raise ResourceExhausted(str(error), retry_seconds=_FULL_RETRY_SECONDS) from error
         if reply[0] == b"memory":
@@ -252,16 +252,15 @@ class RequestStore:
         extra = generation_pb2.RequestRecord(
             warnings=[event.warning for event in events if event.HasField("warning")]
         ).SerializeToString()
-        reply = await run_script(
-            self._redis,
-            "append",
-            request_id,
-            epoch,
-            number,
-            state,
-            extra,
-            *(event.SerializeToString() for event in events),
-        )
+        arguments: Arguments = {
+            "id": request_id,
+            "epoch": epoch,
+            "number": number,
+            "state": state,
+            "extra": extra,
+            "events": [event.SerializeToString() for event in events],
+        }
+        reply = await run_script(self._redis, "append", arguments)
         return with_ids(events, reply[1]) if reply[0] == b"appended" else None
 
     async def finish(
@@ -291,15 +290,15 @@ class RequestStore:
             steps_saved=steps_saved,
         )
         last = state_event(state, error, steps_saved=steps_saved)
-        arguments: list[str | bytes | int] = [
-            request_id,
-            epoch,
-            token or secrets.token_hex(8),
-            str(state),
-            extra.SerializeToString(),
-            _milliseconds(self._retention.record_seconds),
-            *(event.SerializeToString() for event in (*events, last)),
-        ]
+        arguments: Arguments = {
+            "id": request_id,
+            "epoch": epoch,
+            "state": str(state),
+            "token": token or secrets.token_hex(8),
+            "extra": extra.SerializeToString(),
+            "keep": _milliseconds(self._retention.record_seconds),
+            "events": [event.SerializeToString() for event in (*events, last)],
+        }
         chunks = {
             _key("result", request_id, epoch, index, number): chunk
             for index, file in enumerate(files if stored else ())
@@ -313,15 +312,13 @@ class RequestStore:
                 await self._redis.delete(*chunks)
         return None
 
-    async def _store_then_run(
-        self, chunks: Mapping[str, memoryview], operation: str, arguments: Sequence[str | bytes | int]
-    ) -> Any:
+    async def _store_then_run(self, chunks: Mapping[str, memoryview], operation: str, arguments: Arguments) -> Any:
         """Write chunks, each safe to be written twice, and then run an operation; one round trip where they are few.
 
         A transaction, since a full server aborts it as a whole: a request must not succeed without its files.
         """
         if not chunks:
-            return await self._replication.run_script(self._redis, operation, *arguments)
+            return await self._replication.run_script(self._redis, operation, arguments)
         ttl = _milliseconds(self._retention.result_seconds)
         *early, last = _batches(chunks)
         async with self._redis.pipeline(transaction=False) as pipeline:
@@ -334,7 +331,7 @@ class RequestStore:
             pipeline.execute_command("MULTI")
             for key, chunk in last.items():
                 pipeline.set(key, chunk, px=ttl)
-            pipeline.evalsha(script_sha(), 0, operation, *arguments)
+            pipeline.execute_command(*script_call(operation, arguments))
             pipeline.execute_command("EXEC")
             self._replication.follow(pipeline, chunks)
             with store_errors():
@@ -347,7 +344,7 @@ class RequestStore:
                 if isinstance(each, Exception):
                     raise each
             if isinstance(reply, NoScriptError):
-                return await self._replication.run_script(self._redis, operation, *arguments)
+                return await self._replication.run_script(self._redis, operation, arguments)
             if isinstance(reply, Exception):
                 raise reply
         self._replication.check(rest, chunks)
@@ -359,14 +356,13 @@ class RequestStore:
         An ended request stays as it is. Where no coordinator drives it any more, it ends at once.
         """
         state = State.REQUEST_STATE_CANCELLED
-        reply = await run_script(
-            self._redis,
-            "cancel",
-            request_id,
-            str(state),
-            _milliseconds(self._retention.record_seconds),
-            state_event(state).SerializeToString(),
-        )
+        arguments: Arguments = {
+            "id": request_id,
+            "state": str(state),
+            "keep": _milliseconds(self._retention.record_seconds),
+            "events": [state_event(state).SerializeToString()],
+        }
+        reply = await run_script(self._redis, "cancel", arguments)
         if reply[0] is None:
             raise unknown_request(request_id)
         return read_record(reply)

@@ -19,7 +19,7 @@ from redis.asyncio import Redis
 from common.errors import FleetError
 from common.rpc.framing import checksum
 from common.rpc.replies import Frames
-from common.state.connection import PREFIX, command, run_script, store_errors
+from common.state.connection import PREFIX, Arguments, command, run_script, store_errors
 from common.telemetry import SHARED_CACHE_LOOKUPS
 
 # What a fetch takes until one has been measured: a Redis on another host sends 8 MB in about 10 ms.
@@ -132,7 +132,7 @@ class SharedReplies:
 
     async def _touch(self, key: bytes) -> None:
         try:
-            await run_script(self._redis, "touch_reply", self._name(key), self._keep_ms)
+            await run_script(self._redis, "touch_reply", {"name": self._name(key), "lasts": self._keep_ms})
         except FleetError as error:
             self._failed("touch", error)
 
@@ -148,7 +148,14 @@ class SharedReplies:
                     batch = []
             if batch:
                 await self._push(parts, batch)
-            await run_script(self._redis, "keep_reply", parts, self._name(key), size, self._max_bytes, self._keep_ms)
+            arguments: Arguments = {
+                "parts": parts,
+                "name": self._name(key),
+                "bytes": size,
+                "most": self._max_bytes,
+                "lasts": self._keep_ms,
+            }
+            await run_script(self._redis, "keep_reply", arguments)
         except FleetError as error:
             self._failed("store", error)
 

@@ -19,7 +19,7 @@ from urllib.parse import quote
 from redis.asyncio import Redis
 
 from common.errors import Unavailable
-from common.state.connection import run_script
+from common.state.connection import Arguments, run_script
 from common.state.presence import Presence
 from fleet.v1 import worker_pb2
 
@@ -106,11 +106,19 @@ class Slots:
         self, ticket: str, place: str, granted: asyncio.Future[bytes], rank: Rank, patience: float | None
     ) -> bytes:
         loop = asyncio.get_running_loop()
-        words = (rank.priority, rank.deadline_ms, quote(rank.caller, safe=""), rank.cost)
+        arguments: Arguments = {
+            "ticket": ticket,
+            "owner": self._owner,
+            "place": place,
+            "priority": rank.priority,
+            "cost": rank.cost,
+            "deadline": rank.deadline_ms,
+            "caller": quote(rank.caller, safe=""),
+        }
         last_seen = loop.time()
         while True:
             try:
-                reply = await run_script(self._redis, "claim", ticket, place, self._owner, *words)
+                reply = await run_script(self._redis, "claim", arguments)
             except Unavailable as error:
                 _log.warning("waits for a slot of %s: %s", place, error)
                 await asyncio.sleep(_RETRY_SECONDS)
@@ -134,7 +142,8 @@ class Slots:
 
         The pause doubles with each call, until a request succeeds there. Raises Unavailable without a store.
         """
-        return int(await run_script(self._redis, "avoid", self._owner, worker_id)) / 1_000
+        pause_ms = await run_script(self._redis, "avoid", {"owner": self._owner, "worker": worker_id})
+        return int(pause_ms) / 1_000
 
     def release(self, slot: Slot, used_seconds: float = 0.0) -> None:
         """Give a slot back; it goes to who is next. Done in the background, and for as long as the store is away.
@@ -150,9 +159,10 @@ class Slots:
         task.add_done_callback(self._releases.discard)
 
     async def _keep_releasing(self, ticket: str, place: str, used_seconds: float) -> None:
+        arguments: Arguments = {"ticket": ticket, "place": place, "used": math.ceil(used_seconds * 1_000)}
         while True:
             try:
-                await run_script(self._redis, "release", ticket, place, math.ceil(used_seconds * 1_000))
+                await run_script(self._redis, "release", arguments)
             except Unavailable as error:
                 _log.warning("cannot give back a slot of %s yet: %s", place, error)
                 await asyncio.sleep(_RETRY_SECONDS)
@@ -166,7 +176,7 @@ class Slots:
         A network that comes back delivers claims that were given up long ago.
         """
         place = f"{model}/{service}"
-        for ticket in await run_script(self._redis, "claims", place, self._owner):
+        for ticket in await run_script(self._redis, "claims", {"place": place, "owner": self._owner}):
             if ticket.decode() not in self._tickets:
                 _log.warning("gives back a slot of %s that nobody here has: %s", place, ticket.decode())
                 self._release(ticket.decode(), place)

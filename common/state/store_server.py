@@ -202,7 +202,7 @@ class StoreMemory:
 
 
 async def read_repairs(redis: Redis) -> dict[str, int]:
-    """How often operations of fleet.lua found and removed damage, by kind, since the store was made."""
+    """How often operations of the script found and removed damage, by kind, since the store was made."""
     try:
         reply = await command(redis, "HGETALL", PREFIX + "repairs")
     except InternalError:  # of another type; the next repair replaces the key

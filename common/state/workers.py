@@ -12,7 +12,7 @@ from redis.asyncio import Redis
 
 from common.errors import FailedPrecondition, InternalError, InvalidInput, Unavailable
 from common.stage import Contract
-from common.state.connection import run_script
+from common.state.connection import Arguments, run_script
 from common.state.presence import BEAT_SECONDS, TTL_SECONDS, run_on_leaving
 from fleet.v1 import worker_pb2
 
@@ -58,8 +58,13 @@ class WorkerRegistry:
         await self._declare(model, fingerprint, pairs)
 
     async def _declare(self, model: str, fingerprint: str, contracts: Mapping[str, str]) -> None:
-        flat = [text for pair in contracts.items() for text in pair]
-        reply = await run_script(self._redis, "declare", model, fingerprint, self._ttl, *flat)
+        arguments: Arguments = {
+            "model": model,
+            "fingerprint": fingerprint,
+            "lasts": self._ttl,
+            "contracts": contracts,
+        }
+        reply = await run_script(self._redis, "declare", arguments)
         if reply[0] == b"fingerprint":
             raise FailedPrecondition(
                 f"the fleet serves {model} from a checkpoint with fingerprint {reply[1].decode()}, this one has "
@@ -89,16 +94,15 @@ class WorkerRegistry:
         contract = info.contract
         text = _canonical(contract.inputs, contract.outputs, frozenset(contract.optional_inputs))
         await self._declare(info.model, info.model_fingerprint, {info.service: text})
-        await run_script(
-            self._redis,
-            "announce",
-            info.worker_id,
-            info.model,
-            info.service,
-            info.capacity,
-            info.SerializeToString(),
-            self._ttl,
-        )
+        arguments: Arguments = {
+            "worker": info.worker_id,
+            "model": info.model,
+            "service": info.service,
+            "capacity": info.capacity,
+            "info": info.SerializeToString(),
+            "lasts": self._ttl,
+        }
+        await run_script(self._redis, "announce", arguments)
 
     async def _keep_announcing(self, info: worker_pb2.WorkerInfo, is_able: Callable[[], bool]) -> None:
         while True:
@@ -127,7 +131,7 @@ class WorkerRegistry:
         """
         self._stop_beat(worker_id)
         lasts = self._ttl + int(grace_seconds * 1_000)
-        await run_on_leaving(self._redis, "leaving", worker_id, str(lasts))
+        await run_on_leaving(self._redis, "leaving", {"worker": worker_id, "lasts": lasts})
 
     async def live(self, model: str, service: str) -> list[worker_pb2.WorkerInfo]:
         """The live workers of a service of a model."""
@@ -135,7 +139,7 @@ class WorkerRegistry:
 
     async def load(self, model: str, service: str) -> ServiceLoad:
         """How busy a service of a model is."""
-        infos, taken, queued = await run_script(self._redis, "status", f"{model}/{service}")
+        infos, taken, queued = await run_script(self._redis, "status", {"place": f"{model}/{service}"})
         return ServiceLoad([worker_pb2.WorkerInfo.FromString(info) for info in infos], int(taken), int(queued))
 
 

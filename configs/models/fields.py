@@ -56,6 +56,13 @@ class ConfigFields:
             raise self.error(name, "must be a list of numbers")
         return tuple(float(v) for v in value)
 
+    def flags(self, name: str, default: tuple[bool, ...]) -> tuple[bool, ...]:
+        """A list of truth values with at least one entry."""
+        value = self._value(name, default)
+        if not isinstance(value, (list, tuple)) or not value or any(type(v) is not bool for v in value):
+            raise self.error(name, "must be a list of truth values")
+        return tuple(value)
+
     def only(self, name: str, supported: T) -> None:
         """Refuse every value but the one that this fleet supports, which is also the default."""
         if self._value(name, supported) != supported:

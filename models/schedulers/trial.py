@@ -11,6 +11,7 @@ import torch
 from common.artifacts import Canvas, ParamValue, Sampling, Schedule
 from common.errors import CheckpointError, InvalidInput
 from common.stage import Call
+from models.composition import SCHEDULER
 from models.contracts import TimestepPreparationInput
 from models.runtime import Runtime
 from models.schedulers.solver import solver_class
@@ -30,11 +31,12 @@ _MOST_LETTERS = 400
 _log = logging.getLogger(__name__)
 
 
-def try_schedules(model: ServedModel, config: PreparationConfig, scheduler: Any) -> None:
+def try_schedules(model: ServedModel, config: PreparationConfig, name: str, scheduler: Any) -> None:
     """Build the schedules of the default number of steps, of 2 and of 1, and take their steps with small latents.
 
-    Numbers of steps that the model's parameters refuse are left out. A schedule of 1 step whose noise levels are not
-    finite is logged: requests for 1 step are refused then. Raises CheckpointError for every other failure.
+    `name` is that of the scheduler's module in model_index.json. Numbers of steps that the model's parameters refuse
+    are left out. A schedule of 1 step whose noise levels are not finite is logged: requests for 1 step are refused
+    then. Raises CheckpointError for every other failure.
     """
     requests: list[dict[str, ParamValue]] = [{"num_inference_steps": steps} for steps in _FEWEST_STEPS]
     for given in ({}, *requests):
@@ -50,14 +52,14 @@ def try_schedules(model: ServedModel, config: PreparationConfig, scheduler: Any)
             _run(config, scheduler, canvas, sampling)
         except InvalidInput as error:
             if given.get("num_inference_steps") != 1:
-                raise _refusal(model, scheduler, sampling, error) from error
+                raise _refusal(model, name, scheduler, sampling, error) from error
             _log.warning("requests for 1 step will be refused: %s", error.message)
         except (*_FAILURES, ValueError) as error:
-            raise _refusal(model, scheduler, sampling, error) from error
+            raise _refusal(model, name, scheduler, sampling, error) from error
 
 
 def _run(config: PreparationConfig, scheduler: Any, canvas: Canvas, sampling: Sampling) -> None:
-    stage = TimestepPreparationStage(config, Runtime(), {"scheduler": scheduler})
+    stage = TimestepPreparationStage(config, Runtime(), {SCHEDULER: scheduler})
     prepared = stage.run(TimestepPreparationInput(canvas=canvas, sampling=sampling), Call("schedule-trial"))
     if type(scheduler).__name__ in SCHEDULERS:
         _take_steps(scheduler, prepared.schedule)
@@ -73,9 +75,9 @@ def _take_steps(scheduler: Any, schedule: Schedule) -> None:
         raise ArithmeticError("its steps end at latents that are not finite")
 
 
-def _refusal(model: ServedModel, scheduler: Any, sampling: Sampling, error: Exception) -> CheckpointError:
+def _refusal(model: ServedModel, name: str, scheduler: Any, sampling: Sampling, error: Exception) -> CheckpointError:
     sentence = error.message if isinstance(error, InvalidInput) else str(error) or type(error).__name__
-    file = model.checkpoint.path / "scheduler" / "scheduler_config.json"
+    file = model.checkpoint.path / name / "scheduler_config.json"
     return CheckpointError(
         f"{file}: {type(scheduler).__name__} cannot run {sampling.num_inference_steps} steps with this configuration: "
         f"{textwrap.shorten(sentence, _MOST_LETTERS, placeholder=' ...')}"

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
-from models.dits.base import Predictions, Prepared
+from models.dits.base import DiffusionTransformer, Predictions, Prepared
 from models.layers.collectives import all_gather
 from models.layers.mesh import Axis
-from models.stages.step_memory import StepMemory, Tensors
+from models.layers.step_cache import StepCache
+from models.stages.step_memory import Lease, StepInputs, StepMemory, Tensors
 
 Parts = Mapping[str, Tensor]
 
@@ -49,6 +52,24 @@ class Branch:
                 self.reused += 1
                 return predictions
         return self._memory.predict(latents, row)
+
+
+def lease_branch(
+    lease: Lease,
+    role: str,
+    transformer: DiffusionTransformer,
+    prepared: Prepared,
+    latents: Tensors,
+    *,
+    flags: Mapping[str, Hashable] = MappingProxyType({}),
+    caching: StepCaching | None = None,
+) -> Branch:
+    """A branch with memory for steps whose latents have these shapes. Raises ResourceExhausted."""
+    inputs = StepInputs(latents, row_of(prepared, 0), prepared.constants, prepared.memory, flags)
+    if caching is None:
+        return Branch(prepared, lease(role, transformer, inputs))
+    memory = lease(role, transformer, inputs, partial(StepCache, caching.axes))
+    return Branch(prepared, memory, caching.threshold)
 
 
 def row_of(prepared: Prepared, step: int) -> dict[str, Tensor]:

@@ -18,13 +18,12 @@ from common.errors import InvalidInput
 from common.stage import Call, PipelineStage
 from configs.pipeline_configs.base import NEGATIVE, DenoisingConfig, Parts, Shapes, Step
 from models.contracts import DenoisingInput, DenoisingOutput
-from models.layers.step_cache import StepCache
 from models.runtime import Runtime
 from models.schedulers.solver import solver_class
-from models.stages.branches import Branch, Branches, StepCaching, row_of
+from models.stages.branches import Branch, Branches, StepCaching, lease_branch
 from models.stages.loop_state import LoopState
 from models.stages.pacing import paced_steps
-from models.stages.step_memory import Lease, StepInputs, StepMemoryPool, cuda_capture
+from models.stages.step_memory import Lease, StepMemoryPool, cuda_capture
 
 Keywords = dict[str, Tensor | None]
 CONDITIONS = "image_latents"
@@ -142,11 +141,7 @@ class DenoisingStage(PipelineStage[DenoisingInput, DenoisingOutput]):
         keywords = self._keywords(request, name)
         prepared = transformer.prepare(self._config.model_timestep(batched), **keywords)
         flags = self._config.branch_flags(name)
-        inputs = StepInputs(latents, row_of(prepared, 0), prepared.constants, prepared.memory, flags)
-        if self._caching is None:
-            return Branch(prepared, lease(role, transformer, inputs))
-        memory = lease(role, transformer, inputs, partial(StepCache, self._caching.axes))
-        return Branch(prepared, memory, self._caching.threshold)
+        return lease_branch(lease, role, transformer, prepared, latents, flags=flags, caching=self._caching)
 
     def _keywords(self, request: _Request, branch: str) -> Keywords:
         """The denoiser's keywords besides latents and timestep, batched and on the device."""

@@ -28,9 +28,8 @@ class ImageEncodingStage(PipelineStage[ImageEncodingInput, ImageEncodingOutput])
     def __init__(self, config: VisionConfig, runtime: Runtime, modules: Mapping[str, Any]) -> None:
         self._config = config
         self._device, self._dtype = runtime.device, runtime.dtype
-        self._encoder, self._processor = modules.values()
-        encoder_name, processor_name = modules
-        check_vision_processor(processor_name, self._processor, encoder_name, self._encoder)
+        self._encoder, self._processor = modules["image_encoder"], modules["image_processor"]
+        check_vision_processor("image_processor", self._processor, "image_encoder", self._encoder)
 
     @torch.inference_mode()
     def run(self, x: ImageEncodingInput, call: Call) -> ImageEncodingOutput:
@@ -50,7 +49,7 @@ class ImageVAEEncodingStage(PipelineStage[ImageVAEEncodingInput, ImageVAEEncodin
     def __init__(self, config: ImageLatentsConfig, runtime: Runtime, modules: Mapping[str, Any]) -> None:
         self._config = config
         self._device = runtime.device
-        (self._vae,) = modules.values()
+        self._vae = modules["vae"]
 
     @torch.inference_mode()
     def run(self, x: ImageVAEEncodingInput, call: Call) -> ImageVAEEncodingOutput:

@@ -23,14 +23,15 @@ class LatentPreparationStage(PipelineStage[LatentPreparationInput, LatentPrepara
 
     @torch.inference_mode()
     def run(self, x: LatentPreparationInput, call: Call) -> LatentPreparationOutput:
-        """The noise in the denoiser's layout, and the generator after the draw."""
+        """The noise in the denoiser's layout and, where the pipeline reads it, the generator after the draw."""
         call.check_cancelled()
         generator = torch.Generator("cpu").manual_seed(x.sampling.seed)
         parts: dict[str, LatentPart] = {}
         for part, shape in self._config.raw_latent_shapes(x.canvas, x.sampling.num_outputs_per_prompt).items():
             noise = torch.randn(shape, generator=generator, dtype=self._dtype)
             parts[part] = LatentPart(latents=self._config.pack(part, noise), raw_latent_shape=shape)
-        return LatentPreparationOutput(
-            initial_latents=Latents(parts=parts),
-            latents_generator=Generator(seed=x.sampling.seed, state=generator.get_state()),
-        )
+        latents = Latents(parts=parts)
+        if not self.writes("latents_generator"):
+            return LatentPreparationOutput(initial_latents=latents)
+        drawn = Generator(seed=x.sampling.seed, state=generator.get_state())
+        return LatentPreparationOutput(initial_latents=latents, latents_generator=drawn)

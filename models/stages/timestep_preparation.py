@@ -22,7 +22,7 @@ class TimestepPreparationStage(PipelineStage[TimestepPreparationInput, TimestepP
 
     def __init__(self, config: PreparationConfig, runtime: Runtime, modules: Mapping[str, Any]) -> None:  # noqa: ARG002  (every stage is built so)
         self._config = config
-        (self._scheduler,) = modules.values()
+        self._scheduler = modules["scheduler"]
 
     @torch.inference_mode()
     def run(self, x: TimestepPreparationInput, call: Call) -> TimestepPreparationOutput:

@@ -28,6 +28,7 @@ from services.coordinator.callers import admission
 from services.coordinator.dispatch import ArtifactMemory, Connections, Workers
 from services.coordinator.driver import Driver
 from services.coordinator.handlers import ServiceHandler
+from services.coordinator.request_life import ExecutionContext
 from services.coordinator.service import GenerationService, OfferedModel
 from services.coordinator.settings import CoordinatorSettings
 from services.coordinator.store_watch import SUBMIT_HEALTH, StoreWatch
@@ -67,7 +68,7 @@ class Coordinator:
         store = RequestStore(
             self._redis, owner=owner, retention=settings.retention, replicas=settings.store_replicas, memory=memory
         )
-        self._driver = Driver(
+        context = ExecutionContext(
             store,
             Leases(self._redis, owner),
             workers,
@@ -75,6 +76,7 @@ class Coordinator:
             worker_ttl_seconds=ttl,
             step_seconds=settings.step_seconds,
         )
+        self._driver = Driver(context)
         self._presence.on_cancel = self._driver.cancel
         self._service = GenerationService(self._models, store, self._registry, self._driver, settings)
         self._server = FleetServer(

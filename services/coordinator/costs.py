@@ -8,18 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from common.pipeline import ServiceSpec
+from common.pipeline import Cost, ServiceSpec
 from configs.sample.base import SamplingParams
 
 
 def costs_of(services: Sequence[ServiceSpec], params: SamplingParams) -> dict[str, int]:
-    """The cost by service: pixels of all outputs and frames where the canvas is read, times the steps of a loop.
-
-    A service that reads neither canvas nor schedule, such as a text encoder, takes every request as one.
-    """
+    """The cost of a request by service, as each service declares what its work is proportional to."""
     pixels = math.prod(params.extent.values()) * params.num_outputs_per_prompt
-    costs: dict[str, int] = {}
-    for spec in services:
-        cost = pixels if "canvas" in spec.contract.inputs else 1
-        costs[spec.service] = cost * params.num_inference_steps if "schedule" in spec.contract.inputs else cost
-    return costs
+    units = {Cost.REQUEST: 1, Cost.PIXEL: pixels, Cost.PIXEL_STEP: pixels * params.num_inference_steps}
+    return {spec.service: units[spec.cost] for spec in services}

@@ -7,7 +7,7 @@ import logging
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import grpc
@@ -20,7 +20,7 @@ from common.stage import Call, Contract
 from common.state.slots import Rank, Slot, Slots
 from common.telemetry import LOST_CALLS
 from services.coordinator.access import WorkerAccess
-from services.coordinator.resume import RESUME_SLOT, Recovery, origin_of
+from services.coordinator.resume import Recovery, origin_of
 
 _FIRST_PAUSE_SECONDS = 0.05
 _LONGEST_PAUSE_SECONDS = 1.0
@@ -201,14 +201,16 @@ class WorkerRunner:
         """Run on one worker, from where another one got to if that gives the same bytes."""
         worker = attempt.slot.worker
         runner = self._workers.connections.runner(self._model, self._spec, worker.address)
-        if RESUME_SLOT not in self._spec.contract.inputs or not worker.numerics_fingerprint:
-            return await runner.telling(attempt.begin)(values, call)
+        call = replace(call, on_begun=attempt.begin)
+        slot = self._spec.resume_slot
+        if slot is None or not worker.numerics_fingerprint:
+            return await runner(values, call)
         origin = origin_of(worker.numerics_fingerprint, values)
-        checkpoint = await self._recovery.point.find(origin)
+        checkpoint = await self._recovery.point.find(origin, slot)
         if checkpoint is not None:
             _log.info("request %s goes on with %s where it was", call.request_id, self._spec.service)
-            values = {**values, RESUME_SLOT: checkpoint}
-        return await runner.telling(attempt.begin, partial(self._recovery.point.remember, origin))(values, call)
+            values = {**values, slot: checkpoint}
+        return await runner(values, replace(call, on_checkpoint=partial(self._recovery.point.remember, origin)))
 
     async def _claim(self, call: Call) -> Slot:
         """A slot; waits for as long as it takes, also for a store that is away."""

@@ -15,7 +15,7 @@ from services.coordinator.events import EventWriter
 
 
 class RequestProgress:
-    """How far one request is. The stage that reads the schedule takes its steps; every other one counts as one."""
+    """Progress of one request. A service that reports steps takes those of the request; every other one takes one."""
 
     def __init__(self, record: generation_pb2.RequestRecord, events: EventWriter) -> None:
         self._events = events
@@ -33,17 +33,13 @@ class RequestProgress:
         if not self._begun:
             self._begun = True
             self._events.add(state_event(State.REQUEST_STATE_RUNNING))
-        self._events.progress(spec.service, 0, self._steps if _takes_steps(spec) else 1)
+        self._events.progress(spec.service, 0, self._steps if spec.reports_steps else 1)
 
     def step(self, spec: ServiceSpec, step: int, total_steps: int) -> None:
         """A worker came so far."""
-        if _takes_steps(spec):
+        if spec.reports_steps:
             self._steps_done = step
         self._events.progress(spec.service, step, total_steps)
-
-
-def _takes_steps(spec: ServiceSpec) -> bool:
-    return "schedule" in spec.contract.inputs
 
 
 @dataclass(frozen=True)

@@ -21,14 +21,13 @@ from common.artifacts import DENOISE_STATE_FORMAT
 from common.errors import FleetError, InternalError, InvalidInput, NotFound, ResourceExhausted, Unavailable
 from common.rpc.frames import read_chunk
 from common.rpc.framing import Assembler, KeptFrames, Limits, Packet, chunk_frames, described_tensors
+from common.rpc.method import CHECKPOINT
 from common.state.leases import Leases, Loss
 from common.state.presence import TTL_SECONDS
 from fleet.v1 import artifacts_pb2
 from services.coordinator.persistence import persist
 from services.coordinator.poison import reason_to_give_up
 
-RESUME_SLOT = "resume_from"
-_SENT_AS = "checkpoint"
 _SHORTEST_WAIT_SECONDS = 0.01
 
 _log = logging.getLogger(__name__)
@@ -86,14 +85,14 @@ class ResumePoint:
             except FleetError:
                 _log.exception("a checkpoint of request %s is not stored", self._request_id)
 
-    async def find(self, origin: str) -> Packet | None:
-        """The checkpoint to go on from, for the slot "resume_from"; None where there is none that fits."""
+    async def find(self, origin: str, slot: str) -> Packet | None:
+        """The checkpoint to continue from, for the resume slot `slot`; None where no checkpoint has this origin."""
         if self._load and self._latest is None:
             self._latest = await self._loaded()
         self._load = False
         if self._latest is None or self._latest.origin != origin:
             return None
-        return self._latest.packet.renamed(_SENT_AS, RESUME_SLOT)
+        return self._latest.packet.renamed(CHECKPOINT, slot)
 
     async def _loaded(self) -> Checkpoint | None:
         try:
@@ -124,7 +123,7 @@ def _step_of(packet: Packet) -> int:
 def _packet(state: bytes, frames: list[bytes]) -> Packet:
     """A stored checkpoint. Raises InvalidInput for one that is not whole."""
     message = artifacts_pb2.DenoiseState.FromString(state)
-    assembler = Assembler(described_tensors(_SENT_AS, message, Limits()), KeptFrames)
+    assembler = Assembler(described_tensors(CHECKPOINT, message, Limits()), KeptFrames)
     for frame in frames:
         chunk = read_chunk(frame)
         if chunk is None:

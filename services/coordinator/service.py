@@ -23,9 +23,10 @@ from models.catalog import ServedModel
 from models.validation import InputValidationStage
 from services.coordinator.callers import current_caller
 from services.coordinator.costs import costs_of
-from services.coordinator.driver import Driver, Execution, Submission
+from services.coordinator.driver import Driver
 from services.coordinator.handlers import Function
 from services.coordinator.parameters import given_images, given_parameters, recorded_parameters
+from services.coordinator.request_life import Execution, Submission
 from services.coordinator.settings import CoordinatorSettings
 
 _MAX_KEY = 128

@@ -37,6 +37,7 @@ from configs.pipeline_configs.packed import SequenceShift
 from configs.pipeline_configs.qwen_image import TEMPLATE, QwenImagePipelineConfig
 from models.dits.qwen_image import QwenImageTransformer2DModel as OurTransformer
 from models.kernels.trials import try_packages
+from models.runtime import Runtime
 from models.stages.decoding import DecodingStage
 from models.stages.denoising import DenoisingStage
 from models.stages.latent_preparation import LatentPreparationStage
@@ -218,9 +219,8 @@ def run_stages(
         transformer=QwenImageTransformerConfig.from_dict("transformer", dict(transformer.config)),
         vae=AutoencoderKLQwenImageConfig.from_dict("vae", dict(vae.config)),
         shift=SequenceShift.from_dict("scheduler", SCHEDULER),
-        device=device,
-        dtype=torch.bfloat16,
     )
+    runtime = Runtime(device=device, dtype=torch.bfloat16)
     language_model = modules["text_encoder"].model.language_model
     language_model.config.use_cache = False
     given = {
@@ -231,13 +231,13 @@ def run_stages(
         "scheduler": FlowMatchEulerDiscreteScheduler(**SCHEDULER),
     }
     stages: dict[str, list[PipelineStage[Any, Any]]] = {
-        "text_encoding": [TextEncodingStage(config, given)],
+        "text_encoding": [TextEncodingStage(config, runtime, given)],
         "latent_preparation": [
-            LatentPreparationStage(config, {}),
-            TimestepPreparationStage(config, {"scheduler": given["scheduler"]}),
+            LatentPreparationStage(config, runtime, {}),
+            TimestepPreparationStage(config, runtime, {"scheduler": given["scheduler"]}),
         ],
-        "denoising": [DenoisingStage(config, given)],
-        "decoding": [DecodingStage(config, given)],
+        "denoising": [DenoisingStage(config, runtime, given)],
+        "decoding": [DecodingStage(config, runtime, given)],
     }
     slots: dict[str, Any] = {
         "prompt": Prompt(prompt=prompt_of(modules["tokenizer"])),

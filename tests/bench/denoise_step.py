@@ -21,7 +21,7 @@ import diffusers
 import torch
 from bench_device import empty, milliseconds, now
 from bench_report import median, print_machine, print_table, say
-from models.stages.prediction import Branch, StepCaching, StepGraphs
+from bench_steps import RequestSteps, new_pool
 from torch import Tensor, nn
 
 from configs.models.dits.flux import FluxTransformerConfig
@@ -40,6 +40,7 @@ from models.layers.mesh import WorkerMesh
 from models.layers.parallel_plan import ParallelPlan
 from models.layers.parallelize import parallelize
 from models.layers.shards import parameter_shards
+from models.stages.branches import StepCaching
 from models.warm_up import STEPS as WARM_UP_STEPS
 
 STEPS = 28
@@ -147,9 +148,8 @@ def step_of(
     caching: StepCaching | None = None,
 ) -> Callable[[], Tensor]:
     """A step of ours, as the denoising stage runs it."""
-    graphs = StepGraphs() if hidden_states.device.type == "cuda" else None
-    branch = Branch(ours, ours.prepare(timesteps, **inputs), graphs, caching)
-    return lambda: branch.predict(hidden_states, 0)
+    steps = RequestSteps(new_pool(hidden_states.device), ours, timesteps, inputs, hidden_states, caching)
+    return lambda: steps.predict(hidden_states, 0)
 
 
 def print_cached_loop(
@@ -161,15 +161,14 @@ def print_cached_loop(
     timesteps = (sigmas[:-1, None] * whole).to(timestep.dtype).expand(-1, len(noise))
     made, spent, reused = [], [], 0
     for caching in (None, StepCaching(threshold)):
-        graphs = StepGraphs() if noise.device.type == "cuda" else None
+        pool = new_pool(noise.device)
         for _ in range(2):
-            branch = Branch(ours, ours.prepare(timesteps, **inputs), graphs, caching)
-            latents, began = noise, now(noise.device)
-            for step in range(STEPS):
-                velocity = branch.predict(latents, step)
-                latents = latents + ((sigmas[step + 1] - sigmas[step]) * velocity).to(latents.dtype)
-            took, reused = now(noise.device) - began, branch.reused
-            branch.close()
+            with RequestSteps(pool, ours, timesteps, inputs, noise, caching) as steps:
+                latents, began = noise, now(noise.device)
+                for step in range(STEPS):
+                    velocity = steps.predict(latents, step)
+                    latents = latents + ((sigmas[step + 1] - sigmas[step]) * velocity).to(latents.dtype)
+                took, reused = now(noise.device) - began, steps.reused
         made.append(latents.double())
         spent.append(1e3 * took / STEPS)
     say(
@@ -181,13 +180,12 @@ def print_cached_loop(
 def print_first_requests(ours: DiffusionTransformer, hidden_states: Tensor, timesteps: Tensor, inputs: Inputs) -> None:
     """Three requests of three steps each, with what a service does before them: the warm-up, the first, the second."""
 
-    graphs = StepGraphs() if hidden_states.device.type == "cuda" else None
+    pool = new_pool(hidden_states.device)
 
     def request(prepared_steps: int) -> None:
-        branch = Branch(ours, ours.prepare(timesteps[:prepared_steps], **inputs), graphs)
-        for step in range(WARM_UP_STEPS):
-            branch.predict(hidden_states, step)
-        branch.close()
+        with RequestSteps(pool, ours, timesteps[:prepared_steps], inputs, hidden_states) as steps:
+            for step in range(WARM_UP_STEPS):
+                steps.predict(hidden_states, step)
 
     spent = [1e3 * timed(partial(request, steps), hidden_states.device) for steps in (WARM_UP_STEPS, STEPS, STEPS)]
     say(

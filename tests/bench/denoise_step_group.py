@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from bench_device import empty
 from bench_report import median, print_machine, print_table, say
+from bench_steps import RequestSteps, new_pool
 from denoise_step import (
     STEPS,
     WORKS,
@@ -32,7 +33,6 @@ from denoise_step import (
     step_milliseconds,
 )
 from diffusers import ContextParallelConfig
-from models.stages.prediction import Branch, StepGraphs
 from torch import Tensor, distributed
 
 from models.kernels.trials import try_packages
@@ -82,9 +82,8 @@ def measure(work: Work, mesh: WorkerMesh, args: argparse.Namespace) -> None:
     ours = same_weights(work, theirs, mesh)
     join_all_weights(ours)
     hidden_states, timestep = our_inputs.pop("hidden_states"), our_inputs.pop("timestep")
-    prepared = ours.prepare(timestep[None].expand(STEPS, -1), **our_inputs)
-    branch = Branch(ours, prepared, StepGraphs() if device.type == "cuda" else None)
-    sides: dict[str, Callable[[], Tensor]] = {f"ours, {mesh.degrees}": lambda: branch.predict(hidden_states, 0)}
+    steps = RequestSteps(new_pool(device), ours, timestep[None].expand(STEPS, -1), our_inputs, hidden_states)
+    sides: dict[str, Callable[[], Tensor]] = {f"ours, {mesh.degrees}": lambda: steps.predict(hidden_states, 0)}
     if not args.alone:
         name = f"Diffusers, ulysses={mesh.degrees.world_size}{', compiled' if args.compile else ''}"
         share_out(theirs, device, mesh.degrees.world_size, compiled=args.compile)

@@ -27,7 +27,7 @@ import psutil
 from bench_report import median, print_machine, print_table, print_verdict, quantile, say
 from bench_stages import PAYLOAD, ROUTE, payload_of, serving
 
-from common.artifacts import Canvas, Conditioning, LatentPart, Latents, Prompt, Sampling, Schedule
+from common.artifacts import Conditioning, LatentPart, Latents, Prompt, Sampling, Schedule
 from common.codec import pack, unpack
 from common.rpc.buffers import BufferPool
 from common.rpc.client import RemoteRunner, header_frame, open_channel
@@ -96,7 +96,6 @@ def _small_artifacts() -> dict[str, Packet]:
     one = payload_of(64).float()
     artifacts = {
         "sampling": Sampling(num_inference_steps=1, seed=0),
-        "canvas": Canvas(height=8, width=8),
         "schedule": Schedule(timesteps=one, sigmas=one, num_inference_steps=1),
         "initial_latents": Latents(parts={"image": LatentPart(latents=one, raw_latent_shape=(16,))}),
     }

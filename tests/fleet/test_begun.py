@@ -54,9 +54,9 @@ def test_it_comes_when_the_stages_start_and_not_before() -> None:
 
     async def test(stage: Served) -> None:
         begun = [asyncio.Event(), asyncio.Event()]
-        first = asyncio.create_task(stage.runner().telling(begun[0].set)(packets(), Call("first")))
+        first = asyncio.create_task(stage.runner()(packets(), Call("first", on_begun=begun[0].set)))
         await begun[0].wait()
-        second = asyncio.create_task(stage.runner().telling(begun[1].set)(packets(), Call("second")))
+        second = asyncio.create_task(stage.runner()(packets(), Call("second", on_begun=begun[1].set)))
 
         async def both_are_there() -> bool:
             return stage.servicer.in_flight == 2
@@ -87,9 +87,9 @@ def test_only_callers_that_ask_get_it() -> None:
 def test_a_reply_from_the_cache_begins_nothing() -> None:
     async def test(stage: Served) -> None:
         begun: list[None] = []
-        runner = stage.runner().telling(lambda: begun.append(None))
+        runner = stage.runner()
         for _ in range(2):
-            await runner(packets(), Call("r"))
+            await runner(packets(), Call("r", on_begun=lambda: begun.append(None)))
         assert len(begun) == 1
         ((frames),) = cache._entries.values()
         assert BEGUN not in frames
@@ -145,13 +145,13 @@ def test_a_stage_that_kills_its_process_at_once_has_begun(tmp_path: Path) -> Non
             assert await process.stdout.readline() == b"serves\n"
             begun = asyncio.Event()
             async with open_channel(address) as channel:
-                runner = RemoteRunner(channel, SERVICE, ScriptedStage.contract).telling(begun.set)
+                runner = RemoteRunner(channel, SERVICE, ScriptedStage.contract)
                 with pytest.raises(WorkerLost):
-                    await runner(packets(), Call("r"))
+                    await runner(packets(), Call("r", on_begun=begun.set))
                 assert begun.is_set()
                 begun.clear()
                 with pytest.raises(Unavailable):
-                    await runner(packets(), Call("r"))
+                    await runner(packets(), Call("r", on_begun=begun.set))
                 assert not begun.is_set()
         finally:
             if process.returncode is None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from models.stages.prediction import Branch, StepCaching
 from prometheus_client import REGISTRY
 from torch import Tensor
 
@@ -27,6 +27,7 @@ from models.loader import load_stages
 from models.registry import load_registry
 from models.runtime import Runtime
 from models.stages.denoising import DenoisingStage
+from models.stages.loop_state import LoopState
 from models.warm_up import STEPS, WarmUp
 from services.denoising import __main__ as denoising
 from services.denoising.settings import DenoisingSettings
@@ -74,7 +75,7 @@ def test_float8_linears(case: Case) -> None:
     """All large layers of the blocks and no others; each weight is held once, in a byte; the result is near."""
     model, x, parts = case
     stage = stage_of(model, FLOAT8_LINEARS)
-    transformer: Any = stage._transformer
+    transformer: Any = stage._transformers["transformer"]
     quantised = {name for name, value in transformer.named_parameters() if value.dtype == FLOAT8}
     matrices = (name for name, value in transformer.named_parameters() if value.ndim == 2)
     blocks = [name.split(".") for name in matrices if "blocks." in name]
@@ -117,17 +118,16 @@ def test_a_step_cache_reuses_what_changed_little(case: Case, caplog: pytest.LogC
 def test_a_reused_step_adds_what_the_other_blocks_added(case: Case) -> None:
     """Asked again for the step that it computed last, the probe predicts the same."""
     model, x, _ = case
-    stage = stage_of(model, EXACT)
-    (keywords, *_) = stage._keywords_of_branches(x, x.initial_latents.parts[stage._config.latent_part].raw_latent_shape)
-    timesteps = stage._config.model_timestep(x.schedule.timesteps[:, None])
-    condition = None if x.image_latents is None else x.image_latents.parts["condition"].latents
-    given = stage._config.model_input(x.initial_latents.parts[stage._config.latent_part].latents, condition)
-    with torch.inference_mode():
-        prepared = stage._transformer.prepare(timesteps, **keywords)
-        branch = Branch(stage._transformer, prepared, None, StepCaching(1e-9))
+    stage = cached(model, 1e-9)
+    with torch.inference_mode(), stage._memory.leases() as lease:
+        request = stage._request(x)
+        state = LoopState.of(x, stage._config.part_keywords, partial(stage._solver_class, stage._scheduler))
+        branches = stage._branches(request, state, lease)
+        given = stage._model_input(state.latents, request.conditions)
+        branch = branches._branches["positive", "transformer"]
         computed, again = branch.predict(given, 0), branch.predict(given, 0)
     assert branch.reused == 1
-    assert relative_error(again, computed) <= 1e-5
+    assert relative_error(again["hidden_states"], computed["hidden_states"]) <= 1e-5
 
 
 def test_a_loop_with_a_step_cache_has_no_checkpoints(case: Case) -> None:

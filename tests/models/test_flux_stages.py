@@ -67,8 +67,8 @@ def test_contracts_are_those_that_pipelines_are_composed_of() -> None:
 def test_forward_gets_each_of_its_parameters_from_one_place(dev: Pair, prepared: Slots) -> None:
     config = load_config(dev)
     conditioning = prepared["text_conditioning"].prompt_embeds
-    own = config.prepare_pos_cond_kwargs(conditioning, (2, 16, 4, 6), SAMPLING)
-    negative = config.prepare_neg_cond_kwargs(conditioning, (2, 16, 4, 6), SAMPLING)
+    own = config.prepare_pos_cond_kwargs(conditioning, {"image": (2, 16, 4, 6)}, SAMPLING)
+    negative = config.prepare_neg_cond_kwargs(conditioning, {"image": (2, 16, 4, 6)}, SAMPLING)
     assert own.keys() == negative.keys()
     assert not own.keys() & conditioning.keys()
     parameters = inspect.signature(FluxTransformer2DModel.forward).parameters.keys() - {"self"}
@@ -128,13 +128,17 @@ def test_noise_is_what_diffusers_draws(dev: Pair, prepared: Slots) -> None:
     part = prepared["initial_latents"].parts["image"]
     assert torch.equal(part.latents, theirs)
     assert part.raw_latent_shape == (2, 16, 4, 6)
-    assert torch.equal(prepared["latents_generator"].state, generator.get_state())
+    stage = LatentPreparationStage(load_config(dev), Runtime(), {})
+    drawn = stage.run(contracts.LatentPreparationInput(canvas=CANVAS, sampling=SAMPLING), Call("test"))
+    assert drawn.latents_generator is not None
+    assert torch.equal(drawn.latents_generator.state, generator.get_state())
+    assert "latents_generator" not in prepared, "no later stage reads it"
 
 
 def test_packing_is_undone(dev: Pair) -> None:
     config = load_config(dev)
     raw = torch.randn(2, 16, 4, 6)
-    assert torch.equal(config.unpack(config.pack(raw), (2, 16, 4, 6)), raw)
+    assert torch.equal(config.unpack("image", config.pack("image", raw), (2, 16, 4, 6)), raw)
 
 
 def test_schedule_ends_at_zero(prepared: Slots) -> None:
@@ -148,7 +152,7 @@ def test_schedule_ends_at_zero(prepared: Slots) -> None:
 
 def test_schedule_with_a_fixed_shift(dev: Pair) -> None:
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    stage = TimestepPreparationStage(load_config(dev), {"scheduler": scheduler})
+    stage = TimestepPreparationStage(load_config(dev), Runtime(), {"scheduler": scheduler})
     given = contracts.TimestepPreparationInput(canvas=CANVAS, sampling=SAMPLING)
     sigmas = torch.tensor([1.0, 0.8, 0.6, 0.4, 0.2, 0.0])
     torch.testing.assert_close(stage.run(given, Call("test")).schedule.sigmas, 3 * sigmas / (1 + 2 * sigmas))
@@ -167,7 +171,7 @@ def test_resuming_after_any_step_gives_the_same_bytes(dev: Pair, prepared: Slots
     stage = checkpointing_stage(dev)
     stage.run(prepared, Call("test", on_checkpoint=states.append))
     assert [state.step for state in states] == list(range(1, STEPS))
-    start = DenoiseState(step=0, latents=prepared["initial_latents"])
+    start = DenoiseState(step=0, latents=prepared["initial_latents"], generator=prepared.get("latents_generator"))
     for state in [start, *states]:
         heard = Heard()
         resumed = run(dev, "denoising", {**prepared, "resume_from": travelled(state)}, heard.call())

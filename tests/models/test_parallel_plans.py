@@ -153,8 +153,8 @@ def test_each_rank_reads_what_it_holds(dev: Pair, caplog: pytest.LogCaptureFixtu
     config = FluxPipelineConfig.from_checkpoint(model.checkpoint)
     caplog.set_level(logging.INFO, "models.weights")
     for index in range(4):
-        mesh = rank_of(Degrees(tp=4), tp=index)
-        transformer = load_module(model.checkpoint, "transformer", replace(config, mesh=mesh))
+        runtime = Runtime(mesh=rank_of(Degrees(tp=4), tp=index))
+        transformer = load_module(model.checkpoint, "transformer", config, runtime)
         held = sum(value.nbytes for value in transformer.parameters())
         assert isinstance(caplog.records[-1].args, tuple)
         assert caplog.records[-1].args[:2] == ("transformer", held / 1e9)

@@ -14,6 +14,7 @@ from common.artifacts import Sampling
 from common.errors import CheckpointError
 from configs.models.dits.qwen_image import QwenImageTransformerConfig
 from configs.models.vaes.qwen_image import AutoencoderKLQwenImageConfig
+from configs.pipeline_configs.base import Step
 from configs.pipeline_configs.packed import SequenceShift
 from configs.pipeline_configs.qwen_image import QwenImagePipelineConfig
 from local_fleet import relative_error
@@ -63,7 +64,7 @@ def test_predictions_are_diffusers(tmp_path: Path, grid: tuple[int, int], dtype:
     text = torch.randn(2, 9, 24, dtype=dtype)
     timestep = torch.tensor([0.75, 0.75])  # exact in bfloat16, which Diffusers rounds timesteps to
     embeds = {"encoder_hidden_states": text}
-    own = pipeline_config().prepare_pos_cond_kwargs(embeds, (2, 1, 4, 2 * rows, 2 * columns), SAMPLING)
+    own = pipeline_config().prepare_pos_cond_kwargs(embeds, {"image": (2, 1, 4, 2 * rows, 2 * columns)}, SAMPLING)
     with torch.inference_mode():
         shapes = [[(1, rows, columns)]] * 2
         expected = reference(latents, text, timestep=timestep, img_shapes=shapes, return_dict=False)[0]
@@ -85,8 +86,9 @@ def test_conditioning_is_exactly_what_forward_takes() -> None:
     config = pipeline_config()
     embeds = {"encoder_hidden_states": torch.zeros(1, 5, 24)}
     assert {encoding.keyword for encoding in config.text_encodings} == embeds.keys()
-    own = config.prepare_pos_cond_kwargs(embeds, (1, 1, 4, 6, 8), SAMPLING)
-    assert own.keys() == config.prepare_neg_cond_kwargs(embeds, (1, 1, 4, 6, 8), SAMPLING).keys()
+    shapes = {"image": (1, 1, 4, 6, 8)}
+    own = config.prepare_pos_cond_kwargs(embeds, shapes, SAMPLING)
+    assert own.keys() == config.prepare_neg_cond_kwargs(embeds, shapes, SAMPLING).keys()
     taken = inspect.signature(QwenImageTransformer2DModel.forward).parameters.keys() - {"self"}
     assert own.keys() | embeds.keys() | {"hidden_states", "timestep"} == taken
 
@@ -95,15 +97,18 @@ def test_packing_and_unpacking_move_the_frame_axis() -> None:
     """Noise is drawn with frames before channels; the VAE reads them after."""
     config = pipeline_config()
     raw = torch.randn(2, 1, 4, 6, 8)
-    packed = config.pack(raw)
+    packed = config.pack("image", raw)
     assert packed.shape == (2, 12, 16)
     assert torch.equal(packed[0, 0], raw[0, 0, :, :2, :2].flatten())
-    assert torch.equal(config.unpack(packed, tuple(raw.shape)), raw.transpose(1, 2))
+    assert torch.equal(config.unpack("image", packed, tuple(raw.shape)), raw.transpose(1, 2))
 
 
 def test_guidance_keeps_each_tokens_length() -> None:
     positive, negative = torch.randn(2, 1, 5, 16).unbind(0)
-    guided = pipeline_config().guide(positive, negative, Sampling(num_inference_steps=4, seed=0, true_cfg_scale=7.0))
+    predictions = {"positive": {"image": positive}, "negative": {"image": negative}}
+    step = Step(0, 1000.0, {"image": 1.0}, {"image": 0.75})
+    sampling = Sampling(num_inference_steps=4, seed=0, true_cfg_scale=7.0)
+    guided = pipeline_config().guide(predictions, {"image": positive}, step, sampling)["image"]
     assert torch.allclose(guided.norm(dim=-1), positive.norm(dim=-1))
     assert not torch.allclose(guided, positive, atol=0.1)
 

@@ -174,10 +174,10 @@ def test_noise_levels_that_are_not_finite_are_refused_at_the_request(
     sampling = Sampling(seed=0, num_inference_steps=1, num_outputs_per_prompt=1)
     x = TimestepPreparationInput(canvas=Canvas(height=16, width=16, num_frames=1), sampling=sampling)
     with pytest.raises(InvalidInput, match="not finite; use more steps") as refused:
-        TimestepPreparationStage(config, {"scheduler": scheduler}).run(x, Call("test"))
+        TimestepPreparationStage(config, Runtime(), {"scheduler": scheduler}).run(x, Call("test"))
     assert refused.value.field == "num_inference_steps"
     with caplog.at_level(logging.WARNING):
-        try_schedules(model, config, scheduler)
+        try_schedules(model, config, "scheduler", scheduler)
     assert "requests for 1 step will be refused" in caplog.text
 
 

@@ -4,33 +4,19 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from diffusers import WanImageToVideoPipeline, WanPipeline
 from PIL import Image
-from torch import Tensor
 
 from common.errors import InvalidInput
-from local_fleet import Heard, LocalFleet, open_fleet, reference_run, relative_error
+from local_fleet import Heard, reference_run, relative_error
 from tiny_wan import build_tiny_wan, build_tiny_wan_i2v
+from wan_pair import LATENTS_WITHIN, Pair, check, open_pair, picture, png
 
 SEED = 7
-LATENTS_WITHIN = 1e-4
-PIXELS_WITHIN = 1e-3
-
-Pair = tuple[LocalFleet, Any]
-
-
-def open_pair(path: Path, kind: Any) -> Pair:
-    """The fleet in this process and Diffusers' pipeline."""
-    torch.set_num_threads(2)
-    pipeline = kind.from_pretrained(path)
-    pipeline.set_progress_bar_config(disable=True)
-    return open_fleet(str(path)), pipeline
 
 
 @pytest.fixture(scope="module")
@@ -59,26 +45,6 @@ def given(prompt: str = "a red apple on the moon", **others: Any) -> dict[str, A
     """A small request."""
     size = {"height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 3, "guidance_scale": 5.0}
     return {"prompt": prompt, **size, **others}
-
-
-def picture(width: int, height: int, seed: int) -> Image.Image:
-    """Coarse random colours."""
-    tiles = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), np.uint8)
-    return Image.fromarray(tiles).resize((width, height), Image.Resampling.BICUBIC)
-
-
-def png(image: Image.Image) -> bytes:
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return file.getvalue()
-
-
-def check(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
-    assert ours["latents"].shape == theirs["latents"].shape
-    assert ours["pixels"].shape == theirs["pixels"].shape
-    assert relative_error(ours["latents"], theirs["latents"]) <= LATENTS_WITHIN
-    assert float((ours["pixels"] - theirs["pixels"]).abs().max()) <= PIXELS_WITHIN
-    assert float(theirs["pixels"].std()) > 0.05, "a flat video would prove nothing"
 
 
 @pytest.mark.parametrize(

@@ -101,10 +101,10 @@ def test_a_loop_resumes_after_every_step_to_the_same_bytes(services: dict[str, H
 
 def test_noise_and_latents_are_float32_whatever_the_weights_are(model: ServedModel) -> None:
     config = WanImageToVideoPipelineConfig.from_checkpoint(model.checkpoint)
-    config = dataclasses.replace(config, dtype=torch.bfloat16)
-    assert config.noise_dtype is torch.float32
-    given = config.model_input(torch.zeros(1, 16, 1, 2, 2), torch.zeros(1, 20, 1, 2, 2))
-    assert (given.dtype, given.shape[1]) == (torch.bfloat16, 36)
+    assert config.noise_dtype(torch.bfloat16) is torch.float32
+    latents, condition = torch.zeros(1, 16, 1, 2, 2), torch.zeros(1, 20, 1, 2, 2)
+    given = config.model_input({"video": latents}, {"condition": condition})["video"]
+    assert (given.dtype, given.shape[1]) == (torch.float32, 36)
 
 
 def test_bfloat16_runs_from_picture_to_video(model: ServedModel) -> None:

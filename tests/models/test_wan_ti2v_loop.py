@@ -26,7 +26,6 @@ from common.artifacts import Canvas, Conditioning, DenoiseState, LatentPart, Lat
 from common.checkpoint import Checkpoint
 from common.errors import CheckpointError
 from common.stage import Call
-from configs.models.vaes.wan import AutoencoderKLWanConfig
 from configs.pipeline_configs.wan import WanPipelineConfig
 from configs.pipeline_configs.wan_ti2v import WanTI2VImagePipelineConfig, WanTI2VPipelineConfig
 from local_fleet import relative_error
@@ -37,12 +36,12 @@ from models.runtime import Runtime
 from models.stages.denoising import DenoisingStage
 from models.stages.latent_preparation import LatentPreparationStage
 from models.stages.timestep_preparation import TimestepPreparationStage
-from tiny_wan_ti2v import CHANNELS, TEXT_SIZE, build_tiny_ti2v_denoiser
+from tiny_wan import TEXT_SIZE, build_tiny_wan_ti2v
 
 STEPS = 4
-WIDE = Canvas(height=32, width=48, num_frames=9, output_format="mp4")
-TALL = Canvas(height=64, width=32, num_frames=5, output_format="mp4")
-FRAME = Canvas(height=32, width=32, num_frames=1, output_format="mp4")
+WIDE = Canvas(height=64, width=96, num_frames=9, output_format="mp4")
+TALL = Canvas(height=128, width=64, num_frames=5, output_format="mp4")
+FRAME = Canvas(height=64, width=64, num_frames=1, output_format="mp4")
 SAMPLING = Sampling(num_inference_steps=STEPS, seed=3, guidance_scale=4.0)
 # Larger than WIDE, and of another shape.
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 90, 3), np.uint8))
@@ -95,7 +94,6 @@ class Loop:
                 negative_prompt_embeds={"encoder_hidden_states": negative} if is_guided else {},
             ),
             image_latents=None if part is None else Latents(parts={"condition": part}),
-            canvas=canvas,
             sampling=sampling,
         )
 
@@ -106,7 +104,7 @@ class Loop:
         call = Call("test") if states is None else Call("test", on_checkpoint=states.append)
         return stage.run(x, call).denoised_latents.parts["video"].latents
 
-    def reference(self, x: DenoisingInput) -> tuple[Tensor, list[Tensor]]:
+    def reference(self, x: DenoisingInput, canvas: Canvas) -> tuple[Tensor, list[Tensor]]:
         """Diffusers' latents at the end, and after each step."""
         pipeline_class: Any = WanPipeline if x.image_latents is None else WanImageToVideoPipeline
         pipeline = pipeline_class(
@@ -129,9 +127,9 @@ class Loop:
             (latents,) = pipeline(
                 **embeds,
                 **({} if x.image_latents is None else {"image": PICTURE}),
-                height=x.canvas.height,
-                width=x.canvas.width,
-                num_frames=x.canvas.num_frames,
+                height=canvas.height,
+                width=canvas.width,
+                num_frames=canvas.num_frames,
                 num_inference_steps=STEPS,
                 guidance_scale=x.sampling.guidance_scale,
                 generator=torch.Generator("cpu").manual_seed(x.sampling.seed),
@@ -153,7 +151,7 @@ def _recorder(steps: list[Tensor]) -> Callable[[Any, int, Any, dict[str, Any]], 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.set_num_threads(1)
-    return build_tiny_ti2v_denoiser(tmp_path_factory.mktemp("wan") / "ti2v")
+    return build_tiny_wan_ti2v(tmp_path_factory.mktemp("wan") / "ti2v")
 
 
 @pytest.fixture(scope="module")
@@ -188,7 +186,7 @@ def test_latents_are_diffusers(path: Path, kind: str, canvas: Canvas, guidance_s
     x = request(loop, canvas, guidance_scale, outputs)
     states: list[DenoiseState] = []
     got = loop.run(x, states)
-    expected, steps = loop.reference(x)
+    expected, steps = loop.reference(x, canvas)
     assert relative_error(got, expected) <= 1e-4
     for state, theirs in zip(states, steps[:-1], strict=True):
         assert relative_error(state.latents.parts["video"].latents, theirs) <= 1e-4, f"after step {state.step}"
@@ -254,10 +252,7 @@ def test_made_up_images_for_warm_up_have_the_shapes_of_real_ones(image: Loop, ca
 
 def test_shapes_follow_from_the_vae(image: Loop) -> None:
     """As in the published checkpoint: 16 pixels a latent."""
-    vae = AutoencoderKLWanConfig(
-        z_dim=CHANNELS, temporal_factor=4, spatial_factor=16, latents_mean=(0.0,) * 48, latents_std=(1.0,) * 48
-    )
-    config = WanTI2VImagePipelineConfig(transformer=image.config.transformer, vae=vae)
+    config = image.config
     canvas = Canvas(height=704, width=1280, num_frames=121)
     assert config.raw_latent_shapes(canvas, 2) == {"video": (2, 48, 31, 44, 80)}
     assert config.condition_shapes(canvas) == {"condition": (1, 48, 1, 44, 80)}
@@ -281,7 +276,7 @@ def test_timesteps_of_the_image_are_zero(text: Loop, image: Loop) -> None:
 def test_other_transformers_are_refused(
     tmp_path: Path, kind: type[WanPipelineConfig], entry: dict[str, Any], message: str
 ) -> None:
-    path = build_tiny_ti2v_denoiser(tmp_path / "m")
+    path = build_tiny_wan_ti2v(tmp_path / "m")
     file = path / "transformer" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | entry))
     with pytest.raises(CheckpointError, match=message):

@@ -15,7 +15,7 @@ from common.errors import CheckpointError, InvalidInput
 from configs.sample.base import SamplingParams
 from configs.sample.wan import WanSamplingParams
 from configs.sample.wan_ti2v import WanTI2VImageSamplingParams, WanTI2VSamplingParams
-from tiny_wan_ti2v import build_tiny_ti2v_denoiser
+from tiny_wan import build_tiny_wan_ti2v
 
 SHARED = ("height", "width", "num_frames", "num_inference_steps", "guidance_scale", "max_sequence_length")
 KINDS = pytest.mark.parametrize("kind", [WanTI2VSamplingParams, WanTI2VImageSamplingParams])
@@ -26,16 +26,8 @@ def edit_json(file: Path, **entries: Any) -> None:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With the size of the published VAE's latents."""
-    path = build_tiny_ti2v_denoiser(tmp_path_factory.mktemp("wan") / "ti2v")
-    edit_json(path / "vae" / "config.json", scale_factor_spatial=16)
-    return path
-
-
-@pytest.fixture(scope="module")
-def ti2v(folder: Path) -> Checkpoint:
-    return Checkpoint.open(folder)
+def ti2v(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    return Checkpoint.open(build_tiny_wan_ti2v(tmp_path_factory.mktemp("wan") / "ti2v"))
 
 
 @pytest.mark.parametrize(
@@ -51,7 +43,7 @@ def test_defaults_are_those_of_the_call(ti2v: Checkpoint, pipeline: Any, kind: t
 
 @KINDS
 def test_defaults_of_the_checkpoint_win(tmp_path: Path, kind: type[SamplingParams]) -> None:
-    path = build_tiny_ti2v_denoiser(tmp_path / "m")
+    path = build_tiny_wan_ti2v(tmp_path / "m")
     published = {"height": 704, "width": 1280, "num_frames": 121}
     (path / "sampling_defaults.json").write_text(json.dumps(published))
     params, warnings = kind.build({"prompt": "x"}, Checkpoint.open(path))
@@ -98,7 +90,7 @@ def test_only_the_image_variant_takes_an_image(ti2v: Checkpoint) -> None:
 
 @KINDS
 def test_two_transformers_are_refused(tmp_path: Path, kind: type[SamplingParams]) -> None:
-    path = build_tiny_ti2v_denoiser(tmp_path / "m")
+    path = build_tiny_wan_ti2v(tmp_path / "m")
     edit_json(path / "model_index.json", boundary_ratio=0.9)
     with pytest.raises(CheckpointError, match=r"two transformers \(boundary_ratio\); supported is Wan 2\.2 TI2V"):
         kind.build({"prompt": "x"}, Checkpoint.open(path))

@@ -6,7 +6,7 @@ common/, models/ or services/. Like every pipeline file it is read by the coordi
 
 from __future__ import annotations
 
-from common.pipeline import ComposedPipeline, StageSpec
+from common.pipeline import ComposedPipeline, Cost, StageSpec
 from models import contracts
 from models.registry import Registry
 
@@ -19,15 +19,26 @@ class ToyPipeline(ComposedPipeline):
 
     def create_pipeline_stages(self) -> None:
         """Text to image."""
-        preparation = "latent_preparation"
-        for contract, service, name, modules in (
-            (contracts.TEXT_ENCODING, "text_encoding", "ToyTextEncodingStage", ("palette",)),
-            (contracts.LATENT_PREPARATION, preparation, "ToyLatentPreparationStage", ()),
-            (contracts.TIMESTEP_PREPARATION, preparation, "ToyTimestepPreparationStage", ()),
-            (contracts.DENOISING, "denoising", "ToyDenoisingStage", ("transformer",)),
-            (contracts.DECODING, "decoding", "ToyDecodingStage", ()),
+        preparation, denoising = "latent_preparation", contracts.DENOISING.reading()
+        for stage in (
+            StageSpec(
+                contracts.TEXT_ENCODING, "text_encoding", "toy_stages:ToyTextEncodingStage", {"palette": "palette"}
+            ),
+            StageSpec(
+                contracts.LATENT_PREPARATION, preparation, "toy_stages:ToyLatentPreparationStage", cost=Cost.PIXEL
+            ),
+            StageSpec(contracts.TIMESTEP_PREPARATION, preparation, "toy_stages:ToyTimestepPreparationStage"),
+            StageSpec(
+                denoising,
+                "denoising",
+                "toy_stages:ToyDenoisingStage",
+                {"gain": "transformer"},
+                cost=Cost.PIXEL_STEP,
+                reports_steps=True,
+            ),
+            StageSpec(contracts.DECODING, "decoding", "toy_stages:ToyDecodingStage", cost=Cost.PIXEL, result="media"),
         ):
-            self.add_stage(StageSpec(contract, service, f"toy_stages:{name}", modules))
+            self.add_stage(stage)
 
 
 def register_configs(registry: Registry) -> None:

@@ -12,10 +12,11 @@ from PIL import Image
 from safetensors.torch import save
 from torch import Tensor
 
-from common.artifacts import Conditioning, DenoiseState, Generator, LatentPart, Latents, Media, MediaItem, Schedule
+from common.artifacts import Conditioning, DenoiseState, LatentPart, Latents, Media, MediaItem, Schedule
 from common.stage import Call, PipelineStage
 from configs.pipeline_configs.base import PipelineConfig
 from models import contracts
+from models.runtime import Runtime
 
 _MAX_BYTES = 64
 
@@ -23,7 +24,7 @@ _MAX_BYTES = 64
 class ToyTextEncodingStage(PipelineStage[contracts.TextEncodingInput, contracts.TextEncodingOutput]):
     """The mean palette entry of the prompt's first 64 bytes: colour (1, 3)."""
 
-    def __init__(self, config: PipelineConfig, modules: Mapping[str, Any]) -> None:
+    def __init__(self, config: PipelineConfig, runtime: Runtime, modules: Mapping[str, Any]) -> None:
         self._palette: Tensor = modules["palette"]
 
     def run(self, x: contracts.TextEncodingInput, call: Call) -> contracts.TextEncodingOutput:
@@ -39,7 +40,7 @@ class ToyTextEncodingStage(PipelineStage[contracts.TextEncodingInput, contracts.
 class ToyLatentPreparationStage(PipelineStage[contracts.LatentPreparationInput, contracts.LatentPreparationOutput]):
     """Noise (outputs, 3, height / cell, width / cell)."""
 
-    def __init__(self, config: Any, modules: Mapping[str, Any]) -> None:
+    def __init__(self, config: Any, runtime: Runtime, modules: Mapping[str, Any]) -> None:
         self._cell: int = config.cell
 
     def run(self, x: contracts.LatentPreparationInput, call: Call) -> contracts.LatentPreparationOutput:
@@ -48,10 +49,7 @@ class ToyLatentPreparationStage(PipelineStage[contracts.LatentPreparationInput, 
         cell = self._cell
         shape = (x.sampling.num_outputs_per_prompt, 3, x.canvas.height // cell, x.canvas.width // cell)
         noise = torch.randn(shape, generator=generator)
-        return contracts.LatentPreparationOutput(
-            initial_latents=_latents(noise),
-            latents_generator=Generator(seed=x.sampling.seed, state=generator.get_state()),
-        )
+        return contracts.LatentPreparationOutput(initial_latents=_latents(noise))
 
 
 class ToyTimestepPreparationStage(
@@ -59,7 +57,7 @@ class ToyTimestepPreparationStage(
 ):
     """Even steps from 1 to 0."""
 
-    def __init__(self, config: PipelineConfig, modules: Mapping[str, Any]) -> None:
+    def __init__(self, config: PipelineConfig, runtime: Runtime, modules: Mapping[str, Any]) -> None:
         pass
 
     def run(self, x: contracts.TimestepPreparationInput, call: Call) -> contracts.TimestepPreparationOutput:
@@ -73,8 +71,8 @@ class ToyTimestepPreparationStage(
 class ToyDenoisingStage(PipelineStage[contracts.DenoisingInput, contracts.DenoisingOutput]):
     """Pulls the noise towards the colour, a step at a time, with a checkpoint after each."""
 
-    def __init__(self, config: PipelineConfig, modules: Mapping[str, Any]) -> None:
-        self._gain: Tensor = modules["transformer"]
+    def __init__(self, config: PipelineConfig, runtime: Runtime, modules: Mapping[str, Any]) -> None:
+        self._gain: Tensor = modules["gain"]
 
     def run(self, x: contracts.DenoisingInput, call: Call) -> contracts.DenoisingOutput:
         """Step until the schedule ends; params' contrast keeps more of the noise."""
@@ -97,7 +95,7 @@ class ToyDenoisingStage(PipelineStage[contracts.DenoisingInput, contracts.Denois
 class ToyDecodingStage(PipelineStage[contracts.DecodingInput, contracts.DecodingOutput]):
     """Every latent becomes a square of one colour."""
 
-    def __init__(self, config: Any, modules: Mapping[str, Any]) -> None:
+    def __init__(self, config: Any, runtime: Runtime, modules: Mapping[str, Any]) -> None:
         self._cell: int = config.cell
 
     def run(self, x: contracts.DecodingInput, call: Call) -> contracts.DecodingOutput:

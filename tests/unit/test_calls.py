@@ -79,9 +79,10 @@ class Frames:
 class Plain:
     """The callbacks that decoding needs of a pipeline config."""
 
-    device = torch.device("cpu")
+    visual_part = "video"
 
-    def unpack(self, latents: Any, _: object) -> Any:
+    def unpack(self, part: str, latents: Any, _: object) -> Any:
+        assert part == self.visual_part
         return latents
 
     def vae_latents(self, latents: Any) -> Any:
@@ -93,6 +94,7 @@ def test_decoding_a_video_ends_within_a_frame_of_its_cancel() -> None:
     call, steps = stopped()
     stage, vae = object.__new__(DecodingStage), Frames(call)
     stage._config, stage._vae = Plain(), vae  # type: ignore[assignment]
+    stage._device, stage._dtype = torch.device("cpu"), torch.float32
     part = LatentPart(latents=torch.zeros(1, 1), raw_latent_shape=(1, 1))
     x = stage.Input(
         denoised_latents=Latents(parts={"video": part}),

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
+from types import MappingProxyType
+from typing import Any
+
 import pytest
 
 from common.errors import CheckpointError
-from common.pipeline import ComposedPipeline, PipelineError, ServiceSpec, StageSpec, check
+from common.pipeline import ComposedPipeline, Cost, PipelineError, ServiceSpec, StageSpec, check
 from common.stage import Contract, compose_contracts
 from models.pipelines.flux import FluxPipeline
+from models.pipelines.qwen_image_edit import QwenImageEditPipeline
+from models.pipelines.wan import WanPipeline
+from models.pipelines.wan_image_to_video import WanImageToVideoPipeline
 
 GIVEN = {"prompt": "Prompt"}
+NO_MODULES: Mapping[str, str] = MappingProxyType({})
 
 
 def stage(
@@ -19,10 +28,12 @@ def stage(
     *,
     service: str = "",
     optional: tuple[str, ...] = (),
-    modules: tuple[str, ...] = (),
+    optional_outputs: tuple[str, ...] = (),
+    modules: Mapping[str, str] = NO_MODULES,
+    **facts: Any,
 ) -> StageSpec:
-    contract = Contract(name, inputs, outputs, frozenset(optional))
-    return StageSpec(contract, service or name, f"nowhere:{name}", modules)
+    contract = Contract(name, inputs, outputs, frozenset(optional), frozenset(optional_outputs))
+    return StageSpec(contract, service or name, f"nowhere:{name}", modules, **facts)
 
 
 ENCODE = stage("encode", {"prompt": "Prompt"}, {"text": "Conditioning"})
@@ -30,7 +41,8 @@ DENOISE = stage(
     "denoise", {"text": "Conditioning", "image": "Conditioning"}, {"latents": "Latents"}, optional=("image",)
 )
 IMAGE = stage("look", {"prompt": "Prompt"}, {"image": "Conditioning"})
-DECODE = stage("decode", {"latents": "Latents"}, {"media": "Media"})
+DECODE = stage("decode", {"latents": "Latents"}, {"media": "Media"}, result="media")
+DRAW = stage("draw", {"prompt": "Prompt"}, {"noise": "Latents", "dice": "Generator"}, optional_outputs=("dice",))
 
 
 def problems(*stages: StageSpec, wanted: tuple[str, ...] = ("media",)) -> str:
@@ -76,11 +88,20 @@ def test_a_double_write() -> None:
 
 
 def test_a_result_that_nobody_makes() -> None:
-    assert problems(ENCODE, DENOISE) == "nothing writes 'media', which the caller wants"
+    assert problems(ENCODE, DENOISE, wanted=("latents", "media")) == "nothing writes 'media', which the caller wants"
 
 
-def test_all_problems_are_told_at_once() -> None:
-    assert problems(DENOISE).count(";") == 1
+def test_an_output_that_nothing_reads() -> None:
+    """Optional outputs, such as the generator here, may be unread: the pipeline leaves them out."""
+    assert problems(ENCODE, DRAW, DENOISE, DECODE) == "draw writes 'noise', which nothing reads"
+
+
+def test_all_problems_are_reported_at_once() -> None:
+    assert problems(DENOISE).split("; ") == [
+        "denoise reads 'text', which no earlier stage writes",
+        "denoise writes 'latents', which nothing reads",
+        "nothing writes 'media', which the caller wants",
+    ]
 
 
 class Sketch(ComposedPipeline):
@@ -105,8 +126,8 @@ def sketch(*stages: StageSpec, modules: tuple[str, ...] = ("vae",)) -> ComposedP
 
 def test_building_checks_the_wiring() -> None:
     assert [spec.service for spec in sketch(ENCODE, DENOISE, DECODE).services] == ["encode", "denoise", "decode"]
-    with pytest.raises(PipelineError, match="nothing writes 'media'"):
-        sketch(ENCODE)
+    with pytest.raises(PipelineError, match="decode reads 'latents', which no earlier stage writes"):
+        sketch(ENCODE, DECODE)
     with pytest.raises(PipelineError, match="defines no stages"):
         ComposedPipeline.create_pipeline_stages(sketch(ENCODE, DENOISE, DECODE))
 
@@ -117,20 +138,25 @@ def test_a_checkpoint_without_a_required_module_is_refused() -> None:
 
 
 def test_a_stage_is_built_with_modules_that_are_there() -> None:
-    decode = stage("decode", {"latents": "Latents"}, {"media": "Media"}, modules=("vae", "scheduler"))
+    decode = replace(DECODE, modules={"vae": "vae", "solver": "scheduler"})
     with pytest.raises(PipelineError, match="decode is built with scheduler, which is no module"):
         sketch(ENCODE, DENOISE, decode)
     pipeline = sketch(ENCODE, DENOISE, decode, modules=("vae", "scheduler"))
-    assert pipeline.service("decode").modules == ("vae", "scheduler")
+    service = pipeline.service("decode")
+    assert service.modules == ("vae", "scheduler")
+    assert [service.modules_of(role) for role in ("vae", "solver", "scheduler")] == [("vae",), ("scheduler",), ()]
+
+
+VAE = {"vae": "vae"}
 
 
 def test_stages_of_one_service_stand_together() -> None:
-    first = stage("encode", {"prompt": "Prompt"}, {"text": "Conditioning"}, service="worker", modules=("vae",))
-    second = stage("denoise", {"text": "Conditioning"}, {"latents": "Latents"}, service="worker", modules=("vae",))
+    first = stage("encode", {"prompt": "Prompt"}, {"text": "Conditioning"}, service="worker", modules=VAE)
+    second = stage("denoise", {"text": "Conditioning"}, {"latents": "Latents"}, service="worker", modules=VAE)
     spec = sketch(first, second, DECODE).service("worker")
     assert spec.modules == ("vae",)
     assert (spec.contract.inputs, set(spec.contract.outputs)) == ({"prompt": "Prompt"}, {"text", "latents"})
-    apart = stage("decode", {"latents": "Latents"}, {"media": "Media"}, service="worker")
+    apart = replace(DECODE, service="worker")
     with pytest.raises(PipelineError, match="the stages of worker are not consecutive"):
         sketch(first, IMAGE, second, apart)
 
@@ -147,12 +173,63 @@ def test_an_input_is_optional_only_if_every_reader_says_so() -> None:
     assert compose_contracts("both", [may, needs]).optional == frozenset()
 
 
+def test_facts_of_a_service_are_those_of_its_stages() -> None:
+    first = stage("encode", {"prompt": "Prompt"}, {"text": "Conditioning"}, service="worker", cost=Cost.PIXEL)
+    contract = Contract(
+        "denoise",
+        {"text": "Conditioning", "stopped_at": "DenoiseState"},
+        {"latents": "Latents"},
+        frozenset({"stopped_at"}),
+        resume_slot="stopped_at",
+    )
+    second = StageSpec(contract, "worker", "nowhere:denoise", cost=Cost.PIXEL_STEP, reports_steps=True)
+    both, decode = sketch(first, second, DECODE).services
+    assert (both.cost, both.reports_steps, both.resume_slot) == (Cost.PIXEL_STEP, True, "stopped_at")
+    assert (decode.cost, decode.reports_steps, decode.resume_slot) == (Cost.REQUEST, False, None)
+    third = replace(first, contract=replace(first.contract, resume_slot="text"))
+    with pytest.raises(PipelineError, match="worker has several resumable stages, encode, denoise"):
+        sketch(third, second, DECODE)
+
+
+def test_a_pipeline_has_one_result() -> None:
+    with pytest.raises(PipelineError, match=r"results \[\] are declared; a pipeline has exactly one"):
+        sketch(ENCODE, DENOISE, replace(DECODE, result=None))
+    with pytest.raises(PipelineError, match=r"results \['latents', 'media'\] are declared"):
+        sketch(ENCODE, replace(DENOISE, result="latents"), DECODE)
+    with pytest.raises(PipelineError, match="decode: result 'video' is not one of its outputs"):
+        replace(DECODE, result="video")
+
+
+def test_an_optional_output_is_left_out_unless_a_later_stage_reads_it() -> None:
+    denoise = stage("denoise", {"noise": "Latents"}, {"latents": "Latents"})
+    draw, *_ = sketch(DRAW, denoise, DECODE).services
+    assert (draw.contract.outputs, draw.stages[0].contract.outputs) == ({"noise": "Latents"}, {"noise": "Latents"})
+    throw = stage("denoise", {"noise": "Latents", "dice": "Generator"}, {"latents": "Latents"})
+    draw, *_ = sketch(DRAW, throw, DECODE).services
+    assert draw.contract.outputs == {"noise": "Latents", "dice": "Generator"}
+    assert not draw.contract.optional_outputs
+    before = stage("look", {"dice": "Generator"}, {"text": "Conditioning"})
+    with pytest.raises(PipelineError, match="look reads 'dice', which no earlier stage writes"):
+        sketch(
+            before, DRAW, stage("denoise", {"noise": "Latents", "text": "Conditioning"}, {"latents": "Latents"}), DECODE
+        )
+
+
 def test_flux_runs_its_encoders_beside_its_preparation() -> None:
     pipeline = FluxPipeline(FluxPipeline._required_config_modules)
     text, preparation = pipeline.service("text_encoding").contract, pipeline.service("latent_preparation").contract
     assert not preparation.inputs.keys() & text.outputs.keys()
-    assert set(pipeline.service("denoising").contract.optional) == {
-        "image_conditioning",
-        "image_latents",
-        "resume_from",
+    assert preparation.outputs.keys() == {"initial_latents", "schedule"}
+    assert pipeline.service("denoising").contract.optional == {"resume_from"}
+
+
+def test_pipelines_read_the_optional_inputs_that_they_name() -> None:
+    read = {
+        pipeline: pipeline(pipeline._required_config_modules).service("denoising").contract.optional
+        for pipeline in (QwenImageEditPipeline, WanPipeline, WanImageToVideoPipeline)
+    }
+    assert read == {
+        QwenImageEditPipeline: {"image_latents", "resume_from"},
+        WanPipeline: {"resume_from"},
+        WanImageToVideoPipeline: {"image_conditioning", "image_latents", "resume_from"},
     }

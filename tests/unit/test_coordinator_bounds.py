@@ -10,7 +10,7 @@ from common.errors import InvalidInput
 from common.settings import SettingsError
 from common.state.slots import Rank
 from fleet.v1 import generation_pb2 as pb
-from services.coordinator.driver import Submission, _rank
+from services.coordinator.request_life import Submission, rank_of
 from services.coordinator.service import _check_envelope, _stored
 from services.coordinator.settings import CoordinatorSettings
 
@@ -97,5 +97,5 @@ def test_a_queue_place_has_the_requests_priority_deadline_caller_and_cost() -> N
     record.deadline.seconds = 90
     submission = Submission.__new__(Submission)
     vars(submission).update(record=record, costs={"denoising": 12})
-    assert _rank(submission, "denoising") == Rank(7, 90_000, "alice", 12)
-    assert _rank(submission, "decoding") == Rank(7, 90_000, "alice", 1)
+    assert rank_of(submission, "denoising") == Rank(7, 90_000, "alice", 12)
+    assert rank_of(submission, "decoding") == Rank(7, 90_000, "alice", 1)

@@ -11,7 +11,7 @@ from common.errors import NotFound, Unavailable
 from common.rpc.framing import Packet
 from common.state.leases import Leases
 from fleet.v1 import artifacts_pb2
-from services.coordinator.resume import RESUME_SLOT, ResumePoint, origin_of
+from services.coordinator.resume import ResumePoint, origin_of
 
 
 def prompt(text: str) -> Packet:
@@ -60,8 +60,8 @@ def test_a_checkpoint_of_another_origin_is_not_resumed() -> None:
     async def story() -> None:
         point = ResumePoint(Book(), "r", 1)
         point.remember("here", state(4))
-        assert await point.find("elsewhere") is None
-        found = await point.find("here")
+        assert await point.find("elsewhere", "resume_from") is None
+        found = await point.find("here", "resume_from")
         assert found is not None
         assert found.message == artifacts_pb2.DenoiseState(step=4)
         await point.close()
@@ -86,15 +86,15 @@ def test_while_the_store_is_slow_only_the_newest_checkpoint_is_saved() -> None:
 def test_the_next_owner_loads_the_stored_checkpoint() -> None:
     async def story() -> None:
         stored = [b"here", artifacts_pb2.DenoiseState(step=7).SerializeToString()]
-        assert await ResumePoint(Book(stored), "r", 1).find("here") is None  # The first owner has stored none.
-        assert await ResumePoint(Book(stored), "r", 2, inherited=True).find("elsewhere") is None
-        found = await ResumePoint(Book(stored), "r", 2, inherited=True).find("here")
+        assert await ResumePoint(Book(stored), "r", 1).find("here", "resume_from") is None  # It stored none.
+        assert await ResumePoint(Book(stored), "r", 2, inherited=True).find("elsewhere", "resume_from") is None
+        found = await ResumePoint(Book(stored), "r", 2, inherited=True).find("here", "resume_from")
         assert found is not None
-        assert (found.message, RESUME_SLOT) == (artifacts_pb2.DenoiseState(step=7), "resume_from")
+        assert found.message == artifacts_pb2.DenoiseState(step=7)
 
     asyncio.run(story())
 
 
 @pytest.mark.parametrize("stored", [None, Unavailable("away"), [b"here", b"\xff"], [b"only one part"]])
 def test_a_checkpoint_that_cannot_be_read_starts_the_loop_anew(stored: list[bytes] | Exception | None) -> None:
-    assert asyncio.run(ResumePoint(Book(stored), "r", 2, inherited=True).find("here")) is None
+    assert asyncio.run(ResumePoint(Book(stored), "r", 2, inherited=True).find("here", "resume_from")) is None

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, make_dataclass
+from dataclasses import dataclass, field, make_dataclass
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from common.artifacts import Canvas, Media, Prompt
-from common.errors import Cancelled
+from common.errors import Cancelled, InternalError
 from common.local import HostedStages
-from common.stage import Call, Contract, PipelineStage, derive_contract
+from common.stage import RESUME, Call, Contract, PipelineStage, derive_contract
 from models import contracts
 
 if TYPE_CHECKING:
@@ -61,7 +61,11 @@ def test_annotations_that_are_evaluated_count_the_same() -> None:
 @pytest.mark.parametrize(
     ("inputs", "outputs", "message"),
     [
-        (Prompt, make_dataclass("Outputs", [("media", "Media | None")]), "Outputs: outputs cannot be optional: media"),
+        (
+            make_dataclass("Inputs", [("state", "DenoiseState", field(metadata=RESUME))]),
+            DrawOutput,
+            "Inputs: state is not one optional field; a stage has one resume slot",
+        ),
         (
             make_dataclass("Inputs", [("prompts", "list[Prompt]")]),
             Media,
@@ -85,6 +89,69 @@ def test_the_standard_contracts_write_every_slot_once() -> None:
     ]
     written = [slot for contract in standard for slot in contract.outputs]
     assert len(set(written)) == len(written)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RollOutput:
+    latents: Latents
+    dice: Prompt | None = None
+
+
+class RollStage(PipelineStage[DrawInput, RollOutput]):
+    """Writes the dice where its pipeline reads them."""
+
+    def run(self, x: DrawInput, call: Call) -> RollOutput:
+        """Report nothing."""
+        latents: Any = call.request_id
+        return RollOutput(latents=latents, dice=x.prompt if self.writes("dice") else None)
+
+
+def test_a_stage_writes_the_optional_outputs_that_its_contract_has() -> None:
+    assert RollStage.contract.optional_outputs == {"dice"}
+    slots = {"prompt": Prompt(prompt="red"), "canvas": Canvas(height=8, width=8)}
+    both = HostedStages("roll", [RollStage()]).run(slots, Call("test"))
+    assert both == {"latents": "test", "dice": Prompt(prompt="red")}
+    bound = RollStage().bind(RollStage.contract.reading().writing(()))
+    hosted = HostedStages("roll", [bound])
+    assert (set(hosted.contract.inputs), set(hosted.contract.outputs)) == ({"prompt"}, {"latents"})
+    assert hosted.run(slots, Call("test")) == {"latents": "test"}
+    assert RollStage.contract.outputs.keys() == {"latents", "dice"}
+
+
+class ForgetfulStage(RollStage):
+    """Does not write what its pipeline reads."""
+
+    def writes(self, slot: str) -> bool:
+        """Never."""
+        return not slot
+
+
+def test_an_output_that_is_read_must_be_written() -> None:
+    with pytest.raises(InternalError, match="RollStage did not return dice"):
+        HostedStages("roll", [ForgetfulStage()]).run({"prompt": Prompt(prompt="red")}, Call("test"))
+
+
+def test_a_contract_reads_the_optional_inputs_that_are_named() -> None:
+    whole = contracts.DENOISING
+    assert whole.resume_slot == "resume_from"
+    assert whole.reading().optional == {"resume_from"}
+    assert whole.reading("image_latents").optional == {"image_latents", "resume_from"}
+    assert whole.reading("image_latents").inputs.keys() - whole.reading().inputs.keys() == {"image_latents"}
+    with pytest.raises(ValueError, match="canvas is not an optional input; optional inputs are image_conditioning"):
+        whole.reading("canvas")
+
+
+def test_a_stage_is_bound_to_a_part_of_its_contract_only() -> None:
+    part = RollStage.contract.reading("canvas").writing(())
+    assert RollStage().bind(part).contract is part
+    for other in (
+        Contract("other", {"prompt": "Prompt", "schedule": "Schedule"}, {"latents": "Latents"}),
+        Contract("other", {}, {"latents": "Latents"}),
+        Contract("other", {"prompt": "Prompt"}, {}),
+        Contract("other", {"prompt": "Prompt"}, {"latents": "Conditioning"}),
+    ):
+        with pytest.raises(ValueError, match="other is not part of the contract of RollStage"):
+            RollStage().bind(other)
 
 
 def test_hosted_stages_leave_out_what_is_absent_and_end_when_cancelled() -> None:

@@ -1,13 +1,13 @@
-"""fleet.lua on a damaged store: any subset of its keys missing, of another type, or restored from an older copy.
+"""The script on a damaged store: any subset of its keys missing, of another type, or restored from an older copy.
 
 Each operation ends within a bounded number of commands, and what the damage has not touched still works. Operations
-are read from fleet.lua: one that has no arguments here fails a test.
+are read from the script: one that has no arguments here fails a test.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,46 +17,26 @@ from hypothesis import strategies as st
 from redis import Redis
 from redis.exceptions import ResponseError
 
-from common.state.connection import script_sha, script_source
+from common.state.connection import script_call, script_source
 from redis_servers import running_server, server_binaries
+from script_calls import (
+    LASTS,
+    MODEL,
+    OPERATIONS,
+    PLACE,
+    REPLY_LIMIT,
+    admission,
+    announcement,
+    claim,
+    end,
+    kept_reply,
+    loss,
+    take_over,
+)
 
-PLACE, SAFE_PLACE, MODEL = "m/denoising", "safe/denoising", "m"
-LASTS = 600_000
+SAFE_PLACE = "safe/denoising"
 MOST_COMMANDS = 500  # of one operation on the small fleet that _build() makes; about twice what was seen
 SAFE = re.compile(r"safe|coordinator:c-|model:safe|repairs")  # keys that are left alone
-REPLY_LIMIT = 100
-
-OPERATIONS: dict[str, Sequence[Sequence[object]]] = {
-    "admit": [
-        ("new", "c-1", "key-new", "record", "submission", MODEL, 0, 99, 99, 1000, "ann", 99, 0, 1, "denoising", 5, "e"),
-        ("r1", "c-1", "key-r1", "record", "submission", MODEL, 0, 99, 99, 1000, "ann", 99, 0, 0, "e"),
-        ("r2", "c-1", "", "record", "submission", MODEL, 0, 99, 99, 0, "bob", 99, 1, 0, "e"),
-    ],
-    "append": [(f"r{number}", 1, 5, "2", "extra", "event") for number in range(5)],
-    "finish": [("r1", 1, "t", "3", "", LASTS, "end"), ("r4", 1, "t", "4", "", LASTS, "end")],
-    "cancel": [("r2", "5", LASTS, "cancelled"), ("r3", "5", LASTS, "cancelled"), ("nothing", "5", LASTS, "cancelled")],
-    "take_over": [("c-1", MODEL, 50, 1, "r0 r1"), ("c-2", MODEL, 50, 0, ""), ("dead", MODEL, 50, 1, "")],
-    "death": [("r0", 1, "denoising", 2, "w1", LASTS), ("r1", 1, "denoising", 2, "w2", LASTS)],
-    "losses": [("r0", 1), ("r1", 1), ("nothing", 1)],
-    "checkpoint": [("r0", 1, "fleet:checkpoint:r0:1-3", 3), ("r1", 1, "fleet:checkpoint:r1:1-1", 4)],
-    "beat": [("c-1", LASTS)],
-    "resign": [("dead",)],
-    "declare": [(MODEL, "print", LASTS, "denoising", "contract")],
-    "claim": [
-        ("r0/c-1/0", PLACE, "c-1", 0, 0, "ann", 5),
-        ("r4/c-1/0", PLACE, "c-1", 0, 0, "bob", 5),
-        ("fresh/c-1/0", PLACE, "c-1", 5, 1, "", 1),
-    ],
-    "release": [("r0/c-1/0", PLACE, 40), ("r3/c-2/0", PLACE, 0), ("nobody/c-1/0", PLACE, 9)],
-    "announce": [("w1", MODEL, "denoising", 1, "info", LASTS)],
-    "leaving": [("w2", LASTS), ("nobody", LASTS)],
-    "avoid": [("c-1", "w1"), ("c-1", "w1"), ("c-2", "w-new")],
-    "claims": [(PLACE, "c-1")],
-    "status": [(PLACE,)],
-    "touch_reply": [("a", LASTS)],
-    "keep_reply": [("fleet:reply-parts:n", "n", 40, REPLY_LIMIT, LASTS), ("fleet:reply-parts:x", "x", 40, 10, LASTS)],
-}
-"""Arguments for each operation of fleet.lua, on the fleet of _build()."""
 
 
 @dataclass
@@ -89,9 +69,9 @@ class Store:
         prefixes = {"string": ("sequence", "pace:", "idempotency:", "coordinator:"), "list": ("reply:", "reply-parts:")}
         return key.decode().removeprefix("fleet:").startswith(prefixes[kind])
 
-    def run(self, operation: str, *arguments: object) -> Any:
+    def run(self, operation: str, arguments: Mapping[str, Any]) -> Any:
         """Run an operation."""
-        return self.redis.execute_command("EVALSHA", script_sha(), 0, operation, *arguments)
+        return self.redis.execute_command(*script_call(operation, arguments))
 
     def commands(self) -> int:
         """Commands that the server has run, those of scripts included."""
@@ -101,33 +81,32 @@ class Store:
 def _build(run: Callable[..., Any], redis: Any, note: Callable[[], None]) -> None:
     """A fleet that uses each kind of key. `note` is called half-way."""
     for owner in ("c-1", "c-2"):
-        run("beat", owner, LASTS)
-    for place in (PLACE, SAFE_PLACE):
-        model, service = place.split("/")
-        run("declare", model, "print", LASTS, service, "contract")
-        run("announce", f"w1{model}" if model == "safe" else "w1", model, service, 1, "info", LASTS)
-    run("announce", "w2", MODEL, "denoising", 1, "info", LASTS)
+        run("beat", {"owner": owner, "lasts": LASTS})
+    for model in (MODEL, "safe"):
+        contracts = {"denoising": "contract"}
+        run("declare", {"model": model, "fingerprint": "print", "lasts": LASTS, "contracts": contracts})
+        run("announce", announcement("w1" if model == MODEL else "w1safe", model))
+    run("announce", announcement("w2"))
     for number, owner in enumerate(("c-1", "c-1", "c-2", "dead", "c-1")):
-        caller = ("ann", "bob")[number % 2]
-        admit = (f"r{number}", owner, f"key-r{number}", "record", "submission", MODEL, 0, 99, 99, 0, caller, 99, 0, 1)
-        run("admit", *admit, "denoising", 5, "event")
+        caller, key = ("ann", "bob")[number % 2], f"key-r{number}"
+        run("admit", admission(f"r{number}", owner, caller, idempotency_key=key, costs={"denoising": 5}))
         if number == 2:
             note()
-        run("claim", f"r{number}/{owner}/0", PLACE, owner, 0, 0, caller, 5)
-    run("admit", "safe", "c-1", "", "record", "submission", "safe", 0, 99, 99, 0, "", 99, 0, 1, "denoising", 1, "event")
+        run("claim", claim(f"r{number}/{owner}/0", owner, caller))
+    run("admit", admission("safe", "c-1", model="safe", costs={"denoising": 1}))
     for number in range(2):
-        run("claim", f"safe/c-1/{number}", SAFE_PLACE, "c-1", 0, 0, "safe", 1)
-    run("release", "r1/c-1/0", PLACE, 30)
-    run("append", "r0", 1, 0, "2", "", "event")
+        run("claim", claim(f"safe/c-1/{number}", caller="safe", place=SAFE_PLACE, cost=1))
+    run("release", {"ticket": "r1/c-1/0", "place": PLACE, "used": 30})
+    run("append", {"id": "r0", "epoch": 1, "number": 0, "state": "2", "extra": "", "events": ["event"]})
     redis.hset("fleet:checkpoint:r0:1-2", "0", "origin")
-    run("checkpoint", "r0", 1, "fleet:checkpoint:r0:1-2", 2)
-    run("death", "r0", 1, "denoising", 2, "w9", LASTS)
-    run("avoid", "c-2", "w9")
-    run("leaving", "w8", LASTS)
+    run("checkpoint", {"id": "r0", "epoch": 1, "point": "fleet:checkpoint:r0:1-2", "step": 2})
+    run("death", loss("r0", "w9"))
+    run("avoid", {"owner": "c-2", "worker": "w9"})
+    run("leaving", {"worker": "w8", "lasts": LASTS})
     for name in ("a", "b", "n", "x"):
         redis.rpush(f"fleet:reply-parts:{name}", "checksum", "frame")
         if name in ("a", "b"):
-            run("keep_reply", f"fleet:reply-parts:{name}", name, 40, REPLY_LIMIT, LASTS)
+            run("keep_reply", kept_reply(name))
 
 
 @pytest.fixture(scope="module", params=sorted(server_binaries()))
@@ -154,11 +133,11 @@ def test_each_operation_is_tried_on_a_damaged_store() -> None:
     assert not OPERATIONS.keys() - set(written)
 
 
-def _checked(store: Store, operation: str, arguments: Sequence[object], foreign: set[str]) -> None:
+def _checked(store: Store, operation: str, arguments: Mapping[str, Any], foreign: set[str]) -> None:
     """Run an operation, and check that it ends soon, with a reply or an error that names the key."""
     before, refusal = store.commands(), None
     try:
-        store.run(operation, *arguments)
+        store.run(operation, arguments)
     except ResponseError as error:
         refusal = str(error)
     if refusal is not None:
@@ -188,20 +167,20 @@ def _check_the_rest(store: Store) -> None:
     """What was not damaged works, and what was is usable again."""
     slots = f"fleet:slots:{SAFE_PLACE}"
     assert store.redis.hkeys(slots) == [b"safe/c-1/0"]
-    store.run("release", "safe/c-1/0", SAFE_PLACE, 10)
+    store.run("release", {"ticket": "safe/c-1/0", "place": SAFE_PLACE, "used": 10})
     assert store.redis.hkeys(slots) == [b"safe/c-1/1"]
-    assert store.run("append", "safe", 1, 0, "2", "", "event")[0] == b"appended"
-    assert store.run("finish", "safe", 1, "t", "3", "", LASTS, "end")[0] == b"finished"
+    event = {"id": "safe", "epoch": 1, "number": 0, "state": "2", "extra": "", "events": ["event"]}
+    assert store.run("append", event)[0] == b"appended"
+    assert store.run("finish", end("safe"))[0] == b"finished"
     assert store.redis.xlen("fleet:events:safe") == 3
-    admit = ("later", "c-1", "", "record", "", MODEL, 0, 99, 99, 0, "ann", 99, 0, 1, "denoising", 5, "event")
-    assert store.run("admit", *admit)[0] == b"admitted"
+    assert store.run("admit", admission("later", "c-1", "ann", costs={"denoising": 5}))[0] == b"admitted"
     newest = store.redis.zrevrange("fleet:requests", 0, 0)
     assert newest == [b"later"]
-    store.run("announce", "w-large", MODEL, "denoising", 99, "info", LASTS)
-    assert store.run("claim", "later/c-1/0", PLACE, "c-1", 0, 0, "ann", 5) == [b"granted", b"info"]
+    store.run("announce", announcement("w-large", capacity=99))
+    assert store.run("claim", claim("later/c-1/0")) == [b"granted", b"info"]
     assert store.redis.zcard(f"fleet:queue:{PLACE}") == store.redis.hlen(f"fleet:waiting:{PLACE}") == 0
     store.redis.rpush("fleet:reply-parts:z", "checksum", "frame")
-    store.run("keep_reply", "fleet:reply-parts:z", "z", REPLY_LIMIT, REPLY_LIMIT, LASTS)
+    store.run("keep_reply", kept_reply("z", REPLY_LIMIT))
     assert store.redis.lrange("fleet:reply:z", 0, -1) == [b"checksum", b"frame"]
     assert store.redis.hgetall("fleet:reply-sizes") == {b"z": str(REPLY_LIMIT).encode()}
 
@@ -210,9 +189,9 @@ def test_entries_of_a_queue_without_a_ticket_are_dropped_and_counted(store: Stor
     store.restore()
     orphans = {f"095|caller{n}|{n:029}|1|gone/c-1/{n}|c-1": 0 for n in range(1_500)}
     store.redis.zadd(f"fleet:queue:{PLACE}", {**orphans, "no claim at all": 0})
-    store.run("announce", "w-large", MODEL, "denoising", 9, "info", LASTS)
+    store.run("announce", announcement("w-large", capacity=9))
     assert 450 < store.redis.zcard(f"fleet:queue:{PLACE}") < 550  # one operation drops about a thousand
-    assert store.run("claim", "new/c-1/0", PLACE, "c-1", 0, 0, "ann", 1) == [b"granted", b"info"]
+    assert store.run("claim", claim("new/c-1/0", cost=1)) == [b"granted", b"info"]
     assert store.redis.zcard(f"fleet:queue:{PLACE}") == 0
     assert store.redis.hget("fleet:repairs", "queue") == b"1501"
     assert not [ticket for ticket in store.redis.hkeys(f"fleet:slots:{PLACE}") if ticket.startswith(b"gone")]
@@ -221,8 +200,8 @@ def test_entries_of_a_queue_without_a_ticket_are_dropped_and_counted(store: Stor
 def test_a_ticket_that_lost_its_place_in_the_queue_gets_another(store: Store) -> None:
     store.restore()
     store.redis.delete(f"fleet:queue:{PLACE}")
-    assert store.run("claim", "r4/c-1/0", PLACE, "c-1", 0, 0, "ann", 5)[0] == b"waiting"
-    store.run("announce", "w-large", MODEL, "denoising", 9, "info", LASTS)
+    assert store.run("claim", claim("r4/c-1/0"))[0] == b"waiting"
+    store.run("announce", announcement("w-large", capacity=9))
     assert b"r4/c-1/0" in store.redis.hkeys(f"fleet:slots:{PLACE}")
     assert store.redis.hget("fleet:repairs", "waiting") == b"1"
 
@@ -230,8 +209,8 @@ def test_a_ticket_that_lost_its_place_in_the_queue_gets_another(store: Store) ->
 def test_a_ticket_that_has_two_places_gets_one_slot(store: Store) -> None:
     store.restore()
     store.redis.delete(f"fleet:waiting:{PLACE}")
-    store.run("claim", "r4/c-1/0", PLACE, "c-1", 0, 0, "ann", 5)
-    store.run("announce", "w-large", MODEL, "denoising", 9, "info", LASTS)
+    store.run("claim", claim("r4/c-1/0"))
+    store.run("announce", announcement("w-large", capacity=9))
     assert store.redis.zcard(f"fleet:queue:{PLACE}") == 0
     assert store.redis.hlen(f"fleet:slots:{PLACE}") == 3  # two were held
 
@@ -240,7 +219,7 @@ def test_open_requests_without_a_record_are_forgotten(store: Store) -> None:
     store.restore()
     store.redis.delete("fleet:request:r3")
     store.redis.set("fleet:request:r1", "another type")
-    taken, _ = store.run("take_over", "c-1", MODEL, 50, 1, "r0")
+    taken, _ = store.run("take_over", take_over("c-1", 1, "r0"))
     assert [row[0] for row in taken] == [b"r4"]
     assert store.redis.smembers(f"fleet:open:{MODEL}") == {b"r0", b"r2", b"r4"}
     assert store.redis.hget("fleet:repairs", "open") == b"2"
@@ -251,16 +230,15 @@ def test_numbers_go_on_where_their_counter_was_lost(store: Store) -> None:
     newest = store.redis.zrevrange("fleet:requests", 0, 0, withscores=True)[0][1]
     store.redis.delete("fleet:sequence")
     for name in ("s1", "s2"):
-        store.run("admit", name, "c-1", "", "record", "", MODEL, 0, 99, 99, 0, "", 99, 0, 0, "event")
+        store.run("admit", admission(name, "c-1"))
     assert store.redis.zrevrange("fleet:requests", 0, 1, withscores=True) == [(b"s2", newest + 2), (b"s1", newest + 1)]
 
 
 def test_a_failure_is_one_line_without_a_traceback(store: Store) -> None:
     store.restore()
     store.redis.hset(f"fleet:work:{MODEL}/denoising", "ann", "many")
-    admit = ("new", "c-1", "", "record", "", MODEL, 0, 99, 99, 0, "ann", 99, 0, 1, "denoising", 5, "event")
     with pytest.raises(ResponseError) as caught:
-        store.run("admit", *admit)
+        store.run("admit", admission("new", "c-1", "ann", costs={"denoising": 5}))
     assert str(caught.value).startswith("FLEETSTORE admit cannot use what the store holds: ERR hash value is not an")
-    with pytest.raises(ResponseError, match=r"^FLEETSTORE no_such cannot use what the store holds: "):
-        store.run("no_such")
+    with pytest.raises(ResponseError, match=r"^FLEETCALL no_such is not an operation$"):
+        store.run("no_such", {})

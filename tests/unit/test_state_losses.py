@@ -198,6 +198,6 @@ def test_a_worker_that_runs_an_older_script_is_cleared_by_its_heartbeat(url: str
             await case.lose(worker_id)
         await redis.persist("fleet:worker:old-1")  # its heartbeats go on
         assert [loss.worker_id for loss in await case.decided()] == ["old-2"]
-        await run_script(redis, "leaving", "old-1", 1)
+        await run_script(redis, "leaving", {"worker": "old-1", "lasts": 1})
 
     run_on_empty_store(url, story)

@@ -13,7 +13,7 @@ import pytest
 from redis.asyncio import Redis
 
 from common.errors import FailedPrecondition, InternalError, InvalidInput, ResourceExhausted, Unavailable
-from common.state.connection import StoreFull, command, connect, run_script
+from common.state.connection import Arguments, StoreFull, command, connect, run_script
 from common.state.presence import Presence
 from common.state.records import ResultFile, State
 from common.state.requests import RequestStore
@@ -26,6 +26,14 @@ from services.text_encoding.__main__ import main as text_encoding
 MIB = 1 << 20
 DEFAULTS = {"maxmemory": "0", "maxmemory-policy": "noeviction", "appendonly": "yes", "appendfsync": "always"}
 LOGGER = "common.state.store_server"
+CLAIM: Arguments = {
+    "place": "emoji/denoising",
+    "owner": "me",
+    "priority": 0,
+    "cost": 1,
+    "deadline": 0,
+    "caller": "",
+}
 
 
 @pytest.fixture(scope="module", params=sorted(server_binaries()))
@@ -134,7 +142,7 @@ def test_a_replica_is_refused(url: str) -> None:
             with pytest.raises(FailedPrecondition, match=r"is a replica, not a primary; .*redis\+sentinel://"):
                 await check_server(redis)
             with pytest.raises(Unavailable, match="takes no writes"):
-                await run_script(redis, "beat", "me", 1_000)
+                await run_script(redis, "beat", {"owner": "me", "lasts": 1_000})
         finally:
             await command(redis, "REPLICAOF", "NO", "ONE")
 
@@ -202,7 +210,9 @@ def test_a_redis_cluster_of_two_nodes_is_named_and_refused() -> None:
             with pytest.raises(FailedPrecondition, match=works):
                 await check_server(redis)
             with pytest.raises(FailedPrecondition, match=works):  # a process that has not checked gets the same error
-                await asyncio.gather(*(run_script(each, "beat", "a", 1_000) for each in (redis, other)))
+                await asyncio.gather(
+                    *(run_script(each, "beat", {"owner": "a", "lasts": 1_000}) for each in (redis, other))
+                )
 
     with running_server("valkey", *options[0]) as first, running_server("valkey", *options[1]) as second:
         run_on_empty_store(first.url, story)
@@ -267,9 +277,9 @@ def test_a_full_store_is_not_said_to_be_away_and_keeps_its_heartbeats(url: str) 
         with pytest.raises(ResourceExhausted, match="full: it has used its maxmemory") as caught:
             await unbounded.admit(record("refused"))
         assert caught.value.retry_seconds == 5.0
-        await run_script(redis, "beat", "me", 60_000)
-        await run_script(redis, "claim", "accepted/me/0", "emoji/denoising", "me", 0, 0, "", 1)
-        await run_script(redis, "release", "accepted/me/0", "emoji/denoising", 0)
+        await run_script(redis, "beat", {"owner": "me", "lasts": 60_000})
+        await run_script(redis, "claim", {"ticket": "accepted/me/0", **CLAIM})
+        await run_script(redis, "release", {"ticket": "accepted/me/0", "place": "emoji/denoising", "used": 0})
         with pytest.raises(StoreFull, match="request store is full") as failed:
             await unbounded.finish("accepted", State.REQUEST_STATE_SUCCEEDED, files=[picture(MIB)], token="t")
         assert "away" not in str(failed.value)
@@ -287,7 +297,7 @@ def test_repairs_are_read_by_kind(url: str) -> None:
         assert await read_repairs(redis) == {}
         await redis.zadd("fleet:queue:emoji/denoising", {"malformed": 0})
         await redis.set("fleet:slots:emoji/denoising", "another type")
-        await run_script(redis, "claim", "r/me/0", "emoji/denoising", "me", 0, 0, "", 1)
+        await run_script(redis, "claim", {"ticket": "r/me/0", **CLAIM})
         assert await read_repairs(redis) == {"queue": 1, "type": 1}
         await redis.delete("fleet:repairs")
         await redis.set("fleet:repairs", "another type")

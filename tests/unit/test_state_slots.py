@@ -11,7 +11,7 @@ from redis.asyncio import Redis
 
 from common.errors import FailedPrecondition, InvalidInput
 from common.stage import Contract
-from common.state.connection import run_script
+from common.state.connection import Arguments, run_script
 from common.state.presence import Presence
 from common.state.slots import NoWorkers, Rank, Slot, Slots
 from common.state.workers import WorkerRegistry
@@ -19,7 +19,7 @@ from fleet.v1 import worker_pb2
 from redis_servers import run_on_empty_store, running_server, server_binaries, until
 
 SLOW = 3_600.0
-LATE = (0, 0, "", 1)  # the rank of a claim that somebody else makes
+LATE: Arguments = {"place": "emoji/denoising", "priority": 0, "cost": 1, "deadline": 0, "caller": ""}
 
 
 @pytest.fixture(scope="module", params=sorted(server_binaries()))
@@ -183,7 +183,7 @@ def test_slots_and_places_of_a_dead_coordinator_are_free(url: str) -> None:
             await queued(registry, 1)
             second = asyncio.create_task(living.claim("emoji", "denoising", "second"))
             await queued(registry, 2)
-            await run_script(redis, "resign", "dying")  # What the end of its heartbeat comes to.
+            await run_script(redis, "resign", {"owner": "dying"})  # What the end of its heartbeat comes to.
             assert (await second).worker.worker_id == "w"
             first.cancel()
             await asyncio.gather(first, return_exceptions=True)
@@ -378,7 +378,7 @@ def test_a_reservation_goes_with_its_claim(url: str) -> None:
             await slots.settle()
             orphan = asyncio.create_task(dying.claim("emoji", "denoising", "orphan", alone=True))
             await queued(registry, 1)
-            await run_script(redis, "resign", "dying")
+            await run_script(redis, "resign", {"owner": "dying"})
             assert (await slots.claim("emoji", "denoising", "last")).worker.worker_id == "w"
             orphan.cancel()
             await asyncio.gather(alone, orphan, return_exceptions=True)
@@ -395,7 +395,7 @@ def test_a_claim_that_arrives_after_it_was_given_up_is_given_back(url: str) -> N
         async with slots_of(redis, "a") as slots, slots_of(redis, "b") as others:
             held = await slots.claim("emoji", "denoising", "r")
             for owner in ("a", "b"):
-                await run_script(redis, "claim", f"late/{owner}/9", "emoji/denoising", owner, *LATE)
+                await run_script(redis, "claim", {"ticket": f"late/{owner}/9", "owner": owner, **LATE})
             await slots.give_back_unknown("emoji", "denoising")
             await slots.settle()
             assert (await registry.load("emoji", "denoising")).queued == 1

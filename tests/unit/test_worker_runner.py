@@ -62,9 +62,6 @@ class Network(Connections):
     def runner(self, *_: object) -> Network:  # type: ignore[override]
         return self
 
-    def telling(self, *_: object) -> Network:
-        return self
-
     def drop(self, address: str) -> None:
         self.dropped.append(address)
 

@@ -44,10 +44,7 @@ class AutoencoderKLQwenImageConfig:
 
 def spatial_factor(fields: ConfigFields) -> int:
     """Pixels a side that become one latent: the encoder halves once for each entry. Raises CheckpointError."""
-    steps = fields.values.get("temperal_downsample", [False, True, True])
-    if not isinstance(steps, list | tuple) or not steps:
-        raise fields.error("temperal_downsample", "must be a list of truth values")
-    return 1 << len(steps)
+    return 1 << len(fields.flags("temperal_downsample", (False, True, True)))
 
 
 def given_size(height: int, width: int) -> tuple[int, int]:

@@ -12,10 +12,11 @@ from configs.models.vaes.statistics import latent_statistics
 
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderKLWanConfig:
-    """AutoencoderKLWan's config.json, as far as latents depend on it.
+    """AutoencoderKLWan's config.json, as far as the shape and the scale of latents depend on it.
 
     A latent z is stored as (z - mean) / std, per channel. The first frame has a latent frame of its own, every further
-    latent frame stands for `temporal_factor` frames.
+    latent frame stands for `temporal_factor` frames. `spatial_factor` pixels a side make one latent: 8 in Wan 2.1's
+    VAE, 16 in that of Wan 2.2 TI2V-5B, which encodes patches of 2x2 pixels as channels (`patch_size`).
     """
 
     z_dim: int
@@ -26,15 +27,15 @@ class AutoencoderKLWanConfig:
 
     @classmethod
     def from_dict(cls, module: str, values: Mapping[str, Any]) -> Self:
-        """Read config.json of the module. Raises CheckpointError."""
+        """Read config.json of the module. Raises CheckpointError, also where entries contradict each other."""
         fields = ConfigFields(module, values)
-        fields.only("is_residual", False)
         z_dim = fields.integer("z_dim", 16)
         mean, std = latent_statistics(fields, z_dim, _WAN_21)
+        temporal_factor, spatial_factor = _factors(fields)
         return cls(
             z_dim=z_dim,
-            temporal_factor=fields.integer("scale_factor_temporal", 4),
-            spatial_factor=fields.integer("scale_factor_spatial", 8),
+            temporal_factor=temporal_factor,
+            spatial_factor=spatial_factor,
             latents_mean=mean,
             latents_std=std,
         )
@@ -55,3 +56,27 @@ _WAN_21: Mapping[str, tuple[float, ...]] = {
     ),
 }
 """The published VAE's constants, which its config.json may leave out."""
+
+
+def _factors(fields: ConfigFields) -> tuple[int, int]:
+    """Frames and pixels a side that make one latent, as both the entries and the layers say.
+
+    Diffusers computes the size of latents from scale_factor_*, but the layers follow from dim_mult, patch_size and
+    temperal_downsample: where these differ, a video would have another size than the one asked for.
+    """
+    fields.flag("is_residual", False)
+    patch_size = fields.integer("patch_size", 1)
+    for name in ("in_channels", "out_channels"):
+        if fields.integer(name, 3) != 3 * patch_size**2:
+            raise fields.error(name, f"must be {3 * patch_size**2}: 3 colours of each pixel in a patch of {patch_size}")
+    levels = len(fields.integers("dim_mult", (1, 2, 4, 4))) - 1
+    halved = fields.flags("temperal_downsample", (False, True, True))
+    if len(halved) != levels:
+        raise fields.error("temperal_downsample", f"must have {levels} entries, one fewer than dim_mult")
+    temporal = fields.integer("scale_factor_temporal", 4)
+    if temporal != 2 ** sum(halved):
+        raise fields.error("scale_factor_temporal", f"must be {2 ** sum(halved)}, as temperal_downsample says")
+    spatial = fields.integer("scale_factor_spatial", 8)
+    if spatial != patch_size * 2**levels:
+        raise fields.error("scale_factor_spatial", f"must be {patch_size * 2**levels}, as dim_mult and patch_size say")
+    return temporal, spatial

@@ -48,8 +48,9 @@ from models.images import open_image
 from models.registry import load_registry
 from models.validation import InputValidationStage
 from services.coordinator.callers import read_keys
-from services.coordinator.driver import Driver, Submission
+from services.coordinator.driver import Driver
 from services.coordinator.handlers import ServiceHandler
+from services.coordinator.request_life import Submission
 from services.coordinator.service import GenerationService, OfferedModel
 from services.coordinator.settings import CoordinatorSettings
 from services.coordinator.tokens import Claimed, TokenRules, TokenVerifier, VerificationKey, read_public_keys

@@ -1,0 +1,131 @@
+-- What a service has before it, as far as the pace of the latest requests tells; pace is nil before there is one.
+-- In ms: `queued` until all that is open is done, `own` for the caller's part of that, `more` for a request of that
+-- cost. `callers` have a part in it, this one included, and `capacity` requests are taken at a time.
+local function forecast(place, caller, cost)
+  local found = { capacity = 0, callers = 1, queued = 0, own = 0, more = 0 }
+  for _, worker in ipairs(live_workers(place)) do
+    found.capacity = found.capacity + worker.capacity
+  end
+  found.capacity = math.max(found.capacity, 1)
+  local ms, of = string.match(redis.call('GET', P .. 'pace:' .. place) or '', '^(%S+) (%S+)$')
+  if not tonumber(ms) or (tonumber(of) or 0) <= 0 then
+    return found
+  end
+  found.pace = tonumber(ms) / tonumber(of)
+  local scale = found.pace / found.capacity
+  local open = redis.call('HGETALL', P .. 'work:' .. place)
+  for i = 1, #open, 2 do
+    local work = tonumber(open[i + 1]) or 0
+    found.queued = found.queued + work * scale
+    if open[i] == caller then
+      found.own = work * scale
+    else
+      found.callers = found.callers + 1
+    end
+  end
+  local _, held = busy_slots(place)
+  for _, slot in ipairs(held) do
+    found.queued = found.queued - math.min(now - slot.since, slot.cost * found.pace) / found.capacity
+  end
+  found.more = cost * scale
+  return found
+end
+
+-- Whether a request has to be refused for the work that is open, or for its number before there is a pace to tell the
+-- work by: the refusal or nil, and the ms that the slowest service needs for the request alone. A caller who has no
+-- more than an equal part of the bound is not refused for what the others have.
+local function overload(model, caller, costs, open, max_work)
+  local most, more, unmeasured = 0, 0, false
+  for i = 1, #costs, 2 do
+    local service = forecast(model .. '/' .. costs[i], caller, tonumber(costs[i + 1]))
+    more = math.max(more, service.more)
+    unmeasured = unmeasured or not service.pace and open >= service.capacity
+    if service.queued > max_work and service.own > max_work / service.callers then
+      most = math.max(most, service.queued)
+    end
+  end
+  if max_work > 0 and most > 0 then
+    return { 'busy', int(most), int(most - max_work) }, int(more)
+  end
+  if max_work > 0 and unmeasured then
+    return { 'unmeasured', open, int(max_work) }, int(more)
+  end
+  return nil, int(more)
+end
+
+-- Drops ended requests whose records have expired from the index.
+local function prune_index()
+  for _, id in ipairs(redis.call('ZRANGEBYSCORE', P .. 'ended', '-inf', int(now), 'LIMIT', 0, 100)) do
+    redis.call('ZREM', P .. 'ended', id)
+    redis.call('ZREM', P .. 'requests', id)
+  end
+end
+
+-- Stores a request, unless its idempotency key or its id is known. Refusals return the ms after which to try again. A full
+-- store still answers what it has admitted before.
+takes.admit = {
+  'id', 'model', 'caller', 'owner',
+  'record', 'submission',  -- serialised
+  'idempotency_key',       -- or ''
+  'deadline',              -- ms since 1970, 0 for none
+  'max_open',              -- open requests of the model
+  'max_open_of_caller',
+  'max_queued',            -- claims that wait for one service
+  'max_work',              -- ms of open work of one service, 0 for no bound
+  'is_full',               -- 1 where the store is full, else 0
+  'costs*',                -- pairs of service and cost
+  'events*',               -- serialised
+}
+function ops.admit(a)
+  local id, model, caller, costs, key = a.id, a.model, a.caller, a.costs, a.idempotency_key
+  local deadline, max_work = tonumber(a.deadline), tonumber(a.max_work)
+  local known = key ~= '' and redis.call('GET', P .. 'idempotency:' .. key)
+  if known and redis.call('EXISTS', P .. 'request:' .. known) == 1 then
+    return { 'replayed', known, snapshot(known) }
+  end
+  if redis.call('EXISTS', P .. 'request:' .. id) == 1 then
+    return { 'admitted', int(now), snapshot(id), {} }
+  end
+  if deadline > 0 and deadline <= now then
+    return { 'late', int(now) }
+  end
+  if a.is_full == '1' then
+    return { 'memory' }
+  end
+  local open = redis.call('SCARD', P .. 'open:' .. model)
+  local busy, alone = overload(model, caller, costs, open, max_work)
+  if open >= tonumber(a.max_open) then
+    return { 'crowded', open, alone }
+  end
+  local theirs = redis.call('SCARD', P .. 'open-by:' .. caller)
+  if caller ~= '' and theirs >= tonumber(a.max_open_of_caller) then
+    return { 'quota', theirs, alone }
+  end
+  for i = 1, #costs, 2 do
+    local length = redis.call('ZCARD', P .. 'queue:' .. model .. '/' .. costs[i])
+    if length >= tonumber(a.max_queued) then
+      return { 'full', length, alone, costs[i] }
+    end
+  end
+  if busy then
+    return busy
+  end
+  redis.call('HSET', P .. 'request:' .. id, 'record', a.record, 'extra', '', 'state', '1', 'created', int(now),
+    'updated', int(now), 'model', model, 'owner', a.owner, 'epoch', '1', 'key', key, 'caller', caller,
+    'submission', a.submission)
+  for i = 1, #costs, 2 do
+    redis.call('HSET', P .. 'request:' .. id, 'left:' .. costs[i], costs[i + 1])
+    redis.call('HINCRBY', P .. 'work:' .. model .. '/' .. costs[i], caller, costs[i + 1])
+  end
+  redis.call('ZADD', P .. 'requests', int(next_number()), id)
+  redis.call('SADD', P .. 'open:' .. model, id)
+  if caller ~= '' then
+    redis.call('SADD', P .. 'open-by:' .. caller, id)
+  end
+  if key ~= '' then
+    redis.call('SET', P .. 'idempotency:' .. key, id)
+  end
+  local events = add_events(id, a.events)
+  prune_index()
+  return { 'admitted', int(now), snapshot(id), events }
+end

@@ -1,0 +1,80 @@
+-- States what a model is, for `lasts` ms. The first one to declare a model decides.
+takes.declare = {
+  'model', 'fingerprint', 'lasts',
+  'contracts*',  -- pairs of service and contract
+}
+function ops.declare(a)
+  local key, contracts = P .. 'model:' .. a.model, a.contracts
+  local known = redis.call('HGET', key, 'fingerprint')
+  if known and known ~= a.fingerprint then
+    return { 'fingerprint', known }
+  end
+  for i = 1, #contracts, 2 do
+    local contract = redis.call('HGET', key, 'contract:' .. contracts[i])
+    if contract and contract ~= contracts[i + 1] then
+      return { 'contract', contract }
+    end
+  end
+  redis.call('HSET', key, 'fingerprint', a.fingerprint)
+  for i = 1, #contracts, 2 do
+    redis.call('HSET', key, 'contract:' .. contracts[i], contracts[i + 1])
+  end
+  redis.call('PEXPIRE', key, a.lasts)
+  return { 'declared' }
+end
+
+-- The heartbeat of a worker. One that comes after its worker left is late, and changes nothing.
+takes.announce = {
+  'worker', 'model', 'service',
+  'capacity',  -- requests that it takes at a time
+  'info',      -- WorkerInfo, serialised
+  'lasts',     -- ms that the heartbeat is in effect
+}
+function ops.announce(a)
+  local worker, lasts = a.worker, a.lasts
+  if redis.call('EXISTS', P .. 'leaving:' .. worker) == 1 then
+    return
+  end
+  local place = a.model .. '/' .. a.service
+  if redis.call('EXISTS', P .. 'worker:' .. worker) == 1 then
+    redis.call('ZREM', P .. 'lost:' .. place, worker)
+  end
+  redis.call('HSET', P .. 'worker:' .. worker, 'model', a.model, 'service', a.service, 'capacity', a.capacity,
+    'info', a.info, 'lasts', lasts)
+  redis.call('HSETNX', P .. 'worker:' .. worker, 'granted', '0')
+  redis.call('PEXPIRE', P .. 'worker:' .. worker, lasts)
+  redis.call('ZADD', P .. 'workers:' .. place, int(now + tonumber(lasts)), worker)
+  redis.call('PEXPIRE', P .. 'workers:' .. place, int(tonumber(lasts) + CHURN_MS))
+  clear(worker)
+  dispatch(place)
+end
+
+-- A worker ends by itself: it gets no new request, and calls of it that are lost in the next `lasts` ms are no request's
+-- fault.
+takes.leaving = { 'worker', 'lasts' }
+function ops.leaving(a)
+  local worker = a.worker
+  redis.call('SET', P .. 'leaving:' .. worker, '1', 'PX', a.lasts)
+  local fields = redis.call('HMGET', P .. 'worker:' .. worker, 'model', 'service')
+  if fields[1] and fields[2] then
+    redis.call('ZREM', P .. 'workers:' .. fields[1] .. '/' .. fields[2], worker)
+    redis.call('ZREM', P .. 'lost:' .. fields[1] .. '/' .. fields[2], worker)
+  end
+  redis.call('DEL', P .. 'worker:' .. worker)
+  clear(worker)
+end
+
+-- The infos of the live workers, the number of slots taken, and the length of the queue; `place` is model/service.
+takes.status = { 'place' }
+function ops.status(a)
+  local place = a.place
+  local infos = {}
+  for i, worker in ipairs(live_workers(place)) do
+    infos[i] = worker.info
+  end
+  local taken = 0
+  for _, count in pairs(busy_slots(place)) do
+    taken = taken + count
+  end
+  return { infos, taken, redis.call('ZCARD', P .. 'queue:' .. place) }
+end

@@ -1,0 +1,269 @@
+"""The life of a request in one coordinator: it is acquired, its stages run, it has an outcome, its end is stored."""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import logging
+import secrets
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple, TypeAlias
+
+from common.errors import DeadlineExceeded, FleetError, InternalError, Unavailable
+from common.pipeline import ServiceSpec, result_of, run_pipeline
+from common.rpc.framing import Packet
+from common.stage import Call
+from common.state.leases import Leases
+from common.state.presence import TTL_SECONDS
+from common.state.records import ResultFile, State
+from common.state.requests import Limits, RequestStore
+from common.state.slots import Rank
+from common.telemetry import REQUESTS, STEPS_SAVED, request_scope
+from fleet.v1 import generation_pb2
+from services.coordinator.dispatch import WorkerRunner, Workers
+from services.coordinator.events import EventLog, EventWriter
+from services.coordinator.outcome import Outcome, failure, success
+from services.coordinator.persistence import persist
+from services.coordinator.reporting import Reporting, RequestProgress
+from services.coordinator.resume import Recovery
+
+_LATER_SECONDS = 1.0  # how much later the workers' deadline is, so that it is the coordinator who says it passed
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A validated request. `raw` results are kept in memory for the caller who waits, and never stored.
+
+    `costs` say how much it asks of each service; see services.coordinator.costs.
+    """
+
+    record: generation_pb2.RequestRecord
+    services: Sequence[ServiceSpec]
+    values: Mapping[str, Packet]
+    limits: Limits
+    idempotency_key: str = ""
+    raw: bool = False
+    stored: bytes = field(default=b"", repr=False)
+    """What another coordinator needs to run it."""
+    costs: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ExecutionContext:
+    """The store, leases and workers of a coordinator, with its settings for running requests."""
+
+    store: RequestStore
+    leases: Leases
+    workers: Workers
+    max_raw_result_bytes: int
+    worker_ttl_seconds: float = TTL_SECONDS
+    step_seconds: float = 0.0
+
+
+class Phase(enum.Enum):
+    """The state of a request in this coordinator."""
+
+    ADMITTING = enum.auto()
+    """The store has been asked to admit it."""
+    SETTLING = enum.auto()
+    """The answer to its admission was lost. The store is asked whether it holds the request."""
+    INHERITED = enum.auto()
+    """It was taken over. An execution of it under an earlier epoch, if there is one here, ends first."""
+    RUNNING = enum.auto()
+    """Its stages run, or its end is being stored."""
+    CLOSED = enum.auto()
+    """It has ended, or another coordinator goes on with it, or it was not admitted."""
+
+
+class Acquired(NamedTuple):
+    """A request that this coordinator owns. `seconds_left` until its deadline; None without a deadline."""
+
+    submission: Submission
+    seconds_left: float | None
+
+
+Acquire: TypeAlias = Callable[["Execution"], Awaitable[Acquired | None]]
+"""Makes a coordinator the owner of a request: admission, settling or take-over. None where the request does not run."""
+
+
+class Execution:
+    """A request in this coordinator under one epoch. `files` are the result, once the request has ended here.
+
+    Its life begins with the creation of the object; `on_closed` is called at the end of it. See _live().
+    """
+
+    def __init__(
+        self,
+        context: ExecutionContext,
+        record: generation_pb2.RequestRecord,
+        phase: Phase,
+        acquire: Acquire,
+        on_closed: Callable[[Execution], None],
+        *,
+        epoch: int = 1,
+    ) -> None:
+        self.request_id = record.request_id
+        self.epoch = epoch
+        self.phase = phase
+        self.log = EventLog()
+        self.files: Sequence[ResultFile] | None = None
+        self._context = context
+        self._cancel_requested = False
+        self._stopped = False
+        self._stages: asyncio.Task[dict[str, Any]] | None = None
+        self.task = asyncio.create_task(self._live(acquire, on_closed))
+
+    def cancel(self) -> None:
+        """End as CANCELLED; where it does not run yet, as soon as it does."""
+        self._cancel_requested = True
+        self._interrupt()
+
+    def stop(self) -> None:
+        """End since the coordinator shuts down: another one goes on with the request where that is possible."""
+        self._stopped = True
+        self._interrupt()
+
+    def _interrupt(self) -> None:
+        if self._stages is not None:
+            self._stages.cancel()
+
+    async def _live(self, acquire: Acquire, on_closed: Callable[[Execution], None]) -> None:
+        """Acquire the request, run its stages, find the outcome, store the end, close."""
+        try:
+            acquired = await acquire(self)
+            if acquired is not None:
+                self.phase = Phase.RUNNING
+                with request_scope(self.request_id):
+                    await self._run(acquired)
+        finally:
+            self.phase = Phase.CLOSED
+            self.log.close()
+            on_closed(self)
+
+    async def _run(self, acquired: Acquired) -> None:
+        """From the first stage to the stored end. A request that is left for another coordinator gets no end here."""
+        context, record = self._context, acquired.submission.record
+        events = EventWriter(
+            context.store, self.request_id, self.log, self.cancel, epoch=self.epoch, step_seconds=context.step_seconds
+        )
+        recovery = Recovery(context.leases, self.request_id, epoch=self.epoch, ttl_seconds=context.worker_ttl_seconds)
+        progress = RequestProgress(record, events)
+        try:
+            stages = self._start_stages(acquired, events, progress, recovery)
+            done, _ = await asyncio.wait({stages}, timeout=acquired.seconds_left)
+            if not done:
+                stages.cancel()
+                await asyncio.wait({stages})
+            await events.close()
+            if self._is_left_behind(acquired.submission, stages, late=not done):
+                _log.warning("request %s is left for another coordinator", self.request_id)
+                return
+            outcome = self._outcome(acquired, stages, progress, late=not done)
+            await self._store_end(acquired.submission, outcome, events)
+        finally:
+            await recovery.point.close()
+
+    def _start_stages(
+        self, acquired: Acquired, events: EventWriter, progress: RequestProgress, recovery: Recovery
+    ) -> asyncio.Task[dict[str, Any]]:
+        submission, seconds_left = acquired
+        workers, record = self._context.workers, submission.record
+        deadline = None if seconds_left is None else time.monotonic() + seconds_left + _LATER_SECONDS
+        call = Call(self.request_id, on_warning=events.warning, deadline=deadline)
+        runners = [
+            Reporting(
+                WorkerRunner(
+                    workers,
+                    record.model,
+                    spec,
+                    stage,
+                    rank_of(submission, spec.service),
+                    recovery,
+                    partial(progress.begin, spec),
+                ),
+                spec,
+                progress,
+            )
+            for stage, spec in enumerate(submission.services)
+        ]
+
+        async def run_stages() -> dict[str, Any]:
+            workers.memory.hold(submission.values.values())
+            return await run_pipeline(runners, submission.values, call, wanted=(result_of(submission.services),))
+
+        self._stages = asyncio.create_task(run_stages())
+        if self._cancel_requested or self._stopped:
+            self._stages.cancel()
+        return self._stages
+
+    def _is_left_behind(self, submission: Submission, stages: asyncio.Task[dict[str, Any]], *, late: bool) -> bool:
+        """Whether it was this coordinator's own end that stopped a request which another one can run."""
+        kept = self._cancel_requested or late or submission.raw or not submission.stored
+        return self._stopped and stages.cancelled() and not kept
+
+    def _outcome(
+        self, acquired: Acquired, stages: asyncio.Task[dict[str, Any]], progress: RequestProgress, *, late: bool
+    ) -> Outcome:
+        """How the request ended, by the end of its stages."""
+        error = None if stages.cancelled() else stages.exception()
+        if not stages.cancelled() and error is None:
+            max_bytes = self._context.max_raw_result_bytes if acquired.submission.raw else None
+            ((slot, media),) = stages.result().items()
+            return success(slot, media, max_bytes=max_bytes)
+        if late or (isinstance(error, DeadlineExceeded) and acquired.seconds_left is not None):
+            return Outcome(State.REQUEST_STATE_EXPIRED, steps_saved=progress.steps_left)
+        if self._cancel_requested:
+            return Outcome(State.REQUEST_STATE_CANCELLED, steps_saved=progress.steps_left)
+        if error is None:
+            return failure(Unavailable("the coordinator that ran it was shut down; submit it again"))
+        if isinstance(error, FleetError):
+            return failure(error)
+        _log.error("request failed by a defect", exc_info=error)
+        return failure(InternalError(f"{type(error).__name__}: {error}"))
+
+    async def _store_end(self, submission: Submission, outcome: Outcome, events: EventWriter) -> None:
+        """Write the end down, however long the store is unavailable."""
+        store, model = self._context.store, submission.record.model
+        token = secrets.token_hex(8)  # the same for each attempt: one whose answer is lost may have ended the request
+
+        async def finish() -> list[generation_pb2.Event] | None:
+            return await store.finish(
+                self.request_id,
+                outcome.state,
+                error=outcome.error,
+                files=outcome.files,
+                stored=not submission.raw,
+                events=await events.rest(),
+                steps_saved=outcome.steps_saved,
+                epoch=self.epoch,
+                token=token,
+            )
+
+        try:
+            last = await persist(f"request {self.request_id} has ended", finish)
+        except InternalError as error:
+            _log.exception("the end of the request could not be stored")
+            failed = failure(error)
+            last = await store.finish(self.request_id, failed.state, error=failed.error, epoch=self.epoch)
+        self.files = None if last is None else outcome.files
+        self.log.extend(last or ())
+        if last is None:
+            _log.info("request %s ends elsewhere", self.request_id)
+            return
+        name = State.Name(outcome.state).removeprefix("REQUEST_STATE_")
+        REQUESTS.labels(model, name).inc()
+        STEPS_SAVED.labels(model).inc(outcome.steps_saved)
+        why = f": {outcome.error.message}" if outcome.error else ""
+        _log.info("request %s of %s is %s%s", self.request_id, model, name, why)
+
+
+def rank_of(submission: Submission, service: str) -> Rank:
+    """A request's place in the queue of a service."""
+    record = submission.record
+    due = record.deadline.ToMilliseconds() if record.HasField("deadline") else 0
+    return Rank(record.priority, due, record.caller, submission.costs.get(service, 1))

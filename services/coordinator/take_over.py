@@ -1,0 +1,78 @@
+"""Requests that a coordinator comes to run without an answer to their admission: settled ones and inherited ones."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TypeAlias
+
+from google.protobuf.message import DecodeError
+
+from common.errors import FleetError, InternalError, NotFound, Unavailable
+from common.state.leases import Inherited
+from common.state.requests import RequestStore
+from fleet.v1 import generation_pb2
+from services.coordinator.outcome import failure
+from services.coordinator.persistence import persist
+from services.coordinator.request_life import Acquired, Execution, Phase, Submission
+
+Restore: TypeAlias = Callable[[generation_pb2.RequestRecord, bytes], Submission]
+"""Makes the submission of a stored request. Raises FleetError where it cannot be run here."""
+
+
+async def settle(execution: Execution, submission: Submission, store: RequestStore) -> Acquired | None:
+    """Find out whether a request was stored although the answer was lost; None where it was not stored.
+
+    A request with an idempotency key runs: its caller will ask for it again. Another request is cancelled.
+    """
+    execution.phase = Phase.SETTLING
+    request_id = execution.request_id
+    try:
+        stored = await persist(f"request {request_id} may be stored", partial(store.get, request_id))
+    except NotFound:
+        return None
+    if not submission.idempotency_key:
+        execution.cancel()
+    left = stored.deadline.ToNanoseconds() - stored.created_at.ToNanoseconds()
+    return Acquired(submission, left / 1e9 if stored.HasField("deadline") else None)
+
+
+async def inherit(
+    execution: Execution,
+    inherited: Inherited,
+    formers: Sequence[Execution],
+    restore: Restore,
+    store: RequestStore,
+) -> Acquired | None:
+    """Go on with a request that was taken over, once its `formers` have ended here: executions under earlier epochs.
+
+    None for a request that cannot be run here, which ends as FAILED.
+    """
+    try:
+        await _end(formers)
+        submission = _restored(inherited, restore)
+        if submission.raw:
+            raise Unavailable("the coordinator that streamed it is gone; submit it again")
+    except FleetError as error:
+        failed = failure(error)
+        request_id, epoch = execution.request_id, execution.epoch
+        finish = partial(store.finish, request_id, failed.state, error=failed.error, epoch=epoch)
+        await persist(f"request {request_id} cannot be taken over", finish)
+        return None
+    return Acquired(submission, inherited.seconds_left)
+
+
+def _restored(inherited: Inherited, restore: Restore) -> Submission:
+    try:
+        return restore(inherited.record, inherited.submission)
+    except DecodeError as error:
+        raise InternalError(f"its stored submission cannot be read: {error}") from error
+
+
+async def _end(formers: Sequence[Execution]) -> None:
+    """Stop what this coordinator still does under earlier epochs, none of which counts any more."""
+    for former in formers:
+        former.cancel()
+    if formers:
+        await asyncio.wait({former.task for former in formers})

@@ -1,0 +1,236 @@
+"""A family none of whose slots, roles and services has a standard name runs through the real coordinator and workers.
+
+It shows that services rely on the facts that stages declare: costs, progress, resuming, cancelling and download.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import sys
+import threading
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+
+from common.artifacts import ParamValue
+from common.stage import Call
+from coordinator_fleet import FakeFleet, Stub, running_fleet, terminal
+from fleet.v1 import generation_pb2 as pb
+from local_fleet import LocalFleet
+from models import contracts
+from models.catalog import ServedModel, open_model
+from models.registry import load_registry
+from models.validation import InputValidationStage
+from redis_servers import running_server
+from services.coordinator.costs import costs_of
+from services.worker import Worker, start_worker
+from services.worker_settings import WorkerSettings
+from toy_checkpoint import build_toy_checkpoint, copy_renamed_family, toy_family
+
+STEPS = 5
+STOPPED_AT = 2
+PAINTING = "toy_painting"
+GIVEN: dict[str, ParamValue] = {"prompt": "red", "seed": 3, "num_inference_steps": STEPS}
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    with running_server("valkey") as server:
+        yield server.url
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedModel]:
+    with toy_family(tmp_path_factory.mktemp("renamed") / "plugins", copy_renamed_family) as plugins:
+        path = build_toy_checkpoint(tmp_path_factory.mktemp("model") / "toy", pipeline="RenamedToyPipeline")
+        yield open_model(f"renamed={path}", load_registry([plugins]))
+
+
+@dataclass
+class Loop:
+    """The family's denoising loop under the eyes of a test, which stops it after a step if `stops` is set."""
+
+    stops: threading.Event = field(default_factory=threading.Event)
+    cancelled: threading.Event = field(default_factory=threading.Event)
+    starts: list[int] = field(default_factory=list)
+
+    def watch(self, run: Callable[..., Any]) -> Callable[..., Any]:
+        """The loop's run(), watched."""
+
+        def watched(stage: object, x: contracts.DenoisingInput, call: Call) -> Any:
+            self.starts.append(0 if x.resume_from is None else x.resume_from.step)
+
+            def on_progress(step: int, total_steps: int) -> None:
+                call.on_progress(step, total_steps)
+                if step == STOPPED_AT and self.stops.is_set():
+                    assert call.cancelled.wait(30)
+                    self.cancelled.set()
+                    call.check_cancelled()
+
+            return run(stage, x, replace(call, on_progress=on_progress))
+
+        return watched
+
+
+@dataclass
+class Running:
+    """A coordinator with a stub, and a worker for each service, which keep checkpoints after every step."""
+
+    fleet: FakeFleet
+    stub: Stub
+    workers: dict[str, Worker]
+    loop: Loop
+    add_worker: Callable[[str], Awaitable[None]]
+
+    async def submit(self) -> str:
+        """Submit the request; returns its id."""
+        parameters = pb.GenerationParameters(prompt="red", seed=3, num_inference_steps=STEPS)
+        return (await self.stub.Submit(pb.SubmitRequest(parameters=parameters))).request.request_id
+
+    async def stopped(self, name: str) -> None:
+        """Wait until the loop stops after step STOPPED_AT, with its checkpoints on their way here."""
+        async for reply in self.stub.Watch(pb.WatchRequest(request_id=name)):
+            progress = reply.event.progress
+            if (progress.service, progress.step) == (PAINTING, STOPPED_AT):
+                return
+
+
+def run(
+    url: str, model: ServedModel, monkeypatch: pytest.MonkeyPatch, test: Callable[[Running], Awaitable[None]]
+) -> None:
+    """Run a test against real workers and a real coordinator of the family."""
+
+    async def main() -> None:
+        async with asyncio.timeout(60), running_fleet(url, model) as fleet, AsyncExitStack() as stack:
+            workers: dict[str, Worker] = {}
+
+            async def add_worker(service: str) -> None:
+                settings = WorkerSettings(
+                    model=model.name,
+                    redis=url,
+                    listen=f"unix:{fleet.directory}/{secrets.token_hex(4)}.sock",
+                    device="cpu",
+                    threads=1,
+                    checkpoint_every=1,
+                    step_seconds=0,
+                )
+                workers[service] = await start_worker(service, model, settings)
+
+            async def stop_workers() -> None:
+                for worker in workers.values():
+                    await worker.stop(0)
+
+            stack.push_async_callback(stop_workers)
+            for spec in model.pipeline.services:
+                await add_worker(spec.service)
+            loop = Loop()
+            toy_stage = vars(sys.modules["toy_stages"])["ToyDenoisingStage"]
+            monkeypatch.setattr(toy_stage, "run", loop.watch(toy_stage.run))
+            _, stub = await fleet.add_coordinator(step_seconds=0)
+            await test(Running(fleet, stub, workers, loop, add_worker))
+
+    asyncio.run(main())
+
+
+async def result_of(stub: Stub, name: str) -> bytes:
+    """The request's one file."""
+    download = stub.DownloadResult(pb.DownloadResultRequest(request_id=name))
+    return b"".join([reply.data async for reply in download])
+
+
+@pytest.fixture(scope="module")
+def picture(model: ServedModel) -> bytes:
+    """The same file from stages in this process."""
+    alone = LocalFleet(model)
+    (item,) = alone.media(**GIVEN).items
+    alone.close()
+    return item.data.numpy().tobytes()
+
+
+def test_no_slot_has_a_standard_name(model: ServedModel) -> None:
+    standard = {
+        slot
+        for contract in (
+            contracts.IMAGE_TEXT_ENCODING,
+            contracts.IMAGE_ENCODING,
+            contracts.IMAGE_VAE_ENCODING,
+            contracts.LATENT_PREPARATION,
+            contracts.TIMESTEP_PREPARATION,
+            contracts.DENOISING,
+            contracts.DECODING,
+        )
+        for slot in (*contract.inputs, *contract.outputs)
+    }
+    stages = [stage for service in model.pipeline.services for stage in service.stages]
+    slots = {slot for stage in stages for slot in (*stage.contract.inputs, *stage.contract.outputs)}
+    assert {"sampling", "resume_from", "media"} <= standard
+    assert len(slots) == 9
+    assert not standard & slots
+    assert not {role for stage in stages for role in stage.modules} & {"transformer", "scheduler", "vae"}
+
+
+def test_costs_follow_what_stages_declare(model: ServedModel) -> None:
+    params = InputValidationStage(model).run({**GIVEN, "height": 64, "width": 40, "num_outputs_per_prompt": 2}).params
+    pixels = 64 * 40 * 2
+    assert costs_of(model.pipeline.services, params) == {
+        "toy_reading": 1,
+        "toy_mixing": pixels,
+        "toy_painting": pixels * STEPS,
+        "toy_framing": pixels,
+    }
+
+
+def test_progress_and_download(url: str, model: ServedModel, picture: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test(running: Running) -> None:
+        name = await running.submit()
+        events = await terminal(running.stub, name)
+        assert events[-1].state_change.state == pb.REQUEST_STATE_SUCCEEDED
+        progress: dict[str, list[tuple[int, int]]] = {}
+        for event in events:
+            if event.HasField("progress"):
+                told = event.progress
+                progress.setdefault(told.service, []).append((told.step, told.total_steps))
+        painting = progress.pop(PAINTING)
+        assert painting == sorted(painting)
+        assert (painting[0], painting[-1]) == ((0, STEPS), (STEPS, STEPS))
+        assert progress == {name: [(0, 1), (1, 1)] for name in ("toy_reading", "toy_mixing", "toy_framing")}
+        assert await result_of(running.stub, name) == picture
+
+    run(url, model, monkeypatch, test)
+
+
+def test_a_cancelled_request_stops_within_a_step(url: str, model: ServedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test(running: Running) -> None:
+        running.loop.stops.set()
+        name = await running.submit()
+        await running.stopped(name)
+        await running.stub.CancelRequest(pb.CancelRequestRequest(request_id=name))
+        assert (await terminal(running.stub, name))[-1].state_change.state == pb.REQUEST_STATE_CANCELLED
+        assert await asyncio.to_thread(running.loop.cancelled.wait, 30)
+        record = (await running.stub.GetRequest(pb.GetRequestRequest(request_id=name))).request
+        assert record.steps_saved == STEPS - STOPPED_AT
+
+    run(url, model, monkeypatch, test)
+
+
+def test_another_worker_resumes_at_a_checkpoint(
+    url: str, model: ServedModel, picture: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def test(running: Running) -> None:
+        running.loop.stops.set()
+        name = await running.submit()
+        await running.stopped(name)
+        running.loop.stops.clear()
+        await running.workers.pop(PAINTING).stop(0)
+        await running.add_worker(PAINTING)
+        assert (await terminal(running.stub, name))[-1].state_change.state == pb.REQUEST_STATE_SUCCEEDED
+        first, second = running.loop.starts
+        assert first == 0
+        assert second in range(1, STOPPED_AT + 1)
+        assert await result_of(running.stub, name) == picture
+
+    run(url, model, monkeypatch, test)

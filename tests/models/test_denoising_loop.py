@@ -1,0 +1,162 @@
+"""The denoising loop with two parts, two experts, four branches, hooks and noise, on a model of a few numbers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from common.artifacts import DenoiseState, Latents
+from common.errors import InvalidInput, ResourceExhausted
+from common.stage import Call
+from fake_graphs import FakeCapture
+from loop_family import SHAPES, STEPS, loop_input, loop_stage
+from models.contracts import DenoisingInput
+from models.runtime import Runtime
+from models.stages.denoising import DenoisingStage
+from models.stages.step_memory import StepMemoryPool
+
+
+def run(stage: DenoisingStage, x: DenoisingInput, call: Call | None = None) -> dict[str, Tensor]:
+    return tensors(stage.run(x, call or Call("test")).denoised_latents)
+
+
+def tensors(latents: Latents) -> dict[str, Tensor]:
+    return {part: each.latents for part, each in latents.parts.items()}
+
+
+def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[part], other[part]) for part in one)
+
+
+def checkpoints_of(x: DenoisingInput) -> tuple[dict[str, Tensor], list[DenoiseState]]:
+    """The result of a whole loop, and its checkpoints after each step."""
+    states: list[DenoiseState] = []
+    stage, _ = loop_stage(Runtime(checkpoint_every=1))
+    return run(stage, x, Call("test", on_checkpoint=states.append)), states
+
+
+def with_graphs(*, remembers: bool = False, max_bytes: int = 1 << 20) -> tuple[DenoisingStage, FakeCapture]:
+    """A stage whose steps are replayed from fake graphs."""
+    stage, _ = loop_stage(remembers=remembers)
+    capture = FakeCapture()
+    stage._memory = StepMemoryPool(max_bytes, capture)
+    return stage, capture
+
+
+def test_hooks_and_branches_of_each_step() -> None:
+    stage, config = loop_stage()
+    run(stage, loop_input())
+    expected: list[str] = []
+    for step in range(STEPS):
+        guided = [f"guide {step} positive negative perturbed isolated"] if step % 2 == 0 else []
+        expected += [f"before {step}", *guided, f"after {step}"]
+    assert config.calls == [*expected, "after loop"]
+
+
+def test_every_part_and_every_expert_is_used() -> None:
+    stage, _ = loop_stage()
+    result = run(stage, loop_input())
+    assert {part: tuple(each.shape) for part, each in result.items()} == dict(SHAPES)
+    calls = {role: each.eager_calls for role, each in stage._transformers.items()}
+    # Noise levels 1, 0.8 and 0.6 are above a half: 4 + 1 + 4 predictions; 0.4 and 0.2 are below: 1 + 4.
+    assert calls == {"transformer": 9, "transformer_2": 5}
+
+
+def test_a_stochastic_loop_resumes_to_the_same_bytes_at_every_step() -> None:
+    x = loop_input()
+    whole, states = checkpoints_of(x)
+    assert [state.step for state in states] == list(range(1, STEPS))
+    for state in states:
+        assert state.generator is not None
+        assert set(state.solver) == {"video.last", "audio.last"}
+        stage, _ = loop_stage()
+        assert equal(run(stage, replace(x, resume_from=state)), whole), f"after step {state.step}"
+
+
+def test_checkpoints_are_the_loops_own_latents() -> None:
+    """after_loop() changes the result, not the checkpoint after the last step but one."""
+    x = loop_input()
+    _, states = checkpoints_of(x)
+    stage, config = loop_stage()
+    run(stage, replace(x, resume_from=states[-1]))
+    assert config.calls[0] == f"before {STEPS - 1}"
+    assert config.calls[-1] == "after loop"
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"generator": None}, "resume_from.generator"),
+        ({"solver": {"depth.last": torch.zeros(1)}}, "resume_from.solver"),
+        ({"latents": Latents(parts={})}, "resume_from.latents"),
+        ({"step": STEPS + 1}, "resume_from.step"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_checkpoint_of_another_loop_is_refused(change: dict[str, object], field: str) -> None:
+    x = loop_input()
+    _, states = checkpoints_of(x)
+    stage, _ = loop_stage()
+    with pytest.raises(InvalidInput) as refused:
+        run(stage, replace(x, resume_from=replace(states[0], **change)))  # type: ignore[arg-type]
+    assert refused.value.field == field
+
+
+def test_graphs_give_the_same_bytes_as_eager_steps() -> None:
+    """Experts and branches have equal shapes: a graph of another one would give other bytes."""
+    stage, capture = with_graphs()
+    for seed in range(3):
+        x = loop_input(seed)
+        eager, _ = loop_stage()
+        assert equal(run(stage, x), run(eager, x)), f"request {seed}"
+    # Two experts with four branches, of which "negative" and "isolated" differ in nothing and yet are leased together.
+    assert len(capture.graphs) == 8
+    assert capture.replays > 3 * len(capture.graphs)
+
+
+def test_memory_is_reset_for_every_request() -> None:
+    """Steps add to a tensor in place, which graphs find at its address; the next request starts at zeros."""
+    eager, _ = loop_stage(remembers=True)
+    stage, capture = with_graphs(remembers=True)
+    x = loop_input()
+    first = run(stage, x)
+    assert equal(first, run(eager, x))
+    for _ in range(2):
+        assert equal(run(stage, x), first)
+    assert len(capture.graphs) == 8
+
+
+def test_idle_memory_is_freed_for_other_shapes() -> None:
+    """The bound is in bytes: memory for requests of one output takes the place of idle memory for two."""
+    measured, _ = with_graphs()
+    run(measured, loop_input())
+    stage, capture = with_graphs(max_bytes=measured._memory._bytes)
+    graphs: list[int] = []
+    for x in (loop_input(), loop_input(1), shorter(loop_input()), loop_input()):
+        run(stage, x)
+        graphs.append(len(capture.graphs))
+        assert stage._memory._bytes <= measured._memory._bytes
+    # Of the second expert, one branch takes two steps of the first request, and the others one.
+    assert graphs[:3] == [5, 8, 13]
+    assert graphs[3] > 13, "what was freed is captured again"
+
+
+def shorter(x: DenoisingInput) -> DenoisingInput:
+    """The same request with one output."""
+    parts = {part: replace(each, latents=each.latents[:1]) for part, each in x.initial_latents.parts.items()}
+    sampling = replace(x.sampling, num_outputs_per_prompt=1)
+    return replace(x, initial_latents=Latents(parts=parts), sampling=sampling)
+
+
+def test_steps_that_do_not_fit_are_refused_before_the_loop_starts() -> None:
+    stage, capture = with_graphs(max_bytes=100)
+    steps: list[int] = []
+    with pytest.raises(ResourceExhausted, match=r"step memory, but \d+ of 100 are free") as refused:
+        run(stage, loop_input(), Call("test", on_progress=lambda step, _: steps.append(step)))
+    assert refused.value.field == ""
+    assert not steps
+    assert not capture.graphs
+    assert not stage._memory._bytes or stage._memory._idle, "what was leased before is given back"

@@ -1,0 +1,197 @@
+"""The VAE of Wan 2.2 TI2V-5B against Diffusers' module: residual up blocks, patches of pixels, bounded memory."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKLWan, WanImageToVideoPipeline, WanPipeline
+from torch import Tensor
+
+from common.errors import CheckpointError
+from configs.models.vaes.wan import AutoencoderKLWanConfig
+from local_fleet import relative_error
+from models.vaes.wan import RESIDUAL_DECODING_BYTES, WanVAE
+from tensor_memory import PeakBytes
+from tiny_flux import randomise
+from tiny_wan import build_tiny_wan_ti2v, residual_vae
+
+SAME = 1e-5
+LITTLE = 6_000_000
+SIDE = 16
+
+PUBLISHED: dict[str, Any] = {
+    "base_dim": 160,
+    "decoder_base_dim": 256,
+    "z_dim": 48,
+    "is_residual": True,
+    "in_channels": 12,
+    "out_channels": 12,
+    "patch_size": 2,
+    "scale_factor_spatial": 16,
+    "latents_mean": [0.0] * 48,
+    "latents_std": [1.0] * 48,
+}
+
+
+@pytest.fixture(scope="module")
+def reference() -> AutoencoderKLWan:
+    """Diffusers' module, which no WanVAE shares."""
+    torch.manual_seed(0)
+    model = residual_vae().eval().requires_grad_(False)
+    randomise(model)
+    assert all(bool(parameter.all()) for parameter in model.parameters())
+    return model
+
+
+@pytest.fixture(scope="module")
+def vae(reference: AutoencoderKLWan) -> AutoencoderKLWan:
+    """A copy with equal weights, for ours."""
+    return copy.deepcopy(reference)
+
+
+def noise(*shape: int, seed: int = 1) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def decode(vae: AutoencoderKLWan, latents: Tensor, decoding_bytes: int | None = None) -> Tensor:
+    """Frames of ours: (3, frames, H, W)."""
+    with torch.inference_mode():
+        return torch.stack(list(WanVAE(vae, decoding_bytes).decode(latents)), dim=1)
+
+
+def reference_frames(reference: AutoencoderKLWan, latents: Tensor) -> Tensor:
+    """Frames of Diffusers: (3, frames, H, W), and no flat or clamped picture, which would prove nothing."""
+    with torch.inference_mode():
+        video: Tensor = reference.decode(latents, return_dict=False)[0][0]
+    assert 0.1 < float(video.std()) < 0.9
+    assert 0 < float((video.abs() == 1).double().mean()) < 0.5, "both kinds of pixels: clamped and not"
+    return video
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 6), (2, 6, 4), (3, 2, 5), (5, 3, 3)])
+def test_decoded_frames_are_those_of_diffusers(
+    reference: AutoencoderKLWan, vae: AutoencoderKLWan, shape: tuple[int, int, int]
+) -> None:
+    latents = noise(1, 48, *shape)
+    theirs, ours = reference_frames(reference, latents), decode(vae, latents)
+    frames, height, width = shape
+    assert ours.shape == theirs.shape == (3, 4 * frames - 3, SIDE * height, SIDE * width)
+    assert relative_error(ours, theirs) <= SAME
+    assert float((ours - theirs).abs().max()) <= SAME
+
+
+@pytest.mark.parametrize("shape", [(1, 64, 96), (5, 96, 64), (9, 32, 80)])
+def test_encoded_videos_are_those_of_diffusers(
+    reference: AutoencoderKLWan, vae: AutoencoderKLWan, shape: tuple[int, int, int]
+) -> None:
+    video = noise(1, 3, *shape, seed=4).clamp(-1, 1)
+    frames, height, width = shape
+    with torch.inference_mode():
+        theirs = reference.encode(video, return_dict=False)[0].mode()
+        ours = WanVAE(vae).encode(video)
+    assert ours.shape == theirs.shape == (1, 48, (frames + 3) // 4, height // SIDE, width // SIDE)
+    assert relative_error(ours, theirs) <= SAME
+    assert float(theirs.std()) > 0.1, "equal latents everywhere would prove nothing"
+
+
+@pytest.mark.parametrize("shape", [(3, 2, 60), (2, 60, 2)])
+def test_strips_join_without_a_seam(
+    reference: AutoencoderKLWan, vae: AutoencoderKLWan, shape: tuple[int, int, int]
+) -> None:
+    latents = noise(1, 48, *shape, seed=2)
+    assert len(WanVAE(vae, LITTLE)._strips(latents)) > 2
+    assert len(WanVAE(vae)._strips(latents)) == 1
+    theirs, ours = reference_frames(reference, latents), decode(vae, latents, LITTLE)
+    assert float((ours - theirs).abs().max()) <= SAME
+
+
+def test_a_frame_comes_before_the_next_latents_are_read(vae: AutoencoderKLWan) -> None:
+    """Frames do not depend on later latents, and the first frame needs the first latents only."""
+    latents = noise(1, 48, 3, 3, 3, seed=3)
+    changed = latents.clone()
+    changed[:, :, 2] += 1
+    before, after = decode(vae, latents), decode(vae, changed)
+    assert torch.equal(before[:, :5], after[:, :5])
+    assert not torch.equal(before[:, 5:], after[:, 5:])
+    frames = WanVAE(vae).decode(latents)
+    seen: list[int] = []
+    handle = vae.post_quant_conv.register_forward_hook(lambda *_: seen.append(1))
+    with torch.inference_mode():
+        next(frames)
+    handle.remove()
+    assert len(seen) == 1
+
+
+def published_peak(shape: tuple[int, int, int], dtype: torch.dtype, decoding_bytes: int | None = None) -> int:
+    """Bytes that decoding takes beside weights and latents at the published width, counted on the meta device."""
+    with torch.device("meta"):
+        published = WanVAE(AutoencoderKLWan(**PUBLISHED).to(dtype), decoding_bytes)
+        latents = torch.empty(1, 48, *shape, dtype=dtype)
+    with torch.inference_mode(), PeakBytes() as memory:
+        frames = [frame.shape for frame in published.decode(latents)]
+    assert frames == [(3, SIDE * shape[1], SIDE * shape[2])] * (4 * shape[0] - 3)
+    return int(memory.peak - latents.nbytes)
+
+
+def test_704x1280_decodes_in_five_gigabytes_whatever_the_length() -> None:
+    short, long = (published_peak((frames, 44, 80), torch.bfloat16) for frames in (3, 6))
+    assert short == long <= 5_000_000_000
+
+
+def test_704x1280_decodes_within_the_bound_in_float32() -> None:
+    assert published_peak((3, 44, 80), torch.float32) <= RESIDUAL_DECODING_BYTES
+
+
+def test_strips_decode_within_a_smaller_bound() -> None:
+    assert published_peak((6, 44, 80), torch.bfloat16, 4_000_000_000) <= 4_000_000_000
+
+
+def test_the_published_config_is_read() -> None:
+    config = AutoencoderKLWanConfig.from_dict("vae", PUBLISHED)
+    assert (config.z_dim, config.spatial_factor, config.temporal_factor) == (48, 16, 4)
+    assert [config.latent_frames(frames) for frames in (1, 5, 121)] == [1, 2, 31]
+
+
+def test_an_empty_config_is_that_of_wan_21() -> None:
+    config = AutoencoderKLWanConfig.from_dict("vae", {})
+    assert (config.z_dim, config.spatial_factor, config.temporal_factor) == (16, 8, 4)
+
+
+@pytest.mark.parametrize(
+    ("entry", "value", "rule"),
+    [
+        ("scale_factor_spatial", 8, "must be 16"),
+        ("scale_factor_spatial", None, "must be 16"),
+        ("scale_factor_temporal", 8, "must be 4"),
+        ("patch_size", 4, "must be 48"),
+        ("patch_size", 0, "at least 1"),
+        ("in_channels", 3, "must be 12"),
+        ("out_channels", None, "must be 12"),
+        ("dim_mult", [1, 2, 4], "must have 2 entries"),
+        ("temperal_downsample", [True], "must have 3 entries"),
+        ("temperal_downsample", [0, 1, 1], "truth values"),
+        ("is_residual", "yes", "true or false"),
+        ("latents_mean", None, "each of the 48"),
+        ("latents_std", [0.0] * 48, "must not hold a 0"),
+    ],
+)
+def test_entries_that_contradict_each_other_are_refused(entry: str, value: object, rule: str) -> None:
+    refused = {"patch_size": "in_channels", "dim_mult": "temperal_downsample"} if rule != "at least 1" else {}
+    with pytest.raises(CheckpointError) as caught:
+        AutoencoderKLWanConfig.from_dict("vae", PUBLISHED | {entry: value})
+    assert str(caught.value).startswith(f"vae/config.json: {refused.get(entry, entry)} ")
+    assert rule in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", [WanPipeline, WanImageToVideoPipeline])
+def test_both_pipelines_of_diffusers_load_the_tiny_checkpoint(tmp_path: Path, kind: Any) -> None:
+    pipeline = kind.from_pretrained(build_tiny_wan_ti2v(tmp_path / "ti2v"))
+    assert isinstance(pipeline, kind)
+    assert pipeline.config.expand_timesteps
+    assert pipeline.scheduler.config.flow_shift == 5
+    modules = (pipeline.text_encoder, pipeline.transformer, pipeline.vae)
+    assert all(bool(parameter.all()) for module in modules for parameter in module.parameters())

@@ -1,0 +1,107 @@
+"""Inputs and outputs of the renamed toy family: no slot has a name of the standard stages. Free of torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from common.stage import RESUME, derive_contract
+
+if TYPE_CHECKING:
+    from common.artifacts import (
+        Canvas,
+        Conditioning,
+        DenoiseState,
+        Generator,
+        Latents,
+        Media,
+        Prompt,
+        Sampling,
+        Schedule,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadingInput:
+    """Inputs of the text encoder."""
+
+    words: Prompt
+    rules: Sampling
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadingOutput:
+    """Output of the text encoder."""
+
+    colour: Conditioning
+
+
+@dataclass(frozen=True, kw_only=True)
+class SprinklingInput:
+    """Inputs of the draw."""
+
+    page: Canvas
+    rules: Sampling
+
+
+@dataclass(frozen=True, kw_only=True)
+class SprinklingOutput:
+    """The noise. No stage reads the dice, which the RPC could not carry."""
+
+    speckles: Latents
+    dice: Generator | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClimbingInput:
+    """Inputs of the schedule."""
+
+    page: Canvas
+    rules: Sampling
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClimbingOutput:
+    """The schedule."""
+
+    ladder: Schedule
+
+
+@dataclass(frozen=True, kw_only=True)
+class PaintingInput:
+    """Inputs of the loop, which continues from `unfinished`."""
+
+    speckles: Latents
+    ladder: Schedule
+    colour: Conditioning
+    rules: Sampling
+    unfinished: DenoiseState | None = field(default=None, metadata=RESUME)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PaintingOutput:
+    """Latents after the loop."""
+
+    painting: Latents
+
+
+@dataclass(frozen=True, kw_only=True)
+class FramingInput:
+    """Inputs of the decoder."""
+
+    painting: Latents
+    page: Canvas
+
+
+@dataclass(frozen=True, kw_only=True)
+class FramingOutput:
+    """The files."""
+
+    exhibits: Media
+
+
+READING = derive_contract("ReadingStage", ReadingInput, ReadingOutput)
+SPRINKLING = derive_contract("SprinklingStage", SprinklingInput, SprinklingOutput)
+CLIMBING = derive_contract("ClimbingStage", ClimbingInput, ClimbingOutput)
+PAINTING = derive_contract("PaintingStage", PaintingInput, PaintingOutput)
+FRAMING = derive_contract("FramingStage", FramingInput, FramingOutput)

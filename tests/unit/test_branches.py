@@ -1,0 +1,94 @@
+"""Branches shared between the ranks of the cfg axis: which rank computes what, and what every rank gets."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from models.layers.mesh import Axis
+from models.stages import branches as module
+from models.stages.branches import Branch, Branches, Parts
+
+NAMES = ("positive", "negative", "perturbed", "isolated")
+LATENTS = {"video": torch.zeros(2, 3), "audio": torch.zeros(2, 5)}
+
+
+class Exchange:
+    """all_gather() between threads, each of which is a rank; counts the gathers of each rank."""
+
+    def __init__(self, ranks: int) -> None:
+        self.sent: list[Tensor | None] = [None] * ranks
+        self.barrier = threading.Barrier(ranks, timeout=10)
+        self.counts = [0] * ranks
+
+    def gather(self, x: Tensor, axis: Axis) -> Tensor:
+        self.sent[axis.index] = x
+        self.counts[axis.index] += 1
+        self.barrier.wait()
+        together = torch.stack([each for each in self.sent if each is not None])
+        self.barrier.wait()
+        return together
+
+
+def value_of(name: str) -> float:
+    return float(NAMES.index(name) + 1)
+
+
+def predict(name: Any) -> Parts:
+    """The fake branch is its own name."""
+    return {part: torch.full_like(each, value_of(name)) for part, each in LATENTS.items()}
+
+
+def run_ranks(
+    monkeypatch: pytest.MonkeyPatch, ranks: int, names: Sequence[str], active: Sequence[str]
+) -> tuple[list[dict[str, Parts]], list[list[str]], Exchange]:
+    """What each rank gets of the active branches, which branches it made, and the exchange."""
+    exchange = Exchange(ranks)
+    monkeypatch.setattr(module, "all_gather", exchange.gather)
+    made: list[list[str]] = [[] for _ in range(ranks)]
+
+    def on_rank(index: int) -> dict[str, Parts]:
+        def make(name: str, _: str) -> Branch:
+            made[index].append(name)
+            return name  # type: ignore[return-value]
+
+        shared = Branches(names, ("transformer",), make, Axis(ranks, index, "cfg"), torch.float32)
+        return shared.predict(active, "transformer", predict, LATENTS)
+
+    with ThreadPoolExecutor(ranks) as threads:
+        return list(threads.map(on_rank, range(ranks))), made, exchange
+
+
+@pytest.mark.parametrize("active", [NAMES, NAMES[:1], NAMES[1:2], NAMES[:3], (NAMES[0], NAMES[2]), NAMES[2:]], ids=str)
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_every_rank_gets_every_active_branch(
+    monkeypatch: pytest.MonkeyPatch, ranks: int, active: tuple[str, ...]
+) -> None:
+    results, made, exchange = run_ranks(monkeypatch, ranks, NAMES, active)
+    for index in range(ranks):
+        assert made[index] == list(NAMES[index::ranks])
+    for result in results:
+        assert list(result) == list(active)
+        for name, parts in result.items():
+            assert parts.keys() == LATENTS.keys()
+            assert all(bool((each == value_of(name)).all()) for each in parts.values())
+    assert len(set(exchange.counts)) == 1, "ranks with fewer branches send padding"
+
+
+def test_a_single_branch_is_computed_by_every_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    results, made, exchange = run_ranks(monkeypatch, 2, NAMES[:1], NAMES[:1])
+    assert made == [["positive"], ["positive"]]
+    assert exchange.counts == [0, 0]
+    assert [list(result) for result in results] == [["positive"]] * 2
+
+
+def test_one_rank_computes_all_branches_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    results, made, exchange = run_ranks(monkeypatch, 1, NAMES, NAMES[1:])
+    assert (made, exchange.counts) == ([list(NAMES)], [0])
+    assert list(results[0]) == list(NAMES[1:])

@@ -1,0 +1,489 @@
+"""The registry of requests in a coordinator: cancel, take-over and drain in each phase of a request's life."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Any, cast
+
+import pytest
+
+from common.errors import InvalidInput, NotFound, ResourceExhausted, Unavailable
+from common.pipeline import ServiceSpec
+from common.rpc.framing import Packet
+from common.stage import Contract
+from common.state.leases import Inherited, Leases, Loss
+from common.state.records import ResultFile, State, StateValue
+from common.state.requests import Admission, Limits, RequestStore
+from common.state.slots import Slot, Slots
+from fleet.v1 import artifacts_pb2
+from fleet.v1 import generation_pb2 as pb
+from redis_servers import until
+from services.coordinator import persistence
+from services.coordinator.dispatch import ArtifactMemory, Connections, Workers
+from services.coordinator.driver import Driver
+from services.coordinator.request_life import ExecutionContext, Phase, Submission
+
+SPEC = ServiceSpec("drawing", Contract("drawing", {"prompt": "Prompt"}, {"media": "Media"}), ())
+CANCELLED, FAILED = State.REQUEST_STATE_CANCELLED, State.REQUEST_STATE_FAILED
+
+
+class Gate:
+    """A call that waits until it is opened."""
+
+    def __init__(self) -> None:
+        self.reached, self.opened = asyncio.Event(), asyncio.Event()
+
+    async def wait(self) -> None:
+        self.reached.set()
+        await self.opened.wait()
+
+
+class Store(RequestStore):
+    """A store of one request. Its calls fail with `admit_error`, and wait at gates where they have one."""
+
+    def __init__(self) -> None:
+        self.admit_gate: Gate | None = None
+        self.get_gate: Gate | None = None
+        self.finish_gate: Gate | None = None
+        self.admit_error: Exception | None = None
+        self.is_stored = True
+        self.replayed = False
+        self.epoch = 1
+        self.ends: list[tuple[int, StateValue, str]] = []
+
+    async def admit(self, record: pb.RequestRecord, **_: object) -> Admission:  # type: ignore[override]
+        if self.admit_gate:
+            await self.admit_gate.wait()
+        if self.admit_error:
+            raise self.admit_error
+        return Admission(record, self.replayed, None, [])
+
+    async def get(self, request_id: str) -> pb.RequestRecord:
+        if self.get_gate:
+            await self.get_gate.wait()
+        if not self.is_stored:
+            raise NotFound("it was not stored")
+        return pb.RequestRecord(request_id=request_id)
+
+    async def append(self, request_id: str, events: Iterable[pb.Event], **_: object) -> list[pb.Event]:  # type: ignore[override]
+        del request_id
+        return list(events)
+
+    async def finish(  # type: ignore[override]
+        self,
+        request_id: str,
+        state: StateValue,
+        *,
+        error: pb.Error | None = None,
+        files: Iterable[ResultFile] = (),
+        epoch: int = 1,
+        **_: object,
+    ) -> list[pb.Event] | None:
+        del request_id, files
+        if self.finish_gate:
+            await self.finish_gate.wait()
+        if epoch != self.epoch:
+            return None
+        self.ends.append((epoch, state, error.message if error else ""))
+        return []
+
+
+class Owners(Leases):
+    """Gives requests away for a take-over, a list a call, and then none."""
+
+    def __init__(self) -> None:
+        self.given: list[list[Inherited]] = []
+        self.cancelled: list[str] = []
+        self.running: list[list[str]] = []
+
+    async def take_over(
+        self, model: str, *, running: Iterable[str] = (), beyond_own: bool = True
+    ) -> tuple[list[Inherited], list[str]]:
+        del model, beyond_own
+        self.running.append(list(running))
+        await asyncio.sleep(0)
+        return (self.given.pop(0) if self.given else []), self.cancelled
+
+    async def losses(self, request_id: str, epoch: int) -> list[Loss]:
+        del request_id, epoch
+        return []
+
+
+class Queue(Slots):
+    """Claims wait for ever, or until there is a worker to wait for."""
+
+    def __init__(self) -> None:
+        self.claims: list[str] = []
+        self.most_at_once = self.waiting = 0
+
+    async def claim(self, model: str, service: str, request_id: str, *_: object, **__: object) -> Slot:
+        del model, service
+        self.claims.append(request_id)
+        self.waiting += 1
+        self.most_at_once = max(self.most_at_once, self.waiting)
+        try:
+            await asyncio.Event().wait()
+        finally:
+            self.waiting -= 1
+        raise AssertionError
+
+
+class Case:
+    """A driver over fakes, and the request "r"."""
+
+    def __init__(self) -> None:
+        self.store, self.owners, self.queue = Store(), Owners(), Queue()
+        workers = Workers(self.queue, cast(Connections, None), ArtifactMemory(1 << 20))
+        self.driver = Driver(ExecutionContext(self.store, self.owners, workers, max_raw_result_bytes=100))
+
+    @property
+    def phases(self) -> list[Phase]:
+        return [execution.phase for execution in self.driver._registry]
+
+    async def until(self, *phases: Phase) -> None:
+        """Wait until the executions of the request are in these phases, by epoch."""
+
+        async def are_reached() -> bool:
+            return self.phases == list(phases)
+
+        await until(are_reached)
+
+    async def run(self, *, key: str = "k", raw: bool = False) -> None:
+        """Accept the request, whose stage waits for a slot."""
+        await self.driver.accept(submission(key=key, raw=raw))
+        await self.until(Phase.RUNNING)
+        await self.claimed(1)
+
+    async def claimed(self, count: int) -> None:
+        """Wait until there were so many claims."""
+
+        async def are_made() -> bool:
+            return len(self.queue.claims) >= count
+
+        await until(are_made)
+
+    async def inherit(self, epoch: int = 2, *, cancel: bool = False) -> None:
+        """Take the request over, under an epoch."""
+        self.store.epoch = epoch
+        record = pb.RequestRecord(request_id="r", model="emoji")
+        self.owners.given.append([Inherited(record, epoch, b"stored", cancel, None)])
+        await self.driver.take_over("emoji", restore)
+
+
+def submission(*, key: str = "k", raw: bool = False) -> Submission:
+    packets = {"prompt": Packet(artifacts_pb2.Prompt(prompt="x"), {})}
+    record = pb.RequestRecord(request_id="r", model="emoji")
+    return Submission(record, (SPEC,), packets, Limits(), key, raw=raw, stored=b"stored")
+
+
+def restore(record: pb.RequestRecord, stored: bytes) -> Submission:
+    assert (record.request_id, stored) == ("r", b"stored")
+    return submission()
+
+
+def story(test: Callable[[Case], Awaitable[None]]) -> Case:
+    """Run a test within a time limit; no task of it may fail by a defect."""
+    defects: list[object] = []
+
+    async def whole() -> Case:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: defects.append(context))
+        case = Case()
+        async with asyncio.timeout(20):
+            await test(case)
+        return case
+
+    case = asyncio.run(whole())
+    assert not defects
+    return case
+
+
+@pytest.fixture(autouse=True)
+def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(persistence, "_RETRY_SECONDS", 0.001)
+
+
+def test_a_request_that_is_cancelled_while_it_is_admitted_ends_without_a_claim() -> None:
+    async def test(case: Case) -> None:
+        gate = case.store.admit_gate = Gate()
+        accepting = asyncio.create_task(case.driver.accept(submission()))
+        await gate.reached.wait()
+        assert case.phases == [Phase.ADMITTING]
+        assert not case.driver.runs("r")
+        case.driver.cancel("r")
+        gate.opened.set()
+        admission, execution = await accepting
+        assert execution is not None
+        assert not admission.replayed
+        await case.until()
+        assert execution.phase is Phase.CLOSED
+        assert [event async for event in execution.log.follow()] == []
+
+    case = story(test)
+    assert case.store.ends == [(1, CANCELLED, "")]
+    assert not case.queue.claims
+
+
+def test_a_request_that_is_cancelled_while_its_admission_is_settled_ends_without_a_claim() -> None:
+    async def test(case: Case) -> None:
+        gate = case.store.get_gate = Gate()
+        case.store.admit_error = Unavailable("the answer is lost")
+        with pytest.raises(Unavailable, match="the answer is lost"):
+            await case.driver.accept(submission())
+        await gate.reached.wait()
+        assert case.phases == [Phase.SETTLING]
+        assert not case.driver.runs("r")
+        case.driver.cancel("r")
+        gate.opened.set()
+        await case.until()
+
+    case = story(test)
+    assert case.store.ends == [(1, CANCELLED, "")]
+    assert not case.queue.claims
+
+
+def test_a_request_that_is_cancelled_while_it_is_taken_over_ends_under_its_new_epoch() -> None:
+    async def test(case: Case) -> None:
+        await case.run()
+        gate = case.store.finish_gate = Gate()
+        await case.inherit()
+        await gate.reached.wait()
+        assert case.phases == [Phase.RUNNING, Phase.INHERITED]
+        case.driver.cancel("r")
+        gate.opened.set()
+        await case.until()
+
+    case = story(test)
+    assert case.store.ends == [(2, CANCELLED, "")]
+    assert case.queue.claims == ["r"]
+
+
+def test_a_request_that_is_cancelled_while_it_runs_ends_once() -> None:
+    async def test(case: Case) -> None:
+        await case.run()
+        assert case.driver.runs("r")
+        case.driver.cancel("r")
+        case.driver.cancel("r")
+        await case.until()
+        assert not case.driver.runs("r")
+        case.driver.cancel("r")  # has ended
+        case.driver.cancel("other")  # was never here
+
+    case = story(test)
+    assert case.store.ends == [(1, CANCELLED, "")]
+
+
+def test_cancels_that_a_take_over_reports_reach_their_requests() -> None:
+    async def test(case: Case) -> None:
+        await case.run()
+        case.owners.cancelled = ["r"]
+        await case.driver.take_over("emoji", restore)
+        await case.until()
+        await case.inherit(cancel=True)
+        await case.until()
+
+    case = story(test)
+    assert case.store.ends == [(1, CANCELLED, ""), (2, CANCELLED, "")]
+
+
+@pytest.mark.parametrize(("key", "phases"), [("k", [Phase.RUNNING]), ("", [])])
+def test_a_request_whose_admission_had_no_answer_runs_for_callers_that_ask_again(key: str, phases: list[Phase]) -> None:
+    async def test(case: Case) -> None:
+        case.store.admit_error = Unavailable("the answer is lost")
+        with pytest.raises(Unavailable):
+            await case.driver.accept(submission(key=key))
+        await case.until(*phases)
+        assert case.store.ends == ([] if key else [(1, CANCELLED, "")])
+        await case.driver.drain(0)
+
+    story(test)
+
+
+def test_a_request_that_was_not_stored_leaves_nothing() -> None:
+    async def test(case: Case) -> None:
+        case.store.admit_error, case.store.is_stored = Unavailable("is away"), False
+        with pytest.raises(Unavailable):
+            await case.driver.accept(submission())
+        await case.until()
+
+    assert not story(test).store.ends
+
+
+def test_a_refused_and_a_replayed_request_leave_nothing() -> None:
+    async def test(case: Case) -> None:
+        case.store.admit_error = ResourceExhausted("the bound")
+        with pytest.raises(ResourceExhausted, match="the bound"):
+            await case.driver.accept(submission())
+        case.store.admit_error, case.store.replayed = None, True
+        admission, execution = await case.driver.accept(submission())
+        assert admission.replayed
+        assert execution is None
+        await case.until()
+
+    case = story(test)
+    assert not case.store.ends
+    assert not case.queue.claims
+
+
+def test_a_caller_that_disconnects_while_it_is_admitted_stops_nothing() -> None:
+    async def test(case: Case) -> None:
+        gate = case.store.admit_gate = Gate()
+        accepting = asyncio.create_task(case.driver.accept(submission()))
+        await gate.reached.wait()
+        accepting.cancel()
+        await asyncio.gather(accepting, return_exceptions=True)
+        gate.opened.set()
+        await case.until(Phase.RUNNING)
+        await case.driver.drain(0)
+
+    story(test)
+
+
+def test_a_request_in_any_phase_is_not_taken_over_again() -> None:
+    """A request counts as running from the moment that it is given away, or the loop would not end."""
+
+    async def test(case: Case) -> None:
+        gate = case.store.admit_gate = Gate()
+        accepting = asyncio.create_task(case.driver.accept(submission()))
+        await gate.reached.wait()
+        await case.inherit()
+        assert case.phases == [Phase.ADMITTING, Phase.INHERITED]
+        gate.opened.set()
+        await accepting
+        await case.until(Phase.RUNNING)
+        await case.claimed(1)
+        await case.driver.take_over("emoji", restore)
+        case.driver.cancel("r")
+        await case.until()
+
+    case = story(test)
+    assert case.owners.running == [["r"], ["r"], ["r"]]
+    assert case.store.ends == [(2, CANCELLED, "")]
+    assert case.queue.most_at_once == 1
+
+
+def test_one_execution_of_a_request_runs_at_a_time_whatever_its_epochs() -> None:
+    async def test(case: Case) -> None:
+        await case.run()
+        for epoch in (2, 3, 4):
+            await case.inherit(epoch)
+        await case.until(Phase.RUNNING)
+        await case.claimed(2)
+        case.driver.cancel("r")
+        await case.until()
+
+    case = story(test)
+    assert case.store.ends == [(4, CANCELLED, "")]
+    assert case.queue.most_at_once == 1
+
+
+@pytest.mark.parametrize(
+    ("stored", "reason"),
+    [
+        (b"unfit", "the model is not served"),
+        (b"\xff", "its stored submission cannot be read"),
+        (b"raw", "the coordinator that streamed it is gone"),
+    ],
+)
+def test_a_request_that_cannot_be_run_here_ends_as_failed(stored: bytes, reason: str) -> None:
+    def refuse(record: pb.RequestRecord, stored: bytes) -> Submission:
+        del record
+        if stored == b"unfit":
+            raise InvalidInput("the model is not served")
+        if stored == b"raw":
+            return submission(raw=True)
+        pb.SubmitRequest.FromString(stored)
+        raise AssertionError("it can be read")
+
+    async def test(case: Case) -> None:
+        case.store.epoch = 2
+        record = pb.RequestRecord(request_id="r", model="emoji")
+        case.owners.given.append([Inherited(record, 2, stored, False, None)])
+        await case.driver.take_over("emoji", refuse)
+        await case.until()
+
+    case = story(test)
+    ((epoch, state, message),) = case.store.ends
+    assert (epoch, state) == (2, FAILED)
+    assert reason in message
+    assert case.owners.running == [[], ["r"]]
+
+
+def test_a_drain_leaves_a_stored_request_for_another_coordinator() -> None:
+    async def test(case: Case) -> None:
+        await case.run()
+        await case.driver.drain(0)
+        assert case.phases == []
+
+    assert not story(test).store.ends
+
+
+def test_a_drain_ends_a_raw_request_and_one_that_is_cancelled() -> None:
+    async def test(case: Case) -> None:
+        await case.run(raw=True)
+        await case.driver.drain(0)
+
+    ((_, state, message),) = story(test).store.ends
+    assert state == FAILED
+    assert message == "the coordinator that ran it was shut down; submit it again"
+
+    async def cancelled(case: Case) -> None:
+        await case.run()
+        case.driver.cancel("r")
+        await case.driver.drain(0)
+
+    assert story(cancelled).store.ends == [(1, CANCELLED, "")]
+
+
+def test_a_drain_waits_for_no_answer_of_the_store() -> None:
+    async def test(case: Case) -> None:
+        case.store.admit_gate = Gate()
+        accepting = asyncio.create_task(case.driver.accept(submission()))
+        await case.store.admit_gate.reached.wait()
+        await case.driver.drain(10)
+        assert case.phases == []
+        with pytest.raises(asyncio.CancelledError):
+            await accepting
+        case.store.admit_gate = None
+        case.store.get_gate = Gate()
+        case.store.admit_error = Unavailable("the answer is lost")
+        with pytest.raises(Unavailable):
+            await case.driver.accept(submission())
+        await case.store.get_gate.reached.wait()
+        await case.driver.drain(10)
+        assert case.phases == []
+
+    assert not story(test).store.ends
+
+
+def test_a_request_that_is_admitted_during_a_drain_is_left_for_another_coordinator() -> None:
+    async def test(case: Case) -> None:
+        await case.driver.drain(0)
+        _, execution = await case.driver.accept(submission())
+        await case.until()
+        assert execution is not None
+        assert execution.files is None
+
+    case = story(test)
+    assert not case.store.ends
+    assert not case.queue.claims
+
+
+def test_an_end_is_stored_again_while_the_store_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
+    finish, attempts = Store.finish, []
+
+    async def unavailable_once(store: Store, *arguments: Any, **named: Any) -> list[pb.Event] | None:
+        attempts.append(named["token"])
+        if len(attempts) == 1:
+            raise Unavailable("is away")
+        return await finish(store, *arguments, **named)
+
+    async def test(case: Case) -> None:
+        monkeypatch.setattr(Store, "finish", unavailable_once)
+        await case.run()
+        case.driver.cancel("r")
+        await case.until()
+
+    assert story(test).store.ends == [(1, CANCELLED, "")]
+    assert len(attempts) == 2
+    assert attempts[0] == attempts[1]

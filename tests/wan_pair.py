@@ -1,0 +1,54 @@
+"""A Wan checkpoint opened on both sides, in this process and by Diffusers, and what parity tests ask of both."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from local_fleet import LocalFleet, open_fleet, relative_error
+
+LATENTS_WITHIN = 1e-4
+PIXELS_WITHIN = 1e-3
+
+Pair = tuple[LocalFleet, Any]
+
+
+def open_pair(path: Path, kind: Any) -> Pair:
+    """The fleet in this process and Diffusers' pipeline."""
+    torch.set_num_threads(2)
+    return open_fleet(str(path)), open_reference(path, kind)
+
+
+def open_reference(path: Path, kind: Any) -> Any:
+    """Diffusers' pipeline of the class `kind`, without a progress bar."""
+    pipeline = kind.from_pretrained(path)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def picture(width: int, height: int, seed: int) -> Image.Image:
+    """Coarse random colours."""
+    tiles = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), np.uint8)
+    return Image.fromarray(tiles).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def png(image: Image.Image) -> bytes:
+    """The file that a request brings."""
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def check(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    """Latents and pixels of the same shape, within the tolerances of float32."""
+    assert ours["latents"].shape == theirs["latents"].shape
+    assert ours["pixels"].shape == theirs["pixels"].shape
+    assert relative_error(ours["latents"], theirs["latents"]) <= LATENTS_WITHIN
+    assert float((ours["pixels"] - theirs["pixels"]).abs().max()) <= PIXELS_WITHIN
+    assert float(theirs["pixels"].std()) > 0.05, "a flat video would prove nothing"
