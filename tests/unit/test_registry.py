@@ -99,6 +99,13 @@ def test_an_entry_class_of_another_kind_is_a_defect(plugins: Path) -> None:
         load_registry([plugins])
 
 
+def test_a_pipeline_file_registers_its_configs(plugins: Path) -> None:
+    text = PLUGIN.format(name="QuietPipeline")
+    (plugins / "quiet_family.py").write_text(text.replace("def register_configs", "def other_name"))
+    with pytest.raises(TypeError, match=r"quiet_family must define register_configs\(registry\)"):
+        load_registry([plugins])
+
+
 def test_a_plugins_own_error_is_not_swallowed(plugins: Path) -> None:
     (plugins / "broken_family.py").write_text("import nonesuch_package\n\nEntryClass = None\n")
     with pytest.raises(ModuleNotFoundError, match="nonesuch_package"):
