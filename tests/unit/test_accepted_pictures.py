@@ -42,10 +42,9 @@ class Params:
 
 
 def validation() -> InputValidationStage:
-    checkpoint = SimpleNamespace(pipeline_name="Pipeline")
-    return InputValidationStage(
-        cast(ServedModel, SimpleNamespace(name="m", sampling_params=Params, checkpoint=checkpoint))
-    )
+    checkpoint, pipeline = SimpleNamespace(pipeline_name="Pipeline"), SimpleNamespace(given={})
+    model = SimpleNamespace(name="m", sampling_params=Params, checkpoint=checkpoint, pipeline=pipeline)
+    return InputValidationStage(cast(ServedModel, model))
 
 
 def test_pictures_of_one_request_have_a_bound_together() -> None:
