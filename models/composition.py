@@ -98,16 +98,20 @@ class StandardImagePipeline(StandardPipeline):
         image_modules: Sequence[str] = ("image_encoder", "image_processor"),
         scheduler: str = "scheduler",
     ) -> None:
-        """Text and images to video: the denoiser gets a vision encoder's tokens, and the pictures' latents."""
+        """Text and images to video: the denoiser gets a vision encoder's tokens, and the images' latents.
+
+        Without `image_modules` there is no vision encoder.
+        """
         self._add_text_encoding(text_modules)
-        self.add_stage(
-            StageSpec(
-                contracts.IMAGE_ENCODING,
-                "image_encoding",
-                "models.stages.image_encoding:ImageEncodingStage",
-                tuple(image_modules),
+        if image_modules:
+            self.add_stage(
+                StageSpec(
+                    contracts.IMAGE_ENCODING,
+                    "image_encoding",
+                    "models.stages.image_encoding:ImageEncodingStage",
+                    tuple(image_modules),
+                )
             )
-        )
         self._add_image_vae_encoding()
         self._add_preparation(scheduler)
         self._add_denoising_and_decoding(scheduler)
