@@ -21,7 +21,8 @@ def unite_contracts(name: str, contracts: Sequence[Contract]) -> Contract:
     outputs = _united(name, [contract.outputs for contract in contracts])
     required = frozenset.intersection(*(frozenset(each.inputs) - each.optional for each in contracts))
     always = frozenset.intersection(*(frozenset(each.outputs) - each.optional_outputs for each in contracts))
-    return Contract(name, inputs, outputs, frozenset(inputs.keys() - required), frozenset(outputs.keys() - always))
+    optional, optional_outputs = frozenset(inputs.keys() - required), frozenset(outputs.keys() - always)
+    return Contract(name, inputs, outputs, optional=optional, optional_outputs=optional_outputs)
 
 
 def _united(name: str, slots: Sequence[Mapping[str, str]]) -> dict[str, str]:
