@@ -17,6 +17,7 @@ from common.errors import CheckpointError, InvalidInput
 from configs.sample.base import SamplingParams
 from configs.sample.wan import WanImageToVideoSamplingParams, WanSamplingParams
 from models.catalog import open_model
+from models.pipelines.wan import WanPipeline as WanFamily
 from models.registry import load_registry
 from models.validation import InputValidationStage
 from tiny_wan import build_tiny_wan, build_tiny_wan_i2v
@@ -105,6 +106,25 @@ def test_wan_2_2_is_refused_by_name(tmp_path: Path, entry: dict[str, Any]) -> No
     (path / "model_index.json").write_text(json.dumps(index | entry))
     with pytest.raises(CheckpointError, match=r"is Wan 2\.2 with .* supported is Wan 2\.1"):
         open_model(str(path), load_registry())
+
+
+def test_wan_2_2_ti2v_has_a_variant_for_text_and_one_for_images(tmp_path: Path, wan: Checkpoint) -> None:
+    assert dict(WanFamily.variants(wan)) == {"": WanFamily}
+    path = build_tiny_wan(tmp_path / "ti2v")
+    index = json.loads((path / "model_index.json").read_text())
+    (path / "model_index.json").write_text(json.dumps(index | {"expand_timesteps": True}))
+    checkpoint = Checkpoint.open(path)
+    pipelines = {name: each(checkpoint.modules) for name, each in WanFamily.variants(checkpoint).items()}
+    assert [spec.service for spec in pipelines["text"].services] == [
+        "text_encoding",
+        "latent_preparation",
+        "denoising",
+        "decoding",
+    ]
+    image = pipelines["image"].service("image_encoding")
+    assert [stage.contract.name for stage in image.stages] == ["ImageVAEEncodingStage"]
+    assert image.modules == ("vae",)
+    assert list(load_registry().entry("WanPipeline").configs) == ["", "text", "image"]
 
 
 def test_roles_follow_from_the_checkpoint(tmp_path: Path, wan: Checkpoint) -> None:

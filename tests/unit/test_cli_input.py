@@ -82,7 +82,7 @@ def _nothing_starts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         ("up --port 65536", "--port must be 0 to 65535"),
         ("up --redis nonsense", "no Redis URL"),
         ("up --tp 3", "tp x ulysses is 3 x 1, but the model has 4 attention heads"),
-        ("up --cfg 3", "guidance has 2 branches"),
+        ("up --cfg 3", "cfg: 3 is not at most 2; FluxPipeline has 2 branches: positive, negative"),
         ("up --ring two", "--ring: must be a whole number, not 'two'"),
         ("generate p --output X.png --tp 2", "start one with `fleet up --tp N`"),
         ("serve text_encoding --tp 2", "unrecognized arguments: --tp 2"),
