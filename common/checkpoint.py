@@ -6,6 +6,7 @@ milliseconds by every process that serves the model, the coordinator included.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import re
@@ -55,6 +56,7 @@ class Checkpoint:
         self.index = index
         self.sampling_defaults = defaults
         self.modules = _module_classes(path, index)
+        self._roles: Mapping[str, str] = {}
         self._opened = {name: _open_module(path / name, *entry) for name, entry in self.modules.items()}
         self._check_vocabularies()
 
@@ -80,6 +82,16 @@ class Checkpoint:
     def module_config(self, name: str) -> Mapping[str, Any]:
         """A module's settings: its config.json, or what schedulers, tokenizers and processors have in its place."""
         return self._module(name).config
+
+    def with_roles(self, roles: Mapping[str, str]) -> Checkpoint:
+        """The same checkpoint for a pipeline, which says which of its modules has which role."""
+        served = copy.copy(self)
+        served._roles = roles
+        return served
+
+    def config_of(self, role: str) -> Mapping[str, Any]:
+        """The settings of the module with a role; without a pipeline, roles are the modules' names."""
+        return self.module_config(self._roles.get(role, role))
 
     def weight_files(self, name: str) -> tuple[Path, ...]:
         """A module's safetensors files, sorted; none for a scheduler, tokenizer or processor."""

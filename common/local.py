@@ -8,11 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from common.errors import InternalError
+from common.errors import InternalError, InvalidInput
 from common.stage import Call, Contract, PipelineStage, compose_contracts
 
 
-def _untimed(_: str) -> AbstractContextManager[None]:
+def untimed(_: str) -> AbstractContextManager[None]:
+    """The context of a stage that nobody measures."""
     return nullcontext()
 
 
@@ -27,12 +28,19 @@ class HostedStages:
         name: str,
         stages: Sequence[PipelineStage[Any, Any]],
         *,
-        timed: Callable[[str], AbstractContextManager[None]] = _untimed,
+        timed: Callable[[str], AbstractContextManager[None]] = untimed,
     ) -> None:
         self.contract = compose_contracts(name, [stage.contract for stage in stages])
         self._stages = tuple(stages)
-        self.indifferent_to = _common([stage.indifferent_to for stage in stages])
+        self.indifferent_to = common_indifference([stage.indifferent_to for stage in stages])
         self._timed = timed
+
+    def contract_of(self, variant: str) -> Contract:
+        """The contract. Raises InvalidInput for the name of a variant: these are the stages of one alone."""
+        if variant:
+            message = f"variant: {variant[:80]!r} is not a variant of this model, which has one without a name"
+            raise InvalidInput(message, field="variant")
+        return self.contract
 
     def run(self, values: Mapping[str, Any], call: Call) -> dict[str, Any]:
         """Run the stages in order on artifacts by slot; returns the contract's outputs."""
@@ -54,8 +62,8 @@ def _outputs_of(stage: PipelineStage[Any, Any], output: object) -> dict[str, Any
     return outputs
 
 
-def _common(declared: Sequence[frozenset[str] | None]) -> frozenset[str] | None:
-    """What none of the stages reads; None where one of them is not to be kept."""
+def common_indifference(declared: Sequence[frozenset[str] | None]) -> frozenset[str] | None:
+    """What none of the stages reads; None where replies of one of them are not to be cached."""
     named = [each for each in declared if each is not None]
     return frozenset.intersection(*named) if named and len(named) == len(declared) else None
 

@@ -7,10 +7,17 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from itertools import groupby
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from common.errors import Cancelled, CheckpointError, InternalError
 from common.stage import Call, Contract, compose_contracts
+
+if TYPE_CHECKING:
+    from common.checkpoint import Checkpoint
+
+
+class MissingModules(CheckpointError):
+    """The checkpoint lacks modules that a pipeline needs; other variants of the model may do without them."""
 
 
 class PipelineError(Exception):
@@ -32,7 +39,8 @@ class StageSpec:
     """A stage by name, and the facts about it that services rely on: they import no stage and interpret no slot's name.
 
     `implementation` is "package.module:Class"; only the service that hosts the stage imports it. `modules` are the
-    checkpoint's modules that the stage is built with, by role: the stage knows roles, model_index.json knows names.
+    checkpoint's modules that the stage is built with, by role: the stage knows roles, model_index.json knows names. A
+    role means the same module in all stages of a pipeline.
     `reports_steps` is whether progress counts the steps of the request's loop. `result` is the output that the request
     asks for. Raises PipelineError for a result that the stage does not write.
     """
@@ -68,9 +76,9 @@ class ServiceSpec:
         """The checkpoint's modules that the service loads, each once, in the order of use."""
         return tuple(dict.fromkeys(module for stage in self.stages for module in stage.modules.values()))
 
-    def modules_of(self, role: str) -> tuple[str, ...]:
-        """The modules that have this role in one of the stages, each once."""
-        return tuple(dict.fromkeys(stage.modules[role] for stage in self.stages if role in stage.modules))
+    def module_of(self, role: str) -> str | None:
+        """The module with a role; None where no stage of the service has such a role."""
+        return next((stage.modules[role] for stage in self.stages if role in stage.modules), None)
 
     @property
     def cost(self) -> Cost:
@@ -102,7 +110,7 @@ class Runner(Protocol):
 class ComposedPipeline:
     """The ordered stages of one model. One subclass per Diffusers `_class_name`.
 
-    `modules` are the names in the checkpoint's model_index.json. Raises CheckpointError when a required one is
+    `modules` are the names in the checkpoint's model_index.json. Raises MissingModules when a required one is
     missing and PipelineError when the stages do not compose.
     """
 
@@ -114,7 +122,7 @@ class ComposedPipeline:
     def __init__(self, modules: Collection[str]) -> None:
         missing = [name for name in self._required_config_modules if name not in modules]
         if missing:
-            raise CheckpointError(
+            raise MissingModules(
                 f"{self.pipeline_name} needs the modules {', '.join(self._required_config_modules)}; "
                 f"model_index.json lacks {', '.join(missing)}"
             )
@@ -123,8 +131,17 @@ class ComposedPipeline:
         for stage in self._stages:
             if absent := [name for name in stage.modules.values() if name not in modules]:
                 raise PipelineError(f"{stage.contract.name} is built with {', '.join(absent)}, which is no module")
+        self.roles = self._check_roles()
         self._leave_out_unread()
         check(self.services, given=self.given, wanted=(result_of(self.services),))
+
+    def _check_roles(self) -> Mapping[str, str]:
+        """The module of each role. Raises PipelineError for a role of two modules."""
+        roles: dict[str, str] = {}
+        for role, name in (pair for stage in self._stages for pair in stage.modules.items()):
+            if roles.setdefault(role, name) != name:
+                raise PipelineError(f"role {role!r} is that of {roles[role]} and {name}; a role has one module")
+        return roles
 
     def _leave_out_unread(self) -> None:
         """Drop the optional outputs that no later stage reads: they are neither computed nor sent."""
@@ -132,6 +149,16 @@ class ComposedPipeline:
         for index, stage in reversed(list(enumerate(self._stages))):
             self._stages[index] = replace(stage, contract=stage.contract.writing(read))
             read |= stage.contract.inputs.keys()
+
+    @classmethod
+    def variants(cls, checkpoint: Checkpoint) -> Mapping[str, type[ComposedPipeline]]:
+        """The pipelines of one checkpoint by variant; this one alone, without a name, unless a family overrides it.
+
+        The inputs of a request choose the variant: the first one that takes them. Each variant has configs of its own
+        in the registry. Names are lower-case identifiers; only a single variant has none.
+        """
+        del checkpoint
+        return {"": cls}
 
     def create_pipeline_stages(self) -> None:
         """Add this model's stages, in order."""

@@ -34,6 +34,7 @@ class Call:
     `deadline` is in seconds of time.monotonic(). `on_begun` is called when the stages start, `on_checkpoint` with each
     checkpoint in the form of the runner's values: a DenoiseState from a LocalRunner, a Packet from a RemoteRunner. The
     tensors of a checkpoint are on the CPU and belong to the callback: the stage does not write to them any more.
+    `variant` is the model's variant whose stages run; empty means the first.
     """
 
     request_id: str
@@ -43,6 +44,7 @@ class Call:
     on_begun: Callable[[], None] = _ignore
     cancelled: threading.Event = field(default_factory=threading.Event)
     deadline: float | None = None
+    variant: str = ""
 
     @property
     def keeps_checkpoints(self) -> bool:

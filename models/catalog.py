@@ -6,15 +6,18 @@ means the shipped model; a folder of the same name is written ./NAME.
 
 from __future__ import annotations
 
+import logging
 import re
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from common.checkpoint import INDEX_FILE, SAMPLING_DEFAULTS_FILE, Checkpoint
 from common.errors import CheckpointError, InvalidInput
-from common.pipeline import ComposedPipeline
+from common.pipeline import ComposedPipeline, MissingModules, PipelineError, ServiceSpec
+from common.variants import unite_services
 from common.wrong_model import repository_of
-from configs.sample.base import ParameterSpec, SamplingParams
+from configs.sample.base import ImageRoles, ParameterSpec, SamplingParams
 from models.composition import DENOISING_STAGE, SCHEDULER
 from models.registry import PipelineEntry, Registry, resolve
 from models.schedulers.support import check_scheduler
@@ -24,27 +27,89 @@ DEFAULT_MODEL = "emoji"
 _SHIPPED = Path(__file__).parent / "checkpoints"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
+_VARIANT = re.compile(r"[a-z][a-z0-9_]{0,31}")
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ServedVariant:
+    """A kind of request that a model serves: its pipeline, services in order, parameters and images.
+
+    `name` is empty where the model has one variant. `pipeline_config` is "package.module:Class", which needs torch.
+    """
+
+    name: str
+    pipeline: ComposedPipeline
+    services: tuple[ServiceSpec, ...]
+    sampling_params: type[SamplingParams]
+    pipeline_config: str
+    roles: ImageRoles
+    specs: tuple[ParameterSpec, ...]
+
+    def parameters(self) -> tuple[ParameterSpec, ...]:
+        """What a request may set, with the checkpoint's defaults, and the images that it brings."""
+        return (*self.specs, *_image_parameters(self.roles))
+
+    @property
+    def label(self) -> str:
+        """The name with the images that it takes, for messages: "text (no images)"."""
+        images = [*self.roles.required, *(f"optional {role}" for role in self.roles.optional)]
+        return f"{self.name} ({', '.join(images) or 'no images'})"
 
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A checkpoint, the pipeline that serves it, and the parameters that its requests may set."""
+    """A checkpoint, the variants that it is served as, and their services together.
+
+    `unserved` are variants that cannot be served, each with the reason. `services` are those of all variants, each with
+    the union of its contracts.
+    """
 
     name: str
     checkpoint: Checkpoint
-    entry: PipelineEntry
-    pipeline: ComposedPipeline
-    sampling_params: type[SamplingParams]
+    variants: tuple[ServedVariant, ...]
+    services: tuple[ServiceSpec, ...]
+    unserved: Mapping[str, str] = field(default_factory=dict)
+
+    def service(self, name: str) -> ServiceSpec:
+        """The service of that name, for all variants. Raises InvalidInput that names the model's services."""
+        for spec in self.services:
+            if spec.service == name:
+                return spec
+        used = ", ".join(spec.service for spec in self.services)
+        message = f"{self.checkpoint.pipeline_name} has no {name} service; it has {used}"
+        if self.unserved:
+            reasons = "; ".join(f"variant {variant} is not served: {why}" for variant, why in self.unserved.items())
+            message = f"{message} ({reasons})"
+        raise InvalidInput(message, field="service")
+
+    def variant(self, name: str) -> ServedVariant | None:
+        """The variant of that name; None where it is not served."""
+        return next((each for each in self.variants if each.name == name), None)
+
+    def variants_of(self, service: str) -> list[tuple[ServedVariant, ServiceSpec]]:
+        """The variants that use a service, in order, each with its own contract of the service."""
+        return [(each, spec) for each in self.variants for spec in each.services if spec.service == service]
 
     def parameters(self) -> tuple[ParameterSpec, ...]:
-        """What a request may set, with this checkpoint's defaults, and the pictures that it brings."""
-        roles = self.sampling_params.image_roles(self.checkpoint)
-        pictures = [
-            ParameterSpec(role, "image", None, f"Picture to start from; {need}.")
-            for need, names in (("needed", roles.required), ("may be left out", roles.optional))
-            for role in names
-        ]
-        return (*self.sampling_params.parameters(self.checkpoint), *pictures)
+        """What a request of any variant may set, with the defaults of the first variant that has the parameter."""
+        required = frozenset.intersection(*(frozenset(each.roles.required) for each in self.variants))
+        roles = dict.fromkeys(role for each in self.variants for role in (*each.roles.required, *each.roles.optional))
+        images = ImageRoles(
+            tuple(role for role in roles if role in required), tuple(role for role in roles if role not in required)
+        )
+        specs = {spec.name: spec for each in reversed(self.variants) for spec in each.specs}
+        names = dict.fromkeys(spec.name for each in self.variants for spec in each.specs)
+        return (*(specs[name] for name in names), *_image_parameters(images))
+
+
+def _image_parameters(roles: ImageRoles) -> list[ParameterSpec]:
+    return [
+        ParameterSpec(role, "image", None, f"Picture to start from; {need}.")
+        for need, names in (("needed", roles.required), ("may be left out", roles.optional))
+        for role in names
+    ]
 
 
 def shipped_models() -> list[str]:
@@ -55,18 +120,60 @@ def shipped_models() -> list[str]:
 def open_model(reference: str, registry: Registry) -> ServedModel:
     """Open what a reference names. Reads no weights.
 
+    A variant whose modules the checkpoint lacks is left out, with a warning in the log, where another one is served.
     Raises CheckpointError where there is no such model or it cannot be served, InvalidInput where NAME is no name.
     """
     name, directory = _locate(reference)
     checkpoint = Checkpoint.open(directory)
     entry = registry.entry(checkpoint.pipeline_name)
-    params = resolve(entry.sampling_params)
+    pipelines, unserved = _pipelines(entry, checkpoint)
+    for variant, reason in unserved.items():
+        _log.warning("variant is not served: model=%s variant=%s reason=%s", name, variant, reason)
+    checkpoint = checkpoint.with_roles(_roles_of(pipelines.values()))
+    variants = tuple(_variant(each, pipelines[each], entry, checkpoint) for each in pipelines)
+    services = unite_services([each.services for each in variants])
+    return ServedModel(name, checkpoint, variants, services, unserved)
+
+
+def _pipelines(entry: PipelineEntry, checkpoint: Checkpoint) -> tuple[dict[str, ComposedPipeline], dict[str, str]]:
+    """The pipelines of the variants that the checkpoint has the modules for, and why the others are not served.
+
+    Raises MissingModules where there is no variant left, and PipelineError for names that cannot be.
+    """
+    classes = entry.pipeline.variants(checkpoint)
+    for name in classes:
+        if not (_VARIANT.fullmatch(name) or (not name and len(classes) == 1)):
+            raise PipelineError(f"{entry.pipeline.pipeline_name} names a variant {name!r}; use lower-case identifiers")
+    pipelines: dict[str, ComposedPipeline] = {}
+    unserved: dict[str, str] = {}
+    for name, pipeline in classes.items():
+        try:
+            pipelines[name] = pipeline(checkpoint.modules)
+        except MissingModules as error:
+            unserved[name] = error.message
+    if not pipelines:
+        raise MissingModules("; ".join(dict.fromkeys(unserved.values())))
+    return pipelines, unserved
+
+
+def _roles_of(pipelines: Iterable[ComposedPipeline]) -> dict[str, str]:
+    """The module of each role. Raises PipelineError where a role is that of two modules."""
+    roles: dict[str, str] = {}
+    for role, name in (pair for pipeline in pipelines for pair in pipeline.roles.items()):
+        if roles.setdefault(role, name) != name:
+            raise PipelineError(f"role {role!r} is that of {roles[role]} and {name} in two variants; it has one module")
+    return roles
+
+
+def _variant(name: str, pipeline: ComposedPipeline, entry: PipelineEntry, checkpoint: Checkpoint) -> ServedVariant:
+    configs = entry.configs_of(name)
+    params = resolve(configs.sampling_params)
     if not (isinstance(params, type) and issubclass(params, SamplingParams)):
-        raise TypeError(f"{entry.sampling_params} is not a SamplingParams")
-    pipeline = entry.pipeline(checkpoint.modules)
+        raise TypeError(f"{configs.sampling_params} is not a SamplingParams")
     _check_scheduler(pipeline, checkpoint)
     _check_defaults(params, checkpoint)
-    return ServedModel(name, checkpoint, entry, pipeline, params)
+    roles, specs = params.image_roles(checkpoint), params.parameters(checkpoint)
+    return ServedVariant(name, pipeline, pipeline.services, params, configs.pipeline_config, roles, specs)
 
 
 def _locate(reference: str) -> tuple[str, Path]:
@@ -91,11 +198,15 @@ def _name_of(path: Path) -> str:
 
 
 def _check_scheduler(pipeline: ComposedPipeline, checkpoint: Checkpoint) -> None:
-    """Refuse a scheduler that the standard denoising stage does not run. Raises CheckpointError."""
+    """Refuse a scheduler that the standard denoising stage does not run. Raises CheckpointError.
+
+    Raises PipelineError where the pipeline gives that stage no scheduler.
+    """
     for stage in (stage for service in pipeline.services for stage in service.stages):
         if stage.implementation == DENOISING_STAGE:
-            name = stage.modules[SCHEDULER]
-            check_scheduler(checkpoint.modules[name][1], checkpoint.module_config(name))
+            if SCHEDULER not in stage.modules:
+                raise PipelineError(f"{stage.contract.name} has no module in the role {SCHEDULER!r}, which it needs")
+            check_scheduler(checkpoint.modules[stage.modules[SCHEDULER]][1], checkpoint.config_of(SCHEDULER))
 
 
 def _check_defaults(params: type[SamplingParams], checkpoint: Checkpoint) -> None:

@@ -117,20 +117,26 @@ class StandardImagePipeline(StandardPipeline):
         self,
         *,
         text_modules: Sequence[str] = ("text_encoder", "tokenizer"),
-        image_encoder: str = "image_encoder",
+        image_encoder: str | None = "image_encoder",
         image_processor: str = "image_processor",
         scheduler: str = "scheduler",
     ) -> None:
-        """Text and images to video: the denoiser gets a vision encoder's tokens, and the images' latents."""
+        """Text and images to video: the denoiser gets the images' latents and the tokens of a vision encoder.
+
+        `image_encoder` None: the model has no vision encoder.
+        """
         self._add_text_encoding(text_modules)
-        self.add_stage(
-            StageSpec(
-                contracts.IMAGE_ENCODING,
-                "image_encoding",
-                "models.stages.image_encoding:ImageEncodingStage",
-                {"image_encoder": image_encoder, "image_processor": image_processor},
+        inputs = ["image_latents"]
+        if image_encoder is not None:
+            inputs.append("image_conditioning")
+            self.add_stage(
+                StageSpec(
+                    contracts.IMAGE_ENCODING,
+                    "image_encoding",
+                    "models.stages.image_encoding:ImageEncodingStage",
+                    {"image_encoder": image_encoder, "image_processor": image_processor},
+                )
             )
-        )
         self._add_image_vae_encoding()
         self._add_preparation(scheduler)
-        self._add_denoising_and_decoding(scheduler, "image_conditioning", "image_latents")
+        self._add_denoising_and_decoding(scheduler, *inputs)

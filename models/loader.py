@@ -9,7 +9,7 @@ import logging
 import platform
 import textwrap
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,8 +34,8 @@ from models.sources import own_digest, sources_digest
 
 if TYPE_CHECKING:
     from common.checkpoint import Checkpoint
-    from common.pipeline import ServiceSpec
-    from models.catalog import ServedModel
+    from common.pipeline import ServiceSpec, StageSpec
+    from models.catalog import ServedModel, ServedVariant
 
 
 _log = logging.getLogger(__name__)
@@ -49,19 +49,33 @@ ModuleLoader = Callable[["Checkpoint", str, torch.device, torch.dtype], Any]
 That of one of the config's parallel_modules also takes `mesh`, a WorkerMesh or None, and loads this rank's part."""
 
 
-def load_stages(
+def load_variants(
     model: ServedModel,
     service: ServiceSpec,
     runtime: Runtime,
-) -> list[PipelineStage[Any, Any]]:
-    """The stages of the service, in order, with their modules on the runtime's device. Raises CheckpointError.
+) -> dict[str, list[PipelineStage[Any, Any]]]:
+    """The stages of the service for each variant that uses it, in order. Raises CheckpointError.
+
+    Each module is loaded once, on the runtime's device, and shared by the variants.
 
     With a mesh they are this rank's part of the stages: every rank of the worker group calls this, and then each
     stage's run() with equal inputs, and gets the same outputs. Raises InvalidInput for degrees that the model does
     not have, and for an approximation that model or device do not have (or FailedPrecondition).
     """
-    with _LOADING:
-        return _load_stages(model, service, runtime)
+    if runtime.mesh is not None:
+        check_parallel(model, service, runtime.mesh.degrees)
+    return _load_variants(model, model.variants_of(service.service), runtime)
+
+
+def load_stages(
+    model: ServedModel, service: ServiceSpec, runtime: Runtime, *, variant: str = ""
+) -> list[PipelineStage[Any, Any]]:
+    """The stages of the service for one variant alone, by default the first; errors of load_variants()."""
+    pairs = [pair for pair in model.variants_of(service.service) if variant in ("", pair[0].name)][:1]
+    if runtime.mesh is not None:
+        check_parallel(model, service, runtime.mesh.degrees)
+    (stages,) = _load_variants(model, pairs, runtime).values()
+    return stages
 
 
 # While it loads a model, transformers changes defaults of the whole process, such as the type of new tensors: services
@@ -69,45 +83,74 @@ def load_stages(
 _LOADING = threading.Lock()
 
 
-def _load_stages(model: ServedModel, service: ServiceSpec, runtime: Runtime) -> list[PipelineStage[Any, Any]]:
-    config_class: type[PipelineConfig] = resolve(model.entry.pipeline_config)
+def _load_variants(
+    model: ServedModel, pairs: Sequence[tuple[ServedVariant, ServiceSpec]], runtime: Runtime
+) -> dict[str, list[PipelineStage[Any, Any]]]:
+    modules = _Modules(model.checkpoint, runtime)
+    with _LOADING:
+        return {variant.name: _build_stages(model, variant, spec, modules, runtime) for variant, spec in pairs}
+
+
+def _build_stages(
+    model: ServedModel, variant: ServedVariant, spec: ServiceSpec, modules: _Modules, runtime: Runtime
+) -> list[PipelineStage[Any, Any]]:
+    config_class: type[PipelineConfig] = resolve(variant.pipeline_config)
     config = config_class.from_checkpoint(model.checkpoint)
-    if runtime.mesh is not None:
-        check_parallel(model, service, runtime.mesh.degrees)
     if runtime.approximation.linear_dtype == "float8":
         check_float8(runtime.device, runtime.dtype)
-    loaded = {name: load_module(model.checkpoint, name, config, runtime) for name in service.modules}
-    if isinstance(config, PreparationConfig):
-        for name in service.modules_of(SCHEDULER):
-            try_schedules(model, config, name, loaded[name])
-    if runtime.approximation != EXACT:
-        _approximate(model.checkpoint, loaded.values(), runtime.approximation)
-    stages: list[PipelineStage[Any, Any]] = []
-    for spec in service.stages:
-        modules = {role: loaded[name] for role, name in spec.modules.items()}
-        stage = resolve(spec.implementation)(config, runtime, modules)
-        stages.append(stage.bind(spec.contract))
-    return stages
+    loaded = modules.load(spec.modules, config)
+    if isinstance(config, PreparationConfig) and (name := spec.module_of(SCHEDULER)) is not None:
+        try_schedules(model.checkpoint, variant.sampling_params, config, name, loaded[name])
+    if runtime.approximation != EXACT and not any(isinstance(each, DiffusionTransformer) for each in loaded.values()):
+        pipeline = model.checkpoint.pipeline_name
+        raise InvalidInput(f"{pipeline} has no transformer that can compute with {runtime.approximation}")
+    return [_construct(stage, config, runtime, loaded) for stage in spec.stages]
 
 
-def _approximate(checkpoint: Checkpoint, modules: Iterable[Any], approximation: Approximation) -> None:
-    transformers = [module for module in modules if isinstance(module, DiffusionTransformer)]
-    if not transformers:
-        raise InvalidInput(f"{checkpoint.pipeline_name} has no transformer that can compute with {approximation}")
-    for transformer in transformers:
-        if approximation.linear_dtype == "float8":
-            quantize_linears(transformer, transformer.block_linears)
+def _construct(
+    spec: StageSpec, config: PipelineConfig, runtime: Runtime, loaded: Mapping[str, Any]
+) -> PipelineStage[Any, Any]:
+    modules = {role: loaded[name] for role, name in spec.modules.items()}
+    stage: PipelineStage[Any, Any] = resolve(spec.implementation)(config, runtime, modules)
+    return stage.bind(spec.contract)
+
+
+class _Modules:
+    """The modules of one service of a model, each loaded once for all variants."""
+
+    def __init__(self, checkpoint: Checkpoint, runtime: Runtime) -> None:
+        self._checkpoint = checkpoint
+        self._runtime = runtime
+        self._loaded: dict[str, Any] = {}
+        self._loaders: dict[str, str] = {}
+
+    def load(self, names: Iterable[str], config: PipelineConfig) -> dict[str, Any]:
+        """These modules by name. Raises CheckpointError, and TypeError where variants name two loaders for a class."""
+        return {name: self._load(name, config) for name in names}
+
+    def _load(self, name: str, config: PipelineConfig) -> Any:
+        loader = config.module_loaders.get(self._checkpoint.modules.get(name, ("", ""))[1], "")
+        if self._loaders.setdefault(name, loader) != loader:
+            message = f"{type(config).__name__} loads {name} by {loader!r}, and another variant by"
+            raise TypeError(f"{message} {self._loaders[name]!r}; variants share modules")
+        if name not in self._loaded:
+            module = load_module(self._checkpoint, name, config, self._runtime)
+            if isinstance(module, DiffusionTransformer) and self._runtime.approximation.linear_dtype == "float8":
+                quantize_linears(module, module.block_linears)
+            self._loaded[name] = module
+        return self._loaded[name]
 
 
 def check_parallel(model: ServedModel, service: ServiceSpec, degrees: Degrees) -> None:
-    """Refuse to cut what has no plan: each rank would do all the work. cfg needs none. Raises InvalidInput."""
-    config: type[PipelineConfig] = resolve(model.entry.pipeline_config)
-    classes = {model.checkpoint.modules[name][1] for name in service.modules if name in model.checkpoint.modules}
-    if degrees.world_size > 1 and not classes & config.parallel_modules:
-        raise InvalidInput(
-            f"{model.checkpoint.pipeline_name} has no parallel plan for {service.service}, so that tp, ulysses, ring "
-            f"and cfg must be 1; they are {degrees}"
-        )
+    """Refuse to shard what has no plan: each rank would do all the work. cfg needs none. Raises InvalidInput."""
+    for variant, spec in model.variants_of(service.service):
+        config: type[PipelineConfig] = resolve(variant.pipeline_config)
+        classes = {model.checkpoint.modules[name][1] for name in spec.modules if name in model.checkpoint.modules}
+        if degrees.world_size > 1 and not classes & config.parallel_modules:
+            raise InvalidInput(
+                f"{model.checkpoint.pipeline_name} has no parallel plan for {service.service}, so that tp, ulysses, "
+                f"ring and cfg must be 1; they are {degrees}"
+            )
 
 
 def load_module(checkpoint: Checkpoint, name: str, config: PipelineConfig, runtime: Runtime) -> Any:

@@ -1,8 +1,8 @@
-"""Which pipelines this fleet can serve, and the configs that belong to each.
+"""Pipelines that this fleet can serve, and the configs of each of their variants.
 
-A pipeline file defines `EntryClass` and is found by itself, in models/pipelines and in the plugin directories that
-a service's settings name. Configs are registered by family, by reference, so that reading
-the registry imports no torch.
+A pipeline file defines `EntryClass` and `register_configs(registry)`. It is found by itself, in models/pipelines and in
+the plugin directories that a service's settings name. Configs are registered by reference, so that reading the registry
+imports no torch.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import ast
 import importlib
 import pkgutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -23,26 +23,46 @@ from models import pipelines
 
 
 @dataclass(frozen=True)
-class PipelineEntry:
-    """A pipeline class with its configs, each as "package.module:Class"."""
+class ConfigReferences:
+    """The SamplingParams and the PipelineConfig of one variant, each as "package.module:Class"."""
 
-    pipeline: type[ComposedPipeline]
     sampling_params: str
     pipeline_config: str
+
+
+@dataclass(frozen=True)
+class PipelineEntry:
+    """A pipeline class with the configs of its variants, by name."""
+
+    pipeline: type[ComposedPipeline]
+    configs: Mapping[str, ConfigReferences]
+
+    def configs_of(self, variant: str) -> ConfigReferences:
+        """The configs of one variant. Raises ValueError for a variant that has none."""
+        if variant not in self.configs:
+            name = self.pipeline.pipeline_name
+            raise ValueError(
+                f"variant {variant!r} of pipeline {name} has no configs; register_configs() must name them"
+            )
+        return self.configs[variant]
 
 
 @dataclass
 class Registry:
     """Pipelines by `_class_name`. Registering a name twice is an error."""
 
-    _configs: dict[str, tuple[str, str]] = field(default_factory=dict)
+    _configs: dict[str, dict[str, ConfigReferences]] = field(default_factory=dict)
     _pipelines: dict[str, type[ComposedPipeline]] = field(default_factory=dict)
 
-    def register_configs(self, pipeline_name: str, *, sampling_params: str, pipeline_config: str) -> None:
-        """Say which SamplingParams and PipelineConfig a pipeline has. Raises ValueError on a duplicate."""
-        if pipeline_name in self._configs:
-            raise ValueError(f"configs of {pipeline_name} are registered twice")
-        self._configs[pipeline_name] = (sampling_params, pipeline_config)
+    def register_configs(
+        self, pipeline_name: str, *, sampling_params: str, pipeline_config: str, variant: str = ""
+    ) -> None:
+        """Name the SamplingParams and the PipelineConfig of a pipeline's variant. Raises ValueError on a duplicate."""
+        variants = self._configs.setdefault(pipeline_name, {})
+        if variant in variants:
+            of = f"variant {variant!r} of {pipeline_name}" if variant else pipeline_name
+            raise ValueError(f"configs of {of} are registered twice")
+        variants[variant] = ConfigReferences(sampling_params, pipeline_config)
 
     def register_pipeline(self, pipeline: type[ComposedPipeline]) -> None:
         """Add a pipeline class. Raises ValueError on a duplicate."""
@@ -60,7 +80,7 @@ class Registry:
             raise CheckpointError(f"pipeline {pipeline_name!r} is not supported; supported are {supported}")
         if pipeline_name not in self._configs:
             raise ValueError(f"pipeline {pipeline_name} has no configs; call register_configs() in its family")
-        return PipelineEntry(self._pipelines[pipeline_name], *self._configs[pipeline_name])
+        return PipelineEntry(self._pipelines[pipeline_name], self._configs[pipeline_name])
 
     def names(self) -> list[str]:
         """The supported `_class_name`s, sorted."""
@@ -76,55 +96,16 @@ def resolve(reference: str) -> Any:
     return contents[name]
 
 
-def _register_flux(registry: Registry) -> None:
-    registry.register_configs(
-        "FluxPipeline",
-        sampling_params="configs.sample.flux:FluxSamplingParams",
-        pipeline_config="configs.pipeline_configs.flux:FluxPipelineConfig",
-    )
-
-
-def _register_wan(registry: Registry) -> None:
-    registry.register_configs(
-        "WanPipeline",
-        sampling_params="configs.sample.wan:WanSamplingParams",
-        pipeline_config="configs.pipeline_configs.wan:WanPipelineConfig",
-    )
-    registry.register_configs(
-        "WanImageToVideoPipeline",
-        sampling_params="configs.sample.wan:WanImageToVideoSamplingParams",
-        pipeline_config="configs.pipeline_configs.wan:WanImageToVideoPipelineConfig",
-    )
-
-
-def _register_qwen_image(registry: Registry) -> None:
-    registry.register_configs(
-        "QwenImagePipeline",
-        sampling_params="configs.sample.qwen_image:QwenImageSamplingParams",
-        pipeline_config="configs.pipeline_configs.qwen_image:QwenImagePipelineConfig",
-    )
-    registry.register_configs(
-        "QwenImageEditPipeline",
-        sampling_params="configs.sample.qwen_image:QwenImageEditSamplingParams",
-        pipeline_config="configs.pipeline_configs.qwen_image_edit:QwenImageEditPipelineConfig",
-    )
-
-
-_FAMILIES = (_register_flux, _register_qwen_image, _register_wan)
-
-
 def load_registry(plugins: Iterable[Path] = ()) -> Registry:
-    """Build the registry: the families here, then the plugin directories.
+    """Build the registry: the families of models/pipelines, then those of the plugin directories.
 
-    A plugin directory is put on sys.path, so that references may name its files. Each of them that defines `EntryClass`
-    is a pipeline file, which also has a `register_configs(registry)` function; the others are not imported here, for
-    they may need torch. Errors of a plugin are raised as they are.
+    A plugin directory is put on sys.path, so that references may name its files. Each of its files that defines
+    `EntryClass` is a pipeline file; the others are not imported here, for they may need torch. Errors of a plugin are
+    raised as they are; a pipeline file without register_configs() is a TypeError.
     """
     registry = Registry()
-    for register in _FAMILIES:
-        register(registry)
     for info in pkgutil.iter_modules(pipelines.__path__):
-        _add_entry(registry, importlib.import_module(f"{pipelines.__name__}.{info.name}"))
+        _add_family(registry, importlib.import_module(f"{pipelines.__name__}.{info.name}"))
     for directory in plugins:
         _load_plugins(registry, directory)
     return registry
@@ -143,8 +124,7 @@ def _load_plugins(registry: Registry, directory: Path) -> None:
         module = importlib.import_module(path.stem)
         if module.__file__ is None or Path(module.__file__).resolve() != path:
             raise ImportError(f"{path} cannot be imported: {path.stem!r} is {module.__file__}; give it another name")
-        _add_entry(registry, module)
-        vars(module)["register_configs"](registry)
+        _add_family(registry, module)
 
 
 def _defines_entry(path: Path) -> bool:
@@ -158,7 +138,10 @@ def _defines_entry(path: Path) -> bool:
     return False
 
 
-def _add_entry(registry: Registry, module: ModuleType) -> None:
-    entry = vars(module).get("EntryClass")
-    if entry is not None:
-        registry.register_pipeline(entry)
+def _add_family(registry: Registry, module: ModuleType) -> None:
+    """Add the pipeline of a file, and let the file register its configs."""
+    contents = vars(module)
+    registry.register_pipeline(contents["EntryClass"])
+    if "register_configs" not in contents:
+        raise TypeError(f"{module.__name__} must define register_configs(registry), which names the family's configs")
+    contents["register_configs"](registry)

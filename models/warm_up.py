@@ -11,7 +11,7 @@ import logging
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
@@ -32,7 +32,7 @@ from common.errors import InvalidInput
 from common.stage import Call
 from configs.pipeline_configs.base import DenoisingConfig, GuidanceConfig, Shapes
 from configs.sample.base import SamplingParams
-from models.catalog import ServedModel
+from models.catalog import ServedModel, ServedVariant
 from models.registry import resolve
 
 STEPS = 3
@@ -41,58 +41,75 @@ STEPS = 3
 _FIELD = "warm_up"
 _SERVICE = "denoising"
 _SIZE = re.compile(r"(?P<height>[0-9]{1,5})x(?P<width>[0-9]{1,5})(x(?P<num_frames>[0-9]{1,5}))?")
+_VARIANT_SIGN = "@"
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class WarmUp:
-    """The sizes that one model's denoising is to be warm for."""
+    """Made-up requests of one model's denoising: variants, each with the parameters of a request of its own."""
 
     model: ServedModel
-    sizes: tuple[SamplingParams, ...]
+    sizes: tuple[tuple[ServedVariant, SamplingParams], ...]
 
     @classmethod
     def parse(cls, model: ServedModel, texts: Sequence[str]) -> Self:
-        """Read sizes, HEIGHTxWIDTH or HEIGHTxWIDTHxFRAMES; frames that are not given are the model's own number.
+        """Read sizes, HEIGHTxWIDTH or HEIGHTxWIDTHxFRAMES, each for every variant of the model or for the @VARIANT.
 
-        Raises InvalidInput for what is no size, for sizes that a request could not ask this model for, and for models
-        whose stages are not the standard ones.
+        Frames that are not given are the variant's own number. Raises InvalidInput for other texts, for a variant that
+        the model does not have, for sizes that a request could not ask for, and for models whose stages are not the
+        standard ones.
         """
-        if texts and not issubclass(resolve(model.entry.pipeline_config), DenoisingConfig):
-            message = f"{model.checkpoint.pipeline_name} cannot be warmed up: its stages are not the standard ones"
-            raise InvalidInput(message, field=_FIELD)
-        return cls(model, tuple(_params(model, text) for text in texts))
+        return cls(model, tuple(each for text in texts for each in _sizes(model, text)))
 
     def run(self, stages: Callable[[Mapping[str, Any], Call], object], dtype: torch.dtype, call: Call) -> None:
         """Run the denoising stages for a few steps at each size. `dtype` is theirs; raises as they do."""
-        for params, inputs in zip(self.sizes, self.inputs(dtype), strict=True):
+        for (variant, params), inputs in zip(self.sizes, self.inputs(dtype), strict=True):
             began = time.monotonic()
-            stages(inputs, call)
+            stages(inputs, replace(call, variant=variant.name))
             size = "x".join(str(each) for each in params.extent.values())
-            _log.info("warmed up for %s in %.1f s", size, time.monotonic() - began)
+            name = f"{size}{_VARIANT_SIGN}{variant.name}" if variant.name else size
+            _log.info("warmed up for %s in %.1f s", name, time.monotonic() - began)
 
     def inputs(self, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
         """The artifacts of a made-up request at each size, by slot of the denoising stage, on the CPU."""
-        if not self.sizes:
-            return
-        config_class: type[DenoisingConfig] = resolve(self.model.entry.pipeline_config)
-        config = config_class.from_checkpoint(self.model.checkpoint)
-        slots = self.model.pipeline.service(_SERVICE).contract.inputs
-        for params in self.sizes:
-            made = _inputs(config, dtype, params.artifacts())
+        configs: dict[str, DenoisingConfig] = {}
+        for variant, params in self.sizes:
+            if variant.name not in configs:
+                config_class: type[DenoisingConfig] = resolve(variant.pipeline_config)
+                configs[variant.name] = config_class.from_checkpoint(self.model.checkpoint)
+            made = _inputs(configs[variant.name], dtype, params.artifacts())
+            slots = variant.pipeline.service(_SERVICE).contract.inputs
             yield {slot: artifact for slot, artifact in made.items() if slot in slots}
 
 
-def _params(model: ServedModel, text: str) -> SamplingParams:
-    match = _SIZE.fullmatch(text)
+def _sizes(model: ServedModel, text: str) -> Iterator[tuple[ServedVariant, SamplingParams]]:
+    size, sign, name = text.partition(_VARIANT_SIGN)
+    match = _SIZE.fullmatch(size)
     if match is None:
-        message = f"{text!r} is no size to warm up for; it must be HEIGHTxWIDTH, or HEIGHTxWIDTHxFRAMES of a video"
-        raise InvalidInput(message, field=_FIELD)
+        message = f"{size!r} is no size to warm up for; it must be HEIGHTxWIDTH, or HEIGHTxWIDTHxFRAMES of a video"
+        raise InvalidInput(f"{message}, and may end with @VARIANT", field=_FIELD)
+    for variant in _chosen(model, text, name) if sign else model.variants:
+        if not issubclass(resolve(variant.pipeline_config), DenoisingConfig):
+            message = f"{model.checkpoint.pipeline_name} cannot be warmed up: its stages are not the standard ones"
+            raise InvalidInput(message, field=_FIELD)
+        yield variant, _params(model, variant, text, match)
+
+
+def _chosen(model: ServedModel, text: str, name: str) -> list[ServedVariant]:
+    named = [each for each in model.variants if each.name]
+    if chosen := [each for each in named if each.name == name]:
+        return chosen
+    works = f"its variants are {', '.join(each.name for each in named)}" if named else "write the size without @"
+    raise InvalidInput(f"warm_up: {text} names no variant of {model.name}; {works}", field=_FIELD)
+
+
+def _params(model: ServedModel, variant: ServedVariant, text: str, match: re.Match[str]) -> SamplingParams:
     size = {name: int(value) for name, value in match.groupdict().items() if value is not None}
     request: dict[str, ParamValue] = {"prompt": "", "negative_prompt": "", "num_inference_steps": STEPS, "seed": 0}
     try:
-        params, warnings = model.sampling_params.build({**request, **size}, model.checkpoint)
+        params, warnings = variant.sampling_params.build({**request, **size}, model.checkpoint)
     except InvalidInput as error:
         raise InvalidInput(f"warm_up {text}: {error.message}", field=_FIELD) from error
     for warning in warnings:

@@ -21,9 +21,8 @@ from typing import Protocol, TypeVar
 import torch
 from redis.asyncio import Redis
 
-from common.errors import FailedPrecondition, InvalidInput, Unavailable
-from common.local import HostedStages
-from common.pipeline import PipelineError, ServiceSpec
+from common.errors import FailedPrecondition, Unavailable
+from common.pipeline import ServiceSpec
 from common.rpc.address import advertised_address
 from common.rpc.method import begun_frame, response_type, stage_method
 from common.rpc.server import Stages
@@ -34,12 +33,13 @@ from common.stage import Call
 from common.state.connection import connect
 from common.state.workers import WorkerRegistry
 from common.telemetry import setup_logging, stage_timer, start_metrics
+from common.variants import HostedVariants
 from fleet.v1 import worker_pb2
 from models.catalog import ServedModel, open_model
 from models.kernels.packages import outcomes
 from models.kernels.trials import try_packages
 from models.layers.mesh import Degrees, WorkerMesh
-from models.loader import load_stages, numerics_fingerprint
+from models.loader import load_variants, numerics_fingerprint
 from models.registry import load_registry
 from models.warm_up import WarmUp
 from services.setting_readers import READERS
@@ -76,7 +76,7 @@ class Ranks(Protocol):
     def wait_for_all(self) -> None:
         """Return once all ranks have loaded their part. Called on the device's thread."""
 
-    def lead(self, stages: HostedStages) -> Stages:
+    def lead(self, stages: HostedVariants) -> Stages:
         """The same stages, run by all ranks together."""
 
     def on_leaving(self, stop: Callable[[], object]) -> None:
@@ -130,7 +130,7 @@ async def start_worker(
     With `ranks` it leads a worker group. Raises CheckpointError for a model that cannot be loaded, FailedPrecondition
     where device, address or fleet do not fit, Unavailable when the request store stays away.
     """
-    spec = service_of(model, service)
+    spec = model.service(service)
     tls = tls_of(settings)
     watchdog = watchdog_of(settings)
     checked = await _is_store_checked(settings)
@@ -200,15 +200,15 @@ def _load(
     device: torch.device,
     dtype: torch.dtype,
     ranks: Ranks | None,
-) -> HostedStages:
+) -> HostedVariants:
     """Load the service's stages: on the device's thread, and with all ranks of a worker group together."""
     if (choice := settings.kernel_choice) is not None:
         try_packages(device, choice)
     mesh = ranks.make_mesh(device) if ranks else None
-    stages = load_stages(model, spec, settings.runtime(device, dtype, mesh))
+    variants = load_variants(model, spec, settings.runtime(device, dtype, mesh))
     if ranks:
         ranks.wait_for_all()
-    return HostedStages(spec.service, stages, timed=partial(stage_timer, spec.service, model.name))
+    return HostedVariants(spec.service, variants, timed=partial(stage_timer, spec.service, model.name))
 
 
 async def _warm_up(warm_up: WarmUp, stages: Stages, dtype: torch.dtype, executor: ThreadPoolExecutor) -> None:
@@ -219,14 +219,6 @@ async def _warm_up(warm_up: WarmUp, stages: Stages, dtype: torch.dtype, executor
     except asyncio.CancelledError:
         call.cancelled.set()
         raise
-
-
-def service_of(model: ServedModel, service: str) -> ServiceSpec:
-    """A service of the model's pipeline. Raises InvalidInput when it has none of that name."""
-    try:
-        return model.pipeline.service(service)
-    except PipelineError as error:
-        raise InvalidInput(str(error), field="service") from error
 
 
 async def _is_store_checked(settings: WorkerSettings) -> bool:

@@ -10,7 +10,6 @@ from typing import Any
 from redis.asyncio import Redis
 
 from common.errors import InvalidInput
-from common.local import HostedStages
 from common.pipeline import ServiceSpec
 from common.rpc.framing import Limits
 from common.rpc.interceptor import admit_all
@@ -23,6 +22,7 @@ from common.stage import Contract
 from common.state.shared_replies import SharedReplies
 from common.telemetry import MetricsInterceptor
 from common.tensors import TORCH
+from common.variants import HostedVariants
 from common.watched import WatchedFiles
 from fleet.v1 import worker_pb2, worker_pb2_grpc
 from models.kernels.packages import Outcome
@@ -35,10 +35,11 @@ _SERVICE = "fleet.v1.WorkerService"
 def contract_message(contract: Contract, spec: ServiceSpec) -> worker_pb2.StageContract:
     """What the service reads and writes, for those who ask and for the registry."""
     return worker_pb2.StageContract(
-        stages=[stage.contract.name for stage in spec.stages],
+        stages=dict.fromkeys(stage.contract.name for stage in spec.stages),
         inputs=contract.inputs,
         outputs=contract.outputs,
         optional_inputs=sorted(contract.optional),
+        optional_outputs=sorted(contract.optional_outputs),
     )
 
 
@@ -113,7 +114,7 @@ def _shown(tls: WatchedFiles[Mutual]) -> tuple[int, Shown]:
 
 
 def cache_of(
-    stages: HostedStages, info: worker_pb2.WorkerInfo, settings: WorkerSettings, shared: SharedReplies | None
+    stages: HostedVariants, info: worker_pb2.WorkerInfo, settings: WorkerSettings, shared: SharedReplies | None
 ) -> ReplyCache | None:
     """Where replies are kept, if settings and stages both want it."""
     if not isinstance(settings, CachingSettings) or settings.cache_bytes <= 0 or stages.indifferent_to is None:

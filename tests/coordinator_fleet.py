@@ -73,6 +73,10 @@ class Script:
     result_bytes: int = 100
     calls: list[str] = field(default_factory=list)
 
+    def contract_of(self, variant: str) -> Contract:
+        assert not variant, "the model has one variant"
+        return self.contract
+
     def run(self, values: Mapping[str, Any], call: Call) -> dict[str, Any]:
         self.calls.append(call.request_id)
         self.work(call)
@@ -127,7 +131,7 @@ class FakeFleet:
         self.url = url
         self.model = model
         self.directory = directory
-        self.scripts = {spec.service: Script(spec.contract) for spec in model.pipeline.services}
+        self.scripts = {spec.service: Script(spec.contract) for spec in model.services}
         self._stack = stack
 
     async def add_worker(

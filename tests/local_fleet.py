@@ -16,11 +16,12 @@ from safetensors.torch import load
 from torch import Tensor
 
 from common.artifacts import ImageInputs, Media, ParamValue
-from common.local import HostedStages, LocalRunner
+from common.local import LocalRunner
 from common.pipeline import result_of, run_pipeline
 from common.stage import Call
+from common.variants import HostedVariants
 from models.catalog import ServedModel, open_model
-from models.loader import load_stages
+from models.loader import load_variants
 from models.registry import load_registry
 from models.runtime import Runtime
 from models.validation import InputValidationStage
@@ -54,19 +55,22 @@ class LocalFleet:
         self._executor = ThreadPoolExecutor(1)
         place = device or torch.device("cpu")
         self.services = {
-            spec.service: HostedStages(spec.service, load_stages(model, spec, Runtime(device=place, dtype=dtype)))
-            for spec in model.pipeline.services
+            spec.service: HostedVariants(spec.service, load_variants(model, spec, Runtime(device=place, dtype=dtype)))
+            for spec in model.services
         }
 
     def media(self, heard: Heard | None = None, images: Mapping[str, bytes] = NO_IMAGES, **given: ParamValue) -> Media:
         """Run one request through validation and every service."""
-        values = dict(InputValidationStage(self.model).run(given, images).artifacts)
+        validated = InputValidationStage(self.model).run(given, images)
+        variant, values = validated.variant, dict(validated.artifacts)
         if images:
             files = {role: torch.frombuffer(bytearray(data), dtype=torch.uint8) for role, data in images.items()}
             values["image_inputs"] = ImageInputs(images=files)
-        runners = [LocalRunner(stages, self._executor) for stages in self.services.values()]
+        runners = [
+            LocalRunner(self.services[spec.service].of(variant.name), self._executor) for spec in variant.services
+        ]
         call = (heard or Heard()).call()
-        slot = result_of(self.model.pipeline.services)
+        slot = result_of(variant.services)
         outputs: dict[str, Any] = asyncio.run(run_pipeline(runners, values, call, wanted=(slot,)))
         media: Media = outputs[slot]
         return media

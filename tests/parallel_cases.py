@@ -16,22 +16,21 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from common.artifacts import Canvas, Conditioning, LatentPart, Latents, Sampling
-from common.local import HostedStages
+from common.checkpoint import Checkpoint
 from common.stage import Call
-from configs.pipeline_configs.base import DenoisingConfig
 from denoising_files import save_input
 from local_fleet import relative_error
-from models.catalog import ServedModel, open_model
-from models.contracts import DenoisingInput
+from models.contracts import DenoisingInput, LatentPreparationInput, TimestepPreparationInput
 from models.layers.mesh import Degrees
-from models.loader import load_stages
-from models.registry import load_registry, resolve
+from models.loader import load_module
 from models.runtime import Runtime
-from rank_calls import denoise, forward, rank_file
+from models.stages.latent_preparation import LatentPreparationStage
+from models.stages.timestep_preparation import TimestepPreparationStage
+from rank_calls import denoise, forward, open_with, rank_file
 from rank_pool import RankPool
 from tiny_flux import LATENT_CHANNELS, build_tiny_flux
 from tiny_qwen_image import build_tiny_qwen_image, build_tiny_qwen_image_edit
-from tiny_wan import build_tiny_wan, build_tiny_wan_i2v
+from tiny_wan import TI2V_LATENT_CHANNELS, build_tiny_wan, build_tiny_wan_i2v, build_tiny_wan_ti2v
 
 CPU = torch.device("cpu")
 STEPS = 4
@@ -48,7 +47,8 @@ LAYOUTS = [
 class Family:
     """A checkpoint, and a request whose tokens divide by little.
 
-    Embeddings are (tokens, width) or (width,); latents of pictures are of the shapes packed and raw.
+    Embeddings are (tokens, width) or (width,); latents of pictures are of the shapes packed and raw. `channels` are
+    those of a latent. `config` is a reference to the config, if it is not the registered one.
     """
 
     build: Callable[[Path], Path]
@@ -58,6 +58,8 @@ class Family:
     negative: Mapping[str, tuple[int, ...]]
     pictures: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     condition: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+    channels: int = LATENT_CHANNELS
+    config: str = ""
 
 
 SAMPLING = Sampling(num_inference_steps=STEPS, seed=3, num_outputs_per_prompt=2, guidance_scale=4.0, true_cfg_scale=2.0)
@@ -100,6 +102,17 @@ FAMILIES = {
         condition=((1, 20, 3, 6, 10), (1, 20, 3, 6, 10)),
         tokens=45,
     ),
+    # 15 tokens of the given first frame, and 45 others.
+    "wan-ti2v": Family(
+        build_tiny_wan_ti2v,
+        Canvas(height=96, width=160, num_frames=13, output_format="mp4"),
+        positive={"encoder_hidden_states": (13, 32)},
+        negative={"encoder_hidden_states": (13, 32)},
+        condition=((1, TI2V_LATENT_CHANNELS, 1, 6, 10), (1, TI2V_LATENT_CHANNELS, 1, 6, 10)),
+        tokens=60,
+        channels=TI2V_LATENT_CHANNELS,
+        config="configs.pipeline_configs.wan_ti2v:WanTI2VImagePipelineConfig",
+    ),
 }
 
 
@@ -107,11 +120,16 @@ FAMILIES = {
 class Case:
     """A family's checkpoint, its input for the loop and for one prediction, and what one rank makes of them."""
 
-    checkpoint: str
+    model: Mapping[str, str]
     loop: Path
     single: Path
     latents: Tensor
     prediction: Tensor
+
+    @property
+    def checkpoint(self) -> str:
+        """The checkpoint's directory."""
+        return self.model["checkpoint"]
 
 
 Run = Callable[..., object]
@@ -125,35 +143,37 @@ def alone(function: Callable[..., object], **keywords: Any) -> object:
 
 def make_case(family: Family, folder: Path, run: Run = alone) -> Case:
     """Draw a request, and run it on one rank."""
-    model = open_model(str(family.build(folder / "checkpoint")), load_registry())
-    x = draw_input(model, family)
+    model = {"checkpoint": str(family.build(folder / "checkpoint")), "config": family.config}
+    checkpoint, config = open_with(**model)
+    x = draw_input(checkpoint, config, family)
     save_input(x, folder / "loop.safetensors")
-    save_file(single_input(model, x), folder / "single.safetensors")
-    checkpoint = str(model.checkpoint.path)
+    save_file(single_input(config, x), folder / "single.safetensors")
     made: dict[str, Tensor] = {}
     for function, file in ((denoise, "loop"), (forward, "single")):
         inputs = str(folder / f"{file}.safetensors")
-        run(function, checkpoint=checkpoint, inputs=inputs, output=str(folder / file))
+        run(function, **model, inputs=inputs, output=str(folder / file))
         made |= load_file(rank_file(str(folder / file), 0))
-    return Case(checkpoint, folder / "loop.safetensors", folder / "single.safetensors", **made)
+    return Case(model, folder / "loop.safetensors", folder / "single.safetensors", **made)
 
 
-def draw_input(model: ServedModel, family: Family) -> DenoisingInput:
+def draw_input(checkpoint: Checkpoint, config: Any, family: Family) -> DenoisingInput:
     """Noise and schedule of the family's own stages; what encoders would make is random."""
     torch.manual_seed(5)
-    stages = load_stages(model, model.pipeline.service("latent_preparation"), Runtime(device=CPU, dtype=torch.float32))
-    given = {"canvas": family.canvas, "sampling": SAMPLING}
-    prepared = HostedStages("latent_preparation", stages).run(given, Call("test"))
-    (noise,) = prepared["initial_latents"].parts.values()
-    assert noise.latents[0].numel() == family.tokens * 2 * 2 * LATENT_CHANNELS
+    runtime, canvas = Runtime(), family.canvas
+    scheduler = load_module(checkpoint, "scheduler", config, runtime)
+    drawing = LatentPreparationInput(canvas=canvas, sampling=SAMPLING)
+    initial = LatentPreparationStage(config, runtime, {}).run(drawing, Call("test"))
+    timesteps = TimestepPreparationStage(config, runtime, {"scheduler": scheduler})
+    (noise,) = initial.initial_latents.parts.values()
+    assert noise.latents[0].numel() == family.tokens * 2 * 2 * family.channels
     condition = None
     if family.condition:
         packed, raw = family.condition
         part = LatentPart(latents=torch.randn(packed), raw_latent_shape=raw)
         condition = Latents(parts={"condition": part})
     return DenoisingInput(
-        initial_latents=prepared["initial_latents"],
-        schedule=prepared["schedule"],
+        initial_latents=initial.initial_latents,
+        schedule=timesteps.run(TimestepPreparationInput(canvas=canvas, sampling=SAMPLING), Call("test")).schedule,
         text_conditioning=Conditioning(
             prompt_embeds=draw(family.positive), negative_prompt_embeds=draw(family.negative)
         ),
@@ -167,10 +187,8 @@ def draw(sizes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
     return {name: torch.randn(1, *size) for name, size in sizes.items()}
 
 
-def single_input(model: ServedModel, x: DenoisingInput) -> dict[str, Tensor]:
+def single_input(config: Any, x: DenoisingInput) -> dict[str, Tensor]:
     """The keywords of one prediction in the middle of the schedule, for the first output."""
-    config_class: type[DenoisingConfig] = resolve(model.entry.pipeline_config)
-    config = config_class.from_checkpoint(model.checkpoint)
     ((part, noise),) = x.initial_latents.parts.items()
     given = x.image_latents.parts if x.image_latents else {}
     conditions = {name: each.latents for name, each in given.items()}
@@ -191,8 +209,8 @@ def check(pool: RankPool, case: Case, degrees: Degrees, folder: Path) -> dict[st
     """Prediction and loop, on every rank, against one rank's: relative L2, which must be small enough."""
     errors = {}
     pool.join(degrees)
-    single = {"checkpoint": case.checkpoint, "inputs": str(case.single), "output": str(folder / "single")}
-    loop = {"checkpoint": case.checkpoint, "inputs": str(case.loop), "output": str(folder / "loop")}
+    single = {**case.model, "inputs": str(case.single), "output": str(folder / "single")}
+    loop = {**case.model, "inputs": str(case.loop), "output": str(folder / "loop")}
     pool.call("rank_calls:forward", **single)
     assert pool.call("rank_calls:denoise", **loop) == [[*range(1, STEPS + 1)]] * degrees.world_size
     for name, expected, most in (("single", case.prediction, 1e-5), ("loop", case.latents, 1e-4)):

@@ -16,6 +16,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler  
 from safetensors.torch import load_file, save_file
 from torch import distributed, nn
 
+from common.checkpoint import Checkpoint
 from common.stage import Call
 from configs.approximation import Approximation
 from configs.pipeline_configs.base import PipelineConfig
@@ -28,6 +29,7 @@ from models.layers.usp_attention import USPAttention
 from models.loader import load_module, load_stages
 from models.registry import load_registry, resolve
 from models.runtime import Runtime
+from models.stages.denoising import DenoisingStage
 
 CPU = torch.device("cpu")
 
@@ -72,13 +74,19 @@ def leave(rank: int) -> None:  # noqa: ARG001  (asked for of every rank)
         distributed.destroy_process_group()
 
 
-def forward(rank: int, checkpoint: str, inputs: str, output: str, compiled: bool = False) -> None:
+def open_with(checkpoint: str, config: str) -> tuple[Checkpoint, Any]:
+    """A checkpoint and its config, of the class of a reference "package.module:Class", or by default the registered."""
+    reference = config or open_model(checkpoint, load_registry()).variants[0].pipeline_config
+    config_class: type[PipelineConfig] = resolve(reference)
+    opened = Checkpoint.open(Path(checkpoint))
+    return opened, config_class.from_checkpoint(opened)
+
+
+def forward(rank: int, checkpoint: str, inputs: str, output: str, compiled: bool = False, config: str = "") -> None:
     """One prediction of the checkpoint's transformer; compiled, each block is one graph, with its collectives."""
-    model = open_model(checkpoint, load_registry())
-    config_class: type[PipelineConfig] = resolve(model.entry.pipeline_config)
-    config = config_class.from_checkpoint(model.checkpoint)
+    opened, made = open_with(checkpoint, config)
     runtime = Runtime(mesh=RANK.mesh, device=RANK.device)
-    transformer = load_module(model.checkpoint, "transformer", config, runtime)
+    transformer = load_module(opened, "transformer", made, runtime)
     for blocks in transformer.children():
         for block in blocks if compiled and isinstance(blocks, nn.ModuleList) else ():
             block.compile(fullgraph=True, backend="aot_eager")
@@ -87,17 +95,29 @@ def forward(rank: int, checkpoint: str, inputs: str, output: str, compiled: bool
     save_file({"prediction": prediction.cpu()}, rank_file(output, rank))
 
 
-def denoise(rank: int, checkpoint: str, inputs: str, output: str, approximation: Mapping[str, Any] = NONE) -> list[int]:
+def denoise(
+    rank: int, checkpoint: str, inputs: str, output: str, approximation: Mapping[str, Any] = NONE, config: str = ""
+) -> list[int]:
     """The whole loop; the steps that it reported."""
-    model, steps = open_model(checkpoint, load_registry()), []
-    spec = model.pipeline.service("denoising")
-    given = Approximation(**approximation)
-    runtime = Runtime(device=RANK.device, mesh=RANK.mesh, approximation=given)
-    (stage,) = load_stages(model, spec, runtime)
+    steps: list[int] = []
+    runtime = Runtime(device=RANK.device, mesh=RANK.mesh, approximation=Approximation(**approximation))
+    stage = _denoising_stage(checkpoint, config, runtime)
     done = stage.run(load_input(inputs), Call("test", on_progress=lambda step, _: steps.append(step)))
     (part,) = done.denoised_latents.parts.values()
     save_file({"latents": part.latents.cpu()}, rank_file(output, rank))
     return steps
+
+
+def _denoising_stage(checkpoint: str, config: str, runtime: Runtime) -> DenoisingStage:
+    """The registered pipeline's, or one with another config."""
+    if config:
+        opened, made = open_with(checkpoint, config)
+        modules = {name: load_module(opened, name, made, runtime) for name in ("transformer", "scheduler")}
+        return DenoisingStage(made, runtime, modules)
+    model = open_model(checkpoint, load_registry())
+    (stage,) = load_stages(model, model.service("denoising"), runtime)
+    assert isinstance(stage, DenoisingStage)
+    return stage
 
 
 def attend(rank: int, inputs: str, output: str) -> list[int]:

@@ -17,6 +17,7 @@ def admission(id: str, owner: str, caller: str = "", **more: Any) -> dict[str, A
         "model": MODEL,
         "caller": caller,
         "owner": owner,
+        "variant": "",
         "record": "record",
         "submission": "submission",
         "idempotency_key": "",
@@ -84,7 +85,9 @@ def kept_reply(name: str, size: int = 40, most: int = REPLY_LIMIT, lasts: int = 
 
 OPERATIONS: dict[str, Sequence[Mapping[str, Any]]] = {
     "admit": [
-        admission("new", "c-1", "ann", idempotency_key="key-new", max_work=1000, costs={"denoising": 5}),
+        admission(
+            "new", "c-1", "ann", variant="image", idempotency_key="key-new", max_work=1000, costs={"denoising": 5}
+        ),
         admission("r1", "c-1", "ann", idempotency_key="key-r1", max_work=1000),
         admission("r2", "c-1", "bob", is_full=1),
     ],

@@ -60,8 +60,17 @@ class ServedFleet:
         request = generation_pb2.SubmitRequest(model=model, parameters=parameters)
         return self._run(_generate(self._endpoint, request))
 
+    def models(self) -> list[generation_pb2.Model]:
+        """The models that the fleet serves."""
+        return self._run(_models(self._endpoint))
+
     def _run(self, work: Coroutine[None, None, T]) -> T:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(timeout=120)
+
+
+async def _models(endpoint: str) -> list[generation_pb2.Model]:
+    async with connect(endpoint) as client:
+        return list(await client.models())
 
 
 async def _generate(endpoint: str, request: generation_pb2.SubmitRequest) -> Answer:

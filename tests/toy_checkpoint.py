@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 TOY_FAMILY = Path(__file__).parent / "toy_family"
 RENAMED_FAMILY = Path(__file__).parent / "renamed_family"
 PROTO = Path(__file__).parents[1] / "proto"
+TWIN_FAMILY = Path(__file__).parent / "twin_family"
 TOY_INDEX = {
     "_class_name": "ToyPipeline",
     "_diffusers_version": "0.42.1",
@@ -31,6 +32,17 @@ def build_toy_checkpoint(path: Path, *, cell: int = 8, seed: int = 0, pipeline: 
     _write_module(path / "palette", {"_class_name": "ToyPalette"}, torch.randn(256, 3, generator=generator))
     _write_module(path / "transformer", {"_class_name": "ToyTransformer", "cell": cell}, torch.tensor([0.9, 1.0, 1.1]))
     (path / "model_index.json").write_text(json.dumps({**TOY_INDEX, "_class_name": pipeline}))
+    return path
+
+
+def build_twin_checkpoint(path: Path, *, lens: bool = True) -> Path:
+    """Write a TwinPipeline directory, on request without the module that its variant `image` needs; returns it."""
+    build_toy_checkpoint(path)
+    index = {**TOY_INDEX, "_class_name": "TwinPipeline"}
+    if lens:
+        index["lens"] = ["toy", "TwinLens"]
+        _write_module(path / "lens", {"_class_name": "TwinLens"}, torch.tensor([1.0, 0.5, 2.0]))
+    (path / "model_index.json").write_text(json.dumps(index))
     return path
 
 
@@ -56,11 +68,28 @@ def toy_family(directory: Path, copy: Callable[[Path], Path] = copy_toy_family) 
     try:
         yield copy(directory)
     finally:
-        sys.path[:] = [entry for entry in sys.path if entry != str(directory.resolve())]
-        for file in directory.glob("*.py"):
-            sys.modules.pop(file.stem, None)
-        for file in directory.glob("fleet/v1/*.py"):
-            sys.modules.pop(f"fleet.v1.{file.stem}", None)
+        _forget(directory)
+
+
+@contextmanager
+def twin_family(directory: Path) -> Iterator[list[Path]]:
+    """The plugin directories of the toy family and of the twin family, which builds on it; forgotten afterwards."""
+    twin = directory / "twin"
+    with toy_family(directory / "toy") as toy:
+        try:
+            shutil.copytree(TWIN_FAMILY, twin, ignore=shutil.ignore_patterns("__pycache__"))
+            yield [toy, twin]
+        finally:
+            _forget(twin)
+
+
+def _forget(directory: Path) -> None:
+    """Forget the modules of a plugin directory."""
+    sys.path[:] = [entry for entry in sys.path if entry != str(directory.resolve())]
+    for file in directory.glob("*.py"):
+        sys.modules.pop(file.stem, None)
+    for file in directory.glob("fleet/v1/*.py"):
+        sys.modules.pop(f"fleet.v1.{file.stem}", None)
 
 
 def _write_module(folder: Path, config: dict[str, object], weight: torch.Tensor) -> None:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from local_fleet import LocalFleet, open_fleet, relative_error
@@ -30,19 +27,6 @@ def open_reference(path: Path, kind: Any) -> Any:
     pipeline = kind.from_pretrained(path)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
-
-
-def picture(width: int, height: int, seed: int) -> Image.Image:
-    """Coarse random colours."""
-    tiles = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), np.uint8)
-    return Image.fromarray(tiles).resize((width, height), Image.Resampling.BICUBIC)
-
-
-def png(image: Image.Image) -> bytes:
-    """The file that a request brings."""
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return file.getvalue()
 
 
 def check(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:

@@ -26,6 +26,7 @@ from common.rpc.framing import (
 from common.rpc.method import (
     BEGUN_KEY,
     CHECKPOINT,
+    VARIANT_KEY,
     check_contract,
     header_type,
     path_of,
@@ -123,10 +124,11 @@ class RemoteRunner:
                 f"{largest} makes a header of {len(header)} bytes; at most {MAX_MESSAGE_BYTES} travel", field=largest
             )
         sent = asyncio.Event()
+        variant = ((VARIANT_KEY, call.variant),) if call.variant else ()
         rpc = self._open(
             _request_frames(header, values.values(), sent),
             timeout=timeout,
-            metadata=((REQUEST_ID_KEY, call.request_id), (BEGUN_KEY, "1")),
+            metadata=((REQUEST_ID_KEY, call.request_id), (BEGUN_KEY, "1"), *variant),
         )
         receiver = _Receiver(self._reply, self._contract, call, self._limits)
         try:

@@ -57,12 +57,14 @@ class ReplyCache:
         self._gauge = CACHE_BYTES.labels(service, model)
         self.used_bytes = 0
 
-    def key(self, inputs: Mapping[str, Packet]) -> bytes:
-        """Blank what makes no difference, and digest the rest."""
+    def key(self, inputs: Mapping[str, Packet], variant: str = "") -> bytes:
+        """Blank what makes no difference, and digest the rest and the variant of the model that the call is for."""
         for slot, name in self._blank:
             if slot in inputs:
                 inputs[slot].message.ClearField(name)
         digest = hashlib.blake2b(digest_size=32)
+        if variant:
+            _add(digest, f"variant {variant}".encode())  # No slot has a space in its name.
         for slot in sorted(inputs):
             packet = inputs[slot]
             _add(digest, slot.encode())

@@ -31,6 +31,7 @@ from common.rpc.framing import (
 )
 from common.rpc.method import (
     BEGUN_KEY,
+    VARIANT_KEY,
     begun_frame,
     check_contract,
     request_type,
@@ -51,6 +52,9 @@ class Stages(Protocol):
     """What is served; common.local.HostedStages is one."""
 
     contract: Contract
+
+    def contract_of(self, variant: str) -> Contract:
+        """What the stages of a variant read and write; empty means the first. Raises InvalidInput for another name."""
 
     def run(self, values: Mapping[str, Any], call: Call) -> dict[str, Any]:
         """Artifacts in, artifacts out, by slot."""
@@ -112,7 +116,7 @@ class StageServicer:
         with self._place() as leave:
             metadata = dict(context.invocation_metadata() or ())
             begun = self._begun if metadata.get(BEGUN_KEY) == "1" else None
-            job = _Job(self.pool.lease(), _call_of(context, str(metadata.get(REQUEST_ID_KEY, ""))), begun)
+            job = _Job(self.pool.lease(), _call_of(context, metadata), begun)
             try:
                 await self._receive(context, job)
                 if self._cache is None:
@@ -127,7 +131,7 @@ class StageServicer:
         await self._answer(write, outputs, leave)
 
     async def _answer_through(self, cache: ReplyCache, write: Write, job: _Job, leave: Callable[[], None]) -> None:
-        key = cache.key(job.inputs)
+        key = cache.key(job.inputs, job.call.variant)
         if (kept := await cache.find(key)) is not None:
             for frame in kept[:-1]:
                 await write(frame)
@@ -165,6 +169,7 @@ class StageServicer:
 
     async def _receive(self, context: Context, job: _Job) -> None:
         """Read the header and the chunks that it announces, until half-close."""
+        contract = self._stages.contract_of(job.call.variant)
         assembler: Assembler | None = None
         header: Message | None = None
         while (raw := await self._read(context)) is not None:
@@ -180,7 +185,7 @@ class StageServicer:
             elif header is not None:
                 raise InvalidInput("a second header")
             else:
-                header = self._checked_header(frame)
+                header = self._checked_header(frame, contract)
                 tensors = described_tensors("", header, self._limits.call)
                 assembler = Assembler(tensors, partial(PooledPayload, lease=job.lease))
         if header is None or assembler is None:
@@ -196,12 +201,11 @@ class StageServicer:
             raise DeadlineExceeded(f"no frame came for {self._limits.idle_seconds:g} s") from None
         return None if raw is grpc.aio.EOF else cast(bytes, raw)
 
-    def _checked_header(self, frame: Any) -> Message:
+    def _checked_header(self, frame: Any, contract: Contract) -> Message:
         refuse_unknown_fields("", frame)
         if not frame.HasField("header"):
             raise InvalidInput("a frame that is neither header nor chunk")
         header: Message = frame.header
-        contract = self._stages.contract
         present = {descriptor.name for descriptor, _ in header.ListFields()}
         for slot in sorted(present - contract.inputs.keys()):
             raise InvalidInput(f"{slot} is present, but {contract.name} of this model does not read it", field=slot)
@@ -227,7 +231,7 @@ class StageServicer:
         call.check_cancelled()
         reporter.begin()
         began = time.perf_counter()
-        contract = self._stages.contract
+        contract = self._stages.contract_of(call.variant)
         values = {
             slot: unpack(slot, artifact_class(contract.inputs[slot]), job.inputs.pop(slot), self._leaf)
             for slot in list(job.inputs)
@@ -300,9 +304,13 @@ class _Job:
             self._future.add_done_callback(lambda _: _call_on(loop, self.lease.close))
 
 
-def _call_of(context: Context, request_id: str) -> Call:
+def _call_of(context: Context, metadata: Mapping[str, str | bytes]) -> Call:
     remaining = context.time_remaining()
-    return Call(request_id, deadline=None if remaining is None else time.monotonic() + remaining)
+    return Call(
+        str(metadata.get(REQUEST_ID_KEY, "")),
+        deadline=None if remaining is None else time.monotonic() + remaining,
+        variant=str(metadata.get(VARIANT_KEY, "")),
+    )
 
 
 def _do_nothing() -> None:

@@ -147,6 +147,7 @@ class RequestStore:
             "model": record.model,
             "caller": record.caller,
             "owner": self._owner,
+            "variant": record.variant,
             "record": record.SerializeToString(),
             "submission": submission,
             "idempotency_key": idempotency_key and f"{record.caller}/{idempotency_key}",

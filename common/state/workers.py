@@ -54,7 +54,7 @@ class WorkerRegistry:
 
         Raises FailedPrecondition when the fleet serves another one under that name.
         """
-        pairs = {service: _canonical(c.inputs, c.outputs, c.optional) for service, c in contracts.items()}
+        pairs = {service: _canonical(contract) for service, contract in contracts.items()}
         await self._declare(model, fingerprint, pairs)
 
     async def _declare(self, model: str, fingerprint: str, contracts: Mapping[str, str]) -> None:
@@ -91,8 +91,9 @@ class WorkerRegistry:
         self._beats[info.worker_id] = asyncio.create_task(self._keep_announcing(info, is_able))
 
     async def _announce(self, info: worker_pb2.WorkerInfo) -> None:
-        contract = info.contract
-        text = _canonical(contract.inputs, contract.outputs, frozenset(contract.optional_inputs))
+        sent = info.contract
+        optional, optional_outputs = frozenset(sent.optional_inputs), frozenset(sent.optional_outputs)
+        text = _canonical(Contract(info.service, sent.inputs, sent.outputs, optional, optional_outputs))
         await self._declare(info.model, info.model_fingerprint, {info.service: text})
         arguments: Arguments = {
             "worker": info.worker_id,
@@ -143,7 +144,13 @@ class WorkerRegistry:
         return ServiceLoad([worker_pb2.WorkerInfo.FromString(info) for info in infos], int(taken), int(queued))
 
 
-def _canonical(inputs: Mapping[str, str], outputs: Mapping[str, str], optional: frozenset[str]) -> str:
+def _canonical(contract: Contract) -> str:
     """A contract as a text that is equal when the contracts are."""
-    parts = {"inputs": dict(inputs), "outputs": dict(outputs), "optional": sorted(optional)}
+    parts: dict[str, object] = {
+        "inputs": dict(contract.inputs),
+        "outputs": dict(contract.outputs),
+        "optional": sorted(contract.optional),
+    }
+    if contract.optional_outputs:  # Left out by releases without variants.
+        parts["optional_outputs"] = sorted(contract.optional_outputs)
     return json.dumps(parts, sort_keys=True, separators=(",", ":"))

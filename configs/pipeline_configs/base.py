@@ -70,6 +70,9 @@ class GuidanceConfig(PipelineConfig):
 class TextConfig(GuidanceConfig):
     """Callbacks of text encoding."""
 
+    branches: ClassVar[tuple[str, ...]] = ("positive", "negative")
+    """Branches of guidance that a step can need."""
+
     @property
     @abstractmethod
     def text_encodings(self) -> tuple[TextEncoding, ...]:

@@ -52,7 +52,7 @@ class FluxPipelineConfig(PackedPipelineConfig, TextConfig):
             )
         _check_size(checkpoint, "text_encoder", "hidden_size", transformer.pooled_projection_dim)
         _check_size(checkpoint, "text_encoder_2", "d_model", transformer.joint_attention_dim)
-        shift = SequenceShift.from_dict("scheduler", checkpoint.module_config("scheduler"))
+        shift = SequenceShift.from_dict("scheduler", checkpoint.config_of("scheduler"))
         return cls(transformer=transformer, vae=vae, shift=shift)
 
     @property

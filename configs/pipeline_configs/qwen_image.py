@@ -68,7 +68,7 @@ class QwenImageFamilyConfig(PackedPipelineConfig):
         # Older files have the language model's entries at the top.
         size = ConfigFields("text_encoder", text.get("text_config") or text).integer("hidden_size", 3584)
         check_text_size(size, "text_encoder", transformer.joint_attention_dim)
-        shift = SequenceShift.from_dict("scheduler", checkpoint.module_config("scheduler"))
+        shift = SequenceShift.from_dict("scheduler", checkpoint.config_of("scheduler"))
         return cls(transformer=transformer, vae=vae, shift=shift)
 
     @property

@@ -157,7 +157,7 @@ class WanImageToVideoPipelineConfig(WanPipelineConfig, VisionConfig, ImageLatent
         config = super().from_checkpoint(checkpoint)
         if config.transformer.image_dim is None:
             return config
-        fields = ConfigFields("image_encoder", checkpoint.module_config("image_encoder"))
+        fields = ConfigFields("image_encoder", checkpoint.config_of("image_encoder"))
         side = fields.integer("image_size", 224) // fields.integer("patch_size", 32)
         return replace(config, vision_tokens_of_picture=side * side + 1)
 

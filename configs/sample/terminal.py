@@ -19,7 +19,7 @@ def check_stretched(checkpoint: Checkpoint, steps: int, sigmas: Sequence[float] 
 
     Raises InvalidInput.
     """
-    if not checkpoint.module_config("scheduler").get("shift_terminal"):
+    if not checkpoint.config_of("scheduler").get("shift_terminal"):
         return
     if sigmas and sigmas[-1] > _HIGHEST_LAST_SIGMA:
         message = f"the last of sigmas must be below {_HIGHEST_LAST_SIGMA}, but is {sigmas[-1]}"

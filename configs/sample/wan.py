@@ -25,6 +25,12 @@ class WanSamplingParams(SamplingParams):
 
     output_formats: ClassVar[tuple[str, ...]] = ("mp4", "safetensors")
     max_total_pixels: ClassVar[int] = 2**28
+    supported_version: ClassVar[str] = "Wan 2.1"
+    other_versions: ClassVar[Mapping[str, str]] = {
+        "boundary_ratio": "two transformers",
+        "expand_timesteps": "a timestep for each token",
+    }
+    """Entries of model_index.json that Wan models of other versions have, each with its meaning."""
 
     height: int = 480
     width: int = 832
@@ -37,9 +43,10 @@ class WanSamplingParams(SamplingParams):
     @classmethod
     def model_defaults(cls, checkpoint: Checkpoint) -> dict[str, ParamValue]:
         """None of its own. Raises CheckpointError for the Wan models of other versions."""
-        for name, what in (("boundary_ratio", "two transformers"), ("expand_timesteps", "a timestep for each token")):
+        for name, meaning in cls.other_versions.items():
             if checkpoint.index.get(name):
-                raise CheckpointError(f"{checkpoint.name} is Wan 2.2 with {what} ({name}); supported is Wan 2.1")
+                message = f"{checkpoint.name} is Wan 2.2 with {meaning} ({name})"
+                raise CheckpointError(f"{message}; supported is {cls.supported_version}")
         return {}
 
     def fitted(self, checkpoint: Checkpoint, given: Collection[str]) -> tuple[Self, tuple[ParamWarning, ...]]:

@@ -52,6 +52,7 @@ class DiffusionTransformer(nn.Module, ABC):
     def prepare(self, timesteps: Tensor, **conditioning: Any) -> Prepared:
         """Compute what does not depend on the latents, for timesteps (steps, B) and forward's other keywords.
 
+        A model whose token segments have timesteps of their own takes (steps, B, segments).
         Embedding every step's timestep at once reads the weights for it once a request, instead of once a step.
         """
 

@@ -3,6 +3,9 @@
 Shapes: N steps, B batch, S video tokens (frames, rows, columns of patches), T text tokens, V vision tokens, D hidden
 size. Parameter names are the checkpoint's. The residual stream is in the model's type; norms, modulation and gates
 compute in float32, and their weights are kept in it.
+
+In Wan 2.2 TI2V the tokens of the first latent frame, which is a given image, have a timestep of their own: segment 0 of
+two. `boundary` is the number of these tokens on this rank, 0 where all tokens have one timestep.
 """
 
 # ruff: noqa: N803, N806  (the capitals of a tensor's name are its shape)
@@ -10,7 +13,7 @@ compute in float32, and their weights are kept in it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, ClassVar
 
@@ -20,7 +23,7 @@ from torch.nn.functional import gelu, layer_norm, silu
 
 from configs.models.dits.wan import WanTransformerConfig
 from models.dits.base import DiffusionTransformer, Predictions, Prepared
-from models.dits.wan_plan import WAN_PLAN
+from models.dits.wan_plan import FIRST_FRAME, VIDEO, WAN_PLAN
 from models.layers.attention import attention
 from models.layers.embeddings import EmbeddingMLP, sinusoidal_embedding
 from models.layers.feed_forward import FeedForward
@@ -189,31 +192,33 @@ class WanTransformerBlock(nn.Module):
     def forward(
         self,
         residual: Residual,
-        modulation_B6D: Tensor,
+        modulation: Sequence[Streams],
         text_kv: Tensor,
         image_kv: Tensor | None,
         rotation: Rotation,
+        boundary: int = 0,
     ) -> Residual:
-        """The next residual; modulations are float32."""
-        shift, scale, gate, ff_shift, ff_scale, ff_gate = (Streams.same(each) for each in modulation_B6D.unbind(1))
-        x_BSD, normed = self.norm.after(residual, scale, shift)
+        """The next residual; the six modulations are float32."""
+        shift, scale, gate, ff_shift, ff_scale, ff_gate = modulation
+        x_BSD, normed = self.norm.after(residual, scale, shift, boundary)
         attended = self.attn1.finish(self.attn1.start(normed, rotation, keys_first=True))
-        x_BSD, normed = self._cross_norm(only_linear(self.attn1.to_out).update(x_BSD, attended, gate))
+        residual = only_linear(self.attn1.to_out).update(x_BSD, attended, gate, boundary)
+        x_BSD, normed = self._cross_norm(residual, boundary)
         one = Streams.same(torch.ones_like(gate.text))
         residual = only_linear(self.attn2.to_out).update(x_BSD, self.attn2(normed, text_kv, image_kv), one)
-        x_BSD, normed = self.norm.after(residual, ff_scale, ff_shift)
+        x_BSD, normed = self.norm.after(residual, ff_scale, ff_shift, boundary)
         fed = normed.new_empty(normed.shape)
         self.ffn.into(normed, fed)
         return Residual(x_BSD, fed, ff_gate)
 
-    def _cross_norm(self, residual: Residual) -> tuple[Tensor, Tensor]:
+    def _cross_norm(self, residual: Residual, boundary: int) -> tuple[Tensor, Tensor]:
         """The stream with its update, and that through norm2, whose weight and bias are a scale and a shift."""
         if self.norm2 is None:
-            x_BSD = residual.added(0)
+            x_BSD = residual.added(boundary)
             return x_BSD, x_BSD
         batch = len(residual.x)
         scale, shift = ((each.float()).expand(batch, -1) for each in (self.norm2.weight - 1, self.norm2.bias))
-        return self.norm.after(residual, Streams.same(scale), Streams.same(shift))
+        return self.norm.after(residual, Streams.same(scale), Streams.same(shift), boundary)
 
 
 class WanTransformer3DModel(DiffusionTransformer):
@@ -242,12 +247,13 @@ class WanTransformer3DModel(DiffusionTransformer):
     ) -> Tensor:
         """Velocity (B, out_channels, frames, rows, columns) of hidden_states (B, in_channels, frames, rows, columns).
 
-        timestep is (B,) in [0, 1000]; encoder_hidden_states (B, T, text_dim); encoder_hidden_states_image
-        (B, V, image_dim), the tokens of first and last frame behind each other where there are two.
+        timestep is (B,) in [0, 1000], or (B, 2): that of the first latent frame's tokens and that of all others;
+        encoder_hidden_states (B, T, text_dim); encoder_hidden_states_image (B, V, image_dim), the tokens of first and
+        last frame behind each other where there are two.
         """
         prepared = self.prepare(timestep[None], encoder_hidden_states, encoder_hidden_states_image)
-        modulation = prepared.steps["modulation"][0]
-        return self.predict(hidden_states, modulation, use=None, **prepared.constants)["hidden_states"]
+        row = {name: rows[0] for name, rows in prepared.steps.items()}
+        return self.predict(hidden_states, use=None, **row, **prepared.constants)["hidden_states"]
 
     def prepare(  # type: ignore[override]  # which keywords there are differs by model
         self,
@@ -257,14 +263,14 @@ class WanTransformer3DModel(DiffusionTransformer):
     ) -> Prepared:
         """Modulations (N, B, 6 * blocks + 2, D), float32, for timesteps (N, B); keys and values for cross-attention.
 
-        Those of the text are (blocks, B, T, 2 * D), of the image (blocks, B, V, 2 * D).
+        Timesteps (N, B, 2) of two segments make "first_modulation" of the first latent frame, and "modulation" of the
+        other tokens. Keys and values of the text are (blocks, B, T, 2 * D), of the image (blocks, B, V, 2 * D).
         """
         embed = self.condition_embedder
-        time_BD, modulation_B6D = embed.time(timesteps.flatten(), encoder_hidden_states.dtype)
-        tables = [block.scale_shift_table + modulation_B6D.float() for block in self._blocks()]
-        last = self.scale_shift_table + time_BD[:, None]
-        steps = torch.cat((*tables, last.float()), dim=1)
-        steps = steps.view(*timesteps.shape, *steps.shape[1:])
+        segments = timesteps.unbind(-1) if timesteps.ndim == 3 else (timesteps,)
+        names = ("first_modulation", "modulation")[-len(segments) :]
+        dtype = encoder_hidden_states.dtype
+        steps = {name: self._modulation(each, dtype) for name, each in zip(names, segments, strict=True)}
         text_BTD = embed.text_embedder(encoder_hidden_states)
         cross = [block.attn2 for block in self._blocks()]
         constants = {"text_kv": torch.stack([each.text_keys_and_values(text_BTD) for each in cross])}
@@ -272,7 +278,15 @@ class WanTransformer3DModel(DiffusionTransformer):
             assert embed.image_embedder is not None, "image tokens in a model that takes none"
             image_BVD = embed.image_embedder(encoder_hidden_states_image)
             constants["image_kv"] = torch.stack([each.image_keys_and_values(image_BVD) for each in cross])
-        return Prepared({"modulation": steps}, constants)
+        return Prepared(steps, constants)
+
+    def _modulation(self, timesteps_NB: Tensor, dtype: torch.dtype) -> Tensor:
+        """Six modulations of each block, then two of the last norm: (N, B, 6 * blocks + 2, D), float32."""
+        time_BD, modulation_B6D = self.condition_embedder.time(timesteps_NB.flatten(), dtype)
+        tables = [block.scale_shift_table + modulation_B6D.float() for block in self._blocks()]
+        last = self.scale_shift_table + time_BD[:, None]
+        rows = torch.cat((*tables, last.float()), dim=1)
+        return rows.view(*timesteps_NB.shape, *rows.shape[1:])
 
     def predict(  # type: ignore[override]  # which constants there are differs by model
         self,
@@ -280,14 +294,37 @@ class WanTransformer3DModel(DiffusionTransformer):
         modulation: Tensor,
         text_kv: Tensor,
         image_kv: Tensor | None = None,
+        first_modulation: Tensor | None = None,
         use: CacheUse | None = None,
     ) -> Predictions:
-        """Velocity (B, out_channels, frames, rows, columns), with a step's modulations (B, 6 * blocks + 2, D)."""
+        """Velocity (B, out_channels, frames, rows, columns), with a step's modulations (B, 6 * blocks + 2, D).
+
+        `first_modulation` is that of the first latent frame's tokens, if it differs.
+        """
         grid = self._grid(hidden_states)
         rotation = _rotation(grid, self.axes_dims, hidden_states.device)
-        x_BSD = self.patch_embedding(hidden_states).flatten(2).transpose(1, 2).contiguous()
-        tokens = self.tokens(x_BSD, modulation, text_kv, image_kv, use=use, **rotation.tensors())
-        return {"hidden_states": self._unpatchify(tokens, grid)}
+        x_BSD = self.patch_embedding(hidden_states).flatten(2).transpose(1, 2)
+        if first_modulation is None:
+            x_BSD = x_BSD.contiguous()
+            segments = self.tokens(x_BSD, rotation.cos, rotation.sin, modulation, text_kv, image_kv, use=use)
+            return {"hidden_states": self._unpatchify(segments[VIDEO], grid)}
+        assert self.patch_size[0] == 1, "a token has the timestep of one frame"
+        first, rest = slice(0, math.prod(grid[1:])), slice(math.prod(grid[1:]), None)
+        segments = self.tokens(
+            x_BSD[:, rest],
+            rotation.cos[rest],
+            rotation.sin[rest],
+            modulation,
+            text_kv,
+            image_kv,
+            first_BSD=x_BSD[:, first],
+            first_cos=rotation.cos[first],
+            first_sin=rotation.sin[first],
+            first_modulation=first_modulation,
+            use=use,
+        )
+        patches = torch.cat((segments[FIRST_FRAME], segments[VIDEO]), dim=1)
+        return {"hidden_states": self._unpatchify(patches, grid)}
 
     def residual_elements(self, latents: Mapping[str, Tensor], constants: Mapping[str, Tensor]) -> int:
         """Video tokens of all ranks."""
@@ -302,29 +339,44 @@ class WanTransformer3DModel(DiffusionTransformer):
     def tokens(
         self,
         x_BSD: Tensor,
+        cos: Tensor,
+        sin: Tensor,
         modulation: Tensor,
         text_kv: Tensor,
         image_kv: Tensor | None,
-        cos: Tensor,
-        sin: Tensor,
+        first_BSD: Tensor | None = None,
+        first_cos: Tensor | None = None,
+        first_sin: Tensor | None = None,
+        first_modulation: Tensor | None = None,
         use: CacheUse | None = None,
-    ) -> Tensor:
-        """All blocks, the last norm and the projection, from the tokens of patches (B, S, D) to those of the result."""
+    ) -> dict[str, Tensor]:
+        """All blocks, the last norm and the projection, from the tokens of patches (B, S, D) to those of the result.
+
+        The `first_` arguments are those of a first frame with modulations of its own. Results are by segment: "video",
+        and "first_frame" if it is given.
+        """
+        boundary = 0 if first_BSD is None else first_BSD.shape[1]
+        x_BSD = _concatenated(first_BSD, x_BSD, dim=1)
+        rotation = Rotation(_concatenated(first_cos, cos, dim=0), _concatenated(first_sin, sin, dim=0))
+        vectors = _by_segment(first_modulation, modulation)
         blocks = [
             partial(
                 block,
-                modulation_B6D=modulation[:, 6 * index : 6 * index + 6],
+                modulation=vectors[6 * index : 6 * index + 6],
                 text_kv=text_kv[index],
                 image_kv=None if image_kv is None else image_kv[index],
-                rotation=Rotation(cos, sin),
+                rotation=rotation,
+                boundary=boundary,
             )
             for index, block in enumerate(self._blocks())
         ]
-        residual = through_blocks(Residual(x_BSD), blocks, 0, use)
-        shift, scale = (Streams.same(each) for each in modulation[:, -2:].unbind(1))
-        _, normed = self.final_norm.after(residual, scale, shift)
+        residual = through_blocks(Residual(x_BSD), blocks, boundary, use)
+        shift, scale = vectors[-2:]
+        _, normed = self.final_norm.after(residual, scale, shift, boundary)
         patches: Tensor = self.proj_out(normed)
-        return patches
+        if first_BSD is None:
+            return {VIDEO: patches}
+        return {FIRST_FRAME: patches[:, :boundary], VIDEO: patches[:, boundary:]}
 
     def _blocks(self) -> Iterator[WanTransformerBlock]:
         for block in self.blocks:
@@ -335,6 +387,19 @@ class WanTransformer3DModel(DiffusionTransformer):
         """(B, S, channels of a patch) to (B, channels, frames, rows, columns); a patch is (t, y, x, channel)."""
         video = patches.reshape(patches.shape[0], *grid, *self.patch_size, -1)
         return video.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
+
+
+def _concatenated(first: Tensor | None, rest: Tensor, dim: int) -> Tensor:
+    """Both segments along `dim`; the second itself, not a copy, where there is no first."""
+    return rest if first is None else torch.cat((first, rest), dim)
+
+
+def _by_segment(first_BMD: Tensor | None, rest_BMD: Tensor) -> list[Streams]:
+    """The modulations (B, D) of the first frame's tokens and of the others, in order."""
+    rest = rest_BMD.unbind(1)
+    if first_BMD is None:
+        return [Streams.same(each) for each in rest]
+    return [Streams(*pair) for pair in zip(first_BMD.unbind(1), rest, strict=True)]
 
 
 @lru_cache(maxsize=4)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from models.layers.parallel_plan import Cut, Join, ParallelPlan
 
 BLOCK = "blocks.*"
+VIDEO, FIRST_FRAME = "video", "first_frame"
 
 WAN_PLAN = ParallelPlan(
     # The second attention is to text and pictures, which every rank has whole, for its own heads and video tokens.
@@ -13,9 +14,13 @@ WAN_PLAN = ParallelPlan(
     norms=(f"{BLOCK}.attn[12].norm_[qk]", f"{BLOCK}.attn2.norm_added_k"),
     attention=(f"{BLOCK}.attn1.inner",),
     cuts=(
-        Cut("tokens", "x_BSD", "video"),
-        Cut("tokens", "cos", "video", dim=0),
-        Cut("tokens", "sin", "video", dim=0),
+        Cut("tokens", "x_BSD", VIDEO),
+        Cut("tokens", "cos", VIDEO, dim=0),
+        Cut("tokens", "sin", VIDEO, dim=0),
+        # A first frame with a timestep of its own is sharded separately: every rank has a chunk of both segments.
+        Cut("tokens", "first_BSD", FIRST_FRAME),
+        Cut("tokens", "first_cos", FIRST_FRAME, dim=0),
+        Cut("tokens", "first_sin", FIRST_FRAME, dim=0),
     ),
-    joins=(Join("tokens", "video"),),
+    joins=(Join("tokens", VIDEO, result=VIDEO), Join("tokens", FIRST_FRAME, result=FIRST_FRAME)),
 )

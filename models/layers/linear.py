@@ -64,14 +64,29 @@ class Linear(nn.Linear):
         """The same, through GELU in its tanh form."""
         write_linear_gelu(x, self.factor, self.bias, out)
 
-    def update(self, stream: Tensor, x: Tensor, gate: Streams) -> Residual:
-        """A stream of one kind of tokens, with gate * the result: added in place where the product can."""
+    def update(self, stream: Tensor, x: Tensor, gate: Streams, boundary: int = 0) -> Residual:
+        """A stream with gate * the result, added in place where the GEMM can.
+
+        With two gates, the first is that of the first `boundary` tokens: often too few for a fused GEMM, so that the
+        other tokens decide.
+        """
+        if not boundary or gate.text is gate.image:
+            return Residual(stream) if self._add(stream, x, gate.image) else Residual(stream, self(x), gate)
+        if not self._add(stream[:, boundary:], x[:, boundary:], gate.image):
+            return Residual(stream, self(x), gate)
+        first_BLN, first_BLK = stream[:, :boundary], x[:, :boundary]  # noqa: N806
+        if not self._add(first_BLN, first_BLK, gate.text):
+            first_BLN.copy_(Residual(first_BLN, self(first_BLK), Streams.same(gate.text)).added(0))
+        return Residual(stream)
+
+    def _add(self, stream: Tensor, x: Tensor, gate_BN: Tensor) -> bool:  # noqa: N803
+        """Add gate * the result to all tokens of the stream in place, if the GEMM can; whether it did."""
         pairs = list(zip(x, stream, strict=True))
-        if self.scale is None and all(fused_products.can_add(each, self.weight, onto) for each, onto in pairs):
-            for (x_SK, onto_SN), gate_N in zip(pairs, gate.image, strict=True):  # noqa: N806
-                fused_products.add_gated(x_SK, self.weight, self.bias, gate_N, onto_SN)
-            return Residual(stream)
-        return Residual(stream, self(x), gate)
+        if self.scale is not None or not all(fused_products.can_add(each, self.weight, onto) for each, onto in pairs):
+            return False
+        for (x_SK, onto_SN), gate_N in zip(pairs, gate_BN, strict=True):  # noqa: N806
+            fused_products.add_gated(x_SK, self.weight, self.bias, gate_N, onto_SN)
+        return True
 
 
 def only_linear(layers: nn.ModuleList) -> Linear:

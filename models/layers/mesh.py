@@ -1,7 +1,7 @@
 """The ranks of a worker group, in a grid of four axes: what each layer must know to work with its neighbours.
 
 One DiT is computed by `tp` x `ulysses` x `ring` x `cfg` ranks, one process and one device each. `tp` cuts the weights,
-`ulysses` and `ring` (together `sp`) cut the sequence of tokens, `cfg` shares out the two branches of classifier-free
+`ulysses` and `ring` (together `sp`) cut the sequence of tokens, `cfg` shares out the branches of classifier-free
 guidance. Ranks that are neighbours on the tp axis talk most and get consecutive numbers, so that a launcher that fills
 one node after the other puts them on one node's NVLink; then come ulysses, ring and cfg.
 """
@@ -26,9 +26,6 @@ AxisName = Literal["cfg", "ring", "ulysses", "tp"]
 AXES: tuple[AxisName, ...] = get_args(AxisName)
 """From the outermost to the innermost: consecutive ranks differ on the last."""
 
-BRANCHES = 2
-"""Of classifier-free guidance."""
-
 
 @dataclass(frozen=True)
 class Degrees:
@@ -44,9 +41,6 @@ class Degrees:
             degree = self.of(axis.name)
             if degree < 1:
                 raise InvalidInput(f"{axis.name} is {degree}; it must be at least 1", field=axis.name)
-        if self.cfg > BRANCHES:
-            message = f"cfg is {self.cfg}; guidance has {BRANCHES} branches, so it must be 1 or {BRANCHES}"
-            raise InvalidInput(message, field="cfg")
 
     def of(self, axis: str) -> int:
         """The degree of one axis."""

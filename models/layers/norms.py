@@ -1,7 +1,8 @@
 """Normalisation layers of DiTs, each one call, so that one kernel on CUDA does what a block asks for between products.
 
 Shapes: B batch, S tokens, D hidden size. In models of two streams text tokens come first, `boundary` of them; each
-stream has a modulation of its own. Models of one stream have boundary 0 and give the same for both.
+stream has a modulation of its own, as has each segment of video tokens with a timestep of its own. Models of one stream
+have boundary 0 and give the same for both.
 """
 
 # ruff: noqa: N803, N806  (the capitals of a tensor's name are its shape)
@@ -18,7 +19,7 @@ from models.layers.backend import kernels_for
 
 
 class Streams(NamedTuple):
-    """A vector (B, D) for the text tokens, and one for the others."""
+    """A vector (B, D) for the first tokens (text, or a first frame of a video), and one for the others."""
 
     text: Tensor
     image: Tensor

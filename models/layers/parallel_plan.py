@@ -11,7 +11,7 @@ from fnmatch import fnmatchcase
 class Cut:
     """An argument of one of the model's methods that each rank gets its chunk of, along `dim`.
 
-    All that is cut of one stream has one length.
+    All that is cut of one stream has one length. An argument that is None: the stream has no tokens.
     """
 
     method: str
@@ -24,7 +24,8 @@ class Cut:
 class Join:
     """A method of the model that returns a chunk of a stream, along `dim`, which is gathered.
 
-    `result` names the chunk where the method returns a mapping; None: the method returns the chunk itself.
+    `result` names the chunk where the method returns a mapping; None: the method returns the chunk itself. Nothing is
+    gathered of a stream without tokens, and the mapping may lack it.
     """
 
     method: str

@@ -60,7 +60,11 @@ class _Sharded:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         given = self._signature.bind(*args, **kwargs)
         for cut in self._cuts:
-            given.arguments[cut.argument] = self._shards.local(given.arguments[cut.argument], cut.dim, cut.stream)
+            whole = given.arguments.get(cut.argument)
+            if whole is None:
+                self._shards.set_length(cut.stream, 0)
+            else:
+                given.arguments[cut.argument] = self._shards.local(whole, cut.dim, cut.stream)
         result = self._method(*given.args, **given.kwargs)
         for joined in self._joined:
             result = joined(result)
@@ -109,6 +113,8 @@ class _Joined:
 
     def __call__(self, returned: Any) -> Any:
         """What the method returned, with the whole stream in place of the chunk."""
+        if not self._shards.length(self._join.stream):
+            return returned
         name = self._join.result
         return self._whole(returned) if name is None else {**returned, name: self._whole(returned[name])}
 

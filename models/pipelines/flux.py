@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from models.composition import StandardPipeline
+from models.registry import Registry
 
 
 class FluxPipeline(StandardPipeline):
@@ -22,6 +23,15 @@ class FluxPipeline(StandardPipeline):
     def create_pipeline_stages(self) -> None:
         """Text to image with both encoders."""
         self.add_standard_t2i_stages(text_modules=("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
+
+
+def register_configs(registry: Registry) -> None:
+    """Name the family's configs."""
+    registry.register_configs(
+        FluxPipeline.pipeline_name,
+        sampling_params="configs.sample.flux:FluxSamplingParams",
+        pipeline_config="configs.pipeline_configs.flux:FluxPipelineConfig",
+    )
 
 
 EntryClass = FluxPipeline

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from models.composition import StandardPipeline
+from models.registry import Registry
 
 
 class QwenImagePipeline(StandardPipeline):
@@ -14,6 +15,15 @@ class QwenImagePipeline(StandardPipeline):
     def create_pipeline_stages(self) -> None:
         """Text to image with one encoder."""
         self.add_standard_t2i_stages()
+
+
+def register_configs(registry: Registry) -> None:
+    """Name the family's configs."""
+    registry.register_configs(
+        QwenImagePipeline.pipeline_name,
+        sampling_params="configs.sample.qwen_image:QwenImageSamplingParams",
+        pipeline_config="configs.pipeline_configs.qwen_image:QwenImagePipelineConfig",
+    )
 
 
 EntryClass = QwenImagePipeline

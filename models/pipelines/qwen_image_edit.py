@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from models.composition import StandardImagePipeline
+from models.registry import Registry
 
 
 class QwenImageEditPipeline(StandardImagePipeline):
@@ -14,6 +15,15 @@ class QwenImageEditPipeline(StandardImagePipeline):
     def create_pipeline_stages(self) -> None:
         """Text and image to image."""
         self.add_standard_ti2i_stages()
+
+
+def register_configs(registry: Registry) -> None:
+    """Name the family's configs."""
+    registry.register_configs(
+        QwenImageEditPipeline.pipeline_name,
+        sampling_params="configs.sample.qwen_image:QwenImageEditSamplingParams",
+        pipeline_config="configs.pipeline_configs.qwen_image_edit:QwenImageEditPipelineConfig",
+    )
 
 
 EntryClass = QwenImageEditPipeline

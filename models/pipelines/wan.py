@@ -1,19 +1,76 @@
-"""Wan 2.1: UMT5, a flow-matching DiT over video latents, UniPC, a causal video VAE. Text to video."""
+"""Wan: UMT5, a flow-matching DiT over video latents, UniPC, a causal video VAE. Wan 2.1 T2V and Wan 2.2 TI2V."""
 
 from __future__ import annotations
 
-from models.composition import StandardPipeline
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from models.composition import StandardImagePipeline, StandardPipeline
+from models.registry import Registry
+
+if TYPE_CHECKING:
+    from common.checkpoint import Checkpoint
+    from common.pipeline import ComposedPipeline
+
+_MODULES = ("text_encoder", "tokenizer", "transformer", "scheduler", "vae")
 
 
 class WanPipeline(StandardPipeline):
-    """Diffusers' WanPipeline, text to video: Wan 2.1 T2V in all sizes, and their fine-tunes."""
+    """Diffusers' WanPipeline: text to video, and image to video where the checkpoint is Wan 2.2 TI2V."""
 
     pipeline_name = "WanPipeline"
-    _required_config_modules = ("text_encoder", "tokenizer", "transformer", "scheduler", "vae")
+    _required_config_modules = _MODULES
+
+    @classmethod
+    def variants(cls, checkpoint: Checkpoint) -> Mapping[str, type[ComposedPipeline]]:
+        """Text and image for a checkpoint with `expand_timesteps`, else text alone."""
+        return ti2v_variants() if checkpoint.index.get("expand_timesteps") else {"": cls}
 
     def create_pipeline_stages(self) -> None:
         """Text to video with one encoder."""
         self.add_standard_t2i_stages()
+
+
+class WanTI2VImagePipeline(StandardImagePipeline):
+    """Diffusers' WanImageToVideoPipeline over a checkpoint with `expand_timesteps`, which has no vision encoder."""
+
+    pipeline_name = "WanPipeline"
+    _required_config_modules = _MODULES
+
+    def create_pipeline_stages(self) -> None:
+        """Text and image to video."""
+        self.add_standard_ti2v_stages(image_encoder=None)
+
+
+def ti2v_variants() -> dict[str, type[ComposedPipeline]]:
+    """The variants of Wan 2.2 TI2V."""
+    return {"text": WanPipeline, "image": WanTI2VImagePipeline}
+
+
+def register_ti2v_configs(registry: Registry, pipeline_name: str) -> None:
+    """Register the configs of both variants of Wan 2.2 TI2V for a `_class_name`."""
+    registry.register_configs(
+        pipeline_name,
+        variant="text",
+        sampling_params="configs.sample.wan_ti2v:WanTI2VSamplingParams",
+        pipeline_config="configs.pipeline_configs.wan_ti2v:WanTI2VPipelineConfig",
+    )
+    registry.register_configs(
+        pipeline_name,
+        variant="image",
+        sampling_params="configs.sample.wan_ti2v:WanTI2VImageSamplingParams",
+        pipeline_config="configs.pipeline_configs.wan_ti2v:WanTI2VImagePipelineConfig",
+    )
+
+
+def register_configs(registry: Registry) -> None:
+    """Register the family's configs."""
+    registry.register_configs(
+        WanPipeline.pipeline_name,
+        sampling_params="configs.sample.wan:WanSamplingParams",
+        pipeline_config="configs.pipeline_configs.wan:WanPipelineConfig",
+    )
+    register_ti2v_configs(registry, WanPipeline.pipeline_name)
 
 
 EntryClass = WanPipeline

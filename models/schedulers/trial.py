@@ -19,8 +19,9 @@ from models.schedulers.support import SCHEDULERS
 from models.stages.timestep_preparation import TimestepPreparationStage
 
 if TYPE_CHECKING:
+    from common.checkpoint import Checkpoint
     from configs.pipeline_configs.base import PreparationConfig
-    from models.catalog import ServedModel
+    from configs.sample.base import SamplingParams
 
 # What Diffusers' schedulers raise for configurations and steps that they cannot run.
 _FAILURES = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError)
@@ -31,17 +32,23 @@ _MOST_LETTERS = 400
 _log = logging.getLogger(__name__)
 
 
-def try_schedules(model: ServedModel, config: PreparationConfig, name: str, scheduler: Any) -> None:
+def try_schedules(
+    checkpoint: Checkpoint,
+    params_class: type[SamplingParams],
+    config: PreparationConfig,
+    name: str,
+    scheduler: Any,
+) -> None:
     """Build the schedules of the default number of steps, of 2 and of 1, and take their steps with small latents.
 
-    `name` is that of the scheduler's module in model_index.json. Numbers of steps that the model's parameters refuse
-    are left out. A schedule of 1 step whose noise levels are not finite is logged: requests for 1 step are refused
-    then. Raises CheckpointError for every other failure.
+    `name` is that of the scheduler's module in model_index.json. Numbers of steps that `params_class` refuses are left
+    out. A schedule of 1 step whose noise levels are not finite is logged: requests for 1 step are refused then. Raises
+    CheckpointError for every other failure.
     """
     requests: list[dict[str, ParamValue]] = [{"num_inference_steps": steps} for steps in _FEWEST_STEPS]
     for given in ({}, *requests):
         try:
-            params, _ = model.sampling_params.build({"prompt": "", "seed": 0, **given}, model.checkpoint)
+            params, _ = params_class.build({"prompt": "", "seed": 0, **given}, checkpoint)
         except InvalidInput:
             continue
         artifacts = params.artifacts()
@@ -52,10 +59,10 @@ def try_schedules(model: ServedModel, config: PreparationConfig, name: str, sche
             _run(config, scheduler, canvas, sampling)
         except InvalidInput as error:
             if given.get("num_inference_steps") != 1:
-                raise _refusal(model, name, scheduler, sampling, error) from error
+                raise _refusal(checkpoint, name, scheduler, sampling, error) from error
             _log.warning("requests for 1 step will be refused: %s", error.message)
         except (*_FAILURES, ValueError) as error:
-            raise _refusal(model, name, scheduler, sampling, error) from error
+            raise _refusal(checkpoint, name, scheduler, sampling, error) from error
 
 
 def _run(config: PreparationConfig, scheduler: Any, canvas: Canvas, sampling: Sampling) -> None:
@@ -75,9 +82,11 @@ def _take_steps(scheduler: Any, schedule: Schedule) -> None:
         raise ArithmeticError("its steps end at latents that are not finite")
 
 
-def _refusal(model: ServedModel, name: str, scheduler: Any, sampling: Sampling, error: Exception) -> CheckpointError:
+def _refusal(
+    checkpoint: Checkpoint, name: str, scheduler: Any, sampling: Sampling, error: Exception
+) -> CheckpointError:
     sentence = error.message if isinstance(error, InvalidInput) else str(error) or type(error).__name__
-    file = model.checkpoint.path / name / "scheduler_config.json"
+    file = checkpoint.path / name / "scheduler_config.json"
     return CheckpointError(
         f"{file}: {type(scheduler).__name__} cannot run {sampling.num_inference_steps} steps with this configuration: "
         f"{textwrap.shorten(sentence, _MOST_LETTERS, placeholder=' ...')}"

@@ -64,7 +64,9 @@ def main(argv: Sequence[str]) -> int:
 
 def _validate(model: ServedModel, given: Mapping[str, ParamValue], output: Path, images: Mapping[str, bytes]) -> None:
     """What the coordinator will do, before there is one."""
-    name, formats = output.suffix.lower().removeprefix("."), model.sampling_params.output_formats
+    validation = InputValidationStage(model)
+    variant = validation.choose(given, images)
+    name, formats = output.suffix.lower().removeprefix("."), variant.sampling_params.output_formats
     if name not in formats:
         makes, needs = ("images", "a video model") if name == "mp4" else ("videos", "an image model")
         raise InvalidInput(
@@ -72,7 +74,7 @@ def _validate(model: ServedModel, given: Mapping[str, ParamValue], output: Path,
             f"give {' or '.join(f'.{each}' for each in formats)}",
             field="output",
         )
-    InputValidationStage(model).run({**given, "output_format": name}, images)
+    validation.run({**given, "output_format": name}, images)
     if images:
         # Here and not above: it brings torch. The services would find the same, but only once all of them are loaded.
         from models.images import open_image

@@ -62,7 +62,7 @@ async def start_fleet(
         async with asyncio.TaskGroup() as group:
             group.create_task(fleet.add_coordinator(models, settings))
             for number, model in enumerate(models):
-                for spec in model.pipeline.services:
+                for spec in model.services:
                     chosen = _settings_class(spec.service)(
                         model=model.name,
                         redis=redis_url,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from fleet.v1 import artifacts_pb2, generation_pb2
 from services.cli.access import Access, access_of
@@ -12,7 +12,7 @@ from services.cli.options import SUCCESS, add_endpoint, command_parser, endpoint
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print every model with its parameters."""
+    """Print every model with its parameters and variants."""
     parser = command_parser("models", "List the models of a running fleet, and what a request to them may set.")
     add_endpoint(parser)
     args = parser.parse_args(argv)
@@ -23,10 +23,30 @@ async def _models(endpoint: str, access: Access) -> int:
     async with connect(endpoint, access) as client:
         models = await client.models()
     for model in models:
-        sys.stdout.write(f"{model.name} ({model.pipeline_name}), checkpoint {model.fingerprint[:12]}\n")
-        for parameter in model.parameters:
-            sys.stdout.write(f"  {_line(parameter)}\n")
+        sys.stdout.write("".join(f"{line}\n" for line in lines_of(model)))
     return SUCCESS
+
+
+def lines_of(model: generation_pb2.Model) -> Iterator[str]:
+    """A model with what its requests may set, and its variants where the inputs of a request choose between some."""
+    yield f"{model.name} ({model.pipeline_name}), checkpoint {model.fingerprint[:12]}"
+    for parameter in model.parameters:
+        yield f"  {_line(parameter)}"
+    for variant in model.variants:
+        if variant.error:
+            yield f"  variant {variant.name} is not served: {variant.error}"
+        elif variant.name:
+            yield from _variant_lines(model, variant)
+
+
+def _variant_lines(model: generation_pb2.Model, variant: generation_pb2.Variant) -> Iterator[str]:
+    """Images and services of a variant, and those of its parameters that differ from the model's."""
+    images = [*variant.required_images, *(f"optional {role}" for role in variant.optional_images)]
+    yield f"  variant {variant.name}: {', '.join(images) or 'no images'}; services {', '.join(variant.services)}"
+    common = list(model.parameters)
+    for parameter in variant.parameters:
+        if parameter.type != "image" and parameter not in common:
+            yield f"    {_line(parameter)}"
 
 
 def _line(parameter: generation_pb2.Parameter) -> str:

@@ -121,7 +121,7 @@ def _models(references: Sequence[str]) -> list[ServedModel]:
 
 
 def _replicas(texts: Sequence[str], models: Sequence[ServedModel]) -> dict[str, int]:
-    known = list(dict.fromkeys(spec.service for model in models for spec in model.pipeline.services))
+    known = list(dict.fromkeys(spec.service for model in models for spec in model.services))
     replicas: dict[str, int] = {}
     for text in texts:
         service, _, count = text.partition("=")
@@ -177,7 +177,7 @@ def _plan(
     workers: dict[tuple[str, str], tuple[Program, ...]] = {}
     count = 0
     for model in models:
-        for spec in model.pipeline.services:
+        for spec in model.services:
             programs = []
             for number in range(replicas.get(spec.service, 1)):
                 name = f"{spec.service}-{number}" if len(models) == 1 else f"{model.name}/{spec.service}-{number}"

@@ -39,16 +39,16 @@ class Connections:
         self._access = access or WorkerAccess()
         self._version = self._access.version
         self._channels: dict[str, grpc.aio.Channel] = {}
-        self._runners: dict[tuple[str, str, str], RemoteRunner] = {}
+        self._runners: dict[tuple[str, str, str, str], RemoteRunner] = {}
         self._closing: set[asyncio.Task[None]] = set()
 
-    def runner(self, model: str, spec: ServiceSpec, address: str) -> RemoteRunner:
-        """What calls a service of a model at an address."""
+    def runner(self, model: str, variant: str, spec: ServiceSpec, address: str) -> RemoteRunner:
+        """The runner that calls a service of a model's variant at an address."""
         if (version := self._access.version) != self._version:
             self._version = version
             for opened in list(self._channels):
                 self.drop(opened)
-        key = (model, spec.service, address)
+        key = (model, variant, spec.service, address)
         if key not in self._runners:
             if address not in self._channels:
                 self._channels[address] = self._access.open(address)
@@ -57,7 +57,7 @@ class Connections:
 
     def drop(self, address: str) -> None:
         """Connect anew to an address next time; calls that are under way there go on."""
-        self._runners = {key: runner for key, runner in self._runners.items() if key[2] != address}
+        self._runners = {key: runner for key, runner in self._runners.items() if key[-1] != address}
         channel = self._channels.pop(address, None)
         if channel is not None:
             closing = asyncio.create_task(channel.close(_CLOSING_SECONDS))
@@ -200,7 +200,7 @@ class WorkerRunner:
     async def _run(self, attempt: _Attempt, values: Mapping[str, Packet], call: Call) -> Mapping[str, Packet]:
         """Run on one worker, from where another one got to if that gives the same bytes."""
         worker = attempt.slot.worker
-        runner = self._workers.connections.runner(self._model, self._spec, worker.address)
+        runner = self._workers.connections.runner(self._model, call.variant, self._spec, worker.address)
         call = replace(call, on_begun=attempt.begin)
         slot = self._spec.resume_slot
         if slot is None or not worker.numerics_fingerprint:

@@ -174,7 +174,7 @@ class Execution:
         submission, seconds_left = acquired
         workers, record = self._context.workers, submission.record
         deadline = None if seconds_left is None else time.monotonic() + seconds_left + _LATER_SECONDS
-        call = Call(self.request_id, on_warning=events.warning, deadline=deadline)
+        call = Call(self.request_id, on_warning=events.warning, deadline=deadline, variant=record.variant)
         runners = [
             Reporting(
                 WorkerRunner(

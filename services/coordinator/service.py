@@ -19,7 +19,7 @@ from common.state.workers import WorkerRegistry
 from configs.sample.base import ParameterSpec
 from fleet.v1 import generation_pb2 as pb
 from fleet.v1 import worker_pb2
-from models.catalog import ServedModel
+from models.catalog import ServedModel, ServedVariant
 from models.validation import InputValidationStage
 from services.coordinator.callers import current_caller
 from services.coordinator.costs import costs_of
@@ -38,16 +38,20 @@ _LAST_SECOND = int(datetime(9999, 12, 31, tzinfo=UTC).timestamp())
 
 @dataclass(frozen=True)
 class OfferedModel:
-    """A model with what its requests need, worked out once."""
+    """A model with the check of its requests."""
 
     served: ServedModel
     validation: InputValidationStage
-    services: tuple[ServiceSpec, ...]
 
     @classmethod
     def of(cls, served: ServedModel) -> OfferedModel:
         """Prepare a model for requests."""
-        return cls(served, InputValidationStage(served), served.pipeline.services)
+        return cls(served, InputValidationStage(served))
+
+    @property
+    def services(self) -> tuple[ServiceSpec, ...]:
+        """The services of all variants."""
+        return self.served.services
 
 
 class GenerationService:
@@ -267,15 +271,23 @@ class GenerationService:
                 )
                 for service, load in loads
             ],
+            variants=[
+                *(_variant(each) for each in served.variants),
+                *(pb.Variant(name=name, error=reason) for name, reason in served.unserved.items()),
+            ],
         )
 
-    def _validated(self, request: pb.SubmitRequest) -> Submission:
-        """Check all of a request that can be checked without weights, and complete it."""
+    def _validated(self, request: pb.SubmitRequest, variant: str = "") -> Submission:
+        """Check all of a request that can be checked without weights, and complete it.
+
+        Its inputs choose the variant, unless it was accepted before and its record names one.
+        """
         caller = current_caller()
         model = self._chosen(request.model)
         _check_envelope(request)
         given = given_parameters(request.parameters)
-        validated = model.validation.run(given, given_images(request.parameters))
+        validated = model.validation.run(given, given_images(request.parameters), recorded=variant)
+        services = validated.variant.services
         parameters = recorded_parameters(validated.params.as_mapping())
         record = pb.RequestRecord(
             request_id=secrets.token_hex(8),
@@ -284,23 +296,26 @@ class GenerationService:
             caller=caller.name,
             priority=request.priority,
             deadline=request.deadline if request.HasField("deadline") else None,
+            variant=validated.variant.name,
         )
         for warning in validated.warnings:
             record.warnings.add(field=warning.field, message=warning.message)
         return Submission(
             record,
-            model.services,
+            services,
             {slot: pack(slot, artifact) for slot, artifact in validated.artifacts.items()},
-            self._settings.limits(tuple(spec.service for spec in model.services), caller.max_open),
+            self._settings.limits(tuple(spec.service for spec in services), caller.max_open),
             request.idempotency_key,
             raw=parameters.output_format == pb.OUTPUT_FORMAT_SAFETENSORS,
             stored=_stored(request, record),
-            costs=costs_of(model.services, validated.params),
+            costs=costs_of(services, validated.params),
         )
 
     def restore(self, record: pb.RequestRecord, stored: bytes) -> Submission:
-        """A request that another coordinator accepted. Raises FleetError where it cannot be run here."""
-        return replace(self._validated(pb.SubmitRequest.FromString(stored)), record=record, stored=stored)
+        """A request that another coordinator accepted, in its variant. Raises FleetError if it cannot be run here."""
+        submission = self._validated(pb.SubmitRequest.FromString(stored), record.variant)
+        record.variant = submission.record.variant  # A coordinator without variants recorded none.
+        return replace(submission, record=record, stored=stored)
 
     def _chosen(self, name: str) -> OfferedModel:
         if not name and len(self._models) == 1:
@@ -349,6 +364,16 @@ def _checked_id(request_id: str) -> str:
     if not _REQUEST_ID.fullmatch(request_id):
         raise NotFound(f"there is no request {request_id[:80]!r}", field="request_id")
     return request_id
+
+
+def _variant(variant: ServedVariant) -> pb.Variant:
+    return pb.Variant(
+        name=variant.name,
+        parameters=map(_parameter, variant.parameters()),
+        services=[spec.service for spec in variant.services],
+        required_images=variant.roles.required,
+        optional_images=variant.roles.optional,
+    )
 
 
 def _parameter(spec: ParameterSpec) -> pb.Parameter:

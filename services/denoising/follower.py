@@ -11,12 +11,12 @@ from google.protobuf.message import Message
 
 from common.codec import artifact_class, unpack
 from common.errors import FleetError
-from common.local import HostedStages
 from common.rpc.buffers import BufferLease, BufferPool
 from common.rpc.frames import read_chunk
 from common.rpc.framing import Assembler, Limits, Packet, PooledPayload, described_tensors, split_packets
 from common.rpc.method import request_type, stage_method
 from common.rpc.parsing import parse
+from common.rpc.server import Stages
 from common.tensors import TORCH
 from services.denoising.agreement import FollowingCall, outcome
 from services.denoising.group import compare
@@ -28,7 +28,7 @@ _log = logging.getLogger(__name__)
 class Follower:
     """Runs the stages whenever rank 0 does, until it is sent home. `total_bytes` bounds the tensors of a call."""
 
-    def __init__(self, service: str, stages: HostedStages, link: Link, *, total_bytes: int) -> None:
+    def __init__(self, service: str, stages: Stages, link: Link, *, total_bytes: int) -> None:
         self._request = request_type(stage_method(service))
         self._stages = stages
         self._link = link
@@ -38,20 +38,21 @@ class Follower:
     def follow(self) -> None:
         """Take calls until END. Raises OutOfStep when this rank and rank 0 do not do the same any more."""
         while True:
-            kind, request_id = self._link.receive(Kind.CALL, Kind.END)
+            kind, called = self._link.receive(Kind.CALL, Kind.END)
             if kind is Kind.END:
                 return
             lease = self._pool.lease()
             try:
-                # Names the request in logs only: one that is no text is no reason to end anything.
-                self._run(request_id.decode(errors="backslashreplace"), lease)
+                # The id names the request in logs only: one that is no text is no reason to end anything.
+                request_id, _, variant = called.decode(errors="backslashreplace").partition("\n")
+                self._run(request_id, variant, lease)
             finally:
                 lease.close()
 
-    def _run(self, request_id: str, lease: BufferLease) -> None:
+    def _run(self, request_id: str, variant: str, lease: BufferLease) -> None:
         told = b""
         try:
-            self._compute(self._inputs(lease), FollowingCall(request_id, ask=self._ask))
+            self._compute(self._inputs(lease), FollowingCall(request_id, variant=variant, ask=self._ask))
         except FleetError as error:
             told = outcome(error)
         except OutOfStep:

@@ -9,11 +9,11 @@ from typing import Any, NoReturn
 
 from common.codec import pack
 from common.errors import FleetError
-from common.local import HostedStages
 from common.rpc.client import header_frame
 from common.rpc.framing import chunk_frames
 from common.rpc.method import request_type, stage_method
-from common.stage import Call
+from common.rpc.server import Stages
+from common.stage import Call, Contract
 from common.tensors import TORCH
 from services.denoising.agreement import LeadingCall, outcome
 from services.denoising.messages import Kind, Link, OutOfStep
@@ -31,14 +31,16 @@ class LeadingStages:
     on all leaves them out of step, which no rank can mend: `abandon` is called, which does not return.
     """
 
-    def __init__(
-        self, service: str, stages: HostedStages, links: Sequence[Link], abandon: Callable[[str], NoReturn]
-    ) -> None:
+    def __init__(self, service: str, stages: Stages, links: Sequence[Link], abandon: Callable[[str], NoReturn]) -> None:
         self.contract = stages.contract
         self._request = request_type(stage_method(service))
         self._stages = stages
         self._links = links
         self._abandon = abandon
+
+    def contract_of(self, variant: str) -> Contract:
+        """What the stages of one variant read and write. Raises InvalidInput for a variant that is not served."""
+        return self._stages.contract_of(variant)
 
     def run(self, values: Mapping[str, Any], call: Call) -> dict[str, Any]:
         """Artifacts in, artifacts out, by slot. Raises what all ranks raise."""
@@ -49,10 +51,11 @@ class LeadingStages:
             on_checkpoint=call.on_checkpoint,
             cancelled=call.cancelled,
             deadline=call.deadline,
+            variant=call.variant,
             tell=self._tell,
         )
         try:
-            self._hand_out(call.request_id, values)
+            self._hand_out(call, values)
             outputs = self._run(values, leading)
             self._settle(b"")
         except OutOfStep as error:
@@ -71,9 +74,9 @@ class LeadingStages:
             _log.exception("rank 0 failed in request %s", call.request_id)
             raise OutOfStep(f"rank 0 raised {type(error).__name__}: {error}") from error
 
-    def _hand_out(self, request_id: str, values: Mapping[str, Any]) -> None:
+    def _hand_out(self, call: Call, values: Mapping[str, Any]) -> None:
         """Give every follower the inputs, in the frames that they would have come in from a coordinator."""
-        self._send(Kind.CALL, request_id.encode())
+        self._send(Kind.CALL, f"{call.request_id}\n{call.variant}".encode())
         for frame in self._frames(values):
             self._send(Kind.INPUT, frame)
         self._send(Kind.RUN)

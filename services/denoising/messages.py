@@ -3,7 +3,7 @@
 A message is its kind (one byte), the size of its payload (four bytes, big endian) and the payload. For one call:
 
     rank 0                                   follower
-    CALL     id of the request      ──▶
+    CALL     request id, variant    ──▶      as two lines
     INPUT    header, then chunks    ──▶      the frames of the stage's RPC, as a coordinator would send them
     RUN                             ──▶      both run the stage
     CHECK    go on, or the error    ──▶      once for each time that the stage asks whether it should go on

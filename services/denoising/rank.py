@@ -17,11 +17,11 @@ from torch import distributed
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from common.errors import Unavailable
-from common.local import HostedStages
+from common.variants import HostedVariants
 from models.catalog import ServedModel
 from models.kernels.trials import try_packages
 from models.layers.mesh import WorkerMesh, make_mesh
-from models.loader import load_stages
+from models.loader import load_variants
 from models.warm_up import WarmUp
 from services.denoising.facts import compare_facts, facts_of
 from services.denoising.follower import Follower
@@ -30,7 +30,7 @@ from services.denoising.joining import Place, Purpose, join
 from services.denoising.liveness import Liveness, abandon
 from services.denoising.messages import Kind, Link, OutOfStep
 from services.denoising.settings import SERVICE, DenoisingSettings
-from services.worker import serve, service_of
+from services.worker import serve
 from services.worker_settings import device_of, dtype_of, prepare_thread
 
 # Collectives must outlast whatever one rank may do longer than another, such as warming up. Losses are noticed by the
@@ -136,7 +136,7 @@ class LeadingRank(_Rank):
             with suppress(OutOfStep):  # It has ended by itself.
                 link.send(Kind.END)
 
-    def lead(self, stages: HostedStages) -> LeadingStages:
+    def lead(self, stages: HostedVariants) -> LeadingStages:
         """The stages, run by all ranks."""
         return LeadingStages(SERVICE, stages, self._links, abandon)
 
@@ -165,11 +165,11 @@ class FollowingRank(_Rank):
         runtime = self._settings.runtime(device, dtype_of(self._settings.dtype, device), self.make_mesh(device))
         # Only rank 0 sends step checkpoints.
         runtime = replace(runtime, checkpoint_every=0, checkpoint_seconds=0.0)
-        stages = load_stages(model, service_of(model, SERVICE), runtime)
+        variants = load_variants(model, model.service(SERVICE), runtime)
         self.wait_for_all()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._ask_to_end)
-        hosted = HostedStages(SERVICE, stages)
+        hosted = HostedVariants(SERVICE, variants)
         try:
             Follower(SERVICE, hosted, self._links[0], total_bytes=self._settings.max_call_bytes).follow()
         except OutOfStep as error:

@@ -9,10 +9,11 @@ import torch
 from common.errors import FailedPrecondition, InvalidInput
 from common.settings import setting
 from configs.approximation import Approximation, LinearDtype
+from configs.pipeline_configs.base import DenoisingConfig
 from models.catalog import ServedModel
 from models.layers.mesh import Degrees
 from models.loader import check_parallel
-from services.worker import service_of
+from models.registry import resolve
 from services.worker_settings import LoopSettings, device_of
 
 SERVICE = "denoising"
@@ -25,7 +26,7 @@ class DenoisingSettings(LoopSettings):
     tp: int = setting(1, help="ranks among which the weights are cut (tensor parallelism)")
     ulysses: int = setting(1, help="ranks that share the sequence by exchanging attention heads")
     ring: int = setting(1, help="ranks that share the sequence by passing keys and values around")
-    cfg: int = setting(1, help="ranks among which the branches of guidance are shared out: 1 or 2")
+    cfg: int = setting(1, help="ranks among which the branches of guidance are shared out, at most as many as branches")
     nnodes: int = setting(1, help="machines that the ranks are spread over, equally; each runs this command")
     node_rank: int = setting(0, help="which of the machines this is, from 0; rank 0, which serves, is on machine 0")
     rdzv_endpoint: str = setting("", help="HOST:PORT where the machines meet: an address of machine 0, and a free port")
@@ -33,7 +34,9 @@ class DenoisingSettings(LoopSettings):
     beat_seconds: float = setting(1.0, help="time between two signs of life among ranks")
     lost_seconds: float = setting(8.0, help="silence after which a rank is taken for lost, and the group starts again")
     join_seconds: float = setting(120.0, help="time that all ranks get to find each other at the start")
-    warm_up: tuple[str, ...] = setting((), help="size to be warm for at the start: HEIGHTxWIDTH, or with xFRAMES")
+    warm_up: tuple[str, ...] = setting(
+        (), help="size to be warm for at the start: HEIGHTxWIDTH, or with xFRAMES; for one variant alone with @VARIANT"
+    )
 
     linear_dtype: LinearDtype = setting(
         "same", help="what the transformer's large linear layers multiply in: float8 is faster, and less exact"
@@ -92,12 +95,23 @@ def check_group(model: ServedModel, settings: DenoisingSettings) -> None:
 
 def check_degrees(model: ServedModel, degrees: Degrees) -> None:
     """Refuse degrees that do not fit the model, as far as can be told without its weights. Raises InvalidInput."""
-    spec = service_of(model, SERVICE)
+    spec = model.service(SERVICE)
     check_parallel(model, spec, degrees)
+    _check_branches(model, degrees)
     for module in spec.modules:
         heads = model.checkpoint.module_config(module).get("num_attention_heads")
         if isinstance(heads, int):
             degrees.check_model(heads)
+
+
+def _check_branches(model: ServedModel, degrees: Degrees) -> None:
+    """A rank of the cfg axis that has no branch to compute in any variant would do nothing. Raises InvalidInput."""
+    configs = [resolve(variant.pipeline_config) for variant, _ in model.variants_of(SERVICE)]
+    branches = [config.branches for config in configs if issubclass(config, DenoisingConfig)]
+    most = max(branches, key=len, default=())
+    if branches and degrees.cfg > len(most):
+        known = f"{model.checkpoint.pipeline_name} has {len(most)} branches: {', '.join(most)}"
+        raise InvalidInput(f"cfg: {degrees.cfg} is not at most {len(most)}; {known}", field="cfg")
 
 
 def _check_device(settings: DenoisingSettings) -> None:

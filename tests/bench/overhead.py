@@ -45,7 +45,7 @@ class InProcess:
             HostedStages(
                 spec.service, load_stages(model, spec, Runtime(device=torch.device("cpu"), dtype=torch.float32))
             )
-            for spec in model.pipeline.services
+            for spec in model.services
         ]
 
     def draw(self, seed: int, steps: int) -> tuple[dict[str, float], bytes]:

@@ -157,7 +157,7 @@ def test_a_coordinator_shows_clients_and_workers_its_new_certificate(
 ) -> None:
     async def test() -> None:
         async with AsyncExitStack() as stack:
-            for spec in toy.pipeline.services:
+            for spec in toy.services:
                 worker = await start_worker(spec.service, toy, worker_settings(store, **tls_files(fleet, "worker")))
                 stack.push_async_callback(worker.stop, 5)
             files = tls_files(fleet, "coordinator", "127.0.0.1")

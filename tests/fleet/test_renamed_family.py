@@ -20,7 +20,7 @@ from common.artifacts import ParamValue
 from common.stage import Call
 from coordinator_fleet import FakeFleet, Stub, running_fleet, terminal
 from fleet.v1 import generation_pb2 as pb
-from local_fleet import LocalFleet
+from local_fleet import NO_IMAGES, LocalFleet
 from models import contracts
 from models.catalog import ServedModel, open_model
 from models.registry import load_registry
@@ -125,7 +125,7 @@ def run(
                     await worker.stop(0)
 
             stack.push_async_callback(stop_workers)
-            for spec in model.pipeline.services:
+            for spec in model.services:
                 await add_worker(spec.service)
             loop = Loop()
             toy_stage = vars(sys.modules["toy_stages"])["ToyDenoisingStage"]
@@ -146,7 +146,7 @@ async def result_of(stub: Stub, name: str) -> bytes:
 def picture(model: ServedModel) -> bytes:
     """The same file from stages in this process."""
     alone = LocalFleet(model)
-    (item,) = alone.media(**GIVEN).items
+    (item,) = alone.media(None, NO_IMAGES, **GIVEN).items
     alone.close()
     return item.data.numpy().tobytes()
 
@@ -165,7 +165,7 @@ def test_no_slot_has_a_standard_name(model: ServedModel) -> None:
         )
         for slot in (*contract.inputs, *contract.outputs)
     }
-    stages = [stage for service in model.pipeline.services for stage in service.stages]
+    stages = [stage for service in model.services for stage in service.stages]
     slots = {slot for stage in stages for slot in (*stage.contract.inputs, *stage.contract.outputs)}
     assert {"sampling", "resume_from", "media"} <= standard
     assert len(slots) == 9
@@ -176,7 +176,7 @@ def test_no_slot_has_a_standard_name(model: ServedModel) -> None:
 def test_costs_follow_what_stages_declare(model: ServedModel) -> None:
     params = InputValidationStage(model).run({**GIVEN, "height": 64, "width": 40, "num_outputs_per_prompt": 2}).params
     pixels = 64 * 40 * 2
-    assert costs_of(model.pipeline.services, params) == {
+    assert costs_of(model.services, params) == {
         "toy_reading": 1,
         "toy_mixing": pixels,
         "toy_painting": pixels * STEPS,

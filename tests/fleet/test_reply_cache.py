@@ -171,7 +171,7 @@ def test_text_encoding_alone_keeps_replies() -> None:
 
 def test_a_worker_answers_from_its_cache_what_it_would_compute(store: str) -> None:
     model = open_model("emoji", load_registry())
-    spec = model.pipeline.service("text_encoding")
+    spec = model.service("text_encoding")
 
     def inputs(text: str, seed: int, length: int = 64) -> dict[str, Packet]:
         prompt = Prompt(prompt=text, max_sequence_length=length)

@@ -63,7 +63,7 @@ async def encoders(url: str, *dtypes: str) -> AsyncIterator[list[Encoder]]:
             worker = await start_worker("text_encoding", MODEL, settings)
             stack.push_async_callback(worker.stop, 5)
             channel = await stack.enter_async_context(open_channel(worker.address))
-            contract = MODEL.pipeline.service("text_encoding").contract
+            contract = MODEL.service("text_encoding").contract
             encoder = Encoder(RemoteRunner(channel, "text_encoding", contract))
             await encoder.encode(f"to begin with, {number}")
             found.append(encoder)

@@ -118,6 +118,41 @@ def test_reports_come_in_order_and_checkpoints_hold_what_was() -> None:
     run(test, script)
 
 
+def test_both_runners_report_the_same_to_a_call() -> None:
+    """Exchanging them loses neither checkpoints nor progress, warnings or the start of the stages."""
+
+    def script(x: StageInput, call: Call) -> None:
+        call.warn("prompt", "cut")
+        call.progress(1, 2)
+        call.on_checkpoint(checkpoint_of(x, 1))
+        call.progress(2, 2)
+
+    def heard(reports: list[Any]) -> Call:
+        return Call(
+            "r",
+            on_progress=lambda step, total: reports.append((step, total)),
+            on_warning=lambda name, text: reports.append((name, text)),
+            on_checkpoint=reports.append,
+            on_begun=lambda: reports.append("begun"),
+        )
+
+    async def test(stage: Served) -> None:
+        near: list[Any] = []
+        with ThreadPoolExecutor(1) as executor:
+            await LocalRunner(stage.hosted, executor)(artifacts(), heard(near))
+        far: list[Any] = []
+        await stage.runner()(packets(), heard(far))
+        assert [type(each) for each in near] == [str, tuple, tuple, DenoiseState, tuple]
+        states = [near.pop(3), unpack("checkpoint", DenoiseState, far.pop(3), TORCH)]
+        assert near == far == ["begun", ("prompt", "cut"), (1, 2), (2, 2)]
+        ours, theirs = (state.latents.parts["image"] for state in states)
+        assert [state.step for state in states] == [1, 1]
+        assert torch.equal(ours.latents, theirs.latents)
+        assert ours.raw_latent_shape == theirs.raw_latent_shape
+
+    run(test, script)
+
+
 def test_of_quick_steps_the_first_and_the_last_are_told() -> None:
     def script(x: StageInput, call: Call) -> None:
         del x
@@ -297,6 +332,10 @@ def test_a_silent_caller_is_given_up() -> None:
 def test_a_contract_beyond_the_rpc_starts_nothing() -> None:
     class Odd:
         contract = Contract("Odd", {"canvas": "Prompt"}, {})
+
+        def contract_of(self, variant: str) -> Contract:
+            """Never called."""
+            raise AssertionError(variant)
 
         def run(self, values: Any, call: Call) -> dict[str, Any]:
             """Never called."""

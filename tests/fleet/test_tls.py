@@ -120,7 +120,7 @@ def test_a_request_goes_through_a_fleet_whose_every_hop_is_tls(
     async def test() -> None:
         async with AsyncExitStack() as stack:
             files = tls_files(fleet, "worker")
-            for spec in toy.pipeline.services:
+            for spec in toy.services:
                 worker = await start_worker(spec.service, toy, worker_settings(store, **files))
                 stack.push_async_callback(worker.stop, 5)
             files = tls_files(fleet, "coordinator", "127.0.0.1")

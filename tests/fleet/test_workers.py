@@ -93,7 +93,7 @@ def local_media(model: ServedModel, values: dict[str, Any]) -> Media:
                     ),
                     executor,
                 )
-                for spec in model.pipeline.services
+                for spec in model.services
             ]
             outputs = await run_pipeline(runners, values, Call("local"), wanted=("media",))
         media: Media = outputs["media"]
@@ -112,7 +112,7 @@ def test_a_family_from_elsewhere_runs_through_workers_as_it_runs_alone(toy: Serv
             record(KernelChoice(), [Outcome(PACKAGES[0], "3.6.0")])
             registry = WorkerRegistry(await stack.enter_async_context(connect(store)))
             runners = []
-            for spec in toy.pipeline.services:
+            for spec in toy.services:
                 worker = await start_worker(spec.service, toy, settings_of(store))
                 stack.push_async_callback(worker.stop, 5)
                 (live,) = await registry.live("toy", spec.service)
@@ -234,7 +234,7 @@ def test_wrong_settings_are_one_line(
 def denoise_inputs(model: ServedModel) -> dict[str, Packet]:
     """Packets for the denoising service, computed without RPC."""
     values = dict(InputValidationStage(model).run({"prompt": "x", "seed": 1}).artifacts)
-    for spec in model.pipeline.services:
+    for spec in model.services:
         if spec.service == "denoising":
             return {slot: pack(slot, values[slot], TORCH) for slot in spec.contract.inputs if slot in values}
         stages = load_stages(model, spec, Runtime(device=torch.device("cpu"), dtype=torch.float32))

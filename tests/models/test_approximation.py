@@ -59,7 +59,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def stage_of(model: ServedModel, approximation: Approximation, checkpoint_every: int = 0) -> DenoisingStage:
     (stage,) = load_stages(
         model,
-        model.pipeline.service("denoising"),
+        model.service("denoising"),
         Runtime(device=CPU, dtype=torch.float32, checkpoint_every=checkpoint_every, approximation=approximation),
     )
     assert isinstance(stage, DenoisingStage)
@@ -150,7 +150,7 @@ def reused() -> float:
 def test_a_family_without_such_layers_is_refused(tmp_path: Path) -> None:
     with toy_family(tmp_path / "plugins") as plugins:
         model = open_model(str(build_toy_checkpoint(tmp_path / "toy")), load_registry([plugins]))
-        spec = model.pipeline.service("denoising")
+        spec = model.service("denoising")
         with pytest.raises(InvalidInput, match=r"ToyPipeline has no transformer that can compute with .*float8"):
             load_stages(model, spec, Runtime(device=CPU, dtype=torch.float32, approximation=FLOAT8_LINEARS))
 

@@ -50,7 +50,7 @@ def load_edited(path: Path, file: str, service: str, **entries: object) -> None:
     edited = path / file
     edited.write_text(json.dumps(json.loads(edited.read_text()) | entries))
     model = open_model(str(path), load_registry())
-    load_stages(model, model.pipeline.service(service), Runtime(device=torch.device("cpu"), dtype=torch.float32))
+    load_stages(model, model.service(service), Runtime(device=torch.device("cpu"), dtype=torch.float32))
 
 
 @pytest.fixture(scope="module")

@@ -41,7 +41,7 @@ def checkpoint(dev: Pair, tmp_path: Path) -> Path:
 def load(path: Path, service: str) -> None:
     """Load one service's stages."""
     model = open_model(str(path), load_registry())
-    load_stages(model, model.pipeline.service(service), Runtime(device=torch.device("cpu"), dtype=torch.float32))
+    load_stages(model, model.service(service), Runtime(device=torch.device("cpu"), dtype=torch.float32))
 
 
 def rewrite(file: Path, change: Callable[[Tensors], object]) -> None:
@@ -249,7 +249,7 @@ def draw(fleet: LocalFleet) -> Tensor:
 
 def test_weights_are_cast_to_the_asked_type(dev: Pair) -> None:
     model = dev.ours.model
-    spec = model.pipeline.service("denoising")
+    spec = model.service("denoising")
     (stage,) = load_stages(model, spec, Runtime(device=torch.device("cpu"), dtype=torch.bfloat16))
     transformer = vars(stage)["_transformers"]["transformer"]
     assert {parameter.dtype for parameter in transformer.parameters()} == {torch.bfloat16}

@@ -188,7 +188,7 @@ def travelled(state: DenoiseState) -> DenoiseState:
 def checkpointing_stage(pair: Pair) -> HostedStages:
     """The denoising service, with a checkpoint after every step."""
     model = pair.ours.model
-    spec = model.pipeline.service("denoising")
+    spec = model.service("denoising")
     (stage,) = load_stages(model, spec, Runtime(device=torch.device("cpu"), dtype=torch.float32, checkpoint_every=1))
     return HostedStages("denoising", [stage])
 
@@ -271,7 +271,7 @@ def test_files_tell_their_size_and_type(dev: Pair) -> None:
 
 def test_noise_is_drawn_in_the_type_of_the_embeddings(dev: Pair) -> None:
     model = dev.ours.model
-    spec = model.pipeline.service("latent_preparation")
+    spec = model.service("latent_preparation")
     stages = load_stages(model, spec, Runtime(device=torch.device("cpu"), dtype=torch.bfloat16))
     made = HostedStages("latent_preparation", stages).run({"canvas": CANVAS, "sampling": SAMPLING}, Call("test"))
     assert made["initial_latents"].parts["image"].latents.dtype == torch.bfloat16

@@ -18,6 +18,8 @@ from rank_calls import denoise, rank_file
 from rank_pool import RankPool
 
 PAIRS = [layout for layout in LAYOUTS if layout.world_size == 4 and max(map(layout.of, AXES)) == 2]
+# Degree 2 of each axis, and a pair.
+FEW = [*(Degrees(**{axis: 2}) for axis in AXES), Degrees(tp=2, ulysses=2)]
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +37,12 @@ def test_every_layout(rank_pool: RankPool, cases: dict[str, Case], tmp_path: Pat
 @pytest.mark.parametrize("family", ["qwen-image", "qwen-image-edit", "wan", "wan-i2v"])
 def test_pairs(rank_pool: RankPool, cases: dict[str, Case], tmp_path: Path, family: str, degrees: Degrees) -> None:
     check(rank_pool, cases[family], degrees, tmp_path)
+
+
+@pytest.mark.parametrize("degrees", FEW, ids=str)
+def test_two_segments_of_tokens(rank_pool: RankPool, cases: dict[str, Case], tmp_path: Path, degrees: Degrees) -> None:
+    """Every rank has a chunk of the first frame and a chunk of the others."""
+    check(rank_pool, cases["wan-ti2v"], degrees, tmp_path)
 
 
 @pytest.mark.parametrize(

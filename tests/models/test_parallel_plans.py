@@ -163,7 +163,7 @@ def test_each_rank_reads_what_it_holds(dev: Pair, caplog: pytest.LogCaptureFixtu
 @pytest.mark.parametrize("degrees", [Degrees(tp=3), Degrees(tp=2, ulysses=4)], ids=str)
 def test_heads_that_do_not_divide(dev: Pair, degrees: Degrees) -> None:
     model = dev.ours.model
-    spec = model.pipeline.service("denoising")
+    spec = model.service("denoising")
     with pytest.raises(InvalidInput, match="the model has 4 attention heads"):
         load_stages(model, spec, Runtime(device=CPU, dtype=torch.float32, mesh=rank_of(degrees)))
 
@@ -172,7 +172,7 @@ def test_heads_that_do_not_divide(dev: Pair, degrees: Degrees) -> None:
 def test_a_family_without_a_plan(tmp_path: Path, degrees: Degrees) -> None:
     with toy_family(tmp_path / "plugins") as plugins:
         model = open_model(str(build_toy_checkpoint(tmp_path / "toy")), load_registry([plugins]))
-        spec = model.pipeline.service("denoising")
+        spec = model.service("denoising")
         load_stages(model, spec, Runtime(device=CPU, dtype=torch.float32, mesh=rank_of(Degrees())))
         with pytest.raises(
             InvalidInput, match=f"ToyPipeline has no parallel plan for denoising, .* they are {degrees}"

@@ -9,13 +9,13 @@ import io
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit import calculate_dimensions
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from coarse_pictures import picture, png
 from common.errors import CheckpointError, InvalidInput
 from common.image_header import ImageHeader
 from configs.models.vaes.qwen_image import given_size
@@ -31,18 +31,6 @@ Pair = tuple[LocalFleet, Any]
 BASE: dict[str, Any] = {"prompt": "a red apple", "height": 32, "width": 48, "num_inference_steps": 2}
 GUIDED: dict[str, Any] = {"negative_prompt": "a blue car"}
 LONG = "the old stone river on the moon and the red cat in a blue car " * 20
-
-
-def picture(width: int, height: int, seed: int = 1) -> Image.Image:
-    """Coarse random colours."""
-    tiles = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), np.uint8)
-    return Image.fromarray(tiles).resize((width, height), Image.Resampling.BICUBIC)
-
-
-def png(image: Image.Image) -> bytes:
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return file.getvalue()
 
 
 def xmp_rotated(data: bytes) -> bytes:

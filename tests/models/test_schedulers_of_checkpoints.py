@@ -16,6 +16,7 @@ from common.artifacts import Canvas, Sampling
 from common.errors import CheckpointError, InvalidInput
 from common.stage import Call
 from configs.pipeline_configs.wan import WanPipelineConfig
+from configs.sample.wan import WanSamplingParams
 from models.catalog import ServedModel, open_model
 from models.contracts import TimestepPreparationInput
 from models.loader import load_stages
@@ -63,7 +64,7 @@ def opened(path: Path) -> ServedModel:
 
 
 def load(model: ServedModel, service: str) -> list[Any]:
-    return load_stages(model, model.pipeline.service(service), Runtime(device=torch.device("cpu"), dtype=torch.float32))
+    return load_stages(model, model.service(service), Runtime(device=torch.device("cpu"), dtype=torch.float32))
 
 
 NOISE: dict[str, object] = {"prediction_type": "epsilon", "use_flow_sigmas": False}
@@ -177,7 +178,7 @@ def test_noise_levels_that_are_not_finite_are_refused_at_the_request(
         TimestepPreparationStage(config, Runtime(), {"scheduler": scheduler}).run(x, Call("test"))
     assert refused.value.field == "num_inference_steps"
     with caplog.at_level(logging.WARNING):
-        try_schedules(model, config, "scheduler", scheduler)
+        try_schedules(model.checkpoint, WanSamplingParams, config, "scheduler", scheduler)
     assert "requests for 1 step will be refused" in caplog.text
 
 

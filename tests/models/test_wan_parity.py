@@ -11,10 +11,11 @@ import torch
 from diffusers import WanImageToVideoPipeline, WanPipeline
 from PIL import Image
 
+from coarse_pictures import picture, png
 from common.errors import InvalidInput
 from local_fleet import Heard, reference_run, relative_error
 from tiny_wan import build_tiny_wan, build_tiny_wan_i2v
-from wan_pair import LATENTS_WITHIN, Pair, check, open_pair, picture, png
+from wan_pair import LATENTS_WITHIN, Pair, check, open_pair
 
 SEED = 7
 

@@ -64,7 +64,7 @@ def services(model: ServedModel) -> dict[str, HostedStages]:
         spec.service: HostedStages(
             spec.service, load_stages(model, spec, Runtime(device=CPU, dtype=torch.float32, checkpoint_every=1))
         )
-        for spec in model.pipeline.services
+        for spec in model.services
     }
 
 
@@ -110,7 +110,7 @@ def test_noise_and_latents_are_float32_whatever_the_weights_are(model: ServedMod
 def test_bfloat16_runs_from_picture_to_video(model: ServedModel) -> None:
     services = {
         spec.service: HostedStages(spec.service, load_stages(model, spec, Runtime(device=CPU, dtype=torch.bfloat16)))
-        for spec in model.pipeline.services
+        for spec in model.services
     }
     slots: Slots = {
         "prompt": Prompt(prompt="a red apple"),

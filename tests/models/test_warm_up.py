@@ -67,7 +67,7 @@ def encoded(model: ServedModel, params: Mapping[str, Any], picture: tuple[int, i
         Image.fromarray(pixels).save(file, "PNG")
         data = torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)
         values["image_inputs"] = ImageInputs(images={"image": data})
-    for spec in model.pipeline.services:
+    for spec in model.services:
         if spec.service in ("denoising", "decoding"):
             break
         stages = HostedStages(spec.service, load_stages(model, spec, Runtime(device=CPU, dtype=torch.float32)))
@@ -87,7 +87,7 @@ def test_made_up_requests_have_the_shapes_of_real_ones(
     model = opened("emoji" if build is None else build(tmp_path / "model"))
     warm_up = WarmUp.parse(model, (size,))
     (made_up,) = warm_up.inputs(torch.float32)
-    assert shapes_of(made_up) == shapes_of(encoded(model, warm_up.sizes[0].as_mapping(), picture))
+    assert shapes_of(made_up) == shapes_of(encoded(model, warm_up.sizes[0][1].as_mapping(), picture))
 
 
 def test_an_edit_is_given_a_picture_of_its_own_size(tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_an_edit_is_given_a_picture_of_its_own_size(tmp_path: Path) -> None:
 
 def test_the_loop_runs_a_few_steps_at_each_size(caplog: pytest.LogCaptureFixture) -> None:
     model = opened("emoji")
-    spec = model.pipeline.service("denoising")
+    spec = model.service("denoising")
     stages = HostedStages("denoising", load_stages(model, spec, Runtime(device=CPU, dtype=torch.float32)))
     steps: list[tuple[int, int]] = []
     call = Call("warm-up", on_progress=lambda *step: steps.append(step))
@@ -113,7 +113,7 @@ def test_the_loop_runs_a_few_steps_at_each_size(caplog: pytest.LogCaptureFixture
 
 
 def test_a_size_that_is_rounded_is_told(caplog: pytest.LogCaptureFixture) -> None:
-    (params,) = WarmUp.parse(opened("emoji"), ("35x32",)).sizes
+    ((_, params),) = WarmUp.parse(opened("emoji"), ("35x32",)).sizes
     assert params.height == 32
     assert len(caplog.messages) == 1
     assert "height 35 is not a multiple of 16; 32 is used instead" in caplog.messages[0]

@@ -115,7 +115,7 @@ def refusal(path: Path, folder: str) -> str:
     """The message that refuses the model when it is opened, or when a service loads the module; "" for neither."""
     try:
         model = open_model(str(path), REGISTRY)
-        for service in model.pipeline.services:
+        for service in model.services:
             if folder in service.modules:
                 load_stages(model, service, Runtime(device=torch.device("cpu"), dtype=torch.float32))
     except CheckpointError as error:

@@ -6,6 +6,8 @@ common/, models/ or services/. Like every pipeline file it is read by the coordi
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from common.pipeline import ComposedPipeline, Cost, StageSpec
 from models import contracts
 from models.registry import Registry
@@ -15,7 +17,7 @@ class ToyPipeline(ComposedPipeline):
     """Stages of its own in the standard slots and services."""
 
     pipeline_name = "ToyPipeline"
-    _required_config_modules = ("palette", "transformer")
+    _required_config_modules: ClassVar[tuple[str, ...]] = ("palette", "transformer")
 
     def create_pipeline_stages(self) -> None:
         """Text to image."""

@@ -43,9 +43,9 @@ class Params:
 
 def validation() -> InputValidationStage:
     checkpoint = SimpleNamespace(pipeline_name="Pipeline")
-    return InputValidationStage(
-        cast(ServedModel, SimpleNamespace(name="m", sampling_params=Params, checkpoint=checkpoint))
-    )
+    variant = SimpleNamespace(sampling_params=Params, roles=Params.image_roles(checkpoint))
+    model = SimpleNamespace(name="m", variants=(variant,), unserved={}, checkpoint=checkpoint)
+    return InputValidationStage(cast(ServedModel, model))
 
 
 def test_pictures_of_one_request_have_a_bound_together() -> None:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
 from bare_checkpoint import build_bare_flux
 from common.errors import CheckpointError, InvalidInput
+from common.pipeline import PipelineError, StageSpec
 from configs.sample.flux import FluxSamplingParams
 from models.catalog import DEFAULT_MODEL, open_model, shipped_models
+from models.pipelines.flux import FluxPipeline
 from models.registry import Registry, load_registry
 from models.validation import InputValidationStage
 from toy_checkpoint import build_toy_checkpoint, toy_family
@@ -26,8 +31,8 @@ def test_the_default_model_comes_along(registry: Registry) -> None:
     assert DEFAULT_MODEL in shipped_models()
     model = open_model(DEFAULT_MODEL, registry)
     assert model.name == "emoji"
-    assert model.sampling_params is FluxSamplingParams
-    assert [spec.service for spec in model.pipeline.services] == [
+    assert model.variants[0].sampling_params is FluxSamplingParams
+    assert [spec.service for spec in model.services] == [
         "text_encoding",
         "latent_preparation",
         "denoising",
@@ -119,7 +124,7 @@ def test_a_plugin_family_is_opened_and_validated(tmp_path: Path) -> None:
         model = open_model(f"toy={path}", load_registry([plugins]))
         request = InputValidationStage(model).run({"prompt": "x", "seed": 1, "contrast": 2, "height": 12})
     assert (model.name, model.checkpoint.pipeline_name) == ("toy", "ToyPipeline")
-    assert {**request.params.as_mapping(), **model.pipeline.given} == {
+    assert {**request.params.as_mapping(), **request.variant.pipeline.given} == {
         "prompt": "Prompt",
         "canvas": "Canvas",
         "sampling": "Sampling",
@@ -135,10 +140,39 @@ def test_a_plugin_family_is_opened_and_validated(tmp_path: Path) -> None:
     assert [warning.field for warning in request.warnings] == ["height"]
 
 
+class GivenPipeline(FluxPipeline):
+    """Flux's stages, given an artifact that no request has."""
+
+    given: ClassVar[Mapping[str, str]] = {**FluxPipeline.given, "noise": "Generator"}
+
+
+class UnscheduledPipeline(FluxPipeline):
+    """Flux's stages without the scheduler's role."""
+
+    def add_stage(self, stage: StageSpec) -> None:
+        """Add it under another role."""
+        super().add_stage(replace(stage, modules={f"my_{role}": name for role, name in stage.modules.items()}))
+
+
+def test_a_pipeline_that_no_request_can_start_is_refused(registry: Registry) -> None:
+    model = open_model(DEFAULT_MODEL, registry)
+    variant = replace(model.variants[0], pipeline=GivenPipeline(model.checkpoint.modules))
+    given = replace(model, variants=(variant,))
+    with pytest.raises(PipelineError, match="given: Generator is not made from a request; Canvas, ImageInputs, Prompt"):
+        InputValidationStage(given)
+
+
+def test_the_denoising_stage_needs_a_scheduler_by_role(monkeypatch: pytest.MonkeyPatch) -> None:
+    registry = load_registry()
+    monkeypatch.setitem(registry._pipelines, "FluxPipeline", UnscheduledPipeline)
+    with pytest.raises(PipelineError, match="DenoisingStage has no module in the role 'scheduler', which it needs"):
+        open_model(DEFAULT_MODEL, registry)
+
+
 def test_validation_makes_what_the_pipeline_is_given(registry: Registry) -> None:
     model = open_model(DEFAULT_MODEL, registry)
     request = InputValidationStage(model).run({"prompt": "a red apple"})
-    assert {slot: type(value).__name__ for slot, value in request.artifacts.items()} == model.pipeline.given
+    assert {slot: type(value).__name__ for slot, value in request.artifacts.items()} == request.variant.pipeline.given
     assert request.warnings == ()
 
 

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
+
 from common.artifacts import ParamValue
+from common.pipeline import ComposedPipeline, Cost
 from models.catalog import open_model
+from models.pipelines.qwen_image_edit import QwenImageEditPipeline
+from models.pipelines.wan_image_to_video import WanImageToVideoPipeline
 from models.registry import load_registry
 from models.validation import InputValidationStage
 from services.coordinator.costs import costs_of
@@ -12,7 +17,7 @@ from services.coordinator.costs import costs_of
 def costs(name: str, **given: ParamValue) -> dict[str, int]:
     model = open_model(name, load_registry())
     validated = InputValidationStage(model).run({"prompt": "a red apple", **given})
-    return costs_of(model.pipeline.services, validated.params)
+    return costs_of(validated.variant.services, validated.params)
 
 
 def test_pictures_count_by_pixels_outputs_and_steps() -> None:
@@ -24,6 +29,20 @@ def test_pictures_count_by_pixels_outputs_and_steps() -> None:
         "denoising": pixels * 7,
         "decoding": pixels,
     }
+
+
+@pytest.mark.parametrize("pipeline", [QwenImageEditPipeline, WanImageToVideoPipeline])
+def test_encoded_images_count_by_pixels(pipeline: type[ComposedPipeline]) -> None:
+    services = pipeline(pipeline._required_config_modules).services
+    assert {spec.service: spec.cost for spec in services} == {
+        "text_encoding": Cost.REQUEST,
+        "image_encoding": Cost.PIXEL,
+        "latent_preparation": Cost.PIXEL,
+        "denoising": Cost.PIXEL_STEP,
+        "decoding": Cost.PIXEL,
+    }
+    assert [spec.service for spec in services if spec.reports_steps] == ["denoising"]
+    assert [spec.resume_slot for spec in services if spec.service == "denoising"] == ["resume_from"]
 
 
 def test_videos_count_by_frames_too() -> None:

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from common.errors import Cancelled, DeadlineExceeded, FleetError, InvalidInput
-from common.local import HostedStages
 from common.stage import Call
+from common.variants import HostedVariants
 from services.denoising import group
 from services.denoising.agreement import FollowingCall, LeadingCall, outcome, stop_of
 from services.denoising.follower import Follower
@@ -46,6 +46,11 @@ class Ranks:
         return latents
 
 
+def hosted(script: Script) -> HostedVariants:
+    """Stages of two variants that run the same script."""
+    return HostedVariants(SERVICE, {"text": [ScriptedStage(script)], "image": [ScriptedStage(script)]})
+
+
 @contextmanager
 def two_ranks(leads: Script, follows: Script | None = None) -> Iterator[Ranks]:
     """A group of two whose stages run these scripts; by default the same one."""
@@ -55,9 +60,8 @@ def two_ranks(leads: Script, follows: Script | None = None) -> Iterator[Ranks]:
         left.close()
         raise Abandoned(reason)
 
-    leading = LeadingStages(SERVICE, HostedStages(SERVICE, [ScriptedStage(leads)]), [Link(1, left)], abandon)
-    hosted = HostedStages(SERVICE, [ScriptedStage(follows or leads)])
-    following = Follower(SERVICE, hosted, Link(0, right), total_bytes=TOTAL_BYTES)
+    leading = LeadingStages(SERVICE, hosted(leads), [Link(1, left)], abandon)
+    following = Follower(SERVICE, hosted(follows or leads), Link(0, right), total_bytes=TOTAL_BYTES)
     ranks = Ranks(leading, Link(1, left))
 
     def follow() -> None:
@@ -92,6 +96,24 @@ def test_a_follower_gets_the_same_inputs_and_id() -> None:
     assert one.sampling == other.sampling
     assert one.text_conditioning is other.text_conditioning is None
     assert torch.equal(result, one.initial_latents.parts["image"].latents * 3)
+
+
+def test_all_ranks_run_the_variant_of_the_call() -> None:
+    seen: list[tuple[str, str]] = []
+    with two_ranks(lambda _, call: seen.append((call.request_id, call.variant))) as ranks:
+        ranks.run(Call("r1", variant="image"))
+        ranks.run(Call("r2"))
+        assert ranks.leading.contract_of("image") == ranks.leading.contract
+    assert seen == [("r1", "image"), ("r1", "image"), ("r2", ""), ("r2", "")]
+
+
+def test_a_variant_that_is_not_served_leaves_the_ranks_in_step() -> None:
+    with two_ranks(do_nothing) as ranks:
+        with pytest.raises(InvalidInput, match="'video' is not a variant that denoising serves"):
+            ranks.run(Call("r1", variant="video"))
+        ranks.run(Call("r2", variant="text"))
+        assert not ranks.ended.is_set()
+    assert not ranks.errors
 
 
 def test_only_rank_0_reports() -> None:

@@ -6,9 +6,11 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn.functional import gelu
 
 from models.kernels.attention_backends import head_shares
+from models.layers import fused_products
 from models.layers.activation import write_gelu
 from models.layers.attention import attention
 from models.layers.embeddings import EmbeddingMLP, sinusoidal_embedding
@@ -75,6 +77,33 @@ def test_each_stream_has_its_own_modulation_and_gate() -> None:
         torch.testing.assert_close(added[:, rows], expected)
         alone = norm(expected, Streams.same(scale[stream]), Streams.same(shift[stream]))
         torch.testing.assert_close(normed[:, rows], alone)
+
+
+@pytest.mark.parametrize("smallest", [1, 3, 9], ids=["all", "other-tokens", "none"])
+@pytest.mark.parametrize("boundary", [0, 2, 5])
+@pytest.mark.parametrize("are_equal", [False, True])
+def test_an_update_with_two_gates(
+    monkeypatch: pytest.MonkeyPatch, smallest: int, boundary: int, are_equal: bool
+) -> None:
+    """Fused where the GEMM of a segment has `smallest` rows or more, as it would be on a GPU."""
+    fused: list[int] = []
+
+    def add_gated(x: Tensor, weight: Tensor, bias: Tensor, gate: Tensor, onto: Tensor) -> None:
+        fused.append(len(x))
+        onto += gate * (x @ weight.T + bias)
+
+    monkeypatch.setattr(fused_products, "can_add", lambda x, *_: len(x) >= smallest)
+    monkeypatch.setattr(fused_products, "add_gated", add_gated)
+    layer, stream, x = Linear(6, 4), torch.randn(2, 5, 4), torch.randn(2, 5, 6)
+    text, image = torch.randn(2, 2, 4).unbind()
+    gate = Streams.same(image) if are_equal else Streams(text, image)
+    with torch.inference_mode():
+        expected = Residual(stream, layer(x), gate).added(boundary)
+        got = layer.update(stream.clone(), x, gate, boundary).added(boundary)
+    torch.testing.assert_close(got, expected)
+    segments = [5] if are_equal or not boundary else [5 - boundary, boundary]
+    decisive = segments[0] >= smallest
+    assert fused == [rows for rows in segments if decisive and rows >= smallest for _ in range(2)]
 
 
 @pytest.mark.parametrize(

@@ -26,12 +26,6 @@ def test_less_than_one_rank(axis: str) -> None:
     assert caught.value.field == axis
 
 
-def test_guidance_has_two_branches() -> None:
-    with pytest.raises(InvalidInput, match="it must be 1 or 2") as caught:
-        Degrees(cfg=3)
-    assert caught.value.field == "cfg"
-
-
 @pytest.mark.parametrize(
     ("degrees", "field"),
     [(Degrees(tp=5), "tp"), (Degrees(ulysses=5), "ulysses"), (Degrees(tp=4, ulysses=4), "ulysses")],

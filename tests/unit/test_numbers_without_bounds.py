@@ -35,6 +35,7 @@ def wan(positions: int | None) -> Checkpoint:
     configs: dict[str, dict[str, Any]] = {"transformer": {"pos_embed_seq_len": positions}, "vae": {}, "scheduler": {}}
     fake = SimpleNamespace(
         module_config=configs.__getitem__,
+        config_of=configs.__getitem__,
         index={},
         sampling_defaults={},
         pipeline_name="WanImageToVideoPipeline",

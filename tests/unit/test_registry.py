@@ -51,8 +51,8 @@ def test_the_families_here_are_found_by_themselves() -> None:
     assert registry.names() == FAMILIES
     entry = registry.entry("FluxPipeline")
     assert entry.pipeline is FluxPipeline
-    assert resolve(entry.sampling_params).__name__ == "FluxSamplingParams"
-    assert resolve(entry.pipeline_config).__name__ == "FluxPipelineConfig"
+    assert resolve(entry.configs_of("").sampling_params).__name__ == "FluxSamplingParams"
+    assert resolve(entry.configs_of("").pipeline_config).__name__ == "FluxPipelineConfig"
 
 
 def test_plugins_are_added_without_importing_their_stages(tmp_path: Path) -> None:
@@ -61,7 +61,7 @@ def test_plugins_are_added_without_importing_their_stages(tmp_path: Path) -> Non
         assert registry.names() == sorted([*FAMILIES, "ToyPipeline"])
         assert "toy_stages" not in sys.modules
         entry = registry.entry("ToyPipeline")
-        assert resolve(entry.sampling_params).__module__ == "toy_sample"
+        assert resolve(entry.configs_of("").sampling_params).__module__ == "toy_sample"
         assert entry.pipeline(["palette", "transformer"]).service("denoising").modules == ("transformer",)
         assert load_registry([directory]).names() == registry.names()
 
@@ -96,6 +96,13 @@ def test_a_pipeline_without_configs_is_a_defect() -> None:
 def test_an_entry_class_of_another_kind_is_a_defect(plugins: Path) -> None:
     (plugins / "not_a_pipeline.py").write_text("EntryClass = int\n")
     with pytest.raises(TypeError, match="EntryClass must be a ComposedPipeline, but is <class 'int'>"):
+        load_registry([plugins])
+
+
+def test_a_pipeline_file_registers_its_configs(plugins: Path) -> None:
+    text = PLUGIN.format(name="QuietPipeline")
+    (plugins / "quiet_family.py").write_text(text.replace("def register_configs", "def other_name"))
+    with pytest.raises(TypeError, match=r"quiet_family must define register_configs\(registry\)"):
         load_registry([plugins])
 
 

@@ -89,7 +89,9 @@ def _build(run: Callable[..., Any], redis: Any, note: Callable[[], None]) -> Non
     run("announce", announcement("w2"))
     for number, owner in enumerate(("c-1", "c-1", "c-2", "dead", "c-1")):
         caller, key = ("ann", "bob")[number % 2], f"key-r{number}"
-        run("admit", admission(f"r{number}", owner, caller, idempotency_key=key, costs={"denoising": 5}))
+        variant = ("image", "")[number % 2]
+        costs = {"denoising": 5}
+        run("admit", admission(f"r{number}", owner, caller, idempotency_key=key, variant=variant, costs=costs))
         if number == 2:
             note()
         run("claim", claim(f"r{number}/{owner}/0", owner, caller))

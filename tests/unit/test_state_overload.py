@@ -36,15 +36,20 @@ class Door:
         self.store = RequestStore(redis, owner="me")
         self.slots = slots
 
-    async def admit(self, name: str = "", *, cost: int = 1, caller: str = "", limits: Limits = LIMITS) -> str:
+    async def admit(
+        self, name: str = "", *, cost: int = 1, caller: str = "", limits: Limits = LIMITS, variant: str = ""
+    ) -> str:
         """Admit a request of that cost at the denoiser; returns its name."""
-        record = generation_pb2.RequestRecord(request_id=name or secrets.token_hex(8), model="emoji", caller=caller)
+        name = name or secrets.token_hex(8)
+        record = generation_pb2.RequestRecord(request_id=name, model="emoji", caller=caller, variant=variant)
         return (await self.store.admit(record, limits=limits, costs={"denoising": cost})).record.request_id
 
-    async def refused(self, words: str, *, cost: int = 1, caller: str = "", limits: Limits = LIMITS) -> float | None:
+    async def refused(
+        self, words: str, *, cost: int = 1, caller: str = "", limits: Limits = LIMITS, variant: str = ""
+    ) -> float | None:
         """The seconds after which a refused request may come again."""
         with pytest.raises(ResourceExhausted, match=words) as caught:
-            await self.admit(cost=cost, caller=caller, limits=limits)
+            await self.admit(cost=cost, caller=caller, limits=limits, variant=variant)
         return caught.value.retry_seconds
 
     async def claim(self, name: str, cost: int = 1, service: str = "denoising") -> Slot:
@@ -180,5 +185,66 @@ def test_a_caller_has_room_for_its_part_whatever_the_others_have(url: str) -> No
                 await fleet.admit(caller="modest")
             assert await fleet.refused("9.0 s of work", caller="modest") == pytest.approx(4.0)
             await fleet.admit(caller="third")
+
+    run_on_empty_store(url, story)
+
+
+def test_each_variant_has_a_pace_of_its_own(url: str) -> None:
+    async def story(redis: Redis) -> None:
+        async with door(redis) as fleet:
+            await fleet.took(0.1, service="text_encoding")
+            for variant, seconds in {"text": 1.0, "image": 8.0}.items():
+                name = await fleet.admit(variant=variant, limits=Limits(LIMITS.services))
+                await fleet.took(seconds, name=name)
+                await fleet.store.finish(name, State.REQUEST_STATE_SUCCEEDED)
+            for _ in range(2):  # 0.5 s each, as two requests are taken at a time
+                await fleet.admit(variant="text")
+            await fleet.admit(variant="image")  # 4 s
+            await fleet.admit(variant="text")
+            assert await fleet.refused(r"5\.5 s of work", variant="text") == pytest.approx(0.5)
+            assert await fleet.refused(r"5\.5 s of work", variant="image") == pytest.approx(0.5)
+            crowded = Limits(LIMITS.services, max_open=4)
+            assert await fleet.refused("4 requests", limits=crowded, variant="image") == pytest.approx(4.0)
+            assert await fleet.refused("4 requests", limits=crowded, variant="text") == pytest.approx(0.5)
+
+    run_on_empty_store(url, story)
+
+
+def test_a_variant_without_a_pace_takes_that_of_the_others(url: str) -> None:
+    async def story(redis: Redis) -> None:
+        async with door(redis) as fleet:
+            await fleet.took(0.1, service="text_encoding")
+            name = await fleet.admit(variant="text", limits=Limits(LIMITS.services))
+            await fleet.took(4.0, name=name)
+            await fleet.store.finish(name, State.REQUEST_STATE_SUCCEEDED)
+            for _ in range(3):
+                await fleet.admit(variant="image")
+            assert await fleet.refused(r"6\.0 s of work", variant="image") == pytest.approx(1.0)
+
+    run_on_empty_store(url, story)
+
+
+def test_work_of_a_callers_variants_is_one_part(url: str) -> None:
+    async def story(redis: Redis) -> None:
+        async with door(redis) as fleet:
+            await fleet.took(4.0)
+            await fleet.took(0.1, service="text_encoding")
+            names = [
+                await fleet.admit(caller=caller, variant=variant, limits=Limits(LIMITS.services))
+                for caller in ("ann", "bob")
+                for variant in ("text", "image")
+            ]
+            assert sorted(await redis.hkeys("fleet:work:emoji/denoising")) == [
+                b"ann|image",
+                b"ann|text",
+                b"bob|image",
+                b"bob|text",
+            ]
+            # 8 s, of which each caller has 4, more than an equal part of the bound; a new caller has none.
+            await fleet.refused(r"8\.0 s of work", caller="ann", variant="text")
+            names.append(await fleet.admit(caller="cid", variant="text"))
+            for name in names:
+                await fleet.store.finish(name, State.REQUEST_STATE_CANCELLED)
+            assert await nothing_is_open(redis)
 
     run_on_empty_store(url, story)

@@ -435,6 +435,24 @@ def test_patience_ends_only_without_workers(url: str) -> None:
     run_on_empty_store(url, story)
 
 
+def test_outputs_that_a_variant_does_not_write_are_part_of_the_contract(url: str) -> None:
+    async def story(redis: Redis) -> None:
+        registry = WorkerRegistry(redis)
+        contract = Contract("d", {}, {"more": "Generator"}, optional_outputs=frozenset({"more"}))
+        await registry.declare("twin", "f", {"denoising": contract})
+        with pytest.raises(FailedPrecondition, match="another contract"):
+            await registry.declare("twin", "f", {"denoising": Contract("d", {}, {"more": "Generator"})})
+        info = worker_pb2.WorkerInfo(
+            worker_id="w", model="twin", model_fingerprint="f", service="denoising", capacity=1
+        )
+        info.contract.outputs["more"] = "Generator"
+        info.contract.optional_outputs.append("more")
+        await registry.announce(info)
+        await registry.withdraw("w")
+
+    run_on_empty_store(url, story)
+
+
 def test_a_model_is_one_checkpoint_with_one_contract(url: str) -> None:
     async def story(redis: Redis) -> None:
         registry = WorkerRegistry(redis)
@@ -449,6 +467,10 @@ def test_a_model_is_one_checkpoint_with_one_contract(url: str) -> None:
         with pytest.raises(FailedPrecondition, match="another contract") as caught:
             await registry.announce(odd)
         assert caught.value.field == "contract"
+        odd = worker("z")
+        odd.contract.outputs["latents"] = "Latents"
+        with pytest.raises(FailedPrecondition, match="another contract"):
+            await registry.announce(odd)
         assert [each.worker_id for each in await registry.live("emoji", "denoising")] == ["w"]
         assert 0 < await redis.pttl("fleet:model:emoji") <= 6_000
         with pytest.raises(InvalidInput, match="worker_id"):

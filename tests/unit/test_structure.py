@@ -1,9 +1,9 @@
-"""Bounds on size and habits that a linter does not know. Each check is also shown to bite."""
+"""Bounds on size, imports and habits that a linter does not know. Each check is also shown to bite."""
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -16,6 +16,9 @@ FUNCTION_LINES = 80
 
 # Path, or path:function, with the reason why it may be longer.
 LONGER: dict[str, str] = {}
+
+# Rooms whose modules may import each other in a circle.
+MAY_CIRCLE = ("models.layers.", "models.kernels.")
 
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
@@ -90,6 +93,52 @@ def _explained(lines: list[str], number: int) -> bool:
     return "#" in lines[number - 1] or (above >= 0 and lines[above].lstrip().startswith("#"))
 
 
+def _module_of(path: str) -> str:
+    return path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
+def import_graph(sources: Mapping[str, str]) -> dict[str, set[str]]:
+    """The modules that each module imports: at its top, inside functions and under TYPE_CHECKING."""
+    modules = {_module_of(path): source for path, source in sources.items()}
+    return {name: set(_imported(name, source, modules)) for name, source in modules.items()}
+
+
+def _imported(name: str, source: str, modules: Collection[str]) -> Iterator[str]:
+    for node in ast.walk(ast.parse(source)):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+        if isinstance(node, ast.ImportFrom):
+            parts = [f"{node.module}.{each}" for each in names]
+            names = [part if part in modules else str(node.module) for part in parts]
+        yield from (each for each in names if each in modules and each != name)
+
+
+def circles(graph: Mapping[str, set[str]]) -> list[list[str]]:
+    """Groups of modules, sorted, each of which reaches all others of its group by imports."""
+    reached = {name: _reached(name, graph) for name in graph}
+    groups = {frozenset(other for other in reached[name] if name in reached[other]) for name in graph}
+    return sorted(sorted(group) for group in groups if group)
+
+
+def _reached(name: str, graph: Mapping[str, set[str]]) -> set[str]:
+    found: set[str] = set()
+    pending = list(graph[name])
+    while pending:
+        each = pending.pop()
+        if each not in found:
+            found.add(each)
+            pending += graph[each]
+    return found
+
+
+def test_no_imports_go_in_a_circle() -> None:
+    sources = {path: source for path, source in _sources().items() if not path.startswith("tests/")}
+    assert not [group for group in circles(import_graph(sources)) if not all(map(_may_circle, group))]
+
+
+def _may_circle(module: str) -> bool:
+    return module.startswith(MAY_CIRCLE)
+
+
 def test_files_and_functions_are_short() -> None:
     found = {name for path, source in _sources().items() for name in long_things(path, source)}
     assert not found - LONGER.keys()
@@ -115,6 +164,28 @@ def test_a_long_function_is_found() -> None:
 def test_a_long_file_is_found() -> None:
     assert list(long_things("a.py", "x = 1\n" * (FILE_LINES + 1))) == ["a.py"]
     assert not list(long_things("a.py", "x = 1\n" * FILE_LINES))
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import a.c",
+        "from a import c",
+        "from a.c import thing",
+        "def f():\n    from a.c import thing",
+        "if TYPE_CHECKING:\n    from a import other, c",
+    ],
+)
+def test_a_circle_of_imports_is_found(source: str) -> None:
+    sources = {
+        "a/__init__.py": "",
+        "a/b.py": source,
+        "a/c.py": "import a.d",
+        "a/d.py": "from a import b",
+        "e.py": "import a.b",
+    }
+    assert circles(import_graph(sources)) == [["a.b", "a.c", "a.d"]]
+    assert not circles(import_graph({**sources, "a/d.py": "from a import other"}))
 
 
 @pytest.mark.parametrize(

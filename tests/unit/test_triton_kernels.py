@@ -61,6 +61,19 @@ def test_gate_norm_scale_shift(dtype: torch.dtype, most: float) -> None:
 
 
 @DTYPES
+@pytest.mark.parametrize("boundary", [0, BOUNDARY, TOKENS])
+def test_modulations_of_two_tensors(dtype: torch.dtype, most: float, boundary: int) -> None:
+    """Segments with timesteps of their own: one tensor of modulations each."""
+    x, update = torch.randn(2, BATCH, TOKENS, SIZE, dtype=dtype).unbind(0)
+    first, rest = (torch.randn(BATCH, 8, SIZE) for _ in range(2))
+    scale, shift, gate = (Streams(first[:, index], rest[:, index]) for index in (1, 2, 7))
+    norm = LayerNormScaleShift(SIZE)
+    got = kernels.gate_norm_scale_shift(x, update, gate, scale, shift, boundary, norm.eps)
+    for mine, expected in zip(got, norm.after(Residual(x, update, gate), scale, shift, boundary), strict=True):
+        assert_near(mine, expected, most)
+
+
+@DTYPES
 @pytest.mark.parametrize("size", [HEAD, SIZE], ids=["per-head", "all-heads"])
 @pytest.mark.parametrize("parts", [1, 2])
 def test_qk_norm_rotary(dtype: torch.dtype, most: float, size: int, parts: int) -> None:

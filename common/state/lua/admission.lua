@@ -1,43 +1,49 @@
 -- What a service has before it, as far as the pace of the latest requests tells; pace is nil before there is one.
 -- In ms: `queued` until all that is open is done, `own` for the caller's part of that, `more` for a request of that
--- cost. `callers` have a part in it, this one included, and `capacity` requests are taken at a time.
-local function forecast(place, caller, cost)
+-- variant and cost. `callers` have a part in it, this one included, and `capacity` requests are taken at a time.
+local function forecast(place, variant, caller, cost)
   local found = { capacity = 0, callers = 1, queued = 0, own = 0, more = 0 }
   for _, worker in ipairs(live_workers(place)) do
     found.capacity = found.capacity + worker.capacity
   end
   found.capacity = math.max(found.capacity, 1)
-  local ms, of = string.match(redis.call('GET', P .. 'pace:' .. place) or '', '^(%S+) (%S+)$')
-  if not tonumber(ms) or (tonumber(of) or 0) <= 0 then
+  found.pace = pace_of(place, variant)
+  if not found.pace then
     return found
   end
-  found.pace = tonumber(ms) / tonumber(of)
-  local scale = found.pace / found.capacity
+  local paces, others = { [variant] = found.pace }, {}
+  local function pace(each)
+    paces[each] = paces[each] or pace_of(place, each) or found.pace
+    return paces[each]
+  end
   local open = redis.call('HGETALL', P .. 'work:' .. place)
   for i = 1, #open, 2 do
-    local work = tonumber(open[i + 1]) or 0
-    found.queued = found.queued + work * scale
-    if open[i] == caller then
-      found.own = work * scale
-    else
+    local who, of = string.match(open[i], '^([^|]*)|?(.*)$')
+    local ms = (tonumber(open[i + 1]) or 0) * pace(of) / found.capacity
+    found.queued = found.queued + ms
+    if who == caller then
+      found.own = found.own + ms
+    elseif not others[who] then
+      others[who] = true
       found.callers = found.callers + 1
     end
   end
   local _, held = busy_slots(place)
   for _, slot in ipairs(held) do
-    found.queued = found.queued - math.min(now - slot.since, slot.cost * found.pace) / found.capacity
+    local ms = slot.cost * pace(variant_of(slot.ticket))
+    found.queued = found.queued - math.min(now - slot.since, ms) / found.capacity
   end
-  found.more = cost * scale
+  found.more = cost * found.pace / found.capacity
   return found
 end
 
 -- Whether a request has to be refused for the work that is open, or for its number before there is a pace to tell the
 -- work by: the refusal or nil, and the ms that the slowest service needs for the request alone. A caller who has no
 -- more than an equal part of the bound is not refused for what the others have.
-local function overload(model, caller, costs, open, max_work)
+local function overload(model, variant, caller, costs, open, max_work)
   local most, more, unmeasured = 0, 0, false
   for i = 1, #costs, 2 do
-    local service = forecast(model .. '/' .. costs[i], caller, tonumber(costs[i + 1]))
+    local service = forecast(model .. '/' .. costs[i], variant, caller, tonumber(costs[i + 1]))
     more = math.max(more, service.more)
     unmeasured = unmeasured or not service.pace and open >= service.capacity
     if service.queued > max_work and service.own > max_work / service.callers then
@@ -65,6 +71,7 @@ end
 -- store still answers what it has admitted before.
 takes.admit = {
   'id', 'model', 'caller', 'owner',
+  'variant',               -- or ''
   'record', 'submission',  -- serialised
   'idempotency_key',       -- or ''
   'deadline',              -- ms since 1970, 0 for none
@@ -93,7 +100,7 @@ function ops.admit(a)
     return { 'memory' }
   end
   local open = redis.call('SCARD', P .. 'open:' .. model)
-  local busy, alone = overload(model, caller, costs, open, max_work)
+  local busy, alone = overload(model, a.variant, caller, costs, open, max_work)
   if open >= tonumber(a.max_open) then
     return { 'crowded', open, alone }
   end
@@ -112,10 +119,10 @@ function ops.admit(a)
   end
   redis.call('HSET', P .. 'request:' .. id, 'record', a.record, 'extra', '', 'state', '1', 'created', int(now),
     'updated', int(now), 'model', model, 'owner', a.owner, 'epoch', '1', 'key', key, 'caller', caller,
-    'submission', a.submission)
+    'variant', a.variant, 'submission', a.submission)
   for i = 1, #costs, 2 do
     redis.call('HSET', P .. 'request:' .. id, 'left:' .. costs[i], costs[i + 1])
-    redis.call('HINCRBY', P .. 'work:' .. model .. '/' .. costs[i], caller, costs[i + 1])
+    redis.call('HINCRBY', P .. 'work:' .. model .. '/' .. costs[i], work_field(caller, a.variant), costs[i + 1])
   end
   redis.call('ZADD', P .. 'requests', int(next_number()), id)
   redis.call('SADD', P .. 'open:' .. model, id)

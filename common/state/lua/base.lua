@@ -4,7 +4,8 @@
 -- Messages are stored serialised and never opened here: a protobuf message followed by another of its type is their
 -- merge, so a record grows by appending to `extra`. Time is this server's, in milliseconds, never a caller's.
 --
---   fleet:request:<id>             hash   record, extra, state, created, updated, model, owner, epoch, cancel, key, caller, token,
+--   fleet:request:<id>             hash   record, extra, state, created, updated, model, owner, epoch, cancel, key, caller, variant,
+--                                         token,
 --                                         and until its end submission, deaths (calls of it that were lost with their worker,
 --                                         a line each), point (the key of a checkpoint), reached (its step), told (number and
 --                                         ids of the latest events), left:<service> (its cost, until that service is done
@@ -28,7 +29,8 @@
 --   fleet:shares:<model>/<svc>|<rank>  zset   callers by the work that they were given, '|' by the virtual time
 --   fleet:slots:<model>/<svc>      hash   ticket -> worker | owner | cost | when it was granted
 --   fleet:pace:<model>/<svc>       string ms that slots were held and the cost of what held them, of the latest
---   fleet:work:<model>/<svc>       hash   caller -> cost of their open requests that still need the service
+--   fleet:pace:<model>/<svc>@<variant>  string the same of one variant's requests, whose cost may weigh otherwise
+--   fleet:work:<model>/<svc>       hash   caller, or caller|variant -> cost of open requests that still need the service
 --   fleet:reply:<name>             list   a reply that workers share: its checksum, then its frames
 --   fleet:replies, fleet:reply-sizes   zset, hash   names of these by when they expire; their bytes
 --   fleet:coordinator:<owner>      string present while that coordinator's heartbeat lasts; also its channel
@@ -224,8 +226,35 @@ local function busy_slots(place)
       redis.call('HDEL', P .. 'slots:' .. place, slots[i])
     else
       busy[worker] = (busy[worker] or 0) + (is_alone(slots[i]) and tonumber(capacity) or 1)
-      held[#held + 1] = { cost = tonumber(cost), since = tonumber(since) }
+      held[#held + 1] = { ticket = slots[i], cost = tonumber(cost), since = tonumber(since) }
     end
   end
   return busy, held
+end
+
+-- The variant of the request that a ticket is for; '' for a model with one variant, and for a request that is forgotten.
+local function variant_of(ticket)
+  local variant = server.pcall('HGET', P .. 'request:' .. string.match(ticket, '^[^/]*'), 'variant')
+  return type(variant) == 'string' and variant or ''
+end
+
+-- ms per unit of cost at a service, of the latest requests of a variant, else of all variants; nil before there are any.
+local function pace_of(place, variant)
+  for _, key in ipairs(variant ~= '' and { place .. '@' .. variant, place } or { place }) do
+    local ms, of = string.match(redis.call('GET', P .. 'pace:' .. key) or '', '^(%S+) (%S+)$')
+    if tonumber(ms) and (tonumber(of) or 0) > 0 then
+      return tonumber(ms) / tonumber(of)
+    end
+  end
+end
+
+local function measure(key, ms, cost)
+  local held, of = string.match(redis.call('GET', P .. 'pace:' .. key) or '', '^(%S+) (%S+)$')
+  redis.call('SET', P .. 'pace:' .. key, string.format('%.3f %.3f',
+    ms + 0.8 * (tonumber(held) or 0), cost + 0.8 * (tonumber(of) or 0)), 'PX', 86400000)
+end
+
+-- The field of a caller's work with requests of a variant.
+local function work_field(caller, variant)
+  return variant ~= '' and caller .. '|' .. variant or caller
 end

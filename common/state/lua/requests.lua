@@ -34,12 +34,12 @@ end
 -- A request needs a service no more: its cost is open there no more, which counts once.
 local function settle(id, service)
   local key = P .. 'request:' .. id
-  local fields = redis.call('HMGET', key, 'left:' .. service, 'model', 'caller')
+  local fields = redis.call('HMGET', key, 'left:' .. service, 'model', 'caller', 'variant')
   if tonumber(fields[1]) and fields[2] and fields[3] then
-    local work = P .. 'work:' .. fields[2] .. '/' .. service
+    local work, field = P .. 'work:' .. fields[2] .. '/' .. service, work_field(fields[3], fields[4] or '')
     redis.call('HDEL', key, 'left:' .. service)
-    if redis.call('HINCRBY', work, fields[3], -tonumber(fields[1])) <= 0 then
-      redis.call('HDEL', work, fields[3])
+    if redis.call('HINCRBY', work, field, -tonumber(fields[1])) <= 0 then
+      redis.call('HDEL', work, field)
     end
   end
 end

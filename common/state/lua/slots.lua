@@ -245,9 +245,11 @@ function ops.release(a)
   local slot = redis.call('HGET', P .. 'slots:' .. place, ticket)
   local cost = slot and tonumber(string.match(slot, '|(%d+)|%d+$'))
   if ms > 0 and cost then
-    local held, of = string.match(redis.call('GET', P .. 'pace:' .. place) or '', '^(%S+) (%S+)$')
-    redis.call('SET', P .. 'pace:' .. place, string.format('%.3f %.3f',
-      ms + 0.8 * (tonumber(held) or 0), cost + 0.8 * (tonumber(of) or 0)), 'PX', 86400000)
+    local variant = variant_of(ticket)
+    measure(place, ms, cost)
+    if variant ~= '' then
+      measure(place .. '@' .. variant, ms, cost)
+    end
   end
   if ms > 0 then
     settle(string.match(ticket, '^[^/]*'), string.match(place, '[^/]*$'))

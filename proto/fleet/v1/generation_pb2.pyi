@@ -701,6 +701,7 @@ class RequestRecord(_message.Message):
     FILES_FIELD_NUMBER: _builtins.int
     CALLER_FIELD_NUMBER: _builtins.int
     STEPS_SAVED_FIELD_NUMBER: _builtins.int
+    VARIANT_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Unique name."""
     state: Global___RequestState.ValueType
@@ -713,6 +714,8 @@ class RequestRecord(_message.Message):
     """Who submitted it, by the name of its API key or certificate; empty where the fleet asks for neither."""
     steps_saved: _builtins.int
     """Steps of the denoising loop that its early end has saved, as in StateChange."""
+    variant: _builtins.str
+    """Variant of the model that its inputs chose, such as "image"; empty where the model has only one."""
     @_builtins.property
     def parameters(self) -> Global___GenerationParameters:
         """What it runs with: every parameter, defaults included. Pictures are left out."""
@@ -757,10 +760,11 @@ class RequestRecord(_message.Message):
         files: _abc.Iterable[Global___FileHeader] | None = ...,
         caller: _builtins.str = ...,
         steps_saved: _builtins.int = ...,
+        variant: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at", "deadline", b"deadline", "error", b"error", "parameters", b"parameters", "updated_at", b"updated_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["caller", b"caller", "created_at", b"created_at", "deadline", b"deadline", "error", b"error", "files", b"files", "model", b"model", "parameters", b"parameters", "priority", b"priority", "request_id", b"request_id", "state", b"state", "steps_saved", b"steps_saved", "updated_at", b"updated_at", "warnings", b"warnings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["caller", b"caller", "created_at", b"created_at", "deadline", b"deadline", "error", b"error", "files", b"files", "model", b"model", "parameters", b"parameters", "priority", b"priority", "request_id", b"request_id", "state", b"state", "steps_saved", b"steps_saved", "updated_at", b"updated_at", "variant", b"variant", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1012,6 +1016,7 @@ class Model(_message.Message):
     FINGERPRINT_FIELD_NUMBER: _builtins.int
     PARAMETERS_FIELD_NUMBER: _builtins.int
     SERVICES_FIELD_NUMBER: _builtins.int
+    VARIANTS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name to ask for it by."""
     pipeline_name: _builtins.str
@@ -1020,11 +1025,15 @@ class Model(_message.Message):
     """Digest of the checkpoint."""
     @_builtins.property
     def parameters(self) -> _containers.RepeatedCompositeFieldContainer[Global___Parameter]:
-        """What a request may set."""
+        """What a request may set: parameters of all variants together, with the first variant's defaults."""
 
     @_builtins.property
     def services(self) -> _containers.RepeatedCompositeFieldContainer[Global___ServiceStatus]:
-        """Its services, in the order of the pipeline."""
+        """Services of all variants, in the order of the pipelines."""
+
+    @_builtins.property
+    def variants(self) -> _containers.RepeatedCompositeFieldContainer[Global___Variant]:
+        """Kinds of requests that the model serves; a model of one kind has one variant without a name."""
 
     def __init__(
         self,
@@ -1034,14 +1043,65 @@ class Model(_message.Message):
         fingerprint: _builtins.str = ...,
         parameters: _abc.Iterable[Global___Parameter] | None = ...,
         services: _abc.Iterable[Global___ServiceStatus] | None = ...,
+        variants: _abc.Iterable[Global___Variant] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["fingerprint", b"fingerprint", "name", b"name", "parameters", b"parameters", "pipeline_name", b"pipeline_name", "services", b"services"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fingerprint", b"fingerprint", "name", b"name", "parameters", b"parameters", "pipeline_name", b"pipeline_name", "services", b"services", "variants", b"variants"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Model: _TypeAlias = Model  # noqa: Y015
+
+@_typing.final
+class Variant(_message.Message):
+    """A kind of request that a model serves. The inputs of a request choose the variant: the first one that takes them."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    PARAMETERS_FIELD_NUMBER: _builtins.int
+    SERVICES_FIELD_NUMBER: _builtins.int
+    REQUIRED_IMAGES_FIELD_NUMBER: _builtins.int
+    OPTIONAL_IMAGES_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Name, such as "text" or "image"; empty where the model has only one variant."""
+    error: _builtins.str
+    """Why the variant is not served, such as a module that the checkpoint lacks; empty where it is served."""
+    @_builtins.property
+    def parameters(self) -> _containers.RepeatedCompositeFieldContainer[Global___Parameter]:
+        """What a request of this variant may set, with its defaults."""
+
+    @_builtins.property
+    def services(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Services that run its requests, in the order of the pipeline."""
+
+    @_builtins.property
+    def required_images(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Roles of the images that its requests must bring."""
+
+    @_builtins.property
+    def optional_images(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Roles of the images that its requests may bring."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        parameters: _abc.Iterable[Global___Parameter] | None = ...,
+        services: _abc.Iterable[_builtins.str] | None = ...,
+        required_images: _abc.Iterable[_builtins.str] | None = ...,
+        optional_images: _abc.Iterable[_builtins.str] | None = ...,
+        error: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "name", b"name", "optional_images", b"optional_images", "parameters", b"parameters", "required_images", b"required_images", "services", b"services"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Variant: _TypeAlias = Variant  # noqa: Y015
 
 @_typing.final
 class Parameter(_message.Message):

@@ -283,6 +283,7 @@ class StageContract(_message.Message):
     INPUTS_FIELD_NUMBER: _builtins.int
     OUTPUTS_FIELD_NUMBER: _builtins.int
     OPTIONAL_INPUTS_FIELD_NUMBER: _builtins.int
+    OPTIONAL_OUTPUTS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def stages(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Stages, in order."""
@@ -299,6 +300,10 @@ class StageContract(_message.Message):
     def optional_inputs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Slots that may be absent."""
 
+    @_builtins.property
+    def optional_outputs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Written slots that some variants of the model do not write."""
+
     def __init__(
         self,
         *,
@@ -306,10 +311,11 @@ class StageContract(_message.Message):
         inputs: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         outputs: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         optional_inputs: _abc.Iterable[_builtins.str] | None = ...,
+        optional_outputs: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["inputs", b"inputs", "optional_inputs", b"optional_inputs", "outputs", b"outputs", "stages", b"stages"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["inputs", b"inputs", "optional_inputs", b"optional_inputs", "optional_outputs", b"optional_outputs", "outputs", b"outputs", "stages", b"stages"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

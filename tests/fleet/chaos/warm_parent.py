@@ -136,7 +136,7 @@ def main(references: Sequence[str]) -> None:
     torch.set_num_threads(1)
     for reference in references:
         model = open_model(reference, load_registry())
-        for spec in model.pipeline.services:
+        for spec in model.services:
             load_stages(model, spec, Runtime(device=torch.device("cpu"), dtype=torch.float32))
     gc.collect()
     gc.freeze()  # or the first collection in a child would copy every page

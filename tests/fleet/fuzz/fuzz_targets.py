@@ -138,6 +138,10 @@ class Reader:
         widest = contract_of(stage_method(service))
         self.contract = Contract(service, widest.inputs, {}, widest.optional)
 
+    def contract_of(self, variant: str) -> Contract:
+        assert not variant
+        return self.contract
+
     def run(self, values: Mapping[str, Any], call: Call) -> dict[str, Any]:
         """Touch every byte of every tensor, by packing what was unpacked."""
         call.check_cancelled()

@@ -1,0 +1,107 @@
+"""One service for all variants of a model: its united contract, and the stages of each variant."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+from common.errors import InvalidInput
+from common.local import HostedStages, common_indifference, untimed
+from common.pipeline import PipelineError, ServiceSpec
+from common.stage import Call, Contract, PipelineStage
+
+
+def unite_contracts(name: str, contracts: Sequence[Contract]) -> Contract:
+    """The union of the variants' contracts. Slots that one variant lacks are optional, inputs and outputs alike.
+
+    Raises PipelineError where two variants give one slot different artifacts, or resume from different slots.
+    """
+    inputs = _united(name, [contract.inputs for contract in contracts])
+    outputs = _united(name, [contract.outputs for contract in contracts])
+    required = frozenset.intersection(*(frozenset(each.inputs) - each.optional for each in contracts))
+    always = frozenset.intersection(*(frozenset(each.outputs) - each.optional_outputs for each in contracts))
+    resumed = {contract.resume_slot for contract in contracts if contract.resume_slot is not None}
+    if len(resumed) > 1:
+        raise PipelineError(f"{name}: variants resume from different slots: {', '.join(sorted(resumed))}")
+    return Contract(
+        name,
+        inputs,
+        outputs,
+        frozenset(inputs.keys() - required),
+        frozenset(outputs.keys() - always),
+        next(iter(resumed), None),
+    )
+
+
+def _united(name: str, slots: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    united: dict[str, str] = {}
+    for each in slots:
+        for slot, kind in each.items():
+            if united.setdefault(slot, kind) != kind:
+                raise PipelineError(f"{name}: variants have {slot!r} as {united[slot]} and as {kind}")
+    return united
+
+
+def unite_services(variants: Sequence[Sequence[ServiceSpec]]) -> tuple[ServiceSpec, ...]:
+    """The services of all variants, each once, with the union of its contracts and stages.
+
+    A service follows the one that precedes it in the first variant that has it. Raises PipelineError as
+    unite_contracts().
+    """
+    if len(variants) == 1:
+        return tuple(variants[0])
+    names: list[str] = []
+    for services in variants:
+        position = 0
+        for spec in services:
+            if spec.service not in names:
+                names.insert(position, spec.service)
+            position = names.index(spec.service) + 1
+    return tuple(_united_service(name, [spec for each in variants for spec in each]) for name in names)
+
+
+def _united_service(name: str, services: Sequence[ServiceSpec]) -> ServiceSpec:
+    found = [spec for spec in services if spec.service == name]
+    stages = [stage for spec in found for stage in spec.stages]
+    distinct = tuple(stage for number, stage in enumerate(stages) if stage not in stages[:number])
+    return ServiceSpec(name, unite_contracts(name, [spec.contract for spec in found]), distinct)
+
+
+class HostedVariants:
+    """The stages of a service for every variant of a model that uses it; each call is run by those of its variant.
+
+    `variants` are the stages of each variant, in the model's order. A call without a variant is for the first one.
+    `timed` makes the context that a stage of that name runs in.
+    """
+
+    def __init__(
+        self,
+        service: str,
+        variants: Mapping[str, Sequence[PipelineStage[Any, Any]]],
+        *,
+        timed: Callable[[str], AbstractContextManager[None]] = untimed,
+    ) -> None:
+        self._service = service
+        self._variants = {name: HostedStages(service, stages, timed=timed) for name, stages in variants.items()}
+        hosted = self._variants.values()
+        self.contract = unite_contracts(service, [stages.contract for stages in hosted])
+        self.indifferent_to = common_indifference([stages.indifferent_to for stages in hosted])
+
+    def of(self, variant: str) -> HostedStages:
+        """The stages of one variant. Raises InvalidInput that names the variants for another name."""
+        if not variant:
+            return next(iter(self._variants.values()))
+        if variant not in self._variants:
+            served = ", ".join(filter(None, self._variants)) or "one variant without a name"
+            message = f"variant: {variant[:80]!r} is not a variant that {self._service} serves; it serves {served}"
+            raise InvalidInput(message, field="variant")
+        return self._variants[variant]
+
+    def contract_of(self, variant: str) -> Contract:
+        """What the stages of one variant read and write. Raises as of()."""
+        return self.of(variant).contract
+
+    def run(self, values: Mapping[str, Any], call: Call) -> dict[str, Any]:
+        """Run the stages of the call's variant on artifacts by slot; returns the outputs of its contract."""
+        return self.of(call.variant).run(values, call)

@@ -1,0 +1,282 @@
+"""A model with two variants in a real fleet: a request's inputs choose, and each worker serves both."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import sys
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from common.artifacts import Prompt, Sampling
+from common.codec import pack
+from common.errors import InvalidInput
+from common.rpc.client import RemoteRunner, open_channel
+from common.stage import Call
+from common.state.connection import connect as connect_store
+from common.state.workers import WorkerRegistry
+from fleet.v1 import generation_pb2 as pb
+from fleet.v1 import generation_pb2_grpc
+from local_fleet import LocalFleet
+from models.catalog import ServedModel, open_model
+from models.registry import load_registry
+from redis_servers import running_server
+from served_fleet import ServedFleet, served_fleet
+from services.cli.models import lines_of
+from services.cli.serve import settings_class
+from services.coordinator.coordinator import Coordinator, start_coordinator
+from services.coordinator.settings import CoordinatorSettings
+from services.worker import start_worker
+from toy_checkpoint import build_twin_checkpoint, twin_family
+
+TEXT_SERVICES = ("text_encoding", "latent_preparation", "denoising", "decoding")
+
+
+def png(colour: str) -> bytes:
+    """A small image of one colour."""
+    file = io.BytesIO()
+    Image.new("RGB", (20, 12), colour).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def twin(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedModel]:
+    with twin_family(tmp_path_factory.mktemp("plugins")) as plugins:
+        path = build_twin_checkpoint(tmp_path_factory.mktemp("models") / "twin")
+        yield open_model(str(path), load_registry(plugins))
+
+
+def loads() -> list[str]:
+    """The modules that this process has loaded by the twin family's loader; the list is emptied."""
+    loaded: list[str] = vars(sys.modules["twin_config"])["LOADED"] if "twin_config" in sys.modules else []
+    found = list(loaded)
+    loaded.clear()
+    return found
+
+
+@pytest.fixture(scope="module")
+def local(twin: ServedModel) -> Iterator[LocalFleet]:
+    loads()
+    fleet = LocalFleet(twin)
+    assert sorted(loads()) == ["lens", "palette", "transformer"], "each module is loaded once for both variants"
+    yield fleet
+    fleet.close()
+
+
+@pytest.fixture(scope="module")
+def fleet(twin: ServedModel, local: LocalFleet) -> Iterator[ServedFleet]:
+    """Started after the fixture that loads the same modules in this process."""
+    assert local.model is twin
+    with served_fleet([twin]) as fleet:
+        assert sorted(loads()) == ["lens", "palette", "transformer"], "each module is loaded once for both variants"
+        yield fleet
+
+
+@pytest.mark.parametrize(
+    ("variant", "images", "steps"),
+    [
+        ("text", {}, 4),
+        ("image", {"image": png("red")}, 6),
+        ("image", {"image": png("red"), "image_1": png("blue")}, 6),
+    ],
+)
+def test_inputs_choose_the_variant(
+    fleet: ServedFleet, local: LocalFleet, variant: str, images: dict[str, bytes], steps: int
+) -> None:
+    answer = fleet.generate("twin", images=images, prompt="a leaf", seed=3)
+    assert answer.record.variant == variant
+    assert answer.record.parameters.num_inference_steps == steps, "each variant has defaults of its own"
+    expected = local.tensors(images=images, prompt="a leaf", seed=3)
+    for name, tensor in answer.tensors.items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def test_variants_draw_different_images(fleet: ServedFleet) -> None:
+    given = [{}, {"image": png("red")}, {"image": png("blue")}]
+    drawn = [fleet.generate("twin", images=images, prompt="a leaf", seed=3, num_inference_steps=4) for images in given]
+    pixels = [answer.tensors["pixels"] for answer in drawn]
+    assert not torch.equal(pixels[0], pixels[1])
+    assert not torch.equal(pixels[1], pixels[2])
+
+
+@pytest.mark.parametrize(
+    ("images", "field", "words"),
+    [
+        ({"mask": png("red")}, "mask", "mask came; twin takes: text (no images), image (image, optional image_1)"),
+        ({"image_1": png("red")}, "images", "image_1 came; twin takes: text (no images), image ("),
+        ({"image": png("red"), "image_2": png("red")}, "image_2", "image, image_2 came; twin takes: text (no images)"),
+    ],
+)
+def test_inputs_that_fit_no_variant_are_refused(
+    fleet: ServedFleet, images: dict[str, bytes], field: str, words: str
+) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        fleet.generate("twin", images=images, prompt="a leaf")
+    assert caught.value.field == field
+    assert words in caught.value.message
+
+
+def test_parameters_are_those_of_the_variant(fleet: ServedFleet) -> None:
+    with pytest.raises(InvalidInput, match="TwinPipeline has no parameter 'strength'"):
+        fleet.generate("twin", prompt="a leaf", strength=2.0)
+    answer = fleet.generate("twin", images={"image": png("red")}, prompt="a leaf", strength=2.0)
+    assert answer.record.parameters.params["strength"].double_value == 2.0
+
+
+def test_models_are_listed_with_their_variants(fleet: ServedFleet) -> None:
+    (model,) = fleet.models()
+    text, image = model.variants
+    assert (text.name, list(text.services), list(text.required_images)) == ("text", list(TEXT_SERVICES), [])
+    assert (image.name, list(image.required_images), list(image.optional_images)) == ("image", ["image"], ["image_1"])
+    assert [each.service for each in model.services] == list(image.services)
+    assert {"strength", "image"} <= {each.name for each in image.parameters} - {each.name for each in text.parameters}
+    assert {each.name for each in model.parameters} == {each.name for each in image.parameters}
+    lines = list(lines_of(model))
+    assert "  variant text: no images; services text_encoding, latent_preparation, denoising, decoding" in lines
+    first = lines.index(
+        "  variant image: image, optional image_1; services text_encoding, image_encoding, latent_preparation, "
+        "denoising, decoding"
+    )
+    assert lines[first + 1 :] == ["    num_inference_steps: int = 6  Steps of the denoising loop."]
+
+
+class Parts:
+    """Workers and coordinators of the twin model that a test starts one by one."""
+
+    def __init__(self, url: str, model: ServedModel, directory: Path, stack: AsyncExitStack) -> None:
+        self.url = url
+        self.model = model
+        self._directory = directory
+        self._stack = stack
+        self._count = 0
+
+    def _listen(self) -> str:
+        self._count += 1
+        return f"unix:{self._directory}/{self._count}.sock"
+
+    async def add_worker(self, service: str) -> str:
+        """Start a worker; returns its address."""
+        settings = settings_class(service)(model="twin", redis=self.url, listen=self._listen(), device="cpu", threads=1)
+        worker = await start_worker(service, self.model, settings)
+        self._stack.push_async_callback(worker.stop, 5)
+        return worker.address
+
+    async def add_coordinator(self) -> tuple[Coordinator, generation_pb2_grpc.GenerationServiceAsyncStub]:
+        """Start a coordinator; returns it with a stub. The test stops it, or it ends with the test."""
+        settings = CoordinatorSettings(
+            model=("twin",), redis=self.url, listen=self._listen(), heartbeat_seconds=0.1, heartbeat_ttl_seconds=0.5
+        )
+        coordinator = await start_coordinator([self.model], settings)
+        self._stack.push_async_callback(coordinator.stop, 0)
+        channel = await self._stack.enter_async_context(open_channel(coordinator.address))
+        return coordinator, generation_pb2_grpc.GenerationServiceStub(channel)
+
+
+def run_parts(model: ServedModel, directory: Path, test: Callable[[Parts], Awaitable[None]]) -> None:
+    """Run a test on a store of its own."""
+
+    async def main(url: str) -> None:
+        async with asyncio.timeout(60), AsyncExitStack() as stack:
+            await test(Parts(url, model, directory, stack))
+
+    with running_server("valkey") as server:
+        asyncio.run(main(server.url))
+
+
+def submission(images: dict[str, bytes]) -> pb.SubmitRequest:
+    parameters = pb.GenerationParameters(
+        prompt="a leaf", seed=3, images=[pb.ImageInput(role=role, data=data) for role, data in images.items()]
+    )
+    return pb.SubmitRequest(model="twin", parameters=parameters)
+
+
+async def state_of(stub: generation_pb2_grpc.GenerationServiceAsyncStub, request_id: str) -> pb.RequestState.ValueType:
+    return (await stub.GetRequest(pb.GetRequestRequest(request_id=request_id))).request.state
+
+
+async def ended(stub: generation_pb2_grpc.GenerationServiceAsyncStub, request_id: str) -> pb.RequestRecord:
+    """The record of a request once it has ended."""
+    async for _ in stub.Watch(pb.WatchRequest(request_id=request_id)):
+        pass
+    return (await stub.GetRequest(pb.GetRequestRequest(request_id=request_id))).request
+
+
+def test_a_variant_needs_the_workers_of_its_own_services(twin: ServedModel, tmp_path: Path) -> None:
+    async def test(parts: Parts) -> None:
+        for service in TEXT_SERVICES:
+            await parts.add_worker(service)
+        _, stub = await parts.add_coordinator()
+        with_image = (await stub.Submit(submission({"image": png("red")}))).request.request_id
+        text = (await stub.Submit(submission({}))).request.request_id
+        assert (await ended(stub, text)).state == pb.REQUEST_STATE_SUCCEEDED
+        assert await state_of(stub, with_image) < pb.REQUEST_STATE_SUCCEEDED
+        await parts.add_worker("image_encoding")
+        assert (await ended(stub, with_image)).state == pb.REQUEST_STATE_SUCCEEDED
+
+    run_parts(twin, tmp_path, test)
+
+
+def test_a_request_that_is_taken_over_keeps_its_variant(twin: ServedModel, tmp_path: Path) -> None:
+    async def test(parts: Parts) -> None:
+        first, stub = await parts.add_coordinator()
+        records = [(await stub.Submit(submission(images))).request for images in ({"image": png("red")}, {})]
+        assert [record.variant for record in records] == ["image", "text"]
+        await first.stop(0)
+        _, other = await parts.add_coordinator()
+        for service in ("image_encoding", *TEXT_SERVICES):
+            await parts.add_worker(service)
+        for record in records:
+            end = await ended(other, record.request_id)
+            assert (end.state, end.variant) == (pb.REQUEST_STATE_SUCCEEDED, record.variant), end.error.message
+            watch = other.Watch(pb.WatchRequest(request_id=record.request_id))
+            steps = [each.event.progress.total_steps async for each in watch]
+            assert max(steps) == {"image": 6, "text": 4}[record.variant]
+
+    run_parts(twin, tmp_path, test)
+
+
+def test_a_call_names_its_variant(twin: ServedModel, tmp_path: Path) -> None:
+    """A call without a name is for the first variant; a worker announces the union of both contracts."""
+
+    async def test(parts: Parts) -> None:
+        address = await parts.add_worker("denoising")
+        async with connect_store(parts.url) as redis:
+            (info,) = await WorkerRegistry(redis).live("twin", "denoising")
+        assert list(info.contract.stages) == ["DenoisingStage"]
+        spec = twin.service("denoising")
+        async with open_channel(address) as channel:
+            runner = RemoteRunner(channel, "denoising", spec.contract)
+            with pytest.raises(
+                InvalidInput, match="'video' is not a variant that denoising serves; it serves text, image"
+            ):
+                await runner({}, Call("r", variant="video"))
+            with pytest.raises(InvalidInput, match="initial_latents is missing"):
+                await runner({}, Call("r"))
+
+    run_parts(twin, tmp_path, test)
+
+
+def test_cached_replies_are_those_of_one_variant(twin: ServedModel, tmp_path: Path) -> None:
+    """The second call of a variant is a hit, which begins nothing; the first one of the other variant is none."""
+
+    async def test(parts: Parts) -> None:
+        address = await parts.add_worker("text_encoding")
+        begun: list[str] = []
+        replies: list[bytes] = []
+        async with open_channel(address) as channel:
+            runner = RemoteRunner(channel, "text_encoding", twin.service("text_encoding").contract)
+            for variant in ("text", "text", "image", "image"):
+                sampling = Sampling(num_inference_steps=4, seed=1)
+                values = {"prompt": pack("prompt", Prompt(prompt="red")), "sampling": pack("sampling", sampling)}
+                outputs = await runner(values, Call("r", variant=variant, on_begun=partial(begun.append, variant)))
+                replies.append(outputs["text_conditioning"].message.SerializeToString(deterministic=True))
+        assert begun == ["text", "image"]
+        assert replies[0] == replies[1] != replies[2] == replies[3]
+
+    run_parts(twin, tmp_path, test)

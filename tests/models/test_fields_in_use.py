@@ -1,0 +1,154 @@
+"""Every slot that a pipeline declares is read by the code of a stage: found by a proxy that records each access."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import pytest
+
+from coarse_pictures import picture, png
+from common.artifacts import Canvas, Prompt
+from common.local import HostedStages
+from common.pipeline import StageSpec
+from common.stage import Call, PipelineStage
+from local_fleet import LocalFleet, open_fleet
+from models.registry import load_registry
+from tiny_qwen_image import build_tiny_qwen_image, build_tiny_qwen_image_edit
+from tiny_wan import build_tiny_wan, build_tiny_wan_i2v
+
+Slot = tuple[str, str]
+"""Name of a stage's contract, and of one of its slots."""
+
+
+@dataclass
+class Recorder:
+    """The slots that stages have read."""
+
+    reads: set[Slot] = field(default_factory=set)
+
+    def watch(self, stage: PipelineStage[Any, Any]) -> None:
+        """Record what this stage reads of its inputs."""
+        contract, reads = stage.contract, self.reads
+
+        class Recorded(stage.Input):  # type: ignore[misc, name-defined]
+            def __getattribute__(self, name: str) -> Any:
+                if name in contract.inputs:
+                    reads.add((contract.name, name))
+                return super().__getattribute__(name)
+
+        vars(stage)["Input"] = Recorded
+
+    def unread_inputs(self, stages: Iterable[StageSpec]) -> set[Slot]:
+        """The declared inputs that no stage has read."""
+        return {(each.contract.name, slot) for each in stages for slot in each.contract.inputs} - self.reads
+
+    def unread_outputs(self, stages: Iterable[StageSpec]) -> set[Slot]:
+        """The outputs, but for the result, that no stage has read."""
+        read = {slot for _, slot in self.reads}
+        return {
+            (each.contract.name, slot)
+            for each in stages
+            for slot in each.contract.outputs
+            if slot not in read and slot != each.result
+        }
+
+
+class Build(Protocol):
+    """Writes a small checkpoint."""
+
+    def __call__(self, path: Path, /) -> Path:
+        """Returns its directory."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A small request of one family; a shipped model where nothing is built."""
+
+    build: Build | str
+    given: Mapping[str, Any]
+    has_image: bool = False
+
+
+_SMALL: Mapping[str, Any] = {"prompt": "a red apple", "height": 32, "width": 32, "num_inference_steps": 2}
+_VIDEO: Mapping[str, Any] = {**_SMALL, "num_frames": 5}
+CASES = {
+    "FluxPipeline": Case("emoji", {**_SMALL, "negative_prompt": "car", "true_cfg_scale": 2.0}),
+    "QwenImagePipeline": Case(build_tiny_qwen_image, {**_SMALL, "negative_prompt": "car"}),
+    "QwenImageEditPipeline": Case(build_tiny_qwen_image_edit, _SMALL, has_image=True),
+    "WanPipeline": Case(build_tiny_wan, _VIDEO),
+    "WanImageToVideoPipeline": Case(build_tiny_wan_i2v, _VIDEO, has_image=True),
+}
+
+
+@contextmanager
+def opened(case: Case, directory: Path) -> Iterator[LocalFleet]:
+    """The family's model with all its services."""
+    fleet = open_fleet(case.build if isinstance(case.build, str) else str(case.build(directory)))
+    yield fleet
+    fleet.close()
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[list[StageSpec], Recorder]]:
+    """The stages of each family, and what they read in one request."""
+    found = {}
+    for name, case in CASES.items():
+        recorder = Recorder()
+        with opened(case, tmp_path_factory.mktemp("model") / name) as fleet:
+            hosted = [each for service in fleet.services.values() for each in vars(service)["_variants"].values()]
+            for stage in (stage for stages in hosted for stage in vars(stages)["_stages"]):
+                recorder.watch(stage)
+            images = {"image": png(picture(40, 30, 1))} if case.has_image else {}
+            fleet.media(None, images, **case.given, seed=1)
+            found[name] = ([stage for each in fleet.model.services for stage in each.stages], recorder)
+    return found
+
+
+def test_every_family_has_a_case() -> None:
+    assert sorted(CASES) == load_registry().names()
+
+
+def test_each_input_is_read_by_a_family(recorded: dict[str, tuple[list[StageSpec], Recorder]]) -> None:
+    everything = Recorder({slot for _, recorder in recorded.values() for slot in recorder.reads})
+    assert not everything.unread_inputs(stage for stages, _ in recorded.values() for stage in stages)
+
+
+@pytest.mark.parametrize("family", CASES)
+def test_each_output_is_read(recorded: dict[str, tuple[list[StageSpec], Recorder]], family: str) -> None:
+    stages, recorder = recorded[family]
+    assert not recorder.unread_outputs(stages)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CopyInput:
+    prompt: Prompt
+    canvas: Canvas
+
+
+@dataclass(frozen=True, kw_only=True)
+class CopyOutput:
+    copy: Prompt
+    size: Canvas
+
+
+class CopyStage(PipelineStage[CopyInput, CopyOutput]):
+    """Reads one of its inputs."""
+
+    def run(self, x: CopyInput, call: Call) -> CopyOutput:
+        """Copy."""
+        call.check_cancelled()
+        return CopyOutput(copy=x.prompt, size=Canvas(height=1, width=1))
+
+
+def test_slots_that_nothing_reads_are_found() -> None:
+    recorder, stage = Recorder(), CopyStage()
+    recorder.watch(stage)
+    values = {"prompt": Prompt(prompt="red"), "canvas": Canvas(height=8, width=8)}
+    HostedStages("copy", [stage]).run(values, Call("test"))
+    spec = StageSpec(CopyStage.contract, "copy", "nowhere:CopyStage", result="copy")
+    assert recorder.unread_inputs([spec]) == {("CopyStage", "canvas")}
+    assert recorder.unread_outputs([spec]) == {("CopyStage", "size")}

@@ -1,0 +1,137 @@
+"""Stages find their modules by role: a checkpoint may name its modules as it likes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from coarse_pictures import picture, png
+from common.artifacts import ParamValue
+from common.errors import CheckpointError
+from local_fleet import NO_IMAGES, LocalFleet, open_fleet
+from models.catalog import open_model
+from models.registry import Registry, load_registry
+from models.warm_up import WarmUp
+from tiny_wan import build_tiny_wan, build_tiny_wan_i2v
+
+PLUGIN = """
+from models.pipelines.wan import WanPipeline
+from models.pipelines.wan_image_to_video import WanImageToVideoPipeline
+
+
+class {name}({base}):
+    pipeline_name = "{name}"
+    _required_config_modules = {modules}
+
+    def create_pipeline_stages(self):
+        {stages}
+
+
+def register_configs(registry):
+    configs = "configs.{{}}.wan:{prefix}{{}}"
+    registry.register_configs(
+        "{name}",
+        sampling_params=configs.format("sample", "SamplingParams"),
+        pipeline_config=configs.format("pipeline_configs", "PipelineConfig"),
+    )
+
+
+EntryClass = {name}
+"""
+GIVEN: dict[str, ParamValue] = {
+    "prompt": "a red apple",
+    "height": 32,
+    "width": 32,
+    "num_frames": 5,
+    "num_inference_steps": 3,
+    "seed": 1,
+}
+VIDEO = ("text_encoder", "tokenizer", "transformer", "vae")
+T2V_STAGES = 'self.add_standard_t2i_stages(scheduler="solver")'
+I2V_STAGES = 'self.add_standard_ti2v_stages(image_processor="feature_extractor", scheduler="solver")'
+
+
+@pytest.fixture(scope="module")
+def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
+    """Wan's pipelines with other names for the scheduler and for the image processor."""
+    plugins = tmp_path_factory.mktemp("plugins")
+    t2v, i2v = (*VIDEO, "solver"), (*VIDEO, "image_encoder", "feature_extractor", "solver")
+    for name, base, modules, stages in (
+        ("SolverWanPipeline", "WanPipeline", t2v, T2V_STAGES),
+        ("SolverWanImageToVideoPipeline", "WanImageToVideoPipeline", i2v, I2V_STAGES),
+    ):
+        text = PLUGIN.format(name=name, base=base, prefix=base.removesuffix("Pipeline"), modules=modules, stages=stages)
+        (plugins / f"{name.lower()}.py").write_text(text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(plugins)
+        yield load_registry([plugins])
+
+
+def renamed(path: Path, target: Path, names: Sequence[tuple[str, str]]) -> Path:
+    """A copy of the checkpoint whose modules have other names."""
+    shutil.copytree(path, target)
+    index = json.loads((path / "model_index.json").read_text())
+    index["_class_name"] = f"Solver{index['_class_name']}"
+    for old, new in names:
+        index[new] = index.pop(old)
+        (target / old).rename(target / new)
+    (target / "model_index.json").write_text(json.dumps(index))
+    return target
+
+
+@pytest.fixture(scope="module")
+def t2v(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A checkpoint, and its copy whose scheduler is called solver."""
+    path = build_tiny_wan(tmp_path_factory.mktemp("wan") / "t2v")
+    return path, renamed(path, path.with_name("t2v-solver"), [("scheduler", "solver")])
+
+
+def test_a_scheduler_of_another_name_is_served_to_the_same_bytes(t2v: tuple[Path, Path], registry: Registry) -> None:
+    usual, other = open_fleet(str(t2v[0])), LocalFleet(open_model(str(t2v[1]), registry))
+    ours, theirs = other.tensors(None, NO_IMAGES, **GIVEN), usual.tensors(None, NO_IMAGES, **GIVEN)
+    assert other.model.service("denoising").modules == ("transformer", "solver")
+    assert all(torch.equal(ours[name], theirs[name]) for name in ("latents", "pixels"))
+    usual.close()
+    other.close()
+
+
+def test_an_image_processor_of_another_name_is_served_to_the_same_bytes(tmp_path: Path, registry: Registry) -> None:
+    path = build_tiny_wan_i2v(tmp_path / "i2v")
+    names = [("scheduler", "solver"), ("image_processor", "feature_extractor")]
+    usual = open_fleet(str(path))
+    other = LocalFleet(open_model(str(renamed(path, tmp_path / "renamed", names)), registry))
+    images = {"image": png(picture(40, 30, 1))}
+    ours, theirs = (fleet.tensors(None, images, **GIVEN) for fleet in (other, usual))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ("latents", "pixels"))
+    usual.close()
+    other.close()
+
+
+def test_it_is_warmed_up(t2v: tuple[Path, Path], registry: Registry) -> None:
+    model = open_model(str(t2v[1]), registry)
+    (inputs,) = WarmUp.parse(model, ["32x32x5"]).inputs(torch.float32)
+    contract = model.service("denoising").contract
+    assert inputs.keys() == contract.inputs.keys() - contract.optional
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"solver_p": "x"}, "solver_p is not supported"),
+        ({"use_dynamic_shifting": True}, r"solver/scheduler_config\.json: UniPCMultistepScheduler cannot run 50 steps"),
+    ],
+)
+def test_its_configuration_is_checked(
+    t2v: tuple[Path, Path], registry: Registry, tmp_path: Path, entries: dict[str, object], message: str
+) -> None:
+    path = tmp_path / "edited"
+    shutil.copytree(t2v[1], path)
+    file = path / "solver" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | entries))
+    with pytest.raises(CheckpointError, match=message):
+        LocalFleet(open_model(str(path), registry))

@@ -1,0 +1,172 @@
+"""Wan 2.2 TI2V-5B through all of its stages, against both of Diffusers' pipelines over the same directory.
+
+The weights are random, but the scale factors are real: a latent stands for 16x16 pixels and 4 frames. A request with
+an image is served by the variant of WanImageToVideoPipeline, one without an image by that of WanPipeline.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from diffusers import WanImageToVideoPipeline, WanPipeline
+from PIL import Image
+from torch import Tensor
+
+from coarse_pictures import picture, png
+from local_fleet import NO_IMAGES, LocalFleet, open_fleet, reference_run, relative_error
+from models.validation import InputValidationStage
+from tiny_wan import build_tiny_wan_ti2v
+from wan_pair import LATENTS_WITHIN, check, open_reference
+
+SEED = 7
+LONG = "old  stone &amp;amp; river\n" * 200
+
+Request = dict[str, Any]
+
+TEXT: dict[str, Request] = {
+    "wide": {"num_frames": 9, "negative_prompt": "old stone"},
+    "high, without guidance": {"height": 96, "width": 64, "guidance_scale": 1.0, "negative_prompt": "is not read"},
+    "square, 13 frames": {"width": 64, "num_frames": 13, "guidance_scale": 2.0},
+    "one frame": {"num_frames": 1},
+    "7 frames become 5": {"num_frames": 7},
+    "rows and columns that are cut": {"height": 80, "width": 112},
+    "empty prompt": {"prompt": "", "num_frames": 9},
+    "very long prompt": {"prompt": LONG, "negative_prompt": LONG[4:], "num_inference_steps": 2},
+    "few tokens": {"prompt": LONG, "max_sequence_length": 12, "num_inference_steps": 2},
+    "one step": {"num_inference_steps": 1},
+    "many steps": {"num_inference_steps": 16},
+    "two outputs": {"num_outputs_per_prompt": 2, "num_frames": 9},
+}
+
+IMAGE: dict[str, tuple[Request, tuple[int, int]]] = {
+    "wide": ({"num_frames": 9, "negative_prompt": "old stone"}, (150, 90)),
+    "high, without guidance": ({"height": 96, "width": 64, "guidance_scale": 1.0}, (150, 90)),
+    "of another aspect": ({"width": 64, "num_frames": 9}, (40, 300)),
+    "of the video's size": ({}, (96, 64)),
+    "one frame": ({"num_frames": 1, "num_inference_steps": 2}, (150, 90)),
+    "7 frames become 5": ({"num_frames": 7}, (64, 64)),
+    "rows and columns that are cut": ({"height": 80, "width": 112}, (150, 90)),
+    "empty prompt": ({"prompt": "", "num_frames": 13}, (150, 90)),
+    "very long prompt": ({"prompt": LONG, "num_inference_steps": 2}, (150, 90)),
+    "many steps": ({"num_inference_steps": 16}, (150, 90)),
+    "two outputs": ({"num_outputs_per_prompt": 2, "num_frames": 9}, (150, 90)),
+}
+
+
+@dataclass(frozen=True)
+class Sides:
+    """One checkpoint: our services in this process, and Diffusers' pipelines."""
+
+    fleet: LocalFleet
+    text: Any
+    image: Any
+
+    def ours(self, request: Request, image: Image.Image | None = None) -> dict[str, Tensor]:
+        """latents and pixels of our services. The image chooses the variant."""
+        images: Mapping[str, bytes] = NO_IMAGES if image is None else {"image": png(image)}
+        return self.fleet.tensors(images=images, **given(**request))
+
+    def theirs(self, request: Request, image: Image.Image | None = None) -> dict[str, Tensor]:
+        """latents and pixels of the pipeline that Diffusers has for it."""
+        call = given(**request)
+        call["num_videos_per_prompt"] = call.pop("num_outputs_per_prompt", 1)
+        return reference_run(self.text, **call) if image is None else reference_run(self.image, image=image, **call)
+
+
+@pytest.fixture(scope="module")
+def sides(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sides]:
+    torch.set_num_threads(2)
+    path = build_tiny_wan_ti2v(tmp_path_factory.mktemp("wan") / "ti2v")
+    text, image = (open_reference(path, kind) for kind in (WanPipeline, WanImageToVideoPipeline))
+    fleet = open_fleet(str(path))
+    yield Sides(fleet, text, image)
+    fleet.close()
+
+
+def given(prompt: str = "a red apple on the moon", **others: Any) -> Request:
+    """A small request."""
+    size = {"height": 64, "width": 96, "num_frames": 5, "num_inference_steps": 3, "guidance_scale": 5.0, "seed": SEED}
+    return {"prompt": prompt, **size, **others}
+
+
+@pytest.mark.parametrize("case", TEXT)
+def test_text_to_video_is_diffusers(sides: Sides, case: str) -> None:
+    check(sides.ours(TEXT[case]), sides.theirs(TEXT[case]))
+
+
+@pytest.mark.parametrize("case", IMAGE)
+def test_image_to_video_is_diffusers(sides: Sides, case: str) -> None:
+    request, size = IMAGE[case]
+    image = picture(*size, seed=1)
+    check(sides.ours(request, image), sides.theirs(request, image))
+
+
+def test_a_picture_is_turned_as_its_exif_says(sides: Sides) -> None:
+    image, file, exif = picture(60, 200, seed=2), io.BytesIO(), Image.Exif()
+    exif[0x0112] = 6
+    image.transpose(Image.Transpose.ROTATE_90).save(file, "PNG", exif=exif)
+    ours = sides.fleet.tensors(images={"image": file.getvalue()}, **given(num_inference_steps=1))
+    check(ours, sides.theirs({"num_inference_steps": 1}, image))
+
+
+def test_the_first_latent_frame_is_that_of_the_image(sides: Sides) -> None:
+    """It is not denoised, and what the solver makes of it does not reach the result."""
+    image = picture(150, 90, seed=1)
+    config = sides.image.vae.config
+    pixels = sides.image.video_processor.preprocess(image, height=64, width=96)
+    with torch.inference_mode():
+        encoded = sides.image.vae.encode(pixels[:, :, None]).latent_dist.mode()
+    mean, std = (torch.tensor(values).view(1, -1, 1, 1, 1) for values in (config.latents_mean, config.latents_std))
+    for steps in (1, 4):
+        latents = sides.ours({"num_inference_steps": steps, "num_outputs_per_prompt": 2}, image)["latents"]
+        for each in range(2):
+            assert relative_error(latents[each : each + 1, :, :1], (encoded - mean) / std) <= LATENTS_WITHIN
+        assert not torch.equal(latents[0, :, 1:], latents[1, :, 1:])
+
+
+def test_several_outputs_are_one_draw(sides: Sides) -> None:
+    for image in (None, picture(150, 90, seed=1)):
+        alone, both = (sides.ours({"num_outputs_per_prompt": count}, image)["latents"] for count in (1, 2))
+        assert relative_error(both[:1], alone) <= LATENTS_WITHIN
+        assert relative_error(both[1:], alone) > 10 * LATENTS_WITHIN
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"prompt": "a blue car"},
+        {"negative_prompt": "a blue car"},
+        {"guidance_scale": 2.0},
+        {"max_sequence_length": 2},
+        {"seed": 8},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("has_image", [False, True], ids=["text", "image"])
+def test_every_input_matters(sides: Sides, has_image: bool, change: Request) -> None:
+    """The tolerance means something: another input moves the result ten times further."""
+    image = picture(150, 90, seed=1) if has_image else None
+    before, after = (sides.ours(request, image)["latents"] for request in ({}, change))
+    assert relative_error(after, before) > 10 * LATENTS_WITHIN
+
+
+def test_the_image_matters(sides: Sides) -> None:
+    """Also behind the first frame, which only shows it."""
+    latents = [sides.ours({}, image)["latents"] for image in (None, *(picture(64, 64, seed) for seed in (1, 2)))]
+    for one, other in ((0, 1), (0, 2), (1, 2)):
+        assert relative_error(latents[one][:, :, 1:], latents[other][:, :, 1:]) > 10 * LATENTS_WITHIN
+
+
+@pytest.mark.parametrize("has_image", [False, True], ids=["text", "image"])
+def test_rounded_frames_and_sizes_are_reported(sides: Sides, has_image: bool) -> None:
+    """32 pixels a patch: height and width are rounded down to it, frames to one more than a multiple of 4."""
+    request = given(height=80, width=112, num_frames=7, num_inference_steps=1)
+    images = {"image": png(picture(64, 64, seed=1))} if has_image else {}
+    validated = InputValidationStage(sides.fleet.model).run(request, images)
+    assert {warning.field for warning in validated.warnings} == {"num_frames", "height", "width"}
+    assert sides.fleet.tensors(images=images, **request)["pixels"].shape == (1, 5, 3, 64, 96)

@@ -1,0 +1,305 @@
+"""Variants of a model: how they are registered, opened, united, chosen and warmed up."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from common.artifacts import Sampling
+from common.codec import pack
+from common.errors import CheckpointError, FailedPrecondition, InvalidInput
+from common.local import HostedStages
+from common.pipeline import ComposedPipeline, PipelineError, ServiceSpec, StageSpec
+from common.rpc.replies import ReplyCache
+from common.stage import Call, Contract
+from common.variants import HostedVariants, unite_contracts, unite_services
+from configs.pipeline_configs.flux import FluxPipelineConfig
+from fleet.v1 import generation_pb2 as pb
+from models.catalog import ServedModel, open_model
+from models.layers.mesh import Degrees
+from models.loader import load_variants
+from models.pipelines.flux import FluxPipeline
+from models.registry import Registry, load_registry
+from models.runtime import Runtime
+from models.validation import InputValidationStage
+from models.warm_up import WarmUp
+from services.cli.models import lines_of
+from services.coordinator.costs import costs_of
+from services.denoising.settings import check_degrees
+from toy_checkpoint import build_twin_checkpoint, twin_family
+
+CPU = torch.device("cpu")
+EMOJI = Path(__file__).resolve().parents[2] / "models" / "checkpoints" / "emoji"
+
+
+def png() -> bytes:
+    """A small image."""
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8), "red").save(file, "PNG")
+    return file.getvalue()
+
+
+class DoublePipeline(FluxPipeline):
+    """Standard stages in two variants that differ in name alone."""
+
+    pipeline_name = "DoublePipeline"
+    names = ("small", "large")
+
+    @classmethod
+    def variants(cls, checkpoint: Any) -> Mapping[str, type[ComposedPipeline]]:
+        """The same stages under each name."""
+        del checkpoint
+        return dict.fromkeys(cls.names, cls)
+
+
+def double_registry(*variants: str) -> Registry:
+    registry = Registry()
+    registry.register_pipeline(DoublePipeline)
+    for variant in variants:
+        registry.register_configs(
+            "DoublePipeline",
+            variant=variant,
+            sampling_params="configs.sample.flux:FluxSamplingParams",
+            pipeline_config="configs.pipeline_configs.flux:FluxPipelineConfig",
+        )
+    return registry
+
+
+@pytest.fixture(scope="module")
+def double_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("models") / "double"
+    shutil.copytree(EMOJI, path)
+    index = json.loads((path / "model_index.json").read_text())
+    (path / "model_index.json").write_text(json.dumps({**index, "_class_name": "DoublePipeline"}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def double(double_path: Path) -> ServedModel:
+    return open_model(str(double_path), double_registry("small", "large"))
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> Iterator[Registry]:
+    """With the twin family."""
+    with twin_family(tmp_path / "plugins") as plugins:
+        yield load_registry(plugins)
+
+
+def test_configs_are_registered_once_for_each_variant() -> None:
+    registry = double_registry("small", "large")
+    assert list(registry.entry("DoublePipeline").configs) == ["small", "large"]
+    with pytest.raises(ValueError, match="configs of variant 'small' of DoublePipeline are registered twice"):
+        registry.register_configs("DoublePipeline", variant="small", sampling_params="a:A", pipeline_config="b:B")
+    with pytest.raises(ValueError, match="variant 'other' of pipeline DoublePipeline has no configs"):
+        registry.entry("DoublePipeline").configs_of("other")
+
+
+def test_a_variant_without_configs_is_a_defect(double_path: Path) -> None:
+    with pytest.raises(ValueError, match="variant 'large' of pipeline DoublePipeline has no configs"):
+        open_model(str(double_path), double_registry("small"))
+
+
+@pytest.mark.parametrize("names", [("Text",), ("", "image"), ("a b",), ("1st",)])
+def test_names_of_variants_are_identifiers(
+    double_path: Path, monkeypatch: pytest.MonkeyPatch, names: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr(DoublePipeline, "names", names)
+    with pytest.raises(PipelineError, match="DoublePipeline names a variant"):
+        open_model(str(double_path), double_registry(*names))
+
+
+def test_a_model_of_one_variant_is_as_before() -> None:
+    model = open_model("emoji", load_registry())
+    (variant,) = model.variants
+    assert variant.name == ""
+    assert model.services == variant.services == variant.pipeline.services
+    assert model.parameters() == variant.parameters()
+    with pytest.raises(InvalidInput, match=r"emoji \(FluxPipeline\) takes no images, but 1 came") as caught:
+        InputValidationStage(model).run({"prompt": "x"}, {"image": png()})
+    assert caught.value.field == "images"
+
+
+def test_a_lacking_module_of_one_variant_leaves_the_others(
+    registry: Registry, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = build_twin_checkpoint(tmp_path / "twin", lens=False)
+    with caplog.at_level(logging.WARNING):
+        model = open_model(str(path), registry)
+    reason = "TwinPipeline needs the modules palette, transformer, lens; model_index.json lacks lens"
+    assert f"variant is not served: model=twin variant=image reason={reason}" in caplog.text
+    assert [each.name for each in model.variants] == ["text"]
+    assert model.unserved == {"image": reason}
+    assert InputValidationStage(model).run({"prompt": "x"}).variant.name == "text"
+    with pytest.raises(InvalidInput) as caught:
+        InputValidationStage(model).run({"prompt": "x"}, {"image": png()})
+    assert caught.value.message == f"image came; twin takes: text (no images); variant image is not served: {reason}"
+    with pytest.raises(
+        InvalidInput, match=r"has no image_encoding service; .*variant image is not served: .* lacks lens"
+    ):
+        model.service("image_encoding")
+    listed = pb.Model(variants=[pb.Variant(name="text"), pb.Variant(name="image", error=reason)])
+    assert f"  variant image is not served: {reason}" in lines_of(listed)
+
+
+def test_a_module_that_every_variant_needs_is_an_error(registry: Registry, tmp_path: Path) -> None:
+    path = build_twin_checkpoint(tmp_path / "twin")
+    index = json.loads((path / "model_index.json").read_text())
+    del index["palette"]
+    (path / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"needs the modules palette, transformer; .* lacks palette"):
+        open_model(str(path), registry)
+
+
+def test_inputs_choose_and_a_record_decides(registry: Registry, tmp_path: Path) -> None:
+    model = open_model(str(build_twin_checkpoint(tmp_path / "twin")), registry)
+    validation = InputValidationStage(model)
+    assert validation.choose({"prompt"}, {"image"}).name == "image"
+    assert validation.choose({"prompt"}, ()).name == "text"
+    assert validation.choose({"prompt"}, (), "image").name == "image"
+    assert validation.run({"prompt": "x"}, {}, recorded="text").variant.name == "text"
+    with pytest.raises(
+        FailedPrecondition, match="'video' of twin is not served by this coordinator: it serves text, image"
+    ):
+        validation.choose({"prompt"}, (), "video")
+
+
+def test_parameters_choose_among_variants_with_the_same_images(
+    double: ServedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small, _ = double.variants
+    assert InputValidationStage(double).choose({"prompt"}, ()) is small
+    monkeypatch.setitem(vars(small), "specs", small.specs[:1])
+    assert InputValidationStage(double).choose({"prompt", "height"}, ()).name == "large"
+    assert InputValidationStage(double).choose({"prompt", "no_such"}, ()) is small
+
+
+def test_costs_are_those_of_the_variant(registry: Registry, tmp_path: Path) -> None:
+    model = open_model(str(build_twin_checkpoint(tmp_path / "twin")), registry)
+    chosen = [InputValidationStage(model).run({"prompt": "x"}, images) for images in ({}, {"image": png()})]
+    text, image = (costs_of(each.variant.services, each.params) for each in chosen)
+    assert "image_encoding" not in text
+    assert image["image_encoding"] == 32 * 32
+    assert image["denoising"] * 4 == text["denoising"] * 6
+
+
+def test_modules_are_loaded_once_by_one_loader(
+    registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A plugin's module, which exists while its directory is on sys.path.
+    import twin_config
+
+    model = open_model(str(build_twin_checkpoint(tmp_path / "twin")), registry)
+    stages = load_variants(model, model.service("denoising"), Runtime())
+    assert twin_config.LOADED == ["transformer"]
+    assert [type(each).__name__ for (each,) in stages.values()] == ["ToyDenoisingStage", "TwinDenoisingStage"]
+    assert vars(stages["text"][0])["_gain"] is vars(stages["image"][0])["_gain"]
+    assert list(load_variants(model, model.service("image_encoding"), Runtime())) == ["image"]
+    loaders = {**twin_config.TwinPipelineConfig.module_loaders, "ToyTransformer": "toy_config:load_weight"}
+    monkeypatch.setattr(twin_config.TwinImagePipelineConfig, "module_loaders", loaders)
+    with pytest.raises(TypeError, match="loads transformer by 'toy_config:load_weight', and another variant by"):
+        load_variants(model, model.service("denoising"), Runtime())
+
+
+def test_slots_that_a_variant_lacks_are_optional() -> None:
+    text = Contract("d", {"noise": "Latents", "hint": "Latents"}, {"result": "Latents"}, frozenset({"hint"}))
+    image = Contract("d", {"noise": "Latents", "picture": "Latents"}, {"result": "Latents", "more": "Generator"})
+    united = unite_contracts("d", [text, image])
+    assert dict(united.inputs) == {"noise": "Latents", "hint": "Latents", "picture": "Latents"}
+    assert united.optional == {"hint", "picture"}
+    assert dict(united.outputs) == {"result": "Latents", "more": "Generator"}
+    assert united.optional_outputs == {"more"}
+    assert unite_contracts("d", [text]) == text
+    with pytest.raises(PipelineError, match="d: variants have 'noise' as Latents and as Media"):
+        unite_contracts("d", [text, Contract("d", {"noise": "Media"}, {})])
+
+
+def test_services_of_all_variants_are_in_order() -> None:
+    def services(*names: str) -> list[ServiceSpec]:
+        contract = Contract("s", {}, {})
+        return [ServiceSpec(name, contract, (StageSpec(contract, name, "a:A", {name: name}),)) for name in names]
+
+    united = unite_services([services("text", "draw", "decode"), services("text", "look", "draw", "upscale", "decode")])
+    assert [spec.service for spec in united] == ["text", "look", "draw", "upscale", "decode"]
+    assert [spec.modules for spec in united] == [("text",), ("look",), ("draw",), ("upscale",), ("decode",)]
+    assert [len(spec.stages) for spec in united] == [1] * 5
+
+
+def test_hosted_variants_run_the_stages_of_the_call(registry: Registry, tmp_path: Path) -> None:
+    model = open_model(str(build_twin_checkpoint(tmp_path / "twin")), registry)
+    stages = load_variants(model, model.service("denoising"), Runtime())
+    hosted = HostedVariants("denoising", stages)
+    assert hosted.of("") is hosted.of("text")
+    assert hosted.contract_of("image") == hosted.of("image").contract
+    with pytest.raises(
+        InvalidInput, match="variant: 'video' is not a variant that denoising serves; it serves text, image"
+    ):
+        hosted.run({}, Call("r", variant="video"))
+    with pytest.raises(InvalidInput, match="variant: 'image' is not a variant of this model") as caught:
+        HostedStages("denoising", stages["text"]).contract_of("image")
+    assert caught.value.field == "variant"
+
+
+def test_replies_of_variants_have_keys_of_their_own() -> None:
+    cache = ReplyCache(1 << 20, service="text_encoding", model="twin")
+    inputs = {"sampling": pack("sampling", Sampling(num_inference_steps=4, seed=1))}
+    keys = [cache.key(inputs, variant) for variant in ("", "text", "image")]
+    assert len(set(keys)) == 3
+    assert keys == [cache.key(inputs, variant) for variant in ("", "text", "image")]
+
+
+def test_warm_up_of_every_variant_or_of_one(double: ServedModel, caplog: pytest.LogCaptureFixture) -> None:
+    warm_up = WarmUp.parse(double, ("32x32", "48x32@large"))
+    assert [(variant.name, params.height) for variant, params in warm_up.sizes] == [
+        ("small", 32),
+        ("large", 32),
+        ("large", 48),
+    ]
+    ran: list[str] = []
+    with caplog.at_level(logging.INFO):
+        warm_up.run(lambda _, call: ran.append(call.variant), torch.float32, Call("warm-up"))
+    assert ran == ["small", "large", "large"]
+    assert "warmed up for 48x32@large" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("32x32@video", "warm_up: 32x32@video names no variant of double; its variants are small, large"),
+        ("32x32@", "warm_up: 32x32@ names no variant of double; its variants are small, large"),
+        ("32@large", "'32' is no size to warm up for; .* and may end with @VARIANT"),
+        ("0x32@large", "warm_up 0x32@large: height must be"),
+    ],
+)
+def test_what_cannot_be_warmed_up(double: ServedModel, text: str, words: str) -> None:
+    with pytest.raises(InvalidInput, match=words) as caught:
+        WarmUp.parse(double, (text,))
+    assert caught.value.field == "warm_up"
+
+
+def test_a_model_without_variants_is_warmed_up_without_a_name() -> None:
+    with pytest.raises(InvalidInput, match="names no variant of emoji; write the size without @"):
+        WarmUp.parse(open_model("emoji", load_registry()), ("32x32@text",))
+
+
+def test_cfg_is_at_most_the_branches_of_the_variant_with_most(
+    double: ServedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(
+        InvalidInput, match="cfg: 3 is not at most 2; DoublePipeline has 2 branches: positive, negative"
+    ):
+        check_degrees(double, Degrees(cfg=3))
+    monkeypatch.setattr(FluxPipelineConfig, "branches", ("positive", "negative", "perturbed"))
+    check_degrees(double, Degrees(cfg=3))
+    with pytest.raises(InvalidInput, match="3 branches: positive, negative, perturbed") as caught:
+        check_degrees(double, Degrees(cfg=4))
+    assert caught.value.field == "cfg"
