@@ -22,10 +22,10 @@ from coordinator_fleet import Stub, emoji
 from fleet.v1 import generation_pb2 as pb
 from fleet.v1 import generation_pb2_grpc, worker_pb2
 from redis_servers import running_server, until
+from services.cli.serve import settings_class
 from services.coordinator.coordinator import start_coordinator
 from services.coordinator.settings import CoordinatorSettings
 from services.worker import start_worker
-from services.worker_settings import WorkerSettings
 
 T = TypeVar("T")
 
@@ -119,7 +119,7 @@ class GroupFleet:
                 self.agents[node] = agent
             for service in ("text_encoding", "latent_preparation", "decoding"):
                 listen = f"unix:{self._directory}/{service}.sock"
-                settings = WorkerSettings(
+                settings = settings_class(service)(
                     model="emoji", redis=self.url, listen=listen, device=self.asked.device, threads=1
                 )
                 worker = await start_worker(service, emoji(), settings)

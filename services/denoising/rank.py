@@ -22,7 +22,6 @@ from models.catalog import ServedModel
 from models.kernels.trials import try_packages
 from models.layers.mesh import WorkerMesh, make_mesh
 from models.loader import load_variants
-from models.runtime import Runtime
 from models.warm_up import WarmUp
 from services.denoising.facts import compare_facts, facts_of
 from services.denoising.follower import Follower
@@ -163,17 +162,10 @@ class FollowingRank(_Rank):
         device = device_of(self._settings.device)
         prepare_thread(device, self._settings.threads)
         try_packages(device, self._settings.kernel_choice)
-        variants = load_variants(
-            model,
-            model.service(SERVICE),
-            Runtime(
-                device=device,
-                dtype=dtype_of(self._settings.dtype, device),
-                mesh=self.make_mesh(device),
-                approximation=self._settings.approximation,
-                step_memory_bytes=self._settings.step_memory_bytes,
-            ),
-        )
+        runtime = self._settings.runtime(device, dtype_of(self._settings.dtype, device), self.make_mesh(device))
+        # Only rank 0 sends step checkpoints.
+        runtime = replace(runtime, checkpoint_every=0, checkpoint_seconds=0.0)
+        variants = load_variants(model, model.service(SERVICE), runtime)
         self.wait_for_all()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._ask_to_end)

@@ -1,4 +1,4 @@
-"""What the denoising service runs with: a worker's settings, and the shape and habits of a worker group."""
+"""Settings of the denoising service: loop settings, parallel degrees and rank supervision."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from models.catalog import ServedModel
 from models.layers.mesh import Degrees
 from models.loader import check_parallel
 from models.registry import resolve
-from services.worker_settings import WorkerSettings, device_of
+from services.worker_settings import LoopSettings, device_of
 
 SERVICE = "denoising"
 
 
 @dataclass(frozen=True, kw_only=True)
-class DenoisingSettings(WorkerSettings):
+class DenoisingSettings(LoopSettings):
     """Serve the denoising of one model, by this process or by a worker group of tp x ulysses x ring x cfg ranks."""
 
     tp: int = setting(1, help="ranks among which the weights are cut (tensor parallelism)")

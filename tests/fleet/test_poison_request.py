@@ -29,7 +29,7 @@ class RareCheckpoints(Fleet):
 
     def _arguments(self, process: Process) -> list[str]:
         rare = ["--checkpoint-every", str(CHECKPOINT), "--checkpoint-seconds", "0"]
-        return super()._arguments(process) + ([] if process.access is None else rare)
+        return super()._arguments(process) + (rare if process.role.program == "denoising" else [])
 
 
 class Murder:

@@ -28,7 +28,7 @@ from models.validation import InputValidationStage
 from redis_servers import running_server
 from services.coordinator.costs import costs_of
 from services.worker import Worker, start_worker
-from services.worker_settings import WorkerSettings
+from services.worker_settings import LoopSettings
 from toy_checkpoint import build_toy_checkpoint, copy_renamed_family, toy_family
 
 STEPS = 5
@@ -109,7 +109,7 @@ def run(
             workers: dict[str, Worker] = {}
 
             async def add_worker(service: str) -> None:
-                settings = WorkerSettings(
+                settings = LoopSettings(
                     model=model.name,
                     redis=url,
                     listen=f"unix:{fleet.directory}/{secrets.token_hex(4)}.sock",

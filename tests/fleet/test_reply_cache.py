@@ -27,7 +27,7 @@ from models.stages.image_text_encoding import ImageTextEncodingStage
 from models.stages.text_encoding import TextEncodingStage
 from redis_servers import running_server
 from services.worker import start_worker
-from services.worker_settings import WorkerSettings
+from services.worker_settings import CachingSettings
 from stage_server import Heard, Served, StageInput, artifacts, packets, served
 
 SEED = "sampling.seed"
@@ -187,7 +187,7 @@ def test_a_worker_answers_from_its_cache_what_it_would_compute(store: str) -> No
         found = []
         before = {result: lookups("emoji", result, "text_encoding") for result in ("hit", "miss")}
         for cache_bytes in (0, 64 << 20):
-            settings = WorkerSettings(model="emoji", redis=store, threads=1, device="cpu", cache_bytes=cache_bytes)
+            settings = CachingSettings(model="emoji", redis=store, threads=1, device="cpu", cache_bytes=cache_bytes)
             worker = await start_worker("text_encoding", model, settings)
             try:
                 async with open_channel(worker.address) as channel:

@@ -20,7 +20,7 @@ from models.catalog import open_model
 from models.registry import load_registry
 from redis_servers import RedisServer, running_server, until
 from services.worker import start_worker
-from services.worker_settings import WorkerSettings
+from services.worker_settings import CachingSettings
 from stage_server import Heard
 
 MODEL = open_model("emoji", load_registry())
@@ -51,7 +51,7 @@ async def encoders(url: str, *dtypes: str) -> AsyncIterator[list[Encoder]]:
     async with AsyncExitStack() as stack:
         found = []
         for number, dtype in enumerate(dtypes):
-            settings = WorkerSettings(
+            settings = CachingSettings(
                 model="emoji",
                 redis=url,
                 threads=1,

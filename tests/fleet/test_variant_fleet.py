@@ -31,10 +31,10 @@ from models.registry import load_registry
 from redis_servers import running_server
 from served_fleet import ServedFleet, served_fleet
 from services.cli.models import lines_of
+from services.cli.serve import settings_class
 from services.coordinator.coordinator import Coordinator, start_coordinator
 from services.coordinator.settings import CoordinatorSettings
 from services.worker import start_worker
-from services.worker_settings import WorkerSettings
 from toy_checkpoint import build_twin_checkpoint, twin_family
 
 TEXT_SERVICES = ("text_encoding", "latent_preparation", "denoising", "decoding")
@@ -164,7 +164,7 @@ class Parts:
 
     async def add_worker(self, service: str) -> str:
         """Start a worker; returns its address."""
-        settings = WorkerSettings(model="twin", redis=self.url, listen=self._listen(), device="cpu", threads=1)
+        settings = settings_class(service)(model="twin", redis=self.url, listen=self._listen(), device="cpu", threads=1)
         worker = await start_worker(service, self.model, settings)
         self._stack.push_async_callback(worker.stop, 5)
         return worker.address
