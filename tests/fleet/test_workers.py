@@ -224,7 +224,7 @@ def test_wrong_settings_are_one_line(
 ) -> None:
     for name in [name for name in os.environ if name.startswith("FLEET_")]:
         monkeypatch.delenv(name)
-    assert main_for("denoising")(argv) == code
+    assert main_for("denoising", WorkerSettings)(argv) == code
     error = capsys.readouterr().err
     assert words in error
     assert error.startswith("fleet serve denoising: ")
