@@ -85,7 +85,7 @@ def _nothing_starts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         ("up --cfg 3", "cfg: 3 is not at most 2; FluxPipeline has 2 branches: positive, negative"),
         ("up --ring two", "--ring: must be a whole number, not 'two'"),
         ("generate p --output X.png --tp 2", "start one with `fleet up --tp N`"),
-        ("serve text_encoding --tp 2", "unrecognized arguments: --tp 2"),
+        ("serve text_encoding --tp 2", "--tp is not a setting of this service; services that read it: denoising"),
         ("serve", "no service given; services are"),
         ("serve painting", "unknown service 'painting'"),
         ("status --endpoint :1", "--endpoint must be HOST:PORT"),
