@@ -58,10 +58,12 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def stage_of(model: ServedModel, approximation: Approximation, checkpoint_every: int = 0) -> DenoisingStage:
+    """The loop of the model's last variant: of several, the one that takes an image."""
     (stage,) = load_stages(
         model,
         model.service("denoising"),
         Runtime(device=CPU, dtype=torch.float32, checkpoint_every=checkpoint_every, approximation=approximation),
+        variant=model.variants[-1].name,
     )
     assert isinstance(stage, DenoisingStage)
     return stage
