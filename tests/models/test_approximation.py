@@ -33,7 +33,7 @@ from services.denoising import __main__ as denoising
 from services.denoising.settings import DenoisingSettings
 from tiny_flux import build_tiny_flux
 from tiny_qwen_image import build_tiny_qwen_image
-from tiny_wan import build_tiny_wan_i2v
+from tiny_wan import build_tiny_wan_i2v, build_tiny_wan_ti2v
 from toy_checkpoint import build_toy_checkpoint, toy_family
 
 CPU = torch.device("cpu")
@@ -42,6 +42,7 @@ BUILD: dict[str, tuple[Callable[[Path], Path], str, tuple[str, ...]]] = {
     "flux": (build_tiny_flux, "32x48", ("attn", "ff", "ff_context", "proj_mlp", "proj_out")),
     "qwen-image": (build_tiny_qwen_image, "32x48", ("attn", "img_mlp", "txt_mlp")),
     "wan": (build_tiny_wan_i2v, "32x48x5", ("attn1", "attn2", "ffn")),
+    "wan-ti2v": (build_tiny_wan_ti2v, "64x96x5@image", ("attn1", "attn2", "ffn")),
 }
 Case = tuple[ServedModel, DenoisingInput, tuple[str, ...]]
 
@@ -57,10 +58,12 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def stage_of(model: ServedModel, approximation: Approximation, checkpoint_every: int = 0) -> DenoisingStage:
+    """The loop of the model's last variant: of several, the one that takes an image."""
     (stage,) = load_stages(
         model,
         model.service("denoising"),
         Runtime(device=CPU, dtype=torch.float32, checkpoint_every=checkpoint_every, approximation=approximation),
+        variant=model.variants[-1].name,
     )
     assert isinstance(stage, DenoisingStage)
     return stage

@@ -18,7 +18,7 @@ from common.stage import Call, PipelineStage
 from local_fleet import LocalFleet, open_fleet
 from models.registry import load_registry
 from tiny_qwen_image import build_tiny_qwen_image, build_tiny_qwen_image_edit
-from tiny_wan import build_tiny_wan, build_tiny_wan_i2v
+from tiny_wan import build_tiny_wan, build_tiny_wan_i2v, build_tiny_wan_ti2v
 
 Slot = tuple[str, str]
 """Name of a stage's contract, and of one of its slots."""
@@ -66,11 +66,12 @@ class Build(Protocol):
 
 @dataclass(frozen=True)
 class Case:
-    """A small request of one family; a shipped model where nothing is built."""
+    """A small request of one variant of a family; a shipped model where nothing is built."""
 
     build: Build | str
     given: Mapping[str, Any]
     has_image: bool = False
+    variant: str = ""
 
 
 _SMALL: Mapping[str, Any] = {"prompt": "a red apple", "height": 32, "width": 32, "num_inference_steps": 2}
@@ -80,8 +81,12 @@ CASES = {
     "QwenImagePipeline": Case(build_tiny_qwen_image, {**_SMALL, "negative_prompt": "car"}),
     "QwenImageEditPipeline": Case(build_tiny_qwen_image_edit, _SMALL, has_image=True),
     "WanPipeline": Case(build_tiny_wan, _VIDEO),
+    "WanPipeline@text": Case(build_tiny_wan_ti2v, _VIDEO, variant="text"),
+    "WanPipeline@image": Case(build_tiny_wan_ti2v, _VIDEO, has_image=True, variant="image"),
     "WanImageToVideoPipeline": Case(build_tiny_wan_i2v, _VIDEO, has_image=True),
 }
+"""By the name of the pipeline, with @VARIANT where the request is that of a named variant."""
+
 
 
 @contextmanager
@@ -94,7 +99,7 @@ def opened(case: Case, directory: Path) -> Iterator[LocalFleet]:
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[list[StageSpec], Recorder]]:
-    """The stages of each family, and what they read in one request."""
+    """The stages of each family's variant, and what they read in one request."""
     found = {}
     for name, case in CASES.items():
         recorder = Recorder()
@@ -104,12 +109,18 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[list[S
                 recorder.watch(stage)
             images = {"image": png(picture(40, 30, 1))} if case.has_image else {}
             fleet.media(None, images, **case.given, seed=1)
-            found[name] = ([stage for each in fleet.model.services for stage in each.stages], recorder)
+            variant = fleet.model.variant(case.variant)
+            assert variant is not None, "the model has the variant"
+            found[name] = ([stage for each in variant.services for stage in each.stages], recorder)
     return found
 
 
 def test_every_family_has_a_case() -> None:
-    assert sorted(CASES) == load_registry().names()
+    registry = load_registry()
+    assert sorted({name.partition("@")[0] for name in CASES}) == registry.names()
+    served = {f"{name}@{variant}" for name in registry.names() for variant in registry.entry(name).configs if variant}
+    # One directory: each pipeline of Wan 2.2 TI2V has the variants of both.
+    assert served - set(CASES) == {"WanImageToVideoPipeline@image", "WanImageToVideoPipeline@text"}
 
 
 def test_each_input_is_read_by_a_family(recorded: dict[str, tuple[list[StageSpec], Recorder]]) -> None:

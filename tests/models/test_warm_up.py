@@ -25,13 +25,14 @@ from models.loader import load_stages
 from models.registry import load_registry
 from models.runtime import Runtime
 from models.stages.denoising import merge_conditioning
+from models.validation import InputValidationStage
 from models.warm_up import STEPS, WarmUp
 from redis_servers import running_server
 from services.denoising import __main__ as denoising
 from services.denoising.settings import DenoisingSettings
 from services.worker import start_worker
 from tiny_qwen_image import build_tiny_qwen_image_edit
-from tiny_wan import build_tiny_wan_i2v
+from tiny_wan import build_tiny_wan_i2v, build_tiny_wan_ti2v
 from toy_checkpoint import build_toy_checkpoint, toy_family
 
 CPU = torch.device("cpu")
@@ -55,7 +56,7 @@ def shapes_of(values: Mapping[str, Any]) -> Shapes:
 
 
 def encoded(model: ServedModel, params: Mapping[str, Any], picture: tuple[int, int] | None) -> dict[str, Any]:
-    """What real encoders and preparation make of a request, with a picture of that width and height."""
+    """What real encoders and preparation make of a request, with an image of that width and height."""
     values: dict[str, Any] = {
         "prompt": Prompt(prompt="a red apple", negative_prompt=""),
         "canvas": Canvas(**{name: params[name] for name in ("height", "width", "num_frames") if name in params}),
@@ -67,10 +68,12 @@ def encoded(model: ServedModel, params: Mapping[str, Any], picture: tuple[int, i
         Image.fromarray(pixels).save(file, "PNG")
         data = torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)
         values["image_inputs"] = ImageInputs(images={"image": data})
-    for spec in model.services:
+    variant = InputValidationStage(model).choose((), () if picture is None else ("image",))
+    for spec in variant.services:
         if spec.service in ("denoising", "decoding"):
             break
-        stages = HostedStages(spec.service, load_stages(model, spec, Runtime(device=CPU, dtype=torch.float32)))
+        runtime = Runtime(device=CPU, dtype=torch.float32)
+        stages = HostedStages(spec.service, load_stages(model, spec, runtime, variant=variant.name))
         given = {slot: values[slot] for slot in stages.contract.inputs if slot in values}
         values |= stages.run(given, Call("real"))
     return values
@@ -78,8 +81,13 @@ def encoded(model: ServedModel, params: Mapping[str, Any], picture: tuple[int, i
 
 @pytest.mark.parametrize(
     ("build", "size", "picture"),
-    [(None, "32x48", None), (build_tiny_wan_i2v, "32x48x5", (48, 32))],
-    ids=["flux", "wan-i2v"],
+    [
+        (None, "32x48", None),
+        (build_tiny_wan_i2v, "32x48x5", (48, 32)),
+        (build_tiny_wan_ti2v, "64x96x5@text", None),
+        (build_tiny_wan_ti2v, "64x96x5@image", (48, 32)),
+    ],
+    ids=["flux", "wan-i2v", "wan-ti2v-text", "wan-ti2v-image"],
 )
 def test_made_up_requests_have_the_shapes_of_real_ones(
     tmp_path: Path, build: Callable[[Path], Path] | None, size: str, picture: tuple[int, int] | None

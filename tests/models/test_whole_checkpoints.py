@@ -21,17 +21,13 @@ import torch
 from common.checkpoint import kind_of
 from common.errors import CheckpointError
 from models.catalog import open_model, shipped_models
-from models.loader import load_stages
+from models.loader import load_variants
 from models.registry import load_registry
 from models.runtime import Runtime
-from tiny_wan import build_tiny_wan_ti2v
 
 TESTS = Path(__file__).parents[1]
 SHIPPED = TESTS.parent / "models/checkpoints"
 REGISTRY = load_registry()
-NOT_SERVED = ("tiny_wan_ti2v",)
-"""Families without a pipeline, whose modules have tests of their own."""
-
 TEXTS = ["a red apple", "Two old stones, in the river!", ""]
 
 
@@ -41,7 +37,7 @@ def _families() -> dict[str, Callable[[Path], Path]]:
     for file in sorted(TESTS.glob("tiny_*.py")):
         for name, function in inspect.getmembers(importlib.import_module(file.stem), inspect.isfunction):
             family = name.removeprefix("build_")
-            if name.startswith("build_tiny_") and function.__module__ == file.stem and family not in NOT_SERVED:
+            if name.startswith("build_tiny_") and function.__module__ == file.stem:
                 families[family] = function
     families |= {name: partial(shutil.copytree, SHIPPED / name) for name in shipped_models()}
     return {**families, "emoji without tokenizer.json": _without_tokenizer_json}
@@ -112,12 +108,15 @@ def damaged(whole: Path, copy: Path, file: Path, damage: str) -> Iterator[None]:
 
 
 def refusal(path: Path, folder: str) -> str:
-    """The message that refuses the model when it is opened, or when a service loads the module; "" for neither."""
+    """The message that refuses the model when it is opened, or when a service loads the module; "" for neither.
+
+    A service loads the module for every variant of the model that uses the service.
+    """
     try:
         model = open_model(str(path), REGISTRY)
         for service in model.services:
             if folder in service.modules:
-                load_stages(model, service, Runtime(device=torch.device("cpu"), dtype=torch.float32))
+                load_variants(model, service, Runtime(device=torch.device("cpu"), dtype=torch.float32))
     except CheckpointError as error:
         return error.message
     return ""
@@ -174,10 +173,5 @@ def test_tokenizers_without_tokenizer_json_give_the_same_tokens(tmp_path: Path, 
 def test_a_whole_checkpoint_is_accepted(checkpoint_of: Callable[[str], tuple[Path, Path]], family: str) -> None:
     whole, _ = checkpoint_of(family)
     model = open_model(str(whole), REGISTRY)
+    assert not model.unserved
     assert [refusal(whole, module) for module in model.checkpoint.modules] == [""] * len(model.checkpoint.modules)
-
-
-def test_a_family_that_is_not_served_is_refused(tmp_path: Path) -> None:
-    """Fails as soon as a pipeline serves it: then NOT_SERVED and this test go, and the tests above cover the family."""
-    with pytest.raises(CheckpointError, match="expand_timesteps"):
-        open_model(str(build_tiny_wan_ti2v(tmp_path / "ti2v")), REGISTRY)
