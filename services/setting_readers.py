@@ -24,9 +24,9 @@ _NAMES: Mapping[tuple[str, ...], str] = {
     ("image_encoding", "denoising", "decoding"): "kernels kernel_cache",
     ("denoising", "decoding"): "hang_seconds hang_paces hang_exit_seconds",
     ("denoising",): (
-        "attention_backend checkpoint_every checkpoint_seconds step_memory_bytes tp ulysses ring cfg nnodes "
-        "node_rank rdzv_endpoint max_restarts beat_seconds lost_seconds join_seconds warm_up linear_dtype "
-        "step_cache_threshold"
+        "attention_backend checkpoint_every checkpoint_seconds step_memory_bytes linear_dtype "
+        "step_cache_threshold warm_up tp ulysses ring cfg nnodes node_rank rdzv_endpoint "
+        "max_restarts beat_seconds lost_seconds join_seconds"
     ),
 }
 
