@@ -20,13 +20,13 @@ _NAMES: Mapping[tuple[str, ...], str] = {
     ),
     ("coordinator", "denoising", "decoding"): "step_seconds",
     _WORKERS: "advertise device dtype threads capacity announce_seconds idle_seconds max_call_bytes tls_callers",
-    ("text_encoding",): "cache_bytes cache_redis_bytes cache_redis_seconds cache_redis_gain",
+    ("text_encoding",): "reply_cache_bytes reply_cache_redis_bytes reply_cache_redis_seconds reply_cache_redis_gain",
     ("image_encoding", "denoising", "decoding"): "kernels kernel_cache",
-    ("denoising", "decoding"): "hang_seconds hang_paces hang_exit_seconds",
+    ("denoising", "decoding"): "hang_seconds hang_mean_steps hang_exit_seconds",
     ("denoising",): (
-        "attention_backend checkpoint_every checkpoint_seconds step_memory_bytes linear_dtype "
+        "attention_backend step_checkpoint_every step_checkpoint_seconds step_memory_bytes linear_dtype "
         "step_cache_threshold warm_up tp ulysses ring cfg nnodes node_rank rdzv_endpoint "
-        "max_restarts beat_seconds lost_seconds join_seconds"
+        "max_restarts rank_heartbeat_seconds rank_lost_seconds rank_join_seconds"
     ),
 }
 

@@ -24,9 +24,9 @@ from redis.asyncio import Redis
 from common.errors import FailedPrecondition, Unavailable
 from common.pipeline import ServiceSpec
 from common.rpc.address import advertised_address
+from common.rpc.fleet_server import FleetServer, stop_signals
 from common.rpc.method import begun_frame, response_type, stage_method
-from common.rpc.server import Stages
-from common.rpc.serving import FleetServer, stop_signals
+from common.rpc.stage_servicer import Stages
 from common.rpc.watchdog import Watchdog
 from common.settings import load_settings
 from common.stage import Call

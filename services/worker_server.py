@@ -11,12 +11,12 @@ from redis.asyncio import Redis
 
 from common.errors import InvalidInput
 from common.pipeline import ServiceSpec
-from common.rpc.framing import Limits
+from common.rpc.fleet_server import FleetServer
+from common.rpc.framing import CallLimits
 from common.rpc.interceptor import admit_all
 from common.rpc.replies import ReplyCache
-from common.rpc.server import ServingLimits, Stages, StageServicer
-from common.rpc.serving import FleetServer
-from common.rpc.tls import Mutual, NamedPeers, Shown, server_credentials, watch_mutual
+from common.rpc.stage_servicer import ServicerLimits, Stages, StageServicer
+from common.rpc.tls import Mutual, NamedPeers, ServerIdentity, server_credentials, watch_mutual
 from common.rpc.watchdog import Watchdog
 from common.stage import Contract
 from common.state.shared_replies import SharedReplies
@@ -88,16 +88,16 @@ def make_server(
     watchdog: Watchdog | None,
 ) -> FleetServer:
     """The server of a worker, with the service's stages and GetModelInfo; it is started by the caller."""
-    limits = ServingLimits(
+    limits = ServicerLimits(
         capacity=settings.capacity,
         idle_seconds=settings.idle_seconds,
         step_seconds=settings.step_seconds if isinstance(settings, StepSettings) else 0.0,
-        call=Limits(total_bytes=settings.max_call_bytes),
+        call=CallLimits(total_bytes=settings.max_call_bytes),
     )
     server = FleetServer(
         settings.listen,
         interceptors=[MetricsInterceptor(service)],
-        credentials=None if tls is None else server_credentials(partial(_shown, tls)),
+        credentials=None if tls is None else server_credentials(partial(_server_identity, tls)),
         admit=NamedPeers(settings.tls_callers) if tls else admit_all,
         health_listen=settings.health_listen,
     )
@@ -108,19 +108,19 @@ def make_server(
     return server
 
 
-def _shown(tls: WatchedFiles[Mutual]) -> tuple[int, Shown]:
+def _server_identity(tls: WatchedFiles[Mutual]) -> tuple[int, ServerIdentity]:
     version, mutual = tls.versioned()
-    return version, mutual.shown()
+    return version, mutual.server_identity()
 
 
 def cache_of(
     stages: HostedVariants, info: worker_pb2.WorkerInfo, settings: WorkerSettings, shared: SharedReplies | None
 ) -> ReplyCache | None:
     """Where replies are kept, if settings and stages both want it."""
-    if not isinstance(settings, CachingSettings) or settings.cache_bytes <= 0 or stages.indifferent_to is None:
+    if not isinstance(settings, CachingSettings) or settings.reply_cache_bytes <= 0 or stages.indifferent_to is None:
         return None
     return ReplyCache(
-        settings.cache_bytes,
+        settings.reply_cache_bytes,
         service=info.service,
         model=info.model,
         indifferent_to=stages.indifferent_to,
@@ -130,16 +130,16 @@ def cache_of(
 
 def shared_of(redis: Redis, info: worker_pb2.WorkerInfo, settings: WorkerSettings) -> SharedReplies | None:
     """Where replies are shared, if that is wanted: among workers with equal weights and equal numerics."""
-    if not isinstance(settings, CachingSettings) or settings.cache_redis_bytes <= 0:
+    if not isinstance(settings, CachingSettings) or settings.reply_cache_redis_bytes <= 0:
         return None
     return SharedReplies(
         redis,
         service=info.service,
         model=info.model,
         origin=f"{info.model_fingerprint} {info.numerics_fingerprint}",
-        max_bytes=settings.cache_redis_bytes,
-        keep_seconds=settings.cache_redis_seconds,
-        gain=settings.cache_redis_gain,
+        max_bytes=settings.reply_cache_redis_bytes,
+        keep_seconds=settings.reply_cache_redis_seconds,
+        gain=settings.reply_cache_redis_gain,
     )
 
 

@@ -75,12 +75,12 @@ class WorkerSettings(StoreSettings, TlsSettings):
 class CachingSettings(WorkerSettings):
     """Serve a stage whose replies are cached, such as the text encoding."""
 
-    cache_bytes: int = setting(256 << 20, help="memory for replies, returned again for equal inputs; 0: none")
-    cache_redis_bytes: int = setting(
+    reply_cache_bytes: int = setting(256 << 20, help="memory for replies, returned again for equal inputs; 0: none")
+    reply_cache_redis_bytes: int = setting(
         0, help="memory of the request store for replies shared with other workers; 0: none"
     )
-    cache_redis_seconds: float = setting(3_600.0, help="time from the last use of a shared reply to its end")
-    cache_redis_gain: float = setting(
+    reply_cache_redis_seconds: float = setting(3_600.0, help="time from the last use of a shared reply to its end")
+    reply_cache_redis_gain: float = setting(
         2.0, help="share replies that take so many times longer to compute than to fetch, as measured; 0: all"
     )
 
@@ -105,14 +105,16 @@ class StepSettings(WorkerSettings):
     """Serve a stage that reports its steps."""
 
     hang_seconds: float = setting(60.0, help="cancel a call that makes no step for so long after its first one")
-    hang_paces: float = setting(20.0, help="but not before so many times its mean seconds per step")
+    hang_mean_steps: float = setting(20.0, help="but not before so many times its mean seconds per step")
     hang_exit_seconds: float = setting(30.0, help="end the process if the device thread goes on so long after that")
     step_seconds: float = setting(0.25, help="shortest time between two reported steps of a call")
 
     @property
     def hang_limits(self) -> HangLimits:
         """Bounds after which a call counts as stuck. Raises InvalidInput for a bound that is not more than 0."""
-        return HangLimits(seconds=self.hang_seconds, paces=self.hang_paces, exit_seconds=self.hang_exit_seconds)
+        return HangLimits(
+            seconds=self.hang_seconds, mean_steps=self.hang_mean_steps, exit_seconds=self.hang_exit_seconds
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,8 +129,8 @@ class LoopSettings(KernelSettings, StepSettings):
     attention_backend: AttentionChoice = setting(
         "auto", help="attention on a GPU; auto uses the committed table, a named backend must work"
     )
-    checkpoint_every: int = setting(0, help="denoising steps between two step checkpoints; 0: by time only")
-    checkpoint_seconds: float = setting(5.0, help="longest time between two step checkpoints; 0: by steps only")
+    step_checkpoint_every: int = setting(0, help="denoising steps between two step checkpoints; 0: by time only")
+    step_checkpoint_seconds: float = setting(5.0, help="longest time between two step checkpoints; 0: by steps only")
     step_memory_bytes: int = setting(
         DEFAULT_STEP_MEMORY_BYTES, help="bound of CUDA graph inputs and of memory that denoising steps update in place"
     )
@@ -147,8 +149,8 @@ class LoopSettings(KernelSettings, StepSettings):
         """The process in which the loop runs."""
         return replace(
             super().runtime(device, dtype, mesh),
-            checkpoint_every=self.checkpoint_every,
-            checkpoint_seconds=self.checkpoint_seconds,
+            step_checkpoint_every=self.step_checkpoint_every,
+            step_checkpoint_seconds=self.step_checkpoint_seconds,
             approximation=self.approximation,
             step_memory_bytes=self.step_memory_bytes,
         )

@@ -32,8 +32,8 @@ T = TypeVar("T")
 STEPS = 8
 SIZE = 512  # pixels; so large that a step takes longer than its progress needs to arrive here
 
-_SERVE = ("--model", "emoji", "--threads", "1", "--checkpoint-every", "1", "--step-seconds", "0")
-_WATCHFUL = ("--beat-seconds", "0.1", "--lost-seconds", "2")
+_SERVE = ("--model", "emoji", "--threads", "1", "--step-checkpoint-every", "1", "--step-seconds", "0")
+_WATCHFUL = ("--rank-heartbeat-seconds", "0.1", "--rank-lost-seconds", "2")
 
 OnStep = Callable[[], None]
 

@@ -6,7 +6,7 @@ import asyncio
 import sys
 from collections.abc import Sequence
 
-from common.rpc.serving import stop_signals
+from common.rpc.fleet_server import stop_signals
 from common.settings import load_settings
 from common.telemetry import setup_logging, start_metrics
 from models.catalog import ServedModel, open_model

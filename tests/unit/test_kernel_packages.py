@@ -23,7 +23,7 @@ from kernel_modules import forgotten
 from models.kernels import trials
 from models.kernels.packages import PACKAGES, Capability, KernelChoice, Outcome, PackageName, is_usable, record
 from models.kernels.trials import outcomes_on, try_package, try_packages
-from models.layers import backend, cublas_lt, fused_products, mesh
+from models.layers import cublas_lt, fused_backend, fused_products, mesh
 from models.loader import numerics_fingerprint
 from services import worker
 from services.denoising import rank
@@ -315,7 +315,7 @@ def test_layers_leave_unusable_packages_alone(monkeypatch: pytest.MonkeyPatch) -
 
     def uses() -> list[bool]:
         return [
-            backend.kernels_for(on_gpu) is not None,
+            fused_backend.kernels_for(on_gpu) is not None,
             cublas_lt.can_multiply(x, x),
             fused_products.can_fuse(x, x, x),
             mesh._reach_each_other(torch.device("cuda", 0), 2),
@@ -362,7 +362,7 @@ def test_a_rank_compares_facts_before_it_connects_its_device(monkeypatch: pytest
 
     thread = threading.Thread(target=follow)
     thread.start()
-    settings = SimpleNamespace(degrees=None, join_seconds=5.0)
+    settings = SimpleNamespace(degrees=None, rank_join_seconds=5.0)
     leading = LeadingRank(cast(Any, None), cast(Any, None), cast(Any, settings), [mine], cast(Any, None))
     with pytest.raises(FailedPrecondition, match="rank 1 has b and this rank has a"):
         leading.make_mesh(CPU)

@@ -127,9 +127,13 @@ def test_classes_follow_from_the_stages(service: str) -> None:
 @pytest.mark.parametrize(
     ("service", "flags", "words"),
     [
-        ("decoding", ("--checkpoint-every", "1"), "--checkpoint-every is not .* services that read it: denoising$"),
+        (
+            "decoding",
+            ("--step-checkpoint-every", "1"),
+            "--step-checkpoint-every is not .* services that read it: denoising$",
+        ),
         ("text_encoding", ("--hang-seconds=3",), "services that read it: denoising, decoding$"),
-        ("image_encoding", ("--cache-bytes", "0"), "services that read it: text_encoding$"),
+        ("image_encoding", ("--reply-cache-bytes", "0"), "services that read it: text_encoding$"),
         ("denoising", ("--api-keys", "x"), "services that read it: coordinator$"),
         ("coordinator", ("--device", "cpu"), "services that read it: text_encoding, image_encoding, latent_prep"),
         ("decoding", ("--nothing", "1"), "unrecognized arguments: --nothing 1; see fleet serve --help"),
@@ -144,13 +148,13 @@ def test_a_flag_of_another_service_is_refused(service: str, flags: tuple[str, ..
 
 def test_a_key_of_another_service_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "decoding.toml"
-    path.write_text("cache_bytes = 0\n")
-    with pytest.raises(SettingsError, match=r"cache_bytes in .* is not .* services that read it: text_encoding$"):
+    path.write_text("reply_cache_bytes = 0\n")
+    with pytest.raises(SettingsError, match=r"reply_cache_bytes in .* is not .* services that read it: text_encoding$"):
         load_settings(settings_class("decoding"), ["--config", str(path)], prog="x", environ={}, readers=READERS)
 
 
 def test_variables_may_be_common_to_all_services() -> None:
-    environ = {"FLEET_REDIS": "unix:///x", "FLEET_CHECKPOINT_EVERY": "1", "FLEET_QUEUE_LIMIT": "2"}
+    environ = {"FLEET_REDIS": "unix:///x", "FLEET_STEP_CHECKPOINT_EVERY": "1", "FLEET_QUEUE_LIMIT": "2"}
     for service in SERVICES:
         settings = load_settings(settings_class(service), [], prog="x", environ=environ, readers=READERS)
         assert settings.redis == "unix:///x"

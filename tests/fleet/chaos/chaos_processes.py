@@ -34,7 +34,7 @@ QUICK_COORDINATOR = (
 )
 _QUICK_WORKER = (*("--device", "cpu", "--threads", "1", "--grace-seconds", "5", "--idle-seconds", str(_IDLE_SECONDS)),)
 _EVERY_STEP = {
-    "denoising": ("--checkpoint-every", "1", "--step-seconds", "0"),
+    "denoising": ("--step-checkpoint-every", "1", "--step-seconds", "0"),
     "decoding": ("--step-seconds", "0"),
 }
 
