@@ -1,0 +1,114 @@
+"""The pool of step memory: leases, their return, what is freed first, and what two live requests share (nothing)."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+import pytest
+import torch
+from torch import Tensor
+
+from common.errors import ResourceExhausted
+from fake_graphs import FakeCapture
+from loop_family import SHAPES, LoopTransformer
+from models.stages.step_memory import Lease, StepInputs, StepMemory, StepMemoryPool, byte_size_of
+
+TRANSFORMER = LoopTransformer(1.0, remembers=True)
+
+
+def inputs(batch: int = 2, skipped: int = 0) -> StepInputs:
+    """A step of the loop family for so many outputs."""
+    prepared = TRANSFORMER.prepare(torch.ones(3, batch), text=torch.ones(batch, 3))
+    latents = {"video": torch.ones(batch, *SHAPES["video"][1:]), "sound": torch.ones(batch, *SHAPES["audio"][1:])}
+    row = {name: rows[0] for name, rows in prepared.steps.items()}
+    flags = {"skipped": skipped} if skipped else {}
+    return StepInputs(latents, row, prepared.constants, {}, flags)
+
+
+def size_of(step: StepInputs) -> int:
+    return byte_size_of(TRANSFORMER, step, has_cache=False, has_graphs=True)
+
+
+def run(memory: StepMemory, step: StepInputs) -> dict[str, Tensor]:
+    return dict(memory.predict(step.latents, step.row))
+
+
+@pytest.fixture
+def pool() -> StepMemoryPool:
+    return StepMemoryPool(1 << 20, FakeCapture())
+
+
+def test_live_leases_of_equal_steps_share_no_memory(pool: StepMemoryPool) -> None:
+    with pool.leases() as lease:
+        one, other = lease("transformer", TRANSFORMER, inputs()), lease("transformer", TRANSFORMER, inputs())
+        assert one is not other
+        first, second = inputs(), inputs()
+        second.latents["video"].mul_(3)
+        for _ in range(2):  # The second prediction is a replay.
+            expected = [run(one, first), run(other, second)]
+            again = [run(one, first), run(other, second)]
+            assert all(torch.equal(a[name], b[name]) for a, b in zip(expected, again, strict=True) for name in a)
+        assert not torch.equal(expected[0]["video"], expected[1]["video"])
+
+
+def test_a_returned_memory_is_leased_again_to_an_equal_key_only(pool: StepMemoryPool) -> None:
+    with pool.leases() as lease:
+        first = lease("transformer", TRANSFORMER, inputs())
+    with pool.leases() as lease:
+        others = [
+            lease("transformer_2", TRANSFORMER, inputs()),
+            lease("transformer", TRANSFORMER, inputs(skipped=1)),
+            lease("transformer", TRANSFORMER, inputs(batch=1)),
+        ]
+        assert first not in others
+        assert lease("transformer", TRANSFORMER, inputs()) is first
+
+
+def test_an_error_in_the_loop_returns_the_memory(pool: StepMemoryPool) -> None:
+    leased: list[StepMemory] = []
+
+    def fail() -> None:
+        with pool.leases() as lease:
+            leased.append(lease("transformer", TRANSFORMER, inputs()))
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    with pool.leases() as lease:
+        assert lease("transformer", TRANSFORMER, inputs()) is leased[0]
+
+
+def test_a_returned_memory_holds_no_tensor_of_the_request(pool: StepMemoryPool) -> None:
+    step = inputs()
+    with pool.leases() as lease:
+        memory = lease("transformer", TRANSFORMER, step)
+    assert not memory._constants
+
+
+def test_the_least_recently_used_memory_is_freed_first() -> None:
+    steps = [inputs(skipped=number) for number in (1, 2, 3)]
+    pool = StepMemoryPool(2 * size_of(steps[0]), FakeCapture())
+    found: list[StepMemory] = []
+    for step in (steps[0], steps[1], steps[0], steps[2]):
+        with pool.leases() as lease:
+            found.append(lease("transformer", TRANSFORMER, step))
+    assert found[2] is found[0]
+    with pool.leases() as lease:
+        assert lease("transformer", TRANSFORMER, steps[0]) is found[0], "used after the second"
+        assert lease("transformer", TRANSFORMER, steps[2]) is found[3]
+
+
+def test_leased_memory_is_never_freed_for_another() -> None:
+    step = inputs()
+    pool = StepMemoryPool(2 * size_of(step), FakeCapture())
+
+    def lease_three(lease: Lease) -> None:
+        for _ in range(3):
+            lease("transformer", TRANSFORMER, step)
+
+    with ExitStack() as stack:
+        lease = stack.enter_context(pool.leases())
+        with pytest.raises(ResourceExhausted, match=f"need {size_of(step)} bytes of step memory, but 0 of"):
+            lease_three(lease)
+    with pool.leases() as lease:  # What was leased before the error is free again.
+        assert lease("transformer", TRANSFORMER, step) is not lease("transformer", TRANSFORMER, step)
