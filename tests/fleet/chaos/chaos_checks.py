@@ -27,7 +27,7 @@ PERMANENT = {
     "fleet:sequence": "the last number that was given to a request or a claim",
 }
 _TAKEN = ("fleet:slots:", "fleet:waiting:", "fleet:queue:", "fleet:open", "fleet:work:")
-_LASTING_FIELDS = {*SNAPSHOT, "model", "owner", "epoch", "cancel", "key", "caller", "token"}
+_LASTING_FIELDS = {*SNAPSHOT, "model", "owner", "epoch", "cancel", "key", "caller", "variant", "token"}
 _MOST_STORE_CONNECTIONS = 40
 _SETTLE_SECONDS = 30.0
 
