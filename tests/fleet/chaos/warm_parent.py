@@ -38,7 +38,7 @@ from services.worker import main_for  # noqa: E402
 
 Main = Callable[[Sequence[str]], int]
 
-SERVICES = ("text_encoding", "latent_preparation", "denoising", "decoding")
+SERVICES = ("text_encoding", "image_encoding", "latent_preparation", "denoising", "decoding")
 PROGRAMS: dict[str, Main] = {"coordinator": coordinator, **{service: main_for(service) for service in SERVICES}}
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None, use_errno=True)
