@@ -88,7 +88,6 @@ CASES = {
 """By the name of the pipeline, with @VARIANT where the request is that of a named variant."""
 
 
-
 @contextmanager
 def opened(case: Case, directory: Path) -> Iterator[LocalFleet]:
     """The family's model with all its services."""

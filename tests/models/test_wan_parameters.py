@@ -5,6 +5,9 @@ from __future__ import annotations
 import inspect
 import io
 import json
+import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,7 @@ from configs.sample.wan import WanImageToVideoSamplingParams, WanSamplingParams
 from models.catalog import open_model
 from models.registry import load_registry
 from models.validation import InputValidationStage
-from tiny_wan import build_tiny_wan, build_tiny_wan_i2v
+from tiny_wan import build_tiny_wan, build_tiny_wan_i2v, build_tiny_wan_ti2v
 
 RENAMED = {"num_videos_per_prompt": "num_outputs_per_prompt"}
 # What a request cannot carry, what travels apart, and what only Wan 2.2 has.
@@ -98,13 +101,34 @@ def test_sizes_are_floored_to_whole_patches(tmp_path: Path) -> None:
     assert [warning.field for warning in warnings] == ["height"]
 
 
-@pytest.mark.parametrize("entry", [{"boundary_ratio": 0.9}, {"expand_timesteps": True}])
-def test_wan_2_2_is_refused_by_name(tmp_path: Path, entry: dict[str, Any]) -> None:
-    path = build_tiny_wan(tmp_path / "m")
+@pytest.mark.parametrize(
+    ("build", "supported"),
+    [(build_tiny_wan, "Wan 2.1"), (build_tiny_wan_i2v, "Wan 2.1"), (build_tiny_wan_ti2v, "Wan 2.2 TI2V")],
+)
+def test_wan_2_2_with_two_transformers_is_refused_by_name(
+    tmp_path: Path, build: Callable[[Path], Path], supported: str
+) -> None:
+    path = build(tmp_path / "m")
     index = json.loads((path / "model_index.json").read_text())
-    (path / "model_index.json").write_text(json.dumps(index | entry))
-    with pytest.raises(CheckpointError, match=r"is Wan 2\.2 with .* supported is Wan 2\.1"):
+    entries = {"boundary_ratio": 0.9, "transformer_2": index["transformer"]}
+    shutil.copytree(path / "transformer", path / "transformer_2")
+    (path / "model_index.json").write_text(json.dumps(index | entries))
+    message = f"m is Wan 2.2 with two transformers (boundary_ratio); supported is {supported}"
+    with pytest.raises(CheckpointError, match=re.escape(message)):
         open_model(str(path), load_registry())
+
+
+@pytest.mark.parametrize("pipeline_name", ["WanPipeline", "WanImageToVideoPipeline"])
+def test_timesteps_for_each_token_make_two_variants(tmp_path: Path, pipeline_name: str) -> None:
+    """Diffusers' two pipelines save the same modules; that for images names a vision encoder, which is absent."""
+    path = build_tiny_wan_ti2v(tmp_path / "m")
+    index = json.loads((path / "model_index.json").read_text())
+    absent = {key: [None, None] for key in ("image_encoder", "image_processor", "transformer_2")}
+    (path / "model_index.json").write_text(json.dumps(index | absent | {"_class_name": pipeline_name}))
+    model = open_model(str(path), load_registry())
+    assert [variant.label for variant in model.variants] == ["text (no images)", "image (image)"]
+    assert not model.unserved
+    assert model.service("image_encoding").modules == ("vae",)
 
 
 def test_roles_follow_from_the_checkpoint(tmp_path: Path, wan: Checkpoint) -> None:
