@@ -127,6 +127,9 @@ def test_more_ranks_than_branches_are_refused_at_the_start(
     model: ServedModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(denoising, "launch", lambda *_: pytest.fail("a worker group was started"))
-    flags = ("--model", f"ti2v={model.checkpoint.path}", "--redis", "unix:///x", "--device", "cpu", "--cfg", "3")
-    assert denoising.main(flags) == 2
-    assert "cfg: 3 is not at most 2; WanPipeline has 2 branches: positive, negative" in capsys.readouterr().err
+    model_flags = ("--model", f"ti2v={model.checkpoint.path}", "--redis", "unix:///x", "--cfg", "3")
+    assert denoising.main([*model_flags, "--device", "cpu"]) == 2
+    message = "cfg: 3 is not at most 2; WanPipeline has 2 branches: positive, negative"
+    assert message in capsys.readouterr().err
+    assert main(["up", *model_flags]) == 2
+    assert message in capsys.readouterr().err
