@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -97,12 +98,26 @@ class Generator:
     state: Tensor
 
 
-DENOISE_STATE_FORMAT = 2
-"""Counts the meanings that the fields of DenoiseState have had: a version that changes them resumes no older ones."""
+MESSAGES: Mapping[str, str] = MappingProxyType({"StepCheckpoint": "DenoiseState"})
+"""Messages whose names differ from those of their artifacts: renaming a message breaks clients and older workers."""
+
+
+def message_name(artifact: str) -> str:
+    """The message of an artifact, by their names in contracts and in Python."""
+    return MESSAGES.get(artifact, artifact)
+
+
+def artifact_name(message: str) -> str:
+    """The artifact of a message; the reverse of message_name()."""
+    return next((artifact for artifact, name in MESSAGES.items() if name == message), message)
+
+
+STEP_CHECKPOINT_FORMAT = 2
+"""Counts the meanings that the fields of StepCheckpoint have had: a version that changes them resumes no older ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class DenoiseState:
+class StepCheckpoint:
     """A denoising loop stopped after `step` steps: enough to continue it to the same bytes."""
 
     step: int

@@ -19,7 +19,7 @@ from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
 from common import artifacts
-from common.artifacts import ParamValue
+from common.artifacts import ParamValue, artifact_name, message_name
 from common.errors import InvalidInput
 from common.rpc.frames import INLINE_BYTES, INLINE_TOTAL_BYTES
 from common.rpc.framing import Packet, Piece, checksum
@@ -56,8 +56,8 @@ NO_TENSORS = NoTensors()
 
 
 def artifact_class(name: str) -> type[Any]:
-    """The artifact of that name. Raises TypeError for anything that is not one."""
-    cls = vars(artifacts).get(name)
+    """The artifact of a message of that name. Raises TypeError for anything that is not one."""
+    cls = vars(artifacts).get(artifact_name(name))
     if not (isinstance(cls, type) and dataclasses.is_dataclass(cls) and name in pb.DESCRIPTOR.message_types_by_name):
         raise TypeError(f"{name!r} is not an artifact")
     return cls
@@ -65,7 +65,7 @@ def artifact_class(name: str) -> type[Any]:
 
 def pack(slot: str, artifact: Any, leaf: TensorLeaf = NO_TENSORS) -> Packet:
     """The packet of an artifact for a slot. Large tensors stay where they are: the packet refers to their memory."""
-    name = type(artifact).__name__
+    name = message_name(type(artifact).__name__)
     if artifact_class(name) is not type(artifact):
         raise TypeError(f"{slot}: {name} is not an artifact")
     message = GetMessageClass(pb.DESCRIPTOR.message_types_by_name[name])()
@@ -79,7 +79,7 @@ def unpack(slot: str, cls: type[T], packet: Packet, leaf: TensorLeaf = NO_TENSOR
 
     Raises InvalidInput for a missing field and TypeError when the packet holds another artifact than cls.
     """
-    if packet.message.DESCRIPTOR.name != cls.__name__:
+    if packet.message.DESCRIPTOR.name != message_name(cls.__name__):
         raise TypeError(f"{slot} holds a {packet.message.DESCRIPTOR.name}, not a {cls.__name__}")
     reader = _Reader(leaf, packet)
     result: T = reader.read(slot, packet.message)
@@ -115,7 +115,7 @@ class _Writer:
         self.payloads: dict[str, Sequence[Piece]] = {}
 
     def write(self, path: str, value: Any, message: Message) -> None:
-        if type(value).__name__ != message.DESCRIPTOR.name:
+        if message_name(type(value).__name__) != message.DESCRIPTOR.name:
             raise InvalidInput(f"{path} is a {type(value).__name__}, not a {message.DESCRIPTOR.name}", field=path)
         for descriptor, _ in _fields(message.DESCRIPTOR.name):
             item = getattr(value, descriptor.name)

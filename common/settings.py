@@ -23,7 +23,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import NoneType, UnionType
+from types import MappingProxyType, NoneType, UnionType
 from typing import Any, Literal, NoReturn, TypeVar
 
 from common.errors import InvalidInput
@@ -60,18 +60,26 @@ class _Kind:
         return {bool: "true or false", int: "a whole number", float: "a number"}.get(self.scalar, "a text")
 
 
-def load_settings(cls: type[T], argv: Sequence[str], *, prog: str, environ: Mapping[str, str] | None = None) -> T:
+def load_settings(
+    cls: type[T],
+    argv: Sequence[str],
+    *,
+    prog: str,
+    environ: Mapping[str, str] | None = None,
+    readers: Mapping[str, Sequence[str]] = MappingProxyType({}),
+) -> T:
     """Fill a settings dataclass. Flags win over FLEET_* variables, those over the file of --config or FLEET_CONFIG.
 
-    An empty variable counts as unset. --help prints the flags and raises SystemExit(0); all that is wrong raises
-    SettingsError.
+    An empty variable counts as unset, and variables that are no fields are for other processes of the environment.
+    --help prints the flags and raises SystemExit(0); all that is wrong raises SettingsError. `readers` names the
+    services that read settings which this process does not read, for the error about such a flag or TOML key.
     """
     environ = os.environ if environ is None else environ
     kinds = _kinds(cls)
-    given = vars(_parser(cls, kinds, prog).parse_args(argv))
+    given = _flags(_parser(cls, kinds, prog), argv, readers)
     flags = {name: value for name, value in given.items() if value is not None}
     config = flags.pop("config", None) or environ.get("FLEET_CONFIG")
-    values = _from_toml(Path(config), kinds) if config else {}
+    values = _from_toml(Path(config), kinds, readers) if config else {}
     values |= _from_environment(environ, kinds)
     values |= {name: _from_flag(value, kinds[name], "--" + name.replace("_", "-")) for name, value in flags.items()}
     for item in dataclasses.fields(typing.cast(Any, cls)):
@@ -104,6 +112,24 @@ def _parser(cls: type[Any], kinds: Mapping[str, _Kind], prog: str) -> FlagParser
             metavar = "{" + ",".join(kind.choices) + "}" if kind.choices else item.name.upper()
             parser.add_argument(flag, action="append" if kind.many else "store", metavar=metavar, help=text)
     return parser
+
+
+def _flags(parser: FlagParser, argv: Sequence[str], readers: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """Raw texts of the flags, by field. Raises SettingsError for others."""
+    given, unknown = parser.parse_known_args(argv)
+    for word in unknown:
+        flag, name = word.partition("=")[0], word.partition("=")[0].removeprefix("--").replace("-", "_")
+        if flag.startswith("--") and (services := readers.get(name, readers.get(name.removeprefix("no_")))):
+            raise _not_read(flag, services, name)
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    return vars(given)
+
+
+def _not_read(source: str, services: Sequence[str], name: str) -> SettingsError:
+    return SettingsError(
+        f"{source} is not a setting of this service; services that read it: {', '.join(services)}", field=name
+    )
 
 
 def _describe(item: dataclasses.Field[Any]) -> str:
@@ -151,7 +177,7 @@ def _from_environment(environ: Mapping[str, str], kinds: Mapping[str, _Kind]) ->
     return values
 
 
-def _from_toml(path: Path, kinds: Mapping[str, _Kind]) -> dict[str, Any]:
+def _from_toml(path: Path, kinds: Mapping[str, _Kind], readers: Mapping[str, Sequence[str]]) -> dict[str, Any]:
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -159,6 +185,8 @@ def _from_toml(path: Path, kinds: Mapping[str, _Kind]) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise SettingsError(f"the config file {path} is not TOML: {error}", field="config") from error
     if unknown := sorted(table.keys() - kinds.keys()):
+        if services := readers.get(unknown[0]):
+            raise _not_read(f"{unknown[0]} in {path}", services, unknown[0])
         raise SettingsError(
             f"{path} has the unknown key {unknown[0]!r}; known are {', '.join(sorted(kinds))}", field=unknown[0]
         )

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
+from common.artifacts import message_name
 from common.errors import Cancelled, DeadlineExceeded
 
 In = TypeVar("In")
@@ -31,25 +32,25 @@ def _ignore(*_: object) -> None:
 class Call:
     """A request as its stages see it: its name, its deadline, and the callbacks to which its runner reports.
 
-    `deadline` is in seconds of time.monotonic(). `on_begun` is called when the stages start, `on_checkpoint` with each
-    checkpoint in the form of the runner's values: a DenoiseState from a LocalRunner, a Packet from a RemoteRunner. The
-    tensors of a checkpoint are on the CPU and belong to the callback: the stage does not write to them any more.
-    `variant` is the model's variant whose stages run; empty means the first.
+    `deadline` is in seconds of time.monotonic(). `on_begun` is called when the stages start, `on_step_checkpoint` with
+    each checkpoint in the form of the runner's values: a StepCheckpoint from a LocalRunner, a Packet from a
+    RemoteRunner. The tensors of a checkpoint are on the CPU and belong to the callback: the stage does not write to
+    them any more. `variant` is the model's variant whose stages run; empty means the first.
     """
 
     request_id: str
     on_progress: Callable[[int, int], None] = _ignore
     on_warning: Callable[[str, str], None] = _ignore
-    on_checkpoint: Callable[[Any], None] = _ignore
+    on_step_checkpoint: Callable[[Any], None] = _ignore
     on_begun: Callable[[], None] = _ignore
     cancelled: threading.Event = field(default_factory=threading.Event)
     deadline: float | None = None
     variant: str = ""
 
     @property
-    def keeps_checkpoints(self) -> bool:
+    def keeps_step_checkpoints(self) -> bool:
         """Whether anything listens to checkpoints; where not, a runner may drop their tensors."""
-        return self.on_checkpoint is not _ignore
+        return self.on_step_checkpoint is not _ignore
 
     def progress(self, step: int, total_steps: int) -> None:
         """Report a finished step. Raises as check_cancelled, so that the loop ends within one step."""
@@ -74,7 +75,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Contract:
-    """The slots that a stage, or a run of stages, reads and writes, each with the name of its artifact.
+    """The slots that a stage, or a run of stages, reads and writes, each with the message of its artifact.
 
     `optional` inputs may be absent. `optional_outputs` are computed only where a pipeline reads them. `resume_slot` is
     the input with the checkpoint to continue from; None where the work always starts anew.
@@ -144,7 +145,7 @@ def _slots(cls: type[Any]) -> tuple[dict[str, str], frozenset[str]]:
             optional.add(item.name)
         if not kind.isidentifier():
             raise TypeError(f"{cls.__name__}.{item.name}: {kind!r} is not an artifact or an optional one")
-        slots[item.name] = kind
+        slots[item.name] = message_name(kind)
     return slots, frozenset(optional)
 
 

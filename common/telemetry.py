@@ -39,12 +39,12 @@ STAGE_SECONDS = Histogram(
     "fleet_stage_seconds", "Computing time of a stage", ("service", "model", "stage"), buckets=_SECONDS
 )
 CACHE_LOOKUPS = Counter(
-    "fleet_cache_lookups", "Calls that may be answered from a cache", ("service", "model", "result")
+    "fleet_reply_cache_lookups", "Calls that may be answered from a cache", ("service", "model", "result")
 )
 SHARED_CACHE_LOOKUPS = Counter(
-    "fleet_shared_cache_lookups", "Of these, calls that were looked up in Redis", ("service", "model", "result")
+    "fleet_shared_reply_cache_lookups", "Of these, calls that were looked up in Redis", ("service", "model", "result")
 )
-CACHE_BYTES = Gauge("fleet_cache_bytes", "Memory of kept replies", ("service", "model"))
+CACHE_BYTES = Gauge("fleet_reply_cache_bytes", "Memory of kept replies", ("service", "model"))
 QUEUE_LENGTH = Gauge("fleet_queue_length", "Requests that wait for a slot", ("service", "model"))
 STORE_BYTES = Gauge("fleet_store_bytes", "Memory of the request store in use")
 STORE_LIMIT_BYTES = Gauge("fleet_store_limit_bytes", "Memory in use from which on Submit is refused; 0 without a bound")

@@ -24,13 +24,14 @@ def unite_contracts(name: str, contracts: Sequence[Contract]) -> Contract:
     resumed = {contract.resume_slot for contract in contracts if contract.resume_slot is not None}
     if len(resumed) > 1:
         raise PipelineError(f"{name}: variants resume from different slots: {', '.join(sorted(resumed))}")
+    optional, optional_outputs = frozenset(inputs.keys() - required), frozenset(outputs.keys() - always)
     return Contract(
         name,
         inputs,
         outputs,
-        frozenset(inputs.keys() - required),
-        frozenset(outputs.keys() - always),
-        next(iter(resumed), None),
+        optional=optional,
+        optional_outputs=optional_outputs,
+        resume_slot=next(iter(resumed), None),
     )
 
 

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from common.artifacts import (
         Canvas,
         Conditioning,
-        DenoiseState,
         Generator,
         ImageInputs,
         Latents,
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
         Prompt,
         Sampling,
         Schedule,
+        StepCheckpoint,
     )
 
 
@@ -120,7 +120,7 @@ class DenoisingInput:
     image_conditioning: Conditioning | None = None
     image_latents: Latents | None = None
     latents_generator: Generator | None = None
-    resume_from: DenoiseState | None = field(default=None, metadata=RESUME)
+    resume_from: StepCheckpoint | None = field(default=None, metadata=RESUME)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -253,6 +253,7 @@ def numerics_fingerprint(
     degrees: Degrees | None = None,
     approximation: Approximation = EXACT,
     *,
+    uses_kernels: bool = True,
     shares_memory: bool = False,
     plugins: Iterable[Path] = (),
 ) -> str:
@@ -261,7 +262,8 @@ def numerics_fingerprint(
     The code counts too: that of `models` and `configs`, and that of `plugins`, directories of other families.
 
     Each degree counts: sums over ranks are rounded otherwise than those of one rank. And so does whether the ranks
-    share memory: they then attend to all keys at once.
+    share memory: they then attend to all keys at once. `uses_kernels` is whether the stages use the optional kernel
+    packages, whose versions and outcomes then count on a GPU.
     """
     facts = [
         platform.machine(),
@@ -280,7 +282,7 @@ def numerics_fingerprint(
             f"cuda {torch.version.cuda}",
             f"cudnn {torch.backends.cudnn.version()}",  # type: ignore[no-untyped-call]
             f"tf32 {torch.backends.cuda.matmul.allow_tf32}",
-            *kernel_facts(),
+            *(kernel_facts() if uses_kernels else ()),
         ]
     else:
         facts += [torch.backends.cpu.get_cpu_capability(), f"threads {torch.get_num_threads()}"]

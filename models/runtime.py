@@ -21,16 +21,16 @@ class Runtime:
     """Device, requested precision, worker group and policies of a process.
 
     Stages compute on `device`: they move inputs there and outputs back to the CPU. `mesh` is this rank's place in the
-    worker group that denoises; None: one rank. A denoising stage sends a step checkpoint after every `checkpoint_every`
-    steps, and when the last one is `checkpoint_seconds` old; 0: never. `step_memory_bytes` bounds the inputs of CUDA
-    graphs and the memory that steps update in place.
+    worker group that denoises; None: one rank. A denoising stage sends a step checkpoint after every
+    `step_checkpoint_every` steps, and when the last one is `step_checkpoint_seconds` old; 0: never. `step_memory_bytes`
+    bounds the inputs of CUDA graphs and the memory that steps update in place.
     """
 
     device: torch.device = field(default_factory=_cpu)
     dtype: torch.dtype = torch.float32
     mesh: WorkerMesh | None = None
-    checkpoint_every: int = 0
-    checkpoint_seconds: float = 0.0
+    step_checkpoint_every: int = 0
+    step_checkpoint_seconds: float = 0.0
     approximation: Approximation = EXACT
     step_memory_bytes: int = DEFAULT_STEP_MEMORY_BYTES
 

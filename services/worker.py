@@ -24,9 +24,9 @@ from redis.asyncio import Redis
 from common.errors import FailedPrecondition, Unavailable
 from common.pipeline import ServiceSpec
 from common.rpc.address import advertised_address
+from common.rpc.fleet_server import FleetServer, stop_signals
 from common.rpc.method import begun_frame, response_type, stage_method
-from common.rpc.server import Stages
-from common.rpc.serving import FleetServer, stop_signals
+from common.rpc.stage_servicer import Stages
 from common.rpc.watchdog import Watchdog
 from common.settings import load_settings
 from common.stage import Call
@@ -41,8 +41,8 @@ from models.kernels.trials import try_packages
 from models.layers.mesh import Degrees, WorkerMesh
 from models.loader import load_variants, numerics_fingerprint
 from models.registry import load_registry
-from models.runtime import Runtime
 from models.warm_up import WarmUp
+from services.setting_readers import READERS
 from services.start_up import run_program
 from services.worker_server import (
     cache_of,
@@ -54,7 +54,7 @@ from services.worker_server import (
     tls_of,
     watchdog_of,
 )
-from services.worker_settings import WorkerSettings, device_of, dtype_of, prepare_thread
+from services.worker_settings import KernelSettings, WorkerSettings, device_of, dtype_of, prepare_thread
 
 log = logging.getLogger(__name__)
 
@@ -145,8 +145,13 @@ async def start_worker(
         hosted = await loop.run_in_executor(executor, _load, model, spec, settings, device, dtype, ranks)
         degrees = ranks.degrees if ranks else None
         shares_memory = ranks is not None and ranks.shares_memory
-        facts = (device, dtype, degrees, settings.approximation)
-        fingerprint = partial(numerics_fingerprint, *facts, shares_memory=shares_memory, plugins=settings.plugins)
+        fingerprint = partial(
+            numerics_fingerprint,
+            *(device, dtype, degrees, settings.runtime(device, dtype).approximation),
+            uses_kernels=settings.kernel_choice is not None,
+            shares_memory=shares_memory,
+            plugins=settings.plugins,
+        )
         numerics = await loop.run_in_executor(executor, fingerprint)
         info = worker_pb2.WorkerInfo(
             worker_id=f"{service}-{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}",
@@ -162,7 +167,7 @@ async def start_worker(
             versions={name: importlib.metadata.version(name) for name in _PACKAGES},
             degrees=degrees_message(ranks.degrees) if ranks else None,
             reports_begun=begun_frame(response_type(stage_method(service))) is not None,
-            kernels=kernel_messages(outcomes()),
+            kernels=kernel_messages(outcomes() if settings.kernel_choice else ()),
         )
         stages = ranks.lead(hosted) if ranks else hosted
         if warm_up is not None:
@@ -197,20 +202,10 @@ def _load(
     ranks: Ranks | None,
 ) -> HostedVariants:
     """Load the service's stages: on the device's thread, and with all ranks of a worker group together."""
-    try_packages(device, settings.kernel_choice)
-    variants = load_variants(
-        model,
-        spec,
-        Runtime(
-            device=device,
-            dtype=dtype,
-            checkpoint_every=settings.checkpoint_every,
-            checkpoint_seconds=settings.checkpoint_seconds,
-            mesh=ranks.make_mesh(device) if ranks else None,
-            approximation=settings.approximation,
-            step_memory_bytes=settings.step_memory_bytes,
-        ),
-    )
+    if (choice := settings.kernel_choice) is not None:
+        try_packages(device, choice)
+    mesh = ranks.make_mesh(device) if ranks else None
+    variants = load_variants(model, spec, settings.runtime(device, dtype, mesh))
     if ranks:
         ranks.wait_for_all()
     return HostedVariants(spec.service, variants, timed=partial(stage_timer, spec.service, model.name))
@@ -242,7 +237,7 @@ async def _is_store_checked(settings: WorkerSettings) -> bool:
 async def _announce(
     registry: WorkerRegistry,
     info: worker_pb2.WorkerInfo,
-    watchdog: Watchdog,
+    watchdog: Watchdog | None,
     settings: WorkerSettings,
     unchecked: Redis | None,
 ) -> None:
@@ -257,7 +252,7 @@ async def _announce(
             if unchecked is not None:
                 await settings.check_store(unchecked)
                 unchecked = None
-            return await registry.announce(info, is_able=lambda: not watchdog.is_stuck)
+            return await registry.announce(info, is_able=lambda: watchdog is None or not watchdog.is_stuck)
         except Unavailable as error:
             if loop.time() >= give_up:
                 raise
@@ -268,15 +263,15 @@ async def _announce(
 Settings = TypeVar("Settings", bound=WorkerSettings)
 
 
-def main_for(service: str) -> Callable[[Sequence[str] | None], int]:
+def main_for(service: str, settings_class: type[Settings]) -> Callable[[Sequence[str] | None], int]:
     """The main() of a stage service. It returns 0 after a graceful end, 2 for wrong settings, 1 for the rest."""
 
-    def run(model: ServedModel, settings: WorkerSettings, _: Sequence[str]) -> int:
+    def run(model: ServedModel, settings: Settings, _: Sequence[str]) -> int:
         asyncio.run(serve(service, model, settings))
         return 0
 
     def main(argv: Sequence[str] | None = None) -> int:
-        return run_service(service, WorkerSettings, run, argv)
+        return run_service(service, settings_class, run, argv)
 
     return main
 
@@ -295,10 +290,11 @@ def run_service(
     flags = sys.argv[1:] if argv is None else argv
 
     def program() -> int:
-        settings = load_settings(settings_class, flags, prog=prog)
+        settings = load_settings(settings_class, flags, prog=prog, readers=READERS)
         setup_logging(service, level=settings.log_level, form=settings.log_format)
         _ = settings.kernel_choice  # Refuses a contradiction.
-        _keep_kernels(settings.kernel_cache)
+        if isinstance(settings, KernelSettings):
+            _keep_kernels(settings.kernel_cache)
         return run(open_model(settings.model, load_registry(settings.plugins)), settings, flags)
 
     return run_program(prog, program, flags)

@@ -11,13 +11,13 @@ from redis.asyncio import Redis
 
 from common.errors import InvalidInput
 from common.pipeline import ServiceSpec
-from common.rpc.framing import Limits
+from common.rpc.fleet_server import FleetServer
+from common.rpc.framing import CallLimits
 from common.rpc.interceptor import admit_all
 from common.rpc.replies import ReplyCache
-from common.rpc.server import ServingLimits, Stages, StageServicer
-from common.rpc.serving import FleetServer
-from common.rpc.tls import Mutual, NamedPeers, Shown, server_credentials, watch_mutual
-from common.rpc.watchdog import HangLimits, Watchdog
+from common.rpc.stage_servicer import ServicerLimits, Stages, StageServicer
+from common.rpc.tls import Mutual, NamedPeers, ServerIdentity, server_credentials, watch_mutual
+from common.rpc.watchdog import Watchdog
 from common.stage import Contract
 from common.state.shared_replies import SharedReplies
 from common.telemetry import MetricsInterceptor
@@ -27,7 +27,7 @@ from common.watched import WatchedFiles
 from fleet.v1 import worker_pb2, worker_pb2_grpc
 from models.kernels.packages import Outcome
 from models.layers.mesh import Degrees
-from services.worker_settings import WorkerSettings
+from services.worker_settings import CachingSettings, StepSettings, WorkerSettings
 
 _SERVICE = "fleet.v1.WorkerService"
 
@@ -69,12 +69,12 @@ def tls_of(settings: WorkerSettings) -> WatchedFiles[Mutual] | None:
     return tls
 
 
-def watchdog_of(settings: WorkerSettings) -> Watchdog:
-    """The watchdog of the worker's device thread. Raises InvalidInput for a bound that is not more than 0."""
-    bounds = HangLimits(
-        seconds=settings.hang_seconds, paces=settings.hang_paces, exit_seconds=settings.hang_exit_seconds
-    )
-    return Watchdog(bounds)
+def watchdog_of(settings: WorkerSettings) -> Watchdog | None:
+    """The watchdog of the worker's device thread; None for a service whose stages report no steps.
+
+    Raises InvalidInput for a bound that is not more than 0.
+    """
+    return Watchdog(settings.hang_limits) if isinstance(settings, StepSettings) else None
 
 
 def make_server(
@@ -85,19 +85,19 @@ def make_server(
     settings: WorkerSettings,
     tls: WatchedFiles[Mutual] | None,
     cache: ReplyCache | None,
-    watchdog: Watchdog,
+    watchdog: Watchdog | None,
 ) -> FleetServer:
     """The server of a worker, with the service's stages and GetModelInfo; it is started by the caller."""
-    limits = ServingLimits(
+    limits = ServicerLimits(
         capacity=settings.capacity,
         idle_seconds=settings.idle_seconds,
-        step_seconds=settings.step_seconds,
-        call=Limits(total_bytes=settings.max_call_bytes),
+        step_seconds=settings.step_seconds if isinstance(settings, StepSettings) else 0.0,
+        call=CallLimits(total_bytes=settings.max_call_bytes),
     )
     server = FleetServer(
         settings.listen,
         interceptors=[MetricsInterceptor(service)],
-        credentials=None if tls is None else server_credentials(partial(_shown, tls)),
+        credentials=None if tls is None else server_credentials(partial(_server_identity, tls)),
         admit=NamedPeers(settings.tls_callers) if tls else admit_all,
         health_listen=settings.health_listen,
     )
@@ -108,19 +108,19 @@ def make_server(
     return server
 
 
-def _shown(tls: WatchedFiles[Mutual]) -> tuple[int, Shown]:
+def _server_identity(tls: WatchedFiles[Mutual]) -> tuple[int, ServerIdentity]:
     version, mutual = tls.versioned()
-    return version, mutual.shown()
+    return version, mutual.server_identity()
 
 
 def cache_of(
     stages: HostedVariants, info: worker_pb2.WorkerInfo, settings: WorkerSettings, shared: SharedReplies | None
 ) -> ReplyCache | None:
     """Where replies are kept, if settings and stages both want it."""
-    if stages.indifferent_to is None or settings.cache_bytes <= 0:
+    if not isinstance(settings, CachingSettings) or settings.reply_cache_bytes <= 0 or stages.indifferent_to is None:
         return None
     return ReplyCache(
-        settings.cache_bytes,
+        settings.reply_cache_bytes,
         service=info.service,
         model=info.model,
         indifferent_to=stages.indifferent_to,
@@ -130,16 +130,16 @@ def cache_of(
 
 def shared_of(redis: Redis, info: worker_pb2.WorkerInfo, settings: WorkerSettings) -> SharedReplies | None:
     """Where replies are shared, if that is wanted: among workers with equal weights and equal numerics."""
-    if settings.cache_redis_bytes <= 0:
+    if not isinstance(settings, CachingSettings) or settings.reply_cache_redis_bytes <= 0:
         return None
     return SharedReplies(
         redis,
         service=info.service,
         model=info.model,
         origin=f"{info.model_fingerprint} {info.numerics_fingerprint}",
-        max_bytes=settings.cache_redis_bytes,
-        keep_seconds=settings.cache_redis_seconds,
-        gain=settings.cache_redis_gain,
+        max_bytes=settings.reply_cache_redis_bytes,
+        keep_seconds=settings.reply_cache_redis_seconds,
+        gain=settings.reply_cache_redis_gain,
     )
 
 

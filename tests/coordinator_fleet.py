@@ -21,8 +21,8 @@ import torch
 from common.artifacts import Conditioning, LatentPart, Latents, Media, MediaItem, Schedule
 from common.errors import Unavailable
 from common.rpc.client import open_channel
-from common.rpc.server import ServingLimits, StageServicer
-from common.rpc.serving import FleetServer
+from common.rpc.fleet_server import FleetServer
+from common.rpc.stage_servicer import ServicerLimits, StageServicer
 from common.stage import Call, Contract
 from common.state.connection import connect
 from common.state.presence import TTL_SECONDS
@@ -152,14 +152,14 @@ class FakeFleet:
         script = script or self.scripts[service]
         executor = ThreadPoolExecutor(1)
         self._stack.callback(executor.shutdown, wait=True, cancel_futures=True)
-        servicer = StageServicer(service, script, executor, TORCH, limits=ServingLimits(capacity=capacity))
+        servicer = StageServicer(service, script, executor, TORCH, limits=ServicerLimits(capacity=capacity))
         server = FleetServer(f"unix:{self.directory}/{secrets.token_hex(4)}.sock")
         server.add(servicer.methods, servicer.service_name)
         await server.start()
         self._stack.push_async_callback(server.drain, 0)
         redis = connect(self.url)
         self._stack.push_async_callback(redis.aclose)
-        registry = WorkerRegistry(redis, beat_seconds=ttl_seconds / 5, ttl_seconds=ttl_seconds)
+        registry = WorkerRegistry(redis, heartbeat_seconds=ttl_seconds / 5, ttl_seconds=ttl_seconds)
         contract = script.contract
         info = worker_pb2.WorkerInfo(
             worker_id=f"{service}-{secrets.token_hex(4)}",

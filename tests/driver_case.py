@@ -12,14 +12,14 @@ from common.rpc.framing import Packet
 from common.stage import Contract
 from common.state.leases import Inherited, Leases, Loss
 from common.state.records import ResultFile, State, StateValue
-from common.state.requests import Admission, Limits, RequestStore
-from common.state.slots import Slot, Slots
+from common.state.requests import Admission, AdmissionLimits, RequestStore
+from common.state.worker_slots import WorkerSlot, WorkerSlots
 from fleet.v1 import artifacts_pb2
 from fleet.v1 import generation_pb2 as pb
 from redis_servers import until
-from services.coordinator.dispatch import ArtifactMemory, Connections, Workers
 from services.coordinator.driver import Driver
 from services.coordinator.request_life import ExecutionContext, Phase, Submission
+from services.coordinator.worker_runner import ArtifactMemory, Connections, Workers
 
 _CONTRACT = Contract("drawing", {"prompt": "Prompt"}, {"media": "Media"})
 SPEC = ServiceSpec("drawing", _CONTRACT, (StageSpec(_CONTRACT, "drawing", "none:Stage", result="media"),))
@@ -108,14 +108,14 @@ class Owners(Leases):
         return []
 
 
-class Queue(Slots):
+class Queue(WorkerSlots):
     """Claims wait for ever, or until there is a worker to wait for."""
 
     def __init__(self) -> None:
         self.claims: list[str] = []
         self.most_at_once = self.waiting = 0
 
-    async def claim(self, model: str, service: str, request_id: str, *_: object, **__: object) -> Slot:
+    async def claim(self, model: str, service: str, request_id: str, *_: object, **__: object) -> WorkerSlot:
         del model, service
         self.claims.append(request_id)
         self.waiting += 1
@@ -172,7 +172,7 @@ class Case:
 def submission(*, key: str = "k", raw: bool = False) -> Submission:
     packets = {"prompt": Packet(artifacts_pb2.Prompt(prompt="x"), {})}
     record = pb.RequestRecord(request_id="r", model="emoji")
-    return Submission(record, (SPEC,), packets, Limits(), key, raw=raw, stored=b"stored")
+    return Submission(record, (SPEC,), packets, AdmissionLimits(), key, raw=raw, stored=b"stored")
 
 
 def restore(record: pb.RequestRecord, stored: bytes) -> Submission:

@@ -13,10 +13,10 @@ from fleet.v1 import generation_pb2 as pb
 from fleet.v1 import generation_pb2_grpc
 from models.catalog import ServedModel
 from redis_servers import running_server
+from services.cli.serve import settings_class
 from services.coordinator.coordinator import Coordinator, start_coordinator
 from services.coordinator.settings import CoordinatorSettings
 from services.worker import start_worker
-from services.worker_settings import WorkerSettings
 
 
 class Parts:
@@ -35,7 +35,9 @@ class Parts:
 
     async def add_worker(self, service: str) -> str:
         """Start a worker; returns its address."""
-        settings = WorkerSettings(model=self.model.name, redis=self.url, listen=self._listen(), device="cpu", threads=1)
+        settings = settings_class(service)(
+            model=self.model.name, redis=self.url, listen=self._listen(), device="cpu", threads=1
+        )
         worker = await start_worker(service, self.model, settings)
         self._stack.push_async_callback(worker.stop, 5)
         return worker.address

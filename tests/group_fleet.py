@@ -22,18 +22,18 @@ from coordinator_fleet import Stub, emoji
 from fleet.v1 import generation_pb2 as pb
 from fleet.v1 import generation_pb2_grpc, worker_pb2
 from redis_servers import running_server, until
+from services.cli.serve import settings_class
 from services.coordinator.coordinator import start_coordinator
 from services.coordinator.settings import CoordinatorSettings
 from services.worker import start_worker
-from services.worker_settings import WorkerSettings
 
 T = TypeVar("T")
 
 STEPS = 8
 SIZE = 512  # pixels; so large that a step takes longer than its progress needs to arrive here
 
-_SERVE = ("--model", "emoji", "--threads", "1", "--checkpoint-every", "1", "--step-seconds", "0")
-_WATCHFUL = ("--beat-seconds", "0.1", "--lost-seconds", "2")
+_SERVE = ("--model", "emoji", "--threads", "1", "--step-checkpoint-every", "1", "--step-seconds", "0")
+_WATCHFUL = ("--rank-heartbeat-seconds", "0.1", "--rank-lost-seconds", "2")
 
 OnStep = Callable[[], None]
 
@@ -119,7 +119,7 @@ class GroupFleet:
                 self.agents[node] = agent
             for service in ("text_encoding", "latent_preparation", "decoding"):
                 listen = f"unix:{self._directory}/{service}.sock"
-                settings = WorkerSettings(
+                settings = settings_class(service)(
                     model="emoji", redis=self.url, listen=listen, device=self.asked.device, threads=1
                 )
                 worker = await start_worker(service, emoji(), settings)

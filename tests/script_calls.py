@@ -100,9 +100,9 @@ OPERATIONS: dict[str, Sequence[Mapping[str, Any]]] = {
     "take_over": [take_over("c-1", 1, "r0", "r1"), take_over("c-2", 0), take_over("dead", 1)],
     "death": [loss("r0", "w1"), loss("r1", "w2")],
     "losses": [{"id": name, "epoch": 1} for name in ("r0", "r1", "nothing")],
-    "checkpoint": [
-        {"id": "r0", "epoch": 1, "point": "fleet:checkpoint:r0:1-3", "step": 3},
-        {"id": "r1", "epoch": 1, "point": "fleet:checkpoint:r1:1-1", "step": 4},
+    "step_checkpoint": [
+        {"id": "r0", "epoch": 1, "checkpoint_key": "fleet:checkpoint:r0:1-3", "step": 3},
+        {"id": "r1", "epoch": 1, "checkpoint_key": "fleet:checkpoint:r1:1-1", "step": 4},
     ],
     "beat": [{"owner": "c-1", "lasts": LASTS}],
     "resign": [{"owner": "dead"}],

@@ -12,14 +12,14 @@ from typing import Any
 import grpc
 import torch
 
-from common.artifacts import Canvas, Conditioning, DenoiseState, LatentPart, Latents, Sampling
+from common.artifacts import Canvas, Conditioning, LatentPart, Latents, Sampling, StepCheckpoint
 from common.codec import pack
 from common.local import HostedStages
 from common.rpc.client import RemoteRunner, open_channel
+from common.rpc.fleet_server import FleetServer
 from common.rpc.framing import Packet
 from common.rpc.replies import ReplyCache
-from common.rpc.server import ServingLimits, StageServicer
-from common.rpc.serving import FleetServer
+from common.rpc.stage_servicer import ServicerLimits, StageServicer
 from common.rpc.watchdog import Watchdog
 from common.stage import Call, PipelineStage
 from common.tensors import TORCH
@@ -101,7 +101,7 @@ class Heard:
         """A call that reports here."""
         return Call(
             "r1",
-            on_checkpoint=self.checkpoints.append,
+            on_step_checkpoint=self.checkpoints.append,
             on_progress=lambda step, total: self.progress.append((step, total)),
             on_warning=lambda name, text: self.warnings.append((name, text)),
             **more,
@@ -148,7 +148,7 @@ async def served(
     script: Script = do_nothing,
     *,
     listen: str = "127.0.0.1:0",
-    limits: ServingLimits | None = None,
+    limits: ServicerLimits | None = None,
     cache: ReplyCache | None = None,
     watchdog: Watchdog | None = None,
 ) -> AsyncIterator[Served]:
@@ -167,6 +167,6 @@ async def served(
                 await server.drain(0)
 
 
-def checkpoint_of(x: StageInput, step: int) -> DenoiseState:
+def step_checkpoint_of(x: StageInput, step: int) -> StepCheckpoint:
     """A checkpoint whose latents are the stage's inputs."""
-    return DenoiseState(step=step, latents=x.initial_latents)
+    return StepCheckpoint(step=step, latents=x.initial_latents)

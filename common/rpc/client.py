@@ -15,9 +15,9 @@ from common.rpc.address import is_local, target_of
 from common.rpc.frames import ChunkView, read_chunk
 from common.rpc.framing import (
     Assembler,
+    CallLimits,
     Dropped,
     KeptFrames,
-    Limits,
     Packet,
     chunk_frames,
     described_tensors,
@@ -25,7 +25,7 @@ from common.rpc.framing import (
 )
 from common.rpc.method import (
     BEGUN_KEY,
-    CHECKPOINT,
+    STEP_CHECKPOINT,
     VARIANT_KEY,
     check_contract,
     header_type,
@@ -35,7 +35,7 @@ from common.rpc.method import (
     stage_method,
 )
 from common.rpc.options import CHANNEL_OPTIONS, MAX_MESSAGE_BYTES, NO_PROXY
-from common.rpc.status import from_rpc_error, is_told
+from common.rpc.status import from_rpc_error, is_sent_by_peer
 from common.stage import Call, Contract
 from common.telemetry import REQUEST_ID_KEY
 from fleet.v1 import artifacts_pb2 as pb
@@ -95,13 +95,13 @@ class RemoteRunner:
         service: str,
         contract: Contract,
         *,
-        limits: Limits | None = None,
+        limits: CallLimits | None = None,
     ) -> None:
         method = stage_method(service)
         check_contract(contract, method)
         self._contract = contract
         self._service = service
-        self._limits = limits or Limits()
+        self._limits = limits or CallLimits()
         self._request = request_type(method)
         self._reply = response_type(method)
         self._open: grpc.aio.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(path_of(method))
@@ -137,7 +137,7 @@ class RemoteRunner:
             return receiver.finish()
         except grpc.aio.AioRpcError as error:
             reason = from_rpc_error(error)
-            if isinstance(reason, Unavailable) and sent.is_set() and not is_told(error):
+            if isinstance(reason, Unavailable) and sent.is_set() and not is_sent_by_peer(error):
                 reason = WorkerLost(reason.message)
             raise reason from error
         except (InvalidInput, DecodeError) as error:
@@ -179,7 +179,7 @@ class _Receiver:
     frame: type[Message]
     contract: Contract
     call: Call
-    limits: Limits
+    limits: CallLimits
     header: Message | None = None
     chunks: Assembler | None = None
     state: pb.DenoiseState | None = None
@@ -218,12 +218,12 @@ class _Receiver:
         if self.state_chunks is not None:
             raise InternalError("a checkpoint begins before the one before it is complete")
         self.state = state
-        tensors = described_tensors(CHECKPOINT, state, self.limits)
-        self.state_chunks = Assembler(tensors, KeptFrames if self.call.keeps_checkpoints else Dropped)
+        tensors = described_tensors(STEP_CHECKPOINT, state, self.limits)
+        self.state_chunks = Assembler(tensors, KeptFrames if self.call.keeps_step_checkpoints else Dropped)
         self._end_checkpoint()
 
     def _take_chunk(self, chunk: ChunkView) -> None:
-        if self.state_chunks is not None and chunk.path.startswith(f"{CHECKPOINT}."):
+        if self.state_chunks is not None and chunk.path.startswith(f"{STEP_CHECKPOINT}."):
             self.state_chunks.add(chunk)
             self._end_checkpoint()
         elif self.chunks is not None:
@@ -234,8 +234,8 @@ class _Receiver:
     def _end_checkpoint(self) -> None:
         if self.state is None or self.state_chunks is None or not self.state_chunks.complete:
             return
-        if self.call.keeps_checkpoints:
-            self.call.on_checkpoint(Packet(self.state, self.state_chunks.finish()))
+        if self.call.keeps_step_checkpoints:
+            self.call.on_step_checkpoint(Packet(self.state, self.state_chunks.finish()))
         self.state = self.state_chunks = None
 
     def finish(self) -> dict[str, Packet]:

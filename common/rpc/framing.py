@@ -35,7 +35,7 @@ ITEM_BYTES: Mapping[int, int] = {
 
 
 @dataclass(frozen=True)
-class Limits:
+class CallLimits:
     """What one call may carry in one direction."""
 
     total_bytes: int = 2 << 30
@@ -118,7 +118,7 @@ def tensors_of(path: str, message: Message) -> Iterator[tuple[str, pb.Tensor]]:
                 yield from tensors_of(f"{at}.{index}", item)
 
 
-def described_tensors(path: str, message: Message, limits: Limits) -> dict[str, pb.Tensor]:
+def described_tensors(path: str, message: Message, limits: CallLimits) -> dict[str, pb.Tensor]:
     """Check every tensor of a header; return those whose payload follows in chunks.
 
     Raises InvalidInput for a tensor that contradicts itself and ResourceExhausted beyond the limits' total.
@@ -140,7 +140,7 @@ def described_tensors(path: str, message: Message, limits: Limits) -> dict[str, 
     return following
 
 
-def _check_tensor(path: str, tensor: pb.Tensor, limits: Limits) -> None:
+def _check_tensor(path: str, tensor: pb.Tensor, limits: CallLimits) -> None:
     if len(path) > limits.path_length:
         raise InvalidInput(f"tensor path of {len(path)} characters; at most {limits.path_length}", field=path[:64])
     shape = list(tensor.shape)

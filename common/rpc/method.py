@@ -19,14 +19,14 @@ from common.errors import FailedPrecondition
 from common.pipeline import PipelineError
 from common.stage import Contract
 
-CHECKPOINT = "checkpoint"
-"""Field of a reply's frame with a DenoiseState, and the start of the paths of its tensors. No slot has this name."""
+STEP_CHECKPOINT = "checkpoint"
+"""Field of a reply's frame with a StepCheckpoint, and the start of the paths of its tensors. No slot has this name."""
 _FRAMES = {
     "header": (1, ""),
     "chunk": (2, "Chunk"),
     "progress": (3, "Progress"),
     "warning": (4, "Warning"),
-    CHECKPOINT: (5, "Checkpoint"),
+    STEP_CHECKPOINT: (5, "Checkpoint"),
     "begun": (6, "Begun"),
 }
 BEGUN_KEY = "fleet-begun"

@@ -97,7 +97,7 @@ def from_rpc_error(error: grpc.RpcError) -> FleetError:
     return from_status(call.code(), call.details() or "", call.trailing_metadata() or ())
 
 
-def is_told(error: grpc.RpcError) -> bool:
+def is_sent_by_peer(error: grpc.RpcError) -> bool:
     """Whether the other side sent this status, rather than gRPC having made it."""
     return any(key == KIND_KEY for key, _ in cast(Any, error).trailing_metadata() or ())
 

@@ -83,7 +83,7 @@ def _read(path: Path, name: str) -> bytes:
 
 
 @dataclass(frozen=True)
-class Shown:
+class ServerIdentity:
     """What a server shows. With `clients`, only holders of that authority's certificates get a connection."""
 
     identity: Identity
@@ -97,9 +97,9 @@ class Mutual:
     identity: Identity
     authority: bytes
 
-    def shown(self) -> Shown:
+    def server_identity(self) -> ServerIdentity:
         """What a server shows that talks to holders of the authority's certificates only."""
-        return Shown(self.identity, self.authority)
+        return ServerIdentity(self.identity, self.authority)
 
     def channel(self) -> grpc.ChannelCredentials:
         """For calling such a server."""
@@ -140,17 +140,17 @@ def watch(settings: TlsSettings, files: Sequence[Path | None], read: Callable[[]
     )
 
 
-def server_credentials(shown: Callable[[], tuple[int, Shown]]) -> grpc.ServerCredentials:
+def server_credentials(shown: Callable[[], tuple[int, ServerIdentity]]) -> grpc.ServerCredentials:
     """For a server. Each handshake asks what is to be shown, and a number that tells whether that is something new."""
     version, first = shown()
-    told = [version]
+    latest = [version]
 
     def changed() -> grpc.ServerCertificateConfiguration | None:
         """Called by gRPC on a thread of its own; None leaves things as they were."""
         version, now = shown()
-        if told == [version]:
+        if latest == [version]:
             return None
-        told[:] = [version]
+        latest[:] = [version]
         return _configuration(now)
 
     fetcher = cast(Callable[[], grpc.ServerCertificateConfiguration], changed)  # the type stub does not know of None
@@ -159,7 +159,7 @@ def server_credentials(shown: Callable[[], tuple[int, Shown]]) -> grpc.ServerCre
     )
 
 
-def _configuration(shown: Shown) -> grpc.ServerCertificateConfiguration:
+def _configuration(shown: ServerIdentity) -> grpc.ServerCertificateConfiguration:
     pairs = [(shown.identity.key, shown.identity.certificate)]
     return grpc.ssl_server_certificate_configuration(pairs, root_certificates=shown.clients)
 

@@ -34,13 +34,13 @@ _log = logging.getLogger(__name__)
 class HangLimits:
     """When a call counts as stuck.
 
-    After its first step a call may be without a step for `seconds`, or for `paces` times the mean seconds per step,
-    whichever is longer. Then the device thread has `exit_seconds` to end. Raises InvalidInput for a bound that is not
-    more than 0.
+    After its first step a call may be without a step for `seconds`, or for `mean_steps` times the mean seconds per
+    step, whichever is longer. Then the device thread has `exit_seconds` to end. Raises InvalidInput for a bound that is
+    not more than 0.
     """
 
     seconds: float = 60.0
-    paces: float = 20.0
+    mean_steps: float = 20.0
     exit_seconds: float = 30.0
 
     def __post_init__(self) -> None:
@@ -89,7 +89,7 @@ class StepWatch:
     def allowed_seconds(self) -> float:
         """Longest time from the latest step to the next. The first step counts for the pace, with all before it."""
         pace = (self._since - self._began) / max(1, self._steps)
-        return max(self._limits.seconds, self._limits.paces * pace)
+        return max(self._limits.seconds, self._limits.mean_steps * pace)
 
     def check(self, now: float) -> Verdict:
         """Judge the call. To be called every `limits.check_seconds`."""

@@ -97,7 +97,7 @@ class Leases:
         arguments: Arguments = {"id": request_id, "epoch": epoch}
         return [_loss(row) for row in await run_script(self._redis, "losses", arguments)]
 
-    async def save_checkpoint(
+    async def save_step_checkpoint(
         self, request_id: str, epoch: int, number: int, parts: Iterable[bytes], *, step: int
     ) -> bool:
         """Store a checkpoint, in place of the one before; False where the request is not ours any more, or is further.
@@ -113,8 +113,8 @@ class Leases:
                 batch = {}
         if batch:
             await self._put(key, batch)
-        arguments: Arguments = {"id": request_id, "epoch": epoch, "point": key, "step": step}
-        return bool(await run_script(self._redis, "checkpoint", arguments))
+        arguments: Arguments = {"id": request_id, "epoch": epoch, "checkpoint_key": key, "step": step}
+        return bool(await run_script(self._redis, "step_checkpoint", arguments))
 
     async def _put(self, key: str, parts: Mapping[str, bytes]) -> None:
         """Write parts under their numbers, which may be done twice: redis-py repeats what it got no answer to."""
@@ -124,7 +124,7 @@ class Leases:
                 pipeline.pexpire(key, _KEPT_MS)
                 await pipeline.execute()
 
-    async def load_checkpoint(self, request_id: str) -> list[bytes]:
+    async def load_step_checkpoint(self, request_id: str) -> list[bytes]:
         """The parts of the newest checkpoint. Raises NotFound where there is none."""
         key = await command(self._redis, "HGET", f"{PREFIX}request:{request_id}", "point")
         parts: list[bytes] = []

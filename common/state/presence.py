@@ -16,7 +16,7 @@ from redis.exceptions import RedisError
 from common.errors import InternalError, Unavailable
 from common.state.connection import BLOCK_SECONDS, PREFIX, Arguments, cancellation_kept, run_script
 
-BEAT_SECONDS = 2.0
+HEARTBEAT_SECONDS = 2.0
 TTL_SECONDS = 6.0
 _BACKOFF_SECONDS = 0.5
 _LEAVE_SECONDS = 2.0
@@ -48,14 +48,14 @@ class Presence:
         redis: Redis,
         owner: str,
         *,
-        beat_seconds: float = BEAT_SECONDS,
+        heartbeat_seconds: float = HEARTBEAT_SECONDS,
         ttl_seconds: float = TTL_SECONDS,
     ) -> None:
         self.owner = owner
         self.on_grant: Callable[[str, bytes], None] = _ignore
         self.on_cancel: Callable[[str], None] = _ignore
         self._redis = redis
-        self._beat_seconds = beat_seconds
+        self._heartbeat_seconds = heartbeat_seconds
         self._ttl = int(ttl_seconds * 1_000)
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -82,7 +82,7 @@ class Presence:
 
     async def _keep_beating(self) -> None:
         while True:
-            await asyncio.sleep(self._beat_seconds)
+            await asyncio.sleep(self._heartbeat_seconds)
             try:
                 await self._beat()
             except Unavailable as error:

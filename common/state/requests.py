@@ -65,7 +65,7 @@ _EVENT_ID = re.compile(r"\d{1,20}-\d{1,20}")
 
 
 @dataclass(frozen=True)
-class Limits:
+class AdmissionLimits:
     """What admission checks besides the request: how much may be open for its model, and wait for one service."""
 
     services: Sequence[str] = ()
@@ -127,7 +127,7 @@ class RequestStore:
         *,
         idempotency_key: str = "",
         submission: bytes = b"",
-        limits: Limits | None = None,
+        limits: AdmissionLimits | None = None,
         costs: Mapping[str, int] = MappingProxyType({}),
     ) -> Admission:
         """Store a request durably, with its first events: QUEUED, and the warnings it has. One round trip.
@@ -137,7 +137,7 @@ class RequestStore:
         requests; 1 where nothing is said. Raises InvalidInput for a deadline that has passed and
         ResourceExhausted beyond the limits or where the store is full, with the time after which to try again.
         """
-        limits = limits or Limits()
+        limits = limits or AdmissionLimits()
         memory = await self.memory.use(adding=len(submission) + _RECORD_BYTES)
         events = [state_event(State.REQUEST_STATE_QUEUED)]
         events += [generation_pb2.Event(warning=warning) for warning in record.warnings]

@@ -13,7 +13,7 @@ from redis.asyncio import Redis
 from common.errors import FailedPrecondition, InternalError, InvalidInput, Unavailable
 from common.stage import Contract
 from common.state.connection import Arguments, run_script
-from common.state.presence import BEAT_SECONDS, TTL_SECONDS, run_on_leaving
+from common.state.presence import HEARTBEAT_SECONDS, TTL_SECONDS, run_on_leaving
 from fleet.v1 import worker_pb2
 
 _log = logging.getLogger(__name__)
@@ -43,9 +43,11 @@ class WorkerRegistry:
     heartbeat for the model lasts.
     """
 
-    def __init__(self, redis: Redis, *, beat_seconds: float = BEAT_SECONDS, ttl_seconds: float = TTL_SECONDS) -> None:
+    def __init__(
+        self, redis: Redis, *, heartbeat_seconds: float = HEARTBEAT_SECONDS, ttl_seconds: float = TTL_SECONDS
+    ) -> None:
         self._redis = redis
-        self._beat_seconds = beat_seconds
+        self._heartbeat_seconds = heartbeat_seconds
         self._ttl = int(ttl_seconds * 1_000)
         self._beats: dict[str, asyncio.Task[None]] = {}
 
@@ -107,7 +109,7 @@ class WorkerRegistry:
 
     async def _keep_announcing(self, info: worker_pb2.WorkerInfo, is_able: Callable[[], bool]) -> None:
         while True:
-            await asyncio.sleep(self._beat_seconds)
+            await asyncio.sleep(self._heartbeat_seconds)
             if not is_able():
                 continue
             try:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, ClassVar, Self
 import torch
 from torch import Tensor
 
-from configs.models.encoders.base import ImageTextEncoding, TextEncoding
+from configs.models.encodings import ImageTextEncoding, TextEncoding
 
 if TYPE_CHECKING:
     from common.artifacts import Canvas, Prompt, Sampling

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from common.errors import CheckpointError
 from configs.models.dits.flux import FluxTransformerConfig
-from configs.models.encoders.base import PromptText, TextEncoding
+from configs.models.encodings import PromptText, TextEncoding
 from configs.models.fields import ConfigFields
 from configs.models.vaes.kl import AutoencoderKLConfig
 from configs.pipeline_configs.base import Keywords, Parts, Shapes, TextConfig

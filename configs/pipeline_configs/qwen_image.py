@@ -11,7 +11,7 @@ from torch import Tensor
 
 from common.errors import CheckpointError
 from configs.models.dits.qwen_image import QwenImageTransformerConfig
-from configs.models.encoders.base import PromptText, Template, TextEncoding
+from configs.models.encodings import PromptText, Template, TextEncoding
 from configs.models.fields import ConfigFields
 from configs.models.vaes.qwen_image import AutoencoderKLQwenImageConfig
 from configs.pipeline_configs.base import Keywords, Parts, Shapes, TextConfig
@@ -49,7 +49,7 @@ class QwenImageFamilyConfig(PackedPipelineConfig):
 
     module_loaders: ClassVar[Mapping[str, str]] = {
         "AutoencoderKLQwenImage": "models.vaes.qwen_image:load_qwen_image_vae",
-        "Qwen2_5_VLForConditionalGeneration": "models.encoders.qwen_vl:load_qwen_text_model",
+        "Qwen2_5_VLForConditionalGeneration": "models.encoder_runners.qwen_vl:load_qwen_text_model",
         "QwenImageTransformer2DModel": "models.dits.qwen_image:load_qwen_image_transformer",
     }
     parallel_modules: ClassVar[frozenset[str]] = frozenset({"QwenImageTransformer2DModel"})

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from configs.models.encoders.base import ImageTextEncoding, Template
+from configs.models.encodings import ImageTextEncoding, Template
 from configs.models.vaes.qwen_image import given_size
 from configs.pipeline_configs.base import ImageLatentsConfig, ImageTextConfig, Parts, Shapes
 from configs.pipeline_configs.qwen_image import QwenImageFamilyConfig
@@ -36,7 +36,7 @@ class QwenImageEditPipelineConfig(QwenImageFamilyConfig, ImageTextConfig, ImageL
 
     module_loaders: ClassVar[Mapping[str, str]] = {
         **QwenImageFamilyConfig.module_loaders,
-        "Qwen2_5_VLForConditionalGeneration": "models.encoders.qwen_vl:load_qwen_vl_model",
+        "Qwen2_5_VLForConditionalGeneration": "models.encoder_runners.qwen_vl:load_qwen_vl_model",
     }
 
     @property

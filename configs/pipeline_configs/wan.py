@@ -14,7 +14,7 @@ from torch import Tensor
 
 from common.errors import CheckpointError, InvalidInput
 from configs.models.dits.wan import WanTransformerConfig
-from configs.models.encoders.base import PromptText, TextEncoding
+from configs.models.encodings import PromptText, TextEncoding
 from configs.models.fields import ConfigFields
 from configs.models.vaes.wan import AutoencoderKLWanConfig
 from configs.pipeline_configs.base import (

@@ -136,7 +136,7 @@ class SamplingParams:
             elif name not in cls._nullable():
                 raise InvalidInput(f"{name} is missing; it must be {specs[name].expected}", field=name)
         whole: dict[str, Any] = {**dict.fromkeys(cls._nullable()), **values}
-        params, warnings = cls(**whole).fitted(checkpoint, frozenset(given))
+        params, warnings = cls(**whole).round_and_validate(checkpoint, frozenset(given))
         params._check_total_pixels()
         return params, warnings
 
@@ -174,7 +174,9 @@ class SamplingParams:
         del checkpoint
         return {}
 
-    def fitted(self, checkpoint: Checkpoint, given: Collection[str]) -> tuple[Self, tuple[ParamWarning, ...]]:
+    def round_and_validate(
+        self, checkpoint: Checkpoint, given: Collection[str]
+    ) -> tuple[Self, tuple[ParamWarning, ...]]:
         """Round to what the model can make, as its Diffusers pipeline does, and say so.
 
         `given` are the names that the caller set. Raises InvalidInput for what no rounding makes right.

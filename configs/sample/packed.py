@@ -43,7 +43,9 @@ class PackedSamplingParams(SamplingParams):
         side = _DEFAULT_LATENT_SIZE * cls.pixels_per_latent(checkpoint)
         return {"height": side, "width": side}
 
-    def fitted(self, checkpoint: Checkpoint, given: Collection[str]) -> tuple[Self, tuple[ParamWarning, ...]]:
+    def round_and_validate(
+        self, checkpoint: Checkpoint, given: Collection[str]
+    ) -> tuple[Self, tuple[ParamWarning, ...]]:
         """Floor the size to whole patches; sigmas decide the steps; warn where a value has no effect.
 
         Raises InvalidInput for a schedule that shift_terminal cannot stretch.
@@ -52,8 +54,10 @@ class PackedSamplingParams(SamplingParams):
         params, more = params._with_steps_of_sigmas(given)
         check_stretched(checkpoint, params.num_inference_steps, params.sigmas)
         idle = params.without_effect(checkpoint)
-        told = tuple(ParamWarning(name, f"{name} has no effect {why}") for name, why in idle.items() if name in given)
-        return params, (*warnings, *more, *told)
+        idle_warnings = tuple(
+            ParamWarning(name, f"{name} has no effect {why}") for name, why in idle.items() if name in given
+        )
+        return params, (*warnings, *more, *idle_warnings)
 
     def without_effect(self, checkpoint: Checkpoint) -> dict[str, str]:
         """Parameters that this model passes over in silence, each with the circumstance; a warning if they were set."""
@@ -69,8 +73,8 @@ class PackedSamplingParams(SamplingParams):
             if later > earlier:
                 raise InvalidInput(f"sigmas must not rise, but {later} follows {earlier}", field="sigmas")
         steps = len(self.sigmas)
-        fitted = replace(self, num_inference_steps=steps)
+        rounded = replace(self, num_inference_steps=steps)
         if "num_inference_steps" not in given or self.num_inference_steps == steps:
-            return fitted, ()
+            return rounded, ()
         message = f"sigmas has {steps} values, so {steps} steps are taken instead of {self.num_inference_steps}"
-        return fitted, (ParamWarning("num_inference_steps", message),)
+        return rounded, (ParamWarning("num_inference_steps", message),)

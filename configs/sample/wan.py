@@ -49,7 +49,9 @@ class WanSamplingParams(SamplingParams):
                 raise CheckpointError(f"{message}; supported is {cls.supported_version}")
         return {}
 
-    def fitted(self, checkpoint: Checkpoint, given: Collection[str]) -> tuple[Self, tuple[ParamWarning, ...]]:
+    def round_and_validate(
+        self, checkpoint: Checkpoint, given: Collection[str]
+    ) -> tuple[Self, tuple[ParamWarning, ...]]:
         """Refuse sizes that are no multiples of 16; round the frames, and the size to whole patches."""
         del given
         for name, size in (("height", self.height), ("width", self.width)):
@@ -96,9 +98,11 @@ class WanImageToVideoSamplingParams(WanSamplingParams):
             return ImageRoles(required=("image", "last_image"))
         return ImageRoles(required=("image",))
 
-    def fitted(self, checkpoint: Checkpoint, given: Collection[str]) -> tuple[Self, tuple[ParamWarning, ...]]:
+    def round_and_validate(
+        self, checkpoint: Checkpoint, given: Collection[str]
+    ) -> tuple[Self, tuple[ParamWarning, ...]]:
         """As for text alone; a first and a last frame are two."""
-        params, warnings = super().fitted(checkpoint, given)
+        params, warnings = super().round_and_validate(checkpoint, given)
         if params.num_frames == 1 and "last_image" in self.image_roles(checkpoint).required:
             message = f"num_frames must be at least 5 with a last_image, but is {self.num_frames}"
             raise InvalidInput(message, field="num_frames")

@@ -15,8 +15,8 @@ from configs.sample.wan import WanSamplingParams
 class WanTI2VSamplingParams(WanSamplingParams):
     """Wan 2.2 TI2V from text alone. Sizes are multiples of 32: 16 pixels make a latent, 2 latents a patch.
 
-    Defaults are those of Diffusers' call, as for Wan 2.1; the published size of the 5B model (704 x 1280, 121 frames)
-    belongs into the checkpoint's own defaults. Diffusers' call has no frame rate: 24 is that of the training videos.
+    Defaults are those of Diffusers' call, as for Wan 2.1. The published 5B model is made for 704 x 1280 and 121 frames:
+    a checkpoint's sampling_defaults.json can say so. Diffusers' call has no frame rate; the model is made for 24.
     """
 
     supported_version: ClassVar[str] = "Wan 2.2 TI2V"

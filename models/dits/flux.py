@@ -24,7 +24,7 @@ from models.layers.embeddings import EmbeddingMLP, sinusoidal_embedding
 from models.layers.feed_forward import FeedForward
 from models.layers.joint_attention import JointAttention, block_modulations, joint_block
 from models.layers.linear import Linear
-from models.layers.norms import LayerNormScaleShift, Residual, Streams
+from models.layers.norms import LayerNormScaleShift, Residual, SegmentVectors
 from models.layers.parallelize import parallelize
 from models.layers.rotary import Rotation, rotary_embedding
 from models.layers.self_attention import SelfAttention
@@ -99,7 +99,7 @@ class FluxSingleTransformerBlock(nn.Module):
 
     def forward(self, residual: Residual, parts: Iterator[Tensor], rotation: Rotation, boundary: int) -> Residual:
         """The next residual; takes its modulations from `parts`."""
-        shift, scale, gate = (Streams.same(part) for part in islice(parts, 3))
+        shift, scale, gate = (SegmentVectors.same(part) for part in islice(parts, 3))
         x_BSD, normed = self.layer_norm.after(residual, scale, shift, boundary)
         started = self.attn.start(normed, rotation)
         size, hidden = (len(layer.weight) for layer in (self.attn.to_q, self.proj_mlp))

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from models.layers.norms import LayerNormScaleShift, Residual, Streams
+from models.layers.norms import LayerNormScaleShift, Residual, SegmentVectors
 from models.layers.rotary import Rotation
 from models.layers.step_cache import CacheUse, through_blocks
 
@@ -33,7 +33,7 @@ def through_joint_blocks(
     given = {"parts": iter(parts), "rotation": rotation, "boundary": boundary}
     residual = Residual(torch.cat((text_BTD, image_BID), dim=1))
     residual = through_blocks(residual, [partial(block, **given) for block in blocks], boundary, use)
-    scale, shift = (Streams.same(part) for part in parts[-2:])
+    scale, shift = (SegmentVectors.same(part) for part in parts[-2:])
     _, normed = final_norm.after(residual, scale, shift, boundary)
     return normed[:, boundary:]
 

@@ -28,7 +28,7 @@ from models.layers.attention import attention
 from models.layers.embeddings import EmbeddingMLP, sinusoidal_embedding
 from models.layers.feed_forward import FeedForward
 from models.layers.linear import Linear, only_linear
-from models.layers.norms import LayerNormScaleShift, Residual, RMSNorm, Streams
+from models.layers.norms import LayerNormScaleShift, Residual, RMSNorm, SegmentVectors
 from models.layers.parallelize import parallelize
 from models.layers.qk_norm import QKNorms, apply_qk_norm, split_heads
 from models.layers.rotary import Rotation, rotary_embedding
@@ -192,7 +192,7 @@ class WanTransformerBlock(nn.Module):
     def forward(
         self,
         residual: Residual,
-        modulation: Sequence[Streams],
+        modulation: Sequence[SegmentVectors],
         text_kv: Tensor,
         image_kv: Tensor | None,
         rotation: Rotation,
@@ -204,7 +204,7 @@ class WanTransformerBlock(nn.Module):
         attended = self.attn1.finish(self.attn1.start(normed, rotation, keys_first=True))
         residual = only_linear(self.attn1.to_out).update(x_BSD, attended, gate, boundary)
         x_BSD, normed = self._cross_norm(residual, boundary)
-        one = Streams.same(torch.ones_like(gate.text))
+        one = SegmentVectors.same(torch.ones_like(gate.text))
         residual = only_linear(self.attn2.to_out).update(x_BSD, self.attn2(normed, text_kv, image_kv), one)
         x_BSD, normed = self.norm.after(residual, ff_scale, ff_shift, boundary)
         fed = normed.new_empty(normed.shape)
@@ -218,7 +218,7 @@ class WanTransformerBlock(nn.Module):
             return x_BSD, x_BSD
         batch = len(residual.x)
         scale, shift = ((each.float()).expand(batch, -1) for each in (self.norm2.weight - 1, self.norm2.bias))
-        return self.norm.after(residual, Streams.same(scale), Streams.same(shift), boundary)
+        return self.norm.after(residual, SegmentVectors.same(scale), SegmentVectors.same(shift), boundary)
 
 
 class WanTransformer3DModel(DiffusionTransformer):
@@ -394,12 +394,12 @@ def _concatenated(first: Tensor | None, rest: Tensor, dim: int) -> Tensor:
     return rest if first is None else torch.cat((first, rest), dim)
 
 
-def _by_segment(first_BMD: Tensor | None, rest_BMD: Tensor) -> list[Streams]:
+def _by_segment(first_BMD: Tensor | None, rest_BMD: Tensor) -> list[SegmentVectors]:
     """The modulations (B, D) of the first frame's tokens and of the others, in order."""
     rest = rest_BMD.unbind(1)
     if first_BMD is None:
-        return [Streams.same(each) for each in rest]
-    return [Streams(*pair) for pair in zip(first_BMD.unbind(1), rest, strict=True)]
+        return [SegmentVectors.same(each) for each in rest]
+    return [SegmentVectors(*pair) for pair in zip(first_BMD.unbind(1), rest, strict=True)]
 
 
 @lru_cache(maxsize=4)

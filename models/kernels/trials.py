@@ -203,9 +203,9 @@ def _try_quack(device: torch.device) -> _Results:
 
 def _try_cuda_bindings(device: torch.device) -> _Results:
     # Needs torch with CUDA.
-    from models.layers.peer_memory import Streams
+    from models.layers.peer_memory import CopyStreams
 
-    streams = Streams(device)
+    streams = CopyStreams(device)
     source, copy = _random(device, 2, 16), torch.zeros(2, 16, dtype=torch.bfloat16, device=device)
     flag = torch.zeros(1, dtype=torch.int32, device=device)
     streams.write_flag(streams.current, flag.data_ptr(), 1)

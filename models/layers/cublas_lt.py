@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from models.kernels.packages import is_usable
-from models.layers.backend import ALIGNMENT, can_load
+from models.layers.fused_backend import ALIGNMENT, can_load
 
 LEAST_ROWS = 1024
 """Below, products are cut along their inputs, which needs a workspace: PyTorch gives them one."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from models.kernels.packages import is_usable
-from models.layers.backend import can_load
+from models.layers.fused_backend import can_load
 
 HEAD_SIZE = 128
 """Of the heads that normed_heads_into() is for."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from models.layers.feed_forward import FeedForward
 from models.layers.linear import JoinedLinear, Linear, only_linear, project
-from models.layers.norms import LayerNormScaleShift, Residual, RMSNorm, Streams
+from models.layers.norms import LayerNormScaleShift, Residual, RMSNorm, SegmentVectors
 from models.layers.qk_norm import QKNorms
 from models.layers.rotary import Rotation
 from models.layers.self_attention import SelfAttention
@@ -76,15 +76,15 @@ class JointAttention(SelfAttention):
 class Modulation(NamedTuple):
     """What the timestep makes of one half of a block: (B, D) for each stream."""
 
-    shift: Streams
-    scale: Streams
-    gate: Streams
+    shift: SegmentVectors
+    scale: SegmentVectors
+    gate: SegmentVectors
 
 
 def block_modulations(parts: Iterator[Tensor]) -> tuple[Modulation, Modulation]:
     """Those of a block's attention and of its feed-forwards: the next six of the picture, then six of the text."""
     image, text = (list(islice(parts, 6)) for _ in range(2))
-    vectors = [Streams(*pair) for pair in zip(text, image, strict=True)]
+    vectors = [SegmentVectors(*pair) for pair in zip(text, image, strict=True)]
     return Modulation(*vectors[:3]), Modulation(*vectors[3:])
 
 

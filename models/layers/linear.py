@@ -15,7 +15,7 @@ from models.layers import fused_products
 from models.layers.activation import write_gelu
 from models.layers.cublas_lt import can_multiply, linear_into
 from models.layers.float8 import FLOAT8, check_sizes, float8_linear, quantize_rows, write_float8_linear
-from models.layers.norms import Residual, Streams
+from models.layers.norms import Residual, SegmentVectors
 from models.layers.parallel_plan import matches
 
 ALL = slice(None)
@@ -64,7 +64,7 @@ class Linear(nn.Linear):
         """The same, through GELU in its tanh form."""
         write_linear_gelu(x, self.factor, self.bias, out)
 
-    def update(self, stream: Tensor, x: Tensor, gate: Streams, boundary: int = 0) -> Residual:
+    def update(self, stream: Tensor, x: Tensor, gate: SegmentVectors, boundary: int = 0) -> Residual:
         """A stream with gate * the result, added in place where the GEMM can.
 
         With two gates, the first is that of the first `boundary` tokens: often too few for a fused GEMM, so that the
@@ -76,7 +76,7 @@ class Linear(nn.Linear):
             return Residual(stream, self(x), gate)
         first_BLN, first_BLK = stream[:, :boundary], x[:, :boundary]  # noqa: N806
         if not self._add(first_BLN, first_BLK, gate.text):
-            first_BLN.copy_(Residual(first_BLN, self(first_BLK), Streams.same(gate.text)).added(0))
+            first_BLN.copy_(Residual(first_BLN, self(first_BLK), SegmentVectors.same(gate.text)).added(0))
         return Residual(stream)
 
     def _add(self, stream: Tensor, x: Tensor, gate_BN: Tensor) -> bool:  # noqa: N803

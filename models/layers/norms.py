@@ -15,17 +15,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm, rms_norm
 
-from models.layers.backend import kernels_for
+from models.layers.fused_backend import kernels_for
 
 
-class Streams(NamedTuple):
+class SegmentVectors(NamedTuple):
     """A vector (B, D) for the first tokens (text, or a first frame of a video), and one for the others."""
 
     text: Tensor
     image: Tensor
 
     @classmethod
-    def same(cls, vector: Tensor) -> Streams:
+    def same(cls, vector: Tensor) -> SegmentVectors:
         """For models of one stream."""
         return cls(vector, vector)
 
@@ -38,7 +38,7 @@ class Residual(NamedTuple):
 
     x: Tensor
     update: Tensor | None = None
-    gate: Streams | None = None
+    gate: SegmentVectors | None = None
 
     def added(self, boundary: int) -> Tensor:
         """The stream with its update; computed in float32, result in x's type."""
@@ -59,14 +59,16 @@ class LayerNormScaleShift(nn.Module):
         self.size = size
         self.eps = eps
 
-    def forward(self, x_BSD: Tensor, scale: Streams, shift: Streams, boundary: int = 0) -> Tensor:
+    def forward(self, x_BSD: Tensor, scale: SegmentVectors, shift: SegmentVectors, boundary: int = 0) -> Tensor:
         """norm(x) * (1 + scale) + shift."""
         if (kernels := kernels_for(x_BSD)) is not None:
             modulated: Tensor = kernels.norm_scale_shift(x_BSD, scale, shift, boundary, self.eps)
             return modulated
         return self._modulated(x_BSD, scale, shift, boundary)
 
-    def after(self, residual: Residual, scale: Streams, shift: Streams, boundary: int = 0) -> tuple[Tensor, Tensor]:
+    def after(
+        self, residual: Residual, scale: SegmentVectors, shift: SegmentVectors, boundary: int = 0
+    ) -> tuple[Tensor, Tensor]:
         """The residual stream with its update, and that through forward()."""
         if residual.update is None or residual.gate is None:
             return residual.x, self(residual.x, scale, shift, boundary)
@@ -76,15 +78,15 @@ class LayerNormScaleShift(nn.Module):
         x_BSD = residual.added(boundary)
         return x_BSD, self._modulated(x_BSD, scale, shift, boundary)
 
-    def _modulated(self, x: Tensor, scale: Streams, shift: Streams, boundary: int) -> Tensor:
+    def _modulated(self, x: Tensor, scale: SegmentVectors, shift: SegmentVectors, boundary: int) -> Tensor:
         normed = layer_norm(x.float(), (self.size,), eps=self.eps)
         scale_BSD, shift_BSD = (_by_token(each, boundary, x.shape[1]).float() for each in (scale, shift))
         return (normed * (1 + scale_BSD) + shift_BSD).to(x.dtype)
 
 
-def _by_token(streams: Streams, boundary: int, tokens: int) -> Tensor:
+def _by_token(vectors: SegmentVectors, boundary: int, tokens: int) -> Tensor:
     """(B, 1, D) where one vector serves all tokens, else (B, tokens, D)."""
-    text, image = streams
+    text, image = vectors
     if boundary == 0 or text is image:
         return image[:, None]
     return torch.cat((text[:, None].expand(-1, boundary, -1), image[:, None].expand(-1, tokens - boundary, -1)), dim=1)

@@ -18,7 +18,7 @@ from models.layers.mesh import Axis, WorkerMesh, get_sp_world_size
 from models.layers.norms import RMSNorm
 from models.layers.parallel_plan import ParallelPlan, matches
 from models.layers.peer_gather import PeerGather
-from models.layers.peer_memory import Streams
+from models.layers.peer_memory import CopyStreams
 from models.layers.sequence_parallel import shard_methods
 from models.layers.shards import SequenceShards
 from models.layers.tensor_parallel import ColumnParallelLinear, ParallelRMSNorm, RowParallelLinear
@@ -84,6 +84,6 @@ def _cut_sequence(model: nn.Module, plan: ParallelPlan, mesh: WorkerMesh) -> Non
     shards = SequenceShards(get_sp_world_size(mesh), mesh.sp_index)
     gather = None
     if mesh.size("ring") > 1 and mesh.shares_memory:
-        gather = PeerGather(mesh.axis("ring"), mesh.device, Streams(mesh.device))
+        gather = PeerGather(mesh.axis("ring"), mesh.device, CopyStreams(mesh.device))
     _replace(model, plan.attention, Attention, lambda *_: USPAttention(mesh, shards, gather))
     shard_methods(model, plan, mesh, shards)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from models.layers.attention import KeyValues, attention
 from models.layers.mesh import Axis
-from models.layers.peer_memory import PeerMemory, Streams, share_memory
+from models.layers.peer_memory import CopyStreams, PeerMemory, share_memory
 
 PLACES = 2
 """Used in turn by one layer of attention after the other: see PeerGather."""
@@ -49,7 +49,7 @@ class PeerGather:
         self,
         axis: Axis,
         device: torch.device,
-        streams: Streams,
+        streams: CopyStreams,
         allocate: Callable[[Axis, torch.device, int], PeerMemory] = share_memory,
     ) -> None:
         self._axis = axis
@@ -142,7 +142,7 @@ class Gathered(KeyValues):
 class _Places:
     """The places of one size, of all ranks, and their flags: a place has one for each group and each writer."""
 
-    def __init__(self, axis: Axis, memory: PeerMemory, size: int, streams: Streams) -> None:
+    def __init__(self, axis: Axis, memory: PeerMemory, size: int, streams: CopyStreams) -> None:
         self.size = size
         self._axis = axis
         self._memory = memory

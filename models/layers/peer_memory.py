@@ -42,7 +42,7 @@ def share_memory(axis: Axis, device: torch.device, size: int) -> PeerMemory:
     return PeerMemory(own, mapping.buffer_ptrs, mapping)
 
 
-class Streams:
+class CopyStreams:
     """The current stream of a device, and one beside it."""
 
     def __init__(self, device: torch.device) -> None:

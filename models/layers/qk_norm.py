@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from models.layers.backend import kernels_for
+from models.layers.fused_backend import kernels_for
 from models.layers.norms import RMSNorm
 from models.layers.rotary import Rotation, apply_rotary
 

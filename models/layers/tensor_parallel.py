@@ -16,7 +16,7 @@ from models.layers.activation import write_gelu
 from models.layers.collectives import all_reduce, gather_last
 from models.layers.linear import Linear, apply_linear
 from models.layers.mesh import Axis
-from models.layers.norms import Residual, RMSNorm, Streams
+from models.layers.norms import Residual, RMSNorm, SegmentVectors
 from models.layers.shards import Shard, Sharded
 
 
@@ -66,7 +66,7 @@ class RowParallelLinear(Sharded, Linear):
         """The same, through GELU in its tanh form."""
         write_gelu(self(x), out)
 
-    def update(self, stream: Tensor, x: Tensor, gate: Streams, boundary: int = 0) -> Residual:
+    def update(self, stream: Tensor, x: Tensor, gate: SegmentVectors, boundary: int = 0) -> Residual:
         """A stream, with gate * the result that is still to be added: it must have been summed first."""
         del boundary
         return Residual(stream, self(x), gate)

@@ -20,7 +20,7 @@ from models.layers.float8 import FLOAT8, LARGEST, SMALLEST_MAGNITUDE
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from models.layers.norms import Streams
+    from models.layers.norms import SegmentVectors
     from models.layers.qk_norm import QKNorms
     from models.layers.rotary import Rotation
 
@@ -62,7 +62,7 @@ def _gate_norm_scale_shift_kernel(
     tl.store(normed_ptr + at, normed.to(normed_ptr.dtype.element_ty), mask=mask)
 
 
-def norm_scale_shift(x: Tensor, scale: Streams, shift: Streams, boundary: int, eps: float) -> Tensor:
+def norm_scale_shift(x: Tensor, scale: SegmentVectors, shift: SegmentVectors, boundary: int, eps: float) -> Tensor:
     """As LayerNormScaleShift.forward; x (B, S, D)."""
     x = x.contiguous()
     normed = torch.empty_like(x)
@@ -71,7 +71,13 @@ def norm_scale_shift(x: Tensor, scale: Streams, shift: Streams, boundary: int, e
 
 
 def gate_norm_scale_shift(
-    x: Tensor, update: Tensor, gate: Streams, scale: Streams, shift: Streams, boundary: int, eps: float
+    x: Tensor,
+    update: Tensor,
+    gate: SegmentVectors,
+    scale: SegmentVectors,
+    shift: SegmentVectors,
+    boundary: int,
+    eps: float,
 ) -> tuple[Tensor, Tensor]:
     """As LayerNormScaleShift.after; x and update (B, S, D)."""
     x = x.contiguous()

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from models.layers.attention import Attention, KeyValues, attention, attention_with_lse
-from models.layers.backend import kernels_for
 from models.layers.collectives import start_all_to_all, start_shift, wait
+from models.layers.fused_backend import kernels_for
 from models.layers.mesh import Axis, WorkerMesh
 from models.layers.peer_gather import Gathered, PeerGather
 from models.layers.shards import SequenceShards

@@ -87,7 +87,7 @@ class DenoisingStage(PipelineStage[DenoisingInput, DenoisingOutput]):
             state.latents = config.after_step(step, state.latents, request.conditions)
             if self._is_checkpoint_due(state.step, total, last_sent):
                 last_sent = time.monotonic()
-                call.on_checkpoint(state.checkpoint())
+                call.on_step_checkpoint(state.step_checkpoint())
         if self._caching is not None:
             STEPS_REUSED.inc(branches.reused)
             _log.info("reused the blocks' work of earlier steps %d times in %d steps", branches.reused, total)
@@ -167,7 +167,7 @@ class DenoisingStage(PipelineStage[DenoisingInput, DenoisingOutput]):
         """Whether a checkpoint is due after `done` steps. `last_sent` is a `time.monotonic()` timestamp."""
         if self._caching is not None:
             return False
-        every, seconds = self._runtime.checkpoint_every, self._runtime.checkpoint_seconds
+        every, seconds = self._runtime.step_checkpoint_every, self._runtime.step_checkpoint_seconds
         due = 0 < seconds <= time.monotonic() - last_sent
         return (due or (every > 0 and done % every == 0)) and done < total
 

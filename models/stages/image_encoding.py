@@ -17,7 +17,7 @@ from models.contracts import (
     ImageVAEEncodingInput,
     ImageVAEEncodingOutput,
 )
-from models.encoders.checks import check_vision_processor
+from models.encoder_runners.checks import check_vision_processor
 from models.images import as_tensor, open_images
 from models.runtime import Runtime
 

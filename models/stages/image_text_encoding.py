@@ -10,10 +10,10 @@ from torch import Tensor
 
 from common.artifacts import Conditioning
 from common.stage import Call, PipelineStage
-from configs.models.encoders.base import PromptText
+from configs.models.encodings import PromptText
 from configs.pipeline_configs.base import ImageTextConfig
 from models.contracts import ImageTextEncodingInput, TextEncodingOutput
-from models.encoders.image_text import ImageTextEncoder
+from models.encoder_runners.image_text import ImageTextEncoder
 from models.images import open_images
 from models.runtime import Runtime
 

@@ -9,7 +9,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from common.artifacts import DenoiseState, Generator, LatentPart, Latents, Schedule
+from common.artifacts import Generator, LatentPart, Latents, Schedule, StepCheckpoint
 from common.errors import InvalidInput
 from models.contracts import DenoisingInput
 from models.schedulers.solver import Solver
@@ -51,7 +51,7 @@ class LoopState:
             state._restore(x.resume_from, x.schedule.num_inference_steps)
         return state
 
-    def _restore(self, state: DenoiseState, total: int) -> None:
+    def _restore(self, state: StepCheckpoint, total: int) -> None:
         if not 0 <= state.step <= total:
             raise InvalidInput(f"step {state.step} is not one of 0 to {total}", field=f"{_FIELD}.step")
         latents: dict[str, Tensor] = {}
@@ -85,7 +85,7 @@ class LoopState:
         }
         self.step += 1
 
-    def checkpoint(self) -> DenoiseState:
+    def step_checkpoint(self) -> StepCheckpoint:
         """The loop as it is now, on the CPU; the receiver owns the tensors."""
         solver = {f"{part}.{name}": each for part, own in self.solvers.items() for name, each in own.state().items()}
         copies = on_cpu({**solver, **{f"{_LATENTS}.{part}": each for part, each in self.latents.items()}})
@@ -93,7 +93,7 @@ class LoopState:
         generator = None
         if self.generator is not None:
             generator = Generator(seed=self.seed, state=self.generator.get_state())
-        return DenoiseState(step=self.step, latents=self.artifact(latents), solver=copies, generator=generator)
+        return StepCheckpoint(step=self.step, latents=self.artifact(latents), solver=copies, generator=generator)
 
     def artifact(self, latents: Mapping[str, Tensor]) -> Latents:
         """Latents of all parts, as an artifact."""

@@ -12,7 +12,7 @@ from common.artifacts import Conditioning, Prompt
 from common.stage import Call, PipelineStage
 from configs.pipeline_configs.base import TextConfig
 from models.contracts import TextEncodingInput, TextEncodingOutput
-from models.encoders.text import TextEncoder, Warn
+from models.encoder_runners.text import TextEncoder, Warn
 from models.runtime import Runtime
 
 

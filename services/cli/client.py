@@ -10,7 +10,7 @@ import grpc
 from common.errors import FleetError, Unavailable
 from common.rpc.address import proxy_variable
 from common.rpc.client import open_channel
-from common.rpc.status import from_rpc_error, is_told
+from common.rpc.status import from_rpc_error, is_sent_by_peer
 from fleet.v1 import generation_pb2, generation_pb2_grpc
 from services.cli.access import IN_THE_CLEAR, Access
 
@@ -105,7 +105,11 @@ class FleetClient:
                 raise Unavailable(
                     f"{self._endpoint} and this command could not agree on TLS (see --tls-ca): {failure.message}"
                 ) from error
-            if isinstance(failure, Unavailable) and not is_told(error) and (proxy := proxy_variable(self._endpoint)):
+            if (
+                isinstance(failure, Unavailable)
+                and not is_sent_by_peer(error)
+                and (proxy := proxy_variable(self._endpoint))
+            ):
                 raise Unavailable(
                     f"no fleet answers at {self._endpoint} through the proxy that {proxy} names; no_proxy lists the "
                     f"hosts that are reached without it: {failure.message}"

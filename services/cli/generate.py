@@ -35,7 +35,7 @@ from services.cli.options import (
 )
 from services.cli.output import ResultFiles, check_output
 from services.cli.parameters import add_parameters, given_images, given_parameters, parameters_message
-from services.cli.progress import Reporter, reporter
+from services.cli.progress import TerminalReporter, terminal_reporter
 from services.cli.store import check_store
 
 
@@ -128,7 +128,7 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 async def _at_endpoint(endpoint: str, access: Access, request: generation_pb2.SubmitRequest, output: Path) -> int:
     async with connect(endpoint, access) as client:
-        with reporter() as report:
+        with terminal_reporter() as report:
             paths = await draw(client, request, output, report)
     return _tell(paths)
 
@@ -145,7 +145,7 @@ async def _in_process(
     # Here and not above: it brings torch, which a bad flag, --help and --endpoint shall not wait for.
     from services.cli.local import start_fleet
 
-    with reporter() as report:
+    with terminal_reporter() as report:
         started = time.perf_counter()
         fleet = await start_fleet([model], redis_url=redis_url, dtype=dtype, directory=directory)
         try:
@@ -160,7 +160,7 @@ async def _in_process(
 
 
 async def draw(
-    client: FleetClient, request: generation_pb2.SubmitRequest, output: Path, report: Reporter
+    client: FleetClient, request: generation_pb2.SubmitRequest, output: Path, report: TerminalReporter
 ) -> list[Path]:
     """Send the request, show its progress, write its files. Raises RequestFailed when it ends without a result."""
     started = time.perf_counter()
@@ -184,7 +184,7 @@ async def draw(
     return files.paths
 
 
-def _show(request_id: str, event: generation_pb2.Event, report: Reporter) -> None:
+def _show(request_id: str, event: generation_pb2.Event, report: TerminalReporter) -> None:
     match event.WhichOneof("kind"):
         case "progress":
             report.progress(event.progress)

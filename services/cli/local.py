@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Literal
 
 from models.catalog import ServedModel
+from services.cli.serve import service_names, settings_class
 from services.coordinator.coordinator import Coordinator, start_coordinator
 from services.coordinator.settings import CoordinatorSettings
 from services.worker import Worker, start_worker
-from services.worker_settings import WorkerSettings
+from services.worker_settings import LoopSettings, WorkerSettings
 
 _GRACE_SECONDS = 5.0
 
@@ -62,21 +63,16 @@ async def start_fleet(
             group.create_task(fleet.add_coordinator(models, settings))
             for number, model in enumerate(models):
                 for spec in model.services:
-                    group.create_task(
-                        fleet.add_worker(
-                            spec.service,
-                            model,
-                            WorkerSettings(
-                                model=model.name,
-                                redis=redis_url,
-                                allow_eviction=True,
-                                allow_data_loss=True,
-                                listen=f"unix:{directory}/{spec.service}-{number}.sock",
-                                dtype=dtype or "auto",
-                                announce_seconds=_GRACE_SECONDS,
-                            ),
-                        )
+                    chosen = _settings_class(spec.service)(
+                        model=model.name,
+                        redis=redis_url,
+                        allow_eviction=True,
+                        allow_data_loss=True,
+                        listen=f"unix:{directory}/{spec.service}-{number}.sock",
+                        dtype=dtype or "auto",
+                        announce_seconds=_GRACE_SECONDS,
                     )
+                    group.create_task(fleet.add_worker(spec.service, model, chosen))
     except BaseExceptionGroup as failures:
         await fleet.stop()
         raise failures.exceptions[0] from None
@@ -84,3 +80,9 @@ async def start_fleet(
         await fleet.stop()
         raise
     return fleet
+
+
+def _settings_class(service: str) -> type[WorkerSettings]:
+    """A service's own settings; of a service that only a plugin has, those of a denoising loop."""
+    cls: type[WorkerSettings] = settings_class(service) if service in service_names() else LoopSettings
+    return cls

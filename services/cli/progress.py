@@ -14,7 +14,7 @@ from fleet.v1 import artifacts_pb2, generation_pb2
 from services.start_up import plain
 
 
-class Reporter(ABC):
+class TerminalReporter(ABC):
     """What the commands tell while they wait. Use it as a context manager: leaving it leaves stderr in order."""
 
     @abstractmethod
@@ -47,7 +47,7 @@ class Reporter(ABC):
         self.close()
 
 
-class LineReporter(Reporter):
+class LineReporter(TerminalReporter):
     """For logs and pipes."""
 
     def note(self, text: str) -> None:
@@ -67,7 +67,7 @@ class LineReporter(Reporter):
         """Every line is out already."""
 
 
-class BarReporter(Reporter):
+class BarReporter(TerminalReporter):
     """For terminals."""
 
     def __init__(self) -> None:
@@ -98,6 +98,6 @@ class BarReporter(Reporter):
             self._progress.update(task.id, completed=total, total=total)
 
 
-def reporter() -> Reporter:
+def terminal_reporter() -> TerminalReporter:
     """Bars if somebody is watching."""
     return BarReporter() if sys.stderr.isatty() else LineReporter()

@@ -6,6 +6,8 @@ import importlib
 import pkgutil
 import sys
 from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
 
 import services
 from services.cli.options import BAD_INPUT, SUCCESS, let_threads_sleep
@@ -18,6 +20,16 @@ def service_names() -> list[str]:
     return [
         info.name for info in pkgutil.iter_modules(services.__path__) if info.ispkg and info.name not in _NOT_SERVICES
     ]
+
+
+def settings_class(service: str) -> type[Any]:
+    """The settings of a service: its dataclass, as its own main() fills it."""
+    cls: type[Any] = vars(_program(service))["SETTINGS"]
+    return cls
+
+
+def _program(service: str) -> ModuleType:
+    return importlib.import_module(f"services.{service}.__main__")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -35,5 +47,5 @@ def main(argv: Sequence[str]) -> int:
         sys.stderr.write(f"fleet serve: {what}; services are {', '.join(names)}\n")
         return BAD_INPUT
     let_threads_sleep()
-    run: Callable[[Sequence[str]], int] = vars(importlib.import_module(f"services.{name}.__main__"))["main"]
+    run: Callable[[Sequence[str]], int] = vars(_program(name))["main"]
     return run(argv[1:])

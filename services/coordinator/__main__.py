@@ -6,14 +6,17 @@ import asyncio
 import sys
 from collections.abc import Sequence
 
-from common.rpc.serving import stop_signals
+from common.rpc.fleet_server import stop_signals
 from common.settings import load_settings
 from common.telemetry import setup_logging, start_metrics
 from models.catalog import ServedModel, open_model
 from models.registry import load_registry
 from services.coordinator.coordinator import start_coordinator
 from services.coordinator.settings import CoordinatorSettings
+from services.setting_readers import READERS
 from services.start_up import run_program
+
+SETTINGS = CoordinatorSettings
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(flags: Sequence[str]) -> int:
-    settings = load_settings(CoordinatorSettings, flags, prog="fleet serve coordinator")
+    settings = load_settings(SETTINGS, flags, prog="fleet serve coordinator", readers=READERS)
     setup_logging("coordinator", level=settings.log_level, form=settings.log_format)
     registry = load_registry(settings.plugins)
     models = [open_model(reference, registry) for reference in settings.model]

@@ -10,7 +10,7 @@ from common.errors import InvalidInput
 from common.rpc.client import open_channel
 from common.rpc.tls import (
     Mutual,
-    Shown,
+    ServerIdentity,
     read_authority,
     read_identity,
     server_credentials,
@@ -23,11 +23,11 @@ from services.coordinator.settings import CoordinatorSettings
 
 def public_credentials(settings: CoordinatorSettings) -> grpc.ServerCredentials | None:
     """What the public port shows and asks for; None for plain text. Raises InvalidInput for files that do not fit."""
-    if _shown_to_clients(settings) is None:
+    if _identity_for_clients(settings) is None:
         return None
 
-    def read() -> Shown:
-        shown = _shown_to_clients(settings)
+    def read() -> ServerIdentity:
+        shown = _identity_for_clients(settings)
         if shown is None:
             raise AssertionError("settings do not change")
         return shown
@@ -38,15 +38,15 @@ def public_credentials(settings: CoordinatorSettings) -> grpc.ServerCredentials 
     return server_credentials(watched.versioned)
 
 
-def _shown_to_clients(settings: CoordinatorSettings) -> Shown | None:
+def _identity_for_clients(settings: CoordinatorSettings) -> ServerIdentity | None:
     identity = read_identity(settings.tls_public_cert, settings.tls_public_key, name="tls_public")
     identity = identity or read_identity(settings.tls_cert, settings.tls_key)
     if settings.tls_client_ca is None:
-        return None if identity is None else Shown(identity)
+        return None if identity is None else ServerIdentity(identity)
     clients = read_authority(settings.tls_client_ca, name="tls_client_ca")
     if identity is None:
         raise InvalidInput("tls_client_ca is set without tls_cert and tls_key", field="tls_cert")
-    return Shown(identity, clients)
+    return ServerIdentity(identity, clients)
 
 
 @dataclass(frozen=True)

@@ -11,27 +11,27 @@ from collections.abc import Sequence
 from redis.asyncio import Redis
 
 from common.errors import FailedPrecondition, InternalError, InvalidInput, Unavailable
-from common.rpc.framing import Limits
-from common.rpc.serving import FleetServer
+from common.rpc.fleet_server import FleetServer
+from common.rpc.framing import CallLimits
 from common.state.connection import connect
 from common.state.leases import Leases
 from common.state.presence import Presence
 from common.state.requests import RequestStore
-from common.state.slots import Slots
 from common.state.store_server import StoreMemory
+from common.state.worker_slots import WorkerSlots
 from common.state.workers import WorkerRegistry
 from common.telemetry import QUEUE_LENGTH, MetricsInterceptor
 from fleet.v1 import generation_pb2
 from models.catalog import ServedModel
 from services.coordinator.access import WorkerAccess, public_credentials
 from services.coordinator.callers import admission
-from services.coordinator.dispatch import ArtifactMemory, Connections, Workers
 from services.coordinator.driver import Driver
 from services.coordinator.handlers import ServiceHandler
 from services.coordinator.request_life import ExecutionContext
 from services.coordinator.service import GenerationService, OfferedModel
 from services.coordinator.settings import CoordinatorSettings
 from services.coordinator.store_watch import SUBMIT_HEALTH, StoreWatch
+from services.coordinator.worker_runner import ArtifactMemory, Connections, Workers
 
 _DELIVERY_SECONDS = 1.0  # for callers to hear of an end that came with the end of the grace time
 
@@ -53,10 +53,10 @@ class Coordinator:
         self._redis: Redis = connect(settings.redis)
         beat, ttl = settings.heartbeat_seconds, settings.heartbeat_ttl_seconds
         owner = f"coordinator-{secrets.token_hex(6)}"
-        self._presence = Presence(self._redis, owner, beat_seconds=beat, ttl_seconds=ttl)
-        self._registry = WorkerRegistry(self._redis, beat_seconds=beat, ttl_seconds=ttl)
-        self._slots = Slots(self._redis, self._presence)
-        self._connections = Connections(Limits(total_bytes=settings.max_artifact_bytes), WorkerAccess.of(settings))
+        self._presence = Presence(self._redis, owner, heartbeat_seconds=beat, ttl_seconds=ttl)
+        self._registry = WorkerRegistry(self._redis, heartbeat_seconds=beat, ttl_seconds=ttl)
+        self._slots = WorkerSlots(self._redis, self._presence)
+        self._connections = Connections(CallLimits(total_bytes=settings.max_artifact_bytes), WorkerAccess.of(settings))
         self.artifact_memory = ArtifactMemory(settings.max_artifact_bytes)
         workers = Workers(
             self._slots,
@@ -90,8 +90,8 @@ class Coordinator:
         self._watch = StoreWatch(self._redis, memory, self._server)
         self._store_checked = False
         self._present = False
-        self._patient_until = 0.0
-        self._kept_house = -math.inf
+        self._await_heartbeats_until = 0.0
+        self._last_housekeeping = -math.inf
         self._housekeeping: asyncio.Task[None] | None = None
 
     @property
@@ -114,10 +114,10 @@ class Coordinator:
         self._server.add(handler.methods, handler.service_name)
         await self._server.start()
         try:
-            await self._keep_house()
+            await self._run_housekeeping()
         except Unavailable as error:
             _log.warning("not ready yet: %s", error)
-        self._housekeeping = asyncio.create_task(self._keep_keeping_house())
+        self._housekeeping = asyncio.create_task(self._repeat_housekeeping())
 
     async def stop(self, grace: float) -> None:
         """Accept nothing more, let running requests end within `grace` seconds, leave the store."""
@@ -136,11 +136,11 @@ class Coordinator:
         await self._presence.stop()
         await self._redis.aclose()
 
-    async def _keep_keeping_house(self) -> None:
+    async def _repeat_housekeeping(self) -> None:
         while True:
             await asyncio.sleep(self._settings.heartbeat_seconds)
             try:
-                await self._keep_house()
+                await self._run_housekeeping()
             except (Unavailable, FailedPrecondition) as error:
                 _log.error("not ready: %s", error)
                 await self._set_unready()
@@ -152,9 +152,9 @@ class Coordinator:
         await self._server.set_ready(False)
         await self._server.set_method_ready(SUBMIT_HEALTH, False)
 
-    async def _keep_house(self) -> None:
+    async def _run_housekeeping(self) -> None:
         """Be present, say what the models are, take over what dead coordinators left; ready if all that works."""
-        patient = self._is_patient()
+        must_await_heartbeats = self._must_await_heartbeats()
         if not self._store_checked:
             await self._settings.check_store(self._redis)
             self._store_checked = True
@@ -169,17 +169,17 @@ class Coordinator:
                 load = await self._registry.load(name, spec.service)
                 QUEUE_LENGTH.labels(spec.service, name).set(load.queued)
                 await self._slots.give_back_unknown(name, spec.service)
-            await self._driver.take_over(name, self._service.restore, beyond_own=not patient)
-        self._kept_house = asyncio.get_running_loop().time()
+            await self._driver.take_over(name, self._service.restore, beyond_own=not must_await_heartbeats)
+        self._last_housekeeping = asyncio.get_running_loop().time()
         await self._server.set_ready(True)
         await self._watch.look()
 
-    def _is_patient(self) -> bool:
+    def _must_await_heartbeats(self) -> bool:
         """Whether living coordinators may look dead: once the store is back, each needs a heartbeat to show itself."""
         now, settings = asyncio.get_running_loop().time(), self._settings
-        if now - self._kept_house > settings.heartbeat_ttl_seconds - settings.heartbeat_seconds:
-            self._patient_until = now + settings.heartbeat_ttl_seconds
-        return now < self._patient_until
+        if now - self._last_housekeeping > settings.heartbeat_ttl_seconds - settings.heartbeat_seconds:
+            self._await_heartbeats_until = now + settings.heartbeat_ttl_seconds
+        return now < self._await_heartbeats_until
 
 
 async def start_coordinator(models: Sequence[ServedModel], settings: CoordinatorSettings) -> Coordinator:

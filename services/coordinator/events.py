@@ -41,12 +41,12 @@ class EventLog:
 
     async def follow(self) -> AsyncIterator[generation_pb2.Event]:
         """All events as they come, until close()."""
-        told = 0
+        sent = 0
         while True:
-            for event in self._events[told:]:
-                told += 1
+            for event in self._events[sent:]:
+                sent += 1
                 yield event
-            if told == len(self._events):
+            if sent == len(self._events):
                 if self._closed:
                     return
                 await self._more.wait()

@@ -19,16 +19,16 @@ from common.stage import Call
 from common.state.leases import Leases
 from common.state.presence import TTL_SECONDS
 from common.state.records import ResultFile, State
-from common.state.requests import Limits, RequestStore
-from common.state.slots import Rank
+from common.state.requests import AdmissionLimits, RequestStore
+from common.state.worker_slots import QueuePriority
 from common.telemetry import REQUESTS, STEPS_SAVED, request_scope
 from fleet.v1 import generation_pb2
-from services.coordinator.dispatch import WorkerRunner, Workers
 from services.coordinator.events import EventLog, EventWriter
 from services.coordinator.outcome import Outcome, failure, success
 from services.coordinator.persistence import persist
-from services.coordinator.reporting import Reporting, RequestProgress
+from services.coordinator.progress_reporting import ProgressReportingRunner, RequestProgress
 from services.coordinator.resume import Recovery
+from services.coordinator.worker_runner import WorkerRunner, Workers
 
 _LATER_SECONDS = 1.0  # how much later the workers' deadline is, so that it is the coordinator who says it passed
 
@@ -45,7 +45,7 @@ class Submission:
     record: generation_pb2.RequestRecord
     services: Sequence[ServiceSpec]
     values: Mapping[str, Packet]
-    limits: Limits
+    limits: AdmissionLimits
     idempotency_key: str = ""
     raw: bool = False
     stored: bytes = field(default=b"", repr=False)
@@ -166,7 +166,7 @@ class Execution:
             outcome = self._outcome(acquired, stages, progress, late=not done)
             await self._store_end(acquired.submission, outcome, events)
         finally:
-            await recovery.point.close()
+            await recovery.step_checkpoint.close()
 
     def _start_stages(
         self, acquired: Acquired, events: EventWriter, progress: RequestProgress, recovery: Recovery
@@ -176,13 +176,13 @@ class Execution:
         deadline = None if seconds_left is None else time.monotonic() + seconds_left + _LATER_SECONDS
         call = Call(self.request_id, on_warning=events.warning, deadline=deadline, variant=record.variant)
         runners = [
-            Reporting(
+            ProgressReportingRunner(
                 WorkerRunner(
                     workers,
                     record.model,
                     spec,
                     stage,
-                    rank_of(submission, spec.service),
+                    queue_priority_of(submission, spec.service),
                     recovery,
                     partial(progress.begin, spec),
                 ),
@@ -262,8 +262,8 @@ class Execution:
         _log.info("request %s of %s is %s%s", self.request_id, model, name, why)
 
 
-def rank_of(submission: Submission, service: str) -> Rank:
+def queue_priority_of(submission: Submission, service: str) -> QueuePriority:
     """A request's place in the queue of a service."""
     record = submission.record
     due = record.deadline.ToMilliseconds() if record.HasField("deadline") else 0
-    return Rank(record.priority, due, record.caller, submission.costs.get(service, 1))
+    return QueuePriority(record.priority, due, record.caller, submission.costs.get(service, 1))

@@ -17,11 +17,11 @@ from typing import cast
 
 from google.protobuf.message import DecodeError
 
-from common.artifacts import DENOISE_STATE_FORMAT
+from common.artifacts import STEP_CHECKPOINT_FORMAT
 from common.errors import FleetError, InternalError, InvalidInput, NotFound, ResourceExhausted, Unavailable
 from common.rpc.frames import read_chunk
-from common.rpc.framing import Assembler, KeptFrames, Limits, Packet, chunk_frames, described_tensors
-from common.rpc.method import CHECKPOINT
+from common.rpc.framing import Assembler, CallLimits, KeptFrames, Packet, chunk_frames, described_tensors
+from common.rpc.method import STEP_CHECKPOINT
 from common.state.leases import Leases, Loss
 from common.state.presence import TTL_SECONDS
 from fleet.v1 import artifacts_pb2
@@ -34,7 +34,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class StepCheckpointPacket:
     """A checkpoint as a worker sent it, and what it is good for."""
 
     origin: str
@@ -46,13 +46,13 @@ def origin_of(numerics: str, values: Mapping[str, Packet]) -> str:
 
     Messages hold the checksums of the tensors that travel beside them, so that the messages are enough.
     """
-    digest = hashlib.sha256(f"{DENOISE_STATE_FORMAT} {numerics}".encode())
+    digest = hashlib.sha256(f"{STEP_CHECKPOINT_FORMAT} {numerics}".encode())
     for slot in sorted(values):
         digest.update(slot.encode() + b"\0" + values[slot].message.SerializeToString(deterministic=True))
     return digest.hexdigest()
 
 
-class ResumePoint:
+class NewestStepCheckpoint:
     """The newest checkpoint of one request. `inherited` says that there may be one in the store already."""
 
     def __init__(self, leases: Leases, request_id: str, epoch: int, *, inherited: bool = False) -> None:
@@ -60,14 +60,14 @@ class ResumePoint:
         self._request_id = request_id
         self._epoch = epoch
         self._load = inherited
-        self._latest: Checkpoint | None = None
-        self._unsaved: Checkpoint | None = None
+        self._latest: StepCheckpointPacket | None = None
+        self._unsaved: StepCheckpointPacket | None = None
         self._numbers = itertools.count()
         self._saving: asyncio.Task[None] | None = None
 
     def remember(self, origin: str, packet: Packet) -> None:
         """A worker came so far. Saved in the background; while the store is slow, only the newest one is."""
-        self._latest = self._unsaved = Checkpoint(origin, packet)
+        self._latest = self._unsaved = StepCheckpointPacket(origin, packet)
         if self._saving is None or self._saving.done():
             self._saving = asyncio.create_task(self._save())
 
@@ -79,7 +79,7 @@ class ResumePoint:
             parts = itertools.chain(head, chunk_frames(packet.chunks))
             try:
                 number, step = next(self._numbers), _step_of(packet)
-                await self._leases.save_checkpoint(self._request_id, self._epoch, number, parts, step=step)
+                await self._leases.save_step_checkpoint(self._request_id, self._epoch, number, parts, step=step)
             except Unavailable as error:
                 _log.warning("a checkpoint of request %s is not stored: %s", self._request_id, error)
             except FleetError:
@@ -92,12 +92,12 @@ class ResumePoint:
         self._load = False
         if self._latest is None or self._latest.origin != origin:
             return None
-        return self._latest.packet.renamed(CHECKPOINT, slot)
+        return self._latest.packet.renamed(STEP_CHECKPOINT, slot)
 
-    async def _loaded(self) -> Checkpoint | None:
+    async def _loaded(self) -> StepCheckpointPacket | None:
         try:
-            origin, state, *frames = await self._leases.load_checkpoint(self._request_id)
-            return Checkpoint(origin.decode(), _packet(state, frames))
+            origin, state, *frames = await self._leases.load_step_checkpoint(self._request_id)
+            return StepCheckpointPacket(origin.decode(), _packet(state, frames))
         except NotFound:
             return None
         except (Unavailable, InvalidInput, ResourceExhausted, DecodeError, ValueError) as error:
@@ -123,7 +123,7 @@ def _step_of(packet: Packet) -> int:
 def _packet(state: bytes, frames: list[bytes]) -> Packet:
     """A stored checkpoint. Raises InvalidInput for one that is not whole."""
     message = artifacts_pb2.DenoiseState.FromString(state)
-    assembler = Assembler(described_tensors(CHECKPOINT, message, Limits()), KeptFrames)
+    assembler = Assembler(described_tensors(STEP_CHECKPOINT, message, CallLimits()), KeptFrames)
     for frame in frames:
         chunk = read_chunk(frame)
         if chunk is None:
@@ -140,7 +140,7 @@ class Recovery:
     """
 
     def __init__(self, leases: Leases, request_id: str, *, epoch: int = 1, ttl_seconds: float = TTL_SECONDS) -> None:
-        self.point = ResumePoint(leases, request_id, epoch, inherited=epoch > 1)
+        self.step_checkpoint = NewestStepCheckpoint(leases, request_id, epoch, inherited=epoch > 1)
         self._leases = leases
         self._request_id = request_id
         self._epoch = epoch
@@ -153,7 +153,7 @@ class Recovery:
 
         `stage` is the service's place among the services of the request.
         """
-        await self.point.settle()
+        await self.step_checkpoint.settle()
         await persist(
             f"a loss of {service} for request {self._request_id} is not recorded",
             partial(

@@ -9,8 +9,8 @@ from typing import Literal
 from common.rpc.options import ServerLimits
 from common.rpc.tls import TlsSettings
 from common.settings import SettingsError, setting
-from common.state.presence import BEAT_SECONDS, TTL_SECONDS
-from common.state.requests import Limits, Retention
+from common.state.presence import HEARTBEAT_SECONDS, TTL_SECONDS
+from common.state.requests import AdmissionLimits, Retention
 from common.state.store_server import DEFAULT_MEMORY_FRACTION, StoreSettings
 from models.catalog import DEFAULT_MODEL
 
@@ -76,7 +76,7 @@ class CoordinatorSettings(StoreSettings, TlsSettings):
     max_artifact_bytes: int = setting(4 << 30, help="memory for what stages hand on, over all requests")
     max_raw_result_bytes: int = setting(1 << 30, help="largest .safetensors result")
     step_seconds: float = setting(0.25, help="shortest time between two progress events of a request's steps")
-    heartbeat_seconds: float = setting(BEAT_SECONDS, help="how often the store hears from this coordinator")
+    heartbeat_seconds: float = setting(HEARTBEAT_SECONDS, help="how often the store hears from this coordinator")
     heartbeat_ttl_seconds: float = setting(TTL_SECONDS, help="after which silence it counts as dead")
     metrics_port: int | None = setting(None, help="port for Prometheus; unset serves no metrics")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = setting("INFO", help="least severe log lines to write")
@@ -141,7 +141,7 @@ class CoordinatorSettings(StoreSettings, TlsSettings):
             connections=self.max_connections,
         )
 
-    def limits(self, services: tuple[str, ...], max_open_of_caller: int | None = None) -> Limits:
+    def limits(self, services: tuple[str, ...], max_open_of_caller: int | None = None) -> AdmissionLimits:
         """What may be open and waiting for a model with these services, and for one caller."""
         theirs = self.max_open_of_caller if max_open_of_caller is None else max_open_of_caller
-        return Limits(services, self.max_open_requests, self.queue_limit, theirs, self.queue_seconds)
+        return AdmissionLimits(services, self.max_open_requests, self.queue_limit, theirs, self.queue_seconds)

@@ -6,7 +6,7 @@ import logging
 
 from redis.asyncio import Redis
 
-from common.rpc.serving import FleetServer
+from common.rpc.fleet_server import FleetServer
 from common.state.store_server import StoreMemory, read_repairs
 from common.telemetry import STORE_BYTES, STORE_LIMIT_BYTES, STORE_REPAIRS
 

@@ -15,10 +15,12 @@ from services.denoising.rank import run_rank
 from services.denoising.settings import SERVICE, DenoisingSettings, check_group
 from services.worker import run_service, serve
 
+SETTINGS = DenoisingSettings
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve until SIGTERM or SIGINT; returns the exit code."""
-    return run_service(SERVICE, DenoisingSettings, _run, argv)
+    return run_service(SERVICE, SETTINGS, _run, argv)
 
 
 def _run(model: ServedModel, settings: DenoisingSettings, flags: Sequence[str]) -> int:

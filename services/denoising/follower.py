@@ -13,10 +13,10 @@ from common.codec import artifact_class, unpack
 from common.errors import FleetError
 from common.rpc.buffers import BufferLease, BufferPool
 from common.rpc.frames import read_chunk
-from common.rpc.framing import Assembler, Limits, Packet, PooledPayload, described_tensors, split_packets
+from common.rpc.framing import Assembler, CallLimits, Packet, PooledPayload, described_tensors, split_packets
 from common.rpc.method import request_type, stage_method
 from common.rpc.parsing import parse
-from common.rpc.server import Stages
+from common.rpc.stage_servicer import Stages
 from common.tensors import TORCH
 from services.denoising.agreement import FollowingCall, outcome
 from services.denoising.group import compare
@@ -32,7 +32,7 @@ class Follower:
         self._request = request_type(stage_method(service))
         self._stages = stages
         self._link = link
-        self._limits = Limits(total_bytes=total_bytes)
+        self._limits = CallLimits(total_bytes=total_bytes)
         self._pool = BufferPool()
 
     def follow(self) -> None:
@@ -50,18 +50,18 @@ class Follower:
                 lease.close()
 
     def _run(self, request_id: str, variant: str, lease: BufferLease) -> None:
-        told = b""
+        reply = b""
         try:
             self._compute(self._inputs(lease), FollowingCall(request_id, variant=variant, ask=self._ask))
         except FleetError as error:
-            told = outcome(error)
+            reply = outcome(error)
         except OutOfStep:
             raise
         except Exception as error:
             _log.exception("a follower failed in request %s", request_id)
             raise OutOfStep(f"this rank raised {type(error).__name__}: {error}") from error
-        self._link.send(Kind.OUTCOME, told)
-        compare(self._link, told)
+        self._link.send(Kind.OUTCOME, reply)
+        compare(self._link, reply)
 
     def _compute(self, values: Mapping[str, Any], call: FollowingCall) -> None:
         """Run the stages. The outputs are rank 0's to send; here they only free their memory."""

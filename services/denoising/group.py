@@ -12,7 +12,7 @@ from common.errors import FleetError
 from common.rpc.client import header_frame
 from common.rpc.framing import chunk_frames
 from common.rpc.method import request_type, stage_method
-from common.rpc.server import Stages
+from common.rpc.stage_servicer import Stages
 from common.stage import Call, Contract
 from common.tensors import TORCH
 from services.denoising.agreement import LeadingCall, outcome
@@ -48,7 +48,7 @@ class LeadingStages:
             request_id=call.request_id,
             on_progress=call.on_progress,
             on_warning=call.on_warning,
-            on_checkpoint=call.on_checkpoint,
+            on_step_checkpoint=call.on_step_checkpoint,
             cancelled=call.cancelled,
             deadline=call.deadline,
             variant=call.variant,
@@ -107,6 +107,6 @@ def compare(link: Link, own: bytes) -> None:
         raise OutOfStep(f"a call ended with {_words(theirs)} on rank {link.peer}, and with {_words(own)} here")
 
 
-def _words(told: bytes) -> str:
+def _words(reply: bytes) -> str:
     """For people: a rank that is out of step may send what is no text."""
-    return ": ".join(told.decode(errors="backslashreplace").split("\n", 1)) if told else "a result"
+    return ": ".join(reply.decode(errors="backslashreplace").split("\n", 1)) if reply else "a result"

@@ -33,7 +33,7 @@ class Purpose(IntEnum):
     """What a connection to rank 0 is for."""
 
     CONTROL = 1
-    BEATS = 2
+    HEARTBEATS = 2
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,7 @@ class GroupAgent(LocalElasticAgent):
         )
         super().__init__(spec, _Inherited(), exit_barrier_timeout=_FAREWELL_SECONDS)
         self._shutdown_seconds = int(settings.grace_seconds + _MARGIN_SECONDS)
-        self._lost_seconds = settings.lost_seconds
+        self._lost_seconds = settings.rank_lost_seconds
         self._stopped_since: dict[int, float] = {}
         self._began = 0.0
         self._delay = _FIRST_DELAY

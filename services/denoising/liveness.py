@@ -2,8 +2,9 @@
 
 A rank that is stopped, or whose machine is gone, ends no connection, and a collective that waits for it waits forever:
 the timeouts of collectives must outlast loading and warm-up. So every follower has a connection with rank 0 on which
-both send a beat all the time, from a thread of their own. The end of that connection, or silence for `lost_seconds`,
-means that the peer is lost; whoever notices ends itself, which ends its connections, so that all of the group notice.
+both send a beat all the time, from a thread of their own. The end of that connection, or silence for
+`rank_lost_seconds`, means that the peer is lost; whoever notices ends itself, which ends its connections, so that all
+of the group notice.
 """
 
 from __future__ import annotations
@@ -33,11 +34,11 @@ def _ignore() -> None:
 
 
 class Watch:
-    """Which peer has been silent for more than `lost_seconds`. Times are seconds of one monotonic clock."""
+    """Which peer has been silent for more than `rank_lost_seconds`. Times are seconds of one monotonic clock."""
 
-    def __init__(self, peers: Iterable[int], lost_seconds: float, now: float) -> None:
+    def __init__(self, peers: Iterable[int], rank_lost_seconds: float, now: float) -> None:
         self._heard = dict.fromkeys(peers, now)
-        self._lost_seconds = lost_seconds
+        self._lost_seconds = rank_lost_seconds
         self._looked = now
 
     def hear(self, peer: int, now: float) -> None:
@@ -63,10 +64,12 @@ class Watch:
 class Liveness:
     """This rank's side channel to `peers`: all followers for rank 0, rank 0 for a follower."""
 
-    def __init__(self, peers: Mapping[int, socket.socket], *, beat_seconds: float, lost_seconds: float) -> None:
+    def __init__(
+        self, peers: Mapping[int, socket.socket], *, rank_heartbeat_seconds: float, rank_lost_seconds: float
+    ) -> None:
         self._peers = dict(peers)
-        self._beat_seconds = beat_seconds
-        self._lost_seconds = lost_seconds
+        self._heartbeat_seconds = rank_heartbeat_seconds
+        self._lost_seconds = rank_lost_seconds
         self._on_lost: Callable[[str], None] = abandon
         self._on_leaving: Callable[[], None] = _ignore
         self._word = _BEAT
@@ -114,7 +117,7 @@ class Liveness:
                 word, now = self._word, time.monotonic()
                 if now >= beat_at or word is not _BEAT:
                     self._say(word)
-                    beat_at = now + self._beat_seconds
+                    beat_at = now + self._heartbeat_seconds
                 if word is _END:
                     return
                 for key, _ in selector.select(max(0.0, beat_at - now)):

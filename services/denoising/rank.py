@@ -22,7 +22,6 @@ from models.catalog import ServedModel
 from models.kernels.trials import try_packages
 from models.layers.mesh import WorkerMesh, make_mesh
 from models.loader import load_variants
-from models.runtime import Runtime
 from models.warm_up import WarmUp
 from services.denoising.facts import compare_facts, facts_of
 from services.denoising.follower import Follower
@@ -55,11 +54,13 @@ def run_rank(model: ServedModel, settings: DenoisingSettings, place: Place, warm
 
 
 def _take_part(model: ServedModel, settings: DenoisingSettings, place: Place, warm_up: WarmUp) -> None:
-    store = place.store(settings.join_seconds)
-    connections = join(place, store, settings.join_seconds)
+    store = place.store(settings.rank_join_seconds)
+    connections = join(place, store, settings.rank_join_seconds)
     links = [Link(peer, each[Purpose.CONTROL]) for peer, each in sorted(connections.items())]
-    beats = {peer: each[Purpose.BEATS] for peer, each in connections.items()}
-    liveness = Liveness(beats, beat_seconds=settings.beat_seconds, lost_seconds=settings.lost_seconds)
+    heartbeats = {peer: each[Purpose.HEARTBEATS] for peer, each in connections.items()}
+    liveness = Liveness(
+        heartbeats, rank_heartbeat_seconds=settings.rank_heartbeat_seconds, rank_lost_seconds=settings.rank_lost_seconds
+    )
     if place.rank:
         FollowingRank(place, store, settings, links, liveness).run(model)
     else:
@@ -100,7 +101,7 @@ class _Rank:
         Kernel packages have been tried before. Raises FailedPrecondition where the ranks' facts differ.
         """
         try:
-            compare_facts(self._links, facts_of(self._settings, device), self._settings.join_seconds)
+            compare_facts(self._links, facts_of(self._settings, device), self._settings.rank_join_seconds)
         except OutOfStep as error:
             abandon(str(error))
         if self._place.num_nodes == 1 and sys.platform == "linux":
@@ -126,7 +127,7 @@ class _Rank:
 class LeadingRank(_Rank):
     """Rank 0: the worker of the service, as coordinators know it."""
 
-    _told: Callable[[], object] | None = None
+    _stop_serving: Callable[[], object] | None = None
 
     def run(self, model: ServedModel, warm_up: WarmUp) -> None:
         """Serve until told to end, here or by a follower that was told, and send the followers home."""
@@ -143,19 +144,19 @@ class LeadingRank(_Rank):
 
     def on_leaving(self, stop: Callable[[], object]) -> None:
         """Have `stop` called, from another thread, when a follower has been told to end."""
-        self._told = stop
+        self._stop_serving = stop
 
     def _stop(self) -> None:
-        if self._told is None:
+        if self._stop_serving is None:
             _leave()
         with suppress(RuntimeError):  # The event loop has ended: it has been told already.
-            self._told()
+            self._stop_serving()
 
 
 class FollowingRank(_Rank):
     """Any other rank: computes with rank 0, and asks it to end the group when it is told to end itself."""
 
-    _told = False
+    _is_ending = False
 
     def run(self, model: ServedModel) -> None:
         """Follow until sent home."""
@@ -163,17 +164,10 @@ class FollowingRank(_Rank):
         device = device_of(self._settings.device)
         prepare_thread(device, self._settings.threads)
         try_packages(device, self._settings.kernel_choice)
-        variants = load_variants(
-            model,
-            model.service(SERVICE),
-            Runtime(
-                device=device,
-                dtype=dtype_of(self._settings.dtype, device),
-                mesh=self.make_mesh(device),
-                approximation=self._settings.approximation,
-                step_memory_bytes=self._settings.step_memory_bytes,
-            ),
-        )
+        runtime = self._settings.runtime(device, dtype_of(self._settings.dtype, device), self.make_mesh(device))
+        # Only rank 0 sends step checkpoints.
+        runtime = replace(runtime, step_checkpoint_every=0, step_checkpoint_seconds=0.0)
+        variants = load_variants(model, model.service(SERVICE), runtime)
         self.wait_for_all()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._ask_to_end)
@@ -185,11 +179,11 @@ class FollowingRank(_Rank):
         self._liveness.end()
 
     def _ask_to_end(self, *_: object) -> None:
-        self._told = True
+        self._is_ending = True
         self._liveness.leave()
 
     def _lost(self, reason: str) -> None:
         """Rank 0 may go before it has said so only where all are told to end."""
-        if self._told:
+        if self._is_ending:
             _leave()
         abandon(reason)

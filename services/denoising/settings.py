@@ -1,4 +1,4 @@
-"""What the denoising service runs with: a worker's settings, and the shape and habits of a worker group."""
+"""Settings of the denoising service: loop settings, parallel degrees and rank supervision."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from models.catalog import ServedModel
 from models.layers.mesh import Degrees
 from models.loader import check_parallel
 from models.registry import resolve
-from services.worker_settings import WorkerSettings, device_of
+from services.worker_settings import LoopSettings, device_of
 
 SERVICE = "denoising"
 
 
 @dataclass(frozen=True, kw_only=True)
-class DenoisingSettings(WorkerSettings):
+class DenoisingSettings(LoopSettings):
     """Serve the denoising of one model, by this process or by a worker group of tp x ulysses x ring x cfg ranks."""
 
     tp: int = setting(1, help="ranks among which the weights are cut (tensor parallelism)")
@@ -31,9 +31,11 @@ class DenoisingSettings(WorkerSettings):
     node_rank: int = setting(0, help="which of the machines this is, from 0; rank 0, which serves, is on machine 0")
     rdzv_endpoint: str = setting("", help="HOST:PORT where the machines meet: an address of machine 0, and a free port")
     max_restarts: int = setting(10, help="starts of the group in a row, none of which served for a minute")
-    beat_seconds: float = setting(1.0, help="time between two signs of life among ranks")
-    lost_seconds: float = setting(8.0, help="silence after which a rank is taken for lost, and the group starts again")
-    join_seconds: float = setting(120.0, help="time that all ranks get to find each other at the start")
+    rank_heartbeat_seconds: float = setting(1.0, help="time between two signs of life among ranks")
+    rank_lost_seconds: float = setting(
+        8.0, help="silence after which a rank is taken for lost, and the group starts again"
+    )
+    rank_join_seconds: float = setting(120.0, help="time that all ranks get to find each other at the start")
     warm_up: tuple[str, ...] = setting(
         (), help="size to be warm for at the start: HEIGHTxWIDTH, or with xFRAMES; for one variant alone with @VARIANT"
     )
@@ -85,8 +87,10 @@ def check_group(model: ServedModel, settings: DenoisingSettings) -> None:
             f"{settings.nnodes} machines need --rdzv-endpoint HOST:PORT to meet, not {settings.rdzv_endpoint!r}",
             field="rdzv_endpoint",
         )
-    if settings.lost_seconds < 3 * settings.beat_seconds or settings.beat_seconds <= 0:
-        raise InvalidInput("lost_seconds must be at least three times beat_seconds", field="lost_seconds")
+    if settings.rank_lost_seconds < 3 * settings.rank_heartbeat_seconds or settings.rank_heartbeat_seconds <= 0:
+        raise InvalidInput(
+            "rank_lost_seconds must be at least three times rank_heartbeat_seconds", field="rank_lost_seconds"
+        )
     if settings.max_restarts < 0:
         raise InvalidInput(f"max_restarts is {settings.max_restarts}; it must be 0 or more", field="max_restarts")
     check_degrees(model, degrees)

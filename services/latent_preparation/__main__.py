@@ -6,11 +6,14 @@ import sys
 from collections.abc import Sequence
 
 from services.worker import main_for
+from services.worker_settings import WorkerSettings
+
+SETTINGS = WorkerSettings
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve until SIGTERM or SIGINT; returns the exit code."""
-    return main_for("latent_preparation")(argv)
+    return main_for("latent_preparation", SETTINGS)(argv)
 
 
 if __name__ == "__main__":

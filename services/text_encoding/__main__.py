@@ -6,11 +6,14 @@ import sys
 from collections.abc import Sequence
 
 from services.worker import main_for
+from services.worker_settings import CachingSettings
+
+SETTINGS = CachingSettings
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve until SIGTERM or SIGINT; returns the exit code."""
-    return main_for("text_encoding")(argv)
+    return main_for("text_encoding", SETTINGS)(argv)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def running_fleet(*arguments: str, settings: Mapping[str, str] = NO_SETTINGS) ->
     Raises RuntimeError when it does not get ready.
     """
     command = [sys.executable, "-m", "services.cli", "up", "--port", "0", *arguments]
-    environ = {**os.environ, "FLEET_CACHE_BYTES": "0", **settings}  # every request is to be computed
+    environ = {**os.environ, "FLEET_REPLY_CACHE_BYTES": "0", **settings}  # every request is to be computed
     with tempfile.TemporaryFile("w+") as notes:
         began = time.monotonic()
         process = subprocess.Popen(tethered(command), env=environ, stdout=subprocess.PIPE, stderr=notes, text=True)

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from common.artifacts import Conditioning, LatentPart, Latents
 from common.local import HostedStages
-from common.rpc.server import StageServicer
-from common.rpc.serving import FleetServer, stop_signals
+from common.rpc.fleet_server import FleetServer, stop_signals
+from common.rpc.stage_servicer import StageServicer
 from common.stage import Call, PipelineStage
 from common.tensors import TORCH
 from models.contracts import DenoisingInput, DenoisingOutput, TextEncodingInput, TextEncodingOutput

@@ -18,17 +18,17 @@ from pathlib import Path
 from bench_paced import build_checkpoint, denoise, paced_fleet
 from bench_report import median, print_machine, print_table, print_verdict, quantile
 
-from services.worker_settings import WorkerSettings
+from services.worker_settings import LoopSettings
 
 STATE_MB = 4 * 16 * 21 * 60 * 104 * 4 / 1e6  # latents, two predictions, the last sample: float32, 81 frames of 480x832
 SHARE = 0.01
 EVERY = 25
-WITHOUT = ("--checkpoint-seconds", "0")
+WITHOUT = ("--step-checkpoint-seconds", "0")
 NEVER, BY_DEFAULT, OFTEN = "none", "by default", f"every {EVERY} steps"
 WAYS: Mapping[str, tuple[str, ...]] = {
     NEVER: WITHOUT,
     BY_DEFAULT: (),
-    OFTEN: (*WITHOUT, "--checkpoint-every", str(EVERY)),
+    OFTEN: (*WITHOUT, "--step-checkpoint-every", str(EVERY)),
 }
 
 
@@ -80,7 +80,7 @@ def main() -> None:
         ("", "median", "p10", "p90"),
         [(f"ms by which each of {len(costs)} delays", median(costs), quantile(costs, 0.1), quantile(costs, 0.9))],
     )
-    interval = 1e3 * WorkerSettings.checkpoint_seconds
+    interval = 1e3 * LoopSettings.step_checkpoint_seconds
     print_verdict("a checkpoint in the default interval, share", 100 * median(costs) / interval, 100 * SHARE, "%")
 
 

@@ -1,30 +1,40 @@
-"""Every stage of Wan 2.1 text to video on CUDA, next to Diffusers in the same run: random weights of published size.
+"""Every stage of Wan on CUDA, next to Diffusers in the same run: random weights of published size.
 
-Diffusers' modules run first and are timed stage by stage; then they leave the card, and the fleet's stages run in this
-process, without hops (cuda_flux.py has those). Printed are stage times, the relative error of the latents, and what
-decoding takes beside the weights. Needs no network: the checkpoint (about 15 GB, UMT5-XXL included) is drawn on the
-card, written to --directory and removed at the end.
+Wan 2.1 text to video, or Wan 2.2 TI2V-5B from text and from an image. Diffusers' modules run first and are timed stage
+by stage; then they leave the GPU, and the fleet's stages run in this process, without hops (cuda_flux.py has those).
+Printed are times and peak memory of the stages (beside the weights), and the relative error of the latents. Needs no
+network: the checkpoint (15 or 22 GB, UMT5-XXL included) is drawn on the GPU, written to --directory and removed at the
+end.
 
-Run it with: python tests/bench/cuda_wan.py; to try its logic without a card: --device cpu --scale tiny
+Run it with: python tests/bench/cuda_wan.py; to try its logic without a GPU: --device cpu --scale tiny
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import shutil
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from bench_device import empty, now
-from bench_report import print_machine, print_table, print_verdict, say
-from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from bench_report import print_machine, print_table, say
+from diffusers import (
+    AutoencoderKLWan,
+    UniPCMultistepScheduler,
+    WanImageToVideoPipeline,
+    WanPipeline,
+    WanTransformer3DModel,
+)
+from PIL import Image
 from torch import Tensor
 from transformers import T5TokenizerFast, UMT5Config, UMT5EncoderModel
 
+from common.artifacts import ImageInputs
 from common.local import HostedStages
 from common.stage import Call
 from models.catalog import ServedModel, open_model
@@ -37,54 +47,96 @@ from models.validation import InputValidationStage
 
 PROMPT = "a red heart beating on a yellow background"
 SEED = 7
-STAGES = ("text_encoding", "latent_preparation", "denoising", "decoding")
-DECODING_BUDGET_GB = 4.0
 
 
 @dataclass(frozen=True)
 class Scale:
-    """Sizes of the modules, and of the video."""
+    """Sizes of the modules, and of the video; `index` are entries of model_index.json."""
 
     dit: dict[str, Any]
     text: dict[str, int]
-    vae_dim: int
+    vae: dict[str, Any]
     height: int
     width: int
     frames: int
+    flow_shift: float = 3.0
+    index: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass
+class Side:
+    """Milliseconds and peak bytes beside the weights by stage, and the latents."""
+
+    spent: dict[str, float] = field(default_factory=dict)
+    peaks: dict[str, float] = field(default_factory=dict)
+    latents: Tensor = field(default_factory=lambda: torch.empty(0))
+
+
+_UMT5_XXL = {"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64, "vocab_size": 256384}
+_TINY_TEXT = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4, "vocab_size": 1024}
+_TINY_DIT = {"num_attention_heads": 2, "ffn_dim": 128, "num_layers": 2, "text_dim": 64}
+_TI2V = {"in_channels": 48, "out_channels": 48}
+_RESIDUAL_VAE = {
+    "z_dim": 48,
+    "is_residual": True,
+    "patch_size": 2,
+    "in_channels": 12,
+    "out_channels": 12,
+    "scale_factor_spatial": 16,
+    "latents_mean": [0.0] * 48,
+    "latents_std": [1.0] * 48,
+}
 SCALES = {
-    # Wan2.1-T2V-1.3B as published, at its native 480p.
-    "full": Scale(
-        dit={"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30, "text_dim": 4096},
-        text={"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64, "vocab_size": 256384},
-        vae_dim=96,
-        height=480,
-        width=832,
-        frames=81,
-    ),
-    "tiny": Scale(
-        dit={"num_attention_heads": 2, "ffn_dim": 128, "num_layers": 2, "text_dim": 64},
-        text={"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4, "vocab_size": 1024},
-        vae_dim=16,
-        height=64,
-        width=96,
-        frames=9,
-    ),
+    "wan2.1": {
+        # Wan2.1-T2V-1.3B as published, at its native 480p.
+        "full": Scale(
+            dit={"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30, "text_dim": 4096},
+            text=_UMT5_XXL,
+            vae={"base_dim": 96},
+            height=480,
+            width=832,
+            frames=81,
+        ),
+        "tiny": Scale(dit=_TINY_DIT, text=_TINY_TEXT, vae={"base_dim": 16}, height=64, width=96, frames=9),
+    },
+    "ti2v": {
+        # Wan2.2-TI2V-5B as published, at its native 720p.
+        "full": Scale(
+            dit={"num_attention_heads": 24, "ffn_dim": 14336, "num_layers": 30, "text_dim": 4096, **_TI2V},
+            text=_UMT5_XXL,
+            vae={"base_dim": 160, "decoder_base_dim": 256, **_RESIDUAL_VAE},
+            height=704,
+            width=1280,
+            frames=121,
+            flow_shift=5.0,
+            index={"expand_timesteps": True},
+        ),
+        "tiny": Scale(
+            dit={**_TINY_DIT, **_TI2V},
+            text=_TINY_TEXT,
+            vae={"base_dim": 16, "decoder_base_dim": 16, **_RESIDUAL_VAE},
+            height=64,
+            width=96,
+            frames=9,
+            flow_shift=5.0,
+            index={"expand_timesteps": True},
+        ),
+    },
 }
 
 
 def main() -> None:
-    """Measure in every dtype asked for, and print."""
+    """Measure a model, and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--scale", default="full", choices=tuple(SCALES))
+    parser.add_argument("--model", default="wan2.1", choices=tuple(SCALES))
+    parser.add_argument("--scale", default="full", choices=("full", "tiny"))
     parser.add_argument("--steps", type=int, default=4, help="steps of the loop")
     parser.add_argument("--directory", type=Path, default=Path(tempfile.gettempdir()) / "wan-random")
     args = parser.parse_args()
-    device, scale = torch.device(args.device), SCALES[args.scale]
+    device, scale = torch.device(args.device), SCALES[args.model][args.scale]
     try_packages(device)
-    print_machine(f"Wan 2.1 on {args.device}, against Diffusers in the same run")
+    print_machine(f"{args.model} on {args.device}, against Diffusers in the same run")
     if device.type == "cuda":
         say(f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}")
         say()
@@ -97,9 +149,25 @@ def main() -> None:
             "num_inference_steps": args.steps,
             "guidance_scale": 5.0,
         }
-        measure(args.directory, given, device, torch.bfloat16)
+        measure(args.directory, given, device, torch.bfloat16, None)
+        if scale.index.get("expand_timesteps"):
+            measure(args.directory, given, device, torch.bfloat16, image_of(scale))
     finally:
         shutil.rmtree(args.directory, ignore_errors=True)
+
+
+def image_of(scale: Scale) -> Image.Image:
+    """A smooth image of the video's size."""
+    rows, columns = (torch.linspace(0, 255, size) for size in (scale.height, scale.width))
+    down, across = torch.meshgrid(rows, columns, indexing="ij")
+    return Image.fromarray(torch.stack((down, across, 255 - down), dim=-1).to(torch.uint8).numpy())
+
+
+def png(image: Image.Image) -> bytes:
+    """The image as a file."""
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
 
 
 def build(path: Path, scale: Scale, device: torch.device) -> None:
@@ -113,100 +181,140 @@ def build(path: Path, scale: Scale, device: torch.device) -> None:
         with device:
             modules = {
                 "transformer": WanTransformer3DModel(attention_head_dim=128, **scale.dit),
-                "vae": AutoencoderKLWan(base_dim=scale.vae_dim),
+                "vae": AutoencoderKLWan(**scale.vae),
                 "text_encoder": UMT5EncoderModel(text),
             }
     finally:
         torch.set_default_dtype(previous)
-    WanPipeline(
-        tokenizer=T5TokenizerFast.from_pretrained(emoji / "tokenizer"),
-        scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
-        **modules,
-    ).save_pretrained(path, max_shard_size="5GB")
+    scheduler = UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=scale.flow_shift
+    )
+    tokenizer = T5TokenizerFast.from_pretrained(emoji / "tokenizer")
+    WanPipeline(tokenizer=tokenizer, scheduler=scheduler, **modules, **scale.index).save_pretrained(
+        path, max_shard_size="5GB"
+    )
     del modules
     empty(device)
 
 
-def measure(path: Path, given: dict[str, Any], device: torch.device, dtype: torch.dtype) -> None:
+def measure(
+    path: Path, given: dict[str, Any], device: torch.device, dtype: torch.dtype, image: Image.Image | None
+) -> None:
     """Both sides once to warm up and once for the clock."""
-    theirs, their_latents, _ = run_diffusers(path, given, device, dtype)
+    theirs = run_diffusers(path, given, device, dtype, image)
     empty(device)
-    ours, our_latents, taken = run_stages(path, given, device, dtype)
+    ours = run_stages(path, given, device, dtype, image)
     size = f"{given['height']}x{given['width']}, {given['num_frames']} frames, {given['num_inference_steps']} steps"
-    say(f"## {dtype}, {size}")
+    say(f"## {dtype}, {size}, {'from text' if image is None else 'from an image'}")
     say()
-    rows = [(name, ours[name], theirs[name], f"{ours[name] / theirs[name]:.2f}") for name in STAGES if name in theirs]
-    rows.append(
-        ("decoding, frames alone", ours["frames"], theirs["decoding"], f"{ours['frames'] / theirs['decoding']:.2f}")
-    )
-    rows.append((f"decoding, with the MP4 of noise ({os.cpu_count()} cores)", ours["mp4"], float("nan"), "-"))
-    print_table(("ms", "fleet's stages", "Diffusers", "ratio"), rows)
-    error = float((our_latents.double() - their_latents.double()).norm() / their_latents.double().norm())
-    say(f"Latents: relative L2 error {error:.2e}; all finite: {bool(our_latents.isfinite().all())}")
+    rows = [
+        (name, ours.spent[name], theirs.spent[name], f"{ours.spent[name] / theirs.spent[name]:.2f}")
+        for name in ours.spent
+        if name in theirs.spent
+    ]
+    alone = ours.spent.pop("frames")
+    rows.append(("decoding, frames alone", alone, theirs.spent["decoding"], f"{alone / theirs.spent['decoding']:.2f}"))
+    more = [(name, spent, float("nan"), "-") for name, spent in ours.spent.items() if name not in theirs.spent]
+    print_table(("ms", "fleet's stages", "Diffusers", "ratio"), [*rows, *more])
     if device.type == "cuda":
-        print_verdict("memory of decoding beside the weights", taken / 1e9, DECODING_BUDGET_GB, "GB")
+        peaks = [(name, peak / 1e9, theirs.peaks.get(name, float("nan")) / 1e9) for name, peak in ours.peaks.items()]
+        print_table(("GB beside the weights", "fleet's stages", "Diffusers"), peaks)
+    error = float((ours.latents.double() - theirs.latents.double()).norm() / theirs.latents.double().norm())
+    say(f"Latents: relative L2 error {error:.2e}; all finite: {bool(ours.latents.isfinite().all())}")
+    say()
+
+
+class Meter:
+    """The clock and the peak memory of one stage after the other."""
+
+    def __init__(self, device: torch.device, side: Side) -> None:
+        self._device = device
+        self._side = side
+        self.restart()
+
+    def restart(self) -> None:
+        """Start the first stage."""
+        if self._device.type == "cuda":
+            self._before = torch.cuda.memory_allocated(self._device)
+            torch.cuda.reset_peak_memory_stats(self._device)
+        self._began = now(self._device)
+
+    def end(self, stage: str) -> None:
+        """Note the stage, and start the next one."""
+        self._side.spent[stage] = 1e3 * (now(self._device) - self._began)
+        if self._device.type == "cuda":
+            self._side.peaks[stage] = torch.cuda.max_memory_allocated(self._device) - self._before
+        self.restart()
 
 
 @torch.inference_mode()
 def run_diffusers(
-    path: Path, given: dict[str, Any], device: torch.device, dtype: torch.dtype
-) -> tuple[dict[str, float], Tensor, Tensor]:
-    """Milliseconds by stage, latents and pixels of the reference."""
-    pipeline = WanPipeline.from_pretrained(path, dtype=dtype).to(device)
+    path: Path, given: dict[str, Any], device: torch.device, dtype: torch.dtype, image: Image.Image | None
+) -> Side:
+    """The reference; from an image its loop contains the encoding of the image."""
+    kind = WanPipeline if image is None else WanImageToVideoPipeline
+    pipeline = kind.from_pretrained(path, dtype=dtype).to(device)
     pipeline.set_progress_bar_config(disable=True)
-    spent: dict[str, float] = {}
+    side = Side()
+    more = {} if image is None else {"image": image}
     for _ in range(2):
         generator = torch.Generator("cpu").manual_seed(SEED)
-        began = now(device)
+        meter = Meter(device, side)
         embeds, negative = pipeline.encode_prompt(PROMPT, max_sequence_length=512, device=device)
-        encoded = now(device)
+        meter.end("text_encoding")
         latents = pipeline(
-            prompt_embeds=embeds, negative_prompt_embeds=negative, generator=generator, output_type="latent", **given
+            prompt_embeds=embeds,
+            negative_prompt_embeds=negative,
+            generator=generator,
+            output_type="latent",
+            **more,
+            **given,
         ).frames
-        denoised = now(device)
+        meter.end("denoising")
         shape = (1, pipeline.vae.config.z_dim, 1, 1, 1)
         mean, std = (
             torch.tensor(values, device=device, dtype=dtype).view(shape)
             for values in (pipeline.vae.config.latents_mean, pipeline.vae.config.latents_std)
         )
         decoded = pipeline.vae.decode(latents.to(dtype) * std + mean, return_dict=False)[0]
-        pixels = pipeline.video_processor.postprocess_video(decoded, output_type="pt").float().cpu()
-        times = (encoded - began, denoised - encoded, now(device) - denoised)
-        spent = {name: 1e3 * each for name, each in zip(("text_encoding", "denoising", "decoding"), times, strict=True)}
-    return spent, latents.cpu(), pixels
+        pipeline.video_processor.postprocess_video(decoded, output_type="pt").float().cpu()
+        meter.end("decoding")
+        side.latents = latents.cpu()
+        del decoded, latents
+    return side
 
 
 def run_stages(
-    path: Path, given: dict[str, Any], device: torch.device, dtype: torch.dtype
-) -> tuple[dict[str, float], Tensor, int]:
-    """Milliseconds by service, latents, and the bytes that decoding took beside the weights."""
+    path: Path, given: dict[str, Any], device: torch.device, dtype: torch.dtype, image: Image.Image | None
+) -> Side:
+    """The fleet's stages, one service after the other."""
     model = open_model(str(path), load_registry())
     request = {"prompt": PROMPT, "seed": SEED, "output_format": "safetensors", **given}
-    slots: dict[str, Any] = dict(InputValidationStage(model).run(request).artifacts)
-    spent: dict[str, float] = {}
-    taken = 0
-    for spec in model.services:
-        stages = HostedStages(spec.service, load_stages(model, spec, Runtime(device=device, dtype=dtype)))
-        inputs = {name: slots[name] for name in stages.contract.inputs if name in slots}
-        before = 0
+    images = {} if image is None else {"image": png(image)}
+    validated = InputValidationStage(model).run(request, images)
+    slots: dict[str, Any] = dict(validated.artifacts)
+    if images:
+        files = {role: torch.frombuffer(bytearray(data), dtype=torch.uint8) for role, data in images.items()}
+        slots["image_inputs"] = ImageInputs(images=files)
+    side = Side()
+    for spec in validated.variant.services:
+        runtime, name = Runtime(device=device, dtype=dtype), validated.variant.name
+        stages = HostedStages(spec.service, load_stages(model, spec, runtime, variant=name))
+        inputs = {slot: slots[slot] for slot in stages.contract.inputs if slot in slots}
         for _ in range(2):
-            if device.type == "cuda":
-                before = torch.cuda.memory_allocated(device)
-                torch.cuda.reset_peak_memory_stats(device)
-            began = now(device)
+            meter = Meter(device, side)
             outputs = stages.run(inputs, Call("bench"))
-            spent[spec.service] = 1e3 * (now(device) - began)
-        if device.type == "cuda":
-            taken = torch.cuda.max_memory_allocated(device) - before
+            meter.end(spec.service)
         slots |= outputs
         if spec.service == "decoding":
-            began = now(device)
+            meter.restart()
             stages.run({**inputs, "canvas": replace(inputs["canvas"], output_format="mp4")}, Call("bench"))
-            spent["mp4"] = 1e3 * (now(device) - began)
-            spent["frames"] = decode_frames(model, inputs["denoised_latents"].parts["video"].latents, device, dtype)
+            meter.end(f"decoding, with the MP4 of noise ({os.cpu_count()} cores)")
+            side.latents = inputs["denoised_latents"].parts["video"].latents
+            side.spent["frames"] = decode_frames(model, side.latents, device, dtype)
         del stages
         empty(device)
-    return spent, slots["denoised_latents"].parts["video"].latents, taken
+    return side
 
 
 @torch.inference_mode()

@@ -32,7 +32,7 @@ from common.codec import pack, unpack
 from common.rpc.buffers import BufferPool
 from common.rpc.client import RemoteRunner, header_frame, open_channel
 from common.rpc.frames import read_chunk
-from common.rpc.framing import Assembler, KeptFrames, Limits, Packet, PooledPayload, StoreFactory, described_tensors
+from common.rpc.framing import Assembler, CallLimits, KeptFrames, Packet, PooledPayload, StoreFactory, described_tensors
 from common.rpc.framing import chunk_frames as frames_of
 from common.rpc.method import request_type, stage_method
 from common.stage import Call, compose_contracts
@@ -171,7 +171,7 @@ def parts_of(size: int, repeats: int) -> dict[str, float]:
 
 def _assemble(frame: Any, header: bytes, frames: list[bytes], store: StoreFactory) -> Packet:
     message: pb.Conditioning = frame.FromString(header).header.text_conditioning
-    assembler = Assembler(described_tensors("text_conditioning", message, Limits()), store)
+    assembler = Assembler(described_tensors("text_conditioning", message, CallLimits()), store)
     for raw in frames:
         chunk = read_chunk(raw)
         assert chunk is not None

@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 
 from common.errors import Unavailable
-from common.rpc import reporter as reporter_module
+from common.rpc import frame_reporter as reporter_module
 from common.rpc.client import RemoteRunner, WorkerLost, header_frame, open_channel
+from common.rpc.frame_reporter import FrameReporter
 from common.rpc.framing import chunk_frames
 from common.rpc.method import BEGUN_KEY, begun_frame
 from common.rpc.replies import ReplyCache
-from common.rpc.reporter import Reporter
-from common.rpc.server import ServingLimits
+from common.rpc.stage_servicer import ServicerLimits
 from common.stage import Call
 from common.tensors import TORCH
 from fleet.v1 import artifacts_pb2, denoising_pb2
@@ -67,7 +67,7 @@ def test_it_comes_when_the_stages_start_and_not_before() -> None:
         await asyncio.gather(first, second)
         assert begun[1].is_set()
 
-    run(test, gate, limits=ServingLimits(capacity=2))
+    run(test, gate, limits=ServicerLimits(capacity=2))
 
 
 def test_only_callers_that_ask_get_it() -> None:
@@ -100,7 +100,7 @@ def test_a_reply_from_the_cache_begins_nothing() -> None:
 
 def test_the_stage_starts_once_it_is_written() -> None:
     async def story() -> None:
-        reporter = Reporter(denoising_pb2.DenoiseResponse, TORCH, begun=begun_frame(denoising_pb2.DenoiseResponse))
+        reporter = FrameReporter(denoising_pb2.DenoiseResponse, TORCH, begun=begun_frame(denoising_pb2.DenoiseResponse))
         started = threading.Event()
 
         def start() -> None:
@@ -123,7 +123,7 @@ def test_a_caller_that_reads_nothing_does_not_hold_the_device_up(ends_by: str, m
     monkeypatch.setattr(reporter_module, "_LONGEST_BEGUN_SECONDS", 0.01 if ends_by == "time" else 3_600.0)
 
     async def story() -> None:
-        reporter = Reporter(denoising_pb2.DenoiseResponse, TORCH, begun=BEGUN)
+        reporter = FrameReporter(denoising_pb2.DenoiseResponse, TORCH, begun=BEGUN)
         starting = asyncio.create_task(asyncio.to_thread(reporter.begin))
         if ends_by == "release":
             reporter.release()

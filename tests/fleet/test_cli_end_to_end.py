@@ -152,7 +152,7 @@ def up(temporary: Path) -> Iterator[tuple[str, Running]]:
         yield running.line(r"^ready: (\S+) serves emoji")[1], running
 
 
-def test_a_running_fleet_draws_and_tells_about_it(up: tuple[str, Running], temporary: Path, tmp_path: Path) -> None:
+def test_a_running_fleet_draws_and_reports_about_it(up: tuple[str, Running], temporary: Path, tmp_path: Path) -> None:
     endpoint = ("--endpoint", up[0])
     pictures = fleet(temporary, "generate", "a pear", "--num-outputs=2", "--output", str(tmp_path / "p.png"), *endpoint)
     assert pictures.stdout.splitlines() == [str(tmp_path / "p-0.png"), str(tmp_path / "p-1.png")], pictures.stderr

@@ -33,7 +33,7 @@ def run(server: RedisServer, test: Callable[[RequestStore], Awaitable[None]]) ->
     asyncio.run(main())
 
 
-def told(events: Sequence[generation_pb2.Event]) -> list[tuple[str, int]]:
+def progress_of(events: Sequence[generation_pb2.Event]) -> list[tuple[str, int]]:
     return [(event.progress.service, event.progress.step) for event in events if event.HasField("progress")]
 
 
@@ -51,20 +51,20 @@ async def _first(store: RequestStore, count: int) -> AsyncIterator[generation_pb
             return
 
 
-def test_steps_that_come_quickly_are_told_by_the_latest(server: RedisServer) -> None:
+def test_steps_that_come_quickly_are_reported_by_the_latest(server: RedisServer) -> None:
     async def story(store: RequestStore) -> None:
         writer = EventWriter(store, "r", EventLog(), lambda: None, step_seconds=LONG)
         writer.progress("denoising", 0, 50)
-        assert told(await stored(store, 1)) == [("denoising", 0)]
+        assert progress_of(await stored(store, 1)) == [("denoising", 0)]
         for step in range(1, 50):
             writer.progress("denoising", step, 50)
             await asyncio.sleep(0)
         writer.progress("decoding", 0, 1)
-        assert told(await stored(store, 3)) == [("denoising", 0), ("denoising", 49), ("decoding", 0)]
+        assert progress_of(await stored(store, 3)) == [("denoising", 0), ("denoising", 49), ("decoding", 0)]
         writer.progress("denoising", 50, 50)
         writer.progress("decoding", 1, 1)
         await writer.close()
-        assert told(await writer.rest()) == [("denoising", 50), ("decoding", 1)]
+        assert progress_of(await writer.rest()) == [("denoising", 50), ("decoding", 1)]
 
     run(server, story)
 
@@ -81,8 +81,8 @@ def test_events_wait_for_a_store_that_is_away(server: RedisServer) -> None:
         events = await stored(store, 2)
         assert events[0].warning.message == "cut"
         await writer.close()
-        rest = told([*events, *await writer.rest()])
-        assert rest[-1] == ("denoising", 2) or told(await stored(store, 3))[-1] == ("denoising", 2)
+        rest = progress_of([*events, *await writer.rest()])
+        assert rest[-1] == ("denoising", 2) or progress_of(await stored(store, 3))[-1] == ("denoising", 2)
 
     run(server, story)
 

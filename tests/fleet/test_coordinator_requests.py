@@ -202,7 +202,7 @@ def test_leaving_generate_cancels_only_without_a_key(url: str) -> None:
     run(url, story)
 
 
-def test_a_lost_worker_is_replaced_and_a_broken_one_is_told(url: str) -> None:
+def test_a_lost_worker_is_replaced_and_a_broken_one_is_reported(url: str) -> None:
     async def story(fleet: FakeFleet) -> None:
         gate = Gate()
         script = Script(fleet.scripts["denoising"].contract, gate)
@@ -301,10 +301,10 @@ def test_warnings_of_stages_reach_events_and_record(url: str) -> None:
         request.parameters.height = 130
         accepted = (await stub.Submit(request)).request
         events = await terminal(stub, accepted.request_id)
-        told = [event.warning.field for event in events if event.HasField("warning")]
-        assert told == ["height", "prompt"]
+        warned = [event.warning.field for event in events if event.HasField("warning")]
+        assert warned == ["height", "prompt"]
         record = (await stub.GetRequest(pb.GetRequestRequest(request_id=accepted.request_id))).request
-        assert [warning.field for warning in record.warnings] == told
+        assert [warning.field for warning in record.warnings] == warned
         assert record.parameters.height == 128
 
     run(url, story)

@@ -15,10 +15,10 @@ from grpc_health.v1 import health_pb2
 from certificates import Authority
 from common.errors import Unauthenticated
 from common.rpc.client import open_channel
+from common.rpc.fleet_server import FleetServer
 from common.rpc.interceptor import Admit, admit_all
 from common.rpc.options import ServerLimits
-from common.rpc.serving import FleetServer
-from common.rpc.tls import Shown, read_authority, read_identity, server_credentials
+from common.rpc.tls import ServerIdentity, read_authority, read_identity, server_credentials
 from coordinator_fleet import FakeFleet, emoji, running_fleet
 from fleet.v1 import generation_pb2 as pb
 from raw_http2 import SETTINGS_TAKEN, RawConnection, call_headers, cancellation, raw_connection
@@ -105,7 +105,7 @@ async def until(condition: Callable[[], bool]) -> None:
 
 @pytest.mark.parametrize("path", [b"/x/\xff", b"\xff\xfe", b"/fleet.v1.TestService/Ask\xc3", b"/", b"/fleet.v1.X/Y"])
 def test_no_path_ends_a_server(path: bytes) -> None:
-    """In grpcio 1.85 one that is not UTF-8 does: common.rpc.aio_server tells how."""
+    """In grpcio 1.85 one that is not UTF-8 does: common.rpc.grpcio_patch tells how."""
 
     async def test() -> None:
         async with served() as (server, _):
@@ -159,7 +159,7 @@ def credentials_of(authority: Authority) -> grpc.ServerCredentials:
     issued = authority.issue("worker")
     identity = read_identity(issued.cert, issued.key)
     assert identity is not None
-    shown = Shown(identity, read_authority(authority.ca))
+    shown = ServerIdentity(identity, read_authority(authority.ca))
     return server_credentials(lambda: (1, shown))
 
 

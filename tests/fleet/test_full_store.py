@@ -76,9 +76,9 @@ def test_a_full_store_refuses_new_requests_and_ends_accepted_ones(url: str, capl
             )
 
     run_on_fleet(url, story)
-    told = [record.getMessage() for record in caplog.records]
-    assert [each for each in told if each.startswith("request store is full: Submit is refused")]
-    assert not [each for each in told if "away" in each]
+    logged = [record.getMessage() for record in caplog.records]
+    assert [each for each in logged if each.startswith("request store is full: Submit is refused")]
+    assert not [each for each in logged if "away" in each]
 
 
 def test_damage_that_was_removed_is_logged_and_counted(url: str, caplog: pytest.LogCaptureFixture) -> None:

@@ -22,7 +22,7 @@ from redis_servers import running_server
 from services.coordinator.coordinator import start_coordinator
 from services.coordinator.settings import CoordinatorSettings
 from services.worker import start_worker
-from services.worker_settings import WorkerSettings
+from services.worker_settings import LoopSettings
 from toy_checkpoint import build_toy_checkpoint, toy_family
 
 SLOW_SEED, STUCK_SEED = 7, 8
@@ -70,7 +70,7 @@ class Fleet:
     async def start(self, service: str, directory: Path) -> None:
         """One more worker, in this process."""
         listen = f"unix:{directory}/{service}.sock"
-        settings = WorkerSettings(
+        settings = LoopSettings(
             model="toy",
             redis=self._redis_url,
             listen=listen,

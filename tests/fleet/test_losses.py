@@ -9,7 +9,7 @@ import pytest
 from prometheus_client import REGISTRY
 from redis.asyncio import Redis
 
-from common.rpc.server import StageServicer
+from common.rpc.stage_servicer import StageServicer
 from common.state.connection import command, connect
 from coordinator_fleet import FakeFleet, Gate, Script, Stub, run_on_fleet, submission, terminal
 from fleet.v1 import generation_pb2 as pb

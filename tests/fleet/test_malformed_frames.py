@@ -13,9 +13,9 @@ from common.artifacts import Latents
 from common.codec import unpack
 from common.errors import FleetError, InternalError, InvalidInput, ResourceExhausted, Unavailable
 from common.rpc.client import RemoteRunner, open_channel
+from common.rpc.fleet_server import FleetServer
 from common.rpc.frames import chunk_frame
 from common.rpc.framing import chunk_frames
-from common.rpc.serving import FleetServer
 from common.rpc.status import from_rpc_error
 from common.tensors import TORCH
 from fleet.v1 import artifacts_pb2 as pb

@@ -23,9 +23,9 @@ _watching: list[list[str]] = []
 def _hook(event: str, arguments: tuple[object, ...]) -> None:
     """What Python tells of every file, process, module and evaluated text; hooks stay for good."""
     if _watching and event.startswith(("open", "os.", "subprocess.", "import", "exec", "compile", "glob.", "shutil.")):
-        told = repr(arguments)
-        if SECRET in told:
-            _watching[-1].append(f"{event}{told}")
+        text = repr(arguments)
+        if SECRET in text:
+            _watching[-1].append(f"{event}{text}")
 
 
 sys.addaudithook(_hook)
@@ -60,7 +60,7 @@ def test_no_text_of_a_request_is_a_path(fleet: ServedFleet, tmp_path: Path) -> N
         assert not found
 
 
-def test_a_touch_is_told(tmp_path: Path) -> None:
+def test_a_touch_is_reported(tmp_path: Path) -> None:
     with touched() as found, suppress(OSError):
         (tmp_path / SECRET).read_bytes()
     assert found

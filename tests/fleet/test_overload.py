@@ -61,7 +61,7 @@ def test_callers_take_turns_at_every_coordinator(url: str, tmp_path: Path) -> No
     run_on_fleet(url, story)
 
 
-def test_a_bound_in_seconds_tells_when_to_come_again(url: str) -> None:
+def test_a_bound_in_seconds_reports_when_to_come_again(url: str) -> None:
     async def story(fleet: FakeFleet) -> None:
         gate = Gate()
         fleet.scripts["denoising"].work = gate

@@ -28,8 +28,8 @@ class RareCheckpoints(Fleet):
     """Denoisers send a checkpoint after step 4, and no other one."""
 
     def _arguments(self, process: Process) -> list[str]:
-        rare = ["--checkpoint-every", str(CHECKPOINT), "--checkpoint-seconds", "0"]
-        return super()._arguments(process) + ([] if process.access is None else rare)
+        rare = ["--step-checkpoint-every", str(CHECKPOINT), "--step-checkpoint-seconds", "0"]
+        return super()._arguments(process) + (rare if process.role.program == "denoising" else [])
 
 
 class Murder:

@@ -28,7 +28,7 @@ from models.validation import InputValidationStage
 from redis_servers import running_server
 from services.coordinator.costs import costs_of
 from services.worker import Worker, start_worker
-from services.worker_settings import WorkerSettings
+from services.worker_settings import LoopSettings
 from toy_checkpoint import build_toy_checkpoint, copy_renamed_family, toy_family
 
 STEPS = 5
@@ -109,13 +109,13 @@ def run(
             workers: dict[str, Worker] = {}
 
             async def add_worker(service: str) -> None:
-                settings = WorkerSettings(
+                settings = LoopSettings(
                     model=model.name,
                     redis=url,
                     listen=f"unix:{fleet.directory}/{secrets.token_hex(4)}.sock",
                     device="cpu",
                     threads=1,
-                    checkpoint_every=1,
+                    step_checkpoint_every=1,
                     step_seconds=0,
                 )
                 workers[service] = await start_worker(service, model, settings)
@@ -192,8 +192,8 @@ def test_progress_and_download(url: str, model: ServedModel, picture: bytes, mon
         progress: dict[str, list[tuple[int, int]]] = {}
         for event in events:
             if event.HasField("progress"):
-                told = event.progress
-                progress.setdefault(told.service, []).append((told.step, told.total_steps))
+                latest = event.progress
+                progress.setdefault(latest.service, []).append((latest.step, latest.total_steps))
         painting = progress.pop(PAINTING)
         assert painting == sorted(painting)
         assert (painting[0], painting[-1]) == ((0, STEPS), (STEPS, STEPS))

@@ -27,7 +27,7 @@ from models.stages.image_text_encoding import ImageTextEncodingStage
 from models.stages.text_encoding import TextEncodingStage
 from redis_servers import running_server
 from services.worker import start_worker
-from services.worker_settings import WorkerSettings
+from services.worker_settings import CachingSettings
 from stage_server import Heard, Served, StageInput, artifacts, packets, served
 
 SEED = "sampling.seed"
@@ -45,7 +45,7 @@ def cache(max_bytes: int = 1 << 20, *, model: str = "m", indifferent_to: tuple[s
 
 def lookups(model: str, result: str, service: str = "s") -> float:
     labels = {"service": service, "model": model, "result": result}
-    return REGISTRY.get_sample_value("fleet_cache_lookups_total", labels) or 0.0
+    return REGISTRY.get_sample_value("fleet_reply_cache_lookups_total", labels) or 0.0
 
 
 def packed(**slots: Any) -> dict[str, Packet]:
@@ -186,8 +186,10 @@ def test_a_worker_answers_from_its_cache_what_it_would_compute(store: str) -> No
     async def main() -> None:
         found = []
         before = {result: lookups("emoji", result, "text_encoding") for result in ("hit", "miss")}
-        for cache_bytes in (0, 64 << 20):
-            settings = WorkerSettings(model="emoji", redis=store, threads=1, device="cpu", cache_bytes=cache_bytes)
+        for reply_cache_bytes in (0, 64 << 20):
+            settings = CachingSettings(
+                model="emoji", redis=store, threads=1, device="cpu", reply_cache_bytes=reply_cache_bytes
+            )
             worker = await start_worker("text_encoding", model, settings)
             try:
                 async with open_channel(worker.address) as channel:

@@ -118,8 +118,10 @@ class Served:
         """SIGKILL the second coordinator, once the store has a checkpoint, and the worker."""
 
         async def is_stored() -> bool:
-            point: bytes = await command(self.redis, "HGET", f"fleet:request:{name}", "point") or b"-0"
-            self.stored_step = int(point.rpartition(b"-")[2])  # at least so many came before it, one a step
+            step_checkpoint_key: bytes = await command(self.redis, "HGET", f"fleet:request:{name}", "point") or b"-0"
+            self.stored_step = int(
+                step_checkpoint_key.rpartition(b"-")[2]
+            )  # at least so many came before it, one a step
             return self.stored_step > 0
 
         await until(is_stored)

@@ -20,7 +20,7 @@ from models.catalog import open_model
 from models.registry import load_registry
 from redis_servers import RedisServer, running_server, until
 from services.worker import start_worker
-from services.worker_settings import WorkerSettings
+from services.worker_settings import CachingSettings
 from stage_server import Heard
 
 MODEL = open_model("emoji", load_registry())
@@ -51,14 +51,14 @@ async def encoders(url: str, *dtypes: str) -> AsyncIterator[list[Encoder]]:
     async with AsyncExitStack() as stack:
         found = []
         for number, dtype in enumerate(dtypes):
-            settings = WorkerSettings(
+            settings = CachingSettings(
                 model="emoji",
                 redis=url,
                 threads=1,
                 device="cpu",
                 dtype=dtype,  # type: ignore[arg-type]
-                cache_redis_bytes=64 << 20,
-                cache_redis_gain=0.0,
+                reply_cache_redis_bytes=64 << 20,
+                reply_cache_redis_gain=0.0,
             )
             worker = await start_worker("text_encoding", MODEL, settings)
             stack.push_async_callback(worker.stop, 5)
@@ -77,7 +77,7 @@ def computed() -> float:
 
 def hits() -> float:
     labels = {"service": "text_encoding", "model": "emoji", "result": "hit"}
-    return REGISTRY.get_sample_value("fleet_shared_cache_lookups_total", labels) or 0.0
+    return REGISTRY.get_sample_value("fleet_shared_reply_cache_lookups_total", labels) or 0.0
 
 
 def run(test: Callable[[RedisServer], Awaitable[None]]) -> None:
@@ -108,8 +108,8 @@ def test_what_one_worker_encoded_another_does_not_encode_again() -> None:
             before, found = computed(), hits()
             for text, (embeds, warnings) in zip(texts, first, strict=True):
                 for _ in range(2):  # from the store, and then from its own memory
-                    again, told = await other.encode(text)
-                    assert told == warnings
+                    again, repeated = await other.encode(text)
+                    assert repeated == warnings
                     assert embeds.keys() == again.keys()
                     assert all(torch.equal(embeds[name], again[name]) for name in embeds)
             assert any(warnings for _, warnings in first)

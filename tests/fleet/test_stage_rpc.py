@@ -17,7 +17,7 @@ import pytest
 import torch
 from grpc_health.v1 import health_pb2
 
-from common.artifacts import Conditioning, DenoiseState, Latents, Sampling
+from common.artifacts import Conditioning, Latents, Sampling, StepCheckpoint
 from common.codec import unpack
 from common.errors import (
     Cancelled,
@@ -33,9 +33,9 @@ from common.local import HostedStages, LocalRunner
 from common.pipeline import PipelineError
 from common.rpc.address import advertised_address
 from common.rpc.client import RemoteRunner, open_channel
-from common.rpc.framing import Limits
-from common.rpc.server import ServingLimits, StageServicer
-from common.rpc.serving import FleetServer
+from common.rpc.fleet_server import FleetServer
+from common.rpc.framing import CallLimits
+from common.rpc.stage_servicer import ServicerLimits, StageServicer
 from common.stage import Call, Contract
 from common.tensors import TORCH
 from stage_server import (
@@ -45,9 +45,9 @@ from stage_server import (
     Served,
     StageInput,
     artifacts,
-    checkpoint_of,
     packets,
     served,
+    step_checkpoint_of,
 )
 
 Test = Callable[[Served], Awaitable[None]]
@@ -101,7 +101,7 @@ def test_reports_come_in_order_and_checkpoints_hold_what_was() -> None:
     def script(x: StageInput, call: Call) -> None:
         call.warn("prompt", "cut “off”")
         call.progress(1, 2)
-        call.on_checkpoint(checkpoint_of(x, 1))
+        call.on_step_checkpoint(step_checkpoint_of(x, 1))
         call.progress(2, 2)
 
     async def test(stage: Served) -> None:
@@ -110,7 +110,7 @@ def test_reports_come_in_order_and_checkpoints_hold_what_was() -> None:
         assert stage.heard.progress == [(1, 2), (2, 2)]
         assert stage.heard.warnings == [("prompt", "cut “off”")]
         (checkpoint,) = stage.heard.checkpoints
-        state = unpack("checkpoint", DenoiseState, checkpoint, TORCH)
+        state = unpack("checkpoint", StepCheckpoint, checkpoint, TORCH)
         assert torch.equal(state.latents.parts["image"].latents, artifacts()["initial_latents"].parts["image"].latents)
         unheard = RemoteRunner(stage.channel, "denoising", stage.hosted.contract)
         assert torch.equal(result(await unheard(given, Call("r"))), result(outputs))
@@ -124,7 +124,7 @@ def test_both_runners_report_the_same_to_a_call() -> None:
     def script(x: StageInput, call: Call) -> None:
         call.warn("prompt", "cut")
         call.progress(1, 2)
-        call.on_checkpoint(checkpoint_of(x, 1))
+        call.on_step_checkpoint(step_checkpoint_of(x, 1))
         call.progress(2, 2)
 
     def heard(reports: list[Any]) -> Call:
@@ -132,7 +132,7 @@ def test_both_runners_report_the_same_to_a_call() -> None:
             "r",
             on_progress=lambda step, total: reports.append((step, total)),
             on_warning=lambda name, text: reports.append((name, text)),
-            on_checkpoint=reports.append,
+            on_step_checkpoint=reports.append,
             on_begun=lambda: reports.append("begun"),
         )
 
@@ -142,8 +142,8 @@ def test_both_runners_report_the_same_to_a_call() -> None:
             await LocalRunner(stage.hosted, executor)(artifacts(), heard(near))
         far: list[Any] = []
         await stage.runner()(packets(), heard(far))
-        assert [type(each) for each in near] == [str, tuple, tuple, DenoiseState, tuple]
-        states = [near.pop(3), unpack("checkpoint", DenoiseState, far.pop(3), TORCH)]
+        assert [type(each) for each in near] == [str, tuple, tuple, StepCheckpoint, tuple]
+        states = [near.pop(3), unpack("checkpoint", StepCheckpoint, far.pop(3), TORCH)]
         assert near == far == ["begun", ("prompt", "cut"), (1, 2), (2, 2)]
         ours, theirs = (state.latents.parts["image"] for state in states)
         assert [state.step for state in states] == [1, 1]
@@ -153,7 +153,7 @@ def test_both_runners_report_the_same_to_a_call() -> None:
     run(test, script)
 
 
-def test_of_quick_steps_the_first_and_the_last_are_told() -> None:
+def test_of_quick_steps_the_first_and_the_last_are_reported() -> None:
     def script(x: StageInput, call: Call) -> None:
         del x
         for step in range(1, 6):
@@ -163,7 +163,7 @@ def test_of_quick_steps_the_first_and_the_last_are_told() -> None:
         await stage.runner()(packets(), stage.heard.call())
         assert stage.heard.progress == [(1, 5), (5, 5)]
 
-    run(test, script, limits=ServingLimits(step_seconds=3_600))
+    run(test, script, limits=ServicerLimits(step_seconds=3_600))
 
 
 def test_cancelling_the_task_stops_the_stage_within_a_step() -> None:
@@ -288,18 +288,18 @@ def test_a_call_may_not_carry_more_than_the_limit() -> None:
             await stage.runner()(packets(), stage.heard.call())
         await stage.runner()(packets(8), stage.heard.call())
 
-    run(test, limits=ServingLimits(call=Limits(total_bytes=1000)))
+    run(test, limits=ServicerLimits(call=CallLimits(total_bytes=1000)))
 
 
 def test_a_reply_may_not_carry_more_than_the_limit() -> None:
     async def test(stage: Served) -> None:
         with pytest.raises(ResourceExhausted, match="denoised_latents"):
-            await stage.runner(limits=Limits(total_bytes=1000))(packets(), stage.heard.call())
+            await stage.runner(limits=CallLimits(total_bytes=1000))(packets(), stage.heard.call())
 
     run(test)
 
 
-def test_a_header_that_no_worker_takes_is_told_before_it_is_sent() -> None:
+def test_a_header_that_no_worker_takes_is_reported_before_it_is_sent() -> None:
     async def test(stage: Served) -> None:
         sampling = Sampling(num_inference_steps=1, seed=1, params={"text": "x" * (17 << 20)})
         with pytest.raises(ResourceExhausted, match="sampling makes a header of") as caught:
@@ -326,7 +326,7 @@ def test_a_silent_caller_is_given_up() -> None:
             await call.read()
         await until(lambda: not stage.servicer.in_flight)
 
-    run(test, limits=ServingLimits(idle_seconds=0.1))
+    run(test, limits=ServicerLimits(idle_seconds=0.1))
 
 
 def test_a_contract_beyond_the_rpc_starts_nothing() -> None:
@@ -404,7 +404,7 @@ def test_closing_the_channel_is_no_cancel_of_the_task() -> None:
     run(test, gate)
 
 
-def test_an_address_that_cannot_be_had_is_told(tmp_path: Path) -> None:
+def test_an_address_that_cannot_be_had_is_reported(tmp_path: Path) -> None:
     async def main() -> None:
         first, second = FleetServer("127.0.0.1:0"), FleetServer(f"unix:{tmp_path}/x.sock")
         for listen, words in (

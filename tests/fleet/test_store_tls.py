@@ -99,7 +99,7 @@ def test_a_fleet_lives_on_a_store_that_is_reached_over_tls(name: str, fleet: Aut
     asyncio.run(main())
 
 
-def test_passwords_of_the_store_are_not_told() -> None:
+def test_passwords_of_the_store_are_not_reported() -> None:
     for url in ("redi://me:secret@host:6379/0", "redi://:sec/ret@host/0", "redi://secret@p@host"):
         with pytest.raises(InvalidInput, match="is no Redis URL") as caught:
             connect(url)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from functools import partial
@@ -211,3 +213,26 @@ def test_cached_replies_are_those_of_one_variant(twin: ServedModel, tmp_path: Pa
         assert replies[0] == replies[1] != replies[2] == replies[3]
 
     run_parts(twin, tmp_path, test)
+
+
+def test_the_command_line_sends_images_to_their_variant(tmp_path: Path) -> None:
+    build_twin_checkpoint(tmp_path / "twin")
+    (tmp_path / "red.png").write_bytes(png("red"))
+    with twin_family(tmp_path / "plugins") as plugins:
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("FLEET_")}
+        environment["FLEET_PLUGINS"] = ",".join(map(str, plugins))
+
+        def generate(*words: str) -> subprocess.CompletedProcess[str]:
+            command = [sys.executable, "-m", "services.cli", "generate", "a leaf", "--model", "./twin", "--seed", "3"]
+            return subprocess.run(
+                [*command, *words], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+            )
+
+        for name, words in {"text": (), "image": ("--image", "red.png")}.items():
+            done = generate(*words, "--output", f"{name}.png")
+            assert done.returncode == 0, done.stderr
+        refused = generate("--param", "mask_image=red.png", "--output", "x.png")
+    assert (tmp_path / "text.png").read_bytes() != (tmp_path / "image.png").read_bytes()
+    assert refused.returncode == 2
+    assert "mask_image came; twin takes: text (no images), image (image, optional image_1)" in refused.stderr
+    assert not (tmp_path / "x.png").exists()

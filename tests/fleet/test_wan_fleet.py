@@ -73,9 +73,9 @@ def test_tensors_are_those_of_one_process(fleet: ServedFleet, models: dict[str, 
     assert all(torch.equal(got[key], expected[key]) for key in expected)
 
 
-def test_a_model_tells_which_pictures_it_takes(models: dict[str, ServedModel]) -> None:
-    told = {name: [spec.name for spec in model.parameters() if spec.type == "image"] for name, model in models.items()}
-    assert told == {"t2v": [], "i2v": ["image"], "flf2v": ["image", "last_image"]}
+def test_a_model_reports_which_pictures_it_takes(models: dict[str, ServedModel]) -> None:
+    roles = {name: [spec.name for spec in model.parameters() if spec.type == "image"] for name, model in models.items()}
+    assert roles == {"t2v": [], "i2v": ["image"], "flf2v": ["image", "last_image"]}
 
 
 def test_a_large_picture_travels_whole(fleet: ServedFleet, models: dict[str, ServedModel]) -> None:

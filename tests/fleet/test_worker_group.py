@@ -42,7 +42,7 @@ def check_cancelled(call):
 FollowingCall.check_cancelled = check_cancelled
 """
 # Longer than what other tests here do to a rank takes to be noticed.
-_HANGS = ("--hang-seconds", "4", "--hang-paces", "4", "--hang-exit-seconds", "1")
+_HANGS = ("--hang-seconds", "4", "--hang-mean-steps", "4", "--hang-exit-seconds", "1")
 
 
 @pytest.fixture(scope="module")

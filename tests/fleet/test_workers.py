@@ -39,8 +39,9 @@ from models.registry import load_registry
 from models.runtime import Runtime
 from models.validation import InputValidationStage
 from redis_servers import running_server
+from services.cli.serve import settings_class
 from services.worker import main_for, start_worker
-from services.worker_settings import WorkerSettings
+from services.worker_settings import KernelSettings, WorkerSettings
 from stage_server import METHOD
 from toy_checkpoint import build_toy_checkpoint, toy_family
 
@@ -113,11 +114,13 @@ def test_a_family_from_elsewhere_runs_through_workers_as_it_runs_alone(toy: Serv
             registry = WorkerRegistry(await stack.enter_async_context(connect(store)))
             runners = []
             for spec in toy.services:
-                worker = await start_worker(spec.service, toy, settings_of(store))
+                settings = settings_class(spec.service)(model="toy", redis=store, threads=1, device="cpu")
+                worker = await start_worker(spec.service, toy, settings)
                 stack.push_async_callback(worker.stop, 5)
                 (live,) = await registry.live("toy", spec.service)
                 assert live == worker.info
-                assert [each.name for each in live.kernels] == ["triton"]
+                uses_kernels = isinstance(settings, KernelSettings)
+                assert [each.name for each in live.kernels] == (["triton"] if uses_kernels else [])
                 channel = await stack.enter_async_context(open_channel(live.address))
                 assert await get_model_info(channel) == worker.info
                 assert await health(channel, f"fleet.v1.{services_name(spec.service)}") == 1
@@ -224,7 +227,7 @@ def test_wrong_settings_are_one_line(
 ) -> None:
     for name in [name for name in os.environ if name.startswith("FLEET_")]:
         monkeypatch.delenv(name)
-    assert main_for("denoising")(argv) == code
+    assert main_for("denoising", WorkerSettings)(argv) == code
     error = capsys.readouterr().err
     assert words in error
     assert error.startswith("fleet serve denoising: ")

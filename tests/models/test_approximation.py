@@ -14,7 +14,7 @@ import torch
 from prometheus_client import REGISTRY
 from torch import Tensor
 
-from common.artifacts import DenoiseState
+from common.artifacts import StepCheckpoint
 from common.errors import InvalidInput
 from common.stage import Call
 from configs.approximation import EXACT, Approximation
@@ -57,12 +57,14 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return model, DenoisingInput(**inputs), parts
 
 
-def stage_of(model: ServedModel, approximation: Approximation, checkpoint_every: int = 0) -> DenoisingStage:
+def stage_of(model: ServedModel, approximation: Approximation, step_checkpoint_every: int = 0) -> DenoisingStage:
     """The loop of the model's last variant: of several, the one that takes an image."""
     (stage,) = load_stages(
         model,
         model.service("denoising"),
-        Runtime(device=CPU, dtype=torch.float32, checkpoint_every=checkpoint_every, approximation=approximation),
+        Runtime(
+            device=CPU, dtype=torch.float32, step_checkpoint_every=step_checkpoint_every, approximation=approximation
+        ),
         variant=model.variants[-1].name,
     )
     assert isinstance(stage, DenoisingStage)
@@ -93,7 +95,7 @@ def test_float8_linears(case: Case) -> None:
 
 
 def cached(model: ServedModel, threshold: float) -> DenoisingStage:
-    return stage_of(model, Approximation(step_cache_threshold=threshold), checkpoint_every=1)
+    return stage_of(model, Approximation(step_cache_threshold=threshold), step_checkpoint_every=1)
 
 
 def test_a_step_cache_changes_nothing_where_every_step_is_computed(case: Case) -> None:
@@ -135,10 +137,10 @@ def test_a_reused_step_adds_what_the_other_blocks_added(case: Case) -> None:
 
 def test_a_loop_with_a_step_cache_has_no_checkpoints(case: Case) -> None:
     model, x, _ = case
-    states: list[DenoiseState] = []
-    latents_of(stage_of(model, EXACT, checkpoint_every=1), x, Call("test", on_checkpoint=states.append))
+    states: list[StepCheckpoint] = []
+    latents_of(stage_of(model, EXACT, step_checkpoint_every=1), x, Call("test", on_step_checkpoint=states.append))
     assert len(states) == STEPS - 1
-    call = Call("test", on_checkpoint=lambda _: pytest.fail("a checkpoint was told"))
+    call = Call("test", on_step_checkpoint=lambda _: pytest.fail("a checkpoint was told"))
     latents_of(cached(model, 1e-9), x, call)
     with pytest.raises(InvalidInput, match="starts at step 0") as caught:
         latents_of(cached(model, 1e-9), replace(x, resume_from=states[0]))

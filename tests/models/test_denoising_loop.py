@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from common.artifacts import DenoiseState, Latents
+from common.artifacts import Latents, StepCheckpoint
 from common.errors import InvalidInput, ResourceExhausted
 from common.stage import Call
 from fake_graphs import FakeCapture
@@ -31,11 +31,11 @@ def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[part], other[part]) for part in one)
 
 
-def checkpoints_of(x: DenoisingInput) -> tuple[dict[str, Tensor], list[DenoiseState]]:
+def checkpoints_of(x: DenoisingInput) -> tuple[dict[str, Tensor], list[StepCheckpoint]]:
     """The result of a whole loop, and its checkpoints after each step."""
-    states: list[DenoiseState] = []
-    stage, _ = loop_stage(Runtime(checkpoint_every=1))
-    return run(stage, x, Call("test", on_checkpoint=states.append)), states
+    states: list[StepCheckpoint] = []
+    stage, _ = loop_stage(Runtime(step_checkpoint_every=1))
+    return run(stage, x, Call("test", on_step_checkpoint=states.append)), states
 
 
 def with_graphs(*, remembers: bool = False, max_bytes: int = 1 << 20) -> tuple[DenoisingStage, FakeCapture]:

@@ -104,7 +104,7 @@ def test_pictures_are_not_recognised_under_shuffled_prompts(
     pictures: dict[str, Image.Image], references: References
 ) -> None:
     shuffled = random.Random(0).sample(references.prompts, len(references.prompts))
-    hits = [references.nearest(pictures[drawn]) == told for drawn, told in zip(pictures, shuffled, strict=True)]
+    hits = [references.nearest(pictures[drawn]) == named for drawn, named in zip(pictures, shuffled, strict=True)]
     assert sum(hits) <= 0.1 * len(hits)
 
 

@@ -75,7 +75,9 @@ def show(fleet: LocalFleet) -> Callable[[str], Video]:
     ("prompt", "axis", "direction"),
     [("a cat moving left", "x", -1), ("a red car moving right", "x", 1), ("an apple falling", "y", 1)],
 )
-def test_the_centre_of_mass_moves_as_told(show: Callable[[str], Video], prompt: str, axis: str, direction: int) -> None:
+def test_the_centre_of_mass_moves_as_prompted(
+    show: Callable[[str], Video], prompt: str, axis: str, direction: int
+) -> None:
     seen = track(show(prompt))
     along, across = (seen.x, seen.y) if axis == "x" else (seen.y, seen.x)
     steps = direction * np.diff(along)

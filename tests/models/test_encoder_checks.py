@@ -12,7 +12,7 @@ from transformers import CLIPTokenizer, Qwen2Tokenizer, T5TokenizerFast
 
 from common.errors import CheckpointError
 from models.catalog import open_model
-from models.encoders.checks import check_tokenizer
+from models.encoder_runners.checks import check_tokenizer
 from models.loader import load_stages
 from models.registry import load_registry
 from models.runtime import Runtime

@@ -256,7 +256,7 @@ def test_weights_are_cast_to_the_asked_type(dev: Pair) -> None:
     assert not any(parameter.requires_grad for parameter in transformer.parameters())
 
 
-def test_numerics_fingerprint_tells_types_apart() -> None:
+def test_numerics_fingerprint_distinguishes_types() -> None:
     cpu = torch.device("cpu")
     assert numerics_fingerprint(cpu, torch.float32) == numerics_fingerprint(cpu, torch.float32)
     assert numerics_fingerprint(cpu, torch.float32) != numerics_fingerprint(cpu, torch.bfloat16)

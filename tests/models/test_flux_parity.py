@@ -125,7 +125,7 @@ def test_bfloat16_is_near(dev: Pair) -> None:
     assert relative_error(ours["latents"], exact["latents"]) < 1.5 * floor
 
 
-def test_progress_is_told_step_by_step(dev: Pair) -> None:
+def test_progress_is_reported_step_by_step(dev: Pair) -> None:
     heard = Heard()
     dev.ours.tensors(heard, **BASE, seed=1)
-    assert [told for told in heard.progress if told[1] == 4] == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert [each for each in heard.progress if each[1] == 4] == [(1, 4), (2, 4), (3, 4), (4, 4)]

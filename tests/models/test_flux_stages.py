@@ -12,7 +12,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from common.artifacts import Canvas, Conditioning, DenoiseState, Latents, Prompt, Sampling
+from common.artifacts import Canvas, Conditioning, Latents, Prompt, Sampling, StepCheckpoint
 from common.codec import pack, unpack
 from common.errors import Cancelled, InternalError, InvalidInput
 from common.local import HostedStages
@@ -94,7 +94,7 @@ def test_negative_branch(dev: Pair, negative_prompt: str | None, scale: float | 
     assert bool(made.negative_prompt_embeds) == encoded
 
 
-def test_text_that_is_cut_is_told(dev: Pair) -> None:
+def test_text_that_is_cut_is_reported(dev: Pair) -> None:
     heard = Heard()
     prompt = Prompt(
         prompt="the cat " * 60, prompt_2="a b c d", negative_prompt="red " * 9 + "moon", max_sequence_length=4
@@ -109,13 +109,13 @@ def test_text_that_is_cut_is_told(dev: Pair) -> None:
     assert negative.endswith("red moon")
 
 
-def test_very_long_text_is_told_in_part(dev: Pair) -> None:
+def test_very_long_text_is_reported_in_part(dev: Pair) -> None:
     heard = Heard()
     run(dev, "text_encoding", {"prompt": Prompt(prompt="the cat " * 4000), "sampling": SAMPLING}, heard.call())
     assert [len(message) < 2200 for _, message in heard.warnings] == [True, True]
 
 
-def test_text_that_just_fits_is_not_told(dev: Pair) -> None:
+def test_text_that_just_fits_is_not_reported(dev: Pair) -> None:
     heard = Heard()
     prompt = Prompt(prompt="the " * 75, prompt_2="a red cat", max_sequence_length=4)
     run(dev, "text_encoding", {"prompt": prompt, "sampling": SAMPLING}, heard.call())
@@ -167,11 +167,11 @@ def test_requests_leave_no_trace(dev: Pair, prepared: Slots) -> None:
 
 def test_resuming_after_any_step_gives_the_same_bytes(dev: Pair, prepared: Slots) -> None:
     whole = run(dev, "denoising", prepared)["denoised_latents"].parts["image"].latents
-    states: list[DenoiseState] = []
+    states: list[StepCheckpoint] = []
     stage = checkpointing_stage(dev)
-    stage.run(prepared, Call("test", on_checkpoint=states.append))
+    stage.run(prepared, Call("test", on_step_checkpoint=states.append))
     assert [state.step for state in states] == list(range(1, STEPS))
-    start = DenoiseState(step=0, latents=prepared["initial_latents"], generator=prepared.get("latents_generator"))
+    start = StepCheckpoint(step=0, latents=prepared["initial_latents"], generator=prepared.get("latents_generator"))
     for state in [start, *states]:
         heard = Heard()
         resumed = run(dev, "denoising", {**prepared, "resume_from": travelled(state)}, heard.call())
@@ -179,23 +179,25 @@ def test_resuming_after_any_step_gives_the_same_bytes(dev: Pair, prepared: Slots
         assert [step for step, _ in heard.progress] == list(range(state.step + 1, STEPS + 1))
 
 
-def travelled(state: DenoiseState) -> DenoiseState:
+def travelled(state: StepCheckpoint) -> StepCheckpoint:
     """The checkpoint as another worker gets it."""
     packet = pack("checkpoint", state, TORCH).renamed("checkpoint", "resume_from")
-    return unpack("resume_from", DenoiseState, packet, TORCH)
+    return unpack("resume_from", StepCheckpoint, packet, TORCH)
 
 
 def checkpointing_stage(pair: Pair) -> HostedStages:
     """The denoising service, with a checkpoint after every step."""
     model = pair.ours.model
     spec = model.service("denoising")
-    (stage,) = load_stages(model, spec, Runtime(device=torch.device("cpu"), dtype=torch.float32, checkpoint_every=1))
+    (stage,) = load_stages(
+        model, spec, Runtime(device=torch.device("cpu"), dtype=torch.float32, step_checkpoint_every=1)
+    )
     return HostedStages("denoising", [stage])
 
 
 @pytest.mark.parametrize("step", [-1, STEPS + 1])
 def test_resuming_outside_the_schedule(dev: Pair, prepared: Slots, step: int) -> None:
-    state = DenoiseState(step=step, latents=prepared["initial_latents"])
+    state = StepCheckpoint(step=step, latents=prepared["initial_latents"])
     with pytest.raises(InvalidInput) as caught:
         run(dev, "denoising", {**prepared, "resume_from": state})
     assert caught.value.field == "resume_from.step"
@@ -204,14 +206,14 @@ def test_resuming_outside_the_schedule(dev: Pair, prepared: Slots, step: int) ->
 def test_resuming_at_latents_of_another_size(dev: Pair, prepared: Slots) -> None:
     part = prepared["initial_latents"].parts["image"]
     smaller = dataclasses.replace(part, latents=part.latents[:1])
-    state = DenoiseState(step=1, latents=Latents(parts={"image": smaller}))
+    state = StepCheckpoint(step=1, latents=Latents(parts={"image": smaller}))
     with pytest.raises(InvalidInput) as caught:
         run(dev, "denoising", {**prepared, "resume_from": state})
     assert caught.value.field == "resume_from.latents"
 
 
 def test_resuming_with_the_state_of_another_solver(dev: Pair, prepared: Slots) -> None:
-    state = DenoiseState(step=1, latents=prepared["initial_latents"], solver={"last_sample": torch.zeros(1)})
+    state = StepCheckpoint(step=1, latents=prepared["initial_latents"], solver={"last_sample": torch.zeros(1)})
     with pytest.raises(InvalidInput, match="last_sample"):
         run(dev, "denoising", {**prepared, "resume_from": state})
 

@@ -104,7 +104,7 @@ def test_attention_is_replaced_where_the_plan_says(
     assert len({module.shards for module in model.modules() if isinstance(module, USPAttention)}) == 1
 
 
-def test_graphs_of_requests_with_chunks_of_equal_size_are_told_apart(dev: Pair) -> None:
+def test_graphs_of_requests_with_chunks_of_equal_size_are_distinguished(dev: Pair) -> None:
     """Of 13 and of 14 tokens the first of two ranks has 7; the other one does not, and both capture collectives."""
     config = FluxPipelineConfig.from_checkpoint(dev.ours.model.checkpoint)
     runtime = Runtime(mesh=rank_of(Degrees(ulysses=2)))

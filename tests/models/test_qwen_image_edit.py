@@ -22,7 +22,7 @@ from configs.models.vaes.qwen_image import given_size
 from configs.pipeline_configs.qwen_image_edit import EDIT_TEMPLATE, POSITIONS, QwenImageEditPipelineConfig
 from configs.sample.qwen_image import QwenImageEditSamplingParams
 from local_fleet import Heard, LocalFleet, open_fleet, reference_run, relative_error
-from models.encoders.image_text import ImageTextEncoder
+from models.encoder_runners.image_text import ImageTextEncoder
 from models.validation import InputValidationStage
 from tiny_qwen_image import build_tiny_qwen_image_edit, open_edit_reference, qwen_tokenizer
 

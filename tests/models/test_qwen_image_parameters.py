@@ -88,7 +88,7 @@ def test_sizes_round_as_there(checkpoint: Checkpoint, theirs: Any, height: int) 
     ],
     ids=str,
 )
-def test_what_has_no_effect_is_told(checkpoint: Checkpoint, given: dict[str, Any], idle: list[str]) -> None:
+def test_what_has_no_effect_is_reported(checkpoint: Checkpoint, given: dict[str, Any], idle: list[str]) -> None:
     _, warnings = QwenImageSamplingParams.build({"prompt": "", **given}, checkpoint)
     assert [warning.field for warning in warnings] == idle
 

@@ -97,7 +97,7 @@ def test_every_input_matters(pair: Pair, change: dict[str, Any]) -> None:
     assert relative_error(after, before) > 1e-2
 
 
-def test_a_prompt_that_is_cut_is_told(pair: Pair) -> None:
+def test_a_prompt_that_is_cut_is_reported(pair: Pair) -> None:
     heard = Heard()
     given = BASE | {"prompt": "a old stone river", "max_sequence_length": 2, "negative_prompt": "a red cat"}
     pair[0].tensors(heard, **given, seed=1)

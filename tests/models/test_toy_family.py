@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.artifacts import Canvas, DenoiseState, ParamValue, Prompt, Sampling
+from common.artifacts import Canvas, ParamValue, Prompt, Sampling, StepCheckpoint
 from common.errors import CheckpointError
 from common.stage import Call
 from local_fleet import NO_IMAGES, Heard, LocalFleet
@@ -47,7 +47,7 @@ def test_draws_what_is_asked_for(fleet: LocalFleet) -> None:
     assert [picture.size for picture in pictures] == [(40, 32)] * 2
 
 
-def test_tells_what_it_did(fleet: LocalFleet) -> None:
+def test_reports_what_it_did(fleet: LocalFleet) -> None:
     heard = Heard()
     fleet.media(heard, prompt="x" * 65, seed=1)
     assert heard.warnings == [("prompt", "only the first 64 of 65 bytes are read")]
@@ -55,7 +55,7 @@ def test_tells_what_it_did(fleet: LocalFleet) -> None:
 
 
 def test_continues_from_every_step_to_the_same_bytes(fleet: LocalFleet) -> None:
-    states: list[DenoiseState] = []
+    states: list[StepCheckpoint] = []
     canvas, sampling = Canvas(height=32, width=32), Sampling(num_inference_steps=4, seed=1, params={"contrast": 1.0})
     quiet = Call("toy")
     inputs = {
@@ -66,7 +66,7 @@ def test_continues_from_every_step_to_the_same_bytes(fleet: LocalFleet) -> None:
     }
     denoising = fleet.services["denoising"]
     slots = {name: inputs[name] for name in denoising.contract.inputs if name in inputs}
-    whole = denoising.run(slots, Call("toy", on_checkpoint=states.append))["denoised_latents"]
+    whole = denoising.run(slots, Call("toy", on_step_checkpoint=states.append))["denoised_latents"]
     assert [state.step for state in states] == [1, 2, 3, 4]
     for state in states:
         resumed = denoising.run({**slots, "resume_from": state}, quiet)["denoised_latents"]

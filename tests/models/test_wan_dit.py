@@ -68,7 +68,7 @@ def test_predictions_are_diffusers(tmp_path: Path, given: dict[str, Any], dtype:
     assert relative_error(got, expected) <= most
 
 
-def test_text_of_any_length_is_told_from_the_picture(tmp_path: Path) -> None:
+def test_text_of_any_length_is_distinguished_from_the_picture(tmp_path: Path) -> None:
     """Diffusers takes the last 512 tokens for text, however many there are; ours keeps text and picture apart."""
     _, ours = pair(tmp_path, IMAGE, torch.float32)
     video, tokens = torch.randn(1, 36, 1, 4, 4), torch.randn(1, 10, 24)

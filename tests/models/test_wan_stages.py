@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from common.artifacts import Canvas, DenoiseState, ImageInputs, Prompt, Sampling
+from common.artifacts import Canvas, ImageInputs, Prompt, Sampling, StepCheckpoint
 from common.codec import pack, unpack
 from common.errors import Cancelled, InvalidInput
 from common.local import HostedStages
@@ -62,7 +62,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> ServedModel:
 def services(model: ServedModel) -> dict[str, HostedStages]:
     return {
         spec.service: HostedStages(
-            spec.service, load_stages(model, spec, Runtime(device=CPU, dtype=torch.float32, checkpoint_every=1))
+            spec.service, load_stages(model, spec, Runtime(device=CPU, dtype=torch.float32, step_checkpoint_every=1))
         )
         for spec in model.services
     }
@@ -90,11 +90,11 @@ def run(services: dict[str, HostedStages], name: str, slots: Slots, call: Call |
 
 def test_a_loop_resumes_after_every_step_to_the_same_bytes(services: dict[str, HostedStages], prepared: Slots) -> None:
     """Through the codec, as a checkpoint travels: the solver's history is part of it."""
-    states: list[DenoiseState] = []
-    whole = run(services, "denoising", prepared, Call("test", on_checkpoint=states.append))["denoised_latents"]
+    states: list[StepCheckpoint] = []
+    whole = run(services, "denoising", prepared, Call("test", on_step_checkpoint=states.append))["denoised_latents"]
     assert [state.step for state in states] == [1, 2, 3, 4]
     for state in states:
-        travelled = unpack("state", DenoiseState, pack("state", state, TORCH), TORCH)
+        travelled = unpack("state", StepCheckpoint, pack("state", state, TORCH), TORCH)
         again = run(services, "denoising", {**prepared, "resume_from": travelled})["denoised_latents"]
         assert torch.equal(again.parts["video"].latents, whole.parts["video"].latents), f"after step {state.step}"
 

@@ -22,7 +22,7 @@ from diffusers import (
 from PIL import Image
 from torch import Tensor
 
-from common.artifacts import Canvas, Conditioning, DenoiseState, LatentPart, Latents, Sampling
+from common.artifacts import Canvas, Conditioning, LatentPart, Latents, Sampling, StepCheckpoint
 from common.checkpoint import Checkpoint
 from common.codec import pack, unpack
 from common.errors import CheckpointError
@@ -99,11 +99,11 @@ class Loop:
             sampling=sampling,
         )
 
-    def run(self, x: DenoisingInput, states: list[DenoiseState] | None = None) -> Tensor:
+    def run(self, x: DenoisingInput, states: list[StepCheckpoint] | None = None) -> Tensor:
         """The loop's result; its step checkpoints are appended to `states`."""
         modules = {name: self.modules[name] for name in ("transformer", "scheduler")}
-        stage = DenoisingStage(self.config, Runtime(dtype=self.dtype, checkpoint_every=1), modules)
-        call = Call("test") if states is None else Call("test", on_checkpoint=states.append)
+        stage = DenoisingStage(self.config, Runtime(dtype=self.dtype, step_checkpoint_every=1), modules)
+        call = Call("test") if states is None else Call("test", on_step_checkpoint=states.append)
         return stage.run(x, call).denoised_latents.parts["video"].latents
 
     def reference(self, x: DenoisingInput, canvas: Canvas) -> tuple[Tensor, list[Tensor]]:
@@ -186,7 +186,7 @@ def test_latents_are_diffusers(path: Path, kind: str, canvas: Canvas, guidance_s
     """At the end, and after each step: the loop's own first frame goes on being denoised."""
     loop = Loop(path, WanTI2VPipelineConfig if kind == "text" else WanTI2VImagePipelineConfig)
     x = request(loop, canvas, guidance_scale, outputs)
-    states: list[DenoiseState] = []
+    states: list[StepCheckpoint] = []
     got = loop.run(x, states)
     expected, steps = loop.reference(x, canvas)
     assert relative_error(got, expected) <= 1e-4
@@ -198,18 +198,18 @@ def test_a_loop_resumes_after_every_step_to_the_same_bytes(text: Loop, image: Lo
     """Through the codec, as a checkpoint travels: the solver's history is part of it."""
     for loop in (text, image):
         x = loop.inputs()
-        states: list[DenoiseState] = []
+        states: list[StepCheckpoint] = []
         whole = loop.run(x, states)
         assert [state.step for state in states] == [*range(1, STEPS)]
         for state in states:
-            sent = unpack("state", DenoiseState, pack("state", state, TORCH), TORCH)
+            sent = unpack("state", StepCheckpoint, pack("state", state, TORCH), TORCH)
             resumed = DenoisingInput(**vars(x) | {"resume_from": sent})
             assert torch.equal(loop.run(resumed), whole), f"after step {state.step}"
 
 
 def test_the_first_frame_is_the_image_in_the_result_only(image: Loop) -> None:
     x = image.inputs()
-    states: list[DenoiseState] = []
+    states: list[StepCheckpoint] = []
     got = image.run(x, states)
     assert x.image_latents is not None
     condition = x.image_latents.parts["condition"].latents

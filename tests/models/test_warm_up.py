@@ -120,7 +120,7 @@ def test_the_loop_runs_a_few_steps_at_each_size(caplog: pytest.LogCaptureFixture
     assert [line.rpartition(" in ")[0] for line in caplog.messages] == ["warmed up for 16x32", "warmed up for 32x16"]
 
 
-def test_a_size_that_is_rounded_is_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_size_that_is_rounded_is_reported(caplog: pytest.LogCaptureFixture) -> None:
     ((_, params),) = WarmUp.parse(opened("emoji"), ("35x32",)).sizes
     assert params.height == 32
     assert len(caplog.messages) == 1

@@ -11,13 +11,13 @@ if TYPE_CHECKING:
     from common.artifacts import (
         Canvas,
         Conditioning,
-        DenoiseState,
         Generator,
         Latents,
         Media,
         Prompt,
         Sampling,
         Schedule,
+        StepCheckpoint,
     )
 
 
@@ -75,7 +75,7 @@ class PaintingInput:
     ladder: Schedule
     colour: Conditioning
     rules: Sampling
-    unfinished: DenoiseState | None = field(default=None, metadata=RESUME)
+    unfinished: StepCheckpoint | None = field(default=None, metadata=RESUME)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,7 +25,9 @@ class ToySamplingParams(SamplingParams):
         side = 4 * _cell(checkpoint)
         return {"height": side, "width": side}
 
-    def fitted(self, checkpoint: Checkpoint, given: Collection[str]) -> tuple[Self, tuple[ParamWarning, ...]]:
+    def round_and_validate(
+        self, checkpoint: Checkpoint, given: Collection[str]
+    ) -> tuple[Self, tuple[ParamWarning, ...]]:
         """Whole cells only."""
         del given
         return self.floored_size(_cell(checkpoint))

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import save
 from torch import Tensor
 
-from common.artifacts import Conditioning, DenoiseState, LatentPart, Latents, Media, MediaItem, Schedule
+from common.artifacts import Conditioning, LatentPart, Latents, Media, MediaItem, Schedule, StepCheckpoint
 from common.stage import Call, PipelineStage
 from configs.pipeline_configs.base import PipelineConfig
 from models import contracts
@@ -87,7 +87,7 @@ class ToyDenoisingStage(PipelineStage[contracts.DenoisingInput, contracts.Denois
         for step in range(start, total):
             width = x.schedule.sigmas[step] - x.schedule.sigmas[step + 1]
             latents = latents + width * gain * (colour - latents)
-            call.on_checkpoint(DenoiseState(step=step + 1, latents=_latents(latents)))
+            call.on_step_checkpoint(StepCheckpoint(step=step + 1, latents=_latents(latents)))
             call.progress(step + 1, total)
         return contracts.DenoisingOutput(denoised_latents=_latents(latents))
 

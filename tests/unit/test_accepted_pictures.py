@@ -43,7 +43,9 @@ class Params:
 
 def validation() -> InputValidationStage:
     checkpoint = SimpleNamespace(pipeline_name="Pipeline")
-    variant = SimpleNamespace(sampling_params=Params, roles=Params.image_roles(checkpoint))
+    variant = SimpleNamespace(
+        sampling_params=Params, roles=Params.image_roles(checkpoint), pipeline=SimpleNamespace(given={})
+    )
     model = SimpleNamespace(name="m", variants=(variant,), unserved={}, checkpoint=checkpoint)
     return InputValidationStage(cast(ServedModel, model))
 

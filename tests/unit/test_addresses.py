@@ -14,7 +14,7 @@ from redis import Redis
 from common.rpc import probe
 from common.rpc.address import is_local, proxy_variable, target_of
 from common.rpc.client import open_channel
-from common.rpc.serving import FleetServer
+from common.rpc.fleet_server import FleetServer
 from common.state.embedded import EmbeddedStore
 from services.cli.__main__ import main
 

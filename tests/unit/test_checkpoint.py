@@ -36,7 +36,7 @@ def tensor(dtype: str = "F32", shape: object = (1,), begin: int = 0, end: int = 
     return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
 
 
-def test_tells_what_the_directory_holds(flux: Path) -> None:
+def test_reports_what_the_directory_holds(flux: Path) -> None:
     checkpoint = Checkpoint.open(flux)
     assert checkpoint.name == "flux"
     assert checkpoint.path == flux

@@ -170,7 +170,7 @@ def endpoint() -> list[str]:
     return ["--endpoint", os.environ["FLEET_ENDPOINT"]]
 
 
-def test_generate_writes_the_files_and_tells_their_paths(
+def test_generate_writes_the_files_and_reports_their_paths(
     pretender: Pretender, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     argv = ["generate", "p", "--seed", "7", "--model", "emoji", "--output", str(tmp_path / "x.png"), *endpoint()]
@@ -265,9 +265,9 @@ def test_watch_follows_to_the_end_across_a_coordinator_that_leaves(
 def test_watch_of_a_request_that_fails(pretender: Pretender, capsys: pytest.CaptureFixture[str]) -> None:
     pretender.ending = CANCELLED
     assert main(["watch", "r1"]) == 1
-    told = capsys.readouterr()
-    assert told.err == "fleet watch: request r1 was cancelled\n"
-    assert told.out.splitlines()[-1].endswith(" CANCELLED, steps saved: 1")
+    written = capsys.readouterr()
+    assert written.err == "fleet watch: request r1 was cancelled\n"
+    assert written.out.splitlines()[-1].endswith(" CANCELLED, steps saved: 1")
 
 
 @pytest.mark.usefixtures("pretender")
@@ -279,7 +279,7 @@ def test_watch_of_an_unknown_request(capsys: pytest.CaptureFixture[str]) -> None
 
 
 @pytest.mark.parametrize(("ending", "code"), [(CANCELLED, 0), (RUNNING, 0), (SUCCEEDED, 1)])
-def test_cancel_tells_the_state(
+def test_cancel_reports_the_state(
     pretender: Pretender,
     ending: generation_pb2.RequestState.ValueType,
     code: int,

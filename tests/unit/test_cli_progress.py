@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from fleet.v1 import artifacts_pb2, generation_pb2
-from services.cli.progress import BarReporter, LineReporter, reporter
+from services.cli.progress import BarReporter, LineReporter, terminal_reporter
 
 _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
@@ -26,7 +26,7 @@ def step(service: str, done: int, total: int) -> generation_pb2.StageProgress:
 
 
 def test_lines_where_nobody_watches(capsys: pytest.CaptureFixture[str]) -> None:
-    with reporter() as report:
+    with terminal_reporter() as report:
         assert isinstance(report, LineReporter)
         report.progress(step("denoising", 2, 20))
         report.progress(step("decoding", 0, 0))
@@ -45,7 +45,7 @@ def test_bars_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = _Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setenv("TERM", "xterm")
-    with reporter() as report:
+    with terminal_reporter() as report:
         assert isinstance(report, BarReporter)
         report.progress(step("denoising", 1, 20))
         report.progress(step("denoising", 19, 20))

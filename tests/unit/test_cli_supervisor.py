@@ -84,7 +84,7 @@ def test_a_signal_lets_the_program_clean_up(number: signal.Signals, code: int) -
     assert cleaned == [True]
 
 
-def test_openmp_threads_sleep_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_openmp_threads_sleep_unless_set_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
     let_threads_sleep()
     assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"

@@ -14,7 +14,6 @@ from common import artifacts
 from common.artifacts import (
     Canvas,
     Conditioning,
-    DenoiseState,
     Generator,
     ImageInputs,
     LatentPart,
@@ -24,11 +23,12 @@ from common.artifacts import (
     Prompt,
     Sampling,
     Schedule,
+    StepCheckpoint,
 )
 from common.codec import NO_TENSORS, artifact_class, pack, read_param, unpack, write_param
 from common.errors import InvalidInput
 from common.rpc.frames import INLINE_BYTES
-from common.rpc.framing import Limits, described_tensors
+from common.rpc.framing import CallLimits, described_tensors
 from common.tensors import TORCH
 from fleet.v1 import artifacts_pb2 as pb
 
@@ -65,8 +65,8 @@ EVERY_ARTIFACT = (
     Schedule(timesteps=torch.arange(4.0), sigmas=torch.rand(5), num_inference_steps=4),
     LATENTS,
     GENERATOR,
-    DenoiseState(step=0, latents=LATENTS),
-    DenoiseState(step=3, latents=LATENTS, solver={"old": torch.randn(4)}, generator=GENERATOR),
+    StepCheckpoint(step=0, latents=LATENTS),
+    StepCheckpoint(step=3, latents=LATENTS, solver={"old": torch.randn(4)}, generator=GENERATOR),
     Media(items=()),
     Media(
         items=(
@@ -96,14 +96,14 @@ def equal(left: Any, right: Any) -> bool:
 @pytest.mark.parametrize("artifact", EVERY_ARTIFACT, ids=lambda each: type(each).__name__)
 def test_artifact_survives(artifact: Any) -> None:
     packet = pack("slot", artifact, TORCH)
-    assert described_tensors("slot", packet.message, Limits()).keys() == packet.chunks.keys()
+    assert described_tensors("slot", packet.message, CallLimits()).keys() == packet.chunks.keys()
     assert equal(unpack("slot", type(artifact), packet, TORCH), artifact)
 
 
 def test_every_artifact_is_covered() -> None:
     messages = set(pb.DESCRIPTOR.message_types_by_name)
     classes = {name for name, value in vars(artifacts).items() if dataclasses.is_dataclass(value)}
-    assert classes <= messages
+    assert {artifacts.message_name(name) for name in classes} <= messages
     assert classes == {type(each).__name__ for each in EVERY_ARTIFACT} | {"LatentPart", "MediaItem"}
 
 
@@ -170,7 +170,7 @@ def test_maps_come_back_sorted() -> None:
         (Sampling(num_inference_steps=1, seed=1, params={"odd": None}), "slot.params.odd"),  # type: ignore[dict-item]
         (Conditioning(prompt_embeds={"x": torch.zeros(1, dtype=torch.complex64)}), "slot.prompt_embeds.x"),
         (Conditioning(prompt_embeds={"x": [1.0]}), "slot.prompt_embeds.x"),  # type: ignore[dict-item]
-        (DenoiseState(step=1, latents=GENERATOR), "slot.latents"),  # type: ignore[arg-type]
+        (StepCheckpoint(step=1, latents=GENERATOR), "slot.latents"),  # type: ignore[arg-type]
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(artifact: Any, field: str) -> None:
@@ -180,10 +180,10 @@ def test_what_does_not_fit_is_refused_by_name(artifact: Any, field: str) -> None
 
 
 def test_a_missing_field_is_refused_by_name() -> None:
-    packet = pack("slot", DenoiseState(step=1, latents=LATENTS), TORCH)
+    packet = pack("slot", StepCheckpoint(step=1, latents=LATENTS), TORCH)
     packet.message.ClearField("latents")
     with pytest.raises(InvalidInput, match=r"slot\.latents is missing"):
-        unpack("slot", DenoiseState, packet, TORCH)
+        unpack("slot", StepCheckpoint, packet, TORCH)
 
 
 def test_a_parameter_without_a_value_is_refused() -> None:

@@ -8,9 +8,9 @@ import pytest
 
 from common.errors import InvalidInput
 from common.settings import SettingsError
-from common.state.slots import Rank
+from common.state.worker_slots import QueuePriority
 from fleet.v1 import generation_pb2 as pb
-from services.coordinator.request_life import Submission, rank_of
+from services.coordinator.request_life import Submission, queue_priority_of
 from services.coordinator.service import _check_envelope, _stored
 from services.coordinator.settings import CoordinatorSettings
 
@@ -97,5 +97,5 @@ def test_a_queue_place_has_the_requests_priority_deadline_caller_and_cost() -> N
     record.deadline.seconds = 90
     submission = Submission.__new__(Submission)
     vars(submission).update(record=record, costs={"denoising": 12})
-    assert rank_of(submission, "denoising") == Rank(7, 90_000, "alice", 12)
-    assert rank_of(submission, "decoding") == Rank(7, 90_000, "alice", 1)
+    assert queue_priority_of(submission, "denoising") == QueuePriority(7, 90_000, "alice", 12)
+    assert queue_priority_of(submission, "decoding") == QueuePriority(7, 90_000, "alice", 1)

@@ -10,9 +10,7 @@ import pytest
 import yaml
 
 from common.settings import SettingsError, load_settings
-from services.cli.serve import service_names
-from services.coordinator.settings import CoordinatorSettings
-from services.worker_settings import WorkerSettings
+from services.cli.serve import service_names, settings_class
 
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "configs" / "deploy"
@@ -31,11 +29,9 @@ COMPOSE = _compose("compose.yaml")
 GPU = _compose("compose.gpu.yaml")
 
 
-def _settings(service: str, environ: dict[str, str]) -> CoordinatorSettings | WorkerSettings:
+def _settings(service: str, environ: dict[str, str]) -> Any:
     arguments = ["--config", str(DEPLOY / f"{service}.toml")]
-    if service == "coordinator":
-        return load_settings(CoordinatorSettings, arguments, prog=service, environ=environ)
-    return load_settings(WorkerSettings, arguments, prog=service, environ=environ)
+    return load_settings(settings_class(service), arguments, prog=service, environ=environ)
 
 
 def _seconds(duration: str) -> float:
@@ -67,7 +63,7 @@ def test_a_misspelt_setting_is_refused(tmp_path: Path) -> None:
     path.write_text((DEPLOY / "decoding.toml").read_text().replace("capacity", "capasity"))
     environ = COMPOSE["decoding"]["environment"]
     with pytest.raises(SettingsError, match="capasity"):
-        load_settings(WorkerSettings, ["--config", str(path)], prog="decoding", environ=environ)
+        load_settings(settings_class("decoding"), ["--config", str(path)], prog="decoding", environ=environ)
 
 
 def test_images_are_targets_of_the_dockerfile() -> None:

@@ -12,15 +12,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.artifacts import Conditioning, DenoiseState, LatentPart, Latents
+from common.artifacts import Conditioning, LatentPart, Latents, StepCheckpoint
 from common.codec import pack, unpack
 from common.errors import InvalidInput, ResourceExhausted
 from common.rpc.buffers import BufferPool
 from common.rpc.frames import CHUNK_BYTES, ChunkView, chunk_frame, read_chunk
 from common.rpc.framing import (
     Assembler,
+    CallLimits,
     KeptFrames,
-    Limits,
     Packet,
     PooledPayload,
     checksum,
@@ -91,7 +91,7 @@ def test_packet_survives_its_frames(pooled: bool) -> None:
     lease = BufferPool().lease()
     store: Any = partial(PooledPayload, lease=lease) if pooled else KeptFrames
     header = denoising_pb2.DenoiseInputs(text_conditioning=packet.message)  # type: ignore[arg-type]
-    assembler = Assembler(described_tensors("", header, Limits()), store)
+    assembler = Assembler(described_tensors("", header, CallLimits()), store)
     for frame in frames:
         assert not assembler.complete
         chunk = read_chunk(frame)
@@ -109,7 +109,7 @@ def test_packet_survives_its_frames(pooled: bool) -> None:
 
 
 def test_renamed_packet_travels_under_its_new_path() -> None:
-    state = DenoiseState(
+    state = StepCheckpoint(
         step=2, latents=Latents(parts={"image": LatentPart(latents=torch.rand(1 << 16), raw_latent_shape=(1 << 16,))})
     )
     packet = pack("checkpoint", state, TORCH).renamed("checkpoint", "resume_from")
@@ -117,7 +117,7 @@ def test_renamed_packet_travels_under_its_new_path() -> None:
     chunk = read_chunk(frame)
     assert chunk is not None
     assert chunk.path == "resume_from.latents.parts.image.latents"
-    found = unpack("resume_from", DenoiseState, packet, TORCH)
+    found = unpack("resume_from", StepCheckpoint, packet, TORCH)
     assert torch.equal(found.latents.parts["image"].latents, state.latents.parts["image"].latents)
 
 
@@ -144,18 +144,18 @@ def tensor(**fields: Any) -> pb.Tensor:
 def test_a_tensor_that_contradicts_itself_is_refused(wrong: pb.Tensor, words: str) -> None:
     header = denoising_pb2.DenoiseInputs(text_conditioning=pb.Conditioning(prompt_embeds={"x": wrong}))
     with pytest.raises(InvalidInput, match=words) as caught:
-        described_tensors("", header, Limits())
+        described_tensors("", header, CallLimits())
     assert caught.value.field == PATH
 
 
 def test_limits_are_kept() -> None:
     header = pb.Conditioning(prompt_embeds={"x": tensor(), "y": tensor()})
     with pytest.raises(ResourceExhausted, match=r"c\.prompt_embeds\.y brings"):
-        described_tensors("c", header, Limits(total_bytes=SIZE))
+        described_tensors("c", header, CallLimits(total_bytes=SIZE))
     with pytest.raises(InvalidInput, match="more than 1 tensors"):
-        described_tensors("c", header, Limits(tensors=1))
+        described_tensors("c", header, CallLimits(tensors=1))
     with pytest.raises(InvalidInput, match="tensor path of"):
-        described_tensors("c", pb.Conditioning(prompt_embeds={"x" * 600: tensor()}), Limits())
+        described_tensors("c", pb.Conditioning(prompt_embeds={"x" * 600: tensor()}), CallLimits())
 
 
 def view(offset: int, size: int, path: str = PATH) -> ChunkView:

@@ -19,7 +19,7 @@ from models.layers import fused_products
 from models.layers.feed_forward import FeedForward
 from models.layers.joint_attention import JointAttention, Modulation, joint_block
 from models.layers.linear import Linear, join_all_weights
-from models.layers.norms import LayerNormScaleShift, Residual, Streams
+from models.layers.norms import LayerNormScaleShift, Residual, SegmentVectors
 from models.layers.rotary import apply_rotary, rotary_embedding
 from models.layers.self_attention import SelfAttention
 from models.layers.step_cache import CacheUse, StepCache, through_blocks
@@ -90,7 +90,7 @@ class Block(nn.Module):
         self.norm = LayerNormScaleShift(SIZE)
         self.attn = JointAttention(SIZE, HEAD)
         self.feed_forwards = nn.ModuleList((FeedForward(SIZE), FeedForward(SIZE)))
-        parts = [Streams(*pair) for pair in torch.randn(6, 2, 1, SIZE).unbind()]
+        parts = [SegmentVectors(*pair) for pair in torch.randn(6, 2, 1, SIZE).unbind()]
         self.modulations = (Modulation(*parts[:3]), Modulation(*parts[3:]))
 
     def forward(self, residual: Residual) -> Residual:
@@ -114,7 +114,7 @@ class AddingBlock(nn.Module):
     def __init__(self, batch: int) -> None:
         super().__init__()
         self.layer = Linear(SIZE, SIZE)
-        self.gate = Streams.same(torch.randn(batch, SIZE))
+        self.gate = SegmentVectors.same(torch.randn(batch, SIZE))
 
     def forward(self, residual: Residual) -> Residual:
         stream = residual.added(0)

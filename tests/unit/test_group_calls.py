@@ -121,11 +121,11 @@ def test_only_rank_0_reports() -> None:
         call.warn("prompt", "too long")
         call.progress(1, 3)
 
-    told: list[object] = []
-    call = Call("r1", on_progress=lambda *step: told.append(step), on_warning=lambda *words: told.append(words))
+    reports: list[object] = []
+    call = Call("r1", on_progress=lambda *step: reports.append(step), on_warning=lambda *words: reports.append(words))
     with two_ranks(report) as ranks:
         ranks.run(call)
-    assert told == [("prompt", "too long"), (1, 3)]
+    assert reports == [("prompt", "too long"), (1, 3)]
 
 
 def test_all_ranks_stop_at_the_same_step_when_the_caller_goes() -> None:
@@ -242,7 +242,7 @@ def test_errors_travel_as_what_they_are() -> None:
         stop_of(outcome(FleetError("x")))
 
 
-def test_calls_agree_by_what_they_are_told() -> None:
+def test_calls_agree_by_what_they_receive() -> None:
     answers: list[bytes] = []
     leading = LeadingCall("r1", tell=answers.append)
     leading.check_cancelled()

@@ -20,7 +20,7 @@ WAIT = 20  # seconds, for what must come
 
 
 @dataclass
-class Told:
+class Seen:
     """What a side channel called back with."""
 
     reasons: list[str] = field(default_factory=list)
@@ -37,8 +37,8 @@ class Told:
         return liveness
 
 
-def channel(peer: int, connection: socket.socket, lost_seconds: float = WAIT) -> Liveness:
-    return Liveness({peer: connection}, beat_seconds=0.005, lost_seconds=lost_seconds)
+def channel(peer: int, connection: socket.socket, rank_lost_seconds: float = WAIT) -> Liveness:
+    return Liveness({peer: connection}, rank_heartbeat_seconds=0.005, rank_lost_seconds=rank_lost_seconds)
 
 
 @pytest.fixture
@@ -70,24 +70,24 @@ def test_a_watcher_that_slept_blames_nobody() -> None:
 
 
 def test_a_connection_that_ends_is_a_loss(ends: tuple[socket.socket, socket.socket]) -> None:
-    told = Told()
-    liveness = told.start(channel(3, ends[0]))
+    seen = Seen()
+    liveness = seen.start(channel(3, ends[0]))
     ends[1].close()
-    assert told.lost.wait(WAIT)
-    assert told.reasons == ["rank 3 has ended"]
+    assert seen.lost.wait(WAIT)
+    assert seen.reasons == ["rank 3 has ended"]
     liveness.end()
 
 
 def test_a_peer_that_says_nothing_is_a_loss(ends: tuple[socket.socket, socket.socket]) -> None:
-    told = Told()
-    liveness = told.start(channel(0, ends[0], lost_seconds=0.05))
-    assert told.lost.wait(WAIT)
-    assert told.reasons == ["rank 0 has been silent for 0.05 s"]
+    seen = Seen()
+    liveness = seen.start(channel(0, ends[0], rank_lost_seconds=0.05))
+    assert seen.lost.wait(WAIT)
+    assert seen.reasons == ["rank 0 has been silent for 0.05 s"]
     liveness.end()
 
 
 def test_peers_that_beat_and_take_their_leave_are_no_loss(ends: tuple[socket.socket, socket.socket]) -> None:
-    left, right = Told(), Told()
+    left, right = Seen(), Seen()
     one, other = left.start(channel(1, ends[0])), right.start(channel(0, ends[1]))
     other.leave()
     assert left.leaving.wait(WAIT)

@@ -36,7 +36,12 @@ def settings_of(**given: Any) -> DenoisingSettings:
         ({"tp": 2, "nnodes": 2}, InvalidInput, "rdzv_endpoint", "need --rdzv-endpoint HOST:PORT to meet, not ''"),
         ({"tp": 2, "nnodes": 2, "rdzv_endpoint": "a:x"}, InvalidInput, "rdzv_endpoint", "not 'a:x'"),
         ({"tp": 2, "node_rank": 1}, InvalidInput, "node_rank", "of 1 machines it is 0 to 0"),
-        ({"tp": 2, "lost_seconds": 2.0}, InvalidInput, "lost_seconds", "at least three times beat_seconds"),
+        (
+            {"tp": 2, "rank_lost_seconds": 2.0},
+            InvalidInput,
+            "rank_lost_seconds",
+            "at least three times rank_heartbeat_seconds",
+        ),
         ({"tp": 2, "max_restarts": -1}, InvalidInput, "max_restarts", "0 or more"),
         ({"tp": 2, "device": "cuda:1"}, InvalidInput, "device", "must be auto, cpu or cuda"),
         ({"tp": 2, "device": "cuda"}, FailedPrecondition, "device", "2 ranks .* need a GPU each, but .* has 1"),

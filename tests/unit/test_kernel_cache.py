@@ -9,7 +9,7 @@ import pytest
 import triton
 
 from services.worker import run_service
-from services.worker_settings import WorkerSettings
+from services.worker_settings import DecodingSettings
 
 FLASH_ATTENTION_4 = "FLASH_ATTENTION_CUTE_DSL_CACHE"
 FLAGS = ("--model", "emoji", "--redis", "unix:///x", "--kernel-cache")
@@ -26,7 +26,7 @@ def test_compilers_keep_their_kernels_there(tmp_path: Path, monkeypatch: pytest.
         return 0
 
     directory = tmp_path / "new" / "kernels"
-    assert run_service("decoding", WorkerSettings, run, [*FLAGS, str(directory)]) == 0
+    assert run_service("decoding", DecodingSettings, run, [*FLAGS, str(directory)]) == 0
     assert kept == [str(directory), str(directory / "quack"), "1", str(directory / "flash_attn")]
 
 
@@ -36,5 +36,5 @@ def test_a_directory_that_cannot_be_written_to_is_refused(tmp_path: Path, capsys
     def run(*_: object) -> int:
         raise AssertionError("something was started")
 
-    assert run_service("decoding", WorkerSettings, run, [*FLAGS, str(tmp_path / "file")]) == 2
+    assert run_service("decoding", DecodingSettings, run, [*FLAGS, str(tmp_path / "file")]) == 2
     assert f"fleet serve decoding: kernel_cache {tmp_path / 'file'} cannot be written to" in capsys.readouterr().err

@@ -23,16 +23,16 @@ from kernel_modules import forgotten
 from models.kernels import trials
 from models.kernels.packages import PACKAGES, Capability, KernelChoice, Outcome, PackageName, is_usable, record
 from models.kernels.trials import outcomes_on, try_package, try_packages
-from models.layers import backend, cublas_lt, fused_products, mesh
+from models.layers import cublas_lt, fused_backend, fused_products, mesh
 from models.loader import numerics_fingerprint
 from services import worker
-from services.decoding.__main__ import main as decoding
 from services.denoising import rank
+from services.denoising.__main__ import main as denoising
 from services.denoising.facts import compare_facts
 from services.denoising.messages import Link
 from services.denoising.rank import FollowingRank, LeadingRank
 from services.worker_server import kernel_messages
-from services.worker_settings import WorkerSettings
+from services.worker_settings import DecodingSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -228,8 +228,8 @@ FLAGS = ("--model", "emoji", "--redis", "unix:///x", "--device", "cpu")
 def test_a_wrong_setting_is_a_line_and_exit_code_2(
     capsys: pytest.CaptureFixture[str], flags: tuple[str, ...], words: str
 ) -> None:
-    assert decoding([*FLAGS, *flags]) == 2
-    assert f"fleet serve decoding: {words}" in capsys.readouterr().err
+    assert denoising([*FLAGS, *flags]) == 2
+    assert f"fleet serve denoising: {words}" in capsys.readouterr().err
 
 
 def test_a_named_broken_package_ends_the_service_with_exit_code_2(
@@ -238,7 +238,7 @@ def test_a_named_broken_package_ends_the_service_with_exit_code_2(
     attention_only(monkeypatch)
     flash_attn(BROKEN["library"][0])
     monkeypatch.setattr(worker, "try_packages", lambda device, choice: outcomes_on(device, AMPERE, choice))
-    assert decoding([*FLAGS, "--attention-backend", "flash_attn_2"]) == 2
+    assert denoising([*FLAGS, "--attention-backend", "flash_attn_2"]) == 2
     assert "2.8.3 is broken: OSError: libcudart.so.12" in capsys.readouterr().err
 
 
@@ -269,8 +269,8 @@ def test_a_gpu_is_tried_once_for_each_choice(monkeypatch: pytest.MonkeyPatch) ->
         assert not is_usable("triton")
 
 
-def fingerprint() -> str:
-    return numerics_fingerprint(torch.device("cuda", 0), torch.bfloat16)
+def fingerprint(*, uses_kernels: bool = True) -> str:
+    return numerics_fingerprint(torch.device("cuda", 0), torch.bfloat16, uses_kernels=uses_kernels)
 
 
 def test_outcomes_are_part_of_the_numerics_fingerprint(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -293,6 +293,9 @@ def test_outcomes_are_part_of_the_numerics_fingerprint(monkeypatch: pytest.Monke
         record(KernelChoice(), None)
         with pytest.raises(RuntimeError, match="have not been tried"):
             fingerprint()
+        alone = fingerprint(uses_kernels=False)
+        record(KernelChoice(), [Outcome(quack, "0.6.5")])
+        assert fingerprint(uses_kernels=False) == alone, "a service without kernels depends on none, tried or not"
 
 
 def test_workers_announce_their_packages() -> None:
@@ -312,7 +315,7 @@ def test_layers_leave_unusable_packages_alone(monkeypatch: pytest.MonkeyPatch) -
 
     def uses() -> list[bool]:
         return [
-            backend.kernels_for(on_gpu) is not None,
+            fused_backend.kernels_for(on_gpu) is not None,
             cublas_lt.can_multiply(x, x),
             fused_products.can_fuse(x, x, x),
             mesh._reach_each_other(torch.device("cuda", 0), 2),
@@ -359,7 +362,7 @@ def test_a_rank_compares_facts_before_it_connects_its_device(monkeypatch: pytest
 
     thread = threading.Thread(target=follow)
     thread.start()
-    settings = SimpleNamespace(degrees=None, join_seconds=5.0)
+    settings = SimpleNamespace(degrees=None, rank_join_seconds=5.0)
     leading = LeadingRank(cast(Any, None), cast(Any, None), cast(Any, settings), [mine], cast(Any, None))
     with pytest.raises(FailedPrecondition, match="rank 1 has b and this rank has a"):
         leading.make_mesh(CPU)
@@ -386,7 +389,7 @@ def test_a_contradiction_is_refused_before_anything_is_started(capsys: pytest.Ca
         raise AssertionError("something was started")
 
     flags = [*FLAGS, "--kernels", "none", "--kernels", "auto"]
-    assert worker.run_service("decoding", WorkerSettings, run, flags) == 2
+    assert worker.run_service("decoding", DecodingSettings, run, flags) == 2
     assert "none,auto is not one choice" in capsys.readouterr().err
 
 

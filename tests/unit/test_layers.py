@@ -16,7 +16,7 @@ from models.layers.attention import attention
 from models.layers.embeddings import EmbeddingMLP, sinusoidal_embedding
 from models.layers.feed_forward import FeedForward
 from models.layers.linear import JoinedLinear, Linear, project
-from models.layers.norms import LayerNormScaleShift, Residual, RMSNorm, Streams
+from models.layers.norms import LayerNormScaleShift, Residual, RMSNorm, SegmentVectors
 from models.layers.qk_norm import QKNorms, apply_qk_norm
 from models.layers.rotary import apply_rotary, rotary_embedding
 
@@ -64,18 +64,20 @@ def test_layer_norm_scale_shift() -> None:
     x, scale, shift = torch.randn(2, 3, 8), torch.randn(2, 8), torch.randn(2, 8)
     normed = (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-6).sqrt()
     expected = normed * (1 + scale[:, None]) + shift[:, None]
-    torch.testing.assert_close(LayerNormScaleShift(8)(x, Streams.same(scale), Streams.same(shift)), expected)
+    torch.testing.assert_close(
+        LayerNormScaleShift(8)(x, SegmentVectors.same(scale), SegmentVectors.same(shift)), expected
+    )
 
 
 def test_each_stream_has_its_own_modulation_and_gate() -> None:
     norm, boundary = LayerNormScaleShift(8), 2
     x, update = torch.randn(2, 2, 5, 8).unbind(0)
-    scale, shift, gate = (Streams(*torch.randn(2, 2, 8).unbind(0)) for _ in range(3))
+    scale, shift, gate = (SegmentVectors(*torch.randn(2, 2, 8).unbind(0)) for _ in range(3))
     added, normed = norm.after(Residual(x, update, gate), scale, shift, boundary)
     for rows, stream in ((slice(0, boundary), 0), (slice(boundary, None), 1)):
         expected = x[:, rows] + gate[stream][:, None] * update[:, rows]
         torch.testing.assert_close(added[:, rows], expected)
-        alone = norm(expected, Streams.same(scale[stream]), Streams.same(shift[stream]))
+        alone = norm(expected, SegmentVectors.same(scale[stream]), SegmentVectors.same(shift[stream]))
         torch.testing.assert_close(normed[:, rows], alone)
 
 
@@ -96,7 +98,7 @@ def test_an_update_with_two_gates(
     monkeypatch.setattr(fused_products, "add_gated", add_gated)
     layer, stream, x = Linear(6, 4), torch.randn(2, 5, 4), torch.randn(2, 5, 6)
     text, image = torch.randn(2, 2, 4).unbind()
-    gate = Streams.same(image) if are_equal else Streams(text, image)
+    gate = SegmentVectors.same(image) if are_equal else SegmentVectors(text, image)
     with torch.inference_mode():
         expected = Residual(stream, layer(x), gate).added(boundary)
         got = layer.update(stream.clone(), x, gate, boundary).added(boundary)

@@ -87,22 +87,22 @@ def enqueue_all(steps: Iterator[int], device: Device) -> None:
 def run(clock: Clock, seconds: list[float]) -> tuple[Device, list[float], list[tuple[int, float]]]:
     """Run steps that take so long; returns the device, when each was enqueued, and when each was told as done."""
     device, enqueued = Device(clock, seconds), []
-    told: list[tuple[int, float]] = []
-    call = Call("r", on_progress=lambda step, _: told.append((step, clock.now)), cancelled=Waited(clock))
+    reported: list[tuple[int, float]] = []
+    call = Call("r", on_progress=lambda step, _: reported.append((step, clock.now)), cancelled=Waited(clock))
     for _ in marked_steps(0, len(seconds), call, device.mark):
         enqueued.append(clock.now)
         device.enqueue()
-    return device, enqueued, told
+    return device, enqueued, reported
 
 
 @pytest.mark.parametrize("seconds", [0.01, 0.04, 0.3, 20.0])
 def test_a_device_never_waits_and_never_has_more_than_a_step_before_it(clock: Clock, seconds: float) -> None:
-    device, enqueued, told = run(clock, [seconds] * 12)
+    device, enqueued, reported = run(clock, [seconds] * 12)
     assert device.idle <= 0.003 * 3  # the first two steps are waited for, and the first enqueueing finds it idle
     for step in range(2, 12):
         assert device.ends[step - 1] - enqueued[step] <= min(LEAD_SECONDS, seconds) + 1e-6
-    assert [step for step, _ in told] == list(range(1, 13))
-    assert all(when >= end for (_, when), end in zip(told, device.ends, strict=True))
+    assert [step for step, _ in reported] == list(range(1, 13))
+    assert all(when >= end for (_, when), end in zip(reported, device.ends, strict=True))
 
 
 def test_steps_that_become_shorter_are_noticed(clock: Clock) -> None:
@@ -113,7 +113,7 @@ def test_steps_that_become_shorter_are_noticed(clock: Clock) -> None:
 @pytest.mark.parametrize("moment", [5.0, 29.0, 33.3, 39.97, 39.999, 47.0])
 def test_a_cancel_leaves_the_device_a_step_and_the_lead(clock: Clock, moment: float) -> None:
     device, cancelled = Device(clock, [10.0] * 50), Waited(clock)
-    told: list[int] = []
+    reported: list[int] = []
 
     def monotonic() -> float:
         if clock.now >= moment:
@@ -121,19 +121,19 @@ def test_a_cancel_leaves_the_device_a_step_and_the_lead(clock: Clock, moment: fl
         return clock.now
 
     clock.monotonic = monotonic  # type: ignore[method-assign]
-    call = Call("r", on_progress=lambda step, _: told.append(step), cancelled=cancelled)
+    call = Call("r", on_progress=lambda step, _: reported.append(step), cancelled=cancelled)
     steps = marked_steps(0, 50, call, device.mark)
     with pytest.raises(Cancelled):
         enqueue_all(steps, device)
     assert device.ends[-1] - moment <= 10.0 + 0.1
-    assert len(told) < 6
+    assert len(reported) < 6
 
 
-def test_a_resumed_loop_tells_the_steps_that_it_has(clock: Clock) -> None:
-    device, told = Device(clock, [1.0] * 9), []
-    call = Call("r", on_progress=lambda step, total: told.append((step, total)), cancelled=Waited(clock))
+def test_a_resumed_loop_reports_the_steps_that_it_has(clock: Clock) -> None:
+    device, reported = Device(clock, [1.0] * 9), []
+    call = Call("r", on_progress=lambda step, total: reported.append((step, total)), cancelled=Waited(clock))
     enqueue_all(marked_steps(6, 9, call, device.mark), device)
-    assert told == [(7, 9), (8, 9), (9, 9)]
+    assert reported == [(7, 9), (8, 9), (9, 9)]
 
 
 def test_on_a_cpu_a_step_is_finished_when_the_next_begins() -> None:

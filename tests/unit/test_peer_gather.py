@@ -21,7 +21,7 @@ from torch import Tensor
 from models.layers import peer_gather
 from models.layers.mesh import Axis
 from models.layers.peer_gather import PeerGather
-from models.layers.peer_memory import PeerMemory, Streams
+from models.layers.peer_memory import CopyStreams, PeerMemory
 
 CPU = torch.device("cpu")
 HEADS, SIZE = 2, 3
@@ -49,7 +49,7 @@ class Queue:
 
 
 class RecordedStreams:
-    """models.layers.peer_memory.Streams, on queues and the memory of this process."""
+    """models.layers.peer_memory.CopyStreams, on queues and the memory of this process."""
 
     def __init__(self) -> None:
         self.current, self.side = Queue(), Queue()
@@ -106,7 +106,7 @@ def record(
     """A rank's whole program: forwards of some layers each, which end with a join of all ranks."""
     streams = RecordedStreams()
     axis = Axis(memory.ranks, rank)
-    gather = PeerGather(axis, CPU, cast("Streams", streams), memory.of(rank))
+    gather = PeerGather(axis, CPU, cast("CopyStreams", streams), memory.of(rank))
     for forward, (layers, sizes) in enumerate(forwards):
         for layer in range(layers):
             sent = gather.key_values((2, sizes[rank], 2, HEADS, SIZE), torch.float32, sizes)

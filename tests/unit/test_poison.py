@@ -80,7 +80,7 @@ class Book(Leases):
         self.deaths.append((worker_id, more["service"], more["stage"]))
         return []
 
-    async def save_checkpoint(
+    async def save_step_checkpoint(
         self, request_id: str, epoch: int, number: int, parts: Iterable[bytes], *, step: int
     ) -> bool:
         del request_id, epoch, number, parts
@@ -120,7 +120,7 @@ def test_a_loss_is_recorded_after_the_checkpoint_before_it() -> None:
     async def story() -> None:
         book = Book([])
         mine = recovery(book)
-        mine.point.remember("origin", Packet(artifacts_pb2.DenoiseState(step=4), {}))
+        mine.step_checkpoint.remember("origin", Packet(artifacts_pb2.DenoiseState(step=4), {}))
         await mine.worker_lost("w", "denoising", 2)
         assert book.saved == [4]
         assert len(book.deaths) == 1

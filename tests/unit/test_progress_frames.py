@@ -6,8 +6,8 @@ import asyncio
 
 import pytest
 
-from common.rpc import reporter as module
-from common.rpc.reporter import Reporter
+from common.rpc import frame_reporter as module
+from common.rpc.frame_reporter import FrameReporter
 from common.stage import Call
 from common.tensors import TORCH
 from fleet.v1 import denoising_pb2
@@ -17,7 +17,7 @@ def reported(total: int, *, step_seconds: float = 0.0) -> list[int]:
     """The steps that arrive of a stage that makes `total` before anything is read."""
 
     async def main() -> list[int]:
-        reporter = Reporter(denoising_pb2.DenoiseResponse, TORCH, step_seconds=step_seconds)
+        reporter = FrameReporter(denoising_pb2.DenoiseResponse, TORCH, step_seconds=step_seconds)
         call = reporter.listen(Call("r"))
         for step in range(1, total + 1):
             call.progress(step, total)

@@ -11,7 +11,7 @@ from common.errors import NotFound, Unavailable
 from common.rpc.framing import Packet
 from common.state.leases import Leases
 from fleet.v1 import artifacts_pb2
-from services.coordinator.resume import ResumePoint, origin_of
+from services.coordinator.resume import NewestStepCheckpoint, origin_of
 
 
 def prompt(text: str) -> Packet:
@@ -42,7 +42,7 @@ class Book(Leases):
         self.stored = stored
         self.saved: list[tuple[int, int]] = []
 
-    async def save_checkpoint(
+    async def save_step_checkpoint(
         self, request_id: str, epoch: int, number: int, parts: Iterable[bytes], *, step: int
     ) -> bool:
         del request_id, epoch, parts
@@ -50,7 +50,7 @@ class Book(Leases):
         await asyncio.sleep(0)
         return True
 
-    async def load_checkpoint(self, request_id: str) -> list[bytes]:
+    async def load_step_checkpoint(self, request_id: str) -> list[bytes]:
         if isinstance(self.stored, list):
             return self.stored
         raise self.stored or NotFound(f"request {request_id} has no checkpoint")
@@ -58,13 +58,13 @@ class Book(Leases):
 
 def test_a_checkpoint_of_another_origin_is_not_resumed() -> None:
     async def story() -> None:
-        point = ResumePoint(Book(), "r", 1)
-        point.remember("here", state(4))
-        assert await point.find("elsewhere", "resume_from") is None
-        found = await point.find("here", "resume_from")
+        newest = NewestStepCheckpoint(Book(), "r", 1)
+        newest.remember("here", state(4))
+        assert await newest.find("elsewhere", "resume_from") is None
+        found = await newest.find("here", "resume_from")
         assert found is not None
         assert found.message == artifacts_pb2.DenoiseState(step=4)
-        await point.close()
+        await newest.close()
 
     asyncio.run(story())
 
@@ -72,12 +72,12 @@ def test_a_checkpoint_of_another_origin_is_not_resumed() -> None:
 def test_while_the_store_is_slow_only_the_newest_checkpoint_is_saved() -> None:
     async def story() -> None:
         book = Book()
-        point = ResumePoint(book, "r", 1)
-        point.remember("here", state(1))
+        newest = NewestStepCheckpoint(book, "r", 1)
+        newest.remember("here", state(1))
         await asyncio.sleep(0)
         for step in range(2, 9):
-            point.remember("here", state(step))
-        await point.settle()
+            newest.remember("here", state(step))
+        await newest.settle()
         assert book.saved == [(0, 1), (1, 8)]
 
     asyncio.run(story())
@@ -86,9 +86,9 @@ def test_while_the_store_is_slow_only_the_newest_checkpoint_is_saved() -> None:
 def test_the_next_owner_loads_the_stored_checkpoint() -> None:
     async def story() -> None:
         stored = [b"here", artifacts_pb2.DenoiseState(step=7).SerializeToString()]
-        assert await ResumePoint(Book(stored), "r", 1).find("here", "resume_from") is None  # It stored none.
-        assert await ResumePoint(Book(stored), "r", 2, inherited=True).find("elsewhere", "resume_from") is None
-        found = await ResumePoint(Book(stored), "r", 2, inherited=True).find("here", "resume_from")
+        assert await NewestStepCheckpoint(Book(stored), "r", 1).find("here", "resume_from") is None  # It stored none.
+        assert await NewestStepCheckpoint(Book(stored), "r", 2, inherited=True).find("elsewhere", "resume_from") is None
+        found = await NewestStepCheckpoint(Book(stored), "r", 2, inherited=True).find("here", "resume_from")
         assert found is not None
         assert found.message == artifacts_pb2.DenoiseState(step=7)
 
@@ -97,4 +97,4 @@ def test_the_next_owner_loads_the_stored_checkpoint() -> None:
 
 @pytest.mark.parametrize("stored", [None, Unavailable("away"), [b"here", b"\xff"], [b"only one part"]])
 def test_a_checkpoint_that_cannot_be_read_starts_the_loop_anew(stored: list[bytes] | Exception | None) -> None:
-    assert asyncio.run(ResumePoint(Book(stored), "r", 2, inherited=True).find("here", "resume_from")) is None
+    assert asyncio.run(NewestStepCheckpoint(Book(stored), "r", 2, inherited=True).find("here", "resume_from")) is None

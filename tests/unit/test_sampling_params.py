@@ -187,7 +187,7 @@ def test_guidance_without_an_embedding_has_no_effect(tmp_path: Path) -> None:
     assert build(schnell, guidance_scale=5.0)[1].keys() == {"guidance_scale"}
 
 
-def test_tells_its_parameters(flux: Checkpoint) -> None:
+def test_reports_its_parameters(flux: Checkpoint) -> None:
     specs = {spec.name: spec for spec in FluxSamplingParams.parameters(flux)}
     assert specs["height"] == ParameterSpec("height", "int", 1024, "Height in pixels.", 1, 8192)
     assert (specs["prompt"].default, specs["seed"].default, specs["sigmas"].default) == (None, None, None)

@@ -12,7 +12,7 @@ from models.layers.attention import Attention, KeyValues
 from models.layers.joint_attention import JointAttention
 from models.layers.mesh import Axis
 from models.layers.peer_gather import Gathered, PeerGather
-from models.layers.peer_memory import PeerMemory, Streams
+from models.layers.peer_memory import CopyStreams, PeerMemory
 from models.layers.rotary import rotary_embedding
 from models.layers.self_attention import SelfAttention
 
@@ -36,7 +36,7 @@ class GatheringAttention(Attention):
 
     def __init__(self) -> None:
         super().__init__()
-        self.gather = PeerGather(Axis(), CPU, cast("Streams", NoStreams()), self._allocate)
+        self.gather = PeerGather(Axis(), CPU, cast("CopyStreams", NoStreams()), self._allocate)
 
     @staticmethod
     def _allocate(axis: Axis, device: torch.device, size: int) -> PeerMemory:

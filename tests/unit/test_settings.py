@@ -114,7 +114,7 @@ def test_a_wrong_variable_is_named() -> None:
     assert caught.value.field == "capacity"
 
 
-def test_help_tells_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_reports_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         load("--help")
     assert caught.value.code == 0

@@ -36,7 +36,7 @@ def shared(redis: Redis, **more: Any) -> SharedReplies:
 
 def lookups(result: str) -> float:
     labels = {"service": "text_encoding", "model": "m", "result": result}
-    return REGISTRY.get_sample_value("fleet_shared_cache_lookups_total", labels) or 0.0
+    return REGISTRY.get_sample_value("fleet_shared_reply_cache_lookups_total", labels) or 0.0
 
 
 async def stored(replies: SharedReplies, key: bytes, frames: tuple[bytes, ...] = FRAMES) -> None:

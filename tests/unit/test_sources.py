@@ -85,5 +85,5 @@ def test_the_digest_covers_models_and_configs_but_no_weights(monkeypatch: pytest
 def test_a_checkpoint_of_another_format_has_another_origin(monkeypatch: pytest.MonkeyPatch) -> None:
     before = origin_of("numerics", {})
     assert before == origin_of("numerics", {})
-    monkeypatch.setattr(resume, "DENOISE_STATE_FORMAT", artifacts.DENOISE_STATE_FORMAT + 1)
+    monkeypatch.setattr(resume, "STEP_CHECKPOINT_FORMAT", artifacts.STEP_CHECKPOINT_FORMAT + 1)
     assert origin_of("numerics", {}) != before

@@ -35,6 +35,7 @@ from services import start_up, worker
 from services.cli import __main__ as cli
 from services.cli import generate, status, up
 from services.coordinator import __main__ as coordinator
+from services.decoding.__main__ import main as decoding
 from services.denoising import __main__ as denoising
 from services.denoising import rank
 from services.denoising.joining import Place
@@ -86,11 +87,11 @@ async def _checked(*_: object) -> bool:
 
 Main = Callable[[list[str]], int]
 Case = tuple[Any, str, Main, list[str], str]
-SERVICE = (worker.main_for("decoding"), list(WORKER), "fleet serve decoding")
+SERVICE = (decoding, list(WORKER), "fleet serve decoding")
 CASES: dict[str, Case] = {
     "worker: plugins": (worker, "load_registry", *SERVICE),
     "worker: model": (worker, "open_model", *SERVICE),
-    "worker: weights": (worker, "load_stages", *SERVICE),
+    "worker: weights": (worker, "load_variants", *SERVICE),
     "worker: store": (worker, "connect", *SERVICE),
     "group: launcher": (denoising, "launch", denoising.main, [*WORKER, "--tp", "2"], "fleet serve denoising"),
     "coordinator: plugins": (coordinator, "load_registry", coordinator.main, ["--redis", PLACE], "coordinator"),
@@ -117,7 +118,7 @@ def test_every_error_of_the_libraries_is_one_line(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     module, function, main, flags, prog = CASES[name]
-    if function == "load_stages":
+    if function == "load_variants":
         monkeypatch.setattr(worker, "_is_store_checked", _checked)
     assert len(ERRORS) > 100
     for kind in ERRORS if function == "load_registry" else SHARE:
@@ -137,7 +138,7 @@ def test_the_traceback_appears_at_debug(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     module, function, main, flags, prog = CASES[name]
-    if function == "load_stages":
+    if function == "load_variants":
         monkeypatch.setattr(worker, "_is_store_checked", _checked)
     monkeypatch.setenv("FLEET_LOG_LEVEL", "DEBUG")
     monkeypatch.setattr(module, function, _raising(KeyError("colour")))

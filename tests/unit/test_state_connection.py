@@ -49,7 +49,7 @@ def test_a_cancellation_outlives_an_error() -> None:
 
 def test_work_that_goes_on_after_a_cancellation_may_ask() -> None:
     async def story() -> list[str]:
-        told: list[str] = []
+        received: list[str] = []
 
         async def ask() -> None:
             try:
@@ -57,14 +57,14 @@ def test_work_that_goes_on_after_a_cancellation_may_ask() -> None:
             except asyncio.CancelledError:
                 with store_errors():
                     await asyncio.sleep(0)
-                told.append("released")
+                received.append("released")
                 raise
 
         task = asyncio.create_task(ask())
         await asyncio.sleep(0)
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
-        return told
+        return received
 
     assert asyncio.run(story()) == ["released"]
 

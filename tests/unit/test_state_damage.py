@@ -101,7 +101,7 @@ def _build(run: Callable[..., Any], redis: Any, note: Callable[[], None]) -> Non
     run("release", {"ticket": "r1/c-1/0", "place": PLACE, "used": 30})
     run("append", {"id": "r0", "epoch": 1, "number": 0, "state": "2", "extra": "", "events": ["event"]})
     redis.hset("fleet:checkpoint:r0:1-2", "0", "origin")
-    run("checkpoint", {"id": "r0", "epoch": 1, "point": "fleet:checkpoint:r0:1-2", "step": 2})
+    run("step_checkpoint", {"id": "r0", "epoch": 1, "checkpoint_key": "fleet:checkpoint:r0:1-2", "step": 2})
     run("death", loss("r0", "w9"))
     run("avoid", {"owner": "c-2", "worker": "w9"})
     run("leaving", {"worker": "w8", "lasts": LASTS})

@@ -11,7 +11,7 @@ import pytest
 from redis.asyncio import Redis
 
 from common.state.presence import Presence
-from common.state.slots import Rank, Slots
+from common.state.worker_slots import QueuePriority, WorkerSlots
 from common.state.workers import WorkerRegistry
 from fleet.v1 import worker_pb2
 from redis_servers import run_on_empty_store, running_server, server_binaries, until
@@ -28,17 +28,17 @@ def url(request: pytest.FixtureRequest) -> Iterator[str]:
 class Line:
     """One worker with one place, and claims that wait for it; `order` tells who got it."""
 
-    def __init__(self, redis: Redis, *coordinators: Slots) -> None:
+    def __init__(self, redis: Redis, *coordinators: WorkerSlots) -> None:
         self.redis = redis
         self.order: list[str] = []
         self._coordinators = coordinators
         self._registry = WorkerRegistry(redis)
         self._tasks: list[asyncio.Task[None]] = []
 
-    async def join(self, name: str, rank: Rank) -> None:
+    async def join(self, name: str, queue_priority: QueuePriority) -> None:
         """Claim, and return once the claim is in the queue. Claims come through the coordinators in turn."""
         slots = self._coordinators[len(self._tasks) % len(self._coordinators)]
-        self._tasks.append(asyncio.create_task(self._take(slots, name, rank)))
+        self._tasks.append(asyncio.create_task(self._take(slots, name, queue_priority)))
         count = len(self._tasks) - len(self.order)
 
         async def waits() -> bool:
@@ -46,8 +46,8 @@ class Line:
 
         await until(waits)
 
-    async def _take(self, slots: Slots, name: str, rank: Rank) -> None:
-        slot = await slots.claim("emoji", "denoising", name, rank)
+    async def _take(self, slots: WorkerSlots, name: str, queue_priority: QueuePriority) -> None:
+        slot = await slots.claim("emoji", "denoising", name, queue_priority)
         self.order.append(name)
         slots.release(slot)
 
@@ -61,7 +61,7 @@ class Line:
 
 
 @asynccontextmanager
-async def line(redis: Redis) -> AsyncIterator[tuple[Line, Slots]]:
+async def line(redis: Redis) -> AsyncIterator[tuple[Line, WorkerSlots]]:
     """A line behind two coordinators, and the first of them."""
     registry = WorkerRegistry(redis)
     info = worker_pb2.WorkerInfo(
@@ -69,7 +69,7 @@ async def line(redis: Redis) -> AsyncIterator[tuple[Line, Slots]]:
     )
     await registry.announce(info)
     one, two = Presence(redis, "one"), Presence(redis, "two")
-    mine, others = (Slots(redis, each, ask_again_seconds=SLOW) for each in (one, two))
+    mine, others = (WorkerSlots(redis, each, ask_again_seconds=SLOW) for each in (one, two))
     await one.start()
     await two.start()
     yield Line(redis, mine, others), mine
@@ -81,11 +81,11 @@ async def line(redis: Redis) -> AsyncIterator[tuple[Line, Slots]]:
 def test_a_caller_with_much_waiting_does_not_hold_up_one_with_little(url: str) -> None:
     async def story(redis: Redis) -> None:
         async with line(redis) as (queue, slots):
-            held = await slots.claim("emoji", "denoising", "g0", Rank(caller="greedy"))
+            held = await slots.claim("emoji", "denoising", "g0", QueuePriority(caller="greedy"))
             for number in range(1, 7):
-                await queue.join(f"g{number}", Rank(caller="greedy"))
+                await queue.join(f"g{number}", QueuePriority(caller="greedy"))
             for number in (1, 2):
-                await queue.join(f"m{number}", Rank(caller="modest"))
+                await queue.join(f"m{number}", QueuePriority(caller="modest"))
             slots.release(held)
             assert await queue.finish() == ["m1", "g1", "m2", "g2", "g3", "g4", "g5", "g6"]
             assert await redis.keys("fleet:slots:*") + await redis.keys("fleet:waiting:*") == []
@@ -98,11 +98,11 @@ def test_a_caller_with_much_waiting_does_not_hold_up_one_with_little(url: str) -
 def test_shares_are_of_work_and_not_of_requests(url: str) -> None:
     async def story(redis: Redis) -> None:
         async with line(redis) as (queue, slots):
-            held = await slots.claim("emoji", "denoising", "x", Rank(caller="x"))
+            held = await slots.claim("emoji", "denoising", "x", QueuePriority(caller="x"))
             for number in range(3):
-                await queue.join(f"video {number}", Rank(caller="films", cost=40))
+                await queue.join(f"video {number}", QueuePriority(caller="films", cost=40))
             for number in range(8):
-                await queue.join(f"icon {number}", Rank(caller="icons", cost=10))
+                await queue.join(f"icon {number}", QueuePriority(caller="icons", cost=10))
             slots.release(held)
             order = await queue.finish()
             assert order[:2] == ["video 0", "icon 0"]
@@ -116,12 +116,12 @@ def test_who_stays_away_saves_nothing_up(url: str) -> None:
     async def story(redis: Redis) -> None:
         async with line(redis) as (queue, slots):
             for number in range(20):
-                slots.release(await slots.claim("emoji", "denoising", f"a{number}", Rank(caller="always")))
+                slots.release(await slots.claim("emoji", "denoising", f"a{number}", QueuePriority(caller="always")))
                 await slots.settle()
-            held = await slots.claim("emoji", "denoising", "a", Rank(caller="always"))
+            held = await slots.claim("emoji", "denoising", "a", QueuePriority(caller="always"))
             for number in range(3):
-                await queue.join(f"always {number}", Rank(caller="always"))
-                await queue.join(f"seldom {number}", Rank(caller="seldom"))
+                await queue.join(f"always {number}", QueuePriority(caller="always"))
+                await queue.join(f"seldom {number}", QueuePriority(caller="seldom"))
             slots.release(held)
             order = await queue.finish()
             assert order == [f"{name} {number}" for number in range(3) for name in ("seldom", "always")]
@@ -134,17 +134,17 @@ def test_priority_is_before_shares_and_deadlines_are_within_them(url: str) -> No
 
     async def story(redis: Redis) -> None:
         async with line(redis) as (queue, slots):
-            held = await slots.claim("emoji", "denoising", "a0", Rank(caller="a"))
+            held = await slots.claim("emoji", "denoising", "a0", QueuePriority(caller="a"))
             soon, late = 3_000_000_000_000, 4_000_000_000_000
-            for name, rank in {
-                "a late": Rank(0, late, "a"),
-                "a soon": Rank(0, soon, "a"),
-                "ab": Rank(0, 0, "ab"),
-                "b": Rank(0, 0, "b|~%"),
-                "a first": Rank(9, 0, "a"),
-                "b last": Rank(-9, 1, "b|~%"),
+            for name, queue_priority in {
+                "a late": QueuePriority(0, late, "a"),
+                "a soon": QueuePriority(0, soon, "a"),
+                "ab": QueuePriority(0, 0, "ab"),
+                "b": QueuePriority(0, 0, "b|~%"),
+                "a first": QueuePriority(9, 0, "a"),
+                "b last": QueuePriority(-9, 1, "b|~%"),
             }.items():
-                await queue.join(name, rank)
+                await queue.join(name, queue_priority)
             slots.release(held)
             assert await queue.finish() == ["a first", "ab", "b", "a soon", "a late", "b last"]
 
@@ -154,10 +154,10 @@ def test_priority_is_before_shares_and_deadlines_are_within_them(url: str) -> No
 def test_a_hundred_waiting_callers_take_turns(url: str) -> None:
     async def story(redis: Redis) -> None:
         async with line(redis) as (queue, slots):
-            held = await slots.claim("emoji", "denoising", "x", Rank(caller="x"))
+            held = await slots.claim("emoji", "denoising", "x", QueuePriority(caller="x"))
             for turn in range(2):
                 for number in range(100):
-                    await queue.join(f"{turn} of {number}", Rank(caller=f"caller-{number}"))
+                    await queue.join(f"{turn} of {number}", QueuePriority(caller=f"caller-{number}"))
             slots.release(held)
             assert await queue.finish() == [f"{turn} of {number}" for turn in range(2) for number in range(100)]
 

@@ -55,7 +55,7 @@ def test_a_late_write_of_the_owner_before_is_refused(url: str) -> None:
         assert await old.append("r", [state_event(State.REQUEST_STATE_RUNNING)], number=0) is None
         assert await old.finish("r", State.REQUEST_STATE_SUCCEEDED, files=[picture(b"old")]) is None
         assert not await Leases(redis, "old").add_death("r", 1, "w", service="denoising", stage=2, ttl_seconds=1.0)
-        assert not await Leases(redis, "old").save_checkpoint("r", 1, 0, [b"x"], step=1)
+        assert not await Leases(redis, "old").save_step_checkpoint("r", 1, 0, [b"x"], step=1)
         assert (await old.get("r")).state == State.REQUEST_STATE_QUEUED
 
         new = RequestStore(redis, owner="heir")
@@ -151,18 +151,18 @@ def test_the_newest_checkpoint_stays_until_the_request_ends(url: str) -> None:
         await store.admit(record("r"))
         old = Leases(redis, "old")
         with pytest.raises(NotFound):
-            await old.load_checkpoint("r")
+            await old.load_step_checkpoint("r")
         parts = [b"head", *(bytes([n]) * 1_000_000 for n in range(20))]
-        assert await old.save_checkpoint("r", 1, 0, [b"first"], step=1)
-        assert await old.save_checkpoint("r", 1, 1, iter(parts), step=2)
-        assert await Leases(redis, "heir").load_checkpoint("r") == parts
+        assert await old.save_step_checkpoint("r", 1, 0, [b"first"], step=1)
+        assert await old.save_step_checkpoint("r", 1, 1, iter(parts), step=2)
+        assert await Leases(redis, "heir").load_step_checkpoint("r") == parts
         (key,) = await redis.keys("fleet:checkpoint:*")
         assert await redis.pttl(key) > 0
-        assert not await old.save_checkpoint(
+        assert not await old.save_step_checkpoint(
             "r", 1, 0, [b"first"], step=1
         )  # delivered late: its caller gave up and went on
         assert await redis.keys("fleet:checkpoint:*") == [key]
-        assert await old.load_checkpoint("r") == parts
+        assert await old.load_step_checkpoint("r") == parts
         await store.finish("r", State.REQUEST_STATE_FAILED)
         assert not await redis.keys("fleet:checkpoint:*")
 

@@ -30,7 +30,7 @@ class Case:
 
     def __init__(self, redis: Redis, ttl_seconds: float = TTL) -> None:
         self.redis = redis
-        self.registry = WorkerRegistry(redis, beat_seconds=SLOW, ttl_seconds=ttl_seconds)
+        self.registry = WorkerRegistry(redis, heartbeat_seconds=SLOW, ttl_seconds=ttl_seconds)
         self.leases = Leases(redis, "me")
         self.store = RequestStore(redis, owner="me")
 
@@ -118,15 +118,15 @@ def test_a_worker_that_leaves_is_no_loss(url: str) -> None:
     run_on_empty_store(url, story)
 
 
-def test_a_loss_tells_the_step_of_the_checkpoint_and_is_inherited(url: str) -> None:
+def test_a_loss_reports_the_step_of_the_checkpoint_and_is_inherited(url: str) -> None:
     async def story(redis: Redis) -> None:
         case = Case(redis)
         await case.admit()
         await case.lose("w-1")
-        assert await case.leases.save_checkpoint("r", 1, 0, [b"x"], step=4)
+        assert await case.leases.save_step_checkpoint("r", 1, 0, [b"x"], step=4)
         await case.lose("w-2")
-        assert await case.leases.save_checkpoint("r", 1, 1, [b"x"], step=6)
-        assert not await case.leases.save_checkpoint("r", 1, 0, [b"x"], step=4)  # late
+        assert await case.leases.save_step_checkpoint("r", 1, 1, [b"x"], step=6)
+        assert not await case.leases.save_step_checkpoint("r", 1, 0, [b"x"], step=4)  # late
         await redis.set("fleet:coordinator:heir", "1")
         heir = Leases(redis, "heir")
         ((inherited,), _) = await heir.take_over("emoji")

@@ -12,14 +12,14 @@ from redis.asyncio import Redis
 from common.errors import ResourceExhausted
 from common.state.connection import command
 from common.state.presence import Presence
-from common.state.requests import Limits, RequestStore
-from common.state.slots import Rank, Slot, Slots
+from common.state.requests import AdmissionLimits, RequestStore
+from common.state.worker_slots import QueuePriority, WorkerSlot, WorkerSlots
 from common.state.workers import WorkerRegistry
 from fleet.v1 import generation_pb2, worker_pb2
 from redis_servers import run_on_empty_store, running_server, server_binaries
 
 State = generation_pb2.RequestState
-LIMITS = Limits(services=("text_encoding", "denoising"), queue_seconds=5.0)
+LIMITS = AdmissionLimits(services=("text_encoding", "denoising"), queue_seconds=5.0)
 
 
 @pytest.fixture(scope="module", params=sorted(server_binaries()))
@@ -31,13 +31,13 @@ def url(request: pytest.FixtureRequest) -> Iterator[str]:
 class Door:
     """A store that admits, and slots of its services: two workers' places to denoise, one to encode."""
 
-    def __init__(self, redis: Redis, slots: Slots) -> None:
+    def __init__(self, redis: Redis, slots: WorkerSlots) -> None:
         self.redis = redis
         self.store = RequestStore(redis, owner="me")
         self.slots = slots
 
     async def admit(
-        self, name: str = "", *, cost: int = 1, caller: str = "", limits: Limits = LIMITS, variant: str = ""
+        self, name: str = "", *, cost: int = 1, caller: str = "", limits: AdmissionLimits = LIMITS, variant: str = ""
     ) -> str:
         """Admit a request of that cost at the denoiser; returns its name."""
         name = name or secrets.token_hex(8)
@@ -45,16 +45,16 @@ class Door:
         return (await self.store.admit(record, limits=limits, costs={"denoising": cost})).record.request_id
 
     async def refused(
-        self, words: str, *, cost: int = 1, caller: str = "", limits: Limits = LIMITS, variant: str = ""
+        self, words: str, *, cost: int = 1, caller: str = "", limits: AdmissionLimits = LIMITS, variant: str = ""
     ) -> float | None:
         """The seconds after which a refused request may come again."""
         with pytest.raises(ResourceExhausted, match=words) as caught:
             await self.admit(cost=cost, caller=caller, limits=limits, variant=variant)
         return caught.value.retry_seconds
 
-    async def claim(self, name: str, cost: int = 1, service: str = "denoising") -> Slot:
+    async def claim(self, name: str, cost: int = 1, service: str = "denoising") -> WorkerSlot:
         """A slot for a request."""
-        return await self.slots.claim("emoji", service, name, Rank(cost=cost))
+        return await self.slots.claim("emoji", service, name, QueuePriority(cost=cost))
 
     async def took(self, seconds: float, cost: int = 1, *, name: str = "x", service: str = "denoising") -> None:
         """A request of that cost held a slot for so long, and the service is done with it."""
@@ -72,7 +72,7 @@ async def door(redis: Redis) -> AsyncIterator[Door]:
         await registry.announce(info)
     presence = Presence(redis, "me")
     await presence.start()
-    slots = Slots(redis, presence)
+    slots = WorkerSlots(redis, presence)
     yield Door(redis, slots)
     await slots.settle()
     await presence.stop()
@@ -91,7 +91,7 @@ def test_work_beyond_the_bound_is_refused_with_the_time_to_wait(url: str) -> Non
             await fleet.took(0.1, service="text_encoding")
             names = [await fleet.admit() for _ in range(3)]  # 0, 2 and 4 seconds of work before them
             assert await fleet.refused(r"6\.0 s of work") == pytest.approx(1.0)
-            crowded = Limits(LIMITS.services, max_open=3)
+            crowded = AdmissionLimits(LIMITS.services, max_open=3)
             assert await fleet.refused("3 requests", limits=crowded) == pytest.approx(2.0)
             await fleet.store.finish(names[0], State.REQUEST_STATE_CANCELLED)
             names.append(await fleet.admit())
@@ -110,7 +110,7 @@ def test_unlike_requests_count_by_their_cost(url: str) -> None:
             await fleet.took(0.1, service="text_encoding")
             video = await fleet.admit(cost=110)  # 11 s on two places
             assert await fleet.refused(r"5\.5 s of work") == pytest.approx(0.5)
-            crowded = Limits(LIMITS.services, max_open=1)
+            crowded = AdmissionLimits(LIMITS.services, max_open=1)
             assert await fleet.refused("1 requests", cost=40, limits=crowded) == pytest.approx(2.0)
             await fleet.store.finish(video, State.REQUEST_STATE_CANCELLED)
             for _ in range(10):  # 0.5 s each
@@ -166,7 +166,9 @@ def test_before_there_is_a_pace_only_what_begins_at_once_is_taken(url: str) -> N
             first = await fleet.admit()
             await fleet.admit()
             assert await fleet.refused("2 requests for emoji are open, and none has ended") == 5.0
-            await fleet.admit(limits=Limits(LIMITS.services))  # without a bound in seconds there is nothing to know
+            await fleet.admit(
+                limits=AdmissionLimits(LIMITS.services)
+            )  # without a bound in seconds there is nothing to know
             await fleet.took(1.0, name=first)
             await fleet.admit()
 
@@ -194,7 +196,7 @@ def test_each_variant_has_a_pace_of_its_own(url: str) -> None:
         async with door(redis) as fleet:
             await fleet.took(0.1, service="text_encoding")
             for variant, seconds in {"text": 1.0, "image": 8.0}.items():
-                name = await fleet.admit(variant=variant, limits=Limits(LIMITS.services))
+                name = await fleet.admit(variant=variant, limits=AdmissionLimits(LIMITS.services))
                 await fleet.took(seconds, name=name)
                 await fleet.store.finish(name, State.REQUEST_STATE_SUCCEEDED)
             for _ in range(2):  # 0.5 s each, as two requests are taken at a time
@@ -203,7 +205,7 @@ def test_each_variant_has_a_pace_of_its_own(url: str) -> None:
             await fleet.admit(variant="text")
             assert await fleet.refused(r"5\.5 s of work", variant="text") == pytest.approx(0.5)
             assert await fleet.refused(r"5\.5 s of work", variant="image") == pytest.approx(0.5)
-            crowded = Limits(LIMITS.services, max_open=4)
+            crowded = AdmissionLimits(LIMITS.services, max_open=4)
             assert await fleet.refused("4 requests", limits=crowded, variant="image") == pytest.approx(4.0)
             assert await fleet.refused("4 requests", limits=crowded, variant="text") == pytest.approx(0.5)
 
@@ -214,7 +216,7 @@ def test_a_variant_without_a_pace_takes_that_of_the_others(url: str) -> None:
     async def story(redis: Redis) -> None:
         async with door(redis) as fleet:
             await fleet.took(0.1, service="text_encoding")
-            name = await fleet.admit(variant="text", limits=Limits(LIMITS.services))
+            name = await fleet.admit(variant="text", limits=AdmissionLimits(LIMITS.services))
             await fleet.took(4.0, name=name)
             await fleet.store.finish(name, State.REQUEST_STATE_SUCCEEDED)
             for _ in range(3):
@@ -230,7 +232,7 @@ def test_work_of_a_callers_variants_is_one_part(url: str) -> None:
             await fleet.took(4.0)
             await fleet.took(0.1, service="text_encoding")
             names = [
-                await fleet.admit(caller=caller, variant=variant, limits=Limits(LIMITS.services))
+                await fleet.admit(caller=caller, variant=variant, limits=AdmissionLimits(LIMITS.services))
                 for caller in ("ann", "bob")
                 for variant in ("text", "image")
             ]

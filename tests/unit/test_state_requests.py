@@ -13,7 +13,7 @@ from common.errors import InvalidInput, NotFound, ResourceExhausted, Unavailable
 from common.state.connection import connect
 from common.state.presence import Presence
 from common.state.records import ResultFile, state_event
-from common.state.requests import Limits, RequestStore, Retention
+from common.state.requests import AdmissionLimits, RequestStore, Retention
 from fleet.v1 import artifacts_pb2, generation_pb2
 from redis_servers import run_on_empty_store, running_server, server_binaries, until
 
@@ -204,7 +204,7 @@ def test_a_watch_from_no_event_is_refused(url: str, after: str) -> None:
 def test_admission_is_bounded_and_knows_the_time(url: str) -> None:
     async def story(redis: Redis) -> None:
         store = RequestStore(redis)
-        limits = Limits(services=["text_encoding", "denoising"], max_open=2, queue_limit=1)
+        limits = AdmissionLimits(services=["text_encoding", "denoising"], max_open=2, queue_limit=1)
         first = await store.admit(record(), limits=limits)
         await store.admit(record(), limits=limits)
         with pytest.raises(ResourceExhausted, match="2 requests for emoji are open"):

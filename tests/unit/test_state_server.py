@@ -112,7 +112,7 @@ def test_a_store_that_is_not_durable_gets_a_warning(
     assert loss in text
 
 
-def test_a_login_that_may_not_look_is_told_what_was_not_checked(url: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_login_that_may_not_look_is_reported_what_was_not_checked(url: str, caplog: pytest.LogCaptureFixture) -> None:
     async def story(redis: Redis) -> None:
         await configure(redis, maxmemory_policy="allkeys-lru")
         await command(redis, "ACL", "SETUSER", "blind", "on", ">word", "~*", "&*", "+@all", "-config", "-info", "-role")

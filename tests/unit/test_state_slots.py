@@ -13,7 +13,7 @@ from common.errors import FailedPrecondition, InvalidInput
 from common.stage import Contract
 from common.state.connection import Arguments, run_script
 from common.state.presence import Presence
-from common.state.slots import NoWorkers, Rank, Slot, Slots
+from common.state.worker_slots import NoWorkers, QueuePriority, WorkerSlot, WorkerSlots
 from common.state.workers import WorkerRegistry
 from fleet.v1 import worker_pb2
 from redis_servers import run_on_empty_store, running_server, server_binaries, until
@@ -42,9 +42,9 @@ def worker(worker_id: str, *, capacity: int = 1, fingerprint: str = "f") -> work
 
 
 @asynccontextmanager
-async def slots_of(redis: Redis, owner: str, *, ask_again_seconds: float = SLOW) -> AsyncIterator[Slots]:
+async def slots_of(redis: Redis, owner: str, *, ask_again_seconds: float = SLOW) -> AsyncIterator[WorkerSlots]:
     presence = Presence(redis, owner)
-    slots = Slots(redis, presence, ask_again_seconds=ask_again_seconds)
+    slots = WorkerSlots(redis, presence, ask_again_seconds=ask_again_seconds)
     await presence.start()
     yield slots
     await slots.settle()
@@ -67,8 +67,8 @@ def test_slots_go_by_priority_then_deadline_then_arrival(url: str) -> None:
         async with slots_of(redis, "a") as mine, slots_of(redis, "b") as others:
             order: list[str] = []
 
-            async def take(slots: Slots, name: str, priority: int, deadline: int) -> None:
-                slot = await slots.claim("emoji", "denoising", name, Rank(priority, deadline))
+            async def take(slots: WorkerSlots, name: str, priority: int, deadline: int) -> None:
+                slot = await slots.claim("emoji", "denoising", name, QueuePriority(priority, deadline))
                 order.append(name)
                 slots.release(slot)
 
@@ -179,7 +179,7 @@ def test_slots_and_places_of_a_dead_coordinator_are_free(url: str) -> None:
         await registry.announce(worker("w"))
         async with slots_of(redis, "dying") as dying, slots_of(redis, "living", ask_again_seconds=0.02) as living:
             await dying.claim("emoji", "denoising", "held")
-            first = asyncio.create_task(dying.claim("emoji", "denoising", "first", Rank(priority=9)))
+            first = asyncio.create_task(dying.claim("emoji", "denoising", "first", QueuePriority(priority=9)))
             await queued(registry, 1)
             second = asyncio.create_task(living.claim("emoji", "denoising", "second"))
             await queued(registry, 2)
@@ -219,8 +219,8 @@ def test_a_claim_waits_for_a_store_that_is_away(caplog: pytest.LogCaptureFixture
 
 def test_the_slots_of_a_dead_worker_go_to_another(url: str) -> None:
     async def story(redis: Redis) -> None:
-        fast = WorkerRegistry(redis, beat_seconds=0.01, ttl_seconds=0.1)
-        mortal = WorkerRegistry(redis, beat_seconds=SLOW, ttl_seconds=0.1)
+        fast = WorkerRegistry(redis, heartbeat_seconds=0.01, ttl_seconds=0.1)
+        mortal = WorkerRegistry(redis, heartbeat_seconds=SLOW, ttl_seconds=0.1)
         await fast.announce(worker("alive"))
         await mortal.announce(worker("dead"))
         assert len(await fast.live("emoji", "denoising")) == 2
@@ -246,7 +246,7 @@ def test_a_worker_is_avoided_by_the_coordinator_that_cannot_reach_it_only(url: s
             kept = await slots.claim("emoji", "denoising", "kept")
             await slots.avoid("w")
             await redis.hset("fleet:avoided:a", "w", f"{2**42}|200")  # a pause that outlasts the test
-            waiting = asyncio.create_task(slots.claim("emoji", "denoising", "r", Rank(priority=9)))
+            waiting = asyncio.create_task(slots.claim("emoji", "denoising", "r", QueuePriority(priority=9)))
             await queued(registry, 1)
             theirs = await others.claim("emoji", "denoising", "s")  # of a lower rank, behind the one that waits
             assert theirs.worker.worker_id == "w"
@@ -263,7 +263,7 @@ def test_a_worker_is_avoided_by_the_coordinator_that_cannot_reach_it_only(url: s
 
 def test_the_pause_doubles_and_a_success_ends_it(url: str) -> None:
     async def story(redis: Redis) -> None:
-        registry = WorkerRegistry(redis, beat_seconds=SLOW, ttl_seconds=SLOW)  # its heartbeats hand slots out too
+        registry = WorkerRegistry(redis, heartbeat_seconds=SLOW, ttl_seconds=SLOW)  # its heartbeats hand slots out too
         await registry.announce(worker("w"))
         async with slots_of(redis, "a") as slots:
             assert [await slots.avoid("w") for _ in range(7)] == [0.2, 0.4, 0.8, 1.6, 3.2, 5.0, 5.0]
@@ -429,7 +429,7 @@ def test_patience_ends_only_without_workers(url: str) -> None:
             waiting = asyncio.create_task(slots.claim("emoji", "denoising", "s", patience_seconds=0.0))
             await queued(registry, 1)
             slots.release(held)
-            assert isinstance(await waiting, Slot)
+            assert isinstance(await waiting, WorkerSlot)
             await registry.withdraw("w")
 
     run_on_empty_store(url, story)

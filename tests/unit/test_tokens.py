@@ -115,7 +115,7 @@ def test_no_forged_token_is_taken(tmp_path: Path) -> None:
         assert made not in str(caught.value), name
 
 
-def test_what_a_signed_token_lacks_is_told(tmp_path: Path) -> None:
+def test_what_a_signed_token_lacks_is_reported(tmp_path: Path) -> None:
     now = int(time.time())
     tokens = verifier(tmp_path, public_pem("Ed"))
     cases: list[tuple[dict[str, Any], str]] = [
@@ -145,7 +145,7 @@ def test_what_a_signed_token_lacks_is_told(tmp_path: Path) -> None:
         assert tokens.verify(token("Ed", "EdDSA", **changed)).name == "alice"
 
 
-def test_what_is_no_token_is_told(tmp_path: Path) -> None:
+def test_what_is_no_token_is_reported(tmp_path: Path) -> None:
     tokens = verifier(tmp_path, public_pem("Ed"))
     deep = "[" * 9_000
     for text in (

@@ -12,7 +12,7 @@ from torch.nn.functional import normalize, silu
 from models.layers import triton_kernels as kernels
 from models.layers.activation import write_gelu
 from models.layers.float8 import FLOAT8, quantize_rows
-from models.layers.norms import LayerNormScaleShift, Residual, RMSNorm, Streams
+from models.layers.norms import LayerNormScaleShift, Residual, RMSNorm, SegmentVectors
 from models.layers.qk_norm import QKNorms, apply_qk_norm, in_place
 from models.layers.rotary import rotary_embedding
 from models.layers.usp_attention import merge
@@ -36,10 +36,10 @@ def assert_near(got: Tensor, expected: Tensor, most: float) -> None:
     assert float((got.float() - expected.float()).norm() / expected.float().norm()) <= most
 
 
-def modulations(dtype: torch.dtype) -> list[Streams]:
+def modulations(dtype: torch.dtype) -> list[SegmentVectors]:
     """Scale, shift and gate of two streams, as parts of one tensor."""
     parts = torch.randn(BATCH, 6 * SIZE, dtype=dtype).chunk(6, dim=1)
-    return [Streams(*parts[start : start + 2]) for start in (0, 2, 4)]
+    return [SegmentVectors(*parts[start : start + 2]) for start in (0, 2, 4)]
 
 
 @DTYPES
@@ -66,7 +66,7 @@ def test_modulations_of_two_tensors(dtype: torch.dtype, most: float, boundary: i
     """Segments with timesteps of their own: one tensor of modulations each."""
     x, update = torch.randn(2, BATCH, TOKENS, SIZE, dtype=dtype).unbind(0)
     first, rest = (torch.randn(BATCH, 8, SIZE) for _ in range(2))
-    scale, shift, gate = (Streams(first[:, index], rest[:, index]) for index in (1, 2, 7))
+    scale, shift, gate = (SegmentVectors(first[:, index], rest[:, index]) for index in (1, 2, 7))
     norm = LayerNormScaleShift(SIZE)
     got = kernels.gate_norm_scale_shift(x, update, gate, scale, shift, boundary, norm.eps)
     for mine, expected in zip(got, norm.after(Residual(x, update, gate), scale, shift, boundary), strict=True):

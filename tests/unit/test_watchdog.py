@@ -17,7 +17,7 @@ from fleet.v1 import worker_pb2
 from redis_servers import run_on_empty_store, running_server, until
 from stage_server import StageInput, packets, served
 
-LIMITS = HangLimits(seconds=60, paces=20, exit_seconds=30)
+LIMITS = HangLimits(seconds=60, mean_steps=20, exit_seconds=30)
 
 
 def checked(watch: StepWatch, begin: int, end: int) -> list[Verdict]:
@@ -64,7 +64,7 @@ def test_time_in_which_nothing_was_checked_does_not_count() -> None:
     assert watch.check(931.0) is Verdict.LOST
 
 
-@pytest.mark.parametrize("name", ["seconds", "paces", "exit_seconds"])
+@pytest.mark.parametrize("name", ["seconds", "mean_steps", "exit_seconds"])
 def test_a_bound_must_be_more_than_0(name: str) -> None:
     with pytest.raises(InvalidInput, match=f"hang_{name}: 0 is not more than 0") as raised:
         HangLimits(**{name: 0.0})
@@ -102,7 +102,7 @@ def test_a_stuck_call_is_cancelled_and_answered_and_its_process_is_lost(
         lost.append(reason)
         is_lost.set()
 
-    watchdog = Watchdog(HangLimits(seconds=0.05, paces=1, exit_seconds=0.05), on_lost=on_lost)
+    watchdog = Watchdog(HangLimits(seconds=0.05, mean_steps=1, exit_seconds=0.05), on_lost=on_lost)
 
     async def story() -> None:
         async with asyncio.timeout(30), served(stage, watchdog=watchdog) as fleet:
@@ -131,7 +131,7 @@ def test_a_stuck_call_is_cancelled_and_answered_and_its_process_is_lost(
 
 def test_a_worker_whose_device_is_stuck_sends_no_heartbeats() -> None:
     async def story(redis: Redis) -> None:
-        registry = WorkerRegistry(redis, beat_seconds=0.01, ttl_seconds=0.1)
+        registry = WorkerRegistry(redis, heartbeat_seconds=0.01, ttl_seconds=0.1)
         info = worker_pb2.WorkerInfo(worker_id="w", service="denoising", model="m", capacity=1)
         able = True
         await registry.announce(info, is_able=lambda: able)

@@ -43,7 +43,7 @@ def test_a_file_that_changes_is_read_again(tmp_path: Path, caplog: pytest.LogCap
     assert watched.value == "three"
 
 
-def test_what_is_wrong_leaves_the_old_in_force_and_is_told_once(
+def test_what_is_wrong_leaves_the_old_in_force_and_is_reported_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "keys"

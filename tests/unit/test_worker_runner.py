@@ -16,11 +16,11 @@ from common.rpc.client import WorkerLost
 from common.rpc.framing import Packet
 from common.stage import Call, Contract
 from common.state.leases import Leases
-from common.state.slots import FIRST_COME, Slot, Slots
+from common.state.worker_slots import FIRST_COME, WorkerSlot, WorkerSlots
 from fleet.v1 import artifacts_pb2, worker_pb2
-from services.coordinator import dispatch
-from services.coordinator.dispatch import ArtifactMemory, Connections, WorkerRunner, Workers
+from services.coordinator import worker_runner
 from services.coordinator.resume import Recovery
+from services.coordinator.worker_runner import ArtifactMemory, Connections, WorkerRunner, Workers
 
 CONTRACT = Contract("text_encoding", {"prompt": "Prompt"}, {"text_conditioning": "Prompt"})
 SPEC = ServiceSpec("text_encoding", CONTRACT, ())
@@ -29,20 +29,20 @@ CALL = Call("r")
 Answer = Callable[[], Awaitable[Mapping[str, Packet]]]
 
 
-class Store(Slots):
+class Store(WorkerSlots):
     """Slots of one worker that is always free."""
 
     def __init__(self) -> None:
         self.claimed = 0
-        self.released: list[Slot] = []
+        self.released: list[WorkerSlot] = []
         self.avoided: list[str] = []
 
-    async def claim(self, *_: object, **__: object) -> Slot:
+    async def claim(self, *_: object, **__: object) -> WorkerSlot:
         self.claimed += 1
         worker = worker_pb2.WorkerInfo(worker_id=f"w{self.claimed}", address="here", reports_begun=True)
-        return Slot(f"t{self.claimed}", "model/text_encoding", worker)
+        return WorkerSlot(f"t{self.claimed}", "model/text_encoding", worker)
 
-    def release(self, slot: Slot, used_seconds: float = 0.0) -> None:
+    def release(self, slot: WorkerSlot, used_seconds: float = 0.0) -> None:
         del used_seconds
         self.released.append(slot)
 
@@ -91,7 +91,7 @@ def runner(
 
 @pytest.fixture(autouse=True)
 def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "_FIRST_PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(worker_runner, "_FIRST_PAUSE_SECONDS", 0.0)
 
 
 def test_outputs_count_for_as_long_as_they_live() -> None:

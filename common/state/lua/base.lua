@@ -7,7 +7,7 @@
 --   fleet:request:<id>             hash   record, extra, state, created, updated, model, owner, epoch, cancel, key, caller, variant,
 --                                         token,
 --                                         and until its end submission, deaths (calls of it that were lost with their worker,
---                                         a line each), point (the key of a checkpoint), reached (its step), told (number and
+--                                         a line each), point (the key of a step checkpoint), reached (its step), told (number and
 --                                         ids of the latest events), left:<service> (its cost, until that service is done
 --                                         with it)
 --   fleet:events:<id>              stream field `event`

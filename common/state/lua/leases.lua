@@ -173,25 +173,26 @@ function ops.losses(a)
   return judge(a.id)
 end
 
--- Replaces the checkpoint of a request by a newer one, but not by an earlier one of its epoch.
-takes.checkpoint = {
+-- Replaces the step checkpoint of a request by a newer one, but not by an earlier one of its epoch. The field 'point'
+-- of the request holds its key.
+takes.step_checkpoint = {
   'id', 'epoch',
-  'point',  -- key of the checkpoint
-  'step',   -- of the loop
+  'checkpoint_key',
+  'step',  -- of the loop
 }
-function ops.checkpoint(a)
-  local key, point = P .. 'request:' .. a.id, a.point
+function ops.step_checkpoint(a)
+  local key, checkpoint_key = P .. 'request:' .. a.id, a.checkpoint_key
   local before = redis.call('HGET', key, 'point')
   local since, latest = string.match(before or '', ':(%d+)%-(%d+)$')
-  local is_late = since == a.epoch and tonumber(latest) > tonumber(string.match(point, '%-(%d+)$'))
+  local is_late = since == a.epoch and tonumber(latest) > tonumber(string.match(checkpoint_key, '%-(%d+)$'))
   if is_late or refusal(a.id, a.epoch) then
-    redis.call('DEL', point)
+    redis.call('DEL', checkpoint_key)
     return 0
   end
-  if before and before ~= point then
+  if before and before ~= checkpoint_key then
     redis.call('DEL', before)
   end
-  redis.call('HSET', key, 'point', point, 'reached', a.step)
+  redis.call('HSET', key, 'point', checkpoint_key, 'reached', a.step)
   return 1
 end
 

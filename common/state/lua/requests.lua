@@ -13,9 +13,9 @@ function ops.append(a)
     return { refused }
   end
   local key, ids = P .. 'request:' .. a.id, {}
-  local latest, told = string.match(redis.call('HGET', key, 'told') or '', '^(%d+) ?(.*)$')
+  local latest, appended = string.match(redis.call('HGET', key, 'told') or '', '^(%d+) ?(.*)$')
   if latest and tonumber(a.number) <= tonumber(latest) then
-    for each in string.gmatch(a.number == latest and told or '', '%S+') do
+    for each in string.gmatch(a.number == latest and appended or '', '%S+') do
       ids[#ids + 1] = each
     end
     return { 'appended', ids }

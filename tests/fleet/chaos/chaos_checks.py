@@ -63,8 +63,10 @@ def check_requests(stored: Mapping[str, Stored], outcomes: Sequence[Outcome], kn
         ends = [event.state_change.state for event in each.events if is_terminal(event.state_change.state)]
         last = each.events[-1].state_change.state if each.events else State.REQUEST_STATE_UNSPECIFIED
         if ends != [each.record.state] or last != each.record.state:
-            told = [State.Name(state) for state in ends]
-            findings.append(f"request {name} is {State.Name(each.record.state)}, but its events tell the ends {told}")
+            recorded = [State.Name(state) for state in ends]
+            findings.append(
+                f"request {name} is {State.Name(each.record.state)}, but its events tell the ends {recorded}"
+            )
         begun = [event for event in each.events if event.state_change.state == State.REQUEST_STATE_RUNNING]
         if len(begun) > 1:
             findings.append(f"request {name} is told to be RUNNING {len(begun)} times")
@@ -94,9 +96,9 @@ def _check_outcome(stored: Mapping[str, Stored], outcome: Outcome) -> list[str]:
         return [f"request {name} of order {order.number} is {State.Name(each.record.state)}, unexplained: {why}"]
     if order.manner is Manner.LEAVE:
         return []
-    heard, told = [event.event_id for event in outcome.heard], [event.event_id for event in each.events]
-    if heard != told:
-        return [f"the client of request {name} has heard the events {heard}, of which the store has {told}"]
+    heard, recorded = [event.event_id for event in outcome.heard], [event.event_id for event in each.events]
+    if heard != recorded:
+        return [f"the client of request {name} has heard the events {heard}, of which the store has {recorded}"]
     return []
 
 
@@ -142,8 +144,8 @@ async def check_store(redis: Redis) -> list[str]:
         elif key not in PERMANENT and await command(redis, "PTTL", key) == -1:
             findings.append(f"the store keeps {key} for ever")
         elif key.startswith("fleet:checkpoint:"):
-            point = await command(redis, "HGET", f"fleet:request:{key.split(':')[2]}", "point")
-            if point is not None:
+            step_checkpoint_key = await command(redis, "HGET", f"fleet:request:{key.split(':')[2]}", "point")
+            if step_checkpoint_key is not None:
                 findings.append(f"the store still has {key} as the point to go on from")
     return findings
 

@@ -17,7 +17,7 @@ from chaos_processes import COORDINATOR, Process, credentials
 from common.errors import InternalError
 from common.rpc.method import path_of, stage_method
 from common.rpc.options import CHANNEL_OPTIONS
-from common.rpc.status import from_rpc_error, is_told
+from common.rpc.status import from_rpc_error, is_sent_by_peer
 from fleet.v1 import generation_pb2 as pb
 from fleet.v1 import generation_pb2_grpc
 
@@ -75,7 +75,7 @@ class Peers:
                     stage: Any = channel.stream_stream(path_of(stage_method(process.role.program)))
                     await stage(iter(frames), timeout=_ANSWER_SECONDS).read()
             except grpc.aio.AioRpcError as error:
-                if is_told(error) and isinstance(from_rpc_error(error), InternalError):
+                if is_sent_by_peer(error) and isinstance(from_rpc_error(error), InternalError):
                     self.findings.append(f"{process.name} takes a malformed message for a defect: {error.details()}")
 
     async def _call_in_silence(self, process: Process, _: random.Random) -> None:

@@ -13,7 +13,7 @@ import sys
 import time
 from asyncio.subprocess import PIPE
 from collections import deque
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,10 +32,16 @@ _OWNER = re.compile(r"coordinator-[0-9a-f]{12}")
 QUICK_COORDINATOR = (
     *("--heartbeat-seconds", "0.3", "--heartbeat-ttl-seconds", "1.5", "--step-seconds", "0", "--grace-seconds", "2"),
 )
-QUICK_WORKER = (
-    *("--device", "cpu", "--threads", "1", "--checkpoint-every", "1", "--step-seconds", "0", "--grace-seconds", "5"),
-    *("--idle-seconds", str(_IDLE_SECONDS)),
-)
+_QUICK_WORKER = (*("--device", "cpu", "--threads", "1", "--grace-seconds", "5", "--idle-seconds", str(_IDLE_SECONDS)),)
+_EVERY_STEP = {
+    "denoising": ("--step-checkpoint-every", "1", "--step-seconds", "0"),
+    "decoding": ("--step-seconds", "0"),
+}
+
+
+def quick_worker(service: str) -> tuple[str, ...]:
+    """Flags of a worker that reports every step, and waits for nothing long."""
+    return (*_QUICK_WORKER, *_EVERY_STEP.get(service, ()))
 
 
 def credentials(caller: str) -> tuple[tuple[str, str]]:
@@ -110,7 +116,7 @@ class Fleet:
         services: Sequence[str] = SERVICES,
         callers: Sequence[str] = (),
         coordinator_words: Sequence[str] = QUICK_COORDINATOR,
-        worker_words: Sequence[str] = QUICK_WORKER,
+        worker_words: Callable[[str], Sequence[str]] = quick_worker,
     ) -> None:
         self.models = models
         self.server = RedisServer(server_binaries()["valkey"])
@@ -209,7 +215,7 @@ class Fleet:
             f"{model}={self.models[model]}",
             "--advertise",
             process.access.address,
-            *self._worker_words,
+            *self._worker_words(process.role.program),
         ]
 
     def _ended(self, process: Process, code: int) -> None:

@@ -233,7 +233,7 @@ def _fleet_of(plan: Plan, models: Mapping[str, Path], directory: Path) -> Fleet:
         denoisers=CHURN_DENOISERS,
         callers=CALLERS,
         coordinator_words=(),
-        worker_words=_ON_CPU,
+        worker_words=lambda _: _ON_CPU,
     )
 
 

@@ -33,13 +33,17 @@ from models.catalog import open_model  # noqa: E402
 from models.loader import load_stages  # noqa: E402
 from models.registry import load_registry  # noqa: E402
 from models.runtime import Runtime  # noqa: E402
+from services.cli.serve import settings_class  # noqa: E402
 from services.coordinator.__main__ import main as coordinator  # noqa: E402
 from services.worker import main_for  # noqa: E402
 
 Main = Callable[[Sequence[str]], int]
 
 SERVICES = ("text_encoding", "image_encoding", "latent_preparation", "denoising", "decoding")
-PROGRAMS: dict[str, Main] = {"coordinator": coordinator, **{service: main_for(service) for service in SERVICES}}
+PROGRAMS: dict[str, Main] = {
+    "coordinator": coordinator,
+    **{service: main_for(service, settings_class(service)) for service in SERVICES},
+}
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None, use_errno=True)
 

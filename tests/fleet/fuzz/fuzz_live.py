@@ -18,9 +18,9 @@ from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 
 from common.rpc.client import open_channel
+from common.rpc.fleet_server import FleetServer
 from common.rpc.method import request_type, stage_method
 from common.rpc.options import ServerLimits
-from common.rpc.serving import FleetServer
 from fleet.v1 import worker_pb2, worker_pb2_grpc
 from models.catalog import open_model
 from models.registry import load_registry

@@ -38,7 +38,7 @@ def rank_targets() -> Iterator[Target]:
     yield Target("rank.call", _follow_messages, calls, [header_type(request)])
     yield Target("rank.wire", _follow_bytes, [tuple(_on_the_wire(each) for each in call) for call in calls])
     yield Target("rank.outcome", _compare, [(_on_the_wire(_message(Kind.OUTCOME)),)])
-    yield Target("rank.hello", _join, [(_hello(Purpose.CONTROL), b""), (_hello(Purpose.BEATS),)])
+    yield Target("rank.hello", _join, [(_hello(Purpose.CONTROL), b""), (_hello(Purpose.HEARTBEATS),)])
     yield Target("rank.beats", _beat, [(b".", b"..", b"$"), (b".", b"!")])
 
 
@@ -134,7 +134,7 @@ def _beat(frames: Frames) -> None:
     with peer:
         peer.sendall(b"".join(frames)[:_MOST_HELLO_BYTES])
         peer.shutdown(socket.SHUT_WR)
-        liveness = Liveness({1: here}, beat_seconds=60.0, lost_seconds=60.0)
+        liveness = Liveness({1: here}, rank_heartbeat_seconds=60.0, rank_lost_seconds=60.0)
         liveness.start(on_lost=lambda _: None)
         assert peer.recv(1) == b"."  # It has begun, and looks at what lies there before it can be told to end.
         liveness.end()

@@ -29,11 +29,11 @@ from common.errors import FleetError, InternalError, Unauthenticated, Unavailabl
 from common.image_header import MAX_PIXELS
 from common.rpc.client import RemoteRunner
 from common.rpc.frames import chunk_frame, read_chunk
-from common.rpc.framing import Limits, checksum
+from common.rpc.framing import CallLimits, checksum
 from common.rpc.method import contract_of, request_type, response_type, stage_method
 from common.rpc.parsing import parse, refuse_unknown_fields
 from common.rpc.replies import ReplyCache
-from common.rpc.server import ServingLimits, StageServicer
+from common.rpc.stage_servicer import ServicerLimits, StageServicer
 from common.rpc.status import from_status, to_status
 from common.rpc.tls import read_authority
 from common.safetensors_header import read_header
@@ -60,7 +60,7 @@ from tokens import AUDIENCE, ISSUER, jwk, jwk_set, private_key, public_pem, toke
 
 SERVICES = ("text_encoding", "image_encoding", "latent_preparation", "denoising", "decoding")
 PUBLIC = generation_pb2.DESCRIPTOR.services_by_name["GenerationService"]
-LIMITS = Limits(total_bytes=64 << 20)
+LIMITS = CallLimits(total_bytes=64 << 20)
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ class Reader:
 
 def stage_servicer(service: str, device: ThreadPoolExecutor) -> StageServicer:
     """What serves a stage's RPC, down to the artifacts."""
-    limits = ServingLimits(capacity=1, call=LIMITS)
+    limits = ServicerLimits(capacity=1, call=LIMITS)
     cache = ReplyCache(1 << 20, service=service, model="fuzz") if service == "text_encoding" else None
     return StageServicer(service, Reader(service), device, TORCH, limits=limits, cache=cache)
 

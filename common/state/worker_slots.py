@@ -35,7 +35,7 @@ class NoWorkers(Unavailable):
 
 
 @dataclass(frozen=True)
-class Rank:
+class QueuePriority:
     """What decides a claim's place in the queue.
 
     `deadline_ms` is since the epoch, 0 for none. `cost` says how much the request asks of the service, beside others.
@@ -47,11 +47,11 @@ class Rank:
     cost: int = 1
 
 
-FIRST_COME = Rank()
+FIRST_COME = QueuePriority()
 
 
 @dataclass(frozen=True)
-class Slot:
+class WorkerSlot:
     """The right to run a request on `worker`, until it is released."""
 
     ticket: str
@@ -59,7 +59,7 @@ class Slot:
     worker: worker_pb2.WorkerInfo
 
 
-class Slots:
+class WorkerSlots:
     """Claims and releases slots for one coordinator, whose presence must have been started."""
 
     def __init__(self, redis: Redis, presence: Presence, *, ask_again_seconds: float = _ASK_AGAIN_SECONDS) -> None:
@@ -77,11 +77,11 @@ class Slots:
         model: str,
         service: str,
         request_id: str,
-        rank: Rank = FIRST_COME,
+        queue_priority: QueuePriority = FIRST_COME,
         *,
         patience_seconds: float | None = None,
         alone: bool = False,
-    ) -> Slot:
+    ) -> WorkerSlot:
         """Wait for a slot; when it is free at once, that is one round trip.
 
         `alone` claims all slots of one worker, and waits for a worker that is idle. Waits for a store that is
@@ -94,8 +94,8 @@ class Slots:
         self._waiting[ticket] = granted
         self._tickets.add(ticket)
         try:
-            info = await self._wait(ticket, place, granted, rank, patience_seconds)
-            return Slot(ticket, place, worker_pb2.WorkerInfo.FromString(info))
+            info = await self._wait(ticket, place, granted, queue_priority, patience_seconds)
+            return WorkerSlot(ticket, place, worker_pb2.WorkerInfo.FromString(info))
         except BaseException:
             self._release(ticket, place)
             raise
@@ -103,17 +103,22 @@ class Slots:
             del self._waiting[ticket]
 
     async def _wait(
-        self, ticket: str, place: str, granted: asyncio.Future[bytes], rank: Rank, patience: float | None
+        self,
+        ticket: str,
+        place: str,
+        granted: asyncio.Future[bytes],
+        queue_priority: QueuePriority,
+        patience: float | None,
     ) -> bytes:
         loop = asyncio.get_running_loop()
         arguments: Arguments = {
             "ticket": ticket,
             "owner": self._owner,
             "place": place,
-            "priority": rank.priority,
-            "cost": rank.cost,
-            "deadline": rank.deadline_ms,
-            "caller": quote(rank.caller, safe=""),
+            "priority": queue_priority.priority,
+            "cost": queue_priority.cost,
+            "deadline": queue_priority.deadline_ms,
+            "caller": quote(queue_priority.caller, safe=""),
         }
         last_seen = loop.time()
         while True:
@@ -145,7 +150,7 @@ class Slots:
         pause_ms = await run_script(self._redis, "avoid", {"owner": self._owner, "worker": worker_id})
         return int(pause_ms) / 1_000
 
-    def release(self, slot: Slot, used_seconds: float = 0.0) -> None:
+    def release(self, slot: WorkerSlot, used_seconds: float = 0.0) -> None:
         """Give a slot back; it goes to who is next. Done in the background, and for as long as the store is away.
 
         `used_seconds`, unless 0, is what a request took from beginning to end: the service's pace is measured by it.

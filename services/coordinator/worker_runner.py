@@ -1,4 +1,7 @@
-"""Runs a service of a model on a worker that has a free slot, and on another one when that is lost."""
+"""Runs a service of a model on a worker that has a free slot, and on another one when that is lost.
+
+The store chooses the worker: `dispatch` in common/state/lua/worker_slots.lua.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +18,9 @@ import grpc
 from common.errors import Cancelled, FleetError, ResourceExhausted, Unavailable
 from common.pipeline import ServiceSpec
 from common.rpc.client import RemoteRunner, WorkerLost
-from common.rpc.framing import Limits, Packet
+from common.rpc.framing import CallLimits, Packet
 from common.stage import Call, Contract
-from common.state.slots import Rank, Slot, Slots
+from common.state.worker_slots import QueuePriority, WorkerSlot, WorkerSlots
 from common.telemetry import LOST_CALLS
 from services.coordinator.access import WorkerAccess
 from services.coordinator.resume import Recovery, origin_of
@@ -34,7 +37,7 @@ class Connections:
     when the coordinator has another certificate to show.
     """
 
-    def __init__(self, limits: Limits, access: WorkerAccess | None = None) -> None:
+    def __init__(self, limits: CallLimits, access: WorkerAccess | None = None) -> None:
         self._limits = limits
         self._access = access or WorkerAccess()
         self._version = self._access.version
@@ -100,7 +103,7 @@ class ArtifactMemory:
 class Workers:
     """How this coordinator reaches workers."""
 
-    slots: Slots
+    slots: WorkerSlots
     connections: Connections
     memory: ArtifactMemory
     patience_seconds: float | None = None
@@ -113,24 +116,24 @@ class _Attempt:
     A worker older than Begun frames is taken to start them with the call, and a call that it may have got has begun.
     """
 
-    slot: Slot
+    worker_slot: WorkerSlot
     on_begin: Callable[[], None]
     begun: bool = False
     since: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
-        if not self.slot.worker.reports_begun:
+        if not self.worker_slot.worker.reports_begun:
             self.on_begin()
 
     def begin(self) -> None:
         """The worker starts the stages, or has answered from its cache."""
-        if not self.begun and self.slot.worker.reports_begun:
+        if not self.begun and self.worker_slot.worker.reports_begun:
             self.on_begin()
         self.begun = True
 
     def lose(self, error: FleetError) -> None:
         """The call was lost."""
-        self.begun |= not self.slot.worker.reports_begun and isinstance(error, WorkerLost)
+        self.begun |= not self.worker_slot.worker.reports_begun and isinstance(error, WorkerLost)
 
     @property
     def seconds(self) -> float:
@@ -152,7 +155,7 @@ class WorkerRunner:
         model: str,
         spec: ServiceSpec,
         stage: int,
-        rank: Rank,
+        queue_priority: QueuePriority,
         recovery: Recovery,
         on_begin: Callable[[], None],
     ) -> None:
@@ -160,7 +163,7 @@ class WorkerRunner:
         self._model = model
         self._spec = spec
         self._stage = stage
-        self._rank = rank
+        self._queue_priority = queue_priority
         self._recovery = recovery
         self._on_begin = on_begin
         self._unreached_since: float | None = None
@@ -187,39 +190,41 @@ class WorkerRunner:
             except ResourceExhausted as error:
                 if error.field:  # about a value, and not the worker
                     raise
-                _log.info("request %s finds %s full: %s", call.request_id, attempt.slot.worker.address, error)
+                _log.info("request %s finds %s full: %s", call.request_id, attempt.worker_slot.worker.address, error)
                 self._unreached_since = None
             else:
                 self._workers.memory.hold(outputs.values())  # Its ResourceExhausted ends the request.
                 return outputs
             finally:
-                self._workers.slots.release(attempt.slot, used)
+                self._workers.slots.release(attempt.worker_slot, used)
             await asyncio.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
 
     async def _run(self, attempt: _Attempt, values: Mapping[str, Packet], call: Call) -> Mapping[str, Packet]:
         """Run on one worker, from where another one got to if that gives the same bytes."""
-        worker = attempt.slot.worker
+        worker = attempt.worker_slot.worker
         runner = self._workers.connections.runner(self._model, call.variant, self._spec, worker.address)
         call = replace(call, on_begun=attempt.begin)
         slot = self._spec.resume_slot
         if slot is None or not worker.numerics_fingerprint:
             return await runner(values, call)
         origin = origin_of(worker.numerics_fingerprint, values)
-        checkpoint = await self._recovery.point.find(origin, slot)
+        checkpoint = await self._recovery.step_checkpoint.find(origin, slot)
         if checkpoint is not None:
             _log.info("request %s goes on with %s where it was", call.request_id, self._spec.service)
             values = {**values, slot: checkpoint}
-        return await runner(values, replace(call, on_checkpoint=partial(self._recovery.point.remember, origin)))
+        return await runner(
+            values, replace(call, on_step_checkpoint=partial(self._recovery.step_checkpoint.remember, origin))
+        )
 
-    async def _claim(self, call: Call) -> Slot:
+    async def _claim(self, call: Call) -> WorkerSlot:
         """A slot; waits for as long as it takes, also for a store that is away."""
         alone = await self._recovery.admit()
         return await self._workers.slots.claim(
             self._model,
             self._spec.service,
             call.request_id,
-            self._rank,
+            self._queue_priority,
             patience_seconds=self._workers.patience_seconds,
             alone=alone,
         )
@@ -229,7 +234,7 @@ class WorkerRunner:
 
         Raises Unavailable when no worker was reached for too long.
         """
-        worker, service = attempt.slot.worker, self._spec.service
+        worker, service = attempt.worker_slot.worker, self._spec.service
         _log.warning(
             "request %s lost %s at %s, begun=%s: %s", call.request_id, service, worker.address, attempt.begun, error
         )

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from common.artifacts import DenoiseState, LatentPart, Latents
+from common.artifacts import LatentPart, Latents, StepCheckpoint
+from common.rpc.frame_reporter import FrameReporter
 from common.rpc.frames import CHUNK_BYTES, read_chunk
-from common.rpc.reporter import Reporter
 from common.stage import Call
 from common.tensors import TorchTensors
 from fleet.v1 import denoising_pb2
@@ -18,9 +18,9 @@ from fleet.v1 import denoising_pb2
 SIZE = 3 * CHUNK_BYTES
 
 
-def state(step: int) -> DenoiseState:
+def state(step: int) -> StepCheckpoint:
     part = LatentPart(latents=torch.full((SIZE // 4,), step, dtype=torch.int32), raw_latent_shape=(SIZE // 4,))
-    return DenoiseState(step=step, latents=Latents(parts={"video": part}))
+    return StepCheckpoint(step=step, latents=Latents(parts={"video": part}))
 
 
 class Withheld(TorchTensors):
@@ -50,12 +50,12 @@ def kinds(frames: list[bytes]) -> list[str]:
 def test_a_checkpoint_does_not_hold_its_loop_up() -> None:
     async def main() -> list[bytes]:
         gone_on = threading.Event()
-        reporter = Reporter(denoising_pb2.DenoiseResponse, Withheld(gone_on))
+        reporter = FrameReporter(denoising_pb2.DenoiseResponse, Withheld(gone_on))
         call = reporter.listen(Call("r"))
 
         def stage() -> None:
-            call.on_checkpoint(state(1))
-            call.on_checkpoint(state(2))  # left out: the one before it still waits
+            call.on_step_checkpoint(state(1))
+            call.on_step_checkpoint(state(2))  # left out: the one before it still waits
             gone_on.set()
             call.progress(2, 2)
 

@@ -10,8 +10,8 @@ from PIL import Image
 from torch import Tensor
 
 from common.errors import InvalidInput
-from configs.models.encoders.base import ImageTextEncoding, PromptText
-from models.encoders.checks import check_patch_processor, check_tokenizer
+from configs.models.encodings import ImageTextEncoding, PromptText
+from models.encoder_runners.checks import check_patch_processor, check_tokenizer
 
 
 class ImageTextEncoder:

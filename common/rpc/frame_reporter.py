@@ -11,17 +11,17 @@ from typing import Any, cast
 
 from google.protobuf.message import Message
 
-from common.artifacts import DenoiseState
+from common.artifacts import StepCheckpoint
 from common.codec import TensorLeaf, pack
 from common.rpc.framing import chunk_frames
-from common.rpc.method import CHECKPOINT
+from common.rpc.method import STEP_CHECKPOINT
 from common.stage import Call
 
 _MAX_WAITING = 256
 _LONGEST_BEGUN_SECONDS = 1.0
 
 
-class Reporter:
+class FrameReporter:
     """The frames that a call sends while its stages run.
 
     A client that reads slowly gets fewer of them, never a growing queue: progress is left out while many frames wait,
@@ -38,8 +38,8 @@ class Reporter:
         self._step_seconds = step_seconds
         self._next_step = 0.0
         self._loop = asyncio.get_running_loop()
-        self._queue: asyncio.Queue[bytes | DenoiseState | None] = asyncio.Queue()
-        self._checkpoints = CHECKPOINT in frame.DESCRIPTOR.fields_by_name
+        self._queue: asyncio.Queue[bytes | StepCheckpoint | None] = asyncio.Queue()
+        self._checkpoints = STEP_CHECKPOINT in frame.DESCRIPTOR.fields_by_name
         self._checkpoint_waits = False
         self._begun = begun
         self._begun_sent = threading.Event()
@@ -60,7 +60,7 @@ class Reporter:
     def listen(self, call: Call) -> Call:
         """The same call, telling this reporter."""
         return dataclasses.replace(
-            call, on_progress=self._progress, on_warning=self._warning, on_checkpoint=self._checkpoint
+            call, on_progress=self._progress, on_warning=self._warning, on_step_checkpoint=self._checkpoint
         )
 
     def end(self) -> None:
@@ -69,13 +69,13 @@ class Reporter:
 
     async def frames(self) -> AsyncIterator[bytes]:
         """The frames in order, until the end. Those of a checkpoint are made one at a time, as they are sent."""
-        while (told := await self._queue.get()) is not None:
-            if isinstance(told, bytes):
-                yield told
-                if told is self._begun:
+        while (item := await self._queue.get()) is not None:
+            if isinstance(item, bytes):
+                yield item
+                if item is self._begun:
                     self._begun_sent.set()
                 continue
-            packet = await asyncio.to_thread(pack, CHECKPOINT, told, self._leaf)  # checksums of many bytes
+            packet = await asyncio.to_thread(pack, STEP_CHECKPOINT, item, self._leaf)  # checksums of many bytes
             frame = self._frame()
             frame.checkpoint.state.CopyFrom(packet.message)
             yield frame.SerializeToString()
@@ -83,8 +83,8 @@ class Reporter:
                 yield chunk
             self._checkpoint_waits = False
 
-    def _put(self, told: bytes | DenoiseState) -> None:
-        self._loop.call_soon_threadsafe(self._queue.put_nowait, told)
+    def _put(self, item: bytes | StepCheckpoint) -> None:
+        self._loop.call_soon_threadsafe(self._queue.put_nowait, item)
 
     def _progress(self, step: int, total_steps: int) -> None:
         now = time.monotonic()
@@ -99,7 +99,7 @@ class Reporter:
         frame.warning.field, frame.warning.message = field, message
         self._put(frame.SerializeToString())
 
-    def _checkpoint(self, state: DenoiseState) -> None:
+    def _checkpoint(self, state: StepCheckpoint) -> None:
         """Taken as it is: its tensors are not written to any more, and the loop need not wait for them to be sent."""
         if self._checkpoints and not self._checkpoint_waits:
             self._checkpoint_waits = True

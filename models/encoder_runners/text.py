@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from common.errors import CheckpointError
-from configs.models.encoders.base import PromptText, Template, TextEncoding
-from models.encoders.checks import check_tokenizer
+from configs.models.encodings import PromptText, Template, TextEncoding
+from models.encoder_runners.checks import check_tokenizer
 
 if TYPE_CHECKING:
     from common.artifacts import Prompt

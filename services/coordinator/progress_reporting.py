@@ -10,8 +10,8 @@ from common.rpc.framing import Packet
 from common.stage import Call, Contract
 from common.state.records import State, state_event
 from fleet.v1 import generation_pb2
-from services.coordinator.dispatch import WorkerRunner
 from services.coordinator.events import EventWriter
+from services.coordinator.worker_runner import WorkerRunner
 
 
 class RequestProgress:
@@ -43,7 +43,7 @@ class RequestProgress:
 
 
 @dataclass(frozen=True)
-class Reporting:
+class ProgressReportingRunner:
     """A runner whose progress becomes that of its request. One that tells no steps has done one at its end."""
 
     runner: WorkerRunner

@@ -13,7 +13,7 @@ from grpc_reflection.v1alpha import reflection
 
 from common.errors import FailedPrecondition
 from common.rpc.address import bound_address, check_listenable, socket_path, target_of
-from common.rpc.aio_server import make_server
+from common.rpc.grpcio_patch import make_server
 from common.rpc.interceptor import Admit, CallGate, admit_all
 from common.rpc.options import ServerLimits, server_options
 from common.rpc.wrapping import Handler

@@ -19,10 +19,11 @@ from common.codec import TensorLeaf, artifact_class, pack, unpack
 from common.errors import DeadlineExceeded, InternalError, InvalidInput, ResourceExhausted, Unavailable
 from common.rpc.buffers import BufferLease, BufferPool
 from common.rpc.client import header_frame
+from common.rpc.frame_reporter import FrameReporter
 from common.rpc.frames import ChunkView, read_chunk
 from common.rpc.framing import (
     Assembler,
-    Limits,
+    CallLimits,
     Packet,
     PooledPayload,
     chunk_frames,
@@ -41,7 +42,6 @@ from common.rpc.method import (
 )
 from common.rpc.parsing import parse, refuse_unknown_fields
 from common.rpc.replies import Recorder, ReplyCache, Write
-from common.rpc.reporter import Reporter
 from common.rpc.watchdog import Watchdog
 from common.rpc.wrapping import Context, Handler
 from common.stage import Call, Contract
@@ -61,7 +61,7 @@ class Stages(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServingLimits:
+class ServicerLimits:
     """Bounds of a servicer.
 
     `capacity` calls run or wait for the device thread at a time; a peer that sends no frame for `idle_seconds`
@@ -71,7 +71,7 @@ class ServingLimits:
     capacity: int = 1
     idle_seconds: float = 30.0
     step_seconds: float = 0.0
-    call: Limits = field(default_factory=Limits)
+    call: CallLimits = field(default_factory=CallLimits)
 
 
 class StageServicer:
@@ -90,7 +90,7 @@ class StageServicer:
         executor: ThreadPoolExecutor,
         leaf: TensorLeaf,
         *,
-        limits: ServingLimits | None = None,
+        limits: ServicerLimits | None = None,
         pool: BufferPool | None = None,
         cache: ReplyCache | None = None,
         watchdog: Watchdog | None = None,
@@ -101,7 +101,7 @@ class StageServicer:
         self._stages = stages
         self._executor = executor
         self._leaf = leaf
-        self._limits = limits or ServingLimits()
+        self._limits = limits or ServicerLimits()
         self.pool = pool or BufferPool()
         self._cache = cache
         self._watchdog = watchdog
@@ -216,7 +216,7 @@ class StageServicer:
 
     async def _run(self, write: Write, job: _Job) -> Mapping[str, Packet]:
         """Compute on the device thread; meanwhile send on what the stages report."""
-        reporter = Reporter(self._reply, self._leaf, step_seconds=self._limits.step_seconds, begun=job.begun)
+        reporter = FrameReporter(self._reply, self._leaf, step_seconds=self._limits.step_seconds, begun=job.begun)
         job.start(self._executor, partial(self._compute, job, reporter), reporter.end)
         try:
             async for frame in reporter.frames():
@@ -225,7 +225,7 @@ class StageServicer:
             reporter.release()
         return job.result()
 
-    def _compute(self, job: _Job, reporter: Reporter) -> dict[str, Packet]:
+    def _compute(self, job: _Job, reporter: FrameReporter) -> dict[str, Packet]:
         """Unpack, run, pack: on the device thread. Empties inputs, so that nothing but tensors holds on to buffers."""
         call = reporter.listen(job.call)
         call.check_cancelled()

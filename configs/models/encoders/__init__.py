@@ -1,1 +1,0 @@
-"""How text becomes conditioning."""

@@ -1,0 +1,1 @@
+"""Runners of the encoders of transformers: texts and images to conditioning."""

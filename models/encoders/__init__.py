@@ -1,1 +1,0 @@
-"""What text becomes: tokenizing and encoding, by family."""
