@@ -45,7 +45,7 @@ class ServedFleet:
     """Asks a running fleet, from the test's own thread."""
 
     def __init__(self, endpoint: str, loop: asyncio.AbstractEventLoop) -> None:
-        self._endpoint = endpoint
+        self.endpoint = endpoint
         self._loop = loop
 
     def generate(
@@ -58,11 +58,11 @@ class ServedFleet:
         """One request to its end. Raises the error that it was answered with, or RequestFailed."""
         parameters = parameters_message(given, list(images.items()), suffix)
         request = generation_pb2.SubmitRequest(model=model, parameters=parameters)
-        return self._run(_generate(self._endpoint, request))
+        return self._run(_generate(self.endpoint, request))
 
     def models(self) -> list[generation_pb2.Model]:
         """The models that the fleet serves."""
-        return self._run(_models(self._endpoint))
+        return self._run(_models(self.endpoint))
 
     def _run(self, work: Coroutine[None, None, T]) -> T:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(timeout=120)

@@ -14,7 +14,7 @@ from PIL import Image
 
 from common.state.embedded import EmbeddedStore
 from services.cli.__main__ import main
-from tiny_wan import build_tiny_wan_i2v
+from tiny_wan import build_tiny_wan_i2v, build_tiny_wan_ti2v
 
 
 @pytest.fixture(scope="module")
@@ -23,6 +23,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("pictures")
     build_tiny_wan_i2v(root / "i2v")
     build_tiny_wan_i2v(root / "flf2v", last_image=True)
+    build_tiny_wan_ti2v(root / "ti2v")
     noise = np.random.default_rng(0).integers(0, 256, (90, 150, 3), np.uint8)
     good = Image.fromarray(noise)
     good.save(root / "good.png")
@@ -60,6 +61,14 @@ def _nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
         ("--model i2v --image good.png --param image=good.png --output a.mp4", "image is given twice"),
         ("--model i2v --image good.png --param last_image=good.png --output a.mp4", "but image, last_image came"),
         ("--model flf2v --image good.png --output a.mp4", "needs a picture as 'last_image'"),
+        (
+            "--model ti2v --param last_image=good.png --output a.mp4",
+            "last_image came; ti2v takes: text (no images), im",
+        ),
+        (
+            "--model ti2v --image good.png --image good.png --output a.mp4",
+            "image, image_1 came; ti2v takes: text (no i",
+        ),
         (
             "--model emoji-video --image good.png --output a.mp4",
             "emoji-video (WanPipeline) takes no images, but 1 came",

@@ -1,6 +1,7 @@
 """SIGKILL while a request denoises, of its worker at any step, or of its coordinator too: its result keeps its bytes.
 
-All processes are real, for Flux (Euler) and for Wan (UniPC, whose solver has a history).
+All processes are real, for Flux (Euler), for Wan (UniPC, whose solver has a history), and for an image request of Wan
+2.2 TI2V, whose latents at the end are not those of the last step.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import asyncio
 import random
 import signal
 import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -20,12 +21,16 @@ import pytest
 from chaos_processes import Fleet
 from redis.asyncio import Redis
 
+from coarse_pictures import picture, png
 from common.rpc.client import open_channel
 from common.state.connection import command, connect
 from coordinator_fleet import Stub
 from fleet.v1 import generation_pb2 as pb
 from fleet.v1 import generation_pb2_grpc
+from models.catalog import open_model
+from models.registry import load_registry
 from redis_servers import until
+from tiny_wan import build_tiny_wan_ti2v
 
 STEPS = 8
 KILLED_AT = (1, STEPS // 2, STEPS - 1)
@@ -34,17 +39,35 @@ CHECKPOINTS = Path(__file__).resolve().parents[2] / "models" / "checkpoints"
 
 @dataclass(frozen=True)
 class Family:
-    """A shipped model, and a request so large that a step takes longer than its progress needs to arrive here."""
+    """A model, and a request so large that a step takes longer than its progress needs to arrive here.
+
+    `model` is a shipped one, or that which `build` writes to a directory. `workers` are those of each service, two at
+    least of denoising.
+    """
 
     model: str
     given: dict[str, Any]
     begins_with: bytes
+    build: Callable[[Path], Path] | None = None
+    images: Sequence[pb.ImageInput] = ()
+    coordinators: int = 2
+    workers: int = 2
 
 
 FAMILIES = {
     "flux": Family("emoji", {"height": 384, "width": 384}, b"\x89PNG"),
     "wan": Family("emoji-video", {"num_frames": 17}, b"\x00\x00\x00"),
 }
+# Its steps are quick, so that there are more of them.
+TI2V = Family(
+    "ti2v",
+    {"height": 256, "width": 384, "num_frames": 9, "num_inference_steps": 3 * STEPS},
+    b"\x00\x00\x00",
+    build_tiny_wan_ti2v,
+    images=[pb.ImageInput(role="image", data=png(picture(60, 40)))],
+    coordinators=1,
+    workers=1,
+)
 
 
 class Served:
@@ -60,7 +83,10 @@ class Served:
     async def submit(self, stub: Stub) -> str:
         """Ask for the one result of this test."""
         parameters = pb.GenerationParameters(
-            prompt="a red heart moving left", seed=3, num_inference_steps=STEPS, **self._family.given
+            prompt="a red heart moving left",
+            seed=3,
+            images=self._family.images,
+            **{"num_inference_steps": STEPS, **self._family.given},
         )
         return (await stub.Submit(pb.SubmitRequest(parameters=parameters))).request.request_id
 
@@ -105,11 +131,19 @@ class Served:
 
 @asynccontextmanager
 async def served(family: Family) -> AsyncIterator[Served]:
-    """Two coordinators, and two workers for each service, all of which see each other."""
+    """The family's coordinators, and its workers for each service, all of which see each other."""
     async with AsyncExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="resume-")))
-        models = {family.model: CHECKPOINTS / family.model}
-        fleet = Fleet(directory, models, random.Random(0), coordinators=2, workers=2)
+        path = CHECKPOINTS / family.model if family.build is None else family.build(directory / family.model)
+        fleet = Fleet(
+            directory,
+            {family.model: path},
+            random.Random(0),
+            coordinators=family.coordinators,
+            workers=family.workers,
+            denoisers=2,
+            services=[spec.service for spec in open_model(str(path), load_registry()).services],
+        )
         stack.push_async_callback(fleet.close)
         await fleet.start()
         redis = await stack.enter_async_context(connect(fleet.server.url))
@@ -117,15 +151,15 @@ async def served(family: Family) -> AsyncIterator[Served]:
         for coordinator in fleet.of(coordinators=True):
             channel = await stack.enter_async_context(open_channel(coordinator.target))
             stubs.append(generation_pb2_grpc.GenerationServiceStub(channel))
-            await until(partial(_is_complete, stubs[-1]))
+            await until(partial(_is_complete, stubs[-1], fleet.workers))
         yield Served(fleet, redis, family, stubs)
         await fleet.stop()
         assert not fleet.findings
 
 
-async def _is_complete(stub: Stub) -> bool:
+async def _is_complete(stub: Stub, workers: Mapping[str, int]) -> bool:
     (model,) = (await stub.ListModels(pb.ListModelsRequest(), wait_for_ready=True)).models
-    return all(service.workers == 2 for service in model.services)
+    return {each.service: each.workers for each in model.services} == workers
 
 
 def resumed_at(steps: list[int]) -> int:
@@ -151,5 +185,22 @@ def test_a_death_in_the_middle_changes_no_byte(family: Family) -> None:
             again, steps = await fleet.result(stub, await fleet.submit(fleet.stubs[1]), STEPS // 2, fleet.kill_both)
             assert again == whole
             assert resumed_at(steps) > fleet.stored_step > 0, steps
+
+    asyncio.run(story())
+
+
+def test_an_image_request_resumes_to_the_same_bytes() -> None:
+    """The checkpoint has the loop's own first frame; that of the image is put back at the end."""
+
+    async def story() -> None:
+        async with asyncio.timeout(90), served(TI2V) as fleet:
+            (stub,) = fleet.stubs
+            whole, steps = await fleet.result(stub, await fleet.submit(stub))
+            assert whole.startswith(TI2V.begins_with)
+            assert steps.count(0) == 1
+            kill_at = STEPS
+            again, steps = await fleet.result(stub, await fleet.submit(stub), kill_at, fleet.kill_worker)
+            assert again == whole
+            assert resumed_at(steps) > kill_at, steps
 
     asyncio.run(story())

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import io
 import os
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import AsyncExitStack
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -24,17 +22,12 @@ from common.stage import Call
 from common.state.connection import connect as connect_store
 from common.state.workers import WorkerRegistry
 from fleet.v1 import generation_pb2 as pb
-from fleet.v1 import generation_pb2_grpc
+from fleet_parts import Parts, ended, run_parts, serve_text_before_image
 from local_fleet import LocalFleet
 from models.catalog import ServedModel, open_model
 from models.registry import load_registry
-from redis_servers import running_server
 from served_fleet import ServedFleet, served_fleet
 from services.cli.models import lines_of
-from services.cli.serve import settings_class
-from services.coordinator.coordinator import Coordinator, start_coordinator
-from services.coordinator.settings import CoordinatorSettings
-from services.worker import start_worker
 from toy_checkpoint import build_twin_checkpoint, twin_family
 
 TEXT_SERVICES = ("text_encoding", "latent_preparation", "denoising", "decoding")
@@ -148,49 +141,6 @@ def test_models_are_listed_with_their_variants(fleet: ServedFleet) -> None:
     assert lines[first + 1 :] == ["    num_inference_steps: int = 6  Steps of the denoising loop."]
 
 
-class Parts:
-    """Workers and coordinators of the twin model that a test starts one by one."""
-
-    def __init__(self, url: str, model: ServedModel, directory: Path, stack: AsyncExitStack) -> None:
-        self.url = url
-        self.model = model
-        self._directory = directory
-        self._stack = stack
-        self._count = 0
-
-    def _listen(self) -> str:
-        self._count += 1
-        return f"unix:{self._directory}/{self._count}.sock"
-
-    async def add_worker(self, service: str) -> str:
-        """Start a worker; returns its address."""
-        settings = settings_class(service)(model="twin", redis=self.url, listen=self._listen(), device="cpu", threads=1)
-        worker = await start_worker(service, self.model, settings)
-        self._stack.push_async_callback(worker.stop, 5)
-        return worker.address
-
-    async def add_coordinator(self) -> tuple[Coordinator, generation_pb2_grpc.GenerationServiceAsyncStub]:
-        """Start a coordinator; returns it with a stub. The test stops it, or it ends with the test."""
-        settings = CoordinatorSettings(
-            model=("twin",), redis=self.url, listen=self._listen(), heartbeat_seconds=0.1, heartbeat_ttl_seconds=0.5
-        )
-        coordinator = await start_coordinator([self.model], settings)
-        self._stack.push_async_callback(coordinator.stop, 0)
-        channel = await self._stack.enter_async_context(open_channel(coordinator.address))
-        return coordinator, generation_pb2_grpc.GenerationServiceStub(channel)
-
-
-def run_parts(model: ServedModel, directory: Path, test: Callable[[Parts], Awaitable[None]]) -> None:
-    """Run a test on a store of its own."""
-
-    async def main(url: str) -> None:
-        async with asyncio.timeout(60), AsyncExitStack() as stack:
-            await test(Parts(url, model, directory, stack))
-
-    with running_server("valkey") as server:
-        asyncio.run(main(server.url))
-
-
 def submission(images: dict[str, bytes]) -> pb.SubmitRequest:
     parameters = pb.GenerationParameters(
         prompt="a leaf", seed=3, images=[pb.ImageInput(role=role, data=data) for role, data in images.items()]
@@ -198,28 +148,9 @@ def submission(images: dict[str, bytes]) -> pb.SubmitRequest:
     return pb.SubmitRequest(model="twin", parameters=parameters)
 
 
-async def state_of(stub: generation_pb2_grpc.GenerationServiceAsyncStub, request_id: str) -> pb.RequestState.ValueType:
-    return (await stub.GetRequest(pb.GetRequestRequest(request_id=request_id))).request.state
-
-
-async def ended(stub: generation_pb2_grpc.GenerationServiceAsyncStub, request_id: str) -> pb.RequestRecord:
-    """The record of a request once it has ended."""
-    async for _ in stub.Watch(pb.WatchRequest(request_id=request_id)):
-        pass
-    return (await stub.GetRequest(pb.GetRequestRequest(request_id=request_id))).request
-
-
 def test_a_variant_needs_the_workers_of_its_own_services(twin: ServedModel, tmp_path: Path) -> None:
     async def test(parts: Parts) -> None:
-        for service in TEXT_SERVICES:
-            await parts.add_worker(service)
-        _, stub = await parts.add_coordinator()
-        with_image = (await stub.Submit(submission({"image": png("red")}))).request.request_id
-        text = (await stub.Submit(submission({}))).request.request_id
-        assert (await ended(stub, text)).state == pb.REQUEST_STATE_SUCCEEDED
-        assert await state_of(stub, with_image) < pb.REQUEST_STATE_SUCCEEDED
-        await parts.add_worker("image_encoding")
-        assert (await ended(stub, with_image)).state == pb.REQUEST_STATE_SUCCEEDED
+        await serve_text_before_image(parts, submission({}), submission({"image": png("red")}))
 
     run_parts(twin, tmp_path, test)
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import inspect
 import io
 import json
+import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +20,9 @@ from common.errors import CheckpointError, InvalidInput
 from configs.sample.base import SamplingParams
 from configs.sample.wan import WanImageToVideoSamplingParams, WanSamplingParams
 from models.catalog import open_model
-from models.pipelines.wan import WanPipeline as WanFamily
 from models.registry import load_registry
 from models.validation import InputValidationStage
-from tiny_wan import build_tiny_wan, build_tiny_wan_i2v
+from tiny_wan import build_tiny_wan, build_tiny_wan_i2v, build_tiny_wan_ti2v
 
 RENAMED = {"num_videos_per_prompt": "num_outputs_per_prompt"}
 # What a request cannot carry, what travels apart, and what only Wan 2.2 has.
@@ -99,32 +101,34 @@ def test_sizes_are_floored_to_whole_patches(tmp_path: Path) -> None:
     assert [warning.field for warning in warnings] == ["height"]
 
 
-@pytest.mark.parametrize("entry", [{"boundary_ratio": 0.9}, {"boundary_ratio": 0.9, "expand_timesteps": True}])
-def test_wan_2_2_is_refused_by_name(tmp_path: Path, entry: dict[str, Any]) -> None:
-    path = build_tiny_wan(tmp_path / "m")
+@pytest.mark.parametrize(
+    ("build", "supported"),
+    [(build_tiny_wan, "Wan 2.1"), (build_tiny_wan_i2v, "Wan 2.1"), (build_tiny_wan_ti2v, "Wan 2.2 TI2V")],
+)
+def test_wan_2_2_with_two_transformers_is_refused_by_name(
+    tmp_path: Path, build: Callable[[Path], Path], supported: str
+) -> None:
+    path = build(tmp_path / "m")
     index = json.loads((path / "model_index.json").read_text())
-    (path / "model_index.json").write_text(json.dumps(index | entry))
-    with pytest.raises(CheckpointError, match=r"is Wan 2\.2 with .* supported is Wan 2\."):
+    entries = {"boundary_ratio": 0.9, "transformer_2": index["transformer"]}
+    shutil.copytree(path / "transformer", path / "transformer_2")
+    (path / "model_index.json").write_text(json.dumps(index | entries))
+    message = f"m is Wan 2.2 with two transformers (boundary_ratio); supported is {supported}"
+    with pytest.raises(CheckpointError, match=re.escape(message)):
         open_model(str(path), load_registry())
 
 
-def test_wan_2_2_ti2v_has_a_variant_for_text_and_one_for_images(tmp_path: Path, wan: Checkpoint) -> None:
-    assert dict(WanFamily.variants(wan)) == {"": WanFamily}
-    path = build_tiny_wan(tmp_path / "ti2v")
+@pytest.mark.parametrize("pipeline_name", ["WanPipeline", "WanImageToVideoPipeline"])
+def test_timesteps_for_each_token_make_two_variants(tmp_path: Path, pipeline_name: str) -> None:
+    """Diffusers' two pipelines save the same modules; that for images names a vision encoder, which is absent."""
+    path = build_tiny_wan_ti2v(tmp_path / "m")
     index = json.loads((path / "model_index.json").read_text())
-    (path / "model_index.json").write_text(json.dumps(index | {"expand_timesteps": True}))
-    checkpoint = Checkpoint.open(path)
-    pipelines = {name: each(checkpoint.modules) for name, each in WanFamily.variants(checkpoint).items()}
-    assert [spec.service for spec in pipelines["text"].services] == [
-        "text_encoding",
-        "latent_preparation",
-        "denoising",
-        "decoding",
-    ]
-    image = pipelines["image"].service("image_encoding")
-    assert [stage.contract.name for stage in image.stages] == ["ImageVAEEncodingStage"]
-    assert image.modules == ("vae",)
-    assert list(load_registry().entry("WanPipeline").configs) == ["", "text", "image"]
+    absent = {key: [None, None] for key in ("image_encoder", "image_processor", "transformer_2")}
+    (path / "model_index.json").write_text(json.dumps(index | absent | {"_class_name": pipeline_name}))
+    model = open_model(str(path), load_registry())
+    assert [variant.label for variant in model.variants] == ["text (no images)", "image (image)"]
+    assert not model.unserved
+    assert model.service("image_encoding").modules == ("vae",)
 
 
 def test_roles_follow_from_the_checkpoint(tmp_path: Path, wan: Checkpoint) -> None:

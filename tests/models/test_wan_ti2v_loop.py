@@ -24,8 +24,10 @@ from torch import Tensor
 
 from common.artifacts import Canvas, Conditioning, LatentPart, Latents, Sampling, StepCheckpoint
 from common.checkpoint import Checkpoint
+from common.codec import pack, unpack
 from common.errors import CheckpointError
 from common.stage import Call
+from common.tensors import TORCH
 from configs.pipeline_configs.wan import WanPipelineConfig
 from configs.pipeline_configs.wan_ti2v import WanTI2VImagePipelineConfig, WanTI2VPipelineConfig
 from local_fleet import relative_error
@@ -193,13 +195,15 @@ def test_latents_are_diffusers(path: Path, kind: str, canvas: Canvas, guidance_s
 
 
 def test_a_loop_resumes_after_every_step_to_the_same_bytes(text: Loop, image: Loop) -> None:
+    """Through the codec, as a checkpoint travels: the solver's history is part of it."""
     for loop in (text, image):
         x = loop.inputs()
         states: list[StepCheckpoint] = []
         whole = loop.run(x, states)
         assert [state.step for state in states] == [*range(1, STEPS)]
         for state in states:
-            resumed = DenoisingInput(**vars(x) | {"resume_from": state})
+            sent = unpack("state", StepCheckpoint, pack("state", state, TORCH), TORCH)
+            resumed = DenoisingInput(**vars(x) | {"resume_from": sent})
             assert torch.equal(loop.run(resumed), whole), f"after step {state.step}"
 
 

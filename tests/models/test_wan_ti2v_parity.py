@@ -80,7 +80,7 @@ class Sides:
 
 @pytest.fixture(scope="module")
 def sides(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sides]:
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     path = build_tiny_wan_ti2v(tmp_path_factory.mktemp("wan") / "ti2v")
     text, image = (open_reference(path, kind) for kind in (WanPipeline, WanImageToVideoPipeline))
     fleet = open_fleet(str(path))

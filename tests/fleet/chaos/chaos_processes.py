@@ -100,8 +100,8 @@ class Process:
 class Fleet:
     """Starts processes, and another of the same role for each that ends. `findings` are ends that nobody caused.
 
-    There are so many `workers` of each stage, and `denoisers` where that is set. With `callers`, its coordinators serve
-    only them; without, anybody. The words are the settings of coordinators and workers.
+    There are so many `workers` of each of the `services`, and `denoisers` where that is set. With `callers`, its
+    coordinators serve only them; without, anybody. The words are the settings of coordinators and workers.
     """
 
     def __init__(
@@ -113,6 +113,7 @@ class Fleet:
         coordinators: int,
         workers: int,
         denoisers: int = 0,
+        services: Sequence[str] = SERVICES,
         callers: Sequence[str] = (),
         coordinator_words: Sequence[str] = QUICK_COORDINATOR,
         worker_words: Callable[[str], Sequence[str]] = quick_worker,
@@ -128,8 +129,8 @@ class Fleet:
         self._callers = callers
         self._coordinator_words = coordinator_words
         self._worker_words = worker_words
-        self.workers = dict.fromkeys(SERVICES, workers) | {"denoising": denoisers or workers}
-        roles = [Role(service, model) for model in models for service in SERVICES]
+        self.workers = dict.fromkeys(services, workers) | {"denoising": denoisers or workers}
+        roles = [Role(service, model) for model in models for service in services]
         self.roles = [COORDINATOR] * coordinators + [role for role in roles for _ in range(self.workers[role.program])]
         self._parent: asyncio.subprocess.Process | None = None
         self._listener: asyncio.Task[None] | None = None
