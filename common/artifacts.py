@@ -1,4 +1,6 @@
-"""The values that flow between stages. Each class mirrors the message of its name in proto/fleet/v1/artifacts.proto.
+"""The values that flow between stages. Each class mirrors a message of proto/fleet/v1/artifacts.proto.
+
+The message has the same name, unless MESSAGES says otherwise.
 
 Tensors are torch tensors, but nothing here imports torch: the coordinator reads these names and never opens a tensor.
 """
@@ -60,7 +62,7 @@ class ImageInputs:
 
 @dataclass(frozen=True, kw_only=True)
 class Conditioning:
-    """Keyword tensors for the denoiser's forward(), batch 1; the negative branch is empty without true CFG."""
+    """Keyword tensors for the denoiser's prepare(), batch 1; no negative ones without classifier-free guidance."""
 
     prompt_embeds: Mapping[str, Tensor]
     negative_prompt_embeds: Mapping[str, Tensor] = field(default_factory=dict)

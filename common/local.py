@@ -63,7 +63,7 @@ def _outputs_of(stage: PipelineStage[Any, Any], output: object) -> dict[str, Any
 
 
 def common_indifference(declared: Sequence[frozenset[str] | None]) -> frozenset[str] | None:
-    """What none of the stages reads; None where replies of one of them are not to be cached."""
+    """The fields that change the output of no stage; None where replies of a stage are not to be cached."""
     named = [each for each in declared if each is not None]
     return frozenset.intersection(*named) if named and len(named) == len(declared) else None
 

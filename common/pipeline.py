@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from itertools import groupby
@@ -65,7 +65,7 @@ class StageSpec:
 
 @dataclass(frozen=True)
 class ServiceSpec:
-    """A run of consecutive stages that one service hosts."""
+    """The stages that one service hosts: those of one variant in order, or those of all variants, each once."""
 
     service: str
     contract: Contract
@@ -108,7 +108,7 @@ class Runner(Protocol):
 
 
 class ComposedPipeline:
-    """The ordered stages of one model. One subclass per Diffusers `_class_name`.
+    """The ordered stages of one variant of a model. One subclass for each variant.
 
     `modules` are the names in the checkpoint's model_index.json. Raises MissingModules when a required one is
     missing and PipelineError when the stages do not compose.
@@ -131,17 +131,9 @@ class ComposedPipeline:
         for stage in self._stages:
             if absent := [name for name in stage.modules.values() if name not in modules]:
                 raise PipelineError(f"{stage.contract.name} is built with {', '.join(absent)}, which is no module")
-        self.roles = self._check_roles()
+        self.roles = unite_roles(stage.modules for stage in self._stages)
         self._leave_out_unread()
         check(self.services, given=self.given, wanted=(result_of(self.services),))
-
-    def _check_roles(self) -> Mapping[str, str]:
-        """The module of each role. Raises PipelineError for a role of two modules."""
-        roles: dict[str, str] = {}
-        for role, name in (pair for stage in self._stages for pair in stage.modules.items()):
-            if roles.setdefault(role, name) != name:
-                raise PipelineError(f"role {role!r} is that of {roles[role]} and {name}; a role has one module")
-        return roles
 
     def _leave_out_unread(self) -> None:
         """Drop the optional outputs that no later stage reads: they are neither computed nor sent."""
@@ -154,8 +146,9 @@ class ComposedPipeline:
     def variants(cls, checkpoint: Checkpoint) -> Mapping[str, type[ComposedPipeline]]:
         """The pipelines of one checkpoint by variant; this one alone, without a name, unless a family overrides it.
 
-        The inputs of a request choose the variant: the first one that takes them. Each variant has configs of its own
-        in the registry. Names are lower-case identifiers; only a single variant has none.
+        The images of a request choose the variant: the first one that takes them and has all parameters of the request,
+        else the first one that takes them. Each variant has configs of its own in the registry. Names are lower-case
+        identifiers; only a single variant has none.
         """
         del checkpoint
         return {"": cls}
@@ -203,7 +196,7 @@ def result_of(services: Sequence[ServiceSpec]) -> str:
 async def run_pipeline(
     runners: Sequence[Runner], values: Mapping[str, Any], call: Call, *, wanted: Sequence[str]
 ) -> dict[str, Any]:
-    """Run every stage as soon as its inputs exist, so that independent ones overlap; return the wanted slots.
+    """Run each service as soon as its inputs exist, so that independent services overlap; return the wanted slots.
 
     A slot's value is dropped after its last reader. The first error cancels the other stages and is raised as it is;
     a caller that is cancelled itself sees only that.
@@ -261,6 +254,15 @@ async def _run(runner: Runner, values: Mapping[str, Any], call: Call) -> Mapping
     if absent := [name for name in runner.contract.outputs if name not in outputs]:
         raise InternalError(f"{runner.contract.name} did not return {', '.join(absent)}")
     return outputs
+
+
+def unite_roles(modules: Iterable[Mapping[str, str]]) -> dict[str, str]:
+    """The module of each role, over stages or pipelines. Raises PipelineError for a role of two modules."""
+    roles: dict[str, str] = {}
+    for role, name in (pair for each in modules for pair in each.items()):
+        if roles.setdefault(role, name) != name:
+            raise PipelineError(f"role {role!r} is that of {roles[role]} and {name}; a role has one module")
+    return roles
 
 
 def check(services: Sequence[ServiceSpec], *, given: Mapping[str, str], wanted: Sequence[str]) -> None:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from common.checkpoint import INDEX_FILE, SAMPLING_DEFAULTS_FILE, Checkpoint
 from common.errors import CheckpointError, InvalidInput
-from common.pipeline import ComposedPipeline, MissingModules, PipelineError, ServiceSpec
+from common.pipeline import ComposedPipeline, MissingModules, PipelineError, ServiceSpec, unite_roles
 from common.variants import unite_services
 from common.wrong_model import repository_of
 from configs.sample.base import ImageRoles, ParameterSpec, SamplingParams
@@ -129,7 +129,7 @@ def open_model(reference: str, registry: Registry) -> ServedModel:
     pipelines, unserved = _pipelines(entry, checkpoint)
     for variant, reason in unserved.items():
         _log.warning("variant is not served: model=%s variant=%s reason=%s", name, variant, reason)
-    checkpoint = checkpoint.with_roles(_roles_of(pipelines.values()))
+    checkpoint = checkpoint.with_roles(unite_roles(each.roles for each in pipelines.values()))
     variants = tuple(_variant(each, pipelines[each], entry, checkpoint) for each in pipelines)
     services = unite_services([each.services for each in variants])
     return ServedModel(name, checkpoint, variants, services, unserved)
@@ -154,15 +154,6 @@ def _pipelines(entry: PipelineEntry, checkpoint: Checkpoint) -> tuple[dict[str, 
     if not pipelines:
         raise MissingModules("; ".join(dict.fromkeys(unserved.values())))
     return pipelines, unserved
-
-
-def _roles_of(pipelines: Iterable[ComposedPipeline]) -> dict[str, str]:
-    """The module of each role. Raises PipelineError where a role is that of two modules."""
-    roles: dict[str, str] = {}
-    for role, name in (pair for pipeline in pipelines for pair in pipeline.roles.items()):
-        if roles.setdefault(role, name) != name:
-            raise PipelineError(f"role {role!r} is that of {roles[role]} and {name} in two variants; it has one module")
-    return roles
 
 
 def _variant(name: str, pipeline: ComposedPipeline, entry: PipelineEntry, checkpoint: Checkpoint) -> ServedVariant:

@@ -30,17 +30,6 @@ class StandardPipeline(ComposedPipeline):
         self._add_preparation(scheduler)
         self._add_denoising_and_decoding(scheduler)
 
-    def _add_image_vae_encoding(self) -> None:
-        self.add_stage(
-            StageSpec(
-                contracts.IMAGE_VAE_ENCODING,
-                "image_encoding",
-                "models.stages.image_encoding:ImageVAEEncodingStage",
-                {"vae": "vae"},
-                cost=Cost.PIXEL,
-            )
-        )
-
     def _add_text_encoding(self, modules: Sequence[str]) -> None:
         self.add_stage(
             StageSpec(
@@ -93,7 +82,7 @@ class StandardPipeline(ComposedPipeline):
 
 
 class StandardImagePipeline(StandardPipeline):
-    """The same for models that start from images."""
+    """Standard stages for models with image inputs."""
 
     given: ClassVar[Mapping[str, str]] = {**StandardPipeline.given, "image_inputs": "ImageInputs"}
 
@@ -140,3 +129,14 @@ class StandardImagePipeline(StandardPipeline):
         self._add_image_vae_encoding()
         self._add_preparation(scheduler)
         self._add_denoising_and_decoding(scheduler, *inputs)
+
+    def _add_image_vae_encoding(self) -> None:
+        self.add_stage(
+            StageSpec(
+                contracts.IMAGE_VAE_ENCODING,
+                "image_encoding",
+                "models.stages.image_encoding:ImageVAEEncodingStage",
+                {"vae": "vae"},
+                cost=Cost.PIXEL,
+            )
+        )

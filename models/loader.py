@@ -142,7 +142,7 @@ class _Modules:
 
 
 def check_parallel(model: ServedModel, service: ServiceSpec, degrees: Degrees) -> None:
-    """Refuse to shard what has no plan: each rank would do all the work. cfg needs none. Raises InvalidInput."""
+    """Refuse more than one rank for a service without a parallel plan. Raises InvalidInput."""
     for variant, spec in model.variants_of(service.service):
         config: type[PipelineConfig] = resolve(variant.pipeline_config)
         classes = {model.checkpoint.modules[name][1] for name in spec.modules if name in model.checkpoint.modules}

@@ -1,4 +1,4 @@
-"""The first stage of every pipeline, run by the coordinator before a request is accepted. It needs no weights."""
+"""Validates a request before the coordinator accepts it, and makes the first artifacts of its pipeline."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from common.pipeline import PipelineError
 from configs.sample.base import ImageRoles, ParamWarning, SamplingParams
 from models.catalog import ServedModel, ServedVariant
 
-_MADE = frozenset({"Prompt", "Canvas", "Sampling", "ImageInputs"})
+_INITIAL_ARTIFACTS = frozenset({"Prompt", "Canvas", "Sampling", "ImageInputs"})
 _NO_IMAGES: Mapping[str, bytes] = MappingProxyType({})
 
 
@@ -34,8 +34,10 @@ class InputValidationStage:
     """
 
     def __init__(self, model: ServedModel) -> None:
-        if unknown := sorted({kind for each in model.variants for kind in each.pipeline.given.values()} - _MADE):
-            made = ", ".join(sorted(_MADE))
+        if unknown := sorted(
+            {kind for each in model.variants for kind in each.pipeline.given.values()} - _INITIAL_ARTIFACTS
+        ):
+            made = ", ".join(sorted(_INITIAL_ARTIFACTS))
             raise PipelineError(f"given: {', '.join(unknown)} is not made from a request; {made} are")
         self._model = model
 

@@ -30,7 +30,7 @@ from common.artifacts import (
 )
 from common.errors import InvalidInput
 from common.stage import Call
-from configs.pipeline_configs.base import DenoisingConfig, GuidanceConfig, Shapes
+from configs.pipeline_configs.base import DenoisingConfig, NegativePromptConfig, Shapes
 from configs.sample.base import SamplingParams
 from models.catalog import ServedModel, ServedVariant
 from models.registry import resolve
@@ -126,7 +126,7 @@ def _inputs(
     assert isinstance(canvas, Canvas), "SamplingParams.artifacts() puts each in its slot"
     assert isinstance(sampling, Sampling), "SamplingParams.artifacts() puts each in its slot"
     embeds = {name: _normal(shape, dtype) for name, shape in config.conditioning_shapes().items()}
-    has_negative = isinstance(config, GuidanceConfig) and config.wants_negative(prompt, sampling)
+    has_negative = isinstance(config, NegativePromptConfig) and config.wants_negative(prompt, sampling)
     inputs: dict[str, Any] = {
         "initial_latents": _latents(config, config.raw_latent_shapes(canvas, sampling.num_outputs_per_prompt), dtype),
         "schedule": _schedule(sampling.num_inference_steps),

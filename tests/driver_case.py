@@ -46,6 +46,8 @@ class Store(RequestStore):
         self.finish_gate: Gate | None = None
         self.admit_error: Exception | None = None
         self.is_stored = True
+        self.deadline_seconds = 0
+        """Seconds from the admission to the deadline of the stored request; 0: none."""
         self.replayed = False
         self.epoch = 1
         self.ends: list[tuple[int, StateValue, str]] = []
@@ -62,7 +64,11 @@ class Store(RequestStore):
             await self.get_gate.wait()
         if not self.is_stored:
             raise NotFound("it was not stored")
-        return pb.RequestRecord(request_id=request_id)
+        record = pb.RequestRecord(request_id=request_id)
+        if self.deadline_seconds:
+            record.created_at.FromSeconds(1_000)
+            record.deadline.FromSeconds(1_000 + self.deadline_seconds)
+        return record
 
     async def append(self, request_id: str, events: Iterable[pb.Event], **_: object) -> list[pb.Event]:
         del request_id

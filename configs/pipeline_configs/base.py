@@ -59,19 +59,16 @@ class PipelineConfig(ABC):
         return self.module_dtypes.get(module, requested)
 
 
-class GuidanceConfig(PipelineConfig):
-    """Callback that all text encoders share."""
+class NegativePromptConfig(PipelineConfig):
+    """Whether a request needs a negative prompt; all text encoders ask it."""
 
     @abstractmethod
     def wants_negative(self, prompt: Prompt, sampling: Sampling) -> bool:
         """Whether the request needs the conditioning of a negative prompt."""
 
 
-class TextConfig(GuidanceConfig):
+class TextConfig(NegativePromptConfig):
     """Callbacks of text encoding."""
-
-    branches: ClassVar[tuple[str, ...]] = ("positive", "negative")
-    """Branches of guidance that a step can need."""
 
     @property
     @abstractmethod
@@ -79,7 +76,7 @@ class TextConfig(GuidanceConfig):
         """The text encoders, in the order in which they run."""
 
 
-class ImageTextConfig(GuidanceConfig):
+class ImageTextConfig(NegativePromptConfig):
     """Callbacks of text encoding by a language model that also reads the images."""
 
     @property
@@ -157,7 +154,13 @@ class Step:
 
 
 class DenoisingConfig(LatentLayout):
-    """Callbacks of the denoising loop, in the order in which a request meets them."""
+    """Callbacks of the denoising loop: for warm-up, once a request, at each step, after the loop.
+
+    A step calls before_step(), model_input(), active(), expert(), model_output(), guide() and after_step(), in this
+    order. Defaults are those of models with one denoiser, two branches and no hooks. `expert` serves models with two
+    denoisers (Wan 2.2 A14B), `active` models whose guidance ends at a step (Z-Image), `branch_flags` branches that skip
+    blocks (LTX-2), `before_step` and `after_step` tokens that are not stepped (LTX image to video).
+    """
 
     part_keywords: ClassVar[Mapping[str, str]]
     """The parts that the loop denoises, each with the keyword of predict() that takes it."""
@@ -254,4 +257,4 @@ class DecodingConfig(LatentLayout):
 
 
 class StandardPipelineConfig(TextConfig, PreparationConfig, DenoisingConfig, DecodingConfig):
-    """The groups that a modular pipeline from text to image or video uses."""
+    """The groups that a pipeline from text alone uses."""

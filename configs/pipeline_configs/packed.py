@@ -17,7 +17,7 @@ from configs.pipeline_configs.base import (
     POSITIVE,
     DecodingConfig,
     DenoisingConfig,
-    GuidanceConfig,
+    NegativePromptConfig,
     Parts,
     PreparationConfig,
     Step,
@@ -57,7 +57,7 @@ class SequenceShift:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PackedPipelineConfig(GuidanceConfig, PreparationConfig, DenoisingConfig, DecodingConfig):
+class PackedPipelineConfig(NegativePromptConfig, PreparationConfig, DenoisingConfig, DecodingConfig):
     """Callbacks for packed latents, true classifier-free guidance and a schedule shifted by size."""
 
     shift: SequenceShift

@@ -1,4 +1,4 @@
-"""Wan 2.1: video latents that are not packed, classifier-free guidance, text without padding's noise."""
+"""Wan: unpacked video latents, classifier-free guidance, text embeddings with zeroed padding."""
 
 from __future__ import annotations
 

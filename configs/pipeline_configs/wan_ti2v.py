@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class WanTI2VPipelineConfig(WanPipelineConfig):
     """Callbacks of WanPipeline with `expand_timesteps`, from text alone.
 
-    Diffusers gives every token the same timestep: the denoiser computes the same from one timestep for all tokens.
+    Diffusers passes an equal timestep for each token; the denoiser computes the same result from a single timestep.
     """
 
     @classmethod

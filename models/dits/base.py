@@ -41,6 +41,10 @@ class Prepared:
     constants: Mapping[str, Tensor]
     memory: Mapping[str, MemorySpec] = field(default_factory=dict)
 
+    def row(self, step: int) -> dict[str, Tensor]:
+        """The tensors of one step."""
+        return {name: rows[step] for name, rows in self.steps.items()}
+
 
 class DiffusionTransformer(nn.Module, ABC):
     """Predicts from latents, a timestep and conditioning; forward() takes the keywords of Diffusers' model."""

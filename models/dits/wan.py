@@ -157,7 +157,7 @@ class CrossAttention(nn.Module):
         return self._keys_and_values(image_BVD, self.add_k_proj, self.add_v_proj, self.norm_added_k)
 
     def forward(self, x_BSD: Tensor, text_kv: Tensor, image_kv: Tensor | None) -> Tensor:
-        """What the tokens (B, S, D) attend to, before its projection."""
+        """The attention output (B, S, D), before the output projection."""
         q = self.to_q(x_BSD)
         apply_qk_norm(q, QKNorms((self.norm_q,), (self.norm_q,), self.head_size))
         q = split_heads(q, self.head_size)
@@ -252,8 +252,7 @@ class WanTransformer3DModel(DiffusionTransformer):
         last frame behind each other where there are two.
         """
         prepared = self.prepare(timestep[None], encoder_hidden_states, encoder_hidden_states_image)
-        row = {name: rows[0] for name, rows in prepared.steps.items()}
-        return self.predict(hidden_states, use=None, **row, **prepared.constants)["hidden_states"]
+        return self.predict(hidden_states, use=None, **prepared.row(0), **prepared.constants)["hidden_states"]
 
     def prepare(  # type: ignore[override]  # which keywords there are differs by model
         self,

@@ -8,15 +8,13 @@ from functools import partial
 from types import MappingProxyType
 
 import torch
-from torch import Tensor
 
+from configs.pipeline_configs.base import Parts
 from models.dits.base import DiffusionTransformer, Predictions, Prepared
 from models.layers.collectives import all_gather
 from models.layers.mesh import Axis
 from models.layers.step_cache import StepCache
 from models.stages.step_memory import Lease, StepInputs, StepMemory, Tensors
-
-Parts = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,7 @@ class Branch:
 
     def predict(self, latents: Tensors, step: int) -> Predictions:
         """The predictions at a step, for latents by the denoiser's keyword."""
-        row = row_of(self._prepared, step)
+        row = self._prepared.row(step)
         cache = self._memory.cache
         if cache is not None and cache.is_filled:
             predictions = self._memory.predict(latents, row, probe=True)
@@ -65,16 +63,11 @@ def lease_branch(
     caching: StepCaching | None = None,
 ) -> Branch:
     """A branch with memory for steps whose latents have these shapes. Raises ResourceExhausted."""
-    inputs = StepInputs(latents, row_of(prepared, 0), prepared.constants, prepared.memory, flags)
+    inputs = StepInputs(latents, prepared.row(0), prepared.constants, prepared.memory, flags)
     if caching is None:
         return Branch(prepared, lease(role, transformer, inputs))
     memory = lease(role, transformer, inputs, partial(StepCache, caching.axes))
     return Branch(prepared, memory, caching.threshold)
-
-
-def row_of(prepared: Prepared, step: int) -> dict[str, Tensor]:
-    """The tensors of one step."""
-    return {name: rows[step] for name, rows in prepared.steps.items()}
 
 
 MakeBranch = Callable[[str, str], Branch]

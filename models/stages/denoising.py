@@ -17,6 +17,7 @@ from common.artifacts import Conditioning
 from common.errors import InvalidInput
 from common.stage import Call, PipelineStage
 from configs.pipeline_configs.base import NEGATIVE, DenoisingConfig, Parts, Shapes, Step
+from models.composition import SCHEDULER
 from models.contracts import DenoisingInput, DenoisingOutput
 from models.runtime import Runtime
 from models.schedulers.solver import solver_class
@@ -26,15 +27,14 @@ from models.stages.pacing import paced_steps
 from models.stages.step_memory import Lease, StepMemoryPool, cuda_capture
 
 Keywords = dict[str, Tensor | None]
-CONDITIONS = "image_latents"
 _log = logging.getLogger(__name__)
 
-STEPS_REUSED = Counter("fleet_steps_reused", "Predictions that took most blocks' work from earlier steps")
+STEPS_REUSED = Counter("fleet_steps_reused", "Predictions of this rank that took most blocks' work from earlier steps")
 
 
 @dataclass(frozen=True)
 class _Request:
-    """A request on the device: embeddings and image latents have a row for each output."""
+    """A request as the loop reads it: `conditions` on the device with a row for each output, `embeds` as received."""
 
     x: DenoisingInput
     embeds: Conditioning
@@ -51,7 +51,7 @@ class DenoisingStage(PipelineStage[DenoisingInput, DenoisingOutput]):
         self._config = config
         self._runtime = runtime
         self._transformers = {role: modules[role] for role in config.transformers}
-        self._scheduler = modules["scheduler"]
+        self._scheduler = modules[SCHEDULER]
         self._solver_class = solver_class(self._scheduler)
         capture = cuda_capture() if runtime.device.type == "cuda" else None
         self._memory = StepMemoryPool(runtime.step_memory_bytes, capture)
@@ -130,7 +130,7 @@ class DenoisingStage(PipelineStage[DenoisingInput, DenoisingOutput]):
     def _branches(self, request: _Request, state: LoopState, lease: Lease) -> Branches:
         """The branches of the request, on the denoisers that its remaining steps need."""
         roles = tuple(dict.fromkeys(self._config.expert(step) for step in request.steps[state.step :]))
-        latents = self._model_input(state.latents, request.conditions)
+        latents = self._model_input(state.latents, request.conditions)  # for their shapes
         make = partial(self._branch, request, latents, lease)
         return Branches(request.branches, roles, make, self._runtime.axis("cfg"), self._runtime.dtype)
 

@@ -1,9 +1,9 @@
-"""Keeps a denoising loop close to its device, which on CUDA computes long after it was told to.
+"""Paces a denoising loop by its device, which on CUDA computes long after kernels are enqueued.
 
-A loop that only enqueues would be done with all of its steps at once: it could neither be cancelled nor tell how far
-it is. One that waited for each step would let the device idle while the next is being enqueued. So a step is enqueued
-shortly before the one before it is finished, as far as the time of the latest tells. From a cancel the device then
-computes for the rest of the step that it is in, and, within the last LEAD_SECONDS of it, for one more.
+A loop that enqueued all steps at once could neither be cancelled nor report its progress. A loop that waited for each
+step would leave the device idle while it enqueues the next one. This loop enqueues the next step LEAD_SECONDS before
+the expected end of the current one, which it estimates from the duration of the previous step. After a cancel the
+device finishes the current step, and one more if the cancel comes within the last LEAD_SECONDS.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Mark(Protocol):
 
 
 def paced_steps(start: int, total: int, call: Call, device: torch.device) -> Iterator[int]:
-    """The steps from `start` to below `total`, each when it is to be enqueued; finished ones are told to the call.
+    """The steps from `start` to below `total`, each when it is due to be enqueued; reports finished steps to the call.
 
     Raises as call.check_cancelled. On a CPU a step is finished as soon as the loop asks for the next one.
     """

@@ -77,10 +77,11 @@ class StepMemory:
         inputs: StepInputs,
         cache: StepCache | None,
         capture: Capture | None,
+        byte_size: int,
     ) -> None:
         self.key = key
         self.cache = cache
-        self.byte_size = byte_size_of(transformer, inputs, has_cache=cache is not None, has_graphs=capture is not None)
+        self.byte_size = byte_size
         self._transformer = transformer
         self._flags = dict(inputs.flags)
         self._capture = capture
@@ -106,7 +107,7 @@ class StepMemory:
                 self._buffers["constants"][name].copy_(value)
 
     def release(self) -> None:
-        """Drop the tensors of the request."""
+        """Drop references to the request's constants; buffers of graphs keep their values until the next load()."""
         self._constants = {}
 
     def predict(self, latents: Tensors, row: Tensors, *, probe: bool = False) -> Predictions:
@@ -229,8 +230,9 @@ class StepMemoryPool:
                 memory.load(inputs.constants)
                 return memory
         has_graphs = self._capture is not None
-        self._make_space(byte_size_of(transformer, inputs, has_cache=new_cache is not None, has_graphs=has_graphs))
-        memory = StepMemory(key, transformer, inputs, new_cache() if new_cache else None, self._capture)
+        size = byte_size_of(transformer, inputs, has_cache=new_cache is not None, has_graphs=has_graphs)
+        self._make_space(size)
+        memory = StepMemory(key, transformer, inputs, new_cache() if new_cache else None, self._capture, size)
         self._bytes += memory.byte_size
         return memory
 

@@ -13,6 +13,7 @@ from common.artifacts import Sampling, Schedule
 from common.errors import InvalidInput
 from common.stage import Call, PipelineStage
 from configs.pipeline_configs.base import PreparationConfig
+from models.composition import SCHEDULER
 from models.contracts import TimestepPreparationInput, TimestepPreparationOutput
 from models.runtime import Runtime
 
@@ -22,13 +23,13 @@ class TimestepPreparationStage(PipelineStage[TimestepPreparationInput, TimestepP
 
     def __init__(self, config: PreparationConfig, runtime: Runtime, modules: Mapping[str, Any]) -> None:  # noqa: ARG002  (every stage is built so)
         self._config = config
-        self._scheduler = modules["scheduler"]
+        self._scheduler = modules[SCHEDULER]
 
     @torch.inference_mode()
     def run(self, x: TimestepPreparationInput, call: Call) -> TimestepPreparationOutput:
         """The schedule; its length is that of custom sigmas, where the request has them.
 
-        Raises InvalidInput for a schedule with noise levels that are not finite: it ends in an image without a number.
+        Raises InvalidInput for a schedule with noise levels that are not finite: the result would be NaN.
         """
         call.check_cancelled()
         scheduler = copy.deepcopy(self._scheduler)

@@ -61,7 +61,7 @@ class Driver:
         self._stopping = False
 
     async def accept(self, submission: Submission) -> tuple[Admission, Execution | None]:
-        """Store a request and start it; None for a replayed one. Goes on when the caller is cancelled meanwhile.
+        """Store a request and start it. No execution for a replayed request. Continues if the caller is cancelled.
 
         Raises what RequestStore.admit raises.
         """
@@ -138,7 +138,7 @@ class Driver:
             execution.cancel()
 
     async def drain(self, grace: float) -> None:
-        """Let running requests finish within `grace` seconds; others are for the next coordinator to go on with.
+        """Let running requests finish within `grace` seconds. The next coordinator continues the others.
 
         A raw one, whose result nobody else could deliver, ends as FAILED.
         """

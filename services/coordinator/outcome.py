@@ -14,7 +14,7 @@ from fleet.v1 import artifacts_pb2, generation_pb2
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a request ended. `steps_saved` are the denoising steps that were not computed since it ended early."""
+    """How a request ended. `steps_saved` are the denoising steps that were not computed because it ended early."""
 
     state: StateValue
     error: generation_pb2.Error | None = None

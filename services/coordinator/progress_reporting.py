@@ -15,7 +15,11 @@ from services.coordinator.worker_runner import WorkerRunner
 
 
 class RequestProgress:
-    """Progress of one request. A service that reports steps takes those of the request; every other one takes one."""
+    """Progress of one request.
+
+    A service that reports steps begins with a total of the request's steps, every other service with a total of one; it
+    may report a larger total later, such as the frames of a video.
+    """
 
     def __init__(self, record: generation_pb2.RequestRecord, events: EventWriter) -> None:
         self._events = events
@@ -25,7 +29,7 @@ class RequestProgress:
 
     @property
     def steps_left(self) -> int:
-        """Steps of the loop that no worker has told as done."""
+        """Steps of the loop that no worker has reported as done."""
         return max(0, self._steps - self._steps_done)
 
     def begin(self, spec: ServiceSpec) -> None:

@@ -112,11 +112,17 @@ class Execution:
         self.phase = phase
         self.log = EventLog()
         self.files: Sequence[ResultFile] | None = None
+        self._began = time.monotonic()
         self._context = context
         self._cancel_requested = False
         self._stopped = False
         self._stages: asyncio.Task[dict[str, Any]] | None = None
         self.task = asyncio.create_task(self._live(acquire, on_closed))
+
+    @property
+    def seconds_old(self) -> float:
+        """Time since this coordinator began to acquire the request."""
+        return time.monotonic() - self._began
 
     def cancel(self) -> None:
         """End as CANCELLED; where it does not run yet, as soon as it does."""
@@ -202,9 +208,9 @@ class Execution:
         return self._stages
 
     def _is_left_behind(self, submission: Submission, stages: asyncio.Task[dict[str, Any]], *, late: bool) -> bool:
-        """Whether it was this coordinator's own end that stopped a request which another one can run."""
-        kept = self._cancel_requested or late or submission.raw or not submission.stored
-        return self._stopped and stages.cancelled() and not kept
+        """Whether only the end of this coordinator stopped the request, and another coordinator can run it."""
+        ends_here = self._cancel_requested or late or submission.raw or not submission.stored
+        return self._stopped and stages.cancelled() and not ends_here
 
     def _outcome(
         self, acquired: Acquired, stages: asyncio.Task[dict[str, Any]], progress: RequestProgress, *, late: bool

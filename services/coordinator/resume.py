@@ -135,8 +135,8 @@ def _packet(state: bytes, frames: list[bytes]) -> Packet:
 class Recovery:
     """The losses of one request, and the checkpoint to resume at.
 
-    A loss is undecided until the worker's heartbeat has run out. Meanwhile the request goes on, unless it would be
-    given up if the loss turned out to be suspect.
+    A loss is undecided until the worker's heartbeat expires. Until then the request continues, unless it would be given
+    up if the loss were suspect.
     """
 
     def __init__(self, leases: Leases, request_id: str, *, epoch: int = 1, ttl_seconds: float = TTL_SECONDS) -> None:
@@ -169,7 +169,7 @@ class Recovery:
         self._has_losses = True
         self._recorded += 1
 
-    async def admit(self) -> bool:
+    async def wait_until_claimable(self) -> bool:
         """Wait until the request may be claimed; returns whether all slots of a worker have to be claimed.
 
         Raises InternalError when workers die of the request.

@@ -34,8 +34,10 @@ async def settle(execution: Execution, submission: Submission, store: RequestSto
         return None
     if not submission.idempotency_key:
         execution.cancel()
-    left = stored.deadline.ToNanoseconds() - stored.created_at.ToNanoseconds()
-    return Acquired(submission, left / 1e9 if stored.HasField("deadline") else None)
+    if not stored.HasField("deadline"):
+        return Acquired(submission, None)
+    allowed = (stored.deadline.ToNanoseconds() - stored.created_at.ToNanoseconds()) / 1e9
+    return Acquired(submission, allowed - execution.seconds_old)
 
 
 async def inherit(

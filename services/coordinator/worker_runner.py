@@ -113,7 +113,8 @@ class Workers:
 class _Attempt:
     """A call of one worker. `begun` is whether its stages have started; `on_begin` is called when they do.
 
-    A worker older than Begun frames is taken to start them with the call, and a call that it may have got has begun.
+    Older workers send no Begun frame. For them `on_begin` is called at the start of the call, and a lost call counts as
+    begun if the worker may have received it.
     """
 
     worker_slot: WorkerSlot
@@ -201,7 +202,7 @@ class WorkerRunner:
             pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
 
     async def _run(self, attempt: _Attempt, values: Mapping[str, Packet], call: Call) -> Mapping[str, Packet]:
-        """Run on one worker, from where another one got to if that gives the same bytes."""
+        """Run on one worker. Resumes from a step checkpoint if the result has the same bytes."""
         worker = attempt.worker_slot.worker
         runner = self._workers.connections.runner(self._model, call.variant, self._spec, worker.address)
         call = replace(call, on_begun=attempt.begin)
@@ -219,7 +220,7 @@ class WorkerRunner:
 
     async def _claim(self, call: Call) -> WorkerSlot:
         """A slot; waits for as long as it takes, also for a store that is away."""
-        alone = await self._recovery.admit()
+        alone = await self._recovery.wait_until_claimable()
         return await self._workers.slots.claim(
             self._model,
             self._spec.service,

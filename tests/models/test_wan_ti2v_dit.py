@@ -18,7 +18,6 @@ from models.layers.mesh import AXES, Axis, Degrees, WorkerMesh
 from models.layers.sequence_parallel import shard_methods
 from models.layers.shards import SequenceShards
 from models.layers.step_cache import CacheUse, StepCache
-from models.stages.branches import row_of
 from models.stages.step_memory import StepInputs
 from models.weights import load_module
 from tiny_flux import randomise
@@ -111,7 +110,7 @@ def test_steps_are_those_of_single_predictions(tmp_path: Path) -> None:
     with torch.inference_mode():
         prepared = ours.prepare(timesteps, text)
         for step in range(2):
-            got = ours.predict(video, use=None, **row_of(prepared, step), **prepared.constants)["hidden_states"]
+            got = ours.predict(video, use=None, **prepared.row(step), **prepared.constants)["hidden_states"]
             assert relative_error(got, ours(video, timesteps[step], text)) <= 1e-6
 
 
@@ -122,7 +121,7 @@ def test_graphs_of_one_and_of_two_segments_have_different_keys(tmp_path: Path) -
     for timestep in (torch.tensor([[9, 9]]), torch.tensor([[[0, 9], [0, 9]]])):
         with torch.inference_mode():
             prepared = ours.prepare(timestep, text)
-        step = StepInputs({"hidden_states": video}, row_of(prepared, 0), prepared.constants, prepared.memory, {})
+        step = StepInputs({"hidden_states": video}, prepared.row(0), prepared.constants, prepared.memory, {})
         keys.add(step.key("transformer", is_cached=False))
     assert len(keys) == 2
 
@@ -133,7 +132,7 @@ def test_a_step_cache_changes_no_bit_of_a_computed_step(tmp_path: Path) -> None:
     cache = StepCache()
     with torch.inference_mode():
         prepared = ours.prepare(torch.tensor([[[0, 900], [0, 900]]]), text)
-        given: dict[str, Any] = {"hidden_states": video, **row_of(prepared, 0), **prepared.constants}
+        given: dict[str, Any] = {"hidden_states": video, **prepared.row(0), **prepared.constants}
         expected = ours.predict(**given)["hidden_states"]
         assert torch.equal(ours.predict(**given, use=CacheUse(cache, probe=False))["hidden_states"], expected)
         assert relative_error(ours.predict(**given, use=CacheUse(cache, probe=True))["hidden_states"], expected) < 1e-6

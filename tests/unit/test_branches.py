@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from configs.pipeline_configs.base import Parts
 from models.layers.mesh import Axis
 from models.stages import branches as module
-from models.stages.branches import Branch, Branches, Parts
+from models.stages.branches import Branch, Branches
 
 NAMES = ("positive", "negative", "perturbed", "isolated")
 LATENTS = {"video": torch.zeros(2, 3), "audio": torch.zeros(2, 5)}

@@ -9,6 +9,7 @@ import pytest
 
 from common.errors import InvalidInput, ResourceExhausted, Unavailable
 from common.state.leases import Inherited
+from common.state.records import State
 from driver_case import CANCELLED, FAILED, Case, Gate, Store, restore, story, submission
 from fleet.v1 import generation_pb2 as pb
 from services.coordinator import persistence
@@ -114,6 +115,23 @@ def test_a_request_whose_admission_had_no_answer_runs_for_callers_that_ask_again
         await case.driver.drain(0)
 
     story(test)
+
+
+def test_the_wait_for_the_store_counts_against_the_deadline() -> None:
+    """The store answers after the deadline of a request whose admission had no answer."""
+
+    async def test(case: Case) -> None:
+        gate = case.store.get_gate = Gate()
+        case.store.admit_error, case.store.deadline_seconds = Unavailable("the answer is lost"), 1
+        with pytest.raises(Unavailable):
+            await case.driver.accept(submission())
+        await gate.reached.wait()
+        await asyncio.sleep(1)
+        gate.opened.set()
+        async with asyncio.timeout(0.8):
+            await case.until()
+
+    assert story(test).store.ends == [(1, State.REQUEST_STATE_EXPIRED, "")]
 
 
 def test_a_request_that_was_not_stored_leaves_nothing() -> None:

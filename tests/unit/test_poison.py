@@ -96,7 +96,7 @@ def recovery(book: Book, epoch: int = 1) -> Recovery:
 
 def test_a_request_without_losses_asks_nothing() -> None:
     book = Book([QUIET])
-    assert not asyncio.run(recovery(book).admit())
+    assert not asyncio.run(recovery(book).wait_until_claimable())
     assert book.asked == 0
 
 
@@ -106,9 +106,9 @@ def test_after_a_loss_a_request_is_claimed_alone_until_the_loss_is_cleared() -> 
         mine = recovery(book)
         await mine.worker_lost("w", "denoising", 2)
         assert book.deaths == [("w", "denoising", 2)]
-        assert await mine.admit()  # undecided: it goes on at once, and alone
-        assert not await mine.admit()
-        assert not await mine.admit()
+        assert await mine.wait_until_claimable()  # undecided: it goes on at once, and alone
+        assert not await mine.wait_until_claimable()
+        assert not await mine.wait_until_claimable()
         assert book.asked == 2
 
     asyncio.run(story())
@@ -132,10 +132,10 @@ def test_a_request_waits_for_the_decision_that_would_end_it() -> None:
     async def story() -> None:
         undecided = [QUIET, QUIET, loss(suspect=False, left=0.001)]
         innocent, guilty = Book(undecided, [QUIET, QUIET]), Book(undecided, [QUIET, QUIET, loss()])
-        assert await recovery(innocent, epoch=2).admit()
+        assert await recovery(innocent, epoch=2).wait_until_claimable()
         assert innocent.asked == 2
         with pytest.raises(InternalError, match=r"3 workers were lost .* the last one in denoising"):
-            await recovery(guilty, epoch=2).admit()
+            await recovery(guilty, epoch=2).wait_until_claimable()
         assert guilty.asked == 2
 
     asyncio.run(story())
@@ -144,5 +144,5 @@ def test_a_request_waits_for_the_decision_that_would_end_it() -> None:
 def test_losses_are_asked_for_until_the_store_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(persistence, "_RETRY_SECONDS", 0.001)
     book = Book(Unavailable("away"), Unavailable("away"), [QUIET])
-    assert asyncio.run(recovery(book, epoch=2).admit())
+    assert asyncio.run(recovery(book, epoch=2).wait_until_claimable())
     assert book.asked == 3
