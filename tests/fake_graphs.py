@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from models.dits.base import Predictions
-from models.stages.step_memory import Graph
+from models.stages.step_memory import Captured
 
 
 @dataclass
@@ -29,15 +29,16 @@ class FakeGraph:
 
 @dataclass
 class FakeCapture:
-    """Captures fake graphs, and counts them."""
+    """Captures fake graphs of `byte_size` bytes each, and counts them."""
 
+    byte_size: int = 0
     graphs: list[FakeGraph] = field(default_factory=list)
 
-    def __call__(self, run: Callable[[], Predictions]) -> tuple[Graph, Predictions]:
+    def __call__(self, run: Callable[[], Predictions]) -> Captured:
         """Capture the call without running it."""
         graph = FakeGraph(run)
         self.graphs.append(graph)
-        return graph, graph.predictions
+        return Captured(graph, graph.predictions, self.byte_size)
 
     @property
     def replays(self) -> int:

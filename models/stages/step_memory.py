@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -30,22 +30,37 @@ class Graph(Protocol):
         """Run the captured kernels on the buffers that they were captured for."""
 
 
-Capture = Callable[[Callable[[], Predictions]], tuple[Graph, Predictions]]
-"""Captures the kernels of a call; returns the graph and the buffers of the call's result."""
+class Captured(NamedTuple):
+    """A captured step, the buffers of its result, and the bytes of device memory that the graph itself takes."""
+
+    graph: Graph
+    predictions: Predictions
+    byte_size: int
+
+
+Capture = Callable[[Callable[[], Predictions]], Captured]
+"""Captures the kernels of a call."""
 
 
 def cuda_capture() -> Capture:
     """Capture into CUDA graphs that share one memory pool: they never run at the same time."""
     pool = torch.cuda.graph_pool_handle()
 
-    def capture(run: Callable[[], Predictions]) -> tuple[Graph, Predictions]:
+    def capture(run: Callable[[], Predictions]) -> Captured:
         graph = torch.cuda.CUDAGraph()
+        before = _memory_beside_torch()
         # Other threads may use the GPU meanwhile: those of other services in one process, and NCCL's.
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             predictions = run()
-        return graph, predictions
+        return Captured(graph, predictions, max(0, _memory_beside_torch() - before))
 
     return capture
+
+
+def _memory_beside_torch() -> int:
+    """Bytes in use on the current GPU that PyTorch's allocator does not hold."""
+    free, total = torch.cuda.mem_get_info()
+    return total - free - torch.cuda.memory_reserved()
 
 
 @dataclass(frozen=True)
@@ -92,7 +107,7 @@ class StepMemory:
         self._constants = dict(inputs.constants)
         self._buffers: dict[str, dict[str, Tensor]] | None = None
         self._ran: set[bool] = set()
-        self._graphs: dict[bool, tuple[Graph, Predictions]] = {}
+        self._graphs: dict[bool, Captured] = {}
 
     def load(self, constants: Tensors) -> None:
         """Reset the memory and take the constants of another request, of the same shapes."""
@@ -138,9 +153,10 @@ class StepMemory:
             self._graphs[probe] = capture(
                 lambda: self._run(buffers["latents"], buffers["row"], buffers["constants"], probe)
             )
-        graph, predictions = self._graphs[probe]
-        graph.replay()
-        return {name: value.clone() for name, value in predictions.items()}
+            self.byte_size += self._graphs[probe].byte_size
+        captured = self._graphs[probe]
+        captured.graph.replay()
+        return {name: value.clone() for name, value in captured.predictions.items()}
 
     def _run(self, latents: Tensors, row: Tensors, constants: Tensors, probe: bool) -> Predictions:
         use = None if self.cache is None else CacheUse(self.cache, probe)
@@ -188,7 +204,7 @@ class StepMemoryPool:
         self._max_bytes = max_bytes
         self._capture = capture
         self._idle: OrderedDict[int, StepMemory] = OrderedDict()
-        self._bytes = 0
+        self._leased: dict[int, StepMemory] = {}
 
     @contextmanager
     def leases(self) -> Iterator[Lease]:
@@ -201,15 +217,18 @@ class StepMemoryPool:
             inputs: StepInputs,
             new_cache: Callable[[], StepCache] | None = None,
         ) -> StepMemory:
-            leased.append(self._lease(role, transformer, inputs, new_cache))
-            return leased[-1]
+            memory = self._lease(role, transformer, inputs, new_cache)
+            self._leased[id(memory)] = memory
+            leased.append(memory)
+            return memory
 
         try:
             yield lease
         finally:
             for memory in leased:
                 memory.release()
-                self._idle[id(memory)] = memory
+                self._idle[id(memory)] = self._leased.pop(id(memory))
+            self._free_idle(self._max_bytes)  # Graphs that were captured meanwhile count too.
 
     def _lease(
         self,
@@ -232,18 +251,24 @@ class StepMemoryPool:
         has_graphs = self._capture is not None
         size = byte_size_of(transformer, inputs, has_cache=new_cache is not None, has_graphs=has_graphs)
         self._make_space(size)
-        memory = StepMemory(key, transformer, inputs, new_cache() if new_cache else None, self._capture, size)
-        self._bytes += memory.byte_size
-        return memory
+        return StepMemory(key, transformer, inputs, new_cache() if new_cache else None, self._capture, size)
 
     def _make_space(self, size: int) -> None:
         """Free idle memory until `size` bytes fit. Raises ResourceExhausted where they do not."""
-        free = self._max_bytes - self._bytes + sum(memory.byte_size for memory in self._idle.values())
+        free = self._max_bytes - sum(memory.byte_size for memory in self._leased.values())
         if size > free:
             message = (
                 f"steps of this request need {size} bytes of step memory, but {free} of {self._max_bytes} are free"
             )
             raise ResourceExhausted(f"{message}; a smaller request or a larger step_memory_bytes works")
-        while self._bytes + size > self._max_bytes:
-            _, oldest = self._idle.popitem(last=False)
-            self._bytes -= oldest.byte_size
+        self._free_idle(self._max_bytes - size)
+
+    @property
+    def byte_size(self) -> int:
+        """Bytes of leased and idle memory, with their graphs."""
+        return sum(memory.byte_size for memory in (*self._leased.values(), *self._idle.values()))
+
+    def _free_idle(self, max_bytes: int) -> None:
+        """Free the least recently used idle memory until at most `max_bytes` are in use, or none is idle."""
+        while self._idle and self.byte_size > max_bytes:
+            self._idle.popitem(last=False)

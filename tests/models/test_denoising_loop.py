@@ -133,12 +133,12 @@ def test_idle_memory_is_freed_for_other_shapes() -> None:
     """The bound is in bytes: memory for requests of one output takes the place of idle memory for two."""
     measured, _ = with_graphs()
     run(measured, loop_input())
-    stage, capture = with_graphs(max_bytes=measured._memory._bytes)
+    stage, capture = with_graphs(max_bytes=measured._memory.byte_size)
     graphs: list[int] = []
     for x in (loop_input(), loop_input(1), shorter(loop_input()), loop_input()):
         run(stage, x)
         graphs.append(len(capture.graphs))
-        assert stage._memory._bytes <= measured._memory._bytes
+        assert stage._memory.byte_size <= measured._memory.byte_size
     # Of the second expert, one branch takes two steps of the first request, and the others one.
     assert graphs[:3] == [5, 8, 13]
     assert graphs[3] > 13, "what was freed is captured again"
@@ -159,4 +159,4 @@ def test_steps_that_do_not_fit_are_refused_before_the_loop_starts() -> None:
     assert refused.value.field == ""
     assert not steps
     assert not capture.graphs
-    assert not stage._memory._bytes or stage._memory._idle, "what was leased before is given back"
+    assert not stage._memory._leased, "what was leased before is given back"

@@ -98,6 +98,21 @@ def test_the_least_recently_used_memory_is_freed_first() -> None:
         assert lease("transformer", TRANSFORMER, steps[2]) is found[3]
 
 
+def test_graphs_count_once_they_are_captured() -> None:
+    """Inputs of three steps fit; their graphs do not, and the oldest memory is freed as soon as it is idle."""
+    steps = [inputs(skipped=number) for number in (1, 2, 3)]
+    graph = 10 * size_of(steps[0])
+    pool = StepMemoryPool(2 * (size_of(steps[0]) + graph), FakeCapture(byte_size=graph))
+    found: list[StepMemory] = []
+    for step in steps:
+        with pool.leases() as lease:
+            found.append(lease("transformer", TRANSFORMER, step))
+            for _ in range(2):  # eager, then captured
+                run(found[-1], step)
+    assert list(pool._idle.values()) == found[1:]
+    assert pool.byte_size == 2 * (size_of(steps[0]) + graph)
+
+
 def test_leased_memory_is_never_freed_for_another() -> None:
     step = inputs()
     pool = StepMemoryPool(2 * size_of(step), FakeCapture())
