@@ -23,7 +23,7 @@ class Runtime:
     Stages compute on `device`: they move inputs there and outputs back to the CPU. `mesh` is this rank's place in the
     worker group that denoises; None: one rank. A denoising stage sends a step checkpoint after every
     `step_checkpoint_every` steps, and when the last one is `step_checkpoint_seconds` old; 0: never. `step_memory_bytes`
-    bounds the inputs of CUDA graphs and the memory that steps update in place.
+    bounds CUDA graphs, their inputs, and the memory that steps update in place.
     """
 
     device: torch.device = field(default_factory=_cpu)

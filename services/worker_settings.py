@@ -132,7 +132,8 @@ class LoopSettings(KernelSettings, StepSettings):
     step_checkpoint_every: int = setting(0, help="denoising steps between two step checkpoints; 0: by time only")
     step_checkpoint_seconds: float = setting(5.0, help="longest time between two step checkpoints; 0: by steps only")
     step_memory_bytes: int = setting(
-        DEFAULT_STEP_MEMORY_BYTES, help="bound of CUDA graph inputs and of memory that denoising steps update in place"
+        DEFAULT_STEP_MEMORY_BYTES,
+        help="bytes of CUDA graphs, of their inputs, and of memory that denoising steps update in place",
     )
 
     @property
