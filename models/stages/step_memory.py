@@ -92,11 +92,12 @@ class StepMemory:
         inputs: StepInputs,
         cache: StepCache | None,
         capture: Capture | None,
-        byte_size: int,
+        tensor_bytes: int,
     ) -> None:
         self.key = key
         self.cache = cache
-        self.byte_size = byte_size
+        self.tensor_bytes = tensor_bytes
+        self.graph_bytes = 0
         self._transformer = transformer
         self._flags = dict(inputs.flags)
         self._capture = capture
@@ -108,6 +109,11 @@ class StepMemory:
         self._buffers: dict[str, dict[str, Tensor]] | None = None
         self._ran: set[bool] = set()
         self._graphs: dict[bool, Captured] = {}
+
+    @property
+    def byte_size(self) -> int:
+        """Bytes of the tensors and of the graphs."""
+        return self.tensor_bytes + self.graph_bytes
 
     def load(self, constants: Tensors) -> None:
         """Reset the memory and take the constants of another request, of the same shapes."""
@@ -153,7 +159,7 @@ class StepMemory:
             self._graphs[probe] = capture(
                 lambda: self._run(buffers["latents"], buffers["row"], buffers["constants"], probe)
             )
-            self.byte_size += self._graphs[probe].byte_size
+            self.graph_bytes += self._graphs[probe].byte_size
         captured = self._graphs[probe]
         captured.graph.replay()
         return {name: value.clone() for name, value in captured.predictions.items()}
@@ -255,7 +261,8 @@ class StepMemoryPool:
 
     def _make_space(self, size: int) -> None:
         """Free idle memory until `size` bytes fit. Raises ResourceExhausted where they do not."""
-        free = self._max_bytes - sum(memory.byte_size for memory in self._leased.values())
+        # Without graphs, whose sizes are measured: all ranks of a worker group must decide alike.
+        free = self._max_bytes - sum(memory.tensor_bytes for memory in self._leased.values())
         if size > free:
             message = (
                 f"steps of this request need {size} bytes of step memory, but {free} of {self._max_bytes} are free"
