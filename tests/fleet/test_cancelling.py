@@ -102,7 +102,11 @@ def test_the_worker_takes_the_next_request_and_nothing_is_left(
         assert not [_ async for _ in unwanted]
         change = (await terminal(stub, name))[-1].state_change
         assert (change.state, change.steps_saved) == (end, STEPS - DONE)
-        assert metric() - before == STEPS - DONE
+
+        async def is_counted() -> bool:
+            return metric() - before == STEPS - DONE
+
+        await until(is_counted)  # the coordinator counts after the store has published the end
         record = (await stub.GetRequest(pb.GetRequestRequest(request_id=name))).request
         assert record.steps_saved == STEPS - DONE
 
