@@ -6,6 +6,22 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
+class StageWork:
+    """The work of a request at a service: `steps`, each with so many `tokens`.
+
+    Requests of one `shape` take equally long for a step. `tokens` compares shapes: pixels over all outputs and branches
+    where the work grows with them, else 1.
+    """
+
+    steps: int
+    tokens: int
+    shape: str
+
+    def __str__(self) -> str:
+        return f"{self.steps}|{self.tokens}|{self.shape}"
+
+
+@dataclass(frozen=True)
 class StageLoad:
     """The load of one stage of a model. Seconds are compute seconds on one worker: remaining steps times pace.
 
