@@ -64,7 +64,7 @@ def decode(vae: AutoencoderKLWan, latents: Tensor, decoding_bytes: int | None = 
 
 
 def reference_frames(reference: AutoencoderKLWan, latents: Tensor) -> Tensor:
-    """Frames of Diffusers: (3, frames, H, W), and no flat or clamped picture, which would prove nothing."""
+    """Frames of Diffusers: (3, frames, H, W). Asserts that they are neither constant nor mostly clamped."""
     with torch.inference_mode():
         video: Tensor = reference.decode(latents, return_dict=False)[0][0]
     assert 0.1 < float(video.std()) < 0.9
