@@ -24,7 +24,7 @@ from models.schedulers.solver import solver_class
 from models.stages.branches import Branch, Branches, StepCaching, lease_branch
 from models.stages.loop_state import LoopState
 from models.stages.pacing import paced_steps
-from models.stages.step_memory import Lease, StepMemoryPool, cuda_capture
+from models.stages.step_memory import Lease
 
 _log = logging.getLogger(__name__)
 
@@ -52,8 +52,7 @@ class DenoisingStage(PipelineStage[DenoisingInput, DenoisingOutput]):
         self._transformers = {role: modules[role] for role in config.transformers}
         self._scheduler = modules[SCHEDULER]
         self._solver_class = solver_class(self._scheduler)
-        capture = cuda_capture() if runtime.device.type == "cuda" else None
-        self._memory = StepMemoryPool(runtime.step_memory_bytes, capture)
+        self._memory = runtime.step_memory
         self._caching = _step_caching(runtime)
 
     @torch.inference_mode()
