@@ -16,7 +16,7 @@ from torch import Tensor
 from common.artifacts import Conditioning
 from common.errors import InvalidInput
 from common.stage import Call, PipelineStage
-from configs.pipeline_configs.base import NEGATIVE, DenoisingConfig, Parts, Shapes, Step
+from configs.pipeline_configs.base import NEGATIVE, DenoisingConfig, Keywords, Parts, Shapes, Step
 from models.composition import SCHEDULER
 from models.contracts import DenoisingInput, DenoisingOutput
 from models.runtime import Runtime
@@ -24,9 +24,8 @@ from models.schedulers.solver import solver_class
 from models.stages.branches import Branch, Branches, StepCaching, lease_branch
 from models.stages.loop_state import LoopState
 from models.stages.pacing import paced_steps
-from models.stages.step_memory import Lease, StepMemoryPool, cuda_capture
+from models.stages.step_memory import Lease
 
-Keywords = dict[str, Tensor | None]
 _log = logging.getLogger(__name__)
 
 STEPS_REUSED = Counter("fleet_steps_reused", "Predictions of this rank that took most blocks' work from earlier steps")
@@ -53,8 +52,7 @@ class DenoisingStage(PipelineStage[DenoisingInput, DenoisingOutput]):
         self._transformers = {role: modules[role] for role in config.transformers}
         self._scheduler = modules[SCHEDULER]
         self._solver_class = solver_class(self._scheduler)
-        capture = cuda_capture() if runtime.device.type == "cuda" else None
-        self._memory = StepMemoryPool(runtime.step_memory_bytes, capture)
+        self._memory = runtime.step_memory
         self._caching = _step_caching(runtime)
 
     @torch.inference_mode()
@@ -116,8 +114,8 @@ class DenoisingStage(PipelineStage[DenoisingInput, DenoisingOutput]):
 
     def _request(self, x: DenoisingInput) -> _Request:
         embeds = merge_conditioning(x.text_conditioning, x.image_conditioning)
-        parts = {**x.initial_latents.parts, **(x.image_latents.parts if x.image_latents else {})}
         given = x.image_latents.parts if x.image_latents else {}
+        parts = {**x.initial_latents.parts, **given}
         return _Request(
             x=x,
             embeds=embeds,
@@ -152,9 +150,8 @@ class DenoisingStage(PipelineStage[DenoisingInput, DenoisingOutput]):
         else:
             given = embeds.prompt_embeds
             own = config.prepare_pos_cond_kwargs(given, request.shapes, sampling)
-        keywords: Keywords = {name: self._batched(value, request.x) for name, value in given.items()}
-        keywords.update({name: None if value is None else self._on_device(value) for name, value in own.items()})
-        return keywords
+        batched = {name: self._batched(value, request.x) for name, value in given.items()}
+        return {**batched, **{name: None if value is None else self._on_device(value) for name, value in own.items()}}
 
     def _batched(self, value: Tensor, x: DenoisingInput) -> Tensor:
         """A row for each output, on the device."""

@@ -21,7 +21,7 @@ import pytest
 from chaos_processes import Fleet
 from redis.asyncio import Redis
 
-from coarse_pictures import picture, png
+from coarse_pictures import coarse_image, png
 from common.rpc.client import open_channel
 from common.state.connection import command, connect
 from coordinator_fleet import Stub
@@ -64,7 +64,7 @@ TI2V = Family(
     {"height": 256, "width": 384, "num_frames": 9, "num_inference_steps": 3 * STEPS},
     b"\x00\x00\x00",
     build_tiny_wan_ti2v,
-    images=[pb.ImageInput(role="image", data=png(picture(60, 40)))],
+    images=[pb.ImageInput(role="image", data=png(coarse_image(60, 40)))],
     coordinators=1,
     workers=1,
 )

@@ -160,3 +160,19 @@ def test_steps_that_do_not_fit_are_refused_before_the_loop_starts() -> None:
     assert not steps
     assert not capture.graphs
     assert not stage._memory._leased, "what was leased before is given back"
+
+
+def test_stages_of_one_runtime_share_one_pool() -> None:
+    """Both stages count towards one bound, and neither runs on the denoisers of the other."""
+    runtime = Runtime()
+    (one, _), (other, _) = loop_stage(runtime), loop_stage(runtime)
+    alone, _ = loop_stage()
+    assert one._memory is other._memory is runtime.step_memory
+    assert alone._memory is not runtime.step_memory
+    x = loop_input()
+    expected = run(alone, x)
+    assert equal(run(one, x), expected)
+    size = runtime.step_memory.byte_size
+    for _ in range(2):
+        assert equal(run(other, x), expected)
+        assert runtime.step_memory.byte_size == 2 * size

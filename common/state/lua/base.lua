@@ -6,11 +6,12 @@
 --
 --   fleet:request:<id>             hash   record, extra, state, created, updated, model, owner, epoch, cancel, key, caller, variant,
 --                                         token,
---                                         and until its end submission, deaths (calls of it that were lost with their worker,
---                                         a line each), point (the key of a step checkpoint), reached (its step), told (number and
---                                         ids of the latest events), left:<service> (its cost, until that service is done
---                                         with it); work:<service> (steps|tokens of a step|shape of its work there),
---                                         done:<service> (fraction of that which is done)
+--                                         and until the request ends: submission, deaths (its calls that were lost with their worker,
+--                                         one line each), point (key of the latest step checkpoint), reached (step of that
+--                                         checkpoint), told (number and ids of the latest events), left:<service> (cost of
+--                                         the request on that service, until the service has finished it),
+--                                         work:<service> (steps|tokens of a step|shape of its work there), done:<service>
+--                                         (fraction of that work that is done)
 --   fleet:events:<id>              stream field `event`
 --   fleet:result:<id>:<epoch>:<file>:<n>  string a chunk of a file of the result
 --   fleet:checkpoint:<id>:<epoch>-<n>     hash   a step checkpoint by part: 0 its origin, 1 its header, then its chunks
