@@ -35,7 +35,8 @@ class Call:
     `deadline` is in seconds of time.monotonic(). `on_begun` is called when the stages start, `on_step_checkpoint` with
     each checkpoint in the form of the runner's values: a StepCheckpoint from a LocalRunner, a Packet from a
     RemoteRunner. The tensors of a checkpoint are on the CPU and belong to the callback: the stage does not write to
-    them any more. `variant` is the model's variant whose stages run; empty means the first.
+    them any more. `hand_over` is set when the worker leaves: a stage that sends checkpoints ends at its next step
+    boundary then. `variant` is the model's variant whose stages run; empty means the first.
     """
 
     request_id: str
@@ -44,6 +45,7 @@ class Call:
     on_step_checkpoint: Callable[[Any], None] = _ignore
     on_begun: Callable[[], None] = _ignore
     cancelled: threading.Event = field(default_factory=threading.Event)
+    hand_over: threading.Event = field(default_factory=threading.Event)
     deadline: float | None = None
     variant: str = ""
 
@@ -63,6 +65,10 @@ class Call:
             raise Cancelled(f"request {self.request_id} was cancelled")
         if (left := self.seconds_left()) is not None and left <= 0:
             raise DeadlineExceeded(f"request {self.request_id} is past its deadline")
+
+    def must_hand_over(self) -> bool:
+        """Whether the stage ends at this step boundary, with a checkpoint and HandedOver. All ranks get one answer."""
+        return self.hand_over.is_set()
 
     def seconds_left(self) -> float | None:
         """Time until the deadline, negative after it; None without one."""

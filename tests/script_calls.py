@@ -55,6 +55,7 @@ def announcement(worker: str, model: str = MODEL, capacity: int = 1) -> dict[str
         "capacity": capacity,
         "info": "info",
         "lasts": LASTS,
+        "numerics": "numerics",
     }
 
 
@@ -111,6 +112,7 @@ OPERATIONS: dict[str, Sequence[Mapping[str, Any]]] = {
         claim("r0/c-1/0"),
         claim("r4/c-1/0", caller="bob"),
         claim("fresh/c-1/0", caller="", priority=5, deadline=1, cost=1),
+        claim("r2/c-2/1/first/equal:numerics", "c-2"),
     ],
     "release": [
         {"ticket": "r0/c-1/0", "place": PLACE, "used": 40},
@@ -120,6 +122,7 @@ OPERATIONS: dict[str, Sequence[Mapping[str, Any]]] = {
     "announce": [announcement("w1")],
     "leaving": [{"worker": worker, "lasts": LASTS} for worker in ("w2", "nobody")],
     "avoid": [{"owner": owner, "worker": worker} for owner, worker in (("c-1", "w1"), ("c-1", "w1"), ("c-2", "w-new"))],
+    "spare": [{"place": PLACE, "numerics": "numerics"}],
     "claims": [{"place": PLACE, "owner": "c-1"}],
     "status": [{"place": PLACE}],
     "touch_reply": [{"name": "a", "lasts": LASTS}],

@@ -104,6 +104,7 @@ class WorkerRegistry:
             "capacity": info.capacity,
             "info": info.SerializeToString(),
             "lasts": self._ttl,
+            "numerics": info.numerics_fingerprint,
         }
         await run_script(self._redis, "announce", arguments)
 
@@ -135,6 +136,16 @@ class WorkerRegistry:
         self._stop_beat(worker_id)
         lasts = self._ttl + int(grace_seconds * 1_000)
         await run_on_leaving(self._redis, "leaving", {"worker": worker_id, "lasts": lasts})
+
+    async def free_slots(self, info: worker_pb2.WorkerInfo) -> int:
+        """Free slots of the live workers that make the same bytes as this one, for the same service and model.
+
+        A worker without a numerics fingerprint has no equals.
+        """
+        if not info.numerics_fingerprint:
+            return 0
+        arguments: Arguments = {"place": f"{info.model}/{info.service}", "numerics": info.numerics_fingerprint}
+        return int(await run_script(self._redis, "spare", arguments))
 
     async def live(self, model: str, service: str) -> list[worker_pb2.WorkerInfo]:
         """The live workers of a service of a model."""

@@ -29,6 +29,7 @@ takes.announce = {
   'capacity',  -- requests that it takes at a time
   'info',      -- WorkerInfo, serialised
   'lasts',     -- ms that the heartbeat is in effect
+  'numerics',  -- numerics fingerprint
 }
 function ops.announce(a)
   local worker, lasts = a.worker, a.lasts
@@ -40,7 +41,7 @@ function ops.announce(a)
     redis.call('ZREM', P .. 'lost:' .. place, worker)
   end
   redis.call('HSET', P .. 'worker:' .. worker, 'model', a.model, 'service', a.service, 'capacity', a.capacity,
-    'info', a.info, 'lasts', lasts)
+    'info', a.info, 'lasts', lasts, 'numerics', a.numerics)
   redis.call('HSETNX', P .. 'worker:' .. worker, 'granted', '0')
   redis.call('PEXPIRE', P .. 'worker:' .. worker, lasts)
   redis.call('ZADD', P .. 'workers:' .. place, int(now + tonumber(lasts)), worker)
