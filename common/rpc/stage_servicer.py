@@ -286,7 +286,12 @@ class _Job:
     def start(
         self, executor: ThreadPoolExecutor, work: Callable[[], dict[str, Packet]], on_end: Callable[[], None]
     ) -> None:
-        """Queue the work; on_end is called on the event loop once it has ended, however, or fail() was called."""
+        """Queue the work; on_end is called on the event loop once it has ended, however, or fail() was called.
+
+        Raises HandedOver where the call was asked for that before.
+        """
+        if self.is_asked:
+            raise HandedOver(_NOT_BEGUN)
         self._end = partial(_call_on, asyncio.get_running_loop(), on_end)
         self._future = executor.submit(_holding_nothing, work)
         self._future.add_done_callback(lambda _: self._end())
@@ -302,7 +307,7 @@ class _Job:
 
     def begin(self) -> None:
         """The stages start, on the device thread. Raises HandedOver where the call was asked for that before."""
-        if self.call.hand_over.is_set():
+        if self.is_asked:
             raise HandedOver(_NOT_BEGUN)
         self.has_begun = True
         self.step_times.begin(time.monotonic())
