@@ -120,6 +120,11 @@ OPERATIONS: dict[str, Sequence[Mapping[str, Any]]] = {
         {"ticket": "nobody/c-1/0", "place": PLACE, "used": 9},
     ],
     "announce": [announcement("w1")],
+    "refuse": [
+        {"model": MODEL, "service": "denoising", "fingerprint": name, "worker": "w9", "reason": "another checkpoint"}
+        for name in ("other", "third")
+    ],
+    "refusals": [{"model": MODEL}],
     "leaving": [{"worker": worker, "lasts": LASTS} for worker in ("w2", "nobody")],
     "avoid": [{"owner": owner, "worker": worker} for owner, worker in (("c-1", "w1"), ("c-1", "w1"), ("c-2", "w-new"))],
     "spare": [{"place": PLACE, "numerics": "numerics"}],

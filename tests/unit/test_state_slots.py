@@ -560,3 +560,24 @@ def test_a_claim_waits_for_a_worker_that_fits_its_checkpoint_while_one_lives(url
         await registry.withdraw("other")
 
     run_on_empty_store(url, story)
+
+
+def test_refusals_are_bounded_in_number_and_time(url: str) -> None:
+    async def story(redis: Redis) -> None:
+        registry = WorkerRegistry(redis)
+        await registry.declare("emoji", "f", {})
+        assert not await registry.refusals("emoji")
+        for number in range(20):
+            with pytest.raises(FailedPrecondition):
+                await registry.announce(worker(f"w{number}", fingerprint=f"g{number:02}"))
+        refused = await registry.refusals("emoji")
+        assert len(refused) == await redis.hlen("fleet:refused:emoji") == 16
+        newest = next(each for each in refused if each.model_fingerprint == "g19")
+        assert newest.worker_id == "w19"
+        assert "fingerprint f, this one has g19" in newest.reason
+        assert 0 < await redis.pttl("fleet:refused:emoji") <= 600_000
+        await redis.hset("fleet:refused:emoji", "denoising|old", "1|w|long ago")
+        assert "old" not in [each.model_fingerprint for each in await registry.refusals("emoji")]
+        assert await redis.hlen("fleet:refused:emoji") == 16
+
+    run_on_empty_store(url, story)

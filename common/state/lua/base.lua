@@ -21,6 +21,7 @@
 --   fleet:worker:<id>              hash   info, capacity, model, service, granted, lasts (ms of its heartbeat),
 --                                         numerics (its numerics fingerprint)
 --   fleet:workers:<model>/<svc>    zset   worker ids by the time their heartbeat runs out
+--   fleet:refused:<model>          hash   service | fingerprint -> when, worker id and reason of the latest such refusal
 --   fleet:leaving:<id>             string present from a worker's announcement that it ends until it has ended
 --   fleet:lost:<model>/<svc>       zset   ids of workers that were lost in the last 10 minutes, by when
 --   fleet:accused:<id>             set    requests that lost a call with that worker, until the loss is suspect or not
@@ -52,6 +53,7 @@ local TERMINAL = 3
 local CHURN_MS = 600000
 local FIRST_PAUSE_MS, LONGEST_PAUSE_MS = 200, 5000
 local AVOIDED_MS = 60000
+local REFUSED_MS, MOST_REFUSED = 600000, 16
 local MOST_DROPPED = 1000  -- entries of a queue that one operation removes; the next operation goes on
 local MOST_EXTRA = 524288  -- bytes of additions after which a record gets no more warnings, only its end
 local server = redis

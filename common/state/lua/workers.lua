@@ -23,6 +23,45 @@ function ops.declare(a)
   return { 'declared' }
 end
 
+-- The refusals of workers of a model in the last 10 minutes, the latest first: service, fingerprint, time, worker and
+-- reason of each. Older entries are removed, and entries beyond the bound.
+local function refusals(model)
+  local key, found = P .. 'refused:' .. model, {}
+  local fields = redis.call('HGETALL', key)
+  for i = 1, #fields, 2 do
+    local service, fingerprint = string.match(fields[i], '^(.-)|(.*)$')
+    local at, worker, reason = string.match(fields[i + 1], '^(%d+)|(.-)|(.*)$')
+    if service and at and tonumber(at) > now - REFUSED_MS then
+      found[#found + 1] = { service, fingerprint, at, worker, reason, fields[i] }
+    else
+      redis.call('HDEL', key, fields[i])
+    end
+  end
+  table.sort(found, function(one, other)
+    return tonumber(one[3]) > tonumber(other[3])
+  end)
+  while #found > MOST_REFUSED do
+    redis.call('HDEL', key, table.remove(found)[6])
+  end
+  return found
+end
+
+-- Notes that a worker was refused. Workers that are refused alike, such as those of one pod that is restarted, share an
+-- entry.
+takes.refuse = { 'model', 'service', 'fingerprint', 'worker', 'reason' }
+function ops.refuse(a)
+  local key = P .. 'refused:' .. a.model
+  redis.call('HSET', key, a.service .. '|' .. a.fingerprint, int(now) .. '|' .. a.worker .. '|' .. a.reason)
+  redis.call('PEXPIRE', key, int(REFUSED_MS))
+  refusals(a.model)
+end
+
+-- The latest refusals of workers of a model.
+takes.refusals = { 'model' }
+function ops.refusals(a)
+  return refusals(a.model)
+end
+
 -- The heartbeat of a worker. One that comes after its worker left is late, and changes nothing.
 takes.announce = {
   'worker', 'model', 'service',
