@@ -1,7 +1,7 @@
 """Hands the running calls of a leaving worker over to other workers, at a step boundary and without losing a step.
 
 A call is handed over as soon as a worker that makes the same bytes has a free slot. The others go on, and those that
-still run near the end of the grace period are handed over then: their requests wait for a slot, with all of their steps.
+still run near the end of the grace period are handed over then: their requests wait for a slot, and keep their steps.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class HandOver:
     """Decides when each running call of a leaving worker is handed over.
 
     `calls` returns those that have not ended. `free_slots` returns the number of free slots on live workers with an
-    equal numerics fingerprint; it raises FleetError without a store. Another leaving worker may count on the same slots:
+    equal numerics fingerprint; it raises FleetError without a store. Other leaving workers may count on the same slots:
     a request that finds them taken waits in the queue, first of its priority.
     """
 

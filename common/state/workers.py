@@ -182,9 +182,7 @@ class WorkerRegistry:
 
 def _refused(row: Sequence[bytes]) -> worker_pb2.RefusedWorker:
     service, fingerprint, at, worker, reason = (each.decode(errors="replace") for each in row[:5])
-    refused = worker_pb2.RefusedWorker(
-        worker_id=worker, service=service, model_fingerprint=fingerprint, reason=reason
-    )
+    refused = worker_pb2.RefusedWorker(worker_id=worker, service=service, model_fingerprint=fingerprint, reason=reason)
     refused.refused_at.FromMilliseconds(int(at))
     return refused
 

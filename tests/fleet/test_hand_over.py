@@ -217,7 +217,7 @@ def test_a_request_is_handed_over_before_the_grace_period_ends_and_goes_first(ur
     async def story(fleet: FakeFleet) -> None:
         journal, started = Journal(), Gate()
 
-        def slow(step: int, call: Call) -> None:
+        def slow(_: int, call: Call) -> None:
             started.reached.set()
             time.sleep(0.04)
             call.check_cancelled()

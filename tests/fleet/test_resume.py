@@ -1,7 +1,7 @@
 """SIGKILL while a request denoises, of its worker at any step, or of its coordinator too: its result keeps its bytes.
 
-So does SIGTERM, at which the worker hands the request over. All processes are real, for Flux (Euler), for Wan (UniPC, whose solver has a history), and for an image request of Wan
-2.2 TI2V, whose latents at the end are not those of the last step.
+At SIGTERM the worker hands the request over. All processes are real, for Flux (Euler), for Wan (UniPC, whose solver has
+a history), and for an image request of Wan 2.2 TI2V, whose latents at the end are not those of the last step.
 """
 
 from __future__ import annotations

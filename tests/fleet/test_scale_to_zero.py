@@ -1,4 +1,4 @@
-"""A fleet without workers: the coordinator is ready, requests wait, Watch reports it, and a worker that comes is used."""
+"""A fleet without workers: the coordinator is ready, requests wait, Watch reports that, and new workers run them."""
 
 from __future__ import annotations
 

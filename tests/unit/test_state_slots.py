@@ -28,9 +28,7 @@ def url(request: pytest.FixtureRequest) -> Iterator[str]:
         yield server.url
 
 
-def worker(
-    worker_id: str, *, capacity: int = 1, fingerprint: str = "f", numerics: str = ""
-) -> worker_pb2.WorkerInfo:
+def worker(worker_id: str, *, capacity: int = 1, fingerprint: str = "f", numerics: str = "") -> worker_pb2.WorkerInfo:
     contract = worker_pb2.StageContract(stages=["DenoisingStage"], inputs={"canvas": "Canvas"})
     return worker_pb2.WorkerInfo(
         worker_id=worker_id,
