@@ -76,9 +76,9 @@ class ReplicaPolicy:
         """The recommendation, or for a scale-in the largest one within the window, at most the current number."""
         if not self._recommendations:
             self._recommendations.append(_Recommendation(now, min(current, self.bounds.most)))
-        self._recommendations.append(_Recommendation(now, recommended))
         oldest = now - self.bounds.idle_seconds
-        self._recommendations = [each for each in self._recommendations if each.time > oldest or each.time == now]
+        self._recommendations = [each for each in self._recommendations if each.time > oldest]
+        self._recommendations.append(_Recommendation(now, recommended))
         largest = max(each.replicas for each in self._recommendations)
         return recommended if recommended >= current else min(current, largest)
 
