@@ -146,6 +146,11 @@ class Fleet:
         await asyncio.gather(*(self._spawn(role) for role in self.roles))
 
     @property
+    def logs(self) -> dict[str, Path]:
+        """The log of every process that ever ran, by its name."""
+        return {process.name: process.log for process in self.all}
+
+    @property
     def _keys(self) -> Path:
         return self.directory / "keys.toml"
 
