@@ -60,6 +60,11 @@ class FakeScaler(externalscaler_pb2_grpc.ExternalScalerServicer):
         target = float(request.scalerMetadata["targetSeconds"])
         return pb.GetMetricSpecResponse(metricSpecs=[pb.MetricSpec(metricName="wanted", targetSizeFloat=target)])
 
+    async def StreamMetricSpec(  # noqa: N802
+        self, request: pb.ScaledObjectRef, context: Context
+    ) -> AsyncIterator[pb.GetMetricSpecResponse]:
+        yield await self.GetMetricSpec(request, context)
+
     async def GetMetrics(self, request: pb.GetMetricsRequest, context: Context) -> pb.GetMetricsResponse:  # noqa: N802
         await self._take(request.scaledObjectRef, context)
         assert request.metricName == "wanted"
@@ -104,7 +109,7 @@ def run(
 
     async def main(directory: str) -> None:
         scaler, server = FakeScaler(), grpc.aio.server()
-        externalscaler_pb2_grpc.add_ExternalScalerServicer_to_server(scaler, server)  # type: ignore[no-untyped-call]
+        externalscaler_pb2_grpc.add_ExternalScalerServicer_to_server(scaler, server)
         address = f"unix:{directory}/scaler.sock"
         server.add_insecure_port(address)
         await server.start()

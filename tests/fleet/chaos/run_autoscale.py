@@ -22,6 +22,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 TESTS = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(TESTS), str(TESTS.parent), str(TESTS.parent / "proto"), str(Path(__file__).parent)]
@@ -30,7 +31,6 @@ os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # read when grpc is imported
 import torch  # noqa: E402
 from autoscaled_fleet import AutoscaledFleet, Story  # noqa: E402
 
-from common.artifacts import ParamValue  # noqa: E402
 from common.errors import FleetError  # noqa: E402
 from common.state.connection import connect as connect_store  # noqa: E402
 from fleet.v1 import generation_pb2 as pb  # noqa: E402
@@ -70,7 +70,7 @@ class Image:
     steps: int
 
     @property
-    def given(self) -> dict[str, ParamValue]:
+    def given(self) -> dict[str, Any]:
         """The parameters of its request."""
         return {"prompt": "a red apple", "seed": self.seed, "num_inference_steps": self.steps}
 
