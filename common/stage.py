@@ -35,7 +35,8 @@ class Call:
     `deadline` is in seconds of time.monotonic(). `on_begun` is called when the stages start, `on_step_checkpoint` with
     each checkpoint in the form of the runner's values: a StepCheckpoint from a LocalRunner, a Packet from a
     RemoteRunner. The tensors of a checkpoint are on the CPU and belong to the callback: the stage does not write to
-    them any more. `variant` is the model's variant whose stages run; empty means the first.
+    them any more. `on_computed` gets the compute seconds that a worker reports at the end of the call. `variant` is the
+    model's variant whose stages run; empty means the first.
     """
 
     request_id: str
@@ -43,6 +44,7 @@ class Call:
     on_warning: Callable[[str, str], None] = _ignore
     on_step_checkpoint: Callable[[Any], None] = _ignore
     on_begun: Callable[[], None] = _ignore
+    on_computed: Callable[[float], None] = _ignore
     cancelled: threading.Event = field(default_factory=threading.Event)
     deadline: float | None = None
     variant: str = ""

@@ -46,6 +46,10 @@ SHARED_CACHE_LOOKUPS = Counter(
 )
 CACHE_BYTES = Gauge("fleet_reply_cache_bytes", "Memory of kept replies", ("service", "model"))
 QUEUE_LENGTH = Gauge("fleet_queue_length", "Requests that wait for a slot", ("service", "model"))
+QUEUED_SECONDS = Gauge(
+    "fleet_queued_seconds", "Compute seconds of work that wait or run: remaining steps times pace", ("service", "model")
+)
+WORKERS_HELD = Gauge("fleet_workers_held", "Workers that run a request", ("service", "model"))
 STORE_BYTES = Gauge("fleet_store_bytes", "Memory of the request store in use")
 STORE_LIMIT_BYTES = Gauge("fleet_store_limit_bytes", "Memory in use from which on Submit is refused; 0 without a bound")
 STORE_REPAIRS = Gauge("fleet_store_repairs", "Damaged entries that were removed from the request store", ("kind",))

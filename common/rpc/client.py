@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -25,6 +26,7 @@ from common.rpc.framing import (
 )
 from common.rpc.method import (
     BEGUN_KEY,
+    COMPUTED_KEY,
     STEP_CHECKPOINT,
     VARIANT_KEY,
     check_contract,
@@ -134,7 +136,9 @@ class RemoteRunner:
         try:
             async for raw in rpc:
                 receiver.take(raw)
-            return receiver.finish()
+            outputs = receiver.finish()
+            _report_computed(await rpc.trailing_metadata(), call)
+            return outputs
         except grpc.aio.AioRpcError as error:
             reason = from_rpc_error(error)
             if isinstance(reason, Unavailable) and sent.is_set() and not is_sent_by_peer(error):
@@ -148,6 +152,18 @@ class RemoteRunner:
             raise Unavailable(f"the channel to {self._service} was closed during the call") from None
         finally:
             rpc.cancel()  # Without effect on a call that has ended.
+
+
+def _report_computed(trailing: Iterable[tuple[str, str | bytes]] | None, call: Call) -> None:
+    """Report the worker's compute seconds; a worker that answered from its cache, or an older one, sends none."""
+    for key, value in trailing or ():
+        if key == COMPUTED_KEY:
+            try:
+                seconds = float(value)
+            except ValueError:
+                raise InternalError(f"{COMPUTED_KEY}: {value!r} is not a number of seconds") from None
+            if math.isfinite(seconds) and seconds >= 0:
+                call.on_computed(seconds)
 
 
 async def _request_frames(header: bytes, packets: Iterable[Packet], sent: asyncio.Event) -> AsyncIterator[bytes]:

@@ -31,6 +31,8 @@ _FRAMES = {
 }
 BEGUN_KEY = "fleet-begun"
 """Metadata key of a call whose caller knows Begun frames; its value is "1". Callers of before refuse unknown frames."""
+COMPUTED_KEY = "fleet-compute-seconds"
+"""Key of the trailing metadata of a call: the seconds that its stages took on the device thread."""
 VARIANT_KEY = "fleet-variant"
 """Metadata key of a call for one variant of the worker's model; without it the call is for the first variant."""
 _NAME = re.compile(r"[a-z][a-z_]*")

@@ -32,6 +32,7 @@ from common.rpc.framing import (
 )
 from common.rpc.method import (
     BEGUN_KEY,
+    COMPUTED_KEY,
     VARIANT_KEY,
     begun_frame,
     check_contract,
@@ -123,6 +124,8 @@ class StageServicer:
                     await self._compute_and_answer(context.write, job, leave)
                 else:
                     await self._answer_through(self._cache, context.write, job, leave)
+                if job.seconds:
+                    context.set_trailing_metadata(((COMPUTED_KEY, f"{job.seconds:.6f}"),))
             finally:
                 job.abandon()
 
@@ -238,11 +241,12 @@ class StageServicer:
         }
         with nullcontext(call) if self._watchdog is None else self._watchdog.watch(call, job.fail) as watched:
             outputs = self._stages.run(values, watched)
-        job.seconds = time.perf_counter() - began
         try:
             return {slot: pack(slot, outputs[slot], self._leaf) for slot in contract.outputs}
         except InvalidInput as error:
             raise InternalError(f"{contract.name} made something that cannot travel: {error}") from error
+        finally:
+            job.seconds = time.perf_counter() - began  # packing waits for the device
 
     async def _answer(self, write: Write, outputs: Mapping[str, Packet], leave: Callable[[], None]) -> None:
         """Send the outputs. The place is given back before the last frame: who has read it may call again."""

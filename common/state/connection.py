@@ -35,7 +35,7 @@ from common.errors import FailedPrecondition, InternalError, InvalidInput, Unava
 from common.state.store_url import SENTINEL, check_url, sentinel_parts, without_password
 
 PREFIX = "fleet:"
-SCRIPT_FILES = ("base", "admission", "requests", "leases", "worker_slots", "workers", "replies", "run")
+SCRIPT_FILES = ("base", "admission", "requests", "leases", "scaling", "worker_slots", "workers", "replies", "run")
 """The files of the script in lua/, in the order in which they make one chunk."""
 # No command blocks longer on the server than this; the socket's own timeout is beyond it.
 BLOCK_SECONDS = 5.0

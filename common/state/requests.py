@@ -21,6 +21,7 @@ from common.errors import (
     NotFound,
     ResourceExhausted,
 )
+from common.scaling import StageWork
 from common.state.connection import (
     BLOCK_SECONDS,
     PREFIX,
@@ -129,12 +130,14 @@ class RequestStore:
         submission: bytes = b"",
         limits: AdmissionLimits | None = None,
         costs: Mapping[str, int] = MappingProxyType({}),
+        work: Mapping[str, StageWork] = MappingProxyType({}),
     ) -> Admission:
         """Store a request durably, with its first events: QUEUED, and the warnings it has. One round trip.
 
         A known key answers with the request that it belongs to; each caller has keys of its own. `submission` is what
         another coordinator needs to run the request. `costs` say how much it asks of each service, beside other
-        requests; 1 where nothing is said. Raises InvalidInput for a deadline that has passed and
+        requests; 1 where nothing is said. `work` is what autoscaling counts, by service.
+        Raises InvalidInput for a deadline that has passed and
         ResourceExhausted beyond the limits or where the store is full, with the time after which to try again.
         """
         limits = limits or AdmissionLimits()
@@ -158,6 +161,7 @@ class RequestStore:
             "max_work": int(limits.queue_seconds * 1_000),
             "is_full": int(memory.is_full),
             "costs": {service: costs.get(service, 1) for service in limits.services},
+            "work": {service: str(each) for service, each in work.items()},
             "events": [event.SerializeToString() for event in events],
         }
         try:
@@ -260,6 +264,7 @@ class RequestStore:
             "state": state,
             "extra": extra,
             "events": [event.SerializeToString() for event in events],
+            "done": _done(events),
         }
         reply = await run_script(self._redis, "append", arguments)
         return with_ids(events, reply[1]) if reply[0] == b"appended" else None
@@ -457,3 +462,9 @@ def _key(kind: str, *parts: object) -> str:
 
 def _milliseconds(seconds: float) -> int:
     return max(1, int(seconds * 1_000))
+
+
+def _done(events: Sequence[generation_pb2.Event]) -> dict[str, str]:
+    """The fraction of its work that each service has done, by its latest progress."""
+    steps = [event.progress for event in events if event.HasField("progress") and event.progress.total_steps]
+    return {each.service: f"{each.step / each.total_steps:.6f}" for each in steps}

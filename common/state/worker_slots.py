@@ -51,6 +51,14 @@ FIRST_COME = QueuePriority()
 
 
 @dataclass(frozen=True)
+class Computed:
+    """The compute seconds of a call, as the worker reported them, and the step at which the call started."""
+
+    seconds: float
+    steps_before: int = 0
+
+
+@dataclass(frozen=True)
 class WorkerSlot:
     """The right to run a request on `worker`, until it is released."""
 
@@ -150,21 +158,27 @@ class WorkerSlots:
         pause_ms = await run_script(self._redis, "avoid", {"owner": self._owner, "worker": worker_id})
         return int(pause_ms) / 1_000
 
-    def release(self, slot: WorkerSlot, used_seconds: float = 0.0) -> None:
+    def release(self, slot: WorkerSlot, used_seconds: float = 0.0, computed: Computed | None = None) -> None:
         """Give a slot back; it goes to who is next. Done in the background, and for as long as the store is away.
 
         `used_seconds`, unless 0, is what a request took from beginning to end: the service's pace is measured by it.
+        `computed` is what the worker reported of it.
         """
-        self._release(slot.ticket, slot.place, used_seconds)
+        self._release(slot.ticket, slot.place, used_seconds, computed)
 
-    def _release(self, ticket: str, place: str, used_seconds: float = 0.0) -> None:
+    def _release(self, ticket: str, place: str, used_seconds: float = 0.0, computed: Computed | None = None) -> None:
         self._tickets.add(ticket)
-        task = asyncio.create_task(self._keep_releasing(ticket, place, used_seconds))
+        task = asyncio.create_task(self._keep_releasing(ticket, place, used_seconds, computed))
         self._releases.add(task)
         task.add_done_callback(self._releases.discard)
 
-    async def _keep_releasing(self, ticket: str, place: str, used_seconds: float) -> None:
-        arguments: Arguments = {"ticket": ticket, "place": place, "used": math.ceil(used_seconds * 1_000)}
+    async def _keep_releasing(self, ticket: str, place: str, used_seconds: float, computed: Computed | None) -> None:
+        arguments: Arguments = {
+            "ticket": ticket,
+            "place": place,
+            "used": math.ceil(used_seconds * 1_000),
+            "computed": () if computed is None else (f"{computed.seconds:.6f}", computed.steps_before),
+        }
         while True:
             try:
                 await run_script(self._redis, "release", arguments)

@@ -203,6 +203,11 @@ class SamplingParams:
         """What multiplies to the pixels of one output."""
         return {"height": self.height, "width": self.width}
 
+    @property
+    def branches(self) -> int:
+        """Branches of guidance that a step computes; 1 without guidance."""
+        return 1
+
     def as_mapping(self) -> dict[str, ParamValue]:
         """Every value that is set, by name: what a record keeps, and what build() takes."""
         values = {item.name: vars(self)[item.name] for item in fields(self)}

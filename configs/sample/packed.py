@@ -59,6 +59,11 @@ class PackedSamplingParams(SamplingParams):
         )
         return params, (*warnings, *more, *idle_warnings)
 
+    @property
+    def branches(self) -> int:
+        """Two with classifier-free guidance."""
+        return 2 if self.true_cfg_scale > 1 and self.negative_prompt is not None else 1
+
     def without_effect(self, checkpoint: Checkpoint) -> dict[str, str]:
         """Parameters that this model passes over in silence, each with the circumstance; a warning if they were set."""
         del checkpoint

@@ -40,6 +40,11 @@ class WanSamplingParams(SamplingParams):
     guidance_scale: float = 5.0
     max_sequence_length: int = parameter("Tokens of the prompt that UMT5 reads.", 512, minimum=1, maximum=512)
 
+    @property
+    def branches(self) -> int:
+        """Two with classifier-free guidance."""
+        return 2 if self.guidance_scale > 1 else 1
+
     @classmethod
     def model_defaults(cls, checkpoint: Checkpoint) -> dict[str, ParamValue]:
         """None of its own. Raises CheckpointError for the Wan models of other versions."""

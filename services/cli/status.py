@@ -37,12 +37,13 @@ async def _status(endpoint: str, access: Access) -> int:
             str(each.workers),
             f"{each.busy}/{each.capacity}",
             str(each.queued),
+            f"{'~' if each.unmeasured else ''}{each.queued_seconds:.1f}",
             degrees_text(each.groups),
         )
         for model in overview.models
         for each in model.services
     ]
-    sys.stdout.write(table(("MODEL", "SERVICE", "WORKERS", "BUSY", "QUEUED", "DEGREES"), services))
+    sys.stdout.write(table(("MODEL", "SERVICE", "WORKERS", "BUSY", "QUEUED", "SECONDS", "DEGREES"), services))
     kernels = [
         (model.name, each.service, *kernel_cells(package))
         for model in overview.models

@@ -61,13 +61,14 @@ def main(argv: Sequence[str]) -> int:
     if args.redis:
         check_store(args.redis)
     endpoint = f"127.0.0.1:{_free_port(args.port)}"
+    scaler = None if args.scaler_port is None else f"127.0.0.1:{_free_port(args.scaler_port, 'scaler-port')}"
     with contextlib.ExitStack() as stack:
         directory = private_directory()
         stack.callback(shutil.rmtree, directory, ignore_errors=True)
         # What it keeps ends with this process, so there is nothing to be gained from waiting for the disk.
         store = None if args.redis else stack.enter_context(EmbeddedStore(appendfsync="no"))
         redis_words = ("--redis", store.url, "--allow-data-loss") if store else ("--redis", args.redis)
-        plan = _plan(models, replicas, args, endpoint, redis_words, directory)
+        plan = _plan(models, replicas, args, endpoint, scaler, redis_words, directory)
         code = run_async(_run(plan, store, access))
     return SUCCESS if code in (CTRL_C, TERMINATED) else code
 
@@ -87,6 +88,12 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--replicas", action="append", default=[], metavar="SERVICE=N", help="workers of a service, for each model"
     )
+    parser.add_argument(
+        "--scaler-port",
+        type=whole_number,
+        metavar="P",
+        help="port on 127.0.0.1 of KEDA's external scaler; 0: a free one (default: none)",
+    )
     parser.add_argument("--redis", metavar="URL", help="store to use (default: an embedded one, gone at the end)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="what to compute in")
     for axis in DEGREES:
@@ -94,8 +101,10 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
             f"--{axis}", type=whole_number, metavar="N", help=f"{axis} degree of denoising, for a worker group"
         )
     args = parser.parse_args(argv)
-    if not 0 <= args.port < 65536:
-        raise SettingsError(f"--port must be 0 to 65535, not {args.port}", field="port")
+    for name in ("port", "scaler_port"):
+        if not 0 <= (vars(args)[name] or 0) < 65536:
+            flag = "--" + name.replace("_", "-")
+            raise SettingsError(f"{flag} must be 0 to 65535, not {vars(args)[name]}", field=name)
     return args
 
 
@@ -150,14 +159,15 @@ def _check_degrees(degrees: Mapping[str, Any], models: Sequence[ServedModel]) ->
         check_group(model, DenoisingSettings(model=model.name, redis="", **degrees))
 
 
-def _free_port(port: int) -> int:
+def _free_port(port: int, flag: str = "port") -> int:
     """The port, once it is known that it can be had; for 0 one that is free."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("127.0.0.1", port))
         except OSError as error:
-            raise InvalidInput(f"--port: cannot listen on 127.0.0.1:{port}: {error.strerror}", field="port") from error
+            message = f"--{flag}: cannot listen on 127.0.0.1:{port}: {error.strerror}"
+            raise InvalidInput(message, field=flag) from error
         return int(probe.getsockname()[1])
 
 
@@ -166,12 +176,15 @@ def _plan(
     replicas: Mapping[str, int],
     args: argparse.Namespace,
     endpoint: str,
+    scaler: str | None,
     redis_words: Sequence[str],
     directory: Path,
 ) -> Plan:
     references = {model.name: f"{model.name}={model.checkpoint.path.resolve()}" for model in models}
     served = [word for reference in references.values() for word in ("--model", reference)]
     coordinator = ("serve", _COORDINATOR, *served, "--listen", endpoint, *redis_words)
+    if scaler is not None:
+        coordinator += ("--scaler-listen", scaler)
     options = (*redis_words, *(("--dtype", args.dtype) if args.dtype else ()))
     degrees = tuple(word for axis, degree in _degrees(args).items() for word in (f"--{axis}", str(degree)))
     workers: dict[tuple[str, str], tuple[Program, ...]] = {}

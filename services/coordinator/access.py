@@ -38,6 +38,19 @@ def public_credentials(settings: CoordinatorSettings) -> grpc.ServerCredentials 
     return server_credentials(watched.versioned)
 
 
+def scaler_credentials(settings: CoordinatorSettings) -> grpc.ServerCredentials | None:
+    """Mutual TLS, as workers serve it; None for plain text. Raises InvalidInput for files that do not fit."""
+    tls = watch_mutual(settings)
+    if tls is None:
+        return None
+
+    def shown() -> tuple[int, ServerIdentity]:
+        version, mutual = tls.versioned()
+        return version, mutual.server_identity()
+
+    return server_credentials(shown)
+
+
 def _identity_for_clients(settings: CoordinatorSettings) -> ServerIdentity | None:
     identity = read_identity(settings.tls_public_cert, settings.tls_public_key, name="tls_public")
     identity = identity or read_identity(settings.tls_cert, settings.tls_key)

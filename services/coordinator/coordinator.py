@@ -17,17 +17,20 @@ from common.state.connection import connect
 from common.state.leases import Leases
 from common.state.presence import Presence
 from common.state.requests import RequestStore
+from common.state.stage_loads import StageLoads
 from common.state.store_server import StoreMemory
 from common.state.worker_slots import WorkerSlots
 from common.state.workers import WorkerRegistry
-from common.telemetry import QUEUE_LENGTH, MetricsInterceptor
+from common.telemetry import QUEUE_LENGTH, QUEUED_SECONDS, WORKERS_HELD, MetricsInterceptor
+from externalscaler import externalscaler_pb2
 from fleet.v1 import generation_pb2
 from models.catalog import ServedModel
-from services.coordinator.access import WorkerAccess, public_credentials
+from services.coordinator.access import WorkerAccess, public_credentials, scaler_credentials
 from services.coordinator.callers import admission
 from services.coordinator.driver import Driver
 from services.coordinator.handlers import ServiceHandler
 from services.coordinator.request_life import ExecutionContext
+from services.coordinator.scaler import ScalerService
 from services.coordinator.service import GenerationService, OfferedModel
 from services.coordinator.settings import CoordinatorSettings
 from services.coordinator.store_watch import SUBMIT_HEALTH, StoreWatch
@@ -78,7 +81,8 @@ class Coordinator:
         )
         self._driver = Driver(context)
         self._presence.on_cancel = self._driver.cancel
-        self._service = GenerationService(self._models, store, self._registry, self._driver, settings)
+        self._loads = StageLoads(self._redis, settings.assumed_seconds)
+        self._service = GenerationService(self._models, store, self._registry, self._loads, self._driver, settings)
         self._server = FleetServer(
             settings.listen,
             interceptors=[MetricsInterceptor("coordinator")],
@@ -87,6 +91,7 @@ class Coordinator:
             admit=admission(settings),
             health_listen=settings.health_listen,
         )
+        self._scaler = self._scaler_server() if settings.scaler_listen else None
         self._watch = StoreWatch(self._redis, memory, self._server)
         self._store_checked = False
         self._present = False
@@ -98,6 +103,11 @@ class Coordinator:
     def address(self) -> str:
         """Where it listens."""
         return self._server.address
+
+    @property
+    def scaler_address(self) -> str:
+        """Where autoscalers ask for loads; empty where they cannot."""
+        return self._scaler.address if self._scaler else ""
 
     @property
     def calls_in_flight(self) -> int:
@@ -113,6 +123,9 @@ class Coordinator:
         handler = ServiceHandler(descriptor, self._service.functions)
         self._server.add(handler.methods, handler.service_name)
         await self._server.start()
+        if self._scaler is not None:
+            await self._scaler.start()
+            await self._scaler.set_ready(True)
         try:
             await self._run_housekeeping()
         except Unavailable as error:
@@ -126,6 +139,8 @@ class Coordinator:
         await self._set_unready()
         await self._driver.drain(grace)
         self._service.close()
+        if self._scaler is not None:
+            await self._scaler.drain(0)
         left = grace - (asyncio.get_running_loop().time() - began)
         await self._server.drain(max(left, _DELIVERY_SECONDS))
         if self._housekeeping is not None:
@@ -135,6 +150,15 @@ class Coordinator:
         await self._connections.close()
         await self._presence.stop()
         await self._redis.aclose()
+
+    def _scaler_server(self) -> FleetServer:
+        """The server of KEDA's external scaler; callers need no API key, and a certificate where workers do."""
+        stages = {name: tuple(spec.service for spec in model.services) for name, model in self._models.items()}
+        descriptor = externalscaler_pb2.DESCRIPTOR.services_by_name["ExternalScaler"]
+        handler = ServiceHandler(descriptor, ScalerService(stages, self._loads.read).functions)
+        server = FleetServer(self._settings.scaler_listen, credentials=scaler_credentials(self._settings))
+        server.add(handler.methods, handler.service_name)
+        return server
 
     async def _repeat_housekeeping(self) -> None:
         while True:
@@ -168,6 +192,9 @@ class Coordinator:
             for spec in model.services:
                 load = await self._registry.load(name, spec.service)
                 QUEUE_LENGTH.labels(spec.service, name).set(load.queued)
+                work = await self._loads.read(name, spec.service)
+                QUEUED_SECONDS.labels(spec.service, name).set(work.queued_seconds)
+                WORKERS_HELD.labels(spec.service, name).set(work.workers_held)
                 await self._slots.give_back_unknown(name, spec.service)
             await self._driver.take_over(name, self._service.restore, beyond_own=not must_await_heartbeats)
         self._last_housekeeping = asyncio.get_running_loop().time()

@@ -77,6 +77,7 @@ class Driver:
             submission=submission.stored,
             limits=submission.limits,
             costs=submission.costs,
+            work=submission.work,
         )
 
     async def _acquire(

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TypeAlias
 from common.errors import DeadlineExceeded, FleetError, InternalError, Unavailable
 from common.pipeline import ServiceSpec, result_of, run_pipeline
 from common.rpc.framing import Packet
+from common.scaling import StageWork
 from common.stage import Call
 from common.state.leases import Leases
 from common.state.presence import TTL_SECONDS
@@ -51,6 +52,8 @@ class Submission:
     stored: bytes = field(default=b"", repr=False)
     """What another coordinator needs to run it."""
     costs: Mapping[str, int] = field(default_factory=dict)
+    work: Mapping[str, StageWork] = field(default_factory=dict)
+    """What autoscaling counts, by service."""
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,7 @@ class NewestStepCheckpoint:
             head = (checkpoint.origin.encode(), packet.message.SerializeToString())
             parts = itertools.chain(head, chunk_frames(packet.chunks))
             try:
-                number, step = next(self._numbers), _step_of(packet)
+                number, step = next(self._numbers), step_of(packet)
                 await self._leases.save_step_checkpoint(self._request_id, self._epoch, number, parts, step=step)
             except Unavailable as error:
                 _log.warning("a checkpoint of request %s is not stored: %s", self._request_id, error)
@@ -116,7 +116,8 @@ class NewestStepCheckpoint:
             await asyncio.wait({self._saving})
 
 
-def _step_of(packet: Packet) -> int:
+def step_of(packet: Packet) -> int:
+    """The step of a checkpoint."""
     return cast(artifacts_pb2.DenoiseState, packet.message).step
 
 

@@ -13,16 +13,18 @@ from datetime import UTC, datetime
 from common.codec import pack, write_param
 from common.errors import FailedPrecondition, InvalidInput, NotFound, Unavailable
 from common.pipeline import ServiceSpec
+from common.scaling import StageLoad
 from common.state.records import State, chunks_of, is_terminal, require_own, require_succeeded
 from common.state.requests import RequestStore
-from common.state.workers import WorkerRegistry
+from common.state.stage_loads import StageLoads
+from common.state.workers import ServiceLoad, WorkerRegistry
 from configs.sample.base import ParameterSpec
 from fleet.v1 import generation_pb2 as pb
 from fleet.v1 import worker_pb2
 from models.catalog import ServedModel, ServedVariant
 from models.validation import InputValidationStage
 from services.coordinator.callers import current_caller
-from services.coordinator.costs import costs_of
+from services.coordinator.costs import costs_of, work_of
 from services.coordinator.driver import Driver
 from services.coordinator.handlers import Function
 from services.coordinator.parameters import given_images, given_parameters, recorded_parameters
@@ -62,12 +64,14 @@ class GenerationService:
         models: Mapping[str, OfferedModel],
         store: RequestStore,
         registry: WorkerRegistry,
+        loads: StageLoads,
         driver: Driver,
         settings: CoordinatorSettings,
     ) -> None:
         self._models = models
         self._store = store
         self._registry = registry
+        self._loads = loads
         self._driver = driver
         self._settings = settings
         self._closing = asyncio.Event()
@@ -253,24 +257,20 @@ class GenerationService:
 
     async def _model(self, model: OfferedModel) -> pb.Model:
         served = model.served
-        loads = [(spec.service, await self._registry.load(served.name, spec.service)) for spec in model.services]
+        loads = [
+            (
+                spec.service,
+                await self._registry.load(served.name, spec.service),
+                await self._loads.read(served.name, spec.service),
+            )
+            for spec in model.services
+        ]
         return pb.Model(
             name=served.name,
             pipeline_name=served.checkpoint.pipeline_name,
             fingerprint=served.checkpoint.fingerprint,
             parameters=[_parameter(spec) for spec in served.parameters()],
-            services=[
-                pb.ServiceStatus(
-                    service=service,
-                    workers=len(load.workers),
-                    capacity=load.capacity,
-                    busy=load.busy,
-                    queued=load.queued,
-                    groups=[worker.degrees for worker in load.workers if worker.HasField("degrees")][:_MOST_GROUPS],
-                    kernels=_distinct(each for worker in load.workers for each in worker.kernels),
-                )
-                for service, load in loads
-            ],
+            services=[_service_status(*each) for each in loads],
             variants=[
                 *(_variant(each) for each in served.variants),
                 *(pb.Variant(name=name, error=reason) for name, reason in served.unserved.items()),
@@ -309,6 +309,7 @@ class GenerationService:
             raw=parameters.output_format == pb.OUTPUT_FORMAT_SAFETENSORS,
             stored=_stored(request, record),
             costs=costs_of(services, validated.params),
+            work=work_of(services, validated.params, validated.variant.name),
         )
 
     def restore(self, record: pb.RequestRecord, stored: bytes) -> Submission:
@@ -325,6 +326,20 @@ class GenerationService:
             what = f"model {name[:80]!r} is not served" if name else "model is empty"
             raise InvalidInput(f"{what}; this fleet serves {served}", field="model")
         return self._models[name]
+
+
+def _service_status(service: str, load: ServiceLoad, work: StageLoad) -> pb.ServiceStatus:
+    return pb.ServiceStatus(
+        service=service,
+        workers=len(load.workers),
+        capacity=load.capacity,
+        busy=load.busy,
+        queued=load.queued,
+        queued_seconds=work.queued_seconds,
+        unmeasured=work.unmeasured,
+        groups=[worker.degrees for worker in load.workers if worker.HasField("degrees")][:_MOST_GROUPS],
+        kernels=_distinct(each for worker in load.workers for each in worker.kernels),
+    )
 
 
 def _stored(request: pb.SubmitRequest, record: pb.RequestRecord) -> bytes:

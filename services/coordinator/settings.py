@@ -25,6 +25,7 @@ _POSITIVE = (
     "max_connections",
     "record_seconds",
     "result_seconds",
+    "assumed_seconds",
 )
 
 
@@ -78,6 +79,12 @@ class CoordinatorSettings(StoreSettings, TlsSettings):
     step_seconds: float = setting(0.25, help="shortest time between two progress events of a request's steps")
     heartbeat_seconds: float = setting(HEARTBEAT_SECONDS, help="how often the store hears from this coordinator")
     heartbeat_ttl_seconds: float = setting(TTL_SECONDS, help="after which silence it counts as dead")
+    scaler_listen: str = setting(
+        "", help="host:port or unix:path on which KEDA's external scaler is served; empty serves none"
+    )
+    assumed_seconds: float = setting(
+        10.0, help="compute seconds of a request at a stage where autoscaling has no measurement yet"
+    )
     metrics_port: int | None = setting(None, help="port for Prometheus; unset serves no metrics")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = setting("INFO", help="least severe log lines to write")
     log_format: Literal["text", "json"] = setting("text", help="form of log lines")

@@ -20,10 +20,10 @@ from common.pipeline import ServiceSpec
 from common.rpc.client import RemoteRunner, WorkerLost
 from common.rpc.framing import CallLimits, Packet
 from common.stage import Call, Contract
-from common.state.worker_slots import QueuePriority, WorkerSlot, WorkerSlots
+from common.state.worker_slots import Computed, QueuePriority, WorkerSlot, WorkerSlots
 from common.telemetry import LOST_CALLS
 from services.coordinator.access import WorkerAccess
-from services.coordinator.resume import Recovery, origin_of
+from services.coordinator.resume import Recovery, origin_of, step_of
 
 _FIRST_PAUSE_SECONDS = 0.05
 _LONGEST_PAUSE_SECONDS = 1.0
@@ -120,6 +120,9 @@ class _Attempt:
     worker_slot: WorkerSlot
     on_begin: Callable[[], None]
     begun: bool = False
+    steps_before: int = 0
+    """The step of the checkpoint from which the worker continues."""
+    computed: Computed | None = None
     since: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
@@ -131,6 +134,10 @@ class _Attempt:
         if not self.begun and self.worker_slot.worker.reports_begun:
             self.on_begin()
         self.begun = True
+
+    def add_computed(self, seconds: float) -> None:
+        """The worker reports its compute seconds at the end."""
+        self.computed = Computed(seconds, self.steps_before)
 
     def lose(self, error: FleetError) -> None:
         """The call was lost."""
@@ -197,7 +204,7 @@ class WorkerRunner:
                 self._workers.memory.hold(outputs.values())  # Its ResourceExhausted ends the request.
                 return outputs
             finally:
-                self._workers.slots.release(attempt.worker_slot, used)
+                self._workers.slots.release(attempt.worker_slot, used, attempt.computed)
             await asyncio.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
 
@@ -205,7 +212,7 @@ class WorkerRunner:
         """Run on one worker. Resumes from a step checkpoint if the result has the same bytes."""
         worker = attempt.worker_slot.worker
         runner = self._workers.connections.runner(self._model, call.variant, self._spec, worker.address)
-        call = replace(call, on_begun=attempt.begin)
+        call = replace(call, on_begun=attempt.begin, on_computed=attempt.add_computed)
         slot = self._spec.resume_slot
         if slot is None or not worker.numerics_fingerprint:
             return await runner(values, call)
@@ -214,6 +221,7 @@ class WorkerRunner:
         if checkpoint is not None:
             _log.info("request %s goes on with %s where it was", call.request_id, self._spec.service)
             values = {**values, slot: checkpoint}
+            attempt.steps_before = step_of(checkpoint)
         return await runner(
             values, replace(call, on_step_checkpoint=partial(self._recovery.step_checkpoint.remember, origin))
         )

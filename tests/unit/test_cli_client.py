@@ -114,7 +114,15 @@ class Pretender:
         ]
         services = [
             generation_pb2.ServiceStatus(
-                service="denoising", workers=2, capacity=2, busy=1, queued=3, groups=groups, kernels=kernels
+                service="denoising",
+                workers=2,
+                capacity=2,
+                busy=1,
+                queued=3,
+                queued_seconds=12.5,
+                unmeasured=True,
+                groups=groups,
+                kernels=kernels,
             ),
             generation_pb2.ServiceStatus(service="decoding", workers=1, capacity=1),
         ]
@@ -233,8 +241,8 @@ def test_nobody_there(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
 def test_status_shows_services_and_requests(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["status"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1].split() == ["emoji", "denoising", "2", "1/2", "3", "2", "of", "tp=2", "cfg=2"]
-    assert lines[2].split() == ["emoji", "decoding", "1", "0/1", "0"]
+    assert lines[1].split() == ["emoji", "denoising", "2", "1/2", "3", "~12.5", "2", "of", "tp=2", "cfg=2"]
+    assert lines[2].split() == ["emoji", "decoding", "1", "0/1", "0", "0.0"]
     assert lines[4].split() == ["MODEL", "SERVICE", "KERNELS", "VERSION", "STATE"]
     assert lines[5].split(maxsplit=4)[2:] == ["fa3-fwd", "0.0.3", "unusable, cuDNN instead: OSError: a b"]
     assert lines[6].split() == ["emoji", "denoising", "triton", "3.6.0", "in", "use"]

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import pytest
 
 from common.artifacts import ParamValue
 from common.pipeline import ComposedPipeline, Cost
+from common.scaling import StageWork
+from configs.pipeline_configs.base import NegativePromptConfig
+from configs.pipeline_configs.packed import PackedPipelineConfig
+from configs.pipeline_configs.wan import WanPipelineConfig
+from configs.sample.base import SamplingParams
+from configs.sample.flux import FluxSamplingParams
+from configs.sample.wan import WanSamplingParams
 from models.catalog import open_model
 from models.pipelines.qwen_image_edit import QwenImageEditPipeline
 from models.pipelines.wan_image_to_video import WanImageToVideoPipeline
 from models.registry import load_registry
 from models.validation import InputValidationStage
-from services.coordinator.costs import costs_of
+from services.coordinator.costs import costs_of, work_of
 
 
 def costs(name: str, **given: ParamValue) -> dict[str, int]:
@@ -50,3 +59,44 @@ def test_videos_count_by_frames_too() -> None:
     assert long["denoising"] * 5 == short["denoising"] * 9
     assert long["decoding"] * 5 == short["decoding"] * 9
     assert long["text_encoding"] == short["text_encoding"] == 1
+
+
+def works(name: str, **given: ParamValue) -> dict[str, StageWork]:
+    model = open_model(name, load_registry())
+    validated = InputValidationStage(model).run({"prompt": "a red apple", **given})
+    return work_of(validated.variant.services, validated.params, validated.variant.name)
+
+
+def test_work_counts_steps_where_a_service_reports_them() -> None:
+    given = {"height": 64, "width": 128, "num_inference_steps": 7, "num_outputs_per_prompt": 3}
+    pixels, shape = 64 * 128 * 3, "64x128 outputs=3 branches=1"
+    assert works("emoji", **given) == {
+        "text_encoding": StageWork(1, 1, shape),
+        "latent_preparation": StageWork(1, pixels, shape),
+        "denoising": StageWork(7, pixels, shape),
+        "decoding": StageWork(1, pixels, shape),
+    }
+
+
+def test_guidance_doubles_the_tokens_of_a_step_and_is_another_shape() -> None:
+    plain = works("emoji")["denoising"]
+    guided = works("emoji", negative_prompt="green", true_cfg_scale=4.0)["denoising"]
+    assert guided.tokens == 2 * plain.tokens
+    assert guided.shape == plain.shape.replace("branches=1", "branches=2")
+
+
+@pytest.mark.parametrize("negative", [None, "", "green"])
+@pytest.mark.parametrize("scale", [0.0, 1.0, 1.5])
+@pytest.mark.parametrize("config", [PackedPipelineConfig, WanPipelineConfig])
+def test_branches_are_two_where_a_negative_prompt_is_encoded(
+    config: type[NegativePromptConfig], scale: float, negative: str | None
+) -> None:
+    given: dict[str, Any] = {"prompt": "x", "height": 16, "width": 16, "num_inference_steps": 1, "seed": 0}
+    params: SamplingParams
+    if config is WanPipelineConfig:
+        params = WanSamplingParams(**given, negative_prompt=negative, guidance_scale=scale)
+    else:
+        params = FluxSamplingParams(**given, negative_prompt=negative, true_cfg_scale=scale)
+    artifacts = params.artifacts()
+    wants = cast(Any, config).wants_negative(None, artifacts["prompt"], artifacts["sampling"])
+    assert params.branches == 1 + wants

@@ -91,7 +91,11 @@ def _build(run: Callable[..., Any], redis: Any, note: Callable[[], None]) -> Non
         caller, key = ("ann", "bob")[number % 2], f"key-r{number}"
         variant = ("image", "")[number % 2]
         costs = {"denoising": 5}
-        run("admit", admission(f"r{number}", owner, caller, idempotency_key=key, variant=variant, costs=costs))
+        work = {"denoising": f"20|64|{number}"}
+        run(
+            "admit",
+            admission(f"r{number}", owner, caller, idempotency_key=key, variant=variant, costs=costs, work=work),
+        )
         if number == 2:
             note()
         run("claim", claim(f"r{number}/{owner}/0", owner, caller))

@@ -16,7 +16,7 @@ from common.rpc.client import WorkerLost
 from common.rpc.framing import Packet
 from common.stage import Call, Contract
 from common.state.leases import Leases
-from common.state.worker_slots import FIRST_COME, WorkerSlot, WorkerSlots
+from common.state.worker_slots import FIRST_COME, Computed, WorkerSlot, WorkerSlots
 from fleet.v1 import artifacts_pb2, worker_pb2
 from services.coordinator import worker_runner
 from services.coordinator.resume import Recovery
@@ -42,8 +42,8 @@ class Store(WorkerSlots):
         worker = worker_pb2.WorkerInfo(worker_id=f"w{self.claimed}", address="here", reports_begun=True)
         return WorkerSlot(f"t{self.claimed}", "model/text_encoding", worker)
 
-    def release(self, slot: WorkerSlot, used_seconds: float = 0.0) -> None:
-        del used_seconds
+    def release(self, slot: WorkerSlot, used_seconds: float = 0.0, computed: Computed | None = None) -> None:
+        del used_seconds, computed
         self.released.append(slot)
 
     async def avoid(self, worker_id: str) -> float:

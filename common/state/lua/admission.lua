@@ -81,6 +81,7 @@ takes.admit = {
   'max_work',              -- ms of open work of one service, 0 for no bound
   'is_full',               -- 1 where the store is full, else 0
   'costs*',                -- pairs of service and cost
+  'work*',                 -- pairs of service and steps|tokens of a step|shape
   'events*',               -- serialised
 }
 function ops.admit(a)
@@ -123,6 +124,9 @@ function ops.admit(a)
   for i = 1, #costs, 2 do
     redis.call('HSET', P .. 'request:' .. id, 'left:' .. costs[i], costs[i + 1])
     redis.call('HINCRBY', P .. 'work:' .. model .. '/' .. costs[i], work_field(caller, a.variant), costs[i + 1])
+  end
+  for i = 1, #a.work, 2 do
+    redis.call('HSET', P .. 'request:' .. id, 'work:' .. a.work[i], a.work[i + 1])
   end
   redis.call('ZADD', P .. 'requests', int(next_number()), id)
   redis.call('SADD', P .. 'open:' .. model, id)

@@ -9,7 +9,8 @@
 --                                         and until its end submission, deaths (calls of it that were lost with their worker,
 --                                         a line each), point (the key of a step checkpoint), reached (its step), told (number and
 --                                         ids of the latest events), left:<service> (its cost, until that service is done
---                                         with it)
+--                                         with it); work:<service> (steps|tokens of a step|shape of its work there),
+--                                         done:<service> (fraction of that which is done)
 --   fleet:events:<id>              stream field `event`
 --   fleet:result:<id>:<epoch>:<file>:<n>  string a chunk of a file of the result
 --   fleet:checkpoint:<id>:<epoch>-<n>     hash   a step checkpoint by part: 0 its origin, 1 its header, then its chunks
@@ -30,6 +31,7 @@
 --   fleet:slots:<model>/<svc>      hash   ticket -> worker | owner | cost | when it was granted
 --   fleet:pace:<model>/<svc>       string ms that slots were held and the cost of what held them, of the latest
 --   fleet:pace:<model>/<svc>@<variant>  string the same of one variant's requests, whose cost may weigh otherwise
+--   fleet:paces:<model>/<svc>      hash   shape -> compute seconds, their steps, tokens of a step, when measured
 --   fleet:work:<model>/<svc>       hash   caller, or caller|variant -> cost of open requests that still need the service
 --   fleet:reply:<name>             list   a reply that workers share: its checksum, then its frames
 --   fleet:replies, fleet:reply-sizes   zset, hash   names of these by when they expire; their bytes

@@ -6,6 +6,7 @@ takes.append = {
   'state',    -- the new one, or ''
   'extra',    -- addition to the record, serialised
   'events*',  -- serialised
+  'done*',    -- pairs of service and the fraction of its work that is done
 }
 function ops.append(a)
   local refused = refusal(a.id, a.epoch)
@@ -25,6 +26,9 @@ function ops.append(a)
   end
   if redis.call('HSTRLEN', key, 'extra') < MOST_EXTRA then
     extend(a.id, a.extra)
+  end
+  for i = 1, #a.done, 2 do
+    redis.call('HSET', key, 'done:' .. a.done[i], a.done[i + 1])
   end
   ids = add_events(a.id, a.events)
   redis.call('HSET', key, 'told', a.number .. ' ' .. table.concat(ids, ' '))

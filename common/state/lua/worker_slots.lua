@@ -239,6 +239,7 @@ takes.release = {
   'ticket',
   'place',  -- model/service
   'used',   -- ms that a request took which succeeded, else 0
+  'computed*',  -- where the worker reported it: its compute seconds, and the steps that an earlier attempt had done
 }
 function ops.release(a)
   local ticket, place, ms = a.ticket, a.place, tonumber(a.used)
@@ -250,6 +251,9 @@ function ops.release(a)
     if variant ~= '' then
       measure(place .. '@' .. variant, ms, cost)
     end
+  end
+  if a.computed[2] then
+    note_computed(ticket, place, tonumber(a.computed[1]), tonumber(a.computed[2]))
   end
   if ms > 0 then
     settle(string.match(ticket, '^[^/]*'), string.match(place, '[^/]*$'))

@@ -1151,6 +1151,8 @@ class ServiceStatus(_message.Message):
     BUSY_FIELD_NUMBER: _builtins.int
     QUEUED_FIELD_NUMBER: _builtins.int
     GROUPS_FIELD_NUMBER: _builtins.int
+    QUEUED_SECONDS_FIELD_NUMBER: _builtins.int
+    UNMEASURED_FIELD_NUMBER: _builtins.int
     KERNELS_FIELD_NUMBER: _builtins.int
     service: _builtins.str
     """Service, such as "denoising"."""
@@ -1162,6 +1164,10 @@ class ServiceStatus(_message.Message):
     """Requests they are working on."""
     queued: _builtins.int
     """Requests that wait."""
+    queued_seconds: _builtins.float
+    """Compute seconds of work that wait or run there: remaining steps times the pace of their shape."""
+    unmeasured: _builtins.bool
+    """Whether an assumed time entered queued_seconds, as nothing was measured at the service yet."""
     @_builtins.property
     def groups(self) -> _containers.RepeatedCompositeFieldContainer[_worker_pb2.Degrees]:
         """Degrees of those live workers that are worker groups, one entry a worker; at most 1000."""
@@ -1179,11 +1185,13 @@ class ServiceStatus(_message.Message):
         busy: _builtins.int = ...,
         queued: _builtins.int = ...,
         groups: _abc.Iterable[_worker_pb2.Degrees] | None = ...,
+        queued_seconds: _builtins.float = ...,
+        unmeasured: _builtins.bool = ...,
         kernels: _abc.Iterable[_worker_pb2.KernelPackage] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["busy", b"busy", "capacity", b"capacity", "groups", b"groups", "kernels", b"kernels", "queued", b"queued", "service", b"service", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["busy", b"busy", "capacity", b"capacity", "groups", b"groups", "kernels", b"kernels", "queued", b"queued", "queued_seconds", b"queued_seconds", "service", b"service", "unmeasured", b"unmeasured", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -40,6 +40,7 @@ from common.safetensors_header import read_header
 from common.settings import load_settings
 from common.stage import Call, Contract
 from common.state.requests import Admission, RequestStore
+from common.state.stage_loads import StageLoads
 from common.tensors import TORCH
 from fleet.v1 import artifacts_pb2 as pb
 from fleet.v1 import generation_pb2
@@ -129,6 +130,9 @@ class _Context:
 
     def invocation_metadata(self) -> tuple[()]:
         return ()
+
+    def set_trailing_metadata(self, metadata: Any) -> None:
+        assert metadata
 
 
 class Reader:
@@ -345,7 +349,8 @@ def public_service(model: ServedModel) -> ServiceHandler:
     store = RequestStore(cast(Any, _NoRedis()))
     driver = cast(Driver, _Driver(store))
     offered = {"emoji": OfferedModel.of(model)}
-    service = GenerationService(offered, store, cast(Any, _Registry()), driver, CoordinatorSettings())
+    loads = StageLoads(cast(Any, _NoRedis()), 10.0)
+    service = GenerationService(offered, store, cast(Any, _Registry()), loads, driver, CoordinatorSettings())
     return ServiceHandler(PUBLIC, service.functions)
 
 

@@ -1,0 +1,151 @@
+"""KEDA's external scaler: the load of every stage of every model, for autoscalers. It opens no port by itself."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from dataclasses import dataclass
+
+from common.errors import InvalidInput, NotFound, Unavailable
+from common.scaling import StageLoad
+from externalscaler import externalscaler_pb2 as pb
+from services.coordinator.handlers import Function
+
+_POLL_SECONDS = 0.25  # between two reads of a stage whose activity is pushed
+_METADATA = "scalerMetadata"
+_METRICS: Mapping[str, Callable[[StageLoad, float], float]] = {
+    "wanted_seconds": lambda load, target: load.wanted_seconds(target),
+    "queued_seconds": lambda load, _: load.queued_seconds,
+}
+_DEFAULT_METRIC = "wanted_seconds"
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ScaleTarget:
+    """What the metadata of a trigger ask for. `seconds` of the metric are the work of one replica."""
+
+    model: str
+    stage: str
+    seconds: float
+    metric: str
+
+
+class ScalerService:
+    """The RPCs of externalscaler.ExternalScaler, by name in `functions`.
+
+    `stages` has the services of each model, and `read` returns the load of a model's service.
+    """
+
+    def __init__(self, stages: Mapping[str, tuple[str, ...]], read: Callable[[str, str], Awaitable[StageLoad]]) -> None:
+        self._stages = stages
+        self._read = read
+        self.functions: dict[str, Function] = {
+            "IsActive": self.is_active,
+            "StreamIsActive": self.stream_is_active,
+            "GetMetricSpec": self.get_metric_spec,
+            "GetMetrics": self.get_metrics,
+            "StreamMetricSpec": self.stream_metric_spec,
+        }
+
+    async def is_active(self, request: pb.ScaledObjectRef) -> pb.IsActiveResponse:
+        """Whether an open request still needs the stage."""
+        target = self._target(request.scalerMetadata)
+        return pb.IsActiveResponse(result=(await self._read(target.model, target.stage)).is_active)
+
+    async def stream_is_active(self, request: pb.ScaledObjectRef) -> AsyncGenerator[pb.IsActiveResponse, None]:
+        """The same at once, and whenever it changes. While the store is unavailable, nothing changes."""
+        target = self._target(request.scalerMetadata)
+        sent: bool | None = None
+        while True:
+            try:
+                load = await self._read(target.model, target.stage)
+            except Unavailable as error:
+                _log.warning("cannot read the load of %s/%s: %s", target.model, target.stage, error)
+            else:
+                if load.is_active != sent:
+                    sent = load.is_active
+                    yield pb.IsActiveResponse(result=sent)
+            await asyncio.sleep(_POLL_SECONDS)
+
+    async def get_metric_spec(self, request: pb.ScaledObjectRef) -> pb.GetMetricSpecResponse:
+        """The one metric of the target."""
+        return _spec(self._target(request.scalerMetadata))
+
+    async def stream_metric_spec(self, request: pb.ScaledObjectRef) -> AsyncGenerator[pb.GetMetricSpecResponse, None]:
+        """The same at once. It only depends on the metadata, so that nothing follows until the caller ends the call."""
+        yield _spec(self._target(request.scalerMetadata))
+        await asyncio.Event().wait()
+
+    async def get_metrics(self, request: pb.GetMetricsRequest) -> pb.GetMetricsResponse:
+        """The present value of the target's metric. KEDA may put a prefix before its name, which is not checked."""
+        target = self._target(request.scaledObjectRef.scalerMetadata)
+        value = _METRICS[target.metric](await self._read(target.model, target.stage), target.seconds)
+        return pb.GetMetricsResponse(
+            metricValues=[
+                pb.MetricValue(
+                    metricName=request.metricName or target.metric,
+                    metricValue=math.ceil(value),
+                    metricValueFloat=value,
+                )
+            ]
+        )
+
+    def _target(self, metadata: Mapping[str, str]) -> ScaleTarget:
+        """Read a trigger's metadata. Raises InvalidInput, and NotFound for an unknown model or stage."""
+        model, stage = _required(metadata, "model"), _required(metadata, "stage")
+        if model not in self._stages:
+            raise NotFound(
+                f"{_METADATA}.model: {model[:80]!r} is not served; models are {', '.join(sorted(self._stages))}",
+                field=f"{_METADATA}.model",
+            )
+        if stage not in self._stages[model]:
+            raise NotFound(
+                f"{_METADATA}.stage: {stage[:80]!r} is not a stage of {model}; stages are "
+                f"{', '.join(self._stages[model])}",
+                field=f"{_METADATA}.stage",
+            )
+        metric = metadata.get("metricName", _DEFAULT_METRIC)
+        if metric not in _METRICS:
+            raise InvalidInput(
+                f"{_METADATA}.metricName: {metric[:80]!r} is not {' or '.join(_METRICS)}",
+                field=f"{_METADATA}.metricName",
+            )
+        return ScaleTarget(model, stage, _seconds(_required(metadata, "targetSeconds")), metric)
+
+
+def _required(metadata: Mapping[str, str], name: str) -> str:
+    if not metadata.get(name):
+        raise InvalidInput(
+            f"{_METADATA}.{name} is missing; a trigger needs model, stage and targetSeconds",
+            field=f"{_METADATA}.{name}",
+        )
+    return metadata[name]
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not (math.isfinite(seconds) and seconds > 0):
+        raise InvalidInput(
+            f'{_METADATA}.targetSeconds: {text[:80]!r} is not a number above 0; "30" works',
+            field=f"{_METADATA}.targetSeconds",
+        )
+    return seconds
+
+
+def _spec(target: ScaleTarget) -> pb.GetMetricSpecResponse:
+    return pb.GetMetricSpecResponse(
+        metricSpecs=[
+            pb.MetricSpec(
+                metricName=target.metric,
+                targetSize=max(1, round(target.seconds)),
+                targetSizeFloat=target.seconds,
+            )
+        ]
+    )

@@ -1,0 +1,231 @@
+"""KEDA's external scaler in a running coordinator."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from certificates import Authority
+from common.rpc.client import open_channel
+from common.rpc.tls import channel_credentials, read_authority
+from common.stage import Call
+from coordinator_fleet import FakeFleet, Gate, Stub, error_of, run_on_fleet, submission, terminal
+from externalscaler import externalscaler_pb2 as pb
+from externalscaler import externalscaler_pb2_grpc
+from fleet.v1 import generation_pb2
+from redis_servers import running_server, until
+from tls_peers import mutual, tls_files
+
+STEPS = 10
+METADATA = {"model": "emoji", "stage": "denoising", "targetSeconds": "4"}
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    with running_server("valkey") as server:
+        yield server.url
+
+
+def target(**changed: str) -> pb.ScaledObjectRef:
+    metadata = {name: value for name, value in {**METADATA, **changed}.items() if value}
+    return pb.ScaledObjectRef(name="denoising", namespace="fleet", scalerMetadata=metadata)
+
+
+class Keda:
+    """An autoscaler's stub of the external scaler."""
+
+    def __init__(self, channel: grpc.aio.Channel) -> None:
+        self.stub: Any = externalscaler_pb2_grpc.ExternalScalerStub(channel)
+
+    async def value(self, **changed: str) -> float:
+        """The present value of the target's metric."""
+        (found,) = (await self.stub.GetMetrics(pb.GetMetricsRequest(scaledObjectRef=target(**changed)))).metricValues
+        assert found.metricValue >= found.metricValueFloat
+        return float(found.metricValueFloat)
+
+    async def is_active(self, **changed: str) -> bool:
+        """Whether the target needs a replica."""
+        return bool((await self.stub.IsActive(target(**changed))).result)
+
+
+async def keda(fleet: FakeFleet, **settings: Any) -> tuple[Keda, Any]:
+    """A coordinator with the scaler: its autoscaler's side, and its clients' stub."""
+    coordinator, stub = await fleet.add_coordinator(scaler_listen=f"unix:{fleet.directory}/scaler.sock", **settings)
+    channel = open_channel(coordinator.scaler_address)
+    fleet._stack.push_async_callback(channel.close)
+    return Keda(channel), stub
+
+
+def test_a_request_without_workers_activates_its_stages_within_a_second(url: str) -> None:
+    async def story(fleet: FakeFleet) -> None:
+        scaler, stub = await keda(fleet)
+        activity = aiter(scaler.stub.StreamIsActive(target()))
+        assert not (await anext(activity)).result
+        assert not await scaler.is_active()
+        assert await scaler.value() == 0
+        submitted = time.monotonic()
+        name = (await stub.Submit(submission())).request.request_id
+        assert (await anext(activity)).result
+        assert time.monotonic() - submitted < 1
+        assert await scaler.is_active(stage="decoding")
+        await stub.CancelRequest(generation_pb2.CancelRequestRequest(request_id=name))
+        assert not (await anext(activity)).result
+        ended = time.monotonic()
+
+        async def nothing_is_queued() -> bool:
+            values = [await scaler.value(stage=each, metricName="queued_seconds") for each in ("text_encoding",)]
+            return not any(values)
+
+        await until(nothing_is_queued)
+        assert time.monotonic() - ended < 1
+
+    run_on_fleet(url, story)
+
+
+def test_waiting_and_running_requests_count_by_what_the_worker_computed(url: str) -> None:
+    async def story(fleet: FakeFleet) -> None:
+        gate = Gate()
+
+        def steps(call: Call) -> None:
+            """Half of the steps, of 0.02 s each; then wait, and do the rest."""
+            for step in range(1, STEPS + 1):
+                time.sleep(0.02)
+                call.progress(step, STEPS)
+                if step == STEPS // 2 and gate.reached.is_set():
+                    gate(call)
+
+        fleet.scripts["denoising"].work = steps
+        await fleet.add_workers()
+        scaler, stub = await keda(fleet, step_seconds=0.0, assumed_seconds=7.0)
+        request = submission()
+        request.parameters.num_inference_steps = STEPS
+        first = (await stub.Submit(request)).request.request_id
+        assert (await terminal(stub, first))[-1].state_change.state == generation_pb2.REQUEST_STATE_SUCCEEDED
+        gate.reached.set()
+        names = [(await stub.Submit(request)).request.request_id for _ in range(3)]
+        whole = STEPS * 0.02
+
+        async def half_of_one_and_two_more_are_left() -> bool:
+            queued, wanted = await scaler.value(metricName="queued_seconds"), await scaler.value()
+            return queued > 2.4 * whole and wanted - 4 == pytest.approx(queued * 2 / 2.5, rel=0.01)
+
+        await until(half_of_one_and_two_more_are_left)
+        assert await scaler.value(targetSeconds="0.001") == pytest.approx(0.003)
+        services = {each.service: each for each in (await _model(stub)).services}
+        assert services["denoising"].queued_seconds > 2.4 * whole
+        assert not services["denoising"].unmeasured
+        gate.opened.set()
+        for name in names:
+            await terminal(stub, name)
+        assert await scaler.value() == 0
+
+    run_on_fleet(url, story)
+
+
+async def _model(stub: Stub) -> generation_pb2.Model:
+    (model,) = (await stub.ListModels(generation_pb2.ListModelsRequest())).models
+    return model
+
+
+def test_the_assumed_time_counts_until_something_is_measured(url: str) -> None:
+    async def story(fleet: FakeFleet) -> None:
+        scaler, stub = await keda(fleet, assumed_seconds=7.0)
+        await stub.Submit(submission())
+
+        async def waits() -> bool:
+            return await scaler.value(stage="text_encoding", metricName="queued_seconds") == 7.0
+
+        await until(waits)
+        assert await scaler.value(stage="text_encoding") == 4.0
+        services = {each.service: each for each in (await _model(stub)).services}
+        assert services["text_encoding"].unmeasured
+
+    run_on_fleet(url, story)
+
+
+def test_the_metric_has_the_seconds_of_one_replica(url: str) -> None:
+    async def story(fleet: FakeFleet) -> None:
+        scaler, _ = await keda(fleet)
+        (spec,) = (await scaler.stub.GetMetricSpec(target())).metricSpecs
+        assert (spec.metricName, spec.targetSize, spec.targetSizeFloat) == ("wanted_seconds", 4, 4.0)
+        pushed = await anext(aiter(scaler.stub.StreamMetricSpec(target())))
+        assert list(pushed.metricSpecs) == [spec]
+
+    run_on_fleet(url, story)
+
+
+@pytest.mark.parametrize(
+    ("changed", "code", "words"),
+    [
+        ({"model": "other"}, "NOT_FOUND", "models are emoji"),
+        ({"stage": "image_encoding"}, "NOT_FOUND", "stages are text_encoding, latent_preparation, denoising, decoding"),
+        ({"model": ""}, "INVALID_ARGUMENT", "scalerMetadata.model is missing"),
+        ({"targetSeconds": ""}, "INVALID_ARGUMENT", "scalerMetadata.targetSeconds is missing"),
+        ({"targetSeconds": "0"}, "INVALID_ARGUMENT", "is not a number above 0"),
+        ({"targetSeconds": "nan"}, "INVALID_ARGUMENT", "is not a number above 0"),
+        ({"metricName": "x"}, "INVALID_ARGUMENT", "is not wanted_seconds or queued_seconds"),
+    ],
+)
+def test_wrong_metadata_is_refused_by_every_rpc(url: str, changed: dict[str, str], code: str, words: str) -> None:
+    async def story(fleet: FakeFleet) -> None:
+        scaler, _ = await keda(fleet)
+        reference = target(**changed)
+        calls = [
+            scaler.stub.IsActive(reference),
+            anext(aiter(scaler.stub.StreamIsActive(reference))),
+            scaler.stub.GetMetricSpec(reference),
+            anext(aiter(scaler.stub.StreamMetricSpec(reference))),
+            scaler.stub.GetMetrics(pb.GetMetricsRequest(scaledObjectRef=reference)),
+        ]
+        for result in await asyncio.gather(*calls, return_exceptions=True):
+            assert isinstance(result, grpc.aio.AioRpcError)
+            assert error_of(result)[0] == code
+            assert words in (result.details() or "")
+
+    run_on_fleet(url, story)
+
+
+def test_two_coordinators_report_the_same(url: str) -> None:
+    async def story(fleet: FakeFleet) -> None:
+        scaler, stub = await keda(fleet)
+        other, _ = await fleet.add_coordinator(scaler_listen=f"unix:{fleet.directory}/scaler-2.sock")
+        channel = open_channel(other.scaler_address)
+        fleet._stack.push_async_callback(channel.close)
+        for _ in range(3):
+            await stub.Submit(submission())
+
+        async def three_wait() -> bool:
+            return await scaler.value(stage="text_encoding", metricName="queued_seconds") == 30.0
+
+        await until(three_wait)
+        assert await Keda(channel).value(stage="text_encoding") == await scaler.value(stage="text_encoding") == 12.0
+
+    run_on_fleet(url, story)
+
+
+def test_callers_of_the_scaler_show_a_certificate_of_the_fleet(url: str, tmp_path: Path) -> None:
+    authority, others = Authority(tmp_path / "fleet"), Authority(tmp_path / "others", "somebody else")
+
+    async def outcome(address: str, credentials: grpc.ChannelCredentials) -> str:
+        async with open_channel(address, credentials, server_name="coordinator") as channel:
+            try:
+                await Keda(channel).is_active()
+            except grpc.aio.AioRpcError as error:
+                return error.code().name
+        return "OK"
+
+    async def story(fleet: FakeFleet) -> None:
+        files = tls_files(authority, "coordinator")
+        coordinator, _ = await fleet.add_coordinator(scaler_listen="127.0.0.1:0", **files)
+        address = coordinator.scaler_address
+        assert await outcome(address, mutual(authority, authority.issue("keda"))) == "OK"
+        assert await outcome(address, mutual(authority, others.issue("keda"))) == "UNAVAILABLE"
+        assert await outcome(address, channel_credentials(read_authority(authority.ca))) == "UNAVAILABLE"
+
+    run_on_fleet(url, story)
