@@ -25,7 +25,8 @@ class FleetServer:
     """One listening server. Add servicers to `grpc_server` or `add`, start, say when it is ready, drain.
 
     Without `credentials` it speaks in the clear. `admit` looks at who calls the fleet's own methods. `health_listen` is
-    an address of its own for health checks in the clear: kubelets and other probes have no certificates.
+    an address of its own for health checks in the clear: kubelets and other probes have no certificates. The health of
+    the service name `grpc.health.v1.Health` is SERVING until the drain, ready or not: a liveness probe asks for it.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class FleetServer:
         names = (*self._services, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self.grpc_server)
         await self.set_ready(False)
+        await self._health.set(health.SERVICE_NAME, health_pb2.HealthCheckResponse.SERVING)
         self.address = _bind(self.grpc_server, self._listen, self._credentials)
         if self._health_listen:
             self._health_server = make_server(interceptors=[CallGate()], options=server_options(ServerLimits()))

@@ -1,0 +1,322 @@
+"""Semantic checks of rendered manifests: what schemas cannot find. Each takes an overlay's objects and yields errors.
+
+CHECKS has them by name. Checks of scalers and of the network are in modules of their own.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
+
+from manifest_network import admitted_ports, dangling_peers, flows, unselected_pods
+from manifest_scalers import metric_names, scale_targets, scaled_once, triggers
+from manifests import (
+    FLEET_CONTAINER,
+    ROOT,
+    SERVICES,
+    Manifest,
+    Pod,
+    arguments,
+    environment,
+    find,
+    matches,
+    name_of,
+    of_kind,
+    pods,
+    shared_variables,
+)
+
+from common.errors import InvalidInput
+from common.settings import load_settings
+from models.catalog import open_model, shipped_models
+from models.registry import load_registry
+from services.cli.serve import settings_class
+
+Check = Callable[[Sequence[Manifest]], Iterator[str]]
+
+HEALTH_SERVICE = "grpc.health.v1.Health"
+KNOWN_SERVICES = frozenset({HEALTH_SERVICE, "grpc.reflection.v1alpha.ServerReflection"})
+SECRETS_OF_USERS = frozenset({"fleet-redis", "fleet-tls-coordinator", "fleet-tls-stage", "fleet-tls-keda"})
+"""Secrets that the runbook says how to make."""
+
+_FINISH_SECONDS = 5.0  # until a process has ended after grace_seconds
+_AGENT_SECONDS = 11.0  # that the agent of a worker group waits beyond its ranks' grace_seconds
+_CLUSTER_WIDE = frozenset({"Namespace"})
+
+
+def selectors(manifests: Sequence[Manifest]) -> Iterator[str]:
+    """A workload's selector fits its own template; every other selector selects a pod."""
+    for each in of_kind(manifests, "Deployment"):
+        if not matches(each["spec"]["selector"], each["spec"]["template"]["metadata"]["labels"]):
+            yield f"{name_of(each)}: selector does not match its own pods"
+    templates = pods(manifests)
+    for each in of_kind(manifests, "Service", "PodDisruptionBudget", "NetworkPolicy", "PodMonitor"):
+        if not any(matches(_selector(each), pod.labels) for pod in templates):
+            yield f"{name_of(each)}: selector matches no pod"
+    for pod in templates:
+        for spread in pod.spec.get("topologySpreadConstraints", []):
+            if not matches(spread["labelSelector"], pod.labels):
+                yield f"{pod.owner}: topologySpreadConstraints do not select its own pods"
+
+
+def _selector(manifest: Manifest) -> Manifest:
+    spec = manifest["spec"]
+    if manifest["kind"] == "Service":
+        return {"matchLabels": spec["selector"]}
+    selector: Manifest = spec["podSelector" if manifest["kind"] == "NetworkPolicy" else "selector"]
+    return selector
+
+
+def ports(manifests: Sequence[Manifest]) -> Iterator[str]:
+    """Ports of Services, routes, monitors and probes are container ports."""
+    for service in of_kind(manifests, "Service"):
+        for pod in [each for each in pods(manifests) if each.serves and matches(_selector(service), each.labels)]:
+            for port in service["spec"]["ports"]:
+                target = port.get("targetPort", port["port"])
+                if target not in pod.ports and target not in pod.ports.values():
+                    yield f"{name_of(service)}: targetPort {target} is not a port of {pod.owner}"
+    for route in of_kind(manifests, "GRPCRoute"):
+        for backend in [backend for rule in route["spec"]["rules"] for backend in rule["backendRefs"]]:
+            service_ = find(manifests, "Service", backend["name"])
+            if service_ is None or backend["port"] not in [port["port"] for port in service_["spec"]["ports"]]:
+                yield f"{name_of(route)}: {backend['name']}:{backend['port']} is not a port of a Service"
+    for monitor in of_kind(manifests, "PodMonitor"):
+        for pod in [each for each in pods(manifests) if each.serves and matches(_selector(monitor), each.labels)]:
+            for endpoint in monitor["spec"]["podMetricsEndpoints"]:
+                if endpoint["port"] not in pod.ports:
+                    yield f"{name_of(monitor)}: port {endpoint['port']} is not a port of {pod.owner}"
+
+
+def probes(manifests: Sequence[Manifest]) -> Iterator[str]:
+    """Every server has three probes, on its ports; gRPC ones name a service that exists, liveness the process alone."""
+    for pod in [each for each in pods(manifests) if each.serves]:
+        for kind in ("startupProbe", "readinessProbe", "livenessProbe"):
+            probe = pod.container.get(kind)
+            if probe is None:
+                yield f"{pod.owner}: has no {kind}"
+            elif "grpc" in probe:
+                yield from _grpc_probe(pod, kind, probe["grpc"])
+            elif "tcpSocket" in probe and probe["tcpSocket"]["port"] not in {*pod.ports, *pod.ports.values()}:
+                yield f"{pod.owner}: {kind} asks port {probe['tcpSocket']['port']}, which is no container port"
+
+
+def _grpc_probe(pod: Pod, kind: str, probe: Manifest) -> Iterator[str]:
+    known = {HEALTH_SERVICE, *(_services_of(pod.service))}
+    if probe["port"] not in pod.ports.values():
+        yield f"{pod.owner}: {kind} asks port {probe['port']}, which is no container port"
+    if probe.get("service") not in known:
+        yield f"{pod.owner}: {kind} asks for {probe.get('service')!r}; its services are {sorted(known)}"
+    if (kind == "livenessProbe") != (probe.get("service") == HEALTH_SERVICE) and kind != "startupProbe":
+        yield f"{pod.owner}: liveness asks for {HEALTH_SERVICE}, readiness for the service, not {kind} for {probe}"
+
+
+def _services_of(service: str) -> list[str]:
+    """Names that the health service of a process knows besides its own, from the protos."""
+    if service == "coordinator":
+        return proto_services("generation")
+    return proto_services(service) + proto_services("worker")
+
+
+def proto_services(proto: str) -> list[str]:
+    """Full names of the services of a file in proto/fleet/v1; none where it is not there."""
+    path = ROOT / "proto" / "fleet" / "v1" / f"{proto}.proto"
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    return [f"fleet.v1.{name}" for name in re.findall(r"^service (\w+)", text, re.MULTILINE)]
+
+
+def routes(manifests: Sequence[Manifest]) -> Iterator[str]:
+    """Every service that a route names is served by the coordinator, and reflection has a route."""
+    known = {*proto_services("generation"), *KNOWN_SERVICES}
+    named = [
+        (route, match["method"]["service"])
+        for route in of_kind(manifests, "GRPCRoute")
+        for rule in route["spec"]["rules"]
+        for match in rule["matches"]
+    ]
+    yield from (f"{name_of(route)}: {name} is not served" for route, name in named if name not in known)
+    if named and (lacking := known - {name for _, name in named}):
+        yield f"GRPCRoute: no route for {sorted(lacking)}"
+
+
+def settings(manifests: Sequence[Manifest]) -> Iterator[str]:
+    """Flags and variables are settings of the service that gets them, with values that it takes."""
+    readers: dict[str, list[frozenset[str]]] = {}
+    for pod in [each for each in pods(manifests) if each.service]:
+        if pod.service not in SERVICES:
+            yield f"{pod.owner}: {pod.service} is not a service; services are {sorted(SERVICES)}"
+            continue
+        read = frozenset(f"FLEET_{name.upper()}" for name in settings_class(pod.service).__dataclass_fields__)
+        for each in pod.container.get("env", []):
+            if each["name"] not in read:
+                yield f"{pod.owner}: {each['name']} is not a setting of {pod.service}"
+        for source in pod.container.get("envFrom", []):
+            for name in shared_variables(manifests, source):
+                readers.setdefault(name, []).append(read)
+        try:
+            _load(manifests, pod)
+        except InvalidInput as error:
+            yield f"{pod.owner}: {error.message}"
+    yield from (f"{name} is read by no service" for name, sets in readers.items() if not any(name in s for s in sets))
+
+
+def _load(manifests: Sequence[Manifest], pod: Pod) -> Mapping[str, object]:
+    """The settings with which the pod's process runs, by name. Raises InvalidInput."""
+    flags = arguments(manifests, pod.container)[1:]
+    environ = environment(manifests, pod.container)
+    return dict(vars(load_settings(settings_class(pod.service), flags, prog=pod.service, environ=environ)))
+
+
+def listening(manifests: Sequence[Manifest]) -> Iterator[str]:
+    """The ports of serving pods are those on which their settings make them listen."""
+    for pod in _readable(manifests):
+        values = _load(manifests, pod)
+        where = {"grpc": values["listen"], "health": values["health_listen"], "metrics": f":{values['metrics_port']}"}
+        where["scaler"] = values.get("scaler_listen", "")
+        for name, port in pod.ports.items():
+            if name in where and str(where[name]).rpartition(":")[2] != str(port):
+                yield f"{pod.owner}: port {name} is {port}, but it listens on {where[name]!r}"
+
+
+def grace(manifests: Sequence[Manifest]) -> Iterator[str]:
+    """A pod gets longer to end than preStop and grace_seconds take together."""
+    for pod in [*_readable(manifests), *[each for each in pods(manifests) if not each.serves]]:
+        values = _load(manifests, pod)
+        before = pod.container.get("lifecycle", {}).get("preStop", {}).get("sleep", {}).get("seconds", 0)
+        ranks = [str(values.get(axis, 1)) for axis in ("tp", "ulysses", "ring", "cfg")]
+        agent = _AGENT_SECONDS if set(ranks) != {"1"} else 0.0
+        needed = before + float(str(values["grace_seconds"])) + agent + _FINISH_SECONDS
+        if pod.spec["terminationGracePeriodSeconds"] < needed:
+            yield f"{pod.owner}: terminationGracePeriodSeconds is shorter than the {needed:g} s that its end may take"
+
+
+def _readable(manifests: Sequence[Manifest]) -> list[Pod]:
+    """Serving pods of the fleet whose settings can be loaded; `settings` reports the others."""
+    found = []
+    for pod in [each for each in pods(manifests) if each.serves and each.service in SERVICES]:
+        try:
+            _load(manifests, pod)
+        except InvalidInput:
+            continue
+        found.append(pod)
+    return found
+
+
+def references(manifests: Sequence[Manifest]) -> Iterator[str]:
+    """ConfigMaps, Secrets, claims, ServiceAccounts and mounted volumes that pods name are there."""
+    for pod in pods(manifests):
+        named = [("ServiceAccount", pod.spec["serviceAccountName"])]
+        for volume in pod.spec.get("volumes", []):
+            named += [("ConfigMap", volume["configMap"]["name"])] if "configMap" in volume else []
+            named += [("Secret", volume["secret"]["secretName"])] if "secret" in volume else []
+            claim = volume.get("persistentVolumeClaim")
+            named += [("PersistentVolumeClaim", claim["claimName"])] if claim else []
+        volumes = {volume["name"] for volume in pod.spec.get("volumes", [])}
+        for container in pod.containers:
+            named += [("ConfigMap", each["configMapRef"]["name"]) for each in container.get("envFrom", [])]
+            sources = [each.get("valueFrom", {}).get("secretKeyRef") for each in container.get("env", [])]
+            named += [("Secret", source["name"]) for source in sources if source]
+            mounted = {mount["name"] for mount in container.get("volumeMounts", [])}
+            yield from (f"{pod.owner}: mounts {name}, which is no volume of it" for name in sorted(mounted - volumes))
+        for kind, name in named:
+            users = kind == "Secret" and name in SECRETS_OF_USERS
+            if not users and find(manifests, kind, name) is None:
+                yield f"{pod.owner}: {kind} {name} is not there"
+
+
+def security(manifests: Sequence[Manifest]) -> Iterator[str]:
+    """Every pod and container has the fields that the Pod Security Standard `restricted` asks for, and more."""
+    for account in of_kind(manifests, "ServiceAccount"):
+        if account.get("automountServiceAccountToken") is not False:
+            yield f"{name_of(account)}: automountServiceAccountToken is not false"
+    for pod in pods(manifests):
+        context = pod.spec.get("securityContext", {})
+        wanted = {"runAsNonRoot": True, "runAsUser": 10001, "seccompProfile": {"type": "RuntimeDefault"}}
+        for name, value in wanted.items():
+            if context.get(name) != value:
+                yield f"{pod.owner}: securityContext.{name} is not {value}"
+        for name in ("automountServiceAccountToken", "enableServiceLinks"):
+            if pod.spec.get(name) is not False:
+                yield f"{pod.owner}: {name} is not false"
+        for container in pod.containers:
+            yield from (f"{pod.owner}: container {container['name']}: {each}" for each in _insecure(container))
+
+
+def _insecure(container: Manifest) -> Iterator[str]:
+    context, resources = container.get("securityContext", {}), container.get("resources", {})
+    wanted = {"allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]}}
+    for name, value in wanted.items():
+        if context.get(name) != value:
+            yield f"securityContext.{name} is not {value}"
+    for kind in ("requests", "limits"):
+        if not {"cpu", "memory"} <= set(resources.get(kind, {})):
+            yield f"resources.{kind} lacks cpu or memory"
+
+
+def images(manifests: Sequence[Manifest]) -> Iterator[str]:
+    """Images are targets of the Dockerfile, and the ones that the service needs: one with CUDA on pods with a GPU."""
+    for pod in [each for each in pods(manifests) if each.container["name"] == FLEET_CONTAINER]:
+        gpus = "nvidia.com/gpu" in pod.container.get("resources", {}).get("limits", {})
+        wanted = "coordinator" if pod.service == "coordinator" else "gpu" if gpus else "cpu"
+        if pod.container["image"].partition(":")[2] != wanted:
+            yield f"{pod.owner}: image {pod.container['image']} is not diffusion-fleet:{wanted}"
+
+
+def labels(manifests: Sequence[Manifest]) -> Iterator[str]:
+    """Every object has the recommended labels and is in the fleet's namespace."""
+    recommended = {"app.kubernetes.io/name", "app.kubernetes.io/component", "app.kubernetes.io/part-of"}
+    for each in of_kind(manifests, *{one["kind"] for one in manifests} - {"Namespace", "ConfigMap", "Secret"}):
+        if lacking := recommended - set(each["metadata"].get("labels", {})):
+            yield f"{name_of(each)}: lacks {sorted(lacking)}"
+    for each in manifests:
+        if each["kind"] not in _CLUSTER_WIDE and each["metadata"].get("namespace") != "diffusion-fleet":
+            yield f"{name_of(each)}: is not in the namespace diffusion-fleet"
+
+
+def kinds(manifests: Sequence[Manifest]) -> Iterator[str]:
+    """Each service has a Service, a ServiceAccount, a PodDisruptionBudget and a NetworkPolicy of its name."""
+    for pod in pods(manifests):
+        name = pod.labels["app.kubernetes.io/name"]
+        for kind in ("Service", "ServiceAccount", "PodDisruptionBudget", "NetworkPolicy"):
+            if find(manifests, kind, name) is None:
+                yield f"{pod.owner}: there is no {kind} {name}"
+
+
+def stages(manifests: Sequence[Manifest]) -> Iterator[str]:
+    """The fleet has the stages of a shipped model that it serves, and no others."""
+    running = {pod.service for pod in pods(manifests) if pod.service} - {"coordinator"}
+    references_ = [str(each["data"].get("FLEET_MODEL", "")) for each in of_kind(manifests, "ConfigMap")]
+    for model in [each for each in references_ if each in shipped_models()]:
+        wanted = {spec.service for spec in open_model(model, load_registry()).services}
+        if running != wanted:
+            yield f"{model} needs {sorted(wanted)}, not {sorted(running)}"
+
+
+CHECKS: Mapping[str, Check] = MappingProxyType(
+    {
+        each.__name__: each
+        for each in (
+            selectors,
+            ports,
+            probes,
+            routes,
+            settings,
+            listening,
+            grace,
+            references,
+            security,
+            images,
+            labels,
+            kinds,
+            stages,
+            scale_targets,
+            scaled_once,
+            triggers,
+            metric_names,
+            admitted_ports,
+            dangling_peers,
+            unselected_pods,
+            flows,
+        )
+    }
+)

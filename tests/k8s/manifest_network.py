@@ -1,0 +1,112 @@
+"""Checks of NetworkPolicies: they admit what flows between the pods, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from manifests import Manifest, Pod, matches, name_of, of_kind, pods
+
+KEDA = {"kubernetes.io/metadata.name": "keda"}
+_OPEN_TO_ALL = {"coordinator": {"grpc", "health"}}  # the public API; other pods only have health checks
+
+
+def admitted_ports(manifests: Sequence[Manifest]) -> Iterator[str]:
+    """Ports of policies are container ports; a rule without peers admits health checks and the public API only."""
+    for policy in of_kind(manifests, "NetworkPolicy"):
+        for pod in _selected(manifests, policy):
+            for rule in policy["spec"].get("ingress", []):
+                yield from _ingress_errors(policy, pod, rule)
+        for rule in policy["spec"].get("egress", []):
+            for pod in [each for each in pods(manifests) if each.serves and _is_peer(rule.get("to", []), each.labels)]:
+                for port in rule.get("ports", []):
+                    if port["port"] not in pod.ports.values():
+                        yield f"{name_of(policy)}: egress port {port['port']} is not a port of {pod.owner}"
+
+
+def _ingress_errors(policy: Manifest, pod: Pod, rule: Manifest) -> Iterator[str]:
+    numbers = {port["port"] for port in rule.get("ports", [])}
+    if pod.serves and (lacking := numbers - set(pod.ports.values())):
+        yield f"{name_of(policy)}: ingress ports {sorted(lacking)} are not ports of {pod.owner}"
+    names = {name for name, port in pod.ports.items() if port in numbers or not numbers}
+    if not rule.get("from") and (wrong := names - _OPEN_TO_ALL.get(pod.service, {"health"})):
+        yield f"{name_of(policy)}: admits everybody to {sorted(wrong)} of {pod.owner}"
+    if "scaler" in names and [peer.get("namespaceSelector", {}).get("matchLabels") for peer in rule["from"]] != [KEDA]:
+        yield f"{name_of(policy)}: admits others than KEDA's namespace to the scaler"
+
+
+def dangling_peers(manifests: Sequence[Manifest]) -> Iterator[str]:
+    """A peer in the fleet's own namespace is a pod that is there."""
+    for policy in of_kind(manifests, "NetworkPolicy"):
+        rules = [*policy["spec"].get("ingress", []), *policy["spec"].get("egress", [])]
+        for peer in [peer for rule in rules for peer in [*rule.get("from", []), *rule.get("to", [])]]:
+            own = "podSelector" in peer and "namespaceSelector" not in peer
+            if own and not any(matches(peer["podSelector"], pod.labels) for pod in pods(manifests)):
+                yield f"{name_of(policy)}: peer {peer['podSelector']} is no pod"
+
+
+def unselected_pods(manifests: Sequence[Manifest]) -> Iterator[str]:
+    """Every pod is denied by default, in both directions."""
+    for pod in pods(manifests):
+        for direction in ("Ingress", "Egress"):
+            if not _policies(manifests, pod, direction):
+                yield f"{pod.owner}: no NetworkPolicy of type {direction} selects it"
+
+
+def flows(manifests: Sequence[Manifest]) -> Iterator[str]:
+    """The connections that the fleet makes are admitted at both ends, and no others between its pods."""
+    templates = pods(manifests)
+    for source in templates:
+        for target in templates:
+            for name, port in target.ports.items():
+                needed = _is_needed(source, target, name)
+                admitted = _admits(manifests, source, target, port)
+                if needed and not admitted:
+                    yield f"{source.owner} cannot connect to {target.owner}:{name}"
+                if admitted and not needed:
+                    yield f"{source.owner} can connect to {target.owner}:{name} without a need"
+
+
+def _is_needed(source: Pod, target: Pod, port: str) -> bool:
+    if target.container["name"] == "redis":
+        return bool(source.service)
+    if source.labels == target.labels and any("nnodes" in each for each in source.container.get("args", [])):
+        return True  # Ranks of a worker group.
+    return source.service == "coordinator" and target.service not in ("coordinator", "") and port == "grpc"
+
+
+def _admits(manifests: Sequence[Manifest], source: Pod, target: Pod, port: int) -> bool:
+    into = [
+        rule
+        for policy in _policies(manifests, target, "Ingress")
+        for rule in policy["spec"].get("ingress", [])
+        if (not rule.get("from") or _is_peer(rule["from"], source.labels)) and _has_port(rule, port)
+    ]
+    out = [
+        rule
+        for policy in _policies(manifests, source, "Egress")
+        for rule in policy["spec"].get("egress", [])
+        if _is_peer(rule.get("to", []), target.labels) and _has_port(rule, port)
+    ]
+    return bool(into and out)
+
+
+def _has_port(rule: Manifest, port: int) -> bool:
+    return "ports" not in rule or port in [each["port"] for each in rule["ports"]]
+
+
+def _is_peer(peers: Sequence[Manifest], labels: Mapping[str, str]) -> bool:
+    """Whether a pod of the fleet's namespace is among the peers."""
+    own = [peer["podSelector"] for peer in peers if "podSelector" in peer and "namespaceSelector" not in peer]
+    return any(matches(selector, labels) for selector in own)
+
+
+def _policies(manifests: Sequence[Manifest], pod: Pod, direction: str) -> list[Manifest]:
+    return [
+        policy
+        for policy in of_kind(manifests, "NetworkPolicy")
+        if direction in policy["spec"]["policyTypes"] and matches(policy["spec"]["podSelector"], pod.labels)
+    ]
+
+
+def _selected(manifests: Sequence[Manifest], policy: Manifest) -> list[Pod]:
+    return [pod for pod in pods(manifests) if matches(policy["spec"]["podSelector"], pod.labels)]

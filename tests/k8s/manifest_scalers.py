@@ -1,0 +1,153 @@
+"""Checks of autoscalers: their targets, the stages and models that they ask for, and the metrics in their queries."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from manifests import SERVICES, Manifest, find, matches, name_of, of_kind, pods
+from prometheus_client.metrics import MetricWrapperBase
+
+from common import telemetry
+from models.catalog import open_model, shipped_models
+from models.registry import load_registry
+from services.coordinator.scaler import _METRICS
+
+_SCALERS = ("ScaledObject", "HorizontalPodAutoscaler")
+_EXTERNAL = ("external", "external-push")
+_SUFFIXES = ("", "_total", "_bucket", "_sum", "_count")
+
+
+def scale_targets(manifests: Sequence[Manifest]) -> Iterator[str]:
+    """The target of each scaler is there and runs the stage whose load scales it."""
+    for scaler in of_kind(manifests, *_SCALERS):
+        stage = _target_stage(manifests, scaler)
+        if stage is None:
+            yield f"{name_of(scaler)}: its target {_target(scaler)} is not there"
+        for asked in _asked_stages(scaler):
+            if stage is not None and asked != stage:
+                yield f"{name_of(scaler)}: asks for the load of {asked}, but its target runs {stage}"
+
+
+def _target(scaler: Manifest) -> tuple[str, str]:
+    reference = scaler["spec"]["scaleTargetRef"]
+    return reference.get("kind", "Deployment"), reference["name"]
+
+
+def _target_stage(manifests: Sequence[Manifest], scaler: Manifest) -> str | None:
+    """The service of the pods that it scales; None where there is no such target."""
+    kind, name = _target(scaler)
+    if kind == "DisaggregatedSetRoleScaler":
+        owners = {
+            f"{name_of(each)}/{role['name']} worker"
+            for each in of_kind(manifests, "DisaggregatedSet")
+            for role in each["spec"]["roles"]
+            if f"{each['metadata']['name']}-{role['name']}" == name
+            and role.get("scaling", {}).get("mode") == "External"
+        }
+    else:
+        owners = {f"{kind}/{name}", f"{kind}/{name} leader"}
+    return next((pod.service for pod in pods(manifests) if pod.owner in owners), None)
+
+
+def _asked_stages(scaler: Manifest) -> list[str]:
+    """Stages by which it scales: of triggers, of queries, and of an HPA's external metrics."""
+    spec = scaler["spec"]
+    triggers_ = [each["metadata"] for each in spec.get("triggers", [])]
+    selectors = [each["external"]["metric"]["selector"]["matchLabels"] for each in spec.get("metrics", [])]
+    queries = re.findall(r'service="(\w+)"', " ".join(each.get("query", "") for each in triggers_))
+    return [each["stage"] for each in triggers_ if "stage" in each] + queries + [each["service"] for each in selectors]
+
+
+def scaled_once(manifests: Sequence[Manifest]) -> Iterator[str]:
+    """A target has one scaler, an HPA or a ScaledObject, and then no replicas in its manifest; KEDA's bounds fit."""
+    targets = [_target(scaler) for scaler in of_kind(manifests, *_SCALERS)]
+    for kind, name in sorted(set(targets)):
+        if targets.count((kind, name)) > 1:
+            yield f"{kind}/{name}: has {targets.count((kind, name))} scalers"
+        target = find(manifests, kind, name)
+        if target is not None and "replicas" in target["spec"]:
+            yield f"{kind}/{name}: names replicas, which belong to its scaler"
+    for each in of_kind(manifests, "Deployment"):
+        if "replicas" not in each["spec"] and ("Deployment", each["metadata"]["name"]) not in targets:
+            yield f"{name_of(each)}: names no replicas and has no scaler"
+    for each in of_kind(manifests, "ScaledObject"):
+        spec = each["spec"]
+        if "idleReplicaCount" in spec and not spec["idleReplicaCount"] < spec.get("minReplicaCount", 0):
+            yield f"{name_of(each)}: idleReplicaCount is not less than minReplicaCount, which KEDA refuses"
+
+
+def triggers(manifests: Sequence[Manifest]) -> Iterator[str]:
+    """A trigger reaches the coordinator's scaler and asks for a model and a stage that are served."""
+    for scaler in of_kind(manifests, "ScaledObject"):
+        for trigger in [each for each in scaler["spec"]["triggers"] if each["type"] in _EXTERNAL]:
+            for error in _trigger_errors(manifests, trigger, trigger["metadata"]):
+                yield f"{name_of(scaler)}: {error}"
+    for scaler in of_kind(manifests, "HorizontalPodAutoscaler"):
+        for metric in scaler["spec"]["metrics"]:
+            asked = metric["external"]["metric"]["selector"]["matchLabels"]
+            yield from (f"{name_of(scaler)}: {each}" for each in _unserved(manifests, asked["model"], asked["service"]))
+
+
+def _trigger_errors(manifests: Sequence[Manifest], trigger: Manifest, asked: Mapping[str, str]) -> Iterator[str]:
+    host, _, port = asked["scalerAddress"].rpartition(":")
+    service = find(manifests, "Service", host.partition(".")[0])
+    if service is None or host != f"{service['metadata']['name']}.{service['metadata']['namespace']}.svc":
+        yield f"{asked['scalerAddress']} is not NAME.NAMESPACE.svc of a Service"
+    elif not _is_served(manifests, service, int(port)):
+        yield f"{asked['scalerAddress']} is no port on which coordinators serve the scaler"
+    if not float(asked["targetSeconds"]) > 0:
+        yield f"targetSeconds {asked['targetSeconds']} is not more than 0"
+    if asked.get("metricName", "wanted_seconds") not in _METRICS:
+        yield f"metricName {asked['metricName']} is none of {sorted(_METRICS)}"
+    yield from _unserved(manifests, asked["model"], asked["stage"])
+    authentication = trigger.get("authenticationRef", {}).get("name")
+    if authentication and find(manifests, "TriggerAuthentication", authentication) is None:
+        yield f"TriggerAuthentication {authentication} is not there"
+
+
+def _is_served(manifests: Sequence[Manifest], service: Manifest, port: int) -> bool:
+    target = next((each["targetPort"] for each in service["spec"]["ports"] if each["port"] == port), None)
+    chosen = [pod for pod in pods(manifests) if matches({"matchLabels": service["spec"]["selector"]}, pod.labels)]
+    listens = [
+        each["value"].rpartition(":")[2]
+        for pod in chosen
+        for each in pod.container["env"]
+        if each["name"] == "FLEET_SCALER_LISTEN"
+    ]
+    return bool(chosen) and all(listens == [str(pod.ports.get(str(target)))] for pod in chosen)
+
+
+def _unserved(manifests: Sequence[Manifest], model: str, stage: str) -> Iterator[str]:
+    """Errors for a model that the fleet does not serve, and a stage that the model does not have, as far as known."""
+    served: dict[str, str] = {}
+    for each in of_kind(manifests, "ConfigMap"):
+        for reference in str(each["data"].get("FLEET_MODEL", "")).split(","):
+            served[reference.partition("=")[0]] = reference
+    if model not in served:
+        yield f"model {model} is not served; served are {sorted(filter(None, served))}"
+    elif served[model] in shipped_models():
+        known = [spec.service for spec in open_model(model, load_registry()).services]
+        if stage not in known:
+            yield f"model {model} has no stage {stage}; it has {known}"
+    if stage not in SERVICES - {"coordinator"}:
+        yield f"{stage} is not a stage; stages are {sorted(SERVICES - {'coordinator'})}"
+
+
+def metric_names(manifests: Sequence[Manifest]) -> Iterator[str]:
+    """Metrics of the fleet in rules, queries and HPAs are ones that its processes export."""
+    exported = [each for each in vars(telemetry).values() if isinstance(each, MetricWrapperBase)]
+    known = {f"{metric.name}{suffix}" for each in exported for metric in each.describe() for suffix in _SUFFIXES}
+    for each in of_kind(manifests, "PrometheusRule", *_SCALERS):
+        for name in sorted({*re.findall(r"\bfleet_\w+", _expressions(each["spec"]))} - known):
+            yield f"{name_of(each)}: {name} is not a metric of the fleet"
+
+
+def _expressions(value: Any) -> str:
+    """All texts in a nested value, as one."""
+    if isinstance(value, dict):
+        return " ".join(_expressions(each) for each in value.values())
+    if isinstance(value, list):
+        return " ".join(_expressions(each) for each in value)
+    return str(value)

@@ -1,0 +1,152 @@
+"""Rendered Kubernetes manifests: overlays to objects, and the pods, settings and selectors in them."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from services.cli.serve import service_names
+
+ROOT = Path(__file__).resolve().parents[2]
+K8S = ROOT / "k8s"
+SERVICES = frozenset(service_names())
+FLEET_CONTAINER = "fleet"
+
+Manifest = dict[str, Any]
+Labels = Mapping[str, str]
+
+_SET_BY_LWS = {"LWS_GROUP_SIZE": "2", "LWS_WORKER_INDEX": "1", "LWS_LEADER_ADDRESS": "denoising-0.denoising"}
+"""Variables that LeaderWorkerSet adds to containers, with example values."""
+
+
+def kustomizations() -> list[Path]:
+    """Every overlay. The base alone serves no model: it has the stages of all models."""
+    return sorted(path.parent for path in (K8S / "overlays").glob("*/kustomization.yaml"))
+
+
+def render(folder: Path) -> list[Manifest]:
+    """The objects of a kustomization. Raises RuntimeError with kubectl's message."""
+    kubectl = shutil.which("kubectl", path=str(Path(sys.executable).parent)) or "kubectl"
+    done = subprocess.run([kubectl, "kustomize", str(folder)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{folder}: {done.stderr.strip()}")
+    return [each for each in yaml.load_all(done.stdout, Loader=yaml.CSafeLoader) if each]
+
+
+@dataclass(frozen=True)
+class Pod:
+    """A pod template. `serves` is False for the followers of a worker group, which have no server."""
+
+    owner: str
+    labels: Labels
+    spec: Manifest
+    serves: bool = True
+
+    @property
+    def container(self) -> Manifest:
+        """Its only container that is no init container."""
+        (container,) = self.spec["containers"]
+        found: Manifest = container
+        return found
+
+    @property
+    def containers(self) -> list[Manifest]:
+        """All containers, init containers first."""
+        return [*self.spec.get("initContainers", []), *self.spec["containers"]]
+
+    @property
+    def service(self) -> str:
+        """The fleet's service that it runs; empty for Redis."""
+        return str(self.container["args"][0]) if self.container["name"] == FLEET_CONTAINER else ""
+
+    @property
+    def ports(self) -> dict[str, int]:
+        """Container ports by name."""
+        return {each["name"]: each["containerPort"] for each in self.container.get("ports", [])}
+
+
+def name_of(manifest: Manifest) -> str:
+    """KIND/NAME, for messages."""
+    return f"{manifest['kind']}/{manifest['metadata']['name']}"
+
+
+def of_kind(manifests: Sequence[Manifest], *kinds: str) -> list[Manifest]:
+    """The objects of these kinds."""
+    return [each for each in manifests if each["kind"] in kinds]
+
+
+def find(manifests: Sequence[Manifest], kind: str, name: str) -> Manifest | None:
+    """The object of that kind and name, if there is one."""
+    return next((each for each in of_kind(manifests, kind) if each["metadata"]["name"] == name), None)
+
+
+def pods(manifests: Sequence[Manifest]) -> list[Pod]:
+    """The pod templates of all workloads."""
+    return [pod for each in manifests for pod in _pods_of(each)]
+
+
+def _pods_of(manifest: Manifest) -> Iterator[Pod]:
+    owner, spec = name_of(manifest), manifest.get("spec", {})
+    if manifest["kind"] == "Deployment":
+        yield _pod(owner, spec["template"])
+    elif manifest["kind"] == "LeaderWorkerSet":
+        yield from _group(owner, spec["leaderWorkerTemplate"])
+    elif manifest["kind"] == "DisaggregatedSet":
+        for role in spec["roles"]:
+            yield from _group(f"{owner}/{role['name']}", role["spec"]["leaderWorkerTemplate"])
+
+
+def _group(owner: str, template: Manifest) -> Iterator[Pod]:
+    if leader := template.get("leaderTemplate"):
+        yield _pod(f"{owner} leader", leader)
+    yield _pod(f"{owner} worker", template["workerTemplate"], serves=leader is None)
+
+
+def _pod(owner: str, template: Manifest, *, serves: bool = True) -> Pod:
+    return Pod(owner, template["metadata"]["labels"], template["spec"], serves)
+
+
+def matches(selector: Manifest | None, labels: Labels) -> bool:
+    """Whether a label selector, with matchLabels and matchExpressions, selects these labels. An empty one does."""
+    selector = selector or {}
+    wanted = selector.get("matchLabels", {})
+    return all(labels.get(key) == value for key, value in wanted.items()) and all(
+        _meets(each, labels) for each in selector.get("matchExpressions", [])
+    )
+
+
+def _meets(expression: Manifest, labels: Labels) -> bool:
+    present, value = expression["key"] in labels, labels.get(expression["key"])
+    found = {"In": value in expression.get("values", []), "Exists": present}
+    found |= {"NotIn": not found["In"], "DoesNotExist": not present}
+    return found[expression["operator"]]
+
+
+def environment(manifests: Sequence[Manifest], container: Manifest) -> dict[str, str]:
+    """Variables of a container as the kubelet sets them; a value of a Secret that is not rendered is an example."""
+    values = dict(_SET_BY_LWS)
+    for source in container.get("envFrom", []):
+        values |= shared_variables(manifests, source)
+    for each in container.get("env", []):
+        values[each["name"]] = str(each.get("value", "redis://redis:6379/0"))
+    return values
+
+
+def shared_variables(manifests: Sequence[Manifest], source: Manifest) -> dict[str, str]:
+    """Variables of an envFrom entry; none where its ConfigMap is not there."""
+    found = find(manifests, "ConfigMap", source["configMapRef"]["name"])
+    return dict(found["data"]) if found else {}
+
+
+def arguments(manifests: Sequence[Manifest], container: Manifest) -> list[str]:
+    """Arguments of a container, with $(NAME) replaced by the variable of that name."""
+    values = environment(manifests, container)
+    return [re.sub(r"\$\((\w+)\)", lambda match: values.get(match[1], match[0]), each) for each in container["args"]]

@@ -1,0 +1,307 @@
+"""Errors planted in rendered manifests, each with the check that must find it. They show that the checks can fail."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from manifests import Manifest, find
+
+Plant = Callable[[list[Manifest]], object]
+
+
+@dataclass(frozen=True)
+class Planted:
+    """A change of an overlay's objects, and a part of the error that `check` must report."""
+
+    check: str
+    overlay: str
+    error: str
+    plant: Plant
+
+
+def edit(kind: str, name: str, path: str, value: Any) -> Plant:
+    """Set a value; `path` is keys and indices between slashes."""
+
+    def plant(manifests: list[Manifest]) -> None:
+        place, last = _at(manifests, kind, name, path)
+        place[last] = value
+
+    return plant
+
+
+def drop(kind: str, name: str, path: str = "") -> Plant:
+    """Remove a value, or a whole object."""
+
+    def plant(manifests: list[Manifest]) -> None:
+        if not path:
+            manifests[:] = [each for each in manifests if (each["kind"], each["metadata"]["name"]) != (kind, name)]
+            return
+        place, last = _at(manifests, kind, name, path)
+        del place[last]
+
+    return plant
+
+
+def append(kind: str, name: str, path: str, value: Any) -> Plant:
+    """Add an item to a list."""
+
+    def plant(manifests: list[Manifest]) -> None:
+        place, last = _at(manifests, kind, name, path)
+        place[last].append(value)
+
+    return plant
+
+
+def _at(manifests: Sequence[Manifest], kind: str, name: str, path: str) -> tuple[Any, Any]:
+    place: Any = find(manifests, kind, name)
+    assert place is not None, f"{kind}/{name} is not there"
+    *way, last = [int(key) if key.isdecimal() else key for key in path.split("/")]
+    for key in way:
+        place = place[key]
+    return place, last
+
+
+def set_shared(name: str, value: str) -> Plant:
+    """Set a variable of the shared ConfigMap."""
+
+    def plant(manifests: list[Manifest]) -> None:
+        for each in manifests:
+            if each["kind"] == "ConfigMap" and "FLEET_MODEL" in each["data"]:
+                each["data"][name] = value
+
+    return plant
+
+
+def add_hpa(manifests: list[Manifest]) -> None:
+    """An HPA beside the ScaledObject of the denoising."""
+    target = {"apiVersion": "apps/v1", "kind": "Deployment", "name": "denoising"}
+    spec = {"scaleTargetRef": target, "minReplicas": 1, "maxReplicas": 2, "metrics": []}
+    manifests.append(
+        {"apiVersion": "autoscaling/v2", "kind": "HorizontalPodAutoscaler", "metadata": {"name": "it"}, "spec": spec}
+    )
+
+
+_POD = "spec/template/spec"
+_CONTAINER = f"{_POD}/containers/0"
+_TRIGGER = "spec/triggers/0/metadata"
+_ROLE = "spec/roles/0/spec/leaderWorkerTemplate/workerTemplate/spec"
+_LEADER = "spec/leaderWorkerTemplate/leaderTemplate/spec"
+_D, _NP, _SO = "Deployment", "NetworkPolicy", "ScaledObject"
+_HPA = "HorizontalPodAutoscaler"
+_LABEL = "app.kubernetes.io/name"
+
+PLANTED = [
+    Planted("selectors", "dev", "own pods", edit(_D, "denoising", "spec/selector/matchLabels/x", "y")),
+    Planted("selectors", "dev", "no pod", edit("Service", "redis", "spec/selector", {_LABEL: "rediss"})),
+    Planted(
+        "selectors", "dev", "no pod", edit("PodDisruptionBudget", "decoding", "spec/selector/matchLabels", {"a": "b"})
+    ),
+    Planted(
+        "selectors",
+        "dev",
+        "topologySpread",
+        edit(_D, "decoding", f"{_POD}/topologySpreadConstraints/0/labelSelector/matchLabels", {"a": "b"}),
+    ),
+    Planted("ports", "dev", "targetPort", edit("Service", "coordinator", "spec/ports/0/targetPort", "grcp")),
+    Planted(
+        "ports",
+        "production",
+        "not a port of a Service",
+        edit("GRPCRoute", "api", "spec/rules/0/backendRefs/0/port", 50052),
+    ),
+    Planted(
+        "ports", "production", "port metric ", edit("PodMonitor", "fleet", "spec/podMetricsEndpoints/0/port", "metric")
+    ),
+    Planted("probes", "dev", "no startupProbe", drop(_D, "decoding", f"{_CONTAINER}/startupProbe")),
+    Planted(
+        "probes",
+        "dev",
+        "asks for 'fleet.v1.Denoising'",
+        edit(_D, "denoising", f"{_CONTAINER}/readinessProbe/grpc/service", "fleet.v1.Denoising"),
+    ),
+    Planted(
+        "probes", "dev", "no container port", edit(_D, "denoising", f"{_CONTAINER}/readinessProbe/grpc/port", 50055)
+    ),
+    Planted(
+        "probes", "dev", "no container port", edit(_D, "redis", f"{_CONTAINER}/livenessProbe/tcpSocket/port", "rdis")
+    ),
+    Planted(
+        "probes",
+        "dev",
+        "liveness asks",
+        edit(_D, "coordinator", f"{_CONTAINER}/livenessProbe/grpc/service", "fleet.v1.GenerationService"),
+    ),
+    Planted(
+        "probes",
+        "multi-node",
+        "asks for",
+        edit("LeaderWorkerSet", "denoising", f"{_LEADER}/containers/0/startupProbe/grpc/service", "x"),
+    ),
+    Planted(
+        "routes",
+        "production",
+        "is not served",
+        edit("GRPCRoute", "api", "spec/rules/0/matches/0/method/service", "fleet.v1.Generation"),
+    ),
+    Planted("routes", "production", "no route for", drop("GRPCRoute", "reflection")),
+    Planted(
+        "settings",
+        "dev",
+        "FLEET_CAPASITY is not",
+        append(_D, "denoising", f"{_CONTAINER}/env", {"name": "FLEET_CAPASITY", "value": "2"}),
+    ),
+    Planted("settings", "dev", "FLEET_WARMUP is read by no", set_shared("FLEET_WARMUP", "512x512")),
+    Planted(
+        "settings",
+        "dev",
+        "unrecognized",
+        edit(_D, "denoising", f"{_CONTAINER}/args", ["denoising", "--tensor-parallel", "2"]),
+    ),
+    Planted("settings", "dev", "FLEET_THREADS", set_shared("FLEET_THREADS", "two")),
+    Planted("settings", "dev", "is not a service", edit(_D, "denoising", f"{_CONTAINER}/args", ["denoise"])),
+    Planted(
+        "settings",
+        "multi-node",
+        "node-rank",
+        edit("LeaderWorkerSet", "denoising", f"{_LEADER}/containers/0/args/4", "--node-rank=$(LWS_INDEX)"),
+    ),
+    Planted("listening", "dev", "listens on", set_shared("FLEET_METRICS_PORT", "9091")),
+    Planted("listening", "keda", "listens on", edit(_D, "coordinator", f"{_CONTAINER}/env/0/value", "0.0.0.0:50054")),
+    Planted("grace", "dev", "shorter", set_shared("FLEET_GRACE_SECONDS", "60")),
+    Planted("grace", "dev", "shorter", edit(_D, "coordinator", f"{_CONTAINER}/lifecycle/preStop/sleep/seconds", 20)),
+    Planted("grace", "gpu-group", "shorter", edit(_D, "denoising", f"{_POD}/terminationGracePeriodSeconds", 45)),
+    Planted(
+        "references",
+        "dev",
+        "ConfigMap fleet is not there",
+        edit(_D, "denoising", f"{_CONTAINER}/envFrom/0/configMapRef/name", "fleet"),
+    ),
+    Planted("references", "dev", "PersistentVolumeClaim redis", drop("PersistentVolumeClaim", "redis")),
+    Planted("references", "dev", "ServiceAccount decoding", drop("ServiceAccount", "decoding")),
+    Planted(
+        "references",
+        "dev",
+        "no volume",
+        append(_D, "decoding", f"{_CONTAINER}/volumeMounts", {"name": "kernel", "mountPath": "/k"}),
+    ),
+    Planted(
+        "references",
+        "production",
+        "Secret fleet-tls",
+        edit(_D, "decoding", f"{_POD}/volumes/0/secret/secretName", "fleet-tls"),
+    ),
+    Planted("security", "dev", "runAsNonRoot", edit(_D, "redis", f"{_POD}/securityContext/runAsNonRoot", False)),
+    Planted(
+        "security",
+        "dev",
+        "readOnlyRootFilesystem",
+        drop(_D, "redis", f"{_CONTAINER}/securityContext/readOnlyRootFilesystem"),
+    ),
+    Planted(
+        "security",
+        "dev",
+        "capabilities",
+        edit(_D, "decoding", f"{_CONTAINER}/securityContext/capabilities", {"drop": []}),
+    ),
+    Planted("security", "dev", "seccompProfile", drop(_D, "decoding", f"{_POD}/securityContext/seccompProfile")),
+    Planted("security", "dev", "limits", drop(_D, "decoding", f"{_CONTAINER}/resources/limits/memory")),
+    Planted("security", "dev", "automount", drop("ServiceAccount", "decoding", "automountServiceAccountToken")),
+    Planted(
+        "security",
+        "gpu",
+        "check-weights",
+        drop(_D, "decoding", f"{_POD}/initContainers/0/securityContext/capabilities"),
+    ),
+    Planted(
+        "security",
+        "disaggregatedset",
+        "allowPrivilege",
+        edit("DisaggregatedSet", "fleet", f"{_ROLE}/containers/0/securityContext/allowPrivilegeEscalation", True),
+    ),
+    Planted(
+        "images", "gpu", "diffusion-fleet:gpu", edit(_D, "denoising", f"{_CONTAINER}/image", "diffusion-fleet:cpu")
+    ),
+    Planted("labels", "dev", "lacks", drop(_D, "denoising", "metadata/labels")),
+    Planted("labels", "keda", "namespace", drop(_SO, "denoising", "metadata/namespace")),
+    Planted("kinds", "dev", "PodDisruptionBudget decoding", drop("PodDisruptionBudget", "decoding")),
+    Planted("stages", "dev", "emoji needs", drop(_D, "decoding")),
+    Planted("scale_targets", "keda", "is not there", edit(_SO, "denoising", "spec/scaleTargetRef/name", "denoise")),
+    Planted(
+        "scale_targets", "keda", "its target runs denoising", edit(_SO, "denoising", f"{_TRIGGER}/stage", "decoding")
+    ),
+    Planted(
+        "scale_targets",
+        "disaggregatedset",
+        "is not there",
+        edit(_SO, "denoising", "spec/scaleTargetRef/name", "denoising"),
+    ),
+    Planted(
+        "scale_targets",
+        "disaggregatedset",
+        "is not there",
+        edit("DisaggregatedSet", "fleet", "spec/roles/0/scaling/mode", "Static"),
+    ),
+    Planted("scaled_once", "keda", "has 2 scalers", add_hpa),
+    Planted("scaled_once", "keda", "names replicas", edit(_D, "decoding", "spec/replicas", 1)),
+    Planted("scaled_once", "keda", "has no scaler", drop(_SO, "decoding")),
+    Planted("scaled_once", "keda", "idleReplicaCount", edit(_SO, "decoding", "spec/idleReplicaCount", 0)),
+    Planted(
+        "triggers",
+        "keda",
+        "not NAME.NAMESPACE.svc",
+        edit(_SO, "decoding", f"{_TRIGGER}/scalerAddress", "scaler.diffusion-fleet.svc:50053"),
+    ),
+    Planted(
+        "triggers",
+        "keda",
+        "no port",
+        edit(_SO, "decoding", f"{_TRIGGER}/scalerAddress", "coordinator-scaler.diffusion-fleet.svc:50051"),
+    ),
+    Planted("triggers", "keda", "model emojis", edit(_SO, "decoding", f"{_TRIGGER}/model", "emojis")),
+    Planted(
+        "triggers", "keda", "no stage image_encoding", edit(_SO, "decoding", f"{_TRIGGER}/stage", "image_encoding")
+    ),
+    Planted("triggers", "keda", "targetSeconds", edit(_SO, "decoding", f"{_TRIGGER}/targetSeconds", "0")),
+    Planted("triggers", "keda", "metricName", edit(_SO, "decoding", f"{_TRIGGER}/metricName", "seconds")),
+    Planted("triggers", "production", "TriggerAuthentication", drop("TriggerAuthentication", "fleet-scaler")),
+    Planted(
+        "triggers",
+        "hpa",
+        "model emojis",
+        edit(_HPA, "decoding", "spec/metrics/0/external/metric/selector/matchLabels/model", "emojis"),
+    ),
+    Planted(
+        "metric_names",
+        "hpa",
+        "fleet_queue_seconds",
+        edit(_HPA, "decoding", "spec/metrics/0/external/metric/name", "fleet_queue_seconds"),
+    ),
+    Planted(
+        "metric_names",
+        "production",
+        "fleet_stored",
+        edit("PrometheusRule", "fleet", "spec/groups/0/rules/0/expr", "fleet_stored > 1"),
+    ),
+    Planted("admitted_ports", "dev", "are not ports", edit(_NP, "decoding", "spec/ingress/0/ports/0/port", 50061)),
+    Planted("admitted_ports", "dev", "egress port 6380", edit(_NP, "decoding", "spec/egress/0/ports/0/port", 6380)),
+    Planted("admitted_ports", "dev", "admits everybody", drop(_NP, "decoding", "spec/ingress/0/from")),
+    Planted(
+        "admitted_ports",
+        "keda",
+        "others than KEDA",
+        edit(_NP, "coordinator-scaler", "spec/ingress/0/from/0", {"podSelector": {}}),
+    ),
+    Planted(
+        "dangling_peers",
+        "dev",
+        "is no pod",
+        edit(_NP, "redis", "spec/ingress/0/from/0/podSelector", {"matchLabels": {"a": "b"}}),
+    ),
+    Planted("unselected_pods", "dev", "no NetworkPolicy", drop(_NP, "decoding")),
+    Planted("unselected_pods", "dev", "type Egress", edit(_NP, "decoding", "spec/policyTypes", ["Ingress"])),
+    Planted("flows", "dev", "cannot connect to Deployment/redis", edit(_NP, "decoding", "spec/egress", [])),
+    Planted("flows", "dev", "without a need", append(_NP, "coordinator", "spec/egress/0/ports", {"port": 50052})),
+    Planted("flows", "multi-node", "cannot connect", drop(_NP, "denoising-ranks")),
+]

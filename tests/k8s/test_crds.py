@@ -1,0 +1,112 @@
+"""The program that checks custom resources against CRDs, on a small made-up CRD."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import crds
+import pytest
+import yaml
+from manifests import Manifest
+
+WIDGETS: dict[str, Any] = {
+    "apiVersion": "apiextensions.k8s.io/v1",
+    "kind": "CustomResourceDefinition",
+    "spec": {
+        "group": "example.com",
+        "names": {"kind": "Widget"},
+        "versions": [
+            {
+                "name": "v1",
+                "schema": {
+                    "openAPIV3Schema": {
+                        "type": "object",
+                        "properties": {
+                            "apiVersion": {"type": "string"},
+                            "kind": {"type": "string"},
+                            "metadata": {"type": "object"},
+                            "spec": {
+                                "type": "object",
+                                "required": ["size"],
+                                "properties": {
+                                    "size": {"type": "integer"},
+                                    "parts": {
+                                        "type": "array",
+                                        "items": {"type": "object", "properties": {"name": {"type": "string"}}},
+                                    },
+                                    "labels": {"type": "object", "additionalProperties": {"type": "string"}},
+                                    "free": {
+                                        "type": "object",
+                                        "properties": {"a": {"type": "string"}},
+                                        "x-kubernetes-preserve-unknown-fields": True,
+                                    },
+                                },
+                            },
+                        },
+                    }
+                },
+            }
+        ],
+    },
+}
+WIDGET: Manifest = {
+    "apiVersion": "example.com/v1",
+    "kind": "Widget",
+    "metadata": {"name": "one", "labels": {"a": "b"}},
+    "spec": {"size": 1, "parts": [{"name": "x"}], "labels": {"any": "thing"}, "free": {"b": 2}},
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "widgets.yaml").write_text(yaml.safe_dump(WIDGETS))
+    return tmp_path
+
+
+def test_a_fitting_object_has_no_errors(folder: Path) -> None:
+    assert list(crds.errors_of(WIDGET, crds.load_schemas(folder))) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"sise": 1}, "sise"),
+        ({"size": "1"}, "'1' is not of type"),
+        ({"parts": [{"nam": "x"}]}, "nam"),
+        ({"labels": {"a": 1}}, "1 is not of type"),
+    ],
+)
+def test_what_does_not_fit_is_refused(folder: Path, change: Manifest, error: str) -> None:
+    widget = copy.deepcopy(WIDGET)
+    widget["spec"] |= change
+    found = list(crds.errors_of(widget, crds.load_schemas(folder)))
+    assert len(found) == 1
+    assert found[0].startswith("Widget/one: $.spec")
+    assert error in found[0]
+
+
+def test_an_object_without_a_crd_is_an_error(folder: Path) -> None:
+    (error,) = crds.errors_of(WIDGET | {"kind": "Gadget"}, crds.load_schemas(folder))
+    assert error == "Gadget/one: no CustomResourceDefinition of example.com/v1 Gadget"
+
+
+def test_a_folder_without_crds_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="CustomResourceDefinition"):
+        crds.load_schemas(tmp_path)
+
+
+def test_the_program_reports_each_error(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    deployment = {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": "not-checked"}}
+    wrong = WIDGET | {"spec": {"size": 1, "more": 2}}
+    monkeypatch.setattr(crds, "kustomizations", lambda: [Path("one"), Path("two")])
+    monkeypatch.setattr(crds, "render", lambda path: [deployment, wrong if path.name == "two" else WIDGET])
+    assert crds.main(str(folder)) == 1
+    out, err = capsys.readouterr()
+    assert out == "2 custom resources checked, 1 errors\n"
+    assert err.startswith("two: Widget/one: $.spec: Additional properties")
+    monkeypatch.setattr(crds, "render", lambda _: [WIDGET])
+    assert crds.main(str(folder)) == 0

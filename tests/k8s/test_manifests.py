@@ -1,0 +1,77 @@
+"""Every overlay renders, is valid to Kubernetes' schemas, and passes the semantic checks, which planted errors fail."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+from pathlib import Path
+
+import kubernetes_validate
+import pytest
+from crds import BUILT_IN_GROUPS
+from manifest_checks import CHECKS
+from manifests import K8S, SERVICES, Manifest, kustomizations, name_of, render
+from planted import PLANTED, Planted
+
+OVERLAYS = {path.name: path for path in kustomizations()}
+KUBERNETES = "1.37"
+
+
+@functools.cache
+def rendered(overlay: str) -> list[Manifest]:
+    return render(OVERLAYS[overlay])
+
+
+@functools.cache
+def validate(text: str) -> None:
+    """Objects that overlays share are validated once."""
+    kubernetes_validate.validate(json.loads(text), KUBERNETES, strict=True)
+
+
+def test_the_overlays_are_there() -> None:
+    assert {"dev", "gpu", "gpu-group", "multi-node", "disaggregatedset", "keda", "hpa", "production"} == set(OVERLAYS)
+    files = {path.stem for path in (K8S / "base").glob("*.yaml")} - {"kustomization", "namespace"}
+    assert files == {*SERVICES, "redis"}
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_objects_are_valid_to_kubernetes(overlay: str) -> None:
+    built_in = [each for each in rendered(overlay) if each["apiVersion"] in BUILT_IN_GROUPS]
+    assert built_in
+    for each in built_in:
+        try:
+            validate(json.dumps(each, sort_keys=True))
+        except kubernetes_validate.ValidationError as error:
+            pytest.fail(f"{name_of(each)}: {error.message}")
+
+
+def test_validation_refuses_an_unknown_key() -> None:
+    wrong = copy.deepcopy(next(each for each in rendered("dev") if each["kind"] == "Deployment"))
+    wrong["spec"]["template"]["spec"]["containers"][0]["livenessProb"] = {}
+    with pytest.raises(kubernetes_validate.ValidationError, match="livenessProb"):
+        kubernetes_validate.validate(wrong, KUBERNETES, strict=True)
+
+
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_overlay_passes(overlay: str, check: str) -> None:
+    assert list(CHECKS[check](rendered(overlay))) == []
+
+
+def test_every_check_has_a_planted_error() -> None:
+    assert {each.check for each in PLANTED} == set(CHECKS)
+
+
+@pytest.mark.parametrize("planted", PLANTED, ids=lambda each: f"{each.check}-{each.error}")
+def test_a_planted_error_is_found(planted: Planted) -> None:
+    manifests = copy.deepcopy(rendered(planted.overlay))
+    planted.plant(manifests)
+    found = list(CHECKS[planted.check](manifests))
+    assert any(planted.error in error for error in found), found
+
+
+def test_kubectl_reports_a_kustomization_that_is_wrong(tmp_path: Path) -> None:
+    (tmp_path / "kustomization.yaml").write_text("resources: [nothing.yaml]\n")
+    with pytest.raises(RuntimeError, match=r"nothing\.yaml"):
+        render(tmp_path)
