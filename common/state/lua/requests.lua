@@ -55,6 +55,8 @@ local function finish(id, token, state, extra, keep)
     local service = string.match(field, '^left:(.*)$')
     if service then
       settle(id, service)
+    elseif string.match(field, '^work:') or string.match(field, '^done:') then
+      redis.call('HDEL', key, field)
     end
   end
   redis.call('HSET', key, 'state', state, 'updated', int(now), 'token', token)
