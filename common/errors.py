@@ -7,6 +7,7 @@ FleetError
 │   └── CheckpointError   the checkpoint is unusable
 ├── ResourceExhausted     a bound is reached          RESOURCE_EXHAUSTED
 ├── Unavailable           nobody can do it now        UNAVAILABLE
+│   └── HandedOver        another worker goes on
 ├── Cancelled             somebody asked for it       CANCELLED
 ├── DeadlineExceeded      too late                    DEADLINE_EXCEEDED
 ├── Aborted               somebody else was first     ABORTED
@@ -53,6 +54,10 @@ class ResourceExhausted(FleetError):
 
 class Unavailable(FleetError):
     """No process can take the call now; trying again is right."""
+
+
+class HandedOver(Unavailable):
+    """The worker leaves and has ended the call at a step boundary; another worker goes on from its checkpoint."""
 
 
 class Cancelled(FleetError):

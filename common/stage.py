@@ -35,7 +35,8 @@ class Call:
     `deadline` is in seconds of time.monotonic(). `on_begun` is called when the stages start, `on_step_checkpoint` with
     each checkpoint in the form of the runner's values: a StepCheckpoint from a LocalRunner, a Packet from a
     RemoteRunner. The tensors of a checkpoint are on the CPU and belong to the callback: the stage does not write to
-    them any more. `on_computed` gets the compute seconds that a worker reports at the end of the call. `variant` is the
+    them any more. `on_computed` gets the compute seconds that a worker reports at the end of the call. `hand_over` is
+    set when the worker leaves: a stage that sends checkpoints ends at its next step boundary then. `variant` is the
     model's variant whose stages run; empty means the first.
     """
 
@@ -46,6 +47,7 @@ class Call:
     on_begun: Callable[[], None] = _ignore
     on_computed: Callable[[float], None] = _ignore
     cancelled: threading.Event = field(default_factory=threading.Event)
+    hand_over: threading.Event = field(default_factory=threading.Event)
     deadline: float | None = None
     variant: str = ""
 
@@ -65,6 +67,10 @@ class Call:
             raise Cancelled(f"request {self.request_id} was cancelled")
         if (left := self.seconds_left()) is not None and left <= 0:
             raise DeadlineExceeded(f"request {self.request_id} is past its deadline")
+
+    def must_hand_over(self) -> bool:
+        """Whether the stage ends at this step boundary, with a checkpoint and HandedOver. All ranks get one answer."""
+        return self.hand_over.is_set()
 
     def seconds_left(self) -> float | None:
         """Time until the deadline, negative after it; None without one."""

@@ -59,6 +59,9 @@ LOST_CALLS = Counter(
     "Calls that were lost with their worker, by whether their stages had begun",
     ("service", "model", "begun"),
 )
+HANDED_OVER_CALLS = Counter(
+    "fleet_handed_over_calls", "Calls that a leaving worker has handed over to another one", ("service", "model")
+)
 STEPS_SAVED = Counter(
     "fleet_steps_saved", "Denoising steps that were not done because their request was cancelled or expired", ("model",)
 )

@@ -62,9 +62,7 @@ def load_variants(
     stage's run() with equal inputs, and gets the same outputs. Raises InvalidInput for degrees that the model does
     not have, and for an approximation that model or device do not have (or FailedPrecondition).
     """
-    if runtime.mesh is not None:
-        check_parallel(model, service, runtime.mesh.degrees)
-    return _load_variants(model, model.variants_of(service.service), runtime)
+    return _load_variants(model, service, model.variants_of(service.service), runtime)
 
 
 def load_stages(
@@ -72,9 +70,7 @@ def load_stages(
 ) -> list[PipelineStage[Any, Any]]:
     """The stages of the service for one variant alone, by default the first; errors of load_variants()."""
     pairs = [pair for pair in model.variants_of(service.service) if variant in ("", pair[0].name)][:1]
-    if runtime.mesh is not None:
-        check_parallel(model, service, runtime.mesh.degrees)
-    (stages,) = _load_variants(model, pairs, runtime).values()
+    (stages,) = _load_variants(model, service, pairs, runtime).values()
     return stages
 
 
@@ -84,8 +80,10 @@ _LOADING = threading.Lock()
 
 
 def _load_variants(
-    model: ServedModel, pairs: Sequence[tuple[ServedVariant, ServiceSpec]], runtime: Runtime
+    model: ServedModel, service: ServiceSpec, pairs: Sequence[tuple[ServedVariant, ServiceSpec]], runtime: Runtime
 ) -> dict[str, list[PipelineStage[Any, Any]]]:
+    if runtime.mesh is not None:
+        check_parallel(model, service, runtime.mesh.degrees)
     modules = _Modules(model.checkpoint, runtime)
     with _LOADING:
         return {variant.name: _build_stages(model, variant, spec, modules, runtime) for variant, spec in pairs}

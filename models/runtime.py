@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 
 from configs.approximation import EXACT, Approximation
 from models.layers.mesh import Axis, AxisName, WorkerMesh
+from models.stages.step_memory import StepMemoryPool, cuda_capture
 
 DEFAULT_STEP_MEMORY_BYTES = 8 << 30
 
@@ -33,6 +35,11 @@ class Runtime:
     step_checkpoint_seconds: float = 0.0
     approximation: Approximation = EXACT
     step_memory_bytes: int = DEFAULT_STEP_MEMORY_BYTES
+
+    @cached_property
+    def step_memory(self) -> StepMemoryPool:
+        """Step memory that all denoising stages of this runtime share; on a GPU it captures CUDA graphs."""
+        return StepMemoryPool(self.step_memory_bytes, cuda_capture() if self.device.type == "cuda" else None)
 
     def axis(self, name: AxisName) -> Axis:
         """This rank's neighbours on an axis of the worker group."""

@@ -43,7 +43,7 @@ class Weights:
                 try:
                     source = stack.enter_context(safe_open(path, framework="pt", device="cpu"))
                 except (SafetensorError, OSError) as error:
-                    raise CheckpointError(f"{self._module}: {path.name} is not readable: {error}") from error
+                    raise CheckpointError(f"{self._module}: {path} cannot be read: {error}") from error
                 for name in source.keys():  # noqa: SIM118  (not a mapping: it has no iterator)
                     if name in self._sources:
                         raise CheckpointError(f"{self._module}: {name} is in two files, {path.name} is the second")

@@ -26,7 +26,7 @@ from common.pipeline import ServiceSpec
 from common.rpc.address import advertised_address
 from common.rpc.fleet_server import FleetServer, stop_signals
 from common.rpc.method import begun_frame, response_type, stage_method
-from common.rpc.stage_servicer import Stages
+from common.rpc.stage_servicer import Stages, StageServicer
 from common.rpc.watchdog import Watchdog
 from common.settings import load_settings
 from common.stage import Call
@@ -42,6 +42,7 @@ from models.layers.mesh import Degrees, WorkerMesh
 from models.loader import load_variants, numerics_fingerprint
 from models.registry import load_registry
 from models.warm_up import WarmUp
+from services.leaving import leave
 from services.setting_readers import READERS
 from services.start_up import run_program
 from services.worker_server import (
@@ -86,9 +87,12 @@ class Ranks(Protocol):
 class Worker:
     """A running worker. `stop` is its only way to end: it takes itself off the list first."""
 
-    def __init__(self, info: worker_pb2.WorkerInfo, server: FleetServer, registry: WorkerRegistry) -> None:
+    def __init__(
+        self, info: worker_pb2.WorkerInfo, server: FleetServer, servicer: StageServicer, registry: WorkerRegistry
+    ) -> None:
         self.info = info
         self._server = server
+        self._servicer = servicer
         self._registry = registry
         self._resources = AsyncExitStack()
 
@@ -103,12 +107,8 @@ class Worker:
         return self._server.health_address
 
     async def stop(self, grace: float) -> None:
-        """Withdraw, let running calls finish within `grace` seconds, free everything."""
-        try:
-            await self._registry.withdraw(self.info.worker_id, grace_seconds=grace)
-        except Unavailable as error:
-            log.warning("left without telling the request store: %s", error)
-        await self._server.drain(grace)
+        """Withdraw, hand running calls over or let them finish within `grace` seconds, free everything."""
+        await leave(self.info, self._registry, self._server, self._servicer, grace)
         await self._resources.aclose()
 
     def keep(self, resources: AsyncExitStack) -> Worker:
@@ -178,7 +178,7 @@ async def start_worker(
         if shared is not None:
             resources.push_async_callback(shared.close)
         cache = cache_of(hosted, info, settings, shared)
-        server = make_server(service, stages, executor, info, settings, tls, cache, watchdog)
+        server, servicer = make_server(service, stages, executor, info, settings, tls, cache, watchdog)
         bound = await server.start()
         resources.push_async_callback(server.drain, 0)
         info.address = settings.advertise or advertised_address(bound, settings.redis)
@@ -190,7 +190,7 @@ async def start_worker(
         log.info("serves %s of %s at %s in %s on %s", service, model.name, info.address, info.dtype, info.device)
         if shares_memory:
             log.info("its ranks write to each other's memory")
-        return Worker(info, server, registry).keep(resources)
+        return Worker(info, server, servicer, registry).keep(resources)
 
 
 def _load(

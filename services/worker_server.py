@@ -86,8 +86,8 @@ def make_server(
     tls: WatchedFiles[Mutual] | None,
     cache: ReplyCache | None,
     watchdog: Watchdog | None,
-) -> FleetServer:
-    """The server of a worker, with the service's stages and GetModelInfo; it is started by the caller."""
+) -> tuple[FleetServer, StageServicer]:
+    """The server of a worker and its stages' servicer. It has GetModelInfo too, and is started by the caller."""
     limits = ServicerLimits(
         capacity=settings.capacity,
         idle_seconds=settings.idle_seconds,
@@ -105,7 +105,7 @@ def make_server(
     server.add(servicer.methods, servicer.service_name)
     worker_pb2_grpc.add_WorkerServiceServicer_to_server(WorkerService(info), server.grpc_server)
     server.add(None, _SERVICE)
-    return server
+    return server, servicer
 
 
 def _server_identity(tls: WatchedFiles[Mutual]) -> tuple[int, ServerIdentity]:

@@ -49,7 +49,9 @@ class WorkerSettings(StoreSettings, TlsSettings):
     threads: int = setting(0, help="CPU threads that an operation may use; 0 leaves that to torch")
     capacity: int = setting(1, help="requests taken at a time; they compute one after the other")
     plugins: tuple[Path, ...] = setting((), help="directories with pipelines of other families")
-    grace_seconds: float = setting(30.0, help="time that running calls get to finish after SIGTERM")
+    grace_seconds: float = setting(
+        30.0, help="time that running calls get to finish, or to be handed over, after SIGTERM"
+    )
     announce_seconds: float = setting(60.0, help="how long to wait for the request store at the start")
     idle_seconds: float = setting(30.0, help="give up on a caller that is silent for so long within its inputs")
     max_call_bytes: int = setting(2 << 30, help="most bytes of tensors that a call may carry")

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 
-def picture(width: int, height: int, seed: int = 1) -> Image.Image:
+def coarse_image(width: int, height: int, seed: int = 1) -> Image.Image:
     """An image of coarse random colours."""
     tiles = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), np.uint8)
     return Image.fromarray(tiles).resize((width, height), Image.Resampling.BICUBIC)

@@ -34,6 +34,7 @@ from models.catalog import ServedModel, open_model
 from models.registry import load_registry
 from services.coordinator.coordinator import Coordinator, start_coordinator
 from services.coordinator.settings import CoordinatorSettings
+from services.leaving import leave
 
 Stub: TypeAlias = "generation_pb2_grpc.GenerationServiceAsyncStub"
 
@@ -44,8 +45,13 @@ def _ignore(_: Call) -> None:
     return None
 
 
+def latents_of(value: torch.Tensor) -> Latents:
+    """Latents of one part, of shape (1, 4)."""
+    return Latents(parts={"image": LatentPart(latents=value, raw_latent_shape=(1, 4))})
+
+
 def _latents() -> Latents:
-    return Latents(parts={"image": LatentPart(latents=torch.zeros(1, 4), raw_latent_shape=(1, 4))})
+    return latents_of(torch.zeros(1, 4))
 
 
 def _outputs(values: Mapping[str, Any], size: int) -> dict[str, Any]:
@@ -114,6 +120,10 @@ class FakeWorker:
     async def withdraw(self) -> None:
         await self.registry.withdraw(self.info.worker_id)
 
+    async def leave(self, grace: float) -> None:
+        """End as at SIGTERM."""
+        await leave(self.info, self.registry, self.server, self.servicer, grace)
+
     async def hang_up(self) -> None:
         """Lose all calls and refuse new ones, as behind a broken network; heartbeats go on."""
         await self.server.grpc_server.stop(None)
@@ -143,11 +153,13 @@ class FakeFleet:
         announced: int = 0,
         ttl_seconds: float = TTL_SECONDS,
         reports_begun: bool = True,
+        numerics: str = "",
     ) -> FakeWorker:
         """Serve and announce one more worker, by default with the service's common script.
 
         `announced` is the capacity that it claims to have, if that is another. A heartbeat lasts for `ttl_seconds`.
-        One that does not announce that it `reports_begun` stands for workers older than that.
+        One that does not announce that it `reports_begun` stands for workers older than that. Without `numerics`, its
+        numerics fingerprint, it equals no other worker.
         """
         script = script or self.scripts[service]
         executor = ThreadPoolExecutor(1)
@@ -166,6 +178,7 @@ class FakeFleet:
             service=service,
             model=self.model.name,
             model_fingerprint=self.model.checkpoint.fingerprint,
+            numerics_fingerprint=numerics,
             address=server.address,
             capacity=announced or capacity,
             reports_begun=reports_begun,

@@ -1,4 +1,4 @@
-"""CUDA graphs in slow motion, for tests on a CPU: a replay runs the captured call again, on its own buffers."""
+"""Fake CUDA graphs for tests on a CPU: a replay runs the captured call again, on the captured buffers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from models.stages.step_memory import Captured
 
 @dataclass
 class FakeGraph:
-    """Keeps to the call and the buffers that it captured, whoever replays it, as a CUDA graph does."""
+    """A captured call and its output buffers; like a CUDA graph, every replay uses the captured buffers."""
 
     run: Callable[[], Predictions]
     predictions: dict[str, Tensor] = field(default_factory=dict)

@@ -45,10 +45,10 @@ LAYOUTS = [
 
 @dataclass(frozen=True)
 class Family:
-    """A checkpoint, and a request whose tokens divide by little.
+    """A checkpoint, and a request whose token count has few divisors.
 
-    Embeddings are (tokens, width) or (width,); latents of pictures are of the shapes packed and raw. `channels` are
-    those of a latent. `config` is a reference to the config, if it is not the registered one.
+    Embeddings are (tokens, width) or (width,). Image latents have a packed and a raw shape. `channels` is the number
+    of latent channels. `config` is a reference to the config, if it is not the registered one.
     """
 
     build: Callable[[Path], Path]

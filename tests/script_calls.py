@@ -55,6 +55,7 @@ def announcement(worker: str, model: str = MODEL, capacity: int = 1) -> dict[str
         "capacity": capacity,
         "info": "info",
         "lasts": LASTS,
+        "numerics": "numerics",
     }
 
 
@@ -111,6 +112,7 @@ OPERATIONS: dict[str, Sequence[Mapping[str, Any]]] = {
         claim("r0/c-1/0"),
         claim("r4/c-1/0", caller="bob"),
         claim("fresh/c-1/0", caller="", priority=5, deadline=1, cost=1),
+        claim("r2/c-2/1/first/equal:numerics", "c-2"),
     ],
     "release": [
         {"ticket": "r0/c-1/0", "place": PLACE, "used": 40, "computed": ("1.5", 2)},
@@ -118,9 +120,15 @@ OPERATIONS: dict[str, Sequence[Mapping[str, Any]]] = {
         {"ticket": "nobody/c-1/0", "place": PLACE, "used": 9},
     ],
     "announce": [announcement("w1")],
+    "refuse": [
+        {"model": MODEL, "service": "denoising", "fingerprint": name, "worker": "w9", "reason": "another checkpoint"}
+        for name in ("other", "third")
+    ],
+    "refusals": [{"model": MODEL}],
     "leaving": [{"worker": worker, "lasts": LASTS} for worker in ("w2", "nobody")],
     "avoid": [{"owner": owner, "worker": worker} for owner, worker in (("c-1", "w1"), ("c-1", "w1"), ("c-2", "w-new"))],
     "stage_load": [{"place": PLACE, "assumed": 10}],
+    "spare": [{"place": PLACE, "numerics": "numerics"}],
     "claims": [{"place": PLACE, "owner": "c-1"}],
     "status": [{"place": PLACE}],
     "touch_reply": [{"name": "a", "lasts": LASTS}],

@@ -76,11 +76,12 @@ async def _models(endpoint: str) -> list[generation_pb2.Model]:
 async def _generate(endpoint: str, request: generation_pb2.SubmitRequest) -> Answer:
     answer = Answer(generation_pb2.RequestRecord(), [], [])
     async with connect(endpoint) as client:
-        await _collect(client, request, answer)
+        await collect(client, request, answer)
     return answer
 
 
-async def _collect(client: FleetClient, request: generation_pb2.SubmitRequest, answer: Answer) -> None:
+async def collect(client: FleetClient, request: generation_pb2.SubmitRequest, answer: Answer) -> None:
+    """Run a request to its end, and put what the fleet sends into the answer. Raises as FleetClient.generate()."""
     async for response in client.generate(request):
         match response.WhichOneof("payload"):
             case "accepted":

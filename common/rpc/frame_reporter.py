@@ -25,7 +25,8 @@ class FrameReporter:
     """The frames that a call sends while its stages run.
 
     A client that reads slowly gets fewer of them, never a growing queue: progress is left out while many frames wait,
-    and so is a checkpoint while the one before it waits, since an older checkpoint is as valid. Steps that come within
+    and so is a checkpoint while the one before it waits, since an older checkpoint is as valid, except the last one of
+    a call that is handed over: its steps are not done again. Steps that come within
     `step_seconds` of one that was told are left out too, except the last: each would wake three processes.
     begin() sends the frame `begun`, if there is one.
     """
@@ -41,6 +42,7 @@ class FrameReporter:
         self._queue: asyncio.Queue[bytes | StepCheckpoint | None] = asyncio.Queue()
         self._checkpoints = STEP_CHECKPOINT in frame.DESCRIPTOR.fields_by_name
         self._checkpoint_waits = False
+        self._hands_over = threading.Event()
         self._begun = begun
         self._begun_sent = threading.Event()
 
@@ -59,6 +61,7 @@ class FrameReporter:
 
     def listen(self, call: Call) -> Call:
         """The same call, telling this reporter."""
+        self._hands_over = call.hand_over
         return dataclasses.replace(
             call, on_progress=self._progress, on_warning=self._warning, on_step_checkpoint=self._checkpoint
         )
@@ -101,6 +104,6 @@ class FrameReporter:
 
     def _checkpoint(self, state: StepCheckpoint) -> None:
         """Taken as it is: its tensors are not written to any more, and the loop need not wait for them to be sent."""
-        if self._checkpoints and not self._checkpoint_waits:
+        if self._checkpoints and (self._hands_over.is_set() or not self._checkpoint_waits):
             self._checkpoint_waits = True
             self._put(state)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from traceback import clear_frames
 from typing import Any, Protocol, cast
@@ -16,7 +16,7 @@ import grpc
 from google.protobuf.message import Message
 
 from common.codec import TensorLeaf, artifact_class, pack, unpack
-from common.errors import DeadlineExceeded, InternalError, InvalidInput, ResourceExhausted, Unavailable
+from common.errors import DeadlineExceeded, HandedOver, InternalError, InvalidInput, ResourceExhausted, Unavailable
 from common.rpc.buffers import BufferLease, BufferPool
 from common.rpc.client import header_frame
 from common.rpc.frame_reporter import FrameReporter
@@ -30,6 +30,7 @@ from common.rpc.framing import (
     described_tensors,
     split_packets,
 )
+from common.rpc.hand_over import RunningCall, StepTimes
 from common.rpc.method import (
     BEGUN_KEY,
     COMPUTED_KEY,
@@ -112,12 +113,18 @@ class StageServicer:
         handler: Handler = grpc.stream_stream_rpc_method_handler(cast(Any, self._handle))
         self.methods: Mapping[str, Handler] = {method.name: handler}
         self.in_flight = 0
+        self._jobs: list[_Job] = []
+
+    def running(self) -> Sequence[RunningCall]:
+        """The calls that have not ended, in the order in which they came."""
+        return tuple(self._jobs)
 
     async def _handle(self, _requests: object, context: Context) -> None:
         with self._place() as leave:
             metadata = dict(context.invocation_metadata() or ())
             begun = self._begun if metadata.get(BEGUN_KEY) == "1" else None
             job = _Job(self.pool.lease(), _call_of(context, metadata), begun)
+            self._jobs.append(job)
             try:
                 await self._receive(context, job)
                 if self._cache is None:
@@ -127,6 +134,7 @@ class StageServicer:
                 if job.seconds:
                     context.set_trailing_metadata(((COMPUTED_KEY, f"{job.seconds:.6f}"),))
             finally:
+                self._jobs.remove(job)
                 job.abandon()
 
     async def _compute_and_answer(self, write: Write, job: _Job, leave: Callable[[], None]) -> None:
@@ -230,8 +238,9 @@ class StageServicer:
 
     def _compute(self, job: _Job, reporter: FrameReporter) -> dict[str, Packet]:
         """Unpack, run, pack: on the device thread. Empties inputs, so that nothing but tensors holds on to buffers."""
-        call = reporter.listen(job.call)
+        call = job.timed(reporter.listen(job.call))
         call.check_cancelled()
+        job.begin()
         reporter.begin()
         began = time.perf_counter()
         contract = self._stages.contract_of(call.variant)
@@ -271,6 +280,9 @@ class _Job:
         self.begun = begun
         self.inputs: dict[str, Packet] = {}
         self.seconds = 0.0  # that the stages took
+        self.request_id = call.request_id
+        self.step_times = StepTimes()
+        self.has_begun = False
         self._failure: Unavailable | None = None
         self._end: Callable[[], None] = _do_nothing
         self._future: Future[dict[str, Packet]] | None = None
@@ -278,10 +290,42 @@ class _Job:
     def start(
         self, executor: ThreadPoolExecutor, work: Callable[[], dict[str, Packet]], on_end: Callable[[], None]
     ) -> None:
-        """Queue the work; on_end is called on the event loop once it has ended, however, or fail() was called."""
+        """Queue the work; on_end is called on the event loop once it has ended, however, or fail() was called.
+
+        Raises HandedOver where the call was asked for that before.
+        """
+        if self.is_asked:
+            raise HandedOver(_NOT_BEGUN)
         self._end = partial(_call_on, asyncio.get_running_loop(), on_end)
         self._future = executor.submit(_holding_nothing, work)
         self._future.add_done_callback(lambda _: self._end())
+
+    def timed(self, call: Call) -> Call:
+        """The same call, whose steps are timed."""
+
+        def progress(step: int, total_steps: int) -> None:
+            self.step_times.step(time.monotonic())
+            call.on_progress(step, total_steps)
+
+        return replace(call, on_progress=progress)
+
+    def begin(self) -> None:
+        """The stages start, on the device thread. Raises HandedOver where the call was asked for that before."""
+        if self.is_asked:
+            raise HandedOver(_NOT_BEGUN)
+        self.has_begun = True
+        self.step_times.begin(time.monotonic())
+
+    @property
+    def is_asked(self) -> bool:
+        """Whether the call is being handed over."""
+        return self.call.hand_over.is_set()
+
+    def hand_over(self) -> None:
+        """End with HandedOver: at once where the device thread has not begun, else at the next step boundary."""
+        self.call.hand_over.set()
+        if self._future is not None and self._future.cancel():
+            self._failure = HandedOver(_NOT_BEGUN)
 
     def fail(self, reason: str) -> None:
         """Cancel the work, and end the call as UNAVAILABLE without waiting for the device thread. Thread-safe."""
@@ -293,7 +337,9 @@ class _Job:
         """What the work returned; raises what it raised, or the error of fail()."""
         if self._future is None:
             raise AssertionError("not started")
-        if self._failure is not None and (not self._future.done() or self._future.exception() is not None):
+        if self._failure is not None and (
+            not self._future.done() or self._future.cancelled() or self._future.exception() is not None
+        ):
             raise self._failure
         return self._future.result()
 
@@ -306,6 +352,9 @@ class _Job:
         else:
             loop = asyncio.get_running_loop()
             self._future.add_done_callback(lambda _: _call_on(loop, self.lease.close))
+
+
+_NOT_BEGUN = "this worker leaves; the call is handed over before it began"
 
 
 def _call_of(context: Context, metadata: Mapping[str, str | bytes]) -> Call:

@@ -13,6 +13,7 @@ import asyncio
 import itertools
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from urllib.parse import quote
 
@@ -48,6 +49,10 @@ class QueuePriority:
 
 
 FIRST_COME = QueuePriority()
+
+
+def _ignore() -> None:
+    return None
 
 
 @dataclass(frozen=True)
@@ -89,20 +94,26 @@ class WorkerSlots:
         *,
         patience_seconds: float | None = None,
         alone: bool = False,
+        first: bool = False,
+        equal_to: str = "",
+        on_no_workers: Callable[[], None] = _ignore,
     ) -> WorkerSlot:
         """Wait for a slot; when it is free at once, that is one round trip.
 
-        `alone` claims all slots of one worker, and waits for a worker that is idle. Waits for a store that is
-        unavailable. Raises NoWorkers when for `patience_seconds` there was no live worker at all (None waits for ever).
-        An abandoned claim leaves the queue.
+        `alone` claims all slots of one worker, and waits for a worker that is idle. `first` is for a request
+        that was handed over: the claim goes first of its priority. `equal_to` is the numerics fingerprint that its
+        checkpoint needs: the claim waits for a worker with that fingerprint for as long as one is live. `on_no_workers`
+        is called when no worker is live. Waits for a store that is unavailable. Raises NoWorkers when for
+        `patience_seconds` there was no live worker at all (None waits for ever). An abandoned claim leaves the queue.
         """
-        ticket = f"{request_id}/{self._owner}/{next(self._numbers)}" + ("/alone" if alone else "")
+        wishes = ("first" if first else "", f"equal:{equal_to}" if equal_to else "", "alone" if alone else "")
+        ticket = "/".join((request_id, self._owner, str(next(self._numbers)), *filter(None, wishes)))
         place = f"{model}/{service}"
         granted: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
         self._waiting[ticket] = granted
         self._tickets.add(ticket)
         try:
-            info = await self._wait(ticket, place, granted, queue_priority, patience_seconds)
+            info = await self._wait(ticket, place, granted, queue_priority, patience_seconds, on_no_workers)
             return WorkerSlot(ticket, place, worker_pb2.WorkerInfo.FromString(info))
         except BaseException:
             self._release(ticket, place)
@@ -117,6 +128,7 @@ class WorkerSlots:
         granted: asyncio.Future[bytes],
         queue_priority: QueuePriority,
         patience: float | None,
+        on_no_workers: Callable[[], None],
     ) -> bytes:
         loop = asyncio.get_running_loop()
         arguments: Arguments = {
@@ -141,8 +153,10 @@ class WorkerSlots:
                 return bytes(reply[1])
             if int(reply[1]):
                 last_seen = loop.time()
-            elif patience is not None and loop.time() - last_seen >= patience:
-                raise NoWorkers(f"no worker serves {place}, and none came within {patience:g} s")
+            else:
+                on_no_workers()
+                if patience is not None and loop.time() - last_seen >= patience:
+                    raise NoWorkers(f"no worker serves {place}, and none came within {patience:g} s")
             pause = self._ask_again_seconds if patience is None else min(self._ask_again_seconds, max(patience, 0.01))
             if avoided_ms := int(reply[2]):
                 pause = min(pause, avoided_ms / 1_000)

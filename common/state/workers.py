@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from redis.asyncio import Redis
@@ -15,6 +15,8 @@ from common.stage import Contract
 from common.state.connection import Arguments, run_script
 from common.state.presence import HEARTBEAT_SECONDS, TTL_SECONDS, run_on_leaving
 from fleet.v1 import worker_pb2
+
+_MOST_REASON = 500  # characters
 
 _log = logging.getLogger(__name__)
 
@@ -96,7 +98,11 @@ class WorkerRegistry:
         sent = info.contract
         optional, optional_outputs = frozenset(sent.optional_inputs), frozenset(sent.optional_outputs)
         text = _canonical(Contract(info.service, sent.inputs, sent.outputs, optional, optional_outputs))
-        await self._declare(info.model, info.model_fingerprint, {info.service: text})
+        try:
+            await self._declare(info.model, info.model_fingerprint, {info.service: text})
+        except FailedPrecondition as error:
+            await self._record_refusal(info, error)
+            raise
         arguments: Arguments = {
             "worker": info.worker_id,
             "model": info.model,
@@ -104,8 +110,26 @@ class WorkerRegistry:
             "capacity": info.capacity,
             "info": info.SerializeToString(),
             "lasts": self._ttl,
+            "numerics": info.numerics_fingerprint,
         }
         await run_script(self._redis, "announce", arguments)
+
+    async def _record_refusal(self, info: worker_pb2.WorkerInfo, error: FailedPrecondition) -> None:
+        arguments: Arguments = {
+            "model": info.model,
+            "service": info.service,
+            "fingerprint": info.model_fingerprint,
+            "worker": info.worker_id,
+            "reason": error.message[:_MOST_REASON],
+        }
+        try:
+            await run_script(self._redis, "refuse", arguments)
+        except Unavailable as unavailable:
+            _log.warning("the refusal of worker %s is not recorded: %s", info.worker_id, unavailable)
+
+    async def refusals(self, model: str) -> list[worker_pb2.RefusedWorker]:
+        """Workers of a model that were refused in the last 10 minutes, the latest first; those refused alike once."""
+        return [_refused(row) for row in await run_script(self._redis, "refusals", {"model": model})]
 
     async def _keep_announcing(self, info: worker_pb2.WorkerInfo, is_able: Callable[[], bool]) -> None:
         while True:
@@ -136,6 +160,16 @@ class WorkerRegistry:
         lasts = self._ttl + int(grace_seconds * 1_000)
         await run_on_leaving(self._redis, "leaving", {"worker": worker_id, "lasts": lasts})
 
+    async def free_slots(self, info: worker_pb2.WorkerInfo) -> int:
+        """Free slots of the live workers that make the same bytes as this one, for the same service and model.
+
+        A worker without a numerics fingerprint has no equals.
+        """
+        if not info.numerics_fingerprint:
+            return 0
+        arguments: Arguments = {"place": f"{info.model}/{info.service}", "numerics": info.numerics_fingerprint}
+        return int(await run_script(self._redis, "spare", arguments))
+
     async def live(self, model: str, service: str) -> list[worker_pb2.WorkerInfo]:
         """The live workers of a service of a model."""
         return (await self.load(model, service)).workers
@@ -144,6 +178,13 @@ class WorkerRegistry:
         """How busy a service of a model is."""
         infos, taken, queued = await run_script(self._redis, "status", {"place": f"{model}/{service}"})
         return ServiceLoad([worker_pb2.WorkerInfo.FromString(info) for info in infos], int(taken), int(queued))
+
+
+def _refused(row: Sequence[bytes]) -> worker_pb2.RefusedWorker:
+    service, fingerprint, at, worker, reason = (each.decode(errors="replace") for each in row[:5])
+    refused = worker_pb2.RefusedWorker(worker_id=worker, service=service, model_fingerprint=fingerprint, reason=reason)
+    refused.refused_at.FromMilliseconds(int(at))
+    return refused
 
 
 def _canonical(contract: Contract) -> str:

@@ -7,16 +7,16 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from prometheus_client import Counter
 from torch import Tensor
 
 from common.artifacts import Conditioning
-from common.errors import InvalidInput
+from common.errors import HandedOver, InvalidInput
 from common.stage import Call, PipelineStage
-from configs.pipeline_configs.base import NEGATIVE, DenoisingConfig, Parts, Shapes, Step
+from configs.pipeline_configs.base import NEGATIVE, DenoisingConfig, Keywords, Parts, Shapes, Step
 from models.composition import SCHEDULER
 from models.contracts import DenoisingInput, DenoisingOutput
 from models.runtime import Runtime
@@ -24,9 +24,8 @@ from models.schedulers.solver import solver_class
 from models.stages.branches import Branch, Branches, StepCaching, lease_branch
 from models.stages.loop_state import LoopState
 from models.stages.pacing import paced_steps
-from models.stages.step_memory import Lease, StepMemoryPool, cuda_capture
+from models.stages.step_memory import Lease
 
-Keywords = dict[str, Tensor | None]
 _log = logging.getLogger(__name__)
 
 STEPS_REUSED = Counter("fleet_steps_reused", "Predictions of this rank that took most blocks' work from earlier steps")
@@ -53,8 +52,7 @@ class DenoisingStage(PipelineStage[DenoisingInput, DenoisingOutput]):
         self._transformers = {role: modules[role] for role in config.transformers}
         self._scheduler = modules[SCHEDULER]
         self._solver_class = solver_class(self._scheduler)
-        capture = cuda_capture() if runtime.device.type == "cuda" else None
-        self._memory = StepMemoryPool(runtime.step_memory_bytes, capture)
+        self._memory = runtime.step_memory
         self._caching = _step_caching(runtime)
 
     @torch.inference_mode()
@@ -63,8 +61,8 @@ class DenoisingStage(PipelineStage[DenoisingInput, DenoisingOutput]):
 
         Reports every step, ends within one when cancelled, and continues after resume_from.step to the same bytes. In a
         worker group all ranks run it together, on equal inputs, and get equal outputs. With a step cache it neither
-        sends checkpoints nor resumes: the cache is not part of them. Raises ResourceExhausted, before the first step,
-        where the memory of its steps does not fit.
+        sends checkpoints nor resumes nor hands over: the cache is not part of them. Raises ResourceExhausted, before
+        the first step, where the memory of its steps does not fit, and HandedOver at a step boundary when asked to.
         """
         request = self._request(x)
         state = LoopState.of(x, self._config.part_keywords, partial(self._solver_class, self._scheduler))
@@ -78,8 +76,10 @@ class DenoisingStage(PipelineStage[DenoisingInput, DenoisingOutput]):
     def _loop(self, request: _Request, state: LoopState, call: Call, lease: Lease) -> None:
         config, total = self._config, len(request.steps)
         branches = self._branches(request, state, lease)
-        last_sent = time.monotonic()
-        for index in paced_steps(state.step, total, call, self._runtime.device):
+        last_sent, first = time.monotonic(), state.step
+        for index in paced_steps(first, total, call, self._runtime.device):
+            if self._caching is None and call.must_hand_over():
+                _hand_over(state, call, first)
             step = request.steps[index]
             state.latents = config.before_step(step, state.latents, request.conditions)
             predictions = self._predictions(request, branches, state.latents, step)
@@ -116,8 +116,8 @@ class DenoisingStage(PipelineStage[DenoisingInput, DenoisingOutput]):
 
     def _request(self, x: DenoisingInput) -> _Request:
         embeds = merge_conditioning(x.text_conditioning, x.image_conditioning)
-        parts = {**x.initial_latents.parts, **(x.image_latents.parts if x.image_latents else {})}
         given = x.image_latents.parts if x.image_latents else {}
+        parts = {**x.initial_latents.parts, **given}
         return _Request(
             x=x,
             embeds=embeds,
@@ -152,9 +152,8 @@ class DenoisingStage(PipelineStage[DenoisingInput, DenoisingOutput]):
         else:
             given = embeds.prompt_embeds
             own = config.prepare_pos_cond_kwargs(given, request.shapes, sampling)
-        keywords: Keywords = {name: self._batched(value, request.x) for name, value in given.items()}
-        keywords.update({name: None if value is None else self._on_device(value) for name, value in own.items()})
-        return keywords
+        batched = {name: self._batched(value, request.x) for name, value in given.items()}
+        return {**batched, **{name: None if value is None else self._on_device(value) for name, value in own.items()}}
 
     def _batched(self, value: Tensor, x: DenoisingInput) -> Tensor:
         """A row for each output, on the device."""
@@ -170,6 +169,13 @@ class DenoisingStage(PipelineStage[DenoisingInput, DenoisingOutput]):
         every, seconds = self._runtime.step_checkpoint_every, self._runtime.step_checkpoint_seconds
         due = 0 < seconds <= time.monotonic() - last_sent
         return (due or (every > 0 and done % every == 0)) and done < total
+
+
+def _hand_over(state: LoopState, call: Call, first: int) -> NoReturn:
+    """Send a checkpoint of the steps done since step `first`, where the loop began, and end the loop."""
+    if state.step > first:
+        call.on_step_checkpoint(state.step_checkpoint())
+    raise HandedOver(f"this worker leaves; the loop is handed over after {state.step} steps")
 
 
 def steps_of(x: DenoisingInput, parts: Mapping[str, str]) -> tuple[Step, ...]:

@@ -98,7 +98,7 @@ class StepMemory:
         self.cache = cache
         self.tensor_bytes = tensor_bytes
         self.graph_bytes = 0
-        self._transformer = transformer
+        self.transformer = transformer
         self._flags = dict(inputs.flags)
         self._capture = capture
         device = next(iter(inputs.latents.values())).device
@@ -167,7 +167,7 @@ class StepMemory:
     def _run(self, latents: Tensors, row: Tensors, constants: Tensors, probe: bool) -> Predictions:
         use = None if self.cache is None else CacheUse(self.cache, probe)
         given: dict[str, Any] = {**latents, **row, **constants, **self._memory, **self._flags}
-        return self._transformer.predict(use=use, **given)
+        return self.transformer.predict(use=use, **given)
 
 
 def byte_size_of(transformer: DiffusionTransformer, inputs: StepInputs, *, has_cache: bool, has_graphs: bool) -> int:
@@ -201,7 +201,7 @@ class Lease(Protocol):
 
 
 class StepMemoryPool:
-    """Memory for the steps of one stage, leased to the branches of one call; at most `max_bytes` in all.
+    """Memory for the steps of all stages of a process, leased to the branches of one call; at most `max_bytes` in all.
 
     `capture` captures graphs; None: steps run eagerly.
     """
@@ -250,7 +250,7 @@ class StepMemoryPool:
         """
         key = inputs.key(role, is_cached=new_cache is not None)
         for number, memory in reversed(self._idle.items()):
-            if memory.key == key:
+            if memory.key == key and memory.transformer is transformer:
                 del self._idle[number]
                 memory.load(inputs.constants)
                 return memory

@@ -95,10 +95,10 @@ def _up_layers(block: UpBlock) -> list[FrameLayer]:
 
 
 class _CausalConv:
-    """A convolution over space, and over this frame and the ones before; before the first there are zeros.
+    """Causal 3D convolution over space, the current frame and the previous frames; zeros precede the first frame.
 
-    Of a window of frames one frame comes out, so it is a convolution of a picture that has the window's channels:
-    libraries have far better kernels for that than for a video of three frames.
+    Each window of frames gives one frame. The window's frames are therefore stacked as channels of one image and
+    convolved in 2D: libraries have far better kernels for this than for a video of three frames.
     """
 
     def __init__(self, conv: Any) -> None:

@@ -52,6 +52,9 @@ async def _status(endpoint: str, access: Access) -> int:
     ]
     if kernels:
         sys.stdout.write("\n" + table(("MODEL", "SERVICE", "KERNELS", "VERSION", "STATE"), kernels))
+    refused = [(model.name, *refused_cells(each)) for model in overview.models for each in model.refused_workers]
+    if refused:
+        sys.stdout.write("\n" + table(("MODEL", "SERVICE", "REFUSED WORKER", "LATEST (UTC)", "REASON"), refused))
     sys.stdout.write(store_text(overview.store) + "\n")
     records = [
         (
@@ -92,6 +95,12 @@ def kernel_cells(package: worker_pb2.KernelPackage) -> tuple[str, str, str]:
     error = plain(" ".join(package.error.split()))
     state = f"unusable, {package.replacement} instead: {error}" if error else "in use"
     return package.name, package.version, state
+
+
+def refused_cells(refused: worker_pb2.RefusedWorker) -> tuple[str, str, str, str]:
+    """Service, worker, time and reason of a worker that was refused."""
+    moment = f"{refused.refused_at.ToDatetime():%Y-%m-%d %H:%M:%S}"
+    return refused.service, plain(refused.worker_id), moment, plain(" ".join(refused.reason.split()))
 
 
 def shortened(text: str, length: int = 48) -> str:

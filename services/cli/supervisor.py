@@ -48,29 +48,55 @@ class Supervisor:
     def __init__(self, note: Callable[[str], None]) -> None:
         self._note = note
         self._running: dict[str, asyncio.subprocess.Process] = {}
+        self._retired: dict[str, asyncio.Event] = {}
         self.ready = False
 
+    @property
+    def running(self) -> list[str]:
+        """Names of the programs that run, also of those that are ending."""
+        return list(self._running)
+
     async def keep(self, program: Program) -> None:
-        """Start the program and keep it running. Raises ServiceEnded when that is hopeless."""
+        """Start the program and keep it running until it is retired. Raises ServiceEnded when that is hopeless."""
+        retired = self._retired.setdefault(program.name, asyncio.Event())
         deaths, delay = 0, _FIRST_DELAY
-        while True:
-            began = time.monotonic()
-            process = await _start(program)
-            self._running[program.name] = process
-            self._note(f"{program.name}: started, pid {process.pid}")
-            code = await process.wait()
-            del self._running[program.name]
-            ended = f"{program.name} (pid {process.pid}) ended with {_meaning(code)}"
-            if time.monotonic() - began > _STEADY_SECONDS:
-                deaths, delay = 0, _FIRST_DELAY
-            deaths += 1
-            if not self.ready:
-                raise ServiceEnded(f"{ended} before the fleet was ready", code)
-            if deaths >= _MOST_DEATHS:
-                raise ServiceEnded(f"{ended}, {deaths} times in a row", code)
-            self._note(f"{ended}; starting it again in {delay:g} s")
-            await asyncio.sleep(delay)
-            delay *= 2
+        try:
+            while not retired.is_set():
+                began = time.monotonic()
+                ended, code = await self._run(program, retired)
+                if retired.is_set():
+                    self._note(f"{ended}, as it was not needed")
+                    return
+                if time.monotonic() - began > _STEADY_SECONDS:
+                    deaths, delay = 0, _FIRST_DELAY
+                deaths += 1
+                if not self.ready:
+                    raise ServiceEnded(f"{ended} before the fleet was ready", code)
+                if deaths >= _MOST_DEATHS:
+                    raise ServiceEnded(f"{ended}, {deaths} times in a row", code)
+                self._note(f"{ended}; starting it again in {delay:g} s")
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(retired.wait(), delay)
+                delay *= 2
+        finally:
+            del self._retired[program.name]
+
+    def retire(self, program: Program) -> None:
+        """Have a program that is kept end for good: SIGTERM now, SIGKILL after the grace time. Its end is no death."""
+        self._retired.setdefault(program.name, asyncio.Event()).set()
+        if program.name in self._running:
+            _retire(self._running[program.name])
+
+    async def _run(self, program: Program, retired: asyncio.Event) -> tuple[str, int]:
+        """Run the program once; returns a sentence about its end, and its exit code."""
+        process = await _start(program)
+        self._running[program.name] = process
+        self._note(f"{program.name}: started, pid {process.pid}")
+        if retired.is_set():
+            _retire(process)
+        code = await process.wait()
+        del self._running[program.name]
+        return f"{program.name} (pid {process.pid}) ended with {_meaning(code)}", code
 
     async def stop(self, names: Sequence[str]) -> None:
         """SIGTERM to these programs, SIGKILL to those that outlive the grace time; returns when they have ended."""
@@ -84,10 +110,21 @@ class Supervisor:
                     await _ended(processes)
         finally:
             for process in processes:
-                if process.returncode is None:
-                    with contextlib.suppress(ProcessLookupError):
-                        process.kill()
+                _kill(process)
         await _ended(processes)
+
+
+def _retire(process: asyncio.subprocess.Process) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        process.send_signal(signal.SIGTERM)
+    asyncio.get_running_loop().call_later(_GRACE_SECONDS, _kill, process)
+
+
+def _kill(process: asyncio.subprocess.Process) -> None:
+    """SIGKILL, unless the process has ended."""
+    if process.returncode is None:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
 
 
 async def _ended(processes: Sequence[asyncio.subprocess.Process]) -> None:

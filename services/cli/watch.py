@@ -72,7 +72,8 @@ def _text(event: generation_pb2.Event) -> str:
             steps = f" {progress.step}/{progress.total_steps}" if progress.total_steps else ""
             return f"{progress.service}{steps}"
         case "warning":
-            return plain(f"warning: {event.warning.field}: {event.warning.message}")
+            about = f"{event.warning.field}: " if event.warning.field else ""
+            return plain(f"warning: {about}{event.warning.message}")
         case _:
             saved = event.state_change.steps_saved
             return state_name(event.state_change.state) + (f", steps saved: {saved}" if saved else "")

@@ -85,6 +85,11 @@ class NewestStepCheckpoint:
             except FleetError:
                 _log.exception("a checkpoint of request %s is not stored", self._request_id)
 
+    @property
+    def is_known(self) -> bool:
+        """Whether a worker has sent a checkpoint to this coordinator."""
+        return self._latest is not None
+
     async def find(self, origin: str, slot: str) -> Packet | None:
         """The checkpoint to continue from, for the resume slot `slot`; None where no checkpoint has this origin."""
         if self._load and self._latest is None:

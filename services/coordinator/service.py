@@ -275,6 +275,7 @@ class GenerationService:
                 *(_variant(each) for each in served.variants),
                 *(pb.Variant(name=name, error=reason) for name, reason in served.unserved.items()),
             ],
+            refused_workers=await self._registry.refusals(served.name),
         )
 
     def _validated(self, request: pb.SubmitRequest, variant: str = "") -> Submission:

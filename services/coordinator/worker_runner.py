@@ -15,13 +15,14 @@ from functools import partial
 
 import grpc
 
-from common.errors import Cancelled, FleetError, ResourceExhausted, Unavailable
+from common.errors import Cancelled, FleetError, HandedOver, ResourceExhausted, Unavailable
 from common.pipeline import ServiceSpec
 from common.rpc.client import RemoteRunner, WorkerLost
 from common.rpc.framing import CallLimits, Packet
 from common.stage import Call, Contract
 from common.state.worker_slots import Computed, QueuePriority, WorkerSlot, WorkerSlots
-from common.telemetry import LOST_CALLS
+from common.telemetry import HANDED_OVER_CALLS, LOST_CALLS
+from fleet.v1 import worker_pb2
 from services.coordinator.access import WorkerAccess
 from services.coordinator.resume import Recovery, origin_of, step_of
 
@@ -175,6 +176,7 @@ class WorkerRunner:
         self._recovery = recovery
         self._on_begin = on_begin
         self._unreached_since: float | None = None
+        self._warned = False
 
     @property
     def contract(self) -> Contract:
@@ -184,13 +186,18 @@ class WorkerRunner:
     async def __call__(self, values: Mapping[str, Packet], call: Call) -> Mapping[str, Packet]:
         """Wait for a worker, run there, and give its slot back."""
         pause = _FIRST_PAUSE_SECONDS
+        left: worker_pb2.WorkerInfo | None = None
         while True:
-            attempt = _Attempt(await self._claim(call), self._on_begin)
-            used = 0.0
+            attempt = _Attempt(await self._claim(call, left), self._on_begin)
+            used, left = 0.0, None
             try:
                 outputs = await self._run(attempt, values, call)
                 attempt.begin()
                 used = attempt.seconds
+            except HandedOver as error:
+                self._handed_over(attempt, error, call)
+                left = attempt.worker_slot.worker
+                continue
             except (Unavailable, Cancelled) as error:
                 attempt.lose(error)
                 await self._lost(attempt, error, call)
@@ -226,8 +233,9 @@ class WorkerRunner:
             values, replace(call, on_step_checkpoint=partial(self._recovery.step_checkpoint.remember, origin))
         )
 
-    async def _claim(self, call: Call) -> WorkerSlot:
-        """A slot; waits for as long as it takes, also for a store that is away."""
+    async def _claim(self, call: Call, left: worker_pb2.WorkerInfo | None) -> WorkerSlot:
+        """A slot; waits for as long as it takes, also for a store that is away. `left` has handed the request over."""
+        resumes = self._spec.resume_slot is not None and self._recovery.step_checkpoint.is_known
         alone = await self._recovery.wait_until_claimable()
         return await self._workers.slots.claim(
             self._model,
@@ -236,7 +244,24 @@ class WorkerRunner:
             self._queue_priority,
             patience_seconds=self._workers.patience_seconds,
             alone=alone,
+            first=left is not None,
+            equal_to=left.numerics_fingerprint if left is not None and resumes else "",
+            on_no_workers=partial(self._warn_of_no_workers, call),
         )
+
+    def _warn_of_no_workers(self, call: Call) -> None:
+        """Report once that the request waits for a worker to start."""
+        if not self._warned:
+            self._warned = True
+            call.warn("", f"no worker of {self._spec.service} runs; the request waits for one")
+
+    def _handed_over(self, attempt: _Attempt, error: HandedOver, call: Call) -> None:
+        """The worker leaves. The call is not lost: the request goes on at once, and nothing is counted against it."""
+        worker, service = attempt.worker_slot.worker, self._spec.service
+        _log.info("request %s was handed over by %s at %s: %s", call.request_id, service, worker.address, error)
+        HANDED_OVER_CALLS.labels(service, self._model).inc()
+        self._workers.connections.drop(worker.address)
+        self._unreached_since = None
 
     async def _lost(self, attempt: _Attempt, error: FleetError, call: Call) -> None:
         """Avoid the worker for a while. A call that had begun counts, if the worker is not announced again.

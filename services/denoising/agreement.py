@@ -17,6 +17,9 @@ from common.stage import Call
 GO_ON = b""
 """The answer that lets a stage go on; any other one is outcome() of the error that ends it."""
 
+HAND_OVER = b"hand over"
+"""The answer to must_hand_over() that ends a stage at this step boundary."""
+
 _STOPS: dict[str, type[FleetError]] = {kind.__name__: kind for kind in (Cancelled, DeadlineExceeded)}
 
 
@@ -48,6 +51,12 @@ class LeadingCall(Call):
             raise
         self.tell(GO_ON)
 
+    def must_hand_over(self) -> bool:
+        """Decide for all ranks."""
+        decided = super().must_hand_over()
+        self.tell(HAND_OVER if decided else GO_ON)
+        return decided
+
 
 @dataclass(frozen=True)
 class FollowingCall(Call):
@@ -59,3 +68,7 @@ class FollowingCall(Call):
         """Wait for rank 0's answer, and raise what it says."""
         if answer := self.ask():
             raise stop_of(answer)
+
+    def must_hand_over(self) -> bool:
+        """Wait for rank 0's answer."""
+        return self.ask() == HAND_OVER

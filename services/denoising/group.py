@@ -50,6 +50,7 @@ class LeadingStages:
             on_warning=call.on_warning,
             on_step_checkpoint=call.on_step_checkpoint,
             cancelled=call.cancelled,
+            hand_over=call.hand_over,
             deadline=call.deadline,
             variant=call.variant,
             tell=self._tell,

@@ -6,7 +6,7 @@ A message is its kind (one byte), the size of its payload (four bytes, big endia
     CALL     request id, variant    ──▶      as two lines
     INPUT    header, then chunks    ──▶      the frames of the stage's RPC, as a coordinator would send them
     RUN                             ──▶      both run the stage
-    CHECK    go on, or the error    ──▶      once for each time that the stage asks whether it should go on
+    CHECK    go on, or the error    ──▶      once for each time that the stage asks whether it goes on, or hands over
     OUTCOME  result or error        ◀─▶      how the call ended, which each side compares with its own
 
 END ends the follower. FACTS, once from each side before the first call, are the sender's facts of

@@ -248,6 +248,26 @@ def test_ctrl_c_ends_every_process_of_a_fleet(up: tuple[str, Running], temporary
     assert not list(temporary.glob("fleet-*"))
 
 
+@pytest.mark.usefixtures("one_thread")
+def test_an_autoscaled_fleet_is_ready_without_workers_and_returns_to_none(temporary: Path, tmp_path: Path) -> None:
+    output = tmp_path / "apple.png"
+    flags = ("--num-inference-steps=3", "--seed=1", "--output", str(output))
+    with started(temporary, "up", "--port=0", "--scaler-port=0", "--autoscale", "--idle-seconds=0.5") as running:
+        endpoint = running.line(r"^ready: (\S+) serves emoji")[1]
+        assert len(running.descendants()) == 2, "the store and the coordinator"
+        done = fleet(temporary, "generate", "a red apple", *flags, "--endpoint", endpoint)
+        assert done.returncode == 0, done.stderr
+        running.line("autoscaler: emoji/decoding: 1 -> 0 workers")
+        running.line(r"decoding-0 \(pid \d+\) ended with exit code 0, as it was not needed")
+        code, said = running.end(signal.SIGTERM)
+    assert code == 0
+    assert "starting it again" not in said
+    alone = open_fleet("emoji")
+    (item,) = alone.media(prompt="a red apple", num_inference_steps=3, seed=1).items
+    alone.close()
+    assert output.read_bytes() == item.data.numpy().tobytes()
+
+
 def test_nothing_outlives_a_fleet_that_is_killed(temporary: Path) -> None:
     with started(temporary, "up", "--port", "0") as running:
         running.line(r"decoding-0: started")

@@ -105,7 +105,7 @@ async def until(condition: Callable[[], bool]) -> None:
 
 @pytest.mark.parametrize("path", [b"/x/\xff", b"\xff\xfe", b"/fleet.v1.TestService/Ask\xc3", b"/", b"/fleet.v1.X/Y"])
 def test_no_path_ends_a_server(path: bytes) -> None:
-    """In grpcio 1.85 one that is not UTF-8 does: common.rpc.grpcio_patch tells how."""
+    """In grpcio 1.85 a path that is not UTF-8 ends the server: see common.rpc.grpcio_patch."""
 
     async def test() -> None:
         async with served() as (server, _):

@@ -28,7 +28,7 @@ GIVEN: dict[str, Any] = {
 }
 
 
-def picture(seed: int, kind: str = "PNG") -> bytes:
+def image_file(seed: int, kind: str = "PNG") -> bytes:
     pixels = np.random.default_rng(seed).integers(0, 256, (60, 90, 3), np.uint8)
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, kind)
@@ -38,7 +38,7 @@ def picture(seed: int, kind: str = "PNG") -> bytes:
 CASES: dict[str, tuple[str, Mapping[str, bytes], dict[str, Any]]] = {
     "guided": ("image", {}, GIVEN),
     "two outputs, without guidance": ("image", {}, {**GIVEN, "true_cfg_scale": 1.0, "num_outputs_per_prompt": 2}),
-    "edit": ("edit", {"image": picture(1, "JPEG")}, GIVEN),
+    "edit": ("edit", {"image": image_file(1, "JPEG")}, GIVEN),
 }
 
 
@@ -77,10 +77,10 @@ def test_pictures_are_png_and_warnings_arrive(fleet: ServedFleet) -> None:
 @pytest.mark.parametrize(
     ("name", "images", "change", "field"),
     [
-        ("image", {"image": picture(1)}, {}, "images"),
+        ("image", {"image": image_file(1)}, {}, "images"),
         ("image", {}, {"num_inference_steps": 1}, "num_inference_steps"),
         ("edit", {}, {}, "image"),
-        ("edit", {"image": picture(1), "last_image": picture(2)}, {}, "last_image"),
+        ("edit", {"image": image_file(1), "last_image": image_file(2)}, {}, "last_image"),
     ],
     ids=["picture for nothing", "one step", "no picture", "two pictures"],
 )

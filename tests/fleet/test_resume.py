@@ -1,7 +1,7 @@
 """SIGKILL while a request denoises, of its worker at any step, or of its coordinator too: its result keeps its bytes.
 
-All processes are real, for Flux (Euler), for Wan (UniPC, whose solver has a history), and for an image request of Wan
-2.2 TI2V, whose latents at the end are not those of the last step.
+At SIGTERM the worker hands the request over. All processes are real, for Flux (Euler), for Wan (UniPC, whose solver has
+a history), and for an image request of Wan 2.2 TI2V, whose latents at the end are not those of the last step.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import pytest
 from chaos_processes import Fleet
 from redis.asyncio import Redis
 
-from coarse_pictures import picture, png
+from coarse_pictures import coarse_image, png
 from common.rpc.client import open_channel
 from common.state.connection import command, connect
 from coordinator_fleet import Stub
@@ -64,7 +64,7 @@ TI2V = Family(
     {"height": 256, "width": 384, "num_frames": 9, "num_inference_steps": 3 * STEPS},
     b"\x00\x00\x00",
     build_tiny_wan_ti2v,
-    images=[pb.ImageInput(role="image", data=png(picture(60, 40)))],
+    images=[pb.ImageInput(role="image", data=png(coarse_image(60, 40)))],
     coordinators=1,
     workers=1,
 )
@@ -108,11 +108,19 @@ class Served:
         return b"".join([reply.data async for reply in download]), steps
 
     async def kill_worker(self, _: str) -> None:
-        """SIGKILL the process that has the slot; a worker's name tells its process id."""
+        """SIGKILL the process that has the slot."""
+        await self._signal_worker(signal.SIGKILL)
+
+    async def end_worker(self, _: str) -> None:
+        """SIGTERM to the process that has the slot."""
+        await self._signal_worker(signal.SIGTERM)
+
+    async def _signal_worker(self, number: signal.Signals) -> None:
+        """A worker's name has its process id."""
         (slot,) = await command(self.redis, "HVALS", f"fleet:slots:{self._family.model}/denoising")
         pid = int(slot.decode().partition("|")[0].split("-")[-2])
         (worker,) = [each for each in self.fleet.of(coordinators=False) if each.pid == pid]
-        self.fleet.signal(worker, signal.SIGKILL)
+        self.fleet.signal(worker, number)
 
     async def kill_both(self, name: str) -> None:
         """SIGKILL the second coordinator, once the store has a checkpoint, and the worker."""
@@ -180,6 +188,14 @@ def test_a_death_in_the_middle_changes_no_byte(family: Family) -> None:
                 again, steps = await fleet.result(stub, await fleet.submit(stub), kill_at, fleet.kill_worker)
                 assert again == whole
                 assert resumed_at(steps) > kill_at, steps
+            # A worker that leaves has time to finish, and hands the request over: no step is done twice.
+            name = await fleet.submit(stub)
+            again, steps = await fleet.result(stub, name, STEPS // 2, fleet.end_worker)
+            assert again == whole
+            assert resumed_at(steps) > STEPS // 2, steps
+            done = [step for step in steps if step]
+            assert done == sorted(set(done)), steps
+            assert not await command(fleet.redis, "HGET", f"fleet:request:{name}", "deaths")
             assert not await fleet.redis.keys("fleet:checkpoint:*")
             # Its coordinator dies too: what the next one goes on from, it has from the store.
             again, steps = await fleet.result(stub, await fleet.submit(fleet.stubs[1]), STEPS // 2, fleet.kill_both)

@@ -10,7 +10,7 @@ import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import grpc
 import pytest
@@ -24,6 +24,7 @@ from common.errors import (
     DeadlineExceeded,
     FailedPrecondition,
     FleetError,
+    HandedOver,
     InternalError,
     InvalidInput,
     ResourceExhausted,
@@ -365,6 +366,42 @@ def test_draining_finishes_what_runs_and_refuses_what_comes() -> None:
             await stage.runner()(packets(), stage.heard.call())
 
     run(test, gate)
+
+
+def test_a_call_that_is_handed_over_ends_as_unavailable_with_its_checkpoint() -> None:
+    """A call that has not begun ends at once. Coordinators of before know the status, and try another worker."""
+    reached, opened = threading.Event(), threading.Event()
+
+    def script(x: StageInput, call: Call) -> None:
+        reached.set()
+        assert opened.wait(20)
+        assert call.must_hand_over()
+        call.on_step_checkpoint(step_checkpoint_of(x, 1))
+        raise HandedOver("handed over after 1 steps")
+
+    async def test(stage: Served) -> None:
+        running = asyncio.create_task(stage.runner()(packets(), stage.heard.call()))
+        assert await asyncio.to_thread(reached.wait, 20)
+        waiting = asyncio.create_task(stage.runner()(packets(), Call("waits")))
+        while len(stage.servicer.running()) < 2:  # noqa: ASYNC110 -- nothing tells
+            await asyncio.sleep(0.01)
+        first, second = stage.servicer.running()
+        assert (first.has_begun, second.has_begun) == (True, False)
+        second.hand_over()
+        with pytest.raises(HandedOver, match="before it began") as caught:
+            await waiting
+        cause = cast(grpc.aio.AioRpcError, caught.value.__cause__)
+        assert cause.code() is grpc.StatusCode.UNAVAILABLE
+        assert dict(cause.trailing_metadata() or ())["fleet-error"] == "HandedOver"
+        assert not first.is_asked
+        first.hand_over()
+        opened.set()
+        with pytest.raises(HandedOver, match="after 1 steps"):
+            await running
+        assert len(stage.heard.checkpoints) == 1
+        assert not stage.servicer.running()
+
+    run(test, script, limits=ServicerLimits(capacity=2))
 
 
 def test_draining_ends_at_the_grace_time() -> None:

@@ -30,7 +30,7 @@ GIVEN: dict[str, Any] = {
 }
 
 
-def picture(seed: int, kind: str = "PNG", mode: str = "RGB", size: tuple[int, int] = (90, 60)) -> bytes:
+def image_file(seed: int, kind: str = "PNG", mode: str = "RGB", size: tuple[int, int] = (90, 60)) -> bytes:
     channels = len(mode)
     pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], channels), np.uint8)
     file = io.BytesIO()
@@ -40,8 +40,8 @@ def picture(seed: int, kind: str = "PNG", mode: str = "RGB", size: tuple[int, in
 
 IMAGES = {
     "t2v": {},
-    "i2v": {"image": picture(1)},
-    "flf2v": {"image": picture(1), "last_image": picture(2, "JPEG", "CMYK")},
+    "i2v": {"image": image_file(1)},
+    "flf2v": {"image": image_file(1), "last_image": image_file(2, "JPEG", "CMYK")},
 }
 
 
@@ -80,7 +80,7 @@ def test_a_model_reports_which_pictures_it_takes(models: dict[str, ServedModel])
 
 def test_a_large_picture_travels_whole(fleet: ServedFleet, models: dict[str, ServedModel]) -> None:
     """Beyond what goes inline, and beyond one chunk."""
-    large = {"image": picture(3, size=(900, 700))}
+    large = {"image": image_file(3, size=(900, 700))}
     assert len(large["image"]) > 2**20
     local = LocalFleet(models["i2v"])
     expected = local.tensors(images=large, **GIVEN)["latents"]
@@ -116,13 +116,13 @@ def _spoiled(data: bytes) -> bytes:
 @pytest.mark.parametrize(
     ("name", "images", "field", "message"),
     [
-        ("t2v", {"image": picture(1)}, "images", "takes no images"),
+        ("t2v", {"image": image_file(1)}, "images", "takes no images"),
         ("i2v", {}, "image", "needs a picture as 'image'"),
-        ("i2v", {"image": picture(1), "image_1": picture(1)}, "image_1", "takes image as pictures"),
+        ("i2v", {"image": image_file(1), "image_1": image_file(1)}, "image_1", "takes image as pictures"),
         ("i2v", {"image": b"no picture"}, "image", "is not a PNG, JPEG or WebP picture"),
-        ("i2v", {"image": _cut(picture(1))}, "image", "is cut off"),
-        ("i2v", {"image": picture(1, "GIF")}, "image", "but GIF"),
-        ("flf2v", {"image": picture(1)}, "last_image", "needs a picture as 'last_image'"),
+        ("i2v", {"image": _cut(image_file(1))}, "image", "is cut off"),
+        ("i2v", {"image": image_file(1, "GIF")}, "image", "but GIF"),
+        ("flf2v", {"image": image_file(1)}, "last_image", "needs a picture as 'last_image'"),
     ],
 )
 def test_wrong_pictures_are_refused_before_they_are_accepted(
@@ -135,6 +135,6 @@ def test_wrong_pictures_are_refused_before_they_are_accepted(
 
 def test_a_picture_that_cannot_be_decoded_ends_the_request_and_no_worker(fleet: ServedFleet) -> None:
     with pytest.raises(RequestFailed, match="INVALID_ARGUMENT: image cannot be decoded") as caught:
-        fleet.generate("i2v", images={"image": _spoiled(picture(1))}, **GIVEN)
+        fleet.generate("i2v", images={"image": _spoiled(image_file(1))}, **GIVEN)
     assert caught.value.field == "image"
     assert fleet.generate("i2v", images=IMAGES["i2v"], **GIVEN).files

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from coarse_pictures import picture, png
+from coarse_pictures import coarse_image, png
 from common.errors import InvalidInput
 from fleet.v1 import generation_pb2 as pb
 from fleet_parts import Parts, run_parts, serve_text_before_image
@@ -25,7 +25,7 @@ from tiny_wan import build_tiny_wan_ti2v
 
 GIVEN: dict[str, Any] = {"prompt": "a red apple", "height": 64, "width": 96, "num_frames": 5, "seed": 5}
 STEPS = 3
-IMAGE = png(picture(90, 60))
+IMAGE = png(coarse_image(90, 60))
 IMAGES = {"text": NO_IMAGES, "image": {"image": IMAGE}}
 TAKES = "ti2v takes: text (no images), image (image)"
 

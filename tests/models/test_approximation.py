@@ -147,6 +147,14 @@ def test_a_loop_with_a_step_cache_has_no_checkpoints(case: Case) -> None:
     assert caught.value.field == "resume_from"
 
 
+def test_a_loop_with_a_step_cache_is_not_handed_over(case: Case) -> None:
+    model, x, _ = case
+    call = Call("test")
+    call.hand_over.set()
+    whole = latents_of(cached(model, 1e-9), x)
+    assert torch.equal(latents_of(cached(model, 1e-9), x, call), whole)
+
+
 def reused() -> float:
     """Of all requests in this process so far."""
     return REGISTRY.get_sample_value("fleet_steps_reused_total") or 0.0

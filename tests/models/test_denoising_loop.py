@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from common.artifacts import Latents, StepCheckpoint
-from common.errors import InvalidInput, ResourceExhausted
+from common.errors import HandedOver, InvalidInput, ResourceExhausted
 from common.stage import Call
 from fake_graphs import FakeCapture
 from loop_family import SHAPES, STEPS, loop_input, loop_stage
@@ -160,3 +160,54 @@ def test_steps_that_do_not_fit_are_refused_before_the_loop_starts() -> None:
     assert not steps
     assert not capture.graphs
     assert not stage._memory._leased, "what was leased before is given back"
+
+
+def test_stages_of_one_runtime_share_one_pool() -> None:
+    """Both stages count towards one bound, and neither runs on the denoisers of the other."""
+    runtime = Runtime()
+    (one, _), (other, _) = loop_stage(runtime), loop_stage(runtime)
+    alone, _ = loop_stage()
+    assert one._memory is other._memory is runtime.step_memory
+    assert alone._memory is not runtime.step_memory
+    x = loop_input()
+    expected = run(alone, x)
+    assert equal(run(one, x), expected)
+    size = runtime.step_memory.byte_size
+    for _ in range(2):
+        assert equal(run(other, x), expected)
+        assert runtime.step_memory.byte_size == 2 * size
+
+
+def test_a_loop_that_is_handed_over_ends_at_the_step_boundary_with_its_checkpoint() -> None:
+    """No step is done twice, and the result is that of an undisturbed loop, also where nothing else asks for one."""
+    x = loop_input()
+    whole, _ = checkpoints_of(x)
+    stage, _ = loop_stage(Runtime(step_checkpoint_every=0, step_checkpoint_seconds=0.0))
+    for handed_over_at in range(1, STEPS):
+        states: list[StepCheckpoint] = []
+        done: list[int] = []
+        call = Call("test", on_step_checkpoint=states.append)
+
+        def progress(step: int, _: int, call: Call = call, done: list[int] = done, at: int = handed_over_at) -> None:
+            done.append(step)
+            if step == at:
+                call.hand_over.set()
+
+        with pytest.raises(HandedOver, match=f"after {handed_over_at} steps"):
+            run(stage, x, replace(call, on_progress=progress))
+        (state,) = states
+        assert state.step == handed_over_at
+        rest = Call("test", on_progress=lambda step, _, done=done: done.append(step))  # type: ignore[misc]
+        assert equal(run(stage, replace(x, resume_from=state), rest), whole)
+        assert done == list(range(1, STEPS + 1))
+
+
+def test_a_loop_that_is_handed_over_before_its_first_step_sends_no_checkpoint() -> None:
+    x = loop_input()
+    _, states = checkpoints_of(x)
+    stage, _ = loop_stage()
+    for start in (None, states[1]):
+        call = Call("test", on_step_checkpoint=lambda _: pytest.fail("the caller has it already"))
+        call.hand_over.set()
+        with pytest.raises(HandedOver):
+            run(stage, replace(x, resume_from=start), call)

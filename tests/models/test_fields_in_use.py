@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import pytest
 
-from coarse_pictures import picture, png
+from coarse_pictures import coarse_image, png
 from common.artifacts import Canvas, Prompt
 from common.local import HostedStages
 from common.pipeline import StageSpec
@@ -106,7 +106,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[list[S
             hosted = [each for service in fleet.services.values() for each in vars(service)["_variants"].values()]
             for stage in (stage for stages in hosted for stage in vars(stages)["_stages"]):
                 recorder.watch(stage)
-            images = {"image": png(picture(40, 30, 1))} if case.has_image else {}
+            images = {"image": png(coarse_image(40, 30, 1))} if case.has_image else {}
             fleet.media(None, images, **case.given, seed=1)
             variant = fleet.model.variant(case.variant)
             assert variant is not None, "the model has the variant"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from coarse_pictures import picture, png
+from coarse_pictures import coarse_image, png
 from common.artifacts import ParamValue
 from common.errors import CheckpointError
 from local_fleet import NO_IMAGES, LocalFleet, open_fleet
@@ -105,7 +105,7 @@ def test_an_image_processor_of_another_name_is_served_to_the_same_bytes(tmp_path
     names = [("scheduler", "solver"), ("image_processor", "feature_extractor")]
     usual = open_fleet(str(path))
     other = LocalFleet(open_model(str(renamed(path, tmp_path / "renamed", names)), registry))
-    images = {"image": png(picture(40, 30, 1))}
+    images = {"image": png(coarse_image(40, 30, 1))}
     ours, theirs = (fleet.tensors(None, images, **GIVEN) for fleet in (other, usual))
     assert all(torch.equal(ours[name], theirs[name]) for name in ("latents", "pixels"))
     usual.close()

@@ -15,7 +15,7 @@ from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit import calculate_dime
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from coarse_pictures import picture, png
+from coarse_pictures import coarse_image, png
 from common.errors import CheckpointError, InvalidInput
 from common.image_header import ImageHeader
 from configs.models.vaes.qwen_image import given_size
@@ -68,8 +68,8 @@ def test_latents_and_pixels_are_diffusers(pair: Pair, size: tuple[int, int], giv
     if "sigmas" in call:
         call["sigmas"] = list(call["sigmas"])
     outputs = whole.get("num_outputs_per_prompt", 1)
-    theirs = reference_run(pipeline, seed=5, image=picture(*size), num_images_per_prompt=outputs, **call)
-    ours = fleet.tensors(images={"image": png(picture(*size))}, seed=5, **whole)
+    theirs = reference_run(pipeline, seed=5, image=coarse_image(*size), num_images_per_prompt=outputs, **call)
+    ours = fleet.tensors(images={"image": png(coarse_image(*size))}, seed=5, **whole)
     assert ours["latents"].shape == theirs["latents"].shape
     assert ours["pixels"].shape == theirs["pixels"].shape
     assert relative_error(ours["latents"], theirs["latents"]) <= 1e-4
@@ -83,11 +83,11 @@ def test_prompt_picture_and_negative_prompt_matter(pair: Pair) -> None:
     def latents(image: Image.Image, **change: Any) -> torch.Tensor:
         return pair[0].tensors(images={"image": png(image)}, seed=5, **BASE | GUIDED | change)["latents"]
 
-    before = latents(picture(90, 60))
+    before = latents(coarse_image(90, 60))
     for after in (
-        latents(picture(90, 60, seed=2)),
-        latents(picture(90, 60), prompt="a blue apple"),
-        latents(picture(90, 60), negative_prompt="a red car"),
+        latents(coarse_image(90, 60, seed=2)),
+        latents(coarse_image(90, 60), prompt="a blue apple"),
+        latents(coarse_image(90, 60), negative_prompt="a red car"),
     ):
         assert relative_error(after, before) > 1e-3
 
@@ -119,16 +119,16 @@ def test_pictures_are_edited_in_diffusers_sizes(size: tuple[int, int]) -> None:
 
 def test_the_size_follows_from_the_picture(pair: Pair) -> None:
     stage = InputValidationStage(pair[0].model)
-    params = stage.run({"prompt": ""}, {"image": png(picture(90, 60))}).params
+    params = stage.run({"prompt": ""}, {"image": png(coarse_image(90, 60))}).params
     assert (params.height, params.width) == given_size(60, 90) == (832, 1248)
-    params = stage.run({"prompt": "", "height": 64}, {"image": png(picture(90, 60))}).params
+    params = stage.run({"prompt": "", "height": 64}, {"image": png(coarse_image(90, 60))}).params
     assert (params.height, params.width) == (64, 1248)
     headers = {"image": ImageHeader(format="PNG", height=90, width=60)}
     assert QwenImageEditSamplingParams.image_defaults(headers) == {"height": 1248, "width": 832}
 
 
 def test_the_size_follows_the_orientation_in_the_metadata(pair: Pair) -> None:
-    sideways = xmp_rotated(png(picture(90, 60)))
+    sideways = xmp_rotated(png(coarse_image(90, 60)))
     params = InputValidationStage(pair[0].model).run({"prompt": ""}, {"image": sideways}).params
     assert (params.height, params.width) == given_size(90, 60)
 
@@ -143,7 +143,7 @@ def test_16_bit_grey_is_accepted_with_a_warning(pair: Pair) -> None:
 
 def test_tokens_are_not_limited_as_diffusers_does_not(pair: Pair) -> None:
     stage = InputValidationStage(pair[0].model)
-    warnings = stage.run({"prompt": "", "max_sequence_length": 8}, {"image": png(picture(9, 9))}).warnings
+    warnings = stage.run({"prompt": "", "max_sequence_length": 8}, {"image": png(coarse_image(9, 9))}).warnings
     assert [warning.field for warning in warnings] == ["max_sequence_length"]
 
 
@@ -152,11 +152,11 @@ def test_tokens_are_not_limited_as_diffusers_does_not(pair: Pair) -> None:
     [
         ({}, {}, "image"),
         ({}, {"image": b"no picture"}, "image"),
-        ({}, {"image": png(picture(9, 9)), "image_1": png(picture(9, 9))}, "image_1"),
-        ({"num_inference_steps": 1}, {"image": png(picture(9, 9))}, "num_inference_steps"),
-        ({"prompt": "put <|image_pad|> there"}, {"image": png(picture(9, 9))}, "prompt"),
-        ({"prompt": "猫" * POSITIONS}, {"image": png(picture(9, 9))}, "prompt"),
-        ({**GUIDED, "negative_prompt": "<|image_pad|>"}, {"image": png(picture(9, 9))}, "negative_prompt"),
+        ({}, {"image": png(coarse_image(9, 9)), "image_1": png(coarse_image(9, 9))}, "image_1"),
+        ({"num_inference_steps": 1}, {"image": png(coarse_image(9, 9))}, "num_inference_steps"),
+        ({"prompt": "put <|image_pad|> there"}, {"image": png(coarse_image(9, 9))}, "prompt"),
+        ({"prompt": "猫" * POSITIONS}, {"image": png(coarse_image(9, 9))}, "prompt"),
+        ({**GUIDED, "negative_prompt": "<|image_pad|>"}, {"image": png(coarse_image(9, 9))}, "negative_prompt"),
     ],
     ids=["none", "no picture", "two", "one step", "mark", "too long", "negative mark"],
 )

@@ -11,7 +11,7 @@ import torch
 from diffusers import WanImageToVideoPipeline, WanPipeline
 from PIL import Image
 
-from coarse_pictures import picture, png
+from coarse_pictures import coarse_image, png
 from common.errors import InvalidInput
 from local_fleet import Heard, reference_run, relative_error
 from tiny_wan import build_tiny_wan, build_tiny_wan_i2v
@@ -108,14 +108,14 @@ def test_a_long_prompt_is_cut_with_a_warning(t2v: Pair) -> None:
 )
 def test_image_to_video_is_diffusers(i2v: Pair, request_: dict[str, Any]) -> None:
     fleet, pipeline = i2v
-    image = picture(150, 90, seed=1)
+    image = coarse_image(150, 90, seed=1)
     theirs = reference_run(pipeline, seed=SEED, image=image, **request_)
     check(fleet.tensors(images={"image": png(image)}, seed=SEED, **request_), theirs)
 
 
 def test_a_picture_is_turned_as_its_exif_says(i2v: Pair) -> None:
     fleet, pipeline = i2v
-    image = picture(60, 200, seed=2)
+    image = coarse_image(60, 200, seed=2)
     file, exif = io.BytesIO(), Image.Exif()
     exif[0x0112] = 6
     image.transpose(Image.Transpose.ROTATE_90).save(file, "PNG", exif=exif)
@@ -127,7 +127,8 @@ def test_a_picture_is_turned_as_its_exif_says(i2v: Pair) -> None:
 def test_the_picture_matters(i2v: Pair) -> None:
     fleet, _ = i2v
     one, other = (
-        fleet.tensors(images={"image": png(picture(64, 64, seed))}, seed=SEED, **given())["latents"] for seed in (1, 2)
+        fleet.tensors(images={"image": png(coarse_image(64, 64, seed))}, seed=SEED, **given())["latents"]
+        for seed in (1, 2)
     )
     assert relative_error(other, one) > 10 * LATENTS_WITHIN
 
@@ -135,7 +136,7 @@ def test_the_picture_matters(i2v: Pair) -> None:
 def test_several_videos_of_one_picture(i2v: Pair) -> None:
     """Diffusers raises here; each of ours begins with the picture, and the first is the one that comes alone."""
     fleet, _ = i2v
-    images = {"image": png(picture(64, 64, seed=1))}
+    images = {"image": png(coarse_image(64, 64, seed=1))}
     both = fleet.tensors(images=images, seed=SEED, num_outputs_per_prompt=2, **given())["latents"]
     alone = fleet.tensors(images=images, seed=SEED, **given())["latents"]
     assert relative_error(both[:1], alone) <= LATENTS_WITHIN
@@ -145,7 +146,7 @@ def test_several_videos_of_one_picture(i2v: Pair) -> None:
 @pytest.mark.parametrize("request_", [given(width=48, num_frames=9), given("", guidance_scale=1.0)])
 def test_first_and_last_frame_is_diffusers(flf2v: Pair, request_: dict[str, Any]) -> None:
     fleet, pipeline = flf2v
-    first, last = picture(150, 90, seed=1), picture(64, 200, seed=2)
+    first, last = coarse_image(150, 90, seed=1), coarse_image(64, 200, seed=2)
     theirs = reference_run(pipeline, seed=SEED, image=first, last_image=last, **request_)
     images = {"last_image": png(last), "image": png(first)}
     check(fleet.tensors(images=images, seed=SEED, **request_), theirs)
@@ -155,7 +156,7 @@ def test_first_and_last_frame_is_diffusers(flf2v: Pair, request_: dict[str, Any]
     ("roles", "named"), [((), "image"), (("image",), "last_image"), (("image", "last_image", "image_1"), "image_1")]
 )
 def test_pictures_that_the_model_does_not_take_are_named(flf2v: Pair, roles: tuple[str, ...], named: str) -> None:
-    images = {role: png(picture(8, 8, seed=0)) for role in roles}
+    images = {role: png(coarse_image(8, 8, seed=0)) for role in roles}
     with pytest.raises(InvalidInput) as caught:
         flf2v[0].tensors(images=images, seed=SEED, **given())
     assert caught.value.field == named
@@ -163,7 +164,7 @@ def test_pictures_that_the_model_does_not_take_are_named(flf2v: Pair, roles: tup
 
 
 def test_one_frame_cannot_be_first_and_last(flf2v: Pair) -> None:
-    images = {role: png(picture(8, 8, seed=0)) for role in ("image", "last_image")}
+    images = {role: png(coarse_image(8, 8, seed=0)) for role in ("image", "last_image")}
     with pytest.raises(InvalidInput) as caught:
         flf2v[0].tensors(images=images, seed=SEED, **given(num_frames=1))
     assert caught.value.field == "num_frames"

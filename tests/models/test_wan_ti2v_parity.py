@@ -17,7 +17,7 @@ from diffusers import WanImageToVideoPipeline, WanPipeline
 from PIL import Image
 from torch import Tensor
 
-from coarse_pictures import picture, png
+from coarse_pictures import coarse_image, png
 from local_fleet import NO_IMAGES, LocalFleet, open_fleet, reference_run, relative_error
 from models.validation import InputValidationStage
 from tiny_wan import build_tiny_wan_ti2v
@@ -102,12 +102,12 @@ def test_text_to_video_is_diffusers(sides: Sides, case: str) -> None:
 @pytest.mark.parametrize("case", IMAGE)
 def test_image_to_video_is_diffusers(sides: Sides, case: str) -> None:
     request, size = IMAGE[case]
-    image = picture(*size, seed=1)
+    image = coarse_image(*size, seed=1)
     check(sides.ours(request, image), sides.theirs(request, image))
 
 
 def test_a_picture_is_turned_as_its_exif_says(sides: Sides) -> None:
-    image, file, exif = picture(60, 200, seed=2), io.BytesIO(), Image.Exif()
+    image, file, exif = coarse_image(60, 200, seed=2), io.BytesIO(), Image.Exif()
     exif[0x0112] = 6
     image.transpose(Image.Transpose.ROTATE_90).save(file, "PNG", exif=exif)
     ours = sides.fleet.tensors(images={"image": file.getvalue()}, **given(num_inference_steps=1))
@@ -116,7 +116,7 @@ def test_a_picture_is_turned_as_its_exif_says(sides: Sides) -> None:
 
 def test_the_first_latent_frame_is_that_of_the_image(sides: Sides) -> None:
     """It is not denoised, and what the solver makes of it does not reach the result."""
-    image = picture(150, 90, seed=1)
+    image = coarse_image(150, 90, seed=1)
     config = sides.image.vae.config
     pixels = sides.image.video_processor.preprocess(image, height=64, width=96)
     with torch.inference_mode():
@@ -130,7 +130,7 @@ def test_the_first_latent_frame_is_that_of_the_image(sides: Sides) -> None:
 
 
 def test_several_outputs_are_one_draw(sides: Sides) -> None:
-    for image in (None, picture(150, 90, seed=1)):
+    for image in (None, coarse_image(150, 90, seed=1)):
         alone, both = (sides.ours({"num_outputs_per_prompt": count}, image)["latents"] for count in (1, 2))
         assert relative_error(both[:1], alone) <= LATENTS_WITHIN
         assert relative_error(both[1:], alone) > 10 * LATENTS_WITHIN
@@ -150,14 +150,14 @@ def test_several_outputs_are_one_draw(sides: Sides) -> None:
 @pytest.mark.parametrize("has_image", [False, True], ids=["text", "image"])
 def test_every_input_matters(sides: Sides, has_image: bool, change: Request) -> None:
     """The tolerance means something: another input moves the result ten times further."""
-    image = picture(150, 90, seed=1) if has_image else None
+    image = coarse_image(150, 90, seed=1) if has_image else None
     before, after = (sides.ours(request, image)["latents"] for request in ({}, change))
     assert relative_error(after, before) > 10 * LATENTS_WITHIN
 
 
 def test_the_image_matters(sides: Sides) -> None:
     """Also behind the first frame, which only shows it."""
-    latents = [sides.ours({}, image)["latents"] for image in (None, *(picture(64, 64, seed) for seed in (1, 2)))]
+    latents = [sides.ours({}, image)["latents"] for image in (None, *(coarse_image(64, 64, seed) for seed in (1, 2)))]
     for one, other in ((0, 1), (0, 2), (1, 2)):
         assert relative_error(latents[one][:, :, 1:], latents[other][:, :, 1:]) > 10 * LATENTS_WITHIN
 
@@ -166,7 +166,7 @@ def test_the_image_matters(sides: Sides) -> None:
 def test_rounded_frames_and_sizes_are_reported(sides: Sides, has_image: bool) -> None:
     """32 pixels a patch: height and width are rounded down to it, frames to one more than a multiple of 4."""
     request = given(height=80, width=112, num_frames=7, num_inference_steps=1)
-    images = {"image": png(picture(64, 64, seed=1))} if has_image else {}
+    images = {"image": png(coarse_image(64, 64, seed=1))} if has_image else {}
     validated = InputValidationStage(sides.fleet.model).run(request, images)
     assert {warning.field for warning in validated.warnings} == {"num_frames", "height", "width"}
     assert sides.fleet.tensors(images=images, **request)["pixels"].shape == (1, 5, 3, 64, 96)

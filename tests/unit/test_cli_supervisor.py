@@ -13,6 +13,7 @@ import pytest
 from services.cli import supervisor
 from services.cli.options import INTERRUPTED, let_threads_sleep, run_async
 from services.cli.supervisor import Program, ServiceEnded, Supervisor
+from services.cli.worker_pool import WorkerPool
 
 # Ends at once with exit code 2, as a service whose settings are wrong does.
 WRONG = Program("wrong", ("serve", "nothing"))
@@ -66,6 +67,115 @@ def test_a_program_that_ignores_sigterm_is_killed(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(supervisor, "_start", start)
     assert not psutil.pid_exists(asyncio.run(run()))
+
+
+class Processes:
+    """Starts programs that wait for a signal, in place of services. A name with "deaf" in it ignores SIGTERM."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.started: list[str] = []
+        monkeypatch.setattr(supervisor, "_start", self._start)
+
+    async def _start(self, program: Program) -> asyncio.subprocess.Process:
+        handler = "SIG_IGN" if "deaf" in program.name else "SIG_DFL"
+        code = (
+            f"import signal; signal.signal(signal.SIGTERM, signal.{handler}); print('up', flush=True); signal.pause()"
+        )
+        process = await asyncio.create_subprocess_exec(sys.executable, "-c", code, stdout=asyncio.subprocess.PIPE)
+        assert process.stdout is not None
+        await process.stdout.readline()
+        self.started.append(program.name)
+        return process
+
+    async def have_started(self, count: int) -> None:
+        """Wait until so many programs have been started in all."""
+        async with asyncio.timeout(20):
+            while len(self.started) < count:  # noqa: ASYNC110 -- other processes, which tell nobody
+                await asyncio.sleep(0.005)
+
+
+def test_a_retired_program_ends_for_good_and_its_end_is_no_death(monkeypatch: pytest.MonkeyPatch) -> None:
+    processes, notes = Processes(monkeypatch), list[str]()
+
+    async def run() -> None:
+        keeper, program = Supervisor(notes.append), Program("w-0", ())
+        keeping = asyncio.create_task(keeper.keep(program))
+        await processes.have_started(1)
+        await asyncio.sleep(0.05)
+        keeper.retire(program)
+        await asyncio.wait_for(keeping, 20)
+        assert keeper.running == []
+
+    asyncio.run(run())
+    assert processes.started == ["w-0"]
+    assert notes[-1].endswith("ended with signal SIGTERM, as it was not needed")
+
+
+def test_a_retired_program_that_ignores_sigterm_is_killed_after_the_grace_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(supervisor, "_GRACE_SECONDS", 0.1)
+    processes, notes = Processes(monkeypatch), list[str]()
+
+    async def run() -> None:
+        keeper, program = Supervisor(notes.append), Program("deaf-0", ())
+        keeping = asyncio.create_task(keeper.keep(program))
+        await processes.have_started(1)
+        keeper.retire(program)
+        await asyncio.wait_for(keeping, 20)
+
+    asyncio.run(run())
+    assert notes[-1].endswith("ended with signal SIGKILL, as it was not needed")
+
+
+def test_a_program_that_is_retired_before_it_is_started_or_between_deaths_is_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(supervisor, "_FIRST_DELAY", 1_000.0)
+    notes: list[str] = []
+
+    async def run() -> None:
+        keeper = Supervisor(notes.append)
+        keeper.ready = True
+        keeper.retire(WRONG)
+        await asyncio.wait_for(keeper.keep(WRONG), 20)
+        assert notes == []
+        keeping = asyncio.create_task(keeper.keep(WRONG))
+        async with asyncio.timeout(20):
+            while not notes or "starting it again" not in notes[-1]:  # noqa: ASYNC110 -- another process
+                await asyncio.sleep(0.005)
+        keeper.retire(WRONG)
+        await asyncio.wait_for(keeping, 20)
+
+    asyncio.run(run())
+
+
+def test_a_pool_ends_its_newest_workers_and_uses_their_numbers_again_once_they_have_ended(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    processes = Processes(monkeypatch)
+
+    async def run() -> None:
+        keeper = Supervisor(lambda _: None)
+        async with asyncio.timeout(60), asyncio.TaskGroup() as group:
+            names = ("w-0", "w-1", "deaf-2", "w-3")
+            pool = WorkerPool(keeper, group.create_task, lambda number: Program(names[number], ()))
+            pool.resize(3)
+            await processes.have_started(3)
+            pool.resize(1)
+            assert pool.size == 1
+            while sorted(keeper.running) != ["deaf-2", "w-0"]:  # noqa: ASYNC110 -- another process
+                await asyncio.sleep(0.005)
+            pool.resize(3)  # 2 is still ending
+            await processes.have_started(5)
+            assert processes.started[3:] == ["w-1", "w-3"] or processes.started[3:] == ["w-3", "w-1"]
+            pool.resize(0)
+            assert pool.size == 0
+            monkeypatch.setattr(supervisor, "_GRACE_SECONDS", 0.1)
+            await keeper.stop(keeper.running)
+
+    asyncio.run(run())
+    assert sorted(processes.started) == ["deaf-2", "w-0", "w-1", "w-1", "w-3"]
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, INTERRUPTED), (signal.SIGTERM, 143)])

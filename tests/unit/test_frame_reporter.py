@@ -47,6 +47,23 @@ def kinds(frames: list[bytes]) -> list[str]:
     return found
 
 
+def test_the_checkpoint_of_a_call_that_is_handed_over_is_sent_although_the_one_before_it_waits() -> None:
+    async def main() -> list[bytes]:
+        reporter = FrameReporter(denoising_pb2.DenoiseResponse, TorchTensors())
+        call = reporter.listen(Call("r"))
+
+        def stage() -> None:
+            call.on_step_checkpoint(state(1))
+            call.hand_over.set()
+            call.on_step_checkpoint(state(2))
+
+        await asyncio.to_thread(stage)
+        reporter.end()
+        return [frame async for frame in reporter.frames()]
+
+    assert kinds(asyncio.run(main())) == ["checkpoint 1", *["chunk"] * 3, "checkpoint 2", *["chunk"] * 3]
+
+
 def test_a_checkpoint_does_not_hold_its_loop_up() -> None:
     async def main() -> list[bytes]:
         gone_on = threading.Event()

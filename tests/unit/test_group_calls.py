@@ -13,7 +13,7 @@ from typing import NoReturn
 import pytest
 import torch
 
-from common.errors import Cancelled, DeadlineExceeded, FleetError, InvalidInput
+from common.errors import Cancelled, DeadlineExceeded, FleetError, HandedOver, InvalidInput
 from common.stage import Call
 from common.variants import HostedVariants
 from services.denoising import group
@@ -147,6 +147,28 @@ def test_all_ranks_stop_at_the_same_step_when_the_caller_goes() -> None:
         call.cancelled.clear()
         with pytest.raises(DeadlineExceeded, match="past its deadline"):
             ranks.run(Call("r2", deadline=time.monotonic()))
+        assert not ranks.ended.is_set()
+
+
+def test_all_ranks_hand_over_at_the_same_step() -> None:
+    """The follower runs ahead. Afterwards the group takes the next call."""
+    call, steps = Call("r1"), {0: 0, 1: 0}
+
+    def loop(rank: int, call_of_rank: Call) -> None:
+        for step in range(1, 100):
+            call_of_rank.check_cancelled()
+            if call_of_rank.must_hand_over():
+                raise HandedOver(f"after {step - 1} steps")
+            steps[rank] = step
+            if rank == 0 and step == 5:
+                call.hand_over.set()
+
+    with two_ranks(lambda _, each: loop(0, each), lambda _, each: loop(1, each)) as ranks:
+        with pytest.raises(HandedOver, match="after 5 steps"):
+            ranks.run(call)
+        assert steps == {0: 5, 1: 5}
+        ranks.run(Call("r2"))
+        assert steps == {0: 99, 1: 99}
         assert not ranks.ended.is_set()
 
 

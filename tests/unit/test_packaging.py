@@ -44,7 +44,7 @@ def test_every_source_and_data_file_is_in_the_wheel(wheel_names: set[str]) -> No
 
 def test_nothing_else_is_in_the_wheel(wheel_names: set[str]) -> None:
     tops = {name.split("/")[0] for name in wheel_names}
-    assert tops == {*PACKAGES, "fleet", f"diffusion_fleet-{PROJECT['version']}.dist-info"}
+    assert tops == {*PACKAGES, "fleet", "externalscaler", f"diffusion_fleet-{PROJECT['version']}.dist-info"}
     assert not [name for name in wheel_names if "__pycache__" in name]
 
 

@@ -87,6 +87,7 @@ def _build(run: Callable[..., Any], redis: Any, note: Callable[[], None]) -> Non
         run("declare", {"model": model, "fingerprint": "print", "lasts": LASTS, "contracts": contracts})
         run("announce", announcement("w1" if model == MODEL else "w1safe", model))
     run("announce", announcement("w2"))
+    run("refuse", OPERATIONS["refuse"][0])
     for number, owner in enumerate(("c-1", "c-1", "c-2", "dead", "c-1")):
         caller, key = ("ann", "bob")[number % 2], f"key-r{number}"
         variant = ("image", "")[number % 2]

@@ -59,6 +59,7 @@ def test_a_returned_memory_is_leased_again_to_an_equal_key_only(pool: StepMemory
             lease("transformer_2", TRANSFORMER, inputs()),
             lease("transformer", TRANSFORMER, inputs(skipped=1)),
             lease("transformer", TRANSFORMER, inputs(batch=1)),
+            lease("transformer", LoopTransformer(1.0, remembers=True), inputs()),
         ]
         assert first not in others
         assert lease("transformer", TRANSFORMER, inputs()) is first

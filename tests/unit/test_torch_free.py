@@ -64,7 +64,7 @@ def _undeclared(imported: Iterable[str], requirements: Iterable[str]) -> set[str
     distributions = importlib.metadata.packages_distributions()
     return {
         name
-        for name in set(imported) - sys.stdlib_module_names - {*PACKAGES, "fleet"}
+        for name in set(imported) - sys.stdlib_module_names - {*PACKAGES, "fleet", "externalscaler"}
         if not declared.intersection(_normal(each) for each in distributions.get(name, [ON_GPUS.get(name, "")]))
     }
 

@@ -1,6 +1,7 @@
--- What a service has before it, as far as the pace of the latest requests tells; pace is nil before there is one.
--- In ms: `queued` until all that is open is done, `own` for the caller's part of that, `more` for a request of that
--- variant and cost. `callers` have a part in it, this one included, and `capacity` requests are taken at a time.
+-- Estimated work of a service, from the pace of its latest requests; `pace` is nil before the first measurement.
+-- `queued`: ms until all open work is done. `own`: ms of the caller's share of `queued`.
+-- `more`: ms that a request of this variant and cost adds.
+-- `callers`: number of callers with open work, including this caller. `capacity`: number of concurrent requests.
 local function forecast(place, variant, caller, cost)
   local found = { capacity = 0, callers = 1, queued = 0, own = 0, more = 0 }
   for _, worker in ipairs(live_workers(place)) do
@@ -37,9 +38,10 @@ local function forecast(place, variant, caller, cost)
   return found
 end
 
--- Whether a request has to be refused for the work that is open, or for its number before there is a pace to tell the
--- work by: the refusal or nil, and the ms that the slowest service needs for the request alone. A caller who has no
--- more than an equal part of the bound is not refused for what the others have.
+-- The refusal of a request, or nil, and the ms that the slowest service needs for this request alone. A request is
+-- refused when the open work exceeds `max_work`, or, while a service has no measured pace, when the number of open
+-- requests reaches its capacity. A caller whose open work is at most an equal share of `max_work` is not refused
+-- because of other callers' work.
 local function overload(model, variant, caller, costs, open, max_work)
   local most, more, unmeasured = 0, 0, false
   for i = 1, #costs, 2 do

@@ -6,11 +6,12 @@
 --
 --   fleet:request:<id>             hash   record, extra, state, created, updated, model, owner, epoch, cancel, key, caller, variant,
 --                                         token,
---                                         and until its end submission, deaths (calls of it that were lost with their worker,
---                                         a line each), point (the key of a step checkpoint), reached (its step), told (number and
---                                         ids of the latest events), left:<service> (its cost, until that service is done
---                                         with it); work:<service> (steps|tokens of a step|shape of its work there),
---                                         done:<service> (fraction of that which is done)
+--                                         and until the request ends: submission, deaths (its calls that were lost with their worker,
+--                                         one line each), point (key of the latest step checkpoint), reached (step of that
+--                                         checkpoint), told (number and ids of the latest events), left:<service> (cost of
+--                                         the request on that service, until the service has finished it),
+--                                         work:<service> (steps|tokens of a step|shape of its work there), done:<service>
+--                                         (fraction of that work that is done)
 --   fleet:events:<id>              stream field `event`
 --   fleet:result:<id>:<epoch>:<file>:<n>  string a chunk of a file of the result
 --   fleet:checkpoint:<id>:<epoch>-<n>     hash   a step checkpoint by part: 0 its origin, 1 its header, then its chunks
@@ -19,8 +20,10 @@
 --   fleet:open:<model>             set    ids that have not ended
 --   fleet:open-by:<caller>         set    the same, of a caller with a name
 --   fleet:model:<model>            hash   fingerprint, contract:<service>
---   fleet:worker:<id>              hash   info, capacity, model, service, granted, lasts (ms of its heartbeat)
+--   fleet:worker:<id>              hash   info, capacity, model, service, granted, lasts (ms of its heartbeat),
+--                                         numerics (its numerics fingerprint)
 --   fleet:workers:<model>/<svc>    zset   worker ids by the time their heartbeat runs out
+--   fleet:refused:<model>          hash   service | fingerprint -> when, worker id and reason of the latest such refusal
 --   fleet:leaving:<id>             string present from a worker's announcement that it ends until it has ended
 --   fleet:lost:<model>/<svc>       zset   ids of workers that were lost in the last 10 minutes, by when
 --   fleet:accused:<id>             set    requests that lost a call with that worker, until the loss is suspect or not
@@ -53,6 +56,7 @@ local TERMINAL = 3
 local CHURN_MS = 600000
 local FIRST_PAUSE_MS, LONGEST_PAUSE_MS = 200, 5000
 local AVOIDED_MS = 60000
+local REFUSED_MS, MOST_REFUSED = 600000, 16
 local MOST_DROPPED = 1000  -- entries of a queue that one operation removes; the next operation goes on
 local MOST_EXTRA = 524288  -- bytes of additions after which a record gets no more warnings, only its end
 local server = redis
@@ -201,10 +205,11 @@ local function live_workers(place)
   note_silent(place)
   local live = {}
   for _, id in ipairs(redis.call('ZRANGE', P .. 'workers:' .. place, 0, -1)) do
-    local fields = redis.call('HMGET', P .. 'worker:' .. id, 'capacity', 'granted', 'info')
+    local fields = redis.call('HMGET', P .. 'worker:' .. id, 'capacity', 'granted', 'info', 'numerics')
     local capacity = tonumber(fields[1])
     if capacity and fields[3] then
-      live[#live + 1] = { id = id, capacity = capacity, granted = tonumber(fields[2]) or 0, info = fields[3] }
+      live[#live + 1] = { id = id, capacity = capacity, granted = tonumber(fields[2]) or 0, info = fields[3],
+        numerics = fields[4] or '' }
     end
   end
   return live
@@ -213,6 +218,16 @@ end
 -- Whether a claim is for all slots of one worker, which its ticket says: no other request may be lost with this one.
 local function is_alone(ticket)
   return string.match(ticket, '/alone$') ~= nil
+end
+
+-- Whether a claim is for a request that was handed over, which its ticket says: it goes first of its priority.
+local function is_first(ticket)
+  return string.match(ticket, '/first$') ~= nil or string.match(ticket, '/first/') ~= nil
+end
+
+-- The numerics fingerprint that the checkpoint of a claim's request needs, which its ticket says; nil for any.
+local function equal_of(ticket)
+  return string.match(ticket, '/equal:(%w+)')
 end
 
 -- Drops the slots of dead workers and dead coordinators; returns how many each worker has, and all that are left.

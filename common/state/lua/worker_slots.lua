@@ -73,7 +73,7 @@ end
 
 -- What decides which workers fit a claim. Once none fits a claim, none fits others of its kind within one operation.
 local function kind_of(claim)
-  return claim.owner .. (is_alone(claim.ticket) and '/alone' or '')
+  return claim.owner .. '/' .. (equal_of(claim.ticket) or '') .. (is_alone(claim.ticket) and '/alone' or '')
 end
 
 -- Who is next: of the highest priority, of the caller who was given the least work, the earliest deadline, the first.
@@ -117,10 +117,22 @@ local function charge(claim)
   redis.call('PEXPIRE', claim.shares, 3600000)
 end
 
+-- The workers that a claim may get: those with the numerics fingerprint that its checkpoint needs, as long as there are
+-- any. On the others the request would have to start again.
+local function fitting(workers, claim)
+  local numerics, equal = equal_of(claim.ticket), {}
+  for _, worker in ipairs(numerics and workers or {}) do
+    if worker.numerics == numerics then
+      equal[#equal + 1] = worker
+    end
+  end
+  return #equal > 0 and equal or workers
+end
+
 -- Hands free slots to those who wait, in order. Coordinators hear of theirs on their channels. Returns the live workers.
 --
--- A claim that no free slot fits is passed over: its owner avoids the workers that have one, or it is for a whole worker
--- and none is idle. The first of the latter kind reserves the worker that is idle soonest: nobody else gets a slot there,
+-- A claim that no free slot fits is passed over: its owner avoids the workers that have one, or they have another numerics
+-- fingerprint than its checkpoint needs, or it is for a whole worker and none is idle. The first of the latter kind reserves the worker that is idle soonest: nobody else gets a slot there,
 -- so that the claim's turn comes after the requests that the worker has now. The reservation is not stored: it lasts while
 -- the claim waits, and ends with it. Each iteration grants a claim or finds a kind of claim that does not fit, and there
 -- are no more iterations than entries.
@@ -136,7 +148,8 @@ local function dispatch(place, asking)
     end
     local alone = is_alone(claim.ticket)
     avoided[claim.owner] = avoided[claim.owner] or avoided_by(claim.owner)
-    local worker = least_busy(workers, busy, reserved, avoided[claim.owner], alone and 1 or nil)
+    local fits = fitting(workers, claim)
+    local worker = least_busy(fits, busy, reserved, avoided[claim.owner], alone and 1 or nil)
     if worker then
       busy[worker.id] = (busy[worker.id] or 0) + (alone and worker.capacity or 1)
       worker.granted = redis.call('HINCRBY', P .. 'worker:' .. worker.id, 'granted', 1)
@@ -150,7 +163,7 @@ local function dispatch(place, asking)
     elseif not least_busy(workers, busy, reserved, {}) then
       break
     else
-      local sparing = alone and not is_reserved and least_busy(workers, busy, {}, avoided[claim.owner], math.huge)
+      local sparing = alone and not is_reserved and least_busy(fits, busy, {}, avoided[claim.owner], math.huge)
       if sparing then
         is_reserved, reserved[sparing.id] = true, true
       end
@@ -204,8 +217,10 @@ local function enqueue(a)
   end
   local deadline = tonumber(a.deadline)
   local latest = deadline > 0 and math.min(deadline, 9999999999999) or 9999999999999
-  entry = string.format('%03d|%s|%013.0f%016.0f|%s|%s|%s', 100 - tonumber(a.priority), a.caller, latest, next_number(),
-    a.cost, ticket, a.owner)
+  -- The '!' makes a rank of its own, before that of the priority: a request that was handed over has waited already,
+  -- and its caller has been charged for it.
+  local rank = string.format('%03d', 100 - tonumber(a.priority)) .. (is_first(ticket) and '!' or '')
+  entry = string.format('%s|%s|%013.0f%016.0f|%s|%s|%s', rank, a.caller, latest, next_number(), a.cost, ticket, a.owner)
   redis.call('ZADD', P .. 'queue:' .. place, 0, entry)
   redis.call('HSET', P .. 'waiting:' .. place, ticket, entry)
 end
@@ -232,6 +247,18 @@ function ops.claim(a)
     repaired('slot')
   end
   return { 'waiting', #workers, avoids_for(a.owner, workers) }
+end
+
+-- The free slots of the live workers with that numerics fingerprint; `place` is model/service.
+takes.spare = { 'place', 'numerics' }
+function ops.spare(a)
+  local busy, free = busy_slots(a.place), 0
+  for _, worker in ipairs(live_workers(a.place)) do
+    if worker.numerics == a.numerics then
+      free = free + math.max(worker.capacity - (busy[worker.id] or 0), 0)
+    end
+  end
+  return free
 end
 
 -- Gives back a slot, or a place in the queue.

@@ -23,12 +23,52 @@ function ops.declare(a)
   return { 'declared' }
 end
 
+-- The refusals of workers of a model in the last 10 minutes, the latest first: service, fingerprint, time, worker and
+-- reason of each. Older entries are removed, and entries beyond the bound.
+local function refusals(model)
+  local key, found = P .. 'refused:' .. model, {}
+  local fields = redis.call('HGETALL', key)
+  for i = 1, #fields, 2 do
+    local service, fingerprint = string.match(fields[i], '^(.-)|(.*)$')
+    local at, worker, reason = string.match(fields[i + 1], '^(%d+)|(.-)|(.*)$')
+    if service and at and tonumber(at) > now - REFUSED_MS then
+      found[#found + 1] = { service, fingerprint, at, worker, reason, fields[i] }
+    else
+      redis.call('HDEL', key, fields[i])
+    end
+  end
+  table.sort(found, function(one, other)
+    return tonumber(one[3]) > tonumber(other[3])
+  end)
+  while #found > MOST_REFUSED do
+    redis.call('HDEL', key, table.remove(found)[6])
+  end
+  return found
+end
+
+-- Notes that a worker was refused. Workers that are refused alike, such as those of one pod that is restarted, share an
+-- entry.
+takes.refuse = { 'model', 'service', 'fingerprint', 'worker', 'reason' }
+function ops.refuse(a)
+  local key = P .. 'refused:' .. a.model
+  redis.call('HSET', key, a.service .. '|' .. a.fingerprint, int(now) .. '|' .. a.worker .. '|' .. a.reason)
+  redis.call('PEXPIRE', key, int(REFUSED_MS))
+  refusals(a.model)
+end
+
+-- The latest refusals of workers of a model.
+takes.refusals = { 'model' }
+function ops.refusals(a)
+  return refusals(a.model)
+end
+
 -- The heartbeat of a worker. One that comes after its worker left is late, and changes nothing.
 takes.announce = {
   'worker', 'model', 'service',
   'capacity',  -- requests that it takes at a time
   'info',      -- WorkerInfo, serialised
   'lasts',     -- ms that the heartbeat is in effect
+  'numerics',  -- numerics fingerprint
 }
 function ops.announce(a)
   local worker, lasts = a.worker, a.lasts
@@ -40,7 +80,7 @@ function ops.announce(a)
     redis.call('ZREM', P .. 'lost:' .. place, worker)
   end
   redis.call('HSET', P .. 'worker:' .. worker, 'model', a.model, 'service', a.service, 'capacity', a.capacity,
-    'info', a.info, 'lasts', lasts)
+    'info', a.info, 'lasts', lasts, 'numerics', a.numerics)
   redis.call('HSETNX', P .. 'worker:' .. worker, 'granted', '0')
   redis.call('PEXPIRE', P .. 'worker:' .. worker, lasts)
   redis.call('ZADD', P .. 'workers:' .. place, int(now + tonumber(lasts)), worker)

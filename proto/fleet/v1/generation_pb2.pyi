@@ -1017,6 +1017,7 @@ class Model(_message.Message):
     PARAMETERS_FIELD_NUMBER: _builtins.int
     SERVICES_FIELD_NUMBER: _builtins.int
     VARIANTS_FIELD_NUMBER: _builtins.int
+    REFUSED_WORKERS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name to ask for it by."""
     pipeline_name: _builtins.str
@@ -1035,6 +1036,10 @@ class Model(_message.Message):
     def variants(self) -> _containers.RepeatedCompositeFieldContainer[Global___Variant]:
         """Kinds of requests that the model serves; a model of one kind has one variant without a name."""
 
+    @_builtins.property
+    def refused_workers(self) -> _containers.RepeatedCompositeFieldContainer[_worker_pb2.RefusedWorker]:
+        """Workers that were refused in the last 10 minutes: their checkpoint, or their contract, is another one. At most 16."""
+
     def __init__(
         self,
         *,
@@ -1044,10 +1049,11 @@ class Model(_message.Message):
         parameters: _abc.Iterable[Global___Parameter] | None = ...,
         services: _abc.Iterable[Global___ServiceStatus] | None = ...,
         variants: _abc.Iterable[Global___Variant] | None = ...,
+        refused_workers: _abc.Iterable[_worker_pb2.RefusedWorker] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["fingerprint", b"fingerprint", "name", b"name", "parameters", b"parameters", "pipeline_name", b"pipeline_name", "services", b"services", "variants", b"variants"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fingerprint", b"fingerprint", "name", b"name", "parameters", b"parameters", "pipeline_name", b"pipeline_name", "refused_workers", b"refused_workers", "services", b"services", "variants", b"variants"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

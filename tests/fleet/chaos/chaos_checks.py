@@ -6,6 +6,7 @@ import asyncio
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 import psutil
@@ -207,13 +208,13 @@ async def settled(fleet: Fleet, redis: Redis, baseline: Baseline) -> list[str]:
         await asyncio.sleep(0.2)
 
 
-def check_logs(fleet: Fleet) -> list[str]:
+def check_logs(logs: Mapping[str, Path]) -> list[str]:
     """No process has met an error that it did not expect. gRPC logs one where a client left while it was written to."""
     findings: list[str] = []
-    for process in fleet.all:
-        text = process.log.read_text(errors="replace").splitlines() if process.log.exists() else []
+    for name, log in logs.items():
+        text = log.read_text(errors="replace").splitlines() if log.exists() else []
         wrong = [line for line in text if "Traceback" in line and "logger=grpc._cython.cygrpc" not in line]
-        findings += [f"{process.name} logs {line}" for line in wrong]
+        findings += [f"{name} logs {line}" for line in wrong]
     return findings
 
 

@@ -195,16 +195,11 @@ class Chaos:
         return True
 
     async def runs_by_worker(self) -> dict[int, tuple[str, ...]]:
-        """The requests that have a slot, by the process of the worker, whose id tells it."""
-        runs: dict[int, tuple[str, ...]] = {}
+        """As runs_by_pid(); empty while the store is unavailable: whom it hits is not known then."""
         try:
-            for key in await command(self._redis, "KEYS", "fleet:slots:*"):
-                for ticket, slot in (await command(self._redis, "HGETALL", key)).items():
-                    pid = int(slot.decode().partition("|")[0].split("-")[-2])
-                    runs[pid] = (*runs.get(pid, ()), ticket.decode().partition("/")[0])
+            return await runs_by_pid(self._redis)
         except Unavailable:
-            return {}  # The store is away: whom it hits is not known then.
-        return runs
+            return {}
 
     async def _runs_of(self, coordinator: Process) -> tuple[str, ...]:
         """The open requests that a coordinator owns."""
@@ -222,3 +217,13 @@ class Chaos:
 
 def _drawn(candidates: Sequence[T], draw: float) -> T | None:
     return candidates[int(draw * len(candidates))] if candidates else None
+
+
+async def runs_by_pid(redis: Redis) -> dict[int, tuple[str, ...]]:
+    """The requests that have a slot, by the process of the worker, which is in its id."""
+    runs: dict[int, tuple[str, ...]] = {}
+    for key in await command(redis, "KEYS", "fleet:slots:*"):
+        for ticket, slot in (await command(redis, "HGETALL", key)).items():
+            pid = int(slot.decode().partition("|")[0].split("-")[-2])
+            runs[pid] = (*runs.get(pid, ()), ticket.decode().partition("/")[0])
+    return runs

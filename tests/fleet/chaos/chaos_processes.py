@@ -4,26 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import json
 import os
 import random
 import re
 import signal
-import sys
 import time
-from asyncio.subprocess import PIPE
-from collections import deque
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from chaos_links import Link
+from warm_starter import WarmStarter
 
 from redis_servers import RedisServer, server_binaries
 
 SERVICES = ("text_encoding", "latent_preparation", "denoising", "decoding")
-_WARM_PARENT = Path(__file__).with_name("warm_parent.py")
 _LARGEST_SKEW_SECONDS = 7_200.0
 _IDLE_SECONDS = 2.0
 _OWNER = re.compile(r"coordinator-[0-9a-f]{12}")
@@ -132,10 +128,7 @@ class Fleet:
         self.workers = dict.fromkeys(services, workers) | {"denoising": denoisers or workers}
         roles = [Role(service, model) for model in models for service in services]
         self.roles = [COORDINATOR] * coordinators + [role for role in roles for _ in range(self.workers[role.program])]
-        self._parent: asyncio.subprocess.Process | None = None
-        self._listener: asyncio.Task[None] | None = None
-        self._starting: deque[tuple[Process, asyncio.Future[None]]] = deque()
-        self._by_pid: dict[int, Process] = {}
+        self._starter = WarmStarter()
         self._tasks: set[asyncio.Task[None]] = set()
         self._closing = False
         self._began = time.monotonic()
@@ -149,12 +142,13 @@ class Fleet:
         if self._callers:
             _write_keys(self._keys, self._callers)
         await asyncio.to_thread(self.server.start)
-        words = (sys.executable, str(_WARM_PARENT), *self._references())
-        self._parent = await asyncio.create_subprocess_exec(*words, stdin=PIPE, stdout=PIPE)
-        assert self._parent.stdout is not None
-        assert "ready" in json.loads(await self._parent.stdout.readline())
-        self._listener = asyncio.create_task(self._listen(self._parent.stdout))
+        await self._starter.start(self._references())
         await asyncio.gather(*(self._spawn(role) for role in self.roles))
+
+    @property
+    def logs(self) -> dict[str, Path]:
+        """The log of every process that ever ran, by its name."""
+        return {process.name: process.log for process in self.all}
 
     @property
     def _keys(self) -> Path:
@@ -162,18 +156,6 @@ class Fleet:
 
     def _references(self) -> list[str]:
         return [f"{name}={path}" for name, path in self.models.items()]
-
-    async def _listen(self, answers: asyncio.StreamReader) -> None:
-        """Take what the warm parent tells, in the order of the orders."""
-        while line := await answers.readline():
-            answer = json.loads(line)
-            if "started" in answer:
-                process, started = self._starting.popleft()
-                process.pid = answer["started"]
-                self._by_pid[process.pid] = process
-                started.set_result(None)
-            else:
-                self._ended(self._by_pid[answer["ended"]], answer["code"])
 
     async def _spawn(self, role: Role) -> Process:
         number = len(self.all)
@@ -186,19 +168,10 @@ class Fleet:
         if access is not None:
             await access.start()
         skew = self._skews.uniform(-_LARGEST_SKEW_SECONDS, _LARGEST_SKEW_SECONDS)
-        order = {
-            "program": role.program,
-            "arguments": self._arguments(process),
-            "log": str(process.log),
-            "skew": round(skew, 3),
-        }
-        started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._starting.append((process, started))
-        assert self._parent is not None
-        assert self._parent.stdin is not None
-        self._parent.stdin.write(json.dumps(order).encode() + b"\n")
-        await started
+        forked = await self._starter.fork(role.program, self._arguments(process), process.log, skew=round(skew, 3))
+        process.pid = forked.pid
         self.living.append(process)
+        forked.ended.add_done_callback(lambda ended: self._ended(process, ended.result()))
         self.tell(f"{name} starts as process {process.pid}, its clock {skew:+.0f} s")
         return process
 
@@ -304,9 +277,5 @@ class Fleet:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         for process in self.all:
             await self._close_links(process)
-        if self._parent is not None and self._parent.stdin is not None:
-            self._parent.stdin.close()
-            await self._parent.wait()
-        if self._listener is not None:
-            await self._listener
+        await self._starter.close()
         self.server.remove()

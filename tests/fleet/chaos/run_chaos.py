@@ -120,7 +120,7 @@ class Run:
             await self._chaos.stop()
             await self._channels.close()
         await self._fleet.stop()
-        self._findings += self._fleet.findings + self._chaos.peers.findings + check_logs(self._fleet)
+        self._findings += self._fleet.findings + self._chaos.peers.findings + check_logs(self._fleet.logs)
         outcomes = [client.outcome for client in self._clients]
         seconds = time.monotonic() - began
         details = self._details() if self._findings else ()

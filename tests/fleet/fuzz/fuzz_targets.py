@@ -16,6 +16,7 @@ from typing import Any, NoReturn, cast
 
 import grpc
 import torch
+from fuzz_context import Context
 from fuzz_inputs import Frames
 from google.protobuf.descriptor import Descriptor
 from google.protobuf.message import Message
@@ -40,7 +41,6 @@ from common.safetensors_header import read_header
 from common.settings import load_settings
 from common.stage import Call, Contract
 from common.state.requests import Admission, RequestStore
-from common.state.stage_loads import StageLoads
 from common.tensors import TORCH
 from fleet.v1 import artifacts_pb2 as pb
 from fleet.v1 import generation_pb2
@@ -113,28 +113,6 @@ def targets(directory: Path) -> Iterator[list[Target]]:
         loop.run_until_complete(loop.shutdown_asyncgens())
 
 
-class _Context:
-    """A server's side of a call that sends these frames."""
-
-    def __init__(self, frames: Frames) -> None:
-        self._frames = iter(frames)
-
-    async def read(self) -> Any:
-        return next(self._frames, grpc.aio.EOF)
-
-    async def write(self, frame: bytes) -> None:
-        assert isinstance(frame, bytes)
-
-    def time_remaining(self) -> None:
-        return None
-
-    def invocation_metadata(self) -> tuple[()]:
-        return ()
-
-    def set_trailing_metadata(self, metadata: Any) -> None:
-        assert metadata
-
-
 class Reader:
     """Stages that read every slot that their service's messages can carry, and write none."""
 
@@ -170,7 +148,7 @@ def _stage_target(service: str, loop: asyncio.AbstractEventLoop, device: ThreadP
 
     def run(frames: Frames) -> None:
         try:
-            loop.run_until_complete(handler.stream_stream(None, _Context(frames)))
+            loop.run_until_complete(handler.stream_stream(None, Context(frames)))
         except InternalError as error:
             raise AssertionError(f"a wrong input is no defect: {error}") from error
         finally:
@@ -349,8 +327,7 @@ def public_service(model: ServedModel) -> ServiceHandler:
     store = RequestStore(cast(Any, _NoRedis()))
     driver = cast(Driver, _Driver(store))
     offered = {"emoji": OfferedModel.of(model)}
-    loads = StageLoads(cast(Any, _NoRedis()), 10.0)
-    service = GenerationService(offered, store, cast(Any, _Registry()), loads, driver, CoordinatorSettings())
+    service = GenerationService(offered, store, cast(Any, _Registry()), cast(Any, None), driver, CoordinatorSettings())
     return ServiceHandler(PUBLIC, service.functions)
 
 

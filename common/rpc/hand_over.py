@@ -1,0 +1,139 @@
+"""Hands the running calls of a leaving worker over to other workers, at a step boundary and without losing a step.
+
+A call is handed over as soon as a worker that makes the same bytes has a free slot. The others go on, and those that
+still run near the end of the grace period are handed over then: their requests wait for a slot, and keep their steps.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Protocol
+
+from common.errors import FleetError
+
+POLL_SECONDS = 1.0
+"""Time between two reads of the number of free slots."""
+STEPS_AHEAD = 2
+"""Steps that a loop may still do after it was asked: the one that runs, and on CUDA one that is enqueued already."""
+_MARGIN_SECONDS = 1.0
+_MARGIN_OF_GRACE = 0.1
+_NEWEST_STEPS = 4
+_IDLE_SECONDS = 0.1
+
+_log = logging.getLogger(__name__)
+
+
+class StepTimes:
+    """Durations of the newest steps of one call. Times are `time.monotonic()`."""
+
+    def __init__(self) -> None:
+        self._last: float | None = None
+        self._seconds: deque[float] = deque(maxlen=_NEWEST_STEPS)
+
+    def begin(self, now: float) -> None:
+        """The stages start."""
+        self._last = now
+
+    def step(self, now: float) -> None:
+        """A step is done."""
+        if self._last is not None:
+            self._seconds.append(now - self._last)
+        self._last = now
+
+    @property
+    def longest(self) -> float:
+        """Seconds of the longest of the newest steps; 0 before the first step is done."""
+        return max(self._seconds, default=0.0)
+
+
+class RunningCall(Protocol):
+    """A call of the worker that has not ended."""
+
+    request_id: str
+    step_times: StepTimes
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether its stages have started."""
+
+    @property
+    def is_asked(self) -> bool:
+        """Whether hand_over() was called."""
+
+    def hand_over(self) -> None:
+        """End the call with HandedOver: at once where it has not begun, else at the next step boundary, if any."""
+
+
+class HandOver:
+    """Decides when each running call of a leaving worker is handed over.
+
+    `calls` returns those that have not ended. `free_slots` returns the number of free slots on live workers with an
+    equal numerics fingerprint; it raises FleetError without a store. Other leaving workers may count on the same slots:
+    a request that finds them taken waits in the queue, first of its priority.
+    """
+
+    def __init__(
+        self,
+        calls: Callable[[], Sequence[RunningCall]],
+        free_slots: Callable[[], Awaitable[int]],
+        *,
+        poll_seconds: float = POLL_SECONDS,
+    ) -> None:
+        self._calls = calls
+        self._free_slots = free_slots
+        self._poll_seconds = poll_seconds
+
+    async def run(self, grace: float) -> None:
+        """Hand calls over, those that are left by the end of `grace` seconds. Runs until it is cancelled."""
+        end = time.monotonic() + grace
+        margin = min(_MARGIN_SECONDS, _MARGIN_OF_GRACE * grace)
+        poll_at = 0.0
+        polling: asyncio.Task[int] | None = None
+        try:
+            while True:
+                if not (remaining := self._unasked()):
+                    await asyncio.sleep(_IDLE_SECONDS)
+                    continue
+                now = time.monotonic()
+                due = {call: end - margin - STEPS_AHEAD * call.step_times.longest for call in remaining}
+                for call in remaining:
+                    if due[call] <= now:
+                        self._ask(call, "the grace period ends")
+                if polling is None and now >= poll_at:
+                    polling = asyncio.create_task(self._free())
+                    poll_at = now + self._poll_seconds
+                until = min([poll_at, *due.values()]) - now
+                if polling is None:
+                    await asyncio.sleep(max(0.01, until))
+                    continue
+                await asyncio.wait({polling}, timeout=max(0.01, until))
+                if polling.done():
+                    self._hand_to(polling.result())
+                    polling = None
+        finally:
+            if polling is not None:
+                polling.cancel()
+
+    async def _free(self) -> int:
+        try:
+            return await self._free_slots()
+        except FleetError as error:
+            _log.warning("cannot find a worker to hand calls over to: %s", error)
+            return 0
+
+    def _unasked(self) -> list[RunningCall]:
+        return [call for call in self._calls() if not call.is_asked]
+
+    def _hand_to(self, free: int) -> None:
+        """Ask as many calls as there are free slots, less the calls that are on their way: waiting calls first."""
+        leaving = sum(call.is_asked for call in self._calls())
+        for call in sorted(self._unasked(), key=lambda call: call.has_begun)[: max(0, free - leaving)]:
+            self._ask(call, "another worker has a free slot")
+
+    def _ask(self, call: RunningCall, reason: str) -> None:
+        _log.info("hands request %s over: %s", call.request_id, reason)
+        call.hand_over()

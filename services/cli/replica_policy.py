@@ -1,0 +1,87 @@
+"""The decision of an autoscaler: how many workers a service needs, as KEDA and Kubernetes' HPA compute it.
+
+KEDA decides between zero and one, by activity. From one on the HPA decides, by the metric. The HPA's limit on the speed
+of scaling out (100% or 4 pods in 15 s by default) is left out: workers of one host start in seconds.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from common.errors import InvalidInput
+
+TOLERANCE = 0.1
+"""Relative distance from the target within which the number of replicas stays; the HPA's default."""
+
+
+@dataclass(frozen=True)
+class ReplicaBounds:
+    """Bounds of one service. `idle_seconds` is KEDA's cooldown and the HPA's stabilization window for scale-in."""
+
+    least: int
+    most: int
+    idle_seconds: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.least <= self.most or self.most < 1:
+            raise InvalidInput(
+                f"max_replicas: {self.most} is not 1 or more and at least the {self.least} that always run",
+                field="max_replicas",
+            )
+
+
+@dataclass(frozen=True)
+class _Recommendation:
+    """A number of replicas that the metric asked for at a time."""
+
+    time: float
+    replicas: int
+
+
+@dataclass
+class ReplicaPolicy:
+    """Decides the number of replicas of one service. `clock` returns seconds and never goes back."""
+
+    bounds: ReplicaBounds
+    clock: Callable[[], float] = time.monotonic
+    _active_at: float | None = None
+    _recommendations: list[_Recommendation] = field(default_factory=list)
+
+    def decide(self, current: int, *, is_active: bool, demand: float | None) -> int:
+        """The number of replicas to have, from the `current` number.
+
+        `demand` is the metric divided by its target for one replica; None where the metric could not be read, which
+        leaves the number of replicas as it is, within its bounds.
+        """
+        now = self.clock()
+        if is_active or self._active_at is None:
+            self._active_at = now
+        if current == 0:
+            self._recommendations.clear()
+            return max(self.bounds.least, 1 if is_active else 0)
+        if not is_active and self.bounds.least == 0 and now - self._active_at >= self.bounds.idle_seconds:
+            return 0
+        return self._stabilized(current, self._recommended(current, demand), now)
+
+    def _recommended(self, current: int, demand: float | None) -> int:
+        """What the metric asks for, within the bounds and never zero."""
+        # Kubernetes computes in thousandths, so that an error of rounding asks for no replica.
+        wanted = current if demand is None or round(abs(demand / current - 1), 3) <= TOLERANCE else _ceil(demand)
+        return min(max(wanted, self.bounds.least, 1), self.bounds.most)
+
+    def _stabilized(self, current: int, recommended: int, now: float) -> int:
+        """The recommendation, or for a scale-in the largest one within the window, at most the current number."""
+        if not self._recommendations:
+            self._recommendations.append(_Recommendation(now, min(current, self.bounds.most)))
+        oldest = now - self.bounds.idle_seconds
+        self._recommendations = [each for each in self._recommendations if each.time > oldest]
+        self._recommendations.append(_Recommendation(now, recommended))
+        largest = max(each.replicas for each in self._recommendations)
+        return recommended if recommended >= current else min(current, largest)
+
+
+def _ceil(demand: float) -> int:
+    return math.ceil(round(demand, 3))

@@ -1,0 +1,34 @@
+"""How a worker leaves: it withdraws, hands running calls over, lets the others finish, and ends its server."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from functools import partial
+
+from common.errors import Unavailable
+from common.rpc.fleet_server import FleetServer
+from common.rpc.hand_over import HandOver
+from common.rpc.stage_servicer import StageServicer
+from common.state.workers import WorkerRegistry
+from fleet.v1 import worker_pb2
+
+log = logging.getLogger(__name__)
+
+
+async def leave(
+    info: worker_pb2.WorkerInfo, registry: WorkerRegistry, server: FleetServer, servicer: StageServicer, grace: float
+) -> None:
+    """Take the worker off the list, and end its calls and its server within `grace` seconds."""
+    began = asyncio.get_running_loop().time()
+    try:
+        await registry.withdraw(info.worker_id, grace_seconds=grace)
+    except Unavailable as error:
+        log.warning("left without telling the request store: %s", error)
+    left = max(0.0, grace - (asyncio.get_running_loop().time() - began))
+    handing = asyncio.create_task(HandOver(servicer.running, partial(registry.free_slots, info)).run(left))
+    try:
+        await server.drain(left)
+    finally:
+        handing.cancel()
+        await asyncio.wait({handing})

@@ -1,0 +1,209 @@
+"""A fleet of real processes whose workers an autoscaler starts and ends: a coordinator, and pools of workers."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import signal
+import time
+from collections import Counter
+from collections.abc import Coroutine, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+from chaos_checks import check_logs
+from chaos_faults import runs_by_pid
+from redis.asyncio import Redis
+from warm_starter import Forked, WarmStarter
+
+from common.rpc.client import open_channel
+from models.catalog import ServedModel
+from services.cli.autoscale import ScalerClient, StageAutoscaler, StageTarget
+from services.cli.replica_policy import ReplicaBounds, ReplicaPolicy
+
+_GRACE_SECONDS = 20
+_POLL_SECONDS = 0.2
+_ON_CPU = ("--device", "cpu", "--threads", "1", "--grace-seconds", str(_GRACE_SECONDS))
+_EVERY_STEP = {"denoising": ("--step-checkpoint-every", "1", "--step-seconds", "0")}
+
+
+@dataclass(eq=False)
+class ScaledWorker:
+    """A worker process. It `left_early` if it got SIGTERM before it listened, and perhaps before it caught signals."""
+
+    name: str
+    socket: Path
+    log: Path
+    started: asyncio.Future[Forked]
+    left_early: bool = False
+
+
+@dataclass(frozen=True)
+class ScaleIn:
+    """The end of a worker by an autoscaler: the requests that it ran, and those that ran anywhere, at the SIGTERM."""
+
+    worker: str
+    own_requests: tuple[str, ...]
+    requests: int
+
+
+@dataclass
+class Story:
+    """What happened. `started` has the time.monotonic() of the first worker of each service.
+
+    `most` has the largest number of its workers, and `notes` are those of the autoscalers.
+    """
+
+    started: dict[str, float] = field(default_factory=dict)
+    most: Counter[str] = field(default_factory=Counter)
+    scale_outs: int = 0
+    scale_ins: list[ScaleIn] = field(default_factory=list)
+    findings: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def during_requests(self) -> int:
+        """Scale-ins while requests ran."""
+        return sum(each.requests > 0 for each in self.scale_ins)
+
+    @property
+    def of_busy_workers(self) -> int:
+        """Scale-ins of workers that ran a request."""
+        return sum(bool(each.own_requests) for each in self.scale_ins)
+
+
+class ProcessPool:
+    """The workers of one service as processes. Scale-in sends SIGTERM to the newest, and nothing ever sends SIGKILL."""
+
+    def __init__(self, fleet: AutoscaledFleet, service: str) -> None:
+        self._fleet = fleet
+        self._service = service
+        self._workers: list[ScaledWorker] = []
+        self.ending = 0
+
+    @property
+    def size(self) -> int:
+        """Workers that run or start, and are not ending."""
+        return len(self._workers)
+
+    def resize(self, count: int) -> None:
+        """Start or end workers. Returns at once."""
+        story = self._fleet.story
+        story.started.setdefault(self._service, time.monotonic())
+        while len(self._workers) < count:
+            worker = self._fleet.new_worker(self._service)
+            self._workers.append(worker)
+            story.scale_outs += 1
+            self._fleet.spawn(self._run(worker))
+        story.most[self._service] = max(story.most[self._service], len(self._workers))
+        while len(self._workers) > count:
+            self.ending += 1
+            self._fleet.spawn(self._end(self._workers.pop()))
+
+    async def _run(self, worker: ScaledWorker) -> None:
+        worker.started.set_result(await self._fleet.fork(self._service, worker))
+        code = await (await worker.started).ended
+        if worker in self._workers:
+            self._workers.remove(worker)
+            self._fleet.story.findings.append(f"{worker.name} ended by itself with {code}; see {worker.log}")
+            return
+        self.ending -= 1
+        if code != 0 and not (worker.left_early and code == -signal.SIGTERM):
+            self._fleet.story.findings.append(f"{worker.name} was told to end, and ended with {code}")
+
+    async def _end(self, worker: ScaledWorker) -> None:
+        forked = await worker.started
+        runs = await runs_by_pid(self._fleet.redis)
+        own = runs.get(forked.pid, ())
+        self._fleet.story.scale_ins.append(ScaleIn(worker.name, own, sum(map(len, runs.values()))))
+        worker.left_early = not worker.socket.exists()
+        with suppress(ProcessLookupError):
+            os.kill(forked.pid, signal.SIGTERM)
+        _, late = await asyncio.wait((forked.ended,), timeout=_GRACE_SECONDS + 10)
+        if late:
+            self._fleet.story.findings.append(f"{worker.name} did not end within its grace time; see {worker.log}")
+
+
+class AutoscaledFleet:
+    """A coordinator, which always runs, and a pool of workers for each service of one model."""
+
+    def __init__(
+        self, model: ServedModel, directory: Path, redis: Redis, redis_url: str, bounds: Mapping[str, ReplicaBounds]
+    ) -> None:
+        self.model = model
+        self.redis = redis
+        self.story = Story()
+        self.endpoint = f"unix:{directory}/coordinator.sock"
+        self.pools = {spec.service: ProcessPool(self, spec.service) for spec in model.services}
+        self._reference = f"{model.name}={model.checkpoint.path.resolve()}"
+        self._scaler = f"unix:{directory}/scaler.sock"
+        self._directory = directory
+        self._redis_url = redis_url
+        self._bounds = bounds
+        self._starter = WarmStarter()
+        self._numbers = itertools.count()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._logs: dict[str, Path] = {}
+        self._coordinator: Forked | None = None
+        self._channel: grpc.aio.Channel = open_channel(self._scaler)
+
+    async def start(self, target_seconds: float) -> None:
+        """Start the coordinator and the autoscaler of each service; no worker runs."""
+        await self._starter.start([self._reference])
+        self._logs["coordinator"] = self._directory / "coordinator.log"
+        words = ("--listen", self.endpoint, "--scaler-listen", self._scaler, "--step-seconds", "0")
+        self._coordinator = await self._starter.fork("coordinator", self._words(words), self._logs["coordinator"])
+        async with asyncio.timeout(30):
+            await self._channel.channel_ready()
+        for service, pool in self.pools.items():
+            client = ScalerClient(self._channel, StageTarget(self.model.name, service, target_seconds))
+            policy = ReplicaPolicy(self._bounds[service])
+            scaler = StageAutoscaler(
+                client, pool, policy, name=service, poll_seconds=_POLL_SECONDS, note=self.story.notes.append
+            )
+            self.spawn(scaler.run())
+
+    @property
+    def is_at_zero(self) -> bool:
+        """Whether no worker runs, nor is ending."""
+        return not any(pool.size or pool.ending for pool in self.pools.values())
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run it in the background; an error that it raises is raised by close()."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+
+    def new_worker(self, service: str) -> ScaledWorker:
+        """A worker with a name, a socket and a log of its own."""
+        number = next(self._numbers)
+        name = f"{number}-{service}"
+        self._logs[name] = self._directory / f"{name}.log"
+        started: asyncio.Future[Forked] = asyncio.get_running_loop().create_future()
+        return ScaledWorker(name, self._directory / f"{number}.sock", self._logs[name], started)
+
+    async def fork(self, service: str, worker: ScaledWorker) -> Forked:
+        """Start the process of a worker."""
+        words = ("--listen", f"unix:{worker.socket}", *_ON_CPU, *_EVERY_STEP.get(service, ()))
+        return await self._starter.fork(service, self._words(words), worker.log)
+
+    def _words(self, words: tuple[str, ...]) -> tuple[str, ...]:
+        return (*words, "--redis", self._redis_url, "--model", self._reference)
+
+    async def close(self) -> None:
+        """End everything. Raises an error of the background."""
+        if self._coordinator is not None:
+            os.kill(self._coordinator.pid, signal.SIGTERM)
+            await self._coordinator.ended
+        for task in self._tasks:
+            task.cancel()
+        ends = await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._channel.close()
+        await self._starter.close()
+        self.story.findings += check_logs(self._logs)
+        for end in ends:
+            if isinstance(end, Exception):
+                raise end

@@ -1,0 +1,72 @@
+"""Starts services by a warm parent: real processes of their own, which have imported all they need when they start."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from asyncio.subprocess import PIPE, Process
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+_WARM_PARENT = Path(__file__).with_name("warm_parent.py")
+
+
+@dataclass(frozen=True)
+class Forked:
+    """A process that the warm parent forked. `ended` gets its exit code, below 0 for a signal."""
+
+    pid: int
+    ended: asyncio.Future[int]
+
+
+class WarmStarter:
+    """Forks processes; those that run at close() are killed."""
+
+    def __init__(self) -> None:
+        self._parent: Process | None = None
+        self._listener: asyncio.Task[None] | None = None
+        self._starting: deque[asyncio.Future[Forked]] = deque()
+        self._running: dict[int, Forked] = {}
+
+    async def start(self, models: Sequence[str]) -> None:
+        """Start the warm parent for these models, each a reference such as NAME=DIR."""
+        self._parent = await asyncio.create_subprocess_exec(
+            sys.executable, str(_WARM_PARENT), *models, stdin=PIPE, stdout=PIPE
+        )
+        assert self._parent.stdout is not None
+        assert "ready" in json.loads(await self._parent.stdout.readline())
+        self._listener = asyncio.create_task(self._listen(self._parent.stdout))
+
+    async def fork(self, program: str, arguments: Sequence[str], log: Path, *, skew: float = 0.0) -> Forked:
+        """Start a program, with its output in a file and its clock wrong by `skew` seconds."""
+        order = {"program": program, "arguments": arguments, "log": str(log), "skew": skew}
+        started: asyncio.Future[Forked] = asyncio.get_running_loop().create_future()
+        self._starting.append(started)
+        assert self._parent is not None
+        assert self._parent.stdin is not None
+        self._parent.stdin.write(json.dumps(order).encode() + b"\n")
+        return await started
+
+    async def close(self) -> None:
+        """End the warm parent, and all that it has forked."""
+        if self._parent is not None and self._parent.stdin is not None:
+            self._parent.stdin.close()
+            await self._parent.wait()
+        if self._listener is not None:
+            await self._listener
+
+    async def _listen(self, answers: asyncio.StreamReader) -> None:
+        """Read the warm parent's answers, which come in the order of the calls."""
+        while line := await answers.readline():
+            answer = json.loads(line)
+            if "started" in answer:
+                forked = Forked(answer["started"], asyncio.get_running_loop().create_future())
+                self._running[forked.pid] = forked
+                started = self._starting.popleft()
+                if not started.cancelled():
+                    started.set_result(forked)
+            else:
+                self._running.pop(answer["ended"]).ended.set_result(answer["code"])

@@ -1,0 +1,30 @@
+"""The server's side of a call, of which the frames are given."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import grpc
+from fuzz_inputs import Frames
+
+
+class Context:
+    """A server's side of a call that sends these frames."""
+
+    def __init__(self, frames: Frames) -> None:
+        self._frames = iter(frames)
+
+    async def read(self) -> Any:
+        return next(self._frames, grpc.aio.EOF)
+
+    async def write(self, frame: bytes) -> None:
+        assert isinstance(frame, bytes)
+
+    def time_remaining(self) -> None:
+        return None
+
+    def invocation_metadata(self) -> tuple[()]:
+        return ()
+
+    def set_trailing_metadata(self, metadata: Any) -> None:
+        assert metadata

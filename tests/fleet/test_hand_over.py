@@ -1,0 +1,320 @@
+"""A worker that leaves hands its running request over: no step is lost or done twice, and no loss is counted."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from prometheus_client import REGISTRY
+from redis.asyncio import Redis
+
+from common.artifacts import StepCheckpoint
+from common.errors import HandedOver
+from common.stage import Call
+from common.state.connection import command, connect
+from coordinator_fleet import (
+    FakeFleet,
+    FakeWorker,
+    Gate,
+    Script,
+    Stub,
+    latents_of,
+    run_on_fleet,
+    submission,
+    terminal,
+)
+from fleet.v1 import generation_pb2 as pb
+from redis_servers import running_server, until
+
+BESIDE = ("text_encoding", "latent_preparation", "decoding")
+STEPS = 8
+HELD_AT = 3
+EQUAL = "abc123"
+GRACE = 30.0
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    with running_server("valkey") as server:
+        yield server.url
+
+
+@dataclass
+class Journal:
+    """What all loops of a test did: request, worker and step of each step, and the latents of each result."""
+
+    steps: list[tuple[str, str, int]] = field(default_factory=list)
+    results: list[torch.Tensor] = field(default_factory=list)
+
+    def of(self, request: str) -> list[tuple[str, int]]:
+        """Worker and step of the steps of one request."""
+        return [(worker, step) for name, worker, step in self.steps if name == request]
+
+
+@dataclass
+class Loop(Script):
+    """A denoising loop of a worker, which does `work` before each step."""
+
+    name: str = ""
+    journal: Journal = field(default_factory=Journal)
+    steps: int = STEPS
+    before_step: Callable[[int, Call], None] = lambda _, call: call.check_cancelled()
+
+    def run(self, values: Mapping[str, Any], call: Call) -> dict[str, Any]:
+        state = values.get("resume_from")
+        first = state.step if state is not None else 0
+        latents = state.latents.parts["image"].latents if state is not None else torch.zeros(1, 4)
+        for step in range(first, self.steps):
+            if call.must_hand_over():
+                if step > first:
+                    call.on_step_checkpoint(StepCheckpoint(step=step, latents=latents_of(latents)))
+                raise HandedOver(f"handed over after {step} steps")
+            self.before_step(step, call)
+            latents = latents * 1.5 + step
+            self.journal.steps.append((call.request_id, self.name, step))
+            call.progress(step + 1, self.steps)
+        self.journal.results.append(latents)
+        return {"denoised_latents": latents_of(latents)}
+
+
+def expected(steps: int = STEPS) -> torch.Tensor:
+    """The latents of a loop that nothing disturbs."""
+    latents = torch.zeros(1, 4)
+    for step in range(steps):
+        latents = latents * 1.5 + step
+    return latents
+
+
+def held_at(step: int, gate: Gate) -> Callable[[int, Call], None]:
+    """Wait for the gate before one step."""
+
+    def before_step(each: int, call: Call) -> None:
+        if each == step:
+            gate(call)
+
+    return before_step
+
+
+def counted(name: str, **more: str) -> float:
+    labels = {"service": "denoising", "model": "emoji", **more}
+    return REGISTRY.get_sample_value(name, labels) or 0.0
+
+
+def lost_calls() -> float:
+    return counted("fleet_lost_calls_total", begun="yes") + counted("fleet_lost_calls_total", begun="no")
+
+
+async def add_loop(fleet: FakeFleet, name: str, journal: Journal, *, numerics: str = EQUAL, **more: Any) -> FakeWorker:
+    loop = Loop(fleet.scripts["denoising"].contract, name=name, journal=journal, **more)
+    return await fleet.add_worker("denoising", loop, numerics=numerics)
+
+
+async def submitted(stub: Stub) -> str:
+    return (await stub.Submit(submission())).request.request_id
+
+
+async def check_success(stub: Stub, redis: Redis, name: str) -> None:
+    """It has succeeded, and no loss of it was recorded."""
+    assert (await terminal(stub, name))[-1].state_change.state == pb.REQUEST_STATE_SUCCEEDED
+    assert not await command(redis, "HGET", f"fleet:request:{name}", "deaths")
+    assert not await redis.keys("fleet:avoided:*")
+
+
+async def asked(worker: FakeWorker) -> None:
+    async def is_asked() -> bool:
+        return any(call.is_asked for call in worker.servicer.running())
+
+    await until(is_asked)
+
+
+def polls_of(worker: FakeWorker, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The numbers of free slots that a worker finds."""
+    found: list[int] = []
+    free_slots = worker.registry.free_slots
+
+    async def free(*of: Any) -> int:
+        found.append(await free_slots(*of))
+        return found[-1]
+
+    monkeypatch.setattr(worker.registry, "free_slots", free)
+    return found
+
+
+@pytest.mark.parametrize("comes_later", [False, True], ids=["free", "comes later"])
+def test_a_request_goes_on_at_the_next_step_on_an_equal_worker(
+    url: str, monkeypatch: pytest.MonkeyPatch, *, comes_later: bool
+) -> None:
+    async def story(fleet: FakeFleet) -> None:
+        journal, gate = Journal(), Gate()
+        await fleet.add_workers(BESIDE)
+        leaving = await add_loop(fleet, "a", journal, before_step=held_at(HELD_AT, gate))
+        _, stub = await fleet.add_coordinator()
+        before = lost_calls(), counted("fleet_handed_over_calls_total")
+        name = await submitted(stub)
+        await gate.wait_reached()
+        polls = polls_of(leaving, monkeypatch)
+        if not comes_later:
+            await add_loop(fleet, "b", journal)
+        ends = asyncio.create_task(leaving.leave(GRACE))
+        if comes_later:
+
+            async def has_polled() -> bool:
+                return polls == [0]
+
+            await until(has_polled)
+            await add_loop(fleet, "b", journal)
+        await asked(leaving)
+        gate.opened.set()
+        async with connect(fleet.url) as redis:
+            await check_success(stub, redis, name)
+        await ends
+        assert journal.of(name) == [("a" if step <= HELD_AT else "b", step) for step in range(STEPS)]
+        assert torch.equal(journal.results[0], expected())
+        assert (lost_calls(), counted("fleet_handed_over_calls_total")) == (before[0], before[1] + 1)
+
+    run_on_fleet(url, story)
+
+
+@pytest.mark.parametrize("other", ["", "fff999"], ids=["nobody", "other fingerprint"])
+def test_without_an_equal_worker_the_request_goes_on_and_ends(
+    url: str, monkeypatch: pytest.MonkeyPatch, other: str
+) -> None:
+    async def story(fleet: FakeFleet) -> None:
+        journal, gate = Journal(), Gate()
+        await fleet.add_workers(BESIDE)
+        leaving = await add_loop(fleet, "a", journal, before_step=held_at(HELD_AT, gate))
+        _, stub = await fleet.add_coordinator()
+        name = await submitted(stub)
+        await gate.wait_reached()
+        if other:
+            await add_loop(fleet, "b", journal, numerics=other)
+        polls = polls_of(leaving, monkeypatch)
+        ends = asyncio.create_task(leaving.leave(GRACE))
+
+        async def has_polled() -> bool:
+            return len(polls) > 1
+
+        await until(has_polled)
+        gate.opened.set()
+        async with connect(fleet.url) as redis:
+            await check_success(stub, redis, name)
+        await ends
+        assert not any(polls)
+        assert journal.of(name) == [("a", step) for step in range(STEPS)]
+
+    run_on_fleet(url, story)
+
+
+def test_a_request_is_handed_over_before_the_grace_period_ends_and_goes_first(url: str) -> None:
+    """Another request has waited before it. The equal worker comes when the first one has ended."""
+    steps, grace = 60, 1.0
+
+    async def story(fleet: FakeFleet) -> None:
+        journal, started = Journal(), Gate()
+
+        def slow(_: int, call: Call) -> None:
+            started.reached.set()
+            time.sleep(0.04)
+            call.check_cancelled()
+
+        await fleet.add_workers(BESIDE)
+        leaving = await add_loop(fleet, "a", journal, steps=steps, before_step=slow)
+        _, stub = await fleet.add_coordinator()
+        before = lost_calls()
+        name = await submitted(stub)
+        await started.wait_reached()
+        behind = await submitted(stub)
+        async with connect(fleet.url) as redis:
+
+            async def waits() -> bool:
+                return await redis.zcard("fleet:queue:emoji/denoising") == 1
+
+            await until(waits)
+            began = time.monotonic()
+            await leaving.leave(grace)
+            assert time.monotonic() - began < grace
+
+            async def both_wait() -> bool:
+                return await redis.zcard("fleet:queue:emoji/denoising") == 2
+
+            await until(both_wait)
+            done = len(journal.of(name))
+            assert 0 < done < steps
+            await add_loop(fleet, "b", journal, steps=steps)
+            await check_success(stub, redis, name)
+            await check_success(stub, redis, behind)
+        assert journal.of(name) == [("a" if step < done else "b", step) for step in range(steps)]
+        assert [each[0] for each in journal.steps].index(behind) == steps, "the request that waited went first"
+        assert all(torch.equal(each, expected(steps)) for each in journal.results)
+        assert lost_calls() == before
+
+    run_on_fleet(url, story)
+
+
+def test_a_request_that_waits_at_the_leaving_worker_goes_to_another_one_at_once(url: str) -> None:
+    """Its steps have not begun. The one that runs needs no other worker: it ends meanwhile."""
+
+    async def story(fleet: FakeFleet) -> None:
+        journal, gate = Journal(), Gate()
+        await fleet.add_workers(BESIDE)
+        loop = Loop(fleet.scripts["denoising"].contract, name="a", journal=journal, before_step=held_at(HELD_AT, gate))
+        leaving = await fleet.add_worker("denoising", loop, capacity=2, numerics=EQUAL)
+        _, stub = await fleet.add_coordinator()
+        before = lost_calls()
+        runs, waits = await submitted(stub), await submitted(stub)
+        await gate.wait_reached()
+
+        async def has_both() -> bool:
+            return len(leaving.servicer.running()) == 2
+
+        await until(has_both)
+        (running,) = [call.request_id for call in leaving.servicer.running() if call.has_begun]
+        (waiting,) = {runs, waits} - {running}
+        await add_loop(fleet, "b", journal)
+        ends = asyncio.create_task(leaving.leave(GRACE))
+        async with connect(fleet.url) as redis:
+            await check_success(stub, redis, waiting)
+            gate.opened.set()
+            await check_success(stub, redis, running)
+        await ends
+        assert {worker for worker, _ in journal.of(waiting)} == {"b"}
+        assert [step for _, step in journal.of(running)] == list(range(STEPS))
+        assert lost_calls() == before
+
+    run_on_fleet(url, story)
+
+
+def test_two_workers_that_leave_for_one_free_slot_lose_nothing(url: str) -> None:
+    async def story(fleet: FakeFleet) -> None:
+        journal, gates = Journal(), (Gate(), Gate())
+        await fleet.add_workers(BESIDE)
+        leaving = [
+            await add_loop(fleet, name, journal, before_step=held_at(HELD_AT, gate))
+            for name, gate in zip("ab", gates, strict=True)
+        ]
+        _, stub = await fleet.add_coordinator()
+        before = lost_calls()
+        names = [await submitted(stub), await submitted(stub)]
+        for gate in gates:
+            await gate.wait_reached()
+        await add_loop(fleet, "c", journal)
+        ends = [asyncio.create_task(each.leave(GRACE)) for each in leaving]
+        for each in leaving:
+            await asked(each)
+        for gate in gates:
+            gate.opened.set()
+        async with connect(fleet.url) as redis:
+            for name in names:
+                await check_success(stub, redis, name)
+        await asyncio.gather(*ends)
+        for name in names:
+            assert [step for _, step in journal.of(name)] == list(range(STEPS))
+            assert journal.of(name)[HELD_AT + 1][0] == "c"
+        assert lost_calls() == before
+
+    run_on_fleet(url, story)

@@ -1,0 +1,156 @@
+"""How many workers an autoscaler decides on: worked examples of KEDA's and the HPA's rules, and what always holds."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from common.errors import InvalidInput
+from common.scaling import StageLoad
+from services.cli.replica_policy import ReplicaBounds, ReplicaPolicy
+
+
+class Clock:
+    """A clock that a test sets."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def policy(least: int = 0, most: int = 8, idle_seconds: float = 30.0) -> tuple[ReplicaPolicy, Clock]:
+    clock = Clock()
+    return ReplicaPolicy(ReplicaBounds(least, most, idle_seconds), clock), clock
+
+
+def test_the_first_request_starts_one_worker_and_no_metric_is_asked() -> None:
+    scaled, _ = policy()
+    assert scaled.decide(0, is_active=False, demand=7.0) == 0
+    assert scaled.decide(0, is_active=True, demand=None) == 1
+    assert scaled.decide(0, is_active=True, demand=7.0) == 1
+
+
+def test_the_metric_decides_from_one_on() -> None:
+    scaled, _ = policy()
+    assert scaled.decide(1, is_active=True, demand=2.4) == 3
+    assert scaled.decide(3, is_active=True, demand=6.01) == 7
+    assert scaled.decide(7, is_active=True, demand=25.0) == 8
+
+
+def test_a_demand_within_a_tenth_of_the_target_changes_nothing() -> None:
+    scaled, _ = policy(most=40)
+    assert scaled.decide(10, is_active=True, demand=11.0) == 10
+    assert scaled.decide(10, is_active=True, demand=11.02) == 12
+    assert policy(idle_seconds=0)[0].decide(8, is_active=True, demand=7.2) == 8
+    assert policy(idle_seconds=0)[0].decide(8, is_active=True, demand=6.9) == 7
+
+
+def test_an_error_of_rounding_starts_no_worker() -> None:
+    assert policy()[0].decide(1, is_active=True, demand=3 + 1e-9) == 3
+
+
+def test_scale_in_takes_the_largest_recommendation_of_the_window() -> None:
+    scaled, clock = policy(idle_seconds=30.0)
+    assert scaled.decide(6, is_active=True, demand=6.0) == 6
+    clock.now += 10
+    assert scaled.decide(6, is_active=True, demand=4.0) == 6
+    clock.now += 19
+    assert scaled.decide(6, is_active=True, demand=2.0) == 6
+    clock.now += 1  # 30 s after the recommendation of 6
+    assert scaled.decide(6, is_active=True, demand=2.0) == 4
+    clock.now += 10  # 30 s after that of 4
+    assert scaled.decide(4, is_active=True, demand=2.0) == 2
+
+
+def test_scale_in_waits_for_the_window_also_at_the_start() -> None:
+    scaled, clock = policy(idle_seconds=30.0)
+    assert scaled.decide(5, is_active=True, demand=1.0) == 5
+    clock.now += 30
+    assert scaled.decide(5, is_active=True, demand=1.0) == 1
+
+
+def test_zero_comes_a_cooldown_after_the_last_activity() -> None:
+    scaled, clock = policy(idle_seconds=30.0)
+    assert scaled.decide(1, is_active=True, demand=1.0) == 1
+    clock.now += 29
+    assert scaled.decide(1, is_active=False, demand=0.0) == 1
+    assert scaled.decide(1, is_active=True, demand=1.0) == 1
+    clock.now += 29.5
+    assert scaled.decide(1, is_active=False, demand=0.0) == 1
+    clock.now += 0.5
+    assert scaled.decide(1, is_active=False, demand=0.0) == 0
+
+
+def test_workers_that_always_run_are_kept() -> None:
+    scaled, clock = policy(least=2, idle_seconds=5.0)
+    assert scaled.decide(0, is_active=False, demand=0.0) == 2
+    assert scaled.decide(2, is_active=False, demand=0.0) == 2
+    clock.now += 100
+    assert scaled.decide(2, is_active=False, demand=0.0) == 2
+    assert scaled.decide(1, is_active=False, demand=0.0) == 2
+
+
+def test_without_a_metric_the_number_stays() -> None:
+    scaled, clock = policy(idle_seconds=5.0)
+    assert scaled.decide(3, is_active=True, demand=None) == 3
+    clock.now += 100
+    assert scaled.decide(3, is_active=True, demand=None) == 3
+
+
+def test_more_workers_than_may_be_are_ended_at_once() -> None:
+    assert policy(most=4)[0].decide(9, is_active=True, demand=9.0) == 4
+
+
+@pytest.mark.parametrize(("least", "most"), [(0, 0), (3, 2), (-1, 2)])
+def test_bounds_that_no_number_meets_are_refused(least: int, most: int) -> None:
+    with pytest.raises(InvalidInput, match="max_replicas"):
+        ReplicaBounds(least, most, 1.0)
+
+
+LOADS = st.builds(
+    StageLoad,
+    workers_held=st.integers(0, 12),
+    running_seconds=st.floats(0, 1e4),
+    waiting_claims=st.integers(0, 40),
+    waiting_seconds=st.floats(0, 1e5),
+    open_requests=st.integers(1, 60) | st.just(0),
+)
+
+
+@given(
+    st.lists(st.tuples(LOADS, st.floats(0, 40)), max_size=30),
+    st.integers(0, 4),
+    st.integers(4, 10),
+    st.floats(0, 60),
+    st.floats(0.5, 300),
+)
+def test_a_whole_life_keeps_to_the_rules(
+    polls: list[tuple[StageLoad, float]], least: int, most: int, idle_seconds: float, target: float
+) -> None:
+    """Never above the most, never below the least, never below the held workers, zero only when inactive so long."""
+    scaled, clock = policy(least, most, idle_seconds)
+    current, active_at = scaled.decide(0, is_active=False, demand=0.0), clock.now
+    for load, passed in polls:
+        clock.now += passed
+        active_at = clock.now if load.is_active else active_at
+        decided = scaled.decide(current, is_active=load.is_active, demand=load.wanted_seconds(target) / target)
+        assert least <= decided <= most
+        if load.is_active and current:
+            assert decided >= min(load.workers_held, current)
+        if load.is_active:
+            assert decided >= 1
+        elif decided == 0 and current:
+            assert clock.now - active_at >= idle_seconds
+        current = decided
+
+
+@given(st.integers(1, 20), st.integers(1, 20), st.floats(0, 40), st.floats(0, 40))
+def test_more_demand_never_means_fewer_workers(current: int, most: int, one: float, other: float) -> None:
+    less, more = sorted((one, other))
+    decided = [
+        policy(most=most, idle_seconds=0.0)[0].decide(current, is_active=True, demand=demand) for demand in (less, more)
+    ]
+    assert decided[0] <= decided[1]

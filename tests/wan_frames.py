@@ -1,0 +1,34 @@
+"""Checks of frame-by-frame decoding, for tests of the Wan VAEs."""
+
+from __future__ import annotations
+
+import torch
+from diffusers import AutoencoderKLWan
+from torch import Tensor
+
+from models.vaes.wan import WanVAE
+
+
+def decode(vae: AutoencoderKLWan, latents: Tensor, decoding_bytes: int | None = None) -> Tensor:
+    """Frames of WanVAE: (3, frames, H, W)."""
+    with torch.inference_mode():
+        return torch.stack(list(WanVAE(vae, decoding_bytes).decode(latents)), dim=1)
+
+
+def check_frames_come_early(vae: AutoencoderKLWan, latents: Tensor) -> None:
+    """Assert that frames do not depend on later latents, and that the first frame needs the first latents only.
+
+    `latents` have the shape (1, channels, 3, H, W).
+    """
+    changed = latents.clone()
+    changed[:, :, 2] += 1
+    before, after = decode(vae, latents), decode(vae, changed)
+    assert torch.equal(before[:, :5], after[:, :5])
+    assert not torch.equal(before[:, 5:], after[:, 5:])
+    frames = WanVAE(vae).decode(latents)
+    seen: list[int] = []
+    handle = vae.post_quant_conv.register_forward_hook(lambda *_: seen.append(1))
+    with torch.inference_mode():
+        next(frames)
+    handle.remove()
+    assert len(seen) == 1
