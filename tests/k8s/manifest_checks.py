@@ -224,6 +224,18 @@ def references(manifests: Sequence[Manifest]) -> Iterator[str]:
                 yield f"{pod.owner}: {kind} {name} is not there"
 
 
+def paths(manifests: Sequence[Manifest]) -> Iterator[str]:
+    """Files and directories that settings name are on a mounted volume."""
+    for pod in [each for each in pods(manifests) if each.service in SERVICES]:
+        mounts = [mount["mountPath"] for mount in pod.container["volumeMounts"]]
+        for name, value in environment(manifests, pod.container).items():
+            path = value.partition("=")[2] if "=/" in value else value
+            is_read = name.removeprefix("FLEET_").lower() in settings_class(pod.service).__dataclass_fields__
+            mounted = any(path == each or path.startswith(f"{each}/") for each in mounts)
+            if path.startswith("/") and is_read and not mounted:
+                yield f"{pod.owner}: {name} names {path}, which is on no volume of it"
+
+
 def security(manifests: Sequence[Manifest]) -> Iterator[str]:
     """Every pod and container has the fields that the Pod Security Standard `restricted` asks for, and more."""
     for account in of_kind(manifests, "ServiceAccount"):
@@ -304,6 +316,7 @@ CHECKS: Mapping[str, Check] = MappingProxyType(
             listening,
             grace,
             references,
+            paths,
             security,
             images,
             labels,

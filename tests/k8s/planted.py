@@ -192,6 +192,9 @@ PLANTED = [
         "Secret fleet-tls",
         edit(_D, "decoding", f"{_POD}/volumes/0/secret/secretName", "fleet-tls"),
     ),
+    Planted("paths", "gpu", "on no volume", set_shared("FLEET_KERNEL_CACHE", "/var/kernels")),
+    Planted("paths", "gpu", "on no volume", set_shared("FLEET_MODEL", "flux=/weights/FLUX.1-dev")),
+    Planted("paths", "production", "FLEET_TLS_CERT names", set_shared("FLEET_TLS_CERT", "/etc/tls/tls.crt")),
     Planted("security", "dev", "runAsNonRoot", edit(_D, "redis", f"{_POD}/securityContext/runAsNonRoot", False)),
     Planted(
         "security",
@@ -283,6 +286,15 @@ PLANTED = [
         "production",
         "fleet_stored",
         edit("PrometheusRule", "fleet", "spec/groups/0/rules/0/expr", "fleet_stored > 1"),
+    ),
+    Planted(
+        "metric_names", "keda-prometheus", "fleet_queue_s", edit(_SO, "decoding", f"{_TRIGGER}/query", "fleet_queue_s")
+    ),
+    Planted(
+        "scale_targets",
+        "keda-prometheus",
+        "runs decoding",
+        edit(_SO, "decoding", f"{_TRIGGER}/query", 'a{service="denoising"}'),
     ),
     Planted("admitted_ports", "dev", "are not ports", edit(_NP, "decoding", "spec/ingress/0/ports/0/port", 50061)),
     Planted("admitted_ports", "dev", "egress port 6380", edit(_NP, "decoding", "spec/egress/0/ports/0/port", 6380)),

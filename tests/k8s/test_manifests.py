@@ -30,7 +30,17 @@ def validate(text: str) -> None:
 
 
 def test_the_overlays_are_there() -> None:
-    assert {"dev", "gpu", "gpu-group", "multi-node", "disaggregatedset", "keda", "hpa", "production"} == set(OVERLAYS)
+    assert {
+        "dev",
+        "gpu",
+        "gpu-group",
+        "multi-node",
+        "disaggregatedset",
+        "keda",
+        "keda-prometheus",
+        "hpa",
+        "production",
+    } == set(OVERLAYS)
     files = {path.stem for path in (K8S / "base").glob("*.yaml")} - {"kustomization", "namespace"}
     assert files == {*SERVICES, "redis"}
 
