@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -29,7 +30,8 @@ def test_requests_wait_for_the_first_worker_of_each_service_and_watch_says_so(ur
     async def story(fleet: FakeFleet) -> None:
         coordinator, stub = await fleet.add_coordinator(worker_wait_seconds=30.0)
         async with open_channel(coordinator.address) as channel:
-            health = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
+            stub_of_health: Any = health_pb2_grpc.HealthStub(channel)
+            health = await stub_of_health.Check(health_pb2.HealthCheckRequest())
             assert health.status == health_pb2.HealthCheckResponse.SERVING
         (model,) = (await stub.ListModels(pb.ListModelsRequest())).models
         assert model.name == "emoji"

@@ -1,0 +1,49 @@
+"""Workers and claims of one service, for tests of the store."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from redis.asyncio import Redis
+
+from common.state.presence import Presence
+from common.state.worker_slots import WorkerSlots
+from common.state.workers import WorkerRegistry
+from fleet.v1 import worker_pb2
+from redis_servers import until
+
+SLOW = 3_600.0
+
+
+def worker(worker_id: str, *, capacity: int = 1, fingerprint: str = "f", numerics: str = "") -> worker_pb2.WorkerInfo:
+    contract = worker_pb2.StageContract(stages=["DenoisingStage"], inputs={"canvas": "Canvas"})
+    return worker_pb2.WorkerInfo(
+        worker_id=worker_id,
+        service="denoising",
+        model="emoji",
+        model_fingerprint=fingerprint,
+        numerics_fingerprint=numerics,
+        capacity=capacity,
+        address=f"unix:/{worker_id}",
+        contract=contract,
+    )
+
+
+@asynccontextmanager
+async def slots_of(redis: Redis, owner: str, *, ask_again_seconds: float = SLOW) -> AsyncIterator[WorkerSlots]:
+    presence = Presence(redis, owner)
+    slots = WorkerSlots(redis, presence, ask_again_seconds=ask_again_seconds)
+    await presence.start()
+    yield slots
+    await slots.settle()
+    await presence.stop()
+
+
+async def queued(registry: WorkerRegistry, count: int) -> None:
+    """Wait until so many claims are in the queue."""
+
+    async def so_many() -> bool:
+        return (await registry.load("emoji", "denoising")).queued == count
+
+    await until(so_many)
