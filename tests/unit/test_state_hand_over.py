@@ -1,4 +1,4 @@
-"""Claims of requests that a leaving worker handed over, and workers that were refused."""
+"""The store's part in handing requests over and refusing workers: free slots of equals, who goes first, refusals."""
 
 from __future__ import annotations
 
@@ -9,13 +9,10 @@ import pytest
 from redis.asyncio import Redis
 
 from common.errors import FailedPrecondition
-from common.state.connection import Arguments
 from common.state.worker_slots import QueuePriority
 from common.state.workers import WorkerRegistry
 from redis_servers import run_on_empty_store, running_server, server_binaries
-from slot_parts import queued, slots_of, worker
-
-LATE: Arguments = {"place": "emoji/denoising", "priority": 0, "cost": 1, "deadline": 0, "caller": ""}
+from slot_claims import queued, slots_of, worker
 
 
 @pytest.fixture(scope="module", params=sorted(server_binaries()))

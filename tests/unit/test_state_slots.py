@@ -15,7 +15,7 @@ from common.state.worker_slots import NoWorkers, QueuePriority, WorkerSlot, Work
 from common.state.workers import WorkerRegistry
 from fleet.v1 import worker_pb2
 from redis_servers import run_on_empty_store, running_server, server_binaries, until
-from slot_parts import SLOW, queued, slots_of, worker
+from slot_claims import SLOW, queued, slots_of, worker
 
 LATE: Arguments = {"place": "emoji/denoising", "priority": 0, "cost": 1, "deadline": 0, "caller": ""}
 

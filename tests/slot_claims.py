@@ -1,4 +1,4 @@
-"""Workers and slots of one coordinator, in a store."""
+"""Workers and claims of one service, for tests of the store."""
 
 from __future__ import annotations
 
