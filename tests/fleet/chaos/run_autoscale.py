@@ -179,19 +179,12 @@ class Run:
         await asyncio.gather(*(self._ask(client, image) for image in images))
 
     async def _ask(self, client: FleetClient, image: Image) -> None:
-        """Ask until the request is accepted, as the error UNAVAILABLE asks for, and compare its image."""
+        """Ask for an image, and compare it."""
         parameters = parameters_message(image.given, (), ".png")
         request = pb.SubmitRequest(model=_MODEL, parameters=parameters, idempotency_key=secrets.token_hex(8))
         answer = Answer(pb.RequestRecord(), [], [])
         try:
-            await collect(client, request, answer)
-        except Unavailable as error:
-            if answer.record.request_id:
-                self._findings.append(f"request {answer.record.request_id} of {image} was lost: {error}")
-                return
-            self._refused += 1
-            await asyncio.sleep(_RETRY_SECONDS)
-            return await self._ask(client, image)
+            await self._collect(client, request, answer)
         except FleetError as error:
             self._findings.append(f"request {answer.record.request_id} of {image} ended with {error}")
             return
@@ -199,6 +192,17 @@ class Run:
             self._findings.append(f"request {answer.record.request_id} of {image} has other bytes than its reference")
             return
         self._answered += 1
+
+    async def _collect(self, client: FleetClient, request: pb.SubmitRequest, answer: Answer) -> None:
+        """Submit until the request is accepted, as UNAVAILABLE asks for. From then on, every error is raised."""
+        while True:
+            try:
+                return await collect(client, request, answer)
+            except Unavailable:
+                if answer.record.request_id:
+                    raise
+            self._refused += 1
+            await asyncio.sleep(_RETRY_SECONDS)
 
     async def _come_back(self) -> None:
         """Wait until no worker runs."""
