@@ -47,7 +47,7 @@ def test_a_load_repeats_its_images() -> None:
 
 def test_the_table_counts_scale_ins_by_what_ran() -> None:
     ends = [ScaleIn("a", ("r",), 2), ScaleIn("b", (), 1), ScaleIn("c", (), 0)]
-    table = Report(Story(scale_ins=ends), 5, 1.0, 2.0, 0.25).table()
+    table = Report(Story(scale_ins=ends), 5, 0, 1.0, 2.0, 0.25).table()
     figures = {line[:60].strip(): line[60:] for line in table.splitlines()}
     assert figures["scale-ins"] == "3"
     assert figures["scale-ins while requests ran"] == "2"

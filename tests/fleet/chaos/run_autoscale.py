@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import secrets
 import shutil
 import sys
 import tempfile
@@ -31,7 +32,7 @@ os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # read when grpc is imported
 import torch  # noqa: E402
 from autoscaled_fleet import AutoscaledFleet, Story  # noqa: E402
 
-from common.errors import FleetError  # noqa: E402
+from common.errors import FleetError, Unavailable  # noqa: E402
 from common.state.connection import connect as connect_store  # noqa: E402
 from fleet.v1 import generation_pb2 as pb  # noqa: E402
 from local_fleet import open_fleet  # noqa: E402
@@ -58,6 +59,7 @@ _BOUNDS = {
     for service, most in {"text_encoding": 2, "latent_preparation": 1, "denoising": _DENOISERS, "decoding": 2}.items()
 }
 _SETTLE_SECONDS = 60.0
+_RETRY_SECONDS = 0.2
 _PUSH_SECONDS = 1.0
 """Most seconds from the first request to the start of the first worker."""
 
@@ -100,10 +102,14 @@ class Load:
 
 @dataclass(frozen=True)
 class Report:
-    """What a run found. `answered` counts requests; seconds are those of the burst, of the waves, and of the push."""
+    """What a run found. Seconds are those of the burst, of the waves, and of the push.
+
+    `answered` counts requests, `refused` the submissions that were answered UNAVAILABLE and sent again.
+    """
 
     story: Story
     answered: int
+    refused: int
     burst_seconds: float
     wave_seconds: float
     push_seconds: float
@@ -113,6 +119,7 @@ class Report:
         most = ", ".join(f"{service} {count}" for service, count in self.story.most.items())
         rows = {
             "requests, each with the right bytes": f"{self.answered}",
+            "submissions that were refused and sent again": f"{self.refused}",
             "seconds from the first request to the first worker's start": f"{self.push_seconds:.2f}",
             "seconds of the burst from zero": f"{self.burst_seconds:.1f}",
             "seconds of the waves": f"{self.wave_seconds:.1f}",
@@ -148,6 +155,7 @@ class Run:
         self._references = references
         self._findings = fleet.story.findings
         self._answered = 0
+        self._refused = 0
 
     async def run(self) -> Report:
         """Start at zero, go up, come back, twice."""
@@ -164,17 +172,19 @@ class Run:
             wave_seconds = time.monotonic() - began
             await self._come_back()
         self._check_story(push_seconds)
-        return Report(self._fleet.story, self._answered, burst_seconds, wave_seconds, push_seconds)
+        return Report(self._fleet.story, self._answered, self._refused, burst_seconds, wave_seconds, push_seconds)
 
     async def _send(self, client: FleetClient, images: Sequence[Image]) -> None:
         """Ask for all images at once, and check each."""
         await asyncio.gather(*(self._ask(client, image) for image in images))
 
     async def _ask(self, client: FleetClient, image: Image) -> None:
-        request = pb.SubmitRequest(model=_MODEL, parameters=parameters_message(image.given, (), ".png"))
+        """Ask for an image, and compare it."""
+        parameters = parameters_message(image.given, (), ".png")
+        request = pb.SubmitRequest(model=_MODEL, parameters=parameters, idempotency_key=secrets.token_hex(8))
         answer = Answer(pb.RequestRecord(), [], [])
         try:
-            await collect(client, request, answer)
+            await self._collect(client, request, answer)
         except FleetError as error:
             self._findings.append(f"request {answer.record.request_id} of {image} ended with {error}")
             return
@@ -182,6 +192,17 @@ class Run:
             self._findings.append(f"request {answer.record.request_id} of {image} has other bytes than its reference")
             return
         self._answered += 1
+
+    async def _collect(self, client: FleetClient, request: pb.SubmitRequest, answer: Answer) -> None:
+        """Submit until the request is accepted, as UNAVAILABLE asks for. From then on, every error is raised."""
+        while True:
+            try:
+                return await collect(client, request, answer)
+            except Unavailable:
+                if answer.record.request_id:
+                    raise
+            self._refused += 1
+            await asyncio.sleep(_RETRY_SECONDS)
 
     async def _come_back(self) -> None:
         """Wait until no worker runs."""
