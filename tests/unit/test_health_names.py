@@ -1,0 +1,41 @@
+"""What health checks of a server are told: readiness by its services' names, liveness by that of the health service."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from common.rpc.fleet_server import FleetServer
+
+LIVENESS = "grpc.health.v1.Health"
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+SERVING = health_pb2.HealthCheckResponse.SERVING
+
+
+async def _statuses(address: str, *names: str) -> list[int]:
+    async with grpc.aio.insecure_channel(address) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        replies = [await stub.Check(health_pb2.HealthCheckRequest(service=name)) for name in names]
+    return [reply.status for reply in replies]
+
+
+def test_a_server_that_is_not_ready_is_alive(tmp_path: Path) -> None:
+    async def run() -> None:
+        server = FleetServer(f"unix:{tmp_path}/s", health_listen=f"unix:{tmp_path}/h")
+        server.add(None, "fleet.v1.WorkerService")
+        await server.start()
+        try:
+            names = ("", "fleet.v1.WorkerService", LIVENESS)
+            for address in (server.address, server.health_address):
+                assert await _statuses(address, *names) == [NOT_SERVING, NOT_SERVING, SERVING]
+            await server.set_ready(True)
+            assert await _statuses(server.health_address, *names) == [SERVING, SERVING, SERVING]
+            await server.set_ready(False)
+            assert await _statuses(server.health_address, *names) == [NOT_SERVING, NOT_SERVING, SERVING]
+        finally:
+            await server.drain(0)
+
+    asyncio.run(run())
