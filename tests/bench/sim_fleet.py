@@ -44,22 +44,30 @@ class Arrival:
 
 @dataclass(frozen=True)
 class Trace:
-    """Arrivals in order of time, over `seconds`; `replicas` are ready at time 0."""
+    """Arrivals in order of time, over `seconds`; `replicas` are ready at time 0.
+
+    The first `lead_seconds` let a policy settle, and do not count.
+    """
 
     name: str
     arrivals: Sequence[Arrival]
     seconds: float
     replicas: Mapping[str, int]
+    lead_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
 class StageView:
-    """What a policy may know. `replicas` are those that load or take requests; `busy_share` is since the last poll."""
+    """What a policy may know. `replicas` are those that load or take requests; `busy_share` is since the last poll.
+
+    `inactive_seconds` is since the last open request that needs the stage, which is pushed and not only seen by polls.
+    """
 
     now: float
     load: StageLoad
     replicas: int
     busy_share: float
+    inactive_seconds: float
 
 
 class Policy(Protocol):
@@ -128,7 +136,7 @@ class Stage:
         self.name = name
         self.policy = policy
         self.queue: deque[Request] = deque()
-        self.replicas: set[Replica] = set()
+        self.replicas: dict[Replica, None] = {}
         self.idle: deque[Replica] = deque()
         self.open_requests = 0
         self.gpu_seconds = 0.0
@@ -138,6 +146,7 @@ class Stage:
         self._busy = 0
         self._busy_seconds = self._ready_seconds = self._noted = 0.0
         self._ready = 0
+        self._active = 0.0
 
     def enqueue(self, request: Request) -> None:
         """Let a request wait."""
@@ -162,6 +171,7 @@ class Stage:
         request, replica.request = replica.request, None
         self._busy -= 1
         self.open_requests -= 1
+        self._active = now
         self.paces.note(request.arrival.kind.work[self.name], now - replica.since)
         if replica.is_leaving:
             self._remove(replica, now)
@@ -178,8 +188,8 @@ class Stage:
 
     @property
     def kept(self) -> list[Replica]:
-        """Replicas that load or take requests, oldest first."""
-        return sorted((each for each in self.replicas if not each.is_leaving), key=lambda each: each.started)
+        """Replicas that load or take requests, in order of their start."""
+        return [each for each in self.replicas if not each.is_leaving]
 
     def scale_in(self, count: int, now: float, rng: random.Random) -> None:
         """End so many replicas: as Kubernetes, those that are not ready first, then any."""
@@ -197,7 +207,7 @@ class Stage:
             self._remove(replica, now)
 
     def _remove(self, replica: Replica, now: float) -> None:
-        self.replicas.discard(replica)
+        del self.replicas[replica]
         self._ready -= replica.is_ready
         self.gpu_seconds += now - replica.started
 
@@ -206,7 +216,12 @@ class Stage:
         self._integrate(now)
         share = self._busy_seconds / self._ready_seconds if self._ready_seconds else float(bool(self.queue))
         self._busy_seconds = self._ready_seconds = 0.0
-        return StageView(now, self.load(now), len(self.kept), share)
+        inactive = 0.0 if self.open_requests else now - self._active
+        return StageView(now, self.load(now), len(self.kept), share, inactive)
+
+    def gpu_seconds_until(self, now: float) -> float:
+        """GPU seconds of all replicas so far."""
+        return self.gpu_seconds + sum(now - each.started for each in self.replicas)
 
     def load(self, now: float) -> StageLoad:
         """What the store would sum up."""
@@ -233,11 +248,10 @@ class Stage:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a policy did to a trace: every request with its end, GPU seconds by stage, and the time of the last end."""
+    """What a policy did to a trace: every request with its end, and GPU seconds by stage, both after the lead."""
 
     requests: Sequence[Request]
     gpu_seconds: Mapping[str, float]
-    seconds: float
 
     @property
     def gpu_hours(self) -> float:
@@ -280,16 +294,21 @@ class Simulation:
                 self._start(stage, 0.0)
             self._poll_again(stage)
         self._arrive(iter(self.requests))
+        lead = self._trace.lead_seconds
+        before = dict.fromkeys(self.stages, 0.0)
+        if lead:
+            self._at(lead, lambda: before.update(self._gpu_seconds()))
         while self._events and (self._open or self._events[0][0] <= self._trace.seconds):
             self.now, _, action = heapq.heappop(self._events)
             if self.now > _LONGEST * self._trace.seconds:
                 raise RuntimeError(f"{self._open} requests of {self._trace.name} had not ended at {self.now:g} s")
             action()
         self.now = max(self.now, self._trace.seconds)
-        for stage in self.stages.values():
-            stage.gpu_seconds += sum(self.now - each.started for each in stage.replicas)
-        spent = {name: stage.gpu_seconds for name, stage in self.stages.items()}
-        return Outcome(self.requests, spent, self.now)
+        spent = {name: seconds - before[name] for name, seconds in self._gpu_seconds().items()}
+        return Outcome([each for each in self.requests if each.arrival.time >= lead], spent)
+
+    def _gpu_seconds(self) -> dict[str, float]:
+        return {name: stage.gpu_seconds_until(self.now) for name, stage in self.stages.items()}
 
     def _at(self, time: float, action: Callable[[], None]) -> None:
         heapq.heappush(self._events, (time, next(self._numbers), action))
@@ -342,7 +361,7 @@ class Simulation:
 
     def _start(self, stage: Stage, load_seconds: float) -> None:
         replica = Replica(self.now)
-        stage.replicas.add(replica)
+        stage.replicas[replica] = None
 
         def ready() -> None:
             if replica in stage.replicas:

@@ -34,13 +34,10 @@ class HpaPolicy:
     window: float
     interval: float = HPA_SECONDS
     _recommended: deque[tuple[float, int]] = field(default_factory=deque)
-    _active: float = 0.0
 
     def desired(self, view: StageView) -> int:
         """What the HPA would set."""
-        if view.load.is_active:
-            self._active = view.now
-        elif view.now - self._active >= ZERO_SECONDS:
+        if view.inactive_seconds >= ZERO_SECONDS:
             self._recommended.clear()
             return 0
         if not view.replicas:
@@ -84,9 +81,12 @@ class UtilisationPolicy:
         return replicas
 
 
-def wanted_seconds(target: float, window: float) -> Policy:
-    """The fleet's policy, with the code that coordinators answer KEDA with."""
-    return HpaPolicy(lambda load: load.wanted_seconds(target), target, window)
+def wanted_seconds(target: float, headroom: float, window: float) -> Policy:
+    """The fleet's policy, with the code that coordinators answer KEDA with.
+
+    `headroom` multiplies the value, as a `formula` of KEDA's scalingModifiers does: 1.5 keeps a third idle.
+    """
+    return HpaPolicy(lambda load: headroom * load.wanted_seconds(target), target, window)
 
 
 def queue_length(requests: float, window: float) -> Policy:
@@ -94,25 +94,28 @@ def queue_length(requests: float, window: float) -> Policy:
     return HpaPolicy(lambda load: float(load.workers_held + load.waiting_claims), requests, window)
 
 
-WINDOWS = (60.0, 300.0)
-TARGET_SECONDS = (5.0, 15.0, 30.0, 60.0)
+TARGET_SECONDS = (15.0, 60.0)
+HEADROOMS = (1.0, 1.5, 2.0, 3.0)
 
 GRID: Mapping[str, Mapping[str, Callable[[], Policy]]] = {
     "wanted seconds": {
-        f"targetSeconds {target:g}, window {window:g} s": partial(wanted_seconds, target, window)
+        f"targetSeconds {target:g}, headroom {headroom:g}, window {window:g} s": partial(
+            wanted_seconds, target, headroom, window
+        )
         for target in TARGET_SECONDS
-        for window in WINDOWS
+        for headroom in HEADROOMS
+        for window in (120.0, 600.0)
     },
     "queue length": {
-        f"{requests:g} a replica, window {window:g} s": partial(queue_length, requests, window)
-        for requests in (0.75, 1.0, 2.0, 4.0)
-        for window in WINDOWS
+        f"{1 / headroom:.2g} a replica, window {window:g} s": partial(queue_length, 1 / headroom, window)
+        for headroom in HEADROOMS
+        for window in (60.0, 120.0, 300.0, 600.0)
     },
     "utilisation": {
         f"{above:.0%} to {below:.0%}, {'50% more' if growth else 'one more'}": partial(
             UtilisationPolicy, above, below, growth
         )
-        for above in (0.8, 0.6)
+        for above in (0.8, 0.7, 0.6, 0.5)
         for below in (0.2, 0.4)
         for growth in (0.0, 0.5)
     },

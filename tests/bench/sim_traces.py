@@ -13,7 +13,8 @@ from services.cli.stage_seconds import Measurement, Shape, measurements
 from sim_fleet import Arrival, Kind, Trace
 
 MINUTE = 60.0
-SECONDS = 40 * MINUTE
+LEAD = 30 * MINUTE  # at the first minute's rate, which does not count
+SECONDS = 40 * MINUTE  # that count
 SPREAD = 0.1  # of service times, up and down
 SLO_FIXED, SLO_TIMES = 30.0, 2.0  # a request may take 30 s, and twice its own computing
 ON_CPU = frozenset({"latent_preparation"})
@@ -95,21 +96,21 @@ def patterns() -> Mapping[str, Pattern]:
 
 
 def draw_trace(name: str, pattern: Pattern, seed: int) -> Trace:
-    """Poisson arrivals. Each stage starts with the replicas that the first minute needs at 80% utilisation."""
+    """Poisson arrivals. Each stage starts with the replicas that the lead needs at 40% utilisation."""
     rng = random.Random(f"{name} {seed}")
-    arrivals, time = [], 0.0
+    arrivals, time = [], -LEAD
     most = max(pattern.rate(second) for second in range(int(SECONDS)))
     while (time := time + rng.expovariate(most)) < SECONDS:
-        if rng.random() * most < pattern.rate(time):  # thinning
-            kind = pattern.kinds[rng.random() < pattern.share(time)]
-            arrivals.append(Arrival(time, kind, 1 + rng.uniform(-SPREAD, SPREAD)))
-    return Trace(name, arrivals, SECONDS, _replicas(pattern))
+        if rng.random() * most < pattern.rate(max(time, 0.0)):  # thinning
+            kind = pattern.kinds[rng.random() < pattern.share(max(time, 0.0))]
+            arrivals.append(Arrival(LEAD + time, kind, 1 + rng.uniform(-SPREAD, SPREAD)))
+    return Trace(name, arrivals, LEAD + SECONDS, _replicas(pattern), LEAD)
 
 
 def _replicas(pattern: Pattern) -> dict[str, int]:
-    rate, share = pattern.rate(MINUTE / 2), pattern.share(MINUTE / 2)
+    rate, share = pattern.rate(0.0), pattern.share(0.0)
     first, second = (each.seconds for each in pattern.kinds)
     return {
-        name: math.ceil(rate * ((1 - share) * first[name] + share * second[name]) / 0.8)
+        name: math.ceil(rate * ((1 - share) * first[name] + share * second[name]) / 0.4)
         for name in first
     }
