@@ -27,8 +27,8 @@ from common.state.workers import WorkerRegistry
 from fleet.v1 import generation_pb2 as api
 from fleet.v1 import worker_pb2
 
-FEW_STEPS, MANY_STEPS = 4, 44
-WARM_UP = 3
+FEW_STEPS, MANY_STEPS = 2, 22
+WARM_UP = 2
 WORKERS = (1, 100, 1_000)
 
 
@@ -130,39 +130,46 @@ def _worker(number: int) -> worker_pb2.WorkerInfo:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--requests", type=int, default=40)
-    parser.add_argument("--claims", type=int, default=300)
+    parser.add_argument("--requests", type=int, default=20)
+    parser.add_argument("--claims", type=int, default=100)
     parser.add_argument("--idle-seconds", type=float, default=10.0)
     args = parser.parse_args()
     print_machine(f"What a request costs coordinator and Redis, {args.requests} requests of each kind")
     with EmbeddedStore(appendfsync="always") as store:
-        with running_fleet("--model", "emoji", "--redis", store.url) as fleet:
-            idle = cost_of_idling(fleet, store.url, args.idle_seconds)
-            few, few_seconds = cost_of_requests(fleet, store.url, FEW_STEPS, args.requests)
-            many, many_seconds = cost_of_requests(fleet, store.url, MANY_STEPS, args.requests)
-        claims = {count: asyncio.run(cost_of_claims(store.url, count, args.claims)) for count in WORKERS}
+        report_claims({count: asyncio.run(cost_of_claims(store.url, count, args.claims)) for count in WORKERS})
+    with (
+        EmbeddedStore(appendfsync="always") as store,
+        running_fleet("--model", "emoji", "--redis", store.url) as fleet,
+    ):
+        idle = cost_of_idling(fleet, store.url, args.idle_seconds)
+        few, few_seconds = cost_of_requests(fleet, store.url, FEW_STEPS, args.requests)
+        many, many_seconds = cost_of_requests(fleet, store.url, MANY_STEPS, args.requests)
     few, many = few.since(idle.scaled(few_seconds)), many.since(idle.scaled(many_seconds))
     step = many.since(few).scaled(1 / (MANY_STEPS - FEW_STEPS))
-    report({"a second of the idle fleet": idle, "a step": step, "a request without steps": _whole(few, step)}, claims)
+    report({"a second of the idle fleet": idle, "a step": step, "a request without steps": _whole(few, step)})
 
 
 def _whole(few: Counters, step: Counters) -> Counters:
     return few.since(step.scaled(FEW_STEPS))
 
 
-def report(costs: Mapping[str, Counters], claims: Mapping[int, float]) -> None:
-    """Print both tables."""
+def report(costs: Mapping[str, Counters]) -> None:
+    """Print what requests cost."""
     header = ("", "coordinator CPU, ms", "Redis CPU, ms", "scripts", "KB to Redis", "KB from Redis")
     rows = [
         (name, 1e3 * each.coordinator, 1e3 * each.redis, each.scripts, each.received / 1e3, each.sent / 1e3)
         for name, each in costs.items()
     ]
     print_table(header, rows)
+    say("Payloads: hops.py prints the coordinator's CPU by the size of the payload.")
+
+
+def report_claims(claims: Mapping[int, float]) -> None:
+    """Print what a claim costs by the number of workers."""
     print_table(
         ("live workers of the service", "Redis CPU of a claim and its release, ms"),
         [(count, 1e3 * seconds) for count, seconds in claims.items()],
     )
-    say("Payloads: hops.py prints the coordinator's CPU by the size of the payload.")
 
 
 if __name__ == "__main__":
