@@ -61,7 +61,7 @@ def main(argv: Sequence[str]) -> int:
     if missing := [service for service, seconds in measured.items() if service not in given and seconds is None]:
         raise SettingsError(
             f"--stage-seconds: nothing is measured for {', '.join(missing)} of {args.model}; give "
-            f"{' '.join(f'--stage-seconds {service}=SECONDS' for service in missing)}, or --endpoint of a running fleet",
+            f"{' '.join(f'--stage-seconds {each}=SECONDS' for each in missing)}, or --endpoint of a running fleet",
             field="stage-seconds",
         )
     seconds = {service: given.get(service, each or 0.0) for service, each in measured.items()}
@@ -216,9 +216,7 @@ def sizes_of(load: Load) -> list[ServiceSize]:
 
 def _report(load: Load, source: str, costs: Transport) -> Iterator[str]:
     sizes = sizes_of(load)
-    rows = [
-        (each.service, f"{each.seconds:.3f}", str(each.replicas), f"{each.utilisation:.0%}") for each in sizes
-    ]
+    rows = [(each.service, f"{each.seconds:.3f}", str(each.replicas), f"{each.utilisation:.0%}") for each in sizes]
     yield table(("SERVICE", "SECONDS", "REPLICAS", "BUSY"), rows).rstrip("\n")
     yield f"Stage seconds: {source}."
     yield from remarks(load, costs)
@@ -246,6 +244,6 @@ def remarks(load: Load, costs: Transport) -> Iterator[str]:
             )
     if costs.request_seconds > _TRANSPORT_SHARE * total:
         yield (
-            f"Transport takes {1e3 * costs.request_seconds:.0f} ms a request, {costs.request_seconds / total:.0%} of its "
-            "computing: splitting does not pay in time."
+            f"Transport takes {1e3 * costs.request_seconds:.0f} ms a request, {costs.request_seconds / total:.0%} of "
+            "its computing: splitting does not pay in time."
         )

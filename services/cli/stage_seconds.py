@@ -43,7 +43,9 @@ class Measurement:
 
     def fits(self, pipeline: str, transformer: Mapping[str, Any]) -> bool:
         """Whether a checkpoint of this pipeline and transformer is the measured architecture."""
-        return pipeline in self.pipelines and all(transformer.get(key) == value for key, value in self.transformer.items())
+        return pipeline in self.pipelines and all(
+            transformer.get(key) == value for key, value in self.transformer.items()
+        )
 
     def seconds_of(self, service: str, shape: Shape) -> float:
         """Seconds of a request of another shape, scaled by pixels, steps and branches. KeyError for no measurement."""

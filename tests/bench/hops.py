@@ -238,7 +238,20 @@ def report(routes: Mapping[int, Route], parts: Mapping[int, Mapping[str, float]]
         rest = median(route.hop) - sum(parts[size].values())
         spent = (*parts[size].values(), max(0.0, rest))
         worst = quantile(route.hop, 0.9)
-        rows.append((name, size, median(route.hop), worst, *halves, *spent, tcp[size], route.cpu, route.stall, route.memory / MIB))
+        rows.append(
+            (
+                name,
+                size,
+                median(route.hop),
+                worst,
+                *halves,
+                *spent,
+                tcp[size],
+                route.cpu,
+                route.stall,
+                route.memory / MIB,
+            )
+        )
     print_table(
         (
             "payload",

@@ -1,7 +1,7 @@
 """Discrete-event simulation of the stages of one model, their queues, and the replicas that a policy starts and ends.
 
-A started replica serves after its load time and costs GPU seconds from its start to its end. A replica that is scaled in
-ends at once while it loads or is idle, and otherwise takes no further request and ends with the one it runs.
+A started replica serves after its load time and costs GPU seconds from its start to its end. A replica that is scaled
+in ends at once while it loads or is idle, and otherwise takes no further request and ends with the one it runs.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class StageView:
 
 
 class Policy(Protocol):
-    """Decides on the replicas of one stage. It is polled every `interval` seconds, and when a stage without any is used."""
+    """Decides on the replicas of one stage. Polled every `interval` seconds, and when a stage without any is used."""
 
     interval: float
 

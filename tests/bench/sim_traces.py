@@ -8,9 +8,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from sim_fleet import Arrival, Kind, Trace
+
 from common.scaling import StageWork
 from services.cli.stage_seconds import Measurement, Shape, measurements
-from sim_fleet import Arrival, Kind, Trace
 
 MINUTE = 60.0
 LEAD = 30 * MINUTE  # at the first minute's rate, which does not count
@@ -42,7 +43,7 @@ def _flux(steps: int) -> Kind:
 
 
 def _wan(latent_frames: int) -> Kind:
-    """A text-to-video request of Wan 2.2, in 50 steps. Its work grows with the latent frames, of which 121 frames are 31."""
+    """A request of Wan 2.2 without an image, in 50 steps. Work grows with latent frames, of which 121 frames are 31."""
     measured = measurements()["Wan2.2-TI2V-5B"]
     pixels = measured.shape.pixels * latent_frames // 31
     without = ON_CPU | {"image_encoding"}
@@ -110,7 +111,4 @@ def draw_trace(name: str, pattern: Pattern, seed: int) -> Trace:
 def _replicas(pattern: Pattern) -> dict[str, int]:
     rate, share = pattern.rate(0.0), pattern.share(0.0)
     first, second = (each.seconds for each in pattern.kinds)
-    return {
-        name: math.ceil(rate * ((1 - share) * first[name] + share * second[name]) / 0.4)
-        for name in first
-    }
+    return {name: math.ceil(rate * ((1 - share) * first[name] + share * second[name]) / 0.4) for name in first}

@@ -1,8 +1,8 @@
 """What a request costs the coordinator and Redis: CPU seconds, commands and bytes, by request and by step.
 
-Requests of few and of many steps go to a fleet of processes; the difference is the cost of a step. Then slots are claimed
-and released at a service with 1 to 1,000 live workers. From both follows how many coordinators and how large a Redis
-a number of GPUs needs. Run it with: python tests/bench/store_cost.py
+Slots are claimed and released at a service with 1 to 1,000 live workers. Then requests of few and of many steps go to a
+fleet of processes; the difference is the cost of a step. From both follows how many coordinators and how large a
+Redis a number of GPUs needs. Run it with: python tests/bench/store_cost.py
 """
 
 from __future__ import annotations
@@ -100,15 +100,13 @@ async def cost_of_claims(url: str, workers: int, claims: int) -> float:
     await presence.start()
     for number in range(workers):
         await registry.announce(_worker(number))
-    held = [await slots.claim("model", "denoising", f"held-{number}") for number in range(workers // 2)]
+    for number in range(workers // 2):
+        await slots.claim("model", "denoising", f"held-{number}")
     before = await read_counters(url)
     for number in range(claims):
         slots.release(await slots.claim("model", "denoising", f"request-{number}"), 1.0)
         await slots.settle()
     spent = (await read_counters(url)).since(before).redis / claims
-    for slot in held:
-        slots.release(slot)
-    await slots.settle()
     await presence.stop()
     await redis.aclose()
     return spent

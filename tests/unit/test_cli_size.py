@@ -16,8 +16,8 @@ from tiny_wan import build_tiny_wan
 ROOT = Path(__file__).resolve().parents[2]
 FLUX = "--model FLUX.1-dev --requests-per-second 5"
 EMOJI = (
-    "--model emoji --requests-per-second 5 --stage-seconds text_encoding=0.004 --stage-seconds latent_preparation=0.001 "
-    "--stage-seconds denoising=0.4 --stage-seconds decoding=0.02"
+    "--model emoji --requests-per-second 5 --stage-seconds text_encoding=0.004 "
+    "--stage-seconds latent_preparation=0.001 --stage-seconds denoising=0.4 --stage-seconds decoding=0.02"
 )
 
 
