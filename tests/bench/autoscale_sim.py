@@ -2,7 +2,9 @@
 
 The fleet's policy is the production code, common.scaling; service times are committed measurements. Each policy is
 tuned for each load time by a grid of equally many settings on arrivals of one seed (fewest minutes that violate the SLO
-over all traces, then fewest GPU hours), and reported on arrivals of another seed. Run it with: python tests/bench/autoscale_sim.py
+over all traces, then fewest GPU hours), and reported on arrivals of another seed.
+
+Run it with: python tests/bench/autoscale_sim.py
 """
 
 from __future__ import annotations
