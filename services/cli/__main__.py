@@ -23,6 +23,7 @@ COMMANDS = {
     "watch": "follow a request until it ends",
     "cancel": "ask for a request to end",
     "models": "list the models and what a request to them may set",
+    "size": "print how many replicas of each service a load needs",
 }
 
 

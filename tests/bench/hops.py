@@ -66,6 +66,8 @@ class Route:
     second_half: list[float] = field(default_factory=list)
     stall: float = 0.0
     memory: int = 0
+    cpu: float = 0.0
+    """CPU milliseconds of the coordinator's process for a hop, with its checks of the payload."""
 
 
 class Coordinator:
@@ -108,12 +110,14 @@ async def measure(coordinator: Coordinator, size: int, repeats: int, idle: int) 
     with _memory(route, idle):
         for _ in range(5):
             await coordinator.relay(size)
+        before = time.process_time()
         async with _stalls(route):
             for _ in range(repeats):
                 sent, here, begun = await coordinator.relay(size)
                 route.hop.append((begun - sent) / 1e6)
                 route.first_half.append((here - sent) / 1e6)
                 route.second_half.append((begun - here) / 1e6)
+        route.cpu = 1e3 * (time.process_time() - before) / repeats
     return route
 
 
@@ -234,7 +238,20 @@ def report(routes: Mapping[int, Route], parts: Mapping[int, Mapping[str, float]]
         rest = median(route.hop) - sum(parts[size].values())
         spent = (*parts[size].values(), max(0.0, rest))
         worst = quantile(route.hop, 0.9)
-        rows.append((name, size, median(route.hop), worst, *halves, *spent, tcp[size], route.stall, route.memory / MIB))
+        rows.append(
+            (
+                name,
+                size,
+                median(route.hop),
+                worst,
+                *halves,
+                *spent,
+                tcp[size],
+                route.cpu,
+                route.stall,
+                route.memory / MIB,
+            )
+        )
     print_table(
         (
             "payload",
@@ -248,6 +265,7 @@ def report(routes: Mapping[int, Route], parts: Mapping[int, Mapping[str, float]]
             "deserialise",
             "transfer and rest",
             "raw TCP once",
+            "coordinator's CPU",
             "longest stall",
             "memory, MiB",
         ),

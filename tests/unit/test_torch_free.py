@@ -25,6 +25,7 @@ THIN = (
     "services.cli.watch",
     "services.cli.cancel",
     "services.cli.models",
+    "services.cli.size",
     "services.cli.generate",
     "services.cli.up",
     "common.rpc.probe",

@@ -1,0 +1,48 @@
+"""Seconds that a running fleet takes for a request at each service, as the events of the request show them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+
+from common.errors import Unavailable
+from fleet.v1 import generation_pb2
+from services.cli.access import Access
+from services.cli.client import FleetClient, connect, raise_unless_succeeded
+
+_PROMPTS = ("a red apple on a table", "a blue boat on a lake")  # A stage may have cached a prompt that it had before.
+
+
+async def measure_request(endpoint: str, access: Access, model: str, parameters: Mapping[str, int]) -> dict[str, float]:
+    """Run two requests, of which the first warms up; returns the seconds of the second by service.
+
+    Raises Unavailable where nothing answers, RequestFailed for a request that fails.
+    """
+    async with connect(endpoint, access) as client:
+        for prompt in _PROMPTS:
+            seconds = await _run(
+                client,
+                generation_pb2.SubmitRequest(
+                    model=model, parameters=generation_pb2.GenerationParameters(prompt=prompt, **parameters)
+                ),
+            )
+    if not seconds:
+        raise Unavailable(f"{model} at {endpoint} reported no progress of any service, so that nothing was measured")
+    return seconds
+
+
+async def _run(client: FleetClient, request: generation_pb2.SubmitRequest) -> dict[str, float]:
+    """From the first to the last event of each service, in order of the first."""
+    first: dict[str, float] = {}
+    last: dict[str, float] = {}
+    request_id = ""
+    async for reply in client.generate(request):
+        if reply.HasField("accepted"):
+            request_id = reply.accepted.request_id
+        elif reply.event.HasField("progress"):
+            service, now = reply.event.progress.service, time.perf_counter()
+            first.setdefault(service, now)
+            last[service] = now
+        elif reply.event.HasField("state_change"):
+            raise_unless_succeeded(request_id, reply.event.state_change)
+    return {service: last[service] - first[service] for service in first}

@@ -1,0 +1,249 @@
+"""`fleet size`: how many replicas of each service a load needs, and where a service of its own does not pay."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from common.artifacts import ParamValue
+from common.settings import SettingsError
+from models.catalog import ServedModel, open_model
+from models.registry import load_registry
+from services.cli.access import Access, access_of
+from services.cli.generate import plugin_directories
+from services.cli.measured_requests import measure_request
+from services.cli.options import SUCCESS, add_endpoint, command_parser, endpoint_of, run_async
+from services.cli.parameters import number, whole_number
+from services.cli.stage_seconds import Measurement, Shape, Transport, measurements, transport
+from services.cli.status import table
+
+_LITTLE = 0.2  # of one worker: a service that needs less can share a GPU with another one
+_TRANSPORT_SHARE = 0.02  # of a request: above it, splitting costs noticeably
+_ON_CPU = frozenset({"latent_preparation"})
+_AXES = ("height", "width", "num_frames")
+
+
+@dataclass(frozen=True)
+class Load:
+    """What is asked of a fleet. `seconds` are those of one request, by service in the order of the pipeline."""
+
+    requests_per_second: float
+    utilisation: float
+    seconds: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class ServiceSize:
+    """Workers of a service, one request at a time each, and the share of time for which they are busy."""
+
+    service: str
+    seconds: float
+    replicas: int
+    utilisation: float
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print the table and its remarks."""
+    args = _arguments(argv)
+    given = _stage_seconds(args.stage_seconds)
+    if args.endpoint is not None:
+        measured, source = _measured_at(endpoint_of(args.endpoint), access_of(args), args)
+    else:
+        measured, source = _committed(args, given)
+    if unknown := sorted(given.keys() - measured.keys()):
+        raise SettingsError(
+            f"--stage-seconds: {unknown[0]!r} is not a service of {args.model}; services are {', '.join(measured)}",
+            field="stage-seconds",
+        )
+    if missing := [service for service, seconds in measured.items() if service not in given and seconds is None]:
+        raise SettingsError(
+            f"--stage-seconds: nothing is measured for {', '.join(missing)} of {args.model}; give "
+            f"{' '.join(f'--stage-seconds {each}=SECONDS' for each in missing)}, or --endpoint of a running fleet",
+            field="stage-seconds",
+        )
+    seconds = {service: given.get(service, each or 0.0) for service, each in measured.items()}
+    load = Load(args.requests_per_second, args.utilisation, seconds)
+    sys.stdout.write("".join(f"{line}\n" for line in _report(load, source, transport())))
+    return SUCCESS
+
+
+def _arguments(argv: Sequence[str]) -> argparse.Namespace:
+    parser = command_parser("size", "Print how many replicas of each service a load needs.")
+    published = ", ".join(measurements())
+    parser.add_argument(
+        "--model", required=True, metavar="DIR|NAME", help=f"a directory, a shipped model, or one of {published}"
+    )
+    parser.add_argument("--requests-per-second", required=True, type=number, metavar="X", help="mean load")
+    parser.add_argument("--size", metavar="HxW[xF]", help="height, width and frames (default: the model's)")
+    parser.add_argument("--steps", type=whole_number, metavar="N", help="steps of the loop (default: the model's)")
+    parser.add_argument(
+        "--utilisation", type=number, default=0.7, metavar="U", help="busy share to plan for (default: 0.7)"
+    )
+    parser.add_argument(
+        "--stage-seconds",
+        action="append",
+        default=[],
+        metavar="SERVICE=SECONDS",
+        help="what a request of this size takes at a service, instead of the committed measurement; repeatable",
+    )
+    add_endpoint(parser)
+    args = parser.parse_args(argv)
+    for name, most in (("requests_per_second", math.inf), ("utilisation", 1.0)):
+        value = vars(args)[name]
+        if not (math.isfinite(value) and 0 < value <= most):
+            flag, rule = "--" + name.replace("_", "-"), f"above 0 and at most {most:g}" if most == 1 else "above 0"
+            raise SettingsError(f"{flag}: {value:g} is not a number {rule}; 0.7 works", field=name)
+    if args.steps is not None and args.steps < 1:
+        raise SettingsError(f"--steps: {args.steps} is not at least 1; 28 works", field="steps")
+    args.size = _size(args.size) if args.size is not None else None
+    return args
+
+
+def _size(text: str) -> tuple[int, ...]:
+    words = text.split("x")
+    if not (len(words) in (2, 3) and all(word.isascii() and word.isdecimal() and int(word) > 0 for word in words)):
+        raise SettingsError(f"--size: {text!r} is not HxW or HxWxF; 1024x1024 works", field="size")
+    return tuple(int(word) for word in words)
+
+
+def _stage_seconds(pairs: Sequence[str]) -> dict[str, float]:
+    """The seconds that flags give, by service. Raises SettingsError for malformed and doubled ones."""
+    given: dict[str, float] = {}
+    for pair in pairs:
+        service, _, text = pair.partition("=")
+        try:
+            seconds = float(text)
+        except ValueError:
+            seconds = math.nan
+        if not (service and math.isfinite(seconds) and seconds > 0):
+            raise SettingsError(
+                f"--stage-seconds: {pair!r} is not SERVICE=SECONDS, above 0; denoising=3.4 works", field="stage-seconds"
+            )
+        if service in given:
+            raise SettingsError(f"--stage-seconds: {service} is given twice; once works", field="stage-seconds")
+        given[service] = seconds
+    return given
+
+
+Seconds = Mapping[str, float | None]
+"""Seconds of one request by service, in the order of the pipeline; None where nothing was measured."""
+
+
+def _measured_at(endpoint: str, access: Access, args: argparse.Namespace) -> tuple[Seconds, str]:
+    """What a running fleet takes for a request of this size."""
+    parameters = dict(zip(_AXES, args.size or (), strict=False)) | (
+        {"num_inference_steps": args.steps} if args.steps is not None else {}
+    )
+    measured: dict[str, float] = {}
+
+    async def measure() -> int:
+        measured.update(await measure_request(endpoint, access, args.model, parameters))
+        return SUCCESS
+
+    run_async(measure())
+    return measured, f"measured by one request at {endpoint}"
+
+
+def _committed(args: argparse.Namespace, given: Mapping[str, float]) -> tuple[Seconds, str]:
+    """The committed measurement of a published model, or of a directory of its architecture, scaled to the request."""
+    if args.model in measurements():
+        measurement = measurements()[args.model]
+        size, steps = args.size or measurement.size, args.steps or measurement.steps
+        if len(size) != len(measurement.size):
+            example = "x".join(map(str, measurement.size))
+            raise SettingsError(
+                f"--size: {'x'.join(map(str, size))} is not a size of {args.model}; {example} works", field="size"
+            )
+        shape = Shape(math.prod(size), steps, measurement.shape.branches)
+        return _scaled(measurement, measurement.seconds, shape, given), _source(measurement)
+    model = open_model(args.model, load_registry(plugin_directories()))
+    services, shape = _request(model, args)
+    transformer = _transformer(model)
+    for measurement in measurements().values():
+        if measurement.fits(model.checkpoint.pipeline_name, transformer):
+            return _scaled(measurement, services, shape, given), _source(measurement)
+    return dict.fromkeys(services), "given by --stage-seconds"
+
+
+def _transformer(model: ServedModel) -> Mapping[str, object]:
+    return model.checkpoint.module_config("transformer") if "transformer" in model.checkpoint.modules else {}
+
+
+def _request(model: ServedModel, args: argparse.Namespace) -> tuple[tuple[str, ...], Shape]:
+    """The services and the shape of a request without images, else of the model's first variant."""
+    given: dict[str, ParamValue] = {"prompt": ""}
+    given |= dict(zip(_AXES, args.size or (), strict=False))
+    if args.steps is not None:
+        given["num_inference_steps"] = args.steps
+    variant = next((each for each in model.variants if not each.roles.required), model.variants[0])
+    params, _ = variant.sampling_params.build(given, model.checkpoint)
+    pixels = math.prod(params.extent.values()) * params.num_outputs_per_prompt
+    services = tuple(spec.service for spec in variant.services)
+    return services, Shape(pixels, params.num_inference_steps, params.branches)
+
+
+def _scaled(
+    measurement: Measurement, services: Sequence[str] | Mapping[str, float], shape: Shape, given: Mapping[str, float]
+) -> Seconds:
+    return {
+        service: measurement.seconds_of(service, shape)
+        if service in measurement.seconds and service not in given
+        else None
+        for service in services
+    }
+
+
+def _source(measurement: Measurement) -> str:
+    size = "x".join(map(str, measurement.size))
+    return (
+        f"{measurement.model} on {measurement.device}, {size}, {measurement.steps} steps, scaled by pixels, steps and "
+        "guidance where the request differs"
+    )
+
+
+def sizes_of(load: Load) -> list[ServiceSize]:
+    """The fewest workers of each service that stay within the utilisation."""
+    sizes = []
+    for service, seconds in load.seconds.items():
+        busy = load.requests_per_second * seconds
+        replicas = max(1, math.ceil(busy / load.utilisation - 1e-9))
+        sizes.append(ServiceSize(service, seconds, replicas, busy / replicas))
+    return sizes
+
+
+def _report(load: Load, source: str, costs: Transport) -> Iterator[str]:
+    sizes = sizes_of(load)
+    rows = [(each.service, f"{each.seconds:.3f}", str(each.replicas), f"{each.utilisation:.0%}") for each in sizes]
+    yield table(("SERVICE", "SECONDS", "REPLICAS", "BUSY"), rows).rstrip("\n")
+    yield f"Stage seconds: {source}."
+    yield from remarks(load, costs)
+
+
+def remarks(load: Load, costs: Transport) -> Iterator[str]:
+    """Where a service of its own does not pay."""
+    sizes = [each for each in sizes_of(load) if each.service not in _ON_CPU]
+    total = sum(load.seconds.values())
+    split = sum(each.replicas for each in sizes)
+    whole = max(1, math.ceil(load.requests_per_second * sum(each.seconds for each in sizes) / load.utilisation - 1e-9))
+    if split > whole:
+        yield (
+            f"Splitting takes {split} GPUs; {whole} would do if each ran the whole pipeline. It pays here only where a "
+            "GPU cannot hold all weights, or for restarts and scaling of each service by itself."
+        )
+    longest = max(sizes, key=lambda each: each.seconds)
+    for each in sizes:
+        if each is not longest and each.replicas == 1 and each.utilisation < _LITTLE:
+            yield f"{each.service} is busy {each.utilisation:.0%} of one GPU: run it beside another service on one GPU."
+        if each.seconds < costs.hop_seconds:
+            yield (
+                f"{each.service} computes for {1e3 * each.seconds:.1f} ms, less than a hop of 4 MB takes "
+                f"({1e3 * costs.hop_seconds:.1f} ms): splitting it off does not pay."
+            )
+    if costs.request_seconds > _TRANSPORT_SHARE * total:
+        yield (
+            f"Transport takes {1e3 * costs.request_seconds:.0f} ms a request, {costs.request_seconds / total:.0%} of "
+            "its computing: splitting does not pay in time."
+        )

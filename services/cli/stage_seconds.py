@@ -1,0 +1,93 @@
+"""Measured seconds of one request at each service of published models, from stage_seconds.toml beside this file."""
+
+from __future__ import annotations
+
+import math
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from typing import Any
+
+_FILE = "stage_seconds.toml"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the work of a request depends on: pixels of all frames, steps, and branches of guidance in a step."""
+
+    pixels: int
+    steps: int
+    branches: int = 1
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One model on one device. `seconds` are those of a request of this size, by service; `size` is HxW[xF]."""
+
+    model: str
+    device: str
+    pipelines: tuple[str, ...]
+    transformer: Mapping[str, Any]
+    size: tuple[int, ...]
+    steps: int
+    guided: bool
+    seconds: Mapping[str, float]
+    proportional: Mapping[str, str]
+
+    @property
+    def shape(self) -> Shape:
+        """What was measured."""
+        return Shape(math.prod(self.size), self.steps, 1 + self.guided)
+
+    def fits(self, pipeline: str, transformer: Mapping[str, Any]) -> bool:
+        """Whether a checkpoint of this pipeline and transformer is the measured architecture."""
+        return pipeline in self.pipelines and all(
+            transformer.get(key) == value for key, value in self.transformer.items()
+        )
+
+    def seconds_of(self, service: str, shape: Shape) -> float:
+        """Seconds of a request of another shape, scaled by pixels, steps and branches. KeyError for no measurement."""
+        measured, pixels = self.shape, shape.pixels / self.shape.pixels
+        loop = shape.steps * shape.branches / (measured.steps * measured.branches)
+        factor = {"request": 1.0, "pixel": pixels, "pixel_step": pixels * loop}[self.proportional[service]]
+        return self.seconds[service] * factor
+
+
+@dataclass(frozen=True)
+class Transport:
+    """Seconds that separate processes cost: of a request in all, and of one hop of 4 MB through the coordinator."""
+
+    request_seconds: float
+    hop_seconds: float
+
+
+@cache
+def measurements() -> Mapping[str, Measurement]:
+    """The committed measurements, by the name of the published model."""
+    content = _content()
+    return {
+        model: Measurement(
+            model=model,
+            device=each["device"],
+            pipelines=tuple(each["pipelines"]),
+            transformer=each["transformer"],
+            size=tuple(each["size"]),
+            steps=each["steps"],
+            guided=each["guided"],
+            seconds=each["seconds"],
+            proportional=content["proportional"],
+        )
+        for model, each in content["measured"].items()
+    }
+
+
+@cache
+def transport() -> Transport:
+    """The committed costs of transport."""
+    return Transport(**_content()["transport"])
+
+
+def _content() -> dict[str, Any]:
+    return tomllib.loads(resources.files(__package__).joinpath(_FILE).read_text(encoding="utf-8"))

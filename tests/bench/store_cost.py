@@ -1,0 +1,174 @@
+"""What a request costs the coordinator and Redis: CPU seconds, commands and bytes, by request and by step.
+
+Slots are claimed and released at a service with 1 to 1,000 live workers. Then requests of few and of many steps go to a
+fleet of processes; the difference is the cost of a step. From both follows how many coordinators and how large a
+Redis a number of GPUs needs. Run it with: python tests/bench/store_cost.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import time
+from collections.abc import Mapping
+from dataclasses import astuple, dataclass
+
+import psutil
+from bench_fleet import Caller, RunningFleet, running_fleet
+from bench_report import print_machine, print_table, say
+from overload import process_of
+from redis.asyncio import Redis as AsyncRedis
+
+from common.state.connection import command
+from common.state.embedded import EmbeddedStore
+from common.state.presence import Presence
+from common.state.worker_slots import WorkerSlots
+from common.state.workers import WorkerRegistry
+from fleet.v1 import generation_pb2 as api
+from fleet.v1 import worker_pb2
+
+FEW_STEPS, MANY_STEPS = 2, 22
+WARM_UP = 2
+WORKERS = (1, 100, 1_000)
+
+
+@dataclass(frozen=True)
+class Counters:
+    """CPU seconds of the coordinator and of Redis, scripts that Redis ran, and bytes that it received and sent."""
+
+    coordinator: float
+    redis: float
+    scripts: float
+    received: float
+    sent: float
+
+    def since(self, before: Counters) -> Counters:
+        """What was added."""
+        return Counters(*(now - then for now, then in zip(astuple(self), astuple(before), strict=True)))
+
+    def scaled(self, factor: float) -> Counters:
+        """All of them, times a factor."""
+        return Counters(*(factor * each for each in astuple(self)))
+
+
+async def read_counters(url: str, coordinator: psutil.Process | None = None) -> Counters:
+    """The counters of a server, and of a coordinator's process."""
+    redis = AsyncRedis.from_url(url)
+    info = await command(redis, "INFO", "everything")
+    await redis.aclose()
+    spent = coordinator.cpu_times() if coordinator else None
+    return Counters(
+        coordinator=spent.user + spent.system if spent else 0.0,
+        redis=info["used_cpu_user"] + info["used_cpu_sys"],
+        scripts=sum(info.get(f"cmdstat_{name}", {}).get("calls", 0) for name in ("evalsha", "fcall", "eval")),
+        received=info["total_net_input_bytes"],
+        sent=info["total_net_output_bytes"],
+    )
+
+
+def cost_of_requests(fleet: RunningFleet, url: str, steps: int, requests: int) -> tuple[Counters, float]:
+    """The counters of a request of so many steps, what the idle fleet takes meanwhile included; and its seconds."""
+    coordinator = process_of(fleet, "coordinator")
+    caller = Caller(fleet.endpoint)
+    before, began = Counters(0, 0, 0, 0, 0), 0.0
+    for number in range(WARM_UP + requests):
+        if number == WARM_UP:
+            before, began = asyncio.run(read_counters(url, coordinator)), time.perf_counter()
+        prompt = f"a red apple, picture {steps} {number}"
+        caller.generate(api.GenerationParameters(prompt=prompt, seed=number, num_inference_steps=steps))
+    seconds = (time.perf_counter() - began) / requests
+    spent = asyncio.run(read_counters(url, coordinator)).since(before).scaled(1 / requests)
+    caller.close()
+    return spent, seconds
+
+
+def cost_of_idling(fleet: RunningFleet, url: str, seconds: float) -> Counters:
+    """The counters of a second without requests: heartbeats of the coordinator and of four workers."""
+    coordinator = process_of(fleet, "coordinator")
+    before = asyncio.run(read_counters(url, coordinator))
+    time.sleep(seconds)
+    return asyncio.run(read_counters(url, coordinator)).since(before).scaled(1 / seconds)
+
+
+async def cost_of_claims(url: str, workers: int, claims: int) -> float:
+    """CPU seconds of Redis for a claim and its release at a service with so many live workers, half of them busy."""
+    redis = AsyncRedis.from_url(url)
+    await command(redis, "FLUSHALL")
+    registry = WorkerRegistry(redis, heartbeat_seconds=3_600, ttl_seconds=36_000)
+    presence = Presence(redis, "bench")
+    slots = WorkerSlots(redis, presence)
+    await presence.start()
+    for number in range(workers):
+        await registry.announce(_worker(number))
+    for number in range(workers // 2):
+        await slots.claim("model", "denoising", f"held-{number}")
+    before = await read_counters(url)
+    for number in range(claims):
+        slots.release(await slots.claim("model", "denoising", f"request-{number}"), 1.0)
+        await slots.settle()
+    spent = (await read_counters(url)).since(before).redis / claims
+    await presence.stop()
+    await redis.aclose()
+    return spent
+
+
+def _worker(number: int) -> worker_pb2.WorkerInfo:
+    contract = worker_pb2.StageContract(stages=["DenoisingStage"], inputs={"canvas": "Canvas"})
+    return worker_pb2.WorkerInfo(
+        worker_id=f"worker-{number}",
+        service="denoising",
+        model="model",
+        model_fingerprint="f",
+        capacity=1,
+        address=f"10.0.{number // 256}.{number % 256}:50051",
+        contract=contract,
+    )
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--requests", type=int, default=20)
+    parser.add_argument("--claims", type=int, default=100)
+    parser.add_argument("--idle-seconds", type=float, default=10.0)
+    args = parser.parse_args()
+    print_machine(f"What a request costs coordinator and Redis, {args.requests} requests of each kind")
+    with EmbeddedStore(appendfsync="always") as store:
+        report_claims({count: asyncio.run(cost_of_claims(store.url, count, args.claims)) for count in WORKERS})
+    with (
+        EmbeddedStore(appendfsync="always") as store,
+        running_fleet("--model", "emoji", "--redis", store.url) as fleet,
+    ):
+        idle = cost_of_idling(fleet, store.url, args.idle_seconds)
+        few, few_seconds = cost_of_requests(fleet, store.url, FEW_STEPS, args.requests)
+        many, many_seconds = cost_of_requests(fleet, store.url, MANY_STEPS, args.requests)
+    few, many = few.since(idle.scaled(few_seconds)), many.since(idle.scaled(many_seconds))
+    step = many.since(few).scaled(1 / (MANY_STEPS - FEW_STEPS))
+    report({"a second of the idle fleet": idle, "a step": step, "a request without steps": _whole(few, step)})
+
+
+def _whole(few: Counters, step: Counters) -> Counters:
+    return few.since(step.scaled(FEW_STEPS))
+
+
+def report(costs: Mapping[str, Counters]) -> None:
+    """Print what requests cost."""
+    header = ("", "coordinator CPU, ms", "Redis CPU, ms", "scripts", "KB to Redis", "KB from Redis")
+    rows = [
+        (name, 1e3 * each.coordinator, 1e3 * each.redis, each.scripts, each.received / 1e3, each.sent / 1e3)
+        for name, each in costs.items()
+    ]
+    print_table(header, rows)
+    say("Payloads: hops.py prints the coordinator's CPU by the size of the payload.")
+
+
+def report_claims(claims: Mapping[int, float]) -> None:
+    """Print what a claim costs by the number of workers."""
+    print_table(
+        ("live workers of the service", "Redis CPU of a claim and its release, ms"),
+        [(count, 1e3 * seconds) for count, seconds in claims.items()],
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,182 @@
+"""The simulator of autoscaling: each request is served once, load times and running work are respected."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import autoscale_sim
+import pytest
+from autoscale_sim import Score, best_setting
+from sim_fleet import Arrival, Kind, Paces, Policy, Simulation, StageView, Trace
+from sim_policies import GRID, ZERO_SECONDS, HpaPolicy, UtilisationPolicy, queue_length, wanted_seconds
+from sim_traces import draw_trace, patterns
+
+from common.scaling import StageLoad, StageWork
+
+ONE = Kind("one", {"denoising": StageWork(10, 100, "a")}, {"denoising": 10.0}, slo_seconds=15.0)
+
+
+@dataclass
+class Fixed:
+    """As many replicas as a list says, poll after poll; then the last number."""
+
+    replicas: list[int]
+    interval: float = 5.0
+    views: list[StageView] = field(default_factory=list)
+
+    def desired(self, view: StageView) -> int:
+        self.views.append(view)
+        return self.replicas.pop(0) if len(self.replicas) > 1 else self.replicas[0]
+
+
+def simulation(times: list[float], policy: Callable[[], Policy], ready: int, load_seconds: float = 20.0) -> Simulation:
+    trace = Trace("tiny", [Arrival(time, ONE) for time in times], 60.0, {"denoising": ready})
+    return Simulation(trace, policy, load_seconds)
+
+
+def ends(simulation: Simulation) -> list[float | None]:
+    return [request.ended for request in simulation.run().requests]
+
+
+def test_a_trace_computed_by_hand() -> None:
+    run = simulation([1.0, 2.0, 3.0], lambda: Fixed([1]), ready=1)
+    outcome = run.run()
+    assert [request.ended for request in outcome.requests] == [11.0, 21.0, 31.0]
+    assert outcome.violation_minutes == 1  # 19 and 28 of at most 15 seconds
+    assert outcome.gpu_seconds == {"denoising": 60.0}
+    assert outcome.gpu_hours == pytest.approx(1 / 60)
+
+
+def test_a_started_replica_serves_after_its_load_time() -> None:
+    # The second replica is started by the poll at 5 s, and ready at 25 s.
+    assert ends(simulation([1.0, 2.0, 3.0, 4.0], lambda: Fixed([2]), ready=1, load_seconds=20.0)) == [11, 21, 31, 35]
+    assert ends(simulation([1.0, 2.0, 3.0, 4.0], lambda: Fixed([2]), ready=1, load_seconds=1.0)) == [11, 16, 21, 26]
+
+
+def test_load_time_and_draining_cost_gpu_seconds() -> None:
+    run = simulation([4.0], lambda: Fixed([2, 2, 0, 0, 0, 0]), ready=1, load_seconds=20.0)
+    # One runs from 4 to 14 s; the other one loads from 5 s on, and both are scaled in at 15 s.
+    assert run.run().gpu_seconds == {"denoising": 15.0 + 10.0}
+
+
+def test_running_work_is_never_scaled_away() -> None:
+    run = simulation([1.0, 4.0], lambda: Fixed([0, 0, 0, 1]), ready=2)
+    outcome = run.run()
+    assert [request.ended for request in outcome.requests] == [11.0, 14.0]
+    assert outcome.gpu_seconds["denoising"] == pytest.approx(11.0 + 14.0 + (60.0 - 20.0))
+
+
+def test_a_loading_replica_that_is_scaled_in_never_serves() -> None:
+    assert ends(simulation([1.0, 2.0, 3.0], lambda: Fixed([2, 1]), ready=1, load_seconds=7.0)) == [11, 21, 31]
+
+
+def test_the_first_request_starts_a_replica_at_once() -> None:
+    run = simulation([7.0], lambda: wanted_seconds(30.0, 1.0, 60.0), ready=0, load_seconds=20.0)
+    assert ends(run) == [37.0]
+
+
+def test_a_view_is_the_load_of_the_stage() -> None:
+    policy = Fixed([1], interval=6.0)
+    simulation([1.0, 2.0, 3.0], lambda: policy, ready=1).run()
+    first, second = policy.views[:2]
+    assert (first.load.workers_held, first.load.waiting_claims, first.load.open_requests) == (1, 2, 3)
+    assert first.load.unmeasured
+    assert first.load.queued_seconds == 25.0  # 10 assumed seconds for each, of which 5 have passed
+    assert first.busy_share == pytest.approx(5 / 6)
+    assert second.load == StageLoad(1, pytest.approx(9.0), 1, pytest.approx(10.0), 2, False)
+
+
+def test_paces_take_the_nearest_shape_by_tokens() -> None:
+    paces = Paces()
+    assert paces.seconds_of(StageWork(10, 100, "a")) is None
+    paces.note(StageWork(10, 100, "a"), 20.0)
+    paces.note(StageWork(10, 10_000, "b"), 500.0)
+    assert paces.seconds_of(StageWork(5, 100, "a")) == pytest.approx(10.0)
+    assert paces.seconds_of(StageWork(10, 200, "c")) == pytest.approx(40.0)
+
+
+@pytest.mark.parametrize("name", GRID)
+@pytest.mark.parametrize("trace", patterns())
+def test_every_request_is_served_once_at_every_stage(name: str, trace: str) -> None:
+    drawn = draw_trace(trace, patterns()[trace], seed=3)
+    few = Trace(drawn.name, drawn.arrivals[:400], 2_000.0, drawn.replicas)
+    outcome = Simulation(few, next(iter(GRID[name].values())), 30.0).run()
+    assert len(outcome.requests) == 400
+    for request in outcome.requests:
+        assert sorted(request.served) == sorted(request.arrival.kind.seconds)
+        assert request.served.index("denoising") == len(request.served) - 2
+        computing = request.arrival.factor * sum(request.arrival.kind.seconds.values())
+        assert request.ended is not None
+        assert request.ended - request.arrival.time >= computing - 1e-6
+
+
+def test_it_is_deterministic() -> None:
+    drawn = draw_trace("bursts of 8 times", patterns()["bursts of 8 times"], seed=3)
+    scores = [autoscale_sim.score(drawn, lambda: wanted_seconds(15.0, 1.0, 60.0), 30.0) for _ in range(2)]
+    assert scores[0] == scores[1]
+    assert drawn == draw_trace("bursts of 8 times", patterns()["bursts of 8 times"], seed=3)
+
+
+def test_the_policy_is_the_code_of_production(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = draw_trace("step to 4 times", patterns()["step to 4 times"], seed=3)
+
+    def gpu_hours() -> float:
+        return autoscale_sim.score(drawn, lambda: wanted_seconds(15.0, 1.0, 60.0), 30.0).gpu_hours
+
+    before = gpu_hours()
+    original = StageLoad.wanted_seconds
+    monkeypatch.setattr(StageLoad, "wanted_seconds", lambda load, target: 2 * original(load, target))
+    assert gpu_hours() > 1.2 * before
+
+
+def view(replicas: int, *, held: int = 0, claims: int = 0, waiting: float = 0.0, now: float = 0.0) -> StageView:
+    return StageView(now, StageLoad(held, 0.0, claims, waiting, held + claims), replicas, 0.0, 0.0)
+
+
+def test_the_hpa_rounds_up_within_its_tolerance() -> None:
+    policy = wanted_seconds(30.0, 1.0, 0.0)
+    assert policy.desired(view(10, held=10, claims=1, waiting=27.0)) == 10  # 9% more is tolerated
+    assert policy.desired(view(10, held=10, claims=2, waiting=60.0)) == 12
+    assert policy.desired(view(2, held=2, claims=50, waiting=3_000.0)) == 6  # four more at once
+    assert policy.desired(view(10, held=3)) == 3
+
+
+def test_the_hpa_waits_before_it_scales_in() -> None:
+    policy = queue_length(1.0, 60.0)
+    assert policy.desired(view(8, held=8, now=0.0)) == 8
+    assert policy.desired(view(8, held=2, now=45.0)) == 8
+    assert policy.desired(view(8, held=2, now=61.0)) == 2
+
+
+def test_only_an_unused_stage_goes_to_zero() -> None:
+    policy = HpaPolicy(lambda load: float(load.open_requests), 1.0, 0.0)
+    idle = StageView(1_000.0, StageLoad(0, 0.0, 0, 0.0, 0), 3, 0.0, ZERO_SECONDS - 1)
+    assert policy.desired(idle) == 1
+    assert policy.desired(StageView(1_001.0, idle.load, 1, 0.0, ZERO_SECONDS)) == 0
+
+
+def test_utilisation_changes_by_its_thresholds_and_waits_between() -> None:
+    policy = UtilisationPolicy(0.8, 0.2, 0.0)
+    load = StageLoad(0, 0.0, 0, 0.0, 0)
+    assert policy.desired(StageView(0.0, load, 4, 0.9, 0.0)) == 5
+    assert policy.desired(StageView(25.0, load, 5, 0.9, 0.0)) == 5
+    assert policy.desired(StageView(30.0, load, 5, 0.5, 0.0)) == 5
+    assert policy.desired(StageView(35.0, load, 5, 0.1, 0.0)) == 4
+    assert policy.desired(StageView(70.0, load, 1, 0.0, 0.0)) == 1
+
+
+def test_the_grids_are_equally_large_and_the_objective_is_minutes_then_gpu_hours() -> None:
+    assert len({len(settings) for settings in GRID.values()}) == 1
+    settings = {"a": {"t": Score(3, 1.0)}, "b": {"t": Score(1, 9.0)}, "c": {"t": Score(1, 8.0)}}
+    assert best_setting(settings) == "c"
+    assert best_setting(settings, most_gpu_hours=5.0) == "a"
+    assert best_setting(settings, most_gpu_hours=0.5) is None
+
+
+def test_traces_have_the_rates_of_their_patterns() -> None:
+    pattern = patterns()["step to 4 times"]
+    drawn = draw_trace("step to 4 times", pattern, seed=random.randrange(100))
+    late = sum(1 for each in drawn.arrivals if each.time >= drawn.lead_seconds + 600.0)
+    assert late == pytest.approx(3.0 * 1_800, rel=0.1)

@@ -1,0 +1,135 @@
+"""`fleet size`: replicas from measured seconds, remarks on what does not pay, and one line for wrong input."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from services.cli import size
+from services.cli.__main__ import main
+from services.cli.size import Load, ServiceSize, remarks, sizes_of
+from services.cli.stage_seconds import Shape, measurements, transport
+from tiny_wan import build_tiny_wan
+
+ROOT = Path(__file__).resolve().parents[2]
+FLUX = "--model FLUX.1-dev --requests-per-second 5"
+EMOJI = (
+    "--model emoji --requests-per-second 5 --stage-seconds text_encoding=0.004 "
+    "--stage-seconds latent_preparation=0.001 --stage-seconds denoising=0.4 --stage-seconds decoding=0.02"
+)
+
+
+def run(arguments: str, capsys: pytest.CaptureFixture[str]) -> list[str]:
+    assert main(["size", *arguments.split()]) == 0
+    return capsys.readouterr().out.splitlines()
+
+
+def rows(lines: list[str]) -> dict[str, list[str]]:
+    return {words[0]: words[1:] for line in lines if len(words := line.split()) == 4}
+
+
+def test_replicas_follow_from_rate_seconds_and_utilisation() -> None:
+    load = Load(2.0, 0.5, {"text_encoding": 0.1, "denoising": 3.0, "decoding": 0.25})
+    assert sizes_of(load) == [
+        ServiceSize("text_encoding", 0.1, 1, 0.2),
+        ServiceSize("denoising", 3.0, 12, 0.5),
+        ServiceSize("decoding", 0.25, 1, 0.5),
+    ]
+
+
+def test_a_published_model_needs_no_directory(capsys: pytest.CaptureFixture[str]) -> None:
+    assert rows(run(FLUX, capsys)) == {
+        "SERVICE": ["SECONDS", "REPLICAS", "BUSY"],
+        "text_encoding": ["0.061", "1", "30%"],
+        "latent_preparation": ["0.032", "1", "16%"],
+        "denoising": ["3.429", "25", "69%"],
+        "decoding": ["0.161", "2", "40%"],
+    }
+
+
+def test_size_and_steps_scale_what_they_bear_on(capsys: pytest.CaptureFixture[str]) -> None:
+    scaled = rows(run(f"{FLUX} --size 512x1024 --steps 14", capsys))
+    assert scaled["text_encoding"][0] == "0.061"
+    assert scaled["denoising"][0] == "0.857"
+    assert scaled["decoding"][0] == "0.080"
+
+
+def test_a_flag_wins_over_the_measurement(capsys: pytest.CaptureFixture[str]) -> None:
+    assert rows(run(f"{FLUX} --utilisation 1 --stage-seconds denoising=2", capsys))["denoising"] == [
+        "2.000",
+        "10",
+        "100%",
+    ]
+
+
+def test_a_shipped_model_with_given_seconds_says_what_does_not_pay(capsys: pytest.CaptureFixture[str]) -> None:
+    text = "\n".join(run(EMOJI, capsys))
+    assert "Splitting takes 5 GPUs; 4 would do" in text
+    assert "text_encoding computes for 4.0 ms, less than a hop of 4 MB takes (6.9 ms)" in text
+    assert "decoding is busy 10% of one GPU: run it beside another service" in text
+    assert "Transport takes 13 ms a request, 3% of its computing" in text
+
+
+def test_a_well_used_fleet_gets_no_remark() -> None:
+    assert list(remarks(Load(10.0, 0.7, {"denoising": 7.0, "decoding": 0.7}), transport())) == []
+
+
+def test_a_directory_is_recognised_by_its_architecture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = build_tiny_wan(tmp_path / "wan") or tmp_path / "wan"
+    arguments = f"--model {model} --requests-per-second 1 --size 480x832x81 --steps 4"
+    assert main(["size", *arguments.split()]) == 2
+    assert "nothing is measured for text_encoding, latent_preparation, denoising, decoding" in capsys.readouterr().err
+    monkeypatch.setattr(size, "_transformer", lambda _: {"num_layers": 30, "num_attention_heads": 12})
+    guided = rows(run(arguments, capsys))["denoising"][0]
+    assert guided == "3.521"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("", "required: --model, --requests-per-second"),
+        ("--model nowhere --requests-per-second 1", "'nowhere' is neither a directory nor"),
+        ("--model FLUX.1-dev --requests-per-second 0", "--requests-per-second: 0 is not a number above 0"),
+        ("--model FLUX.1-dev --requests-per-second nan", "--requests-per-second: nan is not a number above 0"),
+        ("--model FLUX.1-dev --requests-per-second many", "must be a number, not 'many'"),
+        (f"{FLUX} --utilisation 1.1", "--utilisation: 1.1 is not a number above 0 and at most 1"),
+        (f"{FLUX} --size 7", "--size: '7' is not HxW or HxWxF; 1024x1024 works"),
+        (f"{FLUX} --size 64x64x5", "--size: 64x64x5 is not a size of FLUX.1-dev; 1024x1024 works"),
+        (f"{FLUX} --steps 0", "--steps: 0 is not at least 1"),
+        (f"{FLUX} --stage-seconds denoising", "'denoising' is not SERVICE=SECONDS"),
+        (f"{FLUX} --stage-seconds denoising=-1", "'denoising=-1' is not SERVICE=SECONDS"),
+        (f"{FLUX} --stage-seconds painting=1", "'painting' is not a service of FLUX.1-dev; services are text_encoding"),
+        (f"{FLUX} --stage-seconds decoding=1 --stage-seconds decoding=2", "decoding is given twice"),
+        ("--model emoji --requests-per-second 1", "nothing is measured for text_encoding, latent_preparation"),
+        ("--model emoji --requests-per-second 1 --size 7x7", "height must be at least 16"),
+        (f"{FLUX} --endpoint nonsense", "--endpoint must be HOST:PORT"),
+    ],
+)
+def test_wrong_input_is_one_line_and_code_2(arguments: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["size", *arguments.split()]) == 2
+    captured = capsys.readouterr()
+    assert words in captured.err
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
+
+
+def test_other_shapes_scale_by_pixels_steps_and_branches() -> None:
+    wan = measurements()["Wan2.1-T2V-1.3B"]
+    pixels = wan.shape.pixels
+    assert wan.seconds_of("denoising", Shape(pixels // 3, 8, 1)) == pytest.approx(3.521 / 3)
+    assert wan.seconds_of("decoding", Shape(pixels // 3, 8, 1)) == pytest.approx(5.245 / 3)
+    assert wan.seconds_of("text_encoding", Shape(pixels // 3, 8, 1)) == 0.135
+
+
+def test_the_committed_seconds_are_those_of_the_bench_readme() -> None:
+    text = (ROOT / "tests/bench/README.md").read_text(encoding="utf-8")
+    for measurement in measurements().values():
+        row = re.search(rf"^\| {re.escape(measurement.model)} \|.*$", text, re.MULTILINE)
+        assert row is not None, measurement.model
+        cells = [cell.strip() for cell in row.group().split("|")]
+        assert "x".join(map(str, measurement.size)) in cells
+        assert set(cells) >= {f"{seconds:.3f}" for seconds in measurement.seconds.values()}
