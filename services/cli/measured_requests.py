@@ -20,12 +20,11 @@ async def measure_request(endpoint: str, access: Access, model: str, parameters:
     """
     async with connect(endpoint, access) as client:
         for prompt in _PROMPTS:
-            seconds = await _run(
-                client,
-                generation_pb2.SubmitRequest(
-                    model=model, parameters=generation_pb2.GenerationParameters(prompt=prompt, **parameters)
-                ),
-            )
+            request = generation_pb2.SubmitRequest(model=model)
+            request.parameters.prompt = prompt
+            for name, value in parameters.items():
+                setattr(request.parameters, name, value)
+            seconds = await _run(client, request)
     if not seconds:
         raise Unavailable(f"{model} at {endpoint} reported no progress of any service, so that nothing was measured")
     return seconds
