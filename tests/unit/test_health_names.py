@@ -6,7 +6,7 @@ import asyncio
 from pathlib import Path
 
 import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2
 
 from common.rpc.fleet_server import FleetServer
 
@@ -17,8 +17,13 @@ SERVING = health_pb2.HealthCheckResponse.SERVING
 
 async def _statuses(address: str, *names: str) -> list[int]:
     async with grpc.aio.insecure_channel(address) as channel:
-        stub = health_pb2_grpc.HealthStub(channel)
-        replies = [await stub.Check(health_pb2.HealthCheckRequest(service=name)) for name in names]
+        check: grpc.aio.UnaryUnaryMultiCallable[health_pb2.HealthCheckRequest, health_pb2.HealthCheckResponse]
+        check = channel.unary_unary(
+            "/grpc.health.v1.Health/Check",
+            request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
+            response_deserializer=health_pb2.HealthCheckResponse.FromString,
+        )
+        replies = [await check(health_pb2.HealthCheckRequest(service=name)) for name in names]
     return [reply.status for reply in replies]
 
 
