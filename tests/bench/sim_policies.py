@@ -10,8 +10,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
-from common.scaling import StageLoad
 from sim_fleet import Policy, StageView
+
+from common.scaling import StageLoad
 
 MAX_REPLICAS = 64
 HPA_SECONDS = 15.0  # between two polls of the HPA
