@@ -95,21 +95,22 @@ def queue_length(requests: float, window: float) -> Policy:
     return HpaPolicy(lambda load: float(load.workers_held + load.waiting_claims), requests, window)
 
 
-TARGET_SECONDS = 60.0
-"""Of the fleet's policy, for the load times of minutes; autoscale_sim.py prints what others give."""
+TARGET_SECONDS = (15.0, 60.0)
 HEADROOMS = (1.0, 1.5, 2.0, 3.0)
-WINDOWS = (60.0, 120.0, 300.0, 600.0)
 
 GRID: Mapping[str, Mapping[str, Callable[[], Policy]]] = {
     "wanted seconds": {
-        f"headroom {headroom:g}, window {window:g} s": partial(wanted_seconds, TARGET_SECONDS, headroom, window)
+        f"targetSeconds {target:g}, headroom {headroom:g}, window {window:g} s": partial(
+            wanted_seconds, target, headroom, window
+        )
+        for target in TARGET_SECONDS
         for headroom in HEADROOMS
-        for window in WINDOWS
+        for window in (120.0, 600.0)
     },
     "queue length": {
         f"{1 / headroom:.2g} a replica, window {window:g} s": partial(queue_length, 1 / headroom, window)
         for headroom in HEADROOMS
-        for window in WINDOWS
+        for window in (60.0, 120.0, 300.0, 600.0)
     },
     "utilisation": {
         f"{above:.0%} to {below:.0%}, {'50% more' if growth else 'one more'}": partial(

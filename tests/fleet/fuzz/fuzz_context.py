@@ -1,7 +1,8 @@
-"""The server's side of a call, of which the frames are given."""
+"""Both sides of a call, of which the frames are given."""
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
@@ -28,3 +29,20 @@ class Context:
 
     def set_trailing_metadata(self, metadata: Any) -> None:
         assert metadata
+
+
+class Answer:
+    """A client's side of a call whose reply has these frames."""
+
+    def __init__(self, frames: Frames) -> None:
+        self._frames = frames
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        for frame in self._frames:
+            yield frame
+
+    def cancel(self) -> None:
+        """It ends by itself."""
+
+    async def trailing_metadata(self) -> tuple[()]:
+        return ()

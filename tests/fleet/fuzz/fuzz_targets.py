@@ -8,7 +8,7 @@ import io
 import json
 import secrets
 import warnings
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any, NoReturn, cast
 
 import grpc
 import torch
-from fuzz_context import Context
+from fuzz_context import Answer, Context
 from fuzz_inputs import Frames
 from google.protobuf.descriptor import Descriptor
 from google.protobuf.message import Message
@@ -179,19 +179,7 @@ class _Channel:
     frames: Frames = ()
 
     def stream_stream(self, _: str) -> Any:
-        return lambda *_, **__: _Answer(self.frames)
-
-
-class _Answer:
-    def __init__(self, frames: Frames) -> None:
-        self._frames = frames
-
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        for frame in self._frames:
-            yield frame
-
-    def cancel(self) -> None:
-        """It ends by itself."""
+        return lambda *_, **__: Answer(self.frames)
 
 
 def header_type(frame: type[Message]) -> Descriptor:
