@@ -143,7 +143,7 @@ def test_the_hpa_rounds_up_within_its_tolerance() -> None:
     assert policy.desired(view(10, held=10, claims=1, waiting=27.0)) == 10  # 9% more is tolerated
     assert policy.desired(view(10, held=10, claims=2, waiting=60.0)) == 12
     assert policy.desired(view(2, held=2, claims=50, waiting=3_000.0)) == 6  # four more at once
-    assert policy.desired(view(10, held=3)) == 3
+    assert policy.desired(view(10, held=3, now=1.0)) == 3
 
 
 def test_the_hpa_waits_before_it_scales_in() -> None:

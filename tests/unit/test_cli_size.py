@@ -53,7 +53,7 @@ def test_size_and_steps_scale_what_they_bear_on(capsys: pytest.CaptureFixture[st
     scaled = rows(run(f"{FLUX} --size 512x1024 --steps 14", capsys))
     assert scaled["text_encoding"][0] == "0.061"
     assert scaled["denoising"][0] == "0.857"
-    assert scaled["decoding"][0] == "0.080"
+    assert scaled["decoding"][0] == "0.081"
 
 
 def test_a_flag_wins_over_the_measurement(capsys: pytest.CaptureFixture[str]) -> None:
@@ -126,7 +126,7 @@ def test_other_shapes_scale_by_pixels_steps_and_branches() -> None:
 
 
 def test_the_committed_seconds_are_those_of_the_bench_readme() -> None:
-    text = (ROOT / "tests/bench/README.md").read_text(encoding="utf-8")
+    text = (ROOT / "tests/bench/README.md").read_text(encoding="utf-8").partition("## Stage seconds")[2]
     for measurement in measurements().values():
         row = re.search(rf"^\| {re.escape(measurement.model)} \|.*$", text, re.MULTILINE)
         assert row is not None, measurement.model
