@@ -102,7 +102,7 @@ class Driver:
         news was lost. One that cannot be run here ends as FAILED.
         """
         is_more = True
-        while is_more:
+        while is_more and not self._stopping:  # what is left here would be taken again at once, and left again
             running = self._registry.request_ids()
             taken, cancelled = await self._context.leases.take_over(model, running=running, beyond_own=beyond_own)
             for inherited in taken:
