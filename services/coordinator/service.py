@@ -31,6 +31,7 @@ from services.coordinator.parameters import given_images, given_parameters, reco
 from services.coordinator.request_life import Execution, Submission
 from services.coordinator.settings import CoordinatorSettings
 
+_CANCEL_AGAIN_SECONDS = 0.05
 _MAX_KEY = 128
 _MAX_PRIORITY = 100
 _MOST_GROUPS = 1_000  # a service's worker groups that ListModels describes
@@ -177,8 +178,9 @@ class GenerationService:
                 yield event
         finally:
             closing.cancel()
-            upcoming.cancel()
-            await asyncio.wait({upcoming})
+            while not upcoming.done():  # redis-py may swallow a cancellation while it sends, and block for seconds then
+                upcoming.cancel()
+                await asyncio.wait({upcoming}, timeout=_CANCEL_AGAIN_SECONDS)
             await events.aclose()
 
     async def download_result(
