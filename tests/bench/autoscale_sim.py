@@ -21,9 +21,9 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from bench_report import print_table, say
-from sim_fleet import Policy, Simulation, Trace
-from sim_policies import GRID, wanted_seconds
-from sim_traces import draw_trace, patterns
+from bench_sim_fleet import Policy, Simulation, Trace
+from bench_sim_policies import GRID, wanted_seconds
+from bench_sim_traces import draw_trace, patterns
 
 LOAD_SECONDS = (10.0, 60.0, 300.0)
 TUNED_SEED, REPORTED_SEED = 1, 2

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 import autoscale_sim
 import pytest
 from autoscale_sim import Score, best_setting
-from sim_fleet import Arrival, Kind, Paces, Policy, Simulation, StageView, Trace
-from sim_policies import GRID, ZERO_SECONDS, HpaPolicy, UtilisationPolicy, queue_length, wanted_seconds
-from sim_traces import draw_trace, patterns
+from bench_sim_fleet import Arrival, Kind, Paces, Policy, Simulation, StageView, Trace
+from bench_sim_policies import GRID, ZERO_SECONDS, HpaPolicy, UtilisationPolicy, queue_length, wanted_seconds
+from bench_sim_traces import draw_trace, patterns
 
 from common.scaling import StageLoad, StageWork
 

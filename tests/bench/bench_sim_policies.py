@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
-from sim_fleet import Policy, StageView
+from bench_sim_fleet import Policy, StageView
 
 from common.scaling import StageLoad
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from sim_fleet import Arrival, Kind, Trace
+from bench_sim_fleet import Arrival, Kind, Trace
 
 from common.scaling import StageWork
 from services.cli.stage_seconds import Measurement, Shape, measurements
