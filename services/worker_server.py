@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import Any
 
 from redis.asyncio import Redis
@@ -16,7 +15,7 @@ from common.rpc.framing import CallLimits
 from common.rpc.interceptor import admit_all
 from common.rpc.replies import ReplyCache
 from common.rpc.stage_servicer import ServicerLimits, Stages, StageServicer
-from common.rpc.tls import Mutual, NamedPeers, ServerIdentity, server_credentials, watch_mutual
+from common.rpc.tls import Mutual, NamedPeers, mutual_credentials, watch_mutual
 from common.rpc.watchdog import Watchdog
 from common.stage import Contract
 from common.state.shared_replies import SharedReplies
@@ -97,7 +96,7 @@ def make_server(
     server = FleetServer(
         settings.listen,
         interceptors=[MetricsInterceptor(service)],
-        credentials=None if tls is None else server_credentials(partial(_server_identity, tls)),
+        credentials=None if tls is None else mutual_credentials(tls),
         admit=NamedPeers(settings.tls_callers) if tls else admit_all,
         health_listen=settings.health_listen,
     )
@@ -106,11 +105,6 @@ def make_server(
     worker_pb2_grpc.add_WorkerServiceServicer_to_server(WorkerService(info), server.grpc_server)
     server.add(None, _SERVICE)
     return server, servicer
-
-
-def _server_identity(tls: WatchedFiles[Mutual]) -> tuple[int, ServerIdentity]:
-    version, mutual = tls.versioned()
-    return version, mutual.server_identity()
 
 
 def cache_of(

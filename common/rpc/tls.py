@@ -159,6 +159,16 @@ def server_credentials(shown: Callable[[], tuple[int, ServerIdentity]]) -> grpc.
     )
 
 
+def mutual_credentials(tls: WatchedFiles[Mutual]) -> grpc.ServerCredentials:
+    """For a server that serves holders of the authority's certificates only. Reads changed files again."""
+
+    def shown() -> tuple[int, ServerIdentity]:
+        version, mutual = tls.versioned()
+        return version, mutual.server_identity()
+
+    return server_credentials(shown)
+
+
 def _configuration(shown: ServerIdentity) -> grpc.ServerCertificateConfiguration:
     pairs = [(shown.identity.key, shown.identity.certificate)]
     return grpc.ssl_server_certificate_configuration(pairs, root_certificates=shown.clients)

@@ -11,6 +11,7 @@ from common.rpc.client import open_channel
 from common.rpc.tls import (
     Mutual,
     ServerIdentity,
+    mutual_credentials,
     read_authority,
     read_identity,
     server_credentials,
@@ -41,14 +42,7 @@ def public_credentials(settings: CoordinatorSettings) -> grpc.ServerCredentials 
 def scaler_credentials(settings: CoordinatorSettings) -> grpc.ServerCredentials | None:
     """Mutual TLS, as workers serve it; None for plain text. Raises InvalidInput for files that do not fit."""
     tls = watch_mutual(settings)
-    if tls is None:
-        return None
-
-    def shown() -> tuple[int, ServerIdentity]:
-        version, mutual = tls.versioned()
-        return version, mutual.server_identity()
-
-    return server_credentials(shown)
+    return None if tls is None else mutual_credentials(tls)
 
 
 def _identity_for_clients(settings: CoordinatorSettings) -> ServerIdentity | None:

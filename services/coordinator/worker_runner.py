@@ -234,7 +234,7 @@ class WorkerRunner:
         )
 
     async def _claim(self, call: Call, left: worker_pb2.WorkerInfo | None) -> WorkerSlot:
-        """A slot; waits for as long as it takes, also for a store that is away. `left` has handed the request over."""
+        """Claim a slot. Waits without a bound, also while the store is unavailable. Worker `left` handed over."""
         resumes = self._spec.resume_slot is not None and self._recovery.step_checkpoint.is_known
         alone = await self._recovery.wait_until_claimable()
         return await self._workers.slots.claim(

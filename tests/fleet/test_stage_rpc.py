@@ -383,7 +383,7 @@ def test_a_call_that_is_handed_over_ends_as_unavailable_with_its_checkpoint() ->
         running = asyncio.create_task(stage.runner()(packets(), stage.heard.call()))
         assert await asyncio.to_thread(reached.wait, 20)
         waiting = asyncio.create_task(stage.runner()(packets(), Call("waits")))
-        while len(stage.servicer.running()) < 2:  # noqa: ASYNC110 -- nothing tells
+        while len(stage.servicer.running()) < 2:  # noqa: ASYNC110 -- no event to wait for
             await asyncio.sleep(0.01)
         first, second = stage.servicer.running()
         assert (first.has_begun, second.has_begun) == (True, False)

@@ -97,7 +97,7 @@ class Scene:
     async def until(self, condition: Callable[[], bool]) -> float:
         """Wait until it holds; the seconds that it took."""
         began = time.monotonic()
-        while not condition():  # noqa: ASYNC110 -- a state of fakes, which tell nobody
+        while not condition():  # noqa: ASYNC110 -- a state of fakes, which send no event
             await asyncio.sleep(0.005)
         return time.monotonic() - began
 

@@ -90,7 +90,7 @@ class Processes:
     async def have_started(self, count: int) -> None:
         """Wait until so many programs have been started in all."""
         async with asyncio.timeout(20):
-            while len(self.started) < count:  # noqa: ASYNC110 -- other processes, which tell nobody
+            while len(self.started) < count:  # noqa: ASYNC110 -- other processes, which send no event
                 await asyncio.sleep(0.005)
 
 

@@ -1,4 +1,4 @@
-"""What health checks of a server are told: readiness by its services' names, liveness by that of the health service."""
+"""Health checks of a server: readiness by the names of its services, liveness by the name of the health service."""
 
 from __future__ import annotations
 

@@ -81,7 +81,7 @@ end
 
 -- The load of a service: workers that hold a slot, seconds that run there, claims that wait, their seconds, open requests
 -- that still need the service, and 1 where an assumed time entered the sums, else 0. Claims of coordinators that have
--- died do not count: another coordinator claims anew.
+-- died do not count: the coordinator that takes the request over makes a new claim.
 takes.stage_load = {
   'place',    -- model/service
   'assumed',  -- seconds of a request where nothing was measured
