@@ -98,7 +98,7 @@ function ops.stage_load(a)
     local whole = step and work.steps * step or tonumber(a.assumed)
     return whole * math.max(1 - (work and work.done or 0), 0)
   end
-  local busy, held = busy_slots(a.place)
+  local busy, held = busy_slots(a.place, live_workers(a.place))
   local workers, running, claims, waiting, open = 0, 0, 0, 0, 0
   for _ in pairs(busy) do
     workers = workers + 1
