@@ -162,11 +162,21 @@ def commands_of_a_claim(store: Store, workers: int) -> int:
         assert store.run("claim", claim(f"r{number}/c-1/0"))[0] == b"granted"
         store.release(f"r{number}/c-1/0")
         store.run("announce", announcement(f"w{number}"))
+        assert store.indexed()  # a heartbeat changes nothing
     return store.commands() - before
 
 
 def test_claims_and_heartbeats_cost_the_same_however_many_workers_there_are(store: Store) -> None:
     assert commands_of_a_claim(store, 400) <= commands_of_a_claim(store, 20) + 10
+
+
+def test_slots_of_a_coordinator_that_ends_are_free_at_once(store: Store) -> None:
+    store.redis.flushdb()
+    store.beat(*OWNERS)
+    store.run("announce", announcement("w1"))
+    assert store.run("claim", claim("r1/c-2/0", "c-2"))[0] == b"granted"
+    store.run("resign", {"owner": "c-2"})
+    assert store.run("claim", claim("r2/c-1/0"))[0] == b"granted"
 
 
 def test_an_index_that_is_wrong_ends_by_itself(store: Store) -> None:
