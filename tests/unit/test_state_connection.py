@@ -8,7 +8,8 @@ import pytest
 from redis.exceptions import ConnectionError
 
 from common.errors import Unavailable
-from common.state.connection import store_errors
+from common.state.connection import command, connect, store_errors
+from redis_servers import running_server
 
 
 def test_a_cancellation_at_the_moment_of_the_reply_is_not_lost() -> None:
@@ -75,3 +76,19 @@ def test_a_store_that_is_away_is_unavailable() -> None:
             raise ConnectionError("refused")
 
     asyncio.run(story())
+
+
+def test_many_readers_may_wait_at_once() -> None:
+    async def story(url: str) -> None:
+        redis = connect(url)
+        readers = [asyncio.create_task(redis.xread({"none": "$"}, block=60_000)) for _ in range(250)]
+        while (await command(redis, "INFO", "clients"))["blocked_clients"] < len(readers):
+            await asyncio.sleep(0.05)
+        assert not [each for each in readers if each.done()]
+        for each in readers:
+            each.cancel()
+        await asyncio.gather(*readers, return_exceptions=True)
+        await redis.aclose()
+
+    with running_server("valkey") as server:
+        asyncio.run(asyncio.wait_for(story(server.url), 60))

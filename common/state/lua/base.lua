@@ -40,6 +40,7 @@
 --   fleet:pace:<model>/<svc>@<variant>  string the same of one variant's requests, whose cost may weigh otherwise
 --   fleet:paces:<model>/<svc>      hash   shape -> compute seconds, their steps, tokens of a step, when measured
 --   fleet:work:<model>/<svc>       hash   caller, or caller|variant -> cost of open requests that still need the service
+--   fleet:needed:<model>/<svc>     string when a request last ceased to need the service
 --   fleet:reply:<name>             list   a reply that workers share: its checksum, then its frames
 --   fleet:replies, fleet:reply-sizes   zset, hash   names of these by when they expire; their bytes
 --   fleet:coordinator:<owner>      string present while that coordinator's heartbeat lasts; also its channel

@@ -79,6 +79,24 @@ local function paces_of(place)
   end
 end
 
+-- Whether an open request still needs a service.
+local function is_needed(id, service)
+  return server.pcall('HEXISTS', P .. 'request:' .. id, 'left:' .. service) == 1
+end
+
+-- Whether an open request still needs a service, 1 or 0, and when one last ceased to, in ms; 0 for never.
+takes.stage_activity = { 'place' }  -- model/service
+function ops.stage_activity(a)
+  local model, service = string.match(a.place, '^(.*)/([^/]*)$')
+  local ended = tonumber(redis.call('GET', P .. 'needed:' .. a.place)) or 0
+  for _, id in ipairs(redis.call('SMEMBERS', P .. 'open:' .. model)) do
+    if is_needed(id, service) then
+      return { 1, int(ended) }
+    end
+  end
+  return { 0, int(ended) }
+end
+
 -- The load of a service: workers that hold a slot, seconds that run there, claims that wait, their seconds, open requests
 -- that still need the service, and 1 where an assumed time entered the sums, else 0. Claims of coordinators that have
 -- died do not count: the coordinator that takes the request over makes a new claim.
@@ -117,10 +135,7 @@ function ops.stage_load(a)
     end
   end
   for _, id in ipairs(redis.call('SMEMBERS', P .. 'open:' .. model)) do
-    local needs = server.pcall('HEXISTS', P .. 'request:' .. id, 'left:' .. service)
-    if needs == 1 then
-      open = open + 1
-    end
+    open = open + (is_needed(id, service) and 1 or 0)
   end
   return { workers, string.format('%.6f', running), claims, string.format('%.6f', waiting), open, unmeasured }
 end
