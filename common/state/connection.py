@@ -88,7 +88,7 @@ def connect(url: str) -> Redis:
 
 def _options() -> dict[str, Any]:
     return {
-        # Each reader of a request's events holds a connection while it waits: redis-py's own limit of 100 fails the next.
+        # Each Watch holds a connection while it waits for events. redis-py's default limit is 100.
         "max_connections": 2**31 - 1,
         "protocol": 2,  # so that replies have one form, whatever redis-py's default
         "socket_timeout": _SOCKET_SECONDS,

@@ -1,4 +1,4 @@
-"""The index of a service's workers: it says what workers and slots say, and keeps a claim's cost from growing with them."""
+"""The index of a service's workers: it agrees with workers and slots, and a claim costs the same with many workers."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def check_index(store: Store) -> None:
 
 
 def check_choice(store: Store, ticket: str, before: Mapping[str, tuple[int, int]], taken: Counter[str]) -> None:
-    """A claim that got a slot at once has one of a worker with the fewest slots taken, and of those the fewest grants."""
+    """The claim got a slot of a worker with the fewest slots taken, and of those one with the fewest grants."""
     free = {each: (taken[each], granted) for each, (capacity, granted) in before.items() if taken[each] < capacity}
     chosen = store.slots()[ticket][0]
     assert free[chosen] == min(free.values())
@@ -149,7 +149,7 @@ def _lives(store: Store, owner: str) -> bool:
 
 
 def commands_of_a_claim(store: Store, workers: int) -> int:
-    """Commands of ten claims and releases, and of a heartbeat of each of ten workers, half of all workers being busy."""
+    """Commands of ten claims, releases and heartbeats, while half of the workers are busy."""
     store.redis.flushdb()
     store.beat("c-1")
     for number in range(workers):
