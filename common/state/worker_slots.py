@@ -209,8 +209,9 @@ class WorkerSlots:
         A network that comes back delivers claims that were given up long ago.
         """
         place = f"{model}/{service}"
+        known = set(self._tickets)  # some of them may be given back before the reply is read
         for ticket in await run_script(self._redis, "claims", {"place": place, "owner": self._owner}):
-            if ticket.decode() not in self._tickets:
+            if ticket.decode() not in known | self._tickets:
                 _log.warning("gives back a slot of %s that nobody here has: %s", place, ticket.decode())
                 self._release(ticket.decode(), place)
 
