@@ -259,6 +259,18 @@ def test_claims_of_a_dead_coordinator_do_not_count_until_another_one_claims(url:
     run(url, story)
 
 
+def test_a_request_counts_only_at_the_services_of_its_variant(url: str) -> None:
+    async def story(fleet: Fleet) -> None:
+        store, record = fleet.owners[0].store, pb.RequestRecord(request_id="r", model="emoji")
+        limits = AdmissionLimits(services=("text_encoding", "denoising"))
+        await store.admit(record, limits=limits, work={"denoising": StageWork(10, 64, "s")})
+        loads = StageLoads(fleet.redis, ASSUMED)
+        needed = {service: (await loads.read("emoji", service)).is_active for service in (*limits.services, "decoding")}
+        assert needed == {"text_encoding": True, "denoising": True, "decoding": False}
+
+    run(url, story)
+
+
 def test_a_pace_is_a_moving_average(url: str) -> None:
     async def story(fleet: Fleet) -> None:
         await fleet.add_worker(0)
