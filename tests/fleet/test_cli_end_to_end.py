@@ -77,11 +77,11 @@ class Running:
 
 
 @contextmanager
-def started(temporary: Path, *arguments: str) -> Iterator[Running]:
+def started(temporary: Path, *arguments: str, **settings: str) -> Iterator[Running]:
     """Start `fleet ARGUMENTS`, its standard error joined to its output; if it still runs at the end, kill it."""
-    command = [*_FLEET, *arguments]
+    command, environment = [*_FLEET, *arguments], {**environ(temporary), **settings}
     with subprocess.Popen(
-        command, env=environ(temporary), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:
         try:
             yield Running(process)
@@ -293,8 +293,32 @@ def test_a_checkpoint_that_cannot_be_loaded_ends_up_with_code_2(temporary: Path,
     shutil.copytree(source, broken)
     (weights,) = (broken / "vae").glob("*.safetensors")
     weights.write_bytes(weights.read_bytes()[:-1])
-    for command in (["up", "--port", "0"], ["generate", "p", "--output", str(tmp_path / "x.png")]):
+    up = ["up", "--port", "0"]
+    for command in (up, [*up, "--autoscale"], ["generate", "p", "--output", str(tmp_path / "x.png")]):
         done = fleet(temporary, *command, "--model", str(broken))
         assert done.returncode == 2
         assert done.stderr.count("\n") == 1
         assert "vae" in done.stderr
+
+
+def test_weights_that_vanish_end_an_autoscaled_fleet_at_the_first_worker(temporary: Path, tmp_path: Path) -> None:
+    """Another start changes nothing. The request, which waits for a worker, ends with the coordinator."""
+    model = tmp_path / "emoji"
+    shutil.copytree(Path(__file__).parents[2] / "models" / "checkpoints" / "emoji", model)
+    up = ("up", "--port=0", "--autoscale", "--model", str(model))
+    with started(temporary, *up, FLEET_GRACE_SECONDS="1") as running:
+        endpoint = running.line(r"^ready: (\S+) serves emoji")[1]
+        (weights,) = (model / "transformer").glob("*.safetensors")
+        weights.unlink()
+        done = fleet(temporary, "generate", "p", "--output", str(tmp_path / "x.png"), "--endpoint", endpoint)
+        output, _ = running.process.communicate(timeout=120)
+        assert running.process.returncode == 2
+    assert done.returncode == 1
+    assert "shut" in done.stderr, "its coordinator shuts down"
+    lines = output.splitlines()
+    said = [line for line in lines if line.startswith("fleet serve ")]
+    assert 1 <= len(said) <= 4, "once for each worker"
+    assert all(f": {model / 'transformer'} holds no weights" in line for line in said)
+    (end,) = [line for line in lines if line.startswith("fleet up: ")]
+    assert end.endswith("ended with exit code 2, which another start does not change")
+    assert "starting it again" not in output

@@ -45,11 +45,13 @@ local function note_pace(place, work, seconds, steps)
   end
 end
 
--- Adds what a worker computed for a ticket's request, but for steps that it found done.
-local function note_computed(ticket, place, seconds, skipped)
+-- Adds the compute seconds of an attempt at a ticket's request. It did the steps after `skipped` up to `reached`, which
+-- is nil for an attempt that did all of them.
+local function note_computed(ticket, place, seconds, skipped, reached)
   local work = work_of(string.match(ticket, '^[^/]*'), string.match(place, '[^/]*$'))
-  if work and seconds and skipped and work.steps > skipped then
-    note_pace(place, work, seconds, work.steps - skipped)
+  local last = work and math.min(reached or work.steps, work.steps)
+  if work and seconds and skipped and last > skipped then
+    note_pace(place, work, seconds, last - skipped)
   end
 end
 

@@ -322,7 +322,8 @@ takes.release = {
   'ticket',
   'place',  -- model/service
   'used',   -- ms that a request took which succeeded, else 0
-  'computed*',  -- where the worker reported it: its compute seconds, and the steps that an earlier attempt had done
+  'computed*',  -- where the worker reported it: its compute seconds, the steps that an earlier attempt had done, and for
+                -- an attempt that was handed over the steps that are done since then
 }
 function ops.release(a)
   local ticket, place, ms = a.ticket, a.place, tonumber(a.used)
@@ -336,7 +337,7 @@ function ops.release(a)
     end
   end
   if a.computed[2] then
-    note_computed(ticket, place, tonumber(a.computed[1]), tonumber(a.computed[2]))
+    note_computed(ticket, place, tonumber(a.computed[1]), tonumber(a.computed[2]), tonumber(a.computed[3]))
   end
   if ms > 0 then
     settle(string.match(ticket, '^[^/]*'), string.match(place, '[^/]*$'))
