@@ -252,11 +252,13 @@ def test_ctrl_c_ends_every_process_of_a_fleet(up: tuple[str, Running], temporary
 def test_an_autoscaled_fleet_is_ready_without_workers_and_returns_to_none(temporary: Path, tmp_path: Path) -> None:
     output = tmp_path / "apple.png"
     flags = ("--num-inference-steps=3", "--seed=1", "--output", str(output))
-    with started(temporary, "up", "--port=0", "--scaler-port=0", "--autoscale", "--idle-seconds=0.5") as running:
+    scaling = ("--autoscale", "--idle-seconds=0.5", "--max-replicas=text_encoding=2", "--headroom=1")
+    with started(temporary, "up", "--port=0", "--scaler-port=0", *scaling) as running:
         endpoint = running.line(r"^ready: (\S+) serves emoji")[1]
         assert len(running.descendants()) == 2, "the store and the coordinator"
         done = fleet(temporary, "generate", "a red apple", *flags, "--endpoint", endpoint)
         assert done.returncode == 0, done.stderr
+        running.line("autoscaler: emoji/text_encoding: 1 -> 2 workers")  # one for the request, and one of headroom
         running.line("autoscaler: emoji/decoding: 1 -> 0 workers")
         running.line(r"decoding-0 \(pid \d+\) ended with exit code 0, as it was not needed")
         code, said = running.end(signal.SIGTERM)

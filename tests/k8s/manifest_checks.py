@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 
 from manifest_network import admitted_ports, dangling_peers, flows, unselected_pods
-from manifest_scalers import metric_names, scale_targets, scaled_once, triggers
+from manifest_scalers import formulas, metric_names, scale_targets, scaled_once, triggers
 from manifests import (
     FLEET_CONTAINER,
     ROOT,
@@ -325,6 +325,7 @@ CHECKS: Mapping[str, Check] = MappingProxyType(
             scale_targets,
             scaled_once,
             triggers,
+            formulas,
             metric_names,
             admitted_ports,
             dangling_peers,

@@ -90,6 +90,22 @@ def triggers(manifests: Sequence[Manifest]) -> Iterator[str]:
             yield from (f"{name_of(scaler)}: {each}" for each in _unserved(manifests, asked["model"], asked["service"]))
 
 
+def formulas(manifests: Sequence[Manifest]) -> Iterator[str]:
+    """A formula of KEDA's scalingModifiers reads named triggers, and its target is the seconds that they ask for."""
+    for scaler in of_kind(manifests, "ScaledObject"):
+        modifiers = scaler["spec"].get("advanced", {}).get("scalingModifiers")
+        if modifiers is None:
+            continue
+        asked = {each["name"]: each["metadata"] for each in scaler["spec"]["triggers"] if "name" in each}
+        read = sorted(set(re.findall(r"\b[a-z_]\w*", modifiers["formula"])))
+        if unknown := [name for name in read if name not in asked]:
+            yield f"{name_of(scaler)}: its formula reads {', '.join(unknown)}, but triggers are named {sorted(asked)}"
+        for name in read:
+            seconds = asked.get(name, {}).get("targetSeconds", modifiers["target"])
+            if seconds != modifiers["target"]:
+                yield f"{name_of(scaler)}: its target is {modifiers['target']}, but targetSeconds of {name} {seconds}"
+
+
 def _trigger_errors(manifests: Sequence[Manifest], trigger: Manifest, asked: Mapping[str, str]) -> Iterator[str]:
     host, _, port = asked["scalerAddress"].rpartition(":")
     service = find(manifests, "Service", host.partition(".")[0])

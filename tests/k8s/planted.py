@@ -268,6 +268,8 @@ PLANTED = [
     ),
     Planted("triggers", "keda", "targetSeconds", edit(_SO, "decoding", f"{_TRIGGER}/targetSeconds", "0")),
     Planted("triggers", "keda", "metricName", edit(_SO, "decoding", f"{_TRIGGER}/metricName", "seconds")),
+    Planted("formulas", "production", "reads wanted, but", edit(_SO, "decoding", "spec/triggers/0/name", "seconds")),
+    Planted("formulas", "production", "its target is 30", edit(_SO, "decoding", f"{_TRIGGER}/targetSeconds", "20")),
     Planted("triggers", "production", "TriggerAuthentication", drop("TriggerAuthentication", "fleet-scaler")),
     Planted(
         "triggers",
