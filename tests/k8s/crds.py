@@ -1,8 +1,8 @@
 """Checks the custom resources of every overlay against the schemas of their CRDs: `python tests/k8s/crds.py DIR`.
 
 DIR holds CustomResourceDefinitions as YAML. Schemas are closed: a key that a schema does not have is refused, which an
-API server would silently drop. Validation rules in CEL are not evaluated. Exit code 1 with a line for each error, 2 with
-one line for a DIR that cannot be used.
+API server would silently drop. Validation rules in CEL are not evaluated. Exit code 1: a line for each error. Exit code
+2: one line that says why DIR cannot be used.
 """
 
 from __future__ import annotations
