@@ -216,7 +216,9 @@ def sizes_of(load: Load) -> list[ServiceSize]:
 
 def _report(load: Load, source: str, costs: Transport) -> Iterator[str]:
     sizes = sizes_of(load)
-    rows = [(each.service, _three_digits(each.seconds), str(each.replicas), f"{each.utilisation:.0%}") for each in sizes]
+    rows = [
+        (each.service, _three_digits(each.seconds), str(each.replicas), f"{each.utilisation:.0%}") for each in sizes
+    ]
     yield table(("SERVICE", "SECONDS", "REPLICAS", "BUSY"), rows).rstrip("\n")
     yield f"Stage seconds: {source}."
     yield from remarks(load, costs)
@@ -234,8 +236,8 @@ def remarks(load: Load, costs: Transport) -> Iterator[str]:
     whole = max(1, math.ceil(load.requests_per_second * sum(each.seconds for each in sizes) / load.utilisation - 1e-9))
     if split > whole:
         yield (
-            f"Splitting takes {split} devices; {whole} would do if each ran the whole pipeline. It pays here only where "
-            "a device cannot hold all weights, or for restarts and scaling of each service by itself."
+            f"Splitting takes {split} devices; {whole} would do if each ran the whole pipeline. It pays here only "
+            "where a device cannot hold all weights, or for restarts and scaling of each service by itself."
         )
     longest = max(sizes, key=lambda each: each.seconds)
     for each in sizes:
