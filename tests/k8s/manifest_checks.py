@@ -6,6 +6,7 @@ CHECKS has them by name. Checks of scalers and of the network are in modules of 
 from __future__ import annotations
 
 import re
+import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 
@@ -15,6 +16,7 @@ from manifests import (
     FLEET_CONTAINER,
     ROOT,
     SERVICES,
+    WORKLOADS,
     Manifest,
     Pod,
     arguments,
@@ -39,6 +41,12 @@ HEALTH_SERVICE = "grpc.health.v1.Health"
 KNOWN_SERVICES = frozenset({HEALTH_SERVICE, "grpc.reflection.v1alpha.ServerReflection"})
 SECRETS_OF_USERS = frozenset({"fleet-redis", "fleet-tls-coordinator", "fleet-tls-stage", "fleet-tls-keda"})
 """Secrets that the runbook says how to make."""
+
+RECOMMENDED_LABELS = frozenset(
+    f"app.kubernetes.io/{name}" for name in ("name", "instance", "component", "part-of", "managed-by")
+)
+VERSION_LABEL = "app.kubernetes.io/version"
+"""On workloads and pods; other objects are the same for all versions."""
 
 _FINISH_SECONDS = 5.0  # until a process has ended after grace_seconds
 _AGENT_SECONDS = 11.0  # that the agent of a worker group waits beyond its ranks' grace_seconds
@@ -275,14 +283,28 @@ def images(manifests: Sequence[Manifest]) -> Iterator[str]:
 
 
 def labels(manifests: Sequence[Manifest]) -> Iterator[str]:
-    """Every object has the recommended labels and is in the fleet's namespace."""
-    recommended = {"app.kubernetes.io/name", "app.kubernetes.io/component", "app.kubernetes.io/part-of"}
-    for each in of_kind(manifests, *{one["kind"] for one in manifests} - {"Namespace", "ConfigMap", "Secret"}):
-        if lacking := recommended - set(each["metadata"].get("labels", {})):
-            yield f"{name_of(each)}: lacks {sorted(lacking)}"
+    """Every object has the recommended labels and is in the fleet's namespace; the version is that of the image."""
+    found = {name_of(each): each["metadata"].get("labels", {}) for each in manifests}
+    found |= {f"pod of {pod.owner}": pod.labels for pod in pods(manifests)}
+    for owner, names in found.items():
+        if lacking := RECOMMENDED_LABELS - names.keys():
+            yield f"{owner}: lacks {sorted(lacking)}"
+    for workload in of_kind(manifests, *WORKLOADS):
+        for pod in pods([workload]):
+            versions = (found[name_of(workload)].get(VERSION_LABEL), pod.labels.get(VERSION_LABEL))
+            if versions != (wanted := _version_of(pod),) * 2:
+                yield f"{pod.owner}: {VERSION_LABEL} of workload and pod are {versions}, not {wanted}"
     for each in manifests:
         if each["kind"] not in _CLUSTER_WIDE and each["metadata"].get("namespace") != "diffusion-fleet":
             yield f"{name_of(each)}: is not in the namespace diffusion-fleet"
+
+
+def _version_of(pod: Pod) -> str:
+    """The version of the project, or that of another image's tag."""
+    if pod.container["name"] != FLEET_CONTAINER:
+        return str(pod.container["image"].rpartition(":")[2])
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return str(project["version"])
 
 
 def kinds(manifests: Sequence[Manifest]) -> Iterator[str]:

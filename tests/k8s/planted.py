@@ -22,7 +22,7 @@ class Planted:
 
 
 def edit(kind: str, name: str, path: str, value: Any) -> Plant:
-    """Set a value; `path` is keys and indices between slashes."""
+    """Set a value; `path` is keys and indices between slashes, with ~ for a slash in a key."""
 
     def plant(manifests: list[Manifest]) -> None:
         place, last = _at(manifests, kind, name, path)
@@ -57,7 +57,7 @@ def append(kind: str, name: str, path: str, value: Any) -> Plant:
 def _at(manifests: Sequence[Manifest], kind: str, name: str, path: str) -> tuple[Any, Any]:
     place: Any = find(manifests, kind, name)
     assert place is not None, f"{kind}/{name} is not there"
-    *way, last = [int(key) if key.isdecimal() else key for key in path.split("/")]
+    *way, last = [int(key) if key.isdecimal() else key.replace("~", "/") for key in path.split("/")]
     for key in way:
         place = place[key]
     return place, last
@@ -91,6 +91,7 @@ _LEADER = "spec/leaderWorkerTemplate/leaderTemplate/spec"
 _D, _NP, _SO = "Deployment", "NetworkPolicy", "ScaledObject"
 _HPA = "HorizontalPodAutoscaler"
 _LABEL = "app.kubernetes.io/name"
+_VERSION = "app.kubernetes.io~version"
 
 PLANTED = [
     Planted("selectors", "dev", "own pods", edit(_D, "denoising", "spec/selector/matchLabels/x", "y")),
@@ -227,6 +228,22 @@ PLANTED = [
         "images", "gpu", "diffusion-fleet:gpu", edit(_D, "denoising", f"{_CONTAINER}/image", "diffusion-fleet:cpu")
     ),
     Planted("labels", "dev", "lacks", drop(_D, "denoising", "metadata/labels")),
+    Planted("labels", "dev", "fleet: lacks", drop("Namespace", "diffusion-fleet", "metadata/labels")),
+    Planted(
+        "labels",
+        "dev",
+        "pod of Deployment/redis: lacks ['app.kubernetes.io/instance']",
+        drop(_D, "redis", "spec/template/metadata/labels/app.kubernetes.io~instance"),
+    ),
+    Planted(
+        "labels",
+        "multi-node",
+        "denoising leader: app.kubernetes.io/version of workload and pod are",
+        edit(
+            "LeaderWorkerSet", "denoising", "spec/leaderWorkerTemplate/leaderTemplate/metadata/labels/" + _VERSION, "0"
+        ),
+    ),
+    Planted("labels", "dev", "('6', '7'), not 7", edit(_D, "redis", f"metadata/labels/{_VERSION}", "6")),
     Planted("labels", "keda", "namespace", drop(_SO, "denoising", "metadata/namespace")),
     Planted("kinds", "dev", "PodDisruptionBudget decoding", drop("PodDisruptionBudget", "decoding")),
     Planted("stages", "dev", "emoji needs", drop(_D, "decoding")),
