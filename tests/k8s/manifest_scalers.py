@@ -72,6 +72,9 @@ def scaled_once(manifests: Sequence[Manifest]) -> Iterator[str]:
     for each in of_kind(manifests, "Deployment"):
         if "replicas" not in each["spec"] and ("Deployment", each["metadata"]["name"]) not in targets:
             yield f"{name_of(each)}: names no replicas and has no scaler"
+    for each in of_kind(manifests, "HorizontalPodAutoscaler"):
+        if each["spec"].get("minReplicas", 1) < 1:
+            yield f"{name_of(each)}: minReplicas is not at least 1, which an HPA needs without an alpha feature"
     for each in of_kind(manifests, "ScaledObject"):
         spec = each["spec"]
         if "idleReplicaCount" in spec and not spec["idleReplicaCount"] < spec.get("minReplicaCount", 0):
@@ -91,6 +94,9 @@ def triggers(manifests: Sequence[Manifest]) -> Iterator[str]:
 
 
 def _trigger_errors(manifests: Sequence[Manifest], trigger: Manifest, asked: Mapping[str, str]) -> Iterator[str]:
+    if lacking := {"scalerAddress", "model", "stage", "targetSeconds"} - asked.keys():
+        yield f"scaler metadata lacks {sorted(lacking)}"
+        return
     host, _, port = asked["scalerAddress"].rpartition(":")
     service = find(manifests, "Service", host.partition(".")[0])
     if service is None or host != f"{service['metadata']['name']}.{service['metadata']['namespace']}.svc":
