@@ -16,6 +16,7 @@ from services.coordinator.scaler import _METRICS
 
 _SCALERS = ("ScaledObject", "HorizontalPodAutoscaler")
 _EXTERNAL = ("external", "external-push")
+_LABEL_VALUES = {"service": SERVICES, "begun": frozenset({"yes", "no"})}
 _SUFFIXES = ("", "_total", "_bucket", "_sum", "_count")
 
 
@@ -142,12 +143,33 @@ def _unserved(manifests: Sequence[Manifest], model: str, stage: str) -> Iterator
 
 
 def metric_names(manifests: Sequence[Manifest]) -> Iterator[str]:
-    """Metrics of the fleet in rules, queries and HPAs are ones that its processes export."""
+    """Metrics of the fleet in rules, queries and HPAs are exported by its processes, with the labels that they name."""
     exported = [each for each in vars(telemetry).values() if isinstance(each, MetricWrapperBase)]
-    known = {f"{metric.name}{suffix}" for each in exported for metric in each.describe() for suffix in _SUFFIXES}
+    known = {
+        f"{metric.name}{suffix}": frozenset(vars(each)["_labelnames"])
+        for each in exported
+        for metric in each.describe()
+        for suffix in _SUFFIXES
+    }
     for each in of_kind(manifests, "PrometheusRule", *_SCALERS):
-        for name in sorted({*re.findall(r"\bfleet_\w+", _expressions(each["spec"]))} - known):
+        text = _expressions(each["spec"])
+        for name in sorted({*re.findall(r"\bfleet_\w+", text)} - known.keys()):
             yield f"{name_of(each)}: {name} is not a metric of the fleet"
+        selected = [
+            (name, label, value)
+            for name, selector in re.findall(r"\b(fleet_\w+)\{([^}]*)\}", text)
+            for label, value in re.findall(r'(\w+)="([^"]*)"', selector)
+        ]
+        selected += [
+            (metric["name"], label, value)
+            for metric in [one["external"]["metric"] for one in each["spec"].get("metrics", [])]
+            for label, value in metric["selector"]["matchLabels"].items()
+        ]
+        for name, label, value in selected:
+            if label not in known.get(name, frozenset()):
+                yield f"{name_of(each)}: {name} has no label {label}"
+            elif value not in _LABEL_VALUES.get(label, {value}):
+                yield f"{name_of(each)}: {label} of {name} is never {value}"
 
 
 def _expressions(value: Any) -> str:

@@ -99,6 +99,23 @@ PLANTED_IN_WORKERS = [
         "lacks ['targetSeconds']",
         drop("ScaledObject", "decoding", "spec/triggers/0/metadata/targetSeconds"),
     ),
+    Planted(
+        "metric_names",
+        "production",
+        "begun of fleet_lost_calls_total is never true",
+        edit("PrometheusRule", "fleet", "spec/groups/0/rules/1/expr", 'fleet_lost_calls_total{begun="true"}'),
+    ),
+    Planted(
+        "metric_names",
+        "hpa",
+        "fleet_queued_seconds has no label stage",
+        edit(
+            "HorizontalPodAutoscaler",
+            "decoding",
+            "spec/metrics/0/external/metric/selector/matchLabels/stage",
+            "decoding",
+        ),
+    ),
     Planted("outside_flows", "dev", "decoding: cannot ask DNS", drop(_NP, "decoding", "spec/egress/1")),
     Planted("outside_flows", "dev", "coordinator: cannot ask DNS", drop(_NP, "coordinator", "spec/egress/2/ports/0")),
     Planted(
