@@ -213,6 +213,51 @@ def test_flux_through_the_services_equals_flux_in_one_process(
         assert torch.equal(drawn[name], tensor), name
 
 
+def test_size_measures_a_running_fleet_with_prompts_that_no_worker_has_cached(
+    up: tuple[str, Running], temporary: Path
+) -> None:
+    endpoint = ("--endpoint", up[0])
+    load = ("--model=emoji", "--requests-per-second=5", "--steps=4", "--size=64x96")
+    for _ in range(2):
+        done = fleet(temporary, "size", *load, *endpoint)
+        assert done.returncode == 0, done.stderr
+        lines = done.stdout.splitlines()
+        assert [line.split()[0] for line in lines[1:5]] == [
+            "text_encoding",
+            "latent_preparation",
+            "denoising",
+            "decoding",
+        ]
+        seconds, replicas, busy = lines[3].split()[1:]
+        assert 0.0 < float(seconds) < 60
+        assert int(replicas) >= 1
+        assert busy.endswith("%")
+        assert lines[5] == f"Stage seconds: measured by one request at {up[0]}, after one that warmed up."
+    listed = [line for line in fleet(temporary, "status", *endpoint).stdout.splitlines() if " SUCCEEDED " in line]
+    assert len({line.split(maxsplit=5)[5] for line in listed[:4]}) == 4
+    watched = fleet(temporary, "watch", listed[0].split()[0], *endpoint)
+    assert "denoising 4/4" in watched.stdout
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "words"),
+    [
+        (("--model", "emojis"), 2, "model 'emojis' is not served; this fleet serves emoji"),
+        (("--size", "7x7"), 2, "height must be at least 16"),
+        (("--size", "64x64x5"), 2, "FluxPipeline has no parameter 'num_frames'"),
+        (("--endpoint", "127.0.0.1:1"), 1, "no fleet answers at 127.0.0.1:1"),
+        (("--stage-seconds", "painting=1"), 2, "'painting' is not a service of emoji; services are text_encoding, "),
+    ],
+)
+def test_size_reports_what_a_fleet_refuses_in_one_line(
+    up: tuple[str, Running], temporary: Path, change: tuple[str, ...], code: int, words: str
+) -> None:
+    load = ("--model", "emoji", "--requests-per-second", "5", "--steps", "2", "--endpoint", up[0])
+    done = fleet(temporary, "size", *load, *change)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (code, "", 1), done
+    assert words in done.stderr
+
+
 def test_cancel_ends_a_request_that_runs(up: tuple[str, Running], temporary: Path, tmp_path: Path) -> None:
     endpoint = ("--endpoint", up[0])
     output = tmp_path / "x.png"
