@@ -19,7 +19,8 @@ from services.cli.options import BAD_INPUT
 _MALLOC = "glibc.malloc.mmap_threshold=268435456:glibc.malloc.trim_threshold=268435456:glibc.malloc.arena_max=4"
 _STEADY_SECONDS = 60.0  # longer than a worker that fails takes to load most models
 _MOST_DEATHS = 5
-_FIRST_DELAY = 0.5
+_FIRST_DELAY, _LONGEST_DELAY = 0.5, 10.0
+_FROM_OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM)  # also the kernel's, when memory runs out
 _GRACE_SECONDS = 40.0
 
 
@@ -44,7 +45,8 @@ class Supervisor:
 
     A program that ends before the fleet is ready ends the fleet: its configuration is wrong. So does exit code 2 at any
     time, such as for weights that cannot be read: another start changes nothing. Otherwise a program is started again,
-    with growing delays; five deaths in a row, each within a minute, end the fleet too.
+    with delays that grow up to 10 s. Five failures in a row, each within a minute, end the fleet too; SIGKILL and
+    SIGTERM from outside are no failures.
     """
 
     def __init__(self, note: Callable[[str], None]) -> None:
@@ -71,7 +73,7 @@ class Supervisor:
                     return
                 if time.monotonic() - began > _STEADY_SECONDS:
                     deaths, delay = 0, _FIRST_DELAY
-                deaths += 1
+                deaths += code not in _FROM_OUTSIDE
                 if not self.ready:
                     raise ServiceEnded(f"{ended} before the fleet was ready", code)
                 if code == BAD_INPUT:
@@ -81,7 +83,7 @@ class Supervisor:
                 self._note(f"{ended}; starting it again in {delay:g} s")
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(retired.wait(), delay)
-                delay *= 2
+                delay = min(2 * delay, _LONGEST_DELAY)
         finally:
             del self._retired[program.name]
 

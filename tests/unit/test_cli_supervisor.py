@@ -31,7 +31,7 @@ def test_a_program_that_ends_before_the_fleet_is_ready_ends_the_fleet() -> None:
 class Processes:
     """Starts programs that wait for a signal, in place of services.
 
-    A program with "deaf" in its name ignores SIGTERM, and one with "dying" in its name ends with exit code 1.
+    A program with "deaf" in its name ignores SIGTERM; "dying" ends with exit code 1 and "killed" by SIGKILL.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,8 +40,9 @@ class Processes:
 
     async def _start(self, program: Program) -> asyncio.subprocess.Process:
         handler = "SIG_IGN" if "deaf" in program.name else "SIG_DFL"
-        then = "raise SystemExit(1)" if "dying" in program.name else "signal.pause()"
-        code = f"import signal; signal.signal(signal.SIGTERM, signal.{handler}); print('up', flush=True); {then}"
+        ends = {"dying": "raise SystemExit(1)", "killed": "os.kill(os.getpid(), signal.SIGKILL)"}
+        then = ends.get(program.name, "signal.pause()")
+        code = f"import os, signal; signal.signal(signal.SIGTERM, signal.{handler}); print('up', flush=True); {then}"
         process = await asyncio.create_subprocess_exec(sys.executable, "-c", code, stdout=asyncio.subprocess.PIPE)
         assert process.stdout is not None
         await process.stdout.readline()
@@ -65,6 +66,25 @@ def test_a_program_that_always_ends_is_given_up(monkeypatch: pytest.MonkeyPatch)
         asyncio.run(keeper.keep(DYING))
     assert processes.started == ["dying"] * 3
     assert [note.rpartition(" in ")[2] for note in notes if "starting it again" in note] == ["0.001 s", "0.002 s"]
+
+
+def test_a_program_that_is_killed_is_started_again_however_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor, "_FIRST_DELAY", 0.001)
+    monkeypatch.setattr(supervisor, "_LONGEST_DELAY", 0.002)
+    monkeypatch.setattr(supervisor, "_MOST_DEATHS", 2)
+    processes, notes = Processes(monkeypatch), list[str]()
+
+    async def run() -> None:
+        keeper, program = Supervisor(notes.append), Program("killed", ())
+        keeper.ready = True
+        keeping = asyncio.create_task(keeper.keep(program))
+        await processes.have_started(5)
+        keeper.retire(program)
+        await asyncio.wait_for(keeping, 20)
+
+    asyncio.run(run())
+    delays = [note.rpartition(" in ")[2] for note in notes if "starting it again" in note]
+    assert delays[:4] == ["0.001 s", "0.002 s", "0.002 s", "0.002 s"]
 
 
 def test_a_program_that_another_start_would_not_change_ends_a_running_fleet_at_once() -> None:
