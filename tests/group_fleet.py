@@ -35,6 +35,9 @@ SIZE = 512  # pixels; so large that a step takes longer than its progress needs 
 _SERVE = ("--model", "emoji", "--threads", "1", "--step-checkpoint-every", "1", "--step-seconds", "0")
 _WATCHFUL = ("--rank-heartbeat-seconds", "0.1", "--rank-lost-seconds", "2")
 
+START_SECONDS = 180.0
+"""Longest start of a group, whose ranks import and load at once, on a machine that is busy with other work."""
+
 OnStep = Callable[[], None]
 
 
@@ -91,11 +94,11 @@ class GroupFleet:
         """The agent of the machine that serves."""
         return self.agents[0]
 
-    def run(self, work: Coroutine[None, None, T]) -> T:
-        """The work's result, which it must have in time."""
+    def run(self, work: Coroutine[None, None, T], seconds: float | None = None) -> T:
+        """The work's result, which it must have in time: within `seconds`, else within those of `asked`."""
 
         async def bounded() -> T:
-            async with asyncio.timeout(self.asked.seconds):
+            async with asyncio.timeout(seconds or self.asked.seconds):
                 return await work
 
         return asyncio.run_coroutine_threadsafe(bounded(), self._loop).result()
@@ -136,7 +139,7 @@ class GroupFleet:
 
     def add_group(self, name: str) -> Process:
         """Start another group with the same flags; returns its agent once the group serves."""
-        return self.run(self._add_group(name))
+        return self.run(self._add_group(name), max(START_SECONDS, self.asked.seconds))
 
     async def _add_group(self, name: str) -> Process:
         before = len(await WorkerRegistry(self._redis).live("emoji", "denoising"))
@@ -230,7 +233,7 @@ def group_fleet(
         with running_server("valkey") as server:
             fleet = GroupFleet(loop, server.url, directory, machines, asked)
             context: Any = fleet.started(degrees)
-            fleet.run(context.__aenter__())
+            fleet.run(context.__aenter__(), max(START_SECONDS, asked.seconds))
             try:
                 yield fleet
             finally:

@@ -29,6 +29,10 @@ class Pool(Protocol):
     def size(self) -> int:
         """Replicas that run or start."""
 
+    @property
+    def most(self) -> int:
+        """Replicas that can run."""
+
     def resize(self, count: int) -> None:
         """Start or end replicas. Returns at once."""
 
@@ -146,6 +150,7 @@ class StageAutoscaler:
             await asyncio.sleep(self._poll_seconds)
 
     def _resize(self, count: int) -> None:
+        count = min(count, self._pool.most)
         if count != self._pool.size:
             self._note(f"autoscaler: {self._name}: {self._pool.size} -> {count} workers")
             self._pool.resize(count)

@@ -162,7 +162,7 @@ async def _run(plan: Plan, store: EmbeddedStore | None, access: Access) -> int:
     try:
         async with asyncio.TaskGroup() as group:
             group.create_task(supervisor.keep(plan.coordinator))
-            pools = [WorkerPool(supervisor, group.create_task, each.program) for each in plan.workers]
+            pools = [WorkerPool(supervisor, group.create_task, each.program, _note) for each in plan.workers]
             for workers, pool in zip(plan.workers, pools, strict=True):
                 pool.resize(workers.bounds.least)
             group.create_task(_serve(plan, pools, supervisor, access))

@@ -82,6 +82,7 @@ class FakePool:
     """Replicas that are only counted."""
 
     size: int = 0
+    most: int = 64
     sizes: list[int] = field(default_factory=list)
 
     def resize(self, count: int) -> None:
@@ -162,6 +163,21 @@ def test_from_zero_to_the_most_and_back() -> None:
         assert scene.notes[0] == "autoscaler: d: 0 -> 1 workers"
         assert {each.scalerMetadata["stage"] for each in scene.scaler.asked} == {"denoising"}
         assert {each.scalerMetadata["model"] for each in scene.scaler.asked} == {"emoji"}
+        await ended(running)
+
+    run(story)
+
+
+def test_no_more_workers_are_started_than_can_run() -> None:
+    async def story(scene: Scene, loop: StageAutoscaler) -> None:
+        scene.pool.most, scene.scaler.seconds = 2, 30.0
+        running = asyncio.create_task(loop.run())
+        scene.scaler.push(True)
+        await scene.until(lambda: scene.pool.size == 2)
+        polls = len(scene.scaler.asked)
+        await scene.until(lambda: len(scene.scaler.asked) > polls + 6)
+        assert scene.pool.sizes == [1, 2]
+        assert len(scene.notes) == 2
         await ended(running)
 
     run(story)

@@ -31,7 +31,7 @@ def test_a_program_that_ends_before_the_fleet_is_ready_ends_the_fleet() -> None:
 class Processes:
     """Starts programs that wait for a signal, in place of services.
 
-    A program with "deaf" in its name ignores SIGTERM; "dying" ends with exit code 1 and "killed" by SIGKILL.
+    A program with "deaf" in its name ignores SIGTERM; "dying" ends with exit code 1, "wrong" with 2 and "killed" by SIGKILL.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,7 +40,11 @@ class Processes:
 
     async def _start(self, program: Program) -> asyncio.subprocess.Process:
         handler = "SIG_IGN" if "deaf" in program.name else "SIG_DFL"
-        ends = {"dying": "raise SystemExit(1)", "killed": "os.kill(os.getpid(), signal.SIGKILL)"}
+        ends = {
+            "dying": "raise SystemExit(1)",
+            "wrong": "raise SystemExit(2)",
+            "killed": "os.kill(os.getpid(), signal.SIGKILL)",
+        }
         then = ends.get(program.name, "signal.pause()")
         code = f"import os, signal; signal.signal(signal.SIGTERM, signal.{handler}); print('up', flush=True); {then}"
         process = await asyncio.create_subprocess_exec(sys.executable, "-c", code, stdout=asyncio.subprocess.PIPE)
@@ -193,7 +197,7 @@ def test_a_pool_ends_its_newest_workers_and_uses_their_numbers_again_once_they_h
         keeper = Supervisor(lambda _: None)
         async with asyncio.timeout(60), asyncio.TaskGroup() as group:
             names = ("w-0", "w-1", "deaf-2", "w-3")
-            pool = WorkerPool(keeper, group.create_task, lambda number: Program(names[number], ()))
+            pool = WorkerPool(keeper, group.create_task, lambda number: Program(names[number], ()), print)
             pool.resize(3)
             await processes.have_started(3)
             pool.resize(1)
@@ -210,6 +214,32 @@ def test_a_pool_ends_its_newest_workers_and_uses_their_numbers_again_once_they_h
 
     asyncio.run(run())
     assert sorted(processes.started) == ["deaf-2", "w-0", "w-1", "w-1", "w-3"]
+
+
+def test_a_pool_goes_on_without_a_worker_that_cannot_run_as_long_as_it_has_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    processes, notes = Processes(monkeypatch), list[str]()
+
+    async def run(*names: str) -> None:
+        keeper = Supervisor(lambda _: None)
+        keeper.ready = True
+        async with asyncio.timeout(60), asyncio.TaskGroup() as group:
+            pool = WorkerPool(keeper, group.create_task, lambda number: Program(names[number], ()), notes.append)
+            pool.resize(len(names))
+            while pool.size == len(names):  # noqa: ASYNC110 -- another process
+                await asyncio.sleep(0.005)
+            assert (pool.size, pool.most) == (1, 1)
+            pool.resize(0)
+
+    asyncio.run(run("w-0", "wrong"))
+    assert sorted(processes.started) == ["w-0", "wrong"]
+    assert len(notes) == 1
+    assert "exit code 2" in notes[0]
+    assert notes[0].endswith("the service has 1 of its workers, and starts no more")
+    with pytest.raises(ExceptionGroup) as caught:
+        asyncio.run(run("wrong"))
+    assert caught.group_contains(ServiceEnded, match="wrong .* exit code 2")
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, INTERRUPTED), (signal.SIGTERM, 143)])
