@@ -94,7 +94,8 @@ def weights(manifests: Sequence[Manifest]) -> Iterator[str]:
 def _checks_weights(manifests: Sequence[Manifest], pod: Pod, container: Manifest) -> bool:
     script = PurePosixPath(container["command"][-1])
     mounted = {each["mountPath"]: each["name"] for each in container["volumeMounts"]}
-    volume = next((each for each in pod.spec["volumes"] if each["name"] == mounted.get(str(script.parent))), {})
+    name = mounted.get(str(script.parent))
+    volume: Manifest = next((each for each in pod.spec["volumes"] if each["name"] == name), {})
     config = find(manifests, "ConfigMap", volume.get("configMap", {}).get("name", ""))
     same_model = container.get("envFrom") == pod.container.get("envFrom")
     return config is not None and script.name in config["data"] and same_model
