@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 
 import autoscale_sim
 import pytest
-from autoscale_sim import OURS, REPORTED_SEEDS, RIVALS, TUNED_SEEDS, Rival, Score, best_setting, compare
+from autoscale_sim import REPORTED_SEEDS, RIVALS, TUNED_SEEDS, Rival, Score, best_setting, compare
 from bench_sim_fleet import Arrival, Kind, Paces, Policy, Simulation, StageView, Trace
-from bench_sim_policies import (
+from bench_sim_policies import OURS, (
     FIXED_UTILISATION,
     GRID,
     WANTED,

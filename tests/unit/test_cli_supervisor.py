@@ -31,7 +31,8 @@ def test_a_program_that_ends_before_the_fleet_is_ready_ends_the_fleet() -> None:
 class Processes:
     """Starts programs that wait for a signal, in place of services.
 
-    A program with "deaf" in its name ignores SIGTERM; "dying" ends with exit code 1, "wrong" with 2 and "killed" by SIGKILL.
+    A program with "deaf" in its name ignores SIGTERM; "dying" ends with exit code 1, "wrong" with exit code 2, and
+    "killed" by SIGKILL.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
