@@ -10,9 +10,10 @@ import autoscale_sim
 import pytest
 from autoscale_sim import REPORTED_SEEDS, RIVALS, TUNED_SEEDS, Rival, Score, best_setting, compare
 from bench_sim_fleet import Arrival, Kind, Paces, Policy, Simulation, StageView, Trace
-from bench_sim_policies import OURS, (
+from bench_sim_policies import (
     FIXED_UTILISATION,
     GRID,
+    OURS,
     WANTED,
     HpaPolicy,
     UtilisationPolicy,
