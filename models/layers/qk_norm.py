@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from models.layers.fused_backend import kernels_for
-from models.layers.norms import RMSNorm
+from models.layers.norms import QKNorm, RMSNorm
 from models.layers.rotary import Rotation, apply_rotary
 
 
@@ -29,14 +29,20 @@ class QKNorms:
     A norm of the head size works on each head by itself, any other on all heads together.
     """
 
-    text: tuple[RMSNorm, ...]
-    image: tuple[RMSNorm, ...]
+    text: tuple[QKNorm, ...]
+    image: tuple[QKNorm, ...]
     head_size: int
 
     @property
     def per_head(self) -> bool:
         """Whether each head is normalised by itself."""
         return self.image[0].size == self.head_size
+
+    @property
+    def weights(self) -> list[Tensor]:
+        """Weights of the norms of each part, text first; none for norms without weights."""
+        pairs = zip(self.text, self.image, strict=True)
+        return [norm.weight for pair in pairs for norm in pair if isinstance(norm, RMSNorm)]
 
     def of(self, parts: slice) -> QKNorms:
         """Those of some parts."""
@@ -57,8 +63,9 @@ def apply_qk_norm(
     """
     out = in_place(x, len(norms.image), norms.head_size) if out is None else out
     normed = x[..., : len(norms.image) * x.shape[-1] // len(out)]
-    sums = norms.image[0].square_sums(normed, len(norms.image))
-    if (kernels := kernels_for(x)) is not None and norms.head_size.bit_count() == 1:
+    first = norms.image[0]
+    sums = first.square_sums(normed, len(norms.image)) if isinstance(first, RMSNorm) else None
+    if (kernels := kernels_for(x)) is not None and _has_kernel(norms, rotation):
         kernels.apply_qk_norm(x, norms, rotation, boundary, sums, out)
         return
     parts = x.chunk(len(out), dim=-1)
@@ -81,9 +88,17 @@ def in_place(x: Tensor, parts: int, head_size: int) -> tuple[Tensor, ...]:
     return tuple(split_heads(part, head_size) for part in x.chunk(parts, dim=-1))
 
 
-def _normalised(x: Tensor, norm: RMSNorm, norms: QKNorms, sums: Tensor | None) -> Tensor:
+def _has_kernel(norms: QKNorms, rotation: Rotation | None) -> bool:
+    """Whether the fused kernel computes these norms and this rotation."""
+    if rotation is not None and rotation.is_neox_style:
+        return False
+    return norms.head_size.bit_count() == 1 and all(isinstance(each, RMSNorm) for each in norms.image)
+
+
+def _normalised(x: Tensor, norm: QKNorm, norms: QKNorms, sums: Tensor | None) -> Tensor:
     """(B, tokens, D) to the same; `sums` (B, tokens, 1) of squares where x is a part of what is normalised."""
     if sums is not None:
+        assert isinstance(norm, RMSNorm), "only an RMSNorm has sums of squares over ranks"
         scaled: Tensor = x.float() * torch.rsqrt(sums / norm.size + norm.eps) * norm.weight.float()
         return scaled.to(x.dtype)
     if norms.per_head:

@@ -167,7 +167,7 @@ def apply_qk_norm(
     heads, head_size = size // norms.head_size, norms.head_size
     assert x.stride(2) == 1, "channels must be adjacent"
     assert all(each.stride(3) == 1 and each.stride(2) == head_size for each in out), "channels must be adjacent"
-    weights = [norm.weight for pair in zip(norms.text, norms.image, strict=True) for norm in pair]
+    weights = norms.weights
     cos, sin = (x, x) if rotation is None else (rotation.cos, rotation.sin)
     places = [out[min(part, len(out) - 1)] for part in range(3)]
     block = triton.next_power_of_2(heads)
