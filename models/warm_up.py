@@ -126,6 +126,8 @@ def _inputs(
     assert isinstance(canvas, Canvas), "SamplingParams.artifacts() puts each in its slot"
     assert isinstance(sampling, Sampling), "SamplingParams.artifacts() puts each in its slot"
     embeds = {name: _normal(shape, dtype) for name, shape in config.conditioning_shapes().items()}
+    ids = config.conditioning_id_shapes(canvas)
+    embeds |= {name: torch.zeros(shape, dtype=torch.int64) for name, shape in ids.items()}
     has_negative = isinstance(config, NegativePromptConfig) and config.wants_negative(prompt, sampling)
     inputs: dict[str, Any] = {
         "initial_latents": _latents(config, config.raw_latent_shapes(canvas, sampling.num_outputs_per_prompt), dtype),

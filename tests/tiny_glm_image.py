@@ -5,6 +5,8 @@ The language model samples image codes only: the ids of the marks around images 
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -90,12 +92,23 @@ def build_tiny_glm_image(
     settings = {"do_sample": True, "temperature": 0.9, "top_p": 0.75, "eos_token_id": CODES + 1, **(generation or {})}
     modules["vision_language_encoder"].generation_config = GenerationConfig(**settings)
     processor = GlmImageProcessor(
-        image_processor=GlmImageImageProcessorPil(), tokenizer=tokenizer, chat_template=CHAT_TEMPLATE
+        image_processor=GlmImageImageProcessorPil(patch_size=16, merge_size=1, temporal_patch_size=1), tokenizer=tokenizer, chat_template=CHAT_TEMPLATE
     )
     GlmImagePipeline(
         tokenizer=ByT5Tokenizer(), processor=processor, scheduler=_scheduler(), **modules
     ).save_pretrained(str(path))
+    # As published. Diffusers writes the pipeline's own package, "glm_image", for both.
+    index = path / "model_index.json"
+    index.write_text(index.read_text().replace('"glm_image"', '"transformers"'))
     return path
+
+
+def edited(path: Path, copy: Path, folder: str, file: str, entries: dict[str, Any]) -> Path:
+    """A copy of a checkpoint with other entries in one of its JSON files."""
+    shutil.copytree(path, copy)
+    target = copy / folder / file
+    target.write_text(json.dumps(json.loads(target.read_text()) | entries))
+    return copy
 
 
 def _scheduler() -> FlowMatchEulerDiscreteScheduler:
