@@ -30,9 +30,7 @@ class StandardPipeline(ComposedPipeline):
         self._add_preparation(scheduler)
         self._add_denoising_and_decoding(scheduler)
 
-    def add_hybrid_stages(
-        self, implementation: str, *, modules: Sequence[str], scheduler: str = "scheduler"
-    ) -> None:
+    def add_hybrid_stages(self, implementation: str, *, modules: Sequence[str], scheduler: str = "scheduler") -> None:
         """One stage of the model's own for all work before denoising, then denoise and decode.
 
         `implementation` is "package.module:Class"; its modules have their names as roles, besides SCHEDULER.

@@ -91,12 +91,11 @@ def build_tiny_glm_image(
         randomise(module)
     settings = {"do_sample": True, "temperature": 0.9, "top_p": 0.75, "eos_token_id": CODES + 1, **(generation or {})}
     modules["vision_language_encoder"].generation_config = GenerationConfig(**settings)
-    processor = GlmImageProcessor(
-        image_processor=GlmImageImageProcessorPil(patch_size=16, merge_size=1, temporal_patch_size=1), tokenizer=tokenizer, chat_template=CHAT_TEMPLATE
+    images = GlmImageImageProcessorPil(patch_size=16, merge_size=1, temporal_patch_size=1)
+    processor = GlmImageProcessor(image_processor=images, tokenizer=tokenizer, chat_template=CHAT_TEMPLATE)
+    GlmImagePipeline(tokenizer=ByT5Tokenizer(), processor=processor, scheduler=_scheduler(), **modules).save_pretrained(
+        str(path)
     )
-    GlmImagePipeline(
-        tokenizer=ByT5Tokenizer(), processor=processor, scheduler=_scheduler(), **modules
-    ).save_pretrained(str(path))
     # As published. Diffusers writes the pipeline's own package, "glm_image", for both.
     index = path / "model_index.json"
     index.write_text(index.read_text().replace('"glm_image"', '"transformers"'))

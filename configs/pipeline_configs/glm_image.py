@@ -39,6 +39,7 @@ MAX_GLYPH_TOKENS = 2048
 USUAL_GLYPH_TOKENS = 16
 """Of a quoted text of a few words. Glyphs are not padded: every prompt has a number of its own."""
 
+
 @dataclass(frozen=True, kw_only=True)
 class GlmImagePipelineConfig(NegativePromptConfig, PreparationConfig, DenoisingConfig, DecodingConfig):
     """GlmImagePipeline's callbacks. Latents stay (B, channels, rows, columns); a token is a 2x2 patch of them."""
@@ -162,7 +163,5 @@ class GlmImagePipelineConfig(NegativePromptConfig, PreparationConfig, DenoisingC
 
     def vae_latents(self, raw: Tensor) -> Tensor:
         """Undo the normalisation of each channel."""
-        mean, std = (
-            torch.tensor(values).view(1, -1, 1, 1).to(raw) for values in (self.latents_mean, self.latents_std)
-        )
+        mean, std = (torch.tensor(values).view(1, -1, 1, 1).to(raw) for values in (self.latents_mean, self.latents_std))
         return raw * std + mean

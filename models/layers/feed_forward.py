@@ -48,9 +48,7 @@ class FeedForward(nn.Module):
         super().__init__()
         hidden = hidden or 4 * size
         # Position 1 is a dropout in training code; it has no parameters, but the names count it.
-        self.net = nn.Sequential(
-            _Projection(size, hidden, activation), nn.Identity(), Linear(hidden, out_size or size)
-        )
+        self.net = nn.Sequential(_Projection(size, hidden, activation), nn.Identity(), Linear(hidden, out_size or size))
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, tokens, size) to (batch, tokens, out_size)."""

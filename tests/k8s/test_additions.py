@@ -32,15 +32,40 @@ def errors(manifests: list[Manifest]) -> list[str]:
 
 def test_a_new_stage_is_a_file_and_a_line_in_base_and_keda(tree: Path) -> None:
     for folder in ("base", "components/keda"):
-        add_stage(tree / folder, "before_denoising")
+        add_stage(tree / folder, "up_scaling")
     manifests = render(tree / "overlays" / "keda")
-    # As long as proto/ and services/ have no such service, its name is not known, nor what a probe may ask it for.
-    expected = ("before_denoising", "readinessProbe asks for 'fleet.v1.DenoisingService'")
+    # proto/ and services/ have no such service: its name is not known, nor what a probe may ask it for.
+    expected = ("up_scaling", "readinessProbe asks for 'fleet.v1.DenoisingService'")
     assert [each for each in errors(manifests) if not any(part in each for part in expected)] == []
-    assert find(manifests, "Deployment", "before-denoising") is not None
-    scaled = find(manifests, "ScaledObject", "before-denoising")
+    assert find(manifests, "Deployment", "up-scaling") is not None
+    scaled = find(manifests, "ScaledObject", "up-scaling")
     assert scaled is not None
-    assert scaled["spec"]["triggers"][0]["metadata"]["stage"] == "before_denoising"
+    assert scaled["spec"]["triggers"][0]["metadata"]["stage"] == "up_scaling"
+
+
+@pytest.mark.parametrize(
+    ("scaler", "kind"), [("keda", "ScaledObject"), ("hpa", "HorizontalPodAutoscaler")], ids=["keda", "hpa"]
+)
+def test_the_stage_before_denoising_is_a_file_and_a_line_in_each_folder(tree: Path, scaler: str, kind: str) -> None:
+    """Without them, a fleet of the hybrid style lacks this stage alone, and nothing else refers to it."""
+    overlay = tree / "overlays" / "hybrid" / "kustomization.yaml"
+    overlay.write_text(overlay.read_text().replace("components/keda", f"components/{scaler}"))
+    whole = render(overlay.parent)
+    assert errors(whole) == []
+    assert {each["metadata"]["name"] for each in whole if each["kind"] == kind} == {
+        "before-denoising",
+        "denoising",
+        "decoding",
+    }
+    for folder in ("base", f"components/{scaler}"):
+        (tree / folder / "before_denoising.yaml").unlink()
+        path = tree / folder / "kustomization.yaml"
+        path.write_text(path.read_text().replace("  - before_denoising.yaml\n", ""))
+    rest = render(overlay.parent)
+    assert errors(rest) == []
+    gone = [each for each in whole if each not in rest]
+    assert {each["metadata"]["name"] for each in gone} == {"before-denoising"}
+    assert [each for each in whole if each not in gone] == rest
 
 
 @pytest.mark.parametrize("overlay", ["multi-node", "disaggregatedset"])

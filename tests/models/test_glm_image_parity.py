@@ -112,8 +112,8 @@ def test_the_whole_call_is_diffusers(pair: Pair) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"prompt": "a blue car with \"old stone\" on it"},
-        {"prompt": "a red car with \"old river\" on it"},
+        {"prompt": 'a blue car with "old stone" on it'},
+        {"prompt": 'a red car with "old river" on it'},
         {"guidance_scale": 3.0},
         {"seed": 6},
         {"max_sequence_length": 4},

@@ -62,6 +62,4 @@ class GlmImageBeforeDenoisingStage(PipelineStage[BeforeDenoisingInput, BeforeDen
         if not self._config.wants_negative(x.prompt, x.sampling):
             return Conditioning(prompt_embeds=positive)
         empty = self._glyphs.encode("", length, call.warn).to("cpu", self._dtype)
-        return Conditioning(
-            prompt_embeds=positive, negative_prompt_embeds={**positive, "encoder_hidden_states": empty}
-        )
+        return Conditioning(prompt_embeds=positive, negative_prompt_embeds={**positive, "encoder_hidden_states": empty})
