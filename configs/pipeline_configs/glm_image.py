@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from common.checkpoint import Checkpoint
 
 MAX_GLYPH_TOKENS = 2048
-USUAL_GLYPH_TOKENS = 16
-"""Of a quoted text of a few words. Glyphs are not padded: every prompt has a number of its own."""
+USUAL_GLYPH_TOKENS = 1
+"""Glyph tokens of a prompt without quoted text: the end mark. Glyphs are not padded."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ class GlmImagePipelineConfig(NegativePromptConfig, PreparationConfig, DenoisingC
 
     module_loaders: ClassVar[Mapping[str, str]] = {
         "GlmImageForConditionalGeneration": "models.loader:load_pretrained",
-        "GlmImageProcessor": "models.loader:load_tokenizer",
+        "GlmImageProcessor": "models.encoder_runners.prior_tokens:load_glm_image_processor",
         "GlmImageTransformer2DModel": "models.dits.glm_image:load_glm_image_transformer",
         "ByT5Tokenizer": "models.loader:load_tokenizer",
     }
@@ -126,7 +126,7 @@ class GlmImagePipelineConfig(NegativePromptConfig, PreparationConfig, DenoisingC
         return math.sqrt(tokens / self.shift.base_image_seq_len) * self.shift.max_shift + self.shift.base_shift
 
     def conditioning_shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Glyphs of a usual length."""
+        """Glyphs of a prompt without quoted text."""
         return {"encoder_hidden_states": (1, USUAL_GLYPH_TOKENS, self.transformer.text_embed_dim)}
 
     def conditioning_id_shapes(self, canvas: Canvas) -> Mapping[str, tuple[int, ...]]:

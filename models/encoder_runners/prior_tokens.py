@@ -8,9 +8,10 @@ tokens are those of Diffusers' pipeline for the same seed.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from torch.nn.functional import interpolate
 from transformers import (
@@ -23,6 +24,10 @@ from transformers import (
 
 from common.errors import CheckpointError, InvalidInput
 from models.encoder_runners.checks import check_tokenizer
+from models.loader import load_tokenizer
+
+if TYPE_CHECKING:
+    from common.checkpoint import Checkpoint
 
 PIXELS = 32
 """Height and width of an image token."""
@@ -33,6 +38,11 @@ OnToken = Callable[[int, int], None]
 """Called with the number of sampled tokens and of all tokens; raises to end the sampling."""
 
 Grid = tuple[int, int]
+
+_TEMPLATE_FILE = "chat_template.jinja"
+_PROCESSOR_FILES = ("tokenizer.json", "tokenizer_config.json", "processor_config.json", _TEMPLATE_FILE)
+_SETTINGS_FILE = "vision_language_encoder/generation_config.json"
+_PROBE = "a red apple"
 
 # transformers' own, for settings that generation_config.json leaves out.
 _TEMPERATURE, _TOP_K, _TOP_P = 1.0, 50, 1.0
@@ -64,6 +74,7 @@ class PriorTokenSampler:
         self._device = device
         known = self._language_model.get_input_embeddings().num_embeddings
         check_tokenizer("processor", processor.tokenizer, "vision_language_encoder", known)
+        self._check_template()
         self._warpers = _warpers(model.generation_config)
         self._ends = _ends(model.generation_config.eos_token_id)
         marks = (self._config.image_token_id, self._config.image_start_token_id, self._config.image_end_token_id)
@@ -84,6 +95,18 @@ class PriorTokenSampler:
         upsampled = interpolate(own.view(1, 1, *grid).float(), scale_factor=UPSAMPLING, mode="nearest")
         return upsampled.long().flatten(1)
 
+    def _check_template(self) -> None:
+        """Refuse a chat template that does not render the prompt. Raises CheckpointError."""
+        file = f"processor/{_TEMPLATE_FILE}"
+        try:
+            (text,) = self._processor.apply_chat_template(_chat(_PROBE), tokenize=False)
+        except (TemplateError, ValueError, TypeError) as error:
+            raise CheckpointError(
+                f"{file}: the chat template cannot be rendered: {error}; download it again"
+            ) from error
+        if _PROBE not in text or text == _PROBE:
+            raise CheckpointError(f"{file}: the chat template gives {text!r} for {_PROBE!r}; download it again")
+
     def _encode(self, prompt: str, grid: Grid) -> tuple[Tensor, list[Grid]]:
         """Token ids (1, tokens) of the chat with both grids in it, and the grids: the image's, then the preview's."""
         if mark := next((mark for mark in self._marks if mark in prompt), None):
@@ -91,7 +114,7 @@ class PriorTokenSampler:
             raise InvalidInput(message, field="prompt")
         rows, columns = grid
         encoded = self._processor.apply_chat_template(
-            [[{"role": "user", "content": [{"type": "text", "text": prompt}]}]],
+            _chat(prompt),
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
@@ -133,6 +156,20 @@ class PriorTokenSampler:
         return logits[:, -1].float()
 
 
+def load_glm_image_processor(checkpoint: Checkpoint, name: str, *_: object) -> Any:
+    """The processor, with its tokenizer and chat template. Raises CheckpointError that names their files."""
+    try:
+        return load_tokenizer(checkpoint, name)
+    except CheckpointError as error:
+        files = ", ".join(_PROCESSOR_FILES)
+        raise CheckpointError(f"{error.message}; the files of {name} are {files}: download them again") from error
+
+
+def _chat(prompt: str) -> list[Any]:
+    """A batch of one chat, in which a user sends the prompt."""
+    return [[{"role": "user", "content": [{"type": "text", "text": prompt}]}]]
+
+
 def _positions(prompt_tokens: int, grids: Sequence[Grid]) -> Tensor:
     """Positions (3, 1, tokens) of prompt and grids: order, row and column, each grid after the largest one before."""
     parts = [torch.arange(prompt_tokens).expand(3, -1)]
@@ -147,10 +184,11 @@ def _positions(prompt_tokens: int, grids: Sequence[Grid]) -> Tensor:
 def _warpers(settings: Any) -> Any:
     """The settings of generation_config.json that shape the scores. Raises CheckpointError for others."""
     values = settings.to_dict()
+    if values.get("_from_model_config"):
+        raise CheckpointError(f"{_SETTINGS_FILE} is missing; it says how tokens are sampled: download it again")
     for name, neutral in _NEUTRAL.items():
         if values.get(name) not in neutral:
-            file = "vision_language_encoder/generation_config.json"
-            message = f"{file}: {name}: {values[name]!r} is not supported; temperature, top_k and top_p are"
+            message = f"{_SETTINGS_FILE}: {name}: {values[name]!r} is not supported; temperature, top_k and top_p are"
             raise CheckpointError(message)
     temperature, top_k, top_p = (values.get(name) for name in ("temperature", "top_k", "top_p"))
     temperature = _TEMPERATURE if temperature is None else temperature
@@ -165,7 +203,7 @@ def _warpers(settings: Any) -> Any:
         if top_p < 1.0:
             warpers.append(TopPLogitsWarper(top_p=top_p))
     except (ValueError, TypeError) as error:
-        raise CheckpointError(f"vision_language_encoder/generation_config.json: {error}") from error
+        raise CheckpointError(f"{_SETTINGS_FILE}: {error}") from error
     return warpers
 
 

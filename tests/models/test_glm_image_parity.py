@@ -177,6 +177,25 @@ def test_editing_fails_in_diffusers(pair: Pair) -> None:
         pair[1](image=[Image.new("RGB", (64, 64))], **call_of(BASE), generator=torch.Generator().manual_seed(1))
 
 
+def test_a_directory_that_diffusers_wrote_is_served(pair: Pair, tmp_path: Path) -> None:
+    """Diffusers writes the pipeline's own package for the classes of transformers that are imported there."""
+    modules = {
+        "processor": ["glm_image", "GlmImageProcessor"],
+        "vision_language_encoder": ["glm_image", "GlmImageForConditionalGeneration"],
+    }
+    path = edited(pair[0].model.checkpoint.path, tmp_path / "copy", "", "model_index.json", modules)
+    fleet = open_fleet(str(path))
+    assert torch.equal(*(each.tensors(seed=SEED, **BASE)["latents"] for each in (fleet, pair[0])))
+    fleet.close()
+
+
+def test_a_library_that_is_no_package_is_refused(pair: Pair, tmp_path: Path) -> None:
+    modules = {"processor": ["os.path", "GlmImageProcessor"]}
+    path = edited(pair[0].model.checkpoint.path, tmp_path / "copy", "", "model_index.json", modules)
+    with pytest.raises(CheckpointError, match=r"library 'os\.path' is not supported"):
+        open_fleet(str(path))
+
+
 @pytest.mark.usefixtures("rounded_noise")
 def test_bfloat16_is_near(pair: Pair) -> None:
     """Not comparable at the tolerances of float32; its prior tokens may differ."""
