@@ -48,8 +48,9 @@ LAYOUTS = [
 class Family:
     """A checkpoint, and a request whose token count has few divisors.
 
-    Embeddings are (tokens, width) or (width,); `ids` are token ids (tokens,) of both branches. Image latents have a packed and a raw shape. `channels` is the number
-    of latent channels. `config` is a reference to the config, if it is not the registered one.
+    Embeddings are (tokens, width) or (width,); `ids` are token ids (tokens,) of both branches. Image latents have a
+    packed and a raw shape. `channels` is the number of latent channels. `config` is a reference to the config, if it is
+    not the registered one.
     """
 
     build: Callable[[Path], Path]
@@ -186,7 +187,8 @@ def draw_input(checkpoint: Checkpoint, config: Any, family: Family) -> Denoising
         initial_latents=initial.initial_latents,
         schedule=timesteps.run(TimestepPreparationInput(canvas=canvas, sampling=SAMPLING), Call("test")).schedule,
         text_conditioning=Conditioning(
-            prompt_embeds={**draw(family.positive), **ids}, negative_prompt_embeds={**draw(family.negative), **ids}
+            prompt_embeds=draw(family.positive) | ids,
+            negative_prompt_embeds=draw(family.negative) | {name: each.clone() for name, each in ids.items()},
         ),
         image_conditioning=Conditioning(prompt_embeds=draw(family.pictures)) if family.pictures else None,
         image_latents=condition,

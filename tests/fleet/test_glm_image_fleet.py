@@ -173,12 +173,13 @@ def test_a_request_whose_worker_ends_goes_on_at_another_one(
     model: ServedModel, local: LocalFleet, tmp_path: Path
 ) -> None:
     """The tokens are sampled again: the same ones, from the same seed."""
+    (item,) = local.media(num_inference_steps=1, output_format="png", **LARGE).items
 
     async def test(parts: Parts) -> None:
         for service in SERVICES[1:]:
             await parts.add_worker(service)
         _, stub = await parts.add_coordinator(step_seconds=0.0)
-        parameters = pb.GenerationParameters(num_inference_steps=1, output_format="png", **LARGE)
+        parameters = pb.GenerationParameters(num_inference_steps=1, **LARGE)
         request = pb.SubmitRequest(model="glm", parameters=parameters)
         async with own_worker(parts):
             name = (await stub.Submit(request)).request.request_id
@@ -189,7 +190,6 @@ def test_a_request_whose_worker_ends_goes_on_at_another_one(
         file = b"".join(
             [part.data async for part in stub.DownloadResult(pb.DownloadResultRequest(request_id=name, index=0))]
         )
-        (item,) = local.media(num_inference_steps=1, output_format="png", **LARGE).items
         assert file == item.data.numpy().tobytes()
 
     run_parts(model, tmp_path, test)
