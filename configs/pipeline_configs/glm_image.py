@@ -52,7 +52,7 @@ class GlmImagePipelineConfig(NegativePromptConfig, PreparationConfig, DenoisingC
     train_timesteps: int
 
     module_loaders: ClassVar[Mapping[str, str]] = {
-        "GlmImageForConditionalGeneration": "models.loader:load_pretrained",
+        "GlmImageForConditionalGeneration": "models.encoder_runners.prior_tokens:load_glm_image_language_model",
         "GlmImageProcessor": "models.encoder_runners.prior_tokens:load_glm_image_processor",
         "GlmImageTransformer2DModel": "models.dits.glm_image:load_glm_image_transformer",
         "ByT5Tokenizer": "models.loader:load_tokenizer",

@@ -24,7 +24,7 @@ from transformers import (
 
 from common.errors import CheckpointError, InvalidInput
 from models.encoder_runners.checks import check_tokenizer
-from models.loader import load_tokenizer
+from models.loader import load_pretrained, load_tokenizer
 
 if TYPE_CHECKING:
     from common.checkpoint import Checkpoint
@@ -154,6 +154,13 @@ class PriorTokenSampler:
         output = self._language_model(None, None, positions, cache, embeds)
         logits: Tensor = self._lm_head(output.last_hidden_state[:, -1:])
         return logits[:, -1].float()
+
+
+def load_glm_image_language_model(checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype) -> Any:
+    """The language model without its image encoder, which only editing uses. Raises CheckpointError."""
+    model = load_pretrained(checkpoint, name, torch.device("cpu"), dtype)
+    del model.model.visual, model.model.vqmodel
+    return model.to(device)
 
 
 def load_glm_image_processor(checkpoint: Checkpoint, name: str, *_: object) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -126,7 +126,7 @@ async def own_worker(parts: Parts) -> AsyncIterator[Worker]:
         await worker.stop(0)
 
 
-async def tokens(stub: Stub, request_id: str) -> AsyncIterator[tuple[int, int]]:
+async def tokens(stub: Stub, request_id: str) -> AsyncGenerator[tuple[int, int], None]:
     """The progress of the stage before denoising."""
     async for reply in stub.Watch(pb.WatchRequest(request_id=request_id)):
         if reply.event.progress.service == "before_denoising":
