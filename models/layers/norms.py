@@ -128,4 +128,4 @@ class PlainLayerNorm(nn.Module):
 
 
 QKNorm = RMSNorm | PlainLayerNorm
-"""A norm of queries or keys. Only RMSNorm has fused kernels, and a form whose channels are sharded."""
+"""A norm of queries or keys. Only RMSNorm has a form whose channels are sharded."""

@@ -26,7 +26,8 @@ def split_heads(x: Tensor, head_size: int) -> Tensor:
 class QKNorms:
     """The norm of each part of a tensor (B, S, parts * D): of queries and keys, or of queries alone.
 
-    A norm of the head size works on each head by itself, any other on all heads together.
+    A norm of the head size works on each head by itself, any other on all heads together. Norms are all RMS norms, or
+    all layer norms of the head size.
     """
 
     text: tuple[QKNorm, ...]
@@ -65,7 +66,7 @@ def apply_qk_norm(
     normed = x[..., : len(norms.image) * x.shape[-1] // len(out)]
     first = norms.image[0]
     sums = first.square_sums(normed, len(norms.image)) if isinstance(first, RMSNorm) else None
-    if (kernels := kernels_for(x)) is not None and _has_kernel(norms, rotation):
+    if (kernels := kernels_for(x)) is not None and norms.head_size.bit_count() == 1:
         kernels.apply_qk_norm(x, norms, rotation, boundary, sums, out)
         return
     parts = x.chunk(len(out), dim=-1)
@@ -86,13 +87,6 @@ def apply_qk_norm(
 def in_place(x: Tensor, parts: int, head_size: int) -> tuple[Tensor, ...]:
     """The parts of x (B, S, parts * D) as heads (B, S, heads, head size), the same memory."""
     return tuple(split_heads(part, head_size) for part in x.chunk(parts, dim=-1))
-
-
-def _has_kernel(norms: QKNorms, rotation: Rotation | None) -> bool:
-    """Whether the fused kernel computes these norms and this rotation."""
-    if rotation is not None and rotation.is_neox_style:
-        return False
-    return norms.head_size.bit_count() == 1 and all(isinstance(each, RMSNorm) for each in norms.image)
 
 
 def _normalised(x: Tensor, norm: QKNorm, norms: QKNorms, sums: Tensor | None) -> Tensor:

@@ -124,6 +124,16 @@ def test_a_service_before_denoising_is_given_a_request(tmp_path: Path) -> None:
     }
 
 
+def test_a_service_before_denoising_samples_every_token(tmp_path: Path) -> None:
+    model = opened(build_tiny_glm_image(tmp_path / "glm"))
+    spec = model.service("before_denoising")
+    stages = HostedStages("before_denoising", load_stages(model, spec, Runtime(device=CPU, dtype=torch.float32)))
+    tokens: list[tuple[int, int]] = []
+    call = Call("warm-up", on_progress=lambda *token: tokens.append(token))
+    WarmUp.parse(model, ("32x64",), service="before_denoising").run(stages.run, torch.float32, call)
+    assert tokens[-1] == (len(tokens), len(tokens))
+
+
 def test_the_loop_runs_a_few_steps_at_each_size(caplog: pytest.LogCaptureFixture) -> None:
     model = opened("emoji")
     spec = model.service("denoising")
