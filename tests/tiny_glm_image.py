@@ -72,7 +72,7 @@ def build_tiny_glm_image(
     tokenizer = glm_tokenizer()
     modules: dict[str, Any] = {
         "text_encoder": _glyph_encoder(),
-        "vision_language_encoder": _language_model(tokenizer, codes),
+        "vision_language_encoder": language_model(tokenizer, codes),
         "transformer": GlmImageTransformer2DModel(
             in_channels=LATENT_CHANNELS,
             out_channels=LATENT_CHANNELS,
@@ -91,8 +91,7 @@ def build_tiny_glm_image(
         randomise(module)
     settings = {"do_sample": True, "temperature": 0.9, "top_p": 0.75, "eos_token_id": CODES + 1, **(generation or {})}
     modules["vision_language_encoder"].generation_config = GenerationConfig(**settings)
-    images = GlmImageImageProcessorPil(patch_size=16, merge_size=1, temporal_patch_size=1)
-    processor = GlmImageProcessor(image_processor=images, tokenizer=tokenizer, chat_template=CHAT_TEMPLATE)
+    processor = glm_processor(tokenizer)
     GlmImagePipeline(tokenizer=ByT5Tokenizer(), processor=processor, scheduler=_scheduler(), **modules).save_pretrained(
         str(path)
     )
@@ -138,7 +137,14 @@ def _glyph_encoder() -> T5EncoderModel:
     )
 
 
-def _language_model(tokenizer: PreTrainedTokenizerFast, codes: int) -> GlmImageForConditionalGeneration:
+def glm_processor(tokenizer: PreTrainedTokenizerFast) -> GlmImageProcessor:
+    """A processor whose image half fits the tiny vision tower."""
+    images = GlmImageImageProcessorPil(patch_size=16, merge_size=1, temporal_patch_size=1)
+    return GlmImageProcessor(image_processor=images, tokenizer=tokenizer, chat_template=CHAT_TEMPLATE)
+
+
+def language_model(tokenizer: PreTrainedTokenizerFast, codes: int, **text: Any) -> GlmImageForConditionalGeneration:
+    """A language model that samples from the first `codes` ids; `text` are other sizes of its text half."""
     mark, start, end, pad = tokenizer.convert_tokens_to_ids(["<|image|>", IMAGE_START, IMAGE_END, "<|pad|>"])
     config = GlmImageConfig(
         text_config={
@@ -153,6 +159,7 @@ def _language_model(tokenizer: PreTrainedTokenizerFast, codes: int) -> GlmImageF
             "pad_token_id": pad,
             "eos_token_id": end,
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
+            **text,
         },
         vision_config={
             "depth": 1,
