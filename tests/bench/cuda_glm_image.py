@@ -12,42 +12,42 @@ Run it with: python tests/bench/cuda_glm_image.py; to try its logic without a GP
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
+from bench_glm_image import (
+    LATENTS_MEAN,
+    LATENTS_STD,
+    SCALES,
+    SCHEDULER,
+    Scale,
+    build,
+    config_of,
+    same_weights,
+    sizes_of,
+)
 from bench_meter import CallCount, Meter
 from bench_report import median, print_machine, print_table, say
 from denoise_step import STEPS, error, float32_prediction, in_turns, peak_beside, step_milliseconds, step_of
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, GlmImagePipeline, GlmImageTransformer2DModel
-from torch import Tensor, nn
-from transformers import ByT5Tokenizer, GenerationConfig, T5Config, T5EncoderModel
-
-sys.path.append(str(Path(__file__).parents[1]))  # the builders of small checkpoints
+from diffusers import FlowMatchEulerDiscreteScheduler, GlmImagePipeline
+from torch import Tensor
 
 from common.artifacts import Canvas, Conditioning, Prompt, Sampling
 from common.local import HostedStages
 from common.stage import Call, PipelineStage
-from configs.models.dits.glm_image import GlmImageTransformerConfig
-from configs.models.vaes.kl import AutoencoderKLConfig
 from configs.pipeline_configs.glm_image import GlmImagePipelineConfig
-from configs.pipeline_configs.packed import SequenceShift
 from models.dits.base import DiffusionTransformer
-from models.dits.glm_image import GlmImageTransformer2DModel as OurTransformer
 from models.encoder_runners.glyphs import GlyphEncoder
 from models.encoder_runners.prior_tokens import PriorTokenSampler
 from models.kernels.trials import try_packages
-from models.layers.linear import join_all_weights
 from models.runtime import Runtime
 from models.stages.decoding import DecodingStage
 from models.stages.denoising import DenoisingStage
 from models.stages.latent_preparation import LatentPreparationStage
 from models.stages.model_specific_stages.glm_image import GlmImageBeforeDenoisingStage
-from tiny_glm_image import glm_processor, glm_tokenizer, language_model
 
 SEED = 7
 PROMPT = 'a red apple on a yellow table, with a sign that says "old stone river"'
@@ -62,76 +62,6 @@ REPEATS = 5
 """Rounds of five predictions."""
 BEFORE, TOKENS, GLYPHS, NOISE = "before_denoising", "prior tokens", "glyph encoder", "noise"
 DENOISING, DECODING = "denoising", "decoding"
-
-SCHEDULER = {
-    "use_dynamic_shifting": True,
-    "base_shift": 0.25,
-    "max_shift": 0.75,
-    "base_image_seq_len": 256,
-    "max_image_seq_len": 4096,
-    "time_shift_type": "linear",
-}
-LATENTS_MEAN = (
-    *(-0.2080078125, 1.875, -0.470703125, -1.265625, -1.421875, 0.77734375, -0.3671875, -0.9453125),
-    *(0.318359375, 0.7734375, -0.1884765625, -0.022216796875, -0.220703125, -1.59375, -0.81640625, -0.255859375),
-)
-LATENTS_STD = (
-    *(3.0625, 2.203125, 2.265625, 4.84375, 2.5, 3.9375, 2.203125, 3.03125),
-    *(2.1875, 2.046875, 2.71875, 2.390625, 2.390625, 2.453125, 2.25, 2.15625),
-)
-
-
-@dataclass(frozen=True)
-class Scale:
-    """Sizes of the modules, number of image codes, and pixels of a side."""
-
-    dit: dict[str, Any]
-    text: dict[str, Any]
-    glyphs: dict[str, Any]
-    vae: dict[str, Any]
-    codes: int
-    pixels: int
-
-
-SCALES = {
-    # zai-org/GLM-Image as published, but for the language model's image encoder, which text to image does not use,
-    # and for the marks among its output codes (128 of 16512), which would end an image.
-    "full": Scale(
-        dit={"num_attention_heads": 32, "attention_head_dim": 128},
-        text={
-            "vocab_size": 168064,
-            "hidden_size": 4096,
-            "intermediate_size": 13696,
-            "num_hidden_layers": 40,
-            "num_attention_heads": 32,
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 1e4,
-                "partial_rotary_factor": 0.5,
-                "mrope_section": [8, 12, 12],
-            },
-        },
-        glyphs={"d_model": 1472, "d_kv": 64, "d_ff": 3584, "num_layers": 12, "num_heads": 6},
-        vae={"block_out_channels": (128, 512, 1024, 1024), "layers_per_block": 3, "norm_num_groups": 32},
-        codes=16384,
-        pixels=1024,
-    ),
-    "tiny": Scale(
-        dit={
-            "num_layers": 2,
-            "num_attention_heads": 4,
-            "attention_head_dim": 16,
-            "text_embed_dim": 32,
-            "time_embed_dim": 32,
-            "condition_dim": 16,
-        },
-        text={},
-        glyphs={"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4},
-        vae={"block_out_channels": (8, 8, 16, 16), "layers_per_block": 1, "norm_num_groups": 4},
-        codes=256,
-        pixels=128,
-    ),
-}
 
 
 @dataclass
@@ -269,76 +199,6 @@ def set_up(scale: Scale, device: torch.device, steps: int) -> Setup:
         pixels=scale.pixels,
         steps=steps,
     )
-
-
-def build(scale: Scale, device: torch.device) -> dict[str, Any]:
-    """Modules of random weights in bfloat16, drawn on the device."""
-    torch.manual_seed(0)
-    previous = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    tokenizer = glm_tokenizer()
-    glyphs = {"vocab_size": 384, "feed_forward_proj": "gated-gelu", "is_encoder_decoder": False, **scale.glyphs}
-    try:
-        with device:
-            modules: dict[str, Any] = {
-                "text_encoder": T5EncoderModel(T5Config(**glyphs, use_cache=False)),
-                "vision_language_encoder": language_model(tokenizer, scale.codes, **scale.text),
-                "transformer": GlmImageTransformer2DModel(prior_vq_quantizer_codebook_size=scale.codes, **scale.dit),
-                "vae": _vae(scale.vae),
-            }
-    finally:
-        torch.set_default_dtype(previous)
-    for module in modules.values():
-        module.requires_grad_(False).eval()
-    modules["vision_language_encoder"].generation_config = GenerationConfig(temperature=0.9, top_p=0.75)
-    modules |= {"tokenizer": ByT5Tokenizer(), "processor": glm_processor(tokenizer)}
-    return modules | {"scheduler": FlowMatchEulerDiscreteScheduler(**SCHEDULER)}
-
-
-def _vae(sizes: dict[str, Any]) -> AutoencoderKL:
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        latent_channels=len(LATENTS_MEAN),
-        latents_mean=LATENTS_MEAN,
-        latents_std=LATENTS_STD,
-        mid_block_add_attention=False,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        **sizes,
-    )
-
-
-def sizes_of(modules: Mapping[str, Any]) -> str:
-    """Parameters of each module, in billions."""
-    counts = {
-        name: sum(each.numel() for each in module.parameters()) / 1e9
-        for name, module in modules.items()
-        if isinstance(module, nn.Module)
-    }
-    return ", ".join(f"{name} {count:.3g} billion" for name, count in counts.items())
-
-
-def config_of(modules: Mapping[str, Any]) -> GlmImagePipelineConfig:
-    """The pipeline's config, from the configs of its modules."""
-    return GlmImagePipelineConfig(
-        transformer=GlmImageTransformerConfig.from_dict("transformer", dict(modules["transformer"].config)),
-        vae=AutoencoderKLConfig.from_dict("vae", dict(modules["vae"].config)),
-        latents_mean=LATENTS_MEAN,
-        latents_std=LATENTS_STD,
-        shift=SequenceShift.from_dict("scheduler", SCHEDULER),
-        train_timesteps=1000,
-    )
-
-
-def same_weights(config: GlmImagePipelineConfig, theirs: nn.Module) -> DiffusionTransformer:
-    """Our transformer over the reference's own tensors, with its projections joined as the loader joins them."""
-    with torch.device("meta"):
-        ours = OurTransformer(config.transformer)
-    ours.load_state_dict(theirs.state_dict(), strict=True, assign=True)
-    ours.requires_grad_(False).eval()
-    join_all_weights(ours)
-    return ours
 
 
 def check_sampled(side: str, sampled: int, expected: int) -> int:
