@@ -1,4 +1,4 @@
-"""Modular style: a pipeline composed of the standard stages."""
+"""Pipelines composed of the standard stages (modular), or of a model's own stage and standard ones (hybrid)."""
 
 from __future__ import annotations
 
@@ -28,6 +28,22 @@ class StandardPipeline(ComposedPipeline):
         """Text to image, or to video: encode the text, draw the noise, lay out the steps, denoise, decode."""
         self._add_text_encoding(text_modules)
         self._add_preparation(scheduler)
+        self._add_denoising_and_decoding(scheduler)
+
+    def add_hybrid_stages(self, implementation: str, *, modules: Sequence[str], scheduler: str = "scheduler") -> None:
+        """One stage of the model's own for all work before denoising, then denoise and decode.
+
+        `implementation` is "package.module:Class"; its modules have their names as roles, besides SCHEDULER.
+        """
+        self.add_stage(
+            StageSpec(
+                contracts.BEFORE_DENOISING,
+                "before_denoising",
+                implementation,
+                {**{name: name for name in modules}, SCHEDULER: scheduler},
+                cost=Cost.PIXEL,
+            )
+        )
         self._add_denoising_and_decoding(scheduler)
 
     def _add_text_encoding(self, modules: Sequence[str]) -> None:

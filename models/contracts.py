@@ -110,6 +110,24 @@ class TimestepPreparationOutput:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BeforeDenoisingInput:
+    """What a hybrid model's stage reads: the whole request."""
+
+    prompt: Prompt
+    canvas: Canvas
+    sampling: Sampling
+
+
+@dataclass(frozen=True, kw_only=True)
+class BeforeDenoisingOutput:
+    """What a hybrid model's stage writes: all that the denoising loop reads."""
+
+    text_conditioning: Conditioning
+    initial_latents: Latents
+    schedule: Schedule
+
+
+@dataclass(frozen=True, kw_only=True)
 class DenoisingInput:
     """Inputs of the denoising loop, which continues from `resume_from`. Pipelines name the optional ones they use."""
 
@@ -151,5 +169,6 @@ IMAGE_ENCODING = derive_contract("ImageEncodingStage", ImageEncodingInput, Image
 IMAGE_VAE_ENCODING = derive_contract("ImageVAEEncodingStage", ImageVAEEncodingInput, ImageVAEEncodingOutput)
 LATENT_PREPARATION = derive_contract("LatentPreparationStage", LatentPreparationInput, LatentPreparationOutput)
 TIMESTEP_PREPARATION = derive_contract("TimestepPreparationStage", TimestepPreparationInput, TimestepPreparationOutput)
+BEFORE_DENOISING = derive_contract("BeforeDenoisingStage", BeforeDenoisingInput, BeforeDenoisingOutput)
 DENOISING = derive_contract("DenoisingStage", DenoisingInput, DenoisingOutput)
 DECODING = derive_contract("DecodingStage", DecodingInput, DecodingOutput)

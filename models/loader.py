@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.metadata
+import importlib.util
 import logging
 import platform
 import textwrap
@@ -172,7 +173,8 @@ def load_module(checkpoint: Checkpoint, name: str, config: PipelineConfig, runti
     return loader(checkpoint, name, runtime.device, config.dtype_of(name, runtime.dtype))
 
 
-def _load_tokenizer(checkpoint: Checkpoint, name: str, *_: object) -> Any:
+def load_tokenizer(checkpoint: Checkpoint, name: str, *_: object) -> Any:
+    """A tokenizer, or a processor with one, by its own library. Raises CheckpointError."""
     try:
         return _from_pretrained(checkpoint, name, {})
     except Exception as error:
@@ -213,18 +215,18 @@ _LOADERS: Mapping[str, ModuleLoader] = {
     "CLIPTextModel": load_pretrained,
     "CLIPImageProcessor": _load_image_processor,
     "CLIPImageProcessorPil": _load_image_processor,
-    "CLIPTokenizer": _load_tokenizer,
-    "CLIPTokenizerFast": _load_tokenizer,
+    "CLIPTokenizer": load_tokenizer,
+    "CLIPTokenizerFast": load_tokenizer,
     "CLIPVisionModel": load_pretrained,
     "CLIPVisionModelWithProjection": load_pretrained,
     "FlowMatchEulerDiscreteScheduler": _load_scheduler,
     "Qwen2_5_VLProcessor": _load_image_processor_of("Qwen2VLImageProcessorPil"),
     "Qwen2VLProcessor": _load_image_processor_of("Qwen2VLImageProcessorPil"),
-    "Qwen2Tokenizer": _load_tokenizer,
-    "Qwen2TokenizerFast": _load_tokenizer,
+    "Qwen2Tokenizer": load_tokenizer,
+    "Qwen2TokenizerFast": load_tokenizer,
     "T5EncoderModel": load_pretrained,
-    "T5Tokenizer": _load_tokenizer,
-    "T5TokenizerFast": _load_tokenizer,
+    "T5Tokenizer": load_tokenizer,
+    "T5TokenizerFast": load_tokenizer,
     "UMT5EncoderModel": load_pretrained,
     "UniPCMultistepScheduler": _load_scheduler,
 }
@@ -232,10 +234,8 @@ _LOADERS: Mapping[str, ModuleLoader] = {
 
 def _from_pretrained(checkpoint: Checkpoint, name: str, options: Mapping[str, Any], class_name: str = "") -> Any:
     """Let the module's own library load it, from this directory only: no hub, no pickle, no progress bar."""
-    library = checkpoint.modules[name][0]
+    library = _library_of(checkpoint, name)
     class_name = class_name or checkpoint.modules[name][1]
-    if library not in ("diffusers", "transformers"):
-        raise CheckpointError(f"{name}: library {library!r} is not supported; supported are diffusers and transformers")
     importlib.import_module(f"{library}.utils.logging").disable_progress_bar()
     cls = getattr(importlib.import_module(library), class_name)
     try:
@@ -243,6 +243,20 @@ def _from_pretrained(checkpoint: Checkpoint, name: str, options: Mapping[str, An
     except (OSError, ValueError, TypeError, LookupError, RuntimeError, ImportError, AttributeError) as error:
         sentence = textwrap.shorten(str(error), MOST_TOLD, placeholder=" ...")
         raise CheckpointError(f"{name}: {class_name} cannot be loaded: {sentence}") from error
+
+
+def _library_of(checkpoint: Checkpoint, name: str) -> str:
+    """The package that a module's class comes from. Raises CheckpointError for another one than the supported ones.
+
+    Diffusers writes the name of the pipeline's package, such as "glm_image", for classes from the package of the same
+    name in transformers.
+    """
+    library = checkpoint.modules[name][0]
+    if library in ("diffusers", "transformers"):
+        return library
+    if library.isidentifier() and importlib.util.find_spec(f"transformers.models.{library}") is not None:
+        return "transformers"
+    raise CheckpointError(f"{name}: library {library!r} is not supported; supported are diffusers and transformers")
 
 
 def numerics_fingerprint(

@@ -1,4 +1,4 @@
-"""Made-up requests that a denoising service runs before it takes real ones.
+"""Made-up requests that a service runs before it takes real ones: one that denoises, or does all work before that.
 
 What a size needs is made when it is first asked for: Triton compiles kernels, libraries set themselves up, the second
 step captures a CUDA graph. Requests of a size that was warmed up find all of that. Where texts are not padded, each
@@ -39,7 +39,7 @@ STEPS = 3
 """The first readies the kernels, the second captures a graph, the third finds one."""
 
 _FIELD = "warm_up"
-_SERVICE = "denoising"
+_DENOISING = "denoising"
 _SIZE = re.compile(r"(?P<height>[0-9]{1,5})x(?P<width>[0-9]{1,5})(x(?P<num_frames>[0-9]{1,5}))?")
 _VARIANT_SIGN = "@"
 
@@ -48,23 +48,24 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class WarmUp:
-    """Made-up requests of one model's denoising: variants, each with the parameters of a request of its own."""
+    """Made-up requests of one model's service: variants, each with the parameters of a request of its own."""
 
     model: ServedModel
+    service: str
     sizes: tuple[tuple[ServedVariant, SamplingParams], ...]
 
     @classmethod
-    def parse(cls, model: ServedModel, texts: Sequence[str]) -> Self:
+    def parse(cls, model: ServedModel, texts: Sequence[str], *, service: str = _DENOISING) -> Self:
         """Read sizes, HEIGHTxWIDTH or HEIGHTxWIDTHxFRAMES, each for every variant of the model or for the @VARIANT.
 
         Frames that are not given are the variant's own number. Raises InvalidInput for other texts, for a variant that
         the model does not have, for sizes that a request could not ask for, and for models whose stages are not the
         standard ones.
         """
-        return cls(model, tuple(each for text in texts for each in _sizes(model, text)))
+        return cls(model, service, tuple(each for text in texts for each in _sizes(model, service, text)))
 
     def run(self, stages: Callable[[Mapping[str, Any], Call], object], dtype: torch.dtype, call: Call) -> None:
-        """Run the denoising stages for a few steps at each size. `dtype` is theirs; raises as they do."""
+        """Run the stages at each size, a denoising loop for a few steps. `dtype` is theirs; raises as they do."""
         for (variant, params), inputs in zip(self.sizes, self.inputs(dtype), strict=True):
             began = time.monotonic()
             stages(inputs, replace(call, variant=variant.name))
@@ -73,24 +74,31 @@ class WarmUp:
             _log.info("warmed up for %s in %.1f s", name, time.monotonic() - began)
 
     def inputs(self, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
-        """The artifacts of a made-up request at each size, by slot of the denoising stage, on the CPU."""
+        """The artifacts of a made-up request at each size, by slot of the service's stages, on the CPU.
+
+        A service that reads the request alone gets that, another one what encoders make for a denoising stage.
+        """
         configs: dict[str, DenoisingConfig] = {}
         for variant, params in self.sizes:
+            slots, request = variant.pipeline.service(self.service).contract.inputs, params.artifacts()
+            if slots.keys() <= request.keys():
+                yield {slot: request[slot] for slot in slots}
+                continue
             if variant.name not in configs:
                 config_class: type[DenoisingConfig] = resolve(variant.pipeline_config)
                 configs[variant.name] = config_class.from_checkpoint(self.model.checkpoint)
-            made = _inputs(configs[variant.name], dtype, params.artifacts())
-            slots = variant.pipeline.service(_SERVICE).contract.inputs
+            made = _inputs(configs[variant.name], dtype, request)
             yield {slot: artifact for slot, artifact in made.items() if slot in slots}
 
 
-def _sizes(model: ServedModel, text: str) -> Iterator[tuple[ServedVariant, SamplingParams]]:
+def _sizes(model: ServedModel, service: str, text: str) -> Iterator[tuple[ServedVariant, SamplingParams]]:
     size, sign, name = text.partition(_VARIANT_SIGN)
     match = _SIZE.fullmatch(size)
     if match is None:
         message = f"{size!r} is no size to warm up for; it must be HEIGHTxWIDTH, or HEIGHTxWIDTHxFRAMES of a video"
         raise InvalidInput(f"{message}, and may end with @VARIANT", field=_FIELD)
-    for variant in _chosen(model, text, name) if sign else model.variants:
+    served = [variant for variant, _ in model.variants_of(service)]
+    for variant in _chosen(model, text, name) if sign else served:
         if not issubclass(resolve(variant.pipeline_config), DenoisingConfig):
             message = f"{model.checkpoint.pipeline_name} cannot be warmed up: its stages are not the standard ones"
             raise InvalidInput(message, field=_FIELD)
@@ -126,6 +134,8 @@ def _inputs(
     assert isinstance(canvas, Canvas), "SamplingParams.artifacts() puts each in its slot"
     assert isinstance(sampling, Sampling), "SamplingParams.artifacts() puts each in its slot"
     embeds = {name: _normal(shape, dtype) for name, shape in config.conditioning_shapes().items()}
+    ids = config.conditioning_id_shapes(canvas)
+    embeds |= {name: torch.zeros(shape, dtype=torch.int64) for name, shape in ids.items()}
     has_negative = isinstance(config, NegativePromptConfig) and config.wants_negative(prompt, sampling)
     inputs: dict[str, Any] = {
         "initial_latents": _latents(config, config.raw_latent_shapes(canvas, sampling.num_outputs_per_prompt), dtype),

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 _COORDINATOR = ("coordinator",)
-_WORKERS = ("text_encoding", "image_encoding", "latent_preparation", "denoising", "decoding")
+_WORKERS = ("text_encoding", "image_encoding", "latent_preparation", "before_denoising", "denoising", "decoding")
 
 _NAMES: Mapping[tuple[str, ...], str] = {
     _COORDINATOR: (
@@ -18,14 +18,15 @@ _NAMES: Mapping[tuple[str, ...], str] = {
         "max_streams max_connections max_message_bytes max_artifact_bytes max_raw_result_bytes heartbeat_seconds "
         "heartbeat_ttl_seconds scaler_listen assumed_seconds"
     ),
-    ("coordinator", "denoising", "decoding"): "step_seconds",
+    ("coordinator", "before_denoising", "denoising", "decoding"): "step_seconds",
     _WORKERS: "advertise device dtype threads capacity announce_seconds idle_seconds max_call_bytes tls_callers",
     ("text_encoding",): "reply_cache_bytes reply_cache_redis_bytes reply_cache_redis_seconds reply_cache_redis_gain",
     ("image_encoding", "denoising", "decoding"): "kernels kernel_cache",
-    ("denoising", "decoding"): "hang_seconds hang_mean_steps hang_exit_seconds",
+    ("before_denoising", "denoising", "decoding"): "hang_seconds hang_mean_steps hang_exit_seconds",
+    ("before_denoising", "denoising"): "warm_up",
     ("denoising",): (
         "attention_backend step_checkpoint_every step_checkpoint_seconds step_memory_bytes linear_dtype "
-        "step_cache_threshold warm_up tp ulysses ring cfg nnodes node_rank rdzv_endpoint "
+        "step_cache_threshold tp ulysses ring cfg nnodes node_rank rdzv_endpoint "
         "max_restarts rank_heartbeat_seconds rank_lost_seconds rank_join_seconds"
     ),
 }

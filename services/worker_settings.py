@@ -5,7 +5,8 @@ Each service has only the settings that it reads; SETTINGS in its `__main__` is 
     WorkerSettings      every stage service reads these; latent_preparation has no others
     CachingSettings     replies can be cached: text_encoding
     KernelSettings      modules use optional kernel packages on a GPU: image_encoding, decoding, denoising
-    StepSettings        stages report steps: decoding, denoising
+    StepSettings        stages report steps: before_denoising, decoding, denoising
+    WarmUpSettings      StepSettings, and made-up requests at the start: before_denoising, denoising
     DecodingSettings    KernelSettings and StepSettings
     LoopSettings        a denoising loop: DenoisingSettings in services.denoising.settings adds the worker group
 """
@@ -117,6 +118,15 @@ class StepSettings(WorkerSettings):
         return HangLimits(
             seconds=self.hang_seconds, mean_steps=self.hang_mean_steps, exit_seconds=self.hang_exit_seconds
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class WarmUpSettings(StepSettings):
+    """Serve a stage that can run made-up requests at the start, such as the one before denoising."""
+
+    warm_up: tuple[str, ...] = setting(
+        (), help="size to be warm for at the start: HEIGHTxWIDTH, or with xFRAMES; for one variant alone with @VARIANT"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

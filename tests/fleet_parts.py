@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
+from typing import Any
 
 from common.rpc.client import open_channel
 from coordinator_fleet import Stub
@@ -25,13 +26,13 @@ class Parts:
     def __init__(self, url: str, model: ServedModel, directory: Path, stack: AsyncExitStack) -> None:
         self.url = url
         self.model = model
-        self._directory = directory
+        self.directory = directory
         self._stack = stack
         self._count = 0
 
     def _listen(self) -> str:
         self._count += 1
-        return f"unix:{self._directory}/{self._count}.sock"
+        return f"unix:{self.directory}/{self._count}.sock"
 
     async def add_worker(self, service: str) -> str:
         """Start a worker; returns its address."""
@@ -42,14 +43,15 @@ class Parts:
         self._stack.push_async_callback(worker.stop, 5)
         return worker.address
 
-    async def add_coordinator(self) -> tuple[Coordinator, Stub]:
-        """Start a coordinator; returns it with a stub. The test stops it, or it ends with the test."""
+    async def add_coordinator(self, **more: Any) -> tuple[Coordinator, Stub]:
+        """Start a coordinator, with more settings; returns it with a stub. It ends with the test at the latest."""
         settings = CoordinatorSettings(
             model=(self.model.name,),
             redis=self.url,
             listen=self._listen(),
             heartbeat_seconds=0.1,
             heartbeat_ttl_seconds=0.5,
+            **more,
         )
         coordinator = await start_coordinator([self.model], settings)
         self._stack.push_async_callback(coordinator.stop, 0)

@@ -29,6 +29,7 @@ from models.stages.timestep_preparation import TimestepPreparationStage
 from rank_calls import denoise, forward, open_with, rank_file
 from rank_pool import RankPool
 from tiny_flux import LATENT_CHANNELS, build_tiny_flux
+from tiny_glm_image import CODES, GLYPH_SIZE, build_tiny_glm_image
 from tiny_qwen_image import build_tiny_qwen_image, build_tiny_qwen_image_edit
 from tiny_wan import TI2V_LATENT_CHANNELS, build_tiny_wan, build_tiny_wan_i2v, build_tiny_wan_ti2v
 
@@ -47,8 +48,9 @@ LAYOUTS = [
 class Family:
     """A checkpoint, and a request whose token count has few divisors.
 
-    Embeddings are (tokens, width) or (width,). Image latents have a packed and a raw shape. `channels` is the number
-    of latent channels. `config` is a reference to the config, if it is not the registered one.
+    Embeddings are (tokens, width) or (width,); `ids` are token ids (tokens,) of both branches. Image latents have a
+    packed and a raw shape. `channels` is the number of latent channels. `config` is a reference to the config, if it is
+    not the registered one.
     """
 
     build: Callable[[Path], Path]
@@ -57,6 +59,7 @@ class Family:
     positive: Mapping[str, tuple[int, ...]]
     negative: Mapping[str, tuple[int, ...]]
     pictures: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    ids: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     condition: tuple[tuple[int, ...], tuple[int, ...]] | None = None
     channels: int = LATENT_CHANNELS
     config: str = ""
@@ -101,6 +104,14 @@ FAMILIES = {
         pictures={"encoder_hidden_states_image": (17, 24)},
         condition=((1, 20, 3, 6, 10), (1, 20, 3, 6, 10)),
         tokens=45,
+    ),
+    "glm-image": Family(
+        build_tiny_glm_image,
+        Canvas(height=96, width=160),
+        positive={"encoder_hidden_states": (13, GLYPH_SIZE)},
+        negative={"encoder_hidden_states": (1, GLYPH_SIZE)},
+        ids={"prior_token_id": (60,)},
+        tokens=60,
     ),
     # 15 tokens of the given first frame, and 45 others.
     "wan-ti2v": Family(
@@ -166,6 +177,7 @@ def draw_input(checkpoint: Checkpoint, config: Any, family: Family) -> Denoising
     timesteps = TimestepPreparationStage(config, runtime, {"scheduler": scheduler})
     (noise,) = initial.initial_latents.parts.values()
     assert noise.latents[0].numel() == family.tokens * 2 * 2 * family.channels
+    ids = {name: torch.randint(CODES, (1, *size)) for name, size in family.ids.items()}
     condition = None
     if family.condition:
         packed, raw = family.condition
@@ -175,7 +187,8 @@ def draw_input(checkpoint: Checkpoint, config: Any, family: Family) -> Denoising
         initial_latents=initial.initial_latents,
         schedule=timesteps.run(TimestepPreparationInput(canvas=canvas, sampling=SAMPLING), Call("test")).schedule,
         text_conditioning=Conditioning(
-            prompt_embeds=draw(family.positive), negative_prompt_embeds=draw(family.negative)
+            prompt_embeds=draw(family.positive) | ids,
+            negative_prompt_embeds=draw(family.negative) | {name: each.clone() for name, each in ids.items()},
         ),
         image_conditioning=Conditioning(prompt_embeds=draw(family.pictures)) if family.pictures else None,
         image_latents=condition,

@@ -138,6 +138,11 @@ class PreparationConfig(LatentLayout):
     def sigmas(self, sampling: Sampling) -> Sequence[float] | None:
         """Noise levels before the scheduler's shift, one a step, highest first; None: the scheduler's own."""
 
+    def timesteps(self, sampling: Sampling) -> Sequence[float] | None:
+        """Timesteps, one a step, of a model whose timesteps do not follow from the shifted sigmas; None: they do."""
+        del sampling
+        return None
+
     @abstractmethod
     def mu(self, canvas: Canvas) -> float | None:
         """The shift of a scheduler that shifts by size; None for the others."""
@@ -171,9 +176,17 @@ class DenoisingConfig(LatentLayout):
     branches: ClassVar[tuple[str, ...]] = (POSITIVE, NEGATIVE)
     """All branches of guidance; the cfg axis of a worker group has at most as many ranks."""
 
+    prediction_dtype: ClassVar[torch.dtype | None] = None
+    """Dtype in which predictions are combined and stepped; None: that of the denoiser."""
+
     @abstractmethod
     def conditioning_shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Usual shapes of the encoders' outputs by the denoiser's keyword, batch 1; for warm-up."""
+
+    def conditioning_id_shapes(self, canvas: Canvas) -> Shapes:
+        """Shapes of token ids (int64) among the encoders' outputs by the denoiser's keyword, batch 1; for warm-up."""
+        del canvas
+        return {}
 
     def condition_shapes(self, canvas: Canvas) -> Shapes:
         """Usual raw shapes of image latents by part, batch 1, for warm-up; empty for a model without images."""

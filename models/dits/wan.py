@@ -84,7 +84,7 @@ class ImageEmbedding(nn.Module):
     def __init__(self, image_dim: int, size: int, positions: int | None) -> None:
         super().__init__()
         self.norm1 = FloatLayerNorm(image_dim, IMAGE_NORM_EPS)
-        self.ff = FeedForward(image_dim, hidden=image_dim, out_size=size, approximate="none")
+        self.ff = FeedForward(image_dim, hidden=image_dim, out_size=size, activation="gelu")
         self.norm2 = FloatLayerNorm(size, IMAGE_NORM_EPS)
         self.pos_embed = nn.Parameter(torch.zeros(1, positions, image_dim)) if positions else None
 

@@ -2,39 +2,53 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Literal
+
 from torch import Tensor, nn
-from torch.nn.functional import gelu
+from torch.nn.functional import gelu, silu
 
 from models.layers.linear import Linear
+
+Activation = Literal["gelu_tanh", "gelu", "silu"]
+
+_ACTIVATIONS: Mapping[Activation, Callable[[Tensor], Tensor]] = {
+    "gelu_tanh": partial(gelu, approximate="tanh"),
+    "gelu": gelu,
+    "silu": silu,
+}
 
 
 class _Projection(nn.Module):
     """The layer that checkpoints call net.0.proj, with its activation."""
 
-    def __init__(self, size: int, hidden: int, approximate: str) -> None:
+    def __init__(self, size: int, hidden: int, activation: Activation) -> None:
         super().__init__()
         self.proj = Linear(size, hidden)
-        self.approximate = approximate
+        self.activate = _ACTIVATIONS[activation]
 
     def forward(self, x: Tensor) -> Tensor:
-        return gelu(self.proj(x), approximate=self.approximate)
+        return self.activate(self.proj(x))
 
 
 class FeedForward(nn.Module):
-    """Linear, GELU, linear. Parameters are net.0.proj and net.2.
+    """Linear, activation, linear. Parameters are net.0.proj and net.2.
 
-    Unless told otherwise it is four times as wide inside, as wide outside as in, and GELU has its tanh form.
+    By default the hidden size is four times `size`, `out_size` is `size`, and the activation is GELU's tanh form.
     """
 
     def __init__(
-        self, size: int, hidden: int | None = None, out_size: int | None = None, approximate: str = "tanh"
+        self,
+        size: int,
+        hidden: int | None = None,
+        out_size: int | None = None,
+        activation: Activation = "gelu_tanh",
     ) -> None:
         super().__init__()
         hidden = hidden or 4 * size
         # Position 1 is a dropout in training code; it has no parameters, but the names count it.
-        self.net = nn.Sequential(
-            _Projection(size, hidden, approximate), nn.Identity(), Linear(hidden, out_size or size)
-        )
+        self.net = nn.Sequential(_Projection(size, hidden, activation), nn.Identity(), Linear(hidden, out_size or size))
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, tokens, size) to (batch, tokens, out_size)."""

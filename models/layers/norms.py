@@ -112,3 +112,20 @@ class RMSNorm(nn.Module):
         """
         del x, parts
         return None
+
+
+class PlainLayerNorm(nn.Module):
+    """Layer norm over the last dimension, of `size`, without weights."""
+
+    def __init__(self, size: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.size = size
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(x - mean(x)) / std(x)."""
+        return layer_norm(x, (self.size,), eps=self.eps)
+
+
+QKNorm = RMSNorm | PlainLayerNorm
+"""A norm of queries or keys. Only RMSNorm has a form whose channels are sharded."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from models.layers.fused_backend import kernels_for
-from models.layers.norms import RMSNorm
+from models.layers.norms import QKNorm, RMSNorm
 from models.layers.rotary import Rotation, apply_rotary
 
 
@@ -26,17 +26,24 @@ def split_heads(x: Tensor, head_size: int) -> Tensor:
 class QKNorms:
     """The norm of each part of a tensor (B, S, parts * D): of queries and keys, or of queries alone.
 
-    A norm of the head size works on each head by itself, any other on all heads together.
+    A norm of the head size works on each head by itself, any other on all heads together. Norms are all RMS norms, or
+    all layer norms of the head size.
     """
 
-    text: tuple[RMSNorm, ...]
-    image: tuple[RMSNorm, ...]
+    text: tuple[QKNorm, ...]
+    image: tuple[QKNorm, ...]
     head_size: int
 
     @property
     def per_head(self) -> bool:
         """Whether each head is normalised by itself."""
         return self.image[0].size == self.head_size
+
+    @property
+    def weights(self) -> list[Tensor]:
+        """Weights of the norms of each part, text first; none for norms without weights."""
+        pairs = zip(self.text, self.image, strict=True)
+        return [norm.weight for pair in pairs for norm in pair if isinstance(norm, RMSNorm)]
 
     def of(self, parts: slice) -> QKNorms:
         """Those of some parts."""
@@ -57,7 +64,8 @@ def apply_qk_norm(
     """
     out = in_place(x, len(norms.image), norms.head_size) if out is None else out
     normed = x[..., : len(norms.image) * x.shape[-1] // len(out)]
-    sums = norms.image[0].square_sums(normed, len(norms.image))
+    first = norms.image[0]
+    sums = first.square_sums(normed, len(norms.image)) if isinstance(first, RMSNorm) else None
     if (kernels := kernels_for(x)) is not None and norms.head_size.bit_count() == 1:
         kernels.apply_qk_norm(x, norms, rotation, boundary, sums, out)
         return
@@ -81,9 +89,10 @@ def in_place(x: Tensor, parts: int, head_size: int) -> tuple[Tensor, ...]:
     return tuple(split_heads(part, head_size) for part in x.chunk(parts, dim=-1))
 
 
-def _normalised(x: Tensor, norm: RMSNorm, norms: QKNorms, sums: Tensor | None) -> Tensor:
+def _normalised(x: Tensor, norm: QKNorm, norms: QKNorms, sums: Tensor | None) -> Tensor:
     """(B, tokens, D) to the same; `sums` (B, tokens, 1) of squares where x is a part of what is normalised."""
     if sums is not None:
+        assert isinstance(norm, RMSNorm), "only an RMSNorm has sums of squares over ranks"
         scaled: Tensor = x.float() * torch.rsqrt(sums / norm.size + norm.eps) * norm.weight.float()
         return scaled.to(x.dtype)
     if norms.per_head:

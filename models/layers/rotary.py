@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -12,10 +12,15 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Rotation:
-    """cos and sin of the angle of each pair of channels, float32 (tokens, head size / 2)."""
+    """cos and sin of the angle of each pair of channels, float32 (tokens, head size / 2).
+
+    Pairs are neighbouring channels; with `is_neox_style` a channel of the first half of a head and its counterpart in
+    the second half.
+    """
 
     cos: Tensor
     sin: Tensor
+    is_neox_style: bool = False
 
     def tensors(self) -> dict[str, Tensor]:
         """By their names."""
@@ -23,7 +28,7 @@ class Rotation:
 
     def of(self, tokens: slice) -> Rotation:
         """That of some tokens."""
-        return Rotation(self.cos[tokens], self.sin[tokens])
+        return replace(self, cos=self.cos[tokens], sin=self.sin[tokens])
 
     @cached_property
     def turns(self) -> Tensor:
@@ -45,8 +50,11 @@ def rotary_embedding(ids: Tensor, axes_dims: Sequence[int], theta: float = 10000
 
 
 def apply_rotary(x: Tensor, rotation: Rotation) -> Tensor:
-    """Turn neighbouring pairs of channels of x (batch, tokens, heads, head size). In float32, result in x's type."""
+    """Rotate the pairs of channels of x (batch, tokens, heads, head size). In float32, result in x's type."""
     cos, sin = rotation.cos[:, None, :], rotation.sin[:, None, :]
+    if rotation.is_neox_style:
+        first, second = x.float().chunk(2, dim=-1)
+        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
     even, odd = x.float().reshape(*x.shape[:-1], -1, 2).unbind(-1)
     turned = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1)
     return turned.flatten(-2).to(x.dtype)

@@ -7,6 +7,7 @@ Shapes: B batch, S tokens, D hidden size (of this rank, after tp), K head size.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from models.layers import fused_products
 from models.layers.attention import Attention, KeyValues
 from models.layers.linear import ALL, JoinedLinear, JoinsWeights, Linear, project
-from models.layers.norms import RMSNorm
+from models.layers.norms import QKNorm, RMSNorm
 from models.layers.qk_norm import QKNorms, apply_qk_norm, in_place, split_heads
 from models.layers.rotary import Rotation
 
@@ -35,14 +36,21 @@ class SelfAttention(JoinsWeights):
     The norms are over each head, or over all heads together if they are as wide. The block projects the result.
     """
 
-    def __init__(self, size: int, head_size: int, norm_size: int | None = None, eps: float = 1e-6) -> None:
+    def __init__(
+        self,
+        size: int,
+        head_size: int,
+        norm_size: int | None = None,
+        eps: float = 1e-6,
+        norm: Callable[[int, float], QKNorm] = RMSNorm,
+    ) -> None:
         super().__init__()
         self.head_size = head_size
         self.to_q = Linear(size, size)
         self.to_k = Linear(size, size)
         self.to_v = Linear(size, size)
-        self.norm_q = RMSNorm(norm_size or head_size, eps)
-        self.norm_k = RMSNorm(norm_size or head_size, eps)
+        self.norm_q = norm(norm_size or head_size, eps)
+        self.norm_k = norm(norm_size or head_size, eps)
         self.inner = Attention()
         self.joined: JoinedLinear | None = None
         # Of queries and of keys (2, D), where each head is normalised by itself.
@@ -51,8 +59,8 @@ class SelfAttention(JoinsWeights):
     def join_weights(self) -> None:
         """Make one product of the three projections, once the weights are in place."""
         self.joined = JoinedLinear(self._projections)
-        norms = (self.norm_q, self.norm_k)
-        if all(fused_products.has_heads(self.head_size, norm.size, norm.eps) for norm in norms):
+        norms = [norm for norm in (self.norm_q, self.norm_k) if isinstance(norm, RMSNorm)]
+        if norms and all(fused_products.has_heads(self.head_size, norm.size, norm.eps) for norm in norms):
             heads = self._size // self.head_size
             self.scales = torch.stack([norm.weight.data.repeat(heads) for norm in norms])
 

@@ -114,7 +114,7 @@ def _head_norm_rotary_kernel(
     tokens, boundary, heads, x_batch, x_token, part_stride, eps, normed_size,
     batch_0, token_0, batch_1, token_1, batch_2, token_2,
     NORMED: tl.constexpr, HEAD: tl.constexpr, HEADS: tl.constexpr, PER_HEAD: tl.constexpr, ROTATE: tl.constexpr,
-    HAS_SUMS: tl.constexpr,
+    HAS_SUMS: tl.constexpr, IS_LAYER_NORM: tl.constexpr, IS_NEOX: tl.constexpr,
 ):  # fmt: skip
     row, part = tl.program_id(0), tl.program_id(1)
     batch, token = (row // tokens).to(tl.int64), row % tokens
@@ -126,6 +126,8 @@ def _head_norm_rotary_kernel(
     x = tl.load(at, mask=mask, other=0.0).to(tl.float32)
     if part < NORMED:
         is_text = token < boundary
+        if IS_LAYER_NORM:
+            x = x - tl.sum(x, axis=1)[:, None] / HEAD
         if PER_HEAD:
             square = tl.sum(x * x, axis=1)[:, None]
             weight_at = channel + head * 0
@@ -134,16 +136,23 @@ def _head_norm_rotary_kernel(
             weight_at = inside
         if HAS_SUMS:
             square = tl.load(sums_ptr + row * NORMED + part)
-        if part == 0:
-            weight = _of_stream(text_0, image_0, is_text, weight_at, mask)
-        else:
-            weight = _of_stream(text_1, image_1, is_text, weight_at, mask)
-        x = x * tl.rsqrt(square / normed_size + eps) * weight
+        x = x * tl.rsqrt(square / normed_size + eps)
+        if not IS_LAYER_NORM:
+            if part == 0:
+                x = x * _of_stream(text_0, image_0, is_text, weight_at, mask)
+            else:
+                x = x * _of_stream(text_1, image_1, is_text, weight_at, mask)
         if ROTATE:
             pair = token * (HEAD // 2) + tl.arange(0, HEAD // 2)[None, :]
             cos, sin = tl.load(cos_ptr + pair), tl.load(sin_ptr + pair)
-            even, odd = tl.split(tl.reshape(x, (HEADS, HEAD // 2, 2)))
-            x = tl.reshape(tl.join(even * cos - odd * sin, odd * cos + even * sin), (HEADS, HEAD))
+            if IS_NEOX:
+                first, second = tl.split(tl.permute(tl.reshape(x, (HEADS, 2, HEAD // 2)), (0, 2, 1)))
+            else:
+                first, second = tl.split(tl.reshape(x, (HEADS, HEAD // 2, 2)))
+            rotated = tl.join(first * cos - second * sin, second * cos + first * sin)
+            if IS_NEOX:
+                rotated = tl.permute(rotated, (0, 2, 1))
+            x = tl.reshape(rotated, (HEADS, HEAD))
     result = x.to(x_ptr.dtype.element_ty)
     if part == 0:
         tl.store(out_0 + batch * batch_0 + far * token_0 + inside, result, mask=mask)
@@ -167,7 +176,7 @@ def apply_qk_norm(
     heads, head_size = size // norms.head_size, norms.head_size
     assert x.stride(2) == 1, "channels must be adjacent"
     assert all(each.stride(3) == 1 and each.stride(2) == head_size for each in out), "channels must be adjacent"
-    weights = [norm.weight for pair in zip(norms.text, norms.image, strict=True) for norm in pair]
+    weights = norms.weights or [x, x]
     cos, sin = (x, x) if rotation is None else (rotation.cos, rotation.sin)
     places = [out[min(part, len(out) - 1)] for part in range(3)]
     block = triton.next_power_of_2(heads)
@@ -176,7 +185,8 @@ def apply_qk_norm(
         tokens, boundary, heads, *x.stride()[:2], size, norms.image[0].eps, norms.image[0].size,
         *(stride for place in places for stride in place.stride()[:2]),
         NORMED=len(norms.image), HEAD=head_size, HEADS=block, PER_HEAD=norms.per_head, ROTATE=rotation is not None,
-        HAS_SUMS=square_sums is not None, num_warps=max(1, min(8, block * head_size // 512)),
+        HAS_SUMS=square_sums is not None, IS_LAYER_NORM=not norms.weights,
+        IS_NEOX=rotation is not None and rotation.is_neox_style, num_warps=max(1, min(8, block * head_size // 512)),
     )  # fmt: skip
 
 

@@ -39,7 +39,9 @@ class TimestepPreparationStage(PipelineStage[TimestepPreparationInput, TimestepP
             if sigmas is None:
                 scheduler.set_timesteps(x.sampling.num_inference_steps, mu=self._config.mu(x.canvas))
             else:
-                scheduler.set_timesteps(sigmas=list(sigmas), mu=self._config.mu(x.canvas))
+                timesteps = self._config.timesteps(x.sampling)
+                given = {} if timesteps is None else {"timesteps": list(timesteps)}
+                scheduler.set_timesteps(sigmas=list(sigmas), mu=self._config.mu(x.canvas), **given)
         if not bool(torch.isfinite(scheduler.sigmas).all() and torch.isfinite(scheduler.timesteps).all()):
             raise _not_finite(x.sampling)
         schedule = Schedule(

@@ -14,13 +14,13 @@ from models.catalog import ServedModel
 from models.layers.mesh import Degrees
 from models.loader import check_parallel
 from models.registry import resolve
-from services.worker_settings import LoopSettings, device_of
+from services.worker_settings import LoopSettings, WarmUpSettings, device_of
 
 SERVICE = "denoising"
 
 
 @dataclass(frozen=True, kw_only=True)
-class DenoisingSettings(LoopSettings):
+class DenoisingSettings(LoopSettings, WarmUpSettings):
     """Serve the denoising of one model, by this process or by a worker group of tp x ulysses x ring x cfg ranks."""
 
     tp: int = setting(1, help="ranks among which the weights are cut (tensor parallelism)")
@@ -36,10 +36,6 @@ class DenoisingSettings(LoopSettings):
         8.0, help="silence after which a rank is taken for lost, and the group starts again"
     )
     rank_join_seconds: float = setting(120.0, help="time that all ranks get to find each other at the start")
-    warm_up: tuple[str, ...] = setting(
-        (), help="size to be warm for at the start: HEIGHTxWIDTH, or with xFRAMES; for one variant alone with @VARIANT"
-    )
-
     linear_dtype: LinearDtype = setting(
         "same", help="what the transformer's large linear layers multiply in: float8 is faster, and less exact"
     )

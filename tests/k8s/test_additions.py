@@ -16,8 +16,8 @@ from manifests import K8S, Manifest, render
 
 from services.cli.serve import settings_class
 
-STAGE = "before_denoising"
-NAME = "before-denoising"
+STAGE = "up_scaling"
+NAME = "up-scaling"
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def tree(tmp_path: Path) -> Path:
 def add_stage(folder: Path) -> None:
     """A file for a new stage, as that of denoising, and a line in the kustomization."""
     text = (folder / "denoising.yaml").read_text()
-    new = text.replace("denoising", NAME).replace("DenoisingService", "BeforeDenoisingService")
+    new = text.replace("denoising", NAME).replace("DenoisingService", "UpScalingService")
     for form in ("[{}]", "stage: {}\n", "service: {},"):
         new = new.replace(form.format(NAME), form.format(STAGE))
     (folder / f"{STAGE}.yaml").write_text(new)
@@ -50,7 +50,7 @@ def known(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         manifest_checks,
         "proto_services",
-        lambda name: ["fleet.v1.BeforeDenoisingService"] if name == STAGE else protos(name),
+        lambda name: ["fleet.v1.UpScalingService"] if name == STAGE else protos(name),
     )
 
 
@@ -91,10 +91,10 @@ def test_a_new_stage_is_a_file_and_a_line_in_base_and_in_a_scaler(tree: Path, ca
     new, old = objects_of(manifests, NAME), objects_of(manifests, "denoising")
     assert new.keys() == old.keys() == case.kinds
     for kind, each in new.items():
-        text = json.dumps(each).replace("BeforeDenoising", "Denoising").replace(NAME, "denoising")
+        text = json.dumps(each).replace("UpScaling", "Denoising").replace(NAME, "denoising")
         assert json.loads(text.replace(STAGE, "denoising")) == old[kind], kind
     # The emoji model has no such stage.
-    expected = ("emoji needs", "model emoji has no stage before_denoising")
+    expected = ("emoji needs", "model emoji has no stage up_scaling")
     assert [each for each in errors(manifests) if not each.startswith(expected) and expected[1] not in each] == []
 
 
@@ -105,6 +105,31 @@ def test_a_new_stage_without_a_role_in_the_set_is_an_error(tree: Path) -> None:
     found = errors(render(tree / "overlays" / "disaggregatedset"))
     assert f"ScaledObject/{NAME}: its target ('Deployment', '{NAME}') is not there" in found
     assert f"Service/{NAME}: selector matches no pod" in found
+
+
+@pytest.mark.parametrize(
+    ("scaler", "kind"), [("keda", "ScaledObject"), ("hpa", "HorizontalPodAutoscaler")], ids=["keda", "hpa"]
+)
+def test_the_stage_before_denoising_is_a_file_and_a_line_in_each_folder(tree: Path, scaler: str, kind: str) -> None:
+    """Without them, a fleet of the hybrid style lacks this stage alone, and nothing else refers to it."""
+    overlay = tree / "overlays" / "hybrid" / "kustomization.yaml"
+    overlay.write_text(overlay.read_text().replace("components/keda", f"components/{scaler}"))
+    whole = render(overlay.parent)
+    assert errors(whole) == []
+    assert {each["metadata"]["name"] for each in whole if each["kind"] == kind} == {
+        "before-denoising",
+        "denoising",
+        "decoding",
+    }
+    for folder in ("base", f"components/{scaler}"):
+        (tree / folder / "before_denoising.yaml").unlink()
+        path = tree / folder / "kustomization.yaml"
+        path.write_text(path.read_text().replace("  - before_denoising.yaml\n", ""))
+    rest = render(overlay.parent)
+    assert errors(rest) == []
+    gone = [each for each in whole if each not in rest]
+    assert {each["metadata"]["name"] for each in gone} == {"before-denoising"}
+    assert [each for each in whole if each not in gone] == rest
 
 
 @pytest.mark.parametrize("overlay", ["multi-node", "disaggregatedset"])

@@ -11,9 +11,11 @@ import kubernetes_validate
 import pytest
 from crds import BUILT_IN_GROUPS
 from manifest_checks import CHECKS
-from manifests import K8S, SERVICES, Manifest, kustomizations, name_of, render
+from manifests import K8S, SERVICES, Manifest, kustomizations, name_of, pods, render
 from planted import PLANTED, Planted
 from planted_workers import PLANTED_IN_WORKERS
+
+from models.registry import load_registry
 
 ALL_PLANTED = [*PLANTED, *PLANTED_IN_WORKERS]
 OVERLAYS = {path.name: path for path in kustomizations()}
@@ -36,6 +38,7 @@ def test_the_overlays_are_there() -> None:
         "dev",
         "gpu",
         "gpu-group",
+        "hybrid",
         "multi-node",
         "disaggregatedset",
         "keda",
@@ -81,6 +84,13 @@ def test_a_planted_error_is_found(planted: Planted) -> None:
     planted.plant(manifests)
     found = list(CHECKS[planted.check](manifests))
     assert any(planted.error in error for error in found), found
+
+
+def test_the_hybrid_overlay_has_the_stages_of_its_pipeline() -> None:
+    """The stages of modular models would refuse it."""
+    pipeline = load_registry().entry("GlmImagePipeline").pipeline
+    wanted = {spec.service for spec in pipeline(pipeline._required_config_modules).services}
+    assert {pod.service for pod in pods(rendered("hybrid")) if pod.service} == wanted | {"coordinator"}
 
 
 def test_kubectl_reports_a_kustomization_that_is_wrong(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from common.pipeline import StageSpec
 from common.stage import Call, PipelineStage
 from local_fleet import LocalFleet, open_fleet
 from models.registry import load_registry
+from tiny_glm_image import build_tiny_glm_image
 from tiny_qwen_image import build_tiny_qwen_image, build_tiny_qwen_image_edit
 from tiny_wan import build_tiny_wan, build_tiny_wan_i2v, build_tiny_wan_ti2v
 
@@ -78,6 +79,7 @@ _SMALL: Mapping[str, Any] = {"prompt": "a red apple", "height": 32, "width": 32,
 _VIDEO: Mapping[str, Any] = {**_SMALL, "num_frames": 5}
 CASES = {
     "FluxPipeline": Case("emoji", {**_SMALL, "negative_prompt": "car", "true_cfg_scale": 2.0}),
+    "GlmImagePipeline": Case(build_tiny_glm_image, _SMALL),
     "QwenImagePipeline": Case(build_tiny_qwen_image, {**_SMALL, "negative_prompt": "car"}),
     "QwenImageEditPipeline": Case(build_tiny_qwen_image_edit, _SMALL, has_image=True),
     "WanPipeline": Case(build_tiny_wan, _VIDEO),

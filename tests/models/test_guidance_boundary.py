@@ -12,9 +12,11 @@ from local_fleet import LocalFleet
 from models.catalog import open_model
 from models.dits.base import DiffusionTransformer
 from models.dits.flux import FluxTransformer2DModel
+from models.dits.glm_image import GlmImageTransformer2DModel
 from models.dits.qwen_image import QwenImageTransformer2DModel
 from models.dits.wan import WanTransformer3DModel
 from models.registry import load_registry
+from tiny_glm_image import build_tiny_glm_image
 from tiny_qwen_image import build_tiny_qwen_image
 
 STEPS = 2
@@ -32,12 +34,17 @@ def qwen_image(path: Path) -> str:
     return str(build_tiny_qwen_image(path / "qwen"))
 
 
+def glm_image(path: Path) -> str:
+    return str(build_tiny_glm_image(path / "glm"))
+
+
 @pytest.mark.parametrize(
     ("reference", "transformer", "scale", "size"),
     [
         (emoji, FluxTransformer2DModel, "true_cfg_scale", {}),
         (emoji_video, WanTransformer3DModel, "guidance_scale", {"num_frames": 5}),
         (qwen_image, QwenImageTransformer2DModel, "true_cfg_scale", {}),
+        (glm_image, GlmImageTransformer2DModel, "guidance_scale", {}),
     ],
 )
 def test_guidance_of_one_runs_one_branch(

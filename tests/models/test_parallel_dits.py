@@ -40,6 +40,12 @@ def test_pairs(rank_pool: RankPool, cases: dict[str, Case], tmp_path: Path, fami
 
 
 @pytest.mark.parametrize("degrees", FEW, ids=str)
+def test_degrees_of_glm_image(rank_pool: RankPool, cases: dict[str, Case], tmp_path: Path, degrees: Degrees) -> None:
+    """The positive branch has more glyph tokens than there are ranks, the negative branch fewer."""
+    check(rank_pool, cases["glm-image"], degrees, tmp_path)
+
+
+@pytest.mark.parametrize("degrees", FEW, ids=str)
 def test_two_segments_of_tokens(rank_pool: RankPool, cases: dict[str, Case], tmp_path: Path, degrees: Degrees) -> None:
     """Every rank has a chunk of the first frame and a chunk of the others."""
     check(rank_pool, cases["wan-ti2v"], degrees, tmp_path)

@@ -31,6 +31,7 @@ from redis_servers import running_server
 from services.denoising import __main__ as denoising
 from services.denoising.settings import DenoisingSettings
 from services.worker import start_worker
+from tiny_glm_image import build_tiny_glm_image
 from tiny_qwen_image import build_tiny_qwen_image_edit
 from tiny_wan import build_tiny_wan_i2v, build_tiny_wan_ti2v
 from toy_checkpoint import build_toy_checkpoint, toy_family
@@ -83,11 +84,12 @@ def encoded(model: ServedModel, params: Mapping[str, Any], picture: tuple[int, i
     ("build", "size", "picture"),
     [
         (None, "32x48", None),
+        (build_tiny_glm_image, "32x64", None),
         (build_tiny_wan_i2v, "32x48x5", (48, 32)),
         (build_tiny_wan_ti2v, "64x96x5@text", None),
         (build_tiny_wan_ti2v, "64x96x5@image", (48, 32)),
     ],
-    ids=["flux", "wan-i2v", "wan-ti2v-text", "wan-ti2v-image"],
+    ids=["flux", "glm-image", "wan-i2v", "wan-ti2v-text", "wan-ti2v-image"],
 )
 def test_made_up_requests_have_the_shapes_of_real_ones(
     tmp_path: Path, build: Callable[[Path], Path] | None, size: str, picture: tuple[int, int] | None
@@ -106,6 +108,30 @@ def test_an_edit_is_given_a_picture_of_its_own_size(tmp_path: Path) -> None:
     assert found["latents"]["condition"] == (1, 52 * 78, 64, 1, 1, 16, 104, 156)
     assert found["positive"] == found["negative"], "guidance is on by default"
     assert made_up["text_conditioning"].prompt_embeds["encoder_hidden_states"].dtype == torch.bfloat16
+
+
+def test_a_service_before_denoising_is_given_a_request(tmp_path: Path) -> None:
+    """And the loop real ids of prior tokens."""
+    model = opened(build_tiny_glm_image(tmp_path / "glm"))
+    (request,) = WarmUp.parse(model, ("32x64",), service="before_denoising").inputs(torch.float32)
+    assert request.keys() == {"prompt", "canvas", "sampling"}
+    assert (request["canvas"].height, request["canvas"].width) == (32, 64)
+    (made_up,) = WarmUp.parse(model, ("32x64",)).inputs(torch.bfloat16)
+    embeds = made_up["text_conditioning"].prompt_embeds
+    assert {name: value.dtype for name, value in embeds.items()} == {
+        "encoder_hidden_states": torch.bfloat16,
+        "prior_token_id": torch.int64,
+    }
+
+
+def test_a_service_before_denoising_samples_every_token(tmp_path: Path) -> None:
+    model = opened(build_tiny_glm_image(tmp_path / "glm"))
+    spec = model.service("before_denoising")
+    stages = HostedStages("before_denoising", load_stages(model, spec, Runtime(device=CPU, dtype=torch.float32)))
+    tokens: list[tuple[int, int]] = []
+    call = Call("warm-up", on_progress=lambda *token: tokens.append(token))
+    WarmUp.parse(model, ("32x64",), service="before_denoising").run(stages.run, torch.float32, call)
+    assert tokens[-1] == (len(tokens), len(tokens))
 
 
 def test_the_loop_runs_a_few_steps_at_each_size(caplog: pytest.LogCaptureFixture) -> None:

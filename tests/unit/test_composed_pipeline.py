@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from common.errors import CheckpointError
-from common.pipeline import ComposedPipeline, Cost, PipelineError, ServiceSpec, StageSpec, check
+from common.pipeline import ComposedPipeline, Cost, MissingModules, PipelineError, ServiceSpec, StageSpec, check
 from common.stage import Contract, compose_contracts
+from models.composition import StandardPipeline
 from models.pipelines.flux import FluxPipeline
 from models.pipelines.qwen_image_edit import QwenImageEditPipeline
 from models.pipelines.wan import WanPipeline
@@ -225,6 +226,44 @@ def test_flux_runs_its_encoders_beside_its_preparation() -> None:
     assert not preparation.inputs.keys() & text.outputs.keys()
     assert preparation.outputs.keys() == {"initial_latents", "schedule"}
     assert pipeline.service("denoising").contract.optional == {"resume_from"}
+
+
+class HybridSketch(StandardPipeline):
+    """A pipeline of the hybrid style."""
+
+    pipeline_name = "Hybrid"
+    _required_config_modules = ("brain", "transformer", "scheduler", "vae")
+
+    def create_pipeline_stages(self) -> None:
+        """All work before denoising in one stage."""
+        self.add_hybrid_stages("nowhere:Before", modules=("brain",))
+
+
+def test_a_hybrid_pipeline_has_one_service_before_denoising() -> None:
+    pipeline = HybridSketch(HybridSketch._required_config_modules)
+    assert [spec.service for spec in pipeline.services] == ["before_denoising", "denoising", "decoding"]
+    assert pipeline.service("before_denoising").contract.inputs.keys() == pipeline.given.keys()
+    assert pipeline.service("before_denoising").modules == ("brain", "scheduler")
+
+
+def test_a_hybrid_pipeline_is_checked_as_a_modular_one_is() -> None:
+    class Twice(HybridSketch):
+        def create_pipeline_stages(self) -> None:
+            self._add_text_encoding(("brain",))
+            super().create_pipeline_stages()
+
+    with pytest.raises(PipelineError, match="BeforeDenoisingStage writes 'text_conditioning', which is already"):
+        Twice(HybridSketch._required_config_modules)
+
+    class Lacking(HybridSketch):
+        def add_stage(self, stage: StageSpec) -> None:
+            if stage.service != "before_denoising":
+                super().add_stage(stage)
+
+    with pytest.raises(PipelineError, match="DenoisingStage reads 'schedule', which no earlier stage writes"):
+        Lacking(HybridSketch._required_config_modules)
+    with pytest.raises(MissingModules, match=r"Hybrid needs .* lacks brain"):
+        HybridSketch(("transformer", "scheduler", "vae"))
 
 
 def test_pipelines_read_the_optional_inputs_that_they_name() -> None:

@@ -16,6 +16,7 @@ from configs.sample.base import SamplingParams
 from configs.sample.flux import FluxSamplingParams
 from configs.sample.wan import WanSamplingParams
 from models.catalog import open_model
+from models.pipelines.glm_image import GlmImagePipeline
 from models.pipelines.qwen_image_edit import QwenImageEditPipeline
 from models.pipelines.wan_image_to_video import WanImageToVideoPipeline
 from models.registry import load_registry
@@ -52,6 +53,18 @@ def test_encoded_images_count_by_pixels(pipeline: type[ComposedPipeline]) -> Non
     }
     assert [spec.service for spec in services if spec.reports_steps] == ["denoising"]
     assert [spec.resume_slot for spec in services if spec.service == "denoising"] == ["resume_from"]
+
+
+def test_a_hybrid_model_has_three_services() -> None:
+    services = GlmImagePipeline(GlmImagePipeline._required_config_modules).services
+    assert {spec.service: spec.cost for spec in services} == {
+        "before_denoising": Cost.PIXEL,
+        "denoising": Cost.PIXEL_STEP,
+        "decoding": Cost.PIXEL,
+    }
+    # The tokens of its language model are no steps of the loop.
+    assert [spec.service for spec in services if spec.reports_steps] == ["denoising"]
+    assert [spec.resume_slot for spec in services] == [None, "resume_from", None]
 
 
 def test_videos_count_by_frames_too() -> None:

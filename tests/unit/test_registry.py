@@ -14,7 +14,14 @@ from models.pipelines.flux import FluxPipeline
 from models.registry import Registry, load_registry, resolve
 from toy_checkpoint import toy_family
 
-FAMILIES = ["FluxPipeline", "QwenImageEditPipeline", "QwenImagePipeline", "WanImageToVideoPipeline", "WanPipeline"]
+FAMILIES = [
+    "FluxPipeline",
+    "GlmImagePipeline",
+    "QwenImageEditPipeline",
+    "QwenImagePipeline",
+    "WanImageToVideoPipeline",
+    "WanPipeline",
+]
 
 PLUGIN = """
 from models.pipelines.flux import FluxPipeline

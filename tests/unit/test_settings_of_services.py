@@ -132,7 +132,7 @@ def test_classes_follow_from_the_stages(service: str) -> None:
             ("--step-checkpoint-every", "1"),
             "--step-checkpoint-every is not .* services that read it: denoising$",
         ),
-        ("text_encoding", ("--hang-seconds=3",), "services that read it: denoising, decoding$"),
+        ("text_encoding", ("--hang-seconds=3",), "services that read it: before_denoising, denoising, decoding$"),
         ("image_encoding", ("--reply-cache-bytes", "0"), "services that read it: text_encoding$"),
         ("denoising", ("--api-keys", "x"), "services that read it: coordinator$"),
         ("coordinator", ("--device", "cpu"), "services that read it: text_encoding, image_encoding, latent_prep"),

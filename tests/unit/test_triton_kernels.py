@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch.nn.functional import normalize, silu
 from models.layers import triton_kernels as kernels
 from models.layers.activation import write_gelu
 from models.layers.float8 import FLOAT8, quantize_rows
-from models.layers.norms import LayerNormScaleShift, Residual, RMSNorm, SegmentVectors
+from models.layers.norms import LayerNormScaleShift, PlainLayerNorm, Residual, RMSNorm, SegmentVectors
 from models.layers.qk_norm import QKNorms, apply_qk_norm, in_place
 from models.layers.rotary import rotary_embedding
 from models.layers.usp_attention import merge
@@ -89,6 +90,25 @@ def test_qk_norm_rotary(dtype: torch.dtype, most: float, size: int, parts: int) 
     kernels.apply_qk_norm(qk, norms, rotation, BOUNDARY, None, in_place(qk, parts, HEAD))
     assert_near(qkv, expected, most)
     assert torch.equal(qkv[..., parts * SIZE :], expected[..., parts * SIZE :])
+
+
+@DTYPES
+@pytest.mark.parametrize("heads", [1, 3, 4])
+def test_layer_norm_of_heads_in_neox_style(heads: int, dtype: torch.dtype, most: float) -> None:
+    """Pairs of channels are half a head apart."""
+    norm = PlainLayerNorm(HEAD)
+    norms = QKNorms((norm, norm), (norm, norm), HEAD)
+    angles = rotary_embedding(torch.arange(TOKENS)[:, None], (HEAD,))
+    rotation = replace(angles, is_neox_style=True)
+    qkv = 3 + torch.randn(BATCH, TOKENS, 3 * heads * HEAD, dtype=dtype)
+    expected = qkv.clone()
+    qk = slice(0, 2 * heads * HEAD)
+    apply_qk_norm(expected[..., qk], norms, rotation, BOUNDARY)
+    kernels.apply_qk_norm(qkv[..., qk], norms, rotation, BOUNDARY, None, in_place(qkv[..., qk], 2, HEAD))
+    assert_near(qkv, expected, most)
+    neighbours = expected.clone()
+    apply_qk_norm(neighbours[..., qk], norms, angles, BOUNDARY)
+    assert not torch.allclose(neighbours, qkv, atol=0.1)
 
 
 def test_qk_norm_of_a_part_uses_the_sums_of_the_whole() -> None:

@@ -59,7 +59,7 @@ from services.denoising.messages import OutOfStep
 from services.worker_settings import WorkerSettings
 from tokens import AUDIENCE, ISSUER, jwk, jwk_set, private_key, public_pem, token
 
-SERVICES = ("text_encoding", "image_encoding", "latent_preparation", "denoising", "decoding")
+SERVICES = ("text_encoding", "image_encoding", "latent_preparation", "before_denoising", "denoising", "decoding")
 PUBLIC = generation_pb2.DESCRIPTOR.services_by_name["GenerationService"]
 LIMITS = CallLimits(total_bytes=64 << 20)
 

@@ -1,0 +1,255 @@
+"""The GLM-Image DiT: glyph and image tokens in one stream, which share weights and have modulations of their own.
+
+Shapes: N steps, B batch, T glyph tokens, I image tokens, S both (glyphs first), C channels of a 2x2 patch, D hidden
+size, E size of the time embedding, M all modulations. Parameter names are the checkpoint's.
+"""
+
+# ruff: noqa: N803, N806  (the capitals of a tensor's name are its shape)
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from itertools import islice
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import silu
+
+from configs.models.dits.glm_image import GlmImageTransformerConfig
+from configs.pipeline_configs.packed import pack_patches, unpack_patches
+from models.dits.base import DiffusionTransformer, Predictions, Prepared
+from models.dits.glm_image_plan import GLM_IMAGE_PLAN
+from models.dits.joint_stream import through_joint_blocks
+from models.layers.embeddings import EmbeddingMLP, sinusoidal_embedding
+from models.layers.feed_forward import FeedForward
+from models.layers.linear import Linear, only_linear
+from models.layers.norms import LayerNormScaleShift, PlainLayerNorm, Residual, SegmentVectors
+from models.layers.parallelize import parallelize
+from models.layers.rotary import Rotation, rotary_embedding
+from models.layers.self_attention import SelfAttention
+from models.layers.step_cache import CacheUse
+from models.weights import load_module
+
+if TYPE_CHECKING:
+    from common.checkpoint import Checkpoint
+    from models.layers.mesh import WorkerMesh
+
+EPS = 1e-5
+MODULATIONS = 12
+"""Of a block: shift, scale and gate of attention and of feed-forward, each for image and glyph tokens in turn."""
+
+
+class TimeAndSizeEmbedding(nn.Module):
+    """Timestep, crop and size of the image, as one vector (E)."""
+
+    def __init__(self, config: GlmImageTransformerConfig) -> None:
+        super().__init__()
+        self.sinusoid_size = config.time_embed_dim
+        self.condition_dim = config.condition_dim
+        self.timestep_embedder = EmbeddingMLP(config.time_embed_dim, config.time_embed_dim)
+        # Two numbers of the crop's corner, and two of the size.
+        self.condition_embedder = EmbeddingMLP(4 * config.condition_dim, config.time_embed_dim)
+
+    def forward(self, timesteps_NB: Tensor, target_size: Tensor, crop_coords: Tensor) -> Tensor:
+        """(N, B, E), activated, for timesteps in [0, 1000], and pixels (B, 2) of heights and widths."""
+        sinusoids = sinusoidal_embedding(timesteps_NB.flatten(), self.sinusoid_size)
+        numbers = torch.cat((crop_coords, target_size), dim=1)
+        condition = sinusoidal_embedding(numbers.flatten(), self.condition_dim).view(len(numbers), -1)
+        time_NBE: Tensor = self.timestep_embedder(sinusoids).view(*timesteps_NB.shape, -1)
+        return silu(time_NBE + self.condition_embedder(condition))
+
+
+class ModulationLinear(nn.Module):
+    """Vectors of size D, `parts` of them, from the activated time embedding."""
+
+    def __init__(self, time_size: int, size: int, parts: int) -> None:
+        super().__init__()
+        self.linear = Linear(time_size, parts * size)
+
+    def forward(self, activated_E: Tensor) -> Tensor:
+        """(..., E) to (..., parts * D)."""
+        parts: Tensor = self.linear(activated_E)
+        return parts
+
+
+class ImageProjector(nn.Module):
+    """The first projection of the image's patches."""
+
+    def __init__(self, channels: int, size: int) -> None:
+        super().__init__()
+        self.proj = Linear(channels, size)
+
+    def forward(self, image_BIC: Tensor) -> Tensor:
+        """(B, I, C) to (B, I, D)."""
+        projected: Tensor = self.proj(image_BIC)
+        return projected
+
+
+class GlmImageAttention(SelfAttention):
+    """Attention over glyph and image tokens; queries and keys are layer-normalised without weights."""
+
+    def __init__(self, size: int, head_size: int) -> None:
+        super().__init__(size, head_size, eps=EPS, norm=PlainLayerNorm)
+        self.to_out = nn.ModuleList([Linear(size, size)])
+
+
+class GlmImageTransformerBlock(nn.Module):
+    """Attention, then a feed-forward, both modulated and gated by time."""
+
+    def __init__(self, config: GlmImageTransformerConfig) -> None:
+        super().__init__()
+        size = config.hidden_size
+        self.norm = LayerNormScaleShift(size, EPS)
+        self.norm1 = ModulationLinear(config.time_embed_dim, size, MODULATIONS)
+        self.attn1 = GlmImageAttention(size, config.attention_head_dim)
+        self.ff = FeedForward(size)
+
+    def forward(self, residual: Residual, parts: Iterator[Tensor], rotation: Rotation, boundary: int) -> Residual:
+        """The next residual; takes its modulations from `parts`."""
+        own = list(islice(parts, MODULATIONS))
+        vectors = [SegmentVectors(text, image) for image, text in zip(own[::2], own[1::2], strict=True)]
+        shift, scale, gate, ff_shift, ff_scale, ff_gate = vectors
+        x_BSD, normed = self.norm.after(residual, scale, shift, boundary)
+        attended = self.attn1.finish(self.attn1.start(normed, rotation, boundary, keys_first=True))
+        residual = only_linear(self.attn1.to_out).update(x_BSD, attended, gate, boundary)
+        x_BSD, normed = self.norm.after(residual, ff_scale, ff_shift, boundary)
+        fed = normed.new_empty(normed.shape)
+        self.ff.into(normed, fed)
+        return Residual(x_BSD, fed, ff_gate)
+
+
+class GlmImageTransformer2DModel(DiffusionTransformer):
+    """Predicts the velocity of image latents."""
+
+    block_linears: ClassVar[tuple[str, ...]] = GLM_IMAGE_PLAN.block_linears
+
+    def __init__(self, config: GlmImageTransformerConfig) -> None:
+        super().__init__()
+        size = config.hidden_size
+        # Half of a head's pairs rotate with the row, the others with the column.
+        self.axes_dims = (config.attention_head_dim // 2,) * 2
+        self.out_channels = config.out_channels
+        self.image_projector = ImageProjector(4 * config.in_channels, size)
+        self.glyph_projector = FeedForward(config.text_embed_dim, size, size, activation="gelu")
+        self.prior_token_embedding = nn.Embedding(config.codebook_size, size)
+        self.prior_projector = FeedForward(size, size, activation="silu")
+        self.time_condition_embed = TimeAndSizeEmbedding(config)
+        self.transformer_blocks = nn.ModuleList(GlmImageTransformerBlock(config) for _ in range(config.num_layers))
+        self.norm_out = ModulationLinear(config.time_embed_dim, size, 2)
+        self.final_norm = LayerNormScaleShift(size, EPS)
+        self.proj_out = nn.Linear(size, 4 * config.out_channels)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        prior_token_id: Tensor,
+        prior_token_drop: Tensor,
+        target_size: Tensor,
+        crop_coords: Tensor,
+    ) -> Tensor:
+        """Velocity (B, out_channels, rows, columns) of hidden_states (B, in_channels, rows, columns).
+
+        timestep is (B,) in [0, 1000]; encoder_hidden_states (B, T, text_embed_dim), without padding; prior_token_id
+        int64 (B, I), which bool prior_token_drop (B, I) leaves out; target_size and crop_coords (B, 2) in pixels.
+        """
+        prepared = self.prepare(
+            timestep[None], encoder_hidden_states, prior_token_id, prior_token_drop, target_size, crop_coords
+        )
+        return self.predict(hidden_states, use=None, **prepared.row(0), **prepared.constants)["hidden_states"]
+
+    def prepare(  # type: ignore[override]  # which keywords there are differs by model
+        self,
+        timesteps: Tensor,
+        encoder_hidden_states: Tensor,
+        prior_token_id: Tensor,
+        prior_token_drop: Tensor,
+        target_size: Tensor,
+        crop_coords: Tensor,
+    ) -> Prepared:
+        """Modulations of all blocks (N, B, M) for timesteps (N, B), the embedded glyphs and prior tokens."""
+        activated_NBE = self.time_condition_embed(timesteps, target_size, crop_coords)
+        modulations = torch.cat([each(activated_NBE) for each in self._modulations()], dim=-1)
+        embedded: Tensor = self.prior_token_embedding(prior_token_id)
+        embedded = embedded.masked_fill(prior_token_drop[..., None], 0.0)
+        return Prepared(
+            steps={"modulation": modulations},
+            constants={
+                "text_BTD": self.glyph_projector(encoder_hidden_states),
+                "prior_BID": self.prior_projector(embedded),
+            },
+        )
+
+    def predict(  # type: ignore[override]  # which constants there are differs by model
+        self,
+        hidden_states: Tensor,
+        modulation: Tensor,
+        text_BTD: Tensor,
+        prior_BID: Tensor,
+        use: CacheUse | None = None,
+    ) -> Predictions:
+        """Velocity (B, out_channels, rows, columns), with a step's modulations (B, M)."""
+        rows, columns = hidden_states.shape[2:]
+        rotation = _image_rotation((rows // 2, columns // 2), self.axes_dims, hidden_states.device)
+        patches = pack_patches(hidden_states)
+        velocity = self.tokens(patches, rotation.cos, rotation.sin, modulation, text_BTD, prior_BID, use)
+        return {"hidden_states": unpack_patches(velocity, self.out_channels, rows, columns)}
+
+    def tokens(
+        self,
+        image_BIC: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        modulation: Tensor,
+        text_BTD: Tensor,
+        prior_BID: Tensor,
+        use: CacheUse | None = None,
+    ) -> Tensor:
+        """All blocks, from patches (B, I, C) to those of the velocity. Image tokens rotate, glyph tokens do not."""
+        still = cos.new_zeros(text_BTD.shape[1], cos.shape[1])
+        rotation = Rotation(torch.cat((still + 1, cos)), torch.cat((still, sin)), is_neox_style=True)
+        image_BID = self.image_projector(image_BIC) + prior_BID
+        normed = through_joint_blocks(
+            image_BID, text_BTD, modulation, rotation, self.transformer_blocks, self.final_norm, use
+        )
+        velocity: Tensor = self.proj_out(normed)
+        return velocity
+
+    def residual_elements(self, latents: Mapping[str, Tensor], constants: Mapping[str, Tensor]) -> int:
+        """Glyph tokens of this rank, and image tokens of all ranks."""
+        image = latents["hidden_states"]
+        tokens = constants["text_BTD"].shape[1] + math.prod(side // 2 for side in image.shape[2:])
+        return len(image) * tokens * self.final_norm.size
+
+    def _modulations(self) -> Iterator[nn.Module]:
+        """In the order in which predict() takes their parts."""
+        for block in self.transformer_blocks:
+            assert isinstance(block, GlmImageTransformerBlock)
+            yield block.norm1
+        yield self.norm_out
+
+
+@lru_cache(maxsize=4)
+def _image_rotation(grid: tuple[int, int], axes_dims: tuple[int, int], device: torch.device) -> Rotation:
+    """Rotation by every token's row and column, in order. The same for all steps and requests of a size."""
+    positions = torch.cartesian_prod(*(torch.arange(size, device=device) for size in grid))
+    return rotary_embedding(positions, axes_dims)
+
+
+def load_glm_image_transformer(
+    checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype, mesh: WorkerMesh | None = None
+) -> GlmImageTransformer2DModel:
+    """Build the DiT of the module's config.json, or this rank's part of it, and read its weights.
+
+    Raises CheckpointError, and InvalidInput for a mesh whose degrees do not divide the model.
+    """
+    config = GlmImageTransformerConfig.from_dict(name, checkpoint.module_config(name))
+    with torch.device("meta"):
+        model = GlmImageTransformer2DModel(config)
+    parallelize(model, GLM_IMAGE_PLAN, mesh, heads=config.num_attention_heads)
+    load_module(model, name, checkpoint.weight_files(name), device, dtype)
+    return model

@@ -1,0 +1,224 @@
+"""Samples an image's prior tokens with GLM-Image's autoregressive language model, token by token.
+
+The model continues the prompt with a small preview of about 256 tokens, then with the image's own tokens, one for 32x32
+pixels. Draws come from a generator of the request's own, in the order and form of transformers' generate(), so that the
+tokens are those of Diffusers' pipeline for the same seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jinja2 import TemplateError
+from torch import Tensor
+from torch.nn.functional import interpolate
+from transformers import (
+    DynamicCache,
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from common.errors import CheckpointError, InvalidInput
+from models.encoder_runners.checks import check_tokenizer
+from models.loader import load_pretrained, load_tokenizer
+
+if TYPE_CHECKING:
+    from common.checkpoint import Checkpoint
+
+PIXELS = 32
+"""Height and width of an image token."""
+UPSAMPLING = 2
+"""Prior tokens of the DiT along each side of an image token."""
+
+OnToken = Callable[[int, int], None]
+"""Called with the number of sampled tokens and of all tokens; raises to end the sampling."""
+
+Grid = tuple[int, int]
+
+_TEMPLATE_FILE = "chat_template.jinja"
+_PROCESSOR_FILES = ("tokenizer.json", "tokenizer_config.json", "processor_config.json", _TEMPLATE_FILE)
+_SETTINGS_FILE = "vision_language_encoder/generation_config.json"
+_PROBE = "a red apple"
+
+# transformers' own, for settings that generation_config.json leaves out.
+_TEMPERATURE, _TOP_K, _TOP_P = 1.0, 50, 1.0
+_NEUTRAL: Mapping[str, tuple[object, ...]] = {
+    **dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty", "typical_p", "num_beams"), (None, 1)),
+    **dict.fromkeys(("min_p", "epsilon_cutoff", "eta_cutoff", "no_repeat_ngram_size"), (None, 0)),
+    **dict.fromkeys(("encoder_no_repeat_ngram_size", "min_length", "min_new_tokens"), (None, 0)),
+    **dict.fromkeys(("bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "sequence_bias"), (None,)),
+    **dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id", "watermarking_config", "top_h"), (None,)),
+    **dict.fromkeys(("exponential_decay_length_penalty", "penalty_alpha", "dola_layers"), (None,)),
+    **dict.fromkeys(("renormalize_logits", "remove_invalid_values"), (None, False)),
+    "guidance_scale": (None, 1),
+}
+"""Other settings that change which token is sampled, each with the values that change nothing."""
+
+
+class PriorTokenSampler:
+    """The language model and its processor. Raises CheckpointError when they do not fit each other or the DiT.
+
+    `codebook_size` is the number of tokens that the DiT has embeddings for.
+    """
+
+    def __init__(self, processor: Any, model: Any, codebook_size: int, device: torch.device) -> None:
+        self._processor = processor
+        self._lm_head = model.lm_head
+        self._language_model = model.model.language_model
+        self._config = model.config
+        self._codebook_size = codebook_size
+        self._device = device
+        known = self._language_model.get_input_embeddings().num_embeddings
+        check_tokenizer("processor", processor.tokenizer, "vision_language_encoder", known)
+        self._check_template()
+        self._warpers = _warpers(model.generation_config)
+        self._ends = _ends(model.generation_config.eos_token_id)
+        marks = (self._config.image_token_id, self._config.image_start_token_id, self._config.image_end_token_id)
+        self._marks: list[str] = processor.tokenizer.convert_ids_to_tokens(list(marks))
+
+    def sample(self, prompt: str, grid: Grid, seed: int, on_token: OnToken) -> Tensor:
+        """Tokens of an image, int64 (1, 4 * rows * columns) on the CPU, for a grid of rows and columns of 32 pixels.
+
+        Each sampled token stands for 2x2 prior tokens. Raises InvalidInput for a prompt that holds marks of images, or
+        is too long, and for a seed from which the model ends too early.
+        """
+        ids, grids = self._encode(prompt, grid)
+        positions = _positions(ids.shape[1], grids[::-1]).to(self._device)
+        tokens = self._generate(ids, positions, seed, on_token)
+        own = torch.tensor(tokens[-grid[0] * grid[1] :])
+        if int(own.max()) >= self._codebook_size:
+            raise _unusable(seed, f"a token that the transformer does not know ({int(own.max())})")
+        upsampled = interpolate(own.view(1, 1, *grid).float(), scale_factor=UPSAMPLING, mode="nearest")
+        return upsampled.long().flatten(1)
+
+    def _check_template(self) -> None:
+        """Refuse a chat template that does not render the prompt. Raises CheckpointError."""
+        file = f"processor/{_TEMPLATE_FILE}"
+        try:
+            (text,) = self._processor.apply_chat_template(_chat(_PROBE), tokenize=False)
+        except (TemplateError, ValueError, TypeError) as error:
+            raise CheckpointError(
+                f"{file}: the chat template cannot be rendered: {error}; download it again"
+            ) from error
+        if _PROBE not in text or text == _PROBE:
+            raise CheckpointError(f"{file}: the chat template gives {text!r} for {_PROBE!r}; download it again")
+
+    def _encode(self, prompt: str, grid: Grid) -> tuple[Tensor, list[Grid]]:
+        """Token ids (1, tokens) of the chat with both grids in it, and the grids: the image's, then the preview's."""
+        if mark := next((mark for mark in self._marks if mark in prompt), None):
+            message = f"prompt must not hold {mark}, one of the model's own marks of images; leave it out"
+            raise InvalidInput(message, field="prompt")
+        rows, columns = grid
+        encoded = self._processor.apply_chat_template(
+            _chat(prompt),
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"padding": False, "target_h": PIXELS * rows, "target_w": PIXELS * columns},
+        )
+        ids: Tensor = encoded["input_ids"]
+        grids = [(height, width) for _, height, width in encoded["image_grid_thw"].tolist()]
+        most = self._config.text_config.max_position_embeddings - sum(height * width for height, width in grids)
+        if ids.shape[1] > most:
+            message = f"prompt is too long: it has {ids.shape[1]} tokens, and at most {most} fit beside the image's"
+            raise InvalidInput(message, field="prompt")
+        return ids, grids
+
+    def _generate(self, ids: Tensor, positions: Tensor, seed: int, on_token: OnToken) -> list[int]:
+        """The sampled tokens: as many as there are positions (3, 1, tokens) after those of the prompt."""
+        generator = torch.Generator(self._device).manual_seed(seed)
+        cache = DynamicCache(config=self._config.text_config)
+        begin, total = ids.shape[1], positions.shape[2] - ids.shape[1]
+        seen = slice(0, begin)
+        given, sampled = ids.to(self._device), list[int]()
+        while True:
+            logits = self._logits(given, positions[:, :, seen], cache)
+            scores = self._warpers(given, logits)
+            given = torch.multinomial(scores.softmax(dim=-1), 1, generator=generator)
+            sampled.append(int(given))
+            if sampled[-1] in self._ends:
+                raise _unusable(seed, f"the end of the image after {len(sampled) - 1} of {total} tokens")
+            on_token(len(sampled), total)
+            if len(sampled) == total:
+                return sampled
+            seen = slice(begin + len(sampled) - 1, begin + len(sampled))
+
+    def _logits(self, given: Tensor, positions: Tensor, cache: Any) -> Tensor:
+        """Scores of the next token, float32 (1, vocabulary)."""
+        embeds = self._language_model.get_input_embeddings()(given)
+        # By position: the name of the cache's argument differs between versions of transformers.
+        output = self._language_model(None, None, positions, cache, embeds)
+        logits: Tensor = self._lm_head(output.last_hidden_state[:, -1:])
+        return logits[:, -1].float()
+
+
+def load_glm_image_language_model(checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype) -> Any:
+    """The language model without its image encoder, which only editing uses. Raises CheckpointError."""
+    model = load_pretrained(checkpoint, name, torch.device("cpu"), dtype)
+    del model.model.visual, model.model.vqmodel
+    return model.to(device)
+
+
+def load_glm_image_processor(checkpoint: Checkpoint, name: str, *_: object) -> Any:
+    """The processor, with its tokenizer and chat template. Raises CheckpointError that names their files."""
+    try:
+        return load_tokenizer(checkpoint, name)
+    except CheckpointError as error:
+        files = ", ".join(_PROCESSOR_FILES)
+        raise CheckpointError(f"{error.message}; the files of {name} are {files}: download them again") from error
+
+
+def _chat(prompt: str) -> list[Any]:
+    """A batch of one chat, in which a user sends the prompt."""
+    return [[{"role": "user", "content": [{"type": "text", "text": prompt}]}]]
+
+
+def _positions(prompt_tokens: int, grids: Sequence[Grid]) -> Tensor:
+    """Positions (3, 1, tokens) of prompt and grids: order, row and column, each grid after the largest one before."""
+    parts = [torch.arange(prompt_tokens).expand(3, -1)]
+    start = prompt_tokens
+    for rows, columns in grids:
+        cells = torch.cartesian_prod(torch.tensor([0]), torch.arange(rows), torch.arange(columns))
+        parts.append(cells.T + start)
+        start += max(rows, columns)
+    return torch.cat(parts, dim=1)[:, None]
+
+
+def _warpers(settings: Any) -> Any:
+    """The settings of generation_config.json that shape the scores. Raises CheckpointError for others."""
+    values = settings.to_dict()
+    if values.get("_from_model_config"):
+        raise CheckpointError(f"{_SETTINGS_FILE} is missing; it says how tokens are sampled: download it again")
+    for name, neutral in _NEUTRAL.items():
+        if values.get(name) not in neutral:
+            message = f"{_SETTINGS_FILE}: {name}: {values[name]!r} is not supported; temperature, top_k and top_p are"
+            raise CheckpointError(message)
+    temperature, top_k, top_p = (values.get(name) for name in ("temperature", "top_k", "top_p"))
+    temperature = _TEMPERATURE if temperature is None else temperature
+    top_k = _TOP_K if top_k is None else top_k
+    top_p = _TOP_P if top_p is None else top_p
+    warpers = LogitsProcessorList()
+    try:
+        if temperature != 1.0:
+            warpers.append(TemperatureLogitsWarper(temperature))
+        if top_k:
+            warpers.append(TopKLogitsWarper(top_k=top_k))
+        if top_p < 1.0:
+            warpers.append(TopPLogitsWarper(top_p=top_p))
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{_SETTINGS_FILE}: {error}") from error
+    return warpers
+
+
+def _ends(ids: int | list[int] | None) -> frozenset[int]:
+    """The tokens that end a generation."""
+    return frozenset() if ids is None else frozenset(ids if isinstance(ids, list) else [ids])
+
+
+def _unusable(seed: int, what: str) -> InvalidInput:
+    message = f"seed: {seed} is not one from which the model draws a whole image: it drew {what}"
+    return InvalidInput(f"{message}; another seed works", field="seed")

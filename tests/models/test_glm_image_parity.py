@@ -1,0 +1,223 @@
+"""GLM-Image through all of its stages, against Diffusers' pipeline with the same weights, seed and arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import GlmImagePipeline
+from PIL import Image
+from torch import Tensor
+
+from common.errors import CheckpointError, InvalidInput
+from configs.pipeline_configs.glm_image import GlmImagePipelineConfig
+from local_fleet import Heard, LocalFleet, open_fleet, reference_run, relative_error
+from models.catalog import open_model
+from models.registry import load_registry
+from tiny_glm_image import build_tiny_glm_image, edited
+
+Pair = tuple[LocalFleet, Any]
+
+SEED = 5
+BASE: dict[str, Any] = {"prompt": "a red apple", "height": 64, "width": 64, "num_inference_steps": 4}
+QUOTED: dict[str, Any] = {"prompt": 'a red car with "old stone" on it'}
+# Two quoted texts: an even number, before each of which Diffusers puts a token.
+TWO_QUOTED: dict[str, Any] = {"prompt": "the “river” on 「猫 moon」"}
+
+MODES: dict[str, dict[str, Any]] = {
+    "text": {},
+    "quoted text": QUOTED,
+    "two quoted texts": TWO_QUOTED,
+    "four kinds of quotes, without guidance": {
+        "prompt": "'a' \"bb\" “ccc” 「猫」 isn't it's",
+        "guidance_scale": 1.0,
+    },
+    "without guidance": {"guidance_scale": 1.0},
+    "strong guidance": {"guidance_scale": 7.5, **QUOTED},
+    "wide": {"height": 32, "width": 128, "num_inference_steps": 9},
+    "tall": {"height": 96, "width": 32},
+    "large": {"height": 128, "width": 160, "num_inference_steps": 2},
+    "two outputs": {"num_outputs_per_prompt": 2, **QUOTED},
+    "one step": {"num_inference_steps": 1},
+    "custom sigmas": {"sigmas": (1.0, 0.7, 0.45, 0.2)},
+    "a crop": {"crops_coords_top_left": (16.0, 48.0)},
+    "few glyph tokens": {"max_sequence_length": 4, **QUOTED},
+    "empty prompt": {"prompt": ""},
+    "grids in the prompt": {"prompt": "a cat<sop>3 2<eop>"},
+}
+
+
+@pytest.fixture(scope="module")
+def usual(pair: Pair) -> Tensor:
+    """Our latents of the request with a quoted text."""
+    return pair[0].tensors(**BASE | QUOTED, seed=SEED)["latents"]
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    path = build_tiny_glm_image(tmp_path_factory.mktemp("glm") / "image")
+    theirs = GlmImagePipeline.from_pretrained(path)
+    theirs.set_progress_bar_config(disable=True)
+    fleet = open_fleet(str(path))
+    yield fleet, theirs
+    fleet.close()
+
+
+def call_of(given: dict[str, Any]) -> dict[str, Any]:
+    """The same request as arguments of Diffusers' call."""
+    call = {name: value for name, value in given.items() if name != "num_outputs_per_prompt"}
+    if "sigmas" in call:
+        call["sigmas"] = list(call["sigmas"])
+    return call | {"num_images_per_prompt": given.get("num_outputs_per_prompt", 1)}
+
+
+@cache
+def their_tokens(pipeline: Any, prompt: str, height: int, width: int) -> Tensor:
+    """The prior tokens that Diffusers' pipeline samples."""
+    generator = torch.Generator("cpu").manual_seed(SEED)
+    with torch.inference_mode():
+        tokens: Tensor = pipeline.generate_prior_tokens(prompt, height, width, generator=generator)[0]
+    return tokens
+
+
+def check(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    assert ours["latents"].shape == theirs["latents"].shape
+    assert ours["pixels"].shape == theirs["pixels"].shape
+    assert relative_error(ours["latents"], theirs["latents"]) <= 1e-4
+    assert float((ours["pixels"] - theirs["pixels"]).abs().max()) <= 1e-3
+    assert float(theirs["pixels"].std()) > 0.05, "a flat image would prove nothing"
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_latents_and_pixels_are_diffusers(pair: Pair, mode: str) -> None:
+    """Diffusers samples the prior tokens once, for latents and pixels."""
+    fleet, pipeline = pair
+    given = BASE | MODES[mode]
+    tokens = their_tokens(pipeline, given["prompt"], given["height"], given["width"])
+    theirs = reference_run(pipeline, seed=SEED, **call_of(given), prior_token_ids=tokens)
+    check(fleet.tensors(seed=SEED, **given), theirs)
+
+
+def test_the_whole_call_is_diffusers(pair: Pair) -> None:
+    """Diffusers samples the prior tokens within its call."""
+    fleet, pipeline = pair
+    given = BASE | QUOTED
+    check(fleet.tensors(seed=SEED, **given), reference_run(pipeline, seed=SEED, **call_of(given)))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"prompt": 'a blue car with "old stone" on it'},
+        {"prompt": 'a red car with "old river" on it'},
+        {"guidance_scale": 3.0},
+        {"seed": 6},
+        {"max_sequence_length": 4},
+        {"sigmas": (1.0, 0.7, 0.45, 0.2)},
+        {"crops_coords_top_left": (512.0, 0.0)},
+    ],
+    ids=str,
+)
+def test_every_input_matters(pair: Pair, usual: Tensor, change: dict[str, Any]) -> None:
+    """The tolerance means something: what the request changes moves the result a hundred times further."""
+    after = pair[0].tensors(**BASE | QUOTED | {"seed": SEED} | change)["latents"]
+    assert relative_error(after, usual) > 1e-2
+
+
+def test_warnings_name_cut_glyphs_and_an_idle_negative_prompt(pair: Pair) -> None:
+    heard = Heard()
+    pair[0].tensors(heard, **BASE | QUOTED, max_sequence_length=4, seed=1)
+    assert heard.warnings == [
+        ("prompt", "text_encoder reads at most 4 tokens of a quoted text, and one has 10: old stone")
+    ]
+
+
+def test_prior_tokens_are_reported_one_by_one(pair: Pair) -> None:
+    heard = Heard()
+    pair[0].media(heard, **BASE, seed=1)
+    total = 16 * 16 + 4
+    assert heard.progress[:total] == [(token, total) for token in range(1, total + 1)]
+    assert heard.progress[total:] == [*((step, 4) for step in range(1, 5)), (1, 1)]
+
+
+@pytest.mark.parametrize(
+    ("given", "field", "message"),
+    [
+        ({"height": 80}, "height", "height: 80 is not a multiple of 32; 64 or 96 works"),
+        # Diffusers takes this width, and fails on the number of its tokens.
+        ({"width": 68}, "width", "width: 68 is not a multiple of 32; 64 or 96 works"),
+        ({"width": 31}, "width", "width: 31 is not a multiple of 32; 32 works"),
+        ({"images": {"image": b""}}, "images", "takes no images, but 1 came"),
+        ({"images": {"image": b"", "image_1": b""}}, "images", "takes no images, but 2 came"),
+        ({"crops_coords_top_left": (1.0,)}, "crops_coords_top_left", "1 numbers are not 2"),
+        ({"sigmas": (0.5, 0.7)}, "sigmas", "must not rise"),
+        ({"max_sequence_length": 2049}, "max_sequence_length", "from 1 to 2048"),
+        ({"guidance_scale": float("nan")}, "guidance_scale", "finite"),
+        ({"prompt_2": "a cat"}, "prompt_2", "has no parameter 'prompt_2'"),
+        ({"output_format": "mp4"}, "output_format", "png or safetensors"),
+        ({"prompt": "a cat<|image|>"}, "prompt", "must not hold <.image.>"),
+        ({"prompt": "a cat<|dit_token_49|>"}, "prompt", "must not hold <.dit_token_49.>"),
+        ({"prompt": "z " * 8000}, "prompt", "prompt is too long"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_drawn_is_refused(pair: Pair, given: dict[str, Any], field: str, message: str) -> None:
+    with pytest.raises(InvalidInput, match=message) as caught:
+        pair[0].media(**BASE | given, seed=1)
+    assert caught.value.field == field
+
+
+def test_editing_fails_in_diffusers(pair: Pair) -> None:
+    """The reason why images are refused. A Diffusers that edits makes this test fail."""
+    with pytest.raises((RuntimeError, ValueError, TypeError)):
+        pair[1](image=[Image.new("RGB", (64, 64))], **call_of(BASE), generator=torch.Generator().manual_seed(1))
+
+
+def test_a_directory_that_diffusers_wrote_is_served(pair: Pair, tmp_path: Path) -> None:
+    """Diffusers writes the pipeline's own package for the classes of transformers that are imported there."""
+    modules = {
+        "processor": ["glm_image", "GlmImageProcessor"],
+        "vision_language_encoder": ["glm_image", "GlmImageForConditionalGeneration"],
+    }
+    path = edited(pair[0].model.checkpoint.path, tmp_path / "copy", "", "model_index.json", modules)
+    fleet = open_fleet(str(path))
+    assert torch.equal(*(each.tensors(seed=SEED, **BASE)["latents"] for each in (fleet, pair[0])))
+    fleet.close()
+
+
+def test_a_library_that_is_no_package_is_refused(pair: Pair, tmp_path: Path) -> None:
+    modules = {"processor": ["os.path", "GlmImageProcessor"]}
+    path = edited(pair[0].model.checkpoint.path, tmp_path / "copy", "", "model_index.json", modules)
+    with pytest.raises(CheckpointError, match=r"library 'os\.path' is not supported"):
+        open_fleet(str(path))
+
+
+@pytest.mark.usefixtures("rounded_noise")
+def test_bfloat16_is_near(pair: Pair) -> None:
+    """Not comparable at the tolerances of float32; its prior tokens may differ."""
+    half = open_fleet(str(pair[0].model.checkpoint.path), torch.bfloat16)
+    ours = half.tensors(**BASE, seed=SEED)["latents"]
+    half.close()
+    assert ours.dtype == torch.float32, "Diffusers steps in float32"
+    assert bool(ours.isfinite().all())
+
+
+@pytest.mark.parametrize(
+    ("folder", "file", "entries", "message"),
+    [
+        ("transformer", "config.json", {"in_channels": 8}, "takes 8 and makes 16 channels"),
+        ("transformer", "config.json", {"text_embed_dim": 48}, "takes 48 text features where text_encoder makes 32"),
+        ("vae", "config.json", {"block_out_channels": [8, 8, 16]}, "block_out_channels"),
+        ("vae", "config.json", {"latents_mean": [0.0]}, "latents_mean"),
+    ],
+)
+def test_modules_that_do_not_fit_are_refused(
+    tmp_path: Path, pair: Pair, folder: str, file: str, entries: dict[str, Any], message: str
+) -> None:
+    path = edited(pair[0].model.checkpoint.path, tmp_path / "edited", folder, file, entries)
+    with pytest.raises(CheckpointError, match=message):
+        GlmImagePipelineConfig.from_checkpoint(open_model(str(path), load_registry()).checkpoint)
