@@ -77,8 +77,7 @@ class PriorTokenSampler:
         self._check_template()
         self._warpers = _warpers(model.generation_config)
         self._ends = _ends(model.generation_config.eos_token_id)
-        marks = (self._config.image_token_id, self._config.image_start_token_id, self._config.image_end_token_id)
-        self._marks: list[str] = processor.tokenizer.convert_ids_to_tokens(list(marks))
+        self._marks = _marks(processor.tokenizer, model.config)
 
     def sample(self, prompt: str, grid: Grid, seed: int, on_token: OnToken) -> Tensor:
         """Tokens of an image, int64 (1, 4 * rows * columns) on the CPU, for a grid of rows and columns of 32 pixels.
@@ -104,7 +103,7 @@ class PriorTokenSampler:
             raise CheckpointError(
                 f"{file}: the chat template cannot be rendered: {error}; download it again"
             ) from error
-        if _PROBE not in text or text == _PROBE:
+        if _PROBE not in text:
             raise CheckpointError(f"{file}: the chat template gives {text!r} for {_PROBE!r}; download it again")
 
     def _encode(self, prompt: str, grid: Grid) -> tuple[Tensor, list[Grid]]:
@@ -175,6 +174,23 @@ def load_glm_image_processor(checkpoint: Checkpoint, name: str, *_: object) -> A
 def _chat(prompt: str) -> list[Any]:
     """A batch of one chat, in which a user sends the prompt."""
     return [[{"role": "user", "content": [{"type": "text", "text": prompt}]}]]
+
+
+def _marks(tokenizer: Any, config: Any) -> tuple[str, ...]:
+    """The texts of the tokens that stand around and for images. Raises CheckpointError where there are none."""
+    ids = {
+        "image_token_id": config.image_token_id,
+        "image_start_token_id": config.image_start_token_id,
+        "image_end_token_id": config.image_end_token_id,
+    }
+    marks: list[str | None] = tokenizer.convert_ids_to_tokens(list(ids.values()))
+    for (name, number), mark in zip(ids.items(), marks, strict=True):
+        if not mark:
+            raise CheckpointError(
+                f"vision_language_encoder/config.json: {name}: {number} is no token of processor/tokenizer.json; "
+                "both must be those of one model"
+            )
+    return tuple(filter(None, marks))
 
 
 def _positions(prompt_tokens: int, grids: Sequence[Grid]) -> Tensor:
