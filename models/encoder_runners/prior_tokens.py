@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from jinja2 import TemplateError
 from torch import Tensor
-from torch.nn.functional import interpolate
 from transformers import (
     DynamicCache,
     LogitsProcessorList,
@@ -91,8 +90,8 @@ class PriorTokenSampler:
         own = torch.tensor(tokens[-grid[0] * grid[1] :])
         if int(own.max()) >= self._codebook_size:
             raise _unusable(seed, f"a token that the transformer does not know ({int(own.max())})")
-        upsampled = interpolate(own.view(1, 1, *grid).float(), scale_factor=UPSAMPLING, mode="nearest")
-        return upsampled.long().flatten(1)
+        upsampled = own.view(grid).repeat_interleave(UPSAMPLING, 0).repeat_interleave(UPSAMPLING, 1)
+        return upsampled.reshape(1, -1)
 
     def _check_template(self) -> None:
         """Refuse a chat template that does not render the prompt. Raises CheckpointError."""
@@ -194,7 +193,7 @@ def _marks(tokenizer: Any, config: Any) -> tuple[str, ...]:
 
 
 def _positions(prompt_tokens: int, grids: Sequence[Grid]) -> Tensor:
-    """Positions (3, 1, tokens) of prompt and grids: order, row and column, each grid after the largest one before."""
+    """Positions (3, 1, tokens) of prompt and grids: order, row and column, each grid after the one before."""
     parts = [torch.arange(prompt_tokens).expand(3, -1)]
     start = prompt_tokens
     for rows, columns in grids:

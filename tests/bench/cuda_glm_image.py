@@ -102,7 +102,7 @@ SCALES = {
         text={},
         glyphs={"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4},
         vae=(8, 8, 16, 16),
-        codes=48,
+        codes=64,
         pixels=128,
     ),
 }

@@ -18,7 +18,7 @@ from configs.pipeline_configs.glm_image import GlmImagePipelineConfig
 from local_fleet import Heard, LocalFleet, open_fleet, reference_run, relative_error
 from models.catalog import open_model
 from models.registry import load_registry
-from tiny_glm_image import build_tiny_glm_image, edited
+from tiny_glm_image import IMAGE_END, build_tiny_glm_image, edited
 
 Pair = tuple[LocalFleet, Any]
 
@@ -158,7 +158,7 @@ def test_prior_tokens_are_reported_one_by_one(pair: Pair) -> None:
         ({"prompt_2": "a cat"}, "prompt_2", "has no parameter 'prompt_2'"),
         ({"output_format": "mp4"}, "output_format", "png or safetensors"),
         ({"prompt": "a cat<|image|>"}, "prompt", "must not hold <.image.>"),
-        ({"prompt": "a cat<|dit_token_49|>"}, "prompt", "must not hold <.dit_token_49.>"),
+        ({"prompt": f"a cat{IMAGE_END}"}, "prompt", "must not hold <.dit_token_65.>"),
         ({"prompt": "z " * 8000}, "prompt", "prompt is too long"),
     ],
     ids=str,
