@@ -28,8 +28,8 @@ from transformers import (
 
 from tiny_flux import HEAD_SIZE, HEADS, LATENT_CHANNELS, WORDS, randomise
 
-CODES = 48
-"""Image codes of the language model, and prior tokens of the DiT."""
+CODES = 64
+"""Image codes of the language model, and prior tokens of the DiT; more than generate() samples from by default."""
 GLYPH_SIZE = 32
 IMAGE_START, IMAGE_END = f"<|dit_token_{CODES}|>", f"<|dit_token_{CODES + 1}|>"
 MARKS = ("<|pad|>", "<|image|>", "<sop>", "<eop>", "<|user|>")

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from jinja2 import TemplateError
 from torch import Tensor
-from torch.nn.functional import interpolate
 from transformers import (
     DynamicCache,
     LogitsProcessorList,
@@ -77,8 +76,7 @@ class PriorTokenSampler:
         self._check_template()
         self._warpers = _warpers(model.generation_config)
         self._ends = _ends(model.generation_config.eos_token_id)
-        marks = (self._config.image_token_id, self._config.image_start_token_id, self._config.image_end_token_id)
-        self._marks: list[str] = processor.tokenizer.convert_ids_to_tokens(list(marks))
+        self._marks = _marks(processor.tokenizer, model.config)
 
     def sample(self, prompt: str, grid: Grid, seed: int, on_token: OnToken) -> Tensor:
         """Tokens of an image, int64 (1, 4 * rows * columns) on the CPU, for a grid of rows and columns of 32 pixels.
@@ -92,8 +90,8 @@ class PriorTokenSampler:
         own = torch.tensor(tokens[-grid[0] * grid[1] :])
         if int(own.max()) >= self._codebook_size:
             raise _unusable(seed, f"a token that the transformer does not know ({int(own.max())})")
-        upsampled = interpolate(own.view(1, 1, *grid).float(), scale_factor=UPSAMPLING, mode="nearest")
-        return upsampled.long().flatten(1)
+        upsampled = own.view(grid).repeat_interleave(UPSAMPLING, 0).repeat_interleave(UPSAMPLING, 1)
+        return upsampled.reshape(1, -1)
 
     def _check_template(self) -> None:
         """Refuse a chat template that does not render the prompt. Raises CheckpointError."""
@@ -104,7 +102,7 @@ class PriorTokenSampler:
             raise CheckpointError(
                 f"{file}: the chat template cannot be rendered: {error}; download it again"
             ) from error
-        if _PROBE not in text or text == _PROBE:
+        if _PROBE not in text:
             raise CheckpointError(f"{file}: the chat template gives {text!r} for {_PROBE!r}; download it again")
 
     def _encode(self, prompt: str, grid: Grid) -> tuple[Tensor, list[Grid]]:
@@ -177,8 +175,25 @@ def _chat(prompt: str) -> list[Any]:
     return [[{"role": "user", "content": [{"type": "text", "text": prompt}]}]]
 
 
+def _marks(tokenizer: Any, config: Any) -> tuple[str, ...]:
+    """The texts of the tokens that stand around and for images. Raises CheckpointError where there are none."""
+    ids = {
+        "image_token_id": config.image_token_id,
+        "image_start_token_id": config.image_start_token_id,
+        "image_end_token_id": config.image_end_token_id,
+    }
+    marks: list[str | None] = tokenizer.convert_ids_to_tokens(list(ids.values()))
+    for (name, number), mark in zip(ids.items(), marks, strict=True):
+        if not mark:
+            raise CheckpointError(
+                f"vision_language_encoder/config.json: {name}: {number} is no token of processor/tokenizer.json; "
+                "both must be those of one model"
+            )
+    return tuple(filter(None, marks))
+
+
 def _positions(prompt_tokens: int, grids: Sequence[Grid]) -> Tensor:
-    """Positions (3, 1, tokens) of prompt and grids: order, row and column, each grid after the largest one before."""
+    """Positions (3, 1, tokens) of prompt and grids: order, row and column, each grid after the one before."""
     parts = [torch.arange(prompt_tokens).expand(3, -1)]
     start = prompt_tokens
     for rows, columns in grids:

@@ -140,6 +140,18 @@ def test_other_generation_settings_are_named(theirs: Any, settings: dict[str, An
         model.generation_config = before
 
 
+@pytest.mark.parametrize("name", ["image_token_id", "image_start_token_id", "image_end_token_id"])
+def test_marks_that_the_tokenizer_does_not_have_are_named(theirs: Any, name: str) -> None:
+    config = theirs.vision_language_encoder.config
+    before = config.to_dict()[name]
+    setattr(config, name, 9999)
+    try:
+        with pytest.raises(CheckpointError, match=f"{name}: 9999 is no token of processor/tokenizer.json"):
+            sampler(theirs)
+    finally:
+        setattr(config, name, before)
+
+
 @pytest.mark.parametrize(
     "prompt",
     ["", "no quotes", "'one'", '"one" and “two”', "“one” 「two」 'three' \"four\"", "it's, isn't", "'' \"\"", "“open"],
