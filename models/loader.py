@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.metadata
+import importlib.util
 import logging
 import platform
 import textwrap
@@ -172,7 +173,8 @@ def load_module(checkpoint: Checkpoint, name: str, config: PipelineConfig, runti
     return loader(checkpoint, name, runtime.device, config.dtype_of(name, runtime.dtype))
 
 
-def _load_tokenizer(checkpoint: Checkpoint, name: str, *_: object) -> Any:
+def load_tokenizer(checkpoint: Checkpoint, name: str, *_: object) -> Any:
+    """A tokenizer of transformers. Raises CheckpointError."""
     try:
         return _from_pretrained(checkpoint, name, {})
     except Exception as error:
@@ -213,31 +215,40 @@ _LOADERS: Mapping[str, ModuleLoader] = {
     "CLIPTextModel": load_pretrained,
     "CLIPImageProcessor": _load_image_processor,
     "CLIPImageProcessorPil": _load_image_processor,
-    "CLIPTokenizer": _load_tokenizer,
-    "CLIPTokenizerFast": _load_tokenizer,
+    "CLIPTokenizer": load_tokenizer,
+    "CLIPTokenizerFast": load_tokenizer,
     "CLIPVisionModel": load_pretrained,
     "CLIPVisionModelWithProjection": load_pretrained,
     "FlowMatchEulerDiscreteScheduler": _load_scheduler,
     "Qwen2_5_VLProcessor": _load_image_processor_of("Qwen2VLImageProcessorPil"),
     "Qwen2VLProcessor": _load_image_processor_of("Qwen2VLImageProcessorPil"),
-    "Qwen2Tokenizer": _load_tokenizer,
-    "Qwen2TokenizerFast": _load_tokenizer,
+    "Qwen2Tokenizer": load_tokenizer,
+    "Qwen2TokenizerFast": load_tokenizer,
     "T5EncoderModel": load_pretrained,
-    "T5Tokenizer": _load_tokenizer,
-    "T5TokenizerFast": _load_tokenizer,
+    "T5Tokenizer": load_tokenizer,
+    "T5TokenizerFast": load_tokenizer,
     "UMT5EncoderModel": load_pretrained,
     "UniPCMultistepScheduler": _load_scheduler,
 }
+
+
+def _package_of(library: str) -> str | None:
+    """The package of a library's classes: modules that Diffusers keeps beside a pipeline have that pipeline's name."""
+    if library in ("diffusers", "transformers"):
+        return library
+    package = f"diffusers.pipelines.{library}"
+    return package if library.isidentifier() and importlib.util.find_spec(package) is not None else None
 
 
 def _from_pretrained(checkpoint: Checkpoint, name: str, options: Mapping[str, Any], class_name: str = "") -> Any:
     """Let the module's own library load it, from this directory only: no hub, no pickle, no progress bar."""
     library = checkpoint.modules[name][0]
     class_name = class_name or checkpoint.modules[name][1]
-    if library not in ("diffusers", "transformers"):
+    package = _package_of(library)
+    if package is None:
         raise CheckpointError(f"{name}: library {library!r} is not supported; supported are diffusers and transformers")
-    importlib.import_module(f"{library}.utils.logging").disable_progress_bar()
-    cls = getattr(importlib.import_module(library), class_name)
+    importlib.import_module(f"{package.partition('.')[0]}.utils.logging").disable_progress_bar()
+    cls = getattr(importlib.import_module(package), class_name)
     try:
         return cls.from_pretrained(checkpoint.path / name, local_files_only=True, **options)
     except (OSError, ValueError, TypeError, LookupError, RuntimeError, ImportError, AttributeError) as error:

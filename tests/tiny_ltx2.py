@@ -134,7 +134,7 @@ def gemma_tokenizer() -> GemmaTokenizer:
             if left not in tokens:
                 tokens.append(left)
     vocab = {token: index for index, token in enumerate(tokens)}
-    return GemmaTokenizer(vocab=vocab, merges=merges, model_max_length=1024)  # type: ignore[arg-type]  # as BPE takes
+    return GemmaTokenizer(vocab=vocab, merges=merges, model_max_length=1024)
 
 
 def _text_encoder(tokenizer: GemmaTokenizer) -> Gemma3ForConditionalGeneration:
@@ -230,4 +230,4 @@ def _soften(vocoder: nn.Module) -> None:
     with torch.no_grad():
         for name, value in vocoder.named_parameters():
             if "conv_out" in name:
-                value.mul_(0.05)
+                value.mul_(0.002)

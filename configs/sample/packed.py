@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, replace
-from itertools import pairwise
+from dataclasses import dataclass
 from typing import Self
 
 from common.artifacts import ParamValue
 from common.checkpoint import Checkpoint
-from common.errors import InvalidInput
-from configs.sample.base import ParamWarning, SamplingParams, parameter
+from configs.sample.base import ParamWarning, parameter
+from configs.sample.sigmas import SigmasSamplingParams
 from configs.sample.terminal import check_stretched
 
 _DEFAULT_LATENT_SIZE = 128
 _PATCH = 2
-_SMALLEST_SIGMA = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
-class PackedSamplingParams(SamplingParams):
+class PackedSamplingParams(SigmasSamplingParams):
     """Sizes are multiples of what VAE and 2x2 packing reduce together; sigmas may replace the even spacing of steps.
 
     true_cfg_scale above 1 with a negative prompt is classifier-free guidance.
@@ -27,9 +25,6 @@ class PackedSamplingParams(SamplingParams):
 
     true_cfg_scale: float = parameter(
         "Classifier-free guidance, on above 1 with a negative prompt.", 1.0, minimum=0.0, maximum=1000.0
-    )
-    sigmas: tuple[float, ...] = parameter(
-        "Noise level of each step, highest first; sets the number of steps.", (), minimum=_SMALLEST_SIGMA, maximum=1.0
     )
 
     @classmethod
@@ -51,7 +46,7 @@ class PackedSamplingParams(SamplingParams):
         Raises InvalidInput for a schedule that shift_terminal cannot stretch.
         """
         params, warnings = self.floored_size(_PATCH * self.pixels_per_latent(checkpoint))
-        params, more = params._with_steps_of_sigmas(given)
+        params, more = params.with_steps_of_sigmas(given)
         check_stretched(checkpoint, params.num_inference_steps, params.sigmas)
         idle = params.without_effect(checkpoint)
         idle_warnings = tuple(
@@ -70,16 +65,3 @@ class PackedSamplingParams(SamplingParams):
         if self.negative_prompt is None:
             return {"true_cfg_scale": "without negative_prompt"} if self.true_cfg_scale > 1 else {}
         return {} if self.true_cfg_scale > 1 else {"negative_prompt": "unless true_cfg_scale is above 1"}
-
-    def _with_steps_of_sigmas(self, given: Collection[str]) -> tuple[Self, tuple[ParamWarning, ...]]:
-        if not self.sigmas:
-            return self, ()
-        for earlier, later in pairwise(self.sigmas):
-            if later > earlier:
-                raise InvalidInput(f"sigmas must not rise, but {later} follows {earlier}", field="sigmas")
-        steps = len(self.sigmas)
-        rounded = replace(self, num_inference_steps=steps)
-        if "num_inference_steps" not in given or self.num_inference_steps == steps:
-            return rounded, ()
-        message = f"sigmas has {steps} values, so {steps} steps are taken instead of {self.num_inference_steps}"
-        return rounded, (ParamWarning("num_inference_steps", message),)

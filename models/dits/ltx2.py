@@ -76,8 +76,8 @@ class TimeModulation(nn.Module):
     def forward(self, timestep_B: Tensor) -> tuple[Tensor, Tensor]:
         """Modulations (B, rows, D) and the time embedding (B, 1, D), float32."""
         embedding = self.emb(timestep_B)
-        modulation = self.linear(silu(embedding)).unflatten(1, (self.rows, -1))
-        return modulation.float(), embedding[:, None].float()
+        modulation: Tensor = self.linear(silu(embedding))
+        return modulation.view(len(modulation), self.rows, -1).float(), embedding[:, None].float()
 
 
 class LTX2VideoTransformer3DModel(DiffusionTransformer):
@@ -142,10 +142,11 @@ class LTX2VideoTransformer3DModel(DiffusionTransformer):
         predictions = self.predict(
             hidden_states,
             audio_hidden_states,
-            **prepared.row(0),
-            **prepared.constants,
+            use=None,
             spatio_temporal_guidance_blocks=spatio_temporal_guidance_blocks,
             isolate_modalities=isolate_modalities,
+            **prepared.row(0),
+            **prepared.constants,
         )
         return predictions["hidden_states"], predictions["audio_hidden_states"]
 
@@ -202,7 +203,8 @@ class LTX2VideoTransformer3DModel(DiffusionTransformer):
         parts = [rows, exchange(cross_time)[0], gate(cross_time * self.config.gate_timestep_factor)[0], embedding]
         if text is not None:
             parts.append(text(time)[0])
-        return torch.cat(parts, dim=1).unflatten(0, time_NB.shape)
+        joined = torch.cat(parts, dim=1)
+        return joined.view(*time_NB.shape, *joined.shape[1:])
 
     def predict(  # type: ignore[override]  # which constants there are differs by model
         self,
@@ -248,10 +250,10 @@ class LTX2VideoTransformer3DModel(DiffusionTransformer):
             use=use,
         )
         video = torch.cat([segments[name] for name in (FIRST_FRAME, VIDEO) if name in segments], dim=1)
-        audio = segments[AUDIO].unflatten(2, (-1, audio_hidden_states.shape[3]))
+        audio = segments[AUDIO]
         return {
-            "hidden_states": video.transpose(1, 2).unflatten(2, grid),
-            "audio_hidden_states": audio.transpose(1, 2),
+            "hidden_states": video.transpose(1, 2).reshape(len(video), -1, *grid),
+            "audio_hidden_states": audio.view(*audio.shape[:2], -1, audio_hidden_states.shape[3]).transpose(1, 2),
         }
 
     def residual_elements(self, latents: Mapping[str, Tensor], constants: Mapping[str, Tensor]) -> int:

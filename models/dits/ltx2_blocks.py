@@ -285,6 +285,6 @@ def _joined(streams: Streams) -> Tensor:
 
 def _parted(joined: Tensor, like: Streams) -> Streams:
     """The streams of joined values, in the shapes of others."""
-    sizes = [each[0].numel() for each in like]
-    parts = joined.split(sizes, dim=1)
+    video = like.video[0].numel()
+    parts = (joined[:, :video], joined[:, video:])
     return Streams(*(part.reshape(each.shape) for part, each in zip(parts, like, strict=True)))

@@ -57,7 +57,7 @@ def head_rotation(
     relative = torch.stack([positions_TA[:, axis] / extent for axis, extent in enumerate(extents)], dim=-1)
     angles = ((relative[..., None] * 2 - 1) * frequencies).transpose(1, 2).flatten(1)
     still = angles.new_zeros(len(angles), pairs - angles.shape[1])
-    angles_THK = torch.cat((still, angles), dim=1).unflatten(1, (heads, head_size // 2))
+    angles_THK = torch.cat((still, angles), dim=1).view(-1, heads, head_size // 2)
     return HeadRotation(angles_THK.cos(), angles_THK.sin(), is_split)
 
 
@@ -65,7 +65,7 @@ def rotate_heads(x: Tensor, rotation: HeadRotation) -> Tensor:
     """Apply RoPE to x (B, T, H, K). In float32, result in x's type."""
     pairs = (2, x.shape[-1] // 2) if rotation.is_split else (x.shape[-1] // 2, 2)
     axis = -2 if rotation.is_split else -1
-    first, second = x.float().unflatten(-1, pairs).unbind(axis)
+    first, second = x.float().reshape(*x.shape[:-1], *pairs).unbind(axis)
     cos, sin = rotation.cos, rotation.sin
     rotated = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=axis)
     return rotated.flatten(-2).to(x.dtype)

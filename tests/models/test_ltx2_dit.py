@@ -176,7 +176,8 @@ def test_steps_are_those_of_single_predictions(tmp_path: Path) -> None:
     with torch.inference_mode():
         prepared = ours.prepare(timesteps, **given)
         for step in range(2):
-            got = ours.predict(**latents, **prepared.row(step), **prepared.constants)
+            call: dict[str, Any] = {**latents, **prepared.row(step), **prepared.constants}
+            got = ours.predict(**call)
             check(
                 (got["hidden_states"], got["audio_hidden_states"]), ours(**latents, **given, timestep=timesteps[step])
             )
