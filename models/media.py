@@ -40,14 +40,15 @@ def recompressed(picture: Image.Image, factor: int) -> Image.Image:
     """An RGB picture as one frame of an H.264 video shows it; a last odd row or column is cut.
 
     `factor` is x264's constant rate factor, from 1 (best) to 51. Models that were trained on frames of compressed videos
-    expect its traces in a given picture.
+    expect its traces in a given picture. The number of threads is x264's own choice, as in Diffusers: a tall picture has
+    as many slices as it finds CPUs, so that the result depends on their number.
     """
     width, height = (size // 2 * 2 for size in picture.size)
     file = io.BytesIO()
     with av.open(file, mode="w", format="mp4") as container:
         options = {"crf": str(factor), "preset": _RECOMPRESSION_PRESET}
         stream: Any = container.add_stream("libx264", rate=1, options=options)
-        stream.height, stream.width, stream.codec_context.thread_count = height, width, _X264_THREADS
+        stream.height, stream.width = height, width
         frame: Any = av.VideoFrame.from_image(picture.crop((0, 0, width, height)))
         container.mux(stream.encode(frame.reformat(format="yuv420p")))
         container.mux(stream.encode(None))

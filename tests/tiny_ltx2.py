@@ -55,7 +55,8 @@ def build_tiny_ltx2(path: Path, *, version: str = "2.3", registers: int | None =
         if isinstance(module, nn.Module):
             randomise(module)
     _randomise_statistics(modules)
-    _soften(modules["vocoder"])
+    if is_new:
+        _soften(modules["vocoder"])
     scheduler = FlowMatchEulerDiscreteScheduler(
         use_dynamic_shifting=True,
         base_shift=0.95,
@@ -226,7 +227,7 @@ def _randomise_statistics(modules: dict[str, Any]) -> None:
 
 
 def _soften(vocoder: nn.Module) -> None:
-    """Make the sound's amplitude small: at random weights of full size it would be clipped to 1 nearly everywhere."""
+    """Make the sound's amplitude small: with random weights of full size it is clipped nearly everywhere."""
     with torch.no_grad():
         for name, value in vocoder.named_parameters():
             if "conv_out" in name:
