@@ -62,9 +62,7 @@ class Sides:
             generator = torch.Generator("cpu").manual_seed(seed)
             pictures = {} if image is None else {"image": image}
             with torch.inference_mode():
-                made = pipeline(
-                    **call, **pictures, generator=generator, output_type=output_type, return_dict=False
-                )
+                made = pipeline(**call, **pictures, generator=generator, output_type=output_type, return_dict=False)
             results |= {names[index]: each for names, each in zip(NAMES, made, strict=True)}
         return results
 

@@ -17,7 +17,7 @@ from configs.sample.sigmas import SigmasSamplingParams
 from configs.sample.terminal import check_stretched
 
 _MAX_SCALE = 1000.0
-_STG_PARAMETERS = frozenset({"stg_scale", "audio_stg_scale", "spatio_temporal_guidance_blocks"})
+_STG_PARAMETERS = ("stg_scale", "audio_stg_scale", "spatio_temporal_guidance_blocks")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,7 +167,7 @@ class LTX2SamplingParams(SigmasSamplingParams):
             reason = "this model has no blocks that skip self-attention (perturbed_attn)"
         elif any(block < transformer.num_layers for block in blocks):
             return ()
-        asked = sorted(_STG_PARAMETERS.intersection(given))
+        asked = [each for each in _STG_PARAMETERS if each in given]
         return tuple(ParamWarning(each, f"{each} has no effect: {reason}") for each in asked[:1])
 
     def _frame_warnings(self, vae: LTX2VideoVAEConfig) -> tuple[ParamWarning, ...]:
@@ -194,5 +194,3 @@ class LTX2ImageToVideoSamplingParams(LTX2SamplingParams):
         """One image."""
         del checkpoint
         return ImageRoles(required=("image",))
-
-

@@ -68,15 +68,11 @@ class LTX2AudioVAE:
         return raw
 
 
-def load_ltx2_video_vae(
-    checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype
-) -> LTX2VideoVAE:
+def load_ltx2_video_vae(checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype) -> LTX2VideoVAE:
     """Load Diffusers' AutoencoderKLLTX2Video. Raises CheckpointError."""
     return LTX2VideoVAE(load_pretrained(checkpoint, name, device, dtype))
 
 
-def load_ltx2_audio_vae(
-    checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype
-) -> LTX2AudioVAE:
+def load_ltx2_audio_vae(checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype) -> LTX2AudioVAE:
     """Load Diffusers' AutoencoderKLLTX2Audio. Raises CheckpointError."""
     return LTX2AudioVAE(load_pretrained(checkpoint, name, device, dtype))
