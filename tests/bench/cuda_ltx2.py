@@ -145,7 +145,7 @@ def run_diffusers(modules: Modules, case: Case, device: torch.device) -> Side:
     meter = Meter(device, side)
     for _ in range(2):
         generator = torch.Generator("cpu").manual_seed(seed)
-        with_hooks(modules, meter, IMAGE_PREPARATION if case.image else PREPARATION)
+        with_hooks(modules, meter, PREPARATION if case.image is None else IMAGE_PREPARATION)
         meter.restart()
         video, audio = pipeline(**request, generator=generator, output_type="latent", return_dict=False)
         meter.end("denoising")
@@ -269,18 +269,17 @@ def measure_prediction(theirs: Any, ours: OurTransformer, size: Request, device:
 
 
 def example_inputs(ours: OurTransformer, size: Request, device: torch.device) -> tuple[dict[str, Tensor], Request]:
-    """Random latents and text embeddings by keyword, bfloat16."""
+    """Random latents and text embeddings by keyword, bfloat16; audio latents have one mel bin of all channels."""
     config, tokens = ours.config, size["max_sequence_length"]
     torch.manual_seed(SEED)
     grid = (size["height"] // config.spatial_factor, size["width"] // config.spatial_factor)
     frames = (size["num_frames"] - 1) // config.temporal_factor + 1
     per_second = config.audio_sampling_rate / config.audio_hop_length / config.audio_factor
     length = round(size["num_frames"] / FRAME_RATE * per_second)
-    bins = 16 if config.audio.in_channels % 16 == 0 else 1
     draw = partial(torch.randn, dtype=DTYPE, device=device)
     latents = {
         "hidden_states": draw(1, config.video.in_channels, frames, *grid),
-        "audio_hidden_states": draw(1, config.audio.in_channels // bins, length, bins),
+        "audio_hidden_states": draw(1, config.audio.in_channels, length, 1),
     }
     text = {
         "encoder_hidden_states": draw(1, tokens, config.caption_channels or config.video.hidden_size),
