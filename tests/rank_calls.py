@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -14,7 +14,7 @@ import torch
 # Here, so that ranks have it from the process that forks them: loading a stage would import it in each.
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler  # noqa: F401
 from safetensors.torch import load_file, save_file
-from torch import distributed, nn
+from torch import Tensor, distributed, nn
 
 from common.checkpoint import Checkpoint
 from common.stage import Call
@@ -92,7 +92,8 @@ def forward(rank: int, checkpoint: str, inputs: str, output: str, compiled: bool
             block.compile(fullgraph=True, backend="aot_eager")
     with torch.inference_mode():
         prediction = transformer(**load_file(inputs, device=str(RANK.device)))
-    save_file({"prediction": prediction.cpu()}, rank_file(output, rank))
+    predictions = prediction if isinstance(prediction, tuple) else (prediction,)
+    save_file({"prediction": _joined([each.cpu() for each in predictions])}, rank_file(output, rank))
 
 
 def denoise(
@@ -103,9 +104,14 @@ def denoise(
     runtime = Runtime(device=RANK.device, mesh=RANK.mesh, approximation=Approximation(**approximation))
     stage = _denoising_stage(checkpoint, config, runtime)
     done = stage.run(load_input(inputs), Call("test", on_progress=lambda step, _: steps.append(step)))
-    (part,) = done.denoised_latents.parts.values()
-    save_file({"latents": part.latents.cpu()}, rank_file(output, rank))
+    latents = [part.latents.cpu() for part in done.denoised_latents.parts.values()]
+    save_file({"latents": _joined(latents)}, rank_file(output, rank))
     return steps
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """The only part, or the values of all parts, one after the other."""
+    return parts[0].contiguous() if len(parts) == 1 else torch.cat([part.flatten() for part in parts])
 
 
 def _denoising_stage(checkpoint: str, config: str, runtime: Runtime) -> DenoisingStage:

@@ -29,6 +29,14 @@ class SegmentVectors(NamedTuple):
         """For models of one stream."""
         return cls(vector, vector)
 
+    @classmethod
+    def of_rows(cls, first_BMD: Tensor | None, rest_BMD: Tensor) -> list[SegmentVectors]:
+        """M vectors of the first tokens and of the others, in order; None: all tokens are in one segment."""
+        rest = rest_BMD.unbind(1)
+        if first_BMD is None:
+            return [cls.same(each) for each in rest]
+        return [cls(*pair) for pair in zip(first_BMD.unbind(1), rest, strict=True)]
+
 
 class Residual(NamedTuple):
     """A residual stream x (B, S, D), and an update that is still to be added to it: x + gate * update.
@@ -82,6 +90,33 @@ class LayerNormScaleShift(nn.Module):
         normed = layer_norm(x.float(), (self.size,), eps=self.eps)
         scale_BSD, shift_BSD = (_by_token(each, boundary, x.shape[1]).float() for each in (scale, shift))
         return (normed * (1 + scale_BSD) + shift_BSD).to(x.dtype)
+
+
+class RMSNormScaleShift(nn.Module):
+    """RMS norm without a weight, then a scale and a shift that the timestep decides, or neither.
+
+    Computed in float32; results are in x's type.
+    """
+
+    def __init__(self, size: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.size = size
+        self.eps = eps
+
+    def forward(
+        self,
+        x_BSD: Tensor,
+        scale: SegmentVectors | None = None,
+        shift: SegmentVectors | None = None,
+        boundary: int = 0,
+    ) -> Tensor:
+        """norm(x) * (1 + scale) + shift."""
+        normed = rms_norm(x_BSD.float(), (self.size,), eps=self.eps)
+        if scale is not None:
+            normed = normed * (1 + _by_token(scale, boundary, x_BSD.shape[1]).float())
+        if shift is not None:
+            normed = normed + _by_token(shift, boundary, x_BSD.shape[1]).float()
+        return normed.to(x_BSD.dtype)
 
 
 def _by_token(vectors: SegmentVectors, boundary: int, tokens: int) -> Tensor:

@@ -100,6 +100,8 @@ class DenoisingStage(PipelineStage[DenoisingInput, DenoisingOutput]):
         predict = partial(self._predict, given, latents, step)
         active = config.active(step, request.branches, request.x.sampling)
         predicted = branches.predict(active, config.expert(step), predict, latents)
+        if (dtype := config.prediction_dtype) is not None:
+            predicted = {name: {part: each.to(dtype) for part, each in own.items()} for name, own in predicted.items()}
         if len(predicted) == 1:
             return predicted[active[0]]
         return config.guide(predicted, latents, step, request.x.sampling)
@@ -142,7 +144,7 @@ class DenoisingStage(PipelineStage[DenoisingInput, DenoisingOutput]):
         batched = timesteps[:, None].expand(-1, x.sampling.num_outputs_per_prompt)
         keywords = self._keywords(request, name)
         prepared = transformer.prepare(self._config.model_timestep(batched), **keywords)
-        flags = self._config.branch_flags(name)
+        flags = self._config.branch_flags(name, x.sampling)
         return lease_branch(lease, role, transformer, prepared, latents, flags=flags, caching=self._caching)
 
     def _keywords(self, request: _Request, branch: str) -> Keywords:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from common.artifacts import Conditioning, LatentPart, Latents
@@ -19,7 +20,13 @@ from models.contracts import (
 )
 from models.encoder_runners.checks import check_vision_processor
 from models.images import as_tensor, open_images
+from models.media import recompressed
 from models.runtime import Runtime
+
+_FILTERS: Mapping[str, Image.Resampling] = {
+    "lanczos": Image.Resampling.LANCZOS,
+    "bilinear": Image.Resampling.BILINEAR,
+}
 
 
 class ImageEncodingStage(PipelineStage[ImageEncodingInput, ImageEncodingOutput]):
@@ -58,7 +65,9 @@ class ImageVAEEncodingStage(PipelineStage[ImageVAEEncodingInput, ImageVAEEncodin
         tensors: dict[str, Tensor] = {}
         for role, picture in open_images(x.image_inputs).items():
             height, width = self._config.image_size((picture.height, picture.width), x.canvas)
-            tensors[role] = as_tensor(picture, height, width).to(self._device)
+            factor = 0 if x.sampling is None else self._config.recompression(x.sampling)
+            seen = recompressed(picture, factor) if factor else picture
+            tensors[role] = as_tensor(seen, height, width, _FILTERS[self._config.resampling]).to(self._device)
         parts = {
             part: LatentPart(latents=self._config.pack(part, raw.cpu()), raw_latent_shape=tuple(raw.shape))
             for part, raw in self._config.image_latents(self._vae.encode, tensors, x.canvas).items()
