@@ -53,8 +53,11 @@ class SegmentRows(NamedTuple):
 
 
 class StepRows(NamedTuple):
-    """Modulations of a stream at a step: of its blocks, of attention between the streams and of the gate of its
-    result, of the output, and of the text, which may be none."""
+    """Modulations of a stream at a step.
+
+    Those of its blocks, of attention between the streams, of the gate of its result, of the output, and of the text,
+    which may be none.
+    """
 
     blocks: SegmentRows
     exchange: SegmentRows
@@ -71,14 +74,14 @@ class StepRows(NamedTuple):
 
 @dataclass(frozen=True)
 class StreamInputs:
-    """What blocks read beside a stream's tokens.
+    """What blocks read beside a stream's tokens: modulations, the text (B, T, D), and rotations.
 
     `rotation` is of positions for self-attention, `exchange_rotation` of seconds alone. The first `boundary` tokens are
     a first frame with modulations of its own.
     """
 
     rows: StepRows
-    text_BTD: Tensor
+    text: Tensor
     text_mask: Tensor | None
     rotation: HeadRotation
     exchange_rotation: HeadRotation
@@ -241,10 +244,10 @@ def _attend(half: _Half, x_BSD: Tensor, inputs: StreamInputs, *, is_skipped: boo
 
 def _modulated_text(half: _Half, inputs: StreamInputs) -> Tensor:
     if half.text_table is None:
-        return inputs.text_BTD
+        return inputs.text
     shift, scale = inputs.rows.text.plus(half.text_table)
-    modulated = inputs.text_BTD.float() * (1 + scale.image[:, None]) + shift.image[:, None]
-    return modulated.to(inputs.text_BTD.dtype)
+    modulated = inputs.text.float() * (1 + scale.image[:, None]) + shift.image[:, None]
+    return modulated.to(inputs.text.dtype)
 
 
 def _feed(half: _Half, x_BSD: Tensor, inputs: StreamInputs) -> Tensor:

@@ -13,16 +13,16 @@ import torch
 from torch import nn
 
 from models.layers.attention import Attention
+from models.layers.head_rotary import OwnHeads
 from models.layers.linear import Linear
 from models.layers.mesh import Axis, WorkerMesh, get_sp_world_size
 from models.layers.norms import RMSNorm
-from models.layers.head_rotary import OwnHeads
 from models.layers.parallel_plan import ParallelPlan, matches
 from models.layers.peer_gather import PeerGather
 from models.layers.peer_memory import CopyStreams
 from models.layers.sequence_parallel import shard_methods
-from models.layers.shards import SequenceShards
 from models.layers.sharded_keys import ShardedKeysAttention
+from models.layers.shards import SequenceShards
 from models.layers.tensor_parallel import ColumnParallelLinear, ParallelRMSNorm, RowParallelLinear, ShardedHeads
 from models.layers.usp_attention import USPAttention
 
