@@ -64,7 +64,7 @@ class Loop:
     def inputs(self, **given: ParamValue) -> DenoisingInput:
         images = {"image": png(coarse_image(90, 60))} if self.kind == "image" else {}
         validated = InputValidationStage(self.model).run({**USUAL, **given}, images)
-        values = dict(validated.artifacts)
+        values: dict[str, Any] = dict(validated.artifacts)
         if images:
             files = {role: torch.frombuffer(bytearray(data), dtype=torch.uint8) for role, data in images.items()}
             values["image_inputs"] = ImageInputs(images=files)

@@ -14,7 +14,15 @@ from models.pipelines.flux import FluxPipeline
 from models.registry import Registry, load_registry, resolve
 from toy_checkpoint import toy_family
 
-FAMILIES = ["FluxPipeline", "QwenImageEditPipeline", "QwenImagePipeline", "WanImageToVideoPipeline", "WanPipeline"]
+FAMILIES = [
+    "FluxPipeline",
+    "LTX2ImageToVideoPipeline",
+    "LTX2Pipeline",
+    "QwenImageEditPipeline",
+    "QwenImagePipeline",
+    "WanImageToVideoPipeline",
+    "WanPipeline",
+]
 
 PLUGIN = """
 from models.pipelines.flux import FluxPipeline
