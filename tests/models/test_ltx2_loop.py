@@ -22,13 +22,16 @@ from common.tensors import TORCH
 from configs.models.vaes.ltx2 import LTX2AudioVAEConfig, LTX2VideoVAEConfig
 from configs.pipeline_configs.ltx2 import LTX2ImageToVideoPipelineConfig, LTX2PipelineConfig
 from configs.sample.ltx2 import LTX2SamplingParams
+from fake_graphs import FakeCapture
 from models.catalog import ServedModel, open_model
 from models.contracts import DenoisingInput
 from models.loader import load_stages
 from models.registry import load_registry
 from models.runtime import Runtime
 from models.stages.denoising import DenoisingStage
+from models.stages.step_memory import StepMemoryPool
 from models.validation import InputValidationStage
+from models.warm_up import WarmUp
 from tiny_ltx2 import build_tiny_ltx2, edit_json
 
 STEPS = 4
@@ -111,6 +114,27 @@ def test_a_loop_ends_within_the_step_in_which_it_is_cancelled(loop: Loop) -> Non
     with pytest.raises(Cancelled):
         loop.run(loop.inputs(), on_progress=on_progress, cancelled=cancelled)
     assert done == [1, 2]
+
+
+def test_graphs_give_the_same_bytes_as_eager_steps(model: ServedModel) -> None:
+    """Branches have equal shapes: a graph of another branch would skip other blocks."""
+    loop = Loop(model, "image")
+    eager, capture = loop.run(loop.inputs()), FakeCapture()
+    stage = loop.stage
+    assert isinstance(stage, DenoisingStage)
+    stage._memory = StepMemoryPool(1 << 30, capture)
+    for _ in range(2):
+        replayed = loop.run(loop.inputs())
+        assert all(torch.equal(replayed[part], eager[part]) for part in eager)
+    assert len(capture.graphs) == 4
+
+
+def test_made_up_requests_run(loop: Loop) -> None:
+    """As a denoising service warms up."""
+    stages, seen = HostedStages("denoising", [loop.stage]), []
+    warm_up = WarmUp.parse(loop.model, (f"64x96x9@{loop.kind}",))
+    warm_up.run(stages.run, torch.float32, Call("warm-up", on_progress=lambda *step: seen.append(step)))
+    assert seen == [(1, 3), (2, 3), (3, 3)]
 
 
 @pytest.mark.parametrize(
