@@ -42,9 +42,11 @@ def recompressed(picture: Image.Image, factor: int) -> Image.Image:
 
     `factor` is x264's constant rate factor, from 1 (best) to 51. Models that were trained on frames of compressed
     videos expect its traces in an image. The number of threads is x264's own choice, as in Diffusers: tall images have
-    slices for each, so that the result depends on the number of CPUs.
+    slices for each, so that the result depends on the number of CPUs. Raises ValueError for less than 2 x 2 pixels.
     """
     width, height = (size // 2 * 2 for size in picture.size)
+    if not width or not height:
+        raise ValueError(f"{picture.width} x {picture.height} pixels are too few to compress; at least 2 x 2 work")
     file = io.BytesIO()
     with av.open(file, mode="w", format="mp4") as container:
         options = {"crf": str(factor), "preset": _RECOMPRESSION_PRESET}

@@ -210,6 +210,8 @@ def test_shapes_are_those_of_the_published_model() -> None:
         ("connectors", {"text_proj_in_factor": 9}, "9 layers, of the text encoder are needed, but there are 4"),
         ("connectors", {"video_connector_attention_head_dim": 4}, "32 text features for video, of connectors"),
         ("vocoder", {"in_channels": 5}, "5 channels of the vocoder, of the audio VAE"),
+        ("vocoder", {"output_sampling_rate": 23000}, "output_sampling_rate 23000 must be a rate that AAC has"),
+        ("vocoder", {"bwe_out_channels": 6}, "must be 1 or 2: MP4 files have mono or stereo sound"),
         ("vae", {"timestep_conditioning": True}, "timestep_conditioning True is not supported"),
         ("vae", {"spatial_compression_ratio": 64}, "spatial_compression_ratio 64 must be 32"),
         ("audio_vae", {"base_channels": 128}, "base_channels 128 must be 8"),
