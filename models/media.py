@@ -12,6 +12,7 @@ from fractions import Fraction
 from typing import Any
 
 import av
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -37,23 +38,26 @@ def png_bytes(pixels: Tensor) -> bytes:
 
 
 def recompressed(picture: Image.Image, factor: int) -> Image.Image:
-    """An RGB picture as one frame of an H.264 video shows it; a last odd row or column is cut.
+    """Compress an RGB image as one frame of an H.264 video, and decode it; a last odd row or column is cut.
 
-    `factor` is x264's constant rate factor, from 1 (best) to 51. Models that were trained on frames of compressed videos
-    expect its traces in a given picture. The number of threads is x264's own choice, as in Diffusers: a tall picture has
-    as many slices as it finds CPUs, so that the result depends on their number.
+    `factor` is x264's constant rate factor, from 1 (best) to 51. Models that were trained on frames of compressed
+    videos expect its traces in an image. The number of threads is x264's own choice, as in Diffusers: tall images have
+    slices for each, so that the result depends on the number of CPUs. Raises ValueError for less than 2 x 2 pixels.
     """
     width, height = (size // 2 * 2 for size in picture.size)
+    if not width or not height:
+        raise ValueError(f"{picture.width} x {picture.height} pixels are too few to compress; at least 2 x 2 work")
     file = io.BytesIO()
     with av.open(file, mode="w", format="mp4") as container:
         options = {"crf": str(factor), "preset": _RECOMPRESSION_PRESET}
         stream: Any = container.add_stream("libx264", rate=1, options=options)
         stream.height, stream.width = height, width
-        frame: Any = av.VideoFrame.from_image(picture.crop((0, 0, width, height)))
+        pixels = np.asarray(picture.crop((0, 0, width, height)))
+        frame: Any = av.VideoFrame.from_ndarray(pixels, format="rgb24")
         container.mux(stream.encode(frame.reformat(format="yuv420p")))
         container.mux(stream.encode(None))
     with av.open(io.BytesIO(file.getvalue()), mode="r") as container:
-        return next(container.decode(video=0)).to_image()
+        return Image.fromarray(next(container.decode(video=0)).to_ndarray(format="rgb24"))
 
 
 class _Reread:
@@ -115,7 +119,7 @@ class Mp4File:
         stream.codec_context.colorspace = stream.codec_context.color_primaries = _BT709
         stream.codec_context.color_trc = _BT709
         self._stream = stream
-        self._sound: deque[av.Packet] = deque()
+        self._sound: deque[av.Packet[Any]] = deque()
         if sound is not None:
             self._sound.extend(self._encode_sound(sound))
 
@@ -133,14 +137,14 @@ class Mp4File:
         self._container.close()
         return self._file.getvalue()
 
-    def _mux(self, packets: Iterable[av.Packet]) -> None:
+    def _mux(self, packets: Iterable[av.Packet[Any]]) -> None:
         """Append packets of the video, each behind the sound up to its time."""
         for packet in packets:
             while self._sound and _seconds(self._sound[0]) <= _seconds(packet):
                 self._container.mux(self._sound.popleft())
             self._container.mux(packet)
 
-    def _encode_sound(self, sound: Sound) -> list[av.Packet]:
+    def _encode_sound(self, sound: Sound) -> list[av.Packet[Any]]:
         layout = "mono" if len(sound.samples) == 1 else "stereo"
         stream: Any = self._container.add_stream("aac", rate=sound.rate, layout=layout)
         stream.bit_rate, stream.codec_context.thread_count = _AAC_BITS, 1
@@ -149,7 +153,7 @@ class Mp4File:
         return [*stream.encode(frame), *stream.encode(None)]
 
 
-def _seconds(packet: av.Packet) -> Fraction:
+def _seconds(packet: av.Packet[Any]) -> Fraction:
     """When a packet is decoded."""
     assert packet.dts is not None, "an encoder's packets have times"
     assert packet.time_base is not None, "an encoder's packets have times"

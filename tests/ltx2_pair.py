@@ -17,7 +17,6 @@ from local_fleet import NO_IMAGES, LocalFleet, open_fleet, relative_error
 from wan_pair import LATENTS_WITHIN, PIXELS_WITHIN, open_reference
 
 SEED = 7
-NAMES = (("latents", "pixels"), ("audio_latents", "audio"))
 
 Request = dict[str, Any]
 
@@ -49,22 +48,28 @@ class Sides:
         return self.fleet.tensors(images=images, **given(**request))
 
     def theirs(self, request: Request, image: Image.Image | None = None) -> dict[str, Tensor]:
-        """The same of the pipeline that Diffusers has for it."""
+        """The same of Diffusers' pipeline; its VAEs and vocoder decode the latents that it returns."""
+        pipeline = self.text if image is None else self.image
+        latents, audio_latents = self.call(request, image, "latent")
+        with torch.inference_mode():
+            decoded = pipeline.vae.decode(latents, None, return_dict=False)[0]
+            audio = pipeline.vocoder(pipeline.audio_vae.decode(audio_latents, return_dict=False)[0])
+        pixels = pipeline.video_processor.postprocess_video(decoded, output_type="pt")
+        return {"latents": latents, "pixels": pixels, "audio_latents": audio_latents, "audio": audio}
+
+    def call(self, request: Request, image: Image.Image | None, output_type: str) -> tuple[Tensor, Tensor]:
+        """What Diffusers' pipeline returns of video and sound: latents, or pixels and samples ("pt")."""
         call = given(**request)
-        seed = call.pop("seed")
+        generator = torch.Generator("cpu").manual_seed(call.pop("seed"))
         call["num_videos_per_prompt"] = call.pop("num_outputs_per_prompt", 1)
         call["spatio_temporal_guidance_blocks"] = [int(each) for each in call["spatio_temporal_guidance_blocks"]]
         if "sigmas" in call:
             call["sigmas"] = list(call["sigmas"])
         pipeline = self.text if image is None else self.image
-        results: dict[str, Tensor] = {}
-        for index, output_type in enumerate(("latent", "pt")):
-            generator = torch.Generator("cpu").manual_seed(seed)
-            pictures = {} if image is None else {"image": image}
-            with torch.inference_mode():
-                made = pipeline(**call, **pictures, generator=generator, output_type=output_type, return_dict=False)
-            results |= {names[index]: each for names, each in zip(NAMES, made, strict=True)}
-        return results
+        pictures = {} if image is None else {"image": image}
+        with torch.inference_mode():
+            video, audio = pipeline(**call, **pictures, generator=generator, output_type=output_type, return_dict=False)
+        return video, audio
 
 
 def check(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:

@@ -24,6 +24,7 @@ from denoising_files import load_input
 from models.catalog import open_model
 from models.layers.collectives import gather_chunks
 from models.layers.mesh import AXES, Degrees, WorkerMesh, make_mesh
+from models.layers.sharded_keys import ShardedKeysAttention
 from models.layers.shards import SequenceShards
 from models.layers.usp_attention import USPAttention
 from models.loader import load_module, load_stages
@@ -137,6 +138,16 @@ def attend(rank: int, inputs: str, output: str) -> list[int]:
     text, image = (part.contiguous() for part in attended.split(sizes, dim=1))
     save_file({"text": text, "image": image}, rank_file(output, rank))
     return sizes
+
+
+def attend_whole(rank: int, inputs: str, output: str) -> int:
+    """Attention of whole queries (B, T, H, K) to this rank's chunk of keys and values (2, B, S, H, K); its length."""
+    given = load_file(inputs)
+    assert RANK.mesh is not None
+    shards = SequenceShards(RANK.mesh.degrees.sp, RANK.mesh.sp_index)
+    k, v = shards.local(given["key_values"], 2, "keys").unbind()
+    save_file({"attended": ShardedKeysAttention(RANK.mesh, shards)(given["queries"], k, v)}, rank_file(output, rank))
+    return k.shape[1]
 
 
 def gather(rank: int, sizes: list[int]) -> list[float]:

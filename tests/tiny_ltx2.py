@@ -6,6 +6,7 @@ audio latent. Audio has 16 kHz and 160 samples a spectrogram frame, as published
 
 from __future__ import annotations
 
+import json
 import math
 import string
 from pathlib import Path
@@ -16,6 +17,7 @@ from diffusers import (
     AutoencoderKLLTX2Audio,
     AutoencoderKLLTX2Video,
     FlowMatchEulerDiscreteScheduler,
+    LTX2ImageToVideoPipeline,
     LTX2Pipeline,
     LTX2VideoTransformer3DModel,
 )
@@ -34,7 +36,19 @@ REGISTERS = 16
 LAYERS = 3
 
 
-def build_tiny_ltx2(path: Path, *, version: str = "2.3", registers: int | None = REGISTERS, seed: int = 0) -> Path:
+def build_tiny_ltx2_i2v(path: Path) -> Path:
+    """Write a checkpoint as LTX2ImageToVideoPipeline saves it."""
+    return build_tiny_ltx2(path, kind=LTX2ImageToVideoPipeline)
+
+
+def build_tiny_ltx2(
+    path: Path,
+    *,
+    version: str = "2.3",
+    registers: int | None = REGISTERS,
+    kind: type[LTX2Pipeline | LTX2ImageToVideoPipeline] = LTX2Pipeline,
+    seed: int = 0,
+) -> Path:
     """Write a checkpoint like LTX-2.0 or LTX-2.3. LTX2Pipeline and LTX2ImageToVideoPipeline both load the directory.
 
     2.3 has gated attention, modulation of the text, features for each modality, and a vocoder with bandwidth extension.
@@ -65,7 +79,7 @@ def build_tiny_ltx2(path: Path, *, version: str = "2.3", registers: int | None =
         max_image_seq_len=4096,
         shift_terminal=0.1,
     )
-    LTX2Pipeline(scheduler=scheduler, **modules).save_pretrained(str(path))
+    kind(scheduler=scheduler, **modules).save_pretrained(str(path))
     return path
 
 
@@ -232,3 +246,8 @@ def _soften(vocoder: nn.Module) -> None:
         for name, value in vocoder.named_parameters():
             if "conv_out" in name:
                 value.mul_(0.002)
+
+
+def edit_json(file: Path, **entries: Any) -> None:
+    """Change entries of a JSON file."""
+    file.write_text(json.dumps(json.loads(file.read_text()) | entries))

@@ -71,9 +71,9 @@ class TextEncoding:
     `keyword` is the argument of the denoiser's forward() that the result becomes. `tokenizer` and `encoder` are module
     names of the checkpoint. `max_length` is the number of tokens that the text is padded or cut to; None means the
     tokenizer's own. `output` picks the result, batch first, from what the encoder returned and the attention mask,
-    int64 (batch, tokens). `masked` encoders get that mask; the others attend to padding, which is on `padding_side` (None:
-    the tokenizer's own). Text in a `template` is not padded and has no end mark; its max_length does not count what the
-    template skips. With a `connector`, the keywords are those that it makes of the result.
+    int64 (batch, tokens). `masked` encoders get that mask; the others attend to padding, which is on `padding_side`
+    (None: the tokenizer's own). Text in a `template` is not padded and has no end mark; its max_length does not count
+    what the template skips. With a `connector`, the keywords are those that it makes of the result.
     """
 
     keyword: str

@@ -1,4 +1,4 @@
-"""LTX-2: a video with sound from one loop, guided on the clean latents by up to four branches; from text or an image."""
+"""LTX-2: a video with sound from one loop, guided on clean latents by up to four branches; from text or an image."""
 
 from __future__ import annotations
 
@@ -173,7 +173,7 @@ class LTX2PipelineConfig(StandardPipelineConfig):
         return timesteps
 
     def branches_of(self, sampling: Sampling, *, has_negative: bool) -> tuple[str, ...]:
-        """Those whose guidance is on. A perturbed branch that would skip nothing is the positive one: it is left out."""
+        """Those whose guidance is on, but for a perturbed branch that would skip nothing: it is the positive one."""
         guidance = LTX2Guidance.of(sampling)
         wanted = {
             POSITIVE: True,

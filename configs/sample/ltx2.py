@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, replace
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 from common.artifacts import Canvas, Prompt, Sampling
 from common.checkpoint import Checkpoint
@@ -148,12 +148,16 @@ class LTX2SamplingParams(SigmasSamplingParams):
             for name, video in changed.items()
             if name in given
         ]
-        return replace(self, **changed), tuple(warnings)
+        values: dict[str, Any] = dict(changed)
+        return replace(self, **values), tuple(warnings)
 
     def _skipping_warnings(
         self, transformer: LTX2TransformerConfig, given: Collection[str]
     ) -> tuple[ParamWarning, ...]:
-        """Where spatio-temporal guidance was asked for and has no effect. Raises InvalidInput for blocks that are none."""
+        """A warning where spatio-temporal guidance was asked for and has no effect.
+
+        Raises InvalidInput for blocks that cannot be, and where it is on without any.
+        """
         name, blocks = "spatio_temporal_guidance_blocks", self.spatio_temporal_guidance_blocks
         if odd := [block for block in blocks if block != int(block)]:
             raise InvalidInput(f"{name}: {odd[0]} is not the number of a block; whole numbers work", field=name)

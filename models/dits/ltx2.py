@@ -36,7 +36,7 @@ from models.dits.ltx2_plan import AUDIO, FIRST_FRAME, GATE_LOGITS, LTX2_PLAN, VI
 from models.dits.ltx2_positions import audio_positions, video_positions
 from models.layers.embeddings import EmbeddingMLP, TextProjection, sinusoidal_embedding
 from models.layers.head_rotary import HeadRotation, head_rotation
-from models.layers.norms import LayerNormScaleShift
+from models.layers.norms import LayerNormScaleShift, Residual
 from models.layers.parallelize import parallelize
 from models.layers.step_cache import CacheUse
 from models.weights import load_module
@@ -295,11 +295,12 @@ class LTX2VideoTransformer3DModel(DiffusionTransformer):
             partial(block, video=video, audio=audio, is_skipped=index in skipped, is_isolated=is_isolated)
             for index, block in enumerate(self._blocks())
         ]
-        streams = through_both(Streams(x_BSD, audio_BLD), blocks, use)
+        streams = through_both(Streams(Residual(x_BSD), Residual(audio_BLD)), blocks, boundary, use)
         shift, scale = video_steps.output.plus(self.scale_shift_table)
-        patches: Tensor = self.proj_out(self.norm_out(streams.video, scale, shift, boundary))
+        patches: Tensor = self.proj_out(self.norm_out.after(streams.video, scale, shift, boundary)[1])
         shift, scale = audio_steps.output.plus(self.audio_scale_shift_table)
-        segments = {AUDIO: self.audio_proj_out(self.audio_norm_out(streams.audio, scale, shift)), VIDEO: patches}
+        sound: Tensor = self.audio_proj_out(self.audio_norm_out.after(streams.audio, scale, shift)[1])
+        segments = {AUDIO: sound, VIDEO: patches}
         if first_BSD is not None:
             segments |= {FIRST_FRAME: patches[:, :boundary], VIDEO: patches[:, boundary:]}
         return segments
@@ -327,7 +328,7 @@ class LTX2VideoTransformer3DModel(DiffusionTransformer):
             stream.num_heads,
             stream.head_size,
             theta=config.rope_theta,
-            is_split=config.rope_type == "split",
+            is_neox_style=config.rope_type == "split",
             is_double=config.is_rope_double,
         )
 

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from configs.models.dits.ltx2 import LTX2StreamConfig, LTX2TransformerConfig
 from models.layers.attention import Attention, attention
 from models.layers.feed_forward import FeedForward
-from models.layers.head_rotary import HeadRotation, OwnHeads, rotate_heads
+from models.layers.head_rotary import HeadRotation, OwnHeads
 from models.layers.linear import Linear, only_linear
 from models.layers.norms import Residual, RMSNorm, RMSNormScaleShift, SegmentVectors
-from models.layers.qk_norm import split_heads
+from models.layers.qk_norm import QKNorms, apply_qk_norm, split_heads
 from models.layers.step_cache import CacheUse
 
 EXCHANGE = 4
@@ -30,10 +30,10 @@ EXCHANGE = 4
 
 
 class Streams(NamedTuple):
-    """Video and audio tokens, (B, S, D) each."""
+    """Video and audio tokens, (B, S, D) each, with updates that are still to be added."""
 
-    video: Tensor
-    audio: Tensor
+    video: Residual
+    audio: Residual
 
 
 class SegmentRows(NamedTuple):
@@ -53,8 +53,11 @@ class SegmentRows(NamedTuple):
 
 
 class StepRows(NamedTuple):
-    """Modulations of a stream at a step: of its blocks, of attention between the streams and of the gate of its
-    result, of the output, and of the text, which may be none."""
+    """Modulations of a stream at a step.
+
+    Those of its blocks, of attention between the streams, of the gate of its result, of the output, and of the text,
+    which may be none.
+    """
 
     blocks: SegmentRows
     exchange: SegmentRows
@@ -71,14 +74,14 @@ class StepRows(NamedTuple):
 
 @dataclass(frozen=True)
 class StreamInputs:
-    """What blocks read beside a stream's tokens.
+    """What blocks read beside a stream's tokens: modulations, the text (B, T, D), and rotations.
 
     `rotation` is of positions for self-attention, `exchange_rotation` of seconds alone. The first `boundary` tokens are
     a first frame with modulations of its own.
     """
 
     rows: StepRows
-    text_BTD: Tensor
+    text: Tensor
     text_mask: Tensor | None
     rotation: HeadRotation
     exchange_rotation: HeadRotation
@@ -121,17 +124,17 @@ class LTX2Attention(nn.Module):
         values = split_heads(self.to_v(keys_from), self.head_size)
         if is_skipped:
             return self._gated(x_BSD, values)
-        q = self._rotated(self.norm_q(self.to_q(x_BSD)), rotation)
-        k = self._rotated(self.norm_k(self.to_k(keys_from)), keys_rotation)
+        q = self._normed(self.to_q(x_BSD), self.norm_q, rotation)
+        k = self._normed(self.to_k(keys_from), self.norm_k, keys_rotation)
         attended = self.inner(q, k, values) if mask is None else attention(q, k, values, mask)
         return self._gated(x_BSD, attended)
 
-    def _rotated(self, x: Tensor, rotation: HeadRotation | None) -> Tensor:
-        heads = split_heads(x, self.head_size)
-        if rotation is None:
-            return heads
-        own = HeadRotation(self.own_heads(rotation.cos), self.own_heads(rotation.sin), rotation.is_split)
-        return rotate_heads(heads, own)
+    def _normed(self, x: Tensor, norm: RMSNorm, rotation: HeadRotation | None) -> Tensor:
+        """Normalise queries or keys (B, S, heads * K) in place and rotate them; as heads (B, S, heads, K)."""
+        if rotation is not None:
+            rotation = HeadRotation(self.own_heads(rotation.cos), self.own_heads(rotation.sin), rotation.is_neox_style)
+        apply_qk_norm(x, QKNorms((norm,), (norm,), self.head_size), rotation)
+        return split_heads(x, self.head_size)
 
     def _gated(self, x_BSD: Tensor, attended: Tensor) -> Tensor:
         """Heads side by side, each times its gate, which is 1 at a logit of 0."""
@@ -181,34 +184,36 @@ class LTX2VideoTransformerBlock(nn.Module):
     ) -> Streams:
         """The next tokens. `is_skipped`: without self-attention; `is_isolated`: without the exchange."""
         halves = ((self._video_half, video), (self._audio_half, audio))
-        attended = [
-            _attend(half, x, inputs, is_skipped=is_skipped) for (half, inputs), x in zip(halves, streams, strict=True)
-        ]
+        attended = Streams(
+            *(
+                _attend(half, residual, inputs, is_skipped=is_skipped)
+                for (half, inputs), residual in zip(halves, streams, strict=True)
+            )
+        )
         if not is_isolated:
-            attended = self._exchange(Streams(*attended), video, audio)
-        fed = [_feed(half, x, inputs) for (half, inputs), x in zip(halves, attended, strict=True)]
-        return Streams(*fed)
+            attended = self._exchange(attended, video, audio)
+        return Streams(*(_feed(half, x, inputs) for (half, inputs), x in zip(halves, attended, strict=True)))
 
-    def _exchange(self, streams: Streams, video: StreamInputs, audio: StreamInputs) -> list[Tensor]:
+    def _exchange(self, streams: Streams, video: StreamInputs, audio: StreamInputs) -> Streams:
         """Each stream attends to the other as it was before."""
         tables = (self.video_a2v_cross_attn_scale_shift_table, self.audio_a2v_cross_attn_scale_shift_table)
         norms = (self.video_norm, self.audio_norm)
-        to_video, to_audio, gates = [], [], []
-        for x, inputs, table, norm in zip(streams, (video, audio), tables, norms, strict=True):
+        added, to_video, to_audio, gates = [], [], [], []
+        for residual, inputs, table, norm in zip(streams, (video, audio), tables, norms, strict=True):
             video_scale, video_shift, audio_scale, audio_shift = inputs.rows.exchange.plus(table[:EXCHANGE])
-            to_video.append(norm(x, video_scale, video_shift, inputs.boundary))
-            to_audio.append(norm(x, audio_scale, audio_shift, inputs.boundary))
+            x_BSD, normed = norm.after(residual, video_scale, video_shift, inputs.boundary)
+            added.append(x_BSD)
+            to_video.append(normed)
+            to_audio.append(norm(x_BSD, audio_scale, audio_shift, inputs.boundary))
             gates += inputs.rows.gate.plus(table[EXCHANGE:])
         rotations = (video.exchange_rotation, audio.exchange_rotation)
         heard = self.audio_to_video_attn(*to_video, *rotations)
         seen = self.video_to_audio_attn(*to_audio[::-1], *rotations[::-1])
-        return [
-            only_linear(attn.to_out).update(x, update, gate, inputs.boundary).added(inputs.boundary)
-            for attn, x, update, gate, inputs in (
-                (self.audio_to_video_attn, streams.video, heard, gates[0], video),
-                (self.video_to_audio_attn, streams.audio, seen, gates[1], audio),
-            )
-        ]
+        to_outs = [only_linear(attn.to_out) for attn in (self.audio_to_video_attn, self.video_to_audio_attn)]
+        return Streams(
+            to_outs[0].update(added[0], heard, gates[0], video.boundary),
+            to_outs[1].update(added[1], seen, gates[1], audio.boundary),
+        )
 
     @property
     def _video_half(self) -> _Half:
@@ -226,40 +231,49 @@ def block_rows(stream: LTX2StreamConfig) -> int:
     return 9 if stream.modulates_text else 6
 
 
-def _attend(half: _Half, x_BSD: Tensor, inputs: StreamInputs, *, is_skipped: bool) -> Tensor:
+def _attend(half: _Half, residual: Residual, inputs: StreamInputs, *, is_skipped: bool) -> Residual:
     """Self-attention, then attention to the text."""
     boundary = inputs.boundary
     shift, scale, gate, *rest = inputs.rows.blocks.plus(half.table)
-    normed = half.norm(x_BSD, scale, shift, boundary)
+    x_BSD, normed = half.norm.after(residual, scale, shift, boundary)
     attended = half.attn(normed, rotation=inputs.rotation, is_skipped=is_skipped)
-    x_BSD = only_linear(half.attn.to_out).update(x_BSD, attended, gate, boundary).added(boundary)
-    text_shift, text_scale, text_gate = rest[3:] or (None, None, SegmentVectors.same(torch.ones_like(gate.image)))
-    normed = half.norm(x_BSD, text_scale, text_shift, boundary)
+    residual = only_linear(half.attn.to_out).update(x_BSD, attended, gate, boundary)
+    text_shift, text_scale, text_gate = rest[3:] or _unmodulated(gate.image)
+    x_BSD, normed = half.norm.after(residual, text_scale, text_shift, boundary)
     attended = half.text_attn(normed, _modulated_text(half, inputs), mask=inputs.text_mask)
-    return only_linear(half.text_attn.to_out).update(x_BSD, attended, text_gate, boundary).added(boundary)
+    return only_linear(half.text_attn.to_out).update(x_BSD, attended, text_gate, boundary)
+
+
+def _unmodulated(like_BD: Tensor) -> list[SegmentVectors]:
+    """Shift, scale and gate that change nothing."""
+    zeros = SegmentVectors.same(torch.zeros_like(like_BD))
+    return [zeros, zeros, SegmentVectors.same(torch.ones_like(like_BD))]
 
 
 def _modulated_text(half: _Half, inputs: StreamInputs) -> Tensor:
     if half.text_table is None:
-        return inputs.text_BTD
+        return inputs.text
     shift, scale = inputs.rows.text.plus(half.text_table)
-    modulated = inputs.text_BTD.float() * (1 + scale.image[:, None]) + shift.image[:, None]
-    return modulated.to(inputs.text_BTD.dtype)
+    modulated = inputs.text.float() * (1 + scale.image[:, None]) + shift.image[:, None]
+    return modulated.to(inputs.text.dtype)
 
 
-def _feed(half: _Half, x_BSD: Tensor, inputs: StreamInputs) -> Tensor:
+def _feed(half: _Half, residual: Residual, inputs: StreamInputs) -> Residual:
     """The feed-forward half."""
     shift, scale, gate = inputs.rows.blocks.plus(half.table)[3:6]
-    normed = half.norm(x_BSD, scale, shift, inputs.boundary)
+    x_BSD, normed = half.norm.after(residual, scale, shift, inputs.boundary)
     fed = normed.new_empty(normed.shape)
     half.ff.into(normed, fed)
-    return Residual(x_BSD, fed, gate).added(inputs.boundary)
+    return Residual(x_BSD, fed, gate)
 
 
-def through_both(streams: Streams, blocks: Sequence[Callable[[Streams], Streams]], use: CacheUse | None) -> Streams:
-    """Both streams after all blocks. With a cache, what is computed is the same to the bit.
+def through_both(
+    streams: Streams, blocks: Sequence[Callable[[Streams], Streams]], boundary: int, use: CacheUse | None
+) -> Streams:
+    """Both streams after all blocks. With a cache, what is computed is the same to the bit, and no update is left.
 
-    The cache holds both streams' values side by side, (B, video tokens x D + audio tokens x D).
+    The first `boundary` video tokens are a first frame. The cache holds both streams' values side by side, (B, video
+    tokens x D + audio tokens x D).
     """
     if use is None:
         for block in blocks:
@@ -267,24 +281,30 @@ def through_both(streams: Streams, blocks: Sequence[Callable[[Streams], Streams]
         return streams
     first, *others = blocks
     # Blocks may change what they are given.
-    begun = first(Streams(*(each.clone() for each in streams)))
+    begun = _added(first(Streams(*(residual._replace(x=residual.x.clone()) for residual in streams))), boundary)
     start = _joined(begun)
     own = start - _joined(streams)
     if use.probe:
         return _parted(start + use.cache.reuse(own), streams)
     for block in others:
         begun = block(begun)
-    use.cache.keep(own, _joined(begun) - start)
-    return begun
+    end = _added(begun, boundary)
+    use.cache.keep(own, _joined(end) - start)
+    return end
+
+
+def _added(streams: Streams, boundary: int) -> Streams:
+    """The streams with their updates."""
+    return Streams(Residual(streams.video.added(boundary)), Residual(streams.audio.added(0)))
 
 
 def _joined(streams: Streams) -> Tensor:
-    """A new tensor with the values of both streams."""
-    return torch.cat([each.flatten(1) for each in streams], dim=1)
+    """A new tensor with the values of both streams, which have no updates."""
+    return torch.cat([each.x.flatten(1) for each in streams], dim=1)
 
 
 def _parted(joined: Tensor, like: Streams) -> Streams:
     """The streams of joined values, in the shapes of others."""
-    video = like.video[0].numel()
+    video = like.video.x[0].numel()
     parts = (joined[:, :video], joined[:, video:])
-    return Streams(*(part.reshape(each.shape) for part, each in zip(parts, like, strict=True)))
+    return Streams(*(Residual(part.reshape(each.x.shape)) for part, each in zip(parts, like, strict=True)))

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 class HeadRotation(NamedTuple):
     """cos and sin of the angle of each pair of channels, float32 (T, H, K / 2).
 
-    `is_split`: a pair is a channel of a head's first half with its counterpart in the second half; else it is two
+    `is_neox_style`: a pair is a channel of a head's first half with its counterpart in the second half; else it is two
     neighbouring channels.
     """
 
     cos: Tensor
     sin: Tensor
-    is_split: bool
+    is_neox_style: bool
 
 
 class OwnHeads(nn.Module):
@@ -41,7 +41,7 @@ def head_rotation(
     head_size: int,
     *,
     theta: float,
-    is_split: bool,
+    is_neox_style: bool,
     is_double: bool = True,
 ) -> HeadRotation:
     """Angles for positions in [0, extent] of each axis, which are mapped to [-1, 1].
@@ -58,13 +58,13 @@ def head_rotation(
     angles = ((relative[..., None] * 2 - 1) * frequencies).transpose(1, 2).flatten(1)
     still = angles.new_zeros(len(angles), pairs - angles.shape[1])
     angles_THK = torch.cat((still, angles), dim=1).view(-1, heads, head_size // 2)
-    return HeadRotation(angles_THK.cos(), angles_THK.sin(), is_split)
+    return HeadRotation(angles_THK.cos(), angles_THK.sin(), is_neox_style)
 
 
 def rotate_heads(x: Tensor, rotation: HeadRotation) -> Tensor:
     """Apply RoPE to x (B, T, H, K). In float32, result in x's type."""
-    pairs = (2, x.shape[-1] // 2) if rotation.is_split else (x.shape[-1] // 2, 2)
-    axis = -2 if rotation.is_split else -1
+    pairs = (2, x.shape[-1] // 2) if rotation.is_neox_style else (x.shape[-1] // 2, 2)
+    axis = -2 if rotation.is_neox_style else -1
     first, second = x.float().reshape(*x.shape[:-1], *pairs).unbind(axis)
     cos, sin = rotation.cos, rotation.sin
     rotated = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=axis)

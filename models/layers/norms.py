@@ -9,7 +9,7 @@ have boundary 0 and give the same for both.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +62,9 @@ class LayerNormScaleShift(nn.Module):
     Statistics and modulation are computed in float32; results are in x's type.
     """
 
+    is_centred: ClassVar[bool] = True
+    """Whether the mean is subtracted."""
+
     def __init__(self, size: int, eps: float = 1e-6) -> None:
         super().__init__()
         self.size = size
@@ -70,7 +73,9 @@ class LayerNormScaleShift(nn.Module):
     def forward(self, x_BSD: Tensor, scale: SegmentVectors, shift: SegmentVectors, boundary: int = 0) -> Tensor:
         """norm(x) * (1 + scale) + shift."""
         if (kernels := kernels_for(x_BSD)) is not None:
-            modulated: Tensor = kernels.norm_scale_shift(x_BSD, scale, shift, boundary, self.eps)
+            modulated: Tensor = kernels.norm_scale_shift(
+                x_BSD, scale, shift, boundary, self.eps, is_centred=self.is_centred
+            )
             return modulated
         return self._modulated(x_BSD, scale, shift, boundary)
 
@@ -81,42 +86,29 @@ class LayerNormScaleShift(nn.Module):
         if residual.update is None or residual.gate is None:
             return residual.x, self(residual.x, scale, shift, boundary)
         if (kernels := kernels_for(residual.x)) is not None:
-            both: tuple[Tensor, Tensor] = kernels.gate_norm_scale_shift(*residual, scale, shift, boundary, self.eps)
+            both: tuple[Tensor, Tensor] = kernels.gate_norm_scale_shift(
+                *residual, scale, shift, boundary, self.eps, is_centred=self.is_centred
+            )
             return both
         x_BSD = residual.added(boundary)
         return x_BSD, self._modulated(x_BSD, scale, shift, boundary)
 
     def _modulated(self, x: Tensor, scale: SegmentVectors, shift: SegmentVectors, boundary: int) -> Tensor:
-        normed = layer_norm(x.float(), (self.size,), eps=self.eps)
         scale_BSD, shift_BSD = (_by_token(each, boundary, x.shape[1]).float() for each in (scale, shift))
-        return (normed * (1 + scale_BSD) + shift_BSD).to(x.dtype)
+        return (self._normed(x) * (1 + scale_BSD) + shift_BSD).to(x.dtype)
+
+    def _normed(self, x: Tensor) -> Tensor:
+        """In float32."""
+        return layer_norm(x.float(), (self.size,), eps=self.eps)
 
 
-class RMSNormScaleShift(nn.Module):
-    """RMS norm without a weight, then a scale and a shift that the timestep decides, or neither.
+class RMSNormScaleShift(LayerNormScaleShift):
+    """RMS norm without a weight, then a scale and a shift that the timestep decides."""
 
-    Computed in float32; results are in x's type.
-    """
+    is_centred: ClassVar[bool] = False
 
-    def __init__(self, size: int, eps: float = 1e-6) -> None:
-        super().__init__()
-        self.size = size
-        self.eps = eps
-
-    def forward(
-        self,
-        x_BSD: Tensor,
-        scale: SegmentVectors | None = None,
-        shift: SegmentVectors | None = None,
-        boundary: int = 0,
-    ) -> Tensor:
-        """norm(x) * (1 + scale) + shift."""
-        normed = rms_norm(x_BSD.float(), (self.size,), eps=self.eps)
-        if scale is not None:
-            normed = normed * (1 + _by_token(scale, boundary, x_BSD.shape[1]).float())
-        if shift is not None:
-            normed = normed + _by_token(shift, boundary, x_BSD.shape[1]).float()
-        return normed.to(x_BSD.dtype)
+    def _normed(self, x: Tensor) -> Tensor:
+        return rms_norm(x.float(), (self.size,), eps=self.eps)
 
 
 def _by_token(vectors: SegmentVectors, boundary: int, tokens: int) -> Tensor:

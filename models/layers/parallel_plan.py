@@ -40,8 +40,8 @@ class ParallelPlan:
 
     `column` layers keep some of their outputs; `row` layers take some inputs; `gathered` layers compute some outputs
     and give all; `norms` (RMS) are over outputs of column layers. What is not named is whole on every rank. `segments`
-    are those of a layer whose inputs or outputs have parts of different meaning, as ratios. `heads` are the modules that
-    tensors of all heads pass through (OwnHeads). `attention` are the calls of attention among tokens that are cut,
+    are those of a layer whose inputs or outputs have parts of different meaning, as ratios. `heads` are the modules
+    that tensors of all heads pass through (OwnHeads). `attention` are the calls of attention among tokens that are cut,
     `sharded_keys` those of queries that every rank has whole to such tokens; `cuts` and `joins` are where that begins
     and ends.
     """

@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from common.artifacts import Conditioning, LatentPart, Latents
+from common.errors import InvalidInput
 from common.stage import Call, PipelineStage
 from configs.pipeline_configs.base import ImageLatentsConfig, VisionConfig
 from models.contracts import (
@@ -66,10 +67,18 @@ class ImageVAEEncodingStage(PipelineStage[ImageVAEEncodingInput, ImageVAEEncodin
         for role, picture in open_images(x.image_inputs).items():
             height, width = self._config.image_size((picture.height, picture.width), x.canvas)
             factor = 0 if x.sampling is None else self._config.recompression(x.sampling)
-            seen = recompressed(picture, factor) if factor else picture
+            seen = _recompressed(role, picture, factor) if factor else picture
             tensors[role] = as_tensor(seen, height, width, _FILTERS[self._config.resampling]).to(self._device)
         parts = {
             part: LatentPart(latents=self._config.pack(part, raw.cpu()), raw_latent_shape=tuple(raw.shape))
             for part, raw in self._config.image_latents(self._vae.encode, tensors, x.canvas).items()
         }
         return ImageVAEEncodingOutput(image_latents=Latents(parts=parts))
+
+
+def _recompressed(role: str, picture: Image.Image, factor: int) -> Image.Image:
+    """The compressed image. Raises InvalidInput about the role."""
+    try:
+        return recompressed(picture, factor)
+    except ValueError as error:
+        raise InvalidInput(f"{role}: {error}", field=role) from None

@@ -13,8 +13,10 @@ RopeType = Literal["interleaved", "split"]
 
 @dataclass(frozen=True, kw_only=True)
 class LTX2StreamConfig:
-    """One stream of tokens. `is_gated`: attention has a gate for each head; `modulates_text`: queries to the text are
-    modulated by time."""
+    """One stream of tokens, video or audio.
+
+    `is_gated`: attention has a gate for each head. `modulates_text`: queries to the text are modulated by time.
+    """
 
     in_channels: int
     out_channels: int

@@ -9,6 +9,7 @@ from typing import Any, Self
 from configs.models.fields import ConfigFields
 
 _AUDIO_FACTOR = 4
+_AAC_RATES = (7350, 8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000, 64000, 88200, 96000)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +108,10 @@ class LTX2VocoderConfig:
         """Read config.json of the module. Raises CheckpointError."""
         fields = ConfigFields(module, values)
         rate = fields.integer("output_sampling_rate", 48000 if extends_bandwidth else 24000)
+        if rate not in _AAC_RATES:
+            raise fields.error("output_sampling_rate", "must be a rate that AAC has, such as 24000 or 48000")
+        if fields.integer("bwe_out_channels" if extends_bandwidth else "out_channels", 2) > 2:
+            raise fields.error("out_channels", "must be 1 or 2: MP4 files have mono or stereo sound")
         return cls(in_channels=fields.integer("in_channels", 128), sampling_rate=rate)
 
 
