@@ -187,9 +187,6 @@ class DenoisingConfig(LatentLayout):
     branches: ClassVar[tuple[str, ...]] = (POSITIVE, NEGATIVE)
     """All branches of guidance; the cfg axis of a worker group has at most as many ranks."""
 
-    prediction_dtype: ClassVar[torch.dtype | None] = None
-    """Dtype in which predictions are combined and stepped; None: that of the denoiser."""
-
     @abstractmethod
     def conditioning_shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Usual shapes of the encoders' outputs by the denoiser's keyword, batch 1; for warm-up."""

@@ -100,8 +100,6 @@ class DenoisingStage(PipelineStage[DenoisingInput, DenoisingOutput]):
         predict = partial(self._predict, given, latents, step)
         active = config.active(step, request.branches, request.x.sampling)
         predicted = branches.predict(active, config.expert(step), predict, latents)
-        if (dtype := config.prediction_dtype) is not None:
-            predicted = {name: {part: each.to(dtype) for part, each in own.items()} for name, own in predicted.items()}
         if len(predicted) == 1:
             return predicted[active[0]]
         return config.guide(predicted, latents, step, request.x.sampling)

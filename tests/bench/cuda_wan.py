@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from bench_device import empty, now
 from bench_image import png, smooth_image
-from bench_meter import Meter, Side, latents_error, print_sides
+from bench_sides import Side, StageMeter, latents_error, print_sides
 from bench_report import print_machine, say
 from diffusers import (
     AutoencoderKLWan,
@@ -204,7 +204,7 @@ def run_diffusers(
     more = {} if image is None else {"image": image}
     for _ in range(2):
         generator = torch.Generator("cpu").manual_seed(SEED)
-        meter = Meter(device, side)
+        meter = StageMeter(device, side)
         embeds, negative = pipeline.encode_prompt(PROMPT, max_sequence_length=512, device=device)
         meter.end("text_encoding")
         latents = pipeline(
@@ -247,7 +247,7 @@ def run_stages(
         stages = HostedStages(spec.service, load_stages(model, spec, runtime, variant=name))
         inputs = {slot: slots[slot] for slot in stages.contract.inputs if slot in slots}
         for _ in range(2):
-            meter = Meter(device, side)
+            meter = StageMeter(device, side)
             outputs = stages.run(inputs, Call("bench"))
             meter.end(spec.service)
         slots |= outputs
