@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from bench_device import empty, now
 from bench_image import png, smooth_image
-from bench_sides import Side, StageMeter, latents_error, print_sides
 from bench_report import print_machine, say
+from bench_sides import Side, StageMeter, latents_error, print_sides
 from diffusers import (
     AutoencoderKLWan,
     UniPCMultistepScheduler,
