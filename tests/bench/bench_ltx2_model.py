@@ -95,7 +95,7 @@ VERSIONS = {
         tiny="2.0",
         transformer={"rope_type": "split"},
         connectors={"rope_type": "split"},
-        vae={"decoder_causal": False},
+        vae={"decoder_causal": False, "spatial_compression_ratio": 32, "temporal_compression_ratio": 8},
         vocoder=LTX2Vocoder,
     ),
     "ltx-2.3": Version(
