@@ -35,9 +35,9 @@ class Call:
     `deadline` is in seconds of time.monotonic(). `on_begun` is called when the stages start, `on_step_checkpoint` with
     each checkpoint in the form of the runner's values: a StepCheckpoint from a LocalRunner, a Packet from a
     RemoteRunner. The tensors of a checkpoint are on the CPU and belong to the callback: the stage does not write to
-    them any more. `on_computed` gets the compute seconds that a worker reports at the end of the call. `hand_over` is
-    set when the worker leaves: a stage that sends checkpoints ends at its next step boundary then. `variant` is the
-    model's variant whose stages run; empty means the first.
+    them any more. `on_computed` gets the compute seconds that a worker reports at the end of the call, also of a call
+    that it hands over. `hand_over` is set when the worker leaves: a stage that sends checkpoints ends at its next step
+    boundary then. `variant` is the model's variant whose stages run; empty means the first.
     """
 
     request_id: str

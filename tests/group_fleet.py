@@ -35,6 +35,9 @@ SIZE = 512  # pixels; so large that a step takes longer than its progress needs 
 _SERVE = ("--model", "emoji", "--threads", "1", "--step-checkpoint-every", "1", "--step-seconds", "0")
 _WATCHFUL = ("--rank-heartbeat-seconds", "0.1", "--rank-lost-seconds", "2")
 
+START_SECONDS = 180.0
+"""Longest start of a group, whose ranks import and load at once, on a machine that is busy with other work."""
+
 OnStep = Callable[[], None]
 
 
@@ -81,7 +84,9 @@ class GroupFleet:
         self._directory = directory
         self._stub: Stub
         self._redis: Redis
+        self._stack: AsyncExitStack
         self._machines = machines
+        self._words: tuple[str, ...] = ()
         self.agents: dict[int, Process] = {}
 
     @property
@@ -89,11 +94,11 @@ class GroupFleet:
         """The agent of the machine that serves."""
         return self.agents[0]
 
-    def run(self, work: Coroutine[None, None, T]) -> T:
-        """The work's result, which it must have in time."""
+    def run(self, work: Coroutine[None, None, T], seconds: float | None = None) -> T:
+        """The work's result, which it must have in time: within `seconds`, else within those of `asked`."""
 
         async def bounded() -> T:
-            async with asyncio.timeout(self.asked.seconds):
+            async with asyncio.timeout(seconds or self.asked.seconds):
                 return await work
 
         return asyncio.run_coroutine_threadsafe(bounded(), self._loop).result()
@@ -102,21 +107,11 @@ class GroupFleet:
     async def started(self, degrees: Sequence[str]) -> AsyncIterator[None]:
         """All services of the emoji model. The group has these flags."""
         async with AsyncExitStack() as stack:
-            words = (
-                *_SERVE,
-                *self.asked.watchful,
-                "--device",
-                self.asked.device,
-                *degrees,
-                "--redis",
-                self.url,
-                "--listen",
-                f"unix:{self._directory}/group.sock",
-            )
+            self._stack = stack
+            device = ("--device", self.asked.device)
+            self._words = (*_SERVE, *self.asked.watchful, *device, *degrees, "--redis", self.url)
             for node, more in enumerate(self._machines):
-                agent = await asyncio.create_subprocess_exec(sys.executable, "-m", "services.denoising", *words, *more)
-                stack.push_async_callback(_end, agent)
-                self.agents[node] = agent
+                self.agents[node] = await self._start("group", more)
             for service in ("text_encoding", "latent_preparation", "decoding"):
                 listen = f"unix:{self._directory}/{service}.sock"
                 settings = settings_class(service)(
@@ -132,13 +127,30 @@ class GroupFleet:
                 await stack.enter_async_context(open_channel(listen))
             )
             self._redis = await stack.enter_async_context(connect(self.url))
-            await self._serving()
+            await self._serving(self.agent)
             yield
 
-    async def _serving(self) -> None:
+    async def _start(self, name: str, more: Sequence[str] = ()) -> Process:
+        """Start the agent of a group, with more flags. Rank 0 listens on a socket of that name."""
+        words = (*self._words, "--listen", f"unix:{self._directory}/{name}.sock", *more)
+        agent = await asyncio.create_subprocess_exec(sys.executable, "-m", "services.denoising", *words)
+        self._stack.push_async_callback(_end, agent)
+        return agent
+
+    def add_group(self, name: str) -> Process:
+        """Start another group with the same flags; returns its agent once the group serves."""
+        return self.run(self._add_group(name), max(START_SECONDS, self.asked.seconds))
+
+    async def _add_group(self, name: str) -> Process:
+        before = len(await WorkerRegistry(self._redis).live("emoji", "denoising"))
+        agent = await self._start(name)
+        await self._serving(agent, before + 1)
+        return agent
+
+    async def _serving(self, agent: Process, count: int = 1) -> None:
         async def announced() -> bool:
-            assert self.agent.returncode is None, "the agent has ended"
-            return bool(await WorkerRegistry(self._redis).live("emoji", "denoising"))
+            assert agent.returncode is None, "the agent has ended"
+            return len(await WorkerRegistry(self._redis).live("emoji", "denoising")) >= count
 
         await until(announced)
 
@@ -147,8 +159,12 @@ class GroupFleet:
         return self.run(WorkerRegistry(self._redis).live("emoji", "denoising"))
 
     def ranks(self) -> dict[int, psutil.Process]:
-        """The group's processes. A child of an agent that has yet to become a rank has the agent's environment."""
-        children = [child for agent in self.agents.values() for child in psutil.Process(agent.pid).children()]
+        """The group's processes."""
+        return self.ranks_of(*self.agents.values())
+
+    def ranks_of(self, *agents: Process) -> dict[int, psutil.Process]:
+        """The processes of a group by its agents. A child that has yet to become a rank has the agent's environment."""
+        children = [child for agent in agents for child in psutil.Process(agent.pid).children()]
         alive = [(child, child.environ()) for child in children if child.status() != psutil.STATUS_ZOMBIE]
         return {int(environment["RANK"]): child for child, environment in alive if "RANK" in environment}
 
@@ -217,7 +233,7 @@ def group_fleet(
         with running_server("valkey") as server:
             fleet = GroupFleet(loop, server.url, directory, machines, asked)
             context: Any = fleet.started(degrees)
-            fleet.run(context.__aenter__())
+            fleet.run(context.__aenter__(), max(START_SECONDS, asked.seconds))
             try:
                 yield fleet
             finally:

@@ -127,6 +127,7 @@ OPERATIONS: dict[str, Sequence[Mapping[str, Any]]] = {
     "refusals": [{"model": MODEL}],
     "leaving": [{"worker": worker, "lasts": LASTS} for worker in ("w2", "nobody")],
     "avoid": [{"owner": owner, "worker": worker} for owner, worker in (("c-1", "w1"), ("c-1", "w1"), ("c-2", "w-new"))],
+    "stage_activity": [{"place": PLACE}],
     "stage_load": [{"place": PLACE, "assumed": 10}],
     "spare": [{"place": PLACE, "numerics": "numerics"}],
     "claims": [{"place": PLACE, "owner": "c-1"}],

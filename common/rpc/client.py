@@ -11,7 +11,7 @@ from typing import Any, cast
 import grpc
 from google.protobuf.message import DecodeError, Message
 
-from common.errors import DeadlineExceeded, InternalError, InvalidInput, ResourceExhausted, Unavailable
+from common.errors import DeadlineExceeded, HandedOver, InternalError, InvalidInput, ResourceExhausted, Unavailable
 from common.rpc.address import is_local, target_of
 from common.rpc.frames import ChunkView, read_chunk
 from common.rpc.framing import (
@@ -141,6 +141,8 @@ class RemoteRunner:
             return outputs
         except grpc.aio.AioRpcError as error:
             reason = from_rpc_error(error)
+            if isinstance(reason, HandedOver):
+                _report_computed(error.trailing_metadata(), call)
             if isinstance(reason, Unavailable) and sent.is_set() and not is_sent_by_peer(error):
                 reason = WorkerLost(reason.message)
             raise reason from error

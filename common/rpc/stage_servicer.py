@@ -131,9 +131,9 @@ class StageServicer:
                     await self._compute_and_answer(context.write, job, leave)
                 else:
                     await self._answer_through(self._cache, context.write, job, leave)
+            finally:
                 if job.seconds:
                     context.set_trailing_metadata(((COMPUTED_KEY, f"{job.seconds:.6f}"),))
-            finally:
                 self._jobs.remove(job)
                 job.abandon()
 
@@ -243,6 +243,13 @@ class StageServicer:
         job.begin()
         reporter.begin()
         began = time.perf_counter()
+        try:
+            return self._outputs(job, call)
+        finally:
+            job.seconds = time.perf_counter() - began  # packing waits for the device
+
+    def _outputs(self, job: _Job, call: Call) -> dict[str, Packet]:
+        """The outputs of the stages."""
         contract = self._stages.contract_of(call.variant)
         values = {
             slot: unpack(slot, artifact_class(contract.inputs[slot]), job.inputs.pop(slot), self._leaf)
@@ -254,8 +261,6 @@ class StageServicer:
             return {slot: pack(slot, outputs[slot], self._leaf) for slot in contract.outputs}
         except InvalidInput as error:
             raise InternalError(f"{contract.name} made something that cannot travel: {error}") from error
-        finally:
-            job.seconds = time.perf_counter() - began  # packing waits for the device
 
     async def _answer(self, write: Write, outputs: Mapping[str, Packet], leave: Callable[[], None]) -> None:
         """Send the outputs. The place is given back before the last frame: who has read it may call again."""
@@ -279,7 +284,7 @@ class _Job:
         self.call = call
         self.begun = begun
         self.inputs: dict[str, Packet] = {}
-        self.seconds = 0.0  # that the stages took
+        self.seconds = 0.0  # that the stages took, also where they raised an error
         self.request_id = call.request_id
         self.step_times = StepTimes()
         self.has_begun = False

@@ -104,9 +104,12 @@ def is_sent_by_peer(error: grpc.RpcError) -> bool:
 
 
 async def abort_with(context: grpc.aio.ServicerContext[Any, Any], error: FleetError) -> NoReturn:
-    """End a call with an error's status. Raises grpc.aio.AbortError, which handlers let pass."""
+    """End a call with an error's status. Raises grpc.aio.AbortError, which handlers let pass.
+
+    Trailing metadata that the handler has set are sent too.
+    """
     code, details, metadata = to_status(error)
-    await context.abort(code, details, metadata)
+    await context.abort(code, details, (*(context.trailing_metadata() or ()), *metadata))
     raise AssertionError("abort returned")
 
 

@@ -35,7 +35,18 @@ from common.errors import FailedPrecondition, InternalError, InvalidInput, Unava
 from common.state.store_url import SENTINEL, check_url, sentinel_parts, without_password
 
 PREFIX = "fleet:"
-SCRIPT_FILES = ("base", "admission", "requests", "leases", "scaling", "worker_slots", "workers", "replies", "run")
+SCRIPT_FILES = (
+    "base",
+    "slot_index",
+    "admission",
+    "requests",
+    "leases",
+    "scaling",
+    "worker_slots",
+    "workers",
+    "replies",
+    "run",
+)
 """The files of the script in lua/, in the order in which they make one chunk."""
 # No command blocks longer on the server than this; the socket's own timeout is beyond it.
 BLOCK_SECONDS = 5.0
@@ -77,6 +88,8 @@ def connect(url: str) -> Redis:
 
 def _options() -> dict[str, Any]:
     return {
+        # Each Watch holds a connection while it waits for events. redis-py's default limit is 100.
+        "max_connections": 2**31 - 1,
         "protocol": 2,  # so that replies have one form, whatever redis-py's default
         "socket_timeout": _SOCKET_SECONDS,
         "socket_connect_timeout": _CONNECT_SECONDS,

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from redis.asyncio import Redis
 
 from common.scaling import StageLoad
 from common.state.connection import Arguments, run_script
+
+
+@dataclass(frozen=True)
+class StageActivity:
+    """Whether an open request still needs a service, and when one last ceased to, in ms of the store; 0 for never."""
+
+    is_active: bool
+    last_needed_ms: int
 
 
 class StageLoads:
@@ -14,6 +24,11 @@ class StageLoads:
     def __init__(self, redis: Redis, assumed_seconds: float) -> None:
         self._redis = redis
         self._assumed_seconds = assumed_seconds
+
+    async def activity(self, model: str, service: str) -> StageActivity:
+        """Whether a service of a model needs a worker. Raises Unavailable when the store is unavailable."""
+        is_active, last_needed = await run_script(self._redis, "stage_activity", {"place": f"{model}/{service}"})
+        return StageActivity(is_active=bool(is_active), last_needed_ms=int(last_needed))
 
     async def read(self, model: str, service: str) -> StageLoad:
         """The load of a service of a model. Raises Unavailable when the store is unavailable."""

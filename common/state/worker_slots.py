@@ -57,10 +57,19 @@ def _ignore() -> None:
 
 @dataclass(frozen=True)
 class Computed:
-    """The compute seconds of a call, as the worker reported them, and the step at which the call started."""
+    """The compute seconds of a call, as the worker reported them, and the steps of the request before and after it.
+
+    `steps_after` is None for a call that did all steps that were left.
+    """
 
     seconds: float
     steps_before: int = 0
+    steps_after: int | None = None
+
+    def arguments(self) -> tuple[str | int, ...]:
+        """The values that the store takes."""
+        after = () if self.steps_after is None else (self.steps_after,)
+        return (f"{self.seconds:.6f}", self.steps_before, *after)
 
 
 @dataclass(frozen=True)
@@ -191,7 +200,7 @@ class WorkerSlots:
             "ticket": ticket,
             "place": place,
             "used": math.ceil(used_seconds * 1_000),
-            "computed": () if computed is None else (f"{computed.seconds:.6f}", computed.steps_before),
+            "computed": () if computed is None else computed.arguments(),
         }
         while True:
             try:
@@ -209,8 +218,9 @@ class WorkerSlots:
         A network that comes back delivers claims that were given up long ago.
         """
         place = f"{model}/{service}"
+        known = set(self._tickets)  # some of them may be given back before the reply is read
         for ticket in await run_script(self._redis, "claims", {"place": place, "owner": self._owner}):
-            if ticket.decode() not in self._tickets:
+            if ticket.decode() not in known | self._tickets:
                 _log.warning("gives back a slot of %s that nobody here has: %s", place, ticket.decode())
                 self._release(ticket.decode(), place)
 

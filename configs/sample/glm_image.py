@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Self
 
 from common.checkpoint import Checkpoint
 from common.errors import InvalidInput
-from configs.sample.base import ParamWarning, SamplingParams, parameter
-from configs.sample.sigmas import SMALLEST_SIGMA, steps_of_sigmas
+from configs.sample.base import ParamWarning, parameter
+from configs.sample.sigmas import SigmasSamplingParams
 from configs.sample.terminal import check_stretched
 
 GRID = 32
@@ -18,7 +18,7 @@ _CROP = "crops_coords_top_left"
 
 
 @dataclass(frozen=True, kw_only=True)
-class GlmImageSamplingParams(SamplingParams):
+class GlmImageSamplingParams(SigmasSamplingParams):
     """GLM-Image from text. guidance_scale above 1 is classifier-free guidance against an empty prompt.
 
     Diffusers 0.42 takes images for editing too, and fails on each of them: here they are refused.
@@ -30,9 +30,6 @@ class GlmImageSamplingParams(SamplingParams):
     guidance_scale: float = 1.5
     max_sequence_length: int = parameter(
         "Tokens that the glyph encoder reads of each quoted text: a byte each.", 2048, minimum=1, maximum=2048
-    )
-    sigmas: tuple[float, ...] = parameter(
-        "Noise level of each step, highest first; sets the number of steps.", (), minimum=SMALLEST_SIGMA, maximum=1.0
     )
     crops_coords_top_left: tuple[float, ...] = parameter(
         "Top and left of the crop that the image is conditioned on (pixels); unset: 0 and 0.", (), minimum=0.0
@@ -50,12 +47,12 @@ class GlmImageSamplingParams(SamplingParams):
         if self.crops_coords_top_left and len(self.crops_coords_top_left) != 2:
             count = len(self.crops_coords_top_left)
             raise InvalidInput(f"{_CROP}: {count} numbers are not 2; top and left in pixels work", field=_CROP)
-        steps, warnings = steps_of_sigmas(self.sigmas, self.num_inference_steps, given)
-        check_stretched(checkpoint, steps, self.sigmas)
+        params, warnings = self.with_steps_of_sigmas(given)
+        check_stretched(checkpoint, params.num_inference_steps, params.sigmas)
         if "negative_prompt" in given and self.negative_prompt:
             message = "negative_prompt has no effect on this model, whose guidance is against an empty prompt"
             warnings = (*warnings, ParamWarning("negative_prompt", message))
-        return replace(self, num_inference_steps=steps), warnings
+        return params, warnings
 
     @property
     def branches(self) -> int:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Self
 
 from common.artifacts import ParamValue
 from common.checkpoint import Checkpoint
-from configs.sample.base import ParamWarning, SamplingParams, parameter
-from configs.sample.sigmas import SMALLEST_SIGMA, steps_of_sigmas
+from configs.sample.base import ParamWarning, parameter
+from configs.sample.sigmas import SigmasSamplingParams
 from configs.sample.terminal import check_stretched
 
 _DEFAULT_LATENT_SIZE = 128
@@ -17,7 +17,7 @@ _PATCH = 2
 
 
 @dataclass(frozen=True, kw_only=True)
-class PackedSamplingParams(SamplingParams):
+class PackedSamplingParams(SigmasSamplingParams):
     """Sizes are multiples of what VAE and 2x2 packing reduce together; sigmas may replace the even spacing of steps.
 
     true_cfg_scale above 1 with a negative prompt is classifier-free guidance.
@@ -25,9 +25,6 @@ class PackedSamplingParams(SamplingParams):
 
     true_cfg_scale: float = parameter(
         "Classifier-free guidance, on above 1 with a negative prompt.", 1.0, minimum=0.0, maximum=1000.0
-    )
-    sigmas: tuple[float, ...] = parameter(
-        "Noise level of each step, highest first; sets the number of steps.", (), minimum=SMALLEST_SIGMA, maximum=1.0
     )
 
     @classmethod
@@ -49,8 +46,7 @@ class PackedSamplingParams(SamplingParams):
         Raises InvalidInput for a schedule that shift_terminal cannot stretch.
         """
         params, warnings = self.floored_size(_PATCH * self.pixels_per_latent(checkpoint))
-        steps, more = steps_of_sigmas(params.sigmas, params.num_inference_steps, given)
-        params = replace(params, num_inference_steps=steps)
+        params, more = params.with_steps_of_sigmas(given)
         check_stretched(checkpoint, params.num_inference_steps, params.sigmas)
         idle = params.without_effect(checkpoint)
         idle_warnings = tuple(

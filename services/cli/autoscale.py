@@ -29,6 +29,10 @@ class Pool(Protocol):
     def size(self) -> int:
         """Replicas that run or start."""
 
+    @property
+    def most(self) -> int:
+        """Replicas that can run."""
+
     def resize(self, count: int) -> None:
         """Start or end replicas. Returns at once."""
 
@@ -113,6 +117,7 @@ class StageAutoscaler:
         self._poll_seconds = poll_seconds
         self._note = note
         self._is_answered = True
+        self._was_active = False
 
     async def run(self) -> None:
         """Scale until it is cancelled. Raises a group of errors that no later call can mend, such as NotFound."""
@@ -127,7 +132,11 @@ class StageAutoscaler:
             await asyncio.sleep(_RETRY_SECONDS)
 
     def _activate(self, is_active: bool) -> None:
-        """Start the first replica. All else is decided by the next poll, from the metric."""
+        """Start the first replica. All else is decided by the next poll, from the metric.
+
+        The push also counts as activity: a stage that computes for a moment is seldom active when it is polled.
+        """
+        self._was_active |= is_active
         if is_active and self._pool.size == 0:
             self._resize(self._policy.decide(0, is_active=True, demand=None))
 
@@ -135,11 +144,13 @@ class StageAutoscaler:
         while True:
             with self._noting_failures():
                 is_active, demand = await self._client.is_active(), await self._client.demand()
+                is_active, self._was_active = is_active or self._was_active, False
                 self._resize(self._policy.decide(self._pool.size, is_active=is_active, demand=demand))
                 self._is_answered = True
             await asyncio.sleep(self._poll_seconds)
 
     def _resize(self, count: int) -> None:
+        count = min(count, self._pool.most)
         if count != self._pool.size:
             self._note(f"autoscaler: {self._name}: {self._pool.size} -> {count} workers")
             self._pool.resize(count)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Mapping
 
@@ -10,28 +11,31 @@ from fleet.v1 import generation_pb2
 from services.cli.access import Access
 from services.cli.client import FleetClient, connect, raise_unless_succeeded
 
-_PROMPTS = ("a red apple on a table", "a blue boat on a lake")  # A stage may have cached a prompt that it had before.
+_PROMPTS = ("a red apple on a table", "a blue boat on a lake")
 
 
 async def measure_request(endpoint: str, access: Access, model: str, parameters: Mapping[str, int]) -> dict[str, float]:
-    """Run two requests, of which the first warms up; returns the seconds of the second by service.
+    """Run two requests, of which the first warms up; return the seconds of the second one by service.
 
-    Raises Unavailable where nothing answers, RequestFailed for a request that fails.
+    Services are in the order of the pipeline. Raises Unavailable where nothing answers, NotFound for a model that is
+    not served, RequestFailed for a request that fails.
     """
     async with connect(endpoint, access) as client:
         for prompt in _PROMPTS:
             request = generation_pb2.SubmitRequest(model=model)
-            request.parameters.prompt = prompt
+            # Workers cache replies, also those of an earlier measurement: no prompt is used twice.
+            request.parameters.prompt = f"{prompt} {secrets.token_hex(4)}"
             for name, value in parameters.items():
                 setattr(request.parameters, name, value)
             seconds = await _run(client, request)
+        served = next(each for each in await client.models() if each.name == model)
     if not seconds:
         raise Unavailable(f"{model} at {endpoint} reported no progress of any service, so that nothing was measured")
-    return seconds
+    return {each.service: seconds[each.service] for each in served.services if each.service in seconds}
 
 
 async def _run(client: FleetClient, request: generation_pb2.SubmitRequest) -> dict[str, float]:
-    """From the first to the last event of each service, in order of the first."""
+    """Seconds from the first to the last progress event of each service."""
     first: dict[str, float] = {}
     last: dict[str, float] = {}
     request_id = ""

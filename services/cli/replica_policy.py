@@ -41,12 +41,24 @@ class _Recommendation:
     replicas: int
 
 
+def with_headroom(demand: float, headroom: float) -> float:
+    """The demand and spare replicas: `headroom` times its square root, so that zero stays zero.
+
+    Random arrivals vary by the square root of their number: a large stage needs a smaller share of spare replicas.
+    """
+    return demand + headroom * math.sqrt(demand)
+
+
 @dataclass
 class ReplicaPolicy:
-    """Decides the number of replicas of one service. `clock` returns seconds and never goes back."""
+    """Decides the number of replicas of one service. `clock` returns seconds and never goes back.
+
+    `headroom` is applied to the demand, as a formula of KEDA's scalingModifiers would.
+    """
 
     bounds: ReplicaBounds
     clock: Callable[[], float] = time.monotonic
+    headroom: float = 0.0
     _active_at: float | None = None
     _recommendations: list[_Recommendation] = field(default_factory=list)
 
@@ -67,10 +79,15 @@ class ReplicaPolicy:
         return self._stabilized(current, self._recommended(current, demand), now)
 
     def _recommended(self, current: int, demand: float | None) -> int:
-        """What the metric asks for, within the bounds and never zero."""
+        """What the metric and the headroom ask for, within the bounds and never zero."""
+        return min(max(self._wanted(current, demand), self.bounds.least, 1), self.bounds.most)
+
+    def _wanted(self, current: int, demand: float | None) -> int:
+        if demand is None:
+            return current
+        wanted = with_headroom(demand, self.headroom)
         # Kubernetes computes in thousandths, so that an error of rounding asks for no replica.
-        wanted = current if demand is None or round(abs(demand / current - 1), 3) <= TOLERANCE else _ceil(demand)
-        return min(max(wanted, self.bounds.least, 1), self.bounds.most)
+        return current if round(abs(wanted / current - 1), 3) <= TOLERANCE else _ceil(wanted)
 
     def _stabilized(self, current: int, recommended: int, now: float) -> int:
         """The recommendation, or for a scale-in the largest one within the window, at most the current number."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from common.artifacts import ParamValue
 from common.settings import SettingsError
-from models.catalog import ServedModel, open_model
+from models.catalog import ServedModel, open_model, shipped_models
 from models.registry import load_registry
 from services.cli.access import Access, access_of
 from services.cli.generate import plugin_directories
@@ -20,7 +20,7 @@ from services.cli.parameters import number, whole_number
 from services.cli.stage_seconds import Measurement, Shape, Transport, measurements, transport
 from services.cli.status import table
 
-_LITTLE = 0.2  # of one worker: a service that needs less can share a GPU with another one
+_LITTLE = 0.2  # of one worker: a service that needs less can share a device with another one
 _TRANSPORT_SHARE = 0.02  # of a request: above it, splitting costs noticeably
 _ON_CPU = frozenset({"latent_preparation"})
 _AXES = ("height", "width", "num_frames")
@@ -144,12 +144,12 @@ def _measured_at(endpoint: str, access: Access, args: argparse.Namespace) -> tup
         return SUCCESS
 
     run_async(measure())
-    return measured, f"measured by one request at {endpoint}"
+    return measured, f"measured by one request at {endpoint}, after one that warmed up"
 
 
 def _committed(args: argparse.Namespace, given: Mapping[str, float]) -> tuple[Seconds, str]:
     """The committed measurement of a published model, or of a directory of its architecture, scaled to the request."""
-    if args.model in measurements():
+    if args.model in measurements() and args.model not in shipped_models():
         measurement = measurements()[args.model]
         size, steps = args.size or measurement.size, args.steps or measurement.steps
         if len(size) != len(measurement.size):
@@ -216,10 +216,16 @@ def sizes_of(load: Load) -> list[ServiceSize]:
 
 def _report(load: Load, source: str, costs: Transport) -> Iterator[str]:
     sizes = sizes_of(load)
-    rows = [(each.service, f"{each.seconds:.3f}", str(each.replicas), f"{each.utilisation:.0%}") for each in sizes]
+    rows = [
+        (each.service, _three_digits(each.seconds), str(each.replicas), f"{each.utilisation:.0%}") for each in sizes
+    ]
     yield table(("SERVICE", "SECONDS", "REPLICAS", "BUSY"), rows).rstrip("\n")
     yield f"Stage seconds: {source}."
     yield from remarks(load, costs)
+
+
+def _three_digits(seconds: float) -> str:
+    return f"{seconds:.3f}" if seconds >= 0.0005 else "<0.001"
 
 
 def remarks(load: Load, costs: Transport) -> Iterator[str]:
@@ -230,13 +236,13 @@ def remarks(load: Load, costs: Transport) -> Iterator[str]:
     whole = max(1, math.ceil(load.requests_per_second * sum(each.seconds for each in sizes) / load.utilisation - 1e-9))
     if split > whole:
         yield (
-            f"Splitting takes {split} GPUs; {whole} would do if each ran the whole pipeline. It pays here only where a "
-            "GPU cannot hold all weights, or for restarts and scaling of each service by itself."
+            f"Splitting takes {split} devices; {whole} would do if each ran the whole pipeline. It pays here only "
+            "where a device cannot hold all weights, or for restarts and scaling of each service by itself."
         )
     longest = max(sizes, key=lambda each: each.seconds)
     for each in sizes:
         if each is not longest and each.replicas == 1 and each.utilisation < _LITTLE:
-            yield f"{each.service} is busy {each.utilisation:.0%} of one GPU: run it beside another service on one GPU."
+            yield f"{each.service} is busy {each.utilisation:.0%} of one device: run it beside another service."
         if each.seconds < costs.hop_seconds:
             yield (
                 f"{each.service} computes for {1e3 * each.seconds:.1f} ms, less than a hop of 4 MB takes "

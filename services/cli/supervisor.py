@@ -13,12 +13,14 @@ from dataclasses import dataclass
 
 from common.errors import FleetError
 from common.tether import tethered
+from services.cli.options import BAD_INPUT
 
 # glibc otherwise gives every large buffer back to the kernel and faults it in again: most of what a tensor's way costs.
 _MALLOC = "glibc.malloc.mmap_threshold=268435456:glibc.malloc.trim_threshold=268435456:glibc.malloc.arena_max=4"
-_STEADY_SECONDS = 10.0
+_STEADY_SECONDS = 60.0  # longer than a worker that fails takes to load most models
 _MOST_DEATHS = 5
-_FIRST_DELAY = 0.5
+_FIRST_DELAY, _LONGEST_DELAY = 0.5, 10.0
+_FROM_OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM)  # also the kernel's, when memory runs out
 _GRACE_SECONDS = 40.0
 
 
@@ -41,8 +43,10 @@ class Program:
 class Supervisor:
     """Runs programs until it is told to stop.
 
-    A program that ends before the fleet is ready ends the fleet: its configuration is wrong. Later it is started
-    again, with growing delays; five deaths in a row, each within ten seconds, end the fleet too.
+    A program that ends before the fleet is ready ends the fleet: its configuration is wrong. So does exit code 2 at any
+    time, such as for weights that cannot be read: another start changes nothing. Otherwise a program is started again,
+    with delays that grow up to 10 s. Five failures in a row, each within a minute, end the fleet too; SIGKILL and
+    SIGTERM from outside are no failures.
     """
 
     def __init__(self, note: Callable[[str], None]) -> None:
@@ -69,15 +73,17 @@ class Supervisor:
                     return
                 if time.monotonic() - began > _STEADY_SECONDS:
                     deaths, delay = 0, _FIRST_DELAY
-                deaths += 1
+                deaths += code not in _FROM_OUTSIDE
                 if not self.ready:
                     raise ServiceEnded(f"{ended} before the fleet was ready", code)
+                if code == BAD_INPUT:
+                    raise ServiceEnded(f"{ended}, which another start does not change", code)
                 if deaths >= _MOST_DEATHS:
                     raise ServiceEnded(f"{ended}, {deaths} times in a row", code)
                 self._note(f"{ended}; starting it again in {delay:g} s")
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(retired.wait(), delay)
-                delay *= 2
+                delay = min(2 * delay, _LONGEST_DELAY)
         finally:
             del self._retired[program.name]
 

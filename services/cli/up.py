@@ -65,6 +65,7 @@ class Plan:
     endpoint: str
     scaler: str
     target_seconds: float | None
+    headroom: float
     coordinator: Program
     workers: tuple[StageWorkers, ...]
 
@@ -151,7 +152,8 @@ def _plan(
             socket = f"unix:{directory}/{len(workers)}-"
             workers.append(StageWorkers(model.name, spec.service, bounds[spec.service], name, socket, own_options))
     target_seconds = args.target_seconds if args.autoscale else None
-    return Plan(endpoint, scaler, target_seconds, Program(_COORDINATOR, coordinator), tuple(workers))
+    program = Program(_COORDINATOR, coordinator)
+    return Plan(endpoint, scaler, target_seconds, args.headroom, program, tuple(workers))
 
 
 async def _run(plan: Plan, store: EmbeddedStore | None, access: Access) -> int:
@@ -160,7 +162,7 @@ async def _run(plan: Plan, store: EmbeddedStore | None, access: Access) -> int:
     try:
         async with asyncio.TaskGroup() as group:
             group.create_task(supervisor.keep(plan.coordinator))
-            pools = [WorkerPool(supervisor, group.create_task, each.program) for each in plan.workers]
+            pools = [WorkerPool(supervisor, group.create_task, each.program, _note) for each in plan.workers]
             for workers, pool in zip(plan.workers, pools, strict=True):
                 pool.resize(workers.bounds.least)
             group.create_task(_serve(plan, pools, supervisor, access))
@@ -197,7 +199,7 @@ async def _serve(plan: Plan, pools: Sequence[WorkerPool], supervisor: Supervisor
             StageAutoscaler(
                 ScalerClient(channel, StageTarget(workers.model, workers.service, plan.target_seconds)),
                 pool,
-                ReplicaPolicy(workers.bounds),
+                ReplicaPolicy(workers.bounds, headroom=plan.headroom),
                 name=f"{workers.model}/{workers.service}",
                 poll_seconds=_SCALE_SECONDS,
                 note=_note,

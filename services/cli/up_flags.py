@@ -18,7 +18,8 @@ from services.cli.replica_policy import ReplicaBounds
 _MOST_REPLICAS = 64
 _IDLE_SECONDS = 60.0
 _TARGET_SECONDS = 10.0
-_AUTOSCALING = ("max_replicas", "idle_seconds", "target_seconds")
+_HEADROOM = 0.0
+_AUTOSCALING = ("max_replicas", "idle_seconds", "target_seconds", "headroom")
 
 
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -88,10 +89,16 @@ def _add_autoscaling(parser: FlagParser) -> None:
         metavar="S",
         help=f"seconds of work that wait for a service and are worth one more worker (default: {_TARGET_SECONDS:g})",
     )
+    group.add_argument(
+        "--headroom",
+        type=number,
+        metavar="X",
+        help=f"spare workers of a service: X times the square root of those that it needs (default: {_HEADROOM:g})",
+    )
 
 
 def _check_autoscaling(args: argparse.Namespace) -> None:
-    """Refuse flags that have no effect and seconds that are out of range; set the defaults."""
+    """Refuse flags that have no effect and numbers that are out of range; set the defaults."""
     for name in _AUTOSCALING:
         if vars(args)[name] is not None and not args.autoscale:
             flag = "--" + name.replace("_", "-")
@@ -99,14 +106,19 @@ def _check_autoscaling(args: argparse.Namespace) -> None:
     args.max_replicas = args.max_replicas or []
     args.idle_seconds = _IDLE_SECONDS if args.idle_seconds is None else args.idle_seconds
     args.target_seconds = _TARGET_SECONDS if args.target_seconds is None else args.target_seconds
-    if not (math.isfinite(args.idle_seconds) and args.idle_seconds >= 0):
-        raise SettingsError(
-            f"--idle-seconds: {args.idle_seconds:g} is not a number from 0; 60 works", field="idle_seconds"
-        )
+    args.headroom = _HEADROOM if args.headroom is None else args.headroom
+    _check_from_zero("idle_seconds", args.idle_seconds, works=60)
+    _check_from_zero("headroom", args.headroom, works=1)
     if not (math.isfinite(args.target_seconds) and args.target_seconds > 0):
         raise SettingsError(
             f"--target-seconds: {args.target_seconds:g} is not a number above 0; 10 works", field="target_seconds"
         )
+
+
+def _check_from_zero(name: str, value: float, *, works: float) -> None:
+    if not (math.isfinite(value) and value >= 0):
+        flag = "--" + name.replace("_", "-")
+        raise SettingsError(f"{flag}: {value:g} is not a number from 0; {works:g} works", field=name)
 
 
 def service_counts(field: str, texts: Sequence[str], models: Sequence[ServedModel]) -> dict[str, int]:

@@ -155,7 +155,7 @@ class Coordinator:
         """The server of KEDA's external scaler; callers need no API key, and a certificate where workers do."""
         stages = {name: tuple(spec.service for spec in model.services) for name, model in self._models.items()}
         descriptor = externalscaler_pb2.DESCRIPTOR.services_by_name["ExternalScaler"]
-        handler = ServiceHandler(descriptor, ScalerService(stages, self._loads.read).functions)
+        handler = ServiceHandler(descriptor, ScalerService(stages, self._loads).functions)
         server = FleetServer(self._settings.scaler_listen, credentials=scaler_credentials(self._settings))
         server.add(handler.methods, handler.service_name)
         return server

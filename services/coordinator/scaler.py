@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass
 
 from common.errors import InvalidInput, NotFound, Unavailable
 from common.scaling import StageLoad
+from common.state.stage_loads import StageActivity, StageLoads
 from externalscaler import externalscaler_pb2 as pb
 from services.coordinator.handlers import Function
 
@@ -37,12 +38,12 @@ class ScaleTarget:
 class ScalerService:
     """The RPCs of externalscaler.ExternalScaler, by name in `functions`.
 
-    `stages` has the services of each model, and `read` returns the load of a model's service.
+    `stages` has the services of each model.
     """
 
-    def __init__(self, stages: Mapping[str, tuple[str, ...]], read: Callable[[str, str], Awaitable[StageLoad]]) -> None:
+    def __init__(self, stages: Mapping[str, tuple[str, ...]], loads: StageLoads) -> None:
         self._stages = stages
-        self._read = read
+        self._loads = loads
         self.functions: dict[str, Function] = {
             "IsActive": self.is_active,
             "StreamIsActive": self.stream_is_active,
@@ -54,21 +55,24 @@ class ScalerService:
     async def is_active(self, request: pb.ScaledObjectRef) -> pb.IsActiveResponse:
         """Whether an open request still needs the stage."""
         target = self._target(request.scalerMetadata)
-        return pb.IsActiveResponse(result=(await self._read(target.model, target.stage)).is_active)
+        return pb.IsActiveResponse(result=(await self._loads.activity(target.model, target.stage)).is_active)
 
     async def stream_is_active(self, request: pb.ScaledObjectRef) -> AsyncGenerator[pb.IsActiveResponse, None]:
-        """The same at once, and whenever it changes. While the store is unavailable, nothing changes."""
+        """The same at once, and whenever it changes. While the store is unavailable, nothing changes.
+
+        A stage that was needed between two reads only is reported as active and then as inactive.
+        """
         target = self._target(request.scalerMetadata)
-        sent: bool | None = None
+        sent: StageActivity | None = None
         while True:
             try:
-                load = await self._read(target.model, target.stage)
+                found = await self._loads.activity(target.model, target.stage)
             except Unavailable as error:
-                _log.warning("cannot read the load of %s/%s: %s", target.model, target.stage, error)
+                _log.warning("cannot read whether %s/%s is needed: %s", target.model, target.stage, error)
             else:
-                if load.is_active != sent:
-                    sent = load.is_active
-                    yield pb.IsActiveResponse(result=sent)
+                for is_active in _changes(sent, found):
+                    yield pb.IsActiveResponse(result=is_active)
+                sent = found
             await asyncio.sleep(_POLL_SECONDS)
 
     async def get_metric_spec(self, request: pb.ScaledObjectRef) -> pb.GetMetricSpecResponse:
@@ -83,7 +87,7 @@ class ScalerService:
     async def get_metrics(self, request: pb.GetMetricsRequest) -> pb.GetMetricsResponse:
         """The present value of the target's metric. KEDA may put a prefix before its name, which is not checked."""
         target = self._target(request.scaledObjectRef.scalerMetadata)
-        value = _METRICS[target.metric](await self._read(target.model, target.stage), target.seconds)
+        value = _METRICS[target.metric](await self._loads.read(target.model, target.stage), target.seconds)
         return pb.GetMetricsResponse(
             metricValues=[
                 pb.MetricValue(
@@ -115,6 +119,14 @@ class ScalerService:
                 field=f"{_METADATA}.metricName",
             )
         return ScaleTarget(model, stage, _seconds(_required(metadata, "targetSeconds")), metric)
+
+
+def _changes(before: StageActivity | None, now: StageActivity) -> tuple[bool, ...]:
+    """What to report after a read; `before` is None at the first one."""
+    if before is None or before.is_active != now.is_active:
+        return (now.is_active,)
+    was_needed = not now.is_active and now.last_needed_ms > before.last_needed_ms
+    return (True, False) if was_needed else ()
 
 
 def _required(metadata: Mapping[str, str], name: str) -> str:

@@ -123,6 +123,8 @@ class _Attempt:
     begun: bool = False
     steps_before: int = 0
     """The step of the checkpoint from which the worker continues."""
+    steps_after: int = 0
+    """The step of the newest checkpoint that the worker has sent."""
     computed: Computed | None = None
     since: float = field(default_factory=time.monotonic)
 
@@ -139,6 +141,11 @@ class _Attempt:
     def add_computed(self, seconds: float) -> None:
         """The worker reports its compute seconds at the end."""
         self.computed = Computed(seconds, self.steps_before)
+
+    def hand_over(self) -> None:
+        """The worker has handed the call over: its compute seconds are those of the steps up to its last checkpoint."""
+        if self.computed is not None:
+            self.computed = replace(self.computed, steps_after=self.steps_after)
 
     def lose(self, error: FleetError) -> None:
         """The call was lost."""
@@ -229,9 +236,12 @@ class WorkerRunner:
             _log.info("request %s goes on with %s where it was", call.request_id, self._spec.service)
             values = {**values, slot: checkpoint}
             attempt.steps_before = step_of(checkpoint)
-        return await runner(
-            values, replace(call, on_step_checkpoint=partial(self._recovery.step_checkpoint.remember, origin))
-        )
+
+        def on_step_checkpoint(packet: Packet) -> None:
+            attempt.steps_after = step_of(packet)
+            self._recovery.step_checkpoint.remember(origin, packet)
+
+        return await runner(values, replace(call, on_step_checkpoint=on_step_checkpoint))
 
     async def _claim(self, call: Call, left: worker_pb2.WorkerInfo | None) -> WorkerSlot:
         """Claim a slot. Waits without a bound, also while the store is unavailable. Worker `left` handed over."""
@@ -260,6 +270,7 @@ class WorkerRunner:
         worker, service = attempt.worker_slot.worker, self._spec.service
         _log.info("request %s was handed over by %s at %s: %s", call.request_id, service, worker.address, error)
         HANDED_OVER_CALLS.labels(service, self._model).inc()
+        attempt.hand_over()
         self._workers.connections.drop(worker.address)
         self._unreached_since = None
 

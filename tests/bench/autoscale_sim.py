@@ -1,8 +1,10 @@
 """Autoscaling of stages, simulated: the fleet's policy against queue length and utilisation, on five traces.
 
-The fleet's policy is the production code, common.scaling; service times are committed measurements. Each policy is
-tuned for each load time by a grid of equally many settings on arrivals of one seed (fewest minutes that violate the SLO
-over all traces, then fewest GPU hours), and reported on arrivals of another seed.
+The fleet's policy is the production code, common.scaling and services.cli.replica_policy; service times are committed
+measurements. Each other policy is tuned for each load time by a grid of equally many settings on the arrivals of
+TUNED_SEEDS: fewest minutes that violate the SLO over all traces, then fewest GPU hours. The fleet's policy is tuned in
+the same way among its settings that need no more GPU hours than the other policy there. Results are from the arrivals
+of REPORTED_SEEDS.
 
 Run it with: python tests/bench/autoscale_sim.py
 """
@@ -13,76 +15,138 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from bench_report import print_table, say
 from bench_sim_fleet import Policy, Simulation, Trace
-from bench_sim_policies import GRID, wanted_seconds
+from bench_sim_policies import FIXED_UTILISATION, GRID, HEADROOMS, OURS, WANTED, WantedSeconds
 from bench_sim_traces import draw_trace, patterns
 
 LOAD_SECONDS = (10.0, 60.0, 300.0)
-TUNED_SEED, REPORTED_SEED = 1, 2
-OURS = "wanted seconds"
-SHOWN_TARGETS = (2.0, 5.0, 15.0, 30.0, 60.0)
-SHOWN_HEADROOMS = (1.0, 1.5)
-SHOWN_WINDOW = 300.0
+TUNED_SEEDS = (1, 2, 3)
+REPORTED_SEEDS = (11, 12, 13, 14, 15)
+ALL = "all five"
 
 
 @dataclass(frozen=True)
 class Score:
     """Minutes that violate the SLO, and GPU hours. The order is that of the objective."""
 
-    minutes: int
+    minutes: float
     gpu_hours: float
 
     def __add__(self, other: Score) -> Score:
         return Score(self.minutes + other.minutes, self.gpu_hours + other.gpu_hours)
 
+    def __truediv__(self, count: int) -> Score:
+        return Score(self.minutes / count, self.gpu_hours / count)
+
     def __str__(self) -> str:
-        return f"{self.minutes} / {self.gpu_hours:.2f}"
+        return f"{self.minutes:.1f} / {self.gpu_hours:.1f}"
 
     @property
-    def key(self) -> tuple[int, float]:
+    def key(self) -> tuple[float, float]:
         """For comparisons: minutes, then GPU hours."""
         return self.minutes, self.gpu_hours
 
 
 Scores = Mapping[str, Score]
-"""By trace."""
+"""By trace, the mean over seeds."""
 
 
 def score(trace: Trace, policy: Callable[[], Policy], load_seconds: float) -> Score:
     """One simulation."""
-    outcome = Simulation(trace, policy, load_seconds, seed=REPORTED_SEED).run()
+    outcome = Simulation(trace, policy, load_seconds).run()
     return Score(outcome.violation_minutes, outcome.gpu_hours)
 
 
 def total(scores: Iterable[Score]) -> Score:
-    """The sum over traces."""
-    return sum(scores, Score(0, 0.0))
+    """The sum over traces or seeds."""
+    return sum(scores, Score(0.0, 0.0))
 
 
-def run_grid(traces: Sequence[Trace], load_seconds: float) -> dict[str, dict[str, Scores]]:
-    """Every setting of every policy on every trace: by policy, setting and trace."""
-    return {
-        name: {
-            setting: {trace.name: score(trace, policy, load_seconds) for trace in traces}
-            for setting, policy in settings.items()
+@dataclass
+class Bench:
+    """Simulations of the same traces, by name and seed. No setting is simulated twice."""
+
+    seeds: Sequence[int]
+    _known: dict[tuple[str, str, float], Scores] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.traces: Mapping[str, Sequence[Trace]] = {
+            name: [draw_trace(name, pattern, seed) for seed in self.seeds] for name, pattern in patterns().items()
         }
-        for name, settings in GRID.items()
-    }
+
+    def mean_scores(self, policy: Callable[[], Policy], load_seconds: float) -> Scores:
+        """The mean over seeds for each trace."""
+        return {
+            name: total(score(trace, policy, load_seconds) for trace in traces) / len(traces)
+            for name, traces in self.traces.items()
+        }
+
+    def of(self, name: str, setting: str, load_seconds: float) -> Scores:
+        """The scores of a policy's setting in GRID."""
+        key = (name, setting, load_seconds)
+        if key not in self._known:
+            self._known[key] = self.mean_scores(GRID[name][setting], load_seconds)
+        return self._known[key]
+
+    def totals(self, name: str, load_seconds: float) -> dict[str, Score]:
+        """Each setting of a policy, over all traces."""
+        return {setting: total(self.of(name, setting, load_seconds).values()) for setting in GRID[name]}
 
 
-def best_setting(settings: Mapping[str, Scores], most_gpu_hours: float = float("inf")) -> str | None:
+def best_setting(settings: Mapping[str, Score], most_gpu_hours: float = float("inf")) -> str | None:
     """The setting that meets the objective best among those within so many GPU hours; None without any."""
-    sums = {setting: total(scores.values()) for setting, scores in settings.items()}
-    affordable = {setting: each for setting, each in sums.items() if each.gpu_hours <= most_gpu_hours}
+    affordable = {setting: each for setting, each in settings.items() if each.gpu_hours <= most_gpu_hours}
     return min(affordable, key=lambda setting: affordable[setting].key) if affordable else None
+
+
+@dataclass(frozen=True)
+class Rival:
+    """A policy to compare with: `policy` names it in GRID. Without a `setting`, the grid chooses it."""
+
+    title: str
+    policy: str
+    setting: str | None = None
+
+
+RIVALS = (
+    Rival("queue length", "queue length"),
+    Rival("utilisation 80% to 20%", "utilisation", FIXED_UTILISATION),
+    Rival("utilisation, tuned", "utilisation"),
+)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A rival, and the fleet's policy within the rival's GPU hours, for one load time. None where it needs more."""
+
+    rival: Rival
+    load_seconds: float
+    setting: str
+    ours: str | None
+
+
+class Totals(Protocol):
+    """Scores of all settings, over all traces."""
+
+    def totals(self, name: str, load_seconds: float, /) -> Mapping[str, Score]:
+        """By setting of a policy."""
+
+
+def compare(tuned: Totals, rival: Rival, load_seconds: float) -> Comparison:
+    """Choose both settings on the arrivals that serve for tuning."""
+    settings = tuned.totals(rival.policy, load_seconds)
+    setting = rival.setting or best_setting(settings)
+    assert setting is not None
+    ours = best_setting(tuned.totals(OURS, load_seconds), settings[setting].gpu_hours)
+    return Comparison(rival, load_seconds, setting, ours)
 
 
 def main() -> None:
@@ -91,94 +155,80 @@ def main() -> None:
     parser.add_argument("--load-seconds", type=float, nargs="+", default=LOAD_SECONDS, metavar="S")
     args = parser.parse_args()
     began = time.process_time()
-    tuned_traces, traces = (
-        [draw_trace(name, pattern, seed) for name, pattern in patterns().items()]
-        for seed in (TUNED_SEED, REPORTED_SEED)
-    )
+    tuned, reported = Bench(TUNED_SEEDS), Bench(REPORTED_SEEDS)
     say("# Autoscaling, simulated: minutes that violate the SLO / GPU hours")
     say()
-    say("Requests: " + ", ".join(f"{trace.name} {len(trace.arrivals)}" for trace in traces))
+    requests = (f"{name} {sum(len(each.arrivals) for each in traces)}" for name, traces in reported.traces.items())
+    say(f"Means over {len(REPORTED_SEEDS)} seeds. Requests of all seeds: {', '.join(requests)}")
     say()
-    rows: list[Sequence[object]] = []
+    results: list[Sequence[object]] = []
     chosen: list[Sequence[object]] = []
-    budgets: list[Sequence[object]] = []
-    sensitivity: list[Sequence[object]] = []
+    zero: list[Sequence[object]] = []
+    grid: list[Sequence[object]] = []
     for load_seconds in args.load_seconds:
-        grid = run_grid(tuned_traces, load_seconds)
-        settings = {name: _best(grid[name]) for name in grid}
-        results = {name: _scores(traces, name, setting, load_seconds) for name, setting in settings.items()}
-        rows += _rows(results, load_seconds)
-        chosen += [(f"{load_seconds:g} s", name, setting) for name, setting in settings.items()]
-        budgets += _budget_rows(grid, results, traces, load_seconds)
-        sensitivity += _sensitivity_rows(tuned_traces, load_seconds)
-    say("Each policy with its best setting for the load time:")
+        comparisons = [compare(tuned, rival, load_seconds) for rival in RIVALS]
+        results += _result_rows(reported, comparisons)
+        chosen += [(f"{load_seconds:g} s", each.rival.title, each.setting, each.ours or "none") for each in comparisons]
+        zero.append(_zero_row(tuned, reported, load_seconds))
+        grid += _grid_rows(tuned, load_seconds)
+    say("Each other policy, and right of it the fleet's policy within its GPU hours:")
     say()
-    print_table(("load", "trace", *GRID), rows)
-    print_table(("load", "policy", "setting"), chosen)
-    say("The fleet's policy at no more GPU hours (of the tuning arrivals) than each other one, all traces together:")
+    print_table(("load", "trace", *(title for each in RIVALS for title in (each.title, "ours"))), results)
+    print_table(("load", "other policy", "its setting", "our setting"), chosen)
+    say("The fleet's policy with its best setting, never below one replica and down to zero:")
     say()
-    print_table(("load", "other policy", "its result", "ours within its GPU hours", "our setting"), budgets)
-    say(f"targetSeconds and load time, window {SHOWN_WINDOW:g} s, all traces together (the tuning arrivals):")
+    print_table(("load", "setting", "one replica", "zero"), zero)
+    say("All settings of the fleet's policy, all traces together, on the arrivals that serve for tuning:")
     say()
-    print_table(("load", "headroom", *(f"targetSeconds {target:g}" for target in SHOWN_TARGETS)), sensitivity)
+    print_table(("load", "targetSeconds", "window", *(f"headroom {each:g}" for each in HEADROOMS)), grid)
     say(f"CPU seconds of this run: {time.process_time() - began:.0f}")
 
 
-def _best(settings: Mapping[str, Scores]) -> str:
-    setting = best_setting(settings)
-    assert setting is not None
-    return setting
-
-
-def _scores(traces: Sequence[Trace], name: str, setting: str, load_seconds: float) -> Scores:
-    return {trace.name: score(trace, GRID[name][setting], load_seconds) for trace in traces}
-
-
-def _rows(results: Mapping[str, Scores], load_seconds: float) -> list[Sequence[object]]:
-    """A row a trace, and their sum. The fewest minutes are bold, of equally many the fewest GPU hours."""
-    names = list(next(iter(results.values())))
-    columns = {name: [*(scores[each] for each in names), total(scores.values())] for name, scores in results.items()}
-    rows: list[Sequence[object]] = []
-    for place, trace in enumerate([*names, "all five"]):
-        cells = [column[place] for column in columns.values()]
-        best = min(cells, key=lambda each: (each.minutes, round(each.gpu_hours, 2)))
-        rows.append((f"{load_seconds:g} s", trace, *(f"**{each}**" if each is best else str(each) for each in cells)))
-    return rows
-
-
-def _budget_rows(
-    grid: Mapping[str, Mapping[str, Scores]],
-    results: Mapping[str, Scores],
-    traces: Sequence[Trace],
-    load_seconds: float,
-) -> list[Sequence[object]]:
-    rows: list[Sequence[object]] = []
-    for name, scores in results.items():
-        if name == OURS:
-            continue
-        theirs = total(grid[name][_best(grid[name])].values())
-        setting = best_setting(grid[OURS], theirs.gpu_hours)
-        ours = str(total(_scores(traces, OURS, setting, load_seconds).values())) if setting else "none"
-        rows.append((f"{load_seconds:g} s", name, str(total(scores.values())), ours, setting or "-"))
-    return rows
-
-
-def _sensitivity_rows(traces: Sequence[Trace], load_seconds: float) -> list[Sequence[object]]:
+def _result_rows(reported: Bench, comparisons: Sequence[Comparison]) -> list[Sequence[object]]:
+    """A row a trace, and their sum."""
+    pairs = [_pair(reported, each) for each in comparisons]
     return [
-        (
-            f"{load_seconds:g} s",
-            f"{headroom:g}",
-            *(
-                str(_total_of(traces, partial(wanted_seconds, target, headroom, SHOWN_WINDOW), load_seconds))
-                for target in SHOWN_TARGETS
-            ),
-        )
-        for headroom in SHOWN_HEADROOMS
+        (f"{comparisons[0].load_seconds:g} s", trace, *(cell for pair in pairs for cell in _marked(*pair[trace])))
+        for trace in (*reported.traces, ALL)
     ]
 
 
-def _total_of(traces: Sequence[Trace], policy: Callable[[], Policy], load_seconds: float) -> Score:
-    return total(score(trace, policy, load_seconds) for trace in traces)
+def _pair(reported: Bench, comparison: Comparison) -> dict[str, tuple[Score, Score | None]]:
+    """By trace, what the rival and the fleet's policy reach."""
+    theirs = reported.of(comparison.rival.policy, comparison.setting, comparison.load_seconds)
+    ours = reported.of(OURS, comparison.ours, comparison.load_seconds) if comparison.ours else None
+    pairs = {name: (each, ours[name] if ours else None) for name, each in theirs.items()}
+    return pairs | {ALL: (total(theirs.values()), total(ours.values()) if ours else None)}
+
+
+def _marked(theirs: Score, ours: Score | None) -> tuple[str, str]:
+    """Both as text. The fewest minutes are bold, of equally many the fewest GPU hours."""
+    if ours is None:
+        return f"**{theirs}**", "none"
+    return (f"**{theirs}**", str(ours)) if theirs.key < ours.key else (str(theirs), f"**{ours}**")
+
+
+def _zero_row(tuned: Bench, reported: Bench, load_seconds: float) -> Sequence[object]:
+    setting = best_setting(tuned.totals(OURS, load_seconds))
+    assert setting is not None
+    to_zero = reported.mean_scores(lambda: WANTED[setting].policy(least=0), load_seconds)
+    one = total(reported.of(OURS, setting, load_seconds).values())
+    return f"{load_seconds:g} s", setting, one, total(to_zero.values())
+
+
+def _grid_rows(tuned: Bench, load_seconds: float) -> list[Sequence[object]]:
+    """A row for each target and window, a column for each headroom."""
+    totals = tuned.totals(OURS, load_seconds)
+    rows = dict.fromkeys((each.target, each.window) for each in WANTED.values())
+    return [
+        (
+            f"{load_seconds:g} s",
+            f"{target:g}",
+            f"{window:g} s",
+            *(totals[str(WantedSeconds(target, headroom, window))] for headroom in HEADROOMS),
+        )
+        for target, window in rows
+    ]
 
 
 if __name__ == "__main__":

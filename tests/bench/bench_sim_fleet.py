@@ -12,6 +12,7 @@ import random
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Protocol
 
 from common.scaling import StageLoad, StageWork
@@ -31,6 +32,12 @@ class Kind:
     work: Mapping[str, StageWork]
     seconds: Mapping[str, float]
     slo_seconds: float
+
+    @cached_property
+    def route(self) -> tuple[tuple[str, ...], ...]:
+        """The groups of ROUTE, without services that the kind does not use."""
+        groups = (tuple(name for name in group if name in self.seconds) for group in ROUTE)
+        return tuple(group for group in groups if group)
 
 
 @dataclass(frozen=True)
@@ -60,14 +67,14 @@ class Trace:
 class StageView:
     """What a policy may know. `replicas` are those that load or take requests; `busy_share` is since the last poll.
 
-    `inactive_seconds` is since the last open request that needs the stage, which is pushed and not only seen by polls.
+    `was_active` is whether an open request needed the stage since the last poll, as activity is also pushed.
     """
 
     now: float
     load: StageLoad
     replicas: int
     busy_share: float
-    inactive_seconds: float
+    was_active: bool
 
 
 class Policy(Protocol):
@@ -81,7 +88,7 @@ class Policy(Protocol):
 
 @dataclass(eq=False, slots=True)
 class Request:
-    """A request on its way. `group` is its place in ROUTE, of which `left` stages are still to end."""
+    """A request on its way. `group` is its place in its kind's route, of which `left` stages are still to end."""
 
     arrival: Arrival
     group: int = -1
@@ -143,10 +150,9 @@ class Stage:
         self.paces = Paces()
         self._waiting: Counter[str] = Counter()
         self._kinds: dict[str, Kind] = {}
-        self._busy = 0
-        self._busy_seconds = self._ready_seconds = self._noted = 0.0
+        self._busy_seconds = self._ready_seconds = 0.0
+        self._polled = self._noted = self._active = 0.0
         self._ready = 0
-        self._active = 0.0
 
     def enqueue(self, request: Request) -> None:
         """Let a request wait."""
@@ -157,19 +163,16 @@ class Stage:
 
     def begin(self, now: float) -> Replica:
         """The longest waiting request runs on the replica that has been idle longest."""
-        self._integrate(now)
         replica, request = self.idle.popleft(), self.queue.popleft()
         self._waiting[request.arrival.kind.name] -= 1
         replica.request, replica.since = request, now
-        self._busy += 1
         return replica
 
     def end(self, replica: Replica, now: float) -> Request:
         """A replica has finished its request."""
-        self._integrate(now)
         assert replica.request is not None
         request, replica.request = replica.request, None
-        self._busy -= 1
+        self._busy_seconds += now - max(replica.since, self._polled)
         self.open_requests -= 1
         self._active = now
         self.paces.note(request.arrival.kind.work[self.name], now - replica.since)
@@ -181,7 +184,7 @@ class Stage:
 
     def become_ready(self, replica: Replica, now: float) -> None:
         """A replica has loaded its weights."""
-        self._integrate(now)
+        self._note_ready_seconds(now)
         replica.is_ready = True
         self._ready += 1
         self.idle.append(replica)
@@ -193,7 +196,6 @@ class Stage:
 
     def scale_in(self, count: int, now: float, rng: random.Random) -> None:
         """End so many replicas: as Kubernetes, those that are not ready first, then any."""
-        self._integrate(now)
         kept = self.kept
         loading = [each for each in reversed(kept) if not each.is_ready]
         ready = [each for each in kept if each.is_ready]
@@ -207,17 +209,20 @@ class Stage:
             self._remove(replica, now)
 
     def _remove(self, replica: Replica, now: float) -> None:
+        self._note_ready_seconds(now)
         del self.replicas[replica]
         self._ready -= replica.is_ready
         self.gpu_seconds += now - replica.started
 
     def view(self, now: float) -> StageView:
         """The view of a poll, which starts the next interval of `busy_share`."""
-        self._integrate(now)
+        self._note_ready_seconds(now)
+        self._busy_seconds += sum(now - max(each.since, self._polled) for each in self.replicas if each.request)
         share = self._busy_seconds / self._ready_seconds if self._ready_seconds else float(bool(self.queue))
         self._busy_seconds = self._ready_seconds = 0.0
-        inactive = 0.0 if self.open_requests else now - self._active
-        return StageView(now, self.load(now), len(self.kept), share, inactive)
+        was_active = self.open_requests > 0 or self._active > self._polled
+        self._polled = now
+        return StageView(now, self.load(now), len(self.kept), share, was_active)
 
     def gpu_seconds_until(self, now: float) -> float:
         """GPU seconds of all replicas so far."""
@@ -240,8 +245,7 @@ class Stage:
         waiting = sum(count * seconds_of(self._kinds[name]) for name, count in self._waiting.items() if count)
         return StageLoad(len(busy), running, len(self.queue), waiting, self.open_requests, unmeasured)
 
-    def _integrate(self, now: float) -> None:
-        self._busy_seconds += self._busy * (now - self._noted)
+    def _note_ready_seconds(self, now: float) -> None:
         self._ready_seconds += self._ready * (now - self._noted)
         self._noted = now
 
@@ -332,17 +336,19 @@ class Simulation:
 
     def _proceed(self, request: Request) -> None:
         """Send a request to its next group of stages, or end it."""
-        while not request.left:
-            request.group += 1
-            if request.group == len(ROUTE):
-                request.ended = self.now
-                self._open -= 1
-                return
-            names = [name for name in ROUTE[request.group] if name in request.arrival.kind.seconds]
-            request.left = len(names)
-            for name in names:
-                self.stages[name].enqueue(request)
-                self._dispatch(self.stages[name])
+        if request.left:
+            return
+        request.group += 1
+        route = request.arrival.kind.route
+        if request.group == len(route):
+            request.ended = self.now
+            self._open -= 1
+            return
+        request.left = len(route[request.group])
+        for name in route[request.group]:
+            stage = self.stages[name]
+            stage.enqueue(request)
+            self._dispatch(stage)
 
     def _dispatch(self, stage: Stage) -> None:
         while stage.queue and stage.idle:

@@ -1,61 +1,50 @@
-"""Autoscaling policies for the simulator: the fleet's scaler value and a queue's length through KEDA and the HPA, and a
-threshold of utilisation.
+"""Autoscaling policies for the simulator: the fleet's scaler value and a queue's length through KEDA and the HPA, and
+thresholds of utilisation.
 """
 
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 from bench_sim_fleet import Policy, StageView
 
 from common.scaling import StageLoad
+from services.cli.replica_policy import ReplicaBounds, ReplicaPolicy
 
 MAX_REPLICAS = 64
 HPA_SECONDS = 15.0  # between two polls of the HPA
-TOLERANCE = 0.1  # of the metric around its target within which the HPA leaves the replicas alone
-ZERO_SECONDS = 300.0  # without an open request until KEDA scales to zero (its cooldownPeriod)
+HPA_PODS = 4  # that the HPA may start in a poll, or as many as there are
 UTILISATION_SECONDS = 5.0
 UTILISATION_COOLDOWN = 30.0
 
 
 @dataclass
 class HpaPolicy:
-    """KEDA and the HPA on a metric of type AverageValue: ceil(metric / target) replicas, at least one while active.
+    """KEDA and the HPA on a demand for replicas, with the code of `fleet up --autoscale`: ReplicaPolicy.
 
-    More at once (at most doubled, or 4 more, in a poll), fewer only after nothing else was recommended for `window`
-    seconds, none after ZERO_SECONDS without an open request.
+    It adds the HPA's default limit on the speed of scaling out. `window` seconds are the stabilization window for
+    scale-in, and with `least` 0 KEDA's cooldown before zero.
     """
 
-    metric: Callable[[StageLoad], float]
-    target: float
+    demand: Callable[[StageLoad], float]
+    headroom: float
     window: float
+    least: int = 1
     interval: float = HPA_SECONDS
-    _recommended: deque[tuple[float, int]] = field(default_factory=deque)
+
+    def __post_init__(self) -> None:
+        self._now = 0.0
+        bounds = ReplicaBounds(self.least, MAX_REPLICAS, self.window)
+        self._policy = ReplicaPolicy(bounds, clock=lambda: self._now, headroom=self.headroom)
 
     def desired(self, view: StageView) -> int:
         """What the HPA would set."""
-        if view.inactive_seconds >= ZERO_SECONDS:
-            self._recommended.clear()
-            return 0
-        if not view.replicas:
-            return int(view.load.is_active)
-        wanted = min(max(self._wanted(view), 1), MAX_REPLICAS)
-        self._recommended.append((view.now, wanted))
-        while self._recommended[0][0] < view.now - self.window:
-            self._recommended.popleft()
-        if wanted > view.replicas:
-            return min(wanted, max(2 * view.replicas, view.replicas + 4))
-        return min(view.replicas, max(replicas for _, replicas in self._recommended))
-
-    def _wanted(self, view: StageView) -> int:
-        value = self.metric(view.load)
-        if abs(value / (self.target * view.replicas) - 1) <= TOLERANCE:
-            return view.replicas
-        return math.ceil(value / self.target - 1e-9)
+        self._now = view.now
+        wanted = self._policy.decide(view.replicas, is_active=view.was_active, demand=self.demand(view.load))
+        return min(wanted, view.replicas + max(view.replicas, HPA_PODS))
 
 
 @dataclass
@@ -82,43 +71,61 @@ class UtilisationPolicy:
         return replicas
 
 
-def wanted_seconds(target: float, headroom: float, window: float) -> Policy:
-    """The fleet's policy, with the code that coordinators answer KEDA with.
+@dataclass(frozen=True)
+class WantedSeconds:
+    """A setting of the fleet's policy, whose demand has the code that coordinators answer KEDA with.
 
-    `headroom` multiplies the value, as a `formula` of KEDA's scalingModifiers does: 1.5 keeps a third idle.
+    `target` are the trigger's targetSeconds, `headroom` is that of with_headroom(), and `window` the HPA's
+    stabilizationWindowSeconds.
     """
-    return HpaPolicy(lambda load: headroom * load.wanted_seconds(target), target, window)
+
+    target: float
+    headroom: float
+    window: float
+
+    def policy(self, least: int = 1) -> Policy:
+        """A new policy that keeps so many replicas."""
+        return HpaPolicy(lambda load: load.wanted_seconds(self.target) / self.target, self.headroom, self.window, least)
+
+    def __str__(self) -> str:
+        return f"targetSeconds {self.target:g}, headroom {self.headroom:g}, window {self.window:g} s"
 
 
-def queue_length(requests: float, window: float) -> Policy:
-    """The HPA on the requests of a stage for each replica. Running ones count, or they would be scaled away."""
-    return HpaPolicy(lambda load: float(load.workers_held + load.waiting_claims), requests, window)
+def queue_length(headroom: float, window: float) -> Policy:
+    """The HPA on the requests of a stage. Running ones count, or they would be scaled away."""
+    return HpaPolicy(lambda load: float(load.workers_held + load.waiting_claims), headroom, window)
 
 
-TARGET_SECONDS = (15.0, 60.0)
-HEADROOMS = (1.0, 1.5, 2.0, 3.0)
+OURS = "wanted seconds"
+_GROWTHS = {0.0: "one", 0.5: "50%", 1.0: "100%"}  # more replicas
 
-GRID: Mapping[str, Mapping[str, Callable[[], Policy]]] = {
-    "wanted seconds": {
-        f"targetSeconds {target:g}, headroom {headroom:g}, window {window:g} s": partial(
-            wanted_seconds, target, headroom, window
-        )
+FIXED_UTILISATION = "80% to 20%, one more"
+TARGET_SECONDS = (5.0, 30.0, 120.0)
+HEADROOMS = (0.0, 1.0, 2.0, 4.0)
+WINDOWS = (60.0, 120.0, 300.0)
+
+WANTED: Mapping[str, WantedSeconds] = {
+    str(setting): setting
+    for setting in (
+        WantedSeconds(target, headroom, window)
         for target in TARGET_SECONDS
         for headroom in HEADROOMS
-        for window in (120.0, 600.0)
-    },
+        for window in WINDOWS
+    )
+}
+
+GRID: Mapping[str, Mapping[str, Callable[[], Policy]]] = {
+    OURS: {name: setting.policy for name, setting in WANTED.items()},
     "queue length": {
-        f"{1 / headroom:.2g} a replica, window {window:g} s": partial(queue_length, 1 / headroom, window)
-        for headroom in HEADROOMS
-        for window in (60.0, 120.0, 300.0, 600.0)
+        f"headroom {headroom:g}, window {window:g} s": partial(queue_length, headroom, window)
+        for headroom in (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0)
+        for window in WINDOWS
     },
     "utilisation": {
-        f"{above:.0%} to {below:.0%}, {'50% more' if growth else 'one more'}": partial(
-            UtilisationPolicy, above, below, growth
-        )
-        for above in (0.8, 0.7, 0.6, 0.5)
-        for below in (0.2, 0.4)
-        for growth in (0.0, 0.5)
+        f"{above:.0%} to {below:.0%}, {_GROWTHS[growth]} more": partial(UtilisationPolicy, above, below, growth)
+        for above in (0.9, 0.8, 0.65, 0.5)
+        for below in (0.05, 0.1, 0.2)
+        for growth in _GROWTHS
     },
 }
-"""Policies, each with as many settings to choose from. The first of utilisation is 80% to 20%."""
+"""Policies, each with as many settings to choose from."""

@@ -1,125 +1,97 @@
 """Every stage of GLM-Image on CUDA, next to Diffusers in the same run: random weights of published size, 1024x1024.
 
-Both sides compute with the same weights in memory. Diffusers' pipeline runs first, stage by stage, then the fleet's
-stages in this process, without hops (cuda_flux.py has those). Printed are stage times, peak memory beside the weights,
-the share of equal prior tokens, and the relative error of the latents from Diffusers' tokens.
+Both sides compute with the same weights in memory, about 36 GB in bfloat16. Diffusers' pipeline runs first, part by
+part, then the fleet's stages in this process, without hops (cuda_flux.py has those). Printed are times and peak memory
+beside the weights, the share of equal prior tokens, and the relative error of the latents from Diffusers' tokens; then
+time and error of one prediction, against Diffusers' model in float32. The language model never samples the end of an
+image, so that random weights sample as many tokens as trained ones. Needs no network and no disk.
 
-Run it with: python tests/bench/cuda_glm_image.py; to try its logic without a card: --device cpu --scale tiny
+Run it with: python tests/bench/cuda_glm_image.py; to try its logic without a GPU: --device cpu --scale tiny
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
-from bench_device import empty, now
-from bench_report import print_machine, print_table, say
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, GlmImagePipeline, GlmImageTransformer2DModel
-from torch import Tensor, nn
-from transformers import ByT5Tokenizer, GenerationConfig, T5Config, T5EncoderModel
-
-sys.path.append(str(Path(__file__).parents[1]))  # the builders of small checkpoints
+from bench_glm_image import (
+    LATENTS_MEAN,
+    LATENTS_STD,
+    SCALES,
+    SCHEDULER,
+    Scale,
+    build,
+    config_of,
+    same_weights,
+    sizes_of,
+)
+from bench_meter import CallCount, Meter
+from bench_report import median, print_machine, print_table, say
+from denoise_step import STEPS, error, float32_prediction, in_turns, peak_beside, step_milliseconds, step_of
+from diffusers import FlowMatchEulerDiscreteScheduler, GlmImagePipeline
+from torch import Tensor
 
 from common.artifacts import Canvas, Conditioning, Prompt, Sampling
 from common.local import HostedStages
 from common.stage import Call, PipelineStage
-from configs.models.dits.glm_image import GlmImageTransformerConfig
-from configs.models.vaes.kl import AutoencoderKLConfig
 from configs.pipeline_configs.glm_image import GlmImagePipelineConfig
-from configs.pipeline_configs.packed import SequenceShift
-from models.dits.glm_image import GlmImageTransformer2DModel as OurTransformer
+from models.dits.base import DiffusionTransformer
+from models.encoder_runners.glyphs import GlyphEncoder
+from models.encoder_runners.prior_tokens import PriorTokenSampler
 from models.kernels.trials import try_packages
-from models.layers.linear import join_all_weights
 from models.runtime import Runtime
 from models.stages.decoding import DecodingStage
 from models.stages.denoising import DenoisingStage
+from models.stages.latent_preparation import LatentPreparationStage
 from models.stages.model_specific_stages.glm_image import GlmImageBeforeDenoisingStage
-from tiny_glm_image import glm_processor, glm_tokenizer, language_model
 
 SEED = 7
 PROMPT = 'a red apple on a yellow table, with a sign that says "old stone river"'
 GUIDANCE = 1.5
-LATENT_CHANNELS = 16
-STAGES = ("before_denoising", "denoising", "decoding")
-SCHEDULER = {
-    "use_dynamic_shifting": True,
-    "base_shift": 0.25,
-    "max_shift": 0.75,
-    "base_image_seq_len": 256,
-    "max_image_seq_len": 4096,
-    "time_shift_type": "linear",
-}
-
-
-@dataclass(frozen=True)
-class Scale:
-    """Sizes of the modules, number of image codes, and pixels of a side."""
-
-    dit: dict[str, Any]
-    text: dict[str, Any]
-    glyphs: dict[str, Any]
-    vae: tuple[int, ...]
-    codes: int
-    pixels: int
-
-
-SCALES = {
-    # A language model of 9 billion parameters without its image encoder, a DiT of 7 billion, ByT5's small encoder.
-    "full": Scale(
-        dit={"num_attention_heads": 32, "attention_head_dim": 128},
-        text={
-            "vocab_size": 168064,
-            "hidden_size": 4096,
-            "intermediate_size": 13696,
-            "num_hidden_layers": 40,
-            "num_attention_heads": 32,
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 1e4,
-                "partial_rotary_factor": 0.5,
-                "mrope_section": [8, 12, 12],
-            },
-        },
-        glyphs={"d_model": 1472, "d_kv": 64, "d_ff": 3584, "num_layers": 12, "num_heads": 6},
-        vae=(128, 512, 1024, 1024),
-        codes=16384,
-        pixels=1024,
-    ),
-    "tiny": Scale(
-        dit={
-            "num_layers": 2,
-            "num_attention_heads": 4,
-            "attention_head_dim": 16,
-            "text_embed_dim": 32,
-            "time_embed_dim": 32,
-            "condition_dim": 16,
-        },
-        text={},
-        glyphs={"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4},
-        vae=(8, 8, 16, 16),
-        codes=64,
-        pixels=128,
-    ),
-}
+BRANCHES = 2
+"""Predictions of a step with guidance."""
+WARM_UP_PIXELS = 32
+"""Side of the image whose prior tokens warm up: the preview's 256 and one more."""
+MOST_ERROR = 0.1
+"""Relative L2 between the latents of both sides from which on they cannot have computed the same."""
+REPEATS = 5
+"""Rounds of five predictions."""
+BEFORE, TOKENS, GLYPHS, NOISE = "before_denoising", "prior tokens", "glyph encoder", "noise"
+DENOISING, DECODING = "denoising", "decoding"
 
 
 @dataclass
-class Measured:
-    """Milliseconds and peak GB beside the weights, by stage; prior tokens and latents."""
+class Side:
+    """A side's measurements and results; `sampled` is the number of tokens that its language model sampled."""
 
-    spent: dict[str, float]
-    peaks: dict[str, float]
-    tokens: Tensor
-    latents: Tensor
+    meter: Meter
+    sampled: int = 0
+    tokens: Tensor = field(default_factory=lambda: torch.empty(0))
+    latents: Tensor = field(default_factory=lambda: torch.empty(0))
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What both sides compute with: the same modules, our transformer over the same weights, and the sizes.
+
+    `head_calls` counts the calls of the language model's head: one a token.
+    """
+
+    modules: dict[str, Any]
+    config: GlmImagePipelineConfig
+    transformer: DiffusionTransformer
+    head_calls: CallCount
+    device: torch.device
+    pixels: int
+    steps: int
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure and print. Raises RuntimeError where the sides differ in more than rounding."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--scale", default="full", choices=tuple(SCALES))
@@ -131,155 +103,232 @@ def main() -> None:
     if device.type == "cuda":
         say(f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}")
         say()
-    modules = build(scale, device)
-    theirs = run_diffusers(modules, scale, device, args.steps)
-    empty(device)
-    ours = run_stages(modules, scale, device, args.steps, theirs.tokens)
-    say(f"## bfloat16, {scale.pixels}x{scale.pixels}, {args.steps} steps, guidance {GUIDANCE}")
+    setup = set_up(scale, device, args.steps)
+    theirs = run_diffusers(setup)
+    say("Diffusers has run")
+    ours, slots = run_stages(setup, theirs.tokens)
+    say("The fleet's stages have run")
     say()
-    header = ("ms", "fleet's stages", "Diffusers", "ratio", "fleet's peak GB", "Diffusers' peak GB")
-    rows: list[tuple[object, ...]] = []
-    for name in STAGES:
-        ratio = f"{ours.spent[name] / theirs.spent[name]:.2f}"
-        rows.append((name, ours.spent[name], theirs.spent[name], ratio, ours.peaks[name], theirs.peaks[name]))
-    print_table(header, rows)
+    say(f"## bfloat16, {scale.pixels}x{scale.pixels}, {args.steps} steps, guidance {GUIDANCE} ({BRANCHES} branches)")
+    say()
+    print_stages(ours, theirs, args.steps)
+    print_differences(ours, theirs)
+    print_predictions(setup, prediction_inputs(setup, slots))
+
+
+def print_stages(ours: Side, theirs: Side, steps: int) -> None:
+    """Tables of times, and of memory where it was measured."""
+    mine, other = ours.meter.spent, theirs.meter.spent
+    lines = [
+        (BEFORE, mine[BEFORE], other[BEFORE]),
+        (f"- prior tokens ({ours.sampled}; Diffusers {theirs.sampled})", mine[TOKENS], other[TOKENS]),
+        ("- prior tokens, ms a token", mine[TOKENS] / ours.sampled, other[TOKENS] / theirs.sampled),
+        (f"- glyph encoder ({BRANCHES} branches)", mine[GLYPHS], other[GLYPHS]),
+        ("- noise", mine[NOISE], other[NOISE]),
+        (f"denoising ({steps} steps of {BRANCHES} branches)", mine[DENOISING], other[DENOISING]),
+        ("- ms a step", mine[DENOISING] / steps, other[DENOISING] / steps),
+        (DECODING, mine[DECODING], other[DECODING]),
+    ]
+    rows = [(name, first, second, f"{first / second:.2f}") for name, first, second in lines]
+    print_table(("ms", "fleet's stages", "Diffusers", "ratio"), rows)
+    peaks = [
+        (name, ours.meter.peaks[name] / 1e9, theirs.meter.peaks[name] / 1e9)
+        for name in (BEFORE, TOKENS, GLYPHS, DENOISING, DECODING)
+        if name in ours.meter.peaks
+    ]
+    if peaks:
+        print_table(("GB beside the weights", "fleet's stages", "Diffusers"), peaks)
+
+
+def print_differences(ours: Side, theirs: Side) -> None:
+    """Prior tokens and latents. Raises RuntimeError for latents that cannot be of the same computation."""
     equal = float((ours.tokens == theirs.tokens).double().mean())
-    error = float((ours.latents.double() - theirs.latents.double()).norm() / theirs.latents.double().norm())
+    difference = error(ours.latents, theirs.latents.double())
     say(f"Prior tokens: {100 * equal:.1f}% equal")
-    say(f"Latents from Diffusers' tokens: relative L2 error {error:.2e}; finite: {bool(ours.latents.isfinite().all())}")
-
-
-def build(scale: Scale, device: torch.device) -> dict[str, Any]:
-    """Modules of random weights in bfloat16."""
-    torch.manual_seed(0)
-    previous = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    tokenizer = glm_tokenizer()
-    sizes = {"vocab_size": 384, "feed_forward_proj": "gated-gelu", "is_encoder_decoder": False, **scale.glyphs}
-    try:
-        with device:
-            modules: dict[str, Any] = {
-                "text_encoder": T5EncoderModel(T5Config(**sizes, use_cache=False)),
-                "vision_language_encoder": language_model(tokenizer, scale.codes, **scale.text),
-                "transformer": GlmImageTransformer2DModel(prior_vq_quantizer_codebook_size=scale.codes, **scale.dit),
-                "vae": _vae(scale.vae),
-            }
-    finally:
-        torch.set_default_dtype(previous)
-    for module in modules.values():
-        module.requires_grad_(False).eval()
-    modules["vision_language_encoder"].generation_config = GenerationConfig(temperature=0.9, top_p=0.75)
-    modules |= {"tokenizer": ByT5Tokenizer(), "processor": glm_processor(tokenizer)}
-    return modules | {"scheduler": FlowMatchEulerDiscreteScheduler(**SCHEDULER)}
-
-
-def _vae(channels: tuple[int, ...]) -> AutoencoderKL:
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=channels,
-        layers_per_block=3 if channels[0] > 8 else 1,
-        latent_channels=LATENT_CHANNELS,
-        norm_num_groups=32 if channels[0] > 8 else 4,
-        latents_mean=[0.0] * LATENT_CHANNELS,
-        latents_std=[1.0] * LATENT_CHANNELS,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    )
-
-
-def measured(run: Callable[[], Any], device: torch.device) -> tuple[Any, float, float]:
-    """The result of the second call, its milliseconds, and its peak of memory above what was in use, in GB."""
-    run()
-    before = 0
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-    began = now(device)
-    result = run()
-    spent = 1e3 * (now(device) - began)
-    peak = torch.cuda.max_memory_allocated(device) - before if device.type == "cuda" else 0
-    return result, spent, peak / 1e9
+    say(f"Latents from Diffusers' tokens: relative L2 error {difference:.2e}")
+    say()
+    if not (difference <= MOST_ERROR and bool(ours.latents.isfinite().all())):
+        raise RuntimeError(f"latents: a relative L2 error of {difference:.2e} is not at most {MOST_ERROR}")
 
 
 @torch.inference_mode()
-def run_diffusers(modules: dict[str, Any], scale: Scale, device: torch.device, steps: int) -> Measured:
-    """Diffusers' pipeline; its loop encodes the glyphs once more, which takes little."""
-    pipeline = GlmImagePipeline(**modules)
+def print_predictions(setup: Setup, inputs: dict[str, Any]) -> None:
+    """Time, error and memory of one prediction of each side, in turns on a hot GPU."""
+    theirs, device = setup.modules["transformer"], setup.device
+    exact = float32_prediction(theirs, inputs)
+    given = dict(inputs)
+    hidden_states, timestep = given.pop("hidden_states"), given.pop("timestep")
+    sides: dict[str, Callable[[], Tensor]] = {
+        "Diffusers": lambda: theirs(**inputs, return_dict=False)[0],
+        "ours": step_of(setup.transformer, hidden_states, timestep[None].expand(STEPS, -1), given),
+    }
+    errors = {name: error(run(), exact) for name, run in sides.items()}
+    peaks = {name: peak_beside(run, device) for name, run in sides.items()}
+    spent = in_turns(sides, partial(step_milliseconds, device=device), REPEATS)
+    print_table(
+        ("one prediction", "ms", "fastest", "error against float32", "MB beside the weights"),
+        [(name, median(spent[name]), min(spent[name]), f"{errors[name]:.2e}", peaks[name]) for name in spent],
+    )
+    say(f"Ours takes {median(spent['ours']) / median(spent['Diffusers']):.2f} of Diffusers")
+
+
+def prediction_inputs(setup: Setup, slots: Mapping[str, Any]) -> dict[str, Any]:
+    """Inputs of a prediction with prior tokens, as the loop makes them, by the names of Diffusers' forward()."""
+    embeds = {name: each.to(setup.device) for name, each in slots["text_conditioning"].prompt_embeds.items()}
+    noise = slots["initial_latents"].parts["image"]
+    keywords = setup.config.prepare_pos_cond_kwargs(embeds, {"image": noise.raw_latent_shape}, slots["sampling"])
+    return {
+        "hidden_states": noise.latents.to(setup.device, torch.bfloat16),
+        "timestep": torch.tensor([749.0], device=setup.device),
+        **embeds,
+        **{name: each.to(setup.device) for name, each in keywords.items()},
+    }
+
+
+def set_up(scale: Scale, device: torch.device, steps: int) -> Setup:
+    """Draw the weights, and print their number."""
+    modules = build(scale, device)
+    config = config_of(modules)
+    say(f"Parameters: {sizes_of(modules)}")
+    return Setup(
+        modules=modules,
+        config=config,
+        transformer=same_weights(config, modules["transformer"]),
+        head_calls=CallCount(modules["vision_language_encoder"].lm_head),
+        device=device,
+        pixels=scale.pixels,
+        steps=steps,
+    )
+
+
+def check_sampled(side: str, sampled: int, expected: int) -> int:
+    """The number of tokens. Raises RuntimeError for another one than expected."""
+    if sampled != expected:
+        raise RuntimeError(
+            f"{side}: {sampled} sampled tokens are not {expected}; the language model must not end early"
+        )
+    return sampled
+
+
+def tokens_of(pixels: int) -> int:
+    """Image tokens of a square image, its preview's included."""
+    return (pixels // 32) ** 2 + 256
+
+
+@torch.inference_mode()
+def run_diffusers(setup: Setup) -> Side:
+    """Diffusers' pipeline, once to warm up and once for the clock. It samples one token more than it uses."""
+    pipeline = GlmImagePipeline(**setup.modules)
     pipeline.set_progress_bar_config(disable=True)
-    pixels = scale.pixels
+    side = Side(Meter(setup.device))
+    watched = {"generate_prior_tokens": TOKENS, "encode_prompt": GLYPHS, "prepare_latents": NOISE}
+    with side.meter.watching({(GlmImagePipeline, method): name for method, name in watched.items()}):
+        for pixels in (WARM_UP_PIXELS, setup.pixels):
+            side.meter.clear()
+            side.tokens = prepare(pipeline, pixels, setup.device, side.meter)
+            side.sampled = check_sampled("Diffusers", setup.head_calls.take(), tokens_of(pixels) + 1)
+        measured = dict(side.meter.spent)
+        side.meter.rebase()
+        for _ in range(2):
+            side.meter.clear()
+            side.latents = denoise(pipeline, side.tokens, setup, side.meter)
+        loop = side.meter.spent
+        measured[DENOISING] = loop[DENOISING] - loop[GLYPHS] - loop[NOISE]
+        side.meter.rebase()
+        for _ in range(2):
+            side.meter.clear()
+            decode(pipeline, side.latents, side.meter)
+    side.meter.spent |= measured
+    side.tokens, side.latents = side.tokens.cpu(), side.latents.cpu()
+    return side
 
-    def before() -> Tensor:
-        pipeline.encode_prompt(PROMPT, device=device)
-        generator = torch.Generator("cpu").manual_seed(SEED)
+
+def prepare(pipeline: Any, pixels: int, device: torch.device, meter: Meter) -> Tensor:
+    """Diffusers' work before the loop; returns the prior tokens."""
+    generator = torch.Generator("cpu").manual_seed(SEED)
+    with meter.part(BEFORE):
         tokens: Tensor = pipeline.generate_prior_tokens(PROMPT, pixels, pixels, device=device, generator=generator)[0]
-        return tokens
+        embeds, _ = pipeline.encode_prompt(PROMPT, device=device)
+        channels = pipeline.transformer.config.in_channels
+        pipeline.prepare_latents(1, channels, pixels, pixels, embeds.dtype, device, generator)
+    return tokens
 
-    def denoise() -> Tensor:
+
+def denoise(pipeline: Any, tokens: Tensor, setup: Setup, meter: Meter) -> Tensor:
+    """Diffusers' loop, which encodes the glyphs and draws the noise again: parts of their own."""
+    with meter.part(DENOISING):
         latents: Tensor = pipeline(
             PROMPT,
             prior_token_ids=tokens,
-            height=pixels,
-            width=pixels,
-            num_inference_steps=steps,
+            height=setup.pixels,
+            width=setup.pixels,
+            num_inference_steps=setup.steps,
             guidance_scale=GUIDANCE,
             generator=torch.Generator("cpu").manual_seed(SEED),
             output_type="latent",
         ).images
-        return latents
+    return latents
 
-    def decode() -> None:
-        decoded = pipeline.vae.decode(latents.to(pipeline.vae.dtype), return_dict=False)[0]
+
+def decode(pipeline: Any, latents: Tensor, meter: Meter) -> None:
+    """Diffusers' decoding, to pixels on the CPU."""
+    with meter.part(DECODING):
+        given = latents.to(pipeline.vae.dtype)
+        mean, std = (torch.tensor(each).view(1, -1, 1, 1).to(given) for each in (LATENTS_MEAN, LATENTS_STD))
+        decoded = pipeline.vae.decode(given * std + mean, return_dict=False)[0]
         pipeline.image_processor.postprocess(decoded, output_type="pt").float().cpu()
 
-    spent, peaks = {}, {}
-    tokens, spent["before_denoising"], peaks["before_denoising"] = measured(before, device)
-    latents, spent["denoising"], peaks["denoising"] = measured(denoise, device)
-    _, spent["decoding"], peaks["decoding"] = measured(decode, device)
-    return Measured(spent, peaks, tokens.cpu(), latents.cpu())
 
+def run_stages(setup: Setup, tokens: Tensor) -> tuple[Side, dict[str, Any]]:
+    """The fleet's stages, once to warm up and once for the clock; returns the artifacts by slot, too.
 
-def run_stages(modules: dict[str, Any], scale: Scale, device: torch.device, steps: int, tokens: Tensor) -> Measured:
-    """The fleet's stages; the loop gets these prior tokens, so that its latents can be compared."""
-    config = GlmImagePipelineConfig(
-        transformer=GlmImageTransformerConfig.from_dict("transformer", dict(modules["transformer"].config)),
-        vae=AutoencoderKLConfig.from_dict("vae", dict(modules["vae"].config)),
-        latents_mean=(0.0,) * LATENT_CHANNELS,
-        latents_std=(1.0,) * LATENT_CHANNELS,
-        shift=SequenceShift.from_dict("scheduler", SCHEDULER),
-        train_timesteps=1000,
-    )
-    runtime = Runtime(device=device, dtype=torch.bfloat16)
-    given = {
-        **modules,
-        "transformer": same_weights(config, modules["transformer"]),
-        "scheduler": FlowMatchEulerDiscreteScheduler(**SCHEDULER),
-    }
-    stages: dict[str, PipelineStage[Any, Any]] = {
-        "before_denoising": GlmImageBeforeDenoisingStage(config, runtime, given),
-        "denoising": DenoisingStage(config, runtime, given),
-        "decoding": DecodingStage(config, runtime, given),
-    }
+    The loop gets these prior tokens, so that its latents can be compared.
+    """
+    canvas = Canvas(height=setup.pixels, width=setup.pixels, output_format="safetensors")
     slots: dict[str, Any] = {
         "prompt": Prompt(prompt=PROMPT),
-        "canvas": Canvas(height=scale.pixels, width=scale.pixels, output_format="safetensors"),
-        "sampling": Sampling(num_inference_steps=steps, seed=SEED, guidance_scale=GUIDANCE),
+        "canvas": canvas,
+        "sampling": Sampling(num_inference_steps=setup.steps, seed=SEED, guidance_scale=GUIDANCE),
     }
-    spent, peaks = {}, {}
-    own = tokens
-    for service, stage in stages.items():
-        hosted = HostedStages(service, [stage])
-        inputs = {name: slots[name] for name in hosted.contract.inputs if name in slots}
+    side, measured = Side(Meter(setup.device)), dict[str, float]()
+    watched = {(PriorTokenSampler, "sample"): TOKENS, (GlyphEncoder, "encode"): GLYPHS}
+    with side.meter.watching(watched | {(LatentPreparationStage, "run"): NOISE}):
+        for service, stage in stages_of(setup).items():
+            side.meter.rebase()
+            warm_up = replace(canvas, height=WARM_UP_PIXELS, width=WARM_UP_PIXELS) if service == BEFORE else canvas
+            for size in (warm_up, canvas):
+                side.meter.clear()
+                setup.head_calls.take()
+                outputs = run_stage(service, stage, slots | {"canvas": size}, side.meter)
+            measured |= side.meter.spent
+            slots |= outputs
+            if service == BEFORE:
+                side.sampled = check_sampled("the fleet", setup.head_calls.take(), tokens_of(setup.pixels))
+                side.tokens = slots["text_conditioning"].prompt_embeds["prior_token_id"]
+                slots["text_conditioning"] = with_tokens(slots["text_conditioning"], tokens)
+    side.meter.spent = measured
+    side.latents = slots["denoised_latents"].parts["image"].latents
+    return side, slots
 
-        def run(hosted: HostedStages = hosted, inputs: dict[str, Any] = inputs) -> dict[str, Any]:
-            return hosted.run(inputs, Call("bench"))
 
-        outputs, spent[service], peaks[service] = measured(run, device)
-        slots |= outputs
-        if service == "before_denoising":
-            own = slots["text_conditioning"].prompt_embeds["prior_token_id"]
-            slots["text_conditioning"] = with_tokens(slots["text_conditioning"], tokens)
-    return Measured(spent, peaks, own, slots["denoised_latents"].parts["image"].latents)
+def stages_of(setup: Setup) -> dict[str, PipelineStage[Any, Any]]:
+    """The fleet's stages by service."""
+    runtime = Runtime(device=setup.device, dtype=torch.bfloat16)
+    scheduler = FlowMatchEulerDiscreteScheduler(**SCHEDULER)
+    given = {**setup.modules, "transformer": setup.transformer, "scheduler": scheduler}
+    return {
+        BEFORE: GlmImageBeforeDenoisingStage(setup.config, runtime, given),
+        DENOISING: DenoisingStage(setup.config, runtime, given),
+        DECODING: DecodingStage(setup.config, runtime, given),
+    }
+
+
+def run_stage(service: str, stage: PipelineStage[Any, Any], slots: Mapping[str, Any], meter: Meter) -> dict[str, Any]:
+    """Run a stage on the slots that it reads, as a part of its service's name."""
+    hosted = HostedStages(service, [stage])
+    inputs = {name: slots[name] for name in hosted.contract.inputs if name in slots}
+    with meter.part(service):
+        return hosted.run(inputs, Call("bench"))
 
 
 def with_tokens(conditioning: Conditioning, tokens: Tensor) -> Conditioning:
@@ -290,16 +339,6 @@ def with_tokens(conditioning: Conditioning, tokens: Tensor) -> Conditioning:
         prompt_embeds={**conditioning.prompt_embeds, **prior},
         negative_prompt_embeds={**conditioning.negative_prompt_embeds, **prior},
     )
-
-
-def same_weights(config: GlmImagePipelineConfig, theirs: nn.Module) -> nn.Module:
-    """Our transformer over the reference's own tensors, with its projections joined as the loader joins them."""
-    with torch.device("meta"):
-        ours = OurTransformer(config.transformer)
-    ours.load_state_dict(theirs.state_dict(), strict=True, assign=True)
-    ours.requires_grad_(False).eval()
-    join_all_weights(ours)
-    return ours
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
 """What a request costs the coordinator and Redis: CPU seconds, commands and bytes, by request and by step.
 
-Slots are claimed and released at a service with 1 to 1,000 live workers. Then requests of few and of many steps go to a
-fleet of processes; the difference is the cost of a step. From both follows how many coordinators and how large a
-Redis a number of GPUs needs. Run it with: python tests/bench/store_cost.py
+Slots are claimed and released at a service with 100 and 1,000 live workers. Then requests of few and of many steps go
+to a fleet of processes, one at a time; the difference is the cost of a step. Redis syncs the writes of one turn of its
+loop together, so that a write costs less the more there are: each figure is given with every write synced alone
+(appendfsync always) and without any sync. From both follows how many coordinators and how large a Redis a number of
+GPUs needs. Run it with: python tests/bench/store_cost.py
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import asyncio
 import time
 from collections.abc import Mapping
 from dataclasses import astuple, dataclass
+from typing import Literal
 
 import psutil
 from bench_fleet import Caller, RunningFleet, running_fleet
@@ -19,7 +22,7 @@ from bench_report import print_machine, print_table, say
 from overload import process_of
 from redis.asyncio import Redis as AsyncRedis
 
-from common.state.connection import command
+from common.state.connection import command, connect
 from common.state.embedded import EmbeddedStore
 from common.state.presence import Presence
 from common.state.worker_slots import WorkerSlots
@@ -29,7 +32,11 @@ from fleet.v1 import worker_pb2
 
 FEW_STEPS, MANY_STEPS = 2, 22
 WARM_UP = 2
-WORKERS = (1, 100, 1_000)
+Sync = Literal["always", "no"]
+
+WORKERS = (100, 1_000)
+AT_A_TIME = (1, 40)
+SYNCS: tuple[Sync, ...] = ("always", "no")
 
 
 @dataclass(frozen=True)
@@ -90,9 +97,9 @@ def cost_of_idling(fleet: RunningFleet, url: str, seconds: float) -> Counters:
     return asyncio.run(read_counters(url, coordinator)).since(before).scaled(1 / seconds)
 
 
-async def cost_of_claims(url: str, workers: int, claims: int) -> float:
+async def cost_of_claims(url: str, workers: int, at_a_time: int, claims: int) -> float:
     """CPU seconds of Redis for a claim and its release at a service with so many live workers, half of them busy."""
-    redis = AsyncRedis.from_url(url)
+    redis = connect(url)
     await command(redis, "FLUSHALL")
     registry = WorkerRegistry(redis, heartbeat_seconds=3_600, ttl_seconds=36_000)
     presence = Presence(redis, "bench")
@@ -102,10 +109,14 @@ async def cost_of_claims(url: str, workers: int, claims: int) -> float:
         await registry.announce(_worker(number))
     for number in range(workers // 2):
         await slots.claim("model", "denoising", f"held-{number}")
+
+    async def claim_in_turn(first: int) -> None:
+        for number in range(first, claims, at_a_time):
+            slots.release(await slots.claim("model", "denoising", f"request-{number}"), 1.0)
+
     before = await read_counters(url)
-    for number in range(claims):
-        slots.release(await slots.claim("model", "denoising", f"request-{number}"), 1.0)
-        await slots.settle()
+    await asyncio.gather(*(claim_in_turn(number) for number in range(at_a_time)))
+    await slots.settle()
     spent = (await read_counters(url)).since(before).redis / claims
     await presence.stop()
     await redis.aclose()
@@ -129,22 +140,30 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--requests", type=int, default=20)
-    parser.add_argument("--claims", type=int, default=100)
+    parser.add_argument("--claims", type=int, default=400)
     parser.add_argument("--idle-seconds", type=float, default=10.0)
     args = parser.parse_args()
     print_machine(f"What a request costs coordinator and Redis, {args.requests} requests of each kind")
-    with EmbeddedStore(appendfsync="always") as store:
-        report_claims({count: asyncio.run(cost_of_claims(store.url, count, args.claims)) for count in WORKERS})
+    report_claims(args.claims)
+    for sync in SYNCS:
+        say(f"appendfsync {sync}:")
+        say()
+        report(cost_by_part(sync, args.requests, args.idle_seconds))
+    say("Payloads: hops.py prints the coordinator's CPU by the size of the payload.")
+
+
+def cost_by_part(sync: Sync, requests: int, idle_seconds: float) -> Mapping[str, Counters]:
+    """What the parts of a request cost."""
     with (
-        EmbeddedStore(appendfsync="always") as store,
+        EmbeddedStore(appendfsync=sync) as store,
         running_fleet("--model", "emoji", "--redis", store.url) as fleet,
     ):
-        idle = cost_of_idling(fleet, store.url, args.idle_seconds)
-        few, few_seconds = cost_of_requests(fleet, store.url, FEW_STEPS, args.requests)
-        many, many_seconds = cost_of_requests(fleet, store.url, MANY_STEPS, args.requests)
+        idle = cost_of_idling(fleet, store.url, idle_seconds)
+        few, few_seconds = cost_of_requests(fleet, store.url, FEW_STEPS, requests)
+        many, many_seconds = cost_of_requests(fleet, store.url, MANY_STEPS, requests)
     few, many = few.since(idle.scaled(few_seconds)), many.since(idle.scaled(many_seconds))
     step = many.since(few).scaled(1 / (MANY_STEPS - FEW_STEPS))
-    report({"a second of the idle fleet": idle, "a step": step, "a request without steps": _whole(few, step)})
+    return {"a second of the idle fleet": idle, "a step": step, "a request without steps": _whole(few, step)}
 
 
 def _whole(few: Counters, step: Counters) -> Counters:
@@ -159,15 +178,17 @@ def report(costs: Mapping[str, Counters]) -> None:
         for name, each in costs.items()
     ]
     print_table(header, rows)
-    say("Payloads: hops.py prints the coordinator's CPU by the size of the payload.")
 
 
-def report_claims(claims: Mapping[int, float]) -> None:
-    """Print what a claim costs by the number of workers."""
-    print_table(
-        ("live workers of the service", "Redis CPU of a claim and its release, ms"),
-        [(count, 1e3 * seconds) for count, seconds in claims.items()],
-    )
+def report_claims(claims: int) -> None:
+    """Measure and print what a claim costs Redis, by the number of workers and of claims at a time."""
+    rows = []
+    for sync in SYNCS:
+        with EmbeddedStore(appendfsync=sync) as store:
+            for at_a_time in AT_A_TIME:
+                costs = [1e3 * asyncio.run(cost_of_claims(store.url, each, at_a_time, claims)) for each in WORKERS]
+                rows.append((sync, at_a_time, *costs))
+    print_table(("appendfsync", "claims at a time", *(f"{each} workers: Redis CPU, ms" for each in WORKERS)), rows)
 
 
 if __name__ == "__main__":

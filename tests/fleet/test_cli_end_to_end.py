@@ -77,11 +77,11 @@ class Running:
 
 
 @contextmanager
-def started(temporary: Path, *arguments: str) -> Iterator[Running]:
+def started(temporary: Path, *arguments: str, **settings: str) -> Iterator[Running]:
     """Start `fleet ARGUMENTS`, its standard error joined to its output; if it still runs at the end, kill it."""
-    command = [*_FLEET, *arguments]
+    command, environment = [*_FLEET, *arguments], {**environ(temporary), **settings}
     with subprocess.Popen(
-        command, env=environ(temporary), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:
         try:
             yield Running(process)
@@ -213,6 +213,51 @@ def test_flux_through_the_services_equals_flux_in_one_process(
         assert torch.equal(drawn[name], tensor), name
 
 
+def test_size_measures_a_running_fleet_with_prompts_that_no_worker_has_cached(
+    up: tuple[str, Running], temporary: Path
+) -> None:
+    endpoint = ("--endpoint", up[0])
+    load = ("--model=emoji", "--requests-per-second=5", "--steps=4", "--size=64x96")
+    for _ in range(2):
+        done = fleet(temporary, "size", *load, *endpoint)
+        assert done.returncode == 0, done.stderr
+        lines = done.stdout.splitlines()
+        assert [line.split()[0] for line in lines[1:5]] == [
+            "text_encoding",
+            "latent_preparation",
+            "denoising",
+            "decoding",
+        ]
+        seconds, replicas, busy = lines[3].split()[1:]
+        assert 0.0 < float(seconds) < 60
+        assert int(replicas) >= 1
+        assert busy.endswith("%")
+        assert lines[5] == f"Stage seconds: measured by one request at {up[0]}, after one that warmed up."
+    listed = [line for line in fleet(temporary, "status", *endpoint).stdout.splitlines() if " SUCCEEDED " in line]
+    assert len({line.split(maxsplit=5)[5] for line in listed[:4]}) == 4
+    watched = fleet(temporary, "watch", listed[0].split()[0], *endpoint)
+    assert "denoising 4/4" in watched.stdout
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "words"),
+    [
+        (("--model", "emojis"), 2, "model 'emojis' is not served; this fleet serves emoji"),
+        (("--size", "7x7"), 2, "height must be at least 16"),
+        (("--size", "64x64x5"), 2, "FluxPipeline has no parameter 'num_frames'"),
+        (("--endpoint", "127.0.0.1:1"), 1, "no fleet answers at 127.0.0.1:1"),
+        (("--stage-seconds", "painting=1"), 2, "'painting' is not a service of emoji; services are text_encoding, "),
+    ],
+)
+def test_size_reports_what_a_fleet_refuses_in_one_line(
+    up: tuple[str, Running], temporary: Path, change: tuple[str, ...], code: int, words: str
+) -> None:
+    load = ("--model", "emoji", "--requests-per-second", "5", "--steps", "2", "--endpoint", up[0])
+    done = fleet(temporary, "size", *load, *change)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (code, "", 1), done
+    assert words in done.stderr
+
+
 def test_cancel_ends_a_request_that_runs(up: tuple[str, Running], temporary: Path, tmp_path: Path) -> None:
     endpoint = ("--endpoint", up[0])
     output = tmp_path / "x.png"
@@ -252,11 +297,13 @@ def test_ctrl_c_ends_every_process_of_a_fleet(up: tuple[str, Running], temporary
 def test_an_autoscaled_fleet_is_ready_without_workers_and_returns_to_none(temporary: Path, tmp_path: Path) -> None:
     output = tmp_path / "apple.png"
     flags = ("--num-inference-steps=3", "--seed=1", "--output", str(output))
-    with started(temporary, "up", "--port=0", "--scaler-port=0", "--autoscale", "--idle-seconds=0.5") as running:
+    scaling = ("--autoscale", "--idle-seconds=0.5", "--max-replicas=text_encoding=2", "--headroom=1")
+    with started(temporary, "up", "--port=0", "--scaler-port=0", *scaling) as running:
         endpoint = running.line(r"^ready: (\S+) serves emoji")[1]
         assert len(running.descendants()) == 2, "the store and the coordinator"
         done = fleet(temporary, "generate", "a red apple", *flags, "--endpoint", endpoint)
         assert done.returncode == 0, done.stderr
+        running.line("autoscaler: emoji/text_encoding: 1 -> 2 workers")  # one for the request, and one of headroom
         running.line("autoscaler: emoji/decoding: 1 -> 0 workers")
         running.line(r"decoding-0 \(pid \d+\) ended with exit code 0, as it was not needed")
         code, said = running.end(signal.SIGTERM)
@@ -293,8 +340,32 @@ def test_a_checkpoint_that_cannot_be_loaded_ends_up_with_code_2(temporary: Path,
     shutil.copytree(source, broken)
     (weights,) = (broken / "vae").glob("*.safetensors")
     weights.write_bytes(weights.read_bytes()[:-1])
-    for command in (["up", "--port", "0"], ["generate", "p", "--output", str(tmp_path / "x.png")]):
+    up = ["up", "--port", "0"]
+    for command in (up, [*up, "--autoscale"], ["generate", "p", "--output", str(tmp_path / "x.png")]):
         done = fleet(temporary, *command, "--model", str(broken))
         assert done.returncode == 2
         assert done.stderr.count("\n") == 1
         assert "vae" in done.stderr
+
+
+def test_weights_that_vanish_end_an_autoscaled_fleet_at_the_first_worker(temporary: Path, tmp_path: Path) -> None:
+    """Another start changes nothing. The request, which waits for a worker, ends with the coordinator."""
+    model = tmp_path / "emoji"
+    shutil.copytree(Path(__file__).parents[2] / "models" / "checkpoints" / "emoji", model)
+    up = ("up", "--port=0", "--autoscale", "--model", str(model))
+    with started(temporary, *up, FLEET_GRACE_SECONDS="1") as running:
+        endpoint = running.line(r"^ready: (\S+) serves emoji")[1]
+        (weights,) = (model / "transformer").glob("*.safetensors")
+        weights.unlink()
+        done = fleet(temporary, "generate", "p", "--output", str(tmp_path / "x.png"), "--endpoint", endpoint)
+        output, _ = running.process.communicate(timeout=120)
+        assert running.process.returncode == 2
+    assert done.returncode == 1
+    assert "shut" in done.stderr, "its coordinator shuts down"
+    lines = output.splitlines()
+    said = [line for line in lines if line.startswith("fleet serve ")]
+    assert 1 <= len(said) <= 4, "once for each worker"
+    assert all(f": {model / 'transformer'} holds no weights" in line for line in said)
+    (end,) = [line for line in lines if line.startswith("fleet up: ")]
+    assert end.endswith("ended with exit code 2, which another start does not change")
+    assert "starting it again" not in output

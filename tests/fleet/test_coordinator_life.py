@@ -80,7 +80,7 @@ async def _read_warnings(watch: AsyncIterable[pb.WatchResponse]) -> None:
 def test_what_does_not_end_within_the_grace_time_goes_on_elsewhere(server: RedisServer) -> None:
     async def story(fleet: FakeFleet) -> None:
         leaving, stub = await fleet.add_coordinator()
-        _, other = await fleet.add_coordinator(heartbeat_ttl_seconds=0.5)
+        _, other = await fleet.add_coordinator(heartbeat_ttl_seconds=2.0)
         name = (await stub.Submit(submission())).request.request_id
         foreign = (await other.Submit(submission())).request.request_id
         watch = stub.Watch(pb.WatchRequest(request_id=foreign))

@@ -17,6 +17,7 @@ from common.artifacts import StepCheckpoint
 from common.errors import HandedOver
 from common.stage import Call
 from common.state.connection import command, connect
+from common.state.leases import Leases
 from coordinator_fleet import (
     FakeFleet,
     FakeWorker,
@@ -46,10 +47,12 @@ def url() -> Iterator[str]:
 
 @dataclass
 class Journal:
-    """What all loops of a test did: request, worker and step of each step, and the latents of each result."""
+    """The steps of all loops of a test (request, worker and step of each), and the latents of each result."""
 
     steps: list[tuple[str, str, int]] = field(default_factory=list)
     results: list[torch.Tensor] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    """Of each run of a loop, handed over or not."""
 
     def of(self, request: str) -> list[tuple[str, int]]:
         """Worker and step of the steps of one request."""
@@ -66,6 +69,13 @@ class Loop(Script):
     before_step: Callable[[int, Call], None] = lambda _, call: call.check_cancelled()
 
     def run(self, values: Mapping[str, Any], call: Call) -> dict[str, Any]:
+        began = time.perf_counter()
+        try:
+            return self._run(values, call)
+        finally:
+            self.journal.seconds.append(time.perf_counter() - began)
+
+    def _run(self, values: Mapping[str, Any], call: Call) -> dict[str, Any]:
         state = values.get("resume_from")
         first = state.step if state is not None else 0
         latents = state.latents.parts["image"].latents if state is not None else torch.zeros(1, 4)
@@ -118,10 +128,24 @@ async def submitted(stub: Stub) -> str:
     return (await stub.Submit(submission())).request.request_id
 
 
+@pytest.fixture(autouse=True)
+def no_death(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No call that was lost is recorded."""
+    deaths: list[object] = []
+    add_death = Leases.add_death
+
+    async def record(leases: Leases, *of: Any, **more: Any) -> Any:
+        deaths.append(of)
+        return await add_death(leases, *of, **more)
+
+    monkeypatch.setattr(Leases, "add_death", record)
+    yield
+    assert not deaths
+
+
 async def check_success(stub: Stub, redis: Redis, name: str) -> None:
-    """It has succeeded, and no loss of it was recorded."""
+    """It has succeeded, and no worker is avoided."""
     assert (await terminal(stub, name))[-1].state_change.state == pb.REQUEST_STATE_SUCCEEDED
-    assert not await command(redis, "HGET", f"fleet:request:{name}", "deaths")
     assert not await redis.keys("fleet:avoided:*")
 
 
@@ -164,7 +188,7 @@ def test_a_request_goes_on_at_the_next_step_on_an_equal_worker(
         if comes_later:
 
             async def has_polled() -> bool:
-                return polls == [0]
+                return polls[:1] == [0]
 
             await until(has_polled)
             await add_loop(fleet, "b", journal)
@@ -212,14 +236,14 @@ def test_without_an_equal_worker_the_request_goes_on_and_ends(
 
 def test_a_request_is_handed_over_before_the_grace_period_ends_and_goes_first(url: str) -> None:
     """Another request has waited before it. The equal worker comes when the first one has ended."""
-    steps, grace = 60, 1.0
+    steps, grace = 60, 4.0
 
     async def story(fleet: FakeFleet) -> None:
         journal, started = Journal(), Gate()
 
         def slow(_: int, call: Call) -> None:
             started.reached.set()
-            time.sleep(0.04)
+            time.sleep(0.2)
             call.check_cancelled()
 
         await fleet.add_workers(BESIDE)
@@ -285,6 +309,40 @@ def test_a_request_that_waits_at_the_leaving_worker_goes_to_another_one_at_once(
         assert {worker for worker, _ in journal.of(waiting)} == {"b"}
         assert [step for _, step in journal.of(running)] == list(range(STEPS))
         assert lost_calls() == before
+
+    run_on_fleet(url, story)
+
+
+def test_both_attempts_of_a_request_that_was_handed_over_count_in_the_pace(url: str) -> None:
+    async def story(fleet: FakeFleet) -> None:
+        journal, gate = Journal(), Gate()
+        await fleet.add_workers(BESIDE)
+        leaving = await add_loop(fleet, "a", journal, before_step=held_at(HELD_AT, gate))
+        _, stub = await fleet.add_coordinator()
+        request = submission()
+        request.parameters.num_inference_steps = STEPS
+        name = (await stub.Submit(request)).request.request_id
+        await gate.wait_reached()
+        await asyncio.sleep(0.2)
+        await add_loop(fleet, "b", journal, before_step=lambda *_: time.sleep(0.01))
+        ends = asyncio.create_task(leaving.leave(GRACE))
+        await asked(leaving)
+        gate.opened.set()
+        async with connect(fleet.url) as redis:
+            await check_success(stub, redis, name)
+            await ends
+
+            async def is_released() -> bool:
+                return not await command(redis, "HLEN", "fleet:slots:emoji/denoising")
+
+            await until(is_released)
+            (pace,) = await command(redis, "HVALS", "fleet:paces:emoji/denoising")
+        seconds, steps, *_ = map(float, pace.split())
+        first, second = journal.seconds
+        assert steps == pytest.approx((STEPS - HELD_AT - 1) + 0.8 * (HELD_AT + 1))
+        computed = second + 0.8 * first
+        assert computed <= seconds + 1e-5
+        assert seconds == pytest.approx(computed, abs=0.5), "the worker reads inputs and writes outputs besides"
 
     run_on_fleet(url, story)
 

@@ -88,6 +88,21 @@ def test_a_request_without_workers_activates_its_stages_within_a_second(url: str
     run_on_fleet(url, story)
 
 
+def test_a_stage_that_is_needed_for_a_moment_only_is_pushed_as_active(url: str) -> None:
+    async def story(fleet: FakeFleet) -> None:
+        await fleet.add_workers()
+        scaler, stub = await keda(fleet)
+        activity = aiter(scaler.stub.StreamIsActive(target(stage="text_encoding")))
+        assert not (await anext(activity)).result
+        for _ in range(3):  # each needs the stage for much less than the time between two reads
+            name = (await stub.Submit(submission())).request.request_id
+            assert (await anext(activity)).result
+            assert not (await anext(activity)).result
+            await terminal(stub, name)
+
+    run_on_fleet(url, story)
+
+
 def test_waiting_and_running_requests_count_by_what_the_worker_computed(url: str) -> None:
     async def story(fleet: FakeFleet) -> None:
         gate = Gate()

@@ -380,9 +380,10 @@ def test_a_call_that_is_handed_over_ends_as_unavailable_with_its_checkpoint() ->
         raise HandedOver("handed over after 1 steps")
 
     async def test(stage: Served) -> None:
-        running = asyncio.create_task(stage.runner()(packets(), stage.heard.call()))
+        computed: list[float] = []
+        running = asyncio.create_task(stage.runner()(packets(), stage.heard.call(on_computed=computed.append)))
         assert await asyncio.to_thread(reached.wait, 20)
-        waiting = asyncio.create_task(stage.runner()(packets(), Call("waits")))
+        waiting = asyncio.create_task(stage.runner()(packets(), Call("waits", on_computed=computed.append)))
         while len(stage.servicer.running()) < 2:  # noqa: ASYNC110 -- no event to wait for
             await asyncio.sleep(0.01)
         first, second = stage.servicer.running()
@@ -399,6 +400,8 @@ def test_a_call_that_is_handed_over_ends_as_unavailable_with_its_checkpoint() ->
         with pytest.raises(HandedOver, match="after 1 steps"):
             await running
         assert len(stage.heard.checkpoints) == 1
+        (seconds,) = computed
+        assert 0 < seconds < 60, "of the call that had begun"
         assert not stage.servicer.running()
 
     run(test, script, limits=ServicerLimits(capacity=2))

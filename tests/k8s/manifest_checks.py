@@ -6,15 +6,18 @@ CHECKS has them by name. Checks of scalers and of the network are in modules of 
 from __future__ import annotations
 
 import re
+import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 
-from manifest_network import admitted_ports, dangling_peers, flows, unselected_pods
-from manifest_scalers import metric_names, scale_targets, scaled_once, triggers
+from manifest_network import admitted_ports, dangling_peers, flows, outside_flows, unselected_pods
+from manifest_scalers import formulas, metric_names, scale_targets, scaled_once, triggers
+from manifest_workers import SECRETS_OF_USERS, devices, images, secret_keys, start_up, weights
 from manifests import (
     FLEET_CONTAINER,
     ROOT,
     SERVICES,
+    WORKLOADS,
     Manifest,
     Pod,
     arguments,
@@ -37,8 +40,12 @@ Check = Callable[[Sequence[Manifest]], Iterator[str]]
 
 HEALTH_SERVICE = "grpc.health.v1.Health"
 KNOWN_SERVICES = frozenset({HEALTH_SERVICE, "grpc.reflection.v1alpha.ServerReflection"})
-SECRETS_OF_USERS = frozenset({"fleet-redis", "fleet-tls-coordinator", "fleet-tls-stage", "fleet-tls-keda"})
-"""Secrets that the runbook says how to make."""
+RECOMMENDED_LABELS = frozenset(
+    f"app.kubernetes.io/{name}" for name in ("name", "instance", "component", "part-of", "managed-by")
+)
+NAME_LABEL = "app.kubernetes.io/name"
+VERSION_LABEL = "app.kubernetes.io/version"
+"""On workloads and pods; other objects are the same for all versions."""
 
 _FINISH_SECONDS = 5.0  # until a process has ended after grace_seconds
 _AGENT_SECONDS = 11.0  # that the agent of a worker group waits beyond its ranks' grace_seconds
@@ -46,7 +53,7 @@ _CLUSTER_WIDE = frozenset({"Namespace"})
 
 
 def selectors(manifests: Sequence[Manifest]) -> Iterator[str]:
-    """A workload's selector fits its own template; every other selector selects a pod."""
+    """A workload's selector fits its own template; every other selector selects a pod, and none of another service."""
     for each in of_kind(manifests, "Deployment"):
         if not matches(each["spec"]["selector"], each["spec"]["template"]["metadata"]["labels"]):
             yield f"{name_of(each)}: selector does not match its own pods"
@@ -54,6 +61,10 @@ def selectors(manifests: Sequence[Manifest]) -> Iterator[str]:
     for each in of_kind(manifests, "Service", "PodDisruptionBudget", "NetworkPolicy", "PodMonitor"):
         if not any(matches(_selector(each), pod.labels) for pod in templates):
             yield f"{name_of(each)}: selector matches no pod"
+    for each in of_kind(manifests, "Service", "PodDisruptionBudget"):
+        for pod in [pod for pod in templates if matches(_selector(each), pod.labels)]:
+            if pod.labels[NAME_LABEL] != each["metadata"].get("labels", {}).get(NAME_LABEL):
+                yield f"{name_of(each)}: selector matches {pod.owner}, which is of another service"
     for pod in templates:
         for spread in pod.spec.get("topologySpreadConstraints", []):
             if not matches(spread["labelSelector"], pod.labels):
@@ -86,6 +97,32 @@ def ports(manifests: Sequence[Manifest]) -> Iterator[str]:
             for endpoint in monitor["spec"]["podMetricsEndpoints"]:
                 if endpoint["port"] not in pod.ports:
                     yield f"{name_of(monitor)}: port {endpoint['port']} is not a port of {pod.owner}"
+
+
+def balancing(manifests: Sequence[Manifest]) -> Iterator[str]:
+    """Stages and coordinators have a headless Service, for clients that balance; gRPC ports name their protocol."""
+    for pod in [each for each in pods(manifests) if each.serves and each.service]:
+        services = [
+            each for each in of_kind(manifests, "Service") if matches(_selector(each), pod.labels) and _grpc_port(each)
+        ]
+        if not any(each["spec"].get("clusterIP") == "None" for each in services):
+            yield f"{pod.owner}: has no headless Service"
+        tls = "FLEET_TLS_CERT" in environment(manifests, pod.container)
+        for service in [each for each in services if each["metadata"]["name"] == pod.labels[NAME_LABEL]]:
+            wanted, found = "https" if tls else "kubernetes.io/h2c", _grpc_port(service).get("appProtocol")
+            if found != wanted:
+                yield f"{name_of(service)}: appProtocol is {found}, not {wanted}"
+
+
+def _grpc_port(service: Manifest) -> Manifest:
+    return next((each for each in service["spec"]["ports"] if each["name"] == "grpc"), {})
+
+
+def disruptions(manifests: Sequence[Manifest]) -> Iterator[str]:
+    """One pod of a service may be evicted at a time: none would block the drain of a node."""
+    for each in of_kind(manifests, "PodDisruptionBudget"):
+        if each["spec"].get("maxUnavailable") != 1 or "minAvailable" in each["spec"]:
+            yield f"{name_of(each)}: maxUnavailable is not 1"
 
 
 def probes(manifests: Sequence[Manifest]) -> Iterator[str]:
@@ -265,30 +302,37 @@ def _insecure(container: Manifest) -> Iterator[str]:
             yield f"resources.{kind} lacks cpu or memory"
 
 
-def images(manifests: Sequence[Manifest]) -> Iterator[str]:
-    """Images are targets of the Dockerfile, and the ones that the service needs: one with CUDA on pods with a GPU."""
-    for pod in [each for each in pods(manifests) if each.container["name"] == FLEET_CONTAINER]:
-        gpus = "nvidia.com/gpu" in pod.container.get("resources", {}).get("limits", {})
-        wanted = "coordinator" if pod.service == "coordinator" else "gpu" if gpus else "cpu"
-        if pod.container["image"].partition(":")[2] != wanted:
-            yield f"{pod.owner}: image {pod.container['image']} is not diffusion-fleet:{wanted}"
-
-
 def labels(manifests: Sequence[Manifest]) -> Iterator[str]:
-    """Every object has the recommended labels and is in the fleet's namespace."""
-    recommended = {"app.kubernetes.io/name", "app.kubernetes.io/component", "app.kubernetes.io/part-of"}
-    for each in of_kind(manifests, *{one["kind"] for one in manifests} - {"Namespace", "ConfigMap", "Secret"}):
-        if lacking := recommended - set(each["metadata"].get("labels", {})):
-            yield f"{name_of(each)}: lacks {sorted(lacking)}"
+    """Every object has the recommended labels and is in the fleet's namespace; the version is that of the image."""
+    found = {name_of(each): each["metadata"].get("labels", {}) for each in manifests}
+    found |= {f"pod of {pod.owner}": pod.labels for pod in pods(manifests)}
+    for owner, names in found.items():
+        if lacking := RECOMMENDED_LABELS - names.keys():
+            yield f"{owner}: lacks {sorted(lacking)}"
+    for workload in of_kind(manifests, *WORKLOADS):
+        for pod in pods([workload]):
+            versions = (found[name_of(workload)].get(VERSION_LABEL), pod.labels.get(VERSION_LABEL))
+            if versions != (wanted := _version_of(pod),) * 2:
+                yield f"{pod.owner}: {VERSION_LABEL} of workload and pod are {versions}, not {wanted}"
     for each in manifests:
         if each["kind"] not in _CLUSTER_WIDE and each["metadata"].get("namespace") != "diffusion-fleet":
             yield f"{name_of(each)}: is not in the namespace diffusion-fleet"
 
 
+def _version_of(pod: Pod) -> str:
+    """The version of the project, or that of another image's tag."""
+    if pod.container["name"] != FLEET_CONTAINER:
+        return str(pod.container["image"].rpartition(":")[2])
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return str(project["version"])
+
+
 def kinds(manifests: Sequence[Manifest]) -> Iterator[str]:
     """Each service has a Service, a ServiceAccount, a PodDisruptionBudget and a NetworkPolicy of its name."""
     for pod in pods(manifests):
-        name = pod.labels["app.kubernetes.io/name"]
+        name = pod.labels[NAME_LABEL]
+        if pod.spec["serviceAccountName"] != name:
+            yield f"{pod.owner}: runs as the ServiceAccount {pod.spec['serviceAccountName']}, not {name}"
         for kind in ("Service", "ServiceAccount", "PodDisruptionBudget", "NetworkPolicy"):
             if find(manifests, kind, name) is None:
                 yield f"{pod.owner}: there is no {kind} {name}"
@@ -310,12 +354,18 @@ CHECKS: Mapping[str, Check] = MappingProxyType(
         for each in (
             selectors,
             ports,
+            balancing,
+            disruptions,
             probes,
+            start_up,
             routes,
             settings,
             listening,
             grace,
             references,
+            secret_keys,
+            weights,
+            devices,
             paths,
             security,
             images,
@@ -325,11 +375,13 @@ CHECKS: Mapping[str, Check] = MappingProxyType(
             scale_targets,
             scaled_once,
             triggers,
+            formulas,
             metric_names,
             admitted_ports,
             dangling_peers,
             unselected_pods,
             flows,
+            outside_flows,
         )
     }
 )

@@ -7,6 +7,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from manifests import Manifest, Pod, matches, name_of, of_kind, pods
 
 KEDA = {"kubernetes.io/metadata.name": "keda"}
+MONITORING = {"kubernetes.io/metadata.name": "monitoring"}
+DNS = {
+    "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "kube-system"}},
+    "podSelector": {"matchLabels": {"k8s-app": "kube-dns"}},
+}
+_REDIS_PORTS = frozenset({6379, 6380})
 _OPEN_TO_ALL = {"coordinator": {"grpc", "health"}}  # the public API; other pods only have health checks
 
 
@@ -64,6 +70,39 @@ def flows(manifests: Sequence[Manifest]) -> Iterator[str]:
                     yield f"{source.owner} cannot connect to {target.owner}:{name}"
                 if admitted and not needed:
                     yield f"{source.owner} can connect to {target.owner}:{name} without a need"
+
+
+def outside_flows(manifests: Sequence[Manifest]) -> Iterator[str]:
+    """Connections that leave or enter the namespace: to DNS and a managed Redis, from KEDA and Prometheus."""
+    templates = [pod for pod in pods(manifests) if pod.service]
+    in_cluster = any(pod.container["name"] == "redis" for pod in pods(manifests))
+    for pod in templates:
+        out = [rule for policy in _policies(manifests, pod, "Egress") for rule in policy["spec"].get("egress", [])]
+        resolved = {
+            (port["port"], port.get("protocol", "TCP"))
+            for rule in out
+            if DNS in rule.get("to", [])
+            for port in rule.get("ports", [])
+        }
+        if resolved != {(53, "UDP"), (53, "TCP")}:
+            yield f"{pod.owner}: cannot ask DNS at port 53 of UDP and TCP"
+        blocks = [rule for rule in out if any("ipBlock" in peer for peer in rule.get("to", []))]
+        reached = {port["port"] for rule in blocks for port in rule.get("ports", [])}
+        if not in_cluster and not reached & _REDIS_PORTS:
+            yield f"{pod.owner}: cannot connect to a Redis outside the namespace"
+        if "scaler" in pod.ports and not _is_admitted(manifests, pod, "scaler", KEDA):
+            yield f"{pod.owner}: KEDA cannot connect to its scaler"
+        if of_kind(manifests, "PodMonitor") and pod.serves and not _is_admitted(manifests, pod, "metrics", MONITORING):
+            yield f"{pod.owner}: Prometheus cannot connect to its metrics"
+
+
+def _is_admitted(manifests: Sequence[Manifest], pod: Pod, port: str, namespace: Mapping[str, str]) -> bool:
+    return any(
+        _has_port(rule, pod.ports[port])
+        for policy in _policies(manifests, pod, "Ingress")
+        for rule in policy["spec"].get("ingress", [])
+        if any(peer.get("namespaceSelector", {}).get("matchLabels") == namespace for peer in rule.get("from", []))
+    )
 
 
 def _is_needed(source: Pod, target: Pod, port: str) -> bool:

@@ -16,6 +16,7 @@ from services.coordinator.scaler import _METRICS
 
 _SCALERS = ("ScaledObject", "HorizontalPodAutoscaler")
 _EXTERNAL = ("external", "external-push")
+_BEGUN = frozenset({"yes", "no"})
 _SUFFIXES = ("", "_total", "_bucket", "_sum", "_count")
 
 
@@ -72,6 +73,9 @@ def scaled_once(manifests: Sequence[Manifest]) -> Iterator[str]:
     for each in of_kind(manifests, "Deployment"):
         if "replicas" not in each["spec"] and ("Deployment", each["metadata"]["name"]) not in targets:
             yield f"{name_of(each)}: names no replicas and has no scaler"
+    for each in of_kind(manifests, "HorizontalPodAutoscaler"):
+        if each["spec"].get("minReplicas", 1) < 1:
+            yield f"{name_of(each)}: minReplicas is not at least 1, which an HPA needs without an alpha feature"
     for each in of_kind(manifests, "ScaledObject"):
         spec = each["spec"]
         if "idleReplicaCount" in spec and not spec["idleReplicaCount"] < spec.get("minReplicaCount", 0):
@@ -90,7 +94,26 @@ def triggers(manifests: Sequence[Manifest]) -> Iterator[str]:
             yield from (f"{name_of(scaler)}: {each}" for each in _unserved(manifests, asked["model"], asked["service"]))
 
 
+def formulas(manifests: Sequence[Manifest]) -> Iterator[str]:
+    """A formula of KEDA's scalingModifiers reads named triggers, and its target is the seconds that they ask for."""
+    for scaler in of_kind(manifests, "ScaledObject"):
+        modifiers = scaler["spec"].get("advanced", {}).get("scalingModifiers")
+        if modifiers is None:
+            continue
+        asked = {each["name"]: each["metadata"] for each in scaler["spec"]["triggers"] if "name" in each}
+        read = sorted(set(re.findall(r"\b[a-z_]\w*", modifiers["formula"])))
+        if unknown := [name for name in read if name not in asked]:
+            yield f"{name_of(scaler)}: its formula reads {', '.join(unknown)}, but triggers are named {sorted(asked)}"
+        for name in read:
+            seconds = asked.get(name, {}).get("targetSeconds", modifiers["target"])
+            if seconds != modifiers["target"]:
+                yield f"{name_of(scaler)}: its target is {modifiers['target']}, but targetSeconds of {name} {seconds}"
+
+
 def _trigger_errors(manifests: Sequence[Manifest], trigger: Manifest, asked: Mapping[str, str]) -> Iterator[str]:
+    if lacking := {"scalerAddress", "model", "stage", "targetSeconds"} - asked.keys():
+        yield f"scaler metadata lacks {sorted(lacking)}"
+        return
     host, _, port = asked["scalerAddress"].rpartition(":")
     service = find(manifests, "Service", host.partition(".")[0])
     if service is None or host != f"{service['metadata']['name']}.{service['metadata']['namespace']}.svc":
@@ -136,12 +159,33 @@ def _unserved(manifests: Sequence[Manifest], model: str, stage: str) -> Iterator
 
 
 def metric_names(manifests: Sequence[Manifest]) -> Iterator[str]:
-    """Metrics of the fleet in rules, queries and HPAs are ones that its processes export."""
+    """Metrics of the fleet in rules, queries and HPAs are exported by its processes, with the labels that they name."""
     exported = [each for each in vars(telemetry).values() if isinstance(each, MetricWrapperBase)]
-    known = {f"{metric.name}{suffix}" for each in exported for metric in each.describe() for suffix in _SUFFIXES}
+    known = {
+        f"{metric.name}{suffix}": frozenset(vars(each)["_labelnames"])
+        for each in exported
+        for metric in each.describe()
+        for suffix in _SUFFIXES
+    }
     for each in of_kind(manifests, "PrometheusRule", *_SCALERS):
-        for name in sorted({*re.findall(r"\bfleet_\w+", _expressions(each["spec"]))} - known):
+        text = _expressions(each["spec"])
+        for name in sorted({*re.findall(r"\bfleet_\w+", text)} - known.keys()):
             yield f"{name_of(each)}: {name} is not a metric of the fleet"
+        selected = [
+            (name, label, value)
+            for name, selector in re.findall(r"\b(fleet_\w+)\{([^}]*)\}", text)
+            for label, value in re.findall(r'(\w+)="([^"]*)"', selector)
+        ]
+        selected += [
+            (metric["name"], label, value)
+            for metric in [one["external"]["metric"] for one in each["spec"].get("metrics", [])]
+            for label, value in metric["selector"]["matchLabels"].items()
+        ]
+        for name, label, value in selected:
+            if label not in known.get(name, frozenset()):
+                yield f"{name_of(each)}: {name} has no label {label}"
+            elif value not in {"service": SERVICES, "begun": _BEGUN}.get(label, {value}):
+                yield f"{name_of(each)}: {label} of {name} is never {value}"
 
 
 def _expressions(value: Any) -> str:

@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 K8S = ROOT / "k8s"
 SERVICES = frozenset(service_names())
 FLEET_CONTAINER = "fleet"
+WORKLOADS = ("Deployment", "LeaderWorkerSet", "DisaggregatedSet")
 
 Manifest = dict[str, Any]
 Labels = Mapping[str, str]

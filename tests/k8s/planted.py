@@ -22,7 +22,7 @@ class Planted:
 
 
 def edit(kind: str, name: str, path: str, value: Any) -> Plant:
-    """Set a value; `path` is keys and indices between slashes."""
+    """Set a value; `path` is keys and indices between slashes, with ~ for a slash in a key."""
 
     def plant(manifests: list[Manifest]) -> None:
         place, last = _at(manifests, kind, name, path)
@@ -57,7 +57,7 @@ def append(kind: str, name: str, path: str, value: Any) -> Plant:
 def _at(manifests: Sequence[Manifest], kind: str, name: str, path: str) -> tuple[Any, Any]:
     place: Any = find(manifests, kind, name)
     assert place is not None, f"{kind}/{name} is not there"
-    *way, last = [int(key) if key.isdecimal() else key for key in path.split("/")]
+    *way, last = [int(key) if key.isdecimal() else key.replace("~", "/") for key in path.split("/")]
     for key in way:
         place = place[key]
     return place, last
@@ -83,14 +83,15 @@ def add_hpa(manifests: list[Manifest]) -> None:
     )
 
 
-_POD = "spec/template/spec"
-_CONTAINER = f"{_POD}/containers/0"
+POD = "spec/template/spec"
+CONTAINER = f"{POD}/containers/0"
 _TRIGGER = "spec/triggers/0/metadata"
 _ROLE = "spec/roles/0/spec/leaderWorkerTemplate/workerTemplate/spec"
-_LEADER = "spec/leaderWorkerTemplate/leaderTemplate/spec"
+LEADER = "spec/leaderWorkerTemplate/leaderTemplate/spec"
 _D, _NP, _SO = "Deployment", "NetworkPolicy", "ScaledObject"
 _HPA = "HorizontalPodAutoscaler"
 _LABEL = "app.kubernetes.io/name"
+_VERSION = "app.kubernetes.io~version"
 
 PLANTED = [
     Planted("selectors", "dev", "own pods", edit(_D, "denoising", "spec/selector/matchLabels/x", "y")),
@@ -102,7 +103,7 @@ PLANTED = [
         "selectors",
         "dev",
         "topologySpread",
-        edit(_D, "decoding", f"{_POD}/topologySpreadConstraints/0/labelSelector/matchLabels", {"a": "b"}),
+        edit(_D, "decoding", f"{POD}/topologySpreadConstraints/0/labelSelector/matchLabels", {"a": "b"}),
     ),
     Planted("ports", "dev", "targetPort", edit("Service", "coordinator", "spec/ports/0/targetPort", "grcp")),
     Planted(
@@ -114,30 +115,30 @@ PLANTED = [
     Planted(
         "ports", "production", "port metric ", edit("PodMonitor", "fleet", "spec/podMetricsEndpoints/0/port", "metric")
     ),
-    Planted("probes", "dev", "no startupProbe", drop(_D, "decoding", f"{_CONTAINER}/startupProbe")),
+    Planted("probes", "dev", "no startupProbe", drop(_D, "decoding", f"{CONTAINER}/startupProbe")),
     Planted(
         "probes",
         "dev",
         "asks for 'fleet.v1.Denoising'",
-        edit(_D, "denoising", f"{_CONTAINER}/readinessProbe/grpc/service", "fleet.v1.Denoising"),
+        edit(_D, "denoising", f"{CONTAINER}/readinessProbe/grpc/service", "fleet.v1.Denoising"),
     ),
     Planted(
-        "probes", "dev", "no container port", edit(_D, "denoising", f"{_CONTAINER}/readinessProbe/grpc/port", 50055)
+        "probes", "dev", "no container port", edit(_D, "denoising", f"{CONTAINER}/readinessProbe/grpc/port", 50055)
     ),
     Planted(
-        "probes", "dev", "no container port", edit(_D, "redis", f"{_CONTAINER}/livenessProbe/tcpSocket/port", "rdis")
+        "probes", "dev", "no container port", edit(_D, "redis", f"{CONTAINER}/livenessProbe/tcpSocket/port", "rdis")
     ),
     Planted(
         "probes",
         "dev",
         "liveness asks",
-        edit(_D, "coordinator", f"{_CONTAINER}/livenessProbe/grpc/service", "fleet.v1.GenerationService"),
+        edit(_D, "coordinator", f"{CONTAINER}/livenessProbe/grpc/service", "fleet.v1.GenerationService"),
     ),
     Planted(
         "probes",
         "multi-node",
         "asks for",
-        edit("LeaderWorkerSet", "denoising", f"{_LEADER}/containers/0/startupProbe/grpc/service", "x"),
+        edit("LeaderWorkerSet", "denoising", f"{LEADER}/containers/0/startupProbe/grpc/service", "x"),
     ),
     Planted(
         "routes",
@@ -150,33 +151,33 @@ PLANTED = [
         "settings",
         "dev",
         "FLEET_CAPASITY is not",
-        append(_D, "denoising", f"{_CONTAINER}/env", {"name": "FLEET_CAPASITY", "value": "2"}),
+        append(_D, "denoising", f"{CONTAINER}/env", {"name": "FLEET_CAPASITY", "value": "2"}),
     ),
     Planted("settings", "dev", "FLEET_WARMUP is read by no", set_shared("FLEET_WARMUP", "512x512")),
     Planted(
         "settings",
         "dev",
         "unrecognized",
-        edit(_D, "denoising", f"{_CONTAINER}/args", ["denoising", "--tensor-parallel", "2"]),
+        edit(_D, "denoising", f"{CONTAINER}/args", ["denoising", "--tensor-parallel", "2"]),
     ),
     Planted("settings", "dev", "FLEET_THREADS", set_shared("FLEET_THREADS", "two")),
-    Planted("settings", "dev", "is not a service", edit(_D, "denoising", f"{_CONTAINER}/args", ["denoise"])),
+    Planted("settings", "dev", "is not a service", edit(_D, "denoising", f"{CONTAINER}/args", ["denoise"])),
     Planted(
         "settings",
         "multi-node",
         "node-rank",
-        edit("LeaderWorkerSet", "denoising", f"{_LEADER}/containers/0/args/4", "--node-rank=$(LWS_INDEX)"),
+        edit("LeaderWorkerSet", "denoising", f"{LEADER}/containers/0/args/4", "--node-rank=$(LWS_INDEX)"),
     ),
     Planted("listening", "dev", "listens on", set_shared("FLEET_METRICS_PORT", "9091")),
-    Planted("listening", "keda", "listens on", edit(_D, "coordinator", f"{_CONTAINER}/env/0/value", "0.0.0.0:50054")),
+    Planted("listening", "keda", "listens on", edit(_D, "coordinator", f"{CONTAINER}/env/0/value", "0.0.0.0:50054")),
     Planted("grace", "dev", "shorter", set_shared("FLEET_GRACE_SECONDS", "60")),
-    Planted("grace", "dev", "shorter", edit(_D, "coordinator", f"{_CONTAINER}/lifecycle/preStop/sleep/seconds", 20)),
-    Planted("grace", "gpu-group", "shorter", edit(_D, "denoising", f"{_POD}/terminationGracePeriodSeconds", 45)),
+    Planted("grace", "dev", "shorter", edit(_D, "coordinator", f"{CONTAINER}/lifecycle/preStop/sleep/seconds", 20)),
+    Planted("grace", "gpu-group", "shorter", edit(_D, "denoising", f"{POD}/terminationGracePeriodSeconds", 45)),
     Planted(
         "references",
         "dev",
         "ConfigMap fleet is not there",
-        edit(_D, "denoising", f"{_CONTAINER}/envFrom/0/configMapRef/name", "fleet"),
+        edit(_D, "denoising", f"{CONTAINER}/envFrom/0/configMapRef/name", "fleet"),
     ),
     Planted("references", "dev", "PersistentVolumeClaim redis", drop("PersistentVolumeClaim", "redis")),
     Planted("references", "dev", "ServiceAccount decoding", drop("ServiceAccount", "decoding")),
@@ -184,38 +185,38 @@ PLANTED = [
         "references",
         "dev",
         "no volume",
-        append(_D, "decoding", f"{_CONTAINER}/volumeMounts", {"name": "kernel", "mountPath": "/k"}),
+        append(_D, "decoding", f"{CONTAINER}/volumeMounts", {"name": "kernel", "mountPath": "/k"}),
     ),
     Planted(
         "references",
         "production",
         "Secret fleet-tls",
-        edit(_D, "decoding", f"{_POD}/volumes/0/secret/secretName", "fleet-tls"),
+        edit(_D, "decoding", f"{POD}/volumes/0/secret/secretName", "fleet-tls"),
     ),
     Planted("paths", "gpu", "on no volume", set_shared("FLEET_KERNEL_CACHE", "/var/kernels")),
     Planted("paths", "gpu", "on no volume", set_shared("FLEET_MODEL", "flux=/weights/FLUX.1-dev")),
     Planted("paths", "production", "FLEET_TLS_CERT names", set_shared("FLEET_TLS_CERT", "/etc/tls/tls.crt")),
-    Planted("security", "dev", "runAsNonRoot", edit(_D, "redis", f"{_POD}/securityContext/runAsNonRoot", False)),
+    Planted("security", "dev", "runAsNonRoot", edit(_D, "redis", f"{POD}/securityContext/runAsNonRoot", False)),
     Planted(
         "security",
         "dev",
         "readOnlyRootFilesystem",
-        drop(_D, "redis", f"{_CONTAINER}/securityContext/readOnlyRootFilesystem"),
+        drop(_D, "redis", f"{CONTAINER}/securityContext/readOnlyRootFilesystem"),
     ),
     Planted(
         "security",
         "dev",
         "capabilities",
-        edit(_D, "decoding", f"{_CONTAINER}/securityContext/capabilities", {"drop": []}),
+        edit(_D, "decoding", f"{CONTAINER}/securityContext/capabilities", {"drop": []}),
     ),
-    Planted("security", "dev", "seccompProfile", drop(_D, "decoding", f"{_POD}/securityContext/seccompProfile")),
-    Planted("security", "dev", "limits", drop(_D, "decoding", f"{_CONTAINER}/resources/limits/memory")),
+    Planted("security", "dev", "seccompProfile", drop(_D, "decoding", f"{POD}/securityContext/seccompProfile")),
+    Planted("security", "dev", "limits", drop(_D, "decoding", f"{CONTAINER}/resources/limits/memory")),
     Planted("security", "dev", "automount", drop("ServiceAccount", "decoding", "automountServiceAccountToken")),
     Planted(
         "security",
         "gpu",
         "check-weights",
-        drop(_D, "decoding", f"{_POD}/initContainers/0/securityContext/capabilities"),
+        drop(_D, "decoding", f"{POD}/initContainers/0/securityContext/capabilities"),
     ),
     Planted(
         "security",
@@ -223,10 +224,24 @@ PLANTED = [
         "allowPrivilege",
         edit("DisaggregatedSet", "fleet", f"{_ROLE}/containers/0/securityContext/allowPrivilegeEscalation", True),
     ),
-    Planted(
-        "images", "gpu", "diffusion-fleet:gpu", edit(_D, "denoising", f"{_CONTAINER}/image", "diffusion-fleet:cpu")
-    ),
+    Planted("images", "gpu", "diffusion-fleet:gpu", edit(_D, "denoising", f"{CONTAINER}/image", "diffusion-fleet:cpu")),
     Planted("labels", "dev", "lacks", drop(_D, "denoising", "metadata/labels")),
+    Planted("labels", "dev", "fleet: lacks", drop("Namespace", "diffusion-fleet", "metadata/labels")),
+    Planted(
+        "labels",
+        "dev",
+        "pod of Deployment/redis: lacks ['app.kubernetes.io/instance']",
+        drop(_D, "redis", "spec/template/metadata/labels/app.kubernetes.io~instance"),
+    ),
+    Planted(
+        "labels",
+        "multi-node",
+        "denoising leader: app.kubernetes.io/version of workload and pod are",
+        edit(
+            "LeaderWorkerSet", "denoising", "spec/leaderWorkerTemplate/leaderTemplate/metadata/labels/" + _VERSION, "0"
+        ),
+    ),
+    Planted("labels", "dev", "('6', '7'), not 7", edit(_D, "redis", f"metadata/labels/{_VERSION}", "6")),
     Planted("labels", "keda", "namespace", drop(_SO, "denoising", "metadata/namespace")),
     Planted("kinds", "dev", "PodDisruptionBudget decoding", drop("PodDisruptionBudget", "decoding")),
     Planted("stages", "dev", "emoji needs", drop(_D, "decoding")),
@@ -268,6 +283,8 @@ PLANTED = [
     ),
     Planted("triggers", "keda", "targetSeconds", edit(_SO, "decoding", f"{_TRIGGER}/targetSeconds", "0")),
     Planted("triggers", "keda", "metricName", edit(_SO, "decoding", f"{_TRIGGER}/metricName", "seconds")),
+    Planted("formulas", "production", "reads wanted, but", edit(_SO, "decoding", "spec/triggers/0/name", "seconds")),
+    Planted("formulas", "production", "its target is 30", edit(_SO, "decoding", f"{_TRIGGER}/targetSeconds", "20")),
     Planted("triggers", "production", "TriggerAuthentication", drop("TriggerAuthentication", "fleet-scaler")),
     Planted(
         "triggers",

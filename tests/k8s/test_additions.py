@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import manifest_checks
+import manifest_scalers
 import pytest
 from manifest_checks import CHECKS
-from manifests import K8S, Manifest, find, render
+from manifests import K8S, Manifest, render
+
+from services.cli.serve import settings_class
+
+STAGE = "up_scaling"
+NAME = "up-scaling"
 
 
 @pytest.fixture
@@ -17,30 +27,84 @@ def tree(tmp_path: Path) -> Path:
     return tmp_path / "k8s"
 
 
-def add_stage(folder: Path, name: str) -> None:
+def add_stage(folder: Path) -> None:
     """A file for a new stage, as that of denoising, and a line in the kustomization."""
     text = (folder / "denoising.yaml").read_text()
-    new = text.replace("denoising", name.replace("_", "-")).replace(f"[{name.replace('_', '-')}]", f"[{name}]")
-    (folder / f"{name}.yaml").write_text(new.replace(f"stage: {name.replace('_', '-')}", f"stage: {name}"))
+    new = text.replace("denoising", NAME).replace("DenoisingService", "UpScalingService")
+    for form in ("[{}]", "stage: {}\n", "service: {},"):
+        new = new.replace(form.format(NAME), form.format(STAGE))
+    (folder / f"{STAGE}.yaml").write_text(new)
     path = folder / "kustomization.yaml"
-    path.write_text(path.read_text().replace("  - denoising.yaml\n", f"  - denoising.yaml\n  - {name}.yaml\n"))
+    lines = path.read_text()
+    assert lines.count("  - denoising.yaml\n") == 1
+    path.write_text(lines.replace("  - denoising.yaml\n", f"  - denoising.yaml\n  - {STAGE}.yaml\n"))
+
+
+@pytest.fixture
+def known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The service is one of the fleet's: it has settings as the denoising, and a proto."""
+    protos, classes = manifest_checks.proto_services, settings_class
+    for module in (manifest_checks, manifest_scalers):
+        monkeypatch.setattr(module, "SERVICES", module.SERVICES | {STAGE})
+    monkeypatch.setattr(manifest_checks, "settings_class", lambda name: classes("denoising" if name == STAGE else name))
+    monkeypatch.setattr(
+        manifest_checks,
+        "proto_services",
+        lambda name: ["fleet.v1.UpScalingService"] if name == STAGE else protos(name),
+    )
+
+
+def objects_of(manifests: Sequence[Manifest], name: str) -> dict[str, Manifest]:
+    """The objects of a stage, by kind."""
+    return {each["kind"]: each for each in manifests if each["metadata"]["name"] == name}
 
 
 def errors(manifests: list[Manifest]) -> list[str]:
     return [error for check in CHECKS.values() for error in check(manifests)]
 
 
-def test_a_new_stage_is_a_file_and_a_line_in_base_and_keda(tree: Path) -> None:
+@dataclass(frozen=True)
+class Case:
+    """An overlay, the folders that get a file and a line, and the kinds of objects that a stage then has."""
+
+    overlay: str
+    folders: tuple[str, ...]
+    kinds: frozenset[str]
+
+
+FIVE = frozenset({"Deployment", "Service", "ServiceAccount", "PodDisruptionBudget", "NetworkPolicy"})
+CASES = [
+    Case("dev", ("base",), FIVE),
+    Case("gpu", ("base",), FIVE),
+    Case("hpa", ("base", "components/hpa"), FIVE | {"HorizontalPodAutoscaler"}),
+    Case("keda", ("base", "components/keda"), FIVE | {"ScaledObject"}),
+    Case("production", ("base", "components/keda"), FIVE | {"ScaledObject"}),
+]
+
+
+@pytest.mark.usefixtures("known")
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.overlay)
+def test_a_new_stage_is_a_file_and_a_line_in_base_and_in_a_scaler(tree: Path, case: Case) -> None:
+    for folder in case.folders:
+        add_stage(tree / folder)
+    manifests = render(tree / "overlays" / case.overlay)
+    new, old = objects_of(manifests, NAME), objects_of(manifests, "denoising")
+    assert new.keys() == old.keys() == case.kinds
+    for kind, each in new.items():
+        text = json.dumps(each).replace("UpScaling", "Denoising").replace(NAME, "denoising")
+        assert json.loads(text.replace(STAGE, "denoising")) == old[kind], kind
+    # The emoji model has no such stage.
+    expected = ("emoji needs", "model emoji has no stage up_scaling")
+    assert [each for each in errors(manifests) if not each.startswith(expected) and expected[1] not in each] == []
+
+
+@pytest.mark.usefixtures("known")
+def test_a_new_stage_without_a_role_in_the_set_is_an_error(tree: Path) -> None:
     for folder in ("base", "components/keda"):
-        add_stage(tree / folder, "up_scaling")
-    manifests = render(tree / "overlays" / "keda")
-    # proto/ and services/ have no such service: its name is not known, nor what a probe may ask it for.
-    expected = ("up_scaling", "readinessProbe asks for 'fleet.v1.DenoisingService'")
-    assert [each for each in errors(manifests) if not any(part in each for part in expected)] == []
-    assert find(manifests, "Deployment", "up-scaling") is not None
-    scaled = find(manifests, "ScaledObject", "up-scaling")
-    assert scaled is not None
-    assert scaled["spec"]["triggers"][0]["metadata"]["stage"] == "up_scaling"
+        add_stage(tree / folder)
+    found = errors(render(tree / "overlays" / "disaggregatedset"))
+    assert f"ScaledObject/{NAME}: its target ('Deployment', '{NAME}') is not there" in found
+    assert f"Service/{NAME}: selector matches no pod" in found
 
 
 @pytest.mark.parametrize(

@@ -3,29 +3,51 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from manifests import K8S
+from manifests import K8S, ROOT
+
+from models.catalog import shipped_models
 
 SCRIPT = K8S / "components" / "weights" / "check_weights.sh"
+NOBODY = 65_534
+HEADER = b'{"a": {"dtype": "F32", "shape": [2],\n "data_offsets": [0, 8]}, "b": {"data_offsets": [8, 12]}}'
+WHOLE = len(HEADER).to_bytes(8, "little") + HEADER + bytes(12)
 
 
 def check(model: str) -> tuple[int, str]:
-    """Exit code and stderr."""
-    environ = os.environ | {"FLEET_MODEL": model}
-    done = subprocess.run(["sh", str(SCRIPT)], env=environ, capture_output=True, text=True, check=False)
+    """Exit code and stderr. Where the tests run as root, who may read everything, the script runs as another user."""
+    done = subprocess.run(
+        ["sh"],
+        input=SCRIPT.read_text(),
+        env=os.environ | {"FLEET_MODEL": model},
+        cwd="/",
+        user=NOBODY if os.geteuid() == 0 else None,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     return done.returncode, done.stderr
 
 
 @pytest.fixture
-def model(tmp_path: Path) -> Path:
-    folder = tmp_path / "a-model"
+def model() -> Iterator[Path]:
+    """A directory that every user may read."""
+    parent = Path(tempfile.mkdtemp(prefix="weights-"))
+    folder = parent / "a model"
     (folder / "vae").mkdir(parents=True)
     (folder / "model_index.json").write_text("{}")
-    (folder / "vae" / "model.safetensors").write_bytes(b"12345678")
-    return folder
+    (folder / "vae" / "model.safetensors").write_bytes(WHOLE)
+    parent.chmod(0o755)
+    yield folder
+    for path in (folder, *folder.glob("vae")):
+        path.chmod(0o755)
+    shutil.rmtree(parent)
 
 
 def test_weights_that_are_there_pass(model: Path) -> None:
@@ -34,10 +56,24 @@ def test_weights_that_are_there_pass(model: Path) -> None:
     assert check("emoji") == (0, "")
 
 
+@pytest.mark.parametrize("name", shipped_models())
+def test_shipped_checkpoints_pass(model: Path, name: str) -> None:
+    shutil.copytree(ROOT / "models" / "checkpoints" / name, model.parent / name)
+    assert check(str(model.parent / name)) == (0, "")
+
+
 def test_a_missing_directory_is_named(model: Path) -> None:
     code, line = check(f"emoji,other={model}-2")
     assert code == 1
     assert line == f"weights: {model}-2 is not a directory; mount a volume with Diffusers directories there\n"
+
+
+def assert_refused(model: Path, path: Path, rule: str) -> None:
+    code, line = check(f"x={model}")
+    assert code == 1
+    assert line.startswith(f"weights: {path} is {rule}")
+    assert line.endswith("; mount a volume with Diffusers directories there\n")
+    assert line.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -46,6 +82,11 @@ def test_a_missing_directory_is_named(model: Path) -> None:
         ("model_index.json", None, "not readable"),
         ("vae/model.safetensors", b"", "empty"),
         ("vae/model.safetensors", None, "without *.safetensors files"),
+        ("vae/model.safetensors", WHOLE[:-1], f"damaged ({len(WHOLE) - 1} bytes; its header announces {len(WHOLE)})"),
+        ("vae/model.safetensors", WHOLE + b"x", f"damaged ({len(WHOLE) + 1} bytes; its header announces {len(WHOLE)})"),
+        ("vae/model.safetensors", WHOLE[:50], f"damaged (50 bytes; its header announces {8 + len(HEADER)})"),
+        ("vae/model.safetensors", WHOLE[:4], f"damaged (4 bytes; its header announces {8 + len(HEADER)})"),
+        ("vae/model.safetensors", b"version https://git-lfs", "not a safetensors file"),
     ],
 )
 def test_a_file_that_is_not_whole_is_named(model: Path, name: str, content: bytes | None, rule: str) -> None:
@@ -54,15 +95,24 @@ def test_a_file_that_is_not_whole_is_named(model: Path, name: str, content: byte
         path.unlink()
     else:
         path.write_bytes(content)
-    code, line = check(f"x={model}")
-    named = model if rule.startswith("without") else path
-    assert code == 1
-    assert line.startswith(f"weights: {named} is {rule};")
-    assert line.count("\n") == 1
+    assert_refused(model, model if rule.startswith("without") else path, rule)
+
+
+def test_an_empty_directory_is_named(model: Path) -> None:
+    shutil.rmtree(model)
+    model.mkdir()
+    assert_refused(model, model / "model_index.json", "not readable")
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [("vae/model.safetensors", 0), ("model_index.json", 0), ("vae", 0), ("vae", 0o311), ("vae", 0o644)],
+)
+def test_what_the_pod_may_not_read_is_named(model: Path, name: str, mode: int) -> None:
+    (model / name).chmod(mode)
+    assert_refused(model, model / name, "not readable")
 
 
 def test_a_broken_link_is_named(model: Path) -> None:
     (model / "vae" / "second.safetensors").symlink_to(model / "nowhere")
-    code, line = check(str(model))
-    assert code == 1
-    assert line.startswith(f"weights: {model}/vae/second.safetensors is not readable;")
+    assert_refused(model, model / "vae" / "second.safetensors", "not readable")

@@ -92,9 +92,48 @@ def test_an_object_without_a_crd_is_an_error(folder: Path) -> None:
     assert error == "Gadget/one: no CustomResourceDefinition of example.com/v1 Gadget"
 
 
-def test_a_folder_without_crds_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="CustomResourceDefinition"):
-        crds.load_schemas(tmp_path)
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "widgets cannot be read: No such file or directory; a folder of CRDs works"),
+        ({}, "widgets has no CustomResourceDefinition in *.yaml; a folder of CRDs works"),
+        ({"a.yaml": b"a: [1"}, "widgets/a.yaml is not a CustomResourceDefinition (ParserError"),
+        ({"a.yaml": b"\xff\xfe\xff"}, "widgets/a.yaml is not a CustomResourceDefinition ("),
+        ({"a.yaml": b"kind: Widget"}, "widgets/a.yaml is not a CustomResourceDefinition (KeyError: 'spec')"),
+        ({"a.yaml": b"- one"}, "widgets/a.yaml is not a CustomResourceDefinition (TypeError"),
+        ({"a.yaml": b"---"}, "widgets has no CustomResourceDefinition in *.yaml"),
+    ],
+)
+def test_a_folder_that_cannot_be_used_is_one_line_and_code_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: dict[str, bytes] | None, words: str
+) -> None:
+    folder = tmp_path / "widgets"
+    if content is not None:
+        folder.mkdir()
+        for name, data in content.items():
+            (folder / name).write_bytes(data)
+    assert crds.main([str(folder)]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert err.startswith(f"crds.py: DIR: {tmp_path}")
+    assert words in err
+
+
+def test_a_file_in_place_of_a_folder_and_one_that_cannot_be_read_are_reported(folder: Path) -> None:
+    with pytest.raises(crds.BadFolder, match=r"widgets\.yaml cannot be read: Not a directory"):
+        crds.load_schemas(folder / "widgets.yaml")
+    (folder / "broken.yaml").symlink_to(folder / "nowhere")
+    with pytest.raises(crds.BadFolder, match=r"broken\.yaml cannot be read: No such file"):
+        crds.load_schemas(folder)
+
+
+@pytest.mark.parametrize(("arguments", "code"), [(["--help"], 0), ([], 2), (["one", "two"], 2)])
+def test_the_program_has_a_usage(arguments: list[str], code: int, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        crds.main(arguments)
+    assert ended.value.code == code
+    out, err = capsys.readouterr()
+    assert (out + err).startswith("usage: ")
 
 
 def test_the_program_reports_each_error(
@@ -104,9 +143,9 @@ def test_the_program_reports_each_error(
     wrong = WIDGET | {"spec": {"size": 1, "more": 2}}
     monkeypatch.setattr(crds, "kustomizations", lambda: [Path("one"), Path("two")])
     monkeypatch.setattr(crds, "render", lambda path: [deployment, wrong if path.name == "two" else WIDGET])
-    assert crds.main(str(folder)) == 1
+    assert crds.main([str(folder)]) == 1
     out, err = capsys.readouterr()
     assert out == "2 custom resources checked, 1 errors\n"
     assert err.startswith("two: Widget/one: $.spec: Additional properties")
     monkeypatch.setattr(crds, "render", lambda _: [WIDGET])
-    assert crds.main(str(folder)) == 0
+    assert crds.main([str(folder)]) == 0

@@ -13,9 +13,11 @@ from crds import BUILT_IN_GROUPS
 from manifest_checks import CHECKS
 from manifests import K8S, SERVICES, Manifest, kustomizations, name_of, pods, render
 from planted import PLANTED, Planted
+from planted_workers import PLANTED_IN_WORKERS
 
 from models.registry import load_registry
 
+ALL_PLANTED = [*PLANTED, *PLANTED_IN_WORKERS]
 OVERLAYS = {path.name: path for path in kustomizations()}
 KUBERNETES = "1.37"
 
@@ -73,10 +75,10 @@ def test_overlay_passes(overlay: str, check: str) -> None:
 
 
 def test_every_check_has_a_planted_error() -> None:
-    assert {each.check for each in PLANTED} == set(CHECKS)
+    assert {each.check for each in ALL_PLANTED} == set(CHECKS)
 
 
-@pytest.mark.parametrize("planted", PLANTED, ids=lambda each: f"{each.check}-{each.error}")
+@pytest.mark.parametrize("planted", ALL_PLANTED, ids=lambda each: f"{each.check}-{each.error}")
 def test_a_planted_error_is_found(planted: Planted) -> None:
     manifests = copy.deepcopy(rendered(planted.overlay))
     planted.plant(manifests)

@@ -22,10 +22,14 @@ Context = grpc.aio.ServicerContext[object, object]
 
 
 class FakeScaler(externalscaler_pb2_grpc.ExternalScalerServicer):
-    """Answers with `active` and `seconds`, or refuses every call with `refusal`."""
+    """Answers with `active` and `seconds`, or refuses every call with `refusal`.
+
+    `is_active_when_polled` is what IsActive answers, where that differs from the stream.
+    """
 
     def __init__(self) -> None:
         self.active = False
+        self.is_active_when_polled: bool | None = None
         self.seconds = 0.0
         self.refusal: grpc.StatusCode | None = None
         self.asked: list[pb.ScaledObjectRef] = []
@@ -43,7 +47,8 @@ class FakeScaler(externalscaler_pb2_grpc.ExternalScalerServicer):
 
     async def IsActive(self, request: pb.ScaledObjectRef, context: Context) -> pb.IsActiveResponse:  # noqa: N802
         await self._take(request, context)
-        return pb.IsActiveResponse(result=self.active)
+        polled = self.is_active_when_polled
+        return pb.IsActiveResponse(result=self.active if polled is None else polled)
 
     async def StreamIsActive(  # noqa: N802
         self, request: pb.ScaledObjectRef, context: Context
@@ -77,6 +82,7 @@ class FakePool:
     """Replicas that are only counted."""
 
     size: int = 0
+    most: int = 64
     sizes: list[int] = field(default_factory=list)
 
     def resize(self, count: int) -> None:
@@ -103,7 +109,10 @@ class Scene:
 
 
 def run(
-    test: Callable[[Scene, StageAutoscaler], Awaitable[None]], *, poll_seconds: float = 0.02, idle_seconds: float = 0.1
+    test: Callable[[Scene, StageAutoscaler], Awaitable[None]],
+    *,
+    poll_seconds: float = 0.02,
+    policy: ReplicaPolicy | None = None,
 ) -> None:
     """Run a test with a loop that it starts."""
 
@@ -116,9 +125,13 @@ def run(
         async with asyncio.timeout(30), grpc.aio.insecure_channel(address) as channel:
             pool, notes = FakePool(), list[str]()
             scene = Scene(scaler, pool, notes, channel, server)
-            policy = ReplicaPolicy(ReplicaBounds(0, 4, idle_seconds))
             loop = StageAutoscaler(
-                ScalerClient(channel, TARGET), pool, policy, name="d", poll_seconds=poll_seconds, note=notes.append
+                ScalerClient(channel, TARGET),
+                pool,
+                policy or ReplicaPolicy(ReplicaBounds(0, 4, 0.1)),
+                name="d",
+                poll_seconds=poll_seconds,
+                note=notes.append,
             )
             await test(scene, loop)
         await server.stop(None)
@@ -155,6 +168,21 @@ def test_from_zero_to_the_most_and_back() -> None:
     run(story)
 
 
+def test_no_more_workers_are_started_than_can_run() -> None:
+    async def story(scene: Scene, loop: StageAutoscaler) -> None:
+        scene.pool.most, scene.scaler.seconds = 2, 30.0
+        running = asyncio.create_task(loop.run())
+        scene.scaler.push(True)
+        await scene.until(lambda: scene.pool.size == 2)
+        polls = len(scene.scaler.asked)
+        await scene.until(lambda: len(scene.scaler.asked) > polls + 6)
+        assert scene.pool.sizes == [1, 2]
+        assert len(scene.notes) == 2
+        await ended(running)
+
+    run(story)
+
+
 def test_a_push_starts_a_worker_long_before_the_next_poll() -> None:
     async def story(scene: Scene, loop: StageAutoscaler) -> None:
         running = asyncio.create_task(loop.run())
@@ -164,6 +192,34 @@ def test_a_push_starts_a_worker_long_before_the_next_poll() -> None:
         await ended(running)
 
     run(story, poll_seconds=1_000.0)
+
+
+@dataclass
+class NotedPolicy(ReplicaPolicy):
+    """A policy that notes the activity of each decision."""
+
+    activity: list[bool] = field(default_factory=list)
+
+    def decide(self, current: int, *, is_active: bool, demand: float | None) -> int:
+        self.activity.append(is_active)
+        return super().decide(current, is_active=is_active, demand=demand)
+
+
+def test_a_push_between_two_polls_counts_as_activity_once() -> None:
+    policy = NotedPolicy(ReplicaBounds(1, 4, 0.1))
+
+    async def story(scene: Scene, loop: StageAutoscaler) -> None:
+        scene.scaler.is_active_when_polled = False
+        running = asyncio.create_task(loop.run())
+        await scene.until(lambda: len(policy.activity) >= 2)
+        assert not any(policy.activity)
+        scene.scaler.push(True)
+        await scene.until(lambda: any(policy.activity))
+        await scene.until(lambda: len(policy.activity) > policy.activity.index(True) + 2)
+        assert policy.activity.count(True) == 1
+        await ended(running)
+
+    run(story, policy=policy)
 
 
 def test_a_scaler_that_is_away_changes_nothing_and_is_noted_once() -> None:

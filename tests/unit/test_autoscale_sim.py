@@ -8,12 +8,24 @@ from dataclasses import dataclass, field
 
 import autoscale_sim
 import pytest
-from autoscale_sim import Score, best_setting
+from autoscale_sim import REPORTED_SEEDS, RIVALS, TUNED_SEEDS, Rival, Score, best_setting, compare
 from bench_sim_fleet import Arrival, Kind, Paces, Policy, Simulation, StageView, Trace
-from bench_sim_policies import GRID, ZERO_SECONDS, HpaPolicy, UtilisationPolicy, queue_length, wanted_seconds
+from bench_sim_policies import (
+    FIXED_UTILISATION,
+    GRID,
+    OURS,
+    WANTED,
+    HpaPolicy,
+    UtilisationPolicy,
+    WantedSeconds,
+    queue_length,
+)
 from bench_sim_traces import draw_trace, patterns
+from hypothesis import given
+from hypothesis import strategies as st
 
 from common.scaling import StageLoad, StageWork
+from services.cli.replica_policy import ReplicaBounds, ReplicaPolicy
 
 ONE = Kind("one", {"denoising": StageWork(10, 100, "a")}, {"denoising": 10.0}, slo_seconds=15.0)
 
@@ -73,7 +85,7 @@ def test_a_loading_replica_that_is_scaled_in_never_serves() -> None:
 
 
 def test_the_first_request_starts_a_replica_at_once() -> None:
-    run = simulation([7.0], lambda: wanted_seconds(30.0, 1.0, 60.0), ready=0, load_seconds=20.0)
+    run = simulation([7.0], lambda: WantedSeconds(30.0, 0.0, 60.0).policy(least=0), ready=0, load_seconds=20.0)
     assert ends(run) == [37.0]
 
 
@@ -117,16 +129,16 @@ def test_every_request_is_served_once_at_every_stage(name: str, trace: str) -> N
 
 def test_it_is_deterministic() -> None:
     drawn = draw_trace("bursts of 8 times", patterns()["bursts of 8 times"], seed=3)
-    scores = [autoscale_sim.score(drawn, lambda: wanted_seconds(15.0, 1.0, 60.0), 30.0) for _ in range(2)]
+    scores = [autoscale_sim.score(drawn, WantedSeconds(15.0, 0.0, 60.0).policy, 30.0) for _ in range(2)]
     assert scores[0] == scores[1]
     assert drawn == draw_trace("bursts of 8 times", patterns()["bursts of 8 times"], seed=3)
 
 
-def test_the_policy_is_the_code_of_production(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_scaler_value_is_the_code_of_production(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = draw_trace("step to 4 times", patterns()["step to 4 times"], seed=3)
 
     def gpu_hours() -> float:
-        return autoscale_sim.score(drawn, lambda: wanted_seconds(15.0, 1.0, 60.0), 30.0).gpu_hours
+        return autoscale_sim.score(drawn, WantedSeconds(15.0, 0.0, 60.0).policy, 30.0).gpu_hours
 
     before = gpu_hours()
     original = StageLoad.wanted_seconds
@@ -134,12 +146,33 @@ def test_the_policy_is_the_code_of_production(monkeypatch: pytest.MonkeyPatch) -
     assert gpu_hours() > 1.2 * before
 
 
+@given(
+    st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9), st.floats(0, 900), st.floats(1, 90)), max_size=30),
+    st.sampled_from(sorted(WANTED)),
+    st.integers(0, 2),
+)
+def test_the_decision_is_the_code_of_production(
+    polls: list[tuple[int, int, float, float]], name: str, least: int
+) -> None:
+    """ReplicaPolicy with a clock, bounds and headroom of its own agrees, but for the HPA's limit on scaling out."""
+    setting, now, replicas = WANTED[name], 0.0, 3
+    simulated = setting.policy(least)
+    policy = ReplicaPolicy(ReplicaBounds(least, 64, setting.window), lambda: now, setting.headroom)
+    for held, claims, waiting, passed in polls:
+        now += passed
+        polled = view(replicas, held=held, claims=claims, waiting=waiting, now=now)
+        demand = polled.load.wanted_seconds(setting.target) / setting.target
+        decided = policy.decide(replicas, is_active=held + claims > 0, demand=demand)
+        assert simulated.desired(polled) == min(decided, max(2 * replicas, replicas + 4))
+        replicas = min(decided, max(2 * replicas, replicas + 4))
+
+
 def view(replicas: int, *, held: int = 0, claims: int = 0, waiting: float = 0.0, now: float = 0.0) -> StageView:
-    return StageView(now, StageLoad(held, 0.0, claims, waiting, held + claims), replicas, 0.0, 0.0)
+    return StageView(now, StageLoad(held, 0.0, claims, waiting, held + claims), replicas, 0.0, held + claims > 0)
 
 
 def test_the_hpa_rounds_up_within_its_tolerance() -> None:
-    policy = wanted_seconds(30.0, 1.0, 0.0)
+    policy = WantedSeconds(30.0, 0.0, 0.0).policy()
     assert policy.desired(view(10, held=10, claims=1, waiting=27.0)) == 10  # 9% more is tolerated
     assert policy.desired(view(10, held=10, claims=2, waiting=60.0)) == 12
     assert policy.desired(view(2, held=2, claims=50, waiting=3_000.0)) == 6  # four more at once
@@ -147,32 +180,86 @@ def test_the_hpa_rounds_up_within_its_tolerance() -> None:
 
 
 def test_the_hpa_waits_before_it_scales_in() -> None:
-    policy = queue_length(1.0, 60.0)
+    policy = queue_length(0.0, 60.0)
     assert policy.desired(view(8, held=8, now=0.0)) == 8
     assert policy.desired(view(8, held=2, now=45.0)) == 8
     assert policy.desired(view(8, held=2, now=61.0)) == 2
 
 
 def test_only_an_unused_stage_goes_to_zero() -> None:
-    policy = HpaPolicy(lambda load: float(load.open_requests), 1.0, 0.0)
-    idle = StageView(1_000.0, StageLoad(0, 0.0, 0, 0.0, 0), 3, 0.0, ZERO_SECONDS - 1)
-    assert policy.desired(idle) == 1
-    assert policy.desired(StageView(1_001.0, idle.load, 1, 0.0, ZERO_SECONDS)) == 0
+    for least, after in ((0, 0), (1, 1)):
+        policy = HpaPolicy(lambda load: float(load.open_requests), 0.0, 60.0, least)
+        load = StageLoad(0, 0.0, 0, 0.0, 0)
+        assert policy.desired(StageView(0.0, load, 3, 0.0, was_active=True)) == 3
+        assert policy.desired(StageView(59.0, load, 3, 0.0, was_active=False)) == 3
+        assert policy.desired(StageView(60.0, load, 1, 0.0, was_active=False)) == after
 
 
-def test_utilisation_changes_by_its_thresholds_and_waits_between() -> None:
-    policy = UtilisationPolicy(0.8, 0.2, 0.0)
+def test_a_request_between_two_polls_counts_as_activity() -> None:
+    quick = Kind("quick", {"denoising": StageWork(1, 100, "a")}, {"denoising": 1.0}, slo_seconds=15.0)
+    policy = Fixed([1])
+    Simulation(Trace("tiny", [Arrival(6.0, quick)], 60.0, {"denoising": 1}), lambda: policy, 20.0).run()
+    assert [each.was_active for each in policy.views[:4]] == [False, True, False, False]
+    assert not any(each.load.is_active for each in policy.views)
+
+
+def test_fixed_utilisation_is_80_to_20_percent_every_5_s_with_a_cooldown_of_30_s() -> None:
+    policy = GRID["utilisation"][FIXED_UTILISATION]()
+    assert isinstance(policy, UtilisationPolicy)
+    assert policy.interval == 5.0
     load = StageLoad(0, 0.0, 0, 0.0, 0)
-    assert policy.desired(StageView(0.0, load, 4, 0.9, 0.0)) == 5
-    assert policy.desired(StageView(25.0, load, 5, 0.9, 0.0)) == 5
-    assert policy.desired(StageView(30.0, load, 5, 0.5, 0.0)) == 5
-    assert policy.desired(StageView(35.0, load, 5, 0.1, 0.0)) == 4
-    assert policy.desired(StageView(70.0, load, 1, 0.0, 0.0)) == 1
+
+    def desired(now: float, replicas: int, busy_share: float) -> int:
+        return policy.desired(StageView(now, load, replicas, busy_share, was_active=True))
+
+    assert desired(0.0, 4, 0.8) == 4  # not above 80%
+    assert desired(5.0, 4, 0.81) == 5  # out by one
+    assert desired(30.0, 5, 0.9) == 5  # 25 s later: the cooldown
+    assert desired(35.0, 5, 0.9) == 6
+    assert desired(65.0, 6, 0.5) == 6
+    assert desired(70.0, 6, 0.2) == 6  # not below 20%
+    assert desired(75.0, 6, 0.19) == 5  # in by one
+    assert desired(100.0, 5, 0.1) == 5
+    assert desired(105.0, 5, 0.1) == 4
+    assert desired(140.0, 1, 0.0) == 1  # never zero: nothing would be busy
+
+
+def test_fixed_utilisation_is_reported_beside_the_tuned_policies() -> None:
+    assert [(each.policy, each.setting) for each in RIVALS] == [
+        ("queue length", None),
+        ("utilisation", FIXED_UTILISATION),
+        ("utilisation", None),
+    ]
+
+
+def test_no_seed_serves_for_tuning_and_for_the_report() -> None:
+    assert not set(TUNED_SEEDS) & set(REPORTED_SEEDS)
+
+
+@dataclass
+class Known:
+    """Totals that a test states, in the place of simulations."""
+
+    known: dict[str, dict[str, Score]]
+
+    def totals(self, name: str, _: float) -> dict[str, Score]:
+        return self.known[name]
+
+
+def test_ours_is_chosen_within_the_gpu_hours_of_the_other_policy() -> None:
+    ours = {"dear": Score(0, 9.0), "fair": Score(2, 5.0), "cheap": Score(4, 4.0)}
+    utilisation = {FIXED_UTILISATION: Score(8, 5.0), "better": Score(1, 8.0), "none fit": Score(3, 1.0)}
+    tuned = Known({OURS: ours, "utilisation": utilisation})
+    fixed = compare(tuned, Rival("fixed", "utilisation", FIXED_UTILISATION), 60.0)
+    assert (fixed.setting, fixed.ours) == (FIXED_UTILISATION, "fair")
+    free = compare(tuned, Rival("tuned", "utilisation"), 60.0)
+    assert (free.setting, free.ours) == ("better", "fair")
+    assert compare(tuned, Rival("least", "utilisation", "none fit"), 60.0).ours is None
 
 
 def test_the_grids_are_equally_large_and_the_objective_is_minutes_then_gpu_hours() -> None:
     assert len({len(settings) for settings in GRID.values()}) == 1
-    settings = {"a": {"t": Score(3, 1.0)}, "b": {"t": Score(1, 9.0)}, "c": {"t": Score(1, 8.0)}}
+    settings = {"a": Score(3, 1.0), "b": Score(1, 9.0), "c": Score(1, 8.0)}
     assert best_setting(settings) == "c"
     assert best_setting(settings, most_gpu_hours=5.0) == "a"
     assert best_setting(settings, most_gpu_hours=0.5) is None

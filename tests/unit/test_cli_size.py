@@ -15,8 +15,8 @@ from tiny_wan import build_tiny_wan
 
 ROOT = Path(__file__).resolve().parents[2]
 FLUX = "--model FLUX.1-dev --requests-per-second 5"
-EMOJI = (
-    "--model emoji --requests-per-second 5 --stage-seconds text_encoding=0.004 "
+EMOJI_VIDEO = (
+    "--model emoji-video --requests-per-second 5 --stage-seconds text_encoding=0.004 "
     "--stage-seconds latent_preparation=0.001 --stage-seconds denoising=0.4 --stage-seconds decoding=0.02"
 )
 
@@ -64,12 +64,30 @@ def test_a_flag_wins_over_the_measurement(capsys: pytest.CaptureFixture[str]) ->
     ]
 
 
+def test_the_default_model_needs_neither_seconds_nor_a_fleet(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = run("--model emoji --requests-per-second 5", capsys)
+    assert [words[0] for words in map(str.split, lines[1:5])] == [
+        "text_encoding",
+        "latent_preparation",
+        "denoising",
+        "decoding",
+    ]
+    assert rows(lines)["denoising"] == ["0.815", "6", "68%"]
+    assert lines[5].startswith("Stage seconds: emoji on 2 cores of an AMD EPYC, 128x128, 20 steps")
+    halved = rows(run("--model emoji --requests-per-second 5 --size 64x128 --steps 10", capsys))
+    assert (halved["text_encoding"][0], halved["denoising"][0], halved["decoding"][0]) == ("0.017", "0.204", "0.050")
+
+
 def test_a_shipped_model_with_given_seconds_says_what_does_not_pay(capsys: pytest.CaptureFixture[str]) -> None:
-    text = "\n".join(run(EMOJI, capsys))
-    assert "Splitting takes 5 GPUs; 4 would do" in text
+    text = "\n".join(run(EMOJI_VIDEO, capsys))
+    assert "Splitting takes 5 devices; 4 would do" in text
     assert "text_encoding computes for 4.0 ms, less than a hop of 4 MB takes (6.9 ms)" in text
-    assert "decoding is busy 10% of one GPU: run it beside another service" in text
+    assert "decoding is busy 10% of one device: run it beside another service" in text
     assert "Transport takes 13 ms a request, 3% of its computing" in text
+
+
+def test_less_than_half_a_millisecond_is_not_shown_as_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert rows(run(f"{FLUX} --stage-seconds text_encoding=0.0004", capsys))["text_encoding"][0] == "<0.001"
 
 
 def test_a_well_used_fleet_gets_no_remark() -> None:
@@ -104,7 +122,7 @@ def test_a_directory_is_recognised_by_its_architecture(
         (f"{FLUX} --stage-seconds denoising=-1", "'denoising=-1' is not SERVICE=SECONDS"),
         (f"{FLUX} --stage-seconds painting=1", "'painting' is not a service of FLUX.1-dev; services are text_encoding"),
         (f"{FLUX} --stage-seconds decoding=1 --stage-seconds decoding=2", "decoding is given twice"),
-        ("--model emoji --requests-per-second 1", "nothing is measured for text_encoding, latent_preparation"),
+        ("--model emoji-video --requests-per-second 1", "nothing is measured for text_encoding, latent_preparation"),
         ("--model emoji --requests-per-second 1 --size 7x7", "height must be at least 16"),
         (f"{FLUX} --endpoint nonsense", "--endpoint must be HOST:PORT"),
     ],

@@ -17,6 +17,7 @@ from services.cli.worker_pool import WorkerPool
 
 # Ends at once with exit code 2, as a service whose settings are wrong does.
 WRONG = Program("wrong", ("serve", "nothing"))
+DYING = Program("dying", ())
 
 
 def test_a_program_that_ends_before_the_fleet_is_ready_ends_the_fleet() -> None:
@@ -27,16 +28,78 @@ def test_a_program_that_ends_before_the_fleet_is_ready_ends_the_fleet() -> None:
     assert len(notes) == 1
 
 
+class Processes:
+    """Starts programs that wait for a signal, in place of services.
+
+    A program with "deaf" in its name ignores SIGTERM; "dying" ends with exit code 1, "wrong" with exit code 2, and
+    "killed" by SIGKILL.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.started: list[str] = []
+        monkeypatch.setattr(supervisor, "_start", self._start)
+
+    async def _start(self, program: Program) -> asyncio.subprocess.Process:
+        handler = "SIG_IGN" if "deaf" in program.name else "SIG_DFL"
+        ends = {
+            "dying": "raise SystemExit(1)",
+            "wrong": "raise SystemExit(2)",
+            "killed": "os.kill(os.getpid(), signal.SIGKILL)",
+        }
+        then = ends.get(program.name, "signal.pause()")
+        code = f"import os, signal; signal.signal(signal.SIGTERM, signal.{handler}); print('up', flush=True); {then}"
+        process = await asyncio.create_subprocess_exec(sys.executable, "-c", code, stdout=asyncio.subprocess.PIPE)
+        assert process.stdout is not None
+        await process.stdout.readline()
+        self.started.append(program.name)
+        return process
+
+    async def have_started(self, count: int) -> None:
+        """Wait until so many programs have been started in all."""
+        async with asyncio.timeout(20):
+            while len(self.started) < count:  # noqa: ASYNC110 -- other processes, which send no event
+                await asyncio.sleep(0.005)
+
+
 def test_a_program_that_always_ends_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supervisor, "_FIRST_DELAY", 0.001)
     monkeypatch.setattr(supervisor, "_MOST_DEATHS", 3)
+    processes, notes = Processes(monkeypatch), list[str]()
+    keeper = Supervisor(notes.append)
+    keeper.ready = True
+    with pytest.raises(ServiceEnded, match="exit code 1, 3 times in a row"):
+        asyncio.run(keeper.keep(DYING))
+    assert processes.started == ["dying"] * 3
+    assert [note.rpartition(" in ")[2] for note in notes if "starting it again" in note] == ["0.001 s", "0.002 s"]
+
+
+def test_a_program_that_is_killed_is_started_again_however_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor, "_FIRST_DELAY", 0.001)
+    monkeypatch.setattr(supervisor, "_LONGEST_DELAY", 0.002)
+    monkeypatch.setattr(supervisor, "_MOST_DEATHS", 2)
+    processes, notes = Processes(monkeypatch), list[str]()
+
+    async def run() -> None:
+        keeper, program = Supervisor(notes.append), Program("killed", ())
+        keeper.ready = True
+        keeping = asyncio.create_task(keeper.keep(program))
+        await processes.have_started(5)
+        keeper.retire(program)
+        await asyncio.wait_for(keeping, 20)
+
+    asyncio.run(run())
+    delays = [note.rpartition(" in ")[2] for note in notes if "starting it again" in note]
+    assert delays[:4] == ["0.001 s", "0.002 s", "0.002 s", "0.002 s"]
+
+
+def test_a_program_that_another_start_would_not_change_ends_a_running_fleet_at_once() -> None:
     notes: list[str] = []
     keeper = Supervisor(notes.append)
     keeper.ready = True
-    with pytest.raises(ServiceEnded, match="3 times in a row"):
+    with pytest.raises(ServiceEnded, match=r"wrong .* exit code 2, which another start does not change") as caught:
         asyncio.run(keeper.keep(WRONG))
-    assert [note.split(": ")[1].split(",")[0] for note in notes if "started" in note] == ["started"] * 3
-    assert sum("starting it again" in note for note in notes) == 2
+    assert caught.value.code == 2
+    assert len(notes) == 1
 
 
 def test_a_program_that_ignores_sigterm_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,31 +130,6 @@ def test_a_program_that_ignores_sigterm_is_killed(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(supervisor, "_start", start)
     assert not psutil.pid_exists(asyncio.run(run()))
-
-
-class Processes:
-    """Starts programs that wait for a signal, in place of services. A name with "deaf" in it ignores SIGTERM."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.started: list[str] = []
-        monkeypatch.setattr(supervisor, "_start", self._start)
-
-    async def _start(self, program: Program) -> asyncio.subprocess.Process:
-        handler = "SIG_IGN" if "deaf" in program.name else "SIG_DFL"
-        code = (
-            f"import signal; signal.signal(signal.SIGTERM, signal.{handler}); print('up', flush=True); signal.pause()"
-        )
-        process = await asyncio.create_subprocess_exec(sys.executable, "-c", code, stdout=asyncio.subprocess.PIPE)
-        assert process.stdout is not None
-        await process.stdout.readline()
-        self.started.append(program.name)
-        return process
-
-    async def have_started(self, count: int) -> None:
-        """Wait until so many programs have been started in all."""
-        async with asyncio.timeout(20):
-            while len(self.started) < count:  # noqa: ASYNC110 -- other processes, which send no event
-                await asyncio.sleep(0.005)
 
 
 def test_a_retired_program_ends_for_good_and_its_end_is_no_death(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,18 +171,19 @@ def test_a_program_that_is_retired_before_it_is_started_or_between_deaths_is_lef
 ) -> None:
     monkeypatch.setattr(supervisor, "_FIRST_DELAY", 1_000.0)
     notes: list[str] = []
+    Processes(monkeypatch)
 
     async def run() -> None:
         keeper = Supervisor(notes.append)
         keeper.ready = True
-        keeper.retire(WRONG)
-        await asyncio.wait_for(keeper.keep(WRONG), 20)
+        keeper.retire(DYING)
+        await asyncio.wait_for(keeper.keep(DYING), 20)
         assert notes == []
-        keeping = asyncio.create_task(keeper.keep(WRONG))
+        keeping = asyncio.create_task(keeper.keep(DYING))
         async with asyncio.timeout(20):
             while not notes or "starting it again" not in notes[-1]:  # noqa: ASYNC110 -- another process
                 await asyncio.sleep(0.005)
-        keeper.retire(WRONG)
+        keeper.retire(DYING)
         await asyncio.wait_for(keeping, 20)
 
     asyncio.run(run())
@@ -159,7 +198,7 @@ def test_a_pool_ends_its_newest_workers_and_uses_their_numbers_again_once_they_h
         keeper = Supervisor(lambda _: None)
         async with asyncio.timeout(60), asyncio.TaskGroup() as group:
             names = ("w-0", "w-1", "deaf-2", "w-3")
-            pool = WorkerPool(keeper, group.create_task, lambda number: Program(names[number], ()))
+            pool = WorkerPool(keeper, group.create_task, lambda number: Program(names[number], ()), print)
             pool.resize(3)
             await processes.have_started(3)
             pool.resize(1)
@@ -176,6 +215,32 @@ def test_a_pool_ends_its_newest_workers_and_uses_their_numbers_again_once_they_h
 
     asyncio.run(run())
     assert sorted(processes.started) == ["deaf-2", "w-0", "w-1", "w-1", "w-3"]
+
+
+def test_a_pool_goes_on_without_a_worker_that_cannot_run_as_long_as_it_has_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    processes, notes = Processes(monkeypatch), list[str]()
+
+    async def run(*names: str) -> None:
+        keeper = Supervisor(lambda _: None)
+        keeper.ready = True
+        async with asyncio.timeout(60), asyncio.TaskGroup() as group:
+            pool = WorkerPool(keeper, group.create_task, lambda number: Program(names[number], ()), notes.append)
+            pool.resize(len(names))
+            while pool.size == len(names):  # noqa: ASYNC110 -- another process
+                await asyncio.sleep(0.005)
+            assert (pool.size, pool.most) == (1, 1)
+            pool.resize(0)
+
+    asyncio.run(run("w-0", "wrong"))
+    assert sorted(processes.started) == ["w-0", "wrong"]
+    assert len(notes) == 1
+    assert "exit code 2" in notes[0]
+    assert notes[0].endswith("the service has 1 of its workers, and starts no more")
+    with pytest.raises(ExceptionGroup) as caught:
+        asyncio.run(run("wrong"))
+    assert caught.group_contains(ServiceEnded, match="wrong .* exit code 2")
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, INTERRUPTED), (signal.SIGTERM, 143)])

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from common.errors import InvalidInput
 from common.scaling import StageLoad
-from services.cli.replica_policy import ReplicaBounds, ReplicaPolicy
+from services.cli.replica_policy import ReplicaBounds, ReplicaPolicy, with_headroom
 
 
 class Clock:
@@ -50,6 +52,33 @@ def test_a_demand_within_a_tenth_of_the_target_changes_nothing() -> None:
 
 def test_an_error_of_rounding_starts_no_worker() -> None:
     assert policy()[0].decide(1, is_active=True, demand=3 + 1e-9) == 3
+
+
+def test_headroom_is_a_multiple_of_the_square_root_and_nothing_for_nothing() -> None:
+    assert with_headroom(0.0, 2.0) == 0.0
+    assert with_headroom(1.0, 2.0) == 3.0
+    assert with_headroom(16.0, 0.5) == 18.0
+    assert with_headroom(7.5, 0.0) == 7.5
+
+
+def test_headroom_adds_workers_within_the_bounds() -> None:
+    clock = Clock()
+    scaled = ReplicaPolicy(ReplicaBounds(0, 20, 30.0), clock, headroom=2.0)
+    assert scaled.decide(0, is_active=True, demand=9.0) == 1
+    assert scaled.decide(1, is_active=True, demand=9.0) == 15
+    assert scaled.decide(15, is_active=True, demand=16.0) == 20
+    assert scaled.decide(20, is_active=True, demand=None) == 20
+    clock.now += 30
+    assert scaled.decide(20, is_active=False, demand=0.0) == 0
+
+
+@given(st.floats(0, 1e4), st.floats(0, 1e4), st.floats(0, 8))
+def test_headroom_keeps_the_order_of_demands_and_a_smaller_share_of_larger_ones(
+    one: float, other: float, headroom: float
+) -> None:
+    less, more = sorted((one, other))
+    assert less <= with_headroom(less, headroom) <= with_headroom(more, headroom)
+    assert with_headroom(more, headroom) - more == pytest.approx(headroom * math.sqrt(more), abs=1e-6)
 
 
 def test_scale_in_takes_the_largest_recommendation_of_the_window() -> None:

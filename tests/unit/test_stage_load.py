@@ -215,6 +215,27 @@ def test_a_resumed_attempt_is_measured_by_its_own_steps(url: str) -> None:
     run(url, story)
 
 
+def test_the_steps_of_an_attempt_that_was_handed_over_count_in_the_pace(url: str) -> None:
+    async def story(fleet: Fleet) -> None:
+        """Three attempts at 10 steps. The second ends before its first step, and counts nothing."""
+        await fleet.add_worker(0)
+        attempts = [Computed(6.0, 0, 3), Computed(0.2, 3, 0), Computed(28.0, 3)]
+        owner = fleet.owners[0]
+        await owner.submit("r", StageWork(10, 64, "s"))
+        for attempt in attempts[:-1]:
+            owner.slots.release(await owner.claims["r"], 0.0, attempt)
+            await owner.slots.settle()
+            owner.claims["r"] = asyncio.create_task(owner.slots.claim("emoji", "denoising", "r"))
+        await owner.end("r", attempts[-1])
+        await owner.submit("next", StageWork(10, 64, "s"))
+        await has_slots(fleet, 1)
+        pace = (28.0 + 0.8 * 6.0) / (7 + 0.8 * 3)
+        assert (await fleet.load()).running_seconds == pytest.approx(10 * pace)
+        assert not (await fleet.load()).unmeasured
+
+    run(url, story)
+
+
 def test_the_newest_64_shapes_are_kept(url: str) -> None:
     async def story(fleet: Fleet) -> None:
         await fleet.add_worker(0)
@@ -234,6 +255,18 @@ def test_claims_of_a_dead_coordinator_do_not_count_until_another_one_claims(url:
         await command(fleet.redis, "DEL", "fleet:coordinator:c1")
         load = await fleet.load()
         assert (load.waiting_claims, load.open_requests, load.is_active) == (0, 1, True)
+
+    run(url, story)
+
+
+def test_a_request_counts_only_at_the_services_of_its_variant(url: str) -> None:
+    async def story(fleet: Fleet) -> None:
+        store, record = fleet.owners[0].store, pb.RequestRecord(request_id="r", model="emoji")
+        limits = AdmissionLimits(services=("text_encoding", "denoising"))
+        await store.admit(record, limits=limits, work={"denoising": StageWork(10, 64, "s")})
+        loads = StageLoads(fleet.redis, ASSUMED)
+        needed = {service: (await loads.read("emoji", service)).is_active for service in (*limits.services, "decoding")}
+        assert needed == {"text_encoding": True, "denoising": True, "decoding": False}
 
     run(url, story)
 

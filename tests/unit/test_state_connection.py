@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import pytest
 from redis.exceptions import ConnectionError
 
 from common.errors import Unavailable
-from common.state.connection import store_errors
+from common.state.connection import command, connect, store_errors
+from redis_servers import running_server, until
 
 
 def test_a_cancellation_at_the_moment_of_the_reply_is_not_lost() -> None:
@@ -75,3 +77,22 @@ def test_a_store_that_is_away_is_unavailable() -> None:
             raise ConnectionError("refused")
 
     asyncio.run(story())
+
+
+def test_many_readers_may_wait_at_once() -> None:
+    async def story(url: str) -> None:
+        redis: Any = connect(url)
+        readers = [asyncio.ensure_future(redis.xread({"none": "$"}, block=60_000)) for _ in range(250)]
+
+        async def all_wait() -> bool:
+            assert not [each for each in readers if each.done()]
+            return bool((await command(redis, "INFO", "clients"))["blocked_clients"] == len(readers))
+
+        await until(all_wait)
+        for each in readers:
+            each.cancel()
+        await asyncio.gather(*readers, return_exceptions=True)
+        await redis.aclose()
+
+    with running_server("valkey") as server:
+        asyncio.run(story(server.url))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from redis.asyncio import Redis
 
 from common.errors import FailedPrecondition, InvalidInput
 from common.stage import Contract
+from common.state import worker_slots
 from common.state.connection import Arguments, run_script
 from common.state.worker_slots import NoWorkers, QueuePriority, WorkerSlot, WorkerSlots
 from common.state.workers import WorkerRegistry
@@ -380,6 +382,31 @@ def test_a_claim_that_arrives_after_it_was_given_up_is_given_back(url: str) -> N
         await registry.withdraw("w")
 
     run_on_empty_store(url, story)
+
+
+def test_a_slot_that_is_given_back_while_unknown_ones_are_read_is_known(
+    url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def story(redis: Redis) -> None:
+        registry = WorkerRegistry(redis)
+        await registry.announce(worker("w"))
+        async with slots_of(redis, "a") as slots:
+            held = await slots.claim("emoji", "denoising", "r")
+
+            async def release_meanwhile(redis: Redis, operation: str, arguments: Arguments) -> Any:
+                reply = await run_script(redis, operation, arguments)
+                if operation == "claims":
+                    assert reply == [held.ticket.encode()]
+                    slots.release(held)
+                    await slots.settle()
+                return reply
+
+            monkeypatch.setattr(worker_slots, "run_script", release_meanwhile)
+            await slots.give_back_unknown("emoji", "denoising")
+        await registry.withdraw("w")
+
+    run_on_empty_store(url, story)
+    assert not caplog.messages
 
 
 def test_patience_ends_only_without_workers(url: str) -> None:

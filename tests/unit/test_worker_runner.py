@@ -10,7 +10,7 @@ from typing import cast
 import pytest
 from prometheus_client import REGISTRY
 
-from common.errors import FleetError, InvalidInput, ResourceExhausted, Unavailable
+from common.errors import FleetError, HandedOver, InvalidInput, ResourceExhausted, Unavailable
 from common.pipeline import ServiceSpec
 from common.rpc.client import WorkerLost
 from common.rpc.framing import Packet
@@ -24,6 +24,10 @@ from services.coordinator.worker_runner import ArtifactMemory, Connections, Work
 
 CONTRACT = Contract("text_encoding", {"prompt": "Prompt"}, {"text_conditioning": "Prompt"})
 SPEC = ServiceSpec("text_encoding", CONTRACT, ())
+RESUMED = frozenset({"resume_from"})
+LOOP = ServiceSpec(
+    "denoising", Contract("denoising", {"resume_from": "DenoiseState"}, {}, RESUMED, resume_slot="resume_from"), ()
+)
 CALL = Call("r")
 
 Answer = Callable[[], Awaitable[Mapping[str, Packet]]]
@@ -35,16 +39,22 @@ class Store(WorkerSlots):
     def __init__(self) -> None:
         self.claimed = 0
         self.released: list[WorkerSlot] = []
+        self.computed: list[Computed | None] = []
         self.avoided: list[str] = []
+        self.wishes: list[tuple[object, object]] = []
 
-    async def claim(self, *_: object, **__: object) -> WorkerSlot:
+    async def claim(self, *_: object, **wishes: object) -> WorkerSlot:
         self.claimed += 1
-        worker = worker_pb2.WorkerInfo(worker_id=f"w{self.claimed}", address="here", reports_begun=True)
+        self.wishes.append((wishes["first"], wishes["equal_to"]))
+        worker = worker_pb2.WorkerInfo(
+            worker_id=f"w{self.claimed}", address="here", reports_begun=True, numerics_fingerprint="n1"
+        )
         return WorkerSlot(f"t{self.claimed}", "model/text_encoding", worker)
 
     def release(self, slot: WorkerSlot, used_seconds: float = 0.0, computed: Computed | None = None) -> None:
-        del used_seconds, computed
+        del used_seconds
         self.released.append(slot)
+        self.computed.append(computed)
 
     async def avoid(self, worker_id: str) -> float:
         self.avoided.append(worker_id)
@@ -76,17 +86,51 @@ class Network(Connections):
         return answer
 
 
+class LeavingWorkers(Network):
+    """Each worker but the last does so many steps, at a second a step, and hands the call over."""
+
+    def __init__(self, *steps: int) -> None:
+        super().__init__()
+        self.steps = list(steps)
+        self.resumed_at: list[int] = []
+
+    async def __call__(self, values: Mapping[str, Packet], call: Call) -> Mapping[str, Packet]:
+        start = cast(artifacts_pb2.DenoiseState, values["resume_from"].message).step if values else 0
+        self.resumed_at.append(start)
+        call.on_begun()
+        steps = self.steps.pop(0)
+        if steps:
+            call.on_step_checkpoint(Packet(artifacts_pb2.DenoiseState(step=start + steps), {}))
+        call.on_computed(float(steps))
+        if self.steps:
+            raise HandedOver("this worker leaves")
+        return {}
+
+
+class Checkpoints(Leases):
+    """Stores no checkpoint and no loss."""
+
+    def __init__(self) -> None:
+        pass
+
+    async def save_step_checkpoint(self, *_: object, **__: object) -> bool:
+        return True
+
+
 def output(size: int) -> dict[str, Packet]:
     return {"text_conditioning": Packet(artifacts_pb2.Prompt(prompt="x" * size), {})}
 
 
 def runner(
-    network: Network, memory: ArtifactMemory | None = None, patience: float | None = None
+    network: Network,
+    memory: ArtifactMemory | None = None,
+    patience: float | None = None,
+    spec: ServiceSpec = SPEC,
 ) -> tuple[WorkerRunner, Store]:
     store = Store()
     workers = Workers(store, network, memory or ArtifactMemory(1 << 20), patience)
-    recovery = Recovery(cast(Leases, None), "r")
-    return WorkerRunner(workers, "model", SPEC, 0, FIRST_COME, recovery, lambda: None), store
+    recovery = Recovery(Checkpoints(), "r")
+    return WorkerRunner(workers, "model", spec, 0, FIRST_COME, recovery, lambda: None), store
 
 
 @pytest.fixture(autouse=True)
@@ -135,16 +179,42 @@ def test_an_error_about_a_value_ends_the_request(error: FleetError) -> None:
     assert (network.calls, len(store.released)) == (1, 1)
 
 
-def test_a_lost_worker_is_avoided_dropped_and_counted() -> None:
-    def lost() -> float:
-        labels = {"service": "text_encoding", "model": "model", "begun": "no"}
-        return REGISTRY.get_sample_value("fleet_lost_calls_total", labels) or 0.0
+def lost(service: str, begun: str) -> float:
+    labels = {"service": service, "model": "model", "begun": begun}
+    return REGISTRY.get_sample_value("fleet_lost_calls_total", labels) or 0.0
 
-    network, before = Network(WorkerLost("connection reset"), output(1)), lost()
+
+def test_a_call_that_is_handed_over_goes_on_at_once_and_no_loss_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its next claim goes first, and to a worker that can resume. The pace counts the steps that each attempt did."""
+
+    async def fail(*_: object) -> None:
+        raise AssertionError("a loss is counted")
+
+    monkeypatch.setattr(Recovery, "worker_lost", fail)
+    monkeypatch.setattr(worker_runner, "_FIRST_PAUSE_SECONDS", 3_600.0)
+    network, before = LeavingWorkers(3, 0, 4, 1), [lost("denoising", begun) for begun in ("yes", "no")]
+    run, store = runner(network, patience=0.0, spec=LOOP)
+    assert asyncio.run(asyncio.wait_for(run({}, CALL), 20)) == {}
+    assert network.resumed_at == [0, 3, 3, 7]
+    assert store.wishes == [(False, ""), (True, "n1"), (True, "n1"), (True, "n1")]
+    assert store.computed == [Computed(3.0, 0, 3), Computed(0.0, 3, 0), Computed(4.0, 3, 7), Computed(1.0, 7)]
+    assert len(store.released) == 4
+    assert (store.avoided, network.dropped) == ([], ["here"] * 3)
+    assert [lost("denoising", begun) for begun in ("yes", "no")] == before
+
+
+def test_a_call_that_is_handed_over_before_its_first_checkpoint_fits_any_worker() -> None:
+    run, store = runner(LeavingWorkers(0, 5), spec=LOOP)
+    assert asyncio.run(run({}, CALL)) == {}
+    assert store.wishes == [(False, ""), (True, "")]
+
+
+def test_a_lost_worker_is_avoided_dropped_and_counted() -> None:
+    network, before = Network(WorkerLost("connection reset"), output(1)), lost("text_encoding", "no")
     run, store = runner(network)
     assert asyncio.run(run({}, CALL))
     assert (store.avoided, network.dropped) == (["w1"], ["here"])
-    assert lost() == before + 1
+    assert lost("text_encoding", "no") == before + 1
     assert len(store.released) == 2
 
 

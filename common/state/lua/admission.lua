@@ -3,11 +3,7 @@
 -- `more`: ms that a request of this variant and cost adds.
 -- `callers`: number of callers with open work, including this caller. `capacity`: number of concurrent requests.
 local function forecast(place, variant, caller, cost)
-  local found = { capacity = 0, callers = 1, queued = 0, own = 0, more = 0 }
-  for _, worker in ipairs(live_workers(place)) do
-    found.capacity = found.capacity + worker.capacity
-  end
-  found.capacity = math.max(found.capacity, 1)
+  local found = { capacity = math.max(index(place), 1), callers = 1, queued = 0, own = 0, more = 0 }
   found.pace = pace_of(place, variant)
   if not found.pace then
     return found
@@ -17,9 +13,10 @@ local function forecast(place, variant, caller, cost)
     paces[each] = paces[each] or pace_of(place, each) or found.pace
     return paces[each]
   end
-  local open = redis.call('HGETALL', P .. 'work:' .. place)
+  local open, has_variants = redis.call('HGETALL', P .. 'work:' .. place), variant ~= ''
   for i = 1, #open, 2 do
     local who, of = string.match(open[i], '^([^|]*)|?(.*)$')
+    has_variants = has_variants or of ~= ''
     local ms = (tonumber(open[i + 1]) or 0) * pace(of) / found.capacity
     found.queued = found.queued + ms
     if who == caller then
@@ -29,9 +26,8 @@ local function forecast(place, variant, caller, cost)
       found.callers = found.callers + 1
     end
   end
-  local _, held = busy_slots(place)
-  for _, slot in ipairs(held) do
-    local ms = slot.cost * pace(variant_of(slot.ticket))
+  for _, slot in ipairs(read_slots(place)) do
+    local ms = slot.cost * pace(has_variants and variant_of(slot.ticket) or '')
     found.queued = found.queued - math.min(now - slot.since, ms) / found.capacity
   end
   found.more = cost * found.pace / found.capacity

@@ -23,6 +23,7 @@
 --   fleet:worker:<id>              hash   info, capacity, model, service, granted, lasts (ms of its heartbeat),
 --                                         numerics (its numerics fingerprint)
 --   fleet:workers:<model>/<svc>    zset   worker ids by the time their heartbeat runs out
+--   fleet:live:<model>/<svc>       hash   worker -> capacity|granted|numerics, copied from its own key, to be read at once
 --   fleet:refused:<model>          hash   service | fingerprint -> when, worker id and reason of the latest such refusal
 --   fleet:leaving:<id>             string present from a worker's announcement that it ends until it has ended
 --   fleet:lost:<model>/<svc>       zset   ids of workers that were lost in the last 10 minutes, by when
@@ -30,12 +31,16 @@
 --   fleet:avoided:<owner>          hash   worker -> until when that coordinator does not call it | the length of the pause
 --   fleet:queue:<model>/<svc>      zset   rank | caller | deadline and number | cost | ticket | owner, in lexical order
 --   fleet:waiting:<model>/<svc>    hash   ticket -> its entry in the queue
+--   fleet:load:<model>/<svc>       zset   live worker -> how loaded it is: slot_index.lua has the sum
+--   fleet:indexed:<model>/<svc>    hash   of the previous key, while that is true: capacity (of all workers), owners (of slots)
+--   fleet:rechecked:<model>/<svc>  string present for a moment after a claim that waits has asked again
 --   fleet:shares:<model>/<svc>|<rank>  zset   callers by the work that they were given, '|' by the virtual time
 --   fleet:slots:<model>/<svc>      hash   ticket -> worker | owner | cost | when it was granted
 --   fleet:pace:<model>/<svc>       string ms that slots were held and the cost of what held them, of the latest
 --   fleet:pace:<model>/<svc>@<variant>  string the same of one variant's requests, whose cost may weigh otherwise
 --   fleet:paces:<model>/<svc>      hash   shape -> compute seconds, their steps, tokens of a step, when measured
 --   fleet:work:<model>/<svc>       hash   caller, or caller|variant -> cost of open requests that still need the service
+--   fleet:needed:<model>/<svc>     string when a request last ceased to need the service
 --   fleet:reply:<name>             list   a reply that workers share: its checksum, then its frames
 --   fleet:replies, fleet:reply-sizes   zset, hash   names of these by when they expire; their bytes
 --   fleet:coordinator:<owner>      string present while that coordinator's heartbeat lasts; also its channel
@@ -57,6 +62,7 @@ local CHURN_MS = 600000
 local FIRST_PAUSE_MS, LONGEST_PAUSE_MS = 200, 5000
 local AVOIDED_MS = 60000
 local REFUSED_MS, MOST_REFUSED = 600000, 16
+local RECHECK_MS = 50
 local MOST_DROPPED = 1000  -- entries of a queue that one operation removes; the next operation goes on
 local MOST_EXTRA = 524288  -- bytes of additions after which a record gets no more warnings, only its end
 local server = redis
@@ -187,66 +193,6 @@ local function next_number()
     repaired('sequence')
   end
   return number
-end
-
--- Takes workers whose heartbeat has run out off the list, and notes them as lost unless they left.
-local function note_silent(place)
-  local key = P .. 'workers:' .. place
-  local silent = redis.call('ZRANGEBYSCORE', key, '-inf', int(now), 'WITHSCORES')
-  for i = 1, #silent, 2 do
-    if redis.call('EXISTS', P .. 'leaving:' .. silent[i]) == 0 then
-      note_loss(place, silent[i], tonumber(silent[i + 1]))
-    end
-  end
-  redis.call('ZREMRANGEBYSCORE', key, '-inf', int(now))
-end
-
-local function live_workers(place)
-  note_silent(place)
-  local live = {}
-  for _, id in ipairs(redis.call('ZRANGE', P .. 'workers:' .. place, 0, -1)) do
-    local fields = redis.call('HMGET', P .. 'worker:' .. id, 'capacity', 'granted', 'info', 'numerics')
-    local capacity = tonumber(fields[1])
-    if capacity and fields[3] then
-      live[#live + 1] = { id = id, capacity = capacity, granted = tonumber(fields[2]) or 0, info = fields[3],
-        numerics = fields[4] or '' }
-    end
-  end
-  return live
-end
-
--- Whether a claim is for all slots of one worker, which its ticket says: no other request may be lost with this one.
-local function is_alone(ticket)
-  return string.match(ticket, '/alone$') ~= nil
-end
-
--- Whether a claim is for a request that was handed over, which its ticket says: it goes first of its priority.
-local function is_first(ticket)
-  return string.match(ticket, '/first$') ~= nil or string.match(ticket, '/first/') ~= nil
-end
-
--- The numerics fingerprint that the checkpoint of a claim's request needs, which its ticket says; nil for any.
-local function equal_of(ticket)
-  return string.match(ticket, '/equal:(%w+)')
-end
-
--- Drops the slots of dead workers and dead coordinators; returns how many each worker has, and all that are left.
-local function busy_slots(place)
-  local busy, held, slots = {}, {}, redis.call('HGETALL', P .. 'slots:' .. place)
-  for i = 1, #slots, 2 do
-    local worker, owner, cost, since = string.match(slots[i + 1], '^(.*)|(.*)|(%d+)|(%d+)$')
-    local capacity = worker and redis.call('HGET', P .. 'worker:' .. worker, 'capacity')
-    if not worker then
-      redis.call('HDEL', P .. 'slots:' .. place, slots[i])
-      repaired('slot')
-    elseif not capacity or redis.call('EXISTS', P .. 'coordinator:' .. owner) == 0 then
-      redis.call('HDEL', P .. 'slots:' .. place, slots[i])
-    else
-      busy[worker] = (busy[worker] or 0) + (is_alone(slots[i]) and tonumber(capacity) or 1)
-      held[#held + 1] = { ticket = slots[i], cost = tonumber(cost), since = tonumber(since) }
-    end
-  end
-  return busy, held
 end
 
 -- The variant of the request that a ticket is for; '' for a model with one variant, and for a request that is forgotten.

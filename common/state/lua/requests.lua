@@ -42,6 +42,7 @@ local function settle(id, service)
   if tonumber(fields[1]) and fields[2] and fields[3] then
     local work, field = P .. 'work:' .. fields[2] .. '/' .. service, work_field(fields[3], fields[4] or '')
     redis.call('HDEL', key, 'left:' .. service)
+    redis.call('SET', P .. 'needed:' .. fields[2] .. '/' .. service, int(now), 'PX', CHURN_MS)
     if redis.call('HINCRBY', work, field, -tonumber(fields[1])) <= 0 then
       redis.call('HDEL', work, field)
     end

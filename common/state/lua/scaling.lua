@@ -45,11 +45,13 @@ local function note_pace(place, work, seconds, steps)
   end
 end
 
--- Adds what a worker computed for a ticket's request, but for steps that it found done.
-local function note_computed(ticket, place, seconds, skipped)
+-- Adds the compute seconds of an attempt at a ticket's request. It did the steps after `skipped` up to `reached`, which
+-- is nil for an attempt that did all of them.
+local function note_computed(ticket, place, seconds, skipped, reached)
   local work = work_of(string.match(ticket, '^[^/]*'), string.match(place, '[^/]*$'))
-  if work and seconds and skipped and work.steps > skipped then
-    note_pace(place, work, seconds, work.steps - skipped)
+  local last = work and math.min(reached or work.steps, work.steps)
+  if work and seconds and skipped and last > skipped then
+    note_pace(place, work, seconds, last - skipped)
   end
 end
 
@@ -79,6 +81,24 @@ local function paces_of(place)
   end
 end
 
+-- Whether an open request still needs a service.
+local function is_needed(id, service)
+  return server.pcall('HEXISTS', P .. 'request:' .. id, 'left:' .. service) == 1
+end
+
+-- Whether an open request still needs a service, 1 or 0, and when one last ceased to, in ms; 0 for never.
+takes.stage_activity = { 'place' }  -- model/service
+function ops.stage_activity(a)
+  local model, service = string.match(a.place, '^(.*)/([^/]*)$')
+  local ended = tonumber(redis.call('GET', P .. 'needed:' .. a.place)) or 0
+  for _, id in ipairs(redis.call('SMEMBERS', P .. 'open:' .. model)) do
+    if is_needed(id, service) then
+      return { 1, int(ended) }
+    end
+  end
+  return { 0, int(ended) }
+end
+
 -- The load of a service: workers that hold a slot, seconds that run there, claims that wait, their seconds, open requests
 -- that still need the service, and 1 where an assumed time entered the sums, else 0. Claims of coordinators that have
 -- died do not count: the coordinator that takes the request over makes a new claim.
@@ -98,7 +118,7 @@ function ops.stage_load(a)
     local whole = step and work.steps * step or tonumber(a.assumed)
     return whole * math.max(1 - (work and work.done or 0), 0)
   end
-  local busy, held = busy_slots(a.place)
+  local busy, held = busy_slots(a.place, live_workers(a.place))
   local workers, running, claims, waiting, open = 0, 0, 0, 0, 0
   for _ in pairs(busy) do
     workers = workers + 1
@@ -117,10 +137,7 @@ function ops.stage_load(a)
     end
   end
   for _, id in ipairs(redis.call('SMEMBERS', P .. 'open:' .. model)) do
-    local needs = server.pcall('HEXISTS', P .. 'request:' .. id, 'left:' .. service)
-    if needs == 1 then
-      open = open + 1
-    end
+    open = open + (is_needed(id, service) and 1 or 0)
   end
   return { workers, string.format('%.6f', running), claims, string.format('%.6f', waiting), open, unmeasured }
 end

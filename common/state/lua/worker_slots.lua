@@ -129,19 +129,41 @@ local function fitting(workers, claim)
   return #equal > 0 and equal or workers
 end
 
--- Hands free slots to those who wait, in order. Coordinators hear of theirs on their channels. Returns the live workers.
+-- Gives a claim a slot of a worker, unless the worker's key was lost: then nothing is granted and false returned.
+local function grant(place, claim, id, asking)
+  local key = P .. 'worker:' .. id
+  local info = redis.call('HGET', key, 'info')
+  if not info then
+    redis.call('HDEL', P .. 'live:' .. place, id)
+    repaired('live')
+    return false
+  end
+  redis.call('HINCRBY', key, 'granted', 1)
+  copy_worker(place, id)
+  redis.call('HSET', P .. 'slots:' .. place, claim.ticket,
+    id .. '|' .. claim.owner .. '|' .. int(claim.cost) .. '|' .. int(now))
+  charge(claim)
+  if claim.ticket ~= asking then
+    redis.call('PUBLISH', P .. 'coordinator:' .. claim.owner, 'grant\n' .. claim.ticket .. '\n' .. info)
+  end
+  drop_claim(place, claim.entry, claim.ticket)
+  return true
+end
+
+-- Hands free slots to those who wait, where their claims ask for more than any free slot; see dispatch.
 --
--- A claim that no free slot fits is passed over: its owner avoids the workers that have one, or they have another numerics
--- fingerprint than its checkpoint needs, or it is for a whole worker and none is idle. The first of the latter kind reserves the worker that is idle soonest: nobody else gets a slot there,
--- so that the claim's turn comes after the requests that the worker has now. The reservation is not stored: it lasts while
--- the claim waits, and ends with it. Each iteration grants a claim or finds a kind of claim that does not fit, and there
--- are no more iterations than entries.
-local function dispatch(place, asking)
+-- A claim that no free slot fits is passed over: its owner avoids the workers that have one, or they have another
+-- numerics fingerprint than its checkpoint needs, or it is for a whole worker and none is idle. The first of the latter
+-- kind reserves the worker that is idle soonest: nobody else gets a slot there, so that the claim's turn comes after the
+-- requests that the worker has now. The reservation is not stored: it lasts while the claim waits, and ends with it.
+-- Each iteration grants a claim, finds a kind of claim that does not fit, or finds a worker that has lost its key; there
+-- are no more iterations than entries and workers.
+local function dispatch_by_wishes(place, asking, walk)
   local workers = live_workers(place)
-  local busy = busy_slots(place)
-  local walk = { length = redis.call('ZCARD', P .. 'queue:' .. place), dropped = 0, wanted = {}, alive = {}, unfit = {} }
+  local busy = busy_slots(place, workers)
   local reserved, avoided, is_reserved = {}, {}, false
-  for _ = 1, walk.length do
+  walk.unfit = {}
+  for _ = 1, walk.length + #workers do
     local claim = next_claim(place, walk)
     if not claim then
       break
@@ -150,16 +172,11 @@ local function dispatch(place, asking)
     avoided[claim.owner] = avoided[claim.owner] or avoided_by(claim.owner)
     local fits = fitting(workers, claim)
     local worker = least_busy(fits, busy, reserved, avoided[claim.owner], alone and 1 or nil)
-    if worker then
+    if worker and grant(place, claim, worker.id, asking) then
       busy[worker.id] = (busy[worker.id] or 0) + (alone and worker.capacity or 1)
-      worker.granted = redis.call('HINCRBY', P .. 'worker:' .. worker.id, 'granted', 1)
-      redis.call('HSET', P .. 'slots:' .. place, claim.ticket,
-        worker.id .. '|' .. claim.owner .. '|' .. int(claim.cost) .. '|' .. int(now))
-      charge(claim)
-      if claim.ticket ~= asking then
-        redis.call('PUBLISH', P .. 'coordinator:' .. claim.owner, 'grant\n' .. claim.ticket .. '\n' .. worker.info)
-      end
-      drop_claim(place, claim.entry, claim.ticket)
+      worker.granted = worker.granted + 1
+    elseif worker then
+      reserved[worker.id] = true
     elseif not least_busy(workers, busy, reserved, {}) then
       break
     else
@@ -170,15 +187,48 @@ local function dispatch(place, asking)
       walk.unfit[kind_of(claim)] = true
     end
   end
-  return workers
+  forget_index(place)
 end
 
--- Ms until an owner calls one of these workers again that it avoids, 0 where it avoids none.
-local function avoids_for(owner, workers)
-  local soonest, avoided = 0, avoided_by(owner)
-  for _, worker in ipairs(workers) do
-    local left = (avoided[worker.id] and avoided[worker.id].till or now) - now
-    if left > 0 and (soonest == 0 or left < soonest) then
+-- Hands free slots to those who wait, in order. Coordinators hear of theirs on their channels.
+--
+-- Workers are read one by one from the index. Only the first claim with a wish, for a whole worker or for one with a
+-- numerics fingerprint, needs all of them.
+local function dispatch(place, asking)
+  local walk = { length = redis.call('ZCARD', P .. 'queue:' .. place), dropped = 0, wanted = {}, alive = {}, unfit = {} }
+  if walk.length == 0 then
+    return
+  end
+  local _, owners = index(place)
+  local avoided = {}
+  for _ = 1, walk.length do
+    local claim = next_claim(place, walk)
+    if not claim then
+      return
+    elseif is_alone(claim.ticket) or equal_of(claim.ticket) then
+      return dispatch_by_wishes(place, asking, walk)
+    end
+    avoided[claim.owner] = avoided[claim.owner] or avoided_by(claim.owner)
+    local id, is_any_free = first_free(place, avoided[claim.owner])
+    if id and grant(place, claim, id, asking) then
+      note_taken(place, id, claim.ticket, 1)
+      note_owner(place, claim.owner, owners)
+    elseif id then
+      return dispatch_by_wishes(place, asking, walk)
+    elseif is_any_free then
+      walk.unfit[kind_of(claim)] = true
+    else
+      return
+    end
+  end
+end
+
+-- Ms until an owner calls one of the live workers again that it avoids, 0 where it avoids none.
+local function avoids_for(place, owner)
+  local soonest = 0
+  for id, each in pairs(avoided_by(owner)) do
+    local left = each.till - now
+    if left > 0 and (soonest == 0 or left < soonest) and redis.call('ZSCORE', P .. 'workers:' .. place, id) then
       soonest = left
     end
   end
@@ -202,16 +252,16 @@ function ops.avoid(a)
   return pause
 end
 
--- Puts a claim, given as the arguments of ops.claim, in the queue, unless it has a slot or a place there. A ticket without
--- an entry, and an entry without its ticket, are damage.
+-- Puts a claim, given as the arguments of ops.claim, in the queue, unless it has a slot or a place there. Returns whether
+-- it did. A ticket without an entry, and an entry without its ticket, are damage.
 local function enqueue(a)
   local ticket, place = a.ticket, a.place
   if redis.call('HEXISTS', P .. 'slots:' .. place, ticket) == 1 then
-    return
+    return false
   end
   local entry = redis.call('HGET', P .. 'waiting:' .. place, ticket)
   if entry and redis.call('ZSCORE', P .. 'queue:' .. place, entry) then
-    return
+    return false
   elseif entry then
     repaired('waiting')
   end
@@ -223,6 +273,7 @@ local function enqueue(a)
   entry = string.format('%s|%s|%013.0f%016.0f|%s|%s|%s', rank, a.caller, latest, next_number(), a.cost, ticket, a.owner)
   redis.call('ZADD', P .. 'queue:' .. place, 0, entry)
   redis.call('HSET', P .. 'waiting:' .. place, ticket, entry)
+  return true
 end
 
 -- Claims a slot. The same ticket claims once, however often it asks. One that waits gets the number of live workers, and
@@ -236,24 +287,29 @@ takes.claim = {
 }
 function ops.claim(a)
   local ticket, place = a.ticket, a.place
-  enqueue(a)
-  local workers = dispatch(place, ticket)
+  -- Claims that wait ask again; however many do, the workers are read no more often than RECHECK_MS says.
+  if enqueue(a) or redis.call('SET', P .. 'rechecked:' .. place, '1', 'NX', 'PX', RECHECK_MS) then
+    dispatch(place, ticket)
+  end
   local slot = redis.call('HGET', P .. 'slots:' .. place, ticket)
   local info = slot and redis.call('HGET', P .. 'worker:' .. string.match(slot, '^(.-)|'), 'info')
   if info then
     return { 'granted', info }
   elseif slot then
     redis.call('HDEL', P .. 'slots:' .. place, ticket)
+    forget_index(place)
     repaired('slot')
   end
-  return { 'waiting', #workers, avoids_for(a.owner, workers) }
+  note_silent(place)
+  return { 'waiting', redis.call('ZCARD', P .. 'workers:' .. place), avoids_for(place, a.owner) }
 end
 
 -- The free slots of the live workers with that numerics fingerprint; `place` is model/service.
 takes.spare = { 'place', 'numerics' }
 function ops.spare(a)
-  local busy, free = busy_slots(a.place), 0
-  for _, worker in ipairs(live_workers(a.place)) do
+  local workers, free = live_workers(a.place), 0
+  local busy = busy_slots(a.place, workers)
+  for _, worker in ipairs(workers) do
     if worker.numerics == a.numerics then
       free = free + math.max(worker.capacity - (busy[worker.id] or 0), 0)
     end
@@ -266,7 +322,8 @@ takes.release = {
   'ticket',
   'place',  -- model/service
   'used',   -- ms that a request took which succeeded, else 0
-  'computed*',  -- where the worker reported it: its compute seconds, and the steps that an earlier attempt had done
+  'computed*',  -- where the worker reported it: its compute seconds, the steps that an earlier attempt had done, and for
+                -- an attempt that was handed over the steps that are done since then
 }
 function ops.release(a)
   local ticket, place, ms = a.ticket, a.place, tonumber(a.used)
@@ -280,16 +337,18 @@ function ops.release(a)
     end
   end
   if a.computed[2] then
-    note_computed(ticket, place, tonumber(a.computed[1]), tonumber(a.computed[2]))
+    note_computed(ticket, place, tonumber(a.computed[1]), tonumber(a.computed[2]), tonumber(a.computed[3]))
   end
   if ms > 0 then
     settle(string.match(ticket, '^[^/]*'), string.match(place, '[^/]*$'))
   end
-  if ms > 0 and slot then
-    local worker, owner = string.match(slot, '^(.-)|(.-)|')
+  local worker, owner = string.match(slot or '', '^(.-)|(.-)|')
+  if ms > 0 and worker then
     redis.call('HDEL', P .. 'avoided:' .. owner, worker)
   end
-  redis.call('HDEL', P .. 'slots:' .. place, ticket)
+  if redis.call('HDEL', P .. 'slots:' .. place, ticket) == 1 and worker then
+    note_taken(place, worker, ticket, -1)
+  end
   leave_queue(place, ticket)
   dispatch(place)
 end

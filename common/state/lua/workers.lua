@@ -76,7 +76,9 @@ function ops.announce(a)
     return
   end
   local place = a.model .. '/' .. a.service
-  if redis.call('EXISTS', P .. 'worker:' .. worker) == 1 then
+  local was_live = redis.call('EXISTS', P .. 'worker:' .. worker) == 1
+  local before = was_live and redis.call('HGET', P .. 'live:' .. place, worker)
+  if was_live then
     redis.call('ZREM', P .. 'lost:' .. place, worker)
   end
   redis.call('HSET', P .. 'worker:' .. worker, 'model', a.model, 'service', a.service, 'capacity', a.capacity,
@@ -85,8 +87,13 @@ function ops.announce(a)
   redis.call('PEXPIRE', P .. 'worker:' .. worker, lasts)
   redis.call('ZADD', P .. 'workers:' .. place, int(now + tonumber(lasts)), worker)
   redis.call('PEXPIRE', P .. 'workers:' .. place, int(tonumber(lasts) + CHURN_MS))
+  local after = copy_worker(place, worker)
+  redis.call('PEXPIRE', P .. 'live:' .. place, int(tonumber(lasts) + CHURN_MS))
   clear(worker)
-  dispatch(place)
+  if before ~= after then
+    forget_index(place)
+    dispatch(place)
+  end
 end
 
 -- A worker ends by itself: it gets no new request, and calls of it that are lost in the next `lasts` ms are no request's
@@ -98,6 +105,8 @@ function ops.leaving(a)
   local fields = redis.call('HMGET', P .. 'worker:' .. worker, 'model', 'service')
   if fields[1] and fields[2] then
     redis.call('ZREM', P .. 'workers:' .. fields[1] .. '/' .. fields[2], worker)
+    redis.call('HDEL', P .. 'live:' .. fields[1] .. '/' .. fields[2], worker)
+    forget_index(fields[1] .. '/' .. fields[2])
     redis.call('ZREM', P .. 'lost:' .. fields[1] .. '/' .. fields[2], worker)
   end
   redis.call('DEL', P .. 'worker:' .. worker)
@@ -108,12 +117,11 @@ end
 takes.status = { 'place' }
 function ops.status(a)
   local place = a.place
-  local infos = {}
-  for i, worker in ipairs(live_workers(place)) do
-    infos[i] = worker.info
+  local infos, taken, workers = {}, 0, live_workers(place)
+  for _, worker in ipairs(workers) do
+    infos[#infos + 1] = redis.call('HGET', P .. 'worker:' .. worker.id, 'info') or nil
   end
-  local taken = 0
-  for _, count in pairs(busy_slots(place)) do
+  for _, count in pairs(busy_slots(place, workers)) do
     taken = taken + count
   end
   return { infos, taken, redis.call('ZCARD', P .. 'queue:' .. place) }

@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import os
 import signal
+import sys
 import time
 from collections import Counter
 from collections.abc import Coroutine, Mapping
@@ -89,6 +90,11 @@ class ProcessPool:
     def size(self) -> int:
         """Workers that run or start, and are not ending."""
         return len(self._workers)
+
+    @property
+    def most(self) -> int:
+        """Workers that can run: the autoscaler's own bound is lower."""
+        return sys.maxsize
 
     def resize(self, count: int) -> None:
         """Start or end workers. Returns at once."""

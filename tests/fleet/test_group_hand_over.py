@@ -1,0 +1,121 @@
+"""A worker group that is told to end during a request hands it over to another group, at a step boundary."""
+
+from __future__ import annotations
+
+import time
+from asyncio.subprocess import Process
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from prometheus_client import REGISTRY
+
+from fleet.v1 import generation_pb2 as pb
+from group_fleet import Asked, Drawn, GroupFleet, group_fleet
+from toy_checkpoint import copy_toy_family
+
+ASKED = Asked(steps=60, size=64, seconds=180.0)
+GRACE = 6
+# Its steps take so long, while a file is there, that the request ends neither before it is handed over nor before the
+# grace period ends. There are no checkpoints but those of a hand-over.
+_SLOW_FOLLOWER = """
+import os, time
+
+from services.denoising.agreement import FollowingCall
+
+_check = FollowingCall.check_cancelled
+
+
+def check_cancelled(call):
+    if os.path.exists("MARKER"):
+        time.sleep(0.2)
+    _check(call)
+
+
+FollowingCall.check_cancelled = check_cancelled
+"""
+_FLAGS = ("--tp", "2", "--grace-seconds", str(GRACE), "--step-checkpoint-every", "0", "--step-checkpoint-seconds", "0")
+
+
+@pytest.fixture(scope="module")
+def slow(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file that makes steps slow."""
+    return tmp_path_factory.mktemp("marker") / "slow"
+
+
+@pytest.fixture(scope="module")
+def fleet(tmp_path_factory: pytest.TempPathFactory, slow: Path) -> Iterator[GroupFleet]:
+    plugins = copy_toy_family(tmp_path_factory.mktemp("plugin") / "plugins")
+    with (plugins / "toy_pipeline.py").open("a") as file:
+        file.write(_SLOW_FOLLOWER.replace("MARKER", str(slow)))
+    directory = tmp_path_factory.mktemp("group")
+    with group_fleet(directory, *_FLAGS, "--plugins", str(plugins), asked=ASKED) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def undisturbed(fleet: GroupFleet) -> Drawn:
+    drawn = fleet.draw()
+    assert drawn.state == pb.REQUEST_STATE_SUCCEEDED
+    return drawn
+
+
+def counted() -> tuple[float, float]:
+    """The denoiser's calls that were handed over, and those that were lost."""
+    handed_over, lost = 0.0, 0.0
+    for metric in REGISTRY.collect():
+        for sample in metric.samples:
+            handed_over += sample.value if sample.name == "fleet_handed_over_calls_total" else 0
+            lost += sample.value if sample.name == "fleet_lost_calls_total" else 0
+    return handed_over, lost
+
+
+@contextmanager
+def drawing(fleet: GroupFleet, slow: Path, agent: Process) -> Iterator[Future[Drawn]]:
+    """A request with slow steps, whose group is told to end after a few of them."""
+    slow.touch()
+    with ThreadPoolExecutor(1) as executor:
+        try:
+            yield executor.submit(fleet.draw, 3, agent.terminate)
+        finally:
+            slow.unlink()
+
+
+def check(drawn: Drawn, undisturbed: Drawn) -> None:
+    assert drawn.state == pb.REQUEST_STATE_SUCCEEDED
+    assert drawn.file == undisturbed.file
+    assert drawn.steps.count(0) == 2, "it did not go on elsewhere"
+    steps = [step for step in drawn.steps if step]
+    assert steps == sorted(set(steps)), "a step was done twice"
+    assert steps[-1] == ASKED.steps
+
+
+def test_sigterm_hands_the_request_over_to_an_equal_group(fleet: GroupFleet, undisturbed: Drawn, slow: Path) -> None:
+    """The group that has drawn nothing yet gets the request."""
+    leaving = fleet.add_group("leaving")
+    ranks, before = fleet.ranks_of(leaving), counted()
+    with drawing(fleet, slow, leaving) as request:
+        assert fleet.run(leaving.wait()) == 0
+        assert not any(process.is_running() for process in ranks.values())
+        assert not request.done()
+    check(request.result(), undisturbed)
+    assert counted() == (before[0] + 1, before[1])
+    assert len(fleet.workers()) == 1
+
+
+def test_sigterm_to_the_only_group_hands_the_request_over_before_the_grace_period_ends(
+    fleet: GroupFleet, undisturbed: Drawn, slow: Path
+) -> None:
+    """The last test of this fleet's first group. The group that starts afterwards finishes the request."""
+    ranks, before, began = fleet.ranks(), counted(), time.monotonic()
+    with drawing(fleet, slow, fleet.agent) as request:
+        assert fleet.run(fleet.agent.wait()) == 0
+        assert time.monotonic() - began > GRACE / 2, "no other group was there"
+        assert not any(process.is_running() for process in ranks.values())
+        assert not fleet.workers()
+        assert counted() == (before[0] + 1, before[1])
+        fleet.add_group("next")
+    check(request.result(), undisturbed)
+    assert counted() == (before[0] + 1, before[1])

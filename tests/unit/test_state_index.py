@@ -1,0 +1,191 @@
+"""The index of a service's workers: it agrees with workers and slots, and a claim costs the same with many workers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from redis import Redis
+
+from common.state.connection import script_call, script_source
+from redis_servers import running_server, server_binaries
+from script_calls import LASTS, PLACE, announcement, claim
+
+TAKEN_UNIT, FULL = 2**32, 2**52
+OWNERS = ("c-1", "c-2")
+WORKERS = ("w1", "w2", "w3")
+
+
+class Store:
+    """A server with the script."""
+
+    def __init__(self, url: str) -> None:
+        self.redis: Any = Redis.from_url(url, protocol=2, socket_timeout=10)
+        self.redis.script_load(script_source())
+
+    def run(self, operation: str, arguments: Mapping[str, Any]) -> Any:
+        """Run an operation."""
+        return self.redis.execute_command(*script_call(operation, arguments))
+
+    def release(self, ticket: str) -> None:
+        """Give a slot back."""
+        self.run("release", {"ticket": ticket, "place": PLACE, "used": 0})
+
+    def beat(self, *owners: str) -> None:
+        """Heartbeats of coordinators."""
+        for owner in owners:
+            self.run("beat", {"owner": owner, "lasts": LASTS})
+
+    def commands(self) -> int:
+        """Commands that the server has run, those of scripts included."""
+        return sum(stats["calls"] for stats in self.redis.info("commandstats").values())
+
+    def slots(self) -> dict[str, tuple[str, str]]:
+        """Worker and owner of each slot, by ticket."""
+        values = {key.decode(): value.decode().split("|") for key, value in self._hash("slots").items()}
+        return {ticket: (worker, owner) for ticket, (worker, owner, *_) in values.items()}
+
+    def workers(self) -> dict[str, tuple[int, int]]:
+        """Capacity and claims granted of each live worker."""
+        live = [each.decode() for each in self.redis.zrange(f"fleet:workers:{PLACE}", 0, -1)]
+        fields = {each: self.redis.hmget(f"fleet:worker:{each}", "capacity", "granted") for each in live}
+        return {each: (int(capacity), int(granted)) for each, (capacity, granted) in fields.items()}
+
+    def taken(self) -> Counter[str]:
+        """Slots that are taken, by worker; a claim for a whole worker takes all."""
+        found: Counter[str] = Counter()
+        workers = self.workers()
+        for ticket, (worker, _) in self.slots().items():
+            if worker in workers:
+                found[worker] += workers[worker][0] if ticket.endswith("/alone") else 1
+        return found
+
+    def indexed(self) -> dict[str, str]:
+        """The marker of the index, empty where the index does not count."""
+        return {key.decode(): value.decode() for key, value in self._hash("indexed").items()}
+
+    def load(self) -> dict[str, float]:
+        """The index."""
+        return {key.decode(): score for key, score in self.redis.zrange(f"fleet:load:{PLACE}", 0, -1, withscores=True)}
+
+    def _hash(self, name: str) -> dict[bytes, bytes]:
+        found: dict[bytes, bytes] = self.redis.hgetall(f"fleet:{name}:{PLACE}")
+        return found
+
+
+@pytest.fixture(scope="module", params=sorted(server_binaries()))
+def store(request: pytest.FixtureRequest) -> Iterator[Store]:
+    with running_server(request.param, "--appendfsync", "no") as server:
+        built = Store(server.url)
+        yield built
+        built.redis.close()
+
+
+def check_index(store: Store) -> None:
+    """The index, where it counts, says the same as workers and slots."""
+    marker = store.indexed()
+    if not marker:
+        return
+    workers, taken = store.workers(), store.taken()
+    assert store.load() == {
+        each: (FULL if taken[each] >= capacity else 0) + taken[each] * TAKEN_UNIT + granted
+        for each, (capacity, granted) in workers.items()
+    }
+    assert int(marker["capacity"]) == sum(capacity for capacity, _ in workers.values())
+    assert {owner for _, owner in store.slots().values()} <= set(marker["owners"].split("\n"))
+
+
+def check_choice(store: Store, ticket: str, before: Mapping[str, tuple[int, int]], taken: Counter[str]) -> None:
+    """The claim got a slot of a worker with the fewest slots taken, and of those one with the fewest grants."""
+    free = {each: (taken[each], granted) for each, (capacity, granted) in before.items() if taken[each] < capacity}
+    chosen = store.slots()[ticket][0]
+    assert free[chosen] == min(free.values())
+
+
+STEPS = st.one_of(
+    st.tuples(st.just("announce"), st.sampled_from(WORKERS), st.integers(1, 3)),
+    st.tuples(st.just("leaving"), st.sampled_from(WORKERS), st.just(0)),
+    st.tuples(st.just("claim"), st.sampled_from(OWNERS), st.sampled_from(("", "", "", "/equal:numerics", "/alone"))),
+    st.tuples(st.just("release"), st.just(""), st.integers(0, 30)),
+    st.tuples(st.just("resign"), st.sampled_from(OWNERS), st.just(0)),
+)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(steps=st.lists(STEPS, min_size=5, max_size=40))
+def test_the_index_says_what_workers_and_slots_say(store: Store, steps: list[tuple[str, str, Any]]) -> None:
+    store.redis.flushdb()
+    store.beat(*OWNERS)
+    tickets: list[str] = []
+    for number, (kind, name, value) in enumerate(steps):
+        if kind == "announce":
+            store.redis.delete(f"fleet:leaving:{name}")
+            store.run("announce", announcement(name, capacity=value))
+        elif kind == "leaving":
+            store.run("leaving", {"worker": name, "lasts": LASTS})
+        elif kind == "claim":
+            store.beat(name)
+            tickets.append(f"r{number}/{name}/0{value}")
+            before, taken, waits = store.workers(), store.taken(), store.redis.zcard(f"fleet:queue:{PLACE}")
+            dead = {owner for _, owner in store.slots().values()} - {each for each in OWNERS if _lives(store, each)}
+            reply = store.run("claim", claim(tickets[-1], name))
+            if reply[0] == b"granted" and not (waits or value or dead):
+                check_choice(store, tickets[-1], before, taken)
+            if reply[0] == b"waiting" and not (waits or value or dead):
+                assert all(taken[each] >= capacity for each, (capacity, _) in before.items())
+        elif kind == "release" and tickets:
+            store.release(tickets.pop(value % len(tickets)))
+        elif kind == "resign":
+            store.run("resign", {"owner": name})
+        check_index(store)
+
+
+def _lives(store: Store, owner: str) -> bool:
+    return bool(store.redis.exists(f"fleet:coordinator:{owner}"))
+
+
+def commands_of_a_claim(store: Store, workers: int) -> int:
+    """Commands of ten claims, releases and heartbeats, while half of the workers are busy."""
+    store.redis.flushdb()
+    store.beat("c-1")
+    for number in range(workers):
+        store.run("announce", announcement(f"w{number}"))
+    for number in range(workers // 2):
+        store.run("claim", claim(f"held{number}/c-1/0"))
+    before = store.commands()
+    for number in range(10):
+        store.redis.persist(f"fleet:indexed:{PLACE}")
+        assert store.run("claim", claim(f"r{number}/c-1/0"))[0] == b"granted"
+        store.release(f"r{number}/c-1/0")
+        store.run("announce", announcement(f"w{number}"))
+        assert store.indexed()  # a heartbeat changes nothing
+    return store.commands() - before
+
+
+def test_claims_and_heartbeats_cost_the_same_however_many_workers_there_are(store: Store) -> None:
+    assert commands_of_a_claim(store, 400) <= commands_of_a_claim(store, 20) + 10
+
+
+def test_slots_of_a_coordinator_that_ends_are_free_at_once(store: Store) -> None:
+    store.redis.flushdb()
+    store.beat(*OWNERS)
+    store.run("announce", announcement("w1"))
+    assert store.run("claim", claim("r1/c-2/0", "c-2"))[0] == b"granted"
+    store.run("resign", {"owner": "c-2"})
+    assert store.run("claim", claim("r2/c-1/0"))[0] == b"granted"
+
+
+def test_an_index_that_is_wrong_ends_by_itself(store: Store) -> None:
+    store.redis.flushdb()
+    store.beat("c-1")
+    store.run("announce", announcement("w1"))
+    assert store.run("claim", claim("r1/c-1/0"))[0] == b"granted"
+    assert 0 < store.redis.pttl(f"fleet:indexed:{PLACE}") <= 1_000
+    store.redis.delete(f"fleet:slots:{PLACE}")  # as an older copy of the store has it
+    assert store.run("claim", claim("r2/c-1/0"))[0] == b"waiting"
+    store.redis.delete(f"fleet:indexed:{PLACE}", f"fleet:rechecked:{PLACE}")  # as time does
+    assert store.run("claim", claim("r2/c-1/0"))[0] == b"granted"
