@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -234,10 +235,10 @@ _LOADERS: Mapping[str, ModuleLoader] = {
 
 def _from_pretrained(checkpoint: Checkpoint, name: str, options: Mapping[str, Any], class_name: str = "") -> Any:
     """Let the module's own library load it, from this directory only: no hub, no pickle, no progress bar."""
-    library = _library_of(checkpoint, name)
     class_name = class_name or checkpoint.modules[name][1]
-    importlib.import_module(f"{library}.utils.logging").disable_progress_bar()
-    cls = getattr(importlib.import_module(library), class_name)
+    module = _module_of(checkpoint, name, class_name)
+    importlib.import_module(f"{module.__name__.partition('.')[0]}.utils.logging").disable_progress_bar()
+    cls = getattr(module, class_name)
     try:
         return cls.from_pretrained(checkpoint.path / name, local_files_only=True, **options)
     except (OSError, ValueError, TypeError, LookupError, RuntimeError, ImportError, AttributeError) as error:
@@ -245,17 +246,19 @@ def _from_pretrained(checkpoint: Checkpoint, name: str, options: Mapping[str, An
         raise CheckpointError(f"{name}: {class_name} cannot be loaded: {sentence}") from error
 
 
-def _library_of(checkpoint: Checkpoint, name: str) -> str:
-    """The package that a module's class comes from. Raises CheckpointError for another one than the supported ones.
+def _module_of(checkpoint: Checkpoint, name: str, class_name: str) -> ModuleType:
+    """The Python module that has a checkpoint module's class. Raises CheckpointError for an unsupported library.
 
-    Diffusers writes the name of the pipeline's package, such as "glm_image", for classes from the package of the same
-    name in transformers.
+    Where the library has the name of a pipeline's package, such as "glm_image", the class is one of that package of
+    Diffusers, or one of transformers.
     """
     library = checkpoint.modules[name][0]
     if library in ("diffusers", "transformers"):
-        return library
-    if library.isidentifier() and importlib.util.find_spec(f"transformers.models.{library}") is not None:
-        return "transformers"
+        return importlib.import_module(library)
+    package = f"diffusers.pipelines.{library}"
+    if library.isidentifier() and importlib.util.find_spec(package) is not None:
+        module = importlib.import_module(package)
+        return module if hasattr(module, class_name) else importlib.import_module("transformers")
     raise CheckpointError(f"{name}: library {library!r} is not supported; supported are diffusers and transformers")
 
 

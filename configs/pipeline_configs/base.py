@@ -170,14 +170,14 @@ class DenoisingConfig(LatentLayout):
     part_keywords: ClassVar[Mapping[str, str]]
     """The parts that the loop denoises, each with the keyword of predict() that takes it."""
 
+    prediction_dtype: ClassVar[torch.dtype | None] = None
+    """Dtype in which predictions are guided and stepped; None: the denoiser's."""
+
     transformers: ClassVar[tuple[str, ...]] = (TRANSFORMER,)
     """Roles of the denoisers (experts)."""
 
     branches: ClassVar[tuple[str, ...]] = (POSITIVE, NEGATIVE)
     """All branches of guidance; the cfg axis of a worker group has at most as many ranks."""
-
-    prediction_dtype: ClassVar[torch.dtype | None] = None
-    """Dtype in which predictions are combined and stepped; None: that of the denoiser."""
 
     @abstractmethod
     def conditioning_shapes(self) -> Mapping[str, tuple[int, ...]]:

@@ -114,7 +114,7 @@ def _head_norm_rotary_kernel(
     tokens, boundary, heads, x_batch, x_token, part_stride, eps, normed_size,
     batch_0, token_0, batch_1, token_1, batch_2, token_2,
     NORMED: tl.constexpr, HEAD: tl.constexpr, HEADS: tl.constexpr, PER_HEAD: tl.constexpr, ROTATE: tl.constexpr,
-    HAS_SUMS: tl.constexpr, IS_LAYER_NORM: tl.constexpr, IS_NEOX: tl.constexpr,
+    HAS_SUMS: tl.constexpr, IS_LAYER_NORM: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     row, part = tl.program_id(0), tl.program_id(1)
     batch, token = (row // tokens).to(tl.int64), row % tokens
@@ -145,14 +145,13 @@ def _head_norm_rotary_kernel(
         if ROTATE:
             pair = token * (HEAD // 2) + tl.arange(0, HEAD // 2)[None, :]
             cos, sin = tl.load(cos_ptr + pair), tl.load(sin_ptr + pair)
-            if IS_NEOX:
+            if SPLIT:
                 first, second = tl.split(tl.permute(tl.reshape(x, (HEADS, 2, HEAD // 2)), (0, 2, 1)))
+                rotated = tl.join(first * cos - second * sin, second * cos + first * sin)
+                x = tl.reshape(tl.permute(rotated, (0, 2, 1)), (HEADS, HEAD))
             else:
-                first, second = tl.split(tl.reshape(x, (HEADS, HEAD // 2, 2)))
-            rotated = tl.join(first * cos - second * sin, second * cos + first * sin)
-            if IS_NEOX:
-                rotated = tl.permute(rotated, (0, 2, 1))
-            x = tl.reshape(rotated, (HEADS, HEAD))
+                even, odd = tl.split(tl.reshape(x, (HEADS, HEAD // 2, 2)))
+                x = tl.reshape(tl.join(even * cos - odd * sin, odd * cos + even * sin), (HEADS, HEAD))
     result = x.to(x_ptr.dtype.element_ty)
     if part == 0:
         tl.store(out_0 + batch * batch_0 + far * token_0 + inside, result, mask=mask)
@@ -186,7 +185,7 @@ def apply_qk_norm(
         *(stride for place in places for stride in place.stride()[:2]),
         NORMED=len(norms.image), HEAD=head_size, HEADS=block, PER_HEAD=norms.per_head, ROTATE=rotation is not None,
         HAS_SUMS=square_sums is not None, IS_LAYER_NORM=not norms.weights,
-        IS_NEOX=rotation is not None and rotation.is_neox_style, num_warps=max(1, min(8, block * head_size // 512)),
+        SPLIT=rotation is not None and rotation.is_neox_style, num_warps=max(1, min(8, block * head_size // 512)),
     )  # fmt: skip
 
 
