@@ -18,10 +18,11 @@ TOKENIZER_FILE = "tokenizer.json"
 
 VOCABULARY_FILES: Mapping[str, tuple[str, ...]] = {
     "CLIPTokenizer": ("vocab.json", "merges.txt"),
+    "GemmaTokenizer": (),
     "Qwen2Tokenizer": ("vocab.json", "merges.txt"),
     "T5Tokenizer": ("spiece.model",),
 }
-"""Files that a tokenizer class (without `Fast`) is built from where there is no tokenizer.json."""
+"""Files that a tokenizer class (without `Fast`) is built from where there is no tokenizer.json; none: it needs that."""
 
 # Byte-level BPE starts from 256 bytes, CLIP's from twice as many; the others are special tokens.
 _MOST_TOKENS_WITHOUT_MERGE = 1024
@@ -50,6 +51,8 @@ def read_vocabulary(folder: Path, class_name: str) -> Vocabulary | None:
     names = VOCABULARY_FILES[class_name.removesuffix("Fast")]
     if is_listed(folder / TOKENIZER_FILE):
         return _read_tokenizer_json(folder / TOKENIZER_FILE)
+    if not names:
+        raise CheckpointError(f"{folder} lacks {TOKENIZER_FILE}, which {class_name} is built from")
     if absent := [name for name in names if not is_listed(folder / name)]:
         raise CheckpointError(
             f"{folder} lacks {' and '.join(absent)}: {class_name} is built from {TOKENIZER_FILE}, "

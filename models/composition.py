@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import ClassVar
 
 from common.pipeline import ComposedPipeline, Cost, StageSpec
@@ -12,6 +13,8 @@ SCHEDULER = "scheduler"
 """Role of the scheduler in the standard stages."""
 TRANSFORMER = "transformer"
 """Role of the transformer in the standard stages."""
+_VAE: Mapping[str, str] = MappingProxyType({"vae": "vae"})
+"""Modules of decoding without sound, by role."""
 DENOISING_STAGE = "models.stages.denoising:DenoisingStage"
 """Implementation of the standard denoising loop."""
 
@@ -23,12 +26,16 @@ class StandardPipeline(ComposedPipeline):
     """
 
     def add_standard_t2i_stages(
-        self, *, text_modules: Sequence[str] = ("text_encoder", "tokenizer"), scheduler: str = "scheduler"
+        self,
+        *,
+        text_modules: Sequence[str] = ("text_encoder", "tokenizer"),
+        scheduler: str = "scheduler",
+        decoders: Mapping[str, str] = _VAE,
     ) -> None:
         """Text to image, or to video: encode the text, draw the noise, lay out the steps, denoise, decode."""
         self._add_text_encoding(text_modules)
         self._add_preparation(scheduler)
-        self._add_denoising_and_decoding(scheduler)
+        self._add_denoising_and_decoding(scheduler, decoders=decoders)
 
     def add_hybrid_stages(self, implementation: str, *, modules: Sequence[str], scheduler: str = "scheduler") -> None:
         """One stage of the model's own for all work before denoising, then denoise and decode.
@@ -74,7 +81,9 @@ class StandardPipeline(ComposedPipeline):
             )
         )
 
-    def _add_denoising_and_decoding(self, scheduler: str, *optional_inputs: str) -> None:
+    def _add_denoising_and_decoding(
+        self, scheduler: str, *optional_inputs: str, decoders: Mapping[str, str] = _VAE
+    ) -> None:
         self.add_stage(
             StageSpec(
                 contracts.DENOISING.reading(*optional_inputs),
@@ -90,7 +99,7 @@ class StandardPipeline(ComposedPipeline):
                 contracts.DECODING,
                 "decoding",
                 "models.stages.decoding:DecodingStage",
-                {"vae": "vae"},
+                decoders,
                 cost=Cost.PIXEL,
                 result="media",
             )
@@ -125,10 +134,13 @@ class StandardImagePipeline(StandardPipeline):
         image_encoder: str | None = "image_encoder",
         image_processor: str = "image_processor",
         scheduler: str = "scheduler",
+        decoders: Mapping[str, str] = _VAE,
+        image_inputs: Sequence[str] = (),
     ) -> None:
         """Text and images to video: the denoiser gets the images' latents and the tokens of a vision encoder.
 
-        `image_encoder` None: the model has no vision encoder.
+        `image_encoder` None: the model has no vision encoder. `image_inputs` are the optional inputs that encoding
+        images with the VAE reads.
         """
         self._add_text_encoding(text_modules)
         inputs = ["image_latents"]
@@ -142,14 +154,14 @@ class StandardImagePipeline(StandardPipeline):
                     {"image_encoder": image_encoder, "image_processor": image_processor},
                 )
             )
-        self._add_image_vae_encoding()
+        self._add_image_vae_encoding(*image_inputs)
         self._add_preparation(scheduler)
-        self._add_denoising_and_decoding(scheduler, *inputs)
+        self._add_denoising_and_decoding(scheduler, *inputs, decoders=decoders)
 
-    def _add_image_vae_encoding(self) -> None:
+    def _add_image_vae_encoding(self, *optional_inputs: str) -> None:
         self.add_stage(
             StageSpec(
-                contracts.IMAGE_VAE_ENCODING,
+                contracts.IMAGE_VAE_ENCODING.reading(*optional_inputs),
                 "image_encoding",
                 "models.stages.image_encoding:ImageVAEEncodingStage",
                 {"vae": "vae"},

@@ -65,10 +65,11 @@ class ImageEncodingOutput:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageVAEEncodingInput:
-    """What the encoder of a VAE reads."""
+    """Inputs of a VAE's encoder. Pipelines name the optional one where they use it."""
 
     image_inputs: ImageInputs
     canvas: Canvas
+    sampling: Sampling | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -77,9 +77,11 @@ def open_image(role: str, data: bytes) -> Image.Image:
         raise InvalidInput(f"{role} cannot be decoded: {error}", field=role) from None
 
 
-def as_tensor(picture: Image.Image, height: int, width: int) -> Tensor:
-    """float32 (1, 3, height, width) in [-1, 1]. Stretched by Lanczos: the aspect is not kept, as in Diffusers."""
-    resized = picture.resize((width, height), Image.Resampling.LANCZOS)
+def as_tensor(
+    picture: Image.Image, height: int, width: int, resampling: Image.Resampling = Image.Resampling.LANCZOS
+) -> Tensor:
+    """float32 (1, 3, height, width) in [-1, 1]. Stretched: the aspect is not kept, as in Diffusers."""
+    resized = picture.resize((width, height), resampling)
     pixels = torch.from_numpy(np.array(resized).astype(np.float32) / 255.0)
     return (2.0 * pixels - 1.0).permute(2, 0, 1)[None]
 

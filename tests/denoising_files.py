@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -43,8 +44,14 @@ def load_input(path: str | Path) -> DenoisingInput:
         schedule=Schedule(timesteps=timesteps, sigmas=tensors["schedule.sigmas"], num_inference_steps=len(timesteps)),
         text_conditioning=_conditioning(tensors, "text"),
         image_conditioning=_conditioning(tensors, "picture") if _below(tensors, "picture") else None,
-        sampling=Sampling(**numbers["sampling"] | {"sigmas": tuple(numbers["sampling"]["sigmas"])}),
+        sampling=_sampling(numbers["sampling"]),
     )
+
+
+def _sampling(values: dict[str, Any]) -> Sampling:
+    """From JSON, which has lists in place of tuples."""
+    params = {name: tuple(each) if isinstance(each, list) else each for name, each in values["params"].items()}
+    return Sampling(**values | {"sigmas": tuple(values["sigmas"]), "params": params})
 
 
 def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -102,8 +102,9 @@ class LoopConfig(DenoisingConfig):
         """The second expert from a noise level of a half down."""
         return "transformer" if step.sigma["video"] > 0.5 else "transformer_2"
 
-    def branch_flags(self, branch: str) -> Mapping[str, Hashable]:
+    def branch_flags(self, branch: str, sampling: Sampling) -> Mapping[str, Hashable]:
         """A perturbed branch skips a block."""
+        del sampling
         return {"skipped": 1} if branch == "perturbed" else {}
 
     def active(self, step: Step, branches: Sequence[str], sampling: Sampling) -> Sequence[str]:

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from common.artifacts import Canvas, Conditioning, LatentPart, Latents, Sampling
+from common.artifacts import Canvas, Conditioning, LatentPart, Latents, ParamValue, Sampling
 from common.checkpoint import Checkpoint
 from common.stage import Call
 from denoising_files import save_input
@@ -30,6 +30,7 @@ from rank_calls import denoise, forward, open_with, rank_file
 from rank_pool import RankPool
 from tiny_flux import LATENT_CHANNELS, build_tiny_flux
 from tiny_glm_image import CODES, GLYPH_SIZE, build_tiny_glm_image
+from tiny_ltx2 import AUDIO_SIZE, VIDEO_CHANNELS, VIDEO_SIZE, build_tiny_ltx2
 from tiny_qwen_image import build_tiny_qwen_image, build_tiny_qwen_image_edit
 from tiny_wan import TI2V_LATENT_CHANNELS, build_tiny_wan, build_tiny_wan_i2v, build_tiny_wan_ti2v
 
@@ -49,8 +50,8 @@ class Family:
     """A checkpoint, and a request whose token count has few divisors.
 
     Embeddings are (tokens, width) or (width,); `ids` are token ids (tokens,) of both branches. Image latents have a
-    packed and a raw shape. `channels` is the number of latent channels. `config` is a reference to the config, if it is
-    not the registered one.
+    packed and a raw shape. `channels` is the number of latent channels, a token is a patch of `patch` latents. `config`
+    is a reference to the config, if it is not the registered one.
     """
 
     build: Callable[[Path], Path]
@@ -62,10 +63,28 @@ class Family:
     ids: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     condition: tuple[tuple[int, ...], tuple[int, ...]] | None = None
     channels: int = LATENT_CHANNELS
+    patch: int = 4
     config: str = ""
 
 
-SAMPLING = Sampling(num_inference_steps=STEPS, seed=3, num_outputs_per_prompt=2, guidance_scale=4.0, true_cfg_scale=2.0)
+LTX2_PARAMS: Mapping[str, ParamValue] = {
+    "audio_guidance_scale": 3.0,
+    "stg_scale": 1.0,
+    "audio_stg_scale": 0.5,
+    "spatio_temporal_guidance_blocks": (1.0,),
+    "modality_scale": 2.0,
+    "audio_modality_scale": 3.0,
+    "guidance_rescale": 0.7,
+    "audio_guidance_rescale": 0.4,
+}
+SAMPLING = Sampling(
+    num_inference_steps=STEPS,
+    seed=3,
+    num_outputs_per_prompt=2,
+    guidance_scale=4.0,
+    true_cfg_scale=2.0,
+    params=LTX2_PARAMS,
+)
 FAMILIES = {
     "flux": Family(
         build_tiny_flux,
@@ -124,6 +143,18 @@ FAMILIES = {
         channels=TI2V_LATENT_CHANNELS,
         config="configs.pipeline_configs.wan_ti2v:WanTI2VImagePipelineConfig",
     ),
+    # 15 tokens of the given first frame, 45 others, and 52 of the sound.
+    "ltx2": Family(
+        build_tiny_ltx2,
+        Canvas(height=96, width=160, num_frames=25, frame_rate=12.0, output_format="mp4"),
+        positive={"encoder_hidden_states": (13, VIDEO_SIZE), "audio_encoder_hidden_states": (13, AUDIO_SIZE)},
+        negative={"encoder_hidden_states": (13, VIDEO_SIZE), "audio_encoder_hidden_states": (13, AUDIO_SIZE)},
+        condition=((1, VIDEO_CHANNELS, 1, 3, 5), (1, VIDEO_CHANNELS, 1, 3, 5)),
+        tokens=60,
+        channels=VIDEO_CHANNELS,
+        patch=1,
+        config="configs.pipeline_configs.ltx2:LTX2ImageToVideoPipelineConfig",
+    ),
 }
 
 
@@ -175,8 +206,8 @@ def draw_input(checkpoint: Checkpoint, config: Any, family: Family) -> Denoising
     drawing = LatentPreparationInput(canvas=canvas, sampling=SAMPLING)
     initial = LatentPreparationStage(config, runtime, {}).run(drawing, Call("test"))
     timesteps = TimestepPreparationStage(config, runtime, {"scheduler": scheduler})
-    (noise,) = initial.initial_latents.parts.values()
-    assert noise.latents[0].numel() == family.tokens * 2 * 2 * family.channels
+    noise = next(iter(initial.initial_latents.parts.values()))
+    assert noise.latents[0].numel() == family.tokens * family.patch * family.channels
     ids = {name: torch.randint(CODES, (1, *size)) for name, size in family.ids.items()}
     condition = None
     if family.condition:
@@ -202,17 +233,18 @@ def draw(sizes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
 
 def single_input(config: Any, x: DenoisingInput) -> dict[str, Tensor]:
     """The keywords of one prediction in the middle of the schedule, for the first output."""
-    ((part, noise),) = x.initial_latents.parts.items()
+    noise = x.initial_latents.parts
     given = x.image_latents.parts if x.image_latents else {}
     conditions = {name: each.latents for name, each in given.items()}
     embeds = {**x.text_conditioning.prompt_embeds}
     shapes = {name: each.raw_latent_shape for name, each in given.items()}
-    shapes[part] = (1, *noise.raw_latent_shape[1:])
+    shapes |= {part: (1, *each.raw_latent_shape[1:]) for part, each in noise.items()}
+    latents = config.model_input({part: each.latents[:1] for part, each in noise.items()}, conditions)
     keywords = {
         **embeds,
         **(x.image_conditioning.prompt_embeds if x.image_conditioning else {}),
         **config.prepare_pos_cond_kwargs(embeds, shapes, x.sampling),
-        "hidden_states": config.model_input({part: noise.latents[:1]}, conditions)[part],
+        **{config.part_keywords[part]: each for part, each in latents.items()},
         "timestep": config.model_timestep(x.schedule.timesteps[1:2]),
     }
     return {name: value.contiguous() for name, value in keywords.items() if value is not None}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -14,7 +14,7 @@ import torch
 # Here, so that ranks have it from the process that forks them: loading a stage would import it in each.
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler  # noqa: F401
 from safetensors.torch import load_file, save_file
-from torch import distributed, nn
+from torch import Tensor, distributed, nn
 
 from common.checkpoint import Checkpoint
 from common.stage import Call
@@ -24,6 +24,7 @@ from denoising_files import load_input
 from models.catalog import open_model
 from models.layers.collectives import gather_chunks
 from models.layers.mesh import AXES, Degrees, WorkerMesh, make_mesh
+from models.layers.sharded_keys import ShardedKeysAttention
 from models.layers.shards import SequenceShards
 from models.layers.usp_attention import USPAttention
 from models.loader import load_module, load_stages
@@ -92,7 +93,8 @@ def forward(rank: int, checkpoint: str, inputs: str, output: str, compiled: bool
             block.compile(fullgraph=True, backend="aot_eager")
     with torch.inference_mode():
         prediction = transformer(**load_file(inputs, device=str(RANK.device)))
-    save_file({"prediction": prediction.cpu()}, rank_file(output, rank))
+    predictions = prediction if isinstance(prediction, tuple) else (prediction,)
+    save_file({"prediction": _joined([each.cpu() for each in predictions])}, rank_file(output, rank))
 
 
 def denoise(
@@ -103,9 +105,14 @@ def denoise(
     runtime = Runtime(device=RANK.device, mesh=RANK.mesh, approximation=Approximation(**approximation))
     stage = _denoising_stage(checkpoint, config, runtime)
     done = stage.run(load_input(inputs), Call("test", on_progress=lambda step, _: steps.append(step)))
-    (part,) = done.denoised_latents.parts.values()
-    save_file({"latents": part.latents.cpu()}, rank_file(output, rank))
+    latents = [part.latents.cpu() for part in done.denoised_latents.parts.values()]
+    save_file({"latents": _joined(latents)}, rank_file(output, rank))
     return steps
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """The only part, or the values of all parts, one after the other."""
+    return parts[0].contiguous() if len(parts) == 1 else torch.cat([part.flatten() for part in parts])
 
 
 def _denoising_stage(checkpoint: str, config: str, runtime: Runtime) -> DenoisingStage:
@@ -131,6 +138,16 @@ def attend(rank: int, inputs: str, output: str) -> list[int]:
     text, image = (part.contiguous() for part in attended.split(sizes, dim=1))
     save_file({"text": text, "image": image}, rank_file(output, rank))
     return sizes
+
+
+def attend_whole(rank: int, inputs: str, output: str) -> int:
+    """Attention of whole queries (B, T, H, K) to this rank's chunk of keys and values (2, B, S, H, K); its length."""
+    given = load_file(inputs)
+    assert RANK.mesh is not None
+    shards = SequenceShards(RANK.mesh.degrees.sp, RANK.mesh.sp_index)
+    k, v = shards.local(given["key_values"], 2, "keys").unbind()
+    save_file({"attended": ShardedKeysAttention(RANK.mesh, shards)(given["queries"], k, v)}, rank_file(output, rank))
+    return k.shape[1]
 
 
 def gather(rank: int, sizes: list[int]) -> list[float]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
@@ -30,6 +30,18 @@ class Template:
     before: str
     after: str
     skipped: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Connector:
+    """A module behind a text encoder that makes several of the denoiser's keywords.
+
+    `connect` calls the module, whose name is `module`, with the encoding's output and the attention mask, int64
+    (batch, tokens).
+    """
+
+    module: str
+    connect: Callable[[Any, Tensor, Tensor], Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +71,9 @@ class TextEncoding:
     `keyword` is the argument of the denoiser's forward() that the result becomes. `tokenizer` and `encoder` are module
     names of the checkpoint. `max_length` is the number of tokens that the text is padded or cut to; None means the
     tokenizer's own. `output` picks the result, batch first, from what the encoder returned and the attention mask,
-    int64 (batch, tokens). `masked` encoders get that mask; the others attend to padding. Text in
-    a `template` is not padded and has no end mark; its max_length does not count what the template skips.
+    int64 (batch, tokens). `masked` encoders get that mask; the others attend to padding, which is on `padding_side`
+    (None: the tokenizer's own). Text in a `template` is not padded and has no end mark; its max_length does not count
+    what the template skips. With a `connector`, the keywords are those that it makes of the result.
     """
 
     keyword: str
@@ -70,4 +83,6 @@ class TextEncoding:
     max_length: Callable[[Prompt], int | None]
     output: Callable[[Any, Tensor], Tensor]
     masked: bool = False
+    padding_side: Literal["left", "right"] | None = None
     template: Template | None = None
+    connector: Connector | None = None

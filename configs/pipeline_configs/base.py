@@ -13,7 +13,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
@@ -114,6 +114,14 @@ class LatentLayout(PipelineConfig):
 class ImageLatentsConfig(LatentLayout):
     """Callbacks of encoding images to latents, which condition the denoiser."""
 
+    resampling: ClassVar[Literal["lanczos", "bilinear"]] = "lanczos"
+    """Pillow's filter that resizes an image for the VAE."""
+
+    def recompression(self, sampling: Sampling) -> int:
+        """Constant rate factor of H.264 with which an image is compressed before it is encoded; 0: it is not."""
+        del sampling
+        return 0
+
     def image_size(self, size: tuple[int, int], canvas: Canvas) -> tuple[int, int]:
         """Height and width (pixels) to which an image of this height and width is resized for the VAE."""
         del size
@@ -198,9 +206,9 @@ class DenoisingConfig(LatentLayout):
         del sampling
         return tuple(branch for branch in self.branches if has_negative or branch != NEGATIVE)
 
-    def branch_flags(self, branch: str) -> Mapping[str, Hashable]:
+    def branch_flags(self, branch: str, sampling: Sampling) -> Mapping[str, Hashable]:
         """Static keywords of predict() that a branch needs, such as indices of skipped blocks."""
-        del branch
+        del branch, sampling
         return {}
 
     @abstractmethod
@@ -263,6 +271,23 @@ class DecodingConfig(LatentLayout):
 
     visual_part: ClassVar[str]
     """The part that the VAE decodes to pixels: "image" or "video"."""
+
+    sound_part: ClassVar[str | None] = None
+    """The part that audio VAE and vocoder decode to sound; None for a model without sound."""
+
+    @property
+    def sampling_rate(self) -> int:
+        """Samples a second of the sound. Raises TypeError for a model without sound."""
+        raise TypeError(f"{type(self).__name__} makes no sound")
+
+    def num_frames(self, canvas: Canvas) -> int:
+        """Frames that the VAE makes of a video of this canvas."""
+        return canvas.num_frames
+
+    def saved_latents(self, part: str, latents: Tensor, raw_latent_shape: tuple[int, ...], decoder: Any) -> Tensor:
+        """A part's latents as Diffusers returns them, from those of the loop. `decoder` is the part's VAE."""
+        del part, raw_latent_shape, decoder
+        return latents
 
     @abstractmethod
     def vae_latents(self, raw: Tensor) -> Tensor:

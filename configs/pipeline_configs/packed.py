@@ -37,14 +37,14 @@ class SequenceShift:
     max_shift: float = 1.15
 
     @classmethod
-    def from_dict(cls, module: str, values: Mapping[str, Any]) -> Self:
-        """Read the scheduler's config. Raises CheckpointError."""
-        fields = ConfigFields(module, values)
+    def from_dict(cls, module: str, values: Mapping[str, Any], defaults: Self | None = None) -> Self:
+        """Read the scheduler's config; `defaults` are for entries that it lacks. Raises CheckpointError."""
+        fields, usual = ConfigFields(module, values), defaults or cls()
         shift = cls(
-            base_image_seq_len=fields.integer("base_image_seq_len", cls.base_image_seq_len),
-            max_image_seq_len=fields.integer("max_image_seq_len", cls.max_image_seq_len),
-            base_shift=fields.number("base_shift", cls.base_shift),
-            max_shift=fields.number("max_shift", cls.max_shift),
+            base_image_seq_len=fields.integer("base_image_seq_len", usual.base_image_seq_len),
+            max_image_seq_len=fields.integer("max_image_seq_len", usual.max_image_seq_len),
+            base_shift=fields.number("base_shift", usual.base_shift),
+            max_shift=fields.number("max_shift", usual.max_shift),
         )
         if shift.base_image_seq_len == shift.max_image_seq_len:
             raise fields.error("max_image_seq_len", "must differ from base_image_seq_len")

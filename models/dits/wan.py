@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import gelu, layer_norm, silu
+from torch.nn.functional import layer_norm, silu
 
 from configs.models.dits.wan import WanTransformerConfig
 from models.dits.base import DiffusionTransformer, Predictions, Prepared
 from models.dits.wan_plan import FIRST_FRAME, VIDEO, WAN_PLAN
 from models.layers.attention import attention
-from models.layers.embeddings import EmbeddingMLP, sinusoidal_embedding
+from models.layers.embeddings import EmbeddingMLP, TextProjection, sinusoidal_embedding
 from models.layers.feed_forward import FeedForward
 from models.layers.linear import Linear, only_linear
 from models.layers.norms import LayerNormScaleShift, Residual, RMSNorm, SegmentVectors
@@ -62,20 +62,6 @@ class FloatLayerNorm(nn.Module):
         """(..., size) to the same."""
         normed = layer_norm(x.float(), self.weight.shape, self.weight.float(), self.bias.float(), self.eps)
         return normed.to(x.dtype)
-
-
-class TextProjection(nn.Module):
-    """Two linear layers with GELU (tanh form) between them: (B, T, in_size) to (B, T, D)."""
-
-    def __init__(self, in_size: int, size: int) -> None:
-        super().__init__()
-        self.linear_1 = nn.Linear(in_size, size)
-        self.linear_2 = nn.Linear(size, size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Per token."""
-        projected: Tensor = self.linear_2(gelu(self.linear_1(x), approximate="tanh"))
-        return projected
 
 
 class ImageEmbedding(nn.Module):
@@ -357,7 +343,7 @@ class WanTransformer3DModel(DiffusionTransformer):
         boundary = 0 if first_BSD is None else first_BSD.shape[1]
         x_BSD = _concatenated(first_BSD, x_BSD, dim=1)
         rotation = Rotation(_concatenated(first_cos, cos, dim=0), _concatenated(first_sin, sin, dim=0))
-        vectors = _by_segment(first_modulation, modulation)
+        vectors = SegmentVectors.of_rows(first_modulation, modulation)
         blocks = [
             partial(
                 block,
@@ -391,14 +377,6 @@ class WanTransformer3DModel(DiffusionTransformer):
 def _concatenated(first: Tensor | None, rest: Tensor, dim: int) -> Tensor:
     """Both segments along `dim`; the second itself, not a copy, where there is no first."""
     return rest if first is None else torch.cat((first, rest), dim)
-
-
-def _by_segment(first_BMD: Tensor | None, rest_BMD: Tensor) -> list[SegmentVectors]:
-    """The modulations (B, D) of the first frame's tokens and of the others, in order."""
-    rest = rest_BMD.unbind(1)
-    if first_BMD is None:
-        return [SegmentVectors.same(each) for each in rest]
-    return [SegmentVectors(*pair) for pair in zip(first_BMD.unbind(1), rest, strict=True)]
 
 
 @lru_cache(maxsize=4)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from common.artifacts import Prompt
 from common.errors import CheckpointError
 from configs.models.encodings import PromptText, Template, TextEncoding
 from models.encoder_runners.checks import check_tokenizer
-
-if TYPE_CHECKING:
-    from common.artifacts import Prompt
 
 Warn = Callable[[str, str], None]
 
@@ -21,26 +19,41 @@ MOST_TOLD = 2000
 
 
 class TextEncoder:
-    """A tokenizer and an encoder of transformers. Raises CheckpointError when the two do not fit."""
+    """A tokenizer and an encoder of transformers, and a connector if there is one, from modules by name.
 
-    def __init__(self, encoding: TextEncoding, tokenizer: Any, encoder: Any, device: torch.device) -> None:
+    Raises CheckpointError when tokenizer and encoder do not fit.
+    """
+
+    def __init__(self, encoding: TextEncoding, modules: Mapping[str, Any], device: torch.device) -> None:
         self._encoding = encoding
-        self._tokenizer = tokenizer
-        self._encoder = encoder
+        self._tokenizer = modules[encoding.tokenizer]
+        self._encoder = modules[encoding.encoder]
+        self._connector = None if encoding.connector is None else modules[encoding.connector.module]
         self._device = device
         self._check()
 
     def _check(self) -> None:
         names, config = self._encoding, self._encoder.config.to_dict()
         check_tokenizer(names.tokenizer, self._tokenizer, names.encoder, config["vocab_size"])
-        longest, positions = self._tokenizer.model_max_length, config.get("max_position_embeddings")
+        longest = names.max_length(Prompt(prompt="")) or self._tokenizer.model_max_length
+        positions = config.get("max_position_embeddings")
         if names.template is None and positions is not None and longest > positions:
             raise CheckpointError(
                 f"{names.tokenizer} makes up to {longest} tokens, but {names.encoder} has {positions} positions"
             )
 
-    def encode(self, prompt: Prompt, warn: Warn) -> Tensor:
-        """What the denoiser gets, batch 1. A text that is too long is cut; warn(field, message) says what was lost."""
+    def encode(self, prompt: Prompt, warn: Warn) -> Mapping[str, Tensor]:
+        """What the denoiser gets, by keyword, batch 1.
+
+        A text that is too long is cut; warn(field, message) says what was lost.
+        """
+        output, mask = self._encode(prompt, warn)
+        if self._encoding.connector is None:
+            return {self._encoding.keyword: output}
+        return self._encoding.connector.connect(self._connector, output, mask)
+
+    def _encode(self, prompt: Prompt, warn: Warn) -> tuple[Tensor, Tensor]:
+        """The encoding's output and the attention mask, int64 (1, tokens)."""
         source = self._encoding.text(prompt)
         if self._encoding.template is not None:
             return self._encode_in_template(self._encoding.template, source, prompt, warn)
@@ -52,15 +65,20 @@ class TextEncoder:
             truncation=True,
             return_attention_mask=True,
             return_tensors="pt",
+            padding_side=self._encoding.padding_side,
         ).to(self._device)
         whole = self._tokenizer(source.text, return_tensors="pt", verbose=False).input_ids
         if whole.shape[1] > limit:
-            # The last token that fits is the end mark, as is the last one of the whole text.
-            self._warn_of_cut(warn, source, limit, whole.shape[1], whole[0, limit - 1 : -1])
+            # Where there is an end mark, the last token that fits is one, as is the last one of the whole text.
+            has_end = whole[0, -1] in self._tokenizer.all_special_ids
+            removed = whole[0, limit - 1 : -1] if has_end else whole[0, limit:]
+            self._warn_of_cut(warn, source, limit, whole.shape[1], removed)
         given = (tokens.input_ids, tokens.attention_mask) if self._encoding.masked else (tokens.input_ids,)
-        return self._encoding.output(self._encoder(*given), tokens.attention_mask)
+        return self._encoding.output(self._encoder(*given), tokens.attention_mask), tokens.attention_mask
 
-    def _encode_in_template(self, template: Template, source: PromptText, prompt: Prompt, warn: Warn) -> Tensor:
+    def _encode_in_template(
+        self, template: Template, source: PromptText, prompt: Prompt, warn: Warn
+    ) -> tuple[Tensor, Tensor]:
         """The same for text in a template, which is cut together with it."""
         whole = self._tokenizer(template.before + source.text + template.after, return_tensors="pt").input_ids
         limit = self._encoding.max_length(prompt) or self._tokenizer.model_max_length
@@ -69,7 +87,8 @@ class TextEncoder:
         if len(text) > limit:
             self._warn_of_cut(warn, source, limit, len(text), text[limit:])
         tokens = whole[:, : template.skipped + limit].to(self._device)
-        return self._encoding.output(self._encoder(tokens), torch.ones_like(tokens))
+        mask = torch.ones_like(tokens)
+        return self._encoding.output(self._encoder(tokens), mask), mask
 
     def _warn_of_cut(self, warn: Warn, source: PromptText, limit: int, length: int, removed: Tensor) -> None:
         warn(

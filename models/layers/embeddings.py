@@ -1,4 +1,4 @@
-"""Embeddings of scalars: timestep and guidance."""
+"""Embeddings of scalars (timestep and guidance) and of text."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import silu
+from torch.nn.functional import gelu, silu
 
 
 def sinusoidal_embedding(values: Tensor, size: int, max_period: float = 10000.0) -> Tensor:
@@ -30,3 +30,17 @@ class EmbeddingMLP(nn.Module):
         hidden: Tensor = self.linear_1(x.to(self.linear_1.weight.dtype))
         embedded: Tensor = self.linear_2(silu(hidden))
         return embedded
+
+
+class TextProjection(nn.Module):
+    """Two linear layers with GELU (tanh form) between them: (B, T, in_size) to (B, T, D)."""
+
+    def __init__(self, in_size: int, size: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(in_size, size)
+        self.linear_2 = nn.Linear(size, size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Per token."""
+        projected: Tensor = self.linear_2(gelu(self.linear_1(x), approximate="tanh"))
+        return projected

@@ -9,7 +9,7 @@ have boundary 0 and give the same for both.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,14 @@ class SegmentVectors(NamedTuple):
     def same(cls, vector: Tensor) -> SegmentVectors:
         """For models of one stream."""
         return cls(vector, vector)
+
+    @classmethod
+    def of_rows(cls, first_BMD: Tensor | None, rest_BMD: Tensor) -> list[SegmentVectors]:
+        """M vectors of the first tokens and of the others, in order; None: all tokens are in one segment."""
+        rest = rest_BMD.unbind(1)
+        if first_BMD is None:
+            return [cls.same(each) for each in rest]
+        return [cls(*pair) for pair in zip(first_BMD.unbind(1), rest, strict=True)]
 
 
 class Residual(NamedTuple):
@@ -54,6 +62,9 @@ class LayerNormScaleShift(nn.Module):
     Statistics and modulation are computed in float32; results are in x's type.
     """
 
+    is_centred: ClassVar[bool] = True
+    """Whether the mean is subtracted."""
+
     def __init__(self, size: int, eps: float = 1e-6) -> None:
         super().__init__()
         self.size = size
@@ -62,7 +73,9 @@ class LayerNormScaleShift(nn.Module):
     def forward(self, x_BSD: Tensor, scale: SegmentVectors, shift: SegmentVectors, boundary: int = 0) -> Tensor:
         """norm(x) * (1 + scale) + shift."""
         if (kernels := kernels_for(x_BSD)) is not None:
-            modulated: Tensor = kernels.norm_scale_shift(x_BSD, scale, shift, boundary, self.eps)
+            modulated: Tensor = kernels.norm_scale_shift(
+                x_BSD, scale, shift, boundary, self.eps, is_centred=self.is_centred
+            )
             return modulated
         return self._modulated(x_BSD, scale, shift, boundary)
 
@@ -73,15 +86,29 @@ class LayerNormScaleShift(nn.Module):
         if residual.update is None or residual.gate is None:
             return residual.x, self(residual.x, scale, shift, boundary)
         if (kernels := kernels_for(residual.x)) is not None:
-            both: tuple[Tensor, Tensor] = kernels.gate_norm_scale_shift(*residual, scale, shift, boundary, self.eps)
+            both: tuple[Tensor, Tensor] = kernels.gate_norm_scale_shift(
+                *residual, scale, shift, boundary, self.eps, is_centred=self.is_centred
+            )
             return both
         x_BSD = residual.added(boundary)
         return x_BSD, self._modulated(x_BSD, scale, shift, boundary)
 
     def _modulated(self, x: Tensor, scale: SegmentVectors, shift: SegmentVectors, boundary: int) -> Tensor:
-        normed = layer_norm(x.float(), (self.size,), eps=self.eps)
         scale_BSD, shift_BSD = (_by_token(each, boundary, x.shape[1]).float() for each in (scale, shift))
-        return (normed * (1 + scale_BSD) + shift_BSD).to(x.dtype)
+        return (self._normed(x) * (1 + scale_BSD) + shift_BSD).to(x.dtype)
+
+    def _normed(self, x: Tensor) -> Tensor:
+        """In float32."""
+        return layer_norm(x.float(), (self.size,), eps=self.eps)
+
+
+class RMSNormScaleShift(LayerNormScaleShift):
+    """RMS norm without a weight, then a scale and a shift that the timestep decides."""
+
+    is_centred: ClassVar[bool] = False
+
+    def _normed(self, x: Tensor) -> Tensor:
+        return rms_norm(x.float(), (self.size,), eps=self.eps)
 
 
 def _by_token(vectors: SegmentVectors, boundary: int, tokens: int) -> Tensor:

@@ -40,8 +40,10 @@ class ParallelPlan:
 
     `column` layers keep some of their outputs; `row` layers take some inputs; `gathered` layers compute some outputs
     and give all; `norms` (RMS) are over outputs of column layers. What is not named is whole on every rank. `segments`
-    are those of a layer whose inputs or outputs have parts of different meaning, as ratios. `attention` are the calls
-    of attention among tokens that are cut; `cuts` and `joins` are where that begins and ends.
+    are those of a layer whose inputs or outputs have parts of different meaning, as ratios. `heads` are the modules
+    that tensors of all heads pass through (OwnHeads). `attention` are the calls of attention among tokens that are cut,
+    `sharded_keys` those of queries that every rank has whole to such tokens; `cuts` and `joins` are where that begins
+    and ends.
     """
 
     column: tuple[str, ...]
@@ -49,7 +51,9 @@ class ParallelPlan:
     gathered: tuple[str, ...] = ()
     norms: tuple[str, ...] = ()
     segments: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    heads: tuple[str, ...] = ()
     attention: tuple[str, ...]
+    sharded_keys: tuple[str, ...] = ()
     cuts: tuple[Cut, ...]
     joins: tuple[Join, ...]
 

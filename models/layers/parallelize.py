@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from models.layers.attention import Attention
+from models.layers.head_rotary import OwnHeads
 from models.layers.linear import Linear
 from models.layers.mesh import Axis, WorkerMesh, get_sp_world_size
 from models.layers.norms import RMSNorm
@@ -20,8 +21,9 @@ from models.layers.parallel_plan import ParallelPlan, matches
 from models.layers.peer_gather import PeerGather
 from models.layers.peer_memory import CopyStreams
 from models.layers.sequence_parallel import shard_methods
+from models.layers.sharded_keys import ShardedKeysAttention
 from models.layers.shards import SequenceShards
-from models.layers.tensor_parallel import ColumnParallelLinear, ParallelRMSNorm, RowParallelLinear
+from models.layers.tensor_parallel import ColumnParallelLinear, ParallelRMSNorm, RowParallelLinear, ShardedHeads
 from models.layers.usp_attention import USPAttention
 
 M = TypeVar("M", bound=nn.Module)
@@ -72,6 +74,7 @@ def _cut_weights(model: nn.Module, plan: ParallelPlan, axis: Axis) -> None:
         _replace(model, plan.gathered, Linear, gathered)
         _replace(model, plan.row, Linear, row)
         _replace(model, plan.norms, RMSNorm, norm)
+    _replace(model, plan.heads, OwnHeads, lambda *_: ShardedHeads(axis))
 
 
 def _replace(model: nn.Module, patterns: tuple[str, ...], kind: type[M], make: Callable[[str, M], nn.Module]) -> None:
@@ -86,4 +89,5 @@ def _cut_sequence(model: nn.Module, plan: ParallelPlan, mesh: WorkerMesh) -> Non
     if mesh.size("ring") > 1 and mesh.shares_memory:
         gather = PeerGather(mesh.axis("ring"), mesh.device, CopyStreams(mesh.device))
     _replace(model, plan.attention, Attention, lambda *_: USPAttention(mesh, shards, gather))
+    _replace(model, plan.sharded_keys, Attention, lambda *_: ShardedKeysAttention(mesh, shards))
     shard_methods(model, plan, mesh, shards)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from models.layers.fused_backend import kernels_for
+from models.layers.head_rotary import HeadRotation, rotate_heads
 from models.layers.norms import QKNorm, RMSNorm
 from models.layers.rotary import Rotation, apply_rotary
 
@@ -53,7 +54,7 @@ class QKNorms:
 def apply_qk_norm(
     x: Tensor,
     norms: QKNorms,
-    rotation: Rotation | None = None,
+    rotation: Rotation | HeadRotation | None = None,
     boundary: int = 0,
     out: Sequence[Tensor] | None = None,
 ) -> None:
@@ -79,9 +80,16 @@ def apply_qk_norm(
             )
         ]
         heads = split_heads(torch.cat(pieces, dim=1), norms.head_size)
-        out[index].copy_(heads if rotation is None else apply_rotary(heads, rotation))
+        out[index].copy_(_rotated(heads, rotation))
     for part, copy in zip(parts[len(norms.image) :], out[len(norms.image) :], strict=True):
         copy.copy_(split_heads(part, norms.head_size))
+
+
+def _rotated(heads: Tensor, rotation: Rotation | HeadRotation | None) -> Tensor:
+    """(B, S, heads, head size) to the same."""
+    if isinstance(rotation, HeadRotation):
+        return rotate_heads(heads, rotation)
+    return heads if rotation is None else apply_rotary(heads, rotation)
 
 
 def in_place(x: Tensor, parts: int, head_size: int) -> tuple[Tensor, ...]:

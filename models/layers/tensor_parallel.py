@@ -14,6 +14,7 @@ from torch import Tensor
 
 from models.layers.activation import write_gelu
 from models.layers.collectives import all_reduce, gather_last
+from models.layers.head_rotary import OwnHeads
 from models.layers.linear import Linear, apply_linear
 from models.layers.mesh import Axis
 from models.layers.norms import Residual, RMSNorm, SegmentVectors
@@ -95,3 +96,15 @@ class ParallelRMSNorm(Sharded, RMSNorm):
         """Sums of squares over all ranks (B, S, parts), float32, of each part of x (B, S, parts * channels)."""
         squares = x.float().square().view(*x.shape[:-1], parts, x.shape[-1] // parts)
         return all_reduce(squares.sum(-1), self.axis)
+
+
+class ShardedHeads(OwnHeads):
+    """A tensor with a dimension of all heads: this rank takes its heads, an equal share in order."""
+
+    def __init__(self, axis: Axis) -> None:
+        super().__init__()
+        self.axis = axis
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., heads, K) to (..., this rank's heads, K)."""
+        return x.chunk(self.axis.size, dim=-2)[self.axis.index]

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from models.layers.float8 import FLOAT8, LARGEST, SMALLEST_MAGNITUDE
+from models.layers.head_rotary import HeadRotation
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -37,7 +38,8 @@ def _of_stream(text_ptr, image_ptr, is_text, offsets, mask):
 @triton.jit
 def _gate_norm_scale_shift_kernel(
     x_ptr, update_ptr, text_gate, image_gate, text_scale, image_scale, text_shift, image_shift, sum_ptr, normed_ptr,
-    tokens, boundary, size, gate_stride, modulation_stride, eps, HAS_UPDATE: tl.constexpr, BLOCK: tl.constexpr,
+    tokens, boundary, size, gate_stride, modulation_stride, eps,
+    HAS_UPDATE: tl.constexpr, CENTRED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     batch, token = row // tokens, row % tokens
@@ -52,8 +54,9 @@ def _gate_norm_scale_shift_kernel(
         rounded = x.to(sum_ptr.dtype.element_ty)
         tl.store(sum_ptr + at, rounded, mask=mask)
         x = rounded.to(tl.float32)
-    mean = tl.sum(x, axis=0) / size
-    centred = tl.where(mask, x - mean, 0.0)
+    centred = x
+    if CENTRED:
+        centred = tl.where(mask, x - tl.sum(x, axis=0) / size, 0.0)
     variance = tl.sum(centred * centred, axis=0) / size
     where = batch * modulation_stride + columns
     scale = _of_stream(text_scale, image_scale, is_text, where, mask)
@@ -62,11 +65,13 @@ def _gate_norm_scale_shift_kernel(
     tl.store(normed_ptr + at, normed.to(normed_ptr.dtype.element_ty), mask=mask)
 
 
-def norm_scale_shift(x: Tensor, scale: SegmentVectors, shift: SegmentVectors, boundary: int, eps: float) -> Tensor:
-    """As LayerNormScaleShift.forward; x (B, S, D)."""
+def norm_scale_shift(
+    x: Tensor, scale: SegmentVectors, shift: SegmentVectors, boundary: int, eps: float, *, is_centred: bool = True
+) -> Tensor:
+    """As LayerNormScaleShift.forward, or RMSNormScaleShift's where it is not centred; x (B, S, D)."""
     x = x.contiguous()
     normed = torch.empty_like(x)
-    _launch_norm(x, None, (x, x), scale, shift, x, normed, boundary, eps)
+    _launch_norm(x, None, (x, x), scale, shift, x, normed, boundary, eps, is_centred)
     return normed
 
 
@@ -78,11 +83,13 @@ def gate_norm_scale_shift(
     shift: SegmentVectors,
     boundary: int,
     eps: float,
+    *,
+    is_centred: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """As LayerNormScaleShift.after; x and update (B, S, D)."""
+    """As LayerNormScaleShift.after, or RMSNormScaleShift's where it is not centred; x and update (B, S, D)."""
     x = x.contiguous()
     added, normed = torch.empty_like(x), torch.empty_like(x)
-    _launch_norm(x, update.contiguous(), gate, scale, shift, added, normed, boundary, eps)
+    _launch_norm(x, update.contiguous(), gate, scale, shift, added, normed, boundary, eps, is_centred)
     return added, normed
 
 
@@ -96,6 +103,7 @@ def _launch_norm(
     normed: Tensor,
     boundary: int,
     eps: float,
+    is_centred: bool,
 ) -> None:
     batch, tokens, size = x.shape
     strides = {each.stride(0) for each in (*scale, *shift)}
@@ -104,17 +112,17 @@ def _launch_norm(
     _gate_norm_scale_shift_kernel[(batch * tokens,)](
         x, x if update is None else update, *gate, *scale, *shift, added, normed,
         tokens, boundary, size, gate[0].stride(0), strides.pop(), eps,
-        HAS_UPDATE=update is not None, BLOCK=block, num_warps=max(1, min(16, block // 512)),
+        HAS_UPDATE=update is not None, CENTRED=is_centred, BLOCK=block, num_warps=max(1, min(16, block // 512)),
     )  # fmt: skip
 
 
 @triton.jit
 def _head_norm_rotary_kernel(
     x_ptr, out_0, out_1, out_2, text_0, image_0, text_1, image_1, cos_ptr, sin_ptr, sums_ptr,
-    tokens, boundary, heads, x_batch, x_token, part_stride, eps, normed_size,
+    tokens, boundary, heads, x_batch, x_token, part_stride, angle_token, eps, normed_size,
     batch_0, token_0, batch_1, token_1, batch_2, token_2,
     NORMED: tl.constexpr, HEAD: tl.constexpr, HEADS: tl.constexpr, PER_HEAD: tl.constexpr, ROTATE: tl.constexpr,
-    HAS_SUMS: tl.constexpr, IS_LAYER_NORM: tl.constexpr, SPLIT: tl.constexpr,
+    HAS_SUMS: tl.constexpr, IS_LAYER_NORM: tl.constexpr, BY_HEAD: tl.constexpr, IS_NEOX: tl.constexpr,
 ):  # fmt: skip
     row, part = tl.program_id(0), tl.program_id(1)
     batch, token = (row // tokens).to(tl.int64), row % tokens
@@ -143,15 +151,21 @@ def _head_norm_rotary_kernel(
             else:
                 x = x * _of_stream(text_1, image_1, is_text, weight_at, mask)
         if ROTATE:
-            pair = token * (HEAD // 2) + tl.arange(0, HEAD // 2)[None, :]
-            cos, sin = tl.load(cos_ptr + pair), tl.load(sin_ptr + pair)
-            if SPLIT:
-                first, second = tl.split(tl.permute(tl.reshape(x, (HEADS, 2, HEAD // 2)), (0, 2, 1)))
-                rotated = tl.join(first * cos - second * sin, second * cos + first * sin)
-                x = tl.reshape(tl.permute(rotated, (0, 2, 1)), (HEADS, HEAD))
+            pair = far * angle_token + tl.arange(0, HEAD // 2)[None, :]
+            if BY_HEAD:
+                pair += head * (HEAD // 2)
+                cos = tl.load(cos_ptr + pair, mask=head < heads, other=0.0)
+                sin = tl.load(sin_ptr + pair, mask=head < heads, other=0.0)
             else:
-                even, odd = tl.split(tl.reshape(x, (HEADS, HEAD // 2, 2)))
-                x = tl.reshape(tl.join(even * cos - odd * sin, odd * cos + even * sin), (HEADS, HEAD))
+                cos, sin = tl.load(cos_ptr + pair), tl.load(sin_ptr + pair)
+            if IS_NEOX:
+                first, second = tl.split(tl.permute(tl.reshape(x, (HEADS, 2, HEAD // 2)), (0, 2, 1)))
+            else:
+                first, second = tl.split(tl.reshape(x, (HEADS, HEAD // 2, 2)))
+            rotated = tl.join(first * cos - second * sin, second * cos + first * sin)
+            if IS_NEOX:
+                rotated = tl.permute(rotated, (0, 2, 1))
+            x = tl.reshape(rotated, (HEADS, HEAD))
     result = x.to(x_ptr.dtype.element_ty)
     if part == 0:
         tl.store(out_0 + batch * batch_0 + far * token_0 + inside, result, mask=mask)
@@ -164,7 +178,7 @@ def _head_norm_rotary_kernel(
 def apply_qk_norm(
     x: Tensor,
     norms: QKNorms,
-    rotation: Rotation | None,
+    rotation: Rotation | HeadRotation | None,
     boundary: int,
     square_sums: Tensor | None,
     out: Sequence[Tensor],
@@ -177,15 +191,16 @@ def apply_qk_norm(
     assert all(each.stride(3) == 1 and each.stride(2) == head_size for each in out), "channels must be adjacent"
     weights = norms.weights or [x, x]
     cos, sin = (x, x) if rotation is None else (rotation.cos, rotation.sin)
+    assert rotation is None or cos.ndim == 2 or cos.stride(1) == head_size // 2, "a token's angles must be adjacent"
     places = [out[min(part, len(out) - 1)] for part in range(3)]
     block = triton.next_power_of_2(heads)
     _head_norm_rotary_kernel[(batch * tokens, len(out))](
         x, *places, *weights[:2], *weights[-2:], cos, sin, x if square_sums is None else square_sums,
-        tokens, boundary, heads, *x.stride()[:2], size, norms.image[0].eps, norms.image[0].size,
+        tokens, boundary, heads, *x.stride()[:2], size, cos.stride(0), norms.image[0].eps, norms.image[0].size,
         *(stride for place in places for stride in place.stride()[:2]),
         NORMED=len(norms.image), HEAD=head_size, HEADS=block, PER_HEAD=norms.per_head, ROTATE=rotation is not None,
-        HAS_SUMS=square_sums is not None, IS_LAYER_NORM=not norms.weights,
-        SPLIT=rotation is not None and rotation.is_neox_style, num_warps=max(1, min(8, block * head_size // 512)),
+        HAS_SUMS=square_sums is not None, IS_LAYER_NORM=not norms.weights, BY_HEAD=isinstance(rotation, HeadRotation),
+        IS_NEOX=rotation is not None and rotation.is_neox_style, num_warps=max(1, min(8, block * head_size // 512)),
     )  # fmt: skip
 
 

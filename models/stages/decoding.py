@@ -1,4 +1,4 @@
-"""Turns latents into files."""
+"""Turns latents into files: images, videos, and videos with sound."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from common.errors import InternalError, InvalidInput
 from common.stage import Call, PipelineStage
 from configs.pipeline_configs.base import DecodingConfig
 from models.contracts import DecodingInput, DecodingOutput
-from models.media import MP4, PNG, SAFETENSORS, mp4_bytes, png_bytes
+from models.media import MP4, PNG, SAFETENSORS, Sound, mp4_bytes, png_bytes
 from models.runtime import Runtime
 
 _DEFAULT_FRAME_RATE = 16.0
@@ -23,7 +23,8 @@ _DEFAULT_FRAME_RATE = 16.0
 class DecodingStage(PipelineStage[DecodingInput, DecodingOutput]):
     """Decodes with the VAE and encodes: a PNG an image, an MP4 a video, or one safetensors file with tensors.
 
-    The VAE of a video model decodes frame by frame, and each frame is encoded while the next one is decoded.
+    The VAE of a video model decodes frame by frame, and each frame is encoded while the next one is decoded. A model
+    with sound has two more modules: the VAE of its sound part, and a vocoder that makes the sound.
     """
 
     def __init__(self, config: DecodingConfig, runtime: Runtime, modules: Mapping[str, Any]) -> None:
@@ -31,6 +32,8 @@ class DecodingStage(PipelineStage[DecodingInput, DecodingOutput]):
         self._device = runtime.device
         self._dtype = config.dtype_of("vae", runtime.dtype)
         self._vae = modules["vae"]
+        has_sound = config.sound_part is not None
+        self._audio_vae, self._vocoder = (modules[role] if has_sound else None for role in ("audio_vae", "vocoder"))
 
     @torch.inference_mode()
     def run(self, x: DecodingInput, call: Call) -> DecodingOutput:
@@ -40,12 +43,12 @@ class DecodingStage(PipelineStage[DecodingInput, DecodingOutput]):
         match x.canvas.output_format:
             case "safetensors":
                 pixels = self._video_tensor(part, x, call) if is_video else self._images(part, call)
-                data = save({"latents": part.latents.contiguous(), "pixels": pixels})
-                items = [_item(data, SAFETENSORS, x)]
+                saved = {"latents": self._saved(self._config.visual_part, part, self._vae), "pixels": pixels}
+                items = [self._item(save({**saved, **self._sound_tensors(x)}), SAFETENSORS, x)]
             case "png" if not is_video:
-                items = [_item(png_bytes(each), PNG, x) for each in self._images(part, call)]
+                items = [self._item(png_bytes(each), PNG, x) for each in self._images(part, call)]
             case "mp4" if is_video:
-                items = [_item(self._mp4(part, index, x, call), MP4, x) for index in range(part.latents.shape[0])]
+                items = [self._item(self._mp4(part, index, x, call), MP4, x) for index in range(part.latents.shape[0])]
             case other:
                 made = "mp4" if is_video else "png"
                 message = f"output_format {other!r} is not made by this model; it makes {made} and safetensors"
@@ -62,9 +65,10 @@ class DecodingStage(PipelineStage[DecodingInput, DecodingOutput]):
 
     def _frames(self, part: LatentPart, index: int, x: DecodingInput, call: Call) -> Iterator[Tensor]:
         """Pixels of one output, frame by frame, (3, height, width)."""
-        shape, total = part.raw_latent_shape, x.canvas.num_frames * part.latents.shape[0]
+        frames = self._config.num_frames(x.canvas)
+        shape, total = part.raw_latent_shape, frames * part.latents.shape[0]
         latents = self._vae_latents(part.latents[index : index + 1], (1, *shape[1:]))
-        for number, frame in enumerate(self._vae.decode(latents), index * x.canvas.num_frames):
+        for number, frame in enumerate(self._vae.decode(latents), index * frames):
             yield _pixels(frame)
             call.progress(number + 1, total)
 
@@ -78,24 +82,52 @@ class DecodingStage(PipelineStage[DecodingInput, DecodingOutput]):
         return torch.stack([torch.stack(list(self._frames(part, index, x, call))) for index in outputs])
 
     def _mp4(self, part: LatentPart, index: int, x: DecodingInput, call: Call) -> bytes:
-        canvas = x.canvas
+        canvas, sound = x.canvas, None
+        if (sounding := self._sound_part(x)) is not None:
+            (samples,) = self._samples(sounding.latents[index : index + 1])
+            sound = Sound(samples, self._config.sampling_rate)
         frames = self._frames(part, index, x, call)
-        return mp4_bytes(frames, canvas.height, canvas.width, canvas.frame_rate or _DEFAULT_FRAME_RATE)
+        return mp4_bytes(frames, canvas.height, canvas.width, canvas.frame_rate or _DEFAULT_FRAME_RATE, sound)
+
+    def _sound_part(self, x: DecodingInput) -> LatentPart | None:
+        name = self._config.sound_part
+        return None if name is None else x.denoised_latents.parts[name]
+
+    def _sound_tensors(self, x: DecodingInput) -> dict[str, Tensor]:
+        """Latents and samples of the sound, of a model that makes any."""
+        part, name = self._sound_part(x), self._config.sound_part
+        if part is None or name is None:
+            return {}
+        samples = torch.cat([self._samples(each[None]) for each in part.latents])
+        return {"audio_latents": self._saved(name, part, self._audio_vae), "audio": samples}
+
+    def _samples(self, latents: Tensor) -> Tensor:
+        """Samples of the sound, float32 (outputs, channels, samples) in [-1, 1], on the CPU."""
+        assert self._audio_vae is not None, "sound of a model that makes none"
+        assert self._vocoder is not None, "sound of a model that makes none"
+        samples: Tensor = self._vocoder(self._audio_vae.decode(latents.to(self._device)))
+        return _finite(samples.float().cpu().contiguous(), "sound")
+
+    def _saved(self, name: str, part: LatentPart, decoder: Any) -> Tensor:
+        """A part's latents as Diffusers returns them."""
+        return self._config.saved_latents(name, part.latents, part.raw_latent_shape, decoder).contiguous()
+
+    def _item(self, data: bytes, content_type: str, x: DecodingInput) -> MediaItem:
+        return MediaItem(
+            data=torch.frombuffer(bytearray(data), dtype=torch.uint8),
+            content_type=content_type,
+            height=x.canvas.height,
+            width=x.canvas.width,
+            num_frames=self._config.num_frames(x.canvas),
+        )
 
 
 def _pixels(decoded: Tensor) -> Tensor:
     """From [-1, 1] to [0, 1], float32 on the CPU. Raises InternalError for what is no number."""
-    pixels = (decoded * 0.5 + 0.5).clamp(0, 1).float().cpu().contiguous()
-    if not pixels.isfinite().all():
-        raise InternalError("the model made pixels that are no numbers: its weights or latents overflowed")
-    return pixels
+    return _finite((decoded * 0.5 + 0.5).clamp(0, 1).float().cpu().contiguous(), "pixels")
 
 
-def _item(data: bytes, content_type: str, x: DecodingInput) -> MediaItem:
-    return MediaItem(
-        data=torch.frombuffer(bytearray(data), dtype=torch.uint8),
-        content_type=content_type,
-        height=x.canvas.height,
-        width=x.canvas.width,
-        num_frames=x.canvas.num_frames,
-    )
+def _finite(made: Tensor, kind: str) -> Tensor:
+    if not made.isfinite().all():
+        raise InternalError(f"the model made {kind} that are no numbers: its weights or latents overflowed")
+    return made

@@ -53,6 +53,7 @@ class DenoisingStage(PipelineStage[DenoisingInput, DenoisingOutput]):
         self._scheduler = modules[SCHEDULER]
         self._solver_class = solver_class(self._scheduler)
         self._memory = runtime.step_memory
+        self._prediction_dtype = config.prediction_dtype or runtime.dtype
         self._caching = _step_caching(runtime)
 
     @torch.inference_mode()
@@ -99,8 +100,6 @@ class DenoisingStage(PipelineStage[DenoisingInput, DenoisingOutput]):
         predict = partial(self._predict, given, latents, step)
         active = config.active(step, request.branches, request.x.sampling)
         predicted = branches.predict(active, config.expert(step), predict, latents)
-        if (dtype := config.prediction_dtype) is not None:
-            predicted = {name: {part: each.to(dtype) for part, each in own.items()} for name, own in predicted.items()}
         if len(predicted) == 1:
             return predicted[active[0]]
         return config.guide(predicted, latents, step, request.x.sampling)
@@ -108,7 +107,8 @@ class DenoisingStage(PipelineStage[DenoisingInput, DenoisingOutput]):
     def _predict(self, given: Mapping[str, Tensor], latents: Parts, step: Step, branch: Branch) -> Parts:
         """One branch's predictions for the loop's latents, by part."""
         predictions = branch.predict(given, step.index)
-        by_part = {part: predictions[keyword] for part, keyword in self._config.part_keywords.items()}
+        keywords = self._config.part_keywords
+        by_part = {part: predictions[keyword].to(self._prediction_dtype) for part, keyword in keywords.items()}
         return self._config.model_output(by_part, latents)
 
     def _model_input(self, latents: Parts, conditions: Parts) -> dict[str, Tensor]:
@@ -134,7 +134,7 @@ class DenoisingStage(PipelineStage[DenoisingInput, DenoisingOutput]):
         roles = tuple(dict.fromkeys(self._config.expert(step) for step in request.steps[state.step :]))
         latents = self._model_input(state.latents, request.conditions)  # for their shapes
         make = partial(self._branch, request, latents, lease)
-        return Branches(request.branches, roles, make, self._runtime.axis("cfg"), self._runtime.dtype)
+        return Branches(request.branches, roles, make, self._runtime.axis("cfg"), self._prediction_dtype)
 
     def _branch(self, request: _Request, latents: Mapping[str, Tensor], lease: Lease, name: str, role: str) -> Branch:
         x, transformer = request.x, self._transformers[role]
@@ -142,7 +142,7 @@ class DenoisingStage(PipelineStage[DenoisingInput, DenoisingOutput]):
         batched = timesteps[:, None].expand(-1, x.sampling.num_outputs_per_prompt)
         keywords = self._keywords(request, name)
         prepared = transformer.prepare(self._config.model_timestep(batched), **keywords)
-        flags = self._config.branch_flags(name)
+        flags = self._config.branch_flags(name, x.sampling)
         return lease_branch(lease, role, transformer, prepared, latents, flags=flags, caching=self._caching)
 
     def _keywords(self, request: _Request, branch: str) -> Keywords:

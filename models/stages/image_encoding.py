@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from common.artifacts import Conditioning, LatentPart, Latents
+from common.errors import InvalidInput
 from common.stage import Call, PipelineStage
 from configs.pipeline_configs.base import ImageLatentsConfig, VisionConfig
 from models.contracts import (
@@ -19,7 +21,13 @@ from models.contracts import (
 )
 from models.encoder_runners.checks import check_vision_processor
 from models.images import as_tensor, open_images
+from models.media import recompressed
 from models.runtime import Runtime
+
+_FILTERS: Mapping[str, Image.Resampling] = {
+    "lanczos": Image.Resampling.LANCZOS,
+    "bilinear": Image.Resampling.BILINEAR,
+}
 
 
 class ImageEncodingStage(PipelineStage[ImageEncodingInput, ImageEncodingOutput]):
@@ -58,9 +66,19 @@ class ImageVAEEncodingStage(PipelineStage[ImageVAEEncodingInput, ImageVAEEncodin
         tensors: dict[str, Tensor] = {}
         for role, picture in open_images(x.image_inputs).items():
             height, width = self._config.image_size((picture.height, picture.width), x.canvas)
-            tensors[role] = as_tensor(picture, height, width).to(self._device)
+            factor = 0 if x.sampling is None else self._config.recompression(x.sampling)
+            seen = _recompressed(role, picture, factor) if factor else picture
+            tensors[role] = as_tensor(seen, height, width, _FILTERS[self._config.resampling]).to(self._device)
         parts = {
             part: LatentPart(latents=self._config.pack(part, raw.cpu()), raw_latent_shape=tuple(raw.shape))
             for part, raw in self._config.image_latents(self._vae.encode, tensors, x.canvas).items()
         }
         return ImageVAEEncodingOutput(image_latents=Latents(parts=parts))
+
+
+def _recompressed(role: str, picture: Image.Image, factor: int) -> Image.Image:
+    """The compressed image. Raises InvalidInput about the role."""
+    try:
+        return recompressed(picture, factor)
+    except ValueError as error:
+        raise InvalidInput(f"{role}: {error}", field=role) from None

@@ -24,12 +24,7 @@ class TextEncodingStage(PipelineStage[TextEncodingInput, TextEncodingOutput]):
     def __init__(self, config: TextConfig, runtime: Runtime, modules: Mapping[str, Any]) -> None:
         self._config = config
         self._dtype = runtime.dtype
-        self._encoders = {
-            encoding.keyword: TextEncoder(
-                encoding, modules[encoding.tokenizer], modules[encoding.encoder], runtime.device
-            )
-            for encoding in config.text_encodings
-        }
+        self._encoders = [TextEncoder(encoding, modules, runtime.device) for encoding in config.text_encodings]
 
     @torch.inference_mode()
     def run(self, x: TextEncodingInput, call: Call) -> TextEncodingOutput:
@@ -50,6 +45,5 @@ class TextEncodingStage(PipelineStage[TextEncodingInput, TextEncodingOutput]):
         return TextEncodingOutput(text_conditioning=conditioning)
 
     def _encode(self, prompt: Prompt, warn: Warn) -> dict[str, Tensor]:
-        return {
-            keyword: encoder.encode(prompt, warn).to("cpu", self._dtype) for keyword, encoder in self._encoders.items()
-        }
+        encoded = [encoder.encode(prompt, warn) for encoder in self._encoders]
+        return {keyword: each.to("cpu", self._dtype) for made in encoded for keyword, each in made.items()}

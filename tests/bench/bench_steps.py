@@ -9,12 +9,13 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from models.dits.base import DiffusionTransformer
+from models.dits.base import DiffusionTransformer, Predictions
 from models.runtime import DEFAULT_STEP_MEMORY_BYTES
 from models.stages.branches import StepCaching, lease_branch
 from models.stages.step_memory import StepMemoryPool, cuda_capture
 
-_KEYWORD = "hidden_states"
+HIDDEN_STATES = "hidden_states"
+"""Keyword of the only latents of most denoisers."""
 
 
 def new_pool(device: torch.device) -> StepMemoryPool:
@@ -23,7 +24,7 @@ def new_pool(device: torch.device) -> StepMemoryPool:
 
 
 class RequestSteps:
-    """A prepared request; close() returns its memory to the pool."""
+    """A prepared request on latents by the denoiser's keyword; close() returns its memory to the pool."""
 
     def __init__(
         self,
@@ -31,17 +32,21 @@ class RequestSteps:
         ours: DiffusionTransformer,
         timesteps: Tensor,
         inputs: Mapping[str, Any],
-        hidden_states: Tensor,
+        latents: Mapping[str, Tensor],
         caching: StepCaching | None = None,
     ) -> None:
         self._resources = ExitStack()
         lease = self._resources.enter_context(pool.leases())
         prepared = ours.prepare(timesteps, **inputs)
-        self._branch = lease_branch(lease, "transformer", ours, prepared, {_KEYWORD: hidden_states}, caching=caching)
+        self._branch = lease_branch(lease, "transformer", ours, prepared, latents, caching=caching)
 
     def predict(self, hidden_states: Tensor, step: int) -> Tensor:
-        """The prediction at a step."""
-        return self._branch.predict({_KEYWORD: hidden_states}, step)[_KEYWORD]
+        """The prediction at a step of a denoiser with one latent part."""
+        return self.predict_parts({HIDDEN_STATES: hidden_states}, step)[HIDDEN_STATES]
+
+    def predict_parts(self, latents: Mapping[str, Tensor], step: int) -> Predictions:
+        """The predictions at a step, by the denoiser's keyword of each latent part."""
+        return self._branch.predict(latents, step)
 
     @property
     def reused(self) -> int:

@@ -181,7 +181,7 @@ def prediction_inputs(setup: Setup, slots: Mapping[str, Any]) -> dict[str, Any]:
         "hidden_states": noise.latents.to(setup.device, torch.bfloat16),
         "timestep": torch.tensor([749.0], device=setup.device),
         **embeds,
-        **{name: each.to(setup.device) for name, each in keywords.items()},
+        **{name: each.to(setup.device) for name, each in keywords.items() if each is not None},
     }
 
 

@@ -10,13 +10,11 @@ Run it with: python tests/bench/cuda_qwen_image.py; to try its logic without a c
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from bench_device import now
+from bench_device import default_dtype, now
 from bench_report import print_machine, print_table, say
 from diffusers import (
     AutoencoderKLQwenImage,
@@ -133,17 +131,6 @@ def main() -> None:
     print_table(("ms", "fleet's stages", "Diffusers", "ratio"), rows)
     error = float((our_latents.double() - their_latents.double()).norm() / their_latents.double().norm())
     say(f"Latents: relative L2 error {error:.2e}; all finite: {bool(our_latents.isfinite().all())}")
-
-
-@contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """New tensors are of this type."""
-    previous = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(previous)
 
 
 def byte_tokenizer() -> Qwen2Tokenizer:

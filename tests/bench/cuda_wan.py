@@ -12,7 +12,6 @@ Run it with: python tests/bench/cuda_wan.py; to try its logic without a GPU: --d
 from __future__ import annotations
 
 import argparse
-import io
 import os
 import shutil
 import tempfile
@@ -22,7 +21,9 @@ from typing import Any
 
 import torch
 from bench_device import empty, now
-from bench_report import print_machine, print_table, say
+from bench_image import png, smooth_image
+from bench_report import print_machine, say
+from bench_sides import Side, StageMeter, latents_error, print_sides
 from diffusers import (
     AutoencoderKLWan,
     UniPCMultistepScheduler,
@@ -47,6 +48,7 @@ from models.validation import InputValidationStage
 
 PROMPT = "a red heart beating on a yellow background"
 SEED = 7
+FRAMES_ALONE = "decoding, frames alone"
 
 
 @dataclass(frozen=True)
@@ -61,15 +63,6 @@ class Scale:
     frames: int
     flow_shift: float = 3.0
     index: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass
-class Side:
-    """Milliseconds and peak bytes beside the weights by stage, and the latents."""
-
-    spent: dict[str, float] = field(default_factory=dict)
-    peaks: dict[str, float] = field(default_factory=dict)
-    latents: Tensor = field(default_factory=lambda: torch.empty(0))
 
 
 _UMT5_XXL = {"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64, "vocab_size": 256384}
@@ -151,23 +144,9 @@ def main() -> None:
         }
         measure(args.directory, given, device, torch.bfloat16, None)
         if scale.index.get("expand_timesteps"):
-            measure(args.directory, given, device, torch.bfloat16, image_of(scale))
+            measure(args.directory, given, device, torch.bfloat16, smooth_image(scale.height, scale.width))
     finally:
         shutil.rmtree(args.directory, ignore_errors=True)
-
-
-def image_of(scale: Scale) -> Image.Image:
-    """A smooth image of the video's size."""
-    rows, columns = (torch.linspace(0, 255, size) for size in (scale.height, scale.width))
-    down, across = torch.meshgrid(rows, columns, indexing="ij")
-    return Image.fromarray(torch.stack((down, across, 255 - down), dim=-1).to(torch.uint8).numpy())
-
-
-def png(image: Image.Image) -> bytes:
-    """The image as a file."""
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return file.getvalue()
 
 
 def build(path: Path, scale: Scale, device: torch.device) -> None:
@@ -202,49 +181,15 @@ def measure(
 ) -> None:
     """Both sides once to warm up and once for the clock."""
     theirs = run_diffusers(path, given, device, dtype, image)
+    theirs.spent[FRAMES_ALONE] = theirs.spent["decoding"]
     empty(device)
     ours = run_stages(path, given, device, dtype, image)
     size = f"{given['height']}x{given['width']}, {given['num_frames']} frames, {given['num_inference_steps']} steps"
     say(f"## {dtype}, {size}, {'from text' if image is None else 'from an image'}")
     say()
-    rows = [
-        (name, ours.spent[name], theirs.spent[name], f"{ours.spent[name] / theirs.spent[name]:.2f}")
-        for name in ours.spent
-        if name in theirs.spent
-    ]
-    alone = ours.spent.pop("frames")
-    rows.append(("decoding, frames alone", alone, theirs.spent["decoding"], f"{alone / theirs.spent['decoding']:.2f}"))
-    more = [(name, spent, float("nan"), "-") for name, spent in ours.spent.items() if name not in theirs.spent]
-    print_table(("ms", "fleet's stages", "Diffusers", "ratio"), [*rows, *more])
-    if device.type == "cuda":
-        peaks = [(name, peak / 1e9, theirs.peaks.get(name, float("nan")) / 1e9) for name, peak in ours.peaks.items()]
-        print_table(("GB beside the weights", "fleet's stages", "Diffusers"), peaks)
-    error = float((ours.latents.double() - theirs.latents.double()).norm() / theirs.latents.double().norm())
-    say(f"Latents: relative L2 error {error:.2e}; all finite: {bool(ours.latents.isfinite().all())}")
+    print_sides(ours, theirs)
+    say(f"Latents: relative L2 error {latents_error(ours, theirs, 'video'):.2e}")
     say()
-
-
-class Meter:
-    """The clock and the peak memory of one stage after the other."""
-
-    def __init__(self, device: torch.device, side: Side) -> None:
-        self._device = device
-        self._side = side
-        self.restart()
-
-    def restart(self) -> None:
-        """Start the first stage."""
-        if self._device.type == "cuda":
-            self._before = torch.cuda.memory_allocated(self._device)
-            torch.cuda.reset_peak_memory_stats(self._device)
-        self._began = now(self._device)
-
-    def end(self, stage: str) -> None:
-        """Note the stage, and start the next one."""
-        self._side.spent[stage] = 1e3 * (now(self._device) - self._began)
-        if self._device.type == "cuda":
-            self._side.peaks[stage] = torch.cuda.max_memory_allocated(self._device) - self._before
-        self.restart()
 
 
 @torch.inference_mode()
@@ -259,7 +204,7 @@ def run_diffusers(
     more = {} if image is None else {"image": image}
     for _ in range(2):
         generator = torch.Generator("cpu").manual_seed(SEED)
-        meter = Meter(device, side)
+        meter = StageMeter(device, side)
         embeds, negative = pipeline.encode_prompt(PROMPT, max_sequence_length=512, device=device)
         meter.end("text_encoding")
         latents = pipeline(
@@ -279,7 +224,7 @@ def run_diffusers(
         decoded = pipeline.vae.decode(latents.to(dtype) * std + mean, return_dict=False)[0]
         pipeline.video_processor.postprocess_video(decoded, output_type="pt").float().cpu()
         meter.end("decoding")
-        side.latents = latents.cpu()
+        side.latents["video"] = latents.cpu()
         del decoded, latents
     return side
 
@@ -302,7 +247,7 @@ def run_stages(
         stages = HostedStages(spec.service, load_stages(model, spec, runtime, variant=name))
         inputs = {slot: slots[slot] for slot in stages.contract.inputs if slot in slots}
         for _ in range(2):
-            meter = Meter(device, side)
+            meter = StageMeter(device, side)
             outputs = stages.run(inputs, Call("bench"))
             meter.end(spec.service)
         slots |= outputs
@@ -310,8 +255,8 @@ def run_stages(
             meter.restart()
             stages.run({**inputs, "canvas": replace(inputs["canvas"], output_format="mp4")}, Call("bench"))
             meter.end(f"decoding, with the MP4 of noise ({os.cpu_count()} cores)")
-            side.latents = inputs["denoised_latents"].parts["video"].latents
-            side.spent["frames"] = decode_frames(model, side.latents, device, dtype)
+            side.latents["video"] = inputs["denoised_latents"].parts["video"].latents
+            side.spent[FRAMES_ALONE] = decode_frames(model, side.latents["video"], device, dtype)
         del stages
         empty(device)
     return side

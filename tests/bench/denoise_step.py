@@ -21,7 +21,7 @@ import diffusers
 import torch
 from bench_device import empty, milliseconds, now
 from bench_report import median, print_machine, print_table, say
-from bench_steps import RequestSteps, new_pool
+from bench_steps import HIDDEN_STATES, RequestSteps, new_pool
 from torch import Tensor, nn
 
 from configs.models.dits.flux import FluxTransformerConfig
@@ -148,7 +148,9 @@ def step_of(
     caching: StepCaching | None = None,
 ) -> Callable[[], Tensor]:
     """A step of ours, as the denoising stage runs it."""
-    steps = RequestSteps(new_pool(hidden_states.device), ours, timesteps, inputs, hidden_states, caching)
+    steps = RequestSteps(
+        new_pool(hidden_states.device), ours, timesteps, inputs, {HIDDEN_STATES: hidden_states}, caching
+    )
     return lambda: steps.predict(hidden_states, 0)
 
 
@@ -163,7 +165,7 @@ def print_cached_loop(
     for caching in (None, StepCaching(threshold)):
         pool = new_pool(noise.device)
         for _ in range(2):
-            with RequestSteps(pool, ours, timesteps, inputs, noise, caching) as steps:
+            with RequestSteps(pool, ours, timesteps, inputs, {HIDDEN_STATES: noise}, caching) as steps:
                 latents, began = noise, now(noise.device)
                 for step in range(STEPS):
                     velocity = steps.predict(latents, step)
@@ -183,7 +185,7 @@ def print_first_requests(ours: DiffusionTransformer, hidden_states: Tensor, time
     pool = new_pool(hidden_states.device)
 
     def request(prepared_steps: int) -> None:
-        with RequestSteps(pool, ours, timesteps[:prepared_steps], inputs, hidden_states) as steps:
+        with RequestSteps(pool, ours, timesteps[:prepared_steps], inputs, {HIDDEN_STATES: hidden_states}) as steps:
             for step in range(WARM_UP_STEPS):
                 steps.predict(hidden_states, step)
 
@@ -229,7 +231,12 @@ def on(device: torch.device, given: Inputs) -> Inputs:
 
 
 def float32_prediction(model: Any, inputs: Inputs) -> Tensor:
-    """The reference's prediction in float32. Each module that has weights is widened only while it runs."""
+    """The reference's first prediction in float32."""
+    return float32_predictions(model, inputs)[0]
+
+
+def float32_predictions(model: Any, inputs: Inputs) -> tuple[Tensor, ...]:
+    """The reference's predictions in float32. Each module that has weights is widened only while it runs."""
     handles = []
     kept: dict[nn.Module, dict[str, Tensor]] = {}
 
@@ -250,7 +257,7 @@ def float32_prediction(model: Any, inputs: Inputs) -> Tensor:
         name: value.float() if isinstance(value, Tensor) and value.dtype == torch.bfloat16 else value
         for name, value in inputs.items()
     }
-    exact: Tensor = model(**wide, return_dict=False)[0].double()
+    exact = tuple(each.double() for each in model(**wide, return_dict=False))
     for handle in handles:
         handle.remove()
     return exact

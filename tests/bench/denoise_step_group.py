@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from bench_device import empty
 from bench_report import median, print_machine, print_table, say
-from bench_steps import RequestSteps, new_pool
+from bench_steps import HIDDEN_STATES, RequestSteps, new_pool
 from denoise_step import (
     STEPS,
     WORKS,
@@ -82,7 +82,8 @@ def measure(work: Work, mesh: WorkerMesh, args: argparse.Namespace) -> None:
     ours = same_weights(work, theirs, mesh)
     join_all_weights(ours)
     hidden_states, timestep = our_inputs.pop("hidden_states"), our_inputs.pop("timestep")
-    steps = RequestSteps(new_pool(device), ours, timestep[None].expand(STEPS, -1), our_inputs, hidden_states)
+    timesteps, latents = timestep[None].expand(STEPS, -1), {HIDDEN_STATES: hidden_states}
+    steps = RequestSteps(new_pool(device), ours, timesteps, our_inputs, latents)
     sides: dict[str, Callable[[], Tensor]] = {f"ours, {mesh.degrees}": lambda: steps.predict(hidden_states, 0)}
     if not args.alone:
         name = f"Diffusers, ulysses={mesh.degrees.world_size}{', compiled' if args.compile else ''}"

@@ -33,6 +33,7 @@ from services.denoising import __main__ as denoising
 from services.denoising.settings import DenoisingSettings
 from tiny_flux import build_tiny_flux
 from tiny_glm_image import build_tiny_glm_image
+from tiny_ltx2 import build_tiny_ltx2
 from tiny_qwen_image import build_tiny_qwen_image
 from tiny_wan import build_tiny_wan_i2v, build_tiny_wan_ti2v
 from toy_checkpoint import build_toy_checkpoint, toy_family
@@ -45,6 +46,14 @@ BUILD: dict[str, tuple[Callable[[Path], Path], str, tuple[str, ...]]] = {
     "qwen-image": (build_tiny_qwen_image, "32x48", ("attn", "img_mlp", "txt_mlp")),
     "wan": (build_tiny_wan_i2v, "32x48x5", ("attn1", "attn2", "ffn")),
     "wan-ti2v": (build_tiny_wan_ti2v, "64x96x5@image", ("attn1", "attn2", "ffn")),
+    "ltx2": (
+        build_tiny_ltx2,
+        "64x96x9@image",
+        (
+            *("attn1", "audio_attn1", "attn2", "audio_attn2", "audio_to_video_attn", "video_to_audio_attn"),
+            *("ff", "audio_ff"),
+        ),
+    ),
 }
 Case = tuple[ServedModel, DenoisingInput, tuple[str, ...]]
 
@@ -74,8 +83,9 @@ def stage_of(model: ServedModel, approximation: Approximation, step_checkpoint_e
 
 
 def latents_of(stage: DenoisingStage, x: DenoisingInput, call: Call | None = None) -> Tensor:
-    (part,) = stage.run(x, call or Call("test")).denoised_latents.parts.values()
-    return part.latents
+    """The values of all parts."""
+    parts = stage.run(x, call or Call("test")).denoised_latents.parts.values()
+    return torch.cat([part.latents.flatten() for part in parts])
 
 
 def test_float8_linears(case: Case) -> None:
@@ -86,7 +96,8 @@ def test_float8_linears(case: Case) -> None:
     quantised = {name for name, value in transformer.named_parameters() if value.dtype == FLOAT8}
     matrices = (name for name, value in transformer.named_parameters() if value.ndim == 2)
     blocks = [name.split(".") for name in matrices if "blocks." in name]
-    assert quantised == {".".join(path) for path in blocks if path[2] in parts}
+    # A gate for each head is no large layer.
+    assert quantised == {".".join(path) for path in blocks if path[2] in parts and "to_gate_logits" not in path}
     for module in transformer.modules():
         if isinstance(module, JoinsWeights):
             joined = [value for value in vars(module).values() if isinstance(value, JoinedLinear)]
@@ -114,11 +125,13 @@ def test_a_step_cache_reuses_what_changed_little(case: Case, caplog: pytest.LogC
     stage, before = cached(model, 1e9), reused()
     with caplog.at_level(logging.INFO, "models.stages.denoising"):
         first = latents_of(stage, x)
-    branches = 2 if x.text_conditioning.negative_prompt_embeds else 1
+    has_negative = bool(x.text_conditioning.negative_prompt_embeds)
+    branches = len(stage._config.branches_of(x.sampling, has_negative=has_negative))
     assert reused() - before == branches * (STEPS - 1)
     assert f"{branches * (STEPS - 1)} times in {STEPS} steps" in caplog.text
     error = relative_error(first, latents_of(stage_of(model, EXACT), x))
-    assert 1e-5 < error < 0.5
+    # Guidance on clean latents, of three branches, multiplies what a branch gets wrong at high noise levels.
+    assert 1e-5 < error < (0.5 if len(x.initial_latents.parts) == 1 else 1.0)
     assert torch.equal(latents_of(stage, x), first)
 
 

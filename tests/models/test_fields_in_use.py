@@ -18,6 +18,7 @@ from common.stage import Call, PipelineStage
 from local_fleet import LocalFleet, open_fleet
 from models.registry import load_registry
 from tiny_glm_image import build_tiny_glm_image
+from tiny_ltx2 import build_tiny_ltx2, build_tiny_ltx2_i2v
 from tiny_qwen_image import build_tiny_qwen_image, build_tiny_qwen_image_edit
 from tiny_wan import build_tiny_wan, build_tiny_wan_i2v, build_tiny_wan_ti2v
 
@@ -77,6 +78,7 @@ class Case:
 
 _SMALL: Mapping[str, Any] = {"prompt": "a red apple", "height": 32, "width": 32, "num_inference_steps": 2}
 _VIDEO: Mapping[str, Any] = {**_SMALL, "num_frames": 5}
+_LARGER_VIDEO: Mapping[str, Any] = {**_SMALL, "height": 64, "width": 64, "num_frames": 9, "max_sequence_length": 32}
 CASES = {
     "FluxPipeline": Case("emoji", {**_SMALL, "negative_prompt": "car", "true_cfg_scale": 2.0}),
     "GlmImagePipeline": Case(build_tiny_glm_image, _SMALL),
@@ -86,6 +88,9 @@ CASES = {
     "WanPipeline@text": Case(build_tiny_wan_ti2v, _VIDEO, variant="text"),
     "WanPipeline@image": Case(build_tiny_wan_ti2v, _VIDEO, has_image=True, variant="image"),
     "WanImageToVideoPipeline": Case(build_tiny_wan_i2v, _VIDEO, has_image=True),
+    "LTX2Pipeline@text": Case(build_tiny_ltx2, _LARGER_VIDEO, variant="text"),
+    "LTX2Pipeline@image": Case(build_tiny_ltx2, _LARGER_VIDEO, has_image=True, variant="image"),
+    "LTX2ImageToVideoPipeline@image": Case(build_tiny_ltx2_i2v, _LARGER_VIDEO, has_image=True, variant="image"),
 }
 """By the name of the pipeline, with @VARIANT where the request is that of a named variant."""
 
@@ -120,8 +125,9 @@ def test_every_family_has_a_case() -> None:
     registry = load_registry()
     assert sorted({name.partition("@")[0] for name in CASES}) == registry.names()
     served = {f"{name}@{variant}" for name in registry.names() for variant in registry.entry(name).configs if variant}
-    # One directory: each pipeline of Wan 2.2 TI2V has the variants of both.
-    assert served - set(CASES) == {"WanImageToVideoPipeline@image", "WanImageToVideoPipeline@text"}
+    # One directory: each pipeline of Wan 2.2 TI2V has the variants of both, and so has each of LTX-2.
+    others = {"WanImageToVideoPipeline@image", "WanImageToVideoPipeline@text", "LTX2ImageToVideoPipeline@text"}
+    assert served - set(CASES) == others
 
 
 def test_each_input_is_read_by_a_family(recorded: dict[str, tuple[list[StageSpec], Recorder]]) -> None:

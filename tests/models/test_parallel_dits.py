@@ -51,6 +51,14 @@ def test_two_segments_of_tokens(rank_pool: RankPool, cases: dict[str, Case], tmp
     check(rank_pool, cases["wan-ti2v"], degrees, tmp_path)
 
 
+@pytest.mark.parametrize("degrees", [*FEW, Degrees(ulysses=2, ring=2)], ids=str)
+def test_two_streams_and_four_branches(
+    rank_pool: RankPool, cases: dict[str, Case], tmp_path: Path, degrees: Degrees
+) -> None:
+    """Video tokens are sharded, and audio tokens are whole on every rank."""
+    check(rank_pool, cases["ltx2"], degrees, tmp_path)
+
+
 @pytest.mark.parametrize(
     ("approximation", "most"),
     [({"linear_dtype": "float8"}, 0.05), ({"step_cache_threshold": 0.7}, 1e-4)],

@@ -47,6 +47,22 @@ def test_attention_over_a_cut_sequence(rank_pool: RankPool, tmp_path: Path, degr
         assert relative_error(got, attention(*whole.unbind())) <= 1e-6, (text, image)
 
 
+@pytest.mark.parametrize("degrees", SEQUENCE_LAYOUTS, ids=str)
+def test_attention_of_whole_queries_to_sharded_keys(rank_pool: RankPool, tmp_path: Path, degrees: Degrees) -> None:
+    """The same bytes on every rank, also where some have no keys."""
+    torch.manual_seed(0)
+    rank_pool.join(degrees)
+    for keys in (35, 5, 3, 1):
+        queries, key_values = torch.randn(2, 7, 4, 8), torch.randn(2, 2, keys, 4, 8)
+        save_file({"queries": queries, "key_values": key_values}, tmp_path / "in")
+        sizes = rank_pool.call("rank_calls:attend_whole", inputs=str(tmp_path / "in"), output=str(tmp_path / "out"))
+        assert sum(sizes[rank] for rank in range(0, degrees.sp * degrees.tp, degrees.tp)) == keys
+        files = [rank_file(str(tmp_path / "out"), rank) for rank in range(degrees.world_size)]
+        got, *others = (load_file(file)["attended"] for file in files)
+        assert relative_error(got, attention(queries, *key_values.unbind())) <= 1e-6, keys
+        assert all(torch.equal(got, other) for other in others)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_attention_to_some_keys_after_others(dtype: torch.dtype) -> None:
     torch.manual_seed(0)

@@ -88,6 +88,9 @@ class Plain:
     def vae_latents(self, latents: Any) -> Any:
         return latents
 
+    def num_frames(self, canvas: Canvas) -> int:
+        return canvas.num_frames
+
 
 def test_decoding_a_video_ends_within_a_frame_of_its_cancel() -> None:
     """The loop over frames has no other check than that of the finished frame."""

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.media import mp4_bytes
+from models.media import Sound, mp4_bytes
+from mp4_sound import decoded_sound
 
 
 def frames(count: int, size: int) -> Iterator[Tensor]:
@@ -37,3 +38,42 @@ def test_the_index_stands_before_the_frames(count: int, size: int) -> None:
     assert file == mp4_bytes(frames(count, size), size, size, 8.0)
     with av.open(io.BytesIO(file), mode="r") as container:
         assert len(list(container.decode(video=0))) == count
+
+
+def tone(seconds: float, rate: int, channels: int) -> Sound:
+    """Another pitch in each channel."""
+    time = torch.arange(round(seconds * rate)) / rate
+    return Sound(
+        torch.stack([0.5 * torch.sin(2 * torch.pi * 440 * (each + 1) * time) for each in range(channels)]), rate
+    )
+
+
+@pytest.mark.parametrize(("rate", "channels"), [(24000, 2), (48000, 2), (16000, 1)])
+@pytest.mark.parametrize("seconds", [0.01, 1.0, 4.0])
+def test_the_sound_is_an_aac_track(rate: int, channels: int, seconds: float) -> None:
+    """From the first sample on, whether it is shorter or longer than the video of 3 seconds."""
+    sound = tone(seconds, rate, channels)
+    file = mp4_bytes(frames(24, 16), 16, 16, 8.0, sound)
+    assert boxes(file).index("moov") < boxes(file).index("mdat")
+    assert file == mp4_bytes(frames(24, 16), 16, 16, 8.0, sound)
+    with av.open(io.BytesIO(file), mode="r") as container:
+        track = container.streams.audio[0]
+        assert (track.codec.canonical_name, track.rate, track.codec_context.channels) == ("aac", rate, channels)
+        assert len(list(container.decode(video=0))) == 24
+    heard = decoded_sound(file)
+    length = sound.samples.shape[1]
+    assert length <= heard.shape[1] < length + 1024
+    if seconds >= 1:
+        assert float((heard[:, :length] - sound.samples).norm() / sound.samples.norm()) < 0.05
+
+
+def test_sound_lies_among_the_frames_of_its_time() -> None:
+    """A player that reads on needs no more than a second of one track before the other."""
+    file = mp4_bytes(frames(96, 16), 16, 16, 8.0, tone(12.0, 24000, 2))
+    latest = {"video": 0.0, "audio": 0.0}
+    with av.open(io.BytesIO(file), mode="r") as container:
+        packets = sorted((each for each in container.demux() if each.pos is not None), key=lambda each: each.pos or 0)
+        for packet in packets:
+            latest[packet.stream.type] = float((packet.dts or 0) * (packet.time_base or 0))
+            assert abs(latest["video"] - latest["audio"]) < 1.5
+    assert min(latest.values()) > 11

@@ -17,6 +17,8 @@ from toy_checkpoint import toy_family
 FAMILIES = [
     "FluxPipeline",
     "GlmImagePipeline",
+    "LTX2ImageToVideoPipeline",
+    "LTX2Pipeline",
     "QwenImageEditPipeline",
     "QwenImagePipeline",
     "WanImageToVideoPipeline",

@@ -13,7 +13,15 @@ from torch.nn.functional import normalize, silu
 from models.layers import triton_kernels as kernels
 from models.layers.activation import write_gelu
 from models.layers.float8 import FLOAT8, quantize_rows
-from models.layers.norms import LayerNormScaleShift, PlainLayerNorm, Residual, RMSNorm, SegmentVectors
+from models.layers.head_rotary import HeadRotation
+from models.layers.norms import (
+    LayerNormScaleShift,
+    PlainLayerNorm,
+    Residual,
+    RMSNorm,
+    RMSNormScaleShift,
+    SegmentVectors,
+)
 from models.layers.qk_norm import QKNorms, apply_qk_norm, in_place
 from models.layers.rotary import rotary_embedding
 from models.layers.usp_attention import merge
@@ -23,6 +31,8 @@ SIZE = HEADS * HEAD
 DTYPES = pytest.mark.parametrize(
     ("dtype", "most"), [(torch.float32, 1e-6), (torch.bfloat16, 8e-3)], ids=["f32", "bf16"]
 )
+
+NORMS = pytest.mark.parametrize("norm", [LayerNormScaleShift(SIZE), RMSNormScaleShift(SIZE)], ids=["layer", "rms"])
 
 
 @pytest.fixture(autouse=True)
@@ -44,19 +54,20 @@ def modulations(dtype: torch.dtype) -> list[SegmentVectors]:
 
 
 @DTYPES
-def test_norm_scale_shift(dtype: torch.dtype, most: float) -> None:
-    x = torch.randn(BATCH, TOKENS, SIZE, dtype=dtype)
+@NORMS
+def test_norm_scale_shift(dtype: torch.dtype, most: float, norm: LayerNormScaleShift) -> None:
+    x = 1 + torch.randn(BATCH, TOKENS, SIZE, dtype=dtype)
     scale, shift, _ = modulations(dtype)
-    norm = LayerNormScaleShift(SIZE)
-    assert_near(kernels.norm_scale_shift(x, scale, shift, BOUNDARY, norm.eps), norm(x, scale, shift, BOUNDARY), most)
+    got = kernels.norm_scale_shift(x, scale, shift, BOUNDARY, norm.eps, is_centred=norm.is_centred)
+    assert_near(got, norm(x, scale, shift, BOUNDARY), most)
 
 
 @DTYPES
-def test_gate_norm_scale_shift(dtype: torch.dtype, most: float) -> None:
+@NORMS
+def test_gate_norm_scale_shift(dtype: torch.dtype, most: float, norm: LayerNormScaleShift) -> None:
     x, update = torch.randn(2, BATCH, TOKENS, SIZE, dtype=dtype).unbind(0)
     scale, shift, gate = modulations(dtype)
-    norm = LayerNormScaleShift(SIZE)
-    got = kernels.gate_norm_scale_shift(x, update, gate, scale, shift, BOUNDARY, norm.eps)
+    got = kernels.gate_norm_scale_shift(x, update, gate, scale, shift, BOUNDARY, norm.eps, is_centred=norm.is_centred)
     for mine, expected in zip(got, norm.after(Residual(x, update, gate), scale, shift, BOUNDARY), strict=True):
         assert_near(mine, expected, most)
 
@@ -109,6 +120,23 @@ def test_layer_norm_of_heads_in_neox_style(heads: int, dtype: torch.dtype, most:
     neighbours = expected.clone()
     apply_qk_norm(neighbours[..., qk], norms, angles, BOUNDARY)
     assert not torch.allclose(neighbours, qkv, atol=0.1)
+
+
+@DTYPES
+@pytest.mark.parametrize("is_neox_style", [False, True], ids=["neighbours", "halves"])
+def test_qk_norm_with_angles_of_each_head(dtype: torch.dtype, most: float, is_neox_style: bool) -> None:
+    """Those of some heads of a rank too, which are not adjacent from token to token."""
+    norm = RMSNorm(SIZE).to(dtype)
+    norm.weight.copy_(torch.randn(SIZE))
+    norms = QKNorms((norm,), (norm,), HEAD)
+    angles = torch.randn(TOKENS, 2 * HEADS, HEAD // 2)[:, HEADS:]
+    cos, sin = (torch.cat((each, each), dim=1)[:, HEADS:] for each in (angles.cos(), angles.sin()))
+    rotation = HeadRotation(cos, sin, is_neox_style)
+    x = torch.randn(BATCH, TOKENS, SIZE, dtype=dtype)
+    expected = x.clone()
+    apply_qk_norm(expected, norms, rotation)
+    kernels.apply_qk_norm(x, norms, rotation, 0, None, in_place(x, 1, HEAD))
+    assert_near(x, expected, most)
 
 
 def test_qk_norm_of_a_part_uses_the_sums_of_the_whole() -> None:

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from fleet.v1 import artifacts_pb2 as fleet_dot_v1_dot_artifacts__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x66leet/v1/image_encoding.proto\x12\x08\x66leet.v1\x1a\x18\x66leet/v1/artifacts.proto\"n\n\x12\x45ncodeImageRequest\x12-\n\x06header\x18\x01 \x01(\x0b\x32\x1b.fleet.v1.EncodeImageInputsH\x00\x12 \n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x0f.fleet.v1.ChunkH\x00\x42\x07\n\x05\x66rame\"\xe0\x01\n\x13\x45ncodeImageResponse\x12.\n\x06header\x18\x01 \x01(\x0b\x32\x1c.fleet.v1.EncodeImageOutputsH\x00\x12 \n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x0f.fleet.v1.ChunkH\x00\x12&\n\x08progress\x18\x03 \x01(\x0b\x32\x12.fleet.v1.ProgressH\x00\x12$\n\x07warning\x18\x04 \x01(\x0b\x32\x11.fleet.v1.WarningH\x00\x12 \n\x05\x62\x65gun\x18\x06 \x01(\x0b\x32\x0f.fleet.v1.BegunH\x00\x42\x07\n\x05\x66rame\"\x88\x01\n\x11\x45ncodeImageInputs\x12\x30\n\x0cimage_inputs\x18\x01 \x01(\x0b\x32\x15.fleet.v1.ImageInputsH\x00\x88\x01\x01\x12%\n\x06\x63\x61nvas\x18\x02 \x01(\x0b\x32\x10.fleet.v1.CanvasH\x01\x88\x01\x01\x42\x0f\n\r_image_inputsB\t\n\x07_canvas\"\xa5\x01\n\x12\x45ncodeImageOutputs\x12\x37\n\x12image_conditioning\x18\x01 \x01(\x0b\x32\x16.fleet.v1.ConditioningH\x00\x88\x01\x01\x12-\n\rimage_latents\x18\x02 \x01(\x0b\x32\x11.fleet.v1.LatentsH\x01\x88\x01\x01\x42\x15\n\x13_image_conditioningB\x10\n\x0e_image_latents2f\n\x14ImageEncodingService\x12N\n\x0b\x45ncodeImage\x12\x1c.fleet.v1.EncodeImageRequest\x1a\x1d.fleet.v1.EncodeImageResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x66leet/v1/image_encoding.proto\x12\x08\x66leet.v1\x1a\x18\x66leet/v1/artifacts.proto\"n\n\x12\x45ncodeImageRequest\x12-\n\x06header\x18\x01 \x01(\x0b\x32\x1b.fleet.v1.EncodeImageInputsH\x00\x12 \n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x0f.fleet.v1.ChunkH\x00\x42\x07\n\x05\x66rame\"\xe0\x01\n\x13\x45ncodeImageResponse\x12.\n\x06header\x18\x01 \x01(\x0b\x32\x1c.fleet.v1.EncodeImageOutputsH\x00\x12 \n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x0f.fleet.v1.ChunkH\x00\x12&\n\x08progress\x18\x03 \x01(\x0b\x32\x12.fleet.v1.ProgressH\x00\x12$\n\x07warning\x18\x04 \x01(\x0b\x32\x11.fleet.v1.WarningH\x00\x12 \n\x05\x62\x65gun\x18\x06 \x01(\x0b\x32\x0f.fleet.v1.BegunH\x00\x42\x07\n\x05\x66rame\"\xc0\x01\n\x11\x45ncodeImageInputs\x12\x30\n\x0cimage_inputs\x18\x01 \x01(\x0b\x32\x15.fleet.v1.ImageInputsH\x00\x88\x01\x01\x12%\n\x06\x63\x61nvas\x18\x02 \x01(\x0b\x32\x10.fleet.v1.CanvasH\x01\x88\x01\x01\x12)\n\x08sampling\x18\x03 \x01(\x0b\x32\x12.fleet.v1.SamplingH\x02\x88\x01\x01\x42\x0f\n\r_image_inputsB\t\n\x07_canvasB\x0b\n\t_sampling\"\xa5\x01\n\x12\x45ncodeImageOutputs\x12\x37\n\x12image_conditioning\x18\x01 \x01(\x0b\x32\x16.fleet.v1.ConditioningH\x00\x88\x01\x01\x12-\n\rimage_latents\x18\x02 \x01(\x0b\x32\x11.fleet.v1.LatentsH\x01\x88\x01\x01\x42\x15\n\x13_image_conditioningB\x10\n\x0e_image_latents2f\n\x14ImageEncodingService\x12N\n\x0b\x45ncodeImage\x12\x1c.fleet.v1.EncodeImageRequest\x1a\x1d.fleet.v1.EncodeImageResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,9 +37,9 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ENCODEIMAGERESPONSE']._serialized_start=182
   _globals['_ENCODEIMAGERESPONSE']._serialized_end=406
   _globals['_ENCODEIMAGEINPUTS']._serialized_start=409
-  _globals['_ENCODEIMAGEINPUTS']._serialized_end=545
-  _globals['_ENCODEIMAGEOUTPUTS']._serialized_start=548
-  _globals['_ENCODEIMAGEOUTPUTS']._serialized_end=713
-  _globals['_IMAGEENCODINGSERVICE']._serialized_start=715
-  _globals['_IMAGEENCODINGSERVICE']._serialized_end=817
+  _globals['_ENCODEIMAGEINPUTS']._serialized_end=601
+  _globals['_ENCODEIMAGEOUTPUTS']._serialized_start=604
+  _globals['_ENCODEIMAGEOUTPUTS']._serialized_end=769
+  _globals['_IMAGEENCODINGSERVICE']._serialized_start=771
+  _globals['_IMAGEENCODINGSERVICE']._serialized_end=873
 # @@protoc_insertion_point(module_scope)

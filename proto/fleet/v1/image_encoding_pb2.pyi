@@ -107,6 +107,7 @@ class EncodeImageInputs(_message.Message):
 
     IMAGE_INPUTS_FIELD_NUMBER: _builtins.int
     CANVAS_FIELD_NUMBER: _builtins.int
+    SAMPLING_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def image_inputs(self) -> _artifacts_pb2.ImageInputs:
         """The pictures, as files."""
@@ -115,24 +116,33 @@ class EncodeImageInputs(_message.Message):
     def canvas(self) -> _artifacts_pb2.Canvas:
         """Size of what is made."""
 
+    @_builtins.property
+    def sampling(self) -> _artifacts_pb2.Sampling:
+        """How pictures are prepared, for models that compress them first."""
+
     def __init__(
         self,
         *,
         image_inputs: _artifacts_pb2.ImageInputs | None = ...,
         canvas: _artifacts_pb2.Canvas | None = ...,
+        sampling: _artifacts_pb2.Sampling | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_canvas", b"_canvas", "_image_inputs", b"_image_inputs", "canvas", b"canvas", "image_inputs", b"image_inputs"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_canvas", b"_canvas", "_image_inputs", b"_image_inputs", "_sampling", b"_sampling", "canvas", b"canvas", "image_inputs", b"image_inputs", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_canvas", b"_canvas", "_image_inputs", b"_image_inputs", "canvas", b"canvas", "image_inputs", b"image_inputs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_canvas", b"_canvas", "_image_inputs", b"_image_inputs", "_sampling", b"_sampling", "canvas", b"canvas", "image_inputs", b"image_inputs", "sampling", b"sampling"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__canvas: _TypeAlias = _typing.Literal["canvas"]  # noqa: Y015
     _WhichOneofArgType__canvas: _TypeAlias = _typing.Literal["_canvas", b"_canvas"]  # noqa: Y015
     _WhichOneofReturnType__image_inputs: _TypeAlias = _typing.Literal["image_inputs"]  # noqa: Y015
     _WhichOneofArgType__image_inputs: _TypeAlias = _typing.Literal["_image_inputs", b"_image_inputs"]  # noqa: Y015
+    _WhichOneofReturnType__sampling: _TypeAlias = _typing.Literal["sampling"]  # noqa: Y015
+    _WhichOneofArgType__sampling: _TypeAlias = _typing.Literal["_sampling", b"_sampling"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__canvas) -> _WhichOneofReturnType__canvas | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__image_inputs) -> _WhichOneofReturnType__image_inputs | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__sampling) -> _WhichOneofReturnType__sampling | None: ...
 
 Global___EncodeImageInputs: _TypeAlias = EncodeImageInputs  # noqa: Y015
 

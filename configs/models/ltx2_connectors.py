@@ -1,0 +1,50 @@
+"""What the stages need to know of Diffusers' LTX2TextConnectors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+from configs.models.fields import ConfigFields
+
+
+@dataclass(frozen=True, kw_only=True)
+class LTX2ConnectorsConfig:
+    """LTX2TextConnectors' config.json: from all layers of a language model to text for video and for audio.
+
+    `caption_channels` is the width of a layer, `num_layers` their number, that of the embeddings included. `video_size`
+    and `audio_size` are the widths of the results. `registers` learned tokens take the place of padding, again and
+    again; None: padding stays, and is masked.
+    """
+
+    caption_channels: int
+    num_layers: int
+    video_size: int
+    audio_size: int
+    registers: int | None
+
+    @classmethod
+    def from_dict(cls, module: str, values: Mapping[str, Any]) -> Self:
+        """Read config.json of the module. Raises CheckpointError."""
+        fields = ConfigFields(module, values)
+        sizes, registers = {}, {}
+        for part in ("video", "audio"):
+            heads = fields.integer(f"{part}_connector_num_attention_heads", 30)
+            sizes[part] = heads * fields.integer(f"{part}_connector_attention_head_dim", 128)
+            registers[part] = _registers(fields, f"{part}_connector_num_learnable_registers")
+        if registers["video"] != registers["audio"]:
+            message = f"must be {registers['video']}, as that of video: both have one mask"
+            raise fields.error("audio_connector_num_learnable_registers", message)
+        return cls(
+            caption_channels=fields.integer("caption_channels", 3840),
+            num_layers=fields.integer("text_proj_in_factor", 49),
+            video_size=sizes["video"],
+            audio_size=sizes["audio"],
+            registers=registers["video"],
+        )
+
+
+def _registers(fields: ConfigFields, name: str) -> int | None:
+    """128 where there is no entry; an entry of null is none."""
+    return None if name in fields.values and fields.values[name] is None else fields.integer(name, 128)

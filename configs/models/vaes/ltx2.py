@@ -1,0 +1,131 @@
+"""What the stages need to know of Diffusers' AutoencoderKLLTX2Video, AutoencoderKLLTX2Audio and LTX2Vocoder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+from configs.models.fields import ConfigFields
+
+_AUDIO_FACTOR = 4
+_AAC_RATES = (7350, 8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000, 64000, 88200, 96000)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LTX2VideoVAEConfig:
+    """AutoencoderKLLTX2Video's config.json, as far as the shape of latents depends on it.
+
+    The first frame has a latent frame of its own, every further latent frame stands for `temporal_factor` frames;
+    `spatial_factor` pixels a side make one latent. Latents are normalised with statistics among the weights. A video
+    must be at least `min_latents` latents wide and high: the decoder mirrors latents at the border.
+    """
+
+    latent_channels: int
+    spatial_factor: int
+    temporal_factor: int
+    min_latents: int
+
+    @classmethod
+    def from_dict(cls, module: str, values: Mapping[str, Any]) -> Self:
+        """Read config.json of the module. Raises CheckpointError, also where entries contradict each other."""
+        fields = ConfigFields(module, values)
+        fields.only("timestep_conditioning", False)
+        fields.only("patch_size_t", 1)
+        spatial, temporal = _factors(fields)
+        padding = fields.values.get("decoder_spatial_padding_mode") or "reflect"
+        return cls(
+            latent_channels=fields.integer("latent_channels", 128),
+            spatial_factor=spatial,
+            temporal_factor=temporal,
+            min_latents=2 if padding == "reflect" else 1,
+        )
+
+    def latent_frames(self, num_frames: int) -> int:
+        """Latent frames of a video."""
+        return (num_frames - 1) // self.temporal_factor + 1
+
+    def whole_frames(self, num_frames: int) -> int:
+        """Frames that are decoded from as many latent frames as a video of `num_frames` has."""
+        return (self.latent_frames(num_frames) - 1) * self.temporal_factor + 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class LTX2AudioVAEConfig:
+    """AutoencoderKLLTX2Audio's config.json, as far as the shape of latents depends on it.
+
+    A latent stands for 4 spectrogram frames, of `hop_length` samples each, and 4 of the `mel_bins`; the spectrogram has
+    `channels`.
+    """
+
+    latent_channels: int
+    mel_bins: int
+    channels: int
+    sampling_rate: int
+    hop_length: int
+
+    @classmethod
+    def from_dict(cls, module: str, values: Mapping[str, Any]) -> Self:
+        """Read config.json of the module. Raises CheckpointError, also where entries contradict each other."""
+        fields = ConfigFields(module, values)
+        config = cls(
+            latent_channels=fields.integer("latent_channels", 8),
+            mel_bins=fields.integer("mel_bins", 64),
+            channels=fields.integer("output_channels", 2),
+            sampling_rate=fields.integer("sample_rate", 16000),
+            hop_length=fields.integer("mel_hop_length", 160),
+        )
+        if fields.integer("base_channels", 128) != config.token_channels:
+            message = f"must be {config.token_channels}: latent channels x mel bins of a latent"
+            raise fields.error("base_channels", message)
+        return config
+
+    @property
+    def latent_bins(self) -> int:
+        """Mel bins of latents."""
+        return self.mel_bins // _AUDIO_FACTOR
+
+    @property
+    def token_channels(self) -> int:
+        """Values of all channels and mel bins at a time."""
+        return self.latent_channels * self.latent_bins
+
+    def latent_length(self, num_frames: int, frame_rate: float) -> int:
+        """Latents of a sound as long as a video; 0 for one that is too short."""
+        per_second = self.sampling_rate / self.hop_length / float(_AUDIO_FACTOR)
+        return round(num_frames / frame_rate * per_second)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LTX2VocoderConfig:
+    """config.json of LTX2Vocoder or LTX2VocoderWithBWE: its sound has `sampling_rate` samples a second."""
+
+    in_channels: int
+    sampling_rate: int
+
+    @classmethod
+    def from_dict(cls, module: str, values: Mapping[str, Any], *, extends_bandwidth: bool) -> Self:
+        """Read config.json of the module. Raises CheckpointError."""
+        fields = ConfigFields(module, values)
+        rate = fields.integer("output_sampling_rate", 48000 if extends_bandwidth else 24000)
+        if rate not in _AAC_RATES:
+            raise fields.error("output_sampling_rate", "must be a rate that AAC has, such as 24000 or 48000")
+        if fields.integer("bwe_out_channels" if extends_bandwidth else "out_channels", 2) > 2:
+            raise fields.error("out_channels", "must be 1 or 2: MP4 files have mono or stereo sound")
+        return cls(in_channels=fields.integer("in_channels", 128), sampling_rate=rate)
+
+
+def _factors(fields: ConfigFields) -> tuple[int, int]:
+    """Pixels a side and frames that make one latent, as both the entries and the decoder's layers say."""
+    kinds = fields.values.get("upsample_type") or ("spatiotemporal",) * 3
+    scaling = fields.values.get("decoder_spatio_temporal_scaling", True)
+    does_scale = scaling if isinstance(scaling, list | tuple) else (scaling,) * len(kinds)
+    if len(does_scale) != len(kinds):
+        raise fields.error("decoder_spatio_temporal_scaling", f"must have {len(kinds)} entries, as upsample_type")
+    layers = [kind for kind, scales in zip(kinds, does_scale, strict=True) if scales]
+    spatial = fields.integer("patch_size", 4) * 2 ** sum(kind != "temporal" for kind in layers)
+    temporal = 2 ** sum(kind != "spatial" for kind in layers)
+    for name, made in (("spatial_compression_ratio", spatial), ("temporal_compression_ratio", temporal)):
+        if fields.integer(name, made) != made:
+            raise fields.error(name, f"must be {made}, as the decoder's layers say")
+    return spatial, temporal

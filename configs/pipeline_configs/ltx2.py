@@ -1,0 +1,290 @@
+"""LTX-2: a video with sound from one loop, guided on clean latents by up to four branches; from text or an image."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.errors import CheckpointError
+from configs.models.dits.ltx2 import LTX2TransformerConfig
+from configs.models.encodings import Connector, PromptText, TextEncoding
+from configs.models.fields import ConfigFields
+from configs.models.ltx2_connectors import LTX2ConnectorsConfig
+from configs.models.vaes.ltx2 import LTX2AudioVAEConfig, LTX2VideoVAEConfig, LTX2VocoderConfig
+from configs.pipeline_configs.base import (
+    NEGATIVE,
+    POSITIVE,
+    ImageLatentsConfig,
+    Keywords,
+    Parts,
+    Shapes,
+    StandardPipelineConfig,
+    Step,
+)
+from configs.pipeline_configs.ltx2_guidance import ISOLATED, PERTURBED, LTX2Guidance
+from configs.pipeline_configs.packed import SequenceShift
+
+if TYPE_CHECKING:
+    from common.artifacts import Canvas, Prompt, Sampling
+    from common.checkpoint import Checkpoint
+
+MAX_SEQUENCE_LENGTH = 1024
+_FRAME_RATE = 24.0
+_SHIFT = SequenceShift(base_image_seq_len=1024, max_image_seq_len=4096, base_shift=0.95, max_shift=2.05)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LTX2PipelineConfig(StandardPipelineConfig):
+    """LTX2Pipeline's callbacks. Latents are float32, normalised and not packed, whatever the weights' type.
+
+    "video" is (B, C, frames, rows, columns), "audio" (B, C, length, mel bins).
+    """
+
+    transformer: LTX2TransformerConfig
+    connectors: LTX2ConnectorsConfig
+    vae: LTX2VideoVAEConfig
+    audio_vae: LTX2AudioVAEConfig
+    vocoder: LTX2VocoderConfig
+    shift: SequenceShift
+
+    part_keywords: ClassVar[Mapping[str, str]] = {"video": "hidden_states", "audio": "audio_hidden_states"}
+    branches: ClassVar[tuple[str, ...]] = (POSITIVE, NEGATIVE, PERTURBED, ISOLATED)
+    prediction_dtype: ClassVar[torch.dtype | None] = torch.float32
+    visual_part: ClassVar[str] = "video"
+    sound_part: ClassVar[str | None] = "audio"
+    module_loaders: ClassVar[Mapping[str, str]] = {
+        "AutoencoderKLLTX2Audio": "models.vaes.ltx2:load_ltx2_audio_vae",
+        "AutoencoderKLLTX2Video": "models.vaes.ltx2:load_ltx2_video_vae",
+        "Gemma3ForConditionalGeneration": "models.encoder_runners.gemma:load_gemma_text_model",
+        "GemmaTokenizer": "models.loader:load_tokenizer",
+        "GemmaTokenizerFast": "models.loader:load_tokenizer",
+        "LTX2TextConnectors": "models.loader:load_pretrained",
+        "LTX2VideoTransformer3DModel": "models.dits.ltx2:load_ltx2_transformer",
+        "LTX2Vocoder": "models.loader:load_pretrained",
+        "LTX2VocoderWithBWE": "models.loader:load_pretrained",
+    }
+    parallel_modules: ClassVar[frozenset[str]] = frozenset({"LTX2VideoTransformer3DModel"})
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint: Checkpoint) -> Self:
+        """Read all modules. Raises CheckpointError when they do not fit together."""
+        extends = checkpoint.modules["vocoder"][1] == "LTX2VocoderWithBWE"
+        vocoder = checkpoint.module_config("vocoder")
+        config = cls(
+            transformer=LTX2TransformerConfig.from_dict("transformer", checkpoint.module_config("transformer")),
+            connectors=LTX2ConnectorsConfig.from_dict("connectors", checkpoint.module_config("connectors")),
+            vae=LTX2VideoVAEConfig.from_dict("vae", checkpoint.module_config("vae")),
+            audio_vae=LTX2AudioVAEConfig.from_dict("audio_vae", checkpoint.module_config("audio_vae")),
+            vocoder=LTX2VocoderConfig.from_dict("vocoder", vocoder, extends_bandwidth=extends),
+            shift=SequenceShift.from_dict("scheduler", checkpoint.config_of("scheduler"), _SHIFT),
+        )
+        config._check_modules(checkpoint)
+        return config
+
+    def _check_modules(self, checkpoint: Checkpoint) -> None:
+        """Refuse modules of which one makes what another cannot take."""
+        video, audio = self.transformer.video, self.transformer.audio
+        text = checkpoint.module_config("text_encoder").get("text_config") or {}
+        layers = ConfigFields("text_encoder", text)
+        texts = self.transformer.caption_channels
+        spectrogram = self.audio_vae.channels * self.audio_vae.mel_bins
+        pairs = {
+            "video channels, of the VAE": (video.in_channels, self.vae.latent_channels),
+            "channels of video and of its prediction": (video.in_channels, video.out_channels),
+            "audio channels, of the audio VAE's latents": (audio.in_channels, self.audio_vae.token_channels),
+            "channels of audio and of its prediction": (audio.in_channels, audio.out_channels),
+            "text features for video, of connectors": (texts or video.hidden_size, self.connectors.video_size),
+            "text features for audio, of connectors": (texts or audio.hidden_size, self.connectors.audio_size),
+            "layers, of the text encoder": (self.connectors.num_layers, layers.integer("num_hidden_layers", 26) + 1),
+            "features, of the text encoder": (self.connectors.caption_channels, layers.integer("hidden_size", 2304)),
+            "channels of the vocoder, of the audio VAE": (self.vocoder.in_channels, spectrogram),
+        }
+        for what, (taken, made) in pairs.items():
+            if taken != made:
+                raise CheckpointError(f"{checkpoint.name}: {taken} {what} are needed, but there are {made}")
+
+    @property
+    def text_encodings(self) -> tuple[TextEncoding, ...]:
+        """All layers of Gemma, which the connectors make text for video and for audio of."""
+        gemma = TextEncoding(
+            keyword="encoder_hidden_states",
+            tokenizer="tokenizer",
+            encoder="text_encoder",
+            text=_stripped_prompt,
+            max_length=_max_sequence_length,
+            output=_all_layers,
+            masked=True,
+            padding_side="left",
+            connector=Connector(module="connectors", connect=self._connect),
+        )
+        return (gemma,)
+
+    def _connect(self, connectors: Any, hidden_states: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        """The denoiser's text. Where registers take the place of padding, no token is masked."""
+        video, audio, text_mask = connectors(hidden_states, mask, padding_side="left")
+        texts = {"encoder_hidden_states": video, "audio_encoder_hidden_states": audio}
+        return texts if self.connectors.registers is not None else texts | {"encoder_attention_mask": text_mask}
+
+    def conditioning_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Text is padded to 1024 tokens, unless a request says otherwise."""
+        shapes: dict[str, tuple[int, ...]] = {
+            "encoder_hidden_states": (1, MAX_SEQUENCE_LENGTH, self.connectors.video_size),
+            "audio_encoder_hidden_states": (1, MAX_SEQUENCE_LENGTH, self.connectors.audio_size),
+        }
+        masks = {} if self.connectors.registers else {"encoder_attention_mask": (1, MAX_SEQUENCE_LENGTH)}
+        return shapes | masks
+
+    def wants_negative(self, prompt: Prompt, sampling: Sampling) -> bool:
+        """Guidance of either part needs it; an unset negative prompt is an empty one."""
+        del prompt
+        return LTX2Guidance.of(sampling).wants_negative
+
+    def noise_dtype(self, requested: torch.dtype) -> torch.dtype:
+        """float32 always."""
+        del requested
+        return torch.float32
+
+    def raw_latent_shapes(self, canvas: Canvas, batch: int) -> Shapes:
+        """Video is drawn before audio, which is as long as the frames that the request asks for."""
+        side, frames = self.vae.spatial_factor, self.vae.latent_frames(canvas.num_frames)
+        length = self.audio_vae.latent_length(canvas.num_frames, canvas.frame_rate or _FRAME_RATE)
+        return {
+            "video": (batch, self.vae.latent_channels, frames, canvas.height // side, canvas.width // side),
+            "audio": (batch, self.audio_vae.latent_channels, length, self.audio_vae.latent_bins),
+        }
+
+    def sigmas(self, sampling: Sampling) -> Sequence[float] | None:
+        """The request's own, or evenly spaced from 1 to 1/steps."""
+        steps = sampling.num_inference_steps
+        return sampling.sigmas or np.linspace(1.0, 1.0 / steps, steps).tolist()
+
+    def mu(self, canvas: Canvas) -> float | None:
+        """From the number of video tokens; the audio has the same schedule."""
+        *_, frames, rows, columns = self.raw_latent_shapes(canvas, 1)["video"]
+        return self.shift.mu(frames * rows * columns)
+
+    def model_timestep(self, timesteps: Tensor) -> Tensor:
+        """The schedule's, in [0, 1000]."""
+        return timesteps
+
+    def branches_of(self, sampling: Sampling, *, has_negative: bool) -> tuple[str, ...]:
+        """Those whose guidance is on, but for a perturbed branch that would skip nothing: it is the positive one."""
+        guidance = LTX2Guidance.of(sampling)
+        wanted = {
+            POSITIVE: True,
+            NEGATIVE: has_negative,
+            PERTURBED: guidance.wants_perturbed and bool(self._skipped(guidance)),
+            ISOLATED: guidance.wants_isolated,
+        }
+        return tuple(branch for branch in self.branches if wanted[branch])
+
+    def branch_flags(self, branch: str, sampling: Sampling) -> Mapping[str, Hashable]:
+        """Blocks without self-attention, and streams that do not attend to each other."""
+        if branch == PERTURBED:
+            return {"spatio_temporal_guidance_blocks": self._skipped(LTX2Guidance.of(sampling))}
+        return {"isolate_modalities": True} if branch == ISOLATED else {}
+
+    def _skipped(self, guidance: LTX2Guidance) -> tuple[int, ...]:
+        """The blocks of the perturbed branch, of those that the model has."""
+        blocks = range(self.transformer.num_layers if self.transformer.skips_attention else 0)
+        return tuple(sorted(set(guidance.blocks).intersection(blocks)))
+
+    def prepare_pos_cond_kwargs(self, embeds: Parts, shapes: Shapes, sampling: Sampling) -> Keywords:
+        """The frame rate that positions are computed with."""
+        del embeds, shapes
+        frame_rate = sampling.params.get("conditioning_frame_rate", _FRAME_RATE)
+        return {"fps": torch.tensor([frame_rate], dtype=torch.float32)}
+
+    def guide(self, predictions: Mapping[str, Parts], latents: Parts, step: Step, sampling: Sampling) -> Parts:
+        """Guidance of each part on the clean latents that its velocities lead to, and the velocity to its result."""
+        guided: dict[str, Tensor] = {}
+        for part, scales in LTX2Guidance.of(sampling).parts.items():
+            own, sigma = latents[part], step.sigma[part]
+            clean = {branch: own - each[part] * sigma for branch, each in predictions.items()}
+            guided[part] = (own - scales.guided(clean)) / sigma
+        return guided
+
+    @property
+    def sampling_rate(self) -> int:
+        """The vocoder's."""
+        return self.vocoder.sampling_rate
+
+    def num_frames(self, canvas: Canvas) -> int:
+        """One more than a multiple of 8."""
+        return self.vae.whole_frames(canvas.num_frames)
+
+    def vae_latents(self, raw: Tensor) -> Tensor:
+        """The same: the VAEs undo the normalisation, with statistics among their weights."""
+        return raw
+
+    def saved_latents(self, part: str, latents: Tensor, raw_latent_shape: tuple[int, ...], decoder: Any) -> Tensor:
+        """Without the normalisation."""
+        del part, raw_latent_shape
+        raw: Tensor = decoder.denormalised(latents)
+        return raw
+
+
+@dataclass(frozen=True, kw_only=True)
+class LTX2ImageToVideoPipelineConfig(LTX2PipelineConfig, ImageLatentsConfig):
+    """LTX2ImageToVideoPipeline's callbacks: the image is the first latent frame, which is not denoised."""
+
+    resampling: ClassVar[Literal["lanczos", "bilinear"]] = "bilinear"
+
+    def recompression(self, sampling: Sampling) -> int:
+        """The request's image_crf."""
+        factor = sampling.params.get("image_crf", 0)
+        assert isinstance(factor, int), "its type is that of LTX2ImageToVideoSamplingParams"
+        return factor
+
+    def condition_shapes(self, canvas: Canvas) -> Shapes:
+        """One latent frame."""
+        batch, channels, _, *size = self.raw_latent_shapes(canvas, 1)["video"]
+        return {"condition": (batch, channels, 1, *size)}
+
+    def image_latents(self, encode: Callable[[Tensor], Tensor], images: Mapping[str, Tensor], canvas: Canvas) -> Parts:
+        """Normalised latents of the image as a video of one frame, float32 (1, C, 1, rows, columns)."""
+        del canvas
+        return {"condition": encode(images["image"][:, :, None])}
+
+    def model_timestep(self, timesteps: Tensor) -> Tensor:
+        """0 for the tokens of the first latent frame, the schedule's for the others: (steps, B, 2)."""
+        return torch.stack((torch.zeros_like(timesteps), timesteps), dim=-1)
+
+    def prepare_pos_cond_kwargs(self, embeds: Parts, shapes: Shapes, sampling: Sampling) -> Keywords:
+        """Whether the first frame's exchange with the audio is modulated by the audio's timestep, beside the rate."""
+        crosses = bool(sampling.params.get("use_cross_timestep", True))
+        rate = super().prepare_pos_cond_kwargs(embeds, shapes, sampling)
+        return {**rate, "use_cross_timestep": torch.tensor([crosses])}
+
+    def before_step(self, step: Step, latents: Parts, conditions: Parts) -> Parts:
+        """The image in place of what the solver made of the first latent frame: guidance sees it."""
+        del step
+        return _with_first_frame(latents, conditions)
+
+    def after_loop(self, latents: Parts, conditions: Parts) -> Parts:
+        """The image in place of the first latent frame."""
+        return _with_first_frame(latents, conditions)
+
+
+def _with_first_frame(latents: Parts, conditions: Parts) -> Parts:
+    """The latents with the image's as the first frame of the video."""
+    video = torch.cat((conditions["condition"], latents["video"][:, :, 1:]), dim=2)
+    return {**latents, "video": video}
+
+
+def _stripped_prompt(prompt: Prompt) -> PromptText:
+    return PromptText(field="prompt", text=prompt.prompt.strip())
+
+
+def _max_sequence_length(prompt: Prompt) -> int:
+    return prompt.max_sequence_length or MAX_SEQUENCE_LENGTH
+
+
+def _all_layers(output: Any, _: Tensor) -> Tensor:
+    """The states of embeddings and layers, (B, T, size, layers)."""
+    return torch.stack(output.hidden_states, dim=-1)

@@ -1,0 +1,200 @@
+"""Sampling parameters of LTX-2, as Diffusers 0.42's LTX2Pipeline and LTX2ImageToVideoPipeline take and round them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
+
+from common.artifacts import Canvas, Prompt, Sampling
+from common.checkpoint import Checkpoint
+from common.errors import InvalidInput
+from configs.models.dits.ltx2 import LTX2TransformerConfig
+from configs.models.ltx2_connectors import LTX2ConnectorsConfig
+from configs.models.vaes.ltx2 import LTX2AudioVAEConfig, LTX2VideoVAEConfig
+from configs.sample.base import ImageRoles, ParamWarning, parameter
+from configs.sample.sigmas import SigmasSamplingParams
+from configs.sample.terminal import check_stretched
+
+_MAX_SCALE = 1000.0
+_STG_PARAMETERS = ("stg_scale", "audio_stg_scale", "spatio_temporal_guidance_blocks")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LTX2SamplingParams(SigmasSamplingParams):
+    """LTX-2 from text: a video with sound. Parameters whose names begin with audio_ are those of the sound.
+
+    Three kinds of guidance, each with a prediction of its own: by a negative prompt (scales above 1), by skipped
+    self-attention (stg, above 0) and by predictions of video and sound for themselves (modality, above 1). Defaults are
+    those of Diffusers' call, made for LTX-2.3. max_total_pixels counts those of all frames of all outputs.
+    """
+
+    output_formats: ClassVar[tuple[str, ...]] = ("mp4", "safetensors")
+    max_total_pixels: ClassVar[int] = 2**28
+
+    prompt: str = parameter("Text to show and to be heard.")
+    height: int = 512
+    width: int = 768
+    num_frames: int = parameter("Frames of the video; one more than a multiple of 8.", 121, minimum=1, maximum=4089)
+    frame_rate: float = parameter("Frames a second.", 24.0, minimum=1.0, maximum=240.0)
+    motion_speed: float = parameter(
+        "Speed of motion; below 1 is slow motion, at the same frame rate.", 1.0, minimum=0.01, maximum=100.0
+    )
+    num_inference_steps: int = 30
+    guidance_scale: float = 3.0
+    stg_scale: float = parameter("Spatio-temporal guidance, on above 0.", 1.0, minimum=0.0, maximum=_MAX_SCALE)
+    modality_scale: float = parameter("Modality guidance, on above 1.", 3.0, minimum=0.0, maximum=_MAX_SCALE)
+    guidance_rescale: float = parameter(
+        "Share of the guided video that gets the contrast of the unguided one.", 0.7, minimum=0.0, maximum=1.0
+    )
+    audio_guidance_scale: float = parameter(
+        "guidance_scale of the sound; 0 is that of the video.", 7.0, minimum=0.0, maximum=_MAX_SCALE
+    )
+    audio_stg_scale: float = parameter(
+        "stg_scale of the sound; 0 is that of the video.", 1.0, minimum=0.0, maximum=_MAX_SCALE
+    )
+    audio_modality_scale: float = parameter(
+        "modality_scale of the sound; 0 is that of the video.", 3.0, minimum=0.0, maximum=_MAX_SCALE
+    )
+    audio_guidance_rescale: float = parameter(
+        "guidance_rescale of the sound; 0 is that of the video.", 0.7, minimum=0.0, maximum=1.0
+    )
+    spatio_temporal_guidance_blocks: tuple[float, ...] = parameter(
+        "Blocks whose self-attention spatio-temporal guidance skips, from 0.", (28.0,), minimum=0, maximum=1000
+    )
+    use_cross_timestep: bool = parameter(
+        "Whether a given image hears the sound as noisy as it is, as LTX-2.3 was trained; false is LTX-2.0's.", True
+    )
+    max_sequence_length: int = parameter("Tokens of the prompt that Gemma reads.", 1024, minimum=1, maximum=4096)
+
+    @property
+    def branches(self) -> int:
+        """One, and one for each kind of guidance that is on."""
+        is_on = (
+            max(self.guidance_scale, self.audio_guidance_scale) > 1,
+            max(self.stg_scale, self.audio_stg_scale) > 0,
+            max(self.modality_scale, self.audio_modality_scale) > 1,
+        )
+        return 1 + sum(is_on)
+
+    @property
+    def extent(self) -> dict[str, int]:
+        """Frames count too."""
+        return {**super().extent, "num_frames": self.num_frames}
+
+    def artifacts(self) -> dict[str, Prompt | Canvas | Sampling]:
+        """The denoiser gets the frame rate that motion seems to have, as `conditioning_frame_rate`."""
+        made = super().artifacts()
+        sampling = made["sampling"]
+        assert isinstance(sampling, Sampling), "SamplingParams.artifacts() puts each in its slot"
+        rate = self.frame_rate / self.motion_speed
+        return made | {"sampling": replace(sampling, params={**sampling.params, "conditioning_frame_rate": rate})}
+
+    def round_and_validate(
+        self, checkpoint: Checkpoint, given: Collection[str]
+    ) -> tuple[Self, tuple[ParamWarning, ...]]:
+        """Refuse what the modules cannot make; the sound's scales of 0 are the video's; sigmas decide the steps."""
+        vae = LTX2VideoVAEConfig.from_dict("vae", checkpoint.module_config("vae"))
+        self._check_size(vae)
+        self._check_sound(LTX2AudioVAEConfig.from_dict("audio_vae", checkpoint.module_config("audio_vae")))
+        self._check_text(LTX2ConnectorsConfig.from_dict("connectors", checkpoint.module_config("connectors")))
+        params, warnings = self._with_sound_scales(given)
+        params, more = params.with_steps_of_sigmas(given)
+        check_stretched(checkpoint, params.num_inference_steps, params.sigmas)
+        transformer = LTX2TransformerConfig.from_dict("transformer", checkpoint.module_config("transformer"))
+        skipping = params._skipping_warnings(transformer, given)
+        return params, (*warnings, *more, *skipping, *self._frame_warnings(vae))
+
+    def _check_size(self, vae: LTX2VideoVAEConfig) -> None:
+        side, least = vae.spatial_factor, vae.spatial_factor * vae.min_latents
+        for name, size in (("height", self.height), ("width", self.width)):
+            if size % side or size < least:
+                lower = max(size // side * side, least)
+                message = f"{name}: {size} is not a multiple of {side} of at least {least}"
+                raise InvalidInput(f"{message}; {lower} or {lower + side} works", field=name)
+
+    def _check_sound(self, audio_vae: LTX2AudioVAEConfig) -> None:
+        """The sound is as long as the video, and at least one latent."""
+        if audio_vae.latent_length(self.num_frames, self.frame_rate):
+            return
+        seconds = self.num_frames / self.frame_rate
+        needed = 1
+        while not audio_vae.latent_length(needed, self.frame_rate):
+            needed += 1
+        raise InvalidInput(
+            f"num_frames: {self.num_frames} at frame_rate {self.frame_rate} is {seconds:.4f} seconds, which is too "
+            f"short for sound; at least {needed} frames work, or a lower frame_rate",
+            field="num_frames",
+        )
+
+    def _check_text(self, connectors: LTX2ConnectorsConfig) -> None:
+        multiple = connectors.registers or 1
+        if self.max_sequence_length % multiple:
+            lower = max(self.max_sequence_length // multiple * multiple, multiple)
+            message = f"max_sequence_length: {self.max_sequence_length} is not a multiple of {multiple}"
+            raise InvalidInput(f"{message}; {lower} works", field="max_sequence_length")
+
+    def _with_sound_scales(self, given: Collection[str]) -> tuple[Self, tuple[ParamWarning, ...]]:
+        """The sound's values, which are the video's where they are 0, as in Diffusers."""
+        pairs = {
+            "audio_guidance_scale": (self.audio_guidance_scale, self.guidance_scale),
+            "audio_stg_scale": (self.audio_stg_scale, self.stg_scale),
+            "audio_modality_scale": (self.audio_modality_scale, self.modality_scale),
+            "audio_guidance_rescale": (self.audio_guidance_rescale, self.guidance_rescale),
+        }
+        changed = {name: video for name, (sound, video) in pairs.items() if not sound and video}
+        warnings = [
+            ParamWarning(name, f"{name} 0 means that of the video, {video}")
+            for name, video in changed.items()
+            if name in given
+        ]
+        values: dict[str, Any] = dict(changed)
+        return replace(self, **values), tuple(warnings)
+
+    def _skipping_warnings(
+        self, transformer: LTX2TransformerConfig, given: Collection[str]
+    ) -> tuple[ParamWarning, ...]:
+        """A warning where spatio-temporal guidance was asked for and has no effect.
+
+        Raises InvalidInput for blocks that cannot be, and where it is on without any.
+        """
+        name, blocks = "spatio_temporal_guidance_blocks", self.spatio_temporal_guidance_blocks
+        if odd := [block for block in blocks if block != int(block)]:
+            raise InvalidInput(f"{name}: {odd[0]} is not the number of a block; whole numbers work", field=name)
+        if max(self.stg_scale, self.audio_stg_scale) <= 0:
+            return ()
+        if not blocks:
+            message = f"{name}: no blocks are given, but stg_scale or audio_stg_scale is above 0"
+            raise InvalidInput(f"{message}; blocks from 0 to {transformer.num_layers - 1} work", field=name)
+        reason = "no block of this model is among spatio_temporal_guidance_blocks"
+        if not transformer.skips_attention:
+            reason = "this model has no blocks that skip self-attention (perturbed_attn)"
+        elif any(block < transformer.num_layers for block in blocks):
+            return ()
+        asked = [each for each in _STG_PARAMETERS if each in given]
+        return tuple(ParamWarning(each, f"{each} has no effect: {reason}") for each in asked[:1])
+
+    def _frame_warnings(self, vae: LTX2VideoVAEConfig) -> tuple[ParamWarning, ...]:
+        frames = vae.whole_frames(self.num_frames)
+        if frames == self.num_frames:
+            return ()
+        message = f"num_frames {self.num_frames} is not one more than a multiple of {vae.temporal_factor}"
+        return (ParamWarning("num_frames", f"{message}; the video has {frames} frames, and the sound is longer"),)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LTX2ImageToVideoSamplingParams(LTX2SamplingParams):
+    """LTX-2 from text and an image, resized to height x width without its aspect: the video's first frame."""
+
+    image_crf: int = parameter(
+        "H.264's rate factor that the image is compressed with, as frames of training were; 0: not at all.",
+        33,
+        minimum=0,
+        maximum=51,
+    )
+
+    @classmethod
+    def image_roles(cls, checkpoint: Checkpoint) -> ImageRoles:
+        """One image."""
+        del checkpoint
+        return ImageRoles(required=("image",))

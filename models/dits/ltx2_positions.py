@@ -1,0 +1,41 @@
+"""Positions of video and audio latents in the LTX-2 DiT: seconds and pixels, at the middle of what a latent covers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from configs.models.dits.ltx2 import LTX2TransformerConfig
+
+
+def video_positions(config: LTX2TransformerConfig, grid: Sequence[int], frame_rate: Tensor) -> Tensor:
+    """Seconds, row and column (pixels) of each latent of a grid (frames, rows, columns), float32 (S, 3).
+
+    `frame_rate` (1,) is in frames a second. The first latent covers one frame.
+    """
+    frames, rows, columns = (_edges(size, frame_rate.device) for size in grid)
+    seconds = _causal(frames, config.temporal_factor, config.causal_offset) / frame_rate
+    middles = (_middles(seconds), *(_middles(each * config.spatial_factor) for each in (rows, columns)))
+    return torch.cartesian_prod(*middles)
+
+
+def audio_positions(config: LTX2TransformerConfig, length: int, device: torch.device) -> Tensor:
+    """Seconds of each audio latent, float32 (S, 1). The first latent covers one spectrogram frame."""
+    frames = _causal(_edges(length, device), config.audio_factor, config.causal_offset)
+    return _middles(frames * config.audio_hop_length / config.audio_sampling_rate)[:, None]
+
+
+def _edges(size: int, device: torch.device) -> Tensor:
+    """Where each latent begins, and where the last one ends: (size + 1,), in latents."""
+    return torch.arange(size + 1, dtype=torch.float32, device=device)
+
+
+def _causal(edges: Tensor, factor: int, offset: int) -> Tensor:
+    """Edges in frames, of which the first latent covers `offset`."""
+    return (edges * factor + (offset - factor)).clamp(min=0)
+
+
+def _middles(edges: Tensor) -> Tensor:
+    return (edges[:-1] + edges[1:]) / 2.0

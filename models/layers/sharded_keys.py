@@ -1,0 +1,44 @@
+"""Attention of queries that every rank has whole to keys that are sharded along the sequence.
+
+For a short stream (audio) that attends to a long one (video): each rank attends to its own keys, and only the results,
+as long as the short stream, are exchanged.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from models.layers.attention import Attention, KeyValues, attention_with_lse
+from models.layers.collectives import all_gather
+from models.layers.mesh import WorkerMesh
+from models.layers.shards import SequenceShards
+from models.layers.usp_attention import merge
+
+
+class ShardedKeysAttention(Attention):
+    """Attention of whole queries to the keys of all ranks; the same bytes on every rank.
+
+    A rank may have no keys. All ranks must call it together.
+    """
+
+    def __init__(self, mesh: WorkerMesh, shards: SequenceShards) -> None:
+        super().__init__()
+        self.axes = [axis for axis in (mesh.axis("ulysses"), mesh.axis("ring")) if axis.size > 1]
+        self.shards = shards
+
+    def finish(self, q: Tensor, sent: KeyValues, out: Tensor | None = None) -> Tensor:
+        """Attend to this rank's keys (B, L, H, K) and merge the results of all ranks, in their order."""
+        keys, values = sent.wait()
+        if keys.shape[1]:
+            attended, lse = attention_with_lse(q, keys, values)
+        else:
+            attended, lse = torch.zeros_like(q), q.new_zeros(q.shape[:-1], dtype=torch.float32)
+        attended, lse = attended[None], lse[None]
+        for axis in self.axes:
+            attended, lse = all_gather(attended, axis).flatten(0, 1), all_gather(lse, axis).flatten(0, 1)
+        parts = [part for part, size in zip(zip(attended, lse, strict=True), self.shards.sizes, strict=True) if size]
+        merged, *others = parts
+        for number, part in enumerate(others, 1):
+            merged = merge(merged, part, q.dtype if number == len(others) else torch.float32)
+        return merged[0] if out is None else out.copy_(merged[0])

@@ -1,0 +1,298 @@
+"""Every stage of LTX-2 on CUDA, next to Diffusers in the same run: random weights of published size.
+
+Both sides compute with the same weights in memory: 68 GB (LTX-2) or 71 GB (LTX-2.3) would not fit twice. Diffusers'
+pipelines run first, divided into stages; then the fleet's stages run in this process, without hops (cuda_flux.py has
+those). Printed are times and peak memory of the stages, the relative error of the latents, and time and error of one
+prediction against Diffusers' model in float32. Needs no network and no disk.
+
+Run it with: python tests/bench/cuda_ltx2.py; to try its logic without a GPU: --device cpu --scale tiny
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from bench_device import empty, now
+from bench_image import png, smooth_image
+from bench_ltx2_model import VERSIONS, Modules, build, config_of, loaded_of, same_weights, stages_of
+from bench_report import median, print_machine, print_table, say
+from bench_sides import Side, StageMeter, latents_error, print_sides
+from bench_steps import RequestSteps, new_pool
+from denoise_step import STEPS, error, float32_predictions, in_turns, step_milliseconds
+from diffusers import LTX2ImageToVideoPipeline, LTX2Pipeline
+from PIL import Image
+from torch import Tensor, nn
+
+from common.artifacts import ImageInputs
+from common.local import HostedStages
+from common.stage import Call
+from configs.pipeline_configs.ltx2 import LTX2ImageToVideoPipelineConfig, LTX2PipelineConfig
+from configs.sample.ltx2 import LTX2ImageToVideoSamplingParams, LTX2SamplingParams
+from models.dits.base import Predictions
+from models.dits.ltx2 import LTX2VideoTransformer3DModel as OurTransformer
+from models.kernels.trials import try_packages
+from models.pipelines import ltx2 as pipelines
+from models.runtime import Runtime
+
+PROMPT = "a red apple on the old stone, and the river"
+SEED = 7
+DTYPE = torch.bfloat16
+FRAME_RATE = 24.0
+PREPARATION = "latent_preparation"
+IMAGE_PREPARATION = "image_encoding and latent_preparation"
+VIDEO_ALONE = "decoding, video VAE alone"
+SOUND_ALONE = "decoding, audio VAE and vocoder alone"
+COPIES = "decoding, copies to the host"
+
+Request = dict[str, Any]
+
+SIZES: dict[str, Request] = {
+    # The defaults of Diffusers' pipelines.
+    "full": {"height": 512, "width": 768, "num_frames": 121, "max_sequence_length": 1024},
+    "tiny": {"height": 64, "width": 96, "num_frames": 9, "max_sequence_length": 32},
+}
+_WITHOUT_STG: Request = {"stg_scale": 0.0, "audio_stg_scale": 0.0}
+_WITHOUT_ISOLATED: Request = {"modality_scale": 1.0, "audio_modality_scale": 1.0}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A request: parameters that both sides have under one name, and an image where it is from one."""
+
+    request: Request
+    image: Image.Image | None = None
+
+    @property
+    def title(self) -> str:
+        """Size, steps, source and branches."""
+        size = "{height}x{width}, {num_frames} frames, {num_inference_steps} steps".format(**self.request)
+        branches = LTX2SamplingParams(**self.request).branches
+        return f"{size}, {branches} branches, {'from text' if self.image is None else 'from an image'}"
+
+
+def main() -> None:
+    """Measure a version, and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--model", default="ltx-2", choices=tuple(VERSIONS))
+    parser.add_argument("--scale", default="full", choices=tuple(SIZES))
+    parser.add_argument("--steps", type=int, default=4, help="steps of the loop")
+    parser.add_argument("--repeats", type=int, default=3, help="rounds of five predictions")
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    try_packages(device)
+    print_machine(f"{args.model} on {args.device}, against Diffusers in the same run")
+    if device.type == "cuda":
+        say(f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}")
+        say()
+    began = now(device)
+    modules = build(VERSIONS[args.model], device, tiny=args.scale == "tiny")
+    print_modules(modules, now(device) - began)
+    cases = cases_of(args.model, {**SIZES[args.scale], "num_inference_steps": args.steps}, args.scale)
+    references = [run_diffusers(modules, case, device) for case in cases]
+    ours = same_weights(modules["transformer"])
+    for case, theirs in zip(cases, references, strict=True):
+        print_case(case, run_stages(modules, ours, case, device), theirs)
+    measure_prediction(modules["transformer"], ours, SIZES[args.scale], device, args.repeats)
+
+
+def print_modules(modules: Modules, seconds: float) -> None:
+    """Print the sizes of the modules."""
+    networks = {name: module for name, module in modules.items() if isinstance(module, nn.Module)}
+    counts = {name: sum(each.numel() for each in module.parameters()) / 1e9 for name, module in networks.items()}
+    print_table(("module", "1e9 parameters"), counts.items())
+    say(f"{sum(counts.values()):.1f}e9 random parameters in {seconds:.1f} s")
+    say()
+
+
+def cases_of(model: str, size: Request, scale: str) -> list[Case]:
+    """Guidance by a negative prompt from text and from an image, and all branches of the version from text."""
+    blocks = (28.0,) if scale == "full" else (1.0,)
+    shared: Request = {"prompt": PROMPT, "seed": SEED, "spatio_temporal_guidance_blocks": blocks, **size}
+    negative = {**shared, **_WITHOUT_STG, **_WITHOUT_ISOLATED}
+    # LTX-2's model has no perturbed branch: ours leaves it out, and Diffusers would compute the positive one twice.
+    every = shared if model == "ltx-2.3" else {**shared, **_WITHOUT_STG}
+    return [Case(negative), Case(every), Case(negative, smooth_image(size["height"], size["width"]))]
+
+
+def print_case(case: Case, ours: Side, theirs: Side) -> None:
+    """Print the stages of both sides, and the errors of the latents."""
+    say(f"## {DTYPE}, {case.title}")
+    say()
+    print_sides(ours, theirs)
+    for part in ("video", "audio"):
+        say(f"Latents of {part}: relative L2 error {latents_error(ours, theirs, part):.2e}")
+    say()
+
+
+@torch.inference_mode()
+def run_diffusers(modules: Modules, case: Case, device: torch.device) -> Side:
+    """The reference, once to warm up and once for the clock. Hooks divide its call into stages."""
+    pipeline: Any = (LTX2Pipeline if case.image is None else LTX2ImageToVideoPipeline)(**modules)
+    pipeline.set_progress_bar_config(disable=True)
+    request = dict(case.request)
+    seed = request.pop("seed")
+    request["spatio_temporal_guidance_blocks"] = [int(each) for each in request["spatio_temporal_guidance_blocks"]]
+    if case.image is not None:
+        request["image"] = case.image
+    side = Side()
+    meter = StageMeter(device, side)
+    for _ in range(2):
+        generator = torch.Generator("cpu").manual_seed(seed)
+        with_hooks(modules, meter, PREPARATION if case.image is None else IMAGE_PREPARATION)
+        meter.restart()
+        video, audio = pipeline(**request, generator=generator, output_type="latent", return_dict=False)
+        meter.end("denoising")
+        pixels = pipeline.vae.decode(video.to(DTYPE), None, return_dict=False)[0]
+        meter.end(VIDEO_ALONE)
+        samples = pipeline.vocoder(pipeline.audio_vae.decode(audio.to(DTYPE), return_dict=False)[0])
+        meter.end(SOUND_ALONE)
+        pipeline.video_processor.postprocess_video(pixels, output_type="pt").float().cpu()
+        samples.float().cpu()
+        meter.end(COPIES)
+        side.latents = {"video": video.cpu(), "audio": audio.cpu()}
+        del video, audio, pixels, samples
+    side.join("decoding", (VIDEO_ALONE, SOUND_ALONE, COPIES))
+    empty(device)
+    return side
+
+
+def with_hooks(modules: Modules, meter: StageMeter, preparation: str) -> None:
+    """End stages of one call: the text at the connectors' result, the preparation at the first prediction."""
+
+    def end_text(*_: object) -> None:
+        meter.end("text_encoding")
+        text.remove()
+
+    def end_preparation(*_: object) -> None:
+        meter.end(preparation)
+        first.remove()
+
+    text = modules["connectors"].register_forward_hook(end_text)
+    first = modules["transformer"].register_forward_pre_hook(end_preparation)
+
+
+def run_stages(modules: Modules, transformer: OurTransformer, case: Case, device: torch.device) -> Side:
+    """The fleet's stages, one service after the other, each once to warm up and once for the clock."""
+    is_text = case.image is None
+    config = config_of(modules, LTX2PipelineConfig if is_text else LTX2ImageToVideoPipelineConfig)
+    services = (pipelines.LTX2Pipeline if is_text else pipelines.LTX2ImagePipeline)(pipelines.MODULES).services
+    sampling = LTX2SamplingParams if is_text else LTX2ImageToVideoSamplingParams
+    slots: dict[str, Any] = sampling(output_format="safetensors", **case.request).artifacts()
+    if case.image is not None:
+        slots["image_inputs"] = ImageInputs(
+            images={"image": torch.frombuffer(bytearray(png(case.image)), dtype=torch.uint8)}
+        )
+    loaded = loaded_of(modules, transformer)
+    runtime, side = Runtime(device=device, dtype=DTYPE), Side()
+    for spec in services:
+        stages = HostedStages(spec.service, stages_of(spec, config, runtime, loaded))
+        inputs = {slot: slots[slot] for slot in stages.contract.inputs if slot in slots}
+        meter = StageMeter(device, side)
+        for _ in range(2):
+            meter.restart()
+            outputs = stages.run(inputs, Call("bench"))
+            meter.end(spec.service)
+        if spec.service == "decoding":
+            meter.restart()
+            stages.run({**inputs, "canvas": replace(inputs["canvas"], output_format="mp4")}, Call("bench"))
+            meter.end(f"decoding, with the MP4 of noise ({os.cpu_count()} cores)")
+        slots |= outputs
+        del stages
+        empty(device)
+    latents = {part: each.latents.to(device) for part, each in slots["denoised_latents"].parts.items()}
+    decode_parts(latents, loaded, side, device)
+    side.latents = {
+        "video": loaded["vae"].denormalised(latents["video"]).cpu(),
+        "audio": loaded["audio_vae"].denormalised(latents["audio"]).cpu(),
+    }
+    if case.image is not None:
+        side.join(IMAGE_PREPARATION, ("image_encoding", PREPARATION))
+    return side
+
+
+@torch.inference_mode()
+def decode_parts(latents: Mapping[str, Tensor], loaded: Modules, side: Side, device: torch.device) -> None:
+    """Measure the decoders' own work: frames and samples on the device, of no file."""
+    meter = StageMeter(device, side)
+    for _ in range(2):
+        meter.restart()
+        frames = list(loaded["vae"].decode(latents["video"].to(DTYPE)))
+        meter.end(VIDEO_ALONE)
+        samples = loaded["vocoder"](loaded["audio_vae"].decode(latents["audio"]))
+        meter.end(SOUND_ALONE)
+        del frames, samples
+
+
+@torch.inference_mode()
+def measure_prediction(theirs: Any, ours: OurTransformer, size: Request, device: torch.device, repeats: int) -> None:
+    """Time one prediction of the positive branch in turns, and compare it with Diffusers' model in float32."""
+    latents, text = example_inputs(ours, size, device)
+    grid, length = latents["hidden_states"].shape[2:], latents["audio_hidden_states"].shape[2]
+    timestep = torch.tensor([750.0], device=device)
+    mask = torch.ones(1, size["max_sequence_length"], dtype=torch.int64, device=device)
+    reference: Request = {
+        "hidden_states": tokens_of(latents)[0],
+        "audio_hidden_states": tokens_of(latents)[1],
+        **text,
+        "timestep": timestep,
+        "sigma": timestep,
+        "encoder_attention_mask": mask,
+        "audio_encoder_attention_mask": mask,
+        **dict(zip(("num_frames", "height", "width"), grid, strict=True)),
+        "audio_num_frames": length,
+        "fps": FRAME_RATE,
+        "use_cross_timestep": True,
+    }
+    exact = float32_predictions(theirs, reference)
+    given = {**text, "fps": torch.tensor([FRAME_RATE], device=device)}
+    with RequestSteps(new_pool(device), ours, timestep[None].expand(STEPS, -1), given, latents) as steps:
+        sides: dict[str, Callable[[], tuple[Tensor, ...]]] = {
+            "ours": lambda: tokens_of(steps.predict_parts(latents, 0)),
+            "Diffusers": lambda: theirs(**reference, return_dict=False),
+        }
+        errors = {name: [error(*pair) for pair in zip(run(), exact, strict=True)] for name, run in sides.items()}
+        spent = in_turns(sides, partial(step_milliseconds, device=device), repeats)
+    say("## One prediction")
+    say()
+    print_table(
+        ("", "ms", "fastest", "error of video", "error of audio"),
+        [(name, median(each), min(each), *(f"{value:.2e}" for value in errors[name])) for name, each in spent.items()],
+    )
+    say(f"Ours takes {median(spent['ours']) / median(spent['Diffusers']):.2f} of Diffusers")
+
+
+def example_inputs(ours: OurTransformer, size: Request, device: torch.device) -> tuple[dict[str, Tensor], Request]:
+    """Random latents and text embeddings by keyword, bfloat16; audio latents have one mel bin of all channels."""
+    config, tokens = ours.config, size["max_sequence_length"]
+    torch.manual_seed(SEED)
+    grid = (size["height"] // config.spatial_factor, size["width"] // config.spatial_factor)
+    frames = (size["num_frames"] - 1) // config.temporal_factor + 1
+    per_second = config.audio_sampling_rate / config.audio_hop_length / config.audio_factor
+    length = round(size["num_frames"] / FRAME_RATE * per_second)
+    draw = partial(torch.randn, dtype=DTYPE, device=device)
+    latents = {
+        "hidden_states": draw(1, config.video.in_channels, frames, *grid),
+        "audio_hidden_states": draw(1, config.audio.in_channels, length, 1),
+    }
+    text = {
+        "encoder_hidden_states": draw(1, tokens, config.caption_channels or config.video.hidden_size),
+        "audio_encoder_hidden_states": draw(1, tokens, config.caption_channels or config.audio.hidden_size),
+    }
+    return latents, text
+
+
+def tokens_of(latents: Predictions) -> tuple[Tensor, Tensor]:
+    """Tokens of video (B, S, C) and audio (B, L, C x bins), as Diffusers' model takes and returns them."""
+    video, audio = latents["hidden_states"], latents["audio_hidden_states"]
+    return video.flatten(2).transpose(1, 2), audio.transpose(1, 2).flatten(2)
+
+
+if __name__ == "__main__":
+    main()
