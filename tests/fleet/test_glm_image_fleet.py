@@ -34,9 +34,9 @@ CASES: dict[str, dict[str, Any]] = {
     "without guidance": {"guidance_scale": 1.0},
     "two outputs": {"num_outputs_per_prompt": 2, "prompt": "a cat"},
 }
-# 256 tokens of the preview, and 1,024 of the image.
-LARGE: dict[str, Any] = {**GIVEN, "height": 1024, "width": 1024}
-LARGE_TOKENS = 256 + 32 * 32
+# 256 tokens of the preview, and 400 of the image.
+LARGE: dict[str, Any] = {**GIVEN, "height": 640, "width": 640}
+LARGE_TOKENS = 256 + 20 * 20
 
 
 @pytest.fixture(scope="module")

@@ -57,7 +57,7 @@ def test_tokens_are_diffusers(theirs: Any, prompt: str, grid: Grid, seed: int) -
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"top_k": 3}, {"top_k": 0, "top_p": 1.0, "temperature": 1.0}, {"temperature": 3.0, "repetition_penalty": 1.0}],
+    [{}, {"top_k": 3, "temperature": 3.0}, {"top_k": 0, "top_p": 1.0, "temperature": 1.0, "repetition_penalty": 1.0}],
     ids=str,
 )
 def test_tokens_follow_the_generation_settings(theirs: Any, settings: dict[str, Any]) -> None:
@@ -80,7 +80,7 @@ def test_tokens_depend_on_prompt_and_seed(theirs: Any) -> None:
 def test_requests_at_the_same_time_do_not_share_draws(theirs: Any) -> None:
     """Draws come from generators of their own, and positions are not stored on the model."""
     tokens = sampler(theirs)
-    seeds = (1, 2, 3)
+    seeds = (1, 2)
     alone = [tokens.sample(PROMPT, (2, 3), seed, ignore) for seed in seeds]
     torch.manual_seed(11)
     state = torch.get_rng_state()
