@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import string
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -118,7 +119,7 @@ SCALES = {
             "video_hidden_dim": 128,
             "audio_hidden_dim": 64,
         },
-        vae={"block_out_channels": (16,) * 4, "decoder_block_out_channels": (64, 64, 64)},
+        vae={"block_out_channels": (16,) * 4, "decoder_block_out_channels": (16,) * 3, "upsample_factor": (1, 1, 1)},
         height=64,
         width=96,
         frames=9,
@@ -154,10 +155,9 @@ def main() -> None:
 
 
 def build(path: Path, scale: Scale, layers: int, text_layers: int, device: torch.device) -> None:
-    """Write the checkpoint. The tokenizer knows bytes alone."""
+    """Write the checkpoint."""
     torch.manual_seed(0)
-    tokens = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"aeiou"]
-    tokenizer = GemmaTokenizer(vocab={token: index for index, token in enumerate(tokens)}, merges=[])
+    tokenizer = words_tokenizer()
     text = {**scale.text, "num_hidden_layers": text_layers, "vocab_size": 1024, "query_pre_attn_scalar": 256}
     vision = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     gemma = Gemma3Config(text_config=text, vision_config={**vision, "image_size": 28, "patch_size": 14})
@@ -184,6 +184,19 @@ def build(path: Path, scale: Scale, layers: int, text_layers: int, device: torch
     LTX2Pipeline(tokenizer=tokenizer, scheduler=scheduler, **modules).save_pretrained(path, max_shard_size="5GB")
     del modules
     empty(device)
+
+
+def words_tokenizer() -> GemmaTokenizer:
+    """A tokenizer of bytes, letters and the words of the prompt."""
+    tokens = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁"]
+    tokens += string.ascii_lowercase
+    merges: list[tuple[str, str]] = []
+    for word in PROMPT.split():
+        for end in range(1, len(word)):
+            if word[: end + 1] not in tokens:
+                merges.append((word[:end], word[end]))
+                tokens.append(word[: end + 1])
+    return GemmaTokenizer(vocab={token: index for index, token in enumerate(tokens)}, merges=merges)
 
 
 def measure(path: Path, given: dict[str, Any], layers: int, device: torch.device, image: Image.Image | None) -> None:
@@ -217,7 +230,7 @@ def run_diffusers(
 ) -> tuple[Side, Tensor]:
     """The reference, and its audio latents; from an image its loop contains the encoding of the image."""
     kind = LTX2Pipeline if image is None else LTX2ImageToVideoPipeline
-    pipeline: Any = kind.from_pretrained(path, torch_dtype=DTYPE).to(device)
+    pipeline: Any = kind.from_pretrained(path, dtype=DTYPE).to(device)
     pipeline.set_progress_bar_config(disable=True)
     blocks = [int(block) for block in given["spatio_temporal_guidance_blocks"]]
     call = {**given, "spatio_temporal_guidance_blocks": blocks, **({} if image is None else {"image": image})}
