@@ -102,9 +102,8 @@ def test_qk_norm_with_angles_of_each_head(dtype: torch.dtype, most: float, is_sp
     norm = RMSNorm(SIZE).to(dtype)
     norm.weight.copy_(torch.randn(SIZE))
     norms = QKNorms((norm,), (norm,), HEAD)
-    angles = torch.randn(TOKENS, 2 * HEADS, HEAD // 2)[:, HEADS:]
-    rotation = HeadRotation(angles.cos(), angles.sin(), is_split)
-    rotation = HeadRotation(*(torch.cat((each, each), dim=1)[:, HEADS:] for each in rotation[:2]), is_split)
+    angles = torch.randn(TOKENS, 2 * HEADS, HEAD // 2)
+    rotation = HeadRotation(angles.cos()[:, HEADS:], angles.sin()[:, HEADS:], is_split)
     x = torch.randn(BATCH, TOKENS, SIZE, dtype=dtype)
     expected = x.clone()
     apply_qk_norm(expected, norms, rotation)
