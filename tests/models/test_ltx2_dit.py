@@ -213,8 +213,9 @@ def test_a_prediction_reads_no_value_on_the_host(tmp_path: Path, version: str) -
     with torch.inference_mode():
         prepared = ours.prepare(torch.tensor([[[0.0, 900.0]] * 2]), **given)
     with FakeTensorMode(allow_non_fake_inputs=True) as fake, torch.no_grad():
-        call: dict[str, Any] = {**latents, **prepared.row(0), **prepared.constants}
-        made = ours.predict(**{name: fake.from_tensor(each.clone()) for name, each in call.items()})
+        whole = {**latents, **prepared.row(0), **prepared.constants}
+        call: dict[str, Any] = {name: fake.from_tensor(each.clone()) for name, each in whole.items()}
+        made = ours.predict(**call)
     assert {name: each.shape for name, each in made.items()} == {name: each.shape for name, each in latents.items()}
 
 
