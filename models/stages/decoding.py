@@ -23,8 +23,8 @@ _DEFAULT_FRAME_RATE = 16.0
 class DecodingStage(PipelineStage[DecodingInput, DecodingOutput]):
     """Decodes with the VAE and encodes: a PNG an image, an MP4 a video, or one safetensors file with tensors.
 
-    The VAE of a video model decodes frame by frame, and each frame is encoded while the next one is decoded. A model
-    with sound has two more modules: the VAE of its sound part, and a vocoder that makes the sound.
+    The VAE of a video model yields frames, each of which is encoded while the next one is decoded. A model with sound
+    has two more modules: the VAE of its sound part, and a vocoder that makes the sound.
     """
 
     def __init__(self, config: DecodingConfig, runtime: Runtime, modules: Mapping[str, Any]) -> None:

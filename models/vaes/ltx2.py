@@ -33,7 +33,10 @@ class LTX2VideoVAE:
         return latents
 
     def decode(self, latents: Tensor) -> Iterator[Tensor]:
-        """Frames (3, H, W) in about [-1, 1], of latents (1, C, latent frames, h, w)."""
+        """Frames (3, H, W) in about [-1, 1], of latents (1, C, latent frames, h, w).
+
+        The decoder sees later frames too: all are decoded at once, before the first one is there.
+        """
         (video,) = self._vae.decode(self.denormalised(latents).to(self._vae.dtype), None, return_dict=False)[0]
         yield from video.unbind(1)
 

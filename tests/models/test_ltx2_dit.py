@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import LTX2VideoTransformer3DModel as Reference
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from common.errors import CheckpointError
 from configs.models.dits.ltx2 import LTX2TransformerConfig
@@ -201,6 +202,21 @@ def test_a_step_cache_changes_no_bit_of_a_computed_step(tmp_path: Path) -> None:
     assert ours.residual_elements(latents, prepared.constants) == BATCH * (
         FRAMES * ROWS * COLUMNS * VIDEO_SIZE + LENGTH * AUDIO_SIZE
     )
+
+
+@VERSIONS
+def test_a_prediction_reads_no_value_on_the_host(tmp_path: Path, version: str) -> None:
+    """A CUDA graph could not capture it: tensors without values are enough."""
+    _, ours = pair(tmp_path, version)
+    given = inputs(version)
+    latents = {name: given.pop(name) for name in ("hidden_states", "audio_hidden_states")}
+    with torch.inference_mode():
+        prepared = ours.prepare(torch.tensor([[[0.0, 900.0]] * 2]), **given)
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake, torch.no_grad():
+        whole = {**latents, **prepared.row(0), **prepared.constants}
+        call: dict[str, Any] = {name: fake.from_tensor(each.clone()) for name, each in whole.items()}
+        made = ours.predict(**call)
+    assert {name: each.shape for name, each in made.items()} == {name: each.shape for name, each in latents.items()}
 
 
 def test_graphs_of_one_and_of_two_segments_have_different_keys(tmp_path: Path) -> None:
