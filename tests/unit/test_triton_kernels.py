@@ -129,9 +129,8 @@ def test_qk_norm_with_angles_of_each_head(dtype: torch.dtype, most: float, is_ne
     norm = RMSNorm(SIZE).to(dtype)
     norm.weight.copy_(torch.randn(SIZE))
     norms = QKNorms((norm,), (norm,), HEAD)
-    angles = torch.randn(TOKENS, 2 * HEADS, HEAD // 2)[:, HEADS:]
-    cos, sin = (torch.cat((each, each), dim=1)[:, HEADS:] for each in (angles.cos(), angles.sin()))
-    rotation = HeadRotation(cos, sin, is_neox_style)
+    angles = torch.randn(TOKENS, 2 * HEADS, HEAD // 2)
+    rotation = HeadRotation(angles.cos()[:, HEADS:], angles.sin()[:, HEADS:], is_neox_style)
     x = torch.randn(BATCH, TOKENS, SIZE, dtype=dtype)
     expected = x.clone()
     apply_qk_norm(expected, norms, rotation)
