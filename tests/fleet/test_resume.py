@@ -1,7 +1,8 @@
 """SIGKILL while a request denoises, of its worker at any step, or of its coordinator too: its result keeps its bytes.
 
 At SIGTERM the worker hands the request over. All processes are real, for Flux (Euler), for Wan (UniPC, whose solver has
-a history), and for an image request of Wan 2.2 TI2V, whose latents at the end are not those of the last step.
+a history), for an image request of Wan 2.2 TI2V, whose latents at the end are not those of the last step, and for
+GLM-Image, whose worker before denoising dies.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from fleet.v1 import generation_pb2_grpc
 from models.catalog import open_model
 from models.registry import load_registry
 from redis_servers import until
+from tiny_glm_image import build_tiny_glm_image
 from tiny_wan import build_tiny_wan_ti2v
 
 STEPS = 8
@@ -42,7 +44,7 @@ class Family:
     """A model, and a request so large that a step takes longer than its progress needs to arrive here.
 
     `model` is a shipped one, or that which `build` writes to a directory. `workers` are those of each service, two at
-    least of denoising.
+    least of denoising. `service` is that whose workers die.
     """
 
     model: str
@@ -52,6 +54,7 @@ class Family:
     images: Sequence[pb.ImageInput] = ()
     coordinators: int = 2
     workers: int = 2
+    service: str = "denoising"
 
 
 FAMILIES = {
@@ -67,6 +70,17 @@ TI2V = Family(
     images=[pb.ImageInput(role="image", data=png(coarse_image(60, 40)))],
     coordinators=1,
     workers=1,
+)
+
+
+# Its 262 prior tokens take longer than the few steps.
+GLM_IMAGE = Family(
+    "glm",
+    {"height": 64, "width": 96, "num_inference_steps": 2},
+    b"\x89PNG",
+    build_tiny_glm_image,
+    coordinators=1,
+    service="before_denoising",
 )
 
 
@@ -93,12 +107,12 @@ class Served:
     async def result(
         self, stub: Stub, name: str, kill_at: int = 0, kill: Callable[[str], Awaitable[None]] | None = None
     ) -> tuple[bytes, list[int]]:
-        """The file, and the denoiser's steps as they were told; at step `kill_at` `kill` is called, once."""
+        """The file, and the service's steps as they were told; at step `kill_at` `kill` is called, once."""
         steps: list[int] = []
         last = pb.StateChange()
         async for reply in stub.Watch(pb.WatchRequest(request_id=name)):
             last = reply.event.state_change
-            if reply.event.progress.service == "denoising":
+            if reply.event.progress.service == self._family.service:
                 steps.append(reply.event.progress.step)
                 if kill is not None and steps[-1] >= kill_at:
                     await kill(name)
@@ -117,7 +131,7 @@ class Served:
 
     async def _signal_worker(self, number: signal.Signals) -> None:
         """A worker's name has its process id."""
-        (slot,) = await command(self.redis, "HVALS", f"fleet:slots:{self._family.model}/denoising")
+        (slot,) = await command(self.redis, "HVALS", f"fleet:slots:{self._family.model}/{self._family.service}")
         pid = int(slot.decode().partition("|")[0].split("-")[-2])
         (worker,) = [each for each in self.fleet.of(coordinators=False) if each.pid == pid]
         self.fleet.signal(worker, number)
@@ -218,5 +232,21 @@ def test_an_image_request_resumes_to_the_same_bytes() -> None:
             again, steps = await fleet.result(stub, await fleet.submit(stub), kill_at, fleet.kill_worker)
             assert again == whole
             assert resumed_at(steps) > kill_at, steps
+
+    asyncio.run(story())
+
+
+def test_prior_tokens_are_sampled_again_after_a_death() -> None:
+    """They have no checkpoint: another worker begins with the first one, and its draws are those of the seed."""
+
+    async def story() -> None:
+        async with asyncio.timeout(90), served(GLM_IMAGE) as fleet:
+            (stub,) = fleet.stubs
+            whole, tokens = await fleet.result(stub, await fleet.submit(stub))
+            assert whole.startswith(GLM_IMAGE.begins_with)
+            assert tokens.count(0) == 1
+            again, tokens = await fleet.result(stub, await fleet.submit(stub), 100, fleet.kill_worker)
+            assert again == whole
+            assert tokens.count(0) == 2, tokens
 
     asyncio.run(story())

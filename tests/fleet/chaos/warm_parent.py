@@ -39,7 +39,7 @@ from services.worker import main_for  # noqa: E402
 
 Main = Callable[[Sequence[str]], int]
 
-SERVICES = ("text_encoding", "image_encoding", "latent_preparation", "denoising", "decoding")
+SERVICES = ("text_encoding", "image_encoding", "latent_preparation", "before_denoising", "denoising", "decoding")
 PROGRAMS: dict[str, Main] = {
     "coordinator": coordinator,
     **{service: main_for(service, settings_class(service)) for service in SERVICES},
