@@ -9,6 +9,7 @@ Parameter names are the checkpoint's. Parallel forms are decided beside the mode
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, ClassVar
 
@@ -20,16 +21,15 @@ from configs.models.dits.flux import FluxTransformerConfig
 from models.dits.base import DiffusionTransformer, Predictions, Prepared
 from models.dits.flux_plan import FLUX_PLAN
 from models.dits.joint_stream import joint_residual_elements, through_joint_blocks
+from models.dits.loading import load_transformer
 from models.layers.embeddings import EmbeddingMLP, sinusoidal_embedding
 from models.layers.feed_forward import FeedForward
 from models.layers.joint_attention import JointAttention, block_modulations, joint_block
 from models.layers.linear import Linear
 from models.layers.norms import LayerNormScaleShift, Residual, SegmentVectors
-from models.layers.parallelize import parallelize
 from models.layers.rotary import Rotation, rotary_embedding
 from models.layers.self_attention import SelfAttention
 from models.layers.step_cache import CacheUse
-from models.weights import load_module
 
 if TYPE_CHECKING:
     from common.checkpoint import Checkpoint
@@ -206,13 +206,7 @@ class FluxTransformer2DModel(DiffusionTransformer):
 def load_flux_transformer(
     checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype, mesh: WorkerMesh | None = None
 ) -> FluxTransformer2DModel:
-    """Build the DiT of the module's config.json, or this rank's part of it, and read its weights.
-
-    Raises CheckpointError, and InvalidInput for a mesh whose degrees do not divide the model.
-    """
+    """The DiT of the module's config.json, or this rank's part of it. Raises as load_transformer()."""
     config = FluxTransformerConfig.from_dict(name, checkpoint.module_config(name))
-    with torch.device("meta"):
-        model = FluxTransformer2DModel(config)
-    parallelize(model, FLUX_PLAN, mesh, heads=config.num_attention_heads)
-    load_module(model, name, checkpoint.weight_files(name), device, dtype)
-    return model
+    build = partial(FluxTransformer2DModel, config)
+    return load_transformer(build, FLUX_PLAN, checkpoint, name, device, dtype, mesh, heads=config.num_attention_heads)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import islice
 from typing import TYPE_CHECKING, ClassVar
 
@@ -23,15 +23,14 @@ from configs.pipeline_configs.packed import pack_patches, unpack_patches
 from models.dits.base import DiffusionTransformer, Predictions, Prepared
 from models.dits.glm_image_plan import GLM_IMAGE_PLAN
 from models.dits.joint_stream import through_joint_blocks
+from models.dits.loading import load_transformer
 from models.layers.embeddings import EmbeddingMLP, sinusoidal_embedding
 from models.layers.feed_forward import FeedForward
 from models.layers.linear import Linear, only_linear
 from models.layers.norms import LayerNormScaleShift, PlainLayerNorm, Residual, SegmentVectors
-from models.layers.parallelize import parallelize
 from models.layers.rotary import Rotation, rotary_embedding
 from models.layers.self_attention import SelfAttention
 from models.layers.step_cache import CacheUse
-from models.weights import load_module
 
 if TYPE_CHECKING:
     from common.checkpoint import Checkpoint
@@ -243,13 +242,9 @@ def _image_rotation(grid: tuple[int, int], axes_dims: tuple[int, int], device: t
 def load_glm_image_transformer(
     checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype, mesh: WorkerMesh | None = None
 ) -> GlmImageTransformer2DModel:
-    """Build the DiT of the module's config.json, or this rank's part of it, and read its weights.
-
-    Raises CheckpointError, and InvalidInput for a mesh whose degrees do not divide the model.
-    """
+    """The DiT of the module's config.json, or this rank's part of it. Raises as load_transformer()."""
     config = GlmImageTransformerConfig.from_dict(name, checkpoint.module_config(name))
-    with torch.device("meta"):
-        model = GlmImageTransformer2DModel(config)
-    parallelize(model, GLM_IMAGE_PLAN, mesh, heads=config.num_attention_heads)
-    load_module(model, name, checkpoint.weight_files(name), device, dtype)
-    return model
+    build = partial(GlmImageTransformer2DModel, config)
+    return load_transformer(
+        build, GLM_IMAGE_PLAN, checkpoint, name, device, dtype, mesh, heads=config.num_attention_heads
+    )

@@ -22,6 +22,7 @@ from torch.nn.functional import silu
 
 from configs.models.dits.ltx2 import LTX2StreamConfig, LTX2TransformerConfig
 from models.dits.base import DiffusionTransformer, Predictions, Prepared
+from models.dits.loading import load_transformer
 from models.dits.ltx2_blocks import (
     EXCHANGE,
     LTX2VideoTransformerBlock,
@@ -37,9 +38,7 @@ from models.dits.ltx2_positions import audio_positions, video_positions
 from models.layers.embeddings import EmbeddingMLP, TextProjection, sinusoidal_embedding
 from models.layers.head_rotary import HeadRotation, head_rotation
 from models.layers.norms import LayerNormScaleShift, Residual
-from models.layers.parallelize import parallelize
 from models.layers.step_cache import CacheUse
-from models.weights import load_module
 
 if TYPE_CHECKING:
     from common.checkpoint import Checkpoint
@@ -341,13 +340,7 @@ class LTX2VideoTransformer3DModel(DiffusionTransformer):
 def load_ltx2_transformer(
     checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype, mesh: WorkerMesh | None = None
 ) -> LTX2VideoTransformer3DModel:
-    """Build the DiT of the module's config.json, or this rank's part of it, and read its weights.
-
-    Raises CheckpointError, and InvalidInput for a mesh whose degrees do not divide the model.
-    """
+    """The DiT of the module's config.json, or this rank's part of it. Raises as load_transformer()."""
     config = LTX2TransformerConfig.from_dict(name, checkpoint.module_config(name))
-    with torch.device("meta"):
-        model = LTX2VideoTransformer3DModel(config)
-    parallelize(model, LTX2_PLAN, mesh, heads=config.video.num_heads)
-    load_module(model, name, checkpoint.weight_files(name), device, dtype)
-    return model
+    build = partial(LTX2VideoTransformer3DModel, config)
+    return load_transformer(build, LTX2_PLAN, checkpoint, name, device, dtype, mesh, heads=config.video.num_heads)

@@ -9,6 +9,7 @@ hidden size, M all modulations. Parameter names are the checkpoint's.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -18,16 +19,15 @@ from torch.nn.functional import silu
 from configs.models.dits.qwen_image import QwenImageTransformerConfig
 from models.dits.base import DiffusionTransformer, Predictions, Prepared
 from models.dits.joint_stream import joint_residual_elements, through_joint_blocks
+from models.dits.loading import load_transformer
 from models.dits.qwen_image_plan import QWEN_IMAGE_PLAN
 from models.layers.embeddings import EmbeddingMLP, sinusoidal_embedding
 from models.layers.feed_forward import FeedForward
 from models.layers.joint_attention import JointAttention, block_modulations, joint_block
 from models.layers.linear import Linear
 from models.layers.norms import LayerNormScaleShift, Residual, RMSNorm
-from models.layers.parallelize import parallelize
 from models.layers.rotary import Rotation, rotary_embedding
 from models.layers.step_cache import CacheUse
-from models.weights import load_module
 
 if TYPE_CHECKING:
     from common.checkpoint import Checkpoint
@@ -174,13 +174,9 @@ class QwenImageTransformer2DModel(DiffusionTransformer):
 def load_qwen_image_transformer(
     checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype, mesh: WorkerMesh | None = None
 ) -> QwenImageTransformer2DModel:
-    """Build the DiT of the module's config.json, or this rank's part of it, and read its weights.
-
-    Raises CheckpointError, and InvalidInput for a mesh whose degrees do not divide the model.
-    """
+    """The DiT of the module's config.json, or this rank's part of it. Raises as load_transformer()."""
     config = QwenImageTransformerConfig.from_dict(name, checkpoint.module_config(name))
-    with torch.device("meta"):
-        model = QwenImageTransformer2DModel(config)
-    parallelize(model, QWEN_IMAGE_PLAN, mesh, heads=config.num_attention_heads)
-    load_module(model, name, checkpoint.weight_files(name), device, dtype)
-    return model
+    build = partial(QwenImageTransformer2DModel, config)
+    return load_transformer(
+        build, QWEN_IMAGE_PLAN, checkpoint, name, device, dtype, mesh, heads=config.num_attention_heads
+    )

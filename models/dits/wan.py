@@ -23,18 +23,17 @@ from torch.nn.functional import layer_norm, silu
 
 from configs.models.dits.wan import WanTransformerConfig
 from models.dits.base import DiffusionTransformer, Predictions, Prepared
+from models.dits.loading import load_transformer
 from models.dits.wan_plan import FIRST_FRAME, VIDEO, WAN_PLAN
 from models.layers.attention import attention
 from models.layers.embeddings import EmbeddingMLP, TextProjection, sinusoidal_embedding
 from models.layers.feed_forward import FeedForward
 from models.layers.linear import Linear, only_linear
 from models.layers.norms import LayerNormScaleShift, Residual, RMSNorm, SegmentVectors
-from models.layers.parallelize import parallelize
 from models.layers.qk_norm import QKNorms, apply_qk_norm, split_heads
 from models.layers.rotary import Rotation, rotary_embedding
 from models.layers.self_attention import SelfAttention
 from models.layers.step_cache import CacheUse, through_blocks
-from models.weights import load_module
 
 if TYPE_CHECKING:
     from common.checkpoint import Checkpoint
@@ -389,14 +388,18 @@ def _rotation(grid: tuple[int, ...], axes_dims: tuple[int, ...], device: torch.d
 def load_wan_transformer(
     checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype, mesh: WorkerMesh | None = None
 ) -> WanTransformer3DModel:
-    """Build the DiT of the module's config.json, or this rank's part of it, and read its weights.
-
-    Raises CheckpointError, and InvalidInput for a mesh whose degrees do not divide the model.
-    """
+    """The DiT of the module's config.json, or this rank's part of it. Raises as load_transformer()."""
     config = WanTransformerConfig.from_dict(name, checkpoint.module_config(name))
-    with torch.device("meta"):
-        model = WanTransformer3DModel(config)
-    parallelize(model, WAN_PLAN, mesh, heads=config.num_attention_heads, feed_forward=config.ffn_dim)
-    files = checkpoint.weight_files(name)
-    load_module(model, name, files, device, dtype, keep_float32=FLOAT32_PARAMETERS, unused=UNUSED_PARAMETERS)
-    return model
+    return load_transformer(
+        partial(WanTransformer3DModel, config),
+        WAN_PLAN,
+        checkpoint,
+        name,
+        device,
+        dtype,
+        mesh,
+        heads=config.num_attention_heads,
+        feed_forward=config.ffn_dim,
+        keep_float32=FLOAT32_PARAMETERS,
+        unused=UNUSED_PARAMETERS,
+    )

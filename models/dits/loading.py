@@ -1,0 +1,46 @@
+"""Loads the DiT of a checkpoint, or a rank's part of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+
+from models.dits.base import DiffusionTransformer
+from models.layers.parallelize import parallelize
+from models.weights import load_module
+
+if TYPE_CHECKING:
+    from common.checkpoint import Checkpoint
+    from models.layers.mesh import WorkerMesh
+    from models.layers.parallel_plan import ParallelPlan
+
+Transformer = TypeVar("Transformer", bound=DiffusionTransformer)
+
+
+def load_transformer(
+    build: Callable[[], Transformer],
+    plan: ParallelPlan,
+    checkpoint: Checkpoint,
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    mesh: WorkerMesh | None,
+    *,
+    heads: int,
+    feed_forward: int | None = None,
+    keep_float32: Sequence[str] = (),
+    unused: Sequence[str] = (),
+) -> Transformer:
+    """Build the DiT on the meta device, cut it to this rank's part, and read the weights of the module `name`.
+
+    `heads` and `feed_forward` are the sizes that the degrees must divide; None: every degree divides the feed-forward
+    layers. Raises CheckpointError, and InvalidInput for a mesh whose degrees do not divide the model.
+    """
+    with torch.device("meta"):
+        model = build()
+    parallelize(model, plan, mesh, heads=heads, feed_forward=feed_forward)
+    files = checkpoint.weight_files(name)
+    load_module(model, name, files, device, dtype, keep_float32=keep_float32, unused=unused)
+    return model
