@@ -99,6 +99,14 @@ def open_fleet(reference: str, dtype: torch.dtype = torch.float32) -> LocalFleet
     return LocalFleet(open_model(reference, load_registry()), dtype)
 
 
+def call_of(given: dict[str, Any]) -> dict[str, Any]:
+    """The same request as arguments of Diffusers' call."""
+    call = {name: value for name, value in given.items() if name != "num_outputs_per_prompt"}
+    if "sigmas" in call:
+        call["sigmas"] = list(call["sigmas"])
+    return call | {"num_images_per_prompt": given.get("num_outputs_per_prompt", 1)}
+
+
 def reference_run(pipeline: Any, *, seed: int, **given: Any) -> dict[str, Tensor]:
     """latents and pixels that Diffusers' pipeline of images (or of videos) gives for the same request."""
     results = {}

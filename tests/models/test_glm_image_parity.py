@@ -15,7 +15,7 @@ from torch import Tensor
 
 from common.errors import CheckpointError, InvalidInput
 from configs.pipeline_configs.glm_image import GlmImagePipelineConfig
-from local_fleet import Heard, LocalFleet, open_fleet, reference_run, relative_error
+from local_fleet import Heard, LocalFleet, call_of, open_fleet, reference_run, relative_error
 from models.catalog import open_model
 from models.registry import load_registry
 from tiny_glm_image import IMAGE_END, build_tiny_glm_image, edited
@@ -63,14 +63,6 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     fleet = open_fleet(str(path))
     yield fleet, theirs
     fleet.close()
-
-
-def call_of(given: dict[str, Any]) -> dict[str, Any]:
-    """The same request as arguments of Diffusers' call."""
-    call = {name: value for name, value in given.items() if name != "num_outputs_per_prompt"}
-    if "sigmas" in call:
-        call["sigmas"] = list(call["sigmas"])
-    return call | {"num_images_per_prompt": given.get("num_outputs_per_prompt", 1)}
 
 
 @cache
