@@ -37,22 +37,22 @@ def png_bytes(pixels: Tensor) -> bytes:
     return file.getvalue()
 
 
-def recompressed(picture: Image.Image, factor: int) -> Image.Image:
+def recompressed(image: Image.Image, factor: int) -> Image.Image:
     """Compress an RGB image as one frame of an H.264 video, and decode it; a last odd row or column is cut.
 
     `factor` is x264's constant rate factor, from 1 (best) to 51. Models that were trained on frames of compressed
     videos expect its traces in an image. The number of threads is x264's own choice, as in Diffusers: tall images have
     slices for each, so that the result depends on the number of CPUs. Raises ValueError for less than 2 x 2 pixels.
     """
-    width, height = (size // 2 * 2 for size in picture.size)
+    width, height = (size // 2 * 2 for size in image.size)
     if not width or not height:
-        raise ValueError(f"{picture.width} x {picture.height} pixels are too few to compress; at least 2 x 2 work")
+        raise ValueError(f"{image.width} x {image.height} pixels are too few to compress; at least 2 x 2 work")
     file = io.BytesIO()
     with av.open(file, mode="w", format="mp4") as container:
         options = {"crf": str(factor), "preset": _RECOMPRESSION_PRESET}
         stream: Any = container.add_stream("libx264", rate=1, options=options)
         stream.height, stream.width = height, width
-        pixels = np.asarray(picture.crop((0, 0, width, height)))
+        pixels = np.asarray(image.crop((0, 0, width, height)))
         frame: Any = av.VideoFrame.from_ndarray(pixels, format="rgb24")
         container.mux(stream.encode(frame.reformat(format="yuv420p")))
         container.mux(stream.encode(None))

@@ -1,4 +1,4 @@
-"""How the Flux DiT is shared out between ranks."""
+"""How the Flux DiT is sharded between ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How the LTX-2 DiT is shared out between ranks.
+"""How the LTX-2 DiT is sharded between ranks.
 
 Video tokens are sharded. Audio tokens, a few dozen a second, are whole on every rank: only the results of their
 attention to the video are exchanged.

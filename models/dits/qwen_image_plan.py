@@ -1,4 +1,4 @@
-"""How the Qwen-Image DiT is shared out between ranks."""
+"""How the Qwen-Image DiT is sharded between ranks."""
 
 from __future__ import annotations
 

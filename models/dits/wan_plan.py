@@ -1,4 +1,4 @@
-"""How the Wan DiT is shared out between ranks."""
+"""How the Wan DiT is sharded between ranks."""
 
 from __future__ import annotations
 

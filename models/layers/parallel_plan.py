@@ -1,4 +1,4 @@
-"""How a DiT is shared out between the ranks of a worker group, as data that stands beside the model."""
+"""How a DiT is sharded between the ranks of a worker group, as data that stands beside the model."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Join:
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelPlan:
-    """How a DiT is shared out. Modules are shell patterns of their paths: `*` is any index, `[qkv]` one of the letters.
+    """How a DiT is sharded. Modules are shell patterns of their paths: `*` is any index, `[qkv]` one of the letters.
 
     `column` layers keep some of their outputs; `row` layers take some inputs; `gathered` layers compute some outputs
     and give all; `norms` (RMS) are over outputs of column layers. What is not named is whole on every rank. `segments`

@@ -153,7 +153,7 @@ def print_differences(ours: Side, theirs: Side) -> None:
 
 @torch.inference_mode()
 def print_predictions(setup: Setup, inputs: dict[str, Any]) -> None:
-    """Time, error and memory of one prediction of each side, in turns on a hot GPU."""
+    """Print time, error and memory of one prediction of each side; the sides run alternately on a warm GPU."""
     theirs, device = setup.modules["transformer"], setup.device
     exact = float32_prediction(theirs, inputs)
     given = dict(inputs)

@@ -232,7 +232,7 @@ def decode_parts(latents: Mapping[str, Tensor], loaded: Modules, side: Side, dev
 
 @torch.inference_mode()
 def measure_prediction(theirs: Any, ours: OurTransformer, size: Request, device: torch.device, repeats: int) -> None:
-    """Time one prediction of the positive branch in turns, and compare it with Diffusers' model in float32."""
+    """Time one prediction of the positive branch, the sides alternately, and print its error against float32."""
     latents, text = example_inputs(ours, size, device)
     grid, length = latents["hidden_states"].shape[2:], latents["audio_hidden_states"].shape[2]
     timestep = torch.tensor([750.0], device=device)

@@ -1,4 +1,4 @@
-"""A worker group that is told to end during a request hands it over to another group, at a step boundary."""
+"""A worker group that gets SIGTERM during a request hands it over to another group, at a step boundary."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def counted() -> tuple[float, float]:
 
 @contextmanager
 def drawing(fleet: GroupFleet, slow: Path, agent: Process) -> Iterator[Future[Drawn]]:
-    """A request with slow steps, whose group is told to end after a few of them."""
+    """A request with slow steps, whose group gets SIGTERM after a few of them."""
     slow.touch()
     with ThreadPoolExecutor(1) as executor:
         try:

@@ -107,7 +107,7 @@ class Served:
     async def result(
         self, stub: Stub, name: str, kill_at: int = 0, kill: Callable[[str], Awaitable[None]] | None = None
     ) -> tuple[bytes, list[int]]:
-        """The file, and the service's steps as they were told; at step `kill_at` `kill` is called, once."""
+        """The file, and the steps that the service reported; `kill` is called once, at step `kill_at`."""
         steps: list[int] = []
         last = pb.StateChange()
         async for reply in stub.Watch(pb.WatchRequest(request_id=name)):

@@ -9,7 +9,7 @@
 --                                         and until the request ends: submission, deaths (its calls that were lost with their worker,
 --                                         one line each), point (key of the latest step checkpoint), reached (step of that
 --                                         checkpoint), told (number and ids of the latest events), left:<service> (cost of
---                                         the request at that service; deleted when the service has finished the request),
+--                                         the request at that service, until the service has finished the request),
 --                                         work:<service> (steps|tokens of a step|shape of its work there), done:<service>
 --                                         (fraction of that work that is done)
 --   fleet:events:<id>              stream field `event`

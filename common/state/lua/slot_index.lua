@@ -2,8 +2,8 @@
 --
 -- fleet:load has the live workers in the order in which they get claims, so that a claim reads few of them: by slots taken,
 -- then by claims granted so far; those without a free slot come last. It is a copy of what fleet:workers and fleet:slots
--- say, and counts while fleet:indexed is there. It is made anew when a worker or a coordinator comes or goes, and after
--- INDEXED_MS, which ends whatever damage it had.
+-- say, and is valid while fleet:indexed exists. It is rebuilt when a worker or a coordinator comes or goes, and after
+-- INDEXED_MS, which repairs any damage.
 
 local INDEXED_MS = 1000
 local TAKEN_UNIT, FULL = 4294967296, 4503599627370496  -- 2^32 and 2^52: a score is exact below 2^53
@@ -127,7 +127,7 @@ local function load_score(taken, capacity, granted)
   return int((taken >= capacity and FULL or 0) + taken * TAKEN_UNIT + granted)
 end
 
--- Makes fleet:load anew. Returns the capacity of all live workers together, and the set of owners of slots.
+-- Rebuilds fleet:load. Returns the capacity of all live workers together, and the set of owners of slots.
 local function build_index(place)
   local workers = live_workers(place)
   local busy, _, owners = busy_slots(place, workers)
@@ -195,7 +195,7 @@ local function note_taken(place, id, ticket, sign)
   redis.call('ZADD', P .. 'load:' .. place, load_score(taken, tonumber(capacity), tonumber(granted)), id)
 end
 
--- Notes that a coordinator has a slot, so that its end makes fleet:load anew. `owners` is the set of those that have.
+-- Records that a coordinator holds a slot, so that fleet:load is rebuilt when the coordinator ends. `owners` is the set of those that have.
 local function note_owner(place, owner, owners)
   if not owners[owner] then
     owners[owner] = true

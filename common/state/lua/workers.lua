@@ -104,10 +104,11 @@ function ops.leaving(a)
   redis.call('SET', P .. 'leaving:' .. worker, '1', 'PX', a.lasts)
   local fields = redis.call('HMGET', P .. 'worker:' .. worker, 'model', 'service')
   if fields[1] and fields[2] then
-    redis.call('ZREM', P .. 'workers:' .. fields[1] .. '/' .. fields[2], worker)
-    redis.call('HDEL', P .. 'live:' .. fields[1] .. '/' .. fields[2], worker)
-    forget_index(fields[1] .. '/' .. fields[2])
-    redis.call('ZREM', P .. 'lost:' .. fields[1] .. '/' .. fields[2], worker)
+    local place = fields[1] .. '/' .. fields[2]
+    redis.call('ZREM', P .. 'workers:' .. place, worker)
+    redis.call('HDEL', P .. 'live:' .. place, worker)
+    forget_index(place)
+    redis.call('ZREM', P .. 'lost:' .. place, worker)
   end
   redis.call('DEL', P .. 'worker:' .. worker)
   clear(worker)

@@ -118,7 +118,7 @@ class EncodeImageInputs(_message.Message):
 
     @_builtins.property
     def sampling(self) -> _artifacts_pb2.Sampling:
-        """How pictures are prepared, for models that compress them first."""
+        """How images are prepared. Only models that compress images before encoding them read it."""
 
     def __init__(
         self,
