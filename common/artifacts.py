@@ -130,13 +130,18 @@ class StepCheckpoint:
 
 @dataclass(frozen=True, kw_only=True)
 class MediaItem:
-    """One finished file, uint8 (bytes,)."""
+    """A finished file, uint8 (bytes,), or in a stream the next bytes of one: those of `num_frames` more frames.
+
+    Of a result with `file_count` files it belongs to the one with index `file_index`.
+    """
 
     data: Tensor
     content_type: str
     height: int
     width: int
     num_frames: int = 1
+    file_index: int = 0
+    file_count: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)

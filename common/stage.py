@@ -7,21 +7,65 @@ import re
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Any, ClassVar, Generic, Self, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar
 
 from common.artifacts import message_name
 from common.errors import Cancelled, DeadlineExceeded
 
 In = TypeVar("In")
 Out = TypeVar("Out")
+Item = TypeVar("Item", covariant=True)
 
 RESUME: Mapping[str, bool] = MappingProxyType({"resume": True})
 """Metadata of the input field that holds the checkpoint from which a stage continues: its resume slot."""
 
-_OPTIONAL = re.compile(r"^(?P<kind>\w+) \| None$")
+STEP_CHECKPOINTS = "checkpoint"
+"""The stream of step checkpoints, which every stage may emit and no stage declares. No slot has this name."""
+
+_OPTIONAL = re.compile(r"^(?P<kind>[\w\[\]]+) \| None$")
+_STREAM = re.compile(r"^Stream\[(?P<item>\w+)\]$")
+
+
+class Stream(Protocol[Item]):
+    """A slot with any number of artifacts, in order: its reader starts before its writer ends.
+
+    A stage declares it as `Stream[Latents]`. As an input it is iterated once: it waits for each item, and raises
+    Cancelled or DeadlineExceeded while it waits. As an output its items are given to Call.emit(), and the field has the
+    value EMITTED.
+    """
+
+    def __iter__(self) -> Iterator[Item]:
+        """Yield the artifacts in order."""
+
+
+class _Emitted:
+    """The value of a stream among the outputs that a stage returns."""
+
+    def __iter__(self) -> Iterator[Any]:
+        raise TypeError("the items of a stream output went to Call.emit()")
+
+
+EMITTED: Stream[Any] = _Emitted()
+"""What a stage returns in the place of a stream whose items it has emitted."""
+
+
+def item_kind(kind: str) -> str | None:
+    """The message of a stream's items, where `kind` in a contract is that of a stream, such as "Stream[Latents]"."""
+    match = _STREAM.match(kind)
+    return match["item"] if match else None
+
+
+class ItemSink(Protocol):
+    """Takes the items of one stream from a runner."""
+
+    async def put(self, index: int, item: Any) -> None:
+        """Take the item with this index, in the form of the runner's values.
+
+        Returns once the writer may go on: a slow reader delays it. An index that was taken before is ignored.
+        """
 
 
 def _ignore(*_: object) -> None:
@@ -32,10 +76,10 @@ def _ignore(*_: object) -> None:
 class Call:
     """A request as its stages see it: its name, its deadline, and the callbacks to which its runner reports.
 
-    `deadline` is in seconds of time.monotonic(). `on_begun` is called when the stages start, `on_step_checkpoint` with
-    each checkpoint in the form of the runner's values: a StepCheckpoint from a LocalRunner, a Packet from a
-    RemoteRunner. The tensors of a checkpoint are on the CPU and belong to the callback: the stage does not write to
-    them any more. `on_computed` gets the compute seconds that a worker reports at the end of the call, also of a call
+    `deadline` is in seconds of time.monotonic(). `on_begun` is called when the stages start, `on_item` with the slot,
+    the index and the artifact of each item that a stage emits; it may block, so that a slow reader delays the stage.
+    Runners replace it: they put the items of a stream, in the form of their values, into that of `sinks` which has the
+    stream's name. Items of other streams are dropped. `on_computed` gets the compute seconds that a worker reports at the end of the call, also of a call
     that it hands over. `hand_over` is set when the worker leaves: a stage that sends checkpoints ends at its next step
     boundary then. `variant` is the model's variant whose stages run; empty means the first.
     """
@@ -43,18 +87,30 @@ class Call:
     request_id: str
     on_progress: Callable[[int, int], None] = _ignore
     on_warning: Callable[[str, str], None] = _ignore
-    on_step_checkpoint: Callable[[Any], None] = _ignore
+    on_item: Callable[[str, int, Any], None] = _ignore
     on_begun: Callable[[], None] = _ignore
     on_computed: Callable[[float], None] = _ignore
     cancelled: threading.Event = field(default_factory=threading.Event)
     hand_over: threading.Event = field(default_factory=threading.Event)
     deadline: float | None = None
     variant: str = ""
+    sinks: Mapping[str, ItemSink] = field(default_factory=dict)
+    emitted: dict[str, int] = field(default_factory=dict)
+    """The index of the next item of each stream."""
 
-    @property
-    def keeps_step_checkpoints(self) -> bool:
-        """Whether anything listens to checkpoints; where not, a runner may drop their tensors."""
-        return self.on_step_checkpoint is not _ignore
+    def emit(self, slot: str, artifact: Any, index: int | None = None) -> None:
+        """Send the next item of a stream to its readers. Blocks while these are too far behind; raises as check_cancelled.
+
+        `index` counts the items of the stream from 0; a stage that resumes gives the index that the item had before.
+        The item's tensors are on the CPU, and the stage does not write to them any more.
+        """
+        number = self.emitted.get(slot, 0) if index is None else index
+        self.emitted[slot] = number + 1
+        self.on_item(slot, number, artifact)
+
+    def checkpoint(self, state: Any) -> None:
+        """Emit a StepCheckpoint. Only the newest one matters: it replaces one that waits to be sent."""
+        self.emit(STEP_CHECKPOINTS, state)
 
     def progress(self, step: int, total_steps: int) -> None:
         """Report a finished step. Raises as check_cancelled, so that the loop ends within one step."""
@@ -95,6 +151,16 @@ class Contract:
     optional: frozenset[str] = frozenset()
     optional_outputs: frozenset[str] = frozenset()
     resume_slot: str | None = None
+
+    @property
+    def input_streams(self) -> frozenset[str]:
+        """The inputs that are streams."""
+        return frozenset(slot for slot, kind in self.inputs.items() if item_kind(kind))
+
+    @property
+    def output_streams(self) -> frozenset[str]:
+        """The outputs that are streams."""
+        return frozenset(slot for slot, kind in self.outputs.items() if item_kind(kind))
 
     def reading(self, *names: str) -> Contract:
         """The contract with these optional inputs only, beside the required ones and the resume slot.
@@ -151,9 +217,10 @@ def _slots(cls: type[Any]) -> tuple[dict[str, str], frozenset[str]]:
         if match := _OPTIONAL.match(kind):
             kind = match["kind"]
             optional.add(item.name)
-        if not kind.isidentifier():
-            raise TypeError(f"{cls.__name__}.{item.name}: {kind!r} is not an artifact or an optional one")
-        slots[item.name] = message_name(kind)
+        of_stream = item_kind(kind)
+        if not (of_stream or kind).isidentifier():
+            raise TypeError(f"{cls.__name__}.{item.name}: {kind!r} is not an artifact, an optional one or a stream")
+        slots[item.name] = f"Stream[{message_name(of_stream)}]" if of_stream else message_name(kind)
     return slots, frozenset(optional)
 
 

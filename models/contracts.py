@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from common.stage import RESUME, derive_contract
+from common.stage import EMITTED, RESUME, Stream, derive_contract
 
 if TYPE_CHECKING:
     from common.artifacts import (
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         ImageInputs,
         Latents,
         Media,
+        MediaItem,
         Prompt,
         Sampling,
         Schedule,
@@ -150,10 +151,25 @@ class DenoisingOutput:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BlockDenoisingOutput:
+    """The result of a loop that denoises block after block: the latents of each as it is finished, all outputs'."""
+
+    denoised_blocks: Stream[Latents] = EMITTED
+
+
+@dataclass(frozen=True, kw_only=True)
 class DecodingInput:
     """What a decoder reads."""
 
     denoised_latents: Latents
+    canvas: Canvas
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockDecodingInput:
+    """What a decoder reads of a video that comes block by block, in the order of time."""
+
+    denoised_blocks: Stream[Latents]
     canvas: Canvas
 
 
@@ -164,6 +180,13 @@ class DecodingOutput:
     media: Media
 
 
+@dataclass(frozen=True, kw_only=True)
+class StreamedDecodingOutput:
+    """The files of videos, part by part: what has been emitted of a file can be shown at once."""
+
+    media_items: Stream[MediaItem] = EMITTED
+
+
 TEXT_ENCODING = derive_contract("TextEncodingStage", TextEncodingInput, TextEncodingOutput)
 IMAGE_TEXT_ENCODING = derive_contract("ImageTextEncodingStage", ImageTextEncodingInput, TextEncodingOutput)
 IMAGE_ENCODING = derive_contract("ImageEncodingStage", ImageEncodingInput, ImageEncodingOutput)
@@ -172,4 +195,7 @@ LATENT_PREPARATION = derive_contract("LatentPreparationStage", LatentPreparation
 TIMESTEP_PREPARATION = derive_contract("TimestepPreparationStage", TimestepPreparationInput, TimestepPreparationOutput)
 BEFORE_DENOISING = derive_contract("BeforeDenoisingStage", BeforeDenoisingInput, BeforeDenoisingOutput)
 DENOISING = derive_contract("DenoisingStage", DenoisingInput, DenoisingOutput)
+CAUSAL_DENOISING = derive_contract("CausalDMDDenoisingStage", DenoisingInput, BlockDenoisingOutput)
 DECODING = derive_contract("DecodingStage", DecodingInput, DecodingOutput)
+VIDEO_DECODING = derive_contract("VideoDecodingStage", DecodingInput, StreamedDecodingOutput)
+BLOCK_DECODING = derive_contract("BlockDecodingStage", BlockDecodingInput, StreamedDecodingOutput)

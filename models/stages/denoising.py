@@ -88,7 +88,7 @@ class DenoisingStage(PipelineStage[DenoisingInput, DenoisingOutput]):
             state.latents = config.after_step(step, state.latents, request.conditions)
             if self._is_checkpoint_due(state.step, total, last_sent):
                 last_sent = time.monotonic()
-                call.on_step_checkpoint(state.step_checkpoint())
+                call.checkpoint(state.step_checkpoint())
         if self._caching is not None:
             STEPS_REUSED.inc(branches.reused)
             _log.info("reused the blocks' work of earlier steps %d times in %d steps", branches.reused, total)
@@ -176,7 +176,7 @@ class DenoisingStage(PipelineStage[DenoisingInput, DenoisingOutput]):
 def _hand_over(state: LoopState, call: Call, first: int) -> NoReturn:
     """Send a checkpoint of the steps done since step `first`, where the loop began, and end the loop."""
     if state.step > first:
-        call.on_step_checkpoint(state.step_checkpoint())
+        call.checkpoint(state.step_checkpoint())
     raise HandedOver(f"this worker leaves; the loop is handed over after {state.step} steps")
 
 

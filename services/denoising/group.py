@@ -48,7 +48,7 @@ class LeadingStages:
             request_id=call.request_id,
             on_progress=call.on_progress,
             on_warning=call.on_warning,
-            on_step_checkpoint=call.on_step_checkpoint,
+            on_item=call.on_item,
             cancelled=call.cancelled,
             hand_over=call.hand_over,
             deadline=call.deadline,

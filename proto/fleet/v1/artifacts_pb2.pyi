@@ -699,7 +699,7 @@ Global___DenoiseState: _TypeAlias = DenoiseState  # noqa: Y015
 
 @_typing.final
 class MediaItem(_message.Message):
-    """One finished picture, video or file of tensors."""
+    """A finished file: an image, a video or tensors. In a stream: the next bytes of one."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -708,6 +708,8 @@ class MediaItem(_message.Message):
     HEIGHT_FIELD_NUMBER: _builtins.int
     WIDTH_FIELD_NUMBER: _builtins.int
     NUM_FRAMES_FIELD_NUMBER: _builtins.int
+    FILE_INDEX_FIELD_NUMBER: _builtins.int
+    FILE_COUNT_FIELD_NUMBER: _builtins.int
     content_type: _builtins.str
     """Type of the file, such as "image/png"."""
     height: _builtins.int
@@ -715,10 +717,14 @@ class MediaItem(_message.Message):
     width: _builtins.int
     """Width in pixels."""
     num_frames: _builtins.int
-    """Frames; 1 for an image."""
+    """Frames in these bytes; 1 for an image."""
+    file_index: _builtins.int
+    """File of the result that the bytes belong to, from 0."""
+    file_count: _builtins.int
+    """Files in the result; 0 counts as 1."""
     @_builtins.property
     def data(self) -> Global___Tensor:
-        """The encoded file, uint8 (bytes,)."""
+        """The encoded bytes, uint8 (bytes,)."""
 
     def __init__(
         self,
@@ -728,10 +734,12 @@ class MediaItem(_message.Message):
         height: _builtins.int = ...,
         width: _builtins.int = ...,
         num_frames: _builtins.int = ...,
+        file_index: _builtins.int = ...,
+        file_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["data", b"data"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["content_type", b"content_type", "data", b"data", "height", b"height", "num_frames", b"num_frames", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["content_type", b"content_type", "data", b"data", "file_count", b"file_count", "file_index", b"file_index", "height", b"height", "num_frames", b"num_frames", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -855,3 +863,52 @@ class Checkpoint(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Checkpoint: _TypeAlias = Checkpoint  # noqa: Y015
+
+@_typing.final
+class StreamItem(_message.Message):
+    """An item of a stream: a slot with any number of artifacts, which come in order while the call runs. Its tensors beyond
+    64 KiB follow at once in chunks, under paths that begin with the slot and the index, as in
+    "denoised_blocks.3.parts.video.latents".
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SLOT_FIELD_NUMBER: _builtins.int
+    INDEX_FIELD_NUMBER: _builtins.int
+    LATENTS_FIELD_NUMBER: _builtins.int
+    MEDIA_ITEM_FIELD_NUMBER: _builtins.int
+    DENOISE_STATE_FIELD_NUMBER: _builtins.int
+    slot: _builtins.str
+    """Slot of the stream; "checkpoint" for step checkpoints."""
+    index: _builtins.int
+    """Position in the stream, from 0."""
+    @_builtins.property
+    def latents(self) -> Global___Latents:
+        """A block of latents."""
+
+    @_builtins.property
+    def media_item(self) -> Global___MediaItem:
+        """A part of a file."""
+
+    @_builtins.property
+    def denoise_state(self) -> Global___DenoiseState:
+        """A place to resume from."""
+
+    def __init__(
+        self,
+        *,
+        slot: _builtins.str = ...,
+        index: _builtins.int = ...,
+        latents: Global___Latents | None = ...,
+        media_item: Global___MediaItem | None = ...,
+        denoise_state: Global___DenoiseState | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["artifact", b"artifact", "denoise_state", b"denoise_state", "latents", b"latents", "media_item", b"media_item"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifact", b"artifact", "denoise_state", b"denoise_state", "index", b"index", "latents", b"latents", "media_item", b"media_item", "slot", b"slot"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_artifact: _TypeAlias = _typing.Literal["latents", "media_item", "denoise_state"]  # noqa: Y015
+    _WhichOneofArgType_artifact: _TypeAlias = _typing.Literal["artifact", b"artifact"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_artifact) -> _WhichOneofReturnType_artifact | None: ...
+
+Global___StreamItem: _TypeAlias = StreamItem  # noqa: Y015

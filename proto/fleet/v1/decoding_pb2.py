@@ -25,21 +25,21 @@ _sym_db = _symbol_database.Default()
 from fleet.v1 import artifacts_pb2 as fleet_dot_v1_dot_artifacts__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x66leet/v1/decoding.proto\x12\x08\x66leet.v1\x1a\x18\x66leet/v1/artifacts.proto\"d\n\rDecodeRequest\x12(\n\x06header\x18\x01 \x01(\x0b\x32\x16.fleet.v1.DecodeInputsH\x00\x12 \n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x0f.fleet.v1.ChunkH\x00\x42\x07\n\x05\x66rame\"\xd6\x01\n\x0e\x44\x65\x63odeResponse\x12)\n\x06header\x18\x01 \x01(\x0b\x32\x17.fleet.v1.DecodeOutputsH\x00\x12 \n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x0f.fleet.v1.ChunkH\x00\x12&\n\x08progress\x18\x03 \x01(\x0b\x32\x12.fleet.v1.ProgressH\x00\x12$\n\x07warning\x18\x04 \x01(\x0b\x32\x11.fleet.v1.WarningH\x00\x12 \n\x05\x62\x65gun\x18\x06 \x01(\x0b\x32\x0f.fleet.v1.BegunH\x00\x42\x07\n\x05\x66rame\"\xd6\x01\n\x0c\x44\x65\x63odeInputs\x12\x30\n\x10\x64\x65noised_latents\x18\x01 \x01(\x0b\x32\x11.fleet.v1.LatentsH\x00\x88\x01\x01\x12%\n\x06\x63\x61nvas\x18\x02 \x01(\x0b\x32\x10.fleet.v1.CanvasH\x01\x88\x01\x01\x12\x35\n\x13\x64\x65noising_generator\x18\x03 \x01(\x0b\x32\x13.fleet.v1.GeneratorH\x02\x88\x01\x01\x42\x13\n\x11_denoised_latentsB\t\n\x07_canvasB\x16\n\x14_denoising_generator\">\n\rDecodeOutputs\x12#\n\x05media\x18\x01 \x01(\x0b\x32\x0f.fleet.v1.MediaH\x00\x88\x01\x01\x42\x08\n\x06_media2R\n\x0f\x44\x65\x63odingService\x12?\n\x06\x44\x65\x63ode\x12\x17.fleet.v1.DecodeRequest\x1a\x18.fleet.v1.DecodeResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x66leet/v1/decoding.proto\x12\x08\x66leet.v1\x1a\x18\x66leet/v1/artifacts.proto\"\x8a\x01\n\rDecodeRequest\x12(\n\x06header\x18\x01 \x01(\x0b\x32\x16.fleet.v1.DecodeInputsH\x00\x12 \n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x0f.fleet.v1.ChunkH\x00\x12$\n\x04item\x18\x07 \x01(\x0b\x32\x14.fleet.v1.StreamItemH\x00\x42\x07\n\x05\x66rame\"\xfc\x01\n\x0e\x44\x65\x63odeResponse\x12)\n\x06header\x18\x01 \x01(\x0b\x32\x17.fleet.v1.DecodeOutputsH\x00\x12 \n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x0f.fleet.v1.ChunkH\x00\x12&\n\x08progress\x18\x03 \x01(\x0b\x32\x12.fleet.v1.ProgressH\x00\x12$\n\x07warning\x18\x04 \x01(\x0b\x32\x11.fleet.v1.WarningH\x00\x12 \n\x05\x62\x65gun\x18\x06 \x01(\x0b\x32\x0f.fleet.v1.BegunH\x00\x12$\n\x04item\x18\x07 \x01(\x0b\x32\x14.fleet.v1.StreamItemH\x00\x42\x07\n\x05\x66rame\"\x82\x02\n\x0c\x44\x65\x63odeInputs\x12\x30\n\x10\x64\x65noised_latents\x18\x01 \x01(\x0b\x32\x11.fleet.v1.LatentsH\x00\x88\x01\x01\x12%\n\x06\x63\x61nvas\x18\x02 \x01(\x0b\x32\x10.fleet.v1.CanvasH\x01\x88\x01\x01\x12\x35\n\x13\x64\x65noising_generator\x18\x03 \x01(\x0b\x32\x13.fleet.v1.GeneratorH\x02\x88\x01\x01\x12*\n\x0f\x64\x65noised_blocks\x18\x04 \x03(\x0b\x32\x11.fleet.v1.LatentsB\x13\n\x11_denoised_latentsB\t\n\x07_canvasB\x16\n\x14_denoising_generator\"h\n\rDecodeOutputs\x12#\n\x05media\x18\x01 \x01(\x0b\x32\x0f.fleet.v1.MediaH\x00\x88\x01\x01\x12(\n\x0bmedia_items\x18\x02 \x03(\x0b\x32\x13.fleet.v1.MediaItemB\x08\n\x06_media2R\n\x0f\x44\x65\x63odingService\x12?\n\x06\x44\x65\x63ode\x12\x17.fleet.v1.DecodeRequest\x1a\x18.fleet.v1.DecodeResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'fleet.v1.decoding_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DECODEREQUEST']._serialized_start=63
-  _globals['_DECODEREQUEST']._serialized_end=163
-  _globals['_DECODERESPONSE']._serialized_start=166
-  _globals['_DECODERESPONSE']._serialized_end=380
-  _globals['_DECODEINPUTS']._serialized_start=383
-  _globals['_DECODEINPUTS']._serialized_end=597
-  _globals['_DECODEOUTPUTS']._serialized_start=599
-  _globals['_DECODEOUTPUTS']._serialized_end=661
-  _globals['_DECODINGSERVICE']._serialized_start=663
-  _globals['_DECODINGSERVICE']._serialized_end=745
+  _globals['_DECODEREQUEST']._serialized_start=64
+  _globals['_DECODEREQUEST']._serialized_end=202
+  _globals['_DECODERESPONSE']._serialized_start=205
+  _globals['_DECODERESPONSE']._serialized_end=457
+  _globals['_DECODEINPUTS']._serialized_start=460
+  _globals['_DECODEINPUTS']._serialized_end=718
+  _globals['_DECODEOUTPUTS']._serialized_start=720
+  _globals['_DECODEOUTPUTS']._serialized_end=824
+  _globals['_DECODINGSERVICE']._serialized_start=826
+  _globals['_DECODINGSERVICE']._serialized_end=908
 # @@protoc_insertion_point(module_scope)

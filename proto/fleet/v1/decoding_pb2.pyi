@@ -3,9 +3,11 @@
 isort:skip_file
 """
 
+from collections import abc as _abc
 from fleet.v1 import artifacts_pb2 as _artifacts_pb2
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
+from google.protobuf.internal import containers as _containers
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -25,6 +27,7 @@ class DecodeRequest(_message.Message):
 
     HEADER_FIELD_NUMBER: _builtins.int
     CHUNK_FIELD_NUMBER: _builtins.int
+    ITEM_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def header(self) -> Global___DecodeInputs:
         """Small values, and the description of large tensors."""
@@ -33,17 +36,22 @@ class DecodeRequest(_message.Message):
     def chunk(self) -> _artifacts_pb2.Chunk:
         """A part of a large tensor."""
 
+    @_builtins.property
+    def item(self) -> _artifacts_pb2.StreamItem:
+        """An item of a stream, after the header and its chunks."""
+
     def __init__(
         self,
         *,
         header: Global___DecodeInputs | None = ...,
         chunk: _artifacts_pb2.Chunk | None = ...,
+        item: _artifacts_pb2.StreamItem | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "frame", b"frame", "header", b"header"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "frame", b"frame", "header", b"header", "item", b"item"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "frame", b"frame", "header", b"header"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "frame", b"frame", "header", b"header", "item", b"item"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_frame: _TypeAlias = _typing.Literal["header", "chunk"]  # noqa: Y015
+    _WhichOneofReturnType_frame: _TypeAlias = _typing.Literal["header", "chunk", "item"]  # noqa: Y015
     _WhichOneofArgType_frame: _TypeAlias = _typing.Literal["frame", b"frame"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_frame) -> _WhichOneofReturnType_frame | None: ...
 
@@ -60,6 +68,7 @@ class DecodeResponse(_message.Message):
     PROGRESS_FIELD_NUMBER: _builtins.int
     WARNING_FIELD_NUMBER: _builtins.int
     BEGUN_FIELD_NUMBER: _builtins.int
+    ITEM_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def header(self) -> Global___DecodeOutputs:
         """Small values, and the description of large tensors."""
@@ -80,6 +89,10 @@ class DecodeResponse(_message.Message):
     def begun(self) -> _artifacts_pb2.Begun:
         """The stages start on the device."""
 
+    @_builtins.property
+    def item(self) -> _artifacts_pb2.StreamItem:
+        """An item of a stream."""
+
     def __init__(
         self,
         *,
@@ -88,12 +101,13 @@ class DecodeResponse(_message.Message):
         progress: _artifacts_pb2.Progress | None = ...,
         warning: _artifacts_pb2.Warning | None = ...,
         begun: _artifacts_pb2.Begun | None = ...,
+        item: _artifacts_pb2.StreamItem | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["begun", b"begun", "chunk", b"chunk", "frame", b"frame", "header", b"header", "progress", b"progress", "warning", b"warning"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["begun", b"begun", "chunk", b"chunk", "frame", b"frame", "header", b"header", "item", b"item", "progress", b"progress", "warning", b"warning"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["begun", b"begun", "chunk", b"chunk", "frame", b"frame", "header", b"header", "progress", b"progress", "warning", b"warning"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["begun", b"begun", "chunk", b"chunk", "frame", b"frame", "header", b"header", "item", b"item", "progress", b"progress", "warning", b"warning"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_frame: _TypeAlias = _typing.Literal["header", "chunk", "progress", "warning", "begun"]  # noqa: Y015
+    _WhichOneofReturnType_frame: _TypeAlias = _typing.Literal["header", "chunk", "progress", "warning", "begun", "item"]  # noqa: Y015
     _WhichOneofArgType_frame: _TypeAlias = _typing.Literal["frame", b"frame"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_frame) -> _WhichOneofReturnType_frame | None: ...
 
@@ -108,6 +122,7 @@ class DecodeInputs(_message.Message):
     DENOISED_LATENTS_FIELD_NUMBER: _builtins.int
     CANVAS_FIELD_NUMBER: _builtins.int
     DENOISING_GENERATOR_FIELD_NUMBER: _builtins.int
+    DENOISED_BLOCKS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def denoised_latents(self) -> _artifacts_pb2.Latents:
         """The denoiser's result."""
@@ -120,16 +135,21 @@ class DecodeInputs(_message.Message):
     def denoising_generator(self) -> _artifacts_pb2.Generator:
         """Random numbers, for decoders that draw."""
 
+    @_builtins.property
+    def denoised_blocks(self) -> _containers.RepeatedCompositeFieldContainer[_artifacts_pb2.Latents]:
+        """A stream, whose items come in frames of their own: the denoiser's result, block by block in the order of time."""
+
     def __init__(
         self,
         *,
         denoised_latents: _artifacts_pb2.Latents | None = ...,
         canvas: _artifacts_pb2.Canvas | None = ...,
         denoising_generator: _artifacts_pb2.Generator | None = ...,
+        denoised_blocks: _abc.Iterable[_artifacts_pb2.Latents] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_canvas", b"_canvas", "_denoised_latents", b"_denoised_latents", "_denoising_generator", b"_denoising_generator", "canvas", b"canvas", "denoised_latents", b"denoised_latents", "denoising_generator", b"denoising_generator"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_canvas", b"_canvas", "_denoised_latents", b"_denoised_latents", "_denoising_generator", b"_denoising_generator", "canvas", b"canvas", "denoised_latents", b"denoised_latents", "denoising_generator", b"denoising_generator"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_canvas", b"_canvas", "_denoised_latents", b"_denoised_latents", "_denoising_generator", b"_denoising_generator", "canvas", b"canvas", "denoised_blocks", b"denoised_blocks", "denoised_latents", b"denoised_latents", "denoising_generator", b"denoising_generator"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__canvas: _TypeAlias = _typing.Literal["canvas"]  # noqa: Y015
     _WhichOneofArgType__canvas: _TypeAlias = _typing.Literal["_canvas", b"_canvas"]  # noqa: Y015
@@ -153,18 +173,24 @@ class DecodeOutputs(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     MEDIA_FIELD_NUMBER: _builtins.int
+    MEDIA_ITEMS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def media(self) -> _artifacts_pb2.Media:
         """The finished files."""
+
+    @_builtins.property
+    def media_items(self) -> _containers.RepeatedCompositeFieldContainer[_artifacts_pb2.MediaItem]:
+        """A stream, whose items come in frames of their own: the next bytes of files that can be shown while they grow."""
 
     def __init__(
         self,
         *,
         media: _artifacts_pb2.Media | None = ...,
+        media_items: _abc.Iterable[_artifacts_pb2.MediaItem] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_media", b"_media", "media", b"media"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_media", b"_media", "media", b"media"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_media", b"_media", "media", b"media", "media_items", b"media_items"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__media: _TypeAlias = _typing.Literal["media"]  # noqa: Y015
     _WhichOneofArgType__media: _TypeAlias = _typing.Literal["_media", b"_media"]  # noqa: Y015

@@ -3,9 +3,11 @@
 isort:skip_file
 """
 
+from collections import abc as _abc
 from fleet.v1 import artifacts_pb2 as _artifacts_pb2
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
+from google.protobuf.internal import containers as _containers
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -61,6 +63,7 @@ class DenoiseResponse(_message.Message):
     WARNING_FIELD_NUMBER: _builtins.int
     CHECKPOINT_FIELD_NUMBER: _builtins.int
     BEGUN_FIELD_NUMBER: _builtins.int
+    ITEM_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def header(self) -> Global___DenoiseOutputs:
         """Small values, and the description of large tensors."""
@@ -85,6 +88,10 @@ class DenoiseResponse(_message.Message):
     def begun(self) -> _artifacts_pb2.Begun:
         """The stages start on the device."""
 
+    @_builtins.property
+    def item(self) -> _artifacts_pb2.StreamItem:
+        """An item of a stream, only to callers that send `fleet-items: 1` in the metadata of the call."""
+
     def __init__(
         self,
         *,
@@ -94,12 +101,13 @@ class DenoiseResponse(_message.Message):
         warning: _artifacts_pb2.Warning | None = ...,
         checkpoint: _artifacts_pb2.Checkpoint | None = ...,
         begun: _artifacts_pb2.Begun | None = ...,
+        item: _artifacts_pb2.StreamItem | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["begun", b"begun", "checkpoint", b"checkpoint", "chunk", b"chunk", "frame", b"frame", "header", b"header", "progress", b"progress", "warning", b"warning"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["begun", b"begun", "checkpoint", b"checkpoint", "chunk", b"chunk", "frame", b"frame", "header", b"header", "item", b"item", "progress", b"progress", "warning", b"warning"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["begun", b"begun", "checkpoint", b"checkpoint", "chunk", b"chunk", "frame", b"frame", "header", b"header", "progress", b"progress", "warning", b"warning"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["begun", b"begun", "checkpoint", b"checkpoint", "chunk", b"chunk", "frame", b"frame", "header", b"header", "item", b"item", "progress", b"progress", "warning", b"warning"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_frame: _TypeAlias = _typing.Literal["header", "chunk", "progress", "warning", "checkpoint", "begun"]  # noqa: Y015
+    _WhichOneofReturnType_frame: _TypeAlias = _typing.Literal["header", "chunk", "progress", "warning", "checkpoint", "begun", "item"]  # noqa: Y015
     _WhichOneofArgType_frame: _TypeAlias = _typing.Literal["frame", b"frame"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_frame) -> _WhichOneofReturnType_frame | None: ...
 
@@ -220,6 +228,7 @@ class DenoiseOutputs(_message.Message):
 
     DENOISED_LATENTS_FIELD_NUMBER: _builtins.int
     DENOISING_GENERATOR_FIELD_NUMBER: _builtins.int
+    DENOISED_BLOCKS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def denoised_latents(self) -> _artifacts_pb2.Latents:
         """The result, in the denoiser's layout."""
@@ -228,15 +237,20 @@ class DenoiseOutputs(_message.Message):
     def denoising_generator(self) -> _artifacts_pb2.Generator:
         """Random numbers after the loop."""
 
+    @_builtins.property
+    def denoised_blocks(self) -> _containers.RepeatedCompositeFieldContainer[_artifacts_pb2.Latents]:
+        """A stream, whose items come in frames of their own: the result, block by block in the order of time."""
+
     def __init__(
         self,
         *,
         denoised_latents: _artifacts_pb2.Latents | None = ...,
         denoising_generator: _artifacts_pb2.Generator | None = ...,
+        denoised_blocks: _abc.Iterable[_artifacts_pb2.Latents] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_denoised_latents", b"_denoised_latents", "_denoising_generator", b"_denoising_generator", "denoised_latents", b"denoised_latents", "denoising_generator", b"denoising_generator"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_denoised_latents", b"_denoised_latents", "_denoising_generator", b"_denoising_generator", "denoised_latents", b"denoised_latents", "denoising_generator", b"denoising_generator"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_denoised_latents", b"_denoised_latents", "_denoising_generator", b"_denoising_generator", "denoised_blocks", b"denoised_blocks", "denoised_latents", b"denoised_latents", "denoising_generator", b"denoising_generator"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__denoised_latents: _TypeAlias = _typing.Literal["denoised_latents"]  # noqa: Y015
     _WhichOneofArgType__denoised_latents: _TypeAlias = _typing.Literal["_denoised_latents", b"_denoised_latents"]  # noqa: Y015
