@@ -22,7 +22,7 @@ class LoopCheckpoints:
         self._sent_at = time.monotonic()
 
     def send_if_due(self) -> None:
-        """Send a checkpoint where enough steps, or seconds, have passed since the last one; none after the last step."""
+        """Send a checkpoint where enough steps, or seconds, have passed since the last one; none at the end."""
         done = self._state.step
         old = 0 < self._seconds <= time.monotonic() - self._sent_at
         if (old or (self._every > 0 and done % self._every == 0)) and done < self._total:
