@@ -14,7 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 from common.errors import InternalError
 from common.stage import Call
 
-STREAM_BYTES = 64 << 20
+STREAM_BYTES = 32 << 20
 """Most bytes of a stream that its reader has not read yet, beside one item; beyond it the writer waits."""
 _POLL_SECONDS = 0.05
 
