@@ -24,6 +24,7 @@ _NAMES: Mapping[tuple[str, ...], str] = {
     ("image_encoding", "denoising", "decoding"): "kernels kernel_cache",
     ("before_denoising", "denoising", "decoding"): "hang_seconds hang_mean_steps hang_exit_seconds",
     ("before_denoising", "denoising"): "warm_up",
+    ("decoding",): "sessions",
     ("denoising",): (
         "attention_backend step_checkpoint_every step_checkpoint_seconds step_memory_bytes linear_dtype "
         "step_cache_threshold tp ulysses ring cfg nnodes node_rank rdzv_endpoint "

@@ -8,6 +8,7 @@ import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from typing import Any
 
 import grpc
@@ -221,7 +222,7 @@ def test_a_cancelled_session_leaves_its_place_and_its_thread() -> None:
                 values = {**packed({"canvas": request()["canvas"]}), "denoised_blocks": stream}
                 await stream.put(0, pack("denoised_blocks", request()["initial_latents"], TORCH), 1)
                 taken = asyncio.Event()
-                sink = Sink(lambda _, taken=taken: taken.set())
+                sink = Sink(partial(_set, taken))
                 call = Call("r", sinks={"media_items": sink})
                 running = asyncio.create_task(service.runner()(values, call))
                 await taken.wait()
@@ -231,6 +232,10 @@ def test_a_cancelled_session_leaves_its_place_and_its_thread() -> None:
             await service.runner()({**values, "denoised_blocks": _ended()}, Call("r", sinks={"media_items": sink}))
 
     run(test)
+
+
+def _set(event: asyncio.Event, _: object) -> None:
+    event.set()
 
 
 def _ended() -> ItemBuffer:
