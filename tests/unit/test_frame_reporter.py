@@ -53,9 +53,9 @@ def test_the_checkpoint_of_a_call_that_is_handed_over_is_sent_although_the_one_b
         call = reporter.listen(Call("r"))
 
         def stage() -> None:
-            call.on_step_checkpoint(state(1))
+            call.checkpoint(state(1))
             call.hand_over.set()
-            call.on_step_checkpoint(state(2))
+            call.checkpoint(state(2))
 
         await asyncio.to_thread(stage)
         reporter.end()
@@ -71,8 +71,8 @@ def test_a_checkpoint_does_not_hold_its_loop_up() -> None:
         call = reporter.listen(Call("r"))
 
         def stage() -> None:
-            call.on_step_checkpoint(state(1))
-            call.on_step_checkpoint(state(2))  # left out: the one before it still waits
+            call.checkpoint(state(1))
+            call.checkpoint(state(2))  # left out: the one before it still waits
             gone_on.set()
             call.progress(2, 2)
 
