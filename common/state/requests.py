@@ -19,7 +19,6 @@ from redis.exceptions import NoScriptError
 
 from common.errors import (
     InvalidInput,
-    NotFound,
     ResourceExhausted,
 )
 from common.scaling import StageWork
@@ -52,7 +51,7 @@ from common.state.records import (
     with_ids,
 )
 from common.state.replication import Replication
-from common.state.result_items import ResultItems, StoredItem
+from common.state.result_items import ResultItems, StoredItem, read_chunks
 from common.state.store_server import StoreMemory
 from fleet.v1 import generation_pb2
 
@@ -304,8 +303,8 @@ class RequestStore:
         Returns the events as stored, the terminal one last (none where the first answer was lost on the way), and
         None for all but the one call that ended it, which only the owner of the latest epoch can. A call that is made
         again, as its answer was lost, has the same `token`; one with another would delete the files that are there.
-        Unless `stored`, the files are named in the record, but their bytes are not kept. `items` are those of a streamed
-        result, which expire with it.
+        Unless `stored`, the files are named in the record, but their bytes are not kept. `items` are those of a
+        streamed result, which expire with it.
         """
         extra = generation_pb2.RequestRecord(
             error=error,
@@ -446,13 +445,17 @@ class RequestStore:
         events = [(generation_pb2.Event.FromString(fields[b"event"]), _epoch_of(fields)) for _, fields in rows]
         return [StoredItem(event.item, epoch) for event, epoch in events if event.HasField("item")]
 
-    async def result_chunks(self, request_id: str, index: int, byte_size: int) -> AsyncIterator[bytes]:
-        """The bytes of a stored file of that size, in chunks of at most 1 MiB. Raises NotFound once they are gone."""
+    async def result_chunks(
+        self, request_id: str, index: int, byte_size: int, skipped: int = 0
+    ) -> AsyncIterator[bytes]:
+        """The bytes of a stored file of that size after the first `skipped` ones, in chunks of at most 1 MiB.
+
+        Raises NotFound once they are gone.
+        """
         epoch = (await command(self._redis, "HGET", key_of("request", request_id), "epoch") or b"").decode()
-        for number in range(len(range(0, byte_size, CHUNK_BYTES))):
-            chunk = await command(self._redis, "GET", key_of("result", request_id, epoch, index, number))
-            if chunk is None:
-                raise NotFound(f"the result of request {request_id} has expired", field="request_id")
+        count = len(range(0, byte_size, CHUNK_BYTES))
+        keys = [key_of("result", request_id, epoch, index, number) for number in range(count)]
+        async for chunk in read_chunks(self._redis, request_id, keys, skipped):
             yield chunk
 
 

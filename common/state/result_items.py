@@ -1,7 +1,8 @@
 """Bytes of the items of streamed results.
 
-An item's bytes are stored first, under keys that contain the writer's epoch; the event that is appended after them makes
-the item a part of the result. A coordinator that has lost a request may still write bytes, but no event refers to them.
+An item's bytes are stored first, under keys that contain the writer's epoch. The event that is appended after them
+makes the item a part of the result. A coordinator that has lost a request may still write bytes; no event refers to
+them.
 """
 
 from __future__ import annotations
@@ -51,14 +52,9 @@ class ResultItems:
         self._replication.check(replies, chunks)
 
     async def chunks(self, request_id: str, stored: StoredItem, skipped: int = 0) -> AsyncIterator[bytes]:
-        """The bytes of an item after the first `skipped` ones, at most 1 MiB each. Raises NotFound once they are gone."""
-        keys = _keys(request_id, stored)
-        for key in keys[skipped // CHUNK_BYTES :]:
-            chunk = await command(self._redis, "GET", key)
-            if chunk is None:
-                raise NotFound(f"the result of request {request_id} has expired", field="request_id")
-            yield chunk[skipped % CHUNK_BYTES :] if skipped else chunk
-            skipped = 0
+        """The bytes of an item after the first `skipped` ones, at most 1 MiB each. Raises NotFound if they expired."""
+        async for chunk in read_chunks(self._redis, request_id, _keys(request_id, stored), skipped):
+            yield chunk
 
     async def refresh(self, request_id: str, items: Iterable[StoredItem]) -> None:
         """Let items that another coordinator stored last as long as those that are stored now."""
@@ -80,3 +76,13 @@ def _keys(request_id: str, stored: StoredItem) -> list[str]:
     item, epoch = stored
     count = len(range(0, item.byte_size, CHUNK_BYTES))
     return [key_of("item", request_id, epoch, item.item_index, number) for number in range(count)]
+
+
+async def read_chunks(redis: Redis, request_id: str, keys: Sequence[str], skipped: int) -> AsyncIterator[bytes]:
+    """Bytes of a result that are stored in chunks of 1 MiB, after the first `skipped` ones. Raises NotFound."""
+    for key in keys[skipped // CHUNK_BYTES :]:
+        chunk = await command(redis, "GET", key)
+        if chunk is None:
+            raise NotFound(f"the result of request {request_id} has expired", field="request_id")
+        yield chunk[skipped % CHUNK_BYTES :]
+        skipped = 0

@@ -1,4 +1,4 @@
-"""The result of a request while it comes item by item: each item is stored, and has its event, before the next one is taken.
+"""The result of a request while it comes item by item: an item is stored, and has its event, before the next is taken.
 
 An item is delivered once its event is stored, which only the owner of the latest epoch can do. A coordinator that takes
 the request over reads from the events what was delivered, and skips those items when they are computed again.
@@ -59,7 +59,7 @@ class ResultStream:
         return self._stored
 
     async def take(self, items: AsyncIterable[tuple[int, Packet]]) -> list[ResultFile]:
-        """Store all items of a stream, each of which has its index, and return the files. Raises as put() and files()."""
+        """Store all items of a stream, each with its index, and return the files. Raises as put() and files()."""
         async for index, packet in items:
             await self.put(index, packet, packet.byte_size)
         return self.files()
@@ -133,7 +133,9 @@ class ResultStream:
         size = sum(self._sizes) + item.byte_size
         if size > self._max_bytes:
             kind, field = ("raw result", "output_format") if self._raw else ("result", "num_frames")
-            raise ResourceExhausted(f"the {kind} has {size} bytes or more; at most {self._max_bytes} are taken", field=field)
+            raise ResourceExhausted(
+                f"the {kind} has {size} bytes or more; at most {self._max_bytes} are taken", field=field
+            )
         if self._raw:
             self._pieces.setdefault(item.file_index, []).extend(pieces)
             self._count(item)
@@ -151,7 +153,9 @@ class ResultStream:
         before = self._headers.get(message.file_index)
         counts = {header.count for header in self._headers.values()} or {count}
         if message.file_index >= count or counts != {count}:
-            raise InternalError(f"an item is of file {message.file_index} of {count}; items before it: {min(counts)} files")
+            raise InternalError(
+                f"an item is of file {message.file_index} of {count}; items before it: {min(counts)} files"
+            )
         return generation_pb2.ResultItem(
             item_index=len(self._sizes),
             file_index=message.file_index,
