@@ -91,7 +91,8 @@ def run(services: dict[str, HostedStages], name: str, slots: Slots, call: Call |
 def test_a_loop_resumes_after_every_step_to_the_same_bytes(services: dict[str, HostedStages], prepared: Slots) -> None:
     """Through the codec, as a checkpoint travels: the solver's history is part of it."""
     states: list[StepCheckpoint] = []
-    whole = run(services, "denoising", prepared, Call("test", on_step_checkpoint=states.append))["denoised_latents"]
+    call = Call("test", on_item=lambda *item: states.append(item[2]))
+    whole = run(services, "denoising", prepared, call)["denoised_latents"]
     assert [state.step for state in states] == [1, 2, 3, 4]
     for state in states:
         travelled = unpack("state", StepCheckpoint, pack("state", state, TORCH), TORCH)
