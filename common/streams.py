@@ -116,6 +116,11 @@ class StreamFeed:
             self._is_closed, self._error = True, error
             self._condition.notify()
 
+    def has_next(self) -> bool:
+        """Whether an item is there, so that the stage would not wait for it."""
+        with self._condition:
+            return bool(self._items)
+
     def __iter__(self) -> Iterator[Any]:
         """Yield the artifacts in order. Raises the error of close(), and as check_cancelled while it waits."""
         while (taken := self._take()) is not None:
