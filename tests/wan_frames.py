@@ -35,7 +35,9 @@ def check_frames_come_early(vae: AutoencoderKLWan, latents: Tensor) -> None:
     assert len(seen) == 1
 
 
-def check_sessions(vae: AutoencoderKLWan, latents: Tensor, pieces: list[int], decoding_bytes: int | None = None) -> None:
+def check_sessions(
+    vae: AutoencoderKLWan, latents: Tensor, pieces: list[int], decoding_bytes: int | None = None
+) -> None:
     """Assert that latents which arrive in pieces give the bytes of decoding at once, also of two videos in turns.
 
     `latents` have the shape (1, channels, sum of `pieces`, H, W).

@@ -166,7 +166,8 @@ class _Fragments:
         canvas, first = self._canvas, self._num_frames.get(piece.index, 0)
         fragment = Mp4Fragment(canvas.height, canvas.width, canvas.frame_rate or DEFAULT_FRAME_RATE, first)
         count = 0
-        for count, pixels in enumerate(frames, 1):
+        for pixels in frames:
+            count += 1
             self._ahead.submit(fragment.add, pixels)
             self._emit_finished()
         if count:
