@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 from common.errors import InternalError, InvalidInput
 from common.stage import Call, Contract, PipelineStage, compose_contracts
+from common.streams import DeviceLock, ItemBuffer, StreamFeed, byte_size_of, wait_on_thread
 
 
 def untimed(_: str) -> AbstractContextManager[None]:
@@ -51,12 +54,13 @@ class HostedStages:
             with self._timed(stage.contract.name):
                 output = stage.run(stage.Input(**inputs), call)
             slots.update(_outputs_of(stage, output))
-        return {name: slots[name] for name in self.contract.outputs}
+        return {name: slots[name] for name in self.contract.outputs.keys() - self.contract.output_streams}
 
 
 def _outputs_of(stage: PipelineStage[Any, Any], output: object) -> dict[str, Any]:
-    """The artifacts that the stage's contract names. Raises InternalError where one is absent."""
-    outputs = {name: getattr(output, name) for name in stage.contract.outputs}
+    """The artifacts that the stage's contract names, but for streams. Raises InternalError where one is absent."""
+    streams = stage.contract.output_streams
+    outputs = {name: getattr(output, name) for name in stage.contract.outputs if name not in streams}
     if absent := [name for name, artifact in outputs.items() if artifact is None]:
         raise InternalError(f"{stage.contract.name} did not return {', '.join(absent)}")
     return outputs
@@ -71,12 +75,14 @@ def common_indifference(declared: Sequence[frozenset[str] | None]) -> frozenset[
 class LocalRunner:
     """Runs hosted stages on one thread of this process; values are artifacts. Twin of common.rpc.client.RemoteRunner.
 
-    One thread, because a device's stages must not interleave; runners may share the executor.
+    One thread, because a device's stages must not interleave; runners may share the executor. Stages with stream inputs
+    run on a thread of their own, and wait for items without `device`, which all runners of a device share.
     """
 
-    def __init__(self, stages: HostedStages, executor: ThreadPoolExecutor) -> None:
+    def __init__(self, stages: HostedStages, executor: ThreadPoolExecutor, device: DeviceLock | None = None) -> None:
         self._stages = stages
         self._executor = executor
+        self._device = device or DeviceLock()
 
     @property
     def contract(self) -> Contract:
@@ -86,13 +92,42 @@ class LocalRunner:
     async def __call__(self, values: Mapping[str, Any], call: Call) -> Mapping[str, Any]:
         """Run on the executor's thread, and report to the call from there. Cancelling ends the stages within a step."""
         loop = asyncio.get_running_loop()
+        call = dataclasses.replace(call, waiting=self._device.released, emitted={})
+        call = dataclasses.replace(call, on_item=partial(_put_item, loop, call))
         try:
-            return await loop.run_in_executor(self._executor, self._run, values, call)
+            if not self.contract.input_streams:
+                return await loop.run_in_executor(self._executor, self._run, values, call)
+            return await self._run_session(values, call)
         except asyncio.CancelledError:
             call.cancelled.set()
             raise
 
+    async def _run_session(self, values: Mapping[str, Any], call: Call) -> Mapping[str, Any]:
+        """Run stages that read streams while these are written."""
+        feeds = {slot: StreamFeed(call) for slot in self.contract.input_streams}
+        pumps = [asyncio.create_task(_pump(values[slot], feed)) for slot, feed in feeds.items()]
+        try:
+            return await asyncio.to_thread(self._run, {**values, **feeds}, call)
+        finally:
+            for pump in pumps:
+                pump.cancel()
+            await asyncio.gather(*pumps, return_exceptions=True)
+
     def _run(self, values: Mapping[str, Any], call: Call) -> Mapping[str, Any]:
         call.check_cancelled()
-        call.on_begun()
-        return self._stages.run(values, call)
+        with self._device:
+            call.on_begun()
+            return self._stages.run(values, call)
+
+
+async def _pump(source: ItemBuffer, feed: StreamFeed) -> None:
+    """Hand the items of a stream to the thread of its reader."""
+    async for item, byte_size in source.read():
+        await feed.put(item, byte_size)
+    feed.close()
+
+
+def _put_item(loop: asyncio.AbstractEventLoop, call: Call, slot: str, index: int, item: Any) -> None:
+    """Put an item that a stage emits into its sink, on the stage's thread."""
+    if (sink := call.sinks.get(slot)) is not None:
+        wait_on_thread(loop, sink.put(index, item, byte_size_of(item)), call)

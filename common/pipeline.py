@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
@@ -10,7 +11,8 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from common.errors import Cancelled, CheckpointError, InternalError
-from common.stage import Call, Contract, compose_contracts
+from common.stage import Call, Contract, compose_contracts, item_kind
+from common.streams import STREAM_BYTES, ItemBuffer
 
 if TYPE_CHECKING:
     from common.checkpoint import Checkpoint
@@ -198,8 +200,9 @@ async def run_pipeline(
 ) -> dict[str, Any]:
     """Run each service as soon as its inputs exist, so that independent services overlap; return the wanted slots.
 
-    A slot's value is dropped after its last reader. The first error cancels the other stages and is raised as it is;
-    a caller that is cancelled itself sees only that.
+    The value of a stream is an ItemBuffer: its reader starts at the first item, while the writer runs. Where a stream
+    is wanted, all its items are returned. A slot's value is dropped after its last reader. The first error cancels the
+    other stages and is raised as it is; a caller that is cancelled itself sees only that.
     """
     loop = asyncio.get_running_loop()
     produced = [slot for runner in runners for slot in runner.contract.outputs]
@@ -214,9 +217,18 @@ async def run_pipeline(
             del slots[name]
 
     async def step(runner: Runner) -> None:
-        present = [name for name in runner.contract.inputs if name in slots]
-        outputs = await _run(runner, {name: await slots[name] for name in present}, call)
-        for name in runner.contract.outputs:
+        contract = runner.contract
+        present = [name for name in contract.inputs if name in slots]
+        inputs = {name: await slots[name] for name in present}
+        for name in contract.input_streams:
+            await inputs[name].wait_for_first()
+        streams = {name: ItemBuffer(math.inf if name in wanted else STREAM_BYTES) for name in contract.output_streams}
+        for name, stream in streams.items():
+            slots[name].set_result(stream)
+        outputs = await _run(runner, inputs, replace(call, sinks={**call.sinks, **streams}) if streams else call)
+        for stream in streams.values():
+            stream.close()
+        for name in contract.outputs.keys() - streams.keys():
             if readers[name]:
                 slots[name].set_result(outputs[name])
         for name in present:
@@ -236,7 +248,11 @@ async def run_pipeline(
     for task in finished:
         if not task.cancelled() and (error := task.exception()) is not None:
             raise error
-    return {name: slots[name].result() for name in wanted}
+    results = {name: slots[name].result() for name in wanted}
+    return {
+        name: tuple([item async for item, _ in value.read()]) if isinstance(value, ItemBuffer) else value
+        for name, value in results.items()
+    }
 
 
 async def _run(runner: Runner, values: Mapping[str, Any], call: Call) -> Mapping[str, Any]:
@@ -251,7 +267,8 @@ async def _run(runner: Runner, values: Mapping[str, Any], call: Call) -> Mapping
         if task is not None and task.cancelling():
             raise
         raise Cancelled(f"{runner.contract.name} was cancelled") from None
-    if absent := [name for name in runner.contract.outputs if name not in outputs]:
+    returned = runner.contract.outputs.keys() - runner.contract.output_streams
+    if absent := sorted(name for name in returned if name not in outputs):
         raise InternalError(f"{runner.contract.name} did not return {', '.join(absent)}")
     return outputs
 
@@ -268,19 +285,24 @@ def unite_roles(modules: Iterable[Mapping[str, str]]) -> dict[str, str]:
 def check(services: Sequence[ServiceSpec], *, given: Mapping[str, str], wanted: Sequence[str]) -> None:
     """Every slot is written once, before it is read, with the artifact its reader expects, and every output is read.
 
-    Optional outputs may be unread. Raises PipelineError.
+    A stream is read as one, by a single reader in another service. Optional outputs may be unread. Raises
+    PipelineError.
     """
     known = dict(given)
     problems: list[str] = []
     contracts = [stage.contract for service in services for stage in service.stages]
     written = {slot for contract in contracts for slot in contract.outputs}
     read = {*wanted, *(slot for contract in contracts for slot in contract.inputs)}
+    streamed: set[str] = set()
     for stage in contracts:
         for slot, kind in stage.inputs.items():
             if slot not in known and (slot in written or slot not in stage.optional):
                 problems.append(f"{stage.name} reads {slot!r}, which no earlier stage writes")
             elif known.get(slot, kind) != kind:
                 problems.append(f"{stage.name} reads {slot!r} as {kind}, but it is {known[slot]}")
+            if item_kind(kind) and (slot in streamed or slot in wanted):
+                problems.append(f"{stage.name} reads the stream {slot!r}, which has another reader already")
+            streamed.update([slot] if item_kind(kind) else [])
         for slot, kind in stage.outputs.items():
             if slot in known:
                 problems.append(f"{stage.name} writes {slot!r}, which is already written")
@@ -288,5 +310,13 @@ def check(services: Sequence[ServiceSpec], *, given: Mapping[str, str], wanted: 
                 problems.append(f"{stage.name} writes {slot!r}, which nothing reads")
             known[slot] = kind
     problems += [f"nothing writes {slot!r}, which the caller wants" for slot in wanted if slot not in known]
+    for service in services:
+        written_here = {slot for stage in service.stages for slot in stage.contract.output_streams}
+        if inner := sorted(written_here & {slot for stage in service.stages for slot in stage.contract.inputs}):
+            problems.append(f"{service.service} reads the stream {', '.join(inner)}, which it writes itself")
+        if service.contract.input_streams and service.resume_slot is not None:
+            problems.append(f"{service.service} resumes, and reads a stream; it can do one of both")
+        if len(several := sorted(service.contract.input_streams)) > 1:
+            problems.append(f"{service.service} reads the streams {', '.join(several)}; a service reads one at most")
     if problems:
         raise PipelineError("; ".join(problems))

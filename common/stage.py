@@ -8,6 +8,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar
@@ -67,7 +68,7 @@ def item_kind(kind: str) -> str | None:
 class ItemSink(Protocol):
     """Takes the items of one stream from a runner."""
 
-    async def put(self, index: int, item: Any) -> None:
+    async def put(self, index: int, item: Any, byte_size: int) -> None:
         """Take the item with this index, in the form of the runner's values.
 
         Returns once the writer may go on: a slow reader delays it. An index that was taken before is ignored.
@@ -85,9 +86,11 @@ class Call:
     `deadline` is in seconds of time.monotonic(). `on_begun` is called when the stages start, `on_item` with the slot,
     the index and the artifact of each item that a stage emits; it may block, so that a slow reader delays the stage.
     Runners replace it: they put the items of a stream, in the form of their values, into that of `sinks` which has the
-    stream's name. Items of other streams are dropped. `on_computed` gets the compute seconds that a worker reports at the end of the call, also of a call
-    that it hands over. `hand_over` is set when the worker leaves: a stage that sends checkpoints ends at its next step
-    boundary then. `variant` is the model's variant whose stages run; empty means the first.
+    stream's name, and drop those of other streams. A stage's thread waits for items and for readers in the context
+    `waiting`, in which others may use the device. `on_computed` gets the compute seconds that a worker reports at the
+    end of the call, also of a call that it hands over. `hand_over` is set when the worker leaves: a stage that sends
+    checkpoints ends at its next step boundary then. `variant` is the model's variant whose stages run; empty means the
+    first.
     """
 
     request_id: str
@@ -101,11 +104,12 @@ class Call:
     deadline: float | None = None
     variant: str = ""
     sinks: Mapping[str, ItemSink] = field(default_factory=dict)
+    waiting: Callable[[], AbstractContextManager[None]] = nullcontext
     emitted: dict[str, int] = field(default_factory=dict)
     """The index of the next item of each stream."""
 
     def emit(self, slot: str, artifact: Any, index: int | None = None) -> None:
-        """Send the next item of a stream to its readers. Blocks while these are too far behind; raises as check_cancelled.
+        """Send the next item of a stream to its reader. Blocks while that is too far behind, unless it is cancelled.
 
         `index` counts the items of the stream from 0; a stage that resumes gives the index that the item had before.
         The item's tensors are on the CPU, and the stage does not write to them any more.

@@ -161,7 +161,7 @@ async def start_worker(
             model_fingerprint=model.checkpoint.fingerprint,
             numerics_fingerprint=numerics,
             contract=contract_message(hosted.contract, spec),
-            capacity=settings.capacity,
+            capacity=settings.places(hosted.contract),
             dtype=str(dtype).removeprefix("torch."),
             device=str(device),
             versions={name: importlib.metadata.version(name) for name in _PACKAGES},
@@ -179,6 +179,7 @@ async def start_worker(
             resources.push_async_callback(shared.close)
         cache = cache_of(hosted, info, settings, shared)
         server, servicer = make_server(service, stages, executor, info, settings, tls, cache, watchdog)
+        resources.push_async_callback(asyncio.to_thread, servicer.close)
         bound = await server.start()
         resources.push_async_callback(server.drain, 0)
         info.address = settings.advertise or advertised_address(bound, settings.redis)

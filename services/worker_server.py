@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 from redis.asyncio import Redis
@@ -26,7 +27,7 @@ from common.watched import WatchedFiles
 from fleet.v1 import worker_pb2, worker_pb2_grpc
 from models.kernels.packages import Outcome
 from models.layers.mesh import Degrees
-from services.worker_settings import CachingSettings, StepSettings, WorkerSettings
+from services.worker_settings import CachingSettings, StepSettings, WorkerSettings, device_of, prepare_thread
 
 _SERVICE = "fleet.v1.WorkerService"
 
@@ -88,7 +89,7 @@ def make_server(
 ) -> tuple[FleetServer, StageServicer]:
     """The server of a worker and its stages' servicer. It has GetModelInfo too, and is started by the caller."""
     limits = ServicerLimits(
-        capacity=settings.capacity,
+        capacity=settings.places(stages.contract),
         idle_seconds=settings.idle_seconds,
         step_seconds=settings.step_seconds if isinstance(settings, StepSettings) else 0.0,
         call=CallLimits(total_bytes=settings.max_call_bytes),
@@ -100,7 +101,16 @@ def make_server(
         admit=NamedPeers(settings.tls_callers) if tls else admit_all,
         health_listen=settings.health_listen,
     )
-    servicer = StageServicer(service, stages, executor, TORCH, limits=limits, cache=cache, watchdog=watchdog)
+    servicer = StageServicer(
+        service,
+        stages,
+        executor,
+        TORCH,
+        limits=limits,
+        cache=cache,
+        watchdog=watchdog,
+        prepare_thread=partial(prepare_thread, device_of(settings.device), settings.threads),
+    )
     server.add(servicer.methods, servicer.service_name)
     worker_pb2_grpc.add_WorkerServiceServicer_to_server(WorkerService(info), server.grpc_server)
     server.add(None, _SERVICE)

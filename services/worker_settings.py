@@ -23,6 +23,7 @@ from common.errors import FailedPrecondition, InvalidInput
 from common.rpc.tls import TlsSettings
 from common.rpc.watchdog import HangLimits
 from common.settings import setting
+from common.stage import Contract
 from common.state.store_server import StoreSettings
 from configs.approximation import EXACT, Approximation
 from models.catalog import DEFAULT_MODEL
@@ -60,6 +61,11 @@ class WorkerSettings(StoreSettings, TlsSettings):
     metrics_port: int | None = setting(None, help="port for Prometheus metrics; without one there are none")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = setting("INFO", help="least severe log lines to write")
     log_format: Literal["text", "json"] = setting("text", help="form of log lines")
+
+    def places(self, contract: Contract) -> int:
+        """Requests taken at a time by stages with this contract."""
+        del contract
+        return self.capacity
 
     def runtime(self, device: torch.device, dtype: torch.dtype, mesh: WorkerMesh | None = None) -> Runtime:
         """The process in which the service's stages run."""
@@ -132,6 +138,14 @@ class WarmUpSettings(StepSettings):
 @dataclass(frozen=True, kw_only=True)
 class DecodingSettings(KernelSettings, StepSettings):
     """Serve the decoding of one model."""
+
+    sessions: int = setting(
+        4, help="videos decoded at a time of a model that streams their latents; capacity does not count then"
+    )
+
+    def places(self, contract: Contract) -> int:
+        """Sessions wait for items most of the time, and alternate on the device."""
+        return self.sessions if contract.input_streams else self.capacity
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,8 +21,9 @@ from common.rpc.framing import Packet
 from common.rpc.replies import ReplyCache
 from common.rpc.stage_servicer import ServicerLimits, StageServicer
 from common.rpc.watchdog import Watchdog
-from common.stage import Call, PipelineStage
+from common.stage import STEP_CHECKPOINTS, Call, PipelineStage
 from common.tensors import TORCH
+from step_checkpoints import Sink
 
 SERVICE = "denoising"
 METHOD = "/fleet.v1.DenoisingService/Denoise"
@@ -101,7 +102,7 @@ class Heard:
         """A call that reports here."""
         return Call(
             "r1",
-            on_step_checkpoint=self.checkpoints.append,
+            sinks={STEP_CHECKPOINTS: Sink(self.checkpoints.append)},
             on_progress=lambda step, total: self.progress.append((step, total)),
             on_warning=lambda name, text: self.warnings.append((name, text)),
             **more,

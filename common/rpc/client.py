@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import AsyncIterator, Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any, cast
 
 import grpc
@@ -20,14 +19,16 @@ from common.rpc.framing import (
     Dropped,
     KeptFrames,
     Packet,
+    StoreFactory,
     chunk_frames,
     described_tensors,
     split_packets,
 )
+from common.rpc.items import ItemAssembler, ReceivedItem, item_frames
 from common.rpc.method import (
     BEGUN_KEY,
     COMPUTED_KEY,
-    STEP_CHECKPOINT,
+    ITEMS_KEY,
     VARIANT_KEY,
     check_contract,
     header_type,
@@ -38,7 +39,8 @@ from common.rpc.method import (
 )
 from common.rpc.options import CHANNEL_OPTIONS, MAX_MESSAGE_BYTES, NO_PROXY
 from common.rpc.status import from_rpc_error, is_sent_by_peer
-from common.stage import Call, Contract
+from common.stage import STEP_CHECKPOINTS, Call, Contract, item_kind
+from common.streams import ItemBuffer
 from common.telemetry import REQUEST_ID_KEY
 from fleet.v1 import artifacts_pb2 as pb
 from fleet.v1 import worker_pb2, worker_pb2_grpc
@@ -83,12 +85,13 @@ class WorkerLost(Unavailable):
 class RemoteRunner:
     """Runs a contract on the worker behind a channel. The twin of common.local.LocalRunner.
 
-    Cancelling the task that awaits it cancels the call. All that the worker reports goes to the Call: checkpoints as
-    packets for the slot CHECKPOINT, and `on_begun` when the worker starts the call's stages, which workers older than
-    Begun frames do not report (see `reports_begun` of WorkerInfo). Raises the error that the worker raised, and
-    Unavailable when the connection is lost (WorkerLost during the call), so that the caller can try another worker with
-    the same packets. ResourceExhausted has a field where no worker could take the values, and none where this worker
-    has as many calls as it takes.
+    Values are packets, and of a stream the ItemBuffer of its packets, which is read from its first item. Cancelling the
+    task that awaits it cancels the call. All that the worker reports goes to the Call: items of streams, among them
+    step checkpoints, as packets to its sinks, and `on_begun` when the worker starts the call's stages, which workers
+    older than Begun frames do not report (see `reports_begun` of WorkerInfo). Raises the error that the worker raised,
+    and Unavailable when the connection is lost (WorkerLost during the call), so that the caller can try another worker
+    with the same packets. ResourceExhausted has a field where no worker could take the values, and none where this
+    worker has as many calls as it takes.
     """
 
     def __init__(
@@ -113,29 +116,31 @@ class RemoteRunner:
         """What the stages read and write together."""
         return self._contract
 
-    async def __call__(self, values: Mapping[str, Packet], call: Call) -> Mapping[str, Packet]:
-        """Send the inputs, report what the worker reports, return the outputs."""
+    async def __call__(self, values: Mapping[str, Any], call: Call) -> Mapping[str, Packet]:
+        """Send the inputs, report what the worker reports, return the outputs but for streams."""
         call.check_cancelled()
         timeout = call.seconds_left()
         if timeout is not None and (timeout := timeout - _HOP_SECONDS) <= 0:
             raise DeadlineExceeded(f"request {call.request_id} cannot reach {self._service} before its deadline")
-        header = header_frame(self._request, values)
+        packets = {slot: value for slot, value in values.items() if isinstance(value, Packet)}
+        header = header_frame(self._request, packets)
         if len(header) > MAX_MESSAGE_BYTES:
-            largest = max(values, key=lambda slot: values[slot].message.ByteSize())
+            largest = max(packets, key=lambda slot: packets[slot].message.ByteSize())
             raise ResourceExhausted(
                 f"{largest} makes a header of {len(header)} bytes; at most {MAX_MESSAGE_BYTES} travel", field=largest
             )
         sent = asyncio.Event()
         variant = ((VARIANT_KEY, call.variant),) if call.variant else ()
         rpc = self._open(
-            _request_frames(header, values.values(), sent),
+            self._request_frames(header, values, sent),
             timeout=timeout,
-            metadata=((REQUEST_ID_KEY, call.request_id), (BEGUN_KEY, "1"), *variant),
+            metadata=((REQUEST_ID_KEY, call.request_id), (BEGUN_KEY, "1"), (ITEMS_KEY, "1"), *variant),
         )
         receiver = _Receiver(self._reply, self._contract, call, self._limits)
         try:
             async for raw in rpc:
-                receiver.take(raw)
+                if (item := receiver.take(raw)) is not None and item.slot in call.sinks:
+                    await call.sinks[item.slot].put(item.index, item.packet, item.packet.byte_size)
             outputs = receiver.finish()
             _report_computed(await rpc.trailing_metadata(), call)
             return outputs
@@ -155,6 +160,24 @@ class RemoteRunner:
         finally:
             rpc.cancel()  # Without effect on a call that has ended.
 
+    async def _request_frames(
+        self, header: bytes, values: Mapping[str, Any], sent: asyncio.Event
+    ) -> AsyncIterator[bytes]:
+        """The frames of a call; `sent` is set once the first one is on its way, so that there is a connection."""
+        yield header
+        sent.set()
+        for value in values.values():
+            if isinstance(value, Packet):
+                for chunk in chunk_frames(value.chunks):
+                    yield chunk
+        for slot, value in values.items():
+            if isinstance(value, ItemBuffer):
+                index = 0
+                async for item, _ in value.read():
+                    for frame in item_frames(self._request, slot, index, item):
+                        yield frame
+                    index += 1
+
 
 def _report_computed(trailing: Iterable[tuple[str, str | bytes]] | None, call: Call) -> None:
     """Report the worker's compute seconds; a worker that answered from its cache, or an older one, sends none."""
@@ -166,15 +189,6 @@ def _report_computed(trailing: Iterable[tuple[str, str | bytes]] | None, call: C
                 raise InternalError(f"{COMPUTED_KEY}: {value!r} is not a number of seconds") from None
             if math.isfinite(seconds) and seconds >= 0:
                 call.on_computed(seconds)
-
-
-async def _request_frames(header: bytes, packets: Iterable[Packet], sent: asyncio.Event) -> AsyncIterator[bytes]:
-    """The frames of a call; `sent` is set once the first one is on its way, so that there is a connection."""
-    yield header
-    sent.set()
-    for packet in packets:
-        for chunk in chunk_frames(packet.chunks):
-            yield chunk
 
 
 def header_frame(frame: type[Message], values: Mapping[str, Packet]) -> bytes:
@@ -190,76 +204,69 @@ def header_frame(frame: type[Message], values: Mapping[str, Packet]) -> bytes:
     return cast(bytes, message.SerializeToString())
 
 
-@dataclass
 class _Receiver:
     """Takes the frames of a reply in the order they come."""
 
-    frame: type[Message]
-    contract: Contract
-    call: Call
-    limits: CallLimits
-    header: Message | None = None
-    chunks: Assembler | None = None
-    state: pb.DenoiseState | None = None
-    state_chunks: Assembler | None = None
+    def __init__(self, frame: type[Message], contract: Contract, call: Call, limits: CallLimits) -> None:
+        self._frame = frame
+        self._outputs = contract.outputs.keys() - contract.output_streams
+        self._call = call
+        self._limits = limits
+        self._header: Message | None = None
+        self._chunks: Assembler | None = None
+        kinds = {slot: kind for slot, of in contract.outputs.items() if (kind := item_kind(of)) is not None}
+        self._items = ItemAssembler({**kinds, STEP_CHECKPOINTS: "DenoiseState"}, limits, self._store_of)
 
-    def take(self, raw: bytes) -> None:
+    def _store_of(self, slot: str) -> StoreFactory:
+        """Where the payloads of a stream's items go: those that nobody reads are dropped."""
+        return KeptFrames if slot in self._call.sinks else Dropped
+
+    def take(self, raw: bytes) -> ReceivedItem | None:
+        """Take a frame; returns the item that it completes."""
         chunk = read_chunk(raw)
         if chunk is not None:
-            self._take_chunk(chunk)
-            return
-        frame: Any = self.frame.FromString(raw)
+            return self._take_chunk(chunk)
+        frame: Any = self._frame.FromString(raw)
         match frame.WhichOneof("frame"):
             case "chunk":
-                self._take_chunk(ChunkView(frame.chunk.path, frame.chunk.offset, frame.chunk.data))
+                return self._take_chunk(ChunkView(frame.chunk.path, frame.chunk.offset, frame.chunk.data))
             case "progress":
-                self.call.on_progress(frame.progress.step, frame.progress.total_steps)
+                self._call.on_progress(frame.progress.step, frame.progress.total_steps)
             case "begun":
-                self.call.on_begun()
+                self._call.on_begun()
             case "warning":
-                self.call.on_warning(frame.warning.field, frame.warning.message)
-            case "checkpoint":
-                self._begin_checkpoint(frame.checkpoint.state)
-            case "header" if self.header is None:
+                self._call.on_warning(frame.warning.field, frame.warning.message)
+            case "item":
+                return self._items.begin(frame.item)
+            case "checkpoint":  # of a worker that knows no items
+                state = frame.checkpoint.state
+                return self._items.begin(pb.StreamItem(slot=STEP_CHECKPOINTS, index=state.step, denoise_state=state))
+            case "header" if self._header is None:
                 self._begin_outputs(frame.header)
             case other:
                 raise InternalError(f"an unexpected frame: {other or 'of a kind that this version does not know'}")
+        return None
 
     def _begin_outputs(self, header: Message) -> None:
         present = {descriptor.name for descriptor, _ in header.ListFields()}
-        if present != self.contract.outputs.keys():
-            raise InternalError(f"outputs {sorted(present)} instead of {sorted(self.contract.outputs)}")
-        self.header = header
-        self.chunks = Assembler(described_tensors("", header, self.limits), KeptFrames)
+        if present != self._outputs:
+            raise InternalError(f"outputs {sorted(present)} instead of {sorted(self._outputs)}")
+        self._header = header
+        self._chunks = Assembler(described_tensors("", header, self._limits), KeptFrames)
 
-    def _begin_checkpoint(self, state: pb.DenoiseState) -> None:
-        if self.state_chunks is not None:
-            raise InternalError("a checkpoint begins before the one before it is complete")
-        self.state = state
-        tensors = described_tensors(STEP_CHECKPOINT, state, self.limits)
-        self.state_chunks = Assembler(tensors, KeptFrames if self.call.keeps_step_checkpoints else Dropped)
-        self._end_checkpoint()
-
-    def _take_chunk(self, chunk: ChunkView) -> None:
-        if self.state_chunks is not None and chunk.path.startswith(f"{STEP_CHECKPOINT}."):
-            self.state_chunks.add(chunk)
-            self._end_checkpoint()
-        elif self.chunks is not None:
-            self.chunks.add(chunk)
-        else:
+    def _take_chunk(self, chunk: ChunkView) -> ReceivedItem | None:
+        if self._items.takes(chunk):
+            return self._items.add(chunk)
+        if self._chunks is None:
             raise InternalError(f"a chunk of {chunk.path!r} before its header")
-
-    def _end_checkpoint(self) -> None:
-        if self.state is None or self.state_chunks is None or not self.state_chunks.complete:
-            return
-        if self.call.keeps_step_checkpoints:
-            self.call.on_step_checkpoint(Packet(self.state, self.state_chunks.finish()))
-        self.state = self.state_chunks = None
+        self._chunks.add(chunk)
+        return None
 
     def finish(self) -> dict[str, Packet]:
-        if self.header is None or self.chunks is None or self.state_chunks is not None:
+        """The outputs, once the call has ended. Raises Unavailable where they are not complete."""
+        if self._header is None or self._chunks is None or self._items.is_within_item:
             raise Unavailable("the call ended without its result")
-        return split_packets(self.header, self.chunks.finish())
+        return split_packets(self._header, self._chunks.finish())
 
 
 def _being_cancelled() -> bool:

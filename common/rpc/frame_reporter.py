@@ -6,45 +6,69 @@ import asyncio
 import dataclasses
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
 from typing import Any, cast
 
 from google.protobuf.message import Message
 
-from common.artifacts import StepCheckpoint
 from common.codec import TensorLeaf, pack
-from common.rpc.framing import chunk_frames
-from common.rpc.method import STEP_CHECKPOINT
-from common.stage import Call
+from common.rpc.framing import Packet, chunk_frames
+from common.rpc.items import item_frames
+from common.stage import STEP_CHECKPOINTS, Call
+from common.streams import STREAM_BYTES, byte_size_of, wait_on_thread
 
 _MAX_WAITING = 256
 _LONGEST_BEGUN_SECONDS = 1.0
 
 
+@dataclass(frozen=True)
+class _Item:
+    """An item that waits to be sent."""
+
+    slot: str
+    index: int
+    artifact: Any
+    byte_size: int
+
+
 class FrameReporter:
     """The frames that a call sends while its stages run.
 
-    A client that reads slowly gets fewer of them, never a growing queue: progress is left out while many frames wait,
-    and so is a checkpoint while the one before it waits, since an older checkpoint is as valid, except the last one of
-    a call that is handed over: its steps are not done again. Steps that come within
-    `step_seconds` of one that was told are left out too, except the last: each would wake three processes.
-    begin() sends the frame `begun`, if there is one.
+    A client that reads slowly gets fewer of them, never a growing queue: progress is left out while many frames wait, a
+    checkpoint replaces the one that waits, and items of other streams hold the stage up while more than `max_bytes` of
+    them wait. Steps that come within `step_seconds` of one that was told are left out too, except the last: each would
+    wake three processes. begin() sends the frame `begun`, if there is one. A caller that does not read items gets
+    checkpoints in frames of their own, and no other streams.
     """
 
     def __init__(
-        self, frame: type[Message], leaf: TensorLeaf, *, step_seconds: float = 0.0, begun: bytes | None = None
+        self,
+        frame: type[Message],
+        leaf: TensorLeaf,
+        *,
+        step_seconds: float = 0.0,
+        begun: bytes | None = None,
+        sends_items: bool = True,
+        max_bytes: int = STREAM_BYTES,
     ) -> None:
+        self._type = frame
         self._frame = cast(Any, frame)
         self._leaf = leaf
         self._step_seconds = step_seconds
         self._next_step = 0.0
         self._loop = asyncio.get_running_loop()
-        self._queue: asyncio.Queue[bytes | StepCheckpoint | None] = asyncio.Queue()
-        self._checkpoints = STEP_CHECKPOINT in frame.DESCRIPTOR.fields_by_name
-        self._checkpoint_waits = False
-        self._hands_over = threading.Event()
+        self._queue: asyncio.Queue[bytes | _Item | None] = asyncio.Queue()
+        fields = frame.DESCRIPTOR.fields_by_name
+        self._sends_items = sends_items and "item" in fields
+        self._sends_checkpoints = self._sends_items or STEP_CHECKPOINTS in fields
+        self._checkpoint: _Item | None = None
+        self._lock = threading.Lock()
         self._begun = begun
         self._begun_sent = threading.Event()
+        self._max_bytes = max_bytes
+        self._waiting_bytes = 0
+        self._sent = asyncio.Event()
 
     def begin(self) -> None:
         """Send `begun`, and return once it is written, or after a second. Called on the device thread.
@@ -61,9 +85,16 @@ class FrameReporter:
 
     def listen(self, call: Call) -> Call:
         """The same call, telling this reporter."""
-        self._hands_over = call.hand_over
+
+        def on_item(slot: str, index: int, artifact: Any) -> None:
+            if slot == STEP_CHECKPOINTS:
+                self._put_checkpoint(_Item(slot, index, artifact, 0))
+            elif self._sends_items:
+                item = _Item(slot, index, artifact, byte_size_of(artifact))
+                wait_on_thread(self._loop, self._put_item(item), call)
+
         return dataclasses.replace(
-            call, on_progress=self._progress, on_warning=self._warning, on_step_checkpoint=self._checkpoint
+            call, on_progress=self._progress, on_warning=self._warning, on_item=on_item, emitted={}
         )
 
     def end(self) -> None:
@@ -71,23 +102,56 @@ class FrameReporter:
         self._queue.put_nowait(None)
 
     async def frames(self) -> AsyncIterator[bytes]:
-        """The frames in order, until the end. Those of a checkpoint are made one at a time, as they are sent."""
-        while (item := await self._queue.get()) is not None:
-            if isinstance(item, bytes):
-                yield item
-                if item is self._begun:
+        """The frames in order, until the end. Those of an item are made one at a time, as they are sent."""
+        while (queued := await self._queue.get()) is not None:
+            if isinstance(queued, bytes):
+                yield queued
+                if queued is self._begun:
                     self._begun_sent.set()
                 continue
-            packet = await asyncio.to_thread(pack, STEP_CHECKPOINT, item, self._leaf)  # checksums of many bytes
-            frame = self._frame()
-            frame.checkpoint.state.CopyFrom(packet.message)
-            yield frame.SerializeToString()
-            for chunk in chunk_frames(packet.chunks):
-                yield chunk
-            self._checkpoint_waits = False
+            item = self._newest(queued)
+            packet = await asyncio.to_thread(pack, item.slot, item.artifact, self._leaf)  # checksums of many bytes
+            for frame in self._item_frames(item, packet):
+                yield frame
+            self._waiting_bytes -= item.byte_size
+            self._sent.set()
 
-    def _put(self, item: bytes | StepCheckpoint) -> None:
+    def _item_frames(self, item: _Item, packet: Packet) -> Iterator[bytes]:
+        if self._sends_items:
+            yield from item_frames(self._type, item.slot, item.index, packet)
+            return
+        frame = self._frame()
+        frame.checkpoint.state.CopyFrom(packet.message)
+        yield frame.SerializeToString()
+        yield from chunk_frames(packet.chunks)
+
+    def _newest(self, queued: _Item) -> _Item:
+        """What is sent for a queued item: for a checkpoint the newest one."""
+        if queued.slot != STEP_CHECKPOINTS:
+            return queued
+        with self._lock:
+            newest, self._checkpoint = self._checkpoint, None
+        return newest or queued
+
+    def _put(self, item: bytes | _Item) -> None:
         self._loop.call_soon_threadsafe(self._queue.put_nowait, item)
+
+    async def _put_item(self, item: _Item) -> None:
+        """Queue an item, and return once there is room for the next one."""
+        self._waiting_bytes += item.byte_size
+        self._queue.put_nowait(item)
+        while self._waiting_bytes > self._max_bytes:
+            self._sent.clear()
+            await self._sent.wait()
+
+    def _put_checkpoint(self, item: _Item) -> None:
+        """Taken as it is: its tensors are not written to any more, and the loop need not wait for them to be sent."""
+        if not self._sends_checkpoints:
+            return
+        with self._lock:
+            waits, self._checkpoint = self._checkpoint is not None, item
+        if not waits:
+            self._put(item)
 
     def _progress(self, step: int, total_steps: int) -> None:
         now = time.monotonic()
@@ -101,9 +165,3 @@ class FrameReporter:
         frame = self._frame()
         frame.warning.field, frame.warning.message = field, message
         self._put(frame.SerializeToString())
-
-    def _checkpoint(self, state: StepCheckpoint) -> None:
-        """Taken as it is: its tensors are not written to any more, and the loop need not wait for them to be sent."""
-        if self._checkpoints and (self._hands_over.is_set() or not self._checkpoint_waits):
-            self._checkpoint_waits = True
-            self._put(state)

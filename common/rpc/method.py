@@ -1,8 +1,8 @@
 """Finds a stage service's RPC by convention, and reads the widest contract that its messages can carry.
 
 The service "denoising" lives in fleet.v1.denoising_pb2, which defines one service with one method, whose frames are
-`oneof frame { header = 1; chunk = 2; progress = 3; warning = 4; checkpoint = 5; begun = 6 }`. Nothing is registered
-anywhere.
+`oneof frame { header = 1; chunk = 2; progress = 3; warning = 4; checkpoint = 5; begun = 6; item = 7 }`. A repeated
+field of a header is a stream, whose items come in frames of their own. Nothing is registered anywhere.
 """
 
 from __future__ import annotations
@@ -17,20 +17,21 @@ from google.protobuf.message_factory import GetMessageClass
 
 from common.errors import FailedPrecondition
 from common.pipeline import PipelineError
-from common.stage import Contract
+from common.stage import STEP_CHECKPOINTS, Contract
 
-STEP_CHECKPOINT = "checkpoint"
-"""Field of a reply's frame with a StepCheckpoint, and the start of the paths of its tensors. No slot has this name."""
 _FRAMES = {
     "header": (1, ""),
     "chunk": (2, "Chunk"),
     "progress": (3, "Progress"),
     "warning": (4, "Warning"),
-    STEP_CHECKPOINT: (5, "Checkpoint"),
+    STEP_CHECKPOINTS: (5, "Checkpoint"),
     "begun": (6, "Begun"),
+    "item": (7, "StreamItem"),
 }
 BEGUN_KEY = "fleet-begun"
 """Metadata key of a call whose caller knows Begun frames; its value is "1". Callers of before refuse unknown frames."""
+ITEMS_KEY = "fleet-items"
+"""Metadata key of a call whose caller reads items; its value is "1". Others get no streams but step checkpoints."""
 COMPUTED_KEY = "fleet-compute-seconds"
 """Key of the trailing metadata of a call: the seconds that its stages took on the device thread."""
 VARIANT_KEY = "fleet-variant"
@@ -108,9 +109,9 @@ def contract_of(method: MethodDescriptor) -> Contract:
 
 
 def _artifact(field: FieldDescriptor) -> str:
-    if field.message_type is None or field.is_repeated:
-        raise TypeError(f"{field.full_name} must be one artifact")
-    return str(field.message_type.name)
+    if field.message_type is None:
+        raise TypeError(f"{field.full_name} must be an artifact, or a stream of artifacts")
+    return f"Stream[{field.message_type.name}]" if field.is_repeated else str(field.message_type.name)
 
 
 def check_contract(contract: Contract, method: MethodDescriptor) -> None:

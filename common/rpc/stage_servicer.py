@@ -16,7 +16,15 @@ import grpc
 from google.protobuf.message import Message
 
 from common.codec import TensorLeaf, artifact_class, pack, unpack
-from common.errors import DeadlineExceeded, HandedOver, InternalError, InvalidInput, ResourceExhausted, Unavailable
+from common.errors import (
+    DeadlineExceeded,
+    FleetError,
+    HandedOver,
+    InternalError,
+    InvalidInput,
+    ResourceExhausted,
+    Unavailable,
+)
 from common.rpc.buffers import BufferLease, BufferPool
 from common.rpc.client import header_frame
 from common.rpc.frame_reporter import FrameReporter
@@ -24,6 +32,7 @@ from common.rpc.frames import ChunkView, read_chunk
 from common.rpc.framing import (
     Assembler,
     CallLimits,
+    KeptFrames,
     Packet,
     PooledPayload,
     chunk_frames,
@@ -31,9 +40,11 @@ from common.rpc.framing import (
     split_packets,
 )
 from common.rpc.hand_over import RunningCall, StepTimes
+from common.rpc.items import ItemAssembler
 from common.rpc.method import (
     BEGUN_KEY,
     COMPUTED_KEY,
+    ITEMS_KEY,
     VARIANT_KEY,
     begun_frame,
     check_contract,
@@ -46,7 +57,8 @@ from common.rpc.parsing import parse, refuse_unknown_fields
 from common.rpc.replies import Recorder, ReplyCache, Write
 from common.rpc.watchdog import Watchdog
 from common.rpc.wrapping import Context, Handler
-from common.stage import Call, Contract
+from common.stage import Call, Contract, item_kind
+from common.streams import DeviceLock, StreamFeed
 from common.telemetry import REQUEST_ID_KEY
 
 
@@ -66,8 +78,9 @@ class Stages(Protocol):
 class ServicerLimits:
     """Bounds of a servicer.
 
-    `capacity` calls run or wait for the device thread at a time; a peer that sends no frame for `idle_seconds`
-    before its call is complete is given up. Steps are told at most every `step_seconds`, and the last one always.
+    `capacity` calls run or wait for the device thread at a time; a peer that sends no frame for `idle_seconds` before
+    its inputs are complete, or within an item of a stream, is given up. Steps are told at most every `step_seconds`,
+    and the last one always.
     """
 
     capacity: int = 1
@@ -76,13 +89,19 @@ class ServicerLimits:
     call: CallLimits = field(default_factory=CallLimits)
 
 
+def _do_nothing() -> None:
+    return None
+
+
 class StageServicer:
     """Puts stages behind the RPC of a service.
 
     Raises PipelineError when the stages' contract is not part of the RPC's messages. The stages run on `executor`,
-    which has the one thread that may touch the device; unpacking and packing run there too, off the event loop. With a
-    cache, a call whose inputs came before is answered from it. With a watchdog, a call that is stuck is answered with
-    UNAVAILABLE, and so is each new one until the device thread is free.
+    which has the one thread that may touch the device; unpacking and packing run there too, off the event loop. Calls
+    that read a stream are sessions: each runs on a thread of its own, and has the device while it does not wait for an
+    item or for its reader, so that sessions alternate item by item. With a cache, a call whose inputs came before is
+    answered from it. With a watchdog, a call that is stuck is answered with UNAVAILABLE, and so is each new one until
+    the device thread is free.
     """
 
     def __init__(
@@ -96,6 +115,7 @@ class StageServicer:
         pool: BufferPool | None = None,
         cache: ReplyCache | None = None,
         watchdog: Watchdog | None = None,
+        prepare_thread: Callable[[], None] = _do_nothing,
     ) -> None:
         method = stage_method(service)
         check_contract(stages.contract, method)
@@ -107,6 +127,11 @@ class StageServicer:
         self.pool = pool or BufferPool()
         self._cache = cache
         self._watchdog = watchdog
+        self._device = DeviceLock()
+        self._sessions: ThreadPoolExecutor | None = None
+        if stages.contract.input_streams:
+            count = self._limits.capacity
+            self._sessions = ThreadPoolExecutor(count, thread_name_prefix="session", initializer=prepare_thread)
         self._request = request_type(method)
         self._reply = response_type(method)
         self._begun = begun_frame(self._reply)
@@ -114,6 +139,11 @@ class StageServicer:
         self.methods: Mapping[str, Handler] = {method.name: handler}
         self.in_flight = 0
         self._jobs: list[_Job] = []
+
+    def close(self) -> None:
+        """End the threads of sessions; waits for those that still compute."""
+        if self._sessions is not None:
+            self._sessions.shutdown(cancel_futures=True)
 
     def running(self) -> Sequence[RunningCall]:
         """The calls that have not ended, in the order in which they came."""
@@ -123,15 +153,25 @@ class StageServicer:
         with self._place() as leave:
             metadata = dict(context.invocation_metadata() or ())
             begun = self._begun if metadata.get(BEGUN_KEY) == "1" else None
-            job = _Job(self.pool.lease(), _call_of(context, metadata), begun)
+            reads_items = metadata.get(ITEMS_KEY) == "1"
+            job = _Job(self.pool.lease(), _call_of(context, metadata), begun, reads_items=reads_items)
+            job.call = replace(job.call, waiting=partial(self._waiting, job))
             self._jobs.append(job)
+            feeding: asyncio.Task[None] | None = None
             try:
-                await self._receive(context, job)
+                contract = self._stages.contract_of(job.call.variant)
+                if contract.output_streams and not reads_items:
+                    raise InvalidInput(f"{contract.name} of this model answers with streams: send {ITEMS_KEY}: 1")
+                await self._receive(context, job, contract)
+                if contract.input_streams:
+                    feeding = asyncio.create_task(self._feed(context, job, contract))
                 if self._cache is None:
                     await self._compute_and_answer(context.write, job, leave)
                 else:
                     await self._answer_through(self._cache, context.write, job, leave)
             finally:
+                if feeding is not None:
+                    feeding.cancel()
                 if job.seconds:
                     context.set_trailing_metadata(((COMPUTED_KEY, f"{job.seconds:.6f}"),))
                 self._jobs.remove(job)
@@ -178,17 +218,14 @@ class StageServicer:
         finally:
             leave()
 
-    async def _receive(self, context: Context, job: _Job) -> None:
-        """Read the header and the chunks that it announces, until half-close."""
-        contract = self._stages.contract_of(job.call.variant)
+    async def _receive(self, context: Context, job: _Job, contract: Contract) -> None:
+        """Read the header and the chunks that it announces, until half-close, or until the items of a stream."""
         assembler: Assembler | None = None
         header: Message | None = None
-        while (raw := await self._read(context)) is not None:
-            chunk, frame = read_chunk(raw), None
-            if chunk is None:
-                frame = cast(Any, parse(self._request, raw))
-                if frame.WhichOneof("frame") == "chunk":
-                    chunk = ChunkView(frame.chunk.path, frame.chunk.offset, frame.chunk.data)
+        while not (contract.input_streams and assembler is not None and assembler.complete):
+            if (raw := await self._read(context)) is None:
+                break
+            chunk, frame = self._parsed(raw)
             if chunk is not None:
                 if assembler is None:
                     raise InvalidInput(f"a chunk of {chunk.path!r} before the header", field=chunk.path)
@@ -202,11 +239,56 @@ class StageServicer:
         if header is None or assembler is None:
             raise InvalidInput("the call ended before its header")
         job.inputs = split_packets(header, assembler.finish())
+        for slot in contract.input_streams:
+            kind = artifact_class(cast(str, item_kind(contract.inputs[slot])))
+            job.feeds[slot] = StreamFeed(job.call, partial(self._unpack_item, slot, kind))
 
-    async def _read(self, context: Context) -> bytes | None:
-        """The next frame, None after the last. Raises DeadlineExceeded when the peer falls silent."""
+    def _unpack_item(self, slot: str, kind: type[Any], packet: Packet) -> Any:
+        return unpack(slot, kind, packet, self._leaf)
+
+    def _parsed(self, raw: bytes) -> tuple[ChunkView | None, Any]:
+        """The chunk in a frame, or else the frame."""
+        chunk = read_chunk(raw)
+        if chunk is not None:
+            return chunk, None
+        frame: Any = parse(self._request, raw)
+        if frame.WhichOneof("frame") == "chunk":
+            return ChunkView(frame.chunk.path, frame.chunk.offset, frame.chunk.data), None
+        return None, frame
+
+    async def _feed(self, context: Context, job: _Job, contract: Contract) -> None:
+        """Read the items of the call's stream until half-close, and no more of them than its stage has room for."""
+        ((slot, feed),) = job.feeds.items()
+        kinds = {slot: cast(str, item_kind(contract.inputs[slot]))}
+        items = ItemAssembler(kinds, self._limits.call, lambda _: KeptFrames)
+        count = 0
         try:
-            async with asyncio.timeout(self._limits.idle_seconds):
+            while (raw := await self._read(context, waits=not items.is_within_item)) is not None:
+                chunk, frame = self._parsed(raw)
+                if chunk is not None and not items.takes(chunk):
+                    raise InvalidInput(f"a chunk of {chunk.path!r}, which no item announces", field=chunk.path)
+                if chunk is None and frame.WhichOneof("frame") != "item":
+                    raise InvalidInput("a frame that is neither item nor chunk after the header")
+                item = items.begin(frame.item) if chunk is None else items.add(chunk)
+                if item is not None:
+                    if item.index != count:
+                        raise InvalidInput(f"item {item.index} of {slot} came where {count} is next", field=slot)
+                    count += 1
+                    await feed.put(item.packet, item.packet.byte_size)
+            if items.is_within_item:
+                raise InvalidInput(f"the call ended within item {count} of {slot}", field=slot)
+        except FleetError as error:
+            feed.close(error)
+        else:
+            feed.close()
+
+    async def _read(self, context: Context, *, waits: bool = False) -> bytes | None:
+        """The next frame, None after the last.
+
+        Raises DeadlineExceeded when the peer falls silent, unless it `waits` for what another worker makes.
+        """
+        try:
+            async with asyncio.timeout(None if waits else self._limits.idle_seconds):
                 raw = await context.read()
         except TimeoutError:
             raise DeadlineExceeded(f"no frame came for {self._limits.idle_seconds:g} s") from None
@@ -220,15 +302,24 @@ class StageServicer:
         present = {descriptor.name for descriptor, _ in header.ListFields()}
         for slot in sorted(present - contract.inputs.keys()):
             raise InvalidInput(f"{slot} is present, but {contract.name} of this model does not read it", field=slot)
-        for slot in contract.inputs:
+        for slot in sorted(present & contract.input_streams):
+            raise InvalidInput(f"{slot} is a stream: its items come after the header", field=slot)
+        for slot in contract.inputs.keys() - contract.input_streams:
             if slot not in present and slot not in contract.optional:
                 raise InvalidInput(f"{slot} is missing; {contract.name} of this model needs it", field=slot)
         return header
 
     async def _run(self, write: Write, job: _Job) -> Mapping[str, Packet]:
         """Compute on the device thread; meanwhile send on what the stages report."""
-        reporter = FrameReporter(self._reply, self._leaf, step_seconds=self._limits.step_seconds, begun=job.begun)
-        job.start(self._executor, partial(self._compute, job, reporter), reporter.end)
+        reporter = FrameReporter(
+            self._reply,
+            self._leaf,
+            step_seconds=self._limits.step_seconds,
+            begun=job.begun,
+            sends_items=job.reads_items,
+        )
+        executor = self._sessions if job.feeds and self._sessions is not None else self._executor
+        job.start(executor, partial(self._compute, job, reporter), reporter.end)
         try:
             async for frame in reporter.frames():
                 await write(frame)
@@ -238,15 +329,24 @@ class StageServicer:
 
     def _compute(self, job: _Job, reporter: FrameReporter) -> dict[str, Packet]:
         """Unpack, run, pack: on the device thread. Empties inputs, so that nothing but tensors holds on to buffers."""
-        call = job.timed(reporter.listen(job.call))
-        call.check_cancelled()
-        job.begin()
-        reporter.begin()
+        with self._device:
+            call = job.timed(reporter.listen(job.call))
+            call.check_cancelled()
+            job.begin()
+            reporter.begin()
+            began = time.perf_counter()
+            try:
+                return self._outputs(job, call)
+            finally:
+                job.seconds = time.perf_counter() - began - job.waited_seconds  # packing waits for the device
+
+    @contextmanager
+    def _waiting(self, job: _Job) -> Iterator[None]:
+        """The context in which a stage's thread waits for other workers: without the device, and unwatched."""
         began = time.perf_counter()
-        try:
-            return self._outputs(job, call)
-        finally:
-            job.seconds = time.perf_counter() - began  # packing waits for the device
+        with nullcontext() if self._watchdog is None else self._watchdog.paused(), self._device.released():
+            yield
+        job.waited_seconds += time.perf_counter() - began
 
     def _outputs(self, job: _Job, call: Call) -> dict[str, Packet]:
         """The outputs of the stages."""
@@ -256,9 +356,9 @@ class StageServicer:
             for slot in list(job.inputs)
         }
         with nullcontext(call) if self._watchdog is None else self._watchdog.watch(call, job.fail) as watched:
-            outputs = self._stages.run(values, watched)
+            outputs = self._stages.run({**values, **job.feeds}, watched)
         try:
-            return {slot: pack(slot, outputs[slot], self._leaf) for slot in contract.outputs}
+            return {slot: pack(slot, artifact, self._leaf) for slot, artifact in outputs.items()}
         except InvalidInput as error:
             raise InternalError(f"{contract.name} made something that cannot travel: {error}") from error
 
@@ -276,14 +376,18 @@ class StageServicer:
 class _Job:
     """One call's work on the device thread, and the buffers that it reads, which outlive the call if need be.
 
-    `begun` is the frame to send when the work starts; None for a caller that does not know such frames.
+    `begun` is the frame to send when the work starts; None for a caller that does not know such frames. `reads_items`
+    is whether the caller reads items of streams. `seconds` counts no time in which the work waited for other workers.
     """
 
-    def __init__(self, lease: BufferLease, call: Call, begun: bytes | None) -> None:
+    def __init__(self, lease: BufferLease, call: Call, begun: bytes | None, *, reads_items: bool) -> None:
         self.lease = lease
         self.call = call
         self.begun = begun
+        self.reads_items = reads_items
         self.inputs: dict[str, Packet] = {}
+        self.feeds: dict[str, StreamFeed] = {}
+        self.waited_seconds = 0.0
         self.seconds = 0.0  # that the stages took, also where they raised an error
         self.request_id = call.request_id
         self.step_times = StepTimes()
@@ -369,10 +473,6 @@ def _call_of(context: Context, metadata: Mapping[str, str | bytes]) -> Call:
         deadline=None if remaining is None else time.monotonic() + remaining,
         variant=str(metadata.get(VARIANT_KEY, "")),
     )
-
-
-def _do_nothing() -> None:
-    return None
 
 
 def _holding_nothing(work: Callable[[], dict[str, Packet]]) -> dict[str, Packet]:

@@ -15,7 +15,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from enum import Enum
 
@@ -73,6 +73,7 @@ class StepWatch:
         self._limits = limits
         self._began = self._since = self._checked = now
         self._steps = 0
+        self._pauses = 0
         self._is_cancelled = False
         self.waited_seconds = 0.0
         """Time since the latest step, or since the cancel, as of the latest check."""
@@ -84,6 +85,21 @@ class StepWatch:
             self._steps += 1
             if not self._is_cancelled:
                 self._since = now
+
+    @contextmanager
+    def paused(self, clock: Callable[[], float]) -> Iterator[None]:
+        """While the stage waits for other workers, its time does not count."""
+        with self._lock:
+            self._pauses += 1
+        began = clock()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._pauses -= 1
+                if not self._is_cancelled:
+                    waited = clock() - began
+                    self._since, self._began = self._since + waited, self._began + waited
 
     @property
     def allowed_seconds(self) -> float:
@@ -102,7 +118,7 @@ class StepWatch:
             self.waited_seconds = waited = now - self._since
             if self._is_cancelled:
                 return Verdict.LOST if waited > self._limits.exit_seconds else Verdict.CANCELLED
-            if not self._steps or waited <= self.allowed_seconds:
+            if not self._steps or self._pauses or waited <= self.allowed_seconds:
                 return Verdict.LIVE
             self._is_cancelled = True
             self._since = now
@@ -121,7 +137,7 @@ class _Watched:
 
 
 class Watchdog:
-    """Watches the calls of one device thread, one at a time.
+    """Watches the calls of one device: one at a time on the device thread, and sessions on threads of their own.
 
     `on_lost` gets the reason once a cancelled call does not end; by default it ends the process.
     """
@@ -136,14 +152,20 @@ class Watchdog:
         self._limits = limits
         self._on_lost = on_lost
         self._clock = clock
-        self._watched: _Watched | None = None
+        self._watched: dict[int, _Watched] = {}
         self._thread: threading.Thread | None = None
 
     @property
     def is_stuck(self) -> bool:
         """Whether a call was cancelled because it was stuck, and has not ended yet."""
-        watched = self._watched
-        return watched is not None and watched.is_stuck
+        return any(watched.is_stuck for watched in list(self._watched.values()))
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """While the call that is watched on this thread waits for other workers, it is not judged."""
+        watched = self._watched.get(threading.get_ident())
+        with nullcontext() if watched is None else watched.steps.paused(self._clock):
+            yield
 
     @contextmanager
     def watch(self, call: Call, on_stuck: Callable[[str], None]) -> Iterator[Call]:
@@ -160,22 +182,23 @@ class Watchdog:
             steps.step(self._clock())
             call.on_progress(step, total_steps)
 
-        self._watched = _Watched(steps, call.request_id, threading.get_ident(), on_stuck)
+        thread = threading.get_ident()
+        self._watched[thread] = _Watched(steps, call.request_id, thread, on_stuck)
         try:
             yield dataclasses.replace(call, on_progress=progress)
         finally:
-            self._watched = None
+            del self._watched[thread]
 
     def _run(self) -> None:
         while True:
             time.sleep(self._limits.check_seconds)
-            if (watched := self._watched) is not None:
+            for watched in list(self._watched.values()):
                 self.check(watched)
 
     def check(self, watched: _Watched) -> None:
         """Check a call once, and act on the verdict."""
         verdict = watched.steps.check(self._clock())
-        if watched is not self._watched:
+        if watched is not self._watched.get(watched.thread):
             return  # It has ended meanwhile.
         if verdict is Verdict.STUCK:
             watched.is_stuck = True

@@ -21,7 +21,7 @@ from common.artifacts import STEP_CHECKPOINT_FORMAT
 from common.errors import FleetError, InternalError, InvalidInput, NotFound, ResourceExhausted, Unavailable
 from common.rpc.frames import read_chunk
 from common.rpc.framing import Assembler, CallLimits, KeptFrames, Packet, chunk_frames, described_tensors
-from common.rpc.method import STEP_CHECKPOINT
+from common.stage import STEP_CHECKPOINTS
 from common.state.leases import Leases, Loss
 from common.state.presence import TTL_SECONDS
 from fleet.v1 import artifacts_pb2
@@ -42,14 +42,14 @@ class StepCheckpointPacket:
 
 
 def origin_of(numerics: str, values: Mapping[str, Packet]) -> str:
-    """Equal only where a checkpoint of one run fits into another: same numerics, same inputs, same format.
+    """Equal only where a checkpoint of one run fits into another: same inputs, same format and, after a dot, numerics.
 
     Messages hold the checksums of the tensors that travel beside them, so that the messages are enough.
     """
-    digest = hashlib.sha256(f"{STEP_CHECKPOINT_FORMAT} {numerics}".encode())
+    digest = hashlib.sha256(f"{STEP_CHECKPOINT_FORMAT}".encode())
     for slot in sorted(values):
         digest.update(slot.encode() + b"\0" + values[slot].message.SerializeToString(deterministic=True))
-    return digest.hexdigest()
+    return f"{digest.hexdigest()}.{hashlib.sha256(numerics.encode()).hexdigest()}"
 
 
 class NewestStepCheckpoint:
@@ -90,14 +90,20 @@ class NewestStepCheckpoint:
         """Whether a worker has sent a checkpoint to this coordinator."""
         return self._latest is not None
 
-    async def find(self, origin: str, slot: str) -> Packet | None:
-        """The checkpoint to continue from, for the resume slot `slot`; None where no checkpoint has this origin."""
+    async def find(self, origin: str, slot: str, *, with_any_numerics: bool = False) -> Packet | None:
+        """The checkpoint to continue from, for the resume slot `slot`; None where no checkpoint has this origin.
+
+        With `with_any_numerics`, one of the same inputs is taken whichever worker made it.
+        """
         if self._load and self._latest is None:
             self._latest = await self._loaded()
         self._load = False
-        if self._latest is None or self._latest.origin != origin:
+        if self._latest is None:
             return None
-        return self._latest.packet.renamed(STEP_CHECKPOINT, slot)
+        own = self._latest.origin
+        if own != origin and not (with_any_numerics and own.partition(".")[0] == origin.partition(".")[0]):
+            return None
+        return self._latest.packet.renamed(STEP_CHECKPOINTS, slot)
 
     async def _loaded(self) -> StepCheckpointPacket | None:
         try:
@@ -129,7 +135,7 @@ def step_of(packet: Packet) -> int:
 def _packet(state: bytes, frames: list[bytes]) -> Packet:
     """A stored checkpoint. Raises InvalidInput for one that is not whole."""
     message = artifacts_pb2.DenoiseState.FromString(state)
-    assembler = Assembler(described_tensors(STEP_CHECKPOINT, message, CallLimits()), KeptFrames)
+    assembler = Assembler(described_tensors(STEP_CHECKPOINTS, message, CallLimits()), KeptFrames)
     for frame in frames:
         chunk = read_chunk(frame)
         if chunk is None:
@@ -141,8 +147,10 @@ def _packet(state: bytes, frames: list[bytes]) -> Packet:
 class Recovery:
     """The losses of one request, and the checkpoint to resume at.
 
-    A loss is undecided until the worker's heartbeat expires. Until then the request continues, unless it would be given
-    up if the loss were suspect.
+    `has_emitted` is whether a reader has items of a stream that a worker of the request emitted. The request continues
+    after them then, also on a worker whose numerics differ: what was delivered stays, and is made only once. A loss is
+    undecided until the worker's heartbeat expires. Until then the request continues, unless it would be given up if the
+    loss were suspect.
     """
 
     def __init__(self, leases: Leases, request_id: str, *, epoch: int = 1, ttl_seconds: float = TTL_SECONDS) -> None:
@@ -151,6 +159,7 @@ class Recovery:
         self._request_id = request_id
         self._epoch = epoch
         self._ttl_seconds = ttl_seconds
+        self.has_emitted = False
         self._has_losses = epoch > 1  # perhaps: an earlier owner may have recorded some
         self._recorded = 0
 

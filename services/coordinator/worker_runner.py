@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import grpc
 
@@ -19,7 +20,7 @@ from common.errors import Cancelled, FleetError, HandedOver, ResourceExhausted, 
 from common.pipeline import ServiceSpec
 from common.rpc.client import RemoteRunner, WorkerLost
 from common.rpc.framing import CallLimits, Packet
-from common.stage import Call, Contract
+from common.stage import STEP_CHECKPOINTS, Call, Contract, ItemSink
 from common.state.worker_slots import Computed, QueuePriority, WorkerSlot, WorkerSlots
 from common.telemetry import HANDED_OVER_CALLS, LOST_CALLS
 from fleet.v1 import worker_pb2
@@ -157,6 +158,41 @@ class _Attempt:
         return time.monotonic() - self.since
 
 
+@dataclass(frozen=True)
+class _StepCheckpoints:
+    """Keeps the newest step checkpoint of an attempt."""
+
+    attempt: _Attempt
+    recovery: Recovery
+    origin: str
+
+    async def put(self, index: int, item: Packet, byte_size: int) -> None:
+        """Take a checkpoint."""
+        del index, byte_size
+        self.attempt.steps_after = step_of(item)
+        self.recovery.step_checkpoint.remember(self.origin, item)
+
+
+@dataclass(frozen=True)
+class _WorkerItems:
+    """Gives the items of a worker's stream to their reader, once the checkpoint that came before them is stored."""
+
+    slot: str
+    sink: ItemSink
+    memory: ArtifactMemory
+    recovery: Recovery
+
+    async def put(self, index: int, item: Packet, byte_size: int) -> None:
+        """Take an item. Raises ResourceExhausted with the slot as field beyond the bound of kept artifacts."""
+        await self.recovery.step_checkpoint.settle()
+        try:
+            self.memory.hold([item])
+        except ResourceExhausted as error:
+            raise ResourceExhausted(error.message, field=self.slot) from error
+        self.recovery.has_emitted = True
+        await self.sink.put(index, item, byte_size)
+
+
 class WorkerRunner:
     """One service of a model for one request: a Runner whose values are packets.
 
@@ -190,8 +226,8 @@ class WorkerRunner:
         """What the service's stages read and write together."""
         return self._spec.contract
 
-    async def __call__(self, values: Mapping[str, Packet], call: Call) -> Mapping[str, Packet]:
-        """Wait for a worker, run there, and give its slot back."""
+    async def __call__(self, values: Mapping[str, Any], call: Call) -> Mapping[str, Packet]:
+        """Wait for a worker, run there, and give its slot back. Another worker reads a stream from its first item."""
         pause = _FIRST_PAUSE_SECONDS
         left: worker_pb2.WorkerInfo | None = None
         while True:
@@ -222,26 +258,27 @@ class WorkerRunner:
             await asyncio.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
 
-    async def _run(self, attempt: _Attempt, values: Mapping[str, Packet], call: Call) -> Mapping[str, Packet]:
+    async def _run(self, attempt: _Attempt, values: Mapping[str, Any], call: Call) -> Mapping[str, Packet]:
         """Run on one worker. Resumes from a step checkpoint if the result has the same bytes."""
         worker = attempt.worker_slot.worker
         runner = self._workers.connections.runner(self._model, call.variant, self._spec, worker.address)
-        call = replace(call, on_begun=attempt.begin, on_computed=attempt.add_computed)
+        memory, recovery = self._workers.memory, self._recovery
+        sinks = {slot: _WorkerItems(slot, sink, memory, recovery) for slot, sink in call.sinks.items()}
+        call = replace(call, on_begun=attempt.begin, on_computed=attempt.add_computed, sinks=sinks)
         slot = self._spec.resume_slot
         if slot is None or not worker.numerics_fingerprint:
             return await runner(values, call)
         origin = origin_of(worker.numerics_fingerprint, values)
-        checkpoint = await self._recovery.step_checkpoint.find(origin, slot)
+        checkpoint = await self._recovery.step_checkpoint.find(
+            origin, slot, with_any_numerics=self._recovery.has_emitted
+        )
         if checkpoint is not None:
             _log.info("request %s goes on with %s where it was", call.request_id, self._spec.service)
             values = {**values, slot: checkpoint}
             attempt.steps_before = step_of(checkpoint)
 
-        def on_step_checkpoint(packet: Packet) -> None:
-            attempt.steps_after = step_of(packet)
-            self._recovery.step_checkpoint.remember(origin, packet)
-
-        return await runner(values, replace(call, on_step_checkpoint=on_step_checkpoint))
+        kept = _StepCheckpoints(attempt, self._recovery, origin)
+        return await runner(values, replace(call, sinks={**sinks, STEP_CHECKPOINTS: kept}))
 
     async def _claim(self, call: Call, left: worker_pb2.WorkerInfo | None) -> WorkerSlot:
         """Claim a slot. Waits without a bound, also while the store is unavailable. Worker `left` handed over."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 from common.codec import pack
-from common.errors import FleetError
+from common.errors import FailedPrecondition, FleetError
 from common.rpc.client import header_frame
 from common.rpc.framing import chunk_frames
 from common.rpc.method import request_type, stage_method
@@ -32,6 +32,8 @@ class LeadingStages:
     """
 
     def __init__(self, service: str, stages: Stages, links: Sequence[Link], abandon: Callable[[str], NoReturn]) -> None:
+        if streams := sorted(stages.contract.input_streams):
+            raise FailedPrecondition(f"{service} reads the stream {', '.join(streams)}: a worker group cannot do that")
         self.contract = stages.contract
         self._request = request_type(stage_method(service))
         self._stages = stages

@@ -82,7 +82,7 @@ class Loop(Script):
         for step in range(first, self.steps):
             if call.must_hand_over():
                 if step > first:
-                    call.on_step_checkpoint(StepCheckpoint(step=step, latents=latents_of(latents)))
+                    call.checkpoint(StepCheckpoint(step=step, latents=latents_of(latents)))
                 raise HandedOver(f"handed over after {step} steps")
             self.before_step(step, call)
             latents = latents * 1.5 + step

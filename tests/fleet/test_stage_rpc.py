@@ -37,7 +37,7 @@ from common.rpc.client import RemoteRunner, open_channel
 from common.rpc.fleet_server import FleetServer
 from common.rpc.framing import CallLimits
 from common.rpc.stage_servicer import ServicerLimits, StageServicer
-from common.stage import Call, Contract
+from common.stage import STEP_CHECKPOINTS, Call, Contract
 from common.tensors import TORCH
 from stage_server import (
     CANVAS,
@@ -50,6 +50,7 @@ from stage_server import (
     served,
     step_checkpoint_of,
 )
+from step_checkpoints import Sink
 
 Test = Callable[[Served], Awaitable[None]]
 
@@ -102,7 +103,7 @@ def test_reports_come_in_order_and_checkpoints_hold_what_was() -> None:
     def script(x: StageInput, call: Call) -> None:
         call.warn("prompt", "cut “off”")
         call.progress(1, 2)
-        call.on_step_checkpoint(step_checkpoint_of(x, 1))
+        call.checkpoint(step_checkpoint_of(x, 1))
         call.progress(2, 2)
 
     async def test(stage: Served) -> None:
@@ -125,7 +126,7 @@ def test_both_runners_report_the_same_to_a_call() -> None:
     def script(x: StageInput, call: Call) -> None:
         call.warn("prompt", "cut")
         call.progress(1, 2)
-        call.on_step_checkpoint(step_checkpoint_of(x, 1))
+        call.checkpoint(step_checkpoint_of(x, 1))
         call.progress(2, 2)
 
     def heard(reports: list[Any]) -> Call:
@@ -133,7 +134,7 @@ def test_both_runners_report_the_same_to_a_call() -> None:
             "r",
             on_progress=lambda step, total: reports.append((step, total)),
             on_warning=lambda name, text: reports.append((name, text)),
-            on_step_checkpoint=reports.append,
+            sinks={STEP_CHECKPOINTS: Sink(reports.append)},
             on_begun=lambda: reports.append("begun"),
         )
 
@@ -376,7 +377,7 @@ def test_a_call_that_is_handed_over_ends_as_unavailable_with_its_checkpoint() ->
         reached.set()
         assert opened.wait(20)
         assert call.must_hand_over()
-        call.on_step_checkpoint(step_checkpoint_of(x, 1))
+        call.checkpoint(step_checkpoint_of(x, 1))
         raise HandedOver("handed over after 1 steps")
 
     async def test(stage: Served) -> None:

@@ -31,6 +31,7 @@ from models.stages.loop_state import LoopState
 from models.warm_up import STEPS, WarmUp
 from services.denoising import __main__ as denoising
 from services.denoising.settings import DenoisingSettings
+from step_checkpoints import step_checkpoints_to
 from tiny_flux import build_tiny_flux
 from tiny_glm_image import build_tiny_glm_image
 from tiny_ltx2 import build_tiny_ltx2
@@ -153,9 +154,11 @@ def test_a_reused_step_adds_what_the_other_blocks_added(case: Case) -> None:
 def test_a_loop_with_a_step_cache_has_no_checkpoints(case: Case) -> None:
     model, x, _ = case
     states: list[StepCheckpoint] = []
-    latents_of(stage_of(model, EXACT, step_checkpoint_every=1), x, Call("test", on_step_checkpoint=states.append))
+    latents_of(
+        stage_of(model, EXACT, step_checkpoint_every=1), x, Call("test", on_item=step_checkpoints_to(states.append))
+    )
     assert len(states) == STEPS - 1
-    call = Call("test", on_step_checkpoint=lambda _: pytest.fail("a checkpoint was told"))
+    call = Call("test", on_item=step_checkpoints_to(lambda _: pytest.fail("a checkpoint was told")))
     latents_of(cached(model, 1e-9), x, call)
     with pytest.raises(InvalidInput, match="starts at step 0") as caught:
         latents_of(cached(model, 1e-9), replace(x, resume_from=states[0]))

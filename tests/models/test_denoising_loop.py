@@ -17,6 +17,7 @@ from models.contracts import DenoisingInput
 from models.runtime import Runtime
 from models.stages.denoising import DenoisingStage
 from models.stages.step_memory import StepMemoryPool
+from step_checkpoints import step_checkpoints_to
 
 
 def run(stage: DenoisingStage, x: DenoisingInput, call: Call | None = None) -> dict[str, Tensor]:
@@ -35,7 +36,7 @@ def checkpoints_of(x: DenoisingInput) -> tuple[dict[str, Tensor], list[StepCheck
     """The result of a whole loop, and its checkpoints after each step."""
     states: list[StepCheckpoint] = []
     stage, _ = loop_stage(Runtime(step_checkpoint_every=1))
-    return run(stage, x, Call("test", on_step_checkpoint=states.append)), states
+    return run(stage, x, Call("test", on_item=step_checkpoints_to(states.append))), states
 
 
 def with_graphs(*, remembers: bool = False, max_bytes: int = 1 << 20) -> tuple[DenoisingStage, FakeCapture]:
@@ -186,7 +187,7 @@ def test_a_loop_that_is_handed_over_ends_at_the_step_boundary_with_its_checkpoin
     for handed_over_at in range(1, STEPS):
         states: list[StepCheckpoint] = []
         done: list[int] = []
-        call = Call("test", on_step_checkpoint=states.append)
+        call = Call("test", on_item=step_checkpoints_to(states.append))
 
         def progress(step: int, _: int, call: Call = call, done: list[int] = done, at: int = handed_over_at) -> None:
             done.append(step)
@@ -207,7 +208,7 @@ def test_a_loop_that_is_handed_over_before_its_first_step_sends_no_checkpoint() 
     _, states = checkpoints_of(x)
     stage, _ = loop_stage()
     for start in (None, states[1]):
-        call = Call("test", on_step_checkpoint=lambda _: pytest.fail("the caller has it already"))
+        call = Call("test", on_item=step_checkpoints_to(lambda _: pytest.fail("the caller has it already")))
         call.hand_over.set()
         with pytest.raises(HandedOver):
             run(stage, replace(x, resume_from=start), call)

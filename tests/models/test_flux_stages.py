@@ -30,6 +30,7 @@ from models.stages.denoising import DenoisingStage, merge_conditioning
 from models.stages.latent_preparation import LatentPreparationStage
 from models.stages.text_encoding import TextEncodingStage
 from models.stages.timestep_preparation import TimestepPreparationStage
+from step_checkpoints import step_checkpoints_to
 
 STEPS = 5
 CANVAS = Canvas(height=32, width=48)
@@ -169,7 +170,7 @@ def test_resuming_after_any_step_gives_the_same_bytes(dev: Pair, prepared: Slots
     whole = run(dev, "denoising", prepared)["denoised_latents"].parts["image"].latents
     states: list[StepCheckpoint] = []
     stage = checkpointing_stage(dev)
-    stage.run(prepared, Call("test", on_step_checkpoint=states.append))
+    stage.run(prepared, Call("test", on_item=step_checkpoints_to(states.append)))
     assert [state.step for state in states] == list(range(1, STEPS))
     start = StepCheckpoint(step=0, latents=prepared["initial_latents"], generator=prepared.get("latents_generator"))
     for state in [start, *states]:

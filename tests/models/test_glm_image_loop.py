@@ -23,6 +23,7 @@ from models.loader import load_module
 from models.runtime import Runtime
 from models.stages.denoising import DenoisingStage
 from models.validation import InputValidationStage
+from step_checkpoints import step_checkpoints_to
 from tiny_glm_image import GLYPH_SIZE, build_tiny_glm_image
 
 STEPS = 4
@@ -94,7 +95,7 @@ def loop(fleet: LocalFleet, x: DenoisingInput, states: list[StepCheckpoint] | No
     modules = {
         name: load_module(fleet.model.checkpoint, name, config, runtime) for name in ("transformer", "scheduler")
     }
-    call = Call("test") if states is None else Call("test", on_step_checkpoint=states.append)
+    call = Call("test") if states is None else Call("test", on_item=step_checkpoints_to(states.append))
     return DenoisingStage(config, runtime, modules).run(x, call).denoised_latents.parts["image"].latents
 
 

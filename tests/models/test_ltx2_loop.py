@@ -32,6 +32,7 @@ from models.stages.denoising import DenoisingStage
 from models.stages.step_memory import StepMemoryPool
 from models.validation import InputValidationStage
 from models.warm_up import WarmUp
+from step_checkpoints import step_checkpoints_to
 from tiny_ltx2 import build_tiny_ltx2, edit_json
 
 STEPS = 4
@@ -94,7 +95,7 @@ def test_a_loop_resumes_after_every_step_to_the_same_bytes(loop: Loop) -> None:
     """Both parts, with all branches, through the codec as a checkpoint travels."""
     x = loop.inputs(num_outputs_per_prompt=2)
     states: list[StepCheckpoint] = []
-    whole = loop.run(x, on_step_checkpoint=states.append)
+    whole = loop.run(x, on_item=step_checkpoints_to(states.append))
     assert [state.step for state in states] == [*range(1, STEPS)]
     for state in states:
         assert set(state.latents.parts) == {"video", "audio"}

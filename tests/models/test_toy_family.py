@@ -14,6 +14,7 @@ from common.stage import Call
 from local_fleet import NO_IMAGES, Heard, LocalFleet
 from models.catalog import open_model
 from models.registry import Registry, load_registry
+from step_checkpoints import step_checkpoints_to
 from toy_checkpoint import build_toy_checkpoint, toy_family
 
 
@@ -66,7 +67,7 @@ def test_continues_from_every_step_to_the_same_bytes(fleet: LocalFleet) -> None:
     }
     denoising = fleet.services["denoising"]
     slots = {name: inputs[name] for name in denoising.contract.inputs if name in inputs}
-    whole = denoising.run(slots, Call("toy", on_step_checkpoint=states.append))["denoised_latents"]
+    whole = denoising.run(slots, Call("toy", on_item=step_checkpoints_to(states.append)))["denoised_latents"]
     assert [state.step for state in states] == [1, 2, 3, 4]
     for state in states:
         resumed = denoising.run({**slots, "resume_from": state}, quiet)["denoised_latents"]

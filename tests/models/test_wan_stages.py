@@ -23,6 +23,7 @@ from models.images import as_tensor, open_image, open_images
 from models.loader import load_stages
 from models.registry import load_registry
 from models.runtime import Runtime
+from step_checkpoints import step_checkpoints_to
 from tiny_wan import build_tiny_wan_i2v
 
 STEPS = 5
@@ -85,7 +86,7 @@ def run(services: dict[str, HostedStages], name: str, slots: Slots, call: Call |
 def test_a_loop_resumes_after_every_step_to_the_same_bytes(services: dict[str, HostedStages], prepared: Slots) -> None:
     """Through the codec, as a checkpoint travels: the solver's history is part of it."""
     states: list[StepCheckpoint] = []
-    call = Call("test", on_item=lambda *item: states.append(item[2]))
+    call = Call("test", on_item=step_checkpoints_to(states.append))
     whole = run(services, "denoising", prepared, call)["denoised_latents"]
     assert [state.step for state in states] == [1, 2, 3, 4]
     for state in states:

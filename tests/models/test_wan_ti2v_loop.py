@@ -38,6 +38,7 @@ from models.runtime import Runtime
 from models.stages.denoising import DenoisingStage
 from models.stages.latent_preparation import LatentPreparationStage
 from models.stages.timestep_preparation import TimestepPreparationStage
+from step_checkpoints import step_checkpoints_to
 from tiny_wan import TEXT_SIZE, build_tiny_wan_ti2v
 
 STEPS = 4
@@ -103,7 +104,7 @@ class Loop:
         """The loop's result; its step checkpoints are appended to `states`."""
         modules = {name: self.modules[name] for name in ("transformer", "scheduler")}
         stage = DenoisingStage(self.config, Runtime(dtype=self.dtype, step_checkpoint_every=1), modules)
-        call = Call("test") if states is None else Call("test", on_step_checkpoint=states.append)
+        call = Call("test") if states is None else Call("test", on_item=step_checkpoints_to(states.append))
         return stage.run(x, call).denoised_latents.parts["video"].latents
 
     def reference(self, x: DenoisingInput, canvas: Canvas) -> tuple[Tensor, list[Tensor]]:

@@ -87,7 +87,7 @@ class ToyDenoisingStage(PipelineStage[contracts.DenoisingInput, contracts.Denois
         for step in range(start, total):
             width = x.schedule.sigmas[step] - x.schedule.sigmas[step + 1]
             latents = latents + width * gain * (colour - latents)
-            call.on_step_checkpoint(StepCheckpoint(step=step + 1, latents=_latents(latents)))
+            call.checkpoint(StepCheckpoint(step=step + 1, latents=_latents(latents)))
             call.progress(step + 1, total)
         return contracts.DenoisingOutput(denoised_latents=_latents(latents))
 
