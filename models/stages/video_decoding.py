@@ -176,7 +176,8 @@ class _Fragments:
 
     def emit_all(self) -> None:
         """Wait for the fragments that are being encoded, and emit them."""
-        self._ahead.wait()
+        with self._call.waiting():
+            self._ahead.wait()
         self._emit_finished()
 
     def _emit_finished(self) -> None:
