@@ -49,6 +49,9 @@ CAUSAL_DMD_DENOISING = Denoising(
     inputs=("latents_generator",),
 )
 MEDIA_DECODING = Decoding(contracts.DECODING, "models.stages.decoding:DecodingStage", result="media")
+VIDEO_DECODING = Decoding(
+    contracts.VIDEO_DECODING, "models.stages.video_decoding:VideoDecodingStage", result="media_items"
+)
 BLOCK_DECODING = Decoding(
     contracts.BLOCK_DECODING, "models.stages.video_decoding:BlockDecodingStage", result="media_items"
 )
@@ -184,6 +187,7 @@ class StandardImagePipeline(StandardPipeline):
         image_processor: str = "image_processor",
         scheduler: str = "scheduler",
         decoders: Mapping[str, str] = _VAE,
+        decoding: Decoding = VIDEO_DECODING,
         image_inputs: Sequence[str] = (),
     ) -> None:
         """Text and images to video: the denoiser gets the images' latents and the tokens of a vision encoder.
@@ -205,7 +209,7 @@ class StandardImagePipeline(StandardPipeline):
             )
         self._add_image_vae_encoding(*image_inputs)
         self._add_preparation(scheduler)
-        self._add_denoising_and_decoding(scheduler, *inputs, decoders=decoders)
+        self._add_denoising_and_decoding(scheduler, *inputs, decoders=decoders, decoding=decoding)
 
     def _add_image_vae_encoding(self, *optional_inputs: str) -> None:
         self.add_stage(

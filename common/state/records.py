@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias, cast
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from common.errors import FailedPrecondition, NotFound
+from common.state.connection import PREFIX
 from fleet.v1 import generation_pb2
 
 State = generation_pb2.RequestState
 StateValue: TypeAlias = "generation_pb2.RequestState.ValueType"
 
 CHUNK_BYTES = 1 << 20
+# Chunks of a result are sent to Redis in batches of about this size, so that a long video is not copied as a whole.
+_BATCH_BYTES = 8 << 20
 SNAPSHOT = ("record", "extra", "state", "created", "updated")
 """The fields of a stored request that make its record, in the order of read_record()."""
 
 
 @dataclass(frozen=True)
 class ResultFile:
-    """A file of a result: its header, and its bytes in pieces of any size."""
+    """A file of a result: its header, and its bytes in pieces of any size; no bytes for one that is stored by items."""
 
     header: generation_pb2.FileHeader
     pieces: Sequence[bytes | memoryview] = field(repr=False)
@@ -46,6 +49,24 @@ def chunks_of(pieces: Sequence[bytes | memoryview]) -> list[memoryview]:
     if any(len(piece) % CHUNK_BYTES for piece in whole[:-1]):
         whole = [memoryview(b"".join(whole))]
     return [piece[start : start + CHUNK_BYTES] for piece in whole for start in range(0, len(piece), CHUNK_BYTES)]
+
+
+def batches_of(chunks: Mapping[str, memoryview]) -> list[dict[str, memoryview]]:
+    """The chunks by key, in batches of at most 8 MiB, or of one chunk."""
+    batches: list[dict[str, memoryview]] = [{}]
+    size = 0
+    for key, chunk in chunks.items():
+        if batches[-1] and size + len(chunk) > _BATCH_BYTES:
+            batches.append({})
+            size = 0
+        batches[-1][key] = chunk
+        size += len(chunk)
+    return batches
+
+
+def key_of(kind: str, *parts: object) -> str:
+    """The store's key of something of a request."""
+    return PREFIX + ":".join((kind, *map(str, parts)))
 
 
 def require_succeeded(record: generation_pb2.RequestRecord) -> None:

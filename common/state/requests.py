@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -18,7 +19,6 @@ from redis.exceptions import NoScriptError
 
 from common.errors import (
     InvalidInput,
-    NotFound,
     ResourceExhausted,
 )
 from common.scaling import StageWork
@@ -39,8 +39,10 @@ from common.state.records import (
     ResultFile,
     State,
     StateValue,
+    batches_of,
     chunks_of,
     is_terminal,
+    key_of,
     read_event,
     read_record,
     state_event,
@@ -49,6 +51,7 @@ from common.state.records import (
     with_ids,
 )
 from common.state.replication import Replication
+from common.state.result_items import ResultItems, StoredItem, read_chunks
 from common.state.store_server import StoreMemory
 from fleet.v1 import generation_pb2
 
@@ -60,8 +63,8 @@ _FULL_RETRY_SECONDS = 5.0
 _RECORD_BYTES = 4 << 10  # of an admitted request in the store, beside its submission
 _SCAN = 200
 _ENTRY_BYTES = 8  # tag and length of a record in its page
-# Chunks of a result are sent to Redis in batches of about this size, so that a long video is not copied as a whole.
-_BATCH_BYTES = 8 << 20
+_UNSUCCESSFUL_SECONDS = 60.0
+"""How long the items of a request that ended without a result are kept at most, for calls that are sending them."""
 _EVENT_ID = re.compile(r"\d{1,20}-\d{1,20}")
 
 
@@ -100,8 +103,16 @@ class Admission(NamedTuple):
     events: list[generation_pb2.Event]
 
 
+class StoredEvent(NamedTuple):
+    """An event, and the epoch under which it was added; 0 for an event that no owner of the request added."""
+
+    event: generation_pb2.Event
+    epoch: int
+
+
 class RequestStore:
     """The request state of one fleet. `owner` is the coordinator that admits through it, `memory` bounds that.
+    `items` holds the bytes of streamed results.
 
     admit() and finish() return once as many `replicas` of the store have acknowledged the write. They raise Unavailable
     where fewer do: the write may have been done, and is acknowledged by a repetition.
@@ -118,6 +129,7 @@ class RequestStore:
     ) -> None:
         self._replication = Replication(replicas)
         self._redis = redis
+        self.items = ResultItems(redis, self._replication)
         self.memory = memory or StoreMemory(redis)
         self._owner = owner
         self._retention = retention or Retention()
@@ -182,7 +194,7 @@ class RequestStore:
 
     async def get(self, request_id: str) -> generation_pb2.RequestRecord:
         """The record. Raises NotFound."""
-        fields = await command(self._redis, "HMGET", _key("request", request_id), *SNAPSHOT)
+        fields = await command(self._redis, "HMGET", key_of("request", request_id), *SNAPSHOT)
         if fields[0] is None:
             raise unknown_request(request_id)
         return read_record(fields)
@@ -236,7 +248,7 @@ class RequestStore:
         with store_errors():
             async with self._redis.pipeline(transaction=False) as pipeline:
                 for request_id, _ in rows:
-                    pipeline.hmget(_key("request", request_id.decode()), (*SNAPSHOT, "model", "caller"))
+                    pipeline.hmget(key_of("request", request_id.decode()), (*SNAPSHOT, "model", "caller"))
                 replies = await pipeline.execute(raise_on_error=False)
             for reply in replies:
                 if isinstance(reply, Exception) and not is_wrong_type(reply):
@@ -251,7 +263,7 @@ class RequestStore:
 
         `number` is how many the caller has added before in this epoch: the same ones may be given again, when it is not
         known whether they were added. Returns them as stored, and None once the request has ended or belongs to another
-        epoch.
+        epoch. Events of items count as added once the replicas have them, as their bytes were delivered then.
         """
         state = next((str(event.state_change.state) for event in events if event.HasField("state_change")), "")
         extra = generation_pb2.RequestRecord(
@@ -266,7 +278,10 @@ class RequestStore:
             "events": [event.SerializeToString() for event in events],
             "done": _done(events),
         }
-        reply = await run_script(self._redis, "append", arguments)
+        if any(event.HasField("item") for event in events):
+            reply = await self._replication.run_script(self._redis, "append", arguments)
+        else:
+            reply = await run_script(self._redis, "append", arguments)
         return with_ids(events, reply[1]) if reply[0] == b"appended" else None
 
     async def finish(
@@ -277,6 +292,7 @@ class RequestStore:
         error: generation_pb2.Error | None = None,
         files: Sequence[ResultFile] = (),
         stored: bool = True,
+        items: Sequence[StoredItem] = (),
         events: Sequence[generation_pb2.Event] = (),
         steps_saved: int = 0,
         epoch: int = 1,
@@ -287,7 +303,8 @@ class RequestStore:
         Returns the events as stored, the terminal one last (none where the first answer was lost on the way), and
         None for all but the one call that ended it, which only the owner of the latest epoch can. A call that is made
         again, as its answer was lost, has the same `token`; one with another would delete the files that are there.
-        Unless `stored`, the files are named in the record, but their bytes are not kept.
+        Unless `stored`, the files are named in the record, but their bytes are not kept. `items` are those of a
+        streamed result, which expire with it.
         """
         extra = generation_pb2.RequestRecord(
             error=error,
@@ -306,17 +323,24 @@ class RequestStore:
             "events": [event.SerializeToString() for event in (*events, last)],
         }
         chunks = {
-            _key("result", request_id, epoch, index, number): chunk
+            key_of("result", request_id, epoch, index, number): chunk
             for index, file in enumerate(files if stored else ())
             for number, chunk in enumerate(chunks_of(file.pieces))
         }
         reply = await self._store_then_run(chunks, "finish", arguments)
         if reply[0] == b"finished":
+            # Only now: this may be a former owner's call, which must not end the items of a request that goes on.
+            await self.items.expire(request_id, items, self._item_milliseconds(state))
             return with_ids((*events, last), reply[1])
         if chunks:
             with store_errors():
                 await self._redis.delete(*chunks)
         return None
+
+    def _item_milliseconds(self, state: StateValue) -> int:
+        seconds = self._retention.result_seconds
+        succeeded = state == State.REQUEST_STATE_SUCCEEDED
+        return _milliseconds(seconds if succeeded else min(seconds, _UNSUCCESSFUL_SECONDS))
 
     async def _store_then_run(self, chunks: Mapping[str, memoryview], operation: str, arguments: Arguments) -> Any:
         """Write chunks, each safe to be written twice, and then run an operation; one round trip where they are few.
@@ -326,7 +350,7 @@ class RequestStore:
         if not chunks:
             return await self._replication.run_script(self._redis, operation, arguments)
         ttl = _milliseconds(self._retention.result_seconds)
-        *early, last = _batches(chunks)
+        *early, last = batches_of(chunks)
         async with self._redis.pipeline(transaction=False) as pipeline:
             for batch in early:
                 for key, chunk in batch.items():
@@ -375,6 +399,12 @@ class RequestStore:
 
     async def events(self, request_id: str, after: str = "") -> AsyncGenerator[generation_pb2.Event, None]:
         """The events after the given one as they come, up to the terminal one. Raises NotFound, InvalidInput."""
+        async with aclosing(self.stored_events(request_id, after)) as events:
+            async for event, _ in events:
+                yield event
+
+    async def stored_events(self, request_id: str, after: str = "") -> AsyncGenerator[StoredEvent, None]:
+        """The same with the epoch of each event."""
         if after and not _EVENT_ID.fullmatch(after):
             raise InvalidInput(f"after_event_id {after!r} is not the id of an event", field="after_event_id")
         last = after or "0-0"
@@ -383,7 +413,7 @@ class RequestStore:
             for entry_id, fields in rows:
                 last = entry_id.decode()
                 event = read_event(last, fields[b"event"])
-                yield event
+                yield StoredEvent(event, _epoch_of(fields))
                 if is_terminal(event.state_change.state):
                     return
             if over:
@@ -396,40 +426,37 @@ class RequestStore:
         """Entries after `last`, and whether the request has ended, read together."""
         with store_errors():
             async with self._redis.pipeline(transaction=True) as pipeline:
-                pipeline.hget(_key("request", request_id), "state")
-                pipeline.xrange(_key("events", request_id), min=f"({last}")
+                pipeline.hget(key_of("request", request_id), "state")
+                pipeline.xrange(key_of("events", request_id), min=f"({last}")
                 state, rows = await pipeline.execute()
         if state is None:
             raise unknown_request(request_id)
         return rows, is_terminal(int(state))
 
     async def _wait(self, request_id: str, last: str) -> list[Any]:
-        key = _key("events", request_id)
+        key = key_of("events", request_id)
         with store_errors():
             reply: Any = await self._redis.xread({key: last}, block=int(BLOCK_SECONDS * 1_000))
         return list(reply[0][1]) if reply else []
 
-    async def result_chunks(self, request_id: str, index: int, byte_size: int) -> AsyncIterator[bytes]:
-        """The bytes of a stored file of that size, in chunks of at most 1 MiB. Raises NotFound once they are gone."""
-        epoch = (await command(self._redis, "HGET", _key("request", request_id), "epoch") or b"").decode()
-        for number in range(len(range(0, byte_size, CHUNK_BYTES))):
-            chunk = await command(self._redis, "GET", _key("result", request_id, epoch, index, number))
-            if chunk is None:
-                raise NotFound(f"the result of request {request_id} has expired", field="request_id")
+    async def delivered_items(self, request_id: str) -> list[StoredItem]:
+        """The items of a request that have an event, in order."""
+        rows = await command(self._redis, "XRANGE", key_of("events", request_id), "-", "+")
+        events = [(generation_pb2.Event.FromString(fields[b"event"]), _epoch_of(fields)) for _, fields in rows]
+        return [StoredItem(event.item, epoch) for event, epoch in events if event.HasField("item")]
+
+    async def result_chunks(
+        self, request_id: str, index: int, byte_size: int, skipped: int = 0
+    ) -> AsyncIterator[bytes]:
+        """The bytes of a stored file of that size after the first `skipped` ones, in chunks of at most 1 MiB.
+
+        Raises NotFound once they are gone.
+        """
+        epoch = (await command(self._redis, "HGET", key_of("request", request_id), "epoch") or b"").decode()
+        count = len(range(0, byte_size, CHUNK_BYTES))
+        keys = [key_of("result", request_id, epoch, index, number) for number in range(count)]
+        async for chunk in read_chunks(self._redis, request_id, keys, skipped):
             yield chunk
-
-
-def _batches(chunks: Mapping[str, memoryview]) -> list[dict[str, memoryview]]:
-    """The chunks by key, in batches of at most _BATCH_BYTES, or of one chunk."""
-    batches: list[dict[str, memoryview]] = [{}]
-    size = 0
-    for key, chunk in chunks.items():
-        if batches[-1] and size + len(chunk) > _BATCH_BYTES:
-            batches.append({})
-            size = 0
-        batches[-1][key] = chunk
-        size += len(chunk)
-    return batches
 
 
 def _check_admitted(reply: Sequence[Any], record: generation_pb2.RequestRecord) -> None:
@@ -456,10 +483,6 @@ def _check_admitted(reply: Sequence[Any], record: generation_pb2.RequestRecord) 
     raise ResourceExhausted(what, retry_seconds=int(reply[2]) / 1_000 or None)
 
 
-def _key(kind: str, *parts: object) -> str:
-    return PREFIX + ":".join((kind, *map(str, parts)))
-
-
 def _milliseconds(seconds: float) -> int:
     return max(1, int(seconds * 1_000))
 
@@ -468,3 +491,7 @@ def _done(events: Sequence[generation_pb2.Event]) -> dict[str, str]:
     """The fraction of its work that each service has done, by its latest progress."""
     steps = [event.progress for event in events if event.HasField("progress") and event.progress.total_steps]
     return {each.service: f"{each.step / each.total_steps:.6f}" for each in steps}
+
+
+def _epoch_of(fields: Mapping[bytes, bytes]) -> int:
+    return int(fields.get(b"epoch") or 0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from models.composition import StandardImagePipeline, StandardPipeline
+from models.composition import MEDIA_DECODING, StandardImagePipeline, StandardPipeline
 from models.registry import Registry
 
 if TYPE_CHECKING:
@@ -44,7 +44,11 @@ class LTX2ImagePipeline(StandardImagePipeline):
     def create_pipeline_stages(self) -> None:
         """Text and image to video; the image is compressed as the request's sampling says."""
         self.add_standard_ti2v_stages(
-            text_modules=_TEXT_MODULES, image_encoder=None, decoders=_DECODERS, image_inputs=("sampling",)
+            text_modules=_TEXT_MODULES,
+            image_encoder=None,
+            decoders=_DECODERS,
+            decoding=MEDIA_DECODING,
+            image_inputs=("sampling",),
         )
 
 

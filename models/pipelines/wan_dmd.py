@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from models.composition import DMD_DENOISING, StandardPipeline
+from models.composition import DMD_DENOISING, VIDEO_DECODING, StandardPipeline
 from models.registry import Registry
 
 
@@ -14,7 +14,7 @@ class WanDMDPipeline(StandardPipeline):
 
     def create_pipeline_stages(self) -> None:
         """Text to video with one encoder."""
-        self.add_standard_t2i_stages(scheduler=None, denoising=DMD_DENOISING)
+        self.add_standard_t2i_stages(scheduler=None, denoising=DMD_DENOISING, decoding=VIDEO_DECODING)
 
 
 def register_configs(registry: Registry) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 
-from common.errors import Unavailable
+from common.errors import Aborted, Unavailable
 from common.rpc.status import MAX_FIELD, MAX_MESSAGE
 from common.state.requests import RequestStore
 from fleet.v1 import artifacts_pb2, generation_pb2
@@ -79,11 +79,13 @@ class EventWriter:
         self._step_seconds = step_seconds
         self._pending: list[generation_pb2.Event] = []
         self._unsure: list[generation_pb2.Event] = []
+        self._waiters: list[tuple[generation_pb2.Event, asyncio.Future[bool]]] = []
         self._number = 0
         self._warnings = 0
         self._wake = asyncio.Event()
         self._closing = False
         self._task = asyncio.create_task(self._write())
+        self._task.add_done_callback(self._release)
 
     def progress(self, service: str, step: int, total_steps: int) -> None:
         """A stage has done so many of its steps; 0 when it begins."""
@@ -109,6 +111,14 @@ class EventWriter:
         self._pending.append(event)
         self._wake.set()
 
+    async def add_stored(self, event: generation_pb2.Event) -> None:
+        """Any event; returns once it is stored. Raises Aborted where the request has ended, or goes on, elsewhere."""
+        waiter: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        self._waiters.append((event, waiter))
+        self.add(event)
+        if not await waiter:
+            raise Aborted(f"request {self._request_id} has ended, or goes on at another coordinator")
+
     async def close(self) -> None:
         """End writing."""
         self._closing = True
@@ -127,10 +137,27 @@ class EventWriter:
     async def _store_unsure(self) -> None:
         stored = await self._store.append(self._request_id, self._unsure, number=self._number, epoch=self._epoch)
         self._number += len(self._unsure)
+        self._settle(self._unsure, is_stored=stored is not None)
         self._unsure = []
         if stored is None:
             self._on_ended()
         self._log.extend(stored or ())
+
+    def _settle(self, events: Sequence[generation_pb2.Event], *, is_stored: bool) -> None:
+        """Wake up those who wait for these events."""
+        for event, waiter in self._waiters:
+            if any(event is each for each in events) and not waiter.done():
+                waiter.set_result(is_stored)
+        self._waiters = [(event, waiter) for event, waiter in self._waiters if not waiter.done()]
+
+    def _release(self, task: asyncio.Task[None]) -> None:
+        """Nothing more is written: end the waiting for events, with the error that ended the writing."""
+        error = None if task.cancelled() else task.exception()
+        for _, waiter in self._waiters:
+            if not waiter.done() and error is not None:
+                waiter.set_exception(error)
+            else:
+                waiter.cancel()
 
     async def _write(self) -> None:
         loop = asyncio.get_running_loop()

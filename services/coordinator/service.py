@@ -9,13 +9,15 @@ from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from typing import TypeVar
 
 from common.codec import pack, write_param
-from common.errors import FailedPrecondition, InvalidInput, NotFound, Unavailable
+from common.errors import InvalidInput, NotFound, Unavailable
 from common.pipeline import ServiceSpec
 from common.scaling import StageLoad
-from common.state.records import State, chunks_of, is_terminal, require_own, require_succeeded
-from common.state.requests import RequestStore
+from common.state.records import State, is_terminal, require_own, require_succeeded
+from common.state.requests import RequestStore, StoredEvent
+from common.state.result_items import StoredItem
 from common.state.stage_loads import StageLoads
 from common.state.workers import ServiceLoad, WorkerRegistry
 from configs.sample.base import ParameterSpec
@@ -25,11 +27,21 @@ from models.catalog import ServedModel, ServedVariant
 from models.validation import InputValidationStage
 from services.coordinator.callers import current_caller
 from services.coordinator.costs import costs_of, work_of
+from services.coordinator.downloads import (
+    Download,
+    Part,
+    download_response,
+    generate_response,
+    parts_in_memory,
+    require_stored,
+)
 from services.coordinator.driver import Driver
 from services.coordinator.handlers import Function
 from services.coordinator.parameters import given_images, given_parameters, recorded_parameters
 from services.coordinator.request_life import Execution, Submission
 from services.coordinator.settings import CoordinatorSettings
+
+T = TypeVar("T")
 
 _CANCEL_AGAIN_SECONDS = 0.05
 _MAX_KEY = 128
@@ -110,68 +122,70 @@ class GenerationService:
                 "a safetensors result is never stored and cannot be replayed; leave idempotency_key out",
                 field="idempotency_key",
             )
-        ended = False
+        ended, follow = False, request.follow
         try:
             admission, execution = await self._driver.accept(submission)
             request_id = admission.record.request_id
             yield pb.GenerateResponse(accepted=admission.record)
-            state = State.REQUEST_STATE_UNSPECIFIED
+            state, download = State.REQUEST_STATE_UNSPECIFIED, Download(self._store, request_id)
             async with aclosing(self._followed(request_id, execution)) as events:
-                async for event in events:
+                async for event, epoch in events:
                     yield pb.GenerateResponse(event=event)
                     state = event.state_change.state
+                    if follow and event.HasField("item"):
+                        async for part in download.item(StoredItem(event.item, epoch)):
+                            yield generate_response(part, follow=follow)
             ended = True
             if state == State.REQUEST_STATE_SUCCEEDED:
-                async for response in self._files(request_id, execution):
-                    yield response
+                async for part in self._rest(request_id, execution, download):
+                    yield generate_response(part, follow=follow)
         finally:
             if not (ended or submission.idempotency_key or self._closing.is_set()):
                 self._driver.cancel(submission.record.request_id)
 
-    async def _followed(self, request_id: str, execution: Execution | None) -> AsyncGenerator[pb.Event, None]:
+    async def _followed(self, request_id: str, execution: Execution | None) -> AsyncGenerator[StoredEvent, None]:
         """All events of a request: from memory while it runs here, else from the store."""
         last = ""
         if execution is not None:
             async for event in execution.log.follow():
                 last = event.event_id
-                yield event
+                yield StoredEvent(event, execution.epoch)
                 if is_terminal(event.state_change.state):
                     return
-        async with aclosing(self._until_closing(request_id, last)) as events:
-            async for event in events:
-                yield event
+        async with aclosing(self._until_closing(request_id, self._store.stored_events(request_id, last))) as events:
+            async for stored in events:
+                yield stored
 
-    async def _files(self, request_id: str, execution: Execution | None) -> AsyncIterator[pb.GenerateResponse]:
-        """The files of a request that succeeded: from memory where it ran here, else from the store."""
-        if execution is not None and execution.files is not None:
-            for file in execution.files:
-                yield pb.GenerateResponse(file=file.header)
-                for chunk in chunks_of(file.pieces):
-                    yield pb.GenerateResponse(data=bytes(chunk))
+    async def _rest(self, request_id: str, execution: Execution | None, download: Download) -> AsyncIterator[Part]:
+        """What is left of a result that succeeded: from memory where it ran here as a whole, else from the store."""
+        files = None if execution is None else execution.files
+        if files is not None and not any(file.header.num_items for file in files):
+            for part in parts_in_memory(files):
+                yield part
             return
-        async for header, data in self._stored_files((await self._store.get(request_id)), None):
-            yield pb.GenerateResponse(file=header) if header is not None else pb.GenerateResponse(data=data)
+        async for part in download.rest(await self._store.get(request_id)):
+            yield part
 
     async def watch(self, request: pb.WatchRequest) -> AsyncGenerator[pb.WatchResponse, None]:
         """Follow a request."""
         request_id = _checked_id(request.request_id)
         await self._require_own(request_id)
-        async with aclosing(self._until_closing(request_id, request.after_event_id)) as events:
+        stored = self._store.events(request_id, request.after_event_id)
+        async with aclosing(self._until_closing(request_id, stored)) as events:
             async for event in events:
                 yield pb.WatchResponse(event=event)
 
-    async def _until_closing(self, request_id: str, after: str) -> AsyncGenerator[pb.Event, None]:
-        """The events, until this coordinator closes and the request does not run here."""
+    async def _until_closing(self, request_id: str, events: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:
+        """The events of a request, until this coordinator closes and the request does not run here."""
         closing = asyncio.create_task(self._closing.wait())
-        events = self._store.events(request_id, after)
-        upcoming: asyncio.Future[pb.Event | None] = asyncio.get_running_loop().create_future()
+        upcoming: asyncio.Future[T | None] = asyncio.get_running_loop().create_future()
         try:
             while True:
                 upcoming = asyncio.ensure_future(anext(events, None))
                 waits = {upcoming} if self._driver.runs(request_id) else {upcoming, closing}
                 await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
                 if not upcoming.done():
-                    raise Unavailable("this coordinator is shutting down; watch again from the last event")
+                    raise Unavailable("this coordinator is shutting down; call again from the last event or offset")
                 event = upcoming.result()
                 if event is None:
                     return
@@ -186,32 +200,23 @@ class GenerationService:
     async def download_result(
         self, request: pb.DownloadResultRequest
     ) -> AsyncGenerator[pb.DownloadResultResponse, None]:
-        """Stream the stored files."""
+        """Stream the files, with `follow` as they grow."""
         record = await self._own(request.request_id)
+        download = Download(
+            self._store, record.request_id, request.index if request.HasField("index") else None, request.offset
+        )
+        if request.follow and not is_terminal(record.state):
+            require_stored(record)
+            stored = self._store.stored_events(record.request_id)
+            async with aclosing(self._until_closing(record.request_id, stored)) as events:
+                async for event, epoch in events:
+                    if event.HasField("item"):
+                        async for part in download.item(StoredItem(event.item, epoch)):
+                            yield download_response(part, follow=True)
+            record = await self._store.get(record.request_id)
         require_succeeded(record)
-        index = request.index if request.HasField("index") else None
-        if index is not None and index >= len(record.files):
-            raise InvalidInput(f"index is {index}, but the result has {len(record.files)} files", field="index")
-        async for header, data in self._stored_files(record, index):
-            yield pb.DownloadResultResponse(file=header) if header is not None else pb.DownloadResultResponse(data=data)
-
-    async def _stored_files(
-        self, record: pb.RequestRecord, index: int | None
-    ) -> AsyncIterator[tuple[pb.FileHeader | None, bytes]]:
-        """Each file's header, then its chunks."""
-        if record.parameters.output_format == pb.OUTPUT_FORMAT_SAFETENSORS:
-            raise FailedPrecondition(
-                f"the result of request {record.request_id} was streamed to its caller and never stored",
-                field="request_id",
-            )
-        for header in record.files:
-            if index is None or header.index == index:
-                chunks = self._store.result_chunks(record.request_id, header.index, header.byte_size)
-                first = await anext(chunks, b"")  # before the header, so that an expired file is not begun
-                yield header, b""
-                yield None, first
-                async for chunk in chunks:
-                    yield None, chunk
+        async for part in download.rest(record):
+            yield download_response(part, follow=request.follow)
 
     async def get_request(self, request: pb.GetRequestRequest) -> pb.GetRequestResponse:
         """Tell how a request stands."""

@@ -12,8 +12,9 @@
 --                                         the request at that service, until the service has finished the request),
 --                                         work:<service> (steps|tokens of a step|shape of its work there), done:<service>
 --                                         (fraction of that work that is done)
---   fleet:events:<id>              stream field `event`
+--   fleet:events:<id>              stream fields `event`, and `epoch` of the owner that added it, '' for another writer
 --   fleet:result:<id>:<epoch>:<file>:<n>  string a chunk of a file of the result
+--   fleet:item:<id>:<epoch>:<item>:<n>  string a chunk of an item of a streamed result; only an event makes the item count
 --   fleet:checkpoint:<id>:<epoch>-<n>     hash   a step checkpoint by part: 0 its origin, 1 its header, then its chunks
 --   fleet:idempotency:<key>        string request id
 --   fleet:requests, fleet:ended    zset   ids by sequence number; ended ids by the time their record expires
@@ -159,11 +160,11 @@ local function snapshot(id)
   return redis.call('HMGET', P .. 'request:' .. id, 'record', 'extra', 'state', 'created', 'updated')
 end
 
--- Adds serialised events; returns their ids.
-local function add_events(id, events)
+-- Adds serialised events under the epoch of the request's owner; returns their ids.
+local function add_events(id, events, epoch)
   local ids = {}
   for i, event in ipairs(events) do
-    ids[i] = redis.call('XADD', P .. 'events:' .. id, '*', 'event', event)
+    ids[i] = redis.call('XADD', P .. 'events:' .. id, '*', 'event', event, 'epoch', epoch or '')
   end
   return ids
 end

@@ -30,7 +30,7 @@ function ops.append(a)
   for i = 1, #a.done, 2 do
     redis.call('HSET', key, 'done:' .. a.done[i], a.done[i + 1])
   end
-  ids = add_events(a.id, a.events)
+  ids = add_events(a.id, a.events, a.epoch)
   redis.call('HSET', key, 'told', a.number .. ' ' .. table.concat(ids, ' '))
   return { 'appended', ids }
 end
@@ -93,7 +93,7 @@ function ops.finish(a)
     return { mine and 'finished' or refused, {} }
   end
   finish(a.id, a.token, a.state, a.extra, a.keep)
-  local events = add_events(a.id, a.events)
+  local events = add_events(a.id, a.events, a.epoch)
   redis.call('PEXPIRE', P .. 'events:' .. a.id, a.keep)
   prune_index()
   return { 'finished', events }

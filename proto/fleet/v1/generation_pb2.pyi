@@ -327,6 +327,9 @@ class GenerateRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     REQUEST_FIELD_NUMBER: _builtins.int
+    FOLLOW_FIELD_NUMBER: _builtins.int
+    follow: _builtins.bool
+    """Send the bytes of a streamed result as soon as they are stored, between the events. All bytes come as `file_data`."""
     @_builtins.property
     def request(self) -> Global___SubmitRequest:
         """As in SubmitRequest."""
@@ -335,10 +338,11 @@ class GenerateRequest(_message.Message):
         self,
         *,
         request: Global___SubmitRequest | None = ...,
+        follow: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["follow", b"follow", "request", b"request"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -346,7 +350,9 @@ Global___GenerateRequest: _TypeAlias = GenerateRequest  # noqa: Y015
 
 @_typing.final
 class GenerateResponse(_message.Message):
-    """Outputs of GenerationService.Generate: accepted, events, then files in order."""
+    """Outputs of GenerationService.Generate: accepted, events, then files in order. With `follow`, a growing file's header
+    and its bytes come between the events, and the header again, completed, after the last event.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -354,6 +360,7 @@ class GenerateResponse(_message.Message):
     EVENT_FIELD_NUMBER: _builtins.int
     FILE_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
+    FILE_DATA_FIELD_NUMBER: _builtins.int
     data: _builtins.bytes
     """The next bytes of that file, at most 1 MiB."""
     @_builtins.property
@@ -366,7 +373,11 @@ class GenerateResponse(_message.Message):
 
     @_builtins.property
     def file(self) -> Global___FileHeader:
-        """A file begins."""
+        """A file begins, or a growing file is complete."""
+
+    @_builtins.property
+    def file_data(self) -> Global___FileData:
+        """With `follow`, in place of `data`: the next bytes of one of the files."""
 
     def __init__(
         self,
@@ -375,16 +386,47 @@ class GenerateResponse(_message.Message):
         event: Global___Event | None = ...,
         file: Global___FileHeader | None = ...,
         data: _builtins.bytes = ...,
+        file_data: Global___FileData | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "data", b"data", "event", b"event", "file", b"file", "payload", b"payload"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "data", b"data", "event", b"event", "file", b"file", "file_data", b"file_data", "payload", b"payload"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "data", b"data", "event", b"event", "file", b"file", "payload", b"payload"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "data", b"data", "event", b"event", "file", b"file", "file_data", b"file_data", "payload", b"payload"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_payload: _TypeAlias = _typing.Literal["accepted", "event", "file", "data"]  # noqa: Y015
+    _WhichOneofReturnType_payload: _TypeAlias = _typing.Literal["accepted", "event", "file", "data", "file_data"]  # noqa: Y015
     _WhichOneofArgType_payload: _TypeAlias = _typing.Literal["payload", b"payload"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_payload) -> _WhichOneofReturnType_payload | None: ...
 
 Global___GenerateResponse: _TypeAlias = GenerateResponse  # noqa: Y015
+
+@_typing.final
+class FileData(_message.Message):
+    """Consecutive bytes of a file. Each byte of a file comes once, in order; files may alternate."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INDEX_FIELD_NUMBER: _builtins.int
+    OFFSET_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    index: _builtins.int
+    """Position of the file in the result, from 0."""
+    offset: _builtins.int
+    """Position of the first of these bytes in the file."""
+    data: _builtins.bytes
+    """The bytes, at most 1 MiB."""
+    def __init__(
+        self,
+        *,
+        index: _builtins.int = ...,
+        offset: _builtins.int = ...,
+        data: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "index", b"index", "offset", b"offset"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FileData: _TypeAlias = FileData  # noqa: Y015
 
 @_typing.final
 class FileHeader(_message.Message):
@@ -399,6 +441,8 @@ class FileHeader(_message.Message):
     HEIGHT_FIELD_NUMBER: _builtins.int
     WIDTH_FIELD_NUMBER: _builtins.int
     NUM_FRAMES_FIELD_NUMBER: _builtins.int
+    IS_GROWING_FIELD_NUMBER: _builtins.int
+    NUM_ITEMS_FIELD_NUMBER: _builtins.int
     index: _builtins.int
     """Position in the result, from 0."""
     count: _builtins.int
@@ -406,13 +450,17 @@ class FileHeader(_message.Message):
     content_type: _builtins.str
     """Type, such as "image/png"."""
     byte_size: _builtins.int
-    """Size in bytes."""
+    """Size in bytes; 0 while the file grows."""
     height: _builtins.int
     """Height in pixels."""
     width: _builtins.int
     """Width in pixels."""
     num_frames: _builtins.int
-    """Frames; 1 for an image."""
+    """Frames; 1 for an image, 0 while the file grows."""
+    is_growing: _builtins.bool
+    """Whether more items of the file may come; its size and its frames are then unknown."""
+    num_items: _builtins.int
+    """Items of the result that make this file, each with an event; 0 for a file that is stored as a whole."""
     def __init__(
         self,
         *,
@@ -423,10 +471,12 @@ class FileHeader(_message.Message):
         height: _builtins.int = ...,
         width: _builtins.int = ...,
         num_frames: _builtins.int = ...,
+        is_growing: _builtins.bool = ...,
+        num_items: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["byte_size", b"byte_size", "content_type", b"content_type", "count", b"count", "height", b"height", "index", b"index", "num_frames", b"num_frames", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["byte_size", b"byte_size", "content_type", b"content_type", "count", b"count", "height", b"height", "index", b"index", "is_growing", b"is_growing", "num_frames", b"num_frames", "num_items", b"num_items", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -493,6 +543,7 @@ class Event(_message.Message):
     STATE_CHANGE_FIELD_NUMBER: _builtins.int
     PROGRESS_FIELD_NUMBER: _builtins.int
     WARNING_FIELD_NUMBER: _builtins.int
+    ITEM_FIELD_NUMBER: _builtins.int
     event_id: _builtins.str
     """Position in the request's history, to resume Watch from."""
     @_builtins.property
@@ -511,6 +562,10 @@ class Event(_message.Message):
     def warning(self) -> _artifacts_pb2.Warning:
         """The caller should know something."""
 
+    @_builtins.property
+    def item(self) -> Global___ResultItem:
+        """The next bytes of a streamed result are stored, and DownloadResult with `follow` sends them."""
+
     def __init__(
         self,
         *,
@@ -519,16 +574,71 @@ class Event(_message.Message):
         state_change: Global___StateChange | None = ...,
         progress: Global___StageProgress | None = ...,
         warning: _artifacts_pb2.Warning | None = ...,
+        item: Global___ResultItem | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "progress", b"progress", "state_change", b"state_change", "time", b"time", "warning", b"warning"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["item", b"item", "kind", b"kind", "progress", b"progress", "state_change", b"state_change", "time", b"time", "warning", b"warning"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["event_id", b"event_id", "kind", b"kind", "progress", b"progress", "state_change", b"state_change", "time", b"time", "warning", b"warning"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event_id", b"event_id", "item", b"item", "kind", b"kind", "progress", b"progress", "state_change", b"state_change", "time", b"time", "warning", b"warning"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["state_change", "progress", "warning"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["state_change", "progress", "warning", "item"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
 Global___Event: _TypeAlias = Event  # noqa: Y015
+
+@_typing.final
+class ResultItem(_message.Message):
+    """Consecutive bytes of one file of a streamed result. What has come of a file can be played."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ITEM_INDEX_FIELD_NUMBER: _builtins.int
+    FILE_INDEX_FIELD_NUMBER: _builtins.int
+    FILE_COUNT_FIELD_NUMBER: _builtins.int
+    OFFSET_FIELD_NUMBER: _builtins.int
+    BYTE_SIZE_FIELD_NUMBER: _builtins.int
+    NUM_FRAMES_FIELD_NUMBER: _builtins.int
+    CONTENT_TYPE_FIELD_NUMBER: _builtins.int
+    HEIGHT_FIELD_NUMBER: _builtins.int
+    WIDTH_FIELD_NUMBER: _builtins.int
+    item_index: _builtins.int
+    """Position among the items of all files, from 0. Each item has one event, whichever coordinator drives the request."""
+    file_index: _builtins.int
+    """Position of the file in the result, from 0."""
+    file_count: _builtins.int
+    """Files in the result."""
+    offset: _builtins.int
+    """Position of the item's first byte in the file."""
+    byte_size: _builtins.int
+    """Size of the item in bytes."""
+    num_frames: _builtins.int
+    """Frames in the item."""
+    content_type: _builtins.str
+    """Type of the file, such as "video/mp4"."""
+    height: _builtins.int
+    """Height in pixels."""
+    width: _builtins.int
+    """Width in pixels."""
+    def __init__(
+        self,
+        *,
+        item_index: _builtins.int = ...,
+        file_index: _builtins.int = ...,
+        file_count: _builtins.int = ...,
+        offset: _builtins.int = ...,
+        byte_size: _builtins.int = ...,
+        num_frames: _builtins.int = ...,
+        content_type: _builtins.str = ...,
+        height: _builtins.int = ...,
+        width: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["byte_size", b"byte_size", "content_type", b"content_type", "file_count", b"file_count", "file_index", b"file_index", "height", b"height", "item_index", b"item_index", "num_frames", b"num_frames", "offset", b"offset", "width", b"width"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResultItem: _TypeAlias = ResultItem  # noqa: Y015
 
 @_typing.final
 class StateChange(_message.Message):
@@ -632,19 +742,29 @@ class DownloadResultRequest(_message.Message):
 
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     INDEX_FIELD_NUMBER: _builtins.int
+    FOLLOW_FIELD_NUMBER: _builtins.int
+    OFFSET_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Which request."""
     index: _builtins.int
     """Only this file; unset means all of them."""
+    follow: _builtins.bool
+    """Wait for a request that has not ended, and send the files of a streamed result as they grow. A result that is not
+    streamed is sent as a whole once the request has succeeded. All bytes come as `file_data`.
+    """
+    offset: _builtins.int
+    """Begin at this byte of the file, to continue a download; needs `index`. INVALID_ARGUMENT beyond the file's end."""
     def __init__(
         self,
         *,
         request_id: _builtins.str = ...,
         index: _builtins.int | None = ...,
+        follow: _builtins.bool = ...,
+        offset: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_index", b"_index", "index", b"index"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_index", b"_index", "index", b"index", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_index", b"_index", "follow", b"follow", "index", b"index", "offset", b"offset", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__index: _TypeAlias = _typing.Literal["index"]  # noqa: Y015
     _WhichOneofArgType__index: _TypeAlias = _typing.Literal["_index", b"_index"]  # noqa: Y015
@@ -660,23 +780,29 @@ class DownloadResultResponse(_message.Message):
 
     FILE_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
+    FILE_DATA_FIELD_NUMBER: _builtins.int
     data: _builtins.bytes
     """The next bytes of that file, at most 1 MiB."""
     @_builtins.property
     def file(self) -> Global___FileHeader:
-        """A file begins."""
+        """A file begins, or a growing file is complete."""
+
+    @_builtins.property
+    def file_data(self) -> Global___FileData:
+        """With `follow`, in place of `data`: the next bytes of one of the files."""
 
     def __init__(
         self,
         *,
         file: Global___FileHeader | None = ...,
         data: _builtins.bytes = ...,
+        file_data: Global___FileData | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "file", b"file", "payload", b"payload"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "file", b"file", "file_data", b"file_data", "payload", b"payload"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "file", b"file", "payload", b"payload"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "file", b"file", "file_data", b"file_data", "payload", b"payload"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_payload: _TypeAlias = _typing.Literal["file", "data"]  # noqa: Y015
+    _WhichOneofReturnType_payload: _TypeAlias = _typing.Literal["file", "data", "file_data"]  # noqa: Y015
     _WhichOneofArgType_payload: _TypeAlias = _typing.Literal["payload", b"payload"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_payload) -> _WhichOneofReturnType_payload | None: ...
 

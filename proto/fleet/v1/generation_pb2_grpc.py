@@ -105,6 +105,8 @@ class GenerationServiceServicer:
 
     def DownloadResult(self, request, context):
         """Streams the files of a request that succeeded. FAILED_PRECONDITION before that, NOT_FOUND once expired.
+        With `follow`, also those of a request that has not ended, as they grow: FAILED_PRECONDITION if it then ends without
+        a result, UNAVAILABLE if this coordinator shuts down (call again at another one, with the offset reached).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

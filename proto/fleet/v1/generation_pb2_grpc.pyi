@@ -42,7 +42,10 @@ class GenerationServiceStub:
     Watch: _grpc.UnaryStreamMultiCallable[_generation_pb2.WatchRequest, _generation_pb2.WatchResponse]
     """Follows a request, from its first event or from a given one, until its terminal state. Leaving changes nothing."""
     DownloadResult: _grpc.UnaryStreamMultiCallable[_generation_pb2.DownloadResultRequest, _generation_pb2.DownloadResultResponse]
-    """Streams the files of a request that succeeded. FAILED_PRECONDITION before that, NOT_FOUND once expired."""
+    """Streams the files of a request that succeeded. FAILED_PRECONDITION before that, NOT_FOUND once expired.
+    With `follow`, also those of a request that has not ended, as they grow: FAILED_PRECONDITION if it then ends without
+    a result, UNAVAILABLE if this coordinator shuts down (call again at another one, with the offset reached).
+    """
     GetRequest: _grpc.UnaryUnaryMultiCallable[_generation_pb2.GetRequestRequest, _generation_pb2.GetRequestResponse]
     """Tells how a request stands."""
     CancelRequest: _grpc.UnaryUnaryMultiCallable[_generation_pb2.CancelRequestRequest, _generation_pb2.CancelRequestResponse]
@@ -66,7 +69,10 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
     Watch: _aio.UnaryStreamMultiCallable[_generation_pb2.WatchRequest, _generation_pb2.WatchResponse]  # type: ignore[assignment]
     """Follows a request, from its first event or from a given one, until its terminal state. Leaving changes nothing."""
     DownloadResult: _aio.UnaryStreamMultiCallable[_generation_pb2.DownloadResultRequest, _generation_pb2.DownloadResultResponse]  # type: ignore[assignment]
-    """Streams the files of a request that succeeded. FAILED_PRECONDITION before that, NOT_FOUND once expired."""
+    """Streams the files of a request that succeeded. FAILED_PRECONDITION before that, NOT_FOUND once expired.
+    With `follow`, also those of a request that has not ended, as they grow: FAILED_PRECONDITION if it then ends without
+    a result, UNAVAILABLE if this coordinator shuts down (call again at another one, with the offset reached).
+    """
     GetRequest: _aio.UnaryUnaryMultiCallable[_generation_pb2.GetRequestRequest, _generation_pb2.GetRequestResponse]  # type: ignore[assignment]
     """Tells how a request stands."""
     CancelRequest: _aio.UnaryUnaryMultiCallable[_generation_pb2.CancelRequestRequest, _generation_pb2.CancelRequestResponse]  # type: ignore[assignment]
@@ -111,7 +117,10 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _generation_pb2.DownloadResultRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_generation_pb2.DownloadResultResponse], _abc.AsyncIterator[_generation_pb2.DownloadResultResponse]]:
-        """Streams the files of a request that succeeded. FAILED_PRECONDITION before that, NOT_FOUND once expired."""
+        """Streams the files of a request that succeeded. FAILED_PRECONDITION before that, NOT_FOUND once expired.
+        With `follow`, also those of a request that has not ended, as they grow: FAILED_PRECONDITION if it then ends without
+        a result, UNAVAILABLE if this coordinator shuts down (call again at another one, with the offset reached).
+        """
 
     @_abc_1.abstractmethod
     def GetRequest(

@@ -1,0 +1,231 @@
+"""The result of a request while it comes item by item: an item is stored, and has its event, before the next is taken.
+
+An item is delivered once its event is stored, which only the owner of the latest epoch can do. A coordinator that takes
+the request over reads from the events what was delivered, and skips those items when they are computed again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterable, AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from common.errors import InternalError, ResourceExhausted
+from common.rpc.framing import Packet
+from common.stage import Call, Contract
+from common.state.records import ResultFile
+from common.state.requests import RequestStore
+from common.state.result_items import StoredItem
+from common.streams import ItemBuffer
+from fleet.v1 import artifacts_pb2, generation_pb2
+from services.coordinator.events import EventWriter
+from services.coordinator.persistence import persist
+
+_log = logging.getLogger(__name__)
+
+
+class ResultStream:
+    """Stores the items of one request's result. It is the ItemSink of the result's slot, and memory holds one item.
+
+    A `raw` result is not stored: its bytes stay in memory for the caller of Generate, and it has no events of items.
+    Beyond `max_bytes` in all, put() raises ResourceExhausted. Call close() before the EventWriter's.
+    """
+
+    def __init__(
+        self,
+        store: RequestStore,
+        events: EventWriter,
+        request_id: str,
+        *,
+        max_bytes: int,
+        epoch: int = 1,
+        raw: bool = False,
+    ) -> None:
+        self._store = store
+        self._events = events
+        self._request_id = request_id
+        self._max_bytes = max_bytes
+        self._epoch = epoch
+        self._raw = raw
+        self._is_loaded = epoch == 1
+        self._sizes: list[int] = []
+        self._headers: dict[int, generation_pb2.FileHeader] = {}
+        self._pieces: dict[int, list[bytes | memoryview]] = {}
+        self._stored: list[StoredItem] = []
+        self._storing: asyncio.Task[None] | None = None
+
+    @property
+    def items(self) -> Sequence[StoredItem]:
+        """The items whose bytes are stored, for RequestStore.finish()."""
+        return self._stored
+
+    async def take(self, items: AsyncIterable[tuple[int, Packet]]) -> list[ResultFile]:
+        """Store all items of a stream, each with its index, and return the files. Raises as put() and files()."""
+        async for index, packet in items:
+            await self.put(index, packet, packet.byte_size)
+        return self.files()
+
+    async def has_items(self) -> bool:
+        """Whether an item was delivered, under this epoch or an earlier one."""
+        if not self._is_loaded:
+            await self._load()
+        return bool(self._sizes)
+
+    async def put(self, index: int, item: Packet, byte_size: int) -> None:
+        """Take the item with this index; one that was delivered before is skipped. Returns once it is stored.
+
+        Waits while the store is unavailable or full. A caller that is cancelled does not interrupt the storing, so that
+        the same item may be given again. Raises ResourceExhausted beyond the bound, Aborted once the request has ended,
+        or goes on, elsewhere, and InternalError for an item that is not the next one.
+        """
+        del byte_size
+        await self._settle()
+        if not self._is_loaded:
+            await self._load()
+        message = item.message
+        if not isinstance(message, artifacts_pb2.MediaItem):
+            raise InternalError(f"the result has a {message.DESCRIPTOR.name} as item {index}, not a MediaItem")
+        if index < len(self._sizes):
+            self._skip(index, message)
+            return
+        if index > len(self._sizes):
+            raise InternalError(f"item {index} of the result came where item {len(self._sizes)} is next")
+        self._storing = asyncio.create_task(self._add(message, _pieces_of(item, message)))
+        await self._settle()
+
+    async def close(self) -> None:
+        """End storing. An item whose event is not stored yet is delivered with the request's end, or never."""
+        if self._storing is not None:
+            self._storing.cancel()
+            await asyncio.gather(self._storing, return_exceptions=True)
+
+    def files(self) -> list[ResultFile]:
+        """The files, once all items have come. Only those of a raw result have bytes; the others are stored already.
+
+        Raises InternalError where a file is missing.
+        """
+        count = next((header.count for header in self._headers.values()), 0)
+        if not count or len(self._headers) < count:
+            raise InternalError(f"the stream of the result ended with items of {len(self._headers)} of {count} files")
+        return [ResultFile(self._headers[index], self._pieces.get(index, ())) for index in range(count)]
+
+    async def _settle(self) -> None:
+        """Wait for the item that is being stored. Raises what ended it."""
+        if self._storing is not None:
+            await asyncio.shield(self._storing)
+
+    async def _load(self) -> None:
+        """Find out what was delivered under earlier epochs, whose owners can deliver nothing any more."""
+        what = f"request {self._request_id} was taken over"
+        delivered = await persist(what, partial(self._store.delivered_items, self._request_id))
+        await persist(what, partial(self._store.items.refresh, self._request_id, delivered))
+        for stored in delivered:
+            self._count(stored.item)
+        self._stored += delivered
+        self._is_loaded = True
+
+    def _skip(self, index: int, message: artifacts_pb2.MediaItem) -> None:
+        if message.data.byte_size != self._sizes[index]:
+            _log.warning(
+                "request %s delivered item %d with %d bytes, and computed it again with %d: another numerics "
+                "fingerprint; the delivered item stays",
+                self._request_id,
+                index,
+                self._sizes[index],
+                message.data.byte_size,
+            )
+
+    async def _add(self, message: artifacts_pb2.MediaItem, pieces: list[bytes | memoryview]) -> None:
+        item = self._described(message)
+        size = sum(self._sizes) + item.byte_size
+        if size > self._max_bytes:
+            kind, field = ("raw result", "output_format") if self._raw else ("result", "num_frames")
+            raise ResourceExhausted(
+                f"the {kind} has {size} bytes or more; at most {self._max_bytes} are taken", field=field
+            )
+        if self._raw:
+            self._pieces.setdefault(item.file_index, []).extend(pieces)
+            self._count(item)
+            return
+        stored = StoredItem(item, self._epoch)
+        what = f"item {item.item_index} of request {self._request_id} is finished"
+        await persist(what, partial(self._store.items.save, self._request_id, stored, pieces))
+        self._stored.append(stored)
+        self._count(item)
+        await self._events.add_stored(generation_pb2.Event(item=item))
+
+    def _described(self, message: artifacts_pb2.MediaItem) -> generation_pb2.ResultItem:
+        """The item as its event describes it. Raises InternalError for one that does not fit the items before it."""
+        count = message.file_count or 1
+        before = self._headers.get(message.file_index)
+        counts = {header.count for header in self._headers.values()} or {count}
+        if message.file_index >= count or counts != {count}:
+            raise InternalError(
+                f"an item is of file {message.file_index} of {count}; items before it: {min(counts)} files"
+            )
+        return generation_pb2.ResultItem(
+            item_index=len(self._sizes),
+            file_index=message.file_index,
+            file_count=count,
+            offset=before.byte_size if before else 0,
+            byte_size=message.data.byte_size,
+            num_frames=message.num_frames,
+            content_type=message.content_type,
+            height=message.height,
+            width=message.width,
+        )
+
+    def _count(self, item: generation_pb2.ResultItem) -> None:
+        """Add an item to its file's header."""
+        self._sizes.append(item.byte_size)
+        header = self._headers.setdefault(
+            item.file_index,
+            generation_pb2.FileHeader(
+                index=item.file_index,
+                count=item.file_count,
+                content_type=item.content_type,
+                height=item.height,
+                width=item.width,
+            ),
+        )
+        header.byte_size += item.byte_size
+        header.num_frames += item.num_frames
+        header.num_items += 0 if self._raw else 1
+
+
+def _pieces_of(packet: Packet, message: artifacts_pb2.MediaItem) -> list[bytes | memoryview]:
+    """The bytes of an item, whose only tensor is its data."""
+    paths = list(packet.chunks)
+    return list(packet.payload(paths[0] if paths else "", message.data))
+
+
+FILES = "files"
+"""Slot of the files of a streamed result. No stage writes a slot with this name."""
+
+
+@dataclass(frozen=True)
+class ResultRunner:
+    """Reads the result of a pipeline where that is a stream, as its last runner. `slot` is the result's."""
+
+    slot: str
+    result: ResultStream
+
+    @property
+    def contract(self) -> Contract:
+        """From the stream of items to the files."""
+        return Contract("ResultRunner", {self.slot: "Stream[MediaItem]"}, {FILES: FILES})
+
+    async def __call__(self, values: Mapping[str, Any], call: Call) -> Mapping[str, Any]:
+        """Store the items as they come. Raises as ResultStream."""
+        del call
+        return {FILES: await self.result.take(_indexed(values[self.slot]))}
+
+
+async def _indexed(stream: ItemBuffer) -> AsyncIterator[tuple[int, Packet]]:
+    index = 0
+    async for packet, _ in stream.read():
+        yield index, packet
+        index += 1

@@ -1,0 +1,210 @@
+"""Items of streamed results in the store: delivered by their event, once, whichever coordinator writes them."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Iterator
+
+import pytest
+from redis.asyncio import Redis
+from redis.exceptions import NoScriptError
+
+from common.errors import NotFound, Unavailable
+from common.state.connection import StoreFull, connect
+from common.state.leases import Leases
+from common.state.presence import Presence
+from common.state.records import ResultFile
+from common.state.requests import RequestStore, Retention
+from common.state.result_items import StoredItem
+from fleet.v1 import generation_pb2 as pb
+from redis_servers import run_on_empty_store, running_server, server_binaries, until
+
+MIB = 1 << 20
+SUCCEEDED, FAILED = pb.REQUEST_STATE_SUCCEEDED, pb.REQUEST_STATE_FAILED
+
+
+@pytest.fixture(scope="module", params=sorted(server_binaries()))
+def url(request: pytest.FixtureRequest) -> Iterator[str]:
+    with running_server(request.param) as server:
+        yield server.url
+
+
+def stored_item(number: int, size: int, epoch: int = 1) -> StoredItem:
+    return StoredItem(pb.ResultItem(item_index=number, file_count=1, byte_size=size), epoch)
+
+
+def event_of(stored: StoredItem) -> pb.Event:
+    return pb.Event(item=stored.item)
+
+
+async def admit(store: RequestStore) -> str:
+    record = pb.RequestRecord(request_id=secrets.token_hex(8), model="emoji")
+    return (await store.admit(record)).record.request_id
+
+
+async def read(store: RequestStore, request_id: str, stored: StoredItem, skipped: int = 0) -> bytes:
+    return b"".join([chunk async for chunk in store.items.chunks(request_id, stored, skipped)])
+
+
+async def deliver(store: RequestStore, request_id: str, stored: StoredItem, data: bytes, number: int) -> bool:
+    """Store an item's bytes, then its event; whether the event was accepted."""
+    await store.items.save(request_id, stored, [data])
+    return await store.append(request_id, [event_of(stored)], number=number, epoch=stored.epoch) is not None
+
+
+def test_an_item_is_read_from_any_byte(url: str) -> None:
+    async def story(redis: Redis) -> None:
+        store = RequestStore(redis)
+        name, data = await admit(store), secrets.token_bytes(2 * MIB + 5)
+        stored = stored_item(0, len(data))
+        assert await deliver(store, name, stored, data, 0)
+        assert await store.delivered_items(name) == [stored]
+        for skipped in (0, 1, MIB - 1, MIB, MIB + 1, 2 * MIB, len(data) - 1, len(data)):
+            assert await read(store, name, stored, skipped) == data[skipped:]
+        sizes = [len(chunk) async for chunk in store.items.chunks(name, stored)]
+        assert sizes == [MIB, MIB, 5]
+
+    run_on_empty_store(url, story)
+
+
+def test_bytes_without_an_event_are_no_item(url: str) -> None:
+    async def story(redis: Redis) -> None:
+        store = RequestStore(redis)
+        name = await admit(store)
+        await store.items.save(name, stored_item(0, 3), [b"abc"])
+        assert await store.delivered_items(name) == []
+        assert await store.finish(name, SUCCEEDED)
+        kinds = [event.WhichOneof("kind") async for event in store.events(name)]
+        assert kinds == ["state_change", "state_change"]
+
+    run_on_empty_store(url, story)
+
+
+def test_an_event_that_is_written_again_delivers_its_item_once(url: str) -> None:
+    async def story(redis: Redis) -> None:
+        store = RequestStore(redis)
+        name, stored = await admit(store), stored_item(0, 3)
+        assert await deliver(store, name, stored, b"abc", 0)
+        assert await deliver(store, name, stored, b"abc", 0)
+        assert await store.delivered_items(name) == [stored]
+
+    run_on_empty_store(url, story)
+
+
+def test_a_former_owner_neither_adds_nor_changes_nor_ends_an_item(url: str) -> None:
+    async def story(redis: Redis) -> None:
+        former = RequestStore(redis, owner="former", retention=Retention(result_seconds=0.02))
+        name = await admit(former)
+        first = stored_item(0, 3)
+        assert await deliver(former, name, first, b"abc", 0)
+        presence = Presence(redis, "new")
+        await presence.start()
+        ((inherited,), _) = await Leases(redis, "new").take_over("emoji")
+        store, epoch = RequestStore(redis, owner="new"), inherited.epoch
+        assert await store.delivered_items(name) == [first]
+        late, second = stored_item(1, 4), stored_item(1, 4, epoch)
+        assert not await deliver(former, name, late, b"late", 1)
+        assert await deliver(store, name, second, b"good", 0)
+        assert not await deliver(former, name, late, b"LATE", 1)
+        assert await former.finish(name, FAILED, items=[first, late]) is None
+        await asyncio.sleep(0.05)  # longer than a result of the former owner's lasts
+        assert await store.delivered_items(name) == [first, second]
+        assert [await read(store, name, each) for each in (first, second)] == [b"abc", b"good"]
+        assert await store.finish(name, SUCCEEDED, epoch=epoch, items=[first, second])
+        await presence.stop()
+
+    run_on_empty_store(url, story)
+
+
+@pytest.mark.parametrize(("end", "most"), [(SUCCEEDED, 3_600_000), (FAILED, 60_000)])
+def test_items_last_until_some_time_after_the_end(url: str, end: pb.RequestState.ValueType, most: int) -> None:
+    async def story(redis: Redis) -> None:
+        store = RequestStore(redis)
+        name, stored = await admit(store), stored_item(0, MIB + 1)
+        assert await deliver(store, name, stored, b"x" * (MIB + 1), 0)
+        keys = await redis.keys("fleet:item:*")
+        assert len(keys) == 2
+        assert all([await redis.pttl(key) > 80_000_000 for key in keys])
+        assert await store.finish(name, end, items=[stored])
+        assert all([most - 20_000 < await redis.pttl(key) <= most for key in keys])
+
+    run_on_empty_store(url, story)
+
+
+def test_an_item_that_has_expired_is_not_found(url: str) -> None:
+    async def story(redis: Redis) -> None:
+        store = RequestStore(redis, retention=Retention(record_seconds=60, result_seconds=0.02))
+        name, stored = await admit(store), stored_item(0, 3)
+        assert await deliver(store, name, stored, b"abc", 0)
+        assert await store.finish(name, SUCCEEDED, items=[stored])
+
+        async def is_gone() -> bool:
+            return not await redis.keys("fleet:item:*")
+
+        await until(is_gone)
+        with pytest.raises(NotFound, match="has expired"):
+            await read(store, name, stored)
+
+    run_on_empty_store(url, story)
+
+
+def test_an_end_whose_answer_is_lost_still_ends_the_items(url: str) -> None:
+    async def story(redis: Redis) -> None:
+        store = RequestStore(redis)
+        name, stored = await admit(store), stored_item(0, 3)
+        assert await deliver(store, name, stored, b"abc", 0)
+        assert await store.finish(name, SUCCEEDED, token="mine")
+        assert await store.finish(name, SUCCEEDED, token="mine", items=[stored]) == []
+        (key,) = await redis.keys("fleet:item:*")
+        assert await redis.pttl(key) <= 3_600_000
+
+    run_on_empty_store(url, story)
+
+
+def test_a_store_without_the_script_takes_an_event_of_an_item(url: str) -> None:
+    async def story(redis: Redis) -> None:
+        store = RequestStore(redis)
+        name, stored = await admit(store), stored_item(0, 3)
+        await redis.script_flush()
+        with pytest.raises(NoScriptError):
+            await redis.execute_command("EVALSHA", "0" * 40, 0)
+        assert await deliver(store, name, stored, b"abc", 0)
+
+    run_on_empty_store(url, story)
+
+
+def test_a_full_store_takes_no_item_and_a_lost_store_is_unavailable() -> None:
+    with running_server("valkey", "--maxmemory", str(8 * MIB)) as server:
+
+        async def story() -> None:
+            async with connect(server.url) as redis:
+                store = RequestStore(redis)
+                name, stored = await admit(store), stored_item(0, 12 * MIB)
+                with pytest.raises(StoreFull):
+                    await store.items.save(name, stored, [bytes(12 * MIB)])
+                for key in await redis.keys("fleet:item:*"):
+                    await redis.delete(key)
+                small = stored_item(0, 3)
+                assert await deliver(store, name, small, b"abc", 0)
+                server.kill()
+                with pytest.raises(Unavailable, match="away"):
+                    await store.items.save(name, small, [b"abc"])
+                server.start()
+                assert await read(store, name, small) == b"abc"
+                assert await store.delivered_items(name) == [small]
+
+        asyncio.run(story())
+
+
+def test_a_streamed_file_of_a_record_has_no_bytes_of_its_own(url: str) -> None:
+    async def story(redis: Redis) -> None:
+        store = RequestStore(redis)
+        name, stored = await admit(store), stored_item(0, 3)
+        assert await deliver(store, name, stored, b"abc", 0)
+        header = pb.FileHeader(count=1, byte_size=3, num_items=1)
+        assert await store.finish(name, SUCCEEDED, files=[ResultFile(header, ())], items=[stored])
+        assert list((await store.get(name)).files) == [header]
+        assert not await redis.keys("fleet:result:*")
+
+    run_on_empty_store(url, story)

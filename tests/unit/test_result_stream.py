@@ -1,0 +1,319 @@
+"""A streamed result becomes stored items with an event each, once, whatever dies or is lost on the way."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+
+import pytest
+from redis.asyncio import Redis
+
+from common.errors import Aborted, InternalError, ResourceExhausted
+from common.rpc.framing import Packet, Piece, checksum
+from common.state.connection import connect
+from common.state.leases import Leases
+from common.state.presence import Presence
+from common.state.requests import RequestStore
+from common.state.result_items import StoredItem
+from fleet.v1 import artifacts_pb2
+from fleet.v1 import generation_pb2 as pb
+from redis_servers import RedisServer, running_server, until
+from services.coordinator.events import EventLog, EventWriter
+from services.coordinator.result_stream import ResultStream
+
+MIB = 1 << 20
+SUCCEEDED = pb.REQUEST_STATE_SUCCEEDED
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[RedisServer]:
+    with running_server("valkey", "--appendfsync", "no") as server:
+        yield server
+
+
+def packet(data: bytes, file: int = 0, files: int = 1, frames: int = 4) -> Packet:
+    """An item as a worker sends it: large bytes in chunks."""
+    message = artifacts_pb2.MediaItem(
+        content_type="video/mp4", height=16, width=32, num_frames=frames, file_index=file, file_count=files
+    )
+    tensor = message.data
+    tensor.dtype, tensor.byte_size = artifacts_pb2.DTYPE_UINT8, len(data)
+    tensor.shape.append(len(data))
+    if len(data) <= 1 << 16:
+        tensor.data = data
+        return Packet(message)
+    tensor.checksum = checksum([data])
+    pieces = [Piece(data[start : start + MIB]) for start in range(0, len(data), MIB)]
+    return Packet(message, {"media_items.data": pieces})
+
+
+class Case:
+    """One request in a store, with streams of its owners."""
+
+    def __init__(self, redis: Redis) -> None:
+        self.redis = redis
+        self.store = RequestStore(redis, owner="first")
+        self.request_id = secrets.token_hex(8)
+        self.log = EventLog()
+        self.ended = asyncio.Event()
+        self.writers: list[EventWriter] = []
+
+    async def admit(self) -> None:
+        await self.store.admit(pb.RequestRecord(request_id=self.request_id, model="emoji"))
+
+    def stream(self, epoch: int = 1, *, max_bytes: int = 1 << 30, raw: bool = False) -> ResultStream:
+        events = EventWriter(self.store, self.request_id, self.log, self.ended.set, epoch=epoch)
+        self.writers.append(events)
+        return ResultStream(self.store, events, self.request_id, epoch=epoch, max_bytes=max_bytes, raw=raw)
+
+    async def take_over(self) -> int:
+        """Another coordinator takes the request; its epoch."""
+        presence = Presence(self.redis, "second")
+        await presence.start()
+        taken, _ = await Leases(self.redis, "second").take_over("emoji")
+        await presence.stop()
+        return next(each.epoch for each in taken if each.record.request_id == self.request_id)
+
+    async def delivered(self) -> list[bytes]:
+        """The bytes of all items that have an event."""
+        items = await self.store.delivered_items(self.request_id)
+        assert [stored.item.item_index for stored in items] == list(range(len(items)))
+        return [
+            b"".join([chunk async for chunk in self.store.items.chunks(self.request_id, stored)]) for stored in items
+        ]
+
+
+def story(server: RedisServer, test: Callable[[Case], Awaitable[None]]) -> None:
+    async def whole() -> None:
+        async with connect(server.url) as redis, asyncio.timeout(30):
+            await redis.flushall()
+            case = Case(redis)
+            await case.admit()
+            await test(case)
+            for writer in case.writers:
+                await writer.close()
+
+    asyncio.run(whole())
+
+
+async def indexed(packets: Sequence[Packet]) -> AsyncIterator[tuple[int, Packet]]:
+    for index, each in enumerate(packets):
+        yield index, each
+
+
+def test_items_of_several_files_are_stored_and_described(server: RedisServer) -> None:
+    async def test(case: Case) -> None:
+        parts = [b"a" * 100, b"b" * (2 * MIB + 3), b"c" * 50, b"d" * 7]
+        packets = [packet(part, file=number % 2, files=2) for number, part in enumerate(parts)]
+        stream = case.stream()
+        files = await stream.take(indexed(packets))
+        assert await case.delivered() == parts
+        items = [stored.item for stored in stream.items]
+        assert [(item.file_index, item.offset, item.byte_size) for item in items] == [
+            (0, 0, 100),
+            (1, 0, 2 * MIB + 3),
+            (0, 100, 50),
+            (1, 2 * MIB + 3, 7),
+        ]
+        assert [file.header for file in files] == [
+            pb.FileHeader(
+                index=index,
+                count=2,
+                content_type="video/mp4",
+                byte_size=size,
+                height=16,
+                width=32,
+                num_frames=8,
+                num_items=2,
+            )
+            for index, size in enumerate((150, 2 * MIB + 10))
+        ]
+        assert await case.store.finish(case.request_id, SUCCEEDED, files=files, items=stream.items)
+        events = [event async for event in case.store.events(case.request_id)]
+        assert [event.item.item_index for event in events if event.HasField("item")] == [0, 1, 2, 3]
+
+    story(server, test)
+
+
+def test_an_item_is_taken_only_when_the_one_before_is_stored(server: RedisServer) -> None:
+    async def test(case: Case) -> None:
+        async def items() -> AsyncIterator[tuple[int, Packet]]:
+            for index in range(3):
+                assert len(await case.delivered()) == index
+                yield index, packet(b"%d" % index)
+
+        await case.stream().take(items())
+        assert await case.delivered() == [b"0", b"1", b"2"]
+
+    story(server, test)
+
+
+def test_an_item_that_is_given_again_is_delivered_once(server: RedisServer) -> None:
+    """Another decoder begins with the first item again."""
+
+    async def test(case: Case) -> None:
+        stream = case.stream()
+        for index in (0, 1, 0, 1, 2):
+            await stream.put(index, packet(b"%d" % index), 1)
+        assert await case.delivered() == [b"0", b"1", b"2"]
+
+    story(server, test)
+
+
+def test_a_cancelled_caller_does_not_lose_or_double_the_item(server: RedisServer) -> None:
+    async def test(case: Case) -> None:
+        stream = case.stream()
+        for attempt in range(20):
+            task = asyncio.create_task(stream.put(attempt, packet(b"%d" % attempt), 1))
+            for _ in range(attempt):
+                await asyncio.sleep(0)
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            await stream.put(attempt, packet(b"%d" % attempt), 1)
+        assert await case.delivered() == [b"%d" % each for each in range(20)]
+
+    story(server, test)
+
+
+@pytest.mark.parametrize("delivered", range(4))
+def test_the_next_owner_delivers_only_what_is_missing(
+    server: RedisServer, delivered: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def test(case: Case) -> None:
+        first, parts = case.stream(), [b"one", b"two", b"three"]
+        for index in range(delivered):
+            await first.put(index, packet(parts[index]), 3)
+        orphan = StoredItem(pb.ResultItem(item_index=delivered, byte_size=1), 1)
+        await case.store.items.save(case.request_id, orphan, [b"x"])  # the first owner died before the event
+        epoch = await case.take_over()
+        second = case.stream(epoch)
+        again = [b"ONE", b"TWO!!", b"THREE"]  # other numerics: the second item is longer
+        files = await second.take(indexed([packet(part) for part in again]))
+        expected = [*parts[:delivered], *again[delivered:]]
+        assert await case.delivered() == expected
+        assert files[0].header.byte_size == sum(map(len, expected))
+        assert files[0].header.num_frames == 12
+        assert [stored.epoch for stored in second.items] == [1] * delivered + [epoch] * (3 - delivered)
+        with pytest.raises(Aborted, match="another coordinator"):
+            await first.put(delivered, packet(b"late"), 4)
+        assert case.ended.is_set()
+        assert await case.delivered() == expected
+
+    story(server, test)
+    assert ("delivered item 1 with 3 bytes, and computed it again with 5" in caplog.text) == (delivered > 1)
+
+
+def test_the_next_owner_may_compute_nothing_more(server: RedisServer) -> None:
+    async def test(case: Case) -> None:
+        await case.stream().take(indexed([packet(b"one"), packet(b"two")]))
+        epoch = await case.take_over()
+        files = await case.stream(epoch).take(indexed([packet(b"one"), packet(b"two")]))
+        assert files[0].header.byte_size == 6
+        assert await case.delivered() == [b"one", b"two"]
+
+    story(server, test)
+
+
+@pytest.mark.parametrize(("raw", "field"), [(False, "num_frames"), (True, "output_format")])
+def test_a_result_is_bounded(server: RedisServer, raw: bool, field: str) -> None:
+    async def test(case: Case) -> None:
+        stream = case.stream(max_bytes=10, raw=raw)
+        await stream.put(0, packet(b"12345678"), 8)
+        await stream.put(1, packet(b"90"), 2)
+        for _ in range(2):
+            with pytest.raises(ResourceExhausted, match="11 bytes or more; at most 10") as caught:
+                await stream.put(2, packet(b"x"), 1)
+            assert caught.value.field == field
+        assert await case.delivered() == ([] if raw else [b"12345678", b"90"])
+
+    story(server, test)
+
+
+def test_a_raw_result_is_kept_in_memory_and_never_stored(server: RedisServer) -> None:
+    async def test(case: Case) -> None:
+        files = await case.stream(raw=True).take(indexed([packet(b"abc"), packet(b"d" * 70_000)]))
+        assert b"".join(bytes(piece) for piece in files[0].pieces) == b"abc" + b"d" * 70_000
+        assert (files[0].header.byte_size, files[0].header.num_items) == (70_003, 0)
+        assert not await case.redis.keys("fleet:item:*")
+        assert await case.delivered() == []
+
+    story(server, test)
+
+
+def test_wrong_items_and_missing_files_are_refused(server: RedisServer) -> None:
+    async def test(case: Case) -> None:
+        with pytest.raises(InternalError, match="ended with items of 0 of 0 files"):
+            await case.stream().take(indexed([]))
+        with pytest.raises(InternalError, match="item 1 of the result came where item 0 is next"):
+            await case.stream().put(1, packet(b"x"), 1)
+        with pytest.raises(InternalError, match="has a Latents as item 0"):
+            await case.stream().put(0, Packet(artifacts_pb2.Latents()), 1)
+        with pytest.raises(InternalError, match="file 2 of 2"):
+            await case.stream().put(0, packet(b"x", file=2, files=2), 1)
+        stream = case.stream()
+        await stream.put(0, packet(b"x", files=2), 1)
+        with pytest.raises(InternalError, match="items of 1 of 2 files"):
+            stream.files()
+        with pytest.raises(InternalError, match="items before it: 2 files"):
+            await stream.put(1, packet(b"x", files=3), 1)
+
+    story(server, test)
+
+
+def test_an_item_waits_for_a_store_that_is_unavailable() -> None:
+    with running_server("valkey") as server:
+
+        async def test(case: Case) -> None:
+            stream = case.stream()
+            await stream.put(0, packet(b"one"), 3)
+            server.kill()
+            task = asyncio.create_task(stream.put(1, packet(b"two"), 3))
+            await asyncio.sleep(0.3)
+            assert not task.done()
+            server.start()
+            await task
+            assert await case.delivered() == [b"one", b"two"]
+
+        story(server, test)
+
+
+def test_an_item_waits_for_a_full_store() -> None:
+    with running_server("valkey", "--maxmemory", str(8 * MIB)) as server:
+
+        async def test(case: Case) -> None:
+            filler = 0
+            while (await case.redis.info("memory"))["used_memory"] < 7 * MIB:
+                await case.redis.set(f"filler:{filler}", bytes(MIB // 4))
+                filler += 1
+            task = asyncio.create_task(case.stream().put(0, packet(b"x" * (2 * MIB)), 2 * MIB))
+            await asyncio.sleep(0.3)
+            assert not task.done()
+            await case.redis.delete(*[f"filler:{number}" for number in range(filler)])
+            await task
+            assert [len(each) for each in await case.delivered()] == [2 * MIB]
+
+        story(server, test)
+
+
+def test_closing_ends_the_storing_and_leaves_the_event_for_the_end() -> None:
+    with running_server("valkey") as server:
+
+        async def test(case: Case) -> None:
+            stream = case.stream()
+            await stream.put(0, packet(b"one"), 3)
+            server.kill()
+            task = asyncio.create_task(stream.put(1, packet(b"two"), 3))
+            await asyncio.sleep(0.05)
+            task.cancel()
+            await stream.close()
+            await asyncio.gather(task, return_exceptions=True)
+            server.start()
+
+            async def is_back() -> bool:
+                return len(await case.delivered()) == 1
+
+            await until(is_back)
+            assert [stored.item.item_index for stored in stream.items] == [0]
+
+        story(server, test)
