@@ -41,11 +41,17 @@ class Stream(Protocol[Item]):
     def __iter__(self) -> Iterator[Item]:
         """Yield the artifacts in order."""
 
+    def has_next(self) -> bool:
+        """Whether an item is there, so that its reader would not wait for it."""
+
 
 class _Emitted:
     """The value of a stream among the outputs that a stage returns."""
 
     def __iter__(self) -> Iterator[Any]:
+        raise TypeError("the items of a stream output went to Call.emit()")
+
+    def has_next(self) -> bool:
         raise TypeError("the items of a stream output went to Call.emit()")
 
 

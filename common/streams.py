@@ -14,7 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 from common.errors import InternalError
 from common.stage import Call
 
-STREAM_BYTES = 64 << 20
+STREAM_BYTES = 32 << 20
 """Most bytes of a stream that its reader has not read yet, beside one item; beyond it the writer waits."""
 _POLL_SECONDS = 0.05
 
@@ -115,6 +115,11 @@ class StreamFeed:
         with self._condition:
             self._is_closed, self._error = True, error
             self._condition.notify()
+
+    def has_next(self) -> bool:
+        """Whether an item is there, so that the stage would not wait for it."""
+        with self._condition:
+            return bool(self._items)
 
     def __iter__(self) -> Iterator[Any]:
         """Yield the artifacts in order. Raises the error of close(), and as check_cancelled while it waits."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
 from typing import ClassVar
 
@@ -15,6 +16,25 @@ TRANSFORMER = "transformer"
 """Role of the transformer in the standard stages."""
 _VAE: Mapping[str, str] = MappingProxyType({"vae": "vae"})
 """Modules of decoding without sound, by role."""
+FILE_DECODING = StageSpec(
+    contracts.DECODING, "decoding", "models.stages.decoding:DecodingStage", _VAE, cost=Cost.PIXEL, result="media"
+)
+"""Decodes images, or with more modules videos with sound, to whole files."""
+VIDEO_DECODING = StageSpec(
+    contracts.VIDEO_DECODING,
+    "decoding",
+    "models.stages.video_decoding:VideoDecodingStage",
+    _VAE,
+    cost=Cost.PIXEL,
+    result="media_items",
+)
+"""Decodes videos without sound to fragments of files."""
+BLOCK_DECODING = replace(
+    VIDEO_DECODING,
+    contract=contracts.BLOCK_DECODING,
+    implementation="models.stages.video_decoding:BlockDecodingStage",
+)
+"""Decodes videos that are denoised block by block to fragments of files."""
 DENOISING_STAGE = "models.stages.denoising:DenoisingStage"
 """Implementation of the standard denoising loop."""
 
@@ -30,12 +50,12 @@ class StandardPipeline(ComposedPipeline):
         *,
         text_modules: Sequence[str] = ("text_encoder", "tokenizer"),
         scheduler: str = "scheduler",
-        decoders: Mapping[str, str] = _VAE,
+        decoding: StageSpec = FILE_DECODING,
     ) -> None:
         """Text to image, or to video: encode the text, draw the noise, lay out the steps, denoise, decode."""
         self._add_text_encoding(text_modules)
         self._add_preparation(scheduler)
-        self._add_denoising_and_decoding(scheduler, decoders=decoders)
+        self._add_denoising_and_decoding(scheduler, decoding=decoding)
 
     def add_hybrid_stages(self, implementation: str, *, modules: Sequence[str], scheduler: str = "scheduler") -> None:
         """One stage of the model's own for all work before denoising, then denoise and decode.
@@ -82,7 +102,7 @@ class StandardPipeline(ComposedPipeline):
         )
 
     def _add_denoising_and_decoding(
-        self, scheduler: str, *optional_inputs: str, decoders: Mapping[str, str] = _VAE
+        self, scheduler: str, *optional_inputs: str, decoding: StageSpec = FILE_DECODING
     ) -> None:
         self.add_stage(
             StageSpec(
@@ -94,16 +114,7 @@ class StandardPipeline(ComposedPipeline):
                 reports_steps=True,
             )
         )
-        self.add_stage(
-            StageSpec(
-                contracts.DECODING,
-                "decoding",
-                "models.stages.decoding:DecodingStage",
-                decoders,
-                cost=Cost.PIXEL,
-                result="media",
-            )
-        )
+        self.add_stage(decoding)
 
 
 class StandardImagePipeline(StandardPipeline):
@@ -134,7 +145,7 @@ class StandardImagePipeline(StandardPipeline):
         image_encoder: str | None = "image_encoder",
         image_processor: str = "image_processor",
         scheduler: str = "scheduler",
-        decoders: Mapping[str, str] = _VAE,
+        decoding: StageSpec = VIDEO_DECODING,
         image_inputs: Sequence[str] = (),
     ) -> None:
         """Text and images to video: the denoiser gets the images' latents and the tokens of a vision encoder.
@@ -156,7 +167,7 @@ class StandardImagePipeline(StandardPipeline):
             )
         self._add_image_vae_encoding(*image_inputs)
         self._add_preparation(scheduler)
-        self._add_denoising_and_decoding(scheduler, *inputs, decoders=decoders)
+        self._add_denoising_and_decoding(scheduler, *inputs, decoding=decoding)
 
     def _add_image_vae_encoding(self, *optional_inputs: str) -> None:
         self.add_stage(

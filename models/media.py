@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import io
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
+from typing import Any, TypeVar
 
 import av
 import numpy as np
@@ -24,10 +24,21 @@ SAFETENSORS = "application/vnd.safetensors"
 # Near enough to lossless for the eye; a fixed number of threads, because x264's bytes depend on it.
 _X264_OPTIONS = {"crf": "17", "preset": "medium"}
 _X264_THREADS = 4
+# Fragments: frames are shown in the order of decoding, so that players need no offsets between the two, which they treat
+# differently; and few frames wait in the encoder, so that a fragment is ready soon after its last frame.
+_FRAGMENT_OPTIONS = {**_X264_OPTIONS, "bf": "0", "rc-lookahead": "4"}
+# First an index without frames, then a fragment for each IDR frame, at its time in the whole video instead of 0.
+_FRAGMENT_MUXING = {
+    "movflags": "+empty_moov+frag_keyframe+default_base_moof+frag_discont+skip_trailer",
+    "avoid_negative_ts": "disabled",
+}
+_BOX_HEADER = 8
 _RECOMPRESSION_PRESET = "veryfast"
 _BT709 = 1
 _AAC_BITS = 192_000
-_FRAMES_AHEAD = 8
+_CALLS_AHEAD = 8
+
+_T = TypeVar("_T")
 
 
 def png_bytes(pixels: Tensor) -> bytes:
@@ -98,12 +109,12 @@ class Sound:
 
 
 class Mp4File:
-    """An H.264 video in memory, 4:2:0 in BT.709, its index before the frames. Height and width are even.
+    """An H.264 video with an AAC track in memory, 4:2:0 in BT.709, its index before the frames. Even height and width.
 
-    With a sound it has an AAC track, whose packets lie among the frames that are shown at their time.
+    The packets of the sound lie among the frames that are shown at their time.
     """
 
-    def __init__(self, height: int, width: int, frame_rate: float, sound: Sound | None = None) -> None:
+    def __init__(self, height: int, width: int, frame_rate: float, sound: Sound) -> None:
         self._file = io.BytesIO()
         # The muxer moves the frames behind the index at the end, for which it opens the file again, to read.
         self._container = av.open(
@@ -113,21 +124,12 @@ class Mp4File:
             container_options={"movflags": "+faststart"},
             io_open=lambda *_: _Reread(self._file),
         )
-        stream: Any = self._container.add_stream("libx264", rate=Fraction(frame_rate).limit_denominator(1001))
-        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
-        stream.options, stream.codec_context.thread_count = _X264_OPTIONS, _X264_THREADS
-        stream.codec_context.colorspace = stream.codec_context.color_primaries = _BT709
-        stream.codec_context.color_trc = _BT709
-        self._stream = stream
-        self._sound: deque[av.Packet[Any]] = deque()
-        if sound is not None:
-            self._sound.extend(self._encode_sound(sound))
+        self._stream = _add_h264(self._container, height, width, frame_rate, _X264_OPTIONS)
+        self._sound = deque(self._encode_sound(sound))
 
     def add(self, pixels: Tensor) -> None:
         """Append a frame (3, height, width)."""
-        frame: Any = av.VideoFrame.from_ndarray(_rgb(pixels).numpy(), format="rgb24")
-        frame = frame.reformat(format="yuv420p", dst_colorspace="ITU709")
-        self._mux(self._stream.encode(frame))
+        self._mux(self._stream.encode(_yuv_frame(pixels)))
 
     def finish(self) -> bytes:
         """End the file and return it."""
@@ -160,42 +162,106 @@ def _seconds(packet: av.Packet[Any]) -> Fraction:
     return packet.dts * packet.time_base
 
 
-@contextmanager
-def encoding_ahead(file: Mp4File) -> Iterator[_Ahead]:
-    """Append frames on a thread of its own, so that the next ones are made meanwhile."""
-    with ThreadPoolExecutor(1, thread_name_prefix="mp4") as executor:
-        ahead = _Ahead(file, executor)
-        yield ahead
-        ahead.wait(0)
+class Mp4Fragment:
+    """Consecutive frames of an H.264 video, for a fragmented MP4 file (ISO/IEC 14496-12, 8.8); even height and width.
 
+    `first_frame` is the index in the video of the first frame. The bytes of a video's fragments, concatenated in order,
+    are the file: those of the first fragment begin with the index (ftyp and moov). Each fragment has an encoder of its
+    own and starts with an IDR frame: its bytes depend on its frames, their place, the size and the rate only.
+    """
 
-class _Ahead:
-    """Hands frames to the thread, and waits when it falls behind. Errors of the encoder are raised here."""
-
-    def __init__(self, file: Mp4File, executor: ThreadPoolExecutor) -> None:
-        self._file = file
-        self._executor = executor
-        self._pending: deque[Future[None]] = deque()
+    def __init__(self, height: int, width: int, frame_rate: float, first_frame: int) -> None:
+        self._file = io.BytesIO()
+        # Sequence numbers have to increase; they need not be consecutive.
+        options = {**_FRAGMENT_MUXING, "fragment_index": str(first_frame + 1)}
+        self._container = av.open(self._file, mode="w", format="mp4", container_options=options)
+        self._stream = _add_h264(self._container, height, width, frame_rate, _FRAGMENT_OPTIONS)
+        self._has_index = first_frame == 0
+        self._next_frame = first_frame
 
     def add(self, pixels: Tensor) -> None:
-        """Append a frame, now or soon."""
-        self._pending.append(self._executor.submit(self._file.add, pixels))
-        self.wait(_FRAMES_AHEAD)
+        """Append a frame (3, height, width)."""
+        frame = _yuv_frame(pixels)
+        frame.pts, frame.time_base = self._next_frame, 1 / self._stream.codec_context.framerate
+        self._container.mux(self._stream.encode(frame))
+        self._next_frame += 1
 
-    def wait(self, pending: int) -> None:
-        """Until no more than so many frames wait."""
+    def finish(self) -> bytes:
+        """End the fragment of one frame or more, and return its bytes."""
+        self._container.mux(self._stream.encode(None))
+        self._container.close()
+        data = self._file.getvalue()
+        return data if self._has_index else data[_offset_of(b"moof", data) :]
+
+
+def _offset_of(kind: bytes, data: bytes) -> int:
+    """Where the first top-level box of a type begins. Raises ValueError where there is none."""
+    offset = 0
+    while offset + _BOX_HEADER <= len(data):
+        if data[offset + 4 : offset + _BOX_HEADER] == kind:
+            return offset
+        offset += int.from_bytes(data[offset : offset + 4])
+    raise ValueError(f"MP4: {kind!r} is not among the boxes")
+
+
+def _add_h264(
+    container: av.container.OutputContainer, height: int, width: int, frame_rate: float, options: dict[str, str]
+) -> Any:
+    """Add a video track, 4:2:0 in BT.709. The frame rate is rounded to a fraction of at most 1001ths."""
+    stream: Any = container.add_stream("libx264", rate=Fraction(frame_rate).limit_denominator(1001))
+    stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+    stream.options, stream.codec_context.thread_count = options, _X264_THREADS
+    stream.codec_context.colorspace = stream.codec_context.color_primaries = _BT709
+    stream.codec_context.color_trc = _BT709
+    return stream
+
+
+def _yuv_frame(pixels: Tensor) -> Any:
+    frame: Any = av.VideoFrame.from_ndarray(_rgb(pixels).numpy(), format="rgb24")
+    return frame.reformat(format="yuv420p", dst_colorspace="ITU709")
+
+
+class EncodingAhead:
+    """Runs the calls of encoders in order on a thread, so that the next frames are decoded meanwhile.
+
+    Errors of the encoders are raised by submit() and wait().
+    """
+
+    def __init__(self, executor: ThreadPoolExecutor) -> None:
+        self._executor = executor
+        self._pending: deque[Future[Any]] = deque()
+
+    def submit(self, work: Callable[..., _T], *args: object) -> Future[_T]:
+        """Run `work` now or soon. Waits while more than eight calls are pending."""
+        future = self._executor.submit(work, *args)
+        self._pending.append(future)
+        self.wait(_CALLS_AHEAD)
+        return future
+
+    def wait(self, pending: int = 0) -> None:
+        """Wait until no more than so many calls are pending."""
         while len(self._pending) > pending:
             self._pending.popleft().result()
 
 
-def mp4_bytes(
-    frames: Iterable[Tensor], height: int, width: int, frame_rate: float, sound: Sound | None = None
-) -> bytes:
-    """Encode frames (3, height, width) while they come."""
+@contextmanager
+def encoding_ahead() -> Iterator[EncodingAhead]:
+    """Make a thread for encoders; calls that are pending are awaited, after an error they are dropped."""
+    executor = ThreadPoolExecutor(1, thread_name_prefix="mp4")
+    try:
+        ahead = EncodingAhead(executor)
+        yield ahead
+        ahead.wait()
+    finally:
+        executor.shutdown(cancel_futures=True)
+
+
+def mp4_bytes(frames: Iterable[Tensor], height: int, width: int, frame_rate: float, sound: Sound) -> bytes:
+    """Encode frames (3, height, width) with a sound while they come."""
     file = Mp4File(height, width, frame_rate, sound)
-    with encoding_ahead(file) as ahead:
+    with encoding_ahead() as ahead:
         for frame in frames:
-            ahead.add(frame)
+            ahead.submit(file.add, frame)
     return file.finish()
 
 

@@ -15,8 +15,8 @@ _NAMES: Mapping[tuple[str, ...], str] = {
         "store_replicas max_store_memory max_open_requests max_open_of_caller queue_limit worker_wait_seconds "
         "queue_seconds record_seconds result_seconds tls_client_ca tls_public_cert tls_public_key tls_worker_name "
         "api_keys jwt_keys jwt_secret jwt_audience jwt_issuer jwt_caller_claim jwt_leeway_seconds max_calls "
-        "max_streams max_connections max_message_bytes max_artifact_bytes max_raw_result_bytes heartbeat_seconds "
-        "heartbeat_ttl_seconds scaler_listen assumed_seconds"
+        "max_streams max_connections max_message_bytes max_artifact_bytes max_raw_result_bytes max_result_bytes "
+        "heartbeat_seconds heartbeat_ttl_seconds scaler_listen assumed_seconds"
     ),
     ("coordinator", "before_denoising", "denoising", "decoding"): "step_seconds",
     _WORKERS: "advertise device dtype threads capacity announce_seconds idle_seconds max_call_bytes tls_callers",
@@ -24,6 +24,7 @@ _NAMES: Mapping[tuple[str, ...], str] = {
     ("image_encoding", "denoising", "decoding"): "kernels kernel_cache",
     ("before_denoising", "denoising", "decoding"): "hang_seconds hang_mean_steps hang_exit_seconds",
     ("before_denoising", "denoising"): "warm_up",
+    ("decoding",): "sessions",
     ("denoising",): (
         "attention_backend step_checkpoint_every step_checkpoint_seconds step_memory_bytes linear_dtype "
         "step_cache_threshold tp ulysses ring cfg nnodes node_rank rdzv_endpoint "

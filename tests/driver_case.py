@@ -139,7 +139,9 @@ class Case:
     def __init__(self) -> None:
         self.store, self.owners, self.queue = Store(), Owners(), Queue()
         workers = Workers(self.queue, cast(Connections, None), ArtifactMemory(1 << 20))
-        self.driver = Driver(ExecutionContext(self.store, self.owners, workers, max_raw_result_bytes=100))
+        self.driver = Driver(
+            ExecutionContext(self.store, self.owners, workers, max_raw_result_bytes=100, max_result_bytes=100)
+        )
 
     @property
     def phases(self) -> list[Phase]:

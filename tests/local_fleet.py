@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import io
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -15,10 +16,10 @@ from PIL import Image
 from safetensors.torch import load
 from torch import Tensor
 
-from common.artifacts import ImageInputs, Media, ParamValue
+from common.artifacts import ImageInputs, Media, MediaItem, ParamValue
 from common.local import LocalRunner
 from common.pipeline import result_of, run_pipeline
-from common.stage import Call
+from common.stage import Call, Stream
 from common.variants import HostedVariants
 from models.catalog import ServedModel, open_model
 from models.loader import load_variants
@@ -35,6 +36,8 @@ class Heard:
 
     warnings: list[tuple[str, str]] = field(default_factory=list)
     progress: list[tuple[int, int]] = field(default_factory=list)
+    items: dict[str, list[Any]] = field(default_factory=lambda: defaultdict(list))
+    """What stages emitted, by slot."""
 
     def call(self) -> Call:
         """A call that tells it here."""
@@ -42,7 +45,20 @@ class Heard:
             request_id="test",
             on_warning=lambda field, message: self.warnings.append((field, message)),
             on_progress=lambda step, total: self.progress.append((step, total)),
+            on_item=lambda slot, _, item: self.items[slot].append(item),
         )
+
+
+def joined(items: Iterable[MediaItem]) -> Media:
+    """The files of a stream: each with the bytes and the frames of all its items."""
+    files: dict[int, MediaItem] = {}
+    for item in items:
+        if (before := files.get(item.file_index)) is not None:
+            frames = before.num_frames + item.num_frames
+            item = replace(before, data=torch.cat([before.data, item.data]), num_frames=frames)
+        files[item.file_index] = item
+    assert all(item.file_count == len(files) for item in files.values())
+    return Media(items=tuple(files[index] for index in range(len(files))))
 
 
 class LocalFleet:
@@ -69,11 +85,11 @@ class LocalFleet:
         runners = [
             LocalRunner(self.services[spec.service].of(variant.name), self._executor) for spec in variant.services
         ]
-        call = (heard or Heard()).call()
+        heard = heard or Heard()
         slot = result_of(variant.services)
-        outputs: dict[str, Any] = asyncio.run(run_pipeline(runners, values, call, wanted=(slot,)))
-        media: Media = outputs[slot]
-        return media
+        outputs: dict[str, Any] = asyncio.run(run_pipeline(runners, values, heard.call(), wanted=(slot,)))
+        result: Media | Stream[MediaItem] = outputs[slot]
+        return result if isinstance(result, Media) else joined(heard.items[slot])
 
     def tensors(
         self, heard: Heard | None = None, images: Mapping[str, bytes] = NO_IMAGES, **given: ParamValue

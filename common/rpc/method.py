@@ -30,11 +30,8 @@ _FRAMES = {
 }
 BEGUN_KEY = "fleet-begun"
 """Metadata key of a call whose caller knows Begun frames; its value is "1". Callers of before refuse unknown frames."""
-ITEMS_KEY = (
-    "fleet-items"
-    """Metadata key of a call whose caller reads items of streams; its value is "1". Others get
-step checkpoints in frames of their own, and no other streams."""
-)
+ITEMS_KEY = "fleet-items"
+"""Metadata key of a call whose caller reads items; its value is "1". Others get no streams but step checkpoints."""
 COMPUTED_KEY = "fleet-compute-seconds"
 """Key of the trailing metadata of a call: the seconds that its stages took on the device thread."""
 VARIANT_KEY = "fleet-variant"

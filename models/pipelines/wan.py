@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from models.composition import StandardImagePipeline, StandardPipeline
+from models.composition import VIDEO_DECODING, StandardImagePipeline, StandardPipeline
 from models.registry import Registry
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ class WanPipeline(StandardPipeline):
 
     def create_pipeline_stages(self) -> None:
         """Text to video with one encoder."""
-        self.add_standard_t2i_stages()
+        self.add_standard_t2i_stages(decoding=VIDEO_DECODING)
 
 
 class WanTI2VImagePipeline(StandardImagePipeline):

@@ -1,4 +1,4 @@
-"""Turns latents into files: images, videos, and videos with sound."""
+"""Turns latents into whole files: images, and videos with sound."""
 
 from __future__ import annotations
 
@@ -9,22 +9,20 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from common.artifacts import LatentPart, Media, MediaItem
-from common.errors import InternalError, InvalidInput
+from common.artifacts import LatentPart, Media
 from common.stage import Call, PipelineStage
 from configs.pipeline_configs.base import DecodingConfig
 from models.contracts import DecodingInput, DecodingOutput
 from models.media import MP4, PNG, SAFETENSORS, Sound, mp4_bytes, png_bytes
 from models.runtime import Runtime
-
-_DEFAULT_FRAME_RATE = 16.0
+from models.stages.decoded_media import DEFAULT_FRAME_RATE, finite, media_item, pixels_of, unsupported_format
 
 
 class DecodingStage(PipelineStage[DecodingInput, DecodingOutput]):
     """Decodes with the VAE and encodes: a PNG an image, an MP4 a video, or one safetensors file with tensors.
 
-    The VAE of a video model yields frames, each of which is encoded while the next one is decoded. A model with sound
-    has two more modules: the VAE of its sound part, and a vocoder that makes the sound.
+    A video has sound. Its model has two more modules: the VAE of the sound, and a vocoder that makes the samples. The
+    video's VAE yields frames, each of which is encoded while the next one is decoded.
     """
 
     def __init__(self, config: DecodingConfig, runtime: Runtime, modules: Mapping[str, Any]) -> None:
@@ -44,22 +42,21 @@ class DecodingStage(PipelineStage[DecodingInput, DecodingOutput]):
             case "safetensors":
                 pixels = self._video_tensor(part, x, call) if is_video else self._images(part, call)
                 saved = {"latents": self._saved(self._config.visual_part, part, self._vae), "pixels": pixels}
-                items = [self._item(save({**saved, **self._sound_tensors(x)}), SAFETENSORS, x)]
+                files, kind = [save({**saved, **self._sound_tensors(x)})], SAFETENSORS
             case "png" if not is_video:
-                items = [self._item(png_bytes(each), PNG, x) for each in self._images(part, call)]
+                files, kind = [png_bytes(each) for each in self._images(part, call)], PNG
             case "mp4" if is_video:
-                items = [self._item(self._mp4(part, index, x, call), MP4, x) for index in range(part.latents.shape[0])]
+                files, kind = [self._mp4(part, index, x, call) for index in range(part.latents.shape[0])], MP4
             case other:
-                made = "mp4" if is_video else "png"
-                message = f"output_format {other!r} is not made by this model; it makes {made} and safetensors"
-                raise InvalidInput(message, field="output_format")
-        return DecodingOutput(media=Media(items=tuple(items)))
+                raise unsupported_format(other, "mp4" if is_video else "png")
+        frames = self._config.num_frames(x.canvas)
+        return DecodingOutput(media=Media(items=tuple(media_item(file, kind, x.canvas, frames) for file in files)))
 
     def _images(self, part: LatentPart, call: Call) -> Tensor:
         """Pixels of all outputs, (outputs, 3, height, width)."""
         decoded: Tensor = self._vae.decode(self._vae_latents(part.latents, part.raw_latent_shape), return_dict=False)[0]
         # An image from the VAE of a video model is a video of one frame.
-        pixels = _pixels(decoded[:, :, 0] if decoded.ndim == 5 else decoded)
+        pixels = pixels_of(decoded[:, :, 0] if decoded.ndim == 5 else decoded)
         call.progress(1, 1)
         return pixels
 
@@ -69,7 +66,7 @@ class DecodingStage(PipelineStage[DecodingInput, DecodingOutput]):
         shape, total = part.raw_latent_shape, frames * part.latents.shape[0]
         latents = self._vae_latents(part.latents[index : index + 1], (1, *shape[1:]))
         for number, frame in enumerate(self._vae.decode(latents), index * frames):
-            yield _pixels(frame)
+            yield pixels_of(frame)
             call.progress(number + 1, total)
 
     def _vae_latents(self, latents: Tensor, raw_latent_shape: tuple[int, ...]) -> Tensor:
@@ -82,12 +79,12 @@ class DecodingStage(PipelineStage[DecodingInput, DecodingOutput]):
         return torch.stack([torch.stack(list(self._frames(part, index, x, call))) for index in outputs])
 
     def _mp4(self, part: LatentPart, index: int, x: DecodingInput, call: Call) -> bytes:
-        canvas, sound = x.canvas, None
-        if (sounding := self._sound_part(x)) is not None:
-            (samples,) = self._samples(sounding.latents[index : index + 1])
-            sound = Sound(samples, self._config.sampling_rate)
+        canvas, sounding = x.canvas, self._sound_part(x)
+        assert sounding is not None, "a video of a model without sound"
+        (samples,) = self._samples(sounding.latents[index : index + 1])
+        sound = Sound(samples, self._config.sampling_rate)
         frames = self._frames(part, index, x, call)
-        return mp4_bytes(frames, canvas.height, canvas.width, canvas.frame_rate or _DEFAULT_FRAME_RATE, sound)
+        return mp4_bytes(frames, canvas.height, canvas.width, canvas.frame_rate or DEFAULT_FRAME_RATE, sound)
 
     def _sound_part(self, x: DecodingInput) -> LatentPart | None:
         name = self._config.sound_part
@@ -106,28 +103,8 @@ class DecodingStage(PipelineStage[DecodingInput, DecodingOutput]):
         assert self._audio_vae is not None, "sound of a model that makes none"
         assert self._vocoder is not None, "sound of a model that makes none"
         samples: Tensor = self._vocoder(self._audio_vae.decode(latents.to(self._device)))
-        return _finite(samples.float().cpu().contiguous(), "sound")
+        return finite(samples.float().cpu().contiguous(), "sound")
 
     def _saved(self, name: str, part: LatentPart, decoder: Any) -> Tensor:
         """A part's latents as Diffusers returns them."""
         return self._config.saved_latents(name, part.latents, part.raw_latent_shape, decoder).contiguous()
-
-    def _item(self, data: bytes, content_type: str, x: DecodingInput) -> MediaItem:
-        return MediaItem(
-            data=torch.frombuffer(bytearray(data), dtype=torch.uint8),
-            content_type=content_type,
-            height=x.canvas.height,
-            width=x.canvas.width,
-            num_frames=self._config.num_frames(x.canvas),
-        )
-
-
-def _pixels(decoded: Tensor) -> Tensor:
-    """From [-1, 1] to [0, 1], float32 on the CPU. Raises InternalError for what is no number."""
-    return _finite((decoded * 0.5 + 0.5).clamp(0, 1).float().cpu().contiguous(), "pixels")
-
-
-def _finite(made: Tensor, kind: str) -> Tensor:
-    if not made.isfinite().all():
-        raise InternalError(f"the model made {kind} that are no numbers: its weights or latents overflowed")
-    return made

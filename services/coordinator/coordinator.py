@@ -76,6 +76,7 @@ class Coordinator:
             Leases(self._redis, owner),
             workers,
             max_raw_result_bytes=settings.max_raw_result_bytes,
+            max_result_bytes=settings.max_result_bytes,
             worker_ttl_seconds=ttl,
             step_seconds=settings.step_seconds,
         )

@@ -18,7 +18,7 @@ class RequestProgress:
     """Progress of one request.
 
     A service that reports steps begins with a total of the request's steps, every other service with a total of one; it
-    may report a larger total later, such as the frames of a video.
+    may report a larger total later, such as the frames of a video, or the steps of all its blocks.
     """
 
     def __init__(self, record: generation_pb2.RequestRecord, events: EventWriter) -> None:
@@ -42,7 +42,7 @@ class RequestProgress:
     def step(self, spec: ServiceSpec, step: int, total_steps: int) -> None:
         """A worker came so far."""
         if spec.reports_steps:
-            self._steps_done = step
+            self._steps_done, self._steps = step, max(self._steps, total_steps)
         self._events.progress(spec.service, step, total_steps)
 
 

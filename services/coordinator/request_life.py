@@ -13,10 +13,10 @@ from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 from common.errors import DeadlineExceeded, FleetError, InternalError, Unavailable
-from common.pipeline import ServiceSpec, result_of, run_pipeline
+from common.pipeline import Runner, ServiceSpec, result_of, run_pipeline
 from common.rpc.framing import Packet
 from common.scaling import StageWork
-from common.stage import Call
+from common.stage import Call, item_kind
 from common.state.leases import Leases
 from common.state.presence import TTL_SECONDS
 from common.state.records import ResultFile, State
@@ -28,6 +28,7 @@ from services.coordinator.events import EventLog, EventWriter
 from services.coordinator.outcome import Outcome, failure, success
 from services.coordinator.persistence import persist
 from services.coordinator.progress_reporting import ProgressReportingRunner, RequestProgress
+from services.coordinator.result_stream import FILES, ResultRunner, ResultStream
 from services.coordinator.resume import Recovery
 from services.coordinator.worker_runner import WorkerRunner, Workers
 
@@ -64,6 +65,7 @@ class ExecutionContext:
     leases: Leases
     workers: Workers
     max_raw_result_bytes: int
+    max_result_bytes: int
     worker_ttl_seconds: float = TTL_SECONDS
     step_seconds: float = 0.0
 
@@ -162,29 +164,44 @@ class Execution:
         )
         recovery = Recovery(context.leases, self.request_id, epoch=self.epoch, ttl_seconds=context.worker_ttl_seconds)
         progress = RequestProgress(record, events)
+        result = ResultStream(
+            context.store,
+            events,
+            self.request_id,
+            max_bytes=context.max_raw_result_bytes if acquired.submission.raw else context.max_result_bytes,
+            epoch=self.epoch,
+            raw=acquired.submission.raw,
+        )
         try:
-            stages = self._start_stages(acquired, events, progress, recovery)
+            stages = self._start_stages(acquired, events, progress, recovery, result)
             done, _ = await asyncio.wait({stages}, timeout=acquired.seconds_left)
             if not done:
                 stages.cancel()
                 await asyncio.wait({stages})
+            await result.close()
             await events.close()
             if self._is_left_behind(acquired.submission, stages, late=not done):
                 _log.warning("request %s is left for another coordinator", self.request_id)
                 return
             outcome = self._outcome(acquired, stages, progress, late=not done)
-            await self._store_end(acquired.submission, outcome, events)
+            await self._store_end(acquired.submission, outcome, events, result)
         finally:
+            await result.close()
             await recovery.step_checkpoint.close()
 
     def _start_stages(
-        self, acquired: Acquired, events: EventWriter, progress: RequestProgress, recovery: Recovery
+        self,
+        acquired: Acquired,
+        events: EventWriter,
+        progress: RequestProgress,
+        recovery: Recovery,
+        result: ResultStream,
     ) -> asyncio.Task[dict[str, Any]]:
         submission, seconds_left = acquired
         workers, record = self._context.workers, submission.record
         deadline = None if seconds_left is None else time.monotonic() + seconds_left + _LATER_SECONDS
         call = Call(self.request_id, on_warning=events.warning, deadline=deadline, variant=record.variant)
-        runners = [
+        runners: list[Runner] = [
             ProgressReportingRunner(
                 WorkerRunner(
                     workers,
@@ -201,9 +218,16 @@ class Execution:
             for stage, spec in enumerate(submission.services)
         ]
 
+        slot = result_of(submission.services)
+        is_streamed = item_kind(submission.services[-1].contract.outputs[slot]) is not None
+        if is_streamed:
+            runners.append(ResultRunner(slot, result))
+
         async def run_stages() -> dict[str, Any]:
             workers.memory.hold(submission.values.values())
-            return await run_pipeline(runners, submission.values, call, wanted=(result_of(submission.services),))
+            if is_streamed:
+                recovery.has_emitted = await result.has_items()
+            return await run_pipeline(runners, submission.values, call, wanted=(FILES if is_streamed else slot,))
 
         self._stages = asyncio.create_task(run_stages())
         if self._cancel_requested or self._stopped:
@@ -221,9 +245,11 @@ class Execution:
         """How the request ended, by the end of its stages."""
         error = None if stages.cancelled() else stages.exception()
         if not stages.cancelled() and error is None:
+            ((slot, value),) = stages.result().items()
+            if slot == FILES:
+                return Outcome(State.REQUEST_STATE_SUCCEEDED, files=value)
             max_bytes = self._context.max_raw_result_bytes if acquired.submission.raw else None
-            ((slot, media),) = stages.result().items()
-            return success(slot, media, max_bytes=max_bytes)
+            return success(slot, value, max_bytes=max_bytes)
         if late or (isinstance(error, DeadlineExceeded) and acquired.seconds_left is not None):
             return Outcome(State.REQUEST_STATE_EXPIRED, steps_saved=progress.steps_left)
         if self._cancel_requested:
@@ -235,7 +261,9 @@ class Execution:
         _log.error("request failed by a defect", exc_info=error)
         return failure(InternalError(f"{type(error).__name__}: {error}"))
 
-    async def _store_end(self, submission: Submission, outcome: Outcome, events: EventWriter) -> None:
+    async def _store_end(
+        self, submission: Submission, outcome: Outcome, events: EventWriter, result: ResultStream
+    ) -> None:
         """Write the end down, however long the store is unavailable."""
         store, model = self._context.store, submission.record.model
         token = secrets.token_hex(8)  # the same for each attempt: one whose answer is lost may have ended the request
@@ -247,6 +275,7 @@ class Execution:
                 error=outcome.error,
                 files=outcome.files,
                 stored=not submission.raw,
+                items=result.items,
                 events=await events.rest(),
                 steps_saved=outcome.steps_saved,
                 epoch=self.epoch,

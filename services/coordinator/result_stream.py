@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterable, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from common.errors import InternalError, ResourceExhausted
 from common.rpc.framing import Packet
+from common.stage import Call, Contract
 from common.state.records import ResultFile
 from common.state.requests import RequestStore
 from common.state.result_items import StoredItem
+from common.streams import ItemBuffer
 from fleet.v1 import artifacts_pb2, generation_pb2
 from services.coordinator.events import EventWriter
 from services.coordinator.persistence import persist
@@ -63,6 +67,12 @@ class ResultStream:
         async for index, packet in items:
             await self.put(index, packet, packet.byte_size)
         return self.files()
+
+    async def has_items(self) -> bool:
+        """Whether an item was delivered, under this epoch or an earlier one."""
+        if not self._is_loaded:
+            await self._load()
+        return bool(self._sizes)
 
     async def put(self, index: int, item: Packet, byte_size: int) -> None:
         """Take the item with this index; one that was delivered before is skipped. Returns once it is stored.
@@ -190,3 +200,32 @@ def _pieces_of(packet: Packet, message: artifacts_pb2.MediaItem) -> list[bytes |
     """The bytes of an item, whose only tensor is its data."""
     paths = list(packet.chunks)
     return list(packet.payload(paths[0] if paths else "", message.data))
+
+
+FILES = "files"
+"""Slot of the files of a streamed result. No stage writes a slot with this name."""
+
+
+@dataclass(frozen=True)
+class ResultRunner:
+    """Reads the result of a pipeline where that is a stream, as its last runner. `slot` is the result's."""
+
+    slot: str
+    result: ResultStream
+
+    @property
+    def contract(self) -> Contract:
+        """From the stream of items to the files."""
+        return Contract("ResultRunner", {self.slot: "Stream[MediaItem]"}, {FILES: FILES})
+
+    async def __call__(self, values: Mapping[str, Any], call: Call) -> Mapping[str, Any]:
+        """Store the items as they come. Raises as ResultStream."""
+        del call
+        return {FILES: await self.result.take(_indexed(values[self.slot]))}
+
+
+async def _indexed(stream: ItemBuffer) -> AsyncIterator[tuple[int, Packet]]:
+    index = 0
+    async for packet, _ in stream.read():
+        yield index, packet
+        index += 1

@@ -76,6 +76,7 @@ class CoordinatorSettings(StoreSettings, TlsSettings):
     max_message_bytes: int = setting(48 << 20, help="largest request that is read, with its pictures")
     max_artifact_bytes: int = setting(4 << 30, help="memory for what stages hand on, over all requests")
     max_raw_result_bytes: int = setting(1 << 30, help="largest .safetensors result")
+    max_result_bytes: int = setting(1 << 30, help="most bytes of a streamed video in the request store")
     step_seconds: float = setting(0.25, help="shortest time between two progress events of a request's steps")
     heartbeat_seconds: float = setting(HEARTBEAT_SECONDS, help="how often the store hears from this coordinator")
     heartbeat_ttl_seconds: float = setting(TTL_SECONDS, help="after which silence it counts as dead")

@@ -146,8 +146,7 @@ def test_a_stuck_process_ends_and_its_request_resumes_elsewhere(tmp_path: Path) 
                 assert not await command(redis, "KEYS", "fleet:leaving:*")
             await fleet.start("denoising", directory)
             resumed, steps = await fleet.result(name)
-            # The checkpoint of step 2 is left out where that of step 1 still waits to be sent.
-            assert steps.count(1) == 1, "it did not resume at a checkpoint"
+            assert min(steps[steps.index(0, 1) + 1 :]) > 2, "it did not resume at the newest checkpoint"
             whole, _ = await fleet.result(await fleet.submit(STUCK_SEED))
             assert resumed == whole
 

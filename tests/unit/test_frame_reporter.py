@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 
 from common.artifacts import LatentPart, Latents, StepCheckpoint
+from common.errors import Cancelled
 from common.rpc.frame_reporter import FrameReporter
 from common.rpc.frames import CHUNK_BYTES, read_chunk
 from common.stage import Call
@@ -23,6 +26,10 @@ def state(step: int) -> StepCheckpoint:
     return StepCheckpoint(step=step, latents=Latents(parts={"video": part}))
 
 
+def block(value: int) -> Latents:
+    return state(value).latents
+
+
 class Withheld(TorchTensors):
     """Reads a checkpoint's tensors only once the stage has gone on."""
 
@@ -35,33 +42,107 @@ class Withheld(TorchTensors):
 
 
 def kinds(frames: list[bytes]) -> list[str]:
-    """What each frame is: a chunk, or the other kind with its step."""
+    """What each frame is: a chunk, or the other kind with its index or step."""
     found = []
     for raw in frames:
         if read_chunk(raw) is not None:
             found.append("chunk")
-        else:
-            frame = denoising_pb2.DenoiseResponse.FromString(raw)
-            is_checkpoint = frame.HasField("checkpoint")
-            found.append(f"checkpoint {frame.checkpoint.state.step}" if is_checkpoint else "progress")
+            continue
+        frame = denoising_pb2.DenoiseResponse.FromString(raw)
+        match frame.WhichOneof("frame"):
+            case "item":
+                found.append(f"{frame.item.slot} {frame.item.index}")
+            case "checkpoint":
+                found.append(f"old checkpoint {frame.checkpoint.state.step}")
+            case other:
+                found.append(str(other))
     return found
 
 
-def test_the_checkpoint_of_a_call_that_is_handed_over_is_sent_although_the_one_before_it_waits() -> None:
+def frames_of(stage: Callable[[Call], None], **more: Any) -> list[str]:
+    """The frames that a stage's reports become, read once the stage has ended."""
+
     async def main() -> list[bytes]:
-        reporter = FrameReporter(denoising_pb2.DenoiseResponse, TorchTensors())
-        call = reporter.listen(Call("r"))
-
-        def stage() -> None:
-            call.checkpoint(state(1))
-            call.hand_over.set()
-            call.checkpoint(state(2))
-
-        await asyncio.to_thread(stage)
+        reporter = FrameReporter(denoising_pb2.DenoiseResponse, TorchTensors(), **more)
+        await asyncio.to_thread(stage, reporter.listen(Call("r")))
         reporter.end()
         return [frame async for frame in reporter.frames()]
 
-    assert kinds(asyncio.run(main())) == ["checkpoint 1", *["chunk"] * 3, "checkpoint 2", *["chunk"] * 3]
+    return kinds(asyncio.run(main()))
+
+
+def test_the_newest_checkpoint_replaces_the_one_that_waits() -> None:
+    """So that an item is never ahead of the checkpoint that came before it, and one checkpoint waits at most."""
+
+    def stage(call: Call) -> None:
+        call.checkpoint(state(1))
+        call.emit("denoised_blocks", block(1))
+        call.checkpoint(state(2))
+        call.emit("denoised_blocks", block(2))
+
+    three = ["chunk"] * 3
+    assert frames_of(stage) == ["checkpoint 1", *three, "denoised_blocks 0", *three, "denoised_blocks 1", *three]
+
+
+def test_a_caller_that_reads_no_items_gets_checkpoints_in_the_frames_that_it_knows() -> None:
+    def stage(call: Call) -> None:
+        call.checkpoint(state(1))
+        call.emit("denoised_blocks", block(1))
+
+    assert frames_of(stage, sends_items=False) == ["old checkpoint 1", *["chunk"] * 3]
+
+
+def test_a_stage_waits_for_a_slow_caller_within_a_bound_in_bytes() -> None:
+    """One item within the bound has been emitted beside the one that is sent, and the stage waits with the next."""
+
+    async def main() -> None:
+        emitted: list[int] = []
+        reporter = FrameReporter(denoising_pb2.DenoiseResponse, TorchTensors(), max_bytes=SIZE)
+        call = reporter.listen(Call("r"))
+
+        def stage() -> None:
+            for number in range(5):
+                call.emit("denoised_blocks", block(number))
+                emitted.append(number)
+
+        running = asyncio.create_task(asyncio.to_thread(stage))
+        running.add_done_callback(lambda _: reporter.end())
+        taken = 0
+        async for frame in reporter.frames():
+            await asyncio.sleep(0.05)
+            taken += kinds([frame])[0].startswith("denoised_blocks")
+            assert len(emitted) <= taken + 1
+        assert taken == 5
+        await running
+
+    async def timed() -> None:
+        async with asyncio.timeout(30):
+            await main()
+
+    asyncio.run(timed())
+
+
+def test_a_cancelled_stage_does_not_wait_for_its_caller() -> None:
+    async def main() -> None:
+        reporter = FrameReporter(denoising_pb2.DenoiseResponse, TorchTensors(), max_bytes=1)
+        call = reporter.listen(Call("r"))
+
+        def stage() -> None:
+            call.emit("denoised_blocks", block(0))
+            call.check_cancelled()
+
+        running = asyncio.create_task(asyncio.to_thread(stage))
+        await asyncio.sleep(0.1)
+        assert not running.done(), "there is no room for the item"
+        call.cancelled.set()
+        with pytest.raises(Cancelled):
+            await running
+
+    async def timed() -> None:
+        async with asyncio.timeout(30):
+            await main()
+
+    asyncio.run(timed())
 
 
 def test_a_checkpoint_does_not_hold_its_loop_up() -> None:
@@ -72,7 +153,7 @@ def test_a_checkpoint_does_not_hold_its_loop_up() -> None:
 
         def stage() -> None:
             call.checkpoint(state(1))
-            call.checkpoint(state(2))  # left out: the one before it still waits
+            call.checkpoint(state(2))  # in the place of the one before, which still waits
             gone_on.set()
             call.progress(2, 2)
 

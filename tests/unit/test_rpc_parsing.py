@@ -95,10 +95,13 @@ def test_standard_stages_fit_their_rpcs() -> None:
         ("latent_preparation", contracts.LATENT_PREPARATION),
         ("latent_preparation", contracts.TIMESTEP_PREPARATION),
         ("denoising", contracts.DENOISING),
+        ("denoising", contracts.CAUSAL_DENOISING),
         ("decoding", contracts.DECODING),
+        ("decoding", contracts.VIDEO_DECODING),
+        ("decoding", contracts.BLOCK_DECODING),
     ):
         check_contract(contract, stage_method(service))
-    assert contract_of(stage_method("decoding")).outputs == {"media": "Media"}
+    assert contract_of(stage_method("decoding")).outputs == {"media": "Media", "media_items": "Stream[MediaItem]"}
 
 
 @pytest.mark.parametrize(

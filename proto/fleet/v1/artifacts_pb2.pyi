@@ -867,8 +867,7 @@ Global___Checkpoint: _TypeAlias = Checkpoint  # noqa: Y015
 @_typing.final
 class StreamItem(_message.Message):
     """An item of a stream: a slot with any number of artifacts, which come in order while the call runs. Its tensors beyond
-    64 KiB follow at once in chunks, under paths that begin with the slot and the index, as in
-    "denoised_blocks.3.parts.video.latents".
+    64 KiB follow in chunks, under paths that begin with the slot, before the next item of any stream.
     """
 
     DESCRIPTOR: _descriptor.Descriptor

@@ -1,0 +1,213 @@
+"""Turns latents of videos into files, part by part: the first frames can be shown while later ones are decoded."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from common.artifacts import Canvas, LatentPart
+from common.errors import InternalError
+from common.stage import Call, PipelineStage
+from configs.pipeline_configs.base import DecodingConfig
+from models.contracts import BlockDecodingInput, DecodingInput, StreamedDecodingOutput
+from models.media import MP4, SAFETENSORS, EncodingAhead, Mp4Fragment, encoding_ahead
+from models.runtime import Runtime
+from models.stages.decoded_media import DEFAULT_FRAME_RATE, media_item, pixels_of, unsupported_format
+
+FRAGMENT_LATENT_FRAMES = 4
+"""Latent frames of a fragment of a video whose latents are all there: about a second at 16 frames a second."""
+
+_SLOT = "media_items"
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Raw latents (1, C, latent frames, h, w) of the next frames of one output of `num_outputs`, on the CPU."""
+
+    index: int
+    num_outputs: int
+    latents: Tensor
+
+
+_Pieces = Callable[[Callable[[], None]], Iterator[_Piece]]
+"""Makes the pieces of a request in order. It calls its argument before it waits for latents."""
+
+
+class VideoDecodingStage(PipelineStage[DecodingInput, StreamedDecodingOutput]):
+    """Decodes finished latents, one output after the other: an MP4 file each, or one safetensors file with tensors.
+
+    An MP4 file is emitted in fragments of a few latent frames; each is encoded while the next frames are decoded.
+    """
+
+    def __init__(self, config: DecodingConfig, runtime: Runtime, modules: Mapping[str, Any]) -> None:
+        self._decoder = _Decoder(config, runtime, modules)
+
+    @torch.inference_mode()
+    def run(self, x: DecodingInput, call: Call) -> StreamedDecodingOutput:
+        """Emit the files. Raises InvalidInput for a format that this model does not make."""
+        raw = self._decoder.raw_latents(x.denoised_latents.parts)
+
+        def pieces(_: Callable[[], None]) -> Iterator[_Piece]:
+            for index, latents in enumerate(raw.split(1)):
+                for piece in latents.split(FRAGMENT_LATENT_FRAMES, dim=2):
+                    yield _Piece(index, len(raw), piece)
+
+        _emit_files(self._decoder, pieces, x.canvas, call, are_interleaved=False)
+        return StreamedDecodingOutput()
+
+
+class BlockDecodingStage(PipelineStage[BlockDecodingInput, StreamedDecodingOutput]):
+    """Decodes blocks of latents as they come: an MP4 file for each output, or one safetensors file with tensors.
+
+    A fragment of each MP4 file is emitted for every block. The VAE's caches of all outputs are alive at a time; where
+    they exceed the VAE's bound together, the frames come with the last block.
+    """
+
+    def __init__(self, config: DecodingConfig, runtime: Runtime, modules: Mapping[str, Any]) -> None:
+        self._decoder = _Decoder(config, runtime, modules)
+
+    @torch.inference_mode()
+    def run(self, x: BlockDecodingInput, call: Call) -> StreamedDecodingOutput:
+        """Emit the files. Raises InvalidInput for a format that this model does not make."""
+
+        def pieces(before_waiting: Callable[[], None]) -> Iterator[_Piece]:
+            for block in x.denoised_blocks:
+                raw = self._decoder.raw_latents(block.parts)
+                yield from (_Piece(index, len(raw), latents) for index, latents in enumerate(raw.split(1)))
+                if not x.denoised_blocks.has_next():
+                    before_waiting()
+
+        _emit_files(self._decoder, pieces, x.canvas, call, are_interleaved=True)
+        return StreamedDecodingOutput()
+
+
+class _Decoder:
+    """The VAE of a video model, with the callbacks of the model's config."""
+
+    def __init__(self, config: DecodingConfig, runtime: Runtime, modules: Mapping[str, Any]) -> None:
+        self._config = config
+        self._device = runtime.device
+        self._dtype = config.dtype_of("vae", runtime.dtype)
+        self._vae = modules["vae"]
+
+    def raw_latents(self, parts: Mapping[str, LatentPart]) -> Tensor:
+        """Latents of the visual part, (outputs, C, latent frames, h, w)."""
+        part = parts[self._config.visual_part]
+        return self._config.unpack(self._config.visual_part, part.latents, part.raw_latent_shape)
+
+    def saved_latents(self, raw: Tensor) -> Tensor:
+        """Raw latents of whole videos as Diffusers returns them."""
+        name = self._config.visual_part
+        packed = self._config.pack(name, raw)
+        return self._config.saved_latents(name, packed, tuple(raw.shape), self._vae).contiguous()
+
+    def num_frames(self, canvas: Canvas) -> int:
+        """Frames of one output."""
+        return self._config.num_frames(canvas)
+
+    def session(self, canvas: Canvas, concurrent: int) -> Any:
+        """Start decoding one output of `concurrent` that are decoded in turns."""
+        shape = self._config.raw_latent_shapes(canvas, 1)[self._config.visual_part]
+        return self._vae.session(*shape[2:], concurrent=concurrent)
+
+    def vae_latents(self, raw: Tensor) -> Tensor:
+        """Raw latents as the VAE takes them, on its device."""
+        return self._config.vae_latents(raw.to(self._device).to(self._dtype))
+
+
+class _Videos:
+    """The outputs of a request while they are decoded; each has a session of the VAE."""
+
+    def __init__(self, decoder: _Decoder, canvas: Canvas, call: Call, *, are_interleaved: bool) -> None:
+        self._decoder = decoder
+        self._canvas = canvas
+        self._call = call
+        self._are_interleaved = are_interleaved
+        self._sessions: dict[int, Any] = {}
+        self._total = decoder.num_frames(canvas)
+        self._done = 0
+
+    def frames(self, piece: _Piece) -> Iterator[Tensor]:
+        """Pixels (3, height, width) of the next frames of an output. Reports each frame."""
+        self._total = self._decoder.num_frames(self._canvas) * piece.num_outputs
+        if piece.index not in self._sessions:
+            concurrent = piece.num_outputs if self._are_interleaved else 1
+            self._sessions[piece.index] = self._decoder.session(self._canvas, concurrent)
+        for frame in self._sessions[piece.index].feed(self._decoder.vae_latents(piece.latents)):
+            yield pixels_of(frame)
+            self._done += 1
+            self._call.progress(self._done, self._total)
+
+    def check_complete(self) -> None:
+        """Raise InternalError unless all frames have been decoded."""
+        if self._done != self._total:
+            raise InternalError(f"latents: those of {self._done} frames came; the request has {self._total} frames")
+
+
+class _Fragments:
+    """Encodes frames of MP4 files on a thread, and emits the fragments in the order in which they were begun."""
+
+    def __init__(self, ahead: EncodingAhead, canvas: Canvas, call: Call) -> None:
+        self._ahead = ahead
+        self._canvas = canvas
+        self._call = call
+        self._num_frames: dict[int, int] = {}
+        self._pending: deque[tuple[_Piece, int, Future[bytes]]] = deque()
+
+    def write(self, piece: _Piece, frames: Iterator[Tensor]) -> None:
+        """Encode the next frames of an output as one fragment; without frames there is none."""
+        canvas, first = self._canvas, self._num_frames.get(piece.index, 0)
+        fragment = Mp4Fragment(canvas.height, canvas.width, canvas.frame_rate or DEFAULT_FRAME_RATE, first)
+        count = 0
+        for count, pixels in enumerate(frames, 1):
+            self._ahead.submit(fragment.add, pixels)
+            self._emit_finished()
+        if count:
+            self._num_frames[piece.index] = first + count
+            self._pending.append((piece, count, self._ahead.submit(fragment.finish)))
+
+    def emit_all(self) -> None:
+        """Wait for the fragments that are being encoded, and emit them."""
+        self._ahead.wait()
+        self._emit_finished()
+
+    def _emit_finished(self) -> None:
+        while self._pending and self._pending[0][2].done():
+            piece, count, encoded = self._pending.popleft()
+            item = media_item(encoded.result(), MP4, self._canvas, count)
+            self._call.emit(_SLOT, replace(item, file_index=piece.index, file_count=piece.num_outputs))
+
+
+def _emit_files(decoder: _Decoder, pieces: _Pieces, canvas: Canvas, call: Call, *, are_interleaved: bool) -> None:
+    """Decode the pieces and emit items; with `are_interleaved` the pieces of the outputs alternate."""
+    videos = _Videos(decoder, canvas, call, are_interleaved=are_interleaved)
+    match canvas.output_format:
+        case "mp4":
+            with encoding_ahead() as ahead:
+                fragments = _Fragments(ahead, canvas, call)
+                for piece in pieces(fragments.emit_all):
+                    fragments.write(piece, videos.frames(piece))
+                fragments.emit_all()
+            videos.check_complete()
+        case "safetensors":
+            latents: dict[int, list[Tensor]] = {}
+            frames: dict[int, list[Tensor]] = {}
+            for piece in pieces(lambda: None):
+                latents.setdefault(piece.index, []).append(piece.latents)
+                frames.setdefault(piece.index, []).extend(videos.frames(piece))
+            videos.check_complete()
+            raw = torch.cat([torch.cat(each, dim=2) for each in latents.values()])
+            tensors = {
+                "latents": decoder.saved_latents(raw),
+                "pixels": torch.stack([torch.stack(each) for each in frames.values()]),
+            }
+            call.emit(_SLOT, media_item(save(tensors), SAFETENSORS, canvas, decoder.num_frames(canvas)))
+        case other:
+            raise unsupported_format(other, "mp4")
