@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import ClassVar
 
 from common.pipeline import ComposedPipeline, Cost, StageSpec
+from common.stage import Contract
 from models import contracts
 
 SCHEDULER = "scheduler"
@@ -39,6 +40,26 @@ DENOISING_STAGE = "models.stages.denoising:DenoisingStage"
 """Implementation of the standard denoising loop."""
 
 
+@dataclass(frozen=True)
+class Denoising:
+    """A denoising loop: its contract, its implementation, and the optional inputs that it always reads."""
+
+    contract: Contract
+    implementation: str
+    inputs: tuple[str, ...] = ()
+
+
+STANDARD_DENOISING = Denoising(contracts.DENOISING, DENOISING_STAGE)
+DMD_DENOISING = Denoising(
+    contracts.DENOISING, "models.stages.dmd_denoising:DmdDenoisingStage", inputs=("latents_generator",)
+)
+CAUSAL_DMD_DENOISING = Denoising(
+    contracts.CAUSAL_DENOISING,
+    "models.stages.causal_dmd_denoising:CausalDMDDenoisingStage",
+    inputs=("latents_generator",),
+)
+
+
 class StandardPipeline(ComposedPipeline):
     """Adds runs of standard stages. A model passes the names of its own modules where they differ.
 
@@ -49,13 +70,17 @@ class StandardPipeline(ComposedPipeline):
         self,
         *,
         text_modules: Sequence[str] = ("text_encoder", "tokenizer"),
-        scheduler: str = "scheduler",
+        scheduler: str | None = "scheduler",
+        denoising: Denoising = STANDARD_DENOISING,
         decoding: StageSpec = FILE_DECODING,
     ) -> None:
-        """Text to image, or to video: encode the text, draw the noise, lay out the steps, denoise, decode."""
+        """Text to image, or to video: encode the text, draw the noise, lay out the steps, denoise, decode.
+
+        `scheduler` None: the model has a schedule of its own.
+        """
         self._add_text_encoding(text_modules)
         self._add_preparation(scheduler)
-        self._add_denoising_and_decoding(scheduler, decoding=decoding)
+        self._add_denoising_and_decoding(scheduler, denoising=denoising, decoding=decoding)
 
     def add_hybrid_stages(self, implementation: str, *, modules: Sequence[str], scheduler: str = "scheduler") -> None:
         """One stage of the model's own for all work before denoising, then denoise and decode.
@@ -83,7 +108,7 @@ class StandardPipeline(ComposedPipeline):
             )
         )
 
-    def _add_preparation(self, scheduler: str) -> None:
+    def _add_preparation(self, scheduler: str | None) -> None:
         self.add_stage(
             StageSpec(
                 contracts.LATENT_PREPARATION,
@@ -97,24 +122,32 @@ class StandardPipeline(ComposedPipeline):
                 contracts.TIMESTEP_PREPARATION,
                 "latent_preparation",
                 "models.stages.timestep_preparation:TimestepPreparationStage",
-                {SCHEDULER: scheduler},
+                _scheduler_role(scheduler),
             )
         )
 
     def _add_denoising_and_decoding(
-        self, scheduler: str, *optional_inputs: str, decoding: StageSpec = FILE_DECODING
+        self,
+        scheduler: str | None,
+        *optional_inputs: str,
+        denoising: Denoising = STANDARD_DENOISING,
+        decoding: StageSpec = FILE_DECODING,
     ) -> None:
         self.add_stage(
             StageSpec(
-                contracts.DENOISING.reading(*optional_inputs),
+                denoising.contract.reading(*optional_inputs, *denoising.inputs),
                 "denoising",
-                DENOISING_STAGE,
-                {TRANSFORMER: "transformer", SCHEDULER: scheduler},
+                denoising.implementation,
+                {TRANSFORMER: "transformer", **_scheduler_role(scheduler)},
                 cost=Cost.PIXEL_STEP,
                 reports_steps=True,
             )
         )
         self.add_stage(decoding)
+
+
+def _scheduler_role(scheduler: str | None) -> dict[str, str]:
+    return {} if scheduler is None else {SCHEDULER: scheduler}
 
 
 class StandardImagePipeline(StandardPipeline):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar, Self
 
 import torch
@@ -182,7 +183,7 @@ def loop_stage(runtime: Runtime | None = None, *, remembers: bool = False) -> tu
         "scheduler": FlowMatchEulerDiscreteScheduler(),
     }
     stage = DenoisingStage(config, runtime or Runtime(), modules)
-    stage._solver_class = NoisySolver
+    stage._new_solver = partial(NoisySolver, None)
     return stage, config
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +64,26 @@ def build_tiny_wan_ti2v(path: Path, *, seed: int = 0) -> Path:
     _randomise(modules)
     WanPipeline(scheduler=_scheduler(5.0), expand_timesteps=True, **modules).save_pretrained(str(path))
     return path
+
+
+def build_tiny_wan_dmd(path: Path, *, seed: int = 0) -> Path:
+    """Write a few-step checkpoint, as FastVideo publishes them."""
+    build_tiny_wan(path, seed=seed)
+    edit_json(path / "model_index.json", {"_class_name": "WanDMDPipeline"})
+    return path
+
+
+def build_tiny_wan_causal(path: Path, *, seed: int = 0, **causal: int) -> Path:
+    """Write a causal few-step checkpoint with blocks of two latent frames; `causal` are further entries."""
+    build_tiny_wan(path, seed=seed)
+    edit_json(path / "model_index.json", {"_class_name": "WanCausalDMDPipeline"})
+    edit_json(path / "transformer" / "config.json", {"num_frames_per_block": 2, **causal})
+    return path
+
+
+def edit_json(file: Path, entries: Mapping[str, Any]) -> None:
+    """Change entries of a JSON object."""
+    file.write_text(json.dumps(json.loads(file.read_text()) | entries))
 
 
 def residual_vae() -> AutoencoderKLWan:

@@ -151,6 +151,11 @@ class PreparationConfig(LatentLayout):
         del sampling
         return None
 
+    def own_schedule(self, sampling: Sampling) -> Sequence[tuple[float, float]] | None:
+        """Timestep and noise level of each step of a model that has a schedule of its own; None: the scheduler's."""
+        del sampling
+        return None
+
     @abstractmethod
     def mu(self, canvas: Canvas) -> float | None:
         """The shift of a scheduler that shifts by size; None for the others."""
@@ -225,6 +230,10 @@ class DenoisingConfig(LatentLayout):
     @abstractmethod
     def model_timestep(self, timesteps: Tensor) -> Tensor:
         """The denoiser's timesteps from those of the schedule, (steps, B) to (steps, B) or (steps, B, segments)."""
+
+    def prepared_timesteps(self, timesteps: Tensor) -> Tensor:
+        """The timesteps (rows,) that the denoiser prepares: those of the schedule, and further ones after them."""
+        return timesteps
 
     def expert(self, step: Step) -> str:
         """The role of the denoiser that a step needs."""

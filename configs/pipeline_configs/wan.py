@@ -43,6 +43,7 @@ class WanPipelineConfig(StandardPipelineConfig):
     transformer: WanTransformerConfig
     vae: AutoencoderKLWanConfig
 
+    transformer_config: ClassVar[type[WanTransformerConfig]] = WanTransformerConfig
     part_keywords: ClassVar[Mapping[str, str]] = {"video": "hidden_states"}
     visual_part: ClassVar[str] = "video"
     module_loaders: ClassVar[Mapping[str, str]] = {
@@ -54,7 +55,7 @@ class WanPipelineConfig(StandardPipelineConfig):
     @classmethod
     def from_checkpoint(cls, checkpoint: Checkpoint) -> Self:
         """Read transformer and VAE. Raises CheckpointError when they do not fit together."""
-        transformer = WanTransformerConfig.from_dict("transformer", checkpoint.module_config("transformer"))
+        transformer = cls.transformer_config.from_dict("transformer", checkpoint.module_config("transformer"))
         vae = AutoencoderKLWanConfig.from_dict("vae", checkpoint.module_config("vae"))
         needed = cls.input_channels(vae)
         if transformer.in_channels != needed or transformer.out_channels != vae.z_dim:

@@ -64,16 +64,20 @@ class WanSamplingParams(SamplingParams):
                 lower = size // _SIZE_MULTIPLE * _SIZE_MULTIPLE
                 right = f"{lower} or {lower + _SIZE_MULTIPLE}" if lower else f"{_SIZE_MULTIPLE}"
                 raise InvalidInput(f"{name} must be a multiple of 16, such as {right}, but is {size}", field=name)
-        check_stretched(checkpoint, self.num_inference_steps)
+        self._check_steps(checkpoint)
         params, warnings = self._with_whole_latent_frames(checkpoint)
         vae, transformer = checkpoint.module_config("vae"), checkpoint.module_config("transformer")
         patch = (transformer.get("patch_size") or _PATCH)[1]
         params, more = params.floored_size(_factor(vae, "scale_factor_spatial", 8) * int(patch))
         return params, (*warnings, *more)
 
+    def _check_steps(self, checkpoint: Checkpoint) -> None:
+        """Refuse steps that the scheduler cannot lay out. Raises InvalidInput."""
+        check_stretched(checkpoint, self.num_inference_steps)
+
     def _with_whole_latent_frames(self, checkpoint: Checkpoint) -> tuple[Self, tuple[ParamWarning, ...]]:
         """Frames as Diffusers rounds them: 4k + 1 stays, anything else becomes (n // 4) * 4 + 1."""
-        factor = _factor(checkpoint.module_config("vae"), "scale_factor_temporal", 4)
+        factor = temporal_factor(checkpoint)
         asked = self.num_frames
         if asked % factor == 1:
             return self, ()
@@ -112,6 +116,11 @@ class WanImageToVideoSamplingParams(WanSamplingParams):
             message = f"num_frames must be at least 5 with a last_image, but is {self.num_frames}"
             raise InvalidInput(message, field="num_frames")
         return params, warnings
+
+
+def temporal_factor(checkpoint: Checkpoint) -> int:
+    """Frames of a latent frame, but the first. Raises CheckpointError."""
+    return _factor(checkpoint.module_config("vae"), "scale_factor_temporal", 4)
 
 
 def _factor(vae: Mapping[str, Any], name: str, default: int) -> int:

@@ -25,7 +25,7 @@ from configs.models.dits.wan import WanTransformerConfig
 from models.dits.base import DiffusionTransformer, Predictions, Prepared
 from models.dits.loading import load_transformer
 from models.dits.wan_plan import FIRST_FRAME, VIDEO, WAN_PLAN
-from models.layers.attention import attention
+from models.layers.attention import KeyValueCache, attention
 from models.layers.embeddings import EmbeddingMLP, TextProjection, sinusoidal_embedding
 from models.layers.feed_forward import FeedForward
 from models.layers.linear import Linear, only_linear
@@ -182,11 +182,12 @@ class WanTransformerBlock(nn.Module):
         image_kv: Tensor | None,
         rotation: Rotation,
         boundary: int = 0,
+        cache: KeyValueCache | None = None,
     ) -> Residual:
-        """The next residual; the six modulations are float32."""
+        """The next residual; the six modulations are float32. `cache` holds earlier tokens to attend to."""
         shift, scale, gate, ff_shift, ff_scale, ff_gate = modulation
         x_BSD, normed = self.norm.after(residual, scale, shift, boundary)
-        attended = self.attn1.finish(self.attn1.start(normed, rotation, keys_first=True))
+        attended = self.attn1.finish(self.attn1.start(normed, rotation, keys_first=True), cache=cache)
         residual = only_linear(self.attn1.to_out).update(x_BSD, attended, gate, boundary)
         x_BSD, normed = self._cross_norm(residual, boundary)
         one = SegmentVectors.same(torch.ones_like(gate.text))
@@ -332,12 +333,13 @@ class WanTransformer3DModel(DiffusionTransformer):
         first_cos: Tensor | None = None,
         first_sin: Tensor | None = None,
         first_modulation: Tensor | None = None,
+        caches: Sequence[KeyValueCache] | None = None,
         use: CacheUse | None = None,
     ) -> dict[str, Tensor]:
         """All blocks, the last norm and the projection, from the tokens of patches (B, S, D) to those of the result.
 
-        The `first_` arguments are those of a first frame with modulations of its own. Results are by segment: "video",
-        and "first_frame" if it is given.
+        The `first_` arguments are those of a first frame with modulations of its own. `caches` are those of the blocks.
+        Results are by segment: "video", and "first_frame" if it is given.
         """
         boundary = 0 if first_BSD is None else first_BSD.shape[1]
         x_BSD = _concatenated(first_BSD, x_BSD, dim=1)
@@ -351,6 +353,7 @@ class WanTransformer3DModel(DiffusionTransformer):
                 image_kv=None if image_kv is None else image_kv[index],
                 rotation=rotation,
                 boundary=boundary,
+                cache=None if caches is None else caches[index],
             )
             for index, block in enumerate(self._blocks())
         ]

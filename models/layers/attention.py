@@ -6,6 +6,7 @@ So workers of one kind agree bit for bit. See models.kernels.attention_table.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -89,6 +90,31 @@ def _backend_for(q: Tensor, k: Tensor, mask: Tensor | None) -> AttentionBackend:
     return "sdpa" if backend == "flash_attn_4" and torch.compiler.is_compiling() else backend
 
 
+@dataclass(frozen=True)
+class KeyValueCache:
+    """Keys and values of earlier tokens, to which those of the current tokens are added in place.
+
+    `slab` is (2, B, capacity, H, K): keys, then values. `slots` are where the current tokens go, in their order, and
+    `length` is the number of tokens that are valid then, from the first on. Keys have no order in attention: a slot may
+    be that of a token that left the window.
+    """
+
+    slab: Tensor
+    slots: tuple[slice, ...]
+    length: int
+
+    def extended(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write keys and values (B, tokens, H, K) to the slots; all valid ones (B, length, H, K), in the slab."""
+        keys, values = self.slab.unbind()
+        begin = 0
+        for slot in self.slots:
+            end = begin + slot.stop - slot.start
+            keys[:, slot].copy_(k[:, begin:end])
+            values[:, slot].copy_(v[:, begin:end])
+            begin = end
+        return keys[:, : self.length], values[:, : self.length]
+
+
 class KeyValues:
     """Keys and values (B, L, H, K) on their way to attention. A parallel form sends them to other ranks.
 
@@ -147,6 +173,15 @@ class Attention(nn.Module):
         """Send queries on their way: only finish() can read what it returns."""
         return x
 
-    def finish(self, q: Tensor, sent: KeyValues, out: Tensor | None = None) -> Tensor:
-        """Attend to what was started; into `out`, if given."""
-        return attention(q, *sent.wait(), out=out)
+    def cached_heads(self, heads: int) -> int:
+        """Of `heads` heads of this rank, those whose keys and values a cache on this rank holds."""
+        return heads
+
+    def finish(
+        self, q: Tensor, sent: KeyValues, out: Tensor | None = None, cache: KeyValueCache | None = None
+    ) -> Tensor:
+        """Attend to what was started, and to the tokens in the cache; into `out`, if given."""
+        keys, values = sent.wait()
+        if cache is not None:
+            keys, values = cache.extended(keys, values)
+        return attention(q, keys, values, out=out)

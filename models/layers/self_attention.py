@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from models.layers import fused_products
-from models.layers.attention import Attention, KeyValues
+from models.layers.attention import Attention, KeyValueCache, KeyValues
 from models.layers.linear import ALL, JoinedLinear, JoinsWeights, Linear, project
 from models.layers.norms import QKNorm, RMSNorm
 from models.layers.qk_norm import QKNorms, apply_qk_norm, in_place, split_heads
@@ -96,11 +96,16 @@ class SelfAttention(JoinsWeights):
     def _empty(self, x_BSD: Tensor, parts: int) -> Tensor:
         return x_BSD.new_empty(*x_BSD.shape[:2], parts * self._size)
 
-    def finish(self, started: Started, out: Tensor | None = None) -> Tensor:
-        """(B, S, D), in `out` if given."""
+    def finish(self, started: Started, out: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
+        """(B, S, D), in `out` if given; attends to the tokens in the cache, too."""
         heads = None if out is None else split_heads(out, self.head_size)
-        attended: Tensor = self.inner.finish(*started, heads)
+        attended: Tensor = self.inner.finish(*started, heads, cache)
         return attended.flatten(2) if out is None else out
+
+    @property
+    def cached_heads(self) -> int:
+        """The heads whose keys and values a cache on this rank holds."""
+        return self.inner.cached_heads(self._size // self.head_size)
 
     @property
     def _projections(self) -> tuple[Linear, ...]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from models.layers.attention import Attention, KeyValues, attention_with_lse
+from models.layers.attention import Attention, KeyValueCache, KeyValues, attention_with_lse
 from models.layers.collectives import all_gather
 from models.layers.mesh import WorkerMesh
 from models.layers.shards import SequenceShards
@@ -27,8 +27,11 @@ class ShardedKeysAttention(Attention):
         self.axes = [axis for axis in (mesh.axis("ulysses"), mesh.axis("ring")) if axis.size > 1]
         self.shards = shards
 
-    def finish(self, q: Tensor, sent: KeyValues, out: Tensor | None = None) -> Tensor:
-        """Attend to this rank's keys (B, L, H, K) and merge the results of all ranks, in their order."""
+    def finish(
+        self, q: Tensor, sent: KeyValues, out: Tensor | None = None, cache: KeyValueCache | None = None
+    ) -> Tensor:
+        """Attend to this rank's keys (B, L, H, K) and merge the results of all ranks, in their order. No cache."""
+        assert cache is None, "attention to sharded keys has no cache"
         keys, values = sent.wait()
         if keys.shape[1]:
             attended, lse = attention_with_lse(q, keys, values)

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from models.layers.attention import Attention, KeyValues, attention, attention_with_lse
+from models.layers.attention import Attention, KeyValueCache, KeyValues, attention, attention_with_lse
 from models.layers.collectives import start_all_to_all, start_shift, wait
 from models.layers.fused_backend import kernels_for
 from models.layers.mesh import Axis, WorkerMesh
@@ -55,11 +55,20 @@ class USPAttention(Attention):
         """Send queries (B, L, H, K) to the ranks that have their heads. On a ring they stay."""
         return x if self.ulysses.size == 1 else self.share_heads(x)
 
-    def finish(self, q: Tensor, sent: KeyValues, out: Tensor | None = None) -> Tensor:
-        """Attend to what was started; (B, L, H, K)."""
+    def cached_heads(self, heads: int) -> int:
+        """A cache holds all tokens of the group, of the heads that this rank attends with."""
+        return heads // self.ulysses.size
+
+    def finish(
+        self, q: Tensor, sent: KeyValues, out: Tensor | None = None, cache: KeyValueCache | None = None
+    ) -> Tensor:
+        """Attend to what was started; (B, L, H, K). On a ring there is no cache."""
+        assert cache is None or self.ring.size == 1, "the loader of a causal model refuses a ring"
         if self.ulysses.size == 1:
             return self._attend(q, sent, out)
         keys, values = sent.wait()
+        if cache is not None:
+            keys, values = cache.extended(keys, values)
         in_ring = self._in_ring(keys, values)
         in_ring.take(keys, values)
         attended = self._give_back(self._attend(wait(q).transpose(0, 1), in_ring, None))

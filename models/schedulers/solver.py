@@ -29,6 +29,10 @@ class Solver(Protocol):
         """Continue after `step` steps with what state() returned then."""
 
 
+NewSolver = Callable[[Schedule], Solver]
+"""Makes the solver of one latent part of a request."""
+
+
 class FlowMatchEulerSolver:
     """First order: each step needs nothing but the latents."""
 

@@ -14,7 +14,7 @@ from models.dits.base import DiffusionTransformer, Predictions, Prepared
 from models.layers.collectives import all_gather
 from models.layers.mesh import Axis
 from models.layers.step_cache import StepCache
-from models.stages.step_memory import Lease, StepInputs, StepMemory, Tensors
+from models.stages.step_memory import NO_FLAGS, Flags, Lease, StepInputs, StepMemory, Tensors
 
 
 @dataclass(frozen=True)
@@ -40,16 +40,16 @@ class Branch:
         self._threshold = threshold
         self.reused = 0
 
-    def predict(self, latents: Tensors, step: int) -> Predictions:
-        """The predictions at a step, for latents by the denoiser's keyword."""
+    def predict(self, latents: Tensors, step: int, flags: Flags = NO_FLAGS) -> Predictions:
+        """The predictions at a step, for latents by the denoiser's keyword. `flags` are its own static keywords."""
         row = self._prepared.row(step)
         cache = self._memory.cache
         if cache is not None and cache.is_filled:
-            predictions = self._memory.predict(latents, row, probe=True)
+            predictions = self._memory.predict(latents, row, probe=True, flags=flags)
             if cache.change() < self._threshold:
                 self.reused += 1
                 return predictions
-        return self._memory.predict(latents, row)
+        return self._memory.predict(latents, row, flags=flags)
 
 
 def lease_branch(

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Self
 
 import torch
 from torch import Tensor
 
-from common.artifacts import Generator, LatentPart, Latents, Schedule, StepCheckpoint
+from common.artifacts import Generator, LatentPart, Latents, StepCheckpoint
 from common.errors import InvalidInput
 from models.contracts import DenoisingInput
-from models.schedulers.solver import Solver
+from models.schedulers.solver import NewSolver, Solver
 from models.stages.snapshots import on_cpu
 
 _LATENTS = "latents"
@@ -21,7 +21,10 @@ _FIELD = "resume_from"
 
 @dataclass
 class LoopState:
-    """The loop after `step` steps. There is a solver for each part; stochastic solvers draw from `generator`."""
+    """The loop after `step` steps. There is a solver for each part; stochastic solvers draw from `generator`.
+
+    A loop over blocks of frames takes all steps of the schedule for each block; its solvers start over at each block.
+    """
 
     step: int
     latents: Mapping[str, Tensor]
@@ -32,8 +35,8 @@ class LoopState:
     generator: torch.Generator | None
 
     @classmethod
-    def of(cls, x: DenoisingInput, parts: Collection[str], new_solver: Callable[[Schedule], Solver]) -> Self:
-        """The loop at its first step, or where resume_from stopped; tensors are on the CPU.
+    def of(cls, x: DenoisingInput, parts: Collection[str], new_solver: NewSolver, blocks: int = 1) -> Self:
+        """The loop over `blocks` blocks at its first step, or where resume_from stopped; tensors are on the CPU.
 
         Raises InvalidInput for a checkpoint of another loop.
         """
@@ -48,7 +51,7 @@ class LoopState:
             generator=_generator(x.latents_generator),
         )
         if x.resume_from is not None:
-            state._restore(x.resume_from, x.schedule.num_inference_steps)
+            state._restore(x.resume_from, x.schedule.num_inference_steps * blocks)
         return state
 
     def _restore(self, state: StepCheckpoint, total: int) -> None:
@@ -76,14 +79,27 @@ class LoopState:
         self.timesteps = self.timesteps.to(device)
         return self
 
-    def advance(self, predictions: Mapping[str, Tensor]) -> None:
-        """Step all parts by their predictions."""
-        timestep = self.timesteps[self.step]
-        self.latents = {
-            part: solver.step(predictions[part], timestep, self.latents[part], self.generator)
+    def advance(self, predictions: Mapping[str, Tensor], frames: slice | None = None) -> None:
+        """Step all parts by their predictions, or the frames (B, channels, frames, ...) of the current block alone."""
+        timestep = self.timesteps[self.step % len(self.timesteps)]
+        now = self.latents if frames is None else self.block(frames)
+        stepped = {
+            part: solver.step(predictions[part], timestep, now[part], self.generator)
             for part, solver in self.solvers.items()
         }
+        self.latents = stepped if frames is None else self._with_block(frames, stepped)
         self.step += 1
+
+    def block(self, frames: slice) -> dict[str, Tensor]:
+        """The latents of some frames, by part."""
+        return {part: each[:, :, frames] for part, each in self.latents.items()}
+
+    def _with_block(self, frames: slice, block: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """New latents with these frames: checkpoints may hold the tensors of earlier steps."""
+        whole = {part: each.clone() for part, each in self.latents.items()}
+        for part, each in block.items():
+            whole[part][:, :, frames] = each
+        return whole
 
     def step_checkpoint(self) -> StepCheckpoint:
         """The loop as it is now, on the CPU; the receiver owns the tensors."""

@@ -2,7 +2,8 @@
 
 A lease is for one branch of one request. Graphs are captured for the memory of a lease and stay with it: the next
 request with an equal key replays them. An expert or a branch with other static flags has another key, whatever its
-shapes, because its graph runs other weights or other blocks.
+shapes, because its graph runs other weights or other blocks. Predictions that share the memory of one lease, such as
+those of blocks of a video with prefixes of several lengths in one KV cache, have a graph for each of their own flags.
 """
 
 from __future__ import annotations
@@ -21,6 +22,12 @@ from models.dits.base import DiffusionTransformer, MemorySpec, Predictions
 from models.layers.step_cache import CacheUse, StepCache
 
 Tensors = Mapping[str, Tensor]
+Flags = tuple[tuple[str, Hashable], ...]
+"""Static keywords of one prediction, such as the length of a cached prefix: each combination has a graph of its own."""
+NO_FLAGS: Flags = ()
+
+MOST_GRAPHS = 64
+"""Graphs of one memory. Predictions with further combinations of flags run eagerly."""
 
 
 class Graph(Protocol):
@@ -107,8 +114,8 @@ class StepMemory:
         }
         self._constants = dict(inputs.constants)
         self._buffers: dict[str, dict[str, Tensor]] | None = None
-        self._ran: set[bool] = set()
-        self._graphs: dict[bool, Captured] = {}
+        self._ran: set[tuple[bool, Flags]] = set()
+        self._graphs: dict[tuple[bool, Flags], Captured] = {}
 
     @property
     def byte_size(self) -> int:
@@ -131,42 +138,48 @@ class StepMemory:
         """Drop references to the request's constants; buffers of graphs keep their values until the next load()."""
         self._constants = {}
 
-    def predict(self, latents: Tensors, row: Tensors, *, probe: bool = False) -> Predictions:
+    def predict(self, latents: Tensors, row: Tensors, *, probe: bool = False, flags: Flags = NO_FLAGS) -> Predictions:
         """Predict, eagerly the first time, which loads the kernels, and by a CUDA graph afterwards.
 
-        With a graph the predictions are copied out of the memory that graphs share: the next replay may overwrite it.
+        Each combination of `flags` has a graph of its own. With a graph the predictions are copied out of the memory
+        that graphs share: the next replay may overwrite it.
         """
-        if self._capture is None or probe not in self._ran:
-            self._ran.add(probe)
+        kind = (probe, flags)
+        is_full = len(self._graphs) >= MOST_GRAPHS and kind not in self._graphs
+        if self._capture is None or kind not in self._ran or is_full:
+            self._ran.add(kind)
             constants = self._constants if self._buffers is None else self._buffers["constants"]
-            predictions = self._run(latents, row, constants, probe)
+            predictions = self._run(latents, row, constants, kind)
         else:
-            predictions = self._replay(self._capture, latents, row, probe)
+            predictions = self._replay(self._capture, latents, row, kind)
         if self.cache is not None and not probe:
             self.cache.is_filled = True
         return predictions
 
-    def _replay(self, capture: Capture, latents: Tensors, row: Tensors, probe: bool) -> Predictions:
+    def _replay(self, capture: Capture, latents: Tensors, row: Tensors, kind: tuple[bool, Flags]) -> Predictions:
         if self._buffers is None:
             given = {"latents": latents, "row": row, "constants": self._constants}
-            self._buffers = {kind: {name: each.clone() for name, each in part.items()} for kind, part in given.items()}
+            self._buffers = {
+                group: {name: each.clone() for name, each in part.items()} for group, part in given.items()
+            }
             self._constants = {}
         buffers = self._buffers
-        for kind, tensors in (("latents", latents), ("row", row)):
+        for group, tensors in (("latents", latents), ("row", row)):
             for name, value in tensors.items():
-                buffers[kind][name].copy_(value)
-        if probe not in self._graphs:
-            self._graphs[probe] = capture(
-                lambda: self._run(buffers["latents"], buffers["row"], buffers["constants"], probe)
+                buffers[group][name].copy_(value)
+        if kind not in self._graphs:
+            self._graphs[kind] = capture(
+                lambda: self._run(buffers["latents"], buffers["row"], buffers["constants"], kind)
             )
-            self.graph_bytes += self._graphs[probe].byte_size
-        captured = self._graphs[probe]
+            self.graph_bytes += self._graphs[kind].byte_size
+        captured = self._graphs[kind]
         captured.graph.replay()
         return {name: value.clone() for name, value in captured.predictions.items()}
 
-    def _run(self, latents: Tensors, row: Tensors, constants: Tensors, probe: bool) -> Predictions:
+    def _run(self, latents: Tensors, row: Tensors, constants: Tensors, kind: tuple[bool, Flags]) -> Predictions:
+        probe, flags = kind
         use = None if self.cache is None else CacheUse(self.cache, probe)
-        given: dict[str, Any] = {**latents, **row, **constants, **self._memory, **self._flags}
+        given: dict[str, Any] = {**latents, **row, **constants, **self._memory, **self._flags, **dict(flags)}
         return self.transformer.predict(use=use, **given)
 
 

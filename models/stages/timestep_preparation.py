@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,11 +19,11 @@ from models.runtime import Runtime
 
 
 class TimestepPreparationStage(PipelineStage[TimestepPreparationInput, TimestepPreparationOutput]):
-    """Asks the model for sigmas and mu, and the scheduler for the shifted schedule."""
+    """Asks the model for a schedule of its own, or for sigmas and mu, and the scheduler for the shifted schedule."""
 
     def __init__(self, config: PreparationConfig, runtime: Runtime, modules: Mapping[str, Any]) -> None:  # noqa: ARG002  (every stage is built so)
         self._config = config
-        self._scheduler = modules[SCHEDULER]
+        self._scheduler = modules.get(SCHEDULER)
 
     @torch.inference_mode()
     def run(self, x: TimestepPreparationInput, call: Call) -> TimestepPreparationOutput:
@@ -32,6 +32,8 @@ class TimestepPreparationStage(PipelineStage[TimestepPreparationInput, TimestepP
         Raises InvalidInput for a schedule with noise levels that are not finite: the result would be NaN.
         """
         call.check_cancelled()
+        if (steps := self._config.own_schedule(x.sampling)) is not None:
+            return TimestepPreparationOutput(schedule=_schedule_of(steps))
         scheduler = copy.deepcopy(self._scheduler)
         sigmas = self._config.sigmas(x.sampling)
         # Checked below: NumPy's warning of a division by 0 would be all that a log says.
@@ -48,6 +50,16 @@ class TimestepPreparationStage(PipelineStage[TimestepPreparationInput, TimestepP
             timesteps=scheduler.timesteps, sigmas=scheduler.sigmas, num_inference_steps=len(scheduler.timesteps)
         )
         return TimestepPreparationOutput(schedule=schedule)
+
+
+def _schedule_of(steps: Sequence[tuple[float, float]]) -> Schedule:
+    """A schedule from the timestep and noise level of each step; the last step ends at noise level 0."""
+    timesteps, sigmas = zip(*steps, strict=True)
+    return Schedule(
+        timesteps=torch.tensor(timesteps, dtype=torch.float32),
+        sigmas=torch.tensor((*sigmas, 0.0), dtype=torch.float32),
+        num_inference_steps=len(steps),
+    )
 
 
 def _not_finite(sampling: Sampling) -> InvalidInput:

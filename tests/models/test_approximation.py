@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +92,7 @@ def test_float8_linears(case: Case) -> None:
     """All large layers of the blocks and no others; each weight is held once, in a byte; the result is near."""
     model, x, parts = case
     stage = stage_of(model, FLOAT8_LINEARS)
-    transformer: Any = stage._transformers["transformer"]
+    transformer: Any = stage._predictor.transformers["transformer"]
     quantised = {name for name, value in transformer.named_parameters() if value.dtype == FLOAT8}
     matrices = (name for name, value in transformer.named_parameters() if value.ndim == 2)
     blocks = [name.split(".") for name in matrices if "blocks." in name]
@@ -141,10 +140,11 @@ def test_a_reused_step_adds_what_the_other_blocks_added(case: Case) -> None:
     model, x, _ = case
     stage = cached(model, 1e-9)
     with torch.inference_mode(), stage._memory.leases() as lease:
-        request = stage._request(x)
-        state = LoopState.of(x, stage._config.part_keywords, partial(stage._solver_class, stage._scheduler))
-        branches = stage._branches(request, state, lease)
-        given = stage._model_input(state.latents, request.conditions)
+        predictor = stage._predictor
+        request = predictor.request(x)
+        state = LoopState.of(x, stage._config.part_keywords, stage._new_solver)
+        branches = predictor.branches(request, state.latents, request.steps, lease, stage._caching)
+        given = predictor.model_input(state.latents, request.conditions)
         branch = branches._branches["positive", "transformer"]
         computed, again = branch.predict(given, 0), branch.predict(given, 0)
     assert branch.reused == 1

@@ -61,7 +61,7 @@ def test_every_part_and_every_expert_is_used() -> None:
     stage, _ = loop_stage()
     result = run(stage, loop_input())
     assert {part: tuple(each.shape) for part, each in result.items()} == dict(SHAPES)
-    calls = {role: each.eager_calls for role, each in stage._transformers.items()}
+    calls = {role: each.eager_calls for role, each in stage._predictor.transformers.items()}
     # Noise levels 1, 0.8 and 0.6 are above a half: 4 + 1 + 4 predictions; 0.4 and 0.2 are below: 1 + 4.
     assert calls == {"transformer": 9, "transformer_2": 5}
 

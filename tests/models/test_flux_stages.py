@@ -26,8 +26,9 @@ from models.dits.flux import FluxTransformer2DModel
 from models.loader import load_stages
 from models.runtime import Runtime
 from models.stages.decoding import DecodingStage
-from models.stages.denoising import DenoisingStage, merge_conditioning
+from models.stages.denoising import DenoisingStage
 from models.stages.latent_preparation import LatentPreparationStage
+from models.stages.predictor import merge_conditioning
 from models.stages.text_encoding import TextEncodingStage
 from models.stages.timestep_preparation import TimestepPreparationStage
 from step_checkpoints import step_checkpoints_to

@@ -24,7 +24,7 @@ from models.catalog import ServedModel, open_model
 from models.loader import load_stages
 from models.registry import load_registry
 from models.runtime import Runtime
-from models.stages.denoising import merge_conditioning
+from models.stages.predictor import merge_conditioning
 from models.validation import InputValidationStage
 from models.warm_up import STEPS, WarmUp
 from redis_servers import running_server

@@ -1,0 +1,71 @@
+"""Architecture of the causal Wan DiT, which denoises a video block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+from common.errors import CheckpointError
+from configs.models.dits.wan import WanTransformerConfig
+from configs.models.fields import ConfigFields
+
+CLASS_NAME = "CausalWanTransformer3DModel"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CausalWanTransformerConfig(WanTransformerConfig):
+    """config.json of CausalWanTransformer3DModel; the defaults are those of Self Forcing's Wan2.1-T2V-1.3B.
+
+    All sizes are in latent frames. A block attends to itself and to the frames before it: to all of them, or with
+    `local_attn_size` to the first `sink_size` and the latest, so many with its own in all. Without a window the model
+    makes at most `sliding_window_num_frames`.
+    """
+
+    num_frames_per_block: int = 3
+    local_attn_size: int | None = None
+    sink_size: int = 0
+    sliding_window_num_frames: int = 21
+
+    @property
+    def most_frames(self) -> int | None:
+        """Latent frames of the longest video; None: a window moves over a video of any length."""
+        return self.sliding_window_num_frames if self.local_attn_size is None else None
+
+    @classmethod
+    def from_dict(cls, module: str, values: Mapping[str, Any]) -> Self:
+        """Read config.json of the module.
+
+        Raises CheckpointError, also for that of a Wan DiT without causal attention. Published directories name the
+        causal class, and directories of FastVideo's converter have the block size too.
+        """
+        if values.get("_class_name") != CLASS_NAME and "num_frames_per_block" not in values:
+            raise CheckpointError(
+                f"{module}/config.json: num_frames_per_block is missing and _class_name is "
+                f"{values.get('_class_name')!r}; a causal Wan has num_frames_per_block, or {CLASS_NAME!r} as its class"
+            )
+        fields = ConfigFields(module, values)
+        fields.only("independent_first_frame", False)
+        window = values.get("local_attn_size")
+        config = replace(
+            super().from_dict(module, values),
+            num_frames_per_block=fields.integer("num_frames_per_block", cls.num_frames_per_block),
+            local_attn_size=None if window in (None, -1) else fields.integer("local_attn_size", 1),
+            sink_size=fields.integer("sink_size", cls.sink_size, minimum=0),
+            sliding_window_num_frames=fields.integer("sliding_window_num_frames", cls.sliding_window_num_frames),
+        )
+        config._check(fields)
+        return config
+
+    def _check(self, fields: ConfigFields) -> None:
+        if self.patch_size[0] != 1:
+            raise fields.error("patch_size", "must have one frame: blocks are of whole frames")
+        if self.image_dim is not None:
+            raise fields.error("image_dim", "is not supported; a causal Wan reads text alone")
+        block = self.num_frames_per_block
+        if self.local_attn_size is None:
+            if self.sliding_window_num_frames < block:
+                raise fields.error("sliding_window_num_frames", f"is less than the {block} frames of a block")
+        elif self.local_attn_size - self.sink_size < block:
+            least = block + self.sink_size
+            raise fields.error("local_attn_size", f"is less than {least}, the frames of a block and of the sink")

@@ -1,0 +1,55 @@
+"""Callbacks of the DMD denoising loops."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from configs.pipeline_configs.base import POSITIVE, DenoisingConfig
+
+TRAINING_STEPS = 1000
+
+
+class DmdConfig(DenoisingConfig):
+    """A few-step model without guidance, whose steps predict clean latents and add new noise, all in float32."""
+
+    prediction_dtype: ClassVar[torch.dtype | None] = torch.float32
+    branches: ClassVar[tuple[str, ...]] = (POSITIVE,)
+
+    def draw_noise(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        """Noise for latents of this shape, float32 on the CPU."""
+        return torch.randn(shape, generator=generator, dtype=torch.float32)
+
+
+class CausalDmdConfig(DmdConfig):
+    """A model that denoises a video block by block.
+
+    The denoiser's predict() takes the block's latents (B, channels, frames, rows, columns) and the static flag
+    `first_frame`, the number of frames before the block, whose keys and values are in its memory.
+    """
+
+    @property
+    def frames_per_block(self) -> int:
+        """Latent frames of a block."""
+        raise TypeError(f"{type(self).__name__} names no block size")
+
+
+def flow_levels(shift: float) -> list[float]:
+    """Noise levels of the shifted flow schedule with TRAINING_STEPS steps, highest first."""
+    even = [(TRAINING_STEPS - step) / TRAINING_STEPS for step in range(TRAINING_STEPS)]
+    return [shift * level / (1 + (shift - 1) * level) for level in even]
+
+
+def nearest_levels(timesteps: Sequence[float], shift: float) -> list[tuple[float, float]]:
+    """Each timestep with the level of the shifted flow schedule that is nearest to timestep / TRAINING_STEPS."""
+    levels = flow_levels(shift)
+    return [(each, min(levels, key=lambda level: abs(TRAINING_STEPS * level - each))) for each in timesteps]
+
+
+def warped_levels(timesteps: Sequence[float], shift: float) -> list[tuple[float, float]]:
+    """Timestep and level of the shifted flow schedule at each timestep (1 to TRAINING_STEPS) of the unshifted one."""
+    levels = [flow_levels(shift)[TRAINING_STEPS - round(each)] for each in timesteps]
+    return [(TRAINING_STEPS * level, level) for level in levels]

@@ -1,0 +1,142 @@
+"""The denoising loop of causal few-step models: block after block of a video, each emitted as soon as it is finished.
+
+A block attends to the finished blocks before it, whose keys and values are in step memory of the request. After a
+block, a context pass predicts its finished latents at timestep 0, which writes the keys and values that later blocks
+attend to. A resumed loop repeats the context passes of finished blocks, one by one, and none of their denoising steps.
+
+Sources: Self Forcing (arXiv 2506.08009), FastVideo's CausalDMDDenosingStage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from common.artifacts import LatentPart, Latents
+from common.errors import InvalidInput
+from common.stage import Call, PipelineStage
+from configs.pipeline_configs.base import Step
+from configs.pipeline_configs.dmd import CausalDmdConfig
+from models.contracts import BlockDenoisingOutput, DenoisingInput
+from models.runtime import Runtime
+from models.schedulers.dmd import DmdSolver
+from models.stages.branches import Branches
+from models.stages.loop_checkpoints import LoopCheckpoints
+from models.stages.loop_state import LoopState
+from models.stages.pacing import paced_steps
+from models.stages.predictor import LoopRequest, Predictor
+from models.stages.snapshots import on_cpu
+from models.stages.step_memory import Lease
+
+BLOCKS = "denoised_blocks"
+FIRST_FRAME = "first_frame"
+"""Static keyword of the denoiser's predict(): the frames of the video before the block."""
+
+
+@dataclass(frozen=True)
+class _Blocks:
+    """The blocks of a video with `frames` latent frames."""
+
+    frames: int
+    size: int
+
+    @classmethod
+    def of(cls, x: DenoisingInput, part: str, size: int) -> _Blocks:
+        """Raises InvalidInput for frames that fill no whole blocks."""
+        frames = x.initial_latents.parts[part].latents.shape[2]
+        if frames % size or not frames:
+            message = f"initial_latents: {frames} latent frames is not a multiple of the {size} of a block"
+            raise InvalidInput(f"{message}; {max(1, frames // size) * size} works", field="initial_latents")
+        return cls(frames, size)
+
+    def __len__(self) -> int:
+        return self.frames // self.size
+
+    def frames_of(self, block: int) -> slice:
+        """The latent frames of a block."""
+        return slice(block * self.size, (block + 1) * self.size)
+
+
+class CausalDMDDenoisingStage(PipelineStage[DenoisingInput, BlockDenoisingOutput]):
+    """Takes all steps of the schedule for each block in turn; memory of earlier blocks belongs to the request."""
+
+    def __init__(self, config: CausalDmdConfig, runtime: Runtime, modules: Mapping[str, Any]) -> None:
+        if runtime.approximation.step_cache_threshold > 0:
+            threshold = runtime.approximation.step_cache_threshold
+            message = f"step_cache_threshold: {threshold} is not 0; a causal model has no step cache, so that 0 works"
+            raise InvalidInput(message, field="step_cache_threshold")
+        self._config = config
+        self._runtime = runtime
+        self._predictor = Predictor(config, runtime, modules)
+        self._new_solver = partial(DmdSolver, config.draw_noise)
+        self._memory = runtime.step_memory
+        (self._part,) = config.part_keywords
+
+    @torch.inference_mode()
+    def run(self, x: DenoisingInput, call: Call) -> BlockDenoisingOutput:
+        """Denoise all outputs as one batch; each item of the stream is a block of all outputs.
+
+        Steps are counted over all blocks. Reports every step, ends within one when cancelled, and continues after
+        resume_from.step to the same bytes: it emits the finished blocks again first. Raises InvalidInput for frames
+        that fill no whole blocks, ResourceExhausted, before the first step, where its memory does not fit, and
+        HandedOver at a step boundary when asked to.
+        """
+        blocks = _Blocks.of(x, self._part, self._config.frames_per_block)
+        request = self._predictor.request(x)
+        state = LoopState.of(x, self._config.part_keywords, self._new_solver, len(blocks))
+        finished = state.step // len(request.steps)
+        for block in range(finished):
+            self._emit(state, blocks, block, call)
+        if finished < len(blocks):
+            with self._memory.leases() as lease:
+                self._loop(request, state.to(self._runtime.device), blocks, call, lease)
+        return BlockDenoisingOutput()
+
+    def _loop(self, request: LoopRequest, state: LoopState, blocks: _Blocks, call: Call, lease: Lease) -> None:
+        steps, total = request.steps, len(request.steps) * len(blocks)
+        latents = state.block(blocks.frames_of(0))  # for their shapes
+        branches = self._predictor.branches(request, latents, steps, lease)
+        for block in range(state.step // len(steps)):
+            call.check_cancelled()
+            self._write_context(request, branches, state, blocks, block)
+        checkpoints = LoopCheckpoints(state, total, self._runtime, call)
+        for index in paced_steps(state.step, total, call, self._runtime.device):
+            checkpoints.hand_over_if_asked()
+            block, number = divmod(index, len(steps))
+            frames = blocks.frames_of(block)
+            predictions = self._predictor.predict(
+                request, branches, state.block(frames), steps[number], _flags(blocks, block)
+            )
+            state.advance(predictions, frames)
+            if number + 1 < len(steps):
+                checkpoints.send_if_due()
+                continue
+            # The checkpoint comes first: a receiver of the block never asks for its steps again.
+            checkpoints.send()
+            self._emit(state, blocks, block, call)
+            if block + 1 < len(blocks):
+                self._write_context(request, branches, state, blocks, block)
+
+    def _write_context(
+        self, request: LoopRequest, branches: Branches, state: LoopState, blocks: _Blocks, block: int
+    ) -> None:
+        """Write keys and values of a finished block to memory: predict it at timestep 0, the row after the steps."""
+        clean = dict.fromkeys(state.latents, 0.0)
+        step = Step(len(request.steps), 0.0, clean, clean)
+        latents = state.block(blocks.frames_of(block))
+        self._predictor.predict(request, branches, latents, step, _flags(blocks, block))
+
+    def _emit(self, state: LoopState, blocks: _Blocks, block: int, call: Call) -> None:
+        latents = {part: each.contiguous() for part, each in state.block(blocks.frames_of(block)).items()}
+        parts = {
+            part: LatentPart(latents=each, raw_latent_shape=tuple(each.shape)) for part, each in on_cpu(latents).items()
+        }
+        call.emit(BLOCKS, Latents(parts=parts), block)
+
+
+def _flags(blocks: _Blocks, block: int) -> tuple[tuple[str, int], ...]:
+    return ((FIRST_FRAME, blocks.frames_of(block).start),)

@@ -1,0 +1,323 @@
+"""Causal few-step Wan: latents next to plain loops without a cache, and blocks that resume to the same bytes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from common.artifacts import StepCheckpoint
+from common.checkpoint import Checkpoint
+from common.codec import pack, unpack
+from common.errors import Cancelled, CheckpointError, HandedOver, InvalidInput, ResourceExhausted
+from common.stage import STEP_CHECKPOINTS
+from common.tensors import TORCH
+from configs.approximation import Approximation
+from configs.models.dits.causal_wan import CausalWanTransformerConfig
+from configs.pipeline_configs.wan_dmd import WanCausalDMDPipelineConfig
+from configs.sample.wan_dmd import WanCausalDMDSamplingParams
+from fake_graphs import FakeCapture
+from local_fleet import relative_error
+from models.catalog import open_model
+from models.dits.causal_wan import CausalWanTransformer3DModel
+from models.registry import load_registry
+from models.runtime import Runtime
+from models.stages.causal_dmd_denoising import BLOCKS
+from models.stages.dmd_denoising import DmdDenoisingStage
+from models.stages.predictor import Predictor
+from models.stages.step_memory import StepMemoryPool
+from models.warm_up import WarmUp
+from tiny_wan import build_tiny_wan, build_tiny_wan_causal, edit_json
+from wan_dmd_loops import CausalLoop, Heard, Request, reference_causal
+
+STEPS, BLOCK = 4, 2
+FRAMES = 21
+"""Six latent frames: three blocks."""
+TOTAL = 3 * STEPS
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)
+    return tmp_path_factory.mktemp("wan")
+
+
+@pytest.fixture(scope="module")
+def loop(folder: Path) -> CausalLoop:
+    return CausalLoop(build_tiny_wan_causal(folder / "causal"))
+
+
+@pytest.fixture(scope="module")
+def windowed(folder: Path) -> CausalLoop:
+    """Of four frames, the first is always seen; blocks of two wrap around in the three other places of the cache."""
+    return CausalLoop(build_tiny_wan_causal(folder / "windowed", local_attn_size=4, sink_size=1))
+
+
+def test_several_blocks_are_a_run_that_recomputes_the_context(loop: CausalLoop) -> None:
+    x = loop.inputs(FRAMES, seed=5, outputs=2)
+    got = loop.run(x)
+    assert got.shape[2] == 3 * BLOCK
+    assert relative_error(got, reference_causal(loop.path, Request.of(x), BLOCK)) <= 1e-5
+
+
+def test_a_window_with_a_sink_is_a_run_that_recomputes_the_context(windowed: CausalLoop) -> None:
+    """Five blocks: the window moves three times."""
+    x = windowed.inputs(37)
+    got = windowed.run(x)
+    request = Request.of(x)
+    assert relative_error(got, reference_causal(windowed.path, request, BLOCK, window=4, sink=1)) <= 1e-5
+    assert relative_error(got, reference_causal(windowed.path, request, BLOCK)) > 1e-3, "the window matters"
+    assert relative_error(got, reference_causal(windowed.path, request, BLOCK, window=4)) > 1e-3, "the sink matters"
+
+
+def test_one_block_of_all_frames_is_the_run_that_is_not_causal(folder: Path) -> None:
+    one = CausalLoop(build_tiny_wan_causal(folder / "one", num_frames_per_block=6))
+    x = one.inputs(FRAMES, outputs=2)
+    whole = DmdDenoisingStage(one.config, one.runtime, one.modules).run(x, Heard().call()).denoised_latents
+    assert relative_error(one.run(x), whole.parts["video"].latents) <= 1e-5
+
+
+def test_blocks_depend_on_the_blocks_before_them_alone(loop: CausalLoop) -> None:
+    x = loop.inputs(FRAMES)
+    part = x.initial_latents.parts["video"]
+    noise = part.latents.clone()
+    noise[:, :, BLOCK : 2 * BLOCK] += 1
+    changed = replace(x.initial_latents, parts={"video": replace(part, latents=noise)})
+    one, other = loop.run(x), loop.run(replace(x, initial_latents=changed))
+    assert torch.equal(one[:, :, :BLOCK], other[:, :, :BLOCK])
+    assert relative_error(other[:, :, 2 * BLOCK :], one[:, :, 2 * BLOCK :]) > 1e-4
+
+
+def test_a_block_is_emitted_after_its_checkpoint(loop: CausalLoop) -> None:
+    heard = Heard()
+    loop.run(loop.inputs(FRAMES), heard)
+    assert heard.order == ([STEP_CHECKPOINTS] * STEPS + [BLOCKS]) * 3
+    assert [state.step for state in heard.states] == list(range(1, TOTAL + 1))
+    assert heard.steps == [(step, TOTAL) for step in range(1, TOTAL + 1)]
+
+
+def test_checkpoints_at_the_end_of_a_block_need_no_setting(loop: CausalLoop) -> None:
+    heard = Heard()
+    CausalLoop(loop.path, Runtime()).run(loop.inputs(FRAMES), heard)
+    assert heard.order == [STEP_CHECKPOINTS, BLOCKS] * 3
+    assert [state.step for state in heard.states] == [STEPS, 2 * STEPS, TOTAL]
+
+
+@pytest.fixture
+def predicted(monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[int, int]]:
+    """How often each (first frame, step) was predicted; the step after the last is the context pass."""
+    counted: Counter[tuple[int, int]] = Counter()
+    predict: Callable[..., Any] = Predictor.predict
+
+    def counting(self: Predictor, request: Any, branches: Any, latents: Any, step: Any, flags: Any) -> Any:
+        counted[dict(flags)["first_frame"], step.index] += 1
+        return predict(self, request, branches, latents, step, flags)
+
+    monkeypatch.setattr(Predictor, "predict", counting)
+    return counted
+
+
+@pytest.mark.parametrize("kind", ["loop", "windowed"])
+def test_a_loop_resumes_after_every_step_to_the_same_bytes(
+    request: pytest.FixtureRequest, predicted: Counter[tuple[int, int]], kind: str
+) -> None:
+    """Also between blocks. No denoising step of a finished block is repeated; its context pass is, once."""
+    loop: CausalLoop = request.getfixturevalue(kind)
+    x, heard = loop.inputs(FRAMES), Heard()
+    whole = loop.run(x, heard)
+    passes = {(block * BLOCK, STEPS): 1 for block in range(2)}
+    assert predicted == {(block * BLOCK, step): 1 for block in range(3) for step in range(STEPS)} | passes
+    for state in heard.states:
+        predicted.clear()
+        sent = unpack("state", StepCheckpoint, pack("state", state, TORCH), TORCH)
+        rest = Heard()
+        assert torch.equal(loop.run(replace(x, resume_from=sent), rest), whole), f"after step {state.step}"
+        assert rest.steps == [(step, TOTAL) for step in range(state.step + 1, TOTAL + 1)]
+        finished = state.step // STEPS
+        assert rest.order[:finished] == [BLOCKS] * finished, "finished blocks come first"
+        left = {(step // STEPS * BLOCK, step % STEPS): 1 for step in range(state.step, TOTAL)}
+        assert predicted == (left | passes if left else {}), f"after step {state.step}"
+
+
+@pytest.mark.parametrize("last", [1, STEPS, STEPS + 1, 2 * STEPS])
+def test_a_cancelled_loop_ends_within_one_step(loop: CausalLoop, last: int) -> None:
+    heard = Heard()
+    call = heard.call(lambda step, _: call.cancelled.set() if step == last else None)
+    with pytest.raises(Cancelled):
+        loop.stage().run(loop.inputs(FRAMES), call)
+    assert len(heard.steps) == last
+    assert len(heard.blocks) == last // STEPS
+
+
+def test_contexts_are_rebuilt_until_the_call_is_cancelled(
+    loop: CausalLoop, predicted: Counter[tuple[int, int]]
+) -> None:
+    x, heard = loop.inputs(FRAMES), Heard()
+    loop.run(x, heard)
+    predicted.clear()
+    call = Heard().call()
+    call.cancelled.set()
+    with pytest.raises(Cancelled):
+        loop.stage().run(replace(x, resume_from=heard.states[2 * STEPS]), call)
+    assert not predicted
+
+
+@pytest.mark.parametrize("at", [1, STEPS, STEPS + 2])
+def test_a_loop_is_handed_over_at_a_step_boundary(loop: CausalLoop, at: int) -> None:
+    x, heard = loop.inputs(FRAMES), Heard()
+    whole = loop.run(x)
+    call = heard.call(lambda step, _: call.hand_over.set() if step == at else None)
+    with pytest.raises(HandedOver, match=f"after {at} steps"):
+        loop.stage().run(x, call)
+    assert heard.states[-1].step == at
+    assert torch.equal(loop.run(replace(x, resume_from=heard.states[-1])), whole)
+
+
+def with_graphs(loop: CausalLoop, max_bytes: int = 1 << 24) -> tuple[Any, FakeCapture]:
+    stage, capture = loop.stage(), FakeCapture()
+    stage._memory = StepMemoryPool(max_bytes, capture)
+    return stage, capture
+
+
+def video_of(stage: Any, x: Any) -> Tensor:
+    heard = Heard()
+    stage.run(x, heard.call())
+    return heard.video
+
+
+def test_prefixes_of_different_lengths_have_different_graphs(loop: CausalLoop) -> None:
+    """Blocks have equal shapes and share the slab: a graph of another prefix would give other bytes."""
+    stage, capture = with_graphs(loop)
+    for seed in (1, 2):
+        x = loop.inputs(FRAMES, seed)
+        assert torch.equal(video_of(stage, x), loop.run(x)), f"request {seed}"
+    # The second request found the slab of the first with all its graphs.
+    assert len(capture.graphs) == 3
+    (memory,) = stage._memory._idle.values()
+    assert sorted(memory._graphs) == [(False, (("first_frame", first),)) for first in (0, 2, 4)]
+
+
+def test_live_requests_share_no_memory(loop: CausalLoop) -> None:
+    """A second request runs whole between two blocks of the first one."""
+    stage, _ = with_graphs(loop)
+    one, other = loop.inputs(FRAMES, 1), loop.inputs(FRAMES, 2)
+    expected = loop.run(one), loop.run(other)
+    between: list[Tensor] = []
+    heard = Heard()
+    call = heard.call()
+
+    def interrupt(slot: str, index: int, item: Any) -> None:
+        call.on_item(slot, index, item)
+        if slot == BLOCKS and index == 0:
+            (leased,) = stage._memory._leased.values()
+            slab = leased._memory["kv_cache"].clone()
+            between.append(video_of(stage, other))
+            assert torch.equal(leased._memory["kv_cache"], slab)
+
+    stage.run(one, replace(call, on_item=interrupt))
+    assert torch.equal(heard.video, expected[0])
+    assert torch.equal(between[0], expected[1])
+    slabs = [memory._memory["kv_cache"].data_ptr() for memory in stage._memory._idle.values()]
+    assert len(set(slabs)) == 2
+
+
+def test_the_slab_is_as_long_as_the_video_or_the_window(loop: CausalLoop, windowed: CausalLoop) -> None:
+    """(layers, keys and values, outputs, tokens, heads, channels of a head); a frame has six tokens."""
+    for each, frames in ((loop, 6), (windowed, 4)):
+        model = each.modules["transformer"]
+        assert isinstance(model, CausalWanTransformer3DModel)
+        prepared = model.prepare(torch.zeros(2, 3), torch.zeros(3, 32, 32), torch.empty(1, 0, 6, 4, 6))
+        assert prepared.memory["kv_cache"].shape == (2, 2, 3, frames * 6, 4, 16)
+
+
+def test_a_slab_that_does_not_fit_is_refused_before_the_first_step(loop: CausalLoop) -> None:
+    stage, _ = with_graphs(loop, max_bytes=1000)
+    heard = Heard()
+    with pytest.raises(ResourceExhausted):
+        stage.run(loop.inputs(FRAMES), heard.call())
+    assert not heard.steps
+
+
+def test_frames_that_fill_no_whole_block_are_refused(loop: CausalLoop) -> None:
+    x = loop.inputs(FRAMES)
+    part = x.initial_latents.parts["video"]
+    odd = {"video": replace(part, latents=part.latents[:, :, :5])}
+    with pytest.raises(InvalidInput, match="5 latent frames is not a multiple of the 2 of a block; 4 works"):
+        loop.run(replace(x, initial_latents=replace(x.initial_latents, parts=odd)))
+
+
+def test_a_step_cache_is_refused_at_start(loop: CausalLoop) -> None:
+    with pytest.raises(InvalidInput, match=r"step_cache_threshold: 0\.1 is not 0"):
+        CausalLoop(loop.path, Runtime(approximation=Approximation(step_cache_threshold=0.1))).stage()
+
+
+@pytest.mark.parametrize(
+    ("asked", "made"), [(1, 5), (5, 5), (9, 5), (12, 13), (13, 13), (17, 13), (21, 21), (81, 77), (84, 85)]
+)
+def test_frames_are_rounded_to_whole_blocks(folder: Path, asked: int, made: int) -> None:
+    """As frame counts are: 84 frames count as 85."""
+    path = build_tiny_wan_causal(folder / f"rounded-{asked}", sliding_window_num_frames=22)
+    given: dict[str, Any] = {"prompt": "", "num_frames": asked}
+    params, warnings = WanCausalDMDSamplingParams.build(given, Checkpoint.open(path))
+    assert params.num_frames == made
+    assert [each.field for each in warnings] == ([] if asked == made else ["num_frames"])
+
+
+def test_more_frames_than_the_model_makes_are_refused(loop: CausalLoop, windowed: CausalLoop) -> None:
+    given: dict[str, Any] = {"prompt": "", "num_frames": 161}
+    with pytest.raises(InvalidInput, match="161 is not at most 77; 77 works") as caught:
+        WanCausalDMDSamplingParams.build(given, Checkpoint.open(loop.path))
+    assert caught.value.field == "num_frames"
+    params, _ = WanCausalDMDSamplingParams.build(given, Checkpoint.open(windowed.path))
+    assert params.num_frames == 157
+
+
+def test_the_defaults_are_self_forcings(folder: Path) -> None:
+    """A published directory names the causal class and none of its sizes."""
+    path = build_tiny_wan(folder / "published")
+    edit_json(path / "model_index.json", {"_class_name": "WanCausalDMDPipeline"})
+    edit_json(path / "transformer" / "config.json", {"_class_name": "CausalWanTransformer3DModel"})
+    params, warnings = WanCausalDMDSamplingParams.build({"prompt": ""}, Checkpoint.open(path))
+    assert (params.dmd_denoising_steps, params.flow_shift) == ((1000.0, 750.0, 500.0, 250.0), 5.0)
+    assert (params.num_inference_steps, params.guidance_scale, params.num_frames) == (4, 1.0, 81)
+    assert not warnings
+    config = WanCausalDMDPipelineConfig.from_checkpoint(Checkpoint.open(path)).transformer
+    assert (config.num_frames_per_block, config.local_attn_size, config.most_frames) == (3, None, 21)
+
+
+def test_a_checkpoint_without_the_causal_configuration_is_refused(folder: Path) -> None:
+    path = build_tiny_wan(folder / "plain")
+    edit_json(path / "model_index.json", {"_class_name": "WanCausalDMDPipeline"})
+    with pytest.raises(CheckpointError, match="num_frames_per_block is missing and _class_name is 'WanTransformer3D"):
+        open_model(str(path), load_registry())
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"local_attn_size": 2, "sink_size": 1}, "local_attn_size 2 is less than 3"),
+        ({"sliding_window_num_frames": 1}, "sliding_window_num_frames 1 is less than the 2"),
+        ({"independent_first_frame": True}, "independent_first_frame True is not supported"),
+        ({"patch_size": [2, 2, 2]}, "patch_size"),
+        ({"image_dim": 24, "added_kv_proj_dim": 64}, "image_dim 24 is not supported"),
+        ({"num_frames_per_block": 0}, "num_frames_per_block 0 must be a whole number"),
+    ],
+)
+def test_configurations_that_cannot_be_are_refused(entries: dict[str, Any], message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        CausalWanTransformerConfig.from_dict("transformer", {"num_frames_per_block": 2, **entries})
+
+
+def test_made_up_requests_run_the_loop(loop: CausalLoop) -> None:
+    """For warm-up: all blocks of a video of the size."""
+    model = open_model(str(loop.path), load_registry())
+    (inputs,) = WarmUp.parse(model, ("32x48x13",)).inputs(torch.float32)
+    heard = Heard()
+    loop.stage().run(loop.stage().Input(**inputs), heard.call())
+    assert len(heard.blocks) == 2

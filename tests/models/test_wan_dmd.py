@@ -1,0 +1,146 @@
+"""Few-step Wan: latents next to a plain loop over Diffusers' transformer, byte-equal resume, and its parameters."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from common.artifacts import StepCheckpoint
+from common.checkpoint import Checkpoint
+from common.codec import pack, unpack
+from common.errors import Cancelled, HandedOver, InvalidInput
+from common.tensors import TORCH
+from configs.pipeline_configs.dmd import nearest_levels, warped_levels
+from configs.sample.wan_dmd import WanDMDSamplingParams
+from local_fleet import open_fleet, relative_error
+from models.catalog import open_model
+from models.registry import load_registry
+from tiny_wan import build_tiny_wan_dmd, edit_json
+from wan_dmd_loops import SIZE, DmdLoop, Heard, Request, reference_dmd
+
+STEPS = 3
+FRAMES = 9
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)
+    return build_tiny_wan_dmd(tmp_path_factory.mktemp("wan") / "dmd")
+
+
+@pytest.fixture(scope="module")
+def loop(path: Path) -> DmdLoop:
+    return DmdLoop(path)
+
+
+@pytest.mark.parametrize(("num_frames", "outputs"), [(FRAMES, 1), (5, 2)])
+def test_latents_are_those_of_a_plain_loop(loop: DmdLoop, num_frames: int, outputs: int) -> None:
+    x = loop.inputs(num_frames, seed=5, outputs=outputs)
+    got = loop.run(x)
+    expected = reference_dmd(loop.path, Request.of(x))
+    assert got.shape == expected.shape
+    assert relative_error(got, expected) <= 1e-4
+
+
+def test_a_loop_resumes_after_every_step_to_the_same_bytes(loop: DmdLoop) -> None:
+    """Through the codec, as a checkpoint travels; the generator's state is part of it."""
+    x, heard = loop.inputs(FRAMES), Heard()
+    whole = loop.run(x, heard)
+    assert [state.step for state in heard.states] == list(range(1, STEPS))
+    for state in heard.states:
+        assert state.generator is not None
+        sent = unpack("state", StepCheckpoint, pack("state", state, TORCH), TORCH)
+        rest = Heard()
+        assert torch.equal(loop.run(replace(x, resume_from=sent), rest), whole), f"after step {state.step}"
+        assert rest.steps == [(step, STEPS) for step in range(state.step + 1, STEPS + 1)]
+
+
+def test_the_noise_of_each_step_is_the_requests_own(loop: DmdLoop) -> None:
+    x, heard = loop.inputs(FRAMES), Heard()
+    loop.run(x, heard)
+    other = loop.inputs(FRAMES, seed=4)
+    assert not torch.equal(loop.run(replace(x, latents_generator=other.latents_generator)), loop.run(x))
+    first, second = (state.generator for state in heard.states)
+    assert first is not None
+    assert second is not None
+    assert not torch.equal(first.state, second.state)
+
+
+def test_a_loop_without_a_generator_is_refused(loop: DmdLoop) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        loop.run(replace(loop.inputs(FRAMES), latents_generator=None))
+    assert caught.value.field == "latents_generator"
+
+
+def test_a_cancelled_loop_ends_within_one_step(loop: DmdLoop) -> None:
+    heard = Heard()
+    call = heard.call()
+    cancelling = replace(call, on_progress=lambda step, total: (call.on_progress(step, total), call.cancelled.set()))
+    with pytest.raises(Cancelled):
+        loop.stage().run(loop.inputs(FRAMES), cancelling)
+    assert heard.steps == [(1, STEPS)]
+
+
+def test_a_loop_is_handed_over_with_its_generator(loop: DmdLoop) -> None:
+    x, heard = loop.inputs(FRAMES), Heard()
+    whole, call = loop.run(x), heard.call(lambda *_: call.hand_over.set())
+    with pytest.raises(HandedOver):
+        loop.stage().run(x, call)
+    assert torch.equal(loop.run(replace(x, resume_from=heard.states[-1])), whole)
+
+
+def test_levels_are_those_of_diffusers_flow_schedule() -> None:
+    """FastWan's timesteps are of the shifted schedule; Self Forcing's are shifted with it."""
+    levels = dict(nearest_levels((1000.0, 757.0, 522.0), 8.0))
+    assert levels[1000.0] == 1.0
+    assert all(abs(level - timestep / 1000) < 1e-3 for timestep, level in levels.items())
+    expected = [(1000.0, 1.0), (937.5, 0.9375), (2500 / 3, 5 / 6), (625.0, 0.625)]
+    assert warped_levels((1000.0, 750.0, 500.0, 250.0), 5.0) == [pytest.approx(each) for each in expected]
+
+
+def test_a_video_is_made_by_the_services(path: Path) -> None:
+    """With the published defaults, which record the timesteps; the scheduler of the directory is not read."""
+    model = open_model(str(path), load_registry())
+    assert "scheduler" not in {name for service in model.services for name in service.modules}
+    edit_json(path / "scheduler" / "scheduler_config.json", {"_class_name": "SelfForcingFlowMatchScheduler"})
+    fleet = open_fleet(str(path))
+    made = fleet.tensors(seed=3, prompt="a red apple", num_frames=5, **SIZE)
+    assert made["pixels"].shape[0] == 1
+    assert bool(made["latents"].isfinite().all())
+    fleet.close()
+
+
+def test_the_defaults_are_fastwans(path: Path) -> None:
+    params, warnings = WanDMDSamplingParams.build({"prompt": "", "seed": 0}, Checkpoint.open(path))
+    assert (params.dmd_denoising_steps, params.flow_shift) == ((1000.0, 757.0, 522.0), 8.0)
+    assert (params.num_inference_steps, params.guidance_scale, params.branches) == (3, 1.0, 1)
+    assert not warnings
+
+
+def test_steps_follow_from_the_timesteps(path: Path) -> None:
+    given = {"prompt": "", "num_inference_steps": 50, "dmd_denoising_steps": (988.0, 932.0, 852.0, 608.0)}
+    params, (warning,) = WanDMDSamplingParams.build(given, Checkpoint.open(path))
+    assert params.num_inference_steps == 4
+    assert warning.field == "num_inference_steps"
+    again, warnings = WanDMDSamplingParams.build(params.as_mapping(), Checkpoint.open(path))
+    assert (again, warnings) == (params, ())
+
+
+@pytest.mark.parametrize(
+    ("given", "field"),
+    [
+        ({"dmd_denoising_steps": (757.0, 1000.0)}, "dmd_denoising_steps"),
+        ({"dmd_denoising_steps": (999.5, 500.0)}, "dmd_denoising_steps"),
+        ({"dmd_denoising_steps": (1001.0,)}, "dmd_denoising_steps"),
+        ({"dmd_denoising_steps": ()}, "dmd_denoising_steps"),
+        ({"guidance_scale": 5.0}, "guidance_scale"),
+        ({"flow_shift": 0.0}, "flow_shift"),
+    ],
+)
+def test_bad_parameters_are_named(path: Path, given: dict[str, object], field: str) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        WanDMDSamplingParams.build({"prompt": "", **given}, Checkpoint.open(path))  # type: ignore[dict-item]
+    assert caught.value.field == field
