@@ -91,7 +91,9 @@ class ResultFiles:
 
     def write_at(self, index: int, offset: int, data: bytes) -> None:
         """More of any file that has begun, at the end of what has come of it."""
-        if index not in self._files or offset != self._files[index].received:
+        if index not in self._files:
+            raise InternalError(f"file {index} of the result has bytes before its header")
+        if offset != self._files[index].received:
             raise InternalError(f"byte {offset} of file {index} came where byte {self.received(index)} is next")
         self._files[index].write(data)
 
