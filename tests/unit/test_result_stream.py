@@ -317,3 +317,18 @@ def test_closing_ends_the_storing_and_leaves_the_event_for_the_end() -> None:
             assert [stored.item.item_index for stored in stream.items] == [0]
 
         story(server, test)
+
+
+def test_a_damaged_store_is_an_error_and_no_endless_wait(server: RedisServer) -> None:
+    async def test(case: Case) -> None:
+        stream = case.stream()
+        key = f"fleet:request:{case.request_id}"
+        await case.redis.delete(key)
+        await case.redis.set(key, "x")
+        with pytest.raises(InternalError, match="damaged"):
+            await stream.put(0, packet(b"one"), 3)
+        await stream.close()
+        with pytest.raises(InternalError, match="damaged"):
+            await case.writers.pop().close()
+
+    story(server, test)
