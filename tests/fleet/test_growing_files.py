@@ -195,7 +195,7 @@ def test_a_request_without_a_result_ends_the_download(url: str, state: pb.Reques
         await owner.deliver(b"first")
         await follower.receive(0, 5)
         await owner.end(state, pb.Error(code="INTERNAL", message="a defect"))
-        with pytest.raises(grpc.aio.AioRpcError, match="only one that SUCCEEDED has a result") as caught:
+        with pytest.raises(grpc.aio.AioRpcError, match=r"INTERNAL: a defect\); only one that SUCCEEDED") as caught:
             await follower.rest()
         assert error_of(caught.value)[0] == "FAILED_PRECONDITION"
 

@@ -16,8 +16,8 @@ import pytest
 from common.errors import InternalError, Unavailable
 from common.rpc.status import to_status
 from fleet.v1 import generation_pb2 as pb
-from services.cli import client
 from services.cli.__main__ import main
+from services.cli.client import ATTEMPTS
 from services.cli.output import ResultFiles
 
 PARTS = {0: [b"first", b"second", b"third"], 1: [b"other", b"last"]}
@@ -41,6 +41,7 @@ class Pretender:
         self.watches: list[str] = []
         self.breaks_after = 99
         self.broken_calls = 0
+        self.is_silent = False
         self.ending = pb.REQUEST_STATE_SUCCEEDED
         self.after_part: Callable[[], None] = lambda: None
 
@@ -84,6 +85,8 @@ class Pretender:
     def watch(self, request: pb.WatchRequest, context: Context) -> Iterator[pb.WatchResponse]:
         """The last event, once the connections that shall be lost are lost."""
         self.watches.append(request.after_event_id)
+        if self.is_silent:
+            self._break(context)
         yield pb.WatchResponse(event=pb.Event(event_id="1-0", item=pb.ResultItem(num_frames=4, byte_size=5)))
         if self.broken_calls:
             self._break(context)
@@ -93,6 +96,8 @@ class Pretender:
         """One file from an offset, two bytes a call while calls are broken."""
         assert request.follow
         self.downloads.append((request.index, request.offset))
+        if self.is_silent:
+            self._break(context)
         data = b"".join(PARTS[request.index])[request.offset :]
         yield pb.DownloadResultResponse(file=header(request.index, is_growing=True))
         if self.broken_calls:
@@ -215,27 +220,12 @@ def test_a_request_that_fails_leaves_no_growing_file(pretender: Pretender, tmp_p
 
 
 def test_attempts_end_where_no_coordinator_sends_anything(
-    pretender: Pretender, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    pretender: Pretender, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    calls: list[int] = []
-
-    async def nobody(self: client.FleetClient, request_id: str, index: int, offset: int) -> client.Downloaded:
-        del self, request_id, offset
-        calls.append(index)
-        raise Unavailable("no fleet answers")
-        yield pb.DownloadResultResponse()
-
-    async def silent(self: client.FleetClient, request_id: str, after: str = "") -> client.Events:
-        del self, request_id, after
-        raise Unavailable("no fleet answers")
-        yield pb.Event()
-
-    monkeypatch.setattr(client.FleetClient, "download", nobody)
-    monkeypatch.setattr(client.FleetClient, "watch", silent)
-    pretender.breaks_after = 3
+    pretender.breaks_after, pretender.is_silent = 3, True
     assert generate(tmp_path / "x.mp4") == 1
-    assert calls == [0] * (client.ATTEMPTS + 1)
-    assert "no fleet answers" in capsys.readouterr().err
+    assert pretender.downloads == [(0, 11)] * (ATTEMPTS + 1)
+    assert capsys.readouterr().err.endswith("this coordinator is shutting down\n")
     assert not list(tmp_path.iterdir())
 
 
