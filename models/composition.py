@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import ClassVar
 
@@ -17,25 +17,6 @@ TRANSFORMER = "transformer"
 """Role of the transformer in the standard stages."""
 _VAE: Mapping[str, str] = MappingProxyType({"vae": "vae"})
 """Modules of decoding without sound, by role."""
-FILE_DECODING = StageSpec(
-    contracts.DECODING, "decoding", "models.stages.decoding:DecodingStage", _VAE, cost=Cost.PIXEL, result="media"
-)
-"""Decodes images, or with more modules videos with sound, to whole files."""
-VIDEO_DECODING = StageSpec(
-    contracts.VIDEO_DECODING,
-    "decoding",
-    "models.stages.video_decoding:VideoDecodingStage",
-    _VAE,
-    cost=Cost.PIXEL,
-    result="media_items",
-)
-"""Decodes videos without sound to fragments of files."""
-BLOCK_DECODING = replace(
-    VIDEO_DECODING,
-    contract=contracts.BLOCK_DECODING,
-    implementation="models.stages.video_decoding:BlockDecodingStage",
-)
-"""Decodes videos that are denoised block by block to fragments of files."""
 DENOISING_STAGE = "models.stages.denoising:DenoisingStage"
 """Implementation of the standard denoising loop."""
 
@@ -49,6 +30,15 @@ class Denoising:
     inputs: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Decoding:
+    """A decoder: its contract, its implementation, and its output that is the request's result."""
+
+    contract: Contract
+    implementation: str
+    result: str
+
+
 STANDARD_DENOISING = Denoising(contracts.DENOISING, DENOISING_STAGE)
 DMD_DENOISING = Denoising(
     contracts.DENOISING, "models.stages.dmd_denoising:DmdDenoisingStage", inputs=("latents_generator",)
@@ -57,6 +47,13 @@ CAUSAL_DMD_DENOISING = Denoising(
     contracts.CAUSAL_DENOISING,
     "models.stages.causal_dmd_denoising:CausalDMDDenoisingStage",
     inputs=("latents_generator",),
+)
+MEDIA_DECODING = Decoding(contracts.DECODING, "models.stages.decoding:DecodingStage", result="media")
+VIDEO_DECODING = Decoding(
+    contracts.VIDEO_DECODING, "models.stages.video_decoding:VideoDecodingStage", result="media_items"
+)
+BLOCK_DECODING = Decoding(
+    contracts.BLOCK_DECODING, "models.stages.video_decoding:BlockDecodingStage", result="media_items"
 )
 
 
@@ -71,8 +68,9 @@ class StandardPipeline(ComposedPipeline):
         *,
         text_modules: Sequence[str] = ("text_encoder", "tokenizer"),
         scheduler: str | None = "scheduler",
+        decoders: Mapping[str, str] = _VAE,
         denoising: Denoising = STANDARD_DENOISING,
-        decoding: StageSpec = FILE_DECODING,
+        decoding: Decoding = MEDIA_DECODING,
     ) -> None:
         """Text to image, or to video: encode the text, draw the noise, lay out the steps, denoise, decode.
 
@@ -80,7 +78,7 @@ class StandardPipeline(ComposedPipeline):
         """
         self._add_text_encoding(text_modules)
         self._add_preparation(scheduler)
-        self._add_denoising_and_decoding(scheduler, denoising=denoising, decoding=decoding)
+        self._add_denoising_and_decoding(scheduler, decoders=decoders, denoising=denoising, decoding=decoding)
 
     def add_hybrid_stages(self, implementation: str, *, modules: Sequence[str], scheduler: str = "scheduler") -> None:
         """One stage of the model's own for all work before denoising, then denoise and decode.
@@ -130,8 +128,9 @@ class StandardPipeline(ComposedPipeline):
         self,
         scheduler: str | None,
         *optional_inputs: str,
+        decoders: Mapping[str, str] = _VAE,
         denoising: Denoising = STANDARD_DENOISING,
-        decoding: StageSpec = FILE_DECODING,
+        decoding: Decoding = MEDIA_DECODING,
     ) -> None:
         self.add_stage(
             StageSpec(
@@ -143,7 +142,16 @@ class StandardPipeline(ComposedPipeline):
                 reports_steps=True,
             )
         )
-        self.add_stage(decoding)
+        self.add_stage(
+            StageSpec(
+                decoding.contract,
+                "decoding",
+                decoding.implementation,
+                decoders,
+                cost=Cost.PIXEL,
+                result=decoding.result,
+            )
+        )
 
 
 def _scheduler_role(scheduler: str | None) -> dict[str, str]:
@@ -178,7 +186,8 @@ class StandardImagePipeline(StandardPipeline):
         image_encoder: str | None = "image_encoder",
         image_processor: str = "image_processor",
         scheduler: str = "scheduler",
-        decoding: StageSpec = VIDEO_DECODING,
+        decoders: Mapping[str, str] = _VAE,
+        decoding: Decoding = VIDEO_DECODING,
         image_inputs: Sequence[str] = (),
     ) -> None:
         """Text and images to video: the denoiser gets the images' latents and the tokens of a vision encoder.
@@ -200,7 +209,7 @@ class StandardImagePipeline(StandardPipeline):
             )
         self._add_image_vae_encoding(*image_inputs)
         self._add_preparation(scheduler)
-        self._add_denoising_and_decoding(scheduler, *inputs, decoding=decoding)
+        self._add_denoising_and_decoding(scheduler, *inputs, decoders=decoders, decoding=decoding)
 
     def _add_image_vae_encoding(self, *optional_inputs: str) -> None:
         self.add_stage(

@@ -24,8 +24,8 @@ SAFETENSORS = "application/vnd.safetensors"
 # Near enough to lossless for the eye; a fixed number of threads, because x264's bytes depend on it.
 _X264_OPTIONS = {"crf": "17", "preset": "medium"}
 _X264_THREADS = 4
-# Fragments: frames are shown in the order of decoding, so that players need no offsets between the two, which they treat
-# differently; and few frames wait in the encoder, so that a fragment is ready soon after its last frame.
+# No B frames: players differ in how they treat frames that are shown in another order than they are decoded in.
+# A short lookahead: a fragment is ready soon after its last frame.
 _FRAGMENT_OPTIONS = {**_X264_OPTIONS, "bf": "0", "rc-lookahead": "4"}
 # First an index without frames, then a fragment for each IDR frame, at its time in the whole video instead of 0.
 _FRAGMENT_MUXING = {

@@ -19,7 +19,7 @@ from torch import Tensor
 from common.artifacts import ImageInputs, Media, MediaItem, ParamValue
 from common.local import LocalRunner
 from common.pipeline import result_of, run_pipeline
-from common.stage import Call, Stream
+from common.stage import Call
 from common.variants import HostedVariants
 from models.catalog import ServedModel, open_model
 from models.loader import load_variants
@@ -37,7 +37,7 @@ class Heard:
     warnings: list[tuple[str, str]] = field(default_factory=list)
     progress: list[tuple[int, int]] = field(default_factory=list)
     items: dict[str, list[Any]] = field(default_factory=lambda: defaultdict(list))
-    """What stages emitted, by slot."""
+    """What stages emitted, by slot, to a call without a runner."""
 
     def call(self) -> Call:
         """A call that tells it here."""
@@ -85,11 +85,11 @@ class LocalFleet:
         runners = [
             LocalRunner(self.services[spec.service].of(variant.name), self._executor) for spec in variant.services
         ]
-        heard = heard or Heard()
+        call = (heard or Heard()).call()
         slot = result_of(variant.services)
-        outputs: dict[str, Any] = asyncio.run(run_pipeline(runners, values, heard.call(), wanted=(slot,)))
-        result: Media | Stream[MediaItem] = outputs[slot]
-        return result if isinstance(result, Media) else joined(heard.items[slot])
+        outputs: dict[str, Any] = asyncio.run(run_pipeline(runners, values, call, wanted=(slot,)))
+        result: Media | tuple[MediaItem, ...] = outputs[slot]
+        return result if isinstance(result, Media) else joined(result)
 
     def tensors(
         self, heard: Heard | None = None, images: Mapping[str, bytes] = NO_IMAGES, **given: ParamValue

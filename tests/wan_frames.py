@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor
@@ -32,3 +33,24 @@ def check_frames_come_early(vae: AutoencoderKLWan, latents: Tensor) -> None:
         next(frames)
     handle.remove()
     assert len(seen) == 1
+
+
+def check_sessions(
+    vae: AutoencoderKLWan, latents: Tensor, pieces: list[int], decoding_bytes: int | None = None
+) -> None:
+    """Assert that latents which arrive in pieces give the bytes of decoding at once, also of two videos in turns.
+
+    `latents` have the shape (1, channels, sum of `pieces`, H, W).
+    """
+    videos = [latents, latents.flip(2)]
+    ours = WanVAE(vae, decoding_bytes)
+    sessions = [ours.session(*latents.shape[2:], concurrent=2) for _ in videos]
+    made: list[list[Tensor]] = [[] for _ in videos]
+    with torch.inference_mode():
+        for parts in zip(*(video.split(pieces, dim=2) for video in videos), strict=True):
+            for frames, session, part in zip(made, sessions, parts, strict=True):
+                frames.extend(session.feed(part))
+    for video, frames in zip(videos, made, strict=True):
+        assert torch.equal(torch.stack(frames, dim=1), decode(vae, video, decoding_bytes))
+    with torch.inference_mode(), pytest.raises(ValueError, match="1 frames are 1 more than are missing"):
+        list(sessions[0].feed(latents[:, :, :1]))

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from models.composition import FILE_DECODING, StandardImagePipeline, StandardPipeline
+from models.composition import MEDIA_DECODING, StandardImagePipeline, StandardPipeline
 from models.registry import Registry
 
 if TYPE_CHECKING:
@@ -14,8 +13,7 @@ if TYPE_CHECKING:
     from common.pipeline import ComposedPipeline
 
 _TEXT_MODULES = ("text_encoder", "tokenizer", "connectors")
-_DECODERS = ("vae", "audio_vae", "vocoder")
-_DECODING = replace(FILE_DECODING, modules={name: name for name in _DECODERS})
+_DECODERS = {"vae": "vae", "audio_vae": "audio_vae", "vocoder": "vocoder"}
 MODULES = (*_TEXT_MODULES, "transformer", "scheduler", *_DECODERS)
 """Modules that both pipelines need."""
 
@@ -34,7 +32,7 @@ class LTX2Pipeline(StandardPipeline):
 
     def create_pipeline_stages(self) -> None:
         """Text to video."""
-        self.add_standard_t2i_stages(text_modules=_TEXT_MODULES, decoding=_DECODING)
+        self.add_standard_t2i_stages(text_modules=_TEXT_MODULES, decoders=_DECODERS)
 
 
 class LTX2ImagePipeline(StandardImagePipeline):
@@ -46,7 +44,11 @@ class LTX2ImagePipeline(StandardImagePipeline):
     def create_pipeline_stages(self) -> None:
         """Text and image to video; the image is compressed as the request's sampling says."""
         self.add_standard_ti2v_stages(
-            text_modules=_TEXT_MODULES, image_encoder=None, decoding=_DECODING, image_inputs=("sampling",)
+            text_modules=_TEXT_MODULES,
+            image_encoder=None,
+            decoders=_DECODERS,
+            decoding=MEDIA_DECODING,
+            image_inputs=("sampling",),
         )
 
 

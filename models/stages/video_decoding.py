@@ -166,7 +166,8 @@ class _Fragments:
         canvas, first = self._canvas, self._num_frames.get(piece.index, 0)
         fragment = Mp4Fragment(canvas.height, canvas.width, canvas.frame_rate or DEFAULT_FRAME_RATE, first)
         count = 0
-        for count, pixels in enumerate(frames, 1):
+        for pixels in frames:
+            count += 1
             self._ahead.submit(fragment.add, pixels)
             self._emit_finished()
         if count:
@@ -175,7 +176,8 @@ class _Fragments:
 
     def emit_all(self) -> None:
         """Wait for the fragments that are being encoded, and emit them."""
-        self._ahead.wait()
+        with self._call.waiting():
+            self._ahead.wait()
         self._emit_finished()
 
     def _emit_finished(self) -> None:

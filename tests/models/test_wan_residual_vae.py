@@ -18,7 +18,7 @@ from models.vaes.wan import RESIDUAL_DECODING_BYTES, WanVAE
 from tensor_memory import PeakBytes
 from tiny_flux import randomise
 from tiny_wan import build_tiny_wan_ti2v, residual_vae
-from wan_frames import check_frames_come_early, decode
+from wan_frames import check_frames_come_early, check_sessions, decode
 
 SAME = 1e-5
 LITTLE = 6_000_000
@@ -98,14 +98,23 @@ def test_strips_join_without_a_seam(
     reference: AutoencoderKLWan, vae: AutoencoderKLWan, shape: tuple[int, int, int]
 ) -> None:
     latents = noise(1, 48, *shape, seed=2)
-    assert len(WanVAE(vae, LITTLE)._strips(latents)) > 2
-    assert len(WanVAE(vae)._strips(latents)) == 1
+    assert len(WanVAE(vae, LITTLE)._strips(*latents.shape[2:], 1)) > 2
+    assert len(WanVAE(vae)._strips(*latents.shape[2:], 1)) == 1
     theirs, ours = reference_frames(reference, latents), decode(vae, latents, LITTLE)
     assert float((ours - theirs).abs().max()) <= SAME
 
 
 def test_a_frame_comes_before_the_next_latents_are_read(vae: AutoencoderKLWan) -> None:
     check_frames_come_early(vae, noise(1, 48, 3, 3, 3, seed=3))
+
+
+@pytest.mark.parametrize("pieces", [[1, 1, 1, 1], [3, 1], [1, 3]])
+def test_latents_may_arrive_in_pieces(vae: AutoencoderKLWan, pieces: list[int]) -> None:
+    check_sessions(vae, noise(1, 48, 4, 2, 3, seed=5), pieces)
+
+
+def test_pieces_of_a_large_video_give_its_frames_at_the_end(vae: AutoencoderKLWan) -> None:
+    check_sessions(vae, noise(1, 48, 3, 2, 60, seed=6), [1, 2], LITTLE)
 
 
 def published_peak(shape: tuple[int, int, int], dtype: torch.dtype, decoding_bytes: int | None = None) -> int:

@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import threading
-from collections.abc import Iterator
 from typing import Any
 
-import av
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
 
 from common.artifacts import Canvas, ImageInputs, Prompt, Sampling, StepCheckpoint
 from common.codec import pack, unpack
-from common.errors import Cancelled, InvalidInput
 from common.local import HostedStages
 from common.stage import Call
 from common.tensors import TORCH
@@ -26,7 +21,6 @@ from local_fleet import Heard
 from models.catalog import ServedModel, open_model
 from models.images import as_tensor, open_image, open_images
 from models.loader import load_stages
-from models.media import Mp4File, mp4_bytes
 from models.registry import load_registry
 from models.runtime import Runtime
 from step_checkpoints import step_checkpoints_to
@@ -120,12 +114,13 @@ def test_bfloat16_runs_from_picture_to_video(model: ServedModel) -> None:
         "sampling": SAMPLING,
         "image_inputs": inputs(image=png()),
     }
+    heard = Heard()
     for name in services:
-        slots |= run(services, name, slots)
+        slots |= run(services, name, slots, heard.call())
     assert slots["denoised_latents"].parts["video"].latents.dtype == torch.float32
     assert slots["image_latents"].parts["condition"].latents.shape == (1, 20, 2, 4, 6)
-    (item,) = slots["media"].items
-    assert item.content_type == "video/mp4"
+    (item,) = heard.items["media_items"]
+    assert (item.content_type, item.num_frames) == ("video/mp4", 5)
 
 
 def test_the_mask_marks_what_is_given(services: dict[str, HostedStages], prepared: Slots) -> None:
@@ -134,32 +129,6 @@ def test_the_mask_marks_what_is_given(services: dict[str, HostedStages], prepare
     assert mask[:, 0].tolist() == [1, 1, 1, 1]
     assert mask[:, 1].tolist() == [0, 0, 0, 0]
     del services
-
-
-def test_decoding_ends_within_a_frame_when_cancelled(services: dict[str, HostedStages], prepared: Slots) -> None:
-    heard: list[int] = []
-
-    def leave(step: int, _: int) -> None:
-        heard.append(step)
-        call.cancelled.set()
-
-    call = Call("test", on_progress=leave)
-    slots = {
-        "denoised_latents": prepared["initial_latents"],
-        "canvas": dataclasses.replace(CANVAS, output_format="mp4"),
-    }
-    with pytest.raises(Cancelled):
-        run(services, "decoding", slots, call)
-    assert heard == [1]
-
-
-def test_videos_are_no_pictures(services: dict[str, HostedStages], prepared: Slots) -> None:
-    slots = {
-        "denoised_latents": prepared["initial_latents"],
-        "canvas": dataclasses.replace(CANVAS, output_format="png"),
-    }
-    with pytest.raises(InvalidInput, match="it makes mp4 and safetensors"):
-        run(services, "decoding", slots)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L"])
@@ -178,31 +147,3 @@ def test_pictures_come_in_the_order_of_their_numbers() -> None:
     roles = ["last_image", *(f"image_{number}" for number in (10, 2, 1)), "image"]
     opened = open_images(inputs(**{role: png() for role in roles}))
     assert list(opened) == ["image", "image_1", "image_2", "image_10", "last_image"]
-
-
-def test_a_frame_is_encoded_while_the_next_one_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The encoder waits here for the next frame; were it to run between two frames, it would wait for ever."""
-    made = [threading.Event() for _ in range(4)]
-    encoded: list[int] = []
-    encode = Mp4File.add
-
-    def add(file: Mp4File, pixels: Tensor) -> None:
-        following = len(encoded) + 1
-        assert following == len(made) or made[following].wait(10), "the next frame was not made meanwhile"
-        encoded.append(following)
-        encode(file, pixels)
-
-    def frames() -> Iterator[Tensor]:
-        for event in made:
-            event.set()
-            yield torch.zeros(3, 16, 16)
-
-    monkeypatch.setattr(Mp4File, "add", add)
-    assert mp4_bytes(frames(), 16, 16, 8.0)
-    assert encoded == [1, 2, 3, 4]
-
-
-def test_a_failing_encoder_is_heard() -> None:
-    frames = (torch.zeros(3, size, 16) for size in (16, 16, 20))
-    with pytest.raises(av.error.ExternalError, match="libx264"):
-        mp4_bytes(frames, 16, 17, 8.0)

@@ -6,10 +6,10 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan
 
-from models.vaes.wan import DECODING_BYTES, WanVAE
+from models.vaes.wan import DECODING_BYTES, DecodingSession, WanVAE
 from tensor_memory import PeakBytes
 from tiny_flux import randomise
-from wan_frames import check_frames_come_early, decode
+from wan_frames import check_frames_come_early, check_sessions, decode
 
 SAME = 1e-5
 LITTLE = 4_000_000
@@ -37,7 +37,7 @@ def test_frames_are_those_of_decoding_at_once(vae: AutoencoderKLWan, shape: tupl
 @pytest.mark.parametrize("shape", [(3, 4, 60), (2, 60, 4)])
 def test_strips_join_without_a_seam(vae: AutoencoderKLWan, shape: tuple[int, int, int]) -> None:
     latents = torch.randn(1, 16, *shape, generator=torch.Generator().manual_seed(2))
-    assert len(WanVAE(vae, LITTLE)._strips(latents)) > 2
+    assert len(WanVAE(vae, LITTLE)._strips(*latents.shape[2:], 1)) > 2
     with torch.inference_mode():
         at_once = vae.decode(latents, return_dict=False)[0]
     assert float((decode(vae, latents, LITTLE) - at_once[0]).abs().max()) <= SAME
@@ -45,6 +45,36 @@ def test_strips_join_without_a_seam(vae: AutoencoderKLWan, shape: tuple[int, int
 
 def test_a_frame_comes_before_the_next_latents_are_read(vae: AutoencoderKLWan) -> None:
     check_frames_come_early(vae, torch.randn(1, 16, 3, 4, 4, generator=torch.Generator().manual_seed(3)))
+
+
+@pytest.mark.parametrize("pieces", [[1, 1, 1, 1, 1], [3, 2], [2, 3], [5]])
+def test_latents_may_arrive_in_pieces(vae: AutoencoderKLWan, pieces: list[int]) -> None:
+    check_sessions(vae, torch.randn(1, 16, 5, 4, 6, generator=torch.Generator().manual_seed(4)), pieces)
+
+
+def test_pieces_of_a_large_video_give_its_frames_at_the_end(vae: AutoencoderKLWan) -> None:
+    latents = torch.randn(1, 16, 3, 4, 60, generator=torch.Generator().manual_seed(5))
+    check_sessions(vae, latents, [2, 1], LITTLE)
+    session = WanVAE(vae, LITTLE).session(3, 4, 60)
+    with torch.inference_mode():
+        assert [len(list(session.feed(part))) for part in latents.split([2, 1], dim=2)] == [0, 9]
+
+
+def published_session(frames: int, concurrent: int) -> DecodingSession:
+    """A session at the published size on the meta device, for 480x832 in bfloat16."""
+    with torch.device("meta"):
+        return WanVAE(AutoencoderKLWan().to(torch.bfloat16)).session(frames, 60, 104, concurrent=concurrent)
+
+
+@pytest.mark.parametrize("concurrent", [1, 2])
+def test_sessions_in_turns_decode_within_the_bound(concurrent: int) -> None:
+    """One video of 480x832 is decoded as it comes; caches of two would exceed the bound, so they come at the end."""
+    sessions = [published_session(6, concurrent) for _ in range(concurrent)]
+    latents = torch.empty(1, 16, 3, 60, 104, dtype=torch.bfloat16, device="meta")
+    with torch.inference_mode(), PeakBytes() as memory:
+        made = [[sum(1 for _ in session.feed(latents)) for session in sessions] for _ in range(2)]
+    assert made == {1: [[9], [12]], 2: [[0, 0], [21, 21]]}[concurrent]
+    assert memory.peak <= DECODING_BYTES
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,8 +1,9 @@
-"""MP4 files: playable from the first bytes, and the same bytes each time."""
+"""MP4 files with sound: playable from the first bytes, and the same bytes each time."""
 
 from __future__ import annotations
 
 import io
+import threading
 from collections.abc import Iterator
 
 import av
@@ -10,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.media import Sound, mp4_bytes
+from models.media import Mp4File, Sound, mp4_bytes
+from mp4_boxes import box_types
 from mp4_sound import decoded_sound
 
 
@@ -18,26 +20,6 @@ def frames(count: int, size: int) -> Iterator[Tensor]:
     generator = torch.Generator().manual_seed(0)
     for _ in range(count):
         yield torch.rand(3, size, size, generator=generator)
-
-
-def boxes(file: bytes) -> list[str]:
-    """The types of the top-level boxes, in order (ISO/IEC 14496-12)."""
-    found, offset = [], 0
-    while offset < len(file):
-        size = int.from_bytes(file[offset : offset + 4])
-        found.append(file[offset + 4 : offset + 8].decode())
-        assert size >= 8
-        offset += size
-    return found
-
-
-@pytest.mark.parametrize(("count", "size"), [(1, 16), (25, 128)])
-def test_the_index_stands_before_the_frames(count: int, size: int) -> None:
-    file = mp4_bytes(frames(count, size), size, size, 8.0)
-    assert boxes(file).index("moov") < boxes(file).index("mdat")
-    assert file == mp4_bytes(frames(count, size), size, size, 8.0)
-    with av.open(io.BytesIO(file), mode="r") as container:
-        assert len(list(container.decode(video=0))) == count
 
 
 def tone(seconds: float, rate: int, channels: int) -> Sound:
@@ -48,13 +30,22 @@ def tone(seconds: float, rate: int, channels: int) -> Sound:
     )
 
 
+@pytest.mark.parametrize(("count", "size"), [(1, 16), (25, 128)])
+def test_the_index_stands_before_the_frames(count: int, size: int) -> None:
+    file, again = (mp4_bytes(frames(count, size), size, size, 8.0, tone(1.0, 24000, 1)) for _ in range(2))
+    assert box_types(file).index("moov") < box_types(file).index("mdat")
+    assert file == again
+    with av.open(io.BytesIO(file), mode="r") as container:
+        assert len(list(container.decode(video=0))) == count
+
+
 @pytest.mark.parametrize(("rate", "channels"), [(24000, 2), (48000, 2), (16000, 1)])
 @pytest.mark.parametrize("seconds", [0.01, 1.0, 4.0])
 def test_the_sound_is_an_aac_track(rate: int, channels: int, seconds: float) -> None:
     """From the first sample on, whether it is shorter or longer than the video of 3 seconds."""
     sound = tone(seconds, rate, channels)
     file = mp4_bytes(frames(24, 16), 16, 16, 8.0, sound)
-    assert boxes(file).index("moov") < boxes(file).index("mdat")
+    assert box_types(file).index("moov") < box_types(file).index("mdat")
     assert file == mp4_bytes(frames(24, 16), 16, 16, 8.0, sound)
     with av.open(io.BytesIO(file), mode="r") as container:
         track = container.streams.audio[0]
@@ -77,3 +68,31 @@ def test_sound_lies_among_the_frames_of_its_time() -> None:
             latest[packet.stream.type] = float((packet.dts or 0) * (packet.time_base or 0))
             assert abs(latest["video"] - latest["audio"]) < 1.5
     assert min(latest.values()) > 11
+
+
+def test_a_frame_is_encoded_while_the_next_one_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The encoder waits here for the next frame; were it to run between two frames, it would wait for ever."""
+    made = [threading.Event() for _ in range(4)]
+    encoded: list[int] = []
+    encode = Mp4File.add
+
+    def add(file: Mp4File, pixels: Tensor) -> None:
+        following = len(encoded) + 1
+        assert following == len(made) or made[following].wait(10), "the next frame was not made meanwhile"
+        encoded.append(following)
+        encode(file, pixels)
+
+    def frames() -> Iterator[Tensor]:
+        for event in made:
+            event.set()
+            yield torch.zeros(3, 16, 16)
+
+    monkeypatch.setattr(Mp4File, "add", add)
+    assert mp4_bytes(frames(), 16, 16, 8.0, tone(0.5, 24000, 2))
+    assert encoded == [1, 2, 3, 4]
+
+
+def test_a_failing_encoder_is_heard() -> None:
+    frames = (torch.zeros(3, size, 16) for size in (16, 16, 20))
+    with pytest.raises(av.error.ExternalError, match="libx264"):
+        mp4_bytes(frames, 16, 17, 8.0, tone(0.5, 24000, 2))

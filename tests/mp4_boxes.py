@@ -1,0 +1,27 @@
+"""Reads the boxes of MP4 files (ISO/IEC 14496-12), for tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+
+def boxes(data: bytes) -> Iterator[tuple[str, bytes]]:
+    """The boxes at the top level of a file or of a container box: type and content. Asserts that they fill `data`."""
+    offset = 0
+    while offset < len(data):
+        size = int.from_bytes(data[offset : offset + 4])
+        assert 8 <= size <= len(data) - offset
+        yield data[offset + 4 : offset + 8].decode(), data[offset + 8 : offset + size]
+        offset += size
+
+
+def box_types(data: bytes) -> list[str]:
+    """The types of the boxes, in order."""
+    return [kind for kind, _ in boxes(data)]
+
+
+def box(data: bytes, *path: str) -> bytes:
+    """The content of the only box at a path of types."""
+    for name in path:
+        (data,) = [content for kind, content in boxes(data) if kind == name]
+    return data

@@ -1,0 +1,150 @@
+"""Fragments of MP4 files: together one playable file, each the same bytes whichever encoder made the others."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from models.media import Mp4Fragment
+from mp4_boxes import box, box_types, boxes
+
+HEIGHT, WIDTH = 48, 80
+COUNTS = (9, 12, 1, 3, 30)
+"""Frames of the fragments; the last one is longer than the encoder looks ahead."""
+TOTAL = sum(COUNTS)
+FIRSTS = [sum(COUNTS[:index]) for index in range(len(COUNTS))]
+
+
+def picture(index: int) -> Tensor:
+    """A frame of a smooth video (3, HEIGHT, WIDTH), whose blue states the index."""
+    rows, columns = torch.meshgrid(torch.linspace(0, 6, HEIGHT), torch.linspace(0, 9, WIDTH), indexing="ij")
+    red, green = (0.5 + 0.5 * torch.sin(each + index / 7) for each in (rows, columns))
+    return torch.stack([red, green, torch.full_like(red, index / TOTAL)])
+
+
+def fragment(first: int, count: int, frame_rate: float = 16.0) -> bytes:
+    encoder = Mp4Fragment(HEIGHT, WIDTH, frame_rate, first)
+    for index in range(first, first + count):
+        encoder.add(picture(index))
+    return encoder.finish()
+
+
+@pytest.fixture(scope="module")
+def fragments() -> list[bytes]:
+    return [fragment(*each) for each in zip(FIRSTS, COUNTS, strict=True)]
+
+
+def check_playable(file: bytes, count: int, frame_rate: Fraction) -> None:
+    """Assert that all frames are shown in order, each for the same time, in the colours that were encoded."""
+    with av.open(io.BytesIO(file), mode="r", options={"err_detect": "explode"}) as container:
+        stream = container.streams.video[0]
+        assert stream.codec_context.name == "h264"
+        assert stream.average_rate == frame_rate
+        assert (stream.codec_context.colorspace, stream.codec_context.color_primaries) == (1, 1)
+        assert stream.codec_context.color_trc == 1
+        packets = [packet for packet in container.demux(stream) if packet.size]
+        assert stream.time_base is not None
+        assert [(packet.duration or 0) * stream.time_base for packet in packets] == [1 / frame_rate] * count
+        assert (stream.duration or 0) * stream.time_base == count / frame_rate
+        assert all(packet.dts == packet.pts for packet in packets)
+    with av.open(io.BytesIO(file), mode="r", options={"err_detect": "explode"}) as container:
+        shown = list(container.decode(video=0))
+        times = [(frame.pts or 0) * Fraction(frame.time_base or 0) for frame in shown]
+        assert times == [index / frame_rate for index in range(count)]
+        for index in (0, count // 2, count - 1):
+            seen = shown[index].to_ndarray(format="rgb24").astype(np.float64) / 255
+            assert np.abs(seen.transpose(2, 0, 1) - picture(index).double().numpy()).mean() < 0.02
+
+
+def test_the_concatenated_fragments_are_one_file(fragments: list[bytes]) -> None:
+    file = b"".join(fragments)
+    check_playable(file, TOTAL, Fraction(16))
+    assert box_types(file) == ["ftyp", "moov", *["moof", "mdat"] * len(COUNTS)]
+    moofs = [content for kind, content in boxes(file) if kind == "moof"]
+    numbers = [int.from_bytes(box(moof, "mfhd")[4:]) for moof in moofs]
+    assert numbers == sorted(set(numbers))
+    scale = int.from_bytes(box(file, "moov", "trak", "mdia", "mdhd")[12:16])
+    times = [Fraction(int.from_bytes(box(moof, "traf", "tfdt")[4:]), scale) for moof in moofs]
+    assert times == [Fraction(first, 16) for first in FIRSTS]
+
+
+def test_what_has_come_of_a_file_is_playable(fragments: list[bytes]) -> None:
+    for index, first in enumerate(FIRSTS):
+        check_playable(b"".join(fragments[: index + 1]), first + COUNTS[index], Fraction(16))
+
+
+def test_a_player_can_seek_to_each_fragment(fragments: list[bytes]) -> None:
+    file = b"".join(fragments)
+    for first, count in zip(FIRSTS, COUNTS, strict=True):
+        with av.open(io.BytesIO(file), mode="r") as container:
+            stream = container.streams.video[0]
+            assert stream.time_base is not None
+            container.seek(int(Fraction(first, 16) / stream.time_base), stream=stream)
+            shown = [frame.time for frame in container.decode(stream)]
+            assert shown == [index / 16 for index in range(first, TOTAL)], f"{count} frames from {first}"
+
+
+def test_a_fragment_begins_with_an_idr_frame(fragments: list[bytes]) -> None:
+    """A decoder can start at each: with the parameters of the index and the first slice, of NAL type 5."""
+    for data in fragments:
+        payload, kinds = box(data, "mdat"), []
+        while payload:
+            size = int.from_bytes(payload[:4])
+            kinds.append(payload[4] & 0x1F)
+            payload = payload[4 + size :]
+        assert next(kind for kind in kinds if kind in (1, 5)) == 5
+
+
+def test_a_fragment_is_the_same_bytes_without_those_before_it(fragments: list[bytes]) -> None:
+    """In a process of its own, which has encoded nothing before."""
+    index = 3
+    program = (
+        "import sys\n"
+        "from test_mp4_fragments import fragment\n"
+        f"sys.stdout.buffer.write(fragment({FIRSTS[index]}, {COUNTS[index]}))\n"
+    )
+    here = Path(__file__).parent
+    paths = [str(path) for path in (here, here.parent, here.parents[1])]
+    run = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path[:0] = {paths!r}\n{program}"], capture_output=True, check=True
+    )
+    assert run.stdout == fragments[index]
+    assert fragment(0, COUNTS[0]) == fragments[0]
+
+
+def test_frames_place_size_and_rate_make_the_bytes(fragments: list[bytes]) -> None:
+    assert fragment(FIRSTS[1], COUNTS[1] - 1) != fragments[1]
+    assert fragment(FIRSTS[1] + 1, COUNTS[1]) != fragments[1]
+    assert fragment(FIRSTS[1], COUNTS[1], frame_rate=8.0) != fragments[1]
+
+
+@pytest.mark.parametrize(
+    ("frame_rate", "exact"),
+    [(24.0, Fraction(24)), (24000 / 1001, Fraction(24000, 1001)), (12.5, Fraction(25, 2)), (1.0, Fraction(1))],
+)
+def test_times_are_exact_at_any_rate(frame_rate: float, exact: Fraction) -> None:
+    file = b"".join(fragment(first, count, frame_rate) for first, count in ((0, 5), (5, 8)))
+    check_playable(file, 13, exact)
+
+
+def test_cuts_within_a_fragment_keep_one_file() -> None:
+    """The encoder may start anew at a cut: that is one more moof box in the same item."""
+    encoder = Mp4Fragment(HEIGHT, WIDTH, 16.0, 0)
+    other = torch.rand(3, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(0))
+    for index in range(50):
+        encoder.add(picture(index) if index < 40 else other)
+    file = encoder.finish() + fragment(50, 1)
+    assert box_types(file).count("moof") == 3
+    numbers = [int.from_bytes(box(content, "mfhd")[4:]) for kind, content in boxes(file) if kind == "moof"]
+    assert numbers == sorted(set(numbers))
+    with av.open(io.BytesIO(file), mode="r") as container:
+        assert [frame.time for frame in container.decode(video=0)] == [index / 16 for index in range(51)]
