@@ -174,8 +174,15 @@ def _transformer(config: CausalWanTransformerConfig, device: torch.device) -> Ca
 
 
 def _request(scale: Scale, config: WanCausalDMDPipelineConfig, runtime: Runtime) -> dict[str, Any]:
-    size = {"height": scale.height, "width": scale.width, "num_frames": scale.frames}
-    params = WanCausalDMDSamplingParams(prompt="", seed=SEED, output_format="mp4", frame_rate=FRAME_RATE, **size)
+    params = WanCausalDMDSamplingParams(
+        prompt="",
+        seed=SEED,
+        height=scale.height,
+        width=scale.width,
+        num_frames=scale.frames,
+        frame_rate=FRAME_RATE,
+        output_format="mp4",
+    )
     artifacts, call = params.artifacts(), Call("bench")
     canvas, sampling = artifacts["canvas"], artifacts["sampling"]
     assert isinstance(canvas, Canvas), "artifacts() puts each in its slot"
