@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from common.artifacts import Conditioning, LatentPart, Latents, Sampling, Schedule
+from common.artifacts import Conditioning, Generator, LatentPart, Latents, Sampling, Schedule
 from models.contracts import DenoisingInput
 
 
@@ -28,6 +28,8 @@ def save_input(x: DenoisingInput, path: Path) -> None:
         if conditioning:
             tensors |= {f"{slot}.positive.{name}": value for name, value in conditioning.prompt_embeds.items()}
             tensors |= {f"{slot}.negative.{name}": value for name, value in conditioning.negative_prompt_embeds.items()}
+    if x.latents_generator is not None:
+        tensors["generator"] = x.latents_generator.state
     numbers = {"sampling": dataclasses.asdict(x.sampling), "shapes": shapes}
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, {"numbers": json.dumps(numbers)})
 
@@ -45,7 +47,12 @@ def load_input(path: str | Path) -> DenoisingInput:
         text_conditioning=_conditioning(tensors, "text"),
         image_conditioning=_conditioning(tensors, "picture") if _below(tensors, "picture") else None,
         sampling=_sampling(numbers["sampling"]),
+        latents_generator=_generator(tensors, numbers["sampling"]["seed"]),
     )
+
+
+def _generator(tensors: Mapping[str, Tensor], seed: int) -> Generator | None:
+    return Generator(seed=seed, state=tensors["generator"]) if "generator" in tensors else None
 
 
 def _sampling(values: dict[str, Any]) -> Sampling:

@@ -18,6 +18,7 @@ from torch import Tensor
 from common.artifacts import Canvas, Conditioning, LatentPart, Latents, ParamValue, Sampling
 from common.checkpoint import Checkpoint
 from common.stage import Call
+from configs.pipeline_configs.dmd import CausalDmdConfig
 from denoising_files import save_input
 from local_fleet import relative_error
 from models.contracts import DenoisingInput, LatentPreparationInput, TimestepPreparationInput
@@ -32,7 +33,14 @@ from tiny_flux import LATENT_CHANNELS, build_tiny_flux
 from tiny_glm_image import CODES, GLYPH_SIZE, build_tiny_glm_image
 from tiny_ltx2 import AUDIO_SIZE, VIDEO_CHANNELS, VIDEO_SIZE, build_tiny_ltx2
 from tiny_qwen_image import build_tiny_qwen_image, build_tiny_qwen_image_edit
-from tiny_wan import TI2V_LATENT_CHANNELS, build_tiny_wan, build_tiny_wan_i2v, build_tiny_wan_ti2v
+from tiny_wan import (
+    TI2V_LATENT_CHANNELS,
+    build_tiny_wan,
+    build_tiny_wan_causal,
+    build_tiny_wan_dmd,
+    build_tiny_wan_i2v,
+    build_tiny_wan_ti2v,
+)
 
 CPU = torch.device("cpu")
 STEPS = 4
@@ -51,7 +59,7 @@ class Family:
 
     Embeddings are (tokens, width) or (width,); `ids` are token ids (tokens,) of both branches. Image latents have a
     packed and a raw shape. `channels` is the number of latent channels, a token is a patch of `patch` latents. `config`
-    is a reference to the config, if it is not the registered one.
+    is a reference to the config, if it is not the registered one. A loop that `draws` gets the generator of the noise.
     """
 
     build: Callable[[Path], Path]
@@ -65,6 +73,8 @@ class Family:
     channels: int = LATENT_CHANNELS
     patch: int = 4
     config: str = ""
+    sampling: Sampling | None = None
+    draws: bool = False
 
 
 LTX2_PARAMS: Mapping[str, ParamValue] = {
@@ -84,6 +94,12 @@ SAMPLING = Sampling(
     guidance_scale=4.0,
     true_cfg_scale=2.0,
     params=LTX2_PARAMS,
+)
+DMD = Sampling(
+    num_inference_steps=3,
+    seed=3,
+    num_outputs_per_prompt=2,
+    params={"dmd_denoising_steps": (1000.0, 757.0, 522.0), "flow_shift": 8.0},
 )
 FAMILIES = {
     "flux": Family(
@@ -114,6 +130,25 @@ FAMILIES = {
         positive={"encoder_hidden_states": (13, 32)},
         negative={"encoder_hidden_states": (13, 32)},
         tokens=35,
+    ),
+    "wan-dmd": Family(
+        build_tiny_wan_dmd,
+        Canvas(height=80, width=112, output_format="mp4"),
+        positive={"encoder_hidden_states": (13, 32)},
+        negative={},
+        tokens=35,
+        sampling=DMD,
+        draws=True,
+    ),
+    # Two blocks of 30 tokens.
+    "wan-causal": Family(
+        build_tiny_wan_causal,
+        Canvas(height=48, width=80, num_frames=13, output_format="mp4"),
+        positive={"encoder_hidden_states": (13, 32)},
+        negative={},
+        tokens=60,
+        sampling=DMD,
+        draws=True,
     ),
     "wan-i2v": Family(
         build_tiny_wan_i2v,
@@ -165,6 +200,7 @@ class Case:
     model: Mapping[str, str]
     loop: Path
     single: Path
+    steps: list[int]
     latents: Tensor
     prediction: Tensor
 
@@ -195,15 +231,17 @@ def make_case(family: Family, folder: Path, run: Run = alone) -> Case:
         inputs = str(folder / f"{file}.safetensors")
         run(function, **model, inputs=inputs, output=str(folder / file))
         made |= load_file(rank_file(str(folder / file), 0))
-    return Case(model, folder / "loop.safetensors", folder / "single.safetensors", **made)
+    blocks = config.blocks_of(x.initial_latents.parts["video"].latents) if isinstance(config, CausalDmdConfig) else 1
+    steps = [*range(1, blocks * x.schedule.num_inference_steps + 1)]
+    return Case(model, folder / "loop.safetensors", folder / "single.safetensors", steps, **made)
 
 
 def draw_input(checkpoint: Checkpoint, config: Any, family: Family) -> DenoisingInput:
     """Noise and schedule of the family's own stages; what encoders would make is random."""
     torch.manual_seed(5)
-    runtime, canvas = Runtime(), family.canvas
+    runtime, canvas, sampling = Runtime(), family.canvas, family.sampling or SAMPLING
     scheduler = load_module(checkpoint, "scheduler", config, runtime)
-    drawing = LatentPreparationInput(canvas=canvas, sampling=SAMPLING)
+    drawing = LatentPreparationInput(canvas=canvas, sampling=sampling)
     initial = LatentPreparationStage(config, runtime, {}).run(drawing, Call("test"))
     timesteps = TimestepPreparationStage(config, runtime, {"scheduler": scheduler})
     noise = next(iter(initial.initial_latents.parts.values()))
@@ -216,14 +254,15 @@ def draw_input(checkpoint: Checkpoint, config: Any, family: Family) -> Denoising
         condition = Latents(parts={"condition": part})
     return DenoisingInput(
         initial_latents=initial.initial_latents,
-        schedule=timesteps.run(TimestepPreparationInput(canvas=canvas, sampling=SAMPLING), Call("test")).schedule,
+        schedule=timesteps.run(TimestepPreparationInput(canvas=canvas, sampling=sampling), Call("test")).schedule,
         text_conditioning=Conditioning(
             prompt_embeds=draw(family.positive) | ids,
             negative_prompt_embeds=draw(family.negative) | {name: each.clone() for name, each in ids.items()},
         ),
         image_conditioning=Conditioning(prompt_embeds=draw(family.pictures)) if family.pictures else None,
         image_latents=condition,
-        sampling=SAMPLING,
+        sampling=sampling,
+        latents_generator=initial.latents_generator if family.draws else None,
     )
 
 
@@ -257,7 +296,7 @@ def check(pool: RankPool, case: Case, degrees: Degrees, folder: Path) -> dict[st
     single = {**case.model, "inputs": str(case.single), "output": str(folder / "single")}
     loop = {**case.model, "inputs": str(case.loop), "output": str(folder / "loop")}
     pool.call("rank_calls:forward", **single)
-    assert pool.call("rank_calls:denoise", **loop) == [[*range(1, STEPS + 1)]] * degrees.world_size
+    assert pool.call("rank_calls:denoise", **loop) == [case.steps] * degrees.world_size
     for name, expected, most in (("single", case.prediction, 1e-5), ("loop", case.latents, 1e-4)):
         results = [load_file(rank_file(str(folder / name), rank)) for rank in range(degrees.world_size)]
         (got, *others) = [tensor for result in results for tensor in result.values()]

@@ -22,6 +22,7 @@ from configs.approximation import Approximation
 from configs.pipeline_configs.base import PipelineConfig
 from denoising_files import load_input
 from models.catalog import open_model
+from models.contracts import DenoisingOutput
 from models.layers.collectives import gather_chunks
 from models.layers.mesh import AXES, Degrees, WorkerMesh, make_mesh
 from models.layers.sharded_keys import ShardedKeysAttention
@@ -30,6 +31,7 @@ from models.layers.usp_attention import USPAttention
 from models.loader import load_module, load_stages
 from models.registry import load_registry, resolve
 from models.runtime import Runtime
+from models.stages.causal_dmd_denoising import BLOCKS, CausalDMDDenoisingStage
 from models.stages.denoising import DenoisingStage
 
 CPU = torch.device("cpu")
@@ -102,10 +104,21 @@ def denoise(
 ) -> list[int]:
     """The whole loop; the steps that it reported."""
     steps: list[int] = []
+    blocks: list[Tensor] = []
+
+    def on_item(slot: str, index: int, item: Any) -> None:
+        if slot == BLOCKS:
+            assert index == len(blocks)
+            blocks.append(item.parts["video"].latents)
+
     runtime = Runtime(device=RANK.device, mesh=RANK.mesh, approximation=Approximation(**approximation))
     stage = _denoising_stage(checkpoint, config, runtime)
-    done = stage.run(load_input(inputs), Call("test", on_progress=lambda step, _: steps.append(step)))
-    latents = [part.latents.cpu() for part in done.denoised_latents.parts.values()]
+    call = Call("test", on_progress=lambda step, _: steps.append(step), on_item=on_item)
+    done = stage.run(load_input(inputs), call)
+    if isinstance(done, DenoisingOutput):
+        latents = [part.latents.cpu() for part in done.denoised_latents.parts.values()]
+    else:
+        latents = [torch.cat(blocks, dim=2)]
     save_file({"latents": _joined(latents)}, rank_file(output, rank))
     return steps
 
@@ -115,7 +128,7 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
     return parts[0].contiguous() if len(parts) == 1 else torch.cat([part.flatten() for part in parts])
 
 
-def _denoising_stage(checkpoint: str, config: str, runtime: Runtime) -> DenoisingStage:
+def _denoising_stage(checkpoint: str, config: str, runtime: Runtime) -> DenoisingStage | CausalDMDDenoisingStage:
     """The registered pipeline's, or one with another config."""
     if config:
         opened, made = open_with(checkpoint, config)
@@ -123,7 +136,7 @@ def _denoising_stage(checkpoint: str, config: str, runtime: Runtime) -> Denoisin
         return DenoisingStage(made, runtime, modules)
     model = open_model(checkpoint, load_registry())
     (stage,) = load_stages(model, model.service("denoising"), runtime)
-    assert isinstance(stage, DenoisingStage)
+    assert isinstance(stage, DenoisingStage | CausalDMDDenoisingStage)
     return stage
 
 

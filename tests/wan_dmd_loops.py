@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import Tensor
 
-from common.artifacts import Canvas, Conditioning, Latents, Sampling, StepCheckpoint
+from common.artifacts import Canvas, Conditioning, Latents, ParamValue, Sampling, StepCheckpoint
 from common.checkpoint import Checkpoint
 from common.stage import STEP_CHECKPOINTS, Call
 from configs.pipeline_configs.wan_dmd import WanCausalDMDPipelineConfig, WanDMDPipelineConfig
@@ -27,7 +27,7 @@ from models.stages.latent_preparation import LatentPreparationStage
 from models.stages.timestep_preparation import TimestepPreparationStage
 from tiny_wan import LATENT_CHANNELS, TEXT_SIZE
 
-SIZE = {"height": 32, "width": 48}
+SIZE: Mapping[str, int] = {"height": 32, "width": 48}
 
 
 @dataclass
@@ -74,8 +74,8 @@ class DmdLoop:
     path: Path
     runtime: Runtime = field(default_factory=lambda: Runtime(step_checkpoint_every=1))
 
-    config_class = WanDMDPipelineConfig
-    params_class = WanDMDSamplingParams
+    config_class: ClassVar[type[WanDMDPipelineConfig]] = WanDMDPipelineConfig
+    params_class: ClassVar[type[WanDMDSamplingParams]] = WanDMDSamplingParams
 
     @cached_property
     def config(self) -> WanDMDPipelineConfig:
@@ -87,7 +87,13 @@ class DmdLoop:
 
     def inputs(self, num_frames: int, seed: int = 3, outputs: int = 1) -> DenoisingInput:
         """What the stages before the loop make, with random embeddings."""
-        given = {"prompt": "", "seed": seed, "num_outputs_per_prompt": outputs, "num_frames": num_frames, **SIZE}
+        given: dict[str, ParamValue] = {
+            "prompt": "",
+            "seed": seed,
+            "num_outputs_per_prompt": outputs,
+            "num_frames": num_frames,
+            **SIZE,
+        }
         params, _ = self.params_class.build(given, Checkpoint.open(self.path))
         artifacts, call = params.artifacts(), Call("test")
         canvas, sampling = artifacts["canvas"], artifacts["sampling"]
@@ -119,8 +125,8 @@ class DmdLoop:
 class CausalLoop(DmdLoop):
     """The same of a causal checkpoint."""
 
-    config_class = WanCausalDMDPipelineConfig
-    params_class = WanCausalDMDSamplingParams
+    config_class: ClassVar[type[WanDMDPipelineConfig]] = WanCausalDMDPipelineConfig
+    params_class: ClassVar[type[WanDMDSamplingParams]] = WanCausalDMDSamplingParams
 
     def stage(self) -> CausalDMDDenoisingStage:
         config = self.config
@@ -166,7 +172,7 @@ def reference_dmd(path: Path, request: Request) -> Tensor:
     for number, step in enumerate(steps):
         timestep = torch.full((len(latents),), step)
         velocity = model(latents, timestep, request.text, return_dict=False)[0]
-        clean = latents - levels[number] * velocity
+        clean: Tensor = latents - levels[number] * velocity
         if number + 1 == len(steps):
             return clean
         noise = request.noise(generator, latents.shape[2])
@@ -174,7 +180,7 @@ def reference_dmd(path: Path, request: Request) -> Tensor:
     raise AssertionError("the last step returns")
 
 
-class MaskedSelfAttention(WanAttnProcessor):
+class MaskedSelfAttention(WanAttnProcessor):  # type: ignore[misc]  # Diffusers' class has no types
     """Diffusers' attention with a mask (queries, keys) for self-attention."""
 
     def __init__(self, mask: Tensor) -> None:

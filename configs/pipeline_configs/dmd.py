@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from common.errors import InvalidInput
 from configs.pipeline_configs.base import POSITIVE, DenoisingConfig
 
 TRAINING_STEPS = 1000
@@ -35,6 +36,21 @@ class CausalDmdConfig(DmdConfig):
     def frames_per_block(self) -> int:
         """Latent frames of a block."""
         raise TypeError(f"{type(self).__name__} names no block size")
+
+    def blocks_of(self, latents: Tensor) -> int:
+        """Blocks of a video's latents (B, channels, frames, rows, columns).
+
+        Raises InvalidInput for frames that fill no whole blocks.
+        """
+        frames, size = latents.shape[2], self.frames_per_block
+        if frames % size or not frames:
+            message = f"initial_latents: {frames} latent frames is not a multiple of the {size} of a block"
+            raise InvalidInput(f"{message}; {max(1, frames // size) * size} works", field="initial_latents")
+        return frames // size
+
+    def frames_of(self, block: int) -> slice:
+        """The latent frames of a block."""
+        return slice(block * self.frames_per_block, (block + 1) * self.frames_per_block)
 
 
 def flow_levels(shift: float) -> list[float]:

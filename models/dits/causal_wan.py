@@ -51,11 +51,10 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         """Velocity of a whole video as one block; arguments as those of the Wan DiT."""
         grid = hidden_states[:1, :0] if video_grid is None else video_grid
         prepared = self.prepare(timestep[None], encoder_hidden_states, grid)
-        memory = {
-            name: torch.zeros(spec.shape, dtype=spec.dtype, device=hidden_states.device)
-            for name, spec in prepared.memory.items()
-        }
-        return self.predict(hidden_states, **prepared.row(0), **prepared.constants, **memory)["hidden_states"]
+        slab = prepared.memory["kv_cache"]
+        memory = {"kv_cache": torch.zeros(slab.shape, dtype=slab.dtype, device=hidden_states.device)}
+        inputs = {**prepared.row(0), **prepared.constants, **memory}
+        return self.predict(hidden_states, first_frame=0, use=None, **inputs)["hidden_states"]
 
     def prepare(  # type: ignore[override]  # which keywords there are differs by model
         self, timesteps: Tensor, encoder_hidden_states: Tensor, video_grid: Tensor

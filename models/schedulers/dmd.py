@@ -46,12 +46,13 @@ class DmdSolver:
             raise InvalidInput("a DMD loop draws noise, but no generator came", field="latents_generator")
         index = self._done % self._total
         self._done += 1
-        clean = latents.float() - self._sigmas[index] * prediction.float()
+        clean: Tensor = latents.float() - self._sigmas[index] * prediction.float()
         if index + 1 == self._total:
             return clean
         sigma = self._sigmas[index + 1]
         noise = self._draw(tuple(latents.shape), generator).to(latents.device)
-        return (1.0 - sigma) * clean + sigma * noise
+        noised: Tensor = (1.0 - sigma) * clean + sigma * noise
+        return noised
 
     def state(self) -> Mapping[str, Tensor]:
         """Nothing."""

@@ -10,7 +10,6 @@ Sources: Self Forcing (arXiv 2506.08009), FastVideo's CausalDMDDenosingStage.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -30,35 +29,11 @@ from models.stages.loop_state import LoopState
 from models.stages.pacing import paced_steps
 from models.stages.predictor import LoopRequest, Predictor
 from models.stages.snapshots import on_cpu
-from models.stages.step_memory import Lease
+from models.stages.step_memory import Flags, Lease
 
 BLOCKS = "denoised_blocks"
 FIRST_FRAME = "first_frame"
 """Static keyword of the denoiser's predict(): the frames of the video before the block."""
-
-
-@dataclass(frozen=True)
-class _Blocks:
-    """The blocks of a video with `frames` latent frames."""
-
-    frames: int
-    size: int
-
-    @classmethod
-    def of(cls, x: DenoisingInput, part: str, size: int) -> _Blocks:
-        """Raises InvalidInput for frames that fill no whole blocks."""
-        frames = x.initial_latents.parts[part].latents.shape[2]
-        if frames % size or not frames:
-            message = f"initial_latents: {frames} latent frames is not a multiple of the {size} of a block"
-            raise InvalidInput(f"{message}; {max(1, frames // size) * size} works", field="initial_latents")
-        return cls(frames, size)
-
-    def __len__(self) -> int:
-        return self.frames // self.size
-
-    def frames_of(self, block: int) -> slice:
-        """The latent frames of a block."""
-        return slice(block * self.size, (block + 1) * self.size)
 
 
 class CausalDMDDenoisingStage(PipelineStage[DenoisingInput, BlockDenoisingOutput]):
@@ -85,31 +60,31 @@ class CausalDMDDenoisingStage(PipelineStage[DenoisingInput, BlockDenoisingOutput
         that fill no whole blocks, ResourceExhausted, before the first step, where its memory does not fit, and
         HandedOver at a step boundary when asked to.
         """
-        blocks = _Blocks.of(x, self._part, self._config.frames_per_block)
+        blocks = self._config.blocks_of(x.initial_latents.parts[self._part].latents)
         request = self._predictor.request(x)
-        state = LoopState.of(x, self._config.part_keywords, self._new_solver, len(blocks))
+        state = LoopState.of(x, self._config.part_keywords, self._new_solver, blocks)
         finished = state.step // len(request.steps)
         for block in range(finished):
-            self._emit(state, blocks, block, call)
-        if finished < len(blocks):
+            self._emit(state, block, call)
+        if finished < blocks:
             with self._memory.leases() as lease:
                 self._loop(request, state.to(self._runtime.device), blocks, call, lease)
         return BlockDenoisingOutput()
 
-    def _loop(self, request: LoopRequest, state: LoopState, blocks: _Blocks, call: Call, lease: Lease) -> None:
-        steps, total = request.steps, len(request.steps) * len(blocks)
-        latents = state.block(blocks.frames_of(0))  # for their shapes
+    def _loop(self, request: LoopRequest, state: LoopState, blocks: int, call: Call, lease: Lease) -> None:
+        steps, total = request.steps, len(request.steps) * blocks
+        latents = state.block(self._config.frames_of(0))  # for their shapes
         branches = self._predictor.branches(request, latents, steps, lease)
         for block in range(state.step // len(steps)):
             call.check_cancelled()
-            self._write_context(request, branches, state, blocks, block)
+            self._write_context(request, branches, state, block)
         checkpoints = LoopCheckpoints(state, total, self._runtime, call)
         for index in paced_steps(state.step, total, call, self._runtime.device):
             checkpoints.hand_over_if_asked()
             block, number = divmod(index, len(steps))
-            frames = blocks.frames_of(block)
+            frames = self._config.frames_of(block)
             predictions = self._predictor.predict(
-                request, branches, state.block(frames), steps[number], _flags(blocks, block)
+                request, branches, state.block(frames), steps[number], self._flags(block)
             )
             state.advance(predictions, frames)
             if number + 1 < len(steps):
@@ -117,26 +92,23 @@ class CausalDMDDenoisingStage(PipelineStage[DenoisingInput, BlockDenoisingOutput
                 continue
             # The checkpoint comes first: a receiver of the block never asks for its steps again.
             checkpoints.send()
-            self._emit(state, blocks, block, call)
-            if block + 1 < len(blocks):
-                self._write_context(request, branches, state, blocks, block)
+            self._emit(state, block, call)
+            if block + 1 < blocks:
+                self._write_context(request, branches, state, block)
 
-    def _write_context(
-        self, request: LoopRequest, branches: Branches, state: LoopState, blocks: _Blocks, block: int
-    ) -> None:
+    def _write_context(self, request: LoopRequest, branches: Branches, state: LoopState, block: int) -> None:
         """Write keys and values of a finished block to memory: predict it at timestep 0, the row after the steps."""
         clean = dict.fromkeys(state.latents, 0.0)
         step = Step(len(request.steps), 0.0, clean, clean)
-        latents = state.block(blocks.frames_of(block))
-        self._predictor.predict(request, branches, latents, step, _flags(blocks, block))
+        latents = state.block(self._config.frames_of(block))
+        self._predictor.predict(request, branches, latents, step, self._flags(block))
 
-    def _emit(self, state: LoopState, blocks: _Blocks, block: int, call: Call) -> None:
-        latents = {part: each.contiguous() for part, each in state.block(blocks.frames_of(block)).items()}
+    def _emit(self, state: LoopState, block: int, call: Call) -> None:
+        latents = {part: each.contiguous() for part, each in state.block(self._config.frames_of(block)).items()}
         parts = {
             part: LatentPart(latents=each, raw_latent_shape=tuple(each.shape)) for part, each in on_cpu(latents).items()
         }
         call.emit(BLOCKS, Latents(parts=parts), block)
 
-
-def _flags(blocks: _Blocks, block: int) -> tuple[tuple[str, int], ...]:
-    return ((FIRST_FRAME, blocks.frames_of(block).start),)
+    def _flags(self, block: int) -> Flags:
+        return ((FIRST_FRAME, self._config.frames_of(block).start),)

@@ -34,7 +34,8 @@ class TimestepPreparationStage(PipelineStage[TimestepPreparationInput, TimestepP
         call.check_cancelled()
         if (steps := self._config.own_schedule(x.sampling)) is not None:
             return TimestepPreparationOutput(schedule=_schedule_of(steps))
-        scheduler = copy.deepcopy(self._scheduler)
+        scheduler: Any = copy.deepcopy(self._scheduler)
+        assert scheduler is not None, "the pipeline names a scheduler, or its config has a schedule"
         sigmas = self._config.sigmas(x.sampling)
         # Checked below: NumPy's warning of a division by 0 would be all that a log says.
         with np.errstate(divide="ignore", invalid="ignore"):

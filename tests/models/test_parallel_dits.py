@@ -10,9 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from common.errors import InvalidInput
 from denoising_files import load_input, save_input
 from local_fleet import relative_error
-from models.layers.mesh import AXES, Degrees
+from models.catalog import open_model
+from models.layers.mesh import AXES, Axis, Degrees, WorkerMesh
+from models.loader import load_stages
+from models.registry import load_registry
+from models.runtime import Runtime
 from parallel_cases import FAMILIES, LAYOUTS, Case, check, make_case
 from rank_calls import denoise, rank_file
 from rank_pool import RankPool
@@ -49,6 +54,34 @@ def test_degrees_of_glm_image(rank_pool: RankPool, cases: dict[str, Case], tmp_p
 def test_two_segments_of_tokens(rank_pool: RankPool, cases: dict[str, Case], tmp_path: Path, degrees: Degrees) -> None:
     """Every rank has a chunk of the first frame and a chunk of the others."""
     check(rank_pool, cases["wan-ti2v"], degrees, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("family", "degrees"),
+    [
+        ("wan-dmd", Degrees(tp=2)),
+        ("wan-dmd", Degrees(ulysses=2)),
+        ("wan-dmd", Degrees(ring=2)),
+        ("wan-causal", Degrees(tp=2)),
+        ("wan-causal", Degrees(ulysses=2)),
+        ("wan-causal", Degrees(tp=2, ulysses=2)),
+    ],
+    ids=str,
+)
+def test_few_step_loops(
+    rank_pool: RankPool, cases: dict[str, Case], tmp_path: Path, family: str, degrees: Degrees
+) -> None:
+    """All ranks add the same noise. The cache of a causal model is sharded by heads."""
+    check(rank_pool, cases[family], degrees, tmp_path)
+
+
+def test_a_causal_model_refuses_a_ring(cases: dict[str, Case]) -> None:
+    model = open_model(cases["wan-causal"].checkpoint, load_registry())
+    degrees = Degrees(ring=2)
+    mesh = WorkerMesh(degrees, torch.device("cpu"), 0, {axis: Axis(degrees.of(axis)) for axis in AXES})
+    with pytest.raises(InvalidInput, match=r"ring: 2 is not 1; .* so that ulysses and tp work") as caught:
+        load_stages(model, model.service("denoising"), Runtime(mesh=mesh))
+    assert caught.value.field == "ring"
 
 
 @pytest.mark.parametrize("degrees", [*FEW, Degrees(ulysses=2, ring=2)], ids=str)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from common.artifacts import StepCheckpoint
+from common.artifacts import ParamValue, StepCheckpoint
 from common.checkpoint import Checkpoint
 from common.codec import pack, unpack
 from common.errors import Cancelled, CheckpointError, HandedOver, InvalidInput, ResourceExhausted
@@ -23,7 +23,7 @@ from configs.models.dits.causal_wan import CausalWanTransformerConfig
 from configs.pipeline_configs.wan_dmd import WanCausalDMDPipelineConfig
 from configs.sample.wan_dmd import WanCausalDMDSamplingParams
 from fake_graphs import FakeCapture
-from local_fleet import relative_error
+from local_fleet import NO_IMAGES, open_fleet, relative_error
 from models.catalog import open_model
 from models.dits.causal_wan import CausalWanTransformer3DModel
 from models.registry import load_registry
@@ -34,7 +34,7 @@ from models.stages.predictor import Predictor
 from models.stages.step_memory import StepMemoryPool
 from models.warm_up import WarmUp
 from tiny_wan import build_tiny_wan, build_tiny_wan_causal, edit_json
-from wan_dmd_loops import CausalLoop, Heard, Request, reference_causal
+from wan_dmd_loops import SIZE, CausalLoop, Heard, Request, reference_causal
 
 STEPS, BLOCK = 4, 2
 FRAMES = 21
@@ -312,6 +312,17 @@ def test_a_checkpoint_without_the_causal_configuration_is_refused(folder: Path) 
 def test_configurations_that_cannot_be_are_refused(entries: dict[str, Any], message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         CausalWanTransformerConfig.from_dict("transformer", {"num_frames_per_block": 2, **entries})
+
+
+def test_a_video_is_made_by_the_services(loop: CausalLoop) -> None:
+    """Blocks go from the loop to the decoder while it runs; the latents are those of the loop."""
+    fleet = open_fleet(str(loop.path))
+    given: dict[str, ParamValue] = {"seed": 3, "prompt": "a red apple", "num_frames": FRAMES, **SIZE}
+    made = fleet.tensors(None, NO_IMAGES, **given)
+    fleet.close()
+    assert made["latents"].shape[2] == 3 * BLOCK
+    assert FRAMES in made["pixels"].shape
+    assert bool(made["pixels"].isfinite().all())
 
 
 def test_made_up_requests_run_the_loop(loop: CausalLoop) -> None:

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.artifacts import StepCheckpoint
+from common.artifacts import ParamValue, StepCheckpoint
 from common.checkpoint import Checkpoint
 from common.codec import pack, unpack
 from common.errors import Cancelled, HandedOver, InvalidInput
 from common.tensors import TORCH
 from configs.pipeline_configs.dmd import nearest_levels, warped_levels
 from configs.sample.wan_dmd import WanDMDSamplingParams
-from local_fleet import open_fleet, relative_error
+from local_fleet import NO_IMAGES, open_fleet, relative_error
 from models.catalog import open_model
 from models.registry import load_registry
 from tiny_wan import build_tiny_wan_dmd, edit_json
@@ -77,10 +77,9 @@ def test_a_loop_without_a_generator_is_refused(loop: DmdLoop) -> None:
 
 def test_a_cancelled_loop_ends_within_one_step(loop: DmdLoop) -> None:
     heard = Heard()
-    call = heard.call()
-    cancelling = replace(call, on_progress=lambda step, total: (call.on_progress(step, total), call.cancelled.set()))
+    call = heard.call(lambda *_: call.cancelled.set())
     with pytest.raises(Cancelled):
-        loop.stage().run(loop.inputs(FRAMES), cancelling)
+        loop.stage().run(loop.inputs(FRAMES), call)
     assert heard.steps == [(1, STEPS)]
 
 
@@ -107,7 +106,8 @@ def test_a_video_is_made_by_the_services(path: Path) -> None:
     assert "scheduler" not in {name for service in model.services for name in service.modules}
     edit_json(path / "scheduler" / "scheduler_config.json", {"_class_name": "SelfForcingFlowMatchScheduler"})
     fleet = open_fleet(str(path))
-    made = fleet.tensors(seed=3, prompt="a red apple", num_frames=5, **SIZE)
+    given: dict[str, ParamValue] = {"seed": 3, "prompt": "a red apple", "num_frames": 5, **SIZE}
+    made = fleet.tensors(None, NO_IMAGES, **given)
     assert made["pixels"].shape[0] == 1
     assert bool(made["latents"].isfinite().all())
     fleet.close()
@@ -121,7 +121,8 @@ def test_the_defaults_are_fastwans(path: Path) -> None:
 
 
 def test_steps_follow_from_the_timesteps(path: Path) -> None:
-    given = {"prompt": "", "num_inference_steps": 50, "dmd_denoising_steps": (988.0, 932.0, 852.0, 608.0)}
+    timesteps = (988.0, 932.0, 852.0, 608.0)
+    given: dict[str, ParamValue] = {"prompt": "", "num_inference_steps": 50, "dmd_denoising_steps": timesteps}
     params, (warning,) = WanDMDSamplingParams.build(given, Checkpoint.open(path))
     assert params.num_inference_steps == 4
     assert warning.field == "num_inference_steps"

@@ -21,6 +21,8 @@ FAMILIES = [
     "LTX2Pipeline",
     "QwenImageEditPipeline",
     "QwenImagePipeline",
+    "WanCausalDMDPipeline",
+    "WanDMDPipeline",
     "WanImageToVideoPipeline",
     "WanPipeline",
 ]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models.layers.attention import Attention, KeyValues
+from models.layers.attention import Attention, KeyValueCache, KeyValues
 from models.layers.joint_attention import JointAttention
 from models.layers.mesh import Axis
 from models.layers.peer_gather import Gathered, PeerGather
@@ -54,9 +54,12 @@ class GatheringAttention(Attention):
         """Room among those of all ranks."""
         return self.gather.key_values(shape, like.dtype, [shape[1]])
 
-    def finish(self, q: Tensor, sent: KeyValues, out: Tensor | None = None) -> Tensor:
+    def finish(
+        self, q: Tensor, sent: KeyValues, out: Tensor | None = None, cache: KeyValueCache | None = None
+    ) -> Tensor:
         """Attend to them."""
         assert isinstance(sent, Gathered)
+        assert cache is None
         return sent.attend(q, out)
 
 

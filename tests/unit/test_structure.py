@@ -20,6 +20,13 @@ LONGER: dict[str, str] = {}
 # Rooms whose modules may import each other in a circle.
 MAY_CIRCLE = ("models.layers.", "models.kernels.")
 
+# Stages that denoise, each with its file. Models differ in their configs, not in loops of their own.
+DENOISING_LOOPS = {
+    "DenoisingStage": "models/stages/denoising.py",
+    "DmdDenoisingStage": "models/stages/dmd_denoising.py",
+    "CausalDMDDenoisingStage": "models/stages/causal_dmd_denoising.py",
+}
+
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
@@ -93,6 +100,28 @@ def _explained(lines: list[str], number: int) -> bool:
     return "#" in lines[number - 1] or (above >= 0 and lines[above].lstrip().startswith("#"))
 
 
+def denoising_loops(sources: Mapping[str, str]) -> dict[str, str]:
+    """Stages that read a denoising loop's input, or derive from one that does, each with its file."""
+    classes = {
+        node.name: (path, {_last_name(each) for base in node.bases for each in ast.walk(base)})
+        for path, source in sources.items()
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.ClassDef)
+    }
+    found = {name: path for name, (path, bases) in classes.items() if "DenoisingInput" in bases}
+    while more := {n: path for n, (path, bases) in classes.items() if n not in found and bases & found.keys()}:
+        found |= more
+    return found
+
+
+def _last_name(node: ast.AST) -> str:
+    """The name of a reference such as `DenoisingInput` or `contracts.DenoisingInput`; empty for another node."""
+    match node:
+        case ast.Name(name) | ast.Attribute(attr=name):
+            return name
+    return ""
+
+
 def _module_of(path: str) -> str:
     return path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
 
@@ -137,6 +166,21 @@ def test_no_imports_go_in_a_circle() -> None:
 
 def _may_circle(module: str) -> bool:
     return module.startswith(MAY_CIRCLE)
+
+
+def test_there_are_three_denoising_loops() -> None:
+    served = {path: source for path, source in _sources().items() if not path.startswith("tests/")}
+    assert denoising_loops(served) == DENOISING_LOOPS
+    paced = {name for name, imports in import_graph(served).items() if "models.stages.pacing" in imports}
+    assert paced == {"models.stages.denoising", "models.stages.causal_dmd_denoising"}, "the others have no loop"
+
+
+def test_a_further_denoising_loop_is_found() -> None:
+    sources = {
+        "a.py": "class A(PipelineStage[contracts.DenoisingInput, Out]): ...\nclass B(A): ...",
+        "b.py": "class C(PipelineStage[DenoisingInput, Out]): ...\nclass D(C): ...\nclass E(Other): ...",
+    }
+    assert denoising_loops(sources) == {"A": "a.py", "B": "a.py", "C": "b.py", "D": "b.py"}
 
 
 def test_files_and_functions_are_short() -> None:
