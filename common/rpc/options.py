@@ -44,10 +44,13 @@ _METADATA: Options = (
     ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
 )
 
-# A peer that vanished without a word is noticed within ten seconds, during calls and between them.
+# A peer that vanished without a word is noticed within ten seconds, during calls and between them. Where one of gRPC's
+# other pings is unanswered, such as those that measure bandwidth, none is sent for keepalive, and its own limit counts:
+# a minute by default.
 _KEEPALIVE: Options = (
     ("grpc.keepalive_time_ms", 5_000),
     ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.http2.ping_timeout_ms", 5_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
 )

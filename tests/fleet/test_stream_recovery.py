@@ -1,4 +1,4 @@
-"""A video that streams: whichever process dies, each byte is delivered once, and no finished block is denoised again.
+"""A video that streams: whichever process dies or stops, each byte is delivered once, and no finished block is denoised again.
 
 More faults, between blocks and with processes that stop: python tests/fleet/chaos/run_stream_faults.py
 """
@@ -17,6 +17,7 @@ def test_each_byte_is_delivered_once_whichever_process_dies() -> None:
         async with asyncio.timeout(150), served(CAUSAL) as fleet:
             whole = await undisturbed(fleet)
             await worker_fault(fleet, whole, "denoising", signal.SIGKILL, WITHIN)
+            await worker_fault(fleet, whole, "denoising", signal.SIGSTOP, WITHIN)
             await worker_fault(fleet, whole, "decoding", signal.SIGKILL, 0)
             await coordinator_fault(fleet, whole, signal.SIGKILL, WITHIN)
 
