@@ -58,8 +58,11 @@ class ItemBuffer:
         while not self._items and not self._is_closed:
             await self._changed.wait()
 
-    async def read(self) -> AsyncIterator[tuple[Any, int]]:
-        """Yield all items in order, each with its size in bytes, until the stream is closed."""
+    async def read(self, *, forgets: bool = False) -> AsyncIterator[tuple[Any, int]]:
+        """Yield all items in order, each with its size in bytes, until the stream is closed.
+
+        A reader that `forgets` will not begin again: each item is dropped once it is read.
+        """
         position = 0
         while True:
             while position == len(self._items):
@@ -72,7 +75,10 @@ class ItemBuffer:
                 self._most_read = position
                 self._unread_bytes -= byte_size
                 self._notify()
+            if forgets:
+                self._items[position - 1] = (None, byte_size)
             yield item, byte_size
+            del item
 
     def _notify(self) -> None:
         self._changed.set()

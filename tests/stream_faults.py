@@ -13,10 +13,11 @@ import grpc
 from coordinator_fleet import Stub
 from fleet.v1 import artifacts_pb2 as pb_artifacts
 from fleet.v1 import generation_pb2 as pb
+from redis_servers import until
 from resume_fleet import Family, Served
 from tiny_wan import build_tiny_wan_causal
 
-BLOCKS, STEPS = 3, 10
+BLOCKS, STEPS = 4, 10
 """Blocks of the video, and denoising steps of a block: so many that a fault hits the loop while it runs."""
 TIMESTEPS = pb_artifacts.DoubleList(values=range(1000, 1000 - STEPS * 50, -50))
 CAUSAL = Family(
@@ -136,10 +137,29 @@ async def worker_fault(fleet: Served, whole: bytes, service: str, number: signal
     strike = partial(fleet.signal_worker, service, number)
     heard = await run(fleet, fleet.stubs[:1], at(step, int(service == "decoding"), strike))
     heard.check(whole)
-    if service == "denoising":
-        assert min(heard.resumed_steps) > step // STEPS * STEPS, heard.steps
-    else:
-        assert not heard.resumed_steps, heard.steps
+    assert bool(heard.resumed_steps) == (service == "denoising"), heard.steps
+    assert not heard.resumed_steps or min(heard.resumed_steps) > step // STEPS * STEPS, heard.steps
+
+
+async def cancelled(fleet: Served) -> None:
+    """Cancel a request within its second block: both workers are free within a step, and its items expire."""
+    stub = fleet.stubs[0]
+    name = await fleet.submit(stub)
+    async for reply in stub.Watch(pb.WatchRequest(request_id=name)):
+        event = reply.event
+        if event.progress.service == "denoising" and event.progress.step == STEPS + 1:
+            await stub.CancelRequest(pb.CancelRequestRequest(request_id=name))
+        last = event.state_change
+    assert last.state == pb.REQUEST_STATE_CANCELLED, last
+    assert STEPS <= last.steps_saved < BLOCKS * STEPS, last
+
+    async def is_free() -> bool:
+        return not await fleet.redis.keys("fleet:slots:*") and not await fleet.redis.keys("fleet:checkpoint:*")
+
+    async with asyncio.timeout(5):
+        await until(is_free)
+    for key in await fleet.redis.keys(f"fleet:*{name}*"):
+        assert await fleet.redis.pttl(key) > 0, f"{key!r} stays for ever"
 
 
 async def coordinator_fault(fleet: Served, whole: bytes, number: signal.Signals, step: int) -> None:

@@ -226,6 +226,7 @@ class ResultRunner:
 
 async def _indexed(stream: ItemBuffer) -> AsyncIterator[tuple[int, Packet]]:
     index = 0
-    async for packet, _ in stream.read():
+    async for packet, _ in stream.read(forgets=True):
         yield index, packet
+        del packet
         index += 1

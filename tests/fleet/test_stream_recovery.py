@@ -1,4 +1,4 @@
-"""A video that streams: whichever process dies or stops, each byte is delivered once, and no finished block is denoised again.
+"""A video that streams: whichever process dies or stops, each byte is delivered once and no block is denoised again.
 
 More faults, between blocks and with processes that stop: python tests/fleet/chaos/run_stream_faults.py
 """
@@ -9,7 +9,7 @@ import asyncio
 import signal
 
 from resume_fleet import served
-from stream_faults import CAUSAL, WITHIN, coordinator_fault, undisturbed, worker_fault
+from stream_faults import CAUSAL, WITHIN, cancelled, coordinator_fault, undisturbed, worker_fault
 
 
 def test_each_byte_is_delivered_once_whichever_process_dies() -> None:
@@ -19,6 +19,7 @@ def test_each_byte_is_delivered_once_whichever_process_dies() -> None:
             await worker_fault(fleet, whole, "denoising", signal.SIGKILL, WITHIN)
             await worker_fault(fleet, whole, "denoising", signal.SIGSTOP, WITHIN)
             await worker_fault(fleet, whole, "decoding", signal.SIGKILL, 0)
+            await cancelled(fleet)
             await coordinator_fault(fleet, whole, signal.SIGKILL, WITHIN)
 
     asyncio.run(story())

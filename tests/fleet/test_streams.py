@@ -357,6 +357,8 @@ def test_an_item_buffer_ignores_what_it_has_and_refuses_a_gap() -> None:
         buffer.close()
         assert [item async for item, _ in buffer.read()] == ["a"]
         assert [item async for item, _ in buffer.read()] == ["a"], "a second reader begins again"
+        assert [item async for item, _ in buffer.read(forgets=True)] == ["a"]
+        assert [item async for item, _ in buffer.read()] == [None], "it keeps what nobody will read again"
 
     run(test)
 
