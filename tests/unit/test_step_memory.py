@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from typing import Any
 
 import pytest
 import torch
@@ -58,11 +59,12 @@ def test_flags_of_a_prediction_have_graphs_of_their_own_in_one_memory(
     """Each first runs eagerly. Beyond the bound all run eagerly, to the same bytes."""
     monkeypatch.setattr(step_memory, "MOST_GRAPHS", 2)
     step = inputs()
+    given: dict[str, Any] = {**step.latents, **step.row, **step.constants}
     with pool.leases() as lease:
         memory = lease("transformer", TRANSFORMER, step)
         for skipped in (1, 2, 3):
             flags = (("skipped", skipped),)
-            expected = TRANSFORMER.predict(**step.latents, **step.row, **step.constants, skipped=skipped)
+            expected = TRANSFORMER.predict(**given, skipped=skipped)
             for _ in range(3):
                 got = memory.predict(step.latents, step.row, flags=flags)
                 assert all(torch.equal(got[name], expected[name]) for name in expected)
