@@ -47,7 +47,7 @@ def check_sessions(
     sessions = [ours.session(*latents.shape[2:], concurrent=2) for _ in videos]
     made: list[list[Tensor]] = [[] for _ in videos]
     with torch.inference_mode():
-        for parts in zip(*(video.split(pieces, dim=2) for video in videos), strict=True):
+        for parts in zip(*(torch.split(video, pieces, dim=2) for video in videos), strict=True):
             for frames, session, part in zip(made, sessions, parts, strict=True):
                 frames.extend(session.feed(part))
     for video, frames in zip(videos, made, strict=True):

@@ -55,8 +55,8 @@ class VideoDecodingStage(PipelineStage[DecodingInput, StreamedDecodingOutput]):
         raw = self._decoder.raw_latents(x.denoised_latents.parts)
 
         def pieces(_: Callable[[], None]) -> Iterator[_Piece]:
-            for index, latents in enumerate(raw.split(1)):
-                for piece in latents.split(FRAGMENT_LATENT_FRAMES, dim=2):
+            for index, latents in enumerate(torch.split(raw, 1)):
+                for piece in torch.split(latents, FRAGMENT_LATENT_FRAMES, dim=2):
                     yield _Piece(index, len(raw), piece)
 
         _emit_files(self._decoder, pieces, x.canvas, call, are_interleaved=False)
@@ -80,7 +80,7 @@ class BlockDecodingStage(PipelineStage[BlockDecodingInput, StreamedDecodingOutpu
         def pieces(before_waiting: Callable[[], None]) -> Iterator[_Piece]:
             for block in x.denoised_blocks:
                 raw = self._decoder.raw_latents(block.parts)
-                yield from (_Piece(index, len(raw), latents) for index, latents in enumerate(raw.split(1)))
+                yield from (_Piece(index, len(raw), latents) for index, latents in enumerate(torch.split(raw, 1)))
                 if not x.denoised_blocks.has_next():
                     before_waiting()
 
