@@ -1,18 +1,20 @@
 """What makes the ranks of a group stop a call at the same place: rank 0 decides, the others are told.
 
-A stage asks its Call whether it should go on, at each step and in between. All ranks run the same code on equal inputs
-and so ask equally often, and the answer to the n-th question is rank 0's everywhere. A rank that stopped by a clock or
-an event of its own would leave the others in a collective that it never enters. Rank 0's answer costs it one small send
-to each follower, and followers nothing but what they wait for a rank 0 that is behind them: the device is not asked.
+A stage asks its Call whether it should go on, at each step, at each item that it emits, and in between. All ranks run
+the same code on equal inputs and so ask equally often, and the answer to the n-th question is rank 0's everywhere. A
+rank that stopped by a clock or an event of its own would leave the others in a collective that it never enters. Rank
+0's answer costs it one small send to each follower, and followers nothing but what they wait for a rank 0 that is
+behind them: the device is not asked.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from common.errors import Cancelled, DeadlineExceeded, FleetError
-from common.stage import Call
+from common.stage import STEP_CHECKPOINTS, Call
 
 GO_ON = b""
 """The answer that lets a stage go on; any other one is outcome() of the error that ends it."""
@@ -51,6 +53,21 @@ class LeadingCall(Call):
             raise
         self.tell(GO_ON)
 
+    def emit(self, slot: str, artifact: Any, index: int | None = None) -> None:
+        """Emit, and raise as Call does, on all ranks: a slow reader delays rank 0 until the call is cancelled.
+
+        Step checkpoints wait for nobody, and ranks whose clocks differ send them at different steps.
+        """
+        if slot == STEP_CHECKPOINTS:
+            super().emit(slot, artifact, index)
+            return
+        try:
+            super().emit(slot, artifact, index)
+        except (Cancelled, DeadlineExceeded) as error:
+            self.tell(outcome(error))
+            raise
+        self.tell(GO_ON)
+
     def must_hand_over(self) -> bool:
         """Decide for all ranks."""
         decided = super().must_hand_over()
@@ -68,6 +85,12 @@ class FollowingCall(Call):
         """Wait for rank 0's answer, and raise what it says."""
         if answer := self.ask():
             raise stop_of(answer)
+
+    def emit(self, slot: str, artifact: Any, index: int | None = None) -> None:
+        """Wait until rank 0 has emitted the item, and raise what it says. It alone sends step checkpoints."""
+        del artifact, index
+        if slot != STEP_CHECKPOINTS:
+            self.check_cancelled()
 
     def must_hand_over(self) -> bool:
         """Wait for rank 0's answer."""

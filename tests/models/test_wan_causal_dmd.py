@@ -138,7 +138,8 @@ def test_a_loop_resumes_after_every_step_to_the_same_bytes(
         sent = unpack("state", StepCheckpoint, pack("state", state, TORCH), TORCH)
         rest = Heard()
         assert torch.equal(loop.run(replace(x, resume_from=sent), rest), whole), f"after step {state.step}"
-        assert rest.steps == [(step, TOTAL) for step in range(state.step + 1, TOTAL + 1)]
+        # A loop that has nothing left to do still reports that it is at its end.
+        assert rest.steps == [(step, TOTAL) for step in range(min(state.step + 1, TOTAL), TOTAL + 1)]
         finished = state.step // STEPS
         assert rest.order[:finished] == [BLOCKS] * finished, "finished blocks come first"
         left = {(step // STEPS * BLOCK, step % STEPS): 1 for step in range(state.step, TOTAL)}

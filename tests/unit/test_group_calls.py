@@ -7,14 +7,14 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NoReturn
 
 import pytest
 import torch
 
 from common.errors import Cancelled, DeadlineExceeded, FleetError, HandedOver, InvalidInput
-from common.stage import Call
+from common.stage import STEP_CHECKPOINTS, Call
 from common.variants import HostedVariants
 from services.denoising import group
 from services.denoising.agreement import FollowingCall, LeadingCall, outcome, stop_of
@@ -147,6 +147,37 @@ def test_all_ranks_stop_at_the_same_step_when_the_caller_goes() -> None:
         call.cancelled.clear()
         with pytest.raises(DeadlineExceeded, match="past its deadline"):
             ranks.run(Call("r2", deadline=time.monotonic()))
+        assert not ranks.ended.is_set()
+
+
+def test_all_ranks_stop_at_the_item_that_no_reader_takes() -> None:
+    """Rank 0 waits for a slow reader until it is cancelled; step checkpoints are no question, at whatever step."""
+    call, items = Call("r1"), {0: 0, 1: 0}
+    taken: list[tuple[str, int]] = []
+
+    def take(slot: str, index: int, _: object) -> None:
+        if (slot, index) == ("denoised_blocks", 3):
+            call.cancelled.set()
+            call.check_cancelled()
+        taken.append((slot, index))
+
+    def loop(rank: int, call_of_rank: Call) -> None:
+        for number in range(10):
+            call_of_rank.check_cancelled()
+            if rank == 0:
+                call_of_rank.checkpoint("state")
+            call_of_rank.emit("denoised_blocks", "block", number)
+            items[rank] = number + 1
+
+    with two_ranks(lambda _, each: loop(0, each), lambda _, each: loop(1, each)) as ranks:
+        with pytest.raises(Cancelled, match="request r1 was cancelled"):
+            ranks.run(replace(call, on_item=take))
+        assert items == {0: 3, 1: 3}
+        pairs = [(slot, number) for number in range(4) for slot in (STEP_CHECKPOINTS, "denoised_blocks")]
+        assert taken == pairs[:-1], "rank 0 alone emits; the last block was not taken"
+        call.cancelled.clear()
+        ranks.run(Call("r2"))
+        assert items == {0: 10, 1: 10}
         assert not ranks.ended.is_set()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from common.errors import ResourceExhausted
 from fake_graphs import FakeCapture
 from loop_family import SHAPES, LoopTransformer
+from models.stages import step_memory
 from models.stages.step_memory import Lease, StepInputs, StepMemory, StepMemoryPool, byte_size_of
 
 TRANSFORMER = LoopTransformer(1.0, remembers=True)
@@ -49,6 +51,24 @@ def test_live_leases_of_equal_steps_share_no_memory(pool: StepMemoryPool) -> Non
             again = [run(one, first), run(other, second)]
             assert all(torch.equal(a[name], b[name]) for a, b in zip(expected, again, strict=True) for name in a)
         assert not torch.equal(expected[0]["video"], expected[1]["video"])
+
+
+def test_flags_of_a_prediction_have_graphs_of_their_own_in_one_memory(
+    pool: StepMemoryPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each first runs eagerly. Beyond the bound all run eagerly, to the same bytes."""
+    monkeypatch.setattr(step_memory, "MOST_GRAPHS", 2)
+    step = inputs()
+    given: dict[str, Any] = {**step.latents, **step.row, **step.constants}
+    with pool.leases() as lease:
+        memory = lease("transformer", TRANSFORMER, step)
+        for skipped in (1, 2, 3):
+            flags = (("skipped", skipped),)
+            expected = TRANSFORMER.predict(**given, skipped=skipped)
+            for _ in range(3):
+                got = memory.predict(step.latents, step.row, flags=flags)
+                assert all(torch.equal(got[name], expected[name]) for name in expected)
+        assert list(memory._graphs) == [(False, (("skipped", 1),)), (False, (("skipped", 2),))]
 
 
 def test_a_returned_memory_is_leased_again_to_an_equal_key_only(pool: StepMemoryPool) -> None:
