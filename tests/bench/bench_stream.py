@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any
@@ -93,9 +93,13 @@ class TimedStages(HostedStages):
                 self.times[slot].append(time.perf_counter())
             call.on_item(slot, index, item)
 
-        # Triton launches kernels on the current device of the thread.
-        with torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext():
+        with _current(self._device):
             return super().run(values, replace(call, on_item=on_item))
+
+
+def _current(device: torch.device) -> AbstractContextManager[Any]:
+    """Make a device that of the thread: Triton launches kernels there."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 @dataclass(frozen=True)
