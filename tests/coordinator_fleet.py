@@ -206,10 +206,10 @@ class FakeFleet:
         self._stack.push_async_callback(channel.close)
         return coordinator, generation_pb2_grpc.GenerationServiceStub(channel)
 
-    async def start_process(self, listen: str) -> Process:
+    async def start_process(self, listen: str, *more: str) -> Process:
         """A coordinator as a process of its own, which listens; killed with the fleet if it still lives."""
         beat = ("--heartbeat-seconds", "0.1", "--heartbeat-ttl-seconds", "0.5")
-        words = ("--listen", listen, "--redis", self.url, *beat, "--log-level", "ERROR")
+        words = ("--listen", listen, "--redis", self.url, *beat, "--log-level", "ERROR", *more)
         command = (sys.executable, "-m", "services.coordinator", *words)
         process = await asyncio.create_subprocess_exec(*command, stdout=DEVNULL, stderr=PIPE)
         self._stack.push_async_callback(_kill, process)

@@ -73,7 +73,8 @@ def require_succeeded(record: generation_pb2.RequestRecord) -> None:
     """Raise FailedPrecondition unless the request has a result."""
     if record.state != State.REQUEST_STATE_SUCCEEDED:
         name = State.Name(record.state).removeprefix("REQUEST_STATE_")
-        raise FailedPrecondition(f"request {record.request_id} is {name}; only one that SUCCEEDED has a result")
+        why = f" ({record.error.code}: {record.error.message})" if record.HasField("error") else ""
+        raise FailedPrecondition(f"request {record.request_id} is {name}{why}; only one that SUCCEEDED has a result")
 
 
 def unknown_request(request_id: str) -> NotFound:

@@ -64,7 +64,7 @@ _RECORD_BYTES = 4 << 10  # of an admitted request in the store, beside its submi
 _SCAN = 200
 _ENTRY_BYTES = 8  # tag and length of a record in its page
 _UNSUCCESSFUL_SECONDS = 60.0
-"""How long the items of a request that ended without a result are kept at most, for calls that are sending them."""
+"""How long the items of a request that ended without a result are stored at most, for calls that are sending them."""
 _EVENT_ID = re.compile(r"\d{1,20}-\d{1,20}")
 
 

@@ -69,6 +69,8 @@ class CausalDMDDenoisingStage(PipelineStage[DenoisingInput, BlockDenoisingOutput
         if finished < blocks:
             with self._memory.leases() as lease:
                 self._loop(request, state.to(self._runtime.device), blocks, call, lease)
+        else:
+            call.progress(state.step, state.step)
         return BlockDenoisingOutput()
 
     def _loop(self, request: LoopRequest, state: LoopState, blocks: int, call: Call, lease: Lease) -> None:

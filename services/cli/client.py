@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 
@@ -16,6 +17,10 @@ from services.cli.access import IN_THE_CLEAR, Access
 
 Responses = AsyncGenerator[generation_pb2.GenerateResponse, None]
 Events = AsyncGenerator[generation_pb2.Event, None]
+Downloaded = AsyncGenerator[generation_pb2.DownloadResultResponse, None]
+
+ATTEMPTS = 5
+"""How often in a row a call may find no coordinator before a command gives up."""
 
 TERMINAL = frozenset(
     {
@@ -40,9 +45,11 @@ class FleetClient:
         self._metadata = (("authorization", f"Bearer {api_key}"),) if api_key else ()
         self._stub: generation_pb2_grpc.GenerationServiceAsyncStub = generation_pb2_grpc.GenerationServiceStub(channel)
 
-    async def generate(self, request: generation_pb2.SubmitRequest) -> Responses:
+    async def generate(self, request: generation_pb2.SubmitRequest, *, follow: bool = False) -> Responses:
         """Submit, follow and download. Leaving early cancels the request when it has no idempotency key."""
-        call = self._stub.Generate(generation_pb2.GenerateRequest(request=request), metadata=self._metadata)
+        call = self._stub.Generate(
+            generation_pb2.GenerateRequest(request=request, follow=follow), metadata=self._metadata
+        )
         try:
             with self._translated():
                 async for response in call:
@@ -59,6 +66,17 @@ class FleetClient:
             with self._translated():
                 async for response in call:
                     yield response.event
+        finally:
+            call.cancel()
+
+    async def download(self, request_id: str, index: int, offset: int) -> Downloaded:
+        """A file from a byte on, as it grows, to its end."""
+        request = generation_pb2.DownloadResultRequest(request_id=request_id, index=index, offset=offset, follow=True)
+        call = self._stub.DownloadResult(request, metadata=self._metadata)
+        try:
+            with self._translated():
+                async for response in call:
+                    yield response
         finally:
             call.cancel()
 
@@ -130,6 +148,11 @@ async def connect(endpoint: str, access: Access = IN_THE_CLEAR) -> AsyncIterator
         yield FleetClient(endpoint, channel, api_key=access.api_key, is_tls=access.credentials is not None)
     finally:
         await channel.close()
+
+
+async def pause(failures: int) -> None:
+    """Wait before the next attempt, longer after each failure."""
+    await asyncio.sleep(0.2 * 2**failures)
 
 
 def state_name(state: generation_pb2.RequestState.ValueType) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from common.artifacts import ParamValue
-from common.errors import InternalError, InvalidInput
+from common.errors import InvalidInput
 from common.settings import SettingsError
 from common.state.embedded import EmbeddedStore, private_directory
 from fleet.v1 import generation_pb2
@@ -22,7 +22,8 @@ from models.catalog import DEFAULT_MODEL, ServedModel, open_model
 from models.registry import load_registry
 from models.validation import InputValidationStage
 from services.cli.access import Access, access_of
-from services.cli.client import FleetClient, connect, raise_unless_succeeded
+from services.cli.client import connect
+from services.cli.drawing import draw
 from services.cli.options import (
     ACCESS_FLAGS,
     DEGREES,
@@ -33,9 +34,9 @@ from services.cli.options import (
     let_threads_sleep,
     run_async,
 )
-from services.cli.output import ResultFiles, check_output
+from services.cli.output import check_output
 from services.cli.parameters import add_parameters, given_images, given_parameters, parameters_message
-from services.cli.progress import TerminalReporter, terminal_reporter
+from services.cli.progress import terminal_reporter
 from services.cli.store import check_store
 
 
@@ -45,7 +46,9 @@ def main(argv: Sequence[str]) -> int:
     output = check_output(args.output)
     given, images = given_parameters(args), given_images(args)
     request = generation_pb2.SubmitRequest(
-        model=args.model or "", parameters=parameters_message(given, images, output.suffix.lower())
+        model=args.model or "",
+        parameters=parameters_message(given, images, output.suffix.lower()),
+        idempotency_key=args.idempotency_key or "",
     )
     if args.endpoint:
         return run_async(_at_endpoint(endpoint_of(args.endpoint), access_of(args), request, output))
@@ -96,6 +99,11 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--endpoint", metavar="HOST:PORT", help="a running fleet; without it, a fleet in this process")
     parser.add_argument("--redis", metavar="URL", help="store to use without --endpoint (default: an embedded one)")
     parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="ends in .png, .mp4 or .safetensors")
+    parser.add_argument(
+        "--idempotency-key",
+        metavar="KEY",
+        help="with --endpoint: the request goes on without this command, which can be repeated to fetch its result",
+    )
     add_access(parser)
     for axis in DEGREES:
         parser.add_argument(f"--{axis}", help=argparse.SUPPRESS)
@@ -108,7 +116,7 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
                 field=axis,
             )
     if not args.endpoint:
-        for flag in ACCESS_FLAGS:
+        for flag in ("idempotency_key", *ACCESS_FLAGS):
             if vars(args)[flag]:
                 raise SettingsError(f"--{flag.replace('_', '-')} needs --endpoint", field=flag)
     if args.endpoint:
@@ -157,41 +165,6 @@ async def _in_process(
             # Or the interpreter's last collection walks every object of torch and transformers: a second for nothing.
             gc.freeze()
     return _tell(paths)
-
-
-async def draw(
-    client: FleetClient, request: generation_pb2.SubmitRequest, output: Path, report: TerminalReporter
-) -> list[Path]:
-    """Send the request, show its progress, write its files. Raises RequestFailed when it ends without a result."""
-    started = time.perf_counter()
-    request_id, seed = "", 0
-    with ResultFiles(output) as files:
-        async with contextlib.aclosing(client.generate(request)) as responses:
-            async for response in responses:
-                match response.WhichOneof("payload"):
-                    case "accepted":
-                        request_id, seed = response.accepted.request_id, response.accepted.parameters.seed
-                    case "event":
-                        _show(request_id, response.event, report)
-                    case "file":
-                        files.begin(response.file.index, response.file.count, response.file.byte_size)
-                    case "data":
-                        files.write(response.data)
-        report.finish()
-        if not files.paths:
-            raise InternalError(f"request {request_id} ended without a result")
-    report.note(f"request {request_id}, seed {seed}: {time.perf_counter() - started:.1f} s")
-    return files.paths
-
-
-def _show(request_id: str, event: generation_pb2.Event, report: TerminalReporter) -> None:
-    match event.WhichOneof("kind"):
-        case "progress":
-            report.progress(event.progress)
-        case "warning":
-            report.warning(event.warning)
-        case "state_change":
-            raise_unless_succeeded(request_id, event.state_change)
 
 
 def _tell(paths: Sequence[Path]) -> int:

@@ -1,4 +1,4 @@
-"""The files that `fleet generate` writes. They appear under their names only when they are complete."""
+"""The files that `fleet generate` writes: complete ones, and videos that can be played while they grow."""
 
 from __future__ import annotations
 
@@ -37,17 +37,18 @@ def numbered(path: Path, index: int, count: int) -> Path:
 
 
 class ResultFiles:
-    """Receives the files of a result one after the other. What is unfinished at exit is removed.
+    """Receives the files of a result. What is unfinished at exit is removed.
 
-    Raises OutputError for what the file system refuses.
+    A file appears under its name when it is complete, and a growing one with its first bytes, so that it can be played
+    while it grows. Raises OutputError for what the file system refuses, and InternalError for bytes that do not fit.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._file: IO[bytes] | None = None
-        self._target = path
-        self._missing = 0
-        self.paths: list[Path] = []
+        self._files: dict[int, _File] = {}
+        self._current = -1
+        self.count: int | None = None
+        """Files in the result; None until the first one has begun."""
 
     def __enter__(self) -> Self:
         return self
@@ -55,48 +56,117 @@ class ResultFiles:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._file is not None:
-            with suppress(OSError):  # a full disk refuses what is still in the buffer
-                self._file.close()
-            Path(self._file.name).unlink(missing_ok=True)
-            self._file = None
+        for file in self._files.values():
+            file.discard()
 
-    def begin(self, index: int, count: int, byte_size: int) -> None:
-        """The next file. The one before must be complete."""
-        if self._missing:
-            raise InternalError(f"{self._target.name} ended {self._missing} bytes early")
-        self._target, self._missing = numbered(self._path, index, count), byte_size
-        with self._writing():
-            self._file = tempfile.NamedTemporaryFile(  # noqa: SIM115 -- it stays open over several calls
-                dir=self._path.parent, prefix=f".{self._path.stem[:64]}-", suffix=".part", delete=False
+    @property
+    def paths(self) -> list[Path]:
+        """The complete files, in their order."""
+        return [file.target for _, file in sorted(self._files.items()) if file.is_complete]
+
+    def received(self, index: int) -> int:
+        """Bytes that have come of a file."""
+        return self._files[index].received if index in self._files else 0
+
+    def is_complete(self, index: int) -> bool:
+        """Whether all bytes of a file have come."""
+        return index in self._files and self._files[index].is_complete
+
+    def begin(self, index: int, count: int, byte_size: int | None) -> None:
+        """A file begins, whose size is None while it grows, or a growing file gets its size."""
+        self.count = count
+        if index in self._files:
+            if byte_size is not None:
+                self._files[index].set_size(byte_size)
+            return
+        self.check_complete(growing=False)
+        self._current = index
+        self._files[index] = _File(numbered(self._path, index, count), byte_size)
+
+    def write(self, data: bytes) -> None:
+        """More of the file that began last."""
+        if self._current not in self._files:
+            raise InternalError("the result has bytes before a file's header")
+        self._files[self._current].write(data)
+
+    def write_at(self, index: int, offset: int, data: bytes) -> None:
+        """More of any file that has begun, at the end of what has come of it."""
+        if index not in self._files:
+            raise InternalError(f"file {index} of the result has bytes before its header")
+        if offset != self._files[index].received:
+            raise InternalError(f"byte {offset} of file {index} came where byte {self.received(index)} is next")
+        self._files[index].write(data)
+
+    def check_complete(self, *, growing: bool = True) -> None:
+        """Raise InternalError unless every file that has begun is complete; growing files only where that is asked."""
+        for file in self._files.values():
+            if file.size is not None and file.received < file.size:
+                raise InternalError(f"{file.target.name} ended {file.size - file.received} bytes early")
+            if growing and file.size is None:
+                raise InternalError(f"{file.target.name} ended without its size")
+
+
+class _File:
+    """A file while it is received."""
+
+    def __init__(self, target: Path, size: int | None) -> None:
+        self.target = target
+        self.size = size
+        self.received = 0
+        self.is_complete = False
+        self._is_shown = False
+        with _writing(target):
+            self._file: IO[bytes] = tempfile.NamedTemporaryFile(  # noqa: SIM115 -- it stays open over several calls
+                dir=target.parent, prefix=f".{target.stem[:64]}-", suffix=".part", delete=False
             )
             self._finish_when_complete()
 
-    def write(self, data: bytes) -> None:
-        """More of the current file; complete, it appears under its name."""
-        if self._file is None or len(data) > self._missing:
+    def set_size(self, size: int) -> None:
+        self.size = size
+        if self.received > size:
             raise InternalError("the result has more bytes than its header says")
-        with self._writing():
-            self._file.write(data)
-            self._missing -= len(data)
+        with _writing(self.target):
             self._finish_when_complete()
 
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise OutputError(f"cannot write {self._target}: {error.strerror}", field="output") from error
+    def write(self, data: bytes) -> None:
+        if self.size is not None and self.received + len(data) > self.size:
+            raise InternalError("the result has more bytes than its header says")
+        with _writing(self.target):
+            self._file.write(data)
+            self.received += len(data)
+            if self.size is None:
+                self._file.flush()
+                self._show()
+            self._finish_when_complete()
+
+    def discard(self) -> None:
+        """Remove the file unless it is complete."""
+        if not self.is_complete:
+            with suppress(OSError):  # a full disk refuses what is still in the buffer
+                self._file.close()
+            (self.target if self._is_shown else Path(self._file.name)).unlink(missing_ok=True)
 
     def _finish_when_complete(self) -> None:
-        if self._missing or self._file is None:
-            return
-        part = Path(self._file.name)
-        self._file.close()
-        part.chmod(0o666 & ~_umask())
-        part.replace(self._target)
-        self._file = None
-        self.paths.append(self._target)
+        if self.received == self.size and not self.is_complete:
+            self._file.close()
+            self._show()
+            self.is_complete = True
+
+    def _show(self) -> None:
+        """Give the file its name, in place of an older file."""
+        if not self._is_shown:
+            part = Path(self._file.name)
+            part.chmod(0o666 & ~_umask())
+            part.replace(self.target)
+            self._is_shown = True
+
+
+@contextmanager
+def _writing(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"cannot write {target}: {error.strerror}", field="output") from error
 
 
 def _umask() -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import sys
 from collections.abc import Sequence
@@ -10,7 +9,7 @@ from collections.abc import Sequence
 from common.errors import Unavailable
 from fleet.v1 import generation_pb2
 from services.cli.access import Access, access_of
-from services.cli.client import FleetClient, connect, raise_unless_succeeded, state_name
+from services.cli.client import ATTEMPTS, FleetClient, connect, pause, raise_unless_succeeded, state_name
 from services.cli.options import (
     FAILED,
     SUCCESS,
@@ -21,8 +20,6 @@ from services.cli.options import (
     run_async,
 )
 from services.start_up import plain
-
-_ATTEMPTS = 5
 
 
 def main(argv: Sequence[str]) -> int:
@@ -47,9 +44,9 @@ async def _watch(endpoint: str, access: Access, request_id: str) -> int:
                 return FAILED
             except Unavailable:
                 failures += 1
-                if not after or failures > _ATTEMPTS:
+                if not after or failures > ATTEMPTS:
                     raise
-                await asyncio.sleep(0.2 * 2**failures)
+                await pause(failures)
 
 
 async def _tell(client: FleetClient, request_id: str, event: generation_pb2.Event) -> bool:
@@ -74,6 +71,10 @@ def _text(event: generation_pb2.Event) -> str:
         case "warning":
             about = f"{event.warning.field}: " if event.warning.field else ""
             return plain(f"warning: {about}{event.warning.message}")
+        case "item":
+            item = event.item
+            end = f"bytes {item.offset} to {item.offset + item.byte_size} of file {item.file_index}"
+            return plain(f"item {item.item_index}: {item.num_frames} frames, {end} ({item.content_type})")
         case _:
             saved = event.state_change.steps_saved
             return state_name(event.state_change.state) + (f", steps saved: {saved}" if saved else "")

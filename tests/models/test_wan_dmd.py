@@ -7,18 +7,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from common.artifacts import ParamValue, StepCheckpoint
 from common.checkpoint import Checkpoint
 from common.codec import pack, unpack
-from common.errors import Cancelled, HandedOver, InvalidInput
+from common.errors import Cancelled, CheckpointError, HandedOver, InvalidInput
 from common.tensors import TORCH
 from configs.pipeline_configs.dmd import nearest_levels, warped_levels
 from configs.sample.wan_dmd import WanDMDSamplingParams
 from local_fleet import NO_IMAGES, open_fleet, relative_error
 from models.catalog import open_model
 from models.registry import load_registry
-from tiny_wan import build_tiny_wan_dmd, edit_json
+from tiny_wan import build_tiny_wan_dmd, build_tiny_wan_ti2v, edit_json
 from wan_dmd_loops import SIZE, DmdLoop, Heard, Request, reference_dmd
 
 STEPS = 3
@@ -43,6 +44,28 @@ def test_latents_are_those_of_a_plain_loop(loop: DmdLoop, num_frames: int, outpu
     expected = reference_dmd(loop.path, Request.of(x))
     assert got.shape == expected.shape
     assert relative_error(got, expected) <= 1e-4
+
+
+def test_wan_2_2_from_text_is_served(tmp_path: Path) -> None:
+    """FastWan2.2-TI2V with full attention: `expand_timesteps` gives all tokens of a text's video one timestep."""
+    path = build_tiny_wan_ti2v(tmp_path / "ti2v")
+    edit_json(path / "model_index.json", {"_class_name": "WanDMDPipeline"})
+    (variant,) = open_model(str(path), load_registry()).variants
+    assert {spec.name: spec.default for spec in variant.specs}["frame_rate"] == 24.0
+    loop = DmdLoop(path)
+    x = loop.inputs(FRAMES)
+    assert relative_error(loop.run(x), reference_dmd(path, Request.of(x))) <= 1e-4
+
+
+def test_weights_of_sparse_attention_are_refused(tmp_path: Path) -> None:
+    """FastWan's sparse attention has gates; full attention with these weights would be another model."""
+    path = build_tiny_wan_dmd(tmp_path / "sparse")
+    (file,) = (path / "transformer").glob("*.safetensors")
+    weights = load_file(file)
+    gate = {f"blocks.{index}.to_gate_compress.weight": torch.zeros(64, 64) for index in range(2)}
+    save_file(weights | gate, file, {"format": "pt"})
+    with pytest.raises(CheckpointError, match="to_gate_compress"):
+        DmdLoop(path).stage()
 
 
 def test_a_loop_resumes_after_every_step_to_the_same_bytes(loop: DmdLoop) -> None:

@@ -7,6 +7,8 @@ import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from redis.asyncio import Redis
 
 from common.errors import Aborted, InternalError, ResourceExhausted
@@ -317,3 +319,52 @@ def test_closing_ends_the_storing_and_leaves_the_event_for_the_end() -> None:
             assert [stored.item.item_index for stored in stream.items] == [0]
 
         story(server, test)
+
+
+def test_a_damaged_store_is_an_error_and_no_endless_wait(server: RedisServer) -> None:
+    async def test(case: Case) -> None:
+        stream = case.stream()
+        key = f"fleet:request:{case.request_id}"
+        await case.redis.delete(key)
+        await case.redis.set(key, "x")
+        with pytest.raises(InternalError, match="damaged"):
+            await stream.put(0, packet(b"one"), 3)
+        await stream.close()
+        with pytest.raises(InternalError, match="damaged"):
+            await case.writers.pop().close()
+
+    story(server, test)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.one_of(st.just("take over"), st.tuples(st.integers(0, 3), st.integers(0, 5))), max_size=24))
+def test_owners_in_any_order_deliver_each_item_once(server: RedisServer, actions: list[str | tuple[int, int]]) -> None:
+    """Former owners go on as if they had not lost the request; each owner computes other bytes."""
+
+    async def test(case: Case) -> None:
+        owners = [(1, case.stream(), 0)]
+        expected: list[bytes] = []
+        for action in actions:
+            if isinstance(action, str):
+                epoch = await case.take_over()
+                owners.append((epoch, case.stream(epoch), 0))
+                continue
+            number = min(action[0], len(owners) - 1)
+            epoch, stream, computed = owners[number]
+            index = min(action[1], computed)  # the next item, or one of before: its decoder was replaced
+            data = b"%d of epoch %d" % (index, epoch)
+            is_owner = number == len(owners) - 1
+            try:
+                await stream.put(index, packet(data), len(data))
+            except Aborted:
+                assert not is_owner
+                continue
+            owners[number] = (epoch, stream, max(computed, index + 1))
+            if is_owner and index == len(expected):
+                expected.append(data)
+            assert await case.delivered() == expected
+        sizes = sum(map(len, expected))
+        if expected and owners[-1][2]:
+            assert owners[-1][1].files()[0].header.byte_size == sizes
+
+    story(server, test)

@@ -20,6 +20,7 @@ from common.state.connection import command, connect
 from common.state.records import CHUNK_BYTES, ResultFile
 from common.state.replication import Replication
 from common.state.requests import RequestStore
+from common.state.result_items import StoredItem
 from fleet.v1 import generation_pb2
 from redis_servers import running_server, until
 from sentinel_servers import Replicated, replicated_servers
@@ -105,7 +106,7 @@ def test_what_no_replica_has_is_not_accepted_until_one_has() -> None:
 
 
 def test_a_result_of_which_a_failover_lost_a_part_is_written_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("common.state.requests._BATCH_BYTES", CHUNK_BYTES)
+    monkeypatch.setattr("common.state.records._BATCH_BYTES", CHUNK_BYTES)
     data = bytes(3 * CHUNK_BYTES)
     follow = Replication.follow
 
@@ -125,6 +126,28 @@ def test_a_result_of_which_a_failover_lost_a_part_is_written_again(monkeypatch: 
         monkeypatch.setattr(Replication, "follow", follow)
         assert await store.finish("r", SUCCEEDED, files=[file], token="t") is not None
         assert b"".join([chunk async for chunk in store.result_chunks("r", 0, len(data))]) == data
+
+    run_on_replicated_servers(story)
+
+
+def test_an_item_of_a_result_is_delivered_only_once_a_replica_has_it() -> None:
+    async def story(servers: Replicated, redis: Redis) -> None:
+        store = RequestStore(redis, replicas=1)
+        await store.admit(record("r"))
+        stored = StoredItem(generation_pb2.ResultItem(byte_size=3, file_count=1), 1)
+        events = [generation_pb2.Event(item=stored.item)]
+        servers.stop_replica()
+        with pytest.raises(Unavailable, match="0 replicas"):
+            await store.items.save("r", stored, [b"abc"])
+        with pytest.raises(Unavailable, match="0 replicas"):
+            await store.append("r", events, number=0)
+        servers.continue_replica()
+        await store.items.save("r", stored, [b"abc"])
+        assert len(await store.append("r", events, number=0) or ()) == 1
+        assert await store.delivered_items("r") == [stored]
+        async with connect(servers.replica_url) as replica:
+            assert await command(replica, "GET", "fleet:item:r:1:0:0") == b"abc"
+            assert await command(replica, "XLEN", "fleet:events:r") == 2
 
     run_on_replicated_servers(story)
 

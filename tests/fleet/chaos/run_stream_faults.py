@@ -1,0 +1,50 @@
+"""Kills and stops each process of a streamed video, within and between blocks: `python run_stream_faults.py`.
+
+Each case is one request of causal Wan on real processes, whose file and events a client follows. The exit code is 0
+only if every file has the bytes of an undisturbed run, delivered once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+import time
+from pathlib import Path
+
+TESTS = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(TESTS), str(TESTS.parent), str(TESTS.parent / "proto"), str(Path(__file__).parent)]
+
+from resume_fleet import served  # noqa: E402
+from stream_faults import BETWEEN, CAUSAL, WITHIN, coordinator_fault, undisturbed, worker_fault  # noqa: E402
+
+NUMBERS = (signal.SIGKILL, signal.SIGSTOP)
+PLACES = {"within a block": WITHIN, "between blocks": BETWEEN}
+
+
+def say(what: str, began: float) -> None:
+    """Print a case and its seconds."""
+    sys.stdout.write(f"{what}: the same bytes, once, in {time.monotonic() - began:.1f} s\n")
+    sys.stdout.flush()
+
+
+async def main() -> None:
+    """Run all cases. A coordinator that is struck is not started again, so that it gets a fleet of its own."""
+    async with served(CAUSAL) as fleet:
+        whole = await undisturbed(fleet)
+        for service in ("denoising", "decoding"):
+            for number in NUMBERS:
+                for place, step in PLACES.items():
+                    began = time.monotonic()
+                    await worker_fault(fleet, whole, service, number, step)
+                    say(f"{number.name} of {service} {place}", began)
+    for number in NUMBERS:
+        for place, step in PLACES.items():
+            async with served(CAUSAL) as fleet:
+                began = time.monotonic()
+                await coordinator_fault(fleet, whole, number, step)
+                say(f"{number.name} of the coordinator {place}", began)
+
+
+if __name__ == "__main__":
+    asyncio.run(main())

@@ -1,0 +1,23 @@
+"""A video that streams: whichever process dies, each byte is delivered once, and no finished block is denoised again.
+
+More faults, between blocks and with processes that stop: python tests/fleet/chaos/run_stream_faults.py
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+
+from resume_fleet import served
+from stream_faults import CAUSAL, WITHIN, coordinator_fault, undisturbed, worker_fault
+
+
+def test_each_byte_is_delivered_once_whichever_process_dies() -> None:
+    async def story() -> None:
+        async with asyncio.timeout(150), served(CAUSAL) as fleet:
+            whole = await undisturbed(fleet)
+            await worker_fault(fleet, whole, "denoising", signal.SIGKILL, WITHIN)
+            await worker_fault(fleet, whole, "decoding", signal.SIGKILL, 0)
+            await coordinator_fault(fleet, whole, signal.SIGKILL, WITHIN)
+
+    asyncio.run(story())

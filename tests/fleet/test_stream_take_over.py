@@ -1,0 +1,332 @@
+"""A video that is watched while it is made outlives coordinators and decoders: the same bytes, each item once."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import threading
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+import torch
+
+from common.artifacts import MediaItem
+from common.rpc.client import open_channel
+from common.stage import Call
+from common.state.connection import connect
+from common.state.requests import RequestStore
+from coordinator_fleet import FakeFleet, FakeWorker, Script, Stub, error_of, running_fleet, terminal
+from fleet.v1 import generation_pb2 as pb
+from fleet.v1 import generation_pb2_grpc
+from models.catalog import open_model
+from models.registry import load_registry
+from redis_servers import RedisServer, running_server, until
+from services.cli import client as cli
+from services.cli.client import RequestFailed
+from services.cli.drawing import draw
+from services.cli.progress import LineReporter
+
+ITEMS = 4
+MODEL = open_model("emoji-video", load_registry())
+
+
+@pytest.fixture
+def server() -> Iterator[RedisServer]:
+    with running_server("valkey") as server:
+        yield server
+
+
+def item_bytes(index: int) -> bytes:
+    """Item `index` of the video: large ones travel and are stored in chunks."""
+    return bytes([index + 1]) * (3 + index * 700_000)
+
+
+VIDEO = b"".join(map(item_bytes, range(ITEMS)))
+
+
+@dataclass
+class VideoScript(Script):
+    """A decoder whose first call stops before item `stop_before`, until it is opened or cancelled; later ones go on."""
+
+    stop_before: int = ITEMS + 1
+    stopped: threading.Event = field(default_factory=threading.Event)
+    opened: threading.Event = field(default_factory=threading.Event)
+
+    def run(self, values: Mapping[str, Any], call: Call) -> dict[str, Any]:
+        """Emit the items, of one file or, raw, of one safetensors file."""
+        assert "denoised_latents" in values
+        self.calls.append(call.request_id)
+        is_first = len(self.calls) == 1
+        for index in range(ITEMS + 1):
+            if is_first and index == self.stop_before:
+                self.stopped.set()
+                while not self.opened.wait(0.005):
+                    call.check_cancelled()
+            call.check_cancelled()
+            if index < ITEMS:
+                data = torch.tensor(list(item_bytes(index)[:1]), dtype=torch.uint8).repeat(len(item_bytes(index)))
+                part = MediaItem(data=data, content_type="video/mp4", height=64, width=64, num_frames=4)
+                call.emit("media_items", part, index)
+        return {}
+
+
+class Case:
+    """A fleet whose decoder is a VideoScript."""
+
+    def __init__(self, fleet: FakeFleet, stop_before: int) -> None:
+        self.fleet = fleet
+        self.script = VideoScript(fleet.scripts["decoding"].contract, stop_before=stop_before)
+        fleet.scripts["decoding"] = self.script
+        self.listen = f"unix:{fleet.directory}/c.sock"
+
+    async def start_process(self) -> asyncio.subprocess.Process:
+        return await self.fleet.start_process(self.listen, "--model", MODEL.name)
+
+    async def add_workers(self) -> list[FakeWorker]:
+        return [await self.fleet.add_worker(service) for service in self.fleet.scripts]
+
+    async def wait_stopped(self) -> None:
+        assert await asyncio.to_thread(self.script.stopped.wait, 20)
+
+    async def check(self, request_id: str) -> list[int]:
+        """The stored result is the video, each item of which was delivered once; their epochs."""
+        async with connect(self.fleet.url) as redis:
+            store = RequestStore(redis)
+            record = await store.get(request_id)
+            assert record.state == pb.REQUEST_STATE_SUCCEEDED
+            (header,) = record.files
+            assert (header.byte_size, header.num_items, header.num_frames) == (len(VIDEO), ITEMS, 4 * ITEMS)
+            items = await store.delivered_items(request_id)
+            assert [stored.item.item_index for stored in items] == list(range(ITEMS))
+            data = [b"".join([each async for each in store.items.chunks(request_id, stored)]) for stored in items]
+            assert data == [item_bytes(index) for index in range(ITEMS)]
+            return [stored.epoch for stored in items]
+
+
+def run(server: RedisServer, test: Callable[[Case], Awaitable[None]], stop_before: int = ITEMS + 1) -> None:
+    async def whole() -> None:
+        async with asyncio.timeout(90), running_fleet(server.url, MODEL) as fleet:
+            case = Case(fleet, stop_before)
+            await test(case)
+            case.script.opened.set()
+
+    asyncio.run(whole())
+
+
+def given(**fields: Any) -> pb.SubmitRequest:
+    return pb.SubmitRequest(parameters=pb.GenerationParameters(prompt="an apple"), **fields)
+
+
+async def follow(stub: Stub, request_id: str, received: list[bytes]) -> list[pb.FileHeader]:
+    """Download a growing file; its headers. The offset of each part is checked."""
+    headers: list[pb.FileHeader] = []
+    request = pb.DownloadResultRequest(request_id=request_id, index=0, follow=True)
+    async for response in stub.DownloadResult(request):
+        if response.HasField("file"):
+            headers.append(response.file)
+        else:
+            assert response.file_data.offset == sum(map(len, received))
+            received.append(response.file_data.data)
+    return headers
+
+
+async def until_received(received: list[bytes], size: int) -> None:
+    async def is_there() -> bool:
+        return sum(map(len, received)) >= size
+
+    await until(is_there)
+
+
+def delivered_before(stop_before: int) -> int:
+    return sum(len(item_bytes(index)) for index in range(min(stop_before, ITEMS)))
+
+
+def test_a_video_is_streamed_and_stored(server: RedisServer) -> None:
+    async def test(case: Case) -> None:
+        await case.add_workers()
+        _, stub = await case.fleet.add_coordinator()
+        replies = aiter(stub.Generate(pb.GenerateRequest(request=given(), follow=True)))
+        request_id = (await anext(replies)).accepted.request_id
+        received = b""
+        while len(received) < delivered_before(2):
+            received += (await anext(replies)).file_data.data
+        await case.wait_stopped()  # the rest is not made yet
+        case.script.opened.set()
+        rest = [each async for each in replies]
+        assert received + b"".join(each.file_data.data for each in rest) == VIDEO
+        assert (rest[-1].file.byte_size, rest[-1].file.is_growing) == (len(VIDEO), False)
+        assert await case.check(request_id) == [1] * ITEMS
+        whole = [each async for each in stub.Generate(pb.GenerateRequest(request=given()))]
+        kinds = [each.WhichOneof("payload") for each in whole]
+        assert kinds.index("file") > max(index for index, kind in enumerate(kinds) if kind == "event")
+        assert "file_data" not in kinds
+        assert b"".join(each.data for each in whole) == VIDEO
+
+    run(server, test, stop_before=2)
+
+
+@pytest.mark.parametrize("stop_before", [0, 1, 3, ITEMS])
+def test_a_download_elsewhere_outlives_the_coordinator_that_drives(server: RedisServer, stop_before: int) -> None:
+    async def test(case: Case) -> None:
+        await case.add_workers()
+        process = await case.start_process()
+        _, other = await case.fleet.add_coordinator(heartbeat_ttl_seconds=0.5)
+        async with open_channel(case.listen) as channel:
+            stub: Stub = generation_pb2_grpc.GenerationServiceStub(channel)
+            request_id = (await stub.Submit(given())).request.request_id
+            received: list[bytes] = []
+            following = asyncio.create_task(follow(other, request_id, received))
+            await case.wait_stopped()
+            await until_received(received, delivered_before(stop_before))
+            process.kill()
+            headers = await following
+        assert b"".join(received) == VIDEO
+        assert (headers[0].is_growing, headers[-1].byte_size) == (True, len(VIDEO))
+        epochs = await case.check(request_id)
+        assert epochs[:stop_before] == [1] * stop_before
+        assert all(epoch > 1 for epoch in epochs[stop_before:])
+        events = await terminal(other, request_id)
+        assert [each.item.item_index for each in events if each.HasField("item")] == list(range(ITEMS))
+
+    run(server, test, stop_before)
+
+
+def test_a_coordinator_that_slept_delivers_nothing_late(server: RedisServer) -> None:
+    async def test(case: Case) -> None:
+        await case.add_workers()
+        await case.fleet.add_worker("decoding")
+        process = await case.start_process()
+        _, other = await case.fleet.add_coordinator(heartbeat_ttl_seconds=0.5)
+        async with open_channel(case.listen) as channel:
+            stub: Stub = generation_pb2_grpc.GenerationServiceStub(channel)
+            request_id = (await stub.Submit(given())).request.request_id
+            received: list[bytes] = []
+            following = asyncio.create_task(follow(other, request_id, received))
+            await case.wait_stopped()
+            await until_received(received, delivered_before(2))
+            process.send_signal(signal.SIGSTOP)
+            await following
+            case.script.opened.set()  # the sleeper's decoder makes items 2 and 3 too
+            process.send_signal(signal.SIGCONT)
+            own = [each async for each in stub.DownloadResult(pb.DownloadResultRequest(request_id=request_id))]
+        assert b"".join(received) == b"".join(each.data for each in own) == VIDEO
+        epochs = await case.check(request_id)
+        assert epochs[:2] == [1, 1]
+        assert min(epochs[2:]) > 1
+
+    run(server, test, stop_before=2)
+
+
+@pytest.mark.parametrize("stop_before", [0, 2, ITEMS])
+def test_the_command_continues_where_its_coordinator_died(
+    server: RedisServer,
+    stop_before: int,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The coordinator is started again at the same address; its request goes on."""
+
+    async def soon(_: int) -> None:
+        await asyncio.sleep(0.3)
+
+    monkeypatch.setattr("services.cli.drawing.pause", soon)
+    monkeypatch.setattr("services.cli.drawing.ATTEMPTS", 100)
+
+    async def test(case: Case) -> None:
+        await case.add_workers()
+        process = await case.start_process()
+        output = tmp_path / "x.mp4"
+        async with cli.connect(case.listen) as client:
+            drawing = asyncio.create_task(draw(client, given(), output, LineReporter()))
+            await case.wait_stopped()
+
+            async def is_written() -> bool:
+                return stop_before == 0 or (output.exists() and output.stat().st_size == delivered_before(stop_before))
+
+            await until(is_written)
+            process.kill()
+            await process.wait()
+            await case.start_process()
+            assert await drawing == [output]
+
+    run(server, test, stop_before)
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [VIDEO]
+    assert "goes on; the connection was lost" in capsys.readouterr().err
+
+
+def test_a_decoder_that_dies_delivers_nothing_twice(server: RedisServer) -> None:
+    async def test(case: Case) -> None:
+        workers = await case.add_workers()
+        _, stub = await case.fleet.add_coordinator()
+        request_id = (await stub.Submit(given())).request.request_id
+        received: list[bytes] = []
+        following = asyncio.create_task(follow(stub, request_id, received))
+        await case.wait_stopped()
+        await until_received(received, delivered_before(2))
+        await case.fleet.add_worker("decoding")
+        await workers[-1].die()
+        await following
+        assert b"".join(received) == VIDEO
+        assert len(case.script.calls) == 2
+        assert await case.check(request_id) == [1] * ITEMS
+
+    run(server, test, stop_before=2)
+
+
+def test_a_cancelled_request_ends_its_followers(server: RedisServer, tmp_path: Path) -> None:
+    async def test(case: Case) -> None:
+        await case.add_workers()
+        coordinator, stub = await case.fleet.add_coordinator()
+        async with cli.connect(coordinator.address) as client:
+            drawing = asyncio.create_task(draw(client, given(), tmp_path / "x.mp4", LineReporter()))
+            await case.wait_stopped()
+            request_id = case.script.calls[0]
+            received: list[bytes] = []
+            following = asyncio.create_task(follow(stub, request_id, received))
+            await until_received(received, delivered_before(2))
+            await client.cancel(request_id)
+            with pytest.raises(grpc.aio.AioRpcError, match="CANCELLED; only one that SUCCEEDED") as caught:
+                await following
+            assert error_of(caught.value)[0] == "FAILED_PRECONDITION"
+            with pytest.raises(RequestFailed, match="was cancelled"):
+                await drawing
+        async with connect(case.fleet.url) as redis:
+            for key in await redis.keys("fleet:item:*"):
+                assert 0 < await redis.pttl(key) <= 60_000
+
+    run(server, test, stop_before=2)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_result_beyond_the_bound_fails(server: RedisServer) -> None:
+    async def test(case: Case) -> None:
+        await case.add_workers()
+        _, stub = await case.fleet.add_coordinator(max_result_bytes=delivered_before(3))
+        request_id = (await stub.Submit(given())).request.request_id
+        events = await terminal(stub, request_id)
+        error = events[-1].state_change.error
+        assert (error.code, error.field) == ("RESOURCE_EXHAUSTED", "num_frames")
+        assert [each.item.item_index for each in events if each.HasField("item")] == [0, 1, 2]
+
+    run(server, test)
+
+
+def test_a_raw_stream_goes_to_its_caller_and_is_never_stored(server: RedisServer) -> None:
+    async def test(case: Case) -> None:
+        await case.add_workers()
+        _, stub = await case.fleet.add_coordinator()
+        request = given()
+        request.parameters.output_format = pb.OUTPUT_FORMAT_SAFETENSORS
+        for follows in (False, True):
+            replies = [each async for each in stub.Generate(pb.GenerateRequest(request=request, follow=follows))]
+            assert b"".join(each.file_data.data if follows else each.data for each in replies) == VIDEO
+            assert not [each for each in replies if each.event.HasField("item")]
+        async with connect(case.fleet.url) as redis:
+            assert not await redis.keys("fleet:item:*")
+
+    run(server, test)

@@ -1,0 +1,152 @@
+"""A fleet of real processes for tests that kill or stop one of them while a request runs."""
+
+from __future__ import annotations
+
+import random
+import signal
+import tempfile
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from chaos_processes import Fleet
+from redis.asyncio import Redis
+
+from common.rpc.client import open_channel
+from common.state.connection import command, connect
+from coordinator_fleet import Stub
+from fleet.v1 import generation_pb2 as pb
+from fleet.v1 import generation_pb2_grpc
+from models.catalog import open_model
+from models.registry import load_registry
+from redis_servers import until
+
+STEPS = 8
+CHECKPOINTS = Path(__file__).resolve().parents[1] / "models" / "checkpoints"
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model, and a request so large that a step takes longer than its progress needs to arrive here.
+
+    `model` is a shipped one, or that which `build` writes to a directory. `workers` are those of each service, two at
+    least of denoising. `service` is that whose workers die.
+    """
+
+    model: str
+    given: dict[str, Any]
+    begins_with: bytes
+    build: Callable[[Path], Path] | None = None
+    images: Sequence[pb.ImageInput] = ()
+    coordinators: int = 2
+    workers: int = 2
+    service: str = "denoising"
+
+
+class Served:
+    """A running fleet of one model, with a client of each coordinator."""
+
+    def __init__(self, fleet: Fleet, redis: Redis, family: Family, stubs: Sequence[Stub]) -> None:
+        self.fleet = fleet
+        self.redis = redis
+        self.stubs = stubs
+        self.stored_step = 0
+        self._family = family
+
+    async def submit(self, stub: Stub) -> str:
+        """Ask for the one result of this test."""
+        parameters = pb.GenerationParameters(
+            prompt="a red heart moving left",
+            seed=3,
+            images=self._family.images,
+            **{"num_inference_steps": STEPS, **self._family.given},
+        )
+        return (await stub.Submit(pb.SubmitRequest(parameters=parameters))).request.request_id
+
+    async def result(
+        self, stub: Stub, name: str, kill_at: int = 0, kill: Callable[[str], Awaitable[None]] | None = None
+    ) -> tuple[bytes, list[int]]:
+        """The file, and the steps that the service reported; `kill` is called once, at step `kill_at`."""
+        steps: list[int] = []
+        last = pb.StateChange()
+        async for reply in stub.Watch(pb.WatchRequest(request_id=name)):
+            last = reply.event.state_change
+            if reply.event.progress.service == self._family.service:
+                steps.append(reply.event.progress.step)
+                if kill is not None and steps[-1] >= kill_at:
+                    await kill(name)
+                    kill = None
+        assert last.state == pb.REQUEST_STATE_SUCCEEDED, last
+        download = stub.DownloadResult(pb.DownloadResultRequest(request_id=name))
+        return b"".join([reply.data async for reply in download]), steps
+
+    async def kill_worker(self, _: str) -> None:
+        """SIGKILL the process that has the slot."""
+        await self.signal_worker(self._family.service, signal.SIGKILL)
+
+    async def end_worker(self, _: str) -> None:
+        """SIGTERM to the process that has the slot."""
+        await self.signal_worker(self._family.service, signal.SIGTERM)
+
+    async def signal_worker(self, service: str, number: signal.Signals) -> None:
+        """Send a signal to the process of a service that has the slot. A worker's name has its process id."""
+        (slot,) = await command(self.redis, "HVALS", f"fleet:slots:{self._family.model}/{service}")
+        pid = int(slot.decode().partition("|")[0].split("-")[-2])
+        (worker,) = [each for each in self.fleet.of(coordinators=False) if each.pid == pid]
+        self.fleet.signal(worker, number)
+
+    async def kill_both(self, name: str) -> None:
+        """SIGKILL the second coordinator, once the store has a checkpoint, and the worker."""
+
+        async def is_stored() -> bool:
+            step_checkpoint_key: bytes = await command(self.redis, "HGET", f"fleet:request:{name}", "point") or b"-0"
+            self.stored_step = int(
+                step_checkpoint_key.rpartition(b"-")[2]
+            )  # at least so many came before it, one a step
+            return self.stored_step > 0
+
+        await until(is_stored)
+        self.fleet.signal(self.fleet.of(coordinators=True)[1], signal.SIGKILL)
+        await self.kill_worker(name)
+
+
+@asynccontextmanager
+async def served(family: Family) -> AsyncIterator[Served]:
+    """The family's coordinators, and its workers for each service, all of which see each other."""
+    async with AsyncExitStack() as stack:
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="resume-")))
+        path = CHECKPOINTS / family.model if family.build is None else family.build(directory / family.model)
+        fleet = Fleet(
+            directory,
+            {family.model: path},
+            random.Random(0),
+            coordinators=family.coordinators,
+            workers=family.workers,
+            denoisers=2,
+            services=[spec.service for spec in open_model(str(path), load_registry()).services],
+        )
+        stack.push_async_callback(fleet.close)
+        await fleet.start()
+        redis = await stack.enter_async_context(connect(fleet.server.url))
+        stubs: list[Stub] = []
+        for coordinator in fleet.of(coordinators=True):
+            channel = await stack.enter_async_context(open_channel(coordinator.target))
+            stubs.append(generation_pb2_grpc.GenerationServiceStub(channel))
+            await until(partial(_is_complete, stubs[-1], fleet.workers))
+        yield Served(fleet, redis, family, stubs)
+        await fleet.stop()
+        assert not fleet.findings
+
+
+async def _is_complete(stub: Stub, workers: Mapping[str, int]) -> bool:
+    (model,) = (await stub.ListModels(pb.ListModelsRequest(), wait_for_ready=True)).models
+    return {each.service: each.workers for each in model.services} == workers
+
+
+def resumed_at(steps: list[int]) -> int:
+    """The first step that the second worker did."""
+    assert steps.count(0) == 2, steps
+    return steps[steps.index(0, 1) + 1]
