@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any
@@ -76,10 +77,11 @@ SCALES = {
 
 
 class TimedStages(HostedStages):
-    """Stages with the time at which each item was emitted, in seconds of time.perf_counter(), by slot."""
+    """Stages of a device, with the time at which each item was emitted, in seconds of time.perf_counter(), by slot."""
 
-    def __init__(self, name: str, stages: Sequence[PipelineStage[Any, Any]]) -> None:
+    def __init__(self, name: str, stages: Sequence[PipelineStage[Any, Any]], device: torch.device) -> None:
         super().__init__(name, stages)
+        self._device = device
         self.times: dict[str, list[float]] = {}
 
     def run(self, values: Mapping[str, Any], call: Call) -> dict[str, Any]:
@@ -91,7 +93,13 @@ class TimedStages(HostedStages):
                 self.times[slot].append(time.perf_counter())
             call.on_item(slot, index, item)
 
-        return super().run(values, replace(call, on_item=on_item))
+        with _current(self._device):
+            return super().run(values, replace(call, on_item=on_item))
+
+
+def _current(device: torch.device) -> AbstractContextManager[Any]:
+    """Make a device that of the thread: Triton launches kernels there."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 @dataclass(frozen=True)
@@ -149,8 +157,8 @@ def build(scale: Scale, denoiser: torch.device, decoder: torch.device) -> Causal
     decoding = BlockDecodingStage(config, Runtime(device=decoder, dtype=DTYPE), {"vae": WanVAE(vae)})
     request = _request(scale, config, runtime)
     return CausalWan(
-        TimedStages("denoising", [denoising]),
-        TimedStages("decoding", [decoding]),
+        TimedStages("denoising", [denoising], denoiser),
+        TimedStages("decoding", [decoding], decoder),
         request,
         _kv_bytes(transformer, request),
     )
