@@ -17,7 +17,7 @@ from torch import Tensor
 
 from common.artifacts import ImageInputs
 from common.errors import InvalidInput
-from common.image_header import check_total_size, read_image_header
+from common.image_header import check_total_size, image_order, read_image_header
 from common.image_orientation import SIDEWAYS
 
 _FORMATS = ("PNG", "JPEG", "WEBP")
@@ -52,7 +52,7 @@ def open_images(inputs: ImageInputs) -> Mapping[str, Image.Image]:
 
     Raises InvalidInput about the role of one that cannot be read, or is too large, and for too much of them together.
     """
-    files = {role: _file(inputs.images[role]) for role in sorted(inputs.images, key=_place)}
+    files = {role: _file(inputs.images[role]) for role in sorted(inputs.images, key=image_order)}
     check_total_size({role: read_image_header(role, data) for role, data in files.items()})
     return {role: open_image(role, data) for role, data in files.items()}
 
@@ -84,11 +84,6 @@ def as_tensor(
     resized = picture.resize((width, height), resampling)
     pixels = torch.from_numpy(np.array(resized).astype(np.float32) / 255.0)
     return (2.0 * pixels - 1.0).permute(2, 0, 1)[None]
-
-
-def _place(role: str) -> tuple[str, int]:
-    name, _, number = role.rpartition("_")
-    return (name, int(number)) if number.isdecimal() else (role, 0)
 
 
 def _file(data: Tensor | bytes) -> bytes:

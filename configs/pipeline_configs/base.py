@@ -178,6 +178,9 @@ class DenoisingConfig(LatentLayout):
     part_keywords: ClassVar[Mapping[str, str]]
     """The parts that the loop denoises, each with the keyword of predict() that takes it."""
 
+    condition_keywords: ClassVar[Mapping[str, str]] = {}
+    """Other parts that model_input() returns, each with the keyword of predict() that takes it."""
+
     prediction_dtype: ClassVar[torch.dtype | None] = None
     """Dtype in which predictions are guided and stepped; None: the denoiser's."""
 

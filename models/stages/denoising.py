@@ -114,7 +114,8 @@ class DenoisingStage(PipelineStage[DenoisingInput, DenoisingOutput]):
     def _model_input(self, latents: Parts, conditions: Parts) -> dict[str, Tensor]:
         """The denoiser's latents by its keywords, in the weights' dtype."""
         given = self._config.model_input(latents, conditions)
-        return {self._config.part_keywords[part]: each.to(self._runtime.dtype) for part, each in given.items()}
+        keywords = {**self._config.part_keywords, **self._config.condition_keywords}
+        return {keywords[part]: each.to(self._runtime.dtype) for part, each in given.items()}
 
     def _request(self, x: DenoisingInput) -> _Request:
         embeds = merge_conditioning(x.text_conditioning, x.image_conditioning)

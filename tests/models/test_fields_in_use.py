@@ -19,7 +19,7 @@ from local_fleet import LocalFleet, open_fleet
 from models.registry import load_registry
 from tiny_glm_image import build_tiny_glm_image
 from tiny_ltx2 import build_tiny_ltx2, build_tiny_ltx2_i2v
-from tiny_qwen_image import build_tiny_qwen_image, build_tiny_qwen_image_edit
+from tiny_qwen_image import build_tiny_qwen_image, build_tiny_qwen_image_edit, build_tiny_qwen_image_edit_plus
 from tiny_wan import build_tiny_wan, build_tiny_wan_i2v, build_tiny_wan_ti2v
 
 Slot = tuple[str, str]
@@ -84,6 +84,7 @@ CASES = {
     "GlmImagePipeline": Case(build_tiny_glm_image, _SMALL),
     "QwenImagePipeline": Case(build_tiny_qwen_image, {**_SMALL, "negative_prompt": "car"}),
     "QwenImageEditPipeline": Case(build_tiny_qwen_image_edit, _SMALL, has_image=True),
+    "QwenImageEditPlusPipeline": Case(build_tiny_qwen_image_edit_plus, _SMALL, has_image=True),
     "WanPipeline": Case(build_tiny_wan, _VIDEO),
     "WanPipeline@text": Case(build_tiny_wan_ti2v, _VIDEO, variant="text"),
     "WanPipeline@image": Case(build_tiny_wan_ti2v, _VIDEO, has_image=True, variant="image"),

@@ -20,6 +20,7 @@ FAMILIES = [
     "LTX2ImageToVideoPipeline",
     "LTX2Pipeline",
     "QwenImageEditPipeline",
+    "QwenImageEditPlusPipeline",
     "QwenImagePipeline",
     "WanImageToVideoPipeline",
     "WanPipeline",

@@ -86,6 +86,20 @@ def test_modulations_of_two_tensors(dtype: torch.dtype, most: float, boundary: i
 
 
 @DTYPES
+@pytest.mark.parametrize("last", [0, 2, TOKENS - BOUNDARY])
+def test_modulations_of_three_segments(dtype: torch.dtype, most: float, last: int) -> None:
+    """The last tokens have a timestep of their own."""
+    x, update = torch.randn(2, BATCH, TOKENS, SIZE, dtype=dtype).unbind(0)
+    rows, own = (torch.randn(BATCH, 8 * SIZE, dtype=dtype).chunk(8, dim=1) for _ in range(2))
+    scale, shift, gate = (SegmentVectors(rows[index], rows[index + 1], own[index], last) for index in (1, 3, 6))
+    norm = LayerNormScaleShift(SIZE)
+    got = kernels.gate_norm_scale_shift(x, update, gate, scale, shift, BOUNDARY, norm.eps)
+    for mine, expected in zip(got, norm.after(Residual(x, update, gate), scale, shift, BOUNDARY), strict=True):
+        assert_near(mine, expected, most)
+    assert_near(kernels.norm_scale_shift(x, scale, shift, BOUNDARY, norm.eps), norm(x, scale, shift, BOUNDARY), most)
+
+
+@DTYPES
 @pytest.mark.parametrize("size", [HEAD, SIZE], ids=["per-head", "all-heads"])
 @pytest.mark.parametrize("parts", [1, 2])
 def test_qk_norm_rotary(dtype: torch.dtype, most: float, size: int, parts: int) -> None:
