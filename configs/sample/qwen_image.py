@@ -1,4 +1,4 @@
-"""Sampling parameters of Qwen-Image, Qwen-Image-Edit and Qwen-Image-Edit-Plus, as Diffusers 0.42's pipelines take and round them."""
+"""Sampling parameters of Qwen-Image and its editing pipelines, as Diffusers 0.42's take and round them."""
 
 from __future__ import annotations
 

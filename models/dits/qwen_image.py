@@ -140,8 +140,8 @@ class QwenImageTransformer2DModel(DiffusionTransformer):
         condition_states (B, C, in_channels); positions (tokens, 3).
         """
         prepared = self.prepare(timestep[None], encoder_hidden_states, img_ids, txt_ids, condition_ids)
-        given = {"condition_states": condition_states, **prepared.row(0), **prepared.constants}
-        return self.predict(hidden_states, use=None, **given)["hidden_states"]
+        inputs = {**prepared.row(0), **prepared.constants}
+        return self.predict(hidden_states, condition_states=condition_states, use=None, **inputs)["hidden_states"]
 
     def prepare(  # type: ignore[override]  # which keywords there are differs by model
         self,

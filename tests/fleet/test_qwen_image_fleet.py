@@ -12,11 +12,12 @@ import torch
 from PIL import Image
 
 from common.errors import InvalidInput
+from configs.pipeline_configs.qwen_image_edit_plus import QwenImageEditPlusPipelineConfig
 from local_fleet import LocalFleet
 from models.catalog import ServedModel, open_model
 from models.registry import load_registry
 from served_fleet import ServedFleet, served_fleet
-from tiny_qwen_image import build_tiny_qwen_image, build_tiny_qwen_image_edit
+from tiny_qwen_image import build_tiny_qwen_image, build_tiny_qwen_image_edit, build_tiny_qwen_image_edit_plus
 
 GIVEN: dict[str, Any] = {
     "prompt": "a red apple",
@@ -39,6 +40,7 @@ CASES: dict[str, tuple[str, Mapping[str, bytes], dict[str, Any]]] = {
     "guided": ("image", {}, GIVEN),
     "two outputs, without guidance": ("image", {}, {**GIVEN, "true_cfg_scale": 1.0, "num_outputs_per_prompt": 2}),
     "edit": ("edit", {"image": image_file(1, "JPEG")}, GIVEN),
+    "edit of two images": ("plus", {"image_1": image_file(2), "image": image_file(1, "JPEG")}, GIVEN),
 }
 
 
@@ -46,8 +48,20 @@ CASES: dict[str, tuple[str, Mapping[str, bytes], dict[str, Any]]] = {
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ServedModel]:
     torch.set_num_threads(1)
     root = tmp_path_factory.mktemp("qwen")
-    paths = {"image": build_tiny_qwen_image(root / "image"), "edit": build_tiny_qwen_image_edit(root / "edit")}
+    paths = {
+        "image": build_tiny_qwen_image(root / "image"),
+        "edit": build_tiny_qwen_image_edit(root / "edit"),
+        "plus": build_tiny_qwen_image_edit_plus(root / "plus"),
+    }
     return {name: open_model(f"{name}={path}", load_registry()) for name, path in paths.items()}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _small_images() -> Iterator[None]:
+    """Several images have fewer tokens than in Diffusers."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(QwenImageEditPlusPipelineConfig, "given_area", 160 * 160)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -81,8 +95,10 @@ def test_pictures_are_png_and_warnings_arrive(fleet: ServedFleet) -> None:
         ("image", {}, {"num_inference_steps": 1}, "num_inference_steps"),
         ("edit", {}, {}, "image"),
         ("edit", {"image": image_file(1), "last_image": image_file(2)}, {}, "last_image"),
+        ("plus", {"image_1": image_file(1)}, {}, "image"),
+        ("plus", {"image": image_file(1), "image_1": b"none"}, {}, "image_1"),
     ],
-    ids=["picture for nothing", "one step", "no picture", "two pictures"],
+    ids=["picture for nothing", "one step", "no picture", "two pictures", "no first picture", "no picture file"],
 )
 def test_what_cannot_be_drawn_is_refused_before_it_is_accepted(
     fleet: ServedFleet, name: str, images: dict[str, bytes], change: dict[str, Any], field: str

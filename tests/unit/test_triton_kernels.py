@@ -50,7 +50,7 @@ def assert_near(got: Tensor, expected: Tensor, most: float) -> None:
 def modulations(dtype: torch.dtype) -> list[SegmentVectors]:
     """Scale, shift and gate of two streams, as parts of one tensor."""
     parts = torch.randn(BATCH, 6 * SIZE, dtype=dtype).chunk(6, dim=1)
-    return [SegmentVectors(*parts[start : start + 2]) for start in (0, 2, 4)]
+    return [SegmentVectors(parts[start], parts[start + 1]) for start in (0, 2, 4)]
 
 
 @DTYPES
