@@ -31,9 +31,9 @@ _FRAMES_AHEAD = 8
 
 
 def png_bytes(pixels: Tensor) -> bytes:
-    """Encode (3, height, width); half values round to even, as Diffusers' do."""
+    """Encode RGB or RGBA, (channels, height, width); half values round to even, as Diffusers' do."""
     file = io.BytesIO()
-    Image.fromarray(_rgb(pixels).numpy()).save(file, "PNG")
+    Image.fromarray(_bytes(pixels).numpy()).save(file, "PNG")
     return file.getvalue()
 
 
@@ -125,7 +125,7 @@ class Mp4File:
 
     def add(self, pixels: Tensor) -> None:
         """Append a frame (3, height, width)."""
-        frame: Any = av.VideoFrame.from_ndarray(_rgb(pixels).numpy(), format="rgb24")
+        frame: Any = av.VideoFrame.from_ndarray(_bytes(pixels).numpy(), format="rgb24")
         frame = frame.reformat(format="yuv420p", dst_colorspace="ITU709")
         self._mux(self._stream.encode(frame))
 
@@ -199,5 +199,5 @@ def mp4_bytes(
     return file.finish()
 
 
-def _rgb(pixels: Tensor) -> Tensor:
+def _bytes(pixels: Tensor) -> Tensor:
     return (pixels.permute(1, 2, 0) * 255).round().to(torch.uint8).contiguous()

@@ -31,7 +31,12 @@ from rank_pool import RankPool
 from tiny_flux import LATENT_CHANNELS, build_tiny_flux
 from tiny_glm_image import CODES, GLYPH_SIZE, build_tiny_glm_image
 from tiny_ltx2 import AUDIO_SIZE, VIDEO_CHANNELS, VIDEO_SIZE, build_tiny_ltx2
-from tiny_qwen_image import build_tiny_qwen_image, build_tiny_qwen_image_edit, build_tiny_qwen_image_edit_plus
+from tiny_qwen_image import (
+    build_tiny_qwen_image,
+    build_tiny_qwen_image_edit,
+    build_tiny_qwen_image_edit_plus,
+    build_tiny_qwen_image_layered,
+)
 from tiny_wan import TI2V_LATENT_CHANNELS, build_tiny_wan, build_tiny_wan_i2v, build_tiny_wan_ti2v
 
 CPU = torch.device("cpu")
@@ -118,6 +123,15 @@ FAMILIES = {
         condition=((1, 15, 64), (1, 1, 16, 6, 10)),
         more_conditions=(((1, 8, 64), (1, 1, 16, 8, 4)),),
         tokens=35,
+    ),
+    # Two layers and the whole image of 15 tokens each, and those of the given image.
+    "qwen-image-layered": Family(
+        build_tiny_qwen_image_layered,
+        Canvas(height=48, width=80, num_frames=2),
+        positive={"encoder_hidden_states": (13, 32)},
+        negative={"encoder_hidden_states": (6, 32)},
+        condition=((1, 15, 64), (1, 1, 16, 6, 10)),
+        tokens=45,
     ),
     "wan": Family(
         build_tiny_wan,

@@ -16,6 +16,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     QwenImageEditPipeline,
     QwenImageEditPlusPipeline,
+    QwenImageLayeredPipeline,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
 )
@@ -23,6 +24,7 @@ from tokenizers import Tokenizer, models, trainers
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import nn
 from transformers import (
+    GenerationConfig,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
@@ -86,6 +88,24 @@ def build_tiny_qwen_image_edit_plus(path: Path, *, zero_cond_t: bool = True, see
     return _with_processor(path, "QwenImageEditPlusPipeline")
 
 
+def build_tiny_qwen_image_layered(path: Path, *, seed: int = 0) -> Path:
+    """Write a checkpoint that takes images apart into layers. Its descriptions of images end after a few tokens."""
+    torch.manual_seed(seed)
+    modules = _modules(TEXT_SIZE, use_additional_t_cond=True, use_layer3d_rope=True)
+    modules["vae"] = AutoencoderKLQwenImage(base_dim=8, z_dim=LATENT_CHANNELS, num_res_blocks=1, input_channels=4)
+    randomise(modules["vae"])
+    encoder = modules["text_encoder"]
+    encoder.generation_config = GenerationConfig(
+        do_sample=True,
+        temperature=1e-6,
+        repetition_penalty=1.05,
+        pad_token_id=0,
+        eos_token_id=list(range(0, encoder.config.text_config.vocab_size, 7)),
+    )
+    QwenImagePipeline(scheduler=_scheduler(), **modules).save_pretrained(str(path))
+    return _with_processor(path, "QwenImageLayeredPipeline")
+
+
 def _with_processor(path: Path, pipeline: str) -> Path:
     """The checkpoint as that of a pipeline with a processor of images."""
     Qwen2VLImageProcessorPil(size={"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * LOOKED_AT}).save_pretrained(
@@ -106,6 +126,11 @@ def open_edit_reference(path: Path) -> QwenImageEditPipeline:
 def open_edit_plus_reference(path: Path) -> QwenImageEditPlusPipeline:
     """The same of QwenImageEditPlusPipeline."""
     return QwenImageEditPlusPipeline.from_pretrained(path, processor=picture_processor(path))
+
+
+def open_layered_reference(path: Path) -> QwenImageLayeredPipeline:
+    """The same of QwenImageLayeredPipeline."""
+    return QwenImageLayeredPipeline.from_pretrained(path, processor=picture_processor(path))
 
 
 def picture_processor(path: Path) -> Qwen2VLProcessor:

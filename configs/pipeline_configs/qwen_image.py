@@ -61,13 +61,16 @@ class QwenImageFamilyConfig(PackedPipelineConfig):
         "use_additional_t_cond": False,
         "use_layer3d_rope": False,
     }
+    condition_keywords: ClassVar[Mapping[str, str]] = {CONDITION: "condition_states"}
+    channels: ClassVar[int] = 3
+    """Channels of pixels."""
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Checkpoint) -> Self:
         """Read transformer, VAE and scheduler. Raises CheckpointError when they do not fit together."""
         transformer = QwenImageTransformerConfig.from_dict("transformer", checkpoint.module_config("transformer"))
         check_flags(transformer, cls.transformer_flags)
-        vae = AutoencoderKLQwenImageConfig.from_dict("vae", checkpoint.module_config("vae"))
+        vae = AutoencoderKLQwenImageConfig.from_dict("vae", checkpoint.module_config("vae"), cls.channels)
         if not transformer.in_channels == transformer.token_channels == 4 * vae.z_dim:
             raise CheckpointError(
                 f"the transformer takes {transformer.in_channels} and makes {transformer.token_channels} channels a "
@@ -95,14 +98,17 @@ class QwenImageFamilyConfig(PackedPipelineConfig):
         return {"image": (batch, 1, self.vae.z_dim, 2 * rows, 2 * columns)}
 
     def pack(self, part: str, raw: Tensor) -> Tensor:
-        """(B, 1, C, 2h, 2w) to (B, h*w, 4C)."""
+        """(B, frames, C, 2h, 2w) to (B, frames*h*w, 4C)."""
         del part
-        return pack_patches(raw[:, 0])
+        tokens = pack_patches(raw.flatten(0, 1))
+        return tokens.reshape(raw.shape[0], -1, tokens.shape[2])
 
     def unpack(self, part: str, latents: Tensor, raw_latent_shape: tuple[int, ...]) -> Tensor:
-        """(B, h*w, 4C) to the layout of the VAE, which has frames after channels: (B, C, 1, 2h, 2w)."""
+        """(B, frames*h*w, 4C) to the layout of the VAE, which has frames after channels: (B, C, frames, 2h, 2w)."""
         del part
-        return unpack_patches(latents, *raw_latent_shape[2:])[:, :, None]
+        _, frames, *size = raw_latent_shape
+        patches = latents.reshape(len(latents) * frames, -1, latents.shape[2])
+        return unpack_patches(patches, *size).unflatten(0, (-1, frames)).transpose(1, 2)
 
     def prepare_pos_cond_kwargs(self, embeds: Parts, shapes: Shapes, sampling: Sampling) -> Keywords:
         """Positions (image, row, column) around each image's centre; text positions continue diagonally after them."""
@@ -117,6 +123,11 @@ class QwenImageFamilyConfig(PackedPipelineConfig):
             "condition_ids": torch.cat(given) if given else None,
         }
 
+    def model_input(self, latents: Parts, conditions: Parts) -> Parts:
+        """The tokens of the image that is made, and those of all given images."""
+        given = [conditions[part] for part in condition_parts(conditions)]
+        return {**latents, CONDITION: torch.cat(given, dim=1)} if given else latents
+
     def guided(self, positive: Tensor, negative: Tensor, scale: float) -> Tensor:
         """True classifier-free guidance, each token rescaled to the norm of the positive prediction."""
         guided = super().guided(positive, negative, scale)
@@ -128,6 +139,11 @@ class QwenImageFamilyConfig(PackedPipelineConfig):
         """Undo the normalisation of each channel."""
         mean, inverse = self._normalisation(raw)
         return raw / inverse + mean
+
+    def _normalised(self, latents: Tensor) -> Tensor:
+        """Normalised latents of an image (1, C, 1, 2h, 2w), with frames before channels like the noise."""
+        mean, inverse = self._normalisation(latents)
+        return ((latents - mean) * inverse).transpose(1, 2)
 
     def _normalisation(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and 1 / std of the latent channels, (1, z, 1, 1, 1)."""

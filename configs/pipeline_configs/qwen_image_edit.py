@@ -6,13 +6,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-import torch
 from torch import Tensor
 
 from configs.models.encodings import ImageTextEncoding, Template
 from configs.models.vaes.qwen_image import GIVEN_AREA, given_size
 from configs.pipeline_configs.base import ImageLatentsConfig, ImageTextConfig, Parts, Shapes
-from configs.pipeline_configs.qwen_image import CONDITION, QwenImageFamilyConfig, condition_parts
+from configs.pipeline_configs.qwen_image import CONDITION, QwenImageFamilyConfig
 
 if TYPE_CHECKING:
     from common.artifacts import Canvas
@@ -38,8 +37,6 @@ class QwenImageEditPipelineConfig(QwenImageFamilyConfig, ImageTextConfig, ImageL
         **QwenImageFamilyConfig.module_loaders,
         "Qwen2_5_VLForConditionalGeneration": "models.encoder_runners.qwen_vl:load_qwen_vl_model",
     }
-    condition_keywords: ClassVar[Mapping[str, str]] = {CONDITION: "condition_states"}
-
     given_area: ClassVar[int] = GIVEN_AREA
     """Pixels of an image as the VAE encodes it."""
     seen_area: ClassVar[int] = GIVEN_AREA
@@ -75,16 +72,7 @@ class QwenImageEditPipelineConfig(QwenImageFamilyConfig, ImageTextConfig, ImageL
         del canvas
         latents = [encode(image[:, :, None]) for image in images.values()]
         names = [f"{CONDITION}_{index}" if index else CONDITION for index in range(len(latents))]
-        return {name: self._normalised(each).transpose(1, 2) for name, each in zip(names, latents, strict=True)}
-
-    def model_input(self, latents: Parts, conditions: Parts) -> Parts:
-        """The tokens of the output, and those of the input images."""
-        given = [conditions[part] for part in condition_parts(conditions)]
-        return {"image": latents["image"], CONDITION: given[0] if len(given) == 1 else torch.cat(given, dim=1)}
-
-    def _normalised(self, latents: Tensor) -> Tensor:
-        mean, inverse = self._normalisation(latents)
-        return (latents - mean) * inverse
+        return {name: self._normalised(each) for name, each in zip(names, latents, strict=True)}
 
     def _positions_beside(self, height: int, width: int) -> int:
         """How many text tokens have positions next to a picture of that size (pixels)."""

@@ -47,8 +47,11 @@ class QwenImageEditSamplingParams(QwenImageSamplingParams):
         return ImageRoles(required=("image",))
 
     @classmethod
-    def image_defaults(cls, images: Mapping[str, ImageHeader]) -> dict[str, ParamValue]:
+    def image_defaults(
+        cls, images: Mapping[str, ImageHeader], values: Mapping[str, ParamValue]
+    ) -> dict[str, ParamValue]:
         """The size that the picture is edited in."""
+        del values
         if "image" not in images:
             return {}
         height, width = given_size(images["image"].height, images["image"].width)
@@ -73,8 +76,10 @@ class QwenImageEditPlusSamplingParams(QwenImageEditSamplingParams):
         return ImageRoles(required=("image",), optional=tuple(f"image_{index}" for index in range(1, MAX_IMAGES)))
 
     @classmethod
-    def image_defaults(cls, images: Mapping[str, ImageHeader]) -> dict[str, ParamValue]:
+    def image_defaults(
+        cls, images: Mapping[str, ImageHeader], values: Mapping[str, ParamValue]
+    ) -> dict[str, ParamValue]:
         """The size that the last image is edited in."""
         if not images:
             return {}
-        return super().image_defaults({"image": images[max(images, key=image_order)]})
+        return super().image_defaults({"image": images[max(images, key=image_order)]}, values)

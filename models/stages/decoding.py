@@ -21,7 +21,7 @@ _DEFAULT_FRAME_RATE = 16.0
 
 
 class DecodingStage(PipelineStage[DecodingInput, DecodingOutput]):
-    """Decodes with the VAE and encodes: a PNG an image, an MP4 a video, or one safetensors file with tensors.
+    """Decodes with the VAE and encodes: a PNG an image (or a layer), an MP4 a video, or one file with tensors.
 
     The VAE of a video model yields frames, each of which is encoded while the next one is decoded. A model with sound
     has two more modules: the VAE of its sound part, and a vocoder that makes the sound.
@@ -42,7 +42,7 @@ class DecodingStage(PipelineStage[DecodingInput, DecodingOutput]):
         is_video = self._config.visual_part == "video"
         match x.canvas.output_format:
             case "safetensors":
-                pixels = self._video_tensor(part, x, call) if is_video else self._images(part, call)
+                pixels = self._video_tensor(part, x, call) if is_video else self._image_tensor(part, call)
                 saved = {"latents": self._saved(self._config.visual_part, part, self._vae), "pixels": pixels}
                 items = [self._item(save({**saved, **self._sound_tensors(x)}), SAFETENSORS, x)]
             case "png" if not is_video:
@@ -55,8 +55,12 @@ class DecodingStage(PipelineStage[DecodingInput, DecodingOutput]):
                 raise InvalidInput(message, field="output_format")
         return DecodingOutput(media=Media(items=tuple(items)))
 
+    def _image_tensor(self, part: LatentPart, call: Call) -> Tensor:
+        """Pixels of all outputs as Diffusers returns them."""
+        return self._config.saved_pixels(self._images(part, call), part.latents.shape[0])
+
     def _images(self, part: LatentPart, call: Call) -> Tensor:
-        """Pixels of all outputs, (outputs, 3, height, width)."""
+        """Pixels of all images, (images, channels, height, width): one or more of each output."""
         decoded: Tensor = self._vae.decode(self._vae_latents(part.latents, part.raw_latent_shape), return_dict=False)[0]
         # An image from the VAE of a video model is a video of one frame.
         pixels = _pixels(decoded[:, :, 0] if decoded.ndim == 5 else decoded)

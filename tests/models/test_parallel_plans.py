@@ -47,7 +47,7 @@ PLANS: dict[str, tuple[ParallelPlan, type[nn.Module], tuple[Any, ...]]] = {
     "qwen-image": (
         QWEN_IMAGE_PLAN,
         QwenImageTransformer2DModel,
-        (QwenImageTransformerConfig(), QwenImageTransformerConfig(zero_cond_t=True)),
+        (QwenImageTransformerConfig(), QwenImageTransformerConfig(use_additional_t_cond=True)),
     ),
     "wan": (WAN_PLAN, WanTransformer3DModel, (WanTransformerConfig(), WAN_I2V)),
 }

@@ -21,6 +21,7 @@ FAMILIES = [
     "LTX2Pipeline",
     "QwenImageEditPipeline",
     "QwenImageEditPlusPipeline",
+    "QwenImageLayeredPipeline",
     "QwenImagePipeline",
     "WanImageToVideoPipeline",
     "WanPipeline",

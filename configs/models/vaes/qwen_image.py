@@ -28,10 +28,11 @@ class AutoencoderKLQwenImageConfig:
     latents_std: tuple[float, ...]
 
     @classmethod
-    def from_dict(cls, module: str, values: Mapping[str, Any]) -> Self:
-        """Read config.json of the module. Raises CheckpointError."""
+    def from_dict(cls, module: str, values: Mapping[str, Any], channels: int = 3) -> Self:
+        """Read config.json of the module, for pictures of so many channels. Raises CheckpointError."""
         fields = ConfigFields(module, values)
-        fields.only("input_channels", 3)
+        if (found := fields.integer("input_channels", 3)) != channels:
+            raise fields.error("input_channels", f"is not supported; supported is {channels}, not {found}")
         z_dim = fields.integer("z_dim", 16)
         mean, std = latent_statistics(fields, z_dim)
         return cls(
