@@ -108,7 +108,7 @@ class QwenImageFamilyConfig(PackedPipelineConfig):
         del part
         _, frames, *size = raw_latent_shape
         patches = latents.reshape(len(latents) * frames, -1, latents.shape[2])
-        return unpack_patches(patches, *size).unflatten(0, (-1, frames)).transpose(1, 2)
+        return unpack_patches(patches, *size).view(len(latents), frames, *size).transpose(1, 2)
 
     def prepare_pos_cond_kwargs(self, embeds: Parts, shapes: Shapes, sampling: Sampling) -> Keywords:
         """Positions (image, row, column) around each image's centre; text positions continue diagonally after them."""

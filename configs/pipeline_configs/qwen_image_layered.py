@@ -89,7 +89,7 @@ class QwenImageLayeredPipelineConfig(QwenImagePipelineConfig, ImageLatentsConfig
 
     def saved_pixels(self, pixels: Tensor, outputs: int) -> Tensor:
         """(outputs, layers, 4, height, width)."""
-        return pixels.unflatten(0, (outputs, -1))
+        return pixels.reshape(outputs, -1, *pixels.shape[1:])
 
     def num_frames(self, canvas: Canvas) -> int:
         """1: a layer is a file of its own."""

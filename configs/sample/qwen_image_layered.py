@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Self
+from typing import ClassVar, Self
 
 from common.artifacts import Canvas, ParamValue, Prompt, Sampling
 from common.checkpoint import Checkpoint
@@ -26,6 +26,9 @@ class QwenImageLayeredSamplingParams(QwenImageSamplingParams):
 
     Diffusers takes no size; here one may be given that is this one. A fleet sets it when it validates a request.
     """
+
+    # Room for the most layers at the larger resolution.
+    max_total_pixels: ClassVar[int] = 2**25
 
     prompt: str = parameter("What the image shows; where it is empty, the model describes the image itself.", "")
     height: int = parameter("Height in pixels.", minimum=1, maximum=8192, unset=_UNSET)

@@ -97,7 +97,7 @@ def their_run(pipeline: Any, image: Image.Image, request: Mapping[str, Any]) -> 
     call = call_of({**request}) | {"generator": generator, "output_type": "pt", "callback_on_step_end": keep}
     with torch.inference_mode():
         layers = torch.cat(pipeline(image=image, **call).images)
-    return {"latents": latents[-1], "pixels": layers.unflatten(0, (len(latents[-1]), -1))}
+    return {"latents": latents[-1], "pixels": layers.view(len(latents[-1]), -1, *layers.shape[1:])}
 
 
 CASES: dict[str, tuple[Image.Image, dict[str, Any]]] = {
@@ -179,7 +179,7 @@ def before(fleet: LocalFleet, call: Call, **change: Any) -> DenoisingInput:
     """What the loop reads of a request."""
     images = {"image": png(WIDE)}
     validated = InputValidationStage(fleet.model).run({**BASE, "num_inference_steps": 3, "seed": 3, **change}, images)
-    values = dict(validated.artifacts)
+    values: dict[str, Any] = dict(validated.artifacts)
     made = fleet.services["before_denoising"].of("").run(values, call)
     return DenoisingInput(**made, sampling=values["sampling"])
 
