@@ -101,12 +101,7 @@ def test_ranks_approximate_alike(
 
 @pytest.mark.parametrize(
     ("family", "degrees"),
-    [
-        ("flux", Degrees(tp=2, ulysses=2)),
-        ("wan", Degrees(tp=2, ring=2)),
-        ("ltx2", Degrees(tp=2, ring=2)),
-        ("qwen-image-edit-plus", Degrees(tp=2, ring=2)),
-    ],
+    [("flux", Degrees(tp=2, ulysses=2)), ("wan", Degrees(tp=2, ring=2)), ("ltx2", Degrees(tp=2, ring=2))],
     ids=str,
 )
 def test_a_block_is_one_graph(
