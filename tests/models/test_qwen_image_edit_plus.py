@@ -179,6 +179,7 @@ def test_the_template_is_as_long_as_with_the_published_tokenizer() -> None:
     assert "<|vision_end|>Picture 2: <|vision_start|>" in template.before
 
 
+@pytest.mark.usefixtures("small")
 @pytest.mark.parametrize(
     ("change", "images", "field"),
     [
