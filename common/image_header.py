@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from common.errors import InvalidInput
 from common.image_orientation import SIDEWAYS, UPRIGHT, ImageMetadata
 
+MAX_IMAGES = 16
+"""Images of one request."""
 MAX_FILE_BYTES = 20 * 2**20
 MAX_PIXELS = 2**26
 MAX_TOTAL_PIXELS = 2**27
@@ -77,6 +79,12 @@ def read_image_header(role: str, data: bytes | memoryview) -> ImageHeader:
         raise InvalidInput(f"{role} is cut off: the file is not whole", field=role) from None
     _check_size(role, header)
     return header
+
+
+def image_order(role: str) -> tuple[str, int]:
+    """Sorting key of the roles of a request's images: "image", "image_1" ... "image_10"."""
+    name, _, number = role.rpartition("_")
+    return (name, int(number)) if number.isdecimal() else (role, 0)
 
 
 def check_total_size(headers: Mapping[str, ImageHeader]) -> None:

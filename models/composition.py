@@ -80,21 +80,30 @@ class StandardPipeline(ComposedPipeline):
         self._add_preparation(scheduler)
         self._add_denoising_and_decoding(scheduler, decoders=decoders, denoising=denoising, decoding=decoding)
 
-    def add_hybrid_stages(self, implementation: str, *, modules: Sequence[str], scheduler: str = "scheduler") -> None:
+    def add_hybrid_stages(
+        self,
+        implementation: str,
+        *,
+        modules: Sequence[str],
+        scheduler: str = "scheduler",
+        inputs: Sequence[str] = (),
+        denoising_inputs: Sequence[str] = (),
+    ) -> None:
         """One stage of the model's own for all work before denoising, then denoise and decode.
 
-        `implementation` is "package.module:Class"; its modules have their names as roles, besides SCHEDULER.
+        `implementation` is "package.module:Class"; its modules have their names as roles, besides SCHEDULER. `inputs`
+        and `denoising_inputs` are the optional inputs that this stage and the denoising stage read.
         """
         self.add_stage(
             StageSpec(
-                contracts.BEFORE_DENOISING,
+                contracts.BEFORE_DENOISING.reading(*inputs),
                 "before_denoising",
                 implementation,
                 {**{name: name for name in modules}, SCHEDULER: scheduler},
                 cost=Cost.PIXEL,
             )
         )
-        self._add_denoising_and_decoding(scheduler)
+        self._add_denoising_and_decoding(scheduler, *denoising_inputs)
 
     def _add_text_encoding(self, modules: Sequence[str]) -> None:
         self.add_stage(

@@ -113,11 +113,12 @@ class TimestepPreparationOutput:
 
 @dataclass(frozen=True, kw_only=True)
 class BeforeDenoisingInput:
-    """What a hybrid model's stage reads: the whole request."""
+    """What a hybrid model's stage reads: the whole request. Pipelines name the optional input where they use it."""
 
     prompt: Prompt
     canvas: Canvas
     sampling: Sampling
+    image_inputs: ImageInputs | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +128,7 @@ class BeforeDenoisingOutput:
     text_conditioning: Conditioning
     initial_latents: Latents
     schedule: Schedule
+    image_latents: Latents | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Opens the images of a request as Diffusers' load_image does: oriented by their metadata, converted to RGB.
+"""Opens the images of a request as Diffusers' load_image does: oriented by their metadata, converted to RGB or RGBA.
 
 The orientation is the one that `common.image_header` reads, so validation and decoding agree on the size.
 """
@@ -9,6 +9,7 @@ import io
 import struct
 import zlib
 from collections.abc import Mapping
+from typing import Literal
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from common.artifacts import ImageInputs
 from common.errors import InvalidInput
-from common.image_header import check_total_size, read_image_header
+from common.image_header import check_total_size, image_order, read_image_header
 from common.image_orientation import SIDEWAYS
 
 _FORMATS = ("PNG", "JPEG", "WEBP")
@@ -47,18 +48,18 @@ _TRANSPOSITIONS = {
 }
 
 
-def open_images(inputs: ImageInputs) -> Mapping[str, Image.Image]:
-    """RGB pictures by role: image, image_1 ..., last_image, in whatever order they came.
+def open_images(inputs: ImageInputs, mode: Literal["RGB", "RGBA"] = "RGB") -> Mapping[str, Image.Image]:
+    """Pictures by role: image, image_1 ..., last_image, in whatever order they came; all of one of Pillow's modes.
 
     Raises InvalidInput about the role of one that cannot be read, or is too large, and for too much of them together.
     """
-    files = {role: _file(inputs.images[role]) for role in sorted(inputs.images, key=_place)}
+    files = {role: _file(inputs.images[role]) for role in sorted(inputs.images, key=image_order)}
     check_total_size({role: read_image_header(role, data) for role, data in files.items()})
-    return {role: open_image(role, data) for role, data in files.items()}
+    return {role: open_image(role, data, mode) for role, data in files.items()}
 
 
-def open_image(role: str, data: bytes) -> Image.Image:
-    """One picture. CMYK, grey and palette pictures become RGB; transparency is dropped, and the colours stay.
+def open_image(role: str, data: bytes, mode: Literal["RGB", "RGBA"] = "RGB") -> Image.Image:
+    """One picture. CMYK, grey and palette pictures become RGB; in RGB transparency is dropped, and the colours stay.
 
     Its size is bounded here, by its header, before Pillow makes room for it: Pillow's own bounds are for the whole
     process, and anybody in it may change them.
@@ -72,7 +73,7 @@ def open_image(role: str, data: bytes) -> Image.Image:
                 raise ValueError(f"it is {first} in one place and {second} in another")
             transposition = _TRANSPOSITIONS.get(header.orientation)
             oriented = picture if transposition is None else picture.transpose(transposition)
-            return oriented.convert("RGB")
+            return oriented.convert(mode)
     except _UNREADABLE as error:
         raise InvalidInput(f"{role} cannot be decoded: {error}", field=role) from None
 
@@ -80,15 +81,10 @@ def open_image(role: str, data: bytes) -> Image.Image:
 def as_tensor(
     picture: Image.Image, height: int, width: int, resampling: Image.Resampling = Image.Resampling.LANCZOS
 ) -> Tensor:
-    """float32 (1, 3, height, width) in [-1, 1]. Stretched: the aspect is not kept, as in Diffusers."""
+    """float32 (1, channels, height, width) in [-1, 1]. Stretched: the aspect is not kept, as in Diffusers."""
     resized = picture.resize((width, height), resampling)
     pixels = torch.from_numpy(np.array(resized).astype(np.float32) / 255.0)
     return (2.0 * pixels - 1.0).permute(2, 0, 1)[None]
-
-
-def _place(role: str) -> tuple[str, int]:
-    name, _, number = role.rpartition("_")
-    return (name, int(number)) if number.isdecimal() else (role, 0)
 
 
 def _file(data: Tensor | bytes) -> bytes:

@@ -42,9 +42,9 @@ _T = TypeVar("_T")
 
 
 def png_bytes(pixels: Tensor) -> bytes:
-    """Encode (3, height, width); half values round to even, as Diffusers' do."""
+    """Encode RGB or RGBA, (channels, height, width); half values round to even, as Diffusers' do."""
     file = io.BytesIO()
-    Image.fromarray(_rgb(pixels).numpy()).save(file, "PNG")
+    Image.fromarray(_bytes(pixels).numpy()).save(file, "PNG")
     return file.getvalue()
 
 
@@ -217,7 +217,7 @@ def _add_h264(
 
 
 def _yuv_frame(pixels: Tensor) -> Any:
-    frame: Any = av.VideoFrame.from_ndarray(_rgb(pixels).numpy(), format="rgb24")
+    frame: Any = av.VideoFrame.from_ndarray(_bytes(pixels).numpy(), format="rgb24")
     return frame.reformat(format="yuv420p", dst_colorspace="ITU709")
 
 
@@ -265,5 +265,5 @@ def mp4_bytes(frames: Iterable[Tensor], height: int, width: int, frame_rate: flo
     return file.finish()
 
 
-def _rgb(pixels: Tensor) -> Tensor:
+def _bytes(pixels: Tensor) -> Tensor:
     return (pixels.permute(1, 2, 0) * 255).round().to(torch.uint8).contiguous()

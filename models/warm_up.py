@@ -21,6 +21,7 @@ from common.artifacts import (
     Canvas,
     Conditioning,
     Generator,
+    ImageInputs,
     LatentPart,
     Latents,
     ParamValue,
@@ -33,6 +34,7 @@ from common.stage import Call
 from configs.pipeline_configs.base import DenoisingConfig, NegativePromptConfig, Shapes
 from configs.sample.base import SamplingParams
 from models.catalog import ServedModel, ServedVariant
+from models.media import png_bytes
 from models.registry import resolve
 
 STEPS = 3
@@ -81,8 +83,9 @@ class WarmUp:
         configs: dict[str, DenoisingConfig] = {}
         for variant, params in self.sizes:
             slots, request = variant.pipeline.service(self.service).contract.inputs, params.artifacts()
-            if slots.keys() <= request.keys():
-                yield {slot: request[slot] for slot in slots}
+            images = {slot: _images(variant, params) for slot, kind in slots.items() if kind == "ImageInputs"}
+            if slots.keys() <= request.keys() | images.keys():
+                yield {slot: images[slot] if slot in images else request[slot] for slot in slots}
                 continue
             if variant.name not in configs:
                 config_class: type[DenoisingConfig] = resolve(variant.pipeline_config)
@@ -147,6 +150,13 @@ def _inputs(
     if shapes := config.condition_shapes(canvas):
         inputs["image_latents"] = _latents(config, shapes, dtype)
     return inputs
+
+
+def _images(variant: ServedVariant, params: SamplingParams) -> ImageInputs:
+    """Grey images of the result's size, as many as a request must bring."""
+    data = png_bytes(torch.full((3, params.height, params.width), 0.5))
+    file = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    return ImageInputs(images=dict.fromkeys(variant.roles.required, file))
 
 
 def _latents(config: DenoisingConfig, shapes: Shapes, dtype: torch.dtype) -> Latents:

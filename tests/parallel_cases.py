@@ -32,7 +32,12 @@ from rank_pool import RankPool
 from tiny_flux import LATENT_CHANNELS, build_tiny_flux
 from tiny_glm_image import CODES, GLYPH_SIZE, build_tiny_glm_image
 from tiny_ltx2 import AUDIO_SIZE, VIDEO_CHANNELS, VIDEO_SIZE, build_tiny_ltx2
-from tiny_qwen_image import build_tiny_qwen_image, build_tiny_qwen_image_edit
+from tiny_qwen_image import (
+    build_tiny_qwen_image,
+    build_tiny_qwen_image_edit,
+    build_tiny_qwen_image_edit_plus,
+    build_tiny_qwen_image_layered,
+)
 from tiny_wan import (
     TI2V_LATENT_CHANNELS,
     build_tiny_wan,
@@ -70,6 +75,7 @@ class Family:
     pictures: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     ids: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     condition: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+    more_conditions: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...] = ()
     channels: int = LATENT_CHANNELS
     patch: int = 4
     config: str = ""
@@ -123,6 +129,25 @@ FAMILIES = {
         negative={"encoder_hidden_states": (6, 32)},
         condition=((1, 15, 64), (1, 1, 16, 6, 10)),
         tokens=35,
+    ),
+    # 15 and 8 tokens of given images, which have a timestep of their own.
+    "qwen-image-edit-plus": Family(
+        build_tiny_qwen_image_edit_plus,
+        Canvas(height=80, width=112),
+        positive={"encoder_hidden_states": (13, 32)},
+        negative={"encoder_hidden_states": (6, 32)},
+        condition=((1, 15, 64), (1, 1, 16, 6, 10)),
+        more_conditions=(((1, 8, 64), (1, 1, 16, 8, 4)),),
+        tokens=35,
+    ),
+    # Two layers and the whole image of 15 tokens each, and those of the given image.
+    "qwen-image-layered": Family(
+        build_tiny_qwen_image_layered,
+        Canvas(height=48, width=80, num_frames=2),
+        positive={"encoder_hidden_states": (13, 32)},
+        negative={"encoder_hidden_states": (6, 32)},
+        condition=((1, 15, 64), (1, 1, 16, 6, 10)),
+        tokens=45,
     ),
     "wan": Family(
         build_tiny_wan,
@@ -247,11 +272,11 @@ def draw_input(checkpoint: Checkpoint, config: Any, family: Family) -> Denoising
     noise = next(iter(initial.initial_latents.parts.values()))
     assert noise.latents[0].numel() == family.tokens * family.patch * family.channels
     ids = {name: torch.randint(CODES, (1, *size)) for name, size in family.ids.items()}
-    condition = None
-    if family.condition:
-        packed, raw = family.condition
-        part = LatentPart(latents=torch.randn(packed), raw_latent_shape=raw)
-        condition = Latents(parts={"condition": part})
+    parts = {}
+    for index, (packed, raw) in enumerate((family.condition, *family.more_conditions) if family.condition else ()):
+        name = f"condition_{index}" if index else "condition"
+        parts[name] = LatentPart(latents=torch.randn(packed), raw_latent_shape=raw)
+    condition = Latents(parts=parts) if parts else None
     return DenoisingInput(
         initial_latents=initial.initial_latents,
         schedule=timesteps.run(TimestepPreparationInput(canvas=canvas, sampling=sampling), Call("test")).schedule,
@@ -283,7 +308,7 @@ def single_input(config: Any, x: DenoisingInput) -> dict[str, Tensor]:
         **embeds,
         **(x.image_conditioning.prompt_embeds if x.image_conditioning else {}),
         **config.prepare_pos_cond_kwargs(embeds, shapes, x.sampling),
-        **{config.part_keywords[part]: each for part, each in latents.items()},
+        **{{**config.part_keywords, **config.condition_keywords}[part]: each for part, each in latents.items()},
         "timestep": config.model_timestep(x.schedule.timesteps[1:2]),
     }
     return {name: value.contiguous() for name, value in keywords.items() if value is not None}

@@ -15,6 +15,8 @@ from diffusers import (
     AutoencoderKLQwenImage,
     FlowMatchEulerDiscreteScheduler,
     QwenImageEditPipeline,
+    QwenImageEditPlusPipeline,
+    QwenImageLayeredPipeline,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
 )
@@ -22,6 +24,7 @@ from tokenizers import Tokenizer, models, trainers
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import nn
 from transformers import (
+    GenerationConfig,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
@@ -65,10 +68,10 @@ def qwen_tokenizer() -> Qwen2Tokenizer:
     )
 
 
-def build_tiny_qwen_image(path: Path, *, text_size: int = TEXT_SIZE, seed: int = 0) -> Path:
-    """Write a text-to-image checkpoint."""
+def build_tiny_qwen_image(path: Path, *, text_size: int = TEXT_SIZE, seed: int = 0, **transformer: bool) -> Path:
+    """Write a text-to-image checkpoint; `transformer` are variants of the DiT."""
     torch.manual_seed(seed)
-    modules = _modules(text_size)
+    modules = _modules(text_size, **transformer)
     QwenImagePipeline(scheduler=_scheduler(), **modules).save_pretrained(str(path))
     return path
 
@@ -76,23 +79,66 @@ def build_tiny_qwen_image(path: Path, *, text_size: int = TEXT_SIZE, seed: int =
 def build_tiny_qwen_image_edit(path: Path, *, seed: int = 0) -> Path:
     """Write a checkpoint that edits pictures. Its processor is told from the parts that need no torchvision."""
     build_tiny_qwen_image(path, seed=seed)
+    return _with_processor(path, "QwenImageEditPipeline")
+
+
+def build_tiny_qwen_image_edit_plus(path: Path, *, zero_cond_t: bool = True, seed: int = 0) -> Path:
+    """Write a checkpoint that edits several images: 2511, or 2509 without zero_cond_t."""
+    build_tiny_qwen_image(path, seed=seed, zero_cond_t=zero_cond_t)
+    return _with_processor(path, "QwenImageEditPlusPipeline")
+
+
+def build_tiny_qwen_image_layered(path: Path, *, seed: int = 0) -> Path:
+    """Write a checkpoint that takes images apart into layers. Its descriptions of images end after a few tokens."""
+    torch.manual_seed(seed)
+    modules = _modules(TEXT_SIZE, use_additional_t_cond=True, use_layer3d_rope=True)
+    modules["vae"] = AutoencoderKLQwenImage(base_dim=8, z_dim=LATENT_CHANNELS, num_res_blocks=1, input_channels=4)
+    randomise(modules["vae"])
+    encoder = modules["text_encoder"]
+    encoder.generation_config = GenerationConfig(
+        do_sample=True,
+        temperature=1e-6,
+        repetition_penalty=1.05,
+        pad_token_id=0,
+        eos_token_id=list(range(0, encoder.config.text_config.vocab_size, 7)),
+    )
+    QwenImagePipeline(scheduler=_scheduler(), **modules).save_pretrained(str(path))
+    return _with_processor(path, "QwenImageLayeredPipeline")
+
+
+def _with_processor(path: Path, pipeline: str) -> Path:
+    """The checkpoint as that of a pipeline with a processor of images."""
     Qwen2VLImageProcessorPil(size={"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * LOOKED_AT}).save_pretrained(
         path / "processor"
     )
     qwen_tokenizer().save_pretrained(path / "processor")
     index = json.loads((path / "model_index.json").read_text())
-    index |= {"_class_name": "QwenImageEditPipeline", "processor": ["transformers", "Qwen2VLProcessor"]}
+    index |= {"_class_name": pipeline, "processor": ["transformers", "Qwen2VLProcessor"]}
     (path / "model_index.json").write_text(json.dumps(index))
     return path
 
 
 def open_edit_reference(path: Path) -> QwenImageEditPipeline:
     """Diffusers' pipeline. Its processor is put together here: from_pretrained would need torchvision for videos."""
-    processor = _PictureProcessor(
+    return QwenImageEditPipeline.from_pretrained(path, processor=picture_processor(path))
+
+
+def open_edit_plus_reference(path: Path) -> QwenImageEditPlusPipeline:
+    """The same of QwenImageEditPlusPipeline."""
+    return QwenImageEditPlusPipeline.from_pretrained(path, processor=picture_processor(path))
+
+
+def open_layered_reference(path: Path) -> QwenImageLayeredPipeline:
+    """The same of QwenImageLayeredPipeline."""
+    return QwenImageLayeredPipeline.from_pretrained(path, processor=picture_processor(path))
+
+
+def picture_processor(path: Path) -> Qwen2VLProcessor:
+    """A checkpoint's processor without its video half."""
+    return _PictureProcessor(
         Qwen2VLImageProcessorPil.from_pretrained(path / "processor"),
         Qwen2Tokenizer.from_pretrained(path / "processor"),
     )
-    return QwenImageEditPipeline.from_pretrained(path, processor=processor)
 
 
 class _PictureProcessor(Qwen2VLProcessor):  # type: ignore[misc]
@@ -103,7 +149,7 @@ class _PictureProcessor(Qwen2VLProcessor):  # type: ignore[misc]
         return argument_name, type(argument)
 
 
-def _modules(text_size: int) -> dict[str, Any]:
+def _modules(text_size: int, **transformer: bool) -> dict[str, Any]:
     tokenizer = qwen_tokenizer()
     modules: dict[str, Any] = {
         "tokenizer": tokenizer,
@@ -116,6 +162,7 @@ def _modules(text_size: int) -> dict[str, Any]:
             num_attention_heads=HEADS,
             joint_attention_dim=TEXT_SIZE,
             axes_dims_rope=(4, 6, 6),
+            **transformer,
         ),
         "vae": AutoencoderKLQwenImage(base_dim=8, z_dim=LATENT_CHANNELS, num_res_blocks=1),
     }

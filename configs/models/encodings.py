@@ -49,16 +49,16 @@ class ImageTextEncoding:
     """One pass of a language model that looks at pictures too.
 
     `keyword` is the argument of the denoiser's forward() that the result becomes; `tokenizer`, `encoder` and
-    `processor` are module names. `template` holds `picture_mark` for each picture, which is repeated for each of its
-    tokens. `picture_size` is the height and width (pixels) that a picture of a height and width is looked at in.
-    `most_tokens` of the result can be placed by the denoiser next to a picture of a size.
+    `processor` are module names. The `template` for a number of pictures holds `picture_mark` for each, which is
+    repeated for each of its tokens. `picture_size` is the height and width (pixels) that a picture of a height and
+    width is looked at in. `most_tokens` of the result can be placed by the denoiser next to a picture of a size.
     """
 
     keyword: str
     tokenizer: str
     encoder: str
     processor: str
-    template: Template
+    template: Callable[[int], Template]
     picture_mark: str
     picture_size: Callable[[int, int], tuple[int, int]]
     most_tokens: Callable[[int, int], int]

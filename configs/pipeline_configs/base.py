@@ -117,6 +117,9 @@ class ImageLatentsConfig(LatentLayout):
     resampling: ClassVar[Literal["lanczos", "bilinear"]] = "lanczos"
     """Pillow's filter that resizes an image for the VAE."""
 
+    image_mode: ClassVar[Literal["RGB", "RGBA"]] = "RGB"
+    """Pillow's mode of an image for the VAE: its channels."""
+
     def recompression(self, sampling: Sampling) -> int:
         """Constant rate factor of H.264 with which an image is compressed before it is encoded; 0: it is not."""
         del sampling
@@ -129,7 +132,7 @@ class ImageLatentsConfig(LatentLayout):
 
     @abstractmethod
     def image_latents(self, encode: Callable[[Tensor], Tensor], images: Mapping[str, Tensor], canvas: Canvas) -> Parts:
-        """Raw latents by part, batch 1, from images by role, float32 (1, 3, height, width) in [-1, 1].
+        """Raw latents by part, batch 1, from images by role, float32 (1, channels, height, width) in [-1, 1].
 
         `encode` is the VAE's encoder: an image or a video (1, 3, frames, height, width) to the mode of its latents.
         """
@@ -182,6 +185,9 @@ class DenoisingConfig(LatentLayout):
 
     part_keywords: ClassVar[Mapping[str, str]]
     """The parts that the loop denoises, each with the keyword of predict() that takes it."""
+
+    condition_keywords: ClassVar[Mapping[str, str]] = {}
+    """Other parts that model_input() returns, each with the keyword of predict() that takes it."""
 
     prediction_dtype: ClassVar[torch.dtype | None] = None
     """Dtype in which predictions are guided and stepped; None: the denoiser's."""
@@ -297,6 +303,11 @@ class DecodingConfig(LatentLayout):
         """A part's latents as Diffusers returns them, from those of the loop. `decoder` is the part's VAE."""
         del part, raw_latent_shape, decoder
         return latents
+
+    def saved_pixels(self, pixels: Tensor, outputs: int) -> Tensor:
+        """Pixels of all images (images, channels, height, width) as Diffusers returns those of `outputs` outputs."""
+        del outputs
+        return pixels
 
     @abstractmethod
     def vae_latents(self, raw: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 MAX_SEQUENCE_LENGTH = 512
 
+CONDITION = "condition"
+"""Latent part of the first given image; those of the others have a number behind it."""
+
 USUAL_TOKENS = 64
 """Of a prompt of a few sentences. Text is not padded: every prompt has a number of its own."""
 
@@ -42,7 +45,7 @@ TEMPLATE = Template(
 
 @dataclass(frozen=True, kw_only=True)
 class QwenImageFamilyConfig(PackedPipelineConfig):
-    """The callbacks that QwenImagePipeline and QwenImageEditPipeline share."""
+    """The callbacks that Qwen-Image's pipelines share. `transformer_flags` are their values of the DiT's variants."""
 
     transformer: QwenImageTransformerConfig
     vae: AutoencoderKLQwenImageConfig
@@ -53,12 +56,21 @@ class QwenImageFamilyConfig(PackedPipelineConfig):
         "QwenImageTransformer2DModel": "models.dits.qwen_image:load_qwen_image_transformer",
     }
     parallel_modules: ClassVar[frozenset[str]] = frozenset({"QwenImageTransformer2DModel"})
+    transformer_flags: ClassVar[Mapping[str, bool]] = {
+        "zero_cond_t": False,
+        "use_additional_t_cond": False,
+        "use_layer3d_rope": False,
+    }
+    condition_keywords: ClassVar[Mapping[str, str]] = {CONDITION: "condition_states"}
+    channels: ClassVar[int] = 3
+    """Channels of pixels."""
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Checkpoint) -> Self:
         """Read transformer, VAE and scheduler. Raises CheckpointError when they do not fit together."""
         transformer = QwenImageTransformerConfig.from_dict("transformer", checkpoint.module_config("transformer"))
-        vae = AutoencoderKLQwenImageConfig.from_dict("vae", checkpoint.module_config("vae"))
+        check_flags(transformer, cls.transformer_flags)
+        vae = AutoencoderKLQwenImageConfig.from_dict("vae", checkpoint.module_config("vae"), cls.channels)
         if not transformer.in_channels == transformer.token_channels == 4 * vae.z_dim:
             raise CheckpointError(
                 f"the transformer takes {transformer.in_channels} and makes {transformer.token_channels} channels a "
@@ -86,26 +98,35 @@ class QwenImageFamilyConfig(PackedPipelineConfig):
         return {"image": (batch, 1, self.vae.z_dim, 2 * rows, 2 * columns)}
 
     def pack(self, part: str, raw: Tensor) -> Tensor:
-        """(B, 1, C, 2h, 2w) to (B, h*w, 4C)."""
+        """(B, frames, C, 2h, 2w) to (B, frames*h*w, 4C)."""
         del part
-        return pack_patches(raw[:, 0])
+        tokens = pack_patches(raw.flatten(0, 1))
+        return tokens.reshape(raw.shape[0], -1, tokens.shape[2])
 
     def unpack(self, part: str, latents: Tensor, raw_latent_shape: tuple[int, ...]) -> Tensor:
-        """(B, h*w, 4C) to the layout of the VAE, which has frames after channels: (B, C, 1, 2h, 2w)."""
+        """(B, frames*h*w, 4C) to the layout of the VAE, which has frames after channels: (B, C, frames, 2h, 2w)."""
         del part
-        return unpack_patches(latents, *raw_latent_shape[2:])[:, :, None]
+        _, frames, *size = raw_latent_shape
+        patches = latents.reshape(len(latents) * frames, -1, latents.shape[2])
+        return unpack_patches(patches, *size).view(len(latents), frames, *size).transpose(1, 2)
 
     def prepare_pos_cond_kwargs(self, embeds: Parts, shapes: Shapes, sampling: Sampling) -> Keywords:
         """Positions (image, row, column) around each image's centre; text positions continue diagonally after them."""
         del sampling
-        ordered = [shapes[part] for part in ("image", "condition") if part in shapes]
+        ordered = [shapes[part] for part in ("image", *condition_parts(shapes))]
         grids = [(shape[-2] // 2, shape[-1] // 2) for shape in ordered]
         edge = max(side // 2 for grid in grids for side in grid)
-        text = torch.arange(embeds["encoder_hidden_states"].shape[1], dtype=torch.float32)
+        own, *given = (positions(index, *grid) for index, grid in enumerate(grids))
         return {
-            "txt_ids": (text + edge)[:, None].expand(-1, 3),
-            "img_ids": torch.cat([_positions(index, *grid) for index, grid in enumerate(grids)]),
+            "txt_ids": text_positions(embeds, edge),
+            "img_ids": own,
+            "condition_ids": torch.cat(given) if given else None,
         }
+
+    def model_input(self, latents: Parts, conditions: Parts) -> Parts:
+        """The tokens of the image that is made, and those of all given images."""
+        given = [conditions[part] for part in condition_parts(conditions)]
+        return {**latents, CONDITION: torch.cat(given, dim=1)} if given else latents
 
     def guided(self, positive: Tensor, negative: Tensor, scale: float) -> Tensor:
         """True classifier-free guidance, each token rescaled to the norm of the positive prediction."""
@@ -118,6 +139,11 @@ class QwenImageFamilyConfig(PackedPipelineConfig):
         """Undo the normalisation of each channel."""
         mean, inverse = self._normalisation(raw)
         return raw / inverse + mean
+
+    def _normalised(self, latents: Tensor) -> Tensor:
+        """Normalised latents of an image (1, C, 1, 2h, 2w), with frames before channels like the noise."""
+        mean, inverse = self._normalisation(latents)
+        return ((latents - mean) * inverse).transpose(1, 2)
 
     def _normalisation(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and 1 / std of the latent channels, (1, z, 1, 1, 1)."""
@@ -147,7 +173,26 @@ class QwenImagePipelineConfig(QwenImageFamilyConfig, TextConfig):
         return (qwen,)
 
 
-def _positions(picture: int, rows: int, columns: int) -> Tensor:
+def check_flags(transformer: QwenImageTransformerConfig, flags: Mapping[str, bool]) -> None:
+    """Refuse a DiT of another pipeline. Raises CheckpointError."""
+    found = {name: vars(transformer)[name] for name in flags}
+    for name, value in flags.items():
+        if found[name] is not value:
+            raise ConfigFields("transformer", found).error(name, f"is not supported; supported is {value!r}")
+
+
+def condition_parts(parts: Collection[str]) -> list[str]:
+    """Names of the given images' latents among all parts, in the images' order: condition, condition_1 ..."""
+    return sorted((part for part in parts if part.startswith(CONDITION)), key=lambda part: (len(part), part))
+
+
+def text_positions(embeds: Parts, start: int) -> Tensor:
+    """Positions of the text's tokens (tokens, 3), diagonal from `start` on."""
+    text = torch.arange(embeds["encoder_hidden_states"].shape[1], dtype=torch.float32)
+    return (text + start)[:, None].expand(-1, 3)
+
+
+def positions(picture: int, rows: int, columns: int) -> Tensor:
     """Positions of a picture's tokens (rows * columns, 3); 0 is its middle, or just after it."""
     down = torch.arange(rows, dtype=torch.float32) - (rows - rows // 2)
     across = torch.arange(columns, dtype=torch.float32) - (columns - columns // 2)

@@ -6,13 +6,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-import torch
 from torch import Tensor
 
 from configs.models.encodings import ImageTextEncoding, Template
-from configs.models.vaes.qwen_image import given_size
+from configs.models.vaes.qwen_image import GIVEN_AREA, given_size
 from configs.pipeline_configs.base import ImageLatentsConfig, ImageTextConfig, Parts, Shapes
-from configs.pipeline_configs.qwen_image import QwenImageFamilyConfig
+from configs.pipeline_configs.qwen_image import CONDITION, QwenImageFamilyConfig
 
 if TYPE_CHECKING:
     from common.artifacts import Canvas
@@ -38,6 +37,10 @@ class QwenImageEditPipelineConfig(QwenImageFamilyConfig, ImageTextConfig, ImageL
         **QwenImageFamilyConfig.module_loaders,
         "Qwen2_5_VLForConditionalGeneration": "models.encoder_runners.qwen_vl:load_qwen_vl_model",
     }
+    given_area: ClassVar[int] = GIVEN_AREA
+    """Pixels of an image as the VAE encodes it."""
+    seen_area: ClassVar[int] = GIVEN_AREA
+    """Pixels of an image as the language model sees it."""
 
     @property
     def image_text_encoding(self) -> ImageTextEncoding:
@@ -47,39 +50,31 @@ class QwenImageEditPipelineConfig(QwenImageFamilyConfig, ImageTextConfig, ImageL
             tokenizer="tokenizer",
             encoder="text_encoder",
             processor="processor",
-            template=EDIT_TEMPLATE,
+            template=lambda _: EDIT_TEMPLATE,
             picture_mark="<|image_pad|>",
-            picture_size=given_size,
+            picture_size=lambda height, width: given_size(height, width, self.seen_area),
             most_tokens=self._positions_beside,
         )
 
     def image_size(self, size: tuple[int, int], canvas: Canvas) -> tuple[int, int]:
         """Its own, whatever the size of the picture that is made."""
         del canvas
-        return given_size(*size)
+        return given_size(*size, self.given_area)
 
     def condition_shapes(self, canvas: Canvas) -> Shapes:
         """That of a picture with the proportions of the one that is made."""
         side = self.pixels_per_latent
-        height, width = given_size(canvas.height, canvas.width)
-        return {"condition": (1, 1, self.vae.z_dim, height // side, width // side)}
+        height, width = given_size(canvas.height, canvas.width, self.given_area)
+        return {CONDITION: (1, 1, self.vae.z_dim, height // side, width // side)}
 
     def image_latents(self, encode: Callable[[Tensor], Tensor], images: Mapping[str, Tensor], canvas: Canvas) -> Parts:
-        """Normalised latents of the picture, frame before channels like the noise: (1, 1, C, 2h, 2w)."""
+        """Normalised latents of each image, frame before channels like the noise: (1, 1, C, 2h, 2w)."""
         del canvas
-        latents = encode(images["image"][:, :, None])
-        mean, inverse = self._normalisation(latents)
-        return {"condition": ((latents - mean) * inverse).transpose(1, 2)}
-
-    def model_input(self, latents: Parts, conditions: Parts) -> Parts:
-        """The tokens of the output, then the tokens of the input image."""
-        return {"image": torch.cat((latents["image"], conditions["condition"]), dim=1)}
-
-    def model_output(self, predictions: Parts, latents: Parts) -> Parts:
-        """Without the input image's tokens."""
-        return {"image": predictions["image"][:, : latents["image"].shape[1]]}
+        latents = [encode(image[:, :, None]) for image in images.values()]
+        names = [f"{CONDITION}_{index}" if index else CONDITION for index in range(len(latents))]
+        return {name: self._normalised(each) for name, each in zip(names, latents, strict=True)}
 
     def _positions_beside(self, height: int, width: int) -> int:
         """How many text tokens have positions next to a picture of that size (pixels)."""
-        side = max(given_size(height, width)) // (2 * self.pixels_per_latent)
+        side = max(given_size(height, width, self.given_area)) // (2 * self.pixels_per_latent)
         return POSITIONS - side // 2

@@ -129,7 +129,8 @@ class SamplingParams:
             if name not in specs:
                 raise InvalidInput(_unknown(name, specs, checkpoint.pipeline_name), field=name)
         values = {name: spec.default for name, spec in specs.items() if spec.default is not None}
-        values |= {"seed": secrets.randbits(_DRAWN_SEED_BITS), **values, **cls.image_defaults(images), **given}
+        from_images = cls.image_defaults(images, {**values, **given})
+        values |= {"seed": secrets.randbits(_DRAWN_SEED_BITS), **values, **from_images, **given}
         for name in specs:
             if name in values:
                 values[name] = cls._checked(specs[name], values[name])
@@ -163,9 +164,14 @@ class SamplingParams:
         return ImageRoles()
 
     @classmethod
-    def image_defaults(cls, images: Mapping[str, ImageHeader]) -> dict[str, ParamValue]:
-        """Defaults that follow from the request's pictures, such as the size of what is made."""
-        del images
+    def image_defaults(
+        cls, images: Mapping[str, ImageHeader], values: Mapping[str, ParamValue]
+    ) -> dict[str, ParamValue]:
+        """Defaults that follow from the request's pictures, such as the size of what is made.
+
+        `values` are the caller's, which are not checked yet, and the other defaults. Raises InvalidInput.
+        """
+        del images, values
         return {}
 
     @classmethod

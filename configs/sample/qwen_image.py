@@ -1,4 +1,4 @@
-"""Sampling parameters of Qwen-Image and Qwen-Image-Edit, as Diffusers 0.42's pipelines take and round them."""
+"""Sampling parameters of Qwen-Image and its editing pipelines, as Diffusers 0.42's take and round them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from common.artifacts import ParamValue
 from common.checkpoint import Checkpoint
-from common.image_header import ImageHeader
+from common.image_header import MAX_IMAGES, ImageHeader, image_order
 from configs.models.fields import ConfigFields
 from configs.models.vaes.qwen_image import given_size, spatial_factor
 from configs.sample.base import ImageRoles, parameter
@@ -47,8 +47,11 @@ class QwenImageEditSamplingParams(QwenImageSamplingParams):
         return ImageRoles(required=("image",))
 
     @classmethod
-    def image_defaults(cls, images: Mapping[str, ImageHeader]) -> dict[str, ParamValue]:
+    def image_defaults(
+        cls, images: Mapping[str, ImageHeader], values: Mapping[str, ParamValue]
+    ) -> dict[str, ParamValue]:
         """The size that the picture is edited in."""
+        del values
         if "image" not in images:
             return {}
         height, width = given_size(images["image"].height, images["image"].width)
@@ -60,3 +63,23 @@ class QwenImageEditSamplingParams(QwenImageSamplingParams):
             **super().without_effect(checkpoint),
             "max_sequence_length": "on this model, which reads the whole prompt",
         }
+
+
+@dataclass(frozen=True, kw_only=True)
+class QwenImageEditPlusSamplingParams(QwenImageEditSamplingParams):
+    """Qwen-Image-Edit-Plus. The result has the proportion of the last image."""
+
+    @classmethod
+    def image_roles(cls, checkpoint: Checkpoint) -> ImageRoles:
+        """One image or more, in the order of their numbers; Diffusers sets no limit."""
+        del checkpoint
+        return ImageRoles(required=("image",), optional=tuple(f"image_{index}" for index in range(1, MAX_IMAGES)))
+
+    @classmethod
+    def image_defaults(
+        cls, images: Mapping[str, ImageHeader], values: Mapping[str, ParamValue]
+    ) -> dict[str, ParamValue]:
+        """The size that the last image is edited in."""
+        if not images:
+            return {}
+        return super().image_defaults({"image": images[max(images, key=image_order)]}, values)

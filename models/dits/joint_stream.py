@@ -10,6 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from models.layers.joint_attention import LastSegment
 from models.layers.norms import LayerNormScaleShift, Residual, SegmentVectors
 from models.layers.rotary import Rotation
 from models.layers.step_cache import CacheUse, through_blocks
@@ -23,19 +24,28 @@ def through_joint_blocks(
     blocks: Iterable[nn.Module],
     final_norm: LayerNormScaleShift,
     use: CacheUse | None,
+    last: tuple[int, Tensor] | None = None,
 ) -> Tensor:
     """The image stream (B, I, D) after all blocks and the last norm.
 
-    Each block takes its share of the modulations, vectors of size D, in order; the last two are the norm's.
+    Each block takes its share of the modulations, vectors of size D, in order; the last two are the norm's. `last` are
+    a number of tokens at the end of the image stream, and the modulations of these in the blocks, (B, M) too.
     """
     boundary = text_BTD.shape[1]
-    parts = modulation_BM.chunk(modulation_BM.shape[1] // final_norm.size, dim=1)
-    given = {"parts": iter(parts), "rotation": rotation, "boundary": boundary}
+    parts = _vectors(modulation_BM, final_norm.size)
+    given: dict[str, object] = {"parts": iter(parts), "rotation": rotation, "boundary": boundary}
+    if last is not None:
+        tokens, own_BM = last  # noqa: N806
+        given["last"] = LastSegment(tokens, iter(_vectors(own_BM, final_norm.size)))
     residual = Residual(torch.cat((text_BTD, image_BID), dim=1))
     residual = through_blocks(residual, [partial(block, **given) for block in blocks], boundary, use)
     scale, shift = (SegmentVectors.same(part) for part in parts[-2:])
     _, normed = final_norm.after(residual, scale, shift, boundary)
     return normed[:, boundary:]
+
+
+def _vectors(modulation_BM: Tensor, size: int) -> tuple[Tensor, ...]:
+    return modulation_BM.chunk(modulation_BM.shape[1] // size, dim=1)
 
 
 def joint_residual_elements(image_BIC: Tensor, text_BTD: Tensor) -> int:

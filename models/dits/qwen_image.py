@@ -1,10 +1,11 @@
 """The Qwen-Image DiT: blocks with a text and an image stream that attend jointly.
 
-Shapes: N steps, B batch, T text tokens, I image tokens (the picture's own first, then those of pictures given), D
-hidden size, M all modulations. Parameter names are the checkpoint's.
+Shapes: N steps, B batch, T text tokens, I tokens of the image that is made, C tokens of images that are given, D hidden
+size, M all modulations. The image stream has the I tokens first, then the C tokens. Parameter names are the
+checkpoint's.
 """
 
-# ruff: noqa: N803, N806  (the capitals of a tensor's name are its shape)
+# ruff: noqa: N803  (the capitals of a tensor's name are its shape)
 
 from __future__ import annotations
 
@@ -18,12 +19,12 @@ from torch.nn.functional import silu
 
 from configs.models.dits.qwen_image import QwenImageTransformerConfig
 from models.dits.base import DiffusionTransformer, Predictions, Prepared
-from models.dits.joint_stream import joint_residual_elements, through_joint_blocks
+from models.dits.joint_stream import through_joint_blocks
 from models.dits.loading import load_transformer
 from models.dits.qwen_image_plan import QWEN_IMAGE_PLAN
 from models.layers.embeddings import EmbeddingMLP, sinusoidal_embedding
 from models.layers.feed_forward import FeedForward
-from models.layers.joint_attention import JointAttention, block_modulations, joint_block
+from models.layers.joint_attention import JointAttention, LastSegment, block_modulations, joint_block
 from models.layers.linear import Linear
 from models.layers.norms import LayerNormScaleShift, Residual, RMSNorm
 from models.layers.rotary import Rotation, rotary_embedding
@@ -34,19 +35,26 @@ if TYPE_CHECKING:
     from models.layers.mesh import WorkerMesh
 
 SINUSOID_SIZE = 256
+KINDS = 2
+"""Vectors of the additional condition."""
 
 
 class TimeEmbedding(nn.Module):
-    """The timestep as a vector (B, D)."""
+    """The timestep as a vector (B, D).
 
-    def __init__(self, size: int) -> None:
+    With `has_kinds` the model has vectors of two kinds of input, one of which is added: always that of kind 0, as in
+    Diffusers' pipelines.
+    """
+
+    def __init__(self, size: int, *, has_kinds: bool = False) -> None:
         super().__init__()
         self.timestep_embedder = EmbeddingMLP(SINUSOID_SIZE, size)
+        self.addition_t_embedding = nn.Embedding(KINDS, size) if has_kinds else None
 
     def forward(self, timestep_B: Tensor) -> Tensor:
         """timestep is float32 in [0, 1]; it is multiplied by 1000 here."""
         embedding: Tensor = self.timestep_embedder(sinusoidal_embedding(timestep_B * 1000, SINUSOID_SIZE))
-        return embedding
+        return embedding if self.addition_t_embedding is None else embedding + self.addition_t_embedding.weight[0]
 
 
 class BlockModulation(nn.Sequential):
@@ -83,9 +91,16 @@ class QwenImageTransformerBlock(nn.Module):
         self.img_mlp = FeedForward(size)
         self.txt_mlp = FeedForward(size)
 
-    def forward(self, residual: Residual, parts: Iterator[Tensor], rotation: Rotation, boundary: int) -> Residual:
-        """The next residual; takes its modulations from `parts`."""
-        modulations = block_modulations(parts)
+    def forward(
+        self,
+        residual: Residual,
+        parts: Iterator[Tensor],
+        rotation: Rotation,
+        boundary: int,
+        last: LastSegment | None = None,
+    ) -> Residual:
+        """The next residual; takes its modulations from `parts`, and those of given images from `last`."""
+        modulations = block_modulations(parts, last)
         feed_forwards = (self.txt_mlp, self.img_mlp)
         return joint_block(residual, self.norm, self.attn, feed_forwards, modulations, rotation, boundary)
 
@@ -99,7 +114,8 @@ class QwenImageTransformer2DModel(DiffusionTransformer):
         super().__init__()
         size = config.hidden_size
         self.axes_dims = config.axes_dims_rope
-        self.time_text_embed = TimeEmbedding(size)
+        self.zero_cond_t = config.zero_cond_t
+        self.time_text_embed = TimeEmbedding(size, has_kinds=config.use_additional_t_cond)
         self.txt_norm = RMSNorm(config.joint_attention_dim)
         self.img_in = Linear(config.in_channels, size)
         self.txt_in = Linear(config.joint_attention_dim, size)
@@ -115,28 +131,39 @@ class QwenImageTransformer2DModel(DiffusionTransformer):
         encoder_hidden_states: Tensor,
         img_ids: Tensor,
         txt_ids: Tensor,
+        condition_states: Tensor | None = None,
+        condition_ids: Tensor | None = None,
     ) -> Tensor:
         """Velocity (B, I, token channels) of hidden_states (B, I, in_channels).
 
         timestep is float32 (B,) in [0, 1]; encoder_hidden_states (B, T, joint_attention_dim), without padding;
-        positions (tokens, 3).
+        condition_states (B, C, in_channels); positions (tokens, 3).
         """
-        prepared = self.prepare(timestep[None], encoder_hidden_states, img_ids, txt_ids)
-        modulation = prepared.steps["modulation"][0]
-        return self.predict(hidden_states, modulation, use=None, **prepared.constants)["hidden_states"]
+        prepared = self.prepare(timestep[None], encoder_hidden_states, img_ids, txt_ids, condition_ids)
+        inputs = {**prepared.row(0), **prepared.constants}
+        return self.predict(hidden_states, condition_states=condition_states, use=None, **inputs)["hidden_states"]
 
     def prepare(  # type: ignore[override]  # which keywords there are differs by model
-        self, timesteps: Tensor, encoder_hidden_states: Tensor, img_ids: Tensor, txt_ids: Tensor
+        self,
+        timesteps: Tensor,
+        encoder_hidden_states: Tensor,
+        img_ids: Tensor,
+        txt_ids: Tensor,
+        condition_ids: Tensor | None = None,
     ) -> Prepared:
-        """Modulations of all blocks (N, B, M) for timesteps (N, B), the embedded text, the rotation of all tokens."""
-        activated_BD = silu(self.time_text_embed(timesteps.flatten()))
-        modulations = torch.cat([each(activated_BD) for each in self._modulations()], dim=1)
-        rotation = rotary_embedding(torch.cat((txt_ids, img_ids)), self.axes_dims)
-        text_BTD = self.txt_in(self.txt_norm(encoder_hidden_states))
-        return Prepared(
-            steps={"modulation": modulations.view(*timesteps.shape, -1)},
-            constants={"text_BTD": text_BTD, **rotation.tensors()},
-        )
+        """Modulations of all blocks (N, B, M) for timesteps (N, B), the embedded text, the rotation of all tokens.
+
+        With zero_cond_t, given images have the modulations (B, M) of timestep 0 at every step.
+        """
+        modulations = self._modulation(timesteps.flatten()).view(*timesteps.shape, -1)
+        ids = (txt_ids, img_ids) if condition_ids is None else (txt_ids, img_ids, condition_ids)
+        constants = {
+            "text_BTD": self.txt_in(self.txt_norm(encoder_hidden_states)),
+            **rotary_embedding(torch.cat(ids), self.axes_dims).tensors(),
+        }
+        if self.zero_cond_t and condition_ids is not None:
+            constants["condition_modulation"] = self._modulation(torch.zeros_like(timesteps[0]))
+        return Prepared(steps={"modulation": modulations}, constants=constants)
 
     def predict(  # type: ignore[override]  # which constants there are differs by model
         self,
@@ -145,23 +172,38 @@ class QwenImageTransformer2DModel(DiffusionTransformer):
         text_BTD: Tensor,
         cos: Tensor,
         sin: Tensor,
+        condition_states: Tensor | None = None,
+        condition_modulation: Tensor | None = None,
         use: CacheUse | None = None,
     ) -> Predictions:
         """Velocity (B, I, token channels), with a step's modulations (B, M)."""
+        images, last = hidden_states, None
+        if condition_states is not None:
+            images = torch.cat((hidden_states, condition_states), dim=1)
+            if condition_modulation is not None:
+                last = (condition_states.shape[1], condition_modulation)
         normed = through_joint_blocks(
-            self.img_in(hidden_states),
+            self.img_in(images),
             text_BTD,
             modulation,
             Rotation(cos, sin),
             self.transformer_blocks,
             self.final_norm,
             use,
+            last,
         )
-        return {"hidden_states": self.proj_out(normed)}
+        return {"hidden_states": self.proj_out(normed)[:, : hidden_states.shape[1]]}
 
     def residual_elements(self, latents: Mapping[str, Tensor], constants: Mapping[str, Tensor]) -> int:
         """Text and image tokens."""
-        return joint_residual_elements(latents["hidden_states"], constants["text_BTD"])
+        text = constants["text_BTD"]
+        tokens = text.shape[1] + sum(each.shape[1] for each in latents.values())
+        return len(text) * tokens * text.shape[2]
+
+    def _modulation(self, timesteps: Tensor) -> Tensor:
+        """Modulations (rows, M) for timesteps (rows,)."""
+        activated = silu(self.time_text_embed(timesteps))
+        return torch.cat([each(activated) for each in self._modulations()], dim=1)
 
     def _modulations(self) -> Iterator[nn.Module]:
         """In the order in which predict() takes their parts."""

@@ -22,12 +22,14 @@ QWEN_IMAGE_PLAN = ParallelPlan(
     # A third of the weights, read once a request: whole, they would cost each rank their memory.
     gathered=(f"{BLOCK}.img_mod.1", f"{BLOCK}.txt_mod.1"),
     attention=(f"{BLOCK}.attn.inner",),
-    # The image's tokens are those of the picture that is made and of those that were given, behind each other.
+    # Given images, which may have a timestep of their own, are sharded separately: every rank has a chunk of them.
     cuts=(
         Cut("prepare", "encoder_hidden_states", "text"),
         Cut("prepare", "txt_ids", "text", dim=0),
         Cut("prepare", "img_ids", "image", dim=0),
+        Cut("prepare", "condition_ids", "condition", dim=0),
         Cut("predict", "hidden_states", "image"),
+        Cut("predict", "condition_states", "condition"),
     ),
     joins=(Join("predict", "image", result="hidden_states"),),
 )

@@ -39,12 +39,13 @@ class ImageTextEncoder:
             raise InvalidInput(f"{source.field} must not hold {encoding.picture_mark}", field=source.field)
         resized = [self._resized(picture) for picture in pictures]
         seen = self._processor(images=resized, return_tensors="pt")
-        before, *between = encoding.template.before.split(encoding.picture_mark)
+        template = encoding.template(len(pictures))
+        before, *between = template.before.split(encoding.picture_mark)
         for grid, following in zip(seen.image_grid_thw, between, strict=True):
             tokens = int(grid.prod()) // self._processor.merge_size**2
             before += encoding.picture_mark * tokens + following
-        whole = self._tokenizer(before + source.text + encoding.template.after, return_tensors="pt").input_ids
-        length = whole.shape[1] - encoding.template.skipped
+        whole = self._tokenizer(before + source.text + template.after, return_tensors="pt").input_ids
+        length = whole.shape[1] - template.skipped
         most = min(encoding.most_tokens(picture.height, picture.width) for picture in pictures)
         if length > most:
             message = f"{source.field} is too long: with the picture it has {length} tokens, and at most {most} fit"
@@ -55,7 +56,7 @@ class ImageTextEncoder:
             image_grid_thw=seen.image_grid_thw.to(self._device),
         )
         hidden: Tensor = output.last_hidden_state
-        return hidden[:, encoding.template.skipped :]
+        return hidden[:, template.skipped :]
 
     def _resized(self, picture: Image.Image) -> Image.Image:
         height, width = self._encoding.picture_size(picture.height, picture.width)

@@ -81,10 +81,20 @@ class Modulation(NamedTuple):
     gate: SegmentVectors
 
 
-def block_modulations(parts: Iterator[Tensor]) -> tuple[Modulation, Modulation]:
+class LastSegment(NamedTuple):
+    """The last image tokens, if they have a timestep of their own: how many, and their modulations in order."""
+
+    tokens: int
+    parts: Iterator[Tensor]
+
+
+def block_modulations(parts: Iterator[Tensor], last: LastSegment | None = None) -> tuple[Modulation, Modulation]:
     """Those of a block's attention and of its feed-forwards: the next six of the picture, then six of the text."""
     image, text = (list(islice(parts, 6)) for _ in range(2))
     vectors = [SegmentVectors(*pair) for pair in zip(text, image, strict=True)]
+    if last is not None:
+        own, _ = (list(islice(last.parts, 6)) for _ in range(2))  # no text token has its timestep
+        vectors = [SegmentVectors(*pair[:2], each, last.tokens) for pair, each in zip(vectors, own, strict=True)]
     return Modulation(*vectors[:3]), Modulation(*vectors[3:])
 
 

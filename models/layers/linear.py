@@ -68,8 +68,9 @@ class Linear(nn.Linear):
         """A stream with gate * the result, added in place where the GEMM can.
 
         With two gates, the first is that of the first `boundary` tokens: often too few for a fused GEMM, so that the
-        other tokens decide.
+        other tokens decide. A third one is not supported.
         """
+        assert gate.last is None, "the GEMM adds to two segments"
         if not boundary or gate.text is gate.image:
             return Residual(stream) if self._add(stream, x, gate.image) else Residual(stream, self(x), gate)
         if not self._add(stream[:, boundary:], x[:, boundary:], gate.image):

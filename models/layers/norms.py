@@ -2,7 +2,7 @@
 
 Shapes: B batch, S tokens, D hidden size. In models of two streams text tokens come first, `boundary` of them; each
 stream has a modulation of its own, as has each segment of video tokens with a timestep of its own. Models of one stream
-have boundary 0 and give the same for both.
+have boundary 0 and give the same for both. The last tokens may be a third segment.
 """
 
 # ruff: noqa: N803, N806  (the capitals of a tensor's name are its shape)
@@ -19,10 +19,15 @@ from models.layers.fused_backend import kernels_for
 
 
 class SegmentVectors(NamedTuple):
-    """A vector (B, D) for the first tokens (text, or a first frame of a video), and one for the others."""
+    """A vector (B, D) for the first tokens (text, or a first frame of a video), and one for the others.
+
+    The last `last_tokens` tokens have the vector `last`, if there is one.
+    """
 
     text: Tensor
     image: Tensor
+    last: Tensor | None = None
+    last_tokens: int = 0
 
     @classmethod
     def same(cls, vector: Tensor) -> SegmentVectors:
@@ -113,10 +118,13 @@ class RMSNormScaleShift(LayerNormScaleShift):
 
 def _by_token(vectors: SegmentVectors, boundary: int, tokens: int) -> Tensor:
     """(B, 1, D) where one vector serves all tokens, else (B, tokens, D)."""
-    text, image = vectors
-    if boundary == 0 or text is image:
+    text, image, last, last_tokens = vectors
+    if last is None and (boundary == 0 or text is image):
         return image[:, None]
-    return torch.cat((text[:, None].expand(-1, boundary, -1), image[:, None].expand(-1, tokens - boundary, -1)), dim=1)
+    segments = [(text, boundary), (image, tokens - boundary - last_tokens)]
+    if last is not None:
+        segments.append((last, last_tokens))
+    return torch.cat([vector[:, None].expand(-1, length, -1) for vector, length in segments], dim=1)
 
 
 class RMSNorm(nn.Module):

@@ -36,9 +36,18 @@ def _of_stream(text_ptr, image_ptr, is_text, offsets, mask):
 
 
 @triton.jit
+def _of_segment(text_ptr, image_ptr, last_ptr, is_text, is_last, offsets, mask):
+    if is_last:
+        values = tl.load(last_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    else:
+        values = _of_stream(text_ptr, image_ptr, is_text, offsets, mask)
+    return values
+
+
+@triton.jit
 def _gate_norm_scale_shift_kernel(
-    x_ptr, update_ptr, text_gate, image_gate, text_scale, image_scale, text_shift, image_shift, sum_ptr, normed_ptr,
-    tokens, boundary, size, gate_stride, modulation_stride, eps,
+    x_ptr, update_ptr, text_gate, image_gate, last_gate, text_scale, image_scale, last_scale, text_shift, image_shift,
+    last_shift, sum_ptr, normed_ptr, tokens, boundary, last_start, size, gate_stride, modulation_stride, eps,
     HAS_UPDATE: tl.constexpr, CENTRED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
@@ -47,10 +56,11 @@ def _gate_norm_scale_shift_kernel(
     mask = columns < size
     at = row.to(tl.int64) * size + columns
     x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    is_text = token < boundary
+    is_text, is_last = token < boundary, token >= last_start
     if HAS_UPDATE:
         update = tl.load(update_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        x += update * _of_stream(text_gate, image_gate, is_text, batch * gate_stride + columns, mask)
+        gate_at = batch * gate_stride + columns
+        x += update * _of_segment(text_gate, image_gate, last_gate, is_text, is_last, gate_at, mask)
         rounded = x.to(sum_ptr.dtype.element_ty)
         tl.store(sum_ptr + at, rounded, mask=mask)
         x = rounded.to(tl.float32)
@@ -59,8 +69,8 @@ def _gate_norm_scale_shift_kernel(
         centred = tl.where(mask, x - tl.sum(x, axis=0) / size, 0.0)
     variance = tl.sum(centred * centred, axis=0) / size
     where = batch * modulation_stride + columns
-    scale = _of_stream(text_scale, image_scale, is_text, where, mask)
-    shift = _of_stream(text_shift, image_shift, is_text, where, mask)
+    scale = _of_segment(text_scale, image_scale, last_scale, is_text, is_last, where, mask)
+    shift = _of_segment(text_shift, image_shift, last_shift, is_text, is_last, where, mask)
     normed = centred * tl.rsqrt(variance + eps) * (1 + scale) + shift
     tl.store(normed_ptr + at, normed.to(normed_ptr.dtype.element_ty), mask=mask)
 
@@ -71,7 +81,7 @@ def norm_scale_shift(
     """As LayerNormScaleShift.forward, or RMSNormScaleShift's where it is not centred; x (B, S, D)."""
     x = x.contiguous()
     normed = torch.empty_like(x)
-    _launch_norm(x, None, (x, x), scale, shift, x, normed, boundary, eps, is_centred)
+    _launch_norm(x, None, None, scale, shift, x, normed, boundary, eps, is_centred)
     return normed
 
 
@@ -96,9 +106,9 @@ def gate_norm_scale_shift(
 def _launch_norm(
     x: Tensor,
     update: Tensor | None,
-    gate: tuple[Tensor, Tensor],
-    scale: tuple[Tensor, Tensor],
-    shift: tuple[Tensor, Tensor],
+    gate: SegmentVectors | None,
+    scale: SegmentVectors,
+    shift: SegmentVectors,
     added: Tensor,
     normed: Tensor,
     boundary: int,
@@ -106,14 +116,22 @@ def _launch_norm(
     is_centred: bool,
 ) -> None:
     batch, tokens, size = x.shape
-    strides = {each.stride(0) for each in (*scale, *shift)}
-    assert len(strides) == 1, "scales and shifts must be parts of one tensor"
+    scales, shifts = _vectors(scale), _vectors(shift)
+    gates = [x, x, x] if gate is None else _vectors(gate)
+    strides = {each.stride(0) for each in (*scales, *shifts)}
+    assert len(strides) == 1, "scales and shifts must be parts of tensors of one shape"
     block = triton.next_power_of_2(size)
     _gate_norm_scale_shift_kernel[(batch * tokens,)](
-        x, x if update is None else update, *gate, *scale, *shift, added, normed,
-        tokens, boundary, size, gate[0].stride(0), strides.pop(), eps,
+        x, x if update is None else update, *gates, *scales, *shifts, added, normed,
+        tokens, boundary, tokens - scale.last_tokens, size, gates[0].stride(0), strides.pop(), eps,
         HAS_UPDATE=update is not None, CENTRED=is_centred, BLOCK=block, num_warps=max(1, min(16, block // 512)),
     )  # fmt: skip
+
+
+def _vectors(segments: SegmentVectors) -> list[Tensor]:
+    """A vector for each of the three segments that the kernel knows."""
+    text, image, last, _ = segments
+    return [text, image, image if last is None else last]
 
 
 @triton.jit

@@ -19,7 +19,7 @@ from models.stages.decoded_media import DEFAULT_FRAME_RATE, finite, media_item, 
 
 
 class DecodingStage(PipelineStage[DecodingInput, DecodingOutput]):
-    """Decodes with the VAE and encodes: a PNG an image, an MP4 a video, or one safetensors file with tensors.
+    """Decodes with the VAE and encodes: a PNG an image (or a layer), an MP4 a video, or one file with tensors.
 
     A video has sound. Its model has two more modules: the VAE of the sound, and a vocoder that makes the samples. The
     video's VAE yields frames, each of which is encoded while the next one is decoded.
@@ -40,7 +40,7 @@ class DecodingStage(PipelineStage[DecodingInput, DecodingOutput]):
         is_video = self._config.visual_part == "video"
         match x.canvas.output_format:
             case "safetensors":
-                pixels = self._video_tensor(part, x, call) if is_video else self._images(part, call)
+                pixels = self._video_tensor(part, x, call) if is_video else self._image_tensor(part, call)
                 saved = {"latents": self._saved(self._config.visual_part, part, self._vae), "pixels": pixels}
                 files, kind = [save({**saved, **self._sound_tensors(x)})], SAFETENSORS
             case "png" if not is_video:
@@ -52,8 +52,12 @@ class DecodingStage(PipelineStage[DecodingInput, DecodingOutput]):
         frames = self._config.num_frames(x.canvas)
         return DecodingOutput(media=Media(items=tuple(media_item(file, kind, x.canvas, frames) for file in files)))
 
+    def _image_tensor(self, part: LatentPart, call: Call) -> Tensor:
+        """Pixels of all outputs as Diffusers returns them."""
+        return self._config.saved_pixels(self._images(part, call), part.latents.shape[0])
+
     def _images(self, part: LatentPart, call: Call) -> Tensor:
-        """Pixels of all outputs, (outputs, 3, height, width)."""
+        """Pixels of all images, (images, channels, height, width): one or more of each output."""
         decoded: Tensor = self._vae.decode(self._vae_latents(part.latents, part.raw_latent_shape), return_dict=False)[0]
         # An image from the VAE of a video model is a video of one frame.
         pixels = pixels_of(decoded[:, :, 0] if decoded.ndim == 5 else decoded)

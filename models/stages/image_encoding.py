@@ -64,7 +64,7 @@ class ImageVAEEncodingStage(PipelineStage[ImageVAEEncodingInput, ImageVAEEncodin
         """Batch 1, on the CPU. The likeliest latents are taken: nothing is drawn."""
         call.check_cancelled()
         tensors: dict[str, Tensor] = {}
-        for role, picture in open_images(x.image_inputs).items():
+        for role, picture in open_images(x.image_inputs, self._config.image_mode).items():
             height, width = self._config.image_size((picture.height, picture.width), x.canvas)
             factor = 0 if x.sampling is None else self._config.recompression(x.sampling)
             seen = _recompressed(role, picture, factor) if factor else picture

@@ -86,7 +86,8 @@ class Predictor:
     def model_input(self, latents: Parts, conditions: Parts) -> dict[str, Tensor]:
         """The denoiser's latents by its keywords, in the weights' dtype."""
         given = self._config.model_input(latents, conditions)
-        return {self._config.part_keywords[part]: each.to(self._runtime.dtype) for part, each in given.items()}
+        keywords = {**self._config.part_keywords, **self._config.condition_keywords}
+        return {keywords[part]: each.to(self._runtime.dtype) for part, each in given.items()}
 
     def _predict(self, given: Mapping[str, Tensor], latents: Parts, step: Step, flags: Flags, branch: Branch) -> Parts:
         """One branch's predictions for the loop's latents, by part."""

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from common.artifacts import ParamValue
 from common.codec import read_param, write_param
 from common.errors import InvalidInput
+from common.image_header import MAX_IMAGES
 from fleet.v1 import generation_pb2
 
 _FORMATS = {
@@ -17,7 +18,6 @@ _FORMATS = {
 _FORMAT_NUMBERS = {name: number for number, name in _FORMATS.items()}
 _FORMAT = "output_format"
 _APART = ("images", "params")
-_MOST_IMAGES = 16
 
 
 def given_parameters(message: generation_pb2.GenerationParameters) -> dict[str, ParamValue]:
@@ -43,8 +43,8 @@ def given_parameters(message: generation_pb2.GenerationParameters) -> dict[str, 
 
 def given_images(message: generation_pb2.GenerationParameters) -> dict[str, bytes]:
     """The pictures that came along, by role. Raises InvalidInput for a role that came twice, or for too many."""
-    if len(message.images) > _MOST_IMAGES:
-        raise InvalidInput(f"{len(message.images)} pictures came; at most {_MOST_IMAGES} are taken", field="images")
+    if len(message.images) > MAX_IMAGES:
+        raise InvalidInput(f"{len(message.images)} pictures came; at most {MAX_IMAGES} are taken", field="images")
     images: dict[str, bytes] = {}
     for image in message.images:
         role = image.role or "image"

@@ -1,4 +1,4 @@
-"""Qwen-Image and Qwen-Image-Edit through real services give the bytes that their stages give in one process."""
+"""All pipelines of Qwen-Image through real services give the bytes that their stages give in one process."""
 
 from __future__ import annotations
 
@@ -12,11 +12,18 @@ import torch
 from PIL import Image
 
 from common.errors import InvalidInput
+from configs.pipeline_configs.qwen_image_edit import QwenImageEditPipelineConfig
+from configs.sample.qwen_image_layered import QwenImageLayeredSamplingParams
 from local_fleet import LocalFleet
 from models.catalog import ServedModel, open_model
 from models.registry import load_registry
 from served_fleet import ServedFleet, served_fleet
-from tiny_qwen_image import build_tiny_qwen_image, build_tiny_qwen_image_edit
+from tiny_qwen_image import (
+    build_tiny_qwen_image,
+    build_tiny_qwen_image_edit,
+    build_tiny_qwen_image_edit_plus,
+    build_tiny_qwen_image_layered,
+)
 
 GIVEN: dict[str, Any] = {
     "prompt": "a red apple",
@@ -35,10 +42,16 @@ def image_file(seed: int, kind: str = "PNG") -> bytes:
     return file.getvalue()
 
 
+LAYERS: dict[str, Any] = {"prompt": "a red apple", "layers": 2, "num_inference_steps": 2, "seed": 5}
+
+
 CASES: dict[str, tuple[str, Mapping[str, bytes], dict[str, Any]]] = {
     "guided": ("image", {}, GIVEN),
     "two outputs, without guidance": ("image", {}, {**GIVEN, "true_cfg_scale": 1.0, "num_outputs_per_prompt": 2}),
     "edit": ("edit", {"image": image_file(1, "JPEG")}, GIVEN),
+    "edit of two images": ("plus", {"image_1": image_file(2), "image": image_file(1, "JPEG")}, GIVEN),
+    "layers, guided": ("layered", {"image": image_file(1)}, {**LAYERS, "negative_prompt": "a blue car"}),
+    "layers, described": ("layered", {"image": image_file(2)}, {**LAYERS, "prompt": "", "use_en_prompt": True}),
 }
 
 
@@ -46,8 +59,22 @@ CASES: dict[str, tuple[str, Mapping[str, bytes], dict[str, Any]]] = {
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ServedModel]:
     torch.set_num_threads(1)
     root = tmp_path_factory.mktemp("qwen")
-    paths = {"image": build_tiny_qwen_image(root / "image"), "edit": build_tiny_qwen_image_edit(root / "edit")}
+    paths = {
+        "image": build_tiny_qwen_image(root / "image"),
+        "edit": build_tiny_qwen_image_edit(root / "edit"),
+        "plus": build_tiny_qwen_image_edit_plus(root / "plus"),
+        "layered": build_tiny_qwen_image_layered(root / "layered"),
+    }
     return {name: open_model(f"{name}={path}", load_registry()) for name, path in paths.items()}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _small_images() -> Iterator[None]:
+    """Given images and layers have fewer tokens than in Diffusers."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(QwenImageLayeredSamplingParams, "pixels_of", lambda resolution: resolution**2 // 64)
+        patch.setattr(QwenImageEditPipelineConfig, "given_area", 160 * 160)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +101,13 @@ def test_pictures_are_png_and_warnings_arrive(fleet: ServedFleet) -> None:
     assert [warning.field for warning in answer.warnings] == ["height", "guidance_scale"]
 
 
+def test_layers_are_png_with_transparency_and_a_description_is_a_warning(fleet: ServedFleet) -> None:
+    asked = {**LAYERS, "prompt": "", "layers": 3}
+    answer = fleet.generate("layered", ".png", {"image": image_file(1)}, **asked)
+    assert [Image.open(io.BytesIO(data)).mode for data in answer.files] == ["RGBA"] * 3
+    assert [warning.field for warning in answer.warnings] == ["prompt"]
+
+
 @pytest.mark.parametrize(
     ("name", "images", "change", "field"),
     [
@@ -81,8 +115,19 @@ def test_pictures_are_png_and_warnings_arrive(fleet: ServedFleet) -> None:
         ("image", {}, {"num_inference_steps": 1}, "num_inference_steps"),
         ("edit", {}, {}, "image"),
         ("edit", {"image": image_file(1), "last_image": image_file(2)}, {}, "last_image"),
+        ("plus", {"image_1": image_file(1)}, {}, "image"),
+        ("plus", {"image": image_file(1), "image_1": b"none"}, {}, "image_1"),
+        ("layered", {"image": image_file(1)}, {}, "height"),
     ],
-    ids=["picture for nothing", "one step", "no picture", "two pictures"],
+    ids=[
+        "picture for nothing",
+        "one step",
+        "no picture",
+        "two pictures",
+        "no first picture",
+        "no picture file",
+        "other size",
+    ],
 )
 def test_what_cannot_be_drawn_is_refused_before_it_is_accepted(
     fleet: ServedFleet, name: str, images: dict[str, bytes], change: dict[str, Any], field: str

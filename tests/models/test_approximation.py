@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from common.artifacts import StepCheckpoint
 from common.errors import InvalidInput
 from common.stage import Call
 from configs.approximation import EXACT, Approximation
+from configs.pipeline_configs.qwen_image_edit import QwenImageEditPipelineConfig
 from local_fleet import relative_error
 from models.catalog import ServedModel, open_model
 from models.contracts import DenoisingInput
@@ -34,7 +35,7 @@ from step_checkpoints import step_checkpoints_to
 from tiny_flux import build_tiny_flux
 from tiny_glm_image import build_tiny_glm_image
 from tiny_ltx2 import build_tiny_ltx2
-from tiny_qwen_image import build_tiny_qwen_image
+from tiny_qwen_image import build_tiny_qwen_image, build_tiny_qwen_image_edit_plus
 from tiny_wan import build_tiny_wan_i2v, build_tiny_wan_ti2v
 from toy_checkpoint import build_toy_checkpoint, toy_family
 
@@ -44,6 +45,7 @@ BUILD: dict[str, tuple[Callable[[Path], Path], str, tuple[str, ...]]] = {
     "flux": (build_tiny_flux, "32x48", ("attn", "ff", "ff_context", "proj_mlp", "proj_out")),
     "glm-image": (build_tiny_glm_image, "32x64", ("attn1", "ff")),
     "qwen-image": (build_tiny_qwen_image, "32x48", ("attn", "img_mlp", "txt_mlp")),
+    "qwen-image-edit-plus": (build_tiny_qwen_image_edit_plus, "32x48", ("attn", "img_mlp", "txt_mlp")),
     "wan": (build_tiny_wan_i2v, "32x48x5", ("attn1", "attn2", "ffn")),
     "wan-ti2v": (build_tiny_wan_ti2v, "64x96x5@image", ("attn1", "attn2", "ffn")),
     "ltx2": (
@@ -56,6 +58,14 @@ BUILD: dict[str, tuple[Callable[[Path], Path], str, tuple[str, ...]]] = {
     ),
 }
 Case = tuple[ServedModel, DenoisingInput, tuple[str, ...]]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _small_images() -> Iterator[None]:
+    """Given images have fewer tokens than in Diffusers."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(QwenImageEditPipelineConfig, "given_area", 96 * 96)
+        yield
 
 
 @pytest.fixture(scope="module", params=BUILD)

@@ -15,11 +15,18 @@ from common.artifacts import Canvas, Prompt
 from common.local import HostedStages
 from common.pipeline import StageSpec
 from common.stage import Call, PipelineStage
+from configs.pipeline_configs.qwen_image_edit import QwenImageEditPipelineConfig
+from configs.sample.qwen_image_layered import QwenImageLayeredSamplingParams
 from local_fleet import LocalFleet, open_fleet
 from models.registry import load_registry
 from tiny_glm_image import build_tiny_glm_image
 from tiny_ltx2 import build_tiny_ltx2, build_tiny_ltx2_i2v
-from tiny_qwen_image import build_tiny_qwen_image, build_tiny_qwen_image_edit
+from tiny_qwen_image import (
+    build_tiny_qwen_image,
+    build_tiny_qwen_image_edit,
+    build_tiny_qwen_image_edit_plus,
+    build_tiny_qwen_image_layered,
+)
 from tiny_wan import (
     build_tiny_wan,
     build_tiny_wan_causal,
@@ -83,6 +90,7 @@ class Case:
 
 
 _SMALL: Mapping[str, Any] = {"prompt": "a red apple", "height": 32, "width": 32, "num_inference_steps": 2}
+_LAYERS: Mapping[str, Any] = {"prompt": "a red apple", "layers": 1, "num_inference_steps": 2}
 _VIDEO: Mapping[str, Any] = {**_SMALL, "num_frames": 5}
 _LARGER_VIDEO: Mapping[str, Any] = {**_SMALL, "height": 64, "width": 64, "num_frames": 9, "max_sequence_length": 32}
 CASES = {
@@ -90,6 +98,8 @@ CASES = {
     "GlmImagePipeline": Case(build_tiny_glm_image, _SMALL),
     "QwenImagePipeline": Case(build_tiny_qwen_image, {**_SMALL, "negative_prompt": "car"}),
     "QwenImageEditPipeline": Case(build_tiny_qwen_image_edit, _SMALL, has_image=True),
+    "QwenImageEditPlusPipeline": Case(build_tiny_qwen_image_edit_plus, _SMALL, has_image=True),
+    "QwenImageLayeredPipeline": Case(build_tiny_qwen_image_layered, _LAYERS, has_image=True),
     "WanPipeline": Case(build_tiny_wan, _VIDEO),
     "WanPipeline@text": Case(build_tiny_wan_ti2v, _VIDEO, variant="text"),
     "WanPipeline@image": Case(build_tiny_wan_ti2v, _VIDEO, has_image=True, variant="image"),
@@ -111,10 +121,21 @@ def opened(case: Case, directory: Path) -> Iterator[LocalFleet]:
     fleet.close()
 
 
+def _encode_small_images(request: pytest.FixtureRequest) -> None:
+    """Qwen-Image's pipelines encode images in fewer pixels than in Diffusers: that changes no slot."""
+    patch = pytest.MonkeyPatch()
+    request.addfinalizer(patch.undo)
+    patch.setattr(QwenImageEditPipelineConfig, "given_area", 160 * 160)
+    patch.setattr(QwenImageLayeredSamplingParams, "pixels_of", lambda resolution: resolution**2 // 64)
+
+
 @pytest.fixture(scope="module")
-def recorded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[list[StageSpec], Recorder]]:
+def recorded(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, tuple[list[StageSpec], Recorder]]:
     """The stages of each family's variant, and what they read in one request."""
     found = {}
+    _encode_small_images(request)
     for name, case in CASES.items():
         recorder = Recorder()
         with opened(case, tmp_path_factory.mktemp("model") / name) as fleet:

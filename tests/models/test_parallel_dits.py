@@ -51,6 +51,19 @@ def test_degrees_of_glm_image(rank_pool: RankPool, cases: dict[str, Case], tmp_p
 
 
 @pytest.mark.parametrize("degrees", FEW, ids=str)
+def test_three_segments_of_tokens(
+    rank_pool: RankPool, cases: dict[str, Case], tmp_path: Path, degrees: Degrees
+) -> None:
+    """Every rank has a chunk of the text, of the image that is made, and of those that are given."""
+    check(rank_pool, cases["qwen-image-edit-plus"], degrees, tmp_path)
+
+
+@pytest.mark.parametrize("degrees", FEW, ids=str)
+def test_degrees_of_layers(rank_pool: RankPool, cases: dict[str, Case], tmp_path: Path, degrees: Degrees) -> None:
+    check(rank_pool, cases["qwen-image-layered"], degrees, tmp_path)
+
+
+@pytest.mark.parametrize("degrees", FEW, ids=str)
 def test_two_segments_of_tokens(rank_pool: RankPool, cases: dict[str, Case], tmp_path: Path, degrees: Degrees) -> None:
     """Every rank has a chunk of the first frame and a chunk of the others."""
     check(rank_pool, cases["wan-ti2v"], degrees, tmp_path)

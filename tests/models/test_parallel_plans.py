@@ -44,7 +44,11 @@ WAN_I2V = WanTransformerConfig(in_channels=36, image_dim=1280, added_kv_proj_dim
 PLANS: dict[str, tuple[ParallelPlan, type[nn.Module], tuple[Any, ...]]] = {
     "flux": (FLUX_PLAN, FluxTransformer2DModel, (FluxTransformerConfig(guidance_embeds=True),)),
     "glm-image": (GLM_IMAGE_PLAN, GlmImageTransformer2DModel, (GlmImageTransformerConfig(),)),
-    "qwen-image": (QWEN_IMAGE_PLAN, QwenImageTransformer2DModel, (QwenImageTransformerConfig(),)),
+    "qwen-image": (
+        QWEN_IMAGE_PLAN,
+        QwenImageTransformer2DModel,
+        (QwenImageTransformerConfig(), QwenImageTransformerConfig(use_additional_t_cond=True)),
+    ),
     "wan": (WAN_PLAN, WanTransformer3DModel, (WanTransformerConfig(), WAN_I2V)),
 }
 """Plan, model and published configs of each family."""

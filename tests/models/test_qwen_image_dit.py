@@ -16,7 +16,7 @@ from configs.models.dits.qwen_image import QwenImageTransformerConfig
 from configs.models.vaes.qwen_image import AutoencoderKLQwenImageConfig
 from configs.pipeline_configs.base import Step
 from configs.pipeline_configs.packed import SequenceShift
-from configs.pipeline_configs.qwen_image import QwenImagePipelineConfig
+from configs.pipeline_configs.qwen_image import QwenImagePipelineConfig, check_flags
 from local_fleet import relative_error
 from models.dits.qwen_image import QwenImageTransformer2DModel
 from models.weights import load_module
@@ -87,10 +87,12 @@ def test_conditioning_is_exactly_what_forward_takes() -> None:
     embeds = {"encoder_hidden_states": torch.zeros(1, 5, 24)}
     assert {encoding.keyword for encoding in config.text_encodings} == embeds.keys()
     shapes = {"image": (1, 1, 4, 6, 8)}
-    own = config.prepare_pos_cond_kwargs(embeds, shapes, SAMPLING)
+    own = dict(config.prepare_pos_cond_kwargs(embeds, shapes, SAMPLING))
     assert own.keys() == config.prepare_neg_cond_kwargs(embeds, shapes, SAMPLING).keys()
     taken = inspect.signature(QwenImageTransformer2DModel.forward).parameters.keys() - {"self"}
-    assert own.keys() | embeds.keys() | {"hidden_states", "timestep"} == taken
+    # Of the given images, which this pipeline does not have.
+    assert own.pop("condition_ids") is None
+    assert own.keys() | embeds.keys() | {"hidden_states", "timestep", "condition_states", "condition_ids"} == taken
 
 
 def test_packing_and_unpacking_move_the_frame_axis() -> None:
@@ -117,9 +119,7 @@ def test_guidance_keeps_each_tokens_length() -> None:
     ("values", "named"),
     [
         ({"guidance_embeds": True}, "guidance_embeds"),
-        ({"zero_cond_t": True}, "zero_cond_t"),
-        ({"use_additional_t_cond": True}, "use_additional_t_cond"),
-        ({"use_layer3d_rope": True}, "use_layer3d_rope"),
+        ({"zero_cond_t": 1}, "zero_cond_t"),
         ({"patch_size": 1}, "patch_size"),
         ({"axes_dims_rope": [16, 56]}, "axes_dims_rope"),
     ],
@@ -128,3 +128,10 @@ def test_guidance_keeps_each_tokens_length() -> None:
 def test_other_architectures_are_named(values: dict[str, Any], named: str) -> None:
     with pytest.raises(CheckpointError, match=named):
         QwenImageTransformerConfig.from_dict("transformer", values)
+
+
+@pytest.mark.parametrize("flag", ["zero_cond_t", "use_additional_t_cond", "use_layer3d_rope"])
+def test_variants_of_other_pipelines_are_named(flag: str) -> None:
+    transformer = QwenImageTransformerConfig.from_dict("transformer", {flag: True})
+    with pytest.raises(CheckpointError, match=f"transformer/config.json: {flag} True is not supported; .* is False"):
+        check_flags(transformer, QwenImagePipelineConfig.transformer_flags)

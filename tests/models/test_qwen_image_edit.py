@@ -124,7 +124,7 @@ def test_the_size_follows_from_the_picture(pair: Pair) -> None:
     params = stage.run({"prompt": "", "height": 64}, {"image": png(coarse_image(90, 60))}).params
     assert (params.height, params.width) == (64, 1248)
     headers = {"image": ImageHeader(format="PNG", height=90, width=60)}
-    assert QwenImageEditSamplingParams.image_defaults(headers) == {"height": 1248, "width": 832}
+    assert QwenImageEditSamplingParams.image_defaults(headers, {}) == {"height": 1248, "width": 832}
 
 
 def test_the_size_follows_the_orientation_in_the_metadata(pair: Pair) -> None:

@@ -7,11 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from diffusers import FlowMatchEulerDiscreteScheduler, QwenImageEditPipeline, QwenImagePipeline
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    QwenImageEditPipeline,
+    QwenImageEditPlusPipeline,
+    QwenImagePipeline,
+)
 
 from common.checkpoint import Checkpoint
 from common.errors import InvalidInput
-from configs.sample.qwen_image import QwenImageEditSamplingParams, QwenImageSamplingParams
+from configs.sample.qwen_image import (
+    QwenImageEditPlusSamplingParams,
+    QwenImageEditSamplingParams,
+    QwenImageSamplingParams,
+)
 from tiny_qwen_image import build_tiny_qwen_image
 
 RENAMED = {"num_images_per_prompt": "num_outputs_per_prompt"}
@@ -48,8 +57,12 @@ def theirs(checkpoint: Checkpoint) -> Any:
 
 @pytest.mark.parametrize(
     ("pipeline", "params"),
-    [(QwenImagePipeline, QwenImageSamplingParams), (QwenImageEditPipeline, QwenImageEditSamplingParams)],
-    ids=["image", "edit"],
+    [
+        (QwenImagePipeline, QwenImageSamplingParams),
+        (QwenImageEditPipeline, QwenImageEditSamplingParams),
+        (QwenImageEditPlusPipeline, QwenImageEditPlusSamplingParams),
+    ],
+    ids=["image", "edit", "edit plus"],
 )
 def test_every_argument_of_the_call_is_served_with_its_default(
     checkpoint: Checkpoint, pipeline: Any, params: type[QwenImageSamplingParams]

@@ -33,7 +33,7 @@ from services.denoising.settings import DenoisingSettings
 from services.worker import start_worker
 from tiny_glm_image import build_tiny_glm_image
 from tiny_ltx2 import build_tiny_ltx2
-from tiny_qwen_image import build_tiny_qwen_image_edit
+from tiny_qwen_image import build_tiny_qwen_image_edit, build_tiny_qwen_image_layered
 from tiny_wan import build_tiny_wan_i2v, build_tiny_wan_ti2v
 from toy_checkpoint import build_toy_checkpoint, toy_family
 
@@ -125,6 +125,22 @@ def test_a_service_before_denoising_is_given_a_request(tmp_path: Path) -> None:
         "encoder_hidden_states": torch.bfloat16,
         "prior_token_id": torch.int64,
     }
+
+
+def test_a_service_before_denoising_is_given_an_image(tmp_path: Path) -> None:
+    """And describes it, since the prompt is empty; the loop gets latents of the shapes that this service makes."""
+    model = opened(build_tiny_qwen_image_layered(tmp_path / "layered"))
+    warm_up = WarmUp.parse(model, ("32x64",), service="before_denoising")
+    (request,) = warm_up.inputs(torch.float32)
+    assert request.keys() == {"prompt", "canvas", "sampling", "image_inputs"}
+    spec = model.service("before_denoising")
+    stages = HostedStages("before_denoising", load_stages(model, spec, Runtime(device=CPU, dtype=torch.float32)))
+    warnings: list[str] = []
+    real = stages.run(request, Call("real", on_warning=lambda field, _: warnings.append(field)))
+    assert warnings == ["prompt"]
+    (made_up,) = WarmUp.parse(model, ("32x64",)).inputs(torch.float32)
+    assert shapes_of(made_up)["latents"] == shapes_of(real)["latents"]
+    assert made_up["text_conditioning"].prompt_embeds.keys() == real["text_conditioning"].prompt_embeds.keys()
 
 
 def test_a_service_before_denoising_samples_every_token(tmp_path: Path) -> None:

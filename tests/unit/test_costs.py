@@ -18,6 +18,8 @@ from configs.sample.wan import WanSamplingParams
 from models.catalog import open_model
 from models.pipelines.glm_image import GlmImagePipeline
 from models.pipelines.qwen_image_edit import QwenImageEditPipeline
+from models.pipelines.qwen_image_edit_plus import QwenImageEditPlusPipeline
+from models.pipelines.qwen_image_layered import QwenImageLayeredPipeline
 from models.pipelines.wan_image_to_video import WanImageToVideoPipeline
 from models.registry import load_registry
 from models.validation import InputValidationStage
@@ -41,7 +43,7 @@ def test_pictures_count_by_pixels_outputs_and_steps() -> None:
     }
 
 
-@pytest.mark.parametrize("pipeline", [QwenImageEditPipeline, WanImageToVideoPipeline])
+@pytest.mark.parametrize("pipeline", [QwenImageEditPipeline, QwenImageEditPlusPipeline, WanImageToVideoPipeline])
 def test_encoded_images_count_by_pixels(pipeline: type[ComposedPipeline]) -> None:
     services = pipeline(pipeline._required_config_modules).services
     assert {spec.service: spec.cost for spec in services} == {
@@ -55,8 +57,9 @@ def test_encoded_images_count_by_pixels(pipeline: type[ComposedPipeline]) -> Non
     assert [spec.resume_slot for spec in services if spec.service == "denoising"] == ["resume_from"]
 
 
-def test_a_hybrid_model_has_three_services() -> None:
-    services = GlmImagePipeline(GlmImagePipeline._required_config_modules).services
+@pytest.mark.parametrize("pipeline", [GlmImagePipeline, QwenImageLayeredPipeline])
+def test_a_hybrid_model_has_three_services(pipeline: type[ComposedPipeline]) -> None:
+    services = pipeline(pipeline._required_config_modules).services
     assert {spec.service: spec.cost for spec in services} == {
         "before_denoising": Cost.PIXEL,
         "denoising": Cost.PIXEL_STEP,

@@ -72,8 +72,10 @@ def test_layer_norm_scale_shift() -> None:
 def test_each_stream_has_its_own_modulation_and_gate() -> None:
     norm, boundary = LayerNormScaleShift(8), 2
     x, update = torch.randn(2, 2, 5, 8).unbind(0)
-    scale, shift, gate = (SegmentVectors(*torch.randn(2, 2, 8).unbind(0)) for _ in range(3))
-    added, normed = norm.after(Residual(x, update, gate), scale, shift, boundary)
+    vectors = torch.randn(3, 2, 2, 8)
+    scale, shift, gate = vectors
+    pairs = [SegmentVectors(text, image) for text, image in vectors]
+    added, normed = norm.after(Residual(x, update, pairs[2]), pairs[0], pairs[1], boundary)
     for rows, stream in ((slice(0, boundary), 0), (slice(boundary, None), 1)):
         expected = x[:, rows] + gate[stream][:, None] * update[:, rows]
         torch.testing.assert_close(added[:, rows], expected)

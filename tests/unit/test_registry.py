@@ -20,6 +20,8 @@ FAMILIES = [
     "LTX2ImageToVideoPipeline",
     "LTX2Pipeline",
     "QwenImageEditPipeline",
+    "QwenImageEditPlusPipeline",
+    "QwenImageLayeredPipeline",
     "QwenImagePipeline",
     "WanCausalDMDPipeline",
     "WanDMDPipeline",

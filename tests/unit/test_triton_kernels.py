@@ -50,7 +50,7 @@ def assert_near(got: Tensor, expected: Tensor, most: float) -> None:
 def modulations(dtype: torch.dtype) -> list[SegmentVectors]:
     """Scale, shift and gate of two streams, as parts of one tensor."""
     parts = torch.randn(BATCH, 6 * SIZE, dtype=dtype).chunk(6, dim=1)
-    return [SegmentVectors(*parts[start : start + 2]) for start in (0, 2, 4)]
+    return [SegmentVectors(parts[start], parts[start + 1]) for start in (0, 2, 4)]
 
 
 @DTYPES
@@ -83,6 +83,20 @@ def test_modulations_of_two_tensors(dtype: torch.dtype, most: float, boundary: i
     got = kernels.gate_norm_scale_shift(x, update, gate, scale, shift, boundary, norm.eps)
     for mine, expected in zip(got, norm.after(Residual(x, update, gate), scale, shift, boundary), strict=True):
         assert_near(mine, expected, most)
+
+
+@DTYPES
+@pytest.mark.parametrize("last", [0, 2, TOKENS - BOUNDARY])
+def test_modulations_of_three_segments(dtype: torch.dtype, most: float, last: int) -> None:
+    """The last tokens have a timestep of their own."""
+    x, update = torch.randn(2, BATCH, TOKENS, SIZE, dtype=dtype).unbind(0)
+    rows, own = (torch.randn(BATCH, 8 * SIZE, dtype=dtype).chunk(8, dim=1) for _ in range(2))
+    scale, shift, gate = (SegmentVectors(rows[index], rows[index + 1], own[index], last) for index in (1, 3, 6))
+    norm = LayerNormScaleShift(SIZE)
+    got = kernels.gate_norm_scale_shift(x, update, gate, scale, shift, BOUNDARY, norm.eps)
+    for mine, expected in zip(got, norm.after(Residual(x, update, gate), scale, shift, BOUNDARY), strict=True):
+        assert_near(mine, expected, most)
+    assert_near(kernels.norm_scale_shift(x, scale, shift, BOUNDARY, norm.eps), norm(x, scale, shift, BOUNDARY), most)
 
 
 @DTYPES

@@ -13,7 +13,8 @@ from configs.models.fields import ConfigFields
 class QwenImageTransformerConfig:
     """QwenImageTransformer2DModel's config.json; the defaults are Qwen-Image's.
 
-    `out_channels` are those of a latent: a token holds 2x2 of them.
+    `out_channels` are those of a latent: a token holds 2x2 of them. `zero_cond_t` gives tokens of given images the
+    timestep 0; `use_layer3d_rope` numbers layers in positions, and puts the given image before the first.
     """
 
     in_channels: int = 64
@@ -23,6 +24,9 @@ class QwenImageTransformerConfig:
     num_attention_heads: int = 24
     joint_attention_dim: int = 3584
     axes_dims_rope: tuple[int, ...] = (16, 56, 56)
+    zero_cond_t: bool = False
+    use_additional_t_cond: bool = False
+    use_layer3d_rope: bool = False
 
     @property
     def hidden_size(self) -> int:
@@ -39,8 +43,7 @@ class QwenImageTransformerConfig:
         """Read config.json of the module. Raises CheckpointError."""
         fields = ConfigFields(module, values)
         fields.only("patch_size", 2)
-        for variant in ("guidance_embeds", "zero_cond_t", "use_additional_t_cond", "use_layer3d_rope"):
-            fields.only(variant, False)
+        fields.only("guidance_embeds", False)
         head_dim = fields.integer("attention_head_dim", cls.attention_head_dim)
         axes = fields.integers("axes_dims_rope", cls.axes_dims_rope)
         if len(axes) != 3 or sum(axes) != head_dim or any(axis % 2 for axis in axes):
@@ -53,4 +56,7 @@ class QwenImageTransformerConfig:
             num_attention_heads=fields.integer("num_attention_heads", cls.num_attention_heads),
             joint_attention_dim=fields.integer("joint_attention_dim", cls.joint_attention_dim),
             axes_dims_rope=axes,
+            zero_cond_t=fields.flag("zero_cond_t", cls.zero_cond_t),
+            use_additional_t_cond=fields.flag("use_additional_t_cond", cls.use_additional_t_cond),
+            use_layer3d_rope=fields.flag("use_layer3d_rope", cls.use_layer3d_rope),
         )

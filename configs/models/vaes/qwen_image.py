@@ -10,7 +10,7 @@ from typing import Any, Self
 from configs.models.fields import ConfigFields
 from configs.models.vaes.statistics import latent_statistics
 
-_GIVEN_AREA = 1024 * 1024
+GIVEN_AREA = 1024 * 1024
 _GIVEN_MULTIPLE = 32
 
 
@@ -28,10 +28,11 @@ class AutoencoderKLQwenImageConfig:
     latents_std: tuple[float, ...]
 
     @classmethod
-    def from_dict(cls, module: str, values: Mapping[str, Any]) -> Self:
-        """Read config.json of the module. Raises CheckpointError."""
+    def from_dict(cls, module: str, values: Mapping[str, Any], channels: int = 3) -> Self:
+        """Read config.json of the module, for pictures of so many channels. Raises CheckpointError."""
         fields = ConfigFields(module, values)
-        fields.only("input_channels", 3)
+        if (found := fields.integer("input_channels", 3)) != channels:
+            raise fields.error("input_channels", f"is not supported; supported is {channels}, not {found}")
         z_dim = fields.integer("z_dim", 16)
         mean, std = latent_statistics(fields, z_dim)
         return cls(
@@ -47,9 +48,9 @@ def spatial_factor(fields: ConfigFields) -> int:
     return 1 << len(fields.flags("temperal_downsample", (False, True, True)))
 
 
-def given_size(height: int, width: int) -> tuple[int, int]:
-    """Height and width that a given picture is edited in: about a square mebipixel, in about the same proportion."""
-    exact_width = math.sqrt(_GIVEN_AREA * (width / height))
+def given_size(height: int, width: int, area: int = GIVEN_AREA) -> tuple[int, int]:
+    """Height and width that a given picture is edited in: about `area` pixels, in about the same proportion."""
+    exact_width = math.sqrt(area * (width / height))
     exact_height = exact_width / (width / height)
     return round(exact_height / _GIVEN_MULTIPLE) * _GIVEN_MULTIPLE, round(
         exact_width / _GIVEN_MULTIPLE

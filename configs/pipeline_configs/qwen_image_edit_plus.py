@@ -1,0 +1,32 @@
+"""Qwen-Image-Edit-Plus: several images, each named in the text, and each with latents of its own size."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from configs.models.encodings import ImageTextEncoding, Template
+from configs.pipeline_configs.qwen_image_edit import EDIT_TEMPLATE, QwenImageEditPipelineConfig
+
+_IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
+
+
+def plus_template(images: int) -> Template:
+    """The template of QwenImageEditPipeline with a number before each image."""
+    before, image, _ = EDIT_TEMPLATE.before.partition(_IMAGE)
+    assert image, "the template holds an image"
+    return replace(EDIT_TEMPLATE, before=before + "".join(f"Picture {index + 1}: {_IMAGE}" for index in range(images)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class QwenImageEditPlusPipelineConfig(QwenImageEditPipelineConfig):
+    """QwenImageEditPlusPipeline's callbacks. In 2511 (zero_cond_t), given images have the timestep 0."""
+
+    transformer_flags: ClassVar[Mapping[str, bool]] = {"use_additional_t_cond": False, "use_layer3d_rope": False}
+    seen_area: ClassVar[int] = 384 * 384
+
+    @property
+    def image_text_encoding(self) -> ImageTextEncoding:
+        """The language model reads the number of each image."""
+        return replace(super().image_text_encoding, template=plus_template)
