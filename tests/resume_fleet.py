@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from chaos_processes import Fleet
+from chaos_processes import Fleet, Process
 from redis.asyncio import Redis
 
 from common.rpc.client import open_channel
@@ -91,12 +91,16 @@ class Served:
         """SIGTERM to the process that has the slot."""
         await self.signal_worker(self._family.service, signal.SIGTERM)
 
-    async def signal_worker(self, service: str, number: signal.Signals) -> None:
-        """Send a signal to the process of a service that has the slot. A worker's name has its process id."""
+    async def signal_worker(self, service: str, number: signal.Signals) -> Process:
+        """Send a signal to the process of a service that has the slot, and return the process.
+
+        A worker's name has its process id.
+        """
         (slot,) = await command(self.redis, "HVALS", f"fleet:slots:{self._family.model}/{service}")
         pid = int(slot.decode().partition("|")[0].split("-")[-2])
         (worker,) = [each for each in self.fleet.of(coordinators=False) if each.pid == pid]
         self.fleet.signal(worker, number)
+        return worker
 
     async def kill_both(self, name: str) -> None:
         """SIGKILL the second coordinator, once the store has a checkpoint, and the worker."""

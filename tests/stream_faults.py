@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import grpc
+from chaos_processes import Process
 
 from coordinator_fleet import Stub
 from fleet.v1 import artifacts_pb2 as pb_artifacts
@@ -134,9 +135,15 @@ async def undisturbed(fleet: Served) -> bytes:
 
 async def worker_fault(fleet: Served, whole: bytes, service: str, number: signal.Signals, step: int) -> None:
     """Strike the worker of a service once so many steps are done. A decoder is struck with an item delivered."""
-    strike = partial(fleet.signal_worker, service, number)
+    struck: list[Process] = []
+
+    async def strike() -> None:
+        struck.append(await fleet.signal_worker(service, number))
+
     heard = await run(fleet, fleet.stubs[:1], at(step, int(service == "decoding"), strike))
     heard.check(whole)
+    if number is signal.SIGSTOP:
+        fleet.fleet.signal(struck[0], signal.SIGCONT)
     assert bool(heard.resumed_steps) == (service == "denoising"), heard.steps
     assert not heard.resumed_steps or min(heard.resumed_steps) > step // STEPS * STEPS, heard.steps
 
