@@ -46,6 +46,10 @@ class Family:
     service: str = "denoising"
 
 
+class TooLate(Exception):
+    """A fault that was to strike during a request came after it: the machine was busy, and the case shows nothing."""
+
+
 class Served:
     """A running fleet of one model, with a client of each coordinator."""
 
@@ -94,9 +98,12 @@ class Served:
     async def signal_worker(self, service: str, number: signal.Signals) -> Process:
         """Send a signal to the process of a service that has the slot, and return the process.
 
-        A worker's name has its process id.
+        A worker's name has its process id. Raises TooLate where the service has ended its work.
         """
-        (slot,) = await command(self.redis, "HVALS", f"fleet:slots:{self._family.model}/{service}")
+        slots = await command(self.redis, "HVALS", f"fleet:slots:{self._family.model}/{service}")
+        if not slots:
+            raise TooLate(f"no worker of {service} has a slot")
+        (slot,) = slots
         pid = int(slot.decode().partition("|")[0].split("-")[-2])
         (worker,) = [each for each in self.fleet.of(coordinators=False) if each.pid == pid]
         self.fleet.signal(worker, number)

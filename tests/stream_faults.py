@@ -15,7 +15,7 @@ from coordinator_fleet import Stub
 from fleet.v1 import artifacts_pb2 as pb_artifacts
 from fleet.v1 import generation_pb2 as pb
 from redis_servers import until
-from resume_fleet import Family, Served
+from resume_fleet import Family, Served, TooLate
 from tiny_wan import build_tiny_wan_causal
 
 BLOCKS, STEPS = 4, 10
@@ -33,6 +33,9 @@ CAUSAL = Family(
     b"\x00\x00\x00",
     build_tiny_wan_causal,
 )
+
+
+MOST_REPEATS = 5
 
 
 @dataclass
@@ -134,7 +137,19 @@ async def undisturbed(fleet: Served) -> bytes:
 
 
 async def worker_fault(fleet: Served, whole: bytes, service: str, number: signal.Signals, step: int) -> None:
-    """Strike the worker of a service once so many steps are done. A decoder is struck with an item delivered."""
+    """Strike the worker of a service once so many steps are done. A decoder is struck with an item delivered.
+
+    The case is repeated where the strike came after the work: the events of a busy machine are late.
+    """
+    for _ in range(MOST_REPEATS):
+        try:
+            return await _worker_fault(fleet, whole, service, number, step)
+        except TooLate:
+            continue
+    raise TooLate(f"{service} was never struck during a request in {MOST_REPEATS} tries")
+
+
+async def _worker_fault(fleet: Served, whole: bytes, service: str, number: signal.Signals, step: int) -> None:
     struck: list[Process] = []
 
     async def strike() -> None:
@@ -144,7 +159,9 @@ async def worker_fault(fleet: Served, whole: bytes, service: str, number: signal
     heard.check(whole)
     if number is signal.SIGSTOP:
         fleet.fleet.signal(struck[0], signal.SIGCONT)
-    assert bool(heard.resumed_steps) == (service == "denoising"), heard.steps
+    if service == "denoising" and not heard.resumed_steps:
+        raise TooLate("the loop had ended")
+    assert service == "denoising" or not heard.resumed_steps, heard.steps
     assert not heard.resumed_steps or min(heard.resumed_steps) > step // STEPS * STEPS, heard.steps
 
 
