@@ -13,6 +13,8 @@ SCHEDULER = "scheduler"
 """Role of the scheduler in the standard stages."""
 TRANSFORMER = "transformer"
 """Role of the transformer in the standard stages."""
+_ONE_TRANSFORMER: Mapping[str, str] = MappingProxyType({TRANSFORMER: "transformer"})
+"""Denoisers of a model with one, by role."""
 _VAE: Mapping[str, str] = MappingProxyType({"vae": "vae"})
 """Modules of decoding without sound, by role."""
 DENOISING_STAGE = "models.stages.denoising:DenoisingStage"
@@ -31,11 +33,12 @@ class StandardPipeline(ComposedPipeline):
         text_modules: Sequence[str] = ("text_encoder", "tokenizer"),
         scheduler: str = "scheduler",
         decoders: Mapping[str, str] = _VAE,
+        transformers: Mapping[str, str] = _ONE_TRANSFORMER,
     ) -> None:
         """Text to image, or to video: encode the text, draw the noise, lay out the steps, denoise, decode."""
         self._add_text_encoding(text_modules)
         self._add_preparation(scheduler)
-        self._add_denoising_and_decoding(scheduler, decoders=decoders)
+        self._add_denoising_and_decoding(scheduler, decoders=decoders, transformers=transformers)
 
     def add_hybrid_stages(self, implementation: str, *, modules: Sequence[str], scheduler: str = "scheduler") -> None:
         """One stage of the model's own for all work before denoising, then denoise and decode.
@@ -82,14 +85,18 @@ class StandardPipeline(ComposedPipeline):
         )
 
     def _add_denoising_and_decoding(
-        self, scheduler: str, *optional_inputs: str, decoders: Mapping[str, str] = _VAE
+        self,
+        scheduler: str,
+        *optional_inputs: str,
+        decoders: Mapping[str, str] = _VAE,
+        transformers: Mapping[str, str] = _ONE_TRANSFORMER,
     ) -> None:
         self.add_stage(
             StageSpec(
                 contracts.DENOISING.reading(*optional_inputs),
                 "denoising",
                 DENOISING_STAGE,
-                {TRANSFORMER: "transformer", SCHEDULER: scheduler},
+                {**transformers, SCHEDULER: scheduler},
                 cost=Cost.PIXEL_STEP,
                 reports_steps=True,
             )
@@ -136,6 +143,7 @@ class StandardImagePipeline(StandardPipeline):
         scheduler: str = "scheduler",
         decoders: Mapping[str, str] = _VAE,
         image_inputs: Sequence[str] = (),
+        transformers: Mapping[str, str] = _ONE_TRANSFORMER,
     ) -> None:
         """Text and images to video: the denoiser gets the images' latents and the tokens of a vision encoder.
 
@@ -156,7 +164,7 @@ class StandardImagePipeline(StandardPipeline):
             )
         self._add_image_vae_encoding(*image_inputs)
         self._add_preparation(scheduler)
-        self._add_denoising_and_decoding(scheduler, *inputs, decoders=decoders)
+        self._add_denoising_and_decoding(scheduler, *inputs, decoders=decoders, transformers=transformers)
 
     def _add_image_vae_encoding(self, *optional_inputs: str) -> None:
         self.add_stage(

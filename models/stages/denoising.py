@@ -19,6 +19,7 @@ from common.stage import Call, PipelineStage
 from configs.pipeline_configs.base import NEGATIVE, DenoisingConfig, Keywords, Parts, Shapes, Step
 from models.composition import SCHEDULER
 from models.contracts import DenoisingInput, DenoisingOutput
+from models.experts import on_device
 from models.runtime import Runtime
 from models.schedulers.solver import solver_class
 from models.stages.branches import Branch, Branches, StepCaching, lease_branch
@@ -98,8 +99,9 @@ class DenoisingStage(PipelineStage[DenoisingInput, DenoisingOutput]):
         config = self._config
         given = self._model_input(latents, request.conditions)
         predict = partial(self._predict, given, latents, step)
-        active = config.active(step, request.branches, request.x.sampling)
-        predicted = branches.predict(active, config.expert(step), predict, latents)
+        active, role = config.active(step, request.branches, request.x.sampling), config.expert(step)
+        on_device(self._transformers[role])
+        predicted = branches.predict(active, role, predict, latents)
         if len(predicted) == 1:
             return predicted[active[0]]
         return config.guide(predicted, latents, step, request.x.sampling)
@@ -130,14 +132,18 @@ class DenoisingStage(PipelineStage[DenoisingInput, DenoisingOutput]):
         )
 
     def _branches(self, request: _Request, state: LoopState, lease: Lease) -> Branches:
-        """The branches of the request, on the denoisers that its remaining steps need."""
-        roles = tuple(dict.fromkeys(self._config.expert(step) for step in request.steps[state.step :]))
+        """The branches of the request, on the denoisers that its remaining steps need.
+
+        The last one needed is prepared first: where denoisers are swapped, an earlier request left it on the device.
+        """
+        steps = reversed(request.steps[state.step :])
+        roles = tuple(dict.fromkeys(self._config.expert(step) for step in steps))
         latents = self._model_input(state.latents, request.conditions)  # for their shapes
         make = partial(self._branch, request, latents, lease)
         return Branches(request.branches, roles, make, self._runtime.axis("cfg"), self._prediction_dtype)
 
     def _branch(self, request: _Request, latents: Mapping[str, Tensor], lease: Lease, name: str, role: str) -> Branch:
-        x, transformer = request.x, self._transformers[role]
+        x, transformer = request.x, on_device(self._transformers[role])
         timesteps = x.schedule.timesteps.to(self._runtime.device)
         batched = timesteps[:, None].expand(-1, x.sampling.num_outputs_per_prompt)
         keywords = self._keywords(request, name)
