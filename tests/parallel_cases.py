@@ -32,7 +32,7 @@ from tiny_flux import LATENT_CHANNELS, build_tiny_flux
 from tiny_glm_image import CODES, GLYPH_SIZE, build_tiny_glm_image
 from tiny_ltx2 import AUDIO_SIZE, VIDEO_CHANNELS, VIDEO_SIZE, build_tiny_ltx2
 from tiny_qwen_image import build_tiny_qwen_image, build_tiny_qwen_image_edit
-from tiny_wan import TI2V_LATENT_CHANNELS, build_tiny_wan, build_tiny_wan_i2v, build_tiny_wan_ti2v
+from tiny_wan import TI2V_LATENT_CHANNELS, build_tiny_wan, build_tiny_wan_a14b, build_tiny_wan_i2v, build_tiny_wan_ti2v
 
 CPU = torch.device("cpu")
 STEPS = 4
@@ -83,7 +83,7 @@ SAMPLING = Sampling(
     num_outputs_per_prompt=2,
     guidance_scale=4.0,
     true_cfg_scale=2.0,
-    params=LTX2_PARAMS,
+    params={**LTX2_PARAMS, "guidance_scale_2": 3.0},
 )
 FAMILIES = {
     "flux": Family(
@@ -123,6 +123,14 @@ FAMILIES = {
         pictures={"encoder_hidden_states_image": (17, 24)},
         condition=((1, 20, 3, 6, 10), (1, 20, 3, 6, 10)),
         tokens=45,
+    ),
+    # One step of transformer, three of transformer_2.
+    "wan-a14b": Family(
+        build_tiny_wan_a14b,
+        Canvas(height=80, width=112, output_format="mp4"),
+        positive={"encoder_hidden_states": (13, 32)},
+        negative={"encoder_hidden_states": (13, 32)},
+        tokens=35,
     ),
     "glm-image": Family(
         build_tiny_glm_image,

@@ -51,6 +51,12 @@ def test_two_segments_of_tokens(rank_pool: RankPool, cases: dict[str, Case], tmp
     check(rank_pool, cases["wan-ti2v"], degrees, tmp_path)
 
 
+@pytest.mark.parametrize("degrees", FEW, ids=str)
+def test_two_experts(rank_pool: RankPool, cases: dict[str, Case], tmp_path: Path, degrees: Degrees) -> None:
+    """Each is sharded for itself."""
+    check(rank_pool, cases["wan-a14b"], degrees, tmp_path)
+
+
 @pytest.mark.parametrize("degrees", [*FEW, Degrees(ulysses=2, ring=2)], ids=str)
 def test_two_streams_and_four_branches(
     rank_pool: RankPool, cases: dict[str, Case], tmp_path: Path, degrees: Degrees
