@@ -20,7 +20,13 @@ from models.registry import load_registry
 from tiny_glm_image import build_tiny_glm_image
 from tiny_ltx2 import build_tiny_ltx2, build_tiny_ltx2_i2v
 from tiny_qwen_image import build_tiny_qwen_image, build_tiny_qwen_image_edit
-from tiny_wan import build_tiny_wan, build_tiny_wan_i2v, build_tiny_wan_ti2v
+from tiny_wan import (
+    build_tiny_wan,
+    build_tiny_wan_a14b,
+    build_tiny_wan_a14b_i2v,
+    build_tiny_wan_i2v,
+    build_tiny_wan_ti2v,
+)
 
 Slot = tuple[str, str]
 """Name of a stage's contract, and of one of its slots."""
@@ -85,9 +91,11 @@ CASES = {
     "QwenImagePipeline": Case(build_tiny_qwen_image, {**_SMALL, "negative_prompt": "car"}),
     "QwenImageEditPipeline": Case(build_tiny_qwen_image_edit, _SMALL, has_image=True),
     "WanPipeline": Case(build_tiny_wan, _VIDEO),
+    "WanPipeline@experts": Case(build_tiny_wan_a14b, _VIDEO, variant="experts"),
     "WanPipeline@text": Case(build_tiny_wan_ti2v, _VIDEO, variant="text"),
     "WanPipeline@image": Case(build_tiny_wan_ti2v, _VIDEO, has_image=True, variant="image"),
     "WanImageToVideoPipeline": Case(build_tiny_wan_i2v, _VIDEO, has_image=True),
+    "WanImageToVideoPipeline@experts": Case(build_tiny_wan_a14b_i2v, _VIDEO, has_image=True, variant="experts"),
     "LTX2Pipeline@text": Case(build_tiny_ltx2, _LARGER_VIDEO, variant="text"),
     "LTX2Pipeline@image": Case(build_tiny_ltx2, _LARGER_VIDEO, has_image=True, variant="image"),
     "LTX2ImageToVideoPipeline@image": Case(build_tiny_ltx2_i2v, _LARGER_VIDEO, has_image=True, variant="image"),

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,8 +23,10 @@ from models.loader import load_stages
 from models.registry import load_registry, resolve
 from models.runtime import Runtime
 from models.stages.denoising import DenoisingStage
+from models.warm_up import STEPS as WARM_UP_STEPS
 from models.warm_up import WarmUp
 from parallel_cases import FAMILIES, STEPS, draw_input
+from services.denoising.settings import DenoisingSettings
 from tiny_wan import build_tiny_wan_a14b
 
 
@@ -96,6 +98,12 @@ def test_swapped_experts_give_the_same_bytes(
     assert swaps() == before
 
 
+def test_the_denoisers_settings_say_so() -> None:
+    for swap in (False, True):
+        settings = DenoisingSettings(redis="unix:///x", swap_experts=swap)
+        assert settings.runtime(torch.device("cpu"), torch.float32).swap_experts is swap
+
+
 def test_swapped_experts_share_one_module(swapping: DenoisingStage) -> None:
     experts = [swapping._transformers[role] for role in ("transformer", "transformer_2")]
     assert all(isinstance(expert, SwappedExpert) for expert in experts)
@@ -115,16 +123,27 @@ def test_float8_weights_are_swapped_with_their_scales(model: ServedModel, x: Den
 @pytest.mark.parametrize("step", [0, 2], ids=["transformer", "transformer_2"])
 def test_a_call_is_cancelled_within_a_step(swapping: DenoisingStage, x: DenoisingInput, step: int) -> None:
     """By the expert that computes then; the next request is not affected."""
-    expected, reported = run(swapping, x), []
-    call = Call("test", on_progress=lambda done, _: reported.append(done), is_cancelled=lambda: len(reported) > step)
+    expected, begun, cancelled = run(swapping, x), [], threading.Event()
+
+    def begin(*_: object) -> None:
+        begun.append(True)
+        if len(begun) > step:
+            cancelled.set()
+
     with pytest.raises(Cancelled):
-        swapping.run(x, call)
-    assert reported == [*range(1, step + 2)]
+        swapping.run(x, Call("test", on_progress=begin, cancelled=cancelled))
+    assert len(begun) == step + 1
     assert torch.equal(run(swapping, x), expected)
 
 
-def test_warm_up_asks_both_experts(model: ServedModel, swapping: DenoisingStage) -> None:
+def test_warm_up_asks_both_experts(model: ServedModel, swapping: DenoisingStage, x: DenoisingInput) -> None:
+    """Each often enough to be captured."""
+    run(swapping, x)
     warm_up = WarmUp.parse(model, ("32x48x5",))
+    (given,) = warm_up.inputs(torch.float32)
     before = swaps()
-    warm_up.run(lambda given, call: swapping.run(DenoisingInput(**given), call), torch.float32, Call("warm-up"))
-    assert swaps() >= before + 1
+    swapping.run(DenoisingInput(**given), Call("warm-up"))
+    assert swaps() == before + 2
+    steps = given["schedule"].timesteps.tolist()
+    roles = ["transformer" if timestep >= 875 else "transformer_2" for timestep in steps]
+    assert roles == ["transformer"] * WARM_UP_STEPS + ["transformer_2"] * WARM_UP_STEPS
