@@ -33,7 +33,7 @@ class WanImageToVideoPipeline(StandardImagePipeline):
 
     @classmethod
     def variants(cls, checkpoint: Checkpoint) -> Mapping[str, type[ComposedPipeline]]:
-        """Those of Wan 2.2 TI2V with `expand_timesteps`, two experts with `boundary_ratio`, else this pipeline alone."""
+        """Wan 2.2 TI2V's with `expand_timesteps`, two experts with `boundary_ratio`, else this pipeline alone."""
         if checkpoint.index.get("expand_timesteps"):
             return ti2v_variants()
         return {"": cls} if checkpoint.index.get("boundary_ratio") is None else {EXPERTS: WanExpertsImagePipeline}
