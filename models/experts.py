@@ -6,22 +6,21 @@ that were captured with them stay valid; the host's memory, pinned for a GPU, ho
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from prometheus_client import Counter
+from prometheus_client import Summary
 from torch import Tensor, nn
 
 from common.errors import CheckpointError
 from models.dits.base import DiffusionTransformer
 from models.layers.linear import JoinedLinear
 
-_log = logging.getLogger(__name__)
-
-EXPERT_SWAPS = Counter("fleet_expert_swaps", "Times that this rank brought another expert's weights to its device")
+EXPERT_SWAP_SECONDS = Summary(
+    "fleet_expert_swap_seconds", "Time to bring another expert's weights to this rank's device"
+)
 
 
 class ExpertRoom:
@@ -35,13 +34,20 @@ class ExpertRoom:
     def bring(self, expert: SwappedExpert) -> DiffusionTransformer:
         """The module with this expert's weights."""
         if expert.name != self._present:
+            self._wait()
             began = time.monotonic()
+            self._present = ""  # Until all is copied, the weights are no expert's.
             for memory, weights in zip(self._memory, expert.weights, strict=True):
                 memory.copy_(weights, non_blocking=True)
+            self._wait()
             self._present = expert.name
-            EXPERT_SWAPS.inc()
-            _log.debug("expert=%s on the device after %.3f s", expert.name, time.monotonic() - began)
+            EXPERT_SWAP_SECONDS.observe(time.monotonic() - began)
         return self._module
+
+    def _wait(self) -> None:
+        """Until a GPU has done what it was asked for, so that the swap alone is timed."""
+        if self._memory and self._memory[0].is_cuda:
+            torch.cuda.synchronize(self._memory[0].device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +76,7 @@ def swapped_experts(
     for name in names:
         module = None  # Frees the one before.
         module = load(name)
-        hosted[name] = tuple(_on_host(each) for each in _storages(module))
+        hosted[name] = _on_host(tuple(_storages(module)))
     if module is None:
         return {}
     room = ExpertRoom(module, names[-1])
@@ -81,9 +87,14 @@ def swapped_experts(
     return {name: SwappedExpert(name, weights, room) for name, weights in hosted.items()}
 
 
-def _on_host(memory: Tensor) -> Tensor:
-    """A copy in the host's memory, pinned where the device is a GPU."""
-    return torch.empty(memory.shape, dtype=memory.dtype, pin_memory=memory.is_cuda).copy_(memory)
+def _on_host(memory: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Copies in the host's memory, pinned where the device is a GPU: in one piece, for each is rounded up a lot."""
+    sizes = [len(each) for each in memory]
+    is_pinned = any(each.is_cuda for each in memory)
+    copies = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=is_pinned).split(sizes)
+    for copy, each in zip(copies, memory, strict=True):
+        copy.copy_(each)
+    return copies
 
 
 def _storages(module: nn.Module) -> Iterator[Tensor]:

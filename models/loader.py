@@ -118,9 +118,9 @@ def _construct(
 
 
 def _experts(spec: ServiceSpec, config: PipelineConfig) -> tuple[str, ...]:
-    """The modules of a service that are denoisers of a model with several."""
+    """The modules of a service that are denoisers of a model with several. Raises InvalidInput for another model."""
     if not isinstance(config, DenoisingConfig) or len(config.transformers) < 2:
-        return ()
+        raise InvalidInput("swap_experts: True is not for a model with one transformer", field="swap_experts")
     modules = [spec.module_of(role) for role in config.transformers]
     return tuple(name for name in modules if name is not None)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from common.artifacts import StepCheckpoint
 from common.codec import pack, unpack
-from common.errors import Cancelled
+from common.errors import Cancelled, InvalidInput
 from common.stage import Call
 from common.tensors import TORCH
 from configs.approximation import Approximation
@@ -66,7 +66,7 @@ def run(stage: DenoisingStage, x: DenoisingInput, states: list[StepCheckpoint] |
 
 
 def swaps() -> float:
-    return REGISTRY.get_sample_value("fleet_expert_swaps_total") or 0.0
+    return REGISTRY.get_sample_value("fleet_expert_swap_seconds_count") or 0.0
 
 
 def test_a_loop_resumes_after_every_step_to_the_same_bytes(
@@ -96,6 +96,12 @@ def test_swapped_experts_give_the_same_bytes(
     before = swaps()
     run(stage, x)
     assert swaps() == before
+
+
+def test_one_transformer_is_not_swapped() -> None:
+    emoji = open_model("emoji", load_registry())
+    with pytest.raises(InvalidInput, match="swap_experts: True is not for a model with one transformer"):
+        load_stages(emoji, emoji.service("denoising"), Runtime(swap_experts=True))
 
 
 def test_the_denoisers_settings_say_so() -> None:
