@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import torch
 from prometheus_client import Summary
@@ -89,12 +90,9 @@ def swapped_experts(
 
 def _on_host(memory: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Copies in the host's memory, pinned where the device is a GPU: in one piece, for each is rounded up a lot."""
-    sizes = [len(each) for each in memory]
-    is_pinned = any(each.is_cuda for each in memory)
-    copies = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=is_pinned).split(sizes)
-    for copy, each in zip(copies, memory, strict=True):
-        copy.copy_(each)
-    return copies
+    ends = list(accumulate((len(each) for each in memory), initial=0))
+    room = torch.empty(ends[-1], dtype=torch.uint8, pin_memory=any(each.is_cuda for each in memory))
+    return tuple(room[start:end].copy_(each) for (start, end), each in zip(pairwise(ends), memory, strict=True))
 
 
 def _storages(module: nn.Module) -> Iterator[Tensor]:

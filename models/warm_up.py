@@ -168,9 +168,9 @@ def _schedule(config: DenoisingConfig, steps: int) -> Schedule:
     for index, (level, below) in enumerate(pairwise([*levels, 0.0])):
         sigma, next_sigma = (dict.fromkeys(config.part_keywords, each) for each in (level, below))
         by_expert.setdefault(config.expert(Step(index, 1000 * level, sigma, next_sigma)), []).append(level)
-    chosen = [own[len(own) * step // steps] for own in by_expert.values() for step in range(min(steps, len(own)))]
-    sigmas = torch.tensor([*chosen, 0.0])
-    return Schedule(timesteps=1000 * sigmas[:-1], sigmas=sigmas, num_inference_steps=len(chosen))
+    chosen = [own[len(own) * step // (steps + 1)] for own in by_expert.values() for step in range(1, steps + 1)]
+    sigmas = torch.tensor([*dict.fromkeys(chosen), 0.0])
+    return Schedule(timesteps=1000 * sigmas[:-1], sigmas=sigmas, num_inference_steps=len(sigmas) - 1)
 
 
 def _normal(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
