@@ -15,6 +15,8 @@ SCHEDULER = "scheduler"
 """Role of the scheduler in the standard stages."""
 TRANSFORMER = "transformer"
 """Role of the transformer in the standard stages."""
+_ONE_TRANSFORMER: Mapping[str, str] = MappingProxyType({TRANSFORMER: "transformer"})
+"""Denoisers of a model with one, by role."""
 _VAE: Mapping[str, str] = MappingProxyType({"vae": "vae"})
 """Modules of decoding without sound, by role."""
 DENOISING_STAGE = "models.stages.denoising:DenoisingStage"
@@ -71,6 +73,7 @@ class StandardPipeline(ComposedPipeline):
         decoders: Mapping[str, str] = _VAE,
         denoising: Denoising = STANDARD_DENOISING,
         decoding: Decoding = MEDIA_DECODING,
+        transformers: Mapping[str, str] = _ONE_TRANSFORMER,
     ) -> None:
         """Text to image, or to video: encode the text, draw the noise, lay out the steps, denoise, decode.
 
@@ -78,7 +81,9 @@ class StandardPipeline(ComposedPipeline):
         """
         self._add_text_encoding(text_modules)
         self._add_preparation(scheduler)
-        self._add_denoising_and_decoding(scheduler, decoders=decoders, denoising=denoising, decoding=decoding)
+        self._add_denoising_and_decoding(
+            scheduler, decoders=decoders, denoising=denoising, decoding=decoding, transformers=transformers
+        )
 
     def add_hybrid_stages(
         self,
@@ -140,13 +145,14 @@ class StandardPipeline(ComposedPipeline):
         decoders: Mapping[str, str] = _VAE,
         denoising: Denoising = STANDARD_DENOISING,
         decoding: Decoding = MEDIA_DECODING,
+        transformers: Mapping[str, str] = _ONE_TRANSFORMER,
     ) -> None:
         self.add_stage(
             StageSpec(
                 denoising.contract.reading(*optional_inputs, *denoising.inputs),
                 "denoising",
                 denoising.implementation,
-                {TRANSFORMER: "transformer", **_scheduler_role(scheduler)},
+                {**transformers, **_scheduler_role(scheduler)},
                 cost=Cost.PIXEL_STEP,
                 reports_steps=True,
             )
@@ -198,6 +204,7 @@ class StandardImagePipeline(StandardPipeline):
         decoders: Mapping[str, str] = _VAE,
         decoding: Decoding = VIDEO_DECODING,
         image_inputs: Sequence[str] = (),
+        transformers: Mapping[str, str] = _ONE_TRANSFORMER,
     ) -> None:
         """Text and images to video: the denoiser gets the images' latents and the tokens of a vision encoder.
 
@@ -218,7 +225,9 @@ class StandardImagePipeline(StandardPipeline):
             )
         self._add_image_vae_encoding(*image_inputs)
         self._add_preparation(scheduler)
-        self._add_denoising_and_decoding(scheduler, *inputs, decoders=decoders, decoding=decoding)
+        self._add_denoising_and_decoding(
+            scheduler, *inputs, decoders=decoders, decoding=decoding, transformers=transformers
+        )
 
     def _add_image_vae_encoding(self, *optional_inputs: str) -> None:
         self.add_stage(

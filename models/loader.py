@@ -22,9 +22,10 @@ from common.checkpoint import kind_of
 from common.errors import CheckpointError, InvalidInput
 from common.stage import PipelineStage
 from configs.approximation import EXACT, Approximation
-from configs.pipeline_configs.base import PipelineConfig, PreparationConfig
+from configs.pipeline_configs.base import DenoisingConfig, PipelineConfig, PreparationConfig
 from models.composition import SCHEDULER
 from models.dits.base import DiffusionTransformer
+from models.experts import SwappedExpert, swapped_experts
 from models.kernels.packages import kernel_facts
 from models.layers.float8 import check_float8
 from models.layers.linear import quantize_linears
@@ -98,10 +99,11 @@ def _build_stages(
     config = config_class.from_checkpoint(model.checkpoint)
     if runtime.approximation.linear_dtype == "float8":
         check_float8(runtime.device, runtime.dtype)
-    loaded = modules.load(spec.modules, config)
+    loaded = modules.load(spec.modules, config, _experts(spec, config) if runtime.swap_experts else ())
     if isinstance(config, PreparationConfig) and (name := spec.module_of(SCHEDULER)) is not None:
         try_schedules(model.checkpoint, variant.sampling_params, config, name, loaded[name])
-    if runtime.approximation != EXACT and not any(isinstance(each, DiffusionTransformer) for each in loaded.values()):
+    denoisers = (DiffusionTransformer, SwappedExpert)
+    if runtime.approximation != EXACT and not any(isinstance(each, denoisers) for each in loaded.values()):
         pipeline = model.checkpoint.pipeline_name
         raise InvalidInput(f"{pipeline} has no transformer that can compute with {runtime.approximation}")
     return [_construct(stage, config, runtime, loaded) for stage in spec.stages]
@@ -115,6 +117,14 @@ def _construct(
     return stage.bind(spec.contract)
 
 
+def _experts(spec: ServiceSpec, config: PipelineConfig) -> tuple[str, ...]:
+    """The modules of a service that are denoisers of a model with several. Raises InvalidInput for another model."""
+    if not isinstance(config, DenoisingConfig) or len(config.transformers) < 2:
+        raise InvalidInput("swap_experts: True is not for a model with one transformer", field="swap_experts")
+    modules = [spec.module_of(role) for role in config.transformers]
+    return tuple(name for name in modules if name is not None)
+
+
 class _Modules:
     """The modules of one service of a model, each loaded once for all variants."""
 
@@ -124,11 +134,16 @@ class _Modules:
         self._loaded: dict[str, Any] = {}
         self._loaders: dict[str, str] = {}
 
-    def load(self, names: Iterable[str], config: PipelineConfig) -> dict[str, Any]:
-        """These modules by name. Raises CheckpointError, and TypeError where variants name two loaders for a class."""
+    def load(self, names: Iterable[str], config: PipelineConfig, swapped: Sequence[str] = ()) -> dict[str, Any]:
+        """These modules by name; `swapped` are experts of which the device holds one at a time.
+
+        Raises CheckpointError, and TypeError where variants name two loaders for a class.
+        """
+        if not self._loaded.keys() >= set(swapped):
+            self._loaded |= swapped_experts(swapped, lambda name: self._load(name, config, keep=False))
         return {name: self._load(name, config) for name in names}
 
-    def _load(self, name: str, config: PipelineConfig) -> Any:
+    def _load(self, name: str, config: PipelineConfig, *, keep: bool = True) -> Any:
         loader = config.module_loaders.get(self._checkpoint.modules.get(name, ("", ""))[1], "")
         if self._loaders.setdefault(name, loader) != loader:
             message = f"{type(config).__name__} loads {name} by {loader!r}, and another variant by"
@@ -137,6 +152,8 @@ class _Modules:
             module = load_module(self._checkpoint, name, config, self._runtime)
             if isinstance(module, DiffusionTransformer) and self._runtime.approximation.linear_dtype == "float8":
                 quantize_linears(module, module.block_linears)
+            if not keep:
+                return module
             self._loaded[name] = module
         return self._loaded[name]
 

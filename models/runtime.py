@@ -25,7 +25,8 @@ class Runtime:
     Stages compute on `device`: they move inputs there and outputs back to the CPU. `mesh` is this rank's place in the
     worker group that denoises; None: one rank. A denoising stage sends a step checkpoint after every
     `step_checkpoint_every` steps, and when the last one is `step_checkpoint_seconds` old; 0: never. `step_memory_bytes`
-    bounds CUDA graphs, their inputs, and the memory that steps update in place.
+    bounds CUDA graphs, their inputs, and the memory that steps update in place. `swap_experts`: of a model with several
+    denoisers the device holds one at a time, and the host's memory all.
     """
 
     device: torch.device = field(default_factory=_cpu)
@@ -35,6 +36,7 @@ class Runtime:
     step_checkpoint_seconds: float = 0.0
     approximation: Approximation = EXACT
     step_memory_bytes: int = DEFAULT_STEP_MEMORY_BYTES
+    swap_experts: bool = False
 
     @cached_property
     def step_memory(self) -> StepMemoryPool:

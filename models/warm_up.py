@@ -12,6 +12,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, Self
 
 import torch
@@ -31,15 +32,17 @@ from common.artifacts import (
 )
 from common.errors import InvalidInput
 from common.stage import Call
-from configs.pipeline_configs.base import DenoisingConfig, NegativePromptConfig, Shapes
+from configs.pipeline_configs.base import DenoisingConfig, NegativePromptConfig, Shapes, Step
 from configs.sample.base import SamplingParams
 from models.catalog import ServedModel, ServedVariant
 from models.media import png_bytes
 from models.registry import resolve
 
 STEPS = 3
-"""The first readies the kernels, the second captures a graph, the third finds one."""
+"""Steps of each expert: the first readies the kernels, the second captures a graph, the third finds one."""
 
+_LEVELS = 1000
+"""Noise levels among which those of a made-up schedule are chosen."""
 _FIELD = "warm_up"
 _DENOISING = "denoising"
 _SIZE = re.compile(r"(?P<height>[0-9]{1,5})x(?P<width>[0-9]{1,5})(x(?P<num_frames>[0-9]{1,5}))?")
@@ -142,7 +145,7 @@ def _inputs(
     has_negative = isinstance(config, NegativePromptConfig) and config.wants_negative(prompt, sampling)
     inputs: dict[str, Any] = {
         "initial_latents": _latents(config, config.raw_latent_shapes(canvas, sampling.num_outputs_per_prompt), dtype),
-        "schedule": _schedule(sampling.num_inference_steps),
+        "schedule": _schedule(config, sampling.num_inference_steps),
         "text_conditioning": Conditioning(prompt_embeds=embeds, negative_prompt_embeds=embeds if has_negative else {}),
         "sampling": sampling,
         "latents_generator": Generator(seed=sampling.seed, state=torch.Generator("cpu").get_state()),
@@ -168,10 +171,16 @@ def _latents(config: DenoisingConfig, shapes: Shapes, dtype: torch.dtype) -> Lat
     )
 
 
-def _schedule(steps: int) -> Schedule:
-    """Evenly spaced noise levels between 1 and 0: their values change no kernel."""
-    sigmas = torch.linspace(1.0, 0.0, steps + 2)[1:]
-    return Schedule(timesteps=1000 * sigmas[:-1], sigmas=sigmas, num_inference_steps=steps)
+def _schedule(config: DenoisingConfig, steps: int) -> Schedule:
+    """Noise levels between 1 and 0, so many for each expert that has any: their values change no other kernel."""
+    levels = [(_LEVELS - level) / _LEVELS for level in range(1, _LEVELS)]
+    by_expert: dict[str, list[float]] = {}
+    for index, (level, below) in enumerate(pairwise([*levels, 0.0])):
+        sigma, next_sigma = (dict.fromkeys(config.part_keywords, each) for each in (level, below))
+        by_expert.setdefault(config.expert(Step(index, 1000 * level, sigma, next_sigma)), []).append(level)
+    chosen = [own[len(own) * step // (steps + 1)] for own in by_expert.values() for step in range(1, steps + 1)]
+    sigmas = torch.tensor([*dict.fromkeys(chosen), 0.0])
+    return Schedule(timesteps=1000 * sigmas[:-1], sigmas=sigmas, num_inference_steps=len(sigmas) - 1)
 
 
 def _normal(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

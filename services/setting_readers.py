@@ -27,7 +27,7 @@ _NAMES: Mapping[tuple[str, ...], str] = {
     ("decoding",): "sessions",
     ("denoising",): (
         "attention_backend step_checkpoint_every step_checkpoint_seconds step_memory_bytes linear_dtype "
-        "step_cache_threshold tp ulysses ring cfg nnodes node_rank rdzv_endpoint "
+        "step_cache_threshold swap_experts tp ulysses ring cfg nnodes node_rank rdzv_endpoint "
         "max_restarts rank_heartbeat_seconds rank_lost_seconds rank_join_seconds"
     ),
 }

@@ -41,6 +41,7 @@ from tiny_qwen_image import (
 from tiny_wan import (
     TI2V_LATENT_CHANNELS,
     build_tiny_wan,
+    build_tiny_wan_a14b,
     build_tiny_wan_causal,
     build_tiny_wan_dmd,
     build_tiny_wan_i2v,
@@ -99,7 +100,7 @@ SAMPLING = Sampling(
     num_outputs_per_prompt=2,
     guidance_scale=4.0,
     true_cfg_scale=2.0,
-    params=LTX2_PARAMS,
+    params={**LTX2_PARAMS, "guidance_scale_2": 3.0},
 )
 DMD = Sampling(
     num_inference_steps=3,
@@ -183,6 +184,14 @@ FAMILIES = {
         pictures={"encoder_hidden_states_image": (17, 24)},
         condition=((1, 20, 3, 6, 10), (1, 20, 3, 6, 10)),
         tokens=45,
+    ),
+    # One step of transformer, three of transformer_2.
+    "wan-a14b": Family(
+        build_tiny_wan_a14b,
+        Canvas(height=80, width=112, output_format="mp4"),
+        positive={"encoder_hidden_states": (13, 32)},
+        negative={"encoder_hidden_states": (13, 32)},
+        tokens=35,
     ),
     "glm-image": Family(
         build_tiny_glm_image,

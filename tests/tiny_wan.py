@@ -56,6 +56,26 @@ def build_tiny_wan_i2v(path: Path, *, last_image: bool = False, seed: int = 0) -
     return path
 
 
+def build_tiny_wan_a14b(path: Path, *, seed: int = 0) -> Path:
+    """Write a text-to-video checkpoint like Wan 2.2 T2V A14B: an expert for high noise and one for low."""
+    torch.manual_seed(seed)
+    experts = {name: _transformer(LATENT_CHANNELS) for name in ("transformer", "transformer_2")}
+    modules = _text_modules() | experts | {"vae": _vae()}
+    _randomise(modules)
+    WanPipeline(scheduler=_scheduler(), boundary_ratio=0.875, **modules).save_pretrained(str(path))
+    return path
+
+
+def build_tiny_wan_a14b_i2v(path: Path, *, seed: int = 0) -> Path:
+    """Write an image-to-video checkpoint like Wan 2.2 I2V A14B: two experts, and no vision encoder."""
+    torch.manual_seed(seed)
+    experts = {name: _transformer(2 * LATENT_CHANNELS + 4) for name in ("transformer", "transformer_2")}
+    modules = _text_modules() | experts | {"vae": _vae(), "image_encoder": None, "image_processor": None}
+    _randomise(modules)
+    WanImageToVideoPipeline(scheduler=_scheduler(5.0), boundary_ratio=0.9, **modules).save_pretrained(str(path))
+    return path
+
+
 def build_tiny_wan_ti2v(path: Path, *, seed: int = 0) -> Path:
     """Write a checkpoint like Wan 2.2 TI2V-5B. WanPipeline and WanImageToVideoPipeline both load the directory."""
     torch.manual_seed(seed)

@@ -168,6 +168,10 @@ class JoinedLinear:
         """Write the results (B, tokens, sum of out_features), side by side in the layers' order, of some layers."""
         write_linear(x, *self.of(which), out)
 
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All that the products read: weights, biases, and scales where there are any."""
+        return tuple(each for each in (*self.weight, self.bias) if each is not None)
+
     def of(self, which: slice) -> tuple[Weight, Tensor]:
         """Weight and bias of some layers that follow on each other."""
         first, *_, end = self._ends[which.start or 0 : None if which.stop is None else which.stop + 1]

@@ -1,11 +1,11 @@
-"""Wan: UMT5, a flow-matching DiT over video latents, UniPC, a causal video VAE. Wan 2.1 T2V and Wan 2.2 TI2V."""
+"""Wan: UMT5, a flow-matching DiT over video latents, UniPC, a causal video VAE. Wan 2.1 T2V, Wan 2.2 TI2V and A14B."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from models.composition import VIDEO_DECODING, StandardImagePipeline, StandardPipeline
+from models.composition import TRANSFORMER, VIDEO_DECODING, StandardImagePipeline, StandardPipeline
 from models.registry import Registry
 
 if TYPE_CHECKING:
@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from common.pipeline import ComposedPipeline
 
 _MODULES = ("text_encoder", "tokenizer", "transformer", "scheduler", "vae")
+EXPERTS = "experts"
+"""The variant of checkpoints with two experts, which have no other."""
+TWO_EXPERTS = {TRANSFORMER: "transformer", "transformer_2": "transformer_2"}
+"""Modules of the two experts by role."""
 
 
 class WanPipeline(StandardPipeline):
@@ -23,12 +27,25 @@ class WanPipeline(StandardPipeline):
 
     @classmethod
     def variants(cls, checkpoint: Checkpoint) -> Mapping[str, type[ComposedPipeline]]:
-        """Text and image for a checkpoint with `expand_timesteps`, else text alone."""
-        return ti2v_variants() if checkpoint.index.get("expand_timesteps") else {"": cls}
+        """Text and image with `expand_timesteps`, two experts with `boundary_ratio`, else text and one transformer."""
+        if checkpoint.index.get("expand_timesteps"):
+            return ti2v_variants()
+        return {"": cls} if checkpoint.index.get("boundary_ratio") is None else {EXPERTS: WanExpertsPipeline}
 
     def create_pipeline_stages(self) -> None:
         """Text to video with one encoder."""
         self.add_standard_t2i_stages(decoding=VIDEO_DECODING)
+
+
+class WanExpertsPipeline(StandardPipeline):
+    """Diffusers' WanPipeline over a checkpoint with `boundary_ratio`: Wan 2.2 T2V A14B."""
+
+    pipeline_name = "WanPipeline"
+    _required_config_modules = (*_MODULES, "transformer_2")
+
+    def create_pipeline_stages(self) -> None:
+        """Text to video, with a transformer for the high noise levels and one for the low."""
+        self.add_standard_t2i_stages(decoding=VIDEO_DECODING, transformers=TWO_EXPERTS)
 
 
 class WanTI2VImagePipeline(StandardImagePipeline):
@@ -69,6 +86,12 @@ def register_configs(registry: Registry) -> None:
         WanPipeline.pipeline_name,
         sampling_params="configs.sample.wan:WanSamplingParams",
         pipeline_config="configs.pipeline_configs.wan:WanPipelineConfig",
+    )
+    registry.register_configs(
+        WanPipeline.pipeline_name,
+        variant=EXPERTS,
+        sampling_params="configs.sample.wan_a14b:WanA14BSamplingParams",
+        pipeline_config="configs.pipeline_configs.wan_a14b:WanA14BPipelineConfig",
     )
     register_ti2v_configs(registry, WanPipeline.pipeline_name)
 

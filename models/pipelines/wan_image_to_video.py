@@ -1,4 +1,7 @@
-"""Wan 2.1, image to video: the same with CLIP's view of the picture, and its latents beside the noise."""
+"""Wan 2.1, image to video: the same with CLIP's view of the picture, and its latents beside the noise.
+
+Wan 2.2 I2V A14B has two experts, and no CLIP.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from models.composition import StandardImagePipeline
-from models.pipelines.wan import register_ti2v_configs, ti2v_variants
+from models.pipelines.wan import EXPERTS, TWO_EXPERTS, register_ti2v_configs, ti2v_variants
 from models.registry import Registry
 
 if TYPE_CHECKING:
@@ -30,12 +33,25 @@ class WanImageToVideoPipeline(StandardImagePipeline):
 
     @classmethod
     def variants(cls, checkpoint: Checkpoint) -> Mapping[str, type[ComposedPipeline]]:
-        """Those of Wan 2.2 TI2V for a checkpoint with `expand_timesteps`, else this pipeline alone."""
-        return ti2v_variants() if checkpoint.index.get("expand_timesteps") else {"": cls}
+        """Wan 2.2 TI2V's with `expand_timesteps`, two experts with `boundary_ratio`, else this pipeline alone."""
+        if checkpoint.index.get("expand_timesteps"):
+            return ti2v_variants()
+        return {"": cls} if checkpoint.index.get("boundary_ratio") is None else {EXPERTS: WanExpertsImagePipeline}
 
     def create_pipeline_stages(self) -> None:
         """Text and image to video."""
         self.add_standard_ti2v_stages()
+
+
+class WanExpertsImagePipeline(StandardImagePipeline):
+    """Diffusers' WanImageToVideoPipeline over a checkpoint with `boundary_ratio`: Wan 2.2 I2V A14B."""
+
+    pipeline_name = "WanImageToVideoPipeline"
+    _required_config_modules = ("text_encoder", "tokenizer", "transformer", "transformer_2", "scheduler", "vae")
+
+    def create_pipeline_stages(self) -> None:
+        """Text and image to video; the experts read the image as latents only."""
+        self.add_standard_ti2v_stages(image_encoder=None, transformers=TWO_EXPERTS)
 
 
 def register_configs(registry: Registry) -> None:
@@ -44,6 +60,12 @@ def register_configs(registry: Registry) -> None:
         WanImageToVideoPipeline.pipeline_name,
         sampling_params="configs.sample.wan:WanImageToVideoSamplingParams",
         pipeline_config="configs.pipeline_configs.wan:WanImageToVideoPipelineConfig",
+    )
+    registry.register_configs(
+        WanImageToVideoPipeline.pipeline_name,
+        variant=EXPERTS,
+        sampling_params="configs.sample.wan_a14b:WanA14BImageSamplingParams",
+        pipeline_config="configs.pipeline_configs.wan_a14b:WanA14BImagePipelineConfig",
     )
     register_ti2v_configs(registry, WanImageToVideoPipeline.pipeline_name)
 

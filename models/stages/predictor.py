@@ -13,6 +13,7 @@ from common.artifacts import Conditioning
 from common.errors import InvalidInput
 from configs.pipeline_configs.base import NEGATIVE, DenoisingConfig, Keywords, Parts, Shapes, Step
 from models.contracts import DenoisingInput
+from models.experts import on_device
 from models.runtime import Runtime
 from models.stages.branches import Branch, Branches, StepCaching, lease_branch
 from models.stages.step_memory import NO_FLAGS, Flags, Lease
@@ -63,9 +64,10 @@ class Predictor:
     ) -> Branches:
         """The branches of the request on the denoisers that `steps` need.
 
-        `latents` have the shapes of those that predict() will get.
+        `latents` have the shapes of those that predict() will get. The denoiser that is needed last is prepared first:
+        where denoisers are swapped, an earlier request left it on the device.
         """
-        roles = tuple(dict.fromkeys(self._config.expert(step) for step in steps))
+        roles = tuple(dict.fromkeys(self._config.expert(step) for step in reversed(steps)))
         given = self.model_input(latents, request.conditions)
         make = partial(self._branch, request, given, lease, caching)
         return Branches(request.branches, roles, make, self._runtime.axis("cfg"), self.dtype)
@@ -77,8 +79,9 @@ class Predictor:
         config = self._config
         given = self.model_input(latents, request.conditions)
         predict = partial(self._predict, given, latents, step, flags)
-        active = config.active(step, request.branches, request.x.sampling)
-        predicted = branches.predict(active, config.expert(step), predict, latents)
+        active, role = config.active(step, request.branches, request.x.sampling), config.expert(step)
+        on_device(self.transformers[role])
+        predicted = branches.predict(active, role, predict, latents)
         if len(predicted) == 1:
             return predicted[active[0]]
         return config.guide(predicted, latents, step, request.x.sampling)
@@ -105,7 +108,7 @@ class Predictor:
         name: str,
         role: str,
     ) -> Branch:
-        x, transformer = request.x, self.transformers[role]
+        x, transformer = request.x, on_device(self.transformers[role])
         timesteps = self._config.prepared_timesteps(x.schedule.timesteps).to(self._runtime.device)
         batched = timesteps[:, None].expand(-1, x.sampling.num_outputs_per_prompt)
         keywords = self._keywords(request, name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -11,9 +11,10 @@ from common.settings import setting
 from configs.approximation import Approximation, LinearDtype
 from configs.pipeline_configs.base import DenoisingConfig
 from models.catalog import ServedModel
-from models.layers.mesh import Degrees
+from models.layers.mesh import Degrees, WorkerMesh
 from models.loader import check_parallel
 from models.registry import resolve
+from models.runtime import Runtime
 from services.worker_settings import LoopSettings, WarmUpSettings, device_of
 
 SERVICE = "denoising"
@@ -43,11 +44,18 @@ class DenoisingSettings(LoopSettings, WarmUpSettings):
         0.0,
         help="a step whose first block changes less than this reuses the others' work; 0: never; 0.1 is usual",
     )
+    swap_experts: bool = setting(
+        False, help="hold one of a model's experts on the device at a time, and all in the host's memory"
+    )
 
     @property
     def approximation(self) -> Approximation:
         """What denoising may leave out of the exact computation."""
         return Approximation(self.linear_dtype, self.step_cache_threshold)
+
+    def runtime(self, device: torch.device, dtype: torch.dtype, mesh: WorkerMesh | None = None) -> Runtime:
+        """The process in which the loop runs."""
+        return replace(super().runtime(device, dtype, mesh), swap_experts=self.swap_experts)
 
     @property
     def degrees(self) -> Degrees:

@@ -29,6 +29,8 @@ from tiny_qwen_image import (
 )
 from tiny_wan import (
     build_tiny_wan,
+    build_tiny_wan_a14b,
+    build_tiny_wan_a14b_i2v,
     build_tiny_wan_causal,
     build_tiny_wan_dmd,
     build_tiny_wan_i2v,
@@ -101,11 +103,13 @@ CASES = {
     "QwenImageEditPlusPipeline": Case(build_tiny_qwen_image_edit_plus, _SMALL, has_image=True),
     "QwenImageLayeredPipeline": Case(build_tiny_qwen_image_layered, _LAYERS, has_image=True),
     "WanPipeline": Case(build_tiny_wan, _VIDEO),
+    "WanPipeline@experts": Case(build_tiny_wan_a14b, _VIDEO, variant="experts"),
     "WanPipeline@text": Case(build_tiny_wan_ti2v, _VIDEO, variant="text"),
     "WanPipeline@image": Case(build_tiny_wan_ti2v, _VIDEO, has_image=True, variant="image"),
     "WanDMDPipeline": Case(build_tiny_wan_dmd, _VIDEO),
     "WanCausalDMDPipeline": Case(build_tiny_wan_causal, _VIDEO),
     "WanImageToVideoPipeline": Case(build_tiny_wan_i2v, _VIDEO, has_image=True),
+    "WanImageToVideoPipeline@experts": Case(build_tiny_wan_a14b_i2v, _VIDEO, has_image=True, variant="experts"),
     "LTX2Pipeline@text": Case(build_tiny_ltx2, _LARGER_VIDEO, variant="text"),
     "LTX2Pipeline@image": Case(build_tiny_ltx2, _LARGER_VIDEO, has_image=True, variant="image"),
     "LTX2ImageToVideoPipeline@image": Case(build_tiny_ltx2_i2v, _LARGER_VIDEO, has_image=True, variant="image"),

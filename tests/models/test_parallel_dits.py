@@ -97,6 +97,12 @@ def test_a_causal_model_refuses_a_ring(cases: dict[str, Case]) -> None:
     assert caught.value.field == "ring"
 
 
+@pytest.mark.parametrize("degrees", FEW, ids=str)
+def test_two_experts(rank_pool: RankPool, cases: dict[str, Case], tmp_path: Path, degrees: Degrees) -> None:
+    """Each is sharded for itself."""
+    check(rank_pool, cases["wan-a14b"], degrees, tmp_path)
+
+
 @pytest.mark.parametrize("degrees", [*FEW, Degrees(ulysses=2, ring=2)], ids=str)
 def test_two_streams_and_four_branches(
     rank_pool: RankPool, cases: dict[str, Case], tmp_path: Path, degrees: Degrees

@@ -34,7 +34,7 @@ from services.worker import start_worker
 from tiny_glm_image import build_tiny_glm_image
 from tiny_ltx2 import build_tiny_ltx2
 from tiny_qwen_image import build_tiny_qwen_image_edit, build_tiny_qwen_image_layered
-from tiny_wan import build_tiny_wan_i2v, build_tiny_wan_ti2v
+from tiny_wan import build_tiny_wan_a14b_i2v, build_tiny_wan_i2v, build_tiny_wan_ti2v
 from toy_checkpoint import build_toy_checkpoint, toy_family
 
 CPU = torch.device("cpu")
@@ -87,12 +87,13 @@ def encoded(model: ServedModel, params: Mapping[str, Any], picture: tuple[int, i
         (None, "32x48", None),
         (build_tiny_glm_image, "32x64", None),
         (build_tiny_wan_i2v, "32x48x5", (48, 32)),
+        (build_tiny_wan_a14b_i2v, "32x48x5@experts", (48, 32)),
         (build_tiny_wan_ti2v, "64x96x5@text", None),
         (build_tiny_wan_ti2v, "64x96x5@image", (48, 32)),
         (build_tiny_ltx2, "64x96x9@text", None),
         (build_tiny_ltx2, "64x96x9@image", (48, 32)),
     ],
-    ids=["flux", "glm-image", "wan-i2v", "wan-ti2v-text", "wan-ti2v-image", "ltx2-text", "ltx2-image"],
+    ids=["flux", "glm-image", "wan-i2v", "wan-a14b-i2v", "wan-ti2v-text", "wan-ti2v-image", "ltx2-text", "ltx2-image"],
 )
 def test_made_up_requests_have_the_shapes_of_real_ones(
     tmp_path: Path, build: Callable[[Path], Path] | None, size: str, picture: tuple[int, int] | None

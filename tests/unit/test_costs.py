@@ -20,7 +20,7 @@ from models.pipelines.glm_image import GlmImagePipeline
 from models.pipelines.qwen_image_edit import QwenImageEditPipeline
 from models.pipelines.qwen_image_edit_plus import QwenImageEditPlusPipeline
 from models.pipelines.qwen_image_layered import QwenImageLayeredPipeline
-from models.pipelines.wan_image_to_video import WanImageToVideoPipeline
+from models.pipelines.wan_image_to_video import WanExpertsImagePipeline, WanImageToVideoPipeline
 from models.registry import load_registry
 from models.validation import InputValidationStage
 from services.coordinator.costs import costs_of, work_of
@@ -43,7 +43,10 @@ def test_pictures_count_by_pixels_outputs_and_steps() -> None:
     }
 
 
-@pytest.mark.parametrize("pipeline", [QwenImageEditPipeline, QwenImageEditPlusPipeline, WanImageToVideoPipeline])
+@pytest.mark.parametrize(
+    "pipeline",
+    [QwenImageEditPipeline, QwenImageEditPlusPipeline, WanImageToVideoPipeline, WanExpertsImagePipeline],
+)
 def test_encoded_images_count_by_pixels(pipeline: type[ComposedPipeline]) -> None:
     services = pipeline(pipeline._required_config_modules).services
     assert {spec.service: spec.cost for spec in services} == {

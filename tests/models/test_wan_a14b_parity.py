@@ -1,0 +1,170 @@
+"""Wan 2.2 A14B through all of its stages, against Diffusers' pipelines: text to video, and from one or two images."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from diffusers import WanImageToVideoPipeline, WanPipeline
+
+from coarse_pictures import coarse_image, png
+from common.errors import CheckpointError, InvalidInput
+from common.pipeline import MissingModules
+from local_fleet import reference_run, relative_error
+from models.catalog import open_model
+from models.registry import load_registry, resolve
+from models.validation import InputValidationStage
+from tiny_wan import build_tiny_wan_a14b, build_tiny_wan_a14b_i2v
+from wan_pair import LATENTS_WITHIN, Pair, check, open_pair
+
+SEED = 7
+Request = dict[str, Any]
+
+# With three steps transformer denoises the first, transformer_2 the others.
+TEXT: dict[str, Request] = {
+    "guided, with a scale for each expert": {"guidance_scale": 5.0, "guidance_scale_2": 2.0, "num_frames": 5},
+    "one scale for both": {"guidance_scale": 3.0, "negative_prompt": "old stone", "num_outputs_per_prompt": 2},
+    "guidance_scale alone turns guidance off": {"guidance_scale": 1.0, "guidance_scale_2": 4.0},
+    "a second scale below 1 guides nevertheless": {"guidance_scale": 4.0, "guidance_scale_2": 0.5},
+    "one expert only, rows that are cut": {"num_inference_steps": 1, "height": 32, "width": 48, "num_frames": 7},
+}
+IMAGE: dict[str, tuple[Request, bool]] = {
+    "first frame": ({"num_frames": 5, "guidance_scale_2": 2.0}, False),
+    "first and last frame": ({"num_frames": 9, "num_inference_steps": 2}, True),
+    "one frame, without guidance": ({"num_frames": 1, "guidance_scale": 1.0}, False),
+    "wide, many steps": ({"width": 64, "num_inference_steps": 8, "guidance_scale_2": 3.0}, False),
+}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    pair = open_pair(build_tiny_wan_a14b(tmp_path_factory.mktemp("wan") / "a14b"), WanPipeline)
+    yield pair
+    pair[0].close()
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    pair = open_pair(build_tiny_wan_a14b_i2v(tmp_path_factory.mktemp("wan") / "a14b-i2v"), WanImageToVideoPipeline)
+    yield pair
+    pair[0].close()
+
+
+def given(**others: Any) -> Request:
+    """A small request."""
+    size = {"height": 32, "width": 32, "num_frames": 1, "num_inference_steps": 3, "guidance_scale": 5.0, "seed": SEED}
+    return {"prompt": "a red apple on the moon", **size, **others}
+
+
+@pytest.mark.parametrize("case", TEXT)
+def test_text_to_video_is_diffusers(text: Pair, case: str) -> None:
+    fleet, pipeline = text
+    request = given(**TEXT[case])
+    outputs = request.get("num_outputs_per_prompt", 1)
+    call = {name: value for name, value in request.items() if name != "num_outputs_per_prompt"}
+    check(fleet.tensors(**request), reference_run(pipeline, num_videos_per_prompt=outputs, **call))
+
+
+@pytest.mark.parametrize("case", IMAGE)
+def test_image_to_video_is_diffusers(image: Pair, case: str) -> None:
+    fleet, pipeline = image
+    changes, has_last = IMAGE[case]
+    pictures: dict[str, Any] = {"image": coarse_image(90, 50, seed=1)}
+    pictures |= {"last_image": coarse_image(40, 60, seed=2)} if has_last else {}
+    ours = fleet.tensors(images={role: png(each) for role, each in pictures.items()}, **given(**changes))
+    check(ours, reference_run(pipeline, **pictures, **given(**changes)))
+
+
+@pytest.mark.parametrize("change", [{"guidance_scale": 2.0}, {"guidance_scale_2": 2.0}, {"prompt": "a car"}], ids=str)
+def test_every_input_matters(text: Pair, change: Request) -> None:
+    """Either expert has a scale of its own; the tolerance means something."""
+    before, after = (text[0].tensors(**given(**request))["latents"] for request in ({"guidance_scale_2": 5.0}, change))
+    assert relative_error(after, before) > 10 * LATENTS_WITHIN
+
+
+def test_images_are_those_of_the_model(text: Pair, image: Pair) -> None:
+    picture = png(coarse_image(8, 8, seed=0))
+    validate = InputValidationStage(image[0].model)
+    for roles, named in (((), "image"), (("image", "last_image", "image_1"), "image_1")):
+        with pytest.raises(InvalidInput, match=named):
+            validate.run(given(), dict.fromkeys(roles, picture))
+    with pytest.raises(InvalidInput, match="num_frames must be at least 5 with a last_image, but is 1"):
+        validate.run(given(), {"image": picture, "last_image": picture})
+    with pytest.raises(InvalidInput, match="image"):
+        InputValidationStage(text[0].model).run(given(), {"image": picture})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"height": 40}, "height must be a multiple of 16, such as 32 or 48, but is 40"),
+        ({"num_frames": 0}, "num_frames must be"),
+        ({"guidance_scale_2": -1.0}, "guidance_scale_2 must be .* but is -1.0; if it is left unset, it is guidance"),
+    ],
+    ids=str,
+)
+def test_values_that_cannot_be(text: Pair, change: Request, message: str) -> None:
+    with pytest.raises(InvalidInput, match=message):
+        InputValidationStage(text[0].model).run(given(**change))
+
+
+def test_sizes_and_frames_that_are_rounded(text: Pair) -> None:
+    validated = InputValidationStage(text[0].model).run(given(num_frames=7))
+    assert [warning.field for warning in validated.warnings] == ["num_frames"]
+    assert validated.params.extent["num_frames"] == 5
+
+
+@pytest.fixture
+def copied(text: Pair, tmp_path: Path) -> Path:
+    """A checkpoint to spoil."""
+    return Path(shutil.copytree(text[0].model.checkpoint.path, tmp_path / "m"))
+
+
+@pytest.mark.parametrize("name", ["transformer", "transformer_2"])
+def test_a_missing_expert_is_named(copied: Path, name: str) -> None:
+    index = json.loads((copied / "model_index.json").read_text())
+    (copied / "model_index.json").write_text(json.dumps(index | {name: [None, None]}))
+    with pytest.raises(MissingModules, match=f"{name}\\b"):
+        open_model(str(copied), load_registry())
+
+
+@pytest.mark.parametrize(
+    ("file", "entries", "message"),
+    [
+        ("transformer_2/config.json", {"num_layers": 3}, "transformer_2/config.json: num_layers: 3 is not 2; both"),
+        ("model_index.json", {"boundary_ratio": 1.5}, "boundary_ratio: 1.5 is not a number from 0 to 1"),
+        ("model_index.json", {"boundary_ratio": True}, "boundary_ratio: True is not a number from 0 to 1"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_together(
+    copied: Path, file: str, entries: dict[str, Any], message: str
+) -> None:
+    config = json.loads((copied / file).read_text())
+    (copied / file).write_text(json.dumps(config | entries))
+    with pytest.raises(CheckpointError, match=message):
+        opened_config(copied)
+
+
+def test_experts_read_no_tokens_of_images(copied: Path) -> None:
+    for name in ("transformer", "transformer_2"):
+        file = copied / name / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"image_dim": 24, "added_kv_proj_dim": 64}))
+    with pytest.raises(CheckpointError, match=r"image_dim: 24 is not null; Wan 2\.2 A14B reads images"):
+        opened_config(copied)
+
+
+def opened_config(path: Path) -> Any:
+    """Read the model's config, as a service does before it loads weights."""
+    model = open_model(str(path), load_registry())
+    assert [variant.name for variant in model.variants] == ["experts"]
+    config_class: Any = resolve(model.variants[0].pipeline_config)
+    return config_class.from_checkpoint(model.checkpoint)
+
+
+def test_a_boundary_is_a_timestep(text: Pair) -> None:
+    config = opened_config(text[0].model.checkpoint.path)
+    assert config.boundary == 875.0
