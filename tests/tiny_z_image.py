@@ -12,8 +12,8 @@ from tiny_flux import LATENT_CHANNELS, randomise
 from tiny_qwen_image import qwen_tokenizer
 
 TEXT_SIZE = 32
-TURN = "<|im_start|>user\n{{ messages[0].content }}<|im_end|>\n<|im_start|>assistant\n"
-"""The template of a chat of one message, as that of the published tokenizer renders it."""
+TURN = "{{ '<|im_start|>user\n' + messages[0].content + '<|im_end|>\n<|im_start|>assistant\n' }}"
+"""The template of a chat of one message, as that of the published tokenizer renders it. Jinja drops a last newline."""
 
 
 def build_tiny_z_image(path: Path, *, text_size: int = TEXT_SIZE, shift: float = 3.0, seed: int = 0) -> Path:

@@ -36,6 +36,7 @@ from tiny_glm_image import build_tiny_glm_image
 from tiny_ltx2 import build_tiny_ltx2
 from tiny_qwen_image import build_tiny_qwen_image
 from tiny_wan import build_tiny_wan_i2v, build_tiny_wan_ti2v
+from tiny_z_image import build_tiny_z_image
 from toy_checkpoint import build_toy_checkpoint, toy_family
 
 CPU = torch.device("cpu")
@@ -44,6 +45,7 @@ BUILD: dict[str, tuple[Callable[[Path], Path], str, tuple[str, ...]]] = {
     "flux": (build_tiny_flux, "32x48", ("attn", "ff", "ff_context", "proj_mlp", "proj_out")),
     "glm-image": (build_tiny_glm_image, "32x64", ("attn1", "ff")),
     "qwen-image": (build_tiny_qwen_image, "32x48", ("attn", "img_mlp", "txt_mlp")),
+    "z-image": (build_tiny_z_image, "32x64", ("attention", "feed_forward")),
     "wan": (build_tiny_wan_i2v, "32x48x5", ("attn1", "attn2", "ffn")),
     "wan-ti2v": (build_tiny_wan_ti2v, "64x96x5@image", ("attn1", "attn2", "ffn")),
     "ltx2": (

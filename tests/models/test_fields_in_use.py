@@ -21,6 +21,7 @@ from tiny_glm_image import build_tiny_glm_image
 from tiny_ltx2 import build_tiny_ltx2, build_tiny_ltx2_i2v
 from tiny_qwen_image import build_tiny_qwen_image, build_tiny_qwen_image_edit
 from tiny_wan import build_tiny_wan, build_tiny_wan_i2v, build_tiny_wan_ti2v
+from tiny_z_image import build_tiny_z_image
 
 Slot = tuple[str, str]
 """Name of a stage's contract, and of one of its slots."""
@@ -90,6 +91,7 @@ CASES = {
     "WanImageToVideoPipeline": Case(build_tiny_wan_i2v, _VIDEO, has_image=True),
     "LTX2Pipeline@text": Case(build_tiny_ltx2, _LARGER_VIDEO, variant="text"),
     "LTX2Pipeline@image": Case(build_tiny_ltx2, _LARGER_VIDEO, has_image=True, variant="image"),
+    "ZImagePipeline": Case(build_tiny_z_image, _SMALL),
     "LTX2ImageToVideoPipeline@image": Case(build_tiny_ltx2_i2v, _LARGER_VIDEO, has_image=True, variant="image"),
 }
 """By the name of the pipeline, with @VARIANT where the request is that of a named variant."""

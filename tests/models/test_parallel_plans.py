@@ -17,6 +17,7 @@ from configs.models.dits.flux import FluxTransformerConfig
 from configs.models.dits.glm_image import GlmImageTransformerConfig
 from configs.models.dits.qwen_image import QwenImageTransformerConfig
 from configs.models.dits.wan import WanTransformerConfig
+from configs.models.dits.z_image import ZImageTransformerConfig
 from configs.pipeline_configs.flux import FluxPipelineConfig
 from flux_pair import Pair
 from models.catalog import open_model
@@ -28,6 +29,8 @@ from models.dits.qwen_image import QwenImageTransformer2DModel
 from models.dits.qwen_image_plan import QWEN_IMAGE_PLAN
 from models.dits.wan import WanTransformer3DModel
 from models.dits.wan_plan import WAN_PLAN
+from models.dits.z_image import ZImageTransformer2DModel
+from models.dits.z_image_plan import Z_IMAGE_PLAN
 from models.layers.attention import Attention
 from models.layers.mesh import AXES, Axis, Degrees, WorkerMesh
 from models.layers.parallel_plan import ParallelPlan, matches
@@ -46,6 +49,7 @@ PLANS: dict[str, tuple[ParallelPlan, type[nn.Module], tuple[Any, ...]]] = {
     "glm-image": (GLM_IMAGE_PLAN, GlmImageTransformer2DModel, (GlmImageTransformerConfig(),)),
     "qwen-image": (QWEN_IMAGE_PLAN, QwenImageTransformer2DModel, (QwenImageTransformerConfig(),)),
     "wan": (WAN_PLAN, WanTransformer3DModel, (WanTransformerConfig(), WAN_I2V)),
+    "z-image": (Z_IMAGE_PLAN, ZImageTransformer2DModel, (ZImageTransformerConfig(),)),
 }
 """Plan, model and published configs of each family."""
 

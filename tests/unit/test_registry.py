@@ -23,6 +23,7 @@ FAMILIES = [
     "QwenImagePipeline",
     "WanImageToVideoPipeline",
     "WanPipeline",
+    "ZImagePipeline",
 ]
 
 PLUGIN = """

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import normalize, silu
 
 from models.layers import triton_kernels as kernels
-from models.layers.activation import write_gelu
+from models.layers.activation import gate_by_silu, write_gelu
 from models.layers.float8 import FLOAT8, quantize_rows
 from models.layers.head_rotary import HeadRotation
 from models.layers.norms import (

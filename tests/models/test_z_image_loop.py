@@ -1,0 +1,162 @@
+"""Z-Image's loop: guidance that ends, byte-equal resume, cancel, warm-up, and callbacks of the config."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from common.artifacts import Canvas, StepCheckpoint
+from common.codec import pack, unpack
+from common.errors import Cancelled
+from common.stage import Call
+from common.tensors import TORCH
+from configs.pipeline_configs.base import NEGATIVE, POSITIVE, Step
+from configs.pipeline_configs.z_image import ZImagePipelineConfig
+from local_fleet import LocalFleet, open_fleet
+from models.contracts import DenoisingInput
+from models.dits.z_image import ZImageTransformer2DModel
+from models.loader import load_module
+from models.runtime import Runtime
+from models.stages.denoising import DenoisingStage
+from models.validation import InputValidationStage
+from models.warm_up import WarmUp
+from tiny_z_image import TEXT_SIZE, build_tiny_z_image
+
+STEPS = 4
+GIVEN: dict[str, Any] = {
+    "prompt": "a red apple",
+    "negative_prompt": "a blue car",
+    "height": 32,
+    "width": 48,
+    "num_inference_steps": STEPS,
+    "num_outputs_per_prompt": 2,
+    "cfg_truncation": 0.15,
+    "cfg_normalization": 1.0,
+    "seed": 3,
+}
+"""Guidance ends after the second step: 1 - sigma is 0, 0.1, 0.25 and 0.5."""
+
+
+@pytest.fixture(scope="module")
+def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalFleet]:
+    torch.set_num_threads(1)
+    fleet = open_fleet(str(build_tiny_z_image(tmp_path_factory.mktemp("z") / "image")))
+    yield fleet
+    fleet.close()
+
+
+@pytest.fixture(scope="module")
+def config(fleet: LocalFleet) -> ZImagePipelineConfig:
+    return ZImagePipelineConfig.from_checkpoint(fleet.model.checkpoint)
+
+
+@pytest.fixture(scope="module")
+def x(fleet: LocalFleet) -> DenoisingInput:
+    values = dict(InputValidationStage(fleet.model).run(GIVEN).artifacts)
+    for service in ("text_encoding", "latent_preparation"):
+        stages = fleet.services[service].of("")
+        values |= stages.run({slot: values[slot] for slot in stages.contract.inputs if slot in values}, Call("test"))
+    taken = inspect.signature(DenoisingInput).parameters
+    return DenoisingInput(**{slot: value for slot, value in values.items() if slot in taken})
+
+
+def stage(fleet: LocalFleet, runtime: Runtime) -> DenoisingStage:
+    config = ZImagePipelineConfig.from_checkpoint(fleet.model.checkpoint)
+    names = ("transformer", "scheduler")
+    return DenoisingStage(config, runtime, {name: load_module(fleet.model.checkpoint, name, config, runtime) for name in names})
+
+
+def loop(fleet: LocalFleet, x: DenoisingInput, states: list[StepCheckpoint] | None = None) -> Tensor:
+    """The loop's result; its step checkpoints are appended to `states`."""
+    call = Call("test") if states is None else Call("test", on_step_checkpoint=states.append)
+    output = stage(fleet, Runtime(step_checkpoint_every=1)).run(x, call)
+    return output.denoised_latents.parts["image"].latents
+
+
+def test_conditioning_is_not_padded(x: DenoisingInput) -> None:
+    """Batch 1, whatever the number of outputs: the prompt's tokens and 8 of the template."""
+    both = (x.text_conditioning.prompt_embeds, x.text_conditioning.negative_prompt_embeds)
+    assert [tuple(embeds["encoder_hidden_states"].shape) for embeds in both] == [(1, 11, TEXT_SIZE)] * 2
+    assert x.initial_latents.parts["image"].latents.shape == (2, 16, 4, 6)
+
+
+def test_guidance_ends_at_a_step(
+    fleet: LocalFleet, x: DenoisingInput, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    predict, calls = ZImageTransformer2DModel.predict, [0]
+
+    def counted(self: ZImageTransformer2DModel, *arguments: Any, **more: Any) -> Any:
+        calls[0] += 1
+        return predict(self, *arguments, **more)
+
+    monkeypatch.setattr(ZImageTransformer2DModel, "predict", counted)
+    for params, expected in (({"cfg_truncation": 0.15}, 6), ({}, 8), ({"cfg_truncation": 0.0}, 5)):
+        calls[0] = 0
+        loop(fleet, replace(x, sampling=replace(x.sampling, params=params)))
+        assert calls[0] == expected, params
+
+
+@pytest.mark.parametrize(("scale", "branches"), [(0.0, 1), (0.25, 2), (1.0, 2)])
+def test_any_scale_above_zero_is_guidance(fleet: LocalFleet, scale: float, branches: int) -> None:
+    params, _ = fleet.model.variants[0].sampling_params.build({**GIVEN, "guidance_scale": scale}, fleet.model.checkpoint)
+    assert params.branches == branches
+
+
+def test_truncation_is_compared_in_float32(config: ZImagePipelineConfig, x: DenoisingInput) -> None:
+    """1 - sigma of exactly the request's number still has guidance."""
+    level = float(torch.tensor(1000.0 - 900.0) / 1000)
+    for truncation, expected in ((level, (POSITIVE, NEGATIVE)), (level - 1e-8, (POSITIVE,))):
+        sampling = replace(x.sampling, params={"cfg_truncation": truncation})
+        step = Step(1, 900.0, {"image": 0.9}, {"image": 0.75})
+        assert tuple(config.active(step, (POSITIVE, NEGATIVE), sampling)) == expected
+
+
+def test_a_loop_resumes_after_every_step_to_the_same_bytes(fleet: LocalFleet, x: DenoisingInput) -> None:
+    """Through the codec, as a checkpoint travels."""
+    states: list[StepCheckpoint] = []
+    whole = loop(fleet, x, states)
+    assert [state.step for state in states] == [*range(1, STEPS)]
+    for state in states:
+        sent = unpack("state", StepCheckpoint, pack("state", state, TORCH), TORCH)
+        assert torch.equal(loop(fleet, DenoisingInput(**vars(x) | {"resume_from": sent})), whole), state.step
+
+
+def test_a_cancel_ends_the_loop_within_a_step(fleet: LocalFleet, x: DenoisingInput) -> None:
+    heard: list[int] = []
+
+    def on_progress(step: int, _: int) -> None:
+        heard.append(step)
+        if step == 2:
+            call.cancelled.set()
+
+    call = Call("test", on_progress=on_progress)
+    with pytest.raises(Cancelled):
+        stage(fleet, Runtime()).run(x, call)
+    assert heard == [1, 2]
+
+
+def test_a_warm_up_runs_the_loop(fleet: LocalFleet) -> None:
+    steps: list[int] = []
+    call = Call("warm-up", on_progress=lambda step, _: steps.append(step))
+    WarmUp.parse(fleet.model, ("32x48",)).run(fleet.services["denoising"].of("").run, torch.float32, call)
+    assert steps == [1, 2, 3]
+
+
+def test_conditioning_is_exactly_what_forward_takes(config: ZImagePipelineConfig, x: DenoisingInput) -> None:
+    embeds = x.text_conditioning.prompt_embeds
+    own = config.prepare_pos_cond_kwargs(embeds, {"image": (2, 16, 4, 6)}, x.sampling)
+    taken = inspect.signature(ZImageTransformer2DModel.forward).parameters.keys() - {"self"}
+    assert own.keys() | embeds.keys() | {"hidden_states", "timestep"} == taken
+    assert embeds.keys() == config.conditioning_shapes().keys()
+
+
+def test_shapes_of_the_published_size(config: ZImagePipelineConfig) -> None:
+    canvas = Canvas(height=1024, width=768)
+    assert config.raw_latent_shapes(canvas, 2) == {"image": (2, 16, 128, 96)}
+    assert config.noise_dtype(torch.bfloat16) == torch.float32
