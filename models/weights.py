@@ -107,8 +107,8 @@ def load_module(
     """Fill a module built on the meta device, in place, and make it ready for inference.
 
     Every parameter must be in the files under its own name and shape (that of the whole tensor, for a shard of one),
-    and nothing else but names that contain one of `unused`; absent biases are zeros. Names that contain one of `keep_float32` are float32
-    whatever dtype is. Raises CheckpointError.
+    and nothing else but names that contain one of `unused`. Biases that checkpoints do not have are zeros. Names that
+    contain one of `keep_float32` are float32 whatever dtype is. Raises CheckpointError.
     """
     began = time.monotonic()
     shards = parameter_shards(module)

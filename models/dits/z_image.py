@@ -47,7 +47,9 @@ class TimestepEmbedder(nn.Module):
 
     def __init__(self, size: int) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(SINUSOID_SIZE, TIME_HIDDEN_SIZE), nn.SiLU(), nn.Linear(TIME_HIDDEN_SIZE, size))
+        self.mlp = nn.Sequential(
+            nn.Linear(SINUSOID_SIZE, TIME_HIDDEN_SIZE), nn.SiLU(), nn.Linear(TIME_HIDDEN_SIZE, size)
+        )
 
     def forward(self, timesteps_NB: Tensor) -> Tensor:
         """(N, B, E) for timesteps in [0, 1000]."""
@@ -257,7 +259,8 @@ class ZImageTransformer2DModel(DiffusionTransformer):
         return residual.added(0)
 
     def _vectors(self, modulation_BM: Tensor) -> list[SegmentVectors]:
-        return [SegmentVectors.same(each) for each in modulation_BM.split(self.size, dim=1)]
+        parts = modulation_BM.chunk(modulation_BM.shape[1] // self.size, dim=1)
+        return [SegmentVectors.same(part) for part in parts]
 
 
 def pack_channels_last(raw: Tensor) -> Tensor:

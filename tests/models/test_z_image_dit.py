@@ -59,7 +59,9 @@ def keywords(grid: tuple[int, int], tokens: int, dtype: torch.dtype) -> dict[str
 
 
 @pytest.mark.parametrize(
-    ("grid", "tokens"), [((4, 8), 32), ((3, 5), 9), ((1, 1), 33), ((7, 5), 1)], ids=["unpadded", "odd", "1", "one token"]
+    ("grid", "tokens"),
+    [((4, 8), 32), ((3, 5), 9), ((1, 1), 33), ((7, 5), 1)],
+    ids=["unpadded", "odd", "1", "one token"],
 )
 @pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1e-6), (torch.bfloat16, 3e-2)], ids=["f32", "bf16"])
 def test_predictions_are_diffusers(

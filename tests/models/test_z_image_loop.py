@@ -69,7 +69,9 @@ def x(fleet: LocalFleet) -> DenoisingInput:
 def stage(fleet: LocalFleet, runtime: Runtime) -> DenoisingStage:
     config = ZImagePipelineConfig.from_checkpoint(fleet.model.checkpoint)
     names = ("transformer", "scheduler")
-    return DenoisingStage(config, runtime, {name: load_module(fleet.model.checkpoint, name, config, runtime) for name in names})
+    return DenoisingStage(
+        config, runtime, {name: load_module(fleet.model.checkpoint, name, config, runtime) for name in names}
+    )
 
 
 def loop(fleet: LocalFleet, x: DenoisingInput, states: list[StepCheckpoint] | None = None) -> Tensor:
@@ -86,9 +88,7 @@ def test_conditioning_is_not_padded(x: DenoisingInput) -> None:
     assert x.initial_latents.parts["image"].latents.shape == (2, 16, 4, 6)
 
 
-def test_guidance_ends_at_a_step(
-    fleet: LocalFleet, x: DenoisingInput, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_guidance_ends_at_a_step(fleet: LocalFleet, x: DenoisingInput, monkeypatch: pytest.MonkeyPatch) -> None:
     predict, calls = ZImageTransformer2DModel.predict, [0]
 
     def counted(self: ZImageTransformer2DModel, *arguments: Any, **more: Any) -> Any:
@@ -104,7 +104,9 @@ def test_guidance_ends_at_a_step(
 
 @pytest.mark.parametrize(("scale", "branches"), [(0.0, 1), (0.25, 2), (1.0, 2)])
 def test_any_scale_above_zero_is_guidance(fleet: LocalFleet, scale: float, branches: int) -> None:
-    params, _ = fleet.model.variants[0].sampling_params.build({**GIVEN, "guidance_scale": scale}, fleet.model.checkpoint)
+    params, _ = fleet.model.variants[0].sampling_params.build(
+        {**GIVEN, "guidance_scale": scale}, fleet.model.checkpoint
+    )
     assert params.branches == branches
 
 

@@ -82,11 +82,17 @@ def test_every_input_matters(pair: Pair, change: dict[str, Any]) -> None:
 
 def test_a_truncated_prompt_and_parameters_without_effect_are_reported(pair: Pair) -> None:
     heard = Heard()
-    pair[0].tensors(heard, **BASE | {"prompt": "a old stone river", "max_sequence_length": 5}, guidance_scale=0.0, seed=1)
+    pair[0].tensors(
+        heard, **BASE | {"prompt": "a old stone river", "max_sequence_length": 5}, guidance_scale=0.0, seed=1
+    )
     message = "text_encoder reads at most 5 tokens, and the text has 7; it was cut before:  stone river"
     assert heard.warnings == [("prompt", message)]
-    _, warnings = pair[0].model.variants[0].sampling_params.build(
-        {**BASE, **GUIDED, "guidance_scale": 0.0, "cfg_truncation": 0.5}, pair[0].model.checkpoint
+    _, warnings = (
+        pair[0]
+        .model.variants[0]
+        .sampling_params.build(
+            {**BASE, **GUIDED, "guidance_scale": 0.0, "cfg_truncation": 0.5}, pair[0].model.checkpoint
+        )
     )
     assert [warning.field for warning in warnings] == ["negative_prompt", "cfg_truncation"]
 

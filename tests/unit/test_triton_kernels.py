@@ -181,6 +181,13 @@ def test_gelu_into_columns(dtype: torch.dtype, most: float) -> None:
 
 
 @DTYPES
+def test_gate_by_silu(dtype: torch.dtype, most: float) -> None:
+    """Also for channels of a wider tensor."""
+    x = torch.randn(BATCH, TOKENS, 3 * SIZE, dtype=dtype)[..., : 2 * SIZE]
+    assert_near(kernels.gate_by_silu(x), gate_by_silu(x), most)
+
+
+@DTYPES
 def test_merge_attention(dtype: torch.dtype, most: float) -> None:
     """Log-sum-exps as kernels give them, heads before tokens; also scores whose exponentials no float holds."""
     parts = []
