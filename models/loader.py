@@ -176,8 +176,17 @@ def load_module(checkpoint: Checkpoint, name: str, config: PipelineConfig, runti
 
 def load_tokenizer(checkpoint: Checkpoint, name: str, *_: object) -> Any:
     """A tokenizer, or a processor with one, by its own library. Raises CheckpointError."""
+    return _load_tokenizer(checkpoint, name)
+
+
+def load_auto_tokenizer(checkpoint: Checkpoint, name: str, *_: object) -> Any:
+    """A tokenizer of the class that its own files name, whatever model_index.json says. Raises CheckpointError."""
+    return _load_tokenizer(checkpoint, name, "AutoTokenizer")
+
+
+def _load_tokenizer(checkpoint: Checkpoint, name: str, class_name: str = "") -> Any:
     try:
-        return _from_pretrained(checkpoint, name, {})
+        return _from_pretrained(checkpoint, name, {}, class_name)
     except Exception as error:
         # The tokenizers library raises Exception itself for files that do not fit together.
         if type(error) is not Exception:

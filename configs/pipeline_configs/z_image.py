@@ -49,8 +49,8 @@ class ZImagePipelineConfig(StandardPipelineConfig):
     shift: SequenceShift
 
     module_loaders: ClassVar[Mapping[str, str]] = {
-        "Qwen3Model": "models.encoder_runners.qwen3:load_qwen3_model",
-        "Qwen3ForCausalLM": "models.encoder_runners.qwen3:load_qwen3_language_model",
+        "Qwen3Model": "models.encoder_runners.language_model:load_language_model",
+        "Qwen3ForCausalLM": "models.encoder_runners.language_model:load_causal_language_model",
         "ZImageTransformer2DModel": "models.dits.z_image:load_z_image_transformer",
     }
     parallel_modules: ClassVar[frozenset[str]] = frozenset({"ZImageTransformer2DModel"})

@@ -1,4 +1,4 @@
-"""Qwen3 as an encoder: the states of its layers are used, and never its predictions of the next token."""
+"""Language models as encoders: the states of its layers are used, and never its predictions of the next token."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ if TYPE_CHECKING:
     from common.checkpoint import Checkpoint
 
 
-def load_qwen3_model(checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype) -> Any:
-    """The language model, which returns the states of all layers. Raises CheckpointError."""
+def load_language_model(checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype) -> Any:
+    """A language model, which returns the states of all layers. Raises CheckpointError."""
     return _as_encoder(load_pretrained(checkpoint, name, device, dtype))
 
 
-def load_qwen3_language_model(checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype) -> Any:
+def load_causal_language_model(checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype) -> Any:
     """The same, from a model with a head for the next token. Raises CheckpointError."""
     return _as_encoder(load_pretrained(checkpoint, name, device, dtype).model)
 
