@@ -30,6 +30,8 @@ from rank_calls import denoise, forward, open_with, rank_file
 from rank_pool import RankPool
 from tiny_flux import LATENT_CHANNELS, build_tiny_flux
 from tiny_glm_image import CODES, GLYPH_SIZE, build_tiny_glm_image
+from tiny_hunyuan_video import LATENT_CHANNELS as HUNYUAN_CHANNELS
+from tiny_hunyuan_video import POOLED_SIZE, build_tiny_hunyuan_video
 from tiny_ltx2 import AUDIO_SIZE, VIDEO_CHANNELS, VIDEO_SIZE, build_tiny_ltx2
 from tiny_qwen_image import build_tiny_qwen_image, build_tiny_qwen_image_edit
 from tiny_wan import TI2V_LATENT_CHANNELS, build_tiny_wan, build_tiny_wan_i2v, build_tiny_wan_ti2v
@@ -135,6 +137,14 @@ FAMILIES = {
         negative={"encoder_hidden_states": (1, GLYPH_SIZE)},
         ids={"prior_token_id": (60,)},
         tokens=60,
+    ),
+    "hunyuan-video": Family(
+        build_tiny_hunyuan_video,
+        Canvas(height=48, width=80, num_frames=9, output_format="mp4"),
+        positive={"encoder_hidden_states": (13, 32), "pooled_projections": (POOLED_SIZE,)},
+        negative={"encoder_hidden_states": (1, 32), "pooled_projections": (POOLED_SIZE,)},
+        tokens=45,
+        channels=HUNYUAN_CHANNELS,
     ),
     # Text is padded to 64 tokens or 32, the image to 64.
     "z-image": Family(

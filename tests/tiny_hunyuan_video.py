@@ -48,7 +48,7 @@ def llama_tokenizer() -> PreTrainedTokenizerFast:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         special_tokens=list(SPECIAL_TOKENS),
     )
-    trained.train_from_iterator((re.sub(r"<\|.*?\|>", "", TEMPLATE.before), " ".join(WORDS)), trainer)
+    trained.train_from_iterator((re.sub(r"<\|.*?\|>", "\n", TEMPLATE.before), " ".join(WORDS)), trainer)
     trained.post_processor = processors.TemplateProcessing(
         single=f"{BEGIN} $A", special_tokens=[(BEGIN, trained.token_to_id(BEGIN))]
     )

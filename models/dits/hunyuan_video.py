@@ -20,6 +20,7 @@ from torch.nn.functional import silu
 from configs.models.dits.hunyuan_video import PATCH, HunyuanVideoTransformerConfig
 from models.dits.base import DiffusionTransformer, Predictions, Prepared
 from models.dits.flux import ConditioningEmbedding, FluxSingleTransformerBlock, FluxTransformerBlock, ModulationLinear
+from models.dits.flux_plan import FLUX_PLAN
 from models.dits.hunyuan_video_plan import HUNYUAN_VIDEO_PLAN
 from models.dits.hunyuan_video_refiner import TokenRefiner
 from models.dits.joint_stream import through_joint_blocks
@@ -54,7 +55,8 @@ class PatchEmbed(nn.Module):
 class HunyuanVideoTransformer3DModel(DiffusionTransformer):
     """Predicts the velocity of video latents."""
 
-    block_linears: ClassVar[tuple[str, ...]] = HUNYUAN_VIDEO_PLAN.block_linears
+    # Those of the refiner run once a request.
+    block_linears: ClassVar[tuple[str, ...]] = FLUX_PLAN.block_linears
 
     def __init__(self, config: HunyuanVideoTransformerConfig) -> None:
         super().__init__()

@@ -30,6 +30,8 @@ class HunyuanVideoVAE:
         yield from video.unbind(1)
 
 
-def load_hunyuan_video_vae(checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype) -> HunyuanVideoVAE:
+def load_hunyuan_video_vae(
+    checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype
+) -> HunyuanVideoVAE:
     """Load Diffusers' AutoencoderKLHunyuanVideo. Raises CheckpointError."""
     return HunyuanVideoVAE(load_pretrained(checkpoint, name, device, dtype))

@@ -33,6 +33,7 @@ from services.denoising import __main__ as denoising
 from services.denoising.settings import DenoisingSettings
 from tiny_flux import build_tiny_flux
 from tiny_glm_image import build_tiny_glm_image
+from tiny_hunyuan_video import build_tiny_hunyuan_video
 from tiny_ltx2 import build_tiny_ltx2
 from tiny_qwen_image import build_tiny_qwen_image
 from tiny_wan import build_tiny_wan_i2v, build_tiny_wan_ti2v
@@ -44,6 +45,7 @@ FLOAT8_LINEARS = Approximation("float8")
 BUILD: dict[str, tuple[Callable[[Path], Path], str, tuple[str, ...]]] = {
     "flux": (build_tiny_flux, "32x48", ("attn", "ff", "ff_context", "proj_mlp", "proj_out")),
     "glm-image": (build_tiny_glm_image, "32x64", ("attn1", "ff")),
+    "hunyuan-video": (build_tiny_hunyuan_video, "32x48x5", ("attn", "ff", "ff_context", "proj_mlp", "proj_out")),
     "qwen-image": (build_tiny_qwen_image, "32x48", ("attn", "img_mlp", "txt_mlp")),
     "z-image": (build_tiny_z_image, "32x64", ("attention", "feed_forward")),
     "wan": (build_tiny_wan_i2v, "32x48x5", ("attn1", "attn2", "ffn")),
@@ -97,7 +99,7 @@ def test_float8_linears(case: Case) -> None:
     transformer: Any = stage._transformers["transformer"]
     quantised = {name for name, value in transformer.named_parameters() if value.dtype == FLOAT8}
     matrices = (name for name, value in transformer.named_parameters() if value.ndim == 2)
-    blocks = [name.split(".") for name in matrices if "blocks." in name]
+    blocks = [name.split(".") for name in matrices if any(part in name for part in ("blocks.", "layers.", "_refiner."))]
     # A gate for each head is no large layer.
     assert quantised == {".".join(path) for path in blocks if path[2] in parts and "to_gate_logits" not in path}
     for module in transformer.modules():

@@ -18,6 +18,7 @@ from common.stage import Call, PipelineStage
 from local_fleet import LocalFleet, open_fleet
 from models.registry import load_registry
 from tiny_glm_image import build_tiny_glm_image
+from tiny_hunyuan_video import build_tiny_hunyuan_video
 from tiny_ltx2 import build_tiny_ltx2, build_tiny_ltx2_i2v
 from tiny_qwen_image import build_tiny_qwen_image, build_tiny_qwen_image_edit
 from tiny_wan import build_tiny_wan, build_tiny_wan_i2v, build_tiny_wan_ti2v
@@ -91,6 +92,7 @@ CASES = {
     "WanImageToVideoPipeline": Case(build_tiny_wan_i2v, _VIDEO, has_image=True),
     "LTX2Pipeline@text": Case(build_tiny_ltx2, _LARGER_VIDEO, variant="text"),
     "LTX2Pipeline@image": Case(build_tiny_ltx2, _LARGER_VIDEO, has_image=True, variant="image"),
+    "HunyuanVideoPipeline": Case(build_tiny_hunyuan_video, {**_VIDEO, "negative_prompt": "car", "true_cfg_scale": 2.0}),
     "ZImagePipeline": Case(build_tiny_z_image, _SMALL),
     "LTX2ImageToVideoPipeline@image": Case(build_tiny_ltx2_i2v, _LARGER_VIDEO, has_image=True, variant="image"),
 }

@@ -46,6 +46,14 @@ def test_degrees_of_glm_image(rank_pool: RankPool, cases: dict[str, Case], tmp_p
 
 
 @pytest.mark.parametrize("degrees", FEW, ids=str)
+def test_degrees_of_hunyuan_video(
+    rank_pool: RankPool, cases: dict[str, Case], tmp_path: Path, degrees: Degrees
+) -> None:
+    """The refined text is a row of each step; the negative branch has one token of it."""
+    check(rank_pool, cases["hunyuan-video"], degrees, tmp_path)
+
+
+@pytest.mark.parametrize("degrees", FEW, ids=str)
 def test_degrees_of_z_image(rank_pool: RankPool, cases: dict[str, Case], tmp_path: Path, degrees: Degrees) -> None:
     """The image attends to itself before it attends to the text; guidance ends at a step."""
     check(rank_pool, cases["z-image"], degrees, tmp_path)
