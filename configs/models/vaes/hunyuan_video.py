@@ -13,8 +13,8 @@ from configs.models.fields import ConfigFields
 class AutoencoderKLHunyuanVideoConfig:
     """AutoencoderKLHunyuanVideo's config.json, as far as latents depend on it.
 
-    A latent z is stored as z * scaling_factor. The first frame has a latent frame of its own, every further latent frame
-    stands for `temporal_factor` frames; `spatial_factor` pixels a side make one latent.
+    A latent z is stored as z * scaling_factor. The first frame has a latent frame of its own, every further latent
+    frame stands for `temporal_factor` frames; `spatial_factor` pixels a side make one latent.
     """
 
     latent_channels: int
