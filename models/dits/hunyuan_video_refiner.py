@@ -99,7 +99,7 @@ class TokenRefiner(nn.Module):
         steps, batch = timesteps_NB.shape
         pooled = text_BTE.float().mean(dim=1).to(text_BTE.dtype)
         time_RD = self.time_text_embed(timesteps_NB.flatten(), None, pooled.repeat(steps, 1))
-        x_RTD = self.proj_in(text_BTE).repeat(steps, 1, 1)
+        x_RTD: Tensor = self.proj_in(text_BTE).repeat(steps, 1, 1)
         for block in self.token_refiner.refiner_blocks:
             x_RTD = block(x_RTD, time_RD)
         return x_RTD.view(steps, batch, *x_RTD.shape[1:])

@@ -8,22 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from common.artifacts import Canvas, StepCheckpoint
-from common.codec import pack, unpack
-from common.errors import Cancelled
-from common.stage import Call
-from common.tensors import TORCH
+from common.artifacts import Canvas
 from configs.pipeline_configs.hunyuan_video import HunyuanVideoPipelineConfig
 from local_fleet import LocalFleet, open_fleet
+from loop_checks import check_cancel, check_resume, check_warm_up, denoising_input, denoising_stage
 from models.contracts import DenoisingInput
 from models.dits.hunyuan_video import HunyuanVideoTransformer3DModel
-from models.loader import load_module
 from models.runtime import Runtime
-from models.stages.denoising import DenoisingStage
-from models.validation import InputValidationStage
-from models.warm_up import WarmUp
 from tiny_hunyuan_video import LATENT_CHANNELS, POOLED_SIZE, TEXT_SIZE, build_tiny_hunyuan_video
 
 STEPS = 4
@@ -55,27 +47,7 @@ def config(fleet: LocalFleet) -> HunyuanVideoPipelineConfig:
 
 @pytest.fixture(scope="module")
 def x(fleet: LocalFleet) -> DenoisingInput:
-    values = dict(InputValidationStage(fleet.model).run(GIVEN).artifacts)
-    for service in ("text_encoding", "latent_preparation"):
-        stages = fleet.services[service].of("")
-        values |= stages.run({slot: values[slot] for slot in stages.contract.inputs if slot in values}, Call("test"))
-    taken = inspect.signature(DenoisingInput).parameters
-    return DenoisingInput(**{slot: value for slot, value in values.items() if slot in taken})
-
-
-def stage(fleet: LocalFleet, runtime: Runtime) -> DenoisingStage:
-    config = HunyuanVideoPipelineConfig.from_checkpoint(fleet.model.checkpoint)
-    names = ("transformer", "scheduler")
-    return DenoisingStage(
-        config, runtime, {name: load_module(fleet.model.checkpoint, name, config, runtime) for name in names}
-    )
-
-
-def loop(fleet: LocalFleet, x: DenoisingInput, states: list[StepCheckpoint] | None = None) -> Tensor:
-    """The loop's result; its step checkpoints are appended to `states`."""
-    call = Call("test") if states is None else Call("test", on_step_checkpoint=states.append)
-    output = stage(fleet, Runtime(step_checkpoint_every=1)).run(x, call)
-    return output.denoised_latents.parts["video"].latents
+    return denoising_input(fleet, GIVEN)
 
 
 def test_conditioning_is_cropped_and_not_padded(x: DenoisingInput) -> None:
@@ -87,7 +59,7 @@ def test_conditioning_is_cropped_and_not_padded(x: DenoisingInput) -> None:
 
 
 def test_the_refined_text_is_a_row_of_each_step(fleet: LocalFleet, x: DenoisingInput) -> None:
-    transformer = stage(fleet, Runtime())._transformers["transformer"]
+    transformer = denoising_stage(fleet, Runtime())._transformers["transformer"]
     embeds = {name: each.expand(2, *each.shape[1:]) for name, each in x.text_conditioning.prompt_embeds.items()}
     timesteps = x.schedule.timesteps[:, None].expand(-1, 2)
     with torch.inference_mode():
@@ -98,34 +70,15 @@ def test_the_refined_text_is_a_row_of_each_step(fleet: LocalFleet, x: DenoisingI
 
 
 def test_a_loop_resumes_after_every_step_to_the_same_bytes(fleet: LocalFleet, x: DenoisingInput) -> None:
-    """Through the codec, as a checkpoint travels."""
-    states: list[StepCheckpoint] = []
-    whole = loop(fleet, x, states)
-    assert [state.step for state in states] == [*range(1, STEPS)]
-    for state in states:
-        sent = unpack("state", StepCheckpoint, pack("state", state, TORCH), TORCH)
-        assert torch.equal(loop(fleet, DenoisingInput(**vars(x) | {"resume_from": sent})), whole), state.step
+    check_resume(fleet, x)
 
 
 def test_a_cancel_ends_the_loop_within_a_step(fleet: LocalFleet, x: DenoisingInput) -> None:
-    heard: list[int] = []
-
-    def on_progress(step: int, _: int) -> None:
-        heard.append(step)
-        if step == 2:
-            call.cancelled.set()
-
-    call = Call("test", on_progress=on_progress)
-    with pytest.raises(Cancelled):
-        stage(fleet, Runtime()).run(x, call)
-    assert heard == [1, 2]
+    check_cancel(fleet, x)
 
 
 def test_a_warm_up_runs_the_loop(fleet: LocalFleet) -> None:
-    steps: list[int] = []
-    call = Call("warm-up", on_progress=lambda step, _: steps.append(step))
-    WarmUp.parse(fleet.model, ("32x48x5",)).run(fleet.services["denoising"].of("").run, torch.float32, call)
-    assert steps == [1, 2, 3]
+    check_warm_up(fleet, "32x48x5")
 
 
 def test_conditioning_is_exactly_what_forward_takes(config: HunyuanVideoPipelineConfig, x: DenoisingInput) -> None:

@@ -9,23 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from common.artifacts import Canvas, StepCheckpoint
-from common.codec import pack, unpack
-from common.errors import Cancelled
-from common.stage import Call
-from common.tensors import TORCH
+from common.artifacts import Canvas
 from configs.pipeline_configs.base import NEGATIVE, POSITIVE, Step
 from configs.pipeline_configs.z_image import ZImagePipelineConfig
 from local_fleet import LocalFleet, open_fleet
+from loop_checks import check_cancel, check_resume, check_warm_up, denoised, denoising_input, denoising_stage
 from models.contracts import DenoisingInput
 from models.dits.z_image import ZImageTransformer2DModel
-from models.loader import load_module
 from models.runtime import Runtime
-from models.stages.denoising import DenoisingStage
-from models.validation import InputValidationStage
-from models.warm_up import WarmUp
 from tiny_z_image import TEXT_SIZE, build_tiny_z_image
 
 STEPS = 4
@@ -58,27 +50,7 @@ def config(fleet: LocalFleet) -> ZImagePipelineConfig:
 
 @pytest.fixture(scope="module")
 def x(fleet: LocalFleet) -> DenoisingInput:
-    values = dict(InputValidationStage(fleet.model).run(GIVEN).artifacts)
-    for service in ("text_encoding", "latent_preparation"):
-        stages = fleet.services[service].of("")
-        values |= stages.run({slot: values[slot] for slot in stages.contract.inputs if slot in values}, Call("test"))
-    taken = inspect.signature(DenoisingInput).parameters
-    return DenoisingInput(**{slot: value for slot, value in values.items() if slot in taken})
-
-
-def stage(fleet: LocalFleet, runtime: Runtime) -> DenoisingStage:
-    config = ZImagePipelineConfig.from_checkpoint(fleet.model.checkpoint)
-    names = ("transformer", "scheduler")
-    return DenoisingStage(
-        config, runtime, {name: load_module(fleet.model.checkpoint, name, config, runtime) for name in names}
-    )
-
-
-def loop(fleet: LocalFleet, x: DenoisingInput, states: list[StepCheckpoint] | None = None) -> Tensor:
-    """The loop's result; its step checkpoints are appended to `states`."""
-    call = Call("test") if states is None else Call("test", on_step_checkpoint=states.append)
-    output = stage(fleet, Runtime(step_checkpoint_every=1)).run(x, call)
-    return output.denoised_latents.parts["image"].latents
+    return denoising_input(fleet, GIVEN)
 
 
 def test_conditioning_is_not_padded(x: DenoisingInput) -> None:
@@ -98,7 +70,7 @@ def test_guidance_ends_at_a_step(fleet: LocalFleet, x: DenoisingInput, monkeypat
     monkeypatch.setattr(ZImageTransformer2DModel, "predict", counted)
     for params, expected in (({"cfg_truncation": 0.15}, 6), ({}, 8), ({"cfg_truncation": 0.0}, 5)):
         calls[0] = 0
-        loop(fleet, replace(x, sampling=replace(x.sampling, params=params)))
+        denoised(denoising_stage(fleet, Runtime()), replace(x, sampling=replace(x.sampling, params=params)))
         assert calls[0] == expected, params
 
 
@@ -120,34 +92,15 @@ def test_truncation_is_compared_in_float32(config: ZImagePipelineConfig, x: Deno
 
 
 def test_a_loop_resumes_after_every_step_to_the_same_bytes(fleet: LocalFleet, x: DenoisingInput) -> None:
-    """Through the codec, as a checkpoint travels."""
-    states: list[StepCheckpoint] = []
-    whole = loop(fleet, x, states)
-    assert [state.step for state in states] == [*range(1, STEPS)]
-    for state in states:
-        sent = unpack("state", StepCheckpoint, pack("state", state, TORCH), TORCH)
-        assert torch.equal(loop(fleet, DenoisingInput(**vars(x) | {"resume_from": sent})), whole), state.step
+    check_resume(fleet, x)
 
 
 def test_a_cancel_ends_the_loop_within_a_step(fleet: LocalFleet, x: DenoisingInput) -> None:
-    heard: list[int] = []
-
-    def on_progress(step: int, _: int) -> None:
-        heard.append(step)
-        if step == 2:
-            call.cancelled.set()
-
-    call = Call("test", on_progress=on_progress)
-    with pytest.raises(Cancelled):
-        stage(fleet, Runtime()).run(x, call)
-    assert heard == [1, 2]
+    check_cancel(fleet, x)
 
 
 def test_a_warm_up_runs_the_loop(fleet: LocalFleet) -> None:
-    steps: list[int] = []
-    call = Call("warm-up", on_progress=lambda step, _: steps.append(step))
-    WarmUp.parse(fleet.model, ("32x48",)).run(fleet.services["denoising"].of("").run, torch.float32, call)
-    assert steps == [1, 2, 3]
+    check_warm_up(fleet, "32x48")
 
 
 def test_conditioning_is_exactly_what_forward_takes(config: ZImagePipelineConfig, x: DenoisingInput) -> None:
