@@ -181,7 +181,11 @@ def load_tokenizer(checkpoint: Checkpoint, name: str, *_: object) -> Any:
 
 def load_auto_tokenizer(checkpoint: Checkpoint, name: str, *_: object) -> Any:
     """A tokenizer of the class that its own files name, whatever model_index.json says. Raises CheckpointError."""
-    return _load_tokenizer(checkpoint, name, "AutoTokenizer")
+    try:
+        return _load_tokenizer(checkpoint, name, "AutoTokenizer")
+    except CheckpointError as error:
+        files = "tokenizer.json and tokenizer_config.json"
+        raise CheckpointError(f"{error.message}; the tokenizer is read from {files}") from error
 
 
 def _load_tokenizer(checkpoint: Checkpoint, name: str, class_name: str = "") -> Any:

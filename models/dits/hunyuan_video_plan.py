@@ -16,6 +16,7 @@ TEXT, VIDEO = "text", "video"
 HUNYUAN_VIDEO_PLAN = replace(
     FLUX_PLAN,
     column=(*FLUX_PLAN.column, f"{REFINER}.attn.to_[qkv]", f"{REFINER}.ff.net.0.proj"),
+    gathered=(*FLUX_PLAN.gathered, f"{REFINER}.norm_out.linear"),
     row=(*FLUX_PLAN.row, f"{REFINER}.attn.to_out.0", f"{REFINER}.ff.net.2"),
     cuts=(
         Cut("tokens", "video_BID", VIDEO),

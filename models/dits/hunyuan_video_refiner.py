@@ -47,7 +47,7 @@ class GateLinear(nn.Module):
 
     def __init__(self, size: int) -> None:
         super().__init__()
-        self.linear = nn.Linear(size, 2 * size)
+        self.linear = Linear(size, 2 * size)
 
     def forward(self, time_RD: Tensor) -> tuple[Tensor, Tensor]:
         """Two gates (R, 1, D)."""
