@@ -193,8 +193,21 @@ def load_module(checkpoint: Checkpoint, name: str, config: PipelineConfig, runti
 
 def load_tokenizer(checkpoint: Checkpoint, name: str, *_: object) -> Any:
     """A tokenizer, or a processor with one, by its own library. Raises CheckpointError."""
+    return _load_tokenizer(checkpoint, name)
+
+
+def load_auto_tokenizer(checkpoint: Checkpoint, name: str, *_: object) -> Any:
+    """A tokenizer of the class that its own files name, whatever model_index.json says. Raises CheckpointError."""
     try:
-        return _from_pretrained(checkpoint, name, {})
+        return _load_tokenizer(checkpoint, name, "AutoTokenizer")
+    except CheckpointError as error:
+        files = "tokenizer.json and tokenizer_config.json"
+        raise CheckpointError(f"{error.message}; the tokenizer is read from {files}") from error
+
+
+def _load_tokenizer(checkpoint: Checkpoint, name: str, class_name: str = "") -> Any:
+    try:
+        return _from_pretrained(checkpoint, name, {}, class_name)
     except Exception as error:
         # The tokenizers library raises Exception itself for files that do not fit together.
         if type(error) is not Exception:

@@ -31,6 +31,8 @@ from rank_calls import denoise, forward, open_with, rank_file
 from rank_pool import RankPool
 from tiny_flux import LATENT_CHANNELS, build_tiny_flux
 from tiny_glm_image import CODES, GLYPH_SIZE, build_tiny_glm_image
+from tiny_hunyuan_video import LATENT_CHANNELS as HUNYUAN_CHANNELS
+from tiny_hunyuan_video import POOLED_SIZE, build_tiny_hunyuan_video
 from tiny_ltx2 import AUDIO_SIZE, VIDEO_CHANNELS, VIDEO_SIZE, build_tiny_ltx2
 from tiny_qwen_image import (
     build_tiny_qwen_image,
@@ -47,6 +49,7 @@ from tiny_wan import (
     build_tiny_wan_i2v,
     build_tiny_wan_ti2v,
 )
+from tiny_z_image import TEXT_SIZE, build_tiny_z_image
 
 CPU = torch.device("cpu")
 STEPS = 4
@@ -84,7 +87,7 @@ class Family:
     draws: bool = False
 
 
-LTX2_PARAMS: Mapping[str, ParamValue] = {
+PARAMS: Mapping[str, ParamValue] = {
     "audio_guidance_scale": 3.0,
     "stg_scale": 1.0,
     "audio_stg_scale": 0.5,
@@ -93,14 +96,17 @@ LTX2_PARAMS: Mapping[str, ParamValue] = {
     "audio_modality_scale": 3.0,
     "guidance_rescale": 0.7,
     "audio_guidance_rescale": 0.4,
+    "cfg_truncation": 0.15,
+    "cfg_normalization": 1.0,
 }
+"""Of LTX-2, then of Z-Image, whose guidance ends after the second step."""
 SAMPLING = Sampling(
     num_inference_steps=STEPS,
     seed=3,
     num_outputs_per_prompt=2,
     guidance_scale=4.0,
     true_cfg_scale=2.0,
-    params={**LTX2_PARAMS, "guidance_scale_2": 3.0},
+    params={**PARAMS, "guidance_scale_2": 3.0},
 )
 DMD = Sampling(
     num_inference_steps=3,
@@ -200,6 +206,22 @@ FAMILIES = {
         negative={"encoder_hidden_states": (1, GLYPH_SIZE)},
         ids={"prior_token_id": (60,)},
         tokens=60,
+    ),
+    "hunyuan-video": Family(
+        build_tiny_hunyuan_video,
+        Canvas(height=48, width=80, num_frames=9, output_format="mp4"),
+        positive={"encoder_hidden_states": (13, 32), "pooled_projections": (POOLED_SIZE,)},
+        negative={"encoder_hidden_states": (1, 32), "pooled_projections": (POOLED_SIZE,)},
+        tokens=45,
+        channels=HUNYUAN_CHANNELS,
+    ),
+    # Text is padded to 64 tokens or 32, the image to 64.
+    "z-image": Family(
+        build_tiny_z_image,
+        Canvas(height=80, width=112),
+        positive={"encoder_hidden_states": (40, TEXT_SIZE)},
+        negative={"encoder_hidden_states": (3, TEXT_SIZE)},
+        tokens=35,
     ),
     # 15 tokens of the given first frame, and 45 others.
     "wan-ti2v": Family(

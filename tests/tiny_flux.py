@@ -58,7 +58,7 @@ def build_tiny_flux(
     modules: dict[str, Any] = {
         "tokenizer": clip,
         "tokenizer_2": t5,
-        "text_encoder": _clip_model(clip),
+        "text_encoder": clip_model(clip),
         "text_encoder_2": _t5_model(t5),
         "transformer": FluxTransformer2DModel(
             in_channels=4 * LATENT_CHANNELS,
@@ -98,7 +98,8 @@ def randomise(module: nn.Module) -> None:
                 value.copy_(1.0 + 0.2 * noise)
 
 
-def _clip_model(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+def clip_model(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """Two layers of width 24."""
     # eos_token_id 2 is what the published Flux checkpoints say; CLIP then pools at the highest token id.
     return CLIPTextModel(
         CLIPTextConfig(

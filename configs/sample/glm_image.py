@@ -9,6 +9,7 @@ from typing import Self
 from common.checkpoint import Checkpoint
 from common.errors import InvalidInput
 from configs.sample.base import ParamWarning, parameter
+from configs.sample.grid import check_multiples
 from configs.sample.sigmas import SigmasSamplingParams
 from configs.sample.terminal import check_stretched
 
@@ -39,11 +40,7 @@ class GlmImageSamplingParams(SigmasSamplingParams):
         self, checkpoint: Checkpoint, given: Collection[str]
     ) -> tuple[Self, tuple[ParamWarning, ...]]:
         """Refuse sizes off the grid of the autoregressive model; sigmas decide the steps."""
-        for name, size in (("height", self.height), ("width", self.width)):
-            if size % GRID:
-                lower = size // GRID * GRID
-                right = f"{lower} or {lower + GRID}" if lower else f"{GRID}"
-                raise InvalidInput(f"{name}: {size} is not a multiple of {GRID}; {right} works", field=name)
+        check_multiples({"height": self.height, "width": self.width}, GRID)
         if self.crops_coords_top_left and len(self.crops_coords_top_left) != 2:
             count = len(self.crops_coords_top_left)
             raise InvalidInput(f"{_CROP}: {count} numbers are not 2; top and left in pixels work", field=_CROP)

@@ -48,18 +48,23 @@ class ModulationLinear(nn.Module):
 
 
 class ConditioningEmbedding(nn.Module):
-    """Timestep, guidance (of distilled models) and the pooled prompt, as one vector (B, D)."""
+    """Timestep, guidance (of distilled models) and the pooled prompt, as one vector (B, D).
 
-    def __init__(self, config: FluxTransformerConfig) -> None:
+    `time_scale` maps timesteps to [0, 1000].
+    """
+
+    def __init__(self, config: FluxTransformerConfig, time_scale: float = 1000.0) -> None:
         super().__init__()
+        self.time_scale = time_scale
         size = config.hidden_size
         self.timestep_embedder = EmbeddingMLP(SINUSOID_SIZE, size)
         self.guidance_embedder = EmbeddingMLP(SINUSOID_SIZE, size) if config.guidance_embeds else None
         self.text_embedder = EmbeddingMLP(config.pooled_projection_dim, size)
 
     def forward(self, timestep_B: Tensor, guidance_B: Tensor | None, pooled: Tensor) -> Tensor:
-        """timestep and guidance are float32; both are multiplied by 1000 here."""
-        embedding: Tensor = self.timestep_embedder(sinusoidal_embedding(timestep_B * 1000, SINUSOID_SIZE))
+        """timestep and guidance are float32; guidance is multiplied by 1000 here."""
+        sinusoids = sinusoidal_embedding(timestep_B * self.time_scale, SINUSOID_SIZE)
+        embedding: Tensor = self.timestep_embedder(sinusoids)
         if self.guidance_embedder is not None and guidance_B is not None:
             embedding = embedding + self.guidance_embedder(sinusoidal_embedding(guidance_B * 1000, SINUSOID_SIZE))
         text: Tensor = self.text_embedder(pooled)

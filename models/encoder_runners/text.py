@@ -82,7 +82,7 @@ class TextEncoder:
         """The same for text in a template, which is cut together with it."""
         whole = self._tokenizer(template.before + source.text + template.after, return_tensors="pt").input_ids
         limit = self._encoding.max_length(prompt) or self._tokenizer.model_max_length
-        after = len(self._tokenizer(template.after).input_ids)
+        after = len(self._tokenizer(template.after, add_special_tokens=False).input_ids)
         text = whole[0, template.skipped : whole.shape[1] - after]
         if len(text) > limit:
             self._warn_of_cut(warn, source, limit, len(text), text[limit:])

@@ -34,9 +34,11 @@ from services.denoising.settings import DenoisingSettings
 from step_checkpoints import step_checkpoints_to
 from tiny_flux import build_tiny_flux
 from tiny_glm_image import build_tiny_glm_image
+from tiny_hunyuan_video import build_tiny_hunyuan_video
 from tiny_ltx2 import build_tiny_ltx2
 from tiny_qwen_image import build_tiny_qwen_image, build_tiny_qwen_image_edit_plus
 from tiny_wan import build_tiny_wan_i2v, build_tiny_wan_ti2v
+from tiny_z_image import build_tiny_z_image
 from toy_checkpoint import build_toy_checkpoint, toy_family
 
 CPU = torch.device("cpu")
@@ -44,8 +46,10 @@ FLOAT8_LINEARS = Approximation("float8")
 BUILD: dict[str, tuple[Callable[[Path], Path], str, tuple[str, ...]]] = {
     "flux": (build_tiny_flux, "32x48", ("attn", "ff", "ff_context", "proj_mlp", "proj_out")),
     "glm-image": (build_tiny_glm_image, "32x64", ("attn1", "ff")),
+    "hunyuan-video": (build_tiny_hunyuan_video, "32x48x5", ("attn", "ff", "ff_context", "proj_mlp", "proj_out")),
     "qwen-image": (build_tiny_qwen_image, "32x48", ("attn", "img_mlp", "txt_mlp")),
     "qwen-image-edit-plus": (build_tiny_qwen_image_edit_plus, "32x48", ("attn", "img_mlp", "txt_mlp")),
+    "z-image": (build_tiny_z_image, "32x64", ("attention", "feed_forward")),
     "wan": (build_tiny_wan_i2v, "32x48x5", ("attn1", "attn2", "ffn")),
     "wan-ti2v": (build_tiny_wan_ti2v, "64x96x5@image", ("attn1", "attn2", "ffn")),
     "ltx2": (
@@ -105,7 +109,7 @@ def test_float8_linears(case: Case) -> None:
     transformer: Any = stage._predictor.transformers["transformer"]
     quantised = {name for name, value in transformer.named_parameters() if value.dtype == FLOAT8}
     matrices = (name for name, value in transformer.named_parameters() if value.ndim == 2)
-    blocks = [name.split(".") for name in matrices if "blocks." in name]
+    blocks = [name.split(".") for name in matrices if any(part in name for part in ("blocks.", "layers.", "_refiner."))]
     # A gate for each head is no large layer.
     assert quantised == {".".join(path) for path in blocks if path[2] in parts and "to_gate_logits" not in path}
     for module in transformer.modules():

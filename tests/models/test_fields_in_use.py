@@ -20,6 +20,7 @@ from configs.sample.qwen_image_layered import QwenImageLayeredSamplingParams
 from local_fleet import LocalFleet, open_fleet
 from models.registry import load_registry
 from tiny_glm_image import build_tiny_glm_image
+from tiny_hunyuan_video import build_tiny_hunyuan_video
 from tiny_ltx2 import build_tiny_ltx2, build_tiny_ltx2_i2v
 from tiny_qwen_image import (
     build_tiny_qwen_image,
@@ -36,6 +37,7 @@ from tiny_wan import (
     build_tiny_wan_i2v,
     build_tiny_wan_ti2v,
 )
+from tiny_z_image import build_tiny_z_image
 
 Slot = tuple[str, str]
 """Name of a stage's contract, and of one of its slots."""
@@ -112,6 +114,8 @@ CASES = {
     "WanImageToVideoPipeline@experts": Case(build_tiny_wan_a14b_i2v, _VIDEO, has_image=True, variant="experts"),
     "LTX2Pipeline@text": Case(build_tiny_ltx2, _LARGER_VIDEO, variant="text"),
     "LTX2Pipeline@image": Case(build_tiny_ltx2, _LARGER_VIDEO, has_image=True, variant="image"),
+    "HunyuanVideoPipeline": Case(build_tiny_hunyuan_video, {**_VIDEO, "negative_prompt": "car", "true_cfg_scale": 2.0}),
+    "ZImagePipeline": Case(build_tiny_z_image, _SMALL),
     "LTX2ImageToVideoPipeline@image": Case(build_tiny_ltx2_i2v, _LARGER_VIDEO, has_image=True, variant="image"),
 }
 """By the name of the pipeline, with @VARIANT where the request is that of a named variant."""

@@ -251,7 +251,7 @@ def test_weights_are_cast_to_the_asked_type(dev: Pair) -> None:
     model = dev.ours.model
     spec = model.service("denoising")
     (stage,) = load_stages(model, spec, Runtime(device=torch.device("cpu"), dtype=torch.bfloat16))
-    transformer = vars(stage)["_transformers"]["transformer"]
+    transformer = vars(stage)["_predictor"].transformers["transformer"]
     assert {parameter.dtype for parameter in transformer.parameters()} == {torch.bfloat16}
     assert not any(parameter.requires_grad for parameter in transformer.parameters())
 

@@ -1,4 +1,7 @@
-"""Classifier-free guidance of exactly 1 runs one branch, and anything above 1 runs two, in every family."""
+"""Classifier-free guidance of exactly 1 runs one branch, and anything above 1 runs two, in every family but Z-Image.
+
+That one has guidance at any scale above 0: see test_z_image_loop.py.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +16,12 @@ from models.catalog import open_model
 from models.dits.base import DiffusionTransformer
 from models.dits.flux import FluxTransformer2DModel
 from models.dits.glm_image import GlmImageTransformer2DModel
+from models.dits.hunyuan_video import HunyuanVideoTransformer3DModel
 from models.dits.qwen_image import QwenImageTransformer2DModel
 from models.dits.wan import WanTransformer3DModel
 from models.registry import load_registry
 from tiny_glm_image import build_tiny_glm_image
+from tiny_hunyuan_video import build_tiny_hunyuan_video
 from tiny_qwen_image import build_tiny_qwen_image
 
 STEPS = 2
@@ -38,6 +43,10 @@ def glm_image(path: Path) -> str:
     return str(build_tiny_glm_image(path / "glm"))
 
 
+def hunyuan_video(path: Path) -> str:
+    return str(build_tiny_hunyuan_video(path / "hunyuan"))
+
+
 @pytest.mark.parametrize(
     ("reference", "transformer", "scale", "size"),
     [
@@ -45,6 +54,7 @@ def glm_image(path: Path) -> str:
         (emoji_video, WanTransformer3DModel, "guidance_scale", {"num_frames": 5}),
         (qwen_image, QwenImageTransformer2DModel, "true_cfg_scale", {}),
         (glm_image, GlmImageTransformer2DModel, "guidance_scale", {}),
+        (hunyuan_video, HunyuanVideoTransformer3DModel, "true_cfg_scale", {"num_frames": 5}),
     ],
 )
 def test_guidance_of_one_runs_one_branch(

@@ -64,6 +64,20 @@ def test_degrees_of_layers(rank_pool: RankPool, cases: dict[str, Case], tmp_path
 
 
 @pytest.mark.parametrize("degrees", FEW, ids=str)
+def test_degrees_of_hunyuan_video(
+    rank_pool: RankPool, cases: dict[str, Case], tmp_path: Path, degrees: Degrees
+) -> None:
+    """The refined text is a row of each step; the negative branch has one token of it."""
+    check(rank_pool, cases["hunyuan-video"], degrees, tmp_path)
+
+
+@pytest.mark.parametrize("degrees", FEW, ids=str)
+def test_degrees_of_z_image(rank_pool: RankPool, cases: dict[str, Case], tmp_path: Path, degrees: Degrees) -> None:
+    """The image attends to itself before it attends to the text; guidance ends at a step."""
+    check(rank_pool, cases["z-image"], degrees, tmp_path)
+
+
+@pytest.mark.parametrize("degrees", FEW, ids=str)
 def test_two_segments_of_tokens(rank_pool: RankPool, cases: dict[str, Case], tmp_path: Path, degrees: Degrees) -> None:
     """Every rank has a chunk of the first frame and a chunk of the others."""
     check(rank_pool, cases["wan-ti2v"], degrees, tmp_path)

@@ -15,8 +15,10 @@ from torch import nn
 from common.errors import InvalidInput
 from configs.models.dits.flux import FluxTransformerConfig
 from configs.models.dits.glm_image import GlmImageTransformerConfig
+from configs.models.dits.hunyuan_video import HunyuanVideoTransformerConfig
 from configs.models.dits.qwen_image import QwenImageTransformerConfig
 from configs.models.dits.wan import WanTransformerConfig
+from configs.models.dits.z_image import ZImageTransformerConfig
 from configs.pipeline_configs.flux import FluxPipelineConfig
 from flux_pair import Pair
 from models.catalog import open_model
@@ -24,10 +26,14 @@ from models.dits.flux import FluxTransformer2DModel
 from models.dits.flux_plan import FLUX_PLAN
 from models.dits.glm_image import GlmImageTransformer2DModel
 from models.dits.glm_image_plan import GLM_IMAGE_PLAN
+from models.dits.hunyuan_video import HunyuanVideoTransformer3DModel
+from models.dits.hunyuan_video_plan import HUNYUAN_VIDEO_PLAN
 from models.dits.qwen_image import QwenImageTransformer2DModel
 from models.dits.qwen_image_plan import QWEN_IMAGE_PLAN
 from models.dits.wan import WanTransformer3DModel
 from models.dits.wan_plan import WAN_PLAN
+from models.dits.z_image import ZImageTransformer2DModel
+from models.dits.z_image_plan import Z_IMAGE_PLAN
 from models.layers.attention import Attention
 from models.layers.mesh import AXES, Axis, Degrees, WorkerMesh
 from models.layers.parallel_plan import ParallelPlan, matches
@@ -44,12 +50,18 @@ WAN_I2V = WanTransformerConfig(in_channels=36, image_dim=1280, added_kv_proj_dim
 PLANS: dict[str, tuple[ParallelPlan, type[nn.Module], tuple[Any, ...]]] = {
     "flux": (FLUX_PLAN, FluxTransformer2DModel, (FluxTransformerConfig(guidance_embeds=True),)),
     "glm-image": (GLM_IMAGE_PLAN, GlmImageTransformer2DModel, (GlmImageTransformerConfig(),)),
+    "hunyuan-video": (
+        HUNYUAN_VIDEO_PLAN,
+        HunyuanVideoTransformer3DModel,
+        (HunyuanVideoTransformerConfig(),),
+    ),
     "qwen-image": (
         QWEN_IMAGE_PLAN,
         QwenImageTransformer2DModel,
         (QwenImageTransformerConfig(), QwenImageTransformerConfig(use_additional_t_cond=True)),
     ),
     "wan": (WAN_PLAN, WanTransformer3DModel, (WanTransformerConfig(), WAN_I2V)),
+    "z-image": (Z_IMAGE_PLAN, ZImageTransformer2DModel, (ZImageTransformerConfig(),)),
 }
 """Plan, model and published configs of each family."""
 

@@ -27,6 +27,7 @@ from models.warm_up import STEPS as WARM_UP_STEPS
 from models.warm_up import WarmUp
 from parallel_cases import FAMILIES, STEPS, draw_input
 from services.denoising.settings import DenoisingSettings
+from step_checkpoints import step_checkpoints_to
 from tiny_wan import build_tiny_wan_a14b
 
 
@@ -61,7 +62,7 @@ def swapping(model: ServedModel) -> DenoisingStage:
 
 
 def run(stage: DenoisingStage, x: DenoisingInput, states: list[StepCheckpoint] | None = None) -> Tensor:
-    call = Call("test", on_step_checkpoint=([] if states is None else states).append)
+    call = Call("test", on_item=step_checkpoints_to(([] if states is None else states).append))
     return stage.run(x, call).denoised_latents.parts["video"].latents
 
 

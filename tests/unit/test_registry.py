@@ -17,6 +17,7 @@ from toy_checkpoint import toy_family
 FAMILIES = [
     "FluxPipeline",
     "GlmImagePipeline",
+    "HunyuanVideoPipeline",
     "LTX2ImageToVideoPipeline",
     "LTX2Pipeline",
     "QwenImageEditPipeline",
@@ -27,6 +28,7 @@ FAMILIES = [
     "WanDMDPipeline",
     "WanImageToVideoPipeline",
     "WanPipeline",
+    "ZImagePipeline",
 ]
 
 PLUGIN = """

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import normalize, silu
 
 from models.layers import triton_kernels as kernels
-from models.layers.activation import write_gelu
+from models.layers.activation import gate_by_silu, write_gelu
 from models.layers.float8 import FLOAT8, quantize_rows
 from models.layers.head_rotary import HeadRotation
 from models.layers.norms import (
@@ -192,6 +192,13 @@ def test_gelu_into_columns(dtype: torch.dtype, most: float) -> None:
     kernels.write_gelu(hidden, got[..., SIZE:])
     assert_near(got, expected, most)
     assert not got[..., :SIZE].any()
+
+
+@DTYPES
+def test_gate_by_silu(dtype: torch.dtype, most: float) -> None:
+    """Also for channels of a wider tensor."""
+    x = torch.randn(BATCH, TOKENS, 3 * SIZE, dtype=dtype)[..., : 2 * SIZE]
+    assert_near(kernels.gate_by_silu(x), gate_by_silu(x), most)
 
 
 @DTYPES

@@ -1,0 +1,187 @@
+"""HunyuanVideo: Llama reads the prompt in a template, CLIP makes one vector of it; guidance is an embedding."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.errors import CheckpointError
+from configs.models.dits.hunyuan_video import PATCH, HunyuanVideoTransformerConfig
+from configs.models.encodings import PromptText, Template, TextEncoding
+from configs.models.fields import ConfigFields
+from configs.models.vaes.hunyuan_video import AutoencoderKLHunyuanVideoConfig
+from configs.pipeline_configs.base import (
+    NEGATIVE,
+    POSITIVE,
+    Keywords,
+    Parts,
+    Shapes,
+    StandardPipelineConfig,
+    Step,
+)
+from configs.pipeline_configs.packed import check_text_size
+
+if TYPE_CHECKING:
+    from common.artifacts import Canvas, Prompt, Sampling
+    from common.checkpoint import Checkpoint
+
+MAX_SEQUENCE_LENGTH = 256
+CLIP_LENGTH = 77
+USUAL_TOKENS = 64
+"""Of a prompt of a few sentences. Text is not padded: every prompt has a number of its own."""
+
+TEMPLATE = Template(
+    before="<|start_header_id|>system<|end_header_id|>\n\nDescribe the video by detailing the following aspects: "
+    "1. The main content and theme of the video."
+    "2. The color, shape, size, texture, quantity, text, and spatial relationships of the objects."
+    "3. Actions, events, behaviors temporal relationships, physical movement changes of the objects."
+    "4. background environment, light, style and atmosphere."
+    "5. camera angles, movements, and transitions used in the video:<|eot_id|>"
+    "<|start_header_id|>user<|end_header_id|>\n\n",
+    after="<|eot_id|>",
+    skipped=95,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HunyuanVideoPipelineConfig(StandardPipelineConfig):
+    """HunyuanVideoPipeline's callbacks. Latents stay (B, channels, frames, rows, columns), float32."""
+
+    transformer: HunyuanVideoTransformerConfig
+    vae: AutoencoderKLHunyuanVideoConfig
+
+    module_loaders: ClassVar[Mapping[str, str]] = {
+        "AutoencoderKLHunyuanVideo": "models.vaes.hunyuan_video:load_hunyuan_video_vae",
+        "HunyuanVideoTransformer3DModel": "models.dits.hunyuan_video:load_hunyuan_video_transformer",
+        "LlamaModel": "models.encoder_runners.language_model:load_language_model",
+        "LlamaTokenizer": "models.loader:load_auto_tokenizer",
+        "LlamaTokenizerFast": "models.loader:load_auto_tokenizer",
+        "PreTrainedTokenizerFast": "models.loader:load_auto_tokenizer",
+        "TokenizersBackend": "models.loader:load_auto_tokenizer",
+    }
+    parallel_modules: ClassVar[frozenset[str]] = frozenset({"HunyuanVideoTransformer3DModel"})
+    part_keywords: ClassVar[Mapping[str, str]] = {"video": "hidden_states"}
+    visual_part: ClassVar[str] = "video"
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint: Checkpoint) -> Self:
+        """Read transformer, VAE and encoders. Raises CheckpointError when they do not fit together."""
+        transformer = HunyuanVideoTransformerConfig.from_dict("transformer", checkpoint.module_config("transformer"))
+        vae = AutoencoderKLHunyuanVideoConfig.from_dict("vae", checkpoint.module_config("vae"))
+        if not transformer.in_channels == transformer.out_channels == vae.latent_channels:
+            raise CheckpointError(
+                f"the transformer takes {transformer.in_channels} and makes {transformer.out_channels} channels, "
+                f"but the VAE has {vae.latent_channels} latent channels"
+            )
+        sizes = {"text_encoder": transformer.text_embed_dim, "text_encoder_2": transformer.pooled_projection_dim}
+        for encoder, taken in sizes.items():
+            made = ConfigFields(encoder, checkpoint.module_config(encoder)).integer("hidden_size", taken)
+            check_text_size(made, encoder, taken)
+        return cls(transformer=transformer, vae=vae)
+
+    @property
+    def text_encodings(self) -> tuple[TextEncoding, ...]:
+        """Llama's states from the prompt on, without its last two layers and without padding; CLIP's pooled vector."""
+        llama = TextEncoding(
+            keyword="encoder_hidden_states",
+            tokenizer="tokenizer",
+            encoder="text_encoder",
+            text=_prompt,
+            max_length=_max_sequence_length,
+            output=_from_the_prompt_on,
+            template=TEMPLATE,
+        )
+        clip = TextEncoding(
+            keyword="pooled_projections",
+            tokenizer="tokenizer_2",
+            encoder="text_encoder_2",
+            text=_prompt_2,
+            max_length=_clip_length,
+            output=_pooled,
+        )
+        return (llama, clip)
+
+    def wants_negative(self, prompt: Prompt, sampling: Sampling) -> bool:
+        """True guidance needs a scale above 1 and a negative prompt, which may be empty."""
+        return prompt.negative_prompt is not None and (sampling.true_cfg_scale or 1.0) > 1.0
+
+    def noise_dtype(self, requested: torch.dtype) -> torch.dtype:
+        """Float32 in every precision."""
+        del requested
+        return torch.float32
+
+    def raw_latent_shapes(self, canvas: Canvas, batch: int) -> Shapes:
+        """(batch, channels, frames, rows, columns)."""
+        vae = self.vae
+        rows, columns = canvas.height // vae.spatial_factor, canvas.width // vae.spatial_factor
+        return {"video": (batch, vae.latent_channels, vae.latent_frames(canvas.num_frames), rows, columns)}
+
+    def sigmas(self, sampling: Sampling) -> Sequence[float]:
+        """The request's own, or evenly spaced from 1 to 1/steps."""
+        return sampling.sigmas or np.linspace(1.0, 0.0, sampling.num_inference_steps + 1)[:-1].tolist()
+
+    def mu(self, canvas: Canvas) -> None:
+        """The scheduler's shift is fixed."""
+        del canvas
+
+    def conditioning_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """A text of a usual length."""
+        return {
+            "encoder_hidden_states": (1, USUAL_TOKENS, self.transformer.text_embed_dim),
+            "pooled_projections": (1, self.transformer.pooled_projection_dim),
+        }
+
+    def prepare_pos_cond_kwargs(self, embeds: Parts, shapes: Shapes, sampling: Sampling) -> Keywords:
+        """Guidance embedding of distilled models; frame, row and column of every token."""
+        del embeds
+        batch, _, frames, rows, columns = shapes["video"]
+        guidance = None
+        if self.transformer.guidance_embeds:
+            guidance = torch.full((batch,), sampling.guidance_scale or 0.0, dtype=torch.float32)
+        axes = (torch.arange(size, dtype=torch.float32) for size in (frames, rows // PATCH, columns // PATCH))
+        return {"guidance": guidance, "video_ids": torch.cartesian_prod(*axes)}
+
+    def model_timestep(self, timesteps: Tensor) -> Tensor:
+        """As they are, in [0, 1000]."""
+        return timesteps
+
+    def guide(self, predictions: Mapping[str, Parts], latents: Parts, step: Step, sampling: Sampling) -> Parts:
+        """True classifier-free guidance."""
+        del latents, step
+        positive, negative = predictions[POSITIVE]["video"], predictions[NEGATIVE]["video"]
+        return {"video": negative + (sampling.true_cfg_scale or 1.0) * (positive - negative)}
+
+    def vae_latents(self, raw: Tensor) -> Tensor:
+        """Undo the scale."""
+        return raw / self.vae.scaling_factor
+
+
+def _prompt(prompt: Prompt) -> PromptText:
+    return PromptText(field="prompt", text=prompt.prompt)
+
+
+def _prompt_2(prompt: Prompt) -> PromptText:
+    return PromptText(field="prompt_2", text=prompt.prompt_2) if prompt.prompt_2 else _prompt(prompt)
+
+
+def _max_sequence_length(prompt: Prompt) -> int:
+    return prompt.max_sequence_length or MAX_SEQUENCE_LENGTH
+
+
+def _clip_length(_: Prompt) -> int:
+    return CLIP_LENGTH
+
+
+def _from_the_prompt_on(output: Any, _: Tensor) -> Tensor:
+    hidden: Tensor = output.hidden_states[-3]
+    return hidden[:, TEMPLATE.skipped :]
+
+
+def _pooled(output: Any, _: Tensor) -> Tensor:
+    pooled: Tensor = output.pooler_output
+    return pooled

@@ -1,0 +1,176 @@
+"""The HunyuanVideo DiT: the blocks of Flux over video tokens and a text that is refined for each step.
+
+Shapes: N steps, B batch, T text tokens, I video tokens, D hidden size, M all modulations. Parameter names are the
+checkpoint's. Text comes without padding, so that nothing is masked: padding is never attended to.
+"""
+
+# ruff: noqa: N803  (the capitals of a tensor's name are its shape)
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import silu
+
+from configs.models.dits.hunyuan_video import PATCH, HunyuanVideoTransformerConfig
+from models.dits.base import DiffusionTransformer, Predictions, Prepared
+from models.dits.flux import ConditioningEmbedding, FluxSingleTransformerBlock, FluxTransformerBlock, ModulationLinear
+from models.dits.flux_plan import FLUX_PLAN
+from models.dits.hunyuan_video_plan import HUNYUAN_VIDEO_PLAN
+from models.dits.hunyuan_video_refiner import TokenRefiner
+from models.dits.joint_stream import through_joint_blocks
+from models.dits.loading import load_transformer
+from models.layers.norms import LayerNormScaleShift
+from models.layers.rotary import Rotation, rotary_embedding
+from models.layers.step_cache import CacheUse
+
+if TYPE_CHECKING:
+    from common.checkpoint import Checkpoint
+    from models.layers.mesh import WorkerMesh
+
+
+MOST_TEXT_TOKENS = 1024
+"""The bound of max_sequence_length."""
+
+
+class PatchEmbed(nn.Module):
+    """The first projection of the video's patches."""
+
+    def __init__(self, channels: int, size: int) -> None:
+        super().__init__()
+        patch = (1, PATCH, PATCH)
+        self.proj = nn.Conv3d(channels, size, patch, stride=patch)
+
+    def forward(self, video: Tensor) -> Tensor:
+        """(B, C, frames, 2h, 2w) to (B, frames * h * w, D)."""
+        embedded: Tensor = self.proj(video)
+        return embedded.flatten(2).transpose(1, 2).contiguous()
+
+
+class HunyuanVideoTransformer3DModel(DiffusionTransformer):
+    """Predicts the velocity of video latents."""
+
+    # Those of the refiner run once a request.
+    block_linears: ClassVar[tuple[str, ...]] = FLUX_PLAN.block_linears
+
+    def __init__(self, config: HunyuanVideoTransformerConfig) -> None:
+        super().__init__()
+        size, blocks = config.hidden_size, config.blocks
+        self.config = config
+        self.x_embedder = PatchEmbed(config.in_channels, size)
+        self.context_embedder = TokenRefiner(config)
+        self.time_text_embed = ConditioningEmbedding(blocks, time_scale=1.0)
+        self.transformer_blocks = nn.ModuleList(FluxTransformerBlock(blocks) for _ in range(config.num_layers))
+        self.single_transformer_blocks = nn.ModuleList(
+            FluxSingleTransformerBlock(blocks) for _ in range(config.num_single_layers)
+        )
+        self.norm_out = ModulationLinear(size, 2)
+        self.final_norm = LayerNormScaleShift(size)
+        self.proj_out = nn.Linear(size, PATCH * PATCH * config.out_channels)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        pooled_projections: Tensor,
+        guidance: Tensor | None,
+        video_ids: Tensor,
+    ) -> Tensor:
+        """Velocity (B, C, frames, rows, columns) of hidden_states of the same shape.
+
+        timestep is float32 (B,) in [0, 1000]; guidance float32 (B,), or None for models without it;
+        encoder_hidden_states (B, T, text_embed_dim), without padding; pooled_projections (B, pooled_projection_dim);
+        video_ids (I, 3) are frame, row and column of each token.
+        """
+        prepared = self.prepare(timestep[None], encoder_hidden_states, pooled_projections, guidance, video_ids)
+        return self.predict(hidden_states, use=None, **prepared.row(0), **prepared.constants)["hidden_states"]
+
+    def prepare(  # type: ignore[override]  # which keywords there are differs by model
+        self,
+        timesteps: Tensor,
+        encoder_hidden_states: Tensor,
+        pooled_projections: Tensor,
+        guidance: Tensor | None,
+        video_ids: Tensor,
+    ) -> Prepared:
+        """Modulations of all blocks (N, B, M) and refined text (N, B, T, D) for timesteps (N, B); the rotation."""
+        steps, batch = timesteps.shape
+        repeated = None if guidance is None else guidance.repeat(steps)
+        embedding = self.time_text_embed(timesteps.flatten(), repeated, pooled_projections.repeat(steps, 1))
+        activated = silu(embedding)
+        modulations = torch.cat([each.linear(activated) for each in self._modulations()], dim=1)
+        return Prepared(
+            steps={
+                "modulation": modulations.view(steps, batch, -1),
+                "text_BTD": self.context_embedder(encoder_hidden_states, timesteps),
+            },
+            constants=rotary_embedding(video_ids, self.config.axes_dims_rope, self.config.rope_theta).tensors(),
+        )
+
+    def predict(  # type: ignore[override]  # which constants there are differs by model
+        self,
+        hidden_states: Tensor,
+        modulation: Tensor,
+        text_BTD: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        use: CacheUse | None = None,
+    ) -> Predictions:
+        """Velocity (B, C, frames, rows, columns), with a step's modulations (B, M) and text."""
+        velocity = self.tokens(self.x_embedder(hidden_states), cos, sin, modulation, text_BTD, use)
+        batch, _, frames, rows, columns = hidden_states.shape
+        # A patch is (channel, y, x).
+        patches = velocity.reshape(batch, frames, rows // PATCH, columns // PATCH, -1, PATCH, PATCH)
+        video = patches.permute(0, 4, 1, 2, 5, 3, 6).reshape(batch, -1, frames, rows, columns)
+        return {"hidden_states": video}
+
+    def tokens(
+        self,
+        video_BID: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        modulation: Tensor,
+        text_BTD: Tensor,
+        use: CacheUse | None = None,
+    ) -> Tensor:
+        """All blocks, from embedded tokens (B, I, D) to patches of the velocity. Text does not rotate."""
+        still = cos.new_zeros(text_BTD.shape[1], cos.shape[1])
+        rotation = Rotation(torch.cat((still + 1, cos)), torch.cat((still, sin)))
+        blocks = (*self.transformer_blocks, *self.single_transformer_blocks)
+        normed = through_joint_blocks(video_BID, text_BTD, modulation, rotation, blocks, self.final_norm, use)
+        velocity: Tensor = self.proj_out(normed)
+        return velocity
+
+    def residual_elements(self, latents: Mapping[str, Tensor], constants: Mapping[str, Tensor]) -> int:
+        """Video tokens, and as many text tokens as a request can have."""
+        del constants
+        batch, _, frames, rows, columns = latents["hidden_states"].shape
+        tokens = math.prod((frames, rows // PATCH, columns // PATCH)) + MOST_TEXT_TOKENS
+        return batch * tokens * self.config.hidden_size
+
+    def _modulations(self) -> Iterator[ModulationLinear]:
+        """In the order in which predict() takes their parts."""
+        for block in self.transformer_blocks:
+            assert isinstance(block, FluxTransformerBlock)
+            yield from (block.norm1, block.norm1_context)
+        for single in self.single_transformer_blocks:
+            assert isinstance(single, FluxSingleTransformerBlock)
+            yield single.norm
+        yield self.norm_out
+
+
+def load_hunyuan_video_transformer(
+    checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype, mesh: WorkerMesh | None = None
+) -> HunyuanVideoTransformer3DModel:
+    """The DiT of the module's config.json, or this rank's part of it. Raises as load_transformer()."""
+    config = HunyuanVideoTransformerConfig.from_dict(name, checkpoint.module_config(name))
+    build = partial(HunyuanVideoTransformer3DModel, config)
+    return load_transformer(
+        build, HUNYUAN_VIDEO_PLAN, checkpoint, name, device, dtype, mesh, heads=config.num_attention_heads
+    )

@@ -1,0 +1,37 @@
+"""The VAE of HunyuanVideo. Modules and weights are Diffusers'."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from models.loader import load_pretrained
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from common.checkpoint import Checkpoint
+
+
+class HunyuanVideoVAE:
+    """Decoder of one video at a time."""
+
+    def __init__(self, vae: Any) -> None:
+        self._vae = vae
+
+    def decode(self, latents: Tensor) -> Iterator[Tensor]:
+        """Frames (3, H, W) in about [-1, 1], of latents (1, C, latent frames, h, w) without their scale.
+
+        Long videos are decoded in overlapping spans of frames, which are blended: all are decoded before the first one
+        is there.
+        """
+        (video,) = self._vae.decode(latents, return_dict=False)[0]
+        yield from video.unbind(1)
+
+
+def load_hunyuan_video_vae(
+    checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype
+) -> HunyuanVideoVAE:
+    """Load Diffusers' AutoencoderKLHunyuanVideo. Raises CheckpointError."""
+    return HunyuanVideoVAE(load_pretrained(checkpoint, name, device, dtype))

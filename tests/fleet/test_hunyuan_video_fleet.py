@@ -1,0 +1,60 @@
+"""HunyuanVideo through real services gives the bytes that its stages give in one process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from common.errors import InvalidInput
+from local_fleet import LocalFleet
+from models.catalog import ServedModel, open_model
+from models.registry import load_registry
+from served_fleet import ServedFleet, served_fleet
+from tiny_hunyuan_video import build_tiny_hunyuan_video
+
+GIVEN: dict[str, Any] = {
+    "prompt": "a red apple",
+    "negative_prompt": "a blue car",
+    "height": 32,
+    "width": 48,
+    "num_inference_steps": 2,
+    "num_outputs_per_prompt": 2,
+    "num_frames": 5,
+    "true_cfg_scale": 3.0,
+    "seed": 5,
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> ServedModel:
+    torch.set_num_threads(1)
+    return open_model(
+        f"hunyuan={build_tiny_hunyuan_video(tmp_path_factory.mktemp('hunyuan') / 'video')}", load_registry()
+    )
+
+
+@pytest.fixture(scope="module")
+def fleet(model: ServedModel) -> Iterator[ServedFleet]:
+    with served_fleet([model]) as served:
+        yield served
+
+
+def test_tensors_are_those_of_one_process(fleet: ServedFleet, model: ServedModel) -> None:
+    local = LocalFleet(model)
+    expected = local.tensors(**GIVEN)
+    local.close()
+    got = fleet.generate("hunyuan", **GIVEN).tensors
+    assert got.keys() == expected.keys()
+    assert all(torch.equal(got[key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize(("change", "field"), [({"height": 40}, "height"), ({"num_frames": 0}, "num_frames")], ids=str)
+def test_what_cannot_be_drawn_is_refused_before_it_is_accepted(
+    fleet: ServedFleet, change: dict[str, Any], field: str
+) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        fleet.generate("hunyuan", **{**GIVEN, **change})
+    assert caught.value.field == field

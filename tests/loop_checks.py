@@ -1,0 +1,85 @@
+"""The denoising loop of a small checkpoint: its input by the family's own stages, and what holds for every family."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from common.artifacts import ParamValue, StepCheckpoint
+from common.codec import pack, unpack
+from common.errors import Cancelled
+from common.stage import Call
+from common.tensors import TORCH
+from local_fleet import LocalFleet
+from models.contracts import DenoisingInput
+from models.loader import load_module
+from models.registry import resolve
+from models.runtime import Runtime
+from models.stages.denoising import DenoisingStage
+from models.validation import InputValidationStage
+from models.warm_up import STEPS, WarmUp
+from step_checkpoints import step_checkpoints_to
+
+
+def denoising_input(fleet: LocalFleet, given: Mapping[str, ParamValue]) -> DenoisingInput:
+    """What text encoding and preparation make of a request."""
+    values: dict[str, Any] = dict(InputValidationStage(fleet.model).run(given).artifacts)
+    for service in ("text_encoding", "latent_preparation"):
+        stages = fleet.services[service].of("")
+        values |= stages.run({slot: values[slot] for slot in stages.contract.inputs if slot in values}, Call("test"))
+    taken = DenoisingInput.__dataclass_fields__
+    return DenoisingInput(**{slot: value for slot, value in values.items() if slot in taken})
+
+
+def denoising_stage(fleet: LocalFleet, runtime: Runtime) -> DenoisingStage:
+    """The stage with modules of its own."""
+    config = resolve(fleet.model.variants[0].pipeline_config).from_checkpoint(fleet.model.checkpoint)
+    modules = {
+        name: load_module(fleet.model.checkpoint, name, config, runtime) for name in ("transformer", "scheduler")
+    }
+    return DenoisingStage(config, runtime, modules)
+
+
+def denoised(stage: DenoisingStage, x: DenoisingInput, states: list[StepCheckpoint] | None = None) -> dict[str, Tensor]:
+    """The loop's result by part; its step checkpoints are appended to `states`."""
+    call = Call("test") if states is None else Call("test", on_item=step_checkpoints_to(states.append))
+    return {part: each.latents for part, each in stage.run(x, call).denoised_latents.parts.items()}
+
+
+def check_resume(fleet: LocalFleet, x: DenoisingInput) -> None:
+    """A loop resumes after every step to the same bytes; checkpoints go through the codec, as they travel."""
+    states: list[StepCheckpoint] = []
+    stage = denoising_stage(fleet, Runtime(step_checkpoint_every=1))
+    whole = denoised(stage, x, states)
+    assert [state.step for state in states] == [*range(1, x.sampling.num_inference_steps)]
+    for state in states:
+        sent = unpack("state", StepCheckpoint, pack("state", state, TORCH), TORCH)
+        resumed = denoised(stage, DenoisingInput(**vars(x) | {"resume_from": sent}))
+        assert all(torch.equal(resumed[part], each) for part, each in whole.items()), state.step
+
+
+def check_cancel(fleet: LocalFleet, x: DenoisingInput) -> None:
+    """A cancel ends the loop within a step."""
+    heard: list[int] = []
+
+    def on_progress(step: int, _: int) -> None:
+        heard.append(step)
+        if step == 2:
+            call.cancelled.set()
+
+    call = Call("test", on_progress=on_progress)
+    with pytest.raises(Cancelled):
+        denoising_stage(fleet, Runtime()).run(x, call)
+    assert heard == [1, 2]
+
+
+def check_warm_up(fleet: LocalFleet, size: str) -> None:
+    """A warm-up runs the loop."""
+    steps: list[int] = []
+    call = Call("warm-up", on_progress=lambda step, _: steps.append(step))
+    WarmUp.parse(fleet.model, (size,)).run(fleet.services["denoising"].of("").run, torch.float32, call)
+    assert steps == [*range(1, STEPS + 1)]
