@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from common.errors import CheckpointError
-from models.layers.linear import join_all_weights
+from models.layers.linear import absent_biases, join_all_weights
 from models.layers.shards import Shard, parameter_shards
 
 _log = logging.getLogger(__name__)
@@ -107,13 +107,16 @@ def load_module(
     """Fill a module built on the meta device, in place, and make it ready for inference.
 
     Every parameter must be in the files under its own name and shape (that of the whole tensor, for a shard of one),
-    and nothing else but names that contain one of `unused`. Names that contain one of `keep_float32` are float32
-    whatever dtype is. Raises CheckpointError.
+    and nothing else but names that contain one of `unused`. Biases that checkpoints do not have are zeros. Names that
+    contain one of `keep_float32` are float32 whatever dtype is. Raises CheckpointError.
     """
     began = time.monotonic()
     shards = parameter_shards(module)
-    shapes = {key: tuple(value.shape) for key, value in module.state_dict().items()}
-    shapes |= {key: shard.whole_shape(shapes[key]) for key, shard in shards.items()}
+    absent = absent_biases(module)
+    own_shapes = {key: tuple(value.shape) for key, value in module.state_dict().items()}
+    zeros = {key: torch.zeros(own_shapes[key], device=device, dtype=dtype) for key in absent}
+    shapes = {key: shape for key, shape in own_shapes.items() if key not in absent}
+    shapes |= {key: shard.whole_shape(shapes[key]) for key, shard in shards.items() if key in shapes}
     with Weights(name, files) as weights:
         weights.check(shapes, unused)
         state = {
@@ -122,7 +125,7 @@ def load_module(
         }
         gigabytes, seconds = weights.bytes_read / 1e9, time.monotonic() - began
     _log.info("%s: read %.3f GB in %.2f s onto %s", name, gigabytes, seconds, device)
-    module.load_state_dict(state, strict=True, assign=True)
+    module.load_state_dict(state | zeros, strict=True, assign=True)
     module.requires_grad_(False).eval()
     join_all_weights(module)
 

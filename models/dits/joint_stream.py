@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 
 import torch
@@ -28,8 +28,21 @@ def through_joint_blocks(
 
     Each block takes its share of the modulations, vectors of size D, in order; the last two are the norm's.
     """
-    boundary = text_BTD.shape[1]
     parts = modulation_BM.chunk(modulation_BM.shape[1] // final_norm.size, dim=1)
+    return through_modulated_blocks(image_BID, text_BTD, parts, rotation, blocks, final_norm, use)
+
+
+def through_modulated_blocks(
+    image_BID: Tensor,
+    text_BTD: Tensor,
+    parts: Sequence[Tensor],
+    rotation: Rotation,
+    blocks: Iterable[nn.Module],
+    final_norm: LayerNormScaleShift,
+    use: CacheUse | None,
+) -> Tensor:
+    """The same, with the modulations (B, D) each; blocks may share vectors."""
+    boundary = text_BTD.shape[1]
     given = {"parts": iter(parts), "rotation": rotation, "boundary": boundary}
     residual = Residual(torch.cat((text_BTD, image_BID), dim=1))
     residual = through_blocks(residual, [partial(block, **given) for block in blocks], boundary, use)

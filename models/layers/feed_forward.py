@@ -9,7 +9,8 @@ from typing import Literal
 from torch import Tensor, nn
 from torch.nn.functional import gelu, silu
 
-from models.layers.linear import Linear
+from models.layers.activation import gate_by_silu
+from models.layers.linear import JoinedLinear, JoinsWeights, Linear, project
 
 Activation = Literal["gelu_tanh", "gelu", "silu"]
 
@@ -63,3 +64,25 @@ class FeedForward(nn.Module):
         hidden = x.new_empty(*x.shape[:2], first.proj.weight.shape[0])
         first.proj.gelu_into(x, hidden)
         last.into(hidden, out)
+
+
+class GatedFeedForward(JoinsWeights):
+    """w2(SiLU(w1(x)) * w3(x)), without biases: SwiGLU under the names of Llama's first checkpoints."""
+
+    def __init__(self, size: int, hidden: int) -> None:
+        super().__init__()
+        self.w1 = Linear(size, hidden, has_bias=False)
+        self.w2 = Linear(hidden, size, has_bias=False)
+        self.w3 = Linear(size, hidden, has_bias=False)
+        self.joined: JoinedLinear | None = None
+
+    def join_weights(self) -> None:
+        """Make one product of w1 and w3, once the weights are in place."""
+        self.joined = JoinedLinear((self.w1, self.w3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, tokens, size) to the same."""
+        hidden = x.new_empty(*x.shape[:2], 2 * len(self.w1.weight))
+        project(x, hidden, self.joined, (self.w1, self.w3))
+        result: Tensor = self.w2(gate_by_silu(hidden))
+        return result

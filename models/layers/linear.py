@@ -32,13 +32,15 @@ class Linear(nn.Linear):
     """torch's linear layer, which can also write into a part of a larger tensor, and multiply in float8.
 
     Parallel layers take its place and keep its methods: `weight` is then this rank's part. After quantize() `weight`
-    holds float8 numbers, to be multiplied by `scale`.
+    holds float8 numbers, to be multiplied by `scale`. `has_bias`: whether checkpoints have a bias of the layer; zeros
+    take the place of an absent one, so that all layers are computed alike.
     """
 
     scale: Tensor | None
 
-    def __init__(self, in_features: int, out_features: int) -> None:
+    def __init__(self, in_features: int, out_features: int, *, has_bias: bool = True) -> None:
         super().__init__(in_features, out_features)
+        self.has_bias = has_bias
         self.register_buffer("scale", None, persistent=False)
 
     @property
@@ -87,6 +89,12 @@ class Linear(nn.Linear):
         for (x_SK, onto_SN), gate_N in zip(pairs, gate_BN, strict=True):  # noqa: N806
             fused_products.add_gated(x_SK, self.weight, self.bias, gate_N, onto_SN)
         return True
+
+
+def absent_biases(model: nn.Module) -> frozenset[str]:
+    """The names of a model's biases that checkpoints do not have."""
+    linears = ((path, layer) for path, layer in model.named_modules() if isinstance(layer, Linear))
+    return frozenset(f"{path}.bias" for path, layer in linears if not layer.has_bias)
 
 
 def only_linear(layers: nn.ModuleList) -> Linear:

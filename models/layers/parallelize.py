@@ -80,7 +80,10 @@ def _cut_weights(model: nn.Module, plan: ParallelPlan, axis: Axis) -> None:
 def _replace(model: nn.Module, patterns: tuple[str, ...], kind: type[M], make: Callable[[str, M], nn.Module]) -> None:
     for pattern in patterns:
         for path, module in matching(model, pattern, kind):
-            model.set_submodule(path, make(path, module))
+            replacement = make(path, module)
+            if isinstance(module, Linear) and isinstance(replacement, Linear):
+                replacement.has_bias = module.has_bias
+            model.set_submodule(path, replacement)
 
 
 def _cut_sequence(model: nn.Module, plan: ParallelPlan, mesh: WorkerMesh) -> None:

@@ -43,12 +43,14 @@ class SelfAttention(JoinsWeights):
         norm_size: int | None = None,
         eps: float = 1e-6,
         norm: Callable[[int, float], QKNorm] = RMSNorm,
+        *,
+        has_bias: bool = True,
     ) -> None:
         super().__init__()
         self.head_size = head_size
-        self.to_q = Linear(size, size)
-        self.to_k = Linear(size, size)
-        self.to_v = Linear(size, size)
+        self.to_q = Linear(size, size, has_bias=has_bias)
+        self.to_k = Linear(size, size, has_bias=has_bias)
+        self.to_v = Linear(size, size, has_bias=has_bias)
         self.norm_q = norm(norm_size or head_size, eps)
         self.norm_k = norm(norm_size or head_size, eps)
         self.inner = Attention()

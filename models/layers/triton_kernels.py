@@ -225,6 +225,26 @@ def write_gelu(x: Tensor, out: Tensor) -> None:
 
 
 @triton.jit
+def _gate_by_silu_kernel(x_ptr, out_ptr, size, BLOCK: tl.constexpr):
+    row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < size
+    gate = tl.load(x_ptr + row * 2 * size + column, mask=inside, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + row * 2 * size + size + column, mask=inside, other=0.0).to(tl.float32)
+    rounded = (gate * tl.sigmoid(gate)).to(out_ptr.dtype.element_ty).to(tl.float32)
+    tl.store(out_ptr + row * size + column, (rounded * x).to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def gate_by_silu(x: Tensor) -> Tensor:
+    """As models.layers.activation.gate_by_silu."""
+    x = x.contiguous()
+    batch, tokens, size = x.shape
+    out = x.new_empty(batch, tokens, size // 2)
+    block = 4096
+    _gate_by_silu_kernel[(batch * tokens, triton.cdiv(size // 2, block))](x, out, size // 2, BLOCK=block, num_warps=8)
+    return out
+
+
+@triton.jit
 def _quantize_rows_kernel(
     x_ptr, values_ptr, scale_ptr, size, stride, LARGEST: tl.constexpr, SMALLEST: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
