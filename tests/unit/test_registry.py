@@ -15,6 +15,7 @@ from models.registry import Registry, load_registry, resolve
 from toy_checkpoint import toy_family
 
 FAMILIES = [
+    "Flux2KleinPipeline",
     "FluxPipeline",
     "GlmImagePipeline",
     "LTX2ImageToVideoPipeline",
