@@ -19,10 +19,7 @@ from tiny_qwen_image import qwen_tokenizer
 LATENT_CHANNELS = 8
 STATE_SIZE = 16
 TEXT_SIZE = 3 * STATE_SIZE
-TURN = (
-    "{{ '<|im_start|>user\n' + messages[0].content + "
-    "'<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n' }}"
-)
+TURN = "{{ '<|im_start|>user\n' + messages[0].content + '<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n' }}"
 """The template of a chat of one message, as the published tokenizer renders it without thinking."""
 
 

@@ -181,9 +181,9 @@ class Flux2Transformer2DModel(DiffusionTransformer):
         hidden_states: Tensor,
         timestep: Tensor,
         encoder_hidden_states: Tensor,
-        guidance: Tensor | None,
         img_ids: Tensor,
         txt_ids: Tensor,
+        guidance: Tensor | None = None,
     ) -> Tensor:
         """Velocity (B, I, channels) of hidden_states (B, I, channels), reference tokens included.
 

@@ -32,6 +32,7 @@ from models.warm_up import STEPS, WarmUp
 from services.denoising import __main__ as denoising
 from services.denoising.settings import DenoisingSettings
 from tiny_flux import build_tiny_flux
+from tiny_flux2 import build_tiny_flux2_klein
 from tiny_glm_image import build_tiny_glm_image
 from tiny_ltx2 import build_tiny_ltx2
 from tiny_qwen_image import build_tiny_qwen_image
@@ -42,6 +43,7 @@ CPU = torch.device("cpu")
 FLOAT8_LINEARS = Approximation("float8")
 BUILD: dict[str, tuple[Callable[[Path], Path], str, tuple[str, ...]]] = {
     "flux": (build_tiny_flux, "32x48", ("attn", "ff", "ff_context", "proj_mlp", "proj_out")),
+    "flux2-klein": (build_tiny_flux2_klein, "32x48", ("attn", "ff", "ff_context")),
     "glm-image": (build_tiny_glm_image, "32x64", ("attn1", "ff")),
     "qwen-image": (build_tiny_qwen_image, "32x48", ("attn", "img_mlp", "txt_mlp")),
     "wan": (build_tiny_wan_i2v, "32x48x5", ("attn1", "attn2", "ffn")),
