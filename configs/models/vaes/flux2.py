@@ -20,7 +20,8 @@ class AutoencoderKLFlux2Config:
     def from_dict(cls, module: str, values: Mapping[str, Any]) -> Self:
         """Read config.json of the module. Raises CheckpointError."""
         fields = ConfigFields(module, values)
-        fields.only("patch_size", [2, 2])
+        if fields.integers("patch_size", (2, 2)) != (2, 2):
+            raise fields.error("patch_size", "is not supported; supported is [2, 2]")
         return cls(
             latent_channels=fields.integer("latent_channels", cls.latent_channels),
             spatial_factor=2 ** (len(fields.integers("block_out_channels", (128, 256, 512, 512))) - 1),
