@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,7 +17,7 @@ from tiny_flux2 import build_tiny_flux2_klein
 def test_tensors_are_those_of_one_process(tmp_path: Path) -> None:
     torch.set_num_threads(1)
     model = open_model(f"klein={build_tiny_flux2_klein(tmp_path / 'klein')}", load_registry())
-    given = {"prompt": "a red apple", "height": 32, "width": 48, "num_inference_steps": 2, "seed": 5}
+    given: dict[str, Any] = {"prompt": "a red apple", "height": 32, "width": 48, "num_inference_steps": 2, "seed": 5}
     local = LocalFleet(model)
     expected = local.tensors(**given)
     local.close()
