@@ -30,6 +30,9 @@ from models.stages.timestep_preparation import TimestepPreparationStage
 from rank_calls import denoise, forward, open_with, rank_file
 from rank_pool import RankPool
 from tiny_flux import LATENT_CHANNELS, build_tiny_flux
+from tiny_flux2 import LATENT_CHANNELS as FLUX2_CHANNELS
+from tiny_flux2 import TEXT_SIZE as FLUX2_TEXT_SIZE
+from tiny_flux2 import build_tiny_flux2_klein
 from tiny_glm_image import CODES, GLYPH_SIZE, build_tiny_glm_image
 from tiny_hunyuan_video import LATENT_CHANNELS as HUNYUAN_CHANNELS
 from tiny_hunyuan_video import POOLED_SIZE, build_tiny_hunyuan_video
@@ -121,6 +124,14 @@ FAMILIES = {
         positive={"encoder_hidden_states": (13, 32), "pooled_projections": (24,)},
         negative={"encoder_hidden_states": (11, 32), "pooled_projections": (24,)},
         tokens=35,
+    ),
+    "flux2-klein": Family(
+        build_tiny_flux2_klein,
+        Canvas(height=80, width=112),
+        positive={"encoder_hidden_states": (13, FLUX2_TEXT_SIZE)},
+        negative={"encoder_hidden_states": (13, FLUX2_TEXT_SIZE)},
+        tokens=35,
+        channels=FLUX2_CHANNELS,
     ),
     "qwen-image": Family(
         build_tiny_qwen_image,

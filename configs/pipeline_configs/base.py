@@ -163,6 +163,11 @@ class PreparationConfig(LatentLayout):
     def mu(self, canvas: Canvas) -> float | None:
         """The shift of a scheduler that shifts by size; None for the others."""
 
+    def mu_of_steps(self, canvas: Canvas, sampling: Sampling) -> float | None:
+        """The same for a request's number of steps, on which it may depend too."""
+        del sampling
+        return self.mu(canvas)
+
 
 @dataclass(frozen=True)
 class Step:

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 
 import torch
@@ -31,12 +31,27 @@ def through_joint_blocks(
     Each block takes its share of the modulations, vectors of size D, in order; the last two are the norm's. `last` are
     a number of tokens at the end of the image stream, and the modulations of these in the blocks, (B, M) too.
     """
+    size = final_norm.size
+    own = None if last is None else LastSegment(last[0], iter(_vectors(last[1], size)))
+    parts = _vectors(modulation_BM, size)
+    return through_modulated_blocks(image_BID, text_BTD, parts, rotation, blocks, final_norm, use, own)
+
+
+def through_modulated_blocks(
+    image_BID: Tensor,
+    text_BTD: Tensor,
+    parts: Sequence[Tensor],
+    rotation: Rotation,
+    blocks: Iterable[nn.Module],
+    final_norm: LayerNormScaleShift,
+    use: CacheUse | None,
+    last: LastSegment | None = None,
+) -> Tensor:
+    """The same, with the modulations (B, D) each; blocks may share vectors."""
     boundary = text_BTD.shape[1]
-    parts = _vectors(modulation_BM, final_norm.size)
     given: dict[str, object] = {"parts": iter(parts), "rotation": rotation, "boundary": boundary}
     if last is not None:
-        tokens, own_BM = last  # noqa: N806
-        given["last"] = LastSegment(tokens, iter(_vectors(own_BM, final_norm.size)))
+        given["last"] = last
     residual = Residual(torch.cat((text_BTD, image_BID), dim=1))
     residual = through_blocks(residual, [partial(block, **given) for block in blocks], boundary, use)
     scale, shift = (SegmentVectors.same(part) for part in parts[-2:])

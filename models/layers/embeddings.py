@@ -20,10 +20,10 @@ def sinusoidal_embedding(values: Tensor, size: int, max_period: float = 10000.0)
 class EmbeddingMLP(nn.Module):
     """Two linear layers with SiLU between them: a feature vector (batch, in_size) to (batch, size)."""
 
-    def __init__(self, in_size: int, size: int) -> None:
+    def __init__(self, in_size: int, size: int, *, has_bias: bool = True) -> None:
         super().__init__()
-        self.linear_1 = nn.Linear(in_size, size)
-        self.linear_2 = nn.Linear(size, size)
+        self.linear_1 = nn.Linear(in_size, size, bias=has_bias)
+        self.linear_2 = nn.Linear(size, size, bias=has_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Computed in the weights' type."""

@@ -11,11 +11,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from torch import Tensor, nn
 
-from models.layers.feed_forward import FeedForward
 from models.layers.linear import JoinedLinear, Linear, only_linear, project
 from models.layers.norms import LayerNormScaleShift, Residual, RMSNorm, SegmentVectors
 from models.layers.qk_norm import QKNorms
@@ -26,15 +25,15 @@ from models.layers.self_attention import SelfAttention
 class JointAttention(SelfAttention):
     """Attention over both streams at once, each with projections of its own."""
 
-    def __init__(self, size: int, head_size: int) -> None:
-        super().__init__(size, head_size)
-        self.add_q_proj = Linear(size, size)
-        self.add_k_proj = Linear(size, size)
-        self.add_v_proj = Linear(size, size)
+    def __init__(self, size: int, head_size: int, *, has_bias: bool = True) -> None:
+        super().__init__(size, head_size, has_bias=has_bias)
+        self.add_q_proj = Linear(size, size, has_bias=has_bias)
+        self.add_k_proj = Linear(size, size, has_bias=has_bias)
+        self.add_v_proj = Linear(size, size, has_bias=has_bias)
         self.norm_added_q = RMSNorm(head_size)
         self.norm_added_k = RMSNorm(head_size)
-        self.to_out = nn.ModuleList([Linear(size, size)])
-        self.to_add_out = Linear(size, size)
+        self.to_out = nn.ModuleList([Linear(size, size, has_bias=has_bias)])
+        self.to_add_out = Linear(size, size, has_bias=has_bias)
         self.added: JoinedLinear | None = None
 
     def join_weights(self) -> None:
@@ -88,6 +87,13 @@ class LastSegment(NamedTuple):
     parts: Iterator[Tensor]
 
 
+class WritesInto(Protocol):
+    """A feed-forward that writes its result into a part of a tensor."""
+
+    def into(self, x: Tensor, out: Tensor) -> None:
+        """Write the result (B, tokens, D) of x (B, tokens, D) into `out`."""
+
+
 def block_modulations(parts: Iterator[Tensor], last: LastSegment | None = None) -> tuple[Modulation, Modulation]:
     """Those of a block's attention and of its feed-forwards: the next six of the picture, then six of the text."""
     image, text = (list(islice(parts, 6)) for _ in range(2))
@@ -102,7 +108,7 @@ def joint_block(
     residual: Residual,
     norm: LayerNormScaleShift,
     attn: JointAttention,
-    feed_forwards: tuple[FeedForward, FeedForward],
+    feed_forwards: tuple[WritesInto, WritesInto],
     modulations: tuple[Modulation, Modulation],
     rotation: Rotation,
     boundary: int,

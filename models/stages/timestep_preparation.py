@@ -36,15 +36,15 @@ class TimestepPreparationStage(PipelineStage[TimestepPreparationInput, TimestepP
             return TimestepPreparationOutput(schedule=_schedule_of(steps))
         scheduler: Any = copy.deepcopy(self._scheduler)
         assert scheduler is not None, "the pipeline names a scheduler, or its config has a schedule"
-        sigmas = self._config.sigmas(x.sampling)
+        sigmas, mu = self._config.sigmas(x.sampling), self._config.mu_of_steps(x.canvas, x.sampling)
         # Checked below: NumPy's warning of a division by 0 would be all that a log says.
         with np.errstate(divide="ignore", invalid="ignore"):
             if sigmas is None:
-                scheduler.set_timesteps(x.sampling.num_inference_steps, mu=self._config.mu(x.canvas))
+                scheduler.set_timesteps(x.sampling.num_inference_steps, mu=mu)
             else:
                 timesteps = self._config.timesteps(x.sampling)
                 given = {} if timesteps is None else {"timesteps": list(timesteps)}
-                scheduler.set_timesteps(sigmas=list(sigmas), mu=self._config.mu(x.canvas), **given)
+                scheduler.set_timesteps(sigmas=list(sigmas), mu=mu, **given)
         if not bool(torch.isfinite(scheduler.sigmas).all() and torch.isfinite(scheduler.timesteps).all()):
             raise _not_finite(x.sampling)
         schedule = Schedule(

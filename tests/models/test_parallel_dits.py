@@ -78,6 +78,12 @@ def test_degrees_of_z_image(rank_pool: RankPool, cases: dict[str, Case], tmp_pat
 
 
 @pytest.mark.parametrize("degrees", FEW, ids=str)
+def test_degrees_of_flux2(rank_pool: RankPool, cases: dict[str, Case], tmp_path: Path, degrees: Degrees) -> None:
+    """Queries, keys, values and the feed-forward's gate and input are segments of one projection."""
+    check(rank_pool, cases["flux2-klein"], degrees, tmp_path)
+
+
+@pytest.mark.parametrize("degrees", FEW, ids=str)
 def test_two_segments_of_tokens(rank_pool: RankPool, cases: dict[str, Case], tmp_path: Path, degrees: Degrees) -> None:
     """Every rank has a chunk of the first frame and a chunk of the others."""
     check(rank_pool, cases["wan-ti2v"], degrees, tmp_path)

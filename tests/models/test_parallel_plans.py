@@ -14,6 +14,7 @@ from torch import nn
 
 from common.errors import InvalidInput
 from configs.models.dits.flux import FluxTransformerConfig
+from configs.models.dits.flux2 import Flux2TransformerConfig
 from configs.models.dits.glm_image import GlmImageTransformerConfig
 from configs.models.dits.hunyuan_video import HunyuanVideoTransformerConfig
 from configs.models.dits.qwen_image import QwenImageTransformerConfig
@@ -23,6 +24,8 @@ from configs.pipeline_configs.flux import FluxPipelineConfig
 from flux_pair import Pair
 from models.catalog import open_model
 from models.dits.flux import FluxTransformer2DModel
+from models.dits.flux2 import Flux2Transformer2DModel
+from models.dits.flux2_plan import FLUX2_PLAN
 from models.dits.flux_plan import FLUX_PLAN
 from models.dits.glm_image import GlmImageTransformer2DModel
 from models.dits.glm_image_plan import GLM_IMAGE_PLAN
@@ -49,6 +52,7 @@ CPU = torch.device("cpu")
 WAN_I2V = WanTransformerConfig(in_channels=36, image_dim=1280, added_kv_proj_dim=5120)
 PLANS: dict[str, tuple[ParallelPlan, type[nn.Module], tuple[Any, ...]]] = {
     "flux": (FLUX_PLAN, FluxTransformer2DModel, (FluxTransformerConfig(guidance_embeds=True),)),
+    "flux2": (FLUX2_PLAN, Flux2Transformer2DModel, (Flux2TransformerConfig(),)),
     "glm-image": (GLM_IMAGE_PLAN, GlmImageTransformer2DModel, (GlmImageTransformerConfig(),)),
     "hunyuan-video": (
         HUNYUAN_VIDEO_PLAN,

@@ -31,6 +31,7 @@ from redis_servers import running_server
 from services.denoising import __main__ as denoising
 from services.denoising.settings import DenoisingSettings
 from services.worker import start_worker
+from tiny_flux2 import build_tiny_flux2_klein
 from tiny_glm_image import build_tiny_glm_image
 from tiny_ltx2 import build_tiny_ltx2
 from tiny_qwen_image import build_tiny_qwen_image_edit, build_tiny_qwen_image_layered
@@ -85,6 +86,7 @@ def encoded(model: ServedModel, params: Mapping[str, Any], picture: tuple[int, i
     ("build", "size", "picture"),
     [
         (None, "32x48", None),
+        (build_tiny_flux2_klein, "32x64", None),
         (build_tiny_glm_image, "32x64", None),
         (build_tiny_wan_i2v, "32x48x5", (48, 32)),
         (build_tiny_wan_a14b_i2v, "32x48x5@experts", (48, 32)),
@@ -93,7 +95,17 @@ def encoded(model: ServedModel, params: Mapping[str, Any], picture: tuple[int, i
         (build_tiny_ltx2, "64x96x9@text", None),
         (build_tiny_ltx2, "64x96x9@image", (48, 32)),
     ],
-    ids=["flux", "glm-image", "wan-i2v", "wan-a14b-i2v", "wan-ti2v-text", "wan-ti2v-image", "ltx2-text", "ltx2-image"],
+    ids=[
+        "flux",
+        "flux2-klein",
+        "glm-image",
+        "wan-i2v",
+        "wan-a14b-i2v",
+        "wan-ti2v-text",
+        "wan-ti2v-image",
+        "ltx2-text",
+        "ltx2-image",
+    ],
 )
 def test_made_up_requests_have_the_shapes_of_real_ones(
     tmp_path: Path, build: Callable[[Path], Path] | None, size: str, picture: tuple[int, int] | None

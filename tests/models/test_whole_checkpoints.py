@@ -81,6 +81,7 @@ HARMLESS = {
         "processor/tokenizer*.json",
         "*",
     ): "is the processor's text half; the tokenizer is a module of its own",
+    ("tiny_flux2*", "tokenizer/chat_template.jinja", "*"): "is not read: the config holds the chat text of a prompt",
     ("emoji*", "tokenizer/tokenizer.json", "removed"): "vocab.json and merges.txt hold the same vocabulary",
     ("emoji*", "tokenizer_2/tokenizer.json", "removed"): "spiece.model holds the same vocabulary",
     ("emoji-video", "tokenizer/tokenizer.json", "removed"): "spiece.model holds the same vocabulary",

@@ -15,6 +15,7 @@ from models.registry import Registry, load_registry, resolve
 from toy_checkpoint import toy_family
 
 FAMILIES = [
+    "Flux2KleinPipeline",
     "FluxPipeline",
     "GlmImagePipeline",
     "HunyuanVideoPipeline",
@@ -83,7 +84,8 @@ def test_plugins_are_added_without_importing_their_stages(tmp_path: Path) -> Non
 
 def test_an_unsupported_pipeline_is_refused_with_the_supported_ones() -> None:
     with pytest.raises(
-        CheckpointError, match=r"'SanaPipeline' is not supported; supported are FluxPipeline, .*WanPipeline"
+        CheckpointError,
+        match=r"'SanaPipeline' is not supported; supported are Flux2KleinPipeline, FluxPipeline, .*WanPipeline",
     ):
         load_registry().entry("SanaPipeline")
 

@@ -1,0 +1,253 @@
+"""The FLUX.2 DiT: blocks with a text and an image stream that attend jointly, then blocks over both as one stream.
+
+Shapes: N steps, B batch, T text tokens, I image tokens (of the output, then of each reference image), S = T + I (text
+first), D hidden size, F feed-forward size, M all modulations. Parameter names are the checkpoint's; no projection has a
+bias. Blocks of one kind share their modulations.
+"""
+
+# ruff: noqa: N803, N806  (the capitals of a tensor's name are its shape)
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import partial
+from itertools import islice
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import silu
+
+from configs.models.dits.flux2 import MLP_RATIO, Flux2TransformerConfig
+from models.dits.base import DiffusionTransformer, Predictions, Prepared
+from models.dits.flux2_plan import FLUX2_PLAN
+from models.dits.joint_stream import joint_residual_elements, through_modulated_blocks
+from models.dits.loading import load_transformer
+from models.layers.activation import gate_by_silu
+from models.layers.attention import Attention
+from models.layers.embeddings import EmbeddingMLP, sinusoidal_embedding
+from models.layers.joint_attention import JointAttention, block_modulations, joint_block
+from models.layers.linear import Linear
+from models.layers.norms import LayerNormScaleShift, Residual, RMSNorm, SegmentVectors
+from models.layers.qk_norm import QKNorms, apply_qk_norm, in_place, split_heads
+from models.layers.rotary import Rotation, rotary_embedding
+from models.layers.step_cache import CacheUse
+
+if TYPE_CHECKING:
+    from common.checkpoint import Checkpoint
+    from models.layers.mesh import WorkerMesh
+
+DOUBLE_VECTORS, SINGLE_VECTORS, FINAL_VECTORS = 12, 3, 2
+"""Modulations of a block of two streams, of a block of one stream, and of the last norm."""
+
+
+class ModulationLinear(nn.Module):
+    """`parts` modulations of size D from the embedding of the timestep, to which the caller applies SiLU."""
+
+    def __init__(self, size: int, parts: int) -> None:
+        super().__init__()
+        self.linear = Linear(size, parts * size, has_bias=False)
+
+
+class ConditioningEmbedding(nn.Module):
+    """Timestep and guidance (of guidance-distilled models) as one vector (B, D)."""
+
+    def __init__(self, config: Flux2TransformerConfig) -> None:
+        super().__init__()
+        self.sinusoid_size, size = config.sinusoid_size, config.hidden_size
+        self.timestep_embedder = EmbeddingMLP(self.sinusoid_size, size, has_bias=False)
+        self.guidance_embedder: EmbeddingMLP | None = None
+        if config.guidance_embeds:
+            self.guidance_embedder = EmbeddingMLP(self.sinusoid_size, size, has_bias=False)
+
+    def forward(self, timestep_B: Tensor, guidance_B: Tensor | None) -> Tensor:
+        """timestep and guidance are float32; both are multiplied by 1000 here."""
+        embedding: Tensor = self.timestep_embedder(sinusoidal_embedding(timestep_B * 1000, self.sinusoid_size))
+        if self.guidance_embedder is None or guidance_B is None:
+            return embedding
+        guidance: Tensor = self.guidance_embedder(sinusoidal_embedding(guidance_B * 1000, self.sinusoid_size))
+        return embedding + guidance
+
+
+class Flux2FeedForward(nn.Module):
+    """SwiGLU between two projections. The first projection computes gate and input in one GEMM."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.linear_in = Linear(size, 2 * MLP_RATIO * size, has_bias=False)
+        self.linear_out = Linear(MLP_RATIO * size, size, has_bias=False)
+
+    def into(self, x: Tensor, out: Tensor) -> None:
+        """Write the result (B, tokens, D) of x (B, tokens, D) into `out`."""
+        hidden = x.new_empty(*x.shape[:2], len(self.linear_in.weight))
+        self.linear_in.into(x, hidden)
+        self.linear_out.into(gate_by_silu(hidden), out)
+
+
+class Flux2ParallelSelfAttention(nn.Module):
+    """Attention and SwiGLU side by side: one projection of their inputs, one projection of their results."""
+
+    def __init__(self, size: int, head_size: int) -> None:
+        super().__init__()
+        self.head_size = head_size
+        self.to_qkv_mlp_proj = Linear(size, (3 + 2 * MLP_RATIO) * size, has_bias=False)
+        self.norm_q = RMSNorm(head_size)
+        self.norm_k = RMSNorm(head_size)
+        self.inner = Attention()
+        self.to_out = Linear((1 + MLP_RATIO) * size, size, has_bias=False)
+
+    def forward(self, x_BSD: Tensor, rotation: Rotation) -> Tensor:
+        """(B, S, D) to (B, S, D)."""
+        # Of this rank, after tp.
+        size = len(self.to_qkv_mlp_proj.weight) // (3 + 2 * MLP_RATIO)
+        projected = x_BSD.new_empty(*x_BSD.shape[:2], (3 + 2 * MLP_RATIO) * size)
+        self.to_qkv_mlp_proj.into(x_BSD, projected)
+        qkv, hidden = projected[..., : 3 * size], projected[..., 3 * size :]
+        norms = (self.norm_q, self.norm_k)
+        q, k, v = in_place(qkv, 3, self.head_size)
+        key_values = self.inner.key_values(k, v)
+        keys_to, values_to = (k, v) if key_values.room is None else key_values.room.unbind(2)
+        if key_values.room is None:
+            apply_qk_norm(qkv[..., : 2 * size], QKNorms(norms, norms, self.head_size), rotation)
+        else:
+            apply_qk_norm(qkv, QKNorms(norms, norms, self.head_size), rotation, out=(q, keys_to, values_to))
+        key_values.send()
+        queries = self.inner.start_queries(q)
+        # Overlaps with messages between ranks.
+        both = x_BSD.new_empty(*x_BSD.shape[:2], (1 + MLP_RATIO) * size)
+        both[..., size:] = gate_by_silu(hidden)
+        self.inner.finish(queries, key_values, split_heads(both[..., :size], self.head_size))
+        result: Tensor = self.to_out(both)
+        return result
+
+
+class Flux2TransformerBlock(nn.Module):
+    """A block with two streams: joint attention, then a feed-forward each."""
+
+    def __init__(self, config: Flux2TransformerConfig) -> None:
+        super().__init__()
+        size = config.hidden_size
+        self.norm = LayerNormScaleShift(size)
+        self.attn = JointAttention(size, config.attention_head_dim, has_bias=False)
+        self.ff = Flux2FeedForward(size)
+        self.ff_context = Flux2FeedForward(size)
+
+    def forward(self, residual: Residual, parts: Iterator[Tensor], rotation: Rotation, boundary: int) -> Residual:
+        """The next residual; takes its modulations from `parts`."""
+        modulations = block_modulations(parts)
+        return joint_block(residual, self.norm, self.attn, (self.ff_context, self.ff), modulations, rotation, boundary)
+
+
+class Flux2SingleTransformerBlock(nn.Module):
+    """A block with one stream: attention and feed-forward side by side."""
+
+    def __init__(self, config: Flux2TransformerConfig) -> None:
+        super().__init__()
+        self.norm = LayerNormScaleShift(config.hidden_size)
+        self.attn = Flux2ParallelSelfAttention(config.hidden_size, config.attention_head_dim)
+
+    def forward(self, residual: Residual, parts: Iterator[Tensor], rotation: Rotation, boundary: int) -> Residual:
+        """The next residual; takes its modulations from `parts`."""
+        shift, scale, gate = (SegmentVectors.same(part) for part in islice(parts, SINGLE_VECTORS))
+        x_BSD, normed = self.norm.after(residual, scale, shift, boundary)
+        return Residual(x_BSD, self.attn(normed, rotation), gate)
+
+
+class Flux2Transformer2DModel(DiffusionTransformer):
+    """Predicts the velocity of packed latents."""
+
+    block_linears: ClassVar[tuple[str, ...]] = FLUX2_PLAN.block_linears
+
+    def __init__(self, config: Flux2TransformerConfig) -> None:
+        super().__init__()
+        size = config.hidden_size
+        self.axes_dims, self.theta = config.axes_dims_rope, config.rope_theta
+        self.time_guidance_embed = ConditioningEmbedding(config)
+        self.double_stream_modulation_img = ModulationLinear(size, DOUBLE_VECTORS // 2)
+        self.double_stream_modulation_txt = ModulationLinear(size, DOUBLE_VECTORS // 2)
+        self.single_stream_modulation = ModulationLinear(size, SINGLE_VECTORS)
+        self.x_embedder = Linear(config.in_channels, size, has_bias=False)
+        self.context_embedder = Linear(config.joint_attention_dim, size, has_bias=False)
+        self.transformer_blocks = nn.ModuleList(Flux2TransformerBlock(config) for _ in range(config.num_layers))
+        self.single_transformer_blocks = nn.ModuleList(
+            Flux2SingleTransformerBlock(config) for _ in range(config.num_single_layers)
+        )
+        self.norm_out = ModulationLinear(size, FINAL_VECTORS)
+        self.final_norm = LayerNormScaleShift(size)
+        self.proj_out = nn.Linear(size, config.out_channels, bias=False)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        img_ids: Tensor,
+        txt_ids: Tensor,
+        guidance: Tensor | None = None,
+    ) -> Tensor:
+        """Velocity (B, I, channels) of hidden_states (B, I, channels), reference tokens included.
+
+        timestep is float32 (B,) in [0, 1]; guidance float32 (B,), or None for models without it; encoder_hidden_states
+        (B, T, joint_attention_dim); positions (tokens, 4).
+        """
+        prepared = self.prepare(timestep[None], encoder_hidden_states, guidance, img_ids=img_ids, txt_ids=txt_ids)
+        modulation = prepared.steps["modulation"][0]
+        return self.predict(hidden_states, modulation, use=None, **prepared.constants)["hidden_states"]
+
+    def prepare(  # type: ignore[override]  # which keywords there are differs by model
+        self,
+        timesteps: Tensor,
+        encoder_hidden_states: Tensor,
+        guidance: Tensor | None,
+        img_ids: Tensor,
+        txt_ids: Tensor,
+    ) -> Prepared:
+        """Modulations (N, B, M) for timesteps (N, B), the embedded text, the rotation of all tokens."""
+        steps, batch = timesteps.shape
+        repeated = None if guidance is None else guidance.repeat(steps)
+        activated_BD = silu(self.time_guidance_embed(timesteps.flatten(), repeated))
+        layers = (
+            self.double_stream_modulation_img,
+            self.double_stream_modulation_txt,
+            self.single_stream_modulation,
+            self.norm_out,
+        )
+        modulations = torch.cat([each.linear(activated_BD) for each in layers], dim=1)
+        rotation = rotary_embedding(torch.cat((txt_ids, img_ids)), self.axes_dims, self.theta)
+        return Prepared(
+            steps={"modulation": modulations.view(steps, batch, -1)},
+            constants={"text_BTD": self.context_embedder(encoder_hidden_states), **rotation.tensors()},
+        )
+
+    def predict(  # type: ignore[override]  # which constants there are differs by model
+        self,
+        hidden_states: Tensor,
+        modulation: Tensor,
+        text_BTD: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        use: CacheUse | None = None,
+    ) -> Predictions:
+        """Velocity (B, I, channels), with a step's modulations (B, M)."""
+        vectors = modulation.chunk(DOUBLE_VECTORS + SINGLE_VECTORS + FINAL_VECTORS, dim=1)
+        double, rest = vectors[:DOUBLE_VECTORS], vectors[DOUBLE_VECTORS:]
+        single, final = rest[:SINGLE_VECTORS], rest[SINGLE_VECTORS:]
+        parts = double * len(self.transformer_blocks) + single * len(self.single_transformer_blocks) + final
+        blocks = (*self.transformer_blocks, *self.single_transformer_blocks)
+        normed = through_modulated_blocks(
+            self.x_embedder(hidden_states), text_BTD, parts, Rotation(cos, sin), blocks, self.final_norm, use
+        )
+        return {"hidden_states": self.proj_out(normed)}
+
+    def residual_elements(self, latents: Mapping[str, Tensor], constants: Mapping[str, Tensor]) -> int:
+        """Text and image tokens."""
+        return joint_residual_elements(latents["hidden_states"], constants["text_BTD"])
+
+
+def load_flux2_transformer(
+    checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype, mesh: WorkerMesh | None = None
+) -> Flux2Transformer2DModel:
+    """The DiT of the module's config.json, or this rank's part of it. Raises as load_transformer()."""
+    config = Flux2TransformerConfig.from_dict(name, checkpoint.module_config(name))
+    build = partial(Flux2Transformer2DModel, config)
+    return load_transformer(build, FLUX2_PLAN, checkpoint, name, device, dtype, mesh, heads=config.num_attention_heads)

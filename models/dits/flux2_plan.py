@@ -1,0 +1,44 @@
+"""How the FLUX.2 DiT is sharded between ranks."""
+
+from __future__ import annotations
+
+from configs.models.dits.flux2 import MLP_RATIO
+from models.layers.parallel_plan import Cut, Join, ParallelPlan
+
+DOUBLE, SINGLE = "transformer_blocks.*", "single_transformer_blocks.*"
+
+FLUX2_PLAN = ParallelPlan(
+    column=(
+        f"{DOUBLE}.attn.to_[qkv]",
+        f"{DOUBLE}.attn.add_[qkv]_proj",
+        f"{DOUBLE}.ff.linear_in",
+        f"{DOUBLE}.ff_context.linear_in",
+        f"{SINGLE}.attn.to_qkv_mlp_proj",
+    ),
+    row=(
+        f"{DOUBLE}.attn.to_out.0",
+        f"{DOUBLE}.attn.to_add_out",
+        f"{DOUBLE}.ff.linear_out",
+        f"{DOUBLE}.ff_context.linear_out",
+        f"{SINGLE}.attn.to_out",
+    ),
+    gathered=("double_stream_modulation_*.linear", "single_stream_modulation.linear"),
+    segments={
+        # SwiGLU's gate and its input.
+        f"{DOUBLE}.ff.linear_in": (1, 1),
+        f"{DOUBLE}.ff_context.linear_in": (1, 1),
+        # Queries, keys, values, then SwiGLU's gate and its input.
+        f"{SINGLE}.attn.to_qkv_mlp_proj": (1, 1, 1, MLP_RATIO, MLP_RATIO),
+        # The heads, then the feed-forward.
+        f"{SINGLE}.attn.to_out": (1, MLP_RATIO),
+    },
+    attention=(f"{DOUBLE}.attn.inner", f"{SINGLE}.attn.inner"),
+    # Image tokens are those of the output, then those of each reference image.
+    cuts=(
+        Cut("prepare", "encoder_hidden_states", "text"),
+        Cut("prepare", "txt_ids", "text", dim=0),
+        Cut("prepare", "img_ids", "image", dim=0),
+        Cut("predict", "hidden_states", "image"),
+    ),
+    joins=(Join("predict", "image", result="hidden_states"),),
+)

@@ -1,0 +1,43 @@
+"""The VAE of FLUX.2, which normalises patches of 2x2 latents with statistics among its weights.
+
+Modules and weights are Diffusers'.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from models.loader import load_pretrained
+
+if TYPE_CHECKING:
+    from common.checkpoint import Checkpoint
+
+
+class Flux2VAE:
+    """Decoder of normalised patches. A patch has the channels of 2x2 latents in the order (c, dy, dx)."""
+
+    def __init__(self, vae: Any) -> None:
+        self._vae = vae
+
+    def decode(self, patches: Tensor, *, return_dict: bool = False) -> tuple[Tensor]:
+        """Pixels (B, 3, H, W) in about [-1, 1], of normalised patches (B, 4C, h, w)."""
+        del return_dict
+        latents = self.denormalised(patches).to(self._vae.dtype)
+        pixels: Tensor = self._vae.decode(latents, return_dict=False)[0]
+        return (pixels,)
+
+    def denormalised(self, patches: Tensor) -> Tensor:
+        """Latents (B, C, 2h, 2w) as the decoder takes them, of normalised patches (B, 4C, h, w), in their dtype."""
+        statistics, eps = self._vae.bn, self._vae.config.batch_norm_eps
+        std = torch.sqrt(statistics.running_var.view(1, -1, 1, 1) + eps).to(patches)
+        patches = patches * std + statistics.running_mean.view(1, -1, 1, 1).to(patches)
+        # The same order of channels as that of torch's sub-pixel convolutions.
+        return torch.nn.functional.pixel_shuffle(patches, 2)
+
+
+def load_flux2_vae(checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype) -> Flux2VAE:
+    """The VAE of a checkpoint. Raises CheckpointError."""
+    return Flux2VAE(load_pretrained(checkpoint, name, device, dtype))
