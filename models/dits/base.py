@@ -72,3 +72,11 @@ class DiffusionTransformer(nn.Module, ABC):
     @abstractmethod
     def residual_elements(self, latents: Mapping[str, Tensor], constants: Mapping[str, Tensor]) -> int:
         """An upper bound of the elements in the residual stream (B, S, D) of a prediction for these latents."""
+
+    def cached_tensors(self, latents: Mapping[str, Tensor]) -> object:
+        """What predict() takes from a cache of the module for latents of these shapes, such as rotations.
+
+        A CUDA graph reads it at its address: whoever captures predict() keeps it for as long as the graph.
+        """
+        del latents
+        return None

@@ -11,7 +11,7 @@ sink: frames that leave the window are overwritten.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -76,6 +76,10 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             {**prepared.constants, **rotation.tensors()},
             {"kv_cache": MemorySpec(shape, encoder_hidden_states.dtype)},
         )
+
+    def cached_tensors(self, latents: Mapping[str, Tensor]) -> None:
+        """None: the rotation of the whole video is a constant of the request."""
+        del latents
 
     def predict(  # type: ignore[override]  # which constants there are differs by model
         self,

@@ -193,7 +193,7 @@ class GlmImageTransformer2DModel(DiffusionTransformer):
     ) -> Predictions:
         """Velocity (B, out_channels, rows, columns), with a step's modulations (B, M)."""
         rows, columns = hidden_states.shape[2:]
-        rotation = _image_rotation((rows // 2, columns // 2), self.axes_dims, hidden_states.device)
+        rotation = self._rotation(hidden_states)
         patches = pack_patches(hidden_states)
         velocity = self.tokens(patches, rotation.cos, rotation.sin, modulation, text_BTD, prior_BID, use)
         return {"hidden_states": unpack_patches(velocity, self.out_channels, rows, columns)}
@@ -217,6 +217,14 @@ class GlmImageTransformer2DModel(DiffusionTransformer):
         )
         velocity: Tensor = self.proj_out(normed)
         return velocity
+
+    def cached_tensors(self, latents: Mapping[str, Tensor]) -> Rotation:
+        """The rotation of the image's tokens."""
+        return self._rotation(latents["hidden_states"])
+
+    def _rotation(self, hidden_states: Tensor) -> Rotation:
+        rows, columns = hidden_states.shape[2:]
+        return _image_rotation((rows // 2, columns // 2), self.axes_dims, hidden_states.device)
 
     def residual_elements(self, latents: Mapping[str, Tensor], constants: Mapping[str, Tensor]) -> int:
         """Glyph tokens of this rank, and image tokens of all ranks."""

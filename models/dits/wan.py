@@ -286,8 +286,7 @@ class WanTransformer3DModel(DiffusionTransformer):
 
         `first_modulation` is that of the first latent frame's tokens, if it differs.
         """
-        grid = self._grid(hidden_states)
-        rotation = _rotation(grid, self.axes_dims, hidden_states.device)
+        grid, rotation = self._grid(hidden_states), self._rotation(hidden_states)
         x_BSD = self.patch_embedding(hidden_states).flatten(2).transpose(1, 2)
         if first_modulation is None:
             x_BSD = x_BSD.contiguous()
@@ -316,6 +315,13 @@ class WanTransformer3DModel(DiffusionTransformer):
         del constants
         video = latents["hidden_states"]
         return len(video) * math.prod(self._grid(video)) * self.final_norm.size
+
+    def cached_tensors(self, latents: Mapping[str, Tensor]) -> Rotation | None:
+        """The rotation of the video's tokens."""
+        return self._rotation(latents["hidden_states"])
+
+    def _rotation(self, hidden_states: Tensor) -> Rotation:
+        return _rotation(self._grid(hidden_states), self.axes_dims, hidden_states.device)
 
     def _grid(self, hidden_states: Tensor) -> tuple[int, ...]:
         """Frames, rows and columns of patches."""

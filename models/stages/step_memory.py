@@ -116,6 +116,7 @@ class StepMemory:
         self._buffers: dict[str, dict[str, Tensor]] | None = None
         self._ran: set[tuple[bool, Flags]] = set()
         self._graphs: dict[tuple[bool, Flags], Captured] = {}
+        self._cached_tensors: list[object] = []
 
     @property
     def byte_size(self) -> int:
@@ -168,6 +169,7 @@ class StepMemory:
             for name, value in tensors.items():
                 buffers[group][name].copy_(value)
         if kind not in self._graphs:
+            self._cached_tensors.append(self.transformer.cached_tensors(buffers["latents"]))
             self._graphs[kind] = capture(
                 lambda: self._run(buffers["latents"], buffers["row"], buffers["constants"], kind)
             )

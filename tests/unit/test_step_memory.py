@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+from collections.abc import Mapping
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +19,7 @@ from loop_family import SHAPES, LoopTransformer
 from models.stages import step_memory
 from models.stages.step_memory import Lease, StepInputs, StepMemory, StepMemoryPool, byte_size_of
 
+DITS = Path(__file__).resolve().parents[2] / "models" / "dits"
 TRANSFORMER = LoopTransformer(1.0, remembers=True)
 
 
@@ -51,6 +56,35 @@ def test_live_leases_of_equal_steps_share_no_memory(pool: StepMemoryPool) -> Non
             again = [run(one, first), run(other, second)]
             assert all(torch.equal(a[name], b[name]) for a, b in zip(expected, again, strict=True) for name in a)
         assert not torch.equal(expected[0]["video"], expected[1]["video"])
+
+
+class CachingTransformer(LoopTransformer):
+    """Its predictions read a tensor of a cache that forgets it."""
+
+    def cached_tensors(self, latents: Mapping[str, Tensor]) -> Tensor:
+        """The tensor."""
+        rotation = torch.ones(len(latents))
+        self.cached = weakref.ref(rotation)
+        return rotation
+
+
+def test_a_graph_keeps_what_its_denoiser_caches(pool: StepMemoryPool) -> None:
+    """A graph reads it at its address, although the denoiser's cache holds other shapes by then."""
+    transformer, step = CachingTransformer(1.0, remembers=True), inputs()
+    with pool.leases() as lease:
+        memory = lease("transformer", transformer, step)
+        run(memory, step)
+        run(memory, step)
+    gc.collect()
+    assert transformer.cached() is not None, "the graph reads memory that was freed"
+
+
+def test_every_denoiser_that_caches_tensors_names_them() -> None:
+    """So that no graph of another family reads freed memory either."""
+    caching = {path.stem for path in DITS.glob("*.py") if "@lru_cache" in path.read_text()}
+    naming = {path.stem for path in DITS.glob("*.py") if "def cached_tensors" in path.read_text()} - {"base"}
+    assert caching <= naming, f"{sorted(caching - naming)} cache tensors that a graph may read after their end"
+    assert caching
 
 
 def test_flags_of_a_prediction_have_graphs_of_their_own_in_one_memory(
