@@ -27,7 +27,7 @@ from common.watched import WatchedFiles
 from fleet.v1 import worker_pb2, worker_pb2_grpc
 from models.kernels.packages import Outcome
 from models.layers.mesh import Degrees
-from services.worker_settings import CachingSettings, StepSettings, WorkerSettings, device_of, prepare_thread
+from services.worker_settings import CachingSettings, StepSettings, WorkerSettings, device_of, prepare_session_thread
 
 _SERVICE = "fleet.v1.WorkerService"
 
@@ -109,7 +109,7 @@ def make_server(
         limits=limits,
         cache=cache,
         watchdog=watchdog,
-        prepare_thread=partial(prepare_thread, device_of(settings.device), settings.threads),
+        prepare_thread=partial(prepare_session_thread, device_of(settings.device), settings.threads),
     )
     server.add(servicer.methods, servicer.service_name)
     worker_pb2_grpc.add_WorkerServiceServicer_to_server(WorkerService(info), server.grpc_server)

@@ -214,3 +214,14 @@ def prepare_thread(device: torch.device, threads: int) -> None:
         torch.set_num_threads(threads)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+
+
+def prepare_session_thread(device: torch.device, threads: int) -> None:
+    """Make a thread that of a session, which computes now and then beside the thread of this device.
+
+    On a GPU its kernels go before those of the other threads of this process: an item that is decoded late is shown
+    late, and the loop that makes the next items is ahead of it.
+    """
+    prepare_thread(device, threads)
+    if device.type == "cuda":
+        torch.cuda.set_stream(torch.cuda.Stream(device, priority=-1))

@@ -9,9 +9,9 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any
@@ -93,13 +93,19 @@ class TimedStages(HostedStages):
                 self.times[slot].append(time.perf_counter())
             call.on_item(slot, index, item)
 
-        with _current(self._device):
+        with _current(self._device, goes_first=bool(self.contract.input_streams)):
             return super().run(values, replace(call, on_item=on_item))
 
 
-def _current(device: torch.device) -> AbstractContextManager[Any]:
-    """Make a device that of the thread: Triton launches kernels there."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+@contextmanager
+def _current(device: torch.device, *, goes_first: bool) -> Iterator[None]:
+    """Make a device that of the thread, where Triton launches kernels; those of a session go before others."""
+    if device.type != "cuda":
+        yield
+        return
+    stream = torch.cuda.Stream(device, priority=-1) if goes_first else torch.cuda.default_stream(device)
+    with torch.cuda.device(device), torch.cuda.stream(stream):
+        yield
 
 
 @dataclass(frozen=True)
