@@ -224,4 +224,4 @@ def prepare_session_thread(device: torch.device, threads: int) -> None:
     """
     prepare_thread(device, threads)
     if device.type == "cuda":
-        torch.cuda.set_stream(torch.cuda.Stream(device, priority=-1))
+        torch.cuda.set_stream(torch.cuda.Stream(device, priority=-1))  # type: ignore[no-untyped-call]

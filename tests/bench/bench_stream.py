@@ -103,7 +103,9 @@ def _current(device: torch.device, *, goes_first: bool) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    stream = torch.cuda.Stream(device, priority=-1) if goes_first else torch.cuda.default_stream(device)
+    stream: Any = torch.cuda.default_stream(device)
+    if goes_first:
+        stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
     with torch.cuda.device(device), torch.cuda.stream(stream):
         yield
 
