@@ -172,6 +172,7 @@ class StageServicer:
             finally:
                 if feeding is not None:
                     feeding.cancel()
+                    await asyncio.wait({feeding})
                 if job.seconds:
                     context.set_trailing_metadata(((COMPUTED_KEY, f"{job.seconds:.6f}"),))
                 self._jobs.remove(job)
@@ -304,8 +305,8 @@ class StageServicer:
             raise InvalidInput(f"{slot} is present, but {contract.name} of this model does not read it", field=slot)
         for slot in sorted(present & contract.input_streams):
             raise InvalidInput(f"{slot} is a stream: its items come after the header", field=slot)
-        for slot in contract.inputs.keys() - contract.input_streams:
-            if slot not in present and slot not in contract.optional:
+        for slot in contract.inputs:
+            if slot not in present and slot not in contract.optional and slot not in contract.input_streams:
                 raise InvalidInput(f"{slot} is missing; {contract.name} of this model needs it", field=slot)
         return header
 

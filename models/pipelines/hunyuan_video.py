@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from models.composition import StandardPipeline
+from models.composition import VIDEO_DECODING, StandardPipeline
 from models.registry import Registry
 
 _TEXT_MODULES = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
@@ -16,7 +16,7 @@ class HunyuanVideoPipeline(StandardPipeline):
 
     def create_pipeline_stages(self) -> None:
         """Text to video with both encoders."""
-        self.add_standard_t2i_stages(text_modules=_TEXT_MODULES)
+        self.add_standard_t2i_stages(text_modules=_TEXT_MODULES, decoding=VIDEO_DECODING)
 
 
 def register_configs(registry: Registry) -> None:

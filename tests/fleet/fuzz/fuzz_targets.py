@@ -18,7 +18,7 @@ import grpc
 import torch
 from fuzz_context import Answer, Context
 from fuzz_inputs import Frames
-from google.protobuf.descriptor import Descriptor
+from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import Message
 from PIL import Image, ImageCms, PngImagePlugin
 from redis.exceptions import ConnectionError as Away
@@ -128,8 +128,8 @@ class Reader:
         """Touch every byte of every tensor, by packing what was unpacked."""
         call.check_cancelled()
         for slot, value in values.items():
-            packet = pack(slot, value, TORCH)
-            assert packet.byte_size < 2 * LIMITS.total_bytes
+            for each in value if slot in self.contract.input_streams else [value]:
+                assert pack(slot, each, TORCH).byte_size < 2 * LIMITS.total_bytes
         return {}
 
 
@@ -191,17 +191,49 @@ def framed_seeds(kind: type[Message]) -> list[Frames]:
     """A call with every slot, one whose tensors come in chunks, and an empty one."""
     inline, chunked = cast(Any, kind)(), cast(Any, kind)()
     chunks: list[bytes] = []
-    data = bytes(range(120))
+    items: list[bytes] = []
     for slot in inline.header.DESCRIPTOR.fields:
+        if slot.is_repeated:
+            items += _sample_items(kind, slot)
+            continue
         near, far = getattr(inline.header, slot.name), getattr(chunked.header, slot.name)
         near.SetInParent()
         far.SetInParent()
-        sampled = zip(_sample_tensors(slot.name, near), _sample_tensors(slot.name, far), strict=True)
-        for (path, tensor), (_, described) in sampled:
-            tensor.CopyFrom(pb.Tensor(dtype=pb.DTYPE_FLOAT32, shape=[5, 6], byte_size=120, data=data))
-            described.CopyFrom(pb.Tensor(dtype=pb.DTYPE_FLOAT32, shape=[30], byte_size=120, checksum=checksum((data,))))
-            chunks += [chunk_frame(path, 0, data[:50]), chunk_frame(path, 50, data[50:])]
-    return [(inline.SerializeToString(),), (chunked.SerializeToString(), *chunks), (kind().SerializeToString(),)]
+        chunks += _fill_tensors(slot.name, near, far)
+    return [
+        (inline.SerializeToString(), *items),
+        (chunked.SerializeToString(), *chunks, *items),
+        (kind().SerializeToString(),),
+    ]
+
+
+def _fill_tensors(slot: str, near: Any, far: Any) -> list[bytes]:
+    """Give two artifacts tensors, one inline and one described; the chunks of the latter."""
+    chunks: list[bytes] = []
+    data = bytes(range(120))
+    for (path, tensor), (_, described) in zip(_sample_tensors(slot, near), _sample_tensors(slot, far), strict=True):
+        tensor.CopyFrom(pb.Tensor(dtype=pb.DTYPE_FLOAT32, shape=[5, 6], byte_size=120, data=data))
+        described.CopyFrom(pb.Tensor(dtype=pb.DTYPE_FLOAT32, shape=[30], byte_size=120, checksum=checksum((data,))))
+        chunks += [chunk_frame(path, 0, data[:50]), chunk_frame(path, 50, data[50:])]
+    return chunks
+
+
+def _sample_items(kind: type[Message], slot: FieldDescriptor) -> list[bytes]:
+    """Two items of a stream: one whose tensors are inline, and one whose tensors follow in chunks."""
+    assert slot.message_type is not None, "a stream is one of artifacts"
+    near, far = cast(Any, kind)(), cast(Any, kind)()
+    artifacts = []
+    for index, frame in enumerate((near, far)):
+        frame.item.slot, frame.item.index = slot.name, index
+        (field,) = (
+            each.name
+            for each in pb.StreamItem.DESCRIPTOR.oneofs_by_name["artifact"].fields
+            if each.message_type == slot.message_type
+        )
+        artifacts.append(getattr(frame.item, field))
+        artifacts[-1].SetInParent()
+    chunks = _fill_tensors(slot.name, *artifacts)
+    return [near.SerializeToString(), far.SerializeToString(), *chunks]
 
 
 def _sample_tensors(slot: str, value: Any) -> Iterator[tuple[str, Any]]:
@@ -222,6 +254,8 @@ def _sample_tensors(slot: str, value: Any) -> Iterator[tuple[str, Any]]:
             yield f"{slot}.images.image", value.images["image"]
         case pb.Generator():
             yield f"{slot}.state", value.state
+        case pb.MediaItem():
+            yield f"{slot}.data", value.data
 
 
 def _chunk(frames: Frames) -> None:
