@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from typing import Any
 
+import av
 import pytest
 import torch
 
@@ -49,6 +51,13 @@ def test_tensors_are_those_of_one_process(fleet: ServedFleet, model: ServedModel
     got = fleet.generate("hunyuan", **GIVEN).tensors
     assert got.keys() == expected.keys()
     assert all(torch.equal(got[key], expected[key]) for key in expected)
+
+
+def test_a_video_is_an_mp4_of_all_frames(fleet: ServedFleet) -> None:
+    """Its VAE decodes at once, so that the file comes in one part."""
+    (data,) = fleet.generate("hunyuan", ".mp4", **GIVEN).files
+    with av.open(io.BytesIO(data), "r") as container:
+        assert len(list(container.decode(video=0))) == GIVEN["num_frames"]
 
 
 @pytest.mark.parametrize(("change", "field"), [({"height": 40}, "height"), ({"num_frames": 0}, "num_frames")], ids=str)
