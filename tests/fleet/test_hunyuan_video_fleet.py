@@ -55,9 +55,11 @@ def test_tensors_are_those_of_one_process(fleet: ServedFleet, model: ServedModel
 
 def test_a_video_is_an_mp4_of_all_frames(fleet: ServedFleet) -> None:
     """Its VAE decodes at once, so that the file comes in one part."""
-    (data,) = fleet.generate("hunyuan", ".mp4", **GIVEN).files
-    with av.open(io.BytesIO(data), "r") as container:
-        assert len(list(container.decode(video=0))) == GIVEN["num_frames"]
+    files = fleet.generate("hunyuan", ".mp4", **GIVEN).files
+    assert len(files) == GIVEN["num_outputs_per_prompt"]
+    for data in files:
+        with av.open(io.BytesIO(data), "r") as container:
+            assert len(list(container.decode(video=0))) == GIVEN["num_frames"]
 
 
 @pytest.mark.parametrize(("change", "field"), [({"height": 40}, "height"), ({"num_frames": 0}, "num_frames")], ids=str)
