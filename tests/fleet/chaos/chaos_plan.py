@@ -11,13 +11,15 @@ from typing import Any
 
 from fleet.v1 import generation_pb2 as pb
 
-FLUX, WAN = "flux", "wan"
+FLUX, WAN, CAUSAL = "flux", "wan", "causal"
 STEPS = 12
 
 _FLUX_GIVEN = {"height": 192, "width": 192, "num_inference_steps": STEPS}
 _LARGE_GIVEN = {"height": 384, "width": 384, "num_inference_steps": STEPS}  # a loop of about a second
 _WAN_GIVEN = {"height": 48, "width": 64, "num_frames": 5, "num_inference_steps": STEPS}
-_WAN_SHARE = 0.3
+# Three blocks of four steps, which stream.
+_CAUSAL_GIVEN = {"height": 64, "width": 96, "num_frames": 21}
+_SHARES: Mapping[str, float] = MappingProxyType({FLUX: 0.6, WAN: 0.2, CAUSAL: 0.2})
 _FAR_DEADLINE_SECONDS = 1_800.0
 _VARIANTS = 4
 CALLERS = ("studio", "press")
@@ -114,8 +116,8 @@ class Picture:
     @property
     def given(self) -> Mapping[str, Any]:
         """The sampling parameters by name."""
-        size = _WAN_GIVEN if self.model == WAN else _LARGE_GIVEN if self.is_large else _FLUX_GIVEN
-        return {"prompt": self.prompt, "seed": self.seed, **size}
+        sizes = {FLUX: _LARGE_GIVEN if self.is_large else _FLUX_GIVEN, WAN: _WAN_GIVEN, CAUSAL: _CAUSAL_GIVEN}
+        return {"prompt": self.prompt, "seed": self.seed, **sizes[self.model]}
 
     @property
     def parameters(self) -> pb.GenerationParameters:
@@ -124,7 +126,7 @@ class Picture:
 
 
 PICTURES = tuple(
-    Picture(model, _PROMPTS[number % len(_PROMPTS)], number) for model in (FLUX, WAN) for number in range(_VARIANTS)
+    Picture(model, _PROMPTS[number % len(_PROMPTS)], number) for model in _SHARES for number in range(_VARIANTS)
 )
 LARGE_PICTURES = tuple(
     Picture(FLUX, prompt, _VARIANTS + number, is_large=True) for number, prompt in enumerate(_PROMPTS)
@@ -227,7 +229,7 @@ def make_churn_plan(
 
 
 def _order(number: int, rng: random.Random) -> Order:
-    model = WAN if rng.random() < _WAN_SHARE else FLUX
+    (model,) = rng.choices(list(_SHARES), list(_SHARES.values()))
     manner = rng.choices(list(_MANNERS), list(_MANNERS.values()))[0]
     far = rng.choice((None, None, _FAR_DEADLINE_SECONDS))
     return Order(

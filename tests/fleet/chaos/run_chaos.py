@@ -48,7 +48,7 @@ from chaos_checks import (  # noqa: E402
 from chaos_churn import Churn  # noqa: E402
 from chaos_clients import Channels, Client, Pulse, Stub, Wrong, download  # noqa: E402
 from chaos_faults import Chaos  # noqa: E402
-from chaos_plan import CALLERS, FLUX, WAN, Manner, Picture, Plan, make_churn_plan, make_plan  # noqa: E402
+from chaos_plan import CALLERS, CAUSAL, FLUX, WAN, Manner, Picture, Plan, make_churn_plan, make_plan  # noqa: E402
 from chaos_processes import Fleet, credentials  # noqa: E402
 from chaos_report import Report  # noqa: E402
 from redis.asyncio import Redis  # noqa: E402
@@ -58,7 +58,7 @@ from fleet.v1 import generation_pb2 as pb  # noqa: E402
 from local_fleet import open_fleet  # noqa: E402
 from redis_servers import until  # noqa: E402
 from tiny_flux import build_tiny_flux  # noqa: E402
-from tiny_wan import build_tiny_wan  # noqa: E402
+from tiny_wan import build_tiny_wan, build_tiny_wan_causal  # noqa: E402
 
 COORDINATORS, WORKERS = 3, 2
 CHURN_COORDINATORS, CHURN_WORKERS, CHURN_DENOISERS = 2, 1, 2
@@ -70,7 +70,7 @@ References = Mapping[Picture, Sequence[bytes]]
 
 def build_models(directory: Path, plan: Plan) -> dict[str, Path]:
     """The checkpoints that are served, by name."""
-    build = {FLUX: build_tiny_flux, WAN: build_tiny_wan}
+    build = {FLUX: build_tiny_flux, WAN: build_tiny_wan, CAUSAL: build_tiny_wan_causal}
     return {name: build[name](directory / name) for name in dict.fromkeys(each.model for each in plan.pictures)}
 
 
