@@ -56,7 +56,7 @@ class _Emitted:
 
 
 EMITTED: Stream[Any] = _Emitted()
-"""What a stage returns in the place of a stream whose items it has emitted."""
+"""The value of a stream in the output that a stage returns: the items went to Call.emit()."""
 
 
 def item_kind(kind: str) -> str | None:
@@ -109,7 +109,7 @@ class Call:
     """The index of the next item of each stream."""
 
     def emit(self, slot: str, artifact: Any, index: int | None = None) -> None:
-        """Send the next item of a stream to its reader. Blocks while that is too far behind, unless it is cancelled.
+        """Send the next item of a stream to its reader. Blocks while the reader is too far behind, until cancellation.
 
         `index` counts the items of the stream from 0; a stage that resumes gives the index that the item had before.
         The item's tensors are on the CPU, and the stage does not write to them any more.

@@ -106,7 +106,7 @@ class StreamFeed:
         self._error: BaseException | None = None
 
     async def put(self, item: Any, byte_size: int) -> None:
-        """Append an item, and return once there is room for the next one."""
+        """Append an item, and return once at most `max_bytes` wait to be taken."""
         with self._condition:
             self._items.append((item, byte_size))
             self._bytes += byte_size
@@ -165,7 +165,7 @@ def wait_on_thread(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, No
 
 
 def call_on(loop: asyncio.AbstractEventLoop, callback: Callable[[], object]) -> None:
-    """Call it on the event loop from another thread, unless the loop has ended."""
+    """Run `callback` on the event loop, from another thread; do nothing where the loop has ended."""
     try:
         loop.call_soon_threadsafe(callback)
     except RuntimeError:
@@ -198,7 +198,7 @@ class DeviceLock:
 
     @contextmanager
     def released(self) -> Iterator[None]:
-        """Let others compute while the holder waits for something else."""
+        """Release the device while its holder waits, and acquire it again afterwards."""
         self.__exit__()
         try:
             yield

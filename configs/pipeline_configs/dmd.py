@@ -29,8 +29,11 @@ class CausalDmdConfig(DmdConfig):
     """A model that denoises a video block by block.
 
     The denoiser's predict() takes the block's latents (B, channels, frames, rows, columns) and the static flag
-    `first_frame`, the number of frames before the block, whose keys and values are in its memory.
+    `first_frame`, the number of frames before the block, whose keys and values are in its memory. That memory is
+    sharded by heads, so that a worker group has no ring.
     """
+
+    supports_ring: ClassVar[bool] = False
 
     @property
     def frames_per_block(self) -> int:

@@ -118,7 +118,7 @@ class ResultStream:
             await asyncio.shield(self._storing)
 
     async def _load(self) -> None:
-        """Find out what was delivered under earlier epochs, whose owners can deliver nothing any more."""
+        """Read the items that were delivered under earlier epochs, whose owners can deliver nothing any more."""
         what = f"request {self._request_id} was taken over"
         delivered = await persist(what, partial(self._store.delivered_items, self._request_id))
         await persist(what, partial(self._store.items.refresh, self._request_id, delivered))

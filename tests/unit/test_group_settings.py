@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from models.catalog import ServedModel, open_model
 from models.registry import load_registry
 from services.denoising import __main__ as denoising
 from services.denoising.settings import DenoisingSettings, check_group
+from tiny_wan import build_tiny_wan_causal
 from toy_checkpoint import build_toy_checkpoint, toy_family
 
 
@@ -75,6 +77,19 @@ def test_a_model_without_a_plan_is_refused(tmp_path_factory: pytest.TempPathFact
         toy = open_model(f"toy={build_toy_checkpoint(tmp_path_factory.mktemp('toy'))}", load_registry([plugins]))
         with pytest.raises(InvalidInput, match="has no parallel plan for denoising"):
             check_group(toy, settings_of(ulysses=2))
+
+
+def test_a_ring_of_a_causal_model_is_refused(tmp_path: Path) -> None:
+    causal = open_model(f"causal={build_tiny_wan_causal(tmp_path)}", load_registry())
+    with pytest.raises(InvalidInput, match=r"ring: 2 is not 1; .* so that ulysses and tp work") as caught:
+        check_group(causal, settings_of(ring=2))
+    assert caught.value.field == "ring"
+    check_group(causal, settings_of(tp=2))
+    check_group(causal, settings_of(ulysses=2))
+    for wrong, field in (({"cfg": 2}, "cfg"), ({"tp": 3}, "tp")):
+        with pytest.raises(InvalidInput) as caught:
+            check_group(causal, settings_of(**wrong))
+        assert caught.value.field == field
 
 
 def test_the_service_says_it_in_a_line_and_starts_nothing(

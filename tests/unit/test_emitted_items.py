@@ -1,0 +1,132 @@
+"""Items that a worker emits: a reader gets them after their checkpoint is stored, and a retry continues after them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from typing import cast
+
+import pytest
+
+from common.errors import ResourceExhausted
+from common.pipeline import ServiceSpec
+from common.rpc.client import WorkerLost
+from common.rpc.framing import Packet
+from common.stage import STEP_CHECKPOINTS, Call, Contract
+from common.state.leases import Leases
+from common.state.worker_slots import FIRST_COME, WorkerSlot, WorkerSlots
+from fleet.v1 import artifacts_pb2, worker_pb2
+from services.coordinator.resume import Recovery
+from services.coordinator.worker_runner import ArtifactMemory, Connections, WorkerRunner, Workers
+
+BLOCKS = "denoised_blocks"
+OUTPUTS = {BLOCKS: "Stream[Latents]"}
+LOOP = ServiceSpec(
+    "denoising",
+    Contract(
+        "denoising", {"resume_from": "DenoiseState"}, OUTPUTS, frozenset({"resume_from"}), resume_slot="resume_from"
+    ),
+    (),
+)
+
+
+class Store(WorkerSlots):
+    """Slots of workers that all have different numerics."""
+
+    def __init__(self) -> None:
+        self.claimed = 0
+
+    async def claim(self, *_: object, **__: object) -> WorkerSlot:
+        self.claimed += 1
+        worker = worker_pb2.WorkerInfo(
+            worker_id=f"w{self.claimed}", address="here", reports_begun=True, numerics_fingerprint=f"n{self.claimed}"
+        )
+        return WorkerSlot(f"t{self.claimed}", "model/denoising", worker)
+
+    def release(self, *_: object) -> None:
+        pass
+
+    async def avoid(self, worker_id: str) -> float:
+        del worker_id
+        return 0.0
+
+
+class DyingWorkers(Connections):
+    """The first worker sends a checkpoint of step 3, emits so many items and is lost; the second one ends the call."""
+
+    def __init__(self, items: int) -> None:
+        self.items = items
+        self.resumed_at: list[int] = []
+
+    def runner(self, *_: object) -> DyingWorkers:  # type: ignore[override]
+        return self
+
+    def drop(self, address: str) -> None:
+        del address
+
+    async def __call__(self, values: Mapping[str, Packet], call: Call) -> Mapping[str, Packet]:
+        start = cast(artifacts_pb2.DenoiseState, values["resume_from"].message).step if values else 0
+        self.resumed_at.append(start)
+        if len(self.resumed_at) > 1:
+            return {}
+        await call.sinks[STEP_CHECKPOINTS].put(3, Packet(artifacts_pb2.DenoiseState(step=3), {}), 0)
+        for index in range(self.items):
+            await call.sinks[BLOCKS].put(index, Packet(artifacts_pb2.Latents(), {}), 0)
+        raise WorkerLost("connection reset")
+
+
+class SlowLeases(Leases):
+    """Takes a while to store a checkpoint, and appends to `log` once it has."""
+
+    def __init__(self, log: list[str]) -> None:
+        self.log = log
+
+    async def save_step_checkpoint(self, *_: object, step: int, **__: object) -> bool:
+        await asyncio.sleep(0.05)
+        self.log.append(f"checkpoint {step}")
+        return True
+
+
+class LoggedSink:
+    """A reader that appends each item's index to a log."""
+
+    def __init__(self, log: list[str]) -> None:
+        self.log = log
+
+    async def put(self, index: int, item: Packet, byte_size: int) -> None:
+        del item, byte_size
+        self.log.append(f"item {index}")
+
+
+def run(items: int, max_bytes: int = 1 << 20) -> tuple[list[int], list[str]]:
+    """The steps at which the workers began, and what was stored and delivered, in order."""
+    log: list[str] = []
+    network = DyingWorkers(items)
+
+    async def story() -> None:
+        workers = Workers(Store(), network, ArtifactMemory(max_bytes))
+        recovery = Recovery(SlowLeases(log), "r")
+        runner = WorkerRunner(workers, "model", LOOP, 0, FIRST_COME, recovery, lambda: None)
+        assert await runner({}, Call("r", sinks={BLOCKS: LoggedSink(log)})) == {}
+        await recovery.step_checkpoint.close()
+
+    asyncio.run(asyncio.wait_for(story(), 20))
+    return network.resumed_at, log
+
+
+def test_an_item_is_delivered_after_its_checkpoint_is_stored() -> None:
+    assert run(items=2)[1] == ["checkpoint 3", "item 0", "item 1"]
+
+
+def test_after_an_item_a_worker_of_other_numerics_continues() -> None:
+    assert run(items=1)[0] == [0, 3]
+
+
+def test_before_the_first_item_a_worker_of_other_numerics_starts_from_step_0() -> None:
+    assert run(items=0)[0] == [0, 0]
+
+
+def test_items_beyond_the_memory_end_the_request_with_their_slot() -> None:
+    with pytest.raises(ResourceExhausted) as raised:
+        run(items=1, max_bytes=-1)
+    assert raised.value.field == BLOCKS
