@@ -45,6 +45,12 @@ MOST_TOKENS_SHIFTED_BY_STEPS = 4300
 class Flux2KleinPipelineConfig(StandardPipelineConfig):
     """Flux2KleinPipeline's callbacks. A token is a 2x2 patch of latents, channels in the order (c, dy, dx)."""
 
+    title: ClassVar[str] = "FLUX.2 klein, distilled or not"
+    deviations: ClassVar[str] = (
+        "Text to image only: no stage encodes reference images. `negative_prompt` is dropped, as Diffusers has "
+        "none."
+    )
+
     transformer: Flux2TransformerConfig
     vae: AutoencoderKLFlux2Config
     is_distilled: bool
