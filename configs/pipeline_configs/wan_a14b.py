@@ -27,7 +27,7 @@ class WanA14BPipelineConfig(WanPipelineConfig):
     """
 
     title: ClassVar[str] = "Wan 2.2 A14B (T2V, I2V)"
-    deviations: ClassVar[str] = "Both experts are required, as each has steps of its own; Diffusers also runs one alone."
+    deviations: ClassVar[str] = "Both experts are required, as each has its steps; Diffusers also runs one alone."
 
     transformers: ClassVar[tuple[str, ...]] = (TRANSFORMER, TRANSFORMER_2)
 
