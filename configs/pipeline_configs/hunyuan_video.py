@@ -54,8 +54,8 @@ class HunyuanVideoPipelineConfig(StandardPipelineConfig):
 
     title: ClassVar[str] = "HunyuanVideo"
     deviations: ClassVar[str] = (
-        "`prompt_2` goes to CLIP, as Diffusers documents it and does not do. Frames are rounded to the VAE's "
-        "grid, with a warning."
+        "`prompt_2` goes to CLIP, as documented; Diffusers ignores it. Frames are rounded to the VAE's grid, with a "
+        "warning."
     )
 
     transformer: HunyuanVideoTransformerConfig
