@@ -63,11 +63,8 @@ class Checkpoint:
     @classmethod
     def open(cls, path: Path) -> Checkpoint:
         """Read a directory. Raises CheckpointError that says what is missing or unreadable, and where."""
-        check_link(path.expanduser())
-        path = path.expanduser().resolve()
-        if not path.is_dir() or not is_listed(path / INDEX_FILE):
-            raise CheckpointError(explain(path))
-        return cls(path, read_json(path / INDEX_FILE), _read_sampling_defaults(path))
+        path, index = _read_index(path)
+        return cls(path, index, _read_sampling_defaults(path))
 
     @property
     def name(self) -> str:
@@ -149,11 +146,28 @@ class Checkpoint:
         return self._opened[name]
 
 
+def read_class_name(path: Path) -> str:
+    """The `_class_name` of a directory, without a look at its modules. Raises CheckpointError as Checkpoint.open()."""
+    _, index = _read_index(path)
+    return str(index["_class_name"])
+
+
+def _read_index(path: Path) -> tuple[Path, Mapping[str, Any]]:
+    """The resolved directory and its model_index.json, which has a `_class_name`."""
+    check_link(path.expanduser())
+    path = path.expanduser().resolve()
+    where = path / INDEX_FILE
+    if not path.is_dir() or not is_listed(where):
+        raise CheckpointError(explain(path))
+    index = read_json(where)
+    if not isinstance(index.get("_class_name"), str):
+        raise CheckpointError(f"{where} has no _class_name, so it does not say which pipeline it is for")
+    return path, index
+
+
 def _module_classes(path: Path, index: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
     """The (library, class) of each module that model_index.json names; an entry of nulls is a module left out."""
     where = path / INDEX_FILE
-    if not isinstance(index.get("_class_name"), str):
-        raise CheckpointError(f"{where} has no _class_name, so it does not say which pipeline it is for")
     modules: dict[str, tuple[str, str]] = {}
     for name, entry in index.items():
         if name.startswith("_") or not isinstance(entry, list) or entry == [None, None]:

@@ -120,6 +120,8 @@ class ComposedPipeline:
     _required_config_modules: ClassVar[tuple[str, ...]]
     given: ClassVar[Mapping[str, str]] = {"prompt": "Prompt", "canvas": "Canvas", "sampling": "Sampling"}
     """Slots that validation fills from the request, each with the name of its artifact."""
+    relatives: ClassVar[tuple[str, ...]] = ()
+    """Beginnings of other `_class_name`s to which this pipeline is the nearest one, beside its own name."""
 
     def __init__(self, modules: Collection[str]) -> None:
         missing = [name for name in self._required_config_modules if name not in modules]

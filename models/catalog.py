@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from common.checkpoint import INDEX_FILE, SAMPLING_DEFAULTS_FILE, Checkpoint
+from common.checkpoint import INDEX_FILE, SAMPLING_DEFAULTS_FILE, Checkpoint, read_class_name
 from common.errors import CheckpointError, InvalidInput
 from common.pipeline import ComposedPipeline, MissingModules, PipelineError, ServiceSpec, unite_roles
 from common.variants import unite_services
@@ -124,8 +124,9 @@ def open_model(reference: str, registry: Registry) -> ServedModel:
     Raises CheckpointError where there is no such model or it cannot be served, InvalidInput where NAME is no name.
     """
     name, directory = _locate(reference)
+    # The class comes first: of a pipeline that is not supported, modules may be unknown too.
+    entry = registry.entry(read_class_name(directory))
     checkpoint = Checkpoint.open(directory)
-    entry = registry.entry(checkpoint.pipeline_name)
     pipelines, unserved = _pipelines(entry, checkpoint)
     for variant, reason in unserved.items():
         _log.warning("variant is not served: model=%s variant=%s reason=%s", name, variant, reason)

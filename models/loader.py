@@ -159,7 +159,7 @@ class _Modules:
 
 
 def check_parallel(model: ServedModel, service: ServiceSpec, degrees: Degrees) -> None:
-    """Refuse more than one rank for a service without a parallel plan. Raises InvalidInput."""
+    """Refuse more than one rank without a parallel plan, or on an axis that it lacks. Raises InvalidInput."""
     for variant, spec in model.variants_of(service.service):
         config: type[PipelineConfig] = resolve(variant.pipeline_config)
         classes = {model.checkpoint.modules[name][1] for name in spec.modules if name in model.checkpoint.modules}
@@ -168,6 +168,10 @@ def check_parallel(model: ServedModel, service: ServiceSpec, degrees: Degrees) -
                 f"{model.checkpoint.pipeline_name} has no parallel plan for {service.service}, so that tp, ulysses, "
                 f"ring and cfg must be 1; they are {degrees}"
             )
+        for axis in ("tp", "ulysses", "ring"):
+            if degrees.of(axis) > 1 and axis not in config.parallel_axes:
+                message = f"{axis}: {degrees.of(axis)} is not 1, which {model.checkpoint.pipeline_name} needs"
+                raise InvalidInput(f"{message}; its parallel plan has {', '.join(config.parallel_axes)}", field=axis)
 
 
 def load_module(checkpoint: Checkpoint, name: str, config: PipelineConfig, runtime: Runtime) -> Any:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import importlib
 import pkgutil
+import re
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -74,13 +75,28 @@ class Registry:
         self._pipelines[name] = pipeline
 
     def entry(self, pipeline_name: str) -> PipelineEntry:
-        """The entry of a `_class_name`. Raises CheckpointError that names the supported ones."""
+        """The entry of a `_class_name`. Raises CheckpointError that names the supported ones, and the nearest."""
         if pipeline_name not in self._pipelines:
-            supported = ", ".join(sorted(self._pipelines))
-            raise CheckpointError(f"pipeline {pipeline_name!r} is not supported; supported are {supported}")
+            message = f"pipeline {pipeline_name!r} is not supported; supported are {', '.join(self.names())}"
+            if (relative := self.relative(pipeline_name)) is not None:
+                message = f"{message}; the nearest relative is {relative}"
+            raise CheckpointError(message)
         if pipeline_name not in self._configs:
             raise ValueError(f"pipeline {pipeline_name} has no configs; call register_configs() in its family")
         return PipelineEntry(self._pipelines[pipeline_name], self._configs[pipeline_name])
+
+    def relative(self, pipeline_name: str) -> str | None:
+        """The supported `_class_name` that is nearest to another one; None where no family's name begins it.
+
+        The longest beginning counts: QwenImageEditInpaintPipeline is nearer to QwenImageEdit than to QwenImage.
+        """
+        beginnings = {
+            beginning: name
+            for name, pipeline in sorted(self._pipelines.items())
+            for beginning in (name.removesuffix("Pipeline"), *pipeline.relatives)
+        }
+        found = [each for each in beginnings if re.match(rf"{re.escape(each)}(?=[A-Z0-9])", pipeline_name)]
+        return beginnings[max(found, key=len)] if found else None
 
     def names(self) -> list[str]:
         """The supported `_class_name`s, sorted."""

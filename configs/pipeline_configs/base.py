@@ -39,12 +39,21 @@ TRANSFORMER = "transformer"
 class PipelineConfig(ABC):
     """Architecture, module loaders and precision of one model; subclasses add the groups of callbacks."""
 
+    title: ClassVar[str] = ""
+    """The published name of the models, for the table of families; configs with the same title share a row."""
+
+    deviations: ClassVar[str] = ""
+    """Differences from Diffusers and their reasons, in one or two short sentences; empty: none."""
+
     module_loaders: ClassVar[Mapping[str, str]] = {}
     """Loaders of module classes that models.loader does not know: class name in model_index.json to
     "package.module:function", a models.loader.ModuleLoader."""
 
     parallel_modules: ClassVar[frozenset[str]] = frozenset()
-    """Classes of module_loaders with a plan for tp, ulysses and ring: their loaders also take the mesh."""
+    """Classes of module_loaders with a plan for parallel_axes: their loaders also take the mesh."""
+
+    parallel_axes: ClassVar[tuple[str, ...]] = ("tp", "ulysses", "ring")
+    """Axes of the worker mesh that parallel_modules can use; cfg follows from the branches of guidance."""
 
     module_dtypes: ClassVar[Mapping[str, torch.dtype]] = {}
     """Precision of modules that do not run in the requested one, by module name."""

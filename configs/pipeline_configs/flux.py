@@ -34,6 +34,9 @@ MAX_SEQUENCE_LENGTH = 512
 class FluxPipelineConfig(PackedPipelineConfig, TextConfig):
     """FluxPipeline's callbacks. A token is a 2x2 patch of latents, channels in the order (c, dy, dx)."""
 
+    title: ClassVar[str] = "FLUX.1 (dev, schnell and fine-tunes)"
+    deviations: ClassVar[str] = "Images of IP-Adapters are not taken, as their encoders are not loaded."
+
     transformer: FluxTransformerConfig
     vae: AutoencoderKLConfig
 

@@ -45,6 +45,11 @@ MOST_TOKENS_SHIFTED_BY_STEPS = 4300
 class Flux2KleinPipelineConfig(StandardPipelineConfig):
     """Flux2KleinPipeline's callbacks. A token is a 2x2 patch of latents, channels in the order (c, dy, dx)."""
 
+    title: ClassVar[str] = "FLUX.2 klein, distilled or not"
+    deviations: ClassVar[str] = (
+        "Text to image only: no stage encodes reference images. `negative_prompt` is dropped, as Diffusers has none."
+    )
+
     transformer: Flux2TransformerConfig
     vae: AutoencoderKLFlux2Config
     is_distilled: bool
@@ -126,13 +131,15 @@ class Flux2KleinPipelineConfig(StandardPipelineConfig):
         return 0.00016927 * self._tokens(canvas) + 0.45666666
 
     def mu_of_steps(self, canvas: Canvas, sampling: Sampling) -> float:
-        """Linear in the number of steps, through the shifts of 10 and of 200 steps."""
+        """Linear in the number of steps, or in shift_steps with sigmas, through the shifts of 10 and of 200 steps."""
         tokens, of_200_steps = self._tokens(canvas), self.mu(canvas)
         if tokens > MOST_TOKENS_SHIFTED_BY_STEPS:
             return of_200_steps
         of_10_steps = 8.73809524e-05 * tokens + 1.89833333
         slope = (of_200_steps - of_10_steps) / 190.0
-        return slope * sampling.num_inference_steps + of_200_steps - 200.0 * slope
+        steps = sampling.params.get("shift_steps", sampling.num_inference_steps)
+        assert isinstance(steps, int)
+        return slope * steps + of_200_steps - 200.0 * slope
 
     def prepare_pos_cond_kwargs(self, embeds: Parts, shapes: Shapes, sampling: Sampling) -> Keywords:
         """Positions (image, row, column, text token). There is no guidance embedding."""

@@ -44,6 +44,9 @@ USUAL_GLYPH_TOKENS = 1
 class GlmImagePipelineConfig(NegativePromptConfig, PreparationConfig, DenoisingConfig, DecodingConfig):
     """GlmImagePipeline's callbacks. Latents stay (B, channels, rows, columns); a token is a 2x2 patch of them."""
 
+    title: ClassVar[str] = "GLM-Image"
+    deviations: ClassVar[str] = "Text to image only: Diffusers 0.42 fails on every image to edit."
+
     transformer: GlmImageTransformerConfig
     vae: AutoencoderKLConfig
     latents_mean: tuple[float, ...]

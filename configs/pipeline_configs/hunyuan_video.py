@@ -52,6 +52,12 @@ TEMPLATE = Template(
 class HunyuanVideoPipelineConfig(StandardPipelineConfig):
     """HunyuanVideoPipeline's callbacks. Latents stay (B, channels, frames, rows, columns), float32."""
 
+    title: ClassVar[str] = "HunyuanVideo"
+    deviations: ClassVar[str] = (
+        "`prompt_2` goes to CLIP, as documented; Diffusers ignores it. Frames are rounded to the VAE's grid, with a "
+        "warning."
+    )
+
     transformer: HunyuanVideoTransformerConfig
     vae: AutoencoderKLHunyuanVideoConfig
 

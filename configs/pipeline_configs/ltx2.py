@@ -45,6 +45,11 @@ class LTX2PipelineConfig(StandardPipelineConfig):
     "video" is (B, C, frames, rows, columns), "audio" (B, C, length, mel bins).
     """
 
+    title: ClassVar[str] = "LTX-2 (2.0 and 2.3)"
+    deviations: ClassVar[str] = (
+        "Prompt enhancement, predicted durations and LTX-2.5 are not supported, as their modules are not loaded."
+    )
+
     transformer: LTX2TransformerConfig
     connectors: LTX2ConnectorsConfig
     vae: LTX2VideoVAEConfig

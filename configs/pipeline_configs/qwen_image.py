@@ -158,6 +158,9 @@ class QwenImageFamilyConfig(PackedPipelineConfig):
 class QwenImagePipelineConfig(QwenImageFamilyConfig, TextConfig):
     """QwenImagePipeline's callbacks."""
 
+    title: ClassVar[str] = "Qwen-Image"
+    deviations: ClassVar[str] = "A single step is refused, as it is NaN in Diffusers."
+
     @property
     def text_encodings(self) -> tuple[TextEncoding, ...]:
         """The language model's last states from the prompt on, without padding."""

@@ -33,6 +33,9 @@ EDIT_TEMPLATE = Template(
 class QwenImageEditPipelineConfig(QwenImageFamilyConfig, ImageTextConfig, ImageLatentsConfig):
     """QwenImageEditPipeline's callbacks, beside those of QwenImagePipeline."""
 
+    title: ClassVar[str] = "Qwen-Image-Edit"
+    deviations: ClassVar[str] = "A single step is refused, as it is NaN in Diffusers."
+
     module_loaders: ClassVar[Mapping[str, str]] = {
         **QwenImageFamilyConfig.module_loaders,
         "Qwen2_5_VLForConditionalGeneration": "models.encoder_runners.qwen_vl:load_qwen_vl_model",

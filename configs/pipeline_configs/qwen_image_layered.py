@@ -32,6 +32,12 @@ GIVEN_FRAME = -1
 class QwenImageLayeredPipelineConfig(QwenImagePipelineConfig, ImageLatentsConfig):
     """QwenImageLayeredPipeline's callbacks, beside those of QwenImagePipeline."""
 
+    title: ClassVar[str] = "Qwen-Image-Layered"
+    deviations: ClassVar[str] = (
+        "Latents are returned, where Diffusers raises. The caption for an empty prompt is greedy, so that it is "
+        "repeatable."
+    )
+
     module_loaders: ClassVar[Mapping[str, str]] = {
         **QwenImagePipelineConfig.module_loaders,
         "Qwen2_5_VLForConditionalGeneration": "models.encoder_runners.captions:load_captioning_model",

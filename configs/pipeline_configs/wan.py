@@ -40,6 +40,9 @@ MAX_SEQUENCE_LENGTH = 512
 class WanPipelineConfig(StandardPipelineConfig):
     """WanPipeline's callbacks. Latents are float32 (B, z, frames, rows, columns) whatever the weights' type."""
 
+    title: ClassVar[str] = "Wan 2.1 T2V"
+    deviations: ClassVar[str] = ""
+
     transformer: WanTransformerConfig
     vae: AutoencoderKLWanConfig
 
@@ -149,6 +152,9 @@ class WanImageToVideoPipelineConfig(WanPipelineConfig, VisionConfig, ImageLatent
 
     `vision_tokens_of_picture` is how many the vision encoder makes of one.
     """
+
+    title: ClassVar[str] = "Wan 2.1 I2V and FLF2V"
+    deviations: ClassVar[str] = "Several outputs work, where Diffusers raises."
 
     vision_tokens_of_picture: int = 257
 

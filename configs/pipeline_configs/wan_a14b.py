@@ -26,6 +26,9 @@ class WanA14BPipelineConfig(WanPipelineConfig):
     Both experts have one architecture.
     """
 
+    title: ClassVar[str] = "Wan 2.2 A14B (T2V, I2V)"
+    deviations: ClassVar[str] = "Both experts are required, as each has its steps; Diffusers also runs one alone."
+
     transformers: ClassVar[tuple[str, ...]] = (TRANSFORMER, TRANSFORMER_2)
 
     boundary: float = 0.0

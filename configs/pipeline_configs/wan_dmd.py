@@ -24,6 +24,12 @@ if TYPE_CHECKING:
 class WanDMDPipelineConfig(WanPipelineConfig, DmdConfig):
     """Callbacks of FastVideo's WanDMDPipeline: timesteps are steps of the shifted flow schedule."""
 
+    title: ClassVar[str] = "Few-step Wan: FastWan with full attention"
+    deviations: ClassVar[str] = (
+        "Diffusers has no such pipeline; FastVideo has. Weights of sparse attention are refused, as no kernel "
+        "runs them."
+    )
+
     def wants_negative(self, prompt: Prompt, sampling: Sampling) -> bool:
         """Never: the model was distilled with guidance."""
         del prompt, sampling
@@ -43,6 +49,11 @@ class WanDMDPipelineConfig(WanPipelineConfig, DmdConfig):
 class WanCausalDMDPipelineConfig(WanDMDPipelineConfig, CausalDmdConfig):
     """Callbacks of FastVideo's WanCausalDMDPipeline (Self Forcing): timesteps are shifted like the noise levels."""
 
+    title: ClassVar[str] = "Causal few-step Wan: Self Forcing"
+    deviations: ClassVar[str] = (
+        "Diffusers has no such pipeline; FastVideo has. `ring` is refused, as the KV cache is sharded by heads."
+    )
+
     transformer: CausalWanTransformerConfig
 
     transformer_config: ClassVar[type[WanTransformerConfig]] = CausalWanTransformerConfig
@@ -52,6 +63,8 @@ class WanCausalDMDPipelineConfig(WanDMDPipelineConfig, CausalDmdConfig):
         "CausalWanTransformer3DModel": "models.dits.causal_wan:load_causal_wan_transformer",
     }
     parallel_modules: ClassVar[frozenset[str]] = frozenset({"WanTransformer3DModel", "CausalWanTransformer3DModel"})
+    # The cache is sharded by heads: a ring would send its keys and values around at every step.
+    parallel_axes: ClassVar[tuple[str, ...]] = ("tp", "ulysses")
 
     @property
     def frames_per_block(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -24,6 +24,9 @@ class WanTI2VPipelineConfig(WanPipelineConfig):
 
     Diffusers passes an equal timestep for each token; the denoiser computes the same result from a single timestep.
     """
+
+    title: ClassVar[str] = "Wan 2.2 TI2V-5B"
+    deviations: ClassVar[str] = "`last_image` is refused, as Diffusers ignores it."
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Checkpoint) -> Self:

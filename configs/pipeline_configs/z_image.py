@@ -44,6 +44,12 @@ TEMPLATE = Template(before="<|im_start|>user\n", after="<|im_end|>\n<|im_start|>
 class ZImagePipelineConfig(StandardPipelineConfig):
     """ZImagePipeline's callbacks. Latents stay (B, channels, rows, columns), float32; a token is a 2x2 patch."""
 
+    title: ClassVar[str] = "Z-Image and Z-Image-Turbo"
+    deviations: ClassVar[str] = (
+        "`cfg_normalization` is a number and `cfg_truncation` is never null, as a parameter has one type. The "
+        "chat template is fixed, as none is run."
+    )
+
     transformer: ZImageTransformerConfig
     vae: AutoencoderKLConfig
     shift: SequenceShift

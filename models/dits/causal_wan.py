@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from common.errors import InvalidInput
 from configs.models.dits.causal_wan import CausalWanTransformerConfig
 from models.dits.base import MemorySpec, Predictions, Prepared
 from models.dits.loading import load_transformer
@@ -135,13 +134,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
 def load_causal_wan_transformer(
     checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype, mesh: WorkerMesh | None = None
 ) -> CausalWanTransformer3DModel:
-    """The DiT of the module's config.json, or this rank's part of it. Raises as load_transformer().
-
-    Raises InvalidInput for a ring: it would send the cache's keys and values around at every step.
-    """
-    if mesh is not None and mesh.size("ring") > 1:
-        message = f"ring: {mesh.size('ring')} is not 1; a causal model's cache is sharded by heads"
-        raise InvalidInput(f"{message}, so that ulysses and tp work", field="ring")
+    """The DiT of the module's config.json, or this rank's part of it. Raises as load_transformer()."""
     config = CausalWanTransformerConfig.from_dict(name, checkpoint.module_config(name))
     return load_transformer(
         partial(CausalWanTransformer3DModel, config),

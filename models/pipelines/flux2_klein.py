@@ -10,6 +10,7 @@ class Flux2KleinPipeline(StandardPipeline):
     """Diffusers' Flux2KleinPipeline, text to image, distilled or not."""
 
     pipeline_name = "Flux2KleinPipeline"
+    relatives = ("Flux2",)
     _required_config_modules = ("text_encoder", "tokenizer", "transformer", "scheduler", "vae")
 
     def create_pipeline_stages(self) -> None:

@@ -21,6 +21,7 @@ class WanImageToVideoPipeline(StandardImagePipeline):
     """Diffusers' WanImageToVideoPipeline: Wan 2.1 I2V, and FLF2V from a first and a last frame."""
 
     pipeline_name = "WanImageToVideoPipeline"
+    relatives = ("WanImage2Video", "Wan22Image2Video", "WanAnimate")
     _required_config_modules = (
         "text_encoder",
         "tokenizer",

@@ -98,6 +98,8 @@ def test_a_cancel_ends_the_loop_after_its_step(checkpoint: Checkpoint, x: Denois
         ({"height": 79, "width": 64}, ["height"]),
         ({"negative_prompt": "a car"}, ["negative_prompt"]),
         ({"sigmas": (1.0, 0.5), "num_inference_steps": 9}, ["num_inference_steps"]),
+        ({"sigmas": (1.0, 0.5), "shift_steps": 9}, []),
+        ({"shift_steps": 9}, ["shift_steps"]),
     ],
 )
 def test_warnings(checkpoint: Checkpoint, given: dict[str, Any], fields: list[str]) -> None:
@@ -159,3 +161,29 @@ def test_the_shift_of_a_large_image_does_not_depend_on_the_steps(checkpoint: Che
     large, small = Canvas(height=1056, width=1056), Canvas(height=1024, width=1024)
     assert config.mu_of_steps(large, few) == config.mu_of_steps(large, many) == config.mu(large)
     assert config.mu_of_steps(small, few) > config.mu_of_steps(small, many)
+
+
+@pytest.mark.parametrize(
+    ("given", "steps"),
+    [
+        ({"sigmas": (1.0, 0.5)}, 50),
+        ({"sigmas": (1.0, 0.5), "num_inference_steps": 9}, 9),
+        ({"sigmas": (1.0, 0.5), "num_inference_steps": 9, "shift_steps": 7}, 7),
+        ({"num_inference_steps": 9, "shift_steps": 7}, 9),
+    ],
+)
+def test_the_shift_is_that_of_the_steps_that_were_asked_for(
+    checkpoint: Checkpoint, given: dict[str, Any], steps: int
+) -> None:
+    """And stays so where a recorded request is built again."""
+    config = Flux2KleinPipelineConfig.from_checkpoint(checkpoint)
+    expected = config.mu_of_steps(Canvas(height=1024, width=1024), Sampling(num_inference_steps=steps, seed=0))
+    params, _ = Flux2KleinSamplingParams.build({"prompt": "", "height": 1024, "width": 1024, **given}, checkpoint)
+    again, _ = Flux2KleinSamplingParams.build(params.as_mapping(), checkpoint)
+    assert again == params
+    for each in (params, again):
+        artifacts = each.artifacts()
+        canvas, sampling = artifacts["canvas"], artifacts["sampling"]
+        assert isinstance(canvas, Canvas)
+        assert isinstance(sampling, Sampling)
+        assert config.mu_of_steps(canvas, sampling) == expected

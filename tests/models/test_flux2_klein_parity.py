@@ -21,6 +21,7 @@ MODES: dict[str, dict[str, Any]] = {
     "without guidance, odd rows": {"height": 80, "width": 48, "guidance_scale": 1.0},
     "long prompt, few tokens": {"prompt": LONG, "max_sequence_length": 24, "num_inference_steps": 3},
     "two outputs": {"num_outputs_per_prompt": 2, "height": 32},
+    "sigmas, shift of more steps": {"sigmas": (1.0, 0.7, 0.3), "num_inference_steps": 20},
     "long prompt, sigmas": {"prompt": LONG, "sigmas": (1.0, 0.4), "guidance_scale": 1.0},
 }
 
@@ -49,3 +50,8 @@ def check(pair: Pair, given: dict[str, Any]) -> None:
 @pytest.mark.parametrize("mode", MODES)
 def test_latents_and_pixels_are_diffusers(pair: Pair, mode: str) -> None:
     check(pair, BASE | MODES[mode])
+
+
+def test_sigmas_are_shifted_for_the_default_number_of_steps(pair: Pair) -> None:
+    """Not for the number of sigmas: Diffusers takes the argument, whose default is 50."""
+    check(pair, {"prompt": "a red apple", "height": 64, "width": 64, "sigmas": (1.0, 0.7, 0.3)})

@@ -1,0 +1,178 @@
+"""Writes the README's table of families from the registry. `python tests/families.py` writes it anew.
+
+Facts come from pipelines, sampling parameters and pipeline configs; only `title` and `deviations` are prose.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from bare_checkpoint import safetensors_bytes
+from common.checkpoint import Checkpoint
+from common.pipeline import ComposedPipeline, ServiceSpec
+from configs.pipeline_configs.base import DecodingConfig, DenoisingConfig, ImageLatentsConfig, PipelineConfig
+from configs.sample.base import SamplingParams
+from models.registry import PipelineEntry, Registry, load_registry, resolve
+from readme import ROOT
+
+README = ROOT / "README.md"
+BEGIN, END = "<!-- families: `poe families` writes this table -->\n", "<!-- end of families -->\n"
+
+_HEADINGS = ("Family", "Directories", "Variants", "Style", "From", "To", "Parallel", "Resume", "Differs from Diffusers")
+_CHOICES: tuple[Mapping[str, object], ...] = ({}, {"expand_timesteps": True}, {"boundary_ratio": 0.9})
+"""Entries of model_index.json that choose the variants of a pipeline."""
+_TRANSFORMERS: tuple[Mapping[str, object], ...] = (
+    {"pos_embed_seq_len": None},
+    {"pos_embed_seq_len": 514},
+)
+"""Configs of a transformer that choose the images of a request."""
+_PER_LAYER = {"RGB": "PNG per layer", "RGBA": "PNG with alpha per layer"}
+
+
+@dataclass(frozen=True)
+class Served:
+    """A registered variant: its pipeline, its configs, and the checkpoints that are served with it."""
+
+    name: str
+    variant: str
+    pipeline: type[ComposedPipeline]
+    params: type[SamplingParams]
+    config: type[PipelineConfig]
+    checkpoints: tuple[Checkpoint, ...]
+
+    @property
+    def services(self) -> tuple[ServiceSpec, ...]:
+        """Those of a checkpoint with all required modules."""
+        return self.pipeline(self.pipeline._required_config_modules).services
+
+    def style(self) -> str:
+        """Hybrid where a stage is the model's own, else modular."""
+        stages = [stage.implementation for service in self.services for stage in service.stages]
+        return "hybrid" if any(".model_specific_stages." in each for each in stages) else "modular"
+
+    def inputs(self) -> str:
+        """Text, and the roles of images."""
+        roles = [self.params.image_roles(each) for each in self.checkpoints]
+        always = set.intersection(*(set(each.required) for each in roles))
+        optional = dict.fromkeys(role for each in roles for role in each.optional)
+        others = dict.fromkeys(role for each in roles for role in each.required if role not in {*always, *optional})
+        required = dict.fromkeys(role for each in roles for role in each.required if role in always)
+        images = [*(f"`{role}`" for role in required), *(f"`{role}` for some models" for role in others)]
+        return ", ".join(["text", *images, *_optional(list(optional))])
+
+    def outputs(self) -> str:
+        """Formats of results, the default first."""
+        first, *others = self.params.output_formats
+        shown = first.upper()
+        if "layers" in {each.name for each in fields(self.params)} and issubclass(self.config, ImageLatentsConfig):
+            shown = _PER_LAYER[self.config.image_mode]
+        if issubclass(self.config, DecodingConfig) and self.config.sound_part is not None:
+            shown += " with sound"
+        return ", ".join([shown, *others])
+
+    def parallel(self) -> str:
+        """Axes of the worker mesh that a worker group may use."""
+        axes = list(self.config.parallel_axes) if self.config.parallel_modules else []
+        if axes and issubclass(self.config, DenoisingConfig) and len(self.config.branches) > 1:
+            axes.append("cfg")
+        return ", ".join(axes) or "no"
+
+    def resume(self) -> str:
+        """Where a loop continues after a lost worker."""
+        loops = [stage for service in self.services for stage in service.stages if stage.reports_steps]
+        return "each step" if loops and all(stage.resume_slot is not None for stage in loops) else "no"
+
+
+def _optional(roles: list[str]) -> Iterator[str]:
+    """Optional roles; of a numbered series the first and the last."""
+    if len(roles) > 2:
+        yield f"optional `{roles[0]}` to `{roles[-1]}`"
+    else:
+        yield from (f"optional `{role}`" for role in roles)
+
+
+def _checkpoints(folder: Path, name: str) -> list[Checkpoint]:
+    """Directories of a `_class_name`, with each choice that a pipeline or its parameters read."""
+    made = []
+    for index, choice in enumerate(_CHOICES):
+        for number, transformer in enumerate(_TRANSFORMERS):
+            path = folder / f"{name}-{index}-{number}"
+            module = path / "transformer"
+            module.mkdir(parents=True)
+            (module / "config.json").write_text(json.dumps(transformer))
+            (module / "diffusion_pytorch_model.safetensors").write_bytes(safetensors_bytes({"weight": [0.0]}))
+            entries = {"_class_name": name, "transformer": ["diffusers", "Transformer"], **choice}
+            (path / "model_index.json").write_text(json.dumps(entries))
+            made.append(Checkpoint.open(path))
+    return made
+
+
+def _served(entry: PipelineEntry, checkpoints: Iterable[Checkpoint]) -> Iterator[Served]:
+    """The variants of an entry. Raises LookupError for a registered variant that no checkpoint here is served as."""
+    name = entry.pipeline.pipeline_name
+    found = [(each, entry.pipeline.variants(each)) for each in checkpoints]
+    for variant, configs in entry.configs.items():
+        with_it = [(each, classes[variant]) for each, classes in found if variant in classes]
+        if not with_it:
+            raise LookupError(f"variant: {variant!r} of {name} is not that of a checkpoint here; add one to _CHOICES")
+        pipeline = with_it[0][1]
+        params, config = resolve(configs.sampling_params), resolve(configs.pipeline_config)
+        yield Served(name, variant, pipeline, params, config, tuple(each for each, _ in with_it))
+
+
+def all_served(registry: Registry) -> list[Served]:
+    """Every registered variant, by the names of pipelines. Raises LookupError for a variant that is not found."""
+    with tempfile.TemporaryDirectory() as folder:
+        entries = [registry.entry(name) for name in registry.names()]
+        return [
+            each
+            for entry in entries
+            for each in _served(entry, _checkpoints(Path(folder), entry.pipeline.pipeline_name))
+        ]
+
+
+def _row(title: str, members: list[Served]) -> tuple[str, ...]:
+    """Cells of the variants with one title. Raises ValueError where they differ in what a row has once."""
+    once = {
+        "style": {each.style() for each in members},
+        "outputs": {each.outputs() for each in members},
+        "parallel axes": {each.parallel() for each in members},
+        "resume": {each.resume() for each in members},
+        "deviations": {each.config.deviations for each in members},
+    }
+    for fact, values in once.items():
+        if len(values) > 1:
+            raise ValueError(f"title: {title!r} is that of configs with different {fact}; give each its own title")
+    style, outputs, parallel, resume, deviations = (values.pop() for values in once.values())
+    directories = ", ".join(dict.fromkeys(f"`{each.name}`" for each in members))
+    variants = ", ".join(dict.fromkeys(f"`{each.variant}`" for each in members if each.variant))
+    inputs = "; or ".join(dict.fromkeys(each.inputs() for each in sorted(members, key=lambda each: len(each.inputs()))))
+    return title, directories, variants or "one", style, inputs, outputs, parallel, resume, deviations or "nothing"
+
+
+def table(registry: Registry) -> str:
+    """The table in Markdown, sorted by title. Raises ValueError for a config without a title."""
+    families: dict[str, list[Served]] = {}
+    for each in all_served(registry):
+        if not each.config.title:
+            raise ValueError(f"title: {each.config.__name__} has none; the table of families needs it")
+        families.setdefault(each.config.title, []).append(each)
+    rows = [_row(title, families[title]) for title in sorted(families, key=str.casefold)]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in (_HEADINGS, ("---",) * len(_HEADINGS), *rows))
+
+
+def replaced(text: str, new: str) -> str:
+    """The README's text with another table. Raises ValueError for a text without the marks."""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"README.md: {BEGIN.strip()} and {END.strip()} are not both in it")
+    return f"{before}{BEGIN}\n{new}\n{END}{after}"
+
+
+if __name__ == "__main__":
+    README.write_text(replaced(README.read_text(), table(load_registry())))

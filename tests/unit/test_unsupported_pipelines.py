@@ -1,0 +1,82 @@
+"""A directory of any other Diffusers pipeline is refused with the supported classes, and the nearest one if any."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import diffusers
+import pytest
+
+from common.errors import CheckpointError
+from models.catalog import open_model
+from models.registry import Registry, load_registry
+
+RELATIVES = {
+    "Flux2KleinInpaintPipeline": "Flux2KleinPipeline",
+    "Flux2KleinKVPipeline": "Flux2KleinPipeline",
+    "Flux2Pipeline": "Flux2KleinPipeline",
+    "FluxControlPipeline": "FluxPipeline",
+    "FluxFillPipeline": "FluxPipeline",
+    "FluxKontextPipeline": "FluxPipeline",
+    "HunyuanVideo15Pipeline": "HunyuanVideoPipeline",
+    "HunyuanVideoImageToVideoPipeline": "HunyuanVideoPipeline",
+    "LTX2ConditionPipeline": "LTX2Pipeline",
+    "LTXConditionPipeline": "LTX2Pipeline",
+    "LTXI2VLongMultiPromptPipeline": "LTX2ImageToVideoPipeline",
+    "LTXImageToVideoPipeline": "LTX2ImageToVideoPipeline",
+    "LTXPipeline": "LTX2Pipeline",
+    "QwenImage21Pipeline": "QwenImagePipeline",
+    "QwenImageEditInpaintPipeline": "QwenImageEditPipeline",
+    "QwenImageEditPlusModularPipeline": "QwenImageEditPlusPipeline",
+    "QwenImageInpaintPipeline": "QwenImagePipeline",
+    "QwenImageLayeredModularPipeline": "QwenImageLayeredPipeline",
+    "Wan22Image2VideoModularPipeline": "WanImageToVideoPipeline",
+    "WanAnimatePipeline": "WanImageToVideoPipeline",
+    "WanVACEPipeline": "WanPipeline",
+    "WanVideoToVideoPipeline": "WanPipeline",
+    "ZImageOmniPipeline": "ZImagePipeline",
+}
+STRANGERS = ("AuraFlowPipeline", "HunyuanDiTPipeline", "HunyuanImagePipeline", "LucyEditPipeline", "SanaPipeline")
+FAMILIES = ("Flux", "GlmImage", "HunyuanVideo", "LTX", "QwenImage", "Wan", "ZImage")
+"""Beginnings of the names that have a relative among the families here."""
+
+
+@pytest.fixture(scope="module")
+def registry() -> Registry:
+    return load_registry()
+
+
+def exported(registry: Registry) -> list[str]:
+    """The pipeline classes that Diffusers exports and this fleet does not serve."""
+    return sorted(name for name in set(dir(diffusers)) - set(registry.names()) if name.endswith("Pipeline"))
+
+
+def refusal(path: Path, name: str, registry: Registry) -> str:
+    """The message for a directory of that class, whose modules are of no known kind."""
+    (path / "model_index.json").write_text(json.dumps({"_class_name": name, "unknown": ["nowhere", "Nothing"]}))
+    with pytest.raises(CheckpointError) as refused:
+        open_model(str(path), registry)
+    return refused.value.message
+
+
+def test_every_pipeline_that_diffusers_exports_is_refused_by_name(registry: Registry, tmp_path: Path) -> None:
+    names = exported(registry)
+    supported = ", ".join(registry.names())
+    assert len(names) > 200
+    assert RELATIVES.keys() | set(STRANGERS) <= set(names)
+    for name in names:
+        start = f"pipeline {name!r} is not supported; supported are {supported}"
+        message = refusal(tmp_path, name, registry)
+        assert message.startswith(start)
+        assert ("the nearest relative is" in message) is name.startswith(FAMILIES), message
+
+
+@pytest.mark.parametrize("name", RELATIVES)
+def test_a_near_relative_is_named(registry: Registry, tmp_path: Path, name: str) -> None:
+    assert refusal(tmp_path, name, registry).endswith(f"; the nearest relative is {RELATIVES[name]}")
+
+
+@pytest.mark.parametrize("name", [*STRANGERS, "Wander", "Fluxion", ""])
+def test_a_stranger_has_no_relative(registry: Registry, tmp_path: Path, name: str) -> None:
+    assert refusal(tmp_path, name, registry).endswith(f"supported are {', '.join(registry.names())}")
