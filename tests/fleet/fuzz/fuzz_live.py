@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+from fuzz_frames import framed_seeds
 from fuzz_inputs import Frames
 from fuzz_ranks import rank_targets
-from fuzz_targets import PUBLIC, PUBLIC_SEEDS, SERVICES, Target, framed_seeds, public_service, stage_servicer, targets
+from fuzz_targets import PUBLIC, PUBLIC_SEEDS, SERVICES, Target, public_service, stage_servicer, targets
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 

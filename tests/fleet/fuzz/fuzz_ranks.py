@@ -12,8 +12,9 @@ import struct
 from collections.abc import Iterator
 from typing import Any, cast
 
+from fuzz_frames import framed_seeds
 from fuzz_inputs import Frames
-from fuzz_targets import LIMITS, Reader, Target, framed_seeds, header_type
+from fuzz_targets import LIMITS, Reader, Target, header_type
 
 from common.errors import Cancelled
 from common.local import HostedStages

@@ -17,8 +17,9 @@ from typing import Any, NoReturn, cast
 import grpc
 import torch
 from fuzz_context import Answer, Context
+from fuzz_frames import framed_seeds
 from fuzz_inputs import Frames
-from google.protobuf.descriptor import Descriptor, FieldDescriptor
+from google.protobuf.descriptor import Descriptor
 from google.protobuf.message import Message
 from PIL import Image, ImageCms, PngImagePlugin
 from redis.exceptions import ConnectionError as Away
@@ -30,7 +31,7 @@ from common.errors import FleetError, InternalError, Unauthenticated, Unavailabl
 from common.image_header import MAX_PIXELS
 from common.rpc.client import RemoteRunner
 from common.rpc.frames import chunk_frame, read_chunk
-from common.rpc.framing import CallLimits, checksum
+from common.rpc.framing import CallLimits
 from common.rpc.method import contract_of, request_type, response_type, stage_method
 from common.rpc.parsing import parse, refuse_unknown_fields
 from common.rpc.replies import ReplyCache
@@ -185,77 +186,6 @@ class _Channel:
 def header_type(frame: type[Message]) -> Descriptor:
     """A frame's type; every other one is reached through it."""
     return cast(Descriptor, frame.DESCRIPTOR)
-
-
-def framed_seeds(kind: type[Message]) -> list[Frames]:
-    """A call with every slot, one whose tensors come in chunks, and an empty one."""
-    inline, chunked = cast(Any, kind)(), cast(Any, kind)()
-    chunks: list[bytes] = []
-    items: list[bytes] = []
-    for slot in inline.header.DESCRIPTOR.fields:
-        if slot.is_repeated:
-            items += _sample_items(kind, slot)
-            continue
-        near, far = getattr(inline.header, slot.name), getattr(chunked.header, slot.name)
-        near.SetInParent()
-        far.SetInParent()
-        chunks += _fill_tensors(slot.name, near, far)
-    return [
-        (inline.SerializeToString(), *items),
-        (chunked.SerializeToString(), *chunks, *items),
-        (kind().SerializeToString(),),
-    ]
-
-
-def _fill_tensors(slot: str, near: Any, far: Any) -> list[bytes]:
-    """Give two artifacts tensors, one inline and one described; the chunks of the latter."""
-    chunks: list[bytes] = []
-    data = bytes(range(120))
-    for (path, tensor), (_, described) in zip(_sample_tensors(slot, near), _sample_tensors(slot, far), strict=True):
-        tensor.CopyFrom(pb.Tensor(dtype=pb.DTYPE_FLOAT32, shape=[5, 6], byte_size=120, data=data))
-        described.CopyFrom(pb.Tensor(dtype=pb.DTYPE_FLOAT32, shape=[30], byte_size=120, checksum=checksum((data,))))
-        chunks += [chunk_frame(path, 0, data[:50]), chunk_frame(path, 50, data[50:])]
-    return chunks
-
-
-def _sample_items(kind: type[Message], slot: FieldDescriptor) -> list[bytes]:
-    """Two items of a stream: one whose tensors are inline, and one whose tensors follow in chunks."""
-    assert slot.message_type is not None, "a stream is one of artifacts"
-    near, far = cast(Any, kind)(), cast(Any, kind)()
-    artifacts = []
-    for index, frame in enumerate((near, far)):
-        frame.item.slot, frame.item.index = slot.name, index
-        (field,) = (
-            each.name
-            for each in pb.StreamItem.DESCRIPTOR.oneofs_by_name["artifact"].fields
-            if each.message_type == slot.message_type
-        )
-        artifacts.append(getattr(frame.item, field))
-        artifacts[-1].SetInParent()
-    chunks = _fill_tensors(slot.name, *artifacts)
-    return [near.SerializeToString(), far.SerializeToString(), *chunks]
-
-
-def _sample_tensors(slot: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """Give an artifact one tensor where it has a place for one; the place, and the tensor."""
-    match value:
-        case pb.Latents():
-            value.parts["image"].raw_latent_shape.append(30)
-            yield f"{slot}.parts.image.latents", value.parts["image"].latents
-        case pb.DenoiseState():
-            value.latents.parts["image"].raw_latent_shape.append(30)
-            yield f"{slot}.latents.parts.image.latents", value.latents.parts["image"].latents
-        case pb.Conditioning():
-            yield f"{slot}.prompt_embeds.x", value.prompt_embeds["x"]
-        case pb.Schedule():
-            yield f"{slot}.timesteps", value.timesteps
-            yield f"{slot}.sigmas", value.sigmas
-        case pb.ImageInputs():
-            yield f"{slot}.images.image", value.images["image"]
-        case pb.Generator():
-            yield f"{slot}.state", value.state
-        case pb.MediaItem():
-            yield f"{slot}.data", value.data
 
 
 def _chunk(frames: Frames) -> None:
