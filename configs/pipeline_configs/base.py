@@ -212,9 +212,6 @@ class DenoisingConfig(LatentLayout):
     branches: ClassVar[tuple[str, ...]] = (POSITIVE, NEGATIVE)
     """All branches of guidance; the cfg axis of a worker group has at most as many ranks."""
 
-    supports_ring: ClassVar[bool] = True
-    """Whether the ring axis of a worker group may have several ranks."""
-
     @abstractmethod
     def conditioning_shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Usual shapes of the encoders' outputs by the denoiser's keyword, batch 1; for warm-up."""

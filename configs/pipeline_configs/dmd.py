@@ -30,10 +30,8 @@ class CausalDmdConfig(DmdConfig):
 
     The denoiser's predict() takes the block's latents (B, channels, frames, rows, columns) and the static flag
     `first_frame`, the number of frames before the block, whose keys and values are in its memory. That memory is
-    sharded by heads, so that a worker group has no ring.
+    sharded by heads: `parallel_axes` lacks the ring.
     """
-
-    supports_ring: ClassVar[bool] = False
 
     @property
     def frames_per_block(self) -> int:

@@ -105,27 +105,19 @@ def check_degrees(model: ServedModel, degrees: Degrees) -> None:
     """Refuse degrees that do not fit the model, as far as can be told without its weights. Raises InvalidInput."""
     spec = model.service(SERVICE)
     check_parallel(model, spec, degrees)
-    configs = _denoising_configs(model)
-    _check_branches(model, configs, degrees)
-    if degrees.ring > 1 and not all(config.supports_ring for config in configs):
-        message = f"ring: {degrees.ring} is not 1; the memory of {model.checkpoint.pipeline_name} is sharded by heads"
-        raise InvalidInput(f"{message}, so that ulysses and tp work", field="ring")
+    _check_branches(model, degrees)
     for module in spec.modules:
         heads = model.checkpoint.module_config(module).get("num_attention_heads")
         if isinstance(heads, int):
             degrees.check_model(heads)
 
 
-def _denoising_configs(model: ServedModel) -> list[type[DenoisingConfig]]:
-    """The pipeline config of each variant that has a denoising loop of this project."""
-    configs = [resolve(variant.pipeline_config) for variant, _ in model.variants_of(SERVICE)]
-    return [config for config in configs if issubclass(config, DenoisingConfig)]
-
-
-def _check_branches(model: ServedModel, configs: list[type[DenoisingConfig]], degrees: Degrees) -> None:
+def _check_branches(model: ServedModel, degrees: Degrees) -> None:
     """A rank of the cfg axis that has no branch to compute in any variant would do nothing. Raises InvalidInput."""
-    most = max((config.branches for config in configs), key=len, default=())
-    if configs and degrees.cfg > len(most):
+    configs = [resolve(variant.pipeline_config) for variant, _ in model.variants_of(SERVICE)]
+    branches = [config.branches for config in configs if issubclass(config, DenoisingConfig)]
+    most = max(branches, key=len, default=())
+    if branches and degrees.cfg > len(most):
         known = f"{model.checkpoint.pipeline_name} has {len(most)} branches: {', '.join(most)}"
         raise InvalidInput(f"cfg: {degrees.cfg} is not at most {len(most)}; {known}", field="cfg")
 
