@@ -20,9 +20,8 @@ from torch import Tensor
 
 from configs.models.dits.causal_wan import CausalWanTransformerConfig
 from models.dits.base import MemorySpec, Predictions, Prepared
-from models.dits.loading import load_transformer
-from models.dits.wan import FLOAT32_PARAMETERS, UNUSED_PARAMETERS, WanTransformer3DModel
-from models.dits.wan_plan import VIDEO, WAN_PLAN
+from models.dits.wan import WanTransformer3DModel, load_wan_weights
+from models.dits.wan_plan import VIDEO
 from models.layers.attention import KeyValueCache
 from models.layers.rotary import rotary_embedding
 from models.layers.step_cache import CacheUse
@@ -136,16 +135,5 @@ def load_causal_wan_transformer(
 ) -> CausalWanTransformer3DModel:
     """The DiT of the module's config.json, or this rank's part of it. Raises as load_transformer()."""
     config = CausalWanTransformerConfig.from_dict(name, checkpoint.module_config(name))
-    return load_transformer(
-        partial(CausalWanTransformer3DModel, config),
-        WAN_PLAN,
-        checkpoint,
-        name,
-        device,
-        dtype,
-        mesh,
-        heads=config.num_attention_heads,
-        feed_forward=config.ffn_dim,
-        keep_float32=FLOAT32_PARAMETERS,
-        unused=UNUSED_PARAMETERS,
-    )
+    build = partial(CausalWanTransformer3DModel, config)
+    return load_wan_weights(build, config, checkpoint, name, device, dtype, mesh)

@@ -8,7 +8,7 @@ Parameter names are the checkpoint's. Parallel forms are decided beside the mode
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, ClassVar
@@ -198,14 +198,20 @@ class FluxTransformer2DModel(DiffusionTransformer):
         return joint_residual_elements(latents["hidden_states"], constants["text_BTD"])
 
     def _modulations(self) -> Iterator[ModulationLinear]:
-        """In the order in which predict() takes their parts."""
-        for block in self.transformer_blocks:
-            assert isinstance(block, FluxTransformerBlock)
-            yield from (block.norm1, block.norm1_context)
-        for single in self.single_transformer_blocks:
-            assert isinstance(single, FluxSingleTransformerBlock)
-            yield single.norm
-        yield self.norm_out
+        return modulations_of(self.transformer_blocks, self.single_transformer_blocks, self.norm_out)
+
+
+def modulations_of(
+    blocks: Iterable[nn.Module], single_blocks: Iterable[nn.Module], last: ModulationLinear
+) -> Iterator[ModulationLinear]:
+    """The modulations of Flux' blocks and of the last norm, in the order in which predict() takes their parts."""
+    for block in blocks:
+        assert isinstance(block, FluxTransformerBlock)
+        yield from (block.norm1, block.norm1_context)
+    for single in single_blocks:
+        assert isinstance(single, FluxSingleTransformerBlock)
+        yield single.norm
+    yield last
 
 
 def load_flux_transformer(

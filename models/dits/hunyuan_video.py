@@ -19,7 +19,13 @@ from torch.nn.functional import silu
 
 from configs.models.dits.hunyuan_video import PATCH, HunyuanVideoTransformerConfig
 from models.dits.base import DiffusionTransformer, Predictions, Prepared
-from models.dits.flux import ConditioningEmbedding, FluxSingleTransformerBlock, FluxTransformerBlock, ModulationLinear
+from models.dits.flux import (
+    ConditioningEmbedding,
+    FluxSingleTransformerBlock,
+    FluxTransformerBlock,
+    ModulationLinear,
+    modulations_of,
+)
 from models.dits.flux_plan import FLUX_PLAN
 from models.dits.hunyuan_video_plan import HUNYUAN_VIDEO_PLAN
 from models.dits.hunyuan_video_refiner import TokenRefiner
@@ -155,14 +161,7 @@ class HunyuanVideoTransformer3DModel(DiffusionTransformer):
         return batch * tokens * self.config.hidden_size
 
     def _modulations(self) -> Iterator[ModulationLinear]:
-        """In the order in which predict() takes their parts."""
-        for block in self.transformer_blocks:
-            assert isinstance(block, FluxTransformerBlock)
-            yield from (block.norm1, block.norm1_context)
-        for single in self.single_transformer_blocks:
-            assert isinstance(single, FluxSingleTransformerBlock)
-            yield single.norm
-        yield self.norm_out
+        return modulations_of(self.transformer_blocks, self.single_transformer_blocks, self.norm_out)
 
 
 def load_hunyuan_video_transformer(

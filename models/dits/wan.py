@@ -13,9 +13,9 @@ two. `boundary` is the number of these tokens on this rank, 0 where all tokens h
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -394,13 +394,29 @@ def _rotation(grid: tuple[int, ...], axes_dims: tuple[int, ...], device: torch.d
     return rotary_embedding(positions, axes_dims)
 
 
+Wan = TypeVar("Wan", bound=WanTransformer3DModel)
+
+
 def load_wan_transformer(
     checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype, mesh: WorkerMesh | None = None
 ) -> WanTransformer3DModel:
     """The DiT of the module's config.json, or this rank's part of it. Raises as load_transformer()."""
     config = WanTransformerConfig.from_dict(name, checkpoint.module_config(name))
+    return load_wan_weights(partial(WanTransformer3DModel, config), config, checkpoint, name, device, dtype, mesh)
+
+
+def load_wan_weights(
+    build: Callable[[], Wan],
+    config: WanTransformerConfig,
+    checkpoint: Checkpoint,
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    mesh: WorkerMesh | None,
+) -> Wan:
+    """The DiT that `build` makes of `config`, with the module's weights. Raises as load_transformer()."""
     return load_transformer(
-        partial(WanTransformer3DModel, config),
+        build,
         WAN_PLAN,
         checkpoint,
         name,
