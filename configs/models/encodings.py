@@ -86,3 +86,13 @@ class TextEncoding:
     padding_side: Literal["left", "right"] | None = None
     template: Template | None = None
     connector: Connector | None = None
+
+
+def whole_prompt(prompt: Prompt) -> PromptText:
+    """The prompt as it is."""
+    return PromptText(field="prompt", text=prompt.prompt)
+
+
+def sequence_length(default: int) -> Callable[[Prompt], int]:
+    """The request's `max_sequence_length`, or that of the model."""
+    return lambda prompt: prompt.max_sequence_length or default

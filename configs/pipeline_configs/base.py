@@ -150,9 +150,12 @@ class ImageLatentsConfig(LatentLayout):
 class PreparationConfig(LatentLayout):
     """Callbacks of latent and timestep preparation."""
 
+    has_float32_noise: ClassVar[bool] = False
+    """Whether the starting noise is drawn in float32 in every precision, and not in that of the prompt embeddings."""
+
     def noise_dtype(self, requested: torch.dtype) -> torch.dtype:
-        """Dtype in which the starting noise is drawn: that of the prompt embeddings."""
-        return requested
+        """Dtype in which the starting noise is drawn, where the prompt embeddings have the requested one."""
+        return torch.float32 if self.has_float32_noise else requested
 
     @abstractmethod
     def sigmas(self, sampling: Sampling) -> Sequence[float] | None:

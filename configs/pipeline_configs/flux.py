@@ -11,7 +11,7 @@ from torch import Tensor
 
 from common.errors import CheckpointError
 from configs.models.dits.flux import FluxTransformerConfig
-from configs.models.encodings import PromptText, TextEncoding
+from configs.models.encodings import PromptText, TextEncoding, sequence_length, whole_prompt
 from configs.models.fields import ConfigFields
 from configs.models.vaes.kl import AutoencoderKLConfig
 from configs.pipeline_configs.base import Keywords, Parts, Shapes, TextConfig
@@ -70,7 +70,7 @@ class FluxPipelineConfig(PackedPipelineConfig, TextConfig):
             keyword="pooled_projections",
             tokenizer="tokenizer",
             encoder="text_encoder",
-            text=_prompt,
+            text=whole_prompt,
             max_length=_tokenizers_own,
             output=_pooled,
         )
@@ -79,7 +79,7 @@ class FluxPipelineConfig(PackedPipelineConfig, TextConfig):
             tokenizer="tokenizer_2",
             encoder="text_encoder_2",
             text=_prompt_2,
-            max_length=_max_sequence_length,
+            max_length=sequence_length(MAX_SEQUENCE_LENGTH),
             output=_last_hidden_state,
         )
         return (clip, t5)
@@ -129,20 +129,12 @@ def _check_size(checkpoint: Checkpoint, encoder: str, entry: str, taken: int) ->
     check_text_size(made, encoder, taken)
 
 
-def _prompt(prompt: Prompt) -> PromptText:
-    return PromptText(field="prompt", text=prompt.prompt)
-
-
 def _prompt_2(prompt: Prompt) -> PromptText:
-    return PromptText(field="prompt_2", text=prompt.prompt_2) if prompt.prompt_2 else _prompt(prompt)
+    return PromptText(field="prompt_2", text=prompt.prompt_2) if prompt.prompt_2 else whole_prompt(prompt)
 
 
 def _tokenizers_own(_: Prompt) -> None:
     return None
-
-
-def _max_sequence_length(prompt: Prompt) -> int:
-    return prompt.max_sequence_length or MAX_SEQUENCE_LENGTH
 
 
 def _pooled(output: Any, _: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from common.errors import CheckpointError
 from configs.models.dits.flux2 import Flux2TransformerConfig
-from configs.models.encodings import PromptText, TextEncoding
+from configs.models.encodings import PromptText, TextEncoding, sequence_length
 from configs.models.fields import ConfigFields
 from configs.models.vaes.flux2 import AutoencoderKLFlux2Config
 from configs.pipeline_configs.base import (
@@ -90,7 +90,7 @@ class Flux2KleinPipelineConfig(StandardPipelineConfig):
             tokenizer="tokenizer",
             encoder="text_encoder",
             text=_chat,
-            max_length=_max_sequence_length,
+            max_length=sequence_length(MAX_SEQUENCE_LENGTH),
             output=_states,
             masked=True,
             padding_side="right",
@@ -179,10 +179,6 @@ class Flux2KleinPipelineConfig(StandardPipelineConfig):
 
 def _chat(prompt: Prompt) -> PromptText:
     return PromptText(field="prompt", text=f"{BEFORE}{prompt.prompt}{AFTER}")
-
-
-def _max_sequence_length(prompt: Prompt) -> int:
-    return prompt.max_sequence_length or MAX_SEQUENCE_LENGTH
 
 
 def _states(output: Any, _: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from common.errors import CheckpointError
 from configs.models.dits.hunyuan_video import PATCH, HunyuanVideoTransformerConfig
-from configs.models.encodings import PromptText, Template, TextEncoding
+from configs.models.encodings import PromptText, Template, TextEncoding, sequence_length, whole_prompt
 from configs.models.fields import ConfigFields
 from configs.models.vaes.hunyuan_video import AutoencoderKLHunyuanVideoConfig
 from configs.pipeline_configs.base import (
@@ -73,6 +73,7 @@ class HunyuanVideoPipelineConfig(StandardPipelineConfig):
     parallel_modules: ClassVar[frozenset[str]] = frozenset({"HunyuanVideoTransformer3DModel"})
     part_keywords: ClassVar[Mapping[str, str]] = {"video": "hidden_states"}
     visual_part: ClassVar[str] = "video"
+    has_float32_noise: ClassVar[bool] = True
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Checkpoint) -> Self:
@@ -97,8 +98,8 @@ class HunyuanVideoPipelineConfig(StandardPipelineConfig):
             keyword="encoder_hidden_states",
             tokenizer="tokenizer",
             encoder="text_encoder",
-            text=_prompt,
-            max_length=_max_sequence_length,
+            text=whole_prompt,
+            max_length=sequence_length(MAX_SEQUENCE_LENGTH),
             output=_from_the_prompt_on,
             template=TEMPLATE,
         )
@@ -115,11 +116,6 @@ class HunyuanVideoPipelineConfig(StandardPipelineConfig):
     def wants_negative(self, prompt: Prompt, sampling: Sampling) -> bool:
         """True guidance needs a scale above 1 and a negative prompt, which may be empty."""
         return prompt.negative_prompt is not None and (sampling.true_cfg_scale or 1.0) > 1.0
-
-    def noise_dtype(self, requested: torch.dtype) -> torch.dtype:
-        """Float32 in every precision."""
-        del requested
-        return torch.float32
 
     def raw_latent_shapes(self, canvas: Canvas, batch: int) -> Shapes:
         """(batch, channels, frames, rows, columns)."""
@@ -167,16 +163,8 @@ class HunyuanVideoPipelineConfig(StandardPipelineConfig):
         return raw / self.vae.scaling_factor
 
 
-def _prompt(prompt: Prompt) -> PromptText:
-    return PromptText(field="prompt", text=prompt.prompt)
-
-
 def _prompt_2(prompt: Prompt) -> PromptText:
-    return PromptText(field="prompt_2", text=prompt.prompt_2) if prompt.prompt_2 else _prompt(prompt)
-
-
-def _max_sequence_length(prompt: Prompt) -> int:
-    return prompt.max_sequence_length or MAX_SEQUENCE_LENGTH
+    return PromptText(field="prompt_2", text=prompt.prompt_2) if prompt.prompt_2 else whole_prompt(prompt)
 
 
 def _clip_length(_: Prompt) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from common.errors import CheckpointError
 from configs.models.dits.ltx2 import LTX2TransformerConfig
-from configs.models.encodings import Connector, PromptText, TextEncoding
+from configs.models.encodings import Connector, PromptText, TextEncoding, sequence_length
 from configs.models.fields import ConfigFields
 from configs.models.ltx2_connectors import LTX2ConnectorsConfig
 from configs.models.vaes.ltx2 import LTX2AudioVAEConfig, LTX2VideoVAEConfig, LTX2VocoderConfig
@@ -61,6 +61,7 @@ class LTX2PipelineConfig(StandardPipelineConfig):
     branches: ClassVar[tuple[str, ...]] = (POSITIVE, NEGATIVE, PERTURBED, ISOLATED)
     prediction_dtype: ClassVar[torch.dtype | None] = torch.float32
     visual_part: ClassVar[str] = "video"
+    has_float32_noise: ClassVar[bool] = True
     sound_part: ClassVar[str | None] = "audio"
     module_loaders: ClassVar[Mapping[str, str]] = {
         "AutoencoderKLLTX2Audio": "models.vaes.ltx2:load_ltx2_audio_vae",
@@ -121,7 +122,7 @@ class LTX2PipelineConfig(StandardPipelineConfig):
             tokenizer="tokenizer",
             encoder="text_encoder",
             text=_stripped_prompt,
-            max_length=_max_sequence_length,
+            max_length=sequence_length(MAX_SEQUENCE_LENGTH),
             output=_all_layers,
             masked=True,
             padding_side="left",
@@ -148,11 +149,6 @@ class LTX2PipelineConfig(StandardPipelineConfig):
         """Guidance of either part needs it; an unset negative prompt is an empty one."""
         del prompt
         return LTX2Guidance.of(sampling).wants_negative
-
-    def noise_dtype(self, requested: torch.dtype) -> torch.dtype:
-        """float32 always."""
-        del requested
-        return torch.float32
 
     def raw_latent_shapes(self, canvas: Canvas, batch: int) -> Shapes:
         """Video is drawn before audio, which is as long as the frames that the request asks for."""
@@ -284,10 +280,6 @@ def _with_first_frame(latents: Parts, conditions: Parts) -> Parts:
 
 def _stripped_prompt(prompt: Prompt) -> PromptText:
     return PromptText(field="prompt", text=prompt.prompt.strip())
-
-
-def _max_sequence_length(prompt: Prompt) -> int:
-    return prompt.max_sequence_length or MAX_SEQUENCE_LENGTH
 
 
 def _all_layers(output: Any, _: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from common.errors import CheckpointError
 from configs.models.dits.qwen_image import QwenImageTransformerConfig
-from configs.models.encodings import PromptText, Template, TextEncoding
+from configs.models.encodings import Template, TextEncoding, sequence_length, whole_prompt
 from configs.models.fields import ConfigFields
 from configs.models.vaes.qwen_image import AutoencoderKLQwenImageConfig
 from configs.pipeline_configs.base import Keywords, Parts, Shapes, TextConfig
@@ -24,7 +24,7 @@ from configs.pipeline_configs.packed import (
 )
 
 if TYPE_CHECKING:
-    from common.artifacts import Canvas, Prompt, Sampling
+    from common.artifacts import Canvas, Sampling
     from common.checkpoint import Checkpoint
 
 MAX_SEQUENCE_LENGTH = 512
@@ -168,8 +168,9 @@ class QwenImagePipelineConfig(QwenImageFamilyConfig, TextConfig):
             keyword="encoder_hidden_states",
             tokenizer="tokenizer",
             encoder="text_encoder",
-            text=_prompt,
-            max_length=_max_sequence_length,
+            text=whole_prompt,
+            # Diffusers cuts behind the encoder. That is the same: the encoder looks only back.
+            max_length=sequence_length(MAX_SEQUENCE_LENGTH),
             output=_from_the_prompt_on,
             template=TEMPLATE,
         )
@@ -200,15 +201,6 @@ def positions(picture: int, rows: int, columns: int) -> Tensor:
     down = torch.arange(rows, dtype=torch.float32) - (rows - rows // 2)
     across = torch.arange(columns, dtype=torch.float32) - (columns - columns // 2)
     return torch.cartesian_prod(torch.tensor([float(picture)]), down, across)
-
-
-def _prompt(prompt: Prompt) -> PromptText:
-    return PromptText(field="prompt", text=prompt.prompt)
-
-
-def _max_sequence_length(prompt: Prompt) -> int:
-    # Diffusers cuts behind the encoder. That is the same: the encoder looks only back.
-    return prompt.max_sequence_length or MAX_SEQUENCE_LENGTH
 
 
 def _from_the_prompt_on(output: Any, _: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from common.errors import CheckpointError, InvalidInput
 from configs.models.dits.wan import WanTransformerConfig
-from configs.models.encodings import PromptText, TextEncoding
+from configs.models.encodings import PromptText, TextEncoding, sequence_length
 from configs.models.fields import ConfigFields
 from configs.models.vaes.wan import AutoencoderKLWanConfig
 from configs.pipeline_configs.base import (
@@ -49,6 +49,7 @@ class WanPipelineConfig(StandardPipelineConfig):
     transformer_config: ClassVar[type[WanTransformerConfig]] = WanTransformerConfig
     part_keywords: ClassVar[Mapping[str, str]] = {"video": "hidden_states"}
     visual_part: ClassVar[str] = "video"
+    has_float32_noise: ClassVar[bool] = True
     module_loaders: ClassVar[Mapping[str, str]] = {
         "WanTransformer3DModel": "models.dits.wan:load_wan_transformer",
         "AutoencoderKLWan": "models.vaes.wan:load_wan_vae",
@@ -81,7 +82,7 @@ class WanPipelineConfig(StandardPipelineConfig):
             tokenizer="tokenizer",
             encoder="text_encoder",
             text=_cleaned_prompt,
-            max_length=_max_sequence_length,
+            max_length=sequence_length(MAX_SEQUENCE_LENGTH),
             output=_unpadded,
             masked=True,
         )
@@ -95,11 +96,6 @@ class WanPipelineConfig(StandardPipelineConfig):
         """Guidance above 1 needs it; an unset negative prompt is an empty one."""
         del prompt
         return (sampling.guidance_scale or 0.0) > 1.0
-
-    def noise_dtype(self, requested: torch.dtype) -> torch.dtype:
-        """float32 always."""
-        del requested
-        return torch.float32
 
     def raw_latent_shapes(self, canvas: Canvas, batch: int) -> Shapes:
         """(batch, channels, latent frames, rows, columns)."""
@@ -229,10 +225,6 @@ def _cleaned_prompt(prompt: Prompt) -> PromptText:
     """Mend mojibake, resolve HTML entities (also doubly escaped ones), and make every run of whitespace one space."""
     text = html.unescape(html.unescape(ftfy.fix_text(prompt.prompt))).strip()
     return PromptText(field="prompt", text=re.sub(r"\s+", " ", text).strip())
-
-
-def _max_sequence_length(prompt: Prompt) -> int:
-    return prompt.max_sequence_length or MAX_SEQUENCE_LENGTH
 
 
 def _unpadded(output: Any, mask: Tensor) -> Tensor:

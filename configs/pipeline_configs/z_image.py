@@ -13,7 +13,7 @@ from torch import Tensor
 
 from common.errors import CheckpointError
 from configs.models.dits.z_image import PATCH, ZImageTransformerConfig
-from configs.models.encodings import PromptText, Template, TextEncoding
+from configs.models.encodings import Template, TextEncoding, sequence_length, whole_prompt
 from configs.models.fields import ConfigFields
 from configs.models.vaes.kl import AutoencoderKLConfig
 from configs.pipeline_configs.base import (
@@ -62,6 +62,7 @@ class ZImagePipelineConfig(StandardPipelineConfig):
     parallel_modules: ClassVar[frozenset[str]] = frozenset({"ZImageTransformer2DModel"})
     part_keywords: ClassVar[Mapping[str, str]] = {"image": "hidden_states"}
     visual_part: ClassVar[str] = "image"
+    has_float32_noise: ClassVar[bool] = True
     prediction_dtype: ClassVar[torch.dtype | None] = torch.float32
 
     @classmethod
@@ -86,8 +87,8 @@ class ZImagePipelineConfig(StandardPipelineConfig):
             keyword="encoder_hidden_states",
             tokenizer="tokenizer",
             encoder="text_encoder",
-            text=_prompt,
-            max_length=_max_sequence_length,
+            text=whole_prompt,
+            max_length=sequence_length(MAX_SEQUENCE_LENGTH),
             output=_before_the_last_layer,
             template=TEMPLATE,
         )
@@ -97,11 +98,6 @@ class ZImagePipelineConfig(StandardPipelineConfig):
         """Guidance needs a scale above 0."""
         del prompt
         return (sampling.guidance_scale or 0.0) > 0.0
-
-    def noise_dtype(self, requested: torch.dtype) -> torch.dtype:
-        """Float32 in every precision."""
-        del requested
-        return torch.float32
 
     def raw_latent_shapes(self, canvas: Canvas, batch: int) -> Shapes:
         """(batch, channels, rows, columns)."""
@@ -175,14 +171,6 @@ def _number(sampling: Sampling, name: str, default: float) -> float:
     value = sampling.params.get(name, default)
     assert isinstance(value, int | float), f"{name} is a number"
     return float(value)
-
-
-def _prompt(prompt: Prompt) -> PromptText:
-    return PromptText(field="prompt", text=prompt.prompt)
-
-
-def _max_sequence_length(prompt: Prompt) -> int:
-    return prompt.max_sequence_length or MAX_SEQUENCE_LENGTH
 
 
 def _before_the_last_layer(output: Any, _: Tensor) -> Tensor:
