@@ -345,9 +345,11 @@ class StageServicer:
     def _waiting(self, job: _Job) -> Iterator[None]:
         """The context in which a stage's thread waits for other workers: without the device, and unwatched."""
         began = time.perf_counter()
-        with nullcontext() if self._watchdog is None else self._watchdog.paused(), self._device.released():
-            yield
-        job.waited_seconds += time.perf_counter() - began
+        try:
+            with nullcontext() if self._watchdog is None else self._watchdog.paused(), self._device.released():
+                yield
+        finally:
+            job.waited_seconds += time.perf_counter() - began
 
     def _outputs(self, job: _Job, call: Call) -> dict[str, Packet]:
         """The outputs of the stages."""
