@@ -1,6 +1,6 @@
-"""Denoisers (experts) of one model that take turns on the device, where it does not hold all of them.
+"""Swaps the denoisers (experts) of one model on a device that does not have memory for all of them.
 
-The device holds one module. Its weights are overwritten in place when another expert's turn comes, so that CUDA graphs
+The device holds one module. Its weights are overwritten in place when another expert is needed, so that CUDA graphs
 that were captured with them stay valid; the host's memory, pinned for a GPU, holds the weights of every expert.
 """
 

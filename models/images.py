@@ -59,10 +59,10 @@ def open_images(inputs: ImageInputs, mode: Literal["RGB", "RGBA"] = "RGB") -> Ma
 
 
 def open_image(role: str, data: bytes, mode: Literal["RGB", "RGBA"] = "RGB") -> Image.Image:
-    """One picture. CMYK, grey and palette pictures become RGB; in RGB transparency is dropped, and the colours stay.
+    """Decode an image. CMYK, grey and palette images become RGB; RGB drops the alpha channel and keeps the colours.
 
-    Its size is bounded here, by its header, before Pillow makes room for it: Pillow's own bounds are for the whole
-    process, and anybody in it may change them.
+    The size in the header is checked before Pillow allocates memory: Pillow's own limits are global to the process, and
+    other code may change them.
     """
     header = read_image_header(role, data)
     try:

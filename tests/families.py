@@ -1,4 +1,4 @@
-"""Writes the README's table of families from the registry. `python tests/families.py` writes it anew.
+"""Writes the README's table of families from the registry. `python tests/families.py` updates it.
 
 Facts come from pipelines, sampling parameters and pipeline configs; only `title` and `deviations` are prose.
 """

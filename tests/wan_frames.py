@@ -38,7 +38,7 @@ def check_frames_come_early(vae: AutoencoderKLWan, latents: Tensor) -> None:
 def check_sessions(
     vae: AutoencoderKLWan, latents: Tensor, pieces: list[int], decoding_bytes: int | None = None
 ) -> None:
-    """Assert that latents which arrive in pieces give the bytes of decoding at once, also of two videos in turns.
+    """Assert that decoding in pieces gives the bytes of decoding at once, also with two videos decoded alternately.
 
     `latents` have the shape (1, channels, sum of `pieces`, H, W).
     """

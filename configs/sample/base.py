@@ -167,7 +167,7 @@ class SamplingParams:
     def image_defaults(
         cls, images: Mapping[str, ImageHeader], values: Mapping[str, ParamValue]
     ) -> dict[str, ParamValue]:
-        """Defaults that follow from the request's pictures, such as the size of what is made.
+        """Defaults that depend on the images of the request, such as the size of the output.
 
         `values` are the caller's, which are not checked yet, and the other defaults. Raises InvalidInput.
         """

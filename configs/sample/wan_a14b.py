@@ -38,7 +38,7 @@ class WanA14BSamplingParams(WanSamplingParams):
 
 @dataclass(frozen=True, kw_only=True)
 class WanA14BImageSamplingParams(WanA14BSamplingParams):
-    """Wan 2.2 I2V A14B. The pictures are stretched to height x width; the video begins, and may end, with one."""
+    """Wan 2.2 I2V A14B. The images, resized to height x width, are the first and optionally the last frame."""
 
     @classmethod
     def build(

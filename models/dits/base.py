@@ -74,9 +74,9 @@ class DiffusionTransformer(nn.Module, ABC):
         """An upper bound of the elements in the residual stream (B, S, D) of a prediction for these latents."""
 
     def cached_tensors(self, latents: Mapping[str, Tensor]) -> object:
-        """What predict() takes from a cache of the module for latents of these shapes, such as rotations.
+        """Tensors that predict() reads from a cache of the module for latents of these shapes, such as rotations.
 
-        A CUDA graph reads it at its address: whoever captures predict() keeps it for as long as the graph.
+        A captured CUDA graph reads them at fixed addresses, so that the owner of the graph has to keep them.
         """
         del latents
         return None

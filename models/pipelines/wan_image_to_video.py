@@ -1,4 +1,4 @@
-"""Wan 2.1, image to video: the same with CLIP's view of the picture, and its latents beside the noise.
+"""Wan 2.1, image to video: also conditioned on CLIP's tokens of the image, and on its latents beside the noise.
 
 Wan 2.2 I2V A14B has two experts, and no CLIP.
 """

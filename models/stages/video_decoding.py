@@ -113,7 +113,7 @@ class _Decoder:
         return self._config.num_frames(canvas)
 
     def session(self, canvas: Canvas, concurrent: int) -> Any:
-        """Start decoding one output of `concurrent` that are decoded in turns."""
+        """Start decoding one of `concurrent` outputs whose blocks are decoded alternately."""
         shape = self._config.raw_latent_shapes(canvas, 1)[self._config.visual_part]
         return self._vae.session(*shape[2:], concurrent=concurrent)
 

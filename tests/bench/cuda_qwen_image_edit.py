@@ -88,7 +88,7 @@ def main() -> None:
 
 @torch.inference_mode()
 def measure(tokens: Tokens, side: int, device: torch.device, args: argparse.Namespace) -> None:
-    """Build, check, time in turns, print."""
+    """Build both sides, compare their results, time them alternately, print."""
     work = Work(
         tokens.title,
         REFERENCE,

@@ -85,7 +85,7 @@ def main() -> None:
 
 @torch.inference_mode()
 def measure(work: Work, device: torch.device, args: argparse.Namespace) -> None:
-    """Build, check, time in turns, print."""
+    """Build both sides, compare their results, time them alternately, print."""
     tiny = args.scale == "tiny"
     theirs = build_reference(work, device, tiny=tiny)
     ours = same_weights(work, theirs)

@@ -74,7 +74,7 @@ def main() -> None:
 
 @torch.inference_mode()
 def measure(work: Work, mesh: WorkerMesh, args: argparse.Namespace) -> None:
-    """Build, check, time in turns, print."""
+    """Build both sides, compare their results, time them alternately, print."""
     device, tiny = mesh.device, args.scale == "tiny"
     theirs = build_reference(work, device, tiny=tiny)
     their_inputs, our_inputs = (on(device, given) for given in work.inputs(tiny))

@@ -1,4 +1,4 @@
-"""The denoising loop of Wan 2.2 A14B: byte-equal resume, cancelling, and experts that take turns on the device."""
+"""The denoising loop of Wan 2.2 A14B: byte-equal resume, cancelling, and experts that are swapped on the device."""
 
 from __future__ import annotations
 

@@ -87,15 +87,15 @@ def test_every_input_matters(text: Pair, change: Request) -> None:
 
 
 def test_images_are_those_of_the_model(text: Pair, image: Pair) -> None:
-    picture = png(coarse_image(8, 8, seed=0))
+    file = png(coarse_image(8, 8, seed=0))
     validate = InputValidationStage(image[0].model)
     for roles, named in (((), "image"), (("image", "last_image", "image_1"), "image_1")):
         with pytest.raises(InvalidInput, match=named):
-            validate.run(given(), dict.fromkeys(roles, picture))
+            validate.run(given(), dict.fromkeys(roles, file))
     with pytest.raises(InvalidInput, match="num_frames must be at least 5 with a last_image, but is 1"):
-        validate.run(given(), {"image": picture, "last_image": picture})
+        validate.run(given(), {"image": file, "last_image": file})
     with pytest.raises(InvalidInput, match="image"):
-        InputValidationStage(text[0].model).run(given(), {"image": picture})
+        InputValidationStage(text[0].model).run(given(), {"image": file})
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ class AutoencoderKLQwenImageConfig:
 
     @classmethod
     def from_dict(cls, module: str, values: Mapping[str, Any], channels: int = 3) -> Self:
-        """Read config.json of the module, for pictures of so many channels. Raises CheckpointError."""
+        """Read config.json of the module, for images with this number of channels. Raises CheckpointError."""
         fields = ConfigFields(module, values)
         if (found := fields.integer("input_channels", 3)) != channels:
             raise fields.error("input_channels", f"is not supported; supported is {channels}, not {found}")
@@ -49,7 +49,7 @@ def spatial_factor(fields: ConfigFields) -> int:
 
 
 def given_size(height: int, width: int, area: int = GIVEN_AREA) -> tuple[int, int]:
-    """Height and width that a given picture is edited in: about `area` pixels, in about the same proportion."""
+    """Height and width to which an input image is resized: about `area` pixels, with about the same aspect ratio."""
     exact_width = math.sqrt(area * (width / height))
     exact_height = exact_width / (width / height)
     return round(exact_height / _GIVEN_MULTIPLE) * _GIVEN_MULTIPLE, round(
