@@ -22,6 +22,11 @@ def load_causal_language_model(checkpoint: Checkpoint, name: str, device: torch.
     return _as_encoder(load_pretrained(checkpoint, name, device, dtype).model)
 
 
+def load_gemma_text_model(checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype) -> Any:
+    """The same, from Gemma 3 with a vision tower. Raises CheckpointError."""
+    return _as_encoder(load_pretrained(checkpoint, name, device, dtype).model.language_model)
+
+
 def _as_encoder(model: Any) -> Any:
     model.config.use_cache = False
     model.config.output_hidden_states = True
