@@ -1,4 +1,4 @@
-"""Reads the boxes of MP4 files (ISO/IEC 14496-12), for tests."""
+"""Reads the boxes of MP4 files (ISO/IEC 14496-12), and what x264 says of itself in them, for tests."""
 
 from __future__ import annotations
 
@@ -25,3 +25,9 @@ def box(data: bytes, *path: str) -> bytes:
     for name in path:
         (data,) = [content for kind, content in boxes(data) if kind == name]
     return data
+
+
+def x264_options(data: bytes) -> set[str]:
+    """The options, name=value, that x264 writes into the first frame of a video."""
+    options = data[data.index(b"options: ") :].partition(b"\0")[0]
+    return set(options.decode().split())

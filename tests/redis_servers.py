@@ -97,6 +97,35 @@ async def until(ask: Callable[[], Awaitable[bool]]) -> None:
         await asyncio.sleep(0.002)
 
 
+async def fill(redis: Redis, size: int) -> int:
+    """Bring the memory that the server uses to `size` bytes, with bytes that are not the fleet's; returns those in use.
+
+    They are one list, in parts of 256 KiB.
+    """
+    while (used := await _used(redis)) < size:
+        await redis.rpush("filler", bytes(1 << 18))
+    return used
+
+
+async def unfill(redis: Redis) -> None:
+    """Delete what fill() stored. Valkey frees it on a thread of its own, so that it is waited for."""
+    stored = await redis.memory_usage("filler", samples=0)
+    assert stored is not None, "nothing was filled"
+    most = await _used(redis) - stored // 2
+    await redis.delete("filler")
+
+    async def is_freed() -> bool:
+        return await _used(redis) < most
+
+    await until(is_freed)
+
+
+async def _used(redis: Redis) -> int:
+    """The memory that counts for maxmemory: buffers of the append-only file do not."""
+    info = await redis.info("memory")
+    return int(info["used_memory"]) - int(info.get("mem_not_counted_for_evict", 0))
+
+
 def run_on_empty_store(url: str, test: Callable[[Redis], Awaitable[None]]) -> None:
     """Run a test on an empty store."""
 

@@ -8,15 +8,14 @@ from typing import Any
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from redis.asyncio import Redis
 
 from common.errors import ResourceExhausted
 from common.rpc.client import open_channel
 from common.rpc.status import from_rpc_error
-from common.state.connection import command, connect
+from common.state.connection import connect
 from coordinator_fleet import FakeFleet, Gate, run_on_fleet, submission, terminal
 from fleet.v1 import generation_pb2 as pb
-from redis_servers import running_server, until
+from redis_servers import fill, running_server, unfill, until
 from services.cli.status import store_text
 from services.coordinator.store_watch import SUBMIT_HEALTH
 
@@ -28,12 +27,6 @@ SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.Health
 def url() -> Iterator[str]:
     with running_server("valkey", "--maxmemory", str(40 * MIB)) as server:
         yield server.url
-
-
-async def fill(redis: Redis) -> None:
-    """Bring the memory in use above 90% of maxmemory with bytes that are not the fleet's."""
-    while (await command(redis, "INFO", "memory"))["used_memory"] < 37 * MIB:
-        await redis.rpush("filler", bytes(MIB // 4))
 
 
 def test_a_full_store_refuses_new_requests_and_ends_accepted_ones(url: str, caplog: pytest.LogCaptureFixture) -> None:
@@ -52,7 +45,7 @@ def test_a_full_store_refuses_new_requests_and_ends_accepted_ones(url: str, capl
                 return bool(reply.status == status)
 
             assert await is_submit_served(SERVING)
-            await fill(redis)
+            await fill(redis, 37 * MIB)
             await until(lambda: is_submit_served(NOT_SERVING))
             with pytest.raises(grpc.aio.AioRpcError, match="the request store is full") as caught:
                 await stub.Submit(submission())
@@ -67,7 +60,7 @@ def test_a_full_store_refuses_new_requests_and_ends_accepted_ones(url: str, capl
             assert store_text(store).endswith("which is full: requests are refused from 36.0 MiB on")
             gate.opened.set()
             assert (await terminal(stub, accepted))[-1].state_change.state == pb.REQUEST_STATE_SUCCEEDED
-            await redis.delete("filler")
+            await unfill(redis)
             await until(lambda: is_submit_served(SERVING))
             later = (await stub.Submit(submission())).request.request_id
             assert (await terminal(stub, later))[-1].state_change.state == pb.REQUEST_STATE_SUCCEEDED

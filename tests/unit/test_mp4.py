@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from models.media import Mp4File, Sound, mp4_bytes
-from mp4_boxes import box_types
+from mp4_boxes import box_types, x264_options
 from mp4_sound import decoded_sound
 
 
@@ -68,6 +68,11 @@ def test_sound_lies_among_the_frames_of_its_time() -> None:
             latest[packet.stream.type] = float((packet.dts or 0) * (packet.time_base or 0))
             assert abs(latest["video"] - latest["audio"]) < 1.5
     assert min(latest.values()) > 11
+
+
+def test_the_encoder_is_configured_for_reproducible_bytes() -> None:
+    file = mp4_bytes(frames(2, 320), 320, 320, 24.0, tone(0.1, 48_000, 1))
+    assert {"mbtree=0", "threads=4"} <= x264_options(file)
 
 
 def test_a_frame_is_encoded_while_the_next_one_is_made(monkeypatch: pytest.MonkeyPatch) -> None:

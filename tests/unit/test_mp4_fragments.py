@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from models.media import Mp4Fragment
-from mp4_boxes import box, box_types, boxes
+from mp4_boxes import box, box_types, boxes, x264_options
 
 HEIGHT, WIDTH = 48, 80
 COUNTS = (9, 12, 1, 3, 30)
-"""Frames of the fragments; the last one is longer than the encoder looks ahead."""
+"""Frames of the fragments; the last one has more than the encoder works on at a time."""
 TOTAL = sum(COUNTS)
 FIRSTS = [sum(COUNTS[:index]) for index in range(len(COUNTS))]
 
@@ -119,6 +119,13 @@ def test_a_fragment_is_the_same_bytes_without_those_before_it(fragments: list[by
     )
     assert run.stdout == fragments[index]
     assert fragment(0, COUNTS[0]) == fragments[0]
+
+
+def test_the_encoder_is_configured_for_reproducible_bytes() -> None:
+    """As the options say that x264 writes into the stream; _X264_OPTIONS says why."""
+    encoder = Mp4Fragment(320, 32, 16.0, 0)
+    encoder.add(torch.zeros(3, 320, 32))
+    assert {"mbtree=0", "threads=4", "bframes=0"} <= x264_options(encoder.finish())
 
 
 def test_frames_place_size_and_rate_make_the_bytes(fragments: list[bytes]) -> None:

@@ -20,7 +20,7 @@ from common.state.requests import RequestStore
 from common.state.result_items import StoredItem
 from fleet.v1 import artifacts_pb2
 from fleet.v1 import generation_pb2 as pb
-from redis_servers import RedisServer, running_server, until
+from redis_servers import RedisServer, fill, running_server, unfill, until
 from services.coordinator.events import EventLog, EventWriter
 from services.coordinator.result_stream import ResultStream
 
@@ -284,14 +284,11 @@ def test_an_item_waits_for_a_full_store() -> None:
     with running_server("valkey", "--maxmemory", str(8 * MIB)) as server:
 
         async def test(case: Case) -> None:
-            filler = 0
-            while (await case.redis.info("memory"))["used_memory"] < 7 * MIB:
-                await case.redis.set(f"filler:{filler}", bytes(MIB // 4))
-                filler += 1
+            await fill(case.redis, 7 * MIB)
             task = asyncio.create_task(case.stream().put(0, packet(b"x" * (2 * MIB)), 2 * MIB))
             await asyncio.sleep(0.3)
             assert not task.done()
-            await case.redis.delete(*[f"filler:{number}" for number in range(filler)])
+            await unfill(case.redis)
             await task
             assert [len(each) for each in await case.delivered()] == [2 * MIB]
 

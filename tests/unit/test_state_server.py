@@ -19,7 +19,7 @@ from common.state.records import ResultFile, State
 from common.state.requests import RequestStore
 from common.state.store_server import StoreMemory, check_server, read_repairs
 from fleet.v1 import generation_pb2
-from redis_servers import run_on_empty_store, running_server, server_binaries, until
+from redis_servers import fill, run_on_empty_store, running_server, server_binaries, unfill, until
 from services.cli.store import check_store
 from services.text_encoding.__main__ import main as text_encoding
 
@@ -226,27 +226,19 @@ def picture(size: int) -> ResultFile:
     return ResultFile(generation_pb2.FileHeader(byte_size=size), [bytes(size)])
 
 
-async def fill(redis: Redis, most: int) -> int:
-    """Store bytes that are not the fleet's, up to so many in use; returns those in use."""
-    memory = StoreMemory(redis, read_seconds=0)
-    while (used := (await memory.use()).used) < most - MIB // 2:
-        await redis.rpush("filler", bytes(MIB // 4))
-    return used
-
-
 def test_a_nearly_full_store_refuses_new_requests_and_ends_accepted_ones(url: str) -> None:
     async def story(redis: Redis) -> None:
         await configure(redis, maxmemory=str(60 * MIB))
         store = RequestStore(redis, owner="me", memory=StoreMemory(redis, 0.9, read_seconds=0))
         await store.admit(record("accepted"), idempotency_key="k")
-        assert await fill(redis, 55 * MIB) > 0.9 * 60 * MIB
+        assert await fill(redis, int(54.5 * MIB)) > 0.9 * 60 * MIB
         with pytest.raises(ResourceExhausted, match=r"full: it uses 5\d\.\d MiB of 60\.0 MiB") as caught:
             await store.admit(record("refused"))
         assert caught.value.retry_seconds == 5.0
         assert (await store.admit(record("again"), idempotency_key="k")).replayed
         assert await store.finish("accepted", State.REQUEST_STATE_SUCCEEDED, files=[picture(MIB)])
         assert sum([len(chunk) async for chunk in store.result_chunks("accepted", 0, MIB)]) == MIB
-        await redis.delete("filler")
+        await unfill(redis)
         await store.admit(record("later"))
         await configure(redis)
 
@@ -272,7 +264,7 @@ def test_a_full_store_is_not_said_to_be_away_and_keeps_its_heartbeats(url: str) 
         presence = Presence(redis, "me")
         await presence.start()
         await unbounded.admit(record("accepted"))
-        used = await fill(redis, 22 * MIB)
+        used = await fill(redis, int(21.5 * MIB))
         await configure(redis, maxmemory=str(used - MIB))
         with pytest.raises(ResourceExhausted, match="full: it has used its maxmemory") as caught:
             await unbounded.admit(record("refused"))
@@ -284,7 +276,7 @@ def test_a_full_store_is_not_said_to_be_away_and_keeps_its_heartbeats(url: str) 
             await unbounded.finish("accepted", State.REQUEST_STATE_SUCCEEDED, files=[picture(MIB)], token="t")
         assert "away" not in str(failed.value)
         assert (await unbounded.get("accepted")).state == State.REQUEST_STATE_QUEUED  # no end without its files
-        await redis.delete("filler")
+        await unfill(redis)
         assert await unbounded.finish("accepted", State.REQUEST_STATE_SUCCEEDED, files=[picture(MIB)], token="t")
         await presence.stop()
         await configure(redis)

@@ -13,6 +13,7 @@ from common.errors import FailedPrecondition, InvalidInput
 from common.stage import Contract
 from common.state import worker_slots
 from common.state.connection import Arguments, run_script
+from common.state.store_server import read_repairs
 from common.state.worker_slots import NoWorkers, QueuePriority, WorkerSlot, WorkerSlots
 from common.state.workers import WorkerRegistry
 from fleet.v1 import worker_pb2
@@ -380,6 +381,28 @@ def test_a_claim_that_arrives_after_it_was_given_up_is_given_back(url: str) -> N
             assert (await registry.load("emoji", "denoising")).busy == 1
             slots.release(kept)
         await registry.withdraw("w")
+
+    run_on_empty_store(url, story)
+
+
+def test_a_worker_that_died_before_its_slot_was_heard_of_is_no_damage(url: str) -> None:
+    """The store was away: its message of the grant is lost, and the worker's heartbeats are too."""
+
+    async def story(redis: Redis) -> None:
+        claim: Arguments = {"ticket": "r/me/0", "owner": "me", **LATE}
+        await run_script(redis, "beat", {"owner": "me", "lasts": 60_000})
+        await WorkerRegistry(redis, ttl_seconds=0.05).announce(worker("w"))
+        assert (await run_script(redis, "claim", claim))[0] == b"granted"
+
+        async def is_dead() -> bool:
+            return not await redis.exists("fleet:worker:w")
+
+        await until(is_dead)
+        assert (await run_script(redis, "claim", claim))[0] == b"waiting"
+        assert not await redis.hlen("fleet:slots:emoji/denoising")
+        await WorkerRegistry(redis).announce(worker("v"))
+        assert (await run_script(redis, "claim", claim))[0] == b"granted"
+        assert await read_repairs(redis) == {}
 
     run_on_empty_store(url, story)
 

@@ -195,7 +195,8 @@ local function note_taken(place, id, ticket, sign)
   redis.call('ZADD', P .. 'load:' .. place, load_score(taken, tonumber(capacity), tonumber(granted)), id)
 end
 
--- Records that a coordinator holds a slot, so that fleet:load is rebuilt when the coordinator ends. `owners` is the set of those that have.
+-- Records that a coordinator holds a slot, so that fleet:load is rebuilt when the coordinator ends. `owners` is the set
+-- of those that hold one.
 local function note_owner(place, owner, owners)
   if not owners[owner] then
     owners[owner] = true

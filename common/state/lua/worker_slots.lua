@@ -292,13 +292,16 @@ function ops.claim(a)
     dispatch(place, ticket)
   end
   local slot = redis.call('HGET', P .. 'slots:' .. place, ticket)
-  local info = slot and redis.call('HGET', P .. 'worker:' .. string.match(slot, '^(.-)|'), 'info')
+  local worker = string.match(slot or '', '^(.-)|')
+  local info = worker and redis.call('HGET', P .. 'worker:' .. worker, 'info')
   if info then
     return { 'granted', info }
-  elseif slot then
+  elseif slot then  -- granted while its owner could not hear of it, and the worker has died since
     redis.call('HDEL', P .. 'slots:' .. place, ticket)
     forget_index(place)
-    repaired('slot')
+    if not worker then
+      repaired('slot')
+    end
   end
   note_silent(place)
   return { 'waiting', redis.call('ZCARD', P .. 'workers:' .. place), avoids_for(place, a.owner) }
