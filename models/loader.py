@@ -87,6 +87,7 @@ def _load_variants(
 ) -> dict[str, list[PipelineStage[Any, Any]]]:
     if runtime.mesh is not None:
         check_parallel(model, service, runtime.mesh.degrees)
+    check_approximation(model, service, runtime.approximation)
     modules = _Modules(model.checkpoint, runtime)
     with _LOADING:
         return {variant.name: _build_stages(model, variant, spec, modules, runtime) for variant, spec in pairs}
@@ -172,6 +173,16 @@ def check_parallel(model: ServedModel, service: ServiceSpec, degrees: Degrees) -
             if degrees.of(axis) > 1 and axis not in config.parallel_axes:
                 message = f"{axis}: {degrees.of(axis)} is not 1, which {model.checkpoint.pipeline_name} needs"
                 raise InvalidInput(f"{message}; its parallel plan has {', '.join(config.parallel_axes)}", field=axis)
+
+
+def check_approximation(model: ServedModel, service: ServiceSpec, approximation: Approximation) -> None:
+    """Refuse a step cache where a variant's loop has none. Raises InvalidInput."""
+    threshold = approximation.step_cache_threshold
+    for variant, _ in model.variants_of(service.service):
+        config: type[PipelineConfig] = resolve(variant.pipeline_config)
+        if threshold > 0 and issubclass(config, DenoisingConfig) and not config.has_step_cache:
+            message = f"step_cache_threshold: {threshold} is not 0, which {model.checkpoint.pipeline_name} needs"
+            raise InvalidInput(f"{message}; it has no step cache", field="step_cache_threshold")
 
 
 def load_module(checkpoint: Checkpoint, name: str, config: PipelineConfig, runtime: Runtime) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import signal
 import tempfile
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -60,15 +61,18 @@ class Served:
         self.stored_step = 0
         self._family = family
 
-    async def submit(self, stub: Stub) -> str:
-        """Ask for the one result of this test."""
+    async def submit(self, stub: Stub, seconds: float | None = None) -> str:
+        """Ask for the one result of this test, at the latest after so many seconds."""
         parameters = pb.GenerationParameters(
             prompt="a red heart moving left",
             seed=3,
             images=self._family.images,
             **{"num_inference_steps": STEPS, **self._family.given},
         )
-        return (await stub.Submit(pb.SubmitRequest(parameters=parameters))).request.request_id
+        request = pb.SubmitRequest(parameters=parameters)
+        if seconds is not None:
+            request.deadline.FromNanoseconds(time.time_ns() + int(1e9 * seconds))
+        return (await stub.Submit(request)).request.request_id
 
     async def result(
         self, stub: Stub, name: str, kill_at: int = 0, kill: Callable[[str], Awaitable[None]] | None = None

@@ -165,6 +165,48 @@ async def _worker_fault(fleet: Served, whole: bytes, service: str, number: signa
     assert not heard.resumed_steps or min(heard.resumed_steps) > step // STEPS * STEPS, heard.steps
 
 
+async def handed_over(fleet: Served, whole: bytes) -> None:
+    """SIGTERM of the denoiser within its second block: no step is repeated, and no item is delivered twice."""
+    for _ in range(MOST_REPEATS):
+
+        async def strike() -> None:
+            await fleet.signal_worker("denoising", signal.SIGTERM)
+
+        try:
+            heard = await run(fleet, fleet.stubs[:1], at(WITHIN, 0, strike))
+        except TooLate:
+            continue
+        heard.check(whole)
+        if heard.resumed_steps:
+            done = [step for step in heard.steps if step]
+            assert done == sorted(set(done)), heard.steps
+            return
+    raise TooLate(f"the denoiser never left during a request in {MOST_REPEATS} tries")
+
+
+async def slow_follower(fleet: Served, whole: bytes) -> None:
+    """A client that follows the file and reads nothing for a while: the request ends without it, and it gets all."""
+    stub = fleet.stubs[0]
+    name = await fleet.submit(stub)
+    follow = aiter(stub.DownloadResult(pb.DownloadResultRequest(request_id=name, index=0, follow=True)))
+    data = [(await anext(follow)).file_data.data]
+    async for reply in stub.Watch(pb.WatchRequest(request_id=name)):
+        last = reply.event.state_change
+    assert last.state == pb.REQUEST_STATE_SUCCEEDED, last
+    data += [reply.file_data.data async for reply in follow]
+    assert b"".join(data) == whole
+
+
+async def expired(fleet: Served) -> None:
+    """A deadline that passes while the video streams: the request ends as expired, and its workers are free."""
+    stub = fleet.stubs[0]
+    name = await fleet.submit(stub, seconds=1.0)
+    async for reply in stub.Watch(pb.WatchRequest(request_id=name)):
+        last = reply.event.state_change
+    assert last.state == pb.REQUEST_STATE_EXPIRED, last
+    await is_forgotten(fleet, name)
+
+
 async def cancelled(fleet: Served) -> None:
     """Cancel a request within its second block: both workers are free within a step, and its items expire."""
     stub = fleet.stubs[0]
@@ -177,6 +219,11 @@ async def cancelled(fleet: Served) -> None:
         last = event.state_change
     assert last.state == pb.REQUEST_STATE_CANCELLED, last
     assert 0 < last.steps_saved < BLOCKS * STEPS, last
+    await is_forgotten(fleet, name)
+
+
+async def is_forgotten(fleet: Served, name: str) -> None:
+    """Wait until no worker works on a request that has ended; what the store still has of it expires."""
 
     async def is_free() -> bool:
         slots = [await fleet.redis.hgetall(key) for key in await fleet.redis.keys("fleet:slots:*")]

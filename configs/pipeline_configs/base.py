@@ -215,6 +215,9 @@ class DenoisingConfig(LatentLayout):
     branches: ClassVar[tuple[str, ...]] = (POSITIVE, NEGATIVE)
     """All branches of guidance; the cfg axis of a worker group has at most as many ranks."""
 
+    has_step_cache: ClassVar[bool] = True
+    """Whether a step may reuse the work of earlier steps."""
+
     @abstractmethod
     def conditioning_shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Usual shapes of the encoders' outputs by the denoiser's keyword, batch 1; for warm-up."""

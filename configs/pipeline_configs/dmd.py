@@ -33,6 +33,8 @@ class CausalDmdConfig(DmdConfig):
     sharded by heads: `parallel_axes` lacks the ring.
     """
 
+    has_step_cache = False
+
     @property
     def frames_per_block(self) -> int:
         """Latent frames of a block."""

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 
 from common.artifacts import LatentPart, Latents
-from common.errors import InvalidInput
 from common.stage import Call, PipelineStage
 from configs.pipeline_configs.base import Step
 from configs.pipeline_configs.dmd import CausalDmdConfig
@@ -40,10 +39,6 @@ class CausalDMDDenoisingStage(PipelineStage[DenoisingInput, BlockDenoisingOutput
     """Takes all steps of the schedule for each block in turn; memory of earlier blocks belongs to the request."""
 
     def __init__(self, config: CausalDmdConfig, runtime: Runtime, modules: Mapping[str, Any]) -> None:
-        if runtime.approximation.step_cache_threshold > 0:
-            threshold = runtime.approximation.step_cache_threshold
-            message = f"step_cache_threshold: {threshold} is not 0; a causal model has no step cache, so that 0 works"
-            raise InvalidInput(message, field="step_cache_threshold")
         self._config = config
         self._runtime = runtime
         self._predictor = Predictor(config, runtime, modules)
@@ -77,10 +72,11 @@ class CausalDMDDenoisingStage(PipelineStage[DenoisingInput, BlockDenoisingOutput
         steps, total = request.steps, len(request.steps) * blocks
         latents = state.block(self._config.frames_of(0))  # for their shapes
         branches = self._predictor.branches(request, latents, steps, lease)
+        checkpoints = LoopCheckpoints(state, total, self._runtime, call)
         for block in range(state.step // len(steps)):
             call.check_cancelled()
+            checkpoints.hand_over_if_asked()
             self._write_context(request, branches, state, block)
-        checkpoints = LoopCheckpoints(state, total, self._runtime, call)
         for index in paced_steps(state.step, total, call, self._runtime.device):
             checkpoints.hand_over_if_asked()
             block, number = divmod(index, len(steps))

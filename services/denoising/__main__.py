@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from models.catalog import ServedModel
+from models.loader import check_approximation
 from models.warm_up import WarmUp
 from services.denoising.joining import Place
 from services.denoising.launcher import launch
@@ -24,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(model: ServedModel, settings: DenoisingSettings, flags: Sequence[str]) -> int:
-    _ = settings.approximation  # Refuses what cannot be.
+    check_approximation(model, model.service(SERVICE), settings.approximation)
     warm_up = WarmUp.parse(model, settings.warm_up)
     if settings.degrees.world_size == 1:
         asyncio.run(serve(SERVICE, model, settings, warm_up=warm_up))

@@ -9,7 +9,16 @@ import asyncio
 import signal
 
 from resume_fleet import served
-from stream_faults import CAUSAL, WITHIN, cancelled, coordinator_fault, undisturbed, worker_fault
+from stream_faults import (
+    CAUSAL,
+    WITHIN,
+    cancelled,
+    coordinator_fault,
+    expired,
+    slow_follower,
+    undisturbed,
+    worker_fault,
+)
 
 
 def test_each_byte_is_delivered_once_whichever_process_dies() -> None:
@@ -20,6 +29,8 @@ def test_each_byte_is_delivered_once_whichever_process_dies() -> None:
             await worker_fault(fleet, whole, "denoising", signal.SIGSTOP, WITHIN)
             await worker_fault(fleet, whole, "decoding", signal.SIGKILL, 0)
             await cancelled(fleet)
+            await expired(fleet)
+            await slow_follower(fleet, whole)
             await coordinator_fault(fleet, whole, signal.SIGKILL, WITHIN)
 
     asyncio.run(story())

@@ -26,6 +26,7 @@ from fake_graphs import FakeCapture
 from local_fleet import NO_IMAGES, open_fleet, relative_error
 from models.catalog import open_model
 from models.dits.causal_wan import CausalWanTransformer3DModel
+from models.loader import load_stages
 from models.registry import load_registry
 from models.runtime import Runtime
 from models.stages.causal_dmd_denoising import BLOCKS
@@ -169,6 +170,21 @@ def test_contexts_are_rebuilt_until_the_call_is_cancelled(
     assert not predicted
 
 
+def test_contexts_are_rebuilt_until_the_call_is_handed_over(
+    loop: CausalLoop, predicted: Counter[tuple[int, int]]
+) -> None:
+    """The receiver has the checkpoint that the loop resumed at, so that none is sent."""
+    x, heard, again = loop.inputs(FRAMES), Heard(), Heard()
+    loop.run(x, heard)
+    predicted.clear()
+    call = again.call()
+    call.hand_over.set()
+    with pytest.raises(HandedOver, match=f"after {2 * STEPS + 1} steps"):
+        loop.stage().run(replace(x, resume_from=heard.states[2 * STEPS]), call)
+    assert not predicted
+    assert not again.states
+
+
 @pytest.mark.parametrize("at", [1, STEPS, STEPS + 2])
 def test_a_loop_is_handed_over_at_a_step_boundary(loop: CausalLoop, at: int) -> None:
     x, heard = loop.inputs(FRAMES), Heard()
@@ -254,8 +270,11 @@ def test_frames_that_fill_no_whole_block_are_refused(loop: CausalLoop) -> None:
 
 
 def test_a_step_cache_is_refused_at_start(loop: CausalLoop) -> None:
-    with pytest.raises(InvalidInput, match=r"step_cache_threshold: 0\.1 is not 0"):
-        CausalLoop(loop.path, Runtime(approximation=Approximation(step_cache_threshold=0.1))).stage()
+    model = open_model(str(loop.path), load_registry())
+    cached = Runtime(approximation=Approximation(step_cache_threshold=0.1))
+    with pytest.raises(InvalidInput, match=r"step_cache_threshold: 0\.1 is not 0, .* has no step cache") as caught:
+        load_stages(model, model.service("denoising"), cached)
+    assert caught.value.field == "step_cache_threshold"
 
 
 @pytest.mark.parametrize(

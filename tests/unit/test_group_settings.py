@@ -93,7 +93,7 @@ def test_a_ring_of_a_causal_model_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_service_says_it_in_a_line_and_starts_nothing(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     for name in [name for name in os.environ if name.startswith("FLEET_")]:
         monkeypatch.delenv(name)
@@ -108,6 +108,10 @@ def test_the_service_says_it_in_a_line_and_starts_nothing(
     flags = ["--model", "emoji", "--redis", "unix:///x", "--device", "cpu"]
     assert denoising.main([*flags, "--tp", "3"]) == 2
     assert capsys.readouterr().err.startswith("fleet serve denoising: tp x ulysses is 3 x 1, but the model has 4")
+    assert not started
+    causal = ["--model", f"causal={build_tiny_wan_causal(tmp_path)}", *flags[2:]]
+    assert denoising.main([*causal, "--tp", "2", "--step-cache-threshold", "0.1"]) == 2
+    assert capsys.readouterr().err.startswith("fleet serve denoising: step_cache_threshold: 0.1 is not 0, which Wan")
     assert not started
     assert denoising.main([*flags, "--tp", "2"]) == 0
     assert len(started) == 1

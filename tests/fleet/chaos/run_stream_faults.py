@@ -16,7 +16,7 @@ TESTS = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(TESTS), str(TESTS.parent), str(TESTS.parent / "proto"), str(Path(__file__).parent)]
 
 from resume_fleet import served  # noqa: E402
-from stream_faults import BETWEEN, CAUSAL, WITHIN, coordinator_fault, undisturbed, worker_fault  # noqa: E402
+from stream_faults import BETWEEN, CAUSAL, WITHIN, coordinator_fault, handed_over, undisturbed, worker_fault  # noqa: E402
 
 NUMBERS = (signal.SIGKILL, signal.SIGSTOP)
 PLACES = {"within a block": WITHIN, "between blocks": BETWEEN}
@@ -38,6 +38,9 @@ async def main() -> None:
                     began = time.monotonic()
                     await worker_fault(fleet, whole, service, number, step)
                     say(f"{number.name} of {service} {place}", began)
+        began = time.monotonic()
+        await handed_over(fleet, whole)
+        say("SIGTERM of denoising within a block", began)
     for number in NUMBERS:
         for place, step in PLACES.items():
             async with served(CAUSAL) as fleet:
