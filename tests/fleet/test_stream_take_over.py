@@ -14,12 +14,12 @@ import grpc
 import pytest
 import torch
 
-from common.artifacts import MediaItem
+from common.artifacts import MediaItem, StepCheckpoint
 from common.rpc.client import open_channel
 from common.stage import Call
 from common.state.connection import connect
 from common.state.requests import RequestStore
-from coordinator_fleet import FakeFleet, FakeWorker, Script, Stub, error_of, running_fleet, terminal
+from coordinator_fleet import FakeFleet, FakeWorker, Script, Stub, error_of, latents_of, running_fleet, terminal
 from fleet.v1 import generation_pb2 as pb
 from fleet.v1 import generation_pb2_grpc
 from models.catalog import open_model
@@ -74,6 +74,22 @@ class VideoScript(Script):
         return {}
 
 
+class LoopScript(Script):
+    """A denoiser that sends a checkpoint of step 3, and notes the step at which each of its calls began."""
+
+    def __init__(self, common: Script, began: list[int]) -> None:
+        super().__init__(common.contract)
+        self.began = began
+
+    def run(self, values: Mapping[str, Any], call: Call) -> dict[str, Any]:
+        """Send the checkpoint, and end as the common script does."""
+        resumed = values.get("resume_from")
+        self.began.append(resumed.step if resumed else 0)
+        if not resumed:
+            call.checkpoint(StepCheckpoint(step=3, latents=latents_of(torch.zeros(1, 4))))
+        return super().run(values, call)
+
+
 class Case:
     """A fleet whose decoder is a VideoScript."""
 
@@ -86,8 +102,8 @@ class Case:
     async def start_process(self) -> asyncio.subprocess.Process:
         return await self.fleet.start_process(self.listen, "--model", MODEL.name)
 
-    async def add_workers(self) -> list[FakeWorker]:
-        return [await self.fleet.add_worker(service) for service in self.fleet.scripts]
+    async def add_workers(self, numerics: str = "") -> list[FakeWorker]:
+        return [await self.fleet.add_worker(service, numerics=numerics) for service in self.fleet.scripts]
 
     async def wait_stopped(self) -> None:
         assert await asyncio.to_thread(self.script.stopped.wait, 20)
@@ -191,6 +207,37 @@ def test_a_download_elsewhere_outlives_the_coordinator_that_drives(server: Redis
         assert all(epoch > 1 for epoch in epochs[stop_before:])
         events = await terminal(other, request_id)
         assert [each.item.item_index for each in events if each.HasField("item")] == list(range(ITEMS))
+
+    run(server, test, stop_before)
+
+
+@pytest.mark.parametrize(("stop_before", "resumed_at"), [(0, 0), (2, 3)])
+def test_a_take_over_continues_on_other_numerics_after_an_item(
+    server: RedisServer, stop_before: int, resumed_at: int
+) -> None:
+    """What was delivered stays: the loop is not started again on a worker that would give it other bytes."""
+
+    async def test(case: Case) -> None:
+        began: list[int] = []
+        case.fleet.scripts["denoising"] = LoopScript(case.fleet.scripts["denoising"], began)
+        workers = {each.info.service: each for each in await case.add_workers(numerics="a")}
+        process = await case.start_process()
+        async with open_channel(case.listen) as channel:
+            stub: Stub = generation_pb2_grpc.GenerationServiceStub(channel)
+            request_id = (await stub.Submit(given())).request.request_id
+            received: list[bytes] = []
+            await case.wait_stopped()
+            following = asyncio.create_task(follow(stub, request_id, received))
+            await until_received(received, delivered_before(stop_before))
+            process.kill()
+            with pytest.raises(grpc.aio.AioRpcError):
+                await following
+        await workers["denoising"].withdraw()
+        await case.fleet.add_worker("denoising", numerics="b")
+        _, other = await case.fleet.add_coordinator(heartbeat_ttl_seconds=0.5)
+        await terminal(other, request_id)
+        await case.check(request_id)
+        assert began == [0, resumed_at]
 
     run(server, test, stop_before)
 
