@@ -306,7 +306,8 @@ def test_the_command_continues_where_its_coordinator_died(
     assert "goes on; the connection was lost" in capsys.readouterr().err
 
 
-def test_a_decoder_that_dies_delivers_nothing_twice(server: RedisServer) -> None:
+@pytest.mark.parametrize("stop_before", [2, ITEMS])
+def test_a_decoder_that_dies_delivers_nothing_twice(server: RedisServer, stop_before: int) -> None:
     async def test(case: Case) -> None:
         workers = await case.add_workers()
         _, stub = await case.fleet.add_coordinator()
@@ -314,7 +315,7 @@ def test_a_decoder_that_dies_delivers_nothing_twice(server: RedisServer) -> None
         received: list[bytes] = []
         following = asyncio.create_task(follow(stub, request_id, received))
         await case.wait_stopped()
-        await until_received(received, delivered_before(2))
+        await until_received(received, delivered_before(stop_before))
         await case.fleet.add_worker("decoding")
         await workers[-1].die()
         await following
@@ -322,7 +323,7 @@ def test_a_decoder_that_dies_delivers_nothing_twice(server: RedisServer) -> None
         assert len(case.script.calls) == 2
         assert await case.check(request_id) == [1] * ITEMS
 
-    run(server, test, stop_before=2)
+    run(server, test, stop_before)
 
 
 def test_a_cancelled_request_ends_its_followers(server: RedisServer, tmp_path: Path) -> None:
