@@ -19,10 +19,9 @@ import torch
 from bench_device import empty
 from bench_report import median, print_machine, print_table, say
 from bench_steps import HIDDEN_STATES, RequestSteps, new_pool
+from bench_works import TINY, Work
 from denoise_step import (
     STEPS,
-    TINY,
-    Work,
     build_reference,
     error,
     float32_prediction,
@@ -32,6 +31,7 @@ from denoise_step import (
     step_milliseconds,
     timed,
 )
+from diffusers import QwenImageTransformer2DModel as Reference
 from torch import Tensor
 
 from configs.models.dits.qwen_image import QwenImageTransformerConfig
@@ -41,7 +41,6 @@ from models.dits.qwen_image_plan import QWEN_IMAGE_PLAN
 from models.kernels.trials import try_packages
 from models.layers.linear import join_all_weights
 
-REFERENCE = "QwenImageTransformer2DModel"
 CONDITION_STATES = "condition_states"
 TEXT_TOKENS = 200
 SIDES = {"full": (64, 40), "tiny": (4, 4)}
@@ -91,12 +90,11 @@ def measure(tokens: Tokens, side: int, device: torch.device, args: argparse.Name
     """Build both sides, compare their results, time them alternately, print."""
     work = Work(
         tokens.title,
-        REFERENCE,
+        Reference,
         {"in_channels": 64, "out_channels": 16, **tokens.flags},
         lambda config: QwenImageTransformer2DModel(QwenImageTransformerConfig.from_dict("transformer", config)),
-        lambda tiny: inputs_of(tokens, side, TINY[REFERENCE]["joint_attention_dim"] if tiny else 3584),
+        lambda tiny: inputs_of(tokens, side, TINY[Reference]["joint_attention_dim"] if tiny else 3584),
         QWEN_IMAGE_PLAN,
-        0,
     )
     theirs = build_reference(work, device, tiny=args.scale == "tiny")
     ours = same_weights(work, theirs)

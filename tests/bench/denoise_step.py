@@ -12,52 +12,29 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from bench_device import empty, milliseconds, now
 from bench_report import median, print_machine, print_table, say
 from bench_steps import HIDDEN_STATES, RequestSteps, new_pool
+from bench_works import TINY, WORKS, Inputs, Work
+from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 
-from configs.models.dits.flux import FluxTransformerConfig
-from configs.models.dits.qwen_image import QwenImageTransformerConfig
-from configs.models.dits.wan import WanTransformerConfig
 from models.dits.base import DiffusionTransformer
-from models.dits.flux import FluxTransformer2DModel
-from models.dits.flux_plan import FLUX_PLAN
-from models.dits.qwen_image import QwenImageTransformer2DModel
-from models.dits.qwen_image_plan import QWEN_IMAGE_PLAN
-from models.dits.wan import FLOAT32_PARAMETERS, WanTransformer3DModel
-from models.dits.wan_plan import WAN_PLAN
+from models.dits.wan import FLOAT32_PARAMETERS
 from models.kernels.trials import try_packages
-from models.layers.linear import join_all_weights, quantize_linears
+from models.layers.linear import absent_biases, join_all_weights, quantize_linears
 from models.layers.mesh import WorkerMesh
-from models.layers.parallel_plan import ParallelPlan
 from models.layers.parallelize import parallelize
 from models.layers.shards import parameter_shards
 from models.stages.branches import StepCaching
 from models.warm_up import STEPS as WARM_UP_STEPS
 
 STEPS = 28
-Inputs = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Work:
-    """A model of one size, and the inputs of one step: theirs and ours, by the names of forward()."""
-
-    title: str
-    reference: str
-    sizes: Mapping[str, Any]
-    ours: Callable[[Any], DiffusionTransformer]
-    inputs: Callable[[bool], tuple[Inputs, Inputs]]
-    plan: ParallelPlan
-    goal_ms: float
 
 
 def main() -> None:
@@ -129,7 +106,8 @@ def measure(work: Work, device: torch.device, args: argparse.Namespace) -> None:
     say(f"Ours prepares a request of {STEPS} steps in {once:.1f} ms, {once / STEPS:.2f} ms a step")
     for name in spent:
         if name.startswith("Diffusers"):
-            say(f"Ours takes {median(spent['ours']) / median(spent[name]):.2f} of {name}; goal {work.goal_ms} ms")
+            goal = f"; goal {work.goal_ms} ms" if work.goal_ms else ""
+            say(f"Ours takes {median(spent['ours']) / median(spent[name]):.2f} of {name}{goal}")
         elif name != "ours":
             say(f"{name} takes {median(spent[name]) / median(spent['ours']):.2f} of ours")
     if args.step_cache is not None:
@@ -137,7 +115,7 @@ def measure(work: Work, device: torch.device, args: argparse.Namespace) -> None:
     say()
     for name, run in sides.items() if args.profile else ():
         if name.startswith("ours"):
-            profile(run, args.profile / f"{work.reference} {name}.txt")
+            profile(run, args.profile / f"{work.reference.__name__} {name}.txt")
 
 
 def step_of(
@@ -205,11 +183,11 @@ def build_reference(work: Work, device: torch.device, *, tiny: bool) -> Any:
     torch.set_default_dtype(torch.bfloat16)
     try:
         with device:
-            model = getattr(diffusers, work.reference)(**sizes)
+            model = work.reference(**sizes)
     finally:
         torch.set_default_dtype(previous)
     for name, parameter in model.named_parameters():
-        if work.reference.startswith("Wan") and any(part in name for part in FLOAT32_PARAMETERS):
+        if work.reference is WanTransformer3DModel and any(part in name for part in FLOAT32_PARAMETERS):
             parameter.data = parameter.data.float()
     return model.requires_grad_(False).eval()
 
@@ -218,10 +196,11 @@ def same_weights(work: Work, theirs: Any, mesh: WorkerMesh | None = None) -> Dif
     """Our model, or this rank's part of it, over the reference's own tensors."""
     with torch.device("meta"):
         ours = work.ours(dict(theirs.config))
-    parallelize(ours, work.plan, mesh, heads=theirs.config.num_attention_heads)
-    shards = parameter_shards(ours)
+    parallelize(ours, work.plan, mesh, heads=theirs.config[work.heads])
+    shards, like = parameter_shards(ours), next(theirs.parameters())
     state = {name: shards[name].cut(value) if name in shards else value for name, value in theirs.state_dict().items()}
-    ours.load_state_dict(state, strict=True, assign=True)
+    zeros = {name: torch.zeros(ours.get_parameter(name).shape).to(like) for name in absent_biases(ours)}
+    ours.load_state_dict(state | zeros, strict=True, assign=True)
     return ours.requires_grad_(False).eval()
 
 
@@ -240,10 +219,11 @@ def float32_predictions(model: Any, inputs: Inputs) -> tuple[Tensor, ...]:
     handles = []
     kept: dict[nn.Module, dict[str, Tensor]] = {}
 
-    def widen(module: nn.Module, _: object) -> None:
+    def widen(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         kept[module] = {name: value.data for name, value in module.named_parameters(recurse=False)}
         for value in module.parameters(recurse=False):
             value.data = value.data.float()
+        return tuple(map(_widened, inputs))
 
     def narrow(module: nn.Module, *_: object) -> None:
         for name, value in module.named_parameters(recurse=False):
@@ -253,14 +233,15 @@ def float32_predictions(model: Any, inputs: Inputs) -> tuple[Tensor, ...]:
     for module in model.modules():
         if next(module.parameters(recurse=False), None) is not None:
             handles += [module.register_forward_pre_hook(widen), module.register_forward_hook(narrow)]
-    wide = {
-        name: value.float() if isinstance(value, Tensor) and value.dtype == torch.bfloat16 else value
-        for name, value in inputs.items()
-    }
+    wide = {name: _widened(value) for name, value in inputs.items()}
     exact = tuple(each.double() for each in model(**wide, return_dict=False))
     for handle in handles:
         handle.remove()
     return exact
+
+
+def _widened(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.dtype == torch.bfloat16 else value
 
 
 def error(prediction: Tensor, exact: Tensor) -> float:
@@ -314,98 +295,6 @@ def profile(run: Callable[[], object], path: Path) -> None:
         torch.cuda.synchronize()
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(found.key_averages().table(sort_by="cuda_time_total", row_limit=40, max_name_column_width=110))
-
-
-def _flux_inputs(tiny: bool) -> tuple[Inputs, Inputs]:
-    rows, text, width, pooled, channels = (4, 6, 32, 24, 64) if tiny else (64, 512, 4096, 768, 64)
-    shared: Inputs = {
-        "hidden_states": _normal(1, rows * rows, channels),
-        "encoder_hidden_states": _normal(1, text, width),
-        "pooled_projections": _normal(1, pooled),
-        "timestep": torch.tensor([0.75]),
-        "guidance": torch.tensor([3.5]),
-        "txt_ids": torch.zeros(text, 3),
-        "img_ids": torch.cartesian_prod(torch.zeros(1), torch.arange(float(rows)), torch.arange(float(rows))),
-    }
-    return dict(shared), shared
-
-
-def _qwen_inputs(tiny: bool) -> tuple[Inputs, Inputs]:
-    rows, text, width, channels = (4, 6, 24, 64) if tiny else (64, 200, 3584, 64)
-    shared: Inputs = {
-        "hidden_states": _normal(1, rows * rows, channels),
-        "encoder_hidden_states": _normal(1, text, width),
-        "timestep": torch.tensor([0.75]),
-    }
-    down = torch.arange(float(rows)) - rows // 2
-    positions: Inputs = {
-        "img_ids": torch.cartesian_prod(torch.zeros(1), down, down),
-        "txt_ids": (torch.arange(float(text)) + rows // 2)[:, None].expand(-1, 3),
-    }
-    return {**shared, "img_shapes": [[(1, rows, rows)]]}, {**shared, **positions}
-
-
-def _wan_inputs(tiny: bool) -> tuple[Inputs, Inputs]:
-    frames, rows, columns, text, width = (2, 4, 4, 512, 16) if tiny else (21, 60, 104, 512, 4096)
-    shared: Inputs = {
-        "hidden_states": _normal(1, 16, frames, rows, columns),
-        "timestep": torch.tensor([750]),
-        "encoder_hidden_states": _normal(1, text, width),
-    }
-    return dict(shared), shared
-
-
-def _normal(*shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(len(shape))).bfloat16()
-
-
-WORKS = {
-    "flux": Work(
-        "FLUX.1-dev 1024x1024, 512 text tokens",
-        "FluxTransformer2DModel",
-        {"guidance_embeds": True},
-        lambda config: FluxTransformer2DModel(FluxTransformerConfig.from_dict("transformer", config)),
-        _flux_inputs,
-        FLUX_PLAN,
-        112,
-    ),
-    "wan": Work(
-        "Wan2.1-1.3B 480x832, 81 frames, no guidance",
-        "WanTransformer3DModel",
-        {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30, "text_dim": 4096},
-        lambda config: WanTransformer3DModel(WanTransformerConfig.from_dict("transformer", config)),
-        _wan_inputs,
-        WAN_PLAN,
-        440,
-    ),
-    "qwen": Work(
-        "Qwen-Image 1024x1024, 200 text tokens",
-        "QwenImageTransformer2DModel",
-        {"in_channels": 64, "out_channels": 16},
-        lambda config: QwenImageTransformer2DModel(QwenImageTransformerConfig.from_dict("transformer", config)),
-        _qwen_inputs,
-        QWEN_IMAGE_PLAN,
-        115,
-    ),
-}
-
-_SMALL_HEADS = {"num_layers": 2, "attention_head_dim": 16, "num_attention_heads": 4, "axes_dims_rope": (4, 6, 6)}
-TINY: Mapping[str, Mapping[str, Any]] = {
-    "FluxTransformer2DModel": {
-        **_SMALL_HEADS,
-        "num_single_layers": 2,
-        "joint_attention_dim": 32,
-        "pooled_projection_dim": 24,
-    },
-    "QwenImageTransformer2DModel": {**_SMALL_HEADS, "joint_attention_dim": 24},
-    "WanTransformer3DModel": {
-        "num_layers": 2,
-        "attention_head_dim": 16,
-        "num_attention_heads": 4,
-        "ffn_dim": 48,
-        "text_dim": 16,
-    },
-}
 
 
 if __name__ == "__main__":

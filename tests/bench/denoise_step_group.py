@@ -20,10 +20,9 @@ import torch
 from bench_device import empty
 from bench_report import median, print_machine, print_table, say
 from bench_steps import HIDDEN_STATES, RequestSteps, new_pool
+from bench_works import WORKS, Work
 from denoise_step import (
     STEPS,
-    WORKS,
-    Work,
     build_reference,
     error,
     float32_prediction,
