@@ -13,7 +13,8 @@ import argparse
 import torch
 from bench_device import now
 from bench_report import median, print_machine, print_table, say
-from bench_works import TINY, WORKS, WanReference
+from bench_works import TINY, WORKS
+from diffusers import WanTransformer3DModel
 
 from models.dits.base import DiffusionTransformer
 from models.experts import SwappedExpert, on_device, swapped_experts
@@ -40,7 +41,7 @@ def random_expert(device: torch.device, *, tiny: bool) -> DiffusionTransformer:
     """A denoiser with random weights on the device."""
     work = WORKS["wan-14b"]
     with torch.device("meta"):
-        config = WanReference(**{**work.sizes, **(TINY[WanReference] if tiny else {})}).config
+        config = WanTransformer3DModel(**{**work.sizes, **(TINY[WanTransformer3DModel] if tiny else {})}).config
         model = work.ours(dict(config)).bfloat16()
     model.to_empty(device=device).requires_grad_(False).eval()
     for parameter in model.parameters():
