@@ -125,13 +125,17 @@ FAMILIES = {
         negative={"encoder_hidden_states": (11, 32), "pooled_projections": (24,)},
         tokens=35,
     ),
+    # 15 and 8 tokens of reference images.
     "flux2-klein": Family(
         build_tiny_flux2_klein,
         Canvas(height=80, width=112),
         positive={"encoder_hidden_states": (13, FLUX2_TEXT_SIZE)},
         negative={"encoder_hidden_states": (13, FLUX2_TEXT_SIZE)},
+        condition=((1, 15, 4 * FLUX2_CHANNELS), (1, 4 * FLUX2_CHANNELS, 3, 5)),
+        more_conditions=(((1, 8, 4 * FLUX2_CHANNELS), (1, 4 * FLUX2_CHANNELS, 4, 2)),),
         tokens=35,
         channels=FLUX2_CHANNELS,
+        config="configs.pipeline_configs.flux2_klein:Flux2KleinImagePipelineConfig",
     ),
     "qwen-image": Family(
         build_tiny_qwen_image,

@@ -86,7 +86,8 @@ def encoded(model: ServedModel, params: Mapping[str, Any], picture: tuple[int, i
     ("build", "size", "picture"),
     [
         (None, "32x48", None),
-        (build_tiny_flux2_klein, "32x64", None),
+        (build_tiny_flux2_klein, "32x64@text", None),
+        (build_tiny_flux2_klein, "64x96@image", (96, 64)),
         (build_tiny_glm_image, "32x64", None),
         (build_tiny_wan_i2v, "32x48x5", (48, 32)),
         (build_tiny_wan_a14b_i2v, "32x48x5@experts", (48, 32)),
@@ -97,7 +98,8 @@ def encoded(model: ServedModel, params: Mapping[str, Any], picture: tuple[int, i
     ],
     ids=[
         "flux",
-        "flux2-klein",
+        "flux2-klein-text",
+        "flux2-klein-image",
         "glm-image",
         "wan-i2v",
         "wan-a14b-i2v",
