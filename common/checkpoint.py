@@ -41,7 +41,7 @@ _SAMPLE_BYTES = 1024
 
 @dataclass(frozen=True)
 class _Module:
-    """One module's folder: its settings, its weight files, and of a tokenizer its vocabulary."""
+    """One module's folder: its settings, its weight files, and its tokenizer's vocabulary."""
 
     config: Mapping[str, Any]
     weights: WeightFiles
@@ -201,7 +201,7 @@ def _open_module(folder: Path, library: str, class_name: str) -> _Module:
             read_json(path)
     if kind is not None:
         config = read_settings(_first_of(folder, _OTHER_CONFIGS[kind]))
-        return _Module(config, WeightFiles(), read_vocabulary(folder, class_name) if kind == "Tokenizer" else None)
+        return _Module(config, WeightFiles(), read_vocabulary(folder, class_name))
     weights = read_weights(folder, library)
     if not weights.headers and not is_listed(folder / _MODEL_CONFIG):
         # A plugin's class without weights may have any name.

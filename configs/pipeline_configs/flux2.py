@@ -108,7 +108,7 @@ class Flux2FamilyConfig(StandardPipelineConfig):
 
     @property
     def text_encoding(self) -> TextEncoding:
-        """That of klein; dev's differs."""
+        """The same, alone; dev and klein add what is their own."""
         return TextEncoding(
             keyword="encoder_hidden_states",
             tokenizer="tokenizer",

@@ -1,47 +1,34 @@
-"""FLUX.2 klein: a language model as text encoder, the FLUX.2 DiT, a 32-channel image VAE."""
+"""FLUX.2 klein: Qwen3 as text encoder, the FLUX.2 DiT, a 32-channel image VAE."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from models.composition import MEDIA_DECODING, StandardImagePipeline, StandardPipeline
+from models.pipelines.flux2 import Flux2ImagePipeline, Flux2Pipeline
 from models.registry import Registry
 
 if TYPE_CHECKING:
     from common.checkpoint import Checkpoint
     from common.pipeline import ComposedPipeline
 
-_MODULES = ("text_encoder", "tokenizer", "transformer", "scheduler", "vae")
 
-
-class Flux2KleinPipeline(StandardPipeline):
+class Flux2KleinPipeline(Flux2Pipeline):
     """Diffusers' Flux2KleinPipeline, distilled or not, without images."""
 
     pipeline_name = "Flux2KleinPipeline"
-    relatives = ("Flux2",)
-    _required_config_modules = _MODULES
 
     @classmethod
     def variants(cls, checkpoint: Checkpoint) -> Mapping[str, type[ComposedPipeline]]:
         """Without and with reference images."""
         del checkpoint
-        return {"text": Flux2KleinPipeline, "image": Flux2KleinImagePipeline}
-
-    def create_pipeline_stages(self) -> None:
-        """Text to image with one encoder."""
-        self.add_standard_t2i_stages()
+        return {"text": cls, "image": Flux2KleinImagePipeline}
 
 
-class Flux2KleinImagePipeline(StandardImagePipeline):
+class Flux2KleinImagePipeline(Flux2ImagePipeline):
     """Diffusers' Flux2KleinPipeline with reference images."""
 
     pipeline_name = "Flux2KleinPipeline"
-    _required_config_modules = _MODULES
-
-    def create_pipeline_stages(self) -> None:
-        """Text and images to image: the denoiser alone gets the images, as latents."""
-        self.add_standard_ti2v_stages(image_encoder=None, decoding=MEDIA_DECODING)
 
 
 def register_configs(registry: Registry) -> None:

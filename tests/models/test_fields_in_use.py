@@ -19,7 +19,7 @@ from configs.pipeline_configs.qwen_image_edit import QwenImageEditPipelineConfig
 from configs.sample.qwen_image_layered import QwenImageLayeredSamplingParams
 from local_fleet import LocalFleet, open_fleet
 from models.registry import load_registry
-from tiny_flux2 import build_tiny_flux2_klein
+from tiny_flux2 import build_tiny_flux2_dev, build_tiny_flux2_klein
 from tiny_glm_image import build_tiny_glm_image
 from tiny_hunyuan_video import build_tiny_hunyuan_video
 from tiny_ltx2 import build_tiny_ltx2, build_tiny_ltx2_i2v
@@ -102,6 +102,8 @@ CASES = {
     "FluxPipeline": Case("emoji", {**_SMALL, "negative_prompt": "car", "true_cfg_scale": 2.0}),
     "Flux2KleinPipeline@text": Case(build_tiny_flux2_klein, _SMALL, variant="text"),
     "Flux2KleinPipeline@image": Case(build_tiny_flux2_klein, _SMALL, has_image=True, variant="image"),
+    "Flux2Pipeline@text": Case(build_tiny_flux2_dev, _SMALL, variant="text"),
+    "Flux2Pipeline@image": Case(build_tiny_flux2_dev, _SMALL, has_image=True, variant="image"),
     "GlmImagePipeline": Case(build_tiny_glm_image, _SMALL),
     "QwenImagePipeline": Case(build_tiny_qwen_image, {**_SMALL, "negative_prompt": "car"}),
     "QwenImageEditPipeline": Case(build_tiny_qwen_image_edit, _SMALL, has_image=True),

@@ -83,6 +83,13 @@ def test_degrees_of_flux2(rank_pool: RankPool, cases: dict[str, Case], tmp_path:
     check(rank_pool, cases["flux2-klein"], degrees, tmp_path)
 
 
+@pytest.mark.parametrize("degrees", [Degrees(ring=2), Degrees(tp=2, ulysses=2)], ids=str)
+def test_degrees_of_flux2_with_embedded_guidance(
+    rank_pool: RankPool, cases: dict[str, Case], tmp_path: Path, degrees: Degrees
+) -> None:
+    check(rank_pool, cases["flux2-dev"], degrees, tmp_path)
+
+
 @pytest.mark.parametrize("degrees", FEW, ids=str)
 def test_two_segments_of_tokens(rank_pool: RankPool, cases: dict[str, Case], tmp_path: Path, degrees: Degrees) -> None:
     """Every rank has a chunk of the first frame and a chunk of the others."""

@@ -16,6 +16,7 @@ from configs.sample.base import SamplingParams
 from configs.sample.flux import FluxSamplingParams
 from configs.sample.wan import WanSamplingParams
 from models.catalog import open_model
+from models.pipelines.flux2 import Flux2ImagePipeline
 from models.pipelines.flux2_klein import Flux2KleinImagePipeline
 from models.pipelines.glm_image import GlmImagePipeline
 from models.pipelines.qwen_image_edit import QwenImageEditPipeline
@@ -47,6 +48,7 @@ def test_pictures_count_by_pixels_outputs_and_steps() -> None:
 @pytest.mark.parametrize(
     "pipeline",
     [
+        Flux2ImagePipeline,
         Flux2KleinImagePipeline,
         QwenImageEditPipeline,
         QwenImageEditPlusPipeline,
