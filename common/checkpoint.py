@@ -41,7 +41,7 @@ _SAMPLE_BYTES = 1024
 
 @dataclass(frozen=True)
 class _Module:
-    """One module's folder: its settings, its weight files, and its tokenizer's vocabulary."""
+    """One module's folder: its settings, its weight files, and of a tokenizer its vocabulary."""
 
     config: Mapping[str, Any]
     weights: WeightFiles
@@ -186,7 +186,12 @@ def _module_classes(path: Path, index: Mapping[str, Any]) -> dict[str, tuple[str
 
 
 def kind_of(class_name: str) -> str | None:
-    """The kind of a module without weights, a key of _OTHER_CONFIGS; None for a class that may have weights."""
+    """The kind of a module without weights, a key of _OTHER_CONFIGS; None for a class that may have weights.
+
+    A processor of which the tokenizer alone is used is a tokenizer.
+    """
+    if has_vocabulary(class_name):
+        return "Tokenizer"
     stem = _SUFFIXES_OF_CLASSES.sub("", class_name)
     return next((kind for kind in _OTHER_CONFIGS if stem.endswith(kind)), None)
 
@@ -201,7 +206,7 @@ def _open_module(folder: Path, library: str, class_name: str) -> _Module:
             read_json(path)
     if kind is not None:
         config = read_settings(_first_of(folder, _OTHER_CONFIGS[kind]))
-        return _Module(config, WeightFiles(), read_vocabulary(folder, class_name))
+        return _Module(config, WeightFiles(), read_vocabulary(folder, class_name) if kind == "Tokenizer" else None)
     weights = read_weights(folder, library)
     if not weights.headers and not is_listed(folder / _MODEL_CONFIG):
         # A plugin's class without weights may have any name.

@@ -23,7 +23,10 @@ VOCABULARY_FILES: Mapping[str, tuple[str, ...]] = {
     "Qwen2Tokenizer": ("vocab.json", "merges.txt"),
     "T5Tokenizer": ("spiece.model",),
 }
-"""Files that a tokenizer class (without `Fast`), or a processor's tokenizer, is built from where there is no tokenizer.json; none: it needs that."""
+"""Files that a tokenizer class (without `Fast`) is built from where there is no tokenizer.json; none: it needs that.
+
+PixtralProcessor is here for its tokenizer, which alone is used.
+"""
 
 # Byte-level BPE starts from 256 bytes, CLIP's from twice as many; the others are special tokens.
 _MOST_TOKENS_WITHOUT_MERGE = 1024
