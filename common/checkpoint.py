@@ -186,7 +186,12 @@ def _module_classes(path: Path, index: Mapping[str, Any]) -> dict[str, tuple[str
 
 
 def kind_of(class_name: str) -> str | None:
-    """The kind of a module without weights, a key of _OTHER_CONFIGS; None for a class that may have weights."""
+    """The kind of a module without weights, a key of _OTHER_CONFIGS; None for a class that may have weights.
+
+    A processor of which the tokenizer alone is used is a tokenizer.
+    """
+    if has_vocabulary(class_name):
+        return "Tokenizer"
     stem = _SUFFIXES_OF_CLASSES.sub("", class_name)
     return next((kind for kind in _OTHER_CONFIGS if stem.endswith(kind)), None)
 

@@ -19,10 +19,14 @@ TOKENIZER_FILE = "tokenizer.json"
 VOCABULARY_FILES: Mapping[str, tuple[str, ...]] = {
     "CLIPTokenizer": ("vocab.json", "merges.txt"),
     "GemmaTokenizer": (),
+    "PixtralProcessor": (),
     "Qwen2Tokenizer": ("vocab.json", "merges.txt"),
     "T5Tokenizer": ("spiece.model",),
 }
-"""Files that a tokenizer class (without `Fast`) is built from where there is no tokenizer.json; none: it needs that."""
+"""Files that a tokenizer class (without `Fast`) is built from where there is no tokenizer.json; none: it needs that.
+
+PixtralProcessor is here for its tokenizer, which alone is used.
+"""
 
 # Byte-level BPE starts from 256 bytes, CLIP's from twice as many; the others are special tokens.
 _MOST_TOKENS_WITHOUT_MERGE = 1024

@@ -208,6 +208,8 @@ class StandardImagePipeline(StandardPipeline):
     ) -> None:
         """Text and images to video: the denoiser gets the images' latents and the tokens of a vision encoder.
 
+        With MEDIA_DECODING also to an image: the text encoder does not read the images, unlike that of ti2i stages.
+
         `image_encoder` None: the model has no vision encoder. `image_inputs` are the optional inputs that encoding
         images with the VAE reads.
         """

@@ -87,5 +87,14 @@ def as_tensor(
     return (2.0 * pixels - 1.0).permute(2, 0, 1)[None]
 
 
+def middle(pixels: Tensor, height: int, width: int) -> Tensor:
+    """The middle (1, channels, height, width) of pixels that are at least as large.
+
+    Of an odd number of rows or columns that are left out, the smaller half comes before it, as in Diffusers.
+    """
+    top, left = (pixels.shape[-2] - height) // 2, (pixels.shape[-1] - width) // 2
+    return pixels[..., top : top + height, left : left + width]
+
+
 def _file(data: Tensor | bytes) -> bytes:
     return data if isinstance(data, bytes) else data.numpy().tobytes()

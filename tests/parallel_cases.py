@@ -32,7 +32,7 @@ from rank_pool import RankPool
 from tiny_flux import LATENT_CHANNELS, build_tiny_flux
 from tiny_flux2 import LATENT_CHANNELS as FLUX2_CHANNELS
 from tiny_flux2 import TEXT_SIZE as FLUX2_TEXT_SIZE
-from tiny_flux2 import build_tiny_flux2_klein
+from tiny_flux2 import build_tiny_flux2_dev, build_tiny_flux2_klein
 from tiny_glm_image import CODES, GLYPH_SIZE, build_tiny_glm_image
 from tiny_hunyuan_video import LATENT_CHANNELS as HUNYUAN_CHANNELS
 from tiny_hunyuan_video import POOLED_SIZE, build_tiny_hunyuan_video
@@ -125,13 +125,26 @@ FAMILIES = {
         negative={"encoder_hidden_states": (11, 32), "pooled_projections": (24,)},
         tokens=35,
     ),
+    # 15 and 8 tokens of reference images.
     "flux2-klein": Family(
         build_tiny_flux2_klein,
         Canvas(height=80, width=112),
         positive={"encoder_hidden_states": (13, FLUX2_TEXT_SIZE)},
         negative={"encoder_hidden_states": (13, FLUX2_TEXT_SIZE)},
+        condition=((1, 15, 4 * FLUX2_CHANNELS), (1, 4 * FLUX2_CHANNELS, 3, 5)),
+        more_conditions=(((1, 8, 4 * FLUX2_CHANNELS), (1, 4 * FLUX2_CHANNELS, 4, 2)),),
         tokens=35,
         channels=FLUX2_CHANNELS,
+        config="configs.pipeline_configs.flux2_klein:Flux2KleinImagePipelineConfig",
+    ),
+    "flux2-dev": Family(
+        build_tiny_flux2_dev,
+        Canvas(height=80, width=112),
+        positive={"encoder_hidden_states": (13, FLUX2_TEXT_SIZE)},
+        negative={},
+        tokens=35,
+        channels=FLUX2_CHANNELS,
+        config="configs.pipeline_configs.flux2_dev:Flux2PipelineConfig",
     ),
     "qwen-image": Family(
         build_tiny_qwen_image,

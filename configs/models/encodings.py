@@ -73,7 +73,8 @@ class TextEncoding:
     tokenizer's own. `output` picks the result, batch first, from what the encoder returned and the attention mask,
     int64 (batch, tokens). `masked` encoders get that mask; the others attend to padding, which is on `padding_side`
     (None: the tokenizer's own). Text in a `template` is not padded and has no end mark; its max_length does not count
-    what the template skips. With a `connector`, the keywords are those that it makes of the result.
+    what the template skips. A text with `has_marks` begins and ends with special tokens of its own: the tokenizer adds
+    none. With a `connector`, the keywords are those that it makes of the result.
     """
 
     keyword: str
@@ -85,6 +86,7 @@ class TextEncoding:
     masked: bool = False
     padding_side: Literal["left", "right"] | None = None
     template: Template | None = None
+    has_marks: bool = False
     connector: Connector | None = None
 
 

@@ -139,6 +139,10 @@ class ImageLatentsConfig(LatentLayout):
         del size
         return canvas.height, canvas.width
 
+    def image_crop(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Height and width (pixels) of the middle of an image, resized to this height and width, that is encoded."""
+        return size
+
     @abstractmethod
     def image_latents(self, encode: Callable[[Tensor], Tensor], images: Mapping[str, Tensor], canvas: Canvas) -> Parts:
         """Raw latents by part, batch 1, from images by role, float32 (1, channels, height, width) in [-1, 1].

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -25,6 +25,10 @@ from configs.pipeline_configs.base import (
 
 if TYPE_CHECKING:
     from common.artifacts import Canvas, Prompt, Sampling
+
+
+CONDITION = "condition"
+"""Latent part of the first given image; those of the others have a number behind it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +120,16 @@ def unpack_patches(latents: Tensor, channels: int, rows: int, columns: int) -> T
     batch = latents.shape[0]
     patches = latents.view(batch, rows // 2, columns // 2, channels, 2, 2).permute(0, 3, 1, 4, 2, 5)
     return patches.reshape(batch, channels, rows, columns)
+
+
+def condition_name(index: int) -> str:
+    """Name of a given image's latents, by the image's place from 0 on."""
+    return f"{CONDITION}_{index}" if index else CONDITION
+
+
+def condition_parts(parts: Collection[str]) -> list[str]:
+    """Names of the given images' latents among all parts, in the images' order: condition, condition_1 ..."""
+    return sorted((part for part in parts if part.startswith(CONDITION)), key=lambda part: (len(part), part))
 
 
 def check_text_size(made: int, encoder: str, taken: int) -> None:

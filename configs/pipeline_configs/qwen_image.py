@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -16,9 +16,11 @@ from configs.models.fields import ConfigFields
 from configs.models.vaes.qwen_image import AutoencoderKLQwenImageConfig
 from configs.pipeline_configs.base import Keywords, Parts, Shapes, TextConfig
 from configs.pipeline_configs.packed import (
+    CONDITION,
     PackedPipelineConfig,
     SequenceShift,
     check_text_size,
+    condition_parts,
     pack_patches,
     unpack_patches,
 )
@@ -28,9 +30,6 @@ if TYPE_CHECKING:
     from common.checkpoint import Checkpoint
 
 MAX_SEQUENCE_LENGTH = 512
-
-CONDITION = "condition"
-"""Latent part of the first given image; those of the others have a number behind it."""
 
 USUAL_TOKENS = 64
 """Of a prompt of a few sentences. Text is not padded: every prompt has a number of its own."""
@@ -183,11 +182,6 @@ def check_flags(transformer: QwenImageTransformerConfig, flags: Mapping[str, boo
     for name, value in flags.items():
         if found[name] is not value:
             raise ConfigFields("transformer", found).error(name, f"is not supported; supported is {value!r}")
-
-
-def condition_parts(parts: Collection[str]) -> list[str]:
-    """Names of the given images' latents among all parts, in the images' order: condition, condition_1 ..."""
-    return sorted((part for part in parts if part.startswith(CONDITION)), key=lambda part: (len(part), part))
 
 
 def text_positions(embeds: Parts, start: int) -> Tensor:

@@ -11,7 +11,8 @@ from torch import Tensor
 from configs.models.encodings import ImageTextEncoding, Template
 from configs.models.vaes.qwen_image import GIVEN_AREA, given_size
 from configs.pipeline_configs.base import ImageLatentsConfig, ImageTextConfig, Parts, Shapes
-from configs.pipeline_configs.qwen_image import CONDITION, QwenImageFamilyConfig
+from configs.pipeline_configs.packed import CONDITION, condition_name
+from configs.pipeline_configs.qwen_image import QwenImageFamilyConfig
 
 if TYPE_CHECKING:
     from common.artifacts import Canvas
@@ -74,8 +75,7 @@ class QwenImageEditPipelineConfig(QwenImageFamilyConfig, ImageTextConfig, ImageL
         """Normalised latents of each image, frame before channels like the noise: (1, 1, C, 2h, 2w)."""
         del canvas
         latents = [encode(image[:, :, None]) for image in images.values()]
-        names = [f"{CONDITION}_{index}" if index else CONDITION for index in range(len(latents))]
-        return {name: self._normalised(each) for name, each in zip(names, latents, strict=True)}
+        return {condition_name(index): self._normalised(each) for index, each in enumerate(latents)}
 
     def _positions_beside(self, height: int, width: int) -> int:
         """How many text tokens have positions next to a picture of that size (pixels)."""

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from configs.pipeline_configs.base import NEGATIVE, POSITIVE, ImageLatentsConfig, Keywords, Parts, Shapes, Step
-from configs.pipeline_configs.packed import PackedPipelineConfig
-from configs.pipeline_configs.qwen_image import CONDITION, QwenImagePipelineConfig, positions, text_positions
+from configs.pipeline_configs.packed import CONDITION, PackedPipelineConfig
+from configs.pipeline_configs.qwen_image import QwenImagePipelineConfig, positions, text_positions
 
 if TYPE_CHECKING:
     from common.artifacts import Canvas, Sampling

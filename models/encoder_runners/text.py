@@ -58,6 +58,7 @@ class TextEncoder:
         if self._encoding.template is not None:
             return self._encode_in_template(self._encoding.template, source, prompt, warn)
         limit = self._encoding.max_length(prompt) or self._tokenizer.model_max_length
+        adds_marks = not self._encoding.has_marks
         tokens = self._tokenizer(
             source.text,
             padding="max_length",
@@ -66,11 +67,14 @@ class TextEncoder:
             return_attention_mask=True,
             return_tensors="pt",
             padding_side=self._encoding.padding_side,
+            add_special_tokens=adds_marks,
         ).to(self._device)
-        whole = self._tokenizer(source.text, return_tensors="pt", verbose=False).input_ids
+        whole = self._tokenizer(
+            source.text, return_tensors="pt", verbose=False, add_special_tokens=adds_marks
+        ).input_ids
         if whole.shape[1] > limit:
             # Where there is an end mark, the last token that fits is one, as is the last one of the whole text.
-            has_end = whole[0, -1] in self._tokenizer.all_special_ids
+            has_end = adds_marks and whole[0, -1] in self._tokenizer.all_special_ids
             removed = whole[0, limit - 1 : -1] if has_end else whole[0, limit:]
             self._warn_of_cut(warn, source, limit, whole.shape[1], removed)
         given = (tokens.input_ids, tokens.attention_mask) if self._encoding.masked else (tokens.input_ids,)

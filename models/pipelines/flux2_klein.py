@@ -1,29 +1,49 @@
-"""FLUX.2 klein: a language model as text encoder, the FLUX.2 DiT, a 32-channel image VAE."""
+"""FLUX.2 klein: Qwen3 as text encoder, the FLUX.2 DiT, a 32-channel image VAE."""
 
 from __future__ import annotations
 
-from models.composition import StandardPipeline
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from models.pipelines.flux2 import Flux2ImagePipeline, Flux2Pipeline
 from models.registry import Registry
 
+if TYPE_CHECKING:
+    from common.checkpoint import Checkpoint
+    from common.pipeline import ComposedPipeline
 
-class Flux2KleinPipeline(StandardPipeline):
-    """Diffusers' Flux2KleinPipeline, text to image, distilled or not."""
+
+class Flux2KleinPipeline(Flux2Pipeline):
+    """Diffusers' Flux2KleinPipeline, distilled or not, without images."""
 
     pipeline_name = "Flux2KleinPipeline"
-    relatives = ("Flux2",)
-    _required_config_modules = ("text_encoder", "tokenizer", "transformer", "scheduler", "vae")
 
-    def create_pipeline_stages(self) -> None:
-        """Text to image with one encoder."""
-        self.add_standard_t2i_stages()
+    @classmethod
+    def variants(cls, checkpoint: Checkpoint) -> Mapping[str, type[ComposedPipeline]]:
+        """Without and with reference images."""
+        del checkpoint
+        return {"text": cls, "image": Flux2KleinImagePipeline}
+
+
+class Flux2KleinImagePipeline(Flux2ImagePipeline):
+    """Diffusers' Flux2KleinPipeline with reference images."""
+
+    pipeline_name = "Flux2KleinPipeline"
 
 
 def register_configs(registry: Registry) -> None:
     """Register the family's configs."""
     registry.register_configs(
         Flux2KleinPipeline.pipeline_name,
+        variant="text",
         sampling_params="configs.sample.flux2_klein:Flux2KleinSamplingParams",
         pipeline_config="configs.pipeline_configs.flux2_klein:Flux2KleinPipelineConfig",
+    )
+    registry.register_configs(
+        Flux2KleinPipeline.pipeline_name,
+        variant="image",
+        sampling_params="configs.sample.flux2_klein:Flux2KleinImageSamplingParams",
+        pipeline_config="configs.pipeline_configs.flux2_klein:Flux2KleinImagePipelineConfig",
     )
 
 

@@ -20,7 +20,7 @@ from models.contracts import (
     ImageVAEEncodingOutput,
 )
 from models.encoder_runners.checks import check_vision_processor
-from models.images import as_tensor, open_images
+from models.images import as_tensor, middle, open_images
 from models.media import recompressed
 from models.runtime import Runtime
 
@@ -65,10 +65,11 @@ class ImageVAEEncodingStage(PipelineStage[ImageVAEEncodingInput, ImageVAEEncodin
         call.check_cancelled()
         tensors: dict[str, Tensor] = {}
         for role, picture in open_images(x.image_inputs, self._config.image_mode).items():
-            height, width = self._config.image_size((picture.height, picture.width), x.canvas)
+            size = self._config.image_size((picture.height, picture.width), x.canvas)
             factor = 0 if x.sampling is None else self._config.recompression(x.sampling)
             seen = _recompressed(role, picture, factor) if factor else picture
-            tensors[role] = as_tensor(seen, height, width, _FILTERS[self._config.resampling]).to(self._device)
+            whole = as_tensor(seen, *size, _FILTERS[self._config.resampling])
+            tensors[role] = middle(whole, *self._config.image_crop(size)).to(self._device)
         parts = {
             part: LatentPart(latents=self._config.pack(part, raw.cpu()), raw_latent_shape=tuple(raw.shape))
             for part, raw in self._config.image_latents(self._vae.encode, tensors, x.canvas).items()

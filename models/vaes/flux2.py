@@ -17,10 +17,18 @@ if TYPE_CHECKING:
 
 
 class Flux2VAE:
-    """Decoder of normalised patches. A patch has the channels of 2x2 latents in the order (c, dy, dx)."""
+    """Encoder and decoder of normalised patches, which have the channels of 2x2 latents in the order (c, dy, dx)."""
 
     def __init__(self, vae: Any) -> None:
         self._vae = vae
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Normalised patches (B, 4C, h, w), in the VAE's dtype, of the likeliest latents of pixels (B, 3, H, W)."""
+        latents: Tensor = self._vae.encode(pixels.to(self._vae.device, self._vae.dtype)).latent_dist.mode()
+        # The same order of channels as that of torch's inverse of sub-pixel convolutions.
+        patches = torch.nn.functional.pixel_unshuffle(latents, 2)
+        mean, std = self._statistics(patches)
+        return (patches - mean) / std
 
     def decode(self, patches: Tensor, *, return_dict: bool = False) -> tuple[Tensor]:
         """Pixels (B, 3, H, W) in about [-1, 1], of normalised patches (B, 4C, h, w)."""
@@ -31,11 +39,15 @@ class Flux2VAE:
 
     def denormalised(self, patches: Tensor) -> Tensor:
         """Latents (B, C, 2h, 2w) as the decoder takes them, of normalised patches (B, 4C, h, w), in their dtype."""
-        statistics, eps = self._vae.bn, self._vae.config.batch_norm_eps
-        std = torch.sqrt(statistics.running_var.view(1, -1, 1, 1) + eps).to(patches)
-        patches = patches * std + statistics.running_mean.view(1, -1, 1, 1).to(patches)
+        mean, std = self._statistics(patches)
         # The same order of channels as that of torch's sub-pixel convolutions.
-        return torch.nn.functional.pixel_shuffle(patches, 2)
+        return torch.nn.functional.pixel_shuffle(patches * std + mean, 2)
+
+    def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of a patch's channels, (1, 4C, 1, 1), as `like`."""
+        normalisation = self._vae.bn
+        std = torch.sqrt(normalisation.running_var.view(1, -1, 1, 1) + self._vae.config.batch_norm_eps)
+        return normalisation.running_mean.view(1, -1, 1, 1).to(like), std.to(like)
 
 
 def load_flux2_vae(checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype) -> Flux2VAE:

@@ -127,7 +127,7 @@ def test_generate_serves_a_family_that_is_not_in_the_tree(temporary: Path, tmp_p
     assert (done.returncode, done.stdout) == (0, f"{output}\n"), done.stderr
     refused = fleet(temporary, *command)
     assert refused.returncode == 2
-    assert "'ToyPipeline' is not supported; supported are Flux2KleinPipeline, FluxPipeline" in refused.stderr
+    assert "'ToyPipeline' is not supported; supported are Flux2KleinPipeline, Flux2Pipeline" in refused.stderr
 
 
 def test_sigint_ends_a_run_without_leftovers(temporary: Path, tmp_path: Path) -> None:

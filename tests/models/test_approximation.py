@@ -46,7 +46,7 @@ CPU = torch.device("cpu")
 FLOAT8_LINEARS = Approximation("float8")
 BUILD: dict[str, tuple[Callable[[Path], Path], str, tuple[str, ...]]] = {
     "flux": (build_tiny_flux, "32x48", ("attn", "ff", "ff_context", "proj_mlp", "proj_out")),
-    "flux2-klein": (build_tiny_flux2_klein, "32x48", ("attn", "ff", "ff_context")),
+    "flux2-klein": (build_tiny_flux2_klein, "32x48@image", ("attn", "ff", "ff_context")),
     "glm-image": (build_tiny_glm_image, "32x64", ("attn1", "ff")),
     "hunyuan-video": (build_tiny_hunyuan_video, "32x48x5", ("attn", "ff", "ff_context", "proj_mlp", "proj_out")),
     "qwen-image": (build_tiny_qwen_image, "32x48", ("attn", "img_mlp", "txt_mlp")),

@@ -19,7 +19,7 @@ from configs.pipeline_configs.qwen_image_edit import QwenImageEditPipelineConfig
 from configs.sample.qwen_image_layered import QwenImageLayeredSamplingParams
 from local_fleet import LocalFleet, open_fleet
 from models.registry import load_registry
-from tiny_flux2 import build_tiny_flux2_klein
+from tiny_flux2 import build_tiny_flux2_dev, build_tiny_flux2_klein
 from tiny_glm_image import build_tiny_glm_image
 from tiny_hunyuan_video import build_tiny_hunyuan_video
 from tiny_ltx2 import build_tiny_ltx2, build_tiny_ltx2_i2v
@@ -100,7 +100,10 @@ _VIDEO: Mapping[str, Any] = {**_SMALL, "num_frames": 5}
 _LARGER_VIDEO: Mapping[str, Any] = {**_SMALL, "height": 64, "width": 64, "num_frames": 9, "max_sequence_length": 32}
 CASES = {
     "FluxPipeline": Case("emoji", {**_SMALL, "negative_prompt": "car", "true_cfg_scale": 2.0}),
-    "Flux2KleinPipeline": Case(build_tiny_flux2_klein, _SMALL),
+    "Flux2KleinPipeline@text": Case(build_tiny_flux2_klein, _SMALL, variant="text"),
+    "Flux2KleinPipeline@image": Case(build_tiny_flux2_klein, _SMALL, has_image=True, variant="image"),
+    "Flux2Pipeline@text": Case(build_tiny_flux2_dev, _SMALL, variant="text"),
+    "Flux2Pipeline@image": Case(build_tiny_flux2_dev, _SMALL, has_image=True, variant="image"),
     "GlmImagePipeline": Case(build_tiny_glm_image, _SMALL),
     "QwenImagePipeline": Case(build_tiny_qwen_image, {**_SMALL, "negative_prompt": "car"}),
     "QwenImageEditPipeline": Case(build_tiny_qwen_image_edit, _SMALL, has_image=True),
@@ -152,7 +155,7 @@ def recorded(
             hosted = [each for service in fleet.services.values() for each in vars(service)["_variants"].values()]
             for stage in (stage for stages in hosted for stage in vars(stages)["_stages"]):
                 recorder.watch(stage)
-            images = {"image": png(coarse_image(40, 30, 1))} if case.has_image else {}
+            images = {"image": png(coarse_image(80, 70, 1))} if case.has_image else {}
             fleet.media(None, images, **case.given, seed=1)
             variant = fleet.model.variant(case.variant)
             assert variant is not None, "the model has the variant"

@@ -17,7 +17,7 @@ from common.codec import pack, unpack
 from common.errors import Cancelled, CheckpointError, InvalidInput
 from common.stage import Call
 from common.tensors import TORCH
-from configs.pipeline_configs.flux2_klein import Flux2KleinPipelineConfig
+from configs.pipeline_configs.flux2_klein import Flux2KleinImagePipelineConfig, Flux2KleinPipelineConfig
 from configs.sample.flux2_klein import Flux2KleinSamplingParams
 from models.catalog import open_model
 from models.contracts import DenoisingInput
@@ -45,7 +45,7 @@ def checkpoint(path: Path) -> Checkpoint:
 
 @pytest.fixture(scope="module")
 def x(checkpoint: Checkpoint) -> DenoisingInput:
-    config = Flux2KleinPipelineConfig.from_checkpoint(checkpoint)
+    config = Flux2KleinImagePipelineConfig.from_checkpoint(checkpoint)
     return draw_input(checkpoint, config, FAMILIES["flux2-klein"])
 
 
@@ -58,7 +58,7 @@ def changed(path: Path, to: Path, file: str, **entries: Any) -> Path:
 
 
 def stage(checkpoint: Checkpoint) -> DenoisingStage:
-    config, runtime = Flux2KleinPipelineConfig.from_checkpoint(checkpoint), Runtime(step_checkpoint_every=1)
+    config, runtime = Flux2KleinImagePipelineConfig.from_checkpoint(checkpoint), Runtime(step_checkpoint_every=1)
     modules = {name: load_module(checkpoint, name, config, runtime) for name in ("transformer", "scheduler")}
     return DenoisingStage(config, runtime, modules)
 
@@ -68,7 +68,9 @@ def loop(checkpoint: Checkpoint, x: DenoisingInput, call: Call) -> Tensor:
 
 
 def test_a_loop_resumes_after_every_step_to_the_same_bytes(checkpoint: Checkpoint, x: DenoisingInput) -> None:
-    """Through the codec, as a step checkpoint travels."""
+    """Through the codec, as a step checkpoint travels; with two reference images."""
+    assert x.image_latents is not None
+    assert x.image_latents.parts.keys() == {"condition", "condition_1"}
     states: list[StepCheckpoint] = []
     whole = loop(checkpoint, x, Call("test", on_item=step_checkpoints_to(states.append)))
     assert [state.step for state in states] == [*range(1, STEPS)]

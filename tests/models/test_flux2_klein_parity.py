@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 from diffusers import Flux2KleinPipeline
+from torch import Tensor
 
-from local_fleet import LocalFleet, call_of, open_fleet, reference_run, relative_error
+from flux2_images import IMAGE_MODES, check, check_bad_images, check_every_image_matters, files, given_images
+from local_fleet import LocalFleet, open_fleet
 from tiny_flux2 import build_tiny_flux2_klein
 
 Pair = tuple[LocalFleet, Any]
@@ -36,15 +38,8 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     fleet.close()
 
 
-def check(pair: Pair, given: dict[str, Any]) -> None:
-    fleet, pipeline = pair
-    theirs = reference_run(pipeline, seed=5, **call_of(given))
-    ours = fleet.tensors(seed=5, **given)
-    assert ours["latents"].shape == theirs["latents"].shape
-    assert ours["pixels"].shape == theirs["pixels"].shape
-    assert relative_error(ours["latents"], theirs["latents"]) <= 1e-4
-    assert float((ours["pixels"] - theirs["pixels"]).abs().max()) <= 1e-3
-    assert float(theirs["pixels"].std()) > 0.05, "a flat image would prove nothing"
+ONCE = pytest.mark.parametrize("pair", [False], indirect=True, ids=["base"])
+"""Of what does not depend on guidance."""
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -55,3 +50,27 @@ def test_latents_and_pixels_are_diffusers(pair: Pair, mode: str) -> None:
 def test_sigmas_are_shifted_for_the_default_number_of_steps(pair: Pair) -> None:
     """Not for the number of sigmas: Diffusers takes the argument, whose default is 50."""
     check(pair, {"prompt": "a red apple", "height": 64, "width": 64, "sigmas": (1.0, 0.7, 0.3)})
+
+
+@pytest.mark.parametrize("mode", IMAGE_MODES)
+def test_latents_and_pixels_with_reference_images_are_diffusers(pair: Pair, mode: str) -> None:
+    count, given = IMAGE_MODES[mode]
+    check(pair, given, given_images(count))
+
+
+@ONCE
+def test_every_image_and_their_order_matter(pair: Pair) -> None:
+    check_every_image_matters(pair[0])
+
+
+def test_guidance_matters_with_images_unless_the_model_is_distilled(pair: Pair) -> None:
+    def latents(scale: float) -> Tensor:
+        return pair[0].tensors(images=files(given_images(1)), **BASE, seed=1, guidance_scale=scale)["latents"]
+
+    is_distilled = bool(pair[0].model.checkpoint.index["is_distilled"])
+    assert bool((latents(1.0) == latents(4.0)).all()) is is_distilled
+
+
+@ONCE
+def test_images_that_cannot_be_references_are_refused(pair: Pair) -> None:
+    check_bad_images(pair[0])

@@ -79,8 +79,15 @@ def test_degrees_of_z_image(rank_pool: RankPool, cases: dict[str, Case], tmp_pat
 
 @pytest.mark.parametrize("degrees", FEW, ids=str)
 def test_degrees_of_flux2(rank_pool: RankPool, cases: dict[str, Case], tmp_path: Path, degrees: Degrees) -> None:
-    """Queries, keys, values and the feed-forward's gate and input are segments of one projection."""
+    """Each kind of block joins other projections; ranks share the tokens of the noise and of the reference images."""
     check(rank_pool, cases["flux2-klein"], degrees, tmp_path)
+
+
+@pytest.mark.parametrize("degrees", [Degrees(ring=2), Degrees(tp=2, ulysses=2)], ids=str)
+def test_degrees_of_flux2_with_embedded_guidance(
+    rank_pool: RankPool, cases: dict[str, Case], tmp_path: Path, degrees: Degrees
+) -> None:
+    check(rank_pool, cases["flux2-dev"], degrees, tmp_path)
 
 
 @pytest.mark.parametrize("degrees", FEW, ids=str)

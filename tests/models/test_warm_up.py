@@ -31,7 +31,7 @@ from redis_servers import running_server
 from services.denoising import __main__ as denoising
 from services.denoising.settings import DenoisingSettings
 from services.worker import start_worker
-from tiny_flux2 import build_tiny_flux2_klein
+from tiny_flux2 import build_tiny_flux2_dev, build_tiny_flux2_klein
 from tiny_glm_image import build_tiny_glm_image
 from tiny_ltx2 import build_tiny_ltx2
 from tiny_qwen_image import build_tiny_qwen_image_edit, build_tiny_qwen_image_layered
@@ -86,7 +86,9 @@ def encoded(model: ServedModel, params: Mapping[str, Any], picture: tuple[int, i
     ("build", "size", "picture"),
     [
         (None, "32x48", None),
-        (build_tiny_flux2_klein, "32x64", None),
+        (build_tiny_flux2_klein, "32x64@text", None),
+        (build_tiny_flux2_klein, "64x96@image", (96, 64)),
+        (build_tiny_flux2_dev, "64x96@image", (96, 64)),
         (build_tiny_glm_image, "32x64", None),
         (build_tiny_wan_i2v, "32x48x5", (48, 32)),
         (build_tiny_wan_a14b_i2v, "32x48x5@experts", (48, 32)),
@@ -97,7 +99,9 @@ def encoded(model: ServedModel, params: Mapping[str, Any], picture: tuple[int, i
     ],
     ids=[
         "flux",
-        "flux2-klein",
+        "flux2-klein-text",
+        "flux2-klein-image",
+        "flux2-dev-image",
         "glm-image",
         "wan-i2v",
         "wan-a14b-i2v",

@@ -82,6 +82,12 @@ HARMLESS = {
         "*",
     ): "is the processor's text half; the tokenizer is a module of its own",
     ("tiny_flux2*", "tokenizer/chat_template.jinja", "*"): "is not read: the config holds the chat text of a prompt",
+    (
+        "tiny_flux2_dev",
+        "tokenizer/*processor_config.json",
+        "removed",
+    ): "is about images, which the encoder does not see",
+    ("tiny_flux2_dev", "tokenizer/*processor_config.json", "empty object"): "is about images, as if it were removed",
     ("emoji*", "tokenizer/tokenizer.json", "removed"): "vocab.json and merges.txt hold the same vocabulary",
     ("emoji*", "tokenizer_2/tokenizer.json", "removed"): "spiece.model holds the same vocabulary",
     ("emoji-video", "tokenizer/tokenizer.json", "removed"): "spiece.model holds the same vocabulary",

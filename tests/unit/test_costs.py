@@ -16,6 +16,8 @@ from configs.sample.base import SamplingParams
 from configs.sample.flux import FluxSamplingParams
 from configs.sample.wan import WanSamplingParams
 from models.catalog import open_model
+from models.pipelines.flux2 import Flux2ImagePipeline
+from models.pipelines.flux2_klein import Flux2KleinImagePipeline
 from models.pipelines.glm_image import GlmImagePipeline
 from models.pipelines.qwen_image_edit import QwenImageEditPipeline
 from models.pipelines.qwen_image_edit_plus import QwenImageEditPlusPipeline
@@ -45,7 +47,14 @@ def test_pictures_count_by_pixels_outputs_and_steps() -> None:
 
 @pytest.mark.parametrize(
     "pipeline",
-    [QwenImageEditPipeline, QwenImageEditPlusPipeline, WanImageToVideoPipeline, WanExpertsImagePipeline],
+    [
+        Flux2ImagePipeline,
+        Flux2KleinImagePipeline,
+        QwenImageEditPipeline,
+        QwenImageEditPlusPipeline,
+        WanImageToVideoPipeline,
+        WanExpertsImagePipeline,
+    ],
 )
 def test_encoded_images_count_by_pixels(pipeline: type[ComposedPipeline]) -> None:
     services = pipeline(pipeline._required_config_modules).services

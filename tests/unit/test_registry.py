@@ -16,6 +16,7 @@ from toy_checkpoint import toy_family
 
 FAMILIES = [
     "Flux2KleinPipeline",
+    "Flux2Pipeline",
     "FluxPipeline",
     "GlmImagePipeline",
     "HunyuanVideoPipeline",
@@ -85,7 +86,7 @@ def test_plugins_are_added_without_importing_their_stages(tmp_path: Path) -> Non
 def test_an_unsupported_pipeline_is_refused_with_the_supported_ones() -> None:
     with pytest.raises(
         CheckpointError,
-        match=r"'SanaPipeline' is not supported; supported are Flux2KleinPipeline, FluxPipeline, .*WanPipeline",
+        match=r"'SanaPipeline' is not supported; supported are Flux2KleinPipeline, Flux2Pipeline, .*WanPipeline",
     ):
         load_registry().entry("SanaPipeline")
 

@@ -15,7 +15,8 @@ from models.registry import Registry, load_registry
 RELATIVES = {
     "Flux2KleinInpaintPipeline": "Flux2KleinPipeline",
     "Flux2KleinKVPipeline": "Flux2KleinPipeline",
-    "Flux2Pipeline": "Flux2KleinPipeline",
+    "Flux2KleinModularPipeline": "Flux2KleinPipeline",
+    "Flux2ModularPipeline": "Flux2Pipeline",
     "FluxControlPipeline": "FluxPipeline",
     "FluxFillPipeline": "FluxPipeline",
     "FluxKontextPipeline": "FluxPipeline",

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
 from configs.models.fields import ConfigFields
+
+MOST_PIXELS = 1024 * 1024
+"""Of a reference image as it is encoded."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,3 +30,11 @@ class AutoencoderKLFlux2Config:
             latent_channels=fields.integer("latent_channels", cls.latent_channels),
             spatial_factor=2 ** (len(fields.integers("block_out_channels", (128, 256, 512, 512))) - 1),
         )
+
+
+def area_limited(height: int, width: int) -> tuple[int, int]:
+    """Height and width (pixels) of an image, or smaller ones of its proportions for one above MOST_PIXELS."""
+    if height * width <= MOST_PIXELS:
+        return height, width
+    scale = math.sqrt(MOST_PIXELS / (width * height))
+    return int(height * scale), int(width * scale)
