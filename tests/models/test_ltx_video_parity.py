@@ -180,7 +180,7 @@ def test_what_cannot_be_drawn_is_refused(sides: dict[str, Sides], given: dict[st
 
 @pytest.mark.parametrize(
     ("roles", "frames", "field"),
-    [(("image",), 8, "num_frames"), (("image", "last_image"), 9, "images"), (("last_image",), 9, "images")],
+    [(("image",), 8, "num_frames"), (("image", "last_image"), 9, "last_image"), (("last_image",), 9, "last_image")],
     ids=str,
 )
 def test_wrong_images_are_refused(sides: dict[str, Sides], roles: tuple[str, ...], frames: int, field: str) -> None:

@@ -17,6 +17,7 @@ from configs.models.dits.flux import FluxTransformerConfig
 from configs.models.dits.flux2 import Flux2TransformerConfig
 from configs.models.dits.glm_image import GlmImageTransformerConfig
 from configs.models.dits.hunyuan_video import HunyuanVideoTransformerConfig
+from configs.models.dits.ltx_video import LTXVideoTransformerConfig
 from configs.models.dits.qwen_image import QwenImageTransformerConfig
 from configs.models.dits.wan import WanTransformerConfig
 from configs.models.dits.z_image import ZImageTransformerConfig
@@ -31,6 +32,8 @@ from models.dits.glm_image import GlmImageTransformer2DModel
 from models.dits.glm_image_plan import GLM_IMAGE_PLAN
 from models.dits.hunyuan_video import HunyuanVideoTransformer3DModel
 from models.dits.hunyuan_video_plan import HUNYUAN_VIDEO_PLAN
+from models.dits.ltx_video import LTXVideoTransformer3DModel
+from models.dits.ltx_video_plan import LTX_VIDEO_PLAN
 from models.dits.qwen_image import QwenImageTransformer2DModel
 from models.dits.qwen_image_plan import QWEN_IMAGE_PLAN
 from models.dits.wan import WanTransformer3DModel
@@ -59,6 +62,7 @@ PLANS: dict[str, tuple[ParallelPlan, type[nn.Module], tuple[Any, ...]]] = {
         HunyuanVideoTransformer3DModel,
         (HunyuanVideoTransformerConfig(),),
     ),
+    "ltx-video": (LTX_VIDEO_PLAN, LTXVideoTransformer3DModel, (LTXVideoTransformerConfig(),)),
     "qwen-image": (
         QWEN_IMAGE_PLAN,
         QwenImageTransformer2DModel,
