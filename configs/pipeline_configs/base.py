@@ -119,7 +119,6 @@ class LatentLayout(PipelineConfig):
         del part
         return latents.reshape(raw_latent_shape)
 
-
     def posterior_shape(self, canvas: Canvas) -> tuple[int, ...] | None:
         """Shape of the noise that draws image latents from the VAE's distribution; None: the likeliest are taken.
 

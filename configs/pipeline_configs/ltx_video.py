@@ -119,7 +119,7 @@ class LTXVideoPipelineConfig(StandardPipelineConfig):
     def sigmas(self, sampling: Sampling) -> Sequence[float]:
         """Evenly spaced from 1 to 1/steps."""
         steps = sampling.num_inference_steps
-        return np.linspace(1.0, 1.0 / steps, steps).tolist()
+        return [float(sigma) for sigma in np.linspace(1.0, 1.0 / steps, steps)]
 
     def mu(self, canvas: Canvas) -> float:
         """From the number of video tokens."""

@@ -1,7 +1,8 @@
 """The LTX-Video DiT: one stream of packed video tokens that attends to itself, then to the text.
 
-Shapes: N steps, B batch, S video tokens, C channels, T text tokens, D hidden size, H heads, K head size. Parameter names
-are the checkpoint's. Norms, modulation and gates compute in float32. Text comes without padding: nothing is masked.
+Shapes: N steps, B batch, S video tokens, C channels, T text tokens, D hidden size, H heads, K head size. Names of
+parameters are the checkpoint's. Norms, modulation and gates compute in float32. Text comes without padding: nothing is
+masked.
 
 From an image the tokens of the first latent frame have a timestep of their own: segment 0 of two. `boundary` is the
 number of these tokens on this rank, 0 where all tokens have one timestep.
@@ -122,8 +123,8 @@ class LTXVideoTransformer3DModel(DiffusionTransformer):
         """Velocity (B, S, C) of hidden_states of the same shape.
 
         timestep is (B,) in [0, 1000], or (B, 2): that of the first latent frame's tokens and that of all others;
-        encoder_hidden_states (B, T, captions), without padding. positions (S, 3) are seconds, row and column (pixels) of
-        each token; those of the first latent frame are first_positions where it has a timestep of its own.
+        encoder_hidden_states (B, T, captions), without padding. positions (S, 3) are seconds, row and column (pixels)
+        of each token; those of the first latent frame are first_positions where it has a timestep of its own.
         """
         prepared = self.prepare(timestep[None], encoder_hidden_states, positions, first_positions)
         return self.predict(hidden_states, use=None, **prepared.row(0), **prepared.constants)["hidden_states"]
@@ -164,9 +165,7 @@ class LTXVideoTransformer3DModel(DiffusionTransformer):
     def _rotation(self, positions: Tensor) -> HeadRotation:
         config = self.config
         heads, head_size = config.num_attention_heads, config.attention_head_dim
-        return head_rotation(
-            positions, _EXTENTS, heads, head_size, theta=_THETA, is_neox_style=False, is_double=False
-        )
+        return head_rotation(positions, _EXTENTS, heads, head_size, theta=_THETA, is_neox_style=False, is_double=False)
 
     def predict(  # type: ignore[override]  # which constants there are differs by model
         self,

@@ -128,11 +128,15 @@ class _Decoder:
         return self._config.num_frames(canvas)
 
     def drawn_noise(self, raw: Tensor, x: VideoDecodingInput) -> _Noise | None:
-        """Noise in the shape of all raw latents, of a decoder that removes it: one draw, as Diffusers makes it."""
-        how = None if x.sampling is None else self._config.decoding_noise(x.sampling)
+        """Noise in the shape of all raw latents, of a decoder that removes it: one draw, as Diffusers makes it.
+
+        The pipelines of such models read the sampling and the generator.
+        """
+        if x.sampling is None or x.denoising_generator is None:
+            return None
+        how = self._config.decoding_noise(x.sampling)
         if how is None:
             return None
-        assert x.denoising_generator is not None, "the pipeline of a decoder that draws reads the generator"
         generator = torch.Generator("cpu")
         generator.set_state(x.denoising_generator.state)
         return _Noise(torch.randn(raw.shape, generator=generator, dtype=self._noise_dtype), how)

@@ -108,8 +108,9 @@ def test_a_prediction_reads_nothing_on_the_host(tmp_path: Path) -> None:
     with torch.inference_mode():
         prepared = ours.prepare(timestep[None], **given)
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-            fakes = {name: mode.from_tensor(each) for name, each in {**prepared.row(0), **prepared.constants}.items()}
-            predicted = ours.predict(mode.from_tensor(latents), **fakes)["hidden_states"]
+            given = {**prepared.row(0), **prepared.constants}
+            fakes: dict[str, Any] = {name: mode.from_tensor(each) for name, each in given.items()}
+            predicted = ours.predict(hidden_states=mode.from_tensor(latents), **fakes)["hidden_states"]
     assert predicted.shape == latents.shape
 
 

@@ -80,7 +80,7 @@ def test_draws_are_in_diffusers_order(inputs: dict[str, DenoisingInput], variant
 
 
 @VARIANTS
-def test_the_generator_goes_through_the_loop(fleet: LocalFleet, inputs: dict[str, DenoisingInput], variant: str) -> None:
+def test_the_generator_passes_the_loop(fleet: LocalFleet, inputs: dict[str, DenoisingInput], variant: str) -> None:
     x = inputs[variant]
     output = denoising_stage(fleet, Runtime(), variant).run(x, Call("test"))
     assert x.latents_generator is not None

@@ -44,7 +44,7 @@ MODES: dict[str, tuple[str, dict[str, Any], Image.Image | None]] = {
         IMAGE,
     ),
     "noise of the decoder": ("0.9.5", {"decode_timestep": 0.05, "decode_noise_scale": 0.025}, None),
-    "noise as much as the timestep, two outputs": ("0.9.5", {"decode_timestep": 0.1, "num_outputs_per_prompt": 2}, None),
+    "noise of the timestep, two outputs": ("0.9.5", {"decode_timestep": 0.1, "num_outputs_per_prompt": 2}, None),
     "no noise": ("0.9.5", {"guidance_scale": 1.0}, None),
     "image, noise of the decoder": ("0.9.5", {"decode_timestep": 0.05, "num_outputs_per_prompt": 2}, IMAGE),
 }
@@ -143,7 +143,7 @@ def test_the_image_is_the_first_frame_and_matters(sides: dict[str, Sides]) -> No
 
 
 def test_parameters_without_effect_are_reported(sides: dict[str, Sides]) -> None:
-    asked = {"guidance_scale": 1.0, "negative_prompt": "a car", "guidance_rescale": 0.5}
+    asked: dict[str, Any] = {"guidance_scale": 1.0, "negative_prompt": "a car", "guidance_rescale": 0.5}
     asked |= {"decode_timestep": 0.1, "decode_noise_scale": 0.1}
     model = sides["0.9.0"].fleet.model
     params, warnings = model.variants[0].sampling_params.build({**BASE, **asked}, model.checkpoint)
