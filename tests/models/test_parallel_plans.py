@@ -110,7 +110,7 @@ def test_no_matrix_of_a_block_is_whole_on_every_rank(
         shards = parameter_shards(model)
         whole = {name: value for name, value in model.named_parameters() if name not in shards}
         blocks = {name: value for name, value in whole.items() if "blocks." in name and value.ndim == 2}
-    assert not [name for name in blocks if not name.endswith("scale_shift_table")], "but for rows of modulations"
+        assert not [name for name in blocks if not name.endswith("scale_shift_table")], "but for rows of modulations"
         held = sum(value.numel() for value in model.parameters())
         everything = sum(value.numel() for value in on_meta(kind, config).parameters())
         assert held / everything < 0.52, "of two ranks each holds half, and what is small besides"
