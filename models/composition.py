@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import ClassVar
 
@@ -34,17 +34,20 @@ class Denoising:
 
 @dataclass(frozen=True)
 class Decoding:
-    """A decoder: its contract, its implementation, and its output that is the request's result."""
+    """A decoder: its contract, its implementation, its output that is the request's result, and optional inputs."""
 
     contract: Contract
     implementation: str
     result: str
+    inputs: tuple[str, ...] = ()
 
 
 STANDARD_DENOISING = Denoising(contracts.DENOISING, DENOISING_STAGE)
 DMD_DENOISING = Denoising(
     contracts.DENOISING, "models.stages.dmd_denoising:DmdDenoisingStage", inputs=("latents_generator",)
 )
+GENERATOR_DENOISING = Denoising(contracts.DENOISING, DENOISING_STAGE, inputs=("latents_generator",))
+"""The standard loop, which passes the request's generator on to a decoder that draws."""
 CAUSAL_DMD_DENOISING = Denoising(
     contracts.CAUSAL_DENOISING,
     "models.stages.causal_dmd_denoising:CausalDMDDenoisingStage",
@@ -54,6 +57,8 @@ MEDIA_DECODING = Decoding(contracts.DECODING, "models.stages.decoding:DecodingSt
 VIDEO_DECODING = Decoding(
     contracts.VIDEO_DECODING, "models.stages.video_decoding:VideoDecodingStage", result="media_items"
 )
+NOISY_VIDEO_DECODING = replace(VIDEO_DECODING, inputs=("sampling", "denoising_generator"))
+"""The same for models whose decoder may draw noise."""
 BLOCK_DECODING = Decoding(
     contracts.BLOCK_DECODING, "models.stages.video_decoding:BlockDecodingStage", result="media_items"
 )
@@ -159,7 +164,7 @@ class StandardPipeline(ComposedPipeline):
         )
         self.add_stage(
             StageSpec(
-                decoding.contract,
+                decoding.contract.reading(*decoding.inputs),
                 "decoding",
                 decoding.implementation,
                 decoders,
@@ -202,6 +207,7 @@ class StandardImagePipeline(StandardPipeline):
         image_processor: str = "image_processor",
         scheduler: str = "scheduler",
         decoders: Mapping[str, str] = _VAE,
+        denoising: Denoising = STANDARD_DENOISING,
         decoding: Decoding = VIDEO_DECODING,
         image_inputs: Sequence[str] = (),
         transformers: Mapping[str, str] = _ONE_TRANSFORMER,
@@ -228,7 +234,7 @@ class StandardImagePipeline(StandardPipeline):
         self._add_image_vae_encoding(*image_inputs)
         self._add_preparation(scheduler)
         self._add_denoising_and_decoding(
-            scheduler, *inputs, decoders=decoders, decoding=decoding, transformers=transformers
+            scheduler, *inputs, decoders=decoders, denoising=denoising, decoding=decoding, transformers=transformers
         )
 
     def _add_image_vae_encoding(self, *optional_inputs: str) -> None:

@@ -147,9 +147,10 @@ class DenoisingInput:
 
 @dataclass(frozen=True, kw_only=True)
 class DenoisingOutput:
-    """The loop's result."""
+    """The loop's result and, for decoders that draw, the generator after it."""
 
     denoised_latents: Latents
+    denoising_generator: Generator | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,6 +166,14 @@ class DecodingInput:
 
     denoised_latents: Latents
     canvas: Canvas
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoDecodingInput(DecodingInput):
+    """What a decoder of videos reads. Pipelines name the optional inputs, which are for decoders that draw."""
+
+    sampling: Sampling | None = None
+    denoising_generator: Generator | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,5 +208,5 @@ BEFORE_DENOISING = derive_contract("BeforeDenoisingStage", BeforeDenoisingInput,
 DENOISING = derive_contract("DenoisingStage", DenoisingInput, DenoisingOutput)
 CAUSAL_DENOISING = derive_contract("CausalDMDDenoisingStage", DenoisingInput, BlockDenoisingOutput)
 DECODING = derive_contract("DecodingStage", DecodingInput, DecodingOutput)
-VIDEO_DECODING = derive_contract("VideoDecodingStage", DecodingInput, StreamedDecodingOutput)
+VIDEO_DECODING = derive_contract("VideoDecodingStage", VideoDecodingInput, StreamedDecodingOutput)
 BLOCK_DECODING = derive_contract("BlockDecodingStage", BlockDecodingInput, StreamedDecodingOutput)

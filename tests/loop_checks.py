@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import takewhile
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from common.artifacts import ParamValue, StepCheckpoint
+from common.artifacts import ImageInputs, ParamValue, StepCheckpoint
 from common.codec import pack, unpack
 from common.errors import Cancelled
 from common.stage import Call
 from common.tensors import TORCH
-from local_fleet import LocalFleet
+from local_fleet import NO_IMAGES, LocalFleet
 from models.contracts import DenoisingInput
 from models.loader import load_module
 from models.registry import resolve
@@ -25,19 +26,26 @@ from models.warm_up import STEPS, WarmUp
 from step_checkpoints import step_checkpoints_to
 
 
-def denoising_input(fleet: LocalFleet, given: Mapping[str, ParamValue]) -> DenoisingInput:
-    """What text encoding and preparation make of a request."""
-    values: dict[str, Any] = dict(InputValidationStage(fleet.model).run(given).artifacts)
-    for service in ("text_encoding", "latent_preparation"):
-        stages = fleet.services[service].of("")
+def denoising_input(
+    fleet: LocalFleet, given: Mapping[str, ParamValue], images: Mapping[str, bytes] = NO_IMAGES
+) -> DenoisingInput:
+    """What the services before denoising make of a request."""
+    validated = InputValidationStage(fleet.model).run(given, images)
+    values: dict[str, Any] = dict(validated.artifacts)
+    files = {role: torch.frombuffer(bytearray(data), dtype=torch.uint8) for role, data in images.items()}
+    values["image_inputs"] = ImageInputs(images=files)
+    for spec in takewhile(lambda spec: spec.service != "denoising", validated.variant.services):
+        stages = fleet.services[spec.service].of(validated.variant.name)
         values |= stages.run({slot: values[slot] for slot in stages.contract.inputs if slot in values}, Call("test"))
     taken = DenoisingInput.__dataclass_fields__
     return DenoisingInput(**{slot: value for slot, value in values.items() if slot in taken})
 
 
-def denoising_stage(fleet: LocalFleet, runtime: Runtime) -> DenoisingStage:
+def denoising_stage(fleet: LocalFleet, runtime: Runtime, variant: str = "") -> DenoisingStage:
     """The stage with modules of its own."""
-    config = resolve(fleet.model.variants[0].pipeline_config).from_checkpoint(fleet.model.checkpoint)
+    served = fleet.model.variant(variant)
+    assert served is not None, "the model has the variant"
+    config = resolve(served.pipeline_config).from_checkpoint(fleet.model.checkpoint)
     modules = {
         name: load_module(fleet.model.checkpoint, name, config, runtime) for name in ("transformer", "scheduler")
     }
@@ -50,10 +58,10 @@ def denoised(stage: DenoisingStage, x: DenoisingInput, states: list[StepCheckpoi
     return {part: each.latents for part, each in stage.run(x, call).denoised_latents.parts.items()}
 
 
-def check_resume(fleet: LocalFleet, x: DenoisingInput) -> None:
+def check_resume(fleet: LocalFleet, x: DenoisingInput, variant: str = "") -> None:
     """A loop resumes after every step to the same bytes; checkpoints go through the codec, as they travel."""
     states: list[StepCheckpoint] = []
-    stage = denoising_stage(fleet, Runtime(step_checkpoint_every=1))
+    stage = denoising_stage(fleet, Runtime(step_checkpoint_every=1), variant)
     whole = denoised(stage, x, states)
     assert [state.step for state in states] == [*range(1, x.sampling.num_inference_steps)]
     for state in states:
@@ -62,7 +70,7 @@ def check_resume(fleet: LocalFleet, x: DenoisingInput) -> None:
         assert all(torch.equal(resumed[part], each) for part, each in whole.items()), state.step
 
 
-def check_cancel(fleet: LocalFleet, x: DenoisingInput) -> None:
+def check_cancel(fleet: LocalFleet, x: DenoisingInput, variant: str = "") -> None:
     """A cancel ends the loop within a step."""
     heard: list[int] = []
 
@@ -73,13 +81,14 @@ def check_cancel(fleet: LocalFleet, x: DenoisingInput) -> None:
 
     call = Call("test", on_progress=on_progress)
     with pytest.raises(Cancelled):
-        denoising_stage(fleet, Runtime()).run(x, call)
+        denoising_stage(fleet, Runtime(), variant).run(x, call)
     assert heard == [1, 2]
 
 
 def check_warm_up(fleet: LocalFleet, size: str) -> None:
-    """A warm-up runs the loop."""
+    """A warm-up runs the loop; the size is that of a variant where it has an @."""
     steps: list[int] = []
     call = Call("warm-up", on_progress=lambda step, _: steps.append(step))
-    WarmUp.parse(fleet.model, (size,)).run(fleet.services["denoising"].of("").run, torch.float32, call)
+    variant = size.partition("@")[2]
+    WarmUp.parse(fleet.model, (size,)).run(fleet.services["denoising"].of(variant).run, torch.float32, call)
     assert steps == [*range(1, STEPS + 1)]

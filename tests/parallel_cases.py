@@ -37,6 +37,9 @@ from tiny_glm_image import CODES, GLYPH_SIZE, build_tiny_glm_image
 from tiny_hunyuan_video import LATENT_CHANNELS as HUNYUAN_CHANNELS
 from tiny_hunyuan_video import POOLED_SIZE, build_tiny_hunyuan_video
 from tiny_ltx2 import AUDIO_SIZE, VIDEO_CHANNELS, VIDEO_SIZE, build_tiny_ltx2
+from tiny_ltx_video import CAPTION_SIZE as LTX_CAPTION_SIZE
+from tiny_ltx_video import CHANNELS as LTX_CHANNELS
+from tiny_ltx_video import build_tiny_ltx_video
 from tiny_qwen_image import (
     build_tiny_qwen_image,
     build_tiny_qwen_image_edit,
@@ -257,6 +260,18 @@ FAMILIES = {
         tokens=60,
         channels=TI2V_LATENT_CHANNELS,
         config="configs.pipeline_configs.wan_ti2v:WanTI2VImagePipelineConfig",
+    ),
+    # The same tokens, packed.
+    "ltx-video": Family(
+        build_tiny_ltx_video,
+        Canvas(height=96, width=160, num_frames=25, output_format="mp4"),
+        positive={"encoder_hidden_states": (13, LTX_CAPTION_SIZE)},
+        negative={"encoder_hidden_states": (1, LTX_CAPTION_SIZE)},
+        condition=((1, 15, LTX_CHANNELS), (1, LTX_CHANNELS, 1, 3, 5)),
+        tokens=60,
+        channels=LTX_CHANNELS,
+        patch=1,
+        config="configs.pipeline_configs.ltx_video:LTXVideoImageToVideoPipelineConfig",
     ),
     # 15 tokens of the given first frame, 45 others, and 52 of the sound.
     "ltx2": Family(

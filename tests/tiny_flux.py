@@ -59,7 +59,7 @@ def build_tiny_flux(
         "tokenizer": clip,
         "tokenizer_2": t5,
         "text_encoder": clip_model(clip),
-        "text_encoder_2": _t5_model(t5),
+        "text_encoder_2": t5_model(t5),
         "transformer": FluxTransformer2DModel(
             in_channels=4 * LATENT_CHANNELS,
             num_layers=2,
@@ -117,7 +117,8 @@ def clip_model(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     )
 
 
-def _t5_model(tokenizer: T5TokenizerFast) -> T5EncoderModel:
+def t5_model(tokenizer: T5TokenizerFast) -> T5EncoderModel:
+    """Two layers of width 32."""
     return T5EncoderModel(
         T5Config(
             vocab_size=len(tokenizer),

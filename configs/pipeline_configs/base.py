@@ -119,6 +119,14 @@ class LatentLayout(PipelineConfig):
         del part
         return latents.reshape(raw_latent_shape)
 
+    def posterior_shape(self, canvas: Canvas) -> tuple[int, ...] | None:
+        """Shape of the noise that draws image latents from the VAE's distribution; None: the likeliest are taken.
+
+        It is the first draw of a request, before the starting noise, in the VAE's dtype.
+        """
+        del canvas
+        return None
+
 
 class ImageLatentsConfig(LatentLayout):
     """Callbacks of encoding images to latents, which condition the denoiser."""
@@ -147,7 +155,8 @@ class ImageLatentsConfig(LatentLayout):
     def image_latents(self, encode: Callable[[Tensor], Tensor], images: Mapping[str, Tensor], canvas: Canvas) -> Parts:
         """Raw latents by part, batch 1, from images by role, float32 (1, channels, height, width) in [-1, 1].
 
-        `encode` is the VAE's encoder: an image or a video (1, 3, frames, height, width) to the mode of its latents.
+        `encode` is the VAE's encoder: an image or a video (1, 3, frames, height, width) to the mode of its latents, or
+        to a sample where posterior_shape() says so.
         """
 
 
@@ -305,6 +314,14 @@ class DenoisingConfig(LatentLayout):
         return latents
 
 
+@dataclass(frozen=True)
+class DecodingNoise:
+    """What a decoder that removes noise is told: the share of it in the latents, and the timestep, both in [0, 1]."""
+
+    scale: float
+    timestep: float
+
+
 class DecodingConfig(LatentLayout):
     """Callbacks of decoding."""
 
@@ -318,6 +335,11 @@ class DecodingConfig(LatentLayout):
     def sampling_rate(self) -> int:
         """Samples a second of the sound. Raises TypeError for a model without sound."""
         raise TypeError(f"{type(self).__name__} makes no sound")
+
+    def decoding_noise(self, sampling: Sampling) -> DecodingNoise | None:
+        """The noise that latents get before they are decoded, drawn by the request's generator; None: none is drawn."""
+        del sampling
+        return None
 
     def num_frames(self, canvas: Canvas) -> int:
         """Frames that the VAE makes of a video of this canvas."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Self
 from torch import Tensor
 
 from configs.pipeline_configs.base import NEGATIVE, POSITIVE
+from configs.pipeline_configs.rescaled import rescaled
 
 if TYPE_CHECKING:
     from common.artifacts import ParamValue, Sampling
@@ -37,10 +38,7 @@ class Scales:
         for branch, weight in ((NEGATIVE, self.scale - 1), (PERTURBED, self.stg), (ISOLATED, self.modality - 1)):
             if branch in clean:
                 guided = guided + weight * (positive - clean[branch])
-        if self.rescale <= 0:
-            return guided
-        rescaled = guided * (_deviation(positive) / _deviation(guided))
-        return self.rescale * rescaled + (1 - self.rescale) * guided
+        return rescaled(guided, positive, self.rescale)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,8 +95,3 @@ def _number(value: ParamValue | None, default: float) -> float:
     """The value of a float parameter; one that is not there has no effect."""
     assert value is None or isinstance(value, float | int), "its type is that of LTX2SamplingParams"
     return default if value is None else float(value)
-
-
-def _deviation(x: Tensor) -> Tensor:
-    """Standard deviation of each row of a batch, in its shape but for sizes of 1."""
-    return x.std(dim=list(range(1, x.ndim)), keepdim=True)

@@ -13,6 +13,7 @@ from configs.models.dits.ltx2 import LTX2TransformerConfig
 from configs.models.ltx2_connectors import LTX2ConnectorsConfig
 from configs.models.vaes.ltx2 import LTX2AudioVAEConfig, LTX2VideoVAEConfig
 from configs.sample.base import ImageRoles, ParamWarning, parameter
+from configs.sample.frame_rate import with_conditioning_frame_rate
 from configs.sample.sigmas import SigmasSamplingParams
 from configs.sample.terminal import check_stretched
 
@@ -84,11 +85,7 @@ class LTX2SamplingParams(SigmasSamplingParams):
 
     def artifacts(self) -> dict[str, Prompt | Canvas | Sampling]:
         """The denoiser gets the frame rate that motion seems to have, as `conditioning_frame_rate`."""
-        made = super().artifacts()
-        sampling = made["sampling"]
-        assert isinstance(sampling, Sampling), "SamplingParams.artifacts() puts each in its slot"
-        rate = self.frame_rate / self.motion_speed
-        return made | {"sampling": replace(sampling, params={**sampling.params, "conditioning_frame_rate": rate})}
+        return with_conditioning_frame_rate(super().artifacts(), self.frame_rate / self.motion_speed)
 
     def round_and_validate(
         self, checkpoint: Checkpoint, given: Collection[str]

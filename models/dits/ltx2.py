@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import silu
 
 from configs.models.dits.ltx2 import LTX2StreamConfig, LTX2TransformerConfig
 from models.dits.base import DiffusionTransformer, Predictions, Prepared
@@ -35,48 +34,19 @@ from models.dits.ltx2_blocks import (
 )
 from models.dits.ltx2_plan import AUDIO, FIRST_FRAME, GATE_LOGITS, LTX2_PLAN, VIDEO
 from models.dits.ltx2_positions import audio_positions, video_positions
-from models.layers.embeddings import EmbeddingMLP, TextProjection, sinusoidal_embedding
+from models.layers.embeddings import TextProjection
 from models.layers.head_rotary import HeadRotation, head_rotation
 from models.layers.norms import LayerNormScaleShift, Residual
 from models.layers.step_cache import CacheUse
+from models.layers.time_modulation import TimeModulation
 
 if TYPE_CHECKING:
     from common.checkpoint import Checkpoint
     from models.layers.mesh import WorkerMesh
 
-TIME_FREQUENCIES = 256
 MASKED = -10000.0
 """Added to the attention scores of masked text tokens."""
 _OUTPUT_NORM_EPS = 1e-6
-
-
-class TimeEmbedding(nn.Module):
-    """The embedding of a timestep, under the name that checkpoints have for it."""
-
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        self.timestep_embedder = EmbeddingMLP(TIME_FREQUENCIES, size)
-
-    def forward(self, timestep_B: Tensor) -> Tensor:
-        """(B,) to (B, D), in the model's type."""
-        embedded: Tensor = self.timestep_embedder(sinusoidal_embedding(timestep_B, TIME_FREQUENCIES))
-        return embedded
-
-
-class TimeModulation(nn.Module):
-    """`rows` modulations that follow from a timestep."""
-
-    def __init__(self, size: int, rows: int) -> None:
-        super().__init__()
-        self.emb = TimeEmbedding(size)
-        self.linear = nn.Linear(size, rows * size)
-        self.rows = rows
-
-    def forward(self, timestep_B: Tensor) -> tuple[Tensor, Tensor]:
-        """Modulations (B, rows, D) and the time embedding (B, 1, D), float32."""
-        embedding = self.emb(timestep_B)
-        modulation: Tensor = self.linear(silu(embedding))
-        return modulation.view(len(modulation), self.rows, -1).float(), embedding[:, None].float()
 
 
 class LTX2VideoTransformer3DModel(DiffusionTransformer):

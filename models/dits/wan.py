@@ -25,12 +25,12 @@ from configs.models.dits.wan import WanTransformerConfig
 from models.dits.base import DiffusionTransformer, Predictions, Prepared
 from models.dits.loading import load_transformer
 from models.dits.wan_plan import FIRST_FRAME, VIDEO, WAN_PLAN
-from models.layers.attention import KeyValueCache, attention
+from models.layers.attention import KeyValueCache
+from models.layers.cross_attention import CrossAttention
 from models.layers.embeddings import EmbeddingMLP, TextProjection, sinusoidal_embedding
 from models.layers.feed_forward import FeedForward
 from models.layers.linear import Linear, only_linear
 from models.layers.norms import LayerNormScaleShift, Residual, RMSNorm, SegmentVectors
-from models.layers.qk_norm import QKNorms, apply_qk_norm, split_heads
 from models.layers.rotary import Rotation, rotary_embedding
 from models.layers.self_attention import SelfAttention
 from models.layers.step_cache import CacheUse, through_blocks
@@ -110,55 +110,33 @@ class VideoAttention(SelfAttention):
         self.to_out = nn.ModuleList([Linear(size, size)])
 
 
-class CrossAttention(nn.Module):
+class WanCrossAttention(CrossAttention):
     """Video tokens attend to the text and, each softmax for itself, to an image's tokens; the results add up.
 
-    Text and image stay the same through a request: their keys and values are made once.
+    Padding of the text is attended to: it is zero before its embedding.
     """
 
     def __init__(self, config: WanTransformerConfig) -> None:
-        super().__init__()
         size, image_size = config.hidden_size, config.added_kv_proj_dim
-        self.head_size = config.attention_head_dim
-        self.to_q = Linear(size, size)
-        self.to_k = Linear(size, size)
-        self.to_v = Linear(size, size)
-        self.to_out = nn.ModuleList([Linear(size, size)])
-        self.norm_q = RMSNorm(size, config.eps)
-        self.norm_k = RMSNorm(size, config.eps)
+        super().__init__(size, config.attention_head_dim, config.eps)
         self.add_k_proj = Linear(image_size, size) if image_size else None
         self.add_v_proj = Linear(image_size, size) if image_size else None
         self.norm_added_k = RMSNorm(size, config.eps) if image_size else None
 
-    def text_keys_and_values(self, text_BTD: Tensor) -> Tensor:
-        """Keys, then values, (B, T, 2 * D). Padding of the text is attended to: it is zero before its embedding."""
-        return self._keys_and_values(text_BTD, self.to_k, self.to_v, self.norm_k)
-
     def image_keys_and_values(self, image_BVD: Tensor) -> Tensor:
-        """The same of an image's tokens, (B, V, 2 * D)."""
+        """Keys, then values, of an image's tokens, (B, V, 2 * D)."""
         assert self.add_k_proj is not None, "image tokens in a model that takes none"
         assert self.add_v_proj is not None, "image tokens in a model that takes none"
         assert self.norm_added_k is not None, "image tokens in a model that takes none"
-        return self._keys_and_values(image_BVD, self.add_k_proj, self.add_v_proj, self.norm_added_k)
+        return self.project_keys_and_values(image_BVD, self.add_k_proj, self.add_v_proj, self.norm_added_k)
 
-    def forward(self, x_BSD: Tensor, text_kv: Tensor, image_kv: Tensor | None) -> Tensor:
+    def forward(self, x_BSD: Tensor, text_kv: Tensor, image_kv: Tensor | None = None) -> Tensor:
         """The attention output (B, S, D), before the output projection."""
-        q = self.to_q(x_BSD)
-        apply_qk_norm(q, QKNorms((self.norm_q,), (self.norm_q,), self.head_size))
-        q = split_heads(q, self.head_size)
-        attended = self._attend(q, text_kv)
+        q = self.queries(x_BSD)
+        attended = self.attend(q, text_kv)
         if image_kv is not None:
-            attended = attended + self._attend(q, image_kv)
+            attended = attended + self.attend(q, image_kv)
         return attended
-
-    def _attend(self, q: Tensor, kv: Tensor) -> Tensor:
-        k, v = (split_heads(part, self.head_size) for part in kv.chunk(2, dim=-1))
-        return attention(q, k, v).flatten(2)
-
-    def _keys_and_values(self, x: Tensor, to_k: Linear, to_v: Linear, norm: RMSNorm) -> Tensor:
-        k: Tensor = to_k(x)
-        apply_qk_norm(k, QKNorms((norm,), (norm,), self.head_size))
-        return torch.cat((k, to_v(x)), dim=-1)
 
 
 class WanTransformerBlock(nn.Module):
@@ -169,7 +147,7 @@ class WanTransformerBlock(nn.Module):
         size = config.hidden_size
         self.norm = LayerNormScaleShift(size, config.eps)
         self.attn1 = VideoAttention(config)
-        self.attn2 = CrossAttention(config)
+        self.attn2 = WanCrossAttention(config)
         self.norm2 = FloatLayerNorm(size, config.eps) if config.cross_attn_norm else None
         self.ffn = FeedForward(size, hidden=config.ffn_dim)
         self.scale_shift_table = nn.Parameter(torch.zeros(1, 6, size))
@@ -258,7 +236,7 @@ class WanTransformer3DModel(DiffusionTransformer):
         steps = {name: self._modulation(each, dtype) for name, each in zip(names, segments, strict=True)}
         text_BTD = embed.text_embedder(encoder_hidden_states)
         cross = [block.attn2 for block in self._blocks()]
-        constants = {"text_kv": torch.stack([each.text_keys_and_values(text_BTD) for each in cross])}
+        constants = {"text_kv": torch.stack([each.keys_and_values(text_BTD) for each in cross])}
         if encoder_hidden_states_image is not None:
             assert embed.image_embedder is not None, "image tokens in a model that takes none"
             image_BVD = embed.image_embedder(encoder_hidden_states_image)

@@ -15,6 +15,7 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor, nn
 
+from models.layers.head_rotary import HeadRotation
 from models.layers.linear import JoinedLinear, Linear, only_linear, project
 from models.layers.norms import LayerNormScaleShift, Residual, RMSNorm, SegmentVectors
 from models.layers.qk_norm import QKNorms
@@ -57,9 +58,11 @@ class JointAttention(SelfAttention):
         project(x_BSD[:, :boundary], out[:, :boundary], self.added, self._added, which)
         super()._project(x_BSD[:, boundary:], out[:, boundary:], 0, which)
 
-    def _project_normed(self, x_BSD: Tensor, out: Tensor, rotation: Rotation, boundary: int, which: slice) -> None:
+    def _project_normed(
+        self, x_BSD: Tensor, out: Tensor, rotation: Rotation | HeadRotation, boundary: int, which: slice
+    ) -> None:
         image = slice(boundary, None)
-        if not self._can_fuse(x_BSD[:, image], out[:, image]):
+        if not isinstance(rotation, Rotation) or not self._can_fuse(x_BSD[:, image], out[:, image]):
             super()._project_normed(x_BSD, out, rotation, boundary, which)
             return
         self._write_normed(x_BSD[:, image], out[:, image], rotation.turns[image], which)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from models.layers import fused_products
 from models.layers.attention import Attention, KeyValueCache, KeyValues
+from models.layers.head_rotary import HeadRotation
 from models.layers.linear import ALL, JoinedLinear, JoinsWeights, Linear, project
 from models.layers.norms import QKNorm, RMSNorm
 from models.layers.qk_norm import QKNorms, apply_qk_norm, in_place, split_heads
@@ -66,7 +67,9 @@ class SelfAttention(JoinsWeights):
             heads = self._size // self.head_size
             self.scales = torch.stack([norm.weight.data.repeat(heads) for norm in norms])
 
-    def start(self, x_BSD: Tensor, rotation: Rotation, boundary: int = 0, *, keys_first: bool = False) -> Started:
+    def start(
+        self, x_BSD: Tensor, rotation: Rotation | HeadRotation, boundary: int = 0, *, keys_first: bool = False
+    ) -> Started:
         """Project and begin to attend: what is computed before finish() overlaps with what ranks send each other.
 
         Where nothing is, `keys_first` lets at least the queries' projection do so, in a product of its own. The first
@@ -85,7 +88,7 @@ class SelfAttention(JoinsWeights):
         key_values.send()
         return Started(self.inner.start_queries(q), key_values)
 
-    def _start_keys_first(self, x_BSD: Tensor, rotation: Rotation, boundary: int) -> Started:
+    def _start_keys_first(self, x_BSD: Tensor, rotation: Rotation | HeadRotation, boundary: int) -> Started:
         heads = self._size // self.head_size
         key_values = self.inner.new_key_values(x_BSD, (*x_BSD.shape[:2], 2, heads, self.head_size))
         assert key_values.room is not None, "there is room for what is new"
@@ -118,15 +121,17 @@ class SelfAttention(JoinsWeights):
         del boundary  # All tokens are of one stream.
         project(x_BSD, out, self.joined, self._projections, which)
 
-    def _project_normed(self, x_BSD: Tensor, out: Tensor, rotation: Rotation, boundary: int, which: slice) -> None:
+    def _project_normed(
+        self, x_BSD: Tensor, out: Tensor, rotation: Rotation | HeadRotation, boundary: int, which: slice
+    ) -> None:
         """The same, with queries and keys normalised and turned."""
-        if self._can_fuse(x_BSD, out):
+        if isinstance(rotation, Rotation) and self._can_fuse(x_BSD, out):
             self._write_normed(x_BSD, out, rotation.turns, which)
         else:
             self._project(x_BSD, out, boundary, which)
             self._normalise(out, rotation, boundary, which)
 
-    def _normalise(self, out: Tensor, rotation: Rotation, boundary: int, which: slice) -> None:
+    def _normalise(self, out: Tensor, rotation: Rotation | HeadRotation, boundary: int, which: slice) -> None:
         """What was projected, in place."""
         normed, _ = _split(which)
         width = self._size * len(self._projections[normed])

@@ -22,7 +22,6 @@ class LTX2Pipeline(StandardPipeline):
     """Diffusers' LTX2Pipeline: text to a video with sound."""
 
     pipeline_name = "LTX2Pipeline"
-    relatives = ("LTX",)
     _required_config_modules = MODULES
 
     @classmethod

@@ -17,7 +17,6 @@ class LTX2ImageToVideoPipeline(LTX2ImagePipeline):
     """Diffusers' LTX2ImageToVideoPipeline."""
 
     pipeline_name = "LTX2ImageToVideoPipeline"
-    relatives = ("LTXImageToVideo", "LTXI2V")
 
     @classmethod
     def variants(cls, checkpoint: Checkpoint) -> Mapping[str, type[ComposedPipeline]]:

@@ -61,7 +61,10 @@ class DenoisingStage(PipelineStage[DenoisingInput, DenoisingOutput]):
         with self._memory.leases() as lease:
             self._loop(request, state.to(self._runtime.device), call, lease)
         latents = self._config.after_loop(state.latents, request.conditions)
-        return DenoisingOutput(denoised_latents=state.artifact({part: each.cpu() for part, each in latents.items()}))
+        denoised = state.artifact({part: each.cpu() for part, each in latents.items()})
+        if not self.writes("denoising_generator"):
+            return DenoisingOutput(denoised_latents=denoised)
+        return DenoisingOutput(denoised_latents=denoised, denoising_generator=state.generator_artifact())
 
     def _loop(self, request: LoopRequest, state: LoopState, call: Call, lease: Lease) -> None:
         config, total = self._config, len(request.steps)

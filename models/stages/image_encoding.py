@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from models.encoder_runners.checks import check_vision_processor
 from models.images import as_tensor, middle, open_images
 from models.media import recompressed
 from models.runtime import Runtime
+from models.stages.first_draw import first_draw
 
 _FILTERS: Mapping[str, Image.Resampling] = {
     "lanczos": Image.Resampling.LANCZOS,
@@ -57,11 +59,12 @@ class ImageVAEEncodingStage(PipelineStage[ImageVAEEncodingInput, ImageVAEEncodin
     def __init__(self, config: ImageLatentsConfig, runtime: Runtime, modules: Mapping[str, Any]) -> None:
         self._config = config
         self._device = runtime.device
+        self._dtype = config.dtype_of("vae", runtime.dtype)
         self._vae = modules["vae"]
 
     @torch.inference_mode()
     def run(self, x: ImageVAEEncodingInput, call: Call) -> ImageVAEEncodingOutput:
-        """Batch 1, on the CPU. The likeliest latents are taken: nothing is drawn."""
+        """Batch 1, on the CPU. The likeliest latents are taken, or a sample if the model draws one."""
         call.check_cancelled()
         tensors: dict[str, Tensor] = {}
         for role, picture in open_images(x.image_inputs, self._config.image_mode).items():
@@ -72,9 +75,18 @@ class ImageVAEEncodingStage(PipelineStage[ImageVAEEncodingInput, ImageVAEEncodin
             tensors[role] = middle(whole, *self._config.image_crop(size)).to(self._device)
         parts = {
             part: LatentPart(latents=self._config.pack(part, raw.cpu()), raw_latent_shape=tuple(raw.shape))
-            for part, raw in self._config.image_latents(self._vae.encode, tensors, x.canvas).items()
+            for part, raw in self._config.image_latents(self._encoder(x), tensors, x.canvas).items()
         }
         return ImageVAEEncodingOutput(image_latents=Latents(parts=parts))
+
+    def _encoder(self, x: ImageVAEEncodingInput) -> Callable[[Tensor], Tensor]:
+        """The VAE's, for the image as this request needs it."""
+        noise = None
+        if x.sampling is not None:
+            noise, _ = first_draw(self._config, x.canvas, x.sampling.seed, self._dtype)
+        encode: Callable[[Tensor], Tensor]
+        encode = self._vae.encode if noise is None else partial(self._vae.sample, noise=noise)
+        return encode
 
 
 def _recompressed(role: str, picture: Image.Image, factor: int) -> Image.Image:

@@ -12,6 +12,7 @@ from common.stage import Call, PipelineStage
 from configs.pipeline_configs.base import PreparationConfig
 from models.contracts import LatentPreparationInput, LatentPreparationOutput
 from models.runtime import Runtime
+from models.stages.first_draw import first_draw
 
 
 class LatentPreparationStage(PipelineStage[LatentPreparationInput, LatentPreparationOutput]):
@@ -20,12 +21,13 @@ class LatentPreparationStage(PipelineStage[LatentPreparationInput, LatentPrepara
     def __init__(self, config: PreparationConfig, runtime: Runtime, modules: Mapping[str, Any]) -> None:  # noqa: ARG002  (every stage is built so)
         self._config = config
         self._dtype = config.noise_dtype(runtime.dtype)
+        self._vae_dtype = config.dtype_of("vae", runtime.dtype)
 
     @torch.inference_mode()
     def run(self, x: LatentPreparationInput, call: Call) -> LatentPreparationOutput:
         """The noise in the denoiser's layout and, where the pipeline reads it, the generator after the draw."""
         call.check_cancelled()
-        generator = torch.Generator("cpu").manual_seed(x.sampling.seed)
+        _, generator = first_draw(self._config, x.canvas, x.sampling.seed, self._vae_dtype)
         parts: dict[str, LatentPart] = {}
         for part, shape in self._config.raw_latent_shapes(x.canvas, x.sampling.num_outputs_per_prompt).items():
             noise = torch.randn(shape, generator=generator, dtype=self._dtype)

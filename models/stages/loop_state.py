@@ -106,10 +106,12 @@ class LoopState:
         solver = {f"{part}.{name}": each for part, own in self.solvers.items() for name, each in own.state().items()}
         copies = on_cpu({**solver, **{f"{_LATENTS}.{part}": each for part, each in self.latents.items()}})
         latents = {part: copies.pop(f"{_LATENTS}.{part}") for part in self.latents}
-        generator = None
-        if self.generator is not None:
-            generator = Generator(seed=self.seed, state=self.generator.get_state())
+        generator = self.generator_artifact()
         return StepCheckpoint(step=self.step, latents=self.artifact(latents), solver=copies, generator=generator)
+
+    def generator_artifact(self) -> Generator | None:
+        """The generator as it is now."""
+        return None if self.generator is None else Generator(seed=self.seed, state=self.generator.get_state())
 
     def artifact(self, latents: Mapping[str, Tensor]) -> Latents:
         """Latents of all parts, as an artifact."""

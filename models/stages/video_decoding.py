@@ -15,8 +15,8 @@ from torch import Tensor
 from common.artifacts import Canvas, LatentPart
 from common.errors import InternalError
 from common.stage import Call, PipelineStage
-from configs.pipeline_configs.base import DecodingConfig
-from models.contracts import BlockDecodingInput, DecodingInput, StreamedDecodingOutput
+from configs.pipeline_configs.base import DecodingConfig, DecodingNoise
+from models.contracts import BlockDecodingInput, StreamedDecodingOutput, VideoDecodingInput
 from models.media import MP4, SAFETENSORS, EncodingAhead, Mp4Fragment, encoding_ahead
 from models.runtime import Runtime
 from models.stages.decoded_media import DEFAULT_FRAME_RATE, media_item, pixels_of, unsupported_format
@@ -40,7 +40,7 @@ _Pieces = Callable[[Callable[[], None]], Iterator[_Piece]]
 """Makes the pieces of a request in order. It calls its argument before it waits for latents."""
 
 
-class VideoDecodingStage(PipelineStage[DecodingInput, StreamedDecodingOutput]):
+class VideoDecodingStage(PipelineStage[VideoDecodingInput, StreamedDecodingOutput]):
     """Decodes finished latents, one output after the other: an MP4 file each, or one safetensors file with tensors.
 
     An MP4 file is emitted in fragments of a few latent frames; each is encoded while the next frames are decoded.
@@ -50,7 +50,7 @@ class VideoDecodingStage(PipelineStage[DecodingInput, StreamedDecodingOutput]):
         self._decoder = _Decoder(config, runtime, modules)
 
     @torch.inference_mode()
-    def run(self, x: DecodingInput, call: Call) -> StreamedDecodingOutput:
+    def run(self, x: VideoDecodingInput, call: Call) -> StreamedDecodingOutput:
         """Emit the files. Raises InvalidInput for a format that this model does not make."""
         raw = self._decoder.raw_latents(x.denoised_latents.parts)
 
@@ -59,7 +59,8 @@ class VideoDecodingStage(PipelineStage[DecodingInput, StreamedDecodingOutput]):
                 for piece in torch.split(latents, FRAGMENT_LATENT_FRAMES, dim=2):
                     yield _Piece(index, len(raw), piece)
 
-        _emit_files(self._decoder, pieces, x.canvas, call, are_interleaved=False)
+        videos = _Videos(self._decoder, x.canvas, call, noise=self._decoder.drawn_noise(raw, x))
+        _emit_files(self._decoder, pieces, x.canvas, call, videos)
         return StreamedDecodingOutput()
 
 
@@ -84,8 +85,21 @@ class BlockDecodingStage(PipelineStage[BlockDecodingInput, StreamedDecodingOutpu
                 if not x.denoised_blocks.has_next():
                     before_waiting()
 
-        _emit_files(self._decoder, pieces, x.canvas, call, are_interleaved=True)
+        videos = _Videos(self._decoder, x.canvas, call, are_interleaved=True)
+        _emit_files(self._decoder, pieces, x.canvas, call, videos)
         return StreamedDecodingOutput()
+
+
+@dataclass(frozen=True)
+class _Noise:
+    """Noise (outputs, C, latent frames, h, w) that the latents of all outputs get, and how."""
+
+    drawn: Tensor
+    how: DecodingNoise
+
+    def of_output(self, index: int) -> dict[str, Any]:
+        """Keywords of the VAE's session of one output."""
+        return {"noise": self.drawn[index : index + 1], **vars(self.how)}
 
 
 class _Decoder:
@@ -95,6 +109,7 @@ class _Decoder:
         self._config = config
         self._device = runtime.device
         self._dtype = config.dtype_of("vae", runtime.dtype)
+        self._noise_dtype = runtime.dtype
         self._vae = modules["vae"]
 
     def raw_latents(self, parts: Mapping[str, LatentPart]) -> Tensor:
@@ -112,10 +127,24 @@ class _Decoder:
         """Frames of one output."""
         return self._config.num_frames(canvas)
 
-    def session(self, canvas: Canvas, concurrent: int) -> Any:
+    def drawn_noise(self, raw: Tensor, x: VideoDecodingInput) -> _Noise | None:
+        """Noise in the shape of all raw latents, of a decoder that removes it: one draw, as Diffusers makes it.
+
+        The pipelines of such models read the sampling and the generator.
+        """
+        if x.sampling is None or x.denoising_generator is None:
+            return None
+        how = self._config.decoding_noise(x.sampling)
+        if how is None:
+            return None
+        generator = torch.Generator("cpu")
+        generator.set_state(x.denoising_generator.state)
+        return _Noise(torch.randn(raw.shape, generator=generator, dtype=self._noise_dtype), how)
+
+    def session(self, canvas: Canvas, concurrent: int, **noise: Any) -> Any:
         """Start decoding one of `concurrent` outputs whose blocks are decoded alternately."""
         shape = self._config.raw_latent_shapes(canvas, 1)[self._config.visual_part]
-        return self._vae.session(*shape[2:], concurrent=concurrent)
+        return self._vae.session(*shape[2:], concurrent=concurrent, **noise)
 
     def vae_latents(self, raw: Tensor) -> Tensor:
         """Raw latents as the VAE takes them, on its device."""
@@ -123,10 +152,22 @@ class _Decoder:
 
 
 class _Videos:
-    """The outputs of a request while they are decoded; each has a session of the VAE."""
+    """The outputs of a request while they are decoded; each has a session of the VAE.
 
-    def __init__(self, decoder: _Decoder, canvas: Canvas, call: Call, *, are_interleaved: bool) -> None:
+    With `are_interleaved` the pieces of the outputs alternate.
+    """
+
+    def __init__(
+        self,
+        decoder: _Decoder,
+        canvas: Canvas,
+        call: Call,
+        *,
+        are_interleaved: bool = False,
+        noise: _Noise | None = None,
+    ) -> None:
         self._decoder = decoder
+        self._noise = noise
         self._canvas = canvas
         self._call = call
         self._are_interleaved = are_interleaved
@@ -139,7 +180,8 @@ class _Videos:
         self._total = self._decoder.num_frames(self._canvas) * piece.num_outputs
         if piece.index not in self._sessions:
             concurrent = piece.num_outputs if self._are_interleaved else 1
-            self._sessions[piece.index] = self._decoder.session(self._canvas, concurrent)
+            noise = {} if self._noise is None else self._noise.of_output(piece.index)
+            self._sessions[piece.index] = self._decoder.session(self._canvas, concurrent, **noise)
         for frame in self._sessions[piece.index].feed(self._decoder.vae_latents(piece.latents)):
             yield pixels_of(frame)
             self._done += 1
@@ -187,9 +229,8 @@ class _Fragments:
             self._call.emit(_SLOT, replace(item, file_index=piece.index, file_count=piece.num_outputs))
 
 
-def _emit_files(decoder: _Decoder, pieces: _Pieces, canvas: Canvas, call: Call, *, are_interleaved: bool) -> None:
-    """Decode the pieces and emit items; with `are_interleaved` the pieces of the outputs alternate."""
-    videos = _Videos(decoder, canvas, call, are_interleaved=are_interleaved)
+def _emit_files(decoder: _Decoder, pieces: _Pieces, canvas: Canvas, call: Call, videos: _Videos) -> None:
+    """Decode the pieces and emit items."""
     match canvas.output_format:
         case "mp4":
             with encoding_ahead() as ahead:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from models.loader import load_pretrained
+from models.vaes.whole_video import WholeVideoSession
 
 if TYPE_CHECKING:
+    import torch
+
     from common.checkpoint import Checkpoint
 
 
@@ -23,7 +25,7 @@ class HunyuanVideoVAE:
     def session(self, num_latent_frames: int, height: int, width: int, *, concurrent: int = 1) -> WholeVideoSession:
         """Start decoding a video; all frames come with the last of its latents, whatever their size."""
         del height, width, concurrent
-        return WholeVideoSession(self, num_latent_frames)
+        return WholeVideoSession(self.decode, num_latent_frames)
 
     def decode(self, latents: Tensor) -> Iterator[Tensor]:
         """Frames (3, H, W) in about [-1, 1], of latents (1, C, latent frames, h, w) without their scale.
@@ -33,25 +35,6 @@ class HunyuanVideoVAE:
         """
         (video,) = self._vae.decode(latents, return_dict=False)[0]
         yield from video.unbind(1)
-
-
-class WholeVideoSession:
-    """Decodes one video whose latents arrive in parts, once all are there."""
-
-    def __init__(self, vae: HunyuanVideoVAE, num_latent_frames: int) -> None:
-        self._vae = vae
-        self._missing = num_latent_frames
-        self._parts: list[Tensor] = []
-
-    def feed(self, latents: Tensor) -> Iterator[Tensor]:
-        """No frames, and with the last latents (1, C, frames, h, w) all of them. Raises ValueError beyond these."""
-        self._parts.append(latents)
-        self._missing -= latents.shape[2]
-        if self._missing < 0:
-            raise ValueError(f"latents: {latents.shape[2]} frames are {-self._missing} more than are missing")
-        if not self._missing:
-            yield from self._vae.decode(torch.cat(self._parts, dim=2))
-            self._parts = []
 
 
 def load_hunyuan_video_vae(

@@ -12,44 +12,25 @@ import torch
 from torch import Tensor
 
 from models.loader import load_pretrained
+from models.vaes.normalised import NormalisedVideoVAE
 
 if TYPE_CHECKING:
     from common.checkpoint import Checkpoint
 
 
-class LTX2VideoVAE:
+class LTX2VideoVAE(NormalisedVideoVAE):
     """Encoder and decoder of one video at a time, to and from normalised latents."""
-
-    def __init__(self, vae: Any) -> None:
-        self._vae = vae
 
     def encode(self, video: Tensor) -> Tensor:
         """The likeliest latents, float32 (1, C, latent frames, h, w), of a video (1, 3, frames, H, W) in [-1, 1]."""
-        parameter = next(self._vae.parameters())
-        encoded = self._vae.encode(video.to(parameter.device, parameter.dtype)).latent_dist.mode().float()
-        mean, std = self._statistics(encoded)
-        # Without the scaling factor, as Diffusers' pipeline leaves it out here.
-        latents: Tensor = (encoded - mean) / std
-        return latents
+        return self.normalised(self.distribution(video).mode())
 
     def decode(self, latents: Tensor) -> Iterator[Tensor]:
         """Frames (3, H, W) in about [-1, 1], of latents (1, C, latent frames, h, w).
 
         The decoder sees later frames too: all are decoded at once, before the first one is there.
         """
-        (video,) = self._vae.decode(self.denormalised(latents).to(self._vae.dtype), None, return_dict=False)[0]
-        yield from video.unbind(1)
-
-    def denormalised(self, latents: Tensor) -> Tensor:
-        """Latents (B, C, latent frames, h, w) as the decoder takes them, in their dtype."""
-        mean, std = self._statistics(latents)
-        raw: Tensor = latents * std / self._vae.config.scaling_factor + mean
-        return raw
-
-    def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of each channel, (1, C, 1, 1, 1)."""
-        mean, std = (each.view(1, -1, 1, 1, 1).to(like) for each in (self._vae.latents_mean, self._vae.latents_std))
-        return mean, std
+        yield from self.frames(self.denormalised(latents))
 
 
 class LTX2AudioVAE:

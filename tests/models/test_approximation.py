@@ -37,6 +37,7 @@ from tiny_flux2 import build_tiny_flux2_klein
 from tiny_glm_image import build_tiny_glm_image
 from tiny_hunyuan_video import build_tiny_hunyuan_video
 from tiny_ltx2 import build_tiny_ltx2
+from tiny_ltx_video import build_tiny_ltx_video
 from tiny_qwen_image import build_tiny_qwen_image, build_tiny_qwen_image_edit_plus
 from tiny_wan import build_tiny_wan_i2v, build_tiny_wan_ti2v
 from tiny_z_image import build_tiny_z_image
@@ -54,6 +55,7 @@ BUILD: dict[str, tuple[Callable[[Path], Path], str, tuple[str, ...]]] = {
     "z-image": (build_tiny_z_image, "32x64", ("attention", "feed_forward")),
     "wan": (build_tiny_wan_i2v, "32x48x5", ("attn1", "attn2", "ffn")),
     "wan-ti2v": (build_tiny_wan_ti2v, "64x96x5@image", ("attn1", "attn2", "ffn")),
+    "ltx-video": (build_tiny_ltx_video, "64x96x9@image", ("attn1", "attn2", "ff")),
     "ltx2": (
         build_tiny_ltx2,
         "64x96x9@image",

@@ -23,6 +23,7 @@ from tiny_flux2 import build_tiny_flux2_dev, build_tiny_flux2_klein
 from tiny_glm_image import build_tiny_glm_image
 from tiny_hunyuan_video import build_tiny_hunyuan_video
 from tiny_ltx2 import build_tiny_ltx2, build_tiny_ltx2_i2v
+from tiny_ltx_video import build_tiny_ltx_video, build_tiny_ltx_video_095
 from tiny_qwen_image import (
     build_tiny_qwen_image,
     build_tiny_qwen_image_edit,
@@ -121,6 +122,9 @@ CASES = {
     "LTX2Pipeline@image": Case(build_tiny_ltx2, _LARGER_VIDEO, has_image=True, variant="image"),
     "HunyuanVideoPipeline": Case(build_tiny_hunyuan_video, {**_VIDEO, "negative_prompt": "car", "true_cfg_scale": 2.0}),
     "ZImagePipeline": Case(build_tiny_z_image, _SMALL),
+    "LTXPipeline@text": Case(build_tiny_ltx_video, _LARGER_VIDEO, variant="text"),
+    "LTXPipeline@image": Case(build_tiny_ltx_video, _LARGER_VIDEO, has_image=True, variant="image"),
+    "LTXImageToVideoPipeline@image": Case(build_tiny_ltx_video_095, _LARGER_VIDEO, has_image=True, variant="image"),
     "LTX2ImageToVideoPipeline@image": Case(build_tiny_ltx2_i2v, _LARGER_VIDEO, has_image=True, variant="image"),
 }
 """By the name of the pipeline, with @VARIANT where the request is that of a named variant."""
@@ -167,9 +171,9 @@ def test_every_family_has_a_case() -> None:
     registry = load_registry()
     assert sorted({name.partition("@")[0] for name in CASES}) == registry.names()
     served = {f"{name}@{variant}" for name in registry.names() for variant in registry.entry(name).configs if variant}
-    # One directory: each pipeline of Wan 2.2 TI2V has the variants of both, and so has each of LTX-2.
-    others = {"WanImageToVideoPipeline@image", "WanImageToVideoPipeline@text", "LTX2ImageToVideoPipeline@text"}
-    assert served - set(CASES) == others
+    # One directory: each pipeline of Wan 2.2 TI2V has the variants of both, and so has each of LTX-Video and LTX-2.
+    others = {"WanImageToVideoPipeline@image", "WanImageToVideoPipeline@text"}
+    assert served - set(CASES) == others | {"LTXImageToVideoPipeline@text", "LTX2ImageToVideoPipeline@text"}
 
 
 def test_each_input_is_read_by_a_family(recorded: dict[str, tuple[list[StageSpec], Recorder]]) -> None:

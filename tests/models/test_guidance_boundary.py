@@ -17,11 +17,13 @@ from models.dits.base import DiffusionTransformer
 from models.dits.flux import FluxTransformer2DModel
 from models.dits.glm_image import GlmImageTransformer2DModel
 from models.dits.hunyuan_video import HunyuanVideoTransformer3DModel
+from models.dits.ltx_video import LTXVideoTransformer3DModel
 from models.dits.qwen_image import QwenImageTransformer2DModel
 from models.dits.wan import WanTransformer3DModel
 from models.registry import load_registry
 from tiny_glm_image import build_tiny_glm_image
 from tiny_hunyuan_video import build_tiny_hunyuan_video
+from tiny_ltx_video import build_tiny_ltx_video
 from tiny_qwen_image import build_tiny_qwen_image
 
 STEPS = 2
@@ -47,6 +49,10 @@ def hunyuan_video(path: Path) -> str:
     return str(build_tiny_hunyuan_video(path / "hunyuan"))
 
 
+def ltx_video(path: Path) -> str:
+    return str(build_tiny_ltx_video(path / "ltx"))
+
+
 @pytest.mark.parametrize(
     ("reference", "transformer", "scale", "size"),
     [
@@ -55,6 +61,7 @@ def hunyuan_video(path: Path) -> str:
         (qwen_image, QwenImageTransformer2DModel, "true_cfg_scale", {}),
         (glm_image, GlmImageTransformer2DModel, "guidance_scale", {}),
         (hunyuan_video, HunyuanVideoTransformer3DModel, "true_cfg_scale", {"num_frames": 5}),
+        (ltx_video, LTXVideoTransformer3DModel, "guidance_scale", {"num_frames": 9}),
     ],
 )
 def test_guidance_of_one_runs_one_branch(

@@ -91,9 +91,12 @@ def test_degrees_of_flux2_with_embedded_guidance(
 
 
 @pytest.mark.parametrize("degrees", FEW, ids=str)
-def test_two_segments_of_tokens(rank_pool: RankPool, cases: dict[str, Case], tmp_path: Path, degrees: Degrees) -> None:
+@pytest.mark.parametrize("family", ["wan-ti2v", "ltx-video"])
+def test_two_segments_of_tokens(
+    rank_pool: RankPool, cases: dict[str, Case], tmp_path: Path, family: str, degrees: Degrees
+) -> None:
     """Every rank has a chunk of the first frame and a chunk of the others."""
-    check(rank_pool, cases["wan-ti2v"], degrees, tmp_path)
+    check(rank_pool, cases[family], degrees, tmp_path)
 
 
 @pytest.mark.parametrize(

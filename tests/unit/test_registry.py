@@ -22,6 +22,8 @@ FAMILIES = [
     "HunyuanVideoPipeline",
     "LTX2ImageToVideoPipeline",
     "LTX2Pipeline",
+    "LTXImageToVideoPipeline",
+    "LTXPipeline",
     "QwenImageEditPipeline",
     "QwenImageEditPlusPipeline",
     "QwenImageLayeredPipeline",

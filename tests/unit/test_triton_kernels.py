@@ -138,17 +138,19 @@ def test_layer_norm_of_heads_in_neox_style(heads: int, dtype: torch.dtype, most:
 
 @DTYPES
 @pytest.mark.parametrize("is_neox_style", [False, True], ids=["neighbours", "halves"])
-def test_qk_norm_with_angles_of_each_head(dtype: torch.dtype, most: float, is_neox_style: bool) -> None:
+@pytest.mark.parametrize("parts", [1, 2])
+def test_qk_norm_with_angles_of_each_head(dtype: torch.dtype, most: float, parts: int, is_neox_style: bool) -> None:
     """Those of some heads of a rank too, which are not adjacent from token to token."""
-    norm = RMSNorm(SIZE).to(dtype)
-    norm.weight.copy_(torch.randn(SIZE))
-    norms = QKNorms((norm,), (norm,), HEAD)
+    each = tuple(RMSNorm(SIZE).to(dtype) for _ in range(parts))
+    for norm in each:
+        norm.weight.copy_(torch.randn(SIZE))
+    norms = QKNorms(each, each, HEAD)
     angles = torch.randn(TOKENS, 2 * HEADS, HEAD // 2)
     rotation = HeadRotation(angles.cos()[:, HEADS:], angles.sin()[:, HEADS:], is_neox_style)
-    x = torch.randn(BATCH, TOKENS, SIZE, dtype=dtype)
+    x = torch.randn(BATCH, TOKENS, parts * SIZE, dtype=dtype)
     expected = x.clone()
     apply_qk_norm(expected, norms, rotation)
-    kernels.apply_qk_norm(x, norms, rotation, 0, None, in_place(x, 1, HEAD))
+    kernels.apply_qk_norm(x, norms, rotation, 0, None, in_place(x, parts, HEAD))
     assert_near(x, expected, most)
 
 

@@ -7,19 +7,18 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from configs.models.fields import ConfigFields
+from configs.models.vaes.frames import FrameGrid
 
 
 @dataclass(frozen=True, kw_only=True)
-class AutoencoderKLHunyuanVideoConfig:
+class AutoencoderKLHunyuanVideoConfig(FrameGrid):
     """AutoencoderKLHunyuanVideo's config.json, as far as latents depend on it.
 
-    A latent z is stored as z * scaling_factor. The first frame has a latent frame of its own, every further latent
-    frame stands for `temporal_factor` frames; `spatial_factor` pixels a side make one latent.
+    A latent z is stored as z * scaling_factor; `spatial_factor` pixels a side make one latent.
     """
 
     latent_channels: int
     spatial_factor: int
-    temporal_factor: int
     scaling_factor: float
 
     @classmethod
@@ -35,11 +34,3 @@ class AutoencoderKLHunyuanVideoConfig:
             temporal_factor=fields.integer("temporal_compression_ratio", 4),
             scaling_factor=scaling,
         )
-
-    def latent_frames(self, num_frames: int) -> int:
-        """Latent frames of a video."""
-        return (num_frames - 1) // self.temporal_factor + 1
-
-    def whole_frames(self, num_frames: int) -> int:
-        """Frames that are decoded from as many latent frames as a video of `num_frames` has."""
-        return (self.latent_frames(num_frames) - 1) * self.temporal_factor + 1

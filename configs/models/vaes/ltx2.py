@@ -7,23 +7,22 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from configs.models.fields import ConfigFields
+from configs.models.vaes.frames import FrameGrid
 
 _AUDIO_FACTOR = 4
 _AAC_RATES = (7350, 8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000, 64000, 88200, 96000)
 
 
 @dataclass(frozen=True, kw_only=True)
-class LTX2VideoVAEConfig:
+class LTX2VideoVAEConfig(FrameGrid):
     """AutoencoderKLLTX2Video's config.json, as far as the shape of latents depends on it.
 
-    The first frame has a latent frame of its own, every further latent frame stands for `temporal_factor` frames;
     `spatial_factor` pixels a side make one latent. Latents are normalised with statistics among the weights. A video
     must be at least `min_latents` latents wide and high: the decoder mirrors latents at the border.
     """
 
     latent_channels: int
     spatial_factor: int
-    temporal_factor: int
     min_latents: int
 
     @classmethod
@@ -40,14 +39,6 @@ class LTX2VideoVAEConfig:
             temporal_factor=temporal,
             min_latents=2 if padding == "reflect" else 1,
         )
-
-    def latent_frames(self, num_frames: int) -> int:
-        """Latent frames of a video."""
-        return (num_frames - 1) // self.temporal_factor + 1
-
-    def whole_frames(self, num_frames: int) -> int:
-        """Frames that are decoded from as many latent frames as a video of `num_frames` has."""
-        return (self.latent_frames(num_frames) - 1) * self.temporal_factor + 1
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -123,6 +123,7 @@ class DecodeInputs(_message.Message):
     CANVAS_FIELD_NUMBER: _builtins.int
     DENOISING_GENERATOR_FIELD_NUMBER: _builtins.int
     DENOISED_BLOCKS_FIELD_NUMBER: _builtins.int
+    SAMPLING_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def denoised_latents(self) -> _artifacts_pb2.Latents:
         """The denoiser's result."""
@@ -139,6 +140,10 @@ class DecodeInputs(_message.Message):
     def denoised_blocks(self) -> _containers.RepeatedCompositeFieldContainer[_artifacts_pb2.Latents]:
         """A stream, whose items come in frames of their own: the denoiser's result, block by block in the order of time."""
 
+    @_builtins.property
+    def sampling(self) -> _artifacts_pb2.Sampling:
+        """How latents are decoded. Only models whose decoder removes noise read it."""
+
     def __init__(
         self,
         *,
@@ -146,10 +151,11 @@ class DecodeInputs(_message.Message):
         canvas: _artifacts_pb2.Canvas | None = ...,
         denoising_generator: _artifacts_pb2.Generator | None = ...,
         denoised_blocks: _abc.Iterable[_artifacts_pb2.Latents] | None = ...,
+        sampling: _artifacts_pb2.Sampling | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_canvas", b"_canvas", "_denoised_latents", b"_denoised_latents", "_denoising_generator", b"_denoising_generator", "canvas", b"canvas", "denoised_latents", b"denoised_latents", "denoising_generator", b"denoising_generator"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_canvas", b"_canvas", "_denoised_latents", b"_denoised_latents", "_denoising_generator", b"_denoising_generator", "_sampling", b"_sampling", "canvas", b"canvas", "denoised_latents", b"denoised_latents", "denoising_generator", b"denoising_generator", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_canvas", b"_canvas", "_denoised_latents", b"_denoised_latents", "_denoising_generator", b"_denoising_generator", "canvas", b"canvas", "denoised_blocks", b"denoised_blocks", "denoised_latents", b"denoised_latents", "denoising_generator", b"denoising_generator"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_canvas", b"_canvas", "_denoised_latents", b"_denoised_latents", "_denoising_generator", b"_denoising_generator", "_sampling", b"_sampling", "canvas", b"canvas", "denoised_blocks", b"denoised_blocks", "denoised_latents", b"denoised_latents", "denoising_generator", b"denoising_generator", "sampling", b"sampling"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__canvas: _TypeAlias = _typing.Literal["canvas"]  # noqa: Y015
     _WhichOneofArgType__canvas: _TypeAlias = _typing.Literal["_canvas", b"_canvas"]  # noqa: Y015
@@ -157,12 +163,16 @@ class DecodeInputs(_message.Message):
     _WhichOneofArgType__denoised_latents: _TypeAlias = _typing.Literal["_denoised_latents", b"_denoised_latents"]  # noqa: Y015
     _WhichOneofReturnType__denoising_generator: _TypeAlias = _typing.Literal["denoising_generator"]  # noqa: Y015
     _WhichOneofArgType__denoising_generator: _TypeAlias = _typing.Literal["_denoising_generator", b"_denoising_generator"]  # noqa: Y015
+    _WhichOneofReturnType__sampling: _TypeAlias = _typing.Literal["sampling"]  # noqa: Y015
+    _WhichOneofArgType__sampling: _TypeAlias = _typing.Literal["_sampling", b"_sampling"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__canvas) -> _WhichOneofReturnType__canvas | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__denoised_latents) -> _WhichOneofReturnType__denoised_latents | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__denoising_generator) -> _WhichOneofReturnType__denoising_generator | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__sampling) -> _WhichOneofReturnType__sampling | None: ...
 
 Global___DecodeInputs: _TypeAlias = DecodeInputs  # noqa: Y015
 

@@ -118,7 +118,7 @@ class EncodeImageInputs(_message.Message):
 
     @_builtins.property
     def sampling(self) -> _artifacts_pb2.Sampling:
-        """How images are prepared. Only models that compress images before encoding them read it."""
+        """How images are prepared. Only models that compress images before encoding them, or draw their latents, read it."""
 
     def __init__(
         self,

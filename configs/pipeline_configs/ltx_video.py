@@ -1,0 +1,220 @@
+"""LTX-Video: packed video tokens, guidance by a negative prompt; from text alone, or from text and a first frame."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.errors import CheckpointError
+from configs.models.dits.ltx_video import LTXVideoTransformerConfig
+from configs.models.encodings import TextEncoding, sequence_length, whole_prompt
+from configs.models.fields import ConfigFields
+from configs.models.vaes.ltx_video import LTXVideoVAEConfig
+from configs.pipeline_configs.base import (
+    NEGATIVE,
+    POSITIVE,
+    DecodingNoise,
+    ImageLatentsConfig,
+    Keywords,
+    Parts,
+    Shapes,
+    StandardPipelineConfig,
+    Step,
+)
+from configs.pipeline_configs.packed import SequenceShift, check_text_size
+from configs.pipeline_configs.rescaled import rescaled
+
+if TYPE_CHECKING:
+    from common.artifacts import Canvas, Prompt, Sampling
+    from common.checkpoint import Checkpoint
+
+MAX_SEQUENCE_LENGTH = 128
+USUAL_TOKENS = 64
+"""Of a prompt of a few sentences. Padding is left out: every prompt has a number of its own."""
+_FRAME_RATE = 25.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LTXVideoPipelineConfig(StandardPipelineConfig):
+    """LTXPipeline's callbacks. Latents are float32, normalised and packed, whatever the weights' type: (B, S, C)."""
+
+    title: ClassVar[str] = "LTX-Video (0.9.0 and 0.9.5)"
+    deviations: ClassVar[str] = (
+        "Several outputs work with the VAE of 0.9.5, where Diffusers raises. A VAE that injects noise (0.9.1) is "
+        "refused: its noise follows no seed. Frames are rounded to the VAE's grid, with a warning."
+    )
+
+    transformer: LTXVideoTransformerConfig
+    vae: LTXVideoVAEConfig
+    shift: SequenceShift
+
+    part_keywords: ClassVar[Mapping[str, str]] = {"video": "hidden_states"}
+    prediction_dtype: ClassVar[torch.dtype | None] = torch.float32
+    visual_part: ClassVar[str] = "video"
+    has_float32_noise: ClassVar[bool] = True
+    module_loaders: ClassVar[Mapping[str, str]] = {
+        "AutoencoderKLLTXVideo": "models.vaes.ltx_video:load_ltx_video_vae",
+        "LTXVideoTransformer3DModel": "models.dits.ltx_video:load_ltx_video_transformer",
+    }
+    parallel_modules: ClassVar[frozenset[str]] = frozenset({"LTXVideoTransformer3DModel"})
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint: Checkpoint) -> Self:
+        """Read transformer, VAE and text encoder. Raises CheckpointError when they do not fit together."""
+        transformer = LTXVideoTransformerConfig.from_dict("transformer", checkpoint.module_config("transformer"))
+        vae = LTXVideoVAEConfig.from_dict("vae", checkpoint.module_config("vae"))
+        if not transformer.in_channels == transformer.out_channels == vae.latent_channels:
+            raise CheckpointError(
+                f"the transformer takes {transformer.in_channels} and makes {transformer.out_channels} channels, "
+                f"but the VAE has {vae.latent_channels} latent channels"
+            )
+        encoder = ConfigFields("text_encoder", checkpoint.module_config("text_encoder"))
+        check_text_size(encoder.integer("d_model", 512), "text_encoder", transformer.caption_channels)
+        shift = SequenceShift.from_dict("scheduler", checkpoint.config_of("scheduler"))
+        return cls(transformer=transformer, vae=vae, shift=shift)
+
+    @property
+    def text_encodings(self) -> tuple[TextEncoding, ...]:
+        """T5's sequence. T5 gets no mask: padding is attended to, as in training, but the denoiser never sees it."""
+        t5 = TextEncoding(
+            keyword="encoder_hidden_states",
+            tokenizer="tokenizer",
+            encoder="text_encoder",
+            text=whole_prompt,
+            max_length=sequence_length(MAX_SEQUENCE_LENGTH),
+            output=_without_padding,
+        )
+        return (t5,)
+
+    def conditioning_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """A text of a usual length."""
+        return {"encoder_hidden_states": (1, USUAL_TOKENS, self.transformer.caption_channels)}
+
+    def wants_negative(self, prompt: Prompt, sampling: Sampling) -> bool:
+        """Guidance above 1 needs it; an unset negative prompt is an empty one."""
+        del prompt
+        return (sampling.guidance_scale or 0.0) > 1.0
+
+    def raw_latent_shapes(self, canvas: Canvas, batch: int) -> Shapes:
+        """(batch, channels, latent frames, rows, columns)."""
+        side, frames = self.vae.spatial_factor, self.vae.latent_frames(canvas.num_frames)
+        return {"video": (batch, self.vae.latent_channels, frames, canvas.height // side, canvas.width // side)}
+
+    def pack(self, part: str, raw: Tensor) -> Tensor:
+        """A latent is a token: (B, C, frames, rows, columns) to (B, S, C)."""
+        del part
+        return raw.flatten(2).transpose(1, 2).contiguous()
+
+    def unpack(self, part: str, latents: Tensor, raw_latent_shape: tuple[int, ...]) -> Tensor:
+        """(B, S, C) to (B, C, frames, rows, columns)."""
+        del part
+        return latents.transpose(1, 2).reshape(raw_latent_shape)
+
+    def sigmas(self, sampling: Sampling) -> Sequence[float]:
+        """Evenly spaced from 1 to 1/steps."""
+        steps = sampling.num_inference_steps
+        return [float(sigma) for sigma in np.linspace(1.0, 1.0 / steps, steps)]
+
+    def mu(self, canvas: Canvas) -> float:
+        """From the number of video tokens."""
+        *_, frames, rows, columns = self.raw_latent_shapes(canvas, 1)["video"]
+        return self.shift.mu(frames * rows * columns)
+
+    def model_timestep(self, timesteps: Tensor) -> Tensor:
+        """The schedule's, in [0, 1000]."""
+        return timesteps
+
+    def prepare_pos_cond_kwargs(self, embeds: Parts, shapes: Shapes, sampling: Sampling) -> Keywords:
+        """Positions of all tokens."""
+        del embeds
+        return {"positions": self._positions(shapes, sampling)}
+
+    def _positions(self, shapes: Shapes, sampling: Sampling) -> Tensor:
+        """Seconds, row and column (pixels) of where each token begins, float32 (S, 3)."""
+        frame_rate = sampling.params.get("conditioning_frame_rate", _FRAME_RATE)
+        assert isinstance(frame_rate, float), "its type is that of LTXVideoSamplingParams"
+        units = (self.vae.temporal_factor / frame_rate, self.vae.spatial_factor, self.vae.spatial_factor)
+        axes = (
+            torch.arange(size, dtype=torch.float32) * unit
+            for size, unit in zip(shapes["video"][2:], units, strict=True)
+        )
+        return torch.cartesian_prod(*axes)
+
+    def guide(self, predictions: Mapping[str, Parts], latents: Parts, step: Step, sampling: Sampling) -> Parts:
+        """Classifier-free guidance, of which a share gets the contrast of the positive prediction."""
+        del latents, step
+        positive, negative = predictions[POSITIVE]["video"], predictions[NEGATIVE]["video"]
+        guided = negative + (sampling.guidance_scale or 0.0) * (positive - negative)
+        share = sampling.params.get("guidance_rescale", 0.0)
+        assert isinstance(share, float), "its type is that of LTXVideoSamplingParams"
+        return {"video": rescaled(guided, positive, share)}
+
+    def decoding_noise(self, sampling: Sampling) -> DecodingNoise | None:
+        """Of a decoder that removes noise: as much as the timestep, unless the request says otherwise."""
+        if not self.vae.removes_noise:
+            return None
+        timestep = sampling.params.get("decode_timestep", 0.0)
+        scale = sampling.params.get("decode_noise_scale", timestep)
+        assert isinstance(timestep, float), "its type is that of LTXVideoSamplingParams"
+        assert isinstance(scale, float), "its type is that of LTXVideoSamplingParams"
+        return DecodingNoise(scale=scale, timestep=timestep)
+
+    def vae_latents(self, raw: Tensor) -> Tensor:
+        """The same: the VAE undoes the normalisation, with statistics among its weights."""
+        return raw
+
+
+@dataclass(frozen=True, kw_only=True)
+class LTXVideoImageToVideoPipelineConfig(LTXVideoPipelineConfig, ImageLatentsConfig):
+    """LTXImageToVideoPipeline's callbacks: the image is the first latent frame, which is not denoised."""
+
+    def posterior_shape(self, canvas: Canvas) -> tuple[int, ...]:
+        """One latent frame."""
+        return self.condition_shapes(canvas)["condition"]
+
+    def condition_shapes(self, canvas: Canvas) -> Shapes:
+        """One latent frame."""
+        batch, channels, _, *size = self.raw_latent_shapes(canvas, 1)["video"]
+        return {"condition": (batch, channels, 1, *size)}
+
+    def image_latents(self, encode: Callable[[Tensor], Tensor], images: Mapping[str, Tensor], canvas: Canvas) -> Parts:
+        """Normalised latents of the image as a video of one frame, float32 (1, C, 1, rows, columns)."""
+        del canvas
+        return {"condition": encode(images["image"][:, :, None])}
+
+    def model_timestep(self, timesteps: Tensor) -> Tensor:
+        """0 for the tokens of the first latent frame, the schedule's for the others: (steps, B, 2)."""
+        return torch.stack((torch.zeros_like(timesteps), timesteps), dim=-1)
+
+    def prepare_pos_cond_kwargs(self, embeds: Parts, shapes: Shapes, sampling: Sampling) -> Keywords:
+        """Positions of the first latent frame's tokens, and of the others."""
+        del embeds
+        positions, boundary = self._positions(shapes, sampling), math.prod(shapes["condition"][2:])
+        return {"first_positions": positions[:boundary], "positions": positions[boundary:]}
+
+    def before_step(self, step: Step, latents: Parts, conditions: Parts) -> Parts:
+        """The image in place of what the solver made of the first latent frame."""
+        del step
+        return _with_first_frame(latents, conditions)
+
+    def after_loop(self, latents: Parts, conditions: Parts) -> Parts:
+        """The image in place of the first latent frame."""
+        return _with_first_frame(latents, conditions)
+
+
+def _with_first_frame(latents: Parts, conditions: Parts) -> Parts:
+    """The video's tokens (B, S, C) with the image's as the first ones, both float32."""
+    first = conditions["condition"]
+    return {"video": torch.cat((first, latents["video"][:, first.shape[1] :]), dim=1)}
+
+
+def _without_padding(output: Any, mask: Tensor) -> Tensor:
+    """The last hidden state of the text's own tokens, batch 1."""
+    hidden: Tensor = output.last_hidden_state
+    return hidden[:, mask[0].bool()]

@@ -1,0 +1,265 @@
+"""The LTX-Video DiT: one stream of packed video tokens that attends to itself, then to the text.
+
+Shapes: N steps, B batch, S video tokens, C channels, T text tokens, D hidden size, H heads, K head size. Names of
+parameters are the checkpoint's. Norms, modulation and gates compute in float32. Text comes without padding: nothing is
+masked.
+
+From an image the tokens of the first latent frame have a timestep of their own: segment 0 of two. `boundary` is the
+number of these tokens on this rank, 0 where all tokens have one timestep.
+"""
+
+# ruff: noqa: N803, N806  (the capitals of a tensor's name are its shape)
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from configs.models.dits.ltx_video import LTXVideoTransformerConfig
+from models.dits.base import DiffusionTransformer, Predictions, Prepared
+from models.dits.loading import load_transformer
+from models.dits.ltx_video_plan import FIRST_FRAME, LTX_VIDEO_PLAN, VIDEO
+from models.layers.cross_attention import CrossAttention
+from models.layers.embeddings import TextProjection
+from models.layers.feed_forward import FeedForward
+from models.layers.head_rotary import HeadRotation, OwnHeads, head_rotation
+from models.layers.linear import Linear, only_linear
+from models.layers.norms import LayerNormScaleShift, Residual, RMSNormScaleShift, SegmentVectors
+from models.layers.self_attention import SelfAttention
+from models.layers.step_cache import CacheUse, through_blocks
+from models.layers.time_modulation import TimeModulation
+
+if TYPE_CHECKING:
+    from common.checkpoint import Checkpoint
+    from models.layers.mesh import WorkerMesh
+
+ATTENTION_EPS = 1e-5
+"""Of the norms of queries and keys."""
+BLOCK_ROWS = 6
+"""Modulations of a block: shift, scale and gate of self-attention, then of the feed-forward."""
+_OUTPUT_NORM_EPS = 1e-6
+_EXTENTS = (20, 2048, 2048)
+"""Seconds and pixels that positions are relative to."""
+_THETA = 10000.0
+
+
+class LTXVideoAttention(SelfAttention):
+    """Video tokens attend to each other; angles of positions differ between heads."""
+
+    def __init__(self, size: int, head_size: int) -> None:
+        super().__init__(size, head_size, norm_size=size, eps=ATTENTION_EPS)
+        self.to_out = nn.ModuleList([Linear(size, size)])
+        self.own_heads = OwnHeads()
+
+    def forward(self, x_BSD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """The attention output (B, S, D), before the output projection; cos and sin are those of all heads."""
+        rotation = HeadRotation(self.own_heads(cos), self.own_heads(sin), is_neox_style=False)
+        return self.finish(self.start(x_BSD, rotation, keys_first=True))
+
+
+class LTXVideoTransformerBlock(nn.Module):
+    """Self-attention, attention to the text, feed-forward; the first and the last are modulated and gated by time."""
+
+    def __init__(self, config: LTXVideoTransformerConfig) -> None:
+        super().__init__()
+        size, head_size = config.hidden_size, config.attention_head_dim
+        self.norm = RMSNormScaleShift(size, config.eps)
+        self.attn1 = LTXVideoAttention(size, head_size)
+        self.attn2 = CrossAttention(size, head_size, ATTENTION_EPS)
+        self.ff = FeedForward(size)
+        self.scale_shift_table = nn.Parameter(torch.zeros(BLOCK_ROWS, size))
+
+    def forward(
+        self,
+        residual: Residual,
+        modulation: Sequence[SegmentVectors],
+        text_kv: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        boundary: int,
+    ) -> Residual:
+        """The next residual; the six modulations are float32. The text is attended to without a norm before."""
+        shift, scale, gate, ff_shift, ff_scale, ff_gate = modulation
+        x_BSD, normed = self.norm.after(residual, scale, shift, boundary)
+        residual = only_linear(self.attn1.to_out).update(x_BSD, self.attn1(normed, cos, sin), gate, boundary)
+        x_BSD = residual.added(boundary)
+        one = SegmentVectors.same(torch.ones_like(gate.image))
+        residual = only_linear(self.attn2.to_out).update(x_BSD, self.attn2(x_BSD, text_kv), one)
+        x_BSD, normed = self.norm.after(residual, ff_scale, ff_shift, boundary)
+        fed = normed.new_empty(normed.shape)
+        self.ff.into(normed, fed)
+        return Residual(x_BSD, fed, ff_gate)
+
+
+class LTXVideoTransformer3DModel(DiffusionTransformer):
+    """Predicts the velocity of video latents."""
+
+    block_linears: ClassVar[tuple[str, ...]] = LTX_VIDEO_PLAN.block_linears
+
+    def __init__(self, config: LTXVideoTransformerConfig) -> None:
+        super().__init__()
+        size = config.hidden_size
+        self.config = config
+        self.proj_in = nn.Linear(config.in_channels, size)
+        self.time_embed = TimeModulation(size, BLOCK_ROWS)
+        self.caption_projection = TextProjection(config.caption_channels, size)
+        self.transformer_blocks = nn.ModuleList(LTXVideoTransformerBlock(config) for _ in range(config.num_layers))
+        self.norm_out = LayerNormScaleShift(size, _OUTPUT_NORM_EPS)
+        self.proj_out = nn.Linear(size, config.out_channels)
+        self.scale_shift_table = nn.Parameter(torch.zeros(2, size))
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        positions: Tensor,
+        first_positions: Tensor | None = None,
+    ) -> Tensor:
+        """Velocity (B, S, C) of hidden_states of the same shape.
+
+        timestep is (B,) in [0, 1000], or (B, 2): that of the first latent frame's tokens and that of all others;
+        encoder_hidden_states (B, T, captions), without padding. positions (S, 3) are seconds, row and column (pixels)
+        of each token; those of the first latent frame are first_positions where it has a timestep of its own.
+        """
+        prepared = self.prepare(timestep[None], encoder_hidden_states, positions, first_positions)
+        return self.predict(hidden_states, use=None, **prepared.row(0), **prepared.constants)["hidden_states"]
+
+    def prepare(  # type: ignore[override]  # which keywords there are differs by model
+        self,
+        timesteps: Tensor,
+        encoder_hidden_states: Tensor,
+        positions: Tensor,
+        first_positions: Tensor | None = None,
+    ) -> Prepared:
+        """Modulations (N, B, 6 * blocks + 2, D), float32, for timesteps (N, B); keys and values of text; rotations.
+
+        Timesteps (N, B, 2) of two segments make "first_modulation" of the first latent frame, and "modulation" of the
+        other tokens. Keys and values are (blocks, B, T, 2 * D), cos and sin (S, H, K / 2).
+        """
+        segments = timesteps.unbind(-1) if timesteps.ndim == 3 else (timesteps,)
+        names = ("first_modulation", "modulation")[-len(segments) :]
+        text_BTD = self.caption_projection(encoder_hidden_states)
+        rotation = self._rotation(positions)
+        constants = {
+            "text_kv": torch.stack([block.attn2.keys_and_values(text_BTD) for block in self._blocks()]),
+            "cos": rotation.cos,
+            "sin": rotation.sin,
+        }
+        if first_positions is not None:
+            first = self._rotation(first_positions)
+            constants |= {"first_cos": first.cos, "first_sin": first.sin}
+        return Prepared({name: self._modulation(each) for name, each in zip(names, segments, strict=True)}, constants)
+
+    def _modulation(self, timesteps_NB: Tensor) -> Tensor:
+        """Six modulations of each block, then shift and scale of the last norm: (N, B, 6 * blocks + 2, D), float32."""
+        rows, embedding = self.time_embed(timesteps_NB.flatten())
+        tables = [block.scale_shift_table.float() + rows for block in self._blocks()]
+        joined = torch.cat((*tables, self.scale_shift_table.float() + embedding), dim=1)
+        return joined.view(*timesteps_NB.shape, *joined.shape[1:])
+
+    def _rotation(self, positions: Tensor) -> HeadRotation:
+        config = self.config
+        heads, head_size = config.num_attention_heads, config.attention_head_dim
+        return head_rotation(positions, _EXTENTS, heads, head_size, theta=_THETA, is_neox_style=False, is_double=False)
+
+    def predict(  # type: ignore[override]  # which constants there are differs by model
+        self,
+        hidden_states: Tensor,
+        modulation: Tensor,
+        text_kv: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        first_modulation: Tensor | None = None,
+        first_cos: Tensor | None = None,
+        first_sin: Tensor | None = None,
+        use: CacheUse | None = None,
+    ) -> Predictions:
+        """Velocity (B, S, C), with a step's modulations (B, 6 * blocks + 2, D).
+
+        The `first_` arguments are those of the first latent frame's tokens, if it has a timestep of its own.
+        """
+        x_BSD = self.proj_in(hidden_states)
+        if first_cos is None:
+            return {"hidden_states": self.tokens(x_BSD, cos, sin, modulation, text_kv, use=use)[VIDEO]}
+        boundary = len(first_cos)
+        segments = self.tokens(
+            x_BSD[:, boundary:],
+            cos,
+            sin,
+            modulation,
+            text_kv,
+            first_BSD=x_BSD[:, :boundary],
+            first_cos=first_cos,
+            first_sin=first_sin,
+            first_modulation=first_modulation,
+            use=use,
+        )
+        return {"hidden_states": torch.cat((segments[FIRST_FRAME], segments[VIDEO]), dim=1)}
+
+    def residual_elements(self, latents: Mapping[str, Tensor], constants: Mapping[str, Tensor]) -> int:
+        """Video tokens of all ranks."""
+        del constants
+        batch, tokens, _ = latents["hidden_states"].shape
+        return batch * tokens * self.norm_out.size
+
+    def tokens(
+        self,
+        x_BSD: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        modulation: Tensor,
+        text_kv: Tensor,
+        first_BSD: Tensor | None = None,
+        first_cos: Tensor | None = None,
+        first_sin: Tensor | None = None,
+        first_modulation: Tensor | None = None,
+        use: CacheUse | None = None,
+    ) -> dict[str, Tensor]:
+        """All blocks, the last norm and the projection, from embedded tokens (B, S, D) to those of the result.
+
+        Results are by segment: "video", and "first_frame" if it is given.
+        """
+        boundary = 0
+        if first_BSD is not None and first_cos is not None and first_sin is not None:
+            boundary = first_BSD.shape[1]
+            x_BSD = torch.cat((first_BSD, x_BSD), dim=1)
+            cos, sin = torch.cat((first_cos, cos)), torch.cat((first_sin, sin))
+        vectors = SegmentVectors.of_rows(first_modulation, modulation)
+        blocks = [
+            partial(
+                block,
+                modulation=vectors[BLOCK_ROWS * index : BLOCK_ROWS * (index + 1)],
+                text_kv=text_kv[index],
+                cos=cos,
+                sin=sin,
+                boundary=boundary,
+            )
+            for index, block in enumerate(self._blocks())
+        ]
+        residual = through_blocks(Residual(x_BSD), blocks, boundary, use)
+        shift, scale = vectors[-2:]
+        tokens: Tensor = self.proj_out(self.norm_out.after(residual, scale, shift, boundary)[1])
+        if first_BSD is None:
+            return {VIDEO: tokens}
+        return {FIRST_FRAME: tokens[:, :boundary], VIDEO: tokens[:, boundary:]}
+
+    def _blocks(self) -> Iterator[LTXVideoTransformerBlock]:
+        for block in self.transformer_blocks:
+            assert isinstance(block, LTXVideoTransformerBlock)
+            yield block
+
+
+def load_ltx_video_transformer(
+    checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype, mesh: WorkerMesh | None = None
+) -> LTXVideoTransformer3DModel:
+    """The DiT of the module's config.json, or this rank's part of it. Raises as load_transformer()."""
+    config = LTXVideoTransformerConfig.from_dict(name, checkpoint.module_config(name))
+    build = partial(LTXVideoTransformer3DModel, config)
+    return load_transformer(
+        build, LTX_VIDEO_PLAN, checkpoint, name, device, dtype, mesh, heads=config.num_attention_heads
+    )

@@ -1,0 +1,27 @@
+"""How the LTX-Video DiT is sharded between ranks."""
+
+from __future__ import annotations
+
+from models.layers.parallel_plan import Cut, Join, ParallelPlan
+
+BLOCK = "transformer_blocks.*"
+VIDEO, FIRST_FRAME = "video", "first_frame"
+
+LTX_VIDEO_PLAN = ParallelPlan(
+    # The second attention is to the text, which every rank has whole, for its own heads and video tokens.
+    column=(f"{BLOCK}.attn[12].to_[qkv]", f"{BLOCK}.ff.net.0.proj"),
+    row=(f"{BLOCK}.attn[12].to_out.0", f"{BLOCK}.ff.net.2"),
+    norms=(f"{BLOCK}.attn[12].norm_[qk]",),
+    heads=(f"{BLOCK}.attn1.own_heads",),
+    attention=(f"{BLOCK}.attn1.inner",),
+    cuts=(
+        Cut("tokens", "x_BSD", VIDEO),
+        Cut("tokens", "cos", VIDEO, dim=0),
+        Cut("tokens", "sin", VIDEO, dim=0),
+        # A first frame with a timestep of its own is sharded separately: every rank has a chunk of both segments.
+        Cut("tokens", "first_BSD", FIRST_FRAME),
+        Cut("tokens", "first_cos", FIRST_FRAME, dim=0),
+        Cut("tokens", "first_sin", FIRST_FRAME, dim=0),
+    ),
+    joins=(Join("tokens", VIDEO, result=VIDEO), Join("tokens", FIRST_FRAME, result=FIRST_FRAME)),
+)

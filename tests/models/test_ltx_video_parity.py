@@ -1,0 +1,229 @@
+"""LTX-Video through all of its stages, against Diffusers' pipelines with the same weights, seed and arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import LTXImageToVideoPipeline, LTXPipeline
+from PIL import Image
+from torch import Tensor
+
+from coarse_pictures import coarse_image, png
+from common.checkpoint import Checkpoint
+from common.errors import CheckpointError, InvalidInput
+from configs.pipeline_configs.ltx_video import LTXVideoPipelineConfig
+from local_fleet import NO_IMAGES, Heard, LocalFleet, open_fleet, reference_run, relative_error
+from tiny_ltx2 import edit_json
+from tiny_ltx_video import build_tiny_ltx_video, build_tiny_ltx_video_095
+from wan_pair import check, open_reference
+
+BASE: dict[str, Any] = {"prompt": "a red apple", "height": 64, "width": 64, "num_frames": 9, "num_inference_steps": 2}
+LONG = "the old stone river on the moon and the red cat in a blue car " * 30
+IMAGE = coarse_image(90, 60)
+
+# Of each version: from text, then (by the image) from text and an image.
+MODES: dict[str, tuple[str, dict[str, Any], Image.Image | None]] = {
+    "guided": ("0.9.0", {"negative_prompt": "a blue car"}, None),
+    "not guided, one frame": ("0.9.0", {"guidance_scale": 1.0, "num_frames": 1}, None),
+    "two outputs, wide, rescaled": (
+        "0.9.0",
+        {"num_outputs_per_prompt": 2, "width": 96, "guidance_rescale": 0.7, "num_inference_steps": 3},
+        None,
+    ),
+    "long prompts, slow": ("0.9.0", {"prompt": LONG, "negative_prompt": LONG[9:], "frame_rate": 12.5}, None),
+    "few tokens": ("0.9.0", {"prompt": LONG, "max_sequence_length": 3}, None),
+    "image": ("0.9.0", {"negative_prompt": "a blue car"}, IMAGE),
+    "image, two outputs, tall, rescaled": (
+        "0.9.0",
+        {"num_outputs_per_prompt": 2, "height": 96, "guidance_rescale": 0.5, "num_frames": 17},
+        IMAGE,
+    ),
+    "noise of the decoder": ("0.9.5", {"decode_timestep": 0.05, "decode_noise_scale": 0.025}, None),
+    "noise of the timestep, two outputs": ("0.9.5", {"decode_timestep": 0.1, "num_outputs_per_prompt": 2}, None),
+    "no noise": ("0.9.5", {"guidance_scale": 1.0}, None),
+    "image, noise of the decoder": ("0.9.5", {"decode_timestep": 0.05, "num_outputs_per_prompt": 2}, IMAGE),
+}
+
+
+@dataclass(frozen=True)
+class Sides:
+    """One checkpoint: our services in this process, and Diffusers' pipelines."""
+
+    fleet: LocalFleet
+    text: Any
+    image: Any
+
+    @classmethod
+    def open(cls, path: Path) -> Sides:
+        """Load the directory three times."""
+        text, image = (open_reference(path, kind) for kind in (LTXPipeline, LTXImageToVideoPipeline))
+        return cls(open_fleet(str(path)), text, image)
+
+    def ours(self, given: Mapping[str, Any], image: Image.Image | None = None) -> dict[str, Tensor]:
+        """latents and pixels of our services. The image chooses the variant."""
+        images = NO_IMAGES if image is None else {"image": png(image)}
+        return self.fleet.tensors(images=images, seed=5, **given)
+
+    def theirs(self, given: Mapping[str, Any], image: Image.Image | None = None) -> dict[str, Tensor]:
+        """The same of Diffusers' pipeline, which needs a timestep for each output."""
+        call = dict(given)
+        outputs = call["num_videos_per_prompt"] = call.pop("num_outputs_per_prompt", 1)
+        if "decode_timestep" in call:
+            call["decode_timestep"] = [call["decode_timestep"]] * outputs
+        if image is not None:
+            return reference_run(self.image, seed=5, image=image, **call)
+        return reference_run(self.text, seed=5, **call)
+
+
+@pytest.fixture(scope="module")
+def sides(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Sides]]:
+    """By the version of the VAE."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("ltx")
+    built = {"0.9.0": build_tiny_ltx_video(folder / "090"), "0.9.5": build_tiny_ltx_video_095(folder / "095")}
+    opened = {version: Sides.open(path) for version, path in built.items()}
+    yield opened
+    for each in opened.values():
+        each.fleet.close()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_latents_and_pixels_are_diffusers(sides: dict[str, Sides], mode: str) -> None:
+    version, change, image = MODES[mode]
+    given = BASE | change
+    check(sides[version].ours(given, image), sides[version].theirs(given, image))
+
+
+@pytest.mark.parametrize("asked", [10, 16])
+def test_frames_are_those_that_diffusers_decodes(sides: dict[str, Sides], asked: int) -> None:
+    """Diffusers says nothing of the frames that it leaves out."""
+    pair, given = sides["0.9.0"], BASE | {"num_frames": asked}
+    check(pair.ours(given), pair.theirs(given))
+    _, warnings = pair.fleet.model.variants[0].sampling_params.build(given, pair.fleet.model.checkpoint)
+    message = f"num_frames {asked} is not one more than a multiple of 8; 9 is used instead"
+    assert [(warning.field, warning.message) for warning in warnings] == [("num_frames", message)]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"prompt": "a blue apple"},
+        {"negative_prompt": "a red car"},
+        {"guidance_scale": 4.0},
+        {"guidance_rescale": 0.5},
+        {"frame_rate": 12.0},
+        {"max_sequence_length": 2},
+    ],
+    ids=str,
+)
+def test_every_input_matters(sides: dict[str, Sides], change: dict[str, Any]) -> None:
+    given = BASE | {"negative_prompt": "a blue car"}
+    before, after = (sides["0.9.0"].ours(each)["latents"] for each in (given, given | change))
+    assert relative_error(after, before) > 1e-3
+
+
+@pytest.mark.parametrize("change", [{"decode_timestep": 0.2}, {"decode_noise_scale": 0.3}], ids=str)
+def test_the_decoders_noise_leaves_latents_alone(sides: dict[str, Sides], change: dict[str, Any]) -> None:
+    given = BASE | {"decode_timestep": 0.05, "decode_noise_scale": 0.05}
+    before, after = (sides["0.9.5"].ours(each) for each in (given, given | change))
+    assert torch.equal(before["latents"], after["latents"])
+    assert relative_error(after["pixels"], before["pixels"]) > 1e-3
+
+
+def test_the_image_is_the_first_frame_and_matters(sides: dict[str, Sides]) -> None:
+    first, other = (sides["0.9.0"].ours(BASE, image)["latents"] for image in (IMAGE, coarse_image(90, 60, 3)))
+    tokens = 2 * 2
+    for rows in (slice(0, tokens), slice(tokens, None)):
+        assert relative_error(other[:, rows], first[:, rows]) > 1e-3
+
+
+def test_parameters_without_effect_are_reported(sides: dict[str, Sides]) -> None:
+    asked: dict[str, Any] = {"guidance_scale": 1.0, "negative_prompt": "a car", "guidance_rescale": 0.5}
+    asked |= {"decode_timestep": 0.1, "decode_noise_scale": 0.1}
+    model = sides["0.9.0"].fleet.model
+    params, warnings = model.variants[0].sampling_params.build({**BASE, **asked}, model.checkpoint)
+    assert {warning.field for warning in warnings} == asked.keys() - {"guidance_scale"}
+    assert params.branches == 1
+    model = sides["0.9.5"].fleet.model
+    assert not model.variants[0].sampling_params.build({**BASE, "decode_timestep": 0.1}, model.checkpoint)[1]
+
+
+def test_a_prompt_that_is_cut_is_reported(sides: dict[str, Sides]) -> None:
+    heard = Heard()
+    given = BASE | {"prompt": "a old stone river", "max_sequence_length": 3, "guidance_scale": 1.0}
+    sides["0.9.0"].fleet.tensors(heard, seed=1, **given)
+    assert [(field, "reads at most 3 tokens" in message) for field, message in heard.warnings] == [("prompt", True)]
+
+
+@pytest.mark.parametrize(
+    ("given", "field"),
+    [
+        ({"height": 48}, "height"),
+        ({"width": 16}, "width"),
+        ({"num_frames": 0}, "num_frames"),
+        ({"num_inference_steps": 1}, "num_inference_steps"),
+        ({"max_sequence_length": 513}, "max_sequence_length"),
+        ({"output_format": "png"}, "output_format"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_drawn_is_refused(sides: dict[str, Sides], given: dict[str, Any], field: str) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        sides["0.9.0"].fleet.media(**BASE | given, seed=1)
+    assert caught.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("roles", "frames", "field"),
+    [(("image",), 8, "num_frames"), (("image", "last_image"), 9, "last_image"), (("last_image",), 9, "last_image")],
+    ids=str,
+)
+def test_wrong_images_are_refused(sides: dict[str, Sides], roles: tuple[str, ...], frames: int, field: str) -> None:
+    """Frames that are fewer than two latent frames would be the image alone."""
+    images = dict.fromkeys(roles, png(IMAGE))
+    with pytest.raises(InvalidInput) as caught:
+        sides["0.9.0"].fleet.media(None, images, **BASE | {"num_frames": frames}, seed=1)
+    assert caught.value.field == field
+
+
+@pytest.mark.parametrize("image", [None, IMAGE], ids=["text", "image"])
+def test_bfloat16_is_near(sides: dict[str, Sides], image: Image.Image | None) -> None:
+    half = open_fleet(str(sides["0.9.5"].fleet.model.checkpoint.path), torch.bfloat16)
+    images = NO_IMAGES if image is None else {"image": png(image)}
+    ours = half.tensors(images=images, seed=5, **BASE)["latents"]
+    half.close()
+    assert relative_error(ours, sides["0.9.5"].ours(BASE, image)["latents"]) < 0.1
+
+
+@pytest.mark.parametrize(
+    ("module", "change", "named"),
+    [
+        ("vae", {"decoder_inject_noise": [True, False]}, "decoder_inject_noise"),
+        ("vae", {"patch_size_t": 2}, "patch_size_t"),
+        ("vae", {"spatial_compression_ratio": 16}, "spatial_compression_ratio"),
+        ("vae", {"decoder_spatio_temporal_scaling": [True, True]}, "spatial_compression_ratio"),
+        ("vae", {"scaling_factor": 0}, "scaling_factor"),
+        ("vae", {"latent_channels": 16}, "16 latent channels"),
+        ("text_encoder", {"d_model": 48}, "takes 32 text features where text_encoder makes 48"),
+    ],
+    ids=str,
+)
+def test_modules_that_do_not_fit_are_refused(
+    tmp_path: Path, sides: dict[str, Sides], module: str, change: dict[str, Any], named: str
+) -> None:
+    whole = sides["0.9.0"].fleet.model.checkpoint.path
+    for entry in whole.iterdir():
+        (tmp_path / entry.name).symlink_to(entry)
+    (tmp_path / module).unlink()
+    (tmp_path / module).mkdir()
+    for entry in (whole / module).iterdir():
+        (tmp_path / module / entry.name).write_bytes(entry.read_bytes())
+    edit_json(tmp_path / module / "config.json", **change)
+    checkpoint = Checkpoint.open(tmp_path)
+    with pytest.raises(CheckpointError, match=named):
+        LTXVideoPipelineConfig.from_checkpoint(checkpoint)
