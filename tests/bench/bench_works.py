@@ -10,6 +10,7 @@ import torch
 from diffusers import Flux2Transformer2DModel as Flux2Reference
 from diffusers import FluxTransformer2DModel as FluxReference
 from diffusers import HunyuanVideoTransformer3DModel as HunyuanVideoReference
+from diffusers import LTXVideoTransformer3DModel as LtxVideoReference
 from diffusers import QwenImageTransformer2DModel as QwenImageReference
 from diffusers import WanTransformer3DModel as WanReference
 from diffusers import ZImageTransformer2DModel as ZImageReference
@@ -18,6 +19,7 @@ from torch import Tensor
 from configs.models.dits.flux import FluxTransformerConfig
 from configs.models.dits.flux2 import Flux2TransformerConfig
 from configs.models.dits.hunyuan_video import HunyuanVideoTransformerConfig
+from configs.models.dits.ltx_video import LTXVideoTransformerConfig
 from configs.models.dits.qwen_image import QwenImageTransformerConfig
 from configs.models.dits.wan import WanTransformerConfig
 from configs.models.dits.z_image import ZImageTransformerConfig
@@ -28,6 +30,8 @@ from models.dits.flux2_plan import FLUX2_PLAN
 from models.dits.flux_plan import FLUX_PLAN
 from models.dits.hunyuan_video import HunyuanVideoTransformer3DModel
 from models.dits.hunyuan_video_plan import HUNYUAN_VIDEO_PLAN
+from models.dits.ltx_video import LTXVideoTransformer3DModel
+from models.dits.ltx_video_plan import LTX_VIDEO_PLAN
 from models.dits.qwen_image import QwenImageTransformer2DModel
 from models.dits.qwen_image_plan import QWEN_IMAGE_PLAN
 from models.dits.wan import WanTransformer3DModel
@@ -142,6 +146,29 @@ def _hunyuan_video_inputs(tiny: bool) -> tuple[Inputs, Inputs]:
     return theirs, {**shared, "guidance": torch.tensor([6.0]), "video_ids": video_ids}
 
 
+def _ltx_video_inputs(tiny: bool) -> tuple[Inputs, Inputs]:
+    """The reference's text is padded to 128 tokens."""
+    sizes, text, width = ((2, 2, 2), 6, 24) if tiny else ((21, 16, 24), 60, 4096)
+    frames, rows, columns = sizes
+    scale = (8 / 25, 32, 32)
+    axes = (torch.arange(float(size)) * unit for size, unit in zip(sizes, scale, strict=True))
+    shared: Inputs = {
+        "hidden_states": _normal(1, frames * rows * columns, 128),
+        "timestep": torch.tensor([750.0]),
+        "encoder_hidden_states": _normal(1, text, width),
+    }
+    theirs: Inputs = {
+        **shared,
+        "encoder_hidden_states": torch.nn.functional.pad(shared["encoder_hidden_states"], (0, 0, 0, 128 - text)),
+        "encoder_attention_mask": (torch.arange(128) < text)[None].bfloat16(),
+        "num_frames": frames,
+        "height": rows,
+        "width": columns,
+        "rope_interpolation_scale": scale,
+    }
+    return theirs, {**shared, "positions": torch.cartesian_prod(*axes)}
+
+
 def _klein_inputs(tiny: bool) -> tuple[Inputs, Inputs]:
     rows, text, width = (4, 6, 24) if tiny else (64, 512, 7680)
     side = torch.arange(float(rows))
@@ -214,6 +241,14 @@ WORKS = {
         Z_IMAGE_PLAN,
         heads="n_heads",
     ),
+    "ltx-video": Work(
+        "LTX-Video 2B 512x768, 161 frames, 60 text tokens, no guidance",
+        LtxVideoReference,
+        {},
+        lambda config: LTXVideoTransformer3DModel(LTXVideoTransformerConfig.from_dict("transformer", config)),
+        _ltx_video_inputs,
+        LTX_VIDEO_PLAN,
+    ),
     "klein": Work(
         "FLUX.2-klein-4B 1024x1024, 512 text tokens",
         Flux2Reference,
@@ -263,6 +298,13 @@ TINY: Mapping[type[Any], Mapping[str, Any]] = {
         "text_embed_dim": 24,
         "pooled_projection_dim": 12,
         "rope_axes_dim": (4, 6, 6),
+    },
+    LtxVideoReference: {
+        "num_attention_heads": 4,
+        "attention_head_dim": 8,
+        "cross_attention_dim": 32,
+        "num_layers": 2,
+        "caption_channels": 24,
     },
     Flux2Reference: {
         "num_attention_heads": 4,
