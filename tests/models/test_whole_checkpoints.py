@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ import torch
 from common.checkpoint import kind_of
 from common.errors import CheckpointError
 from models.catalog import open_model, shipped_models
-from models.loader import load_variants
+from models.loader import load_tokenizer, load_variants
 from models.registry import load_registry
 from models.runtime import Runtime
 
@@ -185,6 +186,40 @@ def test_tokenizers_without_tokenizer_json_give_the_same_tokens(tmp_path: Path, 
             whole = load(path / name)(TEXTS).input_ids
             (path / name / "tokenizer.json").unlink()
             assert load(path / name)(TEXTS).input_ids == whole
+
+
+def to_slow_form(tokenizer: Path) -> None:
+    """Write the vocabulary and the merges of tokenizer.json to the files of byte-level BPE, in its place."""
+    model = json.loads((tokenizer / "tokenizer.json").read_text())["model"]
+    merges = [each if isinstance(each, str) else " ".join(each) for each in model["merges"]]
+    (tokenizer / "vocab.json").write_text(json.dumps(model["vocab"]))
+    (tokenizer / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]))
+    (tokenizer / "tokenizer.json").unlink()
+
+
+def test_tokenizers_of_byte_level_bpe_have_a_slow_form(
+    checkpoint_of: Callable[[str], tuple[Path, Path]], tmp_path: Path
+) -> None:
+    """As Qwen-Image, Z-Image, FLUX.2 klein and HunyuanVideo are published; CLIP's and T5's are the shipped models'."""
+    checked: set[str] = set()
+    for family in FAMILIES:
+        whole, _ = checkpoint_of(family)
+        modules = open_model(str(whole), REGISTRY).checkpoint.modules
+        for name, (_, class_name) in modules.items():
+            if class_name not in ("CLIPTokenizer", "Qwen2Tokenizer") or not (whole / name / "tokenizer.json").is_file():
+                continue
+            path = shutil.copytree(whole, tmp_path / f"{family} {name}")
+            tokens = load_tokenizer(open_model(str(path), REGISTRY).checkpoint, name)(TEXTS).input_ids
+            to_slow_form(path / name)
+            assert load_tokenizer(open_model(str(path), REGISTRY).checkpoint, name)(TEXTS).input_ids == tokens, family
+            checked.add(family)
+    assert checked >= {
+        "tiny_flux2_klein",
+        "tiny_hunyuan_video",
+        "tiny_qwen_image",
+        "tiny_qwen_image_layered",
+        "tiny_z_image",
+    }
 
 
 @pytest.mark.parametrize("family", FAMILIES)
