@@ -328,6 +328,9 @@ class DecodingConfig(LatentLayout):
     visual_part: ClassVar[str]
     """The part that the VAE decodes to pixels: "image" or "video"."""
 
+    denormalising_dtype: ClassVar[torch.dtype | None] = None
+    """The precision of the latents that vae_latents() and a video's VAE get; None: that of the VAE."""
+
     sound_part: ClassVar[str | None] = None
     """The part that audio VAE and vocoder decode to sound; None for a model without sound."""
 

@@ -57,6 +57,7 @@ class LTXVideoPipelineConfig(StandardPipelineConfig):
     part_keywords: ClassVar[Mapping[str, str]] = {"video": "hidden_states"}
     prediction_dtype: ClassVar[torch.dtype | None] = torch.float32
     visual_part: ClassVar[str] = "video"
+    denormalising_dtype: ClassVar[torch.dtype | None] = torch.float32
     has_float32_noise: ClassVar[bool] = True
     module_loaders: ClassVar[Mapping[str, str]] = {
         "AutoencoderKLLTXVideo": "models.vaes.ltx_video:load_ltx_video_vae",

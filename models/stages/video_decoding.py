@@ -108,7 +108,7 @@ class _Decoder:
     def __init__(self, config: DecodingConfig, runtime: Runtime, modules: Mapping[str, Any]) -> None:
         self._config = config
         self._device = runtime.device
-        self._dtype = config.dtype_of("vae", runtime.dtype)
+        self._dtype = config.denormalising_dtype or config.dtype_of("vae", runtime.dtype)
         self._noise_dtype = runtime.dtype
         self._vae = modules["vae"]
 

@@ -200,6 +200,31 @@ def test_bfloat16_is_near(sides: dict[str, Sides], image: Image.Image | None) ->
     assert relative_error(ours, sides["0.9.5"].ours(BASE, image)["latents"]) < 0.1
 
 
+@pytest.mark.parametrize("version", ["0.9.0", "0.9.5"])
+def test_bfloat16_latents_lose_precision_only_once_they_are_denormalised(
+    sides: dict[str, Sides], version: str
+) -> None:
+    """As in Diffusers, which undoes the normalisation of the float32 latents, then mixes noise in bfloat16."""
+    path = str(sides[version].fleet.model.checkpoint.path)
+    half, pipeline = open_fleet(path, torch.bfloat16), LTXPipeline.from_pretrained(path, dtype=torch.bfloat16)
+    given = BASE | ({"decode_timestep": 0.05, "decode_noise_scale": 0.3} if version == "0.9.5" else {})
+    ours = half.tensors(seed=5, **given)
+    half.close()
+    raw, vae = LTXPipeline._unpack_latents(ours["latents"], 2, 2, 2), pipeline.vae
+    decoded = LTXPipeline._denormalize_latents(raw, vae.latents_mean, vae.latents_std, vae.config.scaling_factor)
+    decoded, timestep = decoded.bfloat16(), None
+    if version == "0.9.5":
+        generator = torch.Generator().manual_seed(5)
+        torch.randn(raw.shape, generator=generator)
+        noise = torch.randn(raw.shape, generator=generator, dtype=torch.bfloat16)
+        scale, timestep = torch.tensor(0.3).bfloat16(), torch.tensor([0.05]).bfloat16()
+        decoded = (1 - scale) * decoded + scale * noise
+    with torch.inference_mode():
+        video = vae.decode(decoded, timestep, return_dict=False)[0]
+    theirs = pipeline.video_processor.postprocess_video(video, output_type="pt")
+    assert torch.equal(ours["pixels"].float(), theirs.float())
+
+
 @pytest.mark.parametrize(
     ("module", "change", "named"),
     [
