@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 class LTXVideoVAE(NormalisedVideoVAE):
     """Encoder and decoder of one video at a time, to and from normalised latents.
 
-    The decoder sees later frames too: all are decoded at once, before the first one is there. The normalisation is undone
-    in the latents' dtype, float32; only then they get the VAE's.
+    The decoder sees later frames too: all are decoded at once, before the first one is there. Latents lose precision,
+    if the VAE has less, only after they are denormalised.
     """
 
     def sample(self, video: Tensor, noise: Tensor) -> Tensor:

@@ -201,9 +201,7 @@ def test_bfloat16_is_near(sides: dict[str, Sides], image: Image.Image | None) ->
 
 
 @pytest.mark.parametrize("version", ["0.9.0", "0.9.5"])
-def test_bfloat16_latents_lose_precision_only_once_they_are_denormalised(
-    sides: dict[str, Sides], version: str
-) -> None:
+def test_bfloat16_latents_lose_precision_only_once_they_are_denormalised(sides: dict[str, Sides], version: str) -> None:
     """As in Diffusers, which undoes the normalisation of the float32 latents, then mixes noise in bfloat16."""
     path = str(sides[version].fleet.model.checkpoint.path)
     half, pipeline = open_fleet(path, torch.bfloat16), LTXPipeline.from_pretrained(path, dtype=torch.bfloat16)
