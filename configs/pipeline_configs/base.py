@@ -316,7 +316,7 @@ class DenoisingConfig(LatentLayout):
 
 @dataclass(frozen=True)
 class DecodingNoise:
-    """What a decoder that removes noise is told: the share of it in the latents, and the timestep, both in [0, 1]."""
+    """Settings of a decoder that removes noise: `scale` is the share of noise in the latents; both are in [0, 1]."""
 
     scale: float
     timestep: float

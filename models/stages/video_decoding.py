@@ -92,7 +92,7 @@ class BlockDecodingStage(PipelineStage[BlockDecodingInput, StreamedDecodingOutpu
 
 @dataclass(frozen=True)
 class _Noise:
-    """Noise (outputs, C, latent frames, h, w) that the latents of all outputs get, and how."""
+    """Noise (outputs, C, latent frames, h, w) that the latents of all outputs get, and the decoder's settings."""
 
     drawn: Tensor
     how: DecodingNoise
