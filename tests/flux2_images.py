@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -64,6 +65,9 @@ def check_every_image_matters(fleet: LocalFleet) -> None:
 
     one, two = given_images(2)
     before = latents([one, two])
+    backwards = dict(reversed(files([one, two]).items()))
+    same = fleet.tensors(images=backwards, **BASE, height=48, width=48, seed=5)["latents"]
+    assert torch.equal(same, before), "numbers order images, whatever order they come in"
     for after in (latents([one]), latents([two, one]), latents([one, coarse_image(64, 130, seed=7)]), latents([])):
         assert relative_error(after, before) > 1e-3
 

@@ -69,7 +69,7 @@ def build_tiny_flux2_klein(path: Path, *, is_distilled: bool = False, seed: int 
 
 
 def build_tiny_flux2_dev(path: Path, *, seed: int = 0) -> Path:
-    """Write a checkpoint of the layout of FLUX.2 dev, whose processor is told from parts that need no torchvision."""
+    """Write a checkpoint of the layout of FLUX.2 dev. A whole processor would need torchvision: its parts are saved."""
     torch.manual_seed(seed)
     tokenizer = mistral_tokenizer()
     modules = _modules(guidance_embeds=True)

@@ -316,7 +316,7 @@ class DenoisingConfig(LatentLayout):
 
 @dataclass(frozen=True)
 class DecodingNoise:
-    """What a decoder that removes noise is told: the share of it in the latents, and the timestep, both in [0, 1]."""
+    """Settings of a decoder that removes noise: `scale` is the share of noise in the latents; both are in [0, 1]."""
 
     scale: float
     timestep: float
@@ -327,6 +327,9 @@ class DecodingConfig(LatentLayout):
 
     visual_part: ClassVar[str]
     """The part that the VAE decodes to pixels: "image" or "video"."""
+
+    denormalising_dtype: ClassVar[torch.dtype | None] = None
+    """The precision of the latents that vae_latents() and a video's VAE get; None: that of the VAE."""
 
     sound_part: ClassVar[str | None] = None
     """The part that audio VAE and vocoder decode to sound; None for a model without sound."""

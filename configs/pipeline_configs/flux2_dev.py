@@ -21,7 +21,7 @@ SYSTEM_MESSAGE = (
 BEFORE, AFTER = f"<s>[SYSTEM_PROMPT]{SYSTEM_MESSAGE}[/SYSTEM_PROMPT][INST]", "[/INST]"
 """The chat text around a prompt, as the published tokenizer renders it."""
 IMAGE_MARK = "[IMG]"
-"""The language model's token of an image. It is shown none: prompts lose the mark."""
+"""The language model's token of an image. It reads text alone, so the mark is removed from prompts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ class Flux2PipelineConfig(Flux2FamilyConfig):
 
     module_loaders: ClassVar[Mapping[str, str]] = {
         **Flux2FamilyConfig.module_loaders,
-        "Mistral3ForConditionalGeneration": "models.encoder_runners.language_model:load_sighted_language_model",
+        "Mistral3ForConditionalGeneration": "models.encoder_runners.language_model:load_multimodal_language_model",
         "PixtralProcessor": "models.loader:load_auto_tokenizer",
     }
     guidance_embeds: ClassVar[bool] = True

@@ -26,7 +26,7 @@ class Flux2KleinPipelineConfig(Flux2FamilyConfig):
 
     title: ClassVar[str] = "FLUX.2 klein, distilled or not"
     deviations: ClassVar[str] = (
-        "`negative_prompt` is dropped, as Diffusers has none. At most 16 images, which bounds memory."
+        "`negative_prompt` is dropped, as Diffusers has none. At most 16 images and 512 tokens, which bounds memory."
     )
 
     is_distilled: bool

@@ -66,7 +66,7 @@ class LTX2PipelineConfig(StandardPipelineConfig):
     module_loaders: ClassVar[Mapping[str, str]] = {
         "AutoencoderKLLTX2Audio": "models.vaes.ltx2:load_ltx2_audio_vae",
         "AutoencoderKLLTX2Video": "models.vaes.ltx2:load_ltx2_video_vae",
-        "Gemma3ForConditionalGeneration": "models.encoder_runners.language_model:load_sighted_language_model",
+        "Gemma3ForConditionalGeneration": "models.encoder_runners.language_model:load_multimodal_language_model",
         "GemmaTokenizer": "models.loader:load_tokenizer",
         "GemmaTokenizerFast": "models.loader:load_tokenizer",
         "LTX2TextConnectors": "models.loader:load_pretrained",

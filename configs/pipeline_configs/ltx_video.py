@@ -47,7 +47,8 @@ class LTXVideoPipelineConfig(StandardPipelineConfig):
     title: ClassVar[str] = "LTX-Video (0.9.0 and 0.9.5)"
     deviations: ClassVar[str] = (
         "Several outputs work with the VAE of 0.9.5, where Diffusers raises. A VAE that injects noise (0.9.1) is "
-        "refused: its noise follows no seed. Frames are rounded to the VAE's grid, with a warning."
+        "refused: its noise follows no seed. Frames are rounded to the VAE's grid, with a warning. A single step is "
+        "refused: Diffusers fails, as its schedule is NaN."
     )
 
     transformer: LTXVideoTransformerConfig
@@ -57,6 +58,7 @@ class LTXVideoPipelineConfig(StandardPipelineConfig):
     part_keywords: ClassVar[Mapping[str, str]] = {"video": "hidden_states"}
     prediction_dtype: ClassVar[torch.dtype | None] = torch.float32
     visual_part: ClassVar[str] = "video"
+    denormalising_dtype: ClassVar[torch.dtype | None] = torch.float32
     has_float32_noise: ClassVar[bool] = True
     module_loaders: ClassVar[Mapping[str, str]] = {
         "AutoencoderKLLTXVideo": "models.vaes.ltx_video:load_ltx_video_vae",

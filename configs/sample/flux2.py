@@ -17,8 +17,9 @@ from configs.sample.sigmas import SigmasSamplingParams
 from configs.sample.terminal import check_stretched
 
 SHORTEST_SIDE = 64
+"""Smallest width and height of a reference image, in pixels."""
 MOST_ASPECT = 8
-"""Limits of a reference image: its shorter side (pixels), and how many times as long the other one is."""
+"""Largest ratio of a reference image's longer side to its shorter one."""
 
 _DEFAULT_LATENT_SIZE = 128
 _PATCH = 2
@@ -28,7 +29,7 @@ _PATCH = 2
 class Flux2SamplingParams(SigmasSamplingParams):
     """FLUX.2 dev. guidance_scale is embedded; there is no negative prompt.
 
-    shift_steps keeps the num_inference_steps that sigmas replace: the shift of the noise levels depends on it.
+    shift_steps stores the num_inference_steps that sigmas replace: the shift of the noise levels depends on it.
     """
 
     num_inference_steps: int = 50

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
+import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
+import diffusers
 import torch
 
 from models.dits.base import DiffusionTransformer
@@ -15,6 +18,8 @@ if TYPE_CHECKING:
     from common.checkpoint import Checkpoint
     from models.layers.mesh import WorkerMesh
     from models.layers.parallel_plan import ParallelPlan
+
+_log = logging.getLogger(__name__)
 
 Transformer = TypeVar("Transformer", bound=DiffusionTransformer)
 
@@ -38,9 +43,21 @@ def load_transformer(
     `heads` and `feed_forward` are the sizes that the degrees must divide; None: every degree divides the feed-forward
     layers. Raises CheckpointError, and InvalidInput for a mesh whose degrees do not divide the model.
     """
+    _warn_of_unknown_entries(checkpoint, name)
     with torch.device("meta"):
         model = build()
     parallelize(model, plan, mesh, heads=heads, feed_forward=feed_forward)
     files = checkpoint.weight_files(name)
     load_module(model, name, files, device, dtype, keep_float32=keep_float32, unused=unused)
     return model
+
+
+def _warn_of_unknown_entries(checkpoint: Checkpoint, name: str) -> None:
+    """Log the entries of config.json that this Diffusers does not know either; the DiT ignores them."""
+    class_name = checkpoint.modules[name][1]
+    if class_name not in dir(diffusers):
+        return
+    known = inspect.signature(getattr(diffusers, class_name)).parameters
+    entries = sorted(key for key in checkpoint.module_config(name) if key not in known and not key.startswith("_"))
+    if entries:
+        _log.warning("unknown config entries are ignored module=%s entries=%s", name, ",".join(entries))

@@ -22,7 +22,7 @@ def load_causal_language_model(checkpoint: Checkpoint, name: str, device: torch.
     return _as_encoder(load_pretrained(checkpoint, name, device, dtype).model)
 
 
-def load_sighted_language_model(checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype) -> Any:
+def load_multimodal_language_model(checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype) -> Any:
     """The same, from a language model with a vision tower, which is left out. Raises CheckpointError."""
     return _as_encoder(load_pretrained(checkpoint, name, device, dtype).model.language_model)
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from common.pipeline import ComposedPipeline
 
 MODULES = ("text_encoder", "tokenizer", "transformer", "scheduler", "vae")
-"""Of dev and of klein."""
+"""Modules that dev and klein need."""
 
 
 class Flux2Pipeline(StandardPipeline):

@@ -92,7 +92,7 @@ class BlockDecodingStage(PipelineStage[BlockDecodingInput, StreamedDecodingOutpu
 
 @dataclass(frozen=True)
 class _Noise:
-    """Noise (outputs, C, latent frames, h, w) that the latents of all outputs get, and how."""
+    """Noise (outputs, C, latent frames, h, w) that the latents of all outputs get, and the decoder's settings."""
 
     drawn: Tensor
     how: DecodingNoise
@@ -108,7 +108,7 @@ class _Decoder:
     def __init__(self, config: DecodingConfig, runtime: Runtime, modules: Mapping[str, Any]) -> None:
         self._config = config
         self._device = runtime.device
-        self._dtype = config.dtype_of("vae", runtime.dtype)
+        self._dtype = config.denormalising_dtype or config.dtype_of("vae", runtime.dtype)
         self._noise_dtype = runtime.dtype
         self._vae = modules["vae"]
 

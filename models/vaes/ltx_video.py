@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 class LTXVideoVAE(NormalisedVideoVAE):
     """Encoder and decoder of one video at a time, to and from normalised latents.
 
-    The decoder sees later frames too: all are decoded at once, before the first one is there.
+    The decoder sees later frames too: all are decoded at once, before the first one is there. Latents lose precision,
+    if the VAE has less, only after they are denormalised.
     """
 
     def sample(self, video: Tensor, noise: Tensor) -> Tensor:
@@ -54,14 +55,15 @@ class LTXVideoVAE(NormalisedVideoVAE):
         return WholeVideoSession(decode, num_latent_frames)
 
     def decode(self, latents: Tensor) -> Iterator[Tensor]:
-        """Frames (3, H, W) in about [-1, 1], of latents (1, C, latent frames, h, w)."""
+        """Frames (3, H, W) in about [-1, 1], of latents (1, C, latent frames, h, w), float32."""
         return self.frames(self.denormalised(latents))
 
     def decode_noisy(self, latents: Tensor, noise: Tensor, scale: float, timestep: float) -> Iterator[Tensor]:
         """The same, with a share of noise in the latents, which the decoder removes; for a timestep in [0, 1]."""
-        share = torch.tensor(scale, dtype=latents.dtype, device=latents.device)
-        mixed = (1 - share) * self.denormalised(latents) + share * noise.to(latents)
-        return self.frames(mixed, torch.tensor([timestep], dtype=latents.dtype, device=latents.device))
+        raw = self.denormalised(latents).to(self._vae.dtype)
+        share = torch.tensor(scale, dtype=raw.dtype, device=raw.device)
+        mixed = (1 - share) * raw + share * noise.to(raw)
+        return self.frames(mixed, torch.tensor([timestep], dtype=raw.dtype, device=raw.device))
 
 
 def load_ltx_video_vae(checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype) -> LTXVideoVAE:

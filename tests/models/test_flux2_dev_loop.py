@@ -12,10 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from coarse_pictures import coarse_image, png
 from common.artifacts import StepCheckpoint
 from common.checkpoint import Checkpoint
 from common.codec import pack, unpack
 from common.errors import Cancelled, CheckpointError, InvalidInput
+from common.image_header import read_image_header
 from common.stage import Call
 from common.tensors import TORCH
 from configs.pipeline_configs.flux2_dev import Flux2ImagePipelineConfig, Flux2PipelineConfig
@@ -108,6 +110,14 @@ def test_warnings(
     assert params.branches == 1
     assert (params.guidance_scale, params.width) == (4.0, given.get("width", 1024))
     assert params.num_inference_steps == (2 if "sigmas" in given else 50)
+
+
+def test_only_a_size_that_was_asked_for_is_rounded_with_a_warning(checkpoint: Checkpoint) -> None:
+    header = read_image_header("image", png(coarse_image(100, 70)))
+    for given, fields in (({}, []), ({"height": 79}, ["height"])):
+        params, warnings = Flux2ImageSamplingParams.build({"prompt": "", **given}, checkpoint, {"image": header})
+        assert (params.height, params.width) == (64, 96)
+        assert [warning.field for warning in warnings] == fields
 
 
 @pytest.mark.parametrize(

@@ -11,13 +11,15 @@ from diffusers import LTXVideoTransformer3DModel as Reference
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from common.checkpoint import Checkpoint
 from common.errors import CheckpointError
 from configs.models.dits.ltx_video import LTXVideoTransformerConfig
 from local_fleet import relative_error
-from models.dits.ltx_video import LTXVideoTransformer3DModel
+from models.dits.ltx_video import LTXVideoTransformer3DModel, load_ltx_video_transformer
 from models.weights import load_module
 from tiny_flux import randomise
-from tiny_ltx_video import CAPTION_SIZE, CHANNELS, transformer_sizes
+from tiny_ltx2 import edit_json
+from tiny_ltx_video import CAPTION_SIZE, CHANNELS, build_tiny_ltx_video, transformer_sizes
 
 GRID = (3, 2, 5)
 UNITS = (8 / 25.0, 32, 32)
@@ -140,3 +142,13 @@ def test_parameters_of_the_published_size_are_diffusers() -> None:
 def test_other_architectures_are_named(values: dict[str, Any], named: str) -> None:
     with pytest.raises(CheckpointError, match=named):
         LTXVideoTransformerConfig.from_dict("transformer", values)
+
+
+def test_unknown_entries_of_the_config_are_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Entries of a newer Diffusers; those that Diffusers itself writes are known."""
+    path = build_tiny_ltx_video(tmp_path / "ltx")
+    load_ltx_video_transformer(Checkpoint.open(path), "transformer", torch.device("cpu"), torch.float32)
+    assert not caplog.messages
+    edit_json(path / "transformer" / "config.json", newer_entry=3)
+    load_ltx_video_transformer(Checkpoint.open(path), "transformer", torch.device("cpu"), torch.float32)
+    assert caplog.messages == ["unknown config entries are ignored module=transformer entries=newer_entry"]

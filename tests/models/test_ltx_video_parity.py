@@ -200,6 +200,50 @@ def test_bfloat16_is_near(sides: dict[str, Sides], image: Image.Image | None) ->
     assert relative_error(ours, sides["0.9.5"].ours(BASE, image)["latents"]) < 0.1
 
 
+# Counts of latents off the grid of 16, where torch draws other numbers in bfloat16 than in float32.
+ODD: dict[str, Any] = {**BASE, "height": 96, "width": 96, "num_frames": 17}
+ODD_SHAPE = (1, 8, 3, 3, 3)
+
+
+def draws(image: Image.Image | None) -> tuple[Tensor | None, Tensor]:
+    """Noise of the image's latents and of the decoder, of a request in bfloat16 with seed 5."""
+    generator, image_noise = torch.Generator().manual_seed(5), None
+    if image is not None:
+        image_noise = torch.randn((*ODD_SHAPE[:2], 1, *ODD_SHAPE[3:]), generator=generator, dtype=torch.bfloat16)
+    torch.randn(ODD_SHAPE, generator=generator)
+    return image_noise, torch.randn(ODD_SHAPE, generator=generator, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("image", [None, IMAGE], ids=["text", "image"])
+@pytest.mark.parametrize("version", ["0.9.0", "0.9.5"])
+def test_bfloat16_is_rounded_where_diffusers_rounds(
+    sides: dict[str, Sides], version: str, image: Image.Image | None
+) -> None:
+    """Draws are of the VAE's dtype; float32 latents are denormalised before they are rounded and mixed with noise."""
+    path = str(sides[version].fleet.model.checkpoint.path)
+    half, pipeline = open_fleet(path, torch.bfloat16), LTXPipeline.from_pretrained(path, dtype=torch.bfloat16)
+    given = ODD | ({"decode_timestep": 0.05, "decode_noise_scale": 0.3} if version == "0.9.5" else {})
+    ours = half.tensors(images=NO_IMAGES if image is None else {"image": png(image)}, seed=5, **given)
+    half.close()
+    image_noise, noise = draws(image)
+    raw, vae = LTXPipeline._unpack_latents(ours["latents"], *ODD_SHAPE[2:]), pipeline.vae
+    decoded = LTXPipeline._denormalize_latents(raw, vae.latents_mean, vae.latents_std, vae.config.scaling_factor)
+    decoded, timestep = decoded.bfloat16(), None
+    if version == "0.9.5":
+        scale, timestep = torch.tensor(0.3).bfloat16(), torch.tensor([0.05]).bfloat16()
+        decoded = (1 - scale) * decoded + scale * noise
+    with torch.inference_mode():
+        video = vae.decode(decoded, timestep, return_dict=False)[0]
+        theirs = pipeline.video_processor.postprocess_video(video, output_type="pt")
+        assert torch.equal(ours["pixels"].float(), theirs.float())
+        if image is not None and image_noise is not None:
+            pixels = pipeline.video_processor.preprocess(image, height=96, width=96).bfloat16()
+            found = vae.encode(pixels[:, :, None]).latent_dist
+            first = (found.mean + found.std * image_noise).float()
+            first = LTXPipeline._normalize_latents(first, vae.latents_mean, vae.latents_std)
+            assert torch.equal(raw[:, :, :1], first)
+
+
 @pytest.mark.parametrize(
     ("module", "change", "named"),
     [

@@ -10,7 +10,7 @@ from typing import Any, Self
 from configs.models.fields import ConfigFields
 
 MOST_PIXELS = 1024 * 1024
-"""Of a reference image as it is encoded."""
+"""Largest area of a reference image that the VAE encodes, in pixels."""
 
 
 @dataclass(frozen=True, kw_only=True)
