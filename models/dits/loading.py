@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 import diffusers
@@ -37,13 +37,14 @@ def load_transformer(
     feed_forward: int | None = None,
     keep_float32: Sequence[str] = (),
     unused: Sequence[str] = (),
+    own_entries: Collection[str] = (),
 ) -> Transformer:
     """Build the DiT on the meta device, cut it to this rank's part, and read the weights of the module `name`.
 
     `heads` and `feed_forward` are the sizes that the degrees must divide; None: every degree divides the feed-forward
-    layers. Raises CheckpointError, and InvalidInput for a mesh whose degrees do not divide the model.
+    layers. `own_entries` of config.json are read by ours and not by Diffusers' class of the name. Raises CheckpointError, and InvalidInput for a mesh whose degrees do not divide the model.
     """
-    _warn_of_unknown_entries(checkpoint, name)
+    _warn_of_unknown_entries(checkpoint, name, own_entries)
     with torch.device("meta"):
         model = build()
     parallelize(model, plan, mesh, heads=heads, feed_forward=feed_forward)
@@ -52,12 +53,12 @@ def load_transformer(
     return model
 
 
-def _warn_of_unknown_entries(checkpoint: Checkpoint, name: str) -> None:
-    """Log the entries of config.json that this Diffusers does not know either; the DiT ignores them."""
+def _warn_of_unknown_entries(checkpoint: Checkpoint, name: str, own_entries: Collection[str]) -> None:
+    """Log the entries of config.json that neither this Diffusers nor the DiT knows."""
     class_name = checkpoint.modules[name][1]
     if class_name not in dir(diffusers):
         return
-    known = inspect.signature(getattr(diffusers, class_name)).parameters
+    known = {*inspect.signature(getattr(diffusers, class_name)).parameters, *own_entries}
     entries = sorted(key for key in checkpoint.module_config(name) if key not in known and not key.startswith("_"))
     if entries:
         _log.warning("unknown config entries are ignored module=%s entries=%s", name, ",".join(entries))

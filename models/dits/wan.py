@@ -405,4 +405,5 @@ def load_wan_weights(
         feed_forward=config.ffn_dim,
         keep_float32=FLOAT32_PARAMETERS,
         unused=UNUSED_PARAMETERS,
+        own_entries=config.own_entries,
     )

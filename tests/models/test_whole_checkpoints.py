@@ -223,8 +223,11 @@ def test_tokenizers_of_byte_level_bpe_have_a_slow_form(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_whole_checkpoint_is_accepted(checkpoint_of: Callable[[str], tuple[Path, Path]], family: str) -> None:
+def test_a_whole_checkpoint_is_accepted(
+    checkpoint_of: Callable[[str], tuple[Path, Path]], family: str, caplog: pytest.LogCaptureFixture
+) -> None:
     whole, _ = checkpoint_of(family)
     model = open_model(str(whole), REGISTRY)
     assert not model.unserved
     assert [refusal(whole, module) for module in model.checkpoint.modules] == [""] * len(model.checkpoint.modules)
+    assert not [each for each in caplog.messages if "unknown config entries" in each]

@@ -22,6 +22,14 @@ class CausalWanTransformerConfig(WanTransformerConfig):
     makes at most `sliding_window_num_frames`.
     """
 
+    own_entries = (
+        "num_frames_per_block",
+        "local_attn_size",
+        "sink_size",
+        "sliding_window_num_frames",
+        "independent_first_frame",
+    )
+
     num_frames_per_block: int = 3
     local_attn_size: int | None = None
     sink_size: int = 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from configs.models.fields import ConfigFields
 
@@ -17,6 +17,9 @@ class WanTransformerConfig:
     None in models that take no image. `pos_embed_seq_len` is the number of vision tokens of first and last frame
     together, in models that take both.
     """
+
+    own_entries: ClassVar[tuple[str, ...]] = ()
+    """Entries of config.json that Diffusers' class does not have."""
 
     patch_size: tuple[int, int, int] = (1, 2, 2)
     num_attention_heads: int = 40
