@@ -42,7 +42,8 @@ def load_transformer(
     """Build the DiT on the meta device, cut it to this rank's part, and read the weights of the module `name`.
 
     `heads` and `feed_forward` are the sizes that the degrees must divide; None: every degree divides the feed-forward
-    layers. `own_entries` of config.json are read by ours and not by Diffusers' class of the name. Raises CheckpointError, and InvalidInput for a mesh whose degrees do not divide the model.
+    layers. `own_entries` of config.json are read by ours, and not by Diffusers' class of the same name. Raises
+    CheckpointError, and InvalidInput for a mesh whose degrees do not divide the model.
     """
     _warn_of_unknown_entries(checkpoint, name, own_entries)
     with torch.device("meta"):
