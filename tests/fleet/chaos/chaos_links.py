@@ -8,6 +8,9 @@ from pathlib import Path
 
 _PIECE_BYTES = 1 << 16
 
+_ACCEPTING_ITERATIONS = 3
+"""Of the event loop, between the acceptance of a connection and its writer: transport, protocol, callback."""
+
 
 async def end(writer: asyncio.StreamWriter) -> None:
     """Reset a connection, and wait until its socket is closed: the event loop may end next."""
@@ -60,10 +63,16 @@ class Link:
 
     async def close(self) -> None:
         """End, with all connections; returns once they are closed."""
-        writers = list(self._writers)
+        writers = set(self._writers)
         self.cut()
         if self._server is not None:
+            # asyncio leaks the socket of a connection that it accepts while the server closes: accept no more first.
+            for listening in self._server.sockets:
+                asyncio.get_running_loop().remove_reader(listening.fileno())
+            for _ in range(_ACCEPTING_ITERATIONS):
+                await asyncio.sleep(0)
             self._server.close()
+        writers |= self._writers
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -71,6 +80,8 @@ class Link:
             await end(writer)
 
     def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self._is_cut:
+            writer.transport.abort()
         self._writers.add(writer)  # here: a task that is cancelled before it begins does nothing at all
         task = asyncio.get_running_loop().create_task(self._join(reader, writer))
         self._tasks.add(task)

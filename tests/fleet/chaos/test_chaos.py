@@ -6,10 +6,13 @@ The long ones are a program: python tests/fleet/chaos/run_chaos.py --requests 10
 from __future__ import annotations
 
 import asyncio
+import gc
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
@@ -17,6 +20,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import pytest
 from chaos_checks import Stored, check_files, check_requests, check_store, read_store
 from chaos_churn import Churn
 from chaos_clients import Outcome, Pulse
@@ -239,6 +243,25 @@ def test_other_bytes_are_a_finding() -> None:
     record = pb.RequestRecord(model=picture.model, parameters=picture.parameters)
     assert not check_files("r", record, [b"png"], {picture: [b"png"]})
     assert "other bytes" in check_files("r", record, [b"pnG"], {picture: [b"png"]})[0]
+
+
+@pytest.mark.parametrize("iterations", range(5))
+def test_a_link_that_closes_while_it_accepts_leaks_no_socket(tmp_path: Path, iterations: int) -> None:
+    """The event loop accepts the connection within the first iterations; a socket that is left is a warning."""
+
+    async def story() -> None:
+        link = Link(tmp_path / "s")
+        await link.start()
+        with socket.create_connection(("127.0.0.1", link.port)):
+            for _ in range(iterations):
+                await asyncio.sleep(0)
+            await link.close()
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        asyncio.run(story())
+        gc.collect()
+    assert not [str(each.message) for each in caught]
 
 
 def test_a_held_link_delivers_late_and_a_cut_one_never(tmp_path: Path) -> None:
