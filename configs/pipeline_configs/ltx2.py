@@ -47,7 +47,8 @@ class LTX2PipelineConfig(StandardPipelineConfig):
 
     title: ClassVar[str] = "LTX-2 (2.0 and 2.3)"
     deviations: ClassVar[str] = (
-        "Prompt enhancement, predicted durations and LTX-2.5 are not supported, as their modules are not loaded."
+        "Prompt enhancement, predicted durations and LTX-2.5 are not supported, as their modules are not loaded. "
+        "A single step is refused, as it is NaN in Diffusers."
     )
 
     transformer: LTX2TransformerConfig

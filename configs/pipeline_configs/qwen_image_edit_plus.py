@@ -24,7 +24,10 @@ class QwenImageEditPlusPipelineConfig(QwenImageEditPipelineConfig):
     """QwenImageEditPlusPipeline's callbacks. In 2511 (zero_cond_t), given images have the timestep 0."""
 
     title: ClassVar[str] = "Qwen-Image-Edit-Plus (2509, 2511)"
-    deviations: ClassVar[str] = "At most 16 images, which bounds memory; Diffusers has no limit."
+    deviations: ClassVar[str] = (
+        "At most 16 images, which bounds memory; Diffusers has no limit. A single step is refused, as it is NaN in "
+        "Diffusers."
+    )
 
     transformer_flags: ClassVar[Mapping[str, bool]] = {"use_additional_t_cond": False, "use_layer3d_rope": False}
     seen_area: ClassVar[int] = 384 * 384

@@ -35,7 +35,7 @@ class QwenImageLayeredPipelineConfig(QwenImagePipelineConfig, ImageLatentsConfig
     title: ClassVar[str] = "Qwen-Image-Layered"
     deviations: ClassVar[str] = (
         "Latents are returned, where Diffusers raises. The caption for an empty prompt is greedy, so that it is "
-        "repeatable."
+        "repeatable. A single step is refused, as it is NaN in Diffusers."
     )
 
     module_loaders: ClassVar[Mapping[str, str]] = {
