@@ -7,7 +7,9 @@ clock. Printed are times, peak memory beside the weights, and the relative error
 no disk.
 
 Run it with: python tests/bench/cuda_stages.py --family z-image; to try its logic without a GPU: --device cpu
---scale tiny. With --swap-experts a model with two denoisers has one of them on the GPU while the fleet denoises.
+--scale tiny. With --swap-experts a model with two denoisers has one of them on the GPU while the fleet denoises. With
+--float32 Diffusers also runs in float32, and the errors of both sides against it are printed; weights then take twice
+the memory.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from unittest.mock import patch
 import torch
 from bench_device import empty, now
 from bench_families import DTYPE, FAMILIES, Family
+from bench_float32 import float32_bytes, in_float32
 from bench_memory_checkpoint import Modules, weights_in_memory, write_configs
 from bench_report import print_machine, print_table, say
 from bench_sides import Side, StageMeter, latents_error, print_sides
@@ -89,6 +92,7 @@ def main() -> None:
     parser.add_argument("--scale", default="full", choices=("full", "tiny"))
     parser.add_argument("--steps", type=int, default=8, help="steps of the loop")
     parser.add_argument("--swap-experts", action="store_true", help="swap the experts of wan-a14b")
+    parser.add_argument("--float32", action="store_true", help="also print errors against Diffusers in float32")
     args = parser.parse_args()
     device, family = torch.device(args.device), FAMILIES[args.family]
     if args.swap_experts and args.family != "wan-a14b":
@@ -111,11 +115,16 @@ def main() -> None:
         )
         write_configs(directory, case.modules)
         theirs = run_diffusers(pipeline, case)
+        exact = run_in_float32(pipeline, case) if args.float32 else None
         del pipeline
         empty(device)
         with weights_in_memory(case.modules):
             ours = run_stages(case)
     print_case(case, ours, theirs)
+    if exact is not None:
+        part = family.part
+        errors = f"fleet {latents_error(ours, exact, part):.2e}, Diffusers {latents_error(theirs, exact, part):.2e}"
+        say(f"Latents against Diffusers in float32: {errors}")
 
 
 def pipeline_of(family: Family, directory: Path, device: torch.device, *, is_tiny: bool) -> Any:
@@ -171,6 +180,28 @@ def run_diffusers(pipeline: Any, case: Case) -> Side:
         del made
     side.join(DECODING, (PIXELS_ALONE, COPIES))
     side.join(WHOLE, (TEXT, PREPARED_DENOISING, DECODING))
+    return side
+
+
+def run_in_float32(pipeline: Any, case: Case) -> Side:
+    """The latents of the reference with the same weights in float32.
+
+    Raises RuntimeError where a GPU does not have memory for them.
+    """
+    networks = [each for name, each in case.modules.items() if name != "vae"]
+    if case.device.type == "cuda":
+        needed, total = float32_bytes(networks), torch.cuda.get_device_properties(case.device).total_memory
+        if needed > 0.9 * total:
+            sizes = f"weights of {needed / 1e9:.0f} GB are not below 90% of {total / 1e9:.0f} GB"
+            raise RuntimeError(f"--float32: {sizes}; this family needs a run without it")
+    side = Side()
+    with in_float32(networks), dividing(pipeline, StageMeter(case.device, Side()), side, case):
+        pipeline(
+            prompt=PROMPT,
+            generator=torch.Generator("cpu").manual_seed(SEED),
+            output_type="latent",
+            **case.request,
+        )
     return side
 
 
