@@ -1,0 +1,326 @@
+"""Families of models for cuda_stages.py: modules of random weights of published size, and one request.
+
+Sizes are those of the published checkpoints; what a Diffusers class has as its default is left out. Tokenizers and
+schedulers are those of the small checkpoints, whose vocabularies are smaller than the encoders' embeddings.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench_device import default_dtype
+from bench_works import WORKS
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLFlux2,
+    AutoencoderKLHunyuanVideo,
+    AutoencoderKLLTXVideo,
+    AutoencoderKLWan,
+    Flux2KleinPipeline,
+    Flux2Pipeline,
+    Flux2Transformer2DModel,
+    HunyuanVideoPipeline,
+    HunyuanVideoTransformer3DModel,
+    LTXPipeline,
+    LTXVideoTransformer3DModel,
+    WanPipeline,
+    WanTransformer3DModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
+)
+from torch import nn
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    LlamaConfig,
+    LlamaModel,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3Model,
+    T5Config,
+    T5EncoderModel,
+    UMT5Config,
+    UMT5EncoderModel,
+)
+
+sys.path.append(str(Path(__file__).parents[1]))  # the builders of small checkpoints
+
+from tiny_flux2 import build_tiny_flux2_dev, build_tiny_flux2_klein, open_flux2_reference
+from tiny_hunyuan_video import build_tiny_hunyuan_video
+from tiny_ltx_video import build_tiny_ltx_video_095
+from tiny_wan import build_tiny_wan_a14b
+from tiny_z_image import build_tiny_z_image
+
+Modules = dict[str, nn.Module]
+Request = Mapping[str, Any]
+DTYPE = torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Family:
+    """A published model: its pipeline, its modules, and a request with parameters that both sides name alike.
+
+    `build_tiny` writes a small checkpoint, and `open_tiny` opens it in bfloat16. `modules` builds the modules of
+    published size. `index` are further entries of model_index.json. `small` are the parameters for a small checkpoint.
+    """
+
+    title: str
+    pipeline: type[Any]
+    build_tiny: Callable[[Path], Path]
+    modules: Callable[[], Modules]
+    part: str
+    request: Request
+    small: Request
+    index: Request = field(default_factory=dict)
+    open_tiny: Callable[[Path], Any] | None = None
+
+    def open_small(self, directory: Path) -> Any:
+        """Diffusers' pipeline of the small checkpoint, in bfloat16."""
+        if self.open_tiny is not None:
+            return self.open_tiny(directory)
+        return self.pipeline.from_pretrained(directory, dtype=DTYPE)
+
+    def published_modules(self, device: torch.device) -> Modules:
+        """Modules of random weights on the device: bfloat16, but for those that the model keeps in float32."""
+        torch.manual_seed(0)
+        with default_dtype(DTYPE), device:
+            modules = self.modules()
+        for module in modules.values():
+            _keep_float32(module)
+        return modules
+
+
+def _keep_float32(module: Any) -> None:
+    """Convert the parameters that from_pretrained() keeps in float32."""
+    names = (module._keep_in_fp32_modules or ()) if "diffusers" in type(module).__module__ else ()
+    for path, parameter in module.named_parameters():
+        if set(path.split(".")) & set(names):
+            parameter.data = parameter.data.float()
+
+
+_QWEN3_4B = {
+    "vocab_size": 151936,
+    "hidden_size": 2560,
+    "intermediate_size": 9728,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 40960,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+    "tie_word_embeddings": True,
+}
+_LLAMA_3_8B = {
+    "vocab_size": 128320,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 8192,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 5e5},
+}
+_CLIP_L = {
+    "vocab_size": 49408,
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "projection_dim": 768,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+}
+_T5_XXL = {
+    "d_model": 4096,
+    "d_kv": 64,
+    "d_ff": 10240,
+    "num_layers": 24,
+    "num_heads": 64,
+    "feed_forward_proj": "gated-gelu",
+    "is_encoder_decoder": False,
+    "use_cache": False,
+}
+_MISTRAL_SMALL_24B = {
+    "text_config": {
+        "model_type": "mistral",
+        "vocab_size": 131072,
+        "hidden_size": 5120,
+        "intermediate_size": 32768,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "max_position_embeddings": 131072,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e9},
+        "sliding_window": None,
+    },
+    "vision_config": {
+        "model_type": "pixtral",
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "head_dim": 64,
+        "patch_size": 14,
+        "image_size": 1540,
+    },
+    "image_token_index": 10,
+    "tie_word_embeddings": False,
+}
+_FLUX_VAE: Mapping[str, Any] = {
+    "block_out_channels": (128, 256, 512, 512),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "latent_channels": 16,
+    "layers_per_block": 2,
+    "scaling_factor": 0.3611,
+    "shift_factor": 0.1159,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+}
+_LTX_VAE_095: Mapping[str, Any] = {
+    "block_out_channels": (128, 256, 512, 1024, 2048),
+    "down_block_types": ("LTXVideo095DownBlock3D",) * 4,
+    "decoder_block_out_channels": (256, 512, 1024),
+    "layers_per_block": (4, 6, 6, 2, 2),
+    "decoder_layers_per_block": (5, 5, 5, 5),
+    "spatio_temporal_scaling": (True, True, True, True),
+    "decoder_spatio_temporal_scaling": (True, True, True),
+    "decoder_inject_noise": (False, False, False, False),
+    "downsample_type": ("spatial", "temporal", "spatiotemporal", "spatiotemporal"),
+    "upsample_residual": (True, True, True),
+    "upsample_factor": (2, 2, 2),
+    "timestep_conditioning": True,
+    "spatial_compression_ratio": 32,
+    "temporal_compression_ratio": 8,
+}
+
+
+def _z_image() -> Modules:
+    return {
+        "text_encoder": Qwen3Model(Qwen3Config(**_QWEN3_4B)),
+        "transformer": ZImageTransformer2DModel(**WORKS["z-image"].sizes),
+        "vae": AutoencoderKL(**_FLUX_VAE),
+    }
+
+
+def _klein() -> Modules:
+    return {
+        "text_encoder": Qwen3ForCausalLM(Qwen3Config(**_QWEN3_4B)),
+        "transformer": Flux2Transformer2DModel(**WORKS["klein"].sizes),
+        "vae": AutoencoderKLFlux2(),
+    }
+
+
+def _flux2_dev() -> Modules:
+    return {
+        "text_encoder": Mistral3ForConditionalGeneration(Mistral3Config(**_MISTRAL_SMALL_24B)),
+        "transformer": Flux2Transformer2DModel(),
+        "vae": AutoencoderKLFlux2(),
+    }
+
+
+def _hunyuan_video() -> Modules:
+    return {
+        "text_encoder": LlamaModel(LlamaConfig(**_LLAMA_3_8B)),
+        "text_encoder_2": CLIPTextModel(CLIPTextConfig(**_CLIP_L)),
+        "transformer": HunyuanVideoTransformer3DModel(**WORKS["hunyuan-video"].sizes),
+        "vae": AutoencoderKLHunyuanVideo(),
+    }
+
+
+def _ltx_video() -> Modules:
+    modules: Modules = {
+        "text_encoder": T5EncoderModel(T5Config(vocab_size=32128, **_T5_XXL)),
+        "transformer": LTXVideoTransformer3DModel(**WORKS["ltx-video"].sizes),
+    }
+    vae = AutoencoderKLLTXVideo(**_LTX_VAE_095)
+    vae.decoder.timestep_scale_multiplier.data.fill_(1000.0)
+    return {**modules, "vae": vae}
+
+
+def _wan_a14b() -> Modules:
+    return {
+        "text_encoder": UMT5EncoderModel(UMT5Config(vocab_size=256384, **_T5_XXL)),
+        "transformer": WanTransformer3DModel(**WORKS["wan-14b"].sizes),
+        "transformer_2": WanTransformer3DModel(**WORKS["wan-14b"].sizes),
+        "vae": AutoencoderKLWan(),
+    }
+
+
+def _open_tiny_flux2_dev(directory: Path) -> Any:
+    pipeline = open_flux2_reference(directory)
+    for name in ("text_encoder", "transformer", "vae"):
+        pipeline.components[name].to(DTYPE)
+    return pipeline
+
+
+_LARGE_IMAGE: Request = {"height": 1024, "width": 1024}
+_SMALL_IMAGE: Request = {"height": 64, "width": 64}
+FAMILIES = {
+    "z-image": Family(
+        "Z-Image-Turbo: 6B transformer, Qwen3-4B; no guidance",
+        ZImagePipeline,
+        build_tiny_z_image,
+        _z_image,
+        "image",
+        {**_LARGE_IMAGE, "guidance_scale": 0.0},
+        _SMALL_IMAGE,
+    ),
+    "klein": Family(
+        "FLUX.2-klein-4B: 5 + 20 layers, Qwen3-4B; distilled, no guidance",
+        Flux2KleinPipeline,
+        partial(build_tiny_flux2_klein, is_distilled=True),
+        _klein,
+        "image",
+        {**_LARGE_IMAGE, "guidance_scale": 1.0},
+        _SMALL_IMAGE,
+        index={"is_distilled": True},
+    ),
+    "hunyuan-video": Family(
+        "HunyuanVideo: 13B transformer, Llama-3-8B, CLIP-L; embedded guidance",
+        HunyuanVideoPipeline,
+        build_tiny_hunyuan_video,
+        _hunyuan_video,
+        "video",
+        {"height": 480, "width": 832, "num_frames": 61},
+        {"height": 32, "width": 48, "num_frames": 9},
+    ),
+    "ltx-video": Family(
+        "LTX-Video 2B 0.9.5: T5-XXL; guidance of two branches, a decoder that removes noise",
+        LTXPipeline,
+        build_tiny_ltx_video_095,
+        _ltx_video,
+        "video",
+        {"height": 512, "width": 768, "num_frames": 161, "decode_timestep": 0.05, "decode_noise_scale": 0.025},
+        {"height": 64, "width": 96, "num_frames": 9},
+    ),
+    "wan-a14b": Family(
+        "Wan 2.2 T2V A14B: two experts of 40 layers, UMT5-XXL; guidance of two branches",
+        WanPipeline,
+        build_tiny_wan_a14b,
+        _wan_a14b,
+        "video",
+        {"height": 480, "width": 832, "num_frames": 81, "guidance_scale": 4.0, "guidance_scale_2": 3.0},
+        {"height": 32, "width": 48, "num_frames": 9},
+        index={"boundary_ratio": 0.875},
+    ),
+    "flux2-dev": Family(
+        "FLUX.2-dev: all 8 + 48 layers, all 40 layers of Mistral-Small-24B; embedded guidance",
+        Flux2Pipeline,
+        build_tiny_flux2_dev,
+        _flux2_dev,
+        "image",
+        {**_LARGE_IMAGE, "guidance_scale": 4.0},
+        _SMALL_IMAGE,
+        open_tiny=_open_tiny_flux2_dev,
+    ),
+}

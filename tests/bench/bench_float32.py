@@ -1,0 +1,38 @@
+"""Modules that compute in float32 for a while, in place: the reference for errors of lower precision."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+
+
+def float32_bytes(modules: Iterable[nn.Module]) -> int:
+    """Bytes of the modules' weights in float32."""
+    return sum(4 * tensor.numel() for tensor in _tensors(modules))
+
+
+@contextmanager
+def in_float32(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Convert weights and buffers to float32 while the context is active; the values stay the same.
+
+    It is entered and left outside inference mode, whose tensors cannot become weights of another module.
+    """
+    dtypes = [(tensor, tensor.dtype) for tensor in _tensors(modules)]
+    for tensor, _ in dtypes:
+        tensor.data = tensor.data.float()
+    try:
+        yield
+    finally:
+        for tensor, dtype in dtypes:
+            tensor.data = tensor.data.to(dtype)
+
+
+def _tensors(modules: Iterable[nn.Module]) -> list[Tensor]:
+    """Weights and buffers of at most 32 bits, each once."""
+    found = (chain(each.parameters(), each.buffers()) for each in modules)
+    narrow = (torch.bfloat16, torch.float16, torch.float32)
+    return list({id(tensor): tensor for tensor in chain.from_iterable(found) if tensor.dtype in narrow}.values())

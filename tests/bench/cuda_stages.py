@@ -1,0 +1,290 @@
+"""Every stage of a family on CUDA, next to Diffusers in the same run: random weights of published size.
+
+Both sides compute with the same weights in memory. Diffusers' pipeline runs first: hooks divide its call into stages,
+and its denoising contains the preparation of latents and timesteps. Then the fleet loads its stages from these modules
+and runs them in this process, without hops (cuda_flux.py has those). Each side runs once to warm up and once for the
+clock. Printed are times, peak memory beside the weights, and the relative error of the latents. Needs no network and
+no disk.
+
+Run it with: python tests/bench/cuda_stages.py --family z-image; to try its logic without a GPU: --device cpu
+--scale tiny. With --swap-experts a model with two denoisers has one of them on the GPU while the fleet denoises. With
+--float32 Diffusers also runs in float32, and the errors of both sides against it are printed; weights then take twice
+the memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from bench_device import empty, now
+from bench_families import DTYPE, FAMILIES, Family
+from bench_float32 import float32_bytes, in_float32
+from bench_memory_checkpoint import Modules, weights_in_memory, write_configs
+from bench_report import print_machine, print_table, say
+from bench_sides import Side, StageMeter, latents_error, print_sides
+from torch import nn
+
+from common.artifacts import LatentPart, Sampling
+from common.local import HostedStages
+from common.stage import Call
+from configs.pipeline_configs.base import DecodingConfig
+from models.catalog import ServedModel, open_model
+from models.kernels.trials import try_packages
+from models.loader import load_module, load_stages
+from models.registry import load_registry, resolve
+from models.runtime import Runtime
+from models.validation import InputValidationStage
+from tiny_flux import WORDS
+
+PROMPT = " ".join(WORDS * 16)
+SEED = 7
+TEXT, PREPARATION, DENOISING, DECODING = "text_encoding", "latent_preparation", "denoising", "decoding"
+PREPARED_DENOISING = "latent_preparation and denoising"
+PIXELS_ALONE = "decoding, pixels on the device"
+COPIES = "decoding, copies to the host"
+WHOLE = "all stages"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A family's modules in memory, the directory with their configs, and the request of both sides.
+
+    `modules` loses those that the fleet replaces by its own when they are loaded.
+    """
+
+    family: Family
+    directory: Path
+    modules: Modules
+    request: Mapping[str, Any]
+    runtime: Runtime
+
+    @property
+    def device(self) -> torch.device:
+        """The device of both sides."""
+        return self.runtime.device
+
+    @property
+    def steps(self) -> int:
+        """Steps of the loop."""
+        return int(self.request["num_inference_steps"])
+
+    @property
+    def title(self) -> str:
+        """Size, steps and dtype."""
+        frames = f", {self.request['num_frames']} frames" if "num_frames" in self.request else ""
+        swap = ", experts swapped" if self.runtime.swap_experts else ""
+        return f"{DTYPE}, {self.request['height']}x{self.request['width']}{frames}, {self.steps} steps{swap}"
+
+
+def main() -> None:
+    """Measure a family, and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--family", required=True, choices=tuple(FAMILIES))
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--scale", default="full", choices=("full", "tiny"))
+    parser.add_argument("--steps", type=int, default=8, help="steps of the loop")
+    parser.add_argument("--swap-experts", action="store_true", help="swap the experts of wan-a14b")
+    parser.add_argument("--float32", action="store_true", help="also print errors against Diffusers in float32")
+    args = parser.parse_args()
+    device, family = torch.device(args.device), FAMILIES[args.family]
+    if args.swap_experts and args.family != "wan-a14b":
+        parser.error(f"--swap-experts: {args.family} is not a family with two experts; wan-a14b works")
+    try_packages(device)
+    is_tiny = args.scale == "tiny"
+    print_machine(f"{'Small: ' if is_tiny else ''}{family.title} on {args.device}, against Diffusers in the same run")
+    if device.type == "cuda":
+        say(f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}")
+        say()
+    with tempfile.TemporaryDirectory() as folder:
+        directory = family.build_tiny(Path(folder))
+        pipeline = pipeline_of(family, directory, device, is_tiny=is_tiny)
+        case = Case(
+            family,
+            directory,
+            {name: each for name, each in pipeline.components.items() if isinstance(each, nn.Module)},
+            {**family.request, **(family.small if is_tiny else {}), "num_inference_steps": args.steps},
+            Runtime(device=device, dtype=DTYPE, swap_experts=args.swap_experts),
+        )
+        write_configs(directory, case.modules)
+        theirs = run_diffusers(pipeline, case)
+        exact = run_in_float32(pipeline, case) if args.float32 else None
+        del pipeline
+        empty(device)
+        with weights_in_memory(case.modules):
+            ours = run_stages(case)
+    print_case(case, ours, theirs)
+    if exact is not None:
+        part = family.part
+        errors = f"fleet {latents_error(ours, exact, part):.2e}, Diffusers {latents_error(theirs, exact, part):.2e}"
+        say(f"Latents against Diffusers in float32: {errors}")
+
+
+def pipeline_of(family: Family, directory: Path, device: torch.device, *, is_tiny: bool) -> Any:
+    """Diffusers' pipeline on the device, over the small checkpoint's tokenizers and schedulers. Prints its sizes."""
+    began = now(device)
+    pipeline: Any = family.open_small(directory).to(device)
+    if not is_tiny:
+        modules = family.published_modules(device)
+        pipeline = family.pipeline(**{**pipeline.components, **modules}, **family.index)
+    networks = {name: each for name, each in pipeline.components.items() if isinstance(each, nn.Module)}
+    for each in networks.values():
+        each.requires_grad_(False).eval()
+    counts = {name: sum(value.numel() for value in each.parameters()) / 1e9 for name, each in networks.items()}
+    print_table(("module", "1e9 parameters"), counts.items())
+    say(f"{sum(counts.values()):.1f}e9 random parameters in {now(device) - began:.1f} s")
+    print_memory("Weights", device)
+    say()
+    return pipeline
+
+
+def print_memory(what: str, device: torch.device) -> None:
+    """Print the memory that is allocated on a GPU."""
+    if device.type == "cuda":
+        say(f"{what}: {torch.cuda.memory_allocated(device) / 1e9:.1f} GB on the GPU")
+
+
+def print_case(case: Case, ours: Side, theirs: Side) -> None:
+    """Print the stages of both sides, and the error of the latents."""
+    say()
+    say(f"## {case.title}")
+    say()
+    print_sides(ours, theirs)
+    say(f"Latents: relative L2 error {latents_error(ours, theirs, case.family.part):.2e}")
+
+
+@torch.inference_mode()
+def run_diffusers(pipeline: Any, case: Case) -> Side:
+    """The reference, once to warm up and once for the clock."""
+    pipeline.set_progress_bar_config(disable=True)
+    side = Side()
+    for _ in range(2):
+        meter = StageMeter(case.device, side)
+        with dividing(pipeline, meter, side, case):
+            (made,) = pipeline(
+                prompt=PROMPT,
+                generator=torch.Generator("cpu").manual_seed(SEED),
+                output_type="pt",
+                return_dict=False,
+                **case.request,
+            )
+        made.float().cpu()
+        meter.end(COPIES)
+        del made
+    side.join(DECODING, (PIXELS_ALONE, COPIES))
+    side.join(WHOLE, (TEXT, PREPARED_DENOISING, DECODING))
+    return side
+
+
+def run_in_float32(pipeline: Any, case: Case) -> Side:
+    """The latents of the reference with the same weights in float32.
+
+    Raises RuntimeError where a GPU does not have memory for them.
+    """
+    networks = [each for name, each in case.modules.items() if name != "vae"]
+    if case.device.type == "cuda":
+        needed, total = float32_bytes(networks), torch.cuda.get_device_properties(case.device).total_memory
+        if needed > 0.9 * total:
+            sizes = f"weights of {needed / 1e9:.0f} GB are not below 90% of {total / 1e9:.0f} GB"
+            raise RuntimeError(f"--float32: {sizes}; this family needs a run without it")
+    side = Side()
+    with in_float32(networks), dividing(pipeline, StageMeter(case.device, Side()), side, case):
+        pipeline(
+            prompt=PROMPT,
+            generator=torch.Generator("cpu").manual_seed(SEED),
+            output_type="latent",
+            **case.request,
+        )
+    return side
+
+
+@contextmanager
+def dividing(pipeline: Any, meter: StageMeter, side: Side, case: Case) -> Iterator[None]:
+    """Divide a call into stages: at the end of its text encoding, of its last step, and of the VAE's decoding."""
+    encode_prompt, decode, step = pipeline.encode_prompt, pipeline.vae.decode, pipeline.scheduler.step
+    taken: list[int] = []
+
+    def encode(*given: Any, **keywords: Any) -> Any:
+        made = encode_prompt(*given, **keywords)
+        meter.end(TEXT)
+        return made
+
+    def take_step(*given: Any, **keywords: Any) -> Any:
+        made = step(*given, **keywords)
+        taken.append(len(taken))
+        if len(taken) == case.steps:
+            latents = made[0] if isinstance(made, tuple) else made.prev_sample
+            meter.end(PREPARED_DENOISING)
+            side.latents[case.family.part] = latents.cpu()
+        return made
+
+    def decoded(*given: Any, **keywords: Any) -> Any:
+        made = decode(*given, **keywords)
+        meter.end(PIXELS_ALONE)
+        return made
+
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(pipeline, "encode_prompt", encode))
+        stack.enter_context(patch.object(pipeline.scheduler, "step", take_step))
+        stack.enter_context(patch.object(pipeline.vae, "decode", decoded))
+        yield
+
+
+def run_stages(case: Case) -> Side:
+    """The fleet's stages, one service after the other, each once to warm up and once for the clock."""
+    model = open_model(str(case.directory), load_registry())
+    request = {"prompt": PROMPT, "seed": SEED, "output_format": "safetensors", **case.request}
+    validated = InputValidationStage(model).run(request, {})
+    slots: dict[str, Any] = dict(validated.artifacts)
+    side = Side()
+    for spec in validated.variant.services:
+        stages = HostedStages(spec.service, load_stages(model, spec, case.runtime, variant=validated.variant.name))
+        empty(case.device)
+        print_memory(f"Weights while the fleet runs {spec.service}", case.device)
+        inputs = {slot: slots[slot] for slot in stages.contract.inputs if slot in slots}
+        for _ in range(2):
+            meter = StageMeter(case.device, side)
+            outputs = stages.run(inputs, Call("bench"))
+            meter.end(spec.service)
+        slots |= outputs
+        del stages, outputs
+        empty(case.device)
+    part = slots["denoised_latents"].parts[case.family.part]
+    config = resolve(validated.variant.pipeline_config).from_checkpoint(model.checkpoint)
+    decode_alone(model, config, part, slots["sampling"], case, side)
+    side.latents = {case.family.part: part.latents}
+    side.join(PREPARED_DENOISING, (PREPARATION, DENOISING))
+    side.join(WHOLE, (TEXT, PREPARED_DENOISING, DECODING))
+    return side
+
+
+@torch.inference_mode()
+def decode_alone(
+    model: ServedModel, config: DecodingConfig, part: LatentPart, sampling: Sampling, case: Case, side: Side
+) -> None:
+    """Measure the VAE's own work: pixels on the device, of no file."""
+    vae = load_module(model.checkpoint, "vae", config, case.runtime)
+    raw = config.unpack(case.family.part, part.latents.to(case.device), part.raw_latent_shape)
+    given = config.vae_latents(raw.to(DTYPE))
+    how = config.decoding_noise(sampling)
+    noise = {} if how is None else {"noise": torch.randn_like(given), **vars(how)}
+    meter = StageMeter(case.device, side)
+    for _ in range(2):
+        meter.restart()
+        if case.family.part == "video":
+            made = list(vae.session(*given.shape[2:], **noise).feed(given))
+        else:
+            made = vae.decode(given, return_dict=False)
+        meter.end(PIXELS_ALONE)
+        del made
+
+
+if __name__ == "__main__":
+    main()
