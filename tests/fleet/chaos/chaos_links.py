@@ -80,8 +80,6 @@ class Link:
             await end(writer)
 
     def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if self._is_cut:
-            writer.transport.abort()
         self._writers.add(writer)  # here: a task that is cancelled before it begins does nothing at all
         task = asyncio.get_running_loop().create_task(self._join(reader, writer))
         self._tasks.add(task)
