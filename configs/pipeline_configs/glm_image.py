@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.errors import CheckpointError
 from configs.models.dits.glm_image import GlmImageTransformerConfig
 from configs.models.fields import ConfigFields
 from configs.models.vaes.kl import AutoencoderKLConfig
@@ -28,7 +27,7 @@ from configs.pipeline_configs.base import (
     Shapes,
     Step,
 )
-from configs.pipeline_configs.packed import SequenceShift, check_text_size
+from configs.pipeline_configs.packed import SequenceShift, check_channels, check_text_size
 from configs.sample.glm_image import GRID
 
 if TYPE_CHECKING:
@@ -71,11 +70,7 @@ class GlmImagePipelineConfig(NegativePromptConfig, PreparationConfig, DenoisingC
         transformer = GlmImageTransformerConfig.from_dict("transformer", checkpoint.module_config("transformer"))
         fields = ConfigFields("vae", checkpoint.module_config("vae"))
         vae = AutoencoderKLConfig.from_dict("vae", fields.values)
-        if not transformer.in_channels == transformer.out_channels == vae.latent_channels:
-            raise CheckpointError(
-                f"the transformer takes {transformer.in_channels} and makes {transformer.out_channels} channels, "
-                f"but the VAE has {vae.latent_channels} latent channels"
-            )
+        check_channels(transformer.in_channels, transformer.out_channels, vae.latent_channels)
         if 4 * vae.spatial_factor != GRID:
             raise fields.error("block_out_channels", f"must have 4 entries: a patch of latents is {GRID // 2} pixels")
         glyphs = ConfigFields("text_encoder", checkpoint.module_config("text_encoder"))

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.errors import CheckpointError
 from configs.models.dits.hunyuan_video import PATCH, HunyuanVideoTransformerConfig
 from configs.models.encodings import PromptText, Template, TextEncoding, sequence_length, whole_prompt
 from configs.models.fields import ConfigFields
@@ -24,7 +23,7 @@ from configs.pipeline_configs.base import (
     StandardPipelineConfig,
     Step,
 )
-from configs.pipeline_configs.packed import check_text_size
+from configs.pipeline_configs.packed import check_channels, check_text_size
 
 if TYPE_CHECKING:
     from common.artifacts import Canvas, Prompt, Sampling
@@ -80,11 +79,7 @@ class HunyuanVideoPipelineConfig(StandardPipelineConfig):
         """Read transformer, VAE and encoders. Raises CheckpointError when they do not fit together."""
         transformer = HunyuanVideoTransformerConfig.from_dict("transformer", checkpoint.module_config("transformer"))
         vae = AutoencoderKLHunyuanVideoConfig.from_dict("vae", checkpoint.module_config("vae"))
-        if not transformer.in_channels == transformer.out_channels == vae.latent_channels:
-            raise CheckpointError(
-                f"the transformer takes {transformer.in_channels} and makes {transformer.out_channels} channels, "
-                f"but the VAE has {vae.latent_channels} latent channels"
-            )
+        check_channels(transformer.in_channels, transformer.out_channels, vae.latent_channels)
         sizes = {"text_encoder": transformer.text_embed_dim, "text_encoder_2": transformer.pooled_projection_dim}
         for encoder, taken in sizes.items():
             made = ConfigFields(encoder, checkpoint.module_config(encoder)).integer("hidden_size", taken)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
@@ -19,13 +19,13 @@ from configs.models.vaes.ltx2 import LTX2AudioVAEConfig, LTX2VideoVAEConfig, LTX
 from configs.pipeline_configs.base import (
     NEGATIVE,
     POSITIVE,
-    ImageLatentsConfig,
     Keywords,
     Parts,
     Shapes,
     StandardPipelineConfig,
     Step,
 )
+from configs.pipeline_configs.first_frame import FirstFrameConfig
 from configs.pipeline_configs.ltx2_guidance import ISOLATED, PERTURBED, LTX2Guidance
 from configs.pipeline_configs.packed import SequenceShift
 
@@ -232,7 +232,7 @@ class LTX2PipelineConfig(StandardPipelineConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LTX2ImageToVideoPipelineConfig(LTX2PipelineConfig, ImageLatentsConfig):
+class LTX2ImageToVideoPipelineConfig(FirstFrameConfig, LTX2PipelineConfig):
     """LTX2ImageToVideoPipeline's callbacks: the image is the first latent frame, which is not denoised."""
 
     resampling: ClassVar[Literal["lanczos", "bilinear"]] = "bilinear"
@@ -243,20 +243,6 @@ class LTX2ImageToVideoPipelineConfig(LTX2PipelineConfig, ImageLatentsConfig):
         assert isinstance(factor, int), "its type is that of LTX2ImageToVideoSamplingParams"
         return factor
 
-    def condition_shapes(self, canvas: Canvas) -> Shapes:
-        """One latent frame."""
-        batch, channels, _, *size = self.raw_latent_shapes(canvas, 1)["video"]
-        return {"condition": (batch, channels, 1, *size)}
-
-    def image_latents(self, encode: Callable[[Tensor], Tensor], images: Mapping[str, Tensor], canvas: Canvas) -> Parts:
-        """Normalised latents of the image as a video of one frame, float32 (1, C, 1, rows, columns)."""
-        del canvas
-        return {"condition": encode(images["image"][:, :, None])}
-
-    def model_timestep(self, timesteps: Tensor) -> Tensor:
-        """0 for the tokens of the first latent frame, the schedule's for the others: (steps, B, 2)."""
-        return torch.stack((torch.zeros_like(timesteps), timesteps), dim=-1)
-
     def prepare_pos_cond_kwargs(self, embeds: Parts, shapes: Shapes, sampling: Sampling) -> Keywords:
         """Whether the first frame's exchange with the audio is modulated by the audio's timestep, beside the rate."""
         crosses = bool(sampling.params.get("use_cross_timestep", True))
@@ -266,17 +252,7 @@ class LTX2ImageToVideoPipelineConfig(LTX2PipelineConfig, ImageLatentsConfig):
     def before_step(self, step: Step, latents: Parts, conditions: Parts) -> Parts:
         """The image in place of what the solver made of the first latent frame: guidance sees it."""
         del step
-        return _with_first_frame(latents, conditions)
-
-    def after_loop(self, latents: Parts, conditions: Parts) -> Parts:
-        """The image in place of the first latent frame."""
-        return _with_first_frame(latents, conditions)
-
-
-def _with_first_frame(latents: Parts, conditions: Parts) -> Parts:
-    """The latents with the image's as the first frame of the video."""
-    video = torch.cat((conditions["condition"], latents["video"][:, :, 1:]), dim=2)
-    return {**latents, "video": video}
+        return self.with_first_frame(latents, conditions)
 
 
 def _stripped_prompt(prompt: Prompt) -> PromptText:

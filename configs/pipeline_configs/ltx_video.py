@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.errors import CheckpointError
 from configs.models.dits.ltx_video import LTXVideoTransformerConfig
 from configs.models.encodings import TextEncoding, sequence_length, whole_prompt
 from configs.models.fields import ConfigFields
@@ -20,14 +19,14 @@ from configs.pipeline_configs.base import (
     NEGATIVE,
     POSITIVE,
     DecodingNoise,
-    ImageLatentsConfig,
     Keywords,
     Parts,
     Shapes,
     StandardPipelineConfig,
     Step,
 )
-from configs.pipeline_configs.packed import SequenceShift, check_text_size
+from configs.pipeline_configs.first_frame import FirstFrameConfig
+from configs.pipeline_configs.packed import SequenceShift, check_channels, check_text_size
 from configs.pipeline_configs.rescaled import rescaled
 
 if TYPE_CHECKING:
@@ -71,11 +70,7 @@ class LTXVideoPipelineConfig(StandardPipelineConfig):
         """Read transformer, VAE and text encoder. Raises CheckpointError when they do not fit together."""
         transformer = LTXVideoTransformerConfig.from_dict("transformer", checkpoint.module_config("transformer"))
         vae = LTXVideoVAEConfig.from_dict("vae", checkpoint.module_config("vae"))
-        if not transformer.in_channels == transformer.out_channels == vae.latent_channels:
-            raise CheckpointError(
-                f"the transformer takes {transformer.in_channels} and makes {transformer.out_channels} channels, "
-                f"but the VAE has {vae.latent_channels} latent channels"
-            )
+        check_channels(transformer.in_channels, transformer.out_channels, vae.latent_channels)
         encoder = ConfigFields("text_encoder", checkpoint.module_config("text_encoder"))
         check_text_size(encoder.integer("d_model", 512), "text_encoder", transformer.caption_channels)
         shift = SequenceShift.from_dict("scheduler", checkpoint.config_of("scheduler"))
@@ -173,26 +168,14 @@ class LTXVideoPipelineConfig(StandardPipelineConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LTXVideoImageToVideoPipelineConfig(LTXVideoPipelineConfig, ImageLatentsConfig):
+class LTXVideoImageToVideoPipelineConfig(FirstFrameConfig, LTXVideoPipelineConfig):
     """LTXImageToVideoPipeline's callbacks: the image is the first latent frame, which is not denoised."""
+
+    frame_dim: ClassVar[int] = 1
 
     def posterior_shape(self, canvas: Canvas) -> tuple[int, ...]:
         """One latent frame."""
         return self.condition_shapes(canvas)["condition"]
-
-    def condition_shapes(self, canvas: Canvas) -> Shapes:
-        """One latent frame."""
-        batch, channels, _, *size = self.raw_latent_shapes(canvas, 1)["video"]
-        return {"condition": (batch, channels, 1, *size)}
-
-    def image_latents(self, encode: Callable[[Tensor], Tensor], images: Mapping[str, Tensor], canvas: Canvas) -> Parts:
-        """Normalised latents of the image as a video of one frame, float32 (1, C, 1, rows, columns)."""
-        del canvas
-        return {"condition": encode(images["image"][:, :, None])}
-
-    def model_timestep(self, timesteps: Tensor) -> Tensor:
-        """0 for the tokens of the first latent frame, the schedule's for the others: (steps, B, 2)."""
-        return torch.stack((torch.zeros_like(timesteps), timesteps), dim=-1)
 
     def prepare_pos_cond_kwargs(self, embeds: Parts, shapes: Shapes, sampling: Sampling) -> Keywords:
         """Positions of the first latent frame's tokens, and of the others."""
@@ -203,17 +186,7 @@ class LTXVideoImageToVideoPipelineConfig(LTXVideoPipelineConfig, ImageLatentsCon
     def before_step(self, step: Step, latents: Parts, conditions: Parts) -> Parts:
         """The image in place of what the solver made of the first latent frame."""
         del step
-        return _with_first_frame(latents, conditions)
-
-    def after_loop(self, latents: Parts, conditions: Parts) -> Parts:
-        """The image in place of the first latent frame."""
-        return _with_first_frame(latents, conditions)
-
-
-def _with_first_frame(latents: Parts, conditions: Parts) -> Parts:
-    """The video's tokens (B, S, C) with the image's as the first ones, both float32."""
-    first = conditions["condition"]
-    return {"video": torch.cat((first, latents["video"][:, first.shape[1] :]), dim=1)}
+        return self.with_first_frame(latents, conditions)
 
 
 def _without_padding(output: Any, mask: Tensor) -> Tensor:

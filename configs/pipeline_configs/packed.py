@@ -132,6 +132,15 @@ def condition_parts(parts: Collection[str]) -> list[str]:
     return sorted((part for part in parts if part.startswith(CONDITION)), key=lambda part: (len(part), part))
 
 
+def check_channels(taken: int, made: int, latent_channels: int) -> None:
+    """Refuse a transformer whose channels are not those of the VAE's latents. Raises CheckpointError."""
+    if not taken == made == latent_channels:
+        raise CheckpointError(
+            f"the transformer takes {taken} and makes {made} channels, "
+            f"but the VAE has {latent_channels} latent channels"
+        )
+
+
 def check_text_size(made: int, encoder: str, taken: int) -> None:
     """Refuse a text encoder whose features the transformer cannot take. Raises CheckpointError."""
     if made != taken:

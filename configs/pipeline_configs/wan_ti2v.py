@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Self
 
-import torch
 from torch import Tensor
 
 from common.errors import CheckpointError
-from configs.pipeline_configs.base import ImageLatentsConfig, Parts, Shapes
+from configs.pipeline_configs.base import Parts
+from configs.pipeline_configs.first_frame import FirstFrameConfig
 from configs.pipeline_configs.wan import WanPipelineConfig
 
 if TYPE_CHECKING:
@@ -47,17 +47,13 @@ class WanTI2VPipelineConfig(WanPipelineConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class WanTI2VImagePipelineConfig(WanTI2VPipelineConfig, ImageLatentsConfig):
+class WanTI2VImagePipelineConfig(FirstFrameConfig, WanTI2VPipelineConfig):
     """Callbacks of WanImageToVideoPipeline with `expand_timesteps`: the image is the first latent frame.
 
     The denoiser sees it in place of the loop's own first frame, which goes on being denoised and is replaced at the
-    end: step checkpoints hold the loop's own.
+    end: step checkpoints hold the loop's own. Diffusers computes (1 - mask) * condition + mask * latents with a float32
+    mask of zeros and ones: the same values.
     """
-
-    def condition_shapes(self, canvas: Canvas) -> Shapes:
-        """One latent frame."""
-        batch, channels, _, *size = self.raw_latent_shapes(canvas, 1)["video"]
-        return {"condition": (batch, channels, 1, *size)}
 
     def image_latents(self, encode: Callable[[Tensor], Tensor], images: Mapping[str, Tensor], canvas: Canvas) -> Parts:
         """Normalised latents of the image as a video of one frame, float32 (1, z, 1, rows, columns)."""
@@ -66,22 +62,6 @@ class WanTI2VImagePipelineConfig(WanTI2VPipelineConfig, ImageLatentsConfig):
         mean, inverse = self._normalisation(latents.device, latents.dtype)
         return {"condition": (latents - mean) * inverse}
 
-    def model_timestep(self, timesteps: Tensor) -> Tensor:
-        """0 for the tokens of the first latent frame, the schedule's for the others: (steps, B, 2)."""
-        return torch.stack((torch.zeros_like(timesteps), timesteps), dim=-1)
-
     def model_input(self, latents: Parts, conditions: Parts) -> Parts:
         """The image in place of the first latent frame."""
-        return _with_first_frame(latents, conditions)
-
-    def after_loop(self, latents: Parts, conditions: Parts) -> Parts:
-        """The image in place of the first latent frame."""
-        return _with_first_frame(latents, conditions)
-
-
-def _with_first_frame(latents: Parts, conditions: Parts) -> Parts:
-    """The video's latents (B, z, frames, rows, columns) with the image's as their first frame, both float32.
-
-    Diffusers computes (1 - mask) * condition + mask * latents with a float32 mask of zeros and ones: the same values.
-    """
-    return {"video": torch.cat((conditions["condition"], latents["video"][:, :, 1:]), dim=2)}
+        return self.with_first_frame(latents, conditions)

@@ -55,7 +55,7 @@ sys.path.append(str(Path(__file__).parents[1]))  # the builders of small checkpo
 
 from tiny_flux2 import build_tiny_flux2_dev, build_tiny_flux2_klein, open_flux2_reference
 from tiny_hunyuan_video import build_tiny_hunyuan_video
-from tiny_ltx_video import build_tiny_ltx_video_095
+from tiny_ltx_video import build_tiny_ltx_video_095, vae_sizes
 from tiny_wan import build_tiny_wan_a14b
 from tiny_z_image import build_tiny_z_image
 
@@ -187,20 +187,12 @@ _FLUX_VAE: Mapping[str, Any] = {
     "use_post_quant_conv": False,
 }
 _LTX_VAE_095: Mapping[str, Any] = {
+    **vae_sizes("0.9.5"),
+    "latent_channels": 128,
     "block_out_channels": (128, 256, 512, 1024, 2048),
-    "down_block_types": ("LTXVideo095DownBlock3D",) * 4,
     "decoder_block_out_channels": (256, 512, 1024),
     "layers_per_block": (4, 6, 6, 2, 2),
     "decoder_layers_per_block": (5, 5, 5, 5),
-    "spatio_temporal_scaling": (True, True, True, True),
-    "decoder_spatio_temporal_scaling": (True, True, True),
-    "decoder_inject_noise": (False, False, False, False),
-    "downsample_type": ("spatial", "temporal", "spatiotemporal", "spatiotemporal"),
-    "upsample_residual": (True, True, True),
-    "upsample_factor": (2, 2, 2),
-    "timestep_conditioning": True,
-    "spatial_compression_ratio": 32,
-    "temporal_compression_ratio": 8,
 }
 
 
