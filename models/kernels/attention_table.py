@@ -14,6 +14,9 @@ from models.kernels.packages import ATTENTION_PACKAGES, AttentionBackend, Attent
 
 _LARGEST_HEAD = 128
 
+_LEAST_KEYS: dict[AttentionBackend, int] = {"cudnn": 2}
+"""Fewest keys that a backend takes, where it does not take one."""
+
 
 class Row(NamedTuple):
     """A backend, and the smallest work at which it is taken."""
@@ -48,20 +51,23 @@ def choose_backend(
     capability: Capability,
     dtype: torch.dtype,
     work: int,
+    keys: int,
     head_size: int,
     is_usable: Callable[[PackageName], bool],
     choice: AttentionChoice = "auto",
 ) -> AttentionBackend:
     """The backend of attention without a mask; "sdpa" leaves the choice to PyTorch.
 
-    A backend that a setting names takes the place of the table. Both are for bfloat16 and heads of 8 to 128 channels.
+    A backend that a setting names takes the place of the table. Both are for bfloat16 and heads of 8 to 128 channels, and
+    for as many keys as the backend needs: an empty prompt can be one token.
     """
     if dtype != torch.bfloat16 or head_size % 8 or head_size > _LARGEST_HEAD:
         return "sdpa"
-    if choice != "auto":
-        return choice
-    for backend, least_work in TABLE.get(capability, ()):
+    rows = TABLE.get(capability, ()) if choice == "auto" else (Row(choice),)
+    for backend, least_work in rows:
+        if work < least_work or keys < _LEAST_KEYS.get(backend, 1):
+            continue
         package = ATTENTION_PACKAGES.get(backend)
-        if work >= least_work and (package is None or is_usable(package)):
+        if choice != "auto" or package is None or is_usable(package):
             return backend
     return "sdpa"

@@ -85,7 +85,7 @@ def _backend_for(q: Tensor, k: Tensor, mask: Tensor | None) -> AttentionBackend:
     batch, tokens, heads, head_size = q.shape
     work = batch * heads * min(tokens, k.shape[1])
     capability = torch.cuda.get_device_capability(q.device)
-    backend = choose_backend(capability, q.dtype, work, head_size, is_usable, chosen_attention())
+    backend = choose_backend(capability, q.dtype, work, k.shape[1], head_size, is_usable, chosen_attention())
     # Its kernels are made by a compiler of its own, which torch.compile cannot trace.
     return "sdpa" if backend == "flash_attn_4" and torch.compiler.is_compiling() else backend
 

@@ -29,6 +29,7 @@ from models.layers.usp_attention import merge
 
 HOPPER = (9, 0)
 LARGE = 24 * 4608
+KEYS = 77
 
 
 @pytest.fixture
@@ -126,27 +127,34 @@ def only(*names: str) -> Callable[[str], bool]:
     ],
 )
 def test_the_table_names_the_fastest_backend_on_hopper(work: int, package: str, expected: str) -> None:
-    assert choose_backend(HOPPER, torch.bfloat16, work, 128, only(package)) == expected
+    assert choose_backend(HOPPER, torch.bfloat16, work, KEYS, 128, only(package)) == expected
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9)])
 def test_ampere_and_ada_prefer_flash_attn_where_it_is_installed(capability: Capability) -> None:
-    assert choose_backend(capability, torch.bfloat16, 1, 128, only("flash-attn")) == "flash_attn_2"
-    assert choose_backend(capability, torch.bfloat16, LARGE, 64, only("flash-attn")) == "flash_attn_2"
-    assert choose_backend(capability, torch.bfloat16, LARGE, 128, only("fa3-fwd", "flash-attn-4")) == "sdpa"
+    assert choose_backend(capability, torch.bfloat16, 1, KEYS, 128, only("flash-attn")) == "flash_attn_2"
+    assert choose_backend(capability, torch.bfloat16, LARGE, KEYS, 64, only("flash-attn")) == "flash_attn_2"
+    assert choose_backend(capability, torch.bfloat16, LARGE, KEYS, 128, only("fa3-fwd", "flash-attn-4")) == "sdpa"
 
 
 @pytest.mark.parametrize("capability", [(10, 0), (10, 3)])
 def test_blackwell_prefers_flash_attn_4(capability: Capability) -> None:
-    assert choose_backend(capability, torch.bfloat16, LARGE, 128, only("flash-attn-4")) == "flash_attn_4"
-    assert choose_backend(capability, torch.bfloat16, LARGE, 128, only("fa3-fwd", "flash-attn")) == "sdpa"
+    assert choose_backend(capability, torch.bfloat16, LARGE, KEYS, 128, only("flash-attn-4")) == "flash_attn_4"
+    assert choose_backend(capability, torch.bfloat16, LARGE, KEYS, 128, only("fa3-fwd", "flash-attn")) == "sdpa"
 
 
 @pytest.mark.parametrize("choice", ["sdpa", "cudnn", "flash_attn_2", "flash_attn_3", "flash_attn_4"])
 def test_a_setting_takes_the_place_of_the_table(choice: AttentionChoice) -> None:
-    assert choose_backend(HOPPER, torch.bfloat16, 1, 128, only("fa3-fwd"), choice) == choice
-    assert choose_backend((7, 5), torch.bfloat16, LARGE, 128, only(), choice) == choice
-    assert choose_backend(HOPPER, torch.float32, LARGE, 128, only("fa3-fwd"), choice) == "sdpa"
+    assert choose_backend(HOPPER, torch.bfloat16, 1, KEYS, 128, only("fa3-fwd"), choice) == choice
+    assert choose_backend((7, 5), torch.bfloat16, LARGE, KEYS, 128, only(), choice) == choice
+    assert choose_backend(HOPPER, torch.float32, LARGE, KEYS, 128, only("fa3-fwd"), choice) == "sdpa"
+
+
+@pytest.mark.parametrize("choice", ["auto", "cudnn"])
+def test_a_single_key_is_left_to_a_backend_that_takes_it(choice: AttentionChoice) -> None:
+    """An empty prompt of LTX-Video is one token, and cuDNN takes no single key."""
+    assert choose_backend(HOPPER, torch.bfloat16, 24, 1, 128, only("fa3-fwd"), choice) == "sdpa"
+    assert choose_backend(HOPPER, torch.bfloat16, 24, 2, 128, only("fa3-fwd"), choice) == "cudnn"
 
 
 @pytest.mark.parametrize(
@@ -159,4 +167,4 @@ def test_a_setting_takes_the_place_of_the_table(choice: AttentionChoice) -> None
     ],
 )
 def test_what_no_row_is_for_is_left_to_torch(capability: Capability, dtype: torch.dtype, head_size: int) -> None:
-    assert choose_backend(capability, dtype, 10**6, head_size, lambda _: True) == "sdpa"
+    assert choose_backend(capability, dtype, 10**6, KEYS, head_size, lambda _: True) == "sdpa"
