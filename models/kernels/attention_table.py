@@ -58,8 +58,8 @@ def choose_backend(
 ) -> AttentionBackend:
     """The backend of attention without a mask; "sdpa" leaves the choice to PyTorch.
 
-    A backend that a setting names takes the place of the table. Both are for bfloat16 and heads of 8 to 128 channels, and
-    for as many keys as the backend needs: an empty prompt can be one token.
+    A backend that a setting names takes the place of the table. Both are for bfloat16, heads of 8 to 128 channels
+    and as many keys as the backend needs: an empty prompt can be one token.
     """
     if dtype != torch.bfloat16 or head_size % 8 or head_size > _LARGEST_HEAD:
         return "sdpa"
