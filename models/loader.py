@@ -26,10 +26,10 @@ from configs.pipeline_configs.base import DenoisingConfig, PipelineConfig, Prepa
 from models.composition import SCHEDULER
 from models.dits.base import DiffusionTransformer
 from models.experts import SwappedExpert, swapped_experts
+from models.kernels.float8 import check_float8
 from models.kernels.packages import kernel_facts
-from models.layers.float8 import check_float8
 from models.layers.linear import quantize_linears
-from models.layers.mesh import Degrees
+from models.parallel.mesh import Degrees
 from models.registry import resolve
 from models.runtime import Runtime
 from models.schedulers.trial import try_schedules

@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 
 from configs.approximation import EXACT, Approximation
-from models.layers.mesh import Axis, AxisName, WorkerMesh
+from models.parallel.mesh import Axis, AxisName, WorkerMesh
 from models.stages.step_memory import StepMemoryPool, cuda_capture
 
 DEFAULT_STEP_MEMORY_BYTES = 8 << 30

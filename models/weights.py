@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from common.errors import CheckpointError
 from models.layers.linear import absent_biases, join_all_weights
-from models.layers.shards import Shard, parameter_shards
+from models.parallel.shards import Shard, parameter_shards
 
 _log = logging.getLogger(__name__)
 

@@ -38,8 +38,8 @@ from fleet.v1 import worker_pb2
 from models.catalog import ServedModel, open_model
 from models.kernels.packages import outcomes
 from models.kernels.trials import try_packages
-from models.layers.mesh import Degrees, WorkerMesh
 from models.loader import load_variants, numerics_fingerprint
+from models.parallel.mesh import Degrees, WorkerMesh
 from models.registry import load_registry
 from models.warm_up import WarmUp
 from services.leaving import leave

@@ -26,7 +26,7 @@ from common.variants import HostedVariants
 from common.watched import WatchedFiles
 from fleet.v1 import worker_pb2, worker_pb2_grpc
 from models.kernels.packages import Outcome
-from models.layers.mesh import Degrees
+from models.parallel.mesh import Degrees
 from services.worker_settings import CachingSettings, StepSettings, WorkerSettings, device_of, prepare_session_thread
 
 _SERVICE = "fleet.v1.WorkerService"

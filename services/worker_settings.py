@@ -28,7 +28,7 @@ from common.state.store_server import StoreSettings
 from configs.approximation import EXACT, Approximation
 from models.catalog import DEFAULT_MODEL
 from models.kernels.packages import AttentionChoice, KernelChoice, PackageChoice
-from models.layers.mesh import WorkerMesh
+from models.parallel.mesh import WorkerMesh
 from models.runtime import DEFAULT_STEP_MEMORY_BYTES, Runtime
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

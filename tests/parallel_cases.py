@@ -22,8 +22,8 @@ from configs.pipeline_configs.dmd import CausalDmdConfig
 from denoising_files import save_input
 from local_fleet import relative_error
 from models.contracts import DenoisingInput, LatentPreparationInput, TimestepPreparationInput
-from models.layers.mesh import Degrees
 from models.loader import load_module
+from models.parallel.mesh import Degrees
 from models.runtime import Runtime
 from models.stages.latent_preparation import LatentPreparationStage
 from models.stages.timestep_preparation import TimestepPreparationStage

@@ -27,7 +27,7 @@ EpiMod.gemm = compile_only
 # Asked of the driver, where there is one.
 host.get_max_active_clusters = lambda size: MULTIPROCESSORS // size
 
-from models.layers import quack_kernels  # noqa: E402
+from models.kernels import quack_kernels  # noqa: E402
 
 x = torch.empty(ROWS, SIZE, dtype=torch.bfloat16)
 weight = torch.empty(WIDTH, SIZE, dtype=torch.bfloat16)

@@ -23,12 +23,12 @@ from configs.pipeline_configs.base import PipelineConfig
 from denoising_files import load_input
 from models.catalog import open_model
 from models.contracts import DenoisingOutput
-from models.layers.collectives import gather_chunks
-from models.layers.mesh import AXES, Degrees, WorkerMesh, make_mesh
-from models.layers.sharded_keys import ShardedKeysAttention
-from models.layers.shards import SequenceShards
-from models.layers.usp_attention import USPAttention
 from models.loader import load_module, load_stages
+from models.parallel.collectives import gather_chunks
+from models.parallel.mesh import AXES, Degrees, WorkerMesh, make_mesh
+from models.parallel.sharded_keys import ShardedKeysAttention
+from models.parallel.shards import SequenceShards
+from models.parallel.usp_attention import USPAttention
 from models.registry import load_registry, resolve
 from models.runtime import Runtime
 from models.stages.causal_dmd_denoising import BLOCKS, CausalDMDDenoisingStage

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from models.layers.mesh import Degrees
+from models.parallel.mesh import Degrees
 
 TESTS = Path(__file__).resolve().parent
 RANKS = 4

@@ -23,7 +23,7 @@ from models.dits.base import DiffusionTransformer, Predictions, Prepared
 from models.dits.flux2_plan import FLUX2_PLAN
 from models.dits.joint_stream import joint_residual_elements, through_modulated_blocks
 from models.dits.loading import load_transformer
-from models.layers.activation import gate_by_silu
+from models.kernels.activation import gate_by_silu
 from models.layers.attention import Attention
 from models.layers.embeddings import EmbeddingMLP, sinusoidal_embedding
 from models.layers.joint_attention import JointAttention, block_modulations, joint_block
@@ -35,7 +35,7 @@ from models.layers.step_cache import CacheUse
 
 if TYPE_CHECKING:
     from common.checkpoint import Checkpoint
-    from models.layers.mesh import WorkerMesh
+    from models.parallel.mesh import WorkerMesh
 
 DOUBLE_VECTORS, SINGLE_VECTORS, FINAL_VECTORS = 12, 3, 2
 """Modulations of a block of two streams, of a block of one stream, and of the last norm."""

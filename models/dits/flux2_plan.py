@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from configs.models.dits.flux2 import MLP_RATIO
-from models.layers.parallel_plan import Cut, Join, ParallelPlan
+from models.parallel.plan import Cut, Join, ParallelPlan
 
 DOUBLE, SINGLE = "transformer_blocks.*", "single_transformer_blocks.*"
 

@@ -37,7 +37,7 @@ from models.layers.step_cache import CacheUse
 
 if TYPE_CHECKING:
     from common.checkpoint import Checkpoint
-    from models.layers.mesh import WorkerMesh
+    from models.parallel.mesh import WorkerMesh
 
 
 MOST_TEXT_TOKENS = 1024

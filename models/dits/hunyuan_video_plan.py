@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from models.dits.flux_plan import FLUX_PLAN
-from models.layers.parallel_plan import Cut, Join
+from models.parallel.plan import Cut, Join
 
 REFINER = "context_embedder.token_refiner.refiner_blocks.*"
 TEXT, VIDEO = "text", "video"

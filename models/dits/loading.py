@@ -11,13 +11,13 @@ import diffusers
 import torch
 
 from models.dits.base import DiffusionTransformer
-from models.layers.parallelize import parallelize
+from models.parallel.parallelize import parallelize
 from models.weights import load_module
 
 if TYPE_CHECKING:
     from common.checkpoint import Checkpoint
-    from models.layers.mesh import WorkerMesh
-    from models.layers.parallel_plan import ParallelPlan
+    from models.parallel.mesh import WorkerMesh
+    from models.parallel.plan import ParallelPlan
 
 _log = logging.getLogger(__name__)
 

@@ -42,7 +42,7 @@ from models.layers.time_modulation import TimeModulation
 
 if TYPE_CHECKING:
     from common.checkpoint import Checkpoint
-    from models.layers.mesh import WorkerMesh
+    from models.parallel.mesh import WorkerMesh
 
 MASKED = -10000.0
 """Added to the attention scores of masked text tokens."""

@@ -6,7 +6,7 @@ attention to the video are exchanged.
 
 from __future__ import annotations
 
-from models.layers.parallel_plan import Cut, Join, ParallelPlan
+from models.parallel.plan import Cut, Join, ParallelPlan
 
 BLOCK = "transformer_blocks.*"
 VIDEO, FIRST_FRAME, AUDIO = "video", "first_frame", "audio"

@@ -35,7 +35,7 @@ from models.layers.time_modulation import TimeModulation
 
 if TYPE_CHECKING:
     from common.checkpoint import Checkpoint
-    from models.layers.mesh import WorkerMesh
+    from models.parallel.mesh import WorkerMesh
 
 ATTENTION_EPS = 1e-5
 """Of the norms of queries and keys."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from models.layers.parallel_plan import Cut, Join, ParallelPlan
+from models.parallel.plan import Cut, Join, ParallelPlan
 
 BLOCK = "transformer_blocks.*"
 VIDEO, FIRST_FRAME = "video", "first_frame"

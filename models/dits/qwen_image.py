@@ -32,7 +32,7 @@ from models.layers.step_cache import CacheUse
 
 if TYPE_CHECKING:
     from common.checkpoint import Checkpoint
-    from models.layers.mesh import WorkerMesh
+    from models.parallel.mesh import WorkerMesh
 
 SINUSOID_SIZE = 256
 KINDS = 2

@@ -37,7 +37,7 @@ from models.layers.step_cache import CacheUse, through_blocks
 
 if TYPE_CHECKING:
     from common.checkpoint import Checkpoint
-    from models.layers.mesh import WorkerMesh
+    from models.parallel.mesh import WorkerMesh
 
 FLOAT32_PARAMETERS = ("time_embedder", "scale_shift_table", "norm1", "norm2", "norm3")
 """Parts of parameter names that stay in float32 whatever the model's type, as Diffusers keeps them."""

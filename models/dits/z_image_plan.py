@@ -6,7 +6,7 @@ attention has no text tokens; then both are sharded.
 
 from __future__ import annotations
 
-from models.layers.parallel_plan import Cut, Join, ParallelPlan
+from models.parallel.plan import Cut, Join, ParallelPlan
 
 REFINERS = ("noise_refiner.*", "context_refiner.*")
 LAYERS = "layers.*"

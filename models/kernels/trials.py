@@ -169,7 +169,7 @@ def _random(device: torch.device, *shape: int) -> Tensor:
 
 def _try_triton(device: torch.device) -> _Results:
     # An optional package for GPUs.
-    from models.layers import triton_kernels
+    from models.kernels import triton_kernels
 
     x = _random(device, 1, 2, 64)
     out = torch.empty_like(x)
@@ -185,7 +185,7 @@ def _products(device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def _try_nvmath(device: torch.device) -> _Results:
     # An optional package for GPUs.
-    from models.layers import cublas_lt
+    from models.kernels import cublas_lt
 
     x, weight, bias, out = _products(device)
     cublas_lt.linear_into(x, weight, bias, out, gelu=True)
@@ -194,7 +194,7 @@ def _try_nvmath(device: torch.device) -> _Results:
 
 def _try_quack(device: torch.device) -> _Results:
     # An optional package for GPUs, which takes seconds to import.
-    from models.layers import quack_kernels
+    from models.kernels import quack_kernels
 
     x, weight, bias, out = _products(device)
     quack_kernels.gelu_into(x, weight, bias, out)
@@ -203,7 +203,7 @@ def _try_quack(device: torch.device) -> _Results:
 
 def _try_cuda_bindings(device: torch.device) -> _Results:
     # Needs torch with CUDA.
-    from models.layers.peer_memory import CopyStreams
+    from models.parallel.peer_memory import CopyStreams
 
     streams = CopyStreams(device)
     source, copy = _random(device, 2, 16), torch.zeros(2, 16, dtype=torch.bfloat16, device=device)

@@ -9,7 +9,7 @@ from typing import Literal
 from torch import Tensor, nn
 from torch.nn.functional import gelu, silu
 
-from models.layers.activation import gate_by_silu
+from models.kernels.activation import gate_by_silu
 from models.layers.linear import JoinedLinear, JoinsWeights, Linear, project
 
 Activation = Literal["gelu_tanh", "gelu", "silu"]

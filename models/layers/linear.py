@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from models.layers import fused_products
-from models.layers.activation import write_gelu
-from models.layers.cublas_lt import can_multiply, linear_into
-from models.layers.float8 import FLOAT8, check_sizes, float8_linear, quantize_rows, write_float8_linear
+from models.kernels import fused_products
+from models.kernels.activation import write_gelu
+from models.kernels.cublas_lt import can_multiply, linear_into
+from models.kernels.float8 import FLOAT8, check_sizes, float8_linear, quantize_rows, write_float8_linear
 from models.layers.norms import Residual, SegmentVectors
-from models.layers.parallel_plan import matches
+from models.parallel.plan import matches
 
 ALL = slice(None)
 

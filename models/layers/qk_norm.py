@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from models.layers.fused_backend import kernels_for
+from models.kernels.fused_backend import kernels_for
 from models.layers.head_rotary import HeadRotation, rotate_heads
 from models.layers.norms import QKNorm, RMSNorm
 from models.layers.rotary import Rotation, apply_rotary

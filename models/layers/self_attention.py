@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from models.layers import fused_products
+from models.kernels import fused_products
 from models.layers.attention import Attention, KeyValueCache, KeyValues
 from models.layers.head_rotary import HeadRotation
 from models.layers.linear import ALL, JoinedLinear, JoinsWeights, Linear, project

@@ -15,9 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from models.layers.collectives import all_reduce
-from models.layers.mesh import Axis
 from models.layers.norms import Residual
+from models.parallel.collectives import all_reduce
+from models.parallel.mesh import Axis
 
 Block = Callable[[Residual], Residual]
 

@@ -11,9 +11,9 @@ import torch
 
 from configs.pipeline_configs.base import Parts
 from models.dits.base import DiffusionTransformer, Predictions, Prepared
-from models.layers.collectives import all_gather
-from models.layers.mesh import Axis
 from models.layers.step_cache import StepCache
+from models.parallel.collectives import all_gather
+from models.parallel.mesh import Axis
 from models.stages.step_memory import NO_FLAGS, Flags, Lease, StepInputs, StepMemory, Tensors
 
 

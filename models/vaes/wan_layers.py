@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, normalize, pixel_shuffle, silu
 
-from models.layers.fused_backend import kernels_for
+from models.kernels.fused_backend import kernels_for
 
 
 class FrameLayer(Protocol):

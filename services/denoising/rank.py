@@ -20,8 +20,8 @@ from common.errors import Unavailable
 from common.variants import HostedVariants
 from models.catalog import ServedModel
 from models.kernels.trials import try_packages
-from models.layers.mesh import WorkerMesh, make_mesh
 from models.loader import load_variants
+from models.parallel.mesh import WorkerMesh, make_mesh
 from models.warm_up import WarmUp
 from services.denoising.facts import compare_facts, facts_of
 from services.denoising.follower import Follower

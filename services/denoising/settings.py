@@ -11,8 +11,8 @@ from common.settings import setting
 from configs.approximation import Approximation, LinearDtype
 from configs.pipeline_configs.base import DenoisingConfig
 from models.catalog import ServedModel
-from models.layers.mesh import Degrees, WorkerMesh
 from models.loader import check_parallel
+from models.parallel.mesh import Degrees, WorkerMesh
 from models.registry import resolve
 from models.runtime import Runtime
 from services.worker_settings import LoopSettings, WarmUpSettings, device_of

@@ -121,7 +121,9 @@ def main() -> None:
         found = measure(heads, queries, keys, args.rounds, args.calls)
         flops = 4 * queries * keys * heads * HEAD_SIZE
         work = heads * min(queries, keys)
-        chosen = choose_backend(capability, torch.bfloat16, work, HEAD_SIZE, lambda each: _version(each) != "absent")
+        chosen = choose_backend(
+            capability, torch.bfloat16, work, keys, HEAD_SIZE, lambda each: _version(each) != "absent"
+        )
         shape = f"{heads} x {queries} x {keys}"
         speeds.append((name, shape, *(each.speed(flops) for each in found.values()), chosen))
         errors.append((name, *(each.errors() for each in found.values())))

@@ -38,7 +38,7 @@ from models.dits.wan import WanTransformer3DModel
 from models.dits.wan_plan import WAN_PLAN
 from models.dits.z_image import ZImageTransformer2DModel
 from models.dits.z_image_plan import Z_IMAGE_PLAN
-from models.layers.parallel_plan import ParallelPlan
+from models.parallel.plan import ParallelPlan
 
 Inputs = dict[str, Any]
 

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from fleet.v1 import generation_pb2 as pb
 from group_fleet import Asked, Drawn, GroupFleet, group_fleet
 from local_fleet import relative_error
-from models.layers.mesh import AXES, Degrees
+from models.parallel.mesh import AXES, Degrees
 from parallel_cases import FAMILIES, check, make_case
 from rank_pool import RankPool
 

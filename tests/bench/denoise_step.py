@@ -28,9 +28,9 @@ from models.dits.base import DiffusionTransformer
 from models.dits.wan import FLOAT32_PARAMETERS
 from models.kernels.trials import try_packages
 from models.layers.linear import absent_biases, join_all_weights, quantize_linears
-from models.layers.mesh import WorkerMesh
-from models.layers.parallelize import parallelize
-from models.layers.shards import parameter_shards
+from models.parallel.mesh import WorkerMesh
+from models.parallel.parallelize import parallelize
+from models.parallel.shards import parameter_shards
 from models.stages.branches import StepCaching
 from models.warm_up import STEPS as WARM_UP_STEPS
 

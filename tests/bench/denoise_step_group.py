@@ -36,7 +36,7 @@ from torch import Tensor, distributed
 
 from models.kernels.trials import try_packages
 from models.layers.linear import join_all_weights
-from models.layers.mesh import Degrees, WorkerMesh, make_mesh
+from models.parallel.mesh import Degrees, WorkerMesh, make_mesh
 
 
 def main() -> None:

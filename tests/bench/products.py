@@ -22,11 +22,11 @@ from bench_report import print_machine, print_table, say
 from torch import Tensor
 from torch.nn.functional import gelu, linear, scaled_dot_product_attention
 
+from models.kernels import fused_products
+from models.kernels.activation import write_gelu
 from models.kernels.attention_backends import flash_attention_3, flash_attention_3_into
+from models.kernels.cublas_lt import linear_into
 from models.kernels.trials import try_packages
-from models.layers import fused_products
-from models.layers.activation import write_gelu
-from models.layers.cublas_lt import linear_into
 from models.layers.norms import RMSNorm
 from models.layers.qk_norm import QKNorms, apply_qk_norm
 from models.layers.rotary import rotary_embedding

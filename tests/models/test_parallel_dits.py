@@ -14,8 +14,8 @@ from common.errors import InvalidInput
 from denoising_files import load_input, save_input
 from local_fleet import relative_error
 from models.catalog import open_model
-from models.layers.mesh import AXES, Axis, Degrees, WorkerMesh
 from models.loader import load_stages
+from models.parallel.mesh import AXES, Axis, Degrees, WorkerMesh
 from models.registry import load_registry
 from models.runtime import Runtime
 from parallel_cases import FAMILIES, LAYOUTS, Case, check, make_case

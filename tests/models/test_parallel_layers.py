@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from local_fleet import relative_error
 from models.layers.attention import attention, attention_with_lse
-from models.layers.mesh import AXES, Degrees
-from models.layers.usp_attention import merge
+from models.parallel.mesh import AXES, Degrees
+from models.parallel.usp_attention import merge
 from rank_calls import rank_file
 from rank_pool import RankFailed, RankPool
 

@@ -14,10 +14,10 @@ from configs.models.dits.wan import WanTransformerConfig
 from local_fleet import relative_error
 from models.dits.wan import FLOAT32_PARAMETERS, WanTransformer3DModel
 from models.dits.wan_plan import WAN_PLAN
-from models.layers.mesh import AXES, Axis, Degrees, WorkerMesh
-from models.layers.sequence_parallel import shard_methods
-from models.layers.shards import SequenceShards
 from models.layers.step_cache import CacheUse, StepCache
+from models.parallel.mesh import AXES, Axis, Degrees, WorkerMesh
+from models.parallel.sequence_parallel import shard_methods
+from models.parallel.shards import SequenceShards
 from models.stages.step_memory import StepInputs
 from models.weights import load_module
 from tiny_flux import randomise

@@ -25,7 +25,7 @@ from models.kernels.packages import (
     record,
 )
 from models.layers import attention as entry
-from models.layers.usp_attention import merge
+from models.parallel.usp_attention import merge
 
 HOPPER = (9, 0)
 LARGE = 24 * 4608

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from configs.pipeline_configs.base import Parts
-from models.layers.mesh import Axis
+from models.parallel.mesh import Axis
 from models.stages import branches as module
 from models.stages.branches import Branch, Branches
 

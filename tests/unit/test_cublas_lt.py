@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, linear
 
-from models.kernels import trials
-from models.layers import cublas_lt
+from models.kernels import cublas_lt, trials
 
 CUDA_R_16BF, CUBLAS_OP_T = 14, 1
 DESCRIPTION = SimpleNamespace(TRANSA=3, EPILOGUE=7, BIAS_POINTER=8, BIAS_DATA_TYPE=26)

@@ -12,8 +12,7 @@ from torch.torch_version import TorchVersion
 
 from common.errors import FailedPrecondition, InvalidInput
 from configs.approximation import Approximation
-from models.layers import tensor_parallel
-from models.layers.float8 import (
+from models.kernels.float8 import (
     FLOAT8,
     LARGEST,
     check_float8,
@@ -23,9 +22,10 @@ from models.layers.float8 import (
     scaled_product,
 )
 from models.layers.linear import JoinedLinear, Linear, project, quantize_linears
-from models.layers.mesh import Axis
-from models.layers.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from models.loader import numerics_fingerprint
+from models.parallel import tensor_parallel
+from models.parallel.mesh import Axis
+from models.parallel.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 IN, OUT = 64, 48

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, linear
 
-from models.layers import fused_products
+from models.kernels import fused_products
 from models.layers.feed_forward import FeedForward
 from models.layers.joint_attention import JointAttention, Modulation, joint_block
 from models.layers.linear import Linear, join_all_weights

@@ -20,11 +20,11 @@ from torch import Tensor
 from common.errors import FailedPrecondition, FleetError, InvalidInput
 from fake_kernel_packages import FLASH_ATTN_2, FLASH_ATTN_3, FLASH_ATTN_4, LAUNCH_FAILS, WRONG_RESULTS, install
 from kernel_modules import forgotten
-from models.kernels import trials
+from models.kernels import cublas_lt, fused_backend, fused_products, trials
 from models.kernels.packages import PACKAGES, Capability, KernelChoice, Outcome, PackageName, is_usable, record
 from models.kernels.trials import outcomes_on, try_package, try_packages
-from models.layers import cublas_lt, fused_backend, fused_products, mesh
 from models.loader import numerics_fingerprint
+from models.parallel import mesh
 from services import worker
 from services.denoising import rank
 from services.denoising.__main__ import main as denoising

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu
 
+from models.kernels import fused_products
+from models.kernels.activation import write_gelu
 from models.kernels.attention_backends import head_shares
-from models.layers import fused_products
-from models.layers.activation import write_gelu
 from models.layers.attention import attention
 from models.layers.embeddings import EmbeddingMLP, sinusoidal_embedding
 from models.layers.feed_forward import FeedForward

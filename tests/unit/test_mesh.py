@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from common.errors import InvalidInput
-from models.layers import mesh as mesh_module
-from models.layers.mesh import AXES, Axis, Degrees, WorkerMesh, get_sp_world_size, make_mesh
+from models.parallel import mesh as mesh_module
+from models.parallel.mesh import AXES, Axis, Degrees, WorkerMesh, get_sp_world_size, make_mesh
 
 CPU = torch.device("cpu")
 

@@ -18,10 +18,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.layers import peer_gather
-from models.layers.mesh import Axis
-from models.layers.peer_gather import PeerGather
-from models.layers.peer_memory import CopyStreams, PeerMemory
+from models.parallel import peer_gather
+from models.parallel.mesh import Axis
+from models.parallel.peer_gather import PeerGather
+from models.parallel.peer_memory import CopyStreams, PeerMemory
 
 CPU = torch.device("cpu")
 HEADS, SIZE = 2, 3
@@ -49,7 +49,7 @@ class Queue:
 
 
 class RecordedStreams:
-    """models.layers.peer_memory.CopyStreams, on queues and the memory of this process."""
+    """models.parallel.peer_memory.CopyStreams, on queues and the memory of this process."""
 
     def __init__(self) -> None:
         self.current, self.side = Queue(), Queue()

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from models.layers.attention import Attention, KeyValueCache, KeyValues
 from models.layers.joint_attention import JointAttention
-from models.layers.mesh import Axis
-from models.layers.peer_gather import Gathered, PeerGather
-from models.layers.peer_memory import CopyStreams, PeerMemory
 from models.layers.rotary import rotary_embedding
 from models.layers.self_attention import SelfAttention
+from models.parallel.mesh import Axis
+from models.parallel.peer_gather import Gathered, PeerGather
+from models.parallel.peer_memory import CopyStreams, PeerMemory
 
 CPU = torch.device("cpu")
 SIZE, HEAD, TOKENS, BOUNDARY = 32, 8, 6, 2

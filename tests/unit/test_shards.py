@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from common.errors import CheckpointError
-from models.layers.mesh import Axis
-from models.layers.shards import SequenceShards, Shard, chunk_sizes, parameter_shards
-from models.layers.tensor_parallel import ColumnParallelLinear, ParallelRMSNorm, RowParallelLinear
+from models.parallel.mesh import Axis
+from models.parallel.shards import SequenceShards, Shard, chunk_sizes, parameter_shards
+from models.parallel.tensor_parallel import ColumnParallelLinear, ParallelRMSNorm, RowParallelLinear
 from models.weights import load_module
 
 CPU = torch.device("cpu")

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize, silu
 
-from models.layers import triton_kernels as kernels
-from models.layers.activation import gate_by_silu, write_gelu
-from models.layers.float8 import FLOAT8, quantize_rows
+from models.kernels import triton_kernels as kernels
+from models.kernels.activation import gate_by_silu, write_gelu
+from models.kernels.float8 import FLOAT8, quantize_rows
 from models.layers.head_rotary import HeadRotation
 from models.layers.norms import (
     LayerNormScaleShift,
@@ -24,7 +24,7 @@ from models.layers.norms import (
 )
 from models.layers.qk_norm import QKNorms, apply_qk_norm, in_place
 from models.layers.rotary import rotary_embedding
-from models.layers.usp_attention import merge
+from models.parallel.usp_attention import merge
 
 BATCH, TOKENS, BOUNDARY, HEADS, HEAD = 2, 7, 3, 3, 32
 SIZE = HEADS * HEAD

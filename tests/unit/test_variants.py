@@ -25,8 +25,8 @@ from common.variants import HostedVariants, unite_contracts, unite_services
 from configs.pipeline_configs.flux import FluxPipelineConfig
 from fleet.v1 import generation_pb2 as pb
 from models.catalog import ServedModel, open_model
-from models.layers.mesh import Degrees
 from models.loader import load_variants
+from models.parallel.mesh import Degrees
 from models.pipelines.flux import FluxPipeline
 from models.registry import Registry, load_registry
 from models.runtime import Runtime

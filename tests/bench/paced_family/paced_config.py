@@ -18,7 +18,7 @@ from models.dits.base import DiffusionTransformer, Predictions, Prepared
 
 if TYPE_CHECKING:
     from common.checkpoint import Checkpoint
-    from models.layers.mesh import WorkerMesh
+    from models.parallel.mesh import WorkerMesh
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from models.layers.float8 import FLOAT8, LARGEST, SMALLEST_MAGNITUDE
+from models.kernels.float8 import FLOAT8, LARGEST, SMALLEST_MAGNITUDE
 from models.layers.head_rotary import HeadRotation
 
 if TYPE_CHECKING:
@@ -234,7 +234,7 @@ def _gelu_kernel(x_ptr, out_ptr, tokens, size, x_batch, x_token, out_batch, out_
 
 
 def write_gelu(x: Tensor, out: Tensor) -> None:
-    """As models.layers.activation.write_gelu."""
+    """As models.kernels.activation.write_gelu."""
     batch, tokens, size = x.shape
     assert all(each.stride(2) == 1 for each in (x, out)), "channels must be adjacent"
     block = 4096
@@ -253,7 +253,7 @@ def _gate_by_silu_kernel(x_ptr, out_ptr, size, BLOCK: tl.constexpr):
 
 
 def gate_by_silu(x: Tensor) -> Tensor:
-    """As models.layers.activation.gate_by_silu."""
+    """As models.kernels.activation.gate_by_silu."""
     x = x.contiguous()
     batch, tokens, size = x.shape
     out = x.new_empty(batch, tokens, size // 2)
@@ -275,7 +275,7 @@ def _quantize_rows_kernel(
 
 
 def quantize_rows(x: Tensor, dtype: torch.dtype = FLOAT8) -> tuple[Tensor, Tensor]:
-    """As models.layers.float8.quantize_rows; `dtype` is that of the values. Channels of x are adjacent."""
+    """As models.kernels.float8.quantize_rows; `dtype` is that of the values. Channels of x are adjacent."""
     rows, size = x.shape
     assert x.stride(1) == 1, "channels must be adjacent"
     values = torch.empty(rows, size, dtype=dtype, device=x.device)
@@ -349,7 +349,7 @@ def _merge_attention_kernel(
 def merge_attention(
     one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """As models.layers.usp_attention.merge."""
+    """As models.parallel.usp_attention.merge."""
     batch, tokens, heads, size = one[0].shape
     assert one[0].stride(3) == other[0].stride(3) == 1, "channels must be adjacent"
     out = one[0].new_empty(one[0].shape, dtype=dtype)

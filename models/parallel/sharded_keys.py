@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from models.layers.attention import Attention, KeyValueCache, KeyValues, attention_with_lse
-from models.layers.collectives import all_gather
-from models.layers.mesh import WorkerMesh
-from models.layers.shards import SequenceShards
-from models.layers.usp_attention import merge
+from models.parallel.collectives import all_gather
+from models.parallel.mesh import WorkerMesh
+from models.parallel.shards import SequenceShards
+from models.parallel.usp_attention import merge
 
 
 class ShardedKeysAttention(Attention):

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from models.layers.mesh import Axis
+from models.parallel.mesh import Axis
 
 _OPS = torch.ops._c10d_functional
 

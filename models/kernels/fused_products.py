@@ -12,8 +12,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from models.kernels.fused_backend import can_load
 from models.kernels.packages import is_usable
-from models.layers.fused_backend import can_load
 
 HEAD_SIZE = 128
 """Of the heads that normed_heads_into() is for."""
@@ -69,6 +69,6 @@ def _capability(device: int) -> tuple[int, int]:
 
 def _kernels() -> ModuleType:
     # An optional package for GPUs, which takes seconds to import.
-    from models.layers import quack_kernels
+    from models.kernels import quack_kernels
 
     return quack_kernels

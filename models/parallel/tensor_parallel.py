@@ -12,13 +12,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from models.layers.activation import write_gelu
-from models.layers.collectives import all_reduce, gather_last
+from models.kernels.activation import write_gelu
 from models.layers.head_rotary import OwnHeads
 from models.layers.linear import Linear, apply_linear
-from models.layers.mesh import Axis
 from models.layers.norms import Residual, RMSNorm, SegmentVectors
-from models.layers.shards import Shard, Sharded
+from models.parallel.collectives import all_reduce, gather_last
+from models.parallel.mesh import Axis
+from models.parallel.shards import Shard, Sharded
 
 
 class ColumnParallelLinear(Sharded, Linear):

@@ -15,16 +15,16 @@ from torch import nn
 from models.layers.attention import Attention
 from models.layers.head_rotary import OwnHeads
 from models.layers.linear import Linear
-from models.layers.mesh import Axis, WorkerMesh, get_sp_world_size
 from models.layers.norms import RMSNorm
-from models.layers.parallel_plan import ParallelPlan, matches
-from models.layers.peer_gather import PeerGather
-from models.layers.peer_memory import CopyStreams
-from models.layers.sequence_parallel import shard_methods
-from models.layers.sharded_keys import ShardedKeysAttention
-from models.layers.shards import SequenceShards
-from models.layers.tensor_parallel import ColumnParallelLinear, ParallelRMSNorm, RowParallelLinear, ShardedHeads
-from models.layers.usp_attention import USPAttention
+from models.parallel.mesh import Axis, WorkerMesh, get_sp_world_size
+from models.parallel.peer_gather import PeerGather
+from models.parallel.peer_memory import CopyStreams
+from models.parallel.plan import ParallelPlan, matches
+from models.parallel.sequence_parallel import shard_methods
+from models.parallel.sharded_keys import ShardedKeysAttention
+from models.parallel.shards import SequenceShards
+from models.parallel.tensor_parallel import ColumnParallelLinear, ParallelRMSNorm, RowParallelLinear, ShardedHeads
+from models.parallel.usp_attention import USPAttention
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from models.layers.attention import KeyValues, attention
-from models.layers.mesh import Axis
-from models.layers.peer_memory import CopyStreams, PeerMemory, share_memory
+from models.parallel.mesh import Axis
+from models.parallel.peer_memory import CopyStreams, PeerMemory, share_memory
 
 PLACES = 2
 """Used in turn by one layer of attention after the other: see PeerGather."""

@@ -14,12 +14,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from models.kernels.fused_backend import kernels_for
 from models.layers.attention import Attention, KeyValueCache, KeyValues, attention, attention_with_lse
-from models.layers.collectives import start_all_to_all, start_shift, wait
-from models.layers.fused_backend import kernels_for
-from models.layers.mesh import Axis, WorkerMesh
-from models.layers.peer_gather import Gathered, PeerGather
-from models.layers.shards import SequenceShards
+from models.parallel.collectives import start_all_to_all, start_shift, wait
+from models.parallel.mesh import Axis, WorkerMesh
+from models.parallel.peer_gather import Gathered, PeerGather
+from models.parallel.shards import SequenceShards
 
 
 class USPAttention(Attention):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.layers.mesh import Axis
+from models.parallel.mesh import Axis
 
 
 @dataclass(frozen=True)

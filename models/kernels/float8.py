@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from common.errors import FailedPrecondition, InvalidInput
-from models.layers.fused_backend import kernels_for
+from models.kernels.fused_backend import kernels_for
 
 FLOAT8 = torch.float8_e4m3fn
 LARGEST = torch.finfo(FLOAT8).max

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from models.layers.collectives import gather_chunks
-from models.layers.mesh import WorkerMesh
-from models.layers.parallel_plan import Cut, Join, ParallelPlan
-from models.layers.shards import SequenceShards
+from models.parallel.collectives import gather_chunks
+from models.parallel.mesh import WorkerMesh
+from models.parallel.plan import Cut, Join, ParallelPlan
+from models.parallel.shards import SequenceShards
 
 if TYPE_CHECKING:
     from models.dits.base import Prepared

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn.functional import gelu, silu
 
-from models.layers.fused_backend import kernels_for
+from models.kernels.fused_backend import kernels_for
 
 
 def write_gelu(x: Tensor, out: Tensor) -> None:

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from models.kernels.fused_backend import ALIGNMENT, can_load
 from models.kernels.packages import is_usable
-from models.layers.fused_backend import ALIGNMENT, can_load
 
 LEAST_ROWS = 1024
 """Below, products are cut along their inputs, which needs a workspace: PyTorch gives them one."""

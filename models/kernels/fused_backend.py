@@ -27,13 +27,13 @@ def _is_aligned(matrix: Tensor) -> bool:
 
 
 def kernels_for(x: Tensor) -> ModuleType | None:
-    """models.layers.triton_kernels for tensors on CUDA; None where Triton is absent or broken, and on other devices.
+    """models.kernels.triton_kernels for tensors on CUDA; None where Triton is absent or broken, and on other devices.
 
     PyTorch's own operators then compute the same.
     """
     if not x.is_cuda or not is_usable("triton"):
         return None
     # An optional package for GPUs.
-    from models.layers import triton_kernels
+    from models.kernels import triton_kernels
 
     return triton_kernels

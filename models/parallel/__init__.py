@@ -1,0 +1,1 @@
+"""How a DiT is computed by several ranks: mesh, plans, collectives, sharded layers, attention over shards."""
