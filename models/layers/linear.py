@@ -15,8 +15,8 @@ from models.kernels import fused_products
 from models.kernels.activation import write_gelu
 from models.kernels.cublas_lt import can_multiply, linear_into
 from models.kernels.float8 import FLOAT8, check_sizes, float8_linear, quantize_rows, write_float8_linear
+from models.layers.module_paths import matches
 from models.layers.norms import Residual, SegmentVectors
-from models.parallel.plan import matches
 
 ALL = slice(None)
 

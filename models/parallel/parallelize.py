@@ -6,7 +6,7 @@ are cut into shards, and joined again, where one of its methods is entered and l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch
@@ -15,11 +15,12 @@ from torch import nn
 from models.layers.attention import Attention
 from models.layers.head_rotary import OwnHeads
 from models.layers.linear import Linear
+from models.layers.module_paths import matching
 from models.layers.norms import RMSNorm
 from models.parallel.mesh import Axis, WorkerMesh, get_sp_world_size
 from models.parallel.peer_gather import PeerGather
 from models.parallel.peer_memory import CopyStreams
-from models.parallel.plan import ParallelPlan, matches
+from models.parallel.plan import ParallelPlan
 from models.parallel.sequence_parallel import shard_methods
 from models.parallel.sharded_keys import ShardedKeysAttention
 from models.parallel.shards import SequenceShards
@@ -43,15 +44,6 @@ def parallelize(
         _cut_weights(model, plan, mesh.axis("tp"))
     if get_sp_world_size(mesh) > 1:
         _cut_sequence(model, plan, mesh)
-
-
-def matching(model: nn.Module, pattern: str, kind: type[M]) -> Iterator[tuple[str, M]]:
-    """The modules whose path matches. Raises TypeError for one of another kind."""
-    for path, module in list(model.named_modules()):
-        if matches(path, pattern):
-            if not isinstance(module, kind):
-                raise TypeError(f"{path} is {type(module).__name__}, but the plan has it for {kind.__name__}")
-            yield path, module
 
 
 def _cut_weights(model: nn.Module, plan: ParallelPlan, axis: Axis) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
+
+from models.layers.module_paths import matches
 
 
 @dataclass(frozen=True)
@@ -69,9 +70,3 @@ class ParallelPlan:
         if rest:
             raise ValueError(f"{path}: {size} cannot be cut into segments of {ratios}")
         return tuple(unit * ratio for ratio in ratios)
-
-
-def matches(path: str, pattern: str) -> bool:
-    """Whether the pattern is one of the path: a wildcard stands for one name, or a part of it, and for no dot."""
-    names, patterns = path.split("."), pattern.split(".")
-    return len(names) == len(patterns) and all(map(fnmatchcase, names, patterns))

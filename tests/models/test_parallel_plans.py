@@ -41,10 +41,11 @@ from models.dits.wan_plan import WAN_PLAN
 from models.dits.z_image import ZImageTransformer2DModel
 from models.dits.z_image_plan import Z_IMAGE_PLAN
 from models.layers.attention import Attention
+from models.layers.module_paths import matches
 from models.loader import load_module, load_stages, numerics_fingerprint
 from models.parallel.mesh import AXES, Axis, Degrees, WorkerMesh
 from models.parallel.parallelize import parallelize
-from models.parallel.plan import ParallelPlan, matches
+from models.parallel.plan import ParallelPlan
 from models.parallel.shards import parameter_shards
 from models.parallel.usp_attention import USPAttention
 from models.registry import load_registry
