@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,8 +49,11 @@ class Prepared:
 class DiffusionTransformer(nn.Module, ABC):
     """Predicts from latents, a timestep and conditioning; forward() takes the keywords of Diffusers' model."""
 
-    block_linears: ClassVar[tuple[str, ...]]
-    """The large linear layers, of the blocks' attention and feed-forwards, as patterns of their paths."""
+    block_linears: tuple[str, ...]
+    """The large linear layers, of the blocks' attention and feed-forwards, as patterns of their paths.
+
+    The loader sets them.
+    """
 
     @abstractmethod
     def prepare(self, timesteps: Tensor, **conditioning: Any) -> Prepared:

@@ -12,23 +12,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Mapping
-from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from configs.models.dits.causal_wan import CausalWanTransformerConfig
 from models.dits.base import MemorySpec, Predictions, Prepared
-from models.dits.wan import WanTransformer3DModel, load_wan_weights
-from models.dits.wan_plan import VIDEO
+from models.dits.wan import VIDEO, WanTransformer3DModel
 from models.layers.attention import KeyValueCache
 from models.layers.rotary import rotary_embedding
 from models.layers.step_cache import CacheUse
-
-if TYPE_CHECKING:
-    from common.checkpoint import Checkpoint
-    from models.parallel.mesh import WorkerMesh
 
 
 class CausalWanTransformer3DModel(WanTransformer3DModel):
@@ -128,12 +121,3 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         if self.window is None or frame < self.sink:
             return frame
         return self.sink + (frame - self.sink) % (self.window - self.sink)
-
-
-def load_causal_wan_transformer(
-    checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype, mesh: WorkerMesh | None = None
-) -> CausalWanTransformer3DModel:
-    """The DiT of the module's config.json, or this rank's part of it. Raises as load_transformer()."""
-    config = CausalWanTransformerConfig.from_dict(name, checkpoint.module_config(name))
-    build = partial(CausalWanTransformer3DModel, config)
-    return load_wan_weights(build, config, checkpoint, name, device, dtype, mesh)

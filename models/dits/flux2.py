@@ -10,9 +10,7 @@ bias. Blocks of one kind share their modulations.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +18,7 @@ from torch.nn.functional import silu
 
 from configs.models.dits.flux2 import MLP_RATIO, Flux2TransformerConfig
 from models.dits.base import DiffusionTransformer, Predictions, Prepared
-from models.dits.flux2_plan import FLUX2_PLAN
 from models.dits.joint_stream import joint_residual_elements, through_modulated_blocks
-from models.dits.loading import load_transformer
 from models.kernels.activation import gate_by_silu
 from models.layers.attention import Attention
 from models.layers.embeddings import EmbeddingMLP, sinusoidal_embedding
@@ -32,10 +28,6 @@ from models.layers.norms import LayerNormScaleShift, Residual, RMSNorm, SegmentV
 from models.layers.qk_norm import QKNorms, apply_qk_norm, in_place, split_heads
 from models.layers.rotary import Rotation, rotary_embedding
 from models.layers.step_cache import CacheUse
-
-if TYPE_CHECKING:
-    from common.checkpoint import Checkpoint
-    from models.parallel.mesh import WorkerMesh
 
 DOUBLE_VECTORS, SINGLE_VECTORS, FINAL_VECTORS = 12, 3, 2
 """Modulations of a block of two streams, of a block of one stream, and of the last norm."""
@@ -156,8 +148,6 @@ class Flux2SingleTransformerBlock(nn.Module):
 class Flux2Transformer2DModel(DiffusionTransformer):
     """Predicts the velocity of packed latents."""
 
-    block_linears: ClassVar[tuple[str, ...]] = FLUX2_PLAN.block_linears
-
     def __init__(self, config: Flux2TransformerConfig) -> None:
         super().__init__()
         size = config.hidden_size
@@ -242,12 +232,3 @@ class Flux2Transformer2DModel(DiffusionTransformer):
     def residual_elements(self, latents: Mapping[str, Tensor], constants: Mapping[str, Tensor]) -> int:
         """Text and image tokens."""
         return joint_residual_elements(latents["hidden_states"], constants["text_BTD"])
-
-
-def load_flux2_transformer(
-    checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype, mesh: WorkerMesh | None = None
-) -> Flux2Transformer2DModel:
-    """The DiT of the module's config.json, or this rank's part of it. Raises as load_transformer()."""
-    config = Flux2TransformerConfig.from_dict(name, checkpoint.module_config(name))
-    build = partial(Flux2Transformer2DModel, config)
-    return load_transformer(build, FLUX2_PLAN, checkpoint, name, device, dtype, mesh, heads=config.num_attention_heads)

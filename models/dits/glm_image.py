@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import islice
-from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +20,7 @@ from torch.nn.functional import silu
 from configs.models.dits.glm_image import GlmImageTransformerConfig
 from configs.pipeline_configs.packed import pack_patches, unpack_patches
 from models.dits.base import DiffusionTransformer, Predictions, Prepared
-from models.dits.glm_image_plan import GLM_IMAGE_PLAN
 from models.dits.joint_stream import through_joint_blocks
-from models.dits.loading import load_transformer
 from models.layers.embeddings import EmbeddingMLP, sinusoidal_embedding
 from models.layers.feed_forward import FeedForward
 from models.layers.linear import Linear, only_linear
@@ -31,10 +28,6 @@ from models.layers.norms import LayerNormScaleShift, PlainLayerNorm, Residual, S
 from models.layers.rotary import Rotation, rotary_embedding
 from models.layers.self_attention import SelfAttention
 from models.layers.step_cache import CacheUse
-
-if TYPE_CHECKING:
-    from common.checkpoint import Checkpoint
-    from models.parallel.mesh import WorkerMesh
 
 EPS = 1e-5
 MODULATIONS = 12
@@ -122,8 +115,6 @@ class GlmImageTransformerBlock(nn.Module):
 
 class GlmImageTransformer2DModel(DiffusionTransformer):
     """Predicts the velocity of image latents."""
-
-    block_linears: ClassVar[tuple[str, ...]] = GLM_IMAGE_PLAN.block_linears
 
     def __init__(self, config: GlmImageTransformerConfig) -> None:
         super().__init__()
@@ -245,14 +236,3 @@ def _image_rotation(grid: tuple[int, int], axes_dims: tuple[int, int], device: t
     """Rotation by every token's row and column, in order. The same for all steps and requests of a size."""
     positions = torch.cartesian_prod(*(torch.arange(size, device=device) for size in grid))
     return rotary_embedding(positions, axes_dims)
-
-
-def load_glm_image_transformer(
-    checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype, mesh: WorkerMesh | None = None
-) -> GlmImageTransformer2DModel:
-    """The DiT of the module's config.json, or this rank's part of it. Raises as load_transformer()."""
-    config = GlmImageTransformerConfig.from_dict(name, checkpoint.module_config(name))
-    build = partial(GlmImageTransformer2DModel, config)
-    return load_transformer(
-        build, GLM_IMAGE_PLAN, checkpoint, name, device, dtype, mesh, heads=config.num_attention_heads
-    )

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from functools import partial
-from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -26,19 +24,11 @@ from models.dits.flux import (
     ModulationLinear,
     modulations_of,
 )
-from models.dits.flux_plan import FLUX_PLAN
-from models.dits.hunyuan_video_plan import HUNYUAN_VIDEO_PLAN
 from models.dits.hunyuan_video_refiner import TokenRefiner
 from models.dits.joint_stream import through_joint_blocks
-from models.dits.loading import load_transformer
 from models.layers.norms import LayerNormScaleShift
 from models.layers.rotary import Rotation, rotary_embedding
 from models.layers.step_cache import CacheUse
-
-if TYPE_CHECKING:
-    from common.checkpoint import Checkpoint
-    from models.parallel.mesh import WorkerMesh
-
 
 MOST_TEXT_TOKENS = 1024
 """The bound of max_sequence_length."""
@@ -60,9 +50,6 @@ class PatchEmbed(nn.Module):
 
 class HunyuanVideoTransformer3DModel(DiffusionTransformer):
     """Predicts the velocity of video latents."""
-
-    # Those of the refiner run once a request.
-    block_linears: ClassVar[tuple[str, ...]] = FLUX_PLAN.block_linears
 
     def __init__(self, config: HunyuanVideoTransformerConfig) -> None:
         super().__init__()
@@ -162,14 +149,3 @@ class HunyuanVideoTransformer3DModel(DiffusionTransformer):
 
     def _modulations(self) -> Iterator[ModulationLinear]:
         return modulations_of(self.transformer_blocks, self.single_transformer_blocks, self.norm_out)
-
-
-def load_hunyuan_video_transformer(
-    checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype, mesh: WorkerMesh | None = None
-) -> HunyuanVideoTransformer3DModel:
-    """The DiT of the module's config.json, or this rank's part of it. Raises as load_transformer()."""
-    config = HunyuanVideoTransformerConfig.from_dict(name, checkpoint.module_config(name))
-    build = partial(HunyuanVideoTransformer3DModel, config)
-    return load_transformer(
-        build, HUNYUAN_VIDEO_PLAN, checkpoint, name, device, dtype, mesh, heads=config.num_attention_heads
-    )

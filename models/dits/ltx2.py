@@ -14,14 +14,12 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from configs.models.dits.ltx2 import LTX2StreamConfig, LTX2TransformerConfig
 from models.dits.base import DiffusionTransformer, Predictions, Prepared
-from models.dits.loading import load_transformer
 from models.dits.ltx2_blocks import (
     EXCHANGE,
     LTX2VideoTransformerBlock,
@@ -32,7 +30,6 @@ from models.dits.ltx2_blocks import (
     block_rows,
     through_both,
 )
-from models.dits.ltx2_plan import AUDIO, FIRST_FRAME, GATE_LOGITS, LTX2_PLAN, VIDEO
 from models.dits.ltx2_positions import audio_positions, video_positions
 from models.layers.embeddings import TextProjection
 from models.layers.head_rotary import HeadRotation, head_rotation
@@ -40,10 +37,8 @@ from models.layers.norms import LayerNormScaleShift, Residual
 from models.layers.step_cache import CacheUse
 from models.layers.time_modulation import TimeModulation
 
-if TYPE_CHECKING:
-    from common.checkpoint import Checkpoint
-    from models.parallel.mesh import WorkerMesh
-
+VIDEO, FIRST_FRAME, AUDIO = "video", "first_frame", "audio"
+"""Token segments, each with timesteps of its own; keys of what tokens() returns."""
 MASKED = -10000.0
 """Added to the attention scores of masked text tokens."""
 _OUTPUT_NORM_EPS = 1e-6
@@ -51,8 +46,6 @@ _OUTPUT_NORM_EPS = 1e-6
 
 class LTX2VideoTransformer3DModel(DiffusionTransformer):
     """Predicts the velocities of video and audio latents."""
-
-    block_linears: ClassVar[tuple[str, ...]] = tuple(each for each in LTX2_PLAN.block_linears if each != GATE_LOGITS)
 
     def __init__(self, config: LTX2TransformerConfig) -> None:
         super().__init__()
@@ -305,12 +298,3 @@ class LTX2VideoTransformer3DModel(DiffusionTransformer):
         for block in self.transformer_blocks:
             assert isinstance(block, LTX2VideoTransformerBlock)
             yield block
-
-
-def load_ltx2_transformer(
-    checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype, mesh: WorkerMesh | None = None
-) -> LTX2VideoTransformer3DModel:
-    """The DiT of the module's config.json, or this rank's part of it. Raises as load_transformer()."""
-    config = LTX2TransformerConfig.from_dict(name, checkpoint.module_config(name))
-    build = partial(LTX2VideoTransformer3DModel, config)
-    return load_transformer(build, LTX2_PLAN, checkpoint, name, device, dtype, mesh, heads=config.video.num_heads)

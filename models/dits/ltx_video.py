@@ -14,15 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from configs.models.dits.ltx_video import LTXVideoTransformerConfig
 from models.dits.base import DiffusionTransformer, Predictions, Prepared
-from models.dits.loading import load_transformer
-from models.dits.ltx_video_plan import FIRST_FRAME, LTX_VIDEO_PLAN, VIDEO
 from models.layers.cross_attention import CrossAttention
 from models.layers.embeddings import TextProjection
 from models.layers.feed_forward import FeedForward
@@ -33,10 +30,8 @@ from models.layers.self_attention import SelfAttention
 from models.layers.step_cache import CacheUse, through_blocks
 from models.layers.time_modulation import TimeModulation
 
-if TYPE_CHECKING:
-    from common.checkpoint import Checkpoint
-    from models.parallel.mesh import WorkerMesh
-
+VIDEO, FIRST_FRAME = "video", "first_frame"
+"""Token segments, each with timesteps of its own; keys of what tokens() returns."""
 ATTENTION_EPS = 1e-5
 """Of the norms of queries and keys."""
 BLOCK_ROWS = 6
@@ -97,8 +92,6 @@ class LTXVideoTransformerBlock(nn.Module):
 
 class LTXVideoTransformer3DModel(DiffusionTransformer):
     """Predicts the velocity of video latents."""
-
-    block_linears: ClassVar[tuple[str, ...]] = LTX_VIDEO_PLAN.block_linears
 
     def __init__(self, config: LTXVideoTransformerConfig) -> None:
         super().__init__()
@@ -252,14 +245,3 @@ class LTXVideoTransformer3DModel(DiffusionTransformer):
         for block in self.transformer_blocks:
             assert isinstance(block, LTXVideoTransformerBlock)
             yield block
-
-
-def load_ltx_video_transformer(
-    checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype, mesh: WorkerMesh | None = None
-) -> LTXVideoTransformer3DModel:
-    """The DiT of the module's config.json, or this rank's part of it. Raises as load_transformer()."""
-    config = LTXVideoTransformerConfig.from_dict(name, checkpoint.module_config(name))
-    build = partial(LTXVideoTransformer3DModel, config)
-    return load_transformer(
-        build, LTX_VIDEO_PLAN, checkpoint, name, device, dtype, mesh, heads=config.num_attention_heads
-    )

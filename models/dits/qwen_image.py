@@ -10,8 +10,6 @@ checkpoint's.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from functools import partial
-from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +18,6 @@ from torch.nn.functional import silu
 from configs.models.dits.qwen_image import QwenImageTransformerConfig
 from models.dits.base import DiffusionTransformer, Predictions, Prepared
 from models.dits.joint_stream import through_joint_blocks
-from models.dits.loading import load_transformer
-from models.dits.qwen_image_plan import QWEN_IMAGE_PLAN
 from models.layers.embeddings import EmbeddingMLP, sinusoidal_embedding
 from models.layers.feed_forward import FeedForward
 from models.layers.joint_attention import JointAttention, LastSegment, block_modulations, joint_block
@@ -29,10 +25,6 @@ from models.layers.linear import Linear
 from models.layers.norms import LayerNormScaleShift, Residual, RMSNorm
 from models.layers.rotary import Rotation, rotary_embedding
 from models.layers.step_cache import CacheUse
-
-if TYPE_CHECKING:
-    from common.checkpoint import Checkpoint
-    from models.parallel.mesh import WorkerMesh
 
 SINUSOID_SIZE = 256
 KINDS = 2
@@ -107,8 +99,6 @@ class QwenImageTransformerBlock(nn.Module):
 
 class QwenImageTransformer2DModel(DiffusionTransformer):
     """Predicts the velocity of packed latents."""
-
-    block_linears: ClassVar[tuple[str, ...]] = QWEN_IMAGE_PLAN.block_linears
 
     def __init__(self, config: QwenImageTransformerConfig) -> None:
         super().__init__()
@@ -211,14 +201,3 @@ class QwenImageTransformer2DModel(DiffusionTransformer):
             assert isinstance(block, QwenImageTransformerBlock)
             yield from (block.img_mod, block.txt_mod)
         yield self.norm_out
-
-
-def load_qwen_image_transformer(
-    checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype, mesh: WorkerMesh | None = None
-) -> QwenImageTransformer2DModel:
-    """The DiT of the module's config.json, or this rank's part of it. Raises as load_transformer()."""
-    config = QwenImageTransformerConfig.from_dict(name, checkpoint.module_config(name))
-    build = partial(QwenImageTransformer2DModel, config)
-    return load_transformer(
-        build, QWEN_IMAGE_PLAN, checkpoint, name, device, dtype, mesh, heads=config.num_attention_heads
-    )

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +18,6 @@ from torch.nn.functional import rms_norm
 
 from configs.models.dits.z_image import PATCH, ZImageTransformerConfig
 from models.dits.base import DiffusionTransformer, Predictions, Prepared
-from models.dits.loading import load_transformer
-from models.dits.z_image_plan import Z_IMAGE_PLAN
 from models.layers.embeddings import sinusoidal_embedding
 from models.layers.feed_forward import GatedFeedForward
 from models.layers.linear import Linear, only_linear
@@ -28,10 +25,6 @@ from models.layers.norms import LayerNormScaleShift, Residual, RMSNorm, RMSNormS
 from models.layers.rotary import Rotation, rotary_embedding
 from models.layers.self_attention import SelfAttention
 from models.layers.step_cache import CacheUse, through_blocks
-
-if TYPE_CHECKING:
-    from common.checkpoint import Checkpoint
-    from models.parallel.mesh import WorkerMesh
 
 SINUSOID_SIZE, TIME_HIDDEN_SIZE, MOST_TIME_SIZE = 256, 1024, 256
 QK_EPS = 1e-5
@@ -126,8 +119,6 @@ class FinalLayer(nn.Module):
 
 class ZImageTransformer2DModel(DiffusionTransformer):
     """Predicts the negated velocity of image latents."""
-
-    block_linears: ClassVar[tuple[str, ...]] = Z_IMAGE_PLAN.block_linears
 
     def __init__(self, config: ZImageTransformerConfig) -> None:
         super().__init__()
@@ -291,21 +282,3 @@ def _blocks(*lists: nn.ModuleList) -> Iterable[ZImageTransformerBlock]:
 
 def _time_size(config: ZImageTransformerConfig) -> int:
     return min(config.hidden_size, MOST_TIME_SIZE)
-
-
-def load_z_image_transformer(
-    checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype, mesh: WorkerMesh | None = None
-) -> ZImageTransformer2DModel:
-    """The DiT of the module's config.json, or this rank's part of it. Raises as load_transformer()."""
-    config = ZImageTransformerConfig.from_dict(name, checkpoint.module_config(name))
-    return load_transformer(
-        partial(ZImageTransformer2DModel, config),
-        Z_IMAGE_PLAN,
-        checkpoint,
-        name,
-        device,
-        dtype,
-        mesh,
-        heads=config.num_attention_heads,
-        feed_forward=config.feed_forward_size,
-    )

@@ -1,4 +1,4 @@
-"""How the Z-Image DiT is sharded between ranks.
+"""How the Z-Image DiT is sharded between ranks, and its loader.
 
 The text is refined once a request, whole on every rank of the sequence axes. The image is refined alone, so that its
 attention has no text tokens; then both are sharded.
@@ -6,7 +6,19 @@ attention has no text tokens; then both are sharded.
 
 from __future__ import annotations
 
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+
+from configs.models.dits.z_image import ZImageTransformerConfig
+from models.dits.loading import load_transformer
+from models.dits.z_image import ZImageTransformer2DModel
 from models.parallel.plan import Cut, Join, ParallelPlan
+
+if TYPE_CHECKING:
+    from common.checkpoint import Checkpoint
+    from models.parallel.mesh import WorkerMesh
 
 REFINERS = ("noise_refiner.*", "context_refiner.*")
 LAYERS = "layers.*"
@@ -32,3 +44,21 @@ Z_IMAGE_PLAN = ParallelPlan(
     ),
     joins=(Join("tokens", IMAGE),),
 )
+
+
+def load_z_image_transformer(
+    checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype, mesh: WorkerMesh | None = None
+) -> ZImageTransformer2DModel:
+    """The DiT of the module's config.json, or this rank's part of it. Raises as load_transformer()."""
+    config = ZImageTransformerConfig.from_dict(name, checkpoint.module_config(name))
+    return load_transformer(
+        partial(ZImageTransformer2DModel, config),
+        Z_IMAGE_PLAN,
+        checkpoint,
+        name,
+        device,
+        dtype,
+        mesh,
+        heads=config.num_attention_heads,
+        feed_forward=config.feed_forward_size,
+    )

@@ -40,7 +40,8 @@ class ParallelPlan:
     """How a DiT is sharded. Modules are shell patterns of their paths: `*` is any index, `[qkv]` one of the letters.
 
     `column` layers keep some of their outputs; `row` layers take some inputs; `gathered` layers compute some outputs
-    and give all; `norms` (RMS) are over outputs of column layers. What is not named is whole on every rank. `segments`
+    and give all; `norms` (RMS) are over outputs of column layers. What is not named is whole on every rank. `minor` are
+    the column and row layers that are small or run once a request, so that nothing is gained in float8. `segments`
     are those of a layer whose inputs or outputs have parts of different meaning, as ratios. `heads` are the modules
     that tensors of all heads pass through (OwnHeads). `attention` are the calls of attention among tokens that are cut,
     `sharded_keys` those of queries that every rank has whole to such tokens; `cuts` and `joins` are where that begins
@@ -49,6 +50,7 @@ class ParallelPlan:
 
     column: tuple[str, ...]
     row: tuple[str, ...]
+    minor: tuple[str, ...] = ()
     gathered: tuple[str, ...] = ()
     norms: tuple[str, ...] = ()
     segments: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
@@ -60,8 +62,8 @@ class ParallelPlan:
 
     @property
     def block_linears(self) -> tuple[str, ...]:
-        """All linear layers of the blocks but those of modulations: those that are worth cutting without a gather."""
-        return (*self.column, *self.row)
+        """The large linear layers, of the blocks' attention and feed-forwards, as patterns of their paths."""
+        return tuple(pattern for pattern in (*self.column, *self.row) if pattern not in self.minor)
 
     def segments_of(self, path: str, size: int) -> tuple[int, ...]:
         """The segments of a module's dimension of this size. Raises ValueError where the ratios do not fit it."""

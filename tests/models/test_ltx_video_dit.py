@@ -15,7 +15,8 @@ from common.checkpoint import Checkpoint
 from common.errors import CheckpointError
 from configs.models.dits.ltx_video import LTXVideoTransformerConfig
 from local_fleet import relative_error
-from models.dits.ltx_video import LTXVideoTransformer3DModel, load_ltx_video_transformer
+from models.dits.ltx_video import LTXVideoTransformer3DModel
+from models.dits.ltx_video_plan import load_ltx_video_transformer
 from models.weights import load_module
 from tiny_flux import randomise
 from tiny_ltx2 import edit_json
