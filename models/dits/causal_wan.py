@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from configs.models.dits.causal_wan import CausalWanTransformerConfig
-from models.dits.base import MemorySpec, Predictions, Prepared
+from models.dits.base import MemorySpec, Predictions, Prepared, entry_point
 from models.dits.wan import VIDEO, WanTransformer3DModel
 from models.layers.attention import KeyValueCache
 from models.layers.rotary import rotary_embedding
@@ -44,9 +44,10 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         prepared = self.prepare(timestep[None], encoder_hidden_states, grid)
         slab = prepared.memory["kv_cache"]
         memory = {"kv_cache": torch.zeros(slab.shape, dtype=slab.dtype, device=hidden_states.device)}
-        inputs = {**prepared.row(0), **prepared.constants, **memory}
-        return self.predict(hidden_states, first_frame=0, use=None, **inputs)["hidden_states"]
+        inputs = prepared.inputs(0)
+        return self.predict(hidden_states, first_frame=0, use=None, **memory, **inputs)["hidden_states"]
 
+    @entry_point
     def prepare(  # type: ignore[override]  # which keywords there are differs by model
         self, timesteps: Tensor, encoder_hidden_states: Tensor, video_grid: Tensor
     ) -> Prepared:
@@ -72,6 +73,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         """None: the rotation of the whole video is a constant of the request."""
         del latents
 
+    @entry_point
     def predict(  # type: ignore[override]  # which constants there are differs by model
         self,
         hidden_states: Tensor,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from configs.models.dits.flux import FluxTransformerConfig
-from models.dits.base import DiffusionTransformer, Predictions, Prepared
+from models.dits.base import DiffusionTransformer, Predictions, Prepared, entry_point
 from models.dits.joint_stream import joint_residual_elements, through_joint_blocks
 from models.layers.embeddings import EmbeddingMLP, sinusoidal_embedding
 from models.layers.feed_forward import FeedForward
@@ -142,9 +142,9 @@ class FluxTransformer2DModel(DiffusionTransformer):
         prepared = self.prepare(
             timestep[None], encoder_hidden_states, pooled_projections, guidance, img_ids=img_ids, txt_ids=txt_ids
         )
-        modulation = prepared.steps["modulation"][0]
-        return self.predict(hidden_states, modulation, use=None, **prepared.constants)["hidden_states"]
+        return self.predict(hidden_states, use=None, **prepared.inputs(0))["hidden_states"]
 
+    @entry_point
     def prepare(  # type: ignore[override]  # which keywords there are differs by model
         self,
         timesteps: Tensor,
@@ -167,6 +167,7 @@ class FluxTransformer2DModel(DiffusionTransformer):
             constants={"text_BTD": text_BTD, **rotation.tensors()},
         )
 
+    @entry_point
     def predict(  # type: ignore[override]  # which constants there are differs by model
         self,
         hidden_states: Tensor,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from configs.models.dits.flux2 import MLP_RATIO, Flux2TransformerConfig
-from models.dits.base import DiffusionTransformer, Predictions, Prepared
+from models.dits.base import DiffusionTransformer, Predictions, Prepared, entry_point
 from models.dits.joint_stream import joint_residual_elements, through_modulated_blocks
 from models.kernels.activation import gate_by_silu
 from models.layers.attention import Attention
@@ -181,9 +181,9 @@ class Flux2Transformer2DModel(DiffusionTransformer):
         (B, T, joint_attention_dim); positions (tokens, 4).
         """
         prepared = self.prepare(timestep[None], encoder_hidden_states, guidance, img_ids=img_ids, txt_ids=txt_ids)
-        modulation = prepared.steps["modulation"][0]
-        return self.predict(hidden_states, modulation, use=None, **prepared.constants)["hidden_states"]
+        return self.predict(hidden_states, use=None, **prepared.inputs(0))["hidden_states"]
 
+    @entry_point
     def prepare(  # type: ignore[override]  # which keywords there are differs by model
         self,
         timesteps: Tensor,
@@ -209,6 +209,7 @@ class Flux2Transformer2DModel(DiffusionTransformer):
             constants={"text_BTD": self.context_embedder(encoder_hidden_states), **rotation.tensors()},
         )
 
+    @entry_point
     def predict(  # type: ignore[override]  # which constants there are differs by model
         self,
         hidden_states: Tensor,

@@ -34,7 +34,7 @@ FLUX2_PLAN = ParallelPlan(
         f"{SINGLE}.attn.to_out",
     ),
     gathered=("double_stream_modulation_*.linear", "single_stream_modulation.linear"),
-    segments={
+    parts={
         # SwiGLU's gate and its input.
         f"{DOUBLE}.ff.linear_in": (1, 1),
         f"{DOUBLE}.ff_context.linear_in": (1, 1),
@@ -43,6 +43,7 @@ FLUX2_PLAN = ParallelPlan(
         # The heads, then the feed-forward.
         f"{SINGLE}.attn.to_out": (1, MLP_RATIO),
     },
+    token_segments={"text": "sharded", "image": "sharded"},
     attention=(f"{DOUBLE}.attn.inner", f"{SINGLE}.attn.inner"),
     # Image tokens are those of the output, then those of each reference image.
     cuts=(

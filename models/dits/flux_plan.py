@@ -37,7 +37,8 @@ FLUX_PLAN = ParallelPlan(
     # A third of the weights, read once a request: whole, they would cost each rank their memory.
     gathered=(f"{DOUBLE}.norm1.linear", f"{DOUBLE}.norm1_context.linear", f"{SINGLE}.norm.linear"),
     # Its inputs are the heads, and beside them the feed-forward, four times as wide.
-    segments={f"{SINGLE}.proj_out": (1, 4)},
+    parts={f"{SINGLE}.proj_out": (1, 4)},
+    token_segments={"text": "sharded", "image": "sharded"},
     attention=(f"{DOUBLE}.attn.inner", f"{SINGLE}.attn.inner"),
     cuts=(
         Cut("prepare", "encoder_hidden_states", "text"),

@@ -19,7 +19,7 @@ from torch.nn.functional import silu
 
 from configs.models.dits.glm_image import GlmImageTransformerConfig
 from configs.pipeline_configs.packed import pack_patches, unpack_patches
-from models.dits.base import DiffusionTransformer, Predictions, Prepared
+from models.dits.base import DiffusionTransformer, Predictions, Prepared, entry_point
 from models.dits.joint_stream import through_joint_blocks
 from models.layers.embeddings import EmbeddingMLP, sinusoidal_embedding
 from models.layers.feed_forward import FeedForward
@@ -150,8 +150,9 @@ class GlmImageTransformer2DModel(DiffusionTransformer):
         prepared = self.prepare(
             timestep[None], encoder_hidden_states, prior_token_id, prior_token_drop, target_size, crop_coords
         )
-        return self.predict(hidden_states, use=None, **prepared.row(0), **prepared.constants)["hidden_states"]
+        return self.predict(hidden_states, use=None, **prepared.inputs(0))["hidden_states"]
 
+    @entry_point
     def prepare(  # type: ignore[override]  # which keywords there are differs by model
         self,
         timesteps: Tensor,
@@ -174,6 +175,7 @@ class GlmImageTransformer2DModel(DiffusionTransformer):
             },
         )
 
+    @entry_point
     def predict(  # type: ignore[override]  # which constants there are differs by model
         self,
         hidden_states: Tensor,
@@ -189,6 +191,7 @@ class GlmImageTransformer2DModel(DiffusionTransformer):
         velocity = self.tokens(patches, rotation.cos, rotation.sin, modulation, text_BTD, prior_BID, use)
         return {"hidden_states": unpack_patches(velocity, self.out_channels, rows, columns)}
 
+    @entry_point
     def tokens(
         self,
         image_BIC: Tensor,

@@ -24,6 +24,7 @@ GLM_IMAGE_PLAN = ParallelPlan(
     row=(f"{BLOCK}.attn1.to_out.0", f"{BLOCK}.ff.net.2"),
     # Read once a request: whole, these weights would cost each rank their memory.
     gathered=(f"{BLOCK}.norm1.linear",),
+    token_segments={TEXT: "sharded", IMAGE: "sharded"},
     attention=(f"{BLOCK}.attn1.inner",),
     cuts=(
         Cut("prepare", "encoder_hidden_states", TEXT),

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from configs.models.dits.hunyuan_video import PATCH, HunyuanVideoTransformerConfig
-from models.dits.base import DiffusionTransformer, Predictions, Prepared
+from models.dits.base import DiffusionTransformer, Predictions, Prepared, entry_point
 from models.dits.flux import (
     ConditioningEmbedding,
     FluxSingleTransformerBlock,
@@ -82,8 +82,9 @@ class HunyuanVideoTransformer3DModel(DiffusionTransformer):
         video_ids (I, 3) are frame, row and column of each token.
         """
         prepared = self.prepare(timestep[None], encoder_hidden_states, pooled_projections, guidance, video_ids)
-        return self.predict(hidden_states, use=None, **prepared.row(0), **prepared.constants)["hidden_states"]
+        return self.predict(hidden_states, use=None, **prepared.inputs(0))["hidden_states"]
 
+    @entry_point
     def prepare(  # type: ignore[override]  # which keywords there are differs by model
         self,
         timesteps: Tensor,
@@ -106,6 +107,7 @@ class HunyuanVideoTransformer3DModel(DiffusionTransformer):
             constants=rotary_embedding(video_ids, self.config.axes_dims_rope, self.config.rope_theta).tensors(),
         )
 
+    @entry_point
     def predict(  # type: ignore[override]  # which constants there are differs by model
         self,
         hidden_states: Tensor,
@@ -123,6 +125,7 @@ class HunyuanVideoTransformer3DModel(DiffusionTransformer):
         video = patches.permute(0, 4, 1, 2, 5, 3, 6).reshape(batch, -1, frames, rows, columns)
         return {"hidden_states": video}
 
+    @entry_point
     def tokens(
         self,
         video_BID: Tensor,

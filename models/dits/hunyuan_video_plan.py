@@ -34,6 +34,7 @@ HUNYUAN_VIDEO_PLAN = replace(
     row=(*FLUX_PLAN.row, *_REFINER_ROWS),
     # They run once a request.
     minor=(*_REFINER_COLUMNS, *_REFINER_ROWS),
+    token_segments={TEXT: "sharded", VIDEO: "sharded"},
     cuts=(
         Cut("tokens", "video_BID", VIDEO),
         Cut("tokens", "cos", VIDEO, dim=0),

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from configs.models.dits.ltx2 import LTX2StreamConfig, LTX2TransformerConfig
-from models.dits.base import DiffusionTransformer, Predictions, Prepared
+from models.dits.base import DiffusionTransformer, Predictions, Prepared, entry_point
 from models.dits.ltx2_blocks import (
     EXCHANGE,
     LTX2VideoTransformerBlock,
@@ -107,11 +107,11 @@ class LTX2VideoTransformer3DModel(DiffusionTransformer):
             use=None,
             spatio_temporal_guidance_blocks=spatio_temporal_guidance_blocks,
             isolate_modalities=isolate_modalities,
-            **prepared.row(0),
-            **prepared.constants,
+            **prepared.inputs(0),
         )
         return predictions["hidden_states"], predictions["audio_hidden_states"]
 
+    @entry_point
     def prepare(  # type: ignore[override]  # which keywords there are differs by model
         self,
         timesteps: Tensor,
@@ -168,6 +168,7 @@ class LTX2VideoTransformer3DModel(DiffusionTransformer):
         joined = torch.cat(parts, dim=1)
         return joined.view(*time_NB.shape, *joined.shape[1:])
 
+    @entry_point
     def predict(  # type: ignore[override]  # which constants there are differs by model
         self,
         hidden_states: Tensor,
@@ -225,6 +226,7 @@ class LTX2VideoTransformer3DModel(DiffusionTransformer):
         tokens = math.prod(video.shape[2:]) * self.norm_out.size + audio.shape[2] * self.audio_norm_out.size
         return len(video) * tokens
 
+    @entry_point
     def tokens(
         self,
         x_BSD: Tensor,

@@ -13,7 +13,7 @@ import torch
 
 from configs.models.dits.ltx2 import LTX2TransformerConfig
 from models.dits.loading import load_transformer
-from models.dits.ltx2 import FIRST_FRAME, VIDEO, LTX2VideoTransformer3DModel
+from models.dits.ltx2 import AUDIO, FIRST_FRAME, VIDEO, LTX2VideoTransformer3DModel
 from models.parallel.plan import Cut, Join, ParallelPlan
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ LTX2_PLAN = ParallelPlan(
     minor=(_GATE_LOGITS,),
     norms=(f"{_ATTENTION}.norm_[qk]",),
     heads=(f"{_ATTENTION}.own_heads",),
+    token_segments={VIDEO: "sharded", FIRST_FRAME: "sharded", AUDIO: "whole", "text": "whole"},
     attention=(f"{BLOCK}.attn1.inner",),
     sharded_keys=(f"{BLOCK}.video_to_audio_attn.inner",),
     cuts=(

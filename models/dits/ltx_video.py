@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from configs.models.dits.ltx_video import LTXVideoTransformerConfig
-from models.dits.base import DiffusionTransformer, Predictions, Prepared
+from models.dits.base import DiffusionTransformer, Predictions, Prepared, entry_point
 from models.layers.cross_attention import CrossAttention
 from models.layers.embeddings import TextProjection
 from models.layers.feed_forward import FeedForward
@@ -120,8 +120,9 @@ class LTXVideoTransformer3DModel(DiffusionTransformer):
         of each token; those of the first latent frame are first_positions where it has a timestep of its own.
         """
         prepared = self.prepare(timestep[None], encoder_hidden_states, positions, first_positions)
-        return self.predict(hidden_states, use=None, **prepared.row(0), **prepared.constants)["hidden_states"]
+        return self.predict(hidden_states, use=None, **prepared.inputs(0))["hidden_states"]
 
+    @entry_point
     def prepare(  # type: ignore[override]  # which keywords there are differs by model
         self,
         timesteps: Tensor,
@@ -160,6 +161,7 @@ class LTXVideoTransformer3DModel(DiffusionTransformer):
         heads, head_size = config.num_attention_heads, config.attention_head_dim
         return head_rotation(positions, _EXTENTS, heads, head_size, theta=_THETA, is_neox_style=False, is_double=False)
 
+    @entry_point
     def predict(  # type: ignore[override]  # which constants there are differs by model
         self,
         hidden_states: Tensor,
@@ -200,6 +202,7 @@ class LTXVideoTransformer3DModel(DiffusionTransformer):
         batch, tokens, _ = latents["hidden_states"].shape
         return batch * tokens * self.norm_out.size
 
+    @entry_point
     def tokens(
         self,
         x_BSD: Tensor,

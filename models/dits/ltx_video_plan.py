@@ -24,6 +24,7 @@ LTX_VIDEO_PLAN = ParallelPlan(
     row=(f"{BLOCK}.attn[12].to_out.0", f"{BLOCK}.ff.net.2"),
     norms=(f"{BLOCK}.attn[12].norm_[qk]",),
     heads=(f"{BLOCK}.attn1.own_heads",),
+    token_segments={VIDEO: "sharded", FIRST_FRAME: "sharded", "text": "whole"},
     attention=(f"{BLOCK}.attn1.inner",),
     cuts=(
         Cut("tokens", "x_BSD", VIDEO),

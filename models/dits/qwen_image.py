@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from configs.models.dits.qwen_image import QwenImageTransformerConfig
-from models.dits.base import DiffusionTransformer, Predictions, Prepared
+from models.dits.base import DiffusionTransformer, Predictions, Prepared, entry_point
 from models.dits.joint_stream import through_joint_blocks
 from models.layers.embeddings import EmbeddingMLP, sinusoidal_embedding
 from models.layers.feed_forward import FeedForward
@@ -130,9 +130,10 @@ class QwenImageTransformer2DModel(DiffusionTransformer):
         condition_states (B, C, in_channels); positions (tokens, 3).
         """
         prepared = self.prepare(timestep[None], encoder_hidden_states, img_ids, txt_ids, condition_ids)
-        inputs = {**prepared.row(0), **prepared.constants}
-        return self.predict(hidden_states, condition_states=condition_states, use=None, **inputs)["hidden_states"]
+        predictions = self.predict(hidden_states, condition_states=condition_states, use=None, **prepared.inputs(0))
+        return predictions["hidden_states"]
 
+    @entry_point
     def prepare(  # type: ignore[override]  # which keywords there are differs by model
         self,
         timesteps: Tensor,
@@ -155,6 +156,7 @@ class QwenImageTransformer2DModel(DiffusionTransformer):
             constants["condition_modulation"] = self._modulation(torch.zeros_like(timesteps[0]))
         return Prepared(steps={"modulation": modulations}, constants=constants)
 
+    @entry_point
     def predict(  # type: ignore[override]  # which constants there are differs by model
         self,
         hidden_states: Tensor,

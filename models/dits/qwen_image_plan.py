@@ -33,6 +33,7 @@ QWEN_IMAGE_PLAN = ParallelPlan(
     ),
     # A third of the weights, read once a request: whole, they would cost each rank their memory.
     gathered=(f"{BLOCK}.img_mod.1", f"{BLOCK}.txt_mod.1"),
+    token_segments={"text": "sharded", "image": "sharded", "condition": "sharded"},
     attention=(f"{BLOCK}.attn.inner",),
     # Given images, which may have a timestep of their own, are sharded separately: every rank has a chunk of them.
     cuts=(

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import layer_norm, silu
 
 from configs.models.dits.wan import WanTransformerConfig
-from models.dits.base import DiffusionTransformer, Predictions, Prepared
+from models.dits.base import DiffusionTransformer, Predictions, Prepared, entry_point
 from models.layers.attention import KeyValueCache
 from models.layers.cross_attention import CrossAttention
 from models.layers.embeddings import EmbeddingMLP, TextProjection, sinusoidal_embedding
@@ -210,8 +210,9 @@ class WanTransformer3DModel(DiffusionTransformer):
         last frame behind each other where there are two.
         """
         prepared = self.prepare(timestep[None], encoder_hidden_states, encoder_hidden_states_image)
-        return self.predict(hidden_states, use=None, **prepared.row(0), **prepared.constants)["hidden_states"]
+        return self.predict(hidden_states, use=None, **prepared.inputs(0))["hidden_states"]
 
+    @entry_point
     def prepare(  # type: ignore[override]  # which keywords there are differs by model
         self,
         timesteps: Tensor,
@@ -245,6 +246,7 @@ class WanTransformer3DModel(DiffusionTransformer):
         rows = torch.cat((*tables, last.float()), dim=1)
         return rows.view(*timesteps_NB.shape, *rows.shape[1:])
 
+    @entry_point
     def predict(  # type: ignore[override]  # which constants there are differs by model
         self,
         hidden_states: Tensor,
@@ -299,6 +301,7 @@ class WanTransformer3DModel(DiffusionTransformer):
         """Frames, rows and columns of patches."""
         return tuple(size // patch for size, patch in zip(hidden_states.shape[2:], self.patch_size, strict=True))
 
+    @entry_point
     def tokens(
         self,
         x_BSD: Tensor,

@@ -24,6 +24,7 @@ WAN_PLAN = ParallelPlan(
     column=(f"{BLOCK}.attn[12].to_[qkv]", f"{BLOCK}.attn2.add_[kv]_proj", f"{BLOCK}.ffn.net.0.proj"),
     row=(f"{BLOCK}.attn[12].to_out.0", f"{BLOCK}.ffn.net.2"),
     norms=(f"{BLOCK}.attn[12].norm_[qk]", f"{BLOCK}.attn2.norm_added_k"),
+    token_segments={VIDEO: "sharded", FIRST_FRAME: "sharded", "text": "whole", "image": "whole"},
     attention=(f"{BLOCK}.attn1.inner",),
     cuts=(
         Cut("tokens", "x_BSD", VIDEO),

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import rms_norm
 
 from configs.models.dits.z_image import PATCH, ZImageTransformerConfig
-from models.dits.base import DiffusionTransformer, Predictions, Prepared
+from models.dits.base import DiffusionTransformer, Predictions, Prepared, entry_point
 from models.layers.embeddings import sinusoidal_embedding
 from models.layers.feed_forward import GatedFeedForward
 from models.layers.linear import Linear, only_linear
@@ -150,8 +150,9 @@ class ZImageTransformer2DModel(DiffusionTransformer):
         (T, 3) and image_ids (I, 3) are the positions of all tokens, padding included.
         """
         prepared = self.prepare(timestep[None], encoder_hidden_states, text_ids, image_ids)
-        return self.predict(hidden_states, use=None, **prepared.row(0), **prepared.constants)["hidden_states"]
+        return self.predict(hidden_states, use=None, **prepared.inputs(0))["hidden_states"]
 
+    @entry_point
     def prepare(  # type: ignore[override]  # which keywords there are differs by model
         self, timesteps: Tensor, encoder_hidden_states: Tensor, text_ids: Tensor, image_ids: Tensor
     ) -> Prepared:
@@ -170,6 +171,7 @@ class ZImageTransformer2DModel(DiffusionTransformer):
             },
         )
 
+    @entry_point
     def predict(  # type: ignore[override]  # which constants there are differs by model
         self,
         hidden_states: Tensor,
@@ -189,6 +191,7 @@ class ZImageTransformer2DModel(DiffusionTransformer):
         velocity = self.tokens(refined, cos, sin, modulation, text_BTD, text_cos, text_sin, use)
         return {"hidden_states": unpack_channels_last(velocity[:, : patches.shape[1]], rows, columns)}
 
+    @entry_point
     def refine(
         self, image_BID: Tensor, cos: Tensor, sin: Tensor, modulation: Tensor, text_BTD: Tensor | None = None
     ) -> Tensor:
@@ -200,6 +203,7 @@ class ZImageTransformer2DModel(DiffusionTransformer):
             residual = block(residual, vectors[VECTORS * index :][:VECTORS], no_shift, rotation)
         return residual.added(0)
 
+    @entry_point
     def tokens(
         self,
         image_BID: Tensor,

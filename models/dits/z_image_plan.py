@@ -30,6 +30,7 @@ Z_IMAGE_PLAN = ParallelPlan(
     row=tuple(f"{block}.{name}" for block in BLOCKS for name in ("attention.to_out.0", "feed_forward.w2")),
     # Read once a request: whole, these weights would cost each rank their memory.
     gathered=("noise_refiner.*.adaLN_modulation.0", f"{LAYERS}.adaLN_modulation.0"),
+    token_segments={TEXT: "sharded", IMAGE: "sharded"},
     attention=("noise_refiner.*.attention.inner", f"{LAYERS}.attention.inner"),
     cuts=(
         Cut("refine", "image_BID", IMAGE),

@@ -1,4 +1,4 @@
-"""Attention over a sequence that is cut between ranks: Ulysses' all-to-all around ring attention.
+"""Attention over a sequence that is sharded between ranks: Ulysses' all-to-all around ring attention.
 
 Sources: DeepSpeed-Ulysses (arXiv 2309.14509), Ring Attention (arXiv 2310.01889), their combination USP (arXiv
 2405.07719). Shapes: B batch, L tokens of this rank, R tokens of its ulysses group, H heads of this rank (after tp), K
@@ -19,7 +19,7 @@ from models.layers.attention import Attention, KeyValueCache, KeyValues, attenti
 from models.parallel.collectives import start_all_to_all, start_shift, wait
 from models.parallel.mesh import Axis, WorkerMesh
 from models.parallel.peer_gather import Gathered, PeerGather
-from models.parallel.shards import SequenceShards
+from models.parallel.segment_lengths import SegmentScope
 
 
 class USPAttention(Attention):
@@ -27,17 +27,17 @@ class USPAttention(Attention):
 
     Within a ulysses group every rank gets all tokens of the group for some of the heads, and attends. The groups' keys
     and values travel around the ring meanwhile, or are gathered before where all ranks can write to each other's
-    memory. Keys have no order, so that a rank's tokens may be chunks of several streams. Chunks may have any lengths,
+    memory. Keys have no order, so that a rank's tokens may be chunks of several segments. Chunks may have any lengths,
     0 too: nothing is padded. All ranks must call it together.
     """
 
     travels = True
 
-    def __init__(self, mesh: WorkerMesh, shards: SequenceShards, gather: PeerGather | None = None) -> None:
+    def __init__(self, mesh: WorkerMesh, scope: SegmentScope, gather: PeerGather | None = None) -> None:
         super().__init__()
         self.ulysses = mesh.axis("ulysses")
         self.ring = mesh.axis("ring")
-        self.shards = shards
+        self.scope = scope
         self.gather = gather
 
     def key_values(self, k: Tensor, v: Tensor) -> KeyValues:
@@ -83,7 +83,8 @@ class USPAttention(Attention):
 
     def _give_back(self, attended: Tensor) -> Tensor:
         """All tokens of the group for some heads (B, R, heads, K) to this rank's tokens for all (B, L, H, K)."""
-        tokens, ranks = self.shards.sizes[self.shards.index], self.ulysses.size
+        lengths, ranks = self.scope.current, self.ulysses.size
+        tokens = lengths.sizes[lengths.index]
         sent = self._group(self.ring.index)
         x_LBHK = wait(start_all_to_all(attended.transpose(0, 1), sent, [tokens] * ranks, self.ulysses))
         return x_LBHK.view(ranks, tokens, *x_LBHK.shape[1:]).permute(2, 1, 0, 3, 4).flatten(2, 3)
@@ -91,7 +92,7 @@ class USPAttention(Attention):
     def _group(self, ring: int) -> list[int]:
         """Tokens of each rank of the ulysses group that has this place on the ring."""
         first = ring * self.ulysses.size
-        return list(self.shards.sizes[first : first + self.ulysses.size])
+        return list(self.scope.current.sizes[first : first + self.ulysses.size])
 
     def _in_ring(self, k: Tensor, v: Tensor) -> KeyValues:
         """The way of keys and values (B, R, heads, K) of one group to the others."""

@@ -73,7 +73,8 @@ def lease_branch(
     caching: StepCaching | None = None,
 ) -> Branch:
     """A branch with memory for steps whose latents have these shapes. Raises ResourceExhausted."""
-    inputs = StepInputs(latents, prepared.row(0), prepared.constants, prepared.memory, flags)
+    static = {**prepared.flags, **flags}
+    inputs = StepInputs(latents, prepared.row(0), prepared.constants, prepared.memory, static)
     if caching is None:
         return Branch(prepared, lease(role, transformer, inputs))
     return Branch(prepared, lease(role, transformer, inputs, caching.new_cache), caching.threshold)

@@ -111,8 +111,7 @@ def test_a_prediction_reads_nothing_on_the_host(tmp_path: Path) -> None:
     with torch.inference_mode():
         prepared = ours.prepare(timestep[None], **given)
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-            given = {**prepared.row(0), **prepared.constants}
-            fakes: dict[str, Any] = {name: mode.from_tensor(each) for name, each in given.items()}
+            fakes: dict[str, Any] = {name: mode.from_tensor(each) for name, each in prepared.inputs(0).items()}
             predicted = ours.predict(hidden_states=mode.from_tensor(latents), **fakes)["hidden_states"]
     assert predicted.shape == latents.shape
 
