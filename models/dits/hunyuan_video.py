@@ -32,8 +32,9 @@ from models.dits.hunyuan_video_refiner import TokenRefiner
 from models.dits.joint_stream import through_joint_blocks
 from models.dits.loading import load_transformer
 from models.layers.norms import LayerNormScaleShift
-from models.layers.rotary import Rotation, rotary_embedding
+from models.layers.rotary import rotary_embedding
 from models.layers.step_cache import CacheUse
+from models.rotation import Rotation
 
 if TYPE_CHECKING:
     from common.checkpoint import Checkpoint
