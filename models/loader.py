@@ -26,8 +26,8 @@ from configs.pipeline_configs.base import DenoisingConfig, PipelineConfig, Prepa
 from models.composition import SCHEDULER
 from models.dits.base import DiffusionTransformer
 from models.experts import SwappedExpert, swapped_experts
+from models.kernels.backends import facts as kernel_facts
 from models.kernels.float8 import check_float8
-from models.kernels.packages import kernel_facts
 from models.layers.linear import quantize_linears
 from models.parallel.mesh import Degrees
 from models.registry import resolve

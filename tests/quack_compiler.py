@@ -27,14 +27,14 @@ EpiMod.gemm = compile_only
 # Asked of the driver, where there is one.
 host.get_max_active_clusters = lambda size: MULTIPROCESSORS // size
 
-from models.kernels import quack_kernels  # noqa: E402
+from models.kernels import quack_epilogues  # noqa: E402
 
 x = torch.empty(ROWS, SIZE, dtype=torch.bfloat16)
 weight = torch.empty(WIDTH, SIZE, dtype=torch.bfloat16)
 vector = torch.empty(WIDTH, dtype=torch.bfloat16)
 columns = torch.empty(ROWS, 2 * WIDTH, dtype=torch.bfloat16)[:, WIDTH:]
-quack_kernels.gelu_into(x, weight, vector, columns)
-quack_kernels.gelu_into(x, weight[:1280], vector[:1280], columns[:, :1280])
+quack_epilogues.gelu_into(x, weight, vector, columns)
+quack_epilogues.gelu_into(x, weight[:1280], vector[:1280], columns[:, :1280])
 for gate in (vector, vector.float()):
-    quack_kernels.add_gated(x, weight, vector, gate, columns)
-quack_kernels.normed_heads_into(x, weight, vector, vector, torch.empty(ROWS, 128), columns)
+    quack_epilogues.add_gated(x, weight, vector, gate, columns)
+quack_epilogues.normed_heads_into(x, weight, vector, vector, torch.empty(ROWS, 128), columns)

@@ -22,10 +22,12 @@ from models.layers.embeddings import EmbeddingMLP, sinusoidal_embedding
 from models.layers.feed_forward import FeedForward
 from models.layers.joint_attention import JointAttention, block_modulations, joint_block
 from models.layers.linear import Linear
-from models.layers.norms import LayerNormScaleShift, Residual, SegmentVectors
-from models.layers.rotary import Rotation, rotary_embedding
+from models.layers.norms import LayerNormScaleShift, Residual
+from models.layers.rotary import rotary_embedding
 from models.layers.self_attention import SelfAttention
 from models.layers.step_cache import CacheUse
+from models.rotation import Rotation
+from models.token_segments import SegmentVectors, TokenSegments
 
 SINUSOID_SIZE = 256
 
@@ -76,10 +78,12 @@ class FluxTransformerBlock(nn.Module):
         self.ff = FeedForward(size)
         self.ff_context = FeedForward(size)
 
-    def forward(self, residual: Residual, parts: Iterator[Tensor], rotation: Rotation, boundary: int) -> Residual:
+    def forward(
+        self, residual: Residual, parts: Iterator[Tensor], rotation: Rotation, segments: TokenSegments
+    ) -> Residual:
         """The next residual; takes its modulations from `parts`."""
-        modulations = block_modulations(parts)
-        return joint_block(residual, self.norm, self.attn, (self.ff_context, self.ff), modulations, rotation, boundary)
+        modulations = block_modulations(segments, parts)
+        return joint_block(residual, self.norm, self.attn, (self.ff_context, self.ff), modulations, rotation, segments)
 
 
 class FluxSingleTransformerBlock(nn.Module):
@@ -94,10 +98,13 @@ class FluxSingleTransformerBlock(nn.Module):
         self.proj_mlp = Linear(size, 4 * size)
         self.proj_out = Linear(5 * size, size)
 
-    def forward(self, residual: Residual, parts: Iterator[Tensor], rotation: Rotation, boundary: int) -> Residual:
-        """The next residual; takes its modulations from `parts`."""
+    def forward(
+        self, residual: Residual, parts: Iterator[Tensor], rotation: Rotation, segments: TokenSegments
+    ) -> Residual:
+        """The next residual; takes its modulations from `parts`, the same for all segments."""
+        del segments
         shift, scale, gate = (SegmentVectors.same(part) for part in islice(parts, 3))
-        x_BSD, normed = self.layer_norm.after(residual, scale, shift, boundary)
+        x_BSD, normed = self.layer_norm.after(residual, scale, shift)
         started = self.attn.start(normed, rotation)
         size, hidden = (len(layer.weight) for layer in (self.attn.to_q, self.proj_mlp))
         both = normed.new_empty(*normed.shape[:2], size + hidden)

@@ -20,14 +20,17 @@ from configs.models.dits.flux2 import MLP_RATIO, Flux2TransformerConfig
 from models.dits.base import DiffusionTransformer, Predictions, Prepared, entry_point
 from models.dits.joint_stream import joint_residual_elements, through_modulated_blocks
 from models.kernels.activation import gate_by_silu
+from models.kernels.qk_norm_rotate import split_heads
 from models.layers.attention import Attention
 from models.layers.embeddings import EmbeddingMLP, sinusoidal_embedding
 from models.layers.joint_attention import JointAttention, block_modulations, joint_block
 from models.layers.linear import Linear
-from models.layers.norms import LayerNormScaleShift, Residual, RMSNorm, SegmentVectors
-from models.layers.qk_norm import QKNorms, apply_qk_norm, in_place, split_heads
-from models.layers.rotary import Rotation, rotary_embedding
+from models.layers.norms import LayerNormScaleShift, Residual, RMSNorm
+from models.layers.qk_norm import HeadNorms, apply_qk_norm, in_place
+from models.layers.rotary import rotary_embedding
 from models.layers.step_cache import CacheUse
+from models.rotation import Rotation
+from models.token_segments import SegmentVectors, TokenSegments
 
 DOUBLE_VECTORS, SINGLE_VECTORS, FINAL_VECTORS = 12, 3, 2
 """Modulations of a block of two streams, of a block of one stream, and of the last norm."""
@@ -100,9 +103,9 @@ class Flux2ParallelSelfAttention(nn.Module):
         key_values = self.inner.key_values(k, v)
         keys_to, values_to = (k, v) if key_values.room is None else key_values.room.unbind(2)
         if key_values.room is None:
-            apply_qk_norm(qkv[..., : 2 * size], QKNorms(norms, norms, self.head_size), rotation)
+            apply_qk_norm(qkv[..., : 2 * size], HeadNorms(norms, self.head_size), rotation)
         else:
-            apply_qk_norm(qkv, QKNorms(norms, norms, self.head_size), rotation, out=(q, keys_to, values_to))
+            apply_qk_norm(qkv, HeadNorms(norms, self.head_size), rotation, out=(q, keys_to, values_to))
         key_values.send()
         queries = self.inner.start_queries(q)
         # Overlaps with messages between ranks.
@@ -124,10 +127,12 @@ class Flux2TransformerBlock(nn.Module):
         self.ff = Flux2FeedForward(size)
         self.ff_context = Flux2FeedForward(size)
 
-    def forward(self, residual: Residual, parts: Iterator[Tensor], rotation: Rotation, boundary: int) -> Residual:
+    def forward(
+        self, residual: Residual, parts: Iterator[Tensor], rotation: Rotation, segments: TokenSegments
+    ) -> Residual:
         """The next residual; takes its modulations from `parts`."""
-        modulations = block_modulations(parts)
-        return joint_block(residual, self.norm, self.attn, (self.ff_context, self.ff), modulations, rotation, boundary)
+        modulations = block_modulations(segments, parts)
+        return joint_block(residual, self.norm, self.attn, (self.ff_context, self.ff), modulations, rotation, segments)
 
 
 class Flux2SingleTransformerBlock(nn.Module):
@@ -138,10 +143,13 @@ class Flux2SingleTransformerBlock(nn.Module):
         self.norm = LayerNormScaleShift(config.hidden_size)
         self.attn = Flux2ParallelSelfAttention(config.hidden_size, config.attention_head_dim)
 
-    def forward(self, residual: Residual, parts: Iterator[Tensor], rotation: Rotation, boundary: int) -> Residual:
-        """The next residual; takes its modulations from `parts`."""
+    def forward(
+        self, residual: Residual, parts: Iterator[Tensor], rotation: Rotation, segments: TokenSegments
+    ) -> Residual:
+        """The next residual; takes its modulations from `parts`, the same for all segments."""
+        del segments
         shift, scale, gate = (SegmentVectors.same(part) for part in islice(parts, SINGLE_VECTORS))
-        x_BSD, normed = self.norm.after(residual, scale, shift, boundary)
+        x_BSD, normed = self.norm.after(residual, scale, shift)
         return Residual(x_BSD, self.attn(normed, rotation), gate)
 
 

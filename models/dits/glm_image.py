@@ -24,10 +24,12 @@ from models.dits.joint_stream import through_joint_blocks
 from models.layers.embeddings import EmbeddingMLP, sinusoidal_embedding
 from models.layers.feed_forward import FeedForward
 from models.layers.linear import Linear, only_linear
-from models.layers.norms import LayerNormScaleShift, PlainLayerNorm, Residual, SegmentVectors
-from models.layers.rotary import Rotation, rotary_embedding
+from models.layers.norms import LayerNormScaleShift, PlainLayerNorm, Residual
+from models.layers.rotary import rotary_embedding
 from models.layers.self_attention import SelfAttention
 from models.layers.step_cache import CacheUse
+from models.rotation import Rotation
+from models.token_segments import TokenSegments
 
 EPS = 1e-5
 MODULATIONS = 12
@@ -99,15 +101,17 @@ class GlmImageTransformerBlock(nn.Module):
         self.attn1 = GlmImageAttention(size, config.attention_head_dim)
         self.ff = FeedForward(size)
 
-    def forward(self, residual: Residual, parts: Iterator[Tensor], rotation: Rotation, boundary: int) -> Residual:
+    def forward(
+        self, residual: Residual, parts: Iterator[Tensor], rotation: Rotation, segments: TokenSegments
+    ) -> Residual:
         """The next residual; takes its modulations from `parts`."""
         own = list(islice(parts, MODULATIONS))
-        vectors = [SegmentVectors(text, image) for image, text in zip(own[::2], own[1::2], strict=True)]
+        vectors = [segments.vectors(text, image) for image, text in zip(own[::2], own[1::2], strict=True)]
         shift, scale, gate, ff_shift, ff_scale, ff_gate = vectors
-        x_BSD, normed = self.norm.after(residual, scale, shift, boundary)
-        attended = self.attn1.finish(self.attn1.start(normed, rotation, boundary, keys_first=True))
-        residual = only_linear(self.attn1.to_out).update(x_BSD, attended, gate, boundary)
-        x_BSD, normed = self.norm.after(residual, ff_scale, ff_shift, boundary)
+        x_BSD, normed = self.norm.after(residual, scale, shift)
+        attended = self.attn1.finish(self.attn1.start(normed, rotation, keys_first=True))
+        residual = only_linear(self.attn1.to_out).update(x_BSD, attended, gate)
+        x_BSD, normed = self.norm.after(residual, ff_scale, ff_shift)
         fed = normed.new_empty(normed.shape)
         self.ff.into(normed, fed)
         return Residual(x_BSD, fed, ff_gate)

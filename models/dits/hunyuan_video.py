@@ -27,8 +27,9 @@ from models.dits.flux import (
 from models.dits.hunyuan_video_refiner import TokenRefiner
 from models.dits.joint_stream import through_joint_blocks
 from models.layers.norms import LayerNormScaleShift
-from models.layers.rotary import Rotation, rotary_embedding
+from models.layers.rotary import rotary_embedding
 from models.layers.step_cache import CacheUse
+from models.rotation import Rotation
 
 MOST_TEXT_TOKENS = 1024
 """The bound of max_sequence_length."""

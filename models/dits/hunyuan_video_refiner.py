@@ -14,10 +14,10 @@ from torch.nn.functional import silu
 
 from configs.models.dits.hunyuan_video import HunyuanVideoTransformerConfig
 from models.dits.flux import ConditioningEmbedding
+from models.kernels.qk_norm_rotate import split_heads
 from models.layers.attention import Attention
 from models.layers.feed_forward import FeedForward
 from models.layers.linear import Linear, only_linear
-from models.layers.qk_norm import split_heads
 
 EPS = 1e-6
 

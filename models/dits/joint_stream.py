@@ -1,4 +1,4 @@
-"""What DiTs of a text and an image stream do between their first and their last projection."""
+"""The blocks of DiTs with text and image segments, between their first and their last projection."""
 
 # ruff: noqa: N803  (the capitals of a tensor's name are its shape)
 
@@ -10,10 +10,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from models.layers.joint_attention import LastSegment
-from models.layers.norms import LayerNormScaleShift, Residual, SegmentVectors
-from models.layers.rotary import Rotation
+from models.layers.norms import LayerNormScaleShift, Residual
 from models.layers.step_cache import CacheUse, through_blocks
+from models.rotation import Rotation
+from models.token_segments import SegmentVectors, TokenSegments
 
 
 def through_joint_blocks(
@@ -26,14 +26,16 @@ def through_joint_blocks(
     use: CacheUse | None,
     last: tuple[int, Tensor] | None = None,
 ) -> Tensor:
-    """The image stream (B, I, D) after all blocks and the last norm.
+    """The image tokens (B, I, D) after all blocks and the last norm.
 
     Each block takes its share of the modulations, vectors of size D, in order; the last two are the norm's. `last` are
-    a number of tokens at the end of the image stream, and the modulations of these in the blocks, (B, M) too.
+    the length of a segment at the end of the image tokens, and its modulations in the blocks, (B, M) too.
     """
     size = final_norm.size
-    own = None if last is None else LastSegment(last[0], iter(_vectors(last[1], size)))
     parts = _vectors(modulation_BM, size)
+    if last is None:
+        return through_modulated_blocks(image_BID, text_BTD, parts, rotation, blocks, final_norm, use)
+    own = (last[0], _vectors(last[1], size))
     return through_modulated_blocks(image_BID, text_BTD, parts, rotation, blocks, final_norm, use, own)
 
 
@@ -45,18 +47,19 @@ def through_modulated_blocks(
     blocks: Iterable[nn.Module],
     final_norm: LayerNormScaleShift,
     use: CacheUse | None,
-    last: LastSegment | None = None,
+    last: tuple[int, Sequence[Tensor]] | None = None,
 ) -> Tensor:
     """The same, with the modulations (B, D) each; blocks may share vectors."""
-    boundary = text_BTD.shape[1]
-    given: dict[str, object] = {"parts": iter(parts), "rotation": rotation, "boundary": boundary}
+    text, image = text_BTD.shape[1], image_BID.shape[1]
+    given: dict[str, object] = {"parts": iter(parts), "rotation": rotation, "segments": TokenSegments((text, image))}
     if last is not None:
-        given["last"] = last
+        length, own = last
+        given |= {"segments": TokenSegments((text, image - length, length)), "last": iter(own)}
     residual = Residual(torch.cat((text_BTD, image_BID), dim=1))
-    residual = through_blocks(residual, [partial(block, **given) for block in blocks], boundary, use)
+    residual = through_blocks(residual, [partial(block, **given) for block in blocks], use)
     scale, shift = (SegmentVectors.same(part) for part in parts[-2:])
-    _, normed = final_norm.after(residual, scale, shift, boundary)
-    return normed[:, boundary:]
+    _, normed = final_norm.after(residual, scale, shift)
+    return normed[:, text:]
 
 
 def _vectors(modulation_BM: Tensor, size: int) -> tuple[Tensor, ...]:

@@ -32,10 +32,12 @@ from models.dits.ltx2_blocks import (
 )
 from models.dits.ltx2_positions import audio_positions, video_positions
 from models.layers.embeddings import TextProjection
-from models.layers.head_rotary import HeadRotation, head_rotation
+from models.layers.head_rotary import head_rotation
 from models.layers.norms import LayerNormScaleShift, Residual
 from models.layers.step_cache import CacheUse
 from models.layers.time_modulation import TimeModulation
+from models.rotation import HeadRotation
+from models.token_segments import TokenSegments
 
 VIDEO, FIRST_FRAME, AUDIO = "video", "first_frame", "audio"
 """Token segments, each with timesteps of its own; keys of what tokens() returns."""
@@ -194,8 +196,8 @@ class LTX2VideoTransformer3DModel(DiffusionTransformer):
         positions = video_positions(self.config, grid, fps)
         x_BSD = self.proj_in(hidden_states.flatten(2).transpose(1, 2))
         audio_BLD = self.audio_proj_in(audio_hidden_states.transpose(1, 2).flatten(2))
-        boundary = 0 if first_rows is None else math.prod(grid[1:])
-        first, rest = slice(0, boundary), slice(boundary, None)
+        frame = 0 if first_rows is None else math.prod(grid[1:])
+        first, rest = slice(0, frame), slice(frame, None)
         segments = self.tokens(
             x_BSD[:, rest],
             positions[rest],
@@ -205,8 +207,8 @@ class LTX2VideoTransformer3DModel(DiffusionTransformer):
             text,
             audio_text,
             text_mask,
-            first_BSD=x_BSD[:, first] if boundary else None,
-            first_positions=positions[first] if boundary else None,
+            first_BSD=x_BSD[:, first] if frame else None,
+            first_positions=positions[first] if frame else None,
             first_rows=first_rows,
             skipped=spatio_temporal_guidance_blocks,
             is_isolated=isolate_modalities,
@@ -245,29 +247,29 @@ class LTX2VideoTransformer3DModel(DiffusionTransformer):
         use: CacheUse | None = None,
     ) -> dict[str, Tensor]:
         """All blocks, the last norms and projections, from tokens of latents to those of the result, by segment."""
-        boundary = 0
+        segments = None
         if first_BSD is not None and first_positions is not None:
-            boundary = first_BSD.shape[1]
+            segments = TokenSegments((first_BSD.shape[1], x_BSD.shape[1]))
             x_BSD = torch.cat((first_BSD, x_BSD), dim=1)
             positions = torch.cat((first_positions, positions))
         audio_places = audio_positions(self.config, audio_BLD.shape[1], audio_BLD.device)
-        video_steps = StepRows.split(SegmentRows(first_rows, video_rows), self.time_embed.rows)
+        video_steps = StepRows.split(SegmentRows(first_rows, video_rows, segments), self.time_embed.rows)
         audio_steps = StepRows.split(SegmentRows(None, audio_rows), self.audio_time_embed.rows)
-        video = StreamInputs(video_steps, text, text_mask, *self._video_rotations(positions), boundary)
+        video = StreamInputs(video_steps, text, text_mask, *self._video_rotations(positions))
         audio = StreamInputs(audio_steps, audio_text, text_mask, *self._audio_rotations(audio_places))
         blocks = [
             partial(block, video=video, audio=audio, is_skipped=index in skipped, is_isolated=is_isolated)
             for index, block in enumerate(self._blocks())
         ]
-        streams = through_both(Streams(Residual(x_BSD), Residual(audio_BLD)), blocks, boundary, use)
+        streams = through_both(Streams(Residual(x_BSD), Residual(audio_BLD)), blocks, use)
         shift, scale = video_steps.output.plus(self.scale_shift_table)
-        patches: Tensor = self.proj_out(self.norm_out.after(streams.video, scale, shift, boundary)[1])
+        patches: Tensor = self.proj_out(self.norm_out.after(streams.video, scale, shift)[1])
         shift, scale = audio_steps.output.plus(self.audio_scale_shift_table)
         sound: Tensor = self.audio_proj_out(self.audio_norm_out.after(streams.audio, scale, shift)[1])
-        segments = {AUDIO: sound, VIDEO: patches}
-        if first_BSD is not None:
-            segments |= {FIRST_FRAME: patches[:, :boundary], VIDEO: patches[:, boundary:]}
-        return segments
+        if segments is None:
+            return {AUDIO: sound, VIDEO: patches}
+        first, rest = segments.slices()
+        return {AUDIO: sound, FIRST_FRAME: patches[:, first], VIDEO: patches[:, rest]}
 
     def _video_rotations(self, positions_S3: Tensor) -> tuple[HeadRotation, HeadRotation]:
         """For self-attention, and for attention to and from the audio, which has the heads of audio."""

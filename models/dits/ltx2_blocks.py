@@ -17,13 +17,17 @@ import torch
 from torch import Tensor, nn
 
 from configs.models.dits.ltx2 import LTX2StreamConfig, LTX2TransformerConfig
-from models.layers.attention import Attention, attention
+from models.kernels.attention import attention
+from models.kernels.qk_norm_rotate import split_heads
+from models.layers.attention import Attention
 from models.layers.feed_forward import FeedForward
-from models.layers.head_rotary import HeadRotation, OwnHeads
+from models.layers.head_rotary import OwnHeads
 from models.layers.linear import Linear, only_linear
-from models.layers.norms import Residual, RMSNorm, RMSNormScaleShift, SegmentVectors
-from models.layers.qk_norm import QKNorms, apply_qk_norm, split_heads
+from models.layers.norms import Residual, RMSNorm, RMSNormScaleShift
+from models.layers.qk_norm import HeadNorms, apply_qk_norm
 from models.layers.step_cache import CacheUse
+from models.rotation import HeadRotation
+from models.token_segments import SegmentVectors, TokenSegments, vectors_of_rows
 
 EXCHANGE = 4
 """Modulations of attention between the streams: scale and shift towards video, scale and shift towards audio."""
@@ -41,15 +45,18 @@ class SegmentRows(NamedTuple):
 
     first: Tensor | None
     rest: Tensor
+    segments: TokenSegments | None = None
 
     def of(self, which: slice) -> SegmentRows:
         """Some of the modulations."""
-        return SegmentRows(None if self.first is None else self.first[:, which], self.rest[:, which])
+        first = None if self.first is None else self.first[:, which]
+        return SegmentRows(first, self.rest[:, which], self.segments)
 
     def plus(self, table_MD: Tensor) -> list[SegmentVectors]:
         """The sums with a block's table, one for each modulation."""
         table = table_MD.float()
-        return SegmentVectors.of_rows(None if self.first is None else self.first + table, self.rest + table)
+        rows = [each + table for each in (self.first, self.rest) if each is not None]
+        return vectors_of_rows(self.segments, *rows)
 
 
 class StepRows(NamedTuple):
@@ -76,8 +83,7 @@ class StepRows(NamedTuple):
 class StreamInputs:
     """What blocks read beside a stream's tokens: modulations, the text (B, T, D), and rotations.
 
-    `rotation` is of positions for self-attention, `exchange_rotation` of seconds alone. The first `boundary` tokens are
-    a first frame with modulations of its own.
+    `rotation` is of positions for self-attention, `exchange_rotation` of seconds alone.
     """
 
     rows: StepRows
@@ -85,7 +91,6 @@ class StreamInputs:
     text_mask: Tensor | None
     rotation: HeadRotation
     exchange_rotation: HeadRotation
-    boundary: int = 0
 
 
 class LTX2Attention(nn.Module):
@@ -133,7 +138,7 @@ class LTX2Attention(nn.Module):
         """Normalise queries or keys (B, S, heads * K) in place and rotate them; as heads (B, S, heads, K)."""
         if rotation is not None:
             rotation = HeadRotation(self.own_heads(rotation.cos), self.own_heads(rotation.sin), rotation.is_neox_style)
-        apply_qk_norm(x, QKNorms((norm,), (norm,), self.head_size), rotation)
+        apply_qk_norm(x, HeadNorms((norm,), self.head_size), rotation)
         return split_heads(x, self.head_size)
 
     def _gated(self, x_BSD: Tensor, attended: Tensor) -> Tensor:
@@ -201,18 +206,18 @@ class LTX2VideoTransformerBlock(nn.Module):
         added, to_video, to_audio, gates = [], [], [], []
         for residual, inputs, table, norm in zip(streams, (video, audio), tables, norms, strict=True):
             video_scale, video_shift, audio_scale, audio_shift = inputs.rows.exchange.plus(table[:EXCHANGE])
-            x_BSD, normed = norm.after(residual, video_scale, video_shift, inputs.boundary)
+            x_BSD, normed = norm.after(residual, video_scale, video_shift)
             added.append(x_BSD)
             to_video.append(normed)
-            to_audio.append(norm(x_BSD, audio_scale, audio_shift, inputs.boundary))
+            to_audio.append(norm(x_BSD, audio_scale, audio_shift))
             gates += inputs.rows.gate.plus(table[EXCHANGE:])
         rotations = (video.exchange_rotation, audio.exchange_rotation)
         heard = self.audio_to_video_attn(*to_video, *rotations)
         seen = self.video_to_audio_attn(*to_audio[::-1], *rotations[::-1])
         to_outs = [only_linear(attn.to_out) for attn in (self.audio_to_video_attn, self.video_to_audio_attn)]
         return Streams(
-            to_outs[0].update(added[0], heard, gates[0], video.boundary),
-            to_outs[1].update(added[1], seen, gates[1], audio.boundary),
+            to_outs[0].update(added[0], heard, gates[0]),
+            to_outs[1].update(added[1], seen, gates[1]),
         )
 
     @property
@@ -233,15 +238,14 @@ def block_rows(stream: LTX2StreamConfig) -> int:
 
 def _attend(half: _Half, residual: Residual, inputs: StreamInputs, *, is_skipped: bool) -> Residual:
     """Self-attention, then attention to the text."""
-    boundary = inputs.boundary
     shift, scale, gate, *rest = inputs.rows.blocks.plus(half.table)
-    x_BSD, normed = half.norm.after(residual, scale, shift, boundary)
+    x_BSD, normed = half.norm.after(residual, scale, shift)
     attended = half.attn(normed, rotation=inputs.rotation, is_skipped=is_skipped)
-    residual = only_linear(half.attn.to_out).update(x_BSD, attended, gate, boundary)
-    text_shift, text_scale, text_gate = rest[3:] or _unmodulated(gate.image)
-    x_BSD, normed = half.norm.after(residual, text_scale, text_shift, boundary)
+    residual = only_linear(half.attn.to_out).update(x_BSD, attended, gate)
+    text_shift, text_scale, text_gate = rest[3:] or _unmodulated(gate.last)
+    x_BSD, normed = half.norm.after(residual, text_scale, text_shift)
     attended = half.text_attn(normed, _modulated_text(half, inputs), mask=inputs.text_mask)
-    return only_linear(half.text_attn.to_out).update(x_BSD, attended, text_gate, boundary)
+    return only_linear(half.text_attn.to_out).update(x_BSD, attended, text_gate)
 
 
 def _unmodulated(like_BD: Tensor) -> list[SegmentVectors]:
@@ -254,26 +258,23 @@ def _modulated_text(half: _Half, inputs: StreamInputs) -> Tensor:
     if half.text_table is None:
         return inputs.text
     shift, scale = inputs.rows.text.plus(half.text_table)
-    modulated = inputs.text.float() * (1 + scale.image[:, None]) + shift.image[:, None]
+    modulated = inputs.text.float() * (1 + scale.last[:, None]) + shift.last[:, None]
     return modulated.to(inputs.text.dtype)
 
 
 def _feed(half: _Half, residual: Residual, inputs: StreamInputs) -> Residual:
     """The feed-forward half."""
     shift, scale, gate = inputs.rows.blocks.plus(half.table)[3:6]
-    x_BSD, normed = half.norm.after(residual, scale, shift, inputs.boundary)
+    x_BSD, normed = half.norm.after(residual, scale, shift)
     fed = normed.new_empty(normed.shape)
     half.ff.into(normed, fed)
     return Residual(x_BSD, fed, gate)
 
 
-def through_both(
-    streams: Streams, blocks: Sequence[Callable[[Streams], Streams]], boundary: int, use: CacheUse | None
-) -> Streams:
+def through_both(streams: Streams, blocks: Sequence[Callable[[Streams], Streams]], use: CacheUse | None) -> Streams:
     """Both streams after all blocks. With a cache, what is computed is the same to the bit, and no update is left.
 
-    The first `boundary` video tokens are a first frame. The cache holds both streams' values side by side, (B, video
-    tokens x D + audio tokens x D).
+    The cache holds both streams' values side by side, (B, video tokens x D + audio tokens x D).
     """
     if use is None:
         for block in blocks:
@@ -281,21 +282,21 @@ def through_both(
         return streams
     first, *others = blocks
     # Blocks may change what they are given.
-    begun = _added(first(Streams(*(residual._replace(x=residual.x.clone()) for residual in streams))), boundary)
+    begun = _added(first(Streams(*(residual._replace(x=residual.x.clone()) for residual in streams))))
     start = _joined(begun)
     own = start - _joined(streams)
     if use.probe:
         return _parted(start + use.cache.reuse(own), streams)
     for block in others:
         begun = block(begun)
-    end = _added(begun, boundary)
+    end = _added(begun)
     use.cache.keep(own, _joined(end) - start)
     return end
 
 
-def _added(streams: Streams, boundary: int) -> Streams:
+def _added(streams: Streams) -> Streams:
     """The streams with their updates."""
-    return Streams(Residual(streams.video.added(boundary)), Residual(streams.audio.added(0)))
+    return Streams(Residual(streams.video.added()), Residual(streams.audio.added()))
 
 
 def _joined(streams: Streams) -> Tensor:

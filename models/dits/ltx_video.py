@@ -23,12 +23,14 @@ from models.dits.base import DiffusionTransformer, Predictions, Prepared, entry_
 from models.layers.cross_attention import CrossAttention
 from models.layers.embeddings import TextProjection
 from models.layers.feed_forward import FeedForward
-from models.layers.head_rotary import HeadRotation, OwnHeads, head_rotation
+from models.layers.head_rotary import OwnHeads, head_rotation
 from models.layers.linear import Linear, only_linear
-from models.layers.norms import LayerNormScaleShift, Residual, RMSNormScaleShift, SegmentVectors
+from models.layers.norms import LayerNormScaleShift, Residual, RMSNormScaleShift
 from models.layers.self_attention import SelfAttention
 from models.layers.step_cache import CacheUse, through_blocks
 from models.layers.time_modulation import TimeModulation
+from models.rotation import HeadRotation
+from models.token_segments import SegmentVectors, TokenSegments, vectors_of_rows
 
 VIDEO, FIRST_FRAME = "video", "first_frame"
 """Token segments, each with timesteps of its own; keys of what tokens() returns."""
@@ -75,16 +77,15 @@ class LTXVideoTransformerBlock(nn.Module):
         text_kv: Tensor,
         cos: Tensor,
         sin: Tensor,
-        boundary: int,
     ) -> Residual:
         """The next residual; the six modulations are float32. The text is attended to without a norm before."""
         shift, scale, gate, ff_shift, ff_scale, ff_gate = modulation
-        x_BSD, normed = self.norm.after(residual, scale, shift, boundary)
-        residual = only_linear(self.attn1.to_out).update(x_BSD, self.attn1(normed, cos, sin), gate, boundary)
-        x_BSD = residual.added(boundary)
-        one = SegmentVectors.same(torch.ones_like(gate.image))
+        x_BSD, normed = self.norm.after(residual, scale, shift)
+        residual = only_linear(self.attn1.to_out).update(x_BSD, self.attn1(normed, cos, sin), gate)
+        x_BSD = residual.added()
+        one = SegmentVectors.same(torch.ones_like(gate.last))
         residual = only_linear(self.attn2.to_out).update(x_BSD, self.attn2(x_BSD, text_kv), one)
-        x_BSD, normed = self.norm.after(residual, ff_scale, ff_shift, boundary)
+        x_BSD, normed = self.norm.after(residual, ff_scale, ff_shift)
         fed = normed.new_empty(normed.shape)
         self.ff.into(normed, fed)
         return Residual(x_BSD, fed, ff_gate)
@@ -181,14 +182,14 @@ class LTXVideoTransformer3DModel(DiffusionTransformer):
         x_BSD = self.proj_in(hidden_states)
         if first_cos is None:
             return {"hidden_states": self.tokens(x_BSD, cos, sin, modulation, text_kv, use=use)[VIDEO]}
-        boundary = len(first_cos)
+        first, video = TokenSegments((len(first_cos), len(cos))).slices()
         segments = self.tokens(
-            x_BSD[:, boundary:],
+            x_BSD[:, video],
             cos,
             sin,
             modulation,
             text_kv,
-            first_BSD=x_BSD[:, :boundary],
+            first_BSD=x_BSD[:, first],
             first_cos=first_cos,
             first_sin=first_sin,
             first_modulation=first_modulation,
@@ -220,12 +221,13 @@ class LTXVideoTransformer3DModel(DiffusionTransformer):
 
         Results are by segment: "video", and "first_frame" if it is given.
         """
-        boundary = 0
+        segments = None
         if first_BSD is not None and first_cos is not None and first_sin is not None:
-            boundary = first_BSD.shape[1]
+            segments = TokenSegments((first_BSD.shape[1], x_BSD.shape[1]))
             x_BSD = torch.cat((first_BSD, x_BSD), dim=1)
             cos, sin = torch.cat((first_cos, cos)), torch.cat((first_sin, sin))
-        vectors = SegmentVectors.of_rows(first_modulation, modulation)
+        rows = (modulation,) if first_modulation is None else (first_modulation, modulation)
+        vectors = vectors_of_rows(segments, *rows)
         blocks = [
             partial(
                 block,
@@ -233,16 +235,16 @@ class LTXVideoTransformer3DModel(DiffusionTransformer):
                 text_kv=text_kv[index],
                 cos=cos,
                 sin=sin,
-                boundary=boundary,
             )
             for index, block in enumerate(self._blocks())
         ]
-        residual = through_blocks(Residual(x_BSD), blocks, boundary, use)
+        residual = through_blocks(Residual(x_BSD), blocks, use)
         shift, scale = vectors[-2:]
-        tokens: Tensor = self.proj_out(self.norm_out.after(residual, scale, shift, boundary)[1])
-        if first_BSD is None:
+        tokens: Tensor = self.proj_out(self.norm_out.after(residual, scale, shift)[1])
+        if segments is None:
             return {VIDEO: tokens}
-        return {FIRST_FRAME: tokens[:, :boundary], VIDEO: tokens[:, boundary:]}
+        first, video = segments.slices()
+        return {FIRST_FRAME: tokens[:, first], VIDEO: tokens[:, video]}
 
     def _blocks(self) -> Iterator[LTXVideoTransformerBlock]:
         for block in self.transformer_blocks:

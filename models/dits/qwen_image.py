@@ -20,11 +20,13 @@ from models.dits.base import DiffusionTransformer, Predictions, Prepared, entry_
 from models.dits.joint_stream import through_joint_blocks
 from models.layers.embeddings import EmbeddingMLP, sinusoidal_embedding
 from models.layers.feed_forward import FeedForward
-from models.layers.joint_attention import JointAttention, LastSegment, block_modulations, joint_block
+from models.layers.joint_attention import JointAttention, block_modulations, joint_block
 from models.layers.linear import Linear
 from models.layers.norms import LayerNormScaleShift, Residual, RMSNorm
-from models.layers.rotary import Rotation, rotary_embedding
+from models.layers.rotary import rotary_embedding
 from models.layers.step_cache import CacheUse
+from models.rotation import Rotation
+from models.token_segments import TokenSegments
 
 SINUSOID_SIZE = 256
 KINDS = 2
@@ -88,13 +90,13 @@ class QwenImageTransformerBlock(nn.Module):
         residual: Residual,
         parts: Iterator[Tensor],
         rotation: Rotation,
-        boundary: int,
-        last: LastSegment | None = None,
+        segments: TokenSegments,
+        last: Iterator[Tensor] | None = None,
     ) -> Residual:
         """The next residual; takes its modulations from `parts`, and those of given images from `last`."""
-        modulations = block_modulations(parts, last)
+        modulations = block_modulations(segments, parts, last)
         feed_forwards = (self.txt_mlp, self.img_mlp)
-        return joint_block(residual, self.norm, self.attn, feed_forwards, modulations, rotation, boundary)
+        return joint_block(residual, self.norm, self.attn, feed_forwards, modulations, rotation, segments)
 
 
 class QwenImageTransformer2DModel(DiffusionTransformer):

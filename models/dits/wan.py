@@ -27,10 +27,12 @@ from models.layers.cross_attention import CrossAttention
 from models.layers.embeddings import EmbeddingMLP, TextProjection, sinusoidal_embedding
 from models.layers.feed_forward import FeedForward
 from models.layers.linear import Linear, only_linear
-from models.layers.norms import LayerNormScaleShift, Residual, RMSNorm, SegmentVectors
-from models.layers.rotary import Rotation, rotary_embedding
+from models.layers.norms import LayerNormScaleShift, Residual, RMSNorm
+from models.layers.rotary import rotary_embedding
 from models.layers.self_attention import SelfAttention
 from models.layers.step_cache import CacheUse, through_blocks
+from models.rotation import Rotation
+from models.token_segments import SegmentVectors, TokenSegments, vectors_of_rows
 
 FLOAT32_PARAMETERS = ("time_embedder", "scale_shift_table", "norm1", "norm2", "norm3")
 """Parts of parameter names that stay in float32 whatever the model's type, as Diffusers keeps them."""
@@ -155,30 +157,29 @@ class WanTransformerBlock(nn.Module):
         text_kv: Tensor,
         image_kv: Tensor | None,
         rotation: Rotation,
-        boundary: int = 0,
         cache: KeyValueCache | None = None,
     ) -> Residual:
         """The next residual; the six modulations are float32. `cache` holds earlier tokens to attend to."""
         shift, scale, gate, ff_shift, ff_scale, ff_gate = modulation
-        x_BSD, normed = self.norm.after(residual, scale, shift, boundary)
+        x_BSD, normed = self.norm.after(residual, scale, shift)
         attended = self.attn1.finish(self.attn1.start(normed, rotation, keys_first=True), cache=cache)
-        residual = only_linear(self.attn1.to_out).update(x_BSD, attended, gate, boundary)
-        x_BSD, normed = self._cross_norm(residual, boundary)
-        one = SegmentVectors.same(torch.ones_like(gate.text))
+        residual = only_linear(self.attn1.to_out).update(x_BSD, attended, gate)
+        x_BSD, normed = self._cross_norm(residual)
+        one = SegmentVectors.same(torch.ones_like(gate.last))
         residual = only_linear(self.attn2.to_out).update(x_BSD, self.attn2(normed, text_kv, image_kv), one)
-        x_BSD, normed = self.norm.after(residual, ff_scale, ff_shift, boundary)
+        x_BSD, normed = self.norm.after(residual, ff_scale, ff_shift)
         fed = normed.new_empty(normed.shape)
         self.ffn.into(normed, fed)
         return Residual(x_BSD, fed, ff_gate)
 
-    def _cross_norm(self, residual: Residual, boundary: int) -> tuple[Tensor, Tensor]:
+    def _cross_norm(self, residual: Residual) -> tuple[Tensor, Tensor]:
         """The stream with its update, and that through norm2, whose weight and bias are a scale and a shift."""
         if self.norm2 is None:
-            x_BSD = residual.added(boundary)
+            x_BSD = residual.added()
             return x_BSD, x_BSD
         batch = len(residual.x)
         scale, shift = ((each.float()).expand(batch, -1) for each in (self.norm2.weight - 1, self.norm2.bias))
-        return self.norm.after(residual, SegmentVectors.same(scale), SegmentVectors.same(shift), boundary)
+        return self.norm.after(residual, SegmentVectors.same(scale), SegmentVectors.same(shift))
 
 
 class WanTransformer3DModel(DiffusionTransformer):
@@ -322,10 +323,11 @@ class WanTransformer3DModel(DiffusionTransformer):
         The `first_` arguments are those of a first frame with modulations of its own. `caches` are those of the blocks.
         Results are by segment: "video", and "first_frame" if it is given.
         """
-        boundary = 0 if first_BSD is None else first_BSD.shape[1]
+        segments = None if first_BSD is None else TokenSegments((first_BSD.shape[1], x_BSD.shape[1]))
         x_BSD = _concatenated(first_BSD, x_BSD, dim=1)
         rotation = Rotation(_concatenated(first_cos, cos, dim=0), _concatenated(first_sin, sin, dim=0))
-        vectors = SegmentVectors.of_rows(first_modulation, modulation)
+        rows = (modulation,) if first_modulation is None else (first_modulation, modulation)
+        vectors = vectors_of_rows(segments, *rows)
         blocks = [
             partial(
                 block,
@@ -333,18 +335,18 @@ class WanTransformer3DModel(DiffusionTransformer):
                 text_kv=text_kv[index],
                 image_kv=None if image_kv is None else image_kv[index],
                 rotation=rotation,
-                boundary=boundary,
                 cache=None if caches is None else caches[index],
             )
             for index, block in enumerate(self._blocks())
         ]
-        residual = through_blocks(Residual(x_BSD), blocks, boundary, use)
+        residual = through_blocks(Residual(x_BSD), blocks, use)
         shift, scale = vectors[-2:]
-        _, normed = self.final_norm.after(residual, scale, shift, boundary)
+        _, normed = self.final_norm.after(residual, scale, shift)
         patches: Tensor = self.proj_out(normed)
-        if first_BSD is None:
+        if segments is None:
             return {VIDEO: patches}
-        return {FIRST_FRAME: patches[:, :boundary], VIDEO: patches[:, boundary:]}
+        first, video = segments.slices()
+        return {FIRST_FRAME: patches[:, first], VIDEO: patches[:, video]}
 
     def _blocks(self) -> Iterator[WanTransformerBlock]:
         for block in self.blocks:

@@ -21,10 +21,12 @@ from models.dits.base import DiffusionTransformer, Predictions, Prepared, entry_
 from models.layers.embeddings import sinusoidal_embedding
 from models.layers.feed_forward import GatedFeedForward
 from models.layers.linear import Linear, only_linear
-from models.layers.norms import LayerNormScaleShift, Residual, RMSNorm, RMSNormScaleShift, SegmentVectors
-from models.layers.rotary import Rotation, rotary_embedding
+from models.layers.norms import LayerNormScaleShift, Residual, RMSNorm, RMSNormScaleShift
+from models.layers.rotary import rotary_embedding
 from models.layers.self_attention import SelfAttention
 from models.layers.step_cache import CacheUse, through_blocks
+from models.rotation import Rotation
+from models.token_segments import SegmentVectors
 
 SINUSOID_SIZE, TIME_HIDDEN_SIZE, MOST_TIME_SIZE = 256, 1024, 256
 QK_EPS = 1e-5
@@ -201,7 +203,7 @@ class ZImageTransformer2DModel(DiffusionTransformer):
         *vectors, _, no_shift = self._vectors(modulation)
         for index, block in enumerate(self.noise_refiner):
             residual = block(residual, vectors[VECTORS * index :][:VECTORS], no_shift, rotation)
-        return residual.added(0)
+        return residual.added()
 
     @entry_point
     def tokens(
@@ -223,7 +225,7 @@ class ZImageTransformer2DModel(DiffusionTransformer):
             partial(block, vectors=own[VECTORS * index :][:VECTORS], no_shift=no_shift, rotation=rotation)
             for index, block in enumerate(self.layers)
         ]
-        residual = through_blocks(Residual(torch.cat((text_BTD, image_BID), dim=1)), blocks, 0, use)
+        residual = through_blocks(Residual(torch.cat((text_BTD, image_BID), dim=1)), blocks, use)
         _, normed = self._final_layer.norm.after(residual, scale, no_shift)
         velocity: Tensor = self._final_layer.linear(normed[:, text_BTD.shape[1] :])
         return velocity
@@ -251,7 +253,7 @@ class ZImageTransformer2DModel(DiffusionTransformer):
             vectors = torch.cat((vectors, vectors.new_zeros(self.size))).expand(len(text), -1)
             *own, no_shift = self._vectors(vectors)
             residual = block(residual, own, no_shift, rotation)
-        return residual.added(0)
+        return residual.added()
 
     def _vectors(self, modulation_BM: Tensor) -> list[SegmentVectors]:
         parts = modulation_BM.chunk(modulation_BM.shape[1] // self.size, dim=1)

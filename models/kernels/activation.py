@@ -1,25 +1,50 @@
-"""Activations that write their result where it is needed."""
+"""Activations between GEMM calls."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 from torch import Tensor
 from torch.nn.functional import gelu, silu
 
-from models.kernels.fused_backend import kernels_for
+from models.kernels.backends import Operation
+
+_GELU: Operation[Callable[[Tensor, Tensor], None]] = Operation("gelu")
+_SILU_GATE: Operation[Callable[[Tensor], Tensor]] = Operation("silu gate")
 
 
 def write_gelu(x: Tensor, out: Tensor) -> None:
     """out = GELU (tanh form) of x, (B, S, F) each; `out` may be columns of a wider tensor."""
-    if (kernels := kernels_for(x)) is not None:
-        kernels.write_gelu(x, out)
-    else:
-        out.copy_(gelu(x, approximate="tanh"))
+    _GELU.for_device_of(x)(x, out)
 
 
 def gate_by_silu(x: Tensor) -> Tensor:
     """SiLU of the first half of the channels times the second half: x (B, S, 2F) to (B, S, F)."""
-    if (kernels := kernels_for(x)) is not None:
-        gated: Tensor = kernels.gate_by_silu(x)
-        return gated
+    return _SILU_GATE.for_device_of(x)(x)
+
+
+@_GELU.register("torch")
+def _write_gelu(x: Tensor, out: Tensor) -> None:
+    out.copy_(gelu(x, approximate="tanh"))
+
+
+@_GELU.register("triton")
+def _write_gelu_by_triton(x: Tensor, out: Tensor) -> None:
+    # An optional package for GPUs.
+    from models.kernels import triton_kernels
+
+    triton_kernels.write_gelu(x, out)
+
+
+@_SILU_GATE.register("torch")
+def _gate_by_silu(x: Tensor) -> Tensor:
     first, second = x.chunk(2, dim=-1)
     return silu(first) * second
+
+
+@_SILU_GATE.register("triton")
+def _gate_by_silu_by_triton(x: Tensor) -> Tensor:
+    # An optional package for GPUs.
+    from models.kernels import triton_kernels
+
+    return triton_kernels.gate_by_silu(x)

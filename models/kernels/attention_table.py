@@ -5,11 +5,12 @@ tests/bench/attention.py measures it. `work` is batch x heads x tokens, of queri
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
 
+from common.errors import InvalidInput
 from models.kernels.packages import ATTENTION_PACKAGES, AttentionBackend, AttentionChoice, Capability, PackageName
 
 _LARGEST_HEAD = 128
@@ -47,6 +48,24 @@ TABLE: dict[Capability, tuple[Row, ...]] = {
 """Rows by compute capability; the first one that applies is taken."""
 
 
+def has_backends(dtype: torch.dtype, head_size: int) -> bool:
+    """Whether there are backends beside PyTorch's own choice."""
+    return dtype == torch.bfloat16 and head_size % 8 == 0 and head_size <= _LARGEST_HEAD
+
+
+def check_choice(choice: AttentionChoice, dtype: torch.dtype, head_sizes: Iterable[int]) -> None:
+    """Refuse a backend that does not take a model's dtype or one of its head sizes. Raises InvalidInput."""
+    if choice in ("auto", "sdpa"):
+        return
+    if dtype != torch.bfloat16:
+        given = str(dtype).removeprefix("torch.")
+        message = f"attention_backend: {choice} takes bfloat16, and dtype is {given}; auto and sdpa work"
+        raise InvalidInput(message, field="attention_backend")
+    if unfit := sorted({size for size in head_sizes if not has_backends(dtype, size)}):
+        message = f"attention_backend: {choice} takes heads of 8, 16, ... {_LARGEST_HEAD} channels, and the model has"
+        raise InvalidInput(f"{message} {', '.join(map(str, unfit))}; auto and sdpa work", field="attention_backend")
+
+
 def choose_backend(
     capability: Capability,
     dtype: torch.dtype,
@@ -61,7 +80,7 @@ def choose_backend(
     A backend that a setting names takes the place of the table. Both are for bfloat16, heads of 8 to 128 channels
     and as many keys as the backend needs: an empty prompt can be one token.
     """
-    if dtype != torch.bfloat16 or head_size % 8 or head_size > _LARGEST_HEAD:
+    if not has_backends(dtype, head_size):
         return "sdpa"
     rows = TABLE.get(capability, ()) if choice == "auto" else (Row(choice),)
     for backend, least_work in rows:

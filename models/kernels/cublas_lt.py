@@ -15,11 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.kernels.fused_backend import ALIGNMENT, can_load
+from models.kernels.gemm_support import ALIGNMENT, LEAST_ROWS, can_load
 from models.kernels.packages import is_usable
-
-LEAST_ROWS = 1024
-"""Below, products are cut along their inputs, which needs a workspace: PyTorch gives them one."""
 
 _BFLOAT16, _FLOAT32 = 14, 0
 """CUDA_R_16BF, CUDA_R_32F."""

@@ -7,19 +7,17 @@ Where there is no such hardware, PyTorch's operators define what is computed: th
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
 from common.errors import FailedPrecondition, InvalidInput
-from models.kernels.fused_backend import kernels_for
+from models.kernels.backends import Operation
+from models.kernels.float8_format import FLOAT8, LARGEST, SMALLEST_MAGNITUDE
 
-FLOAT8 = torch.float8_e4m3fn
-LARGEST = torch.finfo(FLOAT8).max
-SMALLEST_MAGNITUDE = 1e-12
-"""That a row's largest magnitude is taken for at least, so that rows of zeros stay zeros."""
+_QUANTIZATION: Operation[Callable[[Tensor], tuple[Tensor, Tensor]]] = Operation("quantization")
 
 _LEAST_CAPABILITY = (8, 9)
 _MULTIPLE = 16
@@ -28,12 +26,22 @@ _FIELD = "linear_dtype"
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """x (rows, size) as float8 (rows, size) and the float32 scale (rows, 1) of each row: x is about values * scale."""
-    if (kernels := kernels_for(x)) is not None:
-        quantized: tuple[Tensor, Tensor] = kernels.quantize_rows(x)
-        return quantized
+    return _QUANTIZATION.for_device_of(x)(x)
+
+
+@_QUANTIZATION.register("torch")
+def _quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     most = x.float().abs().amax(dim=-1, keepdim=True).clamp(min=SMALLEST_MAGNITUDE)
     # Divided as a kernel does it: of a number and a tensor torch makes a product with the reciprocal.
     return (x.float() * (torch.full_like(most, LARGEST) / most)).to(FLOAT8), most / LARGEST
+
+
+@_QUANTIZATION.register("triton")
+def _quantize_rows_by_triton(x: Tensor) -> tuple[Tensor, Tensor]:
+    # An optional package for GPUs.
+    from models.kernels import triton_kernels
+
+    return triton_kernels.quantize_rows(x)
 
 
 def float8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:

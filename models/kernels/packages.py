@@ -149,7 +149,7 @@ def chosen_attention() -> AttentionChoice:
     return _Tried.choice.attention
 
 
-def kernel_facts() -> list[str]:
+def package_facts() -> list[str]:
     """Lines of the numerics fingerprint: packages with version and outcome, and the attention backend.
 
     Raises RuntimeError as is_usable().

@@ -194,10 +194,10 @@ def _try_nvmath(device: torch.device) -> _Results:
 
 def _try_quack(device: torch.device) -> _Results:
     # An optional package for GPUs, which takes seconds to import.
-    from models.kernels import quack_kernels
+    from models.kernels import quack_epilogues
 
     x, weight, bias, out = _products(device)
-    quack_kernels.gelu_into(x, weight, bias, out)
+    quack_epilogues.gelu_into(x, weight, bias, out)
     yield out, gelu(linear(x.float(), weight.float(), bias.float()), approximate="tanh")
 
 

@@ -15,15 +15,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from models.kernels.float8 import FLOAT8, LARGEST, SMALLEST_MAGNITUDE
-from models.layers.head_rotary import HeadRotation
+from models.kernels.float8_format import FLOAT8, LARGEST, SMALLEST_MAGNITUDE
+from models.rotation import HeadRotation
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from models.layers.norms import SegmentVectors
-    from models.layers.qk_norm import QKNorms
-    from models.layers.rotary import Rotation
+    from models.kernels.head_norms import QKNorms
+    from models.rotation import Rotation
+    from models.token_segments import SegmentVectors
 
 
 @triton.jit
@@ -75,31 +75,27 @@ def _gate_norm_scale_shift_kernel(
     tl.store(normed_ptr + at, normed.to(normed_ptr.dtype.element_ty), mask=mask)
 
 
-def norm_scale_shift(
-    x: Tensor, scale: SegmentVectors, shift: SegmentVectors, boundary: int, eps: float, *, is_centred: bool = True
-) -> Tensor:
-    """As LayerNormScaleShift.forward, or RMSNormScaleShift's where it is not centred; x (B, S, D)."""
+def norm_modulate(x: Tensor, scale: SegmentVectors, shift: SegmentVectors, eps: float, is_centred: bool) -> Tensor:
+    """As models.kernels.norm_modulate.norm_modulate; x (B, S, D)."""
     x = x.contiguous()
     normed = torch.empty_like(x)
-    _launch_norm(x, None, None, scale, shift, x, normed, boundary, eps, is_centred)
+    _launch_norm(x, None, None, scale, shift, x, normed, eps, is_centred)
     return normed
 
 
-def gate_norm_scale_shift(
+def gate_norm_modulate(
     x: Tensor,
     update: Tensor,
     gate: SegmentVectors,
     scale: SegmentVectors,
     shift: SegmentVectors,
-    boundary: int,
     eps: float,
-    *,
-    is_centred: bool = True,
+    is_centred: bool,
 ) -> tuple[Tensor, Tensor]:
-    """As LayerNormScaleShift.after, or RMSNormScaleShift's where it is not centred; x and update (B, S, D)."""
+    """As models.kernels.norm_modulate.gate_norm_modulate; x and update (B, S, D)."""
     x = x.contiguous()
     added, normed = torch.empty_like(x), torch.empty_like(x)
-    _launch_norm(x, update.contiguous(), gate, scale, shift, added, normed, boundary, eps, is_centred)
+    _launch_norm(x, update.contiguous(), gate, scale, shift, added, normed, eps, is_centred)
     return added, normed
 
 
@@ -111,27 +107,39 @@ def _launch_norm(
     shift: SegmentVectors,
     added: Tensor,
     normed: Tensor,
-    boundary: int,
     eps: float,
     is_centred: bool,
 ) -> None:
     batch, tokens, size = x.shape
-    scales, shifts = _vectors(scale), _vectors(shift)
-    gates = [x, x, x] if gate is None else _vectors(gate)
+    given = [each for each in (scale, shift, gate) if each is not None]
+    ends = {_ends(each, tokens) for each in given if len(each.vectors) > 1} or {(0, tokens)}
+    assert len(ends) == 1, "scale, shift and gate must have the same segments"
+    (first_end, last_start), *_ = ends
+    scales, shifts = _three(scale), _three(shift)
+    gates = [x, x, x] if gate is None else _three(gate)
     strides = {each.stride(0) for each in (*scales, *shifts)}
     assert len(strides) == 1, "scales and shifts must be parts of tensors of one shape"
     block = triton.next_power_of_2(size)
     _gate_norm_scale_shift_kernel[(batch * tokens,)](
         x, x if update is None else update, *gates, *scales, *shifts, added, normed,
-        tokens, boundary, tokens - scale.last_tokens, size, gates[0].stride(0), strides.pop(), eps,
+        tokens, first_end, last_start, size, gates[0].stride(0), strides.pop(), eps,
         HAS_UPDATE=update is not None, CENTRED=is_centred, BLOCK=block, num_warps=max(1, min(16, block // 512)),
     )  # fmt: skip
 
 
-def _vectors(segments: SegmentVectors) -> list[Tensor]:
+def _ends(vectors: SegmentVectors, tokens: int) -> tuple[int, int]:
+    """The end of the first of three segments, and the start of the last one."""
+    assert vectors.segments is not None, "several vectors have segments"
+    first, _, *last = vectors.segments.lengths
+    return first, tokens - sum(last)
+
+
+def _three(vectors: SegmentVectors) -> list[Tensor]:
     """A vector for each of the three segments that the kernel knows."""
-    text, image, last, _ = segments
-    return [text, image, image if last is None else last]
+    first, *others = vectors.vectors
+    assert len(others) <= 2, "the kernel knows three segments"
+    second = others[0] if others else first
+    return [first, second, others[1] if len(others) == 2 else second]
 
 
 @triton.jit
@@ -193,15 +201,15 @@ def _head_norm_rotary_kernel(
         tl.store(out_2 + batch * batch_2 + far * token_2 + inside, result, mask=mask)
 
 
-def apply_qk_norm(
+def qk_norm_rotate(
     x: Tensor,
     norms: QKNorms,
     rotation: Rotation | HeadRotation | None,
-    boundary: int,
+    first_tokens: int,
     square_sums: Tensor | None,
     out: Sequence[Tensor],
 ) -> None:
-    """As models.layers.qk_norm.apply_qk_norm, `out` being one to three tensors. The head size is a power of two."""
+    """As models.kernels.qk_norm_rotate.qk_norm_rotate, with one to three parts. The head size is a power of two."""
     batch, tokens, width = x.shape
     size = width // len(out)
     heads, head_size = size // norms.head_size, norms.head_size
@@ -210,13 +218,13 @@ def apply_qk_norm(
     weights = norms.weights or [x, x]
     cos, sin = (x, x) if rotation is None else (rotation.cos, rotation.sin)
     assert rotation is None or cos.ndim == 2 or cos.stride(1) == head_size // 2, "a token's angles must be adjacent"
-    places = [out[min(part, len(out) - 1)] for part in range(3)]
+    results = [out[min(part, len(out) - 1)] for part in range(3)]
     block = triton.next_power_of_2(heads)
     _head_norm_rotary_kernel[(batch * tokens, len(out))](
-        x, *places, *weights[:2], *weights[-2:], cos, sin, x if square_sums is None else square_sums,
-        tokens, boundary, heads, *x.stride()[:2], size, cos.stride(0), norms.image[0].eps, norms.image[0].size,
-        *(stride for place in places for stride in place.stride()[:2]),
-        NORMED=len(norms.image), HEAD=head_size, HEADS=block, PER_HEAD=norms.per_head, ROTATE=rotation is not None,
+        x, *results, *weights[:2], *weights[-2:], cos, sin, x if square_sums is None else square_sums,
+        tokens, first_tokens, heads, *x.stride()[:2], size, cos.stride(0), norms.rest[0].eps, norms.rest[0].size,
+        *(stride for result in results for stride in result.stride()[:2]),
+        NORMED=len(norms.rest), HEAD=head_size, HEADS=block, PER_HEAD=norms.per_head, ROTATE=rotation is not None,
         HAS_SUMS=square_sums is not None, IS_LAYER_NORM=not norms.weights, BY_HEAD=isinstance(rotation, HeadRotation),
         IS_NEOX=rotation is not None and rotation.is_neox_style, num_warps=max(1, min(8, block * head_size // 512)),
     )  # fmt: skip
@@ -304,8 +312,8 @@ def _channel_norm_silu_kernel(
     tl.store(out_ptr + at, (normed * tl.sigmoid(normed)).to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def channel_norm_silu(frame: Tensor, weight: Tensor) -> Tensor:
-    """frame (1, C, H, W) with channels adjacent: divided by its pixels' root mean squares, times weight (C), SiLU."""
+def channel_norm_silu(frame: Tensor, weight: Tensor, root: float) -> Tensor:
+    """As models.kernels.channel_norm.channel_norm_silu."""
     frame = frame.contiguous(memory_format=torch.channels_last)
     out = torch.empty_like(frame)
     channels = frame.shape[1]
@@ -313,7 +321,7 @@ def channel_norm_silu(frame: Tensor, weight: Tensor) -> Tensor:
     block = triton.next_power_of_2(channels)
     rows = max(1, 4096 // block)
     _channel_norm_silu_kernel[(triton.cdiv(pixels, rows),)](
-        frame, weight, out, pixels, channels, channels**0.5, ROWS=rows, BLOCK=block, num_warps=8
+        frame, weight, out, pixels, channels, root, ROWS=rows, BLOCK=block, num_warps=8
     )
     return out
 
@@ -349,7 +357,7 @@ def _merge_attention_kernel(
 def merge_attention(
     one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """As models.parallel.usp_attention.merge."""
+    """As models.kernels.attention.merge_attention."""
     batch, tokens, heads, size = one[0].shape
     assert one[0].stride(3) == other[0].stride(3) == 1, "channels must be adjacent"
     out = one[0].new_empty(one[0].shape, dtype=dtype)

@@ -1,93 +1,12 @@
-"""The one entry point for attention. A committed table chooses the backend, never timing at run time.
-
-So workers of one kind agree bit for bit. See models.kernels.attention_table.
-"""
+"""Attention as a module of a DiT, and caches of keys and values."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
 
-from models.kernels import attention_backends as backends
-from models.kernels.attention_table import choose_backend
-from models.kernels.packages import AttentionBackend, chosen_attention, is_usable
-
-_ATEN = torch.ops.aten
-
-_BY_PACKAGE: dict[AttentionBackend, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
-    "flash_attn_2": backends.flash_attention_2,
-    "flash_attn_3": backends.flash_attention_3,
-    "flash_attn_4": backends.flash_attention_4,
-}
-
-_BY_PACKAGE_WITH_LSE: dict[AttentionBackend, Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]] = {
-    "flash_attn_2": backends.flash_attention_2_with_lse,
-    "flash_attn_3": backends.flash_attention_3_with_lse,
-    "flash_attn_4": backends.flash_attention_4_with_lse,
-}
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-    """Softmax attention without causality. q, k, v and the result are (batch, tokens, heads, head size).
-
-    `mask` broadcasts to (batch, heads, query tokens, key tokens): True attends, or a float that is added to the scores.
-    `out` receives the result, and may be channels of a wider tensor.
-    """
-    backend = _backend_for(q, k, mask)
-    # A compiler can trace what has a result, and not what writes into one.
-    if backend == "flash_attn_3" and not torch.compiler.is_compiling():
-        return backends.flash_attention_3_into(q, k, v, torch.empty_like(q) if out is None else out)
-    attended = _attended(q, k, v, mask, backend)
-    return attended if out is None else out.copy_(attended)
-
-
-def _attended(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, backend: AttentionBackend) -> Tensor:
-    if (by_package := _BY_PACKAGE.get(backend)) is not None:
-        return by_package(q, k, v)
-    q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
-    if backend == "cudnn":
-        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-            return scaled_dot_product_attention(q, k, v).transpose(1, 2)
-    return scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
-
-
-def attention_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """attention() over some of the keys, with the log-sum-exp that merges it with attention over the others.
-
-    The second result is the logarithm of the sum of the exponentials of each query's scores, float32 (batch, tokens,
-    heads). There must be at least one query and one key. The table chooses the backend; where it leaves the choice to
-    PyTorch, a kernel that returns the log-sum-exp is taken.
-    """
-    backend = _backend_for(q, k, None)
-    if (by_package := _BY_PACKAGE_WITH_LSE.get(backend)) is not None:
-        out, lse = by_package(q, k, v)
-        return out, lse.transpose(1, 2)
-    q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
-    if not q.is_cuda:
-        out, lse = _ATEN._scaled_dot_product_flash_attention_for_cpu(q, k, v)
-    elif backend == "cudnn":
-        out, lse = _ATEN._scaled_dot_product_cudnn_attention(q, k, v, None, True)[:2]
-    else:
-        out, lse = _ATEN._scaled_dot_product_efficient_attention(q, k, v, None, True)[:2]
-    # cuDNN adds a dimension of 1, the efficient kernel rows up to a multiple of its tile.
-    lse = lse.reshape(*lse.shape[:2], -1)[:, :, : q.shape[2]]
-    return out.transpose(1, 2), lse.transpose(1, 2)
-
-
-def _backend_for(q: Tensor, k: Tensor, mask: Tensor | None) -> AttentionBackend:
-    if not q.is_cuda or mask is not None:
-        return "sdpa"
-    batch, tokens, heads, head_size = q.shape
-    work = batch * heads * min(tokens, k.shape[1])
-    capability = torch.cuda.get_device_capability(q.device)
-    backend = choose_backend(capability, q.dtype, work, k.shape[1], head_size, is_usable, chosen_attention())
-    # Its kernels are made by a compiler of its own, which torch.compile cannot trace.
-    return "sdpa" if backend == "flash_attn_4" and torch.compiler.is_compiling() else backend
+from models.kernels.attention import attention
 
 
 @dataclass(frozen=True)

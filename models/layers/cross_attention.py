@@ -10,10 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from models.layers.attention import attention
+from models.kernels.attention import attention
+from models.kernels.qk_norm_rotate import split_heads
 from models.layers.linear import Linear
 from models.layers.norms import RMSNorm
-from models.layers.qk_norm import QKNorms, apply_qk_norm, split_heads
+from models.layers.qk_norm import HeadNorms, apply_qk_norm
 
 
 class CrossAttention(nn.Module):
@@ -43,7 +44,7 @@ class CrossAttention(nn.Module):
     def queries(self, x_BSD: Tensor) -> Tensor:
         """Normalised queries as heads, (B, S, heads, head size)."""
         q = self.to_q(x_BSD)
-        apply_qk_norm(q, QKNorms((self.norm_q,), (self.norm_q,), self.head_size))
+        apply_qk_norm(q, HeadNorms((self.norm_q,), self.head_size))
         return split_heads(q, self.head_size)
 
     def attend(self, q: Tensor, kv: Tensor) -> Tensor:
@@ -54,5 +55,5 @@ class CrossAttention(nn.Module):
     def project_keys_and_values(self, x: Tensor, to_k: Linear, to_v: Linear, norm: RMSNorm) -> Tensor:
         """Keys, then values, by projections of a context of any width."""
         k: Tensor = to_k(x)
-        apply_qk_norm(k, QKNorms((norm,), (norm,), self.head_size))
+        apply_qk_norm(k, HeadNorms((norm,), self.head_size))
         return torch.cat((k, to_v(x)), dim=-1)

@@ -8,22 +8,11 @@ Shapes: T tokens, H heads, K head size, A axes of a position.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-
-class HeadRotation(NamedTuple):
-    """cos and sin of the angle of each pair of channels, float32 (T, H, K / 2).
-
-    `is_neox_style`: a pair is a channel of a head's first half with its counterpart in the second half; else it is two
-    neighbouring channels.
-    """
-
-    cos: Tensor
-    sin: Tensor
-    is_neox_style: bool
+from models.rotation import HeadRotation
 
 
 class OwnHeads(nn.Module):
@@ -59,13 +48,3 @@ def head_rotation(
     still = angles.new_zeros(len(angles), pairs - angles.shape[1])
     angles_THK = torch.cat((still, angles), dim=1).view(-1, heads, head_size // 2)
     return HeadRotation(angles_THK.cos(), angles_THK.sin(), is_neox_style)
-
-
-def rotate_heads(x: Tensor, rotation: HeadRotation) -> Tensor:
-    """Apply RoPE to x (B, T, H, K). In float32, result in x's type."""
-    pairs = (2, x.shape[-1] // 2) if rotation.is_neox_style else (x.shape[-1] // 2, 2)
-    axis = -2 if rotation.is_neox_style else -1
-    first, second = x.float().reshape(*x.shape[:-1], *pairs).unbind(axis)
-    cos, sin = rotation.cos, rotation.sin
-    rotated = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=axis)
-    return rotated.flatten(-2).to(x.dtype)

@@ -1,7 +1,7 @@
-"""Joint attention, and blocks of DiTs with a text and an image stream. Names are those of Diffusers' checkpoints.
+"""Joint attention, and blocks of DiTs with weights of their own for text. Names are those of Diffusers' checkpoints.
 
-Shapes: B batch, T text tokens, S tokens of both streams (text first), D hidden size, K head size. The two streams are
-kept in one tensor: each has weights of its own, and products write into their part of the next tensor.
+Shapes: B batch, S tokens of all segments (text first), D hidden size, K head size. All segments are in one tensor: GEMM
+writes the text's part and the other part of the next tensor.
 """
 
 # ruff: noqa: N803, N806  (the capitals of a tensor's name are its shape)
@@ -15,16 +15,17 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor, nn
 
-from models.layers.head_rotary import HeadRotation
+from models.kernels.qk_norm_rotate import AnyRotation
 from models.layers.linear import JoinedLinear, Linear, only_linear, project
-from models.layers.norms import LayerNormScaleShift, Residual, RMSNorm, SegmentVectors
-from models.layers.qk_norm import QKNorms
-from models.layers.rotary import Rotation
+from models.layers.norms import LayerNormScaleShift, Residual, RMSNorm
+from models.layers.qk_norm import HeadNorms
 from models.layers.self_attention import SelfAttention
+from models.rotation import Rotation
+from models.token_segments import SegmentVectors, TokenSegments
 
 
 class JointAttention(SelfAttention):
-    """Attention over both streams at once, each with projections of its own."""
+    """Attention over text and image at once, with projections of their own."""
 
     def __init__(self, size: int, head_size: int, *, has_bias: bool = True) -> None:
         super().__init__(size, head_size, has_bias=has_bias)
@@ -38,56 +39,56 @@ class JointAttention(SelfAttention):
         self.added: JoinedLinear | None = None
 
     def join_weights(self) -> None:
-        """The same for both streams."""
+        """The same for both projections."""
         super().join_weights()
         self.added = JoinedLinear(self._added)
 
-    def joint(self, x_BSD: Tensor, rotation: Rotation, boundary: int) -> Tensor:
-        """What both streams (B, S, D) took from both; the first `boundary` tokens are text."""
-        attended = self.finish(self.start(x_BSD, rotation, boundary, keys_first=True))
+    def joint(self, x_BSD: Tensor, rotation: Rotation, segments: TokenSegments) -> Tensor:
+        """What all tokens (B, S, D) took from all; the first segment is the text."""
+        attended = self.finish(self.start(x_BSD, rotation, segments, keys_first=True))
         result = x_BSD.new_empty(x_BSD.shape)
-        self.to_add_out.into(attended[:, :boundary], result[:, :boundary])
-        only_linear(self.to_out).into(attended[:, boundary:], result[:, boundary:])
+        text, image = _text_and_rest(segments)
+        self.to_add_out.into(attended[:, text], result[:, text])
+        only_linear(self.to_out).into(attended[:, image], result[:, image])
         return result
 
     @property
     def _added(self) -> tuple[Linear, ...]:
         return self.add_q_proj, self.add_k_proj, self.add_v_proj
 
-    def _project(self, x_BSD: Tensor, out: Tensor, boundary: int, which: slice) -> None:
-        project(x_BSD[:, :boundary], out[:, :boundary], self.added, self._added, which)
-        super()._project(x_BSD[:, boundary:], out[:, boundary:], 0, which)
+    def _project(self, x_BSD: Tensor, out: Tensor, segments: TokenSegments | None, which: slice) -> None:
+        text, image = _text_and_rest(segments)
+        project(x_BSD[:, text], out[:, text], self.added, self._added, which)
+        super()._project(x_BSD[:, image], out[:, image], None, which)
 
     def _project_normed(
-        self, x_BSD: Tensor, out: Tensor, rotation: Rotation | HeadRotation, boundary: int, which: slice
+        self, x_BSD: Tensor, out: Tensor, rotation: AnyRotation, segments: TokenSegments | None, which: slice
     ) -> None:
-        image = slice(boundary, None)
+        text, image = _text_and_rest(segments)
         if not isinstance(rotation, Rotation) or not self._can_fuse(x_BSD[:, image], out[:, image]):
-            super()._project_normed(x_BSD, out, rotation, boundary, which)
+            super()._project_normed(x_BSD, out, rotation, segments, which)
             return
-        self._write_normed(x_BSD[:, image], out[:, image], rotation.turns[image], which)
-        if boundary:
-            text = slice(0, boundary)
+        self._write_normed(x_BSD[:, image], out[:, image], rotation.interleaved[image], which)
+        if text.stop:
             project(x_BSD[:, text], out[:, text], self.added, self._added, which)
-            self._normalise(out[:, text], rotation.of(text), boundary, which)
+            self._normalise(out[:, text], rotation.of(text), TokenSegments((text.stop,)), which)
 
-    def _norms(self) -> QKNorms:
-        return replace(super()._norms(), text=(self.norm_added_q, self.norm_added_k))
+    def _norms(self) -> HeadNorms:
+        return replace(super()._norms(), first=(self.norm_added_q, self.norm_added_k))
+
+
+def _text_and_rest(segments: TokenSegments | None) -> tuple[slice, slice]:
+    """The tokens of the text, which is the first segment, and all others."""
+    assert segments is not None, "joint attention needs the length of the text"
+    return slice(0, segments.lengths[0]), slice(segments.lengths[0], None)
 
 
 class Modulation(NamedTuple):
-    """What the timestep makes of one half of a block: (B, D) for each stream."""
+    """Shift, scale and gate of one half of a block, which the timestep decides: (B, D) for each segment."""
 
     shift: SegmentVectors
     scale: SegmentVectors
     gate: SegmentVectors
-
-
-class LastSegment(NamedTuple):
-    """The last image tokens, if they have a timestep of their own: how many, and their modulations in order."""
-
-    tokens: int
-    parts: Iterator[Tensor]
 
 
 class WritesInto(Protocol):
@@ -97,13 +98,20 @@ class WritesInto(Protocol):
         """Write the result (B, tokens, D) of x (B, tokens, D) into `out`."""
 
 
-def block_modulations(parts: Iterator[Tensor], last: LastSegment | None = None) -> tuple[Modulation, Modulation]:
-    """Those of a block's attention and of its feed-forwards: the next six of the picture, then six of the text."""
-    image, text = (list(islice(parts, 6)) for _ in range(2))
-    vectors = [SegmentVectors(*pair) for pair in zip(text, image, strict=True)]
-    if last is not None:
-        own, _ = (list(islice(last.parts, 6)) for _ in range(2))  # no text token has its timestep
-        vectors = [SegmentVectors(*pair[:2], each, last.tokens) for pair, each in zip(vectors, own, strict=True)]
+def block_modulations(
+    segments: TokenSegments, image: Iterator[Tensor], last: Iterator[Tensor] | None = None
+) -> tuple[Modulation, Modulation]:
+    """Modulations of a block's attention and of its feed-forwards.
+
+    `image` yields the next six of the image, then six of the text. `last` yields as many for the last of three
+    segments, which has a timestep of its own; its text modulations are unused.
+    """
+    own, text = (list(islice(image, 6)) for _ in range(2))
+    if last is None:
+        vectors = [segments.vectors(*pair) for pair in zip(text, own, strict=True)]
+    else:
+        of_last, _ = (list(islice(last, 6)) for _ in range(2))
+        vectors = [segments.vectors(*each) for each in zip(text, own, of_last, strict=True)]
     return Modulation(*vectors[:3]), Modulation(*vectors[3:])
 
 
@@ -114,14 +122,14 @@ def joint_block(
     feed_forwards: tuple[WritesInto, WritesInto],
     modulations: tuple[Modulation, Modulation],
     rotation: Rotation,
-    boundary: int,
+    segments: TokenSegments,
 ) -> Residual:
-    """Joint attention, then a feed-forward for each stream (text first), both modulated and gated."""
+    """Joint attention, then a feed-forward for the text and one for all others, both modulated and gated."""
     before, after = modulations
-    x_BSD, normed = norm.after(residual, before.scale, before.shift, boundary)
-    residual = Residual(x_BSD, attn.joint(normed, rotation, boundary), before.gate)
-    x_BSD, normed = norm.after(residual, after.scale, after.shift, boundary)
+    x_BSD, normed = norm.after(residual, before.scale, before.shift)
+    residual = Residual(x_BSD, attn.joint(normed, rotation, segments), before.gate)
+    x_BSD, normed = norm.after(residual, after.scale, after.shift)
     fed = normed.new_empty(normed.shape)
-    for rows, feed_forward in zip((slice(0, boundary), slice(boundary, None)), feed_forwards, strict=True):
+    for rows, feed_forward in zip(_text_and_rest(segments), feed_forwards, strict=True):
         feed_forward.into(normed[:, rows], fed[:, rows])
     return Residual(x_BSD, fed, after.gate)

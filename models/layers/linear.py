@@ -5,27 +5,18 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
-from models.kernels import fused_products
-from models.kernels.activation import write_gelu
-from models.kernels.cublas_lt import can_multiply, linear_into
-from models.kernels.float8 import FLOAT8, check_sizes, float8_linear, quantize_rows, write_float8_linear
+from models.kernels.float8 import check_sizes, quantize_rows
+from models.kernels.float8_format import FLOAT8
+from models.kernels.gemm import Weight, add_gated, multiply, multiply_gelu_into, multiply_into
 from models.layers.module_paths import matches
-from models.layers.norms import Residual, SegmentVectors
+from models.layers.norms import Residual
+from models.token_segments import SegmentVectors
 
 ALL = slice(None)
-
-
-class Weight(NamedTuple):
-    """What a layer multiplies with: values (N, K), and where these are float8 the float32 scale (N,) of each row."""
-
-    values: Tensor
-    scale: Tensor | None = None
 
 
 class Linear(nn.Linear):
@@ -56,40 +47,29 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) to (..., out_features)."""
-        return apply_linear(x, self.factor, self.bias)
+        return multiply(x, self.factor, self.bias)
 
     def into(self, x: Tensor, out: Tensor) -> None:
         """Write the result (B, tokens, out_features) of x (B, tokens, in_features); both may be parts of others."""
-        write_linear(x, self.factor, self.bias, out)
+        multiply_into(x, self.factor, self.bias, out)
 
     def gelu_into(self, x: Tensor, out: Tensor) -> None:
         """The same, through GELU in its tanh form."""
-        write_linear_gelu(x, self.factor, self.bias, out)
+        multiply_gelu_into(x, self.factor, self.bias, out)
 
-    def update(self, stream: Tensor, x: Tensor, gate: SegmentVectors, boundary: int = 0) -> Residual:
-        """A stream with gate * the result, added in place where the GEMM can.
+    def update(self, stream: Tensor, x: Tensor, gate: SegmentVectors) -> Residual:
+        """A stream with gate * the result, added in place where the GEMM's epilogue can.
 
-        With two gates, the first is that of the first `boundary` tokens: often too few for a fused GEMM, so that the
-        other tokens decide. A third one is not supported.
+        The last segment decides: the others often have too few tokens for the epilogue.
         """
-        assert gate.last is None, "the GEMM adds to two segments"
-        if not boundary or gate.text is gate.image:
-            return Residual(stream) if self._add(stream, x, gate.image) else Residual(stream, self(x), gate)
-        if not self._add(stream[:, boundary:], x[:, boundary:], gate.image):
+        *others, (rows, vector) = gate.used()
+        if not add_gated(x[:, rows], self.factor, self.bias, vector, stream[:, rows]):
             return Residual(stream, self(x), gate)
-        first_BLN, first_BLK = stream[:, :boundary], x[:, :boundary]  # noqa: N806
-        if not self._add(first_BLN, first_BLK, gate.text):
-            first_BLN.copy_(Residual(first_BLN, self(first_BLK), SegmentVectors.same(gate.text)).added(0))
+        for rows, vector in others:
+            stream_BLN, x_BLK = stream[:, rows], x[:, rows]  # noqa: N806
+            if not add_gated(x_BLK, self.factor, self.bias, vector, stream_BLN):
+                stream_BLN.copy_(Residual(stream_BLN, self(x_BLK), SegmentVectors.same(vector)).added())
         return Residual(stream)
-
-    def _add(self, stream: Tensor, x: Tensor, gate_BN: Tensor) -> bool:  # noqa: N803
-        """Add gate * the result to all tokens of the stream in place, if the GEMM can; whether it did."""
-        pairs = list(zip(x, stream, strict=True))
-        if self.scale is not None or not all(fused_products.can_add(each, self.weight, onto) for each, onto in pairs):
-            return False
-        for (x_SK, onto_SN), gate_N in zip(pairs, gate_BN, strict=True):  # noqa: N806
-            fused_products.add_gated(x_SK, self.weight, self.bias, gate_N, onto_SN)
-        return True
 
 
 def absent_biases(model: nn.Module) -> frozenset[str]:
@@ -103,56 +83,6 @@ def only_linear(layers: nn.ModuleList) -> Linear:
     layer = layers[0]
     assert isinstance(layer, Linear)
     return layer
-
-
-def apply_linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
-    """x @ weight.T + bias, (..., K) to (..., N)."""
-    if weight.scale is not None:
-        return float8_linear(x, weight.values, weight.scale, bias)
-    if bias is not None and x.is_contiguous() and can_multiply(rows := x.flatten(0, -2), weight.values):
-        result = x.new_empty(len(rows), len(weight.values))
-        linear_into(rows, weight.values, bias, result)
-        return result.view(*x.shape[:-1], -1)
-    return linear(x, weight.values, bias)
-
-
-def write_linear(x: Tensor, weight: Weight, bias: Tensor, out: Tensor) -> None:
-    """out = x @ weight.T + bias, (B, tokens, features) each, row by row of the batch where those are not adjacent."""
-    for x_SK, out_SN in _matrices(x, out):  # noqa: N806
-        if weight.scale is not None:
-            write_float8_linear(x_SK, weight.values, weight.scale, bias, out_SN)
-        elif can_multiply(x_SK, weight.values, out_SN):
-            linear_into(x_SK, weight.values, bias, out_SN)
-        else:
-            torch.addmm(bias, x_SK, weight.values.t(), out=out_SN)
-
-
-def write_linear_gelu(x: Tensor, weight: Weight, bias: Tensor, out: Tensor) -> None:
-    """out = gelu(x @ weight.T + bias) with the tanh form of GELU; on CUDA in the matrix product's epilogue.
-
-    QuACK's computes it beside other tiles' products, cuBLASLt's behind its own. Products of float8 have no such
-    epilogue, and PyTorch's none that writes into columns of a wider tensor.
-    """
-    for x_SK, out_SN in _matrices(x, out):  # noqa: N806
-        if weight.scale is None and fused_products.can_fuse(x_SK, weight.values, out_SN):
-            fused_products.gelu_into(x_SK, weight.values, bias, out_SN)
-        elif weight.scale is None and can_multiply(x_SK, weight.values, out_SN):
-            linear_into(x_SK, weight.values, bias, out_SN, gelu=True)
-        elif weight.scale is None and x.is_cuda and out_SN.is_contiguous():
-            torch._addmm_activation(bias, x_SK, weight.values.t(), use_gelu=True, out=out_SN)
-        else:
-            write_gelu(apply_linear(x_SK[None], weight, bias), out_SN[None])
-
-
-def _matrices(x: Tensor, out: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """The two as matrices: one pair where batch rows follow on each other, else one for each row of the batch."""
-    if len(x) == 1 or (_is_adjacent(x) and _is_adjacent(out)):
-        return [(x.view(-1, x.shape[-1]) if _is_adjacent(x) else x[0], out.flatten(0, 1) if len(x) > 1 else out[0])]
-    return list(zip(x, out, strict=True))
-
-
-def _is_adjacent(x: Tensor) -> bool:
-    return x.stride(0) == x.shape[1] * x.stride(1)
 
 
 class JoinedLinear:
@@ -174,7 +104,7 @@ class JoinedLinear:
 
     def into(self, x: Tensor, out: Tensor, which: slice = ALL) -> None:
         """Write the results (B, tokens, sum of out_features), side by side in the layers' order, of some layers."""
-        write_linear(x, *self.of(which), out)
+        multiply_into(x, *self.of(which), out)
 
     def tensors(self) -> tuple[Tensor, ...]:
         """All that the products read: weights, biases, and scales where there are any."""

@@ -13,13 +13,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from models.kernels import fused_products
+from models.kernels.gemm import can_norm_rotate, has_heads, multiply_norm_rotate_into
+from models.kernels.qk_norm_rotate import AnyRotation, split_heads
 from models.layers.attention import Attention, KeyValueCache, KeyValues
-from models.layers.head_rotary import HeadRotation
 from models.layers.linear import ALL, JoinedLinear, JoinsWeights, Linear, project
 from models.layers.norms import QKNorm, RMSNorm
-from models.layers.qk_norm import QKNorms, apply_qk_norm, in_place, split_heads
-from models.layers.rotary import Rotation
+from models.layers.qk_norm import HeadNorms, apply_qk_norm, in_place
+from models.rotation import Rotation
+from models.token_segments import TokenSegments
 
 QUERIES, KEYS_AND_VALUES = slice(0, 1), slice(1, 3)
 
@@ -63,39 +64,39 @@ class SelfAttention(JoinsWeights):
         """Make one product of the three projections, once the weights are in place."""
         self.joined = JoinedLinear(self._projections)
         norms = [norm for norm in (self.norm_q, self.norm_k) if isinstance(norm, RMSNorm)]
-        if norms and all(fused_products.has_heads(self.head_size, norm.size, norm.eps) for norm in norms):
+        if norms and all(has_heads(self.head_size, norm.size, norm.eps) for norm in norms):
             heads = self._size // self.head_size
             self.scales = torch.stack([norm.weight.data.repeat(heads) for norm in norms])
 
     def start(
-        self, x_BSD: Tensor, rotation: Rotation | HeadRotation, boundary: int = 0, *, keys_first: bool = False
+        self, x_BSD: Tensor, rotation: AnyRotation, segments: TokenSegments | None = None, *, keys_first: bool = False
     ) -> Started:
         """Project and begin to attend: what is computed before finish() overlaps with what ranks send each other.
 
-        Where nothing is, `keys_first` lets at least the queries' projection do so, in a product of its own. The first
-        `boundary` tokens are text.
+        Where nothing is, `keys_first` lets at least the queries' projection do so, in a product of its own. `segments`
+        are those with weights of their own.
         """
         if keys_first and self.inner.travels:
-            return self._start_keys_first(x_BSD, rotation, boundary)
+            return self._start_keys_first(x_BSD, rotation, segments)
         qkv = self._empty(x_BSD, 3)
         q, k, v = in_place(qkv, 3, self.head_size)
         key_values = self.inner.key_values(k, v)
         if key_values.room is None:
-            self._project_normed(x_BSD, qkv, rotation, boundary, ALL)
+            self._project_normed(x_BSD, qkv, rotation, segments, ALL)
         else:
-            self._project(x_BSD, qkv, boundary, ALL)
-            apply_qk_norm(qkv, self._norms(), rotation, boundary, out=(q, *key_values.room.unbind(2)))
+            self._project(x_BSD, qkv, segments, ALL)
+            apply_qk_norm(qkv, self._norms(), rotation, segments, out=(q, *key_values.room.unbind(2)))
         key_values.send()
         return Started(self.inner.start_queries(q), key_values)
 
-    def _start_keys_first(self, x_BSD: Tensor, rotation: Rotation | HeadRotation, boundary: int) -> Started:
+    def _start_keys_first(self, x_BSD: Tensor, rotation: AnyRotation, segments: TokenSegments | None) -> Started:
         heads = self._size // self.head_size
         key_values = self.inner.new_key_values(x_BSD, (*x_BSD.shape[:2], 2, heads, self.head_size))
         assert key_values.room is not None, "there is room for what is new"
-        self._project_normed(x_BSD, key_values.room.flatten(2), rotation, boundary, KEYS_AND_VALUES)
+        self._project_normed(x_BSD, key_values.room.flatten(2), rotation, segments, KEYS_AND_VALUES)
         key_values.send()
         q = self._empty(x_BSD, 1)
-        self._project_normed(x_BSD, q, rotation, boundary, QUERIES)
+        self._project_normed(x_BSD, q, rotation, segments, QUERIES)
         return Started(self.inner.start_queries(split_heads(q, self.head_size)), key_values)
 
     def _empty(self, x_BSD: Tensor, parts: int) -> Tensor:
@@ -116,42 +117,41 @@ class SelfAttention(JoinsWeights):
     def _projections(self) -> tuple[Linear, ...]:
         return self.to_q, self.to_k, self.to_v
 
-    def _project(self, x_BSD: Tensor, out: Tensor, boundary: int, which: slice) -> None:
+    def _project(self, x_BSD: Tensor, out: Tensor, segments: TokenSegments | None, which: slice) -> None:
         """Write queries, keys and values, or some of them, side by side."""
-        del boundary  # All tokens are of one stream.
+        del segments  # All tokens have the same projections.
         project(x_BSD, out, self.joined, self._projections, which)
 
     def _project_normed(
-        self, x_BSD: Tensor, out: Tensor, rotation: Rotation | HeadRotation, boundary: int, which: slice
+        self, x_BSD: Tensor, out: Tensor, rotation: AnyRotation, segments: TokenSegments | None, which: slice
     ) -> None:
         """The same, with queries and keys normalised and turned."""
         if isinstance(rotation, Rotation) and self._can_fuse(x_BSD, out):
-            self._write_normed(x_BSD, out, rotation.turns, which)
+            self._write_normed(x_BSD, out, rotation.interleaved, which)
         else:
-            self._project(x_BSD, out, boundary, which)
-            self._normalise(out, rotation, boundary, which)
+            self._project(x_BSD, out, segments, which)
+            self._normalise(out, rotation, segments, which)
 
-    def _normalise(self, out: Tensor, rotation: Rotation | HeadRotation, boundary: int, which: slice) -> None:
+    def _normalise(self, out: Tensor, rotation: AnyRotation, segments: TokenSegments | None, which: slice) -> None:
         """What was projected, in place."""
         normed, _ = _split(which)
         width = self._size * len(self._projections[normed])
-        apply_qk_norm(out[..., :width], self._norms().of(normed), rotation, boundary)
+        apply_qk_norm(out[..., :width], self._norms().of(normed), rotation, segments)
 
     def _can_fuse(self, x: Tensor, out: Tensor) -> bool:
-        """Whether products of x (B, tokens, D) can normalise and turn the heads that they write."""
+        """Whether GEMM of x (B, tokens, D) can normalise and rotate the heads in its epilogue."""
         if self.joined is None or self.joined.weight.scale is not None or self.scales is None:
             return False
-        return all(fused_products.can_fuse(row, self.joined.weight.values, to) for row, to in zip(x, out, strict=True))
+        return can_norm_rotate(x, self.joined.weight, out)
 
-    def _write_normed(self, x: Tensor, out: Tensor, turns: Tensor, which: slice) -> None:
+    def _write_normed(self, x: Tensor, out: Tensor, angles: Tensor, which: slice) -> None:
         """Where _can_fuse(): queries and keys in one product, values in another."""
         assert self.joined is not None, "weights are not joined"
         assert self.scales is not None, "norms are not over each head"
         normed, values = _split(which)
         weight, bias = self.joined.of(normed)
         scale = self.scales[normed].flatten()
-        for row, to in zip(x, out[..., : len(bias)], strict=True):
-            fused_products.normed_heads_into(row, weight.values, bias, scale, turns, to)
+        multiply_norm_rotate_into(x, weight, bias, scale, angles, out[..., : len(bias)])
         if self._projections[values]:
             self.joined.into(x, out[..., len(bias) :], values)
 
@@ -160,9 +160,8 @@ class SelfAttention(JoinsWeights):
         """Of the queries of all heads that this rank has."""
         return len(self.to_q.weight)
 
-    def _norms(self) -> QKNorms:
-        norms = (self.norm_q, self.norm_k)
-        return QKNorms(text=norms, image=norms, head_size=self.head_size)
+    def _norms(self) -> HeadNorms:
+        return HeadNorms((self.norm_q, self.norm_k), self.head_size)
 
 
 def _split(which: slice) -> tuple[slice, slice]:

@@ -80,7 +80,7 @@ class CacheUse(NamedTuple):
     probe: bool
 
 
-def through_blocks(residual: Residual, blocks: Sequence[Block], boundary: int, use: CacheUse | None) -> Residual:
+def through_blocks(residual: Residual, blocks: Sequence[Block], use: CacheUse | None) -> Residual:
     """The residual stream after all blocks. With a cache it comes without an update that is still to be added.
 
     What is computed is the same to the bit, with a cache or without.
@@ -91,13 +91,13 @@ def through_blocks(residual: Residual, blocks: Sequence[Block], boundary: int, u
         return residual
     first, *others = blocks
     # Blocks may change what they are given.
-    x_BSD = first(residual._replace(x=residual.x.clone())).added(boundary)  # noqa: N806
+    x_BSD = first(residual._replace(x=residual.x.clone())).added()  # noqa: N806
     own = x_BSD - residual.x
     if use.probe:
         return Residual(x_BSD + use.cache.reuse(own))
     residual = Residual(x_BSD.clone())
     for block in others:
         residual = block(residual)
-    end_BSD = residual.added(boundary)  # noqa: N806
+    end_BSD = residual.added()  # noqa: N806
     use.cache.keep(own, end_BSD - x_BSD)
     return Residual(end_BSD)

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from models.layers.attention import KeyValues, attention
+from models.kernels.attention import attention
+from models.layers.attention import KeyValues
 from models.parallel.mesh import Axis
 from models.parallel.peer_memory import CopyStreams, PeerMemory, share_memory
 

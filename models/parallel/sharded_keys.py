@@ -9,11 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from models.layers.attention import Attention, KeyValueCache, KeyValues, attention_with_lse
+from models.kernels.attention import attention_with_lse, merge_attention
+from models.layers.attention import Attention, KeyValueCache, KeyValues
 from models.parallel.collectives import all_gather
 from models.parallel.mesh import WorkerMesh
 from models.parallel.segment_lengths import SegmentScope
-from models.parallel.usp_attention import merge
 
 
 class ShardedKeysAttention(Attention):
@@ -44,5 +44,5 @@ class ShardedKeysAttention(Attention):
         parts = [part for part, size in zip(zip(attended, lse, strict=True), sizes, strict=True) if size]
         merged, *others = parts
         for number, part in enumerate(others, 1):
-            merged = merge(merged, part, q.dtype if number == len(others) else torch.float32)
+            merged = merge_attention(merged, part, q.dtype if number == len(others) else torch.float32)
         return merged[0] if out is None else out.copy_(merged[0])

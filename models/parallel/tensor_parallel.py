@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 
 from models.kernels.activation import write_gelu
+from models.kernels.gemm import multiply
 from models.layers.head_rotary import OwnHeads
-from models.layers.linear import Linear, apply_linear
-from models.layers.norms import Residual, RMSNorm, SegmentVectors
+from models.layers.linear import Linear
+from models.layers.norms import Residual, RMSNorm
 from models.parallel.collectives import all_reduce, gather_last
 from models.parallel.mesh import Axis
 from models.parallel.shards import Shard, Sharded
+from models.token_segments import SegmentVectors
 
 
 class ColumnParallelLinear(Sharded, Linear):
@@ -67,14 +69,13 @@ class RowParallelLinear(Sharded, Linear):
         """The same, through GELU in its tanh form."""
         write_gelu(self(x), out)
 
-    def update(self, stream: Tensor, x: Tensor, gate: SegmentVectors, boundary: int = 0) -> Residual:
+    def update(self, stream: Tensor, x: Tensor, gate: SegmentVectors) -> Residual:
         """A stream, with gate * the result that is still to be added: it must have been summed first."""
-        del boundary
         return Residual(stream, self(x), gate)
 
     def _sum(self, x: Tensor) -> Tensor:
         """The products of all ranks' inputs."""
-        return all_reduce(apply_linear(x, self.factor, None), self.axis)
+        return all_reduce(multiply(x, self.factor, None), self.axis)
 
 
 class ParallelRMSNorm(Sharded, RMSNorm):

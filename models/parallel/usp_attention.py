@@ -14,8 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from models.kernels.fused_backend import kernels_for
-from models.layers.attention import Attention, KeyValueCache, KeyValues, attention, attention_with_lse
+from models.kernels.attention import attention, attention_with_lse, merge_attention
+from models.layers.attention import Attention, KeyValueCache, KeyValues
 from models.parallel.collectives import start_all_to_all, start_shift, wait
 from models.parallel.mesh import Axis, WorkerMesh
 from models.parallel.peer_gather import Gathered, PeerGather
@@ -159,7 +159,7 @@ class _Blocks(KeyValues):
         for step in range(self._ring.size):
             if q.shape[1] and self._block(step):
                 part = attention_with_lse(q, self.k, self.v)
-                merged = merge(merged, part, q.dtype if step == last else torch.float32) if merged else part
+                merged = merge_attention(merged, part, q.dtype if step == last else torch.float32) if merged else part
             if step + 1 < self._ring.size:
                 shape = (self.k.shape[0], self._block(step + 1), *self.k.shape[2:])
                 self.v, self.k = (wait(each).view(shape) for each in self._next)
@@ -177,16 +177,3 @@ class _Blocks(KeyValues):
             row = self.k.shape[0] * self.k.shape[2] * self.k.shape[3]
             received = row * self._block(step + 1)
             self._next = [start_shift(each.flatten(), received, self._ring) for each in (self.v, self.k)]
-
-
-def merge(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Attention to the keys of both, from attention to each: results (B, R, H, K) and their log-sum-exp (B, R, H).
-
-    Computed in float32; the result is in `dtype`, its log-sum-exp in float32.
-    """
-    if (kernels := kernels_for(one[0])) is not None:
-        both: tuple[Tensor, Tensor] = kernels.merge_attention(one, other, dtype)
-        return both
-    total = torch.logaddexp(one[1], other[1])
-    parts = [out.float() * (lse - total).exp()[..., None] for out, lse in (one, other)]
-    return (parts[0] + parts[1]).to(dtype), total

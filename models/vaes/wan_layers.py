@@ -13,9 +13,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import conv2d, normalize, pixel_shuffle, silu
+from torch.nn.functional import conv2d, pixel_shuffle
 
-from models.kernels.fused_backend import kernels_for
+from models.kernels.channel_norm import channel_norm_silu
 
 
 class FrameLayer(Protocol):
@@ -164,11 +164,7 @@ class _Activation:
 
 def _norm_silu(frame: Tensor, norm: Any) -> Tensor:
     """Each pixel's channels divided by their root mean square, times a weight, through SiLU."""
-    if (kernels := kernels_for(frame)) is not None:
-        activated: Tensor = kernels.channel_norm_silu(frame, norm.gamma.flatten())
-        return activated
-    normed = normalize(frame.float(), dim=1).to(frame.dtype)
-    return silu(normed * norm.scale * norm.gamma.view(-1, 1, 1), inplace=True)
+    return channel_norm_silu(frame, norm.gamma.flatten(), norm.scale)
 
 
 class _Upsample:

@@ -13,7 +13,7 @@ from models.warm_up import WarmUp
 from services.denoising.joining import Place
 from services.denoising.launcher import launch
 from services.denoising.rank import run_rank
-from services.denoising.settings import SERVICE, DenoisingSettings, check_group
+from services.denoising.settings import SERVICE, DenoisingSettings, check_attention, check_group
 from services.worker import run_service, serve
 
 SETTINGS = DenoisingSettings
@@ -26,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(model: ServedModel, settings: DenoisingSettings, flags: Sequence[str]) -> int:
     check_approximation(model, model.service(SERVICE), settings.approximation)
+    check_attention(model, settings)
     warm_up = WarmUp.parse(model, settings.warm_up)
     if settings.degrees.world_size == 1:
         asyncio.run(serve(SERVICE, model, settings, warm_up=warm_up))

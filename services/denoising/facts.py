@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from common.errors import FailedPrecondition
-from models.kernels.packages import kernel_facts
+from models.kernels.backends import facts as kernel_facts
 from models.loader import numerics_fingerprint
 from services.denoising.messages import Kind, Link
 from services.denoising.settings import DenoisingSettings

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,11 +12,12 @@ from common.settings import setting
 from configs.approximation import Approximation, LinearDtype
 from configs.pipeline_configs.base import DenoisingConfig
 from models.catalog import ServedModel
+from models.kernels.attention_table import check_choice
 from models.loader import check_parallel
 from models.parallel.mesh import Degrees, WorkerMesh
 from models.registry import resolve
 from models.runtime import Runtime
-from services.worker_settings import LoopSettings, WarmUpSettings, device_of
+from services.worker_settings import LoopSettings, WarmUpSettings, device_of, dtype_of
 
 SERVICE = "denoising"
 
@@ -110,6 +112,23 @@ def check_degrees(model: ServedModel, degrees: Degrees) -> None:
         heads = model.checkpoint.module_config(module).get("num_attention_heads")
         if isinstance(heads, int):
             degrees.check_model(heads)
+
+
+def check_attention(model: ServedModel, settings: DenoisingSettings) -> None:
+    """Refuse an attention backend that does not take the model's heads in the dtype of the GPU. Raises InvalidInput."""
+    device = device_of(settings.device)
+    if device.type == "cuda":
+        sizes = [size for module in model.service(SERVICE).modules for size in head_sizes(model, module)]
+        check_choice(settings.attention_backend, dtype_of(settings.dtype, device), sizes)
+
+
+def head_sizes(model: ServedModel, module: str) -> Iterator[int]:
+    """Channels of the attention heads that a denoiser's config.json states."""
+    config = model.checkpoint.module_config(module)
+    yield from (size for name, size in config.items() if name.endswith("attention_head_dim") and isinstance(size, int))
+    match config:
+        case {"dim": int(width), "n_heads": int(heads)} if heads:  # Z-Image
+            yield width // heads
 
 
 def _check_branches(model: ServedModel, degrees: Degrees) -> None:

@@ -22,19 +22,20 @@ from bench_report import print_machine, print_table, say
 from torch import Tensor
 from torch.nn.functional import gelu, linear, scaled_dot_product_attention
 
-from models.kernels import fused_products
+from models.kernels import quack_gemm
 from models.kernels.activation import write_gelu
 from models.kernels.attention_backends import flash_attention_3, flash_attention_3_into
 from models.kernels.cublas_lt import linear_into
+from models.kernels.gemm_support import HEAD_SIZE
 from models.kernels.trials import try_packages
 from models.layers.norms import RMSNorm
-from models.layers.qk_norm import QKNorms, apply_qk_norm
+from models.layers.qk_norm import HeadNorms, apply_qk_norm
 from models.layers.rotary import rotary_embedding
 
 ROWS, SIZE = 4608, 3072
 """Tokens and hidden size."""
 
-HEAD = fused_products.HEAD_SIZE
+HEAD = HEAD_SIZE
 
 SETS = 4
 """Of inputs and weights, in turn: none stays in the L2 cache."""
@@ -147,7 +148,7 @@ def feed_forward() -> list[Work]:
         return columns
 
     def fused(index: int) -> Tensor:
-        fused_products.gelu_into(*given.of(index), columns[0])
+        quack_gemm.gelu_into(*given.of(index), columns[0])
         return columns
 
     def exact() -> Tensor:
@@ -165,7 +166,7 @@ def heads() -> list[Work]:
     """Queries and keys, normalised and turned, and values."""
     given = Operands(ROWS, 3 * SIZE, SIZE)
     norms = (RMSNorm(HEAD).to(**CARD), RMSNorm(HEAD).to(**CARD))
-    qk_norms = QKNorms(norms, norms, HEAD)
+    qk_norms = HeadNorms(norms, HEAD)
     rotation = rotary_embedding(torch.arange(ROWS, device="cuda")[:, None], (HEAD,))
     out, normed = given.out, 2 * SIZE
     scale = torch.ones(normed, **CARD)
@@ -177,7 +178,7 @@ def heads() -> list[Work]:
 
     def fused(index: int) -> Tensor:
         x, weight, bias = given.of(index)
-        fused_products.normed_heads_into(x, weight[:normed], bias[:normed], scale, rotation.turns, out[:, :normed])
+        quack_gemm.normed_heads_into(x, weight[:normed], bias[:normed], scale, rotation.interleaved, out[:, :normed])
         linear_into(x, weight[normed:], bias[normed:], out[:, normed:])
         return out
 
@@ -216,7 +217,7 @@ def gated() -> list[Work]:
         return given.out.zero_().addcmul_(given.by_torch(index), gate)
 
     def fused(index: int) -> Tensor:
-        fused_products.add_gated(*given.of(index), gate, given.out.zero_())
+        quack_gemm.add_gated(*given.of(index), gate, given.out.zero_())
         return given.out
 
     def exact() -> Tensor:

@@ -21,7 +21,7 @@ from configs.pipeline_configs.qwen_image_edit import QwenImageEditPipelineConfig
 from local_fleet import relative_error
 from models.catalog import ServedModel, open_model
 from models.contracts import DenoisingInput
-from models.kernels.float8 import FLOAT8
+from models.kernels.float8_format import FLOAT8
 from models.layers.linear import JoinedLinear, JoinsWeights
 from models.loader import load_stages
 from models.registry import load_registry

@@ -9,9 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from local_fleet import relative_error
-from models.layers.attention import attention, attention_with_lse
+from models.kernels.attention import attention, attention_with_lse, merge_attention
 from models.parallel.mesh import AXES, Degrees
-from models.parallel.usp_attention import merge
 from rank_calls import rank_file
 from rank_pool import RankFailed, RankPool
 
@@ -68,7 +67,7 @@ def test_attention_to_some_keys_after_others(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, tokens, 3, 8, dtype=dtype) for tokens in (5, 9, 9))
     parts = [attention_with_lse(q, k[:, rows], v[:, rows]) for rows in (slice(0, 2), slice(2, 5), slice(5, None))]
-    merged = merge(merge(parts[0], parts[1], torch.float32), parts[2], torch.float32)
+    merged = merge_attention(merge_attention(parts[0], parts[1], torch.float32), parts[2], torch.float32)
     out, lse = attention_with_lse(q, k, v)
     scores = torch.einsum("bqhd,bkhd->bqhk", q.float(), k.float()) / 8**0.5
     most = 1e-6 if dtype == torch.float32 else 1e-2
@@ -81,7 +80,9 @@ def test_attention_to_some_keys_after_others(dtype: torch.dtype) -> None:
 def test_merging_scores_that_no_exponential_holds() -> None:
     """Attention to keys that matter, after keys that do not: exp(200) is infinite in float32."""
     out, lse = torch.ones(1, 1, 1, 2), torch.full((1, 1, 1), 200.0)
-    merged, total = merge((torch.zeros(1, 1, 1, 2), torch.full((1, 1, 1), -200.0)), (out, lse), torch.bfloat16)
+    merged, total = merge_attention(
+        (torch.zeros(1, 1, 1, 2), torch.full((1, 1, 1), -200.0)), (out, lse), torch.bfloat16
+    )
     assert torch.equal(merged, out.bfloat16())
     assert torch.equal(total, lse)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fake_kernel_packages import FLASH_ATTN_2, FLASH_ATTN_4, install
 from kernel_modules import forgotten
+from models.kernels import attention as entry
 from models.kernels.attention_table import choose_backend
 from models.kernels.packages import (
     ATTENTION_PACKAGES,
@@ -24,8 +25,6 @@ from models.kernels.packages import (
     Outcome,
     record,
 )
-from models.layers import attention as entry
-from models.parallel.usp_attention import merge
 
 HOPPER = (9, 0)
 LARGE = 24 * 4608
@@ -81,7 +80,7 @@ def test_an_adapter_returns_the_log_sum_exp_that_a_ring_merges() -> None:
     expected, lse = expected_of(q, k, v)
     one, other = (entry.attention_with_lse(q, k[:, rows], v[:, rows]) for rows in (slice(0, 3), slice(3, None)))
     assert all(part[1].shape == (2, 5, 3) and part[1].dtype == torch.float32 for part in (one, other))
-    out, merged = merge(one, other, torch.float32)
+    out, merged = entry.merge_attention(one, other, torch.float32)
     torch.testing.assert_close(out, expected, rtol=1e-2, atol=1e-2)
     torch.testing.assert_close(merged, lse, rtol=1e-3, atol=1e-3)
 
@@ -105,8 +104,7 @@ def test_the_entry_point_asks_table_outcomes_and_setting(
     (package,) = (each for each in PACKAGES if each.name == "fa3-fwd")
     with forgotten():
         record(KernelChoice(attention=choice), [Outcome(package, "1", broken)])
-        assert entry._backend_for(q, q, None) == expected
-        assert entry._backend_for(q, q, torch.ones(1)) == "sdpa"
+        assert entry._backend_for(q, q) == expected
 
 
 def only(*names: str) -> Callable[[str], bool]:

@@ -13,14 +13,13 @@ from torch.torch_version import TorchVersion
 from common.errors import FailedPrecondition, InvalidInput
 from configs.approximation import Approximation
 from models.kernels.float8 import (
-    FLOAT8,
-    LARGEST,
     check_float8,
     check_sizes,
     float8_linear,
     quantize_rows,
     scaled_product,
 )
+from models.kernels.float8_format import FLOAT8, LARGEST
 from models.layers.linear import JoinedLinear, Linear, project, quantize_linears
 from models.loader import numerics_fingerprint
 from models.parallel import tensor_parallel

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +14,13 @@ import torch
 
 from common.errors import FailedPrecondition, FleetError, InvalidInput
 from models.catalog import ServedModel, open_model
+from models.kernels.packages import AttentionChoice
 from models.registry import load_registry
 from services.denoising import __main__ as denoising
-from services.denoising.settings import DenoisingSettings, check_group
+from services.denoising.settings import DenoisingSettings, check_attention, check_group, head_sizes
+from tiny_ltx2 import AUDIO_HEAD_SIZE, VIDEO_HEAD_SIZE, build_tiny_ltx2
 from tiny_wan import build_tiny_wan_causal
+from tiny_z_image import build_tiny_z_image
 from toy_checkpoint import build_toy_checkpoint, toy_family
 
 
@@ -116,3 +122,34 @@ def test_the_service_says_it_in_a_line_and_starts_nothing(
     assert not started
     assert denoising.main([*flags, "--tp", "2"]) == 0
     assert len(started) == 1
+
+
+@pytest.mark.parametrize(
+    ("build", "expected"),
+    [
+        (build_tiny_wan_causal, {16}),
+        (build_tiny_z_image, {16}),
+        (build_tiny_ltx2, {VIDEO_HEAD_SIZE, AUDIO_HEAD_SIZE}),
+    ],
+)
+def test_head_sizes_are_those_of_the_config(tmp_path: Path, build: Callable[[Path], Path], expected: set[int]) -> None:
+    model = open_model(f"m={build(tmp_path)}", load_registry())
+    assert set(head_sizes(model, "transformer")) == expected
+
+
+@pytest.mark.parametrize("backend", ["cudnn", "flash_attn_2", "flash_attn_3", "flash_attn_4"])
+def test_an_attention_backend_that_cannot_take_the_model_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: AttentionChoice
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    config = build_tiny_wan_causal(tmp_path) / "transformer" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "attention_head_dim": 12}))
+    odd = open_model(f"odd={tmp_path}", load_registry())
+    message = f"attention_backend: {backend} takes heads of 8, 16, ... 128 channels, and the model has 12; auto and"
+    with pytest.raises(InvalidInput, match=re.escape(message)) as caught:
+        check_attention(odd, settings_of(device="cuda", attention_backend=backend))
+    assert caught.value.field == "attention_backend"
+    with pytest.raises(InvalidInput, match=f"attention_backend: {backend} takes bfloat16, and dtype is float32; auto"):
+        check_attention(odd, settings_of(device="cuda", dtype="float32", attention_backend=backend))
+    for fine in ("auto", "sdpa"):
+        check_attention(odd, settings_of(device="cuda", attention_backend=fine))

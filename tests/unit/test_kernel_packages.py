@@ -20,7 +20,9 @@ from torch import Tensor
 from common.errors import FailedPrecondition, FleetError, InvalidInput
 from fake_kernel_packages import FLASH_ATTN_2, FLASH_ATTN_3, FLASH_ATTN_4, LAUNCH_FAILS, WRONG_RESULTS, install
 from kernel_modules import forgotten
-from models.kernels import cublas_lt, fused_backend, fused_products, trials
+from models import kernels
+from models.kernels import cublas_lt, quack_gemm, trials
+from models.kernels.backends import BACKENDS, Operation, facts
 from models.kernels.packages import PACKAGES, Capability, KernelChoice, Outcome, PackageName, is_usable, record
 from models.kernels.trials import outcomes_on, try_package, try_packages
 from models.loader import numerics_fingerprint
@@ -306,18 +308,25 @@ def test_workers_announce_their_packages() -> None:
 
 def test_layers_leave_unusable_packages_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     on_gpu = cast(Tensor, SimpleNamespace(is_cuda=True))
-    for module in (cublas_lt, fused_products):
+    operation: Operation[Callable[[Tensor], str]] = Operation("gelu")
+
+    @operation.register("triton")
+    def by_triton(_: Tensor) -> str:
+        return "triton"
+
+    operation.register("torch")(lambda _: "torch")
+    for module in (cublas_lt, quack_gemm):
         monkeypatch.setattr(module, "can_load", lambda *_: True)
-    monkeypatch.setattr(fused_products, "_capability", lambda _: HOPPER)
+    monkeypatch.setattr(quack_gemm, "_capability", lambda _: HOPPER)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda *_: True)
     x = torch.zeros(2048, 16)
 
     def uses() -> list[bool]:
         return [
-            fused_backend.kernels_for(on_gpu) is not None,
+            operation.for_device_of(on_gpu) is by_triton,
             cublas_lt.can_multiply(x, x),
-            fused_products.can_fuse(x, x, x),
+            quack_gemm.can_fuse(x, x, x),
             mesh._reach_each_other(torch.device("cuda", 0), 2),
         ]
 
@@ -412,3 +421,32 @@ def test_every_kernel_package_is_declared_with_an_upper_bound() -> None:
 def test_every_package_of_the_gpu_extras_is_tried() -> None:
     assert {each.name for extra, each in _requirements() if extra in ("gpu", "flash-attn")} == set(BY_NAME)
     assert set(trials._TRIALS) == set(BY_NAME)
+
+
+def test_every_backend_of_every_operation_is_a_fact() -> None:
+    with forgotten():
+        record(KernelChoice(), [Outcome(package, "1") for package in PACKAGES])
+        lines = facts()
+        for operation, backends in BACKENDS.items():
+            assert f"{operation}: {' '.join(backends)}" in lines
+        record(KernelChoice(), [Outcome(BY_NAME["triton"], "1", "E")])
+        assert "gelu: torch" in facts()
+
+
+def test_an_unknown_backend_cannot_be_registered() -> None:
+    operation: Operation[Callable[[], None]] = Operation("gemm")
+    with pytest.raises(ValueError, match="gemm: cutlass is not in BACKENDS; add it there, so that facts"):
+        operation.register("cutlass")
+
+
+def test_every_backend_has_an_implementation() -> None:
+    """BACKENDS lists nothing that no module registers."""
+    folder = Path(kernels.__file__).parent
+    optional = {"triton_kernels", "quack_epilogues"}  # import packages for GPUs
+    found: dict[str, frozenset[str]] = {}
+    for file in sorted(folder.glob("[a-z]*.py")):
+        if file.stem in optional:
+            continue
+        module = importlib.import_module(f"models.kernels.{file.stem}")
+        found |= {each.name: each.registered() for each in vars(module).values() if isinstance(each, Operation)}
+    assert found == {name: frozenset(backends) for name, backends in BACKENDS.items()}

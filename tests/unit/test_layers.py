@@ -9,16 +9,18 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu
 
-from models.kernels import fused_products
+from models.kernels import quack_gemm
 from models.kernels.activation import write_gelu
+from models.kernels.attention import attention
 from models.kernels.attention_backends import head_shares
-from models.layers.attention import attention
 from models.layers.embeddings import EmbeddingMLP, sinusoidal_embedding
 from models.layers.feed_forward import FeedForward
 from models.layers.linear import JoinedLinear, Linear, project
-from models.layers.norms import LayerNormScaleShift, Residual, RMSNorm, SegmentVectors
-from models.layers.qk_norm import QKNorms, apply_qk_norm
-from models.layers.rotary import apply_rotary, rotary_embedding
+from models.layers.norms import LayerNormScaleShift, Residual, RMSNorm
+from models.layers.qk_norm import HeadNorms, apply_qk_norm
+from models.layers.rotary import rotary_embedding
+from models.rotation import apply_rotary
+from models.token_segments import SegmentVectors, TokenSegments
 
 
 @pytest.fixture(autouse=True)
@@ -70,13 +72,13 @@ def test_layer_norm_scale_shift() -> None:
 
 
 def test_each_stream_has_its_own_modulation_and_gate() -> None:
-    norm, boundary = LayerNormScaleShift(8), 2
+    norm, segments = LayerNormScaleShift(8), TokenSegments((2, 3))
     x, update = torch.randn(2, 2, 5, 8).unbind(0)
     vectors = torch.randn(3, 2, 2, 8)
     scale, shift, gate = vectors
-    pairs = [SegmentVectors(text, image) for text, image in vectors]
-    added, normed = norm.after(Residual(x, update, pairs[2]), pairs[0], pairs[1], boundary)
-    for rows, stream in ((slice(0, boundary), 0), (slice(boundary, None), 1)):
+    pairs = [segments.vectors(text, image) for text, image in vectors]
+    added, normed = norm.after(Residual(x, update, pairs[2]), pairs[0], pairs[1])
+    for stream, rows in enumerate(segments.slices()):
         expected = x[:, rows] + gate[stream][:, None] * update[:, rows]
         torch.testing.assert_close(added[:, rows], expected)
         alone = norm(expected, SegmentVectors.same(scale[stream]), SegmentVectors.same(shift[stream]))
@@ -96,18 +98,19 @@ def test_an_update_with_two_gates(
         fused.append(len(x))
         onto += gate * (x @ weight.T + bias)
 
-    monkeypatch.setattr(fused_products, "can_add", lambda x, *_: len(x) >= smallest)
-    monkeypatch.setattr(fused_products, "add_gated", add_gated)
+    monkeypatch.setattr(quack_gemm, "can_add", lambda x, *_: len(x) >= smallest)
+    monkeypatch.setattr(quack_gemm, "add_gated", add_gated)
     layer, stream, x = Linear(6, 4), torch.randn(2, 5, 4), torch.randn(2, 5, 6)
     text, image = torch.randn(2, 2, 4).unbind()
-    gate = SegmentVectors.same(image) if are_equal else SegmentVectors(text, image)
+    segments = TokenSegments((boundary, 5 - boundary))
+    gate = segments.vectors(image, image) if are_equal else segments.vectors(text, image)
     with torch.inference_mode():
-        expected = Residual(stream, layer(x), gate).added(boundary)
-        got = layer.update(stream.clone(), x, gate, boundary).added(boundary)
+        expected = Residual(stream, layer(x), gate).added()
+        got = layer.update(stream.clone(), x, gate).added()
     torch.testing.assert_close(got, expected)
-    segments = [5] if are_equal or not boundary else [5 - boundary, boundary]
-    decisive = segments[0] >= smallest
-    assert fused == [rows for rows in segments if decisive and rows >= smallest for _ in range(2)]
+    lengths = [5] if are_equal or boundary in (0, 5) else [5 - boundary, boundary]
+    decisive = lengths[0] >= smallest
+    assert fused == [rows for rows in lengths if decisive and rows >= smallest for _ in range(2)]
 
 
 @pytest.mark.parametrize(
@@ -141,7 +144,9 @@ def test_qk_norm_is_per_head_and_per_stream(rotated: bool) -> None:
         normed = part / (part.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight
         expected.append(normed if rotation is None else apply_rotary(normed, rotation))
     with torch.inference_mode():
-        apply_qk_norm(qk, QKNorms((norms[0], norms[1]), (norms[2], norms[3]), 8), rotation, boundary=1)
+        apply_qk_norm(
+            qk, HeadNorms((norms[2], norms[3]), 8, first=(norms[0], norms[1])), rotation, TokenSegments((1, 3))
+        )
     torch.testing.assert_close(qk, torch.stack(expected, dim=2).flatten(2))
 
 
@@ -150,7 +155,7 @@ def test_qk_norm_over_all_heads() -> None:
     q = torch.randn(1, 4, 16)
     expected = q / (q.square().mean(-1, keepdim=True) + 1e-6).sqrt()
     with torch.inference_mode():
-        apply_qk_norm(q, QKNorms((norm,), (norm,), 8))
+        apply_qk_norm(q, HeadNorms((norm,), 8))
     torch.testing.assert_close(q, expected)
 
 
@@ -161,7 +166,7 @@ def test_qk_norm_writes_elsewhere_and_takes_values_along() -> None:
     before = kv.clone()
     with torch.inference_mode():
         expected = norm(kv[..., :16].view(2, 4, 2, 8))
-        apply_qk_norm(kv, QKNorms((norm,), (norm,), 8), out=tuple(room[:, :, 3:7]))
+        apply_qk_norm(kv, HeadNorms((norm,), 8), out=tuple(room[:, :, 3:7]))
     torch.testing.assert_close(room[0, :, 3:7], expected)
     assert torch.equal(room[1, :, 3:7], before[..., 16:].view(2, 4, 2, 8))
     assert torch.equal(kv, before)

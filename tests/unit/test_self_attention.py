@@ -15,6 +15,7 @@ from models.layers.self_attention import SelfAttention
 from models.parallel.mesh import Axis
 from models.parallel.peer_gather import Gathered, PeerGather
 from models.parallel.peer_memory import CopyStreams, PeerMemory
+from models.token_segments import TokenSegments
 
 CPU = torch.device("cpu")
 SIZE, HEAD, TOKENS, BOUNDARY = 32, 8, 6, 2
@@ -96,9 +97,9 @@ def test_two_streams() -> None:
     random_weights(attention)
     attention.join_weights()
     x, rotation = torch.randn(2, TOKENS, SIZE), rotary_embedding(torch.arange(TOKENS)[:, None], (HEAD,))
-    expected = attention.joint(x, rotation, BOUNDARY)
+    expected = attention.joint(x, rotation, TokenSegments((BOUNDARY, TOKENS - BOUNDARY)))
     attention.inner = GatheringAttention()
-    torch.testing.assert_close(attention.joint(x, rotation, BOUNDARY), expected)
+    torch.testing.assert_close(attention.joint(x, rotation, TokenSegments((BOUNDARY, TOKENS - BOUNDARY))), expected)
 
 
 @torch.inference_mode()

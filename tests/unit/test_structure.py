@@ -17,9 +17,6 @@ FUNCTION_LINES = 80
 # Path, or path:function, with the reason why it may be longer.
 LONGER: dict[str, str] = {}
 
-# Rooms whose modules may import each other in a circle.
-MAY_CIRCLE = ("models.layers.", "models.kernels.")
-
 # Single-device code: modules that DiTs are written in, and the DiTs themselves.
 SINGLE_DEVICE = ("models.layers.", "models.dits.")
 # Of these, the modules that shard a DiT.
@@ -166,7 +163,7 @@ def _reached(name: str, graph: Mapping[str, set[str]]) -> set[str]:
 
 def test_no_imports_go_in_a_circle() -> None:
     sources = {path: source for path, source in _sources().items() if not path.startswith("tests/")}
-    assert not [group for group in circles(import_graph(sources)) if not all(map(_may_circle, group))]
+    assert not circles(import_graph(sources))
 
 
 def reaching_parallel(graph: Mapping[str, set[str]]) -> dict[str, set[str]]:
@@ -212,10 +209,6 @@ def test_a_layer_or_dit_that_knows_of_ranks_is_found(source: str) -> None:
     for path in ("models/dits/flux.py", "models/layers/linear.py"):
         found = reaching_parallel(import_graph({**sources, path: source}))
         assert list(found) == [path.removesuffix(".py").replace("/", ".")]
-
-
-def _may_circle(module: str) -> bool:
-    return module.startswith(MAY_CIRCLE)
 
 
 def test_there_are_three_denoising_loops() -> None:

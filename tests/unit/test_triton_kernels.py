@@ -12,21 +12,24 @@ from torch.nn.functional import normalize, silu
 
 from models.kernels import triton_kernels as kernels
 from models.kernels.activation import gate_by_silu, write_gelu
-from models.kernels.float8 import FLOAT8, quantize_rows
-from models.layers.head_rotary import HeadRotation
+from models.kernels.attention import merge_attention
+from models.kernels.float8 import quantize_rows
+from models.kernels.float8_format import FLOAT8
+from models.kernels.head_norms import QKNorms
 from models.layers.norms import (
     LayerNormScaleShift,
     PlainLayerNorm,
     Residual,
     RMSNorm,
     RMSNormScaleShift,
-    SegmentVectors,
 )
-from models.layers.qk_norm import QKNorms, apply_qk_norm, in_place
+from models.layers.qk_norm import HeadNorms, apply_qk_norm, in_place
 from models.layers.rotary import rotary_embedding
-from models.parallel.usp_attention import merge
+from models.rotation import HeadRotation
+from models.token_segments import SegmentVectors, TokenSegments
 
-BATCH, TOKENS, BOUNDARY, HEADS, HEAD = 2, 7, 3, 3, 32
+BATCH, TOKENS, FIRST, HEADS, HEAD = 2, 7, 3, 3, 32
+SEGMENTS = TokenSegments((FIRST, TOKENS - FIRST))
 SIZE = HEADS * HEAD
 DTYPES = pytest.mark.parametrize(
     ("dtype", "most"), [(torch.float32, 1e-6), (torch.bfloat16, 8e-3)], ids=["f32", "bf16"]
@@ -47,10 +50,17 @@ def assert_near(got: Tensor, expected: Tensor, most: float) -> None:
     assert float((got.float() - expected.float()).norm() / expected.float().norm()) <= most
 
 
+def operands(norms: HeadNorms) -> QKNorms:
+    """Norms as the kernel takes them."""
+    rest = tuple(norm.operand for norm in norms.norms)
+    first = rest if norms.first is None else tuple(norm.operand for norm in norms.first)
+    return QKNorms(first, rest, norms.head_size)
+
+
 def modulations(dtype: torch.dtype) -> list[SegmentVectors]:
     """Scale, shift and gate of two streams, as parts of one tensor."""
     parts = torch.randn(BATCH, 6 * SIZE, dtype=dtype).chunk(6, dim=1)
-    return [SegmentVectors(parts[start], parts[start + 1]) for start in (0, 2, 4)]
+    return [SEGMENTS.vectors(parts[start], parts[start + 1]) for start in (0, 2, 4)]
 
 
 @DTYPES
@@ -58,8 +68,8 @@ def modulations(dtype: torch.dtype) -> list[SegmentVectors]:
 def test_norm_scale_shift(dtype: torch.dtype, most: float, norm: LayerNormScaleShift) -> None:
     x = 1 + torch.randn(BATCH, TOKENS, SIZE, dtype=dtype)
     scale, shift, _ = modulations(dtype)
-    got = kernels.norm_scale_shift(x, scale, shift, BOUNDARY, norm.eps, is_centred=norm.is_centred)
-    assert_near(got, norm(x, scale, shift, BOUNDARY), most)
+    got = kernels.norm_modulate(x, scale, shift, norm.eps, norm.is_centred)
+    assert_near(got, norm(x, scale, shift), most)
 
 
 @DTYPES
@@ -67,36 +77,38 @@ def test_norm_scale_shift(dtype: torch.dtype, most: float, norm: LayerNormScaleS
 def test_gate_norm_scale_shift(dtype: torch.dtype, most: float, norm: LayerNormScaleShift) -> None:
     x, update = torch.randn(2, BATCH, TOKENS, SIZE, dtype=dtype).unbind(0)
     scale, shift, gate = modulations(dtype)
-    got = kernels.gate_norm_scale_shift(x, update, gate, scale, shift, BOUNDARY, norm.eps, is_centred=norm.is_centred)
-    for mine, expected in zip(got, norm.after(Residual(x, update, gate), scale, shift, BOUNDARY), strict=True):
+    got = kernels.gate_norm_modulate(x, update, gate, scale, shift, norm.eps, norm.is_centred)
+    for mine, expected in zip(got, norm.after(Residual(x, update, gate), scale, shift), strict=True):
         assert_near(mine, expected, most)
 
 
 @DTYPES
-@pytest.mark.parametrize("boundary", [0, BOUNDARY, TOKENS])
+@pytest.mark.parametrize("boundary", [0, FIRST, TOKENS])
 def test_modulations_of_two_tensors(dtype: torch.dtype, most: float, boundary: int) -> None:
     """Segments with timesteps of their own: one tensor of modulations each."""
     x, update = torch.randn(2, BATCH, TOKENS, SIZE, dtype=dtype).unbind(0)
     first, rest = (torch.randn(BATCH, 8, SIZE) for _ in range(2))
-    scale, shift, gate = (SegmentVectors(first[:, index], rest[:, index]) for index in (1, 2, 7))
+    segments = TokenSegments((boundary, TOKENS - boundary))
+    scale, shift, gate = (segments.vectors(first[:, index], rest[:, index]) for index in (1, 2, 7))
     norm = LayerNormScaleShift(SIZE)
-    got = kernels.gate_norm_scale_shift(x, update, gate, scale, shift, boundary, norm.eps)
-    for mine, expected in zip(got, norm.after(Residual(x, update, gate), scale, shift, boundary), strict=True):
+    got = kernels.gate_norm_modulate(x, update, gate, scale, shift, norm.eps, norm.is_centred)
+    for mine, expected in zip(got, norm.after(Residual(x, update, gate), scale, shift), strict=True):
         assert_near(mine, expected, most)
 
 
 @DTYPES
-@pytest.mark.parametrize("last", [0, 2, TOKENS - BOUNDARY])
+@pytest.mark.parametrize("last", [0, 2, TOKENS - FIRST])
 def test_modulations_of_three_segments(dtype: torch.dtype, most: float, last: int) -> None:
     """The last tokens have a timestep of their own."""
     x, update = torch.randn(2, BATCH, TOKENS, SIZE, dtype=dtype).unbind(0)
     rows, own = (torch.randn(BATCH, 8 * SIZE, dtype=dtype).chunk(8, dim=1) for _ in range(2))
-    scale, shift, gate = (SegmentVectors(rows[index], rows[index + 1], own[index], last) for index in (1, 3, 6))
+    segments = TokenSegments((FIRST, TOKENS - FIRST - last, last))
+    scale, shift, gate = (segments.vectors(rows[index], rows[index + 1], own[index]) for index in (1, 3, 6))
     norm = LayerNormScaleShift(SIZE)
-    got = kernels.gate_norm_scale_shift(x, update, gate, scale, shift, BOUNDARY, norm.eps)
-    for mine, expected in zip(got, norm.after(Residual(x, update, gate), scale, shift, BOUNDARY), strict=True):
+    got = kernels.gate_norm_modulate(x, update, gate, scale, shift, norm.eps, norm.is_centred)
+    for mine, expected in zip(got, norm.after(Residual(x, update, gate), scale, shift), strict=True):
         assert_near(mine, expected, most)
-    assert_near(kernels.norm_scale_shift(x, scale, shift, BOUNDARY, norm.eps), norm(x, scale, shift, BOUNDARY), most)
+    assert_near(kernels.norm_modulate(x, scale, shift, norm.eps, norm.is_centred), norm(x, scale, shift), most)
 
 
 @DTYPES
@@ -106,13 +118,13 @@ def test_qk_norm_rotary(dtype: torch.dtype, most: float, size: int, parts: int) 
     each = [RMSNorm(size).to(dtype) for _ in range(2 * parts)]
     for norm in each:
         norm.weight.normal_()
-    norms = QKNorms(tuple(each[:parts]), tuple(each[parts:]), HEAD)
+    norms = HeadNorms(tuple(each[parts:]), HEAD, first=tuple(each[:parts]))
     rotation = rotary_embedding(torch.arange(TOKENS)[:, None], (HEAD,)) if parts == 2 else None
     qkv = torch.randn(BATCH, TOKENS, 3 * SIZE, dtype=dtype)
     expected = qkv.clone()
-    apply_qk_norm(expected[..., : parts * SIZE], norms, rotation, BOUNDARY)
+    apply_qk_norm(expected[..., : parts * SIZE], norms, rotation, SEGMENTS)
     qk = qkv[..., : parts * SIZE]
-    kernels.apply_qk_norm(qk, norms, rotation, BOUNDARY, None, in_place(qk, parts, HEAD))
+    kernels.qk_norm_rotate(qk, operands(norms), rotation, FIRST, None, in_place(qk, parts, HEAD))
     assert_near(qkv, expected, most)
     assert torch.equal(qkv[..., parts * SIZE :], expected[..., parts * SIZE :])
 
@@ -122,17 +134,17 @@ def test_qk_norm_rotary(dtype: torch.dtype, most: float, size: int, parts: int) 
 def test_layer_norm_of_heads_in_neox_style(heads: int, dtype: torch.dtype, most: float) -> None:
     """Pairs of channels are half a head apart."""
     norm = PlainLayerNorm(HEAD)
-    norms = QKNorms((norm, norm), (norm, norm), HEAD)
+    norms = HeadNorms((norm, norm), HEAD)
     angles = rotary_embedding(torch.arange(TOKENS)[:, None], (HEAD,))
     rotation = replace(angles, is_neox_style=True)
     qkv = 3 + torch.randn(BATCH, TOKENS, 3 * heads * HEAD, dtype=dtype)
     expected = qkv.clone()
     qk = slice(0, 2 * heads * HEAD)
-    apply_qk_norm(expected[..., qk], norms, rotation, BOUNDARY)
-    kernels.apply_qk_norm(qkv[..., qk], norms, rotation, BOUNDARY, None, in_place(qkv[..., qk], 2, HEAD))
+    apply_qk_norm(expected[..., qk], norms, rotation, SEGMENTS)
+    kernels.qk_norm_rotate(qkv[..., qk], operands(norms), rotation, FIRST, None, in_place(qkv[..., qk], 2, HEAD))
     assert_near(qkv, expected, most)
     neighbours = expected.clone()
-    apply_qk_norm(neighbours[..., qk], norms, angles, BOUNDARY)
+    apply_qk_norm(neighbours[..., qk], norms, angles, SEGMENTS)
     assert not torch.allclose(neighbours, qkv, atol=0.1)
 
 
@@ -144,13 +156,13 @@ def test_qk_norm_with_angles_of_each_head(dtype: torch.dtype, most: float, parts
     each = tuple(RMSNorm(SIZE).to(dtype) for _ in range(parts))
     for norm in each:
         norm.weight.copy_(torch.randn(SIZE))
-    norms = QKNorms(each, each, HEAD)
+    norms = HeadNorms(each, HEAD)
     angles = torch.randn(TOKENS, 2 * HEADS, HEAD // 2)
     rotation = HeadRotation(angles.cos()[:, HEADS:], angles.sin()[:, HEADS:], is_neox_style)
     x = torch.randn(BATCH, TOKENS, parts * SIZE, dtype=dtype)
     expected = x.clone()
     apply_qk_norm(expected, norms, rotation)
-    kernels.apply_qk_norm(x, norms, rotation, 0, None, in_place(x, parts, HEAD))
+    kernels.qk_norm_rotate(x, operands(norms), rotation, 0, None, in_place(x, parts, HEAD))
     assert_near(x, expected, most)
 
 
@@ -161,7 +173,7 @@ def test_qk_norm_of_a_part_uses_the_sums_of_the_whole() -> None:
     expected = norm(whole)[..., :SIZE]
     norm.weight = torch.nn.Parameter(norm.weight[:SIZE])
     part, sums = whole[..., :SIZE].contiguous(), whole.square().sum(-1, keepdim=True)
-    kernels.apply_qk_norm(part, QKNorms((norm,), (norm,), HEAD), None, 0, sums, in_place(part, 1, HEAD))
+    kernels.qk_norm_rotate(part, operands(HeadNorms((norm,), HEAD)), None, 0, sums, in_place(part, 1, HEAD))
     assert_near(part, expected, 1e-6)
 
 
@@ -171,13 +183,13 @@ def test_qk_norm_writes_elsewhere_and_takes_values_along(normed: int) -> None:
     each = [RMSNorm(HEAD) for _ in range(2 * normed)]
     for norm in each:
         norm.weight.normal_()
-    norms = QKNorms(tuple(each[:normed]), tuple(each[normed:]), HEAD)
+    norms = HeadNorms(tuple(each[normed:]), HEAD, first=tuple(each[:normed]))
     rotation = rotary_embedding(torch.arange(TOKENS)[:, None], (HEAD,))
     x = torch.randn(BATCH, TOKENS, (normed + 1) * SIZE)
     before = x.clone()
     expected, got = (torch.zeros(normed + 1, BATCH, 2 * TOKENS, HEADS, HEAD) for _ in range(2))
-    apply_qk_norm(x, norms, rotation, BOUNDARY, out=expected[:, :, 3 : 3 + TOKENS].unbind())
-    kernels.apply_qk_norm(x, norms, rotation, BOUNDARY, None, got[:, :, 3 : 3 + TOKENS].unbind())
+    apply_qk_norm(x, norms, rotation, SEGMENTS, out=expected[:, :, 3 : 3 + TOKENS].unbind())
+    kernels.qk_norm_rotate(x, operands(norms), rotation, FIRST, None, got[:, :, 3 : 3 + TOKENS].unbind())
     assert_near(got, expected, 1e-6)
     assert torch.equal(got[normed], expected[normed])
     assert torch.equal(x, before)
@@ -214,7 +226,7 @@ def test_merge_attention(dtype: torch.dtype, most: float) -> None:
     parts[1][1][:, 1] = 500.0
     one, other = parts
     for wanted in (dtype, torch.float32):
-        got, expected = kernels.merge_attention(one, other, wanted), merge(one, other, wanted)
+        got, expected = kernels.merge_attention(one, other, wanted), merge_attention(one, other, wanted)
         assert_near(got[0], expected[0], most)
         assert_near(got[1], expected[1], 1e-6)
 
@@ -223,7 +235,7 @@ def test_merge_attention(dtype: torch.dtype, most: float) -> None:
 def test_channel_norm_silu(dtype: torch.dtype, most: float) -> None:
     frame, weight = torch.randn(1, SIZE, 5, 7, dtype=dtype), torch.randn(SIZE, dtype=dtype)
     expected = silu(normalize(frame.float(), dim=1) * SIZE**0.5 * weight[:, None, None]).to(dtype)
-    got = kernels.channel_norm_silu(frame, weight)
+    got = kernels.channel_norm_silu(frame, weight, SIZE**0.5)
     assert_near(got, expected, most)
     assert got.is_contiguous(memory_format=torch.channels_last)
 

@@ -1,4 +1,4 @@
-"""The products of models.kernels.fused_products in QuACK's terms: each an epilogue, and tiles to run it with.
+"""The products of models.kernels.quack_gemm in QuACK's terms: each an epilogue, and tiles to run it with.
 
 The tiles are the best of those measured on an H100. In "ping-pong" one warpgroup's epilogue runs beside the other's
 products: what it computes costs no time while it is shorter than a tile's products.
@@ -15,7 +15,7 @@ from quack.epilogue.ops import RowVecLoad
 from quack.epilogue.rotary import rotary_cos_sin_load
 from torch import Tensor
 
-from models.kernels.fused_products import EPS, HEAD_SIZE
+from models.kernels.gemm_support import HEAD_EPS, HEAD_SIZE
 
 WIDE = {"tile_M": 128, "tile_N": 192, "cluster_M": 2, "cluster_N": 1}
 """For widths that 192 divides."""
@@ -41,8 +41,8 @@ def _squares(acc: Any, bias: Any) -> dict[str, Any]:
 
 @gemm_epilogue(
     ops={
-        "turns": rotary_cos_sin_load("turns", tma=True),
-        "inverse": HeadRstd("inverse", eps=EPS),
+        "angles": rotary_cos_sin_load("angles", tma=True),
+        "inverse": HeadRstd("inverse", eps=HEAD_EPS),
         "scale": RowVecLoad("scale"),
         "bias": RowVecLoad("bias"),
     },
@@ -50,26 +50,26 @@ def _squares(acc: Any, bias: Any) -> dict[str, Any]:
     prepass_outs=("inverse",),
     mode="acc_pair",
 )
-def _normed_heads(acc: Any, turns: Any, inverse: Any, scale: Any, bias: Any) -> dict[str, Any]:
+def _normed_heads(acc: Any, angles: Any, inverse: Any, scale: Any, bias: Any) -> dict[str, Any]:
     even, odd = unpack((acc + bias) * inverse * scale)
-    cos, sin = unpack(turns)
+    cos, sin = unpack(angles)
     return {"D": pack(even * cos - odd * sin, even * sin + odd * cos)}
 
 
 def gelu_into(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> None:
-    """As models.kernels.fused_products.gelu_into."""
+    """As models.kernels.quack_gemm.gelu_into."""
     _multiply(_gelu, x, weight, out, _tiles(weight), bias=_row(bias))
 
 
 def add_gated(x: Tensor, weight: Tensor, bias: Tensor, gate: Tensor, onto: Tensor) -> None:
-    """As models.kernels.fused_products.add_gated."""
+    """As models.kernels.quack_gemm.add_gated."""
     _multiply(_gated, x, weight, onto, _tiles(weight), added=onto, bias=_row(bias), gate=_row(gate))
 
 
-def normed_heads_into(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, turns: Tensor, out: Tensor) -> None:
-    """As models.kernels.fused_products.normed_heads_into."""
+def normed_heads_into(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, angles: Tensor, out: Tensor) -> None:
+    """As models.kernels.quack_gemm.normed_heads_into."""
     vectors: dict[str, Any] = {"bias": _row(bias), "scale": _row(scale)}
-    _multiply(_normed_heads, x, weight, out, TALL, turns=turns, inverse=HEAD_SIZE, **vectors)
+    _multiply(_normed_heads, x, weight, out, TALL, angles=angles, inverse=HEAD_SIZE, **vectors)
 
 
 def _multiply(

@@ -1,6 +1,6 @@
-"""What layers make of products whose epilogue does more, against the same in several passes.
+"""Layers whose GEMM has an epilogue, against the same in several passes.
 
-The products themselves need a GPU: tests/bench/products.py checks and times them there.
+The GEMM itself needs a GPU: tests/bench/products.py checks and times them there.
 """
 
 from __future__ import annotations
@@ -15,21 +15,25 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, linear
 
-from models.kernels import fused_products
+from models.kernels import quack_gemm
+from models.kernels.gemm_support import HEAD_EPS, HEAD_SIZE
 from models.layers.feed_forward import FeedForward
 from models.layers.joint_attention import JointAttention, Modulation, joint_block
 from models.layers.linear import Linear, join_all_weights
-from models.layers.norms import LayerNormScaleShift, Residual, SegmentVectors
-from models.layers.rotary import apply_rotary, rotary_embedding
+from models.layers.norms import LayerNormScaleShift, Residual
+from models.layers.rotary import rotary_embedding
 from models.layers.self_attention import SelfAttention
 from models.layers.step_cache import CacheUse, StepCache, through_blocks
+from models.rotation import apply_rotary
+from models.token_segments import SegmentVectors, TokenSegments
 
-HEAD = fused_products.HEAD_SIZE
-SIZE, TOKENS, BOUNDARY, FEWEST = 2 * HEAD, 7, 2, 4
+HEAD = HEAD_SIZE
+SIZE, TOKENS, FEWEST = 2 * HEAD, 7, 4
+SEGMENTS = TokenSegments((2, 5))
 
 
 class Kernels:
-    """The products by PyTorch, and how often each was called."""
+    """The epilogues by PyTorch, and how often each was called."""
 
     def __init__(self) -> None:
         self.calls: Counter[str] = Counter()
@@ -44,13 +48,13 @@ class Kernels:
         onto += gate * linear(x, weight, bias)
 
     def normed_heads_into(
-        self, x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, turns: Tensor, out: Tensor
+        self, x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, angles: Tensor, out: Tensor
     ) -> None:
         self.calls["normed_heads_into"] += 1
-        assert turns.shape == (len(x), HEAD)
+        assert angles.shape == (len(x), HEAD)
         heads = linear(x, weight, bias).view(len(x), -1, HEAD)
-        heads = heads * torch.rsqrt(heads.square().mean(-1, keepdim=True) + fused_products.EPS)
-        cos, sin = turns.view(len(x), 1, -1, 2).unbind(-1)
+        heads = heads * torch.rsqrt(heads.square().mean(-1, keepdim=True) + HEAD_EPS)
+        cos, sin = angles.view(len(x), 1, -1, 2).unbind(-1)
         even, odd = (heads * scale.view(-1, HEAD)).view(len(x), -1, HEAD // 2, 2).unbind(-1)
         out.copy_(torch.stack((even * cos - odd * sin, odd * cos + even * sin), -1).flatten(-3))
 
@@ -58,7 +62,7 @@ class Kernels:
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch) -> Kernels:
     found = Kernels()
-    monkeypatch.setattr(fused_products, "_kernels", lambda: found)
+    monkeypatch.setattr(quack_gemm, "_epilogues", lambda: found)
     return found
 
 
@@ -72,7 +76,7 @@ def _inference() -> Iterator[None]:
 def fuse(monkeypatch: pytest.MonkeyPatch) -> None:
     """From FEWEST rows on."""
     for name in ("can_fuse", "can_add"):
-        monkeypatch.setattr(fused_products, name, lambda x, _, __: len(x) >= FEWEST)
+        monkeypatch.setattr(quack_gemm, name, lambda x, _, __: len(x) >= FEWEST)
 
 
 def random_weights(module: nn.Module) -> nn.Module:
@@ -90,20 +94,20 @@ class Block(nn.Module):
         self.norm = LayerNormScaleShift(SIZE)
         self.attn = JointAttention(SIZE, HEAD)
         self.feed_forwards = nn.ModuleList((FeedForward(SIZE), FeedForward(SIZE)))
-        parts = [SegmentVectors(*pair) for pair in torch.randn(6, 2, 1, SIZE).unbind()]
+        parts = [SEGMENTS.vectors(*pair) for pair in torch.randn(6, 2, 1, SIZE).unbind()]
         self.modulations = (Modulation(*parts[:3]), Modulation(*parts[3:]))
 
     def forward(self, residual: Residual) -> Residual:
         text, image = (cast("FeedForward", each) for each in self.feed_forwards)
         rotation = rotary_embedding(torch.arange(TOKENS)[:, None], (HEAD,))
-        return joint_block(residual, self.norm, self.attn, (text, image), self.modulations, rotation, BOUNDARY)
+        return joint_block(residual, self.norm, self.attn, (text, image), self.modulations, rotation, SEGMENTS)
 
 
 def test_a_block_of_two_streams(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
     block, x = random_weights(Block()), torch.randn(1, TOKENS, SIZE)
-    expected = block(Residual(x)).added(BOUNDARY)
+    expected = block(Residual(x)).added()
     fuse(monkeypatch)
-    torch.testing.assert_close(block(Residual(x)).added(BOUNDARY), expected)
+    torch.testing.assert_close(block(Residual(x)).added(), expected)
     # Those of the picture: the text has too few rows.
     assert kernels.calls == {"normed_heads_into": 1, "gelu_into": 1}
 
@@ -117,14 +121,14 @@ class AddingBlock(nn.Module):
         self.gate = SegmentVectors.same(torch.randn(batch, SIZE))
 
     def forward(self, residual: Residual) -> Residual:
-        stream = residual.added(0)
+        stream = residual.added()
         return self.layer.update(stream, torch.tanh(stream), self.gate)
 
 
 @pytest.mark.parametrize("batch", [1, 2])
 def test_an_update_is_added_in_place(kernels: Kernels, monkeypatch: pytest.MonkeyPatch, batch: int) -> None:
     block, x = random_weights(AddingBlock(batch)), torch.randn(batch, TOKENS, SIZE)
-    expected = block(Residual(x)).added(0)
+    expected = block(Residual(x)).added()
     fuse(monkeypatch)
     result = block(Residual(x))
     assert result.x is x
@@ -135,13 +139,13 @@ def test_an_update_is_added_in_place(kernels: Kernels, monkeypatch: pytest.Monke
 
 def test_the_step_cache_sees_what_blocks_were_given(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
     blocks, x = [random_weights(AddingBlock(1)) for _ in range(3)], torch.randn(1, TOKENS, SIZE)
-    expected = through_blocks(Residual(x), blocks, 0, None).added(0)
+    expected = through_blocks(Residual(x), blocks, None).added()
     fuse(monkeypatch)
     cache = StepCache()
-    computed = through_blocks(Residual(x), blocks, 0, CacheUse(cache, probe=False))
-    torch.testing.assert_close(computed.added(0), expected)
-    reused = through_blocks(Residual(x), blocks, 0, CacheUse(cache, probe=True))
-    torch.testing.assert_close(reused.added(0), expected)
+    computed = through_blocks(Residual(x), blocks, CacheUse(cache, probe=False))
+    torch.testing.assert_close(computed.added(), expected)
+    reused = through_blocks(Residual(x), blocks, CacheUse(cache, probe=True))
+    torch.testing.assert_close(reused.added(), expected)
     assert cache.change() == 0
     assert kernels.calls == {"add_gated": 3 + 1}
 
@@ -170,24 +174,24 @@ def test_norms_of_another_form_are_a_pass_of_their_own(
     assert not kernels.calls
 
 
-def test_turns_are_cos_and_sin_of_each_pair() -> None:
+def test_interleaved_angles_are_cos_and_sin_of_each_pair() -> None:
     rotation = rotary_embedding(torch.arange(TOKENS)[:, None], (HEAD,))
     x = torch.randn(1, TOKENS, 1, HEAD)
     pairs = torch.view_as_complex(x.view(1, TOKENS, 1, -1, 2))
-    turns = torch.view_as_complex(rotation.turns.view(TOKENS, -1, 2))
-    turned = torch.view_as_real(pairs * turns[None, :, None]).flatten(-2)
+    angles = torch.view_as_complex(rotation.interleaved.view(TOKENS, -1, 2))
+    turned = torch.view_as_real(pairs * angles[None, :, None]).flatten(-2)
     torch.testing.assert_close(turned, apply_rotary(x, rotation))
 
 
 def test_on_a_cpu_nothing_is_fused() -> None:
     x = torch.zeros(4096, 16, dtype=torch.bfloat16)
-    assert not fused_products.can_fuse(x, x[:16], torch.zeros_like(x))
+    assert not quack_gemm.can_fuse(x, x[:16], torch.zeros_like(x))
 
 
 @pytest.mark.parametrize(("size", "expected"), [(1536, True), (8960, False)])
 def test_an_update_is_fused_where_a_product_is_short(
     monkeypatch: pytest.MonkeyPatch, size: int, expected: bool
 ) -> None:
-    monkeypatch.setattr(fused_products, "can_fuse", lambda *_: True)
+    monkeypatch.setattr(quack_gemm, "can_fuse", lambda *_: True)
     x, weight, out = (torch.empty(shape, device="meta") for shape in ((32760, size), (1536, size), (32760, 1536)))
-    assert fused_products.can_add(x, weight, out) is expected
+    assert quack_gemm.can_add(x, weight, out) is expected

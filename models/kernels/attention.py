@@ -1,0 +1,154 @@
+"""Softmax attention without causality, by the backend that the committed table or a setting chooses.
+
+Shapes: q, k, v and results are (batch, tokens, heads, head size).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from models.kernels import attention_backends as packages
+from models.kernels.attention_table import choose_backend
+from models.kernels.backends import Operation
+from models.kernels.packages import AttentionBackend, chosen_attention, is_usable
+
+_ATEN = torch.ops.aten
+
+_PLAIN: Operation[Callable[[Tensor, Tensor, Tensor], Tensor]] = Operation("attention")
+_WITH_LSE: Operation[Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]] = Operation(
+    "attention with log-sum-exp"
+)
+_MERGE: Operation[Callable[[tuple[Tensor, Tensor], tuple[Tensor, Tensor], torch.dtype], tuple[Tensor, Tensor]]] = (
+    Operation("merge of attention")
+)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    """Attention of all queries to all keys.
+
+    `mask` broadcasts to (batch, heads, query tokens, key tokens): True attends, or a float that is added to the scores.
+    `out` receives the result, and may be channels of a wider tensor.
+    """
+    if mask is not None:
+        attended = _scaled_dot_product(q, k, v, mask)
+        return attended if out is None else out.copy_(attended)
+    backend = _backend_for(q, k)
+    # A compiler can trace a function with a result, and not one that writes into a tensor.
+    if backend == "flash_attn_3" and not torch.compiler.is_compiling():
+        return packages.flash_attention_3_into(q, k, v, torch.empty_like(q) if out is None else out)
+    attended = _PLAIN[backend](q, k, v)
+    return attended if out is None else out.copy_(attended)
+
+
+def attention_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """attention() over some of the keys, with the log-sum-exp that merges it with attention over the others.
+
+    The second result is the logarithm of the sum of the exponentials of each query's scores, float32 (batch, tokens,
+    heads). There must be at least one query and one key. Where the table leaves the choice to PyTorch, a kernel that
+    returns the log-sum-exp is taken.
+    """
+    return _WITH_LSE[_backend_for(q, k)](q, k, v)
+
+
+def merge_attention(
+    one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Attention to the keys of both, from attention to each, with log-sum-exp (batch, tokens, heads).
+
+    Computed in float32; the result is in `dtype`, its log-sum-exp in float32.
+    """
+    return _MERGE.for_device_of(one[0])(one, other, dtype)
+
+
+def _backend_for(q: Tensor, k: Tensor) -> AttentionBackend:
+    if not q.is_cuda:
+        return "sdpa"
+    batch, tokens, heads, head_size = q.shape
+    work = batch * heads * min(tokens, k.shape[1])
+    capability = torch.cuda.get_device_capability(q.device)
+    backend = choose_backend(capability, q.dtype, work, k.shape[1], head_size, is_usable, chosen_attention())
+    # Its kernels are made by a compiler of its own, which torch.compile cannot trace.
+    return "sdpa" if backend == "flash_attn_4" and torch.compiler.is_compiling() else backend
+
+
+_PLAIN.register("flash_attn_2")(packages.flash_attention_2)
+_PLAIN.register("flash_attn_3")(packages.flash_attention_3)
+_PLAIN.register("flash_attn_4")(packages.flash_attention_4)
+
+
+@_PLAIN.register("sdpa")
+def _by_torch(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return _scaled_dot_product(q, k, v, None)
+
+
+def _scaled_dot_product(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    q, k, v = (each.transpose(1, 2) for each in (q, k, v))
+    return scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+
+
+@_PLAIN.register("cudnn")
+def _by_cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        return _by_torch(q, k, v)
+
+
+def _by_package_with_lse(
+    run: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
+) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """The adapter of a package, whose log-sum-exp is (batch, heads, tokens)."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        out, lse = run(q, k, v)
+        return out, lse.transpose(1, 2)
+
+    return attend
+
+
+_WITH_LSE.register("flash_attn_2")(_by_package_with_lse(packages.flash_attention_2_with_lse))
+_WITH_LSE.register("flash_attn_3")(_by_package_with_lse(packages.flash_attention_3_with_lse))
+_WITH_LSE.register("flash_attn_4")(_by_package_with_lse(packages.flash_attention_4_with_lse))
+
+
+@_WITH_LSE.register("sdpa")
+def _by_torch_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    heads = [each.transpose(1, 2) for each in (q, k, v)]
+    if q.is_cuda:
+        out, lse = _ATEN._scaled_dot_product_efficient_attention(*heads, None, True)[:2]
+    else:
+        out, lse = _ATEN._scaled_dot_product_flash_attention_for_cpu(*heads)
+    return out.transpose(1, 2), _lse_by_token(lse, q.shape[1])
+
+
+@_WITH_LSE.register("cudnn")
+def _by_cudnn_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    out, lse = _ATEN._scaled_dot_product_cudnn_attention(*(each.transpose(1, 2) for each in (q, k, v)), None, True)[:2]
+    return out.transpose(1, 2), _lse_by_token(lse, q.shape[1])
+
+
+def _lse_by_token(lse: Tensor, tokens: int) -> Tensor:
+    """(batch, tokens, heads), without the rows up to a tile and the dimension of 1 that kernels add."""
+    return lse.reshape(*lse.shape[:2], -1)[:, :, :tokens].transpose(1, 2)
+
+
+@_MERGE.register("torch")
+def _merge_by_torch(
+    one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    total = torch.logaddexp(one[1], other[1])
+    parts = [out.float() * (lse - total).exp()[..., None] for out, lse in (one, other)]
+    return (parts[0] + parts[1]).to(dtype), total
+
+
+@_MERGE.register("triton")
+def _merge_by_triton(
+    one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    # An optional package for GPUs.
+    from models.kernels import triton_kernels
+
+    return triton_kernels.merge_attention(one, other, dtype)

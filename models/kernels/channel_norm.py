@@ -1,0 +1,34 @@
+"""Norm over the channels of each pixel and SiLU, between the convolutions of a video decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+from torch.nn.functional import normalize, silu
+
+from models.kernels.backends import Operation
+
+_OPERATION: Operation[Callable[[Tensor, Tensor, float], Tensor]] = Operation("channel norm and silu")
+
+
+def channel_norm_silu(frame: Tensor, weight: Tensor, root: float) -> Tensor:
+    """SiLU of frame (1, C, H, W) divided by its pixels' lengths, times `root`, times weight (C,).
+
+    `root` is the square root of C: the divisor is then the root mean square.
+    """
+    return _OPERATION.for_device_of(frame)(frame, weight, root)
+
+
+@_OPERATION.register("torch")
+def _by_torch(frame: Tensor, weight: Tensor, root: float) -> Tensor:
+    normed = normalize(frame.float(), dim=1).to(frame.dtype)
+    return silu(normed * root * weight.view(-1, 1, 1), inplace=True)
+
+
+@_OPERATION.register("triton")
+def _by_triton(frame: Tensor, weight: Tensor, root: float) -> Tensor:
+    # An optional package for GPUs.
+    from models.kernels import triton_kernels
+
+    return triton_kernels.channel_norm_silu(frame, weight, root)

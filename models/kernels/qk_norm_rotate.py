@@ -1,0 +1,110 @@
+"""Normalises queries and keys and rotates them to their positions, in one pass. Computed in float32.
+
+Shapes: B batch, S tokens, D = heads * head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import layer_norm, rms_norm
+
+from models.kernels.backends import Operation
+from models.kernels.head_norms import Norm, QKNorms
+from models.rotation import HeadRotation, Rotation, apply_rotary, rotate_heads
+
+AnyRotation = Rotation | HeadRotation
+
+_OPERATION: Operation[Callable[[Tensor, QKNorms, AnyRotation | None, int, Tensor | None, Sequence[Tensor]], None]] = (
+    Operation("norm and rotation")
+)
+
+
+def qk_norm_rotate(
+    x: Tensor,
+    norms: QKNorms,
+    rotation: AnyRotation | None,
+    first_tokens: int,
+    square_sums: Tensor | None,
+    out: Sequence[Tensor],
+) -> None:
+    """Normalise and rotate the parts of x (B, S, parts * D) into `out`, (B, S, heads, head size) for each part.
+
+    Parts without a norm, at the end, are copied. A part may be its own `out`. The first `first_tokens` tokens are the
+    first segment. `square_sums` are those over all ranks, float32 (B, S, normalised parts), where x has only some of
+    the channels.
+    """
+    # Triton's kernel loads whole powers of two.
+    is_power_of_two = norms.head_size.bit_count() == 1
+    run = _OPERATION.for_device_of(x) if is_power_of_two else _OPERATION["torch"]
+    run(x, norms, rotation, first_tokens, square_sums, out)
+
+
+def split_heads(x: Tensor, head_size: int) -> Tensor:
+    """(..., D) to (..., heads, head size), the same memory."""
+    return x.view(*x.shape[:-1], x.shape[-1] // head_size, head_size)
+
+
+@_OPERATION.register("torch")
+def _by_torch(
+    x: Tensor,
+    norms: QKNorms,
+    rotation: AnyRotation | None,
+    first_tokens: int,
+    square_sums: Tensor | None,
+    out: Sequence[Tensor],
+) -> None:
+    parts = x.chunk(len(out), dim=-1)
+    normed = len(norms.rest)
+    for index, part in enumerate(parts[:normed]):
+        pieces = [
+            _normalised(part[:, rows], norm, norms, None if square_sums is None else square_sums[:, rows, index, None])
+            for rows, norm in (
+                (slice(0, first_tokens), norms.first[index]),
+                (slice(first_tokens, None), norms.rest[index]),
+            )
+        ]
+        out[index].copy_(_rotated(split_heads(torch.cat(pieces, dim=1), norms.head_size), rotation))
+    for part, copy in zip(parts[normed:], out[normed:], strict=True):
+        copy.copy_(split_heads(part, norms.head_size))
+
+
+@_OPERATION.register("triton")
+def _by_triton(
+    x: Tensor,
+    norms: QKNorms,
+    rotation: AnyRotation | None,
+    first_tokens: int,
+    square_sums: Tensor | None,
+    out: Sequence[Tensor],
+) -> None:
+    # An optional package for GPUs.
+    from models.kernels import triton_kernels
+
+    triton_kernels.qk_norm_rotate(x, norms, rotation, first_tokens, square_sums, out)
+
+
+def _rotated(heads: Tensor, rotation: AnyRotation | None) -> Tensor:
+    """(B, S, heads, head size) to the same."""
+    if isinstance(rotation, HeadRotation):
+        return rotate_heads(heads, rotation)
+    return heads if rotation is None else apply_rotary(heads, rotation)
+
+
+def _normalised(x: Tensor, norm: Norm, norms: QKNorms, square_sums: Tensor | None) -> Tensor:
+    """(B, tokens, D) to the same; `square_sums` (B, tokens, 1) where x has only some of the normalised channels."""
+    if square_sums is not None:
+        assert norm.weight is not None, "only an RMS norm has sums of squares over ranks"
+        scaled: Tensor = x.float() * torch.rsqrt(square_sums / norm.size + norm.eps) * norm.weight.float()
+        return scaled.to(x.dtype)
+    if norms.per_head:
+        return _norm(split_heads(x, norms.head_size), norm).flatten(-2)
+    return _norm(x, norm)
+
+
+def _norm(x: Tensor, norm: Norm) -> Tensor:
+    if norm.weight is None:
+        return layer_norm(x, (norm.size,), eps=norm.eps)
+    return rms_norm(x, norm.weight.shape, norm.weight, norm.eps)

@@ -1,0 +1,60 @@
+"""GEMM on Hopper whose epilogue replaces a pass over the result, composed with QuACK, an optional package.
+
+Elsewhere, and for other sizes, layers compute the same in several passes. An epilogue computes in float32 and rounds
+once, where passes round in between.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from models.kernels.gemm_support import LEAST_ROWS, can_load
+from models.kernels.packages import is_usable
+
+_HOPPER = (9, 0)
+
+
+def can_fuse(x: Tensor, weight: Tensor, out: Tensor) -> bool:
+    """Whether x (M, K) times weight (N, K) into out (M, N) can be fused: many rows, aligned, in bfloat16, on Hopper."""
+    if not (can_load(x, weight, out) and len(x) >= LEAST_ROWS and is_usable("quack-kernels")):
+        return False
+    return _capability(x.device.index) == _HOPPER
+
+
+def can_add(x: Tensor, weight: Tensor, onto: Tensor) -> bool:
+    """Whether add_gated() is for these: with more inputs, other kernels are faster by more than a pass takes."""
+    return weight.shape[1] <= len(weight) and can_fuse(x, weight, onto)
+
+
+def gelu_into(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> None:
+    """out = gelu(x @ weight.T + bias) in GELU's tanh form, of the hardware's tanh (off by 2^-11 at most)."""
+    _epilogues().gelu_into(x, weight, bias, out)
+
+
+def add_gated(x: Tensor, weight: Tensor, bias: Tensor, gate: Tensor, onto: Tensor) -> None:
+    """onto += gate * (x @ weight.T + bias), with gate (N,) in bfloat16 or float32."""
+    _epilogues().add_gated(x, weight, bias, gate, onto)
+
+
+def normed_heads_into(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, angles: Tensor, out: Tensor) -> None:
+    """out = x @ weight.T + bias, each head of HEAD_SIZE divided by its root mean square, scaled and rotated.
+
+    scale is (N,), angles float32 (M, HEAD_SIZE): cos and sin of each pair of a head's channels, interleaved.
+    """
+    _epilogues().normed_heads_into(x, weight, bias, scale, angles, out)
+
+
+@lru_cache
+def _capability(device: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+def _epilogues() -> ModuleType:
+    # An optional package for GPUs, which takes seconds to import.
+    from models.kernels import quack_epilogues
+
+    return quack_epilogues

@@ -1,0 +1,78 @@
+"""Token segments: adjacent ranges of tokens in one tensor, each with vectors of its own.
+
+Shapes: B batch, S tokens, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TokenSegments:
+    """Lengths of the segments of x (B, S, D), such as text, image and reference images, in their order."""
+
+    lengths: tuple[int, ...]
+
+    def slices(self) -> Iterator[slice]:
+        """The tokens of each segment."""
+        start = 0
+        for length in self.lengths:
+            yield slice(start, start + length)
+            start += length
+
+    def vectors(self, *vectors: Tensor) -> SegmentVectors:
+        """A vector (B, D) for each segment."""
+        assert len(vectors) == len(self.lengths), "one vector for each segment"
+        return SegmentVectors(vectors, self)
+
+
+class SegmentVectors(NamedTuple):
+    """A vector (B, D) for the tokens of each segment. Without segments, a single vector is for all tokens."""
+
+    vectors: tuple[Tensor, ...]
+    segments: TokenSegments | None = None
+
+    @classmethod
+    def same(cls, vector: Tensor) -> SegmentVectors:
+        """One vector for all tokens."""
+        return cls((vector,))
+
+    @property
+    def last(self) -> Tensor:
+        """The vector of the last segment."""
+        return self.vectors[-1]
+
+    def used(self) -> list[tuple[slice, Tensor]]:
+        """Tokens and vector of each segment that has tokens. Adjacent segments of one vector are one."""
+        if self.segments is None:
+            return [(slice(None), self.last)]
+        found: list[tuple[slice, Tensor]] = []
+        for rows, vector in zip(self.segments.slices(), self.vectors, strict=True):
+            if rows.start == rows.stop:
+                continue
+            if found and found[-1][1] is vector:
+                found[-1] = (slice(found[-1][0].start, rows.stop), vector)
+            else:
+                found.append((rows, vector))
+        return found or [(slice(None), self.last)]
+
+    def by_token(self) -> Tensor:
+        """(B, 1, D) where one vector is for all tokens, else (B, S, D)."""
+        used = self.used()
+        if len(used) == 1:
+            return used[0][1][:, None]
+        return torch.cat([vector[:, None].expand(-1, rows.stop - rows.start, -1) for rows, vector in used], dim=1)
+
+
+def vectors_of_rows(segments: TokenSegments | None, *rows_BMD: Tensor) -> list[SegmentVectors]:  # noqa: N803
+    """M vectors in order, from rows (B, M, D) of each segment; without segments, of all tokens."""
+    if segments is None:
+        (rows,) = rows_BMD
+        return [SegmentVectors.same(row) for row in rows.unbind(1)]
+    return [segments.vectors(*each) for each in zip(*(rows.unbind(1) for rows in rows_BMD), strict=True)]
