@@ -26,7 +26,7 @@ from models.layers.embeddings import EmbeddingMLP, sinusoidal_embedding
 from models.layers.joint_attention import JointAttention, block_modulations, joint_block
 from models.layers.linear import Linear
 from models.layers.norms import LayerNormScaleShift, Residual, RMSNorm
-from models.layers.qk_norm import HeadNorms, apply_qk_norm, in_place
+from models.layers.qk_norm import HeadNorms, ProjectedHeads
 from models.layers.rotary import rotary_embedding
 from models.layers.step_cache import CacheUse
 from models.rotation import Rotation
@@ -98,20 +98,12 @@ class Flux2ParallelSelfAttention(nn.Module):
         projected = x_BSD.new_empty(*x_BSD.shape[:2], (3 + 2 * MLP_RATIO) * size)
         self.to_qkv_mlp_proj.into(x_BSD, projected)
         qkv, hidden = projected[..., : 3 * size], projected[..., 3 * size :]
-        norms = (self.norm_q, self.norm_k)
-        q, k, v = in_place(qkv, 3, self.head_size)
-        key_values = self.inner.key_values(k, v)
-        keys_to, values_to = (k, v) if key_values.room is None else key_values.room.unbind(2)
-        if key_values.room is None:
-            apply_qk_norm(qkv[..., : 2 * size], HeadNorms(norms, self.head_size), rotation)
-        else:
-            apply_qk_norm(qkv, HeadNorms(norms, self.head_size), rotation, out=(q, keys_to, values_to))
-        key_values.send()
-        queries = self.inner.start_queries(q)
+        norms = HeadNorms((self.norm_q, self.norm_k), self.head_size)
+        started = self.inner.start(ProjectedHeads(qkv, norms, rotation))
         # Overlaps with messages between ranks.
         both = x_BSD.new_empty(*x_BSD.shape[:2], (1 + MLP_RATIO) * size)
         both[..., size:] = gate_by_silu(hidden)
-        self.inner.finish(queries, key_values, split_heads(both[..., :size], self.head_size))
+        self.inner.finish(started, split_heads(both[..., :size], self.head_size))
         result: Tensor = self.to_out(both)
         return result
 

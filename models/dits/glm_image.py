@@ -109,7 +109,7 @@ class GlmImageTransformerBlock(nn.Module):
         vectors = [segments.vectors(text, image) for image, text in zip(own[::2], own[1::2], strict=True)]
         shift, scale, gate, ff_shift, ff_scale, ff_gate = vectors
         x_BSD, normed = self.norm.after(residual, scale, shift)
-        attended = self.attn1.finish(self.attn1.start(normed, rotation, keys_first=True))
+        attended = self.attn1(normed, rotation)
         residual = only_linear(self.attn1.to_out).update(x_BSD, attended, gate)
         x_BSD, normed = self.norm.after(residual, ff_scale, ff_shift)
         fed = normed.new_empty(normed.shape)

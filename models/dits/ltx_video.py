@@ -52,10 +52,9 @@ class LTXVideoAttention(SelfAttention):
         self.to_out = nn.ModuleList([Linear(size, size)])
         self.own_heads = OwnHeads()
 
-    def forward(self, x_BSD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """The attention output (B, S, D), before the output projection; cos and sin are those of all heads."""
-        rotation = HeadRotation(self.own_heads(cos), self.own_heads(sin), is_neox_style=False)
-        return self.finish(self.start(x_BSD, rotation, keys_first=True))
+    def own_rotation(self, cos: Tensor, sin: Tensor) -> HeadRotation:
+        """The rotation of the heads that attention has here, from cos and sin of all heads."""
+        return HeadRotation(self.own_heads(cos), self.own_heads(sin), is_neox_style=False)
 
 
 class LTXVideoTransformerBlock(nn.Module):
@@ -81,7 +80,8 @@ class LTXVideoTransformerBlock(nn.Module):
         """The next residual; the six modulations are float32. The text is attended to without a norm before."""
         shift, scale, gate, ff_shift, ff_scale, ff_gate = modulation
         x_BSD, normed = self.norm.after(residual, scale, shift)
-        residual = only_linear(self.attn1.to_out).update(x_BSD, self.attn1(normed, cos, sin), gate)
+        attended = self.attn1(normed, self.attn1.own_rotation(cos, sin))
+        residual = only_linear(self.attn1.to_out).update(x_BSD, attended, gate)
         x_BSD = residual.added()
         one = SegmentVectors.same(torch.ones_like(gate.last))
         residual = only_linear(self.attn2.to_out).update(x_BSD, self.attn2(x_BSD, text_kv), one)

@@ -162,7 +162,7 @@ class WanTransformerBlock(nn.Module):
         """The next residual; the six modulations are float32. `cache` holds earlier tokens to attend to."""
         shift, scale, gate, ff_shift, ff_scale, ff_gate = modulation
         x_BSD, normed = self.norm.after(residual, scale, shift)
-        attended = self.attn1.finish(self.attn1.start(normed, rotation, keys_first=True), cache=cache)
+        attended = self.attn1(normed, rotation, cache=cache)
         residual = only_linear(self.attn1.to_out).update(x_BSD, attended, gate)
         x_BSD, normed = self._cross_norm(residual)
         one = SegmentVectors.same(torch.ones_like(gate.last))

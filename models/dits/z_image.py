@@ -99,7 +99,7 @@ class ZImageTransformerBlock(nn.Module):
         """The next residual."""
         scale, gate, ff_scale, ff_gate = vectors
         x_BSD, normed = self.norm.after(residual, scale, no_shift)
-        attended = self.attention.finish(self.attention.start(normed, rotation, keys_first=True))
+        attended = self.attention(normed, rotation)
         residual = Residual(x_BSD, self._normed(only_linear(self.attention.to_out)(attended)), gate)
         x_BSD, normed = self.norm.after(residual, ff_scale, no_shift)
         return Residual(x_BSD, self._normed(self.feed_forward(normed)), ff_gate)
