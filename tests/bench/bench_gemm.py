@@ -78,10 +78,13 @@ FLOAT8_SHAPES = (
     Shape("Qwen-Image out", 4296, 3072, 3072),
     Shape("Wan 14B out", 32760, 5120, 5120),
     Shape("Wan 14B MLP", 32760, 5120, 13824),
-    # They come last, as compilation takes seconds.
+)
+
+COMPILED_SHAPES = (
     Shape("FLUX MLP", 4608, 3072, 12288, compiled=True),
     Shape("FLUX out of a single block", 4608, 15360, 3072, compiled=True),
 )
+"""Few, as compilation takes seconds."""
 
 
 class Operands:

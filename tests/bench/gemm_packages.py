@@ -27,6 +27,7 @@ from dataclasses import dataclass, field
 import torch
 from bench_gemm import (
     CARD,
+    COMPILED_SHAPES,
     FLOAT8_SHAPES,
     GEMM_SHAPES,
     SETS,
@@ -291,6 +292,9 @@ def main() -> None:
         say("## float8: ours against torchao")
         say()
         measure_all(FLOAT8_SHAPES, float8_methods, began + args.seconds)
+        say("## float8: ours against torchao with torch.compile()")
+        say()
+        measure_all(COMPILED_SHAPES, float8_methods, began + args.seconds)
     if args.only != "float8":
         try_planning_within_capture()
     say(f"{time.monotonic() - began:.0f} s")
