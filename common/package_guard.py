@@ -40,6 +40,10 @@ COORDINATOR_PACKAGES = ("grpcio",)
 WORKER_PACKAGES = ("grpcio", "torch", "diffusers", "transformers")
 
 
+class UnsupportedPackage(FailedPrecondition):
+    """An installed package is of another version than this code was written against, or lacks what it relies on."""
+
+
 class Missing(Exception):
     """A fact does not hold. The text says what is missing or different, as an object of `relies on`."""
 
@@ -128,13 +132,13 @@ class Abstract:
 
 
 def check_versions(*packages: str) -> None:
-    """Check installed versions against SUPPORTED. Raises FailedPrecondition that names each package out of range."""
+    """Check installed versions against SUPPORTED. Raises UnsupportedPackage that names each package out of range."""
     if wrong := [error for each in packages if (error := _version_error(each))]:
-        raise FailedPrecondition("; ".join(wrong))
+        raise UnsupportedPackage("; ".join(wrong))
 
 
 def check_private_api(api: PrivateApi) -> None:
-    """Check the package's version and each fact. Raises FailedPrecondition that says what to install."""
+    """Check the package's version and each fact. Raises UnsupportedPackage that says what to install."""
     check_versions(api.package)
     for fact in api.facts:
         try:
@@ -143,10 +147,10 @@ def check_private_api(api: PrivateApi) -> None:
             raise unsupported(api.package, f"{api.user} relies on {error}, which is not there") from None
 
 
-def unsupported(package: str, reason: str) -> FailedPrecondition:
+def unsupported(package: str, reason: str) -> UnsupportedPackage:
     """The error for a version within the range that does not do what code relies on."""
     supported = SUPPORTED[package]
-    return FailedPrecondition(
+    return UnsupportedPackage(
         f"{package}: {importlib.metadata.version(package)} is not usable: {reason}; versions {supported.versions} were "
         f"expected to work, and {supported.tested} does; pip install '{package}=={supported.tested}'"
     )

@@ -42,7 +42,7 @@ def make_server(*, interceptors: Sequence[grpc.aio.ServerInterceptor] = (), opti
 async def check_server() -> None:
     """Check that this grpcio lets the server refuse unknown methods: with a server that opens no port.
 
-    Raises FailedPrecondition, which says what to install.
+    Raises UnsupportedPackage, which says what to install.
     """
     check_private_api(GRPCIO)
     asked = asyncio.Event()

@@ -76,7 +76,7 @@ _NEUTRAL: Mapping[str, tuple[object, ...]] = {
 class PriorTokenSampler:
     """The language model and its processor. Raises CheckpointError when they do not fit each other or the DiT.
 
-    Raises FailedPrecondition for a transformers whose private functions differ from PRIVATE_API.
+    Raises UnsupportedPackage for a transformers whose private functions differ from PRIVATE_API.
     `codebook_size` is the number of tokens that the DiT has embeddings for.
     """
 

@@ -150,7 +150,7 @@ _SOLVERS: Mapping[str, Callable[[Any, Schedule], Solver]] = {
 def solver_class(scheduler: Any) -> Callable[[Any, Schedule], Solver]:
     """The solver for a scheduler of Diffusers.
 
-    Raises CheckpointError for one that cannot be resumed exactly, FailedPrecondition for a changed Diffusers.
+    Raises CheckpointError for one that cannot be resumed exactly, UnsupportedPackage for a changed Diffusers.
     """
     name = type(scheduler).__name__
     check_scheduler(name, scheduler.config)
