@@ -13,6 +13,7 @@ from common.errors import FailedPrecondition, FleetError, InvalidInput
 from models.catalog import ServedModel, open_model
 from models.registry import load_registry
 from services.denoising import __main__ as denoising
+from services.denoising import launcher
 from services.denoising.settings import DenoisingSettings, check_group
 from tiny_wan import build_tiny_wan_causal
 from toy_checkpoint import build_toy_checkpoint, toy_family
@@ -104,7 +105,7 @@ def test_the_service_says_it_in_a_line_and_starts_nothing(
         started.append(arguments)
         return 0
 
-    monkeypatch.setattr(denoising, "launch", start)
+    monkeypatch.setattr(launcher, "launch", start)
     flags = ["--model", "emoji", "--redis", "unix:///x", "--device", "cpu"]
     assert denoising.main([*flags, "--tp", "3"]) == 2
     assert capsys.readouterr().err.startswith("fleet serve denoising: tp x ulysses is 3 x 1, but the model has 4")
