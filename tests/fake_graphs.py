@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from models.dits.base import Predictions
 from models.stages.step_memory import Captured
@@ -55,11 +54,11 @@ class Operation(NamedTuple):
     args: Sequence[Any]
     kwargs: Mapping[str, Any]
     made: Sequence[Tensor | None]
-    """Of the tensors of the result; None: a view, or memory from outside that was updated in place."""
+    """Of the tensors of the result; None: a view, or memory that was updated in place."""
 
     def run(self) -> None:
         """Compute the result again, into the tensors that the operation has made."""
-        args, kwargs = tree_map_only(Address, Address.tensor, (self.args, self.kwargs))
+        args, kwargs = changed(self.args, _tensor), {name: changed(each, _tensor) for name, each in self.kwargs.items()}
         for made, again in zip(self.made, tensors_in(self.function(*args, **kwargs)), strict=True):
             if made is not None:
                 made.copy_(again)
@@ -71,6 +70,7 @@ class Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self._calls: list[Operation] = []
+        self._views: list[object] = []
         self._written: list[Written] = []
         self._made: set[int] = set()
 
@@ -82,15 +82,22 @@ class Recorder(TorchDispatchMode):
         if DEPENDS_ON_VALUES & set(func.tags):
             raise RuntimeError(f"{func} is not permitted when stream is capturing")
         kwargs = kwargs or {}
+        writes = False
         for position, argument in enumerate(func._schema.arguments):
             if argument.alias_info is not None and argument.alias_info.is_write:
+                writes = True
                 written = args[position] if position < len(args) else kwargs.get(argument.name)
                 self._written += [(each, each.clone()) for each in tensors_in(written)]
         result = func(*args, **kwargs)
-        given = {_memory(each) for each in tensors_in((args, kwargs))}
+        given = {_memory(each) for each in tensors_in((args, list(kwargs.values())))}
         made = [None if _memory(each) in given else each for each in tensors_in(result)]
-        self._made |= {_memory(each) for each in made if each is not None}
-        self._calls.append(Operation(func, args, kwargs, made))  # All memory lives on: no address is used twice.
+        owned = {_memory(each) for each in made if each is not None}
+        self._made |= owned
+        # All memory lives on, so that no address is used twice. Views are no kernels.
+        if owned or writes:
+            self._calls.append(Operation(func, args, kwargs, made))
+        else:
+            self._views.append((args, kwargs, result))
         return result
 
     def undo(self) -> None:
@@ -103,18 +110,20 @@ class Recorder(TorchDispatchMode):
         return _memory(tensor) in self._made
 
     def operations(self) -> list[Operation]:
-        """The operations, which from now on own no memory from outside."""
+        """The operations, which own no memory from outside."""
         return [
             call._replace(
-                args=tree_map_only(Tensor, self._reference, call.args),
-                kwargs=tree_map_only(Tensor, self._reference, call.kwargs),
+                args=changed(call.args, self._reference),
+                kwargs={name: changed(each, self._reference) for name, each in call.kwargs.items()},
             )
             for call in self._calls
         ]
 
-    def _reference(self, tensor: Tensor) -> Tensor | Address:
+    def _reference(self, value: Any) -> Any:
         # Numbers are parameters of kernels: no memory of the caller.
-        return tensor if self.owns(tensor) or tensor.ndim == 0 else Address.of(tensor)
+        if not isinstance(value, Tensor) or value.ndim == 0 or self.owns(value):
+            return value
+        return Address.of(value)
 
 
 @dataclass
@@ -168,9 +177,20 @@ class FakeCapture:
         return sum(graph.replays for graph in self.graphs)
 
 
-def tensors_in(tree: Any) -> list[Tensor]:
-    """The tensors in arguments or results of an operation."""
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+def changed(values: Any, change: Callable[[Any], Any]) -> Any:
+    """An argument or arguments, with each value of a list changed."""
+    return [changed(each, change) for each in values] if isinstance(values, list | tuple) else change(values)
+
+
+def tensors_in(values: Any) -> list[Tensor]:
+    """The tensors in arguments or in the result of an operation."""
+    if isinstance(values, list | tuple):
+        return [tensor for each in values for tensor in tensors_in(each)]
+    return [values] if isinstance(values, Tensor) else []
+
+
+def _tensor(value: Any) -> Any:
+    return value.tensor() if isinstance(value, Address) else value
 
 
 def _memory(tensor: Tensor) -> int:
