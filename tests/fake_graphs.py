@@ -37,13 +37,13 @@ class Address:
     @classmethod
     def of(cls, tensor: Tensor) -> Address:
         """The address of a tensor."""
-        storage = StorageWeakRef(tensor.untyped_storage())
-        return cls(storage, tensor.dtype, tensor.storage_offset(), tuple(tensor.shape), tensor.stride())
+        storage = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+        return cls(storage, tensor.dtype, int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride())
 
     def tensor(self) -> Tensor:
         """The memory as it is now. Raises AssertionError where its owner has freed it."""
-        assert not self.storage.expired(), "the graph reads memory that was freed"
-        storage = torch.UntypedStorage._new_with_weak_ptr(self.storage.cdata)  # type: ignore[attr-defined]
+        assert not self.storage.expired(), "the graph reads memory that was freed"  # type: ignore[no-untyped-call]
+        storage = torch.UntypedStorage._new_with_weak_ptr(self.storage.cdata)
         return torch.empty(0, dtype=self.dtype).set_(storage, self.offset, self.shape, self.stride)
 
 
@@ -64,11 +64,11 @@ class Operation(NamedTuple):
                 made.copy_(again)
 
 
-class Recorder(TorchDispatchMode):
+class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Records the operations of a call; undo() restores the memory from outside that they have overwritten."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._calls: list[Operation] = []
         self._views: list[object] = []
         self._written: list[Written] = []

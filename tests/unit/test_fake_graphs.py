@@ -31,7 +31,8 @@ def test_a_capture_computes_nothing() -> None:
 
 def test_a_replay_reads_addresses_and_runs_no_python() -> None:
     """A tensor that is put in the place of another is not read; one that is overwritten is, also through a view."""
-    given, calls = {"x": torch.ones(2, 3), "row": torch.ones(2)}, []
+    given = {"x": torch.ones(2, 3), "row": torch.ones(2)}
+    calls: list[int] = []
 
     def run() -> Tensor:
         calls.append(len(calls))

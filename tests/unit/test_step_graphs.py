@@ -49,11 +49,11 @@ class NotedTransformer(LoopTransformer):
         self._name = name
         self._journal = journal
 
-    def predict(self, *args: Any, skipped: int = 0, **inputs: Any) -> Predictions:  # type: ignore[override]
+    def predict(self, **inputs: Any) -> Predictions:  # type: ignore[override]
         """Note and predict."""
         kind = "captured" if self._journal.is_capturing else "eager"
-        self._journal.entries.append((kind, (self._name, skipped)))
-        return super().predict(*args, skipped=skipped, **inputs)
+        self._journal.entries.append((kind, (self._name, inputs["skipped"])))
+        return super().predict(**inputs)
 
 
 @pytest.fixture
