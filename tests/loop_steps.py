@@ -10,7 +10,8 @@ from torch import Tensor
 
 from loop_family import SHAPES, LoopTransformer
 from models.dits.base import Predictions
-from models.stages.step_memory import NO_FLAGS, Flags, StepInputs, StepMemory, byte_size_of
+from models.stages.predictor import predict_step
+from models.stages.step_memory import NO_FLAGS, Flags, StepInputs, StepKind, StepMemory, byte_size_of
 
 NO_KEYWORDS: Mapping[str, Hashable] = MappingProxyType({})
 
@@ -36,7 +37,7 @@ def tensor_bytes(transformer: LoopTransformer, step: StepInputs) -> int:
 
 def predict(memory: StepMemory, step: StepInputs, flags: Flags = NO_FLAGS) -> Predictions:
     """The predictions of a step by leased memory."""
-    return memory.predict(step.latents, step.row, flags=flags)
+    return predict_step(memory, step.latents, step.row, StepKind(flags=flags))
 
 
 class EagerBranch:

@@ -20,7 +20,7 @@ from models.layers.norms import Residual
 from models.layers.step_cache import CacheUse, StepCache, through_blocks
 from models.runtime import Runtime
 from models.stages import step_memory
-from models.stages.branches import StepCaching, lease_branch
+from models.stages.predictor import StepCaching, lease_branch
 from models.stages.step_memory import Captured, Flags, Lease, StepInputs, StepMemory, StepMemoryPool, cuda_capture
 
 
@@ -281,7 +281,7 @@ class BlocksTransformer(LoopTransformer):
         def second(residual: Residual) -> Residual:
             return Residual(residual.x * time.mean() / 1000)
 
-        return {"video": through_blocks(Residual(video), (first, second), 0, use).x, "sound": sound.cos()}
+        return {"video": through_blocks(Residual(video), (first, second), use).x, "sound": sound.cos()}
 
 
 def predictions_with_step_cache(

@@ -16,7 +16,8 @@ from fake_graphs import FakeCapture
 from loop_family import SHAPES, LoopTransformer
 from loop_steps import EagerBranch, equal, loop_step, predict
 from models.dits.base import MemorySpec
-from models.stages.step_memory import Lease, StepInputs, StepMemory, StepMemoryPool, byte_size_of
+from models.stages.predictor import predict_step
+from models.stages.step_memory import Lease, StepInputs, StepKind, StepMemory, StepMemoryPool, byte_size_of
 
 DITS = Path(__file__).resolve().parents[2] / "models" / "dits"
 TRANSFORMER = LoopTransformer(1.0, remembers=True)
@@ -36,7 +37,7 @@ def size_of(step: StepInputs) -> int:
 
 
 def run(memory: StepMemory, step: StepInputs) -> dict[str, Tensor]:
-    return dict(memory.predict(step.latents, step.row))
+    return dict(predict_step(memory, step.latents, step.row, StepKind()))
 
 
 @pytest.fixture
