@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from models.kernels.attention import attention as attend
 from models.layers import attention as layer
 from parallel_cases import FAMILIES, make_case
 
@@ -61,7 +62,6 @@ def test_few_files_lead_to_attention(family: str, tmp_path: Path, monkeypatch: p
             found.append(files)
         return attend(q, k, v, mask, out)
 
-    attend = layer.attention
     monkeypatch.setattr(layer, "attention", attention)
     make_case(FAMILIES[family], tmp_path)
     shortest = min(found, key=len)
