@@ -183,9 +183,10 @@ def test_a_loop_that_fails_returns_its_memory(monkeypatch: pytest.MonkeyPatch, f
 
     with monkeypatch.context() as patch:
         patch.setattr(LoopTransformer, "predict", failing)
-        with pytest.raises(ArithmeticError):
+        with pytest.raises(ArithmeticError) as failed:
             run(stage, x)
     assert calls == failing_call
+    assert failed.tb is not None, "the frames of the loop are alive: the end of no generator returns its memory"
     assert not stage._memory._leased
     idle = set(stage._memory._idle.values())
     assert len(idle) == 8

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -21,7 +21,16 @@ from models.layers.step_cache import CacheUse, StepCache, through_blocks
 from models.runtime import Runtime
 from models.stages import step_memory
 from models.stages.predictor import StepCaching, lease_branch
-from models.stages.step_memory import Captured, Flags, Lease, StepInputs, StepMemory, StepMemoryPool, cuda_capture
+from models.stages.step_memory import (
+    NO_FLAGS,
+    Captured,
+    Flags,
+    Lease,
+    StepInputs,
+    StepMemory,
+    StepMemoryPool,
+    cuda_capture,
+)
 
 
 @dataclass
@@ -125,6 +134,21 @@ def test_every_denoiser_runs_eagerly_with_every_combination_of_flags_before_its_
             expected += [("eager", (name, skipped)), ("captured", (name, skipped))]
     assert journal.entries == expected
     assert [graph.replays for graph in journal.capture.graphs] == [2] * len(kinds)
+
+
+def test_a_branch_predicts_with_its_flags_and_the_row_of_the_step(
+    pool: StepMemoryPool, transformer: LoopTransformer
+) -> None:
+    """Flags of a branch hold for all its steps, those of a prediction for one."""
+    step = loop_step(transformer)
+    prepared = transformer.prepare(torch.tensor([[100.0, 200.0], [300.0, 400.0]]), text=step.constants["text"])
+    reference = EagerBranch(transformer, replace(step, flags={"skipped": 1}))
+    with pool.leases() as lease:
+        made = lease_branch(lease, "transformer", transformer, prepared, step.latents, flags={"skipped": 1})
+        for flags in (NO_FLAGS, (("skipped", 2),)):
+            for index in (0, 1, 0, 1):
+                expected = reference.predict(replace(step, row=prepared.row(index)), flags)
+                assert equal(made.predict(step.latents, index, flags), expected)
 
 
 def test_a_graph_reads_the_inputs_of_its_own_step(

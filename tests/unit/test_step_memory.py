@@ -235,3 +235,18 @@ def test_leased_memory_is_never_freed_for_another() -> None:
         assert refused.value.field == "", "no field of the request is wrong"
     with pool.leases() as lease:  # What was leased before the error is free again.
         assert lease("transformer", TRANSFORMER, step) is not lease("transformer", TRANSFORMER, step)
+
+
+def test_graphs_that_exceed_the_bound_are_freed_when_their_request_ends() -> None:
+    """A live request keeps its graphs; of those that end with it, as many stay as fit."""
+    step = inputs()
+    pool = StepMemoryPool(3 * size_of(step), FakeCapture(byte_size=size_of(step)))
+    with pool.leases() as lease:
+        found = [lease("transformer", TRANSFORMER, step) for _ in range(2)]
+        for memory in found * 2:
+            run(memory, step)
+        assert pool.byte_size == 4 * size_of(step)
+        # Graphs are measured, and ranks of one group must agree: they are no reason to refuse.
+        with pool.leases() as other:
+            other("transformer", TRANSFORMER, step)
+    assert list(pool._idle.values()) == found[1:]
