@@ -22,9 +22,11 @@ import torch
 from redis.asyncio import Redis
 
 from common.errors import FailedPrecondition, Unavailable
+from common.package_guard import WORKER_PACKAGES, check_private_api, check_versions
 from common.pipeline import ServiceSpec
 from common.rpc.address import advertised_address
 from common.rpc.fleet_server import FleetServer, stop_signals
+from common.rpc.grpcio_patch import GRPCIO, check_server
 from common.rpc.method import begun_frame, response_type, stage_method
 from common.rpc.stage_servicer import Stages, StageServicer
 from common.rpc.watchdog import Watchdog
@@ -40,6 +42,7 @@ from models.kernels.packages import outcomes
 from models.kernels.trials import try_packages
 from models.loader import load_variants, numerics_fingerprint
 from models.parallel.mesh import Degrees, WorkerMesh
+from models.private_operators import GEMM
 from models.registry import load_registry
 from models.warm_up import WarmUp
 from services.leaving import leave
@@ -130,6 +133,7 @@ async def start_worker(
     With `ranks` it leads a worker group. Raises CheckpointError for a model that cannot be loaded, FailedPrecondition
     where device, address or fleet do not fit, Unavailable when the request store stays away.
     """
+    await check_server()
     spec = model.service(service)
     tls = tls_of(settings)
     watchdog = watchdog_of(settings)
@@ -291,6 +295,9 @@ def run_service(
     flags = sys.argv[1:] if argv is None else argv
 
     def program() -> int:
+        check_versions(*WORKER_PACKAGES)
+        for api in (GRPCIO, GEMM):
+            check_private_api(api)
         settings = load_settings(settings_class, flags, prog=prog, readers=READERS)
         setup_logging(service, level=settings.log_level, form=settings.log_format)
         _ = settings.kernel_choice  # Refuses a contradiction.

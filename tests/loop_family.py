@@ -28,7 +28,7 @@ SHAPES: Shapes = {"video": (2, 3, 4), "audio": (2, 5)}
 class LoopTransformer(DiffusionTransformer):
     """Predicts a mix of its inputs that depends on the expert, the flag of a branch, and earlier steps."""
 
-    block_linears: ClassVar[tuple[str, ...]] = ()
+    block_linears = ()
 
     def __init__(self, gain: float, *, remembers: bool = False) -> None:
         super().__init__()

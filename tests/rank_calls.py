@@ -26,8 +26,8 @@ from models.contracts import DenoisingOutput
 from models.loader import load_module, load_stages
 from models.parallel.collectives import gather_chunks
 from models.parallel.mesh import AXES, Degrees, WorkerMesh, make_mesh
+from models.parallel.segment_lengths import SegmentScope
 from models.parallel.sharded_keys import ShardedKeysAttention
-from models.parallel.shards import SequenceShards
 from models.parallel.usp_attention import USPAttention
 from models.registry import load_registry, resolve
 from models.runtime import Runtime
@@ -112,7 +112,7 @@ def denoise(
             blocks.append(item.parts["video"].latents)
 
     runtime = Runtime(device=RANK.device, mesh=RANK.mesh, approximation=Approximation(**approximation))
-    stage = _denoising_stage(checkpoint, config, runtime)
+    stage = denoising_stage(checkpoint, config, runtime)
     call = Call("test", on_progress=lambda step, _: steps.append(step), on_item=on_item)
     done = stage.run(load_input(inputs), call)
     if isinstance(done, DenoisingOutput):
@@ -128,7 +128,7 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
     return parts[0].contiguous() if len(parts) == 1 else torch.cat([part.flatten() for part in parts])
 
 
-def _denoising_stage(checkpoint: str, config: str, runtime: Runtime) -> DenoisingStage | CausalDMDDenoisingStage:
+def denoising_stage(checkpoint: str, config: str, runtime: Runtime) -> DenoisingStage | CausalDMDDenoisingStage:
     """The registered pipeline's, or one with another config."""
     if config:
         opened, made = open_with(checkpoint, config)
@@ -141,13 +141,14 @@ def _denoising_stage(checkpoint: str, config: str, runtime: Runtime) -> Denoisin
 
 
 def attend(rank: int, inputs: str, output: str) -> list[int]:
-    """USPAttention over "text" and "image" streams, (3, B, tokens, H, K) each; what each rank holds of the tokens."""
+    """USPAttention over "text" and "image" segments, (3, B, tokens, H, K) each; what each rank holds of the tokens."""
     assert RANK.mesh is not None
-    mesh, streams = RANK.mesh, load_file(inputs)
-    shards = SequenceShards(mesh.degrees.sp, mesh.sp_index)
-    local = torch.cat([shards.local(streams[name], 2, name) for name in ("text", "image")], dim=2)
-    attended = USPAttention(mesh, shards)(*local.unbind())
-    sizes = [shards.of(name)[mesh.sp_index] for name in ("text", "image")]
+    mesh, segments = RANK.mesh, load_file(inputs)
+    scope = SegmentScope(mesh.degrees.sp, mesh.sp_index)
+    with scope.entered({name: each.shape[2] for name, each in segments.items()}) as lengths:
+        local = torch.cat([lengths.local(segments[name], 2, name) for name in ("text", "image")], dim=2)
+        attended = USPAttention(mesh, scope)(*local.unbind())
+    sizes = [lengths.of(name)[mesh.sp_index] for name in ("text", "image")]
     text, image = (part.contiguous() for part in attended.split(sizes, dim=1))
     save_file({"text": text, "image": image}, rank_file(output, rank))
     return sizes
@@ -157,9 +158,11 @@ def attend_whole(rank: int, inputs: str, output: str) -> int:
     """Attention of whole queries (B, T, H, K) to this rank's chunk of keys and values (2, B, S, H, K); its length."""
     given = load_file(inputs)
     assert RANK.mesh is not None
-    shards = SequenceShards(RANK.mesh.degrees.sp, RANK.mesh.sp_index)
-    k, v = shards.local(given["key_values"], 2, "keys").unbind()
-    save_file({"attended": ShardedKeysAttention(RANK.mesh, shards)(given["queries"], k, v)}, rank_file(output, rank))
+    scope = SegmentScope(RANK.mesh.degrees.sp, RANK.mesh.sp_index)
+    with scope.entered({"keys": given["key_values"].shape[2]}) as lengths:
+        k, v = lengths.local(given["key_values"], 2, "keys").unbind()
+        attended = ShardedKeysAttention(RANK.mesh, scope)(given["queries"], k, v)
+    save_file({"attended": attended}, rank_file(output, rank))
     return k.shape[1]
 
 

@@ -40,7 +40,9 @@ class FluxPipelineConfig(PackedPipelineConfig, TextConfig):
     transformer: FluxTransformerConfig
     vae: AutoencoderKLConfig
 
-    module_loaders: ClassVar[Mapping[str, str]] = {"FluxTransformer2DModel": "models.dits.flux:load_flux_transformer"}
+    module_loaders: ClassVar[Mapping[str, str]] = {
+        "FluxTransformer2DModel": "models.dits.flux_plan:load_flux_transformer"
+    }
     parallel_modules: ClassVar[frozenset[str]] = frozenset({"FluxTransformer2DModel"})
 
     @classmethod

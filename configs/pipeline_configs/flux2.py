@@ -54,7 +54,7 @@ class Flux2FamilyConfig(StandardPipelineConfig):
 
     module_loaders: ClassVar[Mapping[str, str]] = {
         "AutoencoderKLFlux2": "models.vaes.flux2:load_flux2_vae",
-        "Flux2Transformer2DModel": "models.dits.flux2:load_flux2_transformer",
+        "Flux2Transformer2DModel": "models.dits.flux2_plan:load_flux2_transformer",
     }
     parallel_modules: ClassVar[frozenset[str]] = frozenset({"Flux2Transformer2DModel"})
     part_keywords: ClassVar[Mapping[str, str]] = {"image": "hidden_states"}

@@ -56,7 +56,7 @@ class GlmImagePipelineConfig(NegativePromptConfig, PreparationConfig, DenoisingC
     module_loaders: ClassVar[Mapping[str, str]] = {
         "GlmImageForConditionalGeneration": "models.encoder_runners.prior_tokens:load_glm_image_language_model",
         "GlmImageProcessor": "models.encoder_runners.prior_tokens:load_glm_image_processor",
-        "GlmImageTransformer2DModel": "models.dits.glm_image:load_glm_image_transformer",
+        "GlmImageTransformer2DModel": "models.dits.glm_image_plan:load_glm_image_transformer",
         "ByT5Tokenizer": "models.loader:load_tokenizer",
     }
     parallel_modules: ClassVar[frozenset[str]] = frozenset({"GlmImageTransformer2DModel"})

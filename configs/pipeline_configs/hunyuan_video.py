@@ -62,7 +62,7 @@ class HunyuanVideoPipelineConfig(StandardPipelineConfig):
 
     module_loaders: ClassVar[Mapping[str, str]] = {
         "AutoencoderKLHunyuanVideo": "models.vaes.hunyuan_video:load_hunyuan_video_vae",
-        "HunyuanVideoTransformer3DModel": "models.dits.hunyuan_video:load_hunyuan_video_transformer",
+        "HunyuanVideoTransformer3DModel": "models.dits.hunyuan_video_plan:load_hunyuan_video_transformer",
         "LlamaModel": "models.encoder_runners.language_model:load_language_model",
         "LlamaTokenizer": "models.loader:load_auto_tokenizer",
         "LlamaTokenizerFast": "models.loader:load_auto_tokenizer",

@@ -71,7 +71,7 @@ class LTX2PipelineConfig(StandardPipelineConfig):
         "GemmaTokenizer": "models.loader:load_tokenizer",
         "GemmaTokenizerFast": "models.loader:load_tokenizer",
         "LTX2TextConnectors": "models.loader:load_pretrained",
-        "LTX2VideoTransformer3DModel": "models.dits.ltx2:load_ltx2_transformer",
+        "LTX2VideoTransformer3DModel": "models.dits.ltx2_plan:load_ltx2_transformer",
         "LTX2Vocoder": "models.loader:load_pretrained",
         "LTX2VocoderWithBWE": "models.loader:load_pretrained",
     }

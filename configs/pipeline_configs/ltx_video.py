@@ -61,7 +61,7 @@ class LTXVideoPipelineConfig(StandardPipelineConfig):
     has_float32_noise: ClassVar[bool] = True
     module_loaders: ClassVar[Mapping[str, str]] = {
         "AutoencoderKLLTXVideo": "models.vaes.ltx_video:load_ltx_video_vae",
-        "LTXVideoTransformer3DModel": "models.dits.ltx_video:load_ltx_video_transformer",
+        "LTXVideoTransformer3DModel": "models.dits.ltx_video_plan:load_ltx_video_transformer",
     }
     parallel_modules: ClassVar[frozenset[str]] = frozenset({"LTXVideoTransformer3DModel"})
 

@@ -52,7 +52,7 @@ class QwenImageFamilyConfig(PackedPipelineConfig):
     module_loaders: ClassVar[Mapping[str, str]] = {
         "AutoencoderKLQwenImage": "models.vaes.qwen_image:load_qwen_image_vae",
         "Qwen2_5_VLForConditionalGeneration": "models.encoder_runners.qwen_vl:load_qwen_text_model",
-        "QwenImageTransformer2DModel": "models.dits.qwen_image:load_qwen_image_transformer",
+        "QwenImageTransformer2DModel": "models.dits.qwen_image_plan:load_qwen_image_transformer",
     }
     parallel_modules: ClassVar[frozenset[str]] = frozenset({"QwenImageTransformer2DModel"})
     transformer_flags: ClassVar[Mapping[str, bool]] = {

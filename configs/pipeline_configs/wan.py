@@ -51,7 +51,7 @@ class WanPipelineConfig(StandardPipelineConfig):
     visual_part: ClassVar[str] = "video"
     has_float32_noise: ClassVar[bool] = True
     module_loaders: ClassVar[Mapping[str, str]] = {
-        "WanTransformer3DModel": "models.dits.wan:load_wan_transformer",
+        "WanTransformer3DModel": "models.dits.wan_plan:load_wan_transformer",
         "AutoencoderKLWan": "models.vaes.wan:load_wan_vae",
     }
     parallel_modules: ClassVar[frozenset[str]] = frozenset({"WanTransformer3DModel"})

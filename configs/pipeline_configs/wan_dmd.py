@@ -59,8 +59,8 @@ class WanCausalDMDPipelineConfig(WanDMDPipelineConfig, CausalDmdConfig):
     transformer_config: ClassVar[type[WanTransformerConfig]] = CausalWanTransformerConfig
     module_loaders: ClassVar[Mapping[str, str]] = {
         **WanPipelineConfig.module_loaders,
-        "WanTransformer3DModel": "models.dits.causal_wan:load_causal_wan_transformer",
-        "CausalWanTransformer3DModel": "models.dits.causal_wan:load_causal_wan_transformer",
+        "WanTransformer3DModel": "models.dits.causal_wan_plan:load_causal_wan_transformer",
+        "CausalWanTransformer3DModel": "models.dits.causal_wan_plan:load_causal_wan_transformer",
     }
     parallel_modules: ClassVar[frozenset[str]] = frozenset({"WanTransformer3DModel", "CausalWanTransformer3DModel"})
     # The cache is sharded by heads: a ring would send its keys and values around at every step.

@@ -57,7 +57,7 @@ class ZImagePipelineConfig(StandardPipelineConfig):
     module_loaders: ClassVar[Mapping[str, str]] = {
         "Qwen3Model": "models.encoder_runners.language_model:load_language_model",
         "Qwen3ForCausalLM": "models.encoder_runners.language_model:load_causal_language_model",
-        "ZImageTransformer2DModel": "models.dits.z_image:load_z_image_transformer",
+        "ZImageTransformer2DModel": "models.dits.z_image_plan:load_z_image_transformer",
     }
     parallel_modules: ClassVar[frozenset[str]] = frozenset({"ZImageTransformer2DModel"})
     part_keywords: ClassVar[Mapping[str, str]] = {"image": "hidden_states"}

@@ -12,23 +12,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Mapping
-from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from configs.models.dits.causal_wan import CausalWanTransformerConfig
-from models.dits.base import MemorySpec, Predictions, Prepared
-from models.dits.wan import WanTransformer3DModel, load_wan_weights
-from models.dits.wan_plan import VIDEO
+from models.dits.base import MemorySpec, Predictions, Prepared, entry_point
+from models.dits.wan import VIDEO, WanTransformer3DModel
 from models.layers.attention import KeyValueCache
 from models.layers.rotary import rotary_embedding
 from models.layers.step_cache import CacheUse
-
-if TYPE_CHECKING:
-    from common.checkpoint import Checkpoint
-    from models.parallel.mesh import WorkerMesh
 
 
 class CausalWanTransformer3DModel(WanTransformer3DModel):
@@ -51,9 +44,10 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         prepared = self.prepare(timestep[None], encoder_hidden_states, grid)
         slab = prepared.memory["kv_cache"]
         memory = {"kv_cache": torch.zeros(slab.shape, dtype=slab.dtype, device=hidden_states.device)}
-        inputs = {**prepared.row(0), **prepared.constants, **memory}
-        return self.predict(hidden_states, first_frame=0, use=None, **inputs)["hidden_states"]
+        inputs = prepared.inputs(0)
+        return self.predict(hidden_states, first_frame=0, use=None, **memory, **inputs)["hidden_states"]
 
+    @entry_point
     def prepare(  # type: ignore[override]  # which keywords there are differs by model
         self, timesteps: Tensor, encoder_hidden_states: Tensor, video_grid: Tensor
     ) -> Prepared:
@@ -79,6 +73,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         """None: the rotation of the whole video is a constant of the request."""
         del latents
 
+    @entry_point
     def predict(  # type: ignore[override]  # which constants there are differs by model
         self,
         hidden_states: Tensor,
@@ -128,12 +123,3 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         if self.window is None or frame < self.sink:
             return frame
         return self.sink + (frame - self.sink) % (self.window - self.sink)
-
-
-def load_causal_wan_transformer(
-    checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype, mesh: WorkerMesh | None = None
-) -> CausalWanTransformer3DModel:
-    """The DiT of the module's config.json, or this rank's part of it. Raises as load_transformer()."""
-    config = CausalWanTransformerConfig.from_dict(name, checkpoint.module_config(name))
-    build = partial(CausalWanTransformer3DModel, config)
-    return load_wan_weights(build, config, checkpoint, name, device, dtype, mesh)

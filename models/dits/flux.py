@@ -1,7 +1,7 @@
 """The Flux DiT: blocks with a text and an image stream that attend jointly, then blocks over both as one stream.
 
 Shapes: N steps, B batch, T text tokens, I image tokens, S = T + I (text first), D hidden size, M all modulations.
-Parameter names are the checkpoint's. Parallel forms are decided beside the model, not in it.
+Parameter names are the checkpoint's.
 """
 
 # ruff: noqa: N803, N806  (the capitals of a tensor's name are its shape)
@@ -9,19 +9,15 @@ Parameter names are the checkpoint's. Parallel forms are decided beside the mode
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from configs.models.dits.flux import FluxTransformerConfig
-from models.dits.base import DiffusionTransformer, Predictions, Prepared
-from models.dits.flux_plan import FLUX_PLAN
+from models.dits.base import DiffusionTransformer, Predictions, Prepared, entry_point
 from models.dits.joint_stream import joint_residual_elements, through_joint_blocks
-from models.dits.loading import load_transformer
 from models.layers.embeddings import EmbeddingMLP, sinusoidal_embedding
 from models.layers.feed_forward import FeedForward
 from models.layers.joint_attention import JointAttention, block_modulations, joint_block
@@ -32,10 +28,6 @@ from models.layers.self_attention import SelfAttention
 from models.layers.step_cache import CacheUse
 from models.rotation import Rotation
 from models.token_segments import SegmentVectors, TokenSegments
-
-if TYPE_CHECKING:
-    from common.checkpoint import Checkpoint
-    from models.parallel.mesh import WorkerMesh
 
 SINUSOID_SIZE = 256
 
@@ -124,8 +116,6 @@ class FluxSingleTransformerBlock(nn.Module):
 class FluxTransformer2DModel(DiffusionTransformer):
     """Predicts the velocity of packed latents."""
 
-    block_linears: ClassVar[tuple[str, ...]] = FLUX_PLAN.block_linears
-
     def __init__(self, config: FluxTransformerConfig) -> None:
         super().__init__()
         size = config.hidden_size
@@ -159,9 +149,9 @@ class FluxTransformer2DModel(DiffusionTransformer):
         prepared = self.prepare(
             timestep[None], encoder_hidden_states, pooled_projections, guidance, img_ids=img_ids, txt_ids=txt_ids
         )
-        modulation = prepared.steps["modulation"][0]
-        return self.predict(hidden_states, modulation, use=None, **prepared.constants)["hidden_states"]
+        return self.predict(hidden_states, use=None, **prepared.inputs(0))["hidden_states"]
 
+    @entry_point
     def prepare(  # type: ignore[override]  # which keywords there are differs by model
         self,
         timesteps: Tensor,
@@ -184,6 +174,7 @@ class FluxTransformer2DModel(DiffusionTransformer):
             constants={"text_BTD": text_BTD, **rotation.tensors()},
         )
 
+    @entry_point
     def predict(  # type: ignore[override]  # which constants there are differs by model
         self,
         hidden_states: Tensor,
@@ -219,12 +210,3 @@ def modulations_of(
         assert isinstance(single, FluxSingleTransformerBlock)
         yield single.norm
     yield last
-
-
-def load_flux_transformer(
-    checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype, mesh: WorkerMesh | None = None
-) -> FluxTransformer2DModel:
-    """The DiT of the module's config.json, or this rank's part of it. Raises as load_transformer()."""
-    config = FluxTransformerConfig.from_dict(name, checkpoint.module_config(name))
-    build = partial(FluxTransformer2DModel, config)
-    return load_transformer(build, FLUX_PLAN, checkpoint, name, device, dtype, mesh, heads=config.num_attention_heads)

@@ -10,19 +10,15 @@ bias. Blocks of one kind share their modulations.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from configs.models.dits.flux2 import MLP_RATIO, Flux2TransformerConfig
-from models.dits.base import DiffusionTransformer, Predictions, Prepared
-from models.dits.flux2_plan import FLUX2_PLAN
+from models.dits.base import DiffusionTransformer, Predictions, Prepared, entry_point
 from models.dits.joint_stream import joint_residual_elements, through_modulated_blocks
-from models.dits.loading import load_transformer
 from models.kernels.activation import gate_by_silu
 from models.kernels.qk_norm_rotate import split_heads
 from models.layers.attention import Attention
@@ -30,15 +26,11 @@ from models.layers.embeddings import EmbeddingMLP, sinusoidal_embedding
 from models.layers.joint_attention import JointAttention, block_modulations, joint_block
 from models.layers.linear import Linear
 from models.layers.norms import LayerNormScaleShift, Residual, RMSNorm
-from models.layers.qk_norm import HeadNorms, apply_qk_norm, in_place
+from models.layers.qk_norm import HeadNorms, ProjectedHeads
 from models.layers.rotary import rotary_embedding
 from models.layers.step_cache import CacheUse
 from models.rotation import Rotation
 from models.token_segments import SegmentVectors, TokenSegments
-
-if TYPE_CHECKING:
-    from common.checkpoint import Checkpoint
-    from models.parallel.mesh import WorkerMesh
 
 DOUBLE_VECTORS, SINGLE_VECTORS, FINAL_VECTORS = 12, 3, 2
 """Modulations of a block of two streams, of a block of one stream, and of the last norm."""
@@ -106,20 +98,12 @@ class Flux2ParallelSelfAttention(nn.Module):
         projected = x_BSD.new_empty(*x_BSD.shape[:2], (3 + 2 * MLP_RATIO) * size)
         self.to_qkv_mlp_proj.into(x_BSD, projected)
         qkv, hidden = projected[..., : 3 * size], projected[..., 3 * size :]
-        norms = (self.norm_q, self.norm_k)
-        q, k, v = in_place(qkv, 3, self.head_size)
-        key_values = self.inner.key_values(k, v)
-        keys_to, values_to = (k, v) if key_values.room is None else key_values.room.unbind(2)
-        if key_values.room is None:
-            apply_qk_norm(qkv[..., : 2 * size], HeadNorms(norms, self.head_size), rotation)
-        else:
-            apply_qk_norm(qkv, HeadNorms(norms, self.head_size), rotation, out=(q, keys_to, values_to))
-        key_values.send()
-        queries = self.inner.start_queries(q)
+        norms = HeadNorms((self.norm_q, self.norm_k), self.head_size)
+        started = self.inner.start(ProjectedHeads(qkv, norms, rotation))
         # Overlaps with messages between ranks.
         both = x_BSD.new_empty(*x_BSD.shape[:2], (1 + MLP_RATIO) * size)
         both[..., size:] = gate_by_silu(hidden)
-        self.inner.finish(queries, key_values, split_heads(both[..., :size], self.head_size))
+        self.inner.finish(started, split_heads(both[..., :size], self.head_size))
         result: Tensor = self.to_out(both)
         return result
 
@@ -164,8 +148,6 @@ class Flux2SingleTransformerBlock(nn.Module):
 class Flux2Transformer2DModel(DiffusionTransformer):
     """Predicts the velocity of packed latents."""
 
-    block_linears: ClassVar[tuple[str, ...]] = FLUX2_PLAN.block_linears
-
     def __init__(self, config: Flux2TransformerConfig) -> None:
         super().__init__()
         size = config.hidden_size
@@ -199,9 +181,9 @@ class Flux2Transformer2DModel(DiffusionTransformer):
         (B, T, joint_attention_dim); positions (tokens, 4).
         """
         prepared = self.prepare(timestep[None], encoder_hidden_states, guidance, img_ids=img_ids, txt_ids=txt_ids)
-        modulation = prepared.steps["modulation"][0]
-        return self.predict(hidden_states, modulation, use=None, **prepared.constants)["hidden_states"]
+        return self.predict(hidden_states, use=None, **prepared.inputs(0))["hidden_states"]
 
+    @entry_point
     def prepare(  # type: ignore[override]  # which keywords there are differs by model
         self,
         timesteps: Tensor,
@@ -227,6 +209,7 @@ class Flux2Transformer2DModel(DiffusionTransformer):
             constants={"text_BTD": self.context_embedder(encoder_hidden_states), **rotation.tensors()},
         )
 
+    @entry_point
     def predict(  # type: ignore[override]  # which constants there are differs by model
         self,
         hidden_states: Tensor,
@@ -250,12 +233,3 @@ class Flux2Transformer2DModel(DiffusionTransformer):
     def residual_elements(self, latents: Mapping[str, Tensor], constants: Mapping[str, Tensor]) -> int:
         """Text and image tokens."""
         return joint_residual_elements(latents["hidden_states"], constants["text_BTD"])
-
-
-def load_flux2_transformer(
-    checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype, mesh: WorkerMesh | None = None
-) -> Flux2Transformer2DModel:
-    """The DiT of the module's config.json, or this rank's part of it. Raises as load_transformer()."""
-    config = Flux2TransformerConfig.from_dict(name, checkpoint.module_config(name))
-    build = partial(Flux2Transformer2DModel, config)
-    return load_transformer(build, FLUX2_PLAN, checkpoint, name, device, dtype, mesh, heads=config.num_attention_heads)

@@ -1,9 +1,20 @@
-"""How the FLUX.2 DiT is sharded between ranks."""
+"""How the FLUX.2 DiT is sharded between ranks, and its loader."""
 
 from __future__ import annotations
 
-from configs.models.dits.flux2 import MLP_RATIO
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+
+from configs.models.dits.flux2 import MLP_RATIO, Flux2TransformerConfig
+from models.dits.flux2 import Flux2Transformer2DModel
+from models.dits.loading import load_transformer
 from models.parallel.plan import Cut, Join, ParallelPlan
+
+if TYPE_CHECKING:
+    from common.checkpoint import Checkpoint
+    from models.parallel.mesh import WorkerMesh
 
 DOUBLE, SINGLE = "transformer_blocks.*", "single_transformer_blocks.*"
 
@@ -23,7 +34,7 @@ FLUX2_PLAN = ParallelPlan(
         f"{SINGLE}.attn.to_out",
     ),
     gathered=("double_stream_modulation_*.linear", "single_stream_modulation.linear"),
-    segments={
+    parts={
         # SwiGLU's gate and its input.
         f"{DOUBLE}.ff.linear_in": (1, 1),
         f"{DOUBLE}.ff_context.linear_in": (1, 1),
@@ -32,6 +43,7 @@ FLUX2_PLAN = ParallelPlan(
         # The heads, then the feed-forward.
         f"{SINGLE}.attn.to_out": (1, MLP_RATIO),
     },
+    token_segments={"text": "sharded", "image": "sharded"},
     attention=(f"{DOUBLE}.attn.inner", f"{SINGLE}.attn.inner"),
     # Image tokens are those of the output, then those of each reference image.
     cuts=(
@@ -42,3 +54,12 @@ FLUX2_PLAN = ParallelPlan(
     ),
     joins=(Join("predict", "image", result="hidden_states"),),
 )
+
+
+def load_flux2_transformer(
+    checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype, mesh: WorkerMesh | None = None
+) -> Flux2Transformer2DModel:
+    """The DiT of the module's config.json, or this rank's part of it. Raises as load_transformer()."""
+    config = Flux2TransformerConfig.from_dict(name, checkpoint.module_config(name))
+    build = partial(Flux2Transformer2DModel, config)
+    return load_transformer(build, FLUX2_PLAN, checkpoint, name, device, dtype, mesh, heads=config.num_attention_heads)

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import islice
-from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +19,8 @@ from torch.nn.functional import silu
 
 from configs.models.dits.glm_image import GlmImageTransformerConfig
 from configs.pipeline_configs.packed import pack_patches, unpack_patches
-from models.dits.base import DiffusionTransformer, Predictions, Prepared
-from models.dits.glm_image_plan import GLM_IMAGE_PLAN
+from models.dits.base import DiffusionTransformer, Predictions, Prepared, entry_point
 from models.dits.joint_stream import through_joint_blocks
-from models.dits.loading import load_transformer
 from models.layers.embeddings import EmbeddingMLP, sinusoidal_embedding
 from models.layers.feed_forward import FeedForward
 from models.layers.linear import Linear, only_linear
@@ -33,10 +30,6 @@ from models.layers.self_attention import SelfAttention
 from models.layers.step_cache import CacheUse
 from models.rotation import Rotation
 from models.token_segments import TokenSegments
-
-if TYPE_CHECKING:
-    from common.checkpoint import Checkpoint
-    from models.parallel.mesh import WorkerMesh
 
 EPS = 1e-5
 MODULATIONS = 12
@@ -116,7 +109,7 @@ class GlmImageTransformerBlock(nn.Module):
         vectors = [segments.vectors(text, image) for image, text in zip(own[::2], own[1::2], strict=True)]
         shift, scale, gate, ff_shift, ff_scale, ff_gate = vectors
         x_BSD, normed = self.norm.after(residual, scale, shift)
-        attended = self.attn1.finish(self.attn1.start(normed, rotation, keys_first=True))
+        attended = self.attn1(normed, rotation)
         residual = only_linear(self.attn1.to_out).update(x_BSD, attended, gate)
         x_BSD, normed = self.norm.after(residual, ff_scale, ff_shift)
         fed = normed.new_empty(normed.shape)
@@ -126,8 +119,6 @@ class GlmImageTransformerBlock(nn.Module):
 
 class GlmImageTransformer2DModel(DiffusionTransformer):
     """Predicts the velocity of image latents."""
-
-    block_linears: ClassVar[tuple[str, ...]] = GLM_IMAGE_PLAN.block_linears
 
     def __init__(self, config: GlmImageTransformerConfig) -> None:
         super().__init__()
@@ -163,8 +154,9 @@ class GlmImageTransformer2DModel(DiffusionTransformer):
         prepared = self.prepare(
             timestep[None], encoder_hidden_states, prior_token_id, prior_token_drop, target_size, crop_coords
         )
-        return self.predict(hidden_states, use=None, **prepared.row(0), **prepared.constants)["hidden_states"]
+        return self.predict(hidden_states, use=None, **prepared.inputs(0))["hidden_states"]
 
+    @entry_point
     def prepare(  # type: ignore[override]  # which keywords there are differs by model
         self,
         timesteps: Tensor,
@@ -187,6 +179,7 @@ class GlmImageTransformer2DModel(DiffusionTransformer):
             },
         )
 
+    @entry_point
     def predict(  # type: ignore[override]  # which constants there are differs by model
         self,
         hidden_states: Tensor,
@@ -202,6 +195,7 @@ class GlmImageTransformer2DModel(DiffusionTransformer):
         velocity = self.tokens(patches, rotation.cos, rotation.sin, modulation, text_BTD, prior_BID, use)
         return {"hidden_states": unpack_patches(velocity, self.out_channels, rows, columns)}
 
+    @entry_point
     def tokens(
         self,
         image_BIC: Tensor,
@@ -249,14 +243,3 @@ def _image_rotation(grid: tuple[int, int], axes_dims: tuple[int, int], device: t
     """Rotation by every token's row and column, in order. The same for all steps and requests of a size."""
     positions = torch.cartesian_prod(*(torch.arange(size, device=device) for size in grid))
     return rotary_embedding(positions, axes_dims)
-
-
-def load_glm_image_transformer(
-    checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype, mesh: WorkerMesh | None = None
-) -> GlmImageTransformer2DModel:
-    """The DiT of the module's config.json, or this rank's part of it. Raises as load_transformer()."""
-    config = GlmImageTransformerConfig.from_dict(name, checkpoint.module_config(name))
-    build = partial(GlmImageTransformer2DModel, config)
-    return load_transformer(
-        build, GLM_IMAGE_PLAN, checkpoint, name, device, dtype, mesh, heads=config.num_attention_heads
-    )

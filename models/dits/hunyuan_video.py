@@ -10,15 +10,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from functools import partial
-from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from configs.models.dits.hunyuan_video import PATCH, HunyuanVideoTransformerConfig
-from models.dits.base import DiffusionTransformer, Predictions, Prepared
+from models.dits.base import DiffusionTransformer, Predictions, Prepared, entry_point
 from models.dits.flux import (
     ConditioningEmbedding,
     FluxSingleTransformerBlock,
@@ -26,20 +24,12 @@ from models.dits.flux import (
     ModulationLinear,
     modulations_of,
 )
-from models.dits.flux_plan import FLUX_PLAN
-from models.dits.hunyuan_video_plan import HUNYUAN_VIDEO_PLAN
 from models.dits.hunyuan_video_refiner import TokenRefiner
 from models.dits.joint_stream import through_joint_blocks
-from models.dits.loading import load_transformer
 from models.layers.norms import LayerNormScaleShift
 from models.layers.rotary import rotary_embedding
 from models.layers.step_cache import CacheUse
 from models.rotation import Rotation
-
-if TYPE_CHECKING:
-    from common.checkpoint import Checkpoint
-    from models.parallel.mesh import WorkerMesh
-
 
 MOST_TEXT_TOKENS = 1024
 """The bound of max_sequence_length."""
@@ -61,9 +51,6 @@ class PatchEmbed(nn.Module):
 
 class HunyuanVideoTransformer3DModel(DiffusionTransformer):
     """Predicts the velocity of video latents."""
-
-    # Those of the refiner run once a request.
-    block_linears: ClassVar[tuple[str, ...]] = FLUX_PLAN.block_linears
 
     def __init__(self, config: HunyuanVideoTransformerConfig) -> None:
         super().__init__()
@@ -96,8 +83,9 @@ class HunyuanVideoTransformer3DModel(DiffusionTransformer):
         video_ids (I, 3) are frame, row and column of each token.
         """
         prepared = self.prepare(timestep[None], encoder_hidden_states, pooled_projections, guidance, video_ids)
-        return self.predict(hidden_states, use=None, **prepared.row(0), **prepared.constants)["hidden_states"]
+        return self.predict(hidden_states, use=None, **prepared.inputs(0))["hidden_states"]
 
+    @entry_point
     def prepare(  # type: ignore[override]  # which keywords there are differs by model
         self,
         timesteps: Tensor,
@@ -120,6 +108,7 @@ class HunyuanVideoTransformer3DModel(DiffusionTransformer):
             constants=rotary_embedding(video_ids, self.config.axes_dims_rope, self.config.rope_theta).tensors(),
         )
 
+    @entry_point
     def predict(  # type: ignore[override]  # which constants there are differs by model
         self,
         hidden_states: Tensor,
@@ -137,6 +126,7 @@ class HunyuanVideoTransformer3DModel(DiffusionTransformer):
         video = patches.permute(0, 4, 1, 2, 5, 3, 6).reshape(batch, -1, frames, rows, columns)
         return {"hidden_states": video}
 
+    @entry_point
     def tokens(
         self,
         video_BID: Tensor,
@@ -163,14 +153,3 @@ class HunyuanVideoTransformer3DModel(DiffusionTransformer):
 
     def _modulations(self) -> Iterator[ModulationLinear]:
         return modulations_of(self.transformer_blocks, self.single_transformer_blocks, self.norm_out)
-
-
-def load_hunyuan_video_transformer(
-    checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype, mesh: WorkerMesh | None = None
-) -> HunyuanVideoTransformer3DModel:
-    """The DiT of the module's config.json, or this rank's part of it. Raises as load_transformer()."""
-    config = HunyuanVideoTransformerConfig.from_dict(name, checkpoint.module_config(name))
-    build = partial(HunyuanVideoTransformer3DModel, config)
-    return load_transformer(
-        build, HUNYUAN_VIDEO_PLAN, checkpoint, name, device, dtype, mesh, heads=config.num_attention_heads
-    )

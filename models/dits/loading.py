@@ -51,6 +51,7 @@ def load_transformer(
     parallelize(model, plan, mesh, heads=heads, feed_forward=feed_forward)
     files = checkpoint.weight_files(name)
     load_module(model, name, files, device, dtype, keep_float32=keep_float32, unused=unused)
+    model.block_linears = plan.block_linears
     return model
 
 

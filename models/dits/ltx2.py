@@ -14,14 +14,12 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from configs.models.dits.ltx2 import LTX2StreamConfig, LTX2TransformerConfig
-from models.dits.base import DiffusionTransformer, Predictions, Prepared
-from models.dits.loading import load_transformer
+from models.dits.base import DiffusionTransformer, Predictions, Prepared, entry_point
 from models.dits.ltx2_blocks import (
     EXCHANGE,
     LTX2VideoTransformerBlock,
@@ -32,7 +30,6 @@ from models.dits.ltx2_blocks import (
     block_rows,
     through_both,
 )
-from models.dits.ltx2_plan import AUDIO, FIRST_FRAME, GATE_LOGITS, LTX2_PLAN, VIDEO
 from models.dits.ltx2_positions import audio_positions, video_positions
 from models.layers.embeddings import TextProjection
 from models.layers.head_rotary import head_rotation
@@ -42,10 +39,8 @@ from models.layers.time_modulation import TimeModulation
 from models.rotation import HeadRotation
 from models.token_segments import TokenSegments
 
-if TYPE_CHECKING:
-    from common.checkpoint import Checkpoint
-    from models.parallel.mesh import WorkerMesh
-
+VIDEO, FIRST_FRAME, AUDIO = "video", "first_frame", "audio"
+"""Token segments, each with timesteps of its own; keys of what tokens() returns."""
 MASKED = -10000.0
 """Added to the attention scores of masked text tokens."""
 _OUTPUT_NORM_EPS = 1e-6
@@ -53,8 +48,6 @@ _OUTPUT_NORM_EPS = 1e-6
 
 class LTX2VideoTransformer3DModel(DiffusionTransformer):
     """Predicts the velocities of video and audio latents."""
-
-    block_linears: ClassVar[tuple[str, ...]] = tuple(each for each in LTX2_PLAN.block_linears if each != GATE_LOGITS)
 
     def __init__(self, config: LTX2TransformerConfig) -> None:
         super().__init__()
@@ -116,11 +109,11 @@ class LTX2VideoTransformer3DModel(DiffusionTransformer):
             use=None,
             spatio_temporal_guidance_blocks=spatio_temporal_guidance_blocks,
             isolate_modalities=isolate_modalities,
-            **prepared.row(0),
-            **prepared.constants,
+            **prepared.inputs(0),
         )
         return predictions["hidden_states"], predictions["audio_hidden_states"]
 
+    @entry_point
     def prepare(  # type: ignore[override]  # which keywords there are differs by model
         self,
         timesteps: Tensor,
@@ -177,6 +170,7 @@ class LTX2VideoTransformer3DModel(DiffusionTransformer):
         joined = torch.cat(parts, dim=1)
         return joined.view(*time_NB.shape, *joined.shape[1:])
 
+    @entry_point
     def predict(  # type: ignore[override]  # which constants there are differs by model
         self,
         hidden_states: Tensor,
@@ -234,6 +228,7 @@ class LTX2VideoTransformer3DModel(DiffusionTransformer):
         tokens = math.prod(video.shape[2:]) * self.norm_out.size + audio.shape[2] * self.audio_norm_out.size
         return len(video) * tokens
 
+    @entry_point
     def tokens(
         self,
         x_BSD: Tensor,
@@ -307,12 +302,3 @@ class LTX2VideoTransformer3DModel(DiffusionTransformer):
         for block in self.transformer_blocks:
             assert isinstance(block, LTX2VideoTransformerBlock)
             yield block
-
-
-def load_ltx2_transformer(
-    checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype, mesh: WorkerMesh | None = None
-) -> LTX2VideoTransformer3DModel:
-    """The DiT of the module's config.json, or this rank's part of it. Raises as load_transformer()."""
-    config = LTX2TransformerConfig.from_dict(name, checkpoint.module_config(name))
-    build = partial(LTX2VideoTransformer3DModel, config)
-    return load_transformer(build, LTX2_PLAN, checkpoint, name, device, dtype, mesh, heads=config.video.num_heads)

@@ -14,15 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from configs.models.dits.ltx_video import LTXVideoTransformerConfig
-from models.dits.base import DiffusionTransformer, Predictions, Prepared
-from models.dits.loading import load_transformer
-from models.dits.ltx_video_plan import FIRST_FRAME, LTX_VIDEO_PLAN, VIDEO
+from models.dits.base import DiffusionTransformer, Predictions, Prepared, entry_point
 from models.layers.cross_attention import CrossAttention
 from models.layers.embeddings import TextProjection
 from models.layers.feed_forward import FeedForward
@@ -35,10 +32,8 @@ from models.layers.time_modulation import TimeModulation
 from models.rotation import HeadRotation
 from models.token_segments import SegmentVectors, TokenSegments, vectors_of_rows
 
-if TYPE_CHECKING:
-    from common.checkpoint import Checkpoint
-    from models.parallel.mesh import WorkerMesh
-
+VIDEO, FIRST_FRAME = "video", "first_frame"
+"""Token segments, each with timesteps of its own; keys of what tokens() returns."""
 ATTENTION_EPS = 1e-5
 """Of the norms of queries and keys."""
 BLOCK_ROWS = 6
@@ -57,10 +52,9 @@ class LTXVideoAttention(SelfAttention):
         self.to_out = nn.ModuleList([Linear(size, size)])
         self.own_heads = OwnHeads()
 
-    def forward(self, x_BSD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """The attention output (B, S, D), before the output projection; cos and sin are those of all heads."""
-        rotation = HeadRotation(self.own_heads(cos), self.own_heads(sin), is_neox_style=False)
-        return self.finish(self.start(x_BSD, rotation, keys_first=True))
+    def own_rotation(self, cos: Tensor, sin: Tensor) -> HeadRotation:
+        """The rotation of the heads that attention has here, from cos and sin of all heads."""
+        return HeadRotation(self.own_heads(cos), self.own_heads(sin), is_neox_style=False)
 
 
 class LTXVideoTransformerBlock(nn.Module):
@@ -86,7 +80,8 @@ class LTXVideoTransformerBlock(nn.Module):
         """The next residual; the six modulations are float32. The text is attended to without a norm before."""
         shift, scale, gate, ff_shift, ff_scale, ff_gate = modulation
         x_BSD, normed = self.norm.after(residual, scale, shift)
-        residual = only_linear(self.attn1.to_out).update(x_BSD, self.attn1(normed, cos, sin), gate)
+        attended = self.attn1(normed, self.attn1.own_rotation(cos, sin))
+        residual = only_linear(self.attn1.to_out).update(x_BSD, attended, gate)
         x_BSD = residual.added()
         one = SegmentVectors.same(torch.ones_like(gate.last))
         residual = only_linear(self.attn2.to_out).update(x_BSD, self.attn2(x_BSD, text_kv), one)
@@ -98,8 +93,6 @@ class LTXVideoTransformerBlock(nn.Module):
 
 class LTXVideoTransformer3DModel(DiffusionTransformer):
     """Predicts the velocity of video latents."""
-
-    block_linears: ClassVar[tuple[str, ...]] = LTX_VIDEO_PLAN.block_linears
 
     def __init__(self, config: LTXVideoTransformerConfig) -> None:
         super().__init__()
@@ -128,8 +121,9 @@ class LTXVideoTransformer3DModel(DiffusionTransformer):
         of each token; those of the first latent frame are first_positions where it has a timestep of its own.
         """
         prepared = self.prepare(timestep[None], encoder_hidden_states, positions, first_positions)
-        return self.predict(hidden_states, use=None, **prepared.row(0), **prepared.constants)["hidden_states"]
+        return self.predict(hidden_states, use=None, **prepared.inputs(0))["hidden_states"]
 
+    @entry_point
     def prepare(  # type: ignore[override]  # which keywords there are differs by model
         self,
         timesteps: Tensor,
@@ -168,6 +162,7 @@ class LTXVideoTransformer3DModel(DiffusionTransformer):
         heads, head_size = config.num_attention_heads, config.attention_head_dim
         return head_rotation(positions, _EXTENTS, heads, head_size, theta=_THETA, is_neox_style=False, is_double=False)
 
+    @entry_point
     def predict(  # type: ignore[override]  # which constants there are differs by model
         self,
         hidden_states: Tensor,
@@ -208,6 +203,7 @@ class LTXVideoTransformer3DModel(DiffusionTransformer):
         batch, tokens, _ = latents["hidden_states"].shape
         return batch * tokens * self.norm_out.size
 
+    @entry_point
     def tokens(
         self,
         x_BSD: Tensor,
@@ -254,14 +250,3 @@ class LTXVideoTransformer3DModel(DiffusionTransformer):
         for block in self.transformer_blocks:
             assert isinstance(block, LTXVideoTransformerBlock)
             yield block
-
-
-def load_ltx_video_transformer(
-    checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype, mesh: WorkerMesh | None = None
-) -> LTXVideoTransformer3DModel:
-    """The DiT of the module's config.json, or this rank's part of it. Raises as load_transformer()."""
-    config = LTXVideoTransformerConfig.from_dict(name, checkpoint.module_config(name))
-    build = partial(LTXVideoTransformer3DModel, config)
-    return load_transformer(
-        build, LTX_VIDEO_PLAN, checkpoint, name, device, dtype, mesh, heads=config.num_attention_heads
-    )

@@ -10,18 +10,14 @@ checkpoint's.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from functools import partial
-from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from configs.models.dits.qwen_image import QwenImageTransformerConfig
-from models.dits.base import DiffusionTransformer, Predictions, Prepared
+from models.dits.base import DiffusionTransformer, Predictions, Prepared, entry_point
 from models.dits.joint_stream import through_joint_blocks
-from models.dits.loading import load_transformer
-from models.dits.qwen_image_plan import QWEN_IMAGE_PLAN
 from models.layers.embeddings import EmbeddingMLP, sinusoidal_embedding
 from models.layers.feed_forward import FeedForward
 from models.layers.joint_attention import JointAttention, block_modulations, joint_block
@@ -31,10 +27,6 @@ from models.layers.rotary import rotary_embedding
 from models.layers.step_cache import CacheUse
 from models.rotation import Rotation
 from models.token_segments import TokenSegments
-
-if TYPE_CHECKING:
-    from common.checkpoint import Checkpoint
-    from models.parallel.mesh import WorkerMesh
 
 SINUSOID_SIZE = 256
 KINDS = 2
@@ -110,8 +102,6 @@ class QwenImageTransformerBlock(nn.Module):
 class QwenImageTransformer2DModel(DiffusionTransformer):
     """Predicts the velocity of packed latents."""
 
-    block_linears: ClassVar[tuple[str, ...]] = QWEN_IMAGE_PLAN.block_linears
-
     def __init__(self, config: QwenImageTransformerConfig) -> None:
         super().__init__()
         size = config.hidden_size
@@ -142,9 +132,10 @@ class QwenImageTransformer2DModel(DiffusionTransformer):
         condition_states (B, C, in_channels); positions (tokens, 3).
         """
         prepared = self.prepare(timestep[None], encoder_hidden_states, img_ids, txt_ids, condition_ids)
-        inputs = {**prepared.row(0), **prepared.constants}
-        return self.predict(hidden_states, condition_states=condition_states, use=None, **inputs)["hidden_states"]
+        predictions = self.predict(hidden_states, condition_states=condition_states, use=None, **prepared.inputs(0))
+        return predictions["hidden_states"]
 
+    @entry_point
     def prepare(  # type: ignore[override]  # which keywords there are differs by model
         self,
         timesteps: Tensor,
@@ -167,6 +158,7 @@ class QwenImageTransformer2DModel(DiffusionTransformer):
             constants["condition_modulation"] = self._modulation(torch.zeros_like(timesteps[0]))
         return Prepared(steps={"modulation": modulations}, constants=constants)
 
+    @entry_point
     def predict(  # type: ignore[override]  # which constants there are differs by model
         self,
         hidden_states: Tensor,
@@ -213,14 +205,3 @@ class QwenImageTransformer2DModel(DiffusionTransformer):
             assert isinstance(block, QwenImageTransformerBlock)
             yield from (block.img_mod, block.txt_mod)
         yield self.norm_out
-
-
-def load_qwen_image_transformer(
-    checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype, mesh: WorkerMesh | None = None
-) -> QwenImageTransformer2DModel:
-    """The DiT of the module's config.json, or this rank's part of it. Raises as load_transformer()."""
-    config = QwenImageTransformerConfig.from_dict(name, checkpoint.module_config(name))
-    build = partial(QwenImageTransformer2DModel, config)
-    return load_transformer(
-        build, QWEN_IMAGE_PLAN, checkpoint, name, device, dtype, mesh, heads=config.num_attention_heads
-    )

@@ -13,18 +13,15 @@ two. `boundary` is the number of these tokens on this rank, 0 where all tokens h
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm, silu
 
 from configs.models.dits.wan import WanTransformerConfig
-from models.dits.base import DiffusionTransformer, Predictions, Prepared
-from models.dits.loading import load_transformer
-from models.dits.wan_plan import FIRST_FRAME, VIDEO, WAN_PLAN
+from models.dits.base import DiffusionTransformer, Predictions, Prepared, entry_point
 from models.layers.attention import KeyValueCache
 from models.layers.cross_attention import CrossAttention
 from models.layers.embeddings import EmbeddingMLP, TextProjection, sinusoidal_embedding
@@ -37,10 +34,6 @@ from models.layers.step_cache import CacheUse, through_blocks
 from models.rotation import Rotation
 from models.token_segments import SegmentVectors, TokenSegments, vectors_of_rows
 
-if TYPE_CHECKING:
-    from common.checkpoint import Checkpoint
-    from models.parallel.mesh import WorkerMesh
-
 FLOAT32_PARAMETERS = ("time_embedder", "scale_shift_table", "norm1", "norm2", "norm3")
 """Parts of parameter names that stay in float32 whatever the model's type, as Diffusers keeps them."""
 
@@ -48,6 +41,9 @@ UNUSED_PARAMETERS = ("norm_added_q",)
 """Published image-to-video checkpoints hold these; nothing reads them."""
 
 IMAGE_NORM_EPS = 1e-5
+
+VIDEO, FIRST_FRAME = "video", "first_frame"
+"""Token segments, each with timesteps of its own; keys of what tokens() returns."""
 
 
 class FloatLayerNorm(nn.Module):
@@ -166,7 +162,7 @@ class WanTransformerBlock(nn.Module):
         """The next residual; the six modulations are float32. `cache` holds earlier tokens to attend to."""
         shift, scale, gate, ff_shift, ff_scale, ff_gate = modulation
         x_BSD, normed = self.norm.after(residual, scale, shift)
-        attended = self.attn1.finish(self.attn1.start(normed, rotation, keys_first=True), cache=cache)
+        attended = self.attn1(normed, rotation, cache=cache)
         residual = only_linear(self.attn1.to_out).update(x_BSD, attended, gate)
         x_BSD, normed = self._cross_norm(residual)
         one = SegmentVectors.same(torch.ones_like(gate.last))
@@ -188,8 +184,6 @@ class WanTransformerBlock(nn.Module):
 
 class WanTransformer3DModel(DiffusionTransformer):
     """Predicts the velocity of video latents."""
-
-    block_linears: ClassVar[tuple[str, ...]] = WAN_PLAN.block_linears
 
     def __init__(self, config: WanTransformerConfig) -> None:
         super().__init__()
@@ -217,8 +211,9 @@ class WanTransformer3DModel(DiffusionTransformer):
         last frame behind each other where there are two.
         """
         prepared = self.prepare(timestep[None], encoder_hidden_states, encoder_hidden_states_image)
-        return self.predict(hidden_states, use=None, **prepared.row(0), **prepared.constants)["hidden_states"]
+        return self.predict(hidden_states, use=None, **prepared.inputs(0))["hidden_states"]
 
+    @entry_point
     def prepare(  # type: ignore[override]  # which keywords there are differs by model
         self,
         timesteps: Tensor,
@@ -252,6 +247,7 @@ class WanTransformer3DModel(DiffusionTransformer):
         rows = torch.cat((*tables, last.float()), dim=1)
         return rows.view(*timesteps_NB.shape, *rows.shape[1:])
 
+    @entry_point
     def predict(  # type: ignore[override]  # which constants there are differs by model
         self,
         hidden_states: Tensor,
@@ -306,6 +302,7 @@ class WanTransformer3DModel(DiffusionTransformer):
         """Frames, rows and columns of patches."""
         return tuple(size // patch for size, patch in zip(hidden_states.shape[2:], self.patch_size, strict=True))
 
+    @entry_point
     def tokens(
         self,
         x_BSD: Tensor,
@@ -372,40 +369,3 @@ def _rotation(grid: tuple[int, ...], axes_dims: tuple[int, ...], device: torch.d
     """Of every token's (frame, row, column), in order. The same for all steps and requests of a size."""
     positions = torch.cartesian_prod(*(torch.arange(size, device=device) for size in grid))
     return rotary_embedding(positions, axes_dims)
-
-
-Wan = TypeVar("Wan", bound=WanTransformer3DModel)
-
-
-def load_wan_transformer(
-    checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype, mesh: WorkerMesh | None = None
-) -> WanTransformer3DModel:
-    """The DiT of the module's config.json, or this rank's part of it. Raises as load_transformer()."""
-    config = WanTransformerConfig.from_dict(name, checkpoint.module_config(name))
-    return load_wan_weights(partial(WanTransformer3DModel, config), config, checkpoint, name, device, dtype, mesh)
-
-
-def load_wan_weights(
-    build: Callable[[], Wan],
-    config: WanTransformerConfig,
-    checkpoint: Checkpoint,
-    name: str,
-    device: torch.device,
-    dtype: torch.dtype,
-    mesh: WorkerMesh | None,
-) -> Wan:
-    """The DiT that `build` makes of `config`, with the module's weights. Raises as load_transformer()."""
-    return load_transformer(
-        build,
-        WAN_PLAN,
-        checkpoint,
-        name,
-        device,
-        dtype,
-        mesh,
-        heads=config.num_attention_heads,
-        feed_forward=config.ffn_dim,
-        keep_float32=FLOAT32_PARAMETERS,
-        unused=UNUSED_PARAMETERS,
-        own_entries=config.own_entries,
-    )

@@ -11,16 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import rms_norm
 
 from configs.models.dits.z_image import PATCH, ZImageTransformerConfig
-from models.dits.base import DiffusionTransformer, Predictions, Prepared
-from models.dits.loading import load_transformer
-from models.dits.z_image_plan import Z_IMAGE_PLAN
+from models.dits.base import DiffusionTransformer, Predictions, Prepared, entry_point
 from models.layers.embeddings import sinusoidal_embedding
 from models.layers.feed_forward import GatedFeedForward
 from models.layers.linear import Linear, only_linear
@@ -30,10 +27,6 @@ from models.layers.self_attention import SelfAttention
 from models.layers.step_cache import CacheUse, through_blocks
 from models.rotation import Rotation
 from models.token_segments import SegmentVectors
-
-if TYPE_CHECKING:
-    from common.checkpoint import Checkpoint
-    from models.parallel.mesh import WorkerMesh
 
 SINUSOID_SIZE, TIME_HIDDEN_SIZE, MOST_TIME_SIZE = 256, 1024, 256
 QK_EPS = 1e-5
@@ -106,7 +99,7 @@ class ZImageTransformerBlock(nn.Module):
         """The next residual."""
         scale, gate, ff_scale, ff_gate = vectors
         x_BSD, normed = self.norm.after(residual, scale, no_shift)
-        attended = self.attention.finish(self.attention.start(normed, rotation, keys_first=True))
+        attended = self.attention(normed, rotation)
         residual = Residual(x_BSD, self._normed(only_linear(self.attention.to_out)(attended)), gate)
         x_BSD, normed = self.norm.after(residual, ff_scale, no_shift)
         return Residual(x_BSD, self._normed(self.feed_forward(normed)), ff_gate)
@@ -128,8 +121,6 @@ class FinalLayer(nn.Module):
 
 class ZImageTransformer2DModel(DiffusionTransformer):
     """Predicts the negated velocity of image latents."""
-
-    block_linears: ClassVar[tuple[str, ...]] = Z_IMAGE_PLAN.block_linears
 
     def __init__(self, config: ZImageTransformerConfig) -> None:
         super().__init__()
@@ -161,8 +152,9 @@ class ZImageTransformer2DModel(DiffusionTransformer):
         (T, 3) and image_ids (I, 3) are the positions of all tokens, padding included.
         """
         prepared = self.prepare(timestep[None], encoder_hidden_states, text_ids, image_ids)
-        return self.predict(hidden_states, use=None, **prepared.row(0), **prepared.constants)["hidden_states"]
+        return self.predict(hidden_states, use=None, **prepared.inputs(0))["hidden_states"]
 
+    @entry_point
     def prepare(  # type: ignore[override]  # which keywords there are differs by model
         self, timesteps: Tensor, encoder_hidden_states: Tensor, text_ids: Tensor, image_ids: Tensor
     ) -> Prepared:
@@ -181,6 +173,7 @@ class ZImageTransformer2DModel(DiffusionTransformer):
             },
         )
 
+    @entry_point
     def predict(  # type: ignore[override]  # which constants there are differs by model
         self,
         hidden_states: Tensor,
@@ -200,6 +193,7 @@ class ZImageTransformer2DModel(DiffusionTransformer):
         velocity = self.tokens(refined, cos, sin, modulation, text_BTD, text_cos, text_sin, use)
         return {"hidden_states": unpack_channels_last(velocity[:, : patches.shape[1]], rows, columns)}
 
+    @entry_point
     def refine(
         self, image_BID: Tensor, cos: Tensor, sin: Tensor, modulation: Tensor, text_BTD: Tensor | None = None
     ) -> Tensor:
@@ -211,6 +205,7 @@ class ZImageTransformer2DModel(DiffusionTransformer):
             residual = block(residual, vectors[VECTORS * index :][:VECTORS], no_shift, rotation)
         return residual.added()
 
+    @entry_point
     def tokens(
         self,
         image_BID: Tensor,
@@ -293,21 +288,3 @@ def _blocks(*lists: nn.ModuleList) -> Iterable[ZImageTransformerBlock]:
 
 def _time_size(config: ZImageTransformerConfig) -> int:
     return min(config.hidden_size, MOST_TIME_SIZE)
-
-
-def load_z_image_transformer(
-    checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype, mesh: WorkerMesh | None = None
-) -> ZImageTransformer2DModel:
-    """The DiT of the module's config.json, or this rank's part of it. Raises as load_transformer()."""
-    config = ZImageTransformerConfig.from_dict(name, checkpoint.module_config(name))
-    return load_transformer(
-        partial(ZImageTransformer2DModel, config),
-        Z_IMAGE_PLAN,
-        checkpoint,
-        name,
-        device,
-        dtype,
-        mesh,
-        heads=config.num_attention_heads,
-        feed_forward=config.feed_forward_size,
-    )

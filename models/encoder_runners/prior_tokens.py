@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from common.errors import CheckpointError, InvalidInput
+from common.package_guard import Attributes, Parameters, PrivateApi, check_private_api
 from models.encoder_runners.checks import check_tokenizer
 from models.loader import load_pretrained, load_tokenizer
 
@@ -43,6 +44,20 @@ _PROCESSOR_FILES = ("tokenizer.json", "tokenizer_config.json", "processor_config
 _SETTINGS_FILE = "vision_language_encoder/generation_config.json"
 _PROBE = "a red apple"
 
+PRIVATE_API = PrivateApi(
+    "transformers",
+    "the prior token sampler",
+    (
+        Parameters(
+            "transformers.models.glm_image.modeling_glm_image:GlmImageTextModel.forward",
+            ("self", "input_ids", "attention_mask", "position_ids", "cache|past_key_values", "inputs_embeds"),
+            overridden=False,
+        ),
+        Attributes("transformers:GenerationConfig", ("_from_model_config",)),
+    ),
+)
+"""Arguments are passed by position, and a missing generation_config.json shows by that attribute only."""
+
 # transformers' own, for settings that generation_config.json leaves out.
 _TEMPERATURE, _TOP_K, _TOP_P = 1.0, 50, 1.0
 _NEUTRAL: Mapping[str, tuple[object, ...]] = {
@@ -61,10 +76,12 @@ _NEUTRAL: Mapping[str, tuple[object, ...]] = {
 class PriorTokenSampler:
     """The language model and its processor. Raises CheckpointError when they do not fit each other or the DiT.
 
+    Raises UnsupportedPackage for a transformers whose private functions differ from PRIVATE_API.
     `codebook_size` is the number of tokens that the DiT has embeddings for.
     """
 
     def __init__(self, processor: Any, model: Any, codebook_size: int, device: torch.device) -> None:
+        check_private_api(PRIVATE_API)
         self._processor = processor
         self._lm_head = model.lm_head
         self._language_model = model.model.language_model

@@ -18,6 +18,9 @@ from torch import Tensor
 from models.kernels.gemm_support import ALIGNMENT, LEAST_ROWS, can_load
 from models.kernels.packages import is_usable
 
+_ASSUMED_ALIGNMENT = 256
+"""Bytes: alignment of each matrix's first element for which cuBLASLt's heuristics choose, unless they are told less."""
+
 _BFLOAT16, _FLOAT32 = 14, 0
 """CUDA_R_16BF, CUDA_R_32F."""
 
@@ -31,9 +34,11 @@ _ONE, _ZERO = c_float(1), c_float(0)
 
 
 def can_multiply(x: Tensor, weight: Tensor, out: Tensor | None = None) -> bool:
-    """Whether linear_into() is for these: large products in bfloat16 on a GPU, of aligned rows."""
+    """Whether linear_into() is for these: many rows in bfloat16 on a GPU, aligned as the heuristics assume."""
     matrices = (x, weight) if out is None else (x, weight, out)
-    return can_load(*matrices) and len(x) >= LEAST_ROWS and is_usable("nvmath-python")
+    if not (can_load(*matrices) and len(x) >= LEAST_ROWS and is_usable("nvmath-python")):
+        return False
+    return all(matrix.data_ptr() % _ASSUMED_ALIGNMENT == 0 for matrix in matrices)
 
 
 def linear_into(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor, *, gelu: bool = False) -> None:

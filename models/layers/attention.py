@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from models.kernels.attention import attention
@@ -34,73 +36,79 @@ class KeyValueCache:
         return keys[:, : self.length], values[:, : self.length]
 
 
+class Projection(Protocol):
+    """Queries, keys and values (B, L, H, K) of tokens, which attention has projected where it needs them."""
+
+    @property
+    def key_values_shape(self) -> tuple[int, ...]:
+        """(B, L, 2, H, K)."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of what is projected."""
+
+    def all(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, in one GEMM."""
+
+    def all_into(self, key_values: Tensor) -> Tensor:
+        """The queries, in one GEMM with keys and values, which are written to `key_values` (B, L, 2, H, K)."""
+
+
+class SeparableProjection(Projection, Protocol):
+    """A projection whose queries may have a GEMM of their own."""
+
+    def keys_and_values(self, out: Tensor | None = None) -> Tensor:
+        """Keys and values (B, L, 2, H, K), in `out` if given."""
+
+    def queries(self) -> Tensor:
+        """The queries alone."""
+
+
 class KeyValues:
-    """Keys and values (B, L, H, K) on their way to attention. A parallel form sends them to other ranks.
-
-    `room` is where they are to be written before they are sent, if they are not to be sent from where they are: keys
-    and values of each token behind each other, (B, L, 2, H, K).
-    """
-
-    room: Tensor | None = None
+    """Keys and values (B, L, H, K) to attend to. In a parallel form they are on their way between ranks."""
 
     def __init__(self, k: Tensor, v: Tensor) -> None:
         self.k, self.v = k, v
-
-    def take(self, k: Tensor, v: Tensor) -> None:
-        """Send these."""
-        if self.room is not None:
-            for room, tensor in zip(self.room.unbind(2), (k, v), strict=True):
-                room.copy_(tensor)
-        self.send()
-
-    def send(self) -> None:
-        """Begin to send them, once they are written. What is computed next overlaps with it."""
 
     def wait(self) -> tuple[Tensor, Tensor]:
         """Keys and values of all ranks, once they are there."""
         return self.k, self.v
 
 
+class Started(NamedTuple):
+    """Queries, keys and values on their way: only finish() can read them."""
+
+    queries: Tensor
+    key_values: KeyValues
+
+
 class Attention(nn.Module):
     """attention() as a module, so that a parallel form can take its place in a model.
 
-    A parallel form sends tensors to other ranks: a model that has something else to compute meanwhile starts queries,
-    keys and values as soon as they are made, and finishes later.
+    A parallel form sends tensors to other ranks: a model that has something else to compute meanwhile starts, computes
+    that, and finishes. Any other model attends at once.
     """
-
-    travels = False
-    """Whether keys and values are sent anywhere, so that it pays to make them first."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """(batch, tokens, heads, head size) each."""
-        sent = self.key_values(k, v)
-        sent.take(k, v)
-        return self.finish(self.start_queries(q), sent)
+        return self.finish(Started(q, KeyValues(k, v)))
 
-    def key_values(self, k: Tensor, v: Tensor) -> KeyValues:
-        """A way for keys and values of these shapes, which may still have to be written."""
-        return KeyValues(k, v)
+    def attend(self, projection: SeparableProjection, cache: KeyValueCache | None = None) -> Tensor:
+        """Project and attend, also to the tokens in the cache, with nothing else to compute; (B, L, H, K)."""
+        return self.finish(self.start(projection), cache=cache)
 
-    def new_key_values(self, like: Tensor, shape: tuple[int, ...]) -> KeyValues:
-        """The same with room (B, L, 2, H, K) for some that are nowhere yet, in the type of `like`."""
-        room = like.new_empty(shape)
-        made = self.key_values(*room.unbind(2))
-        made.room = room
-        return made
-
-    def start_queries(self, x: Tensor) -> Tensor:
-        """Send queries on their way: only finish() can read what it returns."""
-        return x
+    def start(self, projection: Projection) -> Started:
+        """Project all in one GEMM, and begin to attend."""
+        q, k, v = projection.all()
+        return Started(q, KeyValues(k, v))
 
     def cached_heads(self, heads: int) -> int:
         """Of `heads` heads of this rank, those whose keys and values a cache on this rank holds."""
         return heads
 
-    def finish(
-        self, q: Tensor, sent: KeyValues, out: Tensor | None = None, cache: KeyValueCache | None = None
-    ) -> Tensor:
+    def finish(self, started: Started, out: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
         """Attend to what was started, and to the tokens in the cache; into `out`, if given."""
-        keys, values = sent.wait()
+        keys, values = started.key_values.wait()
         if cache is not None:
             keys, values = cache.extended(keys, values)
-        return attention(q, keys, values, out=out)
+        return attention(started.queries, keys, values, out=out)

@@ -45,7 +45,7 @@ class JointAttention(SelfAttention):
 
     def joint(self, x_BSD: Tensor, rotation: Rotation, segments: TokenSegments) -> Tensor:
         """What all tokens (B, S, D) took from all; the first segment is the text."""
-        attended = self.finish(self.start(x_BSD, rotation, segments, keys_first=True))
+        attended = self(x_BSD, rotation, segments)
         result = x_BSD.new_empty(x_BSD.shape)
         text, image = _text_and_rest(segments)
         self.to_add_out.into(attended[:, text], result[:, text])

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from models.kernels.float8 import check_sizes, quantize_rows
 from models.kernels.float8_format import FLOAT8
 from models.kernels.gemm import Weight, add_gated, multiply, multiply_gelu_into, multiply_into
+from models.layers.module_paths import matches
 from models.layers.norms import Residual
-from models.parallel.plan import matches
 from models.token_segments import SegmentVectors
 
 ALL = slice(None)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from models.kernels.head_norms import QKNorms
@@ -56,6 +57,40 @@ def apply_qk_norm(
     assert segments is not None, "norms of the first segment need its length"
     first = tuple(norm.operand for norm in norms.first)
     qk_norm_rotate(x, QKNorms(first, rest, norms.head_size), rotation, segments.lengths[0], sums, out)
+
+
+@dataclass(frozen=True)
+class ProjectedHeads:
+    """Queries, keys and values side by side (B, S, 3 * D), projected and still to be normalised and rotated, once."""
+
+    qkv: Tensor
+    norms: HeadNorms
+    rotation: AnyRotation
+    segments: TokenSegments | None = None
+
+    @property
+    def key_values_shape(self) -> tuple[int, ...]:
+        """(B, S, 2, heads, head size)."""
+        batch, tokens, width = self.qkv.shape
+        return batch, tokens, 2, width // 3 // self.norms.head_size, self.norms.head_size
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of what was projected."""
+        return self.qkv.dtype
+
+    def all(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values (B, S, heads, head size), the same memory."""
+        normed = self.qkv[..., : 2 * self.qkv.shape[-1] // 3]
+        apply_qk_norm(normed, self.norms, self.rotation, self.segments)
+        q, k, v = in_place(self.qkv, 3, self.norms.head_size)
+        return q, k, v
+
+    def all_into(self, key_values: Tensor) -> Tensor:
+        """Queries (B, S, heads, head size), the same memory; `key_values` is (B, S, 2, heads, head size)."""
+        q = in_place(self.qkv, 3, self.norms.head_size)[0]
+        apply_qk_norm(self.qkv, self.norms, self.rotation, self.segments, out=(q, *key_values.unbind(2)))
+        return q
 
 
 def in_place(x: Tensor, parts: int, head_size: int) -> tuple[Tensor, ...]:

@@ -8,28 +8,21 @@ Shapes: B batch, S tokens, D hidden size (of this rank, after tp), K head size.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from models.kernels.gemm import can_norm_rotate, has_heads, multiply_norm_rotate_into
 from models.kernels.qk_norm_rotate import AnyRotation, split_heads
-from models.layers.attention import Attention, KeyValueCache, KeyValues
+from models.layers.attention import Attention, KeyValueCache, Started
 from models.layers.linear import ALL, JoinedLinear, JoinsWeights, Linear, project
 from models.layers.norms import QKNorm, RMSNorm
-from models.layers.qk_norm import HeadNorms, apply_qk_norm, in_place
+from models.layers.qk_norm import HeadNorms, ProjectedHeads, apply_qk_norm, in_place
 from models.rotation import Rotation
 from models.token_segments import TokenSegments
 
 QUERIES, KEYS_AND_VALUES = slice(0, 1), slice(1, 3)
-
-
-class Started(NamedTuple):
-    """Queries, keys and values on their way."""
-
-    queries: Tensor
-    key_values: KeyValues
 
 
 class SelfAttention(JoinsWeights):
@@ -68,44 +61,27 @@ class SelfAttention(JoinsWeights):
             heads = self._size // self.head_size
             self.scales = torch.stack([norm.weight.data.repeat(heads) for norm in norms])
 
-    def start(
-        self, x_BSD: Tensor, rotation: AnyRotation, segments: TokenSegments | None = None, *, keys_first: bool = False
-    ) -> Started:
-        """Project and begin to attend: what is computed before finish() overlaps with what ranks send each other.
+    def forward(
+        self,
+        x_BSD: Tensor,
+        rotation: AnyRotation,
+        segments: TokenSegments | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> Tensor:
+        """(B, S, D), of a block with nothing to compute meanwhile; attends to the tokens in the cache, too.
 
-        Where nothing is, `keys_first` lets at least the queries' projection do so, in a product of its own. `segments`
-        are those with weights of their own.
+        `segments` are those with weights of their own.
         """
-        if keys_first and self.inner.travels:
-            return self._start_keys_first(x_BSD, rotation, segments)
-        qkv = self._empty(x_BSD, 3)
-        q, k, v = in_place(qkv, 3, self.head_size)
-        key_values = self.inner.key_values(k, v)
-        if key_values.room is None:
-            self._project_normed(x_BSD, qkv, rotation, segments, ALL)
-        else:
-            self._project(x_BSD, qkv, segments, ALL)
-            apply_qk_norm(qkv, self._norms(), rotation, segments, out=(q, *key_values.room.unbind(2)))
-        key_values.send()
-        return Started(self.inner.start_queries(q), key_values)
+        return self.inner.attend(_HeadProjection(self, x_BSD, rotation, segments), cache).flatten(2)
 
-    def _start_keys_first(self, x_BSD: Tensor, rotation: AnyRotation, segments: TokenSegments | None) -> Started:
-        heads = self._size // self.head_size
-        key_values = self.inner.new_key_values(x_BSD, (*x_BSD.shape[:2], 2, heads, self.head_size))
-        assert key_values.room is not None, "there is room for what is new"
-        self._project_normed(x_BSD, key_values.room.flatten(2), rotation, segments, KEYS_AND_VALUES)
-        key_values.send()
-        q = self._empty(x_BSD, 1)
-        self._project_normed(x_BSD, q, rotation, segments, QUERIES)
-        return Started(self.inner.start_queries(split_heads(q, self.head_size)), key_values)
+    def start(self, x_BSD: Tensor, rotation: AnyRotation, segments: TokenSegments | None = None) -> Started:
+        """Project and begin to attend: computation before finish() overlaps with messages between ranks."""
+        return self.inner.start(_HeadProjection(self, x_BSD, rotation, segments))
 
-    def _empty(self, x_BSD: Tensor, parts: int) -> Tensor:
-        return x_BSD.new_empty(*x_BSD.shape[:2], parts * self._size)
-
-    def finish(self, started: Started, out: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
-        """(B, S, D), in `out` if given; attends to the tokens in the cache, too."""
+    def finish(self, started: Started, out: Tensor | None = None) -> Tensor:
+        """(B, S, D), in `out` if given."""
         heads = None if out is None else split_heads(out, self.head_size)
-        attended: Tensor = self.inner.finish(*started, heads, cache)
+        attended = self.inner.finish(started, heads)
         return attended.flatten(2) if out is None else out
 
     @property
@@ -162,6 +138,48 @@ class SelfAttention(JoinsWeights):
 
     def _norms(self) -> HeadNorms:
         return HeadNorms((self.norm_q, self.norm_k), self.head_size)
+
+
+@dataclass(frozen=True)
+class _HeadProjection:
+    """The projections of a SelfAttention, for tokens x (B, S, D)."""
+
+    attention: SelfAttention
+    x: Tensor
+    rotation: AnyRotation
+    segments: TokenSegments | None
+
+    @property
+    def key_values_shape(self) -> tuple[int, ...]:
+        return *self.x.shape[:2], 2, self.attention._size // self.attention.head_size, self.attention.head_size
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.x.dtype
+
+    def all(self) -> tuple[Tensor, Tensor, Tensor]:
+        qkv = self._empty(3)
+        self.attention._project_normed(self.x, qkv, self.rotation, self.segments, ALL)
+        q, k, v = in_place(qkv, 3, self.attention.head_size)
+        return q, k, v
+
+    def all_into(self, key_values: Tensor) -> Tensor:
+        qkv = self._empty(3)
+        self.attention._project(self.x, qkv, self.segments, ALL)
+        return ProjectedHeads(qkv, self.attention._norms(), self.rotation, self.segments).all_into(key_values)
+
+    def keys_and_values(self, out: Tensor | None = None) -> Tensor:
+        out = self.x.new_empty(self.key_values_shape) if out is None else out
+        self.attention._project_normed(self.x, out.flatten(2), self.rotation, self.segments, KEYS_AND_VALUES)
+        return out
+
+    def queries(self) -> Tensor:
+        q = self._empty(1)
+        self.attention._project_normed(self.x, q, self.rotation, self.segments, QUERIES)
+        return split_heads(q, self.attention.head_size)
+
+    def _empty(self, parts: int) -> Tensor:
+        return self.x.new_empty(*self.x.shape[:2], parts * self.attention._size)
 
 
 def _split(which: slice) -> tuple[slice, slice]:

@@ -16,22 +16,25 @@ import torch
 from torch import Tensor
 
 from models.layers.norms import Residual
-from models.parallel.collectives import all_reduce
-from models.parallel.mesh import Axis
 
 Block = Callable[[Residual], Residual]
+
+
+def _unchanged(sums: Tensor) -> Tensor:
+    """The sum over one rank."""
+    return sums
 
 
 class StepCache:
     """The last computed step of one branch of one request.
 
     Tensors stay where they are once they are there, so that CUDA graphs find them. The caller sets `is_filled` once a
-    step has been computed: the replay of a graph runs no code here. `axes` are those whose ranks hold
-    parts of the tokens or weights, and must come to the same decision.
+    step has been computed: the replay of a graph runs no code here. `sum_over_ranks` adds a float32 tensor over all
+    ranks that hold parts of the tokens or weights, so that these make the same decision; by default there is one rank.
     """
 
-    def __init__(self, axes: Sequence[Axis] = ()) -> None:
-        self._axes = tuple(axis for axis in axes if axis.size > 1)
+    def __init__(self, sum_over_ranks: Callable[[Tensor], Tensor] = _unchanged) -> None:
+        self._sum_over_ranks = sum_over_ranks
         self._kept: _Kept | None = None
         self.is_filled = False
 
@@ -59,9 +62,7 @@ class StepCache:
         """What the other blocks added (B, S, D), for a step whose first block adds `first`; also finds the change."""
         assert self._kept is not None, "no step has been computed"
         before = self._kept.first.float()
-        sums = torch.stack(((first.float() - before).abs().sum(), before.abs().sum()))
-        for axis in self._axes:
-            sums = all_reduce(sums, axis)
+        sums = self._sum_over_ranks(torch.stack(((first.float() - before).abs().sum(), before.abs().sum())))
         self._kept.change.copy_(sums[0] / sums[1])
         return self._kept.rest
 

@@ -1,28 +1,30 @@
 """Makes a single-device model the part of it that one rank of a worker group computes, after a plan beside the model.
 
-The model's code does not change: some of its layers are replaced by parallel ones of the same names, and its tensors
-are cut into shards, and joined again, where one of its methods is entered and left.
+The model's code does not change: some of its layers are replaced by parallel ones of the same names, and arguments
+and results of its entry points are sharded and gathered.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch
 from torch import nn
 
+from models.dits.base import DiffusionTransformer
 from models.layers.attention import Attention
 from models.layers.head_rotary import OwnHeads
 from models.layers.linear import Linear
+from models.layers.module_paths import matching
 from models.layers.norms import RMSNorm
 from models.parallel.mesh import Axis, WorkerMesh, get_sp_world_size
 from models.parallel.peer_gather import PeerGather
 from models.parallel.peer_memory import CopyStreams
-from models.parallel.plan import ParallelPlan, matches
-from models.parallel.sequence_parallel import shard_methods
+from models.parallel.plan import ParallelPlan
+from models.parallel.segment_lengths import SegmentScope
+from models.parallel.sequence_parallel import shard_entry_points
 from models.parallel.sharded_keys import ShardedKeysAttention
-from models.parallel.shards import SequenceShards
 from models.parallel.tensor_parallel import ColumnParallelLinear, ParallelRMSNorm, RowParallelLinear, ShardedHeads
 from models.parallel.usp_attention import USPAttention
 
@@ -30,41 +32,39 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def parallelize(
-    model: nn.Module, plan: ParallelPlan, mesh: WorkerMesh | None, *, heads: int, feed_forward: int | None = None
+    model: DiffusionTransformer,
+    plan: ParallelPlan,
+    mesh: WorkerMesh | None,
+    *,
+    heads: int,
+    feed_forward: int | None = None,
 ) -> None:
     """Make the model, built on the meta device, this rank's part of it; loading its weights then reads only that part.
 
-    Raises InvalidInput for degrees that do not divide the attention heads or the feed-forward layers. None is one rank.
+    None is one rank. Raises InvalidInput for degrees that do not divide the attention heads or the feed-forward layers,
+    and TypeError where the plan names a module of another kind, a method that is no entry point or an argument that it
+    lacks.
     """
     if mesh is None:
         return
     mesh.degrees.check_model(heads, feed_forward)
     if mesh.size("tp") > 1:
-        _cut_weights(model, plan, mesh.axis("tp"))
+        _shard_weights(model, plan, mesh.axis("tp"))
     if get_sp_world_size(mesh) > 1:
-        _cut_sequence(model, plan, mesh)
+        _shard_sequence(model, plan, mesh)
 
 
-def matching(model: nn.Module, pattern: str, kind: type[M]) -> Iterator[tuple[str, M]]:
-    """The modules whose path matches. Raises TypeError for one of another kind."""
-    for path, module in list(model.named_modules()):
-        if matches(path, pattern):
-            if not isinstance(module, kind):
-                raise TypeError(f"{path} is {type(module).__name__}, but the plan has it for {kind.__name__}")
-            yield path, module
-
-
-def _cut_weights(model: nn.Module, plan: ParallelPlan, axis: Axis) -> None:
+def _shard_weights(model: nn.Module, plan: ParallelPlan, axis: Axis) -> None:
     def column(path: str, layer: Linear, *, gather: bool = False) -> nn.Module:
-        segments = plan.segments_of(path, layer.out_features)
-        return ColumnParallelLinear(layer.in_features, segments, axis, gather=gather)
+        parts = plan.parts_of(path, layer.out_features)
+        return ColumnParallelLinear(layer.in_features, parts, axis, gather=gather)
 
     def gathered(path: str, layer: Linear) -> nn.Module:
         return column(path, layer, gather=True)
 
     def row(path: str, layer: Linear) -> nn.Module:
-        segments = plan.segments_of(path, layer.in_features)
-        return RowParallelLinear(segments, layer.out_features, axis)
+        parts = plan.parts_of(path, layer.in_features)
+        return RowParallelLinear(parts, layer.out_features, axis)
 
     def norm(_: str, layer: RMSNorm) -> nn.Module:
         return ParallelRMSNorm(layer.weight.shape[0], axis, layer.eps)
@@ -86,11 +86,11 @@ def _replace(model: nn.Module, patterns: tuple[str, ...], kind: type[M], make: C
             model.set_submodule(path, replacement)
 
 
-def _cut_sequence(model: nn.Module, plan: ParallelPlan, mesh: WorkerMesh) -> None:
-    shards = SequenceShards(get_sp_world_size(mesh), mesh.sp_index)
+def _shard_sequence(model: DiffusionTransformer, plan: ParallelPlan, mesh: WorkerMesh) -> None:
+    scope = SegmentScope(get_sp_world_size(mesh), mesh.sp_index)
     gather = None
     if mesh.size("ring") > 1 and mesh.shares_memory:
         gather = PeerGather(mesh.axis("ring"), mesh.device, CopyStreams(mesh.device))
-    _replace(model, plan.attention, Attention, lambda *_: USPAttention(mesh, shards, gather))
-    _replace(model, plan.sharded_keys, Attention, lambda *_: ShardedKeysAttention(mesh, shards))
-    shard_methods(model, plan, mesh, shards)
+    _replace(model, plan.attention, Attention, lambda *_: USPAttention(mesh, scope, gather))
+    _replace(model, plan.sharded_keys, Attention, lambda *_: ShardedKeysAttention(mesh, scope))
+    shard_entry_points(model, plan, mesh, scope)

@@ -112,19 +112,21 @@ class _Form:
 
 
 class Gathered(KeyValues):
-    """Keys and values of one layer on their way into the places of all ranks."""
+    """Keys and values of one layer on their way into the places of all ranks.
 
-    room: Tensor
+    They are sent once they are written to `buffer`, keys and values of each token concatenated: (B, L, 2, H, K).
+    """
 
     def __init__(self, places: _Places, place: int, form: _Form) -> None:
         self._places = places
         self._place = place
         self._form = form
         self._whole = places.view(place, form)
-        self.room = self._whole.narrow(1, form.first, form.tokens)
-        super().__init__(*self.room.unbind(2))
+        self.buffer = self._whole.narrow(1, form.first, form.tokens)
+        super().__init__(*self.buffer.unbind(2))
 
     def send(self) -> None:
+        """Begin to send them. What is computed next overlaps with it."""
         self._places.send(self._place, self._form)
 
     def attend(self, q: Tensor, out: Tensor | None = None) -> Tensor:

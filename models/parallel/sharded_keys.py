@@ -1,7 +1,7 @@
 """Attention of queries that every rank has whole to keys that are sharded along the sequence.
 
-For a short stream (audio) that attends to a long one (video): each rank attends to its own keys, and only the results,
-as long as the short stream, are exchanged.
+For a short segment (audio) that attends to a long one (video): each rank attends to its own keys, and only the
+results, as long as the short segment, are exchanged.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from models.kernels.attention import attention_with_lse, merge_attention
-from models.layers.attention import Attention, KeyValueCache, KeyValues
+from models.layers.attention import Attention, KeyValueCache, Started
 from models.parallel.collectives import all_gather
 from models.parallel.mesh import WorkerMesh
-from models.parallel.shards import SequenceShards
+from models.parallel.segment_lengths import SegmentScope
 
 
 class ShardedKeysAttention(Attention):
@@ -22,17 +22,16 @@ class ShardedKeysAttention(Attention):
     A rank may have no keys. All ranks must call it together.
     """
 
-    def __init__(self, mesh: WorkerMesh, shards: SequenceShards) -> None:
+    def __init__(self, mesh: WorkerMesh, scope: SegmentScope) -> None:
         super().__init__()
         self.axes = [axis for axis in (mesh.axis("ulysses"), mesh.axis("ring")) if axis.size > 1]
-        self.shards = shards
+        self.scope = scope
 
-    def finish(
-        self, q: Tensor, sent: KeyValues, out: Tensor | None = None, cache: KeyValueCache | None = None
-    ) -> Tensor:
+    def finish(self, started: Started, out: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
         """Attend to this rank's keys (B, L, H, K) and merge the results of all ranks, in their order. No cache."""
         assert cache is None, "attention to sharded keys has no cache"
-        keys, values = sent.wait()
+        q, key_values = started
+        keys, values = key_values.wait()
         if keys.shape[1]:
             attended, lse = attention_with_lse(q, keys, values)
         else:
@@ -40,7 +39,8 @@ class ShardedKeysAttention(Attention):
         attended, lse = attended[None], lse[None]
         for axis in self.axes:
             attended, lse = all_gather(attended, axis).flatten(0, 1), all_gather(lse, axis).flatten(0, 1)
-        parts = [part for part, size in zip(zip(attended, lse, strict=True), self.shards.sizes, strict=True) if size]
+        sizes = self.scope.current.sizes
+        parts = [part for part, size in zip(zip(attended, lse, strict=True), sizes, strict=True) if size]
         merged, *others = parts
         for number, part in enumerate(others, 1):
             merged = merge_attention(merged, part, q.dtype if number == len(others) else torch.float32)

@@ -24,16 +24,16 @@ from models.token_segments import SegmentVectors
 
 
 class ColumnParallelLinear(Sharded, Linear):
-    """A linear layer of which this rank has an equal share of each segment of the outputs.
+    """A linear layer of which this rank has an equal share of each part of the outputs.
 
     With `gather` the outputs of all ranks are joined, in the whole layer's order: for layers that are followed by
-    something that needs all of them. Such a layer can have one segment only.
+    something that needs all of them. Such a layer can have one part only.
     """
 
-    def __init__(self, in_features: int, segments: Sequence[int], axis: Axis, *, gather: bool = False) -> None:
-        if gather and len(segments) > 1:
-            raise ValueError(f"outputs in {len(segments)} segments cannot be gathered: they would change places")
-        shard = Shard(0, axis.size, axis.index, tuple(segments))
+    def __init__(self, in_features: int, parts: Sequence[int], axis: Axis, *, gather: bool = False) -> None:
+        if gather and len(parts) > 1:
+            raise ValueError(f"outputs in {len(parts)} parts cannot be gathered: they would change places")
+        shard = Shard(0, axis.size, axis.index, tuple(parts))
         super().__init__(in_features, shard.size)
         self.shards = {"weight": shard, "bias": shard}
         self.axis = axis
@@ -46,13 +46,13 @@ class ColumnParallelLinear(Sharded, Linear):
 
 
 class RowParallelLinear(Sharded, Linear):
-    """A linear layer of which this rank takes an equal share of each segment of the inputs.
+    """A linear layer of which this rank takes an equal share of each part of the inputs.
 
     The bias is whole on every rank, and added once: to the sum, not to one of its terms.
     """
 
-    def __init__(self, segments: Sequence[int], out_features: int, axis: Axis) -> None:
-        shard = Shard(1, axis.size, axis.index, tuple(segments))
+    def __init__(self, parts: Sequence[int], out_features: int, axis: Axis) -> None:
+        shard = Shard(1, axis.size, axis.index, tuple(parts))
         super().__init__(shard.size, out_features)
         self.shards = {"weight": shard}
         self.axis = axis

@@ -1,4 +1,4 @@
-"""Attention over a sequence that is cut between ranks: Ulysses' all-to-all around ring attention.
+"""Attention over a sequence that is sharded between ranks: Ulysses' all-to-all around ring attention.
 
 Sources: DeepSpeed-Ulysses (arXiv 2309.14509), Ring Attention (arXiv 2310.01889), their combination USP (arXiv
 2405.07719). Shapes: B batch, L tokens of this rank, R tokens of its ulysses group, H heads of this rank (after tp), K
@@ -15,11 +15,18 @@ import torch
 from torch import Tensor
 
 from models.kernels.attention import attention, attention_with_lse, merge_attention
-from models.layers.attention import Attention, KeyValueCache, KeyValues
+from models.layers.attention import (
+    Attention,
+    KeyValueCache,
+    KeyValues,
+    Projection,
+    SeparableProjection,
+    Started,
+)
 from models.parallel.collectives import start_all_to_all, start_shift, wait
 from models.parallel.mesh import Axis, WorkerMesh
 from models.parallel.peer_gather import Gathered, PeerGather
-from models.parallel.shards import SequenceShards
+from models.parallel.segment_lengths import SegmentScope
 
 
 class USPAttention(Attention):
@@ -27,52 +34,68 @@ class USPAttention(Attention):
 
     Within a ulysses group every rank gets all tokens of the group for some of the heads, and attends. The groups' keys
     and values travel around the ring meanwhile, or are gathered before where all ranks can write to each other's
-    memory. Keys have no order, so that a rank's tokens may be chunks of several streams. Chunks may have any lengths,
+    memory. Keys have no order, so that a rank's tokens may be chunks of several segments. Chunks may have any lengths,
     0 too: nothing is padded. All ranks must call it together.
     """
 
-    travels = True
-
-    def __init__(self, mesh: WorkerMesh, shards: SequenceShards, gather: PeerGather | None = None) -> None:
+    def __init__(self, mesh: WorkerMesh, scope: SegmentScope, gather: PeerGather | None = None) -> None:
         super().__init__()
         self.ulysses = mesh.axis("ulysses")
         self.ring = mesh.axis("ring")
-        self.shards = shards
+        self.scope = scope
         self.gather = gather
 
-    def key_values(self, k: Tensor, v: Tensor) -> KeyValues:
-        """Those that go to the ranks that have their heads, or to the others of the ring."""
-        return self._in_ring(k, v) if self.ulysses.size == 1 else _SharedHeads(k, v, self)
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """(B, L, H, K) each."""
+        sent = self._send(k, v)
+        return self.finish(Started(self._start_queries(q), sent))
 
-    def new_key_values(self, like: Tensor, shape: tuple[int, ...]) -> KeyValues:
-        """Room in the memory that all ranks have, where they do and these are for the ring."""
-        gather = self._gather() if self.ulysses.size == 1 else None
-        if gather is None:
-            return super().new_key_values(like, shape)
-        return gather.key_values(shape, like.dtype, self._blocks())
+    def attend(self, projection: SeparableProjection, cache: KeyValueCache | None = None) -> Tensor:
+        """The same for what is still to be projected: keys and values travel while the queries are projected."""
+        gathered = self._gathered(projection) if self.ulysses.size == 1 else None
+        if gathered is None:
+            sent = self._send(*projection.keys_and_values().unbind(2))
+        else:
+            projection.keys_and_values(gathered.buffer)
+            gathered.send()
+            sent = gathered
+        return self.finish(Started(self._start_queries(projection.queries()), sent), cache=cache)
 
-    def start_queries(self, x: Tensor) -> Tensor:
-        """Send queries (B, L, H, K) to the ranks that have their heads. On a ring they stay."""
-        return x if self.ulysses.size == 1 else self.share_heads(x)
+    def start(self, projection: Projection) -> Started:
+        """Project all in one GEMM and send it: the model has something else to compute meanwhile."""
+        gathered = self._gathered(projection) if self.ulysses.size == 1 else None
+        if gathered is None:
+            q, k, v = projection.all()
+            sent = self._send(k, v)
+        else:
+            q = projection.all_into(gathered.buffer)
+            gathered.send()
+            sent = gathered
+        return Started(self._start_queries(q), sent)
 
     def cached_heads(self, heads: int) -> int:
         """A cache holds all tokens of the group, of the heads that this rank attends with."""
         return heads // self.ulysses.size
 
-    def finish(
-        self, q: Tensor, sent: KeyValues, out: Tensor | None = None, cache: KeyValueCache | None = None
-    ) -> Tensor:
+    def finish(self, started: Started, out: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
         """Attend to what was started; (B, L, H, K). On a ring there is no cache."""
         assert cache is None or self.ring.size == 1, "the loader of a causal model refuses a ring"
         if self.ulysses.size == 1:
-            return self._attend(q, sent, out)
-        keys, values = sent.wait()
+            return self._attend(started.queries, started.key_values, out)
+        keys, values = started.key_values.wait()
         if cache is not None:
             keys, values = cache.extended(keys, values)
-        in_ring = self._in_ring(keys, values)
-        in_ring.take(keys, values)
-        attended = self._give_back(self._attend(wait(q).transpose(0, 1), in_ring, None))
+        in_ring = self._send_in_ring(keys, values)
+        attended = self._give_back(self._attend(wait(started.queries).transpose(0, 1), in_ring, None))
         return attended if out is None else out.copy_(attended)
+
+    def _start_queries(self, q: Tensor) -> Tensor:
+        """Send queries (B, L, H, K) to the ranks that have their heads. On a ring they stay."""
+        return q if self.ulysses.size == 1 else self.share_heads(q)
+
+    def _send(self, k: Tensor, v: Tensor) -> KeyValues:
+        """Send keys and values (B, L, H, K) to the ranks that have their heads, or to the others of the ring."""
+        return self._send_in_ring(k, v) if self.ulysses.size == 1 else _SharedHeads(k, v, self)
 
     def share_heads(self, x: Tensor) -> Tensor:
         """Begin to give each rank of the group its heads of x (B, L, H, K); (R, B, heads, K) will arrive."""
@@ -83,7 +106,8 @@ class USPAttention(Attention):
 
     def _give_back(self, attended: Tensor) -> Tensor:
         """All tokens of the group for some heads (B, R, heads, K) to this rank's tokens for all (B, L, H, K)."""
-        tokens, ranks = self.shards.sizes[self.shards.index], self.ulysses.size
+        lengths, ranks = self.scope.current, self.ulysses.size
+        tokens = lengths.sizes[lengths.index]
         sent = self._group(self.ring.index)
         x_LBHK = wait(start_all_to_all(attended.transpose(0, 1), sent, [tokens] * ranks, self.ulysses))
         return x_LBHK.view(ranks, tokens, *x_LBHK.shape[1:]).permute(2, 1, 0, 3, 4).flatten(2, 3)
@@ -91,17 +115,26 @@ class USPAttention(Attention):
     def _group(self, ring: int) -> list[int]:
         """Tokens of each rank of the ulysses group that has this place on the ring."""
         first = ring * self.ulysses.size
-        return list(self.shards.sizes[first : first + self.ulysses.size])
+        return list(self.scope.current.sizes[first : first + self.ulysses.size])
 
-    def _in_ring(self, k: Tensor, v: Tensor) -> KeyValues:
-        """The way of keys and values (B, R, heads, K) of one group to the others."""
-        if self.ring.size == 1:
-            return KeyValues(k, v)
+    def _send_in_ring(self, k: Tensor, v: Tensor) -> KeyValues:
+        """Send keys and values (B, R, heads, K) of one group to the others."""
+        gather = self._gather()
+        if gather is not None:
+            batch, tokens, heads, size = k.shape
+            gathered = gather.key_values((batch, tokens, 2, heads, size), k.dtype, self._blocks())
+            for part, tensor in zip(gathered.buffer.unbind(2), (k, v), strict=True):
+                part.copy_(tensor)
+            gathered.send()
+            return gathered
+        return KeyValues(k, v) if self.ring.size == 1 else _Blocks(k, v, self.ring, self._blocks())
+
+    def _gathered(self, projection: Projection) -> Gathered | None:
+        """Where the projection can write keys and values for all ranks of the ring, if these share memory."""
         gather = self._gather()
         if gather is None:
-            return _Blocks(k, v, self.ring, self._blocks())
-        batch, tokens, heads, size = k.shape
-        return gather.key_values((batch, tokens, 2, heads, size), k.dtype, self._blocks())
+            return None
+        return gather.key_values(projection.key_values_shape, projection.dtype, self._blocks())
 
     def _gather(self) -> PeerGather | None:
         """Writing to other ranks' memory is nothing that a compiler could trace."""
@@ -125,11 +158,8 @@ class _SharedHeads(KeyValues):
     """Keys and values on their way to the ranks of a ulysses group that have their heads."""
 
     def __init__(self, k: Tensor, v: Tensor, attention: USPAttention) -> None:
+        v, k = (attention.share_heads(each) for each in (v, k))
         super().__init__(k, v)
-        self._attention = attention
-
-    def send(self) -> None:
-        self.v, self.k = (self._attention.share_heads(each) for each in (self.v, self.k))
 
     def wait(self) -> tuple[Tensor, Tensor]:
         keys, values = (wait(each).transpose(0, 1) for each in (self.k, self.v))
@@ -147,8 +177,6 @@ class _Blocks(KeyValues):
         self._ring = ring
         self._sizes = sizes
         self._next: list[Tensor] = []
-
-    def send(self) -> None:
         self._pass_on(0)
 
     def attend(self, q: Tensor, out: Tensor | None = None) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from common.artifacts import Schedule
 from common.errors import InvalidInput
+from common.package_guard import Attributes, Called, PrivateApi, check_private_api
 from models.schedulers.support import check_scheduler
 
 
@@ -31,6 +32,24 @@ class Solver(Protocol):
 
 NewSolver = Callable[[Schedule], Solver]
 """Makes the solver of one latent part of a request."""
+
+
+_UNIPC = "diffusers:UniPCMultistepScheduler"
+_FLOW_MATCH = "diffusers:FlowMatchEulerDiscreteScheduler"
+_SET_UNIPC = ("model_outputs", "timestep_list", "last_sample", "lower_order_nums", "_step_index", "num_inference_steps")
+PRIVATE_API = {
+    "FlowMatchEulerDiscreteScheduler": PrivateApi(
+        "diffusers",
+        "the Euler solver",
+        (Attributes(_FLOW_MATCH, ("timesteps", "sigmas")), Called(f"{_FLOW_MATCH}.set_begin_index", 2)),
+    ),
+    "UniPCMultistepScheduler": PrivateApi(
+        "diffusers",
+        "the UniPC solver",
+        (Attributes(_UNIPC, ("timesteps", "sigmas", *_SET_UNIPC)), Called(f"{_UNIPC}.set_begin_index", 2)),
+    ),
+}
+"""Attributes of Diffusers' schedulers that the solvers set: under another name they would change nothing."""
 
 
 class FlowMatchEulerSolver:
@@ -129,7 +148,11 @@ _SOLVERS: Mapping[str, Callable[[Any, Schedule], Solver]] = {
 
 
 def solver_class(scheduler: Any) -> Callable[[Any, Schedule], Solver]:
-    """The solver for a scheduler of Diffusers. Raises CheckpointError for one that cannot be resumed exactly."""
+    """The solver for a scheduler of Diffusers.
+
+    Raises CheckpointError for one that cannot be resumed exactly, UnsupportedPackage for a changed Diffusers.
+    """
     name = type(scheduler).__name__
     check_scheduler(name, scheduler.config)
+    check_private_api(PRIVATE_API[name])
     return _SOLVERS[name]

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from types import MappingProxyType
 
 import torch
+from torch import Tensor
 
 from configs.pipeline_configs.base import Parts
 from models.dits.base import DiffusionTransformer, Predictions, Prepared
 from models.layers.step_cache import StepCache
-from models.parallel.collectives import all_gather
+from models.parallel.collectives import all_gather, all_reduce
 from models.parallel.mesh import Axis
 from models.stages.step_memory import NO_FLAGS, Flags, Lease, StepInputs, StepMemory, Tensors
 
@@ -26,6 +26,16 @@ class StepCaching:
 
     threshold: float
     axes: tuple[Axis, ...] = ()
+
+    def new_cache(self) -> StepCache:
+        """An empty cache of a branch."""
+        return StepCache(self._sum_over_ranks)
+
+    def _sum_over_ranks(self, sums: Tensor) -> Tensor:
+        for axis in self.axes:
+            if axis.size > 1:
+                sums = all_reduce(sums, axis)
+        return sums
 
 
 class Branch:
@@ -63,11 +73,11 @@ def lease_branch(
     caching: StepCaching | None = None,
 ) -> Branch:
     """A branch with memory for steps whose latents have these shapes. Raises ResourceExhausted."""
-    inputs = StepInputs(latents, prepared.row(0), prepared.constants, prepared.memory, flags)
+    static = {**prepared.flags, **flags}
+    inputs = StepInputs(latents, prepared.row(0), prepared.constants, prepared.memory, static)
     if caching is None:
         return Branch(prepared, lease(role, transformer, inputs))
-    memory = lease(role, transformer, inputs, partial(StepCache, caching.axes))
-    return Branch(prepared, memory, caching.threshold)
+    return Branch(prepared, lease(role, transformer, inputs, caching.new_cache), caching.threshold)
 
 
 MakeBranch = Callable[[str, str], Branch]

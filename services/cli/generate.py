@@ -15,6 +15,7 @@ from typing import Literal
 
 from common.artifacts import ParamValue
 from common.errors import InvalidInput
+from common.package_guard import WORKER_PACKAGES, check_versions
 from common.settings import SettingsError
 from common.state.embedded import EmbeddedStore, private_directory
 from fleet.v1 import generation_pb2
@@ -150,6 +151,7 @@ async def _in_process(
     output: Path,
 ) -> int:
     let_threads_sleep()
+    check_versions(*WORKER_PACKAGES)
     # Here and not above: it brings torch, which a bad flag, --help and --endpoint shall not wait for.
     from services.cli.local import start_fleet
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, NoReturn
 
 from common.errors import CheckpointError, FleetError, InvalidInput, NotFound, PermissionDenied, Unauthenticated
+from common.package_guard import UnsupportedPackage
 from common.settings import FlagParser, SettingsError
 from services.start_up import BAD_INPUT as BAD_INPUT
 from services.start_up import FAILED as FAILED
@@ -24,7 +25,7 @@ DEGREES = ("tp", "ulysses", "ring", "cfg")
 """Flags that give a worker group its shape."""
 ACCESS_FLAGS = ("tls", "tls_ca", "tls_cert", "tls_key", "api_key")
 
-_CALLERS_FAULT = (InvalidInput, NotFound, CheckpointError, Unauthenticated, PermissionDenied)
+_CALLERS_FAULT = (InvalidInput, NotFound, CheckpointError, Unauthenticated, PermissionDenied, UnsupportedPackage)
 _PATIENCE_SECONDS = 3.0
 _SHOW_CURSOR = "\x1b[?25h"
 
@@ -75,7 +76,7 @@ def endpoint_of(given: str | None, environ: Mapping[str, str] = os.environ) -> s
 
 
 def exit_code(error: FleetError) -> int:
-    """2 where the caller gave something wrong, 1 for the rest."""
+    """2 where the caller gave something wrong or a package is unsupported, 1 for the rest."""
     return BAD_INPUT if isinstance(error, _CALLERS_FAULT) else FAILED
 
 

@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 import services
+from common.package_guard import COORDINATOR_PACKAGES, WORKER_PACKAGES, check_versions
 from services.cli.options import BAD_INPUT, SUCCESS, let_threads_sleep
 
 _NOT_SERVICES = ("cli",)
@@ -47,5 +48,7 @@ def main(argv: Sequence[str]) -> int:
         sys.stderr.write(f"fleet serve: {what}; services are {', '.join(names)}\n")
         return BAD_INPUT
     let_threads_sleep()
+    # Before their import, which may fail for a wrong version with an error that names neither.
+    check_versions(*(COORDINATOR_PACKAGES if name == "coordinator" else WORKER_PACKAGES))
     run: Callable[[Sequence[str]], int] = vars(_program(name))["main"]
     return run(argv[1:])

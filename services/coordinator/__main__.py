@@ -6,7 +6,9 @@ import asyncio
 import sys
 from collections.abc import Sequence
 
+from common.package_guard import COORDINATOR_PACKAGES, check_versions
 from common.rpc.fleet_server import stop_signals
+from common.rpc.grpcio_patch import check_server
 from common.settings import load_settings
 from common.telemetry import setup_logging, start_metrics
 from models.catalog import ServedModel, open_model
@@ -26,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(flags: Sequence[str]) -> int:
+    check_versions(*COORDINATOR_PACKAGES)
     settings = load_settings(SETTINGS, flags, prog="fleet serve coordinator", readers=READERS)
     setup_logging("coordinator", level=settings.log_level, form=settings.log_format)
     registry = load_registry(settings.plugins)
@@ -34,6 +37,7 @@ def _run(flags: Sequence[str]) -> int:
 
 
 async def _serve(models: Sequence[ServedModel], settings: CoordinatorSettings) -> int:
+    await check_server()
     metrics = None if settings.metrics_port is None else start_metrics(settings.metrics_port)
     async with stop_signals() as stop:
         coordinator = await start_coordinator(models, settings)

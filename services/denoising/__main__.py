@@ -7,11 +7,13 @@ import os
 import sys
 from collections.abc import Sequence
 
+from common.package_guard import check_private_api
 from models.catalog import ServedModel
 from models.loader import check_approximation
+from models.private_operators import COLLECTIVES
 from models.warm_up import WarmUp
+from services.denoising.elastic_api import ELASTIC
 from services.denoising.joining import Place
-from services.denoising.launcher import launch
 from services.denoising.rank import run_rank
 from services.denoising.settings import SERVICE, DenoisingSettings, check_attention, check_group
 from services.worker import run_service, serve
@@ -33,7 +35,14 @@ def _run(model: ServedModel, settings: DenoisingSettings, flags: Sequence[str]) 
         return 0
     check_group(model, settings)
     place = Place.from_environment(os.environ)
-    return launch(settings, flags) if place is None else run_rank(model, settings, place, warm_up)
+    check_private_api(COLLECTIVES)
+    if place is not None:
+        return run_rank(model, settings, place, warm_up)
+    check_private_api(ELASTIC)
+    # Fails with a torch of which ELASTIC does not hold.
+    from services.denoising.launcher import launch
+
+    return launch(settings, flags)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, linear
 
-from models.layers.cublas_lt import linear_into
-from models.layers.float8 import float8_linear, quantize_rows
+from models.kernels.cublas_lt import linear_into
+from models.kernels.float8 import float8_linear, quantize_rows
 
 SETS = 2
 """Sets of inputs and weights, used alternately: together they exceed the L2 cache."""

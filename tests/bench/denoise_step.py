@@ -80,7 +80,7 @@ def measure(work: Work, device: torch.device, args: argparse.Namespace) -> None:
     }
     if args.linear_dtype == "float8":
         quantised = same_weights(work, theirs)
-        quantize_linears(quantised, quantised.block_linears)
+        quantize_linears(quantised, work.plan.block_linears)
         sides["ours, float8"] = side(quantised)
     if args.step_cache is not None:
         # The inputs never change: with a threshold above 0 all steps but the first are reused, below it none are.

@@ -20,6 +20,7 @@ from mp4_sound import decoded_sound
 from served_fleet import ServedFleet, served_fleet
 from services.cli.__main__ import main
 from services.denoising import __main__ as denoising
+from services.denoising import launcher
 from tiny_ltx2 import build_tiny_ltx2
 
 STEPS = 3
@@ -99,7 +100,7 @@ def test_sound_that_cannot_be_made_is_refused_before_any_work(fleet: ServedFleet
 def test_as_many_cfg_ranks_as_branches_are_accepted(
     model: ServedModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(denoising, "launch", lambda *_: pytest.fail("a worker group was started"))
+    monkeypatch.setattr(launcher, "launch", lambda *_: pytest.fail("a worker group was started"))
     flags = ("--model", f"ltx2={model.checkpoint.path}", "--redis", "unix:///x", "--cfg", "5", "--device", "cpu")
     assert denoising.main([*flags]) == 2
     message = "cfg: 5 is not at most 4; LTX2Pipeline has 4 branches: positive, negative, perturbed, isolated"

@@ -21,6 +21,7 @@ from models.registry import load_registry
 from served_fleet import ServedFleet, served_fleet
 from services.cli.__main__ import main
 from services.denoising import __main__ as denoising
+from services.denoising import launcher
 from tiny_wan import build_tiny_wan_ti2v
 
 GIVEN: dict[str, Any] = {"prompt": "a red apple", "height": 64, "width": 96, "num_frames": 5, "seed": 5}
@@ -126,7 +127,7 @@ def test_sizes_and_frames_are_rounded_with_a_warning(fleet: ServedFleet, variant
 def test_more_ranks_than_branches_are_refused_at_the_start(
     model: ServedModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(denoising, "launch", lambda *_: pytest.fail("a worker group was started"))
+    monkeypatch.setattr(launcher, "launch", lambda *_: pytest.fail("a worker group was started"))
     model_flags = ("--model", f"ti2v={model.checkpoint.path}", "--redis", "unix:///x", "--cfg", "3")
     assert denoising.main([*model_flags, "--device", "cpu"]) == 2
     message = "cfg: 3 is not at most 2; WanPipeline has 2 branches: positive, negative"

@@ -177,7 +177,7 @@ def test_steps_are_those_of_single_predictions(tmp_path: Path) -> None:
     with torch.inference_mode():
         prepared = ours.prepare(timesteps, **given)
         for step in range(2):
-            call: dict[str, Any] = {**latents, **prepared.row(step), **prepared.constants}
+            call: dict[str, Any] = {**latents, **prepared.inputs(step)}
             got = ours.predict(**call)
             check(
                 (got["hidden_states"], got["audio_hidden_states"]), ours(**latents, **given, timestep=timesteps[step])
@@ -191,7 +191,7 @@ def test_a_step_cache_changes_no_bit_of_a_computed_step(tmp_path: Path) -> None:
     cache = StepCache()
     with torch.inference_mode():
         prepared = ours.prepare(torch.tensor([[[0.0, 900.0]] * 2]), **given)
-        call: dict[str, Any] = {**latents, **prepared.row(0), **prepared.constants}
+        call: dict[str, Any] = {**latents, **prepared.inputs(0)}
         expected = ours.predict(**call)
         computed = ours.predict(**call, use=CacheUse(cache, probe=False))
         reused = ours.predict(**call, use=CacheUse(cache, probe=True))
@@ -213,7 +213,7 @@ def test_a_prediction_reads_no_value_on_the_host(tmp_path: Path, version: str) -
     with torch.inference_mode():
         prepared = ours.prepare(torch.tensor([[[0.0, 900.0]] * 2]), **given)
     with FakeTensorMode(allow_non_fake_inputs=True) as fake, torch.no_grad():
-        whole = {**latents, **prepared.row(0), **prepared.constants}
+        whole = {**latents, **prepared.inputs(0)}
         call: dict[str, Any] = {name: fake.from_tensor(each.clone()) for name, each in whole.items()}
         made = ours.predict(**call)
     assert {name: each.shape for name, each in made.items()} == {name: each.shape for name, each in latents.items()}

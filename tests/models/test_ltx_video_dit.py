@@ -15,7 +15,8 @@ from common.checkpoint import Checkpoint
 from common.errors import CheckpointError
 from configs.models.dits.ltx_video import LTXVideoTransformerConfig
 from local_fleet import relative_error
-from models.dits.ltx_video import LTXVideoTransformer3DModel, load_ltx_video_transformer
+from models.dits.ltx_video import LTXVideoTransformer3DModel
+from models.dits.ltx_video_plan import load_ltx_video_transformer
 from models.weights import load_module
 from tiny_flux import randomise
 from tiny_ltx2 import edit_json
@@ -110,8 +111,7 @@ def test_a_prediction_reads_nothing_on_the_host(tmp_path: Path) -> None:
     with torch.inference_mode():
         prepared = ours.prepare(timestep[None], **given)
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-            given = {**prepared.row(0), **prepared.constants}
-            fakes: dict[str, Any] = {name: mode.from_tensor(each) for name, each in given.items()}
+            fakes: dict[str, Any] = {name: mode.from_tensor(each) for name, each in prepared.inputs(0).items()}
             predicted = ours.predict(hidden_states=mode.from_tensor(latents), **fakes)["hidden_states"]
     assert predicted.shape == latents.shape
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from common.errors import InvalidInput
 from configs.models.dits.flux import FluxTransformerConfig
@@ -24,6 +23,7 @@ from configs.models.dits.z_image import ZImageTransformerConfig
 from configs.pipeline_configs.flux import FluxPipelineConfig
 from flux_pair import Pair
 from models.catalog import open_model
+from models.dits.base import DiffusionTransformer
 from models.dits.flux import FluxTransformer2DModel
 from models.dits.flux2 import Flux2Transformer2DModel
 from models.dits.flux2_plan import FLUX2_PLAN
@@ -41,19 +41,22 @@ from models.dits.wan_plan import WAN_PLAN
 from models.dits.z_image import ZImageTransformer2DModel
 from models.dits.z_image_plan import Z_IMAGE_PLAN
 from models.layers.attention import Attention
+from models.layers.module_paths import matches
 from models.loader import load_module, load_stages, numerics_fingerprint
 from models.parallel.mesh import AXES, Axis, Degrees, WorkerMesh
 from models.parallel.parallelize import parallelize
-from models.parallel.plan import ParallelPlan, matches
+from models.parallel.plan import Cut, Join, ParallelPlan
 from models.parallel.shards import parameter_shards
 from models.parallel.usp_attention import USPAttention
 from models.registry import load_registry
 from models.runtime import Runtime
+from models.stages.branches import lease_branch
+from models.stages.step_memory import StepMemoryPool
 from toy_checkpoint import build_toy_checkpoint, toy_family
 
 CPU = torch.device("cpu")
 WAN_I2V = WanTransformerConfig(in_channels=36, image_dim=1280, added_kv_proj_dim=5120)
-PLANS: dict[str, tuple[ParallelPlan, type[nn.Module], tuple[Any, ...]]] = {
+PLANS: dict[str, tuple[ParallelPlan, Callable[[Any], DiffusionTransformer], tuple[Any, ...]]] = {
     "flux": (FLUX_PLAN, FluxTransformer2DModel, (FluxTransformerConfig(guidance_embeds=True),)),
     "flux2": (FLUX2_PLAN, Flux2Transformer2DModel, (Flux2TransformerConfig(),)),
     "glm-image": (GLM_IMAGE_PLAN, GlmImageTransformer2DModel, (GlmImageTransformerConfig(),)),
@@ -81,28 +84,23 @@ def rank_of(degrees: Degrees, **places: int) -> WorkerMesh:
     return WorkerMesh(degrees, CPU, 0, {axis: Axis(degrees.of(axis), places.get(axis, 0)) for axis in AXES})
 
 
-def on_meta(kind: type[nn.Module], config: Any) -> nn.Module:
+def on_meta(kind: Callable[[Any], DiffusionTransformer], config: Any) -> DiffusionTransformer:
     with torch.device("meta"):
         return kind(config)
 
 
 @EVERY_PLAN
 def test_a_plan_names_nothing_that_is_not_there(
-    plan: ParallelPlan, kind: type[nn.Module], configs: tuple[Any, ...]
+    plan: ParallelPlan, kind: Callable[[Any], DiffusionTransformer], configs: tuple[Any, ...]
 ) -> None:
     paths = {path for config in configs for path, _ in on_meta(kind, config).named_modules()}
-    for pattern in (*plan.column, *plan.row, *plan.gathered, *plan.norms, *plan.segments, *plan.attention):
+    for pattern in (*plan.column, *plan.row, *plan.gathered, *plan.norms, *plan.parts, *plan.attention):
         assert any(matches(path, pattern) for path in paths), pattern
-    for cut in plan.cuts:
-        assert cut.argument in inspect.signature(getattr(kind, cut.method)).parameters, cut
-    for join in plan.joins:
-        assert join.stream in {cut.stream for cut in plan.cuts}
-        assert callable(getattr(kind, join.method))
 
 
 @EVERY_PLAN
 def test_no_matrix_of_a_block_is_whole_on_every_rank(
-    plan: ParallelPlan, kind: type[nn.Module], configs: tuple[Any, ...]
+    plan: ParallelPlan, kind: Callable[[Any], DiffusionTransformer], configs: tuple[Any, ...]
 ) -> None:
     for config in configs:
         model = on_meta(kind, config)
@@ -118,7 +116,7 @@ def test_no_matrix_of_a_block_is_whole_on_every_rank(
 
 @EVERY_PLAN
 def test_attention_is_replaced_where_the_plan_says(
-    plan: ParallelPlan, kind: type[nn.Module], configs: tuple[Any, ...]
+    plan: ParallelPlan, kind: Callable[[Any], DiffusionTransformer], configs: tuple[Any, ...]
 ) -> None:
     """Without tp no weight is cut, and attention is replaced everywhere that the plan says."""
     model = on_meta(kind, configs[0])
@@ -130,7 +128,7 @@ def test_attention_is_replaced_where_the_plan_says(
         for path, module in model.named_modules()
         if isinstance(module, Attention) and any(matches(path, pattern) for pattern in plan.attention)
     ]
-    assert len({module.shards for module in model.modules() if isinstance(module, USPAttention)}) == 1
+    assert len({module.scope for module in model.modules() if isinstance(module, USPAttention)}) == 1
 
 
 def test_graphs_of_requests_with_chunks_of_equal_size_are_distinguished(dev: Pair) -> None:
@@ -138,7 +136,7 @@ def test_graphs_of_requests_with_chunks_of_equal_size_are_distinguished(dev: Pai
     config = FluxPipelineConfig.from_checkpoint(dev.ours.model.checkpoint)
     runtime = Runtime(mesh=rank_of(Degrees(ulysses=2)))
     transformer = load_module(dev.ours.model.checkpoint, "transformer", config, runtime)
-    shapes = []
+    latents, chunks, keys = {"hidden_states": torch.zeros(1, 35, 64)}, [], []
     for tokens in (13, 14):
         prepared = transformer.prepare(
             torch.ones(1, 1),
@@ -148,9 +146,12 @@ def test_graphs_of_requests_with_chunks_of_equal_size_are_distinguished(dev: Pai
             img_ids=torch.zeros(35, 3),
             txt_ids=torch.zeros(tokens, 3),
         )
-        shapes.append({name: tuple(value.shape) for name, value in prepared.constants.items()})
-    assert shapes[0]["text_BTD"] == shapes[1]["text_BTD"] == (1, 7, 64)
-    assert [each["text_length"] for each in shapes] == [(13, 0), (14, 0)]
+        assert prepared.lengths == {"text": tokens, "image": 35}
+        chunks.append(prepared.constants["text_BTD"].shape)
+        with StepMemoryPool(1 << 30, capture=None).leases() as lease:
+            keys.append(lease_branch(lease, "transformer", transformer, prepared, latents)._memory.key)
+    assert chunks[0] == chunks[1] == (1, 7, 64)
+    assert keys[0] != keys[1]
 
 
 def test_a_plan_for_something_else_is_refused() -> None:
@@ -158,9 +159,36 @@ def test_a_plan_for_something_else_is_refused() -> None:
     plan = replace(FLUX_PLAN, column=("transformer_blocks.*.attn",))
     with pytest.raises(TypeError, match=r"transformer_blocks\.0\.attn is JointAttention, .* for Linear"):
         parallelize(model, plan, rank_of(Degrees(tp=2)), heads=24)
-    plan = replace(FLUX_PLAN, segments={"single_transformer_blocks.*.proj_out": (7, 4)})
-    with pytest.raises(ValueError, match="proj_out: 15360 cannot be cut into segments of"):
+    plan = replace(FLUX_PLAN, parts={"single_transformer_blocks.*.proj_out": (7, 4)})
+    with pytest.raises(ValueError, match="proj_out: 15360 cannot be cut into parts of"):
         parallelize(model, plan, rank_of(Degrees(tp=2)), heads=24)
+
+
+def test_a_plan_for_a_method_that_is_no_entry_point_is_refused() -> None:
+    model = on_meta(FluxTransformer2DModel, FluxTransformerConfig(num_layers=1, num_single_layers=1))
+    for cuts, message in (
+        ((Cut("predict", "hidden", "image"),), "FluxTransformer2DModel.predict.. has no hidden, which its plan shards"),
+        ((Cut("forward", "hidden_states", "image"),), "FluxTransformer2DModel.forward is not an entry point"),
+        ((Cut("tokens", "hidden_states", "image"),), "FluxTransformer2DModel.tokens is not an entry point"),
+    ):
+        plan = replace(FLUX_PLAN, token_segments={"image": "sharded"}, cuts=cuts)
+        with pytest.raises(TypeError, match=message):
+            parallelize(model, plan, rank_of(Degrees(ring=2)), heads=24)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"token_segments": {"text": "sharded", "image": "whole"}}, r"cuts or joins are of \['image'\]"),
+        ({"token_segments": {"text": "sharded"}}, r"cuts or joins are of \['image'\]"),
+        ({"cuts": FLUX_PLAN.cuts[-1:]}, r"\['text'\] are sharded, but no cut is of them"),
+        ({"joins": (Join("predict", "video"),)}, r"cuts or joins are of \['video'\]"),
+        ({"minor": ("proj_out",)}, r"\['proj_out'\] are neither column nor row layers"),
+    ],
+)
+def test_a_plan_that_contradicts_itself_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(FLUX_PLAN, **changes)
 
 
 @pytest.mark.parametrize(

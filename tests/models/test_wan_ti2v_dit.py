@@ -16,8 +16,8 @@ from models.dits.wan import FLOAT32_PARAMETERS, WanTransformer3DModel
 from models.dits.wan_plan import WAN_PLAN
 from models.layers.step_cache import CacheUse, StepCache
 from models.parallel.mesh import AXES, Axis, Degrees, WorkerMesh
-from models.parallel.sequence_parallel import shard_methods
-from models.parallel.shards import SequenceShards
+from models.parallel.segment_lengths import SegmentScope
+from models.parallel.sequence_parallel import shard_entry_points
 from models.stages.step_memory import StepInputs
 from models.weights import load_module
 from tiny_flux import randomise
@@ -110,7 +110,7 @@ def test_steps_are_those_of_single_predictions(tmp_path: Path) -> None:
     with torch.inference_mode():
         prepared = ours.prepare(timesteps, text)
         for step in range(2):
-            got = ours.predict(video, use=None, **prepared.row(step), **prepared.constants)["hidden_states"]
+            got = ours.predict(video, use=None, **prepared.inputs(step))["hidden_states"]
             assert relative_error(got, ours(video, timesteps[step], text)) <= 1e-6
 
 
@@ -132,7 +132,7 @@ def test_a_step_cache_changes_no_bit_of_a_computed_step(tmp_path: Path) -> None:
     cache = StepCache()
     with torch.inference_mode():
         prepared = ours.prepare(torch.tensor([[[0, 900], [0, 900]]]), text)
-        given: dict[str, Any] = {"hidden_states": video, **prepared.row(0), **prepared.constants}
+        given: dict[str, Any] = {"hidden_states": video, **prepared.inputs(0)}
         expected = ours.predict(**given)["hidden_states"]
         assert torch.equal(ours.predict(**given, use=CacheUse(cache, probe=False))["hidden_states"], expected)
         assert relative_error(ours.predict(**given, use=CacheUse(cache, probe=True))["hidden_states"], expected) < 1e-6
@@ -140,17 +140,18 @@ def test_a_step_cache_changes_no_bit_of_a_computed_step(tmp_path: Path) -> None:
 
 
 def test_a_request_of_one_segment_after_one_of_two_has_all_tokens_in_one(tmp_path: Path) -> None:
-    """One transformer serves text and images in turn: the lengths of segments are those of the last prediction."""
+    """One transformer serves text and images in turn: the lengths of segments are those of the prediction."""
     _, ours = pair(tmp_path)
     video, text = inputs(3)
     requests = [torch.tensor([9, 9]), torch.tensor([[0, 9], [0, 9]])]
     with torch.inference_mode():
         expected = [ours(video, timestep, text) for timestep in requests]
-    shards = SequenceShards(1, 0)
-    shard_methods(ours, WAN_PLAN, WorkerMesh(Degrees(), CPU, 0, {axis: Axis() for axis in AXES}), shards)
+    scope = SegmentScope(1, 0)
+    shard_entry_points(ours, WAN_PLAN, WorkerMesh(Degrees(), CPU, 0, {axis: Axis() for axis in AXES}), scope)
     lengths = []
+    ours.blocks[0].register_forward_hook(lambda *_: lengths.append(scope.current.lengths))
     for turn in (1, 0, 1):
         with torch.inference_mode():
             assert torch.equal(ours(video, requests[turn], text), expected[turn])
-        lengths.append((shards.length("first_frame"), shards.length("video")))
-    assert lengths == [(FRAME_TOKENS, 2 * FRAME_TOKENS), (0, 3 * FRAME_TOKENS), (FRAME_TOKENS, 2 * FRAME_TOKENS)]
+    both, one = ({"video": (3 - first) * FRAME_TOKENS, "first_frame": first * FRAME_TOKENS} for first in (1, 0))
+    assert lengths == [both, one, both]

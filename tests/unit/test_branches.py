@@ -14,7 +14,7 @@ from torch import Tensor
 from configs.pipeline_configs.base import Parts
 from models.parallel.mesh import Axis
 from models.stages import branches as module
-from models.stages.branches import Branch, Branches
+from models.stages.branches import Branch, Branches, StepCaching
 
 NAMES = ("positive", "negative", "perturbed", "isolated")
 LATENTS = {"video": torch.zeros(2, 3), "audio": torch.zeros(2, 5)}
@@ -93,3 +93,22 @@ def test_one_rank_computes_all_branches_in_order(monkeypatch: pytest.MonkeyPatch
     results, made, exchange = run_ranks(monkeypatch, 1, NAMES, NAMES[1:])
     assert (made, exchange.counts) == ([list(NAMES)], [0])
     assert list(results[0]) == list(NAMES[1:])
+
+
+def test_the_change_of_a_step_is_that_of_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums are added over the axes that share a branch; an axis with one rank has no group to add over."""
+    added: list[str] = []
+
+    def all_reduce(sums: Tensor, axis: Axis) -> Tensor:
+        added.append(axis.group)
+        return sums + torch.tensor([6.0, 0.0])
+
+    monkeypatch.setattr(module, "all_reduce", all_reduce)
+    changes = []
+    for caching in (StepCaching(0.1), StepCaching(0.1, (Axis(2, 0, "tp"), Axis(), Axis(2, 1, "ring")))):
+        cache = caching.new_cache()
+        cache.keep(torch.full((1, 2, 2), 1.0), torch.zeros(1, 2, 2))
+        cache.reuse(torch.full((1, 2, 2), 2.0))
+        changes.append(cache.change())
+    assert changes == [1.0, (4.0 + 2 * 6.0) / 4.0]
+    assert added == ["tp", "ring"]

@@ -152,3 +152,17 @@ def test_no_kernel_for_a_shape(library: ColumnMajorLibrary, monkeypatch: pytest.
 def test_on_a_cpu_torch_multiplies() -> None:
     x = torch.zeros(2048, 16, dtype=torch.bfloat16)
     assert not cublas_lt.can_multiply(x, x[:8])
+
+
+@pytest.mark.parametrize(("offset", "expected"), [(0, True), (128, True), (8, False), (64, False)])
+def test_matrices_are_aligned_as_the_heuristics_assume(
+    monkeypatch: pytest.MonkeyPatch, offset: int, expected: bool
+) -> None:
+    """To 256 bytes, 128 elements: a column of a wider tensor may begin elsewhere."""
+    monkeypatch.setattr(cublas_lt, "can_load", lambda *_: True)
+    monkeypatch.setattr(cublas_lt, "is_usable", lambda _: True)
+    buffer = torch.zeros(2048 * 256 + 256, dtype=torch.bfloat16)
+    aligned = buffer[-buffer.data_ptr() % 256 // 2 :][: 2048 * 256].view(2048, 256)
+    x, weight = aligned[:, :128], aligned[:8, :128]
+    assert cublas_lt.can_multiply(x, weight, aligned[:, offset:]) is expected
+    assert cublas_lt.can_multiply(aligned[:, offset:], weight) is expected

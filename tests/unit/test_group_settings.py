@@ -17,6 +17,7 @@ from models.catalog import ServedModel, open_model
 from models.kernels.packages import AttentionChoice
 from models.registry import load_registry
 from services.denoising import __main__ as denoising
+from services.denoising import launcher
 from services.denoising.settings import DenoisingSettings, check_attention, check_group, head_sizes
 from tiny_ltx2 import AUDIO_HEAD_SIZE, VIDEO_HEAD_SIZE, build_tiny_ltx2
 from tiny_wan import build_tiny_wan_causal
@@ -110,7 +111,7 @@ def test_the_service_says_it_in_a_line_and_starts_nothing(
         started.append(arguments)
         return 0
 
-    monkeypatch.setattr(denoising, "launch", start)
+    monkeypatch.setattr(launcher, "launch", start)
     flags = ["--model", "emoji", "--redis", "unix:///x", "--device", "cpu"]
     assert denoising.main([*flags, "--tp", "3"]) == 2
     assert capsys.readouterr().err.startswith("fleet serve denoising: tp x ulysses is 3 x 1, but the model has 4")

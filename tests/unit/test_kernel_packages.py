@@ -317,6 +317,7 @@ def test_layers_leave_unusable_packages_alone(monkeypatch: pytest.MonkeyPatch) -
     operation.register("torch")(lambda _: "torch")
     for module in (cublas_lt, quack_gemm):
         monkeypatch.setattr(module, "can_load", lambda *_: True)
+    monkeypatch.setattr(cublas_lt, "_ASSUMED_ALIGNMENT", 1)
     monkeypatch.setattr(quack_gemm, "_capability", lambda _: HOPPER)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda *_: True)

@@ -110,7 +110,7 @@ def record(
     for forward, (layers, sizes) in enumerate(forwards):
         for layer in range(layers):
             sent = gather.key_values((2, sizes[rank], 2, HEADS, SIZE), torch.float32, sizes)
-            streams.current.give(partial(sent.room.fill_, value_of(forward, layer, rank)))
+            streams.current.give(partial(sent.buffer.fill_, value_of(forward, layer, rank)))
             sent.send()
             expected = torch.cat([
                 torch.full((2, tokens, HEADS, SIZE), value_of(forward, layer, other))

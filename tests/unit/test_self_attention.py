@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import cast
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from models.layers.attention import Attention, KeyValueCache, KeyValues
+from models.dits.flux2 import Flux2ParallelSelfAttention
+from models.layers import self_attention
+from models.layers.attention import Attention, KeyValues
 from models.layers.joint_attention import JointAttention
+from models.layers.linear import JoinedLinear, Linear, project
 from models.layers.rotary import rotary_embedding
 from models.layers.self_attention import SelfAttention
-from models.parallel.mesh import Axis
+from models.parallel import usp_attention
+from models.parallel.mesh import AXES, Axis, Degrees, WorkerMesh
 from models.parallel.peer_gather import Gathered, PeerGather
 from models.parallel.peer_memory import CopyStreams, PeerMemory
+from models.parallel.segment_lengths import SegmentScope
+from models.parallel.usp_attention import USPAttention
 from models.token_segments import TokenSegments
 
 CPU = torch.device("cpu")
@@ -30,38 +37,18 @@ class NoStreams:
         """Nothing is late."""
 
 
-class GatheringAttention(Attention):
-    """A parallel form that gathers from one rank."""
+def gathering() -> USPAttention:
+    """The parallel form that gathers keys and values in peer memory, on one rank. It attends to TOKENS tokens."""
+    axes = {axis: Axis() for axis in AXES}
+    scope = SegmentScope(1, 0)
+    gather = PeerGather(Axis(), CPU, cast("CopyStreams", NoStreams()), _allocate)
+    return USPAttention(WorkerMesh(Degrees(), CPU, 0, axes), scope, gather)
 
-    travels = True
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.gather = PeerGather(Axis(), CPU, cast("CopyStreams", NoStreams()), self._allocate)
-
-    @staticmethod
-    def _allocate(axis: Axis, device: torch.device, size: int) -> PeerMemory:
-        del axis
-        own = torch.zeros(size, dtype=torch.uint8, device=device)
-        return PeerMemory(own, [own.data_ptr()])
-
-    def key_values(self, k: Tensor, v: Tensor) -> KeyValues:
-        """Those of all ranks, which are this one's."""
-        assert k.shape == v.shape
-        batch, tokens, heads, size = k.shape
-        return self.new_key_values(k, (batch, tokens, 2, heads, size))
-
-    def new_key_values(self, like: Tensor, shape: tuple[int, ...]) -> KeyValues:
-        """Room among those of all ranks."""
-        return self.gather.key_values(shape, like.dtype, [shape[1]])
-
-    def finish(
-        self, q: Tensor, sent: KeyValues, out: Tensor | None = None, cache: KeyValueCache | None = None
-    ) -> Tensor:
-        """Attend to them."""
-        assert isinstance(sent, Gathered)
-        assert cache is None
-        return sent.attend(q, out)
+def _allocate(axis: Axis, device: torch.device, size: int) -> PeerMemory:
+    del axis
+    own = torch.zeros(size, dtype=torch.uint8, device=device)
+    return PeerMemory(own, [own.data_ptr()])
 
 
 def random_weights(module: nn.Module) -> None:
@@ -69,11 +56,10 @@ def random_weights(module: nn.Module) -> None:
         nn.init.normal_(parameter, std=0.3)
 
 
-@pytest.mark.parametrize("keys_first", [False, True], ids=["one-product", "keys-first"])
 @pytest.mark.parametrize("joined", [False, True], ids=["apart", "joined"])
 @pytest.mark.parametrize("batch", [1, 2])
 @torch.inference_mode()
-def test_one_stream(keys_first: bool, joined: bool, batch: int) -> None:
+def test_one_stream(joined: bool, batch: int) -> None:
     torch.manual_seed(0)
     attention = SelfAttention(SIZE, HEAD)
     random_weights(attention)
@@ -81,11 +67,14 @@ def test_one_stream(keys_first: bool, joined: bool, batch: int) -> None:
         attention.join_weights()
     x, rotation = torch.randn(batch, TOKENS, SIZE), rotary_embedding(torch.arange(TOKENS)[:, None], (HEAD,))
     expected = attention.finish(attention.start(x, rotation))
-    attention.inner = GatheringAttention()
-    torch.testing.assert_close(attention.finish(attention.start(x, rotation, keys_first=keys_first)), expected)
-    wide = torch.zeros(batch, TOKENS, SIZE + 4)
-    out = wide[..., 4:]
-    assert attention.finish(attention.start(x, rotation, keys_first=keys_first), out) is out
+    assert torch.equal(attention(x, rotation), expected)
+    attention.inner = parallel = gathering()
+    with parallel.scope.entered({"image": TOKENS}):
+        torch.testing.assert_close(attention(x, rotation), expected)
+        torch.testing.assert_close(attention.finish(attention.start(x, rotation)), expected)
+        wide = torch.zeros(batch, TOKENS, SIZE + 4)
+        out = wide[..., 4:]
+        assert attention.finish(attention.start(x, rotation), out) is out
     torch.testing.assert_close(out, expected)
     assert not wide[..., :4].any()
 
@@ -97,13 +86,77 @@ def test_two_streams() -> None:
     random_weights(attention)
     attention.join_weights()
     x, rotation = torch.randn(2, TOKENS, SIZE), rotary_embedding(torch.arange(TOKENS)[:, None], (HEAD,))
-    expected = attention.joint(x, rotation, TokenSegments((BOUNDARY, TOKENS - BOUNDARY)))
-    attention.inner = GatheringAttention()
-    torch.testing.assert_close(attention.joint(x, rotation, TokenSegments((BOUNDARY, TOKENS - BOUNDARY))), expected)
+    segments = TokenSegments((BOUNDARY, TOKENS - BOUNDARY))
+    expected = attention.joint(x, rotation, segments)
+    attention.inner = parallel = gathering()
+    with parallel.scope.entered({"text": BOUNDARY, "image": TOKENS - BOUNDARY}):
+        torch.testing.assert_close(attention.joint(x, rotation, segments), expected)
+
+
+@torch.inference_mode()
+def test_attention_beside_a_feed_forward() -> None:
+    """One GEMM projects the inputs of both."""
+    torch.manual_seed(0)
+    attention = Flux2ParallelSelfAttention(SIZE, HEAD)
+    random_weights(attention)
+    x, rotation = torch.randn(2, TOKENS, SIZE), rotary_embedding(torch.arange(TOKENS)[:, None], (HEAD,))
+    expected = attention(x, rotation)
+    attention.inner = parallel = gathering()
+    with parallel.scope.entered({"image": TOKENS}):
+        torch.testing.assert_close(attention(x, rotation), expected)
 
 
 @torch.inference_mode()
 def test_a_call_sends_what_it_is_given() -> None:
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, TOKENS, 4, HEAD).unbind()
-    torch.testing.assert_close(GatheringAttention()(q, k, v), Attention()(q, k, v))
+    parallel = gathering()
+    with parallel.scope.entered({"image": TOKENS}):
+        torch.testing.assert_close(parallel(q, k, v), Attention()(q, k, v))
+
+
+ALL_PARTS, KEYS_AND_VALUES, QUERIES = (0, 1, 2), (1, 2), (0,)
+PEER, NCCL, SINGLE = "peer memory", "messages", "one device"
+
+
+@pytest.mark.parametrize("form", [SINGLE, PEER, NCCL])
+@torch.inference_mode()
+def test_the_order_of_projections_and_messages(monkeypatch: pytest.MonkeyPatch, form: str) -> None:
+    """With nothing else to compute, ranks send keys and values while they project queries: two GEMMs, else one."""
+    order: list[tuple[int, ...] | str] = []
+
+    def project_some(
+        x: Tensor, out: Tensor, joined: JoinedLinear | None, layers: Sequence[Linear], which: slice
+    ) -> None:
+        order.append(tuple(range(3))[which])
+        project(x, out, joined, layers, which)
+
+    class Recording(KeyValues):
+        """Is sent when it is made."""
+
+        def __init__(self, k: Tensor, v: Tensor) -> None:
+            super().__init__(k, v)
+            order.append("sent")
+
+    attention = SelfAttention(SIZE, HEAD)
+    random_weights(attention)
+    x, rotation = torch.randn(1, TOKENS, SIZE), rotary_embedding(torch.arange(TOKENS)[:, None], (HEAD,))
+    monkeypatch.setattr(self_attention, "project", project_some)
+    scope = SegmentScope(1, 0)
+    if form != SINGLE:
+        attention.inner = parallel = gathering()
+        scope = parallel.scope
+        if form == NCCL:
+            parallel.gather = None
+            monkeypatch.setattr(usp_attention, "KeyValues", Recording)
+        else:
+            monkeypatch.setattr(Gathered, "send", lambda _: order.append("sent"))
+    orders = []
+    with scope.entered({"image": TOKENS}):
+        for run in (lambda: attention(x, rotation), lambda: attention.finish(attention.start(x, rotation))):
+            run()
+            orders.append([*order])
+            order.clear()
+    sent = [] if form == SINGLE else ["sent"]
+    at_once = [ALL_PARTS] if form == SINGLE else [KEYS_AND_VALUES, "sent", QUERIES]
+    assert orders == [at_once, [ALL_PARTS, *sent]]

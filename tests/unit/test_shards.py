@@ -1,4 +1,4 @@
-"""Parts of weights and of sequences: together they are the whole, whichever way it is cut."""
+"""Shares of weights: together they are the whole, whichever way it is sharded."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch import nn
 
 from common.errors import CheckpointError
 from models.parallel.mesh import Axis
-from models.parallel.shards import SequenceShards, Shard, chunk_sizes, parameter_shards
+from models.parallel.shards import Shard, parameter_shards
 from models.parallel.tensor_parallel import ColumnParallelLinear, ParallelRMSNorm, RowParallelLinear
 from models.weights import load_module
 
 CPU = torch.device("cpu")
 
 
-def test_a_share_of_each_segment() -> None:
+def test_a_share_of_each_part() -> None:
     whole = torch.arange(10.0)
     parts = [Shard(0, 2, index, (4, 6)).cut(whole).tolist() for index in range(2)]
     assert parts == [[0, 1, 4, 5, 6], [2, 3, 7, 8, 9]]
@@ -33,29 +33,9 @@ def test_columns_of_a_matrix() -> None:
     assert shard.whole_shape((2, 4)) == (2, 12)
 
 
-def test_segments_that_do_not_divide() -> None:
-    with pytest.raises(ValueError, match="segments of \\[3\\] cannot be cut into 2"):
+def test_parts_that_do_not_divide() -> None:
+    with pytest.raises(ValueError, match="parts of \\[3\\] cannot be cut into 2"):
         Shard(0, 2, 0, (4, 3))
-
-
-@pytest.mark.parametrize("parts", range(1, 6))
-@pytest.mark.parametrize("length", [0, 1, 4, 13, 35])
-def test_chunks_are_those_of_tensor_split(length: int, parts: int) -> None:
-    whole = torch.arange(length)
-    chunks = torch.tensor_split(whole, parts)
-    assert chunk_sizes(length, parts) == tuple(len(chunk) for chunk in chunks)
-    for index, chunk in enumerate(chunks):
-        assert torch.equal(SequenceShards(parts, index).local(whole, 0, "image"), chunk)
-
-
-def test_streams_are_cut_each_by_itself() -> None:
-    shards = SequenceShards(4, 1)
-    shards.local(torch.zeros(2, 13), 1, "text")
-    assert shards.local(torch.zeros(35, 1), 0, "image").shape == (9, 1)
-    assert shards.sizes == (4 + 9, 3 + 9, 3 + 9, 3 + 8)
-    assert shards.of("text") == (4, 3, 3, 3)
-    shards.local(torch.zeros(2, 6), 1, "text")
-    assert shards.sizes == (2 + 9, 2 + 9, 1 + 9, 1 + 8), "the other branch of guidance has a text of its own"
 
 
 class Layers(nn.Module):
@@ -108,6 +88,6 @@ def test_a_file_is_checked_for_whole_tensors(file: Path) -> None:
         load_module(part, "dit", [file], CPU, torch.float32)
 
 
-def test_segments_cannot_be_gathered() -> None:
-    with pytest.raises(ValueError, match="2 segments cannot be gathered"):
+def test_parts_cannot_be_gathered() -> None:
+    with pytest.raises(ValueError, match="2 parts cannot be gathered"):
         ColumnParallelLinear(4, (4, 4), Axis(2, 0), gather=True)

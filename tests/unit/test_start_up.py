@@ -37,7 +37,7 @@ from services.cli import generate, status, up
 from services.coordinator import __main__ as coordinator
 from services.decoding.__main__ import main as decoding
 from services.denoising import __main__ as denoising
-from services.denoising import rank
+from services.denoising import launcher, rank
 from services.denoising.joining import Place
 from services.denoising.settings import DenoisingSettings
 from services.start_up import run_program
@@ -93,7 +93,7 @@ CASES: dict[str, Case] = {
     "worker: model": (worker, "open_model", *SERVICE),
     "worker: weights": (worker, "load_variants", *SERVICE),
     "worker: store": (worker, "connect", *SERVICE),
-    "group: launcher": (denoising, "launch", denoising.main, [*WORKER, "--tp", "2"], "fleet serve denoising"),
+    "group: launcher": (launcher, "launch", denoising.main, [*WORKER, "--tp", "2"], "fleet serve denoising"),
     "coordinator: plugins": (coordinator, "load_registry", coordinator.main, ["--redis", PLACE], "coordinator"),
     "coordinator: store": (coordinator, "start_coordinator", coordinator.main, ["--redis", PLACE], "coordinator"),
     "fleet up: plugins": (up, "load_registry", cli.main, ["up"], "fleet up"),

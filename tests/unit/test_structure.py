@@ -17,6 +17,11 @@ FUNCTION_LINES = 80
 # Path, or path:function, with the reason why it may be longer.
 LONGER: dict[str, str] = {}
 
+# Single-device code: modules that DiTs are written in, and the DiTs themselves.
+SINGLE_DEVICE = ("models.layers.", "models.dits.")
+# Of these, the modules that shard a DiT.
+SHARDING = ("models.dits.loading",)
+
 # Stages that denoise, each with its file. Models differ in their configs, not in loops of their own.
 DENOISING_LOOPS = {
     "DenoisingStage": "models/stages/denoising.py",
@@ -159,6 +164,51 @@ def _reached(name: str, graph: Mapping[str, set[str]]) -> set[str]:
 def test_no_imports_go_in_a_circle() -> None:
     sources = {path: source for path, source in _sources().items() if not path.startswith("tests/")}
     assert not circles(import_graph(sources))
+
+
+def reaching_parallel(graph: Mapping[str, set[str]]) -> dict[str, set[str]]:
+    """Single-device modules with the parallel modules that each of them imports, itself or by what it imports."""
+    single = [name for name in graph if name.startswith(SINGLE_DEVICE) and not _shards(name)]
+    reached = {name: {each for each in _reached(name, graph) if _shards(each)} for name in single}
+    return {name: found for name, found in reached.items() if found}
+
+
+def _shards(module: str) -> bool:
+    return f"{module}.".startswith("models.parallel.") or module in SHARDING or module.endswith("_plan")
+
+
+def test_layers_and_dits_know_nothing_of_ranks() -> None:
+    graph = import_graph({path: source for path, source in _sources().items() if not path.startswith("tests/")})
+    assert {"models.layers.linear", "models.dits.flux"} <= graph.keys()
+    assert not reaching_parallel(graph)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import models.parallel.mesh",
+        "from models import parallel",
+        "from models.parallel import mesh",
+        "from models.parallel.mesh import Axis",
+        "if TYPE_CHECKING:\n    from models.parallel.mesh import Axis",
+        "def f():\n    from models.parallel.mesh import Axis",
+        "from models.dits.flux_plan import PLAN",
+        "from models.dits.loading import load",
+        "from models.stages import branches",
+    ],
+)
+def test_a_layer_or_dit_that_knows_of_ranks_is_found(source: str) -> None:
+    sources = {
+        "models/parallel/__init__.py": "",
+        "models/parallel/mesh.py": "",
+        "models/dits/flux_plan.py": "from models.parallel.mesh import Axis",
+        "models/dits/loading.py": "import models.parallel.mesh",
+        "models/stages/branches.py": "from models.parallel.mesh import Axis",
+    }
+    assert not reaching_parallel(import_graph(sources))
+    for path in ("models/dits/flux.py", "models/layers/linear.py"):
+        found = reaching_parallel(import_graph({**sources, path: source}))
+        assert list(found) == [path.removesuffix(".py").replace("/", ".")]
 
 
 def test_there_are_three_denoising_loops() -> None:

@@ -1,0 +1,26 @@
+"""Finds modules of a model by patterns of their paths: `*` is any index, `[qkv]` one of the letters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from typing import TypeVar
+
+from torch import nn
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def matches(path: str, pattern: str) -> bool:
+    """Whether the pattern is one of the path: a wildcard stands for one name, or a part of it, and for no dot."""
+    names, patterns = path.split("."), pattern.split(".")
+    return len(names) == len(patterns) and all(map(fnmatchcase, names, patterns))
+
+
+def matching(model: nn.Module, pattern: str, kind: type[M]) -> Iterator[tuple[str, M]]:
+    """The modules whose path matches. Raises TypeError for one of another kind."""
+    for path, module in list(model.named_modules()):
+        if matches(path, pattern):
+            if not isinstance(module, kind):
+                raise TypeError(f"{path} is {type(module).__name__}, but {pattern} is for {kind.__name__}")
+            yield path, module

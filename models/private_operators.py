@@ -1,0 +1,59 @@
+"""Operators of PyTorch that layers call although PyTorch does not document them, with the arguments that they pass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from common.package_guard import Attributes, Called, Missing, PrivateApi, find
+
+
+@dataclass(frozen=True)
+class Operator:
+    """An overload under torch.ops, such as "aten._scaled_mm.out": its arguments begin with `arguments`, in this order.
+
+    `keywords` are further arguments, anywhere behind them.
+    """
+
+    name: str
+    arguments: tuple[str, ...]
+    keywords: tuple[str, ...] = ()
+
+    def check(self) -> None:
+        """Raises Missing where the operator is missing or its arguments differ."""
+        overload = find(f"torch:ops.{self.name}")
+        names = tuple(each.name for each in overload._schema.arguments)
+        if names[: len(self.arguments)] != self.arguments or not set(self.keywords).issubset(names):
+            raise Missing(f"torch.ops.{self.name} with other arguments ({', '.join(names)})")
+
+
+_SPLITS = ("input", "output_split_sizes", "input_split_sizes", "group_name")
+
+GEMM = PrivateApi(
+    "torch",
+    "a linear layer",
+    (
+        Operator(
+            "aten._scaled_mm.out",
+            ("self", "mat2", "scale_a", "scale_b"),
+            ("bias", "out_dtype", "use_fast_accum", "out"),
+        ),
+        Operator("aten._addmm_activation.out", ("self", "mat1", "mat2"), ("use_gelu", "out")),
+    ),
+)
+"""Of models.kernels.float8 and models.kernels.gemm."""
+
+COLLECTIVES = PrivateApi(
+    "torch",
+    "a worker group",
+    (
+        Operator("_c10d_functional.wait_tensor.default", ("tensor",)),
+        Operator("_c10d_functional.all_reduce.default", ("input", "reduce_op", "group_name")),
+        Operator("_c10d_functional.all_reduce_.default", ("input", "reduce_op", "group_name")),
+        Operator("_c10d_functional.all_gather_into_tensor.default", ("input", "group_size", "group_name")),
+        Operator("_c10d_functional.all_to_all_single.default", _SPLITS),
+        Called("torch.distributed._symmetric_memory:empty", 1, ("dtype", "device")),
+        Called("torch.distributed._symmetric_memory:rendezvous", 2),
+        Attributes("torch._C._distributed_c10d:_SymmetricMemory", ("barrier", "buffer_ptrs")),
+    ),
+)
+"""Of models.parallel.collectives and models.parallel.peer_memory."""
