@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bench_works import TINY, WORKS
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, GlmImageTransformer2DModel
 from torch import nn
 from transformers import ByT5Tokenizer, GenerationConfig, T5Config, T5EncoderModel
@@ -50,7 +51,7 @@ LATENTS_STD = (
 class Scale:
     """Sizes of the modules, number of image codes, and pixels of a side."""
 
-    dit: dict[str, Any]
+    dit: Mapping[str, Any]
     text: dict[str, Any]
     glyphs: dict[str, Any]
     vae: dict[str, Any]
@@ -62,7 +63,7 @@ SCALES = {
     # zai-org/GLM-Image as published, but for the language model's image encoder, which text to image does not use,
     # and for the marks among its output codes (128 of 16512), which would end an image.
     "full": Scale(
-        dit={"num_attention_heads": 32, "attention_head_dim": 128},
+        dit=WORKS["glm-image"].sizes,
         text={
             "vocab_size": 168064,
             "hidden_size": 4096,
@@ -82,14 +83,7 @@ SCALES = {
         pixels=1024,
     ),
     "tiny": Scale(
-        dit={
-            "num_layers": 2,
-            "num_attention_heads": 4,
-            "attention_head_dim": 16,
-            "text_embed_dim": 32,
-            "time_embed_dim": 32,
-            "condition_dim": 16,
-        },
+        dit=TINY[GlmImageTransformer2DModel],
         text={},
         glyphs={"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4},
         vae={"block_out_channels": (8, 8, 16, 16), "layers_per_block": 1, "norm_num_groups": 4},

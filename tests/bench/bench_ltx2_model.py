@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from bench_device import default_dtype
+from bench_works import WORKS
 from diffusers import (
     AutoencoderKLLTX2Audio,
     AutoencoderKLLTX2Video,
@@ -93,7 +94,7 @@ class Version:
 VERSIONS = {
     "ltx-2": Version(
         tiny="2.0",
-        transformer={"rope_type": "split"},
+        transformer=WORKS["ltx2"].sizes,
         connectors={"rope_type": "split"},
         vae={"decoder_causal": False, "spatial_compression_ratio": 32, "temporal_compression_ratio": 8},
         vocoder=LTX2Vocoder,
@@ -101,7 +102,7 @@ VERSIONS = {
     "ltx-2.3": Version(
         tiny="2.3",
         transformer={
-            "rope_type": "split",
+            **WORKS["ltx2"].sizes,
             "gated_attn": True,
             "cross_attn_mod": True,
             "audio_gated_attn": True,

@@ -4,32 +4,60 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+from bench_inputs import (
+    Inputs,
+    causal_wan_inputs,
+    flux2_inputs,
+    flux_inputs,
+    glm_image_inputs,
+    hunyuan_video_inputs,
+    klein_inputs,
+    ltx2_inputs,
+    ltx2_tokens,
+    ltx_video_inputs,
+    qwen_edit_inputs,
+    qwen_inputs,
+    qwen_layered_inputs,
+    wan_inputs,
+    wan_ti2v_inputs,
+    z_image_inputs,
+)
+from bench_references import ConditionedQwenImage, StackedZImage
+from bench_steps import HIDDEN_STATES
 from diffusers import Flux2Transformer2DModel as Flux2Reference
 from diffusers import FluxTransformer2DModel as FluxReference
+from diffusers import GlmImageTransformer2DModel as GlmImageReference
 from diffusers import HunyuanVideoTransformer3DModel as HunyuanVideoReference
+from diffusers import LTX2VideoTransformer3DModel as Ltx2Reference
 from diffusers import LTXVideoTransformer3DModel as LtxVideoReference
 from diffusers import QwenImageTransformer2DModel as QwenImageReference
 from diffusers import WanTransformer3DModel as WanReference
-from diffusers import ZImageTransformer2DModel as ZImageReference
 from torch import Tensor
 
+from configs.models.dits.causal_wan import CausalWanTransformerConfig
 from configs.models.dits.flux import FluxTransformerConfig
 from configs.models.dits.flux2 import Flux2TransformerConfig
+from configs.models.dits.glm_image import GlmImageTransformerConfig
 from configs.models.dits.hunyuan_video import HunyuanVideoTransformerConfig
+from configs.models.dits.ltx2 import LTX2TransformerConfig
 from configs.models.dits.ltx_video import LTXVideoTransformerConfig
 from configs.models.dits.qwen_image import QwenImageTransformerConfig
 from configs.models.dits.wan import WanTransformerConfig
 from configs.models.dits.z_image import ZImageTransformerConfig
-from models.dits.base import DiffusionTransformer
+from models.dits.base import DiffusionTransformer, Predictions
+from models.dits.causal_wan import CausalWanTransformer3DModel
 from models.dits.flux import FluxTransformer2DModel
 from models.dits.flux2 import Flux2Transformer2DModel
 from models.dits.flux2_plan import FLUX2_PLAN
 from models.dits.flux_plan import FLUX_PLAN
+from models.dits.glm_image import GlmImageTransformer2DModel
+from models.dits.glm_image_plan import GLM_IMAGE_PLAN
 from models.dits.hunyuan_video import HunyuanVideoTransformer3DModel
 from models.dits.hunyuan_video_plan import HUNYUAN_VIDEO_PLAN
+from models.dits.ltx2 import LTX2VideoTransformer3DModel
+from models.dits.ltx2_plan import LTX2_PLAN
 from models.dits.ltx_video import LTXVideoTransformer3DModel
 from models.dits.ltx_video_plan import LTX_VIDEO_PLAN
 from models.dits.qwen_image import QwenImageTransformer2DModel
@@ -38,16 +66,22 @@ from models.dits.wan import WanTransformer3DModel
 from models.dits.wan_plan import WAN_PLAN
 from models.dits.z_image import ZImageTransformer2DModel
 from models.dits.z_image_plan import Z_IMAGE_PLAN
-from models.parallel.plan import ParallelPlan
 
-Inputs = dict[str, Any]
+if TYPE_CHECKING:
+    # Not imported when this runs, for step_pairs.py runs it with checkouts whose parallel plans are elsewhere.
+    from models.parallel.plan import ParallelPlan
+
+
+def _in_order(predictions: Predictions) -> tuple[Tensor, ...]:
+    return tuple(predictions.values())
 
 
 @dataclass(frozen=True)
 class Work:
     """A model of one size, and the inputs of one step: theirs and ours, by the names of forward().
 
-    `heads` is the entry of the reference's configuration with the number of heads.
+    `heads` is the entry of the reference's configuration with the number of heads. `latents` are the names of our
+    inputs that change from step to step. `parts` converts our predictions to the tuple that the reference returns.
     """
 
     title: str
@@ -58,134 +92,49 @@ class Work:
     plan: ParallelPlan
     goal_ms: float = 0.0
     heads: str = "num_attention_heads"
+    latents: tuple[str, ...] = (HIDDEN_STATES,)
+    parts: Callable[[Predictions], tuple[Tensor, ...]] = _in_order
 
 
-class StackedZImage(ZImageReference):  # type: ignore[misc]
-    """Diffusers' model, which takes a list of images and one of texts, on tensors."""
-
-    def forward(
-        self, hidden_states: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, return_dict: bool = False
-    ) -> tuple[Tensor]:
-        """Predictions (B, C, rows, columns)."""
-        del return_dict
-        images = list(hidden_states[:, :, None])
-        (made,) = super().forward(images, timestep, list(encoder_hidden_states), return_dict=False)
-        return (torch.stack(made)[:, :, 0],)
+def _causal_wan(config: Mapping[str, Any]) -> DiffusionTransformer:
+    causal = {"num_frames_per_block": 3, **config}
+    return CausalWanTransformer3DModel(CausalWanTransformerConfig.from_dict("transformer", causal))
 
 
-def _flux_inputs(tiny: bool) -> tuple[Inputs, Inputs]:
-    rows, text, width, pooled, channels = (4, 6, 32, 24, 64) if tiny else (64, 512, 4096, 768, 64)
-    shared: Inputs = {
-        "hidden_states": _normal(1, rows * rows, channels),
-        "encoder_hidden_states": _normal(1, text, width),
-        "pooled_projections": _normal(1, pooled),
-        "timestep": torch.tensor([0.75]),
-        "guidance": torch.tensor([3.5]),
-        "txt_ids": torch.zeros(text, 3),
-        "img_ids": torch.cartesian_prod(torch.zeros(1), torch.arange(float(rows)), torch.arange(float(rows))),
-    }
-    return dict(shared), shared
+def _flux(config: Mapping[str, Any]) -> DiffusionTransformer:
+    return FluxTransformer2DModel(FluxTransformerConfig.from_dict("transformer", config))
 
 
-def _qwen_inputs(tiny: bool) -> tuple[Inputs, Inputs]:
-    rows, text, width, channels = (4, 6, 24, 64) if tiny else (64, 200, 3584, 64)
-    shared: Inputs = {
-        "hidden_states": _normal(1, rows * rows, channels),
-        "encoder_hidden_states": _normal(1, text, width),
-        "timestep": torch.tensor([0.75]),
-    }
-    down = torch.arange(float(rows)) - rows // 2
-    positions: Inputs = {
-        "img_ids": torch.cartesian_prod(torch.zeros(1), down, down),
-        "txt_ids": (torch.arange(float(text)) + rows // 2)[:, None].expand(-1, 3),
-    }
-    return {**shared, "img_shapes": [[(1, rows, rows)]]}, {**shared, **positions}
+def _flux2(config: Mapping[str, Any]) -> DiffusionTransformer:
+    return Flux2Transformer2DModel(Flux2TransformerConfig.from_dict("transformer", config))
 
 
-def _wan_inputs(tiny: bool) -> tuple[Inputs, Inputs]:
-    frames, rows, columns, text, width = (2, 4, 4, 512, 16) if tiny else (21, 60, 104, 512, 4096)
-    shared: Inputs = {
-        "hidden_states": _normal(1, 16, frames, rows, columns),
-        "timestep": torch.tensor([750]),
-        "encoder_hidden_states": _normal(1, text, width),
-    }
-    return dict(shared), shared
+def _glm_image(config: Mapping[str, Any]) -> DiffusionTransformer:
+    return GlmImageTransformer2DModel(GlmImageTransformerConfig.from_dict("transformer", config))
 
 
-def _z_image_inputs(tiny: bool) -> tuple[Inputs, Inputs]:
-    rows, text, width = (4, 32, 24) if tiny else (64, 224, 2560)
-    shared: Inputs = {
-        "hidden_states": _normal(1, 16, 2 * rows, 2 * rows),
-        "timestep": torch.tensor([0.25]),
-        "encoder_hidden_states": _normal(1, text, width),
-    }
-    side = torch.arange(rows)
-    image_ids = torch.cartesian_prod(torch.tensor([text + 1]), side, side)
-    padded = torch.nn.functional.pad(image_ids, (0, 0, 0, -rows * rows % 32))
-    text_ids = torch.nn.functional.pad(1 + torch.arange(text)[:, None], (0, 2))
-    return dict(shared), {**shared, "text_ids": text_ids, "image_ids": padded}
+def _hunyuan_video(config: Mapping[str, Any]) -> DiffusionTransformer:
+    return HunyuanVideoTransformer3DModel(HunyuanVideoTransformerConfig.from_dict("transformer", config))
 
 
-def _hunyuan_video_inputs(tiny: bool) -> tuple[Inputs, Inputs]:
-    """The reference's text is padded to 256 tokens."""
-    sizes, text, width, pooled = ((2, 2, 2), 6, 24, 12) if tiny else ((16, 30, 52), 200, 4096, 768)
-    frames, rows, columns = sizes
-    shared: Inputs = {
-        "hidden_states": _normal(1, 16, frames, 2 * rows, 2 * columns),
-        "timestep": torch.tensor([750.0]),
-        "encoder_hidden_states": _normal(1, text, width),
-        "pooled_projections": _normal(1, pooled),
-    }
-    theirs: Inputs = {
-        **shared,
-        "encoder_hidden_states": torch.nn.functional.pad(shared["encoder_hidden_states"], (0, 0, 0, 256 - text)),
-        "encoder_attention_mask": (torch.arange(256) < text)[None].bfloat16(),
-        "guidance": torch.tensor([6000.0]),
-    }
-    video_ids = torch.cartesian_prod(*map(torch.arange, sizes))
-    return theirs, {**shared, "guidance": torch.tensor([6.0]), "video_ids": video_ids}
+def _ltx2(config: Mapping[str, Any]) -> DiffusionTransformer:
+    return LTX2VideoTransformer3DModel(LTX2TransformerConfig.from_dict("transformer", config))
 
 
-def _ltx_video_inputs(tiny: bool) -> tuple[Inputs, Inputs]:
-    """The reference's text is padded to 128 tokens."""
-    sizes, text, width = ((2, 2, 2), 6, 24) if tiny else ((21, 16, 24), 60, 4096)
-    frames, rows, columns = sizes
-    scale = (8 / 25, 32, 32)
-    axes = (torch.arange(float(size)) * unit for size, unit in zip(sizes, scale, strict=True))
-    shared: Inputs = {
-        "hidden_states": _normal(1, frames * rows * columns, 128),
-        "timestep": torch.tensor([750.0]),
-        "encoder_hidden_states": _normal(1, text, width),
-    }
-    theirs: Inputs = {
-        **shared,
-        "encoder_hidden_states": torch.nn.functional.pad(shared["encoder_hidden_states"], (0, 0, 0, 128 - text)),
-        "encoder_attention_mask": (torch.arange(128) < text)[None].bfloat16(),
-        "num_frames": frames,
-        "height": rows,
-        "width": columns,
-        "rope_interpolation_scale": scale,
-    }
-    return theirs, {**shared, "positions": torch.cartesian_prod(*axes)}
+def _ltx_video(config: Mapping[str, Any]) -> DiffusionTransformer:
+    return LTXVideoTransformer3DModel(LTXVideoTransformerConfig.from_dict("transformer", config))
 
 
-def _klein_inputs(tiny: bool) -> tuple[Inputs, Inputs]:
-    rows, text, width = (4, 6, 24) if tiny else (64, 512, 7680)
-    side = torch.arange(float(rows))
-    zero = torch.zeros(1)
-    shared: Inputs = {
-        "hidden_states": _normal(1, rows * rows, 128),
-        "encoder_hidden_states": _normal(1, text, width),
-        "timestep": torch.tensor([0.75]),
-        "guidance": None,
-        "img_ids": torch.cartesian_prod(zero, side, side, zero),
-        "txt_ids": torch.nn.functional.pad(torch.arange(float(text))[:, None], (3, 0)),
-    }
-    return dict(shared), shared
+def _qwen(config: Mapping[str, Any]) -> DiffusionTransformer:
+    return QwenImageTransformer2DModel(QwenImageTransformerConfig.from_dict("transformer", config))
 
 
-def _normal(*shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(len(shape))).bfloat16()
+def _wan(config: Mapping[str, Any]) -> DiffusionTransformer:
+    return WanTransformer3DModel(WanTransformerConfig.from_dict("transformer", config))
+
+
+def _z_image(config: Mapping[str, Any]) -> DiffusionTransformer:
+    return ZImageTransformer2DModel(ZImageTransformerConfig.from_dict("transformer", config))
 
 
 WORKS = {
@@ -193,8 +142,8 @@ WORKS = {
         "FLUX.1-dev 1024x1024, 512 text tokens",
         FluxReference,
         {"guidance_embeds": True},
-        lambda config: FluxTransformer2DModel(FluxTransformerConfig.from_dict("transformer", config)),
-        _flux_inputs,
+        _flux,
+        flux_inputs,
         FLUX_PLAN,
         112,
     ),
@@ -202,8 +151,8 @@ WORKS = {
         "Wan2.1-1.3B 480x832, 81 frames, no guidance",
         WanReference,
         {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30, "text_dim": 4096},
-        lambda config: WanTransformer3DModel(WanTransformerConfig.from_dict("transformer", config)),
-        _wan_inputs,
+        _wan,
+        wan_inputs,
         WAN_PLAN,
         440,
     ),
@@ -211,8 +160,8 @@ WORKS = {
         "Qwen-Image 1024x1024, 200 text tokens",
         QwenImageReference,
         {"in_channels": 64, "out_channels": 16},
-        lambda config: QwenImageTransformer2DModel(QwenImageTransformerConfig.from_dict("transformer", config)),
-        _qwen_inputs,
+        _qwen,
+        qwen_inputs,
         QWEN_IMAGE_PLAN,
         115,
     ),
@@ -220,24 +169,24 @@ WORKS = {
         "Wan2.1-14B and one expert of Wan2.2-A14B 480x832, 81 frames, no guidance",
         WanReference,
         {"num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 40, "text_dim": 4096},
-        lambda config: WanTransformer3DModel(WanTransformerConfig.from_dict("transformer", config)),
-        _wan_inputs,
+        _wan,
+        wan_inputs,
         WAN_PLAN,
     ),
     "hunyuan-video": Work(
         "HunyuanVideo 480x832, 61 frames, 200 text tokens",
         HunyuanVideoReference,
         {},
-        lambda config: HunyuanVideoTransformer3DModel(HunyuanVideoTransformerConfig.from_dict("transformer", config)),
-        _hunyuan_video_inputs,
+        _hunyuan_video,
+        hunyuan_video_inputs,
         HUNYUAN_VIDEO_PLAN,
     ),
     "z-image": Work(
         "Z-Image 1024x1024, 224 text tokens, no guidance",
         StackedZImage,
         {},
-        lambda config: ZImageTransformer2DModel(ZImageTransformerConfig.from_dict("transformer", config)),
-        _z_image_inputs,
+        _z_image,
+        z_image_inputs,
         Z_IMAGE_PLAN,
         heads="n_heads",
     ),
@@ -245,8 +194,8 @@ WORKS = {
         "LTX-Video 2B 512x768, 161 frames, 60 text tokens, no guidance",
         LtxVideoReference,
         {},
-        lambda config: LTXVideoTransformer3DModel(LTXVideoTransformerConfig.from_dict("transformer", config)),
-        _ltx_video_inputs,
+        _ltx_video,
+        ltx_video_inputs,
         LTX_VIDEO_PLAN,
     ),
     "klein": Work(
@@ -259,9 +208,76 @@ WORKS = {
             "joint_attention_dim": 7680,
             "guidance_embeds": False,
         },
-        lambda config: Flux2Transformer2DModel(Flux2TransformerConfig.from_dict("transformer", config)),
-        _klein_inputs,
+        _flux2,
+        klein_inputs,
         FLUX2_PLAN,
+    ),
+    "flux2-dev": Work(
+        "FLUX.2-dev 1024x1024, 512 text tokens, half of its layers (4 and 24)",
+        Flux2Reference,
+        {"num_layers": 4, "num_single_layers": 24},
+        _flux2,
+        flux2_inputs,
+        FLUX2_PLAN,
+    ),
+    "qwen-edit-plus": Work(
+        "Qwen-Image-Edit-Plus 2511 1024x1024, two given images, 200 text tokens",
+        ConditionedQwenImage,
+        {"in_channels": 64, "out_channels": 16, "zero_cond_t": True},
+        _qwen,
+        qwen_edit_inputs,
+        QWEN_IMAGE_PLAN,
+        latents=(HIDDEN_STATES, "condition_states"),
+    ),
+    "qwen-layered": Work(
+        "Qwen-Image-Layered 640x640, four layers, 200 text tokens",
+        ConditionedQwenImage,
+        {"in_channels": 64, "out_channels": 16, "use_additional_t_cond": True, "use_layer3d_rope": True},
+        _qwen,
+        qwen_layered_inputs,
+        QWEN_IMAGE_PLAN,
+        latents=(HIDDEN_STATES, "condition_states"),
+    ),
+    "wan-ti2v": Work(
+        "Wan2.2-TI2V-5B 704x1280, 121 frames, a given first frame, no guidance",
+        WanReference,
+        {
+            "num_attention_heads": 24,
+            "in_channels": 48,
+            "out_channels": 48,
+            "ffn_dim": 14336,
+            "num_layers": 30,
+            "text_dim": 4096,
+        },
+        _wan,
+        wan_ti2v_inputs,
+        WAN_PLAN,
+    ),
+    "causal-wan": Work(
+        "Causal Wan2.1-1.3B 480x832, the first block (3 latent frames) of 81 frames",
+        WanReference,
+        {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30, "text_dim": 4096},
+        _causal_wan,
+        causal_wan_inputs,
+        WAN_PLAN,
+    ),
+    "glm-image": Work(
+        "GLM-Image 1024x1024, 64 glyph tokens, no guidance",
+        GlmImageReference,
+        {"num_attention_heads": 32, "attention_head_dim": 128},
+        _glm_image,
+        glm_image_inputs,
+        GLM_IMAGE_PLAN,
+    ),
+    "ltx2": Work(
+        "LTX-2 512x768, 121 frames with sound, 1024 text tokens, no guidance",
+        Ltx2Reference,
+        {"rope_type": "split"},
+        _ltx2,
+        ltx2_inputs,
+        LTX2_PLAN,
+        latents=(HIDDEN_STATES, "audio_hidden_states"),
+        parts=ltx2_tokens,
     ),
 }
 
@@ -274,6 +290,25 @@ TINY: Mapping[type[Any], Mapping[str, Any]] = {
         "pooled_projection_dim": 24,
     },
     QwenImageReference: {**_SMALL_HEADS, "joint_attention_dim": 24},
+    ConditionedQwenImage: {**_SMALL_HEADS, "joint_attention_dim": 24},
+    GlmImageReference: {
+        "num_layers": 2,
+        "num_attention_heads": 4,
+        "attention_head_dim": 16,
+        "text_embed_dim": 32,
+        "time_embed_dim": 32,
+        "condition_dim": 16,
+    },
+    Ltx2Reference: {
+        "num_layers": 2,
+        "num_attention_heads": 4,
+        "attention_head_dim": 16,
+        "cross_attention_dim": 64,
+        "audio_num_attention_heads": 4,
+        "audio_attention_head_dim": 8,
+        "audio_cross_attention_dim": 32,
+        "caption_channels": 24,
+    },
     WanReference: {
         "num_layers": 2,
         "attention_head_dim": 16,

@@ -31,6 +31,7 @@ from bench_glm_image import (
 )
 from bench_meter import CallCount, Meter
 from bench_report import median, print_machine, print_table, say
+from bench_steps import HIDDEN_STATES
 from denoise_step import STEPS, error, float32_prediction, in_turns, peak_beside, step_milliseconds, step_of
 from diffusers import FlowMatchEulerDiscreteScheduler, GlmImagePipeline
 from torch import Tensor
@@ -158,9 +159,10 @@ def print_predictions(setup: Setup, inputs: dict[str, Any]) -> None:
     exact = float32_prediction(theirs, inputs)
     given = dict(inputs)
     hidden_states, timestep = given.pop("hidden_states"), given.pop("timestep")
+    ours = step_of(setup.transformer, {HIDDEN_STATES: hidden_states}, timestep[None].expand(STEPS, -1), given)
     sides: dict[str, Callable[[], Tensor]] = {
         "Diffusers": lambda: theirs(**inputs, return_dict=False)[0],
-        "ours": step_of(setup.transformer, hidden_states, timestep[None].expand(STEPS, -1), given),
+        "ours": lambda: ours()[HIDDEN_STATES],
     }
     errors = {name: error(run(), exact) for name, run in sides.items()}
     peaks = {name: peak_beside(run, device) for name, run in sides.items()}

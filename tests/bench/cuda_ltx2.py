@@ -20,10 +20,14 @@ from typing import Any
 import torch
 from bench_device import empty, now
 from bench_image import png, smooth_image
+from bench_inputs import LTX2_FRAME_RATE as FRAME_RATE
+from bench_inputs import ltx2_step, ltx2_tokens
 from bench_ltx2_model import VERSIONS, Modules, build, config_of, loaded_of, same_weights, stages_of
 from bench_report import median, print_machine, print_table, say
 from bench_sides import Side, StageMeter, latents_error, print_sides
 from bench_steps import RequestSteps, new_pool
+from bench_weights import on
+from bench_works import WORKS
 from denoise_step import STEPS, error, float32_predictions, in_turns, step_milliseconds
 from diffusers import LTX2ImageToVideoPipeline, LTX2Pipeline
 from PIL import Image
@@ -34,7 +38,6 @@ from common.local import HostedStages
 from common.stage import Call
 from configs.pipeline_configs.ltx2 import LTX2ImageToVideoPipelineConfig, LTX2PipelineConfig
 from configs.sample.ltx2 import LTX2ImageToVideoSamplingParams, LTX2SamplingParams
-from models.dits.base import Predictions
 from models.dits.ltx2 import LTX2VideoTransformer3DModel as OurTransformer
 from models.kernels.trials import try_packages
 from models.pipelines import ltx2 as pipelines
@@ -43,7 +46,6 @@ from models.runtime import Runtime
 PROMPT = "a red apple on the old stone, and the river"
 SEED = 7
 DTYPE = torch.bfloat16
-FRAME_RATE = 24.0
 PREPARATION = "latent_preparation"
 IMAGE_PREPARATION = "image_encoding and latent_preparation"
 VIDEO_ALONE = "decoding, video VAE alone"
@@ -233,28 +235,12 @@ def decode_parts(latents: Mapping[str, Tensor], loaded: Modules, side: Side, dev
 @torch.inference_mode()
 def measure_prediction(theirs: Any, ours: OurTransformer, size: Request, device: torch.device, repeats: int) -> None:
     """Time one prediction of the positive branch, the sides alternately, and print its error against float32."""
-    latents, text = example_inputs(ours, size, device)
-    grid, length = latents["hidden_states"].shape[2:], latents["audio_hidden_states"].shape[2]
-    timestep = torch.tensor([750.0], device=device)
-    mask = torch.ones(1, size["max_sequence_length"], dtype=torch.int64, device=device)
-    reference: Request = {
-        "hidden_states": tokens_of(latents)[0],
-        "audio_hidden_states": tokens_of(latents)[1],
-        **text,
-        "timestep": timestep,
-        "sigma": timestep,
-        "encoder_attention_mask": mask,
-        "audio_encoder_attention_mask": mask,
-        **dict(zip(("num_frames", "height", "width"), grid, strict=True)),
-        "audio_num_frames": length,
-        "fps": FRAME_RATE,
-        "use_cross_timestep": True,
-    }
+    reference, given = (on(device, each) for each in ltx2_step(**step_sizes(ours, size)))
     exact = float32_predictions(theirs, reference)
-    given = {**text, "fps": torch.tensor([FRAME_RATE], device=device)}
+    latents, timestep = {name: given.pop(name) for name in WORKS["ltx2"].latents}, given.pop("timestep")
     with RequestSteps(new_pool(device), ours, timestep[None].expand(STEPS, -1), given, latents) as steps:
         sides: dict[str, Callable[[], tuple[Tensor, ...]]] = {
-            "ours": lambda: tokens_of(steps.predict_parts(latents, 0)),
+            "ours": lambda: ltx2_tokens(steps.predict_parts(latents, 0)),
             "Diffusers": lambda: theirs(**reference, return_dict=False),
         }
         errors = {name: [error(*pair) for pair in zip(run(), exact, strict=True)] for name, run in sides.items()}
@@ -268,30 +254,18 @@ def measure_prediction(theirs: Any, ours: OurTransformer, size: Request, device:
     say(f"Ours takes {median(spent['ours']) / median(spent['Diffusers']):.2f} of Diffusers")
 
 
-def example_inputs(ours: OurTransformer, size: Request, device: torch.device) -> tuple[dict[str, Tensor], Request]:
-    """Random latents and text embeddings by keyword, bfloat16; audio latents have one mel bin of all channels."""
-    config, tokens = ours.config, size["max_sequence_length"]
-    torch.manual_seed(SEED)
-    grid = (size["height"] // config.spatial_factor, size["width"] // config.spatial_factor)
-    frames = (size["num_frames"] - 1) // config.temporal_factor + 1
+def step_sizes(ours: OurTransformer, size: Request) -> Request:
+    """Arguments of ltx2_step() for a request of a size."""
+    config = ours.config
+    rows, columns = (size[side] // config.spatial_factor for side in ("height", "width"))
     per_second = config.audio_sampling_rate / config.audio_hop_length / config.audio_factor
-    length = round(size["num_frames"] / FRAME_RATE * per_second)
-    draw = partial(torch.randn, dtype=DTYPE, device=device)
-    latents = {
-        "hidden_states": draw(1, config.video.in_channels, frames, *grid),
-        "audio_hidden_states": draw(1, config.audio.in_channels, length, 1),
+    return {
+        "grid": ((size["num_frames"] - 1) // config.temporal_factor + 1, rows, columns),
+        "sound": round(size["num_frames"] / FRAME_RATE * per_second),
+        "text": size["max_sequence_length"],
+        "widths": tuple(config.caption_channels or each.hidden_size for each in (config.video, config.audio)),
+        "channels": (config.video.in_channels, config.audio.in_channels),
     }
-    text = {
-        "encoder_hidden_states": draw(1, tokens, config.caption_channels or config.video.hidden_size),
-        "audio_encoder_hidden_states": draw(1, tokens, config.caption_channels or config.audio.hidden_size),
-    }
-    return latents, text
-
-
-def tokens_of(latents: Predictions) -> tuple[Tensor, Tensor]:
-    """Tokens of video (B, S, C) and audio (B, L, C x bins), as Diffusers' model takes and returns them."""
-    video, audio = latents["hidden_states"], latents["audio_hidden_states"]
-    return video.flatten(2).transpose(1, 2), audio.transpose(1, 2).flatten(2)
 
 
 if __name__ == "__main__":

@@ -11,26 +11,23 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from bench_device import empty, milliseconds, now
+from bench_inputs import Inputs
 from bench_report import median, print_machine, print_table, say
-from bench_steps import HIDDEN_STATES, RequestSteps, new_pool
-from bench_works import TINY, WORKS, Inputs, Work
-from diffusers import WanTransformer3DModel
+from bench_steps import RequestSteps, new_pool
+from bench_weights import build_reference, on, same_weights
+from bench_works import WORKS, Work
 from torch import Tensor, nn
 
-from models.dits.base import DiffusionTransformer
-from models.dits.wan import FLOAT32_PARAMETERS
+from models.dits.base import DiffusionTransformer, Predictions
 from models.kernels.trials import try_packages
-from models.layers.linear import absent_biases, join_all_weights, quantize_linears
-from models.parallel.mesh import WorkerMesh
-from models.parallel.parallelize import parallelize
-from models.parallel.shards import parameter_shards
+from models.layers.linear import join_all_weights, quantize_linears
 from models.stages.predictor import StepCaching
 from models.warm_up import STEPS as WARM_UP_STEPS
 
@@ -67,30 +64,35 @@ def measure(work: Work, device: torch.device, args: argparse.Namespace) -> None:
     theirs = build_reference(work, device, tiny=tiny)
     ours = same_weights(work, theirs)
     their_inputs, our_inputs = (on(device, given) for given in work.inputs(tiny))
-    exact = float32_prediction(theirs, their_inputs)
+    exact = float32_predictions(theirs, their_inputs)
     join_all_weights(ours)
-    hidden_states, timestep = our_inputs.pop("hidden_states"), our_inputs.pop("timestep")
-    timesteps = timestep[None].expand(STEPS, -1)
-    print_first_requests(ours, hidden_states, timesteps, our_inputs)
-    sides: dict[str, Callable[[], Tensor]] = {
-        "Diffusers": lambda: theirs(**their_inputs, return_dict=False)[0],
-        "ours": step_of(ours, hidden_states, timesteps, our_inputs),
+    latents, timestep = {name: our_inputs.pop(name) for name in work.latents}, our_inputs.pop("timestep")
+    timesteps = timestep[None].expand(STEPS, *timestep.shape)
+    print_first_requests(ours, latents, timesteps, our_inputs)
+
+    def side(model: DiffusionTransformer, caching: StepCaching | None = None) -> Callable[[], tuple[Tensor, ...]]:
+        step = step_of(model, latents, timesteps, our_inputs, caching)
+        return lambda: work.parts(step())
+
+    sides: dict[str, Callable[[], tuple[Tensor, ...]]] = {
+        "Diffusers": lambda: theirs(**their_inputs, return_dict=False),
+        "ours": side(ours),
     }
     if args.linear_dtype == "float8":
         quantised = same_weights(work, theirs)
         quantize_linears(quantised, work.plan.block_linears)
-        sides["ours, float8"] = step_of(quantised, hidden_states, timesteps, our_inputs)
+        sides["ours, float8"] = side(quantised)
     if args.step_cache is not None:
         # The inputs never change: with a threshold above 0 all steps but the first are reused, below it none are.
         for name, threshold in (("ours, reused", 1.0), ("ours, probed and computed", -1.0)):
-            sides[name] = step_of(ours, hidden_states, timesteps, our_inputs, StepCaching(threshold))
-    errors = {name: error(run(), exact) for name, run in sides.items()}
+            sides[name] = side(ours, StepCaching(threshold))
+    errors = {name: largest_error(run(), exact) for name, run in sides.items()}
     peaks = {name: peak_beside(run, device) for name, run in sides.items()}
     if args.compile:
         began = time.perf_counter()
         theirs.compile_repeated_blocks(fullgraph=True)
         sides["Diffusers, compiled"] = sides.pop("Diffusers")
-        errors["Diffusers, compiled"] = error(sides["Diffusers, compiled"](), exact)
+        errors["Diffusers, compiled"] = largest_error(sides["Diffusers, compiled"](), exact)
         say(f"Diffusers compiled in {time.perf_counter() - began:.0f} s")
     spent = in_turns(sides, partial(step_milliseconds, device=device), args.repeats)
     once = 1e3 * timed(lambda: ours.prepare(timesteps, **our_inputs), device)
@@ -111,7 +113,7 @@ def measure(work: Work, device: torch.device, args: argparse.Namespace) -> None:
         elif name != "ours":
             say(f"{name} takes {median(spent[name]) / median(spent['ours']):.2f} of ours")
     if args.step_cache is not None:
-        print_cached_loop(ours, hidden_states, timestep, our_inputs, args.step_cache)
+        print_cached_loop(ours, latents, timestep, our_inputs, args.step_cache)
     say()
     for name, run in sides.items() if args.profile else ():
         if name.startswith("ours"):
@@ -120,93 +122,64 @@ def measure(work: Work, device: torch.device, args: argparse.Namespace) -> None:
 
 def step_of(
     ours: DiffusionTransformer,
-    hidden_states: Tensor,
+    latents: Mapping[str, Tensor],
     timesteps: Tensor,
     inputs: Inputs,
     caching: StepCaching | None = None,
-) -> Callable[[], Tensor]:
+) -> Callable[[], Predictions]:
     """A step of ours, as the denoising stage runs it."""
-    steps = RequestSteps(
-        new_pool(hidden_states.device), ours, timesteps, inputs, {HIDDEN_STATES: hidden_states}, caching
-    )
-    return lambda: steps.predict(hidden_states, 0)
+    steps = RequestSteps(new_pool(timesteps.device), ours, timesteps, inputs, latents, caching)
+    return lambda: steps.predict_parts(latents, 0)
 
 
 def print_cached_loop(
-    ours: DiffusionTransformer, noise: Tensor, timestep: Tensor, inputs: Inputs, threshold: float
+    ours: DiffusionTransformer, noise: Mapping[str, Tensor], timestep: Tensor, inputs: Inputs, threshold: float
 ) -> None:
-    """Euler's loop from noise over evenly spaced steps, with a step cache and without; each is run twice."""
-    sigmas = torch.linspace(1, 0, STEPS + 1, device=noise.device)
-    whole = 1000 if timestep.item() > 1 else 1
-    timesteps = (sigmas[:-1, None] * whole).to(timestep.dtype).expand(-1, len(noise))
+    """Euler's loop from noise over evenly spaced steps, with a step cache and without; each is run twice.
+
+    Latents without a prediction, and timesteps of 0, are those of given images and stay as they are.
+    """
+    device = timestep.device
+    sigmas = torch.linspace(1, 0, STEPS + 1, device=device)
+    whole = (1000 if timestep.max() > 1 else 1) * (timestep > 0)
+    timesteps = (sigmas[:-1].view(-1, *(1 for _ in timestep.shape)) * whole).to(timestep.dtype)
     made, spent, reused = [], [], 0
     for caching in (None, StepCaching(threshold)):
-        pool = new_pool(noise.device)
+        pool = new_pool(device)
         for _ in range(2):
-            with RequestSteps(pool, ours, timesteps, inputs, {HIDDEN_STATES: noise}, caching) as steps:
-                latents, began = noise, now(noise.device)
+            with RequestSteps(pool, ours, timesteps, inputs, noise, caching) as steps:
+                latents, began = dict(noise), now(device)
                 for step in range(STEPS):
-                    velocity = steps.predict(latents, step)
-                    latents = latents + ((sigmas[step + 1] - sigmas[step]) * velocity).to(latents.dtype)
-                took, reused = now(noise.device) - began, steps.reused
-        made.append(latents.double())
+                    for name, velocity in steps.predict_parts(latents, step).items():
+                        change = (sigmas[step + 1] - sigmas[step]) * velocity
+                        latents[name] = latents[name] + change.to(velocity.dtype)
+                took, reused = now(device) - began, steps.reused
+        made.append(tuple(each.double() for each in latents.values()))
         spent.append(1e3 * took / STEPS)
     say(
         f"A loop of {STEPS} steps: {spent[0]:.1f} ms a step, and {spent[1]:.1f} ms with a step cache of {threshold:g}, "
-        f"which reuses {reused} steps; relative L2 of its latents {error(made[1], made[0]):.2e}"
+        f"which reuses {reused} steps; relative L2 of its latents {largest_error(made[1], made[0]):.2e}"
     )
 
 
-def print_first_requests(ours: DiffusionTransformer, hidden_states: Tensor, timesteps: Tensor, inputs: Inputs) -> None:
+def print_first_requests(
+    ours: DiffusionTransformer, latents: Mapping[str, Tensor], timesteps: Tensor, inputs: Inputs
+) -> None:
     """Three requests of three steps each, with what a service does before them: the warm-up, the first, the second."""
 
-    pool = new_pool(hidden_states.device)
+    pool = new_pool(timesteps.device)
 
     def request(prepared_steps: int) -> None:
-        with RequestSteps(pool, ours, timesteps[:prepared_steps], inputs, {HIDDEN_STATES: hidden_states}) as steps:
+        with RequestSteps(pool, ours, timesteps[:prepared_steps], inputs, latents) as steps:
             for step in range(WARM_UP_STEPS):
-                steps.predict(hidden_states, step)
+                steps.predict_parts(latents, step)
 
-    spent = [1e3 * timed(partial(request, steps), hidden_states.device) for steps in (WARM_UP_STEPS, STEPS, STEPS)]
+    spent = [1e3 * timed(partial(request, steps), timesteps.device) for steps in (WARM_UP_STEPS, STEPS, STEPS)]
     say(
         f"{WARM_UP_STEPS} steps with their preparation: {spent[0]:.1f} ms to warm up, then {spent[1]:.1f} ms in the "
         f"first request and {spent[2]:.1f} ms in the second, that is {spent[1] / spent[2]:.2f} of the second's"
     )
     say()
-
-
-def build_reference(work: Work, device: torch.device, *, tiny: bool) -> Any:
-    """Diffusers' model with random weights of a scale that keeps activations in bounds."""
-    torch.manual_seed(0)
-    sizes = {**work.sizes, **(TINY[work.reference] if tiny else {})}
-    previous = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with device:
-            model = work.reference(**sizes)
-    finally:
-        torch.set_default_dtype(previous)
-    for name, parameter in model.named_parameters():
-        if work.reference is WanTransformer3DModel and any(part in name for part in FLOAT32_PARAMETERS):
-            parameter.data = parameter.data.float()
-    return model.requires_grad_(False).eval()
-
-
-def same_weights(work: Work, theirs: Any, mesh: WorkerMesh | None = None) -> DiffusionTransformer:
-    """Our model, or this rank's part of it, over the reference's own tensors."""
-    with torch.device("meta"):
-        ours = work.ours(dict(theirs.config))
-    parallelize(ours, work.plan, mesh, heads=theirs.config[work.heads])
-    shards, like = parameter_shards(ours), next(theirs.parameters())
-    state = {name: shards[name].cut(value) if name in shards else value for name, value in theirs.state_dict().items()}
-    zeros = {name: torch.zeros(ours.get_parameter(name).shape).to(like) for name in absent_biases(ours)}
-    ours.load_state_dict(state | zeros, strict=True, assign=True)
-    return ours.requires_grad_(False).eval()
-
-
-def on(device: torch.device, given: Inputs) -> Inputs:
-    """The inputs on the device."""
-    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in given.items()}
 
 
 def float32_prediction(model: Any, inputs: Inputs) -> Tensor:
@@ -247,6 +220,11 @@ def _widened(value: Any) -> Any:
 def error(prediction: Tensor, exact: Tensor) -> float:
     """Relative L2."""
     return float((prediction.double() - exact).norm() / exact.norm())
+
+
+def largest_error(predictions: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
+    """Relative L2 of the part with the largest, such as video or sound."""
+    return max(error(*pair) for pair in zip(predictions, exact, strict=True))
 
 
 def timed(run: Callable[[], object], device: torch.device) -> float:

@@ -19,24 +19,19 @@ from typing import Any
 import torch
 from bench_device import empty
 from bench_report import median, print_machine, print_table, say
-from bench_steps import HIDDEN_STATES, RequestSteps, new_pool
+from bench_steps import RequestSteps, new_pool
+from bench_weights import build_reference, on, on_meta, over_weights
 from bench_works import WORKS, Work
-from denoise_step import (
-    STEPS,
-    build_reference,
-    error,
-    float32_prediction,
-    in_turns,
-    on,
-    same_weights,
-    step_milliseconds,
-)
+from denoise_step import STEPS, float32_predictions, in_turns, largest_error, step_milliseconds
 from diffusers import ContextParallelConfig
 from torch import Tensor, distributed
 
+from models.dits.base import DiffusionTransformer
 from models.kernels.trials import try_packages
 from models.layers.linear import join_all_weights
 from models.parallel.mesh import Degrees, WorkerMesh, make_mesh
+from models.parallel.parallelize import parallelize
+from models.parallel.shards import parameter_shards
 
 
 def main() -> None:
@@ -77,24 +72,34 @@ def measure(work: Work, mesh: WorkerMesh, args: argparse.Namespace) -> None:
     device, tiny = mesh.device, args.scale == "tiny"
     theirs = build_reference(work, device, tiny=tiny)
     their_inputs, our_inputs = (on(device, given) for given in work.inputs(tiny))
-    exact = float32_prediction(theirs, their_inputs)
-    ours = same_weights(work, theirs, mesh)
+    exact = float32_predictions(theirs, their_inputs)
+    ours = sharded_weights(work, theirs, mesh)
     join_all_weights(ours)
-    hidden_states, timestep = our_inputs.pop("hidden_states"), our_inputs.pop("timestep")
-    timesteps, latents = timestep[None].expand(STEPS, -1), {HIDDEN_STATES: hidden_states}
-    steps = RequestSteps(new_pool(device), ours, timesteps, our_inputs, latents)
-    sides: dict[str, Callable[[], Tensor]] = {f"ours, {mesh.degrees}": lambda: steps.predict(hidden_states, 0)}
+    latents, timestep = {name: our_inputs.pop(name) for name in work.latents}, our_inputs.pop("timestep")
+    steps = RequestSteps(new_pool(device), ours, timestep[None].expand(STEPS, *timestep.shape), our_inputs, latents)
+    sides: dict[str, Callable[[], tuple[Tensor, ...]]] = {
+        f"ours, {mesh.degrees}": lambda: work.parts(steps.predict_parts(latents, 0))
+    }
     if not args.alone:
         name = f"Diffusers, ulysses={mesh.degrees.world_size}{', compiled' if args.compile else ''}"
         share_out(theirs, device, mesh.degrees.world_size, compiled=args.compile)
-        sides[name] = lambda: theirs(**their_inputs, return_dict=False)[0]
-    errors = {name: error(run(), exact) for name, run in sides.items()}
+        sides[name] = lambda: theirs(**their_inputs, return_dict=False)
+    errors = {name: largest_error(run(), exact) for name, run in sides.items()}
     spent = in_turns(sides, partial(slowest_milliseconds, device), args.repeats)
     if mesh.rank == 0:
         say(f"## {work.title}{' (tiny)' if tiny else ''}")
         say()
         header = ("", "ms a step", "fastest", "error")
         print_table(header, [(name, median(each), min(each), f"{errors[name]:.2e}") for name, each in spent.items()])
+
+
+def sharded_weights(work: Work, theirs: Any, mesh: WorkerMesh) -> DiffusionTransformer:
+    """This rank's part of our model, over the reference's own tensors or copies of their shards."""
+    ours = on_meta(work, theirs)
+    parallelize(ours, work.plan, mesh, heads=theirs.config[work.heads])
+    shards = parameter_shards(ours)
+    state = {name: shards[name].cut(value) if name in shards else value for name, value in theirs.state_dict().items()}
+    return over_weights(ours, state)
 
 
 def share_out(theirs: Any, device: torch.device, ranks: int, *, compiled: bool) -> None:

@@ -1,0 +1,119 @@
+"""One checkout's side of step_pairs.py: builds our denoiser of a work and times its step when asked.
+
+Works and weights are those of step_pairs.py's checkout. DiTs, kernels and bench_steps.py, which calls the denoising
+stage, are those of the measured checkout: step_pairs.py puts them first in PYTHONPATH. Commands are lines of JSON on
+stdin, answers lines of JSON on stdout; all other output is on stderr. An error ends the process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench_device import empty, milliseconds, now
+from bench_steps import RequestSteps, new_pool
+from bench_weights import build_reference, on, same_weights
+from bench_works import WORKS
+from torch import Tensor
+
+import models
+from models.kernels.trials import try_packages
+from models.layers.linear import join_all_weights
+
+STEPS = 4
+WARM_UP_STEPS = 3
+"""The third step is the first that only replays a captured graph."""
+
+
+def main() -> None:
+    """Answer commands until stdin ends."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tree", type=Path, required=True, help="the measured checkout")
+    parser.add_argument("--device", required=True, choices=("cuda", "cpu"))
+    parser.add_argument("--scale", required=True, choices=("full", "tiny"))
+    args = parser.parse_args()
+    with os.fdopen(os.dup(sys.stdout.fileno()), "w") as answers:
+        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+        imported = Path(models.__path__[0]).parent
+        if not imported.samefile(args.tree):
+            raise RuntimeError(f"--tree: {args.tree} is not {imported}, which models is imported from; set PYTHONPATH")
+        device = torch.device(args.device)
+        try_packages(device)
+        side = Side(device, is_tiny=args.scale == "tiny")
+        _answer(answers, {"works": list(WORKS)})
+        for line in sys.stdin:
+            command = json.loads(line)
+            _answer(answers, side.build(command["build"]) if "build" in command else side.measure(command["measure"]))
+
+
+class Side:
+    """At most one denoiser, with a prepared request."""
+
+    def __init__(self, device: torch.device, *, is_tiny: bool) -> None:
+        self._device = device
+        self._is_tiny = is_tiny
+        self._resources = ExitStack()
+        self._step: Callable[[], Sequence[Tensor]] | None = None
+
+    @torch.inference_mode()
+    def build(self, name: str) -> dict[str, Any]:
+        """Draw the work's weights, run a few steps, and return a digest of the last one.
+
+        Raises RuntimeError for a prediction that is not finite: its digest would compare nothing.
+        """
+        self._step = None
+        self._resources.close()
+        empty(self._device)
+        work = WORKS[name]
+        # The reference is freed before weights are joined: both copies on both sides would not fit in a GPU's memory.
+        ours = same_weights(work, build_reference(work, self._device, tiny=self._is_tiny))
+        empty(self._device)
+        join_all_weights(ours)
+        empty(self._device)
+        inputs = on(self._device, work.inputs(self._is_tiny)[1])
+        latents, timestep = {name: inputs.pop(name) for name in work.latents}, inputs.pop("timestep")
+        timesteps = timestep[None].expand(STEPS, *timestep.shape)
+        steps = RequestSteps(new_pool(self._device), ours, timesteps, inputs, latents)
+        self._resources.enter_context(steps)
+        self._step = lambda: work.parts(steps.predict_parts(latents, 0))
+        for _ in range(WARM_UP_STEPS):
+            predictions = self._step()
+        if not all(bool(each.isfinite().all()) for each in predictions):
+            raise RuntimeError(f"{name}: a prediction is not finite")
+        return {"digest": _digest(predictions)}
+
+    @torch.inference_mode()
+    def measure(self, steps: int) -> dict[str, Any]:
+        """Milliseconds of a step, from a burst of steps; on a GPU by its own clock."""
+        assert self._step is not None, "build comes before measure"
+        if self._device.type == "cuda":
+            return {"milliseconds": milliseconds(self._step, calls=steps)}
+        began = now(self._device)
+        for _ in range(steps):
+            self._step()
+        return {"milliseconds": 1e3 * (now(self._device) - began) / steps}
+
+
+def _digest(predictions: Sequence[Tensor]) -> str:
+    """SHA-256 of all bytes."""
+    digest = hashlib.sha256()
+    for each in predictions:
+        digest.update(each.contiguous().flatten().view(torch.uint8).cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _answer(answers: Any, message: dict[str, Any]) -> None:
+    answers.write(json.dumps(message) + "\n")
+    answers.flush()
+
+
+if __name__ == "__main__":
+    main()

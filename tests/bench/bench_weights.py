@@ -1,0 +1,53 @@
+"""A work's models with random weights: Diffusers', and ours over the same tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from bench_device import default_dtype
+from bench_inputs import Inputs
+from bench_works import TINY, Work
+from diffusers import WanTransformer3DModel
+from torch import Tensor
+
+from models.dits.base import DiffusionTransformer
+from models.dits.wan import FLOAT32_PARAMETERS
+from models.layers.linear import absent_biases
+
+
+def build_reference(work: Work, device: torch.device, *, tiny: bool) -> Any:
+    """Diffusers' model with random weights of a scale that keeps activations in bounds; the same at every call."""
+    torch.manual_seed(0)
+    sizes = {**work.sizes, **(TINY[work.reference] if tiny else {})}
+    with device, default_dtype(torch.bfloat16):
+        model = work.reference(**sizes)
+    for name, parameter in model.named_parameters():
+        if work.reference is WanTransformer3DModel and any(part in name for part in FLOAT32_PARAMETERS):
+            parameter.data = parameter.data.float()
+    return model.requires_grad_(False).eval()
+
+
+def same_weights(work: Work, theirs: Any) -> DiffusionTransformer:
+    """Our model over the reference's own tensors, before its weights are joined."""
+    return over_weights(on_meta(work, theirs), theirs.state_dict())
+
+
+def on_meta(work: Work, theirs: Any) -> DiffusionTransformer:
+    """Our model of the reference's sizes without weights."""
+    with torch.device("meta"):
+        return work.ours(dict(theirs.config))
+
+
+def over_weights(ours: DiffusionTransformer, state: Mapping[str, Tensor]) -> DiffusionTransformer:
+    """Our model with the tensors of a reference, or with their shards; absent biases are zeros of the first's kind."""
+    like = next(iter(state.values()))
+    zeros = {name: torch.zeros(ours.get_parameter(name).shape).to(like) for name in absent_biases(ours)}
+    ours.load_state_dict({**state, **zeros}, strict=True, assign=True)
+    return ours.requires_grad_(False).eval()
+
+
+def on(device: torch.device, given: Inputs) -> Inputs:
+    """The inputs on the device."""
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in given.items()}

@@ -1,0 +1,185 @@
+"""Our denoising step of two checkouts, this one and an older one, in interleaved pairs on one GPU.
+
+Each checkout has one process, which builds the work's DiT with the same random weights and captures its CUDA graph.
+Then bursts of steps alternate: before, after, before, after. Printed are both medians, their ratio, the ratios of the
+pairs, and whether both predictions are equal to the bit. The older checkout needs its models/ (without checkpoints),
+configs/, common/ and tests/bench/bench_steps.py; works are those of this checkout.
+
+Run it with: python tests/bench/step_pairs.py --before DIR; to try its logic without a GPU: --device cpu --scale tiny
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from bench_report import median, print_machine, print_table, say
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+BURST_MS = 300.0
+LARGEST_RATIO = 1.015
+"""A refactoring must not slow a step by more."""
+
+
+class SideEnded(RuntimeError):
+    """The process of a checkout ended; its stderr has the error."""
+
+
+class Side:
+    """The process of one checkout, which answers lines of JSON."""
+
+    def __init__(self, tree: Path, overlay: Path, device: str, scale: str) -> None:
+        """`overlay` is an empty folder for the modules of the checkout's tests/bench that precede this checkout's."""
+        (overlay / "bench_steps.py").symlink_to(tree / "tests" / "bench" / "bench_steps.py")
+        program = HERE / "bench_pair_side.py"
+        self._tree = tree
+        # -P leaves the program's own folder out of sys.path, which would otherwise come first.
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", str(program), "--tree", str(tree), "--device", device, "--scale", scale],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (tree, overlay, HERE)))},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def send(self, **command: object) -> None:
+        """Send a command. Raises SideEnded."""
+        assert self._process.stdin is not None, "a pipe"
+        try:
+            self._process.stdin.write(json.dumps(command) + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            raise SideEnded(f"{self._tree}: the process ended") from None
+
+    def receive(self) -> dict[str, Any]:
+        """Wait for the next answer. Raises SideEnded."""
+        assert self._process.stdout is not None, "a pipe"
+        line = self._process.stdout.readline()
+        if not line:
+            raise SideEnded(f"{self._tree}: the process ended with status {self._process.wait()}")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def measure(self, steps: int) -> float:
+        """Milliseconds of a step in a burst. Raises SideEnded."""
+        self.send(measure=steps)
+        return float(self.receive()["milliseconds"])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+
+@dataclass
+class Pairs:
+    """Milliseconds of a step in each burst of both sides, in order, and whether both predictions are equal."""
+
+    is_equal: bool
+    before: list[float] = field(default_factory=list)
+    after: list[float] = field(default_factory=list)
+
+    @property
+    def ratio(self) -> float:
+        """Of the medians, after to before."""
+        return median(self.after) / median(self.before)
+
+
+def main() -> int:
+    """Measure and print; the status is 1 where a work failed or became slower than LARGEST_RATIO."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--before", type=Path, required=True, help="an older checkout")
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--scale", default="full", choices=("full", "tiny"))
+    parser.add_argument("--work", nargs="*", help="names of bench_works.WORKS; all by default")
+    parser.add_argument("--pairs", type=int, default=5)
+    args = parser.parse_args()
+    print_machine(f"A denoising step of two checkouts on {args.device}, {args.pairs} interleaved pairs")
+    found: dict[str, Pairs] = {}
+    remaining: list[str] | None = args.work
+    while remaining is None or remaining:
+        with ExitStack() as resources:
+            before, after = sides = [
+                resources.enter_context(
+                    Side(
+                        tree.resolve(),
+                        Path(resources.enter_context(tempfile.TemporaryDirectory())),
+                        args.device,
+                        args.scale,
+                    )
+                )
+                for tree in (args.before, ROOT)
+            ]
+            works = [side.receive()["works"] for side in sides][1]
+            remaining = works if remaining is None else remaining
+            unknown = set(remaining) - set(works)
+            if unknown:
+                parser.error(f"--work: {', '.join(sorted(unknown))} is not one of {', '.join(works)}")
+            remaining = measure_all(remaining, before, after, args.pairs, found)
+    print_table(
+        ("ms a step", "before", "after", "after / before", "ratios of the pairs", "equal to the bit"),
+        [row(name, pairs) for name, pairs in found.items()],
+    )
+    slower = [name for name, pairs in found.items() if not pairs.ratio <= LARGEST_RATIO]
+    say(f"Works that failed or are slower than {LARGEST_RATIO} of before: {', '.join(slower) or 'none'}")
+    return 1 if slower else 0
+
+
+def measure_all(works: list[str], before: Side, after: Side, pairs: int, found: dict[str, Pairs]) -> list[str]:
+    """Measure works until one fails; returns those that remain for new processes."""
+    for index, name in enumerate(works):
+        began = time.perf_counter()
+        found[name] = Pairs(is_equal=False)
+        try:
+            found[name] = measure(name, before, after, pairs)
+        except SideEnded as error:
+            say(f"{name}: {error}")
+            return works[index + 1 :]
+        say(f"{name}: {found[name].ratio:.4f} of before, measured in {time.perf_counter() - began:.0f} s")
+    return []
+
+
+def measure(name: str, before: Side, after: Side, count: int) -> Pairs:
+    """Build a work on both sides at once, then alternate bursts. Raises SideEnded."""
+    sides = (before, after)
+    for side in sides:
+        side.send(build=name)
+    digests = {side.receive()["digest"] for side in sides}
+    pairs = Pairs(is_equal=len(digests) == 1)
+    # Not while the sides are built: they share the GPU then.
+    steps = max(1, round(BURST_MS / max(side.measure(1) for side in sides)))
+    for _ in range(count):
+        pairs.before.append(before.measure(steps))
+        pairs.after.append(after.measure(steps))
+    return pairs
+
+
+def row(name: str, pairs: Pairs) -> tuple[str, ...]:
+    """Cells of a work's row."""
+    ratios = [after / before for before, after in zip(pairs.before, pairs.after, strict=True)]
+    if not ratios:
+        return (name, "failed", "failed", "", "", "")
+    return (
+        name,
+        f"{median(pairs.before):.2f}",
+        f"{median(pairs.after):.2f}",
+        f"{pairs.ratio:.4f}",
+        f"{min(ratios):.4f} to {max(ratios):.4f}",
+        "yes" if pairs.is_equal else "no",
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
