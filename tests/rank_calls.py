@@ -112,7 +112,7 @@ def denoise(
             blocks.append(item.parts["video"].latents)
 
     runtime = Runtime(device=RANK.device, mesh=RANK.mesh, approximation=Approximation(**approximation))
-    stage = _denoising_stage(checkpoint, config, runtime)
+    stage = denoising_stage(checkpoint, config, runtime)
     call = Call("test", on_progress=lambda step, _: steps.append(step), on_item=on_item)
     done = stage.run(load_input(inputs), call)
     if isinstance(done, DenoisingOutput):
@@ -128,7 +128,7 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
     return parts[0].contiguous() if len(parts) == 1 else torch.cat([part.flatten() for part in parts])
 
 
-def _denoising_stage(checkpoint: str, config: str, runtime: Runtime) -> DenoisingStage | CausalDMDDenoisingStage:
+def denoising_stage(checkpoint: str, config: str, runtime: Runtime) -> DenoisingStage | CausalDMDDenoisingStage:
     """The registered pipeline's, or one with another config."""
     if config:
         opened, made = open_with(checkpoint, config)

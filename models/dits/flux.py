@@ -18,13 +18,13 @@ from torch.nn.functional import silu
 from configs.models.dits.flux import FluxTransformerConfig
 from models.dits.base import DiffusionTransformer, Predictions, Prepared, entry_point
 from models.dits.joint_stream import joint_residual_elements, through_joint_blocks
+from models.layers.attention import SelfAttention
 from models.layers.embeddings import EmbeddingMLP, sinusoidal_embedding
 from models.layers.feed_forward import FeedForward
 from models.layers.joint_attention import JointAttention, block_modulations, joint_block
 from models.layers.linear import Linear
 from models.layers.norms import LayerNormScaleShift, Residual
 from models.layers.rotary import rotary_embedding
-from models.layers.self_attention import SelfAttention
 from models.layers.step_cache import CacheUse
 from models.rotation import Rotation
 from models.token_segments import SegmentVectors, TokenSegments

@@ -21,12 +21,12 @@ from configs.models.dits.glm_image import GlmImageTransformerConfig
 from configs.pipeline_configs.packed import pack_patches, unpack_patches
 from models.dits.base import DiffusionTransformer, Predictions, Prepared, entry_point
 from models.dits.joint_stream import through_joint_blocks
+from models.layers.attention import SelfAttention
 from models.layers.embeddings import EmbeddingMLP, sinusoidal_embedding
 from models.layers.feed_forward import FeedForward
 from models.layers.linear import Linear, only_linear
 from models.layers.norms import LayerNormScaleShift, PlainLayerNorm, Residual
 from models.layers.rotary import rotary_embedding
-from models.layers.self_attention import SelfAttention
 from models.layers.step_cache import CacheUse
 from models.rotation import Rotation
 from models.token_segments import TokenSegments

@@ -20,13 +20,13 @@ from torch import Tensor, nn
 
 from configs.models.dits.ltx_video import LTXVideoTransformerConfig
 from models.dits.base import DiffusionTransformer, Predictions, Prepared, entry_point
+from models.layers.attention import SelfAttention
 from models.layers.cross_attention import CrossAttention
 from models.layers.embeddings import TextProjection
 from models.layers.feed_forward import FeedForward
 from models.layers.head_rotary import OwnHeads, head_rotation
 from models.layers.linear import Linear, only_linear
 from models.layers.norms import LayerNormScaleShift, Residual, RMSNormScaleShift
-from models.layers.self_attention import SelfAttention
 from models.layers.step_cache import CacheUse, through_blocks
 from models.layers.time_modulation import TimeModulation
 from models.rotation import HeadRotation

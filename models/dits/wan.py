@@ -22,14 +22,13 @@ from torch.nn.functional import layer_norm, silu
 
 from configs.models.dits.wan import WanTransformerConfig
 from models.dits.base import DiffusionTransformer, Predictions, Prepared, entry_point
-from models.layers.attention import KeyValueCache
+from models.layers.attention import KeyValueCache, SelfAttention
 from models.layers.cross_attention import CrossAttention
 from models.layers.embeddings import EmbeddingMLP, TextProjection, sinusoidal_embedding
 from models.layers.feed_forward import FeedForward
 from models.layers.linear import Linear, only_linear
 from models.layers.norms import LayerNormScaleShift, Residual, RMSNorm
 from models.layers.rotary import rotary_embedding
-from models.layers.self_attention import SelfAttention
 from models.layers.step_cache import CacheUse, through_blocks
 from models.rotation import Rotation
 from models.token_segments import SegmentVectors, TokenSegments, vectors_of_rows

@@ -18,12 +18,12 @@ from torch.nn.functional import rms_norm
 
 from configs.models.dits.z_image import PATCH, ZImageTransformerConfig
 from models.dits.base import DiffusionTransformer, Predictions, Prepared, entry_point
+from models.layers.attention import SelfAttention
 from models.layers.embeddings import sinusoidal_embedding
 from models.layers.feed_forward import GatedFeedForward
 from models.layers.linear import Linear, only_linear
 from models.layers.norms import LayerNormScaleShift, Residual, RMSNorm, RMSNormScaleShift
 from models.layers.rotary import rotary_embedding
-from models.layers.self_attention import SelfAttention
 from models.layers.step_cache import CacheUse, through_blocks
 from models.rotation import Rotation
 from models.token_segments import SegmentVectors

@@ -16,10 +16,10 @@ from typing import NamedTuple, Protocol
 from torch import Tensor, nn
 
 from models.kernels.qk_norm_rotate import AnyRotation
+from models.layers.attention import SelfAttention
 from models.layers.linear import JoinedLinear, Linear, only_linear, project
 from models.layers.norms import LayerNormScaleShift, Residual, RMSNorm
 from models.layers.qk_norm import HeadNorms
-from models.layers.self_attention import SelfAttention
 from models.rotation import Rotation
 from models.token_segments import SegmentVectors, TokenSegments
 

@@ -22,11 +22,10 @@ from configs.pipeline_configs.dmd import CausalDmdConfig
 from models.contracts import BlockDenoisingOutput, DenoisingInput
 from models.runtime import Runtime
 from models.schedulers.dmd import DmdSolver
-from models.stages.branches import Branches
 from models.stages.loop_checkpoints import LoopCheckpoints
 from models.stages.loop_state import LoopState
 from models.stages.pacing import paced_steps
-from models.stages.predictor import LoopRequest, Predictor
+from models.stages.predictor import Branches, LoopRequest, Predictor
 from models.stages.snapshots import on_cpu
 from models.stages.step_memory import Flags, Lease
 

@@ -17,11 +17,10 @@ from models.composition import SCHEDULER
 from models.contracts import DenoisingInput, DenoisingOutput
 from models.runtime import Runtime
 from models.schedulers.solver import NewSolver, solver_class
-from models.stages.branches import StepCaching
 from models.stages.loop_checkpoints import LoopCheckpoints
 from models.stages.loop_state import LoopState
 from models.stages.pacing import paced_steps
-from models.stages.predictor import LoopRequest, Predictor
+from models.stages.predictor import LoopRequest, Predictor, StepCaching
 from models.stages.step_memory import Lease
 
 _log = logging.getLogger(__name__)

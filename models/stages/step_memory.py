@@ -26,6 +26,14 @@ Flags = tuple[tuple[str, Hashable], ...]
 """Static keywords of one prediction, such as the length of a cached prefix: each combination has a graph of its own."""
 NO_FLAGS: Flags = ()
 
+
+class StepKind(NamedTuple):
+    """Steps that one graph computes: `probe` reuses what a step cache holds, `flags` are static keywords."""
+
+    probe: bool = False
+    flags: Flags = NO_FLAGS
+
+
 MOST_GRAPHS = 64
 """Graphs of one memory. Predictions with further combinations of flags run eagerly."""
 
@@ -114,8 +122,8 @@ class StepMemory:
         }
         self._constants = dict(inputs.constants)
         self._buffers: dict[str, dict[str, Tensor]] | None = None
-        self._ran: set[tuple[bool, Flags]] = set()
-        self._graphs: dict[tuple[bool, Flags], Captured] = {}
+        self._ran: set[StepKind] = set()
+        self._graphs: dict[StepKind, Captured] = {}
         self._cached_tensors: list[object] = []
 
     @property
@@ -139,25 +147,26 @@ class StepMemory:
         """Drop references to the request's constants; buffers of graphs keep their values until the next load()."""
         self._constants = {}
 
-    def predict(self, latents: Tensors, row: Tensors, *, probe: bool = False, flags: Flags = NO_FLAGS) -> Predictions:
-        """Predict, eagerly the first time, which loads the kernels, and by a CUDA graph afterwards.
-
-        Each combination of `flags` has a graph of its own. With a graph the predictions are copied out of the memory
-        that graphs share: the next replay may overwrite it.
-        """
-        kind = (probe, flags)
+    def runs_eagerly(self, kind: StepKind) -> bool:
+        """Whether a step runs without a graph: the first of its kind, which loads kernels, and beyond MOST_GRAPHS."""
         is_full = len(self._graphs) >= MOST_GRAPHS and kind not in self._graphs
         if self._capture is None or kind not in self._ran or is_full:
             self._ran.add(kind)
-            constants = self._constants if self._buffers is None else self._buffers["constants"]
-            predictions = self._run(latents, row, constants, kind)
-        else:
-            predictions = self._replay(self._capture, latents, row, kind)
-        if self.cache is not None and not probe:
-            self.cache.is_filled = True
-        return predictions
+            return True
+        return False
 
-    def _replay(self, capture: Capture, latents: Tensors, row: Tensors, kind: tuple[bool, Flags]) -> Predictions:
+    def keywords(self, latents: Tensors, row: Tensors, kind: StepKind) -> dict[str, Any]:
+        """The keywords of the denoiser's predict() for a step."""
+        constants = self._constants if self._buffers is None else self._buffers["constants"]
+        use = None if self.cache is None else CacheUse(self.cache, kind.probe)
+        return {"use": use, **latents, **row, **constants, **self._memory, **self._flags, **dict(kind.flags)}
+
+    def replay(self, latents: Tensors, row: Tensors, kind: StepKind) -> Predictions:
+        """The predictions of a step by the graph of its kind, which is captured at the first call.
+
+        They are copied out of the memory that graphs share: the next replay may overwrite it.
+        """
+        assert self._capture is not None, "eager steps have no graphs"
         if self._buffers is None:
             given = {"latents": latents, "row": row, "constants": self._constants}
             self._buffers = {
@@ -170,19 +179,12 @@ class StepMemory:
                 buffers[group][name].copy_(value)
         if kind not in self._graphs:
             self._cached_tensors.append(self.transformer.cached_tensors(buffers["latents"]))
-            self._graphs[kind] = capture(
-                lambda: self._run(buffers["latents"], buffers["row"], buffers["constants"], kind)
-            )
+            inputs = self.keywords(buffers["latents"], buffers["row"], kind)
+            self._graphs[kind] = self._capture(lambda: self.transformer.predict(**inputs))
             self.graph_bytes += self._graphs[kind].byte_size
         captured = self._graphs[kind]
         captured.graph.replay()
         return {name: value.clone() for name, value in captured.predictions.items()}
-
-    def _run(self, latents: Tensors, row: Tensors, constants: Tensors, kind: tuple[bool, Flags]) -> Predictions:
-        probe, flags = kind
-        use = None if self.cache is None else CacheUse(self.cache, probe)
-        given: dict[str, Any] = {**latents, **row, **constants, **self._memory, **self._flags, **dict(flags)}
-        return self.transformer.predict(use=use, **given)
 
 
 def byte_size_of(transformer: DiffusionTransformer, inputs: StepInputs, *, has_cache: bool, has_graphs: bool) -> int:

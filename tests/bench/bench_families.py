@@ -7,11 +7,11 @@ schedulers are those of the small checkpoints, whose vocabularies are smaller th
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from bench_device import default_dtype
@@ -21,6 +21,7 @@ from diffusers import (
     AutoencoderKLFlux2,
     AutoencoderKLHunyuanVideo,
     AutoencoderKLLTXVideo,
+    AutoencoderKLQwenImage,
     AutoencoderKLWan,
     Flux2KleinPipeline,
     Flux2Pipeline,
@@ -29,6 +30,9 @@ from diffusers import (
     HunyuanVideoTransformer3DModel,
     LTXPipeline,
     LTXVideoTransformer3DModel,
+    QwenImageEditPlusPipeline,
+    QwenImageLayeredPipeline,
+    QwenImageTransformer2DModel,
     WanPipeline,
     WanTransformer3DModel,
     ZImagePipeline,
@@ -42,6 +46,9 @@ from transformers import (
     LlamaModel,
     Mistral3Config,
     Mistral3ForConditionalGeneration,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLImageProcessorPil,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3Model,
@@ -56,6 +63,13 @@ sys.path.append(str(Path(__file__).parents[1]))  # the builders of small checkpo
 from tiny_flux2 import build_tiny_flux2_dev, build_tiny_flux2_klein, open_flux2_reference
 from tiny_hunyuan_video import build_tiny_hunyuan_video
 from tiny_ltx_video import build_tiny_ltx_video_095, vae_sizes
+from tiny_qwen_image import (
+    build_tiny_qwen_image_edit_plus,
+    build_tiny_qwen_image_layered,
+    open_edit_plus_reference,
+    open_layered_reference,
+    qwen_tokenizer,
+)
 from tiny_wan import build_tiny_wan_a14b
 from tiny_z_image import build_tiny_z_image
 
@@ -70,6 +84,7 @@ class Family:
 
     `build_tiny` writes a small checkpoint, and `open_tiny` opens it in bfloat16. `modules` builds the modules of
     published size. `index` are further entries of model_index.json. `small` are the parameters for a small checkpoint.
+    `image_modes` are Pillow's modes of the images that come with the request.
     """
 
     title: str
@@ -81,6 +96,7 @@ class Family:
     small: Request
     index: Request = field(default_factory=dict)
     open_tiny: Callable[[Path], Any] | None = None
+    image_modes: Sequence[Literal["RGB", "RGBA"]] = ()
 
     def open_small(self, directory: Path) -> Any:
         """Diffusers' pipeline of the small checkpoint, in bfloat16."""
@@ -175,6 +191,28 @@ _MISTRAL_SMALL_24B = {
     "image_token_index": 10,
     "tie_word_embeddings": False,
 }
+_QWEN_VL_7B = {
+    "text_config": {
+        "vocab_size": 152064,
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 128000,
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+    },
+    "vision_config": {
+        "hidden_size": 1280,
+        "intermediate_size": 3420,
+        "num_heads": 16,
+        "out_hidden_size": 3584,
+        "tokens_per_second": 2,
+    },
+}
+_QWEN_VL_PIXELS = {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 16384}
+"""Bounds of the published image processor."""
 _FLUX_VAE: Mapping[str, Any] = {
     "block_out_channels": (128, 256, 512, 512),
     "down_block_types": ("DownEncoderBlock2D",) * 4,
@@ -248,8 +286,32 @@ def _wan_a14b() -> Modules:
     }
 
 
-def _open_tiny_flux2_dev(directory: Path) -> Any:
-    pipeline = open_flux2_reference(directory)
+def _qwen_vl() -> nn.Module:
+    """The published encoder, but for the tokens that mark an image: those of the small checkpoints' tokenizer."""
+    marks = ("<|image_pad|>", "<|vision_start|>", "<|vision_end|>")
+    names = ("image_token_id", "vision_start_token_id", "vision_end_token_id")
+    ids = dict(zip(names, qwen_tokenizer().convert_tokens_to_ids(marks), strict=True))
+    encoder: nn.Module = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**_QWEN_VL_7B, **ids))
+    return encoder
+
+
+def _qwen_image(flags: Mapping[str, bool], channels: int) -> Modules:
+    return {
+        "text_encoder": _qwen_vl(),
+        "transformer": QwenImageTransformer2DModel(**WORKS["qwen"].sizes, **flags),
+        "vae": AutoencoderKLQwenImage(input_channels=channels),
+    }
+
+
+def _with_published_processor(build: Callable[[Path], Path], directory: Path) -> Path:
+    """A small checkpoint whose encoder sees images in the published number of tokens."""
+    built = build(directory)
+    Qwen2VLImageProcessorPil(size=_QWEN_VL_PIXELS).save_pretrained(built / "processor")
+    return built
+
+
+def _open_in_bfloat16(open_reference: Callable[[Path], Any], directory: Path) -> Any:
+    pipeline = open_reference(directory)
     for name in ("text_encoder", "transformer", "vae"):
         pipeline.components[name].to(DTYPE)
     return pipeline
@@ -257,6 +319,8 @@ def _open_tiny_flux2_dev(directory: Path) -> Any:
 
 _LARGE_IMAGE: Request = {"height": 1024, "width": 1024}
 _SMALL_IMAGE: Request = {"height": 64, "width": 64}
+# The negative prompt of the published examples.
+_TRUE_GUIDANCE: Request = {"negative_prompt": " ", "true_cfg_scale": 4.0}
 FAMILIES = {
     "z-image": Family(
         "Z-Image-Turbo: 6B transformer, Qwen3-4B; no guidance",
@@ -313,6 +377,28 @@ FAMILIES = {
         "image",
         {**_LARGE_IMAGE, "guidance_scale": 4.0},
         _SMALL_IMAGE,
-        open_tiny=_open_tiny_flux2_dev,
+        open_tiny=partial(_open_in_bfloat16, open_flux2_reference),
+    ),
+    "qwen-image-edit-plus": Family(
+        "Qwen-Image-Edit-Plus 2511: 20B transformer, Qwen2.5-VL-7B, two given images; guidance of two branches",
+        QwenImageEditPlusPipeline,
+        partial(_with_published_processor, build_tiny_qwen_image_edit_plus),
+        partial(_qwen_image, {"zero_cond_t": True}, 3),
+        "image",
+        {**_LARGE_IMAGE, **_TRUE_GUIDANCE},
+        _SMALL_IMAGE,
+        open_tiny=partial(_open_in_bfloat16, open_edit_plus_reference),
+        image_modes=("RGB", "RGB"),
+    ),
+    "qwen-image-layered": Family(
+        "Qwen-Image-Layered: 20B transformer, Qwen2.5-VL-7B, four layers with transparency; guidance of two branches",
+        QwenImageLayeredPipeline,
+        partial(_with_published_processor, build_tiny_qwen_image_layered),
+        partial(_qwen_image, {"use_additional_t_cond": True, "use_layer3d_rope": True}, 4),
+        "image",
+        {**_TRUE_GUIDANCE, "layers": 4, "resolution": 640, "cfg_normalize": True},
+        {"layers": 2},
+        open_tiny=partial(_open_in_bfloat16, open_layered_reference),
+        image_modes=("RGBA",),
     ),
 }

@@ -1,8 +1,9 @@
-"""An image for models that start from one."""
+"""Images for models that take them."""
 
 from __future__ import annotations
 
 import io
+from typing import Literal
 
 import torch
 from PIL import Image
@@ -13,6 +14,13 @@ def smooth_image(height: int, width: int) -> Image.Image:
     rows, columns = (torch.linspace(0, 255, size) for size in (height, width))
     down, across = torch.meshgrid(rows, columns, indexing="ij")
     return Image.fromarray(torch.stack((down, across, 255 - down), dim=-1).to(torch.uint8).numpy())
+
+
+def random_image(side: int, mode: Literal["RGB", "RGBA"], seed: int) -> Image.Image:
+    """A square image of noise."""
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(256, (side, side, len(mode)), dtype=torch.uint8, generator=generator)
+    return Image.fromarray(pixels.numpy())
 
 
 def png(image: Image.Image) -> bytes:

@@ -31,8 +31,8 @@ class Side:
 class StageMeter:
     """Measures consecutive stages. Memory that is allocated at construction counts as weights.
 
-    A stage that is measured several times has the last time and the largest peak: CUDA graphs allocate when they are
-    captured, in the first round.
+    A stage that ends several times in a round has the sum of its times. A stage that is measured in several rounds has
+    the time of the last one and the largest peak: CUDA graphs allocate when they are captured, in the first round.
     """
 
     def __init__(self, device: torch.device, side: Side) -> None:
@@ -42,18 +42,23 @@ class StageMeter:
         self.restart()
 
     def restart(self) -> None:
-        """Start the first stage."""
-        if self._device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self._device)
-        self._began = now(self._device)
+        """Start a round with its first stage."""
+        self._spent: dict[str, float] = {}
+        self._start_stage()
 
     def end(self, stage: str) -> None:
         """Record the stage, and start the next one."""
-        self._side.spent[stage] = 1e3 * (now(self._device) - self._began)
+        self._spent[stage] = self._spent.get(stage, 0.0) + 1e3 * (now(self._device) - self._began)
+        self._side.spent[stage] = self._spent[stage]
         if self._device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(self._device) - self._weights
             self._side.peaks[stage] = max(peak, self._side.peaks.get(stage, 0.0))
-        self.restart()
+        self._start_stage()
+
+    def _start_stage(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+        self._began = now(self._device)
 
 
 def print_sides(ours: Side, theirs: Side) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from models.dits.base import DiffusionTransformer, Predictions
 from models.runtime import DEFAULT_STEP_MEMORY_BYTES
-from models.stages.branches import StepCaching, lease_branch
+from models.stages.predictor import StepCaching, lease_branch
 from models.stages.step_memory import StepMemoryPool, cuda_capture
 
 HIDDEN_STATES = "hidden_states"

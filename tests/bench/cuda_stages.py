@@ -1,10 +1,11 @@
 """Every stage of a family on CUDA, next to Diffusers in the same run: random weights of published size.
 
 Both sides compute with the same weights in memory. Diffusers' pipeline runs first: hooks divide its call into stages,
-and its denoising contains the preparation of latents and timesteps. Then the fleet loads its stages from these modules
-and runs them in this process, without hops (cuda_flux.py has those). Each side runs once to warm up and once for the
-clock. Printed are times, peak memory beside the weights, and the relative error of the latents. Needs no network and
-no disk.
+and its denoising contains the preparation of latents and timesteps where the fleet has a stage for it. Then the fleet
+loads its stages from these modules and runs them in this process, without hops (cuda_flux.py has those). Given images
+are noise: Diffusers takes them decoded, and the fleet's stages decode PNG files. Each side runs once to warm up and
+once for the clock. Printed are times, peak memory beside the weights, and the relative error of the latents. Needs no
+network and no disk.
 
 Run it with: python tests/bench/cuda_stages.py --family z-image; to try its logic without a GPU: --device cpu
 --scale tiny. With --swap-experts a model with two denoisers has one of them on the GPU while the fleet denoises. With
@@ -16,21 +17,23 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from bench_device import empty, now
+from bench_division import DECODING, PIXELS_ALONE, dividing, shared_stages
 from bench_families import DTYPE, FAMILIES, Family
 from bench_float32 import float32_bytes, in_float32
+from bench_image import png, random_image
 from bench_memory_checkpoint import Modules, weights_in_memory, write_configs
 from bench_report import print_machine, print_table, say
 from bench_sides import Side, StageMeter, latents_error, print_sides
-from torch import nn
+from PIL import Image
+from torch import Tensor, nn
 
 from common.artifacts import LatentPart, Sampling
 from common.local import HostedStages
@@ -41,29 +44,32 @@ from models.kernels.trials import try_packages
 from models.loader import load_module, load_stages
 from models.registry import load_registry, resolve
 from models.runtime import Runtime
-from models.validation import InputValidationStage
+from models.validation import InputValidationStage, ValidatedRequest
 from tiny_flux import WORDS
 
 PROMPT = " ".join(WORDS * 16)
 SEED = 7
-TEXT, PREPARATION, DENOISING, DECODING = "text_encoding", "latent_preparation", "denoising", "decoding"
-PREPARED_DENOISING = "latent_preparation and denoising"
-PIXELS_ALONE = "decoding, pixels on the device"
+IMAGE_SIDE = 1024
+"""Pixels a side of given images."""
 COPIES = "decoding, copies to the host"
 WHOLE = "all stages"
+_COUNTED = {"num_frames": "frames", "layers": "layers"}
 
 
 @dataclass(frozen=True)
 class Case:
-    """A family's modules in memory, the directory with their configs, and the request of both sides.
+    """A family's modules in memory, the model with their configs, and the request of both sides.
 
-    `modules` loses those that the fleet replaces by its own when they are loaded.
+    `modules` loses those that the fleet replaces by its own when they are loaded. `validated` is the request as the
+    fleet's stages take it.
     """
 
     family: Family
-    directory: Path
+    model: ServedModel
     modules: Modules
     request: Mapping[str, Any]
+    images: Sequence[Image.Image]
+    validated: ValidatedRequest
     runtime: Runtime
 
     @property
@@ -77,11 +83,23 @@ class Case:
         return int(self.request["num_inference_steps"])
 
     @property
+    def services(self) -> list[str]:
+        """Services of the fleet in order."""
+        return [spec.service for spec in self.validated.variant.services]
+
+    @property
+    def stages(self) -> dict[str, tuple[str, ...]]:
+        """Stages that are measured on both sides, each with its services."""
+        return shared_stages(self.services)
+
+    @property
     def title(self) -> str:
         """Size, steps and dtype."""
-        frames = f", {self.request['num_frames']} frames" if "num_frames" in self.request else ""
-        swap = ", experts swapped" if self.runtime.swap_experts else ""
-        return f"{DTYPE}, {self.request['height']}x{self.request['width']}{frames}, {self.steps} steps{swap}"
+        params = self.validated.params
+        parts = [str(DTYPE), f"{params.height}x{params.width}"]
+        parts += [f"{self.request[name]} {what}" for name, what in _COUNTED.items() if name in self.request]
+        parts += [f"given images: {len(self.images)}"] * bool(self.images) + [f"{self.steps} steps"]
+        return ", ".join(parts + ["experts swapped"] * self.runtime.swap_experts)
 
 
 def main() -> None:
@@ -106,14 +124,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         directory = family.build_tiny(Path(folder))
         pipeline = pipeline_of(family, directory, device, is_tiny=is_tiny)
-        case = Case(
-            family,
-            directory,
-            {name: each for name, each in pipeline.components.items() if isinstance(each, nn.Module)},
-            {**family.request, **(family.small if is_tiny else {}), "num_inference_steps": args.steps},
-            Runtime(device=device, dtype=DTYPE, swap_experts=args.swap_experts),
-        )
-        write_configs(directory, case.modules)
+        modules = {name: each for name, each in pipeline.components.items() if isinstance(each, nn.Module)}
+        write_configs(directory, modules)
+        request = {**family.request, **(family.small if is_tiny else {}), "num_inference_steps": args.steps}
+        runtime = Runtime(device=device, dtype=DTYPE, swap_experts=args.swap_experts)
+        case = case_of(family, open_model(str(directory), load_registry()), modules, request, runtime)
         theirs = run_diffusers(pipeline, case)
         exact = run_in_float32(pipeline, case) if args.float32 else None
         del pipeline
@@ -125,6 +140,15 @@ def main() -> None:
         part = family.part
         errors = f"fleet {latents_error(ours, exact, part):.2e}, Diffusers {latents_error(theirs, exact, part):.2e}"
         say(f"Latents against Diffusers in float32: {errors}")
+
+
+def case_of(family: Family, model: ServedModel, modules: Modules, request: Mapping[str, Any], runtime: Runtime) -> Case:
+    """The request with random images, as the caller gives it and as the fleet's stages take it."""
+    images = [random_image(IMAGE_SIDE, mode, index) for index, mode in enumerate(family.image_modes)]
+    files = {f"image_{index}" if index else "image": png(each) for index, each in enumerate(images)}
+    given = {"prompt": PROMPT, "seed": SEED, "output_format": "safetensors", **request}
+    validated = InputValidationStage(model).run(given, files)
+    return Case(family, model, modules, request, images, validated, runtime)
 
 
 def pipeline_of(family: Family, directory: Path, device: torch.device, *, is_tiny: bool) -> Any:
@@ -165,22 +189,39 @@ def run_diffusers(pipeline: Any, case: Case) -> Side:
     """The reference, once to warm up and once for the clock."""
     pipeline.set_progress_bar_config(disable=True)
     side = Side()
+
+    def take(latents: Tensor) -> None:
+        side.latents[case.family.part] = latents.cpu()
+
     for _ in range(2):
         meter = StageMeter(case.device, side)
-        with dividing(pipeline, meter, side, case):
-            (made,) = pipeline(
-                prompt=PROMPT,
-                generator=torch.Generator("cpu").manual_seed(SEED),
-                output_type="pt",
-                return_dict=False,
-                **case.request,
-            )
-        made.float().cpu()
+        with dividing(pipeline, meter, case.services, case.steps, take):
+            (made,) = pipeline(**call_of(case), output_type="pt", return_dict=False)
+        # One tensor, or a list with one of each output's layers.
+        for each in made:
+            each.float().cpu()
         meter.end(COPIES)
-        del made
+        del made, each
     side.join(DECODING, (PIXELS_ALONE, COPIES))
-    side.join(WHOLE, (TEXT, PREPARED_DENOISING, DECODING))
+    side.join(WHOLE, tuple(case.stages))
     return side
+
+
+def call_of(case: Case) -> dict[str, Any]:
+    """Keywords of one call of the reference."""
+    generator = torch.Generator("cpu").manual_seed(SEED)
+    match case.images:
+        case []:
+            images: dict[str, Any] = {}
+        case [image]:
+            images = {"image": image}
+        case several:
+            images = {"image": list(several)}
+    return {"prompt": PROMPT, "generator": generator, **images, **case.request}
+
+
+class LastStepTaken(Exception):
+    """Ends a call of the reference whose latents alone are needed: not every pipeline returns them."""
 
 
 def run_in_float32(pipeline: Any, case: Case) -> Side:
@@ -188,60 +229,28 @@ def run_in_float32(pipeline: Any, case: Case) -> Side:
 
     Raises RuntimeError where a GPU does not have memory for them.
     """
-    networks = [each for name, each in case.modules.items() if name != "vae"]
+    # A VAE that encodes given images is a part of the reference.
+    networks = [each for name, each in case.modules.items() if name != "vae" or case.images]
     if case.device.type == "cuda":
         needed, total = float32_bytes(networks), torch.cuda.get_device_properties(case.device).total_memory
         if needed > 0.9 * total:
             sizes = f"weights of {needed / 1e9:.0f} GB are not below 90% of {total / 1e9:.0f} GB"
             raise RuntimeError(f"--float32: {sizes}; this family needs a run without it")
     side = Side()
-    with in_float32(networks), dividing(pipeline, StageMeter(case.device, Side()), side, case):
-        pipeline(
-            prompt=PROMPT,
-            generator=torch.Generator("cpu").manual_seed(SEED),
-            output_type="latent",
-            **case.request,
-        )
+
+    def take(latents: Tensor) -> None:
+        side.latents[case.family.part] = latents.cpu()
+        raise LastStepTaken
+
+    meter = StageMeter(case.device, Side())
+    with in_float32(networks), suppress(LastStepTaken), dividing(pipeline, meter, case.services, case.steps, take):
+        pipeline(**call_of(case))
     return side
-
-
-@contextmanager
-def dividing(pipeline: Any, meter: StageMeter, side: Side, case: Case) -> Iterator[None]:
-    """Divide a call into stages: at the end of its text encoding, of its last step, and of the VAE's decoding."""
-    encode_prompt, decode, step = pipeline.encode_prompt, pipeline.vae.decode, pipeline.scheduler.step
-    taken: list[int] = []
-
-    def encode(*given: Any, **keywords: Any) -> Any:
-        made = encode_prompt(*given, **keywords)
-        meter.end(TEXT)
-        return made
-
-    def take_step(*given: Any, **keywords: Any) -> Any:
-        made = step(*given, **keywords)
-        taken.append(len(taken))
-        if len(taken) == case.steps:
-            latents = made[0] if isinstance(made, tuple) else made.prev_sample
-            meter.end(PREPARED_DENOISING)
-            side.latents[case.family.part] = latents.cpu()
-        return made
-
-    def decoded(*given: Any, **keywords: Any) -> Any:
-        made = decode(*given, **keywords)
-        meter.end(PIXELS_ALONE)
-        return made
-
-    with ExitStack() as stack:
-        stack.enter_context(patch.object(pipeline, "encode_prompt", encode))
-        stack.enter_context(patch.object(pipeline.scheduler, "step", take_step))
-        stack.enter_context(patch.object(pipeline.vae, "decode", decoded))
-        yield
 
 
 def run_stages(case: Case) -> Side:
     """The fleet's stages, one service after the other, each once to warm up and once for the clock."""
-    model = open_model(str(case.directory), load_registry())
-    request = {"prompt": PROMPT, "seed": SEED, "output_format": "safetensors", **case.request}
-    validated = InputValidationStage(model).run(request, {})
+    model, validated = case.model, case.validated
     slots: dict[str, Any] = dict(validated.artifacts)
     side = Side()
     for spec in validated.variant.services:
@@ -260,8 +269,9 @@ def run_stages(case: Case) -> Side:
     config = resolve(validated.variant.pipeline_config).from_checkpoint(model.checkpoint)
     decode_alone(model, config, part, slots["sampling"], case, side)
     side.latents = {case.family.part: part.latents}
-    side.join(PREPARED_DENOISING, (PREPARATION, DENOISING))
-    side.join(WHOLE, (TEXT, PREPARED_DENOISING, DECODING))
+    for stage, services in case.stages.items():
+        side.join(stage, services)
+    side.join(WHOLE, tuple(case.stages))
     return side
 
 

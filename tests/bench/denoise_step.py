@@ -31,7 +31,7 @@ from models.layers.linear import absent_biases, join_all_weights, quantize_linea
 from models.parallel.mesh import WorkerMesh
 from models.parallel.parallelize import parallelize
 from models.parallel.shards import parameter_shards
-from models.stages.branches import StepCaching
+from models.stages.predictor import StepCaching
 from models.warm_up import STEPS as WARM_UP_STEPS
 
 STEPS = 28

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from common.artifacts import Latents, StepCheckpoint
-from common.errors import HandedOver, InvalidInput, ResourceExhausted
+from common.errors import Cancelled, HandedOver, InvalidInput, ResourceExhausted
 from common.stage import Call
 from fake_graphs import FakeCapture
-from loop_family import SHAPES, STEPS, loop_input, loop_stage
+from loop_family import SHAPES, STEPS, LoopTransformer, loop_input, loop_stage
 from models.contracts import DenoisingInput
+from models.dits.base import Predictions
 from models.runtime import Runtime
 from models.stages.denoising import DenoisingStage
 from models.stages.step_memory import StepMemoryPool
@@ -161,6 +164,45 @@ def test_steps_that_do_not_fit_are_refused_before_the_loop_starts() -> None:
     assert not steps
     assert not capture.graphs
     assert not stage._memory._leased, "what was leased before is given back"
+
+
+@pytest.mark.parametrize("failing_call", [1, 5, 8, 12])
+def test_a_loop_that_fails_returns_its_memory(monkeypatch: pytest.MonkeyPatch, failing_call: int) -> None:
+    """In an eager step of the first expert, in two captures, and in an eager step of the second expert."""
+    stage, _ = with_graphs(remembers=True)
+    eager, _ = loop_stage(remembers=True)
+    x, calls = loop_input(), 0
+    predict = LoopTransformer.predict
+
+    def failing(transformer: LoopTransformer, *args: Any, **inputs: Any) -> Predictions:
+        nonlocal calls
+        calls += 1
+        if calls == failing_call:
+            raise ArithmeticError
+        return predict(transformer, *args, **inputs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LoopTransformer, "predict", failing)
+        with pytest.raises(ArithmeticError):
+            run(stage, x)
+    assert calls == failing_call
+    assert not stage._memory._leased
+    idle = set(stage._memory._idle.values())
+    assert len(idle) == 8
+    expected = run(eager, x)
+    for _ in range(2):
+        assert equal(run(stage, x), expected)
+    assert set(stage._memory._idle.values()) == idle, "later requests have leased what the failed one returned"
+
+
+def test_a_cancelled_loop_returns_its_memory() -> None:
+    stage, _ = with_graphs(remembers=True)
+    eager, _ = loop_stage(remembers=True)
+    x, cancelled = loop_input(), threading.Event()
+    with pytest.raises(Cancelled):
+        run(stage, x, Call("test", on_progress=lambda *_: cancelled.set(), cancelled=cancelled))
+    assert not stage._memory._leased
+    assert equal(run(stage, x), run(eager, x))
 
 
 def test_stages_of_one_runtime_share_one_pool() -> None:

@@ -50,7 +50,7 @@ from models.parallel.shards import parameter_shards
 from models.parallel.usp_attention import USPAttention
 from models.registry import load_registry
 from models.runtime import Runtime
-from models.stages.branches import lease_branch
+from models.stages.predictor import lease_branch
 from models.stages.step_memory import StepMemoryPool
 from toy_checkpoint import build_toy_checkpoint, toy_family
 

@@ -16,6 +16,7 @@ from common.errors import Cancelled, InvalidInput
 from common.stage import Call
 from common.tensors import TORCH
 from configs.approximation import Approximation
+from fake_graphs import FakeCapture
 from models.catalog import ServedModel, open_model
 from models.contracts import DenoisingInput
 from models.experts import SwappedExpert, on_device
@@ -23,6 +24,7 @@ from models.loader import load_stages
 from models.registry import load_registry, resolve
 from models.runtime import Runtime
 from models.stages.denoising import DenoisingStage
+from models.stages.step_memory import StepMemoryPool
 from models.warm_up import STEPS as WARM_UP_STEPS
 from models.warm_up import WarmUp
 from parallel_cases import FAMILIES, STEPS, draw_input
@@ -97,6 +99,17 @@ def test_swapped_experts_give_the_same_bytes(
     before = swaps()
     run(stage, x)
     assert swaps() == before
+
+
+def test_swapped_experts_have_graphs_of_their_own(model: ServedModel, stage: DenoisingStage, x: DenoisingInput) -> None:
+    """They share one module, whose weights a graph reads at their addresses."""
+    swapping, capture = open_stage(model, Runtime(swap_experts=True)), FakeCapture()
+    swapping._memory = StepMemoryPool(1 << 30, capture)
+    expected = run(stage, x)
+    for _ in range(3):
+        assert torch.equal(run(swapping, x), expected)
+    assert [len(memory._graphs) for memory in swapping._memory._idle.values()] == [1] * 4, "two branches of two experts"
+    assert len(capture.graphs) == 4
 
 
 def test_one_transformer_is_not_swapped() -> None:

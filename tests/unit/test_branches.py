@@ -13,8 +13,8 @@ from torch import Tensor
 
 from configs.pipeline_configs.base import Parts
 from models.parallel.mesh import Axis
-from models.stages import branches as module
-from models.stages.branches import Branch, Branches, StepCaching
+from models.stages import predictor as module
+from models.stages.predictor import Branch, Branches, StepCaching
 
 NAMES = ("positive", "negative", "perturbed", "isolated")
 LATENTS = {"video": torch.zeros(2, 3), "audio": torch.zeros(2, 5)}

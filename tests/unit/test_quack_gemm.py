@@ -17,12 +17,12 @@ from torch.nn.functional import gelu, linear
 
 from models.kernels import quack_gemm
 from models.kernels.gemm_support import HEAD_EPS, HEAD_SIZE
+from models.layers.attention import SelfAttention
 from models.layers.feed_forward import FeedForward
 from models.layers.joint_attention import JointAttention, Modulation, joint_block
 from models.layers.linear import Linear, join_all_weights
 from models.layers.norms import LayerNormScaleShift, Residual
 from models.layers.rotary import rotary_embedding
-from models.layers.self_attention import SelfAttention
 from models.layers.step_cache import CacheUse, StepCache, through_blocks
 from models.rotation import apply_rotary
 from models.token_segments import SegmentVectors, TokenSegments

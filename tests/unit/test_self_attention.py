@@ -10,12 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from models.dits.flux2 import Flux2ParallelSelfAttention
-from models.layers import self_attention
-from models.layers.attention import Attention, KeyValues
+from models.layers import attention as attention_module
+from models.layers.attention import Attention, KeyValues, SelfAttention
 from models.layers.joint_attention import JointAttention
 from models.layers.linear import JoinedLinear, Linear, project
 from models.layers.rotary import rotary_embedding
-from models.layers.self_attention import SelfAttention
 from models.parallel import usp_attention
 from models.parallel.mesh import AXES, Axis, Degrees, WorkerMesh
 from models.parallel.peer_gather import Gathered, PeerGather
@@ -141,7 +140,7 @@ def test_the_order_of_projections_and_messages(monkeypatch: pytest.MonkeyPatch, 
     attention = SelfAttention(SIZE, HEAD)
     random_weights(attention)
     x, rotation = torch.randn(1, TOKENS, SIZE), rotary_embedding(torch.arange(TOKENS)[:, None], (HEAD,))
-    monkeypatch.setattr(self_attention, "project", project_some)
+    monkeypatch.setattr(attention_module, "project", project_some)
     scope = SegmentScope(1, 0)
     if form != SINGLE:
         attention.inner = parallel = gathering()

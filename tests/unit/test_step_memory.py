@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import gc
-import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,8 +14,10 @@ from torch import Tensor
 from common.errors import ResourceExhausted
 from fake_graphs import FakeCapture
 from loop_family import SHAPES, LoopTransformer
-from models.stages import step_memory
-from models.stages.step_memory import Lease, StepInputs, StepMemory, StepMemoryPool, byte_size_of
+from loop_steps import EagerBranch, equal, loop_step, predict
+from models.dits.base import MemorySpec
+from models.stages.predictor import predict_step
+from models.stages.step_memory import Lease, StepInputs, StepKind, StepMemory, StepMemoryPool, byte_size_of
 
 DITS = Path(__file__).resolve().parents[2] / "models" / "dits"
 TRANSFORMER = LoopTransformer(1.0, remembers=True)
@@ -37,7 +37,7 @@ def size_of(step: StepInputs) -> int:
 
 
 def run(memory: StepMemory, step: StepInputs) -> dict[str, Tensor]:
-    return dict(memory.predict(step.latents, step.row))
+    return dict(predict_step(memory, step.latents, step.row, StepKind()))
 
 
 @pytest.fixture
@@ -58,27 +58,6 @@ def test_live_leases_of_equal_steps_share_no_memory(pool: StepMemoryPool) -> Non
         assert not torch.equal(expected[0]["video"], expected[1]["video"])
 
 
-class CachingTransformer(LoopTransformer):
-    """Its predictions read a tensor of a cache that forgets it."""
-
-    def cached_tensors(self, latents: Mapping[str, Tensor]) -> Tensor:
-        """The tensor."""
-        rotation = torch.ones(len(latents))
-        self.cached = weakref.ref(rotation)
-        return rotation
-
-
-def test_a_graph_keeps_what_its_denoiser_caches(pool: StepMemoryPool) -> None:
-    """A graph reads it at its address, although the denoiser's cache holds other shapes by then."""
-    transformer, step = CachingTransformer(1.0, remembers=True), inputs()
-    with pool.leases() as lease:
-        memory = lease("transformer", transformer, step)
-        run(memory, step)
-        run(memory, step)
-    gc.collect()
-    assert transformer.cached() is not None, "the graph reads memory that was freed"
-
-
 def test_every_denoiser_that_caches_tensors_names_them() -> None:
     """So that no graph of another family reads freed memory either."""
     caching = {path.stem for path in DITS.glob("*.py") if "@lru_cache" in path.read_text()}
@@ -87,25 +66,8 @@ def test_every_denoiser_that_caches_tensors_names_them() -> None:
     assert caching
 
 
-def test_flags_of_a_prediction_have_graphs_of_their_own_in_one_memory(
-    pool: StepMemoryPool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Each first runs eagerly. Beyond the bound all run eagerly, to the same bytes."""
-    monkeypatch.setattr(step_memory, "MOST_GRAPHS", 2)
-    step = inputs()
-    given: dict[str, Any] = {**step.latents, **step.row, **step.constants}
-    with pool.leases() as lease:
-        memory = lease("transformer", TRANSFORMER, step)
-        for skipped in (1, 2, 3):
-            flags = (("skipped", skipped),)
-            expected = TRANSFORMER.predict(**given, skipped=skipped)
-            for _ in range(3):
-                got = memory.predict(step.latents, step.row, flags=flags)
-                assert all(torch.equal(got[name], expected[name]) for name in expected)
-        assert list(memory._graphs) == [(False, (("skipped", 1),)), (False, (("skipped", 2),))]
-
-
 def test_a_returned_memory_is_leased_again_to_an_equal_key_only(pool: StepMemoryPool) -> None:
+    """Not to another expert, branch, size or module, although the shapes of the first two are equal."""
     with pool.leases() as lease:
         first = lease("transformer", TRANSFORMER, inputs())
     with pool.leases() as lease:
@@ -119,18 +81,89 @@ def test_a_returned_memory_is_leased_again_to_an_equal_key_only(pool: StepMemory
         assert lease("transformer", TRANSFORMER, inputs()) is first
 
 
-def test_an_error_in_the_loop_returns_the_memory(pool: StepMemoryPool) -> None:
+def longer(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors, with one more element along the last dimension."""
+    return {name: torch.cat((each, each[..., :1]), -1) for name, each in tensors.items()}
+
+
+def halved(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors in half the bytes."""
+    return {name: each.half() for name, each in tensors.items()}
+
+
+STEP = inputs()
+OTHER_STEPS: dict[str, StepInputs] = {
+    "shape of latents": replace(STEP, latents=longer(STEP.latents)),
+    "shape of the row": replace(STEP, row=longer(STEP.row)),
+    "shape of constants": replace(STEP, constants=longer(STEP.constants)),
+    "dtype of latents": replace(STEP, latents=halved(STEP.latents)),
+    "dtype of the row": replace(STEP, row=halved(STEP.row)),
+    "dtype of constants": replace(STEP, constants=halved(STEP.constants)),
+    "a slab": replace(STEP, memory={"total": MemorySpec(SHAPES["video"], torch.float32)}),
+    "length of a slab": replace(STEP, memory={"total": MemorySpec((8, 3, 4), torch.float32)}),
+    "dtype of a slab": replace(STEP, memory={"total": MemorySpec(SHAPES["video"], torch.float16)}),
+    "a flag": replace(STEP, flags={"skipped": 0}),
+    "value of a flag": replace(STEP, flags={"skipped": 1}),
+    "name of a flag": replace(STEP, flags={"halved": 1}),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_STEPS)
+def test_steps_of_another_form_have_memory_of_their_own(pool: StepMemoryPool, name: str) -> None:
+    """A graph of the wrong form would write past the ends of its buffers, or run other kernels."""
+    with pool.leases() as lease:
+        first = lease("transformer", TRANSFORMER, STEP)
+        others = [lease("transformer", TRANSFORMER, each) for other, each in OTHER_STEPS.items() if other != name]
+    with pool.leases() as lease:
+        assert lease("transformer", TRANSFORMER, OTHER_STEPS[name]) not in (first, *others)
+    with pool.leases() as lease:
+        assert lease("transformer", TRANSFORMER, inputs()) is first
+
+
+def test_the_memory_used_last_is_leased_first(pool: StepMemoryPool) -> None:
+    """So that what a burst of requests has left is freed when other steps need the bytes."""
+    with ExitStack() as stack:
+        leases = [stack.enter_context(pool.leases()) for _ in range(3)]
+        found = [lease("transformer", TRANSFORMER, inputs()) for lease in leases]
+    for _ in range(2):
+        with pool.leases() as lease:
+            assert lease("transformer", TRANSFORMER, inputs()) is found[0], "the context that was left last"
+
+
+@pytest.mark.parametrize("error", [KeyError, ResourceExhausted, KeyboardInterrupt], ids=lambda each: each.__name__)
+@pytest.mark.parametrize("steps", [0, 1, 2], ids=["leased", "eager", "captured"])
+def test_an_error_in_the_loop_returns_all_memory(error: Callable[[str], BaseException], steps: int) -> None:
+    """Before the first step, after the eager one, and after the captured one. There are bytes for one request alone."""
+    step = loop_step(TRANSFORMER)
+    pool = StepMemoryPool(2 * size_of(step), FakeCapture())
     leased: list[StepMemory] = []
 
-    def fail() -> None:
+    def request() -> None:
         with pool.leases() as lease:
-            leased.append(lease("transformer", TRANSFORMER, inputs()))
-            raise KeyError
+            leased[:] = [lease("transformer", TRANSFORMER, step) for _ in range(2)]
+            for memory in leased * steps:
+                predict(memory, step)
+            raise error("in the loop")
 
-    with pytest.raises(KeyError):
-        fail()
+    for _ in range(3):
+        with pytest.raises(error, match="in the loop"):  # type: ignore[call-overload]
+            request()
+        assert not pool._leased
+        assert list(pool._idle.values()) == leased
     with pool.leases() as lease:
-        assert lease("transformer", TRANSFORMER, inputs()) is leased[0]
+        found = [lease("transformer", TRANSFORMER, step) for _ in range(2)]
+        assert set(found) == set(leased)
+        reference = EagerBranch(TRANSFORMER, step)
+        assert equal(predict(found[0], step), reference.predict(step)), "what failed has left nothing behind"
+
+
+def test_an_ended_request_returns_its_own_memory_alone(pool: StepMemoryPool) -> None:
+    with pool.leases() as lease:
+        running = lease("transformer", TRANSFORMER, inputs())
+        with pool.leases() as other:
+            ended = other("transformer", TRANSFORMER, inputs())
+        assert list(pool._leased.values()) == [running]
+        assert lease("transformer", TRANSFORMER, inputs()) is ended
 
 
 def test_a_returned_memory_holds_no_tensor_of_the_request(pool: StepMemoryPool) -> None:
@@ -151,6 +184,25 @@ def test_the_least_recently_used_memory_is_freed_first() -> None:
     with pool.leases() as lease:
         assert lease("transformer", TRANSFORMER, steps[0]) is found[0], "used after the second"
         assert lease("transformer", TRANSFORMER, steps[2]) is found[3]
+
+
+def test_idle_memory_is_bounded_in_bytes_and_not_in_number() -> None:
+    """Where one large memory fits, ten small ones do; the large one takes the bytes of as many as it needs."""
+    small = [inputs(batch=1, skipped=number) for number in range(1, 11)]
+    large = inputs(batch=8)
+    spare = size_of(small[0]) // 2
+    kept = 2
+    pool = StepMemoryPool(max(10 * size_of(small[0]), size_of(large) + kept * size_of(small[0]) + spare), FakeCapture())
+
+    def use(step: StepInputs) -> StepMemory:
+        with pool.leases() as lease:
+            return lease("transformer", TRANSFORMER, step)
+
+    found = [use(step) for step in small]
+    assert [use(step) for step in small] == found
+    big = use(large)
+    assert list(pool._idle.values()) == [*found[-kept:], big]
+    assert use(small[0]) is not found[0]
 
 
 def test_graphs_count_once_they_are_captured() -> None:
@@ -178,7 +230,8 @@ def test_leased_memory_is_never_freed_for_another() -> None:
 
     with ExitStack() as stack:
         lease = stack.enter_context(pool.leases())
-        with pytest.raises(ResourceExhausted, match=f"need {size_of(step)} bytes of step memory, but 0 of"):
+        with pytest.raises(ResourceExhausted, match=f"need {size_of(step)} bytes of step memory, but 0 of") as refused:
             lease_three(lease)
+        assert refused.value.field == "", "no field of the request is wrong"
     with pool.leases() as lease:  # What was leased before the error is free again.
         assert lease("transformer", TRANSFORMER, step) is not lease("transformer", TRANSFORMER, step)

@@ -194,7 +194,7 @@ def test_layers_and_dits_know_nothing_of_ranks() -> None:
         "def f():\n    from models.parallel.mesh import Axis",
         "from models.dits.flux_plan import PLAN",
         "from models.dits.loading import load",
-        "from models.stages import branches",
+        "from models.stages import predictor",
     ],
 )
 def test_a_layer_or_dit_that_knows_of_ranks_is_found(source: str) -> None:
@@ -203,7 +203,7 @@ def test_a_layer_or_dit_that_knows_of_ranks_is_found(source: str) -> None:
         "models/parallel/mesh.py": "",
         "models/dits/flux_plan.py": "from models.parallel.mesh import Axis",
         "models/dits/loading.py": "import models.parallel.mesh",
-        "models/stages/branches.py": "from models.parallel.mesh import Axis",
+        "models/stages/predictor.py": "from models.parallel.mesh import Axis",
     }
     assert not reaching_parallel(import_graph(sources))
     for path in ("models/dits/flux.py", "models/layers/linear.py"):

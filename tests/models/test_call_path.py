@@ -1,0 +1,69 @@
+"""The files that a reader opens from DenoisingStage.run() to a call of attention() are few."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+import pytest
+import torch
+from torch import Tensor
+
+from models.kernels.attention import attention as attend
+from models.layers import attention as layer
+from parallel_cases import FAMILIES, make_case
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# They call what they are given: a reader passes them by.
+PASSED_BY = {"through_blocks", "through_joint_blocks", "through_modulated_blocks", "entered"}
+
+MOST_FILES = {
+    "flux": 4,
+    "wan": 4,
+    "ltx-video": 4,
+    "z-image": 4,
+    "glm-image": 4,
+    # Joint attention is a layer of its own.
+    "qwen-image": 5,
+    # These DiTs have blocks in a second file.
+    "ltx2": 5,
+    "hunyuan-video": 5,
+}
+
+
+def frames_below(frame: FrameType | None) -> Iterator[FrameType]:
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def files_to_read() -> list[str]:
+    """Files of the call stack, from a denoising stage's run() to the caller of this function's caller."""
+    files: list[str] = []
+    for frame in frames_below(sys._getframe(2)):
+        path, name = Path(frame.f_code.co_filename), frame.f_code.co_name
+        if path.is_relative_to(ROOT / "models") and name not in PASSED_BY:
+            files.append(str(path.relative_to(ROOT)))
+        if name == "run" and path.parent.name == "stages":
+            return list(dict.fromkeys(reversed(files)))
+    return []
+
+
+@pytest.mark.parametrize("family", MOST_FILES)
+def test_few_files_lead_to_attention(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.set_num_threads(1)
+    found: list[list[str]] = []
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+        if files := files_to_read():
+            found.append(files)
+        return attend(q, k, v, mask, out)
+
+    monkeypatch.setattr(layer, "attention", attention)
+    make_case(FAMILIES[family], tmp_path)
+    shortest = min(found, key=len)
+    assert shortest[-1] == "models/layers/attention.py"
+    assert len(shortest) == MOST_FILES[family], shortest
