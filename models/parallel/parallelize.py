@@ -23,7 +23,7 @@ from models.parallel.peer_gather import PeerGather
 from models.parallel.peer_memory import CopyStreams
 from models.parallel.plan import ParallelPlan
 from models.parallel.segment_lengths import SegmentScope
-from models.parallel.sequence_parallel import shard_entry_points
+from models.parallel.sequence_parallel import check_entry_points, shard_entry_points
 from models.parallel.sharded_keys import ShardedKeysAttention
 from models.parallel.tensor_parallel import ColumnParallelLinear, ParallelRMSNorm, RowParallelLinear, ShardedHeads
 from models.parallel.usp_attention import USPAttention
@@ -48,6 +48,7 @@ def parallelize(
     if mesh is None:
         return
     mesh.degrees.check_model(heads, feed_forward)
+    check_entry_points(model, plan)
     if mesh.size("tp") > 1:
         _shard_weights(model, plan, mesh.axis("tp"))
     if get_sp_world_size(mesh) > 1:

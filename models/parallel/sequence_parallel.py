@@ -22,10 +22,7 @@ from models.parallel.segment_lengths import SegmentLengths, SegmentScope
 
 
 def shard_entry_points(model: DiffusionTransformer, plan: ParallelPlan, mesh: WorkerMesh, scope: SegmentScope) -> None:
-    """Register the sharded forms of the methods that the plan names; their calls enter lengths into the scope.
-
-    Raises TypeError where the plan names a method that is no entry point of the model, or an argument that it lacks.
-    """
+    """Register the sharded forms of the methods that the plan names; their calls enter lengths into the scope."""
     prepared = sorted({cut.segment for cut in plan.cuts if cut.method == "prepare"})
     methods = {cut.method for cut in plan.cuts} | {join.method for join in plan.joins}
     if prepared:
@@ -33,8 +30,6 @@ def shard_entry_points(model: DiffusionTransformer, plan: ParallelPlan, mesh: Wo
     for name in sorted(methods):
         signature = model.entry_point_signature(name)
         cuts = tuple(cut for cut in plan.cuts if cut.method == name)
-        if missing := sorted({cut.argument for cut in cuts} - signature.parameters.keys()):
-            raise TypeError(f"{type(model).__name__}.{name}() has no {', '.join(missing)}, which its plan shards")
         gathers = tuple(_Gather(join, mesh) for join in plan.joins if join.method == name)
         form = _ShardedMethod(signature, cuts, gathers, scope)
         if prepared and name == "prepare":
@@ -43,6 +38,15 @@ def shard_entry_points(model: DiffusionTransformer, plan: ParallelPlan, mesh: Wo
             model.shard_entry_point(name, _Predicting(form, prepared, scope))
         else:
             model.shard_entry_point(name, form)
+
+
+def check_entry_points(model: DiffusionTransformer, plan: ParallelPlan) -> None:
+    """Raise TypeError where the plan names a method that is no entry point, or an argument that the method lacks."""
+    for join in plan.joins:
+        model.entry_point_signature(join.method)
+    for cut in plan.cuts:
+        if cut.argument not in model.entry_point_signature(cut.method).parameters:
+            raise TypeError(f"{type(model).__name__}.{cut.method}() has no {cut.argument}, which its plan shards")
 
 
 class _ShardedMethod:

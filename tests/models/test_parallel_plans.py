@@ -164,7 +164,8 @@ def test_a_plan_for_something_else_is_refused() -> None:
         parallelize(model, plan, rank_of(Degrees(tp=2)), heads=24)
 
 
-def test_a_plan_for_a_method_that_is_no_entry_point_is_refused() -> None:
+@pytest.mark.parametrize("degrees", [Degrees(), Degrees(tp=2), Degrees(ring=2)], ids=str)
+def test_a_plan_for_a_method_that_is_no_entry_point_is_refused(degrees: Degrees) -> None:
     model = on_meta(FluxTransformer2DModel, FluxTransformerConfig(num_layers=1, num_single_layers=1))
     for cuts, message in (
         ((Cut("predict", "hidden", "image"),), "FluxTransformer2DModel.predict.. has no hidden, which its plan shards"),
@@ -173,7 +174,7 @@ def test_a_plan_for_a_method_that_is_no_entry_point_is_refused() -> None:
     ):
         plan = replace(FLUX_PLAN, token_segments={"image": "sharded"}, cuts=cuts)
         with pytest.raises(TypeError, match=message):
-            parallelize(model, plan, rank_of(Degrees(ring=2)), heads=24)
+            parallelize(model, plan, rank_of(degrees), heads=24)
 
 
 @pytest.mark.parametrize(
