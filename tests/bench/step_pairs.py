@@ -43,10 +43,11 @@ class Side:
         (overlay / "bench_steps.py").symlink_to(tree / "tests" / "bench" / "bench_steps.py")
         program = HERE / "bench_pair_side.py"
         self._tree = tree
+        path = (str(tree), str(overlay), str(HERE), os.environ.get("PYTHONPATH", ""))
         # -P leaves the program's own folder out of sys.path, which would otherwise come first.
         self._process = subprocess.Popen(
             [sys.executable, "-P", str(program), "--tree", str(tree), "--device", device, "--scale", scale],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (tree, overlay, HERE)))},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path))},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
