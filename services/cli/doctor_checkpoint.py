@@ -43,7 +43,7 @@ def check_model(reference: str) -> Iterator[Result]:
     is_whole = True
     for module, entry in index.items():
         match entry:
-            case [str() as library, str() as class_name] if not module.startswith("_") and kind_of(class_name) is None:
+            case [str() as library, str() as class_name] if module.isidentifier() and kind_of(class_name) is None:
                 results = list(_module_results(directory / module, library))
                 is_whole = is_whole and all(each.status is not Status.ERROR for each in results)
                 yield from results

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from urllib.parse import urlsplit
 
 import grpc
@@ -13,7 +13,7 @@ from google.protobuf.descriptor_pb2 import DescriptorProto, FileDescriptorProto
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 
-from common.errors import NotFound, Unavailable
+from common.errors import PermissionDenied, Unauthenticated, Unavailable
 from common.rpc.address import proxy_variable
 from common.rpc.client import open_channel
 from common.rpc.status import from_rpc_error
@@ -63,7 +63,7 @@ def _host(proxy: str) -> str:
 def check_endpoint(endpoint: str, access: Access, own: Mapping[str, str]) -> Iterable[Result]:
     """Health, API contract, models and workers of the fleet at an endpoint. `own` are checkpoints of --model by name.
 
-    Raises Unavailable where no fleet answers, Unauthenticated and PermissionDenied where it refuses the caller.
+    Raises Unavailable where no fleet answers.
     """
     return asyncio.run(_collect(endpoint, access, own))
 
@@ -74,19 +74,19 @@ async def _collect(endpoint: str, access: Access, own: Mapping[str, str]) -> lis
     results: list[Result] = []
     try:
         async with asyncio.timeout(_SECONDS):
-            overview = await client.overview()
-            for part in (_health(endpoint, channel), _contract(channel), _models(overview, own)):
-                results += [result async for result in part]
+            try:
+                results += _all_model_results(await client.overview(), own)
+            except (Unauthenticated, PermissionDenied) as failure:
+                results.append(error("endpoint", failure.message, "set FLEET_API_KEY to a key that the fleet knows"))
+            results[:0] = [await _health_result(endpoint, channel), await _contract_result(channel)]
     except TimeoutError:
         raise Unavailable(f"{endpoint} gave no answer within {_SECONDS:g} s") from None
-    except grpc.aio.AioRpcError as failure:
-        raise from_rpc_error(failure) from failure
     finally:
         await channel.close()
     return results
 
 
-async def _health(endpoint: str, channel: grpc.aio.Channel) -> AsyncIterator[Result]:
+async def _health_result(endpoint: str, channel: grpc.aio.Channel) -> Result:
     """The health of the server, and of Submit alone."""
     check: grpc.aio.UnaryUnaryMultiCallable[health_pb2.HealthCheckRequest, health_pb2.HealthCheckResponse]
     check = channel.unary_unary(
@@ -99,23 +99,20 @@ async def _health(endpoint: str, channel: grpc.aio.Channel) -> AsyncIterator[Res
         try:
             reply = await check(health_pb2.HealthCheckRequest(service=name))
         except grpc.aio.AioRpcError as failure:
-            if not isinstance(from_rpc_error(failure), NotFound):
-                raise
-            states[name] = "unknown"
+            states[name] = failure.code().name
         else:
             states[name] = health_pb2.HealthCheckResponse.ServingStatus.Name(reply.status)
     if states[""] != "SERVING" or states[_SERVICE] != "SERVING":
         shown = ", ".join(f"{name or 'server'} {state}" for name, state in states.items())
         advice = "see the coordinator's log: its store is unavailable, or it is about to end"
-        yield error("endpoint", f"{endpoint} answers, but is not ready: {shown}", advice)
-    elif states[_SUBMIT] == "NOT_SERVING":
+        return error("endpoint", f"{endpoint} answers, but is not ready: {shown}", advice)
+    if states[_SUBMIT] == "NOT_SERVING":
         advice = "raise the store's maxmemory, or wait until results have expired"
-        yield warning("endpoint", f"{endpoint} is ready, but takes no new requests: its store is full", advice)
-    else:
-        yield ok("endpoint", f"{endpoint} is ready")
+        return warning("endpoint", f"{endpoint} is ready, but takes no new requests: its store is full", advice)
+    return ok("endpoint", f"{endpoint} is ready")
 
 
-async def _contract(channel: grpc.aio.Channel) -> AsyncIterator[Result]:
+async def _contract_result(channel: grpc.aio.Channel) -> Result:
     """The public API of the fleet against the one of this installation, by server reflection."""
     request = reflection_pb2.ServerReflectionRequest(file_containing_symbol=_SERVICE)
     reflect: grpc.aio.StreamStreamMultiCallable[
@@ -127,17 +124,21 @@ async def _contract(channel: grpc.aio.Channel) -> AsyncIterator[Result]:
         response_deserializer=reflection_pb2.ServerReflectionResponse.FromString,
     )
     theirs: dict[str, FileDescriptorProto] = {}
-    async for reply in reflect(iter([request])):
-        for data in reply.file_descriptor_response.file_descriptor_proto:
-            file = FileDescriptorProto.FromString(data)
-            theirs[file.name] = file
-    yield contract_result(_elements(theirs.values()), _elements(_own_files(generation_pb2.DESCRIPTOR)))
+    try:
+        async for reply in reflect(iter([request])):
+            for data in reply.file_descriptor_response.file_descriptor_proto:
+                file = FileDescriptorProto.FromString(data)
+                theirs[file.name] = file
+    except grpc.aio.AioRpcError as failure:
+        advice = "connect to a coordinator itself, not to a gateway that hides reflection"
+        return warning("contract", f"the API cannot be read: {from_rpc_error(failure).message}", advice)
+    return contract_result(elements_of(theirs.values()), elements_of(own_files()))
 
 
 def contract_result(theirs: Mapping[str, str], ours: Mapping[str, str]) -> Result:
     """The result for the fields and methods of two versions of the API: kind and type by full name."""
     if not theirs:
-        return warning("contract", "the endpoint does not describe its API", "update the fleet, or skip its gateway")
+        return error("contract", f"the endpoint has no {_SERVICE}", "give the address of a coordinator")
     if changed := [name for name in ours if name in theirs and theirs[name] != ours[name]]:
         advice = "use the release of the fleet for its clients"
         return error("contract", f"the fleet has another type of {_named(changed)}", advice)
@@ -154,10 +155,10 @@ def _named(names: list[str]) -> str:
     return ", ".join(names[:_MOST_NAMED]) + more
 
 
-def _own_files(file: FileDescriptor) -> list[FileDescriptorProto]:
-    """A proto file and its imports, as messages."""
+def own_files() -> list[FileDescriptorProto]:
+    """The proto file of the public API and its imports, as this installation has them."""
     found: dict[str, FileDescriptorProto] = {}
-    waiting = [file]
+    waiting: list[FileDescriptor] = [generation_pb2.DESCRIPTOR]
     while waiting:
         each = waiting.pop()
         if each.name not in found:
@@ -166,7 +167,7 @@ def _own_files(file: FileDescriptor) -> list[FileDescriptorProto]:
     return list(found.values())
 
 
-def _elements(files: Iterable[FileDescriptorProto]) -> dict[str, str]:
+def elements_of(files: Iterable[FileDescriptorProto]) -> dict[str, str]:
     """Number and type of each field of the fleet's messages, and input and output of each method, by full name."""
     found: dict[str, str] = {}
     for file in files:
@@ -192,11 +193,9 @@ def _fields(name: str, message: DescriptorProto) -> dict[str, str]:
     return found
 
 
-async def _models(overview: generation_pb2.ListModelsResponse, own: Mapping[str, str]) -> AsyncIterator[Result]:
-    """Workers, refused workers, kernel packages and variants of each model."""
+def _all_model_results(overview: generation_pb2.ListModelsResponse, own: Mapping[str, str]) -> Iterator[Result]:
     for model in overview.models:
-        for result in model_results(model, own.get(model.name, "")):
-            yield result
+        yield from model_results(model, own.get(model.name, ""))
 
 
 def model_results(model: generation_pb2.Model, own_fingerprint: str) -> Iterator[Result]:

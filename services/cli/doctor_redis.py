@@ -200,6 +200,7 @@ async def _clock(redis: Redis, most_seconds: float) -> _Results:
 
     The skew is exact to half the time of the round trip.
     """
+    await command(redis, "PING")  # connects, which takes several round trips
     before = time.time()
     seconds, microseconds = await command(redis, "TIME")
     after = time.time()
