@@ -55,10 +55,8 @@ def facts(choice: KernelChoice) -> dict[str, Any]:
     for number in range(len(gpus)):
         capability = torch.cuda.get_device_capability(number)
         if capability not in found:
-            device = torch.device("cuda", number)
             try:
-                with torch.cuda.device(device):
-                    found[capability] = outcomes_on(device, capability, choice)
+                found[capability] = _tried(number, capability, choice)
             except FailedPrecondition as error:
                 required_error = error.message
                 break
@@ -71,6 +69,12 @@ def facts(choice: KernelChoice) -> dict[str, Any]:
         "required_error": required_error,
         "attention": {_dotted(each): attention_rows(each, choice, outcomes) for each, outcomes in found.items()},
     }
+
+
+def _tried(number: int, capability: Capability, choice: KernelChoice) -> list[Outcome]:
+    device = torch.device("cuda", number)
+    with torch.cuda.device(device):
+        return outcomes_on(device, capability, choice)
 
 
 def _gpus() -> tuple[list[Gpu], str]:
