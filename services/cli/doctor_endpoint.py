@@ -13,7 +13,7 @@ from google.protobuf.descriptor_pb2 import DescriptorProto, FileDescriptorProto
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 
-from common.errors import PermissionDenied, Unauthenticated, Unavailable
+from common.errors import FleetError, PermissionDenied, Unauthenticated, Unavailable
 from common.rpc.address import proxy_variable
 from common.rpc.client import open_channel
 from common.rpc.status import from_rpc_error
@@ -76,8 +76,12 @@ async def _collect(endpoint: str, access: Access, own: Mapping[str, str]) -> lis
         async with asyncio.timeout(_SECONDS):
             try:
                 results += _all_model_results(await client.overview(), own)
-            except (Unauthenticated, PermissionDenied) as failure:
-                results.append(error("endpoint", failure.message, "set FLEET_API_KEY to a key that the fleet knows"))
+            except Unavailable:
+                raise
+            except FleetError as failure:
+                is_key = isinstance(failure, Unauthenticated | PermissionDenied)
+                advice = "set FLEET_API_KEY to a key that the fleet knows" if is_key else "ask a coordinator"
+                results.append(error("endpoint", f"ListModels failed: {failure.message}", advice))
             results[:0] = [await _health_result(endpoint, channel), await _contract_result(channel)]
     except TimeoutError:
         raise Unavailable(f"{endpoint} gave no answer within {_SECONDS:g} s") from None
