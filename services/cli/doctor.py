@@ -26,7 +26,7 @@ from services.cli.doctor_packages import check_packages, check_python, has_worke
 from services.cli.doctor_redis import redis_checks
 from services.cli.doctor_results import Check, Result, Status, run_checks
 from services.cli.doctor_settings import COORDINATOR, ServiceSource, check_ports, check_settings
-from services.cli.doctor_tls import TlsFiles, check_tls, files_of
+from services.cli.doctor_tls import TlsFiles, check_service_tls, check_tls
 from services.cli.options import add_endpoint, command_parser, endpoint_of
 from services.cli.serve import service_names
 
@@ -74,7 +74,7 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--redis", metavar="URL", help="request store to check (default: FLEET_REDIS)")
     parser.add_argument(
-        "--service", default=COORDINATOR, metavar="SERVICE", help=f"service that runs here (default: {COORDINATOR})"
+        "--service", metavar="SERVICE", help=f"service that runs here, whose settings count (default: {COORDINATOR})"
     )
     parser.add_argument("--config", metavar="FILE", help="its TOML file, for ports, TLS and kernels (or FLEET_CONFIG)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -84,7 +84,7 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     models = os.environ.get("FLEET_MODEL", "").split(",")
     args.model = args.model or [each.strip() for each in models if each.strip()]
     args.endpoint = endpoint_of(args.endpoint) if args.endpoint or os.environ.get("FLEET_ENDPOINT") else ""
-    if args.service not in service_names():
+    if args.service is not None and args.service not in service_names():
         known = ", ".join(service_names())
         raise SettingsError(f"--service: {args.service!r} is not a service; services are {known}", field="service")
     return args
@@ -92,14 +92,14 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 def checks_of(args: argparse.Namespace, read_gpus: Callable[[Sequence[str]], GpuFacts] = read_gpu_facts) -> list[Check]:
     """The checks that the arguments call for, in the order of their lines. `read_gpus` takes a worker's flags."""
-    source = ServiceSource(args.service, args.config or "", args.redis)
+    source = ServiceSource(args.service or COORDINATOR, args.config or "", args.redis)
     facts = cache(lambda: read_gpus(_kernel_flags(source.values)))
     checks = [
         Check("python", check_python, _INSTALL),
         Check("packages", check_packages, _INSTALL),
         Check("settings", lambda: check_settings(source), "correct that variable, key or file", seconds=60.0),
         Check("ports", lambda: check_ports(source, args.endpoint), _READ, needs="settings"),
-        Check("tls", lambda: check_tls([*files_of(source.values, source.service), *_own_files(args)]), _READ),
+        Check("tls", lambda: _tls_results(source, args), _READ),
         Check("proxies", lambda: check_proxies(args.endpoint), _READ),
     ]
     if has_worker_extra():
@@ -137,7 +137,9 @@ def _kernel_flags(values: Mapping[str, Any]) -> list[str]:
     return [*flags, "--attention-backend", values["attention_backend"]] if "attention_backend" in values else flags
 
 
-def _own_files(args: argparse.Namespace) -> list[TlsFiles]:
-    """The TLS files that flags give this command; variables are those of the service too."""
+def _tls_results(source: ServiceSource, args: argparse.Namespace) -> Iterator[Result]:
+    """TLS files of the service's settings, and those that flags give this command."""
+    yield from check_service_tls(source.values, args.service or "")
     cert, key, ca = (Path(path) if (path := vars(args)[name]) else None for name in ("tls_cert", "tls_key", "tls_ca"))
-    return [TlsFiles("tls", cert, key, ca)] if cert or key or ca else []
+    if cert or key or ca:
+        yield from check_tls([TlsFiles("tls", cert, key, ca)])

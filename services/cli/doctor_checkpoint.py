@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,8 @@ SECONDS = 120.0
 _AGAIN = "download the named files again"
 _GIB = 1 << 30
 _MIB = 1 << 20
+_AVAILABLE = re.compile(r"^MemAvailable:\s+(\d+) kB$", re.MULTILINE)
+_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 _FULL = 0.8
 """Share of the memory above which weights leave little for activations."""
 
@@ -152,9 +155,7 @@ class Device:
 def device_of(facts: GpuFacts, dtype: str = "auto") -> Device:
     """The GPU with the most memory, or the host. `dtype` is the setting of that name; auto is bfloat16 on a GPU."""
     if not facts.gpus:
-        page = os.sysconf("SC_PAGE_SIZE")
-        total, free = (page * os.sysconf(name) for name in ("SC_PHYS_PAGES", "SC_AVPHYS_PAGES"))
-        return Device("this host", total, free, 2 if dtype == "bfloat16" else 4)
+        return Device("this host", *host_memory(), 2 if dtype == "bfloat16" else 4)
     number, gpu = max(enumerate(facts.gpus), key=lambda each: each[1].total_bytes)
     return Device(f"cuda:{number}", gpu.total_bytes, gpu.free_bytes, 4 if dtype == "float32" else 2)
 
@@ -169,6 +170,17 @@ def fingerprints(references: Sequence[str]) -> dict[str, str]:
             continue
         found[model.name] = model.checkpoint.fingerprint
     return found
+
+
+def host_memory(meminfo: Path = Path("/proc/meminfo"), limit: Path = _CGROUP_LIMIT) -> tuple[int, int]:
+    """The host's memory in bytes, or the container's where that is less, and how much of it is available."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    available = total
+    if meminfo.exists() and (match := _AVAILABLE.search(meminfo.read_text())):
+        available = int(match[1]) << 10
+    if limit.exists() and (text := limit.read_text().strip()).isdecimal():
+        total = min(total, int(text))
+    return total, min(total, available)
 
 
 def check_memory(reference: str, facts: GpuFacts, settings: Mapping[str, Any]) -> Iterator[Result]:
@@ -189,11 +201,11 @@ def check_memory(reference: str, facts: GpuFacts, settings: Mapping[str, Any]) -
         need = sum(sizes)
         if spec.service == "denoising":
             need = (max(sizes) if settings.get("swap_experts") else need) // settings.get("tp", 1)
-        yield _memory_result(spec.service, need, device)
+        yield _memory_result(spec.service, model.name, need, device)
 
 
-def _memory_result(service: str, need: int, device: Device) -> Result:
-    found = f"{service} of the model takes {_size(need)} for weights, and {device.name} has {_size(device.total_bytes)}"
+def _memory_result(service: str, model: str, need: int, device: Device) -> Result:
+    found = f"{service} of {model} takes {_size(need)} for weights, and {device.name} has {_size(device.total_bytes)}"
     if need > device.total_bytes:
         advice = "use a GPU with more memory"
         if service == "denoising":

@@ -36,14 +36,35 @@ class TlsFiles:
     peers: str = ""
 
 
+def check_service_tls(values: Mapping[str, Any], service: str) -> Iterator[Result]:
+    """The TLS files of a service's settings, and whether they are enough.
+
+    An empty `service` stands for settings of no service in particular: clients have variables of the same names.
+    """
+    own = bool(values.get("tls_cert") or values.get("tls_key"))
+    public = bool(values.get("tls_public_cert") or values.get("tls_public_key"))
+    if service and values.get("tls_ca") and not own:
+        yield _lacking("tls_ca", "tls_cert and tls_key, which the service must show")
+    if service not in ("", "coordinator") and own and not values.get("tls_ca"):
+        yield _lacking("tls_cert", "tls_ca, by which a worker knows coordinators")
+    if values.get("tls_client_ca") and not (own or public):
+        yield _lacking("tls_client_ca", "tls_cert and tls_key, which clients must see")
+    yield from check_tls(files_of(values, service))
+
+
+def _lacking(given: str, missing: str) -> Result:
+    return error("tls", f"{given} is set without {missing}", f"set both, or unset {given}")
+
+
 def files_of(values: Mapping[str, Any], service: str) -> list[TlsFiles]:
-    """The TLS files of a service's settings."""
+    """The TLS files of a service's settings, with the name that peers look for by default; none without a service."""
     ca = values.get("tls_ca")
-    if service == "coordinator":
-        wanted = ("coordinator", "workers, whose tls_callers must have another name of it")
-    else:
-        wanted = ("worker", "coordinators, whose tls_worker_name must have another name of it")
-    own = TlsFiles("tls", values.get("tls_cert"), values.get("tls_key"), ca, *(wanted if ca else ()))
+    wanted = ("", "")
+    if ca and service == "coordinator":
+        wanted = ("coordinator", "workers (tls_callers)")
+    elif ca and service:
+        wanted = ("worker", "coordinators (tls_worker_name)")
+    own = TlsFiles("tls", values.get("tls_cert"), values.get("tls_key"), ca, *wanted)
     public = TlsFiles("tls_public", values.get("tls_public_cert"), values.get("tls_public_key"))
     clients = TlsFiles("tls_client", ca=values.get("tls_client_ca"))
     return [each for each in (own, public, clients) if each.cert or each.key or each.ca]
@@ -104,7 +125,7 @@ def _identity_results(
     elif files.name and files.name not in names:
         yield warning(
             "tls",
-            f"{label} {files.cert} is not for {files.name}, the name that by default counts for {files.peers}",
+            f"{label} {files.cert} is not for {files.name}, the name that {files.peers} look for by default",
             f"issue it with the DNS name {files.name}",
         )
 

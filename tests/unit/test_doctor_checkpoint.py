@@ -13,7 +13,7 @@ from bare_checkpoint import build_bare_flux, safetensors_bytes
 from doctor_lines import lines
 from services.cli import doctor, doctor_checkpoint
 from services.cli.__main__ import main
-from services.cli.doctor_checkpoint import check_memory, check_model, directory_of
+from services.cli.doctor_checkpoint import check_memory, check_model, directory_of, host_memory
 from services.cli.doctor_gpu import Driver, Gpu, GpuFacts
 
 MIB = 1 << 20
@@ -128,9 +128,9 @@ def large(tmp_path: Path) -> Path:
 
 def test_weights_are_compared_with_the_largest_gpu_in_bfloat16(large: Path) -> None:
     assert lines(check_memory(str(large), gpu_facts(64 * MIB, 100 * MIB), {})) == [
-        "ok memory: text_encoding of the model takes 4.0 MiB for weights, and cuda:1 has 100.0 MiB",
-        "ok memory: denoising of the model takes 32.0 MiB for weights, and cuda:1 has 100.0 MiB",
-        "ok memory: decoding of the model takes 2.0 MiB for weights, and cuda:1 has 100.0 MiB",
+        "ok memory: text_encoding of large takes 4.0 MiB for weights, and cuda:1 has 100.0 MiB",
+        "ok memory: denoising of large takes 32.0 MiB for weights, and cuda:1 has 100.0 MiB",
+        "ok memory: decoding of large takes 2.0 MiB for weights, and cuda:1 has 100.0 MiB",
     ]
 
 
@@ -140,20 +140,20 @@ def test_weights_are_compared_with_the_largest_gpu_in_bfloat16(large: Path) -> N
         (
             31 * MIB,
             {},
-            "error memory: denoising of the model takes 32.0 MiB for weights, and cuda:0 has 31.0 MiB -> use",
+            "error memory: denoising of large takes 32.0 MiB for weights, and cuda:0 has 31.0 MiB -> use",
         ),
         (
             39 * MIB,
             {},
-            "warning memory: denoising of the model takes 32.0 MiB for weights, and cuda:0 has 39.0 MiB, whi",
+            "warning memory: denoising of large takes 32.0 MiB for weights, and cuda:0 has 39.0 MiB, whi",
         ),
         (
             63 * MIB,
             {},
-            "warning memory: denoising of the model takes 32.0 MiB for weights, and cuda:0 has 63.0 MiB, of ",
+            "warning memory: denoising of large takes 32.0 MiB for weights, and cuda:0 has 63.0 MiB, of ",
         ),
-        (63 * MIB, {"tp": 2}, "ok memory: denoising of the model takes 16.0 MiB for weights, and cuda:0 has 63.0 MiB"),
-        (63 * MIB, {"dtype": "float32"}, "error memory: denoising of the model takes 64.0 MiB for weights, and cuda:0"),
+        (63 * MIB, {"tp": 2}, "ok memory: denoising of large takes 16.0 MiB for weights, and cuda:0 has 63.0 MiB"),
+        (63 * MIB, {"dtype": "float32"}, "error memory: denoising of large takes 64.0 MiB for weights, and cuda:0"),
     ],
 )
 def test_weights_that_do_not_fit(size: int, settings: dict[str, object], expected: str, large: Path) -> None:
@@ -165,11 +165,22 @@ def test_one_expert_at_a_time_takes_less(large: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(doctor_checkpoint, "_loaded_bytes", lambda model, _, size: real(model, "vae", size))
     monkeypatch.setattr("common.pipeline.ServiceSpec.modules", ("transformer", "transformer_2"))
     both, one = (lines(check_memory(str(large), CPU, {"swap_experts": swap}))[2] for swap in (False, True))
-    assert "denoising of the model takes 8.0 MiB" in both
-    assert "denoising of the model takes 4.0 MiB" in one
+    assert "denoising of large takes 8.0 MiB" in both
+    assert "denoising of large takes 4.0 MiB" in one
 
 
 def test_without_gpu_the_host_s_memory_counts_in_float32(large: Path) -> None:
     found = lines(check_memory(str(large), CPU, {}))
-    assert found[1].startswith("ok memory: denoising of the model takes 64.0 MiB for weights, and this host has ")
+    assert found[1].startswith("ok memory: denoising of large takes 64.0 MiB for weights, and this host has ")
     assert not lines(check_memory(str(large / "nowhere"), CPU, {})), "the check of the model reports it"
+
+
+def test_memory_of_a_container_is_its_limit(tmp_path: Path) -> None:
+    meminfo, limit = tmp_path / "meminfo", tmp_path / "memory.max"
+    whole = host_memory(meminfo, limit)
+    assert whole[0] == whole[1] > 64 * MIB
+    meminfo.write_text("MemTotal:       99 kB\nMemFree:        1 kB\nMemAvailable:    2048 kB\n")
+    limit.write_text("max\n")
+    assert host_memory(meminfo, limit) == (whole[0], 2 * MIB)
+    limit.write_text(f"{MIB}\n")
+    assert host_memory(meminfo, limit) == (MIB, MIB)

@@ -13,7 +13,7 @@ from doctor_lines import lines
 from services.cli import doctor
 from services.cli.__main__ import main
 from services.cli.doctor_settings import ServiceSource
-from services.cli.doctor_tls import TlsFiles, check_tls, files_of
+from services.cli.doctor_tls import TlsFiles, check_service_tls, check_tls, files_of
 
 DAY = datetime.timedelta(days=1)
 
@@ -93,9 +93,42 @@ def test_the_name_that_peers_look_for(service: str, name: str, fleet: Authority)
     shown = fleet.issue("somebody")
     values = {"tls_cert": shown.cert, "tls_key": shown.key, "tls_ca": fleet.ca}
     assert lines(check_tls(files_of(values, service)))[-1].startswith(
-        f"warning tls: tls_cert {shown.cert} is not for {name}, the name that by default counts for "
+        f"warning tls: tls_cert {shown.cert} is not for {name}, the name that "
     )
     assert len(lines(check_tls(files_of({**values, "tls_ca": None}, service)))) == 1, "clients look for the host"
+
+
+def test_a_client_s_certificate_may_have_any_name(fleet: Authority) -> None:
+    shown = fleet.issue("somebody")
+    values = {"tls_cert": shown.cert, "tls_key": shown.key, "tls_ca": fleet.ca}
+    assert [line.split()[0] for line in lines(check_service_tls(values, ""))] == ["ok", "ok"]
+
+
+@pytest.mark.parametrize(
+    ("service", "names", "expected"),
+    [
+        (
+            "coordinator",
+            ["tls_ca"],
+            "error tls: tls_ca is set without tls_cert and tls_key, which the service must show",
+        ),
+        ("", ["tls_ca"], ""),
+        ("decoding", ["tls_cert", "tls_key"], "error tls: tls_cert is set without tls_ca, by which a worker knows"),
+        ("coordinator", ["tls_cert", "tls_key"], ""),
+        (
+            "coordinator",
+            ["tls_client_ca"],
+            "error tls: tls_client_ca is set without tls_cert and tls_key, which clients",
+        ),
+        ("coordinator", ["tls_client_ca", "tls_public_cert", "tls_public_key"], ""),
+    ],
+)
+def test_files_that_need_others(service: str, names: list[str], expected: str, fleet: Authority) -> None:
+    shown = fleet.issue("coordinator", "worker")
+    files = {"ca": fleet.ca, "cert": shown.cert, "key": shown.key}
+    values = {name: files[name.rpartition("_")[2]] for name in names}
+    wrong = [line for line in lines(check_service_tls(values, service)) if not line.startswith("ok ")]
+    assert wrong[0].startswith(expected) if expected else not wrong
 
 
 def test_variables_and_flags_name_the_files(
