@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -142,11 +141,17 @@ def test_packages_are_tried_once_for_each_kind_of_gpu(tmp_path: Path, monkeypatc
     gpus = [Gpu("GPU", ".".join(map(str, each)), GIB, GIB) for each in capabilities]
     monkeypatch.setattr(doctor_gpu_facts, "_gpus", lambda: (gpus, ""))
     monkeypatch.setattr(torch.cuda, "get_device_capability", capabilities.__getitem__)
-    on_cpu = partial(outcomes_on, torch.device("cpu"))
-    monkeypatch.setattr(doctor_gpu_facts, "_tried", lambda _, capability, choice: on_cpu(capability, choice))
+    tried: list[Capability] = []
+
+    def on_cpu(_: int, capability: Capability, choice: KernelChoice) -> list[Outcome]:
+        tried.append(capability)
+        return outcomes_on(torch.device("cpu"), capability, choice)
+
+    monkeypatch.setattr(doctor_gpu_facts, "_tried", on_cpu)
     attention = tuple(each for each in PACKAGES if each.name in ("flash-attn", "fa3-fwd"))
     monkeypatch.setattr("models.kernels.trials.PACKAGES", attention)
     found = json.loads(json.dumps(doctor_gpu_facts.facts(KernelChoice())))
+    assert tried == [HOPPER, (8, 0)]
     assert [(each["name"], each["error"]) for each in found["trials"]] == [
         ("fa3-fwd", "OSError: libcudart.so.12"),
         ("flash-attn", ""),

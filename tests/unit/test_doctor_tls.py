@@ -98,6 +98,32 @@ def test_the_name_that_peers_look_for(service: str, name: str, fleet: Authority)
     assert len(lines(check_tls(files_of({**values, "tls_ca": None}, service)))) == 1, "clients look for the host"
 
 
+@pytest.mark.parametrize(
+    ("valid", "expected"),
+    [(DAY, ["ok", "ok", "ok"]), (-DAY, ["ok", "ok", "error"])],
+)
+def test_a_chain_of_issuers_leads_to_the_authority(
+    valid: datetime.timedelta, expected: list[str], tmp_path: Path
+) -> None:
+    root = Authority(tmp_path / "root", path_length=1)
+    between = root.subordinate("between", valid)
+    shown = between.issue("worker")
+    files = [TlsFiles("tls", shown.cert, shown.key, root.ca)]
+    assert "is not signed by tls_ca" in lines(check_tls(files))[-1]
+    shown.cert.write_bytes(shown.cert.read_bytes() + between.ca.read_bytes())
+    found = lines(check_tls(files))
+    assert [line.split()[0] for line in found] == expected
+    assert f"tls_cert {shown.cert}, issuer between " in found[-1]
+
+
+def test_a_certificate_that_is_not_valid_yet(fleet: Authority) -> None:
+    shown = fleet.issue("worker")
+    earlier = datetime.datetime.now(datetime.UTC) - 3 * DAY
+    (line,) = lines(check_tls([TlsFiles("tls", shown.cert, shown.key)], earlier))
+    assert "(for worker; its key fits) is valid only from 20" in line
+    assert line.startswith("error tls: ")
+
+
 def test_a_client_s_certificate_may_have_any_name(fleet: Authority) -> None:
     shown = fleet.issue("somebody")
     values = {"tls_cert": shown.cert, "tls_key": shown.key, "tls_ca": fleet.ca}
