@@ -26,15 +26,24 @@ class Certificate:
 class Authority:
     """Signs certificates; `ca` is the file by which others know it."""
 
-    def __init__(self, directory: Path, name: str = "authority") -> None:
+    def __init__(self, directory: Path, name: str = "authority", *, path_length: int = 0) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self._directory = directory
         self._key = ec.generate_private_key(ec.SECP256R1())
         self._name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-        constraints = x509.BasicConstraints(ca=True, path_length=0)
+        constraints = x509.BasicConstraints(ca=True, path_length=path_length)
         certificate = _builder(self._name, self._name, self._key.public_key()).add_extension(constraints, critical=True)
         self.ca = directory / "ca.pem"
         self.ca.write_bytes(_pem(certificate.sign(self._key, hashes.SHA256())))
+
+    def subordinate(self, name: str, valid: datetime.timedelta = _DAY) -> Authority:
+        """An authority whose certificate this one has signed; `path_length` must allow it."""
+        other = Authority(self._directory / name, name)
+        constraints = x509.BasicConstraints(ca=True, path_length=0)
+        builder = _builder(other._name, self._name, other._key.public_key(), valid)
+        certificate = builder.add_extension(constraints, critical=True).sign(self._key, hashes.SHA256())
+        other.ca.write_bytes(_pem(certificate))
+        return other
 
     def issue(
         self, *names: str, valid: datetime.timedelta = _DAY, usage: x509.ObjectIdentifier | None = None

@@ -24,6 +24,7 @@ COMMANDS = {
     "cancel": "ask for a request to end",
     "models": "list the models and what a request to them may set",
     "size": "print how many replicas of each service a load needs",
+    "doctor": "check this host, a checkpoint, the request store and a running fleet",
 }
 
 

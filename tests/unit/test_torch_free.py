@@ -26,6 +26,7 @@ THIN = (
     "services.cli.cancel",
     "services.cli.models",
     "services.cli.size",
+    "services.cli.doctor",
     "services.cli.generate",
     "services.cli.up",
     "common.rpc.probe",

@@ -1,0 +1,117 @@
+"""Results of `fleet doctor`, and the runner of its checks: each has a timeout, and none can end the command."""
+
+from __future__ import annotations
+
+import enum
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from common.errors import FleetError
+from common.state.store_url import without_password
+from services.start_up import describe, plain
+
+
+class Status(enum.IntEnum):
+    """State of what a check looked at; the value is the command's exit code where this is the worst state."""
+
+    OK = 0
+    WARNING = 1
+    ERROR = 2
+
+
+@dataclass(frozen=True)
+class Result:
+    """One line: state, name of what was checked, what was found, and what to do (empty for OK)."""
+
+    status: Status
+    name: str
+    found: str
+    advice: str = ""
+
+    def as_json(self) -> Mapping[str, Any]:
+        """The same with the status as a word."""
+        return {"status": self.status.name.lower(), "check": self.name, "found": self.found, "advice": self.advice}
+
+
+def ok(name: str, found: str) -> Result:
+    """A result that needs no action."""
+    return Result(Status.OK, name, found)
+
+
+def warning(name: str, found: str, advice: str) -> Result:
+    """A result with which services run, but not as well as they could."""
+    return Result(Status.WARNING, name, found, advice)
+
+
+def error(name: str, found: str, advice: str) -> Result:
+    """A result with which a service does not start, or a request fails."""
+    return Result(Status.ERROR, name, found, advice)
+
+
+@dataclass(frozen=True)
+class Check:
+    """A function that returns or yields results, and its bounds.
+
+    After `seconds` the results so far count, with an error. A check is left out without a line where the check that
+    `needs` names had an error. `advice` belongs to a FleetError that `run` raises, and to a timeout.
+    """
+
+    name: str
+    run: Callable[[], Iterable[Result]]
+    advice: str
+    seconds: float = 15.0
+    needs: str = ""
+
+
+def run_checks(checks: Sequence[Check], *, shows_tracebacks: bool = False) -> Iterator[Result]:
+    """Run checks one after the other; yields the results of each as soon as it has ended, free of credentials."""
+    failed: set[str] = set()
+    for check in checks:
+        if check.needs in failed:
+            failed.add(check.name)
+            continue
+        results = _run(check, shows_tracebacks)
+        if any(each.status is Status.ERROR for each in results):
+            failed.add(check.name)
+        yield from map(_without_credentials, results)
+
+
+def _run(check: Check, shows_tracebacks: bool) -> list[Result]:
+    """Results of a check, which runs on a thread of its own: a call that never returns cannot be interrupted."""
+    found: list[Result] = []
+
+    def work() -> None:
+        try:
+            for result in check.run():
+                found.append(result)
+        except BaseException as failure:  # noqa: BLE001 -- Any failure of a check is a line of the report.
+            if shows_tracebacks:
+                sys.stderr.write(without_password("".join(traceback.format_exception(failure))))
+            found.append(_failed(check, failure))
+
+    thread = threading.Thread(target=work, name=f"check {check.name}", daemon=True)
+    thread.start()
+    thread.join(check.seconds)
+    results = list(found)
+    if thread.is_alive():
+        results.append(error(check.name, f"no result within {check.seconds:g} s", check.advice))
+    return results
+
+
+def _failed(check: Check, failure: BaseException) -> Result:
+    if isinstance(failure, FleetError):
+        return error(check.name, describe(failure), check.advice)
+    return error(check.name, f"the check failed: {describe(failure)}", "repair what the error names, or report it")
+
+
+def _without_credentials(result: Result) -> Result:
+    """The result on one line, without passwords and without characters that steer a terminal."""
+    return replace(result, name=_shown(result.name), found=_shown(result.found), advice=_shown(result.advice))
+
+
+def _shown(text: str) -> str:
+    return without_password(plain(" ".join(text.split())))

@@ -1,0 +1,17 @@
+"""Results of `fleet doctor` as lines, for tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from services.cli.doctor_results import Result, Status
+
+
+def lines(results: Iterable[Result]) -> list[str]:
+    """Each result as STATUS NAME: FOUND -> ADVICE. Only results that are right have no advice."""
+    listed = list(results)
+    assert all(bool(each.advice) == (each.status is not Status.OK) for each in listed)
+    return [
+        f"{each.status.name.lower()} {each.name}: {each.found}" + (f" -> {each.advice}" if each.advice else "")
+        for each in listed
+    ]

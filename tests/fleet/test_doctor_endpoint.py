@@ -1,0 +1,200 @@
+"""`fleet doctor --endpoint`: a running coordinator, its API, its models and their workers."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import hashlib
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from certificates import Authority
+from common.errors import FailedPrecondition, Unavailable
+from common.rpc.fleet_server import FleetServer
+from common.state.connection import connect
+from coordinator_fleet import FakeFleet, run_on_fleet
+from doctor_lines import lines
+from fleet.v1 import generation_pb2 as pb
+from fleet.v1 import worker_pb2
+from redis_servers import fill, running_server, until
+from services.cli import doctor
+from services.cli.access import IN_THE_CLEAR, Access
+from services.cli.doctor_endpoint import check_endpoint, contract_result, elements_of, model_results, own_files
+
+KEY = "key-of-alice"
+SERVICE = "fleet.v1.GenerationService"
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    with running_server("valkey") as server:
+        yield server.url
+
+
+async def found(endpoint: str, access: Access = IN_THE_CLEAR, **own: str) -> list[str]:
+    """The lines of the check."""
+    return await asyncio.to_thread(lambda: lines(check_endpoint(endpoint, access, own)))
+
+
+def test_a_fleet_that_is_right(url: str) -> None:
+    async def story(fleet: FakeFleet) -> None:
+        await fleet.add_workers()
+        coordinator, _ = await fleet.add_coordinator()
+        fingerprint = fleet.model.checkpoint.fingerprint
+        health, contract, model = await found(coordinator.address, emoji=fingerprint)
+        assert health == f"ok endpoint: {coordinator.address} is ready"
+        assert contract.startswith("ok contract: the same API as here: ")
+        assert int(contract.split(": ")[2].split()[0]) > 100
+        assert model == ("ok model emoji: live workers: text_encoding 1, latent_preparation 1, denoising 1, decoding 1")
+        assert (await found(coordinator.address, emoji="f" * 64))[-1].startswith(
+            f"error model emoji: the fleet serves checkpoint {fingerprint[:12]}, and --model is ffffffffffff: "
+        )
+
+    run_on_fleet(url, story)
+
+
+def test_services_without_workers_and_refused_and_broken_ones(url: str) -> None:
+    async def story(fleet: FakeFleet) -> None:
+        coordinator, _ = await fleet.add_coordinator()
+        worker = await fleet.add_worker("denoising")
+        broken = worker_pb2.KernelPackage(name="fa3-fwd", version="0.0.3", error="OSError: a", replacement="cuDNN")
+        worker.info.kernels.append(broken)
+        await worker.registry.announce(worker.info)
+        refused = copy.deepcopy(worker.info)
+        refused.worker_id, refused.model_fingerprint = "stranger", "0" * 64
+        with pytest.raises(FailedPrecondition, match="from a checkpoint with fingerprint"):
+            await worker.registry.announce(refused)
+        _, _, without, stranger, kernel = await found(coordinator.address)
+        assert without.startswith(
+            "warning model emoji: no worker serves text_encoding, latent_preparation, decoding: requests wait there -> "
+        )
+        assert stranger.startswith("warning model emoji: worker stranger of denoising was refused at ")
+        assert kernel.startswith(
+            "warning model emoji: workers of denoising: fa3-fwd 0.0.3 is unusable, cuDNN instead: OSError: a -> "
+        )
+
+    run_on_fleet(url, story)
+
+
+def test_a_full_store_and_a_coordinator_that_is_not_ready(url: str) -> None:
+    async def story(fleet: FakeFleet) -> None:
+        coordinator, _ = await fleet.add_coordinator()
+        async with connect(fleet.url) as redis:
+            await redis.config_set("maxmemory", 8 << 20)
+            await fill(redis, 15 << 19)
+
+            async def is_seen() -> bool:
+                return "its store is full" in (await found(coordinator.address))[0]
+
+            await until(is_seen)
+            await redis.delete("filler")
+            await redis.config_set("maxmemory", 0)
+        coordinator_server: Any = coordinator
+        await coordinator_server._server.set_ready(False)
+        line = (await found(coordinator.address))[0]
+        assert line.startswith(f"error endpoint: {coordinator.address} answers, but is not ready: server NOT_SERVING, ")
+
+    run_on_fleet(url, story)
+
+
+def test_a_caller_without_a_key_still_sees_health_and_contract(url: str, tmp_path: Path) -> None:
+    keys = tmp_path / "keys.toml"
+    keys.write_text(f'[callers.alice]\nkey_sha256 = ["{hashlib.sha256(KEY.encode()).hexdigest()}"]\n')
+
+    async def story(fleet: FakeFleet) -> None:
+        coordinator, _ = await fleet.add_coordinator(api_keys=keys)
+        health, contract, refused = await found(coordinator.address)
+        assert health.startswith("ok endpoint: ")
+        assert contract.startswith("ok contract: ")
+        assert refused.startswith("error endpoint: ")
+        assert refused.endswith(" -> set FLEET_API_KEY to a key that the fleet knows")
+        known = await found(coordinator.address, Access(None, KEY))
+        assert known[-1].startswith("warning model emoji: no worker serves ")
+        assert KEY not in "".join(known)
+
+    run_on_fleet(url, story)
+
+
+def test_a_fleet_over_tls(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(doctor, "has_worker_extra", lambda: False)
+    fleet_ca, others = Authority(tmp_path / "fleet"), Authority(tmp_path / "others", "others")
+    shown = fleet_ca.issue("localhost")
+
+    async def story(fleet: FakeFleet) -> None:
+        settings = {"listen": "localhost:0", "tls_public_cert": shown.cert, "tls_public_key": shown.key}
+        coordinator, _ = await fleet.add_coordinator(**settings)
+        command = ["--endpoint", coordinator.address]
+        for ca, code in ((fleet_ca.ca, 1), (others.ca, 2)):
+            assert await asyncio.to_thread(doctor.main, [*command, "--tls-ca", str(ca)]) == code
+        out = capsys.readouterr().out
+        assert f"ok       endpoint          {coordinator.address} is ready" in out
+        assert f"error    endpoint          {coordinator.address} and this command could not agree on TLS" in out
+
+    run_on_fleet(url, story)
+
+
+def test_nobody_there_and_a_server_that_is_no_fleet(tmp_path: Path) -> None:
+    async def story() -> None:
+        with pytest.raises(Unavailable, match="no fleet answers at"):
+            await found(f"unix:{tmp_path}/nobody.sock")
+        server = FleetServer("127.0.0.1:0")
+        address = await server.start()
+        await server.set_ready(True)
+        health, _, refused = await found(address)
+        expected = f"error endpoint: {address} answers, but is not ready: server SERVING, {SERVICE} NOT_FOUND, "
+        assert health.startswith(expected)
+        assert refused == "error endpoint: ListModels failed: there is no such method here -> ask a coordinator"
+        await server.drain(0)
+
+    asyncio.run(story())
+
+
+def test_a_server_that_never_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.cli.doctor_endpoint._SECONDS", 0.3)
+
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        port = silent.getsockname()[1]
+        with pytest.raises(Unavailable, match=r"gave no answer within 0.3 s"):
+            asyncio.run(found(f"127.0.0.1:{port}"))
+
+
+def test_versions_of_the_api_are_compared() -> None:
+    ours = elements_of(own_files())
+    name = "fleet.v1.Model.refused_workers"
+    assert "fleet.v1.GenerationService.Submit" in ours
+    older = {each: kind for each, kind in ours.items() if each != name}
+    assert lines([contract_result(older, ours)]) == [
+        f"warning contract: the fleet is older than this client: it lacks {name} -> update the fleet, or use its "
+        "release here"
+    ]
+    assert lines([contract_result(ours, older)])[0].startswith("ok contract: the fleet is newer, ")
+    other = {**ours, name: ours[name].replace("20 ", "21 ", 1)}
+    assert lines([contract_result(other, ours)])[0].startswith(f"error contract: the fleet has another type of {name}")
+    assert lines([contract_result({}, ours)])[0].startswith("error contract: the endpoint has no fleet.v1.Generation")
+
+
+def test_variants_that_are_not_served_are_named() -> None:
+    variant = pb.Variant(name="image", error="lacks image_encoder")
+    listed = lines(model_results(pb.Model(name="a", variants=[variant]), ""))
+    assert listed[-1].startswith("warning model a: variant image is not served: lacks image_encoder -> ")
+
+
+def test_a_gateway_that_hides_reflection() -> None:
+    async def story() -> None:
+        server = grpc.aio.server()
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        _, contract, _ = await found(f"127.0.0.1:{port}")
+        assert contract.startswith("warning contract: the API cannot be read: ")
+        await server.stop(None)
+
+    asyncio.run(story())

@@ -1,0 +1,294 @@
+"""`fleet doctor`: the runner of its checks, its output, and the checks of packages, settings, ports and proxies."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from common.errors import Unavailable
+from doctor_lines import lines
+from fake_kernel_packages import install
+from services.cli import doctor, doctor_packages
+from services.cli.__main__ import main
+from services.cli.doctor_endpoint import check_proxies
+from services.cli.doctor_packages import check_packages, check_python
+from services.cli.doctor_results import Check, Result, Status, error, ok, run_checks, warning
+from services.cli.doctor_settings import ServiceSource, check_ports, check_settings
+
+# Run before the command: hides torch, as in an installation without the worker extra.
+WITHOUT_TORCH = """
+import importlib.metadata, sys
+real = importlib.metadata.Distribution.from_name.__func__
+def hidden(cls, name):
+    if name == "torch":
+        raise importlib.metadata.PackageNotFoundError(name)
+    return real(cls, name)
+importlib.metadata.Distribution.from_name = classmethod(hidden)
+sys.modules["torch"] = None
+from services.cli.__main__ import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture(autouse=True)
+def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No settings and no proxies from the environment of the tests."""
+    for name in ("grpc_proxy", "https_proxy", "http_proxy", "no_proxy", "no_grpc_proxy", "FLEET_LOG_LEVEL"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def taken() -> Iterator[int]:
+    """A port of the loopback interface that somebody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        yield listener.getsockname()[1]
+
+
+def test_a_check_that_fails_is_a_line_and_the_next_one_runs() -> None:
+    def half() -> Iterator[Result]:
+        yield ok("half", "began")
+        raise RuntimeError("no   way\x1b[1m")
+
+    checks = [
+        Check("half", half, "x"),
+        Check("exit", lambda: sys.exit(3), "x"),
+        Check("known", lambda: (_ for _ in ()).throw(Unavailable("the store is away")), "start it"),
+        Check("last", lambda: [ok("last", "fine")], "x"),
+    ]
+    began, failed, left, known, last = lines(run_checks(checks))
+    assert began == "ok half: began"
+    assert failed.startswith("error half: the check failed: RuntimeError: no way\N{REPLACEMENT CHARACTER}[1m (")
+    assert left.startswith("error exit: the check failed: SystemExit: 3")
+    assert known == "error known: the store is away -> start it"
+    assert last == "ok last: fine"
+
+
+def test_a_traceback_is_written_only_when_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    checks = [Check("bad", lambda: [ok("bad", str(1 / 0))], "x")]
+    list(run_checks(checks))
+    assert not capsys.readouterr().err
+    list(run_checks(checks, shows_tracebacks=True))
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_check_that_never_returns_ends_with_its_results_so_far() -> None:
+    go_on = threading.Event()
+
+    def stuck() -> Iterator[Result]:
+        yield ok("stuck", "began")
+        go_on.wait()
+
+    try:
+        found = lines(run_checks([Check("stuck", stuck, "check the disk", seconds=0.05)]))
+    finally:
+        go_on.set()
+    assert found == ["ok stuck: began", "error stuck: no result within 0.05 s -> check the disk"]
+
+
+def test_a_check_is_left_out_after_an_error_of_the_check_that_it_needs() -> None:
+    checks = [
+        Check("a", lambda: [error("a", "wrong", "do")], "x"),
+        Check("b", lambda: [ok("b", "never")], "x", needs="a"),
+        Check("c", lambda: [ok("c", "never")], "x", needs="b"),
+        Check("d", lambda: [warning("d", "odd", "do")], "x"),
+        Check("e", lambda: [ok("e", "runs")], "x", needs="d"),
+    ]
+    assert [each.name for each in run_checks(checks)] == ["a", "d", "e"]
+
+
+def test_no_result_shows_a_password() -> None:
+    url = "redis://me:secret@host:6379/0"
+    checks = [
+        Check("a", lambda: [error("a", f"{url} is away", f"start {url}")], "x"),
+        Check("b", lambda: [ok("b", str(int(url)))], "x"),
+    ]
+    assert "secret" not in "".join(lines(run_checks(checks)))
+
+
+@pytest.mark.parametrize(("statuses", "code"), [([], 0), ([ok], 0), ([ok, warning], 1), ([warning, error, ok], 2)])
+def test_the_exit_code_is_that_of_the_worst_result(
+    statuses: list[object], code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = [make("x", "y") if make is ok else make("x", "y", "z") for make in statuses]  # type: ignore[operator]
+    monkeypatch.setattr(doctor, "checks_of", lambda _: [Check("x", lambda: results, "x")])
+    assert main(["doctor"]) == code
+    text = capsys.readouterr().out
+    assert text.count("\n") == len(results)
+    assert main(["doctor", "--json"]) == code
+    report = json.loads(capsys.readouterr().out)
+    assert report["status"] == Status(code).name.lower()
+    assert [each["advice"] for each in report["results"]] == [each.advice for each in results]
+    assert all({"status", "check", "found", "advice"} == set(each) for each in report["results"])
+
+
+def test_lines_are_not_wrapped(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    long = Check("x", lambda: [warning("x", "[red]found[/red] " * 30, "do")], "x")
+    monkeypatch.setattr(doctor, "checks_of", lambda _: [long])
+    assert main(["doctor"]) == 1
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("warning  x                 [red]found[/red] [red]found[/red]")
+    assert line.endswith(" -> do")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--endpoint", "nowhere"], "--endpoint must be HOST:PORT"),
+        (["--service", "cli"], "--service: 'cli' is not a service; services are before_denoising, coordinator,"),
+    ],
+)
+def test_a_wrong_flag_is_refused(flags: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", *flags]) == 2
+    captured = capsys.readouterr()
+    assert words in captured.err
+    assert not captured.out
+
+
+def test_checks_without_their_argument_print_no_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    args = doctor._arguments([])
+    names = [check.name for check in doctor.checks_of(args)]
+    assert names == ["python", "packages", "settings", "ports", "tls", "proxies", "gpu", "kernels", "attention"]
+    monkeypatch.setenv("FLEET_REDIS", "unix:///x")
+    monkeypatch.setenv("FLEET_MODEL", "a, b")
+    monkeypatch.setenv("FLEET_ENDPOINT", "host:1")
+    more = [check.name for check in doctor.checks_of(doctor._arguments([]))][len(names) :]
+    assert more[:5] == ["checkpoint", "memory", "checkpoint", "memory", "redis"]
+    assert more[-2:] == ["clock", "endpoint"]
+
+
+def test_it_works_without_the_worker_extra() -> None:
+    command = [sys.executable, "-c", WITHOUT_TORCH, "doctor", "--model", "emoji", "--service", "denoising"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    found = done.stdout.splitlines()
+    assert [line.split(maxsplit=1)[1] for line in found if line.startswith("warning")] == [
+        "worker packages   the worker extra is not installed (no torch): GPU, kernel packages and workers are not "
+        "checked -> where workers run here: pip install 'diffusion-fleet[worker]'",
+        "settings          the worker extra is not installed (no torch): GPU, kernel packages and workers are not "
+        "checked -> pip install 'diffusion-fleet[worker]'",
+    ]
+    assert any("model             emoji (FluxPipeline)" in line for line in found)
+    assert not any(line.startswith("error") for line in found)
+
+
+def test_packages_of_this_environment_are_right() -> None:
+    assert lines(check_python())[0].startswith("ok python: 3.")
+    base, worker = lines(check_packages())
+    assert base.endswith("packages are within their bounds")
+    assert worker.startswith("ok worker packages: 1")
+
+
+def test_another_python_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    install(tmp_path, "diffusion-fleet", "9", "nothing", "")
+    metadata = tmp_path / "diffusion_fleet-9.dist-info" / "METADATA"
+    metadata.write_text(metadata.read_text() + "Requires-Python: >=4\n")
+    (line,) = lines(check_python())
+    assert line.startswith("error python: 3.")
+    assert line.endswith(" is not >=4 -> use Python >=4")
+
+
+def test_packages_out_of_bounds_and_missing_ones_are_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    install(tmp_path, "xxhash", "1.0", "nothing", "")
+    install(tmp_path, "diffusers", "0.1", "nothing", "")
+    install(tmp_path, "triton", "99.0", "nothing", "")
+    real = doctor_packages.installed_version
+    monkeypatch.setattr(doctor_packages, "installed_version", lambda name: None if name == "rich" else real(name))
+    found = lines(check_packages())
+    assert "error packages: xxhash 1.0 is not >=3.6 -> pip install 'xxhash>=3.6'" in found
+    assert "error packages: rich is not installed; it must be >=14 -> pip install 'diffusion-fleet'" in found
+    assert "error worker packages: diffusers 0.1 is not ==0.42.1 -> pip install 'diffusers==0.42.1'" in found
+    assert "warning gpu packages: triton 99.0 is not <4,>=3.3 -> pip install 'triton<4,>=3.3'" in found
+
+
+def test_settings_are_those_of_the_service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert lines(check_settings(ServiceSource())) == [
+        "ok settings: coordinator accepts its defaults: no FLEET_* variable is set"
+    ]
+    monkeypatch.setenv("FLEET_QUEUE_LIMIT", "many")
+    checks = [Check("settings", lambda: check_settings(ServiceSource()), "correct it")]
+    assert lines(run_checks(checks)) == [
+        "error settings: queue_limit: FLEET_QUEUE_LIMIT must be a whole number, not 'many' -> correct it"
+    ]
+    path = tmp_path / "decoding.toml"
+    path.write_text("sessions = 2\n")
+    source = ServiceSource("decoding", str(path), "unix:///x")
+    assert lines(check_settings(source)) == [f"ok settings: decoding accepts {path}"]
+    assert source.values["sessions"] == 2
+
+
+def test_ports_that_settings_name_are_free_or_in_use(taken: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLEET_LISTEN", f"127.0.0.1:{taken}")
+    monkeypatch.setenv("FLEET_HEALTH_LISTEN", "127.0.0.1:0")
+    assert lines(check_ports(ServiceSource())) == [
+        f"warning ports: listen: cannot listen on 127.0.0.1:{taken}: Address already in use -> stop the process that "
+        "listens there, or set listen to an address that is free on this host"
+    ]
+    in_use = f"ok ports: listen 127.0.0.1:{taken} is in use, by the fleet of --endpoint"
+    assert lines(check_ports(ServiceSource(), f"localhost:{taken}")) == [in_use]
+    assert lines(check_ports(ServiceSource(), f"far.example:{taken}")) != [in_use]
+    monkeypatch.setenv("FLEET_METRICS_PORT", str(taken))
+    assert lines(check_ports(ServiceSource()))[1] == (
+        f"error ports: metrics_port 0.0.0.0:{taken} has the port of listen -> set metrics_port to another port"
+    )
+
+
+def test_a_free_port_is_right(taken: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        free = probe.getsockname()[1]
+    monkeypatch.setenv("FLEET_LISTEN", f"127.0.0.1:{free}")
+    monkeypatch.setenv("FLEET_HEALTH_LISTEN", f"unix:{tmp_path}/health.sock")
+    assert lines(check_ports(ServiceSource())) == [
+        f"ok ports: listen 127.0.0.1:{free} is free",
+        f"ok ports: health_listen unix:{tmp_path}/health.sock is free",
+    ]
+    meeting = {"nnodes": 2, "node_rank": 0, "rdzv_endpoint": f"127.0.0.1:{taken}", "listen": "127.0.0.1:0"}
+    source = ServiceSource()
+    vars(source)["settings"] = type("Settings", (), {})()
+    vars(source.settings).update(meeting)
+    assert lines(check_ports(source))[0].startswith(f"warning ports: rdzv_endpoint: cannot listen on 127.0.0.1:{taken}")
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "environ", "expected"),
+    [
+        ("host:1", {}, "ok proxies: none of grpc_proxy, https_proxy, http_proxy is set"),
+        (
+            "host:1",
+            {"http_proxy": "http://me:secret@proxy:3128"},
+            "warning proxies: gRPC connects to host:1 through the proxy proxy:3128 of http_proxy; no_proxy is not set "
+            "-> add host to no_proxy, unless that proxy is the only way there",
+        ),
+        (
+            "host:1",
+            {"grpc_proxy": "me:secret@proxy:3128", "no_proxy": "host"},
+            "ok proxies: grpc_proxy names proxy:3128, but not for host:1; no_proxy is host",
+        ),
+        (
+            "127.0.0.1:1",
+            {"https_proxy": "http://proxy"},
+            "ok proxies: https_proxy names proxy, but not for 127.0.0.1:1; no_proxy is not set",
+        ),
+        (
+            "",
+            {"https_proxy": "http://proxy"},
+            "warning proxies: https_proxy names proxy, and no_proxy is not set: gRPC clients reach other hosts through "
+            "it -> list the hosts of fleets in no_proxy",
+        ),
+        ("", {"https_proxy": "http://proxy", "no_proxy": "x"}, "ok proxies: https_proxy names proxy; no_proxy is x"),
+    ],
+)
+def test_proxies_that_divert_grpc_are_named(endpoint: str, environ: dict[str, str], expected: str) -> None:
+    assert lines(check_proxies(endpoint, environ)) == [expected]
