@@ -7,6 +7,7 @@ import os
 import secrets
 import socket
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 
@@ -61,7 +62,7 @@ class OtlpTracer:
         started = self._tracer.start_span(
             name, _context_of(parent), kind=_KINDS[kind], attributes=_prefixed(attributes), start_time=start_ns
         )
-        return _OtlpSpan(started)
+        return _OtlpSpan(started, start_ns or 0)
 
     def restart(self, name: str, kind: Kind, parent: TraceContext | None, context: TraceContext, start_ns: int) -> Span:
         """Start a span again that another process started: with its ids and its start."""
@@ -119,13 +120,14 @@ def _context_of(span: Span) -> Context:
 class _OtlpSpan(Span):
     """A span of the SDK, which records nothing where it is not sampled."""
 
-    __slots__ = ("_span", "as_parent")
+    __slots__ = ("_not_before_ns", "_span", "as_parent")
 
-    def __init__(self, span: SdkSpan) -> None:
+    def __init__(self, span: SdkSpan, not_before_ns: int) -> None:
         own = span.get_span_context()
         state = own.trace_state.to_header()
         super().__init__(TraceContext(f"{own.trace_id:032x}", f"{own.span_id:016x}", int(own.trace_flags), state))
         self._span = span
+        self._not_before_ns = not_before_ns
         self.as_parent = set_span_in_context(span, Context())
 
     def event(self, name: str, **attributes: str | int | float) -> None:
@@ -142,7 +144,7 @@ class _OtlpSpan(Span):
 
     def end(self) -> None:
         if self._span.is_recording():
-            self._span.end()
+            self._span.end(max(time.time_ns(), self._not_before_ns))  # the start is of another clock
 
 
 class _Ids(RandomIdGenerator):

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 import torch
-from redis.asyncio import Redis
 
 from common.errors import FailedPrecondition, Unavailable
 from common.pipeline import ServiceSpec
@@ -31,6 +30,7 @@ from common.rpc.watchdog import Watchdog
 from common.settings import load_settings
 from common.stage import Call
 from common.state.connection import connect
+from common.state.redis_client import Redis
 from common.state.workers import WorkerRegistry
 from common.telemetry import setup_logging, stage_timer, start_metrics
 from common.tracing import exporting, traced_stage

@@ -14,9 +14,6 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from redis.asyncio import Redis
-from redis.exceptions import NoScriptError
-
 from common.errors import (
     InvalidInput,
     ResourceExhausted,
@@ -50,6 +47,7 @@ from common.state.records import (
     unknown_request,
     with_ids,
 )
+from common.state.redis_client import NoScriptError, Redis
 from common.state.replication import Replication
 from common.state.result_items import ResultItems, StoredItem, read_chunks
 from common.state.store_server import StoreMemory

@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from redis.asyncio import Redis
-
 from common.state.connection import store_errors
 from common.state.records import key_of, read_event, timestamp_of
+from common.state.redis_client import Redis
 from fleet.v1 import generation_pb2
 from fleet.v1.generation_pb2 import TimelineEntry, TimelineKind
 

@@ -22,6 +22,7 @@ THIN = (
     "services.coordinator.__main__",
     "services.cli.__main__",
     "services.cli.status",
+    "services.cli.trace",
     "services.cli.watch",
     "services.cli.cancel",
     "services.cli.models",
