@@ -84,7 +84,8 @@ def receiving(credentials: grpc.ServerCredentials | None = None) -> Iterator[Rec
     """A receiver on a free port of 127.0.0.1; it speaks TLS with credentials."""
     receiver = Receiver()
     server = grpc.server(ThreadPoolExecutor(2))
-    trace_service_pb2_grpc.add_TraceServiceServicer_to_server(_Servicer(receiver), server)
+    add: Any = trace_service_pb2_grpc.add_TraceServiceServicer_to_server
+    add(_Servicer(receiver), server)
     if credentials is None:
         receiver.endpoint = f"http://127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     else:

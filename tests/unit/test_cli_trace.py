@@ -152,7 +152,7 @@ def test_what_others_wrote_cannot_steer_the_terminal() -> None:
 
 
 def colours(picture: Image.Image) -> set[str]:
-    return {"#%02x%02x%02x" % colour for _, colour in picture.getcolors(1 << 24) if isinstance(colour, tuple)}  # noqa: UP031
+    return {"#%02x%02x%02x" % colour for _, colour in (picture.getcolors(1 << 24) or ()) if isinstance(colour, tuple)}  # noqa: UP031
 
 
 def test_the_png_has_a_colour_for_each_kind() -> None:
