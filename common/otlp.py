@@ -17,12 +17,12 @@ from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
 from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
-from opentelemetry.trace import NonRecordingSpan, SpanContext, SpanKind, StatusCode, TraceFlags, set_span_in_context
+from opentelemetry.trace import NonRecordingSpan, SpanContext, StatusCode, TraceFlags, set_span_in_context
 from opentelemetry.trace import Span as SdkSpan
+from opentelemetry.trace import SpanKind as SdkSpanKind
 from opentelemetry.trace.span import TraceState
 
-from common.trace_context import Span, TraceContext
-from common.tracing import Kind
+from common.trace_context import Span, SpanKind, TraceContext
 
 _FILES = (
     "OTEL_EXPORTER_OTLP_TRACES_CERTIFICATE",
@@ -33,7 +33,7 @@ _FILES = (
     "OTEL_EXPORTER_OTLP_CLIENT_CERTIFICATE",
 )
 _CLOSE_SECONDS = 2.0  # for the last spans, where the collector does not answer
-_KINDS = {Kind.INTERNAL: SpanKind.INTERNAL, Kind.SERVER: SpanKind.SERVER, Kind.CLIENT: SpanKind.CLIENT}
+_KINDS = {kind: SdkSpanKind[kind.value] for kind in SpanKind}
 
 _log = logging.getLogger(__name__)
 
@@ -57,14 +57,18 @@ class OtlpTracer:
         self._provider.add_span_processor(BatchSpanProcessor(self._exporter))
         self._tracer = self._provider.get_tracer("diffusion-fleet", version("diffusion-fleet"))
 
-    def start(self, name: str, kind: Kind, parent: Span, attributes: Attributes, start_ns: int | None = None) -> Span:
+    def start(
+        self, name: str, kind: SpanKind, parent: Span, attributes: Attributes, start_ns: int | None = None
+    ) -> Span:
         """Start a span below `parent`, or a new trace where that has no context. `start_ns`: since 1970; None: now."""
         started = self._tracer.start_span(
             name, _context_of(parent), kind=_KINDS[kind], attributes=_prefixed(attributes), start_time=start_ns
         )
         return _OtlpSpan(started, start_ns or 0)
 
-    def restart(self, name: str, kind: Kind, parent: TraceContext | None, context: TraceContext, start_ns: int) -> Span:
+    def restart(
+        self, name: str, kind: SpanKind, parent: TraceContext | None, context: TraceContext, start_ns: int
+    ) -> Span:
         """Start a span again that another process started: with its ids and its start."""
         if not context.sampled:
             return Span(context)

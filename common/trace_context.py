@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from enum import Enum
 
 TRACEPARENT_KEY = "traceparent"
 TRACESTATE_KEY = "tracestate"
@@ -57,6 +58,14 @@ def parse_traceparent(text: str, state: str = "") -> TraceContext | None:
     if len(state) > _MOST_STATE or not _STATE.fullmatch(state):
         state = ""
     return TraceContext(match["trace"], match["span"], int(match["flags"], 16), state)
+
+
+class SpanKind(Enum):
+    """The role of a span's process, as OpenTelemetry distinguishes it."""
+
+    INTERNAL = "INTERNAL"
+    SERVER = "SERVER"
+    CLIENT = "CLIENT"
 
 
 class Span:

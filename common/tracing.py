@@ -6,14 +6,15 @@ Traces are on where OTEL_EXPORTER_OTLP_ENDPOINT or OTEL_EXPORTER_OTLP_TRACES_END
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from enum import Enum
 from typing import Protocol
 
-from common.trace_context import NO_SPAN, Span, TraceContext, current_span, entered
+from common.errors import Cancelled, HandedOver
+from common.trace_context import NO_SPAN, Span, SpanKind, TraceContext, current_span, entered
 
 _ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 _PROTOCOLS = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
@@ -22,28 +23,22 @@ _EXPORTER = "OTEL_TRACES_EXPORTER"
 _log = logging.getLogger(__name__)
 
 
-class Kind(Enum):
-    """The role of a span's process, as OpenTelemetry distinguishes it."""
-
-    INTERNAL = "INTERNAL"
-    SERVER = "SERVER"
-    CLIENT = "CLIENT"
-
-
 class Tracer(Protocol):
     """Makes spans and exports them."""
 
     def start(
         self,
         name: str,
-        kind: Kind,
+        kind: SpanKind,
         parent: Span,
         attributes: Mapping[str, str | int | float],
         start_ns: int | None = None,
     ) -> Span:
         """Start a span below `parent`, or a new trace where that has no context. `start_ns`: since 1970; None: now."""
 
-    def restart(self, name: str, kind: Kind, parent: TraceContext | None, context: TraceContext, start_ns: int) -> Span:
+    def restart(
+        self, name: str, kind: SpanKind, parent: TraceContext | None, context: TraceContext, start_ns: int
+    ) -> Span:
         """Start a span again that another process started and cannot end: with its ids and its start."""
 
     def close(self) -> None:
@@ -59,7 +54,7 @@ def tracer() -> Tracer | None:
     return _tracer
 
 
-def start_span(name: str, kind: Kind = Kind.INTERNAL, **attributes: str | int | float) -> Span:
+def start_span(name: str, kind: SpanKind = SpanKind.INTERNAL, **attributes: str | int | float) -> Span:
     """Start a span below the current one; one that records nothing outside any trace. The caller ends it."""
     parent = current_span()
     if _tracer is None or parent.context is None:
@@ -67,7 +62,9 @@ def start_span(name: str, kind: Kind = Kind.INTERNAL, **attributes: str | int | 
     return _tracer.start(name, kind, parent, attributes)
 
 
-def span(name: str, kind: Kind = Kind.INTERNAL, **attributes: str | int | float) -> AbstractContextManager[Span]:
+def span(
+    name: str, kind: SpanKind = SpanKind.INTERNAL, **attributes: str | int | float
+) -> AbstractContextManager[Span]:
     """A span below the current one, which is the current one within. It fails with the exception that ends it."""
     if _tracer is None or (parent := current_span()).context is None:
         return nullcontext(NO_SPAN)
@@ -76,10 +73,19 @@ def span(name: str, kind: Kind = Kind.INTERNAL, **attributes: str | int | float)
 
 @contextmanager
 def ending(span: Span) -> Iterator[Span]:
-    """Make a span the current one, and end it afterwards. An exception is recorded by the name of its class alone."""
+    """Make a span the current one, and end it afterwards.
+
+    An exception is recorded by the name of its class alone. That a call was cancelled or handed over is no failure.
+    """
     try:
         with entered(span):
             yield span
+    except (Cancelled, asyncio.CancelledError):
+        span.set(cancelled=True)
+        raise
+    except HandedOver:
+        span.set(handed_over=True)
+        raise
     except BaseException as error:
         span.fail(type(error).__name__)
         raise

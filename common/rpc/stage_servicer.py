@@ -60,8 +60,8 @@ from common.rpc.wrapping import Context, Handler
 from common.stage import Call, Contract, item_kind
 from common.streams import DeviceLock, StreamFeed
 from common.telemetry import REQUEST_ID_KEY
-from common.trace_context import current_span
-from common.tracing import Kind, span, start_span
+from common.trace_context import SpanKind, current_span
+from common.tracing import span, start_span
 
 
 class Stages(Protocol):
@@ -149,7 +149,7 @@ class StageServicer:
         return tuple(self._jobs)
 
     async def _handle(self, _requests: object, context: Context) -> None:
-        with self._place() as leave, span(f"serve {self._service}", Kind.SERVER, service=self._service):
+        with self._place() as leave, span(f"serve {self._service}", SpanKind.SERVER, service=self._service):
             metadata = dict(context.invocation_metadata() or ())
             begun = self._begun if metadata.get(BEGUN_KEY) == "1" else None
             reads_items = metadata.get(ITEMS_KEY) == "1"

@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from common.errors import FleetError, Unavailable
 from common.rpc.status import to_status
 from common.state.records import State, StateValue
-from common.trace_context import NO_SPAN, Span, TraceContext, current_span, entered, parse_traceparent
-from common.tracing import Kind, span, tracer
+from common.trace_context import NO_SPAN, Span, SpanKind, TraceContext, current_span, entered, parse_traceparent
+from common.tracing import span, tracer
 from fleet.v1 import generation_pb2
 
 _NAME = "request"
@@ -34,7 +34,7 @@ class RequestTrace:
         """The trace of a new request, which continues that of the client's call."""
         parent = current_span()
         spans = tracer()
-        root = parent if spans is None else spans.start(_NAME, Kind.SERVER, parent, {})
+        root = parent if spans is None else spans.start(_NAME, SpanKind.SERVER, parent, {})
         return cls(root, parent.context)
 
     @classmethod
@@ -47,9 +47,9 @@ class RequestTrace:
         if spans is None:
             root = Span(own or client)
         elif own is None:
-            root = spans.start(_NAME, Kind.SERVER, Span(client), {}, start_ns)
+            root = spans.start(_NAME, SpanKind.SERVER, Span(client), {}, start_ns)
         else:
-            root = spans.restart(_NAME, Kind.SERVER, client, own, start_ns)
+            root = spans.restart(_NAME, SpanKind.SERVER, client, own, start_ns)
         trace = cls(root, client)
         trace.describe(record)
         return trace

@@ -24,8 +24,8 @@ from common.rpc.framing import CallLimits, Packet
 from common.stage import STEP_CHECKPOINTS, Call, Contract, ItemSink
 from common.state.worker_slots import Computed, QueuePriority, WorkerSlot, WorkerSlots
 from common.telemetry import HANDED_OVER_CALLS, LOST_CALLS
-from common.trace_context import NO_SPAN, Span
-from common.tracing import Kind, span
+from common.trace_context import NO_SPAN, Span, SpanKind
+from common.tracing import span
 from fleet.v1 import worker_pb2
 from services.coordinator.access import WorkerAccess
 from services.coordinator.resume import Recovery, origin_of, step_of
@@ -274,7 +274,7 @@ class WorkerRunner:
         worker, service = attempt.worker_slot.worker, self._spec.service
         with span(
             f"attempt {service}",
-            Kind.CLIENT,
+            SpanKind.CLIENT,
             service=service,
             attempt=self._attempts,
             worker=worker.worker_id,

@@ -73,7 +73,11 @@ class Trace:
 
 
 async def trace_of(receiver: Receiver, request_id: str, **counts: int) -> Trace:
-    """The trace of a request that has ended, once all its spans came. `counts` are those of attempts, by service."""
+    """The trace of a request that has ended, once all its spans came.
+
+    `counts` are those of attempts that came at least, by service. The root ends after all other spans of its
+    coordinator, which come with it or before it.
+    """
 
     def arrived() -> Trace:
         spans = receiver.wait_until(lambda spans: any(_is_root(each, request_id) for each in spans))
@@ -82,7 +86,7 @@ async def trace_of(receiver: Receiver, request_id: str, **counts: int) -> Trace:
         def is_whole(spans: Sequence[ReceivedSpan]) -> bool:
             names = [each.name for each in spans if each.trace_id == trace_id]
             return all(
-                names.count(f"attempt {service}") == counts.get(service, 1)
+                names.count(f"attempt {service}") >= counts.get(service, 1)
                 and f"stage {stages[-1]}" in names
                 # A worker ends its span last.
                 and f"serve {service}" in names
@@ -170,9 +174,10 @@ async def check_take_over(fleet: Served, receiver: Receiver) -> None:
     assert taken_over.parent_id == trace.root.span_id
     assert taken_over.attributes["fleet.epoch"] == 2
     for service in ("denoising", "decoding"):
-        (attempt,) = trace.named(f"attempt {service}")
+        # The worker that was killed may be called once more, until its heartbeat has run out.
+        (attempt,) = [each for each in trace.named(f"attempt {service}") if not each.error]
         trace.check_attempt(attempt, service)
-    assert trace.named("attempt denoising")[0].attributes["fleet.resumed_at_step"] > 0
+        assert attempt.attributes.get("fleet.resumed_at_step", 0) > 0 or service == "decoding"
     known = {each.span_id for each in trace.spans} | {PARENT_ID}
     orphans = [each for each in trace.spans if each.parent_id not in known]
     assert not [each.name for each in orphans if each.name.split()[0] not in ("send", "receive", "serve", "wait")], (

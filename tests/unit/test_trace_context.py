@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextvars
 
 import pytest
 
 from common import tracing
+from common.errors import Cancelled, HandedOver, Unavailable
 from common.trace_context import (
     NO_SPAN,
     Span,
@@ -102,3 +104,38 @@ def test_spans_without_an_exporter_record_nothing_and_pass_the_context_on() -> N
         span.end()
         assert outgoing() == (("traceparent", PARENT),)
     assert tracing.start_span("c") is NO_SPAN
+
+
+class NotedSpan(Span):
+    """Notes what it is told."""
+
+    def __init__(self) -> None:
+        super().__init__(TraceContext(TRACE, SPAN))
+        self.notes: list[str] = []
+
+    def set(self, **attributes: str | int | float) -> None:
+        self.notes += attributes
+
+    def fail(self, what: str) -> None:
+        self.notes.append(what)
+
+    def end(self) -> None:
+        self.notes.append("end")
+
+
+@pytest.mark.parametrize(
+    ("error", "note"),
+    [
+        (ValueError("a secret"), "ValueError"),
+        (Unavailable("gone"), "Unavailable"),
+        (HandedOver("leaves"), "handed_over"),
+        (Cancelled("left"), "cancelled"),
+        (asyncio.CancelledError(), "cancelled"),
+    ],
+)
+def test_a_span_ends_with_the_class_of_its_error(error: BaseException, note: str) -> None:
+    span = NotedSpan()
+    with pytest.raises(type(error)), tracing.ending(span):
+        raise error
+    assert span.notes == [note, "end"]
+    assert current_span() is NO_SPAN

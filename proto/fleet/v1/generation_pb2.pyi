@@ -1032,8 +1032,8 @@ class GetRequestResponse(_message.Message):
 
     @_builtins.property
     def timeline(self) -> _containers.RepeatedCompositeFieldContainer[Global___TimelineEntry]:
-        """What happened to it, in order of time, with `with_timeline`. The store keeps the newest 256 entries of a request
-        besides those of its events, and them as long as its record.
+        """What happened to it, in order of time, with `with_timeline`. The store keeps the newest 256 entries of a request,
+        beside those of its events, as long as its record.
         """
 
     def __init__(
