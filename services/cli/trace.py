@@ -20,7 +20,7 @@ from services.start_up import plain
 
 _WAIT, _RUN, _CHECKPOINT, _DEATH, _TAKE_OVER = "·", "█", "◆", "✗", "▲"
 _STYLES = {COMPLETED: "green", HANDED_OVER: "yellow", LOST: "red", RUNNING: "cyan", WAITING: "dim"}
-_NARROWEST = 10  # characters of the bars
+_NARROWEST = 30  # characters of the bars
 
 
 def main(argv: Sequence[str]) -> int:

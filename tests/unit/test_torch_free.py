@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("common", "configs", "models", "services")
-HEAVY = {"torch", "transformers", "diffusers", "numpy", "safetensors", "PIL"}
+HEAVY = {"torch", "transformers", "diffusers", "numpy", "safetensors", "PIL", "opentelemetry"}
 
 THIN = (
     "services.coordinator.__main__",
