@@ -72,7 +72,7 @@ LIFE = [
 ]
 
 
-def drawn(timeline: Timeline, width: int = 130) -> list[str]:
+def drawn(timeline: Timeline, width: int = 150) -> list[str]:
     stream = io.StringIO()
     trace.print_timeline(timeline, Console(file=stream, width=width))
     return stream.getvalue().splitlines()

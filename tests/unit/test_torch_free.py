@@ -84,7 +84,7 @@ def _project() -> tuple[list[str], list[str]]:
 
 @pytest.mark.parametrize("module", THIN)
 def test_importing_it_leaves_torch_out(module: str) -> None:
-    assert not HEAVY & _loaded(f"import {module}")
+    assert not HEAVY & {name.partition(".")[0] for name in _loaded(f"import {module}")}
 
 
 @pytest.mark.parametrize("module", THIN)
