@@ -29,9 +29,10 @@ COPY pyproject.toml ./
 RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
     pip install "hatchling>=1.27" \
     && python -c 'import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
-open("coordinator.txt", "w").write("\n".join(project["dependencies"])); \
-open("worker.txt", "w").write("\n".join(project["optional-dependencies"]["worker"])); \
-open("gpu.txt", "w").write("\n".join(project["optional-dependencies"]["gpu"]))'
+extras = project["optional-dependencies"]; \
+open("coordinator.txt", "w").write("\n".join(project["dependencies"] + extras["tracing"])); \
+open("worker.txt", "w").write("\n".join(extras["worker"])); \
+open("gpu.txt", "w").write("\n".join(extras["gpu"]))'
 COPY . .
 RUN pip wheel --no-deps --no-build-isolation --wheel-dir dist .
 

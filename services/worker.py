@@ -13,13 +13,12 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack
+from contextlib import AbstractContextManager, AsyncExitStack
 from functools import partial
 from pathlib import Path
 from typing import Protocol, TypeVar
 
 import torch
-from redis.asyncio import Redis
 
 from common.errors import FailedPrecondition, Unavailable
 from common.package_guard import WORKER_PACKAGES, check_private_api, check_versions
@@ -33,8 +32,10 @@ from common.rpc.watchdog import Watchdog
 from common.settings import load_settings
 from common.stage import Call
 from common.state.connection import connect
+from common.state.redis_client import Redis
 from common.state.workers import WorkerRegistry
 from common.telemetry import setup_logging, stage_timer, start_metrics
+from common.tracing import exporting, traced_stage
 from common.variants import HostedVariants
 from fleet.v1 import worker_pb2
 from models.catalog import ServedModel, open_model
@@ -142,6 +143,7 @@ async def start_worker(
     dtype = dtype_of(settings.dtype, device)
     loop = asyncio.get_running_loop()
     async with AsyncExitStack() as resources:
+        resources.enter_context(exporting(service))
         prepare = partial(prepare_thread, device, settings.threads)
         executor = ThreadPoolExecutor(1, thread_name_prefix=f"{service}-device", initializer=prepare)
         # Waits for a stage that still computes: it ends within a step, and its callbacks need this loop.
@@ -213,7 +215,11 @@ def _load(
     variants = load_variants(model, spec, settings.runtime(device, dtype, mesh))
     if ranks:
         ranks.wait_for_all()
-    return HostedVariants(spec.service, variants, timed=partial(stage_timer, spec.service, model.name))
+
+    def timed(stage: str) -> AbstractContextManager[None]:
+        return traced_stage(stage_timer(spec.service, model.name, stage), stage)
+
+    return HostedVariants(spec.service, variants, timed=timed)
 
 
 async def _warm_up(warm_up: WarmUp, stages: Stages, dtype: torch.dtype, executor: ThreadPoolExecutor) -> None:

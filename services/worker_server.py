@@ -7,8 +7,6 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
-from redis.asyncio import Redis
-
 from common.errors import InvalidInput
 from common.pipeline import ServiceSpec
 from common.rpc.fleet_server import FleetServer
@@ -19,6 +17,7 @@ from common.rpc.stage_servicer import ServicerLimits, Stages, StageServicer
 from common.rpc.tls import Mutual, NamedPeers, mutual_credentials, watch_mutual
 from common.rpc.watchdog import Watchdog
 from common.stage import Contract
+from common.state.redis_client import Redis
 from common.state.shared_replies import SharedReplies
 from common.telemetry import MetricsInterceptor
 from common.tensors import TORCH

@@ -42,6 +42,8 @@ from common.rpc.status import from_rpc_error, is_sent_by_peer
 from common.stage import STEP_CHECKPOINTS, Call, Contract, item_kind
 from common.streams import ItemBuffer
 from common.telemetry import REQUEST_ID_KEY
+from common.trace_context import NO_SPAN, outgoing
+from common.tracing import start_span
 from fleet.v1 import artifacts_pb2 as pb
 from fleet.v1 import worker_pb2, worker_pb2_grpc
 
@@ -134,7 +136,7 @@ class RemoteRunner:
         rpc = self._open(
             self._request_frames(header, values, sent),
             timeout=timeout,
-            metadata=((REQUEST_ID_KEY, call.request_id), (BEGUN_KEY, "1"), (ITEMS_KEY, "1"), *variant),
+            metadata=((REQUEST_ID_KEY, call.request_id), (BEGUN_KEY, "1"), (ITEMS_KEY, "1"), *variant, *outgoing()),
         )
         receiver = _Receiver(self._reply, self._contract, call, self._limits)
         try:
@@ -158,18 +160,23 @@ class RemoteRunner:
                 raise
             raise Unavailable(f"the channel to {self._service} was closed during the call") from None
         finally:
+            receiver.span.end()
             rpc.cancel()  # Without effect on a call that has ended.
 
     async def _request_frames(
         self, header: bytes, values: Mapping[str, Any], sent: asyncio.Event
     ) -> AsyncIterator[bytes]:
         """The frames of a call; `sent` is set once the first one is on its way, so that there is a connection."""
-        yield header
-        sent.set()
-        for value in values.values():
-            if isinstance(value, Packet):
-                for chunk in chunk_frames(value.chunks):
+        packets = [value for value in values.values() if isinstance(value, Packet)]
+        sending = start_span("send inputs", bytes=sum(packet.byte_size for packet in packets))
+        try:
+            yield header
+            sent.set()
+            for packet in packets:
+                for chunk in chunk_frames(packet.chunks):
                     yield chunk
+        finally:
+            sending.end()
         for slot, value in values.items():
             if isinstance(value, ItemBuffer):
                 index = 0
@@ -214,6 +221,7 @@ class _Receiver:
         self._limits = limits
         self._header: Message | None = None
         self._chunks: Assembler | None = None
+        self.span = NO_SPAN
         kinds = {slot: kind for slot, of in contract.outputs.items() if (kind := item_kind(of)) is not None}
         self._items = ItemAssembler({**kinds, STEP_CHECKPOINTS: "DenoiseState"}, limits, self._store_of)
 
@@ -252,6 +260,7 @@ class _Receiver:
         if present != self._outputs:
             raise InternalError(f"outputs {sorted(present)} instead of {sorted(self._outputs)}")
         self._header = header
+        self.span = start_span("receive outputs")
         self._chunks = Assembler(described_tensors("", header, self._limits), KeptFrames)
 
     def _take_chunk(self, chunk: ChunkView) -> ReceivedItem | None:
@@ -266,7 +275,10 @@ class _Receiver:
         """The outputs, once the call has ended. Raises Unavailable where they are not complete."""
         if self._header is None or self._chunks is None or self._items.is_within_item:
             raise Unavailable("the call ended without its result")
-        return split_packets(self._header, self._chunks.finish())
+        packets = split_packets(self._header, self._chunks.finish())
+        self.span.set(bytes=sum(packet.byte_size for packet in packets.values()))
+        self.span.end()
+        return packets
 
 
 def _being_cancelled() -> bool:

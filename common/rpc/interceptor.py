@@ -14,6 +14,7 @@ from common.errors import DeadlineExceeded, FleetError, InternalError, InvalidIn
 from common.rpc.options import ServerLimits
 from common.rpc.status import abort_with
 from common.rpc.wrapping import Context, Handler, waiting_for_request, wrap_handler
+from common.trace_context import receive
 
 log = logging.getLogger(__name__)
 
@@ -90,6 +91,7 @@ class CallGate(grpc.aio.ServerInterceptor):
             if self._in_flight > self._limits.calls:
                 raise ResourceExhausted(f"this process serves {self._limits.calls} calls at a time and has as many")
             self._admit(context)
+            receive(context.invocation_metadata())
             yield
         except FleetError as error:
             if isinstance(error, InternalError):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
-from traceback import clear_frames
 from typing import Any, Protocol, cast
 
 import grpc
@@ -19,13 +19,12 @@ from common.codec import TensorLeaf, artifact_class, pack, unpack
 from common.errors import (
     DeadlineExceeded,
     FleetError,
-    HandedOver,
     InternalError,
     InvalidInput,
     ResourceExhausted,
     Unavailable,
 )
-from common.rpc.buffers import BufferLease, BufferPool
+from common.rpc.buffers import BufferPool
 from common.rpc.client import header_frame
 from common.rpc.frame_reporter import FrameReporter
 from common.rpc.frames import ChunkView, read_chunk
@@ -39,7 +38,7 @@ from common.rpc.framing import (
     described_tensors,
     split_packets,
 )
-from common.rpc.hand_over import RunningCall, StepTimes
+from common.rpc.hand_over import RunningCall
 from common.rpc.items import ItemAssembler
 from common.rpc.method import (
     BEGUN_KEY,
@@ -55,11 +54,14 @@ from common.rpc.method import (
 )
 from common.rpc.parsing import parse, refuse_unknown_fields
 from common.rpc.replies import Recorder, ReplyCache, Write
+from common.rpc.stage_job import StageJob, do_nothing
 from common.rpc.watchdog import Watchdog
 from common.rpc.wrapping import Context, Handler
 from common.stage import Call, Contract, item_kind
 from common.streams import DeviceLock, StreamFeed
 from common.telemetry import REQUEST_ID_KEY
+from common.trace_context import SpanKind, current_span
+from common.tracing import span, start_span
 
 
 class Stages(Protocol):
@@ -89,10 +91,6 @@ class ServicerLimits:
     call: CallLimits = field(default_factory=CallLimits)
 
 
-def _do_nothing() -> None:
-    return None
-
-
 class StageServicer:
     """Puts stages behind the RPC of a service.
 
@@ -115,11 +113,12 @@ class StageServicer:
         pool: BufferPool | None = None,
         cache: ReplyCache | None = None,
         watchdog: Watchdog | None = None,
-        prepare_thread: Callable[[], None] = _do_nothing,
+        prepare_thread: Callable[[], None] = do_nothing,
     ) -> None:
         method = stage_method(service)
         check_contract(stages.contract, method)
         self.service_name = service_name(method)
+        self._service = service
         self._stages = stages
         self._executor = executor
         self._leaf = leaf
@@ -138,7 +137,7 @@ class StageServicer:
         handler: Handler = grpc.stream_stream_rpc_method_handler(cast(Any, self._handle))
         self.methods: Mapping[str, Handler] = {method.name: handler}
         self.in_flight = 0
-        self._jobs: list[_Job] = []
+        self._jobs: list[StageJob] = []
 
     def close(self) -> None:
         """End the threads of sessions; waits for those that still compute."""
@@ -150,11 +149,11 @@ class StageServicer:
         return tuple(self._jobs)
 
     async def _handle(self, _requests: object, context: Context) -> None:
-        with self._place() as leave:
+        with self._place() as leave, span(f"serve {self._service}", SpanKind.SERVER, service=self._service):
             metadata = dict(context.invocation_metadata() or ())
             begun = self._begun if metadata.get(BEGUN_KEY) == "1" else None
             reads_items = metadata.get(ITEMS_KEY) == "1"
-            job = _Job(self.pool.lease(), _call_of(context, metadata), begun, reads_items=reads_items)
+            job = StageJob(self.pool.lease(), _call_of(context, metadata), begun, reads_items=reads_items)
             job.call = replace(job.call, waiting=partial(self._waiting, job))
             self._jobs.append(job)
             feeding: asyncio.Task[None] | None = None
@@ -162,7 +161,9 @@ class StageServicer:
                 contract = self._stages.contract_of(job.call.variant)
                 if contract.output_streams and not reads_items:
                     raise InvalidInput(f"{contract.name} of this model answers with streams: send {ITEMS_KEY}: 1")
-                await self._receive(context, job, contract)
+                with span("receive inputs") as receiving:
+                    await self._receive(context, job, contract)
+                    receiving.set(bytes=sum(packet.byte_size for packet in job.inputs.values()))
                 if contract.input_streams:
                     feeding = asyncio.create_task(self._feed(context, job, contract))
                 if self._cache is None:
@@ -178,13 +179,14 @@ class StageServicer:
                 self._jobs.remove(job)
                 job.abandon()
 
-    async def _compute_and_answer(self, write: Write, job: _Job, leave: Callable[[], None]) -> None:
+    async def _compute_and_answer(self, write: Write, job: StageJob, leave: Callable[[], None]) -> None:
         outputs = await self._run(write, job)
         await self._answer(write, outputs, leave)
 
-    async def _answer_through(self, cache: ReplyCache, write: Write, job: _Job, leave: Callable[[], None]) -> None:
+    async def _answer_through(self, cache: ReplyCache, write: Write, job: StageJob, leave: Callable[[], None]) -> None:
         key = cache.key(job.inputs, job.call.variant)
         if (kept := await cache.find(key)) is not None:
+            current_span().set(cached=True)
             for frame in kept[:-1]:
                 await write(frame)
             leave()
@@ -219,7 +221,7 @@ class StageServicer:
         finally:
             leave()
 
-    async def _receive(self, context: Context, job: _Job, contract: Contract) -> None:
+    async def _receive(self, context: Context, job: StageJob, contract: Contract) -> None:
         """Read the header and the chunks that it announces, until half-close, or until the items of a stream."""
         assembler: Assembler | None = None
         header: Message | None = None
@@ -257,7 +259,7 @@ class StageServicer:
             return ChunkView(frame.chunk.path, frame.chunk.offset, frame.chunk.data), None
         return None, frame
 
-    async def _feed(self, context: Context, job: _Job, contract: Contract) -> None:
+    async def _feed(self, context: Context, job: StageJob, contract: Contract) -> None:
         """Read the items of the call's stream until half-close, and no more of them than its stage has room for."""
         ((slot, feed),) = job.feeds.items()
         kinds = {slot: cast(str, item_kind(contract.inputs[slot]))}
@@ -310,7 +312,7 @@ class StageServicer:
                 raise InvalidInput(f"{slot} is missing; {contract.name} of this model needs it", field=slot)
         return header
 
-    async def _run(self, write: Write, job: _Job) -> Mapping[str, Packet]:
+    async def _run(self, write: Write, job: StageJob) -> Mapping[str, Packet]:
         """Compute on the device thread; meanwhile send on what the stages report."""
         reporter = FrameReporter(
             self._reply,
@@ -320,7 +322,9 @@ class StageServicer:
             sends_items=job.reads_items,
         )
         executor = self._sessions if job.feeds and self._sessions is not None else self._executor
-        job.start(executor, partial(self._compute, job, reporter), reporter.end)
+        job.waiting = start_span("wait for device")
+        work = partial(contextvars.copy_context().run, self._compute, job, reporter)
+        job.start(executor, work, reporter.end)
         try:
             async for frame in reporter.frames():
                 await write(frame)
@@ -328,12 +332,13 @@ class StageServicer:
             reporter.release()
         return job.result()
 
-    def _compute(self, job: _Job, reporter: FrameReporter) -> dict[str, Packet]:
+    def _compute(self, job: StageJob, reporter: FrameReporter) -> dict[str, Packet]:
         """Unpack, run, pack: on the device thread. Empties inputs, so that nothing but tensors holds on to buffers."""
         with self._device:
             call = job.timed(reporter.listen(job.call))
             call.check_cancelled()
             job.begin()
+            job.waiting.end()
             reporter.begin()
             began = time.perf_counter()
             try:
@@ -342,7 +347,7 @@ class StageServicer:
                 job.seconds = time.perf_counter() - began - job.waited_seconds  # packing waits for the device
 
     @contextmanager
-    def _waiting(self, job: _Job) -> Iterator[None]:
+    def _waiting(self, job: StageJob) -> Iterator[None]:
         """The context in which a stage's thread waits for other workers: without the device, and unwatched."""
         began = time.perf_counter()
         try:
@@ -351,7 +356,7 @@ class StageServicer:
         finally:
             job.waited_seconds += time.perf_counter() - began
 
-    def _outputs(self, job: _Job, call: Call) -> dict[str, Packet]:
+    def _outputs(self, job: StageJob, call: Call) -> dict[str, Packet]:
         """The outputs of the stages."""
         contract = self._stages.contract_of(call.variant)
         values = {
@@ -367,106 +372,14 @@ class StageServicer:
 
     async def _answer(self, write: Write, outputs: Mapping[str, Packet], leave: Callable[[], None]) -> None:
         """Send the outputs. The place is given back before the last frame: who has read it may call again."""
-        frame = header_frame(self._reply, outputs)
-        for packet in outputs.values():
-            for following in chunk_frames(packet.chunks):
-                await write(frame)
-                frame = following
-        leave()
-        await write(frame)
-
-
-class _Job:
-    """One call's work on the device thread, and the buffers that it reads, which outlive the call if need be.
-
-    `begun` is the frame to send when the work starts; None for a caller that does not know such frames. `reads_items`
-    is whether the caller reads items of streams. `seconds` counts no time in which the work waited for other workers.
-    """
-
-    def __init__(self, lease: BufferLease, call: Call, begun: bytes | None, *, reads_items: bool) -> None:
-        self.lease = lease
-        self.call = call
-        self.begun = begun
-        self.reads_items = reads_items
-        self.inputs: dict[str, Packet] = {}
-        self.feeds: dict[str, StreamFeed] = {}
-        self.waited_seconds = 0.0
-        self.seconds = 0.0  # that the stages took, also where they raised an error
-        self.request_id = call.request_id
-        self.step_times = StepTimes()
-        self.has_begun = False
-        self._failure: Unavailable | None = None
-        self._end: Callable[[], None] = _do_nothing
-        self._future: Future[dict[str, Packet]] | None = None
-
-    def start(
-        self, executor: ThreadPoolExecutor, work: Callable[[], dict[str, Packet]], on_end: Callable[[], None]
-    ) -> None:
-        """Queue the work; on_end is called on the event loop once it has ended, however, or fail() was called.
-
-        Raises HandedOver where the call was asked for that before.
-        """
-        if self.is_asked:
-            raise HandedOver(_NOT_BEGUN)
-        self._end = partial(_call_on, asyncio.get_running_loop(), on_end)
-        self._future = executor.submit(_holding_nothing, work)
-        self._future.add_done_callback(lambda _: self._end())
-
-    def timed(self, call: Call) -> Call:
-        """The same call, whose steps are timed."""
-
-        def progress(step: int, total_steps: int) -> None:
-            self.step_times.step(time.monotonic())
-            call.on_progress(step, total_steps)
-
-        return replace(call, on_progress=progress)
-
-    def begin(self) -> None:
-        """The stages start, on the device thread. Raises HandedOver where the call was asked for that before."""
-        if self.is_asked:
-            raise HandedOver(_NOT_BEGUN)
-        self.has_begun = True
-        self.step_times.begin(time.monotonic())
-
-    @property
-    def is_asked(self) -> bool:
-        """Whether the call is being handed over."""
-        return self.call.hand_over.is_set()
-
-    def hand_over(self) -> None:
-        """End with HandedOver: at once where the device thread has not begun, else at the next step boundary."""
-        self.call.hand_over.set()
-        if self._future is not None and self._future.cancel():
-            self._failure = HandedOver(_NOT_BEGUN)
-
-    def fail(self, reason: str) -> None:
-        """Cancel the work, and end the call as UNAVAILABLE without waiting for the device thread. Thread-safe."""
-        self._failure = Unavailable(reason)
-        self.call.cancelled.set()
-        self._end()
-
-    def result(self) -> dict[str, Packet]:
-        """What the work returned; raises what it raised, or the error of fail()."""
-        if self._future is None:
-            raise AssertionError("not started")
-        if self._failure is not None and (
-            not self._future.done() or self._future.cancelled() or self._future.exception() is not None
-        ):
-            raise self._failure
-        return self._future.result()
-
-    def abandon(self) -> None:
-        """Stop the work within a step if it still runs, and free the buffers once it has ended."""
-        self.call.cancelled.set()
-        self.inputs.clear()
-        if self._future is None or self._future.cancel() or self._future.done():
-            self.lease.close()
-        else:
-            loop = asyncio.get_running_loop()
-            self._future.add_done_callback(lambda _: _call_on(loop, self.lease.close))
-
-
-_NOT_BEGUN = "this worker leaves; the call is handed over before it began"
+        with span("send outputs", bytes=sum(packet.byte_size for packet in outputs.values())):
+            frame = header_frame(self._reply, outputs)
+            for packet in outputs.values():
+                for following in chunk_frames(packet.chunks):
+                    await write(frame)
+                    frame = following
+            leave()
+            await write(frame)
 
 
 def _call_of(context: Context, metadata: Mapping[str, str | bytes]) -> Call:
@@ -476,24 +389,3 @@ def _call_of(context: Context, metadata: Mapping[str, str | bytes]) -> Call:
         deadline=None if remaining is None else time.monotonic() + remaining,
         variant=str(metadata.get(VARIANT_KEY, "")),
     )
-
-
-def _holding_nothing(work: Callable[[], dict[str, Packet]]) -> dict[str, Packet]:
-    """Do the work. An error that it ends with keeps its traceback, but not the tensors that its frames refer to.
-
-    Those lie over the call's buffers, which could else not be used again, and fill the device's memory.
-    """
-    try:
-        return work()
-    except BaseException as error:
-        cause: BaseException | None = error
-        while cause is not None:
-            clear_frames(cause.__traceback__)
-            cause = cause.__context__
-        raise
-
-
-def _call_on(loop: asyncio.AbstractEventLoop, callback: Callable[[], None]) -> None:
-    """Call it on the event loop; one that has ended before the device thread's work did has nobody left to tell."""
-    with suppress(RuntimeError):
-        loop.call_soon_threadsafe(callback)

@@ -15,23 +15,22 @@ from functools import cache
 from importlib import resources
 from typing import Any, TypeAlias, cast
 
-from redis.asyncio import Redis
-from redis.asyncio.retry import Retry
-from redis.asyncio.sentinel import Sentinel
-from redis.backoff import ExponentialBackoff
-from redis.exceptions import (
+from common.errors import FailedPrecondition, InternalError, InvalidInput, Unavailable
+from common.state.redis_client import (
     AuthenticationError,
     BusyLoadingError,
     ConnectionError,
+    ExponentialBackoff,
     NoScriptError,
     OutOfMemoryError,
     ReadOnlyError,
+    Redis,
     RedisError,
     ResponseError,
+    Retry,
+    Sentinel,
     TimeoutError,
 )
-
-from common.errors import FailedPrecondition, InternalError, InvalidInput, Unavailable
 from common.state.store_url import SENTINEL, check_url, sentinel_parts, without_password
 
 PREFIX = "fleet:"

@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, cast
 
-from redis.asyncio import Redis
-
 from common.errors import NotFound
 from common.state.connection import PREFIX, Arguments, command, run_script, store_errors
 from common.state.records import read_record
+from common.state.redis_client import Redis
 from fleet.v1 import generation_pb2
 
 _MOST_AT_ONCE = 50

@@ -10,11 +10,9 @@ import asyncio
 import logging
 from collections.abc import Callable
 
-from redis.asyncio import Redis
-from redis.exceptions import RedisError
-
 from common.errors import InternalError, Unavailable
 from common.state.connection import BLOCK_SECONDS, PREFIX, Arguments, cancellation_kept, run_script
+from common.state.redis_client import Redis, RedisError
 
 HEARTBEAT_SECONDS = 2.0
 TTL_SECONDS = 6.0

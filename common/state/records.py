@@ -77,15 +77,24 @@ def require_succeeded(record: generation_pb2.RequestRecord) -> None:
         raise FailedPrecondition(f"request {record.request_id} is {name}{why}; only one that SUCCEEDED has a result")
 
 
-def unknown_request(request_id: str) -> NotFound:
-    """The error of a request that is not there."""
-    return NotFound(f"there is no request {request_id!r}; it may have expired", field="request_id")
+def unknown_request(request_id: str, record_seconds: float) -> NotFound:
+    """The error of a request that is not there. Records are kept for `record_seconds` after the end of a request."""
+    kept = f"a record is kept for {duration(record_seconds)} after the end of its request"
+    return NotFound(f"there is no request {request_id[:80]!r}; it may have expired: {kept}", field="request_id")
 
 
-def require_own(record: generation_pb2.RequestRecord, caller: str) -> None:
+def duration(seconds: float) -> str:
+    """A duration in the largest unit that gives a whole number, such as "24 h"."""
+    for unit, length in (("h", 3_600), ("min", 60)):
+        if seconds >= length and not seconds % length:
+            return f"{seconds // length:g} {unit}"
+    return f"{seconds:g} s"
+
+
+def require_own(record: generation_pb2.RequestRecord, caller: str, record_seconds: float) -> None:
     """Raise NotFound for another caller's request, as if it were not there. Without a name, all may see all."""
     if caller and record.caller != caller:
-        raise unknown_request(record.request_id)
+        raise unknown_request(record.request_id, record_seconds)
 
 
 def timestamp_of(milliseconds: int) -> Timestamp:

@@ -10,11 +10,9 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from redis.asyncio import Redis
-from redis.exceptions import NoScriptError
-
 from common.errors import Unavailable
 from common.state.connection import PREFIX, Arguments, run_script, script_call, script_source, store_errors
+from common.state.redis_client import NoScriptError, Redis
 
 _ACKNOWLEDGE_SECONDS = 2.0
 _CHANNEL = PREFIX + "replication"

@@ -14,9 +14,6 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from redis.asyncio import Redis
-from redis.exceptions import NoScriptError
-
 from common.errors import (
     InvalidInput,
     ResourceExhausted,
@@ -50,9 +47,11 @@ from common.state.records import (
     unknown_request,
     with_ids,
 )
+from common.state.redis_client import NoScriptError, Redis
 from common.state.replication import Replication
 from common.state.result_items import ResultItems, StoredItem, read_chunks
 from common.state.store_server import StoreMemory
+from common.state.timeline import Timelines
 from fleet.v1 import generation_pb2
 
 MAX_PAGE = 1000
@@ -112,7 +111,7 @@ class StoredEvent(NamedTuple):
 
 class RequestStore:
     """The request state of one fleet. `owner` is the coordinator that admits through it, `memory` bounds that.
-    `items` holds the bytes of streamed results.
+    `items` holds the bytes of streamed results, `timelines` what happened to requests.
 
     admit() and finish() return once as many `replicas` of the store have acknowledged the write. They raise Unavailable
     where fewer do: the write may have been done, and is acknowledged by a repetition.
@@ -130,6 +129,7 @@ class RequestStore:
         self._replication = Replication(replicas)
         self._redis = redis
         self.items = ResultItems(redis, self._replication)
+        self.timelines = Timelines(redis)
         self.memory = memory or StoreMemory(redis)
         self._owner = owner
         self._retention = retention or Retention()
@@ -196,7 +196,7 @@ class RequestStore:
         """The record. Raises NotFound."""
         fields = await command(self._redis, "HMGET", key_of("request", request_id), *SNAPSHOT)
         if fields[0] is None:
-            raise unknown_request(request_id)
+            raise unknown_request(request_id, self._retention.record_seconds)
         return read_record(fields)
 
     async def page(
@@ -394,7 +394,7 @@ class RequestStore:
         }
         reply = await run_script(self._redis, "cancel", arguments)
         if reply[0] is None:
-            raise unknown_request(request_id)
+            raise unknown_request(request_id, self._retention.record_seconds)
         return read_record(reply)
 
     async def events(self, request_id: str, after: str = "") -> AsyncGenerator[generation_pb2.Event, None]:
@@ -430,7 +430,7 @@ class RequestStore:
                 pipeline.xrange(key_of("events", request_id), min=f"({last}")
                 state, rows = await pipeline.execute()
         if state is None:
-            raise unknown_request(request_id)
+            raise unknown_request(request_id, self._retention.record_seconds)
         return rows, is_terminal(int(state))
 
     async def _wait(self, request_id: str, last: str) -> list[Any]:

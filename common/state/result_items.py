@@ -10,11 +10,10 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Iterable, Sequence
 from typing import NamedTuple
 
-from redis.asyncio import Redis
-
 from common.errors import NotFound
 from common.state.connection import command, store_errors
 from common.state.records import CHUNK_BYTES, batches_of, chunks_of, key_of
+from common.state.redis_client import Redis
 from common.state.replication import Replication
 from fleet.v1 import generation_pb2
 

@@ -14,12 +14,11 @@ import time
 from collections.abc import Coroutine, Sequence
 from typing import Any
 
-from redis.asyncio import Redis
-
 from common.errors import FleetError
 from common.rpc.framing import checksum
 from common.rpc.replies import Frames
 from common.state.connection import PREFIX, Arguments, command, run_script, store_errors
+from common.state.redis_client import Redis
 from common.telemetry import SHARED_CACHE_LOOKUPS
 
 # What a fetch takes until one has been measured: a Redis on another host sends 8 MB in about 10 ms.

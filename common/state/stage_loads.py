@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from redis.asyncio import Redis
-
 from common.scaling import StageLoad
 from common.state.connection import Arguments, run_script
+from common.state.redis_client import Redis
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from redis.asyncio import Redis
-
 from common.errors import FailedPrecondition, InternalError, Unavailable
 from common.settings import setting
 from common.state.connection import CLUSTER_UNSUPPORTED, PREFIX, command, follows_sentinels
+from common.state.redis_client import Redis
 
 DEFAULT_MEMORY_FRACTION = 0.9
 _READ_SECONDS = 1.0  # between two reads of the server's memory

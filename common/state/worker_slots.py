@@ -17,11 +17,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from urllib.parse import quote
 
-from redis.asyncio import Redis
-
 from common.errors import Unavailable
 from common.state.connection import Arguments, run_script
 from common.state.presence import Presence
+from common.state.redis_client import Redis
 from fleet.v1 import worker_pb2
 
 _ASK_AGAIN_SECONDS = 1.0

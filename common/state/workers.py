@@ -8,12 +8,11 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from redis.asyncio import Redis
-
 from common.errors import FailedPrecondition, InternalError, InvalidInput, Unavailable
 from common.stage import Contract
 from common.state.connection import Arguments, run_script
 from common.state.presence import HEARTBEAT_SECONDS, TTL_SECONDS, run_on_leaving
+from common.state.redis_client import Redis
 from fleet.v1 import worker_pb2
 
 _MOST_REASON = 500  # characters

@@ -21,6 +21,7 @@ COMMANDS = {
     "serve": "run one service",
     "status": "show the models, their workers and the latest requests",
     "watch": "follow a request until it ends",
+    "trace": "draw what happened to a request, as text or as a PNG",
     "cancel": "ask for a request to end",
     "models": "list the models and what a request to them may set",
     "size": "print how many replicas of each service a load needs",

@@ -88,6 +88,12 @@ class FleetClient:
             )
         return response.request
 
+    async def timeline(self, request_id: str) -> generation_pb2.GetRequestResponse:
+        """A request's record and timeline."""
+        with self._translated():
+            request = generation_pb2.GetRequestRequest(request_id=request_id, with_timeline=True)
+            return await self._stub.GetRequest(request, metadata=self._metadata)
+
     async def cancel(self, request_id: str) -> generation_pb2.RequestRecord:
         """Ask for a request to end; its record right after."""
         with self._translated():

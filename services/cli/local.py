@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Literal
 
+from common.tracing import exporting
 from models.catalog import ServedModel
 from services.cli.serve import service_names, settings_class
 from services.coordinator.coordinator import Coordinator, start_coordinator
@@ -24,6 +26,8 @@ class LocalFleet:
 
     def __init__(self, endpoint: str) -> None:
         self.endpoint = endpoint
+        self._tracing = ExitStack()
+        self._tracing.enter_context(exporting("local"))
         self._coordinators: list[Coordinator] = []
         self._workers: list[Worker] = []
 
@@ -39,6 +43,7 @@ class LocalFleet:
         """End everything, the coordinator first: it finishes with the workers' help."""
         await asyncio.gather(*(each.stop(_GRACE_SECONDS) for each in self._coordinators))
         await asyncio.gather(*(each.stop(_GRACE_SECONDS) for each in self._workers))
+        self._tracing.close()
 
 
 async def start_fleet(

@@ -11,6 +11,7 @@ from common.rpc.fleet_server import stop_signals
 from common.rpc.grpcio_patch import check_server
 from common.settings import load_settings
 from common.telemetry import setup_logging, start_metrics
+from common.tracing import exporting
 from models.catalog import ServedModel, open_model
 from models.registry import load_registry
 from services.coordinator.coordinator import start_coordinator
@@ -39,14 +40,19 @@ def _run(flags: Sequence[str]) -> int:
 async def _serve(models: Sequence[ServedModel], settings: CoordinatorSettings) -> int:
     await check_server()
     metrics = None if settings.metrics_port is None else start_metrics(settings.metrics_port)
+    with exporting("coordinator"):
+        await _serve_until_signal(models, settings)
+    if metrics is not None:
+        metrics.stop()
+    return 0
+
+
+async def _serve_until_signal(models: Sequence[ServedModel], settings: CoordinatorSettings) -> None:
     async with stop_signals() as stop:
         coordinator = await start_coordinator(models, settings)
         sys.stderr.write(f"coordinator listens on {coordinator.address}\n")
         await stop.wait()
         await coordinator.stop(settings.grace_seconds)
-    if metrics is not None:
-        metrics.stop()
-    return 0
 
 
 if __name__ == "__main__":

@@ -8,14 +8,13 @@ import math
 import secrets
 from collections.abc import Sequence
 
-from redis.asyncio import Redis
-
 from common.errors import FailedPrecondition, InternalError, InvalidInput, Unavailable
 from common.rpc.fleet_server import FleetServer
 from common.rpc.framing import CallLimits
 from common.state.connection import connect
 from common.state.leases import Leases
 from common.state.presence import Presence
+from common.state.redis_client import Redis
 from common.state.requests import RequestStore
 from common.state.stage_loads import StageLoads
 from common.state.store_server import StoreMemory

@@ -65,6 +65,7 @@ class Driver:
 
         Raises what RequestStore.admit raises.
         """
+        submission.trace.describe(submission.record)
         admission = asyncio.create_task(self._admit(submission))
         execution = self._begin(submission.record, Phase.ADMITTING, partial(self._acquire, submission, admission))
         admitted = await asyncio.shield(admission)
@@ -91,6 +92,7 @@ class Driver:
         except FleetError:
             return None  # accept() raises the error
         if admitted.replayed:
+            submission.trace.replay(admitted.record.request_id)
             return None
         execution.log.extend(admitted.events)
         return Acquired(submission, admitted.seconds_left)

@@ -23,11 +23,14 @@ from common.state.records import ResultFile, State
 from common.state.requests import AdmissionLimits, RequestStore
 from common.state.worker_slots import QueuePriority
 from common.telemetry import REQUESTS, STEPS_SAVED, request_scope
+from common.trace_context import entered
+from common.tracing import span
 from fleet.v1 import generation_pb2
 from services.coordinator.events import EventLog, EventWriter
 from services.coordinator.outcome import Outcome, failure, success
 from services.coordinator.persistence import persist
 from services.coordinator.progress_reporting import ProgressReportingRunner, RequestProgress
+from services.coordinator.request_trace import RequestTrace
 from services.coordinator.result_stream import FILES, ResultRunner, ResultStream
 from services.coordinator.resume import Recovery
 from services.coordinator.worker_runner import WorkerRunner, Workers
@@ -55,6 +58,7 @@ class Submission:
     costs: Mapping[str, int] = field(default_factory=dict)
     work: Mapping[str, StageWork] = field(default_factory=dict)
     """What autoscaling counts, by service."""
+    trace: RequestTrace = field(default_factory=RequestTrace, repr=False)
 
 
 @dataclass(frozen=True)
@@ -149,7 +153,7 @@ class Execution:
             acquired = await acquire(self)
             if acquired is not None:
                 self.phase = Phase.RUNNING
-                with request_scope(self.request_id):
+                with request_scope(self.request_id), entered(acquired.submission.trace.root):
                     await self._run(acquired)
         finally:
             self.phase = Phase.CLOSED
@@ -283,7 +287,8 @@ class Execution:
             )
 
         try:
-            last = await persist(f"request {self.request_id} has ended", finish)
+            with span("store end", bytes=sum(file.header.byte_size for file in outcome.files)):
+                last = await persist(f"request {self.request_id} has ended", finish)
         except InternalError as error:
             _log.exception("the end of the request could not be stored")
             failed = failure(error)
@@ -293,6 +298,7 @@ class Execution:
         if last is None:
             _log.info("request %s ends elsewhere", self.request_id)
             return
+        submission.trace.end(outcome.state, outcome.error, steps_saved=outcome.steps_saved)
         name = State.Name(outcome.state).removeprefix("REQUEST_STATE_")
         REQUESTS.labels(model, name).inc()
         STEPS_SAVED.labels(model).inc(outcome.steps_saved)

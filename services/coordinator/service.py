@@ -12,10 +12,10 @@ from datetime import UTC, datetime
 from typing import TypeVar
 
 from common.codec import pack, write_param
-from common.errors import InvalidInput, NotFound, Unavailable
+from common.errors import InvalidInput, Unavailable
 from common.pipeline import ServiceSpec
 from common.scaling import StageLoad
-from common.state.records import State, is_terminal, require_own, require_succeeded
+from common.state.records import State, is_terminal, require_own, require_succeeded, unknown_request
 from common.state.requests import RequestStore, StoredEvent
 from common.state.result_items import StoredItem
 from common.state.stage_loads import StageLoads
@@ -39,6 +39,7 @@ from services.coordinator.driver import Driver
 from services.coordinator.handlers import Function
 from services.coordinator.parameters import given_images, given_parameters, recorded_parameters
 from services.coordinator.request_life import Execution, Submission
+from services.coordinator.request_trace import RequestTrace
 from services.coordinator.settings import CoordinatorSettings
 
 T = TypeVar("T")
@@ -105,26 +106,32 @@ class GenerationService:
 
     async def submit(self, request: pb.SubmitRequest) -> pb.SubmitResponse:
         """Accept a request."""
-        submission = self._validated(request)
-        if submission.raw:
-            raise InvalidInput(
-                "a safetensors result is streamed and never stored, so only Generate takes output_format SAFETENSORS",
-                field="output_format",
-            )
-        admission, _ = await self._driver.accept(submission)
+        trace = RequestTrace.begin()
+        with trace.accepting():
+            submission = self._validated(request, trace)
+            if submission.raw:
+                raise InvalidInput(
+                    "a safetensors result is streamed and never stored, so only Generate takes output_format "
+                    "SAFETENSORS",
+                    field="output_format",
+                )
+            admission, _ = await self._driver.accept(submission)
         return pb.SubmitResponse(request=admission.record, replayed=admission.replayed)
 
     async def generate(self, request: pb.GenerateRequest) -> AsyncGenerator[pb.GenerateResponse, None]:
         """Accept, follow, download."""
-        submission = self._validated(request.request)
-        if submission.raw and submission.idempotency_key:
-            raise InvalidInput(
-                "a safetensors result is never stored and cannot be replayed; leave idempotency_key out",
-                field="idempotency_key",
-            )
+        trace = RequestTrace.begin()
+        submission: Submission | None = None
         ended, follow = False, request.follow
         try:
-            admission, execution = await self._driver.accept(submission)
+            with trace.accepting():
+                submission = self._validated(request.request, trace)
+                if submission.raw and submission.idempotency_key:
+                    raise InvalidInput(
+                        "a safetensors result is never stored and cannot be replayed; leave idempotency_key out",
+                        field="idempotency_key",
+                    )
+                admission, execution = await self._driver.accept(submission)
             request_id = admission.record.request_id
             yield pb.GenerateResponse(accepted=admission.record)
             state, download = State.REQUEST_STATE_UNSPECIFIED, Download(self._store, request_id)
@@ -140,7 +147,8 @@ class GenerationService:
                 async for part in self._rest(request_id, execution, download):
                     yield generate_response(part, follow=follow)
         finally:
-            if not (ended or submission.idempotency_key or self._closing.is_set()):
+            is_left = not (ended or self._closing.is_set())
+            if is_left and submission is not None and not submission.idempotency_key:
                 self._driver.cancel(submission.record.request_id)
 
     async def _followed(self, request_id: str, execution: Execution | None) -> AsyncGenerator[StoredEvent, None]:
@@ -168,7 +176,7 @@ class GenerationService:
 
     async def watch(self, request: pb.WatchRequest) -> AsyncGenerator[pb.WatchResponse, None]:
         """Follow a request."""
-        request_id = _checked_id(request.request_id)
+        request_id = self._checked_id(request.request_id)
         await self._require_own(request_id)
         stored = self._store.events(request_id, request.after_event_id)
         async with aclosing(self._until_closing(request_id, stored)) as events:
@@ -220,19 +228,21 @@ class GenerationService:
 
     async def get_request(self, request: pb.GetRequestRequest) -> pb.GetRequestResponse:
         """Tell how a request stands."""
-        return pb.GetRequestResponse(request=await self._own(request.request_id))
+        record = await self._own(request.request_id)
+        timeline = await self._store.timelines.read(record.request_id) if request.with_timeline else ()
+        return pb.GetRequestResponse(request=record, timeline=timeline)
 
     async def cancel_request(self, request: pb.CancelRequestRequest) -> pb.CancelRequestResponse:
         """Ask for a request to end."""
-        request_id = _checked_id(request.request_id)
+        request_id = self._checked_id(request.request_id)
         await self._require_own(request_id)
         self._driver.cancel(request_id)
         return pb.CancelRequestResponse(request=await self._store.request_cancel(request_id))
 
     async def _own(self, request_id: str) -> pb.RequestRecord:
         """The record of a request of the caller's. Raises NotFound."""
-        record = await self._store.get(_checked_id(request_id))
-        require_own(record, current_caller().name)
+        record = await self._store.get(self._checked_id(request_id))
+        require_own(record, current_caller().name, self._settings.record_seconds)
         return record
 
     async def _require_own(self, request_id: str) -> None:
@@ -285,7 +295,7 @@ class GenerationService:
             refused_workers=await self._registry.refusals(served.name),
         )
 
-    def _validated(self, request: pb.SubmitRequest, variant: str = "") -> Submission:
+    def _validated(self, request: pb.SubmitRequest, trace: RequestTrace, variant: str = "") -> Submission:
         """Check all of a request that can be checked without weights, and complete it.
 
         Its inputs choose the variant, unless it was accepted before and its record names one.
@@ -305,6 +315,7 @@ class GenerationService:
             priority=request.priority,
             deadline=request.deadline if request.HasField("deadline") else None,
             variant=validated.variant.name,
+            trace=trace.stored,
         )
         for warning in validated.warnings:
             record.warnings.add(field=warning.field, message=warning.message)
@@ -318,13 +329,20 @@ class GenerationService:
             stored=_stored(request, record),
             costs=costs_of(services, validated.params),
             work=work_of(services, validated.params, validated.variant.name),
+            trace=trace,
         )
 
     def restore(self, record: pb.RequestRecord, stored: bytes) -> Submission:
         """A request that another coordinator accepted, in its variant. Raises FleetError if it cannot be run here."""
-        submission = self._validated(pb.SubmitRequest.FromString(stored), record.variant)
+        trace = RequestTrace.resume(record)
+        submission = self._validated(pb.SubmitRequest.FromString(stored), trace, record.variant)
         record.variant = submission.record.variant  # A coordinator without variants recorded none.
         return replace(submission, record=record, stored=stored)
+
+    def _checked_id(self, request_id: str) -> str:
+        if not _REQUEST_ID.fullmatch(request_id):
+            raise unknown_request(request_id, self._settings.record_seconds)
+        return request_id
 
     def _chosen(self, name: str) -> OfferedModel:
         if not name and len(self._models) == 1:
@@ -381,12 +399,6 @@ def _check_envelope(request: pb.SubmitRequest) -> None:
         raise InvalidInput(
             f"deadline of {deadline.seconds} s and {deadline.nanos} ns since 1970 is not a time", field="deadline"
         )
-
-
-def _checked_id(request_id: str) -> str:
-    if not _REQUEST_ID.fullmatch(request_id):
-        raise NotFound(f"there is no request {request_id[:80]!r}", field="request_id")
-    return request_id
 
 
 def _variant(variant: ServedVariant) -> pb.Variant:

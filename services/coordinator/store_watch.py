@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 
-from redis.asyncio import Redis
-
 from common.rpc.fleet_server import FleetServer
+from common.state.redis_client import Redis
 from common.state.store_server import StoreMemory, read_repairs
 from common.telemetry import STORE_BYTES, STORE_LIMIT_BYTES, STORE_REPAIRS
 

@@ -16,6 +16,7 @@ from fleet.v1 import generation_pb2
 from services.coordinator.outcome import failure
 from services.coordinator.persistence import persist
 from services.coordinator.request_life import Acquired, Execution, Phase, Submission
+from services.coordinator.request_trace import RequestTrace
 
 Restore: TypeAlias = Callable[[generation_pb2.RequestRecord, bytes], Submission]
 """Makes the submission of a stored request. Raises FleetError where it cannot be run here."""
@@ -30,7 +31,8 @@ async def settle(execution: Execution, submission: Submission, store: RequestSto
     request_id = execution.request_id
     try:
         stored = await persist(f"request {request_id} may be stored", partial(store.get, request_id))
-    except NotFound:
+    except NotFound as error:
+        submission.trace.refuse(error)
         return None
     if not submission.idempotency_key:
         execution.cancel()
@@ -60,8 +62,10 @@ async def inherit(
         failed = failure(error)
         request_id, epoch = execution.request_id, execution.epoch
         finish = partial(store.finish, request_id, failed.state, error=failed.error, epoch=epoch)
-        await persist(f"request {request_id} cannot be taken over", finish)
+        if await persist(f"request {request_id} cannot be taken over", finish) is not None:
+            RequestTrace.resume(inherited.record).end(failed.state, failed.error)
         return None
+    submission.trace.taken_over(execution.epoch)
     return Acquired(submission, inherited.seconds_left)
 
 

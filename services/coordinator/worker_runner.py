@@ -9,7 +9,8 @@ import asyncio
 import logging
 import time
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -23,6 +24,8 @@ from common.rpc.framing import CallLimits, Packet
 from common.stage import STEP_CHECKPOINTS, Call, Contract, ItemSink
 from common.state.worker_slots import Computed, QueuePriority, WorkerSlot, WorkerSlots
 from common.telemetry import HANDED_OVER_CALLS, LOST_CALLS
+from common.trace_context import NO_SPAN, Span, SpanKind
+from common.tracing import span
 from fleet.v1 import worker_pb2
 from services.coordinator.access import WorkerAccess
 from services.coordinator.resume import Recovery, origin_of, step_of
@@ -127,6 +130,7 @@ class _Attempt:
     steps_after: int = 0
     """The step of the newest checkpoint that the worker has sent."""
     computed: Computed | None = None
+    span: Span = NO_SPAN
     since: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
@@ -135,8 +139,10 @@ class _Attempt:
 
     def begin(self) -> None:
         """The worker starts the stages, or has answered from its cache."""
-        if not self.begun and self.worker_slot.worker.reports_begun:
-            self.on_begin()
+        if not self.begun:
+            self.span.event("begun")
+            if self.worker_slot.worker.reports_begun:
+                self.on_begin()
         self.begun = True
 
     def add_computed(self, seconds: float) -> None:
@@ -168,8 +174,9 @@ class _StepCheckpoints:
 
     async def put(self, index: int, item: Packet, byte_size: int) -> None:
         """Take a checkpoint."""
-        del index, byte_size
+        del index
         self.attempt.steps_after = step_of(item)
+        self.attempt.span.event("checkpoint", step=self.attempt.steps_after, bytes=byte_size)
         self.recovery.step_checkpoint.remember(self.origin, item)
 
 
@@ -220,6 +227,7 @@ class WorkerRunner:
         self._on_begin = on_begin
         self._unreached_since: float | None = None
         self._warned = False
+        self._attempts = 0
 
     @property
     def contract(self) -> Contract:
@@ -234,8 +242,9 @@ class WorkerRunner:
             attempt = _Attempt(await self._claim(call, left), self._on_begin)
             used, left = 0.0, None
             try:
-                outputs = await self._run(attempt, values, call)
-                attempt.begin()
+                with self._attempt_span(attempt):
+                    outputs = await self._run(attempt, values, call)
+                    attempt.begin()
                 used = attempt.seconds
             except HandedOver as error:
                 self._handed_over(attempt, error, call)
@@ -258,6 +267,21 @@ class WorkerRunner:
             await asyncio.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
 
+    @contextmanager
+    def _attempt_span(self, attempt: _Attempt) -> Iterator[None]:
+        """The span of a call of a worker, which fails with the class of the error that ends it."""
+        self._attempts += 1
+        worker, service = attempt.worker_slot.worker, self._spec.service
+        with span(
+            f"attempt {service}",
+            SpanKind.CLIENT,
+            service=service,
+            attempt=self._attempts,
+            worker=worker.worker_id,
+            address=worker.address,
+        ) as attempt.span:
+            yield
+
     async def _run(self, attempt: _Attempt, values: Mapping[str, Any], call: Call) -> Mapping[str, Packet]:
         """Run on one worker. Resumes from a step checkpoint if the result has the same bytes."""
         worker = attempt.worker_slot.worker
@@ -276,6 +300,7 @@ class WorkerRunner:
             _log.info("request %s goes on with %s where it was", call.request_id, self._spec.service)
             values = {**values, slot: checkpoint}
             attempt.steps_before = step_of(checkpoint)
+            attempt.span.set(resumed_at_step=attempt.steps_before)
 
         kept = _StepCheckpoints(attempt, self._recovery, origin)
         return await runner(values, replace(call, sinks={**sinks, STEP_CHECKPOINTS: kept}))
@@ -283,18 +308,22 @@ class WorkerRunner:
     async def _claim(self, call: Call, left: worker_pb2.WorkerInfo | None) -> WorkerSlot:
         """Claim a slot. Waits without a bound, also while the store is unavailable. Worker `left` handed over."""
         resumes = self._spec.resume_slot is not None and self._recovery.step_checkpoint.is_known
-        alone = await self._recovery.wait_until_claimable()
-        return await self._workers.slots.claim(
-            self._model,
-            self._spec.service,
-            call.request_id,
-            self._queue_priority,
-            patience_seconds=self._workers.patience_seconds,
-            alone=alone,
-            first=left is not None,
-            equal_to=left.numerics_fingerprint if left is not None and resumes else "",
-            on_no_workers=partial(self._warn_of_no_workers, call),
-        )
+        service = self._spec.service
+        with span(f"queue {service}", service=service) as waiting:
+            alone = await self._recovery.wait_until_claimable()
+            slot = await self._workers.slots.claim(
+                self._model,
+                service,
+                call.request_id,
+                self._queue_priority,
+                patience_seconds=self._workers.patience_seconds,
+                alone=alone,
+                first=left is not None,
+                equal_to=left.numerics_fingerprint if left is not None and resumes else "",
+                on_no_workers=partial(self._warn_of_no_workers, call),
+            )
+            waiting.set(worker=slot.worker.worker_id)
+            return slot
 
     def _warn_of_no_workers(self, call: Call) -> None:
         """Report once that the request waits for a worker to start."""

@@ -13,6 +13,7 @@
 --                                         work:<service> (steps|tokens of a step|shape of its work there), done:<service>
 --                                         (fraction of that work that is done)
 --   fleet:events:<id>              stream fields `event`, and `epoch` of the owner that added it, '' for another writer
+--   fleet:timeline:<id>            list   what happened, for people: ms|kind|service|worker|number, the newest 256
 --   fleet:result:<id>:<epoch>:<file>:<n>  string a chunk of a file of the result
 --   fleet:item:<id>:<epoch>:<item>:<n>  string a chunk of an item of a streamed result; only an event makes the item count
 --   fleet:checkpoint:<id>:<epoch>-<n>     hash   a step checkpoint by part: 0 its origin, 1 its header, then its chunks
@@ -65,6 +66,8 @@ local AVOIDED_MS = 60000
 local REFUSED_MS, MOST_REFUSED = 600000, 16
 local RECHECK_MS = 50
 local MOST_DROPPED = 1000  -- entries of a queue that one operation removes; the next operation goes on
+local MOST_NOTES = 256  -- lines of a request's timeline
+local NOTES_MS = 604800000  -- that the timeline of an open request is kept after its latest line
 local MOST_EXTRA = 524288  -- bytes of additions after which a record gets no more warnings, only its end
 local server = redis
 local time = server.call('TIME')
@@ -167,6 +170,33 @@ local function add_events(id, events, epoch)
     ids[i] = redis.call('XADD', P .. 'events:' .. id, '*', 'event', event, 'epoch', epoch or '')
   end
   return ids
+end
+
+-- Adds a line to the timeline of a request, if the store has that request. Checkpoints beyond half of the lines replace
+-- each other: they leave the others their places.
+local function note(id, kind, service, worker, number)
+  local key, state = P .. 'timeline:' .. id, server.pcall('HGET', P .. 'request:' .. id, 'state')
+  if type(state) ~= 'string' then
+    return
+  end
+  local line = table.concat({ int(now), kind, service, worker, number or 0 }, '|')
+  if tonumber(state) and tonumber(state) >= TERMINAL then
+    redis.call('RPUSHX', key, line)  -- it expires with the record
+    return
+  end
+  if kind == 'checkpoint' and redis.call('LLEN', key) > MOST_NOTES / 2
+    and string.match(redis.call('LINDEX', key, -1) or '', '^%d+|checkpoint|') then
+    redis.call('LSET', key, -1, line)
+  else
+    redis.call('RPUSH', key, line)
+    redis.call('LTRIM', key, -MOST_NOTES, -1)
+  end
+  redis.call('PEXPIRE', key, NOTES_MS)
+end
+
+-- The request and the service of a claim, by its ticket and its place.
+local function parts_of(ticket, place)
+  return string.match(ticket, '^[^/]*'), string.match(place, '[^/]*$')
 end
 
 local function extend(id, extra)

@@ -40,6 +40,7 @@ function ops.take_over(a)
       redis.call('HSET', key, 'owner', owner)
       redis.call('HDEL', key, 'told')
       local epoch = redis.call('HINCRBY', key, 'epoch', 1)
+      note(id, 'taken_over', '', owner, epoch)
       taken[#taken + 1] = { id, epoch, fields[3] or '', fields[2] or '0', int(now), snapshot(id) }
     end
   end
@@ -157,6 +158,7 @@ function ops.death(a)
     losses[#losses + 1] = { worker = worker, service = a.service, stage = a.stage,
       reached = redis.call('HGET', key, 'reached') or '0', at = now, due = now + lasts, state = 'open', churn = false }
     write_losses(id, losses)
+    note(id, 'lost', a.service, worker)
     note_loss(redis.call('HGET', key, 'model') .. '/' .. a.service, worker, now)
     redis.call('SADD', P .. 'accused:' .. worker, id)
     redis.call('PEXPIRE', P .. 'accused:' .. worker, int(lasts))
@@ -193,6 +195,7 @@ function ops.step_checkpoint(a)
     redis.call('DEL', before)
   end
   redis.call('HSET', key, 'point', checkpoint_key, 'reached', a.step)
+  note(a.id, 'checkpoint', '', '', a.step)
   return 1
 end
 

@@ -73,6 +73,7 @@ local function finish(id, token, state, extra, keep)
   end
   redis.call('ZADD', P .. 'ended', int(now + tonumber(keep)), id)
   redis.call('PEXPIRE', key, keep)
+  redis.call('PEXPIRE', P .. 'timeline:' .. id, keep)
   if fields[2] and fields[2] ~= '' then
     redis.call('PEXPIRE', P .. 'idempotency:' .. fields[2], keep)
   end

@@ -143,6 +143,8 @@ local function grant(place, claim, id, asking)
   redis.call('HSET', P .. 'slots:' .. place, claim.ticket,
     id .. '|' .. claim.owner .. '|' .. int(claim.cost) .. '|' .. int(now))
   charge(claim)
+  local request, service = parts_of(claim.ticket, place)
+  note(request, 'granted', service, id)
   if claim.ticket ~= asking then
     redis.call('PUBLISH', P .. 'coordinator:' .. claim.owner, 'grant\n' .. claim.ticket .. '\n' .. info)
   end
@@ -273,6 +275,8 @@ local function enqueue(a)
   entry = string.format('%s|%s|%013.0f%016.0f|%s|%s|%s', rank, a.caller, latest, next_number(), a.cost, ticket, a.owner)
   redis.call('ZADD', P .. 'queue:' .. place, 0, entry)
   redis.call('HSET', P .. 'waiting:' .. place, ticket, entry)
+  local request, service = parts_of(ticket, place)
+  note(request, 'queued', service, '')
   return true
 end
 
@@ -342,10 +346,14 @@ function ops.release(a)
   if a.computed[2] then
     note_computed(ticket, place, tonumber(a.computed[1]), tonumber(a.computed[2]), tonumber(a.computed[3]))
   end
+  local request, service = parts_of(ticket, place)
   if ms > 0 then
-    settle(string.match(ticket, '^[^/]*'), string.match(place, '[^/]*$'))
+    settle(request, service)
   end
   local worker, owner = string.match(slot or '', '^(.-)|(.-)|')
+  if slot or redis.call('HEXISTS', P .. 'waiting:' .. place, ticket) == 1 then
+    note(request, ms > 0 and 'completed' or a.computed[3] and 'handed_over' or 'ended', service, worker or '')
+  end
   if ms > 0 and worker then
     redis.call('HDEL', P .. 'avoided:' .. owner, worker)
   end

@@ -90,6 +90,66 @@ REQUEST_STATE_EXPIRED: RequestState.ValueType  # 6
 """Terminal: the deadline passed."""
 Global___RequestState: _TypeAlias = RequestState  # noqa: Y015
 
+class _TimelineKind:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _TimelineKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_TimelineKind.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    TIMELINE_KIND_UNSPECIFIED: _TimelineKind.ValueType  # 0
+    """Not a kind."""
+    TIMELINE_KIND_STATE: _TimelineKind.ValueType  # 1
+    """The request changed its state."""
+    TIMELINE_KIND_QUEUED: _TimelineKind.ValueType  # 2
+    """It waits for a worker of the service."""
+    TIMELINE_KIND_GRANTED: _TimelineKind.ValueType  # 3
+    """It got a slot of the worker: an attempt begins."""
+    TIMELINE_KIND_BEGUN: _TimelineKind.ValueType  # 4
+    """The worker began to compute."""
+    TIMELINE_KIND_STEP: _TimelineKind.ValueType  # 5
+    """The latest step that the worker has reported before the next entry of the service."""
+    TIMELINE_KIND_CHECKPOINT: _TimelineKind.ValueType  # 6
+    """A step checkpoint was stored."""
+    TIMELINE_KIND_COMPLETED: _TimelineKind.ValueType  # 7
+    """The worker has finished its part: the attempt succeeded."""
+    TIMELINE_KIND_HANDED_OVER: _TimelineKind.ValueType  # 8
+    """The worker leaves: another one continues from the checkpoint."""
+    TIMELINE_KIND_ENDED: _TimelineKind.ValueType  # 9
+    """The attempt, or the wait for a worker, ended without an output."""
+    TIMELINE_KIND_LOST: _TimelineKind.ValueType  # 10
+    """The worker was lost during the attempt."""
+    TIMELINE_KIND_TAKEN_OVER: _TimelineKind.ValueType  # 11
+    """Another coordinator took the request over."""
+
+class TimelineKind(_TimelineKind, metaclass=_TimelineKindEnumTypeWrapper):
+    """Kind of an entry in the timeline of a request."""
+
+TIMELINE_KIND_UNSPECIFIED: TimelineKind.ValueType  # 0
+"""Not a kind."""
+TIMELINE_KIND_STATE: TimelineKind.ValueType  # 1
+"""The request changed its state."""
+TIMELINE_KIND_QUEUED: TimelineKind.ValueType  # 2
+"""It waits for a worker of the service."""
+TIMELINE_KIND_GRANTED: TimelineKind.ValueType  # 3
+"""It got a slot of the worker: an attempt begins."""
+TIMELINE_KIND_BEGUN: TimelineKind.ValueType  # 4
+"""The worker began to compute."""
+TIMELINE_KIND_STEP: TimelineKind.ValueType  # 5
+"""The latest step that the worker has reported before the next entry of the service."""
+TIMELINE_KIND_CHECKPOINT: TimelineKind.ValueType  # 6
+"""A step checkpoint was stored."""
+TIMELINE_KIND_COMPLETED: TimelineKind.ValueType  # 7
+"""The worker has finished its part: the attempt succeeded."""
+TIMELINE_KIND_HANDED_OVER: TimelineKind.ValueType  # 8
+"""The worker leaves: another one continues from the checkpoint."""
+TIMELINE_KIND_ENDED: TimelineKind.ValueType  # 9
+"""The attempt, or the wait for a worker, ended without an output."""
+TIMELINE_KIND_LOST: TimelineKind.ValueType  # 10
+"""The worker was lost during the attempt."""
+TIMELINE_KIND_TAKEN_OVER: TimelineKind.ValueType  # 11
+"""Another coordinator took the request over."""
+Global___TimelineKind: _TypeAlias = TimelineKind  # noqa: Y015
+
 @_typing.final
 class GenerationParameters(_message.Message):
     """Sampling parameters by their Diffusers names. A field that is unset takes the model's default."""
@@ -828,6 +888,7 @@ class RequestRecord(_message.Message):
     CALLER_FIELD_NUMBER: _builtins.int
     STEPS_SAVED_FIELD_NUMBER: _builtins.int
     VARIANT_FIELD_NUMBER: _builtins.int
+    TRACE_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Unique name."""
     state: Global___RequestState.ValueType
@@ -870,6 +931,10 @@ class RequestRecord(_message.Message):
     def files(self) -> _containers.RepeatedCompositeFieldContainer[Global___FileHeader]:
         """Files of the result, once it has succeeded."""
 
+    @_builtins.property
+    def trace(self) -> Global___TraceContext:
+        """Its trace; unset where neither the fleet nor the client traces."""
+
     def __init__(
         self,
         *,
@@ -887,14 +952,45 @@ class RequestRecord(_message.Message):
         caller: _builtins.str = ...,
         steps_saved: _builtins.int = ...,
         variant: _builtins.str = ...,
+        trace: Global___TraceContext | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at", "deadline", b"deadline", "error", b"error", "parameters", b"parameters", "updated_at", b"updated_at"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at", "deadline", b"deadline", "error", b"error", "parameters", b"parameters", "trace", b"trace", "updated_at", b"updated_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["caller", b"caller", "created_at", b"created_at", "deadline", b"deadline", "error", b"error", "files", b"files", "model", b"model", "parameters", b"parameters", "priority", b"priority", "request_id", b"request_id", "state", b"state", "steps_saved", b"steps_saved", "updated_at", b"updated_at", "variant", b"variant", "warnings", b"warnings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["caller", b"caller", "created_at", b"created_at", "deadline", b"deadline", "error", b"error", "files", b"files", "model", b"model", "parameters", b"parameters", "priority", b"priority", "request_id", b"request_id", "state", b"state", "steps_saved", b"steps_saved", "trace", b"trace", "updated_at", b"updated_at", "variant", b"variant", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RequestRecord: _TypeAlias = RequestRecord  # noqa: Y015
+
+@_typing.final
+class TraceContext(_message.Message):
+    """Trace of a request, as in W3C Trace Context."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TRACEPARENT_FIELD_NUMBER: _builtins.int
+    CLIENT_TRACEPARENT_FIELD_NUMBER: _builtins.int
+    TRACESTATE_FIELD_NUMBER: _builtins.int
+    traceparent: _builtins.str
+    """The request's root span; empty where the coordinator that accepted it exports no traces."""
+    client_traceparent: _builtins.str
+    """As the client sent it in the metadata of the same name; empty where it sent none."""
+    tracestate: _builtins.str
+    """As the client sent it, at most 512 characters."""
+    def __init__(
+        self,
+        *,
+        traceparent: _builtins.str = ...,
+        client_traceparent: _builtins.str = ...,
+        tracestate: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_traceparent", b"client_traceparent", "traceparent", b"traceparent", "tracestate", b"tracestate"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TraceContext: _TypeAlias = TraceContext  # noqa: Y015
 
 @_typing.final
 class GetRequestRequest(_message.Message):
@@ -903,16 +999,20 @@ class GetRequestRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    WITH_TIMELINE_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Which request."""
+    with_timeline: _builtins.bool
+    """Whether to return the timeline too."""
     def __init__(
         self,
         *,
         request_id: _builtins.str = ...,
+        with_timeline: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id", "with_timeline", b"with_timeline"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -925,22 +1025,82 @@ class GetRequestResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     REQUEST_FIELD_NUMBER: _builtins.int
+    TIMELINE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def request(self) -> Global___RequestRecord:
         """The request."""
+
+    @_builtins.property
+    def timeline(self) -> _containers.RepeatedCompositeFieldContainer[Global___TimelineEntry]:
+        """What happened to it, in order of time, with `with_timeline`. The store keeps the newest 256 entries of a request,
+        beside those of its events, as long as its record.
+        """
 
     def __init__(
         self,
         *,
         request: Global___RequestRecord | None = ...,
+        timeline: _abc.Iterable[Global___TimelineEntry] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request", b"request", "timeline", b"timeline"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetRequestResponse: _TypeAlias = GetRequestResponse  # noqa: Y015
+
+@_typing.final
+class TimelineEntry(_message.Message):
+    """Something that happened to a request. Fields that do not apply are unset."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TIME_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    SERVICE_FIELD_NUMBER: _builtins.int
+    WORKER_ID_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    TOTAL_STEPS_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    kind: Global___TimelineKind.ValueType
+    """What."""
+    service: _builtins.str
+    """Service, such as "denoising"."""
+    worker_id: _builtins.str
+    """Worker of that service."""
+    step: _builtins.int
+    """Step of the denoising loop, of a checkpoint or of the latest progress."""
+    total_steps: _builtins.int
+    """Steps in all."""
+    state: Global___RequestState.ValueType
+    """The new state."""
+    epoch: _builtins.int
+    """How many coordinators have run the request, after a take-over."""
+    @_builtins.property
+    def time(self) -> _timestamp_pb2.Timestamp:
+        """When, by the store's clock."""
+
+    def __init__(
+        self,
+        *,
+        time: _timestamp_pb2.Timestamp | None = ...,
+        kind: Global___TimelineKind.ValueType = ...,
+        service: _builtins.str = ...,
+        worker_id: _builtins.str = ...,
+        step: _builtins.int = ...,
+        total_steps: _builtins.int = ...,
+        state: Global___RequestState.ValueType = ...,
+        epoch: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["time", b"time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "kind", b"kind", "service", b"service", "state", b"state", "step", b"step", "time", b"time", "total_steps", b"total_steps", "worker_id", b"worker_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TimelineEntry: _TypeAlias = TimelineEntry  # noqa: Y015
 
 @_typing.final
 class CancelRequestRequest(_message.Message):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as datetime_module
+import importlib
 import sys
 import time
 import types
@@ -16,6 +17,7 @@ def skew_clock(seconds: float) -> None:
     gRPC's Python half keeps the true clock: it hands deadlines to its core, which asks the kernel. On a host whose
     clock is wrong both would be, and differ by nothing.
     """
+    importlib.import_module("grpc._channel")  # which a first synchronous channel would load later
     true = types.ModuleType("time")
     vars(true).update(vars(time))
     for name, module in list(sys.modules.items()):

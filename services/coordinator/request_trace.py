@@ -1,0 +1,118 @@
+"""The trace of a request: its root span, which the coordinator that ends the request exports, whichever accepted it.
+
+The ids of the root span are stored with the request. So the spans of all coordinators and workers have it as ancestor,
+and a coordinator that takes the request over starts the root span again with the same ids and the same start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from common.errors import FleetError, Unavailable
+from common.rpc.status import to_status
+from common.state.records import State, StateValue
+from common.trace_context import NO_SPAN, Span, SpanKind, TraceContext, current_span, entered, parse_traceparent
+from common.tracing import span, tracer
+from fleet.v1 import generation_pb2
+
+_NAME = "request"
+
+
+class RequestTrace:
+    """`root` is the span that all others of the request are below; `stored` goes into the request's record.
+
+    Where this process exports no spans, `root` records nothing, and passes on the context of the client.
+    """
+
+    def __init__(self, root: Span = NO_SPAN, client: TraceContext | None = None) -> None:
+        self.root = root
+        self._client = client
+
+    @classmethod
+    def begin(cls) -> RequestTrace:
+        """The trace of a new request, which continues that of the client's call."""
+        parent = current_span()
+        spans = tracer()
+        root = parent if spans is None else spans.start(_NAME, SpanKind.SERVER, parent, {})
+        return cls(root, parent.context)
+
+    @classmethod
+    def resume(cls, record: generation_pb2.RequestRecord) -> RequestTrace:
+        """The trace of a request that another coordinator accepted; a new one where that exported no spans."""
+        stored, spans = record.trace, tracer()
+        client = parse_traceparent(stored.client_traceparent, stored.tracestate)
+        own = parse_traceparent(stored.traceparent, stored.tracestate)
+        start_ns = record.created_at.ToNanoseconds()
+        if spans is None:
+            root = Span(own or client)
+        elif own is None:
+            root = spans.start(_NAME, SpanKind.SERVER, Span(client), {}, start_ns)
+        else:
+            root = spans.restart(_NAME, SpanKind.SERVER, client, own, start_ns)
+        trace = cls(root, client)
+        trace.describe(record)
+        return trace
+
+    @property
+    def stored(self) -> generation_pb2.TraceContext | None:
+        """What another coordinator needs to continue the trace."""
+        own, client = self.root.context, self._client
+        if own is None:
+            return None
+        is_own = own is not client
+        return generation_pb2.TraceContext(
+            traceparent=own.traceparent if is_own else "",
+            client_traceparent="" if client is None else client.traceparent,
+            tracestate=own.state,
+        )
+
+    def describe(self, record: generation_pb2.RequestRecord) -> None:
+        """Set the attributes of the root span: names and sizes, no text of the request."""
+        parameters = record.parameters
+        self.root.set(
+            request_id=record.request_id,
+            model=record.model,
+            variant=record.variant,
+            priority=record.priority,
+            height=parameters.height,
+            width=parameters.width,
+            num_frames=parameters.num_frames,
+            num_inference_steps=parameters.num_inference_steps,
+        )
+
+    @contextmanager
+    def accepting(self) -> Iterator[None]:
+        """The span of validation and admission. A refusal ends the trace; an unknown answer of the store does not."""
+        try:
+            with entered(self.root), span("accept"):
+                yield
+        except Unavailable:
+            raise
+        except FleetError as error:
+            self.refuse(error)
+            raise
+
+    def refuse(self, error: FleetError) -> None:
+        """The request was not accepted."""
+        self.root.fail(to_status(error).code.name)
+        self.root.end()
+
+    def replay(self, request_id: str) -> None:
+        """The idempotency key belongs to an earlier request, which has a trace of its own."""
+        self.root.set(replayed=request_id)
+        self.root.end()
+
+    def taken_over(self, epoch: int) -> None:
+        """Another coordinator runs the request from now on."""
+        with entered(self.root), span("take over", epoch=epoch):
+            return
+
+    def end(self, state: StateValue, error: generation_pb2.Error | None = None, *, steps_saved: int = 0) -> None:
+        """The request has ended."""
+        self.root.set(state=State.Name(state).removeprefix("REQUEST_STATE_"), steps_saved=steps_saved)
+        if error is not None:
+            self.root.fail(error.code)
+        elif state == State.REQUEST_STATE_EXPIRED:
+            self.root.fail("DEADLINE_EXCEEDED")
+        self.root.end()

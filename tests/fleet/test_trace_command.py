@@ -1,0 +1,81 @@
+"""`fleet trace` at a running fleet: a request that lost a worker, one that goes on, one that nobody knows."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from asyncio.subprocess import PIPE
+from collections.abc import Iterator
+
+import pytest
+from PIL import Image
+
+from coordinator_fleet import FakeFleet, Gate, Script, run_on_fleet, submission, terminal
+from fleet.v1 import generation_pb2 as pb
+from redis_servers import running_server
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    with running_server("valkey") as server:
+        yield server.url
+
+
+async def fleet_trace(endpoint: str, *words: str) -> tuple[int, str, str]:
+    """Exit code, output and error of the command."""
+    command = (sys.executable, "-m", "services.cli", "trace", *words, "--endpoint", endpoint)
+    process = await asyncio.create_subprocess_exec(*command, stdout=PIPE, stderr=PIPE)
+    output, error = await process.communicate()
+    assert process.returncode is not None
+    return process.returncode, output.decode(), error.decode()
+
+
+def test_a_request_that_lost_a_worker(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def story(fleet: FakeFleet) -> None:
+        gate = Gate()
+        await fleet.add_workers(("text_encoding", "latent_preparation", "decoding"))
+        script = Script(fleet.scripts["denoising"].contract, gate)
+        first = await fleet.add_worker("denoising", script, ttl_seconds=0.5)
+        coordinator, stub = await fleet.add_coordinator()
+        name = (await stub.Submit(submission())).request.request_id
+        await gate.wait_reached()
+        code, output, _ = await fleet_trace(coordinator.address, name)
+        assert code == 0
+        assert f"request {name} of emoji: RUNNING for " in output
+        await first.die()
+        second = await fleet.add_worker("denoising")
+        assert (await terminal(stub, name))[-1].state_change.state == pb.REQUEST_STATE_SUCCEEDED
+        code, output, error = await fleet_trace(coordinator.address, name)
+        assert (code, error) == (0, "")
+        assert f"request {name} of emoji: SUCCEEDED after " in output
+        denoising = [line for line in output.splitlines() if line.startswith("denoising")]
+        assert len(denoising) == 2
+        assert "✗" in denoising[0]
+        assert "lost after" in denoising[0]
+        assert denoising[0].rstrip().endswith(f"on {first.info.worker_id}")
+        assert "completed after" in denoising[1]
+        assert denoising[1].rstrip().endswith(f"on {second.info.worker_id}")
+        path = fleet.directory / "trace.png"
+        assert await fleet_trace(coordinator.address, name, "--output", str(path)) == (0, f"{path}\n", "")
+        with Image.open(path) as picture:
+            assert picture.format == "PNG"
+            assert (0xCF, 0x22, 0x2E) in {colour for _, colour in picture.getcolors(1 << 24) or ()}
+        answer = await stub.GetRequest(pb.GetRequestRequest(request_id=name))
+        assert not answer.timeline
+
+    monkeypatch.setenv("COLUMNS", "200")
+    run_on_fleet(url, story)
+
+
+def test_an_unknown_request(url: str) -> None:
+    async def story(fleet: FakeFleet) -> None:
+        coordinator, _ = await fleet.add_coordinator(record_seconds=7_200.0)
+        for name in ("0123456789abcdef", "no/id"):
+            code, output, error = await fleet_trace(coordinator.address, name)
+            assert (code, output) == (2, "")
+            assert error == (
+                f"fleet trace: request_id: there is no request '{name}'; it may have expired: "
+                "a record is kept for 2 h after the end of its request\n"
+            )
+
+    run_on_fleet(url, story)

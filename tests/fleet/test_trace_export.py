@@ -1,0 +1,298 @@
+"""What the OTEL_ variables ask for: what is exported, what is not, and what an unreachable collector costs."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import signal
+import sys
+from asyncio.subprocess import PIPE
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import grpc
+import pytest
+
+from certificates import Authority
+from common import tracing
+from common.rpc.client import open_channel
+from coordinator_fleet import FakeFleet, Gate, Stub, run_on_fleet, submission, terminal
+from fleet.v1 import generation_pb2 as pb
+from fleet.v1 import generation_pb2_grpc
+from otlp_receiver import ReceivedSpan, Receiver, receiving
+from redis_servers import running_server
+
+PARENT = f"00-{'a' * 32}-{'b' * 16}-01"
+NOWHERE = "http://127.0.0.1:1"  # nothing listens there
+_NOTE_MODULES = """
+import atexit, os, sys
+def note():
+    with open(os.environ["NOTED_MODULES"], "w") as file:
+        file.write(" ".join(sys.modules))
+atexit.register(note)
+"""
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    with running_server("valkey") as server:
+        yield server.url
+
+
+@contextmanager
+def exporting(monkeypatch: pytest.MonkeyPatch, **variables: str) -> Iterator[Receiver]:
+    """Export the spans of this process, which has coordinators and workers in it."""
+    with receiving() as receiver:
+        for name, value in {
+            "EXPORTER_OTLP_ENDPOINT": receiver.endpoint,
+            "BSP_SCHEDULE_DELAY": "20",
+            **variables,
+        }.items():
+            monkeypatch.setenv(f"OTEL_{name}", value)
+        with tracing.exporting("test"):
+            yield receiver
+
+
+def roots(receiver: Receiver, count: int) -> list[ReceivedSpan]:
+    """The root spans, once there are so many, in order of their start."""
+    spans = receiver.wait_until(lambda spans: sum(each.name == "request" for each in spans) == count)
+    return sorted((each for each in spans if each.name == "request"), key=lambda each: each.start)
+
+
+def test_ends_and_refusals_are_in_the_root_span(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def story(fleet: FakeFleet) -> None:
+        gate = Gate()
+        fleet.scripts["denoising"].work = gate
+        await fleet.add_workers()
+        _, stub = await fleet.add_coordinator(max_open_requests=1)
+        name = (await stub.Submit(submission(idempotency_key="k"))).request.request_id
+        await gate.wait_reached()
+        assert (await stub.Submit(submission(idempotency_key="k"))).replayed
+        for request, code in ((submission(), "RESOURCE_EXHAUSTED"), (submission(priority=999), "INVALID_ARGUMENT")):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await stub.Submit(request)
+            assert caught.value.code().name == code
+        await stub.CancelRequest(pb.CancelRequestRequest(request_id=name))
+        await terminal(stub, name)
+        fleet.scripts["denoising"].work = fails
+        failed = (await stub.Submit(submission())).request.request_id
+        await terminal(stub, failed)
+        cancelled, replayed, full, invalid, failure = await asyncio.to_thread(roots, receiver, 5)
+        assert (cancelled.attributes["fleet.state"], cancelled.error) == ("CANCELLED", "")
+        assert (replayed.attributes["fleet.replayed"], replayed.error) == (name, "")
+        assert (full.error, invalid.error) == ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT")
+        assert (failure.attributes["fleet.state"], failure.error) == ("FAILED", "INTERNAL")
+        assert not [raw for raw in receiver.raw if b"secret" in raw or b"apple" in raw]
+        parts = [each for each in receiver.spans if each.trace_id == failure.trace_id]
+        (attempt,) = [each for each in parts if each.name == "attempt denoising"]
+        assert attempt.error == "InternalError"
+
+    with exporting(monkeypatch) as receiver:
+        run_on_fleet(url, story)
+
+
+def fails(_: object) -> None:
+    raise RuntimeError("a secret of the prompt")
+
+
+@pytest.mark.parametrize(
+    ("variables", "parent", "sampled"),
+    [
+        ({"TRACES_SAMPLER": "always_off"}, "", False),
+        ({"TRACES_SAMPLER": "parentbased_always_off"}, "", False),
+        ({"TRACES_SAMPLER": "parentbased_always_off"}, PARENT, True),
+        ({"TRACES_SAMPLER": "traceidratio", "TRACES_SAMPLER_ARG": "0"}, PARENT, False),
+        ({}, PARENT[:-1] + "0", False),
+        ({}, "", True),
+    ],
+)
+def test_the_sampler_decides(
+    url: str, monkeypatch: pytest.MonkeyPatch, variables: Mapping[str, str], parent: str, sampled: bool
+) -> None:
+    async def story(fleet: FakeFleet) -> None:
+        await fleet.add_workers()
+        _, stub = await fleet.add_coordinator()
+        metadata = (("traceparent", parent),) if parent else ()
+        record = (await stub.Submit(submission(), metadata=metadata)).request
+        await terminal(stub, record.request_id)
+        assert record.trace.traceparent[-1] in ("13" if sampled else "02")
+        assert record.trace.client_traceparent == parent
+        if sampled:
+            (root,) = await asyncio.to_thread(roots, receiver, 1)
+            assert root.span_id in record.trace.traceparent
+
+    with exporting(monkeypatch, **variables) as receiver:
+        run_on_fleet(url, story)
+    assert bool(receiver.spans) == sampled
+
+
+def test_certificates_and_names_are_those_of_the_variables(
+    url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    authority = Authority(tmp_path)
+    own = authority.issue("127.0.0.1")
+    credentials = grpc.ssl_server_credentials([(own.key.read_bytes(), own.cert.read_bytes())])
+
+    async def story(fleet: FakeFleet) -> None:
+        await fleet.add_workers()
+        _, stub = await fleet.add_coordinator()
+        await terminal(stub, (await stub.Submit(submission())).request.request_id)
+
+    with receiving(credentials) as receiver:
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", receiver.endpoint)
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_CERTIFICATE", str(authority.ca))
+        monkeypatch.setenv("OTEL_SERVICE_NAME", "drawings")
+        with tracing.exporting("test"):
+            run_on_fleet(url, story)
+        (root,) = roots(receiver, 1)
+    assert root.service == "drawings"
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"TRACES_EXPORTER": "zipkin"}, "OTEL_TRACES_EXPORTER is 'zipkin'; otlp and none are supported"),
+        ({"EXPORTER_OTLP_PROTOCOL": "http/protobuf"}, "OTEL_EXPORTER_OTLP_PROTOCOL is 'http/protobuf'; grpc is"),
+        ({"EXPORTER_OTLP_TIMEOUT": "soon"}, "an OTEL_ variable is wrong: .*soon"),
+        (
+            {"EXPORTER_OTLP_CERTIFICATE": "/none.pem"},
+            "an OTEL_ variable is wrong: OTEL_EXPORTER_OTLP_CERTIFICATE: /none.pem cannot be read",
+        ),
+    ],
+)
+def test_a_wrong_variable_is_one_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, variables: Mapping[str, str], words: str
+) -> None:
+    with exporting(monkeypatch, **variables):
+        assert tracing.tracer() is None
+    warnings = [each for each in caplog.records if each.levelno >= logging.WARNING]
+    assert len(warnings) == 1
+    assert warnings[0].name == "common.tracing"
+    assert re.match(f"no traces are exported: {words}", warnings[0].getMessage())
+
+
+@pytest.mark.parametrize("variables", [{"SDK_DISABLED": "true"}, {"TRACES_EXPORTER": "none"}])
+def test_traces_can_be_switched_off(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, variables: Mapping[str, str]
+) -> None:
+    with exporting(monkeypatch, **variables):
+        assert tracing.tracer() is None
+    assert not caplog.records
+
+
+def test_without_an_exporter_the_clients_context_reaches_the_next_coordinator(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first coordinator exports nothing. Another one that does takes over, and its root is below the client's."""
+
+    async def story(fleet: FakeFleet) -> None:
+        gate = Gate()
+        fleet.scripts["denoising"].work = gate
+        await fleet.add_workers()
+        listen = f"unix:{fleet.directory}/c.sock"
+        process = await fleet.start_process(listen)
+        async with open_channel(listen) as channel:
+            stub: Stub = generation_pb2_grpc.GenerationServiceStub(channel)
+            traced = (await stub.Submit(submission(), metadata=(("traceparent", PARENT),))).request
+            untraced = (await stub.Submit(submission())).request
+            assert traced.trace == pb.TraceContext(client_traceparent=PARENT)
+            assert not untraced.HasField("trace")
+            await gate.wait_reached()
+            process.kill()
+            await process.wait()
+        with exporting(monkeypatch) as receiver:
+            gate.opened.set()
+            _, other = await fleet.add_coordinator(heartbeat_ttl_seconds=0.5)
+            for record in (traced, untraced):
+                await terminal(other, record.request_id)
+            found = {each.attributes["fleet.request_id"]: each for each in await asyncio.to_thread(roots, receiver, 2)}
+            root = found[traced.request_id]
+            assert (root.trace_id, root.parent_id) == ("a" * 32, "b" * 16)
+            assert found[untraced.request_id].parent_id == ""
+            assert root.start == traced.created_at.ToNanoseconds()
+
+    run_on_fleet(url, story)
+
+
+async def run_service(words: Sequence[str], is_ready: bytes) -> None:
+    """Start a service, and end it by SIGTERM once it has logged `is_ready`."""
+    process = await asyncio.create_subprocess_exec(sys.executable, "-m", *words, stderr=PIPE)
+    assert process.stderr is not None
+    seen = b""
+    while is_ready not in seen:
+        line = await process.stderr.readline()
+        assert line, seen
+        seen += line
+    process.send_signal(signal.SIGTERM)
+    seen += await process.stderr.read()
+    assert await process.wait() == 0, seen
+
+
+SERVICES = {"coordinator": b"listens on", "latent_preparation": b"serves latent_preparation"}
+
+
+@pytest.mark.parametrize("service", SERVICES)
+@pytest.mark.parametrize("endpoint", ["", NOWHERE])
+def test_nothing_is_imported_without_the_variables(
+    url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, service: str, endpoint: str
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(_NOTE_MODULES)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
+    monkeypatch.setenv("NOTED_MODULES", str(tmp_path / "modules"))
+    if endpoint:
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", endpoint)
+    options = ("--model", "emoji", "--redis", url, "--allow-data-loss", "--listen", f"unix:{tmp_path}/s.sock")
+    asyncio.run(run_service((f"services.{service}", *options), SERVICES[service]))
+    modules = (tmp_path / "modules").read_text().split()
+    assert "common.tracing" in modules
+    assert any(name.startswith("opentelemetry") for name in modules) == bool(endpoint)
+
+
+def warnings_of_a_coordinator(url: str) -> list[str]:
+    """The warnings of a coordinator process that serves two requests, each a second after the one before."""
+    warnings: list[str] = []
+
+    async def story(fleet: FakeFleet) -> None:
+        await fleet.add_workers()
+        listen = f"unix:{fleet.directory}/c.sock"
+        words = ("--listen", listen, "--redis", url, "--allow-data-loss", "--log-level", "WARNING")
+        command = (sys.executable, "-m", "services.coordinator", *words)
+        process = await asyncio.create_subprocess_exec(*command, stderr=PIPE)
+        assert process.stderr is not None
+        while b"listens on" not in (line := await process.stderr.readline()):
+            assert line, warnings
+            warnings.append(line.decode())
+        async with open_channel(listen) as channel:
+            stub: Stub = generation_pb2_grpc.GenerationServiceStub(channel)
+            for _ in range(2):
+                name = (await stub.Submit(submission())).request.request_id
+                assert (await terminal(stub, name))[-1].state_change.state == pb.REQUEST_STATE_SUCCEEDED
+                await asyncio.sleep(1)
+        process.send_signal(signal.SIGTERM)
+        warnings.extend((await process.stderr.read()).decode().splitlines())
+        assert await process.wait() == 0
+
+    run_on_fleet(url, story)
+    return warnings
+
+
+def test_an_unreachable_collector_costs_one_warning(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", NOWHERE)
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "0.3")
+    monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "20")
+    (warning,) = warnings_of_a_coordinator(url)
+    assert f"spans are dropped while the trace collector at {NOWHERE} is unavailable" in warning
+
+
+def test_the_variables_without_the_extra_are_one_warning(
+    url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    missing = "raise ModuleNotFoundError(\"No module named 'opentelemetry'\", name='opentelemetry')\n"
+    (tmp_path / "opentelemetry.py").write_text(missing)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", NOWHERE)
+    (warning,) = warnings_of_a_coordinator(url)
+    assert "opentelemetry is not installed; pip install 'diffusion-fleet[tracing]'" in warning
+    assert "or unset OTEL_EXPORTER_OTLP_ENDPOINT" in warning
