@@ -53,13 +53,13 @@ from common.rpc.method import (
     service_name,
     stage_method,
 )
-from common.rpc.parsing import parse, refuse_unknown_fields
+from common.rpc.parsing import parse, read_tokens, refuse_unknown_fields
 from common.rpc.replies import Recorder, ReplyCache, Write
 from common.rpc.watchdog import Watchdog
 from common.rpc.wrapping import Context, Handler
 from common.stage import Call, Contract, item_kind
 from common.streams import DeviceLock, StreamFeed
-from common.telemetry import REQUEST_ID_KEY
+from common.telemetry import REQUEST_ID_KEY, in_current_context
 
 
 class Stages(Protocol):
@@ -409,7 +409,7 @@ class _Job:
         if self.is_asked:
             raise HandedOver(_NOT_BEGUN)
         self._end = partial(_call_on, asyncio.get_running_loop(), on_end)
-        self._future = executor.submit(_holding_nothing, work)
+        self._future = executor.submit(in_current_context(_holding_nothing), work)
         self._future.add_done_callback(lambda _: self._end())
 
     def timed(self, call: Call) -> Call:
@@ -475,6 +475,7 @@ def _call_of(context: Context, metadata: Mapping[str, str | bytes]) -> Call:
         str(metadata.get(REQUEST_ID_KEY, "")),
         deadline=None if remaining is None else time.monotonic() + remaining,
         variant=str(metadata.get(VARIANT_KEY, "")),
+        tokens=read_tokens(metadata),
     )
 
 

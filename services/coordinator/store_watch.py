@@ -6,9 +6,9 @@ import logging
 
 from redis.asyncio import Redis
 
+from common.metrics import STORE_BYTES, STORE_LIMIT_BYTES, STORE_REPAIRS
 from common.rpc.fleet_server import FleetServer
 from common.state.store_server import StoreMemory, read_repairs
-from common.telemetry import STORE_BYTES, STORE_LIMIT_BYTES, STORE_REPAIRS
 
 SUBMIT_HEALTH = "fleet.v1.GenerationService/Submit"
 """Health-check name of Submit alone: NOT_SERVING while the store is full, when all other calls still work."""
