@@ -16,7 +16,7 @@ LABELS = {
     "model": "names in `model` of the coordinators' settings",
     "stage": "classes of stages",
     "state": "terminal states of requests",
-    "result": "outcomes that this code names: hit, miss, failed; stored; ok, error",
+    "result": "outcomes that this code names: hit, miss, failed; stored; ok, error, cancelled",
     "begun": "yes, no",
     "reason": "lost, handed_over, full",
     "kind": "kinds of damage that the script of the request store names",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,9 @@ def _round_trip(operation: str) -> Iterator[None]:
     try:
         yield
         result = "ok"
+    except asyncio.CancelledError:
+        result = "cancelled"
+        raise
     finally:
         observe(STORE_SECONDS.labels(operation, result), time.perf_counter() - began)
 
