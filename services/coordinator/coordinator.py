@@ -34,7 +34,7 @@ from services.coordinator.handlers import ServiceHandler
 from services.coordinator.request_life import ExecutionContext
 from services.coordinator.scaler import ScalerService
 from services.coordinator.service import GenerationService, OfferedModel
-from services.coordinator.service_gauges import set_service_gauges
+from services.coordinator.service_gauges import create_series, set_service_gauges
 from services.coordinator.settings import CoordinatorSettings
 from services.coordinator.store_watch import SUBMIT_HEALTH, StoreWatch
 from services.coordinator.worker_runner import ArtifactMemory, Connections, Workers
@@ -55,6 +55,8 @@ class Coordinator:
         if len(self._models) != len(models):
             names = ", ".join(sorted(model.name for model in models))
             raise InvalidInput(f"two models have one name ({names}); write OTHER=DIR for one of them", field="model")
+        for name, model in self._models.items():
+            create_series(name, [spec.service for spec in model.services])
         self._settings = settings
         self._redis: Redis = connect(settings.redis)
         beat, ttl = settings.heartbeat_seconds, settings.heartbeat_ttl_seconds

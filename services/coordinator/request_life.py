@@ -31,6 +31,7 @@ from services.coordinator.persistence import persist
 from services.coordinator.progress_reporting import ProgressReportingRunner, RequestProgress
 from services.coordinator.result_stream import FILES, ResultRunner, ResultStream
 from services.coordinator.resume import Recovery
+from services.coordinator.service_gauges import state_label
 from services.coordinator.worker_runner import WorkerRunner, Workers
 
 _LATER_SECONDS = 1.0  # how much later the workers' deadline is, so that it is the coordinator who says it passed
@@ -295,7 +296,7 @@ class Execution:
         if last is None:
             _log.info("request %s ends elsewhere", self.request_id)
             return
-        name = State.Name(outcome.state).removeprefix("REQUEST_STATE_")
+        name = state_label(outcome.state)
         REQUESTS.labels(model, name).inc()
         observe(REQUEST_SECONDS.labels(model, name), self.seconds_old)
         STEPS_SAVED.labels(model).inc(outcome.steps_saved)
