@@ -136,7 +136,9 @@ STEP_CHECKPOINTS_RECEIVED = Counter(
     "fleet_step_checkpoints", "Step checkpoints that workers have sent", ("service", "model")
 )
 STEP_CHECKPOINT_BYTES = Counter(
-    "fleet_step_checkpoint_bytes", "Tensors of step checkpoints that workers have sent", ("service", "model")
+    "fleet_step_checkpoint_bytes",
+    "Messages and tensors of step checkpoints that workers have sent",
+    ("service", "model"),
 )
 STEP_CHECKPOINT_SAVES = Counter(
     "fleet_step_checkpoint_saves", "Writes of step checkpoints to the request store, by result", ("result",)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import monitoring
 import pytest
+from manifests import K8S
 from promql import errors_of, recorded_labels, selectors_of
 
 _ALL = [
@@ -61,7 +62,7 @@ def test_each_alert_has_a_severity_a_summary_and_a_runbook() -> None:
 
 def test_each_runbook_is_that_of_an_alert() -> None:
     """A renamed alert leaves no runbook behind."""
-    section = (monitoring.K8S / "README.md").read_text().partition("\n## Alerts\n")[2].partition("\n## ")[0]
+    section = (K8S / "README.md").read_text().partition("\n## Alerts\n")[2].partition("\n## ")[0]
     headings = [line.removeprefix("### ") for line in section.splitlines() if line.startswith("### ")]
     assert headings == [rule["alert"] for rule in monitoring.rules("alert")]
 

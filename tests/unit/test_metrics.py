@@ -6,6 +6,7 @@ import ast
 import asyncio
 import re
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from common.rpc.parsing import read_tokens
 from common.stage import Call, Contract
 from common.state.connection import command, connect, run_script
 from metric_table import all_metrics, labels_of
-from services import gpu_metrics, measured_stages
+from services import gpu_metrics
 from services.measured_stages import MeasuredStages
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -132,7 +133,7 @@ class _Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 100.0
-        monkeypatch.setattr(measured_stages.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(time, "monotonic", lambda: self.now)
 
 
 class _Loop:
@@ -220,7 +221,8 @@ def test_round_trips_of_the_store_are_measured_by_operation() -> None:
             for work in (command(redis, "PING"), run_script(redis, "status", {"place": "a/b"})):
                 with pytest.raises(Unavailable):
                     await work
-            pipeline = redis.pipeline().get("a")
+            pipeline = redis.pipeline()
+            pipeline.get("a")
             with pytest.raises(RedisConnectionError):
                 await pipeline.execute()
 
