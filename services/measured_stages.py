@@ -27,7 +27,7 @@ class MeasuredStages:
         self._lock = threading.Lock()
         self._running = 0
         self._since: float | None = None
-        """When the device got its first call, or lost its last one; `time.monotonic()`."""
+        """When a call last started or ended; `time.monotonic()`."""
         # So that a worker without a request shows zeros instead of nothing.
         DEVICE_BUSY_SECONDS.labels(*self._place)
         DEVICE_IDLE_SECONDS.labels(*self._place)
@@ -53,14 +53,12 @@ class MeasuredStages:
         """A call starts or ends."""
         now = time.monotonic()
         with self._lock:
-            before, self._running = self._running, self._running + by
-            if before and self._running:
-                return
+            was_running, self._running = self._running > 0, self._running + by
             since, self._since = self._since, now
-        if not before and since is not None:
-            observe(DEVICE_IDLE_SECONDS.labels(*self._place), now - since)
-        elif before and since is not None:
+        if was_running and since is not None:
             DEVICE_BUSY_SECONDS.labels(*self._place).inc(now - since)
+        elif since is not None:
+            observe(DEVICE_IDLE_SECONDS.labels(*self._place), now - since)
 
     def _timed(self, call: Call) -> Callable[[int, int], None]:
         histogram = STEP_SECONDS.labels(*self._place, work_label(call.tokens))
