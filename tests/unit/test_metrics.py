@@ -21,12 +21,16 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from common import metrics
 from common.errors import Unavailable
 from common.metrics import work_label
+from common.rpc.framing import Packet
 from common.rpc.method import TOKENS_KEY
 from common.rpc.parsing import read_tokens
 from common.stage import Call, Contract
 from common.state.connection import command, connect, run_script
+from common.state.leases import Leases
+from fleet.v1 import artifacts_pb2
 from metric_table import all_metrics, labels_of
 from services import gpu_metrics
+from services.coordinator.resume import NewestStepCheckpoint
 from services.measured_stages import MeasuredStages
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -231,6 +235,37 @@ def test_round_trips_of_the_store_are_measured_by_operation() -> None:
     asyncio.run(refused())
     after = [_sample("fleet_store_operation_seconds_count", operation=name, result="error") for name in names]
     assert [new - old for new, old in zip(after, before, strict=True)] == [1, 1, 1]
+
+
+def test_a_round_trip_that_is_cancelled_is_no_error() -> None:
+    """As that of a Watch whose caller has left."""
+    label = {"operation": "PING", "result": "cancelled"}
+    before = _sample("fleet_store_operation_seconds_count", **label)
+
+    async def left() -> None:
+        async with connect("redis://127.0.0.1:1") as redis:
+            task = asyncio.create_task(command(redis, "PING"))
+            await asyncio.sleep(0)
+            task.cancel()
+            await asyncio.wait({task})
+            assert task.cancelled()
+
+    asyncio.run(left())
+    assert _sample("fleet_store_operation_seconds_count", **label) == before + 1
+
+
+def test_a_checkpoint_that_is_not_stored_is_counted() -> None:
+    labels = {"result": "failed"}
+    before = _sample("fleet_step_checkpoint_saves_total", **labels)
+
+    async def unavailable() -> None:
+        async with connect("redis://127.0.0.1:1") as redis:
+            newest = NewestStepCheckpoint(Leases(redis, "coordinator"), "r", 1)
+            newest.remember("origin", Packet(artifacts_pb2.DenoiseState(step=1), {}))
+            await newest.settle()
+
+    asyncio.run(unavailable())
+    assert _sample("fleet_step_checkpoint_saves_total", **labels) == before + 1
 
 
 class _Properties:
