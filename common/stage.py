@@ -90,7 +90,7 @@ class Call:
     `waiting`, in which others may use the device. `on_computed` gets the compute seconds that a worker reports at the
     end of the call, also of a call that it hands over. `hand_over` is set when the worker leaves: a stage that sends
     checkpoints ends at its next step boundary then. `variant` is the model's variant whose stages run; empty means the
-    first.
+    first. `tokens` is the work of one step, as StageWork counts it; 0 where the caller does not send it.
     """
 
     request_id: str
@@ -103,6 +103,7 @@ class Call:
     hand_over: threading.Event = field(default_factory=threading.Event)
     deadline: float | None = None
     variant: str = ""
+    tokens: int = 0
     sinks: Mapping[str, ItemSink] = field(default_factory=dict)
     waiting: Callable[[], AbstractContextManager[None]] = nullcontext
     emitted: dict[str, int] = field(default_factory=dict)

@@ -1,7 +1,6 @@
-"""What an operator sees of a process: log lines that name their request, and Prometheus metrics.
+"""What an operator sees of a process: log lines that name their request, and its endpoint of metrics.
 
-Free of torch. Metrics are named fleet_…; the label `service` is the folder's name, so that the services of one process
-stay apart. Only the fleet's own RPCs are measured: health checks and reflection would drown them.
+Free of torch. Only the fleet's own RPCs are measured: health checks and reflection would drown them.
 """
 
 from __future__ import annotations
@@ -14,14 +13,18 @@ import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from contextvars import ContextVar
+from contextvars import ContextVar, copy_context
 from dataclasses import dataclass
-from typing import Any, Literal, TextIO
+from functools import partial
+from typing import Any, Literal, ParamSpec, TextIO, TypeVar
 from wsgiref.simple_server import WSGIServer
 
 import grpc
-from prometheus_client import Counter, Gauge, Histogram, start_http_server
+from prometheus_client import start_http_server
 
+from common.errors import FailedPrecondition, InvalidInput
+from common.metrics import STAGE_SECONDS, observe
+from common.rpc.call_metrics import Sizes, counted_handler, served_call
 from common.rpc.wrapping import Context, Handler, wrap_handler
 
 REQUEST_ID_KEY = "fleet-request-id"
@@ -29,44 +32,12 @@ REQUEST_ID_KEY = "fleet-request-id"
 
 LogFormat = Literal["text", "json"]
 
-_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
-
-RPC_SECONDS = Histogram(
-    "fleet_rpc_seconds", "Duration of a call, as its server sees it", ("service", "method", "code"), buckets=_SECONDS
-)
-RPC_IN_FLIGHT = Gauge("fleet_rpc_in_flight", "Calls being served", ("service", "method"))
-STAGE_SECONDS = Histogram(
-    "fleet_stage_seconds", "Computing time of a stage", ("service", "model", "stage"), buckets=_SECONDS
-)
-CACHE_LOOKUPS = Counter(
-    "fleet_reply_cache_lookups", "Calls that may be answered from a cache", ("service", "model", "result")
-)
-SHARED_CACHE_LOOKUPS = Counter(
-    "fleet_shared_reply_cache_lookups", "Of these, calls that were looked up in Redis", ("service", "model", "result")
-)
-CACHE_BYTES = Gauge("fleet_reply_cache_bytes", "Memory of kept replies", ("service", "model"))
-QUEUE_LENGTH = Gauge("fleet_queue_length", "Requests that wait for a slot", ("service", "model"))
-QUEUED_SECONDS = Gauge(
-    "fleet_queued_seconds", "Compute seconds of work that wait or run: remaining steps times pace", ("service", "model")
-)
-WORKERS_HELD = Gauge("fleet_workers_held", "Workers that run a request", ("service", "model"))
-STORE_BYTES = Gauge("fleet_store_bytes", "Memory of the request store in use")
-STORE_LIMIT_BYTES = Gauge("fleet_store_limit_bytes", "Memory in use from which on Submit is refused; 0 without a bound")
-STORE_REPAIRS = Gauge("fleet_store_repairs", "Damaged entries that were removed from the request store", ("kind",))
-REQUESTS = Counter("fleet_requests", "Requests that reached their terminal state", ("model", "state"))
-LOST_CALLS = Counter(
-    "fleet_lost_calls",
-    "Calls that were lost with their worker, by whether their stages had begun",
-    ("service", "model", "begun"),
-)
-HANDED_OVER_CALLS = Counter(
-    "fleet_handed_over_calls", "Calls that a leaving worker has handed over to another one", ("service", "model")
-)
-STEPS_SAVED = Counter(
-    "fleet_steps_saved", "Denoising steps that were not done because their request was cancelled or expired", ("model",)
-)
+P = ParamSpec("P")
+T = TypeVar("T")
 
 _request_id: ContextVar[str] = ContextVar("fleet_request_id", default="")
+
+_log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -125,7 +96,12 @@ def stage_timer(service: str, model: str, stage: str) -> Iterator[None]:
     try:
         yield
     finally:
-        STAGE_SECONDS.labels(service, model, stage).observe(time.perf_counter() - started)
+        observe(STAGE_SECONDS.labels(service, model, stage), time.perf_counter() - started)
+
+
+def in_current_context(work: Callable[P, T]) -> Callable[P, T]:
+    """The same function, which runs in a copy of the present context, on whichever thread it is called."""
+    return partial(copy_context().run, work)
 
 
 @dataclass(frozen=True)
@@ -144,16 +120,23 @@ class MetricsServer:
 
 
 def start_metrics(port: int, address: str = "0.0.0.0") -> MetricsServer:
-    """Serve all metrics of this process over HTTP; port 0 picks a free one. Raises OSError when the port is taken."""
-    server, thread = start_http_server(port, address)
+    """Serve all metrics of this process over HTTP, with exemplars where a scraper asks for OpenMetrics; port 0: any.
+
+    Raises InvalidInput for a number that is no port, and FailedPrecondition for a port that cannot be had.
+    """
+    try:
+        server, thread = start_http_server(port, address)
+    except OverflowError:
+        raise InvalidInput(f"metrics_port: {port} is not from 0 to 65535; 9090 works", field="metrics_port") from None
+    except OSError as error:
+        message = f"metrics_port: {port} cannot be listened on: {error.strerror}; choose a free port"
+        raise FailedPrecondition(message, field="metrics_port") from error
+    _log.info("serves metrics port=%d", server.server_port)
     return MetricsServer(server.server_port, server, thread)
 
 
 class MetricsInterceptor(grpc.aio.ServerInterceptor):
     """Counts and times the fleet's own calls, and names their request in the log."""
-
-    def __init__(self, service: str) -> None:
-        self._service = service
 
     async def intercept_service(
         self,
@@ -162,39 +145,34 @@ class MetricsInterceptor(grpc.aio.ServerInterceptor):
     ) -> Handler | None:
         """Wrap the method's handler; anything but the fleet's own methods is passed on as it is."""
         handler = await continuation(handler_call_details)
-        package, _, method = handler_call_details.method.lstrip("/").partition("/")
-        if handler is None or not package.startswith("fleet."):
+        method = handler_call_details.method.lstrip("/")
+        if handler is None or not method.startswith("fleet."):
             return handler
         metadata = dict(handler_call_details.invocation_metadata or ())
-        call = _MeasuredCall(self._service, method, str(metadata.get(REQUEST_ID_KEY, "")))
-        return wrap_handler(handler, call.measure)
+        sizes = Sizes()
+        call = _MeasuredCall(method, str(metadata.get(REQUEST_ID_KEY, "")), sizes)
+        return wrap_handler(counted_handler(handler, sizes), call.measure)
 
 
 @dataclass(frozen=True)
 class _MeasuredCall:
-    service: str
     method: str
     request_id: str
+    sizes: Sizes
 
     @asynccontextmanager
     async def measure(self, context: Context) -> AsyncIterator[None]:
-        started = time.perf_counter()
-        in_flight = RPC_IN_FLIGHT.labels(self.service, self.method)
-        in_flight.inc()
-        code = "UNKNOWN"
         _request_id.set(self.request_id)  # Never reset: every call is a task with a context of its own.
-        try:
-            yield
-            code = _code(context, "OK")
-        except (asyncio.CancelledError, GeneratorExit):
-            code = "CANCELLED"
-            raise
-        except grpc.aio.AbortError:
-            code = _code(context, "UNKNOWN")
-            raise
-        finally:
-            in_flight.dec()
-            RPC_SECONDS.labels(self.service, self.method, code).observe(time.perf_counter() - started)
+        with served_call(self.method, self.sizes) as set_status:
+            try:
+                yield
+                set_status(_code(context, "OK"))
+            except (asyncio.CancelledError, GeneratorExit):
+                set_status("CANCELLED")
+                raise
+            except grpc.aio.AbortError:
+                set_status(_code(context, "UNKNOWN"))
+                raise
 
 
 def _code(context: Context, unset: str) -> str:

@@ -102,9 +102,9 @@ def current_span() -> Span:
 
 
 def current_trace_id() -> str | None:
-    """The id of the current trace, as 32 hexadecimal digits; None outside any trace."""
+    """The id of the current trace, as 32 hexadecimal digits; None where no trace is recorded."""
     context = _current.get().context
-    return None if context is None else context.trace_id
+    return context.trace_id if context is not None and context.sampled else None
 
 
 @contextmanager

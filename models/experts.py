@@ -12,16 +12,12 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
 import torch
-from prometheus_client import Summary
 from torch import Tensor, nn
 
 from common.errors import CheckpointError
+from common.metrics import EXPERT_SWAP_SECONDS
 from models.dits.base import DiffusionTransformer
 from models.layers.linear import JoinedLinear
-
-EXPERT_SWAP_SECONDS = Summary(
-    "fleet_expert_swap_seconds", "Time to bring another expert's weights to this rank's device"
-)
 
 
 class ExpertRoom:

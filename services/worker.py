@@ -46,6 +46,7 @@ from models.parallel.mesh import Degrees, WorkerMesh
 from models.private_operators import GEMM
 from models.registry import load_registry
 from models.warm_up import WarmUp
+from services.gpu_metrics import export_gpus, gpu_indices
 from services.leaving import leave
 from services.setting_readers import READERS
 from services.start_up import run_program
@@ -72,6 +73,8 @@ class Ranks(Protocol):
     """The worker group that a worker leads, as services.denoising makes one."""
 
     degrees: Degrees
+    ranks_here: int
+    """Ranks on this host, each with a GPU of its own where they use GPUs."""
     shares_memory: bool
     """Whether they write to each other's memory; known once the mesh is made."""
 
@@ -144,6 +147,8 @@ async def start_worker(
     loop = asyncio.get_running_loop()
     async with AsyncExitStack() as resources:
         resources.enter_context(exporting(service))
+        if settings.metrics_port is not None:  # Before weights are loaded, as the port may be in use.
+            resources.callback(start_metrics(settings.metrics_port).stop)
         prepare = partial(prepare_thread, device, settings.threads)
         executor = ThreadPoolExecutor(1, thread_name_prefix=f"{service}-device", initializer=prepare)
         # Waits for a stage that still computes: it ends within a step, and its callbacks need this loop.
@@ -159,6 +164,7 @@ async def start_worker(
             plugins=settings.plugins,
         )
         numerics = await loop.run_in_executor(executor, fingerprint)
+        export_gpus(gpu_indices(device, ranks.ranks_here if ranks else 1))
         info = worker_pb2.WorkerInfo(
             worker_id=f"{service}-{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}",
             service=service,
@@ -189,8 +195,6 @@ async def start_worker(
         bound = await server.start()
         resources.push_async_callback(server.drain, 0)
         info.address = settings.advertise or advertised_address(bound, settings.redis)
-        if settings.metrics_port is not None:
-            resources.callback(start_metrics(settings.metrics_port).stop)
         registry = WorkerRegistry(redis)
         await _announce(registry, info, watchdog, settings, None if checked else redis)
         await server.set_ready(True)

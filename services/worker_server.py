@@ -26,6 +26,7 @@ from common.watched import WatchedFiles
 from fleet.v1 import worker_pb2, worker_pb2_grpc
 from models.kernels.packages import Outcome
 from models.parallel.mesh import Degrees
+from services.measured_stages import MeasuredStages
 from services.worker_settings import CachingSettings, StepSettings, WorkerSettings, device_of, prepare_session_thread
 
 _SERVICE = "fleet.v1.WorkerService"
@@ -95,14 +96,14 @@ def make_server(
     )
     server = FleetServer(
         settings.listen,
-        interceptors=[MetricsInterceptor(service)],
+        interceptors=[MetricsInterceptor()],
         credentials=None if tls is None else mutual_credentials(tls),
         admit=NamedPeers(settings.tls_callers) if tls else admit_all,
         health_listen=settings.health_listen,
     )
     servicer = StageServicer(
         service,
-        stages,
+        MeasuredStages(stages, service, info.model),
         executor,
         TORCH,
         limits=limits,

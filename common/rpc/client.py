@@ -12,6 +12,7 @@ from google.protobuf.message import DecodeError, Message
 
 from common.errors import DeadlineExceeded, HandedOver, InternalError, InvalidInput, ResourceExhausted, Unavailable
 from common.rpc.address import is_local, target_of
+from common.rpc.call_metrics import ClientAttempt, counted_stream
 from common.rpc.frames import ChunkView, read_chunk
 from common.rpc.framing import (
     Assembler,
@@ -29,6 +30,7 @@ from common.rpc.method import (
     BEGUN_KEY,
     COMPUTED_KEY,
     ITEMS_KEY,
+    TOKENS_KEY,
     VARIANT_KEY,
     check_contract,
     header_type,
@@ -111,7 +113,8 @@ class RemoteRunner:
         self._limits = limits or CallLimits()
         self._request = request_type(method)
         self._reply = response_type(method)
-        self._open: grpc.aio.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(path_of(method))
+        self._path = path_of(method)
+        self._open = counted_stream(channel, self._path)
 
     @property
     def contract(self) -> Contract:
@@ -133,10 +136,19 @@ class RemoteRunner:
             )
         sent = asyncio.Event()
         variant = ((VARIANT_KEY, call.variant),) if call.variant else ()
+        tokens = ((TOKENS_KEY, str(call.tokens)),) if call.tokens else ()
+        attempt = ClientAttempt(self._path.lstrip("/"))
         rpc = self._open(
             self._request_frames(header, values, sent),
             timeout=timeout,
-            metadata=((REQUEST_ID_KEY, call.request_id), (BEGUN_KEY, "1"), (ITEMS_KEY, "1"), *variant, *outgoing()),
+            metadata=(
+                (REQUEST_ID_KEY, call.request_id),
+                (BEGUN_KEY, "1"),
+                (ITEMS_KEY, "1"),
+                *variant,
+                *tokens,
+                *outgoing(),
+            ),
         )
         receiver = _Receiver(self._reply, self._contract, call, self._limits)
         try:
@@ -162,6 +174,7 @@ class RemoteRunner:
         finally:
             receiver.span.end()
             rpc.cancel()  # Without effect on a call that has ended.
+            attempt.end(await rpc.code())
 
     async def _request_frames(
         self, header: bytes, values: Mapping[str, Any], sent: asyncio.Event

@@ -36,6 +36,8 @@ COMPUTED_KEY = "fleet-compute-seconds"
 """Key of the trailing metadata of a call: the seconds that its stages took on the device thread."""
 VARIANT_KEY = "fleet-variant"
 """Metadata key of a call for one variant of the worker's model; without it the call is for the first variant."""
+TOKENS_KEY = "fleet-tokens"
+"""Metadata key of a call: tokens that one step of it computes, for metrics alone; older callers send none."""
 _NAME = re.compile(r"[a-z][a-z_]*")
 
 

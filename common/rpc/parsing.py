@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple, TypeVar, cast
 
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
@@ -11,10 +11,12 @@ from google.protobuf.message import DecodeError, Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
 from common.errors import InvalidInput
+from common.rpc.method import TOKENS_KEY
 
 M = TypeVar("M", bound=Message)
 
 _LENGTH_DELIMITED = 2
+_MOST_DIGITS = 20
 
 
 class _RawField(NamedTuple):
@@ -34,6 +36,13 @@ def parse(message_type: type[M], raw: bytes) -> M:
         if path := _first_bad_text(descriptor, raw):
             raise InvalidInput(f"{path} is not valid UTF-8", field=path) from None
         raise InvalidInput(f"the bytes are not a {descriptor.full_name}") from None
+
+
+def read_tokens(metadata: Mapping[str, str | bytes]) -> int:
+    """The tokens of one step that a call's metadata state; 0 where they state none: no call fails for a metric."""
+    text = metadata.get(TOKENS_KEY, "")
+    is_number = isinstance(text, str) and text.isascii() and text.isdecimal() and len(text) < _MOST_DIGITS
+    return int(text) if is_number else 0
 
 
 def refuse_unknown_fields(path: str, message: Message) -> None:

@@ -12,8 +12,8 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from typing import Any, Protocol
 
+from common.metrics import CACHE_BYTES, CACHE_LOOKUPS
 from common.rpc.framing import Packet
-from common.telemetry import CACHE_BYTES, CACHE_LOOKUPS
 
 _ENTRY_BYTES = 256  # what an entry costs beside its frames, about
 

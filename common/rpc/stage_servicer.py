@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -52,14 +51,14 @@ from common.rpc.method import (
     service_name,
     stage_method,
 )
-from common.rpc.parsing import parse, refuse_unknown_fields
+from common.rpc.parsing import parse, read_tokens, refuse_unknown_fields
 from common.rpc.replies import Recorder, ReplyCache, Write
 from common.rpc.stage_job import StageJob, do_nothing
 from common.rpc.watchdog import Watchdog
 from common.rpc.wrapping import Context, Handler
 from common.stage import Call, Contract, item_kind
 from common.streams import DeviceLock, StreamFeed
-from common.telemetry import REQUEST_ID_KEY
+from common.telemetry import REQUEST_ID_KEY, in_current_context
 from common.trace_context import SpanKind, current_span
 from common.tracing import span, start_span
 
@@ -323,7 +322,7 @@ class StageServicer:
         )
         executor = self._sessions if job.feeds and self._sessions is not None else self._executor
         job.waiting = start_span("wait for device")
-        work = partial(contextvars.copy_context().run, self._compute, job, reporter)
+        work = in_current_context(partial(self._compute, job, reporter))
         job.start(executor, work, reporter.end)
         try:
             async for frame in reporter.frames():
@@ -388,4 +387,5 @@ def _call_of(context: Context, metadata: Mapping[str, str | bytes]) -> Call:
         str(metadata.get(REQUEST_ID_KEY, "")),
         deadline=None if remaining is None else time.monotonic() + remaining,
         variant=str(metadata.get(VARIANT_KEY, "")),
+        tokens=read_tokens(metadata),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, aclosing
 from typing import Any, TypeAlias
 
@@ -18,18 +18,23 @@ Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 Around = Callable[[Context], AbstractAsyncContextManager[None]]
 
 
-def wrap_handler(handler: Handler, around: Around) -> Handler:
-    """The same handler, each call of which runs within `around(context)`.
-
-    A handler that streams its replies is a generator, or a coroutine that writes them.
-    """
-    kinds = {
+def split_handler(handler: Handler) -> tuple[Callable[..., Handler], Any]:
+    """The function that makes a handler of this one's kind, and this one's behavior."""
+    kinds: Mapping[tuple[bool, bool], tuple[Callable[..., Handler], Any]] = {
         (False, False): (grpc.unary_unary_rpc_method_handler, handler.unary_unary),
         (False, True): (grpc.unary_stream_rpc_method_handler, handler.unary_stream),
         (True, False): (grpc.stream_unary_rpc_method_handler, handler.stream_unary),
         (True, True): (grpc.stream_stream_rpc_method_handler, handler.stream_stream),
     }
-    make, behavior = kinds[bool(handler.request_streaming), bool(handler.response_streaming)]
+    return kinds[bool(handler.request_streaming), bool(handler.response_streaming)]
+
+
+def wrap_handler(handler: Handler, around: Around) -> Handler:
+    """The same handler, each call of which runs within `around(context)`.
+
+    A handler that streams its replies is a generator, or a coroutine that writes them.
+    """
+    make, behavior = split_handler(handler)
     wrap = _generator if inspect.isasyncgenfunction(behavior) else _coroutine
     return make(
         wrap(behavior, around),

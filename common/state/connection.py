@@ -32,6 +32,7 @@ from common.state.redis_client import (
     TimeoutError,
 )
 from common.state.store_url import SENTINEL, check_url, sentinel_parts, without_password
+from common.state.timed_client import TimedClient
 
 PREFIX = "fleet:"
 SCRIPT_FILES = (
@@ -79,7 +80,7 @@ def connect(url: str) -> Redis:
     """
     check_url(url)
     try:
-        return _primary(url) if url.startswith(SENTINEL) else Redis.from_url(url, **_options())
+        return _primary(url) if url.startswith(SENTINEL) else TimedClient.from_url(url, **_options())
     except (ValueError, TypeError):
         # Without the cause, whose text may hold a part of the URL.
         raise InvalidInput("redis: redis-py refuses this URL; percent-encode its parts", field="redis") from None
@@ -101,7 +102,7 @@ def follows_sentinels(redis: Redis) -> bool:
     return isinstance(redis, _Primary)
 
 
-class _Primary(Redis):
+class _Primary(TimedClient):
     """The primary that sentinels name. Closing it closes the connections to the sentinels too."""
 
     watchers: Any

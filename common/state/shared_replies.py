@@ -15,11 +15,11 @@ from collections.abc import Coroutine, Sequence
 from typing import Any
 
 from common.errors import FleetError
+from common.metrics import SHARED_CACHE_LOOKUPS
 from common.rpc.framing import checksum
 from common.rpc.replies import Frames
 from common.state.connection import PREFIX, Arguments, command, run_script, store_errors
 from common.state.redis_client import Redis
-from common.telemetry import SHARED_CACHE_LOOKUPS
 
 # What a fetch takes until one has been measured: a Redis on another host sends 8 MB in about 10 ms.
 _FETCH_SECONDS, _FETCH_SECONDS_A_BYTE = 0.001, 10e-3 / (8 << 20)

@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 from common.errors import FailedPrecondition, InternalError, Unavailable
 from common.settings import setting
-from common.state.connection import CLUSTER_UNSUPPORTED, PREFIX, command, follows_sentinels
+from common.state.connection import CLUSTER_UNSUPPORTED, PREFIX, command, follows_sentinels, script_source
 from common.state.redis_client import Redis
 
 DEFAULT_MEMORY_FRACTION = 0.9
@@ -198,6 +200,12 @@ class StoreMemory:
         self._use = MemoryUse(used, maximum, int(maximum * self._fraction))
         self._added = 0
         self._read_at = time.monotonic()
+
+
+@cache
+def repair_kinds() -> frozenset[str]:
+    """The kinds of damage that the script names: an entry of another kind in the store is not of its making."""
+    return frozenset(re.findall(r"repaired\('(\w+)'", script_source()))
 
 
 async def read_repairs(redis: Redis) -> dict[str, int]:

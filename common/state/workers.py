@@ -25,11 +25,15 @@ def _always() -> bool:
 
 
 class ServiceLoad(NamedTuple):
-    """The live workers of one service of a model, the slots taken on them, and the claims that wait."""
+    """The live workers of one service of a model, the slots taken on them, and the claims that wait.
+
+    `dead` counts the workers that were lost within 10 minutes and are not announced again.
+    """
 
     workers: list[worker_pb2.WorkerInfo]
     busy: int
     queued: int
+    dead: int = 0
 
     @property
     def capacity(self) -> int:
@@ -175,8 +179,8 @@ class WorkerRegistry:
 
     async def load(self, model: str, service: str) -> ServiceLoad:
         """How busy a service of a model is."""
-        infos, taken, queued = await run_script(self._redis, "status", {"place": f"{model}/{service}"})
-        return ServiceLoad([worker_pb2.WorkerInfo.FromString(info) for info in infos], int(taken), int(queued))
+        infos, *counts = await run_script(self._redis, "status", {"place": f"{model}/{service}"})
+        return ServiceLoad([worker_pb2.WorkerInfo.FromString(info) for info in infos], *map(int, counts))
 
 
 def _refused(row: Sequence[bytes]) -> worker_pb2.RefusedWorker:

@@ -8,9 +8,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from prometheus_client import Counter
 
 from common.errors import InvalidInput
+from common.metrics import STEPS_REUSED
 from common.stage import Call, PipelineStage
 from configs.pipeline_configs.base import DenoisingConfig
 from models.composition import SCHEDULER
@@ -24,8 +24,6 @@ from models.stages.predictor import LoopRequest, Predictor, StepCaching
 from models.stages.step_memory import Lease
 
 _log = logging.getLogger(__name__)
-
-STEPS_REUSED = Counter("fleet_steps_reused", "Predictions of this rank that took most blocks' work from earlier steps")
 
 
 class DenoisingStage(PipelineStage[DenoisingInput, DenoisingOutput]):

@@ -7,8 +7,10 @@ import logging
 import math
 import secrets
 from collections.abc import Sequence
+from functools import partial
 
 from common.errors import FailedPrecondition, InternalError, InvalidInput, Unavailable
+from common.metrics import ARTIFACT_BYTES
 from common.rpc.fleet_server import FleetServer
 from common.rpc.framing import CallLimits
 from common.state.connection import connect
@@ -20,7 +22,7 @@ from common.state.stage_loads import StageLoads
 from common.state.store_server import StoreMemory
 from common.state.worker_slots import WorkerSlots
 from common.state.workers import WorkerRegistry
-from common.telemetry import QUEUE_LENGTH, QUEUED_SECONDS, WORKERS_HELD, MetricsInterceptor
+from common.telemetry import MetricsInterceptor
 from externalscaler import externalscaler_pb2
 from fleet.v1 import generation_pb2
 from models.catalog import ServedModel
@@ -31,6 +33,7 @@ from services.coordinator.handlers import ServiceHandler
 from services.coordinator.request_life import ExecutionContext
 from services.coordinator.scaler import ScalerService
 from services.coordinator.service import GenerationService, OfferedModel
+from services.coordinator.service_gauges import create_series, set_service_gauges
 from services.coordinator.settings import CoordinatorSettings
 from services.coordinator.store_watch import SUBMIT_HEALTH, StoreWatch
 from services.coordinator.worker_runner import ArtifactMemory, Connections, Workers
@@ -51,6 +54,8 @@ class Coordinator:
         if len(self._models) != len(models):
             names = ", ".join(sorted(model.name for model in models))
             raise InvalidInput(f"two models have one name ({names}); write OTHER=DIR for one of them", field="model")
+        for name, model in self._models.items():
+            create_series(name, [spec.service for spec in model.services])
         self._settings = settings
         self._redis: Redis = connect(settings.redis)
         beat, ttl = settings.heartbeat_seconds, settings.heartbeat_ttl_seconds
@@ -60,6 +65,7 @@ class Coordinator:
         self._slots = WorkerSlots(self._redis, self._presence)
         self._connections = Connections(CallLimits(total_bytes=settings.max_artifact_bytes), WorkerAccess.of(settings))
         self.artifact_memory = ArtifactMemory(settings.max_artifact_bytes)
+        ARTIFACT_BYTES.set_function(partial(_used_bytes, self.artifact_memory))
         workers = Workers(
             self._slots,
             self._connections,
@@ -85,7 +91,7 @@ class Coordinator:
         self._service = GenerationService(self._models, store, self._registry, self._loads, self._driver, settings)
         self._server = FleetServer(
             settings.listen,
-            interceptors=[MetricsInterceptor("coordinator")],
+            interceptors=[MetricsInterceptor()],
             limits=settings.server_limits,
             credentials=public_credentials(settings),
             admit=admission(settings),
@@ -190,11 +196,12 @@ class Coordinator:
             contracts = {spec.service: spec.contract for spec in model.services}
             await self._registry.declare(name, model.served.checkpoint.fingerprint, contracts)
             for spec in model.services:
-                load = await self._registry.load(name, spec.service)
-                QUEUE_LENGTH.labels(spec.service, name).set(load.queued)
-                work = await self._loads.read(name, spec.service)
-                QUEUED_SECONDS.labels(spec.service, name).set(work.queued_seconds)
-                WORKERS_HELD.labels(spec.service, name).set(work.workers_held)
+                set_service_gauges(
+                    name,
+                    spec.service,
+                    await self._registry.load(name, spec.service),
+                    await self._loads.read(name, spec.service),
+                )
                 await self._slots.give_back_unknown(name, spec.service)
             await self._driver.take_over(name, self._service.restore, beyond_own=not must_await_heartbeats)
         self._last_housekeeping = asyncio.get_running_loop().time()
@@ -207,6 +214,10 @@ class Coordinator:
         if now - self._last_housekeeping > settings.heartbeat_ttl_seconds - settings.heartbeat_seconds:
             self._await_heartbeats_until = now + settings.heartbeat_ttl_seconds
         return now < self._await_heartbeats_until
+
+
+def _used_bytes(memory: ArtifactMemory) -> float:
+    return memory.used_bytes
 
 
 async def start_coordinator(models: Sequence[ServedModel], settings: CoordinatorSettings) -> Coordinator:

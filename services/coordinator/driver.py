@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from functools import partial
 
 from common.errors import FleetError, Unavailable
+from common.metrics import TAKEN_OVER_REQUESTS
 from common.state.leases import Inherited
 from common.state.requests import Admission
 from fleet.v1 import generation_pb2
@@ -116,6 +117,7 @@ class Driver:
     def _inherit(self, inherited: Inherited, restore: Restore) -> None:
         record = inherited.record
         _log.warning("request %s is taken over: nobody runs it", record.request_id)
+        TAKEN_OVER_REQUESTS.labels(record.model).inc()
         formers = self._registry.of(record.request_id)
         acquire = partial(inherit, inherited=inherited, formers=formers, restore=restore, store=self._context.store)
         execution = self._begin(record, Phase.INHERITED, acquire, epoch=inherited.epoch)

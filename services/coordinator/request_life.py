@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 from common.errors import DeadlineExceeded, FleetError, InternalError, Unavailable
+from common.metrics import REQUEST_SECONDS, REQUESTS, STEPS_SAVED, observe
 from common.pipeline import Runner, ServiceSpec, result_of, run_pipeline
 from common.rpc.framing import Packet
 from common.scaling import StageWork
@@ -22,7 +23,7 @@ from common.state.presence import TTL_SECONDS
 from common.state.records import ResultFile, State
 from common.state.requests import AdmissionLimits, RequestStore
 from common.state.worker_slots import QueuePriority
-from common.telemetry import REQUESTS, STEPS_SAVED, request_scope
+from common.telemetry import request_scope
 from common.trace_context import entered
 from common.tracing import span
 from fleet.v1 import generation_pb2
@@ -33,6 +34,7 @@ from services.coordinator.progress_reporting import ProgressReportingRunner, Req
 from services.coordinator.request_trace import RequestTrace
 from services.coordinator.result_stream import FILES, ResultRunner, ResultStream
 from services.coordinator.resume import Recovery
+from services.coordinator.service_gauges import state_label
 from services.coordinator.worker_runner import WorkerRunner, Workers
 
 _LATER_SECONDS = 1.0  # how much later the workers' deadline is, so that it is the coordinator who says it passed
@@ -215,6 +217,7 @@ class Execution:
                     queue_priority_of(submission, spec.service),
                     recovery,
                     partial(progress.begin, spec),
+                    tokens=submission.work[spec.service].tokens if spec.service in submission.work else 0,
                 ),
                 spec,
                 progress,
@@ -299,8 +302,9 @@ class Execution:
             _log.info("request %s ends elsewhere", self.request_id)
             return
         submission.trace.end(outcome.state, outcome.error, steps_saved=outcome.steps_saved)
-        name = State.Name(outcome.state).removeprefix("REQUEST_STATE_")
+        name = state_label(outcome.state)
         REQUESTS.labels(model, name).inc()
+        observe(REQUEST_SECONDS.labels(model, name), self.seconds_old)
         STEPS_SAVED.labels(model).inc(outcome.steps_saved)
         why = f": {outcome.error.message}" if outcome.error else ""
         _log.info("request %s of %s is %s%s", self.request_id, model, name, why)

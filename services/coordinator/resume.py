@@ -19,6 +19,7 @@ from google.protobuf.message import DecodeError
 
 from common.artifacts import STEP_CHECKPOINT_FORMAT
 from common.errors import FleetError, InternalError, InvalidInput, NotFound, ResourceExhausted, Unavailable
+from common.metrics import STEP_CHECKPOINT_SAVES
 from common.rpc.frames import read_chunk
 from common.rpc.framing import Assembler, CallLimits, KeptFrames, Packet, chunk_frames, described_tensors
 from common.stage import STEP_CHECKPOINTS
@@ -80,9 +81,12 @@ class NewestStepCheckpoint:
             try:
                 number, step = next(self._numbers), step_of(packet)
                 await self._leases.save_step_checkpoint(self._request_id, self._epoch, number, parts, step=step)
+                STEP_CHECKPOINT_SAVES.labels("stored").inc()
             except Unavailable as error:
+                STEP_CHECKPOINT_SAVES.labels("failed").inc()
                 _log.warning("a checkpoint of request %s is not stored: %s", self._request_id, error)
             except FleetError:
+                STEP_CHECKPOINT_SAVES.labels("failed").inc()
                 _log.exception("a checkpoint of request %s is not stored", self._request_id)
 
     @property

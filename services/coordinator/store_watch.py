@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 
+from common.metrics import STORE_BYTES, STORE_LIMIT_BYTES, STORE_REPAIRS
 from common.rpc.fleet_server import FleetServer
 from common.state.redis_client import Redis
-from common.state.store_server import StoreMemory, read_repairs
-from common.telemetry import STORE_BYTES, STORE_LIMIT_BYTES, STORE_REPAIRS
+from common.state.store_server import StoreMemory, read_repairs, repair_kinds
 
 SUBMIT_HEALTH = "fleet.v1.GenerationService/Submit"
 """Health-check name of Submit alone: NOT_SERVING while the store is full, when all other calls still work."""
@@ -42,8 +42,9 @@ class StoreWatch:
         """What was repaired before the first look is counted, but not logged as news."""
         repairs = await read_repairs(self._redis)
         known = repairs if self._repairs is None else self._repairs
+        for kind in repair_kinds():
+            STORE_REPAIRS.labels(kind).set(repairs.get(kind, 0))
         for kind, count in repairs.items():
-            STORE_REPAIRS.labels(kind).set(count)
             if count > known.get(kind, 0):
                 more = count - known.get(kind, 0)
                 _log.error("damaged entries were removed from the request store kind=%s count=%d", kind, more)

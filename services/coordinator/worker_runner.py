@@ -13,17 +13,28 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import grpc
 
 from common.errors import Cancelled, FleetError, HandedOver, ResourceExhausted, Unavailable
+from common.metrics import (
+    HANDED_OVER_CALLS,
+    LOST_CALLS,
+    QUEUE_WAIT_SECONDS,
+    RESUMED_CALLS,
+    RETRIES,
+    SERVICE_SECONDS,
+    STEP_CHECKPOINT_BYTES,
+    STEP_CHECKPOINTS_RECEIVED,
+    SUSPECTED_WORKERS,
+    observe,
+)
 from common.pipeline import ServiceSpec
 from common.rpc.client import RemoteRunner, WorkerLost
 from common.rpc.framing import CallLimits, Packet
 from common.stage import STEP_CHECKPOINTS, Call, Contract, ItemSink
 from common.state.worker_slots import Computed, QueuePriority, WorkerSlot, WorkerSlots
-from common.telemetry import HANDED_OVER_CALLS, LOST_CALLS
 from common.trace_context import NO_SPAN, Span, SpanKind
 from common.tracing import span
 from fleet.v1 import worker_pb2
@@ -164,6 +175,13 @@ class _Attempt:
         return time.monotonic() - self.since
 
 
+class _Place(NamedTuple):
+    """A service of a model: the labels of its metrics."""
+
+    service: str
+    model: str
+
+
 @dataclass(frozen=True)
 class _StepCheckpoints:
     """Keeps the newest step checkpoint of an attempt."""
@@ -171,10 +189,13 @@ class _StepCheckpoints:
     attempt: _Attempt
     recovery: Recovery
     origin: str
+    place: _Place
 
     async def put(self, index: int, item: Packet, byte_size: int) -> None:
         """Take a checkpoint."""
         del index
+        STEP_CHECKPOINTS_RECEIVED.labels(*self.place).inc()
+        STEP_CHECKPOINT_BYTES.labels(*self.place).inc(byte_size)
         self.attempt.steps_after = step_of(item)
         self.attempt.span.event("checkpoint", step=self.attempt.steps_after, bytes=byte_size)
         self.recovery.step_checkpoint.remember(self.origin, item)
@@ -204,6 +225,7 @@ class WorkerRunner:
     """One service of a model for one request: a Runner whose values are packets.
 
     `stage` is the service's place among the request's services. `on_begin` is called each time that a worker begins.
+    `tokens` is the work of one step, for the worker's metrics.
     A worker that is lost is avoided for a while, by this coordinator only, and a full one is tried again later. Raises
     Unavailable when no worker was reached for `patience_seconds`, and InternalError for a request that workers die of.
     """
@@ -217,9 +239,13 @@ class WorkerRunner:
         queue_priority: QueuePriority,
         recovery: Recovery,
         on_begin: Callable[[], None],
+        *,
+        tokens: int = 0,
     ) -> None:
         self._workers = workers
         self._model = model
+        self._place = _Place(spec.service, model)
+        self._tokens = tokens
         self._spec = spec
         self._stage = stage
         self._queue_priority = queue_priority
@@ -236,7 +262,7 @@ class WorkerRunner:
 
     async def __call__(self, values: Mapping[str, Any], call: Call) -> Mapping[str, Packet]:
         """Wait for a worker, run there, and give its slot back. Another worker reads a stream from its first item."""
-        pause = _FIRST_PAUSE_SECONDS
+        pause, began = _FIRST_PAUSE_SECONDS, time.monotonic()
         left: worker_pb2.WorkerInfo | None = None
         while True:
             attempt = _Attempt(await self._claim(call, left), self._on_begin)
@@ -258,9 +284,11 @@ class WorkerRunner:
                 if error.field:  # about a value, and not the worker
                     raise
                 _log.info("request %s finds %s full: %s", call.request_id, attempt.worker_slot.worker.address, error)
+                RETRIES.labels(*self._place, "full").inc()
                 self._unreached_since = None
             else:
                 self._workers.memory.hold(outputs.values())  # Its ResourceExhausted ends the request.
+                observe(SERVICE_SECONDS.labels(*self._place), time.monotonic() - began)
                 return outputs
             finally:
                 self._workers.slots.release(attempt.worker_slot, used, attempt.computed)
@@ -288,7 +316,7 @@ class WorkerRunner:
         runner = self._workers.connections.runner(self._model, call.variant, self._spec, worker.address)
         memory, recovery = self._workers.memory, self._recovery
         sinks = {slot: _WorkerItems(slot, sink, memory, recovery) for slot, sink in call.sinks.items()}
-        call = replace(call, on_begun=attempt.begin, on_computed=attempt.add_computed, sinks=sinks)
+        call = replace(call, on_begun=attempt.begin, on_computed=attempt.add_computed, sinks=sinks, tokens=self._tokens)
         slot = self._spec.resume_slot
         if slot is None or not worker.numerics_fingerprint:
             return await runner(values, call)
@@ -298,11 +326,12 @@ class WorkerRunner:
         )
         if checkpoint is not None:
             _log.info("request %s goes on with %s where it was", call.request_id, self._spec.service)
+            RESUMED_CALLS.labels(*self._place).inc()
             values = {**values, slot: checkpoint}
             attempt.steps_before = step_of(checkpoint)
             attempt.span.set(resumed_at_step=attempt.steps_before)
 
-        kept = _StepCheckpoints(attempt, self._recovery, origin)
+        kept = _StepCheckpoints(attempt, self._recovery, origin, self._place)
         return await runner(values, replace(call, sinks={**sinks, STEP_CHECKPOINTS: kept}))
 
     async def _claim(self, call: Call, left: worker_pb2.WorkerInfo | None) -> WorkerSlot:
@@ -311,6 +340,7 @@ class WorkerRunner:
         service = self._spec.service
         with span(f"queue {service}", service=service) as waiting:
             alone = await self._recovery.wait_until_claimable()
+            began = time.monotonic()
             slot = await self._workers.slots.claim(
                 self._model,
                 service,
@@ -322,6 +352,7 @@ class WorkerRunner:
                 equal_to=left.numerics_fingerprint if left is not None and resumes else "",
                 on_no_workers=partial(self._warn_of_no_workers, call),
             )
+            observe(QUEUE_WAIT_SECONDS.labels(*self._place), time.monotonic() - began)
             waiting.set(worker=slot.worker.worker_id)
             return slot
 
@@ -335,7 +366,8 @@ class WorkerRunner:
         """The worker leaves. The call is not lost: the request goes on at once, and nothing is counted against it."""
         worker, service = attempt.worker_slot.worker, self._spec.service
         _log.info("request %s was handed over by %s at %s: %s", call.request_id, service, worker.address, error)
-        HANDED_OVER_CALLS.labels(service, self._model).inc()
+        HANDED_OVER_CALLS.labels(*self._place).inc()
+        RETRIES.labels(*self._place, "handed_over").inc()
         attempt.hand_over()
         self._workers.connections.drop(worker.address)
         self._unreached_since = None
@@ -349,12 +381,13 @@ class WorkerRunner:
         _log.warning(
             "request %s lost %s at %s, begun=%s: %s", call.request_id, service, worker.address, attempt.begun, error
         )
-        LOST_CALLS.labels(service, self._model, "yes" if attempt.begun else "no").inc()
+        LOST_CALLS.labels(*self._place, "yes" if attempt.begun else "no").inc()
         self._workers.connections.drop(worker.address)
         await self._avoid(worker.worker_id)
         if attempt.begun:
             self._unreached_since = None
             await self._recovery.worker_lost(worker.worker_id, service, self._stage)
+            RETRIES.labels(*self._place, "lost").inc()
             return
         self._unreached_since = self._unreached_since or attempt.since
         patience = self._workers.patience_seconds
@@ -362,6 +395,7 @@ class WorkerRunner:
             raise Unavailable(
                 f"no worker of {service} was reached for {patience:g} s, at last: {error.message}"
             ) from error
+        RETRIES.labels(*self._place, "lost").inc()
 
     async def _avoid(self, worker_id: str) -> None:
         try:
@@ -369,4 +403,5 @@ class WorkerRunner:
         except Unavailable as error:
             _log.warning("cannot avoid a worker: worker=%s: %s", worker_id, error)
         else:
+            SUSPECTED_WORKERS.labels(*self._place).inc()
             _log.info("avoids a worker: worker=%s seconds=%g", worker_id, seconds)

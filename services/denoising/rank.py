@@ -17,6 +17,7 @@ from torch import distributed
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from common.errors import Unavailable
+from common.telemetry import start_metrics
 from common.variants import HostedVariants
 from models.catalog import ServedModel
 from models.kernels.trials import try_packages
@@ -30,6 +31,7 @@ from services.denoising.joining import Place, Purpose, join
 from services.denoising.liveness import Liveness, abandon
 from services.denoising.messages import Kind, Link, OutOfStep
 from services.denoising.settings import SERVICE, DenoisingSettings
+from services.gpu_metrics import export_gpus, gpu_indices
 from services.worker import serve
 from services.worker_settings import device_of, dtype_of, prepare_thread
 
@@ -88,6 +90,7 @@ class _Rank:
         self, place: Place, store: Store, settings: DenoisingSettings, links: list[Link], liveness: Liveness
     ) -> None:
         self.degrees = settings.degrees
+        self.ranks_here = settings.ranks_per_node
         self.shares_memory = False
         self._place = place
         self._store = store
@@ -162,6 +165,8 @@ class FollowingRank(_Rank):
         """Follow until sent home."""
         self._liveness.start(on_lost=self._lost)
         device = device_of(self._settings.device)
+        if self._place.local_rank == 0:  # Of another host than rank 0, which exports the GPUs of its own host.
+            self._export_metrics(device)
         prepare_thread(device, self._settings.threads)
         try_packages(device, self._settings.kernel_choice)
         runtime = self._settings.runtime(device, dtype_of(self._settings.dtype, device), self.make_mesh(device))
@@ -177,6 +182,11 @@ class FollowingRank(_Rank):
         except OutOfStep as error:
             self._lost(str(error))
         self._liveness.end()
+
+    def _export_metrics(self, device: torch.device) -> None:
+        if self._settings.metrics_port is not None:
+            start_metrics(self._settings.metrics_port)
+        export_gpus(gpu_indices(device, self.ranks_here))
 
     def _ask_to_end(self, *_: object) -> None:
         self._is_ending = True

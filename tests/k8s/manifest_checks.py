@@ -58,7 +58,7 @@ def selectors(manifests: Sequence[Manifest]) -> Iterator[str]:
         if not matches(each["spec"]["selector"], each["spec"]["template"]["metadata"]["labels"]):
             yield f"{name_of(each)}: selector does not match its own pods"
     templates = pods(manifests)
-    for each in of_kind(manifests, "Service", "PodDisruptionBudget", "NetworkPolicy", "PodMonitor"):
+    for each in of_kind(manifests, "Service", "PodDisruptionBudget", "NetworkPolicy"):
         if not any(matches(_selector(each), pod.labels) for pod in templates):
             yield f"{name_of(each)}: selector matches no pod"
     for each in of_kind(manifests, "Service", "PodDisruptionBudget"):
@@ -92,11 +92,24 @@ def ports(manifests: Sequence[Manifest]) -> Iterator[str]:
             service_ = find(manifests, "Service", backend["name"])
             if service_ is None or backend["port"] not in [port["port"] for port in service_["spec"]["ports"]]:
                 yield f"{name_of(route)}: {backend['name']}:{backend['port']} is not a port of a Service"
-    for monitor in of_kind(manifests, "PodMonitor"):
-        for pod in [each for each in pods(manifests) if each.serves and matches(_selector(monitor), each.labels)]:
-            for endpoint in monitor["spec"]["podMetricsEndpoints"]:
-                if endpoint["port"] not in pod.ports:
-                    yield f"{name_of(monitor)}: port {endpoint['port']} is not a port of {pod.owner}"
+
+
+def scraping(manifests: Sequence[Manifest]) -> Iterator[str]:
+    """A ServiceMonitor scrapes each server of the fleet once, and keeps the fleet's own label `service`."""
+    for monitor in of_kind(manifests, "ServiceMonitor"):
+        for endpoint in monitor["spec"]["endpoints"]:
+            if endpoint.get("honorLabels") is not True:
+                yield f"{name_of(monitor)}: without honorLabels the label service would be that of Kubernetes"
+            services = [
+                each
+                for each in of_kind(manifests, "Service")
+                if matches(monitor["spec"]["selector"], each["metadata"]["labels"])
+                and any(port.get("name") == endpoint["port"] for port in each["spec"]["ports"])
+            ]
+            for pod in [each for each in pods(manifests) if each.serves and each.service]:
+                times = sum(matches(_selector(each), pod.labels) for each in services)
+                if times != 1:
+                    yield f"{name_of(monitor)}: {pod.owner} is scraped {times} times"
 
 
 def balancing(manifests: Sequence[Manifest]) -> Iterator[str]:
@@ -354,6 +367,7 @@ CHECKS: Mapping[str, Check] = MappingProxyType(
         for each in (
             selectors,
             ports,
+            scraping,
             balancing,
             disruptions,
             probes,

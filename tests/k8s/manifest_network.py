@@ -92,7 +92,11 @@ def outside_flows(manifests: Sequence[Manifest]) -> Iterator[str]:
             yield f"{pod.owner}: cannot connect to a Redis outside the namespace"
         if "scaler" in pod.ports and not _is_admitted(manifests, pod, "scaler", KEDA):
             yield f"{pod.owner}: KEDA cannot connect to its scaler"
-        if of_kind(manifests, "PodMonitor") and pod.serves and not _is_admitted(manifests, pod, "metrics", MONITORING):
+        if (
+            of_kind(manifests, "ServiceMonitor")
+            and pod.serves
+            and not _is_admitted(manifests, pod, "metrics", MONITORING)
+        ):
             yield f"{pod.owner}: Prometheus cannot connect to its metrics"
 
 

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 from manifests import SERVICES, Manifest, find, matches, name_of, of_kind, pods
-from prometheus_client.metrics import MetricWrapperBase
+from promql import errors_of
 
-from common import telemetry
 from models.catalog import open_model, shipped_models
 from models.registry import load_registry
 from services.coordinator.scaler import _METRICS
 
 _SCALERS = ("ScaledObject", "HorizontalPodAutoscaler")
 _EXTERNAL = ("external", "external-push")
-_BEGUN = frozenset({"yes", "no"})
-_SUFFIXES = ("", "_total", "_bucket", "_sum", "_count")
 
 
 def scale_targets(manifests: Sequence[Manifest]) -> Iterator[str]:
@@ -160,38 +156,23 @@ def _unserved(manifests: Sequence[Manifest], model: str, stage: str) -> Iterator
 
 def metric_names(manifests: Sequence[Manifest]) -> Iterator[str]:
     """Metrics of the fleet in rules, queries and HPAs are exported by its processes, with the labels that they name."""
-    exported = [each for each in vars(telemetry).values() if isinstance(each, MetricWrapperBase)]
-    known = {
-        f"{metric.name}{suffix}": frozenset(vars(each)["_labelnames"])
-        for each in exported
-        for metric in each.describe()
-        for suffix in _SUFFIXES
+    recorded = {
+        rule["record"]: rule
+        for each in of_kind(manifests, "PrometheusRule")
+        for group in each["spec"]["groups"]
+        for rule in group["rules"]
+        if "record" in rule
     }
     for each in of_kind(manifests, "PrometheusRule", *_SCALERS):
-        text = _expressions(each["spec"])
-        for name in sorted({*re.findall(r"\bfleet_\w+", text)} - known.keys()):
-            yield f"{name_of(each)}: {name} is not a metric of the fleet"
-        selected = [
-            (name, label, value)
-            for name, selector in re.findall(r"\b(fleet_\w+)\{([^}]*)\}", text)
-            for label, value in re.findall(r'(\w+)="([^"]*)"', selector)
-        ]
-        selected += [
-            (metric["name"], label, value)
-            for metric in [one["external"]["metric"] for one in each["spec"].get("metrics", [])]
-            for label, value in metric["selector"]["matchLabels"].items()
-        ]
-        for name, label, value in selected:
-            if label not in known.get(name, frozenset()):
-                yield f"{name_of(each)}: {name} has no label {label}"
-            elif value not in {"service": SERVICES, "begun": _BEGUN}.get(label, {value}):
-                yield f"{name_of(each)}: {label} of {name} is never {value}"
+        for expression in _expressions(each):
+            yield from (f"{name_of(each)}: {error}" for error in errors_of(expression, recorded))
 
 
-def _expressions(value: Any) -> str:
-    """All texts in a nested value, as one."""
-    if isinstance(value, dict):
-        return " ".join(_expressions(each) for each in value.values())
-    if isinstance(value, list):
-        return " ".join(_expressions(each) for each in value)
-    return str(value)
+def _expressions(manifest: Manifest) -> Iterator[str]:
+    """The PromQL of rules and of queries, and the selectors of an HPA's external metrics."""
+    spec = manifest["spec"]
+    yield from (rule["expr"] for group in spec.get("groups", []) for rule in group["rules"])
+    yield from (each["metadata"]["query"] for each in spec.get("triggers", []) if "query" in each["metadata"])
+    for metric in [each["external"]["metric"] for each in spec.get("metrics", [])]:
+        matchers = [f'{label}="{value}"' for label, value in metric["selector"]["matchLabels"].items()]
+        yield f"{metric['name']}{{{', '.join(matchers)}}}"

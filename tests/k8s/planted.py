@@ -113,8 +113,19 @@ PLANTED = [
         edit("GRPCRoute", "api", "spec/rules/0/backendRefs/0/port", 50052),
     ),
     Planted(
-        "ports", "production", "port metric ", edit("PodMonitor", "fleet", "spec/podMetricsEndpoints/0/port", "metric")
+        "scraping",
+        "production",
+        "coordinator is scraped 0 times",
+        edit("ServiceMonitor", "fleet", "spec/endpoints/0/port", "metric"),
     ),
+    Planted("scraping", "production", "decoding is scraped 0 times", drop("Service", "decoding")),
+    Planted(
+        "scraping",
+        "production",
+        "coordinator is scraped 2 times",
+        append("Service", "coordinators", "spec/ports", {"name": "metrics", "port": 9090, "targetPort": "metrics"}),
+    ),
+    Planted("scraping", "production", "honorLabels", drop("ServiceMonitor", "fleet", "spec/endpoints/0/honorLabels")),
     Planted("probes", "dev", "no startupProbe", drop(_D, "decoding", f"{CONTAINER}/startupProbe")),
     Planted(
         "probes",

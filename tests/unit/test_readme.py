@@ -9,7 +9,7 @@ import pytest
 
 from readme import ROOT, code_blocks
 
-DOCUMENTS = ("README.md", "k8s/README.md", "models/checkpoints/emoji/README.md")
+DOCUMENTS = ("README.md", "k8s/README.md", "services/README.md", "models/checkpoints/emoji/README.md")
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)

@@ -1,19 +1,26 @@
-"""Log lines name their request, and every call of the fleet's own services is measured with its code."""
+"""Log lines name their request, and metrics are served over HTTP."""
 
 from __future__ import annotations
 
-import asyncio
+import contextlib
 import io
 import json
 import logging
+import socket
+import threading
 import urllib.request
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
-import grpc
 import pytest
-from prometheus_client import REGISTRY
+from prometheus_client.openmetrics.exposition import CONTENT_TYPE_LATEST
 
 from common import telemetry
+from common.errors import FailedPrecondition, InvalidInput
+from common.trace_context import Span, TraceContext, current_trace_id, entered
+from services.coordinator.__main__ import main as coordinator_main
+from services.latent_preparation.__main__ import main as worker_main
+
+SPAN_ID = "00f067aa0ba902b7"
 
 
 @pytest.fixture(autouse=True)
@@ -48,71 +55,79 @@ def test_a_text_record_is_one_line_whatever_it_says() -> None:
     assert "request=" not in stream.getvalue()
 
 
+def _scraped(accept: str) -> str:
+    server = telemetry.start_metrics(0, "127.0.0.1")
+    try:
+        request = urllib.request.Request(f"http://127.0.0.1:{server.port}/metrics", headers={"Accept": accept})
+        with urllib.request.urlopen(request) as reply:
+            return str(reply.read().decode())
+    finally:
+        server.stop()
+
+
 def test_metrics_are_served_over_http() -> None:
     with telemetry.stage_timer("decoding", "emoji", "DecodingStage"):
         pass
-    server = telemetry.start_metrics(0, "127.0.0.1")
-    with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/metrics") as reply:
-        text = reply.read().decode()
-    server.stop()
+    text = _scraped("text/plain")
     assert 'fleet_stage_seconds_count{model="emoji",service="decoding",stage="DecodingStage"}' in text
 
 
-def _count(service: str, method: str, code: str) -> float:
-    labels = {"service": service, "method": method, "code": code}
-    return REGISTRY.get_sample_value("fleet_rpc_seconds_count", labels) or 0.0
+def test_a_value_bears_the_trace_in_which_it_was_observed() -> None:
+    trace_id = "4bf92f3577b34da6a3ce929d0e0e4736"
+    with entered(Span(TraceContext(trace_id, SPAN_ID))), telemetry.stage_timer("decoding", "traced", "DecodingStage"):
+        pass
+    exemplar = f'# {{trace_id="{trace_id}"}}'
+    buckets = [line for line in _scraped(CONTENT_TYPE_LATEST).splitlines() if 'model="traced"' in line]
+    assert [line for line in buckets if exemplar in line]
+    assert exemplar not in _scraped("text/plain")
 
 
-def _in_flight(service: str, method: str) -> float | None:
-    return REGISTRY.get_sample_value("fleet_rpc_in_flight", {"service": service, "method": method})
+def test_a_value_outside_of_a_recorded_trace_has_no_exemplar() -> None:
+    assert current_trace_id() is None
+    with telemetry.stage_timer("decoding", "untraced", "DecodingStage"):
+        pass
+    with entered(Span(TraceContext("4" * 32, SPAN_ID, flags=0))):
+        assert current_trace_id() is None, "it is not sampled"
+    lines = [line for line in _scraped(CONTENT_TYPE_LATEST).splitlines() if 'model="untraced"' in line]
+    assert lines
+    assert not [line for line in lines if "#" in line]
 
 
-async def _unary(request: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
-    if request == b"bad":
-        await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "no")
-    if request == b"defect":
-        raise ZeroDivisionError
-    return request
+def test_work_on_another_thread_belongs_to_the_same_trace_and_request() -> None:
+    found: list[str | None] = []
+    with telemetry.request_scope("r-1"), entered(Span(TraceContext("1", SPAN_ID))):
+        work = telemetry.in_current_context(lambda: found.extend((current_trace_id(), telemetry._request_id.get())))
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == ["1", "r-1"]
 
 
-async def _stream(request: bytes, _: grpc.aio.ServicerContext[bytes, bytes]) -> AsyncIterator[bytes]:
-    yield request
-    if request == b"endless":
-        await asyncio.Event().wait()
+@contextlib.contextmanager
+def _port_in_use() -> Iterator[int]:
+    with socket.socket() as taken:
+        taken.bind(("0.0.0.0", 0))
+        taken.listen()
+        yield taken.getsockname()[1]
 
 
-async def _measured(service: str) -> None:
-    server = grpc.aio.server(interceptors=[telemetry.MetricsInterceptor(service)])
-    handlers: dict[str, grpc.RpcMethodHandler[bytes, bytes]] = {
-        "Unary": grpc.unary_unary_rpc_method_handler(_unary),
-        "Stream": grpc.unary_stream_rpc_method_handler(_stream),
-    }
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("fleet.v1.Test", handlers),))
-    health: dict[str, grpc.RpcMethodHandler[bytes, bytes]] = {"Check": grpc.unary_unary_rpc_method_handler(_unary)}
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("grpc.health.v1.Health", health),))
-    port = server.add_insecure_port("127.0.0.1:0")
-    await server.start()
-    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-        unary: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary("/fleet.v1.Test/Unary")
-        assert await unary(b"fine") == b"fine"
-        for wrong in (b"bad", b"defect"):
-            with pytest.raises(grpc.aio.AioRpcError):
-                await unary(wrong)
-        stream: grpc.aio.UnaryStreamMultiCallable[bytes, bytes] = channel.unary_stream("/fleet.v1.Test/Stream")
-        assert [data async for data in stream(b"once")] == [b"once"]
-        endless = stream(b"endless")
-        assert await endless.read() == b"endless"
-        endless.cancel()
-        check: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary("/grpc.health.v1.Health/Check")
-        await check(b"fine")
-    await server.stop(None)
+def test_a_port_that_is_in_use_is_an_error() -> None:
+    with _port_in_use() as port, pytest.raises(FailedPrecondition, match=f"metrics_port: {port} cannot") as caught:
+        telemetry.start_metrics(port)
+    assert caught.value.field == "metrics_port"
 
 
-def test_calls_are_counted_by_code(caplog: pytest.LogCaptureFixture) -> None:
-    asyncio.run(_measured("test_counted"))
-    assert "ZeroDivisionError" in caplog.text
-    codes = ("OK", "INVALID_ARGUMENT", "UNKNOWN")
-    assert [_count("test_counted", "Unary", code) for code in codes] == [1, 1, 1]
-    assert [_count("test_counted", "Stream", code) for code in ("OK", "CANCELLED")] == [1, 1]
-    assert _in_flight("test_counted", "Unary") == _in_flight("test_counted", "Stream") == 0
-    assert _in_flight("test_counted", "Check") is None
+def test_a_number_that_is_no_port_is_an_error() -> None:
+    with pytest.raises(InvalidInput, match="metrics_port: 65536 is not from 0 to 65535"):
+        telemetry.start_metrics(65_536)
+
+
+@pytest.mark.parametrize("main", [coordinator_main, worker_main])
+def test_a_service_whose_metrics_port_is_in_use_does_not_start(
+    main: Callable[[Sequence[str]], int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with _port_in_use() as port:
+        code = main(["--redis", "redis://127.0.0.1:1", "--listen", "127.0.0.1:0", "--metrics-port", str(port)])
+    assert code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert f"metrics_port: {port} cannot be listened on: Address already in use; choose a free port" in last

@@ -114,7 +114,8 @@ function ops.leaving(a)
   clear(worker)
 end
 
--- The infos of the live workers, the number of slots taken, and the length of the queue; `place` is model/service.
+-- The infos of the live workers, and the numbers of slots taken, of claims that wait, and of workers that were lost in
+-- the last 10 minutes; `place` is model/service.
 takes.status = { 'place' }
 function ops.status(a)
   local place = a.place
@@ -125,5 +126,6 @@ function ops.status(a)
   for _, count in pairs(busy_slots(place, workers)) do
     taken = taken + count
   end
-  return { infos, taken, redis.call('ZCARD', P .. 'queue:' .. place) }
+  local dead = redis.call('ZCOUNT', P .. 'lost:' .. place, int(now - CHURN_MS), '+inf')
+  return { infos, taken, redis.call('ZCARD', P .. 'queue:' .. place), dead }
 end

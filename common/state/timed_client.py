@@ -1,0 +1,52 @@
+"""A Redis client that observes each round trip, by the operation that it is for."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+from redis.asyncio import Redis
+from redis.asyncio.client import Pipeline
+
+from common.metrics import STORE_SECONDS, observe
+
+
+@contextmanager
+def _round_trip(operation: str) -> Iterator[None]:
+    began, result = time.perf_counter(), "error"
+    try:
+        yield
+        result = "ok"
+    except asyncio.CancelledError:
+        result = "cancelled"
+        raise
+    finally:
+        observe(STORE_SECONDS.labels(operation, result), time.perf_counter() - began)
+
+
+def _operation(words: tuple[Any, ...]) -> str:
+    """The operation of the fleet's script that a command runs, or else the command: names that this code writes."""
+    return str(words[3] if words[0] == "EVALSHA" else words[0])
+
+
+class TimedClient(Redis):
+    """A client whose commands and pipelines are timed; a pipeline is one operation named `pipeline`."""
+
+    async def execute_command(self, *args: Any, **options: Any) -> Any:
+        """Run a command."""
+        with _round_trip(_operation(args)):
+            return await cast(Any, super()).execute_command(*args, **options)
+
+    def pipeline(self, transaction: bool = True, shard_hint: str | None = None) -> Pipeline:
+        """A pipeline whose execution is timed."""
+        return _TimedPipeline(self.connection_pool, self.response_callbacks, transaction, shard_hint)
+
+
+class _TimedPipeline(Pipeline):
+    async def execute(self, raise_on_error: bool = True) -> list[Any]:
+        """Send all commands."""
+        with _round_trip("pipeline"):
+            return list(await super().execute(raise_on_error))

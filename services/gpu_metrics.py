@@ -1,0 +1,58 @@
+"""Exports the memory and the utilization of a worker's GPUs, which are read at each scrape.
+
+torch reads both from NVML, through nvidia-ml-py: nothing is enqueued on a GPU, and no CUDA context is made for it.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterable
+from functools import partial
+
+import pynvml
+import torch
+
+from common.metrics import GPU_MEMORY_TOTAL_BYTES, GPU_MEMORY_USED_BYTES, GPU_UTILIZATION_RATIO
+
+_PERCENT = 100
+_ERRORS = (pynvml.NVMLError, RuntimeError)
+
+_log = logging.getLogger(__name__)
+
+
+def gpu_indices(device: torch.device, count: int) -> range:
+    """The GPUs of the host that a worker uses: `count` from its own on; none for a CPU."""
+    first = device.index or 0
+    return range(first, first + count) if device.type == "cuda" else range(0)
+
+
+def export_gpus(indices: Iterable[int]) -> None:
+    """Export the metrics of these GPUs of the host. A metric that NVML cannot read, as on a MIG slice, is logged."""
+    for index in indices:
+        total = torch.cuda.get_device_properties(index).total_memory
+        GPU_MEMORY_TOTAL_BYTES.labels(str(index)).set(total)
+        for gauge, read in ((GPU_MEMORY_USED_BYTES, _memory_used), (GPU_UTILIZATION_RATIO, _utilization)):
+            try:
+                read(index)
+            except _ERRORS as error:
+                (metric,) = gauge.describe()
+                _log.warning("a metric of a GPU is not exported: gpu=%d metric=%s error=%s", index, metric.name, error)
+            else:
+                gauge.labels(str(index)).set_function(partial(_or_nan, read, index))
+
+
+def _memory_used(index: int) -> float:
+    return float(torch.cuda.device_memory_used(index))
+
+
+def _utilization(index: int) -> float:
+    return torch.cuda.utilization(index) / _PERCENT
+
+
+def _or_nan(read: Callable[[int], float], index: int) -> float:
+    """The reading; no number while NVML fails, so that all other metrics are still served."""
+    try:
+        return read(index)
+    except _ERRORS:
+        return math.nan

@@ -1,0 +1,75 @@
+"""Measures a worker's calls on its device: seconds a step, and how long the device has calls and has none."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+from common.metrics import DEVICE_BUSY_SECONDS, DEVICE_IDLE_SECONDS, STEP_SECONDS, observe, work_label
+from common.rpc.stage_servicer import Stages
+from common.stage import Call, Contract
+
+
+class MeasuredStages:
+    """The same stages. Sessions of streams count as one call of the device while any of them runs.
+
+    The time between two steps does not include the first one, with which a loop's preparation would count.
+    """
+
+    def __init__(self, stages: Stages, service: str, model: str) -> None:
+        self.contract = stages.contract
+        self._stages = stages
+        self._place = (service, model)
+        self._lock = threading.Lock()
+        self._running = 0
+        self._since: float | None = None
+        """When a call last started or ended; `time.monotonic()`."""
+        # So that a worker without a request shows zeros instead of nothing.
+        DEVICE_BUSY_SECONDS.labels(*self._place)
+        DEVICE_IDLE_SECONDS.labels(*self._place)
+
+    def contract_of(self, variant: str) -> Contract:
+        """What the stages of a variant read and write. Raises InvalidInput for a variant that is not served."""
+        return self._stages.contract_of(variant)
+
+    def run(self, values: Mapping[str, Any], call: Call) -> dict[str, Any]:
+        """Run the stages, and observe."""
+        with self._on_device():
+            return self._stages.run(values, replace(call, on_progress=self._timed(call)))
+
+    @contextmanager
+    def _on_device(self) -> Iterator[None]:
+        self._change(1)
+        try:
+            yield
+        finally:
+            self._change(-1)
+
+    def _change(self, by: int) -> None:
+        """A call starts or ends."""
+        now = time.monotonic()
+        with self._lock:
+            was_running, self._running = self._running > 0, self._running + by
+            since, self._since = self._since, now
+        if was_running and since is not None:
+            DEVICE_BUSY_SECONDS.labels(*self._place).inc(now - since)
+        elif since is not None:
+            observe(DEVICE_IDLE_SECONDS.labels(*self._place), now - since)
+
+    def _timed(self, call: Call) -> Callable[[int, int], None]:
+        histogram = STEP_SECONDS.labels(*self._place, work_label(call.tokens))
+        last: tuple[int, float] | None = None
+
+        def progress(step: int, total_steps: int) -> None:
+            nonlocal last
+            now = time.monotonic()
+            if last is not None and step > last[0]:
+                observe(histogram, (now - last[1]) / (step - last[0]))
+            last = step, now
+            call.on_progress(step, total_steps)
+
+        return progress

@@ -1,0 +1,269 @@
+"""Shows that each query of rules and dashboard returns data: `python tests/fleet/run_monitoring.py`.
+
+`promtool` checks the rules and runs their tests. Then a Prometheus scrapes a live fleet of the emoji model on loopback,
+with the rules, while requests run. A recording rule and a panel must return a number, the latter for at least one
+service; an alert must evaluate. Queries of EXEMPT need a GPU. At last 1,000 requests of 50 callers come, and Prometheus
+must have no more series than before. Needs `prometheus` and `promtool` (Debian's package prometheus).
+
+Ends with 1 and prints what did not hold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import hashlib
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator, Sequence
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any
+
+TESTS = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(TESTS), str(TESTS.parent), str(TESTS.parent / "proto"), str(TESTS / "k8s")]
+os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # read when grpc is imported
+
+import monitoring  # noqa: E402
+import torch  # noqa: E402
+import yaml  # noqa: E402
+from promql import selectors_of  # noqa: E402
+
+from common.rpc.client import open_channel  # noqa: E402
+from common.state.records import State  # noqa: E402
+from fleet.v1 import generation_pb2 as pb  # noqa: E402
+from fleet.v1 import generation_pb2_grpc  # noqa: E402
+from redis_servers import running_server  # noqa: E402
+from services.cli.up_flags import free_port  # noqa: E402
+
+EXEMPT = ("fleet_gpu_memory_used_bytes", "fleet_gpu_memory_total_bytes", "fleet_gpu_utilization_ratio")
+"""Metrics of GPUs. A query that selects one needs no data on a host without a GPU."""
+
+_SERVICES = ("text_encoding", "latent_preparation", "denoising", "decoding")
+_SETTINGS = {
+    "text_encoding": ("--reply-cache-redis-bytes", "100000000", "--reply-cache-redis-gain", "0"),
+    "denoising": ("--step-checkpoint-every", "1"),
+}
+_CALLERS = 50
+_AT_ONCE = 8
+_WAIT_SECONDS = 90.0
+_START_SECONDS = 120.0
+_TARGETS = 1 + len(_SERVICES)
+
+
+class Prometheus:
+    """A Prometheus server that scrapes ports of this host each second, and evaluates the rules as often."""
+
+    def __init__(self, directory: Path, ports: Sequence[int]) -> None:
+        self._address = f"127.0.0.1:{free_port(0)}"
+        rules = directory / "rules.yaml"
+        config = {
+            "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},
+            "rule_files": [str(rules)],
+            "scrape_configs": [
+                {"job_name": "fleet", "static_configs": [{"targets": [f"127.0.0.1:{port}" for port in ports]}]}
+            ],
+        }
+        (directory / "prometheus.yaml").write_text(yaml.safe_dump(config))
+        self.command = [
+            "prometheus",
+            f"--config.file={directory / 'prometheus.yaml'}",
+            f"--storage.tsdb.path={directory / 'data'}",
+            f"--web.listen-address={self._address}",
+            "--enable-feature=exemplar-storage",
+        ]
+
+    def query(self, expression: str) -> list[dict[str, Any]]:
+        """The samples of an expression now. Raises ValueError for one that Prometheus refuses."""
+        data = urllib.parse.urlencode({"query": expression}).encode()
+        try:
+            with urllib.request.urlopen(f"http://{self._address}/api/v1/query", data) as reply:
+                answer = json.load(reply)
+        except urllib.error.HTTPError as error:
+            if error.code == HTTPStatus.SERVICE_UNAVAILABLE:  # It starts.
+                raise
+            raise ValueError(f"{expression}: {error.read().decode()}") from error
+        samples: list[dict[str, Any]] = answer["data"]["result"]
+        return samples
+
+    def has_number(self, expression: str) -> bool:
+        """Whether a sample is a number: quantiles of nothing are none."""
+        return any(not math.isnan(float(sample["value"][1])) for sample in self.query(expression))
+
+    def series_count(self) -> int:
+        """The series of the fleet's processes that are exported now, without those of buckets."""
+        (sample,) = self.query('count({__name__=~"(fleet|grpc)_.*", __name__!~".*_bucket", job="fleet"})')
+        return int(sample["value"][1])
+
+    def failed_rules(self) -> list[str]:
+        """The rules whose last evaluation failed, with the error."""
+        with urllib.request.urlopen(f"http://{self._address}/api/v1/rules") as reply:
+            groups = json.load(reply)["data"]["groups"]
+        return [
+            f"{rule['name']}: {rule['lastError']}" for each in groups for rule in each["rules"] if "lastError" in rule
+        ]
+
+    def is_scraping(self) -> bool:
+        """Whether all processes were scraped."""
+        try:
+            return len(self.query("up == 1")) == _TARGETS
+        except urllib.error.URLError:
+            return False
+
+
+@contextlib.contextmanager
+def running(command: Sequence[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that ends with the block; its output goes to a file."""
+    with log.open("wb") as file, subprocess.Popen(command, stdout=file, stderr=file) as process:
+        try:
+            yield process
+        finally:
+            process.terminate()
+            process.wait(30)
+
+
+def write_rules(directory: Path) -> None:
+    """The rules as a file of Prometheus' own form, and their tests beside it."""
+    (directory / "rules.yaml").write_text(yaml.safe_dump({"groups": monitoring.rule_groups()}))
+    shutil.copy(monitoring.RULE_TESTS, directory)
+
+
+def check_rules(directory: Path) -> list[str]:
+    """What promtool finds wrong with the rules."""
+    findings = []
+    for words in (("check", "rules", "rules.yaml"), ("test", "rules", monitoring.RULE_TESTS.name)):
+        done = subprocess.run(["promtool", *words], cwd=directory, capture_output=True, text=True, check=False)
+        if done.returncode:
+            findings.append(f"promtool {' '.join(words)}:\n{done.stdout}{done.stderr}")
+    return findings
+
+
+def write_callers(path: Path) -> list[str]:
+    """Write the file of callers; returns their keys."""
+    keys = [f"key-of-caller-{number:03}" for number in range(_CALLERS)]
+    digests = (hashlib.sha256(key.encode()).hexdigest() for key in keys)
+    path.write_text("".join(f'[callers.caller{n:03}]\nkey_sha256 = ["{each}"]\n' for n, each in enumerate(digests)))
+    return keys
+
+
+async def run_requests(endpoint: str, numbers: range, keys: Sequence[str], steps: int) -> list[str]:
+    """Run requests to their ends, each with a prompt and a seed of its own; returns those that failed."""
+    queue = iter(numbers)
+    findings: list[str] = []
+    async with open_channel(endpoint) as channel:
+        stub = generation_pb2_grpc.GenerationServiceStub(channel)
+
+        async def client() -> None:
+            for number in queue:
+                metadata = (("authorization", f"Bearer {keys[number % len(keys)]}"),)
+                parameters = pb.GenerationParameters(
+                    prompt=f"a red apple {number // 2}", seed=number, num_inference_steps=steps
+                )
+                submitted = await stub.Submit(pb.SubmitRequest(parameters=parameters), metadata=metadata)
+                request_id = submitted.request.request_id
+                state = 0
+                async for response in stub.Watch(pb.WatchRequest(request_id=request_id), metadata=metadata):
+                    state = response.event.state_change.state or state
+                if state != State.REQUEST_STATE_SUCCEEDED:
+                    findings.append(f"request {number} ended in state {state}")
+
+        await asyncio.gather(*(client() for _ in range(_AT_ONCE)))
+    return findings
+
+
+def wait_until(what: str, is_done: Any, seconds: float) -> None:
+    """Poll. Raises TimeoutError."""
+    give_up = time.monotonic() + seconds
+    while not is_done():
+        if time.monotonic() > give_up:
+            raise TimeoutError(f"{what} within {seconds:g} s")
+        time.sleep(0.2)
+
+
+def needs_gpu(expression: str) -> bool:
+    """Whether an expression selects a metric of EXEMPT."""
+    return any(selector.metric in EXEMPT for selector in selectors_of(expression))
+
+
+def queries_without_data(prometheus: Prometheus, *, has_gpu: bool) -> list[str]:
+    """Recording rules, panels and variables that return no number. An alert that is refused raises ValueError."""
+    for query in monitoring.rule_queries("alert"):
+        prometheus.query(query.expression)
+    for selector in [each for query in monitoring.rule_queries("alert") for each in selectors_of(query.expression)]:
+        if not (selector.metric in EXEMPT and not has_gpu) and not prometheus.query(selector.metric):
+            return [f"alerts: {selector.metric} has no data"]
+    expressions = {(f"record {name}", 0): [name] for name in sorted(monitoring.recorded())}
+    expressions |= {(query.place, 0): [query.expression] for query in monitoring.variable_metrics()}
+    for service in _SERVICES:
+        for number, query in enumerate(monitoring.dashboard_queries(service=service, rate_interval="5m")):
+            expressions.setdefault((query.place, number), []).append(query.expression)
+    return [
+        f"{place}: {alternatives[0]}"
+        for (place, _), alternatives in expressions.items()
+        if not (needs_gpu(alternatives[0]) and not has_gpu) and not any(map(prometheus.has_number, alternatives))
+    ]
+
+
+def check_fleet(directory: Path, redis_url: str, requests: int, stack: contextlib.ExitStack) -> list[str]:
+    """Start the fleet and Prometheus, run requests, and query; returns what did not hold."""
+    keys = write_callers(directory / "keys.toml")
+    endpoint = f"unix:{directory}/coordinator.sock"
+    ports: list[int] = []
+    for service in ("coordinator", *_SERVICES):
+        ports.append(free_port(0))
+        own = _SETTINGS.get(service, ())
+        if service == "coordinator":
+            own = ("--api-keys", str(directory / "keys.toml"), "--heartbeat-seconds", "0.3", "--step-seconds", "10")
+        listen = ("--listen", f"unix:{directory}/{service}.sock", "--metrics-port", str(ports[-1]))
+        words = (sys.executable, "-m", "services.cli", "serve", service, *listen, "--redis", redis_url, *own)
+        stack.enter_context(running(words, directory / f"{service}.log"))
+    prometheus = Prometheus(directory, ports)
+    stack.enter_context(running(prometheus.command, directory / "prometheus.log"))
+    wait_until("all processes are scraped", prometheus.is_scraping, _START_SECONDS)
+    findings = asyncio.run(run_requests(endpoint, range(20), keys[:1], steps=4))
+    has_gpu = torch.cuda.is_available()
+    began = time.monotonic()
+    while (missing := queries_without_data(prometheus, has_gpu=has_gpu)) and time.monotonic() - began < _WAIT_SECONDS:
+        findings += asyncio.run(run_requests(endpoint, range(20), keys[:1], steps=4))
+    findings += [f"no data: {each}" for each in missing] + prometheus.failed_rules()
+    if not missing:
+        sys.stdout.write(f"each query has data after {time.monotonic() - began:.1f} s; GPU queries: {has_gpu}\n")
+    before = prometheus.series_count()
+    findings += asyncio.run(run_requests(endpoint, range(requests), keys, steps=1))
+    time.sleep(3)  # Prometheus scrapes each second.
+    after = prometheus.series_count()
+    sys.stdout.write(f"series before and after {requests} requests of {_CALLERS} callers: {before}, {after}\n")
+    if after > before:
+        findings.append(f"{requests} requests made {after - before} series")
+    return findings
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run all checks; prints what did not hold."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--requests", type=int, default=1_000, help="requests of the series check (default: 1,000)")
+    args = parser.parse_args(argv)
+    directory = Path(tempfile.mkdtemp(prefix="fleet-mon-"))
+    write_rules(directory)
+    findings = check_rules(directory)
+    with running_server("valkey") as server, contextlib.ExitStack() as stack:
+        findings += check_fleet(directory, server.url, args.requests, stack)
+    if findings:
+        sys.stdout.write("\n".join((f"findings (logs are in {directory}):", *findings, "")))
+        return 1
+    shutil.rmtree(directory)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,102 @@
+"""A call at a stage service: its attempt is measured with its bytes, and its stages belong to the call's trace."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from prometheus_client import REGISTRY
+
+from common.errors import InvalidInput
+from common.stage import Call
+from common.trace_context import Span, TraceContext, current_trace_id, entered
+from stage_server import StageInput, packets, served
+
+_METHOD = "fleet.v1.DenoisingService/Denoise"
+_NUMBERS = 1 << 20
+_BYTES = 4 * _NUMBERS
+
+
+def _value(name: str, **labels: str) -> float:
+    return REGISTRY.get_sample_value(name, {"grpc_method": _METHOD, **labels}) or 0.0
+
+
+def _ended(status: str) -> dict[str, float]:
+    base = "grpc_client_attempt"
+    return {
+        "count": _value(f"{base}_duration_seconds_count", grpc_status=status),
+        "sent": _value(f"{base}_sent_total_compressed_message_size_bytes_sum", grpc_status=status),
+        "received": _value(f"{base}_rcvd_total_compressed_message_size_bytes_sum", grpc_status=status),
+    }
+
+
+def test_an_attempt_is_measured_with_its_bytes() -> None:
+    async def story() -> None:
+        async with served() as stage:
+            await stage.runner()(packets(_NUMBERS), stage.heard.call())
+
+    before = _ended("OK")
+    asyncio.run(story())
+    after = _ended("OK")
+    assert after["count"] - before["count"] == 1
+    for direction in ("sent", "received"):
+        assert _BYTES < after[direction] - before[direction] < 1.01 * _BYTES
+
+
+def test_an_attempt_that_fails_is_measured_with_its_status() -> None:
+    def fail(_: StageInput, call: Call) -> None:
+        raise InvalidInput(f"request {call.request_id} is wrong")
+
+    async def story() -> None:
+        async with served(fail) as stage:
+            with pytest.raises(InvalidInput):
+                await stage.runner()(packets(8), stage.heard.call())
+
+    before = _ended("INVALID_ARGUMENT")["count"]
+    asyncio.run(story())
+    assert _ended("INVALID_ARGUMENT")["count"] - before == 1
+
+
+def test_an_attempt_that_is_cancelled_is_measured() -> None:
+    async def story() -> None:
+        entered, loop = asyncio.Event(), asyncio.get_running_loop()
+
+        def wait(_: StageInput, call: Call) -> None:
+            loop.call_soon_threadsafe(entered.set)
+            assert call.cancelled.wait(20)
+            call.check_cancelled()
+
+        async with served(wait) as stage:
+            task = asyncio.create_task(stage.runner()(packets(8), stage.heard.call()))
+            await entered.wait()
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+
+    before = _ended("CANCELLED")["count"]
+    asyncio.run(story())
+    assert _ended("CANCELLED")["count"] - before == 1
+
+
+def test_stages_run_in_the_trace_of_their_call() -> None:
+    found: list[str | None] = []
+
+    async def story() -> None:
+        async with served(lambda *_: found.append(current_trace_id())) as stage:
+            with entered(Span(TraceContext("4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"))):
+                await stage.runner()(packets(8), stage.heard.call())
+
+    asyncio.run(story())
+    assert found == ["4bf92f3577b34da6a3ce929d0e0e4736"]
+
+
+@pytest.mark.parametrize(("sent", "tokens"), [(4_096, 4_096), (0, 0)])
+def test_the_tokens_of_a_step_come_with_the_call(sent: int, tokens: int) -> None:
+    found: list[int] = []
+
+    async def story() -> None:
+        async with served(lambda _, call: found.append(call.tokens)) as stage:
+            await stage.runner()(packets(8), stage.heard.call(tokens=sent))
+
+    asyncio.run(story())
+    assert found == [tokens]

@@ -1,0 +1,87 @@
+"""Every expression of rules and dashboard is valid and selects metrics that exist; every alert has a runbook."""
+
+from __future__ import annotations
+
+import monitoring
+import pytest
+from manifests import K8S
+from promql import errors_of, recorded_labels, selectors_of
+
+_ALL = [
+    *monitoring.rule_queries("alert"),
+    *monitoring.rule_queries("record"),
+    *monitoring.dashboard_queries(service="denoising"),
+    *monitoring.variable_metrics(),
+]
+
+
+@pytest.mark.parametrize("query", _ALL, ids=lambda query: query.place)
+def test_an_expression_selects_metrics_that_exist(query: monitoring.Query) -> None:
+    assert "$" not in query.expression.replace("$labels", "")
+    assert selectors_of(query.expression)
+    assert not list(errors_of(query.expression, monitoring.recorded()))
+
+
+@pytest.mark.parametrize(
+    ("expression", "error"),
+    [
+        ("rate(fleet_request_total[5m]) > 0", "fleet_request_total is not a metric"),
+        ("fleet_queue_wait_seconds > 0", "fleet_queue_wait_seconds is not a metric"),
+        ('max(fleet_queue_length{stage="a"})', "fleet_queue_length has no label stage"),
+        ('max(fleet_queue_length{service="a"})', "service of fleet_queue_length is never a"),
+        ('model:fleet:rate5m{service="a"}', "model:fleet:rate5m has no label service"),
+        ("model:fleet:rate1m", "model:fleet:rate1m is not a metric"),
+        ('{__name__=~"fleet_.*"}', "a selector without a name"),
+    ],
+)
+def test_a_wrong_expression_is_found(expression: str, error: str) -> None:
+    assert any(error in each for each in errors_of(expression, {"model:fleet:rate5m"}))
+
+
+def test_an_expression_that_cannot_be_read_is_an_error() -> None:
+    with pytest.raises(ValueError, match="unclosed"):
+        selectors_of("sum(rate(fleet_requests_total[5m])")
+
+
+def test_a_name_of_a_recorded_metric_lists_its_labels() -> None:
+    assert recorded_labels("service_model_work:fleet_step_seconds:p50_rate5m") == {"service", "model", "work"}
+    assert recorded_labels("grpc_method:grpc_server_call_errors:ratio_rate5m") == {"grpc_method"}
+
+
+def test_each_alert_has_a_severity_a_summary_and_a_runbook() -> None:
+    alerts = monitoring.rules("alert")
+    names = [rule["alert"] for rule in alerts]
+    assert len(set(names)) == len(names) > 10
+    for rule in alerts:
+        assert rule["labels"]["severity"] in ("warning", "critical")
+        assert rule["annotations"]["summary"]
+        document, anchor = monitoring.runbook(rule)
+        assert anchor == rule["alert"].lower()
+        assert anchor in monitoring.anchors(document), f"{document} has no heading {rule['alert']}"
+
+
+def test_each_runbook_is_that_of_an_alert() -> None:
+    """A renamed alert leaves no runbook behind."""
+    section = (K8S / "README.md").read_text().partition("\n## Alerts\n")[2].partition("\n## ")[0]
+    headings = [line.removeprefix("### ") for line in section.splitlines() if line.startswith("### ")]
+    assert headings == [rule["alert"] for rule in monitoring.rules("alert")]
+
+
+def test_each_alert_has_a_rule_test() -> None:
+    text = monitoring.RULE_TESTS.read_text()
+    assert not [rule["alert"] for rule in monitoring.rules("alert") if f"alertname: {rule['alert']}\n" not in text]
+
+
+def test_the_dashboard_has_a_row_per_stage_one_for_the_store_and_one_for_gpus() -> None:
+    rows = {panel["title"]: panel for panel in monitoring.dashboard()["panels"] if panel["type"] == "row"}
+    assert list(rows) == ["Requests", "Stage $service", "Store", "GPUs"]
+    assert rows["Stage $service"]["repeat"] == "service"
+    assert [query.place for query in monitoring.variable_metrics()] == ["variable model", "variable service"]
+
+
+def test_panels_have_a_unit_and_places_of_their_own() -> None:
+    panels = monitoring.dashboard()["panels"]
+    places = [(panel["gridPos"]["x"], panel["gridPos"]["y"]) for panel in panels]
+    assert len(set(places)) == len(places)
+    assert len({panel["id"] for panel in panels}) == len(panels)
+    assert all(panel["fieldConfig"]["defaults"]["unit"] for panel in panels if panel["type"] != "row")

@@ -1,0 +1,45 @@
+"""services/README.md has the table of the metrics that the code defines."""
+
+from __future__ import annotations
+
+import pytest
+from prometheus_client import Gauge
+
+import metric_table
+from common import metrics
+
+
+def test_the_readme_has_the_tables_of_the_code() -> None:
+    text = metric_table.README.read_text()
+    assert metric_table.replaced(text, metric_table.table()) == text, "run `poe metrics`"
+
+
+@pytest.mark.parametrize("cell", ["`fleet_queued_seconds`", "| histogram |", "`grpc_method`", "Calls being served"])
+def test_an_edit_of_the_tables_is_found(cell: str) -> None:
+    text = metric_table.README.read_text()
+    edited = text.replace(cell, "edited")
+    assert edited != text
+    assert metric_table.replaced(edited, metric_table.table()) != edited
+
+
+def test_a_new_metric_needs_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = metric_table.table()
+    monkeypatch.setattr(metrics, "NEW", Gauge("fleet_new_bytes", "Something new", registry=None), raising=False)
+    assert set(metric_table.table().splitlines()) - set(before.splitlines()) == {
+        "| `fleet_new_bytes` | gauge | none | Something new |"
+    }
+    assert "fleet_new_bytes" in metric_table.series()
+
+
+def test_a_histogram_has_three_kinds_of_series() -> None:
+    series = metric_table.series()
+    assert series["fleet_queue_wait_seconds_bucket"] == {"service", "model", "le"}
+    assert series["fleet_queue_wait_seconds_count"] == series["fleet_queue_wait_seconds_sum"] == {"service", "model"}
+    assert "fleet_queue_wait_seconds" not in series
+    assert "fleet_requests" not in series
+    assert series["fleet_requests_total"] == {"model", "state"}
+
+
+def test_a_readme_without_the_marks_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"services/README\.md: .* are not both in it"):
+        metric_table.replaced("# Services", "| table |\n")
