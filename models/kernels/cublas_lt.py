@@ -3,6 +3,8 @@
 So bias and GELU stay in the product's epilogue where the result is a part of something else. Products get no workspace:
 cuBLASLt then takes kernels that share out their tiles beforehand, which need no counter cleared before each of them.
 The library's first choice is taken for each shape, so that workers of one kind agree bit for bit.
+`nvmath.linalg.advanced.Matmul` is not used: its kernels take the same time (0.997 to 1.002 of ours over 14 shapes on an
+H200), but a call takes 1.3 times the host time, and an object, with its operands and bias, serves one thread at a time.
 """
 
 from __future__ import annotations
