@@ -58,8 +58,8 @@ def apply_rotary(x: Tensor, rotation: Rotation) -> Tensor:
         first, second = x.float().chunk(2, dim=-1)
         return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
     even, odd = x.float().reshape(*x.shape[:-1], -1, 2).unbind(-1)
-    turned = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1)
-    return turned.flatten(-2).to(x.dtype)
+    rotated = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1)
+    return rotated.flatten(-2).to(x.dtype)
 
 
 def rotate_heads(x: Tensor, rotation: HeadRotation) -> Tensor:

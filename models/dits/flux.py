@@ -1,4 +1,4 @@
-"""The Flux DiT: blocks with a text and an image stream that attend jointly, then blocks over both as one stream.
+"""The Flux DiT: blocks with weights of their own for text and image, then blocks that share weights.
 
 Shapes: N steps, B batch, T text tokens, I image tokens, S = T + I (text first), D hidden size, M all modulations.
 Parameter names are the checkpoint's.
@@ -66,7 +66,7 @@ class ConditioningEmbedding(nn.Module):
 
 
 class FluxTransformerBlock(nn.Module):
-    """A block with two streams: joint attention, then a feed-forward each."""
+    """Joint attention of text and image, then a feed-forward each."""
 
     def __init__(self, config: FluxTransformerConfig) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class FluxTransformerBlock(nn.Module):
 
 
 class FluxSingleTransformerBlock(nn.Module):
-    """A block with one stream: attention and feed-forward side by side, projected together."""
+    """A block for all tokens: attention and feed-forward side by side, projected together."""
 
     def __init__(self, config: FluxTransformerConfig) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The FLUX.2 DiT: blocks with a text and an image stream that attend jointly, then blocks over both as one stream.
+"""The FLUX.2 DiT: blocks with weights of their own for text and image, then blocks that share weights.
 
 Shapes: N steps, B batch, T text tokens, I image tokens (of the output, then of each reference image), S = T + I (text
 first), D hidden size, F feed-forward size, M all modulations. Parameter names are the checkpoint's; no projection has a
@@ -33,7 +33,7 @@ from models.rotation import Rotation
 from models.token_segments import SegmentVectors, TokenSegments
 
 DOUBLE_VECTORS, SINGLE_VECTORS, FINAL_VECTORS = 12, 3, 2
-"""Modulations of a block of two streams, of a block of one stream, and of the last norm."""
+"""Modulations of a joint block, of a block for all tokens, and of the last norm."""
 
 
 class ModulationLinear(nn.Module):
@@ -109,7 +109,7 @@ class Flux2ParallelSelfAttention(nn.Module):
 
 
 class Flux2TransformerBlock(nn.Module):
-    """A block with two streams: joint attention, then a feed-forward each."""
+    """Joint attention of text and image, then a feed-forward each."""
 
     def __init__(self, config: Flux2TransformerConfig) -> None:
         super().__init__()
@@ -128,7 +128,7 @@ class Flux2TransformerBlock(nn.Module):
 
 
 class Flux2SingleTransformerBlock(nn.Module):
-    """A block with one stream: attention and feed-forward side by side."""
+    """A block for all tokens: attention and feed-forward side by side."""
 
     def __init__(self, config: Flux2TransformerConfig) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The GLM-Image DiT: glyph and image tokens in one stream, which share weights and have modulations of their own.
+"""The GLM-Image DiT: glyph and image tokens, which share weights and have modulations of their own.
 
 Shapes: N steps, B batch, T glyph tokens, I image tokens, S both (glyphs first), C channels of a 2x2 patch, D hidden
 size, E size of the time embedding, M all modulations. Parameter names are the checkpoint's.
@@ -33,7 +33,7 @@ from models.token_segments import TokenSegments
 
 EPS = 1e-5
 MODULATIONS = 12
-"""Of a block: shift, scale and gate of attention and of feed-forward, each for image and glyph tokens in turn."""
+"""Of a block: shift, scale and gate of attention and of feed-forward, alternating between image and glyph tokens."""
 
 
 class TimeAndSizeEmbedding(nn.Module):

@@ -1,10 +1,11 @@
 """The LTX-2 DiT: video and audio tokens, which attend to themselves, to text and to each other.
 
 Shapes: N steps, B batch, F frames, h rows and w columns of video latents, S = F * h * w video tokens, L audio tokens, M
-mel bins of an audio latent, C channels, T text tokens, D hidden size of a stream. Parameter names are the checkpoint's.
+mel bins of an audio latent, C channels, T text tokens, D hidden size of a modality. Parameter names are those
+of checkpoints.
 
 From an image the tokens of the first video latent frame have a timestep of their own: segment 0 of two. A branch of
-guidance may skip self-attention of some blocks, or the exchange between the streams.
+guidance may skip self-attention of some blocks, or the exchange between the modalities.
 """
 
 # ruff: noqa: N803, N806  (the capitals of a tensor's name are its shape)
@@ -18,15 +19,15 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from configs.models.dits.ltx2 import LTX2StreamConfig, LTX2TransformerConfig
+from configs.models.dits.ltx2 import LTX2ModalityConfig, LTX2TransformerConfig
 from models.dits.base import DiffusionTransformer, Predictions, Prepared, entry_point
 from models.dits.ltx2_blocks import (
     EXCHANGE,
     LTX2VideoTransformerBlock,
+    Modalities,
+    ModalityInputs,
     SegmentRows,
     StepRows,
-    StreamInputs,
-    Streams,
     block_rows,
     through_both,
 )
@@ -123,7 +124,7 @@ class LTX2VideoTransformer3DModel(DiffusionTransformer):
         encoder_attention_mask: Tensor | None = None,
         use_cross_timestep: Tensor | None = None,
     ) -> Prepared:
-        """Modulations of each stream (N, B, rows, D), float32, for timesteps (N, B); projected text.
+        """Modulations of each modality (N, B, rows, D), float32, for timesteps (N, B); projected text.
 
         Timesteps (N, B, 2) of two segments make "first_rows" of the first latent frame, and "video_rows" of the other
         tokens. `use_cross_timestep` (1,), bool: the first frame's exchange with the audio is modulated by the audio's
@@ -190,7 +191,7 @@ class LTX2VideoTransformer3DModel(DiffusionTransformer):
 
         `first_rows` are those of the first latent frame's tokens, if they differ. Static flags of a branch:
         self-attention of `spatio_temporal_guidance_blocks` passes its values on (STG); with `isolate_modalities` the
-        streams do not attend to each other.
+        modalities do not attend to each other.
         """
         _, _, *grid = hidden_states.shape
         positions = video_positions(self.config, grid, fps)
@@ -255,17 +256,17 @@ class LTX2VideoTransformer3DModel(DiffusionTransformer):
         audio_places = audio_positions(self.config, audio_BLD.shape[1], audio_BLD.device)
         video_steps = StepRows.split(SegmentRows(first_rows, video_rows, segments), self.time_embed.rows)
         audio_steps = StepRows.split(SegmentRows(None, audio_rows), self.audio_time_embed.rows)
-        video = StreamInputs(video_steps, text, text_mask, *self._video_rotations(positions))
-        audio = StreamInputs(audio_steps, audio_text, text_mask, *self._audio_rotations(audio_places))
+        video = ModalityInputs(video_steps, text, text_mask, *self._video_rotations(positions))
+        audio = ModalityInputs(audio_steps, audio_text, text_mask, *self._audio_rotations(audio_places))
         blocks = [
             partial(block, video=video, audio=audio, is_skipped=index in skipped, is_isolated=is_isolated)
             for index, block in enumerate(self._blocks())
         ]
-        streams = through_both(Streams(Residual(x_BSD), Residual(audio_BLD)), blocks, use)
+        modalities = through_both(Modalities(Residual(x_BSD), Residual(audio_BLD)), blocks, use)
         shift, scale = video_steps.output.plus(self.scale_shift_table)
-        patches: Tensor = self.proj_out(self.norm_out.after(streams.video, scale, shift)[1])
+        patches: Tensor = self.proj_out(self.norm_out.after(modalities.video, scale, shift)[1])
         shift, scale = audio_steps.output.plus(self.audio_scale_shift_table)
-        sound: Tensor = self.audio_proj_out(self.audio_norm_out.after(streams.audio, scale, shift)[1])
+        sound: Tensor = self.audio_proj_out(self.audio_norm_out.after(modalities.audio, scale, shift)[1])
         if segments is None:
             return {AUDIO: sound, VIDEO: patches}
         first, rest = segments.slices()
@@ -286,13 +287,13 @@ class LTX2VideoTransformer3DModel(DiffusionTransformer):
         longest = max(self.config.max_seconds, self.config.audio_max_seconds)
         return self._rotation(seconds, (longest,), self.config.audio)
 
-    def _rotation(self, positions: Tensor, extents: Sequence[float], stream: LTX2StreamConfig) -> HeadRotation:
+    def _rotation(self, positions: Tensor, extents: Sequence[float], modality: LTX2ModalityConfig) -> HeadRotation:
         config = self.config
         return head_rotation(
             positions,
             extents,
-            stream.num_heads,
-            stream.head_size,
+            modality.num_heads,
+            modality.head_size,
             theta=config.rope_theta,
             is_neox_style=config.rope_type == "split",
             is_double=config.is_rope_double,

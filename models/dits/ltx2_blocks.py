@@ -1,6 +1,6 @@
-"""Blocks of the LTX-2 DiT: two streams of tokens, video and audio, that attend to text and to each other.
+"""Blocks of the LTX-2 DiT: two modalities of tokens, video and audio, that attend to text and to each other.
 
-Shapes: B batch, S tokens of a stream, T text tokens, D a stream's hidden size, M modulations. The streams are in the
+Shapes: B batch, S tokens of a modality, T text tokens, D a modality's hidden size, M modulations. Modalities are in the
 model's type; norms, modulation and gates compute in float32. Parameter names are the checkpoint's.
 """
 
@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from configs.models.dits.ltx2 import LTX2StreamConfig, LTX2TransformerConfig
+from configs.models.dits.ltx2 import LTX2ModalityConfig, LTX2TransformerConfig
 from models.kernels.attention import attention
 from models.kernels.qk_norm_rotate import split_heads
 from models.layers.attention import Attention
@@ -30,10 +30,10 @@ from models.rotation import HeadRotation
 from models.token_segments import SegmentVectors, TokenSegments, vectors_of_rows
 
 EXCHANGE = 4
-"""Modulations of attention between the streams: scale and shift towards video, scale and shift towards audio."""
+"""Modulations of attention between the modalities: scale and shift towards video, scale and shift towards audio."""
 
 
-class Streams(NamedTuple):
+class Modalities(NamedTuple):
     """Video and audio tokens, (B, S, D) each, with updates that are still to be added."""
 
     video: Residual
@@ -60,9 +60,9 @@ class SegmentRows(NamedTuple):
 
 
 class StepRows(NamedTuple):
-    """Modulations of a stream at a step.
+    """Modulations of a modality at a step.
 
-    Those of its blocks, of attention between the streams, of the gate of its result, of the output, and of the text,
+    Those of its blocks, of attention between the modalities, of the gate of its result, of the output, and of the text,
     which may be none.
     """
 
@@ -80,8 +80,8 @@ class StepRows(NamedTuple):
 
 
 @dataclass(frozen=True)
-class StreamInputs:
-    """What blocks read beside a stream's tokens: modulations, the text (B, T, D), and rotations.
+class ModalityInputs:
+    """What blocks read beside a modality's tokens: modulations, the text (B, T, D), and rotations.
 
     `rotation` is of positions for self-attention, `exchange_rotation` of seconds alone.
     """
@@ -94,20 +94,20 @@ class StreamInputs:
 
 
 class LTX2Attention(nn.Module):
-    """Attention to other tokens or to a stream's own; queries and keys are normalised over all heads together."""
+    """Attention to other tokens or to a modality's own; queries and keys are normalised over all heads together."""
 
-    def __init__(self, sizes: tuple[int, int], stream: LTX2StreamConfig, eps: float, *, is_gated: bool) -> None:
+    def __init__(self, sizes: tuple[int, int], modality: LTX2ModalityConfig, eps: float, *, is_gated: bool) -> None:
         super().__init__()
         size, context_size = sizes
-        inner_size = stream.hidden_size
-        self.head_size = stream.head_size
+        inner_size = modality.hidden_size
+        self.head_size = modality.head_size
         self.to_q = Linear(size, inner_size)
         self.to_k = Linear(context_size, inner_size)
         self.to_v = Linear(context_size, inner_size)
         self.to_out = nn.ModuleList([Linear(inner_size, size)])
         self.norm_q = RMSNorm(inner_size, eps)
         self.norm_k = RMSNorm(inner_size, eps)
-        self.to_gate_logits = Linear(size, stream.num_heads) if is_gated else None
+        self.to_gate_logits = Linear(size, modality.num_heads) if is_gated else None
         self.own_heads = OwnHeads()
         self.inner = Attention()
 
@@ -150,7 +150,7 @@ class LTX2Attention(nn.Module):
 
 
 class _Half(NamedTuple):
-    """A block's modules of one stream. `attn` is to the stream itself, `text_attn` to the text."""
+    """A block's modules of one modality. `attn` is to the modality itself, `text_attn` to the text."""
 
     attn: LTX2Attention
     text_attn: LTX2Attention
@@ -161,7 +161,7 @@ class _Half(NamedTuple):
 
 
 class LTX2VideoTransformerBlock(nn.Module):
-    """Self-attention, attention to the text, exchange between the streams, feed-forward."""
+    """Self-attention, attention to the text, exchange between the modalities, feed-forward."""
 
     def __init__(self, config: LTX2TransformerConfig) -> None:
         super().__init__()
@@ -185,26 +185,32 @@ class LTX2VideoTransformerBlock(nn.Module):
         self.audio_a2v_cross_attn_scale_shift_table = nn.Parameter(torch.zeros(EXCHANGE + 1, audio.hidden_size))
 
     def forward(
-        self, streams: Streams, video: StreamInputs, audio: StreamInputs, *, is_skipped: bool, is_isolated: bool
-    ) -> Streams:
+        self,
+        modalities: Modalities,
+        video: ModalityInputs,
+        audio: ModalityInputs,
+        *,
+        is_skipped: bool,
+        is_isolated: bool,
+    ) -> Modalities:
         """The next tokens. `is_skipped`: without self-attention; `is_isolated`: without the exchange."""
         halves = ((self._video_half, video), (self._audio_half, audio))
-        attended = Streams(
+        attended = Modalities(
             *(
                 _attend(half, residual, inputs, is_skipped=is_skipped)
-                for (half, inputs), residual in zip(halves, streams, strict=True)
+                for (half, inputs), residual in zip(halves, modalities, strict=True)
             )
         )
         if not is_isolated:
             attended = self._exchange(attended, video, audio)
-        return Streams(*(_feed(half, x, inputs) for (half, inputs), x in zip(halves, attended, strict=True)))
+        return Modalities(*(_feed(half, x, inputs) for (half, inputs), x in zip(halves, attended, strict=True)))
 
-    def _exchange(self, streams: Streams, video: StreamInputs, audio: StreamInputs) -> Streams:
-        """Each stream attends to the other as it was before."""
+    def _exchange(self, modalities: Modalities, video: ModalityInputs, audio: ModalityInputs) -> Modalities:
+        """Each modality attends to the other as it was before."""
         tables = (self.video_a2v_cross_attn_scale_shift_table, self.audio_a2v_cross_attn_scale_shift_table)
         norms = (self.video_norm, self.audio_norm)
         added, to_video, to_audio, gates = [], [], [], []
-        for residual, inputs, table, norm in zip(streams, (video, audio), tables, norms, strict=True):
+        for residual, inputs, table, norm in zip(modalities, (video, audio), tables, norms, strict=True):
             video_scale, video_shift, audio_scale, audio_shift = inputs.rows.exchange.plus(table[:EXCHANGE])
             x_BSD, normed = norm.after(residual, video_scale, video_shift)
             added.append(x_BSD)
@@ -215,7 +221,7 @@ class LTX2VideoTransformerBlock(nn.Module):
         heard = self.audio_to_video_attn(*to_video, *rotations)
         seen = self.video_to_audio_attn(*to_audio[::-1], *rotations[::-1])
         to_outs = [only_linear(attn.to_out) for attn in (self.audio_to_video_attn, self.video_to_audio_attn)]
-        return Streams(
+        return Modalities(
             to_outs[0].update(added[0], heard, gates[0]),
             to_outs[1].update(added[1], seen, gates[1]),
         )
@@ -231,12 +237,12 @@ class LTX2VideoTransformerBlock(nn.Module):
         return _Half(self.audio_attn1, self.audio_attn2, self.audio_norm, self.audio_ff, table, text_table)
 
 
-def block_rows(stream: LTX2StreamConfig) -> int:
+def block_rows(modality: LTX2ModalityConfig) -> int:
     """Modulations of a block: shift, scale and gate of self-attention and of feed-forward, and of text attention."""
-    return 9 if stream.modulates_text else 6
+    return 9 if modality.modulates_text else 6
 
 
-def _attend(half: _Half, residual: Residual, inputs: StreamInputs, *, is_skipped: bool) -> Residual:
+def _attend(half: _Half, residual: Residual, inputs: ModalityInputs, *, is_skipped: bool) -> Residual:
     """Self-attention, then attention to the text."""
     shift, scale, gate, *rest = inputs.rows.blocks.plus(half.table)
     x_BSD, normed = half.norm.after(residual, scale, shift)
@@ -254,7 +260,7 @@ def _unmodulated(like_BD: Tensor) -> list[SegmentVectors]:
     return [zeros, zeros, SegmentVectors.same(torch.ones_like(like_BD))]
 
 
-def _modulated_text(half: _Half, inputs: StreamInputs) -> Tensor:
+def _modulated_text(half: _Half, inputs: ModalityInputs) -> Tensor:
     if half.text_table is None:
         return inputs.text
     shift, scale = inputs.rows.text.plus(half.text_table)
@@ -262,7 +268,7 @@ def _modulated_text(half: _Half, inputs: StreamInputs) -> Tensor:
     return modulated.to(inputs.text.dtype)
 
 
-def _feed(half: _Half, residual: Residual, inputs: StreamInputs) -> Residual:
+def _feed(half: _Half, residual: Residual, inputs: ModalityInputs) -> Residual:
     """The feed-forward half."""
     shift, scale, gate = inputs.rows.blocks.plus(half.table)[3:6]
     x_BSD, normed = half.norm.after(residual, scale, shift)
@@ -271,22 +277,24 @@ def _feed(half: _Half, residual: Residual, inputs: StreamInputs) -> Residual:
     return Residual(x_BSD, fed, gate)
 
 
-def through_both(streams: Streams, blocks: Sequence[Callable[[Streams], Streams]], use: CacheUse | None) -> Streams:
-    """Both streams after all blocks. With a cache, what is computed is the same to the bit, and no update is left.
+def through_both(
+    modalities: Modalities, blocks: Sequence[Callable[[Modalities], Modalities]], use: CacheUse | None
+) -> Modalities:
+    """Both modalities after all blocks. With a cache, what is computed is the same to the bit, and no update is left.
 
-    The cache holds both streams' values side by side, (B, video tokens x D + audio tokens x D).
+    The cache holds both modalities' values side by side, (B, video tokens x D + audio tokens x D).
     """
     if use is None:
         for block in blocks:
-            streams = block(streams)
-        return streams
+            modalities = block(modalities)
+        return modalities
     first, *others = blocks
     # Blocks may change what they are given.
-    begun = _added(first(Streams(*(residual._replace(x=residual.x.clone()) for residual in streams))))
+    begun = _added(first(Modalities(*(residual._replace(x=residual.x.clone()) for residual in modalities))))
     start = _joined(begun)
-    own = start - _joined(streams)
+    own = start - _joined(modalities)
     if use.probe:
-        return _parted(start + use.cache.reuse(own), streams)
+        return _parted(start + use.cache.reuse(own), modalities)
     for block in others:
         begun = block(begun)
     end = _added(begun)
@@ -294,18 +302,18 @@ def through_both(streams: Streams, blocks: Sequence[Callable[[Streams], Streams]
     return end
 
 
-def _added(streams: Streams) -> Streams:
-    """The streams with their updates."""
-    return Streams(Residual(streams.video.added()), Residual(streams.audio.added()))
+def _added(modalities: Modalities) -> Modalities:
+    """The modalities with their updates."""
+    return Modalities(Residual(modalities.video.added()), Residual(modalities.audio.added()))
 
 
-def _joined(streams: Streams) -> Tensor:
-    """A new tensor with the values of both streams, which have no updates."""
-    return torch.cat([each.x.flatten(1) for each in streams], dim=1)
+def _joined(modalities: Modalities) -> Tensor:
+    """A new tensor with the values of both modalities, which have no updates."""
+    return torch.cat([each.x.flatten(1) for each in modalities], dim=1)
 
 
-def _parted(joined: Tensor, like: Streams) -> Streams:
-    """The streams of joined values, in the shapes of others."""
+def _parted(joined: Tensor, like: Modalities) -> Modalities:
+    """The modalities of joined values, in the shapes of others."""
     video = like.video.x[0].numel()
     parts = (joined[:, :video], joined[:, video:])
-    return Streams(*(Residual(part.reshape(each.x.shape)) for part, each in zip(parts, like, strict=True)))
+    return Modalities(*(Residual(part.reshape(each.x.shape)) for part, each in zip(parts, like, strict=True)))

@@ -1,11 +1,11 @@
-"""The LTX-Video DiT: one stream of packed video tokens that attends to itself, then to the text.
+"""The LTX-Video DiT: packed video tokens that attend to each other, then to the text.
 
 Shapes: N steps, B batch, S video tokens, C channels, T text tokens, D hidden size, H heads, K head size. Names of
 parameters are the checkpoint's. Norms, modulation and gates compute in float32. Text comes without padding: nothing is
 masked.
 
-From an image the tokens of the first latent frame have a timestep of their own: segment 0 of two. `boundary` is the
-number of these tokens on this rank, 0 where all tokens have one timestep.
+From an image the tokens of the first latent frame have a timestep of their own: they are the first of two token
+segments.
 """
 
 # ruff: noqa: N803, N806  (the capitals of a tensor's name are its shape)

@@ -1,11 +1,11 @@
-"""The Wan DiT: one stream of video tokens that attends to itself, then to the text (and to an image's tokens).
+"""The Wan DiT: video tokens that attend to each other, then to the text (and to an image's tokens).
 
 Shapes: N steps, B batch, S video tokens (frames, rows, columns of patches), T text tokens, V vision tokens, D hidden
 size. Parameter names are the checkpoint's. The residual stream is in the model's type; norms, modulation and gates
 compute in float32, and their weights are kept in it.
 
-In Wan 2.2 TI2V the tokens of the first latent frame, which is a given image, have a timestep of their own: segment 0 of
-two. `boundary` is the number of these tokens on this rank, 0 where all tokens have one timestep.
+In Wan 2.2 TI2V the tokens of the first latent frame, which is a given image, have a timestep of their own: they are
+the first of two token segments.
 """
 
 # ruff: noqa: N803, N806  (the capitals of a tensor's name are its shape)

@@ -1,4 +1,4 @@
-"""Linear layers whose products are of 8-bit floats (e4m3), which a GPU multiplies twice as fast as bfloat16.
+"""Linear layers that multiply 8-bit floats (e4m3), which a GPU does twice as fast as bfloat16.
 
 Weights have a scale for each output, activations one for each token, found anew in every call: the largest magnitude
 of the row becomes the largest e4m3 number. Products are summed in float32 and scaled back, once for each output.
@@ -32,7 +32,7 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 @_QUANTIZATION.register("torch")
 def _quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     most = x.float().abs().amax(dim=-1, keepdim=True).clamp(min=SMALLEST_MAGNITUDE)
-    # Divided as a kernel does it: of a number and a tensor torch makes a product with the reciprocal.
+    # Divided as a kernel does it: torch computes number / tensor as a multiplication by the reciprocal.
     return (x.float() * (torch.full_like(most, LARGEST) / most)).to(FLOAT8), most / LARGEST
 
 
@@ -47,29 +47,29 @@ def _quantize_rows_by_triton(x: Tensor) -> tuple[Tensor, Tensor]:
 def float8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     """x (..., K) times float8 weights (N, K) with a scale (N,) of their rows, plus bias (N,): (..., N) of x's type."""
     rows = x.reshape(-1, x.shape[-1])
-    return _product(rows, weight, scale, bias).view(*x.shape[:-1], len(weight))
+    return _multiply(rows, weight, scale, bias).view(*x.shape[:-1], len(weight))
 
 
 def write_float8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """The same of x (rows, K) into out (rows, N)."""
     if x.is_cuda and len(x) and out.is_contiguous():
-        scaled_product(x, weight, scale, bias, out)
+        scaled_multiply(x, weight, scale, bias, out)
     else:
-        out.copy_(_product(x, weight, scale, bias))
+        out.copy_(_multiply(x, weight, scale, bias))
 
 
-def _product(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+def _multiply(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     if not len(x):
         return x.new_empty(0, len(weight))
     if x.is_cuda:
-        return scaled_product(x, weight, scale, bias, x.new_empty(len(x), len(weight)))
+        return scaled_multiply(x, weight, scale, bias, x.new_empty(len(x), len(weight)))
     values, row_scale = quantize_rows(x)
     wide = linear(values.float() * row_scale, weight.float() * scale[:, None], None if bias is None else bias.float())
     return wide.to(x.dtype)
 
 
-def scaled_product(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
-    """By the library's product with scales of rows and columns. Its result is adjacent in memory, and bfloat16."""
+def scaled_multiply(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+    """By the library's GEMM with scales of rows and columns. Its result is contiguous bfloat16."""
     values, row_scale = quantize_rows(x)
     torch._scaled_mm(
         values,
@@ -85,7 +85,7 @@ def scaled_product(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None
 
 
 def check_float8(device: torch.device, dtype: torch.dtype) -> None:
-    """Refuse a device or an element type that float8 products do not work with, before anything is loaded.
+    """Refuse a device or an element type that float8 GEMM does not work with, before anything is loaded.
 
     Raises FailedPrecondition, InvalidInput. On a CPU they are computed widened, which is for tests: it is slow.
     """
@@ -102,7 +102,7 @@ def check_float8(device: torch.device, dtype: torch.dtype) -> None:
 
 
 def check_sizes(path: str, sizes: Iterable[int], device: torch.device) -> None:
-    """Refuse a layer of other sizes than CUDA's products take. Raises InvalidInput."""
+    """Refuse a layer of other sizes than CUDA's float8 GEMM takes. Raises InvalidInput."""
     if device.type == "cuda" and any(size % _MULTIPLE for size in sizes):
         given = " x ".join(map(str, sizes))
         message = f"linear_dtype float8 needs layers whose sizes are multiples of {_MULTIPLE}; {path} is {given}"

@@ -1,7 +1,7 @@
-"""The products of models.kernels.quack_gemm in QuACK's terms: each an epilogue, and tiles to run it with.
+"""The GEMM of models.kernels.quack_gemm in QuACK's terms: epilogues, and the tiles to run each with.
 
 The tiles are the best of those measured on an H100. In "ping-pong" one warpgroup's epilogue runs beside the other's
-products: what it computes costs no time while it is shorter than a tile's products.
+GEMM: an epilogue costs no time while it is shorter than a tile's GEMM.
 """
 
 from __future__ import annotations
@@ -103,5 +103,5 @@ def _tiles(weight: Tensor) -> dict[str, int]:
 
 
 def _row(vector: Tensor) -> Tensor:
-    """(N,) to (1, N), which is what a vector of one product among several is to QuACK."""
+    """(N,) to (1, N), the form of a vector of one GEMM of a batch in QuACK."""
     return vector.detach()[None]

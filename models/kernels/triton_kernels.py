@@ -1,4 +1,4 @@
-"""One pass over memory for what DiT blocks do between matrix products, in Triton. PyTorch's operators define it.
+"""One pass over memory for what DiT blocks compute between GEMM calls, in Triton. PyTorch's operators define it.
 
 Each program of the first two kernels owns a token; each of the third a token's queries or its keys. Arithmetic is
 float32, with the rounding of the stored type where PyTorch's operators round too.
@@ -27,27 +27,27 @@ if TYPE_CHECKING:
 
 
 @triton.jit
-def _of_stream(text_ptr, image_ptr, is_text, offsets, mask):
-    if is_text:
-        values = tl.load(text_ptr + offsets, mask=mask, other=0.0)
+def _of_two(first_ptr, rest_ptr, is_first, offsets, mask):
+    if is_first:
+        values = tl.load(first_ptr + offsets, mask=mask, other=0.0)
     else:
-        values = tl.load(image_ptr + offsets, mask=mask, other=0.0)
+        values = tl.load(rest_ptr + offsets, mask=mask, other=0.0)
     return values.to(tl.float32)
 
 
 @triton.jit
-def _of_segment(text_ptr, image_ptr, last_ptr, is_text, is_last, offsets, mask):
+def _of_segment(first_ptr, rest_ptr, last_ptr, is_first, is_last, offsets, mask):
     if is_last:
         values = tl.load(last_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     else:
-        values = _of_stream(text_ptr, image_ptr, is_text, offsets, mask)
+        values = _of_two(first_ptr, rest_ptr, is_first, offsets, mask)
     return values
 
 
 @triton.jit
 def _gate_norm_scale_shift_kernel(
-    x_ptr, update_ptr, text_gate, image_gate, last_gate, text_scale, image_scale, last_scale, text_shift, image_shift,
-    last_shift, sum_ptr, normed_ptr, tokens, boundary, last_start, size, gate_stride, modulation_stride, eps,
+    x_ptr, update_ptr, first_gate, second_gate, last_gate, first_scale, second_scale, last_scale, first_shift,
+    second_shift, last_shift, sum_ptr, normed_ptr, tokens, first_end, last_start, size, gate_stride, modulation_stride, eps,
     HAS_UPDATE: tl.constexpr, CENTRED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
@@ -56,11 +56,11 @@ def _gate_norm_scale_shift_kernel(
     mask = columns < size
     at = row.to(tl.int64) * size + columns
     x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    is_text, is_last = token < boundary, token >= last_start
+    is_first, is_last = token < first_end, token >= last_start
     if HAS_UPDATE:
         update = tl.load(update_ptr + at, mask=mask, other=0.0).to(tl.float32)
         gate_at = batch * gate_stride + columns
-        x += update * _of_segment(text_gate, image_gate, last_gate, is_text, is_last, gate_at, mask)
+        x += update * _of_segment(first_gate, second_gate, last_gate, is_first, is_last, gate_at, mask)
         rounded = x.to(sum_ptr.dtype.element_ty)
         tl.store(sum_ptr + at, rounded, mask=mask)
         x = rounded.to(tl.float32)
@@ -69,8 +69,8 @@ def _gate_norm_scale_shift_kernel(
         centred = tl.where(mask, x - tl.sum(x, axis=0) / size, 0.0)
     variance = tl.sum(centred * centred, axis=0) / size
     where = batch * modulation_stride + columns
-    scale = _of_segment(text_scale, image_scale, last_scale, is_text, is_last, where, mask)
-    shift = _of_segment(text_shift, image_shift, last_shift, is_text, is_last, where, mask)
+    scale = _of_segment(first_scale, second_scale, last_scale, is_first, is_last, where, mask)
+    shift = _of_segment(first_shift, second_shift, last_shift, is_first, is_last, where, mask)
     normed = centred * tl.rsqrt(variance + eps) * (1 + scale) + shift
     tl.store(normed_ptr + at, normed.to(normed_ptr.dtype.element_ty), mask=mask)
 
@@ -144,8 +144,8 @@ def _three(vectors: SegmentVectors) -> list[Tensor]:
 
 @triton.jit
 def _head_norm_rotary_kernel(
-    x_ptr, out_0, out_1, out_2, text_0, image_0, text_1, image_1, cos_ptr, sin_ptr, sums_ptr,
-    tokens, boundary, heads, x_batch, x_token, part_stride, angle_token, eps, normed_size,
+    x_ptr, out_0, out_1, out_2, first_0, rest_0, first_1, rest_1, cos_ptr, sin_ptr, sums_ptr,
+    tokens, first_tokens, heads, x_batch, x_token, part_stride, angle_token, eps, normed_size,
     batch_0, token_0, batch_1, token_1, batch_2, token_2,
     NORMED: tl.constexpr, HEAD: tl.constexpr, HEADS: tl.constexpr, PER_HEAD: tl.constexpr, ROTATE: tl.constexpr,
     HAS_SUMS: tl.constexpr, IS_LAYER_NORM: tl.constexpr, BY_HEAD: tl.constexpr, IS_NEOX: tl.constexpr,
@@ -159,7 +159,7 @@ def _head_norm_rotary_kernel(
     at = x_ptr + batch * x_batch + far * x_token + part * part_stride + inside
     x = tl.load(at, mask=mask, other=0.0).to(tl.float32)
     if part < NORMED:
-        is_text = token < boundary
+        is_first = token < first_tokens
         if IS_LAYER_NORM:
             x = x - tl.sum(x, axis=1)[:, None] / HEAD
         if PER_HEAD:
@@ -173,9 +173,9 @@ def _head_norm_rotary_kernel(
         x = x * tl.rsqrt(square / normed_size + eps)
         if not IS_LAYER_NORM:
             if part == 0:
-                x = x * _of_stream(text_0, image_0, is_text, weight_at, mask)
+                x = x * _of_two(first_0, rest_0, is_first, weight_at, mask)
             else:
-                x = x * _of_stream(text_1, image_1, is_text, weight_at, mask)
+                x = x * _of_two(first_1, rest_1, is_first, weight_at, mask)
         if ROTATE:
             pair = far * angle_token + tl.arange(0, HEAD // 2)[None, :]
             if BY_HEAD:

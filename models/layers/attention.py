@@ -130,7 +130,7 @@ class Attention(nn.Module):
 
 
 class SelfAttention(JoinsWeights):
-    """Tokens attend to each other; queries and keys are normalised, then turned to their positions.
+    """Tokens attend to each other; queries and keys are normalised, then rotated to their positions.
 
     The norms are over each head, or over all heads together if they are as wide. The block projects the result.
     """
@@ -158,7 +158,7 @@ class SelfAttention(JoinsWeights):
         self.scales: Tensor | None = None
 
     def join_weights(self) -> None:
-        """Make one product of the three projections, once the weights are in place."""
+        """Join the three projections into one GEMM, once the weights are in place."""
         self.joined = JoinedLinear(self._projections)
         norms = [norm for norm in (self.norm_q, self.norm_k) if isinstance(norm, RMSNorm)]
         if norms and all(has_heads(self.head_size, norm.size, norm.eps) for norm in norms):
@@ -205,7 +205,7 @@ class SelfAttention(JoinsWeights):
     def _project_normed(
         self, x_BSD: Tensor, out: Tensor, rotation: AnyRotation, segments: TokenSegments | None, which: slice
     ) -> None:
-        """The same, with queries and keys normalised and turned."""
+        """The same, with queries and keys normalised and rotated."""
         if isinstance(rotation, Rotation) and self._can_fuse(x_BSD, out):
             self._write_normed(x_BSD, out, rotation.interleaved, which)
         else:
@@ -225,7 +225,7 @@ class SelfAttention(JoinsWeights):
         return can_norm_rotate(x, self.joined.weight, out)
 
     def _write_normed(self, x: Tensor, out: Tensor, angles: Tensor, which: slice) -> None:
-        """Where _can_fuse(): queries and keys in one product, values in another."""
+        """Where _can_fuse(): queries and keys in one GEMM, values in another."""
         assert self.joined is not None, "weights are not joined"
         assert self.scales is not None, "norms are not over each head"
         normed, values = _split(which)

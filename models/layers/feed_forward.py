@@ -77,7 +77,7 @@ class GatedFeedForward(JoinsWeights):
         self.joined: JoinedLinear | None = None
 
     def join_weights(self) -> None:
-        """Make one product of w1 and w3, once the weights are in place."""
+        """Join w1 and w3 into one GEMM, once the weights are in place."""
         self.joined = JoinedLinear((self.w1, self.w3))
 
     def forward(self, x: Tensor) -> Tensor:

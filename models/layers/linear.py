@@ -86,7 +86,7 @@ def only_linear(layers: nn.ModuleList) -> Linear:
 
 
 class JoinedLinear:
-    """Several linear layers of one input as one matrix product.
+    """Several linear layers of one input as one GEMM.
 
     The layers' own parameters become views of the joined ones, so that names and memory stay as they were.
     """
@@ -107,7 +107,7 @@ class JoinedLinear:
         multiply_into(x, *self.of(which), out)
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """All that the products read: weights, biases, and scales where there are any."""
+        """Weights, biases, and scales where there are any."""
         return tuple(each for each in (*self.weight, self.bias) if each is not None)
 
     def of(self, which: slice) -> tuple[Weight, Tensor]:
@@ -125,7 +125,7 @@ def _joined(weights: Sequence[Tensor]) -> Tensor:
 
 
 def project(x: Tensor, out: Tensor, joined: JoinedLinear | None, layers: Sequence[Linear], which: slice = ALL) -> None:
-    """Write what some of several layers make of x side by side into `out`: in one product if they were joined."""
+    """Write what some of several layers make of x side by side into `out`: in one GEMM if they were joined."""
     if joined is not None:
         joined.into(x, out, which)
         return
@@ -152,8 +152,8 @@ def join_all_weights(model: nn.Module) -> None:
 def quantize_linears(model: nn.Module, patterns: Sequence[str]) -> None:
     """Put the weights of the linear layers whose path matches into float8, and join anew what is joined.
 
-    A layer's former weights are freed before the next one's turn, but for those that are joined with others, which are
-    freed at the end. Raises InvalidInput for sizes that the device's products do not take.
+    A layer's former weights are freed before the next layer is quantized, except joined weights, which are freed at
+    the end. Raises InvalidInput for sizes that the device's float8 GEMM does not take.
     """
     for path, layer in model.named_modules():
         if any(matches(path, pattern) for pattern in patterns):

@@ -11,7 +11,7 @@ from models.rotation import Rotation
 
 
 def rotary_embedding(ids: Tensor, axes_dims: Sequence[int], theta: float = 10000.0) -> Rotation:
-    """Angles for positions `ids` (tokens, axes): axis i turns axes_dims[i] channels of a head.
+    """Angles for positions `ids` (tokens, axes): axis i rotates axes_dims[i] channels of a head.
 
     Computed in float64: at large positions float32 angles are visibly wrong.
     """

@@ -144,7 +144,7 @@ def test_the_trial_at_a_workers_start() -> None:
 def test_no_kernel_for_a_shape(library: ColumnMajorLibrary, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "matmul_algo_get_heuristic", lambda *_: None)
     x, weight, bias = (torch.zeros(shape, dtype=torch.bfloat16) for shape in ((5, 16), (8, 16), (8,)))
-    with pytest.raises(RuntimeError, match="no product of 5 x 16 by 16 x 8"):
+    with pytest.raises(RuntimeError, match="no GEMM of 5 x 16 by 16 x 8"):
         cublas_lt.linear_into(x, weight, bias, torch.zeros(5, 8, dtype=torch.bfloat16))
     assert not library.operations
 

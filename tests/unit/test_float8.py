@@ -17,7 +17,7 @@ from models.kernels.float8 import (
     check_sizes,
     float8_linear,
     quantize_rows,
-    scaled_product,
+    scaled_multiply,
 )
 from models.kernels.float8_format import FLOAT8, LARGEST
 from models.layers.linear import JoinedLinear, Linear, project, quantize_linears
@@ -89,7 +89,7 @@ def test_the_librarys_product_is_the_one_that_is_meant(monkeypatch: pytest.Monke
     x, weight = torch.randn(5, IN).bfloat16(), torch.randn(OUT, IN).bfloat16()
     bias = torch.randn(OUT).bfloat16()
     values, scale = quantize_rows(weight)
-    got = scaled_product(x, values, scale.flatten(), bias, torch.empty(5, OUT, dtype=torch.bfloat16))
+    got = scaled_multiply(x, values, scale.flatten(), bias, torch.empty(5, OUT, dtype=torch.bfloat16))
     assert relative_error(got, float8_linear(x, values, scale.flatten(), bias)) <= 4e-3
 
 

@@ -12,8 +12,8 @@ RopeType = Literal["interleaved", "split"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class LTX2StreamConfig:
-    """One stream of tokens, video or audio.
+class LTX2ModalityConfig:
+    """One modality of tokens, video or audio.
 
     `is_gated`: attention has a gate for each head. `modulates_text`: queries to the text are modulated by time.
     """
@@ -37,14 +37,14 @@ class LTX2TransformerConfig:
     """LTX2VideoTransformer3DModel's config.json; a latent is a token. The defaults are those of LTX-2.0.
 
     `caption_channels` is the width of text embeddings that the model projects itself; None where the connectors make
-    them as wide as the streams (LTX-2.3). `spatial_factor` and `temporal_factor` are pixels and frames of a video
+    them as wide as the modalities (LTX-2.3). `spatial_factor` and `temporal_factor` are pixels and frames of a video
     latent, `audio_factor` spectrogram frames of an audio latent. Positions are relative to `max_seconds` and
     `audio_max_seconds`, and to `base_height` and `base_width` (pixels). `gate_timestep_factor` multiplies the timestep
-    that gates attention between the streams. `skips_attention`: a branch may skip self-attention of blocks (STG).
+    that gates attention between the modalities. `skips_attention`: a branch may skip self-attention of blocks (STG).
     """
 
-    video: LTX2StreamConfig
-    audio: LTX2StreamConfig
+    video: LTX2ModalityConfig
+    audio: LTX2ModalityConfig
     num_layers: int = 48
     caption_channels: int | None = 3840
     eps: float = 1e-6
@@ -103,13 +103,13 @@ class LTX2TransformerConfig:
         return config
 
     def _check_streams(self, fields: ConfigFields) -> None:
-        """Refuse streams that cannot attend to each other and to the text."""
+        """Refuse modalities that cannot attend to each other and to the text."""
         if self.video.num_heads != self.audio.num_heads:
             raise fields.error("audio_num_attention_heads", f"must be {self.video.num_heads}, as num_attention_heads")
-        for prefix, stream in (("", self.video), ("audio_", self.audio)):
-            if stream.cross_attention_dim != stream.hidden_size:
-                raise fields.error(f"{prefix}cross_attention_dim", f"must be {stream.hidden_size}: heads x head size")
-            if stream.head_size % 2:
+        for prefix, modality in (("", self.video), ("audio_", self.audio)):
+            if modality.cross_attention_dim != modality.hidden_size:
+                raise fields.error(f"{prefix}cross_attention_dim", f"must be {modality.hidden_size}: heads x head size")
+            if modality.head_size % 2:
                 raise fields.error(f"{prefix}attention_head_dim", "must be even: RoPE rotates pairs of channels")
 
 
@@ -143,9 +143,9 @@ def _rope_type(fields: ConfigFields) -> RopeType:
             raise fields.error("rope_type", "must be 'interleaved' or 'split'")
 
 
-def _stream(fields: ConfigFields, prefix: str, *, head_size: int, cross_attention_dim: int) -> LTX2StreamConfig:
+def _stream(fields: ConfigFields, prefix: str, *, head_size: int, cross_attention_dim: int) -> LTX2ModalityConfig:
     in_channels = fields.integer(f"{prefix}in_channels", 128)
-    return LTX2StreamConfig(
+    return LTX2ModalityConfig(
         in_channels=in_channels,
         out_channels=fields.integer(f"{prefix}out_channels", in_channels),
         num_heads=fields.integer(f"{prefix}num_attention_heads", 32),
