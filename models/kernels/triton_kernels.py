@@ -47,8 +47,8 @@ def _of_segment(first_ptr, rest_ptr, last_ptr, is_first, is_last, offsets, mask)
 @triton.jit
 def _gate_norm_scale_shift_kernel(
     x_ptr, update_ptr, first_gate, second_gate, last_gate, first_scale, second_scale, last_scale, first_shift,
-    second_shift, last_shift, sum_ptr, normed_ptr, tokens, first_end, last_start, size, gate_stride, modulation_stride, eps,
-    HAS_UPDATE: tl.constexpr, CENTRED: tl.constexpr, BLOCK: tl.constexpr,
+    second_shift, last_shift, sum_ptr, normed_ptr, tokens, first_end, last_start, size, gate_stride, modulation_stride,
+    eps, HAS_UPDATE: tl.constexpr, CENTRED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     batch, token = row // tokens, row % tokens
