@@ -148,6 +148,6 @@ def _opened(service: str, environ: Mapping[str, str]) -> Tracer | None:
         return None
     try:
         return OtlpTracer(service)
-    except (ValueError, OSError) as error:
+    except Exception as error:  # noqa: BLE001  (the SDK has exceptions of its own for wrong variables)
         _log.warning("no traces are exported: an OTEL_ variable is wrong: %s", error)
         return None

@@ -16,6 +16,7 @@ if _is_hidden:
     _modules[_NAME] = None
 try:
     from redis.asyncio import Redis as Redis
+    from redis.asyncio.client import Pipeline as Pipeline
     from redis.asyncio.retry import Retry as Retry
     from redis.asyncio.sentinel import Sentinel as Sentinel
     from redis.backoff import ExponentialBackoff as ExponentialBackoff

@@ -8,10 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
-from redis.asyncio import Redis
-from redis.asyncio.client import Pipeline
-
 from common.metrics import STORE_SECONDS, observe
+from common.state.redis_client import Pipeline, Redis
 
 
 @contextmanager

@@ -194,11 +194,8 @@ class ZImageTransformer2DModel(DiffusionTransformer):
         return {"hidden_states": unpack_channels_last(velocity[:, : patches.shape[1]], rows, columns)}
 
     @entry_point
-    def refine(
-        self, image_BID: Tensor, cos: Tensor, sin: Tensor, modulation: Tensor, text_BTD: Tensor | None = None
-    ) -> Tensor:
-        """The image alone (B, I, D), through its own blocks; there is no text."""
-        assert text_BTD is None, "the text is refined once a request"
+    def refine(self, image_BID: Tensor, cos: Tensor, sin: Tensor, modulation: Tensor) -> Tensor:
+        """The image alone (B, I, D), through its own blocks."""
         residual, rotation = Residual(image_BID), Rotation(cos, sin)
         *vectors, _, no_shift = self._vectors(modulation)
         for index, block in enumerate(self.noise_refiner):

@@ -36,7 +36,6 @@ Z_IMAGE_PLAN = ParallelPlan(
         Cut("refine", "image_BID", IMAGE),
         Cut("refine", "cos", IMAGE, dim=0),
         Cut("refine", "sin", IMAGE, dim=0),
-        Cut("refine", "text_BTD", TEXT),
         Cut("tokens", "text_BTD", TEXT),
         Cut("tokens", "text_cos", TEXT, dim=0),
         Cut("tokens", "text_sin", TEXT, dim=0),

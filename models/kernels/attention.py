@@ -12,14 +12,14 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from models.kernels import attention_backends as packages
+from models.kernels import attention_backends
 from models.kernels.attention_table import choose_backend
 from models.kernels.backends import Operation
 from models.kernels.packages import AttentionBackend, chosen_attention, is_usable
 
 _ATEN = torch.ops.aten
 
-_PLAIN: Operation[Callable[[Tensor, Tensor, Tensor], Tensor]] = Operation("attention")
+_PLAIN: Operation[Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]] = Operation("attention")
 _WITH_LSE: Operation[Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]] = Operation(
     "attention with log-sum-exp"
 )
@@ -35,14 +35,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, out: 
     `out` receives the result, and may be channels of a wider tensor.
     """
     if mask is not None:
-        attended = _scaled_dot_product(q, k, v, mask)
-        return attended if out is None else out.copy_(attended)
-    backend = _backend_for(q, k)
-    # A compiler can trace a function with a result, and not one that writes into a tensor.
-    if backend == "flash_attn_3" and not torch.compiler.is_compiling():
-        return packages.flash_attention_3_into(q, k, v, torch.empty_like(q) if out is None else out)
-    attended = _PLAIN[backend](q, k, v)
-    return attended if out is None else out.copy_(attended)
+        return _placed(_scaled_dot_product(q, k, v, mask), out)
+    return _PLAIN[_backend_for(q, k)](q, k, v, out)
 
 
 def attention_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -76,25 +70,43 @@ def _backend_for(q: Tensor, k: Tensor) -> AttentionBackend:
     return "sdpa" if backend == "flash_attn_4" and torch.compiler.is_compiling() else backend
 
 
-_PLAIN.register("flash_attn_2")(packages.flash_attention_2)
-_PLAIN.register("flash_attn_3")(packages.flash_attention_3)
-_PLAIN.register("flash_attn_4")(packages.flash_attention_4)
+def _placed(attended: Tensor, out: Tensor | None) -> Tensor:
+    """The result itself, or its copy in `out`."""
+    return attended if out is None else out.copy_(attended)
+
+
+@_PLAIN.register("flash_attn_2")
+def _by_flash_attention_2(q: Tensor, k: Tensor, v: Tensor, out: Tensor | None) -> Tensor:
+    return _placed(attention_backends.flash_attention_2(q, k, v), out)
+
+
+@_PLAIN.register("flash_attn_3")
+def _by_flash_attention_3(q: Tensor, k: Tensor, v: Tensor, out: Tensor | None) -> Tensor:
+    # A compiler can trace a function with a result, and not one that writes into a tensor.
+    if torch.compiler.is_compiling():
+        return _placed(attention_backends.flash_attention_3(q, k, v), out)
+    return attention_backends.flash_attention_3_into(q, k, v, torch.empty_like(q) if out is None else out)
+
+
+@_PLAIN.register("flash_attn_4")
+def _by_flash_attention_4(q: Tensor, k: Tensor, v: Tensor, out: Tensor | None) -> Tensor:
+    return _placed(attention_backends.flash_attention_4(q, k, v), out)
 
 
 @_PLAIN.register("sdpa")
-def _by_torch(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return _scaled_dot_product(q, k, v, None)
+def _by_torch(q: Tensor, k: Tensor, v: Tensor, out: Tensor | None) -> Tensor:
+    return _placed(_scaled_dot_product(q, k, v, None), out)
+
+
+@_PLAIN.register("cudnn")
+def _by_cudnn(q: Tensor, k: Tensor, v: Tensor, out: Tensor | None) -> Tensor:
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        return _by_torch(q, k, v, out)
 
 
 def _scaled_dot_product(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     q, k, v = (each.transpose(1, 2) for each in (q, k, v))
     return scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
-
-
-@_PLAIN.register("cudnn")
-def _by_cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        return _by_torch(q, k, v)
 
 
 def _by_package_with_lse(
@@ -109,9 +121,9 @@ def _by_package_with_lse(
     return attend
 
 
-_WITH_LSE.register("flash_attn_2")(_by_package_with_lse(packages.flash_attention_2_with_lse))
-_WITH_LSE.register("flash_attn_3")(_by_package_with_lse(packages.flash_attention_3_with_lse))
-_WITH_LSE.register("flash_attn_4")(_by_package_with_lse(packages.flash_attention_4_with_lse))
+_WITH_LSE.register("flash_attn_2")(_by_package_with_lse(attention_backends.flash_attention_2_with_lse))
+_WITH_LSE.register("flash_attn_3")(_by_package_with_lse(attention_backends.flash_attention_3_with_lse))
+_WITH_LSE.register("flash_attn_4")(_by_package_with_lse(attention_backends.flash_attention_4_with_lse))
 
 
 @_WITH_LSE.register("sdpa")

@@ -38,9 +38,12 @@ _NORM_ROTATION: Operation[Callable[[Tensor, Weight, Tensor, Tensor, Tensor, Tens
 )
 
 
-def choose_gemm(epilogue: Epilogue, x: Tensor, weight: Weight, out: Tensor) -> str | None:
-    """The backend of x (M, K) times weight (N, K) into out (M, N); None: the epilogue takes passes of its own."""
-    has_quack = epilogue != "bias" and weight.scale is None
+def choose_gemm(epilogue: Epilogue, x: Tensor, weight: Weight, out: Tensor | None) -> str | None:
+    """The backend of x (M, K) times weight (N, K) into out (M, N); None: the epilogue takes passes of its own.
+
+    Without `out` the result is a new tensor, which only a bias may have.
+    """
+    has_quack = epilogue != "bias" and weight.scale is None and out is not None
     if has_quack and (quack_gemm.can_add if epilogue == "gated addition" else quack_gemm.can_fuse)(
         x, weight.values, out
     ):
@@ -52,18 +55,19 @@ def choose_gemm(epilogue: Epilogue, x: Tensor, weight: Weight, out: Tensor) -> s
     if cublas_lt.can_multiply(x, weight.values, out):
         return "cublas_lt"
     # PyTorch's own epilogue writes no columns of a wider tensor.
-    return "torch_epilogue" if epilogue == "gelu" and x.is_cuda and out.is_contiguous() else "torch"
+    return "torch_epilogue" if epilogue == "gelu" and x.is_cuda and out is not None and out.is_contiguous() else "torch"
 
 
 def multiply(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     """x @ weight.T + bias, (..., K) to (..., N)."""
     if weight.scale is not None:
         return float8_linear(x, weight.values, weight.scale, bias)
-    if bias is not None and x.is_contiguous() and cublas_lt.can_multiply(rows := x.flatten(0, -2), weight.values):
-        result = x.new_empty(len(rows), len(weight.values))
-        _BIAS["cublas_lt"](rows, weight, bias, result)
-        return result.view(*x.shape[:-1], -1)
-    return linear(x, weight.values, bias)
+    # PyTorch's operator takes all shapes of x, and no bias.
+    if bias is None or not x.is_contiguous() or choose_gemm("bias", rows := x.flatten(0, -2), weight, None) == "torch":
+        return linear(x, weight.values, bias)
+    result = x.new_empty(len(rows), len(weight.values))
+    _BIAS["cublas_lt"](rows, weight, bias, result)
+    return result.view(*x.shape[:-1], -1)
 
 
 def multiply_into(x: Tensor, weight: Weight, bias: Tensor, out: Tensor) -> None:
@@ -82,7 +86,7 @@ def multiply_gelu_into(x: Tensor, weight: Weight, bias: Tensor, out: Tensor) -> 
         _GELU[backend](x_MK, weight, bias, out_MN)
 
 
-def add_gated(x: Tensor, weight: Weight, bias: Tensor, gate: Tensor, onto: Tensor) -> bool:
+def try_add_gated(x: Tensor, weight: Weight, bias: Tensor, gate: Tensor, onto: Tensor) -> bool:
     """onto += gate * (x @ weight.T + bias), if the epilogue takes all batch rows; whether it did.
 
     x (B, tokens, K), gate (B, N), onto (B, tokens, N).

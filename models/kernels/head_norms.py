@@ -17,7 +17,7 @@ class Norm(NamedTuple):
 
 
 @dataclass(frozen=True)
-class QKNorms:
+class QKNormOperands:
     """The norm of each part of a tensor (B, S, parts * D): of queries and keys, or of queries alone.
 
     `first` are those of the first segment's tokens, `rest` of all others. A norm of the head size works on each head by
@@ -38,7 +38,3 @@ class QKNorms:
         """Weights of the norms of each part, those of the first segment first; none for norms without weights."""
         pairs = zip(self.first, self.rest, strict=True)
         return [norm.weight for pair in pairs for norm in pair if norm.weight is not None]
-
-    def of(self, parts: slice) -> QKNorms:
-        """Those of some parts."""
-        return QKNorms(self.first[parts], self.rest[parts], self.head_size)

@@ -40,7 +40,7 @@ def gate_norm_modulate(x: Tensor, update: Tensor, gate: SegmentVectors, modulate
     return _GATED.for_device_of(x)(x, update, gate, modulated)
 
 
-def add_gated(x: Tensor, update: Tensor, gate: SegmentVectors) -> Tensor:
+def add_update(x: Tensor, update: Tensor, gate: SegmentVectors) -> Tensor:
     """x + gate * update, (B, S, D), computed in float32."""
     return (x.float() + update.float() * gate.by_token().float()).to(x.dtype)
 
@@ -55,7 +55,7 @@ def _norm_modulate(x: Tensor, modulated: Modulated) -> Tensor:
 
 @_GATED.register("torch")
 def _gate_norm_modulate(x: Tensor, update: Tensor, gate: SegmentVectors, modulated: Modulated) -> tuple[Tensor, Tensor]:
-    added = add_gated(x, update, gate)
+    added = add_update(x, update, gate)
     return added, _norm_modulate(added, modulated)
 
 

@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import gelu, linear, scaled_dot_product_attention
 
 from common.errors import FailedPrecondition
-from models.kernels import attention_backends as backends
+from models.kernels import attention_backends
 from models.kernels.attention_table import TABLE
 from models.kernels.packages import (
     ATTENTION_PACKAGES,
@@ -75,14 +75,16 @@ def outcomes_on(device: torch.device, capability: Capability, choice: KernelChoi
     found = []
     for package in _wanted(capability, choice):
         required = package.name in choice.required
+        field = "kernels" if package.name in choice.packages else "attention_backend"
         if required and not package.is_for(capability):
             message = f"{choice.setting_of(package.name)} is not for compute capability {_dotted(capability)}"
-            raise FailedPrecondition(f"{message}; it is for {', '.join(map(_dotted, package.capabilities))}")
+            capabilities = ", ".join(map(_dotted, package.capabilities))
+            raise FailedPrecondition(f"{message}; it is for {capabilities}, and auto works here", field=field)
         outcome = try_package(package, device)
         if required and (outcome is None or outcome.error):
             error = "is not installed" if outcome is None else f"{outcome.version} is broken: {outcome.error}"
             message = f"{choice.setting_of(package.name)} is not usable here, {package.name} {error}"
-            raise FailedPrecondition(f"{message}; install a working one, or use auto")
+            raise FailedPrecondition(f"{message}; install a working one, or use auto", field=field)
         if outcome is not None:
             found.append(outcome)
     return found
@@ -234,9 +236,14 @@ def _try_attention(
 
 
 def _try_flash_attention_3(device: torch.device) -> _Results:
-    yield from _try_attention(backends.flash_attention_3, backends.flash_attention_3_with_lse)(device)
+    yield from _try_attention(attention_backends.flash_attention_3, attention_backends.flash_attention_3_with_lse)(
+        device
+    )
     q, k, v = (_random(device, 1, 128, 2, 128) for _ in range(3))
-    yield backends.flash_attention_3_into(q, k, v, torch.empty_like(q)), backends.flash_attention_3(q, k, v)
+    yield (
+        attention_backends.flash_attention_3_into(q, k, v, torch.empty_like(q)),
+        attention_backends.flash_attention_3(q, k, v),
+    )
 
 
 _TRIALS: Mapping[PackageName, Callable[[torch.device], _Results]] = {
@@ -245,6 +252,6 @@ _TRIALS: Mapping[PackageName, Callable[[torch.device], _Results]] = {
     "quack-kernels": _try_quack,
     "cuda-bindings": _try_cuda_bindings,
     "fa3-fwd": _try_flash_attention_3,
-    "flash-attn-4": _try_attention(backends.flash_attention_4, backends.flash_attention_4_with_lse),
-    "flash-attn": _try_attention(backends.flash_attention_2, backends.flash_attention_2_with_lse),
+    "flash-attn-4": _try_attention(attention_backends.flash_attention_4, attention_backends.flash_attention_4_with_lse),
+    "flash-attn": _try_attention(attention_backends.flash_attention_2, attention_backends.flash_attention_2_with_lse),
 }

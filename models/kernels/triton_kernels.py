@@ -21,7 +21,7 @@ from models.rotation import HeadRotation
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from models.kernels.head_norms import QKNorms
+    from models.kernels.head_norms import QKNormOperands
     from models.rotation import Rotation
     from models.token_segments import SegmentVectors
 
@@ -119,6 +119,7 @@ def _launch_norm(
     gates = [x, x, x] if gate is None else _three(gate)
     strides = {each.stride(0) for each in (*scales, *shifts)}
     assert len(strides) == 1, "scales and shifts must be parts of tensors of one shape"
+    assert len({each.stride(0) for each in gates}) == 1, "gates must be parts of tensors of one shape"
     block = triton.next_power_of_2(size)
     _gate_norm_scale_shift_kernel[(batch * tokens,)](
         x, x if update is None else update, *gates, *scales, *shifts, added, normed,
@@ -203,7 +204,7 @@ def _head_norm_rotary_kernel(
 
 def qk_norm_rotate(
     x: Tensor,
-    norms: QKNorms,
+    norms: QKNormOperands,
     rotation: Rotation | HeadRotation | None,
     first_tokens: int,
     square_sums: Tensor | None,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from models.kernels.float8 import check_sizes, quantize_rows
 from models.kernels.float8_format import FLOAT8
-from models.kernels.gemm import Weight, add_gated, multiply, multiply_gelu_into, multiply_into
+from models.kernels.gemm import Weight, multiply, multiply_gelu_into, multiply_into, try_add_gated
 from models.layers.module_paths import matches
 from models.layers.norms import Residual
 from models.token_segments import SegmentVectors
@@ -63,11 +63,11 @@ class Linear(nn.Linear):
         The last segment decides: the others often have too few tokens for the epilogue.
         """
         *others, (rows, vector) = gate.used()
-        if not add_gated(x[:, rows], self.factor, self.bias, vector, stream[:, rows]):
+        if not try_add_gated(x[:, rows], self.factor, self.bias, vector, stream[:, rows]):
             return Residual(stream, self(x), gate)
         for rows, vector in others:
             stream_BLN, x_BLK = stream[:, rows], x[:, rows]  # noqa: N806
-            if not add_gated(x_BLK, self.factor, self.bias, vector, stream_BLN):
+            if not try_add_gated(x_BLK, self.factor, self.bias, vector, stream_BLN):
                 stream_BLN.copy_(Residual(stream_BLN, self(x_BLK), SegmentVectors.same(vector)).added())
         return Residual(stream)
 

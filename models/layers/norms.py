@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import layer_norm, rms_norm
 
 from models.kernels.head_norms import Norm
-from models.kernels.norm_modulate import Modulated, add_gated, gate_norm_modulate, norm_modulate
+from models.kernels.norm_modulate import Modulated, add_update, gate_norm_modulate, norm_modulate
 from models.token_segments import SegmentVectors
 
 
@@ -32,7 +32,7 @@ class Residual(NamedTuple):
         """The stream with its update; computed in float32, result in x's type."""
         if self.update is None or self.gate is None:
             return self.x
-        return add_gated(self.x, self.update, self.gate)
+        return add_update(self.x, self.update, self.gate)
 
 
 class LayerNormScaleShift(nn.Module):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from models.kernels.head_norms import QKNorms
+from models.kernels.head_norms import QKNormOperands
 from models.kernels.qk_norm_rotate import AnyRotation, qk_norm_rotate, split_heads
 from models.layers.norms import QKNorm, RMSNorm
 from models.token_segments import TokenSegments
@@ -52,11 +52,11 @@ def apply_qk_norm(
     sums = first_norm.square_sums(normed, len(norms.norms)) if isinstance(first_norm, RMSNorm) else None
     rest = tuple(norm.operand for norm in norms.norms)
     if norms.first is None:
-        qk_norm_rotate(x, QKNorms(rest, rest, norms.head_size), rotation, 0, sums, out)
+        qk_norm_rotate(x, QKNormOperands(rest, rest, norms.head_size), rotation, 0, sums, out)
         return
     assert segments is not None, "norms of the first segment need its length"
     first = tuple(norm.operand for norm in norms.first)
-    qk_norm_rotate(x, QKNorms(first, rest, norms.head_size), rotation, segments.lengths[0], sums, out)
+    qk_norm_rotate(x, QKNormOperands(first, rest, norms.head_size), rotation, segments.lengths[0], sums, out)
 
 
 @dataclass(frozen=True)

@@ -45,10 +45,10 @@ def parallelize(
     and TypeError where the plan names a module of another kind, a method that is no entry point or an argument that it
     lacks.
     """
+    check_entry_points(model, plan)
     if mesh is None:
         return
     mesh.degrees.check_model(heads, feed_forward)
-    check_entry_points(model, plan)
     if mesh.size("tp") > 1:
         _shard_weights(model, plan, mesh.axis("tp"))
     if get_sp_world_size(mesh) > 1:
@@ -75,7 +75,7 @@ def _shard_weights(model: nn.Module, plan: ParallelPlan, axis: Axis) -> None:
         _replace(model, plan.gathered, Linear, gathered)
         _replace(model, plan.row, Linear, row)
         _replace(model, plan.norms, RMSNorm, norm)
-    _replace(model, plan.heads, OwnHeads, lambda *_: ShardedHeads(axis))
+    _replace_each(model, plan.heads, OwnHeads, lambda *_: ShardedHeads(axis))
 
 
 def _replace(model: nn.Module, patterns: tuple[str, ...], kind: type[M], make: Callable[[str, M], nn.Module]) -> None:
@@ -87,11 +87,23 @@ def _replace(model: nn.Module, patterns: tuple[str, ...], kind: type[M], make: C
             model.set_submodule(path, replacement)
 
 
+def _replace_each(
+    model: nn.Module, patterns: tuple[str, ...], kind: type[M], make: Callable[[str, M], nn.Module]
+) -> None:
+    """The same, where a pattern without a module would leave tokens or heads whole that others have shards of.
+
+    Raises TypeError for such a pattern.
+    """
+    if unmatched := [pattern for pattern in patterns if not list(matching(model, pattern, kind))]:
+        raise TypeError(f"{type(model).__name__} has no module {', '.join(unmatched)}, which its plan shards")
+    _replace(model, patterns, kind, make)
+
+
 def _shard_sequence(model: DiffusionTransformer, plan: ParallelPlan, mesh: WorkerMesh) -> None:
     scope = SegmentScope(get_sp_world_size(mesh), mesh.sp_index)
     gather = None
     if mesh.size("ring") > 1 and mesh.shares_memory:
         gather = PeerGather(mesh.axis("ring"), mesh.device, CopyStreams(mesh.device))
-    _replace(model, plan.attention, Attention, lambda *_: USPAttention(mesh, scope, gather))
-    _replace(model, plan.sharded_keys, Attention, lambda *_: ShardedKeysAttention(mesh, scope))
+    _replace_each(model, plan.attention, Attention, lambda *_: USPAttention(mesh, scope, gather))
+    _replace_each(model, plan.sharded_keys, Attention, lambda *_: ShardedKeysAttention(mesh, scope))
     shard_entry_points(model, plan, mesh, scope)

@@ -9,10 +9,9 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from typing import Any, TypeAlias
 
-from redis.asyncio import Redis
-
 from common.errors import FailedPrecondition, InternalError, Unavailable
 from common.state.connection import PREFIX, command, connect, script_sha, script_source, store_errors
+from common.state.redis_client import Redis
 from common.state.replication import Replication
 from common.state.store_server import StoreMemory, StoreSettings, check_server, read_facts
 from services.cli.doctor_results import Check, Result, error, ok, warning

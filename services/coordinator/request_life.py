@@ -135,6 +135,12 @@ class Execution:
         """Time since this coordinator began to acquire the request."""
         return time.monotonic() - self._began
 
+    def count_end(self, model: str, outcome: Outcome) -> None:
+        """Count a request that ended here, and its duration."""
+        name = state_label(outcome.state)
+        REQUESTS.labels(model, name).inc()
+        observe(REQUEST_SECONDS.labels(model, name), self.seconds_old)
+
     def cancel(self) -> None:
         """End as CANCELLED; where it does not run yet, as soon as it does."""
         self._cancel_requested = True
@@ -294,18 +300,17 @@ class Execution:
                 last = await persist(f"request {self.request_id} has ended", finish)
         except InternalError as error:
             _log.exception("the end of the request could not be stored")
-            failed = failure(error)
-            last = await store.finish(self.request_id, failed.state, error=failed.error, epoch=self.epoch)
+            outcome = failure(error)
+            last = await store.finish(self.request_id, outcome.state, error=outcome.error, epoch=self.epoch)
         self.files = None if last is None else outcome.files
         self.log.extend(last or ())
         if last is None:
             _log.info("request %s ends elsewhere", self.request_id)
             return
         submission.trace.end(outcome.state, outcome.error, steps_saved=outcome.steps_saved)
-        name = state_label(outcome.state)
-        REQUESTS.labels(model, name).inc()
-        observe(REQUEST_SECONDS.labels(model, name), self.seconds_old)
+        self.count_end(model, outcome)
         STEPS_SAVED.labels(model).inc(outcome.steps_saved)
+        name = state_label(outcome.state)
         why = f": {outcome.error.message}" if outcome.error else ""
         _log.info("request %s of %s is %s%s", self.request_id, model, name, why)
 

@@ -64,6 +64,7 @@ async def inherit(
         finish = partial(store.finish, request_id, failed.state, error=failed.error, epoch=epoch)
         if await persist(f"request {request_id} cannot be taken over", finish) is not None:
             RequestTrace.resume(inherited.record).end(failed.state, failed.error)
+            execution.count_end(inherited.record.model, failed)
         return None
     submission.trace.taken_over(execution.epoch)
     return Acquired(submission, inherited.seconds_left)

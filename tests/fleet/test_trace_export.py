@@ -156,6 +156,7 @@ def test_certificates_and_names_are_those_of_the_variables(
         ({"TRACES_EXPORTER": "zipkin"}, "OTEL_TRACES_EXPORTER is 'zipkin'; otlp and none are supported"),
         ({"EXPORTER_OTLP_PROTOCOL": "http/protobuf"}, "OTEL_EXPORTER_OTLP_PROTOCOL is 'http/protobuf'; grpc is"),
         ({"EXPORTER_OTLP_TIMEOUT": "soon"}, "an OTEL_ variable is wrong: .*soon"),
+        ({"EXPORTER_OTLP_COMPRESSION": "zstd"}, "an OTEL_ variable is wrong: .*zstd"),
         (
             {"EXPORTER_OTLP_CERTIFICATE": "/none.pem"},
             "an OTEL_ variable is wrong: OTEL_EXPORTER_OTLP_CERTIFICATE: /none.pem cannot be read",

@@ -6,6 +6,7 @@ import asyncio
 from typing import Any
 
 import pytest
+from prometheus_client import REGISTRY
 
 from common.errors import InvalidInput, ResourceExhausted, Unavailable
 from common.state.leases import Inherited
@@ -212,6 +213,10 @@ def test_one_execution_of_a_request_runs_at_a_time_whatever_its_epochs() -> None
     assert case.queue.most_at_once == 1
 
 
+def failed_requests() -> float:
+    return REGISTRY.get_sample_value("fleet_requests_total", {"model": "emoji", "state": "FAILED"}) or 0.0
+
+
 @pytest.mark.parametrize(
     ("stored", "reason"),
     [
@@ -237,9 +242,11 @@ def test_a_request_that_cannot_be_run_here_ends_as_failed(stored: bytes, reason:
         await case.driver.take_over("emoji", refuse)
         await case.until()
 
+    before = failed_requests()
     case = story(test)
     ((epoch, state, message),) = case.store.ends
     assert (epoch, state) == (2, FAILED)
+    assert failed_requests() - before == 1
     assert reason in message
     assert case.owners.running == [[], ["r"]]
 

@@ -15,7 +15,7 @@ from models.kernels.activation import gate_by_silu, write_gelu
 from models.kernels.attention import merge_attention
 from models.kernels.float8 import quantize_rows
 from models.kernels.float8_format import FLOAT8
-from models.kernels.head_norms import QKNorms
+from models.kernels.head_norms import QKNormOperands
 from models.layers.norms import (
     LayerNormScaleShift,
     PlainLayerNorm,
@@ -50,11 +50,11 @@ def assert_near(got: Tensor, expected: Tensor, most: float) -> None:
     assert float((got.float() - expected.float()).norm() / expected.float().norm()) <= most
 
 
-def operands(norms: HeadNorms) -> QKNorms:
+def operands(norms: HeadNorms) -> QKNormOperands:
     """Norms as the kernel takes them."""
     rest = tuple(norm.operand for norm in norms.norms)
     first = rest if norms.first is None else tuple(norm.operand for norm in norms.first)
-    return QKNorms(first, rest, norms.head_size)
+    return QKNormOperands(first, rest, norms.head_size)
 
 
 def modulations(dtype: torch.dtype) -> list[SegmentVectors]:
