@@ -20,8 +20,8 @@ LABELS = {
     "begun": "yes, no",
     "reason": "lost, handed_over, full",
     "kind": "kinds of damage that the script of the request store names",
-    "work": "bounds of pixels in a step, over outputs and guidance branches: 65536, 262144, 1048576, 4194304, 16777216, "
-    "67108864, 268435456, 1073741824; `more` above; `unknown` for a caller that sends none",
+    "work": "bounds of pixels in a step, over outputs and guidance branches: 65536, 262144, 1048576, 4194304, "
+    "16777216, 67108864, 268435456, 1073741824; `more` above; `unknown` for a caller that sends none",
     "operation": "operations of the script of the request store, and commands of Redis that this code sends",
     "device": "GPUs of the host, by index",
     "grpc_method": "methods of the fleet's own services",
