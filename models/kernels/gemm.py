@@ -43,11 +43,10 @@ def choose_gemm(epilogue: Epilogue, x: Tensor, weight: Weight, out: Tensor | Non
 
     Without `out` the result is a new tensor, which only a bias may have.
     """
-    has_quack = epilogue != "bias" and weight.scale is None and out is not None
-    if has_quack and (quack_gemm.can_add if epilogue == "gated addition" else quack_gemm.can_fuse)(
-        x, weight.values, out
-    ):
-        return "quack"
+    if epilogue != "bias" and weight.scale is None and out is not None:
+        can_fuse = quack_gemm.can_add if epilogue == "gated addition" else quack_gemm.can_fuse
+        if can_fuse(x, weight.values, out):
+            return "quack"
     if epilogue in ("gated addition", "norm and rotation"):
         return None
     if weight.scale is not None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import manifest_checks
 import manifest_scalers
+import promql
 import pytest
 from manifest_checks import CHECKS
 from manifests import K8S, Manifest, render
@@ -46,6 +47,7 @@ def known(monkeypatch: pytest.MonkeyPatch) -> None:
     protos, classes = manifest_checks.proto_services, settings_class
     for module in (manifest_checks, manifest_scalers):
         monkeypatch.setattr(module, "SERVICES", module.SERVICES | {STAGE})
+    monkeypatch.setitem(promql._VALUES, "service", promql._VALUES["service"] | {STAGE})
     monkeypatch.setattr(manifest_checks, "settings_class", lambda name: classes("denoising" if name == STAGE else name))
     monkeypatch.setattr(
         manifest_checks,

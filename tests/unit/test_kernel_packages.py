@@ -372,7 +372,7 @@ def test_a_rank_compares_facts_before_it_connects_its_device(monkeypatch: pytest
 
     thread = threading.Thread(target=follow)
     thread.start()
-    settings = SimpleNamespace(degrees=None, rank_join_seconds=5.0)
+    settings = SimpleNamespace(degrees=None, ranks_per_node=2, rank_join_seconds=5.0)
     leading = LeadingRank(cast(Any, None), cast(Any, None), cast(Any, settings), [mine], cast(Any, None))
     with pytest.raises(FailedPrecondition, match="rank 1 has b and this rank has a"):
         leading.make_mesh(CPU)
@@ -387,9 +387,10 @@ def test_a_follower_tries_its_packages_before_it_loads(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(rank, "try_packages", tried)
     choice = KernelChoice(("triton",))
-    settings = SimpleNamespace(degrees=None, device="cpu", threads=0, kernel_choice=choice)
+    settings = SimpleNamespace(degrees=None, ranks_per_node=2, device="cpu", threads=0, kernel_choice=choice)
     liveness = SimpleNamespace(start=lambda **_: None)
-    follower = FollowingRank(cast(Any, None), cast(Any, None), cast(Any, settings), [], cast(Any, liveness))
+    place = cast(Any, SimpleNamespace(local_rank=1))
+    follower = FollowingRank(place, cast(Any, None), cast(Any, settings), [], cast(Any, liveness))
     with pytest.raises(InvalidInput, match="triton"):
         follower.run(cast(Any, None))
 

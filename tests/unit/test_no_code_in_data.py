@@ -15,6 +15,7 @@ FOLDERS = ("common", "configs", "models", "services")
 FILES_BELONG_TO = {
     "common/checkpoint.py",
     "common/json_file.py",
+    "common/otlp.py",
     "common/process_exit.py",
     "common/rpc/address.py",
     "common/rpc/probe.py",
@@ -23,6 +24,7 @@ FILES_BELONG_TO = {
     "common/settings.py",
     "common/state/embedded.py",
     "common/tether.py",
+    "common/tracing.py",
     "common/vocabulary.py",
     "common/watched.py",
     "common/weight_files.py",

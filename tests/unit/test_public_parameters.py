@@ -46,7 +46,7 @@ def test_an_exit_code_is_2_for_the_callers_fault_and_1_for_the_rest(kind: type[F
 class NoChannel:
     """A channel on which no call may be opened."""
 
-    def stream_stream(self, _: str) -> Any:
+    def stream_stream(self, *_: object) -> Any:
         return self._refuse
 
     def _refuse(self, *_: object, **__: object) -> Any:

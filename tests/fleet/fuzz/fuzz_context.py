@@ -44,5 +44,8 @@ class Answer:
     def cancel(self) -> None:
         """It ends by itself."""
 
+    async def code(self) -> grpc.StatusCode:
+        return grpc.StatusCode.OK
+
     async def trailing_metadata(self) -> tuple[()]:
         return ()

@@ -179,7 +179,7 @@ class _Channel:
 
     frames: Frames = ()
 
-    def stream_stream(self, _: str) -> Any:
+    def stream_stream(self, *_: object) -> Any:
         return lambda *_, **__: Answer(self.frames)
 
 
