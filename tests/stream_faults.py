@@ -225,12 +225,19 @@ async def cancelled(fleet: Served) -> None:
 async def is_forgotten(fleet: Served, name: str) -> None:
     """Wait until no worker works on a request that has ended; what the store still has of it expires."""
 
-    async def is_free() -> bool:
-        slots = [await fleet.redis.hgetall(key) for key in await fleet.redis.keys("fleet:slots:*")]
-        return name not in str(slots) and not await fleet.redis.keys("fleet:checkpoint:*")
+    async def remains() -> list[str]:
+        slots = {key: await fleet.redis.hgetall(key) for key in await fleet.redis.keys("fleet:slots:*")}
+        taken = [f"{key!r}: {fields}" for key, fields in slots.items() if name in str(fields)]
+        return taken + [repr(key) for key in await fleet.redis.keys("fleet:checkpoint:*")]
 
-    async with asyncio.timeout(5):
-        await until(is_free)
+    async def is_free() -> bool:
+        return not await remains()
+
+    try:
+        async with asyncio.timeout(5):
+            await until(is_free)
+    except TimeoutError:
+        raise AssertionError(f"request {name} has ended; this remains: {await remains()}") from None
     for key in await fleet.redis.keys(f"fleet:*{name}*"):
         assert await fleet.redis.pttl(key) > 0, f"{key!r} stays for ever"
 

@@ -6,10 +6,13 @@ refuses every write under an earlier one, so that a coordinator which only seeme
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from functools import partial
 from typing import Any, NamedTuple, cast
 
-from common.errors import NotFound
+from common.errors import FleetError, NotFound
 from common.state.connection import PREFIX, Arguments, command, run_script, store_errors
 from common.state.records import read_record
 from common.state.redis_client import Redis
@@ -104,6 +107,21 @@ class Leases:
         `number` counts the checkpoints of an epoch; each part is at most a little above 1 MiB.
         """
         key = f"{PREFIX}checkpoint:{request_id}:{epoch}-{number}"
+        arguments: Arguments = {"id": request_id, "epoch": epoch, "checkpoint_key": key, "step": step}
+        is_written = False
+        try:
+            await self._put_all(key, parts)
+            is_written = True
+            return bool(await run_script(self._redis, "step_checkpoint", arguments))
+        except asyncio.CancelledError:
+            # A key that no request refers to would use memory until it expires. The script deletes it where the request
+            # has ended, and may run twice.
+            script = partial(run_script, self._redis, "step_checkpoint", arguments)
+            with suppress(FleetError):
+                await asyncio.shield(script() if is_written else command(self._redis, "UNLINK", key))
+            raise
+
+    async def _put_all(self, key: str, parts: Iterable[bytes]) -> None:
         batch: dict[str, bytes] = {}
         for index, part in enumerate(parts):
             batch[str(index)] = part
@@ -112,8 +130,6 @@ class Leases:
                 batch = {}
         if batch:
             await self._put(key, batch)
-        arguments: Arguments = {"id": request_id, "epoch": epoch, "checkpoint_key": key, "step": step}
-        return bool(await run_script(self._redis, "step_checkpoint", arguments))
 
     async def _put(self, key: str, parts: Mapping[str, bytes]) -> None:
         """Write parts under their numbers, which may be done twice: redis-py repeats what it got no answer to."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import asyncio
+from collections.abc import Iterator, Mapping
 
 import pytest
 from redis.asyncio import Redis
 
 from common.errors import NotFound
+from common.state import leases
+from common.state.connection import run_script
 from common.state.leases import Inherited, Leases
 from common.state.records import ResultFile, state_event
 from common.state.requests import RequestStore
@@ -165,5 +168,46 @@ def test_the_newest_checkpoint_stays_until_the_request_ends(url: str) -> None:
         assert await old.load_step_checkpoint("r") == parts
         await store.finish("r", State.REQUEST_STATE_FAILED)
         assert not await redis.keys("fleet:checkpoint:*")
+
+    run_on_empty_store(url, story)
+
+
+@pytest.mark.parametrize("has_ended", [False, True], ids=["running", "ended"])
+@pytest.mark.parametrize("phase", ["writing", "entering"])
+def test_a_cancelled_checkpoint_leaves_no_key_behind(
+    url: str, monkeypatch: pytest.MonkeyPatch, phase: str, has_ended: bool
+) -> None:
+    """A checkpoint that is written is entered, where its request still runs; any other key is deleted."""
+
+    async def story(redis: Redis) -> None:
+        store, old = RequestStore(redis, owner="old"), Leases(redis, "old")
+        await store.admit(record("r"))
+        assert await old.save_step_checkpoint("r", 1, 0, [b"first"], step=1)
+        put, reached = old._put, asyncio.Event()
+        monkeypatch.setattr(leases, "_BATCH_BYTES", 1)
+
+        async def never(*_: object) -> None:
+            monkeypatch.setattr(leases, "run_script", run_script)
+            reached.set()
+            await asyncio.Event().wait()
+
+        async def put_once(key: str, parts: Mapping[str, bytes]) -> None:
+            await put(key, parts)
+            monkeypatch.setattr(old, "_put", never)
+
+        if phase == "writing":
+            monkeypatch.setattr(old, "_put", put_once)
+        else:
+            monkeypatch.setattr(leases, "run_script", never)
+        saving = asyncio.create_task(old.save_step_checkpoint("r", 1, 1, [b"second", b"third"], step=2))
+        await reached.wait()
+        assert b"fleet:checkpoint:r:1-1" in await redis.keys("fleet:checkpoint:*")
+        if has_ended:
+            await store.finish("r", State.REQUEST_STATE_CANCELLED)
+        saving.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await saving
+        newest = f"fleet:checkpoint:r:1-{int(phase == 'entering')}".encode()
+        assert await redis.keys("fleet:checkpoint:*") == ([] if has_ended else [newest])
 
     run_on_empty_store(url, story)
