@@ -23,7 +23,7 @@ LABELS = {
     "work": "bounds of pixels in a step, over outputs and guidance branches: 65536, 262144, 1048576, 4194304, "
     "16777216, 67108864, 268435456, 1073741824; `more` above; `unknown` for a caller that sends none",
     "operation": "operations of the script of the request store, and commands of Redis that this code sends",
-    "device": "GPUs of the host, by index",
+    "device": "GPUs that the process sees, by index",
     "grpc_method": "methods of the fleet's own services",
     "grpc_status": "names of gRPC status codes",
 }

@@ -209,6 +209,7 @@ class _WorkerItems:
     sink: ItemSink
     memory: ArtifactMemory
     recovery: Recovery
+    span: Span
 
     async def put(self, index: int, item: Packet, byte_size: int) -> None:
         """Take an item. Raises ResourceExhausted with the slot as field beyond the bound of kept artifacts."""
@@ -218,6 +219,7 @@ class _WorkerItems:
         except ResourceExhausted as error:
             raise ResourceExhausted(error.message, field=self.slot) from error
         self.recovery.has_emitted = True
+        self.span.event("item", slot=self.slot, index=index, bytes=byte_size)
         await self.sink.put(index, item, byte_size)
 
 
@@ -315,7 +317,7 @@ class WorkerRunner:
         worker = attempt.worker_slot.worker
         runner = self._workers.connections.runner(self._model, call.variant, self._spec, worker.address)
         memory, recovery = self._workers.memory, self._recovery
-        sinks = {slot: _WorkerItems(slot, sink, memory, recovery) for slot, sink in call.sinks.items()}
+        sinks = {slot: _WorkerItems(slot, sink, memory, recovery, attempt.span) for slot, sink in call.sinks.items()}
         call = replace(call, on_begun=attempt.begin, on_computed=attempt.add_computed, sinks=sinks, tokens=self._tokens)
         slot = self._spec.resume_slot
         if slot is None or not worker.numerics_fingerprint:

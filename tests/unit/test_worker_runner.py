@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import gc
 from collections.abc import Awaitable, Callable, Mapping
-from typing import cast
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from prometheus_client import REGISTRY
@@ -17,6 +18,7 @@ from common.rpc.framing import Packet
 from common.stage import STEP_CHECKPOINTS, Call, Contract
 from common.state.leases import Leases
 from common.state.worker_slots import FIRST_COME, Computed, WorkerSlot, WorkerSlots
+from common.trace_context import Span
 from fleet.v1 import artifacts_pb2, worker_pb2
 from services.coordinator import worker_runner
 from services.coordinator.resume import Recovery
@@ -225,3 +227,37 @@ def test_a_request_that_reaches_no_worker_ends_after_its_patience() -> None:
     with pytest.raises(Unavailable, match=r"no worker of text_encoding was reached for 0 s, at last: connection reset"):
         asyncio.run(run({}, CALL))
     assert len(store.released) == 1
+
+
+class _Events(Span):
+    """Records events."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | int | float]]] = []
+
+    def event(self, name: str, **attributes: str | int | float) -> None:
+        self.found.append((name, attributes))
+
+
+class _Sink:
+    """Takes every item."""
+
+    async def put(self, index: int, item: Packet, byte_size: int) -> None:
+        del index, item, byte_size
+
+
+def test_an_item_of_a_stream_is_an_event_of_its_attempt() -> None:
+    async def story() -> None:
+        async def settle() -> None:
+            pass
+
+        span = _Events()
+        recovery = SimpleNamespace(step_checkpoint=SimpleNamespace(settle=settle), has_emitted=False)
+        memory = SimpleNamespace(hold=lambda _: None)
+        items = worker_runner._WorkerItems("latents", _Sink(), cast(Any, memory), cast(Any, recovery), span)
+        await items.put(3, cast(Any, None), 1_024)
+        assert span.found == [("item", {"slot": "latents", "index": 3, "bytes": 1_024})]
+        assert recovery.has_emitted
+
+    asyncio.run(story())
