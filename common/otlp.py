@@ -22,6 +22,7 @@ from opentelemetry.trace import Span as SdkSpan
 from opentelemetry.trace import SpanKind as SdkSpanKind
 from opentelemetry.trace.span import TraceState
 
+from common.state.store_url import without_password
 from common.trace_context import Span, SpanKind, TraceContext
 
 _FILES = (
@@ -202,7 +203,7 @@ class _OneWarning(SpanExporter):
         failed = result is not SpanExportResult.SUCCESS
         if failed:
             self.warn()
-        elif self.is_failing and not failed:
+        elif self.is_failing:
             _log.info("the trace collector takes spans again")
         self.is_failing = failed
         return result
@@ -224,6 +225,6 @@ class _OneWarning(SpanExporter):
 
 
 def _endpoint() -> str:
-    """Where the spans go."""
+    """The URL that spans are sent to, without a password."""
     names = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
-    return next((os.environ[name] for name in names if os.environ.get(name)), "http://localhost:4317")
+    return without_password(next((os.environ[name] for name in names if os.environ.get(name)), "http://localhost:4317"))

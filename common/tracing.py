@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol
 
 from common.errors import Cancelled, HandedOver
+from common.state.store_url import without_password
 from common.trace_context import NO_SPAN, Span, SpanKind, TraceContext, current_span, entered
 
 _ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
@@ -149,5 +150,5 @@ def _opened(service: str, environ: Mapping[str, str]) -> Tracer | None:
     try:
         return OtlpTracer(service)
     except Exception as error:  # noqa: BLE001  (the SDK has exceptions of its own for wrong variables)
-        _log.warning("no traces are exported: an OTEL_ variable is wrong: %s", error)
+        _log.warning("no traces are exported: an OTEL_ variable is wrong: %s", without_password(str(error)))
         return None

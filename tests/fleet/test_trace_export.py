@@ -279,6 +279,15 @@ def warnings_of_a_coordinator(url: str) -> list[str]:
     return warnings
 
 
+def test_no_warning_has_the_password_of_a_collector(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with exporting(monkeypatch, EXPORTER_OTLP_ENDPOINT="http://user:secret@127.0.0.1:1"):
+        vars(tracing.tracer())["_exporter"].warn()
+    assert [each for each in caplog.messages if "at http://***@127.0.0.1:1 is unavailable" in each]
+    assert "secret" not in caplog.text
+
+
 def test_an_unreachable_collector_costs_one_warning(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", NOWHERE)
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "0.3")
