@@ -16,11 +16,12 @@ from common.checkpoint import Checkpoint
 from common.pipeline import ComposedPipeline, ServiceSpec
 from configs.pipeline_configs.base import DecodingConfig, DenoisingConfig, ImageLatentsConfig, PipelineConfig
 from configs.sample.base import SamplingParams
+from generated_part import GeneratedPart, markdown
 from models.registry import PipelineEntry, Registry, load_registry, resolve
 from readme import ROOT
 
 README = ROOT / "README.md"
-BEGIN, END = "<!-- families: `poe families` writes this table -->\n", "<!-- end of families -->\n"
+PART = GeneratedPart(README, "<!-- families: `poe families` writes this table -->\n", "<!-- end of families -->\n")
 
 _HEADINGS = ("Family", "Directories", "Variants", "Style", "From", "To", "Parallel", "Resume", "Differs from Diffusers")
 _CHOICES: tuple[Mapping[str, object], ...] = ({}, {"expand_timesteps": True}, {"boundary_ratio": 0.9})
@@ -162,17 +163,8 @@ def table(registry: Registry) -> str:
             raise ValueError(f"title: {each.config.__name__} has none; the table of families needs it")
         families.setdefault(each.config.title, []).append(each)
     rows = [_row(title, families[title]) for title in sorted(families, key=str.casefold)]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in (_HEADINGS, ("---",) * len(_HEADINGS), *rows))
-
-
-def replaced(text: str, new: str) -> str:
-    """The README's text with another table. Raises ValueError for a text without the marks."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise ValueError(f"README.md: {BEGIN.strip()} and {END.strip()} are not both in it")
-    return f"{before}{BEGIN}\n{new}\n{END}{after}"
+    return markdown((_HEADINGS, ("---",) * len(_HEADINGS), *rows))
 
 
 if __name__ == "__main__":
-    README.write_text(replaced(README.read_text(), table(load_registry())))
+    PART.write(table(load_registry()))

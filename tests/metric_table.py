@@ -5,10 +5,11 @@ from __future__ import annotations
 from prometheus_client.metrics import MetricWrapperBase
 
 from common import metrics
+from generated_part import GeneratedPart, markdown
 from readme import ROOT
 
 README = ROOT / "services" / "README.md"
-BEGIN, END = "<!-- metrics: `poe metrics` writes these tables -->\n", "<!-- end of metrics -->\n"
+PART = GeneratedPart(README, "<!-- metrics: `poe metrics` writes these tables -->\n", "<!-- end of metrics -->\n")
 
 _SUFFIXES = {
     "counter": ("_total",),
@@ -50,17 +51,8 @@ def table() -> str:
         rows.append((f"`{name}`", family.type, labels or "none", family.documentation))
     rules = [("Label", "Values"), ("---",) * 2]
     rules += [(f"`{name}`", rule) for name, rule in metrics.LABELS.items()]
-    return "\n".join("".join(f"| {' | '.join(cells)} |\n" for cells in each) for each in (rows, rules))
-
-
-def replaced(text: str, new: str) -> str:
-    """The README's text with other tables. Raises ValueError for a text without the marks."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise ValueError(f"services/README.md: {BEGIN.strip()} and {END.strip()} are not both in it")
-    return f"{before}{BEGIN}\n{new}\n{END}{after}"
+    return f"{markdown(rows)}\n{markdown(rules)}"
 
 
 if __name__ == "__main__":
-    README.write_text(replaced(README.read_text(), table()))
+    PART.write(table())

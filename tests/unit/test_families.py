@@ -18,7 +18,7 @@ def registry() -> Registry:
 def test_the_readme_has_the_table_of_the_registry(registry: Registry) -> None:
     text = families.README.read_text()
     table = families.table(registry)
-    assert families.replaced(text, table) == text, "run `poe families`"
+    assert families.PART.replaced(text, table) == text, "run `poe families`"
     assert all(f"`{name}`" in table for name in registry.names())
 
 
@@ -27,7 +27,7 @@ def test_an_edit_of_the_table_is_found(registry: Registry, cell: str) -> None:
     text = families.README.read_text()
     edited = text.replace(cell, "edited")
     assert edited != text
-    assert families.replaced(edited, families.table(registry)) == text
+    assert families.PART.replaced(edited, families.table(registry)) == text
 
 
 def test_facts_of_a_family_are_read_and_not_written(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,4 +60,4 @@ def test_a_variant_that_no_checkpoint_has_is_a_defect() -> None:
 
 def test_a_readme_without_the_marks_is_refused() -> None:
     with pytest.raises(ValueError, match=r"README\.md: .* are not both in it"):
-        families.replaced("# README", "| table |\n")
+        families.PART.replaced("# README", "| table |\n")

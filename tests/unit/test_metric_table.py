@@ -11,7 +11,7 @@ from common import metrics
 
 def test_the_readme_has_the_tables_of_the_code() -> None:
     text = metric_table.README.read_text()
-    assert metric_table.replaced(text, metric_table.table()) == text, "run `poe metrics`"
+    assert metric_table.PART.replaced(text, metric_table.table()) == text, "run `poe metrics`"
 
 
 @pytest.mark.parametrize("cell", ["`fleet_queued_seconds`", "| histogram |", "`grpc_method`", "Calls being served"])
@@ -19,7 +19,7 @@ def test_an_edit_of_the_tables_is_found(cell: str) -> None:
     text = metric_table.README.read_text()
     edited = text.replace(cell, "edited")
     assert edited != text
-    assert metric_table.replaced(edited, metric_table.table()) != edited
+    assert metric_table.PART.replaced(edited, metric_table.table()) != edited
 
 
 def test_a_new_metric_needs_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -42,4 +42,4 @@ def test_a_histogram_has_three_kinds_of_series() -> None:
 
 def test_a_readme_without_the_marks_is_refused() -> None:
     with pytest.raises(ValueError, match=r"services/README\.md: .* are not both in it"):
-        metric_table.replaced("# Services", "| table |\n")
+        metric_table.PART.replaced("# Services", "| table |\n")
