@@ -70,9 +70,14 @@ class SegmentVectors(NamedTuple):
         return torch.cat([vector[:, None].expand(-1, rows.stop - rows.start, -1) for rows, vector in used], dim=1)
 
 
-def vectors_of_rows(segments: TokenSegments | None, *rows_BMD: Tensor) -> list[SegmentVectors]:  # noqa: N803
-    """M vectors in order, from rows (B, M, D) of each segment; without segments, of all tokens."""
-    if segments is None:
-        (rows,) = rows_BMD
-        return [SegmentVectors.same(row) for row in rows.unbind(1)]
-    return [segments.vectors(*each) for each in zip(*(rows.unbind(1) for rows in rows_BMD), strict=True)]
+def vectors_of_rows(
+    segments: TokenSegments | None,
+    first_BMD: Tensor | None,  # noqa: N803
+    rest_BMD: Tensor,  # noqa: N803
+) -> list[SegmentVectors]:
+    """M vectors in order, from rows (B, M, D) of two segments; without a first one, of all tokens."""
+    assert (segments is None) == (first_BMD is None), "the first segment has rows of its own"
+    rest = rest_BMD.unbind(1)
+    if segments is None or first_BMD is None:
+        return [SegmentVectors.same(row) for row in rest]
+    return [segments.vectors(*pair) for pair in zip(first_BMD.unbind(1), rest, strict=True)]

@@ -9,14 +9,13 @@ import torch
 
 from configs.models.dits.flux2 import MLP_RATIO, Flux2TransformerConfig
 from models.dits.flux2 import Flux2Transformer2DModel
+from models.dits.flux_plan import DOUBLE, FLUX_PLAN, SINGLE
 from models.dits.loading import load_transformer
-from models.parallel.plan import Cut, Join, ParallelPlan
+from models.parallel.plan import ParallelPlan
 
 if TYPE_CHECKING:
     from common.checkpoint import Checkpoint
     from models.parallel.mesh import WorkerMesh
-
-DOUBLE, SINGLE = "transformer_blocks.*", "single_transformer_blocks.*"
 
 FLUX2_PLAN = ParallelPlan(
     column=(
@@ -43,16 +42,11 @@ FLUX2_PLAN = ParallelPlan(
         # The heads, then the feed-forward.
         f"{SINGLE}.attn.to_out": (1, MLP_RATIO),
     },
-    token_segments={"text": "sharded", "image": "sharded"},
-    attention=(f"{DOUBLE}.attn.inner", f"{SINGLE}.attn.inner"),
     # Image tokens are those of the output, then those of each reference image.
-    cuts=(
-        Cut("prepare", "encoder_hidden_states", "text"),
-        Cut("prepare", "txt_ids", "text", dim=0),
-        Cut("prepare", "img_ids", "image", dim=0),
-        Cut("predict", "hidden_states", "image"),
-    ),
-    joins=(Join("predict", "image", result="hidden_states"),),
+    token_segments=FLUX_PLAN.token_segments,
+    attention=FLUX_PLAN.attention,
+    cuts=FLUX_PLAN.cuts,
+    joins=FLUX_PLAN.joins,
 )
 
 

@@ -55,8 +55,8 @@ class SegmentRows(NamedTuple):
     def plus(self, table_MD: Tensor) -> list[SegmentVectors]:
         """The sums with a block's table, one for each modulation."""
         table = table_MD.float()
-        rows = [each + table for each in (self.first, self.rest) if each is not None]
-        return vectors_of_rows(self.segments, *rows)
+        first = None if self.first is None else self.first + table
+        return vectors_of_rows(self.segments, first, self.rest + table)
 
 
 class StepRows(NamedTuple):

@@ -226,8 +226,7 @@ class LTXVideoTransformer3DModel(DiffusionTransformer):
             segments = TokenSegments((first_BSD.shape[1], x_BSD.shape[1]))
             x_BSD = torch.cat((first_BSD, x_BSD), dim=1)
             cos, sin = torch.cat((first_cos, cos)), torch.cat((first_sin, sin))
-        rows = (modulation,) if first_modulation is None else (first_modulation, modulation)
-        vectors = vectors_of_rows(segments, *rows)
+        vectors = vectors_of_rows(segments, first_modulation, modulation)
         blocks = [
             partial(
                 block,

@@ -325,8 +325,7 @@ class WanTransformer3DModel(DiffusionTransformer):
         segments = None if first_BSD is None else TokenSegments((first_BSD.shape[1], x_BSD.shape[1]))
         x_BSD = _concatenated(first_BSD, x_BSD, dim=1)
         rotation = Rotation(_concatenated(first_cos, cos, dim=0), _concatenated(first_sin, sin, dim=0))
-        rows = (modulation,) if first_modulation is None else (first_modulation, modulation)
-        vectors = vectors_of_rows(segments, *rows)
+        vectors = vectors_of_rows(segments, first_modulation, modulation)
         blocks = [
             partial(
                 block,
