@@ -135,6 +135,6 @@ def _holding_nothing(work: Callable[[], dict[str, Packet]]) -> dict[str, Packet]
 
 
 def _call_on(loop: asyncio.AbstractEventLoop, callback: Callable[[], None]) -> None:
-    """Call it on the event loop; one that has ended before the device thread's work did has nobody left to tell."""
+    """Call `callback` on the event loop. A loop that ended before the device thread's work is ignored."""
     with suppress(RuntimeError):
         loop.call_soon_threadsafe(callback)

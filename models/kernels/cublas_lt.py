@@ -21,7 +21,7 @@ from models.kernels.gemm_support import ALIGNMENT, LEAST_ROWS, can_load
 from models.kernels.packages import is_usable
 
 _ASSUMED_ALIGNMENT = 256
-"""Bytes: alignment of each matrix's first element for which cuBLASLt's heuristics choose, unless they are told less."""
+"""Bytes: alignment of each matrix's first element that cuBLASLt's heuristics assume by default."""
 
 _BFLOAT16, _FLOAT32 = 14, 0
 """CUDA_R_16BF, CUDA_R_32F."""

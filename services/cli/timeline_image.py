@@ -26,19 +26,19 @@ _TICKS = 8
 
 def write_png(timeline: Timeline, path: Path) -> None:
     """Draw a row for each attempt. Raises InvalidInput for a path that cannot be written to."""
-    picture = draw_timeline(timeline)
+    image = draw_timeline(timeline)
     try:
-        picture.save(path, format="PNG")
+        image.save(path, format="PNG")
     except OSError as error:
         raise InvalidInput(f"output: {path} cannot be written: {error.strerror}", field="output") from error
 
 
 def draw_timeline(timeline: Timeline) -> Image.Image:
-    """The picture, in RGB, 1,200 pixels wide."""
+    """The timeline as an RGB image, 1,200 pixels wide."""
     rows = max(1, len(timeline.attempts))
     height = _TOP + _ROW * rows + 2 * _MARGIN + _SMALL
-    picture = Image.new("RGB", (_WIDTH, height), _BACKGROUND)
-    draw = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (_WIDTH, height), _BACKGROUND)
+    draw = ImageDraw.Draw(image)
     font, small = ImageFont.load_default(_FONT), ImageFont.load_default(_SMALL)
     draw.text((_MARGIN, _MARGIN), plain(timeline.title), _INK, font)
     for tick in range(_TICKS + 1):
@@ -57,7 +57,7 @@ def draw_timeline(timeline: Timeline) -> Image.Image:
         draw.text((x + 4, _TOP - 2), f"coordinator {epoch} took over", _TAKE_OVER, small)
     legend = "grey: waits for a worker    diamond: checkpoint    cross: worker lost"
     draw.text((_LEFT, height - _MARGIN - _SMALL), legend, _FAINT, small)
-    return picture
+    return image
 
 
 def _draw_attempt(draw: ImageDraw.ImageDraw, attempt: Attempt, seconds: float, top: int) -> None:

@@ -1,6 +1,6 @@
 """What traces cost a request: a fleet that exports every span to a receiver, against a fleet that exports none.
 
-Both fleets run at once and draw the same pictures in pairs, one request after the other, and the fleet that is first
+Both fleets run at once and generate the same images in pairs, one request after the other, and the fleet that is first
 changes from pair to pair. So a busy machine is busy for both. The receiver is in this process. Run it with:
 python tests/bench/trace_cost.py
 """
@@ -25,7 +25,7 @@ from otlp_receiver import receiving
 
 SHARE = 0.01
 WARM_UP = 3
-PROMPT = "a red apple, picture {}"  # another one for each request: text encoders know a prompt that came before
+PROMPT = "a red apple, number {}"  # a new one for each request: text encoders cache replies
 
 
 class Side:
@@ -77,7 +77,7 @@ def main() -> None:
             for number in range(WARM_UP + args.pairs):
                 order = sides if number % 2 else sides[::-1]
                 if len({side.draw(number, args.steps, args.size) for side in order}) != 1:
-                    raise RuntimeError(f"seed {number}: the two fleets drew different pictures")
+                    raise RuntimeError(f"seed {number}: the two fleets generated different images")
             for side in sides:
                 side.close()
         spans = len(receiver.spans)

@@ -17,8 +17,8 @@ from otlp_receiver import ReceivedSpan, Receiver, receiving
 from resume_fleet import STEPS, Family, Served, served
 
 FLUX = Family("emoji", {"height": 384, "width": 384}, b"\x89PNG")
-PROMPTS = (f"a red heart moving left, picture {number}" for number in itertools.count())  # no reply is cached
-WORDS = (b"heart", b"moving", b"left", b"picture")
+PROMPTS = (f"a red heart moving left, number {number}" for number in itertools.count())  # no reply is cached
+WORDS = (b"heart", b"moving", b"left", b"number")
 TRACE_ID, PARENT_ID = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 STAGES = {
     "text_encoding": ["TextEncodingStage"],

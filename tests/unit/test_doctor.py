@@ -108,7 +108,7 @@ def test_a_check_is_left_out_after_an_error_of_the_check_that_it_needs() -> None
 def test_no_result_shows_a_password() -> None:
     url = "redis://me:secret@host:6379/0"
     checks = [
-        Check("a", lambda: [error("a", f"{url} is away", f"start {url}")], "x"),
+        Check("a", lambda: [error("a", f"{url} is unavailable", f"start {url}")], "x"),
         Check("b", lambda: [ok("b", str(int(url)))], "x"),
     ]
     assert "secret" not in "".join(lines(run_checks(checks)))

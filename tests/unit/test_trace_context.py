@@ -107,7 +107,7 @@ def test_spans_without_an_exporter_record_nothing_and_pass_the_context_on() -> N
 
 
 class NotedSpan(Span):
-    """Notes what it is told."""
+    """A span that records its events."""
 
     def __init__(self) -> None:
         super().__init__(TraceContext(TRACE, SPAN))
