@@ -90,9 +90,13 @@ def _causes(error: BaseException) -> str:
 
 
 class CapturedCalls:
-    """Calls within one CUDA graph, the last of them on the first set. Raises what capturing raises."""
+    """Calls within one CUDA graph, the last of them on the first set. Raises the errors of capturing.
+
+    The graph reads the weights of `call` and launches its compiled kernels: `call` lives as long as the graph.
+    """
 
     def __init__(self, call: Call, calls: int, *, warm_up: bool = True) -> None:
+        self._call = call
         home = torch.cuda.current_stream()
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(home)
