@@ -27,15 +27,15 @@ class RankFailed(Exception):
 
 
 class RankPool:
-    """Ranks 0 to 3. A layout takes as many of them as its degrees multiply to. Close it.
+    """Ranks from 0. A layout uses as many of them as the product of its degrees. Close it.
 
-    On "cpu" they talk by gloo, on "cuda" by NCCL, with a GPU each.
+    On "cpu" the ranks communicate by gloo, on "cuda" by NCCL, with one GPU each.
     """
 
-    def __init__(self, folder: Path, kind: str = "cpu") -> None:
+    def __init__(self, folder: Path, kind: str = "cpu", ranks: int = RANKS) -> None:
         self._folder = folder
         self._kind = kind
-        pairs = [socket.socketpair() for _ in range(RANKS)]
+        pairs = [socket.socketpair() for _ in range(ranks)]
         theirs = [pair[1].fileno() for pair in pairs]
         # Libraries for GPUs may warn.
         strictly = ("-W", "error") if kind == "cpu" else ()

@@ -13,9 +13,9 @@ Inputs = dict[str, Any]
 LTX2_FRAME_RATE = 24.0
 
 
-def flux_inputs(tiny: bool) -> tuple[Inputs, Inputs]:
-    """Packed latents, and text tokens with a pooled text."""
-    rows, text, width, pooled, channels = (4, 6, 32, 24, 64) if tiny else (64, 512, 4096, 768, 64)
+def flux_inputs(tiny: bool, side: int = 64) -> tuple[Inputs, Inputs]:
+    """Packed latents of `side` x `side` tokens, and text tokens with a pooled text."""
+    rows, text, width, pooled, channels = (4, 6, 32, 24, 64) if tiny else (side, 512, 4096, 768, 64)
     shared: Inputs = {
         "hidden_states": _normal(1, rows * rows, channels),
         "encoder_hidden_states": _normal(1, text, width),
@@ -28,9 +28,9 @@ def flux_inputs(tiny: bool) -> tuple[Inputs, Inputs]:
     return dict(shared), shared
 
 
-def qwen_inputs(tiny: bool) -> tuple[Inputs, Inputs]:
-    """Packed latents and text tokens; positions are centred."""
-    rows, text, width, channels = (4, 6, 24, 64) if tiny else (64, 200, 3584, 64)
+def qwen_inputs(tiny: bool, side: int = 64) -> tuple[Inputs, Inputs]:
+    """Packed latents of `side` x `side` tokens, and text tokens; positions are centred."""
+    rows, text, width, channels = (4, 6, 24, 64) if tiny else (side, 200, 3584, 64)
     shared: Inputs = {
         "hidden_states": _normal(1, rows * rows, channels),
         "encoder_hidden_states": _normal(1, text, width),
@@ -44,9 +44,9 @@ def qwen_inputs(tiny: bool) -> tuple[Inputs, Inputs]:
     return {**shared, "img_shapes": [[(1, rows, rows)]]}, {**shared, **positions}
 
 
-def wan_inputs(tiny: bool) -> tuple[Inputs, Inputs]:
-    """Latents of 21 frames at 480x832, and padded text."""
-    shared = _wan_shared(tiny, 16, (2, 4, 4) if tiny else (21, 60, 104))
+def wan_inputs(tiny: bool, grid: tuple[int, int, int] = (21, 60, 104)) -> tuple[Inputs, Inputs]:
+    """Latents of so many frames, rows and columns (21 frames at 480x832 by default), and padded text."""
+    shared = _wan_shared(tiny, 16, (2, 4, 4) if tiny else grid)
     return dict(shared), shared
 
 

@@ -1,10 +1,11 @@
-"""Worker groups of two GPUs: every layout against one rank, then a fleet whose ranks are killed and stopped.
+"""Worker groups of any number of GPUs: layouts against one rank, then a fleet whose ranks are killed and stopped.
 
-First small random models of every family, in float32 over NCCL, by each way to share them out between two ranks; then
-the emoji model as a fleet, by each way again, its denoising group in bfloat16 and in processes. Of that, each rank is
-once killed and once stopped in the middle of a request, which must give the very same file as undisturbed.
+First small random models of every family, in float32 over NCCL, by each layout; then the emoji model as a fleet by each
+layout, its denoising group in bfloat16 and in processes. Of each group, the last rank and rank 0 are killed once and
+stopped once in the middle of a request, which must return the file of an undisturbed request, byte for byte.
 
-Run it with: python tests/bench/cuda_group.py; to try its logic without cards: --device cpu
+Layouts are those of `--ranks`, by default of all GPUs, or those given by `--layout`. Run it with:
+python tests/bench/cuda_group.py; to check it without GPUs: --device cpu --ranks 4
 """
 
 from __future__ import annotations
@@ -34,47 +35,81 @@ from models.parallel.mesh import AXES, Degrees
 from parallel_cases import FAMILIES, check, make_case
 from rank_pool import RankPool
 
-LAYOUTS: dict[str, Degrees] = {axis: Degrees(**{axis: 2}) for axis in AXES}
+LAYOUTS: dict[int, tuple[Degrees, ...]] = {
+    2: tuple(Degrees(**{axis: 2}) for axis in AXES),
+    4: (
+        Degrees(ulysses=2, ring=2),
+        Degrees(tp=2, ring=2),
+        Degrees(tp=2, cfg=2),
+        Degrees(ring=4),
+        Degrees(ulysses=4),
+    ),
+    8: (
+        Degrees(ulysses=4, ring=2),
+        Degrees(ulysses=2, ring=4),
+        Degrees(tp=2, ulysses=2, ring=2),
+        Degrees(ulysses=2, ring=2, cfg=2),
+        Degrees(tp=2, ring=2, cfg=2),
+        Degrees(ring=8),
+    ),
+}
+"""By the number of ranks."""
+
+WITHOUT_RING = ("wan-causal",)
+"""Families whose loaders refuse a ring: its ranks would merge partial attention over a key-value cache."""
 
 MOST_APART = 0.02
-"""Relative L2 of two pictures that were computed in bfloat16 with sums in another order."""
+"""Relative L2 of two images that were computed in bfloat16 with sums in another order."""
 
 
 def main() -> None:
-    """Check, and print; ends with an error if anything was wrong."""
+    """Check and print; exit code 1 if a result was wrong."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--families", nargs="*", default=list(FAMILIES), choices=tuple(FAMILIES))
-    parser.add_argument("--axes", nargs="*", default=list(AXES), choices=AXES, help="that the fleets are cut along")
-    parser.add_argument("--size", type=int, default=1024, help="pixels of the fleet's pictures")
+    parser.add_argument("--ranks", type=int, choices=tuple(LAYOUTS), help="ranks of a group; by default all GPUs")
+    parser.add_argument("--layout", nargs="*", type=degrees_of, help='layouts, such as "tp=2,ring=2"')
+    parser.add_argument("--no-fleets", action="store_true", help="compare models only")
+    parser.add_argument("--size", type=int, default=1024, help="pixels of the fleet's images")
     parser.add_argument("--steps", type=int, default=40)
     args = parser.parse_args()
-    print_machine(f"Worker groups of two ranks on {args.device}")
+    print_machine(f"Worker groups on {args.device}")
     if args.device == "cuda":
         say(f"{torch.cuda.device_count()} of {torch.cuda.get_device_name()}")
         say()
+    layouts = args.layout or LAYOUTS[args.ranks or (torch.cuda.device_count() if args.device == "cuda" else 2)]
     with tempfile.TemporaryDirectory() as folder:
-        models(Path(folder), args)
-        # Watched as users' groups are: a rank that loads CUDA's libraries may be silent for longer than a test has it.
+        models(Path(folder), args.device, args.families, layouts)
+        if args.no_fleets:
+            return
+        # Heartbeats have their defaults: a rank that loads CUDA's libraries may be silent for longer than in tests.
         asked = Asked(args.device, args.steps, args.size, watchful=(), seconds=180)
-        is_right = fleets(Path(folder), args.axes, asked)
-    say("Every request gave its own file." if is_right else "A request went wrong: see above.")
+        is_right = fleets(Path(folder), layouts, asked)
+    say("Every request returned its file." if is_right else "A request went wrong: see above.")
     if not is_right:
         sys.exit(1)
 
 
-def models(folder: Path, args: argparse.Namespace) -> None:
+def degrees_of(text: str) -> Degrees:
+    """Degrees from text such as "tp=2,ring=2"."""
+    return Degrees(**{axis: int(degree) for axis, degree in (pair.split("=") for pair in text.split(","))})
+
+
+def models(folder: Path, device: str, families: Sequence[str], layouts: Sequence[Degrees]) -> None:
     """Every family by every layout, against one rank on the same device."""
     rows = []
-    pool = RankPool(folder, args.device)
+    pool = RankPool(folder, device, max(layout.world_size for layout in layouts))
     try:
-        for name in args.families:
-            place = folder / name
-            place.mkdir()
+        for name in families:
+            directory = folder / name
+            directory.mkdir()
             pool.join(Degrees())
-            case = make_case(FAMILIES[name], place, partial(on_one_rank, pool))
-            for degrees in LAYOUTS.values():
-                errors = check(pool, case, degrees, place)
+            case = make_case(FAMILIES[name], directory, partial(on_one_rank, pool))
+            for degrees in layouts:
+                if degrees.ring > 1 and name in WITHOUT_RING:
+                    rows.append((f"{name}, {degrees}", "refuses a ring", ""))
+                    continue
+                errors = check(pool, case, degrees, directory)
                 rows.append((f"{name}, {degrees}", *(f"{error:.1e}" for error in errors.values())))
     finally:
         pool.close()
@@ -82,33 +117,37 @@ def models(folder: Path, args: argparse.Namespace) -> None:
 
 
 def on_one_rank(pool: RankPool, function: Any, **keywords: Any) -> object:
-    """As make_case() asks for it."""
+    """Call a function on the only rank of the pool."""
     return pool.call(f"rank_calls:{function.__name__}", **keywords)
 
 
-def fleets(folder: Path, axes: Sequence[str], asked: Asked) -> bool:
-    """One rank, then every layout, undisturbed and disturbed; whether all was as it should be."""
-    with group_fleet(place(folder, "alone"), asked=asked) as fleet:
+def fleets(folder: Path, layouts: Sequence[Degrees], asked: Asked) -> bool:
+    """One rank, then every layout, undisturbed and disturbed; whether all results were right."""
+    with group_fleet(new_directory(folder, "alone"), asked=asked) as fleet:
         alone = fleet.draw()
-    were_right = [layout_is_right(place(folder, axis), axis, asked, alone) for axis in axes]
+    were_right = [layout_is_right(folder, layout, asked, alone) for layout in layouts]
     return all(were_right)
 
 
-def layout_is_right(directory: Path, axis: str, asked: Asked, alone: Drawn) -> bool:
-    """A fleet whose group has that layout, undisturbed and disturbed, against one of one rank."""
-    degrees = str(LAYOUTS[axis])
-    with group_fleet(directory, f"--{axis}", "2", "--warm-up", "64x64", asked=asked) as fleet:
+def layout_is_right(folder: Path, degrees: Degrees, asked: Asked, alone: Drawn) -> bool:
+    """A fleet whose group has that layout, undisturbed and disturbed, against a fleet with one rank."""
+    axes = [axis for axis in AXES if degrees.of(axis) > 1]
+    flags = [word for axis in axes for word in (f"--{axis}", str(degrees.of(axis)))]
+    directory = new_directory(folder, "-".join(f"{axis}{degrees.of(axis)}" for axis in axes))
+    with group_fleet(directory, *flags, "--warm-up", "64x64", asked=asked) as fleet:
         undisturbed = fleet.draw()
-        apart = picture_error(undisturbed, alone)
+        apart = image_error(undisturbed, alone)
         is_right = apart <= MOST_APART
-        rows = [(degrees, "undisturbed", f"{apart:.1e}", "", "")]
+        rows = [(str(degrees), "undisturbed", f"{apart:.1e}", "", "")]
         for number in (signal.SIGKILL, signal.SIGSTOP):
-            for rank in (1, 0):
+            for rank in (degrees.world_size - 1, 0):
                 seconds, drawn = disturbed(fleet, rank, number)
                 same = drawn.state == pb.REQUEST_STATE_SUCCEEDED and drawn.file == undisturbed.file
-                again = drawn.steps.count(0) == 2  # It is told once of each group that had a part in it.
-                is_right &= same and again
-                rows.append((degrees, f"{number.name} of rank {rank}", said(same), said(again), f"{seconds:.1f}"))
+                resumed = drawn.steps.count(0) == 2  # Each group that works on the request reports its step 0.
+                is_right &= same and resumed
+                rows.append(
+                    (str(degrees), f"{number.name} of rank {rank}", said(same), said(resumed), f"{seconds:.1f}")
+                )
     print_table(("a fleet's group", "", "from one rank, or the same file", "resumed", "s"), rows)
     return is_right
 
@@ -118,8 +157,8 @@ def said(is_so: bool) -> str:
     return "yes" if is_so else "NO"
 
 
-def place(folder: Path, name: str) -> Path:
-    """A directory of its own."""
+def new_directory(folder: Path, name: str) -> Path:
+    """A new directory of a fleet."""
     directory = folder / f"fleet-{name}"
     directory.mkdir()
     return directory
@@ -132,8 +171,8 @@ def disturbed(fleet: GroupFleet, rank: int, number: signal.Signals) -> tuple[flo
     return time.perf_counter() - began, drawn
 
 
-def picture_error(one: Drawn, other: Drawn) -> float:
-    """Relative L2 of two requests' pictures."""
+def image_error(one: Drawn, other: Drawn) -> float:
+    """Relative L2 of two requests' images."""
     first, second = (torch.from_numpy(np.array(Image.open(io.BytesIO(each.file)))) for each in (one, other))
     return relative_error(first, second)
 

@@ -1,51 +1,66 @@
 """One denoising step of full published size on several GPUs: our worker group next to Diffusers' context parallelism.
 
-Every rank builds the same random weights, in bfloat16. Ours runs by the degrees asked for, Diffusers by Ulysses over
-all ranks, compiled by repeated blocks if asked; both in turns, timed by the device's own clock, the slowest rank's
-counts. Errors are relative L2 against Diffusers' model in float32 on one rank.
+Every rank builds the same random weights, in bfloat16. Our side runs with the given degrees; Diffusers runs with
+Ulysses over all ranks, on one rank without parallelism, and compiled by repeated blocks if requested. Both sides
+alternate and are timed by CUDA events; the time of the slowest rank counts. Guided works predict two branches per step:
+ours divides them among the ranks of the cfg axis, Diffusers predicts one after the other. Errors are relative L2 of the
+first branch against Diffusers' model in float32 on one rank. Memory is the peak beside the weights on rank 0.
 
-Run it with: torchrun --nproc-per-node 2 tests/bench/denoise_step_group.py --ulysses 2; to try its logic without cards,
-with --device cpu --scale tiny --alone: Diffusers' parallelism is for GPUs only
+Run it with: torchrun --nproc-per-node 2 tests/bench/denoise_step_group.py --ulysses 2; any number of GPUs works that is
+the product of the degrees. To check it without GPUs, add --device cpu --scale tiny --alone: Diffusers' parallelism is
+for GPUs only
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
 import torch
-from bench_device import empty
+from bench_device import empty, milliseconds
+from bench_group_works import GROUP_WORKS, GroupWork
+from bench_kernel_times import KernelTimes, kernel_times
 from bench_report import median, print_machine, print_table, say
-from bench_steps import RequestSteps, new_pool
+from bench_steps import new_pool
 from bench_weights import build_reference, on, on_meta, over_weights
-from bench_works import WORKS, Work
-from denoise_step import STEPS, float32_predictions, in_turns, largest_error, step_milliseconds
+from bench_works import Work
+from denoise_step import STEPS, float32_predictions, largest_error, peak_beside, timed
 from diffusers import ContextParallelConfig
 from torch import Tensor, distributed
 
 from models.dits.base import DiffusionTransformer
 from models.kernels.trials import try_packages
 from models.layers.linear import join_all_weights
-from models.parallel.mesh import Degrees, WorkerMesh, make_mesh
+from models.parallel.mesh import AXES, Degrees, WorkerMesh, make_mesh
 from models.parallel.parallelize import parallelize
 from models.parallel.shards import parameter_shards
+from models.stages.predictor import Branch, Branches, lease_branch
+
+Run = Callable[[], tuple[Tensor, ...]]
+
+ROLE = "transformer"
+CALLS = 5
+"""Steps of a round, which follow on each other without a synchronization."""
+LONG_STEP_MS = 1500.0
+"""Rounds of longer steps have one step."""
 
 
 def main() -> None:
-    """Measure what was asked for; rank 0 prints."""
+    """Measure the requested works; rank 0 prints."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--scale", default="full", choices=("full", "tiny"))
-    parser.add_argument("--work", nargs="*", default=["flux", "wan"], choices=tuple(WORKS))
-    parser.add_argument("--repeats", type=int, default=5, help="rounds of five steps")
-    parser.add_argument("--tp", type=int, default=1)
-    parser.add_argument("--ulysses", type=int, default=1)
-    parser.add_argument("--ring", type=int, default=1)
+    parser.add_argument("--work", nargs="*", default=["flux", "wan"], choices=tuple(GROUP_WORKS))
+    parser.add_argument("--repeats", type=int, default=5, help="rounds of five steps, or of one long step")
+    for axis in reversed(AXES):
+        parser.add_argument(f"--{axis}", type=int, default=1)
     parser.add_argument("--compile", action="store_true", help="compile Diffusers by repeated blocks")
     parser.add_argument("--alone", action="store_true", help="leave Diffusers out")
+    parser.add_argument("--no-float32", action="store_true", help="leave the float32 reference and the errors out")
     args = parser.parse_args()
     rank = int(os.environ["LOCAL_RANK"])
     device = torch.device("cuda", rank) if args.device == "cuda" else torch.device("cpu")
@@ -54,43 +69,91 @@ def main() -> None:
     distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     one_host = os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]
     try_packages(device)
-    mesh = make_mesh(Degrees(tp=args.tp, ulysses=args.ulysses, ring=args.ring), device, one_host=one_host)
+    degrees = Degrees(**{axis: getattr(args, axis) for axis in AXES})
+    mesh = make_mesh(degrees, device, one_host=one_host)
     if mesh.rank == 0:
-        print_machine(f"A denoising step on {mesh.degrees.world_size} ranks, {mesh.degrees}")
+        print_machine(f"A denoising step, {degrees}, on {args.device}")
         if device.type == "cuda":
             say(f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}, NCCL {torch.cuda.nccl.version()}")  # type: ignore[no-untyped-call]
             say()
     for name in args.work:
-        measure(WORKS[name], mesh, args)
+        measure(GROUP_WORKS[name], mesh, args)
         empty(device)
     distributed.destroy_process_group()
 
 
 @torch.inference_mode()
-def measure(work: Work, mesh: WorkerMesh, args: argparse.Namespace) -> None:
+def measure(group_work: GroupWork, mesh: WorkerMesh, args: argparse.Namespace) -> None:
     """Build both sides, compare their results, time them alternately, print."""
-    device, tiny = mesh.device, args.scale == "tiny"
+    work, device, tiny = group_work.work, mesh.device, args.scale == "tiny"
     theirs = build_reference(work, device, tiny=tiny)
     their_inputs, our_inputs = (on(device, given) for given in work.inputs(tiny))
-    exact = float32_predictions(theirs, their_inputs)
+    exact = None if args.no_float32 else float32_predictions(theirs, their_inputs)
     ours = sharded_weights(work, theirs, mesh)
     join_all_weights(ours)
-    latents, timestep = {name: our_inputs.pop(name) for name in work.latents}, our_inputs.pop("timestep")
-    steps = RequestSteps(new_pool(device), ours, timestep[None].expand(STEPS, *timestep.shape), our_inputs, latents)
-    sides: dict[str, Callable[[], tuple[Tensor, ...]]] = {
-        f"ours, {mesh.degrees}": lambda: work.parts(steps.predict_parts(latents, 0))
-    }
-    if not args.alone:
-        name = f"Diffusers, ulysses={mesh.degrees.world_size}{', compiled' if args.compile else ''}"
-        share_out(theirs, device, mesh.degrees.world_size, compiled=args.compile)
-        sides[name] = lambda: theirs(**their_inputs, return_dict=False)
-    errors = {name: largest_error(run(), exact) for name, run in sides.items()}
-    spent = in_turns(sides, partial(slowest_milliseconds, device), args.repeats)
-    if mesh.rank == 0:
-        say(f"## {work.title}{' (tiny)' if tiny else ''}")
-        say()
-        header = ("", "ms a step", "fastest", "error")
-        print_table(header, [(name, median(each), min(each), f"{errors[name]:.2e}") for name, each in spent.items()])
+    with ExitStack() as stack:
+        sides: dict[str, Run] = {f"ours, {mesh.degrees}": our_step(group_work, ours, mesh, our_inputs, stack)}
+        if not args.alone:
+            ranks = mesh.degrees.world_size
+            make_parallel(theirs, device, ranks, compiled=args.compile)
+            name = f"Diffusers, ulysses={ranks}{', compiled' if args.compile else ''}"
+            sides[name] = partial(their_step, theirs, their_inputs, len(group_work.branches))
+        errors = {name: largest_error(run(), exact) if exact else float("nan") for name, run in sides.items()}
+        peaks = {name: peak_beside(run, device) / 1e3 for name, run in sides.items()}
+        spent = in_rounds(sides, device, args.repeats)
+        times = {name: profiled(run, device) for name, run in sides.items()}
+    if mesh.rank != 0:
+        return
+    say(f"## {work.title}{' (tiny)' if tiny else ''}")
+    say()
+    header = ("", "ms a step", "fastest", "communication, ms", "exposed, share", "peak GB", "error")
+    rows = [
+        (
+            name,
+            median(each),
+            min(each),
+            times[name].communication,
+            f"{times[name].exposed / times[name].total:.3f}",
+            peaks[name],
+            f"{errors[name]:.2e}",
+        )
+        for name, each in spent.items()
+    ]
+    print_table(header, rows)
+
+
+def our_step(
+    group_work: GroupWork,
+    ours: DiffusionTransformer,
+    mesh: WorkerMesh,
+    inputs: Mapping[str, Any],
+    stack: ExitStack,
+) -> Run:
+    """A step of the worker group, as the denoising stage runs it; returns the first branch's predictions."""
+    work, kept = group_work.work, dict(inputs)
+    latents, timestep = {name: kept.pop(name) for name in work.latents}, kept.pop("timestep")
+    lease = stack.enter_context(new_pool(mesh.device).leases())
+    timesteps = timestep[None].expand(STEPS, *timestep.shape)
+
+    def make(name: str, role: str) -> Branch:
+        return lease_branch(lease, f"{role}/{name}", ours, ours.prepare(timesteps, **kept), latents)
+
+    names = group_work.branches
+    branches = Branches(names, (ROLE,), make, mesh.axis("cfg"), torch.bfloat16)
+
+    def step() -> tuple[Tensor, ...]:
+        predicted = branches.predict(names, ROLE, lambda branch: branch.predict(latents, 0), latents)
+        return work.parts(predicted[names[0]])
+
+    return step
+
+
+def their_step(theirs: Any, inputs: Mapping[str, Any], branches: int) -> tuple[Tensor, ...]:
+    """A step of Diffusers' model: its branches follow on each other."""
+    made: tuple[Tensor, ...] = ()
+    for _ in range(branches):
+        made = theirs(**inputs, return_dict=False)
+    return made
 
 
 def sharded_weights(work: Work, theirs: Any, mesh: WorkerMesh) -> DiffusionTransformer:
@@ -102,22 +165,46 @@ def sharded_weights(work: Work, theirs: Any, mesh: WorkerMesh) -> DiffusionTrans
     return over_weights(ours, state)
 
 
-def share_out(theirs: Any, device: torch.device, ranks: int, *, compiled: bool) -> None:
-    """Let Diffusers cut the sequence between all ranks, with its fastest backend here."""
+def make_parallel(theirs: Any, device: torch.device, ranks: int, *, compiled: bool) -> None:
+    """Shard the sequence of Diffusers' model over all ranks, with its fastest attention backend on the GPU."""
     if device.type == "cuda":
         theirs.set_attention_backend("_native_cudnn")
-    theirs.enable_parallelism(config=ContextParallelConfig(ulysses_degree=ranks))
+    if ranks > 1:
+        theirs.enable_parallelism(config=ContextParallelConfig(ulysses_degree=ranks))
     if compiled:
-        # Not as one graph: the compiler cannot trace what cuts Wan's tensors between ranks.
+        # Not as one graph: the compiler cannot trace the sharding of Wan's tensors.
         theirs.compile_repeated_blocks()
 
 
-def slowest_milliseconds(device: torch.device, run: Callable[[], object]) -> float:
-    """Of a call that all ranks make together, on the slowest of them."""
+def in_rounds(sides: Mapping[str, Run], device: torch.device, repeats: int) -> dict[str, list[float]]:
+    """Milliseconds of each side's steps on the slowest rank, one value a round; the sides alternate."""
+    calls = {}
+    for name, run in sides.items():
+        run()
+        calls[name] = 1 if slowest(1e3 * timed(run, device), device) > LONG_STEP_MS else CALLS
+    spent: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(repeats):
+        for name, run in sides.items():
+            distributed.barrier()
+            took = milliseconds(run, calls=calls[name]) if device.type == "cuda" else 1e3 * timed(run, device)
+            spent[name].append(slowest(took, device))
+    return spent
+
+
+def profiled(run: Run, device: torch.device) -> KernelTimes:
+    """Times of this rank's kernels; not a number on a CPU."""
     distributed.barrier()
-    slowest = torch.tensor(step_milliseconds(run, device), device=device)
-    distributed.all_reduce(slowest, op=distributed.ReduceOp.MAX)
-    return float(slowest)
+    if device.type != "cuda":
+        run()
+        return KernelTimes(*[float("nan")] * 3)
+    return kernel_times(run, 1)
+
+
+def slowest(milliseconds: float, device: torch.device) -> float:
+    """The largest value of all ranks."""
+    largest = torch.tensor(milliseconds, device=device)
+    distributed.all_reduce(largest, op=distributed.ReduceOp.MAX)
+    return float(largest)
 
 
 if __name__ == "__main__":
