@@ -97,7 +97,7 @@ def degrees_of(text: str) -> Degrees:
 
 def models(folder: Path, device: str, families: Sequence[str], layouts: Sequence[Degrees]) -> None:
     """Every family by every layout, against one rank on the same device."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     pool = RankPool(folder, device, max(layout.world_size for layout in layouts))
     try:
         for name in families:
