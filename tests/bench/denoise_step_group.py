@@ -8,7 +8,7 @@ first branch against Diffusers' model in float32 on one rank. Memory is the peak
 
 Run it with: torchrun --nproc-per-node 2 tests/bench/denoise_step_group.py --ulysses 2; any number of GPUs works that is
 the product of the degrees. To check it without GPUs, add --device cpu --scale tiny --alone: Diffusers' parallelism is
-for GPUs only
+for GPUs only, and its Ulysses takes only as many tokens as its ranks divide
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from bench_weights import build_reference, on, on_meta, over_weights
 from bench_works import Work
 from denoise_step import STEPS, float32_predictions, largest_error, peak_beside, timed
 from diffusers import ContextParallelConfig
+from diffusers.models.attention_dispatch import attention_backend
 from torch import Tensor, distributed
 
 from models.dits.base import DiffusionTransformer
@@ -88,7 +89,7 @@ def measure(group_work: GroupWork, mesh: WorkerMesh, args: argparse.Namespace) -
     work, device, tiny = group_work.work, mesh.device, args.scale == "tiny"
     theirs = build_reference(work, device, tiny=tiny)
     their_inputs, our_inputs = (on(device, given) for given in work.inputs(tiny))
-    exact = None if args.no_float32 else float32_predictions(theirs, their_inputs)
+    exact = None if args.no_float32 else exact_predictions(theirs, their_inputs)
     ours = sharded_weights(work, theirs, mesh)
     join_all_weights(ours)
     with ExitStack() as stack:
@@ -124,6 +125,12 @@ def measure(group_work: GroupWork, mesh: WorkerMesh, args: argparse.Namespace) -
         for name, each in spent.items()
     ]
     print_table(header, rows)
+
+
+def exact_predictions(theirs: Any, inputs: Mapping[str, Any]) -> tuple[Tensor, ...]:
+    """The reference's predictions in float32. A backend set on the model before is active for the process."""
+    with attention_backend("native"):
+        return float32_predictions(theirs, dict(inputs))
 
 
 def our_step(
