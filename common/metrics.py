@@ -30,6 +30,12 @@ LABELS = {
 }
 """The rule that bounds the values of each label."""
 
+NOTES = (
+    "gRFC A66's `grpc.client.call.duration` is not offered: coordinators set no retry policy, so that a call has one "
+    "attempt and both durations are equal. `fleet_service_duration_seconds` spans all calls of a request at a service.",
+)
+"""What else a reader of the tables must know."""
+
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 """Buckets of work that takes from milliseconds to minutes."""
 _STORE_SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
