@@ -22,8 +22,8 @@ from opentelemetry.trace import Span as SdkSpan
 from opentelemetry.trace import SpanKind as SdkSpanKind
 from opentelemetry.trace.span import TraceState
 
-from common.state.store_url import without_password
 from common.trace_context import Span, SpanKind, TraceContext
+from common.tracing import collector_url
 
 _FILES = (
     "OTEL_EXPORTER_OTLP_TRACES_CERTIFICATE",
@@ -75,6 +75,14 @@ class OtlpTracer:
             return Span(context)
         with self._ids.preset(int(context.trace_id, 16), int(context.span_id, 16)):
             return self.start(name, kind, Span(parent), {}, start_ns)
+
+    def reaches_collector(self, seconds: int) -> bool:
+        """Whether the collector takes a message without spans."""
+        exporter = OTLPSpanExporter(timeout=seconds)
+        try:
+            return exporter.export([]) is SpanExportResult.SUCCESS
+        finally:
+            exporter.shutdown()
 
     def close(self) -> None:
         """Export what has ended. Returns after some seconds where the collector does not answer."""
@@ -211,7 +219,7 @@ class _OneWarning(SpanExporter):
     def warn(self) -> None:
         """Report once that spans are dropped."""
         if not self.is_failing:
-            _log.warning("spans are dropped while the trace collector at %s is unavailable", _endpoint())
+            _log.warning("spans are dropped while the trace collector at %s is unavailable", collector_url(os.environ))
         self.is_failing = True
 
     def shutdown(self) -> None:
@@ -222,9 +230,3 @@ class _OneWarning(SpanExporter):
         """Nothing is buffered here."""
         del timeout_millis
         return True
-
-
-def _endpoint() -> str:
-    """The URL that spans are sent to, without a password."""
-    names = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
-    return without_password(next((os.environ[name] for name in names if os.environ.get(name)), "http://localhost:4317"))

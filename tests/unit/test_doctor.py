@@ -160,13 +160,17 @@ def test_a_wrong_flag_is_refused(flags: list[str], words: str, capsys: pytest.Ca
 def test_checks_without_their_argument_print_no_line(monkeypatch: pytest.MonkeyPatch) -> None:
     args = doctor._arguments([])
     names = [check.name for check in doctor.checks_of(args)]
-    assert names == ["python", "packages", "settings", "ports", "tls", "proxies", "gpu", "kernels", "attention"]
+    always = ["python", "packages", "settings", "ports", "tls", "traces", "proxies"]
+    assert names == [*always, "gpu", "kernels", "attention"]
     monkeypatch.setenv("FLEET_REDIS", "unix:///x")
     monkeypatch.setenv("FLEET_MODEL", "a, b")
     monkeypatch.setenv("FLEET_ENDPOINT", "host:1")
     more = [check.name for check in doctor.checks_of(doctor._arguments([]))][len(names) :]
     assert more[:5] == ["checkpoint", "memory", "checkpoint", "memory", "redis"]
-    assert more[-2:] == ["clock", "endpoint"]
+    assert more[-3:] == ["clock", "endpoint", "endpoint ports"]
+    monkeypatch.setenv("FLEET_LISTEN", "127.0.0.1:0")
+    worker = [check.name for check in doctor.checks_of(doctor._arguments(["--service", "decoding"]))]
+    assert worker[-1] == "endpoint", "the fleet's coordinator has other ports than a worker's settings name"
 
 
 def test_it_works_without_the_worker_extra() -> None:
@@ -267,6 +271,17 @@ def test_ports_that_settings_name_are_free_or_in_use(taken: int, monkeypatch: py
     in_use = f"ok ports: listen 127.0.0.1:{taken} is in use, by the fleet of --endpoint"
     assert lines(check_ports(ServiceSource(), f"localhost:{taken}")) == [in_use]
     assert lines(check_ports(ServiceSource(), f"far.example:{taken}")) != [in_use]
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        scaler = f"127.0.0.1:{other.getsockname()[1]}"
+        monkeypatch.setenv("FLEET_SCALER_LISTEN", scaler)
+        assert lines(check_ports(ServiceSource(), f"localhost:{taken}")) == [
+            in_use,
+            f"ok ports: scaler_listen {scaler} is in use, by the fleet of --endpoint",
+        ]
+        assert lines(check_ports(ServiceSource(), "localhost:1"))[1].startswith("warning ports: scaler_listen: cannot ")
+    monkeypatch.delenv("FLEET_SCALER_LISTEN")
     monkeypatch.setenv("FLEET_METRICS_PORT", str(taken))
     assert lines(check_ports(ServiceSource()))[1] == (
         f"error ports: metrics_port 0.0.0.0:{taken} has the port of listen -> set metrics_port to another port"
