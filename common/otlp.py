@@ -23,7 +23,6 @@ from opentelemetry.trace import SpanKind as SdkSpanKind
 from opentelemetry.trace.span import TraceState
 
 from common.trace_context import Span, SpanKind, TraceContext
-from common.tracing import collector_url
 
 _FILES = (
     "OTEL_EXPORTER_OTLP_TRACES_CERTIFICATE",
@@ -42,19 +41,19 @@ Attributes = Mapping[str, str | int | float]
 
 
 class OtlpTracer:
-    """Exports the spans of a process in the background.
+    """Exports the spans of a process in the background. `collector` is their destination in log lines.
 
     Sampler, limits, batches, endpoint, headers and certificates are those of the OTEL_ variables. Raises ValueError for
     a variable that is no number, and OSError for a file that cannot be read.
     """
 
-    def __init__(self, service: str) -> None:
+    def __init__(self, service: str, collector: str) -> None:
         for name in _FILES:
             if path := os.environ.get(name):
                 _check_readable(name, path)
         self._ids = _Ids()
         self._provider = TracerProvider(resource=_resource(service), id_generator=self._ids, shutdown_on_exit=False)
-        self._exporter = _OneWarning(OTLPSpanExporter())
+        self._exporter = _OneWarning(OTLPSpanExporter(), collector)
         self._provider.add_span_processor(BatchSpanProcessor(self._exporter))
         self._tracer = self._provider.get_tracer("diffusion-fleet", version("diffusion-fleet"))
 
@@ -199,8 +198,9 @@ class _OneWarning(SpanExporter):
     The SDK would log a line for each attempt, and for each span that its full queue drops.
     """
 
-    def __init__(self, exporter: OTLPSpanExporter) -> None:
+    def __init__(self, exporter: OTLPSpanExporter, collector: str) -> None:
         self._exporter = exporter
+        self._collector = collector
         self.is_failing = False
         for name in ("opentelemetry.exporter.otlp", "opentelemetry.sdk._shared_internal"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -219,7 +219,7 @@ class _OneWarning(SpanExporter):
     def warn(self) -> None:
         """Report once that spans are dropped."""
         if not self.is_failing:
-            _log.warning("spans are dropped while the trace collector at %s is unavailable", collector_url(os.environ))
+            _log.warning("spans are dropped while the trace collector at %s is unavailable", self._collector)
         self.is_failing = True
 
     def shutdown(self) -> None:

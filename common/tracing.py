@@ -163,7 +163,7 @@ def load_exporter(service: str, environ: Mapping[str, str]) -> OtlpTracer | NotE
             f"{error.name} is not installed", f"pip install 'diffusion-fleet[tracing]', or unset {given}"
         )
     try:
-        return OtlpTracer(service)
+        return OtlpTracer(service, collector_url(environ))
     except Exception as error:  # noqa: BLE001  (the SDK has exceptions of its own for wrong variables)
         return NotExported(f"an OTEL_ variable is wrong: {without_password(str(error))}", "correct or unset it")
 
