@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import secrets
 
-from common.errors import NotFound
+from common.errors import FleetError, Unavailable
 from common.metrics import REQUEST_SECONDS, REQUESTS, observe
 from common.state.requests import RequestStore
 from common.trace_context import entered
@@ -38,18 +38,21 @@ class Cancellations:
         return await self._attempt(request_id, token)
 
     async def settle(self) -> None:
-        """Repeat attempts without an answer. Raises Unavailable."""
+        """Repeat attempts without an answer; those that the store cannot answer now stay unsettled."""
         for request_id, token in list(self._unsettled.items()):
             try:
                 await self._attempt(request_id, token)
-            except NotFound:
-                continue
+            except Unavailable:
+                return
+            except FleetError as error:
+                _log.error("a cancellation is given up: request=%s: %s", request_id, error)
 
     async def _attempt(self, request_id: str, token: str) -> generation_pb2.RequestRecord:
         try:
             record, ended_here = await self._store.request_cancel(request_id, token=token)
-        except NotFound:
-            self._forget(request_id, token)
+        except FleetError as error:
+            if not isinstance(error, Unavailable):
+                self._forget(request_id, token)
             raise
         # Concurrent attempts share a token, and all of them learn that the request ended by it.
         if self._forget(request_id, token) and ended_here:

@@ -10,10 +10,10 @@ import torch
 from prometheus_client import REGISTRY
 
 from common.artifacts import StepCheckpoint
-from common.errors import NotFound, Unavailable
+from common.errors import FleetError, InternalError, NotFound, Unavailable
 from common.rpc.client import open_channel
 from common.stage import Call
-from common.state.connection import command, connect
+from common.state.connection import StoreFull, command, connect
 from common.state.records import Cancellation
 from common.state.requests import RequestStore
 from coordinator_fleet import FakeFleet, Gate, Script, Stub, latents_of, run_on_fleet, submission, terminal
@@ -258,6 +258,31 @@ def test_a_request_that_is_cancelled_without_an_owner_is_counted_once(
     run_on_fleet(url, story)
 
 
+def test_a_cancellation_that_the_store_cannot_do_is_given_up(
+    url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Housekeeping goes on, and the coordinator stays ready."""
+    errors: list[FleetError] = []
+
+    async def fail(*_: object, token: str) -> Cancellation:
+        assert token
+        raise errors.pop(0)
+
+    async def story() -> None:
+        async with connect(url) as redis:
+            cancellations = Cancellations(RequestStore(redis))
+            monkeypatch.setattr(RequestStore, "request_cancel", fail)
+            errors[:] = [Unavailable("away"), StoreFull("full"), InternalError("damaged")]
+            with pytest.raises(Unavailable):
+                await cancellations.cancel("orphan")
+            for _ in range(3):  # The last one has nothing to do.
+                await cancellations.settle()
+            assert not errors
+            assert "a cancellation is given up: request=orphan: damaged" in caplog.text
+
+    asyncio.run(story())
+
+
 def test_a_cancellation_whose_caller_gave_up_is_counted(url: str) -> None:
     """Housekeeping repeats an attempt without an answer."""
     counted = _Counted(("fleet_requests_total", {**_MODEL, "state": "CANCELLED"}))
@@ -277,7 +302,6 @@ def test_a_cancellation_whose_caller_gave_up_is_counted(url: str) -> None:
                 assert counted.grown() == [1]
             with pytest.raises(NotFound):
                 await cancellations.cancel("nothing")
-            await cancellations.settle()
 
     asyncio.run(story())
 
