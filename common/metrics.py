@@ -19,6 +19,7 @@ LABELS = {
     "result": "outcomes that this code names: hit, miss, failed; stored; ok, error, cancelled",
     "begun": "yes, no",
     "reason": "lost, handed_over, full",
+    "cause": "left: the owner ended by itself; lost: its heartbeat expired; own: this coordinator owned the request",
     "kind": "kinds of damage that the script of the request store names",
     "work": "bounds of pixels in a step, over outputs and guidance branches: 65536, 262144, 1048576, 4194304, "
     "16777216, 67108864, 268435456, 1073741824; `more` above; `unknown` for a caller that sends none",
@@ -28,6 +29,12 @@ LABELS = {
     "grpc_status": "names of gRPC status codes",
 }
 """The rule that bounds the values of each label."""
+
+NOTES = (
+    "gRFC A66's `grpc.client.call.duration` is not offered: coordinators set no retry policy, so that a call has one "
+    "attempt and both durations are equal. `fleet_service_duration_seconds` spans all calls of a request at a service.",
+)
+"""What else a reader of the tables must know."""
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 """Buckets of work that takes from milliseconds to minutes."""
@@ -96,7 +103,9 @@ OPEN_REQUESTS = Gauge(
     "fleet_open_requests", "Requests that have not ended and still need the service", ("service", "model")
 )
 TAKEN_OVER_REQUESTS = Counter(
-    "fleet_taken_over_requests", "Requests that this coordinator took over from another one", ("model",)
+    "fleet_taken_over_requests",
+    "Requests that this coordinator took over, by what their owner had done: ended by itself, or died",
+    ("model", "cause"),
 )
 RESUMED_CALLS = Counter(
     "fleet_resumed_calls", "Calls that continued from a step checkpoint at a worker", ("service", "model")

@@ -22,7 +22,6 @@ from opentelemetry.trace import Span as SdkSpan
 from opentelemetry.trace import SpanKind as SdkSpanKind
 from opentelemetry.trace.span import TraceState
 
-from common.state.store_url import without_password
 from common.trace_context import Span, SpanKind, TraceContext
 
 _FILES = (
@@ -42,19 +41,19 @@ Attributes = Mapping[str, str | int | float]
 
 
 class OtlpTracer:
-    """Exports the spans of a process in the background.
+    """Exports the spans of a process in the background. `collector` is their destination in log lines.
 
     Sampler, limits, batches, endpoint, headers and certificates are those of the OTEL_ variables. Raises ValueError for
     a variable that is no number, and OSError for a file that cannot be read.
     """
 
-    def __init__(self, service: str) -> None:
+    def __init__(self, service: str, collector: str) -> None:
         for name in _FILES:
             if path := os.environ.get(name):
                 _check_readable(name, path)
         self._ids = _Ids()
         self._provider = TracerProvider(resource=_resource(service), id_generator=self._ids, shutdown_on_exit=False)
-        self._exporter = _OneWarning(OTLPSpanExporter())
+        self._exporter = _OneWarning(OTLPSpanExporter(), collector)
         self._provider.add_span_processor(BatchSpanProcessor(self._exporter))
         self._tracer = self._provider.get_tracer("diffusion-fleet", version("diffusion-fleet"))
 
@@ -75,6 +74,14 @@ class OtlpTracer:
             return Span(context)
         with self._ids.preset(int(context.trace_id, 16), int(context.span_id, 16)):
             return self.start(name, kind, Span(parent), {}, start_ns)
+
+    def reaches_collector(self, seconds: int) -> bool:
+        """Whether the collector takes a message without spans."""
+        exporter = OTLPSpanExporter(timeout=seconds)
+        try:
+            return exporter.export([]) is SpanExportResult.SUCCESS
+        finally:
+            exporter.shutdown()
 
     def close(self) -> None:
         """Export what has ended. Returns after some seconds where the collector does not answer."""
@@ -191,8 +198,9 @@ class _OneWarning(SpanExporter):
     The SDK would log a line for each attempt, and for each span that its full queue drops.
     """
 
-    def __init__(self, exporter: OTLPSpanExporter) -> None:
+    def __init__(self, exporter: OTLPSpanExporter, collector: str) -> None:
         self._exporter = exporter
+        self._collector = collector
         self.is_failing = False
         for name in ("opentelemetry.exporter.otlp", "opentelemetry.sdk._shared_internal"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -211,7 +219,7 @@ class _OneWarning(SpanExporter):
     def warn(self) -> None:
         """Report once that spans are dropped."""
         if not self.is_failing:
-            _log.warning("spans are dropped while the trace collector at %s is unavailable", _endpoint())
+            _log.warning("spans are dropped while the trace collector at %s is unavailable", self._collector)
         self.is_failing = True
 
     def shutdown(self) -> None:
@@ -222,9 +230,3 @@ class _OneWarning(SpanExporter):
         """Nothing is buffered here."""
         del timeout_millis
         return True
-
-
-def _endpoint() -> str:
-    """The URL that spans are sent to, without a password."""
-    names = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
-    return without_password(next((os.environ[name] for name in names if os.environ.get(name)), "http://localhost:4317"))

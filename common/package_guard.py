@@ -14,10 +14,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from packaging.specifiers import SpecifierSet
-from packaging.version import InvalidVersion, Version
-
 from common.errors import FailedPrecondition
+from common.package_versions import version_fault
 
 
 @dataclass(frozen=True)
@@ -133,7 +131,8 @@ class Abstract:
 
 def check_versions(*packages: str) -> None:
     """Check installed versions against SUPPORTED. Raises UnsupportedPackage that names each package out of range."""
-    if wrong := [error for each in packages if (error := _version_error(each))]:
+    faults = [version_fault(each, SUPPORTED[each].versions) for each in packages]
+    if wrong := [f"{each.package}: {each.found}, the versions that work; {each.command}" for each in faults if each]:
         raise UnsupportedPackage("; ".join(wrong))
 
 
@@ -166,21 +165,6 @@ def find(path: str) -> Any:
     except (ImportError, AttributeError):
         raise Missing(_name(path)) from None
     return found
-
-
-def _version_error(package: str) -> str:
-    """What is wrong with the installed version of a package; empty for one within the range."""
-    versions = SUPPORTED[package].versions
-    works = f"{versions}, the versions that work; pip install '{package}{versions}'"
-    try:
-        installed = importlib.metadata.version(package)
-        # Builds of distributors are called pre-releases of the version that they are.
-        fits = SpecifierSet(versions).contains(Version(installed), prereleases=True)
-    except importlib.metadata.PackageNotFoundError:
-        return f"{package}: not installed; it must be {works}"
-    except (InvalidVersion, TypeError):
-        return f"{package}: the installed version cannot be read; it must be {works}"
-    return "" if fits else f"{package}: {installed} is not {works}"
 
 
 def _name(path: str) -> str:

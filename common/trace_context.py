@@ -117,6 +117,14 @@ def entered(span: Span) -> Iterator[Span]:
         _current.reset(token)
 
 
+def make_current(span: Span) -> None:
+    """Make the span the current one for the rest of a gRPC call. Interceptors that end after its handler see it.
+
+    Never reset: each call is a task with a context of its own.
+    """
+    _current.set(span)
+
+
 def receive(metadata: Iterable[tuple[str, str | bytes]] | None) -> None:
     """Make the span that a gRPC call's metadata names the current one of the call's task."""
     parent, state = "", ""
@@ -126,7 +134,7 @@ def receive(metadata: Iterable[tuple[str, str | bytes]] | None) -> None:
         elif key == TRACESTATE_KEY and isinstance(value, str):
             state = value
     if parent and (context := parse_traceparent(parent, state)) is not None:
-        _current.set(Span(context))  # Never reset: every call is a task with a context of its own.
+        make_current(Span(context))
 
 
 def outgoing() -> tuple[tuple[str, str], ...]:

@@ -11,15 +11,20 @@ import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
 from common.errors import Cancelled, HandedOver
 from common.state.store_url import without_password
 from common.trace_context import NO_SPAN, Span, SpanKind, TraceContext, current_span, entered
 
-_ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+if TYPE_CHECKING:
+    from common.otlp import OtlpTracer
+
+ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 _PROTOCOLS = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
-_EXPORTER = "OTEL_TRACES_EXPORTER"
+EXPORTER = "OTEL_TRACES_EXPORTER"
+_DEFAULT_ENDPOINT = "http://localhost:4317"
 
 _log = logging.getLogger(__name__)
 
@@ -44,6 +49,14 @@ class Tracer(Protocol):
 
     def close(self) -> None:
         """Export what has ended, for a bounded time."""
+
+
+@dataclass(frozen=True)
+class NotExported:
+    """Why no spans are exported although variables ask for it, and what to do."""
+
+    reason: str
+    advice: str
 
 
 _tracer: Tracer | None = None
@@ -108,7 +121,7 @@ def exporting(service: str, environ: Mapping[str, str] = os.environ) -> Iterator
     Nothing here fails: where spans cannot be exported, one warning says why.
     """
     global _tracer, _users
-    if not _users and _is_wanted(environ):
+    if not _users and is_wanted(environ):
         _tracer = _opened(service, environ)
     _users += 1
     try:
@@ -120,35 +133,45 @@ def exporting(service: str, environ: Mapping[str, str] = os.environ) -> Iterator
             _tracer = None
 
 
-def _is_wanted(environ: Mapping[str, str]) -> bool:
-    exporter = environ.get(_EXPORTER, "").strip().lower()
+def is_wanted(environ: Mapping[str, str]) -> bool:
+    """Whether the variables ask for traces."""
+    exporter = environ.get(EXPORTER, "").strip().lower()
     if environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true" or exporter == "none":
         return False
-    return bool(exporter) or any(environ.get(name) for name in _ENDPOINTS)
+    return bool(exporter) or any(environ.get(name) for name in ENDPOINTS)
 
 
-def _opened(service: str, environ: Mapping[str, str]) -> Tracer | None:
-    """The exporter; None, with a warning, where there cannot be one."""
-    exporter = environ.get(_EXPORTER, "").strip().lower()
+def collector_url(environ: Mapping[str, str]) -> str:
+    """The URL that spans are sent to, without a password."""
+    return without_password(next((environ[name] for name in ENDPOINTS if environ.get(name)), _DEFAULT_ENDPOINT))
+
+
+def load_exporter(service: str, environ: Mapping[str, str]) -> OtlpTracer | NotExported:
+    """The exporter, where the variables ask for one; the reason why there cannot be one."""
+    exporter = environ.get(EXPORTER, "").strip().lower()
     if exporter not in ("", "otlp"):
-        _log.warning("no traces are exported: %s is %r; otlp and none are supported", _EXPORTER, exporter)
-        return None
+        return NotExported(f"{EXPORTER} is {environ[EXPORTER]!r}", "otlp and none are supported")
     name = next((each for each in _PROTOCOLS if environ.get(each)), "")
     if name and environ[name].strip().lower() != "grpc":
-        _log.warning("no traces are exported: %s is %r; grpc is supported", name, environ[name])
-        return None
+        return NotExported(f"{name} is {environ[name]!r}", "grpc is supported")
     try:
         # OpenTelemetry takes 0.2 s and 20 MB, and is an optional extra.
         from common.otlp import OtlpTracer
     except ModuleNotFoundError as error:
-        _log.warning(
-            "no traces are exported: %s is not installed; pip install 'diffusion-fleet[tracing]', or unset %s",
-            error.name,
-            ", ".join(each for each in (*_ENDPOINTS, _EXPORTER) if environ.get(each)),
+        given = ", ".join(each for each in (*ENDPOINTS, EXPORTER) if environ.get(each))
+        return NotExported(
+            f"{error.name} is not installed", f"pip install 'diffusion-fleet[tracing]', or unset {given}"
         )
-        return None
     try:
-        return OtlpTracer(service)
+        return OtlpTracer(service, collector_url(environ))
     except Exception as error:  # noqa: BLE001  (the SDK has exceptions of its own for wrong variables)
-        _log.warning("no traces are exported: an OTEL_ variable is wrong: %s", without_password(str(error)))
+        return NotExported(f"an OTEL_ variable is wrong: {without_password(str(error))}", "correct or unset it")
+
+
+def _opened(service: str, environ: Mapping[str, str]) -> Tracer | None:
+    """The exporter; None, with a warning, where there cannot be one."""
+    found = load_exporter(service, environ)
+    if isinstance(found, NotExported):
+        _log.warning("no traces are exported: %s; %s", found.reason, found.advice)
         return None
+    return found

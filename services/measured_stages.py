@@ -50,7 +50,7 @@ class MeasuredStages:
             self._change(-1)
 
     def _change(self, by: int) -> None:
-        """A call starts or ends."""
+        """A call starts, goes on, or ends."""
         now = time.monotonic()
         with self._lock:
             was_running, self._running = self._running > 0, self._running + by
@@ -66,6 +66,7 @@ class MeasuredStages:
 
         def progress(step: int, total_steps: int) -> None:
             nonlocal last
+            self._change(0)  # A call may take longer than the window of a rate.
             now = time.monotonic()
             if last is not None and step > last[0]:
                 observe(histogram, (now - last[1]) / (step - last[0]))

@@ -173,7 +173,7 @@ class Case:
         """Take the request over, under an epoch."""
         self.store.epoch = epoch
         record = pb.RequestRecord(request_id="r", model="emoji")
-        self.owners.given.append([Inherited(record, epoch, b"stored", cancel, None)])
+        self.owners.given.append([Inherited(record, epoch, b"stored", cancel, None, "lost")])
         await self.driver.take_over("emoji", restore)
 
 

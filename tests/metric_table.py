@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import textwrap
+
 from prometheus_client.metrics import MetricWrapperBase
 
 from common import metrics
@@ -11,6 +13,7 @@ from readme import ROOT
 README = ROOT / "services" / "README.md"
 PART = GeneratedPart(README, "<!-- metrics: `poe metrics` writes these tables -->\n", "<!-- end of metrics -->\n")
 
+_WIDTH = 130
 _SUFFIXES = {
     "counter": ("_total",),
     "gauge": ("",),
@@ -42,7 +45,7 @@ def series() -> dict[str, frozenset[str]]:
 
 
 def table() -> str:
-    """The tables of metrics and labels in Markdown."""
+    """The tables of metrics and labels in Markdown, and notes."""
     rows = [("Metric", "Type", "Labels", "Meaning"), ("---",) * 4]
     for each in all_metrics():
         (family,) = each.describe()
@@ -51,7 +54,7 @@ def table() -> str:
         rows.append((f"`{name}`", family.type, labels or "none", family.documentation))
     rules = [("Label", "Values"), ("---",) * 2]
     rules += [(f"`{name}`", rule) for name, rule in metrics.LABELS.items()]
-    return f"{markdown(rows)}\n{markdown(rules)}"
+    return "\n".join((markdown(rows), markdown(rules), *(f"{textwrap.fill(note, _WIDTH)}\n" for note in metrics.NOTES)))
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ def end(id: str, state: str = "3") -> dict[str, Any]:
 
 def cancellation(id: str) -> dict[str, Any]:
     """The arguments of a cancellation."""
-    return {"id": id, "state": "5", "keep": LASTS, "events": ["cancelled"]}
+    return {"id": id, "state": "5", "token": "c", "keep": LASTS, "events": ["cancelled"]}
 
 
 def take_over(owner: str, beyond_own: int, *running: str) -> dict[str, Any]:

@@ -24,13 +24,18 @@ _BATCH_BYTES = 8 << 20
 
 
 class Inherited(NamedTuple):
-    """A request that another coordinator left behind. `seconds_left` until its deadline; None without one."""
+    """A request that no coordinator runs. `seconds_left` until its deadline; None without one.
+
+    `cause` is "left" where its owner ended by itself, "lost" where that owner's heartbeat expired, and "own" for a
+    request of this coordinator.
+    """
 
     record: generation_pb2.RequestRecord
     epoch: int
     submission: bytes
     cancel_requested: bool
     seconds_left: float | None
+    cause: str
 
 
 class Loss(NamedTuple):
@@ -151,10 +156,10 @@ class Leases:
 
 
 def _inherited(row: list[Any]) -> Inherited:
-    _, epoch, submission, cancel, now, fields = row
+    _, epoch, submission, cancel, now, fields, cause = row
     record = read_record(fields)
     left = (record.deadline.ToMilliseconds() - int(now)) / 1_000 if record.HasField("deadline") else None
-    return Inherited(record, int(epoch), submission, cancel == b"1", left)
+    return Inherited(record, int(epoch), submission, cancel == b"1", left, cause.decode())
 
 
 def _loss(row: list[Any]) -> Loss:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias, cast
+from typing import NamedTuple, TypeAlias, cast
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
@@ -28,6 +28,13 @@ class ResultFile:
 
     header: generation_pb2.FileHeader
     pieces: Sequence[bytes | memoryview] = field(repr=False)
+
+
+class Cancellation(NamedTuple):
+    """A request after the attempt to cancel it. `ended_here`: no coordinator ran it, and this attempt ended it."""
+
+    record: generation_pb2.RequestRecord
+    ended_here: bool
 
 
 def state_event(

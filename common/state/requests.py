@@ -14,10 +14,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from common.errors import (
-    InvalidInput,
-    ResourceExhausted,
-)
+from common.errors import InvalidInput, ResourceExhausted
 from common.scaling import StageWork
 from common.state.connection import (
     BLOCK_SECONDS,
@@ -33,6 +30,7 @@ from common.state.connection import (
 from common.state.records import (
     CHUNK_BYTES,
     SNAPSHOT,
+    Cancellation,
     ResultFile,
     State,
     StateValue,
@@ -380,22 +378,24 @@ class RequestStore:
         self._replication.check(rest, chunks)
         return reply
 
-    async def request_cancel(self, request_id: str) -> generation_pb2.RequestRecord:
+    async def request_cancel(self, request_id: str, *, token: str = "") -> Cancellation:
         """Ask the coordinator that drives the request to end it, and say how it stands. Raises NotFound.
 
-        An ended request stays as it is. Where no coordinator drives it any more, it ends at once.
+        An ended request stays as it is. Where no coordinator drives it any more, it ends at once. An attempt that is
+        repeated, as its answer was lost, has the same `token`.
         """
         state = State.REQUEST_STATE_CANCELLED
         arguments: Arguments = {
             "id": request_id,
             "state": str(state),
+            "token": token or secrets.token_hex(8),
             "keep": _milliseconds(self._retention.record_seconds),
             "events": [state_event(state).SerializeToString()],
         }
-        reply = await run_script(self._redis, "cancel", arguments)
-        if reply[0] is None:
+        ended_here, fields = await run_script(self._redis, "cancel", arguments)
+        if fields[0] is None:
             raise unknown_request(request_id, self._retention.record_seconds)
-        return read_record(reply)
+        return Cancellation(read_record(fields), bool(ended_here))
 
     async def events(self, request_id: str, after: str = "") -> AsyncGenerator[generation_pb2.Event, None]:
         """The events after the given one as they come, up to the terminal one. Raises NotFound, InvalidInput."""

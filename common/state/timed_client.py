@@ -4,25 +4,37 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
 from common.metrics import STORE_SECONDS, observe
-from common.state.redis_client import Pipeline, Redis
+from common.state.redis_client import NoScriptError, Pipeline, Redis, RedisError
 
 
 @contextmanager
-def _round_trip(operation: str) -> Iterator[None]:
+def _round_trip(operation: str) -> Iterator[list[Any]]:
+    """Observe a round trip. It failed where it raises, or an error is among the replies that its user adds."""
     began, result = time.perf_counter(), "error"
+    replies: list[Any] = []
     try:
-        yield
-        result = "ok"
+        yield replies
+        result = "error" if _has_error(replies) else "ok"
     except asyncio.CancelledError:
         result = "cancelled"
         raise
     finally:
         observe(STORE_SECONDS.labels(operation, result), time.perf_counter() - began)
+
+
+def _has_error(replies: Iterable[Any]) -> bool:
+    """Whether a command of a pipeline, or of a transaction in it, failed. A missing script is loaded and run again."""
+    return any(
+        _has_error(each)
+        if isinstance(each, list)
+        else isinstance(each, RedisError) and not isinstance(each, NoScriptError)
+        for each in replies
+    )
 
 
 def _operation(words: tuple[Any, ...]) -> str:
@@ -46,5 +58,6 @@ class TimedClient(Redis):
 class _TimedPipeline(Pipeline):
     async def execute(self, raise_on_error: bool = True) -> list[Any]:
         """Send all commands."""
-        with _round_trip("pipeline"):
-            return list(await super().execute(raise_on_error))
+        with _round_trip("pipeline") as replies:
+            replies += await super().execute(raise_on_error)
+            return replies

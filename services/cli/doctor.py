@@ -23,10 +23,12 @@ from services.cli.doctor_endpoint import check_endpoint, check_proxies
 from services.cli.doctor_gpu import SECONDS as GPU_SECONDS
 from services.cli.doctor_gpu import GpuFacts, check_attention, check_gpus, check_kernels, read_gpu_facts
 from services.cli.doctor_packages import check_packages, check_python, has_worker_extra
+from services.cli.doctor_ports import check_endpoint_ports
 from services.cli.doctor_redis import redis_checks
 from services.cli.doctor_results import Check, Result, Status, run_checks
 from services.cli.doctor_settings import COORDINATOR, ServiceSource, check_ports, check_settings
 from services.cli.doctor_tls import TlsFiles, check_service_tls, check_tls
+from services.cli.doctor_traces import check_traces
 from services.cli.options import add_endpoint, command_parser, endpoint_of
 from services.cli.serve import service_names
 
@@ -100,6 +102,7 @@ def checks_of(args: argparse.Namespace, read_gpus: Callable[[Sequence[str]], Gpu
         Check("settings", lambda: check_settings(source), "correct that variable, key or file", seconds=60.0),
         Check("ports", lambda: check_ports(source, args.endpoint), _READ, needs="settings"),
         Check("tls", lambda: _tls_results(source, args), _READ),
+        Check("traces", check_traces, "correct the OTEL_ variables, or unset them"),
         Check("proxies", lambda: check_proxies(args.endpoint), _READ),
     ]
     if has_worker_extra():
@@ -119,6 +122,12 @@ def checks_of(args: argparse.Namespace, read_gpus: Callable[[Sequence[str]], Gpu
             return check_endpoint(args.endpoint, access_of(args), fingerprints(args.model))
 
         checks.append(Check("endpoint", ask, advice, seconds=60.0))
+        if source.service == COORDINATOR:
+
+            def ask_ports() -> Iterable[Result]:
+                return check_endpoint_ports(args.endpoint, source.values)
+
+            checks.append(Check("endpoint ports", ask_ports, advice, needs="endpoint"))
     return checks
 
 

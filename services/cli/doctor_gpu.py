@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import FailedPrecondition
+from common.package_versions import installed_version
 from common.tether import tethered
 from models.kernels.packages import PACKAGES
-from services.cli.doctor_packages import installed_version
 from services.cli.doctor_results import Result, error, ok, warning
 
 SECONDS = 300.0

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from packaging.requirements import Requirement
-from packaging.specifiers import SpecifierSet
 
+from common.package_versions import VersionFault, installed_version, is_within, version_fault
 from services.cli.doctor_results import Result, error, ok, warning
 
 DISTRIBUTION = "diffusion-fleet"
@@ -22,26 +22,19 @@ def has_worker_extra() -> bool:
     return installed_version("torch") is not None
 
 
-def installed_version(package: str) -> str | None:
-    """The version in a package's metadata; None where it is not installed."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def check_python() -> Iterator[Result]:
     """The version of Python against Requires-Python."""
     version, bounds = platform.python_version(), importlib.metadata.metadata(DISTRIBUTION)["Requires-Python"] or ""
-    if SpecifierSet(bounds).contains(version, prereleases=True):
+    if is_within(version, bounds):
         yield ok("python", f"{version}, which is {bounds}")
     else:
         yield error("python", f"{version} is not {bounds}", f"use Python {bounds}")
 
 
 def check_packages() -> Iterator[Result]:
-    """The packages that every process of the fleet needs, those of workers, and those of GPU workers."""
+    """The packages that every process of the fleet needs, those of workers, of GPU workers, and of traces."""
     yield from _extra_results("packages", "")
+    yield from _optional_results("tracing")
     if has_worker_extra():
         yield from _extra_results("worker packages", "worker")
         yield from _optional_results("gpu")
@@ -65,27 +58,22 @@ def requirements_of(extra: str) -> list[Requirement]:
 def _extra_results(name: str, extra: str) -> Iterator[Result]:
     """A line for each package that is missing or out of its bounds, and one for all others."""
     install = f"{_INSTALL}[{extra}]'" if extra else f"{_INSTALL}'"
-    right = 0
-    for requirement in requirements_of(extra):
-        version = installed_version(requirement.name)
-        if version is None:
-            yield error(name, f"{requirement.name} is not installed; it must be {requirement.specifier}", install)
-        elif not requirement.specifier.contains(version, prereleases=True):
-            advice = f"pip install '{requirement.name}{requirement.specifier}'"
-            yield error(name, f"{requirement.name} {version} is not {requirement.specifier}", advice)
-        else:
-            right += 1
-    if right:
+    requirements = requirements_of(extra)
+    faults = list(_faults(requirements))
+    for fault in faults:
+        yield error(name, f"{fault.package}: {fault.found}", install if fault.is_missing else fault.command)
+    if right := len(requirements) - len(faults):
         yield ok(name, f"{right} packages are within their bounds")
 
 
 def _optional_results(extra: str) -> Iterator[Result]:
     """A line for each package that is installed and out of its bounds: absence is no fault."""
-    for requirement in requirements_of(extra):
-        version = installed_version(requirement.name)
-        if version is not None and not requirement.specifier.contains(version, prereleases=True):
-            yield warning(
-                f"{extra} packages",
-                f"{requirement.name} {version} is not {requirement.specifier}",
-                f"pip install '{requirement.name}{requirement.specifier}'",
-            )
+    for fault in _faults(requirements_of(extra)):
+        if not fault.is_missing:
+            yield warning(f"{extra} packages", f"{fault.package}: {fault.found}", fault.command)
+
+
+def _faults(requirements: Iterable[Requirement]) -> Iterator[VersionFault]:
+    for each in requirements:
+        if fault := version_fault(each.name, str(each.specifier)):
+            yield fault

@@ -18,6 +18,8 @@ from services.cli.serve import settings_class
 from services.setting_readers import READERS
 
 COORDINATOR = "coordinator"
+OTHER_PORTS = ("health_listen", "scaler_listen", "metrics_port")
+"""Settings of addresses that a service listens on, beside `listen`."""
 
 
 @dataclass(frozen=True)
@@ -74,17 +76,21 @@ def _variables(settings: object) -> Iterator[str]:
 
 def addresses_of(values: Mapping[str, Any]) -> dict[str, str]:
     """The addresses that a service listens on, by setting, without those whose port the system picks."""
-    found = {name: str(values[name]) for name in ("listen", "health_listen", "scaler_listen") if values.get(name)}
-    if values.get("metrics_port"):
-        found["metrics_port"] = f"0.0.0.0:{values['metrics_port']}"
+    found = {name: str(values[name]) for name in ("listen", *OTHER_PORTS) if values.get(name)}
+    if "metrics_port" in found:
+        found["metrics_port"] = f"0.0.0.0:{found['metrics_port']}"
     if values.get("nnodes", 1) > 1 and values["node_rank"] == 0:
         found["rdzv_endpoint"] = str(values["rdzv_endpoint"])
     return {name: address for name, address in found.items() if not address.endswith(":0")}
 
 
 def check_ports(source: ServiceSource, endpoint: str = "") -> Iterator[Result]:
-    """Whether each address can be listened on; in use by the fleet at `endpoint` is right."""
+    """Whether each address can be listened on; in use by the fleet at `endpoint` is right.
+
+    That fleet's other ports are in use too: check_endpoint_ports() asks who listens there.
+    """
     addresses = addresses_of(source.values)
+    runs_here = is_local(endpoint) and _port(endpoint) == _port(addresses.get("listen", ""))
     for name, address in addresses.items():
         if twins := [other for other in _before(name, addresses) if _port(addresses[other]) == _port(address)]:
             yield error("ports", f"{name} {address} has the port of {twins[0]}", f"set {name} to another port")
@@ -92,7 +98,7 @@ def check_ports(source: ServiceSource, endpoint: str = "") -> Iterator[Result]:
         try:
             check_listenable(address)
         except FailedPrecondition as failure:
-            if name == "listen" and is_local(endpoint) and _port(endpoint) == _port(address):
+            if runs_here and name in ("listen", *OTHER_PORTS):
                 yield ok("ports", f"{name} {address} is in use, by the fleet of --endpoint")
             else:
                 yield warning(

@@ -204,6 +204,7 @@ class Coordinator:
                 )
                 await self._slots.give_back_unknown(name, spec.service)
             await self._driver.take_over(name, self._service.restore, beyond_own=not must_await_heartbeats)
+        await self._service.cancellations.settle()
         self._last_housekeeping = asyncio.get_running_loop().time()
         await self._server.set_ready(True)
         await self._watch.look()

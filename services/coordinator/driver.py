@@ -117,7 +117,7 @@ class Driver:
     def _inherit(self, inherited: Inherited, restore: Restore) -> None:
         record = inherited.record
         _log.warning("request %s is taken over: nobody runs it", record.request_id)
-        TAKEN_OVER_REQUESTS.labels(record.model).inc()
+        TAKEN_OVER_REQUESTS.labels(record.model, inherited.cause).inc()
         formers = self._registry.of(record.request_id)
         acquire = partial(inherit, inherited=inherited, formers=formers, restore=restore, store=self._context.store)
         execution = self._begin(record, Phase.INHERITED, acquire, epoch=inherited.epoch)

@@ -12,7 +12,16 @@ from contextlib import contextmanager
 from common.errors import FleetError, Unavailable
 from common.rpc.status import to_status
 from common.state.records import State, StateValue
-from common.trace_context import NO_SPAN, Span, SpanKind, TraceContext, current_span, entered, parse_traceparent
+from common.trace_context import (
+    NO_SPAN,
+    Span,
+    SpanKind,
+    TraceContext,
+    current_span,
+    entered,
+    make_current,
+    parse_traceparent,
+)
 from common.tracing import span, tracer
 from fleet.v1 import generation_pb2
 
@@ -31,10 +40,14 @@ class RequestTrace:
 
     @classmethod
     def begin(cls) -> RequestTrace:
-        """The trace of a new request, which continues that of the client's call."""
+        """The trace of a new request, which continues that of the client's call.
+
+        Its root is the current span for the rest of that call, whose metrics have the trace id as exemplar.
+        """
         parent = current_span()
         spans = tracer()
         root = parent if spans is None else spans.start(_NAME, SpanKind.SERVER, parent, {})
+        make_current(root)
         return cls(root, parent.context)
 
     @classmethod
@@ -85,7 +98,7 @@ class RequestTrace:
     def accepting(self) -> Iterator[None]:
         """The span of validation and admission. A refusal ends the trace; an unknown answer of the store does not."""
         try:
-            with entered(self.root), span("accept"):
+            with span("accept"):
                 yield
         except Unavailable:
             raise

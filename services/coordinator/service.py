@@ -26,6 +26,7 @@ from fleet.v1 import worker_pb2
 from models.catalog import ServedModel, ServedVariant
 from models.validation import InputValidationStage
 from services.coordinator.callers import current_caller
+from services.coordinator.cancellations import Cancellations
 from services.coordinator.costs import costs_of, work_of
 from services.coordinator.downloads import (
     Download,
@@ -89,6 +90,7 @@ class GenerationService:
         self._driver = driver
         self._settings = settings
         self._closing = asyncio.Event()
+        self.cancellations = Cancellations(store)
         self.functions: dict[str, Function] = {
             "Submit": self.submit,
             "Generate": self.generate,
@@ -237,7 +239,7 @@ class GenerationService:
         request_id = self._checked_id(request.request_id)
         await self._require_own(request_id)
         self._driver.cancel(request_id)
-        return pb.CancelRequestResponse(request=await self._store.request_cancel(request_id))
+        return pb.CancelRequestResponse(request=await self.cancellations.cancel(request_id))
 
     async def _own(self, request_id: str) -> pb.RequestRecord:
         """The record of a request of the caller's. Raises NotFound."""

@@ -47,7 +47,8 @@ def create_series(model: str, services: Iterable[str]) -> None:
         name = state_label(state)
         REQUESTS.labels(model, name)
         REQUEST_SECONDS.labels(model, name)
-    TAKEN_OVER_REQUESTS.labels(model)
+    for cause in ("left", "lost", "own"):
+        TAKEN_OVER_REQUESTS.labels(model, cause)
     STEPS_SAVED.labels(model)
     for result in ("stored", "failed"):
         STEP_CHECKPOINT_SAVES.labels(result)

@@ -3,7 +3,8 @@
 `promtool` checks the rules and runs their tests. Then a Prometheus scrapes a live fleet of the emoji model on loopback,
 with the rules, while requests run. A recording rule and a panel must return a number, the latter for at least one
 service; an alert must evaluate. Queries of EXEMPT need a GPU. At last 1,000 requests of 50 callers come, and Prometheus
-must have no more series than before. Needs `prometheus` and `promtool` (Debian's package prometheus).
+must have no more series than before. All processes export traces, and Prometheus must have an exemplar with the trace
+id of a request for each histogram of EXEMPLARS. Needs `prometheus` and `promtool` (Debian's package prometheus).
 
 Ends with 1 and prints what did not hold.
 """
@@ -25,7 +26,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -43,11 +44,15 @@ from common.rpc.client import open_channel  # noqa: E402
 from common.state.records import State  # noqa: E402
 from fleet.v1 import generation_pb2 as pb  # noqa: E402
 from fleet.v1 import generation_pb2_grpc  # noqa: E402
+from otlp_receiver import receiving  # noqa: E402
 from redis_servers import running_server  # noqa: E402
 from services.cli.up_flags import free_port  # noqa: E402
 
 EXEMPT = ("fleet_gpu_memory_used_bytes", "fleet_gpu_memory_total_bytes", "fleet_gpu_utilization_ratio")
 """Metrics of GPUs. A query that selects one needs no data on a host without a GPU."""
+
+EXEMPLARS = ("fleet_request_duration_seconds", "fleet_stage_seconds", "grpc_server_call_duration_seconds")
+"""Histograms of coordinators and workers. No client sends a traceparent: coordinators begin the traces."""
 
 _SERVICES = ("text_encoding", "latent_preparation", "denoising", "decoding")
 _SETTINGS = {
@@ -66,6 +71,7 @@ class Prometheus:
 
     def __init__(self, directory: Path, ports: Sequence[int]) -> None:
         self._address = f"127.0.0.1:{free_port(0)}"
+        self._began = time.time()
         rules = directory / "rules.yaml"
         config = {
             "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},
@@ -105,6 +111,14 @@ class Prometheus:
         (sample,) = self.query('count({__name__=~"(fleet|grpc)_.*", __name__!~".*_bucket", job="fleet"})')
         return int(sample["value"][1])
 
+    def exemplar_traces(self, histogram: str) -> set[str]:
+        """The trace ids of a histogram's exemplars."""
+        query = {"query": f"{histogram}_bucket", "start": str(self._began), "end": str(time.time() + 1)}
+        path = f"/api/v1/query_exemplars?{urllib.parse.urlencode(query)}"
+        with urllib.request.urlopen(f"http://{self._address}{path}") as reply:
+            series = json.load(reply)["data"]
+        return {exemplar["labels"]["trace_id"] for each in series for exemplar in each["exemplars"]}
+
     def failed_rules(self) -> list[str]:
         """The rules whose last evaluation failed, with the error."""
         with urllib.request.urlopen(f"http://{self._address}/api/v1/rules") as reply:
@@ -122,9 +136,11 @@ class Prometheus:
 
 
 @contextlib.contextmanager
-def running(command: Sequence[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+def running(
+    command: Sequence[str], log: Path, environ: Mapping[str, str] | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
     """A process that ends with the block; its output goes to a file."""
-    with log.open("wb") as file, subprocess.Popen(command, stdout=file, stderr=file) as process:
+    with log.open("wb") as file, subprocess.Popen(command, stdout=file, stderr=file, env=environ) as process:
         try:
             yield process
         finally:
@@ -156,8 +172,13 @@ def write_callers(path: Path) -> list[str]:
     return keys
 
 
-async def run_requests(endpoint: str, numbers: range, keys: Sequence[str], steps: int) -> list[str]:
-    """Run requests to their ends, each with a prompt and a seed of its own; returns those that failed."""
+async def run_requests(
+    endpoint: str, numbers: range, keys: Sequence[str], steps: int, traces: set[str] | None = None
+) -> list[str]:
+    """Run requests to their ends, each with a prompt and a seed of its own; returns those that failed.
+
+    The ids of their traces are added to `traces`.
+    """
     queue = iter(numbers)
     findings: list[str] = []
     async with open_channel(endpoint) as channel:
@@ -171,6 +192,8 @@ async def run_requests(endpoint: str, numbers: range, keys: Sequence[str], steps
                 )
                 submitted = await stub.Submit(pb.SubmitRequest(parameters=parameters), metadata=metadata)
                 request_id = submitted.request.request_id
+                if traces is not None:
+                    traces.add(submitted.request.trace.traceparent.split("-")[1])
                 state = 0
                 async for response in stub.Watch(pb.WatchRequest(request_id=request_id), metadata=metadata):
                     state = response.event.state_change.state or state
@@ -214,8 +237,15 @@ def queries_without_data(prometheus: Prometheus, *, has_gpu: bool) -> list[str]:
     ]
 
 
+def check_exemplars(prometheus: Prometheus, traces: set[str]) -> list[str]:
+    """Histograms without an exemplar of one of the traces."""
+    return [f"{each}: no exemplar of a request" for each in EXEMPLARS if not traces & prometheus.exemplar_traces(each)]
+
+
 def check_fleet(directory: Path, redis_url: str, requests: int, stack: contextlib.ExitStack) -> list[str]:
     """Start the fleet and Prometheus, run requests, and query; returns what did not hold."""
+    receiver = stack.enter_context(receiving())
+    tracing = {**os.environ, "OTEL_EXPORTER_OTLP_ENDPOINT": receiver.endpoint}
     keys = write_callers(directory / "keys.toml")
     endpoint = f"unix:{directory}/coordinator.sock"
     ports: list[int] = []
@@ -226,15 +256,17 @@ def check_fleet(directory: Path, redis_url: str, requests: int, stack: contextli
             own = ("--api-keys", str(directory / "keys.toml"), "--heartbeat-seconds", "0.3", "--step-seconds", "10")
         listen = ("--listen", f"unix:{directory}/{service}.sock", "--metrics-port", str(ports[-1]))
         words = (sys.executable, "-m", "services.cli", "serve", service, *listen, "--redis", redis_url, *own)
-        stack.enter_context(running(words, directory / f"{service}.log"))
+        stack.enter_context(running(words, directory / f"{service}.log", tracing))
     prometheus = Prometheus(directory, ports)
     stack.enter_context(running(prometheus.command, directory / "prometheus.log"))
     wait_until("all processes are scraped", prometheus.is_scraping, _START_SECONDS)
-    findings = asyncio.run(run_requests(endpoint, range(20), keys[:1], steps=4))
+    traces: set[str] = set()
+    findings = asyncio.run(run_requests(endpoint, range(20), keys[:1], steps=4, traces=traces))
     has_gpu = torch.cuda.is_available()
     began = time.monotonic()
     while (missing := queries_without_data(prometheus, has_gpu=has_gpu)) and time.monotonic() - began < _WAIT_SECONDS:
-        findings += asyncio.run(run_requests(endpoint, range(20), keys[:1], steps=4))
+        findings += asyncio.run(run_requests(endpoint, range(20), keys[:1], steps=4, traces=traces))
+    findings += check_exemplars(prometheus, traces)
     findings += [f"no data: {each}" for each in missing] + prometheus.failed_rules()
     if not missing:
         sys.stdout.write(f"each query has data after {time.monotonic() - began:.1f} s; GPU queries: {has_gpu}\n")

@@ -10,11 +10,17 @@ import torch
 from prometheus_client import REGISTRY
 
 from common.artifacts import StepCheckpoint
+from common.errors import FleetError, InternalError, NotFound, Unavailable
+from common.rpc.client import open_channel
 from common.stage import Call
-from common.state.connection import command, connect
-from coordinator_fleet import FakeFleet, Gate, Script, latents_of, run_on_fleet, submission, terminal
+from common.state.connection import StoreFull, command, connect
+from common.state.records import Cancellation
+from common.state.requests import RequestStore
+from coordinator_fleet import FakeFleet, Gate, Script, Stub, latents_of, run_on_fleet, submission, terminal
 from fleet.v1 import generation_pb2 as pb
+from fleet.v1 import generation_pb2_grpc
 from redis_servers import running_server, until
+from services.coordinator.cancellations import Cancellations
 
 _NUMERICS = "equal"
 _MODEL = {"model": "emoji"}
@@ -146,8 +152,15 @@ def test_the_gauges_of_a_service_follow_the_store(url: str) -> None:
     run_on_fleet(url, story)
 
 
-def test_a_request_that_is_taken_over_is_counted(url: str) -> None:
-    counted = _Counted(("fleet_taken_over_requests_total", _MODEL))
+def _take_overs() -> _Counted:
+    """Take-overs by cause: left, lost, own."""
+    series = "fleet_taken_over_requests_total"
+    return _Counted(*((series, {**_MODEL, "cause": cause}) for cause in ("left", "lost", "own")))
+
+
+def test_a_request_of_a_coordinator_that_leaves_is_counted(url: str) -> None:
+    """As in a rollout."""
+    counted = _take_overs()
 
     async def story(fleet: FakeFleet) -> None:
         gate = Gate()
@@ -161,9 +174,136 @@ def test_a_request_that_is_taken_over_is_counted(url: str) -> None:
         gate.opened.set()
         assert (await terminal(other, name))[-1].state_change.state == pb.REQUEST_STATE_SUCCEEDED
         await leaving
-        assert counted.grown() == [1]
+        assert counted.grown() == [1, 0, 0]
 
     run_on_fleet(url, story)
+
+
+def test_a_request_of_a_coordinator_that_dies_is_counted(url: str) -> None:
+    counted = _take_overs()
+
+    async def story(fleet: FakeFleet) -> None:
+        gate = Gate()
+        fleet.scripts["decoding"].work = gate
+        await fleet.add_workers()
+        listen = f"unix:{fleet.directory}/c.sock"
+        process = await fleet.start_process(listen)
+        async with open_channel(listen) as channel:
+            stub: Stub = generation_pb2_grpc.GenerationServiceStub(channel)
+            name = (await stub.Submit(submission())).request.request_id
+            await gate.wait_reached()
+            process.kill()
+        gate.opened.set()
+        _, other = await fleet.add_coordinator(heartbeat_ttl_seconds=0.5)
+        assert (await terminal(other, name))[-1].state_change.state == pb.REQUEST_STATE_SUCCEEDED
+        assert counted.grown() == [0, 1, 0]
+
+    run_on_fleet(url, story)
+
+
+def test_a_request_that_nobody_told_its_owner_of_is_counted(url: str) -> None:
+    counted = _take_overs()
+
+    async def story(fleet: FakeFleet) -> None:
+        await fleet.add_workers()
+        _, stub = await fleet.add_coordinator()
+        known = (await stub.Submit(submission())).request
+        await terminal(stub, known.request_id)
+        async with connect(fleet.url) as redis:
+            owner = await command(redis, "HGET", f"fleet:request:{known.request_id}", "owner")
+            late = pb.RequestRecord(request_id="late", model=known.model, parameters=known.parameters)
+            stored = pb.SubmitRequest(model=known.model, parameters=known.parameters).SerializeToString()
+            await RequestStore(redis, owner=owner.decode()).admit(late, submission=stored)
+        assert (await terminal(stub, "late"))[-1].state_change.state == pb.REQUEST_STATE_SUCCEEDED
+        assert counted.grown() == [0, 0, 1]
+
+    run_on_fleet(url, story)
+
+
+@pytest.mark.parametrize("is_answer_lost", [False, True])
+def test_a_request_that_is_cancelled_without_an_owner_is_counted_once(
+    url: str, monkeypatch: pytest.MonkeyPatch, is_answer_lost: bool
+) -> None:
+    """It ends in the store. The coordinator that ended it counts it, also where it learns of that end later."""
+    series = ("fleet_requests_total", "fleet_request_duration_seconds_count")
+    counted = _Counted(*((name, {**_MODEL, "state": "CANCELLED"}) for name in series))
+    request_cancel = RequestStore.request_cancel
+    lost: list[str] = []
+
+    async def cancel_in_silence(store: RequestStore, request_id: str, *, token: str = "") -> Cancellation:
+        cancellation = await request_cancel(store, request_id, token=token)
+        if is_answer_lost and not lost:
+            lost.append(request_id)
+            raise Unavailable("the answer is lost")
+        return cancellation
+
+    async def story(fleet: FakeFleet) -> None:
+        _, stub = await fleet.add_coordinator()
+        async with connect(fleet.url) as redis:
+            record = pb.RequestRecord(request_id="orphan", model=fleet.model.name)
+            await RequestStore(redis, owner="dead").admit(record)
+            cancel = pb.CancelRequestRequest(request_id="orphan")
+            replies = await asyncio.gather(*(stub.CancelRequest(cancel) for _ in range(4)), return_exceptions=True)
+            assert [isinstance(each, BaseException) for each in replies].count(True) == len(lost) == is_answer_lost
+
+            async def is_counted() -> bool:
+                return counted.grown() == [1, 1]
+
+            await until(is_counted)
+            ended = (await stub.CancelRequest(cancel)).request
+            assert ended.state == pb.REQUEST_STATE_CANCELLED
+            assert counted.grown() == [1, 1]
+
+    monkeypatch.setattr(RequestStore, "request_cancel", cancel_in_silence)
+    run_on_fleet(url, story)
+
+
+def test_a_cancellation_that_the_store_cannot_do_is_given_up(
+    url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Housekeeping goes on, and the coordinator stays ready."""
+    errors: list[FleetError] = []
+
+    async def fail(*_: object, token: str) -> Cancellation:
+        assert token
+        raise errors.pop(0)
+
+    async def story() -> None:
+        async with connect(url) as redis:
+            cancellations = Cancellations(RequestStore(redis))
+            monkeypatch.setattr(RequestStore, "request_cancel", fail)
+            errors[:] = [Unavailable("away"), StoreFull("full"), InternalError("damaged")]
+            with pytest.raises(Unavailable):
+                await cancellations.cancel("orphan")
+            for _ in range(3):  # The last one has nothing to do.
+                await cancellations.settle()
+            assert not errors
+            assert "a cancellation is given up: request=orphan: damaged" in caplog.text
+
+    asyncio.run(story())
+
+
+def test_a_cancellation_whose_caller_gave_up_is_counted(url: str) -> None:
+    """Housekeeping repeats an attempt without an answer."""
+    counted = _Counted(("fleet_requests_total", {**_MODEL, "state": "CANCELLED"}))
+
+    async def story() -> None:
+        async with connect(url) as redis:
+            await redis.flushall()
+            store = RequestStore(redis)
+            cancellations = Cancellations(store)
+            await RequestStore(redis, owner="dead").admit(pb.RequestRecord(request_id="orphan", model="emoji"))
+            attempt = asyncio.create_task(cancellations.cancel("orphan"))
+            await asyncio.sleep(0)
+            attempt.cancel()
+            await asyncio.wait({attempt})
+            for _ in range(2):
+                await cancellations.settle()
+                assert counted.grown() == [1]
+            with pytest.raises(NotFound):
+                await cancellations.cancel("nothing")
+
+    asyncio.run(story())
 
 
 def test_series_are_there_before_the_first_event(url: str) -> None:

@@ -12,11 +12,13 @@ from typing import Any
 
 import grpc
 import pytest
+from prometheus_client import CollectorRegistry, start_http_server
 
 from certificates import Authority
 from common.errors import FailedPrecondition, Unavailable
 from common.rpc.fleet_server import FleetServer
 from common.state.connection import connect
+from common.telemetry import start_metrics
 from coordinator_fleet import FakeFleet, run_on_fleet
 from doctor_lines import lines
 from fleet.v1 import generation_pb2 as pb
@@ -25,6 +27,7 @@ from redis_servers import fill, running_server, until
 from services.cli import doctor
 from services.cli.access import IN_THE_CLEAR, Access
 from services.cli.doctor_endpoint import check_endpoint, contract_result, elements_of, model_results, own_files
+from services.cli.doctor_ports import check_endpoint_ports, reached_addresses
 
 KEY = "key-of-alice"
 SERVICE = "fleet.v1.GenerationService"
@@ -138,6 +141,63 @@ def test_a_fleet_over_tls(
         assert f"error    endpoint          {coordinator.address} and this command could not agree on TLS" in out
 
     run_on_fleet(url, story)
+
+
+def ports_of(endpoint: str, **values: object) -> list[str]:
+    return lines(check_endpoint_ports(endpoint, values))
+
+
+def test_the_other_ports_of_a_fleet_are_asked(url: str) -> None:
+    async def story(fleet: FakeFleet) -> None:
+        health = f"unix:{fleet.directory}/health.sock"
+        coordinator, _ = await fleet.add_coordinator(health_listen=health, scaler_listen="127.0.0.1:0")
+        scaler, endpoint = coordinator.scaler_address, "127.0.0.1:1"
+        metrics = start_metrics(0, "127.0.0.1")
+        try:
+            values = {"health_listen": health, "scaler_listen": scaler, "metrics_port": metrics.port}
+            assert await asyncio.to_thread(lambda: ports_of(endpoint, **values)) == [
+                f"ok endpoint ports: health_listen: {health} is ready",
+                f"ok endpoint ports: scaler_listen: {scaler} is ready",
+                f"ok endpoint ports: metrics_port: 127.0.0.1:{metrics.port} serves the metrics of a coordinator",
+            ]
+            assert await asyncio.to_thread(lambda: ports_of(endpoint, scaler_listen=scaler, tls_cert="x")) == [
+                f"ok endpoint ports: scaler_listen: {scaler} accepts connections; who calls it needs a certificate"
+            ]
+        finally:
+            metrics.stop()
+        await coordinator.stop(0)
+        gone = await asyncio.to_thread(lambda: ports_of(endpoint, **values))
+        assert [each.partition(" -> ")[0] for each in gone] == [
+            f"warning endpoint ports: health_listen: {health} does not answer health checks: UNAVAILABLE",
+            f"warning endpoint ports: scaler_listen: {scaler} does not answer health checks: UNAVAILABLE",
+            f"warning endpoint ports: metrics_port: 127.0.0.1:{metrics.port} does not answer: Connection refused",
+        ]
+        tls = await asyncio.to_thread(lambda: ports_of(endpoint, scaler_listen=scaler, tls_cert="x"))
+        assert tls[0].startswith(f"warning endpoint ports: scaler_listen: {scaler} does not answer: Connection refused")
+
+    run_on_fleet(url, story)
+
+
+def test_a_port_of_another_program_is_a_warning() -> None:
+    registry = CollectorRegistry()
+    server, thread = start_http_server(0, "127.0.0.1", registry)
+    try:
+        (line,) = ports_of("127.0.0.1:1", metrics_port=server.server_port)
+        assert line.startswith(
+            f"warning endpoint ports: metrics_port: 127.0.0.1:{server.server_port} answers without metrics of a coordi"
+        )
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def test_ports_are_those_of_the_endpoints_host() -> None:
+    values = {"listen": "0.0.0.0:1", "health_listen": "0.0.0.0:2", "scaler_listen": "127.0.0.1:3", "metrics_port": 4}
+    far = {"health_listen": "far.example:2", "metrics_port": "far.example:4"}
+    assert reached_addresses("far.example:1", values) == far, "its loopback interface cannot be reached from here"
+    near = {"health_listen": "127.0.0.1:2", "scaler_listen": "127.0.0.1:3", "metrics_port": "127.0.0.1:4"}
+    assert reached_addresses("unix:/run/fleet.sock", values) == near
 
 
 def test_nobody_there_and_a_server_that_is_no_fleet(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import logging
 import re
 import signal
 import sys
+import time
 from asyncio.subprocess import PIPE
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import grpc
 import pytest
+from prometheus_client import REGISTRY
 
 from certificates import Authority
 from common import tracing
@@ -95,6 +97,47 @@ def test_ends_and_refusals_are_in_the_root_span(url: str, monkeypatch: pytest.Mo
 
 def fails(_: object) -> None:
     raise RuntimeError("a secret of the prompt")
+
+
+def exemplar(method: str, series: str) -> str:
+    """The trace id of the latest exemplar of a served method's histogram; empty where there is none."""
+    found = [
+        (sample.exemplar.timestamp or 0.0, sample.exemplar.labels["trace_id"])
+        for family in REGISTRY.collect()
+        for sample in family.samples
+        if sample.name == f"{series}_bucket" and sample.exemplar is not None
+        if sample.labels["grpc_method"] == f"fleet.v1.GenerationService/{method}"
+    ]
+    return max(found, default=(0.0, ""))[1]
+
+
+@pytest.mark.parametrize("method", ["Submit", "Generate"])
+def test_calls_that_begin_a_trace_have_it_as_exemplar(url: str, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    """The client sends no traceparent."""
+
+    async def story(fleet: FakeFleet) -> None:
+        await fleet.add_workers()
+        _, stub = await fleet.add_coordinator()
+        if method == "Submit":
+            record = (await stub.Submit(submission())).request
+        else:
+            replies = [reply async for reply in stub.Generate(pb.GenerateRequest(request=submission()))]
+            record = replies[0].accepted
+        await terminal(stub, record.request_id)
+        trace_id = record.trace.traceparent.split("-")[1]
+        for series in ("duration_seconds", "sent_total_compressed_message_size_bytes"):
+            await asyncio.to_thread(wait_for_exemplar, method, f"grpc_server_call_{series}", trace_id)
+
+    with exporting(monkeypatch):
+        run_on_fleet(url, story)
+
+
+def wait_for_exemplar(method: str, series: str, trace_id: str) -> None:
+    """A call is measured after its caller has its status. Raises AssertionError."""
+    give_up = time.monotonic() + 5
+    while exemplar(method, series) != trace_id:
+        assert time.monotonic() < give_up, (exemplar(method, series), trace_id)
+        time.sleep(0.02)
 
 
 @pytest.mark.parametrize(

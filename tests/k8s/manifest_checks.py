@@ -29,6 +29,7 @@ from manifests import (
     pods,
     shared_variables,
 )
+from opentelemetry.sdk import environment_variables
 
 from common.errors import InvalidInput
 from common.settings import load_settings
@@ -40,6 +41,7 @@ Check = Callable[[Sequence[Manifest]], Iterator[str]]
 
 HEALTH_SERVICE = "grpc.health.v1.Health"
 KNOWN_SERVICES = frozenset({HEALTH_SERVICE, "grpc.reflection.v1alpha.ServerReflection"})
+_OTEL_VARIABLES = frozenset(name for name in vars(environment_variables) if name.startswith("OTEL_"))
 RECOMMENDED_LABELS = frozenset(
     f"app.kubernetes.io/{name}" for name in ("name", "instance", "component", "part-of", "managed-by")
 )
@@ -197,6 +199,7 @@ def settings(manifests: Sequence[Manifest]) -> Iterator[str]:
             yield f"{pod.owner}: {pod.service} is not a service; services are {sorted(SERVICES)}"
             continue
         read = frozenset(f"FLEET_{name.upper()}" for name in settings_class(pod.service).__dataclass_fields__)
+        read |= _OTEL_VARIABLES
         for each in pod.container.get("env", []):
             if each["name"] not in read:
                 yield f"{pod.owner}: {each['name']} is not a setting of {pod.service}"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from urllib.parse import urlsplit
 
-from manifests import Manifest, Pod, matches, name_of, of_kind, pods
+from manifests import Manifest, Pod, environment, matches, name_of, of_kind, pods
 
 KEDA = {"kubernetes.io/metadata.name": "keda"}
 MONITORING = {"kubernetes.io/metadata.name": "monitoring"}
@@ -73,7 +74,7 @@ def flows(manifests: Sequence[Manifest]) -> Iterator[str]:
 
 
 def outside_flows(manifests: Sequence[Manifest]) -> Iterator[str]:
-    """Connections that leave or enter the namespace: to DNS and a managed Redis, from KEDA and Prometheus."""
+    """Connections that leave or enter the namespace: to DNS, Redis and a collector, from KEDA and Prometheus."""
     templates = [pod for pod in pods(manifests) if pod.service]
     in_cluster = any(pod.container["name"] == "redis" for pod in pods(manifests))
     for pod in templates:
@@ -90,6 +91,9 @@ def outside_flows(manifests: Sequence[Manifest]) -> Iterator[str]:
         reached = {port["port"] for rule in blocks for port in rule.get("ports", [])}
         if not in_cluster and not reached & _REDIS_PORTS:
             yield f"{pod.owner}: cannot connect to a Redis outside the namespace"
+        collector = urlsplit(environment(manifests, pod.container).get("OTEL_EXPORTER_OTLP_ENDPOINT", ""))
+        if collector.hostname and not _reaches(out, collector.hostname, collector.port):
+            yield f"{pod.owner}: cannot connect to the collector {collector.netloc}"
         if "scaler" in pod.ports and not _is_admitted(manifests, pod, "scaler", KEDA):
             yield f"{pod.owner}: KEDA cannot connect to its scaler"
         if (
@@ -98,6 +102,12 @@ def outside_flows(manifests: Sequence[Manifest]) -> Iterator[str]:
             and not _is_admitted(manifests, pod, "metrics", MONITORING)
         ):
             yield f"{pod.owner}: Prometheus cannot connect to its metrics"
+
+
+def _reaches(rules: Sequence[Manifest], host: str, port: int | None) -> bool:
+    """Whether egress rules admit SERVICE.NAMESPACE.svc at that port."""
+    wanted = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": host.split(".")[1]}}}
+    return any(wanted in rule.get("to", []) and {"port": port} in rule.get("ports", []) for rule in rules)
 
 
 def _is_admitted(manifests: Sequence[Manifest], pod: Pod, port: str, namespace: Mapping[str, str]) -> bool:

@@ -129,6 +129,14 @@ PLANTED_IN_WORKERS = [
     ),
     Planted("outside_flows", "keda", "KEDA cannot connect", drop(_NP, "coordinator-scaler")),
     Planted("outside_flows", "production", "Prometheus cannot connect", drop(_NP, "metrics")),
+    Planted("outside_flows", "production", "decoding: cannot connect to the collector", drop(_NP, "traces")),
+    Planted(
+        "outside_flows",
+        "production",
+        "coordinator: cannot connect to the collector otel-collector.observability.svc:4318",
+        set_shared("OTEL_EXPORTER_OTLP_ENDPOINT", "http://otel-collector.observability.svc:4318"),
+    ),
+    Planted("settings", "production", "OTEL_EXPORTER_ENDPOINT is read", set_shared("OTEL_EXPORTER_ENDPOINT", "x")),
     Planted(
         "outside_flows",
         "keda",

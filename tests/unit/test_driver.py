@@ -238,7 +238,7 @@ def test_a_request_that_cannot_be_run_here_ends_as_failed(stored: bytes, reason:
     async def test(case: Case) -> None:
         case.store.epoch = 2
         record = pb.RequestRecord(request_id="r", model="emoji")
-        case.owners.given.append([Inherited(record, 2, stored, False, None)])
+        case.owners.given.append([Inherited(record, 2, stored, False, None, "lost")])
         await case.driver.take_over("emoji", refuse)
         await case.until()
 

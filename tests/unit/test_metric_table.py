@@ -40,6 +40,25 @@ def test_a_histogram_has_three_kinds_of_series() -> None:
     assert series["fleet_requests_total"] == {"model", "state"}
 
 
+def test_each_per_call_metric_of_grfc_a66_is_offered_or_has_a_note() -> None:
+    sizes = "total_compressed_message_size"
+    names = [
+        *(f"grpc.client.attempt.{each}" for each in ("started", "duration", f"sent_{sizes}", f"rcvd_{sizes}")),
+        "grpc.client.call.duration",
+        *(f"grpc.server.call.{each}" for each in ("started", "duration", f"sent_{sizes}", f"rcvd_{sizes}")),
+    ]
+    units = {"started": "total", "duration": "seconds_count"}
+    offered = metric_table.series()
+    absent = [
+        name
+        for name in names
+        if f"{name.replace('.', '_')}_{units.get(name.rpartition('.')[2], 'bytes_count')}" not in offered
+    ]
+    assert absent == ["grpc.client.call.duration"]
+    notes = " ".join(metric_table.table().partition("\ngRFC A66")[2].split())
+    assert notes.startswith(f"'s `{absent[0]}` is not offered: ")
+
+
 def test_a_readme_without_the_marks_is_refused() -> None:
     with pytest.raises(ValueError, match=r"services/README\.md: .* are not both in it"):
         metric_table.PART.replaced("# Services", "| table |\n")

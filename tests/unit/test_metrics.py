@@ -17,6 +17,7 @@ import torch
 from prometheus_client import REGISTRY
 from prometheus_client.metrics import MetricWrapperBase
 from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import NoScriptError, ResponseError
 
 from common import metrics
 from common.errors import Unavailable
@@ -29,6 +30,7 @@ from common.state.connection import command, connect, run_script
 from common.state.leases import Leases
 from fleet.v1 import artifacts_pb2
 from metric_table import all_metrics, labels_of
+from redis_servers import running_server
 from services import gpu_metrics
 from services.coordinator.resume import NewestStepCheckpoint
 from services.measured_stages import MeasuredStages
@@ -168,9 +170,13 @@ def test_steps_and_times_of_the_device_are_measured(monkeypatch: pytest.MonkeyPa
     clock = _Clock(monkeypatch)
     stages = MeasuredStages(_Loop(clock, [(1, 103.0), (2, 104.0), (4, 110.0)], 111.0), "denoising", "measured")
     place = {"service": "denoising", "model": "measured"}
-    heard: list[int] = []
-    stages.run({}, Call("r", on_progress=lambda step, _: heard.append(step), tokens=70_000))
-    assert heard == [1, 2, 4]
+    heard: list[tuple[int, float]] = []
+
+    def hear(step: int, _: int) -> None:
+        heard.append((step, _sample("fleet_device_busy_seconds_total", **place)))
+
+    stages.run({}, Call("r", on_progress=hear, tokens=70_000))
+    assert heard == [(1, 3.0), (2, 4.0), (4, 10.0)], "steps and busy seconds: a video takes longer than a rate's window"
     steps = {**place, "work": "262144"}
     assert _sample("fleet_step_seconds_count", **steps) == 2, "the first one includes the preparation"
     assert _sample("fleet_step_seconds_sum", **steps) == 1.0 + 3.0
@@ -235,6 +241,32 @@ def test_round_trips_of_the_store_are_measured_by_operation() -> None:
     asyncio.run(refused())
     after = [_sample("fleet_store_operation_seconds_count", operation=name, result="error") for name in names]
     assert [new - old for new, old in zip(after, before, strict=True)] == [1, 1, 1]
+
+
+def test_a_command_of_a_pipeline_that_fails_is_an_error() -> None:
+    """Also where the pipeline raises nothing, as where a result is stored."""
+
+    async def story(url: str) -> None:
+        async with connect(url) as redis:
+            for transaction in (False, True):
+                pipeline = redis.pipeline(transaction=transaction)
+                pipeline.set("a", "text")
+                pipeline.hget("a", "field")
+                assert isinstance((await pipeline.execute(raise_on_error=False))[1], ResponseError)
+            pipeline = redis.pipeline(transaction=False)
+            pipeline.execute_command("MULTI")
+            pipeline.hget("a", "field")
+            pipeline.execute_command("EXEC")
+            await pipeline.execute(raise_on_error=False)
+            pipeline.evalsha("0" * 40, 0)
+            assert isinstance((await pipeline.execute(raise_on_error=False))[0], NoScriptError)
+
+    results = ("error", "ok")
+    before = [_sample("fleet_store_operation_seconds_count", operation="pipeline", result=each) for each in results]
+    with running_server("valkey") as server:
+        asyncio.run(story(server.url))
+    after = [_sample("fleet_store_operation_seconds_count", operation="pipeline", result=each) for each in results]
+    assert [new - old for new, old in zip(after, before, strict=True)] == [3, 1]
 
 
 def test_a_round_trip_that_is_cancelled_is_no_error() -> None:

@@ -264,11 +264,13 @@ def test_a_cancel_reaches_the_owner_or_ends_what_nobody_owns(url: str) -> None:
         store = RequestStore(redis, owner="me")
         name = (await store.admit(record())).record.request_id
         stranger = RequestStore(redis)
-        assert (await stranger.request_cancel(name)).state == State.REQUEST_STATE_QUEUED
+        cancelled, ended_here = await stranger.request_cancel(name)
+        assert (cancelled.state, ended_here) == (State.REQUEST_STATE_QUEUED, False)
         assert await asked.get() == name
         await presence.stop()
-        assert (await stranger.request_cancel(name)).state == State.REQUEST_STATE_CANCELLED
-        assert (await stranger.request_cancel(name)).state == State.REQUEST_STATE_CANCELLED
+        for token, expected in (("first", True), ("first", True), ("second", False), ("", False)):
+            cancelled, ended_here = await stranger.request_cancel(name, token=token)
+            assert (cancelled.state, ended_here) == (State.REQUEST_STATE_CANCELLED, expected)
         with pytest.raises(NotFound):
             await stranger.request_cancel("nothing")
 

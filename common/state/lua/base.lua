@@ -46,6 +46,7 @@
 --   fleet:reply:<name>             list   a reply that workers share: its checksum, then its frames
 --   fleet:replies, fleet:reply-sizes   zset, hash   names of these by when they expire; their bytes
 --   fleet:coordinator:<owner>      string present while that coordinator's heartbeat lasts; also its channel
+--   fleet:resigned:<owner>         string present for a day after that coordinator has ended by itself
 --   fleet:repairs                  hash   kind of damage -> how often an operation found and removed it
 --
 -- Keys may be missing, evicted, restored from an older copy or of another type. So no loop depends on two keys that
@@ -63,6 +64,7 @@ local TERMINAL = 3
 local CHURN_MS = 600000
 local FIRST_PAUSE_MS, LONGEST_PAUSE_MS = 200, 5000
 local AVOIDED_MS = 60000
+local RESIGNED_MS = 86400000
 local REFUSED_MS, MOST_REFUSED = 600000, 16
 local RECHECK_MS = 50
 local MOST_DROPPED = 1000  -- entries of a queue that one operation removes; the next operation goes on

@@ -11,7 +11,8 @@ local function open_fields(model, id, ...)
 end
 
 -- A coordinator becomes the owner of its own requests that it does not run, and of those of dead coordinators. Returns for
--- each id, epoch, submission, cancel, now and the record; then the ids of those that it runs and should cancel. Only a
+-- each id, epoch, submission, cancel, now, the record and the cause (own: its own request, left: the former owner ended by
+-- itself, lost: the former owner's heartbeat expired); then the ids of those that it runs and should cancel. Only a
 -- coordinator that lives takes anything.
 takes.take_over = {
   'owner', 'model',
@@ -41,7 +42,9 @@ function ops.take_over(a)
       redis.call('HDEL', key, 'told')
       local epoch = redis.call('HINCRBY', key, 'epoch', 1)
       note(id, 'taken_over', '', owner, epoch)
-      taken[#taken + 1] = { id, epoch, fields[3] or '', fields[2] or '0', int(now), snapshot(id) }
+      local has_left = redis.call('EXISTS', P .. 'resigned:' .. fields[1]) == 1
+      local cause = is_own and 'own' or has_left and 'left' or 'lost'
+      taken[#taken + 1] = { id, epoch, fields[3] or '', fields[2] or '0', int(now), snapshot(id), cause }
     end
   end
   return { taken, cancels }
@@ -205,8 +208,9 @@ function ops.beat(a)
   redis.call('SET', P .. 'coordinator:' .. a.owner, '1', 'PX', a.lasts)
 end
 
--- A coordinator ends.
+-- A coordinator ends by itself.
 takes.resign = { 'owner' }
 function ops.resign(a)
+  redis.call('SET', P .. 'resigned:' .. a.owner, '1', 'PX', RESIGNED_MS)
   redis.call('DEL', P .. 'coordinator:' .. a.owner, P .. 'avoided:' .. a.owner)
 end

@@ -100,10 +100,12 @@ function ops.finish(a)
   return { 'finished', events }
 end
 
--- Asks the owner of a request to end it; where the owner is dead, the request ends here.
+-- Asks the owner of a request to end it; where the owner is dead, the request ends here. Returns 1 where this attempt, or
+-- one that it repeats, has ended the request, else 0; then the record.
 takes.cancel = {
   'id',
   'state',    -- that it ends in here
+  'token',    -- of this attempt and its repetitions
   'keep',     -- ms that its record is kept then
   'events*',  -- of its end here, serialised
 }
@@ -115,10 +117,10 @@ function ops.cancel(a)
     if redis.call('EXISTS', P .. 'coordinator:' .. owner) == 1 then
       redis.call('PUBLISH', P .. 'coordinator:' .. owner, 'cancel\n' .. id)
     else
-      finish(id, 'cancel', a.state, '', a.keep)
+      finish(id, a.token, a.state, '', a.keep)
       add_events(id, a.events)
       redis.call('PEXPIRE', P .. 'events:' .. id, a.keep)
     end
   end
-  return snapshot(id)
+  return { redis.call('HGET', key, 'token') == a.token and 1 or 0, snapshot(id) }
 end

@@ -1,0 +1,106 @@
+"""Checks of a running coordinator's other ports, as its settings name them: health checks, metrics, KEDA's scaler."""
+
+from __future__ import annotations
+
+import http.client
+import socket
+from collections.abc import Iterator, Mapping
+from http import HTTPStatus
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health_pb2
+
+from common.rpc.address import is_local, socket_path, target_of
+from common.rpc.options import NO_PROXY
+from services.cli.doctor_results import Result, ok, warning
+from services.cli.doctor_settings import OTHER_PORTS, addresses_of
+
+_WILDCARDS = ("0.0.0.0", "[::]", "*", "")
+_SECONDS = 3.0
+_MOST_BYTES = 1 << 20
+_OWN_METRIC = b"fleet_requests_total"
+
+
+def check_endpoint_ports(endpoint: str, values: Mapping[str, Any]) -> Iterator[Result]:
+    """A line for each port that the coordinator's settings name, at the host of `endpoint`.
+
+    A port that is bound to the loopback interface of another host cannot be checked, and has no line.
+    """
+    for name, address in reached_addresses(endpoint, values).items():
+        if name == "metrics_port":
+            fault, advice = _metrics_fault(address), "see the coordinator's log and its metrics_port"
+            right = "serves the metrics of a coordinator"
+        elif name == "scaler_listen" and values.get("tls_cert"):
+            fault, advice = _connection_fault(address), "see the coordinator's log and its scaler_listen"
+            right = "accepts connections; who calls it needs a certificate"
+        else:
+            fault, advice = _health_fault(address), f"see the coordinator's log and its {name}"
+            right = "is ready"
+        if fault:
+            yield warning("endpoint ports", f"{name}: {address} {fault}", f"{advice}, and firewalls on the way")
+        else:
+            yield ok("endpoint ports", f"{name}: {address} {right}")
+
+
+def reached_addresses(endpoint: str, values: Mapping[str, Any]) -> dict[str, str]:
+    """The addresses by which this host reaches the ports of the settings, by setting."""
+    host = "127.0.0.1" if endpoint.startswith("unix:") else endpoint.rpartition(":")[0]
+    found = {}
+    for name, address in addresses_of(values).items():
+        if name not in OTHER_PORTS or (is_local(address) and not is_local(endpoint)):
+            continue
+        bound, _, port = address.rpartition(":")
+        found[name] = f"{host}:{port}" if bound in _WILDCARDS else address
+    return found
+
+
+def _metrics_fault(address: str) -> str:
+    """What is wrong with the metrics at HOST:PORT. Proxies are not used: Prometheus uses none."""
+    host, _, port = address.rpartition(":")
+    connection = http.client.HTTPConnection(host.strip("[]"), int(port), timeout=_SECONDS)
+    try:
+        connection.request("GET", "/metrics")
+        reply = connection.getresponse()
+        text = reply.read(_MOST_BYTES)
+    except (OSError, http.client.HTTPException) as error:
+        return _no_answer(error)
+    finally:
+        connection.close()
+    return "" if reply.status == HTTPStatus.OK and _OWN_METRIC in text else "answers without metrics of a coordinator"
+
+
+def _health_fault(address: str) -> str:
+    """What is wrong with the gRPC health check at an address."""
+    with grpc.insecure_channel(target_of(address), options=NO_PROXY) as channel:
+        check: grpc.UnaryUnaryMultiCallable[health_pb2.HealthCheckRequest, health_pb2.HealthCheckResponse]
+        check = channel.unary_unary(
+            "/grpc.health.v1.Health/Check",
+            request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
+            response_deserializer=health_pb2.HealthCheckResponse.FromString,
+        )
+        try:
+            status = check(health_pb2.HealthCheckRequest(), timeout=_SECONDS).status
+        except grpc.RpcError as error:
+            return f"does not answer health checks: {error.code().name}"
+    return "" if status == health_pb2.HealthCheckResponse.SERVING else "is not ready"
+
+
+def _connection_fault(address: str) -> str:
+    """What is wrong with connections to an address."""
+    try:
+        if address.startswith("unix:"):
+            with socket.socket(socket.AF_UNIX) as connection:
+                connection.settimeout(_SECONDS)
+                connection.connect(str(socket_path(address)))
+        else:
+            host, _, port = address.rpartition(":")
+            socket.create_connection((host.strip("[]"), int(port)), _SECONDS).close()
+    except OSError as error:
+        return _no_answer(error)
+    return ""
+
+
+def _no_answer(error: Exception) -> str:
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or type(error).__name__
+    return f"does not answer: {reason}"

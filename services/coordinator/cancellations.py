@@ -1,0 +1,79 @@
+"""Cancels requests in the store, and counts the requests that end there because no coordinator runs them."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+
+from common.errors import FleetError, Unavailable
+from common.metrics import REQUEST_SECONDS, REQUESTS, observe
+from common.state.requests import RequestStore
+from common.trace_context import entered
+from fleet.v1 import generation_pb2
+from services.coordinator.request_trace import RequestTrace
+from services.coordinator.service_gauges import state_label
+
+_MOST_UNSETTLED = 1_000
+
+_log = logging.getLogger(__name__)
+
+
+class Cancellations:
+    """One for each coordinator.
+
+    The answer of the store may be lost, or its reader cancelled. Such an attempt is unsettled: settle() repeats it with
+    the same token, so that a request which it ended is counted, and counted once. Beyond 1,000 unsettled attempts the
+    oldest one is dropped.
+    """
+
+    def __init__(self, store: RequestStore) -> None:
+        self._store = store
+        self._unsettled: dict[str, str] = {}
+
+    async def cancel(self, request_id: str) -> generation_pb2.RequestRecord:
+        """Ask the owner of a request to end it; without a live owner it ends here. Raises NotFound, Unavailable."""
+        token = self._unsettled.setdefault(request_id, secrets.token_hex(8))
+        while len(self._unsettled) > _MOST_UNSETTLED:
+            del self._unsettled[next(iter(self._unsettled))]
+        return await self._attempt(request_id, token)
+
+    async def settle(self) -> None:
+        """Repeat attempts without an answer; those that the store cannot answer now stay unsettled."""
+        for request_id, token in list(self._unsettled.items()):
+            try:
+                await self._attempt(request_id, token)
+            except Unavailable:
+                return
+            except FleetError as error:
+                _log.error("a cancellation is given up: request=%s: %s", request_id, error)
+
+    async def _attempt(self, request_id: str, token: str) -> generation_pb2.RequestRecord:
+        try:
+            record, ended_here = await self._store.request_cancel(request_id, token=token)
+        except FleetError as error:
+            if not isinstance(error, Unavailable):
+                self._forget(request_id, token)
+            raise
+        # Concurrent attempts share a token, and all of them learn that the request ended by it.
+        if self._forget(request_id, token) and ended_here:
+            _count_end(record)
+        return record
+
+    def _forget(self, request_id: str, token: str) -> bool:
+        """Remove an attempt that has an answer; False where another answer was earlier."""
+        if self._unsettled.get(request_id) != token:
+            return False
+        del self._unsettled[request_id]
+        return True
+
+
+def _count_end(record: generation_pb2.RequestRecord) -> None:
+    """Count a request that ended in the store, and export the root of its trace."""
+    name = state_label(record.state)
+    trace = RequestTrace.resume(record)
+    seconds = (record.updated_at.ToNanoseconds() - record.created_at.ToNanoseconds()) / 1e9
+    with entered(trace.root):
+        REQUESTS.labels(record.model, name).inc()
+        observe(REQUEST_SECONDS.labels(record.model, name), seconds)
+        _log.info("request %s of %s is %s: no coordinator ran it", record.request_id, record.model, name)
+    trace.end(record.state)

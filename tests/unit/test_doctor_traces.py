@@ -1,0 +1,80 @@
+"""`fleet doctor` and the OTEL_ variables: traces that are off, that cannot be exported, and collectors that answer."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import pytest
+
+from doctor_lines import lines
+from otlp_receiver import receiving
+from services.cli.doctor_traces import check_traces
+
+NOWHERE = "127.0.0.1:1"  # nothing listens there
+
+
+@pytest.fixture(autouse=True)
+def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No OTEL_ variables from the environment of the tests."""
+    for name in os.environ:
+        if name.startswith("OTEL_"):
+            monkeypatch.delenv(name)
+
+
+def found(monkeypatch: pytest.MonkeyPatch, **variables: str) -> str:
+    """The line for these variables, which the SDK reads from the environment."""
+    for name, value in variables.items():
+        monkeypatch.setenv(f"OTEL_{name}", value)
+    (line,) = lines(check_traces())
+    return line
+
+
+@pytest.mark.parametrize(
+    ("variables", "reason"),
+    [
+        ({}, "none of OTEL_EXPORTER_OTLP_TRACES_ENDPOINT, OTEL_EXPORTER_OTLP_ENDPOINT, OTEL_TRACES_EXPORTER is set"),
+        (
+            {"EXPORTER_OTLP_ENDPOINT": f"http://{NOWHERE}", "SDK_DISABLED": "true"},
+            "OTEL_SDK_DISABLED switches them off",
+        ),
+        ({"TRACES_EXPORTER": "none"}, "OTEL_TRACES_EXPORTER switches them off"),
+    ],
+)
+def test_traces_that_are_off_are_right(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], reason: str) -> None:
+    assert found(monkeypatch, **variables) == f"ok traces: not exported: {reason}"
+
+
+@pytest.mark.parametrize(
+    ("variables", "text"),
+    [
+        ({"TRACES_EXPORTER": "zipkin"}, "OTEL_TRACES_EXPORTER is 'zipkin' -> otlp and none are supported"),
+        ({"EXPORTER_OTLP_TIMEOUT": "soon"}, "an OTEL_ variable is wrong: "),
+        ({"EXPORTER_OTLP_CERTIFICATE": "/none.pem"}, "an OTEL_ variable is wrong: OTEL_EXPORTER_OTLP_CERTIFICATE: /no"),
+    ],
+)
+def test_wrong_variables_are_warnings(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], text: str) -> None:
+    line = found(monkeypatch, EXPORTER_OTLP_ENDPOINT=f"http://{NOWHERE}", **variables)
+    assert line.startswith(f"warning traces: not exported: {text}")
+
+
+def test_the_variables_without_the_extra_are_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "common.otlp", raising=False)
+    monkeypatch.setitem(sys.modules, "opentelemetry.context", None)
+    assert found(monkeypatch, EXPORTER_OTLP_ENDPOINT=f"http://{NOWHERE}") == (
+        "warning traces: not exported: opentelemetry.context is not installed -> "
+        "pip install 'diffusion-fleet[tracing]', or unset OTEL_EXPORTER_OTLP_ENDPOINT"
+    )
+
+
+def test_a_collector_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    with receiving() as receiver:
+        line = found(monkeypatch, EXPORTER_OTLP_ENDPOINT=receiver.endpoint)
+        assert line == f"ok traces: the collector at {receiver.endpoint} takes spans"
+        assert receiver.raw == [b""], "no span was sent"
+
+
+def test_a_collector_that_is_away_is_a_warning_without_its_password(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.cli.doctor_traces.COLLECTOR_SECONDS", 1)
+    line = found(monkeypatch, EXPORTER_OTLP_TRACES_ENDPOINT=f"http://me:secret@{NOWHERE}")
+    assert line.startswith(f"warning traces: the collector at http://***@{NOWHERE} takes no spans: services run, and ")
