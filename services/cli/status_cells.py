@@ -136,10 +136,17 @@ def service_rows(overview: generation_pb2.ListModelsResponse) -> Iterator[Sequen
                 f"{each.busy}/{each.capacity}",
                 str(each.queued),
                 seconds_text(each),
-                pace_text(each),
-                str(each.dead_workers),
                 degrees_text(each.groups),
             )
+
+
+def pace_rows(overview: generation_pb2.ListModelsResponse) -> Iterator[Sequence[str]]:
+    """A row for each service that was measured, or that has dead workers."""
+    for model in overview.models:
+        for each in model.services:
+            if each.paces or each.dead_workers:
+                shape = each.paces[0].shape if each.paces else ""
+                yield model.name, each.service, pace_text(each), shape, str(each.dead_workers)
 
 
 def request_rows(snapshot: Snapshot) -> Iterator[Sequence[str]]:
@@ -150,16 +157,23 @@ def request_rows(snapshot: Snapshot) -> Iterator[Sequence[str]]:
             state_name(record.state),
             record.model,
             f"{record.created_at.ToDatetime():%Y-%m-%d %H:%M:%S}",
-            duration_text(snapshot.age(record)),
-            activity_text(record),
             shortened(record.parameters.prompt),
         )
 
 
+def activity_rows(snapshot: Snapshot) -> Iterator[Sequence[str]]:
+    """A row for each request that has not ended and of which the coordinator reports what it does."""
+    for record in snapshot.listing.requests:
+        if record.activities:
+            yield record.request_id, duration_text(snapshot.age(record)), activity_text(record)
+
+
 def plain_text(snapshot: Snapshot) -> str:
     """All tables, a line each row."""
-    heads = ("MODEL", "SERVICE", "WORKERS", "BUSY", "QUEUED", "SECONDS", "PACE", "DEAD", "DEGREES")
+    heads = ("MODEL", "SERVICE", "WORKERS", "BUSY", "QUEUED", "SECONDS", "DEGREES")
     parts = [table(heads, [*service_rows(snapshot.overview)])]
+    if paces := [*pace_rows(snapshot.overview)]:
+        parts.append("\n" + table(("MODEL", "SERVICE", "PACE", "SHAPE", "DEAD WORKERS"), paces))
     for notice in NOTICES:
         if rows := notice.rows(snapshot.overview):
             parts.append("\n" + table(notice.head, rows))
@@ -167,7 +181,9 @@ def plain_text(snapshot: Snapshot) -> str:
     parts.append(f"{store_text(store)}\n")
     parts += [f"       {health}\n" for health in (store_health_text(store),) if health]
     if records := [*request_rows(snapshot)]:
-        parts.append("\n" + table(("REQUEST", "STATE", "MODEL", "CREATED (UTC)", "AGE", "NOW", "PROMPT"), records))
+        parts.append("\n" + table(("REQUEST", "STATE", "MODEL", "CREATED (UTC)", "PROMPT"), records))
+    if activities := [*activity_rows(snapshot)]:
+        parts.append("\n" + table(("OPEN REQUEST", "AGE", "NOW"), activities))
     return "".join(parts)
 
 
@@ -228,7 +244,8 @@ def shortened(text: str, length: int = 48) -> str:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns, two blanks apart."""
+    """Columns, two blanks apart. Characters that would steer a terminal are replaced."""
+    rows = [[plain(cell) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (head, *rows)]
     return "\n".join(line.rstrip() for line in lines) + "\n"

@@ -31,7 +31,7 @@ FIELDS: Mapping[str, str] = {
     "models[].services[].is_assumed": "whether an assumed pace is in `queued_seconds`, as nothing was measured yet",
     "models[].services[].reports_steps": "whether a step is one of the denoising loop; else it is the whole request",
     "models[].services[].paces[].shape": "variant, size, outputs and guidance branches of the measured requests",
-    "models[].services[].paces[].seconds_per_step": "compute seconds of one step; the latest measured shape comes first",
+    "models[].services[].paces[].seconds_per_step": "compute seconds of one step; the latest measured shape is first",
     "models[].services[].paces[].measured_at": "when it was last measured",
     "models[].services[].degrees[].tp": "tensor-parallel degree of a worker group; an entry for each group",
     "models[].services[].degrees[].ulysses": "Ulysses degree",

@@ -33,7 +33,7 @@ from services.cli.status_cells import (
 from services.start_up import one_line, plain
 
 MOST_REQUESTS = 100
-_NARROW = 80  # columns below which a head is short
+_NARROW = 80  # columns below which a head is short, and degrees are not shown
 _WIDE, _WIDEST = 100, 130  # columns from which on a request's model, and its prompt, are shown
 _LONGEST_SECONDS = 5.0  # that a call may take
 _STATES = {"RUNNING": "cyan", "SUCCEEDED": "green", "FAILED": "red", "CANCELLED": "yellow", "EXPIRED": "yellow"}
@@ -83,7 +83,7 @@ class StatusView:
         for model in self.snapshot.overview.models:
             yield Text()
             yield _line(f"{model.name} ({model.pipeline_name})", "bold")
-            has_degrees = any(each.groups for each in model.services)
+            has_degrees = width >= _NARROW and any(each.groups for each in model.services)
             table = _table("STAGE", workers, "SLOTS", "QUEUED", "SECONDS", "PACE", *["DEGREES"] * has_degrees)
             for each in model.services:
                 degrees = [_text(degrees_text(each.groups))] if has_degrees else []
