@@ -16,6 +16,7 @@ import termios
 from asyncio.subprocess import DEVNULL, PIPE, Process
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +133,7 @@ def test_the_live_view_follows_requests_and_the_terminal(url: str) -> None:
             assert any(line.startswith("primary, durable (appendonly=yes appendfsync=always)") for line in lines)
             for width, height in ((60, 30), (170, 20), (40, 12)):
                 shown.resize(width, height)
-                lines = await shown.until(lambda text, width=width: cell_len(text.partition("\n")[0]) == width)
+                lines = await shown.until(partial(_is_as_wide, width))
                 assert max(map(cell_len, lines)) <= width
                 assert len(lines) <= height
             shown.resize(170, 40)
@@ -147,6 +148,10 @@ def test_the_live_view_follows_requests_and_the_terminal(url: str) -> None:
             assert "Traceback" not in shown.written
 
     run_on_fleet(url, story)
+
+
+def _is_as_wide(width: int, text: str) -> bool:
+    return cell_len(text.partition("\n")[0]) == width
 
 
 def test_a_coordinator_that_is_unavailable_and_comes_back(url: str) -> None:
@@ -216,9 +221,10 @@ def test_json_lines_go_on_without_the_store() -> None:
 
 
 def test_one_document_and_a_fleet_that_is_not_there(url: str, tmp_path: Path) -> None:
-    async def run(*words: str) -> tuple[int | None, bytes, bytes]:
+    async def run(*words: str) -> tuple[bytes, bytes, int | None]:
         process = await asyncio.create_subprocess_exec(*COMMAND, *words, stdin=DEVNULL, stdout=PIPE, stderr=PIPE)
-        return *await process.communicate(), process.returncode  # type: ignore[return-value]
+        output, error = await process.communicate()
+        return output, error, process.returncode
 
     async def story(fleet: FakeFleet) -> None:
         coordinator, _ = await fleet.add_coordinator()
