@@ -132,6 +132,7 @@ OPERATIONS: dict[str, Sequence[Mapping[str, Any]]] = {
     "spare": [{"place": PLACE, "numerics": "numerics"}],
     "claims": [{"place": PLACE, "owner": "c-1"}],
     "status": [{"place": PLACE}],
+    "activities": [{"caller": caller, "most": 20, "places": [PLACE]} for caller in ("", "ann")],
     "touch_reply": [{"name": "a", "lasts": LASTS}],
     "keep_reply": [kept_reply("n"), kept_reply("x", most=10)],
 }

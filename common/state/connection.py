@@ -44,6 +44,7 @@ SCRIPT_FILES = (
     "scaling",
     "worker_slots",
     "workers",
+    "activity",
     "replies",
     "run",
 )

@@ -210,11 +210,9 @@ class RequestStore:
 
         It has at most `page_size` records and, unless the first one is larger, PAGE_BYTES.
         """
-        if not 0 <= page_size <= MAX_PAGE:
-            raise InvalidInput(f"page_size is {page_size}; it must be at most {MAX_PAGE}", field="page_size")
+        wanted = checked_page_size(page_size)
         if page_token and not (page_token.isascii() and page_token.isdigit() and len(page_token) < 16):
             raise InvalidInput(f"page_token {page_token!r} does not come from a page before", field="page_token")
-        wanted = page_size or _DEFAULT_PAGE
         below = f"({page_token}" if page_token else "+inf"
         found: list[generation_pb2.RequestRecord] = []
         last, size = "", 0
@@ -485,6 +483,13 @@ def _check_admitted(reply: Sequence[Any], record: generation_pb2.RequestRecord) 
 
 def _milliseconds(seconds: float) -> int:
     return max(1, int(seconds * 1_000))
+
+
+def checked_page_size(size: int) -> int:
+    """The number of records that a page may have; 0 takes the default. Raises InvalidInput beyond MAX_PAGE."""
+    if not 0 <= size <= MAX_PAGE:
+        raise InvalidInput(f"page_size is {size}; it must be at most {MAX_PAGE}", field="page_size")
+    return size or _DEFAULT_PAGE
 
 
 def _done(events: Sequence[generation_pb2.Event]) -> dict[str, str]:

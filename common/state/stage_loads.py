@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
+from collections import defaultdict
 from dataclasses import dataclass
 
 from common.scaling import StageLoad
-from common.state.connection import Arguments, run_script
+from common.state.connection import PREFIX, Arguments, command, run_script
+from common.state.records import timestamp_of
 from common.state.redis_client import Redis
+from fleet.v1 import generation_pb2
+
+_REUSED = 50  # times the duration of a read, for which its result is recent
 
 
 @dataclass(frozen=True)
@@ -17,20 +24,58 @@ class StageActivity:
     last_needed_ms: int
 
 
+@dataclass(frozen=True)
+class _TimedLoad:
+    """A load, and the time.monotonic() until which it is recent."""
+
+    load: StageLoad
+    recent_until: float
+
+
 class StageLoads:
     """Reads loads. A request of a service at which nothing was measured yet counts `assumed_seconds`."""
 
     def __init__(self, redis: Redis, assumed_seconds: float) -> None:
         self._redis = redis
         self._assumed_seconds = assumed_seconds
+        self._latest: dict[tuple[str, str], _TimedLoad] = {}
+        self._reading: defaultdict[tuple[str, str], asyncio.Lock] = defaultdict(asyncio.Lock)
 
     async def activity(self, model: str, service: str) -> StageActivity:
         """Whether a service of a model needs a worker. Raises Unavailable when the store is unavailable."""
         is_active, last_needed = await run_script(self._redis, "stage_activity", {"place": f"{model}/{service}"})
         return StageActivity(is_active=bool(is_active), last_needed_ms=int(last_needed))
 
+    async def recent(self, model: str, service: str) -> StageLoad:
+        """The load of a service of a model, now or as of at most 50 times the duration of one read ago.
+
+        A read visits each request that waits. However many clients watch, these reads take at most about 2% of the
+        store's time. Raises Unavailable when the store is unavailable.
+        """
+        key = (model, service)
+        async with self._reading[key]:
+            latest = self._latest.get(key)
+            if latest is None or time.monotonic() >= latest.recent_until:
+                return await self.read(model, service)
+            return latest.load
+
+    async def paces(self, model: str, service: str) -> list[generation_pb2.ServicePace]:
+        """The measured paces of a service by shape, the latest first. Raises Unavailable."""
+        reply = await command(self._redis, "HGETALL", f"{PREFIX}paces:{model}/{service}")
+        pairs = reply.items() if isinstance(reply, dict) else zip(reply[::2], reply[1::2], strict=True)
+        paces = [_pace(shape, value) for shape, value in pairs]
+        found = [pace for pace in paces if pace is not None]
+        return sorted(found, key=lambda each: (-each.measured_at.ToMilliseconds(), each.shape))
+
     async def read(self, model: str, service: str) -> StageLoad:
         """The load of a service of a model. Raises Unavailable when the store is unavailable."""
+        began = time.monotonic()
+        load = await self._read(model, service)
+        now = time.monotonic()
+        self._latest[model, service] = _TimedLoad(load, now + _REUSED * (now - began))
+        return load
+
+    async def _read(self, model: str, service: str) -> StageLoad:
         arguments: Arguments = {"place": f"{model}/{service}", "assumed": self._assumed_seconds}
         held, running, claims, waiting, open_requests, unmeasured = await run_script(
             self._redis, "stage_load", arguments
@@ -43,3 +88,15 @@ class StageLoads:
             open_requests=int(open_requests),
             unmeasured=bool(unmeasured),
         )
+
+
+def _pace(shape: bytes, value: bytes) -> generation_pb2.ServicePace | None:
+    """A pace as the script writes it: compute seconds, their steps, tokens of a step, when. None for a damaged one."""
+    try:
+        seconds, steps, _, moment = value.split()
+        pace = float(seconds) / float(steps)
+        return generation_pb2.ServicePace(
+            shape=shape.decode(), seconds_per_step=pace, measured_at=timestamp_of(int(moment))
+        )
+    except (ValueError, ZeroDivisionError):
+        return None

@@ -39,6 +39,13 @@ class ServerFacts:
         """Names of the settings that the server did not report."""
         return [name.replace("_", "-") for name, value in vars(self).items() if not value]
 
+    @property
+    def is_durable(self) -> bool | None:
+        """Whether what was accepted outlives a crash of the server's host; None where the server did not report it."""
+        if not self.appendonly or (self.appendonly == "yes" and not self.appendfsync):
+            return None
+        return self.appendonly == "yes" and self.appendfsync == "always"
+
 
 async def read_facts(redis: Redis) -> ServerFacts:
     """Ask INFO, and CONFIG for what INFO does not have. Raises Unavailable."""

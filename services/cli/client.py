@@ -102,20 +102,19 @@ class FleetClient:
             )
         return response.request
 
-    async def requests(self, count: int) -> list[generation_pb2.RequestRecord]:
-        """The newest requests."""
+    async def activities(self, count: int) -> generation_pb2.ListRequestsResponse:
+        """Requests with what each does or waits for: those that have not ended, then the newest others."""
         with self._translated():
-            response = await self._stub.ListRequests(
-                generation_pb2.ListRequestsRequest(page_size=count), metadata=self._metadata
+            return await self._stub.ListRequests(
+                generation_pb2.ListRequestsRequest(page_size=count, with_activity=True), metadata=self._metadata
             )
-        return list(response.requests)
 
     async def models(self) -> list[generation_pb2.Model]:
         """The models that are served, with their workers."""
         return list((await self.overview()).models)
 
     async def overview(self) -> generation_pb2.ListModelsResponse:
-        """The models that are served, with their workers, and the memory of the store."""
+        """The models that are served, with their workers, and the state of the store."""
         with self._translated():
             return await self._stub.ListModels(generation_pb2.ListModelsRequest(), metadata=self._metadata)
 

@@ -21,7 +21,7 @@ from fleet.v1 import generation_pb2
 from services.cli.access import Access
 from services.cli.client import FleetClient
 from services.cli.doctor_results import Result, error, ok, warning
-from services.cli.status import kernel_cells, refused_cells
+from services.cli.status_cells import kernel_cells, refused_cells
 
 _SERVICE = "fleet.v1.GenerationService"
 _SUBMIT = f"{_SERVICE}/Submit"

@@ -18,7 +18,7 @@ from services.cli.measured_requests import measure_request
 from services.cli.options import SUCCESS, add_endpoint, command_parser, endpoint_of, run_async
 from services.cli.parameters import number, whole_number
 from services.cli.stage_seconds import Measurement, Shape, Transport, measurements, transport
-from services.cli.status import table
+from services.cli.status_cells import table
 
 _LITTLE = 0.2  # of one worker: a service that needs less can share a device with another one
 _TRANSPORT_SHARE = 0.02  # of a request: above it, splitting costs noticeably

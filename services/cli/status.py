@@ -1,116 +1,126 @@
-"""`fleet status`: the services of a running fleet, its store and its latest requests."""
+"""`fleet status`: the services of a running fleet, its store, and what its requests do; live on a terminal."""
 
 from __future__ import annotations
 
+import argparse
+import asyncio
+import json
+import math
 import sys
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from functools import partial
+from typing import Any
 
-from fleet.v1 import generation_pb2, worker_pb2
+from rich.console import Console
+
+from common.errors import FleetError
+from common.settings import SettingsError
 from services.cli.access import Access, access_of
-from services.cli.client import connect, state_name
-from services.cli.options import SUCCESS, add_endpoint, command_parser, endpoint_of, run_async
-from services.start_up import plain
+from services.cli.client import FleetClient, connect
+from services.cli.options import (
+    BAD_INPUT,
+    INTERRUPTED,
+    SUCCESS,
+    add_endpoint,
+    command_parser,
+    endpoint_of,
+    exit_code,
+    run_async,
+)
+from services.cli.status_cells import Snapshot, plain_text
+from services.cli.status_json import document, failed_document
+from services.cli.status_live import MOST_REQUESTS, StatusView, read_in_time, show_live
+from services.start_up import one_line
 
 _REQUESTS = 10
-_MIB = 1 << 20
+_INTERVAL_SECONDS = 1.0
+_SHORTEST_SECONDS, _LONGEST_SECONDS = 0.1, 3_600.0
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print a line a service, a line about the store, and a line a request."""
+    """Show the fleet: live on a terminal, else once. A live view ends with Ctrl-C, which is success."""
     parser = command_parser(
-        "status", "Show the models of a running fleet, their workers, its store, and the latest requests."
+        "status",
+        "Show the models of a running fleet, the workers, queue and pace of each stage, its store, and what its "
+        "requests do or wait for. On a terminal the view is live until Ctrl-C, else it is printed once.",
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print a JSON document; services/README.md lists its fields"
+    )
+    modes = parser.add_mutually_exclusive_group()
+    modes.add_argument("--once", action="store_true", help="print once, also on a terminal")
+    modes.add_argument(
+        "--interval",
+        metavar="SECONDS",
+        type=_interval,
+        help="time between two calls of the live view (default: 1); with --json, print a document a line until Ctrl-C",
     )
     add_endpoint(parser)
     args = parser.parse_args(argv)
-    return run_async(_status(endpoint_of(args.endpoint), access_of(args)))
+    endpoint, access = endpoint_of(args.endpoint), access_of(args)
+    if args.json:
+        program = _print_json(endpoint, access, args.interval)
+        return _ended(run_async(program), is_live=args.interval is not None)
+    console = Console()
+    is_terminal = sys.stdout.isatty() and not console.is_dumb_terminal
+    if args.interval is not None and not is_terminal:
+        raise SettingsError("--interval: the output is not a terminal; leave it out, or add --json", field="interval")
+    if args.once or not is_terminal:
+        return run_async(_status(endpoint, access))
+    return _ended(run_async(_watch(endpoint, access, args.interval or _INTERVAL_SECONDS, console)), is_live=True)
+
+
+def _interval(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not _SHORTEST_SECONDS <= seconds <= _LONGEST_SECONDS:
+        raise argparse.ArgumentTypeError(f"{text[:80]!r} is not a number of seconds from 0.1 to 3600; 2 works")
+    return seconds
+
+
+def _ended(code: int, *, is_live: bool) -> int:
+    """Ctrl-C is how a live view ends."""
+    return SUCCESS if is_live and code == INTERRUPTED else code
+
+
+async def _read(client: FleetClient, count: int) -> Snapshot:
+    overview, listing = await asyncio.gather(client.overview(), client.activities(count))
+    return Snapshot(overview, listing, datetime.now(UTC))
 
 
 async def _status(endpoint: str, access: Access) -> int:
     async with connect(endpoint, access) as client:
-        overview = await client.overview()
-        requests = await client.requests(_REQUESTS)
-    services = [
-        (
-            model.name,
-            each.service,
-            str(each.workers),
-            f"{each.busy}/{each.capacity}",
-            str(each.queued),
-            f"{'~' if each.unmeasured else ''}{each.queued_seconds:.1f}",
-            degrees_text(each.groups),
-        )
-        for model in overview.models
-        for each in model.services
-    ]
-    sys.stdout.write(table(("MODEL", "SERVICE", "WORKERS", "BUSY", "QUEUED", "SECONDS", "DEGREES"), services))
-    kernels = [
-        (model.name, each.service, *kernel_cells(package))
-        for model in overview.models
-        for each in model.services
-        for package in each.kernels
-    ]
-    if kernels:
-        sys.stdout.write("\n" + table(("MODEL", "SERVICE", "KERNELS", "VERSION", "STATE"), kernels))
-    refused = [(model.name, *refused_cells(each)) for model in overview.models for each in model.refused_workers]
-    if refused:
-        sys.stdout.write("\n" + table(("MODEL", "SERVICE", "REFUSED WORKER", "LATEST (UTC)", "REASON"), refused))
-    sys.stdout.write(store_text(overview.store) + "\n")
-    records = [
-        (
-            record.request_id,
-            state_name(record.state),
-            record.model,
-            f"{record.created_at.ToDatetime():%Y-%m-%d %H:%M:%S}",
-            shortened(record.parameters.prompt),
-        )
-        for record in requests
-    ]
-    if records:
-        sys.stdout.write("\n" + table(("REQUEST", "STATE", "MODEL", "CREATED (UTC)", "PROMPT"), records))
+        snapshot = await _read(client, _REQUESTS)
+    sys.stdout.write(plain_text(snapshot))
     return SUCCESS
 
 
-def store_text(store: generation_pb2.StoreStatus) -> str:
-    """A line about the memory of the request store."""
-    used = f"STORE  {store.used_bytes / _MIB:.1f} MiB"
-    if store.is_full:
-        return f"{used}, which is full: requests are refused from {store.limit_bytes / _MIB:.1f} MiB on"
-    if store.limit_bytes:
-        return f"{used}; requests are refused from {store.limit_bytes / _MIB:.1f} MiB on"
-    return used
+async def _watch(endpoint: str, access: Access, interval: float, console: Console) -> int:
+    async with connect(endpoint, access) as client:
+        read = partial(_read, client, MOST_REQUESTS)
+        await show_live(StatusView(endpoint, interval, await read_in_time(read)), read, console)
+    return SUCCESS
 
 
-def degrees_text(groups: Iterable[worker_pb2.Degrees]) -> str:
-    """The degrees of the worker groups among a service's workers, without those that are 1: "2 of tp=2 ulysses=2"."""
-    counts: Counter[str] = Counter()
-    for degrees in groups:
-        named = {"tp": degrees.tp, "ulysses": degrees.ulysses, "ring": degrees.ring, "cfg": degrees.cfg}
-        counts[" ".join(f"{axis}={degree}" for axis, degree in named.items() if degree > 1)] += 1
-    return ", ".join(text if count == 1 else f"{count} of {text}" for text, count in sorted(counts.items()))
+async def _print_json(endpoint: str, access: Access, interval: float | None) -> int:
+    async with connect(endpoint, access) as client:
+        read = partial(_read, client, MOST_REQUESTS)
+        if interval is None:
+            _write_line(document(endpoint, await read()))
+            return SUCCESS
+        while True:
+            try:
+                _write_line(document(endpoint, await read_in_time(read)))
+            except FleetError as error:
+                if exit_code(error) == BAD_INPUT:
+                    raise
+                _write_line(failed_document(endpoint, one_line(error)))
+            await asyncio.sleep(interval)
 
 
-def kernel_cells(package: worker_pb2.KernelPackage) -> tuple[str, str, str]:
-    """Name, version and state of a kernel package: in use, or its replacement and the error."""
-    error = plain(" ".join(package.error.split()))
-    state = f"unusable, {package.replacement} instead: {error}" if error else "in use"
-    return package.name, package.version, state
-
-
-def refused_cells(refused: worker_pb2.RefusedWorker) -> tuple[str, str, str, str]:
-    """Service, worker, time and reason of a worker that was refused."""
-    moment = f"{refused.refused_at.ToDatetime():%Y-%m-%d %H:%M:%S}"
-    return refused.service, plain(refused.worker_id), moment, plain(" ".join(refused.reason.split()))
-
-
-def shortened(text: str, length: int = 48) -> str:
-    """One line of at most that many characters."""
-    line = plain(" ".join(text.split()))
-    return line if len(line) <= length else line[: length - 1] + "…"
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns, two blanks apart."""
-    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (head, *rows)]
-    return "\n".join(line.rstrip() for line in lines) + "\n"
+def _write_line(found: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(found) + "\n")
+    sys.stdout.flush()

@@ -19,6 +19,7 @@ from common.state.presence import Presence
 from common.state.redis_client import Redis
 from common.state.requests import RequestStore
 from common.state.stage_loads import StageLoads
+from common.state.store_health import StoreHealth
 from common.state.store_server import StoreMemory
 from common.state.worker_slots import WorkerSlots
 from common.state.workers import WorkerRegistry
@@ -27,6 +28,7 @@ from externalscaler import externalscaler_pb2
 from fleet.v1 import generation_pb2
 from models.catalog import ServedModel
 from services.coordinator.access import WorkerAccess, public_credentials, scaler_credentials
+from services.coordinator.activity import RequestActivities
 from services.coordinator.callers import admission
 from services.coordinator.driver import Driver
 from services.coordinator.handlers import ServiceHandler
@@ -88,7 +90,16 @@ class Coordinator:
         self._driver = Driver(context)
         self._presence.on_cancel = self._driver.cancel
         self._loads = StageLoads(self._redis, settings.assumed_seconds)
-        self._service = GenerationService(self._models, store, self._registry, self._loads, self._driver, settings)
+        self._service = GenerationService(
+            self._models,
+            store,
+            self._registry,
+            self._loads,
+            self._driver,
+            settings,
+            health=StoreHealth(self._redis, memory, required_replicas=settings.store_replicas),
+            activities=RequestActivities(self._redis, self._loads),
+        )
         self._server = FleetServer(
             settings.listen,
             interceptors=[MetricsInterceptor()],

@@ -16,15 +16,17 @@ from common.errors import InvalidInput, Unavailable
 from common.pipeline import ServiceSpec
 from common.scaling import StageLoad
 from common.state.records import State, is_terminal, require_own, require_succeeded, unknown_request
-from common.state.requests import RequestStore, StoredEvent
+from common.state.requests import RequestStore, StoredEvent, checked_page_size
 from common.state.result_items import StoredItem
 from common.state.stage_loads import StageLoads
+from common.state.store_health import StoreHealth
 from common.state.workers import ServiceLoad, WorkerRegistry
 from configs.sample.base import ParameterSpec
 from fleet.v1 import generation_pb2 as pb
 from fleet.v1 import worker_pb2
 from models.catalog import ServedModel, ServedVariant
 from models.validation import InputValidationStage
+from services.coordinator.activity import RequestActivities
 from services.coordinator.callers import current_caller
 from services.coordinator.cancellations import Cancellations
 from services.coordinator.costs import costs_of, work_of
@@ -82,6 +84,9 @@ class GenerationService:
         loads: StageLoads,
         driver: Driver,
         settings: CoordinatorSettings,
+        *,
+        health: StoreHealth,
+        activities: RequestActivities,
     ) -> None:
         self._models = models
         self._store = store
@@ -89,6 +94,8 @@ class GenerationService:
         self._loads = loads
         self._driver = driver
         self._settings = settings
+        self._health = health
+        self._activities = activities
         self._closing = asyncio.Event()
         self.cancellations = Cancellations(store)
         self.functions: dict[str, Function] = {
@@ -255,6 +262,8 @@ class GenerationService:
         """A page of requests."""
         if request.state not in State.values():
             raise InvalidInput(f"state {request.state} is unknown", field="state")
+        if request.with_activity:
+            return await self._list_activities(request)
         records, token = await self._store.page(
             page_size=request.page_size,
             page_token=request.page_token,
@@ -264,23 +273,31 @@ class GenerationService:
         )
         return pb.ListRequestsResponse(requests=records, next_page_token=token)
 
+    async def _list_activities(self, request: pb.ListRequestsRequest) -> pb.ListRequestsResponse:
+        for field, is_set in (("state", bool(request.state)), ("page_token", bool(request.page_token))):
+            if is_set:
+                raise InvalidInput(f"{field} is set, which with_activity excludes; leave it out", field=field)
+        most = checked_page_size(request.page_size)
+        names = [request.model] if request.model else list(self._models)
+        services = {
+            name: [spec.service for spec in self._models[name].services] for name in names if name in self._models
+        }
+        return await self._activities.list(services, caller=current_caller().name, most=most)
+
     async def list_models(self, request: pb.ListModelsRequest) -> pb.ListModelsResponse:
         """The models, and who serves them."""
         del request
         models = [await self._model(model) for model in self._models.values()]
-        use = await self._store.memory.use()
-        store = pb.StoreStatus(
-            used_bytes=max(use.used, 0), max_bytes=use.maximum, limit_bytes=use.limit, is_full=use.is_full
-        )
-        return pb.ListModelsResponse(models=models, store=store)
+        return pb.ListModelsResponse(models=models, store=await self._health.read())
 
     async def _model(self, model: OfferedModel) -> pb.Model:
         served = model.served
         loads = [
             (
-                spec.service,
+                spec,
                 await self._registry.load(served.name, spec.service),
-                await self._loads.read(served.name, spec.service),
+                await self._loads.recent(served.name, spec.service),
+                await self._loads.paces(served.name, spec.service),
             )
             for spec in model.services
         ]
@@ -356,9 +373,11 @@ class GenerationService:
         return self._models[name]
 
 
-def _service_status(service: str, load: ServiceLoad, work: StageLoad) -> pb.ServiceStatus:
+def _service_status(
+    spec: ServiceSpec, load: ServiceLoad, work: StageLoad, paces: Iterable[pb.ServicePace]
+) -> pb.ServiceStatus:
     return pb.ServiceStatus(
-        service=service,
+        service=spec.service,
         workers=len(load.workers),
         capacity=load.capacity,
         busy=load.busy,
@@ -367,6 +386,10 @@ def _service_status(service: str, load: ServiceLoad, work: StageLoad) -> pb.Serv
         unmeasured=work.unmeasured,
         groups=[worker.degrees for worker in load.workers if worker.HasField("degrees")][:_MOST_GROUPS],
         kernels=_distinct(each for worker in load.workers for each in worker.kernels),
+        dead_workers=load.dead,
+        open_requests=work.open_requests,
+        reports_steps=spec.reports_steps,
+        paces=paces,
     )
 
 

@@ -16,7 +16,7 @@ from common.state.connection import connect
 from coordinator_fleet import FakeFleet, Gate, run_on_fleet, submission, terminal
 from fleet.v1 import generation_pb2 as pb
 from redis_servers import fill, running_server, unfill, until
-from services.cli.status import store_text
+from services.cli.status_cells import store_text
 from services.coordinator.store_watch import SUBMIT_HEALTH
 
 MIB = 1 << 20

@@ -20,7 +20,7 @@ from services.cli.options import endpoint_of, exit_code
 from services.cli.output import OutputError, ResultFiles, check_output, numbered
 from services.cli.parameters import add_parameters, given_images, given_parameters, parameters_message
 from services.cli.serve import service_names
-from services.cli.status import shortened
+from services.cli.status_cells import shortened
 from services.start_up import one_line
 
 

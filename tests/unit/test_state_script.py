@@ -17,7 +17,7 @@ from redis_servers import run_on_empty_store, running_server, server_binaries
 from script_calls import OPERATIONS
 
 NUL_AND_NEWLINE = b"\0\n\xff\r\nfleet"
-LISTS = {"work", "done", "computed", "costs", "events", "running", "contracts"}
+LISTS = {"work", "done", "computed", "costs", "events", "running", "contracts", "places"}
 
 
 @pytest.fixture(scope="module", params=sorted(server_binaries()))

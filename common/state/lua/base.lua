@@ -11,7 +11,7 @@
 --                                         checkpoint), told (number and ids of the latest events), left:<service> (cost of
 --                                         the request at that service, until the service has finished the request),
 --                                         work:<service> (steps|tokens of a step|shape of its work there), done:<service>
---                                         (fraction of that work that is done)
+--                                         (fraction of that work that is done), ticket:<service> (of its latest claim there)
 --   fleet:events:<id>              stream fields `event`, and `epoch` of the owner that added it, '' for another writer
 --   fleet:timeline:<id>            list   what happened, for people: ms|kind|service|worker|number, the newest 256
 --   fleet:result:<id>:<epoch>:<file>:<n>  string a chunk of a file of the result
@@ -175,16 +175,16 @@ local function add_events(id, events, epoch)
 end
 
 -- Adds a line to the timeline of a request, if the store has that request. Checkpoints beyond half of the lines replace
--- each other: they leave the others their places.
+-- each other: they leave the others their places. Returns whether the request is open.
 local function note(id, kind, service, worker, number)
   local key, state = P .. 'timeline:' .. id, server.pcall('HGET', P .. 'request:' .. id, 'state')
   if type(state) ~= 'string' then
-    return
+    return false
   end
   local line = table.concat({ int(now), kind, service, worker, number or 0 }, '|')
   if tonumber(state) and tonumber(state) >= TERMINAL then
     redis.call('RPUSHX', key, line)  -- it expires with the record
-    return
+    return false
   end
   if kind == 'checkpoint' and redis.call('LLEN', key) > MOST_NOTES / 2
     and string.match(redis.call('LINDEX', key, -1) or '', '^%d+|checkpoint|') then
@@ -194,6 +194,7 @@ local function note(id, kind, service, worker, number)
     redis.call('LTRIM', key, -MOST_NOTES, -1)
   end
   redis.call('PEXPIRE', key, NOTES_MS)
+  return true
 end
 
 -- The request and the service of a claim, by its ticket and its place.

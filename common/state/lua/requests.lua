@@ -56,7 +56,7 @@ local function finish(id, token, state, extra, keep)
     local service = string.match(field, '^left:(.*)$')
     if service then
       settle(id, service)
-    elseif string.match(field, '^work:') or string.match(field, '^done:') then
+    elseif string.match(field, '^work:') or string.match(field, '^done:') or string.match(field, '^ticket:') then
       redis.call('HDEL', key, field)
     end
   end

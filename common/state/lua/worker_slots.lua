@@ -276,7 +276,9 @@ local function enqueue(a)
   redis.call('ZADD', P .. 'queue:' .. place, 0, entry)
   redis.call('HSET', P .. 'waiting:' .. place, ticket, entry)
   local request, service = parts_of(ticket, place)
-  note(request, 'queued', service, '')
+  if note(request, 'queued', service, '') then
+    redis.call('HSET', P .. 'request:' .. request, 'ticket:' .. service, ticket)
+  end
   return true
 end
 

@@ -90,6 +90,50 @@ REQUEST_STATE_EXPIRED: RequestState.ValueType  # 6
 """Terminal: the deadline passed."""
 Global___RequestState: _TypeAlias = RequestState  # noqa: Y015
 
+class _ActivityKind:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ActivityKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ActivityKind.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    ACTIVITY_KIND_UNSPECIFIED: _ActivityKind.ValueType  # 0
+    """Not known: its coordinator is of an earlier version."""
+    ACTIVITY_KIND_RUNNING: _ActivityKind.ValueType  # 1
+    """It runs on `worker_id`."""
+    ACTIVITY_KIND_QUEUED: _ActivityKind.ValueType  # 2
+    """It waits for a free slot of a worker."""
+    ACTIVITY_KIND_NO_WORKER: _ActivityKind.ValueType  # 3
+    """It waits for a worker of the service, none of which is live."""
+    ACTIVITY_KIND_RETRY: _ActivityKind.ValueType  # 4
+    """An attempt has ended without an output, and it waits for the next one. `worker_id` is the lost worker, where its loss
+    is not noticed yet by the coordinator.
+    """
+    ACTIVITY_KIND_TAKE_OVER: _ActivityKind.ValueType  # 5
+    """Its coordinator has died, and it waits for another one."""
+    ACTIVITY_KIND_COORDINATOR: _ActivityKind.ValueType  # 6
+    """It is at its coordinator: before its first stage, between two stages, or while its result is stored."""
+
+class ActivityKind(_ActivityKind, metaclass=_ActivityKindEnumTypeWrapper):
+    """Kind of a RequestActivity."""
+
+ACTIVITY_KIND_UNSPECIFIED: ActivityKind.ValueType  # 0
+"""Not known: its coordinator is of an earlier version."""
+ACTIVITY_KIND_RUNNING: ActivityKind.ValueType  # 1
+"""It runs on `worker_id`."""
+ACTIVITY_KIND_QUEUED: ActivityKind.ValueType  # 2
+"""It waits for a free slot of a worker."""
+ACTIVITY_KIND_NO_WORKER: ActivityKind.ValueType  # 3
+"""It waits for a worker of the service, none of which is live."""
+ACTIVITY_KIND_RETRY: ActivityKind.ValueType  # 4
+"""An attempt has ended without an output, and it waits for the next one. `worker_id` is the lost worker, where its loss
+is not noticed yet by the coordinator.
+"""
+ACTIVITY_KIND_TAKE_OVER: ActivityKind.ValueType  # 5
+"""Its coordinator has died, and it waits for another one."""
+ACTIVITY_KIND_COORDINATOR: ActivityKind.ValueType  # 6
+"""It is at its coordinator: before its first stage, between two stages, or while its result is stored."""
+Global___ActivityKind: _TypeAlias = ActivityKind  # noqa: Y015
+
 class _TimelineKind:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -889,6 +933,7 @@ class RequestRecord(_message.Message):
     STEPS_SAVED_FIELD_NUMBER: _builtins.int
     VARIANT_FIELD_NUMBER: _builtins.int
     TRACE_FIELD_NUMBER: _builtins.int
+    ACTIVITIES_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Unique name."""
     state: Global___RequestState.ValueType
@@ -935,6 +980,12 @@ class RequestRecord(_message.Message):
     def trace(self) -> Global___TraceContext:
         """Its trace; unset where neither the fleet nor the client traces."""
 
+    @_builtins.property
+    def activities(self) -> _containers.RepeatedCompositeFieldContainer[Global___RequestActivity]:
+        """What it does or waits for, in the order of the pipeline; only in answers of ListRequests with `with_activity`, and
+        only until it ends. Services that run at the same time have an entry each.
+        """
+
     def __init__(
         self,
         *,
@@ -953,14 +1004,76 @@ class RequestRecord(_message.Message):
         steps_saved: _builtins.int = ...,
         variant: _builtins.str = ...,
         trace: Global___TraceContext | None = ...,
+        activities: _abc.Iterable[Global___RequestActivity] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at", "deadline", b"deadline", "error", b"error", "parameters", b"parameters", "trace", b"trace", "updated_at", b"updated_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["caller", b"caller", "created_at", b"created_at", "deadline", b"deadline", "error", b"error", "files", b"files", "model", b"model", "parameters", b"parameters", "priority", b"priority", "request_id", b"request_id", "state", b"state", "steps_saved", b"steps_saved", "trace", b"trace", "updated_at", b"updated_at", "variant", b"variant", "warnings", b"warnings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activities", b"activities", "caller", b"caller", "created_at", b"created_at", "deadline", b"deadline", "error", b"error", "files", b"files", "model", b"model", "parameters", b"parameters", "priority", b"priority", "request_id", b"request_id", "state", b"state", "steps_saved", b"steps_saved", "trace", b"trace", "updated_at", b"updated_at", "variant", b"variant", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RequestRecord: _TypeAlias = RequestRecord  # noqa: Y015
+
+@_typing.final
+class RequestActivity(_message.Message):
+    """What an open request does or waits for at one service. Fields that do not apply are unset."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: _builtins.int
+    SERVICE_FIELD_NUMBER: _builtins.int
+    WORKER_ID_FIELD_NUMBER: _builtins.int
+    SINCE_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    TOTAL_STEPS_FIELD_NUMBER: _builtins.int
+    REQUESTS_AHEAD_FIELD_NUMBER: _builtins.int
+    ESTIMATED_SECONDS_FIELD_NUMBER: _builtins.int
+    kind: Global___ActivityKind.ValueType
+    """What."""
+    service: _builtins.str
+    """Service, such as "denoising"."""
+    worker_id: _builtins.str
+    """Worker of that service."""
+    step: _builtins.int
+    """Steps done there, as of the latest report."""
+    total_steps: _builtins.int
+    """Steps in all; unset for a service without steps."""
+    requests_ahead: _builtins.int
+    """For QUEUED, NO_WORKER and RETRY: requests that get a worker of the service earlier, as priorities, turns of callers
+    and deadlines stand now.
+    """
+    estimated_seconds: _builtins.float
+    """For QUEUED: estimated seconds until it gets a worker; unset where the pace of the service is not known yet."""
+    @_builtins.property
+    def since(self) -> _timestamp_pb2.Timestamp:
+        """When the worker was assigned, by the store's clock."""
+
+    def __init__(
+        self,
+        *,
+        kind: Global___ActivityKind.ValueType = ...,
+        service: _builtins.str = ...,
+        worker_id: _builtins.str = ...,
+        since: _timestamp_pb2.Timestamp | None = ...,
+        step: _builtins.int = ...,
+        total_steps: _builtins.int = ...,
+        requests_ahead: _builtins.int | None = ...,
+        estimated_seconds: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_estimated_seconds", b"_estimated_seconds", "_requests_ahead", b"_requests_ahead", "estimated_seconds", b"estimated_seconds", "requests_ahead", b"requests_ahead", "since", b"since"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_estimated_seconds", b"_estimated_seconds", "_requests_ahead", b"_requests_ahead", "estimated_seconds", b"estimated_seconds", "kind", b"kind", "requests_ahead", b"requests_ahead", "service", b"service", "since", b"since", "step", b"step", "total_steps", b"total_steps", "worker_id", b"worker_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__estimated_seconds: _TypeAlias = _typing.Literal["estimated_seconds"]  # noqa: Y015
+    _WhichOneofArgType__estimated_seconds: _TypeAlias = _typing.Literal["_estimated_seconds", b"_estimated_seconds"]  # noqa: Y015
+    _WhichOneofReturnType__requests_ahead: _TypeAlias = _typing.Literal["requests_ahead"]  # noqa: Y015
+    _WhichOneofArgType__requests_ahead: _TypeAlias = _typing.Literal["_requests_ahead", b"_requests_ahead"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__estimated_seconds) -> _WhichOneofReturnType__estimated_seconds | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__requests_ahead) -> _WhichOneofReturnType__requests_ahead | None: ...
+
+Global___RequestActivity: _TypeAlias = RequestActivity  # noqa: Y015
 
 @_typing.final
 class TraceContext(_message.Message):
@@ -1158,6 +1271,7 @@ class ListRequestsRequest(_message.Message):
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
+    WITH_ACTIVITY_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
     """Most requests to answer with; 0 means 50, 1000 at most. A page also ends at 3 MiB, then with a next_page_token."""
     page_token: _builtins.str
@@ -1166,6 +1280,12 @@ class ListRequestsRequest(_message.Message):
     """Only requests in this state; unspecified means all."""
     model: _builtins.str
     """Only requests of this model; empty means all."""
+    with_activity: _builtins.bool
+    """Return requests that have not ended first, those with a worker and those next in the queues among them, each with its
+    `activities`, and then the newest others. At most 200, and no next page: `state` and `page_token` must be unset.
+    The store reads a bounded number: of a caller with more than 500 open requests a part, and requests that have ended
+    only among the newest 200.
+    """
     def __init__(
         self,
         *,
@@ -1173,10 +1293,11 @@ class ListRequestsRequest(_message.Message):
         page_token: _builtins.str = ...,
         state: Global___RequestState.ValueType = ...,
         model: _builtins.str = ...,
+        with_activity: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "page_size", b"page_size", "page_token", b"page_token", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "page_size", b"page_size", "page_token", b"page_token", "state", b"state", "with_activity", b"with_activity"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1190,21 +1311,27 @@ class ListRequestsResponse(_message.Message):
 
     REQUESTS_FIELD_NUMBER: _builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    TIME_FIELD_NUMBER: _builtins.int
     next_page_token: _builtins.str
     """To ask for the next page; empty on the last."""
     @_builtins.property
     def requests(self) -> _containers.RepeatedCompositeFieldContainer[Global___RequestRecord]:
         """The requests."""
 
+    @_builtins.property
+    def time(self) -> _timestamp_pb2.Timestamp:
+        """The store's time, with `with_activity`."""
+
     def __init__(
         self,
         *,
         requests: _abc.Iterable[Global___RequestRecord] | None = ...,
         next_page_token: _builtins.str = ...,
+        time: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["time", b"time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["next_page_token", b"next_page_token", "requests", b"requests"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["next_page_token", b"next_page_token", "requests", b"requests", "time", b"time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1241,7 +1368,7 @@ class ListModelsResponse(_message.Message):
 
     @_builtins.property
     def store(self) -> Global___StoreStatus:
-        """Memory of the fleet's request store."""
+        """The fleet's request store."""
 
     def __init__(
         self,
@@ -1259,7 +1386,9 @@ Global___ListModelsResponse: _TypeAlias = ListModelsResponse  # noqa: Y015
 
 @_typing.final
 class StoreStatus(_message.Message):
-    """Memory of the Redis server that holds requests, results and queues."""
+    """State of the Redis server that holds requests, results and queues. Texts are Redis's own, and empty where the server
+    does not report them.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1267,6 +1396,15 @@ class StoreStatus(_message.Message):
     MAX_BYTES_FIELD_NUMBER: _builtins.int
     LIMIT_BYTES_FIELD_NUMBER: _builtins.int
     IS_FULL_FIELD_NUMBER: _builtins.int
+    ROLE_FIELD_NUMBER: _builtins.int
+    IS_DURABLE_FIELD_NUMBER: _builtins.int
+    APPENDONLY_FIELD_NUMBER: _builtins.int
+    APPENDFSYNC_FIELD_NUMBER: _builtins.int
+    MAXMEMORY_POLICY_FIELD_NUMBER: _builtins.int
+    REPLICAS_FIELD_NUMBER: _builtins.int
+    REQUIRED_REPLICAS_FIELD_NUMBER: _builtins.int
+    FOLLOWS_SENTINELS_FIELD_NUMBER: _builtins.int
+    ROUND_TRIP_SECONDS_FIELD_NUMBER: _builtins.int
     used_bytes: _builtins.int
     """Bytes in use."""
     max_bytes: _builtins.int
@@ -1275,6 +1413,24 @@ class StoreStatus(_message.Message):
     """Bytes in use from which on Submit and Generate are refused with RESOURCE_EXHAUSTED; 0 without such a bound."""
     is_full: _builtins.bool
     """Whether they are refused now. Accepted requests go on."""
+    role: _builtins.str
+    """Role of the server: "master" for a primary."""
+    is_durable: _builtins.bool
+    """Whether accepted requests outlive a crash of the server's host; unset where that is not known."""
+    appendonly: _builtins.str
+    """appendonly: "yes" or "no"."""
+    appendfsync: _builtins.str
+    """appendfsync: "always", "everysec" or "no"."""
+    maxmemory_policy: _builtins.str
+    """maxmemory-policy, such as "noeviction"."""
+    replicas: _builtins.int
+    """Replicas that are connected to the server."""
+    required_replicas: _builtins.int
+    """Replicas that must acknowledge a request before it is accepted, and its end."""
+    follows_sentinels: _builtins.bool
+    """Whether sentinels name the server."""
+    round_trip_seconds: _builtins.float
+    """Time of one PING from this coordinator."""
     def __init__(
         self,
         *,
@@ -1282,12 +1438,23 @@ class StoreStatus(_message.Message):
         max_bytes: _builtins.int = ...,
         limit_bytes: _builtins.int = ...,
         is_full: _builtins.bool = ...,
+        role: _builtins.str = ...,
+        is_durable: _builtins.bool | None = ...,
+        appendonly: _builtins.str = ...,
+        appendfsync: _builtins.str = ...,
+        maxmemory_policy: _builtins.str = ...,
+        replicas: _builtins.int = ...,
+        required_replicas: _builtins.int = ...,
+        follows_sentinels: _builtins.bool = ...,
+        round_trip_seconds: _builtins.float = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_is_durable", b"_is_durable", "is_durable", b"is_durable"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["is_full", b"is_full", "limit_bytes", b"limit_bytes", "max_bytes", b"max_bytes", "used_bytes", b"used_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_is_durable", b"_is_durable", "appendfsync", b"appendfsync", "appendonly", b"appendonly", "follows_sentinels", b"follows_sentinels", "is_durable", b"is_durable", "is_full", b"is_full", "limit_bytes", b"limit_bytes", "max_bytes", b"max_bytes", "maxmemory_policy", b"maxmemory_policy", "replicas", b"replicas", "required_replicas", b"required_replicas", "role", b"role", "round_trip_seconds", b"round_trip_seconds", "used_bytes", b"used_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__is_durable: _TypeAlias = _typing.Literal["is_durable"]  # noqa: Y015
+    _WhichOneofArgType__is_durable: _TypeAlias = _typing.Literal["_is_durable", b"_is_durable"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__is_durable) -> _WhichOneofReturnType__is_durable | None: ...
 
 Global___StoreStatus: _TypeAlias = StoreStatus  # noqa: Y015
 
@@ -1446,6 +1613,10 @@ class ServiceStatus(_message.Message):
     QUEUED_SECONDS_FIELD_NUMBER: _builtins.int
     UNMEASURED_FIELD_NUMBER: _builtins.int
     KERNELS_FIELD_NUMBER: _builtins.int
+    DEAD_WORKERS_FIELD_NUMBER: _builtins.int
+    OPEN_REQUESTS_FIELD_NUMBER: _builtins.int
+    REPORTS_STEPS_FIELD_NUMBER: _builtins.int
+    PACES_FIELD_NUMBER: _builtins.int
     service: _builtins.str
     """Service, such as "denoising"."""
     workers: _builtins.int
@@ -1460,6 +1631,12 @@ class ServiceStatus(_message.Message):
     """Compute seconds of work that wait or run there: remaining steps times the pace of their shape."""
     unmeasured: _builtins.bool
     """Whether an assumed time entered queued_seconds, as nothing was measured at the service yet."""
+    dead_workers: _builtins.int
+    """Workers that were lost within 10 minutes and are not announced again."""
+    open_requests: _builtins.int
+    """Requests that have not ended and still need the service."""
+    reports_steps: _builtins.bool
+    """Whether the service reports steps; a step of another service is the whole request."""
     @_builtins.property
     def groups(self) -> _containers.RepeatedCompositeFieldContainer[_worker_pb2.Degrees]:
         """Degrees of those live workers that are worker groups, one entry a worker; at most 1000."""
@@ -1467,6 +1644,10 @@ class ServiceStatus(_message.Message):
     @_builtins.property
     def kernels(self) -> _containers.RepeatedCompositeFieldContainer[_worker_pb2.KernelPackage]:
         """Kernel packages of the live workers; workers with equal ones share an entry."""
+
+    @_builtins.property
+    def paces(self) -> _containers.RepeatedCompositeFieldContainer[Global___ServicePace]:
+        """Measured paces by shape, the latest first; at most 64."""
 
     def __init__(
         self,
@@ -1480,11 +1661,47 @@ class ServiceStatus(_message.Message):
         queued_seconds: _builtins.float = ...,
         unmeasured: _builtins.bool = ...,
         kernels: _abc.Iterable[_worker_pb2.KernelPackage] | None = ...,
+        dead_workers: _builtins.int = ...,
+        open_requests: _builtins.int = ...,
+        reports_steps: _builtins.bool = ...,
+        paces: _abc.Iterable[Global___ServicePace] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["busy", b"busy", "capacity", b"capacity", "groups", b"groups", "kernels", b"kernels", "queued", b"queued", "queued_seconds", b"queued_seconds", "service", b"service", "unmeasured", b"unmeasured", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["busy", b"busy", "capacity", b"capacity", "dead_workers", b"dead_workers", "groups", b"groups", "kernels", b"kernels", "open_requests", b"open_requests", "paces", b"paces", "queued", b"queued", "queued_seconds", b"queued_seconds", "reports_steps", b"reports_steps", "service", b"service", "unmeasured", b"unmeasured", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ServiceStatus: _TypeAlias = ServiceStatus  # noqa: Y015
+
+@_typing.final
+class ServicePace(_message.Message):
+    """Pace of a service for requests of one shape: a moving average of the compute seconds that workers report."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SHAPE_FIELD_NUMBER: _builtins.int
+    SECONDS_PER_STEP_FIELD_NUMBER: _builtins.int
+    MEASURED_AT_FIELD_NUMBER: _builtins.int
+    shape: _builtins.str
+    """Variant, size, outputs and guidance branches, such as "1024x1024 outputs=1 branches=2"."""
+    seconds_per_step: _builtins.float
+    """Compute seconds of one step."""
+    @_builtins.property
+    def measured_at(self) -> _timestamp_pb2.Timestamp:
+        """When it was last measured, by the store's clock."""
+
+    def __init__(
+        self,
+        *,
+        shape: _builtins.str = ...,
+        seconds_per_step: _builtins.float = ...,
+        measured_at: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["measured_at", b"measured_at"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["measured_at", b"measured_at", "seconds_per_step", b"seconds_per_step", "shape", b"shape"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ServicePace: _TypeAlias = ServicePace  # noqa: Y015

@@ -254,6 +254,13 @@ class _Registry:
         raise Unavailable("no workers")
 
 
+class _Activities:
+    """No store."""
+
+    async def list(self, *_: Any, **__: Any) -> NoReturn:
+        raise Unavailable("no store")
+
+
 class _Driver:
     """Accepts a request as far as the store lets it."""
 
@@ -279,7 +286,16 @@ def public_service(model: ServedModel) -> ServiceHandler:
     store = RequestStore(cast(Any, _NoRedis()))
     driver = cast(Driver, _Driver(store))
     offered = {"emoji": OfferedModel.of(model)}
-    service = GenerationService(offered, store, cast(Any, _Registry()), cast(Any, None), driver, CoordinatorSettings())
+    service = GenerationService(
+        offered,
+        store,
+        cast(Any, _Registry()),
+        cast(Any, None),
+        driver,
+        CoordinatorSettings(),
+        health=cast(Any, None),
+        activities=cast(Any, _Activities()),
+    )
     return ServiceHandler(PUBLIC, service.functions)
 
 

@@ -1,0 +1,62 @@
+"""The state of the request store as clients see it: memory, durability, replicas, and the time of a round trip."""
+
+from __future__ import annotations
+
+import math
+import time
+
+from common.errors import InternalError
+from common.state.connection import command, follows_sentinels
+from common.state.redis_client import Redis
+from common.state.store_server import ServerFacts, StoreMemory, read_facts
+from fleet.v1 import generation_pb2
+
+_FACTS_SECONDS = 10.0  # between two reads of the server's configuration
+
+
+class StoreHealth:
+    """Reads the state of the store. `required_replicas` must acknowledge a request before it is accepted."""
+
+    def __init__(self, redis: Redis, memory: StoreMemory, *, required_replicas: int = 0) -> None:
+        self._redis = redis
+        self._memory = memory
+        self._required_replicas = required_replicas
+        self._facts: ServerFacts | None = None
+        self._read_at = -math.inf
+
+    async def read(self) -> generation_pb2.StoreStatus:
+        """The state now; the server's configuration as of the last 10 s. Raises Unavailable."""
+        began = time.perf_counter()
+        await command(self._redis, "PING")
+        round_trip = time.perf_counter() - began
+        use = await self._memory.use()
+        facts = await self._read_facts()
+        return generation_pb2.StoreStatus(
+            used_bytes=max(use.used, 0),
+            max_bytes=use.maximum,
+            limit_bytes=use.limit,
+            is_full=use.is_full,
+            role=facts.role,
+            is_durable=facts.is_durable,
+            appendonly=facts.appendonly,
+            appendfsync=facts.appendfsync,
+            maxmemory_policy=facts.maxmemory_policy,
+            replicas=await self._replicas(),
+            required_replicas=self._required_replicas,
+            follows_sentinels=follows_sentinels(self._redis),
+            round_trip_seconds=round_trip,
+        )
+
+    async def _read_facts(self) -> ServerFacts:
+        if self._facts is None or time.monotonic() - self._read_at >= _FACTS_SECONDS:
+            self._facts = await read_facts(self._redis)
+            self._read_at = time.monotonic()
+        return self._facts
+
+    async def _replicas(self) -> int:
+        """Connected replicas; 0 where the login may not run INFO."""
+        try:
+            info = await command(self._redis, "INFO", "replication")
+        except InternalError:
+            return 0
+        return int(info.get("connected_slaves", 0))

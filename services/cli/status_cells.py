@@ -1,0 +1,251 @@
+"""The texts of `fleet status`: what each cell of its tables says, equal in the plain output and in the live view."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TypeAlias
+
+from fleet.v1 import generation_pb2, worker_pb2
+from fleet.v1.generation_pb2 import ActivityKind
+from services.cli.client import state_name
+from services.start_up import plain
+
+_MIB = 1 << 20
+
+Rows: TypeAlias = Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Answers of a fleet, and when they came, by this host's clock."""
+
+    overview: generation_pb2.ListModelsResponse
+    listing: generation_pb2.ListRequestsResponse
+    taken_at: datetime
+
+    @property
+    def store_time(self) -> datetime:
+        """The store's time; this host's where the coordinator is of an earlier version."""
+        return self.listing.time.ToDatetime(UTC) if self.listing.HasField("time") else self.taken_at
+
+    def age(self, record: generation_pb2.RequestRecord) -> float:
+        """Seconds from a request's admission until now, or until its end."""
+        is_ended = record.state >= generation_pb2.REQUEST_STATE_SUCCEEDED
+        until = record.updated_at.ToDatetime(UTC) if is_ended else self.store_time
+        return max((until - record.created_at.ToDatetime(UTC)).total_seconds(), 0.0)
+
+
+@dataclass(frozen=True)
+class Notice:
+    """A table that is shown only when it has rows: something about workers that an operator should know."""
+
+    head: Sequence[str]
+    rows: Callable[[generation_pb2.ListModelsResponse], Rows]
+
+
+def _kernel_rows(overview: generation_pb2.ListModelsResponse) -> Rows:
+    return [
+        (model.name, each.service, *kernel_cells(package))
+        for model in overview.models
+        for each in model.services
+        for package in each.kernels
+    ]
+
+
+def _refused_rows(overview: generation_pb2.ListModelsResponse) -> Rows:
+    return [(model.name, *refused_cells(each)) for model in overview.models for each in model.refused_workers]
+
+
+NOTICES: Sequence[Notice] = (
+    Notice(("MODEL", "SERVICE", "KERNELS", "VERSION", "STATE"), _kernel_rows),
+    Notice(("MODEL", "SERVICE", "REFUSED WORKER", "LATEST (UTC)", "REASON"), _refused_rows),
+)
+
+
+def seconds_text(service: generation_pb2.ServiceStatus) -> str:
+    """Queued seconds of a service, with ~ before it where an assumed time is in the sum."""
+    return f"{'~' if service.unmeasured else ''}{service.queued_seconds:.1f}"
+
+
+def pace_text(service: generation_pb2.ServiceStatus) -> str:
+    """The pace of the shape that was measured last, such as "0.41 s/step"; "-" before the first measurement."""
+    if not service.paces:
+        return "-"
+    return f"{service.paces[0].seconds_per_step:.2g} s/{'step' if service.reports_steps else 'request'}"
+
+
+def workers_text(service: generation_pb2.ServiceStatus) -> str:
+    """Live workers, and how many are dead: "2 (1 dead)"."""
+    return f"{service.workers} ({service.dead_workers} dead)" if service.dead_workers else str(service.workers)
+
+
+def activity_text(record: generation_pb2.RequestRecord) -> str:
+    """What a request does or waits for; the error's code of one that has failed."""
+    if record.activities:
+        return "; ".join(map(_one_activity, record.activities))
+    return plain(record.error.code) if record.state == generation_pb2.REQUEST_STATE_FAILED else ""
+
+
+def progress_percent(activity: generation_pb2.RequestActivity) -> float | None:
+    """Part of the steps that are done; None for a service without steps."""
+    return 100.0 * activity.step / activity.total_steps if activity.total_steps else None
+
+
+def _one_activity(activity: generation_pb2.RequestActivity) -> str:
+    percent = progress_percent(activity)
+    steps = "" if percent is None else f" {activity.step}/{activity.total_steps} ({percent:.0f}%)"
+    service, worker = plain(activity.service), plain(activity.worker_id)
+    match activity.kind:
+        case ActivityKind.ACTIVITY_KIND_RUNNING:
+            return f"{service}{steps} on {worker}"
+        case ActivityKind.ACTIVITY_KIND_QUEUED:
+            about = f", about {activity.estimated_seconds:.0f} s" if activity.HasField("estimated_seconds") else ""
+            return f"queued at {service}, {activity.requests_ahead} ahead{about}"
+        case ActivityKind.ACTIVITY_KIND_NO_WORKER:
+            return f"waits for a worker of {service}: none is live"
+        case ActivityKind.ACTIVITY_KIND_RETRY:
+            return f"waits for a retry at {service}{steps}" + (f": {worker} is lost" if worker else "")
+        case ActivityKind.ACTIVITY_KIND_TAKE_OVER:
+            return "waits for another coordinator: its own has died"
+        case ActivityKind.ACTIVITY_KIND_COORDINATOR:
+            return "at its coordinator, between stages"
+        case _:
+            return "unknown: its coordinator is of an earlier version"
+
+
+def duration_text(seconds: float) -> str:
+    """A duration in two units at most: "12s", "3m05s", "2h03m", "4d02h"."""
+    whole = int(seconds)
+    for unit, length, minor, part in (("d", 86_400, "h", 3_600), ("h", 3_600, "m", 60), ("m", 60, "s", 1)):
+        if whole >= length:
+            return f"{whole // length}{unit}{whole % length // part:02}{minor}"
+    return f"{whole}s"
+
+
+def service_rows(overview: generation_pb2.ListModelsResponse) -> Iterator[Sequence[str]]:
+    """A row for each service of each model."""
+    for model in overview.models:
+        for each in model.services:
+            yield (
+                model.name,
+                each.service,
+                str(each.workers),
+                f"{each.busy}/{each.capacity}",
+                str(each.queued),
+                seconds_text(each),
+                degrees_text(each.groups),
+            )
+
+
+def pace_rows(overview: generation_pb2.ListModelsResponse) -> Iterator[Sequence[str]]:
+    """A row for each service that was measured, or that has dead workers."""
+    for model in overview.models:
+        for each in model.services:
+            if each.paces or each.dead_workers:
+                shape = each.paces[0].shape if each.paces else ""
+                yield model.name, each.service, pace_text(each), shape, str(each.dead_workers)
+
+
+def request_rows(snapshot: Snapshot) -> Iterator[Sequence[str]]:
+    """A row for each request, those that have not ended first."""
+    for record in snapshot.listing.requests:
+        yield (
+            record.request_id,
+            state_name(record.state),
+            record.model,
+            f"{record.created_at.ToDatetime():%Y-%m-%d %H:%M:%S}",
+            shortened(record.parameters.prompt),
+        )
+
+
+def activity_rows(snapshot: Snapshot) -> Iterator[Sequence[str]]:
+    """A row for each request that has not ended and of which the coordinator reports what it does."""
+    for record in snapshot.listing.requests:
+        if record.activities:
+            yield record.request_id, duration_text(snapshot.age(record)), activity_text(record)
+
+
+def plain_text(snapshot: Snapshot) -> str:
+    """All tables, a line each row."""
+    heads = ("MODEL", "SERVICE", "WORKERS", "BUSY", "QUEUED", "SECONDS", "DEGREES")
+    parts = [table(heads, [*service_rows(snapshot.overview)])]
+    if paces := [*pace_rows(snapshot.overview)]:
+        parts.append("\n" + table(("MODEL", "SERVICE", "PACE", "SHAPE", "DEAD WORKERS"), paces))
+    for notice in NOTICES:
+        if rows := notice.rows(snapshot.overview):
+            parts.append("\n" + table(notice.head, rows))
+    store = snapshot.overview.store
+    parts.append(f"{store_text(store)}\n")
+    parts += [f"       {health}\n" for health in (store_health_text(store),) if health]
+    if records := [*request_rows(snapshot)]:
+        parts.append("\n" + table(("REQUEST", "STATE", "MODEL", "CREATED (UTC)", "PROMPT"), records))
+    if activities := [*activity_rows(snapshot)]:
+        parts.append("\n" + table(("OPEN REQUEST", "AGE", "NOW"), activities))
+    return "".join(parts)
+
+
+def store_health_text(store: generation_pb2.StoreStatus) -> str:
+    """The server of the store: role, durability, replicas, time of a round trip. Empty where they are unknown."""
+    if not store.round_trip_seconds:  # a coordinator of an earlier version
+        return ""
+    parts = ["primary" if store.role == "master" else plain(store.role) or "role unknown"]
+    if store.follows_sentinels:
+        parts[0] += ", named by sentinels"
+    settings = f"appendonly={plain(store.appendonly) or '?'} appendfsync={plain(store.appendfsync) or '?'}"
+    durable = "durability unknown"
+    if store.HasField("is_durable"):
+        durable = "durable" if store.is_durable else "not durable"
+    parts.append(f"{durable} ({settings})")
+    required = f" ({store.required_replicas} required)" if store.required_replicas else ""
+    parts.append(f"{store.replicas} replica{'' if store.replicas == 1 else 's'}{required}")
+    parts.append(f"round trip {store.round_trip_seconds * 1_000:.1f} ms")
+    return ", ".join(parts)
+
+
+def store_text(store: generation_pb2.StoreStatus) -> str:
+    """A line about the memory of the request store."""
+    used = f"STORE  {store.used_bytes / _MIB:.1f} MiB"
+    if store.is_full:
+        return f"{used}, which is full: requests are refused from {store.limit_bytes / _MIB:.1f} MiB on"
+    if store.limit_bytes:
+        return f"{used}; requests are refused from {store.limit_bytes / _MIB:.1f} MiB on"
+    return used
+
+
+def degrees_text(groups: Iterable[worker_pb2.Degrees]) -> str:
+    """The degrees of the worker groups among a service's workers, without those that are 1: "2 of tp=2 ulysses=2"."""
+    counts: Counter[str] = Counter()
+    for degrees in groups:
+        named = {"tp": degrees.tp, "ulysses": degrees.ulysses, "ring": degrees.ring, "cfg": degrees.cfg}
+        counts[" ".join(f"{axis}={degree}" for axis, degree in named.items() if degree > 1)] += 1
+    return ", ".join(text if count == 1 else f"{count} of {text}" for text, count in sorted(counts.items()))
+
+
+def kernel_cells(package: worker_pb2.KernelPackage) -> tuple[str, str, str]:
+    """Name, version and state of a kernel package: in use, or its replacement and the error."""
+    error = plain(" ".join(package.error.split()))
+    state = f"unusable, {package.replacement} instead: {error}" if error else "in use"
+    return package.name, package.version, state
+
+
+def refused_cells(refused: worker_pb2.RefusedWorker) -> tuple[str, str, str, str]:
+    """Service, worker, time and reason of a worker that was refused."""
+    moment = f"{refused.refused_at.ToDatetime():%Y-%m-%d %H:%M:%S}"
+    return refused.service, plain(refused.worker_id), moment, plain(" ".join(refused.reason.split()))
+
+
+def shortened(text: str, length: int = 48) -> str:
+    """One line of at most that many characters."""
+    line = plain(" ".join(text.split()))
+    return line if len(line) <= length else line[: length - 1] + "…"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns, two blanks apart. Characters that would steer a terminal are replaced."""
+    rows = [[plain(cell) for cell in row] for row in rows]
+    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (head, *rows)]
+    return "\n".join(line.rstrip() for line in lines) + "\n"

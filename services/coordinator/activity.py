@@ -1,0 +1,41 @@
+"""Requests with what each of them does or waits for, and an estimate of how long it waits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from common.scaling import StageLoad
+from common.state.activity import StageQueue, read_activities
+from common.state.records import timestamp_of
+from common.state.redis_client import Redis
+from common.state.stage_loads import StageLoads
+from fleet.v1 import generation_pb2 as pb
+
+
+class RequestActivities:
+    """Reads them, in one operation of the store and the load of each service at which one of them waits."""
+
+    def __init__(self, redis: Redis, loads: StageLoads) -> None:
+        self._redis = redis
+        self._loads = loads
+
+    async def list(self, services: Mapping[str, Sequence[str]], *, caller: str, most: int) -> pb.ListRequestsResponse:
+        """Requests of the models in `services` that have not ended, then the newest others. Raises Unavailable.
+
+        `caller` restricts them to one caller's; empty for all.
+        """
+        found = await read_activities(self._redis, services, caller=caller, most=most)
+        queues = {queue for request in found.requests for queue in request.queues if queue is not None}
+        loads = {queue: await self._loads.recent(queue.model, queue.service) for queue in queues}
+        for request in found.requests:
+            for activity, queue in zip(request.record.activities, request.queues, strict=True):
+                if queue is not None and not loads[queue].unmeasured:
+                    activity.estimated_seconds = _wait_seconds(loads[queue], queue, activity.requests_ahead)
+        records = [request.record for request in found.requests]
+        return pb.ListRequestsResponse(requests=records, time=timestamp_of(found.milliseconds))
+
+
+def _wait_seconds(load: StageLoad, queue: StageQueue, ahead: int) -> float:
+    """Seconds until the live workers have finished what runs and what is ahead, at the mean work of what waits."""
+    mean = load.waiting_seconds / load.waiting_claims if load.waiting_claims else 0.0
+    return (load.running_seconds + ahead * mean) / max(queue.live_workers, 1)

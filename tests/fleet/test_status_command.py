@@ -1,0 +1,334 @@
+"""`fleet status` at a running fleet: the live view on a terminal, what scripts get, and who sees what."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import hashlib
+import json
+import os
+import pty
+import re
+import signal
+import struct
+import sys
+import termios
+from asyncio.subprocess import DEVNULL, PIPE, Process
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from rich.cells import cell_len
+
+from coordinator_fleet import FakeFleet, Gate, Script, error_of, run_on_fleet, submission, terminal
+from fleet.v1 import generation_pb2 as pb
+from redis_servers import running_server
+
+OTHERS = ("text_encoding", "latent_preparation", "decoding")
+COMMAND = (sys.executable, "-m", "services.cli", "status")
+ENTER, LEAVE, SHOW_CURSOR = "\x1b[?1049h", "\x1b[?1049l", "\x1b[?25h"
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    with running_server("valkey") as server:
+        yield server.url
+
+
+class Terminal:
+    """A process with a terminal, and all that it has written there."""
+
+    def __init__(self, process: Process, leader: int) -> None:
+        self.process = process
+        self.written = ""
+        self._leader = leader
+        self._more = asyncio.Event()
+        self._ended = asyncio.Event()
+        asyncio.get_running_loop().add_reader(leader, self._read)
+
+    def _read(self) -> None:
+        try:
+            read = os.read(self._leader, 1 << 16)
+        except OSError:  # Linux's way to say that nobody has the terminal open any more
+            read = b""
+        self.written += read.decode(errors="replace")
+        self._more.set()
+        if not read:
+            asyncio.get_running_loop().remove_reader(self._leader)
+            self._ended.set()
+
+    def resize(self, width: int, height: int) -> None:
+        """Change the size, as a terminal's window does."""
+        fcntl.ioctl(self._leader, termios.TIOCSWINSZ, struct.pack("HHHH", height, width, 0, 0))
+        self.process.send_signal(signal.SIGWINCH)
+
+    @property
+    def screen(self) -> list[str]:
+        """The lines of the newest complete view, without styles."""
+        frames = self.written.split("\x1b[H")
+        shown = frames[-1] if "\n" in frames[-1] else frames[-2]
+        return re.sub(r"\x1b\[[0-9;?]*[a-z]", "", shown.replace("\r", "")).split("\n")
+
+    async def until(self, is_shown: Callable[[str], bool]) -> list[str]:
+        """The first screen whose text fulfils the condition."""
+        async with asyncio.timeout(30):
+            while "\x1b[H" not in self.written or not is_shown("\n".join(self.screen)):
+                assert not self._ended.is_set(), self.written
+                self._more.clear()
+                await self._more.wait()
+        return self.screen
+
+    async def end(self) -> int:
+        """The exit code, after Ctrl-C."""
+        self.process.send_signal(signal.SIGINT)
+        code = await self.process.wait()
+        await self._ended.wait()
+        return code
+
+
+@asynccontextmanager
+async def on_terminal(*words: str, width: int = 120, height: int = 40) -> AsyncIterator[Terminal]:
+    """`fleet status` on a terminal of that size."""
+    leader, follower = pty.openpty()
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", height, width, 0, 0))
+    environ = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES", "NO_COLOR")}
+    process = await asyncio.create_subprocess_exec(
+        *COMMAND, *words, stdin=follower, stdout=follower, stderr=follower, env={**environ, "TERM": "xterm-256color"}
+    )
+    os.close(follower)
+    try:
+        yield Terminal(process, leader)
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+        asyncio.get_running_loop().remove_reader(leader)
+        os.close(leader)
+
+
+async def held_up(fleet: FakeFleet, **settings: Any) -> tuple[str, Any, Gate, str]:
+    """A fleet whose only denoiser waits at a gate: endpoint, stub, the gate, and the request that runs there."""
+    gate = Gate()
+    for service in OTHERS:
+        await fleet.add_worker(service)
+    await fleet.add_worker("denoising", Script(fleet.scripts["denoising"].contract, gate))
+    coordinator, stub = await fleet.add_coordinator(**settings)
+    first = (await stub.Submit(submission("a red apple"))).request.request_id
+    await gate.wait_reached()
+    return coordinator.address, stub, gate, first
+
+
+def test_the_live_view_follows_requests_and_the_terminal(url: str) -> None:
+    async def story(fleet: FakeFleet) -> None:
+        endpoint, stub, gate, first = await held_up(fleet)
+        async with on_terminal("--endpoint", endpoint, "--interval", "0.2") as shown:
+            await shown.until(lambda text: f"{first} RUNNING" in text and "denoising 0/20 (0%) on denoising-" in text)
+            second = (await stub.Submit(submission("a pear"))).request.request_id
+            lines = await shown.until(lambda text: "queued at denoising, 0 ahead" in text)
+            assert any(re.match(r"denoising +1 +1/1 +1 +~20\.0 ", line) for line in lines), lines
+            assert any(line.startswith("primary, durable (appendonly=yes appendfsync=always)") for line in lines)
+            for width, height in ((60, 30), (170, 20), (40, 12)):
+                shown.resize(width, height)
+                lines = await shown.until(partial(_is_as_wide, width))
+                assert max(map(cell_len, lines)) <= width
+                assert len(lines) <= height
+            shown.resize(170, 40)
+            gate.opened.set()
+            for name in (first, second):
+                assert (await terminal(stub, name))[-1].state_change.state == pb.REQUEST_STATE_SUCCEEDED
+            await shown.until(lambda text: len(re.findall(r"[0-9a-f]{16} SUCCEEDED", text)) == 2 and "s/step" in text)
+            assert await shown.end() == 0
+            assert shown.written.startswith(ENTER)
+            assert LEAVE in shown.written
+            assert SHOW_CURSOR in shown.written
+            assert "Traceback" not in shown.written
+
+    run_on_fleet(url, story)
+
+
+def _is_as_wide(width: int, text: str) -> bool:
+    return cell_len(text.partition("\n")[0]) == width
+
+
+def test_a_coordinator_that_is_unavailable_and_comes_back(url: str) -> None:
+    async def story(fleet: FakeFleet) -> None:
+        listen = f"unix:{fleet.directory}/public.sock"
+        coordinator = await fleet.start_process(listen)
+        async with on_terminal("--endpoint", listen, "--interval", "0.1") as shown:
+            await shown.until(lambda text: "every 0.1 s; Ctrl-C ends" in text)
+            coordinator.kill()
+            await coordinator.wait()
+            lines = await shown.until(lambda text: "UNAVAILABLE since" in text)
+            assert re.match(r"UNAVAILABLE since \d\d:\d\d:\d\d UTC, last data \d\d:\d\d:\d\d UTC", lines[1])
+            assert any("no fleet answers at" in line for line in lines)
+            assert any("latent_preparation" in line for line in lines)  # the last data
+            await fleet.start_process(listen)
+            await shown.until(lambda text: "UNAVAILABLE" not in text and "every 0.1 s" in text)
+            assert await shown.end() == 0
+
+    run_on_fleet(url, story)
+
+
+def test_on_a_terminal_once_is_plain_and_ends(url: str) -> None:
+    async def story(fleet: FakeFleet) -> None:
+        endpoint, _, gate, first = await held_up(fleet)
+        async with on_terminal("--endpoint", endpoint, "--once") as shown:
+            assert await shown.process.wait() == 0
+            await shown._ended.wait()
+            assert "\x1b" not in shown.written
+            assert re.search(rf"^{first} +RUNNING +emoji .* a red apple\r$", shown.written, re.MULTILINE)
+            assert re.search(rf"^{first} +\d+s +denoising 0/20 \(0%\) on denoising-", shown.written, re.MULTILINE)
+        gate.opened.set()
+
+    run_on_fleet(url, story)
+
+
+def test_json_lines_go_on_without_the_store() -> None:
+    with running_server("valkey") as server:
+
+        async def story(fleet: FakeFleet) -> None:
+            endpoint, _, gate, first = await held_up(fleet)
+            words = ("--endpoint", endpoint, "--json", "--interval", "0.1")
+            process = await asyncio.create_subprocess_exec(*COMMAND, *words, stdout=PIPE, stderr=PIPE)
+            assert process.stdout is not None
+
+            async def next_document(has_error: bool) -> dict[str, Any]:
+                assert process.stdout is not None
+                while True:
+                    found: dict[str, Any] = json.loads(await process.stdout.readline())
+                    if (found["error"] is not None) is has_error:
+                        return found
+
+            found = await next_document(False)
+            (listed,) = found["requests"]
+            assert (listed["request_id"], listed["activities"][0]["kind"]) == (first, "RUNNING")
+            server.kill()
+            failed = await next_document(True)
+            assert "the request store" in failed["error"]
+            assert (failed["models"], failed["requests"], failed["store"]) == ([], [], None)
+            server.start()
+            assert (await next_document(False))["store"]["role"] == "master"
+            process.send_signal(signal.SIGINT)
+            _, error = await process.communicate()
+            assert (process.returncode, error) == (0, b"")
+            gate.opened.set()
+
+        run_on_fleet(server.url, story)
+
+
+def test_one_document_and_a_fleet_that_is_not_there(url: str, tmp_path: Path) -> None:
+    async def run(*words: str) -> tuple[bytes, bytes, int | None]:
+        process = await asyncio.create_subprocess_exec(*COMMAND, *words, stdin=DEVNULL, stdout=PIPE, stderr=PIPE)
+        output, error = await process.communicate()
+        return output, error, process.returncode
+
+    async def story(fleet: FakeFleet) -> None:
+        coordinator, _ = await fleet.add_coordinator()
+        output, error, code = await run("--endpoint", coordinator.address, "--json")
+        assert (code, error) == (0, b"")
+        (model,) = json.loads(output)["models"]
+        assert [each["service"] for each in model["services"]] == [*OTHERS[:2], "denoising", "decoding"]
+        for words in (("--json",), ()):
+            output, error, code = await run("--endpoint", f"unix:{tmp_path}/none.sock", *words)
+            assert (code, output) == (1, b"")
+            assert error.startswith(b"fleet status: no fleet answers at")
+
+    run_on_fleet(url, story)
+
+
+def test_a_caller_sees_its_own_requests_and_the_queue_before_them(url: str, tmp_path: Path) -> None:
+    keys = tmp_path / "keys.toml"
+    names = ("ann", "bob")
+    digests = {name: hashlib.sha256(name.encode()).hexdigest() for name in names}
+    keys.write_text("".join(f'[callers.{name}]\nkey_sha256 = ["{digests[name]}"]\n' for name in names))
+
+    async def story(fleet: FakeFleet) -> None:
+        gate = Gate()
+        for service in OTHERS:
+            await fleet.add_worker(service)
+        await fleet.add_worker("denoising", Script(fleet.scripts["denoising"].contract, gate))
+        _, stub = await fleet.add_coordinator(api_keys=keys)
+        bearer = {name: (("authorization", f"Bearer {name}"),) for name in names}
+        theirs = (await stub.Submit(submission(), metadata=bearer["ann"])).request.request_id
+        await gate.wait_reached()
+        mine = (await stub.Submit(submission("a secret pear"), metadata=bearer["bob"])).request.request_id
+
+        async def listed(name: str) -> list[pb.RequestRecord]:
+            request = pb.ListRequestsRequest(with_activity=True)
+            return list((await stub.ListRequests(request, metadata=bearer[name])).requests)
+
+        async with asyncio.timeout(20):
+            found = await listed("bob")
+            while found[0].activities[0].service != "denoising":
+                await asyncio.sleep(0.01)
+                found = await listed("bob")
+        assert [each.request_id for each in found] == [mine]
+        assert found[0].activities[0].kind == pb.ACTIVITY_KIND_QUEUED
+        assert found[0].activities[0].requests_ahead == 0
+        assert [each.request_id for each in await listed("ann")] == [theirs]
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await stub.ListRequests(pb.ListRequestsRequest(with_activity=True))
+        assert caught.value.code() == grpc.StatusCode.UNAUTHENTICATED
+        gate.opened.set()
+        await terminal_of(stub, mine, bearer["bob"])
+
+    run_on_fleet(url, story)
+
+
+async def terminal_of(stub: Any, name: str, metadata: tuple[tuple[str, str], ...]) -> None:
+    """Wait for a request's end."""
+    async for _ in stub.Watch(pb.WatchRequest(request_id=name), metadata=metadata):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"state": pb.REQUEST_STATE_QUEUED}, "state"),
+        ({"page_token": "7"}, "page_token"),
+        ({"page_size": 1_001}, "page_size"),
+    ],
+)
+def test_a_listing_with_activities_has_one_page_of_all_states(url: str, fields: dict[str, Any], field: str) -> None:
+    async def story(fleet: FakeFleet) -> None:
+        _, stub = await fleet.add_coordinator()
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await stub.ListRequests(pb.ListRequestsRequest(with_activity=True, **fields))
+        assert error_of(caught.value) == ("INVALID_ARGUMENT", field)
+        answer = await stub.ListRequests(pb.ListRequestsRequest(with_activity=True, model="unknown"))
+        assert not answer.requests
+
+    run_on_fleet(url, story)
+
+
+def test_a_dead_worker_is_counted_and_its_request_goes_on_elsewhere(url: str) -> None:
+    async def story(fleet: FakeFleet) -> None:
+        gate = Gate()
+        for service in OTHERS:
+            await fleet.add_worker(service)
+        script = Script(fleet.scripts["denoising"].contract, gate)
+        worker = await fleet.add_worker("denoising", script, ttl_seconds=0.5)
+        _, stub = await fleet.add_coordinator()
+        name = (await stub.Submit(submission())).request.request_id
+        await gate.wait_reached()
+        await worker.die()
+
+        async def activity() -> pb.RequestActivity:
+            answer = await stub.ListRequests(pb.ListRequestsRequest(with_activity=True))
+            return answer.requests[0].activities[0]
+
+        async with asyncio.timeout(20):
+            while (found := await activity()).kind != pb.ACTIVITY_KIND_NO_WORKER:
+                assert found.service == "denoising"
+                await asyncio.sleep(0.01)
+        (model,) = (await stub.ListModels(pb.ListModelsRequest())).models
+        denoising = next(each for each in model.services if each.service == "denoising")
+        assert (denoising.workers, denoising.dead_workers, denoising.reports_steps) == (0, 1, True)
+        await fleet.add_worker("denoising")
+        assert (await terminal(stub, name))[-1].state_change.state == pb.REQUEST_STATE_SUCCEEDED
+
+    run_on_fleet(url, story)
