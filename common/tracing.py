@@ -7,21 +7,20 @@ Traces are on where OTEL_EXPORTER_OTLP_ENDPOINT or OTEL_EXPORTER_OTLP_TRACES_END
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol
 
 from common.errors import Cancelled, HandedOver
-from common.state.store_url import without_password
+from common.logs import get_logger
 from common.trace_context import NO_SPAN, Span, SpanKind, TraceContext, current_span, entered
 
 _ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 _PROTOCOLS = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
 _EXPORTER = "OTEL_TRACES_EXPORTER"
 
-_log = logging.getLogger(__name__)
+_log = get_logger(__name__)
 
 
 class Tracer(Protocol):
@@ -131,24 +130,25 @@ def _opened(service: str, environ: Mapping[str, str]) -> Tracer | None:
     """The exporter; None, with a warning, where there cannot be one."""
     exporter = environ.get(_EXPORTER, "").strip().lower()
     if exporter not in ("", "otlp"):
-        _log.warning("no traces are exported: %s is %r; otlp and none are supported", _EXPORTER, exporter)
+        _log.warning("no traces are exported", variable=_EXPORTER, value=exporter, supported="otlp,none")
         return None
     name = next((each for each in _PROTOCOLS if environ.get(each)), "")
     if name and environ[name].strip().lower() != "grpc":
-        _log.warning("no traces are exported: %s is %r; grpc is supported", name, environ[name])
+        _log.warning("no traces are exported", variable=name, value=environ[name], supported="grpc")
         return None
     try:
         # OpenTelemetry takes 0.2 s and 20 MB, and is an optional extra.
         from common.otlp import OtlpTracer
     except ModuleNotFoundError as error:
         _log.warning(
-            "no traces are exported: %s is not installed; pip install 'diffusion-fleet[tracing]', or unset %s",
-            error.name,
-            ", ".join(each for each in (*_ENDPOINTS, _EXPORTER) if environ.get(each)),
+            "no traces are exported",
+            missing=error.name,
+            fix="pip install 'diffusion-fleet[tracing]'",
+            unset=[each for each in (*_ENDPOINTS, _EXPORTER) if environ.get(each)],
         )
         return None
     try:
         return OtlpTracer(service)
     except Exception as error:  # noqa: BLE001  (the SDK has exceptions of its own for wrong variables)
-        _log.warning("no traces are exported: an OTEL_ variable is wrong: %s", without_password(str(error)))
+        _log.warning("no traces are exported: an OTEL_ variable is wrong", error=error)
         return None

@@ -214,7 +214,8 @@ class FakeFleet:
         process = await asyncio.create_subprocess_exec(*command, stdout=DEVNULL, stderr=PIPE)
         self._stack.push_async_callback(_kill, process)
         assert process.stderr is not None
-        assert b"listens on" in await process.stderr.readline()
+        while b"listens" not in (line := await process.stderr.readline()):
+            assert line, "the coordinator has ended"
         return process
 
 
