@@ -14,6 +14,7 @@ from common.log_format import Event, LogFormat, LogFormatter
 from common.log_repeats import RepeatLimitingHandler
 
 _CALLER = 3  # stack frames from Logger.log() to the call site
+_POLLING = "grpc._cython.cygrpc"  # writes a DEBUG line at each poll of an event loop, ten a second
 
 
 class EventLogger:
@@ -97,6 +98,7 @@ def redirect_libraries() -> None:
     transformers and diffusers, like torch, add handlers of their own to the console and switch propagation off.
     """
     logging.captureWarnings(True)
+    logging.getLogger(_POLLING).setLevel(logging.INFO)
     logging.setLoggerClass(_LibraryLogger)
     for each in list(logging.root.manager.loggerDict.values()):
         if not isinstance(each, logging.Logger):
