@@ -200,17 +200,22 @@ async def start_worker(
         registry = WorkerRegistry(redis)
         await _announce(registry, info, watchdog, settings, None if checked else redis)
         await server.set_ready(True)
-        _log.info(
-            "serves",
-            model=model.name,
-            stage=service,
-            address=info.address,
-            dtype=info.dtype,
-            device=info.device,
-            worker=info.worker_id,
-            shares_memory=shares_memory or None,
-        )
+        _log_serving(info, shares_memory=shares_memory)
         return Worker(info, server, servicer, registry).keep(resources)
+
+
+def _log_serving(info: worker_pb2.WorkerInfo, *, shares_memory: bool) -> None:
+    """Log that coordinators can find the worker. `shares_memory`: its ranks write to each other's memory."""
+    _log.info(
+        "serves",
+        stage=info.service,
+        model=info.model,
+        address=info.address,
+        dtype=info.dtype,
+        device=info.device,
+        worker=info.worker_id,
+        shares_memory=shares_memory or None,
+    )
 
 
 def _load(
