@@ -144,7 +144,7 @@ def _opened(service: str, environ: Mapping[str, str]) -> Tracer | None:
             "no traces are exported",
             missing=error.name,
             fix="pip install 'diffusion-fleet[tracing]'",
-            unset=[each for each in (*_ENDPOINTS, _EXPORTER) if environ.get(each)],
+            or_unset=[each for each in (*_ENDPOINTS, _EXPORTER) if environ.get(each)],
         )
         return None
     try:
