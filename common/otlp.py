@@ -22,6 +22,7 @@ from opentelemetry.trace import Span as SdkSpan
 from opentelemetry.trace import SpanKind as SdkSpanKind
 from opentelemetry.trace.span import TraceState
 
+from common.logs import get_logger
 from common.trace_context import Span, SpanKind, TraceContext
 
 _FILES = (
@@ -35,7 +36,7 @@ _FILES = (
 _CLOSE_SECONDS = 2.0  # for the last spans, where the collector does not answer
 _KINDS = {kind: SdkSpanKind[kind.value] for kind in SpanKind}
 
-_log = logging.getLogger(__name__)
+_log = get_logger(__name__)
 
 Attributes = Mapping[str, str | int | float]
 
@@ -212,14 +213,14 @@ class _OneWarning(SpanExporter):
         if failed:
             self.warn()
         elif self.is_failing:
-            _log.info("the trace collector takes spans again")
+            _log.info("trace collector is available again")
         self.is_failing = failed
         return result
 
     def warn(self) -> None:
         """Report once that spans are dropped."""
         if not self.is_failing:
-            _log.warning("spans are dropped while the trace collector at %s is unavailable", self._collector)
+            _log.warning("spans are dropped while the trace collector is unavailable", endpoint=self._collector)
         self.is_failing = True
 
     def shutdown(self) -> None:

@@ -7,18 +7,20 @@ import os
 import signal
 from typing import NoReturn
 
+from common.logs import get_logger
+
 TEMPORARY_FAILURE = 75
 """Exit code of a process that is worth restarting: EX_TEMPFAIL."""
 
 _LAST_LINE_SECONDS = 2.0
 
-_log = logging.getLogger(__name__)
+_log = get_logger(__name__)
 
 
 def exit_at_once(reason: str, code: int = TEMPORARY_FAILURE) -> NoReturn:
     """Log the reason, flush the logs, and end the process without waiting for its threads or its event loop."""
     # SIGALRM ends the process even where standard error, or the log's lock, is held by a thread that is stuck.
     signal.setitimer(signal.ITIMER_REAL, _LAST_LINE_SECONDS)
-    _log.critical("%s", reason)
+    _log.critical("process ends at once", reason=reason, exit_code=code)
     logging.shutdown()
     os._exit(code)

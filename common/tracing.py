@@ -7,7 +7,6 @@ Traces are on where OTEL_EXPORTER_OTLP_ENDPOINT or OTEL_EXPORTER_OTLP_TRACES_END
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from common.errors import Cancelled, HandedOver
+from common.logs import get_logger
 from common.state.store_url import without_password
 from common.trace_context import NO_SPAN, Span, SpanKind, TraceContext, current_span, entered
 
@@ -26,7 +26,7 @@ _PROTOCOLS = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL
 EXPORTER = "OTEL_TRACES_EXPORTER"
 _DEFAULT_ENDPOINT = "http://localhost:4317"
 
-_log = logging.getLogger(__name__)
+_log = get_logger(__name__)
 
 
 class Tracer(Protocol):
@@ -172,6 +172,6 @@ def _opened(service: str, environ: Mapping[str, str]) -> Tracer | None:
     """The exporter; None, with a warning, where there cannot be one."""
     found = load_exporter(service, environ)
     if isinstance(found, NotExported):
-        _log.warning("no traces are exported: %s; %s", found.reason, found.advice)
+        _log.warning("no traces are exported", reason=found.reason, advice=found.advice)
         return None
     return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -10,12 +9,13 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from common.errors import FleetError
+from common.logs import get_logger
 
 T = TypeVar("T")
 
 _Stamp = tuple[tuple[int, int, int] | None, ...]
 
-_log = logging.getLogger(__name__)
+_log = get_logger(__name__)
 
 
 class WatchedFiles(Generic[T]):
@@ -69,10 +69,10 @@ class WatchedFiles(Generic[T]):
         try:
             self._value = self._read()
         except FleetError as error:
-            _log.error("%s: new files are not taken, the old ones stay in force: %s", self._name, error)
+            _log.error("changed files refused, the earlier content stays in force", setting=self._name, error=error)
         else:
             self._version += 1
-            _log.info("%s: took %s as they are now", self._name, ", ".join(map(str, self._paths)))
+            _log.info("changed files loaded", setting=self._name, files=self._paths)
 
     def _look(self) -> _Stamp:
         return tuple(_stamp_of(path) for path in self._paths)

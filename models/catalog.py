@@ -6,7 +6,6 @@ means the shipped model; a folder of the same name is written ./NAME.
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from pathlib import Path
 
 from common.checkpoint import INDEX_FILE, SAMPLING_DEFAULTS_FILE, Checkpoint, read_class_name
 from common.errors import CheckpointError, InvalidInput
+from common.logs import get_logger
 from common.pipeline import ComposedPipeline, MissingModules, PipelineError, ServiceSpec, unite_roles
 from common.variants import unite_services
 from common.wrong_model import repository_of
@@ -29,7 +29,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
 _VARIANT = re.compile(r"[a-z][a-z0-9_]{0,31}")
 
-_log = logging.getLogger(__name__)
+_log = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def open_model(reference: str, registry: Registry) -> ServedModel:
     checkpoint = Checkpoint.open(directory)
     pipelines, unserved = _pipelines(entry, checkpoint)
     for variant, reason in unserved.items():
-        _log.warning("variant is not served: model=%s variant=%s reason=%s", name, variant, reason)
+        _log.warning("variant is not served", model=name, variant=variant, reason=reason)
     checkpoint = checkpoint.with_roles(unite_roles(each.roles for each in pipelines.values()))
     variants = tuple(_variant(each, pipelines[each], entry, checkpoint) for each in pipelines)
     services = unite_services([each.services for each in variants])

@@ -6,7 +6,6 @@ import hashlib
 import importlib
 import importlib.metadata
 import importlib.util
-import logging
 import platform
 import textwrap
 import threading
@@ -20,6 +19,7 @@ import torch
 
 from common.checkpoint import kind_of
 from common.errors import CheckpointError, InvalidInput
+from common.logs import get_logger
 from common.stage import PipelineStage
 from configs.approximation import EXACT, Approximation
 from configs.pipeline_configs.base import DenoisingConfig, PipelineConfig, PreparationConfig
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from models.catalog import ServedModel, ServedVariant
 
 
-_log = logging.getLogger(__name__)
+_log = get_logger(__name__)
 
 # Letters of another library's error that are worth a line.
 MOST_TOLD = 400
@@ -202,7 +202,7 @@ def load_module(checkpoint: Checkpoint, name: str, config: PipelineConfig, runti
         raise CheckpointError(f"{name}: class {class_name} is not supported; supported are {supported}")
     if files := checkpoint.weight_files(name):
         variant = checkpoint.weight_variant(name) or "none"
-        _log.info("weights module=%s variant=%s files=%s", name, variant, ",".join(file.name for file in files))
+        _log.info("weights", module=name, variant=variant, files=[file.name for file in files])
     return loader(checkpoint, name, runtime.device, config.dtype_of(name, runtime.dtype))
 
 

@@ -7,7 +7,6 @@ number of tokens has a graph of its own: made-up texts have one usual number.
 
 from __future__ import annotations
 
-import logging
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,6 +30,7 @@ from common.artifacts import (
     Schedule,
 )
 from common.errors import InvalidInput
+from common.logs import get_logger
 from common.stage import Call
 from configs.pipeline_configs.base import DenoisingConfig, NegativePromptConfig, Shapes, Step
 from configs.sample.base import SamplingParams
@@ -48,7 +48,7 @@ _DENOISING = "denoising"
 _SIZE = re.compile(r"(?P<height>[0-9]{1,5})x(?P<width>[0-9]{1,5})(x(?P<num_frames>[0-9]{1,5}))?")
 _VARIANT_SIGN = "@"
 
-_log = logging.getLogger(__name__)
+_log = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class WarmUp:
             stages(inputs, replace(call, variant=variant.name))
             size = "x".join(str(each) for each in params.extent.values())
             name = f"{size}{_VARIANT_SIGN}{variant.name}" if variant.name else size
-            _log.info("warmed up for %s in %.1f s", name, time.monotonic() - began)
+            _log.info("warmed up", size=name, seconds=time.monotonic() - began)
 
     def inputs(self, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
         """The artifacts of a made-up request at each size, by slot of the service's stages, on the CPU.
@@ -128,7 +128,7 @@ def _params(model: ServedModel, variant: ServedVariant, text: str, match: re.Mat
         raise InvalidInput(f"warm_up {text}: {error.message}", field=_FIELD) from error
     for warning in warnings:
         if warning.field in size:
-            _log.warning("warm_up %s: %s", text, warning.message)
+            _log.warning("warm_up size is changed", size=text, reason=warning.message)
     return params
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -14,10 +13,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from common.errors import CheckpointError
+from common.logs import get_logger
 from models.layers.linear import absent_biases, join_all_weights
 from models.parallel.shards import Shard, parameter_shards
 
-_log = logging.getLogger(__name__)
+_log = get_logger(__name__)
 
 # The names that safetensors gives to the types that a weight may be stored in.
 _DTYPES = ("F64", "F32", "F16", "BF16")
@@ -124,7 +124,7 @@ def load_module(
             for key in shapes
         }
         gigabytes, seconds = weights.bytes_read / 1e9, time.monotonic() - began
-    _log.info("%s: read %.3f GB in %.2f s onto %s", name, gigabytes, seconds, device)
+    _log.info("weights read", module=name, gigabytes=gigabytes, seconds=seconds, device=device)
     module.load_state_dict(state | zeros, strict=True, assign=True)
     module.requires_grad_(False).eval()
     join_all_weights(module)

@@ -5,7 +5,6 @@ torch reads both from NVML, through nvidia-ml-py: nothing is enqueued on a GPU, 
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -13,12 +12,13 @@ from functools import partial
 import pynvml
 import torch
 
+from common.logs import get_logger
 from common.metrics import GPU_MEMORY_TOTAL_BYTES, GPU_MEMORY_USED_BYTES, GPU_UTILIZATION_RATIO
 
 _PERCENT = 100
 _ERRORS = (pynvml.NVMLError, RuntimeError)
 
-_log = logging.getLogger(__name__)
+_log = get_logger(__name__)
 
 
 def gpu_indices(device: torch.device, count: int) -> range:
@@ -37,7 +37,7 @@ def export_gpus(indices: Iterable[int]) -> None:
                 read(index)
             except _ERRORS as error:
                 (metric,) = gauge.describe()
-                _log.warning("a metric of a GPU is not exported: gpu=%d metric=%s error=%s", index, metric.name, error)
+                _log.warning("a metric of a GPU is not exported", gpu=index, metric=metric.name, error=error)
             else:
                 gauge.labels(str(index)).set_function(partial(_or_nan, read, index))
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from functools import partial
 
 from common.errors import Unavailable
+from common.logs import get_logger
 from common.rpc.fleet_server import FleetServer
 from common.rpc.hand_over import HandOver
 from common.rpc.stage_servicer import StageServicer
 from common.state.workers import WorkerRegistry
 from fleet.v1 import worker_pb2
 
-log = logging.getLogger(__name__)
+_log = get_logger(__name__)
 
 
 async def leave(
@@ -24,7 +24,7 @@ async def leave(
     try:
         await registry.withdraw(info.worker_id, grace_seconds=grace)
     except Unavailable as error:
-        log.warning("left without telling the request store: %s", error)
+        _log.warning("left without a notice to the request store", error=error)
     left = max(0.0, grace - (asyncio.get_running_loop().time() - began))
     handing = asyncio.create_task(HandOver(servicer.running, partial(registry.free_slots, info)).run(left))
     try:

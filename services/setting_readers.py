@@ -16,7 +16,7 @@ _NAMES: Mapping[tuple[str, ...], str] = {
         "queue_seconds record_seconds result_seconds tls_client_ca tls_public_cert tls_public_key tls_worker_name "
         "api_keys jwt_keys jwt_secret jwt_audience jwt_issuer jwt_caller_claim jwt_leeway_seconds max_calls "
         "max_streams max_connections max_message_bytes max_artifact_bytes max_raw_result_bytes max_result_bytes "
-        "heartbeat_seconds heartbeat_ttl_seconds scaler_listen assumed_seconds"
+        "heartbeat_seconds heartbeat_ttl_seconds scaler_listen assumed_seconds log_prompts"
     ),
     ("coordinator", "before_denoising", "denoising", "decoding"): "step_seconds",
     _WORKERS: "advertise device dtype threads capacity announce_seconds idle_seconds max_call_bytes tls_callers",

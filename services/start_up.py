@@ -13,12 +13,14 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from common.errors import FailedPrecondition, FleetError, InvalidInput
+from common.logs import get_logger, writes_json
 from common.state.store_url import without_password
 
 FAILED = 1
 BAD_INPUT = 2
 
 _MAY_PASS = (ConnectionError, TimeoutError)
+_log = get_logger(__name__)
 _HINT = "FLEET_LOG_LEVEL=DEBUG shows the traceback"
 
 
@@ -34,7 +36,7 @@ def run_program(
     *,
     exit_code: Callable[[FleetError], int] = service_exit_code,
 ) -> int:
-    """Run a program for its exit code; an error is one line on stderr, led by `prog`.
+    """Run a program for its exit code; an error is one line on stderr, led by `prog`, or a JSON record.
 
     `exit_code` maps a FleetError. Any other error gives 2, as the process's surroundings cause it (a module that cannot
     be imported, a full disk), or 1 where a connection failed. SystemExit and KeyboardInterrupt pass.
@@ -44,10 +46,14 @@ def run_program(
     except (SystemExit, KeyboardInterrupt):
         raise
     except BaseException as error:  # noqa: BLE001 -- The only place; a panic in a library in Rust is no Exception.
-        if _shows_tracebacks(flags):
-            sys.stderr.write(without_password("".join(traceback.format_exception(error))))
         errors = list(_leaves(error))
-        sys.stderr.write("".join(f"{prog}: {describe(each)}\n" for each in errors))
+        if writes_json():
+            shown = error if _shows_tracebacks(flags) else None
+            _log.critical("process ends with an error", errors=[describe(each) for each in errors], exc_info=shown)
+        else:
+            if _shows_tracebacks(flags):
+                sys.stderr.write(without_password("".join(traceback.format_exception(error))))
+            sys.stderr.write("".join(f"{prog}: {describe(each)}\n" for each in errors))
         return max(exit_code(each) if isinstance(each, FleetError) else _unexpected_code(each) for each in errors)
 
 

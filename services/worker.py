@@ -21,6 +21,8 @@ from typing import Protocol, TypeVar
 import torch
 
 from common.errors import FailedPrecondition, Unavailable
+from common.log_context import log_scope
+from common.logs import get_logger, setup_logging
 from common.package_guard import WORKER_PACKAGES, check_private_api, check_versions
 from common.pipeline import ServiceSpec
 from common.rpc.address import advertised_address
@@ -34,7 +36,7 @@ from common.stage import Call
 from common.state.connection import connect
 from common.state.redis_client import Redis
 from common.state.workers import WorkerRegistry
-from common.telemetry import setup_logging, stage_timer, start_metrics
+from common.telemetry import in_current_context, stage_timer, start_metrics
 from common.tracing import exporting, traced_stage
 from common.variants import HostedVariants
 from fleet.v1 import worker_pb2
@@ -62,7 +64,7 @@ from services.worker_server import (
 )
 from services.worker_settings import KernelSettings, WorkerSettings, device_of, dtype_of, prepare_thread
 
-log = logging.getLogger(__name__)
+_log = get_logger(__name__)
 
 _PACKAGES = ("diffusion-fleet", "torch", "diffusers", "transformers")
 _ANNOUNCE_AGAIN_SECONDS = 1.0
@@ -198,10 +200,22 @@ async def start_worker(
         registry = WorkerRegistry(redis)
         await _announce(registry, info, watchdog, settings, None if checked else redis)
         await server.set_ready(True)
-        log.info("serves %s of %s at %s in %s on %s", service, model.name, info.address, info.dtype, info.device)
-        if shares_memory:
-            log.info("its ranks write to each other's memory")
+        _log_serving(info, shares_memory=shares_memory)
         return Worker(info, server, servicer, registry).keep(resources)
+
+
+def _log_serving(info: worker_pb2.WorkerInfo, *, shares_memory: bool) -> None:
+    """Log that coordinators can find the worker. `shares_memory`: its ranks write to each other's memory."""
+    _log.info(
+        "serves",
+        stage=info.service,
+        model=info.model,
+        address=info.address,
+        dtype=info.dtype,
+        device=info.device,
+        worker=info.worker_id,
+        shares_memory=shares_memory or None,
+    )
 
 
 def _load(
@@ -230,7 +244,9 @@ async def _warm_up(warm_up: WarmUp, stages: Stages, dtype: torch.dtype, executor
     """Run made-up requests on the device's thread, and in a worker group on all ranks. A cancel ends it in a step."""
     call = Call("warm-up")
     try:
-        await asyncio.get_running_loop().run_in_executor(executor, warm_up.run, stages.run, dtype, call)
+        with log_scope(request_id=call.request_id, model=warm_up.model.name, stage=warm_up.service):
+            work = in_current_context(partial(warm_up.run, stages.run, dtype, call))
+        await asyncio.get_running_loop().run_in_executor(executor, work)
     except asyncio.CancelledError:
         call.cancelled.set()
         raise
@@ -271,7 +287,7 @@ async def _announce(
         except Unavailable as error:
             if loop.time() >= give_up:
                 raise
-            log.warning("waiting for the request store: %s", error)
+            _log.warning("waiting for the request store", error=error)
         await asyncio.sleep(_ANNOUNCE_AGAIN_SECONDS)
 
 
@@ -360,7 +376,7 @@ async def serve(
             _leave_loading()
         worker = starting.result()
         await stopping
-        log.info("draining")
+        _log.info("draining", grace_seconds=settings.grace_seconds)
         await worker.stop(settings.grace_seconds)
         # Or the interpreter's last collection walks every object of torch and transformers: a second for nothing.
         gc.freeze()

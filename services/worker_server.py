@@ -110,6 +110,7 @@ def make_server(
         cache=cache,
         watchdog=watchdog,
         prepare_thread=partial(prepare_session_thread, device_of(settings.device), settings.threads),
+        model=info.model,
     )
     server.add(servicer.methods, servicer.service_name)
     worker_pb2_grpc.add_WorkerServiceServicer_to_server(WorkerService(info), server.grpc_server)

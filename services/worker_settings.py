@@ -60,7 +60,9 @@ class WorkerSettings(StoreSettings, TlsSettings):
     tls_callers: tuple[str, ...] = setting(("coordinator",), help="names in the certificates of those who may call")
     metrics_port: int | None = setting(None, help="port for Prometheus metrics; without one there are none")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = setting("INFO", help="least severe log lines to write")
-    log_format: Literal["text", "json"] = setting("text", help="form of log lines")
+    log_format: Literal["text", "json"] = setting(
+        "text", help="format of log lines: text, or json with one object a line for collectors"
+    )
 
     def places(self, contract: Contract) -> int:
         """Requests taken at a time by stages with this contract."""

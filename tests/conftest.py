@@ -28,8 +28,10 @@ def own_logging() -> Iterator[None]:
     Else a later record would go to a stream that is closed by then, and logging would complain on stderr.
     """
     root = logging.getLogger()
-    level, handlers = root.level, list(root.handlers)
+    level, handlers, logger_class = root.level, list(root.handlers), logging.getLoggerClass()
     yield
+    logging.captureWarnings(False)
+    logging.setLoggerClass(logger_class)
     root.setLevel(level)
     for handler in set(root.handlers) - set(handlers):
         root.removeHandler(handler)

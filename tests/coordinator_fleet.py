@@ -164,7 +164,8 @@ class FakeFleet:
         script = script or self.scripts[service]
         executor = ThreadPoolExecutor(1)
         self._stack.callback(executor.shutdown, wait=True, cancel_futures=True)
-        servicer = StageServicer(service, script, executor, TORCH, limits=ServicerLimits(capacity=capacity))
+        limits = ServicerLimits(capacity=capacity)
+        servicer = StageServicer(service, script, executor, TORCH, limits=limits, model=self.model.name)
         server = FleetServer(f"unix:{self.directory}/{secrets.token_hex(4)}.sock")
         server.add(servicer.methods, servicer.service_name)
         await server.start()
@@ -214,7 +215,8 @@ class FakeFleet:
         process = await asyncio.create_subprocess_exec(*command, stdout=DEVNULL, stderr=PIPE)
         self._stack.push_async_callback(_kill, process)
         assert process.stderr is not None
-        assert b"listens on" in await process.stderr.readline()
+        while b"listens" not in (line := await process.stderr.readline()):
+            assert line, "the coordinator has ended"
         return process
 
 

@@ -11,6 +11,7 @@ import grpc
 from google.protobuf.message import DecodeError, Message
 
 from common.errors import DeadlineExceeded, HandedOver, InternalError, InvalidInput, ResourceExhausted, Unavailable
+from common.log_context import REQUEST_ID_KEY, outgoing_attempt
 from common.rpc.address import is_local, target_of
 from common.rpc.call_metrics import ClientAttempt, counted_stream
 from common.rpc.frames import ChunkView, read_chunk
@@ -43,7 +44,6 @@ from common.rpc.options import CHANNEL_OPTIONS, MAX_MESSAGE_BYTES, NO_PROXY
 from common.rpc.status import from_rpc_error, is_sent_by_peer
 from common.stage import STEP_CHECKPOINTS, Call, Contract, item_kind
 from common.streams import ItemBuffer
-from common.telemetry import REQUEST_ID_KEY
 from common.trace_context import NO_SPAN, outgoing
 from common.tracing import start_span
 from fleet.v1 import artifacts_pb2 as pb
@@ -147,6 +147,7 @@ class RemoteRunner:
                 (ITEMS_KEY, "1"),
                 *variant,
                 *tokens,
+                *outgoing_attempt(),
                 *outgoing(),
             ),
         )

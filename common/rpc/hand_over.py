@@ -7,13 +7,14 @@ still run near the end of the grace period are handed over then: their requests 
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol
 
 from common.errors import FleetError
+from common.log_context import log_scope
+from common.logs import get_logger
 
 POLL_SECONDS = 1.0
 """Time between two reads of the number of free slots."""
@@ -24,7 +25,7 @@ _MARGIN_OF_GRACE = 0.1
 _NEWEST_STEPS = 4
 _IDLE_SECONDS = 0.1
 
-_log = logging.getLogger(__name__)
+_log = get_logger(__name__)
 
 
 class StepTimes:
@@ -122,7 +123,7 @@ class HandOver:
         try:
             return await self._free_slots()
         except FleetError as error:
-            _log.warning("cannot find a worker to hand calls over to: %s", error)
+            _log.warning("free slots of other workers are unknown", error=error)
             return 0
 
     def _unasked(self) -> list[RunningCall]:
@@ -135,5 +136,6 @@ class HandOver:
             self._ask(call, "another worker has a free slot")
 
     def _ask(self, call: RunningCall, reason: str) -> None:
-        _log.info("hands request %s over: %s", call.request_id, reason)
+        with log_scope(request_id=call.request_id):
+            _log.info("call is handed over", reason=reason)
         call.hand_over()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 
@@ -11,12 +10,13 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from common.errors import DeadlineExceeded, FleetError, InternalError, InvalidInput, ResourceExhausted, Unavailable
+from common.logs import get_logger
 from common.rpc.options import ServerLimits
 from common.rpc.status import abort_with
 from common.rpc.wrapping import Context, Handler, waiting_for_request, wrap_handler
 from common.trace_context import receive
 
-log = logging.getLogger(__name__)
+_log = get_logger(__name__)
 
 _HEAR_OUT_SECONDS = 5.0
 _MAX_ASIDE = 1_024  # health checks and reflection, of which watches of health go on for as long as their caller likes
@@ -95,13 +95,13 @@ class CallGate(grpc.aio.ServerInterceptor):
             yield
         except FleetError as error:
             if isinstance(error, InternalError):
-                log.error("%s: %s", method, error.message, exc_info=error)
+                _log.error("call failed", method=method, error=error.message, exc_info=error)
             await _hear_out(context, streams)
             await abort_with(context, error)
         except grpc.aio.AbortError:
             raise
-        except Exception as error:
-            log.exception("%s failed", method)
+        except Exception as error:  # noqa: BLE001 -- It is logged with its traceback.
+            _log.exception("call failed by a defect", method=method)
             await _hear_out(context, streams)
             await abort_with(context, InternalError(f"{type(error).__name__}: {error}"))
         finally:

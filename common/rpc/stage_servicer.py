@@ -23,6 +23,7 @@ from common.errors import (
     ResourceExhausted,
     Unavailable,
 )
+from common.log_context import REQUEST_ID_KEY, enter_call, hide_texts
 from common.rpc.buffers import BufferPool
 from common.rpc.client import header_frame
 from common.rpc.frame_reporter import FrameReporter
@@ -58,9 +59,10 @@ from common.rpc.watchdog import Watchdog
 from common.rpc.wrapping import Context, Handler
 from common.stage import Call, Contract, item_kind
 from common.streams import DeviceLock, StreamFeed
-from common.telemetry import REQUEST_ID_KEY, in_current_context
+from common.telemetry import in_current_context
 from common.trace_context import SpanKind, current_span
 from common.tracing import span, start_span
+from fleet.v1 import artifacts_pb2
 
 
 class Stages(Protocol):
@@ -98,7 +100,7 @@ class StageServicer:
     that read a stream are sessions: each runs on a thread of its own, and has the device while it does not wait for an
     item or for its reader, so that sessions alternate item by item. With a cache, a call whose inputs came before is
     answered from it. With a watchdog, a call that is stuck is answered with UNAVAILABLE, and so is each new one until
-    the device thread is free.
+    the device thread is free. `model` is the model's name in log lines.
     """
 
     def __init__(
@@ -113,11 +115,13 @@ class StageServicer:
         cache: ReplyCache | None = None,
         watchdog: Watchdog | None = None,
         prepare_thread: Callable[[], None] = do_nothing,
+        model: str = "",
     ) -> None:
         method = stage_method(service)
         check_contract(stages.contract, method)
         self.service_name = service_name(method)
         self._service = service
+        self._model = model
         self._stages = stages
         self._executor = executor
         self._leaf = leaf
@@ -148,8 +152,9 @@ class StageServicer:
         return tuple(self._jobs)
 
     async def _handle(self, _requests: object, context: Context) -> None:
+        metadata = dict(context.invocation_metadata() or ())
+        enter_call(metadata, model=self._model, stage=self._service)
         with self._place() as leave, span(f"serve {self._service}", SpanKind.SERVER, service=self._service):
-            metadata = dict(context.invocation_metadata() or ())
             begun = self._begun if metadata.get(BEGUN_KEY) == "1" else None
             reads_items = metadata.get(ITEMS_KEY) == "1"
             job = StageJob(self.pool.lease(), _call_of(context, metadata), begun, reads_items=reads_items)
@@ -163,6 +168,7 @@ class StageServicer:
                 with span("receive inputs") as receiving:
                     await self._receive(context, job, contract)
                     receiving.set(bytes=sum(packet.byte_size for packet in job.inputs.values()))
+                hide_texts(_prompts(job.inputs))
                 if contract.input_streams:
                     feeding = asyncio.create_task(self._feed(context, job, contract))
                 if self._cache is None:
@@ -379,6 +385,13 @@ class StageServicer:
                     frame = following
             leave()
             await write(frame)
+
+
+def _prompts(inputs: Mapping[str, Packet]) -> Iterator[str]:
+    """The texts of the prompts among the inputs of a call."""
+    for packet in inputs.values():
+        if isinstance(packet.message, artifacts_pb2.Prompt):
+            yield from (value for _, value in packet.message.ListFields() if isinstance(value, str))
 
 
 def _call_of(context: Context, metadata: Mapping[str, str | bytes]) -> Call:

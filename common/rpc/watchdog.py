@@ -9,17 +9,18 @@ seconds later cannot be interrupted: the process ends, and in a worker group the
 from __future__ import annotations
 
 import dataclasses
-import logging
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from contextvars import Context, copy_context
+from dataclasses import dataclass, field
 from enum import Enum
 
 from common.errors import InvalidInput
+from common.logs import get_logger
 from common.process_exit import exit_at_once
 from common.stage import Call
 
@@ -27,7 +28,7 @@ _LONGEST_CHECK_SECONDS = 1.0
 _CHECKS_PER_BOUND = 8
 """How often the watchdog checks within its shortest bound."""
 
-_log = logging.getLogger(__name__)
+_log = get_logger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +134,8 @@ class _Watched:
     request_id: str
     thread: int
     on_stuck: Callable[[str], None]
+    context: Context = field(default_factory=copy_context)
+    """Context variables of the call, for its log lines."""
     is_stuck: bool = False
 
 
@@ -203,12 +206,13 @@ class Watchdog:
         if verdict is Verdict.STUCK:
             watched.is_stuck = True
             reason = f"the stage has made no step for {watched.steps.waited_seconds:.1f} s: its device is stuck"
-            _log.error("call cancelled: %s; request=%s at=%s", reason, watched.request_id, _place_of(watched.thread))
+            watched.context.run(_log.error, "call cancelled", reason=reason, at=_place_of(watched.thread))
             watched.on_stuck(reason)
         elif verdict is Verdict.LOST:
-            self._on_lost(
+            watched.context.run(
+                self._on_lost,
                 f"the device thread has not ended {self._limits.exit_seconds:g} s after request {watched.request_id} "
-                f"was cancelled; this process ends, to be restarted; at={_place_of(watched.thread)}"
+                f"was cancelled; this process ends, to be restarted; at={_place_of(watched.thread)}",
             )
 
 

@@ -7,10 +7,10 @@ with a connection is found again: cancels when it next looks for requests to run
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Callable
 
 from common.errors import InternalError, Unavailable
+from common.logs import get_logger
 from common.state.connection import BLOCK_SECONDS, PREFIX, Arguments, cancellation_kept, run_script
 from common.state.redis_client import Redis, RedisError
 
@@ -19,7 +19,7 @@ TTL_SECONDS = 6.0
 _BACKOFF_SECONDS = 0.5
 _LEAVE_SECONDS = 2.0
 
-_log = logging.getLogger(__name__)
+_log = get_logger(__name__)
 
 
 def _ignore(*_: object) -> None:
@@ -73,7 +73,7 @@ class Presence:
         try:
             await run_on_leaving(self._redis, "resign", {"owner": self.owner})
         except Unavailable as error:
-            _log.warning("left without telling the store: %s", error)
+            _log.warning("left without a notice to the request store", error=error)
 
     async def _beat(self) -> None:
         await run_script(self._redis, "beat", {"owner": self.owner, "lasts": self._ttl})
@@ -84,11 +84,11 @@ class Presence:
             try:
                 await self._beat()
             except Unavailable as error:
-                _log.warning("missed a heartbeat: %s", error)
+                _log.warning("heartbeat failed", error=error)
             except (
                 InternalError
             ):  # the next one may succeed; without any, this coordinator would be dead and not know it
-                _log.exception("missed a heartbeat")
+                _log.exception("heartbeat failed")
 
     async def _listen(self, subscribed: asyncio.Event) -> None:
         while True:
@@ -102,7 +102,7 @@ class Presence:
                         if message is not None:
                             self._receive(message["data"])
             except (RedisError, OSError) as error:
-                _log.warning("lost the channel to the store: %s", error)
+                _log.warning("lost the channel to the request store", error=error)
                 await asyncio.sleep(_BACKOFF_SECONDS)
 
     def _receive(self, data: bytes) -> None:

@@ -12,10 +12,11 @@ from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from common.errors import InvalidInput, ResourceExhausted
 from common.scaling import StageWork
+from common.state.admission import check_admitted
 from common.state.connection import (
     BLOCK_SECONDS,
     PREFIX,
@@ -41,7 +42,6 @@ from common.state.records import (
     read_event,
     read_record,
     state_event,
-    timestamp_of,
     unknown_request,
     with_ids,
 )
@@ -184,7 +184,7 @@ class RequestStore:
                 "MiB; what was accepted goes on",
                 retry_seconds=_FULL_RETRY_SECONDS,
             )
-        _check_admitted(reply, record)
+        check_admitted(reply, record)
         stored = read_record(reply[2])
         left = (deadline - int(reply[1])) / 1_000 if deadline and reply[0] == b"admitted" else None
         ids = reply[3] if reply[0] == b"admitted" else []
@@ -455,30 +455,6 @@ class RequestStore:
         keys = [key_of("result", request_id, epoch, index, number) for number in range(count)]
         async for chunk in read_chunks(self._redis, request_id, keys, skipped):
             yield chunk
-
-
-def _check_admitted(reply: Sequence[Any], record: generation_pb2.RequestRecord) -> None:
-    """Raise what a refusal of admission means."""
-    match reply[0]:
-        case b"late":
-            clock = timestamp_of(int(reply[1])).ToJsonString()
-            raise InvalidInput(
-                f"deadline {record.deadline.ToJsonString()} has passed: the fleet's clock reads {clock}",
-                field="deadline",
-            )
-        case b"crowded":
-            what = f"{int(reply[1])} requests for {record.model} are open, which is the bound"
-        case b"quota":
-            what = f"{record.caller} has {int(reply[1])} open requests, which is the bound"
-        case b"full":
-            what = f"{int(reply[1])} requests wait for {reply[3].decode()} of {record.model}, which is the bound"
-        case b"unmeasured":
-            what = f"{int(reply[1])} requests for {record.model} are open, and none has ended yet to tell its pace by"
-        case b"busy":
-            what = f"{record.model} has {int(reply[1]) / 1_000:.1f} s of work before it, which is beyond the bound"
-        case _:
-            return
-    raise ResourceExhausted(what, retry_seconds=int(reply[2]) / 1_000 or None)
 
 
 def _milliseconds(seconds: float) -> int:

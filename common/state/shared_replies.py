@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import logging
 import secrets
 import time
 from collections.abc import Coroutine, Sequence
 from typing import Any
 
 from common.errors import FleetError
+from common.logs import get_logger
 from common.metrics import SHARED_CACHE_LOOKUPS
 from common.rpc.framing import checksum
 from common.rpc.replies import Frames
@@ -30,7 +30,7 @@ _MOST_STORING = 4
 _PAUSE_SECONDS = 10.0
 _PATIENCE_SECONDS = 5.0  # for a fetch that need not pay
 
-_log = logging.getLogger(__name__)
+_log = get_logger(__name__)
 
 
 class SharedReplies:
@@ -122,7 +122,7 @@ class SharedReplies:
         """Leave the store alone for a while."""
         self._lookups["failed"].inc()
         self._not_before = time.monotonic() + _PAUSE_SECONDS
-        _log.warning("cannot %s a shared reply, and computes for %g s: %r", what, _PAUSE_SECONDS, error)
+        _log.warning("shared replies are paused", failed=what, seconds=_PAUSE_SECONDS, error=repr(error))
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import math
 import re
 import time
@@ -13,6 +12,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 from common.errors import FailedPrecondition, InternalError, Unavailable
+from common.logs import get_logger
 from common.settings import setting
 from common.state.connection import CLUSTER_UNSUPPORTED, PREFIX, command, follows_sentinels, script_source
 from common.state.redis_client import Redis
@@ -21,7 +21,7 @@ DEFAULT_MEMORY_FRACTION = 0.9
 _READ_SECONDS = 1.0  # between two reads of the server's memory
 _MIB = 1 << 20
 
-_log = logging.getLogger(__name__)
+_log = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -93,21 +93,22 @@ async def check_server(redis: Redis, *, allow_eviction: bool = False, allow_data
     """
     facts = await read_facts(redis)
     _refuse(facts, allow_eviction=allow_eviction, follows=follows_sentinels(redis))
-    found = " ".join(f"{name}={value}" for name, value in vars(facts).items() if value)
+    found = {name: value for name, value in vars(facts).items() if value and name != "unknown"}
     if facts.unknown:
         _log.warning(
-            "request store could not be checked for %s: its login may not run INFO or CONFIG; the fleet needs a "
-            "primary without cluster mode, with maxmemory-policy noeviction, appendonly yes and appendfsync always %s",
-            ", ".join(facts.unknown),
-            found,
+            "request store is not fully checked: its login may not run INFO or CONFIG",
+            unknown=facts.unknown,
+            needed="a primary without cluster mode; maxmemory-policy noeviction, appendonly yes, appendfsync always",
+            **found,
         )
     loss = _loss(facts)
     if loss and not allow_data_loss:
-        _log.warning("request store is not durable: %s; set appendonly yes and appendfsync always %s", loss, found)
+        fix = "set appendonly yes and appendfsync always"
+        _log.warning("request store is not durable", loss=loss, fix=fix, **found)
     if facts.maxmemory_policy not in ("", "noeviction"):
-        _log.warning("request store evicts keys, as allow_eviction permits: accepted requests can disappear %s", found)
+        _log.warning("request store evicts keys, as allow_eviction permits: accepted requests can disappear", **found)
     elif not loss and not facts.unknown:
-        _log.info("request store is durable: accepted requests outlive a restart of it %s", found)
+        _log.info("request store is durable: accepted requests survive its restart", **found)
 
 
 @dataclass(frozen=True, kw_only=True)

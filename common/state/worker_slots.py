@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from urllib.parse import quote
 
 from common.errors import Unavailable
+from common.logs import get_logger
 from common.state.connection import Arguments, run_script
 from common.state.presence import Presence
 from common.state.redis_client import Redis
@@ -27,7 +27,7 @@ _ASK_AGAIN_SECONDS = 1.0
 _RETRY_SECONDS = 0.5
 _CLOSE_SECONDS = 1.0
 
-_log = logging.getLogger(__name__)
+_log = get_logger(__name__)
 
 
 class NoWorkers(Unavailable):
@@ -153,7 +153,7 @@ class WorkerSlots:
             try:
                 reply = await run_script(self._redis, "claim", arguments)
             except Unavailable as error:
-                _log.warning("waits for a slot of %s: %s", place, error)
+                _log.warning("claim of a worker slot waits for the request store", place=place, error=error)
                 await asyncio.sleep(_RETRY_SECONDS)
                 last_seen = loop.time()
                 continue
@@ -205,7 +205,7 @@ class WorkerSlots:
             try:
                 await run_script(self._redis, "release", arguments)
             except Unavailable as error:
-                _log.warning("cannot give back a slot of %s yet: %s", place, error)
+                _log.warning("release of a worker slot waits for the request store", place=place, error=error)
                 await asyncio.sleep(_RETRY_SECONDS)
             else:
                 self._tickets.discard(ticket)
@@ -220,7 +220,7 @@ class WorkerSlots:
         known = set(self._tickets)  # some of them may be given back before the reply is read
         for ticket in await run_script(self._redis, "claims", {"place": place, "owner": self._owner}):
             if ticket.decode() not in known | self._tickets:
-                _log.warning("gives back a slot of %s that nobody here has: %s", place, ticket.decode())
+                _log.warning("unknown worker slot released", place=place, ticket=ticket.decode())
                 self._release(ticket.decode(), place)
 
     async def settle(self) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from common.errors import FailedPrecondition, InternalError, InvalidInput, Unavailable
+from common.logs import get_logger
 from common.stage import Contract
 from common.state.connection import Arguments, run_script
 from common.state.presence import HEARTBEAT_SECONDS, TTL_SECONDS, run_on_leaving
@@ -17,7 +17,7 @@ from fleet.v1 import worker_pb2
 
 _MOST_REASON = 500  # characters
 
-_log = logging.getLogger(__name__)
+_log = get_logger(__name__)
 
 
 def _always() -> bool:
@@ -128,7 +128,7 @@ class WorkerRegistry:
         try:
             await run_script(self._redis, "refuse", arguments)
         except Unavailable as unavailable:
-            _log.warning("the refusal of worker %s is not recorded: %s", info.worker_id, unavailable)
+            _log.warning("refusal of a worker is not recorded", worker=info.worker_id, error=unavailable)
 
     async def refusals(self, model: str) -> list[worker_pb2.RefusedWorker]:
         """Workers of a model that were refused in the last 10 minutes, the latest first; those refused alike once."""
@@ -142,11 +142,11 @@ class WorkerRegistry:
             try:
                 await self._announce(info)
             except Unavailable as error:
-                _log.warning("worker %s missed a heartbeat: %s", info.worker_id, error)
+                _log.warning("heartbeat failed", worker=info.worker_id, error=error)
             except FailedPrecondition as error:
-                _log.error("worker %s is not part of the fleet any more: %s", info.worker_id, error)
+                _log.error("worker is refused by the fleet", worker=info.worker_id, error=error)
             except InternalError:  # the next one may succeed; without any, nobody would ever find this worker again
-                _log.exception("worker %s missed a heartbeat", info.worker_id)
+                _log.exception("heartbeat failed", worker=info.worker_id)
 
     def _stop_beat(self, worker_id: str) -> None:
         beat = self._beats.pop(worker_id, None)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import inspect
-import logging
 from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 import diffusers
 import torch
 
+from common.logs import get_logger
 from models.dits.base import DiffusionTransformer
 from models.parallel.parallelize import parallelize
 from models.weights import load_module
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from models.parallel.mesh import WorkerMesh
     from models.parallel.plan import ParallelPlan
 
-_log = logging.getLogger(__name__)
+_log = get_logger(__name__)
 
 Transformer = TypeVar("Transformer", bound=DiffusionTransformer)
 
@@ -63,4 +63,4 @@ def _warn_of_unknown_entries(checkpoint: Checkpoint, name: str, own_entries: Col
     known = {*inspect.signature(getattr(diffusers, class_name)).parameters, *own_entries}
     entries = sorted(key for key in checkpoint.module_config(name) if key not in known and not key.startswith("_"))
     if entries:
-        _log.warning("unknown config entries are ignored module=%s entries=%s", name, ",".join(entries))
+        _log.warning("unknown config entries are ignored", module=name, entries=entries)

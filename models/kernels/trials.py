@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-import logging
 import textwrap
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -18,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import gelu, linear, scaled_dot_product_attention
 
 from common.errors import FailedPrecondition
+from common.logs import get_logger
 from models.kernels import attention_backends
 from models.kernels.attention_table import TABLE
 from models.kernels.packages import (
@@ -31,7 +31,7 @@ from models.kernels.packages import (
     record,
 )
 
-_log = logging.getLogger(__name__)
+_log = get_logger(__name__)
 
 _MOST_LETTERS = 200
 """Characters of a package's error that are logged and announced."""
@@ -103,11 +103,11 @@ def try_package(package: KernelPackage, device: torch.device) -> Outcome | None:
     except Exception as error:  # noqa: BLE001  (code of others: any exception means that the package is unusable)
         text = textwrap.shorten(f"{type(error).__name__}: {error}", _MOST_LETTERS, placeholder=" ...")
         _log.warning(
-            "kernel package is unusable: package=%s version=%s fallback=%r error=%r",
-            package.name,
-            version,
-            package.replacement,
-            text,
+            "kernel package is unusable",
+            package=package.name,
+            version=version,
+            fallback=package.replacement,
+            error=text,
         )
         _check_device(device, package)
         return Outcome(package, version, text)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import textwrap
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +9,7 @@ import torch
 
 from common.artifacts import Canvas, ParamValue, Sampling, Schedule
 from common.errors import CheckpointError, InvalidInput
+from common.logs import get_logger
 from common.stage import Call
 from models.composition import SCHEDULER
 from models.contracts import TimestepPreparationInput
@@ -29,7 +29,7 @@ _FEWEST_STEPS = (2, 1)
 _LATENTS = (1, 1, 1, 1)
 _MOST_LETTERS = 400
 
-_log = logging.getLogger(__name__)
+_log = get_logger(__name__)
 
 
 def try_schedules(
@@ -60,7 +60,7 @@ def try_schedules(
         except InvalidInput as error:
             if given.get("num_inference_steps") != 1:
                 raise _refusal(checkpoint, name, scheduler, sampling, error) from error
-            _log.warning("requests for 1 step will be refused: %s", error.message)
+            _log.warning("requests for 1 step will be refused", reason=error.message)
         except (*_FAILURES, ValueError) as error:
             raise _refusal(checkpoint, name, scheduler, sampling, error) from error
 

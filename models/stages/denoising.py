@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 
 from common.errors import InvalidInput
+from common.logs import get_logger
 from common.metrics import STEPS_REUSED
 from common.stage import Call, PipelineStage
 from configs.pipeline_configs.base import DenoisingConfig
@@ -23,7 +23,7 @@ from models.stages.pacing import paced_steps
 from models.stages.predictor import LoopRequest, Predictor, StepCaching
 from models.stages.step_memory import Lease
 
-_log = logging.getLogger(__name__)
+_log = get_logger(__name__)
 
 
 class DenoisingStage(PipelineStage[DenoisingInput, DenoisingOutput]):
@@ -80,7 +80,7 @@ class DenoisingStage(PipelineStage[DenoisingInput, DenoisingOutput]):
                 checkpoints.send_if_due()
         if self._caching is not None:
             STEPS_REUSED.inc(branches.reused)
-            _log.info("reused the blocks' work of earlier steps %d times in %d steps", branches.reused, total)
+            _log.info("outputs of earlier steps reused", reused=branches.reused, steps=total)
 
 
 def _step_caching(runtime: Runtime) -> StepCaching | None:

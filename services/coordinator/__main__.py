@@ -6,11 +6,12 @@ import asyncio
 import sys
 from collections.abc import Sequence
 
+from common.logs import get_logger, setup_logging
 from common.package_guard import COORDINATOR_PACKAGES, check_versions
 from common.rpc.fleet_server import stop_signals
 from common.rpc.grpcio_patch import check_server
 from common.settings import load_settings
-from common.telemetry import setup_logging, start_metrics
+from common.telemetry import start_metrics
 from common.tracing import exporting
 from models.catalog import ServedModel, open_model
 from models.registry import load_registry
@@ -20,6 +21,8 @@ from services.setting_readers import READERS
 from services.start_up import run_program
 
 SETTINGS = CoordinatorSettings
+
+_log = get_logger(__name__)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,7 +53,7 @@ async def _serve(models: Sequence[ServedModel], settings: CoordinatorSettings) -
 async def _serve_until_signal(models: Sequence[ServedModel], settings: CoordinatorSettings) -> None:
     async with stop_signals() as stop:
         coordinator = await start_coordinator(models, settings)
-        sys.stderr.write(f"coordinator listens on {coordinator.address}\n")
+        _log.announce("listens", address=coordinator.address)
         await stop.wait()
         await coordinator.stop(settings.grace_seconds)
 

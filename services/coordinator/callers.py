@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import logging
 import re
 import tomllib
 from collections.abc import Mapping
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import InvalidInput, Unauthenticated
+from common.logs import get_logger
 from common.rpc.interceptor import Admit, admit_all
 from common.rpc.tls import peer_names
 from common.rpc.wrapping import Context
@@ -36,7 +36,7 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 _FIELDS = ("key_sha256", "max_open")
 _SCHEME = "bearer "
 
-_log = logging.getLogger(__name__)
+_log = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def admission(settings: CoordinatorSettings) -> Admit:
     if keys is None and tokens is None:
         return by_certificate if settings.tls_client_ca is not None else admit_all
     if settings.tls_cert is None and settings.tls_public_cert is None:
-        _log.warning("no tls_cert: keys and tokens travel in the clear unless something before this encrypts")
+        _log.warning("API keys and tokens are unencrypted, unless a proxy encrypts", missing="tls_cert")
     return ByBearer(keys, tokens, settings.max_open_of_caller)
 
 

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import logging
 import secrets
 
 from common.errors import FleetError, Unavailable
+from common.log_context import log_scope
+from common.logs import get_logger
 from common.metrics import REQUEST_SECONDS, REQUESTS, observe
 from common.state.requests import RequestStore
 from common.trace_context import entered
 from fleet.v1 import generation_pb2
 from services.coordinator.request_trace import RequestTrace
 from services.coordinator.service_gauges import state_label
+from services.coordinator.state_lines import log_state
 
 _MOST_UNSETTLED = 1_000
 
-_log = logging.getLogger(__name__)
+_log = get_logger(__name__)
 
 
 class Cancellations:
@@ -40,12 +42,13 @@ class Cancellations:
     async def settle(self) -> None:
         """Repeat attempts without an answer; those that the store cannot answer now stay unsettled."""
         for request_id, token in list(self._unsettled.items()):
-            try:
-                await self._attempt(request_id, token)
-            except Unavailable:
-                return
-            except FleetError as error:
-                _log.error("a cancellation is given up: request=%s: %s", request_id, error)
+            with log_scope(request_id=request_id):
+                try:
+                    await self._attempt(request_id, token)
+                except Unavailable:
+                    return
+                except FleetError as error:
+                    _log.error("cancellation given up", error=error)
 
     async def _attempt(self, request_id: str, token: str) -> generation_pb2.RequestRecord:
         try:
@@ -72,8 +75,8 @@ def _count_end(record: generation_pb2.RequestRecord) -> None:
     name = state_label(record.state)
     trace = RequestTrace.resume(record)
     seconds = (record.updated_at.ToNanoseconds() - record.created_at.ToNanoseconds()) / 1e9
-    with entered(trace.root):
+    with log_scope(request_id=record.request_id, model=record.model), entered(trace.root):
         REQUESTS.labels(record.model, name).inc()
         observe(REQUEST_SECONDS.labels(record.model, name), seconds)
-        _log.info("request %s of %s is %s: no coordinator ran it", record.request_id, record.model, name)
+        log_state(record.state)
     trace.end(record.state)

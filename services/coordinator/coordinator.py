@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import math
 import secrets
 from collections.abc import Sequence
 from functools import partial
 
 from common.errors import FailedPrecondition, InternalError, InvalidInput, Unavailable
+from common.logs import get_logger
 from common.metrics import ARTIFACT_BYTES
 from common.rpc.fleet_server import FleetServer
 from common.rpc.framing import CallLimits
@@ -42,7 +42,7 @@ from services.coordinator.worker_runner import ArtifactMemory, Connections, Work
 
 _DELIVERY_SECONDS = 1.0  # for callers to hear of an end that came with the end of the grace time
 
-_log = logging.getLogger(__name__)
+_log = get_logger(__name__)
 
 
 class Coordinator:
@@ -86,6 +86,7 @@ class Coordinator:
             max_result_bytes=settings.max_result_bytes,
             worker_ttl_seconds=ttl,
             step_seconds=settings.step_seconds,
+            log_prompts=settings.log_prompts,
         )
         self._driver = Driver(context)
         self._presence.on_cancel = self._driver.cancel
@@ -146,7 +147,7 @@ class Coordinator:
         try:
             await self._run_housekeeping()
         except Unavailable as error:
-            _log.warning("not ready yet: %s", error)
+            _log.warning("not ready", error=error)
         self._housekeeping = asyncio.create_task(self._repeat_housekeeping())
 
     async def stop(self, grace: float) -> None:
@@ -183,7 +184,7 @@ class Coordinator:
             try:
                 await self._run_housekeeping()
             except (Unavailable, FailedPrecondition) as error:
-                _log.error("not ready: %s", error)
+                _log.error("not ready", error=error)
                 await self._set_unready()
             except InternalError:
                 _log.exception("not ready")
@@ -202,7 +203,7 @@ class Coordinator:
         if not self._present:
             await self._presence.start()
             self._present = True
-            _log.info("is %s in the request store", self._presence.owner)
+            _log.info("coordinator is in the request store", owner=self._presence.owner)
         for name, model in self._models.items():
             contracts = {spec.service: spec.contract for spec in model.services}
             await self._registry.declare(name, model.served.checkpoint.fingerprint, contracts)

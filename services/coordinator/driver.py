@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Iterator
 from functools import partial
 
 from common.errors import FleetError, Unavailable
+from common.log_context import log_scope
 from common.metrics import TAKEN_OVER_REQUESTS
 from common.state.leases import Inherited
 from common.state.requests import Admission
+from common.trace_context import entered
 from fleet.v1 import generation_pb2
 from services.coordinator.persistence import LONGEST_RETRY_SECONDS
 from services.coordinator.request_life import Acquire, Acquired, Execution, ExecutionContext, Phase, Submission
+from services.coordinator.request_trace import stored_span
+from services.coordinator.state_lines import log_taken_over
 from services.coordinator.take_over import Restore, inherit, settle
-
-_log = logging.getLogger(__name__)
 
 
 class Registry:
@@ -66,8 +67,10 @@ class Driver:
 
         Raises what RequestStore.admit raises.
         """
-        submission.trace.describe(submission.record)
-        admission = asyncio.create_task(self._admit(submission))
+        record = submission.record
+        submission.trace.describe(record)
+        with log_scope(request_id=record.request_id, model=record.model), entered(submission.trace.root):
+            admission = asyncio.create_task(self._admit(submission))
         execution = self._begin(submission.record, Phase.ADMITTING, partial(self._acquire, submission, admission))
         admitted = await asyncio.shield(admission)
         return admitted, None if admitted.replayed else execution
@@ -95,6 +98,7 @@ class Driver:
         if admitted.replayed:
             submission.trace.replay(admitted.record.request_id)
             return None
+        execution.report_accepted(submission)
         execution.log.extend(admitted.events)
         return Acquired(submission, admitted.seconds_left)
 
@@ -116,7 +120,8 @@ class Driver:
 
     def _inherit(self, inherited: Inherited, restore: Restore) -> None:
         record = inherited.record
-        _log.warning("request %s is taken over: nobody runs it", record.request_id)
+        with log_scope(request_id=record.request_id, model=record.model), entered(stored_span(record)):
+            log_taken_over(inherited.epoch)
         TAKEN_OVER_REQUESTS.labels(record.model, inherited.cause).inc()
         formers = self._registry.of(record.request_id)
         acquire = partial(inherit, inherited=inherited, formers=formers, restore=restore, store=self._context.store)

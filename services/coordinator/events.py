@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 
 from common.errors import Aborted, Unavailable
+from common.logs import get_logger
 from common.rpc.status import MAX_FIELD, MAX_MESSAGE
 from common.state.requests import RequestStore
 from fleet.v1 import artifacts_pb2, generation_pb2
+from services.coordinator.state_lines import log_state
 
 _RETRY_SECONDS = 0.5
 _MOST_WARNINGS = 64
 
-_log = logging.getLogger(__name__)
+_log = get_logger(__name__)
 
 
 class EventLog:
@@ -101,7 +102,7 @@ class EventWriter:
         """The caller should know something. The record holds all warnings, so their number and length are bounded."""
         self._warnings += 1
         if self._warnings > _MOST_WARNINGS:
-            _log.warning("request %s has too many warnings; left out: %.80s: %.200s", self._request_id, field, message)
+            _log.warning("warning left out, the request has too many", field=field[:MAX_FIELD])
             return
         warning = artifacts_pb2.Warning(field=field[:MAX_FIELD], message=message[:MAX_MESSAGE])
         self.add(generation_pb2.Event(warning=warning))
@@ -134,13 +135,19 @@ class EventWriter:
             await self._store_unsure()
         return self._pending
 
+    def report_written_with_end(self) -> None:
+        """Log the states that rest() returned, once the store has them."""
+        _report_states(self._pending)
+
     async def _store_unsure(self) -> None:
         stored = await self._store.append(self._request_id, self._unsure, number=self._number, epoch=self._epoch)
         self._number += len(self._unsure)
         self._settle(self._unsure, is_stored=stored is not None)
-        self._unsure = []
         if stored is None:
             self._on_ended()
+        else:
+            _report_states(self._unsure)
+        self._unsure = []
         self._log.extend(stored or ())
 
     def _settle(self, events: Sequence[generation_pb2.Event], *, is_stored: bool) -> None:
@@ -177,7 +184,7 @@ class EventWriter:
                 if self._pending:
                     self._wake.set()
             except Unavailable as error:
-                _log.warning("events of request %s wait: %s", self._request_id, error)
+                _log.warning("events wait for the request store", error=error)
                 again = loop.time() + _RETRY_SECONDS
                 while not self._closing and loop.time() < again:
                     await self._woken_before(again)
@@ -191,6 +198,12 @@ class EventWriter:
         except TimeoutError:
             return
         self._wake.clear()
+
+
+def _report_states(events: Iterable[generation_pb2.Event]) -> None:
+    for event in events:
+        if event.HasField("state_change"):
+            log_state(event.state_change.state)
 
 
 def _is_step(event: generation_pb2.Event) -> bool:

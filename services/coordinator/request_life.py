@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import enum
-import logging
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -13,6 +12,8 @@ from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 from common.errors import DeadlineExceeded, FleetError, InternalError, Unavailable
+from common.log_context import log_scope
+from common.logs import get_logger
 from common.metrics import REQUEST_SECONDS, REQUESTS, STEPS_SAVED, observe
 from common.pipeline import Runner, ServiceSpec, result_of, run_pipeline
 from common.rpc.framing import Packet
@@ -23,7 +24,6 @@ from common.state.presence import TTL_SECONDS
 from common.state.records import ResultFile, State
 from common.state.requests import AdmissionLimits, RequestStore
 from common.state.worker_slots import QueuePriority
-from common.telemetry import request_scope
 from common.trace_context import entered
 from common.tracing import span
 from fleet.v1 import generation_pb2
@@ -35,11 +35,12 @@ from services.coordinator.request_trace import RequestTrace
 from services.coordinator.result_stream import FILES, ResultRunner, ResultStream
 from services.coordinator.resume import Recovery
 from services.coordinator.service_gauges import state_label
+from services.coordinator.state_lines import described, log_state, prompts_of
 from services.coordinator.worker_runner import WorkerRunner, Workers
 
 _LATER_SECONDS = 1.0  # how much later the workers' deadline is, so that it is the coordinator who says it passed
 
-_log = logging.getLogger(__name__)
+_log = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ class ExecutionContext:
     max_result_bytes: int
     worker_ttl_seconds: float = TTL_SECONDS
     step_seconds: float = 0.0
+    log_prompts: bool = False
 
 
 class Phase(enum.Enum):
@@ -128,18 +130,30 @@ class Execution:
         self._cancel_requested = False
         self._stopped = False
         self._stages: asyncio.Task[dict[str, Any]] | None = None
-        self.task = asyncio.create_task(self._live(acquire, on_closed))
+        private = () if context.log_prompts else prompts_of(record.parameters).values()
+        with log_scope(request_id=record.request_id, model=record.model, private=private):
+            self.task = asyncio.create_task(self._live(acquire, on_closed))
 
     @property
     def seconds_old(self) -> float:
         """Time since this coordinator began to acquire the request."""
         return time.monotonic() - self._began
 
-    def count_end(self, model: str, outcome: Outcome) -> None:
-        """Count a request that ended here, and its duration."""
+    def report_accepted(self, submission: Submission) -> None:
+        """Log that the store has admitted the request."""
+        record, prompts = submission.record, {}
+        if self._context.log_prompts:
+            prompts = prompts_of(record.parameters)
+        variant, caller = record.variant or None, record.caller or None
+        with entered(submission.trace.root):
+            log_state(State.REQUEST_STATE_QUEUED, variant=variant, caller=caller, **prompts)
+
+    def report_end(self, model: str, outcome: Outcome) -> None:
+        """Log and count a request that ended here, and its duration."""
         name = state_label(outcome.state)
         REQUESTS.labels(model, name).inc()
         observe(REQUEST_SECONDS.labels(model, name), self.seconds_old)
+        log_state(outcome.state, seconds=self.seconds_old, **described(outcome))
 
     def cancel(self) -> None:
         """End as CANCELLED; where it does not run yet, as soon as it does."""
@@ -161,7 +175,7 @@ class Execution:
             acquired = await acquire(self)
             if acquired is not None:
                 self.phase = Phase.RUNNING
-                with request_scope(self.request_id), entered(acquired.submission.trace.root):
+                with entered(acquired.submission.trace.root):
                     await self._run(acquired)
         finally:
             self.phase = Phase.CLOSED
@@ -193,7 +207,7 @@ class Execution:
             await result.close()
             await events.close()
             if self._is_left_behind(acquired.submission, stages, late=not done):
-                _log.warning("request %s is left for another coordinator", self.request_id)
+                _log.info("request left for another coordinator")
                 return
             outcome = self._outcome(acquired, stages, progress, late=not done)
             await self._store_end(acquired.submission, outcome, events, result)
@@ -297,22 +311,21 @@ class Execution:
 
         try:
             with span("store end", bytes=sum(file.header.byte_size for file in outcome.files)):
-                last = await persist(f"request {self.request_id} has ended", finish)
+                last = await persist("end of a request", finish)
+            if last is not None:
+                events.report_written_with_end()
         except InternalError as error:
-            _log.exception("the end of the request could not be stored")
+            _log.exception("end of the request could not be stored")
             outcome = failure(error)
             last = await store.finish(self.request_id, outcome.state, error=outcome.error, epoch=self.epoch)
         self.files = None if last is None else outcome.files
         self.log.extend(last or ())
         if last is None:
-            _log.info("request %s ends elsewhere", self.request_id)
+            _log.info("request ended or continues at another coordinator")
             return
         submission.trace.end(outcome.state, outcome.error, steps_saved=outcome.steps_saved)
-        self.count_end(model, outcome)
+        self.report_end(model, outcome)
         STEPS_SAVED.labels(model).inc(outcome.steps_saved)
-        name = state_label(outcome.state)
-        why = f": {outcome.error.message}" if outcome.error else ""
-        _log.info("request %s of %s is %s%s", self.request_id, model, name, why)
 
 
 def queue_priority_of(submission: Submission, service: str) -> QueuePriority:

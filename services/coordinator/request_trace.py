@@ -28,6 +28,13 @@ from fleet.v1 import generation_pb2
 _NAME = "request"
 
 
+def stored_span(record: generation_pb2.RequestRecord) -> Span:
+    """The root span of a stored request, to name its trace in log lines; it records nothing."""
+    stored = record.trace
+    own = parse_traceparent(stored.traceparent, stored.tracestate)
+    return Span(own or parse_traceparent(stored.client_traceparent, stored.tracestate))
+
+
 class RequestTrace:
     """`root` is the span that all others of the request are below; `stored` goes into the request's record.
 

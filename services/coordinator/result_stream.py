@@ -7,13 +7,13 @@ the request over reads from the events what was delivered, and skips those items
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import AsyncIterable, AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from common.errors import InternalError, ResourceExhausted
+from common.logs import get_logger
 from common.rpc.framing import Packet
 from common.stage import Call, Contract
 from common.state.records import ResultFile
@@ -24,7 +24,7 @@ from fleet.v1 import artifacts_pb2, generation_pb2
 from services.coordinator.events import EventWriter
 from services.coordinator.persistence import persist
 
-_log = logging.getLogger(__name__)
+_log = get_logger(__name__)
 
 
 class ResultStream:
@@ -119,7 +119,7 @@ class ResultStream:
 
     async def _load(self) -> None:
         """Read the items that were delivered under earlier epochs, whose owners can deliver nothing any more."""
-        what = f"request {self._request_id} was taken over"
+        what = "read of delivered items"
         delivered = await persist(what, partial(self._store.delivered_items, self._request_id))
         await persist(what, partial(self._store.items.refresh, self._request_id, delivered))
         for stored in delivered:
@@ -130,12 +130,10 @@ class ResultStream:
     def _skip(self, index: int, message: artifacts_pb2.MediaItem) -> None:
         if message.data.byte_size != self._sizes[index]:
             _log.warning(
-                "request %s delivered item %d with %d bytes, and computed it again with %d: another numerics "
-                "fingerprint; the delivered item stays",
-                self._request_id,
-                index,
-                self._sizes[index],
-                message.data.byte_size,
+                "item computed again differs, the delivered item stays: another numerics fingerprint",
+                index=index,
+                delivered_bytes=self._sizes[index],
+                computed_bytes=message.data.byte_size,
             )
 
     async def _add(self, message: artifacts_pb2.MediaItem, pieces: list[bytes | memoryview]) -> None:

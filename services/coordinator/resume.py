@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import itertools
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,6 +18,7 @@ from google.protobuf.message import DecodeError
 
 from common.artifacts import STEP_CHECKPOINT_FORMAT
 from common.errors import FleetError, InternalError, InvalidInput, NotFound, ResourceExhausted, Unavailable
+from common.logs import get_logger
 from common.metrics import STEP_CHECKPOINT_SAVES
 from common.rpc.frames import read_chunk
 from common.rpc.framing import Assembler, CallLimits, KeptFrames, Packet, chunk_frames, described_tensors
@@ -31,7 +31,7 @@ from services.coordinator.poison import reason_to_give_up
 
 _SHORTEST_WAIT_SECONDS = 0.01
 
-_log = logging.getLogger(__name__)
+_log = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -84,10 +84,10 @@ class NewestStepCheckpoint:
                 STEP_CHECKPOINT_SAVES.labels("stored").inc()
             except Unavailable as error:
                 STEP_CHECKPOINT_SAVES.labels("failed").inc()
-                _log.warning("a checkpoint of request %s is not stored: %s", self._request_id, error)
+                _log.warning("step checkpoint is not stored", error=error)
             except FleetError:
                 STEP_CHECKPOINT_SAVES.labels("failed").inc()
-                _log.exception("a checkpoint of request %s is not stored", self._request_id)
+                _log.exception("step checkpoint is not stored")
 
     @property
     def is_known(self) -> bool:
@@ -116,7 +116,7 @@ class NewestStepCheckpoint:
         except NotFound:
             return None
         except (Unavailable, InvalidInput, ResourceExhausted, DecodeError, ValueError) as error:
-            _log.warning("the checkpoint of request %s cannot be read: %s", self._request_id, error)
+            _log.warning("step checkpoint cannot be read", error=error)
             return None
 
     async def settle(self) -> None:
@@ -174,7 +174,7 @@ class Recovery:
         """
         await self.step_checkpoint.settle()
         await persist(
-            f"a loss of {service} for request {self._request_id} is not recorded",
+            "record of a lost call",
             partial(
                 self._leases.add_death,
                 self._request_id,
@@ -195,8 +195,7 @@ class Recovery:
         """
         while self._has_losses:
             recorded = self._recorded
-            what = f"request {self._request_id} needs its losses"
-            losses = await persist(what, partial(self._leases.losses, self._request_id, self._epoch))
+            losses = await persist("read of lost calls", partial(self._leases.losses, self._request_id, self._epoch))
             if not losses and recorded == self._recorded:
                 self._has_losses = False
             suspect = [loss for loss in losses if loss.suspect]

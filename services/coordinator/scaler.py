@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import math
 from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass
 
 from common.errors import InvalidInput, NotFound, Unavailable
+from common.log_context import log_scope
+from common.logs import get_logger
 from common.scaling import StageLoad
 from common.state.stage_loads import StageActivity, StageLoads
 from externalscaler import externalscaler_pb2 as pb
@@ -22,7 +23,7 @@ _METRICS: Mapping[str, Callable[[StageLoad, float], float]] = {
 }
 _DEFAULT_METRIC = "wanted_seconds"
 
-_log = logging.getLogger(__name__)
+_log = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,8 @@ class ScalerService:
             try:
                 found = await self._loads.activity(target.model, target.stage)
             except Unavailable as error:
-                _log.warning("cannot read whether %s/%s is needed: %s", target.model, target.stage, error)
+                with log_scope(model=target.model, stage=target.stage):
+                    _log.warning("load of a stage is unknown", error=error)
             else:
                 for is_active in _changes(sent, found):
                     yield pb.IsActiveResponse(result=is_active)

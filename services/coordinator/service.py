@@ -13,6 +13,7 @@ from typing import TypeVar
 
 from common.codec import pack, write_param
 from common.errors import InvalidInput, Unavailable
+from common.log_context import hide_texts
 from common.pipeline import ServiceSpec
 from common.scaling import StageLoad
 from common.state.records import State, is_terminal, require_own, require_succeeded, unknown_request
@@ -44,6 +45,7 @@ from services.coordinator.parameters import given_images, given_parameters, reco
 from services.coordinator.request_life import Execution, Submission
 from services.coordinator.request_trace import RequestTrace
 from services.coordinator.settings import CoordinatorSettings
+from services.coordinator.state_lines import prompts_of
 
 T = TypeVar("T")
 
@@ -115,6 +117,7 @@ class GenerationService:
 
     async def submit(self, request: pb.SubmitRequest) -> pb.SubmitResponse:
         """Accept a request."""
+        self._hide_prompts(request)
         trace = RequestTrace.begin()
         with trace.accepting():
             submission = self._validated(request, trace)
@@ -127,8 +130,14 @@ class GenerationService:
             admission, _ = await self._driver.accept(submission)
         return pb.SubmitResponse(request=admission.record, replayed=admission.replayed)
 
+    def _hide_prompts(self, request: pb.SubmitRequest) -> None:
+        """Keep the request's prompts out of the log lines of this call."""
+        if not self._settings.log_prompts:
+            hide_texts(prompts_of(request.parameters).values())
+
     async def generate(self, request: pb.GenerateRequest) -> AsyncGenerator[pb.GenerateResponse, None]:
         """Accept, follow, download."""
+        self._hide_prompts(request.request)
         trace = RequestTrace.begin()
         submission: Submission | None = None
         ended, follow = False, request.follow

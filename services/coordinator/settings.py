@@ -88,7 +88,10 @@ class CoordinatorSettings(StoreSettings, TlsSettings):
     )
     metrics_port: int | None = setting(None, help="port for Prometheus; unset serves no metrics")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = setting("INFO", help="least severe log lines to write")
-    log_format: Literal["text", "json"] = setting("text", help="form of log lines")
+    log_format: Literal["text", "json"] = setting(
+        "text", help="format of log lines: text, or json with one object a line for collectors"
+    )
+    log_prompts: bool = setting(False, help="log the prompt and the negative prompt of each accepted request")
 
     def __post_init__(self) -> None:
         for name in _POSITIVE:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-
+from common.logs import get_logger
 from common.metrics import STORE_BYTES, STORE_LIMIT_BYTES, STORE_REPAIRS
 from common.rpc.fleet_server import FleetServer
 from common.state.redis_client import Redis
@@ -12,7 +11,7 @@ from common.state.store_server import StoreMemory, read_repairs, repair_kinds
 SUBMIT_HEALTH = "fleet.v1.GenerationService/Submit"
 """Health-check name of Submit alone: NOT_SERVING while the store is full, when all other calls still work."""
 
-_log = logging.getLogger(__name__)
+_log = get_logger(__name__)
 
 
 class StoreWatch:
@@ -31,9 +30,9 @@ class StoreWatch:
         STORE_BYTES.set(use.used)
         STORE_LIMIT_BYTES.set(use.limit)
         if use.is_full and not self._was_full:
-            _log.error("request store is full: Submit is refused until results have expired used=%s", use)
+            _log.error("request store is full: Submit is refused until results have expired", used=use)
         elif self._was_full and not use.is_full:
-            _log.warning("request store has free memory again: Submit is served used=%s", use)
+            _log.warning("request store has free memory again: Submit is served", used=use)
         self._was_full = use.is_full
         await self._server.set_method_ready(SUBMIT_HEALTH, not use.is_full)
         await self._report_repairs()
@@ -47,5 +46,5 @@ class StoreWatch:
         for kind, count in repairs.items():
             if count > known.get(kind, 0):
                 more = count - known.get(kind, 0)
-                _log.error("damaged entries were removed from the request store kind=%s count=%d", kind, more)
+                _log.error("damaged entries were removed from the request store", kind=kind, count=more)
         self._repairs = repairs

@@ -12,6 +12,7 @@ from google.protobuf.message import DecodeError
 from common.errors import FleetError, InternalError, NotFound, Unavailable
 from common.state.leases import Inherited
 from common.state.requests import RequestStore
+from common.trace_context import entered
 from fleet.v1 import generation_pb2
 from services.coordinator.outcome import failure
 from services.coordinator.persistence import persist
@@ -30,10 +31,11 @@ async def settle(execution: Execution, submission: Submission, store: RequestSto
     execution.phase = Phase.SETTLING
     request_id = execution.request_id
     try:
-        stored = await persist(f"request {request_id} may be stored", partial(store.get, request_id))
+        stored = await persist("check of an unanswered admission", partial(store.get, request_id))
     except NotFound as error:
         submission.trace.refuse(error)
         return None
+    execution.report_accepted(submission)
     if not submission.idempotency_key:
         execution.cancel()
     if not stored.HasField("deadline"):
@@ -62,9 +64,11 @@ async def inherit(
         failed = failure(error)
         request_id, epoch = execution.request_id, execution.epoch
         finish = partial(store.finish, request_id, failed.state, error=failed.error, epoch=epoch)
-        if await persist(f"request {request_id} cannot be taken over", finish) is not None:
-            RequestTrace.resume(inherited.record).end(failed.state, failed.error)
-            execution.count_end(inherited.record.model, failed)
+        if await persist("end of a request that cannot be taken over", finish) is not None:
+            trace = RequestTrace.resume(inherited.record)
+            trace.end(failed.state, failed.error)
+            with entered(trace.root):
+                execution.report_end(inherited.record.model, failed)
         return None
     submission.trace.taken_over(execution.epoch)
     return Acquired(submission, inherited.seconds_left)

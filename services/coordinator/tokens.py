@@ -8,7 +8,6 @@ a secret, fits no key (RFC 8725, sections 2.1 and 3.1). Nothing is fetched: keys
 from __future__ import annotations
 
 import json
-import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_public_key
 from cryptography.x509 import load_pem_x509_certificate
 
 from common.errors import InvalidInput, Unauthenticated
+from common.logs import get_logger
 
 PublicKey: TypeAlias = RSAPublicKey | EllipticCurvePublicKey | Ed25519PublicKey
 
@@ -37,7 +37,7 @@ _RSA = ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512")
 _CURVES = {"secp256r1": "ES256", "secp384r1": "ES384", "secp521r1": "ES512"}
 _PEM = re.compile(rb"-----BEGIN ([A-Z0-9 ]+)-----.+?-----END \1-----", re.DOTALL)
 
-_log = logging.getLogger(__name__)
+_log = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -201,7 +201,7 @@ def _verifies(path: Path, member: dict[str, Any]) -> bool:
     """Whether a key is one for signatures: sets of identity providers hold keys to encrypt with, too."""
     if member.get("use", "sig") == "sig":
         return True
-    _log.info("jwt_keys: %s has a key for %.40r, which verifies nothing", path, member["use"])
+    _log.info("jwt_keys: a key that does not verify is ignored", file=path, use=repr(member["use"])[:40])
     return False
 
 

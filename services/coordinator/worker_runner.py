@@ -6,7 +6,6 @@ The store chooses the worker: `dispatch` in common/state/lua/worker_slots.lua.
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -18,6 +17,8 @@ from typing import Any, NamedTuple
 import grpc
 
 from common.errors import Cancelled, FleetError, HandedOver, ResourceExhausted, Unavailable
+from common.log_context import log_scope
+from common.logs import get_logger
 from common.metrics import (
     HANDED_OVER_CALLS,
     LOST_CALLS,
@@ -40,12 +41,13 @@ from common.tracing import span
 from fleet.v1 import worker_pb2
 from services.coordinator.access import WorkerAccess
 from services.coordinator.resume import Recovery, origin_of, step_of
+from services.coordinator.state_lines import log_resumed
 
 _FIRST_PAUSE_SECONDS = 0.05
 _LONGEST_PAUSE_SECONDS = 1.0
 _CLOSING_SECONDS = 3_600.0  # for the calls that a worker which shuts down still finishes
 
-_log = logging.getLogger(__name__)
+_log = get_logger(__name__)
 
 
 class Connections:
@@ -175,6 +177,12 @@ class _Attempt:
         return time.monotonic() - self.since
 
 
+def _names(attempt: _Attempt) -> dict[str, object]:
+    """The worker of an attempt, for a log line."""
+    worker = attempt.worker_slot.worker
+    return {"worker": worker.worker_id, "address": worker.address}
+
+
 class _Place(NamedTuple):
     """A service of a model: the labels of its metrics."""
 
@@ -264,44 +272,50 @@ class WorkerRunner:
 
     async def __call__(self, values: Mapping[str, Any], call: Call) -> Mapping[str, Packet]:
         """Wait for a worker, run there, and give its slot back. Another worker reads a stream from its first item."""
+        with log_scope(stage=self._spec.service):
+            return await self._run_until_done(values, call)
+
+    async def _run_until_done(self, values: Mapping[str, Any], call: Call) -> Mapping[str, Packet]:
         pause, began = _FIRST_PAUSE_SECONDS, time.monotonic()
         left: worker_pb2.WorkerInfo | None = None
         while True:
-            attempt = _Attempt(await self._claim(call, left), self._on_begin)
-            used, left = 0.0, None
-            try:
-                with self._attempt_span(attempt):
-                    outputs = await self._run(attempt, values, call)
-                    attempt.begin()
-                used = attempt.seconds
-            except HandedOver as error:
-                self._handed_over(attempt, error, call)
-                left = attempt.worker_slot.worker
-                continue
-            except (Unavailable, Cancelled) as error:
-                attempt.lose(error)
-                await self._lost(attempt, error, call)
-                continue
-            except ResourceExhausted as error:
-                if error.field:  # about a value, and not the worker
-                    raise
-                _log.info("request %s finds %s full: %s", call.request_id, attempt.worker_slot.worker.address, error)
-                RETRIES.labels(*self._place, "full").inc()
-                self._unreached_since = None
-            else:
-                self._workers.memory.hold(outputs.values())  # Its ResourceExhausted ends the request.
-                observe(SERVICE_SECONDS.labels(*self._place), time.monotonic() - began)
-                return outputs
-            finally:
-                self._workers.slots.release(attempt.worker_slot, used, attempt.computed)
+            self._attempts += 1
+            with log_scope(attempt=self._attempts):
+                attempt = _Attempt(await self._claim(call, left), self._on_begin)
+                used, left = 0.0, None
+                try:
+                    with self._attempt_span(attempt):
+                        outputs = await self._run(attempt, values, call)
+                        attempt.begin()
+                    used = attempt.seconds
+                except HandedOver as error:
+                    self._handed_over(attempt, error)
+                    left = attempt.worker_slot.worker
+                    continue
+                except (Unavailable, Cancelled) as error:
+                    attempt.lose(error)
+                    await self._lost(attempt, error)
+                    continue
+                except ResourceExhausted as error:
+                    if error.field:  # about a value, and not the worker
+                        raise
+                    _log.info("worker is full", **_names(attempt), error=error)
+                    RETRIES.labels(*self._place, "full").inc()
+                    self._unreached_since = None
+                else:
+                    self._workers.memory.hold(outputs.values())  # Its ResourceExhausted ends the request.
+                    observe(SERVICE_SECONDS.labels(*self._place), time.monotonic() - began)
+                    return outputs
+                finally:
+                    self._workers.slots.release(attempt.worker_slot, used, attempt.computed)
             await asyncio.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
 
     @contextmanager
     def _attempt_span(self, attempt: _Attempt) -> Iterator[None]:
         """The span of a call of a worker, which fails with the class of the error that ends it."""
-        self._attempts += 1
         worker, service = attempt.worker_slot.worker, self._spec.service
+        _log.debug("attempt started", **_names(attempt))
         with span(
             f"attempt {service}",
             SpanKind.CLIENT,
@@ -311,6 +325,7 @@ class WorkerRunner:
             address=worker.address,
         ) as attempt.span:
             yield
+        _log.debug("attempt finished", seconds=attempt.seconds, **_names(attempt))
 
     async def _run(self, attempt: _Attempt, values: Mapping[str, Any], call: Call) -> Mapping[str, Packet]:
         """Run on one worker. Resumes from a step checkpoint if the result has the same bytes."""
@@ -327,10 +342,10 @@ class WorkerRunner:
             origin, slot, with_any_numerics=self._recovery.has_emitted
         )
         if checkpoint is not None:
-            _log.info("request %s goes on with %s where it was", call.request_id, self._spec.service)
             RESUMED_CALLS.labels(*self._place).inc()
             values = {**values, slot: checkpoint}
             attempt.steps_before = step_of(checkpoint)
+            log_resumed(attempt.steps_before)
             attempt.span.set(resumed_at_step=attempt.steps_before)
 
         kept = _StepCheckpoints(attempt, self._recovery, origin, self._place)
@@ -364,25 +379,23 @@ class WorkerRunner:
             self._warned = True
             call.warn("", f"no worker of {self._spec.service} runs; the request waits for one")
 
-    def _handed_over(self, attempt: _Attempt, error: HandedOver, call: Call) -> None:
+    def _handed_over(self, attempt: _Attempt, error: HandedOver) -> None:
         """The worker leaves. The call is not lost: the request goes on at once, and nothing is counted against it."""
-        worker, service = attempt.worker_slot.worker, self._spec.service
-        _log.info("request %s was handed over by %s at %s: %s", call.request_id, service, worker.address, error)
+        worker = attempt.worker_slot.worker
+        _log.info("attempt handed over", **_names(attempt), reason=error)
         HANDED_OVER_CALLS.labels(*self._place).inc()
         RETRIES.labels(*self._place, "handed_over").inc()
         attempt.hand_over()
         self._workers.connections.drop(worker.address)
         self._unreached_since = None
 
-    async def _lost(self, attempt: _Attempt, error: FleetError, call: Call) -> None:
+    async def _lost(self, attempt: _Attempt, error: FleetError) -> None:
         """Avoid the worker for a while. A call that had begun counts, if the worker is not announced again.
 
         Raises Unavailable when no worker was reached for too long.
         """
         worker, service = attempt.worker_slot.worker, self._spec.service
-        _log.warning(
-            "request %s lost %s at %s, begun=%s: %s", call.request_id, service, worker.address, attempt.begun, error
-        )
+        _log.warning("attempt lost", **_names(attempt), begun=attempt.begun, error=error)
         LOST_CALLS.labels(*self._place, "yes" if attempt.begun else "no").inc()
         self._workers.connections.drop(worker.address)
         await self._avoid(worker.worker_id)
@@ -403,7 +416,7 @@ class WorkerRunner:
         try:
             seconds = await self._workers.slots.avoid(worker_id)
         except Unavailable as error:
-            _log.warning("cannot avoid a worker: worker=%s: %s", worker_id, error)
+            _log.warning("worker cannot be avoided", worker=worker_id, error=error)
         else:
             SUSPECTED_WORKERS.labels(*self._place).inc()
-            _log.info("avoids a worker: worker=%s seconds=%g", worker_id, seconds)
+            _log.info("worker avoided", worker=worker_id, seconds=seconds)

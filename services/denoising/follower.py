@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from functools import partial
 from typing import Any, cast
@@ -11,6 +10,7 @@ from google.protobuf.message import Message
 
 from common.codec import artifact_class, unpack
 from common.errors import FleetError
+from common.logs import get_logger
 from common.rpc.buffers import BufferLease, BufferPool
 from common.rpc.frames import read_chunk
 from common.rpc.framing import Assembler, CallLimits, Packet, PooledPayload, described_tensors, split_packets
@@ -19,16 +19,18 @@ from common.rpc.parsing import parse
 from common.rpc.stage_servicer import Stages
 from common.tensors import TORCH
 from services.denoising.agreement import FollowingCall, outcome
+from services.denoising.call_header import CallHeader
 from services.denoising.group import compare
 from services.denoising.messages import Kind, Link, OutOfStep
 
-_log = logging.getLogger(__name__)
+_log = get_logger(__name__)
 
 
 class Follower:
     """Runs the stages whenever rank 0 does, until it is sent home. `total_bytes` bounds the tensors of a call."""
 
     def __init__(self, service: str, stages: Stages, link: Link, *, total_bytes: int) -> None:
+        self._service = service
         self._request = request_type(stage_method(service))
         self._stages = stages
         self._link = link
@@ -43,22 +45,22 @@ class Follower:
                 return
             lease = self._pool.lease()
             try:
-                # The id names the request in logs only: one that is no text is no reason to end anything.
-                request_id, _, variant = called.decode(errors="backslashreplace").partition("\n")
-                self._run(request_id, variant, lease)
+                header = CallHeader.decoded(called)
+                with header.scope(self._service):
+                    self._run(header, lease)
             finally:
                 lease.close()
 
-    def _run(self, request_id: str, variant: str, lease: BufferLease) -> None:
+    def _run(self, header: CallHeader, lease: BufferLease) -> None:
         reply = b""
         try:
-            self._compute(self._inputs(lease), FollowingCall(request_id, variant=variant, ask=self._ask))
+            self._compute(self._inputs(lease), FollowingCall(header.request_id, variant=header.variant, ask=self._ask))
         except FleetError as error:
             reply = outcome(error)
         except OutOfStep:
             raise
         except Exception as error:
-            _log.exception("a follower failed in request %s", request_id)
+            _log.exception("rank failed")
             raise OutOfStep(f"this rank raised {type(error).__name__}: {error}") from error
         self._link.send(Kind.OUTCOME, reply)
         compare(self._link, reply)

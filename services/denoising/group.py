@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 from common.codec import pack
 from common.errors import FailedPrecondition, FleetError
+from common.logs import get_logger
 from common.rpc.client import header_frame
 from common.rpc.framing import chunk_frames
 from common.rpc.method import request_type, stage_method
@@ -16,12 +16,13 @@ from common.rpc.stage_servicer import Stages
 from common.stage import Call, Contract
 from common.tensors import TORCH
 from services.denoising.agreement import LeadingCall, outcome
+from services.denoising.call_header import CallHeader
 from services.denoising.messages import Kind, Link, OutOfStep
 
 SETTLE_SECONDS = 30.0
 """How far apart ranks may end one call. They compute in step, so that more than a moment means that one hangs."""
 
-_log = logging.getLogger(__name__)
+_log = get_logger(__name__)
 
 
 class LeadingStages:
@@ -74,12 +75,12 @@ class LeadingStages:
         except OutOfStep:
             raise
         except Exception as error:
-            _log.exception("rank 0 failed in request %s", call.request_id)
+            _log.exception("rank failed", rank=0)
             raise OutOfStep(f"rank 0 raised {type(error).__name__}: {error}") from error
 
     def _hand_out(self, call: Call, values: Mapping[str, Any]) -> None:
         """Give every follower the inputs, in the frames that they would have come in from a coordinator."""
-        self._send(Kind.CALL, f"{call.request_id}\n{call.variant}".encode())
+        self._send(Kind.CALL, CallHeader.of(call).encoded())
         for frame in self._frames(values):
             self._send(Kind.INPUT, frame)
         self._send(Kind.RUN)

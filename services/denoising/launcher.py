@@ -22,6 +22,7 @@ from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs, Signa
 from torch.distributed.elastic.multiprocessing.api import SubprocessContext
 from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 
+from common.logs import get_logger
 from common.tether import tethered
 from services.denoising.joining import GROUP_TOKEN
 from services.denoising.meeting import Meeting
@@ -37,7 +38,7 @@ _FIRST_DELAY, _LONGEST_DELAY = 0.5, 30.0
 _FAREWELL_SECONDS = 2.0  # for other machines' agents, where all ranks have ended
 _MARGIN_SECONDS = 8.0  # beyond settings.grace_seconds
 
-_log = logging.getLogger(__name__)
+_log = get_logger(__name__)
 
 
 def launch(settings: DenoisingSettings, flags: Sequence[str]) -> int:
@@ -55,7 +56,7 @@ def launch(settings: DenoisingSettings, flags: Sequence[str]) -> int:
     except SignalException:
         return 1 if any(agent.exit_codes().values()) else 0
     if failed:
-        _log.error("the worker group has ended for good; exit codes by rank: %s", agent.exit_codes())
+        _log.error("worker group has ended for good", exit_codes=agent.exit_codes())
         return BAD_INPUT if BAD_INPUT in agent.exit_codes().values() else 1
     return 0
 
@@ -113,7 +114,7 @@ class GroupAgent(LocalElasticAgent):
         os.environ[GROUP_TOKEN] = self._meeting.token
         pids: dict[int, Any] = super()._start_workers(worker_group)
         for local, pid in pids.items():
-            _log.info("started rank %d as process %d", worker_group.workers[local].global_rank, pid)
+            _log.info("rank started", rank=worker_group.workers[local].global_rank, pid=pid)
         self._stopped_since.clear()
         self._began = time.monotonic()
         return pids
@@ -123,7 +124,7 @@ class GroupAgent(LocalElasticAgent):
         self._kill_stopped()
         codes = self.exit_codes()
         if failed := {rank: code for rank, code in codes.items() if code}:
-            _log.error("ranks have ended, with exit codes %s", failed)
+            _log.error("ranks have ended", exit_codes=failed)
             self._end_the_others()
             if BAD_INPUT in self.exit_codes().values():
                 self._remaining_restarts = 0
@@ -144,7 +145,7 @@ class GroupAgent(LocalElasticAgent):
             if each.proc.poll() is not None or not _is_stopped(each.proc.pid):
                 self._stopped_since.pop(local, None)
             elif now - self._stopped_since.setdefault(local, now) > self._lost_seconds:
-                _log.error("process %d has been stopped for %g s", each.proc.pid, self._lost_seconds)
+                _log.error("rank is stopped, killing it", pid=each.proc.pid, seconds=self._lost_seconds)
                 each.close(signal.SIGKILL)
 
     def _end_the_others(self) -> None:
@@ -153,7 +154,7 @@ class GroupAgent(LocalElasticAgent):
             try:
                 each.proc.wait(max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
-                _log.warning("killing process %d, which is stopped, or waits for a rank that has ended", each.proc.pid)
+                _log.warning("killing a rank that is stopped, or waits for a rank that has ended", pid=each.proc.pid)
                 each.close(signal.SIGKILL)
                 each.proc.wait()
 
@@ -163,7 +164,7 @@ class GroupAgent(LocalElasticAgent):
             self._remaining_restarts = max(0, worker_group.spec.max_restarts - 1)
             self._delay = _FIRST_DELAY
         self._end_the_others()  # Some still run where another machine has lost a rank: they wait for it.
-        _log.warning("starting the worker group again in %g s (%d more tries)", self._delay, self._remaining_restarts)
+        _log.warning("worker group restarts", seconds=self._delay, restarts_left=self._remaining_restarts)
         time.sleep(self._delay)
         self._delay = min(2 * self._delay, _LONGEST_DELAY)
         super()._restart_workers(worker_group)

@@ -26,7 +26,7 @@ def service(name: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
             assert process.stderr is not None
             for line in process.stderr:
                 notes.write(line)
-                if "serves" in line or "listens on" in line:
+                if " serves " in line or " listens " in line:
                     break
             else:
                 notes.seek(0)

@@ -196,8 +196,11 @@ def test_certificates_and_names_are_those_of_the_variables(
 @pytest.mark.parametrize(
     ("variables", "words"),
     [
-        ({"TRACES_EXPORTER": "zipkin"}, "OTEL_TRACES_EXPORTER is 'zipkin'; otlp and none are supported"),
-        ({"EXPORTER_OTLP_PROTOCOL": "http/protobuf"}, "OTEL_EXPORTER_OTLP_PROTOCOL is 'http/protobuf'; grpc is"),
+        ({"TRACES_EXPORTER": "zipkin"}, "OTEL_TRACES_EXPORTER is 'zipkin'\" advice=\"otlp and none are supported"),
+        (
+            {"EXPORTER_OTLP_PROTOCOL": "http/protobuf"},
+            "OTEL_EXPORTER_OTLP_PROTOCOL is 'http/protobuf'\" advice=\"grpc is supported",
+        ),
         ({"EXPORTER_OTLP_TIMEOUT": "soon"}, "an OTEL_ variable is wrong: .*soon"),
         ({"EXPORTER_OTLP_COMPRESSION": "zstd"}, "an OTEL_ variable is wrong: .*zstd"),
         (
@@ -214,7 +217,7 @@ def test_a_wrong_variable_is_one_warning(
     warnings = [each for each in caplog.records if each.levelno >= logging.WARNING]
     assert len(warnings) == 1
     assert warnings[0].name == "common.tracing"
-    assert re.match(f"no traces are exported: {words}", warnings[0].getMessage())
+    assert re.match(f'no traces are exported reason="{words}', warnings[0].getMessage())
 
 
 @pytest.mark.parametrize("variables", [{"SDK_DISABLED": "true"}, {"TRACES_EXPORTER": "none"}])
@@ -274,7 +277,7 @@ async def run_service(words: Sequence[str], is_ready: bytes) -> None:
     assert await process.wait() == 0, seen
 
 
-SERVICES = {"coordinator": b"listens on", "latent_preparation": b"serves latent_preparation"}
+SERVICES = {"coordinator": b"listens address=", "latent_preparation": b"serves stage=latent_preparation"}
 
 
 @pytest.mark.parametrize("service", SERVICES)
@@ -305,7 +308,7 @@ def warnings_of_a_coordinator(url: str) -> list[str]:
         command = (sys.executable, "-m", "services.coordinator", *words)
         process = await asyncio.create_subprocess_exec(*command, stderr=PIPE)
         assert process.stderr is not None
-        while b"listens on" not in (line := await process.stderr.readline()):
+        while b"listens address=" not in (line := await process.stderr.readline()):
             assert line, warnings
             warnings.append(line.decode())
         async with open_channel(listen) as channel:
@@ -327,7 +330,7 @@ def test_no_warning_has_the_password_of_a_collector(
 ) -> None:
     with exporting(monkeypatch, EXPORTER_OTLP_ENDPOINT="http://user:secret@127.0.0.1:1"):
         vars(tracing.tracer())["_exporter"].warn()
-    assert [each for each in caplog.messages if "at http://***@127.0.0.1:1 is unavailable" in each]
+    assert [each for each in caplog.messages if "is unavailable endpoint=http://***@127.0.0.1:1" in each]
     assert "secret" not in caplog.text
 
 
@@ -336,7 +339,7 @@ def test_an_unreachable_collector_costs_one_warning(url: str, monkeypatch: pytes
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "0.3")
     monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "20")
     (warning,) = warnings_of_a_coordinator(url)
-    assert f"spans are dropped while the trace collector at {NOWHERE} is unavailable" in warning
+    assert f"spans are dropped while the trace collector is unavailable endpoint={NOWHERE}" in warning
 
 
 def test_the_variables_without_the_extra_are_one_warning(
@@ -347,5 +350,5 @@ def test_the_variables_without_the_extra_are_one_warning(
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", NOWHERE)
     (warning,) = warnings_of_a_coordinator(url)
-    assert "opentelemetry is not installed; pip install 'diffusion-fleet[tracing]'" in warning
-    assert "or unset OTEL_EXPORTER_OTLP_ENDPOINT" in warning
+    assert 'reason="opentelemetry is not installed"' in warning
+    assert "pip install 'diffusion-fleet[tracing]', or unset OTEL_EXPORTER_OTLP_ENDPOINT" in warning

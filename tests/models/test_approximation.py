@@ -146,7 +146,7 @@ def test_a_step_cache_reuses_what_changed_little(case: Case, caplog: pytest.LogC
     has_negative = bool(x.text_conditioning.negative_prompt_embeds)
     branches = len(stage._config.branches_of(x.sampling, has_negative=has_negative))
     assert reused() - before == branches * (STEPS - 1)
-    assert f"{branches * (STEPS - 1)} times in {STEPS} steps" in caplog.text
+    assert f"reused={branches * (STEPS - 1)} steps={STEPS}" in caplog.text
     error = relative_error(first, latents_of(stage_of(model, EXACT), x))
     # Guidance on clean latents, of three branches, multiplies what a branch gets wrong at high noise levels.
     assert 1e-5 < error < (0.5 if len(x.initial_latents.parts) == 1 else 1.0)

@@ -179,7 +179,10 @@ def test_the_loop_runs_a_few_steps_at_each_size(caplog: pytest.LogCaptureFixture
     with caplog.at_level(logging.INFO, "models.warm_up"):
         WarmUp.parse(model, ("16x32", "32x16")).run(stages.run, torch.float32, call)
     assert steps == [(1, 3), (2, 3), (3, 3)] * 2
-    assert [line.rpartition(" in ")[0] for line in caplog.messages] == ["warmed up for 16x32", "warmed up for 32x16"]
+    assert [line.rpartition(" seconds=")[0] for line in caplog.messages] == [
+        "warmed up size=16x32",
+        "warmed up size=32x16",
+    ]
 
 
 def test_a_size_that_is_rounded_is_reported(caplog: pytest.LogCaptureFixture) -> None:

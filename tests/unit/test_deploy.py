@@ -39,6 +39,13 @@ def _seconds(duration: str) -> float:
     return float(duration.removesuffix("s"))
 
 
+def test_kubernetes_gets_logs_that_a_collector_reads() -> None:
+    base = yaml.safe_load((ROOT / "k8s" / "base" / "kustomization.yaml").read_text())
+    (of_fleet,) = [each for each in base["configMapGenerator"] if each["name"] == "fleet"]
+    environ = {"FLEET_REDIS": "redis://redis", **dict(each.split("=", 1) for each in of_fleet["literals"])}
+    assert {_settings(service, environ).log_format for service in SERVICES} == {"json"}
+
+
 def test_a_service_has_one_name() -> None:
     assert set(COMPOSE) - {"redis"} == set(SERVICES)
     assert {path.stem for path in DEPLOY.glob("*.toml")} == set(SERVICES)
@@ -56,6 +63,7 @@ def test_compose_starts_it_with_settings_that_it_reads(service: str) -> None:
         settings = _settings(service, environ)
         read = {f"FLEET_{name.upper()}" for name in vars(settings)}
         assert set(environ) <= read
+        assert settings.log_format == "text"
         assert _seconds(spec["stop_grace_period"]) > settings.grace_seconds
         assert f"127.0.0.1:{settings.listen.rpartition(':')[2]}" in DOCKERFILE
 

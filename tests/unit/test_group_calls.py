@@ -14,7 +14,9 @@ import pytest
 import torch
 
 from common.errors import Cancelled, DeadlineExceeded, FleetError, HandedOver, InvalidInput
+from common.log_context import context_fields, log_scope
 from common.stage import STEP_CHECKPOINTS, Call
+from common.trace_context import Span, TraceContext, entered
 from common.variants import HostedVariants
 from services.denoising import group
 from services.denoising.agreement import FollowingCall, LeadingCall, outcome, stop_of
@@ -96,6 +98,21 @@ def test_a_follower_gets_the_same_inputs_and_id() -> None:
     assert one.sampling == other.sampling
     assert one.text_conditioning is other.text_conditioning is None
     assert torch.equal(result, one.initial_latents.parts["image"].latents * 3)
+
+
+def test_all_ranks_name_the_call_in_their_logs() -> None:
+    seen: list[dict[str, str | int]] = []
+    trace_id = "4bf92f3577b34da6a3ce929d0e0e4736"
+    named = log_scope(request_id="r1", model="emoji", stage=SERVICE, attempt=2)
+    with two_ranks(lambda *_: seen.append(context_fields())) as ranks:
+        with named, entered(Span(TraceContext(trace_id, "00f067aa0ba902b7"))):
+            ranks.run(Call("r1"))
+        ranks.run(Call("r2"))
+    whole = {"request_id": "r1", "trace_id": trace_id, "model": "emoji", "stage": SERVICE, "attempt": 2}
+    assert seen[:2] == [whole, whole]
+    assert sorted(seen[2:], key=len) == [{}, {"request_id": "r2", "stage": SERVICE}], (
+        "nothing is left of the call before"
+    )
 
 
 def test_all_ranks_run_the_variant_of_the_call() -> None:

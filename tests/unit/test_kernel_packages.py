@@ -77,8 +77,8 @@ def test_a_broken_package_is_named_with_its_fallback(
     assert outcome is not None
     assert expected in outcome.error
     (line,) = caplog.messages
-    assert line.startswith("kernel package is unusable: package=flash-attn version=2.8.3")
-    assert "fallback='cuDNN or PyTorch attention'" in line
+    assert line.startswith("kernel package is unusable package=flash-attn version=2.8.3")
+    assert 'fallback="cuDNN or PyTorch attention"' in line
     assert expected in line
     record(KernelChoice(), [outcome])
     assert not is_usable("flash-attn")

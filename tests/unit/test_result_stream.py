@@ -203,7 +203,7 @@ def test_the_next_owner_delivers_only_what_is_missing(
         assert await case.delivered() == expected
 
     story(server, test)
-    assert ("delivered item 1 with 3 bytes, and computed it again with 5" in caplog.text) == (delivered > 1)
+    assert ("index=1 delivered_bytes=3 computed_bytes=5" in caplog.text) == (delivered > 1)
 
 
 def test_the_next_owner_may_compute_nothing_more(server: RedisServer) -> None:

@@ -27,6 +27,7 @@ from diffusers.utils import import_utils
 from torch import distributed
 
 from common.errors import InternalError, InvalidInput, Unavailable
+from common.logs import setup_logging
 from common.state.embedded import private_directory
 from models.catalog import open_model
 from models.registry import load_registry
@@ -231,3 +232,20 @@ def test_a_process_with_a_broken_plugin(text: str, level: str, words: str, tmp_p
     assert lines[-1].startswith(f"coordinator: {words} ({tmp_path / 'broken_plugin.py'}:1; ")
     assert ("Traceback" in done.stderr) is (level == "DEBUG")
     assert level == "DEBUG" or len(lines) == 1
+
+
+@pytest.mark.parametrize("level", ["INFO", "DEBUG"])
+def test_an_error_is_one_json_record_where_the_log_is_json(level: str) -> None:
+    """A collector that reads JSON gets the reason why the process ended; at DEBUG with the traceback."""
+    out = io.StringIO()
+
+    def program() -> int:
+        setup_logging("coordinator", level=level, form="json", stream=out)
+        raise InvalidInput("listen: redis://u:secret@host/ is no address", field="listen")
+
+    assert run_program("coordinator", program, []) == 2
+    (line,) = map(json.loads, out.getvalue().splitlines())
+    assert (line["level"], line["service"], line["event"]) == ("CRITICAL", "coordinator", "process ends with an error")
+    assert line["errors"] == ["listen: redis://***@host/ is no address"]
+    assert ("exception" in line) == (level == "DEBUG")
+    assert "secret" not in out.getvalue()

@@ -131,8 +131,11 @@ def test_a_login_that_may_not_look_is_reported_what_was_not_checked(url: str, ca
     run_on_empty_store(url, story)
     (level, first), (_, second) = lines(caplog)
     assert level == "WARNING"
-    assert "checked for role, cluster-enabled, maxmemory-policy, appendonly, appendfsync: its login may not" in first
-    assert "could not be checked for appendfsync: its login may not" in second
+    assert (
+        "its login may not run INFO or CONFIG unknown=role,cluster-enabled,maxmemory-policy,appendonly,appendfsync"
+        in first
+    )
+    assert "its login may not run INFO or CONFIG unknown=appendfsync needed=" in second
 
 
 def test_a_replica_is_refused(url: str) -> None:

@@ -1,11 +1,8 @@
-"""Log lines name their request, and metrics are served over HTTP."""
+"""Metrics are served over HTTP, and work on another thread keeps its context."""
 
 from __future__ import annotations
 
 import contextlib
-import io
-import json
-import logging
 import socket
 import threading
 import urllib.request
@@ -16,43 +13,12 @@ from prometheus_client.openmetrics.exposition import CONTENT_TYPE_LATEST
 
 from common import telemetry
 from common.errors import FailedPrecondition, InvalidInput
+from common.log_context import current_log_context, log_scope
 from common.trace_context import Span, TraceContext, current_trace_id, entered
 from services.coordinator.__main__ import main as coordinator_main
 from services.latent_preparation.__main__ import main as worker_main
 
 SPAN_ID = "00f067aa0ba902b7"
-
-
-@pytest.fixture(autouse=True)
-def root_logger() -> Iterator[None]:
-    """Put the root logger back as pytest had it."""
-    root = logging.getLogger()
-    before, level = list(root.handlers), root.level
-    yield
-    root.handlers[:] = before
-    root.setLevel(level)
-
-
-def test_a_json_line_names_the_request_and_the_service() -> None:
-    stream = io.StringIO()
-    telemetry.setup_logging("denoising", form="json", stream=stream)
-    with telemetry.request_scope("r-1"):
-        logging.getLogger("here").warning("step %d", 3)
-    line = json.loads(stream.getvalue())
-    assert (line["service"], line["request"], line["message"]) == ("denoising", "r-1", "step 3")
-    assert line["level"] == "warning"
-
-
-def test_a_text_record_is_one_line_whatever_it_says() -> None:
-    stream = io.StringIO()
-    telemetry.setup_logging("decoding", stream=stream)
-    try:
-        raise ValueError("two\nlines")
-    except ValueError:
-        logging.getLogger().exception("a prompt\nwith a break")
-    assert stream.getvalue().count("\n") == 1
-    assert "two\\nlines" in stream.getvalue()
-    assert "request=" not in stream.getvalue()
 
 
 def _scraped(accept: str) -> str:
@@ -95,8 +61,10 @@ def test_a_value_outside_of_a_recorded_trace_has_no_exemplar() -> None:
 
 def test_work_on_another_thread_belongs_to_the_same_trace_and_request() -> None:
     found: list[str | None] = []
-    with telemetry.request_scope("r-1"), entered(Span(TraceContext("1", SPAN_ID))):
-        work = telemetry.in_current_context(lambda: found.extend((current_trace_id(), telemetry._request_id.get())))
+    with log_scope(request_id="r-1"), entered(Span(TraceContext("1", SPAN_ID))):
+        work = telemetry.in_current_context(
+            lambda: found.extend((current_trace_id(), current_log_context().request_id))
+        )
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()

@@ -136,7 +136,7 @@ def test_a_lacking_module_of_one_variant_leaves_the_others(
     with caplog.at_level(logging.WARNING):
         model = open_model(str(path), registry)
     reason = "TwinPipeline needs the modules palette, transformer, lens; model_index.json lacks lens"
-    assert f"variant is not served: model=twin variant=image reason={reason}" in caplog.text
+    assert f'variant is not served model=twin variant=image reason="{reason}"' in caplog.text
     assert [each.name for each in model.variants] == ["text"]
     assert model.unserved == {"image": reason}
     assert InputValidationStage(model).run({"prompt": "x"}).variant.name == "text"
@@ -268,7 +268,7 @@ def test_warm_up_of_every_variant_or_of_one(double: ServedModel, caplog: pytest.
     with caplog.at_level(logging.INFO):
         warm_up.run(lambda _, call: ran.append(call.variant), torch.float32, Call("warm-up"))
     assert ran == ["small", "large", "large"]
-    assert "warmed up for 48x32@large" in caplog.text
+    assert "warmed up size=48x32@large" in caplog.text
 
 
 @pytest.mark.parametrize(

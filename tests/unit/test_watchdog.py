@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import io
+import json
 import threading
 from collections.abc import Iterator
 
@@ -10,6 +12,7 @@ import pytest
 from redis.asyncio import Redis
 
 from common.errors import InvalidInput, Unavailable
+from common.logs import setup_logging
 from common.rpc.watchdog import HangLimits, StepWatch, Verdict, Watchdog
 from common.stage import Call
 from common.state.workers import WorkerRegistry
@@ -93,8 +96,10 @@ def stage() -> Iterator[StuckStage]:
 
 
 def test_a_stuck_call_is_cancelled_and_answered_and_its_process_is_lost(
-    stage: StuckStage, caplog: pytest.LogCaptureFixture
+    stage: StuckStage,
 ) -> None:
+    out = io.StringIO()
+    setup_logging("denoising", form="json", stream=out)
     lost: list[str] = []
     is_lost = threading.Event()
 
@@ -125,7 +130,10 @@ def test_a_stuck_call_is_cancelled_and_answered_and_its_process_is_lost(
 
     asyncio.run(story())
     assert "after request r1 was cancelled; this process ends" in lost[0]
-    assert "request=r1 at=" in caplog.text
+    (line,) = [each for each in map(json.loads, out.getvalue().splitlines()) if each["event"] == "call cancelled"]
+    assert line["reason"].startswith("the stage has made no step for ")
+    assert line["request_id"] == "r1", "the watchdog's own thread has no request"
+    assert "wait" in line["at"]
     assert "wait" in lost[0].rpartition("at=")[2]
 
 

@@ -55,7 +55,9 @@ def test_what_is_wrong_leaves_the_old_in_force_and_is_reported_once(
         assert watched.versioned() == watched.versioned() == (1, "one")
         (record,) = caplog.records
         assert record.levelno == logging.ERROR
-        assert record.getMessage().startswith("api_keys: new files are not taken")
+        assert record.getMessage().startswith(
+            "changed files refused, the earlier content stays in force setting=api_keys error="
+        )
     path.write_text("two")
     assert watched.versioned() == (2, "two")
 

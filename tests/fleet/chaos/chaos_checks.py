@@ -220,7 +220,7 @@ def check_logs(logs: Mapping[str, Path]) -> list[str]:
 
 def lines_about(fleet: Fleet, names: Sequence[str]) -> list[str]:
     """What the logs of all processes say of requests or processes, and every error."""
-    wanted = re.compile("|".join([*map(re.escape, names), "Traceback", "level=error"]))
+    wanted = re.compile("|".join([*map(re.escape, names), "Traceback", " ERROR ", " CRITICAL "]))
     lines: list[str] = []
     for process in fleet.all:
         if process.log.exists():

@@ -1,0 +1,34 @@
+"""Errors for requests that the store does not admit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from common.errors import InvalidInput, ResourceExhausted
+from common.state.records import timestamp_of
+from fleet.v1 import generation_pb2
+
+
+def check_admitted(reply: Sequence[Any], record: generation_pb2.RequestRecord) -> None:
+    """Raise InvalidInput or ResourceExhausted where the reply to a request's admission is a refusal."""
+    match reply[0]:
+        case b"late":
+            clock = timestamp_of(int(reply[1])).ToJsonString()
+            raise InvalidInput(
+                f"deadline {record.deadline.ToJsonString()} has passed: the fleet's clock reads {clock}",
+                field="deadline",
+            )
+        case b"crowded":
+            what = f"{int(reply[1])} requests for {record.model} are open, which is the bound"
+        case b"quota":
+            what = f"{record.caller} has {int(reply[1])} open requests, which is the bound"
+        case b"full":
+            what = f"{int(reply[1])} requests wait for {reply[3].decode()} of {record.model}, which is the bound"
+        case b"unmeasured":
+            what = f"{int(reply[1])} requests for {record.model} are open, and none has ended yet, so that the pace is unknown"
+        case b"busy":
+            what = f"{record.model} has {int(reply[1]) / 1_000:.1f} s of work before it, which is beyond the bound"
+        case _:
+            return
+    raise ResourceExhausted(what, retry_seconds=int(reply[2]) / 1_000 or None)

@@ -1,0 +1,53 @@
+"""The log lines of a request's states: one for each change, from the coordinator that made the change."""
+
+from __future__ import annotations
+
+from common.logs import get_logger
+from common.state.records import State, StateValue
+from fleet.v1 import generation_pb2
+from services.coordinator.outcome import Outcome
+
+_PROMPT = "prompt"
+
+_log = get_logger(__name__)
+
+
+def log_state(state: StateValue, **pairs: object) -> None:
+    """Log that a request is in a state from now on. The log context names the request."""
+    name = State.Name(state).removeprefix("REQUEST_STATE_")
+    if state == State.REQUEST_STATE_QUEUED:
+        _log.info("request accepted", state=name, **pairs)
+    elif state == State.REQUEST_STATE_RUNNING:
+        _log.info("request running", state=name, **pairs)
+    else:
+        _log.info("request finished", state=name, **pairs)
+
+
+def log_taken_over(epoch: int) -> None:
+    """Log that this coordinator continues a request of a coordinator that has died."""
+    _log.info("request taken over", epoch=epoch)
+
+
+def log_resumed(step: int) -> None:
+    """Log that a worker continues a request from a step checkpoint."""
+    _log.info("request resumed", step=step)
+
+
+def described(outcome: Outcome) -> dict[str, object]:
+    """Pairs that describe how a request ended.
+
+    The message of an error about the request's own input is left out: it may quote the prompt.
+    """
+    pairs: dict[str, object] = {"steps_saved": outcome.steps_saved or None}
+    if outcome.error is not None:
+        error = outcome.error
+        is_about_input = error.code == "INVALID_ARGUMENT"
+        pairs |= {"code": error.code, "field": error.field or None, "error": None if is_about_input else error.message}
+    return pairs
+
+
+def prompts_of(parameters: generation_pb2.GenerationParameters) -> dict[str, str]:
+    """The texts of a request that describe its result, by parameter."""
+    own = {"prompt": parameters.prompt, "negative_prompt": parameters.negative_prompt}
+    more = {name: value.string_value for name, value in parameters.params.items() if _PROMPT in name}
+    return {name: value for name, value in {**own, **more}.items() if value}

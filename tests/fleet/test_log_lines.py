@@ -1,0 +1,364 @@
+"""What a fleet logs: one line for each change of a request's state, with ids that need not be passed, and no prompt."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+from asyncio.subprocess import Process
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from common.artifacts import StepCheckpoint
+from common.errors import HandedOver, InvalidInput
+from common.logs import get_logger, setup_logging
+from common.rpc.client import open_channel
+from common.stage import Call
+from coordinator_fleet import SERVICES, FakeFleet, Gate, Script, Stub, latents_of, run_on_fleet, submission, terminal
+from fleet.v1 import generation_pb2 as pb
+from fleet.v1 import generation_pb2_grpc
+from redis_servers import running_server, until
+
+BESIDE = ("text_encoding", "latent_preparation", "decoding")
+CANARY = "a canary on a branch"
+TRACE_ID = "4bf92f3577b34da6a3ce929d0e0e4736"
+METADATA = (("traceparent", f"00-{TRACE_ID}-00f067aa0ba902b7-01"),)
+
+_log = get_logger("services.test")
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    with running_server("valkey") as server:
+        yield server.url
+
+
+class Lines:
+    """The records of this process, at DEBUG."""
+
+    def __init__(self) -> None:
+        self._stream = io.StringIO()
+        setup_logging("fleet", level="DEBUG", form="json", stream=self._stream)
+
+    @property
+    def text(self) -> str:
+        return self._stream.getvalue()
+
+    def all(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.text.splitlines()]
+
+    def states(self, name: str) -> list[str]:
+        """The states of a request, in the order of their lines, and what else changed it."""
+        return changes(self.all(), name)
+
+
+def changes(lines: list[dict[str, Any]], name: str) -> list[str]:
+    """Of the lines about one request, the state of each change; the event where it has no state."""
+    own = [line for line in lines if line.get("request_id") == name and line["event"].startswith("request ")]
+    assert {line["level"] for line in own} <= {"INFO"}
+    assert {line["model"] for line in own} <= {"emoji"}
+    return [line.get("state", line["event"]) for line in own]
+
+
+@pytest.fixture
+def lines() -> Lines:
+    return Lines()
+
+
+async def submitted(stub: Stub, **fields: Any) -> str:
+    return (await stub.Submit(submission(CANARY, **fields), metadata=METADATA)).request.request_id
+
+
+def test_each_state_of_a_request_is_one_line(url: str, lines: Lines) -> None:
+    """With two coordinators and four requests at a time; a replayed request is no change."""
+
+    async def story(fleet: FakeFleet) -> None:
+        await fleet.add_workers()
+        await fleet.add_workers()
+        stubs = [(await fleet.add_coordinator())[1] for _ in range(2)]
+        names = [await submitted(stubs[number % 2], idempotency_key=str(number)) for number in range(4)]
+        assert await submitted(stubs[1], idempotency_key="0") == names[0]
+        for name in names:
+            await terminal(stubs[0], name)
+
+        async def all_ended() -> bool:
+            return all(lines.states(name)[-1:] == ["SUCCEEDED"] for name in names)
+
+        await until(all_ended)
+        assert [lines.states(name) for name in names] == [["QUEUED", "RUNNING", "SUCCEEDED"]] * 4
+
+    run_on_fleet(url, story)
+    of_states = [line for line in lines.all() if "state" in line]
+    assert Counter(line["event"] for line in of_states) == {
+        "request accepted": 4,
+        "request running": 4,
+        "request finished": 4,
+    }
+    assert {line["trace_id"] for line in of_states} == {TRACE_ID}
+    assert all(line["seconds"] > 0 for line in of_states if line["event"] == "request finished")
+
+
+def test_failure_cancellation_and_expiry_are_one_line_each(url: str, lines: Lines) -> None:
+    async def story(fleet: FakeFleet) -> None:
+        gate = Gate()
+
+        def fail(_: Call) -> None:
+            raise ZeroDivisionError("a defect")
+
+        await fleet.add_workers(("text_encoding", "latent_preparation", "denoising"))
+        await fleet.add_worker("decoding", Script(fleet.scripts["decoding"].contract, fail))
+        _, stub = await fleet.add_coordinator()
+        failed = await submitted(stub)
+        await terminal(stub, failed)
+        fleet.scripts["denoising"].work = gate
+        cancelled = await submitted(stub)
+        await gate.wait_reached()
+        await stub.CancelRequest(pb.CancelRequestRequest(request_id=cancelled))
+        await terminal(stub, cancelled)
+        soon = submission(CANARY)
+        soon.deadline.GetCurrentTime()
+        soon.deadline.seconds += 1
+        expired = (await stub.Submit(soon)).request.request_id
+        await terminal(stub, expired)
+        for name, end in ((failed, "FAILED"), (cancelled, "CANCELLED"), (expired, "EXPIRED")):
+
+            async def has_ended(name: str = name, end: str = end) -> bool:
+                return lines.states(name)[-1:] == [end]
+
+            await until(has_ended)
+            assert lines.states(name) == ["QUEUED", "RUNNING", end]
+
+    run_on_fleet(url, story)
+    (line,) = [line for line in lines.all() if line.get("state") == "FAILED"]
+    assert (line["code"], line["error"]) == ("INTERNAL", "ZeroDivisionError: a defect")
+
+
+def test_a_request_that_never_ran_has_no_running_line(url: str, lines: Lines) -> None:
+    async def story(fleet: FakeFleet) -> None:
+        _, stub = await fleet.add_coordinator()
+        name = await submitted(stub)
+        await stub.CancelRequest(pb.CancelRequestRequest(request_id=name))
+        await terminal(stub, name)
+
+        async def has_ended() -> bool:
+            return lines.states(name) == ["QUEUED", "CANCELLED"]
+
+        await until(has_ended)
+
+    run_on_fleet(url, story)
+
+
+async def _rest(process: Process) -> list[dict[str, Any]]:
+    assert process.stderr is not None
+    return [json.loads(line) for line in (await process.stderr.read()).splitlines()]
+
+
+def test_a_taken_over_request_has_each_line_once_in_two_processes(url: str, lines: Lines) -> None:
+    async def story(fleet: FakeFleet) -> None:
+        gate = Gate()
+        fleet.scripts["denoising"].work = gate
+        await fleet.add_workers()
+        listen = f"unix:{fleet.directory}/c.sock"
+        process = await fleet.start_process(listen, "--log-level", "INFO", "--log-format", "json")
+        async with open_channel(listen) as channel:
+            stub: Stub = generation_pb2_grpc.GenerationServiceStub(channel)
+            name = await submitted(stub)
+            await gate.wait_reached()
+
+            async def is_running() -> bool:
+                record = (await stub.GetRequest(pb.GetRequestRequest(request_id=name))).request
+                return record.state == pb.REQUEST_STATE_RUNNING
+
+            await until(is_running)
+            await asyncio.sleep(0.5)  # for the line, which follows the write
+        process.kill()
+        _, other = await fleet.add_coordinator(heartbeat_ttl_seconds=0.5)
+
+        async def is_taken_over() -> bool:
+            return bool(lines.states(name))
+
+        await until(is_taken_over)
+        gate.opened.set()
+        await terminal(other, name)
+
+        async def has_ended() -> bool:
+            return lines.states(name)[-1:] == ["SUCCEEDED"]
+
+        await until(has_ended)
+        assert changes(await _rest(process), name) == ["QUEUED", "RUNNING"]
+        assert lines.states(name) == ["request taken over", "SUCCEEDED"]
+        (taken,) = [line for line in lines.all() if line["event"] == "request taken over"]
+        assert (taken["epoch"], taken["trace_id"]) == (2, TRACE_ID)
+
+    run_on_fleet(url, story)
+
+
+def test_a_request_that_cannot_be_continued_ends_in_one_line(url: str, lines: Lines) -> None:
+    """Its result was streamed by a coordinator that is gone."""
+
+    async def story(fleet: FakeFleet) -> None:
+        gate = Gate()
+        fleet.scripts["denoising"].work = gate
+        await fleet.add_workers()
+        listen = f"unix:{fleet.directory}/c.sock"
+        process = await fleet.start_process(listen)
+        async with open_channel(listen) as channel:
+            stub: Stub = generation_pb2_grpc.GenerationServiceStub(channel)
+            request = submission(CANARY)
+            request.parameters.output_format = pb.OUTPUT_FORMAT_SAFETENSORS
+            replies = aiter(stub.Generate(pb.GenerateRequest(request=request), metadata=METADATA))
+            name = (await anext(replies)).accepted.request_id
+            await gate.wait_reached()
+            process.kill()
+            await process.wait()
+        await fleet.add_coordinator(heartbeat_ttl_seconds=0.5)
+
+        async def has_ended() -> bool:
+            return lines.states(name)[-1:] == ["FAILED"]
+
+        await until(has_ended)
+        assert lines.states(name) == ["request taken over", "FAILED"]
+        assert {line["trace_id"] for line in lines.all() if line.get("request_id") == name} == {TRACE_ID}
+
+    run_on_fleet(url, story)
+
+
+class HandsOver:
+    """A loop that sends a checkpoint of step 3 and hands the call over, and ends when it is called again."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, call: Call) -> None:
+        self.calls += 1
+        if self.calls == 1:
+            call.checkpoint(StepCheckpoint(step=3, latents=latents_of(torch.zeros(1, 4))))
+            raise HandedOver("handed over after 3 steps")
+
+
+def test_a_resumed_request_names_step_stage_and_attempt(url: str, lines: Lines) -> None:
+    async def story(fleet: FakeFleet) -> None:
+        await fleet.add_workers(BESIDE)
+        script = Script(fleet.scripts["denoising"].contract, HandsOver())
+        for _ in range(2):
+            await fleet.add_worker("denoising", script, numerics="abc123")
+        _, stub = await fleet.add_coordinator()
+        name = await submitted(stub)
+        await terminal(stub, name)
+
+        async def has_ended() -> bool:
+            return lines.states(name)[-1:] == ["SUCCEEDED"]
+
+        await until(has_ended)
+        assert lines.states(name) == ["QUEUED", "RUNNING", "request resumed", "SUCCEEDED"]
+
+    run_on_fleet(url, story)
+    (line,) = [line for line in lines.all() if line["event"] == "request resumed"]
+    assert (line["step"], line["stage"], line["attempt"]) == (3, "denoising", 2)
+    (line,) = [line for line in lines.all() if line["event"] == "attempt handed over"]
+    assert (line["stage"], line["attempt"]) == ("denoising", 1)
+
+
+def test_lines_of_interleaved_requests_name_their_own_request(url: str, lines: Lines) -> None:
+    """On the worker too, whose stages log on the device's thread, and on its event loop when a call fails."""
+
+    async def story(fleet: FakeFleet) -> None:
+        names: list[str] = []
+
+        def work(call: Call) -> None:
+            _log.info("stage works", of=call.request_id)
+            if names.index(call.request_id) % 2:
+                raise ZeroDivisionError(call.request_id)
+
+        for _ in range(2):
+            for service in SERVICES:
+                contract = fleet.scripts[service].contract
+                await fleet.add_worker(service, Script(contract, work) if service == "decoding" else None, capacity=2)
+        gate = Gate()
+        fleet.scripts["denoising"].work = gate
+        _, stub = await fleet.add_coordinator()
+        names.extend([await submitted(stub) for _ in range(4)])
+        await gate.wait_reached()
+        gate.opened.set()
+        for name in names:
+            await terminal(stub, name)
+
+    run_on_fleet(url, story)
+    works = [line for line in lines.all() if line["event"] == "stage works"]
+    assert len(works) == 4
+    for line in works:
+        assert line["request_id"] == line["of"]
+        assert (line["trace_id"], line["model"], line["stage"]) == (TRACE_ID, "emoji", "decoding")
+        assert line["attempt"] == 1
+    failed = [line for line in lines.all() if line["event"] == "call failed by a defect"]
+    assert len(failed) == 2
+    for line in failed:
+        assert line["exception"].endswith(f"ZeroDivisionError: {line['request_id']}")
+    attempts = [line for line in lines.all() if line["event"] == "attempt started"]
+    assert Counter(line["stage"] for line in attempts) == dict.fromkeys(SERVICES, 4)
+    quiet = [line for line in lines.all() if line["event"] == "coordinator is in the request store"]
+    assert "request_id" not in quiet[0]
+
+
+@pytest.mark.parametrize("log_prompts", [False, True])
+def test_a_prompt_is_logged_at_acceptance_alone_and_if_a_setting_says_so(
+    url: str, lines: Lines, *, log_prompts: bool
+) -> None:
+    async def story(fleet: FakeFleet) -> None:
+        await fleet.add_workers()
+        _, stub = await fleet.add_coordinator(log_prompts=log_prompts)
+        request = submission(CANARY)
+        request.parameters.negative_prompt = f"not {CANARY}"
+        request.parameters.true_cfg_scale = 2.0
+        name = (await stub.Submit(request)).request.request_id
+        await terminal(stub, name)
+
+    run_on_fleet(url, story)
+    (accepted,) = [line for line in lines.all() if line["event"] == "request accepted"]
+    if log_prompts:
+        assert (accepted["prompt"], accepted["negative_prompt"]) == (CANARY, f"not {CANARY}")
+        assert lines.text.count("canary") == 2
+    else:
+        assert "prompt" not in accepted
+        assert "canary" not in lines.text
+
+
+@pytest.mark.parametrize("kind", [ValueError, InvalidInput])
+def test_a_prompt_in_an_error_is_not_logged(url: str, lines: Lines, kind: type[Exception]) -> None:
+    """An error about the input may quote a part of the prompt, and a defect's message and traceback all of it."""
+
+    async def story(fleet: FakeFleet) -> None:
+        def quote(_: Call) -> None:
+            raise kind(f"cannot read {CANARY}" if kind is ValueError else f"cannot read {CANARY[2:]}")
+
+        await fleet.add_workers(("latent_preparation", "denoising", "decoding"))
+        await fleet.add_worker("text_encoding", Script(fleet.scripts["text_encoding"].contract, quote))
+        _, stub = await fleet.add_coordinator()
+        await terminal(stub, await submitted(stub))
+
+    run_on_fleet(url, story)
+    (line,) = [line for line in lines.all() if line.get("state") == "FAILED"]
+    assert line["code"] == ("INTERNAL" if kind is ValueError else "INVALID_ARGUMENT")
+    if kind is ValueError:
+        assert line["error"] == "ValueError: cannot read [hidden]"
+        (failed,) = [line for line in lines.all() if line["event"] == "call failed by a defect"]
+        assert failed["exception"].endswith("ValueError: cannot read [hidden]")
+    assert "canary" not in lines.text
+
+
+def test_an_id_that_a_client_sends_is_not_the_id_of_its_lines(url: str, lines: Lines) -> None:
+    """Only workers believe it: coordinators call them."""
+
+    async def story(fleet: FakeFleet) -> None:
+        await fleet.add_workers()
+        _, stub = await fleet.add_coordinator()
+        reply = await stub.Submit(submission(), metadata=(("fleet-request-id", "forged"), ("fleet-attempt", "7")))
+        await terminal(stub, reply.request.request_id)
+
+    run_on_fleet(url, story)
+    assert "forged" not in lines.text
+    assert '"attempt": 7' not in lines.text
