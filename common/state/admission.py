@@ -26,7 +26,7 @@ def check_admitted(reply: Sequence[Any], record: generation_pb2.RequestRecord) -
         case b"full":
             what = f"{int(reply[1])} requests wait for {reply[3].decode()} of {record.model}, which is the bound"
         case b"unmeasured":
-            what = f"{int(reply[1])} requests for {record.model} are open, and none has ended yet, so that the pace is unknown"
+            what = f"{int(reply[1])} requests for {record.model} are open, none has ended yet and the pace is unknown"
         case b"busy":
             what = f"{record.model} has {int(reply[1]) / 1_000:.1f} s of work before it, which is beyond the bound"
         case _:
