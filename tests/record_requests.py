@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from chaos_processes import COORDINATOR, QUICK_COORDINATOR, Fleet, credentials
+from redis.asyncio import Redis
 
 from coarse_pictures import coarse_image, png
 from common.rpc.client import open_channel
@@ -38,7 +39,8 @@ _LARGEST_STREAM = 16_000
 """Bytes of a streamed result beyond which a request fails."""
 _STEP_SECONDS = 0.1
 _LONG_STEPS = 300
-_BLOCK_STEPS = 40
+_BLOCKS, _BLOCK_STEPS = 3, 40
+_UNUSED = {(CAUSAL, "image_encoding")}
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ def asked() -> dict[str, Asked]:
         "cancelled": Asked(PRESS, IDLE, _FRAME),
         "expired": Asked(STUDIO, IDLE, _FRAME),
         "queued": Asked(STUDIO, IDLE, {**_FRAME, "num_inference_steps": 4}, image, KEYS["queued"]),
-        "streaming": Asked(PRESS, CAUSAL, {**_STREAM, "num_frames": 13, "params": _timesteps()}),
+        "streaming": Asked(PRESS, CAUSAL, {**_STREAM, "num_frames": 8 * _BLOCKS - 3, "params": _timesteps()}),
         "running": Asked(STUDIO, VIDEO, {**_FRAME, "num_inference_steps": _LONG_STEPS}),
     }
 
@@ -167,13 +169,19 @@ async def record_requests(tree: Path, directory: Path, dump: Path) -> None:
 
         async def is_forgotten() -> bool:
             """Whether every heartbeat has run out."""
-            return not await command(redis, "KEYS", "fleet:coordinator:*") + await command(redis, "KEYS", "fleet:worker:*")
+            beats = [await command(redis, "KEYS", f"fleet:{kind}:*") for kind in ("coordinator", "worker")]
+            return not any(beats)
 
         await until(is_forgotten)
-        open_ones = {name for name, each in recorder.ids.items() if await command(redis, "HGET", f"fleet:request:{each}", "submission")}
-        assert open_ones == {"queued", "running", "streaming"}, open_ones
-        assert await command(redis, "EXISTS", *await command(redis, "KEYS", f"fleet:checkpoint:{recorder.ids['running']}:*"))
+        await _check(redis, recorder.ids)
         await dump_store(redis, recorder.ids, dump)
 
 
-_UNUSED = {(CAUSAL, "image_encoding")}
+async def _check(redis: Redis, ids: Mapping[str, str]) -> None:
+    """Assert that the open requests were killed where they should be."""
+    states = {name: int(await command(redis, "HGET", f"fleet:request:{each}", "state")) for name, each in ids.items()}
+    assert states["queued"] == pb.REQUEST_STATE_QUEUED, states
+    assert states["running"] == states["streaming"] == pb.REQUEST_STATE_RUNNING, states
+    assert int(await command(redis, "HGET", f"fleet:request:{ids['running']}", "reached")) < _LONG_STEPS
+    items = await command(redis, "KEYS", f"fleet:item:{ids['streaming']}:*")
+    assert 0 < len(items) < _BLOCKS, items
