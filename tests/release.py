@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from common.state.connection import script_call
+from common.state.connection import Arguments, Word, script_call
 
 VERSION = "0.1.0"
 GOLDEN = Path(__file__).parent / "golden" / f"v{VERSION}"
@@ -70,9 +70,15 @@ def release_script() -> str:
     return "\n".join((LUA / f"{name}.lua").read_text(encoding="utf-8") for name in facts()["script_files"])
 
 
-def release_call(operation: str, arguments: dict[str, Any]) -> list[Any]:
+@cache
+def release_sha() -> str:
+    """The name under which a server keeps the release's script."""
+    return hashlib.sha1(release_script().encode(), usedforsecurity=False).hexdigest()
+
+
+def release_call(operation: str, arguments: Arguments) -> list[Word]:
     """The command that runs an operation of the release's script, which takes NAME VALUE pairs as the present one."""
-    return ["EVAL", release_script(), 0, *script_call(operation, arguments)[3:]]
+    return ["EVALSHA", release_sha(), *script_call(operation, arguments)[2:]]
 
 
 def script_calls_of(tree: Path) -> ModuleType:
