@@ -165,7 +165,9 @@ class Mixed:
             return
         request.ticket = request.ticket or f"{request.id}/{coordinator.name}/{self.numbers['t']}"
         self.numbers["t"] += 1
-        reply = self.run(coordinator.version, "claim", coordinator.version.calls.claim(request.ticket, coordinator.name))
+        reply = self.run(
+            coordinator.version, "claim", coordinator.version.calls.claim(request.ticket, coordinator.name)
+        )
         if reply[0] == b"granted":
             request.worker = reply[1].decode()
         else:
@@ -288,7 +290,10 @@ def versions(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Version]:
 
 @pytest.fixture(scope="module", params=sorted(server_binaries()))
 def redis(request: pytest.FixtureRequest) -> Iterator[Any]:
-    with running_server(request.param, "--appendonly", "no") as server, Redis.from_url(server.url, protocol=2) as client:
+    with (
+        running_server(request.param, "--appendonly", "no") as server,
+        Redis.from_url(server.url, protocol=2) as client,
+    ):
         for source in (release_script(), script_source()):
             client.script_load(source)
         yield client

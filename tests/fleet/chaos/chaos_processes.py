@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from chaos_links import Link
 from warm_starter import TREE, WarmStarter
 
-from redis_servers import RedisServer, server_binaries
+from redis_servers import RedisServer, server_binaries, until
 
 SERVICES = ("text_encoding", "latent_preparation", "denoising", "decoding")
 _LARGEST_SKEW_SECONDS = 7_200.0
@@ -255,6 +255,21 @@ class Fleet:
         """Whether every role has as many processes as it should."""
         roles = [process.role for process in self.living if not process.is_ending]
         return sorted(roles) == sorted(self.roles) and not self._tasks
+
+    async def replace(self, process: Process, tree: Path) -> Process:
+        """End a process gracefully; returns that of its role which replaces it and runs `tree`, once it listens."""
+        self.tree = tree
+        before = len(self.all)
+        self.signal(process, signal.SIGTERM)
+        await process.ended.wait()
+        await until(self.is_complete)
+        (successor,) = (each for each in self.all[before:] if each.role == process.role)
+
+        async def listens() -> bool:
+            return successor.socket.exists() or successor.ended.is_set()
+
+        await until(listens)
+        return successor
 
     async def stop(self, seconds: float = 30.0) -> None:
         """End everything gracefully, coordinators first; what does not end is a finding, and killed."""
