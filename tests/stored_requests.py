@@ -101,9 +101,9 @@ async def dump_store(redis: Redis, requests: Mapping[str, str], directory: Path)
         owner = next((name for name, each in requests.items() if each in key.decode() or each == value), STORE)
         entry = {"type": kind, "ttl_ms": await command(redis, "PTTL", key), "value": value}
         found[owner][key.decode()] = entry
-    directory.mkdir(parents=True, exist_ok=True)
+    clock_ms = await _clock(redis)
     for name, keys in found.items():
-        head = {_REQUEST_ID: requests[name]} if name in requests else {"clock_ms": await _clock(redis)}
+        head = {_REQUEST_ID: requests[name]} if name in requests else {"clock_ms": clock_ms}
         (directory / f"{name}.json").write_text(json.dumps({**head, "keys": keys}, indent=1, ensure_ascii=False) + "\n")
 
 

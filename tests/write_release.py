@@ -93,6 +93,7 @@ def write_release(tag: str) -> None:
         found = {"commit": commit, "files_sha256": digest, "script_files": _script_files(tree)}
         release.FACTS.write_text(json.dumps(found, indent=2) + "\n")
         build_image(tree / "proto", release.PROTOS)
+        release.REQUESTS.mkdir(exist_ok=True)
         asyncio.run(record_requests(tree, Path(directory), release.REQUESTS))
 
 

@@ -243,7 +243,7 @@ def test_a_step_checkpoint_of_the_release_is_of_use_to_equal_numerics_only(serve
 
 def pixels(data: bytes) -> torch.Tensor:
     """The frames of an MP4: (frames, height, width, 3), in 0 to 255."""
-    with av.open(io.BytesIO(data)) as video:
+    with av.open(io.BytesIO(data), mode="r") as video:
         frames = [torch.from_numpy(frame.to_ndarray(format="rgb24")) for frame in video.decode(video=0)]
     return torch.stack(frames).float()
 

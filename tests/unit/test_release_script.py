@@ -14,11 +14,11 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-import script_calls
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from redis import Redis
 
+import script_calls
 from common.state.connection import script_call, script_source
 from redis_servers import running_server, server_binaries, wait_until
 from release import release_call, release_script, script_calls_of, unpack_release
