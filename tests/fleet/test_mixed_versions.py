@@ -68,7 +68,7 @@ def test_each_pair_of_versions_finishes_a_request() -> None:
         assert {name for name, image in images.items() if image != images["old, old workers"]} == set()
 
     async def main() -> None:
-        async with asyncio.timeout(150), AsyncExitStack() as stack:
+        async with asyncio.timeout(300), AsyncExitStack() as stack:
             await story(stack)
 
     asyncio.run(main())
