@@ -18,7 +18,7 @@ from typing import Any
 import av
 import pytest
 import torch
-from chaos_processes import credentials
+from chaos_processes import credentials, write_keys
 from redis.asyncio import Redis
 
 from common.rpc.client import open_channel
@@ -118,9 +118,8 @@ def run_on_coordinator(
 
     async def story(stack: AsyncExitStack) -> None:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fleet-")))
-        digests = {name: hashlib.sha256(f"key-of-{name}".encode()).hexdigest() for name in (STUDIO, PRESS)}
         keys = directory / "keys.toml"
-        keys.write_text("".join(f'[callers.{name}]\nkey_sha256 = ["{digest}"]\n' for name, digest in digests.items()))
+        write_keys(keys, (STUDIO, PRESS))
         listen = f"unix:{directory}/coordinator.sock"
         channel = await stack.enter_async_context(open_channel(listen))
         stub = generation_pb2_grpc.GenerationServiceStub(channel)

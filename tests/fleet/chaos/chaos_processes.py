@@ -46,7 +46,8 @@ def credentials(caller: str) -> tuple[tuple[str, str]]:
     return (("authorization", f"Bearer key-of-{caller}"),)
 
 
-def _write_keys(path: Path, callers: Sequence[str]) -> None:
+def write_keys(path: Path, callers: Sequence[str]) -> None:
+    """Write the key of each caller, as credentials() sends it, for the setting `api_keys`."""
     digests = {name: hashlib.sha256(f"key-of-{name}".encode()).hexdigest() for name in callers}
     path.write_text("".join(f'[callers.{name}]\nkey_sha256 = ["{digest}"]\n' for name, digest in digests.items()))
 
@@ -146,7 +147,7 @@ class Fleet:
     async def start(self) -> None:
         """Start everything; returns once every process has been forked."""
         if self._callers:
-            _write_keys(self._keys, self._callers)
+            write_keys(self._keys, self._callers)
         await asyncio.to_thread(self.server.start)
         await asyncio.gather(*(starter.start(self._references()) for starter in self._starters.values()))
         await asyncio.gather(*(self._spawn(role) for role in self.roles))
