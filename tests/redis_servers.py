@@ -97,6 +97,14 @@ async def until(ask: Callable[[], Awaitable[bool]]) -> None:
         await asyncio.sleep(0.002)
 
 
+def wait_until(ask: Callable[[], bool], seconds: float = 3.0) -> None:
+    """The same for a client that blocks. Raises AssertionError after so many seconds."""
+    deadline = time.monotonic() + seconds
+    while not ask():
+        assert time.monotonic() < deadline, f"{ask.__qualname__} is false after {seconds:g} s"
+        time.sleep(0.002)
+
+
 async def fill(redis: Redis, size: int) -> int:
     """Bring the memory that the server uses to `size` bytes, with bytes that are not the fleet's; returns those in use.
 

@@ -150,13 +150,14 @@ async def served(family: Family) -> AsyncIterator[Served]:
         for coordinator in fleet.of(coordinators=True):
             channel = await stack.enter_async_context(open_channel(coordinator.target))
             stubs.append(generation_pb2_grpc.GenerationServiceStub(channel))
-            await until(partial(_is_complete, stubs[-1], fleet.workers))
+            await until(partial(is_complete, stubs[-1], fleet.workers))
         yield Served(fleet, redis, family, stubs)
         await fleet.stop()
         assert not fleet.findings
 
 
-async def _is_complete(stub: Stub, workers: Mapping[str, int]) -> bool:
+async def is_complete(stub: Stub, workers: Mapping[str, int]) -> bool:
+    """Whether a coordinator knows all workers that should be there."""
     (model,) = (await stub.ListModels(pb.ListModelsRequest(), wait_for_ready=True)).models
     return {each.service: each.workers for each in model.services} == workers
 

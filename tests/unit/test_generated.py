@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import tomllib
 from pathlib import Path
 
-import stubs
+import pytest
 
-BASELINE = stubs.ROOT / "tests" / "golden" / "fleet-v1.binpb"
+import stubs
+from release import PROTOS
+
+FIRST = stubs.ROOT / "tests" / "golden" / "fleet-v1.binpb"
+"""Protos of before the first release."""
+BASELINES = {"first": FIRST, "release": PROTOS}
 
 
 def _files(folder: Path) -> dict[str, bytes]:
@@ -42,21 +48,28 @@ def test_stubs_are_those_of_the_protos(tmp_path: Path) -> None:
     assert not stale, f"run `poe stubs`: {stale}"
 
 
-def test_the_contract_has_not_been_broken() -> None:
-    result = _buf("breaking", stubs.PROTO, "--against", BASELINE)
+@pytest.mark.parametrize("baseline", BASELINES.values(), ids=BASELINES)
+def test_the_contract_has_not_been_broken(baseline: Path) -> None:
+    result = _buf("breaking", stubs.PROTO, "--against", baseline)
     assert result.returncode == 0, result.stdout
+
+
+def test_lint_compares_with_the_latest_release() -> None:
+    tasks = tomllib.loads((stubs.ROOT / "pyproject.toml").read_text())["tool"]["poe"]["tasks"]
+    against = [path for path in BASELINES.values() if str(path.relative_to(stubs.ROOT)) in str(tasks["lint"])]
+    assert against == list(BASELINES.values())
 
 
 def test_removing_a_field_is_a_break(tmp_path: Path) -> None:
     proto = _edited(tmp_path, "string request_id = 1;", "string request_key = 1;")
-    result = _buf("breaking", proto, "--against", BASELINE)
+    result = _buf("breaking", proto, "--against", PROTOS)
     assert result.returncode != 0
     assert "request_id" in result.stdout
 
 
 def test_adding_a_field_is_none(tmp_path: Path) -> None:
     new = "string request_id = 1;\n  // New.\n  string added_later = 1000;"
-    result = _buf("breaking", _edited(tmp_path, "string request_id = 1;", new), "--against", BASELINE)
+    result = _buf("breaking", _edited(tmp_path, "string request_id = 1;", new), "--against", PROTOS)
     assert result.returncode == 0, result.stdout
 
 

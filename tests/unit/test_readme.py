@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
 
 from readme import ROOT, code_blocks
+from release import VERSION as RELEASED
 
-DOCUMENTS = ("README.md", "k8s/README.md", "services/README.md", "models/checkpoints/emoji/README.md")
+DOCUMENTS = ("README.md", "CHANGELOG.md", "k8s/README.md", "services/README.md", "models/checkpoints/emoji/README.md")
+
+CHANGES = {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
+"""The kinds of changes of Keep a Changelog."""
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
@@ -45,6 +50,17 @@ def test_the_tree_names_what_is_there() -> None:
     missing = [path for path in named if not ((ROOT / path).exists() or (ROOT / path).with_suffix(".py").exists())]
     assert len(named) > 20
     assert not missing
+
+
+def test_the_changelog_has_the_version_of_the_package_and_its_release() -> None:
+    text = (ROOT / "CHANGELOG.md").read_text()
+    versions = re.findall(r"^## \[(.+?)\]", text, re.MULTILINE)
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert versions[:2] == ["Unreleased", RELEASED]
+    assert version in versions
+    assert re.search(rf"^## \[{re.escape(RELEASED)}\] - \d{{4}}-\d\d-\d\d$", text, re.MULTILINE)
+    assert set(re.findall(r"^### (.+)$", text, re.MULTILINE)) <= CHANGES
+    assert text.count("\n") <= 60
 
 
 def test_every_bench_is_described() -> None:

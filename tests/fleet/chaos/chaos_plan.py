@@ -52,7 +52,7 @@ _MANNERS: Mapping[Manner, int] = MappingProxyType(
 )
 
 
-_INNOCENT = (Manner.SUBMIT, Manner.KEYED, Manner.TWICE, Manner.GENERATE)
+INNOCENT = (Manner.SUBMIT, Manner.KEYED, Manner.TWICE, Manner.GENERATE)
 
 
 class Kind(Enum):
@@ -214,18 +214,23 @@ def make_churn_plan(
     rng = random.Random(seed)
     kill = set(rng.sample(range(requests), poison))
     orders = [
-        Order(
-            number=number,
-            caller=rng.choice(CALLERS),
-            picture=rng.choice(LARGE_PICTURES),
-            manner=Manner.POISON if number in kill else rng.choice(_INNOCENT),
-            priority=0,
-            deadline_seconds=None,
-            at_step=0,
-        )
+        make_order(number, rng, LARGE_PICTURES, (Manner.POISON,) if number in kill else INNOCENT)
         for number in range(requests)
     ]
     return Plan(seed, clients, orders, (), longest_seconds, LARGE_PICTURES, is_churn=True, death_seconds=death_seconds)
+
+
+def make_order(number: int, rng: random.Random, pictures: Sequence[Picture], manners: Sequence[Manner]) -> Order:
+    """Draw an order without a deadline and without a priority."""
+    return Order(
+        number=number,
+        caller=rng.choice(CALLERS),
+        picture=rng.choice(pictures),
+        manner=rng.choice(manners),
+        priority=0,
+        deadline_seconds=None,
+        at_step=0,
+    )
 
 
 def _order(number: int, rng: random.Random) -> Order:

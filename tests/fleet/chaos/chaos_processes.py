@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from chaos_links import Link
-from warm_starter import WarmStarter
+from warm_starter import TREE, WarmStarter
 
-from redis_servers import RedisServer, server_binaries
+from redis_servers import RedisServer, server_binaries, until
 
 SERVICES = ("text_encoding", "latent_preparation", "denoising", "decoding")
 _LARGEST_SKEW_SECONDS = 7_200.0
 _IDLE_SECONDS = 2.0
+_KILLED_SECONDS = 10.0
 _OWNER = re.compile(r"coordinator-[0-9a-f]{12}")
 
 # Quick heartbeats, as a take-over waits for a few.
@@ -45,7 +46,8 @@ def credentials(caller: str) -> tuple[tuple[str, str]]:
     return (("authorization", f"Bearer key-of-{caller}"),)
 
 
-def _write_keys(path: Path, callers: Sequence[str]) -> None:
+def write_keys(path: Path, callers: Sequence[str]) -> None:
+    """Write the key of each caller, as credentials() sends it, for the setting `api_keys`."""
     digests = {name: hashlib.sha256(f"key-of-{name}".encode()).hexdigest() for name in callers}
     path.write_text("".join(f'[callers.{name}]\nkey_sha256 = ["{digest}"]\n' for name, digest in digests.items()))
 
@@ -64,12 +66,14 @@ COORDINATOR = Role("coordinator")
 class Process:
     """A process of the fleet. `store` is its way to Redis, `access` that of coordinators to it, if it is a worker.
 
+    `tree` is the source tree that it runs.
     It `left_early` when it was told to leave before it listened: nobody can have lost anything then, and where it had
     not come to its signal handlers yet, SIGTERM ends it as it ends any process.
     """
 
     name: str
     role: Role
+    tree: Path
     log: Path
     socket: Path
     store: Link
@@ -98,6 +102,7 @@ class Fleet:
 
     There are so many `workers` of each of the `services`, and `denoisers` where that is set. With `callers`, its
     coordinators serve only them; without, anybody. The words are the settings of coordinators and workers.
+    A process runs one of the source `trees`: that which `tree` is when the process starts, at first the first one.
     """
 
     def __init__(
@@ -113,6 +118,7 @@ class Fleet:
         callers: Sequence[str] = (),
         coordinator_words: Sequence[str] = QUICK_COORDINATOR,
         worker_words: Callable[[str], Sequence[str]] = quick_worker,
+        trees: Sequence[Path] = (TREE,),
     ) -> None:
         self.models = models
         self.server = RedisServer(server_binaries()["valkey"])
@@ -128,7 +134,8 @@ class Fleet:
         self.workers = dict.fromkeys(services, workers) | {"denoising": denoisers or workers}
         roles = [Role(service, model) for model in models for service in services]
         self.roles = [COORDINATOR] * coordinators + [role for role in roles for _ in range(self.workers[role.program])]
-        self._starter = WarmStarter()
+        self.tree = trees[0]
+        self._starters = {tree: WarmStarter(tree) for tree in trees}
         self._tasks: set[asyncio.Task[None]] = set()
         self._closing = False
         self._began = time.monotonic()
@@ -140,9 +147,9 @@ class Fleet:
     async def start(self) -> None:
         """Start everything; returns once every process has been forked."""
         if self._callers:
-            _write_keys(self._keys, self._callers)
+            write_keys(self._keys, self._callers)
         await asyncio.to_thread(self.server.start)
-        await self._starter.start(self._references())
+        await asyncio.gather(*(starter.start(self._references()) for starter in self._starters.values()))
         await asyncio.gather(*(self._spawn(role) for role in self.roles))
 
     @property
@@ -162,13 +169,15 @@ class Fleet:
         name = f"{number}-{role.program}" + (f"-{role.model}" if role.model else "")
         socket = self.directory / f"{number}.sock"
         access = Link(socket) if role.model else None
-        process = Process(name, role, self.directory / f"{name}.log", socket, Link(self.server.socket), access)
+        log, tree = self.directory / f"{name}.log", self.tree
+        process = Process(name, role, tree, log, socket, Link(self.server.socket), access)
         self.all.append(process)
         await process.store.start()
         if access is not None:
             await access.start()
         skew = self._skews.uniform(-_LARGEST_SKEW_SECONDS, _LARGEST_SKEW_SECONDS)
-        forked = await self._starter.fork(role.program, self._arguments(process), process.log, skew=round(skew, 3))
+        starter = self._starters[tree]
+        forked = await starter.fork(role.program, self._arguments(process), process.log, skew=round(skew, 3))
         process.pid = forked.pid
         self.living.append(process)
         forked.ended.add_done_callback(lambda ended: self._ended(process, ended.result()))
@@ -248,6 +257,21 @@ class Fleet:
         roles = [process.role for process in self.living if not process.is_ending]
         return sorted(roles) == sorted(self.roles) and not self._tasks
 
+    async def replace(self, process: Process, tree: Path) -> Process:
+        """End a process gracefully; returns that of its role which replaces it and runs `tree`, once it listens."""
+        self.tree = tree
+        before = len(self.all)
+        self.signal(process, signal.SIGTERM)
+        await process.ended.wait()
+        await until(self.is_complete)
+        (successor,) = (each for each in self.all[before:] if each.role == process.role)
+
+        async def listens() -> bool:
+            return successor.socket.exists() or successor.ended.is_set()
+
+        await until(listens)
+        return successor
+
     async def stop(self, seconds: float = 30.0) -> None:
         """End everything gracefully, coordinators first; what does not end is a finding, and killed."""
         self._closing = True
@@ -261,6 +285,14 @@ class Fleet:
             self.findings.append(f"{process.name} did not end within {seconds:g} s of SIGTERM; see {process.log}")
             self.signal(process, signal.SIGKILL)
         await self._wait_ended(self.living, seconds)
+
+    async def kill(self) -> None:
+        """SIGKILL every process, and start none again; the store stays."""
+        self._closing = True
+        killed = list(self.living)
+        for process in killed:
+            self.signal(process, signal.SIGKILL)
+        await self._wait_ended(killed, _KILLED_SECONDS)
 
     async def _wait_ended(self, processes: Sequence[Process], seconds: float) -> None:
         waits = [asyncio.ensure_future(process.ended.wait()) for process in processes]
@@ -277,5 +309,6 @@ class Fleet:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         for process in self.all:
             await self._close_links(process)
-        await self._starter.close()
+        for starter in self._starters.values():
+            await starter.close()
         self.server.remove()

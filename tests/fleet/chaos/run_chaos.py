@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import gc
 import secrets
 import shutil
 import sys
@@ -32,193 +31,70 @@ from pathlib import Path
 TESTS = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(TESTS), str(TESTS.parent), str(TESTS.parent / "proto"), str(Path(__file__).parent)]
 
-import grpc  # noqa: E402
 import psutil  # noqa: E402
-import torch  # noqa: E402
-from chaos_checks import (  # noqa: E402
-    Baseline,
-    Stored,
-    check_files,
-    check_logs,
-    check_requests,
-    lines_about,
-    read_store,
-    settled,
-)
+from chaos_checks import Baseline, check_logs  # noqa: E402
 from chaos_churn import Churn  # noqa: E402
-from chaos_clients import Channels, Client, Pulse, Stub, Wrong, download  # noqa: E402
 from chaos_faults import Chaos  # noqa: E402
-from chaos_plan import CALLERS, CAUSAL, FLUX, WAN, Manner, Picture, Plan, make_churn_plan, make_plan  # noqa: E402
-from chaos_processes import Fleet, credentials  # noqa: E402
+from chaos_plan import CALLERS, Manner, Plan, make_churn_plan, make_plan  # noqa: E402
+from chaos_processes import Fleet  # noqa: E402
 from chaos_report import Report  # noqa: E402
+from chaos_run import SILENT_SECONDS, FleetRun, References, build_models, make_references  # noqa: E402
 from redis.asyncio import Redis  # noqa: E402
 
 from common.state.connection import connect  # noqa: E402
-from fleet.v1 import generation_pb2 as pb  # noqa: E402
-from local_fleet import open_fleet  # noqa: E402
 from redis_servers import until  # noqa: E402
-from tiny_flux import build_tiny_flux  # noqa: E402
-from tiny_wan import build_tiny_wan, build_tiny_wan_causal  # noqa: E402
 
 COORDINATORS, WORKERS = 3, 2
 CHURN_COORDINATORS, CHURN_WORKERS, CHURN_DENOISERS = 2, 1, 2
 _ON_CPU = ("--device", "cpu", "--threads", "1")  # where and how it computes; all else is at its defaults
-_SILENT_SECONDS = 60.0  # after which a run without any event is given up
-
-References = Mapping[Picture, Sequence[bytes]]
 
 
-def build_models(directory: Path, plan: Plan) -> dict[str, Path]:
-    """The checkpoints that are served, by name."""
-    build = {FLUX: build_tiny_flux, WAN: build_tiny_wan, CAUSAL: build_tiny_wan_causal}
-    return {name: build[name](directory / name) for name in dict.fromkeys(each.model for each in plan.pictures)}
-
-
-def make_references(models: Mapping[str, Path], pictures: Sequence[Picture]) -> References:
-    """What each picture's files are, computed in this process by the same stages, with as many threads as there."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    references: dict[Picture, Sequence[bytes]] = {}
-    for name, path in models.items():
-        local = open_fleet(f"{name}={path}")
-        for picture in (each for each in pictures if each.model == name):
-            references[picture] = [item.data.numpy().tobytes() for item in local.media(**picture.given).items]
-        local.close()
-    torch.set_num_threads(threads)
-    return references
-
-
-class Run:
+class Run(FleetRun):
     """One run: a fleet, its clients, and the chaos."""
 
     def __init__(self, plan: Plan, fleet: Fleet, redis: Redis, references: References) -> None:
-        self._plan = plan
-        self._fleet = fleet
-        self._redis = redis
-        self._references = references
-        self._channels = Channels()
-        self._pulse = Pulse()
-        self._clients = [Client(order, fleet, self._channels, self._pulse, plan.seed) for order in plan.orders]
-        self._chaos = Chaos(fleet, redis, self._clients, self._channels)
-        self._churn = Churn(plan, fleet, self._chaos, self._clients)
+        super().__init__(plan, fleet, redis, references)
+        self.clients += [self.new_client(order) for order in plan.orders]
+        self._chaos = Chaos(fleet, redis, self.clients, self.channels)
+        self._churn = Churn(plan, fleet, self._chaos, self.clients)
         self._baseline = Baseline()
-        self._findings: list[str] = []
-        self._stored: dict[str, Stored] = {}
-        self._warmed: list[str] = []
 
     async def run(self) -> Report:
         """Start, torment, check, stop."""
         began = time.monotonic()
         try:
-            await self._fleet.start()
-            await self._warm_up()
+            await self.fleet.start()
+            await self.warm_up()
+            self._baseline.measure(self.fleet)
             striking = asyncio.create_task(self._strike())
-            await self._serve_orders()
+            await self.serve(iter(self.clients))
             await self._end_faults(striking)
-            await self._check()
+            await self.check(self._baseline)
         finally:
             await self._chaos.stop()
-            await self._channels.close()
-        await self._fleet.stop()
-        self._findings += self._fleet.findings + self._chaos.peers.findings + check_logs(self._fleet.logs)
-        outcomes = [client.outcome for client in self._clients]
+            await self.channels.close()
+        await self.fleet.stop()
+        self.findings += self.fleet.findings + self._chaos.peers.findings + check_logs(self.fleet.logs)
+        outcomes = [client.outcome for client in self.clients]
         seconds = time.monotonic() - began
-        details = self._details() if self._findings else ()
-        return Report(self._plan, seconds, outcomes, self._stored, self._chaos.strikes, self._findings, details)
+        details = self._details() if self.findings else ()
+        return Report(self.plan, seconds, outcomes, self.stored, self._chaos.strikes, self.findings, details)
 
     async def _strike(self) -> None:
-        await asyncio.gather(self._chaos.run(self._plan.faults, self._pulse), self._churn.run(self._pulse))
-
-    async def _warm_up(self) -> None:
-        """Wait for all workers, and let every coordinator and every stage serve once."""
-        coordinators = self._fleet.of(coordinators=True)
-        await asyncio.gather(*(self._warm(self._channels.stub(each.target)) for each in coordinators))
-        self._baseline.measure(self._fleet)
-
-    async def _warm(self, stub: Stub) -> None:
-        key = credentials(CALLERS[0])
-
-        async def sees_everybody() -> bool:
-            reply = await stub.ListModels(pb.ListModelsRequest(), wait_for_ready=True, metadata=key)
-            wanted = self._fleet.workers
-            return all(each.workers == wanted[each.service] for model in reply.models for each in model.services)
-
-        await until(sees_everybody)
-        for picture in {each.model: each for each in self._plan.pictures}.values():
-            request = pb.SubmitRequest(model=picture.model, parameters=picture.parameters)
-            accepted = await stub.Submit(request, metadata=key)
-            self._warmed.append(accepted.request.request_id)
-            watch = stub.Watch(pb.WatchRequest(request_id=self._warmed[-1]), metadata=key)
-            last = [reply.event async for reply in watch][-1]
-            assert last.state_change.state == pb.REQUEST_STATE_SUCCEEDED, last
-
-    async def _serve_orders(self) -> None:
-        """So many clients at a time, each with its orders one after the other."""
-        waiting = list(reversed(self._clients))
-
-        async def work() -> None:
-            while waiting:
-                client = waiting.pop()
-                try:
-                    await client.run()
-                except Wrong as wrong:
-                    self._findings.append(str(wrong))
-                self._pulse.order()
-
-        workers = [asyncio.create_task(work()) for _ in range(self._plan.clients)]
-        while not all(worker.done() for worker in workers):
-            await asyncio.wait(workers, timeout=1)
-            if time.monotonic() - self._pulse.beaten > _SILENT_SECONDS:
-                self._findings.append(f"nothing has happened for {_SILENT_SECONDS:g} s: {self._unfinished()}")
-                break
-        for worker in workers:
-            worker.cancel()
-        for failure in await asyncio.gather(*workers, return_exceptions=True):
-            if isinstance(failure, Exception):
-                raise failure
-
-    def _unfinished(self) -> str:
-        outcomes = [client.outcome for client in self._clients]
-        open_ones = [each for each in outcomes if each.heard and each.heard[-1].state_change.state < 3]
-        return ", ".join(f"order {each.order.number} is request {each.request_id}" for each in open_ones)
+        await asyncio.gather(self._chaos.run(self.plan.faults, self.pulse), self._churn.run(self.pulse))
 
     async def _end_faults(self, striking: asyncio.Task[None]) -> None:
         """Let what still lasts come to its end, heal everything, and wait for the fleet to be whole."""
-        async with asyncio.timeout(self._plan.longest_seconds + _SILENT_SECONDS):
-            self._pulse.end()
+        async with asyncio.timeout(self.plan.longest_seconds + SILENT_SECONDS):
+            self.pulse.end()
             await striking
             await self._chaos.stop()
-            self._fleet.heal()
-            await until(self._fleet.is_complete)
-
-    async def _check(self) -> None:
-        outcomes = [client.outcome for client in self._clients]
-        await self._channels.close()
-        gc.collect()  # calls that broke off live on in the tracebacks of their errors, and keep their connections
-        self._findings += await settled(self._fleet, self._redis, self._baseline)
-        self._stored = await read_store(self._redis)
-        self._findings += check_requests(self._stored, outcomes, self._warmed)
-        heard = {outcome.request_id: outcome.files for outcome in outcomes if outcome.files}
-        stub = self._channels.stub(self._fleet.of(coordinators=True)[0].target)
-        for name, each in self._stored.items():
-            if each.record.state == pb.REQUEST_STATE_SUCCEEDED:
-                try:
-                    files = await download(stub, each.record.caller, name)
-                except grpc.aio.AioRpcError as error:
-                    self._findings.append(f"the result of request {name} cannot be had: {error.details()}")
-                    continue
-                self._findings += check_files(name, each.record, files, self._references)
-                if heard.get(name, files) != files:
-                    self._findings.append(f"the client of request {name} got other bytes than are stored")
+            self.fleet.heal()
+            await until(self.fleet.is_complete)
 
     def _details(self) -> list[str]:
         """What tells how it came to the findings."""
-        text = "\n".join(self._findings)
-        names = [name for name in self._stored if name in text]
-        streams = [f"{name}: {event}".replace("\n", " ") for name in names for event in self._stored[name].events]
-        schedule = [str(fault) for fault in self._plan.faults]
-        lines = lines_about(self._fleet, names)
-        return ["schedule:", *schedule, "what happened:", *self._fleet.story, "events:", *streams, "logs:", *lines]
+        return ["schedule:", *map(str, self.plan.faults), *self.details()]
 
 
 def _fleet_of(plan: Plan, models: Mapping[str, Path], directory: Path) -> Fleet:

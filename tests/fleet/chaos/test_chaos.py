@@ -94,7 +94,8 @@ class _Struck:
         self.roles = [COORDINATOR, Role("denoising", "flux"), Role("denoising", "flux"), Role("decoding", "flux")]
         nowhere = cast(Any, None)
         self.living = [
-            Process(str(pid), role, nowhere, nowhere, nowhere, None, pid=pid) for pid, role in enumerate(self.roles)
+            Process(str(pid), role, nowhere, nowhere, nowhere, nowhere, None, pid=pid)
+            for pid, role in enumerate(self.roles)
         ]
         self.struck: list[tuple[Kind, int]] = []
         self._poisoned = poisoned

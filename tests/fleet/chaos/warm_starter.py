@@ -11,7 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-_WARM_PARENT = Path(__file__).with_name("warm_parent.py")
+TREE = Path(__file__).resolve().parents[3]
+"""The source tree of this checkout."""
+_WARM_PARENT = Path(__file__).resolve().relative_to(TREE).with_name("warm_parent.py")
 
 
 @dataclass(frozen=True)
@@ -23,9 +25,10 @@ class Forked:
 
 
 class WarmStarter:
-    """Forks processes; those that run at close() are killed."""
+    """Forks processes of one source tree; those that run at close() are killed."""
 
-    def __init__(self) -> None:
+    def __init__(self, tree: Path = TREE) -> None:
+        self._tree = tree
         self._parent: Process | None = None
         self._listener: asyncio.Task[None] | None = None
         self._starting: deque[asyncio.Future[Forked]] = deque()
@@ -34,7 +37,7 @@ class WarmStarter:
     async def start(self, models: Sequence[str]) -> None:
         """Start the warm parent for these models, each a reference such as NAME=DIR."""
         self._parent = await asyncio.create_subprocess_exec(
-            sys.executable, str(_WARM_PARENT), *models, stdin=PIPE, stdout=PIPE
+            sys.executable, str(self._tree / _WARM_PARENT), *models, stdin=PIPE, stdout=PIPE
         )
         assert self._parent.stdout is not None
         assert "ready" in json.loads(await self._parent.stdout.readline())

@@ -1,0 +1,131 @@
+-- States what a model is, for `lasts` ms. The first one to declare a model decides.
+takes.declare = {
+  'model', 'fingerprint', 'lasts',
+  'contracts*',  -- pairs of service and contract
+}
+function ops.declare(a)
+  local key, contracts = P .. 'model:' .. a.model, a.contracts
+  local known = redis.call('HGET', key, 'fingerprint')
+  if known and known ~= a.fingerprint then
+    return { 'fingerprint', known }
+  end
+  for i = 1, #contracts, 2 do
+    local contract = redis.call('HGET', key, 'contract:' .. contracts[i])
+    if contract and contract ~= contracts[i + 1] then
+      return { 'contract', contract }
+    end
+  end
+  redis.call('HSET', key, 'fingerprint', a.fingerprint)
+  for i = 1, #contracts, 2 do
+    redis.call('HSET', key, 'contract:' .. contracts[i], contracts[i + 1])
+  end
+  redis.call('PEXPIRE', key, a.lasts)
+  return { 'declared' }
+end
+
+-- The refusals of workers of a model in the last 10 minutes, the latest first: service, fingerprint, time, worker and
+-- reason of each. Older entries are removed, and entries beyond the bound.
+local function refusals(model)
+  local key, found = P .. 'refused:' .. model, {}
+  local fields = redis.call('HGETALL', key)
+  for i = 1, #fields, 2 do
+    local service, fingerprint = string.match(fields[i], '^(.-)|(.*)$')
+    local at, worker, reason = string.match(fields[i + 1], '^(%d+)|(.-)|(.*)$')
+    if service and at and tonumber(at) > now - REFUSED_MS then
+      found[#found + 1] = { service, fingerprint, at, worker, reason, fields[i] }
+    else
+      redis.call('HDEL', key, fields[i])
+    end
+  end
+  table.sort(found, function(one, other)
+    return tonumber(one[3]) > tonumber(other[3])
+  end)
+  while #found > MOST_REFUSED do
+    redis.call('HDEL', key, table.remove(found)[6])
+  end
+  return found
+end
+
+-- Notes that a worker was refused. Workers that are refused alike, such as those of one pod that is restarted, share an
+-- entry.
+takes.refuse = { 'model', 'service', 'fingerprint', 'worker', 'reason' }
+function ops.refuse(a)
+  local key = P .. 'refused:' .. a.model
+  redis.call('HSET', key, a.service .. '|' .. a.fingerprint, int(now) .. '|' .. a.worker .. '|' .. a.reason)
+  redis.call('PEXPIRE', key, int(REFUSED_MS))
+  refusals(a.model)
+end
+
+-- The latest refusals of workers of a model.
+takes.refusals = { 'model' }
+function ops.refusals(a)
+  return refusals(a.model)
+end
+
+-- The heartbeat of a worker. One that comes after its worker left is late, and changes nothing.
+takes.announce = {
+  'worker', 'model', 'service',
+  'capacity',  -- requests that it takes at a time
+  'info',      -- WorkerInfo, serialised
+  'lasts',     -- ms that the heartbeat is in effect
+  'numerics',  -- numerics fingerprint
+}
+function ops.announce(a)
+  local worker, lasts = a.worker, a.lasts
+  if redis.call('EXISTS', P .. 'leaving:' .. worker) == 1 then
+    return
+  end
+  local place = a.model .. '/' .. a.service
+  local was_live = redis.call('EXISTS', P .. 'worker:' .. worker) == 1
+  local before = was_live and redis.call('HGET', P .. 'live:' .. place, worker)
+  if was_live then
+    redis.call('ZREM', P .. 'lost:' .. place, worker)
+  end
+  redis.call('HSET', P .. 'worker:' .. worker, 'model', a.model, 'service', a.service, 'capacity', a.capacity,
+    'info', a.info, 'lasts', lasts, 'numerics', a.numerics)
+  redis.call('HSETNX', P .. 'worker:' .. worker, 'granted', '0')
+  redis.call('PEXPIRE', P .. 'worker:' .. worker, lasts)
+  redis.call('ZADD', P .. 'workers:' .. place, int(now + tonumber(lasts)), worker)
+  redis.call('PEXPIRE', P .. 'workers:' .. place, int(tonumber(lasts) + CHURN_MS))
+  local after = copy_worker(place, worker)
+  redis.call('PEXPIRE', P .. 'live:' .. place, int(tonumber(lasts) + CHURN_MS))
+  clear(worker)
+  if before ~= after then
+    forget_index(place)
+    dispatch(place)
+  end
+end
+
+-- A worker ends by itself: it gets no new request, and calls of it that are lost in the next `lasts` ms are no request's
+-- fault.
+takes.leaving = { 'worker', 'lasts' }
+function ops.leaving(a)
+  local worker = a.worker
+  redis.call('SET', P .. 'leaving:' .. worker, '1', 'PX', a.lasts)
+  local fields = redis.call('HMGET', P .. 'worker:' .. worker, 'model', 'service')
+  if fields[1] and fields[2] then
+    local place = fields[1] .. '/' .. fields[2]
+    redis.call('ZREM', P .. 'workers:' .. place, worker)
+    redis.call('HDEL', P .. 'live:' .. place, worker)
+    forget_index(place)
+    redis.call('ZREM', P .. 'lost:' .. place, worker)
+  end
+  redis.call('DEL', P .. 'worker:' .. worker)
+  clear(worker)
+end
+
+-- The infos of the live workers, and the numbers of slots taken, of claims that wait, and of workers that were lost in
+-- the last 10 minutes; `place` is model/service.
+takes.status = { 'place' }
+function ops.status(a)
+  local place = a.place
+  local infos, taken, workers = {}, 0, live_workers(place)
+  for _, worker in ipairs(workers) do
+    infos[#infos + 1] = redis.call('HGET', P .. 'worker:' .. worker.id, 'info') or nil
+  end
+  for _, count in pairs(busy_slots(place, workers)) do
+    taken = taken + count
+  end
+  local dead = redis.call('ZCOUNT', P .. 'lost:' .. place, int(now - CHURN_MS), '+inf')
+  return { infos, taken, redis.call('ZCARD', P .. 'queue:' .. place), dead }
+end

@@ -1,0 +1,361 @@
+"""The script of the latest release beside the present one, on one store: coordinators and workers of both versions.
+
+Each process calls the script of its own version. Whatever they do in whatever order: no worker has more slots taken
+than its capacity, no claim and no request is lost, none is had twice, and neither script finds damage in what the other
+one wrote.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from redis import Redis
+
+import script_calls
+from common.state.connection import script_call, script_source
+from redis_servers import running_server, server_binaries, wait_until
+from release import release_call, release_script, script_calls_of, unpack_release
+from script_calls import LASTS, MODEL, PLACE
+
+OLD, NEW = "old", "new"
+MOST_WORKERS = 4
+FINGERPRINT = "fingerprint"
+CONTRACTS = {"denoising": "contract"}
+TAKEN = ("slots", "waiting", "queue", "open", "work")
+"""Kinds of keys that are gone once every request has ended."""
+
+
+@dataclass(frozen=True)
+class Version:
+    """A version of the code, as the store sees it: how it calls its script, and with which arguments."""
+
+    name: str
+    calls: ModuleType
+    command: Callable[[str, Any], list[Any]]
+
+
+@dataclass
+class Worker:
+    """A live worker."""
+
+    name: str
+    version: Version
+    capacity: int
+
+
+@dataclass
+class Request:
+    """An open request, its owner's epoch, and the ticket of the claim that the owner has made for it."""
+
+    id: str
+    epoch: int = 1
+    ticket: str = ""
+    worker: str = ""
+
+
+@dataclass
+class Coordinator:
+    """A live coordinator, with the requests that it owns."""
+
+    name: str
+    version: Version
+    requests: list[Request] = field(default_factory=list)
+
+
+@dataclass
+class Mixed:
+    """A fleet of both versions, and what it knows: the checks compare it with what the store does."""
+
+    redis: Any  # redis-py's own types are those of both of its clients
+    versions: Mapping[str, Version]
+    coordinators: list[Coordinator] = field(default_factory=list)
+    workers: list[Worker] = field(default_factory=list)
+    ended: list[str] = field(default_factory=list)
+    numbers: Counter[str] = field(default_factory=Counter)
+
+    def start(self) -> None:
+        """One coordinator and one worker of each version."""
+        for version in self.versions.values():
+            self.add_coordinator(version)
+            self.add_worker(version, 1)
+
+    def run(self, version: Version, operation: str, arguments: Mapping[str, Any]) -> Any:
+        """Run an operation as a process of that version does."""
+        return self.redis.execute_command(*version.command(operation, arguments))
+
+    def new_name(self, kind: str) -> str:
+        """A name that nothing had before."""
+        self.numbers[kind] += 1
+        return f"{kind}-{self.numbers[kind]}"
+
+    def add_coordinator(self, version: Version) -> None:
+        """Start a coordinator; it takes over what dead ones have left."""
+        coordinator = Coordinator(self.new_name("c"), version)
+        self.coordinators.append(coordinator)
+        self.beat(coordinator)
+        self.take_over(coordinator)
+
+    def beat(self, coordinator: Coordinator) -> None:
+        """Renew a coordinator's heartbeat."""
+        self.run(coordinator.version, "beat", {"owner": coordinator.name, "lasts": LASTS})
+
+    def take_over(self, coordinator: Coordinator) -> None:
+        """Own what dead coordinators have left."""
+        running = [request.id for request in coordinator.requests]
+        arguments = coordinator.version.calls.take_over(coordinator.name, 1, *running)
+        rows, _ = self.run(coordinator.version, "take_over", arguments)
+        for row in rows:
+            name, submission = row[0].decode(), row[2]
+            assert name not in self.owned(), f"{name} has an owner, and was given to another one"
+            assert name not in self.ended
+            assert submission == b"submission"
+            coordinator.requests.append(Request(name, int(row[1])))
+
+    def owned(self) -> list[str]:
+        """The ids of the requests of all live coordinators."""
+        return [request.id for each in self.coordinators for request in each.requests]
+
+    def add_worker(self, version: Version, capacity: int) -> None:
+        """Start a worker: it declares its model, and announces itself."""
+        worker = Worker(self.new_name("w"), version, capacity)
+        arguments = {"model": MODEL, "fingerprint": FINGERPRINT, "lasts": LASTS, "contracts": CONTRACTS}
+        assert self.run(version, "declare", arguments) == [b"declared"]
+        self.workers.append(worker)
+        self.announce(worker)
+
+    def announce(self, worker: Worker) -> None:
+        """Renew a worker's heartbeat."""
+        announcement = worker.version.calls.announcement(worker.name, capacity=worker.capacity)
+        self.run(worker.version, "announce", {**announcement, "info": worker.name})
+
+    def leave(self, worker: Worker) -> None:
+        """A worker ends at SIGTERM; the calls that it runs come to their end."""
+        self.workers.remove(worker)
+        self.run(worker.version, "leaving", {"worker": worker.name, "lasts": LASTS})
+
+    def end_coordinator(self, coordinator: Coordinator, successor: Version, *, is_killed: bool) -> None:
+        """A coordinator ends, and another one takes its place and its requests."""
+        self.coordinators.remove(coordinator)
+        if is_killed:
+            self.redis.delete(f"fleet:coordinator:{coordinator.name}")  # as when its heartbeat runs out
+        else:
+            self.run(coordinator.version, "resign", {"owner": coordinator.name})
+        before = [request.id for request in coordinator.requests]
+        self.add_coordinator(successor)
+        assert not set(before) - set(self.owned()), "requests of a coordinator that ended are lost"
+
+    def admit(self, coordinator: Coordinator) -> None:
+        """Accept a request and claim a slot for it."""
+        request = Request(self.new_name("r"))
+        admission = coordinator.version.calls.admission(request.id, coordinator.name, "ann", costs={"denoising": 5})
+        assert self.run(coordinator.version, "admit", admission)[0] == b"admitted"
+        coordinator.requests.append(request)
+        self.claim(coordinator, request)
+
+    def claim(self, coordinator: Coordinator, request: Request) -> None:
+        """Ask for a slot, or ask again."""
+        if request.worker:
+            return
+        request.ticket = request.ticket or f"{request.id}/{coordinator.name}/{self.numbers['t']}"
+        self.numbers["t"] += 1
+        reply = self.run(
+            coordinator.version, "claim", coordinator.version.calls.claim(request.ticket, coordinator.name)
+        )
+        if reply[0] == b"granted":
+            request.worker = reply[1].decode()
+        else:
+            assert reply[0] == b"waiting"
+
+    def release(self, coordinator: Coordinator, request: Request, used: int) -> None:
+        """Give back a slot, or a place in the queue."""
+        arguments = {"ticket": request.ticket, "place": PLACE, "used": used}
+        if request.ticket:
+            self.run(coordinator.version, "release", arguments)
+        request.ticket = request.worker = ""
+
+    def append(self, coordinator: Coordinator, request: Request) -> None:
+        """Report progress, and store a step checkpoint."""
+        number = self.numbers[f"events of {request.id} {request.epoch}"]
+        self.numbers[f"events of {request.id} {request.epoch}"] += 1
+        reply = self.run(
+            coordinator.version,
+            "append",
+            {
+                "id": request.id,
+                "epoch": request.epoch,
+                "number": number,
+                "state": "2",
+                "extra": "",
+                "events": ["event"],
+            },
+        )
+        assert reply[0] == b"appended"
+        key = f"fleet:checkpoint:{request.id}:{request.epoch}-{number}"
+        self.redis.hset(key, "0", "origin")
+        arguments = {"id": request.id, "epoch": request.epoch, "checkpoint_key": key, "step": number + 1}
+        assert self.run(coordinator.version, "step_checkpoint", arguments) == 1
+        assert self.redis.keys(f"fleet:checkpoint:{request.id}:*") == [key.encode()]
+
+    def finish(self, coordinator: Coordinator, request: Request) -> None:
+        """End a request, which counts once."""
+        self.release(coordinator, request, 40)
+        end = {**coordinator.version.calls.end(request.id), "epoch": request.epoch}
+        assert self.run(coordinator.version, "finish", end)[0] == b"finished"
+        assert self.run(coordinator.version, "finish", {**end, "token": "another"})[0] == b"ended"
+        coordinator.requests.remove(request)
+        self.ended.append(request.id)
+
+    def ask_again(self) -> None:
+        """Each claim that waits asks again, as coordinators do. It may have been granted by another process's call."""
+        for coordinator in self.coordinators:
+            for request in coordinator.requests:
+                self.claim(coordinator, request)
+
+    def check(self) -> None:
+        """No worker is granted more often than it has slots, nothing is lost, nothing is damaged."""
+        taken = Counter(request.worker for each in self.coordinators for request in each.requests if request.worker)
+        for worker in self.workers:
+            assert taken[worker.name] <= worker.capacity, f"{worker.name} has {taken[worker.name]} slots taken"
+        known = sorted(each.decode() for each in self.redis.zrange("fleet:requests", 0, -1))
+        assert known == sorted(self.owned() + self.ended)
+        assert not self.redis.hgetall("fleet:repairs")
+
+    def check_all_are_served(self) -> None:
+        """Free slots go to claims that wait, whichever version made them."""
+
+        def are_all_served() -> bool:
+            self.ask_again()
+            held = [request.worker for each in self.coordinators for request in each.requests]
+            taken = Counter(name for name in held if name)
+            free = sum(worker.capacity - taken[worker.name] for worker in self.workers)
+            return free == 0 or all(held)
+
+        wait_until(are_all_served)
+        self.check()
+
+    def end_all(self) -> None:
+        """End every request; nothing is left over once a worker comes, as places in queues of the dead go then."""
+        for coordinator in self.coordinators:
+            for request in list(coordinator.requests):
+                self.finish(coordinator, request)
+        self.add_worker(self.versions[NEW], 1)
+        self.check()
+        left = [key for kind in TAKEN for key in self.redis.keys(f"fleet:{kind}:*")]
+        assert not left
+
+
+Step = tuple[str, int, str]
+"""What happens, which of the candidates it happens to, and the version of a process that starts."""
+KINDS = (
+    *("admit", "admit", "admit", "claim", "append", "release", "finish", "finish", "beat", "announce"),
+    *("add_worker", "leave", "kill", "resign", "take_over"),
+)
+
+
+def apply(fleet: Mixed, step: Step) -> None:
+    """Do a step, if there is a candidate for it."""
+    kind, draw, name = step
+    version = fleet.versions[name]
+    coordinator = fleet.coordinators[draw % len(fleet.coordinators)]
+    owned = [(each, request) for each in fleet.coordinators for request in each.requests]
+    match kind:
+        case "admit" | "beat" | "take_over":
+            vars(Mixed)[kind](fleet, coordinator)
+        case "claim" | "append" | "finish" if owned:
+            vars(Mixed)[kind](fleet, *owned[draw % len(owned)])
+        case "release" if owned:
+            fleet.release(*owned[draw % len(owned)], draw % 2 * 30)
+        case "add_worker" if len(fleet.workers) < MOST_WORKERS:
+            fleet.add_worker(version, 1 + draw % 2)
+        case "announce" if fleet.workers:
+            fleet.announce(fleet.workers[draw % len(fleet.workers)])
+        case "leave" if fleet.workers:
+            fleet.leave(fleet.workers[draw % len(fleet.workers)])
+        case "kill" | "resign":
+            fleet.end_coordinator(coordinator, version, is_killed=kind == "kill")
+
+
+@pytest.fixture(scope="module")
+def versions(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Version]:
+    tree = unpack_release(tmp_path_factory.mktemp("release") / "tree")
+    return {OLD: Version(OLD, script_calls_of(tree), release_call), NEW: Version(NEW, script_calls, script_call)}
+
+
+@pytest.fixture(scope="module", params=sorted(server_binaries()))
+def redis(request: pytest.FixtureRequest) -> Iterator[Any]:
+    with (
+        running_server(request.param, "--appendonly", "no") as server,
+        Redis.from_url(server.url, protocol=2) as client,
+    ):
+        for source in (release_script(), script_source()):
+            client.script_load(source)
+        yield client
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(KINDS), st.integers(0, 11), st.sampled_from((OLD, NEW))), min_size=5, max_size=40
+    )
+)
+def test_both_versions_share_a_store(redis: Any, versions: Mapping[str, Version], steps: list[Step]) -> None:
+    redis.flushall()
+    fleet = Mixed(redis, versions)
+    fleet.start()
+    for step in steps:
+        apply(fleet, step)
+        fleet.ask_again()
+        fleet.check()
+    fleet.check_all_are_served()
+    fleet.end_all()
+
+
+@pytest.mark.parametrize("names", [(OLD, NEW), (NEW, OLD)], ids="-".join)
+def test_a_slot_that_one_version_gives_back_goes_to_a_claim_of_the_other(
+    redis: Any, versions: Mapping[str, Version], names: tuple[str, str]
+) -> None:
+    redis.flushall()
+    fleet = Mixed(redis, versions)
+    first, second = (versions[name] for name in names)
+    fleet.add_coordinator(first)
+    fleet.add_coordinator(second)
+    fleet.add_worker(second, 1)
+    holder, waiter = fleet.coordinators
+    fleet.admit(holder)
+    fleet.admit(waiter)
+    assert (holder.requests[0].worker, waiter.requests[0].worker) == ("w-1", "")
+    with redis.pubsub(ignore_subscribe_messages=True) as channel:
+        channel.subscribe(f"fleet:coordinator:{waiter.name}")
+        channel.get_message(timeout=1)
+        fleet.finish(holder, holder.requests[0])
+        message = channel.get_message(timeout=5)
+    assert message["data"].split(b"\n") == [b"grant", waiter.requests[0].ticket.encode(), b"w-1"]
+    fleet.ask_again()
+    assert waiter.requests[0].worker == "w-1"
+    fleet.end_all()
+
+
+@pytest.mark.parametrize("names", [(OLD, NEW), (NEW, OLD)], ids="-".join)
+def test_a_write_under_an_epoch_that_the_other_version_has_ended_is_refused(
+    redis: Any, versions: Mapping[str, Version], names: tuple[str, str]
+) -> None:
+    redis.flushall()
+    fleet = Mixed(redis, versions)
+    first, second = (versions[name] for name in names)
+    fleet.add_coordinator(first)
+    zombie = fleet.coordinators[0]
+    fleet.admit(zombie)
+    fleet.end_coordinator(zombie, second, is_killed=True)
+    (request,) = fleet.coordinators[0].requests
+    assert request.epoch == 2
+    assert fleet.run(first, "finish", first.calls.end(request.id))[0] == b"lost"
+    late = {"id": request.id, "epoch": 1, "number": 0, "state": "2", "extra": "", "events": ["event"]}
+    assert fleet.run(first, "append", late)[0] == b"lost"
+    fleet.end_all()
