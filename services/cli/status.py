@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from fleet.v1 import generation_pb2, worker_pb2
 from services.cli.access import Access, access_of
 from services.cli.client import connect, state_name
+from services.cli.incompatible import HEAD, incompatible_rows
 from services.cli.options import SUCCESS, add_endpoint, command_parser, endpoint_of, run_async
 from services.start_up import plain
 
@@ -55,6 +56,8 @@ async def _status(endpoint: str, access: Access) -> int:
     refused = [(model.name, *refused_cells(each)) for model in overview.models for each in model.refused_workers]
     if refused:
         sys.stdout.write("\n" + table(("MODEL", "SERVICE", "REFUSED WORKER", "LATEST (UTC)", "REASON"), refused))
+    if incompatible := incompatible_rows(overview):
+        sys.stdout.write("\n" + table(HEAD, incompatible))
     sys.stdout.write(store_text(overview.store) + "\n")
     records = [
         (
