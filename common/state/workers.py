@@ -189,7 +189,8 @@ class WorkerRegistry:
             Incompatible(worker.decode(), wirings[number - 1].variant, reason.decode(errors="replace"))
             for worker, number, reason in faults
         ]
-        return ServiceLoad(workers, *map(int, counts), incompatible)
+        busy, queued, dead = map(int, counts)
+        return ServiceLoad(workers, busy, queued, dead, incompatible)
 
 
 def _refused(row: Sequence[bytes]) -> worker_pb2.RefusedWorker:
