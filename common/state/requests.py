@@ -150,9 +150,9 @@ class RequestStore:
 
         A known key answers with the request that it belongs to; each caller has keys of its own. `submission` is what
         another coordinator needs to run the request. `costs` say how much it asks of each service, beside other
-        requests; 1 where nothing is said. `work` is what autoscaling counts; workers that do not fit `wirings` count for
-        no limit. Raises InvalidInput for a deadline that has passed and ResourceExhausted beyond the limits or where the
-        store is full, with the time after which to try again.
+        requests; 1 where nothing is said. `work` is what autoscaling counts; workers that do not fit `wirings` count
+        for no limit. Raises InvalidInput for a deadline that has passed and ResourceExhausted beyond the limits or
+        where the store is full, with the time after which to try again.
         """
         limits = limits or AdmissionLimits()
         memory = await self.memory.use(adding=len(submission) + _RECORD_BYTES)
