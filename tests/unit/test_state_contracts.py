@@ -14,7 +14,7 @@ from redis.asyncio import Redis
 
 from common.errors import ResourceExhausted
 from common.stage import Contract
-from common.state.connection import script_call, script_source
+from common.state.connection import Arguments, script_call, script_source
 from common.state.requests import AdmissionLimits, RequestStore
 from common.state.worker_slots import NoWorkers, WorkerSlots
 from common.state.workers import WorkerRegistry
@@ -32,6 +32,11 @@ NAMES, KINDS = ("canvas", "schedule", "latents"), ("Canvas", "Latents", "Stream[
 def url(request: pytest.FixtureRequest) -> Iterator[str]:
     with running_server(request.param) as server:
         yield server.url
+
+
+async def hash_of(redis: Any, name: str) -> dict[str, str]:
+    """A hash of the place."""
+    return {key.decode(): value.decode() for key, value in (await redis.hgetall(f"fleet:{name}:{PLACE}")).items()}
 
 
 async def take(slots: WorkerSlots, name: str, **more: Any) -> str:
@@ -130,10 +135,8 @@ def test_counts_leave_workers_out_that_take_no_request(url: str) -> None:
             load = await registry.load("emoji", "denoising", wirings)
             assert {info.worker_id for info in load.workers} == {"both", "half"}
             assert (load.capacity, load.num_unusable) == (5, 1)
-            assert load.busy == sum(
-                each.split("|")[0] != "none"
-                for each in [value.decode() for value in (await redis.hgetall(f"fleet:slots:{PLACE}")).values()]
-            )
+            granted = [each.partition("|")[0] for each in (await hash_of(redis, "slots")).values()]
+            assert load.busy == len([each for each in granted if each != "none"])
             faults = {(each.worker_id, each.variant): each.reason for each in load.incompatible}
             written = "output 'latents': the coordinator reads Latents, the worker writes none"
             assert faults == {
@@ -200,27 +203,30 @@ def test_coordinators_of_the_last_release_get_no_worker_that_refuses_their_input
         await registry.announce(newer)
         await registry.announce(worker_with({"": contract()}, "same"))
 
-        async def shown() -> dict[bytes, bytes]:
-            """What the last release reads of the live workers: capacity, claims granted, numerics."""
-            return {
-                worker: copy.split(b"|")[0] for worker, copy in (await redis.hgetall(f"fleet:live:{PLACE}")).items()
-            }
+        async def shown() -> dict[str, str]:
+            """The capacity of each live worker, as the last release reads it."""
+            return {worker: copy.partition("|")[0] for worker, copy in (await hash_of(redis, "live")).items()}
 
-        assert await shown() == {b"newer": b"0", b"same": b"1"}
+        assert await shown() == {"newer": "0", "same": "1"}
         wiring = Wiring("", NEEDING.inputs, READ)
         async with slots_of(redis, "me") as slots:
             assert await take(slots, "r0") == "same"
+            older = asyncio.create_task(slots.claim("emoji", "denoising", "older"))
+            await queued(registry, 1)
             held = [await slots.claim("emoji", "denoising", f"r{number}", wiring=wiring) for number in range(2)]
             assert {slot.worker.worker_id for slot in held} == {"newer"}
             full = 2**52  # the last release takes nobody from here on
             assert await redis.zcount(f"fleet:load:{PLACE}", "-inf", f"({full}") == 0
             waiting = asyncio.create_task(slots.claim("emoji", "denoising", "r3", wiring=wiring))
-            await queued(registry, 1)
+            await queued(registry, 2)
             slots.release(held[0])
             assert (await waiting).worker.worker_id == "newer"
-        await redis.delete(f"fleet:older:{PLACE}")
-        await registry.announce(newer)
-        assert (await shown())[b"newer"] == b"2"
+            await redis.delete(f"fleet:older:{PLACE}")
+            await registry.announce(newer)
+            assert (await shown())["newer"] == "2"
+            assert not older.done()
+            slots.release(held[1])
+            assert (await older).worker.worker_id == "newer"
 
     run_on_empty_store(url, story)
 
@@ -233,16 +239,18 @@ def test_a_grant_of_a_process_of_the_last_release_is_given_back_where_it_does_no
         async with slots_of(redis, "me") as slots:
             waiting = asyncio.create_task(take(slots, "r"))
             await queued(registry, 1)
-            ((ticket, entry),) = (await redis.hgetall(f"fleet:waiting:{PLACE}")).items()
+            ((ticket, entry),) = (await hash_of(redis, "waiting")).items()
             # As the last release's script does when it hands a slot on.
             await redis.hset(f"fleet:slots:{PLACE}", ticket, "newer|me|1|1")
             await redis.hdel(f"fleet:waiting:{PLACE}", ticket)
             await redis.zrem(f"fleet:queue:{PLACE}", entry)
-            await redis.publish("fleet:coordinator:me", b"grant\n" + ticket + b"\n" + newer.SerializeToString())
+            await redis.publish(
+                "fleet:coordinator:me", b"grant\n" + ticket.encode() + b"\n" + newer.SerializeToString()
+            )
 
             async def claims_again() -> bool:
-                tickets = await redis.hkeys(f"fleet:waiting:{PLACE}")
-                return bool(tickets) and ticket not in tickets and b"/first/" in tickets[0]
+                tickets = list(await hash_of(redis, "waiting"))
+                return bool(tickets) and ticket not in tickets and "/first/" in tickets[0]
 
             await until(claims_again)
             await slots.settle()
@@ -264,7 +272,7 @@ def test_lost_wirings_and_contracts_are_replaced(url: str) -> None:
             await redis.hset(f"fleet:contracts:{PLACE}", "gone", "digest")
             waiting = asyncio.create_task(take(slots, "r2"))
             await queued(registry, 1)
-            assert {each.decode() for each in await redis.hkeys(f"fleet:contracts:{PLACE}")} == {"new", "old"}
+            assert (await hash_of(redis, "contracts")).keys() == {"new", "old"}
             await registry.announce(worker_with(contract(), "third"))
             assert await waiting == "third"
 
@@ -310,7 +318,7 @@ def test_the_store_and_the_coordinator_find_the_same_fault(
 ) -> None:
     redis: Any = SyncRedis.from_url(url, protocol=2)
     redis.script_load(script_source())
-    announced = {
+    announced: Arguments = {
         "worker": "w",
         "model": "any",
         "service": "denoising",

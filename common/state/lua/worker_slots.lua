@@ -129,11 +129,13 @@ local function unfit_for(place, claim, walk)
 end
 
 -- The workers that a claim may get: of those that fit its wiring the ones with the numerics fingerprint that its checkpoint
--- needs, as long as there are any. On the others the request would have to start again.
+-- needs, as long as there are any. On the others the request would have to start again. A claim of the last release gets
+-- no hidden worker.
 local function fitting(place, workers, claim, walk)
   local unfit, numerics, able, equal = unfit_for(place, claim, walk), equal_of(claim.ticket), {}, {}
+  local is_older = not wiring_of(claim.ticket)
   for _, worker in ipairs(workers) do
-    if not unfit[worker.id] then
+    if not unfit[worker.id] and not (is_older and worker.hidden) then
       able[#able + 1] = worker
       if worker.numerics == numerics then
         equal[#equal + 1] = worker
