@@ -14,7 +14,7 @@ from redis.asyncio import Redis
 
 from common.errors import ResourceExhausted
 from common.stage import Contract
-from common.state.connection import Arguments, script_call, script_source
+from common.state.connection import Arguments, command, script_call, script_source
 from common.state.requests import AdmissionLimits, RequestStore
 from common.state.worker_slots import NoWorkers, WorkerSlots
 from common.state.workers import WorkerRegistry
@@ -173,8 +173,9 @@ async def run_older_worker(redis: Redis, info: worker_pb2.WorkerInfo) -> None:
     """Announce a worker as release 0.1 does: its contract stands in the model's record, for all workers at once."""
     place = f"{info.model}/{info.service}"
     await redis.hset(f"fleet:model:{info.model}", f"contract:{info.service}", older_text(info))
-    fields = {"model": info.model, "service": info.service, "capacity": info.capacity, "lasts": 6_000, "granted": 0}
-    await redis.hset(f"fleet:worker:{info.worker_id}", mapping={**fields, "info": info.SerializeToString()})
+    words: list[str | bytes] = ["model", info.model, "service", info.service, "capacity", str(info.capacity)]
+    words += ["lasts", "6000", "granted", "0", "info", info.SerializeToString()]
+    await command(redis, "HSET", f"fleet:worker:{info.worker_id}", *words)
     await redis.zadd(f"fleet:workers:{place}", {info.worker_id: 99_999_999_999_999})
 
 
@@ -244,9 +245,8 @@ def test_a_grant_of_a_process_of_the_last_release_is_given_back_where_it_does_no
             await redis.hset(f"fleet:slots:{PLACE}", ticket, "newer|me|1|1")
             await redis.hdel(f"fleet:waiting:{PLACE}", ticket)
             await redis.zrem(f"fleet:queue:{PLACE}", entry)
-            await redis.publish(
-                "fleet:coordinator:me", b"grant\n" + ticket.encode() + b"\n" + newer.SerializeToString()
-            )
+            grant = b"grant\n" + ticket.encode() + b"\n" + newer.SerializeToString()
+            await redis.publish("fleet:coordinator:me", grant)
 
             async def claims_again() -> bool:
                 tickets = list(await hash_of(redis, "waiting"))
