@@ -225,9 +225,9 @@ def model_results(model: generation_pb2.Model, own_fingerprint: str) -> Iterator
         advice = "give that worker the checkpoint and the release of the fleet"
         yield warning(name, f"worker {worker} of {service} was refused at {moment} UTC: {reason}", advice)
     for each in model.services:
-        for worker in each.incompatible_workers:
+        for misfit in each.incompatible_workers:
             advice = "run workers and coordinators of one release, or of two consecutive ones"
-            yield warning(name, f"worker {plain(worker.worker_id)} takes no requests: {plain(worker.reason)}", advice)
+            yield warning(name, f"worker {plain(misfit.worker_id)} takes no requests: {plain(misfit.reason)}", advice)
         for package in each.kernels:
             if package.error:
                 kernel, version, state = kernel_cells(package)

@@ -62,6 +62,7 @@ def test_a_claim_passes_over_workers_that_do_not_fit(url: str, wish: Mapping[str
             await queued(registry, 1)
             await registry.announce(worker_with({"": contract()}, "c"))
             assert await waiting == "c"
+            assert not await redis.exists("fleet:avoided:me")  # the store found it, and not the coordinator afterwards
 
     run_on_empty_store(url, story)
 
