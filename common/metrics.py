@@ -152,7 +152,14 @@ STEP_CHECKPOINT_BYTES = Counter(
 STEP_CHECKPOINT_SAVES = Counter(
     "fleet_step_checkpoint_saves", "Writes of step checkpoints to the request store, by result", ("result",)
 )
-WORKERS_LIVE = Gauge("fleet_workers_live", "Workers whose heartbeat is in effect", ("service", "model"))
+WORKERS_LIVE = Gauge(
+    "fleet_workers_live", "Workers whose heartbeat is in effect, and that can take requests", ("service", "model")
+)
+WORKERS_INCOMPATIBLE = Gauge(
+    "fleet_workers_incompatible",
+    "Workers whose heartbeat is in effect, but whose contract lets them take no request of this coordinator",
+    ("service", "model"),
+)
 WORKERS_HELD = Gauge("fleet_workers_held", "Workers that run a request", ("service", "model"))
 WORKERS_DEAD = Gauge(
     "fleet_workers_dead",

@@ -89,6 +89,11 @@ class HostedVariants:
         self.contract = unite_contracts(service, [stages.contract for stages in hosted])
         self.indifferent_to = common_indifference([stages.indifferent_to for stages in hosted])
 
+    @property
+    def contracts(self) -> dict[str, Contract]:
+        """What the stages of each variant read and write, in the model's order."""
+        return {name: stages.contract for name, stages in self._variants.items()}
+
     def of(self, variant: str) -> HostedStages:
         """The stages of one variant. Raises InvalidInput that names the variants for another name."""
         if not variant:

@@ -60,6 +60,7 @@ from services.worker_server import (
     make_server,
     shared_of,
     tls_of,
+    variant_messages,
     watchdog_of,
 )
 from services.worker_settings import KernelSettings, WorkerSettings, device_of, dtype_of, prepare_thread
@@ -174,7 +175,8 @@ async def start_worker(
             pipeline_name=model.checkpoint.pipeline_name,
             model_fingerprint=model.checkpoint.fingerprint,
             numerics_fingerprint=numerics,
-            contract=contract_message(hosted.contract, spec),
+            contract=contract_message(hosted.contract, dict.fromkeys(stage.contract.name for stage in spec.stages)),
+            variant_contracts=variant_messages(hosted.contracts),
             capacity=settings.places(hosted.contract),
             dtype=str(dtype).removeprefix("torch."),
             device=str(device),

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
 from common.errors import InvalidInput
-from common.pipeline import ServiceSpec
 from common.rpc.fleet_server import FleetServer
 from common.rpc.framing import CallLimits
 from common.rpc.interceptor import admit_all
@@ -32,15 +31,23 @@ from services.worker_settings import CachingSettings, StepSettings, WorkerSettin
 _SERVICE = "fleet.v1.WorkerService"
 
 
-def contract_message(contract: Contract, spec: ServiceSpec) -> worker_pb2.StageContract:
+def contract_message(contract: Contract, stages: Iterable[str] = ()) -> worker_pb2.StageContract:
     """What the service reads and writes, for those who ask and for the registry."""
     return worker_pb2.StageContract(
-        stages=dict.fromkeys(stage.contract.name for stage in spec.stages),
+        stages=stages,
         inputs=contract.inputs,
         outputs=contract.outputs,
         optional_inputs=sorted(contract.optional),
         optional_outputs=sorted(contract.optional_outputs),
     )
+
+
+def variant_messages(contracts: Mapping[str, Contract]) -> list[worker_pb2.VariantContract]:
+    """The same by variant, in the model's order."""
+    return [
+        worker_pb2.VariantContract(variant=variant, contract=contract_message(contract))
+        for variant, contract in contracts.items()
+    ]
 
 
 def degrees_message(degrees: Degrees) -> worker_pb2.Degrees:

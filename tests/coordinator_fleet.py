@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 import grpc
 import torch
 
-from common.artifacts import Conditioning, LatentPart, Latents, Media, MediaItem, Schedule
+from common.artifacts import Conditioning, Generator, LatentPart, Latents, Media, MediaItem, Schedule
 from common.errors import Unavailable
 from common.rpc.client import open_channel
 from common.rpc.fleet_server import FleetServer
@@ -62,6 +62,7 @@ def _outputs(values: Mapping[str, Any], size: int) -> dict[str, Any]:
         "initial_latents": _latents(),
         "schedule": Schedule(timesteps=torch.zeros(2), sigmas=torch.zeros(3), num_inference_steps=2),
         "denoised_latents": _latents(),
+        "denoising_generator": Generator(seed=1, state=torch.zeros(200_000, dtype=torch.uint8)),
     }
     if canvas is not None:
         data = torch.full((size,), 7, dtype=torch.uint8)
@@ -78,6 +79,8 @@ class Script:
     work: Callable[[Call], None] = _ignore
     result_bytes: int = 100
     calls: list[str] = field(default_factory=list)
+    received: list[frozenset[str]] = field(default_factory=list)
+    """The slots of each call."""
 
     def contract_of(self, variant: str) -> Contract:
         assert not variant, "the model has one variant"
@@ -85,6 +88,7 @@ class Script:
 
     def run(self, values: Mapping[str, Any], call: Call) -> dict[str, Any]:
         self.calls.append(call.request_id)
+        self.received.append(frozenset(values))
         self.work(call)
         made = _outputs(values, self.result_bytes)
         return {slot: made[slot] for slot in self.contract.outputs}

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 PLACE, MODEL = "m/denoising", "m"
+WIRING = '{"variant":"","supplied":{"canvas":"Canvas"},"read":{"media":"Media"}}'
+CONTRACT = '{"inputs":{"canvas":"Canvas"},"optional":[],"outputs":{"media":"Media"}}'
 LASTS = 600_000
 REPLY_LIMIT = 100
 
@@ -42,6 +44,7 @@ def claim(ticket: str, owner: str = "c-1", caller: str = "ann", **more: Any) -> 
         "cost": 5,
         "deadline": 0,
         "caller": caller,
+        "wiring": "",
         **more,
     }
 
@@ -56,6 +59,8 @@ def announcement(worker: str, model: str = MODEL, capacity: int = 1) -> dict[str
         "info": "info",
         "lasts": LASTS,
         "numerics": "numerics",
+        "contract": CONTRACT,
+        "older": CONTRACT,
     }
 
 
@@ -90,6 +95,7 @@ OPERATIONS: dict[str, Sequence[Mapping[str, Any]]] = {
             "new", "c-1", "ann", variant="image", idempotency_key="key-new", max_work=1000, costs={"denoising": 5}
         ),
         admission("r1", "c-1", "ann", idempotency_key="key-r1", max_work=1000),
+        admission("r9", "c-1", "ann", max_work=1000, costs={"denoising": 5}, wirings={"denoising": WIRING}),
         admission("r2", "c-1", "bob", is_full=1),
     ],
     "append": [
@@ -107,12 +113,13 @@ OPERATIONS: dict[str, Sequence[Mapping[str, Any]]] = {
     ],
     "beat": [{"owner": "c-1", "lasts": LASTS}],
     "resign": [{"owner": "dead"}],
-    "declare": [{"model": MODEL, "fingerprint": "print", "lasts": LASTS, "contracts": {"denoising": "contract"}}],
+    "declare": [{"model": MODEL, "fingerprint": "print", "lasts": LASTS}],
     "claim": [
         claim("r0/c-1/0"),
         claim("r4/c-1/0", caller="bob"),
         claim("fresh/c-1/0", caller="", priority=5, deadline=1, cost=1),
         claim("r2/c-2/1/first/equal:numerics", "c-2"),
+        claim("r9/c-1/2/wiring:0123456789abcdef", wiring=WIRING),
     ],
     "release": [
         {"ticket": "r0/c-1/0", "place": PLACE, "used": 40, "computed": ("1.5", 2)},
@@ -129,9 +136,9 @@ OPERATIONS: dict[str, Sequence[Mapping[str, Any]]] = {
     "avoid": [{"owner": owner, "worker": worker} for owner, worker in (("c-1", "w1"), ("c-1", "w1"), ("c-2", "w-new"))],
     "stage_activity": [{"place": PLACE}],
     "stage_load": [{"place": PLACE, "assumed": 10}],
-    "spare": [{"place": PLACE, "numerics": "numerics"}],
+    "spare": [{"place": PLACE, "numerics": "numerics", "contract": CONTRACT}],
     "claims": [{"place": PLACE, "owner": "c-1"}],
-    "status": [{"place": PLACE}],
+    "status": [{"place": PLACE}, {"place": PLACE, "wirings": [WIRING, "no wiring"]}],
     "activities": [{"caller": caller, "most": 20, "places": [PLACE]} for caller in ("", "ann")],
     "touch_reply": [{"name": "a", "lasts": LASTS}],
     "keep_reply": [kept_reply("n"), kept_reply("x", most=10)],

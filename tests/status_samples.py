@@ -38,6 +38,9 @@ def overview() -> pb.ListModelsResponse:
         paces=[pace],
         groups=[worker_pb2.Degrees(tp=2, ulysses=1, ring=1, cfg=1)],
         kernels=[worker_pb2.KernelPackage(name="fa3-fwd", version="0.0.3", error="OSError: a", replacement="cuDNN")],
+        incompatible_workers=[
+            worker_pb2.IncompatibleWorker(worker_id="denoising-new", variant="image", reason="it needs mask: Latents")
+        ],
     )
     refused = worker_pb2.RefusedWorker(
         worker_id="denoising-host-9", service="denoising", reason="another checkpoint", refused_at=timestamp_of(NOW_MS)

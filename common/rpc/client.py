@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Collection, Iterable, Mapping
 from typing import Any, cast
 
 import grpc
@@ -95,7 +95,8 @@ class RemoteRunner:
     older than Begun frames do not report (see `reports_begun` of WorkerInfo). Raises the error that the worker raised,
     and Unavailable when the connection is lost (WorkerLost during the call), so that the caller can try another worker
     with the same packets. ResourceExhausted has a field where no worker could take the values, and none where this
-    worker has as many calls as it takes.
+    worker has as many calls as it takes. `unread` are outputs beyond the contract that a worker of another release may
+    return; they are dropped, and streams among them.
     """
 
     def __init__(
@@ -105,12 +106,14 @@ class RemoteRunner:
         contract: Contract,
         *,
         limits: CallLimits | None = None,
+        unread: Collection[str] = (),
     ) -> None:
         method = stage_method(service)
         check_contract(contract, method)
         self._contract = contract
         self._service = service
         self._limits = limits or CallLimits()
+        self._unread = frozenset(unread)
         self._request = request_type(method)
         self._reply = response_type(method)
         self._path = path_of(method)
@@ -151,7 +154,7 @@ class RemoteRunner:
                 *outgoing(),
             ),
         )
-        receiver = _Receiver(self._reply, self._contract, call, self._limits)
+        receiver = _Receiver(self._reply, self._contract, self._unread, call, self._limits)
         try:
             async for raw in rpc:
                 if (item := receiver.take(raw)) is not None and item.slot in call.sinks:
@@ -228,8 +231,11 @@ def header_frame(frame: type[Message], values: Mapping[str, Packet]) -> bytes:
 class _Receiver:
     """Takes the frames of a reply in the order they come."""
 
-    def __init__(self, frame: type[Message], contract: Contract, call: Call, limits: CallLimits) -> None:
+    def __init__(
+        self, frame: type[Message], contract: Contract, unread: frozenset[str], call: Call, limits: CallLimits
+    ) -> None:
         self._frame = frame
+        self._unread = unread
         self._outputs = contract.outputs.keys() - contract.output_streams
         self._call = call
         self._limits = limits
@@ -259,7 +265,7 @@ class _Receiver:
             case "warning":
                 self._call.on_warning(frame.warning.field, frame.warning.message)
             case "item":
-                return self._items.begin(frame.item)
+                return None if frame.item.slot in self._unread else self._items.begin(frame.item)
             case "checkpoint":  # of a worker that knows no items
                 state = frame.checkpoint.state
                 return self._items.begin(pb.StreamItem(slot=STEP_CHECKPOINTS, index=state.step, denoise_state=state))
@@ -271,7 +277,9 @@ class _Receiver:
 
     def _begin_outputs(self, header: Message) -> None:
         present = {descriptor.name for descriptor, _ in header.ListFields()}
-        if present != self._outputs:
+        for slot in present & self._unread:
+            header.ClearField(slot)
+        if present - self._unread != self._outputs:
             raise InternalError(f"outputs {sorted(present)} instead of {sorted(self._outputs)}")
         self._header = header
         self.span = start_span("receive outputs")
@@ -280,6 +288,8 @@ class _Receiver:
     def _take_chunk(self, chunk: ChunkView) -> ReceivedItem | None:
         if self._items.takes(chunk):
             return self._items.add(chunk)
+        if chunk.path.partition(".")[0] in self._unread:
+            return None
         if self._chunks is None:
             raise InternalError(f"a chunk of {chunk.path!r} before its header")
         self._chunks.add(chunk)

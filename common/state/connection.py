@@ -38,6 +38,7 @@ PREFIX = "fleet:"
 SCRIPT_FILES = (
     "base",
     "slot_index",
+    "contracts",
     "admission",
     "requests",
     "leases",

@@ -50,6 +50,7 @@ from common.state.replication import Replication
 from common.state.result_items import ResultItems, StoredItem, read_chunks
 from common.state.store_server import StoreMemory
 from common.state.timeline import Timelines
+from common.wiring import Wiring
 from fleet.v1 import generation_pb2
 
 MAX_PAGE = 1000
@@ -141,14 +142,15 @@ class RequestStore:
         limits: AdmissionLimits | None = None,
         costs: Mapping[str, int] = MappingProxyType({}),
         work: Mapping[str, StageWork] = MappingProxyType({}),
+        wirings: Mapping[str, Wiring] = MappingProxyType({}),
     ) -> Admission:
         """Store a request durably, with its first events: QUEUED, and the warnings it has. One round trip.
 
         A known key answers with the request that it belongs to; each caller has keys of its own. `submission` is what
         another coordinator needs to run the request. `costs` say how much it asks of each service, beside other
-        requests; 1 where nothing is said. `work` is what autoscaling counts, by service.
-        Raises InvalidInput for a deadline that has passed and
-        ResourceExhausted beyond the limits or where the store is full, with the time after which to try again.
+        requests; 1 where nothing is said. `work` is what autoscaling counts; workers that do not fit `wirings` count
+        for no limit. Raises InvalidInput for a deadline that has passed and ResourceExhausted beyond the limits or
+        where the store is full, with the time after which to try again.
         """
         limits = limits or AdmissionLimits()
         memory = await self.memory.use(adding=len(submission) + _RECORD_BYTES)
@@ -172,6 +174,7 @@ class RequestStore:
             "is_full": int(memory.is_full),
             "costs": {service: costs.get(service, 1) for service in limits.services},
             "work": {service: str(each) for service, each in work.items()},
+            "wirings": {service: each.text for service, each in wirings.items()},
             "events": [event.SerializeToString() for event in events],
         }
         try:

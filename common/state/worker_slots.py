@@ -21,6 +21,7 @@ from common.logs import get_logger
 from common.state.connection import Arguments, run_script
 from common.state.presence import Presence
 from common.state.redis_client import Redis
+from common.wiring import Wiring, fault_of
 from fleet.v1 import worker_pb2
 
 _ASK_AGAIN_SECONDS = 1.0
@@ -31,7 +32,7 @@ _log = get_logger(__name__)
 
 
 class NoWorkers(Unavailable):
-    """No live worker serves the model's service."""
+    """No live worker serves the model's service, or none that can take the request."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class QueuePriority:
 FIRST_COME = QueuePriority()
 
 
-def _ignore() -> None:
+def _ignore(_: str) -> None:
     return None
 
 
@@ -80,6 +81,18 @@ class WorkerSlot:
     worker: worker_pb2.WorkerInfo
 
 
+@dataclass
+class _Claim:
+    """What a claim asks for, and when a worker that can take it was last seen, in seconds of the event loop's clock."""
+
+    place: str
+    queue_priority: QueuePriority
+    patience_seconds: float | None
+    wiring: Wiring | None
+    on_no_workers: Callable[[str], None]
+    last_seen: float
+
+
 class WorkerSlots:
     """Claims and releases slots for one coordinator, whose presence must have been started."""
 
@@ -104,67 +117,89 @@ class WorkerSlots:
         alone: bool = False,
         first: bool = False,
         equal_to: str = "",
-        on_no_workers: Callable[[], None] = _ignore,
+        wiring: Wiring | None = None,
+        on_no_workers: Callable[[str], None] = _ignore,
     ) -> WorkerSlot:
         """Wait for a slot; when it is free at once, that is one round trip.
 
         `alone` claims all slots of one worker, and waits for a worker that is idle. `first` is for a request
         that was handed over: the claim goes first of its priority. `equal_to` is the numerics fingerprint that its
-        checkpoint needs: the claim waits for a worker with that fingerprint for as long as one is live. `on_no_workers`
-        is called when no worker is live. Waits for a store that is unavailable. Raises NoWorkers when for
-        `patience_seconds` there was no live worker at all (None waits for ever). An abandoned claim leaves the queue.
+        checkpoint needs: the claim waits for a worker with that fingerprint for as long as one is live. Only a worker
+        that fits the `wiring` gets the claim. `on_no_workers` is called when no such worker is live, with why another
+        one does not fit, or an empty text. Waits for a store that is unavailable. Raises NoWorkers when for
+        `patience_seconds` there was no such worker at all (None waits for ever). An abandoned claim leaves the queue.
         """
-        wishes = ("first" if first else "", f"equal:{equal_to}" if equal_to else "", "alone" if alone else "")
-        ticket = "/".join((request_id, self._owner, str(next(self._numbers)), *filter(None, wishes)))
-        place = f"{model}/{service}"
+        last_seen = asyncio.get_running_loop().time()
+        claim = _Claim(f"{model}/{service}", queue_priority, patience_seconds, wiring, on_no_workers, last_seen)
+        digest = f"wiring:{wiring.digest}" if wiring else ""
+        while True:
+            wishes = (
+                "first" if first else "",
+                f"equal:{equal_to}" if equal_to else "",
+                digest,
+                "alone" if alone else "",
+            )
+            ticket = "/".join((request_id, self._owner, str(next(self._numbers)), *filter(None, wishes)))
+            slot = await self._claim_once(ticket, claim)
+            fault = fault_of(slot.worker, wiring) if wiring else ""
+            if not fault:
+                return slot
+            # Granted by a process of the last release, which compares no contracts. The request keeps its place.
+            _log.info("slot of an incompatible worker returned", worker=slot.worker.worker_id, fault=fault)
+            first = True
+            await self._refuse(slot)
+
+    async def _refuse(self, slot: WorkerSlot) -> None:
+        """Give a slot back, and get none of its worker for a while."""
+        try:
+            await self.avoid(slot.worker.worker_id)
+        except Unavailable as error:
+            _log.warning("worker not avoided", worker=slot.worker.worker_id, error=error)
+        finally:
+            self.release(slot)
+
+    async def _claim_once(self, ticket: str, claim: _Claim) -> WorkerSlot:
         granted: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
         self._waiting[ticket] = granted
         self._tickets.add(ticket)
         try:
-            info = await self._wait(ticket, place, granted, queue_priority, patience_seconds, on_no_workers)
-            return WorkerSlot(ticket, place, worker_pb2.WorkerInfo.FromString(info))
+            info = await self._wait(ticket, claim, granted)
+            return WorkerSlot(ticket, claim.place, worker_pb2.WorkerInfo.FromString(info))
         except BaseException:
-            self._release(ticket, place)
+            self._release(ticket, claim.place)
             raise
         finally:
             del self._waiting[ticket]
 
-    async def _wait(
-        self,
-        ticket: str,
-        place: str,
-        granted: asyncio.Future[bytes],
-        queue_priority: QueuePriority,
-        patience: float | None,
-        on_no_workers: Callable[[], None],
-    ) -> bytes:
-        loop = asyncio.get_running_loop()
+    async def _wait(self, ticket: str, claim: _Claim, granted: asyncio.Future[bytes]) -> bytes:
+        loop, place, patience = asyncio.get_running_loop(), claim.place, claim.patience_seconds
         arguments: Arguments = {
             "ticket": ticket,
             "owner": self._owner,
             "place": place,
-            "priority": queue_priority.priority,
-            "cost": queue_priority.cost,
-            "deadline": queue_priority.deadline_ms,
-            "caller": quote(queue_priority.caller, safe=""),
+            "priority": claim.queue_priority.priority,
+            "cost": claim.queue_priority.cost,
+            "deadline": claim.queue_priority.deadline_ms,
+            "caller": quote(claim.queue_priority.caller, safe=""),
+            "wiring": claim.wiring.text if claim.wiring else "",
         }
-        last_seen = loop.time()
         while True:
             try:
                 reply = await run_script(self._redis, "claim", arguments)
             except Unavailable as error:
                 _log.warning("claim of a worker slot waits for the request store", place=place, error=error)
                 await asyncio.sleep(_RETRY_SECONDS)
-                last_seen = loop.time()
+                claim.last_seen = loop.time()
                 continue
             if reply[0] == b"granted":
                 return bytes(reply[1])
             if int(reply[1]):
-                last_seen = loop.time()
+                claim.last_seen = loop.time()
             else:
-                on_no_workers()
-                if patience is not None and loop.time() - last_seen >= patience:
-                    raise NoWorkers(f"no worker serves {place}, and none came within {patience:g} s")
+                fault = reply[3].decode(errors="replace")
+                claim.on_no_workers(fault)
+                if patience is not None and loop.time() - claim.last_seen >= patience:
+                    raise _no_workers(place, patience, fault)
             pause = self._ask_again_seconds if patience is None else min(self._ask_again_seconds, max(patience, 0.01))
             if avoided_ms := int(reply[2]):
                 pause = min(pause, avoided_ms / 1_000)
@@ -239,3 +274,12 @@ class WorkerSlots:
         waiting = self._waiting.get(ticket)
         if waiting is not None and not waiting.done():
             waiting.set_result(info)
+
+
+def _no_workers(place: str, patience: float, fault: str) -> NoWorkers:
+    if fault:
+        return NoWorkers(
+            f"no worker of {place} can take the request, and none came within {patience:g} s: {fault}; run workers and "
+            "coordinators of one release, or of two consecutive ones"
+        )
+    return NoWorkers(f"no worker serves {place}, and none came within {patience:g} s")

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from common.errors import FailedPrecondition, InternalError, InvalidInput, Unavailable
 from common.logs import get_logger
-from common.stage import Contract
 from common.state.connection import Arguments, run_script
 from common.state.presence import HEARTBEAT_SECONDS, TTL_SECONDS, run_on_leaving
 from common.state.redis_client import Redis
+from common.wiring import Wiring, contract_text, older_text
 from fleet.v1 import worker_pb2
 
 _MOST_REASON = 500  # characters
@@ -24,28 +23,43 @@ def _always() -> bool:
     return True
 
 
+class Incompatible(NamedTuple):
+    """A live worker that cannot take the requests of a variant, and why."""
+
+    worker_id: str
+    variant: str
+    reason: str
+
+
 class ServiceLoad(NamedTuple):
     """The live workers of one service of a model, the slots taken on them, and the claims that wait.
 
-    `dead` counts the workers that were lost within 10 minutes and are not announced again.
+    `dead` counts the workers that were lost within 10 minutes and are not announced again. A worker that is
+    `incompatible` with every variant is not among `workers`.
     """
 
     workers: list[worker_pb2.WorkerInfo]
     busy: int
     queued: int
     dead: int = 0
+    incompatible: Sequence[Incompatible] = ()
 
     @property
     def capacity(self) -> int:
         """Requests that the workers take at a time, together."""
         return sum(worker.capacity for worker in self.workers)
 
+    @property
+    def num_unusable(self) -> int:
+        """Live workers that cannot take the requests of any variant."""
+        return len({each.worker_id for each in self.incompatible} - {worker.worker_id for worker in self.workers})
+
 
 class WorkerRegistry:
     """Announces workers with a heartbeat, and knows the live ones.
 
-    The first to declare a model, worker or coordinator, decides its fingerprint and its contracts for as long as any
-    heartbeat for the model lasts.
+    The first to declare a model, worker or coordinator, decides its fingerprint for as long as any heartbeat for the
+    model lasts.
     """
 
     def __init__(
@@ -56,33 +70,18 @@ class WorkerRegistry:
         self._ttl = int(ttl_seconds * 1_000)
         self._beats: dict[str, asyncio.Task[None]] = {}
 
-    async def declare(self, model: str, fingerprint: str, contracts: Mapping[str, Contract]) -> None:
-        """Say which checkpoint a model is, and what its services read and write, for as long as a beat lasts.
+    async def declare(self, model: str, fingerprint: str) -> None:
+        """Say which checkpoint a model is, for as long as a beat lasts.
 
         Raises FailedPrecondition when the fleet serves another one under that name.
         """
-        pairs = {service: _canonical(contract) for service, contract in contracts.items()}
-        await self._declare(model, fingerprint, pairs)
-
-    async def _declare(self, model: str, fingerprint: str, contracts: Mapping[str, str]) -> None:
-        arguments: Arguments = {
-            "model": model,
-            "fingerprint": fingerprint,
-            "lasts": self._ttl,
-            "contracts": contracts,
-        }
+        arguments: Arguments = {"model": model, "fingerprint": fingerprint, "lasts": self._ttl}
         reply = await run_script(self._redis, "declare", arguments)
         if reply[0] == b"fingerprint":
             raise FailedPrecondition(
                 f"the fleet serves {model} from a checkpoint with fingerprint {reply[1].decode()}, this one has "
                 f"{fingerprint}; serve it under another name, or stop the others first",
                 field="model_fingerprint",
-            )
-        if reply[0] == b"contract":
-            raise FailedPrecondition(
-                f"the fleet's services of {model} have another contract ({reply[1].decode()}) than this one "
-                f"({', '.join(contracts.values())}); all of them must run the same version",
-                field="contract",
             )
 
     async def announce(self, info: worker_pb2.WorkerInfo, *, is_able: Callable[[], bool] = _always) -> None:
@@ -98,11 +97,8 @@ class WorkerRegistry:
         self._beats[info.worker_id] = asyncio.create_task(self._keep_announcing(info, is_able))
 
     async def _announce(self, info: worker_pb2.WorkerInfo) -> None:
-        sent = info.contract
-        optional, optional_outputs = frozenset(sent.optional_inputs), frozenset(sent.optional_outputs)
-        text = _canonical(Contract(info.service, sent.inputs, sent.outputs, optional, optional_outputs))
         try:
-            await self._declare(info.model, info.model_fingerprint, {info.service: text})
+            await self.declare(info.model, info.model_fingerprint)
         except FailedPrecondition as error:
             await self._record_refusal(info, error)
             raise
@@ -114,6 +110,8 @@ class WorkerRegistry:
             "info": info.SerializeToString(),
             "lasts": self._ttl,
             "numerics": info.numerics_fingerprint,
+            "contract": contract_text(info),
+            "older": older_text(info),
         }
         await run_script(self._redis, "announce", arguments)
 
@@ -166,21 +164,33 @@ class WorkerRegistry:
     async def free_slots(self, info: worker_pb2.WorkerInfo) -> int:
         """Free slots of the live workers that make the same bytes as this one, for the same service and model.
 
-        A worker without a numerics fingerprint has no equals.
+        They have the same contract, so that they can take the same claims. A worker without a numerics fingerprint has
+        no equals.
         """
         if not info.numerics_fingerprint:
             return 0
-        arguments: Arguments = {"place": f"{info.model}/{info.service}", "numerics": info.numerics_fingerprint}
+        arguments: Arguments = {
+            "place": f"{info.model}/{info.service}",
+            "numerics": info.numerics_fingerprint,
+            "contract": contract_text(info),
+        }
         return int(await run_script(self._redis, "spare", arguments))
 
     async def live(self, model: str, service: str) -> list[worker_pb2.WorkerInfo]:
         """The live workers of a service of a model."""
         return (await self.load(model, service)).workers
 
-    async def load(self, model: str, service: str) -> ServiceLoad:
-        """How busy a service of a model is."""
-        infos, *counts = await run_script(self._redis, "status", {"place": f"{model}/{service}"})
-        return ServiceLoad([worker_pb2.WorkerInfo.FromString(info) for info in infos], *map(int, counts))
+    async def load(self, model: str, service: str, wirings: Sequence[Wiring] = ()) -> ServiceLoad:
+        """How busy a service of a model is, with these wirings of its variants. Without any, every worker counts."""
+        arguments: Arguments = {"place": f"{model}/{service}", "wirings": [wiring.text for wiring in wirings]}
+        infos, *counts, faults = await run_script(self._redis, "status", arguments)
+        workers = [worker_pb2.WorkerInfo.FromString(info) for info in infos]
+        incompatible = [
+            Incompatible(worker.decode(), wirings[number - 1].variant, reason.decode(errors="replace"))
+            for worker, number, reason in faults
+        ]
+        busy, queued, dead = map(int, counts)
+        return ServiceLoad(workers, busy, queued, dead, incompatible)
 
 
 def _refused(row: Sequence[bytes]) -> worker_pb2.RefusedWorker:
@@ -188,15 +198,3 @@ def _refused(row: Sequence[bytes]) -> worker_pb2.RefusedWorker:
     refused = worker_pb2.RefusedWorker(worker_id=worker, service=service, model_fingerprint=fingerprint, reason=reason)
     refused.refused_at.FromMilliseconds(int(at))
     return refused
-
-
-def _canonical(contract: Contract) -> str:
-    """A contract as a text that is equal when the contracts are."""
-    parts: dict[str, object] = {
-        "inputs": dict(contract.inputs),
-        "outputs": dict(contract.outputs),
-        "optional": sorted(contract.optional),
-    }
-    if contract.optional_outputs:  # Left out by releases without variants.
-        parts["optional_outputs"] = sorted(contract.optional_outputs)
-    return json.dumps(parts, sort_keys=True, separators=(",", ":"))

@@ -22,6 +22,7 @@ from services.cli.access import Access
 from services.cli.client import FleetClient
 from services.cli.doctor_results import Result, error, ok, warning
 from services.cli.status_cells import kernel_cells, refused_cells
+from services.start_up import plain
 
 _SERVICE = "fleet.v1.GenerationService"
 _SUBMIT = f"{_SERVICE}/Submit"
@@ -224,6 +225,9 @@ def model_results(model: generation_pb2.Model, own_fingerprint: str) -> Iterator
         advice = "give that worker the checkpoint and the release of the fleet"
         yield warning(name, f"worker {worker} of {service} was refused at {moment} UTC: {reason}", advice)
     for each in model.services:
+        for misfit in each.incompatible_workers:
+            advice = "run workers and coordinators of one release, or of two consecutive ones"
+            yield warning(name, f"worker {plain(misfit.worker_id)} takes no requests: {plain(misfit.reason)}", advice)
         for package in each.kernels:
             if package.error:
                 kernel, version, state = kernel_cells(package)

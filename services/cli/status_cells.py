@@ -11,6 +11,8 @@ from typing import TypeAlias
 from fleet.v1 import generation_pb2, worker_pb2
 from fleet.v1.generation_pb2 import ActivityKind
 from services.cli.client import state_name
+from services.cli.incompatible import HEAD as INCOMPATIBLE_HEAD
+from services.cli.incompatible import incompatible_rows
 from services.start_up import plain
 
 _MIB = 1 << 20
@@ -62,6 +64,7 @@ def _refused_rows(overview: generation_pb2.ListModelsResponse) -> Rows:
 NOTICES: Sequence[Notice] = (
     Notice(("MODEL", "SERVICE", "KERNELS", "VERSION", "STATE"), _kernel_rows),
     Notice(("MODEL", "SERVICE", "REFUSED WORKER", "LATEST (UTC)", "REASON"), _refused_rows),
+    Notice(INCOMPATIBLE_HEAD, incompatible_rows),
 )
 
 

@@ -41,6 +41,9 @@ FIELDS: Mapping[str, str] = {
     "models[].services[].kernels[].version": "its version",
     "models[].services[].kernels[].error": "why it is unusable; empty where it is used",
     "models[].services[].kernels[].replacement": "what is used instead",
+    "models[].services[].incompatible_workers[].worker_id": "live worker that cannot take the requests of a variant",
+    "models[].services[].incompatible_workers[].variant": "the variant",
+    "models[].services[].incompatible_workers[].reason": "the slot that does not fit",
     "models[].refused_workers[].worker_id": "worker that was refused in the last 10 minutes",
     "models[].refused_workers[].service": "its service",
     "models[].refused_workers[].reason": "why",
@@ -149,6 +152,10 @@ def _service(service: generation_pb2.ServiceStatus) -> dict[str, Any]:
             {"tp": each.tp, "ulysses": each.ulysses, "ring": each.ring, "cfg": each.cfg} for each in service.groups
         ],
         "kernels": _kernels(service.kernels),
+        "incompatible_workers": [
+            {"worker_id": each.worker_id, "variant": each.variant, "reason": each.reason}
+            for each in service.incompatible_workers
+        ],
     }
 
 

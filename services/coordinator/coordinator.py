@@ -205,13 +205,12 @@ class Coordinator:
             self._present = True
             _log.info("coordinator is in the request store", owner=self._presence.owner)
         for name, model in self._models.items():
-            contracts = {spec.service: spec.contract for spec in model.services}
-            await self._registry.declare(name, model.served.checkpoint.fingerprint, contracts)
+            await self._registry.declare(name, model.served.checkpoint.fingerprint)
             for spec in model.services:
                 set_service_gauges(
                     name,
                     spec.service,
-                    await self._registry.load(name, spec.service),
+                    await self._registry.load(name, spec.service, model.wirings[spec.service]),
                     await self._loads.read(name, spec.service),
                 )
                 await self._slots.give_back_unknown(name, spec.service)

@@ -83,6 +83,7 @@ class Driver:
             limits=submission.limits,
             costs=submission.costs,
             work=submission.work,
+            wirings=submission.wirings,
         )
 
     async def _acquire(

@@ -8,7 +8,7 @@ import secrets
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple, TypeAlias
 
 from common.errors import DeadlineExceeded, FleetError, InternalError, Unavailable
@@ -26,6 +26,7 @@ from common.state.requests import AdmissionLimits, RequestStore
 from common.state.worker_slots import QueuePriority
 from common.trace_context import entered
 from common.tracing import span
+from common.wiring import Wiring, wirings_of
 from fleet.v1 import generation_pb2
 from services.coordinator.events import EventLog, EventWriter
 from services.coordinator.outcome import Outcome, failure, success
@@ -62,6 +63,11 @@ class Submission:
     work: Mapping[str, StageWork] = field(default_factory=dict)
     """What autoscaling counts, by service."""
     trace: RequestTrace = field(default_factory=RequestTrace, repr=False)
+
+    @cached_property
+    def wirings(self) -> dict[str, Wiring]:
+        """What is supplied to each service, and read from it."""
+        return wirings_of(self.record.variant, self.services, self.values)
 
 
 @dataclass(frozen=True)
@@ -237,6 +243,7 @@ class Execution:
                     queue_priority_of(submission, spec.service),
                     recovery,
                     partial(progress.begin, spec),
+                    wiring=submission.wirings[spec.service],
                     tokens=submission.work[spec.service].tokens if spec.service in submission.work else 0,
                 ),
                 spec,

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import re
 import secrets
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import cached_property
 from typing import TypeVar
 
 from common.codec import pack, write_param
@@ -22,6 +23,7 @@ from common.state.result_items import StoredItem
 from common.state.stage_loads import StageLoads
 from common.state.store_health import StoreHealth
 from common.state.workers import ServiceLoad, WorkerRegistry
+from common.wiring import Wiring, wirings_of
 from configs.sample.base import ParameterSpec
 from fleet.v1 import generation_pb2 as pb
 from fleet.v1 import worker_pb2
@@ -53,6 +55,7 @@ _CANCEL_AGAIN_SECONDS = 0.05
 _MAX_KEY = 128
 _MAX_PRIORITY = 100
 _MOST_GROUPS = 1_000  # a service's worker groups that ListModels describes
+_MOST_INCOMPATIBLE = 1_000  # a service's incompatible workers that ListModels describes
 _REQUEST_ID = re.compile(r"[0-9A-Za-z_-]{1,64}")
 _LAST_SECOND = int(datetime(9999, 12, 31, tzinfo=UTC).timestamp())
 
@@ -73,6 +76,12 @@ class OfferedModel:
     def services(self) -> tuple[ServiceSpec, ...]:
         """The services of all variants."""
         return self.served.services
+
+    @cached_property
+    def wirings(self) -> Mapping[str, Sequence[Wiring]]:
+        """What is supplied to each service, and read from it, for each variant that uses the service."""
+        found = [wirings_of(each.name, each.services, each.pipeline.given) for each in self.served.variants]
+        return {spec.service: [each[spec.service] for each in found if spec.service in each] for spec in self.services}
 
 
 class GenerationService:
@@ -304,7 +313,7 @@ class GenerationService:
         loads = [
             (
                 spec,
-                await self._registry.load(served.name, spec.service),
+                await self._registry.load(served.name, spec.service, model.wirings[spec.service]),
                 await self._loads.recent(served.name, spec.service),
                 await self._loads.paces(served.name, spec.service),
             )
@@ -399,6 +408,10 @@ def _service_status(
         open_requests=work.open_requests,
         reports_steps=spec.reports_steps,
         paces=paces,
+        incompatible_workers=[
+            worker_pb2.IncompatibleWorker(worker_id=each.worker_id, variant=each.variant, reason=each.reason)
+            for each in load.incompatible[:_MOST_INCOMPATIBLE]
+        ],
     )
 
 

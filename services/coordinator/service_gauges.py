@@ -24,6 +24,7 @@ from common.metrics import (
     TAKEN_OVER_REQUESTS,
     WORKERS_DEAD,
     WORKERS_HELD,
+    WORKERS_INCOMPATIBLE,
     WORKERS_LIVE,
 )
 from common.scaling import StageLoad
@@ -74,3 +75,4 @@ def set_service_gauges(model: str, service: str, load: ServiceLoad, work: StageL
     WORKERS_HELD.labels(service, model).set(work.workers_held)
     WORKERS_LIVE.labels(service, model).set(len(load.workers))
     WORKERS_DEAD.labels(service, model).set(load.dead)
+    WORKERS_INCOMPATIBLE.labels(service, model).set(load.num_unusable)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -38,6 +38,7 @@ from common.stage import STEP_CHECKPOINTS, Call, Contract, ItemSink
 from common.state.worker_slots import Computed, QueuePriority, WorkerSlot, WorkerSlots
 from common.trace_context import NO_SPAN, Span, SpanKind
 from common.tracing import span
+from common.wiring import Wiring, contract_of
 from fleet.v1 import worker_pb2
 from services.coordinator.access import WorkerAccess
 from services.coordinator.resume import Recovery, origin_of, step_of
@@ -60,20 +61,24 @@ class Connections:
         self._access = access or WorkerAccess()
         self._version = self._access.version
         self._channels: dict[str, grpc.aio.Channel] = {}
-        self._runners: dict[tuple[str, str, str, str], RemoteRunner] = {}
+        self._runners: dict[tuple[str, str, str, frozenset[str], str], RemoteRunner] = {}
         self._closing: set[asyncio.Task[None]] = set()
 
-    def runner(self, model: str, variant: str, spec: ServiceSpec, address: str) -> RemoteRunner:
-        """The runner that calls a service of a model's variant at an address."""
+    def runner(
+        self, model: str, variant: str, spec: ServiceSpec, address: str, unread: Collection[str] = ()
+    ) -> RemoteRunner:
+        """The runner that calls a service of a model's variant at an address. Drops the outputs that are `unread`."""
         if (version := self._access.version) != self._version:
             self._version = version
             for opened in list(self._channels):
                 self.drop(opened)
-        key = (model, variant, spec.service, address)
+        key = (model, variant, spec.service, frozenset(unread), address)
         if key not in self._runners:
             if address not in self._channels:
                 self._channels[address] = self._access.open(address)
-            self._runners[key] = RemoteRunner(self._channels[address], spec.service, spec.contract, limits=self._limits)
+            self._runners[key] = RemoteRunner(
+                self._channels[address], spec.service, spec.contract, limits=self._limits, unread=unread
+            )
         return self._runners[key]
 
     def drop(self, address: str) -> None:
@@ -234,6 +239,7 @@ class _WorkerItems:
 class WorkerRunner:
     """One service of a model for one request: a Runner whose values are packets.
 
+    A worker gets the values that its own contract reads, as it may be of another release than this coordinator.
     `stage` is the service's place among the request's services. `on_begin` is called each time that a worker begins.
     `tokens` is the work of one step, for the worker's metrics.
     A worker that is lost is avoided for a while, by this coordinator only, and a full one is tried again later. Raises
@@ -250,24 +256,26 @@ class WorkerRunner:
         recovery: Recovery,
         on_begin: Callable[[], None],
         *,
+        wiring: Wiring,
         tokens: int = 0,
     ) -> None:
         self._workers = workers
         self._model = model
         self._place = _Place(spec.service, model)
         self._tokens = tokens
-        self._spec = spec
+        self._spec = wiring.narrow(spec)
+        self._wiring = wiring
         self._stage = stage
         self._queue_priority = queue_priority
         self._recovery = recovery
         self._on_begin = on_begin
         self._unreached_since: float | None = None
-        self._warned = False
+        self._warned: set[bool] = set()
         self._attempts = 0
 
     @property
     def contract(self) -> Contract:
-        """What the service's stages read and write together."""
+        """What the service's stages read together, and write for other services or as the result."""
         return self._spec.contract
 
     async def __call__(self, values: Mapping[str, Any], call: Call) -> Mapping[str, Packet]:
@@ -330,12 +338,15 @@ class WorkerRunner:
     async def _run(self, attempt: _Attempt, values: Mapping[str, Any], call: Call) -> Mapping[str, Packet]:
         """Run on one worker. Resumes from a step checkpoint if the result has the same bytes."""
         worker = attempt.worker_slot.worker
-        runner = self._workers.connections.runner(self._model, call.variant, self._spec, worker.address)
+        announced = self._contract_of(worker)
+        values = {slot: value for slot, value in values.items() if slot in announced.inputs}
+        unread = announced.outputs.keys() - self._wiring.read.keys()
+        runner = self._workers.connections.runner(self._model, call.variant, self._spec, worker.address, unread)
         memory, recovery = self._workers.memory, self._recovery
         sinks = {slot: _WorkerItems(slot, sink, memory, recovery, attempt.span) for slot, sink in call.sinks.items()}
         call = replace(call, on_begun=attempt.begin, on_computed=attempt.add_computed, sinks=sinks, tokens=self._tokens)
         slot = self._spec.resume_slot
-        if slot is None or not worker.numerics_fingerprint:
+        if slot is None or not worker.numerics_fingerprint or slot not in announced.inputs:
             return await runner(values, call)
         origin = origin_of(worker.numerics_fingerprint, values)
         checkpoint = await self._recovery.step_checkpoint.find(
@@ -350,6 +361,11 @@ class WorkerRunner:
 
         kept = _StepCheckpoints(attempt, self._recovery, origin, self._place)
         return await runner(values, replace(call, sinks={**sinks, STEP_CHECKPOINTS: kept}))
+
+    def _contract_of(self, worker: worker_pb2.WorkerInfo) -> Contract:
+        """What a worker reads and writes; that of this coordinator's release, if it announces nothing."""
+        announced = contract_of(worker, self._wiring.variant) if worker.HasField("contract") else None
+        return announced or self._spec.contract
 
     async def _claim(self, call: Call, left: worker_pb2.WorkerInfo | None) -> WorkerSlot:
         """Claim a slot. Waits without a bound, also while the store is unavailable. Worker `left` handed over."""
@@ -367,17 +383,19 @@ class WorkerRunner:
                 alone=alone,
                 first=left is not None,
                 equal_to=left.numerics_fingerprint if left is not None and resumes else "",
+                wiring=self._wiring,
                 on_no_workers=partial(self._warn_of_no_workers, call),
             )
             observe(QUEUE_WAIT_SECONDS.labels(*self._place), time.monotonic() - began)
             waiting.set(worker=slot.worker.worker_id)
             return slot
 
-    def _warn_of_no_workers(self, call: Call) -> None:
-        """Report once that the request waits for a worker to start."""
-        if not self._warned:
-            self._warned = True
-            call.warn("", f"no worker of {self._spec.service} runs; the request waits for one")
+    def _warn_of_no_workers(self, call: Call, fault: str) -> None:
+        """Report once that the request waits for a worker to start, and once that it waits for one that fits."""
+        if bool(fault) not in self._warned:
+            self._warned.add(bool(fault))
+            what = f"can take the request ({fault})" if fault else "runs"
+            call.warn("", f"no worker of {self._spec.service} {what}; the request waits for one")
 
     def _handed_over(self, attempt: _Attempt, error: HandedOver) -> None:
         """The worker leaves. The call is not lost: the request goes on at once, and nothing is counted against it."""

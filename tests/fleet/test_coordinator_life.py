@@ -14,7 +14,6 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from common.errors import FailedPrecondition, InvalidInput
 from common.rpc.client import open_channel
-from common.stage import Contract
 from common.state.connection import connect
 from common.state.workers import WorkerRegistry
 from coordinator_fleet import FakeFleet, Gate, Stub, emoji, error_of, run_on_fleet, submission, terminal
@@ -175,9 +174,7 @@ def test_a_process_ends_well_on_sigterm(server: RedisServer) -> None:
 def test_a_coordinator_with_another_checkpoint_is_refused(server: RedisServer) -> None:
     async def story(fleet: FakeFleet) -> None:
         async with connect(fleet.url) as redis:
-            await WorkerRegistry(redis, ttl_seconds=60).declare(
-                "emoji", "another", {"denoising": Contract("x", {}, {})}
-            )
+            await WorkerRegistry(redis, ttl_seconds=60).declare("emoji", "another")
         with pytest.raises(FailedPrecondition, match="fingerprint another"):
             await fleet.add_coordinator()
 

@@ -7,6 +7,7 @@ import copy
 import hashlib
 import socket
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from common.errors import FailedPrecondition, Unavailable
 from common.rpc.fleet_server import FleetServer
 from common.state.connection import connect
 from common.telemetry import start_metrics
-from coordinator_fleet import FakeFleet, run_on_fleet
+from coordinator_fleet import FakeFleet, Script, run_on_fleet
 from doctor_lines import lines
 from fleet.v1 import generation_pb2 as pb
 from fleet.v1 import worker_pb2
@@ -79,6 +80,21 @@ def test_services_without_workers_and_refused_and_broken_ones(url: str) -> None:
         assert stranger.startswith("warning model emoji: worker stranger of denoising was refused at ")
         assert kernel.startswith(
             "warning model emoji: workers of denoising: fa3-fwd 0.0.3 is unusable, cuDNN instead: OSError: a -> "
+        )
+
+    run_on_fleet(url, story)
+
+
+def test_an_incompatible_worker_is_a_warning(url: str) -> None:
+    async def story(fleet: FakeFleet) -> None:
+        coordinator, _ = await fleet.add_coordinator()
+        await fleet.add_workers(("text_encoding", "latent_preparation", "decoding"))
+        contract = fleet.scripts["denoising"].contract
+        odd = await fleet.add_worker("denoising", Script(replace(contract, outputs={})))
+        *_, without, line = await found(coordinator.address)
+        assert without.startswith("warning model emoji: no worker serves denoising: ")
+        assert line.startswith(
+            f"warning model emoji: worker {odd.info.worker_id} takes no requests: output 'denoised_latents': "
         )
 
     run_on_fleet(url, story)

@@ -15,6 +15,7 @@ from common.rpc.framing import Packet
 from common.stage import STEP_CHECKPOINTS, Call, Contract
 from common.state.leases import Leases
 from common.state.worker_slots import FIRST_COME, WorkerSlot, WorkerSlots
+from common.wiring import Wiring
 from fleet.v1 import artifacts_pb2, worker_pb2
 from services.coordinator.resume import Recovery
 from services.coordinator.worker_runner import ArtifactMemory, Connections, WorkerRunner, Workers
@@ -106,7 +107,8 @@ def run(items: int, max_bytes: int = 1 << 20) -> tuple[list[int], list[str]]:
     async def story() -> None:
         workers = Workers(Store(), network, ArtifactMemory(max_bytes))
         recovery = Recovery(SlowLeases(log), "r")
-        runner = WorkerRunner(workers, "model", LOOP, 0, FIRST_COME, recovery, lambda: None)
+        wiring = Wiring("", LOOP.contract.inputs, LOOP.contract.outputs)
+        runner = WorkerRunner(workers, "model", LOOP, 0, FIRST_COME, recovery, lambda: None, wiring=wiring)
         assert await runner({}, Call("r", sinks={BLOCKS: LoggedSink(log)})) == {}
         await recovery.step_checkpoint.close()
 

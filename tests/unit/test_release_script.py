@@ -27,7 +27,7 @@ from script_calls import LASTS, MODEL, PLACE
 OLD, NEW = "old", "new"
 MOST_WORKERS = 4
 FINGERPRINT = "fingerprint"
-CONTRACTS = {"denoising": "contract"}
+CONTRACTS = {"denoising": script_calls.CONTRACT}
 TAKEN = ("slots", "waiting", "queue", "open", "work")
 """Kinds of keys that are gone once every request has ended."""
 
@@ -125,7 +125,9 @@ class Mixed:
     def add_worker(self, version: Version, capacity: int) -> None:
         """Start a worker: it declares its model, and announces itself."""
         worker = Worker(self.new_name("w"), version, capacity)
-        arguments = {"model": MODEL, "fingerprint": FINGERPRINT, "lasts": LASTS, "contracts": CONTRACTS}
+        arguments = {"model": MODEL, "fingerprint": FINGERPRINT, "lasts": LASTS}
+        if version.name == OLD:
+            arguments |= {"contracts": CONTRACTS}
         assert self.run(version, "declare", arguments) == [b"declared"]
         self.workers.append(worker)
         self.announce(worker)

@@ -20,11 +20,13 @@ from redis.exceptions import ResponseError
 from common.state.connection import script_call, script_source
 from redis_servers import running_server, server_binaries
 from script_calls import (
+    CONTRACT,
     LASTS,
     MODEL,
     OPERATIONS,
     PLACE,
     REPLY_LIMIT,
+    WIRING,
     admission,
     announcement,
     claim,
@@ -66,7 +68,10 @@ class Store:
             self.redis.rpush(key, "x") if not self._was(key, "list") else self.redis.set(key, "x")
 
     def _was(self, key: bytes, kind: str) -> bool:
-        prefixes = {"string": ("sequence", "pace:", "idempotency:", "coordinator:"), "list": ("reply:", "reply-parts:")}
+        prefixes = {
+            "string": ("sequence", "pace:", "older:", "idempotency:", "coordinator:"),
+            "list": ("reply:", "reply-parts:"),
+        }
         return key.decode().removeprefix("fleet:").startswith(prefixes[kind])
 
     def run(self, operation: str, arguments: Mapping[str, Any]) -> Any:
@@ -83,20 +88,16 @@ def _build(run: Callable[..., Any], redis: Any, note: Callable[[], None]) -> Non
     for owner in ("c-1", "c-2"):
         run("beat", {"owner": owner, "lasts": LASTS})
     for model in (MODEL, "safe"):
-        contracts = {"denoising": "contract"}
-        run("declare", {"model": model, "fingerprint": "print", "lasts": LASTS, "contracts": contracts})
+        redis.hset(f"fleet:model:{model}", "contract:denoising", CONTRACT)  # as the last release does
+        run("declare", {"model": model, "fingerprint": "print", "lasts": LASTS})
         run("announce", announcement("w1" if model == MODEL else "w1safe", model))
     run("announce", announcement("w2"))
     run("refuse", OPERATIONS["refuse"][0])
     for number, owner in enumerate(("c-1", "c-1", "c-2", "dead", "c-1")):
         caller, key = ("ann", "bob")[number % 2], f"key-r{number}"
         variant = ("image", "")[number % 2]
-        costs = {"denoising": 5}
-        work = {"denoising": f"20|64|{number}"}
-        run(
-            "admit",
-            admission(f"r{number}", owner, caller, idempotency_key=key, variant=variant, costs=costs, work=work),
-        )
+        sums = {"costs": {"denoising": 5}, "work": {"denoising": f"20|64|{number}"}, "wirings": {"denoising": WIRING}}
+        run("admit", admission(f"r{number}", owner, caller, idempotency_key=key, variant=variant, **sums))
         if number == 2:
             note()
         run("claim", claim(f"r{number}/{owner}/0", owner, caller))

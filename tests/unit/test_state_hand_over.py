@@ -103,7 +103,7 @@ def test_a_claim_waits_for_a_worker_that_fits_its_checkpoint_while_one_lives(url
 def test_refusals_are_bounded_in_number_and_time(url: str) -> None:
     async def story(redis: Redis) -> None:
         registry = WorkerRegistry(redis)
-        await registry.declare("emoji", "f", {})
+        await registry.declare("emoji", "f")
         assert not await registry.refusals("emoji")
         for number in range(20):
             with pytest.raises(FailedPrecondition):

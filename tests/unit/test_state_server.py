@@ -33,6 +33,7 @@ CLAIM: Arguments = {
     "cost": 1,
     "deadline": 0,
     "caller": "",
+    "wiring": "",
 }
 
 

@@ -10,17 +10,15 @@ import pytest
 from redis.asyncio import Redis
 
 from common.errors import FailedPrecondition, InvalidInput
-from common.stage import Contract
 from common.state import worker_slots
 from common.state.connection import Arguments, run_script
 from common.state.store_server import read_repairs
 from common.state.worker_slots import NoWorkers, QueuePriority, WorkerSlot, WorkerSlots
 from common.state.workers import WorkerRegistry
-from fleet.v1 import worker_pb2
 from redis_servers import run_on_empty_store, running_server, server_binaries, until
 from slot_claims import SLOW, queued, slots_of, worker
 
-LATE: Arguments = {"place": "emoji/denoising", "priority": 0, "cost": 1, "deadline": 0, "caller": ""}
+LATE: Arguments = {"place": "emoji/denoising", "priority": 0, "cost": 1, "deadline": 0, "caller": "", "wiring": ""}
 
 
 @pytest.fixture(scope="module", params=sorted(server_binaries()))
@@ -451,42 +449,14 @@ def test_patience_ends_only_without_workers(url: str) -> None:
     run_on_empty_store(url, story)
 
 
-def test_outputs_that_a_variant_does_not_write_are_part_of_the_contract(url: str) -> None:
+def test_a_model_is_one_checkpoint(url: str) -> None:
     async def story(redis: Redis) -> None:
         registry = WorkerRegistry(redis)
-        contract = Contract("d", {}, {"more": "Generator"}, optional_outputs=frozenset({"more"}))
-        await registry.declare("twin", "f", {"denoising": contract})
-        with pytest.raises(FailedPrecondition, match="another contract"):
-            await registry.declare("twin", "f", {"denoising": Contract("d", {}, {"more": "Generator"})})
-        info = worker_pb2.WorkerInfo(
-            worker_id="w", model="twin", model_fingerprint="f", service="denoising", capacity=1
-        )
-        info.contract.outputs["more"] = "Generator"
-        info.contract.optional_outputs.append("more")
-        await registry.announce(info)
-        await registry.withdraw("w")
-
-    run_on_empty_store(url, story)
-
-
-def test_a_model_is_one_checkpoint_with_one_contract(url: str) -> None:
-    async def story(redis: Redis) -> None:
-        registry = WorkerRegistry(redis)
-        contract = Contract("DenoisingStage", {"canvas": "Canvas"}, {})
-        await registry.declare("emoji", "f", {"denoising": contract})
+        await registry.declare("emoji", "f")
         await registry.announce(worker("w"))
         with pytest.raises(FailedPrecondition, match="fingerprint f, this one has other") as caught:
             await registry.announce(worker("x", fingerprint="other"))
         assert caught.value.field == "model_fingerprint"
-        odd = worker("y")
-        odd.contract.inputs["canvas"] = "Prompt"
-        with pytest.raises(FailedPrecondition, match="another contract") as caught:
-            await registry.announce(odd)
-        assert caught.value.field == "contract"
-        odd = worker("z")
-        odd.contract.outputs["latents"] = "Latents"
-        with pytest.raises(FailedPrecondition, match="another contract"):
-            await registry.announce(odd)
         assert [each.worker_id for each in await registry.live("emoji", "denoising")] == ["w"]
         assert 0 < await redis.pttl("fleet:model:emoji") <= 6_000
         with pytest.raises(InvalidInput, match="worker_id"):

@@ -19,6 +19,7 @@ from common.stage import STEP_CHECKPOINTS, Call, Contract
 from common.state.leases import Leases
 from common.state.worker_slots import FIRST_COME, Computed, WorkerSlot, WorkerSlots
 from common.trace_context import Span
+from common.wiring import Wiring
 from fleet.v1 import artifacts_pb2, worker_pb2
 from services.coordinator import worker_runner
 from services.coordinator.resume import Recovery
@@ -133,7 +134,8 @@ def runner(
     store = Store()
     workers = Workers(store, network, memory or ArtifactMemory(1 << 20), patience)
     recovery = Recovery(Checkpoints(), "r")
-    return WorkerRunner(workers, "model", spec, 0, FIRST_COME, recovery, lambda: None), store
+    wiring = Wiring("", spec.contract.inputs, spec.contract.outputs)
+    return WorkerRunner(workers, "model", spec, 0, FIRST_COME, recovery, lambda: None, wiring=wiring), store
 
 
 @pytest.fixture(autouse=True)

@@ -1,9 +1,14 @@
 -- Estimated work of a service, from the pace of its latest requests; `pace` is nil before the first measurement.
 -- `queued`: ms until all open work is done. `own`: ms of the caller's share of `queued`.
 -- `more`: ms that a request of this variant and cost adds.
--- `callers`: number of callers with open work, including this caller. `capacity`: number of concurrent requests.
-local function forecast(place, variant, caller, cost)
-  local found = { capacity = math.max(index(place), 1), callers = 1, queued = 0, own = 0, more = 0 }
+-- `callers`: number of callers with open work, including this caller. `capacity`: number of concurrent requests, on
+-- workers that fit the wiring of the request at this service.
+local function forecast(place, variant, caller, cost, wiring)
+  local capacity = index(place)
+  if wiring then
+    capacity = fit_of(place, wiring).capacity
+  end
+  local found = { capacity = math.max(capacity, 1), callers = 1, queued = 0, own = 0, more = 0 }
   found.pace = pace_of(place, variant)
   if not found.pace then
     return found
@@ -38,10 +43,13 @@ end
 -- refused when the open work exceeds `max_work`, or, while a service has no measured pace, when the number of open
 -- requests reaches its capacity. A caller whose open work is at most an equal share of `max_work` is not refused
 -- because of other callers' work.
-local function overload(model, variant, caller, costs, open, max_work)
+local function overload(model, variant, caller, costs, open, max_work, wirings)
   local most, more, unmeasured = 0, 0, false
   for i = 1, #costs, 2 do
-    local service = forecast(model .. '/' .. costs[i], variant, caller, tonumber(costs[i + 1]))
+    local place, text = model .. '/' .. costs[i], wirings[costs[i]]
+    local digest = text and string.sub(server.sha1hex(text), 1, 16)
+    keep_wiring(place, digest, text or '')
+    local service = forecast(place, variant, caller, tonumber(costs[i + 1]), digest)
     more = math.max(more, service.more)
     unmeasured = unmeasured or not service.pace and open >= service.capacity
     if service.queued > max_work and service.own > max_work / service.callers then
@@ -80,6 +88,7 @@ takes.admit = {
   'is_full',               -- 1 where the store is full, else 0
   'costs*',                -- pairs of service and cost
   'work*',                 -- pairs of service and steps|tokens of a step|shape
+  'wirings*',              -- pairs of service and the wiring of the request's claims there
   'events*',               -- serialised
 }
 function ops.admit(a)
@@ -99,7 +108,11 @@ function ops.admit(a)
     return { 'memory' }
   end
   local open = redis.call('SCARD', P .. 'open:' .. model)
-  local busy, alone = overload(model, a.variant, caller, costs, open, max_work)
+  local wirings = {}
+  for i = 1, #a.wirings, 2 do
+    wirings[a.wirings[i]] = a.wirings[i + 1]
+  end
+  local busy, alone = overload(model, a.variant, caller, costs, open, max_work, wirings)
   if open >= tonumber(a.max_open) then
     return { 'crowded', open, alone }
   end

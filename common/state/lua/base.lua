@@ -21,9 +21,13 @@
 --   fleet:requests, fleet:ended    zset   ids by sequence number; ended ids by the time their record expires
 --   fleet:open:<model>             set    ids that have not ended
 --   fleet:open-by:<caller>         set    the same, of a caller with a name
---   fleet:model:<model>            hash   fingerprint, contract:<service>
---   fleet:worker:<id>              hash   info, capacity, model, service, granted, lasts (ms of its heartbeat),
---                                         numerics (its numerics fingerprint)
+--   fleet:model:<model>            hash   fingerprint, and contract:<service> of processes of the last release
+--   fleet:older:<model>/<svc>      string such a contract, moved here for as long as such a process may live
+--   fleet:worker:<id>              hash   info, places (its capacity), capacity (the same, 0 where processes of the last
+--                                         release must not call it), model, service, granted, lasts (ms of its heartbeat),
+--                                         numerics (its numerics fingerprint), contract
+--   fleet:contracts:<model>/<svc>  hash   worker -> digest of its contract
+--   fleet:wirings:<model>/<svc>    hash   digest -> wiring of claims: the slots that their coordinators supply and read
 --   fleet:workers:<model>/<svc>    zset   worker ids by the time their heartbeat runs out
 --   fleet:live:<model>/<svc>       hash   worker -> capacity|granted|numerics, copied from its own key, to be read at once
 --   fleet:refused:<model>          hash   service | fingerprint -> when, worker id and reason of the latest such refusal
@@ -34,7 +38,9 @@
 --   fleet:queue:<model>/<svc>      zset   rank | caller | deadline and number | cost | ticket | owner, in lexical order
 --   fleet:waiting:<model>/<svc>    hash   ticket -> its entry in the queue
 --   fleet:load:<model>/<svc>       zset   live worker -> how loaded it is: slot_index.lua has the sum
---   fleet:indexed:<model>/<svc>    hash   of the previous key, while that is true: capacity (of all workers), owners (of slots)
+--   fleet:indexed:<model>/<svc>    hash   of the previous key, while that is true: capacity (of all workers), owners (of slots),
+--                                         hidden (workers that the last release must not call), fit:<digest of a wiring>
+--                                         (capacity|number|fault of the workers that fit, then ids of the others)
 --   fleet:rechecked:<model>/<svc>  string present for a moment after a claim that waits has asked again
 --   fleet:shares:<model>/<svc>|<rank>  zset   callers by the work that they were given, '|' by the virtual time
 --   fleet:slots:<model>/<svc>      hash   ticket -> worker | owner | cost | when it was granted

@@ -40,7 +40,8 @@ local function copy_worker(place, id)
   end
 end
 
--- The live workers, with three commands however many there are.
+-- The live workers, with three commands however many there are, and one more for each that is `hidden`: the last release
+-- reads a capacity of 0.
 local function live_workers(place)
   note_silent(place)
   local live, copies, fields = {}, {}, redis.call('HGETALL', P .. 'live:' .. place)
@@ -54,7 +55,10 @@ local function live_workers(place)
       capacity, granted, numerics = string.match(copy_worker(place, id) or '', pattern)
     end
     if capacity then
-      live[#live + 1] = { id = id, capacity = tonumber(capacity), granted = tonumber(granted), numerics = numerics }
+      local hidden = capacity == '0'
+      local places = hidden and redis.call('HGET', P .. 'worker:' .. id, 'places') or capacity
+      live[#live + 1] = { id = id, capacity = tonumber(places) or 0, granted = tonumber(granted), numerics = numerics,
+        hidden = hidden }
     end
     copies[id] = nil
   end
@@ -127,15 +131,17 @@ local function load_score(taken, capacity, granted)
   return int((taken >= capacity and FULL or 0) + taken * TAKEN_UNIT + granted)
 end
 
--- Rebuilds fleet:load. Returns the capacity of all live workers together, and the set of owners of slots.
+-- Rebuilds fleet:load. Returns the capacity of all live workers together, the set of owners of slots, and whether there
+-- are hidden workers: their capacity is left out, and they are last in fleet:load.
 local function build_index(place)
   local workers = live_workers(place)
   local busy, _, owners = busy_slots(place, workers)
-  local entries, capacity, names = {}, 0, {}
-  redis.call('DEL', P .. 'load:' .. place)
+  local entries, capacity, names, hidden = {}, 0, {}, 0
+  redis.call('DEL', P .. 'load:' .. place, P .. 'indexed:' .. place)
   for i, worker in ipairs(workers) do
-    capacity = capacity + worker.capacity
-    entries[#entries + 1] = load_score(busy[worker.id] or 0, worker.capacity, worker.granted)
+    local shown = worker.hidden and 0 or worker.capacity
+    capacity, hidden = capacity + shown, hidden + (worker.hidden and 1 or 0)
+    entries[#entries + 1] = load_score(busy[worker.id] or 0, shown, worker.granted)
     entries[#entries + 1] = worker.id
     if #entries == 2 * MOST_PAIRS or i == #workers then
       redis.call('ZADD', P .. 'load:' .. place, unpack(entries))
@@ -145,35 +151,36 @@ local function build_index(place)
   for owner in pairs(owners) do
     names[#names + 1] = owner
   end
-  redis.call('HSET', P .. 'indexed:' .. place, 'capacity', int(capacity), 'owners', table.concat(names, '\n'))
+  redis.call('HSET', P .. 'indexed:' .. place, 'capacity', int(capacity), 'owners', table.concat(names, '\n'),
+    'hidden', int(hidden))
   redis.call('PEXPIRE', P .. 'indexed:' .. place, INDEXED_MS)
   redis.call('PEXPIRE', P .. 'load:' .. place, int(CHURN_MS))
-  return capacity, owners
+  return capacity, owners, hidden > 0
 end
 
--- The capacity of all live workers together, and the set of owners of slots. fleet:load is true afterwards.
+-- Returns what build_index does. fleet:load is true afterwards. An index that the last release has built is rebuilt.
 local function index(place)
   note_silent(place)
-  local fields = redis.call('HMGET', P .. 'indexed:' .. place, 'capacity', 'owners')
+  local fields = redis.call('HMGET', P .. 'indexed:' .. place, 'capacity', 'owners', 'hidden')
   local owners, keys = {}, {}
   for owner in string.gmatch(fields[2] or '', '[^\n]+') do
     owners[owner] = true
     keys[#keys + 1] = P .. 'coordinator:' .. owner
   end
-  if not tonumber(fields[1]) or (#keys > 0 and redis.call('EXISTS', unpack(keys)) < #keys) then
+  if not tonumber(fields[1]) or not tonumber(fields[3]) or (#keys > 0 and redis.call('EXISTS', unpack(keys)) < #keys) then
     return build_index(place)
   end
-  return tonumber(fields[1]), owners
+  return tonumber(fields[1]), owners, tonumber(fields[3]) > 0
 end
 
--- The worker that gets the next claim: the first one of fleet:load with a free slot that is not avoided by now. nil where
--- there is none, and whether that is since all that are free are avoided.
-local function first_free(place, avoided)
+-- The worker that gets the next claim: the first one of fleet:load with a free slot that is not avoided by now, nor in the
+-- set `unfit`. nil where there is none, and whether that is since all that are free are one of both.
+local function first_free(place, avoided, unfit)
   local start, found = 0, nil
   repeat
     found = redis.call('ZRANGEBYSCORE', P .. 'load:' .. place, '-inf', '(' .. int(FULL), 'LIMIT', start, 16)
     for _, id in ipairs(found) do
-      if not avoided[id] or avoided[id].till <= now then
+      if not unfit[id] and (not avoided[id] or avoided[id].till <= now) then
         return id
       end
     end

@@ -73,7 +73,8 @@ end
 
 -- What decides which workers fit a claim. Once none fits a claim, none fits others of its kind within one operation.
 local function kind_of(claim)
-  return claim.owner .. '/' .. (equal_of(claim.ticket) or '') .. (is_alone(claim.ticket) and '/alone' or '')
+  return table.concat({ claim.owner, equal_of(claim.ticket) or '', wiring_of(claim.ticket) or '',
+    is_alone(claim.ticket) and 'alone' or '' }, '/')
 end
 
 -- Who is next: of the highest priority, of the caller who was given the least work, the earliest deadline, the first.
@@ -117,16 +118,31 @@ local function charge(claim)
   redis.call('PEXPIRE', claim.shares, 3600000)
 end
 
--- The workers that a claim may get: those with the numerics fingerprint that its checkpoint needs, as long as there are
--- any. On the others the request would have to start again.
-local function fitting(workers, claim)
-  local numerics, equal = equal_of(claim.ticket), {}
-  for _, worker in ipairs(numerics and workers or {}) do
-    if worker.numerics == numerics then
-      equal[#equal + 1] = worker
+-- The set of workers that do not fit a claim's wiring, read once within one operation.
+local function unfit_for(place, claim, walk)
+  local digest = wiring_of(claim.ticket)
+  if not digest then
+    return {}
+  end
+  walk.fits[digest] = walk.fits[digest] or fit_of(place, digest)
+  return walk.fits[digest].unfit
+end
+
+-- The workers that a claim may get: of those that fit its wiring the ones with the numerics fingerprint that its checkpoint
+-- needs, as long as there are any. On the others the request would have to start again. A claim of the last release gets
+-- no hidden worker.
+local function fitting(place, workers, claim, walk)
+  local unfit, numerics, able, equal = unfit_for(place, claim, walk), equal_of(claim.ticket), {}, {}
+  local is_older = not wiring_of(claim.ticket)
+  for _, worker in ipairs(workers) do
+    if not unfit[worker.id] and not (is_older and worker.hidden) then
+      able[#able + 1] = worker
+      if worker.numerics == numerics then
+        equal[#equal + 1] = worker
+      end
     end
   end
-  return #equal > 0 and equal or workers
+  return #equal > 0 and equal or able
 end
 
 -- Gives a claim a slot of a worker, unless the worker's key was lost: then nothing is granted and false returned.
@@ -155,7 +171,8 @@ end
 -- Hands free slots to those who wait, where their claims ask for more than any free slot; see dispatch.
 --
 -- A claim that no free slot fits is passed over: its owner avoids the workers that have one, or they have another
--- numerics fingerprint than its checkpoint needs, or it is for a whole worker and none is idle. The first of the latter
+-- numerics fingerprint than its checkpoint needs, or a contract that does not fit its wiring, or it is for a whole worker
+-- and none is idle. The first of the latter
 -- kind reserves the worker that is idle soonest: nobody else gets a slot there, so that the claim's turn comes after the
 -- requests that the worker has now. The reservation is not stored: it lasts while the claim waits, and ends with it.
 -- Each iteration grants a claim, finds a kind of claim that does not fit, or finds a worker that has lost its key; there
@@ -172,7 +189,7 @@ local function dispatch_by_wishes(place, asking, walk)
     end
     local alone = is_alone(claim.ticket)
     avoided[claim.owner] = avoided[claim.owner] or avoided_by(claim.owner)
-    local fits = fitting(workers, claim)
+    local fits = fitting(place, workers, claim, walk)
     local worker = least_busy(fits, busy, reserved, avoided[claim.owner], alone and 1 or nil)
     if worker and grant(place, claim, worker.id, asking) then
       busy[worker.id] = (busy[worker.id] or 0) + (alone and worker.capacity or 1)
@@ -195,23 +212,24 @@ end
 -- Hands free slots to those who wait, in order. Coordinators hear of theirs on their channels.
 --
 -- Workers are read one by one from the index. Only the first claim with a wish, for a whole worker or for one with a
--- numerics fingerprint, needs all of them.
+-- numerics fingerprint, needs all of them; so does every claim while there are hidden workers.
 local function dispatch(place, asking)
-  local walk = { length = redis.call('ZCARD', P .. 'queue:' .. place), dropped = 0, wanted = {}, alive = {}, unfit = {} }
+  local walk = { length = redis.call('ZCARD', P .. 'queue:' .. place), dropped = 0, wanted = {}, alive = {}, unfit = {},
+    fits = {} }
   if walk.length == 0 then
     return
   end
-  local _, owners = index(place)
+  local _, owners, has_hidden = index(place)
   local avoided = {}
   for _ = 1, walk.length do
     local claim = next_claim(place, walk)
     if not claim then
       return
-    elseif is_alone(claim.ticket) or equal_of(claim.ticket) then
+    elseif has_hidden or is_alone(claim.ticket) or equal_of(claim.ticket) then
       return dispatch_by_wishes(place, asking, walk)
     end
     avoided[claim.owner] = avoided[claim.owner] or avoided_by(claim.owner)
-    local id, is_any_free = first_free(place, avoided[claim.owner])
+    local id, is_any_free = first_free(place, avoided[claim.owner], unfit_for(place, claim, walk))
     if id and grant(place, claim, id, asking) then
       note_taken(place, id, claim.ticket, 1)
       note_owner(place, claim.owner, owners)
@@ -282,17 +300,20 @@ local function enqueue(a)
   return true
 end
 
--- Claims a slot. The same ticket claims once, however often it asks. One that waits gets the number of live workers, and
--- the ms until its owner stops avoiding one.
+-- Claims a slot. The same ticket claims once, however often it asks. One that waits gets the number of live workers that fit
+-- its wiring, the ms until its owner stops avoiding one, and, where none fits, the fault of one.
 takes.claim = {
   'ticket', 'owner',
   'place',     -- model/service
   'priority', 'cost',
   'deadline',  -- ms since 1970, 0 for none
   'caller',    -- a name without '|'
+  'wiring',    -- the text whose digest the ticket has, or ''
 }
 function ops.claim(a)
   local ticket, place = a.ticket, a.place
+  local digest = wiring_of(ticket)
+  keep_wiring(place, digest, a.wiring)
   -- Claims that wait ask again; however many do, the workers are read no more often than RECHECK_MS says.
   if enqueue(a) or redis.call('SET', P .. 'rechecked:' .. place, '1', 'NX', 'PX', RECHECK_MS) then
     dispatch(place, ticket)
@@ -310,16 +331,26 @@ function ops.claim(a)
     end
   end
   note_silent(place)
-  return { 'waiting', redis.call('ZCARD', P .. 'workers:' .. place), avoids_for(place, a.owner) }
+  local live, fault = redis.call('ZCARD', P .. 'workers:' .. place), ''
+  if digest and live > 0 then
+    index(place)
+    local fit = fit_of(place, digest)
+    live, fault = fit.live, fit.live == 0 and fit.fault or ''
+  end
+  return { 'waiting', live, avoids_for(place, a.owner), fault }
 end
 
--- The free slots of the live workers with that numerics fingerprint; `place` is model/service.
-takes.spare = { 'place', 'numerics' }
+-- The free slots of the live workers with that numerics fingerprint and that contract, which can take the same claims.
+takes.spare = {
+  'place',  -- model/service
+  'numerics', 'contract',
+}
 function ops.spare(a)
   local workers, free = live_workers(a.place), 0
-  local busy = busy_slots(a.place, workers)
+  local busy, digests = busy_slots(a.place, workers), contracts_of(a.place, workers)
+  local digest = server.sha1hex(a.contract)
   for _, worker in ipairs(workers) do
-    if worker.numerics == a.numerics then
+    if worker.numerics == a.numerics and digests[worker.id] == digest then
       free = free + math.max(worker.capacity - (busy[worker.id] or 0), 0)
     end
   end

@@ -1,24 +1,13 @@
 -- States what a model is, for `lasts` ms. The first one to declare a model decides.
-takes.declare = {
-  'model', 'fingerprint', 'lasts',
-  'contracts*',  -- pairs of service and contract
-}
+takes.declare = { 'model', 'fingerprint', 'lasts' }
 function ops.declare(a)
-  local key, contracts = P .. 'model:' .. a.model, a.contracts
+  local key = P .. 'model:' .. a.model
   local known = redis.call('HGET', key, 'fingerprint')
   if known and known ~= a.fingerprint then
     return { 'fingerprint', known }
   end
-  for i = 1, #contracts, 2 do
-    local contract = redis.call('HGET', key, 'contract:' .. contracts[i])
-    if contract and contract ~= contracts[i + 1] then
-      return { 'contract', contract }
-    end
-  end
   redis.call('HSET', key, 'fingerprint', a.fingerprint)
-  for i = 1, #contracts, 2 do
-    redis.call('HSET', key, 'contract:' .. contracts[i], contracts[i + 1])
-  end
+  move_older(a.model, a.lasts)
   redis.call('PEXPIRE', key, a.lasts)
   return { 'declared' }
 end
@@ -62,13 +51,16 @@ function ops.refusals(a)
   return refusals(a.model)
 end
 
--- The heartbeat of a worker. One that comes after its worker left is late, and changes nothing.
+-- The heartbeat of a worker. One that comes after its worker left is late, and changes nothing. A coordinator of the last
+-- release sends what its own contract says: it gets no slot of a worker whose contract is another one in its terms.
 takes.announce = {
   'worker', 'model', 'service',
   'capacity',  -- requests that it takes at a time
   'info',      -- WorkerInfo, serialised
   'lasts',     -- ms that the heartbeat is in effect
   'numerics',  -- numerics fingerprint
+  'contract',  -- see contracts.lua, or ''
+  'older',     -- the contract as the last release states it
 }
 function ops.announce(a)
   local worker, lasts = a.worker, a.lasts
@@ -81,8 +73,10 @@ function ops.announce(a)
   if was_live then
     redis.call('ZREM', P .. 'lost:' .. place, worker)
   end
-  redis.call('HSET', P .. 'worker:' .. worker, 'model', a.model, 'service', a.service, 'capacity', a.capacity,
-    'info', a.info, 'lasts', lasts, 'numerics', a.numerics)
+  local older = older_contract(place)
+  local capacity = older and older ~= a.older and '0' or a.capacity
+  redis.call('HSET', P .. 'worker:' .. worker, 'model', a.model, 'service', a.service, 'capacity', capacity,
+    'places', a.capacity, 'info', a.info, 'lasts', lasts, 'numerics', a.numerics, 'contract', a.contract)
   redis.call('HSETNX', P .. 'worker:' .. worker, 'granted', '0')
   redis.call('PEXPIRE', P .. 'worker:' .. worker, lasts)
   redis.call('ZADD', P .. 'workers:' .. place, int(now + tonumber(lasts)), worker)
@@ -114,18 +108,31 @@ function ops.leaving(a)
   clear(worker)
 end
 
--- The infos of the live workers, and the numbers of slots taken, of claims that wait, and of workers that were lost in
--- the last 10 minutes; `place` is model/service.
-takes.status = { 'place' }
+-- The infos of the live workers that fit one of the wirings, and the numbers of slots taken on them, of claims that wait,
+-- and of workers that were lost in the last 10 minutes; then the faults: worker, number of the wiring, reason of each.
+takes.status = {
+  'place',     -- model/service
+  'wirings*',  -- none where all workers count
+}
 function ops.status(a)
   local place = a.place
-  local infos, taken, workers = {}, 0, live_workers(place)
-  for _, worker in ipairs(workers) do
-    infos[#infos + 1] = redis.call('HGET', P .. 'worker:' .. worker.id, 'info') or nil
+  local infos, taken, faults, misfits, workers = {}, 0, {}, {}, live_workers(place)
+  for number, wiring in ipairs(a.wirings) do
+    local found = faults_of(place, workers, wiring)
+    for _, worker in ipairs(workers) do
+      if found[worker.id] then
+        misfits[worker.id] = (misfits[worker.id] or 0) + 1
+        faults[#faults + 1] = { worker.id, number, found[worker.id] }
+      end
+    end
   end
-  for _, count in pairs(busy_slots(place, workers)) do
-    taken = taken + count
+  local busy = busy_slots(place, workers)
+  for _, worker in ipairs(workers) do
+    if #a.wirings == 0 or misfits[worker.id] ~= #a.wirings then
+      infos[#infos + 1] = redis.call('HGET', P .. 'worker:' .. worker.id, 'info') or nil
+      taken = taken + (busy[worker.id] or 0)
+    end
   end
   local dead = redis.call('ZCOUNT', P .. 'lost:' .. place, int(now - CHURN_MS), '+inf')
-  return { infos, taken, redis.call('ZCARD', P .. 'queue:' .. place), dead }
+  return { infos, taken, redis.call('ZCARD', P .. 'queue:' .. place), dead, faults }
 end

@@ -1491,7 +1491,7 @@ class Model(_message.Message):
 
     @_builtins.property
     def refused_workers(self) -> _containers.RepeatedCompositeFieldContainer[_worker_pb2.RefusedWorker]:
-        """Workers that were refused in the last 10 minutes: their checkpoint, or their contract, is another one. At most 16."""
+        """Workers that were refused in the last 10 minutes: their checkpoint is another one. At most 16."""
 
     def __init__(
         self,
@@ -1613,6 +1613,7 @@ class ServiceStatus(_message.Message):
     QUEUED_SECONDS_FIELD_NUMBER: _builtins.int
     UNMEASURED_FIELD_NUMBER: _builtins.int
     KERNELS_FIELD_NUMBER: _builtins.int
+    INCOMPATIBLE_WORKERS_FIELD_NUMBER: _builtins.int
     DEAD_WORKERS_FIELD_NUMBER: _builtins.int
     OPEN_REQUESTS_FIELD_NUMBER: _builtins.int
     REPORTS_STEPS_FIELD_NUMBER: _builtins.int
@@ -1620,9 +1621,9 @@ class ServiceStatus(_message.Message):
     service: _builtins.str
     """Service, such as "denoising"."""
     workers: _builtins.int
-    """Live workers."""
+    """Live workers that can take requests of a variant of the model."""
     capacity: _builtins.int
-    """Requests that the live workers take at a time, together."""
+    """Requests that these workers take at a time, together."""
     busy: _builtins.int
     """Requests they are working on."""
     queued: _builtins.int
@@ -1639,11 +1640,17 @@ class ServiceStatus(_message.Message):
     """Whether the service reports steps; a step of another service is the whole request."""
     @_builtins.property
     def groups(self) -> _containers.RepeatedCompositeFieldContainer[_worker_pb2.Degrees]:
-        """Degrees of those live workers that are worker groups, one entry a worker; at most 1000."""
+        """Degrees of those workers that are worker groups, one entry a worker; at most 1000."""
 
     @_builtins.property
     def kernels(self) -> _containers.RepeatedCompositeFieldContainer[_worker_pb2.KernelPackage]:
-        """Kernel packages of the live workers; workers with equal ones share an entry."""
+        """Kernel packages of these workers; workers with equal ones share an entry."""
+
+    @_builtins.property
+    def incompatible_workers(self) -> _containers.RepeatedCompositeFieldContainer[_worker_pb2.IncompatibleWorker]:
+        """Live workers that cannot take the requests of a variant, one entry a variant; at most 1000. They count among `workers`
+        if they can take those of another variant.
+        """
 
     @_builtins.property
     def paces(self) -> _containers.RepeatedCompositeFieldContainer[Global___ServicePace]:
@@ -1661,6 +1668,7 @@ class ServiceStatus(_message.Message):
         queued_seconds: _builtins.float = ...,
         unmeasured: _builtins.bool = ...,
         kernels: _abc.Iterable[_worker_pb2.KernelPackage] | None = ...,
+        incompatible_workers: _abc.Iterable[_worker_pb2.IncompatibleWorker] | None = ...,
         dead_workers: _builtins.int = ...,
         open_requests: _builtins.int = ...,
         reports_steps: _builtins.bool = ...,
@@ -1668,7 +1676,7 @@ class ServiceStatus(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["busy", b"busy", "capacity", b"capacity", "dead_workers", b"dead_workers", "groups", b"groups", "kernels", b"kernels", "open_requests", b"open_requests", "paces", b"paces", "queued", b"queued", "queued_seconds", b"queued_seconds", "reports_steps", b"reports_steps", "service", b"service", "unmeasured", b"unmeasured", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["busy", b"busy", "capacity", b"capacity", "dead_workers", b"dead_workers", "groups", b"groups", "incompatible_workers", b"incompatible_workers", "kernels", b"kernels", "open_requests", b"open_requests", "paces", b"paces", "queued", b"queued", "queued_seconds", b"queued_seconds", "reports_steps", b"reports_steps", "service", b"service", "unmeasured", b"unmeasured", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

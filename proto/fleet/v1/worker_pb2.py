@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x66leet/v1/worker.proto\x12\x08\x66leet.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\x15\n\x13GetModelInfoRequest\"<\n\x14GetModelInfoResponse\x12$\n\x06worker\x18\x01 \x01(\x0b\x32\x14.fleet.v1.WorkerInfo\"\xc8\x03\n\nWorkerInfo\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0f\n\x07service\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\x15\n\rpipeline_name\x18\x04 \x01(\t\x12\x19\n\x11model_fingerprint\x18\x05 \x01(\t\x12\x1c\n\x14numerics_fingerprint\x18\x06 \x01(\t\x12)\n\x08\x63ontract\x18\x07 \x01(\x0b\x32\x17.fleet.v1.StageContract\x12\x0f\n\x07\x61\x64\x64ress\x18\x08 \x01(\t\x12\x10\n\x08\x63\x61pacity\x18\t \x01(\r\x12\r\n\x05\x64type\x18\n \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x0b \x01(\t\x12\x34\n\x08versions\x18\x0c \x03(\x0b\x32\".fleet.v1.WorkerInfo.VersionsEntry\x12\"\n\x07\x64\x65grees\x18\r \x01(\x0b\x32\x11.fleet.v1.Degrees\x12\x15\n\rreports_begun\x18\x0e \x01(\x08\x12(\n\x07kernels\x18\x14 \x03(\x0b\x32\x17.fleet.v1.KernelPackage\x1a/\n\rVersionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x8e\x01\n\rRefusedWorker\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0f\n\x07service\x18\x02 \x01(\t\x12\x19\n\x11model_fingerprint\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12.\n\nrefused_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"R\n\rKernelPackage\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\r\n\x05\x65rror\x18\x03 \x01(\t\x12\x13\n\x0breplacement\x18\x04 \x01(\t\"A\n\x07\x44\x65grees\x12\n\n\x02tp\x18\x01 \x01(\r\x12\x0f\n\x07ulysses\x18\x02 \x01(\r\x12\x0c\n\x04ring\x18\x03 \x01(\r\x12\x0b\n\x03\x63\x66g\x18\x04 \x01(\r\"\x9d\x02\n\rStageContract\x12\x0e\n\x06stages\x18\x01 \x03(\t\x12\x33\n\x06inputs\x18\x02 \x03(\x0b\x32#.fleet.v1.StageContract.InputsEntry\x12\x35\n\x07outputs\x18\x03 \x03(\x0b\x32$.fleet.v1.StageContract.OutputsEntry\x12\x17\n\x0foptional_inputs\x18\x04 \x03(\t\x12\x18\n\x10optional_outputs\x18\x05 \x03(\t\x1a-\n\x0bInputsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a.\n\x0cOutputsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x32^\n\rWorkerService\x12M\n\x0cGetModelInfo\x12\x1d.fleet.v1.GetModelInfoRequest\x1a\x1e.fleet.v1.GetModelInfoResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x66leet/v1/worker.proto\x12\x08\x66leet.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\x15\n\x13GetModelInfoRequest\"<\n\x14GetModelInfoResponse\x12$\n\x06worker\x18\x01 \x01(\x0b\x32\x14.fleet.v1.WorkerInfo\"\xfe\x03\n\nWorkerInfo\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0f\n\x07service\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\x15\n\rpipeline_name\x18\x04 \x01(\t\x12\x19\n\x11model_fingerprint\x18\x05 \x01(\t\x12\x1c\n\x14numerics_fingerprint\x18\x06 \x01(\t\x12)\n\x08\x63ontract\x18\x07 \x01(\x0b\x32\x17.fleet.v1.StageContract\x12\x0f\n\x07\x61\x64\x64ress\x18\x08 \x01(\t\x12\x10\n\x08\x63\x61pacity\x18\t \x01(\r\x12\r\n\x05\x64type\x18\n \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x0b \x01(\t\x12\x34\n\x08versions\x18\x0c \x03(\x0b\x32\".fleet.v1.WorkerInfo.VersionsEntry\x12\"\n\x07\x64\x65grees\x18\r \x01(\x0b\x32\x11.fleet.v1.Degrees\x12\x15\n\rreports_begun\x18\x0e \x01(\x08\x12(\n\x07kernels\x18\x14 \x03(\x0b\x32\x17.fleet.v1.KernelPackage\x12\x34\n\x11variant_contracts\x18\x15 \x03(\x0b\x32\x19.fleet.v1.VariantContract\x1a/\n\rVersionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"H\n\x12IncompatibleWorker\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0f\n\x07variant\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\"\x8e\x01\n\rRefusedWorker\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0f\n\x07service\x18\x02 \x01(\t\x12\x19\n\x11model_fingerprint\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12.\n\nrefused_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"R\n\rKernelPackage\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\r\n\x05\x65rror\x18\x03 \x01(\t\x12\x13\n\x0breplacement\x18\x04 \x01(\t\"A\n\x07\x44\x65grees\x12\n\n\x02tp\x18\x01 \x01(\r\x12\x0f\n\x07ulysses\x18\x02 \x01(\r\x12\x0c\n\x04ring\x18\x03 \x01(\r\x12\x0b\n\x03\x63\x66g\x18\x04 \x01(\r\"\x9d\x02\n\rStageContract\x12\x0e\n\x06stages\x18\x01 \x03(\t\x12\x33\n\x06inputs\x18\x02 \x03(\x0b\x32#.fleet.v1.StageContract.InputsEntry\x12\x35\n\x07outputs\x18\x03 \x03(\x0b\x32$.fleet.v1.StageContract.OutputsEntry\x12\x17\n\x0foptional_inputs\x18\x04 \x03(\t\x12\x18\n\x10optional_outputs\x18\x05 \x03(\t\x1a-\n\x0bInputsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a.\n\x0cOutputsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"M\n\x0fVariantContract\x12\x0f\n\x07variant\x18\x01 \x01(\t\x12)\n\x08\x63ontract\x18\x02 \x01(\x0b\x32\x17.fleet.v1.StageContract2^\n\rWorkerService\x12M\n\x0cGetModelInfo\x12\x1d.fleet.v1.GetModelInfoRequest\x1a\x1e.fleet.v1.GetModelInfoResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -43,21 +43,25 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETMODELINFORESPONSE']._serialized_start=91
   _globals['_GETMODELINFORESPONSE']._serialized_end=151
   _globals['_WORKERINFO']._serialized_start=154
-  _globals['_WORKERINFO']._serialized_end=610
-  _globals['_WORKERINFO_VERSIONSENTRY']._serialized_start=563
-  _globals['_WORKERINFO_VERSIONSENTRY']._serialized_end=610
-  _globals['_REFUSEDWORKER']._serialized_start=613
-  _globals['_REFUSEDWORKER']._serialized_end=755
-  _globals['_KERNELPACKAGE']._serialized_start=757
-  _globals['_KERNELPACKAGE']._serialized_end=839
-  _globals['_DEGREES']._serialized_start=841
-  _globals['_DEGREES']._serialized_end=906
-  _globals['_STAGECONTRACT']._serialized_start=909
-  _globals['_STAGECONTRACT']._serialized_end=1194
-  _globals['_STAGECONTRACT_INPUTSENTRY']._serialized_start=1101
-  _globals['_STAGECONTRACT_INPUTSENTRY']._serialized_end=1146
-  _globals['_STAGECONTRACT_OUTPUTSENTRY']._serialized_start=1148
-  _globals['_STAGECONTRACT_OUTPUTSENTRY']._serialized_end=1194
-  _globals['_WORKERSERVICE']._serialized_start=1196
-  _globals['_WORKERSERVICE']._serialized_end=1290
+  _globals['_WORKERINFO']._serialized_end=664
+  _globals['_WORKERINFO_VERSIONSENTRY']._serialized_start=617
+  _globals['_WORKERINFO_VERSIONSENTRY']._serialized_end=664
+  _globals['_INCOMPATIBLEWORKER']._serialized_start=666
+  _globals['_INCOMPATIBLEWORKER']._serialized_end=738
+  _globals['_REFUSEDWORKER']._serialized_start=741
+  _globals['_REFUSEDWORKER']._serialized_end=883
+  _globals['_KERNELPACKAGE']._serialized_start=885
+  _globals['_KERNELPACKAGE']._serialized_end=967
+  _globals['_DEGREES']._serialized_start=969
+  _globals['_DEGREES']._serialized_end=1034
+  _globals['_STAGECONTRACT']._serialized_start=1037
+  _globals['_STAGECONTRACT']._serialized_end=1322
+  _globals['_STAGECONTRACT_INPUTSENTRY']._serialized_start=1229
+  _globals['_STAGECONTRACT_INPUTSENTRY']._serialized_end=1274
+  _globals['_STAGECONTRACT_OUTPUTSENTRY']._serialized_start=1276
+  _globals['_STAGECONTRACT_OUTPUTSENTRY']._serialized_end=1322
+  _globals['_VARIANTCONTRACT']._serialized_start=1324
+  _globals['_VARIANTCONTRACT']._serialized_end=1401
+  _globals['_WORKERSERVICE']._serialized_start=1403
+  _globals['_WORKERSERVICE']._serialized_end=1497
 # @@protoc_insertion_point(module_scope)

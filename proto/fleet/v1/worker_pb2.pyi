@@ -101,6 +101,7 @@ class WorkerInfo(_message.Message):
     DEGREES_FIELD_NUMBER: _builtins.int
     REPORTS_BEGUN_FIELD_NUMBER: _builtins.int
     KERNELS_FIELD_NUMBER: _builtins.int
+    VARIANT_CONTRACTS_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     """Unique to the process."""
     service: _builtins.str
@@ -139,6 +140,12 @@ class WorkerInfo(_message.Message):
     def kernels(self) -> _containers.RepeatedCompositeFieldContainer[Global___KernelPackage]:
         """Optional kernel packages that are installed and were tried at the start, on a GPU."""
 
+    @_builtins.property
+    def variant_contracts(self) -> _containers.RepeatedCompositeFieldContainer[Global___VariantContract]:
+        """What the hosted stages read and write for each variant of the model, in the model's order; `contract` is the union.
+        Release 0.1.0 announces none.
+        """
+
     def __init__(
         self,
         *,
@@ -157,14 +164,45 @@ class WorkerInfo(_message.Message):
         degrees: Global___Degrees | None = ...,
         reports_begun: _builtins.bool = ...,
         kernels: _abc.Iterable[Global___KernelPackage] | None = ...,
+        variant_contracts: _abc.Iterable[Global___VariantContract] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["contract", b"contract", "degrees", b"degrees"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "capacity", b"capacity", "contract", b"contract", "degrees", b"degrees", "device", b"device", "dtype", b"dtype", "kernels", b"kernels", "model", b"model", "model_fingerprint", b"model_fingerprint", "numerics_fingerprint", b"numerics_fingerprint", "pipeline_name", b"pipeline_name", "reports_begun", b"reports_begun", "service", b"service", "versions", b"versions", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "capacity", b"capacity", "contract", b"contract", "degrees", b"degrees", "device", b"device", "dtype", b"dtype", "kernels", b"kernels", "model", b"model", "model_fingerprint", b"model_fingerprint", "numerics_fingerprint", b"numerics_fingerprint", "pipeline_name", b"pipeline_name", "reports_begun", b"reports_begun", "service", b"service", "variant_contracts", b"variant_contracts", "versions", b"versions", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WorkerInfo: _TypeAlias = WorkerInfo  # noqa: Y015
+
+@_typing.final
+class IncompatibleWorker(_message.Message):
+    """A live worker that cannot take requests, since it is of another release than the coordinator: their contracts differ."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_ID_FIELD_NUMBER: _builtins.int
+    VARIANT_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    worker_id: _builtins.str
+    """Its worker_id."""
+    variant: _builtins.str
+    """Variant of the model whose requests it cannot take; empty for a model with one variant."""
+    reason: _builtins.str
+    """Why, in one sentence that names the slot at fault."""
+    def __init__(
+        self,
+        *,
+        worker_id: _builtins.str = ...,
+        variant: _builtins.str = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason", "variant", b"variant", "worker_id", b"worker_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___IncompatibleWorker: _TypeAlias = IncompatibleWorker  # noqa: Y015
 
 @_typing.final
 class RefusedWorker(_message.Message):
@@ -361,3 +399,31 @@ class StageContract(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StageContract: _TypeAlias = StageContract  # noqa: Y015
+
+@_typing.final
+class VariantContract(_message.Message):
+    """The slots that the stages of one variant read and write."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VARIANT_FIELD_NUMBER: _builtins.int
+    CONTRACT_FIELD_NUMBER: _builtins.int
+    variant: _builtins.str
+    """The variant; empty for a model with one variant."""
+    @_builtins.property
+    def contract(self) -> Global___StageContract:
+        """What its stages read and write, without the stages' names."""
+
+    def __init__(
+        self,
+        *,
+        variant: _builtins.str = ...,
+        contract: Global___StageContract | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["contract", b"contract"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["contract", b"contract", "variant", b"variant"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___VariantContract: _TypeAlias = VariantContract  # noqa: Y015

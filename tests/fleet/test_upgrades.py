@@ -1,0 +1,135 @@
+"""A coordinator with workers of other releases: their inputs, their requests, and reports of those left out."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+
+from common.stage import Contract
+from coordinator_fleet import SERVICES, FakeFleet, Script, emoji, run_on_fleet, submission, terminal
+from fleet.v1 import generation_pb2 as pb
+from redis_servers import running_server
+from services.cli.incompatible import HEAD, incompatible_rows
+from services.cli.status_cells import table
+
+SUCCEEDED, FAILED = pb.REQUEST_STATE_SUCCEEDED, pb.REQUEST_STATE_FAILED
+CONTRACT: Contract = emoji().service("denoising").contract
+NEEDING = replace(CONTRACT, inputs={**CONTRACT.inputs, "image_conditioning": "Conditioning"})
+"""The contract of a newer release, with an input that this coordinator does not supply."""
+FAULT = "input 'image_conditioning': the worker requires Conditioning, the coordinator supplies none"
+OTHERS = tuple(service for service in SERVICES if service != "denoising")
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    with running_server("valkey") as server:
+        yield server.url
+
+
+def without(slot: str) -> Contract:
+    """The contract of a release that does not read a slot."""
+    return replace(CONTRACT, inputs={name: kind for name, kind in CONTRACT.inputs.items() if name != slot})
+
+
+def test_a_worker_is_not_sent_what_it_does_not_read(url: str) -> None:
+    async def story(fleet: FakeFleet) -> None:
+        await fleet.add_workers(OTHERS)
+        script = Script(without("sampling"))
+        await fleet.add_worker("denoising", script)
+        _, stub = await fleet.add_coordinator()
+        accepted = await stub.Submit(submission())
+        events = await terminal(stub, accepted.request.request_id)
+        assert events[-1].state_change.state == SUCCEEDED, events[-1]
+        assert script.received == [frozenset({"initial_latents", "schedule", "text_conditioning"})]
+
+    run_on_fleet(url, story)
+
+
+def test_a_worker_that_lacks_the_resume_slot_gets_requests_and_no_checkpoint(url: str) -> None:
+    async def story(fleet: FakeFleet) -> None:
+        await fleet.add_workers(OTHERS)
+        script = Script(replace(without("resume_from"), optional=frozenset()))
+        await fleet.add_worker("denoising", script, numerics="n")
+        _, stub = await fleet.add_coordinator()
+        accepted = await stub.Submit(submission())
+        assert (await terminal(stub, accepted.request.request_id))[-1].state_change.state == SUCCEEDED
+        assert script.received == [frozenset({"initial_latents", "schedule", "text_conditioning", "sampling"})]
+
+    run_on_fleet(url, story)
+
+
+def test_an_output_that_nobody_reads_is_dropped(url: str) -> None:
+    async def story(fleet: FakeFleet) -> None:
+        await fleet.add_workers(OTHERS)
+        outputs = {**CONTRACT.outputs, "denoising_generator": "Generator"}
+        await fleet.add_worker("denoising", Script(replace(CONTRACT, outputs=outputs)))
+        _, stub = await fleet.add_coordinator()
+        accepted = await stub.Submit(submission())
+        events = await terminal(stub, accepted.request.request_id)
+        assert events[-1].state_change.state == SUCCEEDED, events[-1]
+        assert fleet.scripts["decoding"].received == [frozenset({"denoised_latents", "canvas"})]
+
+    run_on_fleet(url, story)
+
+
+def test_an_incompatible_worker_is_shown_and_a_compatible_one_takes_all(url: str) -> None:
+    async def story(fleet: FakeFleet) -> None:
+        await fleet.add_workers(OTHERS)
+        newer, same = Script(NEEDING), Script(CONTRACT)
+        odd = await fleet.add_worker("denoising", newer, capacity=4)
+        await fleet.add_worker("denoising", same)
+        _, stub = await fleet.add_coordinator()
+        accepted = [await stub.Submit(submission(f"apple {number}")) for number in range(6)]
+        ends = await asyncio.gather(*(terminal(stub, each.request.request_id) for each in accepted))
+        assert [events[-1].state_change.state for events in ends] == [SUCCEEDED] * 6
+        assert (len(same.calls), newer.calls) == (6, [])
+        overview = await stub.ListModels(pb.ListModelsRequest())
+        (status,) = [each for each in overview.models[0].services if each.service == "denoising"]
+        (shown,) = status.incompatible_workers
+        assert (shown.worker_id, shown.variant, shown.reason) == (odd.info.worker_id, "", FAULT)
+        assert (status.workers, status.capacity) == (1, 1)
+        assert incompatible_rows(overview) == [("emoji", "denoising", "-", odd.info.worker_id, FAULT)]
+        head, row = table(HEAD, incompatible_rows(overview)).splitlines()
+        assert head.split() == ["MODEL", "SERVICE", "VARIANT", "INCOMPATIBLE", "WORKER", "REASON"]
+        assert row.endswith(FAULT)
+
+    run_on_fleet(url, story)
+
+
+def test_a_request_without_a_compatible_worker_names_worker_and_slot(url: str) -> None:
+    async def story(fleet: FakeFleet) -> None:
+        await fleet.add_workers(OTHERS)
+        script = Script(NEEDING)
+        odd = await fleet.add_worker("denoising", script)
+        _, stub = await fleet.add_coordinator(worker_wait_seconds=0.3)
+        accepted = await stub.Submit(submission())
+        events = await terminal(stub, accepted.request.request_id)
+        assert events[-1].state_change.state == FAILED
+        record = (await stub.GetRequest(pb.GetRequestRequest(request_id=accepted.request.request_id))).request
+        named = f"worker {odd.info.worker_id}, {FAULT}"
+        assert record.error.code == "UNAVAILABLE"
+        assert "no worker of emoji/denoising can take the request, and none came within 0.3 s" in record.error.message
+        assert named in record.error.message
+        warnings = [event.warning.message for event in events if event.HasField("warning")]
+        assert warnings == [f"no worker of denoising can take the request ({named}); the request waits for one"]
+        assert not script.calls
+
+    run_on_fleet(url, story)
+
+
+def test_a_request_waits_until_a_compatible_worker_comes(url: str) -> None:
+    async def story(fleet: FakeFleet) -> None:
+        await fleet.add_workers(OTHERS)
+        newer, same = Script(NEEDING), Script(CONTRACT)
+        await fleet.add_worker("denoising", newer)
+        _, stub = await fleet.add_coordinator()
+        accepted = await stub.Submit(submission())
+        await asyncio.sleep(0.3)
+        await fleet.add_worker("denoising", same)
+        assert (await terminal(stub, accepted.request.request_id))[-1].state_change.state == SUCCEEDED
+        assert (len(same.calls), newer.calls) == (1, [])
+
+    run_on_fleet(url, story)

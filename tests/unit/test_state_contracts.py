@@ -1,0 +1,340 @@
+"""Slots go to workers whose contracts fit, on real servers; processes of the last release work on beside them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from redis import Redis as SyncRedis
+from redis.asyncio import Redis
+
+from common.errors import ResourceExhausted
+from common.stage import Contract
+from common.state.connection import Arguments, command, script_call, script_source
+from common.state.requests import AdmissionLimits, RequestStore
+from common.state.worker_slots import NoWorkers, WorkerSlots
+from common.state.workers import WorkerRegistry
+from common.wiring import Wiring, contract_text, fault_of, older_text
+from contracts import FAULT, NEEDING, READ, SUPPLIED, WIRING, contract, worker_with
+from fleet.v1 import generation_pb2, worker_pb2
+from redis_servers import run_on_empty_store, running_server, server_binaries, until
+from slot_claims import queued, slots_of
+
+PLACE = "emoji/denoising"
+NAMES, KINDS = ("canvas", "schedule", "latents"), ("Canvas", "Latents", "Stream[Latents]")
+
+
+@pytest.fixture(scope="module", params=sorted(server_binaries()))
+def url(request: pytest.FixtureRequest) -> Iterator[str]:
+    with running_server(request.param) as server:
+        yield server.url
+
+
+async def hash_of(redis: Any, name: str) -> dict[str, str]:
+    """A hash of the place."""
+    return {key.decode(): value.decode() for key, value in (await redis.hgetall(f"fleet:{name}:{PLACE}")).items()}
+
+
+async def take(slots: WorkerSlots, name: str, **more: Any) -> str:
+    """Claim a slot with WIRING; returns the worker."""
+    slot = await slots.claim("emoji", "denoising", name, wiring=WIRING, **more)
+    return slot.worker.worker_id
+
+
+@pytest.mark.parametrize("wish", [{}, {"alone": True}, {"first": True}, {"equal_to": "n"}])
+def test_a_claim_passes_over_workers_that_do_not_fit(url: str, wish: Mapping[str, Any]) -> None:
+    async def story(redis: Redis) -> None:
+        registry = WorkerRegistry(redis)
+        for number in range(20):  # more than a page of the index
+            await registry.announce(worker_with(NEEDING, f"a{number}", capacity=9, numerics="n"))
+        await registry.announce(worker_with(contract(), "b", capacity=2))
+        async with slots_of(redis, "me") as slots:
+            held = await slots.claim("emoji", "denoising", "r0", wiring=WIRING, **wish)
+            assert held.worker.worker_id == "b"
+            slots.release(held)
+            await slots.settle()
+            assert [await take(slots, f"r{number}") for number in (1, 2)] == ["b", "b"]
+            waiting = asyncio.create_task(take(slots, "r3", **wish))
+            await queued(registry, 1)
+            await registry.announce(worker_with({"": contract()}, "c"))
+            assert await waiting == "c"
+            assert not await redis.exists("fleet:avoided:me")  # the store found it, and not the coordinator afterwards
+
+    run_on_empty_store(url, story)
+
+
+def test_a_slot_that_is_given_back_goes_to_a_claim_that_fits(url: str) -> None:
+    async def story(redis: Redis) -> None:
+        registry = WorkerRegistry(redis)
+        await registry.announce(worker_with(NEEDING, "new", capacity=2))
+        await registry.announce(worker_with(contract(), "old"))
+        newer = Wiring("", NEEDING.inputs, READ)
+        async with slots_of(redis, "mine") as mine, slots_of(redis, "newer") as others:
+            held = await mine.claim("emoji", "denoising", "r1", wiring=WIRING)
+            assert held.worker.worker_id == "old"
+            both = [await others.claim("emoji", "denoising", f"n{number}", wiring=newer) for number in range(2)]
+            assert {slot.worker.worker_id for slot in both} == {"new"}
+            waiting = asyncio.create_task(take(mine, "r2"))
+            await queued(registry, 1)
+            after = asyncio.create_task(others.claim("emoji", "denoising", "n3", wiring=newer))
+            await queued(registry, 2)
+            others.release(both[0])  # The first of the queue does not fit; the second one does.
+            assert (await after).worker.worker_id == "new"
+            assert not waiting.done()
+            mine.release(held)
+            assert await waiting == "old"
+
+    run_on_empty_store(url, story)
+
+
+def test_a_service_without_a_fitting_worker_has_none(url: str) -> None:
+    async def story(redis: Redis) -> None:
+        registry = WorkerRegistry(redis)
+        await registry.announce(worker_with(NEEDING, "new"))
+        seen: list[str] = []
+        async with slots_of(redis, "me") as slots:
+            with pytest.raises(NoWorkers, match=f"can take the request.*within 0.2 s: worker new, {FAULT}; run"):
+                await take(slots, "r1", patience_seconds=0.2, on_no_workers=seen.append)
+            assert set(seen) == {f"worker new, {FAULT}"}
+            await registry.withdraw("new")
+            with pytest.raises(NoWorkers, match="no worker serves"):
+                await take(slots, "r2", patience_seconds=0.0, on_no_workers=seen.append)
+            assert seen[-1] == ""
+
+    run_on_empty_store(url, story)
+
+
+def test_a_claim_of_the_last_release_is_granted_as_before(url: str) -> None:
+    async def story(redis: Redis) -> None:
+        await WorkerRegistry(redis).announce(worker_with(NEEDING, "new"))
+        async with slots_of(redis, "me") as slots:
+            assert (await slots.claim("emoji", "denoising", "r")).worker.worker_id == "new"
+
+    run_on_empty_store(url, story)
+
+
+def test_counts_leave_workers_out_that_take_no_request(url: str) -> None:
+    async def story(redis: Redis) -> None:
+        registry = WorkerRegistry(redis)
+        image = Wiring("image", NEEDING.inputs, READ)
+        half = {"text": contract(), "image": contract(inputs={"other": "Latents"})}
+        for info in (
+            worker_with(contract(), "both", capacity=2, numerics="n"),
+            worker_with(half, "half", capacity=3, numerics="n"),
+            worker_with(contract(outputs={}), "none", capacity=4, numerics="n"),
+        ):
+            await registry.announce(info)
+        wirings = [Wiring("text", SUPPLIED, READ), image]
+        async with slots_of(redis, "me") as slots:
+            await slots.claim("emoji", "denoising", "r")
+            held = await slots.claim("emoji", "denoising", "s", wiring=image)
+            assert held.worker.worker_id == "both"
+            load = await registry.load("emoji", "denoising", wirings)
+            assert {info.worker_id for info in load.workers} == {"both", "half"}
+            assert (load.capacity, load.num_unusable) == (5, 1)
+            granted = [each.partition("|")[0] for each in (await hash_of(redis, "slots")).values()]
+            assert load.busy == len([each for each in granted if each != "none"])
+            faults = {(each.worker_id, each.variant): each.reason for each in load.incompatible}
+            written = "output 'latents': the coordinator reads Latents, the worker writes none"
+            assert faults == {
+                ("half", "image"): "input 'other': the worker requires Latents, the coordinator supplies none",
+                ("none", "text"): written,
+                ("none", "image"): written,
+            }
+        assert len((await registry.load("emoji", "denoising")).workers) == 3
+        assert await registry.free_slots(worker_with(contract(), "leaving", numerics="n")) == 2
+
+    run_on_empty_store(url, story)
+
+
+def test_admission_counts_on_workers_that_fit(url: str) -> None:
+    async def story(redis: Redis) -> None:
+        registry, store = WorkerRegistry(redis), RequestStore(redis, owner="me")
+        await registry.announce(worker_with(NEEDING, "new", capacity=9))
+        await registry.announce(worker_with(contract(), "old", capacity=2))
+        limits = AdmissionLimits(("denoising",), queue_seconds=1.0)
+
+        async def admit(number: int) -> None:
+            record = generation_pb2.RequestRecord(request_id=f"r{number}", model="emoji")
+            await store.admit(record, limits=limits, wirings={"denoising": WIRING})
+
+        for number in range(2):
+            await admit(number)
+        with pytest.raises(ResourceExhausted):
+            await admit(2)
+
+    run_on_empty_store(url, story)
+
+
+async def run_older_worker(redis: Redis, info: worker_pb2.WorkerInfo) -> None:
+    """Announce a worker as release 0.1 does: its contract stands in the model's record, for all workers at once."""
+    place = f"{info.model}/{info.service}"
+    await redis.hset(f"fleet:model:{info.model}", f"contract:{info.service}", older_text(info))
+    words: list[str | bytes] = ["model", info.model, "service", info.service, "capacity", str(info.capacity)]
+    words += ["lasts", "6000", "granted", "0", "info", info.SerializeToString()]
+    await command(redis, "HSET", f"fleet:worker:{info.worker_id}", *words)
+    await redis.zadd(f"fleet:workers:{place}", {info.worker_id: 99_999_999_999_999})
+
+
+def test_a_worker_of_the_last_release_is_judged_by_what_its_release_stated(url: str) -> None:
+    async def story(redis: Redis) -> None:
+        registry = WorkerRegistry(redis)
+        await run_older_worker(redis, worker_with(contract(outputs={}), "older"))
+        async with slots_of(redis, "me") as slots:
+            with pytest.raises(NoWorkers, match="worker older, output 'latents'"):
+                await take(slots, "r1", patience_seconds=0.0)
+            await registry.announce(worker_with(contract(), "newer"))
+            assert await redis.hkeys("fleet:model:emoji") == [b"fingerprint"]  # another release may state another
+            assert 0 < await redis.pttl(f"fleet:older:{PLACE}") <= 18_000
+            assert await take(slots, "r2") == "newer"
+            (fault,) = (await registry.load("emoji", "denoising", [WIRING])).incompatible
+            assert fault.worker_id == "older"
+
+    run_on_empty_store(url, story)
+
+
+def test_coordinators_of_the_last_release_get_no_worker_that_refuses_their_inputs(url: str) -> None:
+    async def story(redis: Redis) -> None:
+        registry = WorkerRegistry(redis)
+        await redis.hset("fleet:model:emoji", "contract:denoising", older_text(worker_with(contract())))
+        newer = worker_with({"": NEEDING}, "newer", capacity=2)
+        await registry.announce(newer)
+        await registry.announce(worker_with({"": contract()}, "same"))
+
+        async def shown() -> dict[str, str]:
+            """The capacity of each live worker, as the last release reads it."""
+            return {worker: copy.partition("|")[0] for worker, copy in (await hash_of(redis, "live")).items()}
+
+        assert await shown() == {"newer": "0", "same": "1"}
+        wiring = Wiring("", NEEDING.inputs, READ)
+        async with slots_of(redis, "me") as slots:
+            assert await take(slots, "r0") == "same"
+            older = asyncio.create_task(slots.claim("emoji", "denoising", "older"))
+            await queued(registry, 1)
+            held = [await slots.claim("emoji", "denoising", f"r{number}", wiring=wiring) for number in range(2)]
+            assert {slot.worker.worker_id for slot in held} == {"newer"}
+            full = 2**52  # the last release takes nobody from here on
+            assert await redis.zcount(f"fleet:load:{PLACE}", "-inf", f"({full}") == 0
+            waiting = asyncio.create_task(slots.claim("emoji", "denoising", "r3", wiring=wiring))
+            await queued(registry, 2)
+            slots.release(held[0])
+            assert (await waiting).worker.worker_id == "newer"
+            await redis.delete(f"fleet:older:{PLACE}")
+            await registry.announce(newer)
+            assert (await shown())["newer"] == "2"
+            assert not older.done()
+            slots.release(held[1])
+            assert (await older).worker.worker_id == "newer"
+
+    run_on_empty_store(url, story)
+
+
+def test_a_grant_of_a_process_of_the_last_release_is_given_back_where_it_does_not_fit(url: str) -> None:
+    async def story(redis: Redis) -> None:
+        registry = WorkerRegistry(redis)
+        newer = worker_with(NEEDING, "newer")
+        await registry.announce(newer)
+        async with slots_of(redis, "me") as slots:
+            waiting = asyncio.create_task(take(slots, "r"))
+            await queued(registry, 1)
+            ((ticket, entry),) = (await hash_of(redis, "waiting")).items()
+            # As the last release's script does when it hands a slot on.
+            await redis.hset(f"fleet:slots:{PLACE}", ticket, "newer|me|1|1")
+            await redis.hdel(f"fleet:waiting:{PLACE}", ticket)
+            await redis.zrem(f"fleet:queue:{PLACE}", entry)
+            grant = b"grant\n" + ticket.encode() + b"\n" + newer.SerializeToString()
+            await redis.publish("fleet:coordinator:me", grant)
+
+            async def claims_again() -> bool:
+                tickets = list(await hash_of(redis, "waiting"))
+                return bool(tickets) and ticket not in tickets and "/first/" in tickets[0]
+
+            await until(claims_again)
+            await slots.settle()
+            assert not await redis.hexists(f"fleet:slots:{PLACE}", ticket)
+            await registry.announce(worker_with(contract(), "older"))
+            assert await waiting == "older"
+
+    run_on_empty_store(url, story)
+
+
+def test_lost_wirings_and_contracts_are_replaced(url: str) -> None:
+    async def story(redis: Redis) -> None:
+        registry = WorkerRegistry(redis)
+        await registry.announce(worker_with(NEEDING, "new"))
+        await registry.announce(worker_with(contract(), "old"))
+        async with slots_of(redis, "me") as slots:
+            assert await take(slots, "r1") == "old"
+            await redis.delete(f"fleet:wirings:{PLACE}", f"fleet:contracts:{PLACE}", f"fleet:indexed:{PLACE}")
+            await redis.hset(f"fleet:contracts:{PLACE}", "gone", "digest")
+            waiting = asyncio.create_task(take(slots, "r2"))
+            await queued(registry, 1)
+            assert (await hash_of(redis, "contracts")).keys() == {"new", "old"}
+            await registry.announce(worker_with(contract(), "third"))
+            assert await waiting == "third"
+
+    run_on_empty_store(url, story)
+
+
+def test_a_claim_is_one_round_trip(url: str) -> None:
+    async def story(redis: Redis) -> None:
+        await WorkerRegistry(redis).announce(worker_with(contract(), "w"))
+        async with slots_of(redis, "me") as slots:
+            before = (await redis.info("commandstats"))["cmdstat_evalsha"]["calls"]
+            await take(slots, "r")
+            assert (await redis.info("commandstats"))["cmdstat_evalsha"]["calls"] - before == 1
+
+    run_on_empty_store(url, story)
+
+
+slot_maps = st.dictionaries(st.sampled_from(NAMES), st.sampled_from(KINDS))
+contracts = st.builds(
+    lambda inputs, outputs, optional: Contract("denoising", inputs, outputs, optional & inputs.keys()),
+    slot_maps,
+    slot_maps,
+    st.frozensets(st.sampled_from(NAMES)),
+)
+wirings = st.builds(Wiring, st.sampled_from(("", "text", "image")), slot_maps, slot_maps)
+
+
+@st.composite
+def workers(draw: st.DrawFn) -> worker_pb2.WorkerInfo:
+    """A worker of any release, whose variants need not agree on a slot."""
+    info = worker_with(draw(contracts))
+    names = draw(st.sampled_from(((), ("",), ("text", "image"))))
+    for name in names:
+        part = worker_with(draw(contracts)).contract
+        info.variant_contracts.add(variant=name, contract=part)
+    return info
+
+
+@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.too_slow])
+@given(workers(), st.lists(wirings, min_size=1, max_size=3))
+def test_the_store_and_the_coordinator_find_the_same_fault(
+    url: str, info: worker_pb2.WorkerInfo, wanted: list[Wiring]
+) -> None:
+    redis: Any = SyncRedis.from_url(url, protocol=2)
+    redis.script_load(script_source())
+    announced: Arguments = {
+        "worker": "w",
+        "model": "any",
+        "service": "denoising",
+        "capacity": 1,
+        "info": info.SerializeToString(),
+        "lasts": 60_000,
+        "numerics": "",
+        "contract": contract_text(info),
+        "older": older_text(info),
+    }
+    redis.execute_command(*script_call("announce", announced))
+    status = script_call("status", {"place": "any/denoising", "wirings": [each.text for each in wanted]})
+    infos, *_, rows = redis.execute_command(*status)
+    redis.close()
+    found = {number: reason.decode() for _, number, reason in rows}
+    expected = {number: fault_of(info, each) for number, each in enumerate(wanted, start=1)}
+    assert found == {number: fault for number, fault in expected.items() if fault}
+    assert bool(infos) == (not all(expected.values()))
