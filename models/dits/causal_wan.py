@@ -48,7 +48,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         return self.predict(hidden_states, first_frame=0, use=None, **memory, **inputs)["hidden_states"]
 
     @entry_point
-    def prepare(  # type: ignore[override]  # which keywords there are differs by model
+    def prepare(  # type: ignore[override]  # keywords differ by model
         self, timesteps: Tensor, encoder_hidden_states: Tensor, video_grid: Tensor
     ) -> Prepared:
         """As the Wan DiT's, with the rotation (S, K / 2) of the whole video and the cache as memory.
@@ -74,7 +74,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         del latents
 
     @entry_point
-    def predict(  # type: ignore[override]  # which constants there are differs by model
+    def predict(  # type: ignore[override]  # constants differ by model
         self,
         hidden_states: Tensor,
         modulation: Tensor,

@@ -4,7 +4,7 @@ Shapes: N steps, B batch, T text tokens, I video tokens, D hidden size, M all mo
 checkpoint's. Text comes without padding, so that nothing is masked: padding is never attended to.
 """
 
-# ruff: noqa: N803  (the capitals of a tensor's name are its shape)
+# ruff: noqa: N803  (a tensor name ends in its shape, in capitals)
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from models.dits.flux import (
     modulations_of,
 )
 from models.dits.hunyuan_video_refiner import TokenRefiner
-from models.dits.joint_stream import through_joint_blocks
+from models.dits.joint_blocks import run_joint_blocks
 from models.layers.norms import LayerNormScaleShift
 from models.layers.rotary import rotary_embedding
 from models.layers.step_cache import CacheUse
 from models.rotation import Rotation
 
-MOST_TEXT_TOKENS = 1024
+MAX_TEXT_TOKENS = 1024
 """The bound of max_sequence_length."""
 
 
@@ -86,7 +86,7 @@ class HunyuanVideoTransformer3DModel(DiffusionTransformer):
         return self.predict(hidden_states, use=None, **prepared.inputs(0))["hidden_states"]
 
     @entry_point
-    def prepare(  # type: ignore[override]  # which keywords there are differs by model
+    def prepare(  # type: ignore[override]  # keywords differ by model
         self,
         timesteps: Tensor,
         encoder_hidden_states: Tensor,
@@ -109,7 +109,7 @@ class HunyuanVideoTransformer3DModel(DiffusionTransformer):
         )
 
     @entry_point
-    def predict(  # type: ignore[override]  # which constants there are differs by model
+    def predict(  # type: ignore[override]  # constants differ by model
         self,
         hidden_states: Tensor,
         modulation: Tensor,
@@ -140,7 +140,7 @@ class HunyuanVideoTransformer3DModel(DiffusionTransformer):
         still = cos.new_zeros(text_BTD.shape[1], cos.shape[1])
         rotation = Rotation(torch.cat((still + 1, cos)), torch.cat((still, sin)))
         blocks = (*self.transformer_blocks, *self.single_transformer_blocks)
-        normed = through_joint_blocks(video_BID, text_BTD, modulation, rotation, blocks, self.final_norm, use)
+        normed = run_joint_blocks(video_BID, text_BTD, modulation, rotation, blocks, self.final_norm, use)
         velocity: Tensor = self.proj_out(normed)
         return velocity
 
@@ -148,7 +148,7 @@ class HunyuanVideoTransformer3DModel(DiffusionTransformer):
         """Video tokens, and as many text tokens as a request can have."""
         del constants
         batch, _, frames, rows, columns = latents["hidden_states"].shape
-        tokens = math.prod((frames, rows // PATCH, columns // PATCH)) + MOST_TEXT_TOKENS
+        tokens = math.prod((frames, rows // PATCH, columns // PATCH)) + MAX_TEXT_TOKENS
         return batch * tokens * self.config.hidden_size
 
     def _modulations(self) -> Iterator[ModulationLinear]:

@@ -6,20 +6,12 @@ The text is refined once a request for all steps, whole on every rank of the seq
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
-from typing import TYPE_CHECKING
-
-import torch
 
 from configs.models.dits.hunyuan_video import HunyuanVideoTransformerConfig
 from models.dits.flux_plan import FLUX_PLAN
 from models.dits.hunyuan_video import HunyuanVideoTransformer3DModel
-from models.dits.loading import load_transformer
-from models.parallel.plan import Cut, Join
-
-if TYPE_CHECKING:
-    from common.checkpoint import Checkpoint
-    from models.parallel.mesh import WorkerMesh
+from models.dits.loading import TransformerLoader
+from models.parallel.plan import GatheredResult, ShardedArgument
 
 REFINER = "context_embedder.token_refiner.refiner_blocks.*"
 TEXT, VIDEO = "text", "video"
@@ -33,24 +25,20 @@ HUNYUAN_VIDEO_PLAN = replace(
     gathered=(*FLUX_PLAN.gathered, f"{REFINER}.norm_out.linear"),
     row=(*FLUX_PLAN.row, *_REFINER_ROWS),
     # They run once a request.
-    minor=(*_REFINER_COLUMNS, *_REFINER_ROWS),
+    unquantized=(*_REFINER_COLUMNS, *_REFINER_ROWS),
     token_segments={TEXT: "sharded", VIDEO: "sharded"},
-    cuts=(
-        Cut("tokens", "video_BID", VIDEO),
-        Cut("tokens", "cos", VIDEO, dim=0),
-        Cut("tokens", "sin", VIDEO, dim=0),
-        Cut("tokens", "text_BTD", TEXT),
+    sharded_arguments=(
+        ShardedArgument("tokens", "video_BID", VIDEO),
+        ShardedArgument("tokens", "cos", VIDEO, dim=0),
+        ShardedArgument("tokens", "sin", VIDEO, dim=0),
+        ShardedArgument("tokens", "text_BTD", TEXT),
     ),
-    joins=(Join("tokens", VIDEO),),
+    gathered_results=(GatheredResult("tokens", VIDEO),),
 )
 
-
-def load_hunyuan_video_transformer(
-    checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype, mesh: WorkerMesh | None = None
-) -> HunyuanVideoTransformer3DModel:
-    """The DiT of the module's config.json, or this rank's part of it. Raises as load_transformer()."""
-    config = HunyuanVideoTransformerConfig.from_dict(name, checkpoint.module_config(name))
-    build = partial(HunyuanVideoTransformer3DModel, config)
-    return load_transformer(
-        build, HUNYUAN_VIDEO_PLAN, checkpoint, name, device, dtype, mesh, heads=config.num_attention_heads
-    )
+load_hunyuan_video_transformer = TransformerLoader(
+    config=HunyuanVideoTransformerConfig,
+    build=HunyuanVideoTransformer3DModel,
+    plan=HUNYUAN_VIDEO_PLAN,
+    heads=lambda config: config.num_attention_heads,
+)

@@ -3,7 +3,7 @@
 Shapes: R rows (steps x batch), T text tokens, D hidden size.
 """
 
-# ruff: noqa: N803, N806  (the capitals of a tensor's name are its shape)
+# ruff: noqa: N803, N806  (a tensor name ends in its shape, in capitals)
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ From an image the tokens of the first video latent frame have a timestep of thei
 guidance may skip self-attention of some blocks, or the exchange between the modalities.
 """
 
-# ruff: noqa: N803, N806  (the capitals of a tensor's name are its shape)
+# ruff: noqa: N803, N806  (a tensor name ends in its shape, in capitals)
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from models.dits.ltx2_blocks import (
     SegmentRows,
     StepRows,
     block_rows,
-    through_both,
+    run_both_modalities,
 )
 from models.dits.ltx2_positions import audio_positions, video_positions
 from models.layers.embeddings import TextProjection
@@ -115,7 +115,7 @@ class LTX2VideoTransformer3DModel(DiffusionTransformer):
         return predictions["hidden_states"], predictions["audio_hidden_states"]
 
     @entry_point
-    def prepare(  # type: ignore[override]  # which keywords there are differs by model
+    def prepare(  # type: ignore[override]  # keywords differ by model
         self,
         timesteps: Tensor,
         encoder_hidden_states: Tensor,
@@ -172,7 +172,7 @@ class LTX2VideoTransformer3DModel(DiffusionTransformer):
         return joined.view(*time_NB.shape, *joined.shape[1:])
 
     @entry_point
-    def predict(  # type: ignore[override]  # which constants there are differs by model
+    def predict(  # type: ignore[override]  # constants differ by model
         self,
         hidden_states: Tensor,
         audio_hidden_states: Tensor,
@@ -262,7 +262,7 @@ class LTX2VideoTransformer3DModel(DiffusionTransformer):
             partial(block, video=video, audio=audio, is_skipped=index in skipped, is_isolated=is_isolated)
             for index, block in enumerate(self._blocks())
         ]
-        modalities = through_both(Modalities(Residual(x_BSD), Residual(audio_BLD)), blocks, use)
+        modalities = run_both_modalities(Modalities(Residual(x_BSD), Residual(audio_BLD)), blocks, use)
         shift, scale = video_steps.output.plus(self.scale_shift_table)
         patches: Tensor = self.proj_out(self.norm_out.after(modalities.video, scale, shift)[1])
         shift, scale = audio_steps.output.plus(self.audio_scale_shift_table)

@@ -4,7 +4,7 @@ Shapes: B batch, S tokens of a modality, T text tokens, D a modality's hidden si
 model's type; norms, modulation and gates compute in float32. Parameter names are the checkpoint's.
 """
 
-# ruff: noqa: N803, N806  (the capitals of a tensor's name are its shape)
+# ruff: noqa: N803, N806  (a tensor name ends in its shape, in capitals)
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from models.kernels.attention import attention
 from models.kernels.qk_norm_rotate import split_heads
 from models.layers.attention import Attention
 from models.layers.feed_forward import FeedForward
-from models.layers.head_rotary import OwnHeads
+from models.layers.head_rotary import SelectHeads
 from models.layers.linear import Linear, only_linear
 from models.layers.norms import Residual, RMSNorm, RMSNormScaleShift
-from models.layers.qk_norm import HeadNorms, apply_qk_norm
+from models.layers.qk_norm import QKNormModules, apply_qk_norm
 from models.layers.step_cache import CacheUse
 from models.rotation import HeadRotation
 from models.token_segments import SegmentVectors, TokenSegments, vectors_of_rows
@@ -108,7 +108,7 @@ class LTX2Attention(nn.Module):
         self.norm_q = RMSNorm(inner_size, eps)
         self.norm_k = RMSNorm(inner_size, eps)
         self.to_gate_logits = Linear(size, modality.num_heads) if is_gated else None
-        self.own_heads = OwnHeads()
+        self.select_heads = SelectHeads()
         self.inner = Attention()
 
     def forward(
@@ -137,8 +137,10 @@ class LTX2Attention(nn.Module):
     def _normed(self, x: Tensor, norm: RMSNorm, rotation: HeadRotation | None) -> Tensor:
         """Normalise queries or keys (B, S, heads * K) in place and rotate them; as heads (B, S, heads, K)."""
         if rotation is not None:
-            rotation = HeadRotation(self.own_heads(rotation.cos), self.own_heads(rotation.sin), rotation.is_neox_style)
-        apply_qk_norm(x, HeadNorms((norm,), self.head_size), rotation)
+            rotation = HeadRotation(
+                self.select_heads(rotation.cos), self.select_heads(rotation.sin), rotation.is_neox_style
+            )
+        apply_qk_norm(x, QKNormModules((norm,), self.head_size), rotation)
         return split_heads(x, self.head_size)
 
     def _gated(self, x_BSD: Tensor, attended: Tensor) -> Tensor:
@@ -222,8 +224,8 @@ class LTX2VideoTransformerBlock(nn.Module):
         seen = self.video_to_audio_attn(*to_audio[::-1], *rotations[::-1])
         to_outs = [only_linear(attn.to_out) for attn in (self.audio_to_video_attn, self.video_to_audio_attn)]
         return Modalities(
-            to_outs[0].update(added[0], heard, gates[0]),
-            to_outs[1].update(added[1], seen, gates[1]),
+            to_outs[0].add_gated(added[0], heard, gates[0]),
+            to_outs[1].add_gated(added[1], seen, gates[1]),
         )
 
     @property
@@ -247,11 +249,11 @@ def _attend(half: _Half, residual: Residual, inputs: ModalityInputs, *, is_skipp
     shift, scale, gate, *rest = inputs.rows.blocks.plus(half.table)
     x_BSD, normed = half.norm.after(residual, scale, shift)
     attended = half.attn(normed, rotation=inputs.rotation, is_skipped=is_skipped)
-    residual = only_linear(half.attn.to_out).update(x_BSD, attended, gate)
+    residual = only_linear(half.attn.to_out).add_gated(x_BSD, attended, gate)
     text_shift, text_scale, text_gate = rest[3:] or _unmodulated(gate.last)
     x_BSD, normed = half.norm.after(residual, text_scale, text_shift)
     attended = half.text_attn(normed, _modulated_text(half, inputs), mask=inputs.text_mask)
-    return only_linear(half.text_attn.to_out).update(x_BSD, attended, text_gate)
+    return only_linear(half.text_attn.to_out).add_gated(x_BSD, attended, text_gate)
 
 
 def _unmodulated(like_BD: Tensor) -> list[SegmentVectors]:
@@ -277,7 +279,7 @@ def _feed(half: _Half, residual: Residual, inputs: ModalityInputs) -> Residual:
     return Residual(x_BSD, fed, gate)
 
 
-def through_both(
+def run_both_modalities(
     modalities: Modalities, blocks: Sequence[Callable[[Modalities], Modalities]], use: CacheUse | None
 ) -> Modalities:
     """Both modalities after all blocks. With a cache, what is computed is the same to the bit, and no update is left.
@@ -298,7 +300,7 @@ def through_both(
     for block in others:
         begun = block(begun)
     end = _added(begun)
-    use.cache.keep(own, _joined(end) - start)
+    use.cache.store(own, _joined(end) - start)
     return end
 
 

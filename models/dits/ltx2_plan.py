@@ -6,19 +6,10 @@ attention to the video are exchanged.
 
 from __future__ import annotations
 
-from functools import partial
-from typing import TYPE_CHECKING
-
-import torch
-
 from configs.models.dits.ltx2 import LTX2TransformerConfig
-from models.dits.loading import load_transformer
+from models.dits.loading import TransformerLoader
 from models.dits.ltx2 import AUDIO, FIRST_FRAME, VIDEO, LTX2VideoTransformer3DModel
-from models.parallel.plan import Cut, Join, ParallelPlan
-
-if TYPE_CHECKING:
-    from common.checkpoint import Checkpoint
-    from models.parallel.mesh import WorkerMesh
+from models.parallel.plan import GatheredResult, ParallelPlan, ShardedArgument
 
 BLOCK = "transformer_blocks.*"
 
@@ -31,26 +22,27 @@ LTX2_PLAN = ParallelPlan(
     column=(f"{_ATTENTION}.to_[qkv]", _GATE_LOGITS, f"{_FEED_FORWARD}.net.0.proj"),
     row=(f"{_ATTENTION}.to_out.0", f"{_FEED_FORWARD}.net.2"),
     # One logit for each head.
-    minor=(_GATE_LOGITS,),
+    unquantized=(_GATE_LOGITS,),
     norms=(f"{_ATTENTION}.norm_[qk]",),
-    heads=(f"{_ATTENTION}.own_heads",),
-    token_segments={VIDEO: "sharded", FIRST_FRAME: "sharded", AUDIO: "whole", "text": "whole"},
+    select_heads=(f"{_ATTENTION}.select_heads",),
+    token_segments={VIDEO: "sharded", FIRST_FRAME: "sharded", AUDIO: "replicated", "text": "replicated"},
     attention=(f"{BLOCK}.attn1.inner",),
     sharded_keys=(f"{BLOCK}.video_to_audio_attn.inner",),
-    cuts=(
-        Cut("tokens", "x_BSD", VIDEO),
-        Cut("tokens", "positions", VIDEO, dim=0),
-        Cut("tokens", "first_BSD", FIRST_FRAME),
-        Cut("tokens", "first_positions", FIRST_FRAME, dim=0),
+    sharded_arguments=(
+        ShardedArgument("tokens", "x_BSD", VIDEO),
+        ShardedArgument("tokens", "positions", VIDEO, dim=0),
+        ShardedArgument("tokens", "first_BSD", FIRST_FRAME),
+        ShardedArgument("tokens", "first_positions", FIRST_FRAME, dim=0),
     ),
-    joins=(Join("tokens", VIDEO, result=VIDEO), Join("tokens", FIRST_FRAME, result=FIRST_FRAME)),
+    gathered_results=(
+        GatheredResult("tokens", VIDEO, result=VIDEO),
+        GatheredResult("tokens", FIRST_FRAME, result=FIRST_FRAME),
+    ),
 )
 
-
-def load_ltx2_transformer(
-    checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype, mesh: WorkerMesh | None = None
-) -> LTX2VideoTransformer3DModel:
-    """The DiT of the module's config.json, or this rank's part of it. Raises as load_transformer()."""
-    config = LTX2TransformerConfig.from_dict(name, checkpoint.module_config(name))
-    build = partial(LTX2VideoTransformer3DModel, config)
-    return load_transformer(build, LTX2_PLAN, checkpoint, name, device, dtype, mesh, heads=config.video.num_heads)
+load_ltx2_transformer = TransformerLoader(
+    config=LTX2TransformerConfig,
+    build=LTX2VideoTransformer3DModel,
+    plan=LTX2_PLAN,
+    heads=lambda config: config.video.num_heads,
+)

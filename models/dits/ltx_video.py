@@ -8,7 +8,7 @@ From an image the tokens of the first latent frame have a timestep of their own:
 segments.
 """
 
-# ruff: noqa: N803, N806  (the capitals of a tensor's name are its shape)
+# ruff: noqa: N803, N806  (a tensor name ends in its shape, in capitals)
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from models.layers.attention import SelfAttention
 from models.layers.cross_attention import CrossAttention
 from models.layers.embeddings import TextProjection
 from models.layers.feed_forward import FeedForward
-from models.layers.head_rotary import OwnHeads, head_rotation
+from models.layers.head_rotary import SelectHeads, head_rotation
 from models.layers.linear import Linear, only_linear
 from models.layers.norms import LayerNormScaleShift, Residual, RMSNormScaleShift
-from models.layers.step_cache import CacheUse, through_blocks
+from models.layers.step_cache import CacheUse, run_blocks
 from models.layers.time_modulation import TimeModulation
 from models.rotation import HeadRotation
 from models.token_segments import SegmentVectors, TokenSegments, vectors_of_rows
@@ -50,11 +50,11 @@ class LTXVideoAttention(SelfAttention):
     def __init__(self, size: int, head_size: int) -> None:
         super().__init__(size, head_size, norm_size=size, eps=ATTENTION_EPS)
         self.to_out = nn.ModuleList([Linear(size, size)])
-        self.own_heads = OwnHeads()
+        self.select_heads = SelectHeads()
 
     def own_rotation(self, cos: Tensor, sin: Tensor) -> HeadRotation:
         """The rotation of the heads that attention has here, from cos and sin of all heads."""
-        return HeadRotation(self.own_heads(cos), self.own_heads(sin), is_neox_style=False)
+        return HeadRotation(self.select_heads(cos), self.select_heads(sin), is_neox_style=False)
 
 
 class LTXVideoTransformerBlock(nn.Module):
@@ -81,10 +81,10 @@ class LTXVideoTransformerBlock(nn.Module):
         shift, scale, gate, ff_shift, ff_scale, ff_gate = modulation
         x_BSD, normed = self.norm.after(residual, scale, shift)
         attended = self.attn1(normed, self.attn1.own_rotation(cos, sin))
-        residual = only_linear(self.attn1.to_out).update(x_BSD, attended, gate)
+        residual = only_linear(self.attn1.to_out).add_gated(x_BSD, attended, gate)
         x_BSD = residual.added()
         one = SegmentVectors.same(torch.ones_like(gate.last))
-        residual = only_linear(self.attn2.to_out).update(x_BSD, self.attn2(x_BSD, text_kv), one)
+        residual = only_linear(self.attn2.to_out).add_gated(x_BSD, self.attn2(x_BSD, text_kv), one)
         x_BSD, normed = self.norm.after(residual, ff_scale, ff_shift)
         fed = normed.new_empty(normed.shape)
         self.ff.into(normed, fed)
@@ -124,7 +124,7 @@ class LTXVideoTransformer3DModel(DiffusionTransformer):
         return self.predict(hidden_states, use=None, **prepared.inputs(0))["hidden_states"]
 
     @entry_point
-    def prepare(  # type: ignore[override]  # which keywords there are differs by model
+    def prepare(  # type: ignore[override]  # keywords differ by model
         self,
         timesteps: Tensor,
         encoder_hidden_states: Tensor,
@@ -163,7 +163,7 @@ class LTXVideoTransformer3DModel(DiffusionTransformer):
         return head_rotation(positions, _EXTENTS, heads, head_size, theta=_THETA, is_neox_style=False, is_double=False)
 
     @entry_point
-    def predict(  # type: ignore[override]  # which constants there are differs by model
+    def predict(  # type: ignore[override]  # constants differ by model
         self,
         hidden_states: Tensor,
         modulation: Tensor,
@@ -237,7 +237,7 @@ class LTXVideoTransformer3DModel(DiffusionTransformer):
             )
             for index, block in enumerate(self._blocks())
         ]
-        residual = through_blocks(Residual(x_BSD), blocks, use)
+        residual = run_blocks(Residual(x_BSD), blocks, use)
         shift, scale = vectors[-2:]
         tokens: Tensor = self.proj_out(self.norm_out.after(residual, scale, shift)[1])
         if segments is None:

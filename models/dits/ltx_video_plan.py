@@ -2,19 +2,10 @@
 
 from __future__ import annotations
 
-from functools import partial
-from typing import TYPE_CHECKING
-
-import torch
-
 from configs.models.dits.ltx_video import LTXVideoTransformerConfig
-from models.dits.loading import load_transformer
+from models.dits.loading import TransformerLoader
 from models.dits.ltx_video import FIRST_FRAME, VIDEO, LTXVideoTransformer3DModel
-from models.parallel.plan import Cut, Join, ParallelPlan
-
-if TYPE_CHECKING:
-    from common.checkpoint import Checkpoint
-    from models.parallel.mesh import WorkerMesh
+from models.parallel.plan import GatheredResult, ParallelPlan, ShardedArgument
 
 BLOCK = "transformer_blocks.*"
 
@@ -23,28 +14,27 @@ LTX_VIDEO_PLAN = ParallelPlan(
     column=(f"{BLOCK}.attn[12].to_[qkv]", f"{BLOCK}.ff.net.0.proj"),
     row=(f"{BLOCK}.attn[12].to_out.0", f"{BLOCK}.ff.net.2"),
     norms=(f"{BLOCK}.attn[12].norm_[qk]",),
-    heads=(f"{BLOCK}.attn1.own_heads",),
-    token_segments={VIDEO: "sharded", FIRST_FRAME: "sharded", "text": "whole"},
+    select_heads=(f"{BLOCK}.attn1.select_heads",),
+    token_segments={VIDEO: "sharded", FIRST_FRAME: "sharded", "text": "replicated"},
     attention=(f"{BLOCK}.attn1.inner",),
-    cuts=(
-        Cut("tokens", "x_BSD", VIDEO),
-        Cut("tokens", "cos", VIDEO, dim=0),
-        Cut("tokens", "sin", VIDEO, dim=0),
+    sharded_arguments=(
+        ShardedArgument("tokens", "x_BSD", VIDEO),
+        ShardedArgument("tokens", "cos", VIDEO, dim=0),
+        ShardedArgument("tokens", "sin", VIDEO, dim=0),
         # A first frame with a timestep of its own is sharded separately: every rank has a chunk of both segments.
-        Cut("tokens", "first_BSD", FIRST_FRAME),
-        Cut("tokens", "first_cos", FIRST_FRAME, dim=0),
-        Cut("tokens", "first_sin", FIRST_FRAME, dim=0),
+        ShardedArgument("tokens", "first_BSD", FIRST_FRAME),
+        ShardedArgument("tokens", "first_cos", FIRST_FRAME, dim=0),
+        ShardedArgument("tokens", "first_sin", FIRST_FRAME, dim=0),
     ),
-    joins=(Join("tokens", VIDEO, result=VIDEO), Join("tokens", FIRST_FRAME, result=FIRST_FRAME)),
+    gathered_results=(
+        GatheredResult("tokens", VIDEO, result=VIDEO),
+        GatheredResult("tokens", FIRST_FRAME, result=FIRST_FRAME),
+    ),
 )
 
-
-def load_ltx_video_transformer(
-    checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype, mesh: WorkerMesh | None = None
-) -> LTXVideoTransformer3DModel:
-    """The DiT of the module's config.json, or this rank's part of it. Raises as load_transformer()."""
-    config = LTXVideoTransformerConfig.from_dict(name, checkpoint.module_config(name))
-    build = partial(LTXVideoTransformer3DModel, config)
-    return load_transformer(
-        build, LTX_VIDEO_PLAN, checkpoint, name, device, dtype, mesh, heads=config.num_attention_heads
-    )
+load_ltx_video_transformer = TransformerLoader(
+    config=LTXVideoTransformerConfig,
+    build=LTXVideoTransformer3DModel,
+    plan=LTX_VIDEO_PLAN,
+    heads=lambda config: config.num_attention_heads,
+)

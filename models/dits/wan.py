@@ -8,7 +8,7 @@ In Wan 2.2 TI2V the tokens of the first latent frame, which is a given image, ha
 the first of two token segments.
 """
 
-# ruff: noqa: N803, N806  (the capitals of a tensor's name are its shape)
+# ruff: noqa: N803, N806  (a tensor name ends in its shape, in capitals)
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from models.layers.feed_forward import FeedForward
 from models.layers.linear import Linear, only_linear
 from models.layers.norms import LayerNormScaleShift, Residual, RMSNorm
 from models.layers.rotary import rotary_embedding
-from models.layers.step_cache import CacheUse, through_blocks
+from models.layers.step_cache import CacheUse, run_blocks
 from models.rotation import Rotation
 from models.token_segments import SegmentVectors, TokenSegments, vectors_of_rows
 
@@ -45,7 +45,7 @@ VIDEO, FIRST_FRAME = "video", "first_frame"
 """Token segments, each with timesteps of its own; keys of what tokens() returns."""
 
 
-class FloatLayerNorm(nn.Module):
+class FP32LayerNorm(nn.Module):
     """Layer norm with a weight and a bias, computed in float32 whatever the input's type, which the result has."""
 
     def __init__(self, size: int, eps: float) -> None:
@@ -65,9 +65,9 @@ class ImageEmbedding(nn.Module):
 
     def __init__(self, image_dim: int, size: int, positions: int | None) -> None:
         super().__init__()
-        self.norm1 = FloatLayerNorm(image_dim, IMAGE_NORM_EPS)
+        self.norm1 = FP32LayerNorm(image_dim, IMAGE_NORM_EPS)
         self.ff = FeedForward(image_dim, hidden=image_dim, out_size=size, activation="gelu")
-        self.norm2 = FloatLayerNorm(size, IMAGE_NORM_EPS)
+        self.norm2 = FP32LayerNorm(size, IMAGE_NORM_EPS)
         self.pos_embed = nn.Parameter(torch.zeros(1, positions, image_dim)) if positions else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -145,7 +145,7 @@ class WanTransformerBlock(nn.Module):
         self.norm = LayerNormScaleShift(size, config.eps)
         self.attn1 = VideoAttention(config)
         self.attn2 = WanCrossAttention(config)
-        self.norm2 = FloatLayerNorm(size, config.eps) if config.cross_attn_norm else None
+        self.norm2 = FP32LayerNorm(size, config.eps) if config.cross_attn_norm else None
         self.ffn = FeedForward(size, hidden=config.ffn_dim)
         self.scale_shift_table = nn.Parameter(torch.zeros(1, 6, size))
 
@@ -162,10 +162,10 @@ class WanTransformerBlock(nn.Module):
         shift, scale, gate, ff_shift, ff_scale, ff_gate = modulation
         x_BSD, normed = self.norm.after(residual, scale, shift)
         attended = self.attn1(normed, rotation, cache=cache)
-        residual = only_linear(self.attn1.to_out).update(x_BSD, attended, gate)
+        residual = only_linear(self.attn1.to_out).add_gated(x_BSD, attended, gate)
         x_BSD, normed = self._cross_norm(residual)
         one = SegmentVectors.same(torch.ones_like(gate.last))
-        residual = only_linear(self.attn2.to_out).update(x_BSD, self.attn2(normed, text_kv, image_kv), one)
+        residual = only_linear(self.attn2.to_out).add_gated(x_BSD, self.attn2(normed, text_kv, image_kv), one)
         x_BSD, normed = self.norm.after(residual, ff_scale, ff_shift)
         fed = normed.new_empty(normed.shape)
         self.ffn.into(normed, fed)
@@ -213,7 +213,7 @@ class WanTransformer3DModel(DiffusionTransformer):
         return self.predict(hidden_states, use=None, **prepared.inputs(0))["hidden_states"]
 
     @entry_point
-    def prepare(  # type: ignore[override]  # which keywords there are differs by model
+    def prepare(  # type: ignore[override]  # keywords differ by model
         self,
         timesteps: Tensor,
         encoder_hidden_states: Tensor,
@@ -247,7 +247,7 @@ class WanTransformer3DModel(DiffusionTransformer):
         return rows.view(*timesteps_NB.shape, *rows.shape[1:])
 
     @entry_point
-    def predict(  # type: ignore[override]  # which constants there are differs by model
+    def predict(  # type: ignore[override]  # constants differ by model
         self,
         hidden_states: Tensor,
         modulation: Tensor,
@@ -337,7 +337,7 @@ class WanTransformer3DModel(DiffusionTransformer):
             )
             for index, block in enumerate(self._blocks())
         ]
-        residual = through_blocks(Residual(x_BSD), blocks, use)
+        residual = run_blocks(Residual(x_BSD), blocks, use)
         shift, scale = vectors[-2:]
         _, normed = self.final_norm.after(residual, scale, shift)
         patches: Tensor = self.proj_out(normed)

@@ -5,7 +5,7 @@ size of the time embedding, M all modulations. T and I are padded with learnt to
 names are the checkpoint's.
 """
 
-# ruff: noqa: N803, N806  (the capitals of a tensor's name are its shape)
+# ruff: noqa: N803, N806  (a tensor name ends in its shape, in capitals)
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from models.layers.feed_forward import GatedFeedForward
 from models.layers.linear import Linear, only_linear
 from models.layers.norms import LayerNormScaleShift, Residual, RMSNorm, RMSNormScaleShift
 from models.layers.rotary import rotary_embedding
-from models.layers.step_cache import CacheUse, through_blocks
+from models.layers.step_cache import CacheUse, run_blocks
 from models.rotation import Rotation
 from models.token_segments import SegmentVectors
 
-SINUSOID_SIZE, TIME_HIDDEN_SIZE, MOST_TIME_SIZE = 256, 1024, 256
+SINUSOID_SIZE, TIME_HIDDEN_SIZE, MAX_TIME_SIZE = 256, 1024, 256
 QK_EPS = 1e-5
 FINAL_EPS = 1e-6
 VECTORS = 4
@@ -155,7 +155,7 @@ class ZImageTransformer2DModel(DiffusionTransformer):
         return self.predict(hidden_states, use=None, **prepared.inputs(0))["hidden_states"]
 
     @entry_point
-    def prepare(  # type: ignore[override]  # which keywords there are differs by model
+    def prepare(  # type: ignore[override]  # keywords differ by model
         self, timesteps: Tensor, encoder_hidden_states: Tensor, text_ids: Tensor, image_ids: Tensor
     ) -> Prepared:
         """Modulations of all blocks (N, B, M) for timesteps (N, B), the refined text, and all rotations."""
@@ -174,7 +174,7 @@ class ZImageTransformer2DModel(DiffusionTransformer):
         )
 
     @entry_point
-    def predict(  # type: ignore[override]  # which constants there are differs by model
+    def predict(  # type: ignore[override]  # constants differ by model
         self,
         hidden_states: Tensor,
         modulation: Tensor,
@@ -222,7 +222,7 @@ class ZImageTransformer2DModel(DiffusionTransformer):
             partial(block, vectors=own[VECTORS * index :][:VECTORS], no_shift=no_shift, rotation=rotation)
             for index, block in enumerate(self.layers)
         ]
-        residual = through_blocks(Residual(torch.cat((text_BTD, image_BID), dim=1)), blocks, use)
+        residual = run_blocks(Residual(torch.cat((text_BTD, image_BID), dim=1)), blocks, use)
         _, normed = self._final_layer.norm.after(residual, scale, no_shift)
         velocity: Tensor = self._final_layer.linear(normed[:, text_BTD.shape[1] :])
         return velocity
@@ -284,4 +284,4 @@ def _blocks(*lists: nn.ModuleList) -> Iterable[ZImageTransformerBlock]:
 
 
 def _time_size(config: ZImageTransformerConfig) -> int:
-    return min(config.hidden_size, MOST_TIME_SIZE)
+    return min(config.hidden_size, MAX_TIME_SIZE)

@@ -6,19 +6,10 @@ attention has no text tokens; then both are sharded.
 
 from __future__ import annotations
 
-from functools import partial
-from typing import TYPE_CHECKING
-
-import torch
-
 from configs.models.dits.z_image import ZImageTransformerConfig
-from models.dits.loading import load_transformer
+from models.dits.loading import TransformerLoader
 from models.dits.z_image import ZImageTransformer2DModel
-from models.parallel.plan import Cut, Join, ParallelPlan
-
-if TYPE_CHECKING:
-    from common.checkpoint import Checkpoint
-    from models.parallel.mesh import WorkerMesh
+from models.parallel.plan import GatheredResult, ParallelPlan, ShardedArgument
 
 REFINERS = ("noise_refiner.*", "context_refiner.*")
 LAYERS = "layers.*"
@@ -32,33 +23,23 @@ Z_IMAGE_PLAN = ParallelPlan(
     gathered=("noise_refiner.*.adaLN_modulation.0", f"{LAYERS}.adaLN_modulation.0"),
     token_segments={TEXT: "sharded", IMAGE: "sharded"},
     attention=("noise_refiner.*.attention.inner", f"{LAYERS}.attention.inner"),
-    cuts=(
-        Cut("refine", "image_BID", IMAGE),
-        Cut("refine", "cos", IMAGE, dim=0),
-        Cut("refine", "sin", IMAGE, dim=0),
-        Cut("tokens", "text_BTD", TEXT),
-        Cut("tokens", "text_cos", TEXT, dim=0),
-        Cut("tokens", "text_sin", TEXT, dim=0),
-        Cut("tokens", "cos", IMAGE, dim=0),
-        Cut("tokens", "sin", IMAGE, dim=0),
+    sharded_arguments=(
+        ShardedArgument("refine", "image_BID", IMAGE),
+        ShardedArgument("refine", "cos", IMAGE, dim=0),
+        ShardedArgument("refine", "sin", IMAGE, dim=0),
+        ShardedArgument("tokens", "text_BTD", TEXT),
+        ShardedArgument("tokens", "text_cos", TEXT, dim=0),
+        ShardedArgument("tokens", "text_sin", TEXT, dim=0),
+        ShardedArgument("tokens", "cos", IMAGE, dim=0),
+        ShardedArgument("tokens", "sin", IMAGE, dim=0),
     ),
-    joins=(Join("tokens", IMAGE),),
+    gathered_results=(GatheredResult("tokens", IMAGE),),
 )
 
-
-def load_z_image_transformer(
-    checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype, mesh: WorkerMesh | None = None
-) -> ZImageTransformer2DModel:
-    """The DiT of the module's config.json, or this rank's part of it. Raises as load_transformer()."""
-    config = ZImageTransformerConfig.from_dict(name, checkpoint.module_config(name))
-    return load_transformer(
-        partial(ZImageTransformer2DModel, config),
-        Z_IMAGE_PLAN,
-        checkpoint,
-        name,
-        device,
-        dtype,
-        mesh,
-        heads=config.num_attention_heads,
-        feed_forward=config.feed_forward_size,
-    )
+load_z_image_transformer = TransformerLoader(
+    config=ZImageTransformerConfig,
+    build=ZImageTransformer2DModel,
+    plan=Z_IMAGE_PLAN,
+    heads=lambda config: config.num_attention_heads,
+    feed_forward=lambda config: config.feed_forward_size,
+)

@@ -14,13 +14,13 @@ from torch import Tensor
 _QUERY_TILES = {128: 128}
 """Queries that FlashAttention-3's kernel takes at a time, by head size."""
 
-_MOST_SPLITS = 8
+_MAX_SPLITS = 8
 """Parts of the keys at most."""
 
 _WAVES_A_SPLIT = 0.02
 """Cost of merging one more part of the keys, in waves: one tile on each multiprocessor."""
 
-_LEAST_GAIN = 0.08
+_MIN_SAVING = 0.08
 """Smallest share of the waves that a separate call for the last heads must save."""
 
 
@@ -109,8 +109,8 @@ def head_shares(tiles: int, heads: int, processors: int) -> list[tuple[slice, in
     def waves(splits: int) -> float:
         return math.ceil(tiles * rest * splits / processors) / splits
 
-    splits = min(range(2, _MOST_SPLITS + 1), key=lambda each: waves(each) + _WAVES_A_SPLIT * each)
+    splits = min(range(2, _MAX_SPLITS + 1), key=lambda each: waves(each) + _WAVES_A_SPLIT * each)
     before, after = math.ceil(tiles * heads / processors), math.ceil(tiles * full / processors) + waves(splits)
-    if after > (1 - _LEAST_GAIN) * before:
+    if after > (1 - _MIN_SAVING) * before:
         return everything
     return [(slice(0, full), 1), (slice(full, heads), splits)]

@@ -15,7 +15,7 @@ from models.kernels.packages import ATTENTION_PACKAGES, AttentionBackend, Attent
 
 _LARGEST_HEAD = 128
 
-_LEAST_KEYS: dict[AttentionBackend, int] = {"cudnn": 2}
+_MIN_KEYS: dict[AttentionBackend, int] = {"cudnn": 2}
 """Fewest keys that a backend takes, where it does not take one."""
 
 
@@ -23,7 +23,7 @@ class Row(NamedTuple):
     """A backend, and the smallest work at which it is taken."""
 
     backend: AttentionBackend
-    least_work: int = 0
+    min_work: int = 0
 
 
 # Measured on an H100 at head size 128 in bfloat16, FlashAttention-3 against cuDNN in TFLOP/s: 24 x 4,608 and 24 x 4,296
@@ -83,8 +83,8 @@ def choose_backend(
     if not has_backends(dtype, head_size):
         return "sdpa"
     rows = TABLE.get(capability, ()) if choice == "auto" else (Row(choice),)
-    for backend, least_work in rows:
-        if work < least_work or keys < _LEAST_KEYS.get(backend, 1):
+    for backend, min_work in rows:
+        if work < min_work or keys < _MIN_KEYS.get(backend, 1):
             continue
         package = ATTENTION_PACKAGES.get(backend)
         if choice != "auto" or package is None or is_usable(package):

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.kernels.gemm_support import ALIGNMENT, LEAST_ROWS, can_load
+from models.kernels.gemm_support import ALIGNMENT, MIN_ROWS, can_load
 from models.kernels.packages import is_usable
 
 _ASSUMED_ALIGNMENT = 256
@@ -38,7 +38,7 @@ _ONE, _ZERO = c_float(1), c_float(0)
 def can_multiply(x: Tensor, weight: Tensor, out: Tensor | None = None) -> bool:
     """Whether linear_into() is for these: many rows in bfloat16 on a GPU, aligned as the heuristics assume."""
     matrices = (x, weight) if out is None else (x, weight, out)
-    if not (can_load(*matrices) and len(x) >= LEAST_ROWS and is_usable("nvmath-python")):
+    if not (can_load(*matrices) and len(x) >= MIN_ROWS and is_usable("nvmath-python")):
         return False
     return all(matrix.data_ptr() % _ASSUMED_ALIGNMENT == 0 for matrix in matrices)
 

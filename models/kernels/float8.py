@@ -19,7 +19,7 @@ from models.kernels.float8_format import FLOAT8, LARGEST, SMALLEST_MAGNITUDE
 
 _QUANTIZATION: Operation[Callable[[Tensor], tuple[Tensor, Tensor]]] = Operation("quantization")
 
-_LEAST_CAPABILITY = (8, 9)
+_MIN_CAPABILITY = (8, 9)
 _MULTIPLE = 16
 _FIELD = "linear_dtype"
 
@@ -91,8 +91,8 @@ def check_float8(device: torch.device, dtype: torch.dtype) -> None:
     """
     if device.type != "cuda":
         return
-    if (capability := torch.cuda.get_device_capability(device)) < _LEAST_CAPABILITY:
-        has, needs = (".".join(map(str, each)) for each in (capability, _LEAST_CAPABILITY))
+    if (capability := torch.cuda.get_device_capability(device)) < _MIN_CAPABILITY:
+        has, needs = (".".join(map(str, each)) for each in (capability, _MIN_CAPABILITY))
         name = torch.cuda.get_device_name(device)
         message = f"linear_dtype float8 needs a GPU of compute capability {needs} or higher; {name} has {has}"
         raise FailedPrecondition(message, field=_FIELD)

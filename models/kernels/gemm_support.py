@@ -8,7 +8,7 @@ from torch import Tensor
 ALIGNMENT = 16
 """Bytes: alignment of a matrix and of its rows."""
 
-LEAST_ROWS = 1024
+MIN_ROWS = 1024
 """Rows of x from which on the backends beside PyTorch are faster."""
 
 HEAD_SIZE = 128

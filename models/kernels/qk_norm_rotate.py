@@ -12,18 +12,18 @@ from torch import Tensor
 from torch.nn.functional import layer_norm, rms_norm
 
 from models.kernels.backends import Operation
-from models.kernels.head_norms import Norm, QKNormOperands
+from models.kernels.qk_norm_parameters import NormParameters, QKNormParameters
 from models.rotation import HeadRotation, Rotation, apply_rotary, rotate_heads
 
 AnyRotation = Rotation | HeadRotation
 
-_Run = Callable[[Tensor, QKNormOperands, AnyRotation | None, int, Tensor | None, Sequence[Tensor]], None]
+_Run = Callable[[Tensor, QKNormParameters, AnyRotation | None, int, Tensor | None, Sequence[Tensor]], None]
 _OPERATION: Operation[_Run] = Operation("norm and rotation")
 
 
 def qk_norm_rotate(
     x: Tensor,
-    norms: QKNormOperands,
+    norms: QKNormParameters,
     rotation: AnyRotation | None,
     first_tokens: int,
     square_sums: Tensor | None,
@@ -49,7 +49,7 @@ def split_heads(x: Tensor, head_size: int) -> Tensor:
 @_OPERATION.register("torch")
 def _by_torch(
     x: Tensor,
-    norms: QKNormOperands,
+    norms: QKNormParameters,
     rotation: AnyRotation | None,
     first_tokens: int,
     square_sums: Tensor | None,
@@ -73,7 +73,7 @@ def _by_torch(
 @_OPERATION.register("triton")
 def _by_triton(
     x: Tensor,
-    norms: QKNormOperands,
+    norms: QKNormParameters,
     rotation: AnyRotation | None,
     first_tokens: int,
     square_sums: Tensor | None,
@@ -92,7 +92,7 @@ def _rotated(heads: Tensor, rotation: AnyRotation | None) -> Tensor:
     return heads if rotation is None else apply_rotary(heads, rotation)
 
 
-def _normalised(x: Tensor, norm: Norm, norms: QKNormOperands, square_sums: Tensor | None) -> Tensor:
+def _normalised(x: Tensor, norm: NormParameters, norms: QKNormParameters, square_sums: Tensor | None) -> Tensor:
     """(B, tokens, D) to the same; `square_sums` (B, tokens, 1) where x has only some of the normalised channels."""
     if square_sums is not None:
         assert norm.weight is not None, "only an RMS norm has sums of squares over ranks"
@@ -103,7 +103,7 @@ def _normalised(x: Tensor, norm: Norm, norms: QKNormOperands, square_sums: Tenso
     return _norm(x, norm)
 
 
-def _norm(x: Tensor, norm: Norm) -> Tensor:
+def _norm(x: Tensor, norm: NormParameters) -> Tensor:
     if norm.weight is None:
         return layer_norm(x, (norm.size,), eps=norm.eps)
     return rms_norm(x, norm.weight.shape, norm.weight, norm.eps)

@@ -12,7 +12,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from models.kernels.gemm_support import LEAST_ROWS, can_load
+from models.kernels.gemm_support import MIN_ROWS, can_load
 from models.kernels.packages import is_usable
 
 _HOPPER = (9, 0)
@@ -20,7 +20,7 @@ _HOPPER = (9, 0)
 
 def can_fuse(x: Tensor, weight: Tensor, out: Tensor) -> bool:
     """Whether x (M, K) times weight (N, K) into out (M, N) can be fused: many rows, aligned, in bfloat16, on Hopper."""
-    if not (can_load(x, weight, out) and len(x) >= LEAST_ROWS and is_usable("quack-kernels")):
+    if not (can_load(x, weight, out) and len(x) >= MIN_ROWS and is_usable("quack-kernels")):
         return False
     return _capability(x.device.index) == _HOPPER
 

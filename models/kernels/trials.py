@@ -20,6 +20,7 @@ from torch.nn.functional import gelu, linear, scaled_dot_product_attention
 from common.errors import FailedPrecondition
 from models.kernels import attention_backends
 from models.kernels.attention_table import TABLE
+from models.kernels.copy_streams import CopyStreams
 from models.kernels.packages import (
     ATTENTION_PACKAGES,
     PACKAGES,
@@ -33,7 +34,7 @@ from models.kernels.packages import (
 
 _log = logging.getLogger(__name__)
 
-_MOST_LETTERS = 200
+_MAX_ERROR_LENGTH = 200
 """Characters of a package's error that are logged and announced."""
 
 _TOLERANCE = 3e-2
@@ -101,7 +102,7 @@ def try_package(package: KernelPackage, device: torch.device) -> Outcome | None:
         for result, expected in _TRIALS[package.name](device):
             _compare(result, expected)
     except Exception as error:  # noqa: BLE001  (code of others: any exception means that the package is unusable)
-        text = textwrap.shorten(f"{type(error).__name__}: {error}", _MOST_LETTERS, placeholder=" ...")
+        text = textwrap.shorten(f"{type(error).__name__}: {error}", _MAX_ERROR_LENGTH, placeholder=" ...")
         _log.warning(
             "kernel package is unusable: package=%s version=%s fallback=%r error=%r",
             package.name,
@@ -179,7 +180,7 @@ def _try_triton(device: torch.device) -> _Results:
     yield out, gelu(x.float(), approximate="tanh")
 
 
-def _products(device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _gemm_operands(device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x (128, 64), weight (192, 64) and bias (192,) of a GEMM, and its empty result."""
     x, weight, bias = _random(device, 128, 64), _random(device, 192, 64) / 8, _random(device, 192)
     return x, weight, bias, torch.empty(128, 192, dtype=x.dtype, device=device)
@@ -189,7 +190,7 @@ def _try_nvmath(device: torch.device) -> _Results:
     # An optional package for GPUs.
     from models.kernels import cublas_lt
 
-    x, weight, bias, out = _products(device)
+    x, weight, bias, out = _gemm_operands(device)
     cublas_lt.linear_into(x, weight, bias, out, gelu=True)
     yield out, gelu(linear(x.float(), weight.float(), bias.float()), approximate="tanh")
 
@@ -198,15 +199,12 @@ def _try_quack(device: torch.device) -> _Results:
     # An optional package for GPUs, which takes seconds to import.
     from models.kernels import quack_epilogues
 
-    x, weight, bias, out = _products(device)
+    x, weight, bias, out = _gemm_operands(device)
     quack_epilogues.gelu_into(x, weight, bias, out)
     yield out, gelu(linear(x.float(), weight.float(), bias.float()), approximate="tanh")
 
 
 def _try_cuda_bindings(device: torch.device) -> _Results:
-    # Needs torch with CUDA.
-    from models.parallel.peer_memory import CopyStreams
-
     streams = CopyStreams(device)
     source, copy = _random(device, 2, 16), torch.zeros(2, 16, dtype=torch.bfloat16, device=device)
     flag = torch.zeros(1, dtype=torch.int32, device=device)

@@ -21,7 +21,7 @@ from models.rotation import HeadRotation
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from models.kernels.head_norms import QKNormOperands
+    from models.kernels.qk_norm_parameters import QKNormParameters
     from models.rotation import Rotation
     from models.token_segments import SegmentVectors
 
@@ -204,7 +204,7 @@ def _head_norm_rotary_kernel(
 
 def qk_norm_rotate(
     x: Tensor,
-    norms: QKNormOperands,
+    norms: QKNormParameters,
     rotation: Rotation | HeadRotation | None,
     first_tokens: int,
     square_sums: Tensor | None,

@@ -13,14 +13,14 @@ import torch
 from torch import nn
 
 from models.dits.base import DiffusionTransformer
+from models.kernels.copy_streams import CopyStreams
 from models.layers.attention import Attention
-from models.layers.head_rotary import OwnHeads
+from models.layers.head_rotary import SelectHeads
 from models.layers.linear import Linear
 from models.layers.module_paths import matching
 from models.layers.norms import RMSNorm
 from models.parallel.mesh import Axis, WorkerMesh, get_sp_world_size
 from models.parallel.peer_gather import PeerGather
-from models.parallel.peer_memory import CopyStreams
 from models.parallel.plan import ParallelPlan
 from models.parallel.segment_lengths import SegmentScope
 from models.parallel.sequence_parallel import check_entry_points, shard_entry_points
@@ -75,7 +75,7 @@ def _shard_weights(model: nn.Module, plan: ParallelPlan, axis: Axis) -> None:
         _replace(model, plan.gathered, Linear, gathered)
         _replace(model, plan.row, Linear, row)
         _replace(model, plan.norms, RMSNorm, norm)
-    _replace_each(model, plan.heads, OwnHeads, lambda *_: ShardedHeads(axis))
+    _replace_each(model, plan.select_heads, SelectHeads, lambda *_: ShardedHeads(axis))
 
 
 def _replace(model: nn.Module, patterns: tuple[str, ...], kind: type[M], make: Callable[[str, M], nn.Module]) -> None:

@@ -15,17 +15,18 @@ import torch
 from torch import Tensor
 
 from models.kernels.attention import attention
+from models.kernels.copy_streams import CopyStreams
 from models.layers.attention import KeyValues
 from models.parallel.mesh import Axis
-from models.parallel.peer_memory import CopyStreams, PeerMemory, share_memory
+from models.parallel.peer_memory import PeerMemory, share_memory
 
-PLACES = 2
+BUFFERS = 2
 """Used in turn by one layer of attention after the other: see PeerGather."""
 
-MOST_GROUPS = 2
+MAX_GROUPS = 2
 """Of heads, that travel behind each other."""
 
-LEAST_WORK_OF_GROUPS = 350_000
+MIN_GROUPED_WORK = 350_000
 """Products of heads and tokens from which on groups are worth it: each must still fill a GPU evenly.
 
 On two H100s groups made a Wan step (12 x 32,760) faster, and a Flux step (24 x 4,608) slower.
@@ -57,29 +58,29 @@ class PeerGather:
         self._device = device
         self._streams = streams
         self._allocate = allocate
-        self._places: list[_Places] = []
+        self._places: list[_PeerBuffers] = []
         self._layers = 0
 
     def key_values(self, shape: Sequence[int], dtype: torch.dtype, sizes: Sequence[int]) -> Gathered:
         """A way for keys and values (B, L, 2, H, K) of this rank, where the ranks hold `sizes` tokens."""
         batch, tokens, *rest = shape
         assert tokens == sizes[self._axis.index], "a chunk of another size than was told"
-        form = _Form((batch, sum(sizes), *rest), dtype, sum(sizes[: self._axis.index]), tokens)
+        form = _Layout((batch, sum(sizes), *rest), dtype, sum(sizes[: self._axis.index]), tokens)
         places = self._places_for(form.bytes)
         self._layers += 1
-        return Gathered(places, self._layers % PLACES, form)
+        return Gathered(places, self._layers % BUFFERS, form)
 
-    def _places_for(self, needed: int) -> _Places:
+    def _places_for(self, needed: int) -> _PeerBuffers:
         """The latest places, or larger ones: graphs may still use the smaller ones, which are kept."""
         if not self._places or self._places[-1].size < needed:
             size = -(-needed // ALIGNMENT) * ALIGNMENT
-            memory = self._allocate(self._axis, self._device, PLACES * size + _Places.flag_bytes(self._axis))
-            self._places.append(_Places(self._axis, memory, size, self._streams))
+            memory = self._allocate(self._axis, self._device, BUFFERS * size + _PeerBuffers.flag_bytes(self._axis))
+            self._places.append(_PeerBuffers(self._axis, memory, size, self._streams))
         return self._places[-1]
 
 
 @dataclass(frozen=True)
-class _Form:
+class _Layout:
     """Keys and values of all ranks as one tensor (B, tokens, 2, H, K), and which tokens are this rank's.
 
     They travel in groups of heads: who attends to the first ones need not wait for the others.
@@ -101,7 +102,7 @@ class _Form:
     @property
     def groups(self) -> int:
         batch, tokens, _, heads, _ = self.shape
-        return MOST_GROUPS if heads % MOST_GROUPS == 0 and batch * tokens * heads >= LEAST_WORK_OF_GROUPS else 1
+        return MAX_GROUPS if heads % MAX_GROUPS == 0 and batch * tokens * heads >= MIN_GROUPED_WORK else 1
 
     def parts(self, group: int) -> tuple[tuple[int, int], ...]:
         """Where the keys and the values of a group lie in a token, and their width, in bytes."""
@@ -117,7 +118,7 @@ class Gathered(KeyValues):
     They are sent once they are written to `buffer`, keys and values of each token concatenated: (B, L, 2, H, K).
     """
 
-    def __init__(self, places: _Places, place: int, form: _Form) -> None:
+    def __init__(self, places: _PeerBuffers, place: int, form: _Layout) -> None:
         self._places = places
         self._place = place
         self._form = form
@@ -142,7 +143,7 @@ class Gathered(KeyValues):
         return out
 
 
-class _Places:
+class _PeerBuffers:
     """The places of one size, of all ranks, and their flags: a place has one for each group and each writer."""
 
     def __init__(self, axis: Axis, memory: PeerMemory, size: int, streams: CopyStreams) -> None:
@@ -154,14 +155,14 @@ class _Places:
     @staticmethod
     def flag_bytes(axis: Axis) -> int:
         """What flags take behind the places."""
-        return _FLAG_BYTES * PLACES * MOST_GROUPS * axis.size
+        return _FLAG_BYTES * BUFFERS * MAX_GROUPS * axis.size
 
-    def view(self, place: int, form: _Form) -> Tensor:
+    def view(self, place: int, form: _Layout) -> Tensor:
         """What this rank has in a place."""
         start = place * self.size
         return self._memory.own[start : start + form.bytes].view(form.dtype).view(form.shape)
 
-    def send(self, place: int, form: _Form) -> None:
+    def send(self, place: int, form: _Layout) -> None:
         """Copy this rank's tokens to the same place of every other rank, and tell them, group by group."""
         streams = self._streams
         streams.await_stream(streams.side, streams.current)
@@ -191,7 +192,7 @@ class _Places:
         """Let the current stream wait until all that was sent has been read here, and all flags are lowered."""
         self._streams.await_stream(self._streams.current, self._streams.side)
 
-    def _copy(self, rank: int, place: int, group: int, form: _Form) -> None:
+    def _copy(self, rank: int, place: int, group: int, form: _Layout) -> None:
         to, source = (self._memory.addresses[each] for each in (rank, self._axis.index))
         for row in range(form.shape[0]):
             token = place * self.size + (row * form.shape[1] + form.first) * form.token_bytes
@@ -201,5 +202,5 @@ class _Places:
 
     def _flag(self, rank: int, place: int, group: int, writer: int) -> int:
         """The address of a flag that a rank has for what another one writes."""
-        index = (place * MOST_GROUPS + group) * self._axis.size + writer
-        return self._memory.addresses[rank] + PLACES * self.size + _FLAG_BYTES * index
+        index = (place * MAX_GROUPS + group) * self._axis.size + writer
+        return self._memory.addresses[rank] + BUFFERS * self.size + _FLAG_BYTES * index

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from models.kernels.attention import attention_with_lse, merge_attention
-from models.layers.attention import Attention, KeyValueCache, Started
+from models.layers.attention import Attention, KeyValueCache, PendingAttention
 from models.parallel.collectives import all_gather
 from models.parallel.mesh import WorkerMesh
 from models.parallel.segment_lengths import SegmentScope
@@ -27,7 +27,9 @@ class ShardedKeysAttention(Attention):
         self.axes = [axis for axis in (mesh.axis("ulysses"), mesh.axis("ring")) if axis.size > 1]
         self.scope = scope
 
-    def finish(self, started: Started, out: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
+    def finish(
+        self, started: PendingAttention, out: Tensor | None = None, cache: KeyValueCache | None = None
+    ) -> Tensor:
         """Attend to this rank's keys (B, L, H, K) and merge the results of all ranks, in their order. No cache."""
         assert cache is None, "attention to sharded keys has no cache"
         q, key_values = started

@@ -45,7 +45,7 @@ class Shard:
             yield (*(slice(None),) * self.dim, slice(first, first + share))
             start += size
 
-    def cut(self, whole: Tensor) -> Tensor:
+    def select(self, whole: Tensor) -> Tensor:
         """The share, from the whole tensor."""
         return torch.cat([whole[index] for index in self.slices()], dim=self.dim)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from models.kernels.activation import write_gelu
 from models.kernels.gemm import multiply
-from models.layers.head_rotary import OwnHeads
+from models.layers.head_rotary import SelectHeads
 from models.layers.linear import Linear
 from models.layers.norms import Residual, RMSNorm
 from models.parallel.collectives import all_reduce, gather_last
@@ -99,7 +99,7 @@ class ParallelRMSNorm(Sharded, RMSNorm):
         return all_reduce(squares.sum(-1), self.axis)
 
 
-class ShardedHeads(OwnHeads):
+class ShardedHeads(SelectHeads):
     """A tensor with a dimension of all heads: this rank takes its heads, an equal share in order."""
 
     def __init__(self, axis: Axis) -> None:

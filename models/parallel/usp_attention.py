@@ -5,7 +5,7 @@ Sources: DeepSpeed-Ulysses (arXiv 2309.14509), Ring Attention (arXiv 2310.01889)
 head size, U ranks on the ulysses axis.
 """
 
-# ruff: noqa: N806  (the capitals of a tensor's name are its shape)
+# ruff: noqa: N806  (a tensor name ends in its shape, in capitals)
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from models.layers.attention import (
     Attention,
     KeyValueCache,
     KeyValues,
+    PendingAttention,
     Projection,
     SeparableProjection,
-    Started,
 )
 from models.parallel.collectives import start_all_to_all, start_shift, wait
 from models.parallel.mesh import Axis, WorkerMesh
@@ -48,7 +48,7 @@ class USPAttention(Attention):
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """(B, L, H, K) each."""
         sent = self._send(k, v)
-        return self.finish(Started(self._start_queries(q), sent))
+        return self.finish(PendingAttention(self._start_queries(q), sent))
 
     def attend(self, projection: SeparableProjection, cache: KeyValueCache | None = None) -> Tensor:
         """The same for what is still to be projected: keys and values travel while the queries are projected."""
@@ -59,9 +59,9 @@ class USPAttention(Attention):
             projection.keys_and_values(gathered.buffer)
             gathered.send()
             sent = gathered
-        return self.finish(Started(self._start_queries(projection.queries()), sent), cache=cache)
+        return self.finish(PendingAttention(self._start_queries(projection.queries()), sent), cache=cache)
 
-    def start(self, projection: Projection) -> Started:
+    def start(self, projection: Projection) -> PendingAttention:
         """Project all in one GEMM and send it: the model has something else to compute meanwhile."""
         gathered = self._gathered(projection) if self.ulysses.size == 1 else None
         if gathered is None:
@@ -71,13 +71,15 @@ class USPAttention(Attention):
             q = projection.all_into(gathered.buffer)
             gathered.send()
             sent = gathered
-        return Started(self._start_queries(q), sent)
+        return PendingAttention(self._start_queries(q), sent)
 
     def cached_heads(self, heads: int) -> int:
         """A cache holds all tokens of the group, of the heads that this rank attends with."""
         return heads // self.ulysses.size
 
-    def finish(self, started: Started, out: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
+    def finish(
+        self, started: PendingAttention, out: Tensor | None = None, cache: KeyValueCache | None = None
+    ) -> Tensor:
         """Attend to what was started; (B, L, H, K). On a ring there is no cache."""
         assert cache is None or self.ring.size == 1, "the loader of a causal model refuses a ring"
         if self.ulysses.size == 1:
@@ -86,25 +88,25 @@ class USPAttention(Attention):
         if cache is not None:
             keys, values = cache.extended(keys, values)
         in_ring = self._send_in_ring(keys, values)
-        attended = self._give_back(self._attend(wait(started.queries).transpose(0, 1), in_ring, None))
+        attended = self._gather_heads(self._attend(wait(started.queries).transpose(0, 1), in_ring, None))
         return attended if out is None else out.copy_(attended)
 
     def _start_queries(self, q: Tensor) -> Tensor:
         """Send queries (B, L, H, K) to the ranks that have their heads. On a ring they stay."""
-        return q if self.ulysses.size == 1 else self.share_heads(q)
+        return q if self.ulysses.size == 1 else self.scatter_heads(q)
 
     def _send(self, k: Tensor, v: Tensor) -> KeyValues:
         """Send keys and values (B, L, H, K) to the ranks that have their heads, or to the others of the ring."""
-        return self._send_in_ring(k, v) if self.ulysses.size == 1 else _SharedHeads(k, v, self)
+        return self._send_in_ring(k, v) if self.ulysses.size == 1 else _ScatteredHeads(k, v, self)
 
-    def share_heads(self, x: Tensor) -> Tensor:
+    def scatter_heads(self, x: Tensor) -> Tensor:
         """Begin to give each rank of the group its heads of x (B, L, H, K); (R, B, heads, K) will arrive."""
         batch, tokens, heads, size = x.shape
         ranks = self.ulysses.size
         x_ULBHK = x.view(batch, tokens, ranks, heads // ranks, size).permute(2, 1, 0, 3, 4)
         return start_all_to_all(x_ULBHK.flatten(0, 1), [tokens] * ranks, self._group(self.ring.index), self.ulysses)
 
-    def _give_back(self, attended: Tensor) -> Tensor:
+    def _gather_heads(self, attended: Tensor) -> Tensor:
         """All tokens of the group for some heads (B, R, heads, K) to this rank's tokens for all (B, L, H, K)."""
         lengths, ranks = self.scope.current, self.ulysses.size
         tokens = lengths.sizes[lengths.index]
@@ -127,7 +129,7 @@ class USPAttention(Attention):
                 part.copy_(tensor)
             gathered.send()
             return gathered
-        return KeyValues(k, v) if self.ring.size == 1 else _Blocks(k, v, self.ring, self._blocks())
+        return KeyValues(k, v) if self.ring.size == 1 else _RingBlocks(k, v, self.ring, self._blocks())
 
     def _gathered(self, projection: Projection) -> Gathered | None:
         """Where the projection can write keys and values for all ranks of the ring, if these share memory."""
@@ -146,7 +148,7 @@ class USPAttention(Attention):
 
     def _attend(self, q: Tensor, sent: KeyValues, out: Tensor | None) -> Tensor:
         """Queries (B, R, heads, K) to all keys."""
-        if isinstance(sent, _Blocks | Gathered):
+        if isinstance(sent, _RingBlocks | Gathered):
             return sent.attend(q, out)
         keys, values = sent.wait()
         if q.shape[1]:
@@ -154,11 +156,11 @@ class USPAttention(Attention):
         return q if out is None else out
 
 
-class _SharedHeads(KeyValues):
+class _ScatteredHeads(KeyValues):
     """Keys and values on their way to the ranks of a ulysses group that have their heads."""
 
     def __init__(self, k: Tensor, v: Tensor, attention: USPAttention) -> None:
-        v, k = (attention.share_heads(each) for each in (v, k))
+        v, k = (attention.scatter_heads(each) for each in (v, k))
         super().__init__(k, v)
 
     def wait(self) -> tuple[Tensor, Tensor]:
@@ -166,7 +168,7 @@ class _SharedHeads(KeyValues):
         return keys, values
 
 
-class _Blocks(KeyValues):
+class _RingBlocks(KeyValues):
     """Keys and values (B, R, heads, K) that go around a ring: one block travels while the one before is computed.
 
     `sizes` are the tokens of the ranks' blocks.
@@ -177,7 +179,7 @@ class _Blocks(KeyValues):
         self._ring = ring
         self._sizes = sizes
         self._next: list[Tensor] = []
-        self._pass_on(0)
+        self._start_exchange(0)
 
     def attend(self, q: Tensor, out: Tensor | None = None) -> Tensor:
         """Queries (B, R, heads, K) to all blocks."""
@@ -190,7 +192,7 @@ class _Blocks(KeyValues):
             if step + 1 < self._ring.size:
                 shape = (self.k.shape[0], self._block(step + 1), *self.k.shape[2:])
                 self.v, self.k = (wait(each).view(shape) for each in self._next)
-                self._pass_on(step + 1)
+                self._start_exchange(step + 1)
         attended = q if merged is None else merged[0]
         return attended if out is None else out.copy_(attended)
 
@@ -198,7 +200,7 @@ class _Blocks(KeyValues):
         """Tokens of the block of keys that is here at a step of the ring; at step 0 it is this rank's own."""
         return self._sizes[(self._ring.index - step) % self._ring.size]
 
-    def _pass_on(self, step: int) -> None:
+    def _start_exchange(self, step: int) -> None:
         """Begin to exchange a step's block for the next one; nothing after the last step."""
         if step + 1 < self._ring.size:
             row = self.k.shape[0] * self.k.shape[2] * self.k.shape[3]

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 
-class Norm(NamedTuple):
+class NormParameters(NamedTuple):
     """An RMS norm over `size` channels with a weight (this rank's channels,), or a layer norm without a weight."""
 
     size: int
@@ -17,15 +17,15 @@ class Norm(NamedTuple):
 
 
 @dataclass(frozen=True)
-class QKNormOperands:
+class QKNormParameters:
     """The norm of each part of a tensor (B, S, parts * D): of queries and keys, or of queries alone.
 
     `first` are those of the first segment's tokens, `rest` of all others. A norm of the head size works on each head by
     itself, any other on all heads together. Norms are all RMS norms, or all layer norms of the head size.
     """
 
-    first: tuple[Norm, ...]
-    rest: tuple[Norm, ...]
+    first: tuple[NormParameters, ...]
+    rest: tuple[NormParameters, ...]
     head_size: int
 
     @property
