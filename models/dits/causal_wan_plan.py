@@ -1,4 +1,4 @@
-"""How the causal Wan DiT is sharded between ranks, and its loader."""
+"""Loader of the causal Wan DiT, which has the parallel plan of the Wan DiT."""
 
 from __future__ import annotations
 

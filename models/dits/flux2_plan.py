@@ -1,4 +1,4 @@
-"""How the FLUX.2 DiT is sharded between ranks, and its loader."""
+"""Parallel plan and loader of the FLUX.2 DiT."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FLUX2_PLAN = ParallelPlan(
     ),
     gathered=("double_stream_modulation_*.linear", "single_stream_modulation.linear"),
     parts={
-        # SwiGLU's gate and its input.
+        # SwiGLU's gate, then its input.
         f"{DOUBLE}.ff.linear_in": (1, 1),
         f"{DOUBLE}.ff_context.linear_in": (1, 1),
         # Queries, keys, values, then SwiGLU's gate and its input.
@@ -33,7 +33,7 @@ FLUX2_PLAN = ParallelPlan(
         # The heads, then the feed-forward.
         f"{SINGLE}.attn.to_out": (1, MLP_RATIO),
     },
-    # Image tokens are those of the output, then those of each reference image.
+    # The image segment holds the tokens of the output, then those of each reference image.
     token_segments=FLUX_PLAN.token_segments,
     attention=FLUX_PLAN.attention,
     sharded_arguments=FLUX_PLAN.sharded_arguments,

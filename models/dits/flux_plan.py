@@ -1,4 +1,4 @@
-"""How the Flux DiT is sharded between ranks, and its loader."""
+"""Parallel plan and loader of the Flux DiT."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ FLUX_PLAN = ParallelPlan(
         f"{DOUBLE}.ff_context.net.2",
         f"{SINGLE}.proj_out",
     ),
-    # A third of the weights, read once a request: whole, they would cost each rank their memory.
+    # These layers run once per request but hold a third of the weights: replicas would cost much memory on each rank.
     gathered=(f"{DOUBLE}.norm1.linear", f"{DOUBLE}.norm1_context.linear", f"{SINGLE}.norm.linear"),
-    # Its inputs are the heads, and beside them the feed-forward, four times as wide.
+    # The inputs are the heads, then the feed-forward, which is four times as wide.
     parts={f"{SINGLE}.proj_out": (1, 4)},
     token_segments={"text": "sharded", "image": "sharded"},
     attention=(f"{DOUBLE}.attn.inner", f"{SINGLE}.attn.inner"),

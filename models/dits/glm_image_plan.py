@@ -1,4 +1,4 @@
-"""How the GLM-Image DiT is sharded between ranks, and its loader."""
+"""Parallel plan and loader of the GLM-Image DiT."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TEXT, IMAGE = "text", "image"
 GLM_IMAGE_PLAN = ParallelPlan(
     column=(f"{BLOCK}.attn1.to_[qkv]", f"{BLOCK}.ff.net.0.proj"),
     row=(f"{BLOCK}.attn1.to_out.0", f"{BLOCK}.ff.net.2"),
-    # Read once a request: whole, these weights would cost each rank their memory.
+    # These layers run once per request: replicas of their weights would cost memory on each rank.
     gathered=(f"{BLOCK}.norm1.linear",),
     token_segments={TEXT: "sharded", IMAGE: "sharded"},
     attention=(f"{BLOCK}.attn1.inner",),

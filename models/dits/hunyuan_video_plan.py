@@ -1,6 +1,6 @@
-"""How the HunyuanVideo DiT is sharded between ranks, and its loader.
+"""Parallel plan and loader of the HunyuanVideo DiT.
 
-The text is refined once a request for all steps, whole on every rank of the sequence axes.
+The text is refined once per request for all steps; the refiner is replicated on all ranks of the sequence axes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ HUNYUAN_VIDEO_PLAN = replace(
     column=(*FLUX_PLAN.column, *_REFINER_COLUMNS),
     gathered=(*FLUX_PLAN.gathered, f"{REFINER}.norm_out.linear"),
     row=(*FLUX_PLAN.row, *_REFINER_ROWS),
-    # They run once a request.
+    # The refiner runs once per request.
     unquantized=(*_REFINER_COLUMNS, *_REFINER_ROWS),
     token_segments={TEXT: "sharded", VIDEO: "sharded"},
     sharded_arguments=(

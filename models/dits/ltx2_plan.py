@@ -1,7 +1,7 @@
-"""How the LTX-2 DiT is sharded between ranks, and its loader.
+"""Parallel plan and loader of the LTX-2 DiT.
 
-Video tokens are sharded. Audio tokens, a few dozen a second, are whole on every rank: only the results of their
-attention to the video are exchanged.
+Video tokens are sharded. Audio tokens, a few dozen per second, are replicated on all ranks: only the results of their
+attention to the video are all-gathered.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _GATE_LOGITS = f"{_ATTENTION}.to_gate_logits"
 LTX2_PLAN = ParallelPlan(
     column=(f"{_ATTENTION}.to_[qkv]", _GATE_LOGITS, f"{_FEED_FORWARD}.net.0.proj"),
     row=(f"{_ATTENTION}.to_out.0", f"{_FEED_FORWARD}.net.2"),
-    # One logit for each head.
+    # These layers have one output per head.
     unquantized=(_GATE_LOGITS,),
     norms=(f"{_ATTENTION}.norm_[qk]",),
     select_heads=(f"{_ATTENTION}.select_heads",),

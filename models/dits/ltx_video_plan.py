@@ -1,4 +1,4 @@
-"""How the LTX-Video DiT is sharded between ranks, and its loader."""
+"""Parallel plan and loader of the LTX-Video DiT."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from models.parallel.plan import GatheredResult, ParallelPlan, ShardedArgument
 BLOCK = "transformer_blocks.*"
 
 LTX_VIDEO_PLAN = ParallelPlan(
-    # The second attention is to the text, which every rank has whole, for its own heads and video tokens.
+    # attn2 is cross-attention to the text, which is replicated; a rank computes it for its heads and tokens.
     column=(f"{BLOCK}.attn[12].to_[qkv]", f"{BLOCK}.ff.net.0.proj"),
     row=(f"{BLOCK}.attn[12].to_out.0", f"{BLOCK}.ff.net.2"),
     norms=(f"{BLOCK}.attn[12].norm_[qk]",),
@@ -21,7 +21,7 @@ LTX_VIDEO_PLAN = ParallelPlan(
         ShardedArgument("tokens", "x_BSD", VIDEO),
         ShardedArgument("tokens", "cos", VIDEO, dim=0),
         ShardedArgument("tokens", "sin", VIDEO, dim=0),
-        # A first frame with a timestep of its own is sharded separately: every rank has a chunk of both segments.
+        # A first frame with a separate timestep is a segment of its own: each rank has a chunk of both segments.
         ShardedArgument("tokens", "first_BSD", FIRST_FRAME),
         ShardedArgument("tokens", "first_cos", FIRST_FRAME, dim=0),
         ShardedArgument("tokens", "first_sin", FIRST_FRAME, dim=0),

@@ -1,4 +1,4 @@
-"""How the Qwen-Image DiT is sharded between ranks, and its loader."""
+"""Parallel plan and loader of the Qwen-Image DiT."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ QWEN_IMAGE_PLAN = ParallelPlan(
         f"{BLOCK}.img_mlp.net.2",
         f"{BLOCK}.txt_mlp.net.2",
     ),
-    # A third of the weights, read once a request: whole, they would cost each rank their memory.
+    # These layers run once per request but hold a third of the weights: replicas would cost much memory on each rank.
     gathered=(f"{BLOCK}.img_mod.1", f"{BLOCK}.txt_mod.1"),
     token_segments={"text": "sharded", "image": "sharded", "condition": "sharded"},
     attention=(f"{BLOCK}.attn.inner",),
-    # Given images, which may have a timestep of their own, are sharded separately: every rank has a chunk of them.
+    # Input images may have a separate timestep, so that they are a segment of their own: each rank has a chunk of both.
     sharded_arguments=(
         ShardedArgument("prepare", "encoder_hidden_states", "text"),
         ShardedArgument("prepare", "txt_ids", "text", dim=0),

@@ -1,4 +1,4 @@
-"""How the Wan DiT is sharded between ranks, and its loader."""
+"""Parallel plan and loader of the Wan DiT."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from models.parallel.plan import GatheredResult, ParallelPlan, ShardedArgument
 BLOCK = "blocks.*"
 
 WAN_PLAN = ParallelPlan(
-    # The second attention is to text and pictures, which every rank has whole, for its own heads and video tokens.
+    # attn2 is cross-attention to text and image, which are replicated; a rank computes it for its heads and tokens.
     column=(f"{BLOCK}.attn[12].to_[qkv]", f"{BLOCK}.attn2.add_[kv]_proj", f"{BLOCK}.ffn.net.0.proj"),
     row=(f"{BLOCK}.attn[12].to_out.0", f"{BLOCK}.ffn.net.2"),
     norms=(f"{BLOCK}.attn[12].norm_[qk]", f"{BLOCK}.attn2.norm_added_k"),
@@ -20,7 +20,7 @@ WAN_PLAN = ParallelPlan(
         ShardedArgument("tokens", "x_BSD", VIDEO),
         ShardedArgument("tokens", "cos", VIDEO, dim=0),
         ShardedArgument("tokens", "sin", VIDEO, dim=0),
-        # A first frame with a timestep of its own is sharded separately: every rank has a chunk of both segments.
+        # A first frame with a separate timestep is a segment of its own: each rank has a chunk of both segments.
         ShardedArgument("tokens", "first_BSD", FIRST_FRAME),
         ShardedArgument("tokens", "first_cos", FIRST_FRAME, dim=0),
         ShardedArgument("tokens", "first_sin", FIRST_FRAME, dim=0),

@@ -1,7 +1,7 @@
-"""How the Z-Image DiT is sharded between ranks, and its loader.
+"""Parallel plan and loader of the Z-Image DiT.
 
-The text is refined once a request, whole on every rank of the sequence axes. The image is refined alone, so that its
-attention has no text tokens; then both are sharded.
+The text is refined once per request; its refiner is replicated on all ranks of the sequence axes. The refiner of the
+image, whose attention has no text tokens, is sharded along the image. The other blocks are sharded along both.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ TEXT, IMAGE = "text", "image"
 Z_IMAGE_PLAN = ParallelPlan(
     column=tuple(f"{block}.{name}" for block in BLOCKS for name in ("attention.to_[qkv]", "feed_forward.w[13]")),
     row=tuple(f"{block}.{name}" for block in BLOCKS for name in ("attention.to_out.0", "feed_forward.w2")),
-    # Read once a request: whole, these weights would cost each rank their memory.
+    # These layers run once per request: replicas of their weights would cost memory on each rank.
     gathered=("noise_refiner.*.adaLN_modulation.0", f"{LAYERS}.adaLN_modulation.0"),
     token_segments={TEXT: "sharded", IMAGE: "sharded"},
     attention=("noise_refiner.*.attention.inner", f"{LAYERS}.attention.inner"),

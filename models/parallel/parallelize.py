@@ -1,7 +1,7 @@
-"""Makes a single-device model the part of it that one rank of a worker group computes, after a plan beside the model.
+"""Applies a parallel plan to a single-device model: the model becomes one rank's shard of it.
 
-The model's code does not change: some of its layers are replaced by parallel ones of the same names, and arguments
-and results of its entry points are sharded and gathered.
+The code of the model does not change. Layers are replaced by parallel layers of the same name, arguments of entry
+points are sharded, and their results are gathered.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ def parallelize(
     heads: int,
     feed_forward: int | None = None,
 ) -> None:
-    """Make the model, built on the meta device, this rank's part of it; loading its weights then reads only that part.
+    """Shard a model on the meta device for this rank. Weights that are loaded afterwards are read shard by shard.
 
-    None is one rank. Raises InvalidInput for degrees that do not divide the attention heads or the feed-forward layers,
-    and TypeError where the plan names a module of another kind, a method that is no entry point or an argument that it
-    lacks.
+    `mesh` None: one rank. `heads` and `feed_forward` are as in Degrees.check_model(). Raises InvalidInput for degrees
+    that do not divide the attention heads or the feed-forward width, and TypeError where the plan names a module of
+    another type, a method that is no entry point, or an argument that the method lacks.
     """
     check_entry_points(model, plan)
     if mesh is None:
@@ -90,12 +90,13 @@ def _replace(model: nn.Module, patterns: tuple[str, ...], kind: type[M], make: C
 def _replace_each(
     model: nn.Module, patterns: tuple[str, ...], kind: type[M], make: Callable[[str, M], nn.Module]
 ) -> None:
-    """The same, where a pattern without a module would leave tokens or heads whole that others have shards of.
+    """As _replace(). Raises TypeError for a pattern that matches no module.
 
-    Raises TypeError for such a pattern.
+    Such a pattern would silently mix replicated tokens or heads with sharded ones.
     """
     if unmatched := [pattern for pattern in patterns if not list(matching(model, pattern, kind))]:
-        raise TypeError(f"{type(model).__name__} has no module {', '.join(unmatched)}, which its plan shards")
+        message = f"{type(model).__name__} has no module {', '.join(unmatched)}, which its plan shards"
+        raise TypeError(f"{message}; correct the pattern")
     _replace(model, patterns, kind, make)
 
 

@@ -1,8 +1,8 @@
-"""Attention over a sequence that is sharded between ranks: Ulysses' all-to-all around ring attention.
+"""Attention over a sequence that is sharded between ranks: ring attention between Ulysses groups.
 
-Sources: DeepSpeed-Ulysses (arXiv 2309.14509), Ring Attention (arXiv 2310.01889), their combination USP (arXiv
-2405.07719). Shapes: B batch, L tokens of this rank, R tokens of its ulysses group, H heads of this rank (after tp), K
-head size, U ranks on the ulysses axis.
+Sources: DeepSpeed-Ulysses (arXiv 2309.14509), Ring Attention (arXiv 2310.01889), and their combination USP
+(arXiv 2405.07719). Shapes: B batch, L tokens of this rank, R tokens of its ulysses group, H heads of this rank (after
+tp), K head size, U ranks on the ulysses axis.
 """
 
 # ruff: noqa: N806  (a tensor name ends in its shape, in capitals)
@@ -32,10 +32,11 @@ from models.parallel.segment_lengths import SegmentScope
 class USPAttention(Attention):
     """Attention of this rank's queries to the keys of all ranks.
 
-    Within a ulysses group every rank gets all tokens of the group for some of the heads, and attends. The groups' keys
-    and values travel around the ring meanwhile, or are gathered before where all ranks can write to each other's
-    memory. Keys have no order, so that a rank's tokens may be chunks of several segments. Chunks may have any lengths,
-    0 too: nothing is padded. All ranks must call it together.
+    An all-to-all within the ulysses group gives each rank all tokens of the group for some of the heads. Keys and
+    values of the groups are then exchanged along the ring, in steps that overlap with attention; where all ranks can
+    write to each other's memory, they are gathered instead. Attention does not depend on the order of keys, so that a
+    rank's tokens may be chunks of several segments. Chunks may have any length, including 0, and are not padded. A
+    collective call: all ranks must make it.
     """
 
     def __init__(self, mesh: WorkerMesh, scope: SegmentScope, gather: PeerGather | None = None) -> None:
@@ -46,12 +47,12 @@ class USPAttention(Attention):
         self.gather = gather
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """(B, L, H, K) each."""
+        """Attention of queries, keys and values (B, L, H, K)."""
         sent = self._send(k, v)
         return self.finish(PendingAttention(self._start_queries(q), sent))
 
     def attend(self, projection: SeparableProjection, cache: KeyValueCache | None = None) -> Tensor:
-        """The same for what is still to be projected: keys and values travel while the queries are projected."""
+        """Project and attend; the GEMM of the queries overlaps with the transfer of keys and values."""
         gathered = self._gathered(projection) if self.ulysses.size == 1 else None
         if gathered is None:
             sent = self._send(*projection.keys_and_values().unbind(2))
@@ -62,7 +63,7 @@ class USPAttention(Attention):
         return self.finish(PendingAttention(self._start_queries(projection.queries()), sent), cache=cache)
 
     def start(self, projection: Projection) -> PendingAttention:
-        """Project all in one GEMM and send it: the model has something else to compute meanwhile."""
+        """Project queries, keys and values by one GEMM, and start their transfer."""
         gathered = self._gathered(projection) if self.ulysses.size == 1 else None
         if gathered is None:
             q, k, v = projection.all()
@@ -74,40 +75,40 @@ class USPAttention(Attention):
         return PendingAttention(self._start_queries(q), sent)
 
     def cached_heads(self, heads: int) -> int:
-        """A cache holds all tokens of the group, of the heads that this rank attends with."""
+        """Number of this rank's heads after the all-to-all, for which the KV cache holds all tokens of the group."""
         return heads // self.ulysses.size
 
     def finish(
-        self, started: PendingAttention, out: Tensor | None = None, cache: KeyValueCache | None = None
+        self, pending: PendingAttention, out: Tensor | None = None, cache: KeyValueCache | None = None
     ) -> Tensor:
-        """Attend to what was started; (B, L, H, K). On a ring there is no cache."""
+        """Complete the attention call; (B, L, H, K). A ring has no KV cache."""
         assert cache is None or self.ring.size == 1, "the loader of a causal model refuses a ring"
         if self.ulysses.size == 1:
-            return self._attend(started.queries, started.key_values, out)
-        keys, values = started.key_values.wait()
+            return self._attend(pending.queries, pending.key_values, out)
+        keys, values = pending.key_values.wait()
         if cache is not None:
             keys, values = cache.extended(keys, values)
         in_ring = self._send_in_ring(keys, values)
-        attended = self._gather_heads(self._attend(wait(started.queries).transpose(0, 1), in_ring, None))
+        attended = self._gather_heads(self._attend(wait(pending.queries).transpose(0, 1), in_ring, None))
         return attended if out is None else out.copy_(attended)
 
     def _start_queries(self, q: Tensor) -> Tensor:
-        """Send queries (B, L, H, K) to the ranks that have their heads. On a ring they stay."""
+        """Start the all-to-all of queries (B, L, H, K) within the ulysses group. The ring does not move queries."""
         return q if self.ulysses.size == 1 else self.scatter_heads(q)
 
     def _send(self, k: Tensor, v: Tensor) -> KeyValues:
-        """Send keys and values (B, L, H, K) to the ranks that have their heads, or to the others of the ring."""
+        """Start the transfer of keys and values (B, L, H, K): within the ulysses group, or else along the ring."""
         return self._send_in_ring(k, v) if self.ulysses.size == 1 else _ScatteredHeads(k, v, self)
 
     def scatter_heads(self, x: Tensor) -> Tensor:
-        """Begin to give each rank of the group its heads of x (B, L, H, K); (R, B, heads, K) will arrive."""
+        """Start an all-to-all of x (B, L, H, K) that gives each rank of the group its heads: (R, B, heads, K)."""
         batch, tokens, heads, size = x.shape
         ranks = self.ulysses.size
         x_ULBHK = x.view(batch, tokens, ranks, heads // ranks, size).permute(2, 1, 0, 3, 4)
         return start_all_to_all(x_ULBHK.flatten(0, 1), [tokens] * ranks, self._group(self.ring.index), self.ulysses)
 
     def _gather_heads(self, attended: Tensor) -> Tensor:
-        """All tokens of the group for some heads (B, R, heads, K) to this rank's tokens for all (B, L, H, K)."""
+        """All-to-all from the group's tokens for some heads (B, R, heads, K) to this rank's tokens (B, L, H, K)."""
         lengths, ranks = self.scope.current, self.ulysses.size
         tokens = lengths.sizes[lengths.index]
         sent = self._group(self.ring.index)
@@ -115,12 +116,12 @@ class USPAttention(Attention):
         return x_LBHK.view(ranks, tokens, *x_LBHK.shape[1:]).permute(2, 1, 0, 3, 4).flatten(2, 3)
 
     def _group(self, ring: int) -> list[int]:
-        """Tokens of each rank of the ulysses group that has this place on the ring."""
+        """Number of tokens on each rank of the ulysses group with index `ring` on the ring."""
         first = ring * self.ulysses.size
         return list(self.scope.current.sizes[first : first + self.ulysses.size])
 
     def _send_in_ring(self, k: Tensor, v: Tensor) -> KeyValues:
-        """Send keys and values (B, R, heads, K) of one group to the others."""
+        """Start the transfer of keys and values (B, R, heads, K) of this group to the other groups."""
         gather = self._gather()
         if gather is not None:
             batch, tokens, heads, size = k.shape
@@ -132,22 +133,22 @@ class USPAttention(Attention):
         return KeyValues(k, v) if self.ring.size == 1 else _RingBlocks(k, v, self.ring, self._blocks())
 
     def _gathered(self, projection: Projection) -> Gathered | None:
-        """Where the projection can write keys and values for all ranks of the ring, if these share memory."""
+        """Peer buffer for the projected keys and values; None where the ring's ranks do not share memory."""
         gather = self._gather()
         if gather is None:
             return None
         return gather.key_values(projection.key_values_shape, projection.dtype, self._blocks())
 
     def _gather(self) -> PeerGather | None:
-        """Writing to other ranks' memory is nothing that a compiler could trace."""
+        # torch.compile cannot trace writes to the memory of other ranks.
         return None if torch.compiler.is_compiling() else self.gather
 
     def _blocks(self) -> list[int]:
-        """Tokens of each group of the ring."""
+        """Number of tokens of each group of the ring."""
         return [sum(self._group(index)) for index in range(self.ring.size)]
 
     def _attend(self, q: Tensor, sent: KeyValues, out: Tensor | None) -> Tensor:
-        """Queries (B, R, heads, K) to all keys."""
+        """Attention of queries (B, R, heads, K) to the keys of all groups."""
         if isinstance(sent, _RingBlocks | Gathered):
             return sent.attend(q, out)
         keys, values = sent.wait()
@@ -157,7 +158,7 @@ class USPAttention(Attention):
 
 
 class _ScatteredHeads(KeyValues):
-    """Keys and values on their way to the ranks of a ulysses group that have their heads."""
+    """Keys and values in a pending all-to-all of heads within a ulysses group."""
 
     def __init__(self, k: Tensor, v: Tensor, attention: USPAttention) -> None:
         v, k = (attention.scatter_heads(each) for each in (v, k))
@@ -169,9 +170,9 @@ class _ScatteredHeads(KeyValues):
 
 
 class _RingBlocks(KeyValues):
-    """Keys and values (B, R, heads, K) that go around a ring: one block travels while the one before is computed.
+    """Keys and values (B, R, heads, K) in ring attention: attention to a block overlaps with the transfer of the next.
 
-    `sizes` are the tokens of the ranks' blocks.
+    `sizes` are the numbers of tokens of the ranks' blocks.
     """
 
     def __init__(self, k: Tensor, v: Tensor, ring: Axis, sizes: Sequence[int]) -> None:
@@ -182,7 +183,7 @@ class _RingBlocks(KeyValues):
         self._start_exchange(0)
 
     def attend(self, q: Tensor, out: Tensor | None = None) -> Tensor:
-        """Queries (B, R, heads, K) to all blocks."""
+        """Attention of queries (B, R, heads, K) to all blocks."""
         last = max(step for step in range(self._ring.size) if self._block(step))
         merged: tuple[Tensor, Tensor] | None = None
         for step in range(self._ring.size):
@@ -197,11 +198,11 @@ class _RingBlocks(KeyValues):
         return attended if out is None else out.copy_(attended)
 
     def _block(self, step: int) -> int:
-        """Tokens of the block of keys that is here at a step of the ring; at step 0 it is this rank's own."""
+        """Number of tokens of the block that this rank holds in a step of the ring. In step 0 it is its own block."""
         return self._sizes[(self._ring.index - step) % self._ring.size]
 
     def _start_exchange(self, step: int) -> None:
-        """Begin to exchange a step's block for the next one; nothing after the last step."""
+        """Start to send the block of a step and to receive the next one. Does nothing in the last step."""
         if step + 1 < self._ring.size:
             row = self.k.shape[0] * self.k.shape[2] * self.k.shape[3]
             received = row * self._block(step + 1)

@@ -188,7 +188,7 @@ def test_every_rank_attends_to_what_all_ranks_sent(monkeypatch: pytest.MonkeyPat
 
 def test_fewer_places_would_not_do(monkeypatch: pytest.MonkeyPatch) -> None:
     """That the test above would find what it is for: with one place, a rank overwrites what another one still reads."""
-    monkeypatch.setattr(peer_gather, "BUFFERS", 1)
+    monkeypatch.setattr(peer_gather, "NUM_BUFFERS", 1)
 
     def all_runs() -> None:
         for seed in range(30):

@@ -34,7 +34,7 @@ def test_columns_of_a_matrix() -> None:
 
 
 def test_parts_that_do_not_divide() -> None:
-    with pytest.raises(ValueError, match="parts of \\[3\\] cannot be cut into 2"):
+    with pytest.raises(ValueError, match="parts: \\[3\\] are not multiples of 2"):
         Shard(0, 2, 0, (4, 3))
 
 
