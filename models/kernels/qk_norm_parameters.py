@@ -1,4 +1,4 @@
-"""Norms of queries and keys as operands of kernels: sizes and weights, without modules."""
+"""Norms of queries and keys as arguments of kernels: sizes and weights, without modules."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from torch import Tensor
 
 
 class NormParameters(NamedTuple):
-    """An RMS norm over `size` channels with a weight (this rank's channels,), or a layer norm without a weight."""
+    """An RMS norm over `size` channels with a weight, or a layer norm over `size` channels without a weight.
+
+    A sharded norm has the weight of this rank's channels only.
+    """
 
     size: int
     eps: float
@@ -18,10 +21,11 @@ class NormParameters(NamedTuple):
 
 @dataclass(frozen=True)
 class QKNormParameters:
-    """The norm of each part of a tensor (B, S, parts * D): of queries and keys, or of queries alone.
+    """Norms of the parts of a tensor (B, S, parts * D): of queries and keys, or of queries only.
 
-    `first` are those of the first segment's tokens, `rest` of all others. A norm of the head size works on each head by
-    itself, any other on all heads together. Norms are all RMS norms, or all layer norms of the head size.
+    `first` are the norms of the tokens of the first segment, `rest` those of all other tokens. A norm of size
+    `head_size` is over each head, a norm of another size over all heads together. All norms are RMS norms, or all are
+    layer norms of size `head_size`.
     """
 
     first: tuple[NormParameters, ...]
@@ -30,11 +34,11 @@ class QKNormParameters:
 
     @property
     def per_head(self) -> bool:
-        """Whether each head is normalised by itself."""
+        """Whether the norms are over each head."""
         return self.rest[0].size == self.head_size
 
     @property
     def weights(self) -> list[Tensor]:
-        """Weights of the norms of each part, those of the first segment first; none for norms without weights."""
+        """Weights of the norms, part by part, the first segment's before the rest's; empty for layer norms."""
         pairs = zip(self.first, self.rest, strict=True)
         return [norm.weight for pair in pairs for norm in pair if norm.weight is not None]

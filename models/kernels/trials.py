@@ -1,6 +1,6 @@
-"""Imports every optional kernel package once and runs it on a tiny input, when a GPU worker starts.
+"""Trials of optional kernel packages: when a GPU worker starts, each package is imported and run on a tiny input.
 
-A package that is installed and broken would otherwise fail the first request. Its absence is no fault and no warning.
+Without a trial, a broken package would fail the first request. A missing package is not an error and logs no warning.
 """
 
 from __future__ import annotations
@@ -35,31 +35,31 @@ from models.kernels.packages import (
 _log = logging.getLogger(__name__)
 
 _MAX_ERROR_LENGTH = 200
-"""Characters of a package's error that are logged and announced."""
+"""Largest number of characters of a package's error in logs and in the worker's announcement."""
 
 _TOLERANCE = 3e-2
-"""Largest difference from float32 of a result in bfloat16 of magnitude 1 to 4."""
+"""Largest difference between a bfloat16 result of magnitude 1 to 4 and its float32 value."""
 
 _TRYING = threading.Lock()
 
 
 class _Latest:
-    """Device and choice of the latest trials: the services of one process share them."""
+    """Device and choice of the latest trials, which all services of a process share."""
 
     key: tuple[torch.device, KernelChoice] | None = None
 
 
 def try_packages(device: torch.device, choice: KernelChoice | None = None) -> None:
-    """Try the packages that a process may use on a device, and record the outcomes. On a CPU nothing is tried.
+    """Try the packages that may be used on a device, and record the outcomes. On a CPU no package is tried.
 
-    Raises FailedPrecondition for a package that a setting names and that is absent, broken or not for the device, and
-    for a package whose failure leaves the device unusable.
+    Raises FailedPrecondition for a package that a setting names and that is missing, broken or not for the device, and
+    for a package that leaves the device unusable.
     """
     choice = choice or KernelChoice()
     if device.type != "cuda":
         if choice.required or choice.attention == "cudnn":
             named = choice.setting_of(choice.required[0]) if choice.required else "attention_backend: cudnn"
-            raise FailedPrecondition(f"{named} needs a GPU, and the device is {device}; leave the setting out")
+            raise FailedPrecondition(f"{named} needs a GPU, and the device is {device}; remove the setting")
         return
     with _TRYING:
         if _Latest.key == (device, choice):
@@ -72,7 +72,7 @@ def try_packages(device: torch.device, choice: KernelChoice | None = None) -> No
 
 
 def outcomes_on(device: torch.device, capability: Capability, choice: KernelChoice) -> list[Outcome]:
-    """Outcomes of the packages that the choice allows on GPUs of the capability. Raises as try_packages()."""
+    """Try the packages that the choice allows on GPUs of the capability. Raises the errors of try_packages()."""
     found = []
     for package in _wanted(capability, choice):
         required = package.name in choice.required
@@ -80,19 +80,19 @@ def outcomes_on(device: torch.device, capability: Capability, choice: KernelChoi
         if required and not package.is_for(capability):
             message = f"{choice.setting_of(package.name)} is not for compute capability {_dotted(capability)}"
             capabilities = ", ".join(map(_dotted, package.capabilities))
-            raise FailedPrecondition(f"{message}; it is for {capabilities}, and auto works here", field=field)
+            raise FailedPrecondition(f"{message}; it is for {capabilities}. Use auto on this GPU", field=field)
         outcome = try_package(package, device)
         if required and (outcome is None or outcome.error):
             error = "is not installed" if outcome is None else f"{outcome.version} is broken: {outcome.error}"
             message = f"{choice.setting_of(package.name)} is not usable here, {package.name} {error}"
-            raise FailedPrecondition(f"{message}; install a working one, or use auto", field=field)
+            raise FailedPrecondition(f"{message}; install a working version, or use auto", field=field)
         if outcome is not None:
             found.append(outcome)
     return found
 
 
 def try_package(package: KernelPackage, device: torch.device) -> Outcome | None:
-    """Import a package and run it on a tiny input; None where it is not installed. A failure is logged."""
+    """Import a package and run it on a tiny input. None: it is not installed. A failure is logged."""
     try:
         version = importlib.metadata.version(package.name)
     except importlib.metadata.PackageNotFoundError:
@@ -101,7 +101,7 @@ def try_package(package: KernelPackage, device: torch.device) -> Outcome | None:
         importlib.import_module(package.module)
         for result, expected in _TRIALS[package.name](device):
             _compare(result, expected)
-    except Exception as error:  # noqa: BLE001  (code of others: any exception means that the package is unusable)
+    except Exception as error:  # noqa: BLE001  (third-party code: any exception means that the package is unusable)
         text = textwrap.shorten(f"{type(error).__name__}: {error}", _MAX_ERROR_LENGTH, placeholder=" ...")
         _log.warning(
             "kernel package is unusable: package=%s version=%s fallback=%r error=%r",
@@ -129,7 +129,7 @@ def _require_cudnn(device: torch.device) -> None:
 
 
 def _wanted(capability: Capability, choice: KernelChoice) -> Iterator[KernelPackage]:
-    """Packages that may be used: required ones, and with auto those that layers or the attention table name."""
+    """Packages to try: required packages; with auto also those for the GPU that layers or the attention table use."""
     rows = TABLE.get(capability, ()) if choice.attention == "auto" else ()
     in_table = {ATTENTION_PACKAGES.get(row.backend) for row in rows}
     for package in PACKAGES:
@@ -143,15 +143,15 @@ def _dotted(capability: Capability) -> str:
 
 
 def _compare(result: Tensor, expected: Tensor) -> None:
-    """Raise ArithmeticError where a result is not the expected one. Waits for the device."""
+    """Raise ArithmeticError where a result differs from the expected one by _TOLERANCE. Waits for the device."""
     error = float((result.float() - expected.float()).abs().max())
-    # Not a number is not smaller than anything.
+    # Not `error >= _TOLERANCE`, which is False for NaN.
     if not error < _TOLERANCE:
-        raise ArithmeticError(f"a wrong result, off by {error:g}")
+        raise ArithmeticError(f"wrong result: error {error:g} is not below {_TOLERANCE:g}")
 
 
 def _check_device(device: torch.device, package: KernelPackage) -> None:
-    """Refuse to go on with a device on which nothing runs any more, as after an illegal memory access."""
+    """Raise FailedPrecondition where the device runs no kernels any more, as after an illegal memory access."""
     try:
         torch.zeros(1, device=device).add_(1).item()
     except RuntimeError as error:
@@ -161,11 +161,11 @@ def _check_device(device: torch.device, package: KernelPackage) -> None:
 
 
 _Results = Iterator[tuple[Tensor, Tensor]]
-"""Pairs of a result and its expected value."""
+"""Pairs of result and expected value."""
 
 
 def _random(device: torch.device, *shape: int) -> Tensor:
-    """Numbers between -1 and 1 in bfloat16, the same in each process, from no generator of the process."""
+    """Deterministic bfloat16 numbers between -1 and 1, without the random generators of the process."""
     numbers = torch.arange(float(torch.Size(shape).numel()), device=device).mul_(0.7).sin_()
     return numbers.view(shape).to(torch.bfloat16)
 
@@ -181,7 +181,7 @@ def _try_triton(device: torch.device) -> _Results:
 
 
 def _gemm_operands(device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x (128, 64), weight (192, 64) and bias (192,) of a GEMM, and its empty result."""
+    """x (128, 64), weight (192, 64), bias (192,) and uninitialized out (128, 192) of a GEMM."""
     x, weight, bias = _random(device, 128, 64), _random(device, 192, 64) / 8, _random(device, 192)
     return x, weight, bias, torch.empty(128, 192, dtype=x.dtype, device=device)
 
@@ -219,7 +219,7 @@ def _try_attention(
     plain: Callable[[Tensor, Tensor, Tensor], Tensor],
     with_lse: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
 ) -> Callable[[torch.device], _Results]:
-    """A trial of an attention backend, in both of its forms."""
+    """Trial of an attention backend, without and with the log-sum-exp."""
 
     def run(device: torch.device) -> _Results:
         q, k, v = (_random(device, 1, tokens, 2, 128) for tokens in (128, 192, 192))

@@ -190,7 +190,7 @@ class _PeerBuffers:
             streams.write_flag(streams.side, flag, 0)
 
     def finish(self) -> None:
-        """Make the current stream wait for the side stream: for the copies that it reads from, and the cleared flags."""
+        """Make the current stream wait until this rank's outgoing copies are done and its flags are cleared."""
         self._streams.await_stream(self._streams.current, self._streams.side)
 
     def _copy(self, rank: int, index: int, group: int, layout: _Layout) -> None:

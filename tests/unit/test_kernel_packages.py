@@ -47,7 +47,7 @@ BROKEN = {
     "library": ("raise OSError('libcudart.so.12: cannot open shared object file')", "OSError: libcudart.so.12"),
     "launch": (LAUNCH_FAILS, "RuntimeError: CUDA error: no kernel image"),
     "signature": ("def flash_attn_func(q, k): return q", "TypeError: flash_attn_func() takes 2"),
-    "result": (WRONG_RESULTS, "ArithmeticError: a wrong result, off by"),
+    "result": (WRONG_RESULTS, "ArithmeticError: wrong result: error"),
 }
 
 Install = Callable[[str], None]
