@@ -95,7 +95,7 @@ def entry_point(
 
 
 class DiffusionTransformer(nn.Module, ABC):
-    """Model that predicts velocities from latents, a timestep and conditioning.
+    """Model that predicts from latents, a timestep and conditioning.
 
     The keywords of forward() are those of Diffusers' model.
     """
@@ -118,10 +118,10 @@ class DiffusionTransformer(nn.Module, ABC):
 
     @abstractmethod
     def predict(self, *, use: CacheUse | None = None, **inputs: Any) -> Predictions:
-        """Predict for latents, one row of Prepared.steps, Prepared.constants and the memory.
+        """Predict one step. Keywords are the latents, a row of Prepared.steps, Prepared.constants and the memory.
 
-        Never reads tensor values on the host, so that a CUDA graph can capture it. `use` is the use of a step cache;
-        None: there is no step cache. All further keywords are static flags of a guidance branch.
+        The method never reads tensor values on the host, so that a CUDA graph can capture it. `use` is the use of a
+        step cache; None: there is no step cache. All further keywords are static flags of a guidance branch.
         """
 
     @abstractmethod

@@ -1,8 +1,8 @@
 """The causal Wan DiT: predicts a video in blocks of frames; a block attends to itself and to earlier frames.
 
 The KV cache `kv_cache` of a request holds keys and values of earlier frames. Each prediction writes the keys and values
-of its own frames to the cache. The last prediction of a block, with the denoised latents at timestep 0, writes the ones
-to which later blocks attend. RoPE positions are those in the whole video.
+of its own frames to the cache. The last prediction of a block runs on the denoised latents at timestep 0: later blocks
+attend to the keys and values that it writes. RoPE positions count from the start of the video.
 
 With an attention window the cache holds the first frames (the sink), followed by a ring buffer, in which new frames
 overwrite frames that have left the window. Shapes: as in models.dits.wan; S are the tokens of the whole video.
@@ -93,12 +93,12 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         `kv_cache` (transformer blocks, 2, B, capacity, heads, K) holds the earlier frames; the frames of this block are
         written to it.
         """
-        assert isinstance(first_frame, int), "a static flag"
+        assert isinstance(first_frame, int), "first_frame is a static flag"
         grid = self._grid(hidden_states)
         frame_tokens = math.prod(grid[1:])
         tokens = slice(first_frame * frame_tokens, (first_frame + grid[0]) * frame_tokens)
         slots, length = self._slots(first_frame, grid[0], frame_tokens)
-        segments = self.tokens(
+        segments = self.predict_tokens(
             self.patch_embedding(hidden_states).flatten(2).transpose(1, 2).contiguous(),
             cos[tokens],
             sin[tokens],
@@ -111,7 +111,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         return {"hidden_states": self._unpatchify(segments[VIDEO], grid)}
 
     def _slots(self, first: int, frames: int, frame_tokens: int) -> tuple[tuple[slice, ...], int]:
-        """Cache slots, in tokens, of `frames` frames from `first` on, and the number of valid tokens afterwards."""
+        """Cache slots, in tokens, for `frames` frames from `first` on, and the number of valid tokens afterwards."""
         runs: list[tuple[int, int]] = []
         for slot in (self._frame_slot(first + frame) for frame in range(frames)):
             if runs and runs[-1][1] == slot:
@@ -122,7 +122,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         return tuple(slice(begin * frame_tokens, end * frame_tokens) for begin, end in runs), valid * frame_tokens
 
     def _frame_slot(self, frame: int) -> int:
-        """Cache slot of a frame, in frames. After the sink, a frame overwrites the oldest one of the window."""
+        """Cache slot of a frame, in frames. A frame after the sink overwrites the oldest frame of the window."""
         if self.window is None or frame < self.sink:
             return frame
         return self.sink + (frame - self.sink) % (self.window - self.sink)

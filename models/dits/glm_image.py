@@ -47,7 +47,7 @@ class TimeAndSizeEmbedding(nn.Module):
         self.sinusoid_size = config.time_embed_dim
         self.condition_dim = config.condition_dim
         self.timestep_embedder = EmbeddingMLP(config.time_embed_dim, config.time_embed_dim)
-        # Height and width of the crop's corner, and of the image.
+        # Four numbers: row and column of the crop's corner, height and width of the image.
         self.condition_embedder = EmbeddingMLP(4 * config.condition_dim, config.time_embed_dim)
 
     def forward(self, timesteps_NB: Tensor, target_size: Tensor, crop_coords: Tensor) -> Tensor:
@@ -116,9 +116,9 @@ class GlmImageTransformerBlock(nn.Module):
         attended = self.attn1(normed, rotation)
         residual = only_linear(self.attn1.to_out).add_gated(x_BSD, attended, gate)
         x_BSD, normed = self.norm.after(residual, ff_scale, ff_shift)
-        fed = normed.new_empty(normed.shape)
-        self.ff.into(normed, fed)
-        return Residual(x_BSD, fed, ff_gate)
+        ff_out = normed.new_empty(normed.shape)
+        self.ff.into(normed, ff_out)
+        return Residual(x_BSD, ff_out, ff_gate)
 
 
 class GlmImageTransformer2DModel(DiffusionTransformer):
@@ -153,8 +153,8 @@ class GlmImageTransformer2DModel(DiffusionTransformer):
         """Velocity (B, out_channels, rows, columns) of hidden_states (B, in_channels, rows, columns).
 
         timestep is (B,) in [0, 1000]; encoder_hidden_states (B, T, text_embed_dim), without padding; prior_token_id is
-        int64 (B, I); prior_token_drop is bool (B, I), True where the prior token is not used; target_size and
-        crop_coords (B, 2) are height and width in pixels.
+        int64 (B, I); prior_token_drop is bool (B, I), True where the prior token is not used; target_size (B, 2) are
+        height and width of the image, crop_coords (B, 2) row and column of the crop's corner, in pixels.
         """
         prepared = self.prepare(
             timestep[None], encoder_hidden_states, prior_token_id, prior_token_drop, target_size, crop_coords
@@ -197,11 +197,11 @@ class GlmImageTransformer2DModel(DiffusionTransformer):
         rows, columns = hidden_states.shape[2:]
         rotation = self._rotation(hidden_states)
         patches = pack_patches(hidden_states)
-        velocity = self.tokens(patches, rotation.cos, rotation.sin, modulation, text_BTD, prior_BID, use)
+        velocity = self.predict_tokens(patches, rotation.cos, rotation.sin, modulation, text_BTD, prior_BID, use)
         return {"hidden_states": unpack_patches(velocity, self.out_channels, rows, columns)}
 
     @entry_point
-    def tokens(
+    def predict_tokens(
         self,
         image_BIC: Tensor,
         cos: Tensor,

@@ -21,11 +21,11 @@ GLM_IMAGE_PLAN = ParallelPlan(
         ShardedArgument("prepare", "encoder_hidden_states", TEXT),
         ShardedArgument("prepare", "prior_token_id", IMAGE),
         ShardedArgument("prepare", "prior_token_drop", IMAGE),
-        ShardedArgument("tokens", "image_BIC", IMAGE),
-        ShardedArgument("tokens", "cos", IMAGE, dim=0),
-        ShardedArgument("tokens", "sin", IMAGE, dim=0),
+        ShardedArgument("predict_tokens", "image_BIC", IMAGE),
+        ShardedArgument("predict_tokens", "cos", IMAGE, dim=0),
+        ShardedArgument("predict_tokens", "sin", IMAGE, dim=0),
     ),
-    gathered_results=(GatheredResult("tokens", IMAGE),),
+    gathered_results=(GatheredResult("predict_tokens", IMAGE),),
 )
 
 load_glm_image_transformer = TransformerLoader(

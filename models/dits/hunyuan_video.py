@@ -119,7 +119,7 @@ class HunyuanVideoTransformer3DModel(DiffusionTransformer):
         use: CacheUse | None = None,
     ) -> Predictions:
         """Velocity (B, C, frames, rows, columns), with the modulations (B, M) and the text (B, T, D) of a step."""
-        velocity = self.tokens(self.x_embedder(hidden_states), cos, sin, modulation, text_BTD, use)
+        velocity = self.predict_tokens(self.x_embedder(hidden_states), cos, sin, modulation, text_BTD, use)
         batch, _, frames, rows, columns = hidden_states.shape
         # The order of a patch's channels is (channel, y, x).
         patches = velocity.reshape(batch, frames, rows // PATCH, columns // PATCH, -1, PATCH, PATCH)
@@ -127,7 +127,7 @@ class HunyuanVideoTransformer3DModel(DiffusionTransformer):
         return {"hidden_states": video}
 
     @entry_point
-    def tokens(
+    def predict_tokens(
         self,
         video_BID: Tensor,
         cos: Tensor,

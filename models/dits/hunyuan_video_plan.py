@@ -28,12 +28,12 @@ HUNYUAN_VIDEO_PLAN = replace(
     unquantized=(*_REFINER_COLUMNS, *_REFINER_ROWS),
     token_segments={TEXT: "sharded", VIDEO: "sharded"},
     sharded_arguments=(
-        ShardedArgument("tokens", "video_BID", VIDEO),
-        ShardedArgument("tokens", "cos", VIDEO, dim=0),
-        ShardedArgument("tokens", "sin", VIDEO, dim=0),
-        ShardedArgument("tokens", "text_BTD", TEXT),
+        ShardedArgument("predict_tokens", "video_BID", VIDEO),
+        ShardedArgument("predict_tokens", "cos", VIDEO, dim=0),
+        ShardedArgument("predict_tokens", "sin", VIDEO, dim=0),
+        ShardedArgument("predict_tokens", "text_BTD", TEXT),
     ),
-    gathered_results=(GatheredResult("tokens", VIDEO),),
+    gathered_results=(GatheredResult("predict_tokens", VIDEO),),
 )
 
 load_hunyuan_video_transformer = TransformerLoader(

@@ -1,4 +1,4 @@
-"""Runs the blocks of DiTs with text and image segments, from the first projection to the last norm."""
+"""Runs the blocks and the last norm of DiTs with text and image segments."""
 
 # ruff: noqa: N803  (a tensor name ends in its shape, in capitals)
 
@@ -52,7 +52,7 @@ def run_modulated_blocks(
     use: CacheUse | None,
     reference_tokens: int = 0,
 ) -> Tensor:
-    """run_joint_blocks() for a list of modulations, in which several blocks may have the same tensors.
+    """As run_joint_blocks(), with the modulations as a list, in which several blocks may share tensors.
 
     With two tensors in each of `parts`, the last `reference_tokens` of the image tokens are the third segment.
     """

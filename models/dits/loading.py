@@ -40,10 +40,10 @@ class TransformerLoader(Generic[Config, Transformer]):
     """Loader of one DiT class, as named in PipelineConfig.module_loaders.
 
     `build` makes the DiT from its config. `heads` and `feed_forward` return the number of attention heads and the width
-    of the feed-forward layers, which the parallel degrees must divide; without `feed_forward` its width is a multiple
-    of the number of heads. `keep_float32` are substrings of the names of parameters that stay in float32; `unused` are
-    substrings of checkpoint keys that no parameter reads. `own_entries` are entries of config.json that this project
-    reads and Diffusers' class of the same name does not.
+    of the feed-forward layers, which the parallel degrees must divide; `feed_forward` None: the width is a multiple of
+    the number of heads. `keep_float32` are substrings of the names of parameters that stay in float32. `unused` are
+    substrings of the names of weights in checkpoints that no module reads. `own_entries` are the entries of config.json
+    that the DiT reads and that Diffusers' class of the same name does not have.
     """
 
     config: type[Config]

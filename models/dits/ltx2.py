@@ -41,7 +41,7 @@ from models.rotation import HeadRotation
 from models.token_segments import TokenSegments
 
 VIDEO, FIRST_FRAME, AUDIO = "video", "first_frame", "audio"
-"""Token segments with separate timesteps; keys of the result of tokens()."""
+"""Token segments with separate timesteps; keys of the result of predict_tokens()."""
 
 MASKED = -10000.0
 """Value added to the attention scores of masked text tokens."""
@@ -201,7 +201,7 @@ class LTX2VideoTransformer3DModel(DiffusionTransformer):
         audio_BLD = self.audio_proj_in(audio_hidden_states.transpose(1, 2).flatten(2))
         frame = 0 if first_rows is None else math.prod(grid[1:])
         first, rest = slice(0, frame), slice(frame, None)
-        segments = self.tokens(
+        segments = self.predict_tokens(
             x_BSD[:, rest],
             positions[rest],
             audio_BLD,
@@ -232,7 +232,7 @@ class LTX2VideoTransformer3DModel(DiffusionTransformer):
         return len(video) * tokens
 
     @entry_point
-    def tokens(
+    def predict_tokens(
         self,
         x_BSD: Tensor,
         positions: Tensor,

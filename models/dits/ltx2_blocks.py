@@ -42,19 +42,19 @@ class Modalities(NamedTuple):
 
 
 class SegmentRows(NamedTuple):
-    """Modulations (B, M, D), float32, of the tokens of a first frame (None: as the rest), and of all other tokens."""
+    """Modulations (B, M, D), float32. `first` are those of the first frame; None: `rest` are those of all tokens."""
 
     first: Tensor | None
     rest: Tensor
     segments: TokenSegments | None = None
 
     def of(self, which: slice) -> SegmentRows:
-        """The modulations `which` of M."""
+        """A slice of the M modulations."""
         first = None if self.first is None else self.first[:, which]
         return SegmentRows(first, self.rest[:, which], self.segments)
 
     def plus(self, table_MD: Tensor) -> list[SegmentVectors]:
-        """The modulations plus the learnt table (M, D) of a block, as a list of M."""
+        """The modulations plus the learnt table (M, D) of a block, as a list of length M."""
         table = table_MD.float()
         first = None if self.first is None else self.first + table
         return vectors_of_rows(self.segments, first, self.rest + table)

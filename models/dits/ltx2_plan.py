@@ -29,14 +29,14 @@ LTX2_PLAN = ParallelPlan(
     attention=(f"{BLOCK}.attn1.inner",),
     sharded_keys=(f"{BLOCK}.video_to_audio_attn.inner",),
     sharded_arguments=(
-        ShardedArgument("tokens", "x_BSD", VIDEO),
-        ShardedArgument("tokens", "positions", VIDEO, dim=0),
-        ShardedArgument("tokens", "first_BSD", FIRST_FRAME),
-        ShardedArgument("tokens", "first_positions", FIRST_FRAME, dim=0),
+        ShardedArgument("predict_tokens", "x_BSD", VIDEO),
+        ShardedArgument("predict_tokens", "positions", VIDEO, dim=0),
+        ShardedArgument("predict_tokens", "first_BSD", FIRST_FRAME),
+        ShardedArgument("predict_tokens", "first_positions", FIRST_FRAME, dim=0),
     ),
     gathered_results=(
-        GatheredResult("tokens", VIDEO, result=VIDEO),
-        GatheredResult("tokens", FIRST_FRAME, result=FIRST_FRAME),
+        GatheredResult("predict_tokens", VIDEO, result=VIDEO),
+        GatheredResult("predict_tokens", FIRST_FRAME, result=FIRST_FRAME),
     ),
 )
 

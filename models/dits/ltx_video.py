@@ -33,7 +33,7 @@ from models.rotation import HeadRotation
 from models.token_segments import SegmentVectors, TokenSegments, vectors_of_rows
 
 VIDEO, FIRST_FRAME = "video", "first_frame"
-"""Token segments with separate timesteps; keys of the result of tokens()."""
+"""Token segments with separate timesteps; keys of the result of predict_tokens()."""
 
 ATTENTION_EPS = 1e-5
 """Epsilon of the norms of queries and keys."""
@@ -92,9 +92,9 @@ class LTXVideoTransformerBlock(nn.Module):
         one = SegmentVectors.same(torch.ones_like(gate.last))
         residual = only_linear(self.attn2.to_out).add_gated(x_BSD, self.attn2(x_BSD, text_kv), one)
         x_BSD, normed = self.norm.after(residual, ff_scale, ff_shift)
-        fed = normed.new_empty(normed.shape)
-        self.ff.into(normed, fed)
-        return Residual(x_BSD, fed, ff_gate)
+        ff_out = normed.new_empty(normed.shape)
+        self.ff.into(normed, ff_out)
+        return Residual(x_BSD, ff_out, ff_gate)
 
 
 class LTXVideoTransformer3DModel(DiffusionTransformer):
@@ -188,9 +188,9 @@ class LTXVideoTransformer3DModel(DiffusionTransformer):
         """
         x_BSD = self.proj_in(hidden_states)
         if first_cos is None:
-            return {"hidden_states": self.tokens(x_BSD, cos, sin, modulation, text_kv, use=use)[VIDEO]}
+            return {"hidden_states": self.predict_tokens(x_BSD, cos, sin, modulation, text_kv, use=use)[VIDEO]}
         first, video = TokenSegments((len(first_cos), len(cos))).slices()
-        segments = self.tokens(
+        segments = self.predict_tokens(
             x_BSD[:, video],
             cos,
             sin,
@@ -211,7 +211,7 @@ class LTXVideoTransformer3DModel(DiffusionTransformer):
         return batch * tokens * self.norm_out.size
 
     @entry_point
-    def tokens(
+    def predict_tokens(
         self,
         x_BSD: Tensor,
         cos: Tensor,

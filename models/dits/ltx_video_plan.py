@@ -18,17 +18,17 @@ LTX_VIDEO_PLAN = ParallelPlan(
     token_segments={VIDEO: "sharded", FIRST_FRAME: "sharded", "text": "replicated"},
     attention=(f"{BLOCK}.attn1.inner",),
     sharded_arguments=(
-        ShardedArgument("tokens", "x_BSD", VIDEO),
-        ShardedArgument("tokens", "cos", VIDEO, dim=0),
-        ShardedArgument("tokens", "sin", VIDEO, dim=0),
+        ShardedArgument("predict_tokens", "x_BSD", VIDEO),
+        ShardedArgument("predict_tokens", "cos", VIDEO, dim=0),
+        ShardedArgument("predict_tokens", "sin", VIDEO, dim=0),
         # A first frame with a separate timestep is a segment of its own: each rank has a chunk of both segments.
-        ShardedArgument("tokens", "first_BSD", FIRST_FRAME),
-        ShardedArgument("tokens", "first_cos", FIRST_FRAME, dim=0),
-        ShardedArgument("tokens", "first_sin", FIRST_FRAME, dim=0),
+        ShardedArgument("predict_tokens", "first_BSD", FIRST_FRAME),
+        ShardedArgument("predict_tokens", "first_cos", FIRST_FRAME, dim=0),
+        ShardedArgument("predict_tokens", "first_sin", FIRST_FRAME, dim=0),
     ),
     gathered_results=(
-        GatheredResult("tokens", VIDEO, result=VIDEO),
-        GatheredResult("tokens", FIRST_FRAME, result=FIRST_FRAME),
+        GatheredResult("predict_tokens", VIDEO, result=VIDEO),
+        GatheredResult("predict_tokens", FIRST_FRAME, result=FIRST_FRAME),
     ),
 )
 

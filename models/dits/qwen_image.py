@@ -36,8 +36,7 @@ NUM_ADDITION_EMBEDDINGS = 2
 class TimeEmbedding(nn.Module):
     """Embedding of the timestep (B, D).
 
-    With `has_addition` the embedding of the additional condition is added: always its row 0, as in Diffusers'
-    pipelines.
+    With `has_addition` it includes row 0 of the embedding of the additional condition, as in Diffusers' pipelines.
     """
 
     def __init__(self, size: int, *, has_addition: bool = False) -> None:

@@ -43,7 +43,7 @@ IMAGE_NORM_EPS = 1e-5
 """Epsilon of the norms of the image embedding."""
 
 VIDEO, FIRST_FRAME = "video", "first_frame"
-"""Token segments with separate timesteps; keys of the result of tokens()."""
+"""Token segments with separate timesteps; keys of the result of predict_tokens()."""
 
 
 class FP32LayerNorm(nn.Module):
@@ -168,9 +168,9 @@ class WanTransformerBlock(nn.Module):
         one = SegmentVectors.same(torch.ones_like(gate.last))
         residual = only_linear(self.attn2.to_out).add_gated(x_BSD, self.attn2(normed, text_kv, image_kv), one)
         x_BSD, normed = self.norm.after(residual, ff_scale, ff_shift)
-        fed = normed.new_empty(normed.shape)
-        self.ffn.into(normed, fed)
-        return Residual(x_BSD, fed, ff_gate)
+        ff_out = normed.new_empty(normed.shape)
+        self.ffn.into(normed, ff_out)
+        return Residual(x_BSD, ff_out, ff_gate)
 
     def _cross_norm(self, residual: Residual) -> tuple[Tensor, Tensor]:
         """The value of the residual stream, and norm2 of it; weight and bias of norm2 are passed as scale and shift."""
@@ -266,11 +266,11 @@ class WanTransformer3DModel(DiffusionTransformer):
         x_BSD = self.patch_embedding(hidden_states).flatten(2).transpose(1, 2)
         if first_modulation is None:
             x_BSD = x_BSD.contiguous()
-            segments = self.tokens(x_BSD, rotation.cos, rotation.sin, modulation, text_kv, image_kv, use=use)
+            segments = self.predict_tokens(x_BSD, rotation.cos, rotation.sin, modulation, text_kv, image_kv, use=use)
             return {"hidden_states": self._unpatchify(segments[VIDEO], grid)}
         assert self.patch_size[0] == 1, "a patch of several frames has no single timestep"
         first, rest = slice(0, math.prod(grid[1:])), slice(math.prod(grid[1:]), None)
-        segments = self.tokens(
+        segments = self.predict_tokens(
             x_BSD[:, rest],
             rotation.cos[rest],
             rotation.sin[rest],
@@ -304,7 +304,7 @@ class WanTransformer3DModel(DiffusionTransformer):
         return tuple(size // patch for size, patch in zip(hidden_states.shape[2:], self.patch_size, strict=True))
 
     @entry_point
-    def tokens(
+    def predict_tokens(
         self,
         x_BSD: Tensor,
         cos: Tensor,

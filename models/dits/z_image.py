@@ -207,7 +207,7 @@ class ZImageTransformer2DModel(DiffusionTransformer):
         patches = pack_channels_last(hidden_states)
         embedded: Tensor = self.all_x_embedder[PATCH_NAME](patches)
         refined = self.refine(_padded(embedded, self.x_pad_token, len(cos)), cos, sin, modulation)
-        velocity = self.tokens(refined, cos, sin, modulation, text_BTD, text_cos, text_sin, use)
+        velocity = self.predict_tokens(refined, cos, sin, modulation, text_BTD, text_cos, text_sin, use)
         return {"hidden_states": unpack_channels_last(velocity[:, : patches.shape[1]], rows, columns)}
 
     @entry_point
@@ -220,7 +220,7 @@ class ZImageTransformer2DModel(DiffusionTransformer):
         return residual.added()
 
     @entry_point
-    def tokens(
+    def predict_tokens(
         self,
         image_BID: Tensor,
         cos: Tensor,

@@ -1,7 +1,7 @@
 """Parallel plan and loader of the Z-Image DiT.
 
-The text is refined once per request; its refiner is replicated on all ranks of the sequence axes. The refiner of the
-image, whose attention has no text tokens, is sharded along the image. The other blocks are sharded along both.
+The text is refined once per request; its refiner is replicated on all ranks of the sequence axes. The image's refiner,
+whose attention has no text tokens, runs on sharded image tokens. All other blocks run on sharded text and image tokens.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ Z_IMAGE_PLAN = ParallelPlan(
         ShardedArgument("refine", "image_BID", IMAGE),
         ShardedArgument("refine", "cos", IMAGE, dim=0),
         ShardedArgument("refine", "sin", IMAGE, dim=0),
-        ShardedArgument("tokens", "text_BTD", TEXT),
-        ShardedArgument("tokens", "text_cos", TEXT, dim=0),
-        ShardedArgument("tokens", "text_sin", TEXT, dim=0),
-        ShardedArgument("tokens", "cos", IMAGE, dim=0),
-        ShardedArgument("tokens", "sin", IMAGE, dim=0),
+        ShardedArgument("predict_tokens", "text_BTD", TEXT),
+        ShardedArgument("predict_tokens", "text_cos", TEXT, dim=0),
+        ShardedArgument("predict_tokens", "text_sin", TEXT, dim=0),
+        ShardedArgument("predict_tokens", "cos", IMAGE, dim=0),
+        ShardedArgument("predict_tokens", "sin", IMAGE, dim=0),
     ),
-    gathered_results=(GatheredResult("tokens", IMAGE),),
+    gathered_results=(GatheredResult("predict_tokens", IMAGE),),
 )
 
 load_z_image_transformer = TransformerLoader(

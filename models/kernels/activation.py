@@ -1,4 +1,4 @@
-"""Activations that no GEMM epilogue computes."""
+"""Activations as separate kernels, for GEMM whose epilogue does not include them."""
 
 from __future__ import annotations
 

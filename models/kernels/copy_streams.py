@@ -1,7 +1,7 @@
 """Copies between GPUs and flags in GPU memory, as operations of CUDA streams.
 
-Copy engines run the copies; the streams themselves write the flags and wait for them. No operation occupies a
-multiprocessor, and CUDA graphs capture all operations.
+Copy engines run the copies, and stream memory operations write the flags and wait for them. No operation occupies a
+multiprocessor, and CUDA graphs can capture all of them.
 """
 
 from __future__ import annotations

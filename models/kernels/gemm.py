@@ -104,7 +104,7 @@ def can_norm_rotate(x: Tensor, weight: Weight, out: Tensor) -> bool:
     return all(choose_gemm("norm and rotation", *pair) for pair in ((each, weight, to) for each, to in _rows(x, out)))
 
 
-def has_heads(head_size: int, norm_size: int, eps: float) -> bool:
+def supports_heads(head_size: int, norm_size: int, eps: float) -> bool:
     """Whether multiply_norm_rotate_into() supports the head size and the norms of heads."""
     return head_size == norm_size == HEAD_SIZE and eps == HEAD_EPS
 

@@ -1,1 +1,1 @@
-"""Layers that several DiTs share; attention.py has the only entry point for attention."""
+"""Layers that several DiTs share."""

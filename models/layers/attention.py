@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from models.kernels.attention import attention
-from models.kernels.gemm import can_norm_rotate, has_heads, multiply_norm_rotate_into
+from models.kernels.gemm import can_norm_rotate, supports_heads, multiply_norm_rotate_into
 from models.kernels.qk_norm_rotate import AnyRotation, split_heads
 from models.layers.linear import ALL, JoinedLinear, JoinsWeights, Linear, project
 from models.layers.norms import QKNorm, RMSNorm
@@ -30,17 +30,17 @@ QUERIES, KEYS_AND_VALUES = slice(0, 1), slice(1, 3)
 class KeyValueCache:
     """KV cache of earlier tokens; the keys and values of the current tokens are written into it.
 
-    `slab` is (2, B, capacity, H, K): keys, then values. The current tokens are written to `slots`, in order. Afterwards
-    the first `length` positions are valid. Attention does not depend on the order of keys: `slots` may overwrite tokens
-    that have left the attention window.
+    `slab` is the tensor of the cache, (2, B, capacity, H, K): keys, then values. The current tokens are written to
+    `slots`, in order; afterwards the first `length` positions are valid. Attention does not depend on the order of
+    keys, so that `slots` may overwrite tokens that have left the attention window.
     """
 
     slab: Tensor
     slots: tuple[slice, ...]
     length: int
 
-    def extended(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write keys and values (B, S, H, K) to the slots; returns views of all valid ones, (B, length, H, K)."""
+    def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write keys and values (B, S, H, K) to the slots. Returns views of all valid keys and values."""
         keys, values = self.slab.unbind()
         begin = 0
         for slot in self.slots:
@@ -127,7 +127,7 @@ class Attention(nn.Module):
         """Complete the attention call, with the tokens in the cache as further keys. Writes to `out` if given."""
         keys, values = pending.key_values.wait()
         if cache is not None:
-            keys, values = cache.extended(keys, values)
+            keys, values = cache.update(keys, values)
         return attention(pending.queries, keys, values, out=out)
 
 
@@ -163,7 +163,7 @@ class SelfAttention(JoinsWeights):
         """Join the three projections into one GEMM. The weights must be loaded."""
         self.joined = JoinedLinear(self._projections)
         norms = [norm for norm in (self.norm_q, self.norm_k) if isinstance(norm, RMSNorm)]
-        if norms and all(has_heads(self.head_size, norm.size, norm.eps) for norm in norms):
+        if norms and all(supports_heads(self.head_size, norm.size, norm.eps) for norm in norms):
             heads = self._size // self.head_size
             self.scales = torch.stack([norm.weight.data.repeat(heads) for norm in norms])
 
@@ -289,7 +289,7 @@ class _HeadProjection:
 
 
 def _split(which: slice) -> tuple[slice, slice]:
-    """Slices of `which` of (queries, keys, values): the ones with norms, which are queries and keys, and the rest."""
+    """Split a slice of (queries, keys, values) in two: queries and keys, which have norms, and values."""
     # torch.compile supports slice.indices() only from torch 2.13 on.
     first, end = which.start or 0, 3 if which.stop is None else which.stop
     return slice(first, min(end, 2)), slice(2, max(end, 2))

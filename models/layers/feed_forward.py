@@ -59,8 +59,8 @@ class FeedForward(nn.Module):
     def into(self, x: Tensor, out: Tensor) -> None:
         """Write the result to `out` (batch, tokens, out_size). The activation must be "gelu_tanh"."""
         first, _, last = self.net
-        assert isinstance(first, _Projection), "the layers of net are those of __init__"
-        assert isinstance(last, Linear), "the layers of net are those of __init__"
+        assert isinstance(first, _Projection), "__init__ sets the layers of net"
+        assert isinstance(last, Linear), "__init__ sets the layers of net"
         hidden = x.new_empty(*x.shape[:2], first.proj.weight.shape[0])
         first.proj.gelu_into(x, hidden)
         last.into(hidden, out)

@@ -128,7 +128,7 @@ def joint_block(
     x_BSD, normed = norm.after(residual, before.scale, before.shift)
     residual = Residual(x_BSD, attn.joint(normed, rotation, segments), before.gate)
     x_BSD, normed = norm.after(residual, after.scale, after.shift)
-    fed = normed.new_empty(normed.shape)
+    ff_out = normed.new_empty(normed.shape)
     for rows, feed_forward in zip(_text_and_rest(segments), feed_forwards, strict=True):
-        feed_forward.into(normed[:, rows], fed[:, rows])
-    return Residual(x_BSD, fed, after.gate)
+        feed_forward.into(normed[:, rows], ff_out[:, rows])
+    return Residual(x_BSD, ff_out, after.gate)

@@ -36,7 +36,7 @@ class Linear(nn.Linear):
         self.register_buffer("scale", None, persistent=False)
 
     @property
-    def factor(self) -> Weight:
+    def scaled_weight(self) -> Weight:
         """The weight with its scale."""
         return Weight(self.weight, self.scale)
 
@@ -48,28 +48,28 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) to (..., out_features)."""
-        return multiply(x, self.factor, self.bias)
+        return multiply(x, self.scaled_weight, self.bias)
 
     def into(self, x: Tensor, out: Tensor) -> None:
         """Write the result for x (B, tokens, in_features) to `out` (B, tokens, out_features). Both may be slices."""
-        multiply_into(x, self.factor, self.bias, out)
+        multiply_into(x, self.scaled_weight, self.bias, out)
 
     def gelu_into(self, x: Tensor, out: Tensor) -> None:
         """As into(), followed by GELU (tanh approximation)."""
-        multiply_gelu_into(x, self.factor, self.bias, out)
+        multiply_gelu_into(x, self.scaled_weight, self.bias, out)
 
     def add_gated(self, x_BSN: Tensor, inputs: Tensor, gate: SegmentVectors) -> Residual:
         """Residual x_BSN + gate * self(inputs); x_BSN is modified in place where the GEMM's epilogue can add.
 
-        Otherwise the sum stays pending in the result. The last segment alone decides between the two, because it has
-        the most tokens: the other segments often have too few for the epilogue.
+        Where it cannot, the result has the sum as its pending update. The last segment decides between the two for all
+        segments: the other segments often have too few tokens for the epilogue.
         """
         *others, (rows, vector) = gate.used()
-        if not try_add_gated(inputs[:, rows], self.factor, self.bias, vector, x_BSN[:, rows]):
+        if not try_add_gated(inputs[:, rows], self.scaled_weight, self.bias, vector, x_BSN[:, rows]):
             return Residual(x_BSN, self(inputs), gate)
         for rows, vector in others:
             onto, segment = x_BSN[:, rows], inputs[:, rows]
-            if not try_add_gated(segment, self.factor, self.bias, vector, onto):
+            if not try_add_gated(segment, self.scaled_weight, self.bias, vector, onto):
                 onto.copy_(Residual(onto, self(segment), SegmentVectors.same(vector)).added())
         return Residual(x_BSN)
 

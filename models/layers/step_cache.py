@@ -28,8 +28,9 @@ class StepCache:
     """Block outputs of the last computed step of one guidance branch of a request.
 
     Tensors are allocated once and keep their addresses, which captured CUDA graphs require. The caller sets `is_filled`
-    after a computed step, since the replay of a graph does not run this code. `reduce_sums` turns float32 sums over
-    this device's tokens into sums over all tokens, so that all devices of a sharded model make the same decision.
+    after a computed step, since the replay of a graph does not run this code. `reduce_sums` all-reduces a float32
+    tensor over all devices of a sharded model, so that all of them make the same decision; by default it is the
+    identity.
     """
 
     def __init__(self, reduce_sums: Callable[[Tensor], Tensor] = _identity) -> None:

@@ -2,8 +2,9 @@
 
 One DiT runs on tp x ulysses x ring x cfg ranks, with one process and one device each. `tp` shards the weights,
 `ulysses` and `ring` (together `sp`) shard the token sequence, and `cfg` distributes the branches of classifier-free
-guidance. The tp axis has the most communication and is innermost, followed by ulysses, ring and cfg. Its ranks have
-consecutive numbers, so that a launcher that fills nodes in order of rank places them on the NVLink of one node.
+guidance. From the innermost to the outermost the axes are tp, which communicates most, ulysses, ring and cfg. The ranks
+of a tp group have consecutive numbers, so that a launcher that fills nodes in order of rank places the group on the
+NVLink of one node.
 """
 
 from __future__ import annotations
@@ -143,7 +144,8 @@ def make_mesh(degrees: Degrees, device: torch.device, *, one_host: bool = False)
         return WorkerMesh(degrees, device, 0, {axis: Axis() for axis in AXES})
     ranks = distributed.get_world_size() if distributed.is_initialized() else 1
     if ranks != degrees.world_size:
-        raise InvalidInput(f"{degrees} takes {degrees.world_size} ranks, but the worker group has {ranks}")
+        message = f"{degrees} takes {degrees.world_size} ranks, but the worker group has {ranks}"
+        raise InvalidInput(f"{message}; start as many ranks as the product of the degrees")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     # No process group for axes with one rank: each group costs connections between all ranks.

@@ -42,10 +42,10 @@ _FLAG_BYTES = 4
 class PeerGather:
     """Buffers on each rank of an axis for the keys and values of all its ranks.
 
-    A buffer is reused two layers later, when no rank reads it any more: a peer sends for layer n after it has received
-    this rank's chunk of layer n - 1, which this rank sent after its attention in layer n - 2, the buffer's last reader.
-    The all-gather of a forward pass's result separates its last layers from the first layers of the next pass. All
-    ranks must call the methods in the same order.
+    A buffer is reused two layers later. A peer writes to a buffer in layer n only after it has received this rank's
+    chunk of layer n - 1. This rank sent that chunk after its attention in layer n - 2, which was the last to read the
+    buffer. Between two forward passes, the all-gather of the first one's result has the same effect. All ranks must
+    call the methods in the same order.
     """
 
     def __init__(

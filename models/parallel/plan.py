@@ -51,7 +51,7 @@ class ParallelPlan:
 
     Sequence parallelism: `token_segments` are the model's token segments (text, image, video ...). `attention` are the
     Attention modules in which sharded tokens attend to each other; `sharded_keys` are those in which replicated queries
-    attend to sharded keys. `sharded_arguments` and `gathered_results` are where a sharded region begins and ends.
+    attend to sharded keys. `sharded_arguments` begin the sharded region of the model, and `gathered_results` end it.
 
     Raises ValueError where an argument or a result belongs to a segment that is not sharded, where a sharded segment
     has no argument, and for an `unquantized` layer that is neither a column nor a row layer.
@@ -88,7 +88,7 @@ class ParallelPlan:
         return tuple(pattern for pattern in (*self.column, *self.row) if pattern not in self.unquantized)
 
     def parts_of(self, path: str, size: int) -> tuple[int, ...]:
-        """Sizes of the parts of a module's dimension of size `size`. Raises ValueError where the ratios do not fit."""
+        """Sizes of the parts of a module's dimension `size`. Raises ValueError where the ratios do not divide it."""
         ratios = next((ratios for pattern, ratios in self.parts.items() if matches(path, pattern)), (1,))
         unit, rest = divmod(size, sum(ratios))
         if rest:

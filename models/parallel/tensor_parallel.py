@@ -75,7 +75,7 @@ class RowParallelLinear(Sharded, Linear):
 
     def _sum(self, x: Tensor) -> Tensor:
         """All-reduced GEMM of this rank's inputs and weights."""
-        return all_reduce(multiply(x, self.factor, None), self.axis)
+        return all_reduce(multiply(x, self.scaled_weight, None), self.axis)
 
 
 class ParallelRMSNorm(Sharded, RMSNorm):

@@ -75,19 +75,19 @@ class USPAttention(Attention):
         return PendingAttention(self._start_queries(q), sent)
 
     def cached_heads(self, heads: int) -> int:
-        """Number of this rank's heads after the all-to-all, for which the KV cache holds all tokens of the group."""
+        """Number of heads per rank after the all-to-all. A KV cache holds all tokens of the group for these heads."""
         return heads // self.ulysses.size
 
     def finish(
         self, pending: PendingAttention, out: Tensor | None = None, cache: KeyValueCache | None = None
     ) -> Tensor:
-        """Complete the attention call; (B, L, H, K). A ring has no KV cache."""
+        """Complete the attention call; (B, L, H, K). KV caches are not supported on a ring."""
         assert cache is None or self.ring.size == 1, "the loader of a causal model refuses a ring"
         if self.ulysses.size == 1:
             return self._attend(pending.queries, pending.key_values, out)
         keys, values = pending.key_values.wait()
         if cache is not None:
-            keys, values = cache.extended(keys, values)
+            keys, values = cache.update(keys, values)
         in_ring = self._send_in_ring(keys, values)
         attended = self._gather_heads(self._attend(wait(pending.queries).transpose(0, 1), in_ring, None))
         return attended if out is None else out.copy_(attended)

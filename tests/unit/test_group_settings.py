@@ -150,7 +150,9 @@ def test_an_attention_backend_that_cannot_take_the_model_is_refused(
     with pytest.raises(InvalidInput, match=re.escape(message)) as caught:
         check_attention(odd, settings_of(device="cuda", attention_backend=backend))
     assert caught.value.field == "attention_backend"
-    with pytest.raises(InvalidInput, match=f"attention_backend: {backend} supports bfloat16, and dtype is float32; use auto"):
+    with pytest.raises(
+        InvalidInput, match=f"attention_backend: {backend} supports bfloat16, and dtype is float32; use auto"
+    ):
         check_attention(odd, settings_of(device="cuda", dtype="float32", attention_backend=backend))
     for fine in ("auto", "sdpa"):
         check_attention(odd, settings_of(device="cuda", attention_backend=fine))
