@@ -79,11 +79,11 @@ class FluxTransformerBlock(nn.Module):
         self.ff_context = FeedForward(size)
 
     def forward(
-        self, residual: Residual, parts: Iterator[ImageModulation], rotation: Rotation, segments: TokenSegments
+        self, residual: Residual, modulations: Iterator[ImageModulation], rotation: Rotation, segments: TokenSegments
     ) -> Residual:
-        """Return the next residual. The modulations are the next twelve of `parts`."""
-        modulations = block_modulations(segments, parts)
-        return joint_block(residual, self.norm, self.attn, (self.ff_context, self.ff), modulations, rotation, segments)
+        """Return the next residual. Takes the next twelve of `modulations`."""
+        halves = block_modulations(segments, modulations)
+        return joint_block(residual, self.norm, self.attn, (self.ff_context, self.ff), halves, rotation, segments)
 
 
 class FluxSingleTransformerBlock(nn.Module):
@@ -99,11 +99,11 @@ class FluxSingleTransformerBlock(nn.Module):
         self.proj_out = Linear(5 * size, size)
 
     def forward(
-        self, residual: Residual, parts: Iterator[ImageModulation], rotation: Rotation, segments: TokenSegments
+        self, residual: Residual, modulations: Iterator[ImageModulation], rotation: Rotation, segments: TokenSegments
     ) -> Residual:
-        """Return the next residual. The modulations, the next three of `parts`, are the same for all segments."""
+        """Return the next residual. Takes the next three of `modulations`, which are the same for all segments."""
         del segments
-        shift, scale, gate = (SegmentVectors.same(part[0]) for part in islice(parts, 3))
+        shift, scale, gate = (SegmentVectors.same(each[0]) for each in islice(modulations, 3))
         x_BSD, normed = self.layer_norm.after(residual, scale, shift)
         pending = self.attn.start(normed, rotation)
         size, hidden = (len(layer.weight) for layer in (self.attn.to_q, self.proj_mlp))

@@ -125,11 +125,11 @@ class Flux2TransformerBlock(nn.Module):
         self.ff_context = Flux2FeedForward(size)
 
     def forward(
-        self, residual: Residual, parts: Iterator[ImageModulation], rotation: Rotation, segments: TokenSegments
+        self, residual: Residual, modulations: Iterator[ImageModulation], rotation: Rotation, segments: TokenSegments
     ) -> Residual:
-        """Return the next residual. The modulations are the next twelve of `parts`."""
-        modulations = block_modulations(segments, parts)
-        return joint_block(residual, self.norm, self.attn, (self.ff_context, self.ff), modulations, rotation, segments)
+        """Return the next residual. Takes the next twelve of `modulations`."""
+        halves = block_modulations(segments, modulations)
+        return joint_block(residual, self.norm, self.attn, (self.ff_context, self.ff), halves, rotation, segments)
 
 
 class Flux2SingleTransformerBlock(nn.Module):
@@ -141,11 +141,11 @@ class Flux2SingleTransformerBlock(nn.Module):
         self.attn = Flux2ParallelSelfAttention(config.hidden_size, config.attention_head_dim)
 
     def forward(
-        self, residual: Residual, parts: Iterator[ImageModulation], rotation: Rotation, segments: TokenSegments
+        self, residual: Residual, modulations: Iterator[ImageModulation], rotation: Rotation, segments: TokenSegments
     ) -> Residual:
-        """Return the next residual. The modulations, the next three of `parts`, are the same for all segments."""
+        """Return the next residual. Takes the next three of `modulations`, which are the same for all segments."""
         del segments
-        shift, scale, gate = (SegmentVectors.same(part[0]) for part in islice(parts, SINGLE_VECTORS))
+        shift, scale, gate = (SegmentVectors.same(each[0]) for each in islice(modulations, SINGLE_VECTORS))
         x_BSD, normed = self.norm.after(residual, scale, shift)
         return Residual(x_BSD, self.attn(normed, rotation), gate)
 
@@ -229,10 +229,10 @@ class Flux2Transformer2DModel(DiffusionTransformer):
         double, rest = vectors[:DOUBLE_VECTORS], vectors[DOUBLE_VECTORS:]
         single, final = rest[:SINGLE_VECTORS], rest[SINGLE_VECTORS:]
         vectors = double * len(self.transformer_blocks) + single * len(self.single_transformer_blocks) + final
-        parts = image_modulations(vectors)
+        modulations = image_modulations(vectors)
         blocks = (*self.transformer_blocks, *self.single_transformer_blocks)
         normed = run_modulated_blocks(
-            self.x_embedder(hidden_states), text_BTD, parts, Rotation(cos, sin), blocks, self.final_norm, use
+            self.x_embedder(hidden_states), text_BTD, modulations, Rotation(cos, sin), blocks, self.final_norm, use
         )
         return {"hidden_states": self.proj_out(normed)}
 

@@ -105,11 +105,11 @@ class GlmImageTransformerBlock(nn.Module):
         self.ff = FeedForward(size)
 
     def forward(
-        self, residual: Residual, parts: Iterator[ImageModulation], rotation: Rotation, segments: TokenSegments
+        self, residual: Residual, modulations: Iterator[ImageModulation], rotation: Rotation, segments: TokenSegments
     ) -> Residual:
-        """Return the next residual. The modulations are the next twelve of `parts`."""
-        modulations = [part[0] for part in islice(parts, MODULATIONS)]
-        pairs = zip(modulations[::2], modulations[1::2], strict=True)
+        """Return the next residual. Takes the next twelve of `modulations`."""
+        vectors_BD = [each[0] for each in islice(modulations, MODULATIONS)]
+        pairs = zip(vectors_BD[::2], vectors_BD[1::2], strict=True)
         vectors = [segments.vectors(glyph, image) for image, glyph in pairs]
         shift, scale, gate, ff_shift, ff_scale, ff_gate = vectors
         x_BSD, normed = self.norm.after(residual, scale, shift)

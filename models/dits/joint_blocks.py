@@ -35,17 +35,17 @@ def run_joint_blocks(
     """
     size = final_norm.size
     if reference is None:
-        parts = image_modulations(_vectors(modulation_BM, size))
-        return run_modulated_blocks(image_BID, text_BTD, parts, rotation, blocks, final_norm, use)
+        modulations = image_modulations(_vectors(modulation_BM, size))
+        return run_modulated_blocks(image_BID, text_BTD, modulations, rotation, blocks, final_norm, use)
     length, reference_BM = reference
-    parts = list(zip(_vectors(modulation_BM, size), _vectors(reference_BM, size), strict=True))
-    return run_modulated_blocks(image_BID, text_BTD, parts, rotation, blocks, final_norm, use, length)
+    modulations = list(zip(_vectors(modulation_BM, size), _vectors(reference_BM, size), strict=True))
+    return run_modulated_blocks(image_BID, text_BTD, modulations, rotation, blocks, final_norm, use, length)
 
 
 def run_modulated_blocks(
     image_BID: Tensor,
     text_BTD: Tensor,
-    parts: Sequence[ImageModulation],
+    modulations: Sequence[ImageModulation],
     rotation: Rotation,
     blocks: Iterable[nn.Module],
     final_norm: LayerNormScaleShift,
@@ -54,15 +54,19 @@ def run_modulated_blocks(
 ) -> Tensor:
     """As run_joint_blocks(), with the modulations as a list, in which several blocks may share tensors.
 
-    With two tensors in each of `parts`, the last `reference_tokens` of the image tokens are the third segment.
+    With two tensors in each of `modulations`, the last `reference_tokens` of the image tokens are the third segment.
     """
     text, image = text_BTD.shape[1], image_BID.shape[1]
-    lengths = (text, image) if len(parts[0]) == 1 else (text, image - reference_tokens, reference_tokens)
+    lengths = (text, image) if len(modulations[0]) == 1 else (text, image - reference_tokens, reference_tokens)
     # One iterator for all blocks: each block takes the next of the modulations.
-    inputs: dict[str, object] = {"parts": iter(parts), "rotation": rotation, "segments": TokenSegments(lengths)}
+    inputs: dict[str, object] = {
+        "modulations": iter(modulations),
+        "rotation": rotation,
+        "segments": TokenSegments(lengths),
+    }
     residual = Residual(torch.cat((text_BTD, image_BID), dim=1))
     residual = run_blocks(residual, [partial(block, **inputs) for block in blocks], use)
-    scale, shift = (SegmentVectors.same(part[0]) for part in parts[-2:])
+    scale, shift = (SegmentVectors.same(each[0]) for each in modulations[-2:])
     _, normed = final_norm.after(residual, scale, shift)
     return normed[:, text:]
 

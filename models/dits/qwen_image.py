@@ -85,12 +85,12 @@ class QwenImageTransformerBlock(nn.Module):
         self.txt_mlp = FeedForward(size)
 
     def forward(
-        self, residual: Residual, parts: Iterator[ImageModulation], rotation: Rotation, segments: TokenSegments
+        self, residual: Residual, modulations: Iterator[ImageModulation], rotation: Rotation, segments: TokenSegments
     ) -> Residual:
-        """Return the next residual. The modulations are the next twelve of `parts`."""
-        modulations = block_modulations(segments, parts)
+        """Return the next residual. Takes the next twelve of `modulations`."""
+        halves = block_modulations(segments, modulations)
         feed_forwards = (self.txt_mlp, self.img_mlp)
-        return joint_block(residual, self.norm, self.attn, feed_forwards, modulations, rotation, segments)
+        return joint_block(residual, self.norm, self.attn, feed_forwards, halves, rotation, segments)
 
 
 class QwenImageTransformer2DModel(DiffusionTransformer):

@@ -104,12 +104,12 @@ class BlockFeedForward(Protocol):
         """Write the result (B, tokens, D) of x (B, tokens, D) into `out`."""
 
 
-def block_modulations(segments: TokenSegments, parts: Iterator[ImageModulation]) -> tuple[Modulation, Modulation]:
-    """Take the next twelve of `parts`: the modulations of a block's attention and of its feed-forwards.
+def block_modulations(segments: TokenSegments, modulations: Iterator[ImageModulation]) -> tuple[Modulation, Modulation]:
+    """Take the next twelve of `modulations`: those of a block's attention and of its feed-forwards.
 
-    Six are of the image and six of the text. Of a text modulation only the first tensor is used.
+    The first six are of the image, the last six of the text. Of a text modulation only the first tensor is used.
     """
-    image, text = (list(islice(parts, 6)) for _ in range(2))
+    image, text = (list(islice(modulations, 6)) for _ in range(2))
     vectors = [segments.vectors(of_text[0], *of_image) for of_text, of_image in zip(text, image, strict=True)]
     return Modulation(*vectors[:3]), Modulation(*vectors[3:])
 
@@ -119,12 +119,12 @@ def joint_block(
     norm: LayerNormScaleShift,
     attn: JointAttention,
     feed_forwards: tuple[BlockFeedForward, BlockFeedForward],
-    modulations: tuple[Modulation, Modulation],
+    halves: tuple[Modulation, Modulation],
     rotation: Rotation,
     segments: TokenSegments,
 ) -> Residual:
     """Joint attention, then a feed-forward for the text and one for the image; both halves are modulated and gated."""
-    before, after = modulations
+    before, after = halves
     x_BSD, normed = norm.after(residual, before.scale, before.shift)
     residual = Residual(x_BSD, attn.joint(normed, rotation, segments), before.gate)
     x_BSD, normed = norm.after(residual, after.scale, after.shift)
