@@ -37,8 +37,8 @@ def run_joint_blocks(
     if reference is None:
         modulations = image_modulations(_vectors(modulation_BM, size))
         return run_modulated_blocks(image_BID, text_BTD, modulations, rotation, blocks, final_norm, use)
-    length, reference_BM = reference
-    modulations = list(zip(_vectors(modulation_BM, size), _vectors(reference_BM, size), strict=True))
+    length, reference_modulation = reference
+    modulations = list(zip(_vectors(modulation_BM, size), _vectors(reference_modulation, size), strict=True))
     return run_modulated_blocks(image_BID, text_BTD, modulations, rotation, blocks, final_norm, use, length)
 
 

@@ -74,7 +74,7 @@ def try_packages(device: torch.device, choice: KernelChoice | None = None) -> No
 def outcomes_on(device: torch.device, capability: Capability, choice: KernelChoice) -> list[Outcome]:
     """Try the packages that the choice allows on GPUs of the capability. Raises the errors of try_packages()."""
     found = []
-    for package in _wanted(capability, choice):
+    for package in _packages_to_try(capability, choice):
         required = package.name in choice.required
         field = "kernels" if package.name in choice.packages else "attention_backend"
         if required and not package.is_for(capability):
@@ -128,7 +128,7 @@ def _require_cudnn(device: torch.device) -> None:
         ) from error
 
 
-def _wanted(capability: Capability, choice: KernelChoice) -> Iterator[KernelPackage]:
+def _packages_to_try(capability: Capability, choice: KernelChoice) -> Iterator[KernelPackage]:
     """Packages to try: required packages; with auto also those for the GPU that layers or the attention table use."""
     rows = TABLE.get(capability, ()) if choice.attention == "auto" else ()
     in_table = {ATTENTION_PACKAGES.get(row.backend) for row in rows}

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from models.kernels.attention import attention
-from models.kernels.gemm import can_norm_rotate, supports_heads, multiply_norm_rotate_into
+from models.kernels.gemm import can_norm_rotate, multiply_norm_rotate_into, supports_heads
 from models.kernels.qk_norm_rotate import AnyRotation, split_heads
 from models.layers.linear import ALL, JoinedLinear, JoinsWeights, Linear, project
 from models.layers.norms import QKNorm, RMSNorm

@@ -58,20 +58,20 @@ class Linear(nn.Linear):
         """As into(), followed by GELU (tanh approximation)."""
         multiply_gelu_into(x, self.scaled_weight, self.bias, out)
 
-    def add_gated(self, x_BSN: Tensor, inputs: Tensor, gate: SegmentVectors) -> Residual:
-        """Residual x_BSN + gate * self(inputs); x_BSN is modified in place where the GEMM's epilogue can add.
+    def add_gated(self, x: Tensor, inputs: Tensor, gate: SegmentVectors) -> Residual:
+        """x + gate * self(inputs), for x (B, S, out_features), which is modified in place where the epilogue can add.
 
         Where it cannot, the result has the sum as its pending update. The last segment decides between the two for all
         segments: the other segments often have too few tokens for the epilogue.
         """
         *others, (rows, vector) = gate.used()
-        if not try_add_gated(inputs[:, rows], self.scaled_weight, self.bias, vector, x_BSN[:, rows]):
-            return Residual(x_BSN, self(inputs), gate)
+        if not try_add_gated(inputs[:, rows], self.scaled_weight, self.bias, vector, x[:, rows]):
+            return Residual(x, self(inputs), gate)
         for rows, vector in others:
-            onto, segment = x_BSN[:, rows], inputs[:, rows]
+            onto, segment = x[:, rows], inputs[:, rows]
             if not try_add_gated(segment, self.scaled_weight, self.bias, vector, onto):
                 onto.copy_(Residual(onto, self(segment), SegmentVectors.same(vector)).added())
-        return Residual(x_BSN)
+        return Residual(x)
 
 
 def absent_biases(model: nn.Module) -> frozenset[str]:

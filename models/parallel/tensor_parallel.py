@@ -69,9 +69,9 @@ class RowParallelLinear(Sharded, Linear):
         """As into(), followed by GELU (tanh approximation)."""
         write_gelu(self(x), out)
 
-    def add_gated(self, x_BSN: Tensor, inputs: Tensor, gate: SegmentVectors) -> Residual:
-        """Residual x_BSN + gate * self(inputs). The sum stays pending: an epilogue cannot add before the all-reduce."""
-        return Residual(x_BSN, self(inputs), gate)
+    def add_gated(self, x: Tensor, inputs: Tensor, gate: SegmentVectors) -> Residual:
+        """x + gate * self(inputs), as a pending update: a GEMM epilogue cannot add before the all-reduce."""
+        return Residual(x, self(inputs), gate)
 
     def _sum(self, x: Tensor) -> Tensor:
         """All-reduced GEMM of this rank's inputs and weights."""
