@@ -59,8 +59,9 @@ def run_modulated_blocks(
     text, image = text_BTD.shape[1], image_BID.shape[1]
     lengths = (text, image) if len(modulations[0]) == 1 else (text, image - reference_tokens, reference_tokens)
     # One iterator for all blocks: each block takes the next of the modulations.
+    # A tuple: torch.compile cannot trace an iterator of a list.
     inputs: dict[str, object] = {
-        "modulations": iter(modulations),
+        "modulations": iter(tuple(modulations)),
         "rotation": rotation,
         "segments": TokenSegments(lengths),
     }
