@@ -129,7 +129,7 @@ class DiffusionTransformer(nn.Module, ABC):
         """Upper bound of the number of elements of the residual stream (B, S, D) for these latents."""
 
     def cached_tensors(self, latents: Mapping[str, Tensor]) -> object:
-        """Tensors that predict() takes from a module-level cache for latents of these shapes, such as RoPE angles.
+        """Tensors that predict() takes from a module-level cache for these latents, such as RoPE angles.
 
         A captured CUDA graph reads them at fixed addresses: the owner of the graph must hold references to them.
         """

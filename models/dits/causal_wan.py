@@ -1,4 +1,4 @@
-"""The causal Wan DiT: predicts a video in blocks of frames; a block attends to itself and to earlier frames.
+"""The causal Wan DiT: predicts a video in blocks of frames. A block attends to itself and to earlier frames.
 
 The KV cache `kv_cache` of a request holds keys and values of earlier frames. Each prediction writes the keys and values
 of its own frames to the cache. The last prediction of a block runs on the denoised latents at timestep 0: later blocks
@@ -54,7 +54,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
     def prepare(  # type: ignore[override]  # keywords differ by model
         self, timesteps: Tensor, encoder_hidden_states: Tensor, video_grid: Tensor
     ) -> Prepared:
-        """As WanTransformer3DModel.prepare(), with RoPE (S, K / 2) of the whole video, and the KV cache as memory.
+        """As the Wan DiT's, with RoPE (S, K / 2) of the whole video, and the KV cache as memory.
 
         `video_grid` is an empty tensor (1, 0, frames, rows, columns): the size of the whole video's latents.
         """
@@ -88,7 +88,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         first_frame: Hashable = 0,
         use: CacheUse | None = None,
     ) -> Predictions:
-        """Velocity (B, out_channels, frames, rows, columns) of a block of frames that begins at frame `first_frame`.
+        """Velocity (B, out_channels, frames, rows, columns) of a block of frames from `first_frame` on.
 
         `kv_cache` (transformer blocks, 2, B, capacity, heads, K) holds the earlier frames; the frames of this block are
         written to it.
@@ -111,7 +111,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         return {"hidden_states": self._unpatchify(segments[VIDEO], grid)}
 
     def _slots(self, first: int, frames: int, frame_tokens: int) -> tuple[tuple[slice, ...], int]:
-        """Cache slots, in tokens, for `frames` frames from `first` on, and the number of valid tokens afterwards."""
+        """Cache slots (tokens) for `frames` frames from `first` on, and the number of valid tokens afterwards."""
         runs: list[tuple[int, int]] = []
         for slot in (self._frame_slot(first + frame) for frame in range(frames)):
             if runs and runs[-1][1] == slot:

@@ -42,7 +42,7 @@ class ModulationLinear(nn.Module):
 
 
 class ConditioningEmbedding(nn.Module):
-    """Conditioning vector (B, D): the sum of embedded timestep, guidance (distilled models) and pooled prompt.
+    """Conditioning vector (B, D): sum of embedded timestep, guidance (distilled models) and pooled prompt.
 
     `time_scale` is the factor from the range of the timesteps to [0, 1000].
     """
@@ -87,7 +87,7 @@ class FluxTransformerBlock(nn.Module):
 
 
 class FluxSingleTransformerBlock(nn.Module):
-    """Block with the same weights for all tokens: parallel attention and feed-forward, one output projection."""
+    """Block with the same weights for all tokens: attention and feed-forward in parallel, then a projection."""
 
     def __init__(self, config: FluxTransformerConfig) -> None:
         super().__init__()
@@ -162,7 +162,7 @@ class FluxTransformer2DModel(DiffusionTransformer):
         img_ids: Tensor,
         txt_ids: Tensor,
     ) -> Prepared:
-        """Modulations of all blocks (N, B, M) for timesteps (N, B), embedded text (B, T, D), and RoPE of all tokens."""
+        """Modulations (N, B, M) for timesteps (N, B), embedded text (B, T, D), and RoPE of all tokens."""
         steps, batch = timesteps.shape
         repeated = None if guidance is None else guidance.repeat(steps)
         embedding = self.time_text_embed(timesteps.flatten(), repeated, pooled_projections.repeat(steps, 1))
@@ -203,7 +203,7 @@ class FluxTransformer2DModel(DiffusionTransformer):
 def modulations_of(
     blocks: Iterable[nn.Module], single_blocks: Iterable[nn.Module], last: ModulationLinear
 ) -> Iterator[ModulationLinear]:
-    """Modulation layers of Flux blocks and of the last norm, in the order in which the blocks read the modulations."""
+    """Modulation layers of Flux blocks and of the last norm, in the order in which blocks read them."""
     for block in blocks:
         assert isinstance(block, FluxTransformerBlock)
         yield from (block.norm1, block.norm1_context)

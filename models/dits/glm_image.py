@@ -246,6 +246,6 @@ class GlmImageTransformer2DModel(DiffusionTransformer):
 
 @lru_cache(maxsize=4)
 def _image_rotation(grid: tuple[int, int], axes_dims: tuple[int, int], device: torch.device) -> Rotation:
-    """RoPE by row and column of each token, in row-major order; cached for all steps and requests of one image size."""
+    """RoPE by row and column of each token, in row-major order. Cached for requests of the same image size."""
     positions = torch.cartesian_prod(*(torch.arange(size, device=device) for size in grid))
     return rotary_embedding(positions, axes_dims)

@@ -1,4 +1,4 @@
-"""The HunyuanVideo DiT: Flux blocks over video tokens and text tokens, which are refined for each timestep.
+"""The HunyuanVideo DiT: Flux blocks over video tokens, and text tokens refined for each timestep.
 
 Shapes: N steps, B batch, T text tokens, I video tokens, D hidden size, M all modulations. Parameter names are the
 checkpoint's. Text has no padding, so that attention needs no mask.
@@ -94,7 +94,7 @@ class HunyuanVideoTransformer3DModel(DiffusionTransformer):
         guidance: Tensor | None,
         video_ids: Tensor,
     ) -> Prepared:
-        """Modulations of all blocks (N, B, M) and refined text (N, B, T, D) for timesteps (N, B); RoPE of the video."""
+        """Modulations (N, B, M) and refined text (N, B, T, D) for timesteps (N, B); RoPE of the video."""
         steps, batch = timesteps.shape
         repeated = None if guidance is None else guidance.repeat(steps)
         embedding = self.time_text_embed(timesteps.flatten(), repeated, pooled_projections.repeat(steps, 1))

@@ -75,7 +75,7 @@ class RefinerBlock(nn.Module):
 
 
 class RefinerBlocks(nn.Module):
-    """The list of refiner blocks; the class adds the level `refiner_blocks` of the checkpoint's parameter names."""
+    """The list of refiner blocks. The class adds the level `refiner_blocks` of the checkpoint's parameter names."""
 
     def __init__(self, config: HunyuanVideoTransformerConfig) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The LTX-2 DiT: self-attention of video and audio tokens, cross-attention to text, and between the modalities.
+"""The LTX-2 DiT: video and audio tokens with self-attention, and cross-attention to text and each other.
 
 Shapes: N steps, B batch, F frames, h rows and w columns of video latents, S = F * h * w video tokens, L audio tokens, M
 mel bins of an audio latent, C channels, T text tokens, D hidden size of a modality. Parameter names are the
@@ -148,7 +148,7 @@ class LTX2VideoTransformer3DModel(DiffusionTransformer):
         return Prepared(steps, constants)
 
     def _video_rows(self, time_NB: Tensor, cross_time_NB: Tensor) -> Tensor:
-        """Modulations (N, B, rows, D) in StepRows' order: blocks, exchange, gate, output, and text if it has any."""
+        """Modulations (N, B, rows, D) in StepRows' order: blocks, exchange, gate, output, and text if present."""
         modulate = (self.time_embed, self.av_cross_attn_video_scale_shift, self.av_cross_attn_video_a2v_gate)
         return self._rows(*modulate, self.prompt_adaln, time_NB, cross_time_NB)
 
@@ -275,7 +275,7 @@ class LTX2VideoTransformer3DModel(DiffusionTransformer):
         return {AUDIO: sound, FIRST_FRAME: patches[:, first], VIDEO: patches[:, rest]}
 
     def _video_rotations(self, positions_S3: Tensor) -> tuple[HeadRotation, HeadRotation]:
-        """RoPE for self-attention, and for cross-attention with the audio, which has the audio's number of heads."""
+        """RoPE for self-attention, and for cross-attention with the audio, which has the audio's heads."""
         config = self.config
         extents = (config.max_seconds, config.base_height, config.base_width)
         return self._rotation(positions_S3, extents, config.video), self._exchange_rotation(positions_S3[:, :1])

@@ -75,7 +75,7 @@ class StepRows(NamedTuple):
 
     @classmethod
     def split(cls, rows: SegmentRows, blocks: int) -> StepRows:
-        """Split modulations (B, rows, D) in the order of the fields; the first `blocks` rows are those of blocks."""
+        """Split modulations (B, rows, D) in the order of the fields. The first `blocks` rows are those of blocks."""
         ends = (0, blocks, blocks + EXCHANGE, blocks + EXCHANGE + 1, blocks + EXCHANGE + 2, rows.rest.shape[1])
         return cls(*(rows.of(slice(start, end)) for start, end in pairwise(ends)))
 
@@ -95,7 +95,7 @@ class ModalityInputs:
 
 
 class LTX2Attention(nn.Module):
-    """Self-attention or cross-attention of a modality; norms of queries and keys are over all heads together."""
+    """Self-attention or cross-attention of a modality. Norms of queries and keys are over all heads together."""
 
     def __init__(self, sizes: tuple[int, int], modality: LTX2ModalityConfig, eps: float, *, is_gated: bool) -> None:
         super().__init__()
@@ -242,7 +242,7 @@ class LTX2VideoTransformerBlock(nn.Module):
 
 
 def block_rows(modality: LTX2ModalityConfig) -> int:
-    """Number of a block's modulations: shift, scale and gate of self-attention, feed-forward, and text attention."""
+    """Number of a block's modulations: shift, scale, gate of self-attention, feed-forward, text attention."""
     return 9 if modality.modulates_text else 6
 
 

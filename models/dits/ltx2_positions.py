@@ -11,9 +11,10 @@ from configs.models.dits.ltx2 import LTX2TransformerConfig
 
 
 def video_positions(config: LTX2TransformerConfig, grid: Sequence[int], frame_rate: Tensor) -> Tensor:
-    """Time (seconds), row and column (pixels) of each latent of a grid (frames, rows, columns), float32 (S, 3).
+    """Time (seconds), row and column (pixels) of each latent of a grid, float32 (S, 3).
 
-    `frame_rate` (1,) is in frames per second. The first latent covers `config.causal_offset` frames.
+    `grid` is (frames, rows, columns). `frame_rate` (1,) is in frames per second. The first latent covers
+    `config.causal_offset` frames.
     """
     frames, rows, columns = (_edges(size, frame_rate.device) for size in grid)
     seconds = _causal(frames, config.temporal_factor, config.causal_offset) / frame_rate

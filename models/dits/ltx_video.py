@@ -64,7 +64,7 @@ class LTXVideoAttention(SelfAttention):
 
 
 class LTXVideoTransformerBlock(nn.Module):
-    """Self-attention, cross-attention to the text, feed-forward; the first and the last are modulated and gated."""
+    """Self-attention, cross-attention to the text, feed-forward. The first and the last are modulated and gated."""
 
     def __init__(self, config: LTXVideoTransformerConfig) -> None:
         super().__init__()
@@ -158,7 +158,7 @@ class LTXVideoTransformer3DModel(DiffusionTransformer):
         return Prepared({name: self._modulation(each) for name, each in zip(names, segments, strict=True)}, constants)
 
     def _modulation(self, timesteps_NB: Tensor) -> Tensor:
-        """Six modulations of each block, then shift and scale of the last norm: (N, B, 6 * blocks + 2, D), float32."""
+        """Modulations (N, B, 6 * blocks + 2, D), float32: six of each block, then shift and scale of the last norm."""
         rows, embedding = self.time_embed(timesteps_NB.flatten())
         tables = [block.scale_shift_table.float() + rows for block in self._blocks()]
         joined = torch.cat((*tables, self.scale_shift_table.float() + embedding), dim=1)

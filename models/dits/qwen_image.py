@@ -51,7 +51,7 @@ class TimeEmbedding(nn.Module):
 
 
 class BlockModulation(nn.Sequential):
-    """Projection of the activated time embedding to shift, scale and gate of each half of a block, (B, 6 * D)."""
+    """Projection of the activated time embedding to shifts, scales and gates of a block, (B, 6 * D)."""
 
     def __init__(self, size: int) -> None:
         # Index 0 is SiLU in Diffusers' module; the caller applies SiLU once for all blocks.
@@ -139,7 +139,7 @@ class QwenImageTransformer2DModel(DiffusionTransformer):
         txt_ids: Tensor,
         condition_ids: Tensor | None = None,
     ) -> Prepared:
-        """Modulations of all blocks (N, B, M) for timesteps (N, B), embedded text (B, T, D), and RoPE of all tokens.
+        """Modulations (N, B, M) for timesteps (N, B), embedded text (B, T, D), and RoPE of all tokens.
 
         With zero_cond_t the input images have the modulations (B, M) of timestep 0 in every step.
         """
@@ -165,7 +165,7 @@ class QwenImageTransformer2DModel(DiffusionTransformer):
         condition_modulation: Tensor | None = None,
         use: CacheUse | None = None,
     ) -> Predictions:
-        """Velocity (B, I, token channels) of hidden_states (B, I, in_channels), with a step's modulations (B, M)."""
+        """Velocity (B, I, token channels) of hidden_states, with the modulations (B, M) of a step."""
         images, reference = hidden_states, None
         if condition_states is not None:
             images = torch.cat((hidden_states, condition_states), dim=1)

@@ -1,4 +1,4 @@
-"""The Wan DiT: self-attention of video tokens, then cross-attention to the text and, in some models, to an image.
+"""The Wan DiT: video tokens with self-attention, then cross-attention to text and, in some models, an image.
 
 Shapes: N steps, B batch, S video tokens (frames, rows, columns of patches), T text tokens, V vision tokens, D hidden
 size. Parameter names are the checkpoint's. The residual stream is in the model's dtype; norms, modulation and gates
@@ -173,7 +173,7 @@ class WanTransformerBlock(nn.Module):
         return Residual(x_BSD, ff_out, ff_gate)
 
     def _cross_norm(self, residual: Residual) -> tuple[Tensor, Tensor]:
-        """The value of the residual stream, and norm2 of it; weight and bias of norm2 are passed as scale and shift."""
+        """The value of the residual stream, and norm2 of it. Weight and bias of norm2 are passed as scale and shift."""
         if self.norm2 is None:
             x_BSD = residual.added()
             return x_BSD, x_BSD
@@ -220,7 +220,7 @@ class WanTransformer3DModel(DiffusionTransformer):
         encoder_hidden_states: Tensor,
         encoder_hidden_states_image: Tensor | None = None,
     ) -> Prepared:
-        """Modulations (N, B, 6 * blocks + 2, D), float32, for timesteps (N, B); keys and values for cross-attention.
+        """Modulations (N, B, 6 * blocks + 2, D), float32, for timesteps (N, B); keys and values of text and image.
 
         For timesteps (N, B, 2) of two segments, "first_modulation" is that of the first latent frame, and "modulation"
         that of the other frames. Keys and values of the text are (blocks, B, T, 2 * D), those of the image
@@ -360,12 +360,12 @@ class WanTransformer3DModel(DiffusionTransformer):
 
 
 def _concatenated(first: Tensor | None, rest: Tensor, dim: int) -> Tensor:
-    """Both segments, concatenated along `dim`; `rest` itself, without a copy, where there is no first segment."""
+    """Both segments, concatenated along `dim`. Without a first segment, `rest` itself, not a copy."""
     return rest if first is None else torch.cat((first, rest), dim)
 
 
 @lru_cache(maxsize=4)
 def _rotation(grid: tuple[int, ...], axes_dims: tuple[int, ...], device: torch.device) -> Rotation:
-    """RoPE by frame, row and column of each token, in this order; cached for all steps and requests of one size."""
+    """RoPE by frame, row and column of each token, in this order. Cached for requests of the same size."""
     positions = torch.cartesian_prod(*(torch.arange(size, device=device) for size in grid))
     return rotary_embedding(positions, axes_dims)

@@ -97,7 +97,7 @@ class ZImageTransformerBlock(nn.Module):
         self.norm = RMSNormScaleShift(size, config.eps)
 
     def vectors(self, time_NBE: Tensor) -> Tensor:
-        """Scale and gate of attention and of the feed-forward, float32 (N, B, 4 * D), or (4 * D,) without modulation.
+        """Scale and gate of attention and feed-forward, float32 (N, B, 4 * D), or (4 * D,) without modulation.
 
         The weights of the norms are folded in.
         """
@@ -175,7 +175,7 @@ class ZImageTransformer2DModel(DiffusionTransformer):
     def prepare(  # type: ignore[override]  # keywords differ by model
         self, timesteps: Tensor, encoder_hidden_states: Tensor, text_ids: Tensor, image_ids: Tensor
     ) -> Prepared:
-        """Modulations of all blocks (N, B, M) for timesteps (N, B), the refined text (B, T, D), and RoPE of both."""
+        """Modulations (N, B, M) for timesteps (N, B), the refined text (B, T, D), and RoPE of text and image."""
         time_NBE = self.t_embedder(timesteps * self.config.time_scale)
         vectors = [block.vectors(time_NBE) for block in _blocks(self.noise_refiner, self.layers)]
         scale_NBD = self._final_layer.adaLN_modulation(time_NBE).float()
@@ -282,7 +282,7 @@ def pack_channels_last(raw: Tensor) -> Tensor:
 
 
 def unpack_channels_last(patches: Tensor, rows: int, columns: int) -> Tensor:
-    """Inverse of pack_channels_last(): (B, h * w, 4C) to (B, C, rows, columns), with rows = 2h and columns = 2w."""
+    """Inverse of pack_channels_last(): patches (B, h * w, 4C) to latents (B, C, rows, columns)."""
     split = patches.reshape(len(patches), rows // PATCH, columns // PATCH, PATCH, PATCH, -1)
     return split.permute(0, 5, 1, 3, 2, 4).reshape(len(patches), -1, rows, columns)
 

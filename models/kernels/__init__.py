@@ -1,1 +1,1 @@
-"""GPU kernels: optional packages, backends of GEMM, attention and fused operations, and the attention table."""
+"""GPU kernels: optional packages, and backends of GEMM, attention and fused operations."""

@@ -14,7 +14,7 @@ _SILU_GATE: Operation[Callable[[Tensor], Tensor]] = Operation("silu gate")
 
 
 def write_gelu(x: Tensor, out: Tensor) -> None:
-    """Write GELU (tanh approximation) of x (B, S, F) to `out` (B, S, F), which may be columns of a wider tensor."""
+    """Write GELU (tanh approximation) of x (B, S, F) to `out`, which may be columns of a wider tensor."""
     _GELU.for_device_of(x)(x, out)
 
 

@@ -112,7 +112,7 @@ def _scaled_dot_product(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) ->
 def _by_package_with_lse(
     run: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
 ) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Adapter of a package function: transposes its log-sum-exp (batch, heads, tokens) to (batch, tokens, heads)."""
+    """Adapter that transposes a package's log-sum-exp (batch, heads, tokens) to (batch, tokens, heads)."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         out, lse = run(q, k, v)
@@ -143,7 +143,7 @@ def _by_cudnn_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]
 
 
 def _lse_by_token(lse: Tensor, tokens: int) -> Tensor:
-    """Log-sum-exp (batch, tokens, heads), without a kernel's padding to whole tiles and extra dimension of size 1."""
+    """Log-sum-exp (batch, tokens, heads), without a kernel's padding of tokens and extra dimension."""
     return lse.reshape(*lse.shape[:2], -1)[:, :, :tokens].transpose(1, 2)
 
 

@@ -102,7 +102,7 @@ class Operation(Generic[F]):
 
 
 def facts() -> list[str]:
-    """Lines of the numerics fingerprint: packages with version and outcome, then the usable backends by operation.
+    """Lines of the numerics fingerprint: packages with version and outcome, then usable backends.
 
     Raises RuntimeError before try_packages() has run in this process.
     """

@@ -44,7 +44,7 @@ _ZERO = c_float(0)
 
 
 def can_multiply(x: Tensor, weight: Tensor, out: Tensor | None = None) -> bool:
-    """Whether linear_into() supports the matrices and pays off: bfloat16 on a GPU, aligned, at least MIN_ROWS rows."""
+    """Whether linear_into() pays off: bfloat16 on a GPU, aligned, at least MIN_ROWS rows."""
     matrices = (x, weight) if out is None else (x, weight, out)
     if not (can_load(*matrices) and len(x) >= MIN_ROWS and is_usable("nvmath-python")):
         return False
@@ -52,10 +52,10 @@ def can_multiply(x: Tensor, weight: Tensor, out: Tensor | None = None) -> bool:
 
 
 def linear_into(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor, *, gelu: bool = False) -> None:
-    """out = x @ weight.T + bias, followed by GELU (tanh approximation) if `gelu`; bfloat16, accumulated in float32.
+    """out = x @ weight.T + bias, followed by GELU (tanh approximation) if `gelu`.
 
-    x is (M, K), weight (N, K), bias (N,), out (M, N). x and out may have any row stride. Raises RuntimeError where
-    cuBLASLt has no algorithm.
+    x is (M, K), weight (N, K), bias (N,), out (M, N), all bfloat16; accumulation is in float32. x and out may have any
+    row stride. Raises RuntimeError where cuBLASLt has no algorithm.
     """
     library = _library()
     rows, size = x.shape

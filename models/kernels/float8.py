@@ -25,7 +25,7 @@ _FIELD = "linear_dtype"
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantize x (rows, size) to float8 values (rows, size) and float32 scales (rows, 1): x is about values * scale."""
+    """Quantize x (rows, size) to float8 values and float32 scales (rows, 1): x is about values * scale."""
     return _QUANTIZATION.for_device_of(x)(x)
 
 
@@ -45,7 +45,7 @@ def _quantize_rows_by_triton(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def float8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    """x (..., K) @ weight.T + bias, for float8 weights (N, K) with scales (N,) and bias (N,): (..., N) in x's dtype."""
+    """x (..., K) @ weight.T + bias (N,), (..., N) in x's dtype, for float8 weights (N, K) with scales (N,)."""
     rows = x.reshape(-1, x.shape[-1])
     return _multiply(rows, weight, scale, bias).view(*x.shape[:-1], len(weight))
 

@@ -20,7 +20,7 @@ from models.kernels.gemm_support import HEAD_EPS, HEAD_SIZE
 
 
 class Weight(NamedTuple):
-    """Weight of a linear layer: values (N, K), and float32 scales (N,) of the rows where the values are float8."""
+    """Weight of a linear layer: values (N, K), and float32 scales (N,) of the rows of float8 values."""
 
     values: Tensor
     scale: Tensor | None = None
@@ -87,7 +87,7 @@ def multiply_gelu_into(x: Tensor, weight: Weight, bias: Tensor, out: Tensor) -> 
 
 
 def try_add_gated(x: Tensor, weight: Weight, bias: Tensor, gate: Tensor, onto: Tensor) -> bool:
-    """onto += gate * (x @ weight.T + bias) in the epilogue, if a backend supports that for all rows of the batch.
+    """onto += gate * (x @ weight.T + bias), if an epilogue supports it for all rows of the batch.
 
     x is (B, tokens, K), gate (B, N), onto (B, tokens, N). Returns False, with `onto` unchanged, if it does not.
     """
@@ -172,7 +172,7 @@ def _rows(x: Tensor, out: Tensor) -> list[tuple[Tensor, Tensor]]:
 
 
 def _matrices(x: Tensor, out: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """x and out as pairs of matrices: one pair where the rows of the batch are adjacent, else one pair per row."""
+    """x and out as pairs of matrices: one pair if the rows of the batch are adjacent, else one per row."""
     if len(x) == 1 or (_is_adjacent(x) and _is_adjacent(out)):
         return [(x.view(-1, x.shape[-1]) if _is_adjacent(x) else x[0], out.flatten(0, 1) if len(x) > 1 else out[0])]
     return _rows(x, out)

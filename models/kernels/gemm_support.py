@@ -19,7 +19,7 @@ HEAD_EPS = 1e-6
 
 
 def can_load(*matrices: Tensor) -> bool:
-    """Whether backends other than PyTorch support the matrices: bfloat16 on a GPU, adjacent columns, aligned rows."""
+    """Whether backends other than PyTorch support the matrices: bfloat16 on a GPU, aligned, row-major."""
     if not all(matrix.is_cuda and matrix.dtype == torch.bfloat16 for matrix in matrices):
         return False
     # torch.compile cannot trace these backends.

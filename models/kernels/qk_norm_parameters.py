@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class NormParameters(NamedTuple):
-    """An RMS norm over `size` channels with a weight, or a layer norm over `size` channels without a weight.
+    """An RMS norm over `size` channels with a weight, or a layer norm over them without a weight.
 
     A sharded norm has the weight of this rank's channels only.
     """

@@ -29,7 +29,7 @@ def qk_norm_rotate(
     square_sums: Tensor | None,
     out: Sequence[Tensor],
 ) -> None:
-    """Write norms and RoPE of the parts of x (B, S, parts * D) to `out`, a tensor (B, S, heads, head size) per part.
+    """Write norms and RoPE of the parts of x (B, S, parts * D) to `out` (B, S, heads, head size) each.
 
     Parts without a norm, which are the last ones, are copied. `out` may be views of x. The first `first_tokens` tokens
     are the first segment. `square_sums`, float32 (B, S, parts with a norm), are sums of squares over all ranks; they

@@ -19,7 +19,7 @@ _HOPPER = (9, 0)
 
 
 def can_fuse(x: Tensor, weight: Tensor, out: Tensor) -> bool:
-    """Whether out (M, N) = x (M, K) @ weight (N, K).T can have an epilogue: aligned bfloat16, M >= MIN_ROWS, Hopper."""
+    """Whether x (M, K) @ weight (N, K).T can have an epilogue: aligned bfloat16, M >= MIN_ROWS, Hopper."""
     if not (can_load(x, weight, out) and len(x) >= MIN_ROWS and is_usable("quack-kernels")):
         return False
     return _capability(x.device.index) == _HOPPER
@@ -31,7 +31,7 @@ def can_add(x: Tensor, weight: Tensor, onto: Tensor) -> bool:
 
 
 def gelu_into(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> None:
-    """out = gelu(x @ weight.T + bias), tanh approximation, by the GPU's tanh instruction (error at most 2^-11)."""
+    """out = gelu(x @ weight.T + bias), tanh approximation, by the GPU's tanh (error at most 2^-11)."""
     _epilogues().gelu_into(x, weight, bias, out)
 
 

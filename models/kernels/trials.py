@@ -1,4 +1,4 @@
-"""Trials of optional kernel packages: when a GPU worker starts, each package is imported and run on a tiny input.
+"""Trials of optional kernel packages when a GPU worker starts: each is imported and run on a tiny input.
 
 Without a trial, a broken package would fail the first request. A missing package is not an error and logs no warning.
 """
@@ -129,7 +129,7 @@ def _require_cudnn(device: torch.device) -> None:
 
 
 def _packages_to_try(capability: Capability, choice: KernelChoice) -> Iterator[KernelPackage]:
-    """Packages to try: required packages; with auto also those for the GPU that layers or the attention table use."""
+    """Packages to try: required packages; with auto also those that layers or the attention table use."""
     rows = TABLE.get(capability, ()) if choice.attention == "auto" else ()
     in_table = {ATTENTION_PACKAGES.get(row.backend) for row in rows}
     for package in PACKAGES:
@@ -143,7 +143,7 @@ def _dotted(capability: Capability) -> str:
 
 
 def _compare(result: Tensor, expected: Tensor) -> None:
-    """Raise ArithmeticError where a result differs from the expected one by _TOLERANCE. Waits for the device."""
+    """Raise ArithmeticError where a result is wrong by _TOLERANCE or more. Waits for the device."""
     error = float((result.float() - expected.float()).abs().max())
     # Not `error >= _TOLERANCE`, which is False for NaN.
     if not error < _TOLERANCE:
@@ -151,7 +151,7 @@ def _compare(result: Tensor, expected: Tensor) -> None:
 
 
 def _check_device(device: torch.device, package: KernelPackage) -> None:
-    """Raise FailedPrecondition where the device runs no kernels any more, as after an illegal memory access."""
+    """Raise FailedPrecondition where the device is unusable, as after an illegal memory access."""
     try:
         torch.zeros(1, device=device).add_(1).item()
     except RuntimeError as error:

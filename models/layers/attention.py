@@ -52,7 +52,7 @@ class KeyValueCache:
 
 
 class Projection(Protocol):
-    """Deferred projection of tokens to queries, keys and values (B, S, H, K); Attention chooses the output buffers."""
+    """Deferred projection of tokens to queries, keys and values (B, S, H, K). Attention chooses the buffers."""
 
     @property
     def key_values_shape(self) -> tuple[int, ...]:

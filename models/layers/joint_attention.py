@@ -123,7 +123,7 @@ def joint_block(
     rotation: Rotation,
     segments: TokenSegments,
 ) -> Residual:
-    """Joint attention, then a feed-forward for the text and one for the image; both halves are modulated and gated."""
+    """Joint attention, then a feed-forward for the text and one for the image. Both halves are modulated and gated."""
     before, after = halves
     x_BSD, normed = norm.after(residual, before.scale, before.shift)
     residual = Residual(x_BSD, attn.joint(normed, rotation, segments), before.gate)

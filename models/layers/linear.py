@@ -1,4 +1,4 @@
-"""Linear layers that write to a given tensor, so that token segments and projections need no concatenation."""
+"""Linear layers that can write to a slice of a tensor, so that segments need no concatenation."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Linear(nn.Linear):
         multiply_gelu_into(x, self.scaled_weight, self.bias, out)
 
     def add_gated(self, x: Tensor, inputs: Tensor, gate: SegmentVectors) -> Residual:
-        """x + gate * self(inputs), for x (B, S, out_features), which is modified in place where the epilogue can add.
+        """x + gate * self(inputs), for x (B, S, out_features). x is modified in place where the epilogue can add.
 
         Where it cannot, the result has the sum as its pending update. The last segment decides between the two for all
         segments: the other segments often have too few tokens for the epilogue.
@@ -129,7 +129,7 @@ def _joined(weights: Sequence[Tensor]) -> Tensor:
 
 
 def project(x: Tensor, out: Tensor, joined: JoinedLinear | None, layers: Sequence[Linear], which: slice = ALL) -> None:
-    """Write the results of `layers[which]` for x, concatenated, to `out`: by one GEMM if the layers are joined."""
+    """Write the results of `layers[which]` for x, concatenated, to `out`, by one GEMM if they are joined."""
     if joined is not None:
         joined.into(x, out, which)
         return
@@ -154,7 +154,7 @@ def join_all_weights(model: nn.Module) -> None:
 
 
 def quantize_linears(model: nn.Module, patterns: Sequence[str]) -> None:
-    """Quantize the weights of all linear layers with a matching path to float8, and join the joined layers again.
+    """Quantize the weights of linear layers with a matching path to float8, and join the layers again.
 
     The previous weights of a layer are freed before the next layer is quantized; joined weights are freed at the end.
     Raises InvalidInput for sizes that the device's float8 GEMM does not support.

@@ -41,7 +41,7 @@ def apply_qk_norm(
     segments: TokenSegments | None = None,
     out: Sequence[Tensor] | None = None,
 ) -> None:
-    """Apply norms and RoPE to the parts of x (B, S, parts * D); computed in float32, in place unless `out` is given.
+    """Apply norms and RoPE to the parts of x (B, S, parts * D), in place unless `out` is given; in float32.
 
     `out` has a tensor (B, S, heads, head size) for each part of x, which may be a view of that part. With `out`, x may
     have further parts without a norm at its end; these are copied. `segments` are needed where `norms.first` is set.
@@ -61,7 +61,7 @@ def apply_qk_norm(
 
 @dataclass(frozen=True)
 class ProjectedHeads:
-    """Projected queries, keys and values, concatenated (B, S, 3 * D), before norms and RoPE. For a single use."""
+    """Projected queries, keys, values, concatenated (B, S, 3 * D), before norms and RoPE. For a single use."""
 
     qkv: Tensor
     norms: QKNormModules
@@ -87,7 +87,7 @@ class ProjectedHeads:
         return q, k, v
 
     def all_into(self, key_values: Tensor) -> Tensor:
-        """Queries (B, S, heads, head size), as a view of `qkv`; writes `key_values` (B, S, 2, heads, head size)."""
+        """Queries (B, S, heads, head size), a view of `qkv`; writes `key_values` (B, S, 2, heads, head size)."""
         q = head_views(self.qkv, 3, self.norms.head_size)[0]
         apply_qk_norm(self.qkv, self.norms, self.rotation, self.segments, out=(q, *key_values.unbind(2)))
         return q

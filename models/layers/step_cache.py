@@ -1,4 +1,4 @@
-"""Step cache: a step may compute the first block only, and reuse the output of the other blocks of an earlier step.
+"""Step cache: a step may compute only the first block, and reuse the output of the others.
 
 This is the First Block Cache of ParaAttention, a relative of TeaCache (arXiv 2411.19108). The output of the blocks
 changes little over many steps, and the change of the first block's output predicts the change of the others'. The host
@@ -56,7 +56,7 @@ class StepCache:
             self._stored.rest.copy_(rest)
 
     def reuse(self, first: Tensor) -> Tensor:
-        """The stored output (B, S, D) of the other blocks; also computes the change from the first block's output."""
+        """The stored output (B, S, D) of the other blocks. Also computes the change of the first block's output."""
         assert self._stored is not None, "no step has been computed"
         before = self._stored.first.float()
         sums = self._reduce_sums(torch.stack(((first.float() - before).abs().sum(), before.abs().sum())))

@@ -57,16 +57,16 @@ def gather_chunks(x: Tensor, dim: int, sizes: Sequence[int], axis: Axis) -> Tens
 
 
 def start_all_to_all(x: Tensor, sent: Sequence[int], received: Sequence[int], axis: Axis) -> Tensor:
-    """Start an all-to-all of rows of x: send `sent[i]` rows to rank i, receive `received[i]` rows from rank i."""
+    """Start an all-to-all of rows of x: `sent[i]` rows to rank i, `received[i]` rows from rank i."""
     started: Tensor = _OPS.all_to_all_single(x.contiguous(), list(received), list(sent), axis.group)
     return started
 
 
 def start_shift(x: Tensor, received: int, axis: Axis) -> Tensor:
-    """Start to send all rows of x to the next rank of the ring, and to receive `received` rows from the previous one.
+    """Start to send all rows of x to the next rank of the ring, and to receive rows from the previous one.
 
-    Implemented as an all-to-all with a single destination, because not all backends can capture functional
-    point-to-point operators.
+    `received` is the number of rows from the previous rank. The call is an all-to-all, because not all backends can
+    capture functional point-to-point operators.
     """
     sent_to, received_from = [0] * axis.size, [0] * axis.size
     sent_to[(axis.index + 1) % axis.size] = x.shape[0]

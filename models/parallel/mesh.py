@@ -80,7 +80,7 @@ class Degrees:
 
 @dataclass(frozen=True)
 class Axis:
-    """One mesh axis from the view of one rank: number of ranks, this rank's index, and name of the process group.
+    """One mesh axis from the view of one rank: number of ranks, own index, and name of the process group.
 
     Functional collectives take the name. It is empty for an axis with one rank.
     """

@@ -1,4 +1,4 @@
-"""All-gather of keys and values along the ring, for ranks whose GPUs share a host; overlaps with computation.
+"""All-gather of keys and values along the ring for GPUs of one host; overlaps with computation.
 
 Each rank has buffers for the keys and values of all ranks, in memory that its peers can write to. A rank writes its own
 chunk to its own buffer, copies it to the buffers of all other ranks, and sets a flag there. Readers wait for the flags.
@@ -63,7 +63,7 @@ class PeerGather:
         self._layers = 0
 
     def key_values(self, shape: Sequence[int], dtype: torch.dtype, sizes: Sequence[int]) -> Gathered:
-        """Buffer for one layer's keys and values (B, L, 2, H, K), where `sizes` are the ranks' numbers of tokens."""
+        """Buffer for one layer's keys and values (B, L, 2, H, K). `sizes` are the ranks' numbers of tokens."""
         batch, tokens, *rest = shape
         assert tokens == sizes[self._axis.index], "this rank's chunk has another size than `sizes` states"
         layout = _Layout((batch, sum(sizes), *rest), dtype, sum(sizes[: self._axis.index]), tokens)
@@ -82,7 +82,7 @@ class PeerGather:
 
 @dataclass(frozen=True)
 class _Layout:
-    """Layout of a buffer: one tensor (B, tokens, 2, H, K) of all ranks; this rank has `tokens` tokens from `first` on.
+    """Layout of a buffer: one tensor (B, tokens, 2, H, K) of all ranks. This rank has `tokens` tokens from `first` on.
 
     Heads are sent in groups, so that attention to the first group does not wait for the others.
     """
@@ -145,7 +145,7 @@ class Gathered(KeyValues):
 
 
 class _PeerBuffers:
-    """Buffers of one size on all ranks, and their flags: a buffer has a flag for each head group and each writer."""
+    """Buffers of one size on all ranks, and their flags. A buffer has a flag for each head group and each writer."""
 
     def __init__(self, axis: Axis, memory: PeerMemory, size: int, streams: CopyStreams) -> None:
         self.size = size

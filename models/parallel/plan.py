@@ -27,7 +27,7 @@ class ShardedArgument:
 
 @dataclass(frozen=True)
 class GatheredResult:
-    """A result of an entry point that is gathered along dimension `dim`: each rank returns its chunk of a segment.
+    """A result of an entry point that is gathered along `dim`: each rank returns its chunk of a segment.
 
     `result` is the chunk's key where the method returns a mapping; None: the method returns the chunk itself. A segment
     without tokens is not gathered, and its key may be missing.
@@ -41,7 +41,7 @@ class GatheredResult:
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelPlan:
-    """Sharding of a DiT. Modules are named by patterns of their paths: `*` is one name, `[qkv]` one of the letters.
+    """How a DiT is sharded. Modules are named by patterns of their paths, as in models.layers.module_paths.
 
     Tensor parallelism: `column` layers shard their outputs and `row` layers their inputs. `gathered` layers shard their
     outputs and all-gather them. `norms` are RMS norms over the outputs of column layers. `select_heads` are the

@@ -1,4 +1,4 @@
-"""Token segment lengths of the current forward pass, and the number of tokens that each rank of the sp axis holds."""
+"""Token segment lengths of the current forward pass, and numbers of tokens of the sp ranks."""
 
 from __future__ import annotations
 

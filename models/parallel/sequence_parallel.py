@@ -42,7 +42,7 @@ def shard_entry_points(model: DiffusionTransformer, plan: ParallelPlan, mesh: Wo
 
 
 def check_entry_points(model: DiffusionTransformer, plan: ParallelPlan) -> None:
-    """Raise TypeError where the plan names a method that is no entry point, or an argument that the method lacks."""
+    """Raise TypeError where the plan names a method that is no entry point, or an unknown argument."""
     for result in plan.gathered_results:
         model.entry_point_signature(result.method)
     for sharded in plan.sharded_arguments:

@@ -1,4 +1,4 @@
-"""Tensor-parallel layers, with weights sharded between the ranks of the tp axis, as in Megatron-LM (arXiv 1909.08053).
+"""Tensor-parallel layers: weights are sharded on the tp axis, as in Megatron-LM (arXiv 1909.08053).
 
 A column-parallel layer shards its outputs, and the row-parallel layer after it shards its inputs in the same way: the
 pair needs a single all-reduce. Parameters are plain local tensors, so that all operations on a Linear's weight, such as

@@ -108,7 +108,7 @@ class USPAttention(Attention):
         return start_all_to_all(x_ULBHK.flatten(0, 1), [tokens] * ranks, self._group(self.ring.index), self.ulysses)
 
     def _gather_heads(self, attended: Tensor) -> Tensor:
-        """All-to-all from the group's tokens for some heads (B, R, heads, K) to this rank's tokens (B, L, H, K)."""
+        """All-to-all from the group's tokens for some heads (B, R, heads, K) to own tokens (B, L, H, K)."""
         lengths, ranks = self.scope.current, self.ulysses.size
         tokens = lengths.sizes[lengths.index]
         sent = self._group(self.ring.index)
@@ -170,7 +170,7 @@ class _ScatteredHeads(KeyValues):
 
 
 class _RingBlocks(KeyValues):
-    """Keys and values (B, R, heads, K) in ring attention: attention to a block overlaps with the transfer of the next.
+    """Keys and values (B, R, heads, K) in ring attention. Attention overlaps with the transfer of the next block.
 
     `sizes` are the numbers of tokens of the ranks' blocks.
     """
