@@ -1,4 +1,4 @@
-"""Plan of how a DiT is sharded between the ranks of a worker group: data in a file beside the model."""
+"""Parallel plans: the sharding of a DiT between the ranks of a worker group, as data beside the model."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class GatheredResult:
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelPlan:
-    """How a DiT is sharded. Modules are named by patterns of their paths, as in models.layers.module_paths.
+    """Sharding of a DiT. Modules are named by patterns of their paths, as in models.layers.module_paths.
 
     Tensor parallelism: `column` layers shard their outputs and `row` layers their inputs. `gathered` layers shard their
     outputs and all-gather them. `norms` are RMS norms over the outputs of column layers. `select_heads` are the
