@@ -1,1 +1,1 @@
-"""The diffusion transformers, single-device, with the parameter names of their checkpoints."""
+"""Diffusion transformers as single-device models, with the parameter names of their checkpoints."""

@@ -1,4 +1,4 @@
-"""The interface of all diffusion transformers: work of a request is separate from the work of every step."""
+"""Interface of all diffusion transformers: prepare() runs once per request, predict() once per step."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 
 Predictions = Mapping[str, Tensor]
-"""A prediction for each latents argument of predict(), under the argument's name."""
+"""Predictions by the names of predict()'s latents arguments."""
 
 
 @dataclass(frozen=True)
 class MemorySpec:
-    """A tensor that predict() reads and updates in place, such as a KV cache: at a fixed address, zeros at first."""
+    """Shape and dtype of a tensor that predict() updates in place, such as a KV cache. The caller allocates zeros."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -37,11 +37,11 @@ class MemorySpec:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Inputs of a request's steps besides the latents.
+    """Inputs of predict() for all steps of a request, without the latents.
 
-    `steps` are tensors (steps, ...), with a row for each step, `constants` the same for all steps; both are keywords of
-    predict(), and so is `memory`, which the caller allocates. `lengths` are the whole lengths of the token segments
-    that prepare() sharded between ranks, by segment.
+    `steps` are tensors (steps, ...) with one row per step; `constants` are tensors for all steps. The names of both are
+    keywords of predict(). So are the names of `memory`, which the caller allocates at fixed addresses. `lengths` are
+    set by a parallel plan only: the full lengths of the token segments that it sharded in prepare().
     """
 
     steps: Mapping[str, Tensor]
@@ -50,26 +50,26 @@ class Prepared:
     lengths: Mapping[str, int] = field(default_factory=dict)
 
     def row(self, step: int) -> dict[str, Tensor]:
-        """The tensors of one step."""
+        """The rows of one step, by keyword."""
         return {name: rows[step] for name, rows in self.steps.items()}
 
     @property
     def flags(self) -> dict[str, int]:
-        """The lengths as keywords of predict(): static, so that graphs of other lengths have other keys."""
+        """`lengths` as static keywords of predict(): part of the key of a captured CUDA graph."""
         return {length_keyword(segment): length for segment, length in self.lengths.items()}
 
     def inputs(self, step: int) -> dict[str, Any]:
-        """The keywords of predict() at a step, but for latents and memory."""
+        """Keywords of predict() in one step, without latents and memory."""
         return {**self.row(step), **self.constants, **self.flags}
 
 
 def length_keyword(segment: str) -> str:
-    """The keyword of predict() for the whole length of a token segment."""
+    """Name of predict()'s keyword for the full length of a token segment."""
     return f"{segment}_length"
 
 
 ShardedForm = Callable[..., Any]
-"""Called in place of an entry point, with the single-device method before its arguments."""
+"""Replacement of an entry point. Its first argument is the bound single-device method."""
 
 _ENTRY_POINTS: set[Callable[..., Any]] = set()
 
@@ -77,7 +77,10 @@ _ENTRY_POINTS: set[Callable[..., Any]] = set()
 def entry_point(
     method: Callable[Concatenate[Model, Parameters], Result],
 ) -> Callable[Concatenate[Model, Parameters], Result]:
-    """Declare a method of a DiT whose arguments and result a parallel plan may shard. One device calls it as it is."""
+    """Decorator for methods of a DiT whose arguments and results a parallel plan may shard.
+
+    Without a plan the method runs unchanged.
+    """
 
     @wraps(method)
     def entered(model: Model, /, *args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
@@ -92,13 +95,13 @@ def entry_point(
 
 
 class DiffusionTransformer(nn.Module, ABC):
-    """Predicts from latents, a timestep and conditioning; forward() takes the keywords of Diffusers' model."""
+    """Model that predicts from latents, a timestep and conditioning.
+
+    The keywords of forward() are those of Diffusers' model.
+    """
 
     block_linears: tuple[str, ...]
-    """The large linear layers, of the blocks' attention and feed-forwards, as patterns of their paths.
-
-    The loader sets them.
-    """
+    """Path patterns of the large linear layers in attention and feed-forwards. Set by the loader."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -106,47 +109,49 @@ class DiffusionTransformer(nn.Module, ABC):
 
     @abstractmethod
     def prepare(self, timesteps: Tensor, **conditioning: Any) -> Prepared:
-        """Compute what does not depend on the latents, for timesteps (steps, B) and forward's other keywords.
+        """Compute everything that does not depend on the latents, from timesteps (steps, B) and conditioning.
 
-        A model whose token segments have timesteps of their own takes (steps, B, segments).
-        Embedding every step's timestep at once reads the weights for it once a request, instead of once a step.
+        Timesteps are (steps, B, segments) where token segments have different timesteps. `conditioning` are the other
+        keywords of forward(). All timesteps are embedded in one batch, which reads the weights of the embedding once
+        per request instead of once per step.
         """
 
     @abstractmethod
     def predict(self, *, use: CacheUse | None = None, **inputs: Any) -> Predictions:
-        """Predict for latents, with a row of Prepared.steps, Prepared.constants and the memory.
+        """Predict one step. Keywords are the latents, a row of Prepared.steps, Prepared.constants and the memory.
 
-        A function of its tensors that never reads their values on the host, so that a CUDA graph can capture it. `use`
-        says how a step cache is used, if there is one. Other keywords than those of latents, rows, constants and memory
-        are the static flags of a branch.
+        The method never reads tensor values on the host, so that a CUDA graph can capture it. `use` is the use of a
+        step cache; None: there is no step cache. All further keywords are static flags of a guidance branch.
         """
 
     @abstractmethod
     def residual_elements(self, latents: Mapping[str, Tensor], constants: Mapping[str, Tensor]) -> int:
-        """An upper bound of the elements in the residual stream (B, S, D) of a prediction for these latents."""
+        """Upper bound of the number of elements of the residual stream (B, S, D) for these latents."""
 
     def cached_tensors(self, latents: Mapping[str, Tensor]) -> object:
-        """Tensors that predict() reads from a cache of the module for latents of these shapes, such as rotations.
+        """Tensors that predict() takes from a module-level cache for these latents, such as RoPE angles.
 
-        A captured CUDA graph reads them at fixed addresses, so that the owner of the graph has to keep them.
+        A captured CUDA graph reads them at fixed addresses: the owner of the graph must hold references to them.
         """
         del latents
         return None
 
     def sharded_form(self, entered: Callable[..., Any]) -> ShardedForm | None:
-        """The sharded form of an entry point; None: there is one rank."""
+        """The sharded form of an entry point; None: no plan shards it."""
         return self._sharded_forms.get(entered)
 
     def shard_entry_point(self, name: str, form: ShardedForm) -> None:
-        """Call the sharded form in place of an entry point. Raises TypeError for a method that is no entry point."""
+        """Replace an entry point by its sharded form. Raises TypeError for a method that is no entry point."""
         self._sharded_forms[self._entry_point(name)] = form
 
     def entry_point_signature(self, name: str) -> inspect.Signature:
-        """The arguments of an entry point, without self. Raises TypeError for a method that is no entry point."""
+        """Signature of an entry point, without self. Raises TypeError for a method that is no entry point."""
         return inspect.signature(partial(self._entry_point(name), self))
 
     def _entry_point(self, name: str) -> Callable[..., Any]:
         entered: Callable[..., Any] | None = getattr(type(self), name, None)
         if entered not in _ENTRY_POINTS:
-            raise TypeError(f"{type(self).__name__}.{name} is not an entry point, which a plan needs to shard it")
+            raise TypeError(
+                f"{type(self).__name__}.{name} is not an entry point; mark it with @entry_point to shard it"
+            )
         return entered

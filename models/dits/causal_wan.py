@@ -1,11 +1,11 @@
-"""The causal Wan DiT: predicts one block of a video's frames, which attends to itself and to the frames before it.
+"""The causal Wan DiT: predicts a video in blocks of frames. A block attends to itself and to earlier frames.
 
-Keys and values of earlier frames are in a cache (`kv_cache`) that belongs to the request. Each prediction writes those
-of its own frames to the cache: the last prediction of a block, with its finished latents at timestep 0, is what later
-blocks attend to. Rotary positions are those of the whole video.
+The KV cache `kv_cache` of a request holds keys and values of earlier frames. Each prediction writes the keys and values
+of its own frames to the cache. The last prediction of a block runs on the denoised latents at timestep 0: later blocks
+attend to the keys and values that it writes. RoPE positions count from the start of the video.
 
-Shapes: as in models.dits.wan; S are the tokens of the whole video. With a window the cache is a ring buffer behind the
-sink: frames that leave the window are overwritten.
+With an attention window the cache holds the first frames (the sink), followed by a ring buffer, in which new frames
+overwrite frames that have left the window. Shapes: as in models.dits.wan; S are the tokens of the whole video.
 """
 
 from __future__ import annotations
@@ -39,7 +39,10 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         encoder_hidden_states: Tensor,
         video_grid: Tensor | None = None,
     ) -> Tensor:
-        """Velocity of a whole video as one block; arguments as those of the Wan DiT."""
+        """Velocity of a whole video as a single block; arguments as in WanTransformer3DModel.
+
+        `video_grid` is as in prepare(); None: the grid of hidden_states.
+        """
         grid = hidden_states[:1, :0] if video_grid is None else video_grid
         prepared = self.prepare(timestep[None], encoder_hidden_states, grid)
         slab = prepared.memory["kv_cache"]
@@ -48,12 +51,12 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         return self.predict(hidden_states, first_frame=0, use=None, **memory, **inputs)["hidden_states"]
 
     @entry_point
-    def prepare(  # type: ignore[override]  # which keywords there are differs by model
+    def prepare(  # type: ignore[override]  # keywords differ by model
         self, timesteps: Tensor, encoder_hidden_states: Tensor, video_grid: Tensor
     ) -> Prepared:
-        """As the Wan DiT's, with the rotation (S, K / 2) of the whole video and the cache as memory.
+        """As the Wan DiT's, with RoPE (S, K / 2) of the whole video, and the KV cache as memory.
 
-        `video_grid` is (1, 0, frames, rows, columns) of the video's latents.
+        `video_grid` is an empty tensor (1, 0, frames, rows, columns): the size of the whole video's latents.
         """
         prepared = super().prepare(timesteps, encoder_hidden_states)
         grid = self._grid(video_grid)
@@ -70,11 +73,11 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         )
 
     def cached_tensors(self, latents: Mapping[str, Tensor]) -> None:
-        """None: the rotation of the whole video is a constant of the request."""
+        """None: RoPE of the whole video is one of Prepared.constants."""
         del latents
 
     @entry_point
-    def predict(  # type: ignore[override]  # which constants there are differs by model
+    def predict(  # type: ignore[override]  # constants differ by model
         self,
         hidden_states: Tensor,
         modulation: Tensor,
@@ -85,16 +88,17 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         first_frame: Hashable = 0,
         use: CacheUse | None = None,
     ) -> Predictions:
-        """Velocity of a block (B, out_channels, frames, rows, columns) that begins at `first_frame` of the video.
+        """Velocity (B, out_channels, frames, rows, columns) of a block of frames from `first_frame` on.
 
-        `kv_cache` (blocks, 2, B, capacity, heads, K) holds the frames before it, and afterwards the block's, too.
+        `kv_cache` (transformer blocks, 2, B, capacity, heads, K) holds the earlier frames; the frames of this block are
+        written to it.
         """
-        assert isinstance(first_frame, int), "a static flag"
+        assert isinstance(first_frame, int), "first_frame is a static flag"
         grid = self._grid(hidden_states)
         frame_tokens = math.prod(grid[1:])
         tokens = slice(first_frame * frame_tokens, (first_frame + grid[0]) * frame_tokens)
         slots, length = self._slots(first_frame, grid[0], frame_tokens)
-        segments = self.tokens(
+        segments = self.predict_tokens(
             self.patch_embedding(hidden_states).flatten(2).transpose(1, 2).contiguous(),
             cos[tokens],
             sin[tokens],
@@ -107,19 +111,18 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         return {"hidden_states": self._unpatchify(segments[VIDEO], grid)}
 
     def _slots(self, first: int, frames: int, frame_tokens: int) -> tuple[tuple[slice, ...], int]:
-        """Where the tokens of frames from `first` on go in the cache, and how many tokens are valid then."""
-        places = [self._place(first + frame) for frame in range(frames)]
+        """Cache slots (tokens) for `frames` frames from `first` on, and the number of valid tokens afterwards."""
         runs: list[tuple[int, int]] = []
-        for place in places:
-            if runs and runs[-1][1] == place:
-                runs[-1] = (runs[-1][0], place + 1)
+        for slot in (self._frame_slot(first + frame) for frame in range(frames)):
+            if runs and runs[-1][1] == slot:
+                runs[-1] = (runs[-1][0], slot + 1)
             else:
-                runs.append((place, place + 1))
+                runs.append((slot, slot + 1))
         valid = first + frames if self.window is None else min(first + frames, self.window)
         return tuple(slice(begin * frame_tokens, end * frame_tokens) for begin, end in runs), valid * frame_tokens
 
-    def _place(self, frame: int) -> int:
-        """The place of a frame in the cache: behind the sink the frame's takes that of the oldest frame."""
+    def _frame_slot(self, frame: int) -> int:
+        """Cache slot of a frame, in frames. A frame after the sink overwrites the oldest frame of the window."""
         if self.window is None or frame < self.sink:
             return frame
         return self.sink + (frame - self.sink) % (self.window - self.sink)

@@ -1,10 +1,10 @@
-"""The Flux DiT: blocks with weights of their own for text and image, then blocks that share weights.
+"""The Flux DiT: blocks with separate weights for text and image, then blocks with shared weights.
 
 Shapes: N steps, B batch, T text tokens, I image tokens, S = T + I (text first), D hidden size, M all modulations.
 Parameter names are the checkpoint's.
 """
 
-# ruff: noqa: N803, N806  (the capitals of a tensor's name are its shape)
+# ruff: noqa: N803, N806  (a tensor name ends in its shape, in capitals)
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from torch.nn.functional import silu
 
 from configs.models.dits.flux import FluxTransformerConfig
 from models.dits.base import DiffusionTransformer, Predictions, Prepared, entry_point
-from models.dits.joint_stream import joint_residual_elements, through_joint_blocks
+from models.dits.joint_blocks import joint_residual_elements, run_joint_blocks
 from models.layers.attention import SelfAttention
 from models.layers.embeddings import EmbeddingMLP, sinusoidal_embedding
 from models.layers.feed_forward import FeedForward
-from models.layers.joint_attention import JointAttention, block_modulations, joint_block
+from models.layers.joint_attention import ImageModulation, JointAttention, block_modulations, joint_block
 from models.layers.linear import Linear
 from models.layers.norms import LayerNormScaleShift, Residual
 from models.layers.rotary import rotary_embedding
@@ -33,7 +33,7 @@ SINUSOID_SIZE = 256
 
 
 class ModulationLinear(nn.Module):
-    """Shifts, scales and gates of a block, from the conditioning vector: `parts` vectors of its size."""
+    """Projection of the conditioning vector (B, D) to shifts, scales and gates of a block, (B, parts * D)."""
 
     def __init__(self, size: int, parts: int) -> None:
         super().__init__()
@@ -42,9 +42,9 @@ class ModulationLinear(nn.Module):
 
 
 class ConditioningEmbedding(nn.Module):
-    """Timestep, guidance (of distilled models) and the pooled prompt, as one vector (B, D).
+    """Conditioning vector (B, D): sum of embedded timestep, guidance (distilled models) and pooled prompt.
 
-    `time_scale` maps timesteps to [0, 1000].
+    `time_scale` is the factor from the range of the timesteps to [0, 1000].
     """
 
     def __init__(self, config: FluxTransformerConfig, time_scale: float = 1000.0) -> None:
@@ -56,7 +56,7 @@ class ConditioningEmbedding(nn.Module):
         self.text_embedder = EmbeddingMLP(config.pooled_projection_dim, size)
 
     def forward(self, timestep_B: Tensor, guidance_B: Tensor | None, pooled: Tensor) -> Tensor:
-        """timestep and guidance are float32; guidance is multiplied by 1000 here."""
+        """Embed timestep (B,) and guidance (B,), both float32; guidance is multiplied by 1000 here."""
         sinusoids = sinusoidal_embedding(timestep_B * self.time_scale, SINUSOID_SIZE)
         embedding: Tensor = self.timestep_embedder(sinusoids)
         if self.guidance_embedder is not None and guidance_B is not None:
@@ -66,7 +66,7 @@ class ConditioningEmbedding(nn.Module):
 
 
 class FluxTransformerBlock(nn.Module):
-    """Joint attention of text and image, then a feed-forward each."""
+    """Joint attention of text and image, then one feed-forward for each of the two."""
 
     def __init__(self, config: FluxTransformerConfig) -> None:
         super().__init__()
@@ -79,15 +79,15 @@ class FluxTransformerBlock(nn.Module):
         self.ff_context = FeedForward(size)
 
     def forward(
-        self, residual: Residual, parts: Iterator[Tensor], rotation: Rotation, segments: TokenSegments
+        self, residual: Residual, modulations: Iterator[ImageModulation], rotation: Rotation, segments: TokenSegments
     ) -> Residual:
-        """The next residual; takes its modulations from `parts`."""
-        modulations = block_modulations(segments, parts)
-        return joint_block(residual, self.norm, self.attn, (self.ff_context, self.ff), modulations, rotation, segments)
+        """Return the next residual. Takes the next twelve of `modulations`."""
+        halves = block_modulations(segments, modulations)
+        return joint_block(residual, self.norm, self.attn, (self.ff_context, self.ff), halves, rotation, segments)
 
 
 class FluxSingleTransformerBlock(nn.Module):
-    """A block for all tokens: attention and feed-forward side by side, projected together."""
+    """Block with the same weights for all tokens: attention and feed-forward in parallel, then a projection."""
 
     def __init__(self, config: FluxTransformerConfig) -> None:
         super().__init__()
@@ -99,17 +99,17 @@ class FluxSingleTransformerBlock(nn.Module):
         self.proj_out = Linear(5 * size, size)
 
     def forward(
-        self, residual: Residual, parts: Iterator[Tensor], rotation: Rotation, segments: TokenSegments
+        self, residual: Residual, modulations: Iterator[ImageModulation], rotation: Rotation, segments: TokenSegments
     ) -> Residual:
-        """The next residual; takes its modulations from `parts`, the same for all segments."""
+        """Return the next residual. Takes the next three of `modulations`, which are the same for all segments."""
         del segments
-        shift, scale, gate = (SegmentVectors.same(part) for part in islice(parts, 3))
+        shift, scale, gate = (SegmentVectors.same(each[0]) for each in islice(modulations, 3))
         x_BSD, normed = self.layer_norm.after(residual, scale, shift)
-        started = self.attn.start(normed, rotation)
+        pending = self.attn.start(normed, rotation)
         size, hidden = (len(layer.weight) for layer in (self.attn.to_q, self.proj_mlp))
         both = normed.new_empty(*normed.shape[:2], size + hidden)
         self.proj_mlp.gelu_into(normed, both[..., size:])
-        self.attn.finish(started, both[..., :size])
+        self.attn.finish(pending, both[..., :size])
         return Residual(x_BSD, self.proj_out(both), gate)
 
 
@@ -143,8 +143,9 @@ class FluxTransformer2DModel(DiffusionTransformer):
     ) -> Tensor:
         """Velocity (B, I, channels) of hidden_states (B, I, channels).
 
-        timestep is float32 (B,) in [0, 1]; guidance float32 (B,), or None for models without it; encoder_hidden_states
-        (B, T, joint_attention_dim); pooled_projections (B, pooled_projection_dim); positions (tokens, 3).
+        timestep is float32 (B,) in [0, 1]; guidance is float32 (B,), or None for models without a guidance embedding;
+        encoder_hidden_states (B, T, joint_attention_dim); pooled_projections (B, pooled_projection_dim); the positions
+        img_ids (I, 3) and txt_ids (T, 3).
         """
         prepared = self.prepare(
             timestep[None], encoder_hidden_states, pooled_projections, guidance, img_ids=img_ids, txt_ids=txt_ids
@@ -152,7 +153,7 @@ class FluxTransformer2DModel(DiffusionTransformer):
         return self.predict(hidden_states, use=None, **prepared.inputs(0))["hidden_states"]
 
     @entry_point
-    def prepare(  # type: ignore[override]  # which keywords there are differs by model
+    def prepare(  # type: ignore[override]  # keywords differ by model
         self,
         timesteps: Tensor,
         encoder_hidden_states: Tensor,
@@ -161,7 +162,7 @@ class FluxTransformer2DModel(DiffusionTransformer):
         img_ids: Tensor,
         txt_ids: Tensor,
     ) -> Prepared:
-        """Modulations of all blocks (N, B, M) for timesteps (N, B), the embedded text, the rotation of all tokens."""
+        """Modulations (N, B, M) for timesteps (N, B), embedded text (B, T, D), and RoPE of all tokens."""
         steps, batch = timesteps.shape
         repeated = None if guidance is None else guidance.repeat(steps)
         embedding = self.time_text_embed(timesteps.flatten(), repeated, pooled_projections.repeat(steps, 1))
@@ -175,7 +176,7 @@ class FluxTransformer2DModel(DiffusionTransformer):
         )
 
     @entry_point
-    def predict(  # type: ignore[override]  # which constants there are differs by model
+    def predict(  # type: ignore[override]  # constants differ by model
         self,
         hidden_states: Tensor,
         modulation: Tensor,
@@ -184,15 +185,15 @@ class FluxTransformer2DModel(DiffusionTransformer):
         sin: Tensor,
         use: CacheUse | None = None,
     ) -> Predictions:
-        """Velocity (B, I, channels), with a step's modulations (B, M)."""
+        """Velocity (B, I, channels) of hidden_states (B, I, channels), with the modulations (B, M) of a step."""
         blocks = (*self.transformer_blocks, *self.single_transformer_blocks)
-        normed = through_joint_blocks(
+        normed = run_joint_blocks(
             self.x_embedder(hidden_states), text_BTD, modulation, Rotation(cos, sin), blocks, self.final_norm, use
         )
         return {"hidden_states": self.proj_out(normed)}
 
     def residual_elements(self, latents: Mapping[str, Tensor], constants: Mapping[str, Tensor]) -> int:
-        """Text and image tokens."""
+        """Number of elements of the residual stream: text and image tokens."""
         return joint_residual_elements(latents["hidden_states"], constants["text_BTD"])
 
     def _modulations(self) -> Iterator[ModulationLinear]:
@@ -202,7 +203,7 @@ class FluxTransformer2DModel(DiffusionTransformer):
 def modulations_of(
     blocks: Iterable[nn.Module], single_blocks: Iterable[nn.Module], last: ModulationLinear
 ) -> Iterator[ModulationLinear]:
-    """The modulations of Flux' blocks and of the last norm, in the order in which predict() takes their parts."""
+    """Modulation layers of Flux blocks and of the last norm, in the order in which blocks read them."""
     for block in blocks:
         assert isinstance(block, FluxTransformerBlock)
         yield from (block.norm1, block.norm1_context)

@@ -1,11 +1,11 @@
-"""The FLUX.2 DiT: blocks with weights of their own for text and image, then blocks that share weights.
+"""The FLUX.2 DiT: blocks with separate weights for text and image, then blocks with shared weights.
 
-Shapes: N steps, B batch, T text tokens, I image tokens (of the output, then of each reference image), S = T + I (text
-first), D hidden size, F feed-forward size, M all modulations. Parameter names are the checkpoint's; no projection has a
-bias. Blocks of one kind share their modulations.
+Shapes: N steps, B batch, T text tokens, I image tokens (those of the output, then those of each reference image),
+S = T + I (text first), D hidden size, F feed-forward size, M all modulations. Parameter names are the checkpoint's. No
+projection has a bias. All blocks of one kind have the same modulations.
 """
 
-# ruff: noqa: N803, N806  (the capitals of a tensor's name are its shape)
+# ruff: noqa: N803, N806  (a tensor name ends in its shape, in capitals)
 
 from __future__ import annotations
 
@@ -18,26 +18,32 @@ from torch.nn.functional import silu
 
 from configs.models.dits.flux2 import MLP_RATIO, Flux2TransformerConfig
 from models.dits.base import DiffusionTransformer, Predictions, Prepared, entry_point
-from models.dits.joint_stream import joint_residual_elements, through_modulated_blocks
+from models.dits.joint_blocks import image_modulations, joint_residual_elements, run_modulated_blocks
 from models.kernels.activation import gate_by_silu
 from models.kernels.qk_norm_rotate import split_heads
 from models.layers.attention import Attention
 from models.layers.embeddings import EmbeddingMLP, sinusoidal_embedding
-from models.layers.joint_attention import JointAttention, block_modulations, joint_block
+from models.layers.joint_attention import ImageModulation, JointAttention, block_modulations, joint_block
 from models.layers.linear import Linear
 from models.layers.norms import LayerNormScaleShift, Residual, RMSNorm
-from models.layers.qk_norm import HeadNorms, ProjectedHeads
+from models.layers.qk_norm import ProjectedHeads, QKNormModules
 from models.layers.rotary import rotary_embedding
 from models.layers.step_cache import CacheUse
 from models.rotation import Rotation
 from models.token_segments import SegmentVectors, TokenSegments
 
-DOUBLE_VECTORS, SINGLE_VECTORS, FINAL_VECTORS = 12, 3, 2
-"""Modulations of a joint block, of a block for all tokens, and of the last norm."""
+DOUBLE_VECTORS = 12
+"""Modulations of a block with separate weights: shift, scale and gate of two halves, for image and text."""
+
+SINGLE_VECTORS = 3
+"""Modulations of a block with shared weights: shift, scale and gate."""
+
+FINAL_VECTORS = 2
+"""Modulations of the last norm: scale and shift."""
 
 
 class ModulationLinear(nn.Module):
-    """`parts` modulations of size D from the embedding of the timestep, to which the caller applies SiLU."""
+    """Projection of the time embedding (B, D) to modulations (B, parts * D). The caller applies SiLU before it."""
 
     def __init__(self, size: int, parts: int) -> None:
         super().__init__()
@@ -45,7 +51,7 @@ class ModulationLinear(nn.Module):
 
 
 class ConditioningEmbedding(nn.Module):
-    """Timestep and guidance (of guidance-distilled models) as one vector (B, D)."""
+    """Conditioning vector (B, D): the sum of embedded timestep and guidance (guidance-distilled models)."""
 
     def __init__(self, config: Flux2TransformerConfig) -> None:
         super().__init__()
@@ -56,7 +62,7 @@ class ConditioningEmbedding(nn.Module):
             self.guidance_embedder = EmbeddingMLP(self.sinusoid_size, size, has_bias=False)
 
     def forward(self, timestep_B: Tensor, guidance_B: Tensor | None) -> Tensor:
-        """timestep and guidance are float32; both are multiplied by 1000 here."""
+        """Embed timestep (B,) and guidance (B,), both float32; both are multiplied by 1000 here."""
         embedding: Tensor = self.timestep_embedder(sinusoidal_embedding(timestep_B * 1000, self.sinusoid_size))
         if self.guidance_embedder is None or guidance_B is None:
             return embedding
@@ -65,7 +71,7 @@ class ConditioningEmbedding(nn.Module):
 
 
 class Flux2FeedForward(nn.Module):
-    """SwiGLU between two projections. The first projection computes gate and input in one GEMM."""
+    """Feed-forward with SwiGLU. The first projection computes SwiGLU's gate and input in one GEMM."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -80,7 +86,7 @@ class Flux2FeedForward(nn.Module):
 
 
 class Flux2ParallelSelfAttention(nn.Module):
-    """Attention and SwiGLU side by side: one projection of their inputs, one projection of their results."""
+    """Parallel attention and SwiGLU: one projection for both inputs, one projection of both results."""
 
     def __init__(self, size: int, head_size: int) -> None:
         super().__init__()
@@ -93,23 +99,22 @@ class Flux2ParallelSelfAttention(nn.Module):
 
     def forward(self, x_BSD: Tensor, rotation: Rotation) -> Tensor:
         """(B, S, D) to (B, S, D)."""
-        # Of this rank, after tp.
+        # From the weight: a sharded layer has fewer heads than the config.
         size = len(self.to_qkv_mlp_proj.weight) // (3 + 2 * MLP_RATIO)
         projected = x_BSD.new_empty(*x_BSD.shape[:2], (3 + 2 * MLP_RATIO) * size)
         self.to_qkv_mlp_proj.into(x_BSD, projected)
         qkv, hidden = projected[..., : 3 * size], projected[..., 3 * size :]
-        norms = HeadNorms((self.norm_q, self.norm_k), self.head_size)
-        started = self.inner.start(ProjectedHeads(qkv, norms, rotation))
-        # Overlaps with messages between ranks.
+        norms = QKNormModules((self.norm_q, self.norm_k), self.head_size)
+        pending = self.inner.start(ProjectedHeads(qkv, norms, rotation))
         both = x_BSD.new_empty(*x_BSD.shape[:2], (1 + MLP_RATIO) * size)
         both[..., size:] = gate_by_silu(hidden)
-        self.inner.finish(started, split_heads(both[..., :size], self.head_size))
+        self.inner.finish(pending, split_heads(both[..., :size], self.head_size))
         result: Tensor = self.to_out(both)
         return result
 
 
 class Flux2TransformerBlock(nn.Module):
-    """Joint attention of text and image, then a feed-forward each."""
+    """Joint attention of text and image, then one feed-forward for each of the two."""
 
     def __init__(self, config: Flux2TransformerConfig) -> None:
         super().__init__()
@@ -120,15 +125,15 @@ class Flux2TransformerBlock(nn.Module):
         self.ff_context = Flux2FeedForward(size)
 
     def forward(
-        self, residual: Residual, parts: Iterator[Tensor], rotation: Rotation, segments: TokenSegments
+        self, residual: Residual, modulations: Iterator[ImageModulation], rotation: Rotation, segments: TokenSegments
     ) -> Residual:
-        """The next residual; takes its modulations from `parts`."""
-        modulations = block_modulations(segments, parts)
-        return joint_block(residual, self.norm, self.attn, (self.ff_context, self.ff), modulations, rotation, segments)
+        """Return the next residual. Takes the next twelve of `modulations`."""
+        halves = block_modulations(segments, modulations)
+        return joint_block(residual, self.norm, self.attn, (self.ff_context, self.ff), halves, rotation, segments)
 
 
 class Flux2SingleTransformerBlock(nn.Module):
-    """A block for all tokens: attention and feed-forward side by side."""
+    """Block with the same weights for all tokens: parallel attention and feed-forward."""
 
     def __init__(self, config: Flux2TransformerConfig) -> None:
         super().__init__()
@@ -136,11 +141,11 @@ class Flux2SingleTransformerBlock(nn.Module):
         self.attn = Flux2ParallelSelfAttention(config.hidden_size, config.attention_head_dim)
 
     def forward(
-        self, residual: Residual, parts: Iterator[Tensor], rotation: Rotation, segments: TokenSegments
+        self, residual: Residual, modulations: Iterator[ImageModulation], rotation: Rotation, segments: TokenSegments
     ) -> Residual:
-        """The next residual; takes its modulations from `parts`, the same for all segments."""
+        """Return the next residual. Takes the next three of `modulations`, which are the same for all segments."""
         del segments
-        shift, scale, gate = (SegmentVectors.same(part) for part in islice(parts, SINGLE_VECTORS))
+        shift, scale, gate = (SegmentVectors.same(each[0]) for each in islice(modulations, SINGLE_VECTORS))
         x_BSD, normed = self.norm.after(residual, scale, shift)
         return Residual(x_BSD, self.attn(normed, rotation), gate)
 
@@ -177,14 +182,14 @@ class Flux2Transformer2DModel(DiffusionTransformer):
     ) -> Tensor:
         """Velocity (B, I, channels) of hidden_states (B, I, channels), reference tokens included.
 
-        timestep is float32 (B,) in [0, 1]; guidance float32 (B,), or None for models without it; encoder_hidden_states
-        (B, T, joint_attention_dim); positions (tokens, 4).
+        timestep is float32 (B,) in [0, 1]; guidance is float32 (B,), or None for models without a guidance embedding;
+        encoder_hidden_states (B, T, joint_attention_dim); the positions img_ids (I, 4) and txt_ids (T, 4).
         """
         prepared = self.prepare(timestep[None], encoder_hidden_states, guidance, img_ids=img_ids, txt_ids=txt_ids)
         return self.predict(hidden_states, use=None, **prepared.inputs(0))["hidden_states"]
 
     @entry_point
-    def prepare(  # type: ignore[override]  # which keywords there are differs by model
+    def prepare(  # type: ignore[override]  # keywords differ by model
         self,
         timesteps: Tensor,
         encoder_hidden_states: Tensor,
@@ -192,7 +197,7 @@ class Flux2Transformer2DModel(DiffusionTransformer):
         img_ids: Tensor,
         txt_ids: Tensor,
     ) -> Prepared:
-        """Modulations (N, B, M) for timesteps (N, B), the embedded text, the rotation of all tokens."""
+        """Modulations (N, B, M) for timesteps (N, B), embedded text (B, T, D), and RoPE of all tokens."""
         steps, batch = timesteps.shape
         repeated = None if guidance is None else guidance.repeat(steps)
         activated_BD = silu(self.time_guidance_embed(timesteps.flatten(), repeated))
@@ -210,7 +215,7 @@ class Flux2Transformer2DModel(DiffusionTransformer):
         )
 
     @entry_point
-    def predict(  # type: ignore[override]  # which constants there are differs by model
+    def predict(  # type: ignore[override]  # constants differ by model
         self,
         hidden_states: Tensor,
         modulation: Tensor,
@@ -219,17 +224,18 @@ class Flux2Transformer2DModel(DiffusionTransformer):
         sin: Tensor,
         use: CacheUse | None = None,
     ) -> Predictions:
-        """Velocity (B, I, channels), with a step's modulations (B, M)."""
+        """Velocity (B, I, channels) of hidden_states (B, I, channels), with the modulations (B, M) of a step."""
         vectors = modulation.chunk(DOUBLE_VECTORS + SINGLE_VECTORS + FINAL_VECTORS, dim=1)
         double, rest = vectors[:DOUBLE_VECTORS], vectors[DOUBLE_VECTORS:]
         single, final = rest[:SINGLE_VECTORS], rest[SINGLE_VECTORS:]
-        parts = double * len(self.transformer_blocks) + single * len(self.single_transformer_blocks) + final
+        vectors = double * len(self.transformer_blocks) + single * len(self.single_transformer_blocks) + final
+        modulations = image_modulations(vectors)
         blocks = (*self.transformer_blocks, *self.single_transformer_blocks)
-        normed = through_modulated_blocks(
-            self.x_embedder(hidden_states), text_BTD, parts, Rotation(cos, sin), blocks, self.final_norm, use
+        normed = run_modulated_blocks(
+            self.x_embedder(hidden_states), text_BTD, modulations, Rotation(cos, sin), blocks, self.final_norm, use
         )
         return {"hidden_states": self.proj_out(normed)}
 
     def residual_elements(self, latents: Mapping[str, Tensor], constants: Mapping[str, Tensor]) -> int:
-        """Text and image tokens."""
+        """Number of elements of the residual stream: text and image tokens."""
         return joint_residual_elements(latents["hidden_states"], constants["text_BTD"])

@@ -1,21 +1,12 @@
-"""How the FLUX.2 DiT is sharded between ranks, and its loader."""
+"""Parallel plan and loader of the FLUX.2 DiT."""
 
 from __future__ import annotations
-
-from functools import partial
-from typing import TYPE_CHECKING
-
-import torch
 
 from configs.models.dits.flux2 import MLP_RATIO, Flux2TransformerConfig
 from models.dits.flux2 import Flux2Transformer2DModel
 from models.dits.flux_plan import DOUBLE, FLUX_PLAN, SINGLE
-from models.dits.loading import load_transformer
+from models.dits.loading import TransformerLoader
 from models.parallel.plan import ParallelPlan
-
-if TYPE_CHECKING:
-    from common.checkpoint import Checkpoint
-    from models.parallel.mesh import WorkerMesh
 
 FLUX2_PLAN = ParallelPlan(
     column=(
@@ -34,7 +25,7 @@ FLUX2_PLAN = ParallelPlan(
     ),
     gathered=("double_stream_modulation_*.linear", "single_stream_modulation.linear"),
     parts={
-        # SwiGLU's gate and its input.
+        # SwiGLU's gate, then its input.
         f"{DOUBLE}.ff.linear_in": (1, 1),
         f"{DOUBLE}.ff_context.linear_in": (1, 1),
         # Queries, keys, values, then SwiGLU's gate and its input.
@@ -42,18 +33,16 @@ FLUX2_PLAN = ParallelPlan(
         # The heads, then the feed-forward.
         f"{SINGLE}.attn.to_out": (1, MLP_RATIO),
     },
-    # Image tokens are those of the output, then those of each reference image.
+    # The image segment holds the tokens of the output, then those of each reference image.
     token_segments=FLUX_PLAN.token_segments,
     attention=FLUX_PLAN.attention,
-    cuts=FLUX_PLAN.cuts,
-    joins=FLUX_PLAN.joins,
+    sharded_arguments=FLUX_PLAN.sharded_arguments,
+    gathered_results=FLUX_PLAN.gathered_results,
 )
 
-
-def load_flux2_transformer(
-    checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype, mesh: WorkerMesh | None = None
-) -> Flux2Transformer2DModel:
-    """The DiT of the module's config.json, or this rank's part of it. Raises as load_transformer()."""
-    config = Flux2TransformerConfig.from_dict(name, checkpoint.module_config(name))
-    build = partial(Flux2Transformer2DModel, config)
-    return load_transformer(build, FLUX2_PLAN, checkpoint, name, device, dtype, mesh, heads=config.num_attention_heads)
+load_flux2_transformer = TransformerLoader(
+    config=Flux2TransformerConfig,
+    build=Flux2Transformer2DModel,
+    plan=FLUX2_PLAN,
+    heads=lambda config: config.num_attention_heads,
+)

@@ -1,20 +1,11 @@
-"""How the Flux DiT is sharded between ranks, and its loader."""
+"""Parallel plan and loader of the Flux DiT."""
 
 from __future__ import annotations
 
-from functools import partial
-from typing import TYPE_CHECKING
-
-import torch
-
 from configs.models.dits.flux import FluxTransformerConfig
 from models.dits.flux import FluxTransformer2DModel
-from models.dits.loading import load_transformer
-from models.parallel.plan import Cut, Join, ParallelPlan
-
-if TYPE_CHECKING:
-    from common.checkpoint import Checkpoint
-    from models.parallel.mesh import WorkerMesh
+from models.dits.loading import TransformerLoader
+from models.parallel.plan import GatheredResult, ParallelPlan, ShardedArgument
 
 DOUBLE, SINGLE = "transformer_blocks.*", "single_transformer_blocks.*"
 
@@ -34,26 +25,24 @@ FLUX_PLAN = ParallelPlan(
         f"{DOUBLE}.ff_context.net.2",
         f"{SINGLE}.proj_out",
     ),
-    # A third of the weights, read once a request: whole, they would cost each rank their memory.
+    # These layers run once per request but hold a third of the weights: replicas would cost much memory on each rank.
     gathered=(f"{DOUBLE}.norm1.linear", f"{DOUBLE}.norm1_context.linear", f"{SINGLE}.norm.linear"),
-    # Its inputs are the heads, and beside them the feed-forward, four times as wide.
+    # The inputs are the heads, then the feed-forward, which is four times as wide.
     parts={f"{SINGLE}.proj_out": (1, 4)},
     token_segments={"text": "sharded", "image": "sharded"},
     attention=(f"{DOUBLE}.attn.inner", f"{SINGLE}.attn.inner"),
-    cuts=(
-        Cut("prepare", "encoder_hidden_states", "text"),
-        Cut("prepare", "txt_ids", "text", dim=0),
-        Cut("prepare", "img_ids", "image", dim=0),
-        Cut("predict", "hidden_states", "image"),
+    sharded_arguments=(
+        ShardedArgument("prepare", "encoder_hidden_states", "text"),
+        ShardedArgument("prepare", "txt_ids", "text", dim=0),
+        ShardedArgument("prepare", "img_ids", "image", dim=0),
+        ShardedArgument("predict", "hidden_states", "image"),
     ),
-    joins=(Join("predict", "image", result="hidden_states"),),
+    gathered_results=(GatheredResult("predict", "image", result="hidden_states"),),
 )
 
-
-def load_flux_transformer(
-    checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype, mesh: WorkerMesh | None = None
-) -> FluxTransformer2DModel:
-    """The DiT of the module's config.json, or this rank's part of it. Raises as load_transformer()."""
-    config = FluxTransformerConfig.from_dict(name, checkpoint.module_config(name))
-    build = partial(FluxTransformer2DModel, config)
-    return load_transformer(build, FLUX_PLAN, checkpoint, name, device, dtype, mesh, heads=config.num_attention_heads)
+load_flux_transformer = TransformerLoader(
+    config=FluxTransformerConfig,
+    build=FluxTransformer2DModel,
+    plan=FLUX_PLAN,
+    heads=lambda config: config.num_attention_heads,
+)

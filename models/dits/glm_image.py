@@ -1,10 +1,10 @@
-"""The GLM-Image DiT: glyph and image tokens, which share weights and have modulations of their own.
+"""The GLM-Image DiT: glyph and image tokens with shared weights and separate modulations.
 
-Shapes: N steps, B batch, T glyph tokens, I image tokens, S both (glyphs first), C channels of a 2x2 patch, D hidden
+Shapes: N steps, B batch, T glyph tokens, I image tokens, S = T + I (glyphs first), C channels of a 2x2 patch, D hidden
 size, E size of the time embedding, M all modulations. Parameter names are the checkpoint's.
 """
 
-# ruff: noqa: N803, N806  (the capitals of a tensor's name are its shape)
+# ruff: noqa: N803, N806  (a tensor name ends in its shape, in capitals)
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ from torch.nn.functional import silu
 from configs.models.dits.glm_image import GlmImageTransformerConfig
 from configs.pipeline_configs.packed import pack_patches, unpack_patches
 from models.dits.base import DiffusionTransformer, Predictions, Prepared, entry_point
-from models.dits.joint_stream import through_joint_blocks
+from models.dits.joint_blocks import run_joint_blocks
 from models.layers.attention import SelfAttention
 from models.layers.embeddings import EmbeddingMLP, sinusoidal_embedding
 from models.layers.feed_forward import FeedForward
+from models.layers.joint_attention import ImageModulation
 from models.layers.linear import Linear, only_linear
 from models.layers.norms import LayerNormScaleShift, PlainLayerNorm, Residual
 from models.layers.rotary import rotary_embedding
@@ -32,23 +33,25 @@ from models.rotation import Rotation
 from models.token_segments import TokenSegments
 
 EPS = 1e-5
+"""Epsilon of all layer norms."""
+
 MODULATIONS = 12
-"""Of a block: shift, scale and gate of attention and of feed-forward, alternating between image and glyph tokens."""
+"""Modulations of a block: shift, scale and gate of attention, then of the feed-forward; each for image, then glyphs."""
 
 
 class TimeAndSizeEmbedding(nn.Module):
-    """Timestep, crop and size of the image, as one vector (E)."""
+    """Activated time embedding (E): the sum of embedded timestep, crop and image size, through SiLU."""
 
     def __init__(self, config: GlmImageTransformerConfig) -> None:
         super().__init__()
         self.sinusoid_size = config.time_embed_dim
         self.condition_dim = config.condition_dim
         self.timestep_embedder = EmbeddingMLP(config.time_embed_dim, config.time_embed_dim)
-        # Two numbers of the crop's corner, and two of the size.
+        # Four numbers: row and column of the crop's corner, height and width of the image.
         self.condition_embedder = EmbeddingMLP(4 * config.condition_dim, config.time_embed_dim)
 
     def forward(self, timesteps_NB: Tensor, target_size: Tensor, crop_coords: Tensor) -> Tensor:
-        """(N, B, E), activated, for timesteps in [0, 1000], and pixels (B, 2) of heights and widths."""
+        """(N, B, E) for timesteps (N, B) in [0, 1000], and target_size and crop_coords (B, 2) in pixels."""
         sinusoids = sinusoidal_embedding(timesteps_NB.flatten(), self.sinusoid_size)
         numbers = torch.cat((crop_coords, target_size), dim=1)
         condition = sinusoidal_embedding(numbers.flatten(), self.condition_dim).view(len(numbers), -1)
@@ -57,7 +60,7 @@ class TimeAndSizeEmbedding(nn.Module):
 
 
 class ModulationLinear(nn.Module):
-    """Vectors of size D, `parts` of them, from the activated time embedding."""
+    """Projection of the activated time embedding (E) to `parts` modulations of size D."""
 
     def __init__(self, time_size: int, size: int, parts: int) -> None:
         super().__init__()
@@ -70,7 +73,7 @@ class ModulationLinear(nn.Module):
 
 
 class ImageProjector(nn.Module):
-    """The first projection of the image's patches."""
+    """Projection of image patches to tokens."""
 
     def __init__(self, channels: int, size: int) -> None:
         super().__init__()
@@ -83,7 +86,7 @@ class ImageProjector(nn.Module):
 
 
 class GlmImageAttention(SelfAttention):
-    """Attention over glyph and image tokens; queries and keys are layer-normalised without weights."""
+    """Self-attention of glyph and image tokens, with layer norms without weights for queries and keys."""
 
     def __init__(self, size: int, head_size: int) -> None:
         super().__init__(size, head_size, eps=EPS, norm=PlainLayerNorm)
@@ -91,7 +94,7 @@ class GlmImageAttention(SelfAttention):
 
 
 class GlmImageTransformerBlock(nn.Module):
-    """Attention, then a feed-forward, both modulated and gated by time."""
+    """Attention, then a feed-forward; both are modulated and gated by the time embedding."""
 
     def __init__(self, config: GlmImageTransformerConfig) -> None:
         super().__init__()
@@ -102,19 +105,20 @@ class GlmImageTransformerBlock(nn.Module):
         self.ff = FeedForward(size)
 
     def forward(
-        self, residual: Residual, parts: Iterator[Tensor], rotation: Rotation, segments: TokenSegments
+        self, residual: Residual, modulations: Iterator[ImageModulation], rotation: Rotation, segments: TokenSegments
     ) -> Residual:
-        """The next residual; takes its modulations from `parts`."""
-        own = list(islice(parts, MODULATIONS))
-        vectors = [segments.vectors(text, image) for image, text in zip(own[::2], own[1::2], strict=True)]
+        """Return the next residual. Takes the next twelve of `modulations`."""
+        vectors_BD = [each[0] for each in islice(modulations, MODULATIONS)]
+        pairs = zip(vectors_BD[::2], vectors_BD[1::2], strict=True)
+        vectors = [segments.vectors(glyph, image) for image, glyph in pairs]
         shift, scale, gate, ff_shift, ff_scale, ff_gate = vectors
         x_BSD, normed = self.norm.after(residual, scale, shift)
         attended = self.attn1(normed, rotation)
-        residual = only_linear(self.attn1.to_out).update(x_BSD, attended, gate)
+        residual = only_linear(self.attn1.to_out).add_gated(x_BSD, attended, gate)
         x_BSD, normed = self.norm.after(residual, ff_scale, ff_shift)
-        fed = normed.new_empty(normed.shape)
-        self.ff.into(normed, fed)
-        return Residual(x_BSD, fed, ff_gate)
+        ff_out = normed.new_empty(normed.shape)
+        self.ff.into(normed, ff_out)
+        return Residual(x_BSD, ff_out, ff_gate)
 
 
 class GlmImageTransformer2DModel(DiffusionTransformer):
@@ -123,7 +127,7 @@ class GlmImageTransformer2DModel(DiffusionTransformer):
     def __init__(self, config: GlmImageTransformerConfig) -> None:
         super().__init__()
         size = config.hidden_size
-        # Half of a head's pairs rotate with the row, the others with the column.
+        # Half of the channels of a head rotate by the token's row, the other half by its column.
         self.axes_dims = (config.attention_head_dim // 2,) * 2
         self.out_channels = config.out_channels
         self.image_projector = ImageProjector(4 * config.in_channels, size)
@@ -148,8 +152,9 @@ class GlmImageTransformer2DModel(DiffusionTransformer):
     ) -> Tensor:
         """Velocity (B, out_channels, rows, columns) of hidden_states (B, in_channels, rows, columns).
 
-        timestep is (B,) in [0, 1000]; encoder_hidden_states (B, T, text_embed_dim), without padding; prior_token_id
-        int64 (B, I), which bool prior_token_drop (B, I) leaves out; target_size and crop_coords (B, 2) in pixels.
+        timestep is (B,) in [0, 1000]; encoder_hidden_states (B, T, text_embed_dim), without padding; prior_token_id is
+        int64 (B, I); prior_token_drop is bool (B, I), True where the prior token is not used; target_size (B, 2) are
+        height and width of the image, crop_coords (B, 2) row and column of the crop's corner, in pixels.
         """
         prepared = self.prepare(
             timestep[None], encoder_hidden_states, prior_token_id, prior_token_drop, target_size, crop_coords
@@ -157,7 +162,7 @@ class GlmImageTransformer2DModel(DiffusionTransformer):
         return self.predict(hidden_states, use=None, **prepared.inputs(0))["hidden_states"]
 
     @entry_point
-    def prepare(  # type: ignore[override]  # which keywords there are differs by model
+    def prepare(  # type: ignore[override]  # keywords differ by model
         self,
         timesteps: Tensor,
         encoder_hidden_states: Tensor,
@@ -166,7 +171,7 @@ class GlmImageTransformer2DModel(DiffusionTransformer):
         target_size: Tensor,
         crop_coords: Tensor,
     ) -> Prepared:
-        """Modulations of all blocks (N, B, M) for timesteps (N, B), the embedded glyphs and prior tokens."""
+        """Modulations of all blocks (N, B, M) for timesteps (N, B), embedded glyphs (B, T, D) and prior tokens."""
         activated_NBE = self.time_condition_embed(timesteps, target_size, crop_coords)
         modulations = torch.cat([each(activated_NBE) for each in self._modulations()], dim=-1)
         embedded: Tensor = self.prior_token_embedding(prior_token_id)
@@ -180,7 +185,7 @@ class GlmImageTransformer2DModel(DiffusionTransformer):
         )
 
     @entry_point
-    def predict(  # type: ignore[override]  # which constants there are differs by model
+    def predict(  # type: ignore[override]  # constants differ by model
         self,
         hidden_states: Tensor,
         modulation: Tensor,
@@ -188,15 +193,15 @@ class GlmImageTransformer2DModel(DiffusionTransformer):
         prior_BID: Tensor,
         use: CacheUse | None = None,
     ) -> Predictions:
-        """Velocity (B, out_channels, rows, columns), with a step's modulations (B, M)."""
+        """Velocity (B, out_channels, rows, columns) of hidden_states, with the modulations (B, M) of a step."""
         rows, columns = hidden_states.shape[2:]
         rotation = self._rotation(hidden_states)
         patches = pack_patches(hidden_states)
-        velocity = self.tokens(patches, rotation.cos, rotation.sin, modulation, text_BTD, prior_BID, use)
+        velocity = self.predict_tokens(patches, rotation.cos, rotation.sin, modulation, text_BTD, prior_BID, use)
         return {"hidden_states": unpack_patches(velocity, self.out_channels, rows, columns)}
 
     @entry_point
-    def tokens(
+    def predict_tokens(
         self,
         image_BIC: Tensor,
         cos: Tensor,
@@ -206,18 +211,19 @@ class GlmImageTransformer2DModel(DiffusionTransformer):
         prior_BID: Tensor,
         use: CacheUse | None = None,
     ) -> Tensor:
-        """All blocks, from patches (B, I, C) to those of the velocity. Image tokens rotate, glyph tokens do not."""
-        still = cos.new_zeros(text_BTD.shape[1], cos.shape[1])
-        rotation = Rotation(torch.cat((still + 1, cos)), torch.cat((still, sin)), is_neox_style=True)
+        """Run all blocks on patches (B, I, C); returns patches of the velocity. RoPE applies to image tokens only."""
+        # The angle of glyph tokens is 0.
+        zeros = cos.new_zeros(text_BTD.shape[1], cos.shape[1])
+        rotation = Rotation(torch.cat((zeros + 1, cos)), torch.cat((zeros, sin)), is_neox_style=True)
         image_BID = self.image_projector(image_BIC) + prior_BID
-        normed = through_joint_blocks(
+        normed = run_joint_blocks(
             image_BID, text_BTD, modulation, rotation, self.transformer_blocks, self.final_norm, use
         )
         velocity: Tensor = self.proj_out(normed)
         return velocity
 
     def cached_tensors(self, latents: Mapping[str, Tensor]) -> Rotation:
-        """The rotation of the image's tokens."""
+        """RoPE of the image tokens."""
         return self._rotation(latents["hidden_states"])
 
     def _rotation(self, hidden_states: Tensor) -> Rotation:
@@ -225,13 +231,13 @@ class GlmImageTransformer2DModel(DiffusionTransformer):
         return _image_rotation((rows // 2, columns // 2), self.axes_dims, hidden_states.device)
 
     def residual_elements(self, latents: Mapping[str, Tensor], constants: Mapping[str, Tensor]) -> int:
-        """Glyph tokens of this rank, and image tokens of all ranks."""
+        """Number of elements of the residual stream: glyph and image tokens."""
         image = latents["hidden_states"]
         tokens = constants["text_BTD"].shape[1] + math.prod(side // 2 for side in image.shape[2:])
         return len(image) * tokens * self.final_norm.size
 
     def _modulations(self) -> Iterator[nn.Module]:
-        """In the order in which predict() takes their parts."""
+        """Modulation layers, in the order in which the blocks read the modulations."""
         for block in self.transformer_blocks:
             assert isinstance(block, GlmImageTransformerBlock)
             yield block.norm1
@@ -240,6 +246,6 @@ class GlmImageTransformer2DModel(DiffusionTransformer):
 
 @lru_cache(maxsize=4)
 def _image_rotation(grid: tuple[int, int], axes_dims: tuple[int, int], device: torch.device) -> Rotation:
-    """Rotation by every token's row and column, in order. The same for all steps and requests of a size."""
+    """RoPE by row and column of each token, in row-major order. Cached for requests of the same image size."""
     positions = torch.cartesian_prod(*(torch.arange(size, device=device) for size in grid))
     return rotary_embedding(positions, axes_dims)

@@ -1,10 +1,10 @@
-"""The HunyuanVideo DiT: the blocks of Flux over video tokens and a text that is refined for each step.
+"""The HunyuanVideo DiT: Flux blocks over video tokens, and text tokens refined for each timestep.
 
 Shapes: N steps, B batch, T text tokens, I video tokens, D hidden size, M all modulations. Parameter names are the
-checkpoint's. Text comes without padding, so that nothing is masked: padding is never attended to.
+checkpoint's. Text has no padding, so that attention needs no mask.
 """
 
-# ruff: noqa: N803  (the capitals of a tensor's name are its shape)
+# ruff: noqa: N803  (a tensor name ends in its shape, in capitals)
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from models.dits.flux import (
     modulations_of,
 )
 from models.dits.hunyuan_video_refiner import TokenRefiner
-from models.dits.joint_stream import through_joint_blocks
+from models.dits.joint_blocks import run_joint_blocks
 from models.layers.norms import LayerNormScaleShift
 from models.layers.rotary import rotary_embedding
 from models.layers.step_cache import CacheUse
 from models.rotation import Rotation
 
-MOST_TEXT_TOKENS = 1024
-"""The bound of max_sequence_length."""
+MAX_TEXT_TOKENS = 1024
+"""Largest max_sequence_length of a request."""
 
 
 class PatchEmbed(nn.Module):
-    """The first projection of the video's patches."""
+    """Projection of video patches to tokens."""
 
     def __init__(self, channels: int, size: int) -> None:
         super().__init__()
@@ -78,15 +78,15 @@ class HunyuanVideoTransformer3DModel(DiffusionTransformer):
     ) -> Tensor:
         """Velocity (B, C, frames, rows, columns) of hidden_states of the same shape.
 
-        timestep is float32 (B,) in [0, 1000]; guidance float32 (B,), or None for models without it;
-        encoder_hidden_states (B, T, text_embed_dim), without padding; pooled_projections (B, pooled_projection_dim);
-        video_ids (I, 3) are frame, row and column of each token.
+        timestep is float32 (B,) in [0, 1000]; guidance is float32 (B,), or None for models without a guidance
+        embedding; encoder_hidden_states (B, T, text_embed_dim), without padding; pooled_projections
+        (B, pooled_projection_dim); video_ids (I, 3) are frame, row and column of each token.
         """
         prepared = self.prepare(timestep[None], encoder_hidden_states, pooled_projections, guidance, video_ids)
         return self.predict(hidden_states, use=None, **prepared.inputs(0))["hidden_states"]
 
     @entry_point
-    def prepare(  # type: ignore[override]  # which keywords there are differs by model
+    def prepare(  # type: ignore[override]  # keywords differ by model
         self,
         timesteps: Tensor,
         encoder_hidden_states: Tensor,
@@ -94,7 +94,7 @@ class HunyuanVideoTransformer3DModel(DiffusionTransformer):
         guidance: Tensor | None,
         video_ids: Tensor,
     ) -> Prepared:
-        """Modulations of all blocks (N, B, M) and refined text (N, B, T, D) for timesteps (N, B); the rotation."""
+        """Modulations (N, B, M) and refined text (N, B, T, D) for timesteps (N, B); RoPE of the video."""
         steps, batch = timesteps.shape
         repeated = None if guidance is None else guidance.repeat(steps)
         embedding = self.time_text_embed(timesteps.flatten(), repeated, pooled_projections.repeat(steps, 1))
@@ -109,7 +109,7 @@ class HunyuanVideoTransformer3DModel(DiffusionTransformer):
         )
 
     @entry_point
-    def predict(  # type: ignore[override]  # which constants there are differs by model
+    def predict(  # type: ignore[override]  # constants differ by model
         self,
         hidden_states: Tensor,
         modulation: Tensor,
@@ -118,16 +118,16 @@ class HunyuanVideoTransformer3DModel(DiffusionTransformer):
         sin: Tensor,
         use: CacheUse | None = None,
     ) -> Predictions:
-        """Velocity (B, C, frames, rows, columns), with a step's modulations (B, M) and text."""
-        velocity = self.tokens(self.x_embedder(hidden_states), cos, sin, modulation, text_BTD, use)
+        """Velocity (B, C, frames, rows, columns), with the modulations (B, M) and the text (B, T, D) of a step."""
+        velocity = self.predict_tokens(self.x_embedder(hidden_states), cos, sin, modulation, text_BTD, use)
         batch, _, frames, rows, columns = hidden_states.shape
-        # A patch is (channel, y, x).
+        # The order of a patch's channels is (channel, y, x).
         patches = velocity.reshape(batch, frames, rows // PATCH, columns // PATCH, -1, PATCH, PATCH)
         video = patches.permute(0, 4, 1, 2, 5, 3, 6).reshape(batch, -1, frames, rows, columns)
         return {"hidden_states": video}
 
     @entry_point
-    def tokens(
+    def predict_tokens(
         self,
         video_BID: Tensor,
         cos: Tensor,
@@ -136,19 +136,20 @@ class HunyuanVideoTransformer3DModel(DiffusionTransformer):
         text_BTD: Tensor,
         use: CacheUse | None = None,
     ) -> Tensor:
-        """All blocks, from embedded tokens (B, I, D) to patches of the velocity. Text does not rotate."""
-        still = cos.new_zeros(text_BTD.shape[1], cos.shape[1])
-        rotation = Rotation(torch.cat((still + 1, cos)), torch.cat((still, sin)))
+        """Run all blocks on embedded tokens (B, I, D); returns patches of the velocity. RoPE applies to video only."""
+        # The angle of text tokens is 0.
+        zeros = cos.new_zeros(text_BTD.shape[1], cos.shape[1])
+        rotation = Rotation(torch.cat((zeros + 1, cos)), torch.cat((zeros, sin)))
         blocks = (*self.transformer_blocks, *self.single_transformer_blocks)
-        normed = through_joint_blocks(video_BID, text_BTD, modulation, rotation, blocks, self.final_norm, use)
+        normed = run_joint_blocks(video_BID, text_BTD, modulation, rotation, blocks, self.final_norm, use)
         velocity: Tensor = self.proj_out(normed)
         return velocity
 
     def residual_elements(self, latents: Mapping[str, Tensor], constants: Mapping[str, Tensor]) -> int:
-        """Video tokens, and as many text tokens as a request can have."""
+        """Upper bound of the residual stream's elements: video tokens, and text tokens of the longest prompt."""
         del constants
         batch, _, frames, rows, columns = latents["hidden_states"].shape
-        tokens = math.prod((frames, rows // PATCH, columns // PATCH)) + MOST_TEXT_TOKENS
+        tokens = math.prod((frames, rows // PATCH, columns // PATCH)) + MAX_TEXT_TOKENS
         return batch * tokens * self.config.hidden_size
 
     def _modulations(self) -> Iterator[ModulationLinear]:

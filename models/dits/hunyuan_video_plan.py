@@ -1,25 +1,17 @@
-"""How the HunyuanVideo DiT is sharded between ranks, and its loader.
+"""Parallel plan and loader of the HunyuanVideo DiT.
 
-The text is refined once a request for all steps, whole on every rank of the sequence axes.
+The text is refined once per request for all steps; the refiner is replicated on all ranks of the sequence axes.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
-from typing import TYPE_CHECKING
-
-import torch
 
 from configs.models.dits.hunyuan_video import HunyuanVideoTransformerConfig
 from models.dits.flux_plan import FLUX_PLAN
 from models.dits.hunyuan_video import HunyuanVideoTransformer3DModel
-from models.dits.loading import load_transformer
-from models.parallel.plan import Cut, Join
-
-if TYPE_CHECKING:
-    from common.checkpoint import Checkpoint
-    from models.parallel.mesh import WorkerMesh
+from models.dits.loading import TransformerLoader
+from models.parallel.plan import GatheredResult, ShardedArgument
 
 REFINER = "context_embedder.token_refiner.refiner_blocks.*"
 TEXT, VIDEO = "text", "video"
@@ -32,25 +24,21 @@ HUNYUAN_VIDEO_PLAN = replace(
     column=(*FLUX_PLAN.column, *_REFINER_COLUMNS),
     gathered=(*FLUX_PLAN.gathered, f"{REFINER}.norm_out.linear"),
     row=(*FLUX_PLAN.row, *_REFINER_ROWS),
-    # They run once a request.
-    minor=(*_REFINER_COLUMNS, *_REFINER_ROWS),
+    # The refiner runs once per request.
+    unquantized=(*_REFINER_COLUMNS, *_REFINER_ROWS),
     token_segments={TEXT: "sharded", VIDEO: "sharded"},
-    cuts=(
-        Cut("tokens", "video_BID", VIDEO),
-        Cut("tokens", "cos", VIDEO, dim=0),
-        Cut("tokens", "sin", VIDEO, dim=0),
-        Cut("tokens", "text_BTD", TEXT),
+    sharded_arguments=(
+        ShardedArgument("predict_tokens", "video_BID", VIDEO),
+        ShardedArgument("predict_tokens", "cos", VIDEO, dim=0),
+        ShardedArgument("predict_tokens", "sin", VIDEO, dim=0),
+        ShardedArgument("predict_tokens", "text_BTD", TEXT),
     ),
-    joins=(Join("tokens", VIDEO),),
+    gathered_results=(GatheredResult("predict_tokens", VIDEO),),
 )
 
-
-def load_hunyuan_video_transformer(
-    checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype, mesh: WorkerMesh | None = None
-) -> HunyuanVideoTransformer3DModel:
-    """The DiT of the module's config.json, or this rank's part of it. Raises as load_transformer()."""
-    config = HunyuanVideoTransformerConfig.from_dict(name, checkpoint.module_config(name))
-    build = partial(HunyuanVideoTransformer3DModel, config)
-    return load_transformer(
-        build, HUNYUAN_VIDEO_PLAN, checkpoint, name, device, dtype, mesh, heads=config.num_attention_heads
-    )
+load_hunyuan_video_transformer = TransformerLoader(
+    config=HunyuanVideoTransformerConfig,
+    build=HunyuanVideoTransformer3DModel,
+    plan=HUNYUAN_VIDEO_PLAN,
+    heads=lambda config: config.num_attention_heads,
+)

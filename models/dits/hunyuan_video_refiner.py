@@ -1,9 +1,9 @@
-"""HunyuanVideo's refiner of the text, which depends on the timestep.
+"""HunyuanVideo's token refiner: refines the text tokens for each timestep.
 
 Shapes: R rows (steps x batch), T text tokens, D hidden size.
 """
 
-# ruff: noqa: N803, N806  (the capitals of a tensor's name are its shape)
+# ruff: noqa: N803, N806  (a tensor name ends in its shape, in capitals)
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ EPS = 1e-6
 
 
 class RefinerAttention(nn.Module):
-    """Attention among text tokens, without norms and positions."""
+    """Self-attention of text tokens, without norms of queries and keys and without RoPE."""
 
     def __init__(self, size: int, head_size: int) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class RefinerAttention(nn.Module):
         self.inner = Attention()
 
     def forward(self, x_RTD: Tensor) -> Tensor:
-        """(R, T, D) to the same."""
+        """(R, T, D) to (R, T, D)."""
         heads = (split_heads(each(x_RTD), self.head_size) for each in (self.to_q, self.to_k, self.to_v))
         attended: Tensor = self.inner(*heads).flatten(2)
         projected: Tensor = only_linear(self.to_out)(attended)
@@ -43,20 +43,20 @@ class RefinerAttention(nn.Module):
 
 
 class GateLinear(nn.Module):
-    """Gates of a block's two halves."""
+    """Projection of the time embedding to the gates of a block's two halves."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
         self.linear = Linear(size, 2 * size)
 
     def forward(self, time_RD: Tensor) -> tuple[Tensor, Tensor]:
-        """Two gates (R, 1, D)."""
+        """Two gates (R, 1, D) from the time embedding (R, D)."""
         first, second = self.linear(silu(time_RD))[:, None].chunk(2, dim=-1)
         return first, second
 
 
 class RefinerBlock(nn.Module):
-    """Attention, then a feed-forward; both are gated by the time."""
+    """Attention, then a feed-forward; both are gated by the time embedding."""
 
     def __init__(self, size: int, head_size: int) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class RefinerBlock(nn.Module):
         self.norm_out = GateLinear(size)
 
     def forward(self, x_RTD: Tensor, time_RD: Tensor) -> Tensor:
-        """(R, T, D) to the same."""
+        """(R, T, D) to (R, T, D)."""
         gate, ff_gate = self.norm_out(time_RD)
         x_RTD = x_RTD + self.attn(self.norm1(x_RTD)) * gate
         refined: Tensor = x_RTD + self.ff(self.norm2(x_RTD)) * ff_gate
@@ -75,7 +75,7 @@ class RefinerBlock(nn.Module):
 
 
 class RefinerBlocks(nn.Module):
-    """The list of blocks, under the name that checkpoints give it."""
+    """The list of refiner blocks. The class adds the level `refiner_blocks` of the checkpoint's parameter names."""
 
     def __init__(self, config: HunyuanVideoTransformerConfig) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ class RefinerBlocks(nn.Module):
 
 
 class TokenRefiner(nn.Module):
-    """Text of the language model for the blocks of the DiT, at each timestep."""
+    """Refines text embeddings of the language model, once for each timestep."""
 
     def __init__(self, config: HunyuanVideoTransformerConfig) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ class TokenRefiner(nn.Module):
         self.token_refiner = RefinerBlocks(config)
 
     def forward(self, text_BTE: Tensor, timesteps_NB: Tensor) -> Tensor:
-        """(N, B, T, D) for timesteps (N, B) in [0, 1000], of text (B, T, text_embed_dim) without padding."""
+        """(N, B, T, D) for text (B, T, text_embed_dim) without padding, and timesteps (N, B) in [0, 1000]."""
         steps, batch = timesteps_NB.shape
         pooled = text_BTE.float().mean(dim=1).to(text_BTE.dtype)
         time_RD = self.time_text_embed(timesteps_NB.flatten(), None, pooled.repeat(steps, 1))

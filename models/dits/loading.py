@@ -1,10 +1,11 @@
-"""Loads the DiT of a checkpoint, or a rank's part of it."""
+"""Loads the DiT of a checkpoint, or one rank's shard of it."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, Protocol, Self, TypeVar
 
 import diffusers
 import torch
@@ -21,42 +22,65 @@ if TYPE_CHECKING:
 
 _log = get_logger(__name__)
 
+
+class TransformerConfig(Protocol):
+    """Architecture of a DiT, read from config.json."""
+
+    @classmethod
+    def from_dict(cls, module: str, values: Mapping[str, Any]) -> Self:
+        """Read config.json of the module. Raises CheckpointError."""
+
+
+Config = TypeVar("Config", bound=TransformerConfig)
 Transformer = TypeVar("Transformer", bound=DiffusionTransformer)
 
 
-def load_transformer(
-    build: Callable[[], Transformer],
-    plan: ParallelPlan,
-    checkpoint: Checkpoint,
-    name: str,
-    device: torch.device,
-    dtype: torch.dtype,
-    mesh: WorkerMesh | None,
-    *,
-    heads: int,
-    feed_forward: int | None = None,
-    keep_float32: Sequence[str] = (),
-    unused: Sequence[str] = (),
-    own_entries: Collection[str] = (),
-) -> Transformer:
-    """Build the DiT on the meta device, cut it to this rank's part, and read the weights of the module `name`.
+@dataclass(frozen=True, kw_only=True)
+class TransformerLoader(Generic[Config, Transformer]):
+    """Loader of one DiT class, as named in PipelineConfig.module_loaders.
 
-    `heads` and `feed_forward` are the sizes that the degrees must divide; None: every degree divides the feed-forward
-    layers. `own_entries` of config.json are read by ours, and not by Diffusers' class of the same name. Raises
-    CheckpointError, and InvalidInput for a mesh whose degrees do not divide the model.
+    `build` makes the DiT from its config. `heads` and `feed_forward` return the number of attention heads and the width
+    of the feed-forward layers, which the parallel degrees must divide; `feed_forward` None: the width is a multiple of
+    the number of heads. `keep_float32` are substrings of the names of parameters that stay in float32. `unused` are
+    substrings of the names of weights in checkpoints that no module reads. `own_entries` are the entries of config.json
+    that the DiT reads and that Diffusers' class of the same name does not have.
     """
-    _warn_of_unknown_entries(checkpoint, name, own_entries)
-    with torch.device("meta"):
-        model = build()
-    parallelize(model, plan, mesh, heads=heads, feed_forward=feed_forward)
-    files = checkpoint.weight_files(name)
-    load_module(model, name, files, device, dtype, keep_float32=keep_float32, unused=unused)
-    model.block_linears = plan.block_linears
-    return model
+
+    config: type[Config]
+    build: Callable[[Config], Transformer]
+    plan: ParallelPlan
+    heads: Callable[[Config], int]
+    feed_forward: Callable[[Config], int] | None = None
+    keep_float32: Sequence[str] = ()
+    unused: Sequence[str] = ()
+    own_entries: Collection[str] = ()
+
+    def __call__(
+        self,
+        checkpoint: Checkpoint,
+        name: str,
+        device: torch.device,
+        dtype: torch.dtype,
+        mesh: WorkerMesh | None = None,
+    ) -> Transformer:
+        """Build the DiT on the meta device, shard it for this rank, and read the weights of the module `name`.
+
+        Raises CheckpointError, and InvalidInput for a mesh whose degrees do not divide the model.
+        """
+        config = self.config.from_dict(name, checkpoint.module_config(name))
+        _warn_of_unknown_entries(checkpoint, name, self.own_entries)
+        with torch.device("meta"):
+            model = self.build(config)
+        feed_forward = None if self.feed_forward is None else self.feed_forward(config)
+        parallelize(model, self.plan, mesh, heads=self.heads(config), feed_forward=feed_forward)
+        files = checkpoint.weight_files(name)
+        load_module(model, name, files, device, dtype, keep_float32=self.keep_float32, unused=self.unused)
+        model.block_linears = self.plan.block_linears
+        return model
 
 
 def _warn_of_unknown_entries(checkpoint: Checkpoint, name: str, own_entries: Collection[str]) -> None:
-    """Log the entries of config.json that neither this Diffusers nor the DiT knows."""
+    """Log the entries of config.json that neither the installed Diffusers nor the DiT reads."""
     class_name = checkpoint.modules[name][1]
     if class_name not in dir(diffusers):
         return

@@ -1,14 +1,14 @@
-"""The LTX-2 DiT: video and audio tokens, which attend to themselves, to text and to each other.
+"""The LTX-2 DiT: video and audio tokens with self-attention, and cross-attention to text and each other.
 
 Shapes: N steps, B batch, F frames, h rows and w columns of video latents, S = F * h * w video tokens, L audio tokens, M
-mel bins of an audio latent, C channels, T text tokens, D hidden size of a modality. Parameter names are those
-of checkpoints.
+mel bins of an audio latent, C channels, T text tokens, D hidden size of a modality. Parameter names are the
+checkpoint's.
 
-From an image the tokens of the first video latent frame have a timestep of their own: segment 0 of two. A branch of
-guidance may skip self-attention of some blocks, or the exchange between the modalities.
+In image-to-video the tokens of the first latent frame have a separate timestep: they are the first of two token
+segments. A guidance branch may skip the self-attention of some blocks, or the cross-attention between the modalities.
 """
 
-# ruff: noqa: N803, N806  (the capitals of a tensor's name are its shape)
+# ruff: noqa: N803, N806  (a tensor name ends in its shape, in capitals)
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from models.dits.ltx2_blocks import (
     SegmentRows,
     StepRows,
     block_rows,
-    through_both,
+    run_both_modalities,
 )
 from models.dits.ltx2_positions import audio_positions, video_positions
 from models.layers.embeddings import TextProjection
@@ -41,9 +41,11 @@ from models.rotation import HeadRotation
 from models.token_segments import TokenSegments
 
 VIDEO, FIRST_FRAME, AUDIO = "video", "first_frame", "audio"
-"""Token segments, each with timesteps of its own; keys of what tokens() returns."""
+"""Token segments with separate timesteps; keys of the result of predict_tokens()."""
+
 MASKED = -10000.0
-"""Added to the attention scores of masked text tokens."""
+"""Value added to the attention scores of masked text tokens."""
+
 _OUTPUT_NORM_EPS = 1e-6
 
 
@@ -91,10 +93,10 @@ class LTX2VideoTransformer3DModel(DiffusionTransformer):
     ) -> tuple[Tensor, Tensor]:
         """Velocities of hidden_states (B, C, F, h, w) and audio_hidden_states (B, C, L, M), in their shapes.
 
-        timestep is (B,) in [0, 1000], or (B, 2): that of the first latent frame's tokens and that of all others;
-        encoder_hidden_states (B, T, captions) are for video, audio_encoder_hidden_states for audio, of both
-        encoder_attention_mask (B, T) is 1 where there is text; fps (1,). See prepare() for use_cross_timestep and
-        predict() for the rest.
+        timestep is (B,) in [0, 1000], or (B, 2): first that of the first latent frame, then that of the other frames;
+        encoder_hidden_states and audio_encoder_hidden_states (B, T, captions) are the text for video and for audio;
+        encoder_attention_mask (B, T) is 1 for text and 0 for padding of both; fps (1,) are frames per second. See
+        prepare() for use_cross_timestep, and predict() for the other keywords.
         """
         prepared = self.prepare(
             timestep[None],
@@ -115,7 +117,7 @@ class LTX2VideoTransformer3DModel(DiffusionTransformer):
         return predictions["hidden_states"], predictions["audio_hidden_states"]
 
     @entry_point
-    def prepare(  # type: ignore[override]  # which keywords there are differs by model
+    def prepare(  # type: ignore[override]  # keywords differ by model
         self,
         timesteps: Tensor,
         encoder_hidden_states: Tensor,
@@ -126,9 +128,9 @@ class LTX2VideoTransformer3DModel(DiffusionTransformer):
     ) -> Prepared:
         """Modulations of each modality (N, B, rows, D), float32, for timesteps (N, B); projected text.
 
-        Timesteps (N, B, 2) of two segments make "first_rows" of the first latent frame, and "video_rows" of the other
-        tokens. `use_cross_timestep` (1,), bool: the first frame's exchange with the audio is modulated by the audio's
-        timestep (as where it is None), instead of its own.
+        For timesteps (N, B, 2) of two segments, "first_rows" are the modulations of the first latent frame, and
+        "video_rows" those of the other frames. `use_cross_timestep` is bool (1,). True or None: the cross-attention
+        between the first frame and the audio is modulated by the audio's timestep; False: by the first frame's.
         """
         own_NB = timesteps[..., -1] if timesteps.ndim == 3 else timesteps
         steps = {"video_rows": self._video_rows(own_NB, own_NB), "audio_rows": self._audio_rows(own_NB)}
@@ -146,7 +148,7 @@ class LTX2VideoTransformer3DModel(DiffusionTransformer):
         return Prepared(steps, constants)
 
     def _video_rows(self, time_NB: Tensor, cross_time_NB: Tensor) -> Tensor:
-        """Modulations of blocks, exchange, gate, output, and text if there are any: (N, B, rows, D)."""
+        """Modulations (N, B, rows, D) in StepRows' order: blocks, exchange, gate, output, and text if present."""
         modulate = (self.time_embed, self.av_cross_attn_video_scale_shift, self.av_cross_attn_video_a2v_gate)
         return self._rows(*modulate, self.prompt_adaln, time_NB, cross_time_NB)
 
@@ -172,7 +174,7 @@ class LTX2VideoTransformer3DModel(DiffusionTransformer):
         return joined.view(*time_NB.shape, *joined.shape[1:])
 
     @entry_point
-    def predict(  # type: ignore[override]  # which constants there are differs by model
+    def predict(  # type: ignore[override]  # constants differ by model
         self,
         hidden_states: Tensor,
         audio_hidden_states: Tensor,
@@ -187,11 +189,11 @@ class LTX2VideoTransformer3DModel(DiffusionTransformer):
         isolate_modalities: bool = False,
         use: CacheUse | None = None,
     ) -> Predictions:
-        """Velocities of both latents, with a step's modulations (B, rows, D).
+        """Velocities of both latents, with the modulations (B, rows, D) of a step.
 
-        `first_rows` are those of the first latent frame's tokens, if they differ. Static flags of a branch:
-        self-attention of `spatio_temporal_guidance_blocks` passes its values on (STG); with `isolate_modalities` the
-        modalities do not attend to each other.
+        `first_rows` are the modulations of the first latent frame; None: they are those of the other frames. Static
+        flags of a branch: in `spatio_temporal_guidance_blocks` (STG) self-attention returns its values unchanged; with
+        `isolate_modalities` video and audio do not attend to each other.
         """
         _, _, *grid = hidden_states.shape
         positions = video_positions(self.config, grid, fps)
@@ -199,7 +201,7 @@ class LTX2VideoTransformer3DModel(DiffusionTransformer):
         audio_BLD = self.audio_proj_in(audio_hidden_states.transpose(1, 2).flatten(2))
         frame = 0 if first_rows is None else math.prod(grid[1:])
         first, rest = slice(0, frame), slice(frame, None)
-        segments = self.tokens(
+        segments = self.predict_tokens(
             x_BSD[:, rest],
             positions[rest],
             audio_BLD,
@@ -223,14 +225,14 @@ class LTX2VideoTransformer3DModel(DiffusionTransformer):
         }
 
     def residual_elements(self, latents: Mapping[str, Tensor], constants: Mapping[str, Tensor]) -> int:
-        """Video tokens of all ranks, and audio tokens."""
+        """Number of elements of both residual streams: video and audio tokens."""
         del constants
         video, audio = latents["hidden_states"], latents["audio_hidden_states"]
         tokens = math.prod(video.shape[2:]) * self.norm_out.size + audio.shape[2] * self.audio_norm_out.size
         return len(video) * tokens
 
     @entry_point
-    def tokens(
+    def predict_tokens(
         self,
         x_BSD: Tensor,
         positions: Tensor,
@@ -247,22 +249,22 @@ class LTX2VideoTransformer3DModel(DiffusionTransformer):
         is_isolated: bool = False,
         use: CacheUse | None = None,
     ) -> dict[str, Tensor]:
-        """All blocks, the last norms and projections, from tokens of latents to those of the result, by segment."""
+        """Run all blocks, the last norms and projections on embedded tokens; returns output tokens by segment."""
         segments = None
         if first_BSD is not None and first_positions is not None:
             segments = TokenSegments((first_BSD.shape[1], x_BSD.shape[1]))
             x_BSD = torch.cat((first_BSD, x_BSD), dim=1)
             positions = torch.cat((first_positions, positions))
-        audio_places = audio_positions(self.config, audio_BLD.shape[1], audio_BLD.device)
+        positions_of_audio = audio_positions(self.config, audio_BLD.shape[1], audio_BLD.device)
         video_steps = StepRows.split(SegmentRows(first_rows, video_rows, segments), self.time_embed.rows)
         audio_steps = StepRows.split(SegmentRows(None, audio_rows), self.audio_time_embed.rows)
         video = ModalityInputs(video_steps, text, text_mask, *self._video_rotations(positions))
-        audio = ModalityInputs(audio_steps, audio_text, text_mask, *self._audio_rotations(audio_places))
+        audio = ModalityInputs(audio_steps, audio_text, text_mask, *self._audio_rotations(positions_of_audio))
         blocks = [
             partial(block, video=video, audio=audio, is_skipped=index in skipped, is_isolated=is_isolated)
             for index, block in enumerate(self._blocks())
         ]
-        modalities = through_both(Modalities(Residual(x_BSD), Residual(audio_BLD)), blocks, use)
+        modalities = run_both_modalities(Modalities(Residual(x_BSD), Residual(audio_BLD)), blocks, use)
         shift, scale = video_steps.output.plus(self.scale_shift_table)
         patches: Tensor = self.proj_out(self.norm_out.after(modalities.video, scale, shift)[1])
         shift, scale = audio_steps.output.plus(self.audio_scale_shift_table)
@@ -273,7 +275,7 @@ class LTX2VideoTransformer3DModel(DiffusionTransformer):
         return {AUDIO: sound, FIRST_FRAME: patches[:, first], VIDEO: patches[:, rest]}
 
     def _video_rotations(self, positions_S3: Tensor) -> tuple[HeadRotation, HeadRotation]:
-        """For self-attention, and for attention to and from the audio, which has the heads of audio."""
+        """RoPE for self-attention, and for cross-attention with the audio, which has the audio's heads."""
         config = self.config
         extents = (config.max_seconds, config.base_height, config.base_width)
         return self._rotation(positions_S3, extents, config.video), self._exchange_rotation(positions_S3[:, :1])

@@ -1,10 +1,11 @@
-"""Blocks of the LTX-2 DiT: two modalities of tokens, video and audio, that attend to text and to each other.
+"""Blocks of the LTX-2 DiT: video and audio tokens, which attend to text and to each other.
 
-Shapes: B batch, S tokens of a modality, T text tokens, D a modality's hidden size, M modulations. Modalities are in the
-model's type; norms, modulation and gates compute in float32. Parameter names are the checkpoint's.
+"Exchange" is the cross-attention between the two modalities. Shapes: B batch, S tokens of a modality, T text tokens, D
+hidden size of a modality, M modulations. Residual streams are in the model's dtype; norms, modulation and gates are
+computed in float32. Parameter names are the checkpoint's.
 """
 
-# ruff: noqa: N803, N806  (the capitals of a tensor's name are its shape)
+# ruff: noqa: N803, N806  (a tensor name ends in its shape, in capitals)
 
 from __future__ import annotations
 
@@ -21,49 +22,49 @@ from models.kernels.attention import attention
 from models.kernels.qk_norm_rotate import split_heads
 from models.layers.attention import Attention
 from models.layers.feed_forward import FeedForward
-from models.layers.head_rotary import OwnHeads
+from models.layers.head_rotary import SelectHeads
 from models.layers.linear import Linear, only_linear
 from models.layers.norms import Residual, RMSNorm, RMSNormScaleShift
-from models.layers.qk_norm import HeadNorms, apply_qk_norm
+from models.layers.qk_norm import QKNormModules, apply_qk_norm
 from models.layers.step_cache import CacheUse
 from models.rotation import HeadRotation
 from models.token_segments import SegmentVectors, TokenSegments, vectors_of_rows
 
 EXCHANGE = 4
-"""Modulations of attention between the modalities: scale and shift towards video, scale and shift towards audio."""
+"""Modulations of the exchange: scale and shift for audio-to-video, then scale and shift for video-to-audio."""
 
 
 class Modalities(NamedTuple):
-    """Video and audio tokens, (B, S, D) each, with updates that are still to be added."""
+    """Residual streams (B, S, D) of video and audio, with pending updates."""
 
     video: Residual
     audio: Residual
 
 
 class SegmentRows(NamedTuple):
-    """Modulations (B, M, D), float32, of a first frame's tokens where they differ, and of the others."""
+    """Modulations (B, M, D), float32. `first` are those of the first frame; None: `rest` are those of all tokens."""
 
     first: Tensor | None
     rest: Tensor
     segments: TokenSegments | None = None
 
     def of(self, which: slice) -> SegmentRows:
-        """Some of the modulations."""
+        """A slice of the M modulations."""
         first = None if self.first is None else self.first[:, which]
         return SegmentRows(first, self.rest[:, which], self.segments)
 
     def plus(self, table_MD: Tensor) -> list[SegmentVectors]:
-        """The sums with a block's table, one for each modulation."""
+        """The modulations plus the learnt table (M, D) of a block, as a list of length M."""
         table = table_MD.float()
         first = None if self.first is None else self.first + table
         return vectors_of_rows(self.segments, first, self.rest + table)
 
 
 class StepRows(NamedTuple):
-    """Modulations of a modality at a step.
+    """Modulations of a modality in one step.
 
-    Those of its blocks, of attention between the modalities, of the gate of its result, of the output, and of the text,
-    which may be none.
+    They are those of the blocks, of the exchange, of the gate of the exchange's result, of the output norm, and of the
+    text, which is empty in models without text modulation.
     """
 
     blocks: SegmentRows
@@ -74,16 +75,16 @@ class StepRows(NamedTuple):
 
     @classmethod
     def split(cls, rows: SegmentRows, blocks: int) -> StepRows:
-        """From all rows, in this order; `blocks` of them are those of blocks."""
+        """Split modulations (B, rows, D) in the order of the fields. The first `blocks` rows are those of blocks."""
         ends = (0, blocks, blocks + EXCHANGE, blocks + EXCHANGE + 1, blocks + EXCHANGE + 2, rows.rest.shape[1])
         return cls(*(rows.of(slice(start, end)) for start, end in pairwise(ends)))
 
 
 @dataclass(frozen=True)
 class ModalityInputs:
-    """What blocks read beside a modality's tokens: modulations, the text (B, T, D), and rotations.
+    """Inputs of blocks besides the tokens of a modality: modulations, text (B, T, D), text mask and RoPE.
 
-    `rotation` is of positions for self-attention, `exchange_rotation` of seconds alone.
+    `rotation` is RoPE for self-attention, by all position axes; `exchange_rotation` is RoPE by seconds only.
     """
 
     rows: StepRows
@@ -94,7 +95,7 @@ class ModalityInputs:
 
 
 class LTX2Attention(nn.Module):
-    """Attention to other tokens or to a modality's own; queries and keys are normalised over all heads together."""
+    """Self-attention or cross-attention of a modality. Norms of queries and keys are over all heads together."""
 
     def __init__(self, sizes: tuple[int, int], modality: LTX2ModalityConfig, eps: float, *, is_gated: bool) -> None:
         super().__init__()
@@ -108,7 +109,7 @@ class LTX2Attention(nn.Module):
         self.norm_q = RMSNorm(inner_size, eps)
         self.norm_k = RMSNorm(inner_size, eps)
         self.to_gate_logits = Linear(size, modality.num_heads) if is_gated else None
-        self.own_heads = OwnHeads()
+        self.select_heads = SelectHeads()
         self.inner = Attention()
 
     def forward(
@@ -121,9 +122,10 @@ class LTX2Attention(nn.Module):
         *,
         is_skipped: bool = False,
     ) -> Tensor:
-        """The attention output before the output projection; a skipped one is the values themselves.
+        """Attention output without the output projection.
 
-        `context` None: tokens attend to each other. `mask` is added to the scores.
+        `context` None: self-attention. `mask` is added to the attention scores. `is_skipped`: return the values instead
+        of the attention output.
         """
         keys_from, keys_rotation = (x_BSD, rotation) if context is None else (context, context_rotation)
         values = split_heads(self.to_v(keys_from), self.head_size)
@@ -135,22 +137,23 @@ class LTX2Attention(nn.Module):
         return self._gated(x_BSD, attended)
 
     def _normed(self, x: Tensor, norm: RMSNorm, rotation: HeadRotation | None) -> Tensor:
-        """Normalise queries or keys (B, S, heads * K) in place and rotate them; as heads (B, S, heads, K)."""
+        """Apply norm and RoPE to queries or keys (B, S, heads * K) in place; returns a view (B, S, heads, K)."""
         if rotation is not None:
-            rotation = HeadRotation(self.own_heads(rotation.cos), self.own_heads(rotation.sin), rotation.is_neox_style)
-        apply_qk_norm(x, HeadNorms((norm,), self.head_size), rotation)
+            cos, sin = self.select_heads(rotation.cos), self.select_heads(rotation.sin)
+            rotation = HeadRotation(cos, sin, rotation.is_neox_style)
+        apply_qk_norm(x, QKNormModules((norm,), self.head_size), rotation)
         return split_heads(x, self.head_size)
 
     def _gated(self, x_BSD: Tensor, attended: Tensor) -> Tensor:
-        """Heads side by side, each times its gate, which is 1 at a logit of 0."""
+        """Heads (B, S, heads, K), each multiplied by its gate, as (B, S, heads * K). A logit of 0 is a gate of 1."""
         if self.to_gate_logits is None:
             return attended.flatten(2)
         gates: Tensor = 2.0 * torch.sigmoid(self.to_gate_logits(x_BSD))
         return (attended * gates[..., None]).flatten(2)
 
 
-class _Half(NamedTuple):
-    """A block's modules of one modality. `attn` is to the modality itself, `text_attn` to the text."""
+class _ModalityModules(NamedTuple):
+    """Modules of a block for one modality. `attn` is self-attention, `text_attn` is cross-attention to the text."""
 
     attn: LTX2Attention
     text_attn: LTX2Attention
@@ -161,7 +164,7 @@ class _Half(NamedTuple):
 
 
 class LTX2VideoTransformerBlock(nn.Module):
-    """Self-attention, attention to the text, exchange between the modalities, feed-forward."""
+    """Self-attention, cross-attention to the text, exchange between the modalities, feed-forward."""
 
     def __init__(self, config: LTX2TransformerConfig) -> None:
         super().__init__()
@@ -173,7 +176,7 @@ class LTX2VideoTransformerBlock(nn.Module):
             LTX2Attention((each.hidden_size, each.hidden_size), each, eps, is_gated=each.is_gated)
             for each in (video, audio, video, audio)
         )
-        # Both have the heads of audio.
+        # Both have the audio's number of heads and head size.
         self.audio_to_video_attn = LTX2Attention(sizes, audio, eps, is_gated=video.is_gated)
         self.video_to_audio_attn = LTX2Attention(sizes[::-1], audio, eps, is_gated=audio.is_gated)
         self.ff, self.audio_ff = FeedForward(video.hidden_size), FeedForward(audio.hidden_size)
@@ -193,20 +196,21 @@ class LTX2VideoTransformerBlock(nn.Module):
         is_skipped: bool,
         is_isolated: bool,
     ) -> Modalities:
-        """The next tokens. `is_skipped`: without self-attention; `is_isolated`: without the exchange."""
-        halves = ((self._video_half, video), (self._audio_half, audio))
+        """Return the next residuals. `is_skipped`: without self-attention; `is_isolated`: without the exchange."""
+        pairs = ((self._video_modules, video), (self._audio_modules, audio))
         attended = Modalities(
             *(
-                _attend(half, residual, inputs, is_skipped=is_skipped)
-                for (half, inputs), residual in zip(halves, modalities, strict=True)
+                _attend(modules, residual, inputs, is_skipped=is_skipped)
+                for (modules, inputs), residual in zip(pairs, modalities, strict=True)
             )
         )
         if not is_isolated:
             attended = self._exchange(attended, video, audio)
-        return Modalities(*(_feed(half, x, inputs) for (half, inputs), x in zip(halves, attended, strict=True)))
+        zipped = zip(pairs, attended, strict=True)
+        return Modalities(*(_feed_forward(modules, residual, inputs) for (modules, inputs), residual in zipped))
 
     def _exchange(self, modalities: Modalities, video: ModalityInputs, audio: ModalityInputs) -> Modalities:
-        """Each modality attends to the other as it was before."""
+        """Cross-attention in both directions. Both read the tokens before the exchange."""
         tables = (self.video_a2v_cross_attn_scale_shift_table, self.audio_a2v_cross_attn_scale_shift_table)
         norms = (self.video_norm, self.audio_norm)
         added, to_video, to_audio, gates = [], [], [], []
@@ -218,102 +222,102 @@ class LTX2VideoTransformerBlock(nn.Module):
             to_audio.append(norm(x_BSD, audio_scale, audio_shift))
             gates += inputs.rows.gate.plus(table[EXCHANGE:])
         rotations = (video.exchange_rotation, audio.exchange_rotation)
-        heard = self.audio_to_video_attn(*to_video, *rotations)
-        seen = self.video_to_audio_attn(*to_audio[::-1], *rotations[::-1])
+        video_attended = self.audio_to_video_attn(*to_video, *rotations)
+        audio_attended = self.video_to_audio_attn(*to_audio[::-1], *rotations[::-1])
         to_outs = [only_linear(attn.to_out) for attn in (self.audio_to_video_attn, self.video_to_audio_attn)]
         return Modalities(
-            to_outs[0].update(added[0], heard, gates[0]),
-            to_outs[1].update(added[1], seen, gates[1]),
+            to_outs[0].add_gated(added[0], video_attended, gates[0]),
+            to_outs[1].add_gated(added[1], audio_attended, gates[1]),
         )
 
     @property
-    def _video_half(self) -> _Half:
+    def _video_modules(self) -> _ModalityModules:
         table, text_table = self.scale_shift_table, self.prompt_scale_shift_table
-        return _Half(self.attn1, self.attn2, self.video_norm, self.ff, table, text_table)
+        return _ModalityModules(self.attn1, self.attn2, self.video_norm, self.ff, table, text_table)
 
     @property
-    def _audio_half(self) -> _Half:
+    def _audio_modules(self) -> _ModalityModules:
         table, text_table = self.audio_scale_shift_table, self.audio_prompt_scale_shift_table
-        return _Half(self.audio_attn1, self.audio_attn2, self.audio_norm, self.audio_ff, table, text_table)
+        return _ModalityModules(self.audio_attn1, self.audio_attn2, self.audio_norm, self.audio_ff, table, text_table)
 
 
 def block_rows(modality: LTX2ModalityConfig) -> int:
-    """Modulations of a block: shift, scale and gate of self-attention and of feed-forward, and of text attention."""
+    """Number of a block's modulations: shift, scale, gate of self-attention, feed-forward, text attention."""
     return 9 if modality.modulates_text else 6
 
 
-def _attend(half: _Half, residual: Residual, inputs: ModalityInputs, *, is_skipped: bool) -> Residual:
-    """Self-attention, then attention to the text."""
-    shift, scale, gate, *rest = inputs.rows.blocks.plus(half.table)
-    x_BSD, normed = half.norm.after(residual, scale, shift)
-    attended = half.attn(normed, rotation=inputs.rotation, is_skipped=is_skipped)
-    residual = only_linear(half.attn.to_out).update(x_BSD, attended, gate)
-    text_shift, text_scale, text_gate = rest[3:] or _unmodulated(gate.last)
-    x_BSD, normed = half.norm.after(residual, text_scale, text_shift)
-    attended = half.text_attn(normed, _modulated_text(half, inputs), mask=inputs.text_mask)
-    return only_linear(half.text_attn.to_out).update(x_BSD, attended, text_gate)
+def _attend(modules: _ModalityModules, residual: Residual, inputs: ModalityInputs, *, is_skipped: bool) -> Residual:
+    """Self-attention, then cross-attention to the text."""
+    shift, scale, gate, *rest = inputs.rows.blocks.plus(modules.table)
+    x_BSD, normed = modules.norm.after(residual, scale, shift)
+    attended = modules.attn(normed, rotation=inputs.rotation, is_skipped=is_skipped)
+    residual = only_linear(modules.attn.to_out).add_gated(x_BSD, attended, gate)
+    text_shift, text_scale, text_gate = rest[3:] or _identity_modulation(gate.last)
+    x_BSD, normed = modules.norm.after(residual, text_scale, text_shift)
+    attended = modules.text_attn(normed, _modulated_text(modules, inputs), mask=inputs.text_mask)
+    return only_linear(modules.text_attn.to_out).add_gated(x_BSD, attended, text_gate)
 
 
-def _unmodulated(like_BD: Tensor) -> list[SegmentVectors]:
-    """Shift, scale and gate that change nothing."""
+def _identity_modulation(like_BD: Tensor) -> list[SegmentVectors]:
+    """Shift, scale and gate without effect: 0, 0 and 1."""
     zeros = SegmentVectors.same(torch.zeros_like(like_BD))
     return [zeros, zeros, SegmentVectors.same(torch.ones_like(like_BD))]
 
 
-def _modulated_text(half: _Half, inputs: ModalityInputs) -> Tensor:
-    if half.text_table is None:
+def _modulated_text(modules: _ModalityModules, inputs: ModalityInputs) -> Tensor:
+    if modules.text_table is None:
         return inputs.text
-    shift, scale = inputs.rows.text.plus(half.text_table)
+    shift, scale = inputs.rows.text.plus(modules.text_table)
     modulated = inputs.text.float() * (1 + scale.last[:, None]) + shift.last[:, None]
     return modulated.to(inputs.text.dtype)
 
 
-def _feed(half: _Half, residual: Residual, inputs: ModalityInputs) -> Residual:
-    """The feed-forward half."""
-    shift, scale, gate = inputs.rows.blocks.plus(half.table)[3:6]
-    x_BSD, normed = half.norm.after(residual, scale, shift)
-    fed = normed.new_empty(normed.shape)
-    half.ff.into(normed, fed)
-    return Residual(x_BSD, fed, gate)
+def _feed_forward(modules: _ModalityModules, residual: Residual, inputs: ModalityInputs) -> Residual:
+    shift, scale, gate = inputs.rows.blocks.plus(modules.table)[3:6]
+    x_BSD, normed = modules.norm.after(residual, scale, shift)
+    out = normed.new_empty(normed.shape)
+    modules.ff.into(normed, out)
+    return Residual(x_BSD, out, gate)
 
 
-def through_both(
+def run_both_modalities(
     modalities: Modalities, blocks: Sequence[Callable[[Modalities], Modalities]], use: CacheUse | None
 ) -> Modalities:
-    """Both modalities after all blocks. With a cache, what is computed is the same to the bit, and no update is left.
+    """Both residual streams after all blocks; with a step cache they have no pending updates.
 
-    The cache holds both modalities' values side by side, (B, video tokens x D + audio tokens x D).
+    A computed step has the same bits with a cache and without. The cache holds both modalities, flattened and
+    concatenated: (B, video tokens * D + audio tokens * D).
     """
     if use is None:
         for block in blocks:
             modalities = block(modalities)
         return modalities
     first, *others = blocks
-    # Blocks may change what they are given.
-    begun = _added(first(Modalities(*(residual._replace(x=residual.x.clone()) for residual in modalities))))
-    start = _joined(begun)
-    own = start - _joined(modalities)
+    # Blocks may modify their input in place.
+    current = _added(first(Modalities(*(residual._replace(x=residual.x.clone()) for residual in modalities))))
+    start = _flattened(current)
+    added = start - _flattened(modalities)
     if use.probe:
-        return _parted(start + use.cache.reuse(own), modalities)
+        return _unflattened(start + use.cache.reuse(added), modalities)
     for block in others:
-        begun = block(begun)
-    end = _added(begun)
-    use.cache.keep(own, _joined(end) - start)
+        current = block(current)
+    end = _added(current)
+    use.cache.store(added, _flattened(end) - start)
     return end
 
 
 def _added(modalities: Modalities) -> Modalities:
-    """The modalities with their updates."""
+    """The residual streams with their pending updates added."""
     return Modalities(Residual(modalities.video.added()), Residual(modalities.audio.added()))
 
 
-def _joined(modalities: Modalities) -> Tensor:
-    """A new tensor with the values of both modalities, which have no updates."""
+def _flattened(modalities: Modalities) -> Tensor:
+    """Both residual streams, flattened and concatenated, in a new tensor. They must have no pending updates."""
     return torch.cat([each.x.flatten(1) for each in modalities], dim=1)
 
 
-def _parted(joined: Tensor, like: Modalities) -> Modalities:
-    """The modalities of joined values, in the shapes of others."""
+def _unflattened(flat: Tensor, like: Modalities) -> Modalities:
+    """Inverse of _flattened(), in the shapes of `like`."""
     video = like.video.x[0].numel()
-    parts = (joined[:, :video], joined[:, video:])
+    parts = (flat[:, :video], flat[:, video:])
     return Modalities(*(Residual(part.reshape(each.x.shape)) for part, each in zip(parts, like, strict=True)))

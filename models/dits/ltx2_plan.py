@@ -1,24 +1,15 @@
-"""How the LTX-2 DiT is sharded between ranks, and its loader.
+"""Parallel plan and loader of the LTX-2 DiT.
 
-Video tokens are sharded. Audio tokens, a few dozen a second, are whole on every rank: only the results of their
-attention to the video are exchanged.
+Video tokens are sharded. Audio tokens, a few dozen per second, are replicated on all ranks: only the results of their
+attention to the video are all-gathered.
 """
 
 from __future__ import annotations
 
-from functools import partial
-from typing import TYPE_CHECKING
-
-import torch
-
 from configs.models.dits.ltx2 import LTX2TransformerConfig
-from models.dits.loading import load_transformer
+from models.dits.loading import TransformerLoader
 from models.dits.ltx2 import AUDIO, FIRST_FRAME, VIDEO, LTX2VideoTransformer3DModel
-from models.parallel.plan import Cut, Join, ParallelPlan
-
-if TYPE_CHECKING:
-    from common.checkpoint import Checkpoint
-    from models.parallel.mesh import WorkerMesh
+from models.parallel.plan import GatheredResult, ParallelPlan, ShardedArgument
 
 BLOCK = "transformer_blocks.*"
 
@@ -30,27 +21,28 @@ _GATE_LOGITS = f"{_ATTENTION}.to_gate_logits"
 LTX2_PLAN = ParallelPlan(
     column=(f"{_ATTENTION}.to_[qkv]", _GATE_LOGITS, f"{_FEED_FORWARD}.net.0.proj"),
     row=(f"{_ATTENTION}.to_out.0", f"{_FEED_FORWARD}.net.2"),
-    # One logit for each head.
-    minor=(_GATE_LOGITS,),
+    # These layers have one output per head.
+    unquantized=(_GATE_LOGITS,),
     norms=(f"{_ATTENTION}.norm_[qk]",),
-    heads=(f"{_ATTENTION}.own_heads",),
-    token_segments={VIDEO: "sharded", FIRST_FRAME: "sharded", AUDIO: "whole", "text": "whole"},
+    select_heads=(f"{_ATTENTION}.select_heads",),
+    token_segments={VIDEO: "sharded", FIRST_FRAME: "sharded", AUDIO: "replicated", "text": "replicated"},
     attention=(f"{BLOCK}.attn1.inner",),
     sharded_keys=(f"{BLOCK}.video_to_audio_attn.inner",),
-    cuts=(
-        Cut("tokens", "x_BSD", VIDEO),
-        Cut("tokens", "positions", VIDEO, dim=0),
-        Cut("tokens", "first_BSD", FIRST_FRAME),
-        Cut("tokens", "first_positions", FIRST_FRAME, dim=0),
+    sharded_arguments=(
+        ShardedArgument("predict_tokens", "x_BSD", VIDEO),
+        ShardedArgument("predict_tokens", "positions", VIDEO, dim=0),
+        ShardedArgument("predict_tokens", "first_BSD", FIRST_FRAME),
+        ShardedArgument("predict_tokens", "first_positions", FIRST_FRAME, dim=0),
     ),
-    joins=(Join("tokens", VIDEO, result=VIDEO), Join("tokens", FIRST_FRAME, result=FIRST_FRAME)),
+    gathered_results=(
+        GatheredResult("predict_tokens", VIDEO, result=VIDEO),
+        GatheredResult("predict_tokens", FIRST_FRAME, result=FIRST_FRAME),
+    ),
 )
 
-
-def load_ltx2_transformer(
-    checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype, mesh: WorkerMesh | None = None
-) -> LTX2VideoTransformer3DModel:
-    """The DiT of the module's config.json, or this rank's part of it. Raises as load_transformer()."""
-    config = LTX2TransformerConfig.from_dict(name, checkpoint.module_config(name))
-    build = partial(LTX2VideoTransformer3DModel, config)
-    return load_transformer(build, LTX2_PLAN, checkpoint, name, device, dtype, mesh, heads=config.video.num_heads)
+load_ltx2_transformer = TransformerLoader(
+    config=LTX2TransformerConfig,
+    build=LTX2VideoTransformer3DModel,
+    plan=LTX2_PLAN,
+    heads=lambda config: config.video.num_heads,
+)

@@ -1,4 +1,4 @@
-"""Positions of video and audio latents in the LTX-2 DiT: seconds and pixels, at the middle of what a latent covers."""
+"""Positions of video and audio latents in the LTX-2 DiT: centres of the latents, in seconds and pixels."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from configs.models.dits.ltx2 import LTX2TransformerConfig
 
 
 def video_positions(config: LTX2TransformerConfig, grid: Sequence[int], frame_rate: Tensor) -> Tensor:
-    """Seconds, row and column (pixels) of each latent of a grid (frames, rows, columns), float32 (S, 3).
+    """Time (seconds), row and column (pixels) of each latent of a grid, float32 (S, 3).
 
-    `frame_rate` (1,) is in frames a second. The first latent covers one frame.
+    `grid` is (frames, rows, columns). `frame_rate` (1,) is in frames per second. The first latent covers
+    `config.causal_offset` frames.
     """
     frames, rows, columns = (_edges(size, frame_rate.device) for size in grid)
     seconds = _causal(frames, config.temporal_factor, config.causal_offset) / frame_rate
@@ -22,18 +23,21 @@ def video_positions(config: LTX2TransformerConfig, grid: Sequence[int], frame_ra
 
 
 def audio_positions(config: LTX2TransformerConfig, length: int, device: torch.device) -> Tensor:
-    """Seconds of each audio latent, float32 (S, 1). The first latent covers one spectrogram frame."""
+    """Time (seconds) of each audio latent, float32 (S, 1).
+
+    The first latent covers `config.causal_offset` spectrogram frames.
+    """
     frames = _causal(_edges(length, device), config.audio_factor, config.causal_offset)
     return _middles(frames * config.audio_hop_length / config.audio_sampling_rate)[:, None]
 
 
 def _edges(size: int, device: torch.device) -> Tensor:
-    """Where each latent begins, and where the last one ends: (size + 1,), in latents."""
+    """Start of each latent, and the end of the last one, in latents: (size + 1,)."""
     return torch.arange(size + 1, dtype=torch.float32, device=device)
 
 
 def _causal(edges: Tensor, factor: int, offset: int) -> Tensor:
-    """Edges in frames, of which the first latent covers `offset`."""
+    """Convert edges from latents to frames. The first latent covers `offset` frames, the others `factor` frames."""
     return (edges * factor + (offset - factor)).clamp(min=0)
 
 

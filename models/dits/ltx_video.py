@@ -1,14 +1,14 @@
-"""The LTX-Video DiT: packed video tokens that attend to each other, then to the text.
+"""The LTX-Video DiT: self-attention of packed video tokens, then cross-attention to the text.
 
-Shapes: N steps, B batch, S video tokens, C channels, T text tokens, D hidden size, H heads, K head size. Names of
-parameters are the checkpoint's. Norms, modulation and gates compute in float32. Text comes without padding: nothing is
-masked.
+Shapes: N steps, B batch, S video tokens, C channels, T text tokens, D hidden size, H heads, K head size. Parameter
+names are the checkpoint's. Norms, modulation and gates are computed in float32. Text has no padding, so that attention
+needs no mask.
 
-From an image the tokens of the first latent frame have a timestep of their own: they are the first of two token
+In image-to-video the tokens of the first latent frame have a separate timestep: they are the first of two token
 segments.
 """
 
-# ruff: noqa: N803, N806  (the capitals of a tensor's name are its shape)
+# ruff: noqa: N803, N806  (a tensor name ends in its shape, in capitals)
 
 from __future__ import annotations
 
@@ -24,41 +24,47 @@ from models.layers.attention import SelfAttention
 from models.layers.cross_attention import CrossAttention
 from models.layers.embeddings import TextProjection
 from models.layers.feed_forward import FeedForward
-from models.layers.head_rotary import OwnHeads, head_rotation
+from models.layers.head_rotary import SelectHeads, head_rotation
 from models.layers.linear import Linear, only_linear
 from models.layers.norms import LayerNormScaleShift, Residual, RMSNormScaleShift
-from models.layers.step_cache import CacheUse, through_blocks
+from models.layers.step_cache import CacheUse, run_blocks
 from models.layers.time_modulation import TimeModulation
 from models.rotation import HeadRotation
 from models.token_segments import SegmentVectors, TokenSegments, vectors_of_rows
 
 VIDEO, FIRST_FRAME = "video", "first_frame"
-"""Token segments, each with timesteps of its own; keys of what tokens() returns."""
+"""Token segments with separate timesteps; keys of the result of predict_tokens()."""
+
 ATTENTION_EPS = 1e-5
-"""Of the norms of queries and keys."""
+"""Epsilon of the norms of queries and keys."""
+
 BLOCK_ROWS = 6
 """Modulations of a block: shift, scale and gate of self-attention, then of the feed-forward."""
+
 _OUTPUT_NORM_EPS = 1e-6
+
 _EXTENTS = (20, 2048, 2048)
-"""Seconds and pixels that positions are relative to."""
+"""Ranges of the RoPE positions: seconds, rows (pixels), columns (pixels)."""
+
 _THETA = 10000.0
+"""Base of the RoPE frequencies."""
 
 
 class LTXVideoAttention(SelfAttention):
-    """Video tokens attend to each other; angles of positions differ between heads."""
+    """Self-attention of video tokens; RoPE angles differ between heads."""
 
     def __init__(self, size: int, head_size: int) -> None:
         super().__init__(size, head_size, norm_size=size, eps=ATTENTION_EPS)
         self.to_out = nn.ModuleList([Linear(size, size)])
-        self.own_heads = OwnHeads()
+        self.select_heads = SelectHeads()
 
-    def own_rotation(self, cos: Tensor, sin: Tensor) -> HeadRotation:
-        """The rotation of the heads that attention has here, from cos and sin of all heads."""
-        return HeadRotation(self.own_heads(cos), self.own_heads(sin), is_neox_style=False)
+    def rotation_of(self, cos: Tensor, sin: Tensor) -> HeadRotation:
+        """RoPE of this module's heads, from cos and sin (S, H, K / 2) of all heads."""
+        return HeadRotation(self.select_heads(cos), self.select_heads(sin), is_neox_style=False)
 
 
 class LTXVideoTransformerBlock(nn.Module):
-    """Self-attention, attention to the text, feed-forward; the first and the last are modulated and gated by time."""
+    """Self-attention, cross-attention to the text, feed-forward. The first and the last are modulated and gated."""
 
     def __init__(self, config: LTXVideoTransformerConfig) -> None:
         super().__init__()
@@ -77,18 +83,18 @@ class LTXVideoTransformerBlock(nn.Module):
         cos: Tensor,
         sin: Tensor,
     ) -> Residual:
-        """The next residual; the six modulations are float32. The text is attended to without a norm before."""
+        """Return the next residual. The six modulations are float32. Cross-attention has no norm before it."""
         shift, scale, gate, ff_shift, ff_scale, ff_gate = modulation
         x_BSD, normed = self.norm.after(residual, scale, shift)
-        attended = self.attn1(normed, self.attn1.own_rotation(cos, sin))
-        residual = only_linear(self.attn1.to_out).update(x_BSD, attended, gate)
+        attended = self.attn1(normed, self.attn1.rotation_of(cos, sin))
+        residual = only_linear(self.attn1.to_out).add_gated(x_BSD, attended, gate)
         x_BSD = residual.added()
         one = SegmentVectors.same(torch.ones_like(gate.last))
-        residual = only_linear(self.attn2.to_out).update(x_BSD, self.attn2(x_BSD, text_kv), one)
+        residual = only_linear(self.attn2.to_out).add_gated(x_BSD, self.attn2(x_BSD, text_kv), one)
         x_BSD, normed = self.norm.after(residual, ff_scale, ff_shift)
-        fed = normed.new_empty(normed.shape)
-        self.ff.into(normed, fed)
-        return Residual(x_BSD, fed, ff_gate)
+        ff_out = normed.new_empty(normed.shape)
+        self.ff.into(normed, ff_out)
+        return Residual(x_BSD, ff_out, ff_gate)
 
 
 class LTXVideoTransformer3DModel(DiffusionTransformer):
@@ -116,25 +122,26 @@ class LTXVideoTransformer3DModel(DiffusionTransformer):
     ) -> Tensor:
         """Velocity (B, S, C) of hidden_states of the same shape.
 
-        timestep is (B,) in [0, 1000], or (B, 2): that of the first latent frame's tokens and that of all others;
-        encoder_hidden_states (B, T, captions), without padding. positions (S, 3) are seconds, row and column (pixels)
-        of each token; those of the first latent frame are first_positions where it has a timestep of its own.
+        timestep is (B,) in [0, 1000], or (B, 2): first that of the first latent frame, then that of the other frames;
+        encoder_hidden_states (B, T, captions), without padding. positions (S, 3) are time (seconds), row and column
+        (pixels) of each token. With two timesteps, first_positions are those of the first latent frame, and positions
+        those of the other frames.
         """
         prepared = self.prepare(timestep[None], encoder_hidden_states, positions, first_positions)
         return self.predict(hidden_states, use=None, **prepared.inputs(0))["hidden_states"]
 
     @entry_point
-    def prepare(  # type: ignore[override]  # which keywords there are differs by model
+    def prepare(  # type: ignore[override]  # keywords differ by model
         self,
         timesteps: Tensor,
         encoder_hidden_states: Tensor,
         positions: Tensor,
         first_positions: Tensor | None = None,
     ) -> Prepared:
-        """Modulations (N, B, 6 * blocks + 2, D), float32, for timesteps (N, B); keys and values of text; rotations.
+        """Modulations (N, B, 6 * blocks + 2, D), float32, for timesteps (N, B); keys and values of the text; RoPE.
 
-        Timesteps (N, B, 2) of two segments make "first_modulation" of the first latent frame, and "modulation" of the
-        other tokens. Keys and values are (blocks, B, T, 2 * D), cos and sin (S, H, K / 2).
+        For timesteps (N, B, 2) of two segments, "first_modulation" is that of the first latent frame, and "modulation"
+        that of the other frames. Keys and values are (blocks, B, T, 2 * D), cos and sin (S, H, K / 2).
         """
         segments = timesteps.unbind(-1) if timesteps.ndim == 3 else (timesteps,)
         names = ("first_modulation", "modulation")[-len(segments) :]
@@ -151,7 +158,7 @@ class LTXVideoTransformer3DModel(DiffusionTransformer):
         return Prepared({name: self._modulation(each) for name, each in zip(names, segments, strict=True)}, constants)
 
     def _modulation(self, timesteps_NB: Tensor) -> Tensor:
-        """Six modulations of each block, then shift and scale of the last norm: (N, B, 6 * blocks + 2, D), float32."""
+        """Modulations (N, B, 6 * blocks + 2, D), float32: six of each block, then shift and scale of the last norm."""
         rows, embedding = self.time_embed(timesteps_NB.flatten())
         tables = [block.scale_shift_table.float() + rows for block in self._blocks()]
         joined = torch.cat((*tables, self.scale_shift_table.float() + embedding), dim=1)
@@ -163,7 +170,7 @@ class LTXVideoTransformer3DModel(DiffusionTransformer):
         return head_rotation(positions, _EXTENTS, heads, head_size, theta=_THETA, is_neox_style=False, is_double=False)
 
     @entry_point
-    def predict(  # type: ignore[override]  # which constants there are differs by model
+    def predict(  # type: ignore[override]  # constants differ by model
         self,
         hidden_states: Tensor,
         modulation: Tensor,
@@ -175,15 +182,15 @@ class LTXVideoTransformer3DModel(DiffusionTransformer):
         first_sin: Tensor | None = None,
         use: CacheUse | None = None,
     ) -> Predictions:
-        """Velocity (B, S, C), with a step's modulations (B, 6 * blocks + 2, D).
+        """Velocity (B, S, C) of hidden_states (B, S, C), with the modulations (B, 6 * blocks + 2, D) of a step.
 
-        The `first_` arguments are those of the first latent frame's tokens, if it has a timestep of its own.
+        The `first_` arguments are for the first latent frame; None: it has the same timestep as the other frames.
         """
         x_BSD = self.proj_in(hidden_states)
         if first_cos is None:
-            return {"hidden_states": self.tokens(x_BSD, cos, sin, modulation, text_kv, use=use)[VIDEO]}
+            return {"hidden_states": self.predict_tokens(x_BSD, cos, sin, modulation, text_kv, use=use)[VIDEO]}
         first, video = TokenSegments((len(first_cos), len(cos))).slices()
-        segments = self.tokens(
+        segments = self.predict_tokens(
             x_BSD[:, video],
             cos,
             sin,
@@ -198,13 +205,13 @@ class LTXVideoTransformer3DModel(DiffusionTransformer):
         return {"hidden_states": torch.cat((segments[FIRST_FRAME], segments[VIDEO]), dim=1)}
 
     def residual_elements(self, latents: Mapping[str, Tensor], constants: Mapping[str, Tensor]) -> int:
-        """Video tokens of all ranks."""
+        """Number of elements of the residual stream: video tokens."""
         del constants
         batch, tokens, _ = latents["hidden_states"].shape
         return batch * tokens * self.norm_out.size
 
     @entry_point
-    def tokens(
+    def predict_tokens(
         self,
         x_BSD: Tensor,
         cos: Tensor,
@@ -217,9 +224,9 @@ class LTXVideoTransformer3DModel(DiffusionTransformer):
         first_modulation: Tensor | None = None,
         use: CacheUse | None = None,
     ) -> dict[str, Tensor]:
-        """All blocks, the last norm and the projection, from embedded tokens (B, S, D) to those of the result.
+        """Run all blocks, the last norm and the projection on embedded tokens (B, S, D).
 
-        Results are by segment: "video", and "first_frame" if it is given.
+        Returns tokens (B, tokens, C) by segment: "video", and "first_frame" if there is one.
         """
         segments = None
         if first_BSD is not None and first_cos is not None and first_sin is not None:
@@ -237,7 +244,7 @@ class LTXVideoTransformer3DModel(DiffusionTransformer):
             )
             for index, block in enumerate(self._blocks())
         ]
-        residual = through_blocks(Residual(x_BSD), blocks, use)
+        residual = run_blocks(Residual(x_BSD), blocks, use)
         shift, scale = vectors[-2:]
         tokens: Tensor = self.proj_out(self.norm_out.after(residual, scale, shift)[1])
         if segments is None:

@@ -1,11 +1,11 @@
-"""The Qwen-Image DiT: blocks with a text and an image stream that attend jointly.
+"""The Qwen-Image DiT: blocks with separate weights for text and image, and joint attention.
 
-Shapes: N steps, B batch, T text tokens, I tokens of the image that is made, C tokens of images that are given, D hidden
-size, M all modulations. The image stream has the I tokens first, then the C tokens. Parameter names are the
+Shapes: N steps, B batch, T text tokens, I tokens of the output image, C tokens of the input images, D hidden size, M
+all modulations. The image segment holds the I output tokens, then the C input tokens. Parameter names are the
 checkpoint's.
 """
 
-# ruff: noqa: N803  (the capitals of a tensor's name are its shape)
+# ruff: noqa: N803  (a tensor name ends in its shape, in capitals)
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from torch.nn.functional import silu
 
 from configs.models.dits.qwen_image import QwenImageTransformerConfig
 from models.dits.base import DiffusionTransformer, Predictions, Prepared, entry_point
-from models.dits.joint_stream import through_joint_blocks
+from models.dits.joint_blocks import run_joint_blocks
 from models.layers.embeddings import EmbeddingMLP, sinusoidal_embedding
 from models.layers.feed_forward import FeedForward
-from models.layers.joint_attention import JointAttention, block_modulations, joint_block
+from models.layers.joint_attention import ImageModulation, JointAttention, block_modulations, joint_block
 from models.layers.linear import Linear
 from models.layers.norms import LayerNormScaleShift, Residual, RMSNorm
 from models.layers.rotary import rotary_embedding
@@ -29,51 +29,50 @@ from models.rotation import Rotation
 from models.token_segments import TokenSegments
 
 SINUSOID_SIZE = 256
-KINDS = 2
-"""Vectors of the additional condition."""
+NUM_ADDITION_EMBEDDINGS = 2
+"""Rows of the embedding of the additional condition, `addition_t_embedding`."""
 
 
 class TimeEmbedding(nn.Module):
-    """The timestep as a vector (B, D).
+    """Embedding of the timestep (B, D).
 
-    With `has_kinds` the model has vectors of two kinds of input, one of which is added: always that of kind 0, as in
-    Diffusers' pipelines.
+    With `has_addition` it includes row 0 of the embedding of the additional condition, as in Diffusers' pipelines.
     """
 
-    def __init__(self, size: int, *, has_kinds: bool = False) -> None:
+    def __init__(self, size: int, *, has_addition: bool = False) -> None:
         super().__init__()
         self.timestep_embedder = EmbeddingMLP(SINUSOID_SIZE, size)
-        self.addition_t_embedding = nn.Embedding(KINDS, size) if has_kinds else None
+        self.addition_t_embedding = nn.Embedding(NUM_ADDITION_EMBEDDINGS, size) if has_addition else None
 
     def forward(self, timestep_B: Tensor) -> Tensor:
-        """timestep is float32 in [0, 1]; it is multiplied by 1000 here."""
+        """Embed a timestep (B,), float32 in [0, 1]; it is multiplied by 1000 here."""
         embedding: Tensor = self.timestep_embedder(sinusoidal_embedding(timestep_B * 1000, SINUSOID_SIZE))
         return embedding if self.addition_t_embedding is None else embedding + self.addition_t_embedding.weight[0]
 
 
 class BlockModulation(nn.Sequential):
-    """Shift, scale and gate for each half of a block, from the timestep's vector: six vectors of its size."""
+    """Projection of the activated time embedding to shifts, scales and gates of a block, (B, 6 * D)."""
 
     def __init__(self, size: int) -> None:
-        # Position 0 is the checkpoint's SiLU; the caller applies it, once for all blocks.
+        # Index 0 is SiLU in Diffusers' module; the caller applies SiLU once for all blocks.
         super().__init__(nn.Identity(), Linear(size, 6 * size))
 
 
 class FinalModulation(nn.Module):
-    """Scale and shift of the last norm."""
+    """Projection of the activated time embedding to scale and shift of the last norm, (B, 2 * D)."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
         self.linear = Linear(size, 2 * size)
 
     def forward(self, activated_BD: Tensor) -> Tensor:
-        """Scale first. The caller applies SiLU."""
+        """Scale, then shift. The caller applies SiLU."""
         parts: Tensor = self.linear(activated_BD)
         return parts
 
 
 class QwenImageTransformerBlock(nn.Module):
-    """Joint attention, then a feed-forward for each stream."""
+    """Joint attention of text and image, then one feed-forward for each of the two."""
 
     def __init__(self, config: QwenImageTransformerConfig) -> None:
         super().__init__()
@@ -86,17 +85,12 @@ class QwenImageTransformerBlock(nn.Module):
         self.txt_mlp = FeedForward(size)
 
     def forward(
-        self,
-        residual: Residual,
-        parts: Iterator[Tensor],
-        rotation: Rotation,
-        segments: TokenSegments,
-        last: Iterator[Tensor] | None = None,
+        self, residual: Residual, modulations: Iterator[ImageModulation], rotation: Rotation, segments: TokenSegments
     ) -> Residual:
-        """The next residual; takes its modulations from `parts`, and those of given images from `last`."""
-        modulations = block_modulations(segments, parts, last)
+        """Return the next residual. Takes the next twelve of `modulations`."""
+        halves = block_modulations(segments, modulations)
         feed_forwards = (self.txt_mlp, self.img_mlp)
-        return joint_block(residual, self.norm, self.attn, feed_forwards, modulations, rotation, segments)
+        return joint_block(residual, self.norm, self.attn, feed_forwards, halves, rotation, segments)
 
 
 class QwenImageTransformer2DModel(DiffusionTransformer):
@@ -107,7 +101,7 @@ class QwenImageTransformer2DModel(DiffusionTransformer):
         size = config.hidden_size
         self.axes_dims = config.axes_dims_rope
         self.zero_cond_t = config.zero_cond_t
-        self.time_text_embed = TimeEmbedding(size, has_kinds=config.use_additional_t_cond)
+        self.time_text_embed = TimeEmbedding(size, has_addition=config.use_additional_t_cond)
         self.txt_norm = RMSNorm(config.joint_attention_dim)
         self.img_in = Linear(config.in_channels, size)
         self.txt_in = Linear(config.joint_attention_dim, size)
@@ -129,14 +123,15 @@ class QwenImageTransformer2DModel(DiffusionTransformer):
         """Velocity (B, I, token channels) of hidden_states (B, I, in_channels).
 
         timestep is float32 (B,) in [0, 1]; encoder_hidden_states (B, T, joint_attention_dim), without padding;
-        condition_states (B, C, in_channels); positions (tokens, 3).
+        condition_states (B, C, in_channels) are the input images; the positions img_ids (I, 3), txt_ids (T, 3) and
+        condition_ids (C, 3).
         """
         prepared = self.prepare(timestep[None], encoder_hidden_states, img_ids, txt_ids, condition_ids)
         predictions = self.predict(hidden_states, condition_states=condition_states, use=None, **prepared.inputs(0))
         return predictions["hidden_states"]
 
     @entry_point
-    def prepare(  # type: ignore[override]  # which keywords there are differs by model
+    def prepare(  # type: ignore[override]  # keywords differ by model
         self,
         timesteps: Tensor,
         encoder_hidden_states: Tensor,
@@ -144,9 +139,9 @@ class QwenImageTransformer2DModel(DiffusionTransformer):
         txt_ids: Tensor,
         condition_ids: Tensor | None = None,
     ) -> Prepared:
-        """Modulations of all blocks (N, B, M) for timesteps (N, B), the embedded text, the rotation of all tokens.
+        """Modulations (N, B, M) for timesteps (N, B), embedded text (B, T, D), and RoPE of all tokens.
 
-        With zero_cond_t, given images have the modulations (B, M) of timestep 0 at every step.
+        With zero_cond_t the input images have the modulations (B, M) of timestep 0 in every step.
         """
         modulations = self._modulation(timesteps.flatten()).view(*timesteps.shape, -1)
         ids = (txt_ids, img_ids) if condition_ids is None else (txt_ids, img_ids, condition_ids)
@@ -159,7 +154,7 @@ class QwenImageTransformer2DModel(DiffusionTransformer):
         return Prepared(steps={"modulation": modulations}, constants=constants)
 
     @entry_point
-    def predict(  # type: ignore[override]  # which constants there are differs by model
+    def predict(  # type: ignore[override]  # constants differ by model
         self,
         hidden_states: Tensor,
         modulation: Tensor,
@@ -170,13 +165,13 @@ class QwenImageTransformer2DModel(DiffusionTransformer):
         condition_modulation: Tensor | None = None,
         use: CacheUse | None = None,
     ) -> Predictions:
-        """Velocity (B, I, token channels), with a step's modulations (B, M)."""
-        images, last = hidden_states, None
+        """Velocity (B, I, token channels) of hidden_states, with the modulations (B, M) of a step."""
+        images, reference = hidden_states, None
         if condition_states is not None:
             images = torch.cat((hidden_states, condition_states), dim=1)
             if condition_modulation is not None:
-                last = (condition_states.shape[1], condition_modulation)
-        normed = through_joint_blocks(
+                reference = (condition_states.shape[1], condition_modulation)
+        normed = run_joint_blocks(
             self.img_in(images),
             text_BTD,
             modulation,
@@ -184,12 +179,12 @@ class QwenImageTransformer2DModel(DiffusionTransformer):
             self.transformer_blocks,
             self.final_norm,
             use,
-            last,
+            reference,
         )
         return {"hidden_states": self.proj_out(normed)[:, : hidden_states.shape[1]]}
 
     def residual_elements(self, latents: Mapping[str, Tensor], constants: Mapping[str, Tensor]) -> int:
-        """Text and image tokens."""
+        """Number of elements of the residual stream: text and image tokens."""
         text = constants["text_BTD"]
         tokens = text.shape[1] + sum(each.shape[1] for each in latents.values())
         return len(text) * tokens * text.shape[2]
@@ -200,7 +195,7 @@ class QwenImageTransformer2DModel(DiffusionTransformer):
         return torch.cat([each(activated) for each in self._modulations()], dim=1)
 
     def _modulations(self) -> Iterator[nn.Module]:
-        """In the order in which predict() takes their parts."""
+        """Modulation layers, in the order in which the blocks read the modulations."""
         for block in self.transformer_blocks:
             assert isinstance(block, QwenImageTransformerBlock)
             yield from (block.img_mod, block.txt_mod)

@@ -1,20 +1,11 @@
-"""How the Qwen-Image DiT is sharded between ranks, and its loader."""
+"""Parallel plan and loader of the Qwen-Image DiT."""
 
 from __future__ import annotations
 
-from functools import partial
-from typing import TYPE_CHECKING
-
-import torch
-
 from configs.models.dits.qwen_image import QwenImageTransformerConfig
-from models.dits.loading import load_transformer
+from models.dits.loading import TransformerLoader
 from models.dits.qwen_image import QwenImageTransformer2DModel
-from models.parallel.plan import Cut, Join, ParallelPlan
-
-if TYPE_CHECKING:
-    from common.checkpoint import Checkpoint
-    from models.parallel.mesh import WorkerMesh
+from models.parallel.plan import GatheredResult, ParallelPlan, ShardedArgument
 
 BLOCK = "transformer_blocks.*"
 
@@ -31,29 +22,25 @@ QWEN_IMAGE_PLAN = ParallelPlan(
         f"{BLOCK}.img_mlp.net.2",
         f"{BLOCK}.txt_mlp.net.2",
     ),
-    # A third of the weights, read once a request: whole, they would cost each rank their memory.
+    # These layers run once per request but hold a third of the weights: replicas would cost much memory on each rank.
     gathered=(f"{BLOCK}.img_mod.1", f"{BLOCK}.txt_mod.1"),
     token_segments={"text": "sharded", "image": "sharded", "condition": "sharded"},
     attention=(f"{BLOCK}.attn.inner",),
-    # Given images, which may have a timestep of their own, are sharded separately: every rank has a chunk of them.
-    cuts=(
-        Cut("prepare", "encoder_hidden_states", "text"),
-        Cut("prepare", "txt_ids", "text", dim=0),
-        Cut("prepare", "img_ids", "image", dim=0),
-        Cut("prepare", "condition_ids", "condition", dim=0),
-        Cut("predict", "hidden_states", "image"),
-        Cut("predict", "condition_states", "condition"),
+    # Input images may have a separate timestep, so that they are a segment of their own: each rank has a chunk of both.
+    sharded_arguments=(
+        ShardedArgument("prepare", "encoder_hidden_states", "text"),
+        ShardedArgument("prepare", "txt_ids", "text", dim=0),
+        ShardedArgument("prepare", "img_ids", "image", dim=0),
+        ShardedArgument("prepare", "condition_ids", "condition", dim=0),
+        ShardedArgument("predict", "hidden_states", "image"),
+        ShardedArgument("predict", "condition_states", "condition"),
     ),
-    joins=(Join("predict", "image", result="hidden_states"),),
+    gathered_results=(GatheredResult("predict", "image", result="hidden_states"),),
 )
 
-
-def load_qwen_image_transformer(
-    checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype, mesh: WorkerMesh | None = None
-) -> QwenImageTransformer2DModel:
-    """The DiT of the module's config.json, or this rank's part of it. Raises as load_transformer()."""
-    config = QwenImageTransformerConfig.from_dict(name, checkpoint.module_config(name))
-    build = partial(QwenImageTransformer2DModel, config)
-    return load_transformer(
-        build, QWEN_IMAGE_PLAN, checkpoint, name, device, dtype, mesh, heads=config.num_attention_heads
-    )
+load_qwen_image_transformer = TransformerLoader(
+    config=QwenImageTransformerConfig,
+    build=QwenImageTransformer2DModel,
+    plan=QWEN_IMAGE_PLAN,
+    heads=lambda config: config.num_attention_heads,
+)

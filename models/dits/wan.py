@@ -1,14 +1,14 @@
-"""The Wan DiT: video tokens that attend to each other, then to the text (and to an image's tokens).
+"""The Wan DiT: video tokens with self-attention, then cross-attention to text and, in some models, an image.
 
 Shapes: N steps, B batch, S video tokens (frames, rows, columns of patches), T text tokens, V vision tokens, D hidden
-size. Parameter names are the checkpoint's. The residual stream is in the model's type; norms, modulation and gates
-compute in float32, and their weights are kept in it.
+size. Parameter names are the checkpoint's. The residual stream is in the model's dtype; norms, modulation and gates
+are computed in float32, and their weights are stored in float32.
 
-In Wan 2.2 TI2V the tokens of the first latent frame, which is a given image, have a timestep of their own: they are
-the first of two token segments.
+In Wan 2.2 TI2V the first latent frame is the input image, and its tokens have a separate timestep: they are the first
+of two token segments.
 """
 
-# ruff: noqa: N803, N806  (the capitals of a tensor's name are its shape)
+# ruff: noqa: N803, N806  (a tensor name ends in its shape, in capitals)
 
 from __future__ import annotations
 
@@ -29,24 +29,25 @@ from models.layers.feed_forward import FeedForward
 from models.layers.linear import Linear, only_linear
 from models.layers.norms import LayerNormScaleShift, Residual, RMSNorm
 from models.layers.rotary import rotary_embedding
-from models.layers.step_cache import CacheUse, through_blocks
+from models.layers.step_cache import CacheUse, run_blocks
 from models.rotation import Rotation
 from models.token_segments import SegmentVectors, TokenSegments, vectors_of_rows
 
 FLOAT32_PARAMETERS = ("time_embedder", "scale_shift_table", "norm1", "norm2", "norm3")
-"""Parts of parameter names that stay in float32 whatever the model's type, as Diffusers keeps them."""
+"""Substrings of the names of parameters that stay in float32 in a model of any dtype, as in Diffusers."""
 
 UNUSED_PARAMETERS = ("norm_added_q",)
-"""Published image-to-video checkpoints hold these; nothing reads them."""
+"""Substrings of the names of weights in published image-to-video checkpoints that no module reads."""
 
 IMAGE_NORM_EPS = 1e-5
+"""Epsilon of the norms of the image embedding."""
 
 VIDEO, FIRST_FRAME = "video", "first_frame"
-"""Token segments, each with timesteps of its own; keys of what tokens() returns."""
+"""Token segments with separate timesteps; keys of the result of predict_tokens()."""
 
 
-class FloatLayerNorm(nn.Module):
-    """Layer norm with a weight and a bias, computed in float32 whatever the input's type, which the result has."""
+class FP32LayerNorm(nn.Module):
+    """Layer norm with weight and bias, computed in float32; the result is in the dtype of the input."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -55,23 +56,23 @@ class FloatLayerNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., size) to the same."""
+        """(..., size) to (..., size)."""
         normed = layer_norm(x.float(), self.weight.shape, self.weight.float(), self.bias.float(), self.eps)
         return normed.to(x.dtype)
 
 
 class ImageEmbedding(nn.Module):
-    """Tokens of the vision encoder (B, V, image_dim) to (B, V, D). With two frames, positions tell them apart."""
+    """Embedding of the vision encoder's tokens. A learnt position embedding distinguishes first and last frame."""
 
     def __init__(self, image_dim: int, size: int, positions: int | None) -> None:
         super().__init__()
-        self.norm1 = FloatLayerNorm(image_dim, IMAGE_NORM_EPS)
+        self.norm1 = FP32LayerNorm(image_dim, IMAGE_NORM_EPS)
         self.ff = FeedForward(image_dim, hidden=image_dim, out_size=size, activation="gelu")
-        self.norm2 = FloatLayerNorm(size, IMAGE_NORM_EPS)
+        self.norm2 = FP32LayerNorm(size, IMAGE_NORM_EPS)
         self.pos_embed = nn.Parameter(torch.zeros(1, positions, image_dim)) if positions else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """The tokens of all frames of one video lie behind each other."""
+        """(B, V, image_dim) to (B, V, D). The V tokens of first and last frame are concatenated."""
         if self.pos_embed is not None:
             x = x + self.pos_embed
         embedded: Tensor = self.norm2(self.ff(self.norm1(x)))
@@ -79,7 +80,7 @@ class ImageEmbedding(nn.Module):
 
 
 class ConditionEmbedder(nn.Module):
-    """Embeds what the blocks are conditioned on: time, text, and an image's tokens in models that take one."""
+    """Embeddings of the blocks' conditioning: timestep, text, and image tokens in image-to-video models."""
 
     def __init__(self, config: WanTransformerConfig) -> None:
         super().__init__()
@@ -93,13 +94,13 @@ class ConditionEmbedder(nn.Module):
         )
 
     def time(self, timestep_B: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The time embedding (B, D), and the six modulations of a block (B, 6, D), both in the model's type."""
+        """The time embedding (B, D), and the six modulations of a block (B, 6, D), both in `dtype`."""
         embedding: Tensor = self.time_embedder(sinusoidal_embedding(timestep_B, self.freq_dim)).to(dtype)
         return embedding, self.time_proj(silu(embedding)).unflatten(1, (6, -1))
 
 
 class VideoAttention(SelfAttention):
-    """Video tokens attend to each other; queries and keys are normalised over all heads together."""
+    """Self-attention of video tokens; norms of queries and keys are over all heads together."""
 
     def __init__(self, config: WanTransformerConfig) -> None:
         size = config.hidden_size
@@ -108,9 +109,9 @@ class VideoAttention(SelfAttention):
 
 
 class WanCrossAttention(CrossAttention):
-    """Video tokens attend to the text and, each softmax for itself, to an image's tokens; the results add up.
+    """Cross-attention to the text and to image tokens: the sum of two separate attentions.
 
-    Padding of the text is attended to: it is zero before its embedding.
+    Attention includes the padding of the text, which is zeros before the text embedding.
     """
 
     def __init__(self, config: WanTransformerConfig) -> None:
@@ -121,14 +122,14 @@ class WanCrossAttention(CrossAttention):
         self.norm_added_k = RMSNorm(size, config.eps) if image_size else None
 
     def image_keys_and_values(self, image_BVD: Tensor) -> Tensor:
-        """Keys, then values, of an image's tokens, (B, V, 2 * D)."""
-        assert self.add_k_proj is not None, "image tokens in a model that takes none"
-        assert self.add_v_proj is not None, "image tokens in a model that takes none"
-        assert self.norm_added_k is not None, "image tokens in a model that takes none"
+        """Keys, then values, of image tokens (B, V, D): (B, V, 2 * D)."""
+        assert self.add_k_proj is not None, "image tokens for a model without an image input"
+        assert self.add_v_proj is not None, "image tokens for a model without an image input"
+        assert self.norm_added_k is not None, "image tokens for a model without an image input"
         return self.project_keys_and_values(image_BVD, self.add_k_proj, self.add_v_proj, self.norm_added_k)
 
     def forward(self, x_BSD: Tensor, text_kv: Tensor, image_kv: Tensor | None = None) -> Tensor:
-        """The attention output (B, S, D), before the output projection."""
+        """Attention output (B, S, D), without the output projection."""
         q = self.queries(x_BSD)
         attended = self.attend(q, text_kv)
         if image_kv is not None:
@@ -137,7 +138,7 @@ class WanCrossAttention(CrossAttention):
 
 
 class WanTransformerBlock(nn.Module):
-    """Self-attention, cross-attention, feed-forward; the first and the last are modulated and gated by time."""
+    """Self-attention, cross-attention, feed-forward; the first and the last are modulated and gated."""
 
     def __init__(self, config: WanTransformerConfig) -> None:
         super().__init__()
@@ -145,7 +146,7 @@ class WanTransformerBlock(nn.Module):
         self.norm = LayerNormScaleShift(size, config.eps)
         self.attn1 = VideoAttention(config)
         self.attn2 = WanCrossAttention(config)
-        self.norm2 = FloatLayerNorm(size, config.eps) if config.cross_attn_norm else None
+        self.norm2 = FP32LayerNorm(size, config.eps) if config.cross_attn_norm else None
         self.ffn = FeedForward(size, hidden=config.ffn_dim)
         self.scale_shift_table = nn.Parameter(torch.zeros(1, 6, size))
 
@@ -158,21 +159,21 @@ class WanTransformerBlock(nn.Module):
         rotation: Rotation,
         cache: KeyValueCache | None = None,
     ) -> Residual:
-        """The next residual; the six modulations are float32. `cache` holds earlier tokens to attend to."""
+        """Return the next residual. The six modulations are float32. `cache` is the KV cache of self-attention."""
         shift, scale, gate, ff_shift, ff_scale, ff_gate = modulation
         x_BSD, normed = self.norm.after(residual, scale, shift)
         attended = self.attn1(normed, rotation, cache=cache)
-        residual = only_linear(self.attn1.to_out).update(x_BSD, attended, gate)
+        residual = only_linear(self.attn1.to_out).add_gated(x_BSD, attended, gate)
         x_BSD, normed = self._cross_norm(residual)
         one = SegmentVectors.same(torch.ones_like(gate.last))
-        residual = only_linear(self.attn2.to_out).update(x_BSD, self.attn2(normed, text_kv, image_kv), one)
+        residual = only_linear(self.attn2.to_out).add_gated(x_BSD, self.attn2(normed, text_kv, image_kv), one)
         x_BSD, normed = self.norm.after(residual, ff_scale, ff_shift)
-        fed = normed.new_empty(normed.shape)
-        self.ffn.into(normed, fed)
-        return Residual(x_BSD, fed, ff_gate)
+        ff_out = normed.new_empty(normed.shape)
+        self.ffn.into(normed, ff_out)
+        return Residual(x_BSD, ff_out, ff_gate)
 
     def _cross_norm(self, residual: Residual) -> tuple[Tensor, Tensor]:
-        """The stream with its update, and that through norm2, whose weight and bias are a scale and a shift."""
+        """The value of the residual stream, and norm2 of it. Weight and bias of norm2 are passed as scale and shift."""
         if self.norm2 is None:
             x_BSD = residual.added()
             return x_BSD, x_BSD
@@ -205,24 +206,25 @@ class WanTransformer3DModel(DiffusionTransformer):
     ) -> Tensor:
         """Velocity (B, out_channels, frames, rows, columns) of hidden_states (B, in_channels, frames, rows, columns).
 
-        timestep is (B,) in [0, 1000], or (B, 2): that of the first latent frame's tokens and that of all others;
-        encoder_hidden_states (B, T, text_dim); encoder_hidden_states_image (B, V, image_dim), the tokens of first and
-        last frame behind each other where there are two.
+        timestep is (B,) in [0, 1000], or (B, 2): first that of the first latent frame, then that of the other frames;
+        encoder_hidden_states (B, T, text_dim); encoder_hidden_states_image (B, V, image_dim), with the tokens of first
+        and last frame concatenated where the model takes both.
         """
         prepared = self.prepare(timestep[None], encoder_hidden_states, encoder_hidden_states_image)
         return self.predict(hidden_states, use=None, **prepared.inputs(0))["hidden_states"]
 
     @entry_point
-    def prepare(  # type: ignore[override]  # which keywords there are differs by model
+    def prepare(  # type: ignore[override]  # keywords differ by model
         self,
         timesteps: Tensor,
         encoder_hidden_states: Tensor,
         encoder_hidden_states_image: Tensor | None = None,
     ) -> Prepared:
-        """Modulations (N, B, 6 * blocks + 2, D), float32, for timesteps (N, B); keys and values for cross-attention.
+        """Modulations (N, B, 6 * blocks + 2, D), float32, for timesteps (N, B); keys and values of text and image.
 
-        Timesteps (N, B, 2) of two segments make "first_modulation" of the first latent frame, and "modulation" of the
-        other tokens. Keys and values of the text are (blocks, B, T, 2 * D), of the image (blocks, B, V, 2 * D).
+        For timesteps (N, B, 2) of two segments, "first_modulation" is that of the first latent frame, and "modulation"
+        that of the other frames. Keys and values of the text are (blocks, B, T, 2 * D), those of the image
+        (blocks, B, V, 2 * D).
         """
         embed = self.condition_embedder
         segments = timesteps.unbind(-1) if timesteps.ndim == 3 else (timesteps,)
@@ -233,7 +235,7 @@ class WanTransformer3DModel(DiffusionTransformer):
         cross = [block.attn2 for block in self._blocks()]
         constants = {"text_kv": torch.stack([each.keys_and_values(text_BTD) for each in cross])}
         if encoder_hidden_states_image is not None:
-            assert embed.image_embedder is not None, "image tokens in a model that takes none"
+            assert embed.image_embedder is not None, "image tokens for a model without an image input"
             image_BVD = embed.image_embedder(encoder_hidden_states_image)
             constants["image_kv"] = torch.stack([each.image_keys_and_values(image_BVD) for each in cross])
         return Prepared(steps, constants)
@@ -247,7 +249,7 @@ class WanTransformer3DModel(DiffusionTransformer):
         return rows.view(*timesteps_NB.shape, *rows.shape[1:])
 
     @entry_point
-    def predict(  # type: ignore[override]  # which constants there are differs by model
+    def predict(  # type: ignore[override]  # constants differ by model
         self,
         hidden_states: Tensor,
         modulation: Tensor,
@@ -256,19 +258,19 @@ class WanTransformer3DModel(DiffusionTransformer):
         first_modulation: Tensor | None = None,
         use: CacheUse | None = None,
     ) -> Predictions:
-        """Velocity (B, out_channels, frames, rows, columns), with a step's modulations (B, 6 * blocks + 2, D).
+        """Velocity (B, out_channels, frames, rows, columns), with the modulations (B, 6 * blocks + 2, D) of a step.
 
-        `first_modulation` is that of the first latent frame's tokens, if it differs.
+        `first_modulation` is that of the first latent frame; None: it is that of the other frames.
         """
         grid, rotation = self._grid(hidden_states), self._rotation(hidden_states)
         x_BSD = self.patch_embedding(hidden_states).flatten(2).transpose(1, 2)
         if first_modulation is None:
             x_BSD = x_BSD.contiguous()
-            segments = self.tokens(x_BSD, rotation.cos, rotation.sin, modulation, text_kv, image_kv, use=use)
+            segments = self.predict_tokens(x_BSD, rotation.cos, rotation.sin, modulation, text_kv, image_kv, use=use)
             return {"hidden_states": self._unpatchify(segments[VIDEO], grid)}
-        assert self.patch_size[0] == 1, "a token has the timestep of one frame"
+        assert self.patch_size[0] == 1, "a patch of several frames has no single timestep"
         first, rest = slice(0, math.prod(grid[1:])), slice(math.prod(grid[1:]), None)
-        segments = self.tokens(
+        segments = self.predict_tokens(
             x_BSD[:, rest],
             rotation.cos[rest],
             rotation.sin[rest],
@@ -285,24 +287,24 @@ class WanTransformer3DModel(DiffusionTransformer):
         return {"hidden_states": self._unpatchify(patches, grid)}
 
     def residual_elements(self, latents: Mapping[str, Tensor], constants: Mapping[str, Tensor]) -> int:
-        """Video tokens of all ranks."""
+        """Number of elements of the residual stream: video tokens."""
         del constants
         video = latents["hidden_states"]
         return len(video) * math.prod(self._grid(video)) * self.final_norm.size
 
     def cached_tensors(self, latents: Mapping[str, Tensor]) -> Rotation | None:
-        """The rotation of the video's tokens."""
+        """RoPE of the video tokens."""
         return self._rotation(latents["hidden_states"])
 
     def _rotation(self, hidden_states: Tensor) -> Rotation:
         return _rotation(self._grid(hidden_states), self.axes_dims, hidden_states.device)
 
     def _grid(self, hidden_states: Tensor) -> tuple[int, ...]:
-        """Frames, rows and columns of patches."""
+        """Numbers of frames, rows and columns of patches."""
         return tuple(size // patch for size, patch in zip(hidden_states.shape[2:], self.patch_size, strict=True))
 
     @entry_point
-    def tokens(
+    def predict_tokens(
         self,
         x_BSD: Tensor,
         cos: Tensor,
@@ -317,10 +319,10 @@ class WanTransformer3DModel(DiffusionTransformer):
         caches: Sequence[KeyValueCache] | None = None,
         use: CacheUse | None = None,
     ) -> dict[str, Tensor]:
-        """All blocks, the last norm and the projection, from the tokens of patches (B, S, D) to those of the result.
+        """Run all blocks, the last norm and the projection on embedded tokens (B, S, D).
 
-        The `first_` arguments are those of a first frame with modulations of its own. `caches` are those of the blocks.
-        Results are by segment: "video", and "first_frame" if it is given.
+        The `first_` arguments are for a first frame with a separate timestep. `caches` has a KV cache for each block.
+        Returns patches (B, tokens, channels of a patch) by segment: "video", and "first_frame" if there is one.
         """
         segments = None if first_BSD is None else TokenSegments((first_BSD.shape[1], x_BSD.shape[1]))
         x_BSD = _concatenated(first_BSD, x_BSD, dim=1)
@@ -337,7 +339,7 @@ class WanTransformer3DModel(DiffusionTransformer):
             )
             for index, block in enumerate(self._blocks())
         ]
-        residual = through_blocks(Residual(x_BSD), blocks, use)
+        residual = run_blocks(Residual(x_BSD), blocks, use)
         shift, scale = vectors[-2:]
         _, normed = self.final_norm.after(residual, scale, shift)
         patches: Tensor = self.proj_out(normed)
@@ -352,18 +354,18 @@ class WanTransformer3DModel(DiffusionTransformer):
             yield block
 
     def _unpatchify(self, patches: Tensor, grid: tuple[int, ...]) -> Tensor:
-        """(B, S, channels of a patch) to (B, channels, frames, rows, columns); a patch is (t, y, x, channel)."""
+        """Patches (B, S, t * y * x * channels) to (B, channels, frames, rows, columns)."""
         video = patches.reshape(patches.shape[0], *grid, *self.patch_size, -1)
         return video.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
 
 def _concatenated(first: Tensor | None, rest: Tensor, dim: int) -> Tensor:
-    """Both segments along `dim`; the second itself, not a copy, where there is no first."""
+    """Both segments, concatenated along `dim`. Without a first segment, `rest` itself, not a copy."""
     return rest if first is None else torch.cat((first, rest), dim)
 
 
 @lru_cache(maxsize=4)
 def _rotation(grid: tuple[int, ...], axes_dims: tuple[int, ...], device: torch.device) -> Rotation:
-    """Of every token's (frame, row, column), in order. The same for all steps and requests of a size."""
+    """RoPE by frame, row and column of each token, in this order. Cached for requests of the same size."""
     positions = torch.cartesian_prod(*(torch.arange(size, device=device) for size in grid))
     return rotary_embedding(positions, axes_dims)

@@ -1,11 +1,11 @@
-"""The Z-Image DiT: text and image are refined separately, then attend to each other as one stream.
+"""The Z-Image DiT: separate refiner blocks for text and image, then blocks for the concatenated tokens.
 
-Shapes: N steps, B batch, T text tokens, I image tokens, S both (text first), C channels of a latent, D hidden size, E
-size of the time embedding, M all modulations. T and I are padded with learnt tokens, which are attended to. Parameter
-names are the checkpoint's.
+Shapes: N steps, B batch, T text tokens, I image tokens, S = T + I (text first), C channels of a latent, D hidden size,
+E size of the time embedding, M all modulations. Text and image are padded with learnt tokens, which take part in
+attention. Parameter names are the checkpoint's.
 """
 
-# ruff: noqa: N803, N806  (the capitals of a tensor's name are its shape)
+# ruff: noqa: N803, N806  (a tensor name ends in its shape, in capitals)
 
 from __future__ import annotations
 
@@ -24,21 +24,34 @@ from models.layers.feed_forward import GatedFeedForward
 from models.layers.linear import Linear, only_linear
 from models.layers.norms import LayerNormScaleShift, Residual, RMSNorm, RMSNormScaleShift
 from models.layers.rotary import rotary_embedding
-from models.layers.step_cache import CacheUse, through_blocks
+from models.layers.step_cache import CacheUse, run_blocks
 from models.rotation import Rotation
 from models.token_segments import SegmentVectors
 
-SINUSOID_SIZE, TIME_HIDDEN_SIZE, MOST_TIME_SIZE = 256, 1024, 256
+SINUSOID_SIZE = 256
+"""Size of the sinusoidal embedding of a timestep."""
+
+TIME_HIDDEN_SIZE = 1024
+"""Hidden size of the MLP of the time embedding."""
+
+MAX_TIME_SIZE = 256
+"""Largest size E of the time embedding."""
+
 QK_EPS = 1e-5
+"""Epsilon of the norms of queries and keys."""
+
 FINAL_EPS = 1e-6
+"""Epsilon of the last norm."""
+
 VECTORS = 4
-"""Of a block: scale and gate of attention, then those of the feed-forward."""
+"""Modulations of a block: scale and gate of attention, then scale and gate of the feed-forward."""
+
 PATCH_NAME = f"{PATCH}-1"
-"""Of the layers for patches of 2x2 latents of one frame."""
+"""Key of the first and the last projection for patches of 2x2 latents of one frame."""
 
 
 class TimestepEmbedder(nn.Module):
-    """The embedding of a timestep (E)."""
+    """Embedding of a timestep."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -47,14 +60,14 @@ class TimestepEmbedder(nn.Module):
         )
 
     def forward(self, timesteps_NB: Tensor) -> Tensor:
-        """(N, B, E) for timesteps in [0, 1000]."""
+        """(N, B, E) for timesteps (N, B) in [0, 1000]."""
         sinusoids = sinusoidal_embedding(timesteps_NB.flatten(), SINUSOID_SIZE)
         embedded: Tensor = self.mlp(sinusoids.to(next(self.mlp.parameters()).dtype))
         return embedded.view(*timesteps_NB.shape, -1)
 
 
 class ZImageAttention(SelfAttention):
-    """Attention among the tokens of one stream; heads of queries and keys are normalised."""
+    """Self-attention without biases; norms of queries and keys are over each head."""
 
     def __init__(self, size: int, head_size: int) -> None:
         super().__init__(size, head_size, eps=QK_EPS, has_bias=False)
@@ -62,9 +75,10 @@ class ZImageAttention(SelfAttention):
 
 
 class ZImageTransformerBlock(nn.Module):
-    """Attention, then a gated feed-forward; each is normalised before and after, and gated.
+    """Attention, then a gated feed-forward; both have a norm before and after them, and a gate.
 
-    The norms' weights are part of the vectors that scale and gate: x + gate * norm(f(norm(x) * (1 + scale))).
+    A half of the block is x + gate * norm(f(norm(x) * (1 + scale))). The weights of the norms are folded into scale and
+    gate; see vectors().
     """
 
     def __init__(self, config: ZImageTransformerConfig, *, is_modulated: bool = True) -> None:
@@ -83,7 +97,10 @@ class ZImageTransformerBlock(nn.Module):
         self.norm = RMSNormScaleShift(size, config.eps)
 
     def vectors(self, time_NBE: Tensor) -> Tensor:
-        """Scale and gate of attention and of feed-forward, float32 (N, B, 4D), or (4D,) without modulation."""
+        """Scale and gate of attention and feed-forward, float32 (N, B, 4 * D), or (4 * D,) without modulation.
+
+        The weights of the norms are folded in.
+        """
         norms = (self.attention_norm1, self.attention_norm2, self.ffn_norm1, self.ffn_norm2)
         weights = [norm.weight.float() for norm in norms]
         if self.adaLN_modulation is None:
@@ -96,7 +113,7 @@ class ZImageTransformerBlock(nn.Module):
     def forward(
         self, residual: Residual, vectors: Sequence[SegmentVectors], no_shift: SegmentVectors, rotation: Rotation
     ) -> Residual:
-        """The next residual."""
+        """Return the next residual. `vectors` are the four modulations, `no_shift` is zeros."""
         scale, gate, ff_scale, ff_gate = vectors
         x_BSD, normed = self.norm.after(residual, scale, no_shift)
         attended = self.attention(normed, rotation)
@@ -109,7 +126,7 @@ class ZImageTransformerBlock(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """The last projection. Its norm is scaled by time."""
+    """The last norm, scaled by the time embedding, and the last projection."""
 
     def __init__(self, config: ZImageTransformerConfig) -> None:
         super().__init__()
@@ -149,16 +166,16 @@ class ZImageTransformer2DModel(DiffusionTransformer):
         """Negated velocity (B, C, rows, columns) of hidden_states (B, C, rows, columns).
 
         timestep is (B,) from 0 (noise) to 1; encoder_hidden_states (B, tokens, text_size), without padding; text_ids
-        (T, 3) and image_ids (I, 3) are the positions of all tokens, padding included.
+        (T, 3) and image_ids (I, 3) are the positions of all tokens, including padding.
         """
         prepared = self.prepare(timestep[None], encoder_hidden_states, text_ids, image_ids)
         return self.predict(hidden_states, use=None, **prepared.inputs(0))["hidden_states"]
 
     @entry_point
-    def prepare(  # type: ignore[override]  # which keywords there are differs by model
+    def prepare(  # type: ignore[override]  # keywords differ by model
         self, timesteps: Tensor, encoder_hidden_states: Tensor, text_ids: Tensor, image_ids: Tensor
     ) -> Prepared:
-        """Modulations of all blocks (N, B, M) for timesteps (N, B), the refined text, and all rotations."""
+        """Modulations (N, B, M) for timesteps (N, B), the refined text (B, T, D), and RoPE of text and image."""
         time_NBE = self.t_embedder(timesteps * self.config.time_scale)
         vectors = [block.vectors(time_NBE) for block in _blocks(self.noise_refiner, self.layers)]
         scale_NBD = self._final_layer.adaLN_modulation(time_NBE).float()
@@ -174,7 +191,7 @@ class ZImageTransformer2DModel(DiffusionTransformer):
         )
 
     @entry_point
-    def predict(  # type: ignore[override]  # which constants there are differs by model
+    def predict(  # type: ignore[override]  # constants differ by model
         self,
         hidden_states: Tensor,
         modulation: Tensor,
@@ -185,17 +202,17 @@ class ZImageTransformer2DModel(DiffusionTransformer):
         sin: Tensor,
         use: CacheUse | None = None,
     ) -> Predictions:
-        """Negated velocity (B, C, rows, columns), with a step's modulations (B, M)."""
+        """Negated velocity (B, C, rows, columns) of hidden_states, with the modulations (B, M) of a step."""
         rows, columns = hidden_states.shape[2:]
         patches = pack_channels_last(hidden_states)
         embedded: Tensor = self.all_x_embedder[PATCH_NAME](patches)
         refined = self.refine(_padded(embedded, self.x_pad_token, len(cos)), cos, sin, modulation)
-        velocity = self.tokens(refined, cos, sin, modulation, text_BTD, text_cos, text_sin, use)
+        velocity = self.predict_tokens(refined, cos, sin, modulation, text_BTD, text_cos, text_sin, use)
         return {"hidden_states": unpack_channels_last(velocity[:, : patches.shape[1]], rows, columns)}
 
     @entry_point
     def refine(self, image_BID: Tensor, cos: Tensor, sin: Tensor, modulation: Tensor) -> Tensor:
-        """The image alone (B, I, D), through its own blocks."""
+        """Run the image's refiner blocks on image tokens (B, I, D)."""
         residual, rotation = Residual(image_BID), Rotation(cos, sin)
         *vectors, _, no_shift = self._vectors(modulation)
         for index, block in enumerate(self.noise_refiner):
@@ -203,7 +220,7 @@ class ZImageTransformer2DModel(DiffusionTransformer):
         return residual.added()
 
     @entry_point
-    def tokens(
+    def predict_tokens(
         self,
         image_BID: Tensor,
         cos: Tensor,
@@ -214,21 +231,21 @@ class ZImageTransformer2DModel(DiffusionTransformer):
         text_sin: Tensor,
         use: CacheUse | None = None,
     ) -> Tensor:
-        """All other blocks, from the refined image (B, I, D) to patches (B, I, 4C) of the negated velocity."""
+        """Run the other blocks on refined image and text; returns patches (B, I, 4C) of the negated velocity."""
         rotation = Rotation(torch.cat((text_cos, cos)), torch.cat((text_sin, sin)))
         *vectors, scale, no_shift = self._vectors(modulation)
-        own = vectors[VECTORS * len(self.noise_refiner) :]
+        vectors = vectors[VECTORS * len(self.noise_refiner) :]
         blocks = [
-            partial(block, vectors=own[VECTORS * index :][:VECTORS], no_shift=no_shift, rotation=rotation)
+            partial(block, vectors=vectors[VECTORS * index :][:VECTORS], no_shift=no_shift, rotation=rotation)
             for index, block in enumerate(self.layers)
         ]
-        residual = through_blocks(Residual(torch.cat((text_BTD, image_BID), dim=1)), blocks, use)
+        residual = run_blocks(Residual(torch.cat((text_BTD, image_BID), dim=1)), blocks, use)
         _, normed = self._final_layer.norm.after(residual, scale, no_shift)
         velocity: Tensor = self._final_layer.linear(normed[:, text_BTD.shape[1] :])
         return velocity
 
     def residual_elements(self, latents: Mapping[str, Tensor], constants: Mapping[str, Tensor]) -> int:
-        """Text and image tokens of all ranks."""
+        """Number of elements of the residual stream: text and image tokens."""
         tokens = constants["text_BTD"].shape[1] + len(constants["cos"])
         return len(latents["hidden_states"]) * tokens * self.size
 
@@ -242,14 +259,14 @@ class ZImageTransformer2DModel(DiffusionTransformer):
         return rotary_embedding(ids, self.config.axes_dims, self.config.rope_theta)
 
     def _refined_text(self, text: Tensor, rotation: Rotation, time_NBE: Tensor) -> Tensor:
-        """The text (B, T, D) through its own blocks, which do not depend on the time."""
+        """Run the text's refiner blocks, which do not depend on the timestep; returns (B, T, D)."""
         embedded = _padded(self.cap_embedder(text.to(self.cap_pad_token.dtype)), self.cap_pad_token, len(rotation.cos))
         residual = Residual(embedded)
         for block in _blocks(self.context_refiner):
             vectors = block.vectors(time_NBE)
             vectors = torch.cat((vectors, vectors.new_zeros(self.size))).expand(len(text), -1)
-            *own, no_shift = self._vectors(vectors)
-            residual = block(residual, own, no_shift, rotation)
+            *modulations, no_shift = self._vectors(vectors)
+            residual = block(residual, modulations, no_shift, rotation)
         return residual.added()
 
     def _vectors(self, modulation_BM: Tensor) -> list[SegmentVectors]:
@@ -258,20 +275,20 @@ class ZImageTransformer2DModel(DiffusionTransformer):
 
 
 def pack_channels_last(raw: Tensor) -> Tensor:
-    """(B, C, 2h, 2w) to (B, h*w, 4C); channels in the order (dy, dx, c)."""
+    """Latents (B, C, 2h, 2w) to patches (B, h * w, 4C); the order of a patch's channels is (dy, dx, c)."""
     batch, channels, rows, columns = raw.shape
     patches = raw.reshape(batch, channels, rows // PATCH, PATCH, columns // PATCH, PATCH).permute(0, 2, 4, 3, 5, 1)
     return patches.reshape(batch, -1, PATCH * PATCH * channels)
 
 
 def unpack_channels_last(patches: Tensor, rows: int, columns: int) -> Tensor:
-    """(B, h*w, 4C) to (B, C, 2h, 2w), where rows is 2h and columns 2w."""
+    """Inverse of pack_channels_last(): patches (B, h * w, 4C) to latents (B, C, rows, columns)."""
     split = patches.reshape(len(patches), rows // PATCH, columns // PATCH, PATCH, PATCH, -1)
     return split.permute(0, 5, 1, 3, 2, 4).reshape(len(patches), -1, rows, columns)
 
 
 def _padded(x_BSD: Tensor, token_1D: Tensor, length: int) -> Tensor:
-    """Tokens of a stream, with a learnt one after them as often as the length needs."""
+    """Tokens (B, S, D), padded at the end with a learnt token (1, D) to `length` tokens."""
     batch, tokens, _ = x_BSD.shape
     return torch.cat((x_BSD, token_1D.expand(batch, length - tokens, -1)), dim=1)
 
@@ -284,4 +301,4 @@ def _blocks(*lists: nn.ModuleList) -> Iterable[ZImageTransformerBlock]:
 
 
 def _time_size(config: ZImageTransformerConfig) -> int:
-    return min(config.hidden_size, MOST_TIME_SIZE)
+    return min(config.hidden_size, MAX_TIME_SIZE)

@@ -1,1 +1,1 @@
-"""Kernels for GPUs: the optional packages that bring them, attention backends, and the committed choice tables."""
+"""GPU kernels: optional packages, and backends of GEMM, attention and fused operations."""

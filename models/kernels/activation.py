@@ -1,4 +1,4 @@
-"""Activations between GEMM calls."""
+"""Activations as separate kernels, for GEMM whose epilogue does not include them."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _SILU_GATE: Operation[Callable[[Tensor], Tensor]] = Operation("silu gate")
 
 
 def write_gelu(x: Tensor, out: Tensor) -> None:
-    """out = GELU (tanh form) of x, (B, S, F) each; `out` may be columns of a wider tensor."""
+    """Write GELU (tanh approximation) of x (B, S, F) to `out`, which may be columns of a wider tensor."""
     _GELU.for_device_of(x)(x, out)
 
 
 def gate_by_silu(x: Tensor) -> Tensor:
-    """SiLU of the first half of the channels times the second half: x (B, S, 2F) to (B, S, F)."""
+    """SwiGLU: SiLU of the first half of the channels times the second half; x (B, S, 2F) to (B, S, F)."""
     return _SILU_GATE.for_device_of(x)(x)
 
 

@@ -1,4 +1,4 @@
-"""Softmax attention without causality, by the backend that the committed table or a setting chooses.
+"""Non-causal softmax attention, by the backend that the attention table or a setting chooses.
 
 Shapes: q, k, v and results are (batch, tokens, heads, head size).
 """
@@ -31,8 +31,8 @@ _MERGE: Operation[Callable[[tuple[Tensor, Tensor], tuple[Tensor, Tensor], torch.
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, out: Tensor | None = None) -> Tensor:
     """Attention of all queries to all keys.
 
-    `mask` broadcasts to (batch, heads, query tokens, key tokens): True attends, or a float that is added to the scores.
-    `out` receives the result, and may be channels of a wider tensor.
+    `mask` broadcasts to (batch, heads, query tokens, key tokens). A bool mask is True where a query attends to a key; a
+    float mask is added to the scores. The result is written to `out` if given, which may be channels of a wider tensor.
     """
     if mask is not None:
         return _placed(_scaled_dot_product(q, k, v, mask), out)
@@ -40,11 +40,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, out: 
 
 
 def attention_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """attention() over some of the keys, with the log-sum-exp that merges it with attention over the others.
+    """attention() and the log-sum-exp of each query's scores, float32 (batch, tokens, heads).
 
-    The second result is the logarithm of the sum of the exponentials of each query's scores, float32 (batch, tokens,
-    heads). There must be at least one query and one key. Where the table leaves the choice to PyTorch, a kernel that
-    returns the log-sum-exp is taken.
+    merge_attention() merges such results for disjoint sets of keys. Needs at least one query and one key. Where the
+    table leaves the choice to PyTorch, this function calls a PyTorch kernel that returns the log-sum-exp.
     """
     return _WITH_LSE[_backend_for(q, k)](q, k, v)
 
@@ -52,9 +51,10 @@ def attention_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]
 def merge_attention(
     one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Attention to the keys of both, from attention to each, with log-sum-exp (batch, tokens, heads).
+    """Merge attention to two disjoint sets of keys. Arguments and result are (output, log-sum-exp) pairs.
 
-    Computed in float32; the result is in `dtype`, its log-sum-exp in float32.
+    Computed in float32; the output (batch, tokens, heads, head size) is in `dtype`, the log-sum-exp (batch, tokens,
+    heads) is float32.
     """
     return _MERGE.for_device_of(one[0])(one, other, dtype)
 
@@ -66,12 +66,12 @@ def _backend_for(q: Tensor, k: Tensor) -> AttentionBackend:
     work = batch * heads * min(tokens, k.shape[1])
     capability = torch.cuda.get_device_capability(q.device)
     backend = choose_backend(capability, q.dtype, work, k.shape[1], head_size, is_usable, chosen_attention())
-    # Its kernels are made by a compiler of its own, which torch.compile cannot trace.
+    # FlashAttention-4 compiles its kernels with CuTe DSL, which torch.compile cannot trace.
     return "sdpa" if backend == "flash_attn_4" and torch.compiler.is_compiling() else backend
 
 
 def _placed(attended: Tensor, out: Tensor | None) -> Tensor:
-    """The result itself, or its copy in `out`."""
+    """The result, copied to `out` if given."""
     return attended if out is None else out.copy_(attended)
 
 
@@ -82,7 +82,7 @@ def _by_flash_attention_2(q: Tensor, k: Tensor, v: Tensor, out: Tensor | None) -
 
 @_PLAIN.register("flash_attn_3")
 def _by_flash_attention_3(q: Tensor, k: Tensor, v: Tensor, out: Tensor | None) -> Tensor:
-    # A compiler can trace a function with a result, and not one that writes into a tensor.
+    # torch.compile can trace the function that returns a tensor, but not the one that writes to an argument.
     if torch.compiler.is_compiling():
         return _placed(attention_backends.flash_attention_3(q, k, v), out)
     return attention_backends.flash_attention_3_into(q, k, v, torch.empty_like(q) if out is None else out)
@@ -112,7 +112,7 @@ def _scaled_dot_product(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) ->
 def _by_package_with_lse(
     run: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
 ) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """The adapter of a package, whose log-sum-exp is (batch, heads, tokens)."""
+    """Adapter that transposes a package's log-sum-exp (batch, heads, tokens) to (batch, tokens, heads)."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         out, lse = run(q, k, v)
@@ -143,7 +143,7 @@ def _by_cudnn_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]
 
 
 def _lse_by_token(lse: Tensor, tokens: int) -> Tensor:
-    """(batch, tokens, heads), without the rows up to a tile and the dimension of 1 that kernels add."""
+    """Log-sum-exp (batch, tokens, heads), without a kernel's padding of tokens and extra dimension."""
     return lse.reshape(*lse.shape[:2], -1)[:, :, :tokens].transpose(1, 2)
 
 

@@ -1,6 +1,7 @@
-"""Attention by optional packages: FlashAttention 2, 3 and 4. q, k, v and results are (batch, tokens, heads, head size).
+"""Attention by optional packages: FlashAttention 2, 3 and 4. Non-causal and without a mask.
 
-Each *_with_lse() also returns the log-sum-exp of the scores, float32 (batch, heads, tokens). No mask, no causality.
+q, k, v and results are (batch, tokens, heads, head size). Functions named *_with_lse() also return the log-sum-exp of
+the scores, float32 (batch, heads, tokens).
 """
 
 from __future__ import annotations
@@ -12,16 +13,16 @@ import torch
 from torch import Tensor
 
 _QUERY_TILES = {128: 128}
-"""Queries that FlashAttention-3's kernel takes at a time, by head size."""
+"""Rows (queries) of a tile of FlashAttention-3's kernel, by head size."""
 
-_MOST_SPLITS = 8
-"""Parts of the keys at most."""
+_MAX_SPLITS = 8
+"""Largest number of splits of the keys."""
 
-_WAVES_A_SPLIT = 0.02
-"""Cost of merging one more part of the keys, in waves: one tile on each multiprocessor."""
+_WAVES_PER_SPLIT = 0.02
+"""Cost of merging one more split, in waves. A wave is one tile on each multiprocessor."""
 
-_LEAST_GAIN = 0.08
-"""Smallest share of the waves that a separate call for the last heads must save."""
+_MIN_SAVING = 0.08
+"""Smallest fraction of the waves that a separate call for the last heads must save."""
 
 
 def flash_attention_2(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -34,10 +35,11 @@ def flash_attention_2(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def flash_attention_2_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """The same with the log-sum-exp. The third result, probabilities, is computed only with dropout."""
+    """flash_attention_2() with the log-sum-exp."""
     # An optional package for GPUs.
     from flash_attn import flash_attn_func
 
+    # The third result, the attention probabilities, is computed only with dropout.
     out, lse, _ = flash_attn_func(q, k, v, return_attn_probs=True)
     return out, lse
 
@@ -52,7 +54,7 @@ def flash_attention_3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def flash_attention_3_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """The same with the log-sum-exp."""
+    """flash_attention_3() with the log-sum-exp."""
     # An optional package for GPUs.
     import fa3_fwd_interface
 
@@ -61,8 +63,8 @@ def flash_attention_3_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor,
 
 
 def flash_attention_3_into(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> Tensor:
-    """The same into `out`, whose channels are adjacent, with the last heads in a call of their own."""
-    # Importing it registers its operators: its own function has no argument for the result.
+    """Write flash_attention_3() to `out`, with adjacent channels, by one or two calls: see head_shares()."""
+    # The import registers torch.ops.fa3_fwd; the package's Python function has no argument `out`.
     import fa3_fwd_interface  # noqa: F401
 
     batch, tokens, heads, head_size = q.shape
@@ -81,7 +83,7 @@ def flash_attention_4(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def flash_attention_4_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """The same with the log-sum-exp."""
+    """flash_attention_4() with the log-sum-exp."""
     result: tuple[Tensor, Tensor] = _flash_attention_4(q, k, v, return_lse=True)
     return result
 
@@ -90,27 +92,27 @@ def _flash_attention_4(q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool) -> 
     # An optional package for GPUs.
     from flash_attn.cute import flash_attn_func
 
-    # Returns both in any case; the second is None unless asked for.
+    # The result is always a pair; without return_lse its second element is None.
     return flash_attn_func(q, k, v, return_lse=return_lse)
 
 
 def head_shares(tiles: int, heads: int, processors: int) -> list[tuple[slice, int]]:
-    """The heads of each call, and the number of parts that its keys are split into.
+    """The heads of each kernel call, and the number of splits of its keys.
 
-    A head has `tiles` tiles of queries, and all processors compute one tile each at a time. Where the last wave would
-    leave most of them idle, the heads of its tiles get a call of their own, which splits the keys.
+    A head has `tiles` tiles of queries, and each of `processors` multiprocessors computes one tile at a time. Where the
+    last wave would leave most multiprocessors idle, its heads get a separate call, which splits the keys.
     """
-    everything = [(slice(0, heads), 1)]
+    single_call = [(slice(0, heads), 1)]
     full = processors * (tiles * heads // processors) // tiles if tiles else heads
     rest = heads - full
     if not 0 < full < heads:
-        return everything
+        return single_call
 
     def waves(splits: int) -> float:
         return math.ceil(tiles * rest * splits / processors) / splits
 
-    splits = min(range(2, _MOST_SPLITS + 1), key=lambda each: waves(each) + _WAVES_A_SPLIT * each)
+    splits = min(range(2, _MAX_SPLITS + 1), key=lambda each: waves(each) + _WAVES_PER_SPLIT * each)
     before, after = math.ceil(tiles * heads / processors), math.ceil(tiles * full / processors) + waves(splits)
-    if after > (1 - _LEAST_GAIN) * before:
-        return everything
+    if after > (1 - _MIN_SAVING) * before:
+        return single_call
     return [(slice(0, full), 1), (slice(full, heads), splits)]

@@ -1,6 +1,8 @@
-"""The attention backend of each GPU and shape: a committed table, so that workers of one kind agree bit for bit.
+"""Table of attention backends by GPU and shape.
 
-tests/bench/attention.py measures it. `work` is batch x heads x tokens, of queries or keys, whichever are fewer.
+The table is part of the code, not tuned at run time, so that workers with the same GPU give bit-identical results.
+tests/bench/attention.py measures it. `work` is batch x heads x tokens, with the smaller of the numbers of queries and
+keys as tokens.
 """
 
 from __future__ import annotations
@@ -13,28 +15,28 @@ import torch
 from common.errors import InvalidInput
 from models.kernels.packages import ATTENTION_PACKAGES, AttentionBackend, AttentionChoice, Capability, PackageName
 
-_LARGEST_HEAD = 128
+_MAX_HEAD_SIZE = 128
 
-_LEAST_KEYS: dict[AttentionBackend, int] = {"cudnn": 2}
-"""Fewest keys that a backend takes, where it does not take one."""
+_MIN_KEYS: dict[AttentionBackend, int] = {"cudnn": 2}
+"""Smallest number of keys of a backend, where it is more than 1."""
 
 
 class Row(NamedTuple):
-    """A backend, and the smallest work at which it is taken."""
+    """A backend, and the smallest work for which it is chosen."""
 
     backend: AttentionBackend
-    least_work: int = 0
+    min_work: int = 0
 
 
-# Measured on an H100 at head size 128 in bfloat16, FlashAttention-3 against cuDNN in TFLOP/s: 24 x 4,608 and 24 x 4,296
-# (683 and 633 against 622 and 540), 12 x 4,608 and 12 x 4,296 (569 and 534 against 543 and 453), 12 x 32,760 and
-# 6 x 32,760 (669 and 685 against 572 and 566). At 24 x 1,536 FlashAttention-3 is slower (201 against 409).
+# TFLOP/s of FlashAttention-3 and of cuDNN on an H100, for head size 128 in bfloat16, by heads x tokens:
+#   24 x 4,608: 683 and 622;  24 x 4,296: 633 and 540;  12 x 4,608: 569 and 543;  12 x 4,296: 534 and 453;
+#   12 x 32,760: 669 and 572;  6 x 32,760: 685 and 566;  24 x 1,536: 201 and 409.
 _HOPPER = (Row("flash_attn_3", 45_000), Row("cudnn"))
 
-# Not measured: PyTorch has no other kernels for these GPUs than FlashAttention-2 of an earlier version.
+# Not measured. PyTorch's own kernels for these GPUs are an earlier version of FlashAttention-2.
 _AMPERE_AND_ADA = (Row("flash_attn_2"),)
 
-# Not measured: FlashAttention-4 is written for these GPUs.
+# Not measured. FlashAttention-4 was written for these GPUs.
 _BLACKWELL = (Row("flash_attn_4"),)
 
 TABLE: dict[Capability, tuple[Row, ...]] = {
@@ -45,25 +47,25 @@ TABLE: dict[Capability, tuple[Row, ...]] = {
     (10, 0): _BLACKWELL,
     (10, 3): _BLACKWELL,
 }
-"""Rows by compute capability; the first one that applies is taken."""
+"""Rows by compute capability; the first row that applies is chosen."""
 
 
 def has_backends(dtype: torch.dtype, head_size: int) -> bool:
-    """Whether there are backends beside PyTorch's own choice."""
-    return dtype == torch.bfloat16 and head_size % 8 == 0 and head_size <= _LARGEST_HEAD
+    """Whether any backend other than PyTorch's own choice supports the dtype and the head size."""
+    return dtype == torch.bfloat16 and head_size % 8 == 0 and head_size <= _MAX_HEAD_SIZE
 
 
 def check_choice(choice: AttentionChoice, dtype: torch.dtype, head_sizes: Iterable[int]) -> None:
-    """Refuse a backend that does not take a model's dtype or one of its head sizes. Raises InvalidInput."""
+    """Check that a backend supports a model's dtype and head sizes. Raises InvalidInput."""
     if choice in ("auto", "sdpa"):
         return
     if dtype != torch.bfloat16:
         given = str(dtype).removeprefix("torch.")
-        message = f"attention_backend: {choice} takes bfloat16, and dtype is {given}; auto and sdpa work"
+        message = f"attention_backend: {choice} supports bfloat16, and dtype is {given}; use auto or sdpa"
         raise InvalidInput(message, field="attention_backend")
     if unfit := sorted({size for size in head_sizes if not has_backends(dtype, size)}):
-        message = f"attention_backend: {choice} takes heads of 8, 16, ... {_LARGEST_HEAD} channels, and the model has"
-        raise InvalidInput(f"{message} {', '.join(map(str, unfit))}; auto and sdpa work", field="attention_backend")
+        message = f"attention_backend: {choice} supports head sizes 8, 16, ... {_MAX_HEAD_SIZE}, and the model has"
+        raise InvalidInput(f"{message} {', '.join(map(str, unfit))}; use auto or sdpa", field="attention_backend")
 
 
 def choose_backend(
@@ -75,16 +77,16 @@ def choose_backend(
     is_usable: Callable[[PackageName], bool],
     choice: AttentionChoice = "auto",
 ) -> AttentionBackend:
-    """The backend of attention without a mask; "sdpa" leaves the choice to PyTorch.
+    """Choose the backend of attention without a mask. "sdpa" leaves the choice to PyTorch.
 
-    A backend that a setting names takes the place of the table. Both are for bfloat16, heads of 8 to 128 channels
-    and as many keys as the backend needs: an empty prompt can be one token.
+    A `choice` other than auto replaces the table. The result is "sdpa" for dtypes other than bfloat16, for head sizes
+    above 128, and for fewer keys than the backend supports: the text of an empty prompt can be a single token.
     """
     if not has_backends(dtype, head_size):
         return "sdpa"
     rows = TABLE.get(capability, ()) if choice == "auto" else (Row(choice),)
-    for backend, least_work in rows:
-        if work < least_work or keys < _LEAST_KEYS.get(backend, 1):
+    for backend, min_work in rows:
+        if work < min_work or keys < _MIN_KEYS.get(backend, 1):
             continue
         package = ATTENTION_PACKAGES.get(backend)
         if choice != "auto" or package is None or is_usable(package):

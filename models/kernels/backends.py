@@ -1,7 +1,7 @@
-"""Operations with several implementations, and the facts about them that decide the bits of a result.
+"""Operations with several implementations, and the backends that determine the bits of a result.
 
-BACKENDS is the one list of implementations. An implementation that is not in it cannot be registered, and facts() reads
-the same list, so that no backend is missing from the numerics fingerprint.
+BACKENDS is the only list of implementations: register() refuses any other backend, and facts() reads the same list, so
+that no backend is missing from the numerics fingerprint.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ OperationName = Literal[
 ]
 
 Backends = Mapping[str, PackageName | None]
-"""The package of each backend; None: part of PyTorch."""
+"""Package of each backend; None: the backend is part of PyTorch."""
 
 _ATTENTION: Backends = {
     "flash_attn_2": "flash-attn",
@@ -73,7 +73,7 @@ class Operation(Generic[F]):
         self._implementations: dict[str, F] = {}
 
     def register(self, backend: str) -> Callable[[F], F]:
-        """A decorator for the implementation of a backend. Raises ValueError for one that BACKENDS lacks."""
+        """Decorator that registers the implementation of a backend. Raises ValueError for a backend not in BACKENDS."""
         if backend not in self._backends:
             raise ValueError(f"{self.name}: {backend} is not in BACKENDS; add it there, so that facts() has it")
 
@@ -88,12 +88,12 @@ class Operation(Generic[F]):
         return self._implementations[backend]
 
     def is_usable(self, backend: str) -> bool:
-        """Whether the backend's package was tried and works. Raises RuntimeError before the trials."""
+        """Whether the backend's package passed its trial. Raises RuntimeError before the trials."""
         package = self._backends[backend]
         return package is None or is_usable(package)
 
     def for_device_of(self, x: Tensor) -> F:
-        """Triton's implementation for a tensor on CUDA where Triton works, else PyTorch's."""
+        """Triton's implementation for a CUDA tensor if Triton is usable, else PyTorch's."""
         return self._implementations["triton" if x.is_cuda and self.is_usable("triton") else "torch"]
 
     def registered(self) -> frozenset[str]:
@@ -102,7 +102,7 @@ class Operation(Generic[F]):
 
 
 def facts() -> list[str]:
-    """Lines of the numerics fingerprint: packages with version and outcome, and the usable backends of operations.
+    """Lines of the numerics fingerprint: packages with version and outcome, then usable backends.
 
     Raises RuntimeError before try_packages() has run in this process.
     """

@@ -1,4 +1,4 @@
-"""Norm over the channels of each pixel and SiLU, between the convolutions of a video decoder."""
+"""Norm over the channels of each pixel, then SiLU; used between convolutions of a video decoder."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ _OPERATION: Operation[Callable[[Tensor, Tensor, float], Tensor]] = Operation("ch
 
 
 def channel_norm_silu(frame: Tensor, weight: Tensor, root: float) -> Tensor:
-    """SiLU of frame (1, C, H, W) divided by its pixels' lengths, times `root`, times weight (C,).
+    """SiLU(x / |x| * root * weight), for the channels x of each pixel of the frame (1, C, H, W).
 
-    `root` is the square root of C: the divisor is then the root mean square.
+    |x| is the L2 norm; weight is (C,). With `root` = sqrt(C) this is an RMS norm.
     """
     return _OPERATION.for_device_of(frame)(frame, weight, root)
 

@@ -1,10 +1,11 @@
-"""GEMM by cuBLASLt, which, unlike PyTorch's, writes into columns of a wider tensor.
+"""GEMM by cuBLASLt, with bias and GELU in the epilogue.
 
-So bias and GELU stay in the epilogue where the result is a part of a wider tensor. GEMM gets no workspace: cuBLASLt
-then takes kernels with a static schedule of tiles, which need no counter cleared before each of them.
-The library's first choice is taken for each shape, so that workers of one kind agree bit for bit.
-`nvmath.linalg.advanced.Matmul` is not used: its kernels take the same time (0.997 to 1.002 of ours over 14 shapes on an
-H200), but a call takes 1.3 times the host time, and an object, with its operands and bias, serves one thread at a time.
+Unlike PyTorch's GEMM with an epilogue, it can write to columns of a wider tensor. GEMM gets no workspace: cuBLASLt then
+chooses kernels with a static tile schedule, which need no memset of a counter before each launch. The first algorithm
+of the heuristics is used for each shape, so that workers with the same GPU give bit-identical results.
+
+`nvmath.linalg.advanced.Matmul` is not used: its GPU time is the same (0.997 to 1.002 of this module's over 14 shapes on
+an H200), but a call takes 1.3 times the host time, and one object cannot be shared by several threads.
 """
 
 from __future__ import annotations
@@ -17,36 +18,44 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.kernels.gemm_support import ALIGNMENT, LEAST_ROWS, can_load
+from models.kernels.gemm_support import ALIGNMENT, MIN_ROWS, can_load
 from models.kernels.packages import is_usable
 
 _ASSUMED_ALIGNMENT = 256
-"""Bytes: alignment of each matrix's first element that cuBLASLt's heuristics assume by default."""
+"""Alignment of a matrix in bytes that cuBLASLt's heuristics assume by default."""
 
-_BFLOAT16, _FLOAT32 = 14, 0
-"""CUDA_R_16BF, CUDA_R_32F."""
+_BFLOAT16 = 14
+"""CUDA_R_16BF of cudaDataType_t."""
+
+_FLOAT32 = 0
+"""CUDA_R_32F of cudaDataType_t."""
 
 _COMPUTE_FLOAT32 = 68
-"""CUBLAS_COMPUTE_32F."""
+"""CUBLAS_COMPUTE_32F of cublasComputeType_t."""
 
 _TRANSPOSED = 1
-"""CUBLAS_OP_T."""
+"""CUBLAS_OP_T of cublasOperation_t."""
 
-_ONE, _ZERO = c_float(1), c_float(0)
+_ONE = c_float(1)
+"""Factor alpha of the product."""
+
+_ZERO = c_float(0)
+"""Factor beta of the previous contents of the output."""
 
 
 def can_multiply(x: Tensor, weight: Tensor, out: Tensor | None = None) -> bool:
-    """Whether linear_into() is for these: many rows in bfloat16 on a GPU, aligned as the heuristics assume."""
+    """Whether linear_into() pays off: bfloat16 on a GPU, aligned, at least MIN_ROWS rows."""
     matrices = (x, weight) if out is None else (x, weight, out)
-    if not (can_load(*matrices) and len(x) >= LEAST_ROWS and is_usable("nvmath-python")):
+    if not (can_load(*matrices) and len(x) >= MIN_ROWS and is_usable("nvmath-python")):
         return False
     return all(matrix.data_ptr() % _ASSUMED_ALIGNMENT == 0 for matrix in matrices)
 
 
 def linear_into(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor, *, gelu: bool = False) -> None:
-    """out = x @ weight.T + bias, through GELU in its tanh form if asked; all bfloat16, summed in float32.
+    """out = x @ weight.T + bias, followed by GELU (tanh approximation) if `gelu`.
 
-    x is (M, K), weight (N, K), bias (N,), out (M, N); rows of x and out may be any distance apart.
+    x is (M, K), weight (N, K), bias (N,), out (M, N), all bfloat16; accumulation is in float32. x and out may have any
+    row stride. Raises RuntimeError where cuBLASLt has no algorithm.
     """
     library = _library()
     rows, size = x.shape
@@ -76,7 +85,7 @@ def linear_into(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor, *, gelu: b
 
 
 class _Plan(NamedTuple):
-    """How GEMM of one shape is computed. Layouts are column by column, as BLAS has them: all is transposed."""
+    """Layouts and algorithm of the GEMM of one shape. BLAS layouts are column-major: all matrices are transposed."""
 
     weight: int
     x: int
@@ -91,7 +100,7 @@ def _plan(device: int, rows: int, width: int, size: int, x_stride: int, out_stri
         library.matrix_layout_create(_BFLOAT16, *shape)
         for shape in ((size, width, size), (size, rows, x_stride), (width, rows, out_stride))
     )
-    # The heuristics look only at how the bias is aligned.
+    # The heuristics use only the alignment of the bias pointer.
     operation, preference = _operation(gelu, ALIGNMENT), library.matmul_preference_create()
     result, found = library.MatmulHeuristicResult(1), np.zeros(1, np.int32)
     layouts = (weight_layout, x_layout, out_layout, out_layout)
@@ -125,7 +134,7 @@ def _handle(device: int) -> int:
 
 
 def _operation(gelu: bool, bias: int) -> int:
-    """A GEMM with a transposed first operand and the bias at an address. The caller destroys it."""
+    """Descriptor of a GEMM with a transposed first operand and the bias at address `bias`. The caller destroys it."""
     library = _library()
     attribute, epilogue = library.MatmulDescAttribute, library.Epilogue
     operation: int = library.matmul_desc_create(_COMPUTE_FLOAT32, _FLOAT32)
@@ -137,5 +146,5 @@ def _operation(gelu: bool, bias: int) -> int:
 
 
 def _set(library: Any, operation: int, attribute: Any, value: int) -> None:
-    held = np.array([value], dtype=library.get_matmul_desc_attribute_dtype(attribute))
-    library.matmul_desc_set_attribute(operation, attribute, held.ctypes.data, held.nbytes)
+    buffer = np.array([value], dtype=library.get_matmul_desc_attribute_dtype(attribute))
+    library.matmul_desc_set_attribute(operation, attribute, buffer.ctypes.data, buffer.nbytes)

@@ -1,8 +1,8 @@
-"""Linear layers that multiply 8-bit floats (e4m3), which a GPU does twice as fast as bfloat16.
+"""Linear layers in float8 (e4m3), which has twice the GEMM throughput of bfloat16.
 
-Weights have a scale for each output, activations one for each token, found anew in every call: the largest magnitude
-of the row becomes the largest e4m3 number. Products are summed in float32 and scaled back, once for each output.
-Where there is no such hardware, PyTorch's operators define what is computed: the same values, widened.
+Weights have a scale per output channel; activations have a scale per token, computed in each call. A scale maps the
+largest magnitude of the row to the largest e4m3 number. GEMM accumulates in float32 and multiplies each output by both
+scales. On CPUs the quantized values are converted to float32 and multiplied by PyTorch's GEMM.
 
 torchao's float8 linear layers are not used: on an H200 they take 1.3 to 3.1 times as long within a CUDA graph, and 1.1
 times after torch.compile() (torchao 0.18, tests/bench/gemm_packages.py), at an equal error.
@@ -22,21 +22,21 @@ from models.kernels.float8_format import FLOAT8, LARGEST, SMALLEST_MAGNITUDE
 
 _QUANTIZATION: Operation[Callable[[Tensor], tuple[Tensor, Tensor]]] = Operation("quantization")
 
-_LEAST_CAPABILITY = (8, 9)
+_MIN_CAPABILITY = (8, 9)
 _MULTIPLE = 16
 _FIELD = "linear_dtype"
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x (rows, size) as float8 (rows, size) and the float32 scale (rows, 1) of each row: x is about values * scale."""
+    """Quantize x (rows, size) to float8 values and float32 scales (rows, 1): x is about values * scale."""
     return _QUANTIZATION.for_device_of(x)(x)
 
 
 @_QUANTIZATION.register("torch")
 def _quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    most = x.float().abs().amax(dim=-1, keepdim=True).clamp(min=SMALLEST_MAGNITUDE)
-    # Divided as a kernel does it: torch computes number / tensor as a multiplication by the reciprocal.
-    return (x.float() * (torch.full_like(most, LARGEST) / most)).to(FLOAT8), most / LARGEST
+    largest = x.float().abs().amax(dim=-1, keepdim=True).clamp(min=SMALLEST_MAGNITUDE)
+    # full_like() for bit equality with the Triton kernel: torch computes number / tensor as number * reciprocal.
+    return (x.float() * (torch.full_like(largest, LARGEST) / largest)).to(FLOAT8), largest / LARGEST
 
 
 @_QUANTIZATION.register("triton")
@@ -48,13 +48,13 @@ def _quantize_rows_by_triton(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def float8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    """x (..., K) times float8 weights (N, K) with a scale (N,) of their rows, plus bias (N,): (..., N) of x's type."""
+    """x (..., K) @ weight.T + bias (N,), (..., N) in x's dtype, for float8 weights (N, K) with scales (N,)."""
     rows = x.reshape(-1, x.shape[-1])
     return _multiply(rows, weight, scale, bias).view(*x.shape[:-1], len(weight))
 
 
 def write_float8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """The same of x (rows, K) into out (rows, N)."""
+    """Write float8_linear() of x (rows, K) to `out` (rows, N)."""
     if x.is_cuda and len(x) and out.is_contiguous():
         scaled_multiply(x, weight, scale, bias, out)
     else:
@@ -72,7 +72,7 @@ def _multiply(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> 
 
 
 def scaled_multiply(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
-    """By the library's GEMM with scales of rows and columns. Its result is contiguous bfloat16."""
+    """float8_linear() by torch._scaled_mm, with scales per row and column. `out` must be contiguous bfloat16."""
     values, row_scale = quantize_rows(x)
     torch._scaled_mm(
         values,
@@ -88,25 +88,27 @@ def scaled_multiply(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | Non
 
 
 def check_float8(device: torch.device, dtype: torch.dtype) -> None:
-    """Refuse a device or an element type that float8 GEMM does not work with, before anything is loaded.
+    """Check that float8 GEMM supports the device and the dtype. Called before weights are loaded.
 
-    Raises FailedPrecondition, InvalidInput. On a CPU they are computed widened, which is for tests: it is slow.
+    Raises FailedPrecondition for the device and InvalidInput for the dtype. CPUs pass: their float32 computation is
+    slow and meant for tests.
     """
     if device.type != "cuda":
         return
-    if (capability := torch.cuda.get_device_capability(device)) < _LEAST_CAPABILITY:
-        has, needs = (".".join(map(str, each)) for each in (capability, _LEAST_CAPABILITY))
+    if (capability := torch.cuda.get_device_capability(device)) < _MIN_CAPABILITY:
+        has, needs = (".".join(map(str, each)) for each in (capability, _MIN_CAPABILITY))
         name = torch.cuda.get_device_name(device)
-        message = f"linear_dtype float8 needs a GPU of compute capability {needs} or higher; {name} has {has}"
+        message = f"linear_dtype: float8 needs a GPU of compute capability {needs} or higher; {name} has {has}"
         raise FailedPrecondition(message, field=_FIELD)
     if dtype != torch.bfloat16:
-        message = f"linear_dtype float8 goes with dtype bfloat16 on CUDA, not with {str(dtype).removeprefix('torch.')}"
+        given = str(dtype).removeprefix("torch.")
+        message = f"linear_dtype: float8 does not support dtype {given} on CUDA; use dtype bfloat16"
         raise InvalidInput(message, field=_FIELD)
 
 
 def check_sizes(path: str, sizes: Iterable[int], device: torch.device) -> None:
-    """Refuse a layer of other sizes than CUDA's float8 GEMM takes. Raises InvalidInput."""
+    """Check that CUDA's float8 GEMM supports the sizes of a layer. Raises InvalidInput."""
     if device.type == "cuda" and any(size % _MULTIPLE for size in sizes):
         given = " x ".join(map(str, sizes))
-        message = f"linear_dtype float8 needs layers whose sizes are multiples of {_MULTIPLE}; {path} is {given}"
+        message = f"linear_dtype: float8 needs layer sizes that are multiples of {_MULTIPLE}; {path} is {given}"
         raise InvalidInput(message, field=_FIELD)

@@ -1,4 +1,4 @@
-"""Range of the 8-bit floats (e4m3) that float8 GEMM multiplies."""
+"""The float8 format (e4m3) of quantized weights and activations, and its range."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import torch
 FLOAT8 = torch.float8_e4m3fn
 
 LARGEST = torch.finfo(FLOAT8).max
+"""Largest finite number of the format."""
 
 SMALLEST_MAGNITUDE = 1e-12
-"""Lower bound of a row's largest magnitude, so that rows of zeros stay zeros."""
+"""Lower bound of a row's largest magnitude, which prevents a division by zero for rows of zeros."""

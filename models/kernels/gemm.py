@@ -1,4 +1,4 @@
-"""Matrix multiplication with an epilogue, by the backend that the operands allow.
+"""GEMM with an epilogue, by the backend that supports the operands.
 
 Shapes: M rows, K inputs, N outputs.
 """
@@ -20,7 +20,7 @@ from models.kernels.gemm_support import HEAD_EPS, HEAD_SIZE
 
 
 class Weight(NamedTuple):
-    """Weight of a linear layer: values (N, K), and the float32 scale (N,) of each row where values are float8."""
+    """Weight of a linear layer: values (N, K), and float32 scales (N,) of the rows of float8 values."""
 
     values: Tensor
     scale: Tensor | None = None
@@ -39,9 +39,10 @@ _NORM_ROTATION: Operation[Callable[[Tensor, Weight, Tensor, Tensor, Tensor, Tens
 
 
 def choose_gemm(epilogue: Epilogue, x: Tensor, weight: Weight, out: Tensor | None) -> str | None:
-    """The backend of x (M, K) times weight (N, K) into out (M, N); None: the epilogue takes passes of its own.
+    """Choose the backend of out (M, N) = x (M, K) @ weight (N, K).T with an epilogue.
 
-    Without `out` the result is a new tensor, which only a bias may have.
+    None: no backend fuses the epilogue; the caller must run it separately. `out` None: the result is a new tensor, only
+    for the epilogue "bias".
     """
     if epilogue != "bias" and weight.scale is None and out is not None:
         can_fuse = quack_gemm.can_add if epilogue == "gated addition" else quack_gemm.can_fuse
@@ -53,7 +54,7 @@ def choose_gemm(epilogue: Epilogue, x: Tensor, weight: Weight, out: Tensor | Non
         return "float8"
     if cublas_lt.can_multiply(x, weight.values, out):
         return "cublas_lt"
-    # PyTorch's own epilogue writes no columns of a wider tensor.
+    # PyTorch's epilogue cannot write to columns of a wider tensor.
     return "torch_epilogue" if epilogue == "gelu" and x.is_cuda and out is not None and out.is_contiguous() else "torch"
 
 
@@ -61,7 +62,7 @@ def multiply(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     """x @ weight.T + bias, (..., K) to (..., N)."""
     if weight.scale is not None:
         return float8_linear(x, weight.values, weight.scale, bias)
-    # PyTorch's operator takes all shapes of x, and no bias.
+    # cuBLASLt needs a bias, and an x that flatten() does not copy.
     if bias is None or not x.is_contiguous() or choose_gemm("bias", rows := x.flatten(0, -2), weight, None) == "torch":
         return linear(x, weight.values, bias)
     result = x.new_empty(len(rows), len(weight.values))
@@ -70,25 +71,25 @@ def multiply(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
 
 
 def multiply_into(x: Tensor, weight: Weight, bias: Tensor, out: Tensor) -> None:
-    """out = x @ weight.T + bias, (B, tokens, features) each, which may be columns of wider tensors."""
+    """out = x @ weight.T + bias; x and out are (B, tokens, features) and may be columns of wider tensors."""
     for x_MK, out_MN in _matrices(x, out):  # noqa: N806
         backend = choose_gemm("bias", x_MK, weight, out_MN)
-        assert backend is not None, "a bias has a backend everywhere"
+        assert backend is not None, "all devices have a backend for a bias"
         _BIAS[backend](x_MK, weight, bias, out_MN)
 
 
 def multiply_gelu_into(x: Tensor, weight: Weight, bias: Tensor, out: Tensor) -> None:
-    """The same, through GELU in its tanh form, in the epilogue where a backend has it."""
+    """multiply_into() followed by GELU (tanh approximation), in the epilogue where a backend supports it."""
     for x_MK, out_MN in _matrices(x, out):  # noqa: N806
         backend = choose_gemm("gelu", x_MK, weight, out_MN)
-        assert backend is not None, "GELU has a backend everywhere"
+        assert backend is not None, "all devices have a backend for GELU"
         _GELU[backend](x_MK, weight, bias, out_MN)
 
 
 def try_add_gated(x: Tensor, weight: Weight, bias: Tensor, gate: Tensor, onto: Tensor) -> bool:
-    """onto += gate * (x @ weight.T + bias), if the epilogue takes all batch rows; whether it did.
+    """onto += gate * (x @ weight.T + bias), if an epilogue supports it for all rows of the batch.
 
-    x (B, tokens, K), gate (B, N), onto (B, tokens, N).
+    x is (B, tokens, K), gate (B, N), onto (B, tokens, N). Returns False, with `onto` unchanged, if it does not.
     """
     rows = list(zip(x, gate, onto, strict=True))
     if not all(choose_gemm("gated addition", x_MK, weight, onto_MN) for x_MK, _, onto_MN in rows):
@@ -99,21 +100,21 @@ def try_add_gated(x: Tensor, weight: Weight, bias: Tensor, gate: Tensor, onto: T
 
 
 def can_norm_rotate(x: Tensor, weight: Weight, out: Tensor) -> bool:
-    """Whether multiply_norm_rotate_into() is for x (B, tokens, K) and out (B, tokens, N)."""
+    """Whether multiply_norm_rotate_into() supports x (B, tokens, K) and out (B, tokens, N)."""
     return all(choose_gemm("norm and rotation", *pair) for pair in ((each, weight, to) for each, to in _rows(x, out)))
 
 
-def has_heads(head_size: int, norm_size: int, eps: float) -> bool:
-    """Whether multiply_norm_rotate_into() is for such heads and norms of them."""
+def supports_heads(head_size: int, norm_size: int, eps: float) -> bool:
+    """Whether multiply_norm_rotate_into() supports the head size and the norms of heads."""
     return head_size == norm_size == HEAD_SIZE and eps == HEAD_EPS
 
 
 def multiply_norm_rotate_into(
     x: Tensor, weight: Weight, bias: Tensor, scale: Tensor, angles: Tensor, out: Tensor
 ) -> None:
-    """out = x @ weight.T + bias (B, tokens, N), each head normalised, scaled by scale (N,) and rotated.
+    """out = x @ weight.T + bias (B, tokens, N), followed by RMS norm of each head, scale (N,) and RoPE.
 
-    angles are float32 (tokens, HEAD_SIZE): cos and sin of each pair of a head's channels, interleaved.
+    `angles` are float32 (tokens, HEAD_SIZE): cos and sin of each pair of a head's channels, interleaved.
     """
     for x_MK, out_MN in _rows(x, out):  # noqa: N806
         _NORM_ROTATION["quack"](x_MK, weight, bias, scale, angles, out_MN)
@@ -131,7 +132,7 @@ def _multiply_by_cublas_lt(x: Tensor, weight: Weight, bias: Tensor, out: Tensor)
 
 @_BIAS.register("float8")
 def _multiply_by_float8(x: Tensor, weight: Weight, bias: Tensor, out: Tensor) -> None:
-    assert weight.scale is not None, "float8 values have a scale"
+    assert weight.scale is not None, "float8 values need a scale"
     write_float8_linear(x, weight.values, weight.scale, bias, out)
 
 
@@ -171,7 +172,7 @@ def _rows(x: Tensor, out: Tensor) -> list[tuple[Tensor, Tensor]]:
 
 
 def _matrices(x: Tensor, out: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """The two as matrices: one pair where batch rows follow on each other, else one for each row of the batch."""
+    """x and out as pairs of matrices: one pair if the rows of the batch are adjacent, else one per row."""
     if len(x) == 1 or (_is_adjacent(x) and _is_adjacent(out)):
         return [(x.view(-1, x.shape[-1]) if _is_adjacent(x) else x[0], out.flatten(0, 1) if len(x) > 1 else out[0])]
     return _rows(x, out)

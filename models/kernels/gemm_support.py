@@ -1,4 +1,4 @@
-"""What GEMM backends have in common: the matrices that they can load, and the heads that their epilogues know."""
+"""Requirements that GEMM backends share: layout of the matrices, and heads that the epilogues support."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ import torch
 from torch import Tensor
 
 ALIGNMENT = 16
-"""Bytes: alignment of a matrix and of its rows."""
+"""Alignment of a matrix and of its rows, in bytes."""
 
-LEAST_ROWS = 1024
-"""Rows of x from which on the backends beside PyTorch are faster."""
+MIN_ROWS = 1024
+"""Smallest number of rows of x for which backends other than PyTorch are faster."""
 
 HEAD_SIZE = 128
-"""Channels of the heads that an epilogue normalises."""
+"""Head size of the epilogue that normalises heads."""
 
 HEAD_EPS = 1e-6
-"""Epsilon of their norms."""
+"""Epsilon of the norm in that epilogue."""
 
 
 def can_load(*matrices: Tensor) -> bool:
-    """Whether backends beside PyTorch take the matrices: bfloat16 on a GPU, columns adjacent and rows aligned."""
+    """Whether backends other than PyTorch support the matrices: bfloat16 on a GPU, aligned, row-major."""
     if not all(matrix.is_cuda and matrix.dtype == torch.bfloat16 for matrix in matrices):
         return False
-    # A compiler could not trace these backends.
+    # torch.compile cannot trace these backends.
     return not torch.compiler.is_compiling() and all(map(_is_aligned, matrices))
 
 

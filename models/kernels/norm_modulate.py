@@ -1,6 +1,6 @@
-"""Layer or RMS norm without weights, then scale and shift, with the addition of a gated update before it.
+"""Layer norm or RMS norm without weights, then scale and shift; optionally a gated addition before.
 
-Statistics and modulation are computed in float32; results are in x's type. Shapes: B batch, S tokens, D hidden size.
+Statistics and modulation are computed in float32; results are in x's dtype. Shapes: B batch, S tokens, D hidden size.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from models.token_segments import SegmentVectors
 
 
 class Modulated(NamedTuple):
-    """Norm and modulation: norm(x) * (1 + scale) + shift. `is_centred`: the norm subtracts the mean."""
+    """Parameters of norm(x) * (1 + scale) + shift. `is_centred`: layer norm (subtracts the mean), else RMS norm."""
 
     scale: SegmentVectors
     shift: SegmentVectors
@@ -31,17 +31,17 @@ _GATED: Operation[Callable[[Tensor, Tensor, SegmentVectors, Modulated], tuple[Te
 
 
 def norm_modulate(x: Tensor, modulated: Modulated) -> Tensor:
-    """Normalise x (B, S, D) and modulate the result."""
+    """norm(x) * (1 + scale) + shift of x (B, S, D)."""
     return _PLAIN.for_device_of(x)(x, modulated)
 
 
 def gate_norm_modulate(x: Tensor, update: Tensor, gate: SegmentVectors, modulated: Modulated) -> tuple[Tensor, Tensor]:
-    """x + gate * update (B, S, D), and that normalised and modulated."""
+    """x + gate * update (B, S, D), and norm_modulate() of the sum."""
     return _GATED.for_device_of(x)(x, update, gate, modulated)
 
 
 def add_update(x: Tensor, update: Tensor, gate: SegmentVectors) -> Tensor:
-    """x + gate * update, (B, S, D), computed in float32."""
+    """x + gate * update (B, S, D), computed in float32, in x's dtype."""
     return (x.float() + update.float() * gate.by_token().float()).to(x.dtype)
 
 

@@ -1,7 +1,7 @@
-"""Optional kernel packages: their names, their replacements, and the outcome of their trial in this process.
+"""Optional kernel packages: names, fallbacks, and the outcomes of their trials in this process.
 
-`models.kernels.trials` tries every package once, when a GPU worker starts, and records the outcomes here. Layers ask
-is_usable(): no package is probed again at its first use, and all facts about packages enter the numerics fingerprint.
+`models.kernels.trials` tries every package once, when a GPU worker starts, and records the outcomes here. Layers call
+is_usable() and never probe a package themselves. The outcomes are part of the numerics fingerprint.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from common.errors import InvalidInput
 PackageName = Literal[
     "triton", "nvmath-python", "quack-kernels", "cuda-bindings", "fa3-fwd", "flash-attn-4", "flash-attn"
 ]
-"""Names on PyPI."""
+"""Package names on PyPI."""
 
 PackageChoice = Literal["auto", "none", PackageName]
 """Values of the setting `kernels`."""
@@ -30,9 +30,9 @@ Capability = tuple[int, int]
 
 @dataclass(frozen=True)
 class KernelPackage:
-    """An optional package: name on PyPI, module to import, replacement where it is absent or broken.
+    """An optional package: name on PyPI, module to import, fallback where the package is missing or broken.
 
-    `capabilities` are the GPUs on which our code uses the package; empty means all.
+    `capabilities` are the compute capabilities of the GPUs on which the package is used; empty: all GPUs.
     """
 
     name: PackageName
@@ -41,7 +41,7 @@ class KernelPackage:
     capabilities: tuple[Capability, ...] = ()
 
     def is_for(self, capability: Capability) -> bool:
-        """Whether our code uses the package on GPUs of a compute capability."""
+        """Whether the package is used on GPUs of a compute capability."""
         return not self.capabilities or capability in self.capabilities
 
 
@@ -72,7 +72,8 @@ ATTENTION_PACKAGES: dict[AttentionBackend, PackageName] = {
 class KernelChoice:
     """The settings `kernels` and `attention_backend` of a worker.
 
-    `auto` uses every package that works. A package that is named must work; without `auto` the others stay unused.
+    `auto` uses all packages that work. A package that a setting names is required to work. Without `auto` all other
+    packages are unused. Raises InvalidInput for `none` together with another value.
     """
 
     packages: tuple[PackageChoice, ...] = ("auto",)
@@ -81,18 +82,18 @@ class KernelChoice:
     def __post_init__(self) -> None:
         if "none" in self.packages and len(self.packages) > 1:
             given = ",".join(self.packages)
-            raise InvalidInput(f"kernels: {given} is not one choice; give none alone, or leave it out", field="kernels")
+            raise InvalidInput(f"kernels: {given} is not one choice; use none alone, or remove it", field="kernels")
 
     @property
     def required(self) -> tuple[PackageName, ...]:
-        """Packages that a setting names: the worker does not start without them."""
+        """Packages that a setting names. The worker does not start without them."""
         named = [package.name for package in PACKAGES if package.name in self.packages]
         if self.attention in ATTENTION_PACKAGES and (needed := ATTENTION_PACKAGES[self.attention]) not in named:
             named.append(needed)
         return tuple(named)
 
     def setting_of(self, name: PackageName) -> str:
-        """The setting that requires a package, as `name: value`."""
+        """The setting that requires a package, as `setting: value`."""
         return f"kernels: {name}" if name in self.packages else f"attention_backend: {self.attention}"
 
 
@@ -106,19 +107,19 @@ class Outcome:
 
     @property
     def fact(self) -> str:
-        """A line of the numerics fingerprint. The error is left out: its text may differ between processes."""
+        """Line of the numerics fingerprint. It excludes the error, whose text may differ between processes."""
         return f"{self.package.name} {self.version} {'unusable' if self.error else 'in use'}"
 
 
 class _NotTried(RuntimeError):
-    """A layer asked for a package before the trials."""
+    """is_usable() or a similar function was called before the trials."""
 
     def __init__(self) -> None:
         super().__init__("kernel packages have not been tried; call models.kernels.trials.try_packages() first")
 
 
 class _Tried:
-    """What was tried in this process: a process computes on one kind of GPU with one choice."""
+    """Outcomes of the trials in this process, which has one type of GPU and one KernelChoice."""
 
     choice = KernelChoice()
     outcomes: tuple[Outcome, ...] | None = None
@@ -126,33 +127,33 @@ class _Tried:
 
 
 def record(choice: KernelChoice, outcomes: Iterable[Outcome] | None) -> None:
-    """Record the outcomes of the trials; None forgets them."""
+    """Record the outcomes of the trials; None discards them."""
     _Tried.choice = choice
     _Tried.outcomes = None if outcomes is None else tuple(outcomes)
     _Tried.usable = None if outcomes is None else frozenset(each.package.name for each in _tried() if not each.error)
 
 
 def outcomes() -> tuple[Outcome, ...]:
-    """Outcomes of the installed packages that were tried; empty on a CPU, where none is."""
+    """Outcomes of the installed packages; empty on a CPU, where no package is tried."""
     return _Tried.outcomes or ()
 
 
 def is_usable(name: PackageName) -> bool:
-    """Whether a package was tried and works. Raises RuntimeError before try_packages() has run in this process."""
+    """Whether a package passed its trial. Raises RuntimeError before try_packages() has run in this process."""
     if _Tried.usable is None:
         raise _NotTried
     return name in _Tried.usable
 
 
 def chosen_attention() -> AttentionChoice:
-    """The attention backend that a setting names, or auto."""
+    """Value of the setting `attention_backend`."""
     return _Tried.choice.attention
 
 
 def package_facts() -> list[str]:
     """Lines of the numerics fingerprint: packages with version and outcome, and the attention backend.
 
-    Raises RuntimeError as is_usable().
+    Raises RuntimeError before try_packages() has run in this process.
     """
     return [*(each.fact for each in _tried()), f"attention {chosen_attention()}"]
 

@@ -1,4 +1,4 @@
-"""Normalises queries and keys and rotates them to their positions, in one pass. Computed in float32.
+"""Norms and RoPE of queries and keys in one pass over memory, computed in float32.
 
 Shapes: B batch, S tokens, D = heads * head size.
 """
@@ -12,44 +12,44 @@ from torch import Tensor
 from torch.nn.functional import layer_norm, rms_norm
 
 from models.kernels.backends import Operation
-from models.kernels.head_norms import Norm, QKNormOperands
+from models.kernels.qk_norm_parameters import NormParameters, QKNormParameters
 from models.rotation import HeadRotation, Rotation, apply_rotary, rotate_heads
 
 AnyRotation = Rotation | HeadRotation
 
-_Run = Callable[[Tensor, QKNormOperands, AnyRotation | None, int, Tensor | None, Sequence[Tensor]], None]
+_Run = Callable[[Tensor, QKNormParameters, AnyRotation | None, int, Tensor | None, Sequence[Tensor]], None]
 _OPERATION: Operation[_Run] = Operation("norm and rotation")
 
 
 def qk_norm_rotate(
     x: Tensor,
-    norms: QKNormOperands,
+    norms: QKNormParameters,
     rotation: AnyRotation | None,
     first_tokens: int,
     square_sums: Tensor | None,
     out: Sequence[Tensor],
 ) -> None:
-    """Normalise and rotate the parts of x (B, S, parts * D) into `out`, (B, S, heads, head size) for each part.
+    """Write norms and RoPE of the parts of x (B, S, parts * D) to `out` (B, S, heads, head size) each.
 
-    Parts without a norm, at the end, are copied. A part may be its own `out`. The first `first_tokens` tokens are the
-    first segment. `square_sums` are those over all ranks, float32 (B, S, normalised parts), where x has only some of
-    the channels.
+    Parts without a norm, which are the last ones, are copied. `out` may be views of x. The first `first_tokens` tokens
+    are the first segment. `square_sums`, float32 (B, S, parts with a norm), are sums of squares over all ranks; they
+    are needed where x has only some of the channels of a norm.
     """
-    # Triton's kernel loads whole powers of two.
+    # Triton's tl.arange() needs a power of two.
     is_power_of_two = norms.head_size.bit_count() == 1
     run = _OPERATION.for_device_of(x) if is_power_of_two else _OPERATION["torch"]
     run(x, norms, rotation, first_tokens, square_sums, out)
 
 
 def split_heads(x: Tensor, head_size: int) -> Tensor:
-    """(..., D) to (..., heads, head size), the same memory."""
+    """View of x (..., D) as heads (..., heads, head size)."""
     return x.view(*x.shape[:-1], x.shape[-1] // head_size, head_size)
 
 
 @_OPERATION.register("torch")
 def _by_torch(
     x: Tensor,
-    norms: QKNormOperands,
+    norms: QKNormParameters,
     rotation: AnyRotation | None,
     first_tokens: int,
     square_sums: Tensor | None,
@@ -73,7 +73,7 @@ def _by_torch(
 @_OPERATION.register("triton")
 def _by_triton(
     x: Tensor,
-    norms: QKNormOperands,
+    norms: QKNormParameters,
     rotation: AnyRotation | None,
     first_tokens: int,
     square_sums: Tensor | None,
@@ -86,16 +86,16 @@ def _by_triton(
 
 
 def _rotated(heads: Tensor, rotation: AnyRotation | None) -> Tensor:
-    """(B, S, heads, head size) to the same."""
+    """RoPE of heads (B, S, heads, head size)."""
     if isinstance(rotation, HeadRotation):
         return rotate_heads(heads, rotation)
     return heads if rotation is None else apply_rotary(heads, rotation)
 
 
-def _normalised(x: Tensor, norm: Norm, norms: QKNormOperands, square_sums: Tensor | None) -> Tensor:
-    """(B, tokens, D) to the same; `square_sums` (B, tokens, 1) where x has only some of the normalised channels."""
+def _normalised(x: Tensor, norm: NormParameters, norms: QKNormParameters, square_sums: Tensor | None) -> Tensor:
+    """Norm of x (B, tokens, D). `square_sums` (B, tokens, 1) are needed where x has only some of its channels."""
     if square_sums is not None:
-        assert norm.weight is not None, "only an RMS norm has sums of squares over ranks"
+        assert norm.weight is not None, "only RMS norms support sums of squares"
         scaled: Tensor = x.float() * torch.rsqrt(square_sums / norm.size + norm.eps) * norm.weight.float()
         return scaled.to(x.dtype)
     if norms.per_head:
@@ -103,7 +103,7 @@ def _normalised(x: Tensor, norm: Norm, norms: QKNormOperands, square_sums: Tenso
     return _norm(x, norm)
 
 
-def _norm(x: Tensor, norm: Norm) -> Tensor:
+def _norm(x: Tensor, norm: NormParameters) -> Tensor:
     if norm.weight is None:
         return layer_norm(x, (norm.size,), eps=norm.eps)
     return rms_norm(x, norm.weight.shape, norm.weight, norm.eps)

@@ -1,7 +1,7 @@
-"""The GEMM of models.kernels.quack_gemm in QuACK's terms: epilogues, and the tiles to run each with.
+"""QuACK implementation of models.kernels.quack_gemm: epilogues and tile shapes.
 
-The tiles are the best of those measured on an H100. In "ping-pong" one warpgroup's epilogue runs beside the other's
-GEMM: an epilogue costs no time while it is shorter than a tile's GEMM.
+The tile shapes are the fastest of those measured on an H100. With ping-pong scheduling the epilogue of one warpgroup
+overlaps with the main loop of the other: an epilogue costs no time while it is shorter than the main loop of a tile.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from torch import Tensor
 from models.kernels.gemm_support import HEAD_EPS, HEAD_SIZE
 
 WIDE = {"tile_M": 128, "tile_N": 192, "cluster_M": 2, "cluster_N": 1}
-"""For widths that 192 divides."""
+"""Tiles for N that are multiples of 192."""
 
 TALL = {"tile_M": 192, "tile_N": 128, "cluster_M": 1, "cluster_N": 2}
-"""For widths of whole heads, or that 192 does not divide."""
+"""Tiles for all other N, and for epilogues over whole heads of 128 channels."""
 
 
 @gemm_epilogue(ops={"bias": RowVecLoad("bias")})
@@ -57,17 +57,17 @@ def _normed_heads(acc: Any, angles: Any, inverse: Any, scale: Any, bias: Any) ->
 
 
 def gelu_into(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> None:
-    """As models.kernels.quack_gemm.gelu_into."""
+    """See models.kernels.quack_gemm.gelu_into."""
     _multiply(_gelu, x, weight, out, _tiles(weight), bias=_row(bias))
 
 
 def add_gated(x: Tensor, weight: Tensor, bias: Tensor, gate: Tensor, onto: Tensor) -> None:
-    """As models.kernels.quack_gemm.add_gated."""
+    """See models.kernels.quack_gemm.add_gated."""
     _multiply(_gated, x, weight, onto, _tiles(weight), added=onto, bias=_row(bias), gate=_row(gate))
 
 
 def normed_heads_into(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, angles: Tensor, out: Tensor) -> None:
-    """As models.kernels.quack_gemm.normed_heads_into."""
+    """See models.kernels.quack_gemm.normed_heads_into."""
     vectors: dict[str, Any] = {"bias": _row(bias), "scale": _row(scale)}
     _multiply(_normed_heads, x, weight, out, TALL, angles=angles, inverse=HEAD_SIZE, **vectors)
 
@@ -80,20 +80,20 @@ def _multiply(
     tiles: dict[str, int],
     *,
     added: Tensor | None = None,
-    **given: Any,
+    **epilogue_arguments: Any,
 ) -> None:
     epilogue.gemm(
         x,
         weight,
         out,
         added,
-        epi_args=given,
+        epi_args=epilogue_arguments,
         **tiles,
         pingpong=True,
         persistent=True,
         is_dynamic_persistent=False,
         max_swizzle_size=8,
-        # Else it would begin before the kernel in front has ended, and read vectors that this one may still be writing.
+        # Programmatic dependent launch would start this kernel before the previous kernel has written its operands.
         post_init_attrs=(("use_pdl", False),),
     )
 
@@ -103,5 +103,5 @@ def _tiles(weight: Tensor) -> dict[str, int]:
 
 
 def _row(vector: Tensor) -> Tensor:
-    """(N,) to (1, N), the form of a vector of one GEMM of a batch in QuACK."""
+    """Vector (N,) as (1, N): QuACK's epilogue vectors have a batch dimension."""
     return vector.detach()[None]

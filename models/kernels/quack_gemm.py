@@ -1,7 +1,7 @@
-"""GEMM on Hopper whose epilogue replaces a pass over the result, composed with QuACK, an optional package.
+"""GEMM with fused epilogues on Hopper, by QuACK, an optional package.
 
-Elsewhere, and for other sizes, layers compute the same in several passes. An epilogue computes in float32 and rounds
-once, where passes round in between.
+On other GPUs, and for shapes that the epilogues do not support, layers run separate kernels after the GEMM. An epilogue
+computes in float32 and rounds once; separate kernels round in between.
 """
 
 from __future__ import annotations
@@ -12,26 +12,26 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from models.kernels.gemm_support import LEAST_ROWS, can_load
+from models.kernels.gemm_support import MIN_ROWS, can_load
 from models.kernels.packages import is_usable
 
 _HOPPER = (9, 0)
 
 
 def can_fuse(x: Tensor, weight: Tensor, out: Tensor) -> bool:
-    """Whether x (M, K) times weight (N, K) into out (M, N) can be fused: many rows, aligned, in bfloat16, on Hopper."""
-    if not (can_load(x, weight, out) and len(x) >= LEAST_ROWS and is_usable("quack-kernels")):
+    """Whether x (M, K) @ weight (N, K).T can have an epilogue: aligned bfloat16, M >= MIN_ROWS, Hopper."""
+    if not (can_load(x, weight, out) and len(x) >= MIN_ROWS and is_usable("quack-kernels")):
         return False
     return _capability(x.device.index) == _HOPPER
 
 
 def can_add(x: Tensor, weight: Tensor, onto: Tensor) -> bool:
-    """Whether add_gated() is for these: with more inputs, other kernels are faster by more than a pass takes."""
+    """Whether add_gated() supports the matrices and pays off. For K > N, cuBLASLt and a separate kernel are faster."""
     return weight.shape[1] <= len(weight) and can_fuse(x, weight, onto)
 
 
 def gelu_into(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> None:
-    """out = gelu(x @ weight.T + bias) in GELU's tanh form, of the hardware's tanh (off by 2^-11 at most)."""
+    """out = gelu(x @ weight.T + bias), tanh approximation, by the GPU's tanh (error at most 2^-11)."""
     _epilogues().gelu_into(x, weight, bias, out)
 
 
@@ -41,9 +41,9 @@ def add_gated(x: Tensor, weight: Tensor, bias: Tensor, gate: Tensor, onto: Tenso
 
 
 def normed_heads_into(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, angles: Tensor, out: Tensor) -> None:
-    """out = x @ weight.T + bias, each head of HEAD_SIZE divided by its root mean square, scaled and rotated.
+    """out = x @ weight.T + bias, followed by RMS norm of each head of HEAD_SIZE channels, scale and RoPE.
 
-    scale is (N,), angles float32 (M, HEAD_SIZE): cos and sin of each pair of a head's channels, interleaved.
+    scale is (N,); angles are float32 (M, HEAD_SIZE): cos and sin of each pair of a head's channels, interleaved.
     """
     _epilogues().normed_heads_into(x, weight, bias, scale, angles, out)
 

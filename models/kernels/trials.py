@@ -1,6 +1,6 @@
-"""Imports every optional kernel package once and runs it on a tiny input, when a GPU worker starts.
+"""Trials of optional kernel packages when a GPU worker starts: each is imported and run on a tiny input.
 
-A package that is installed and broken would otherwise fail the first request. Its absence is no fault and no warning.
+Without a trial, a broken package would fail the first request. A missing package is not an error and logs no warning.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from common.errors import FailedPrecondition
 from common.logs import get_logger
 from models.kernels import attention_backends
 from models.kernels.attention_table import TABLE
+from models.kernels.copy_streams import CopyStreams
 from models.kernels.packages import (
     ATTENTION_PACKAGES,
     PACKAGES,
@@ -33,32 +34,32 @@ from models.kernels.packages import (
 
 _log = get_logger(__name__)
 
-_MOST_LETTERS = 200
-"""Characters of a package's error that are logged and announced."""
+_MAX_ERROR_LENGTH = 200
+"""Largest number of characters of a package's error in logs and in the worker's announcement."""
 
 _TOLERANCE = 3e-2
-"""Largest difference from float32 of a result in bfloat16 of magnitude 1 to 4."""
+"""Largest difference between a bfloat16 result of magnitude 1 to 4 and its float32 value."""
 
 _TRYING = threading.Lock()
 
 
 class _Latest:
-    """Device and choice of the latest trials: the services of one process share them."""
+    """Device and choice of the latest trials, which all services of a process share."""
 
     key: tuple[torch.device, KernelChoice] | None = None
 
 
 def try_packages(device: torch.device, choice: KernelChoice | None = None) -> None:
-    """Try the packages that a process may use on a device, and record the outcomes. On a CPU nothing is tried.
+    """Try the packages that may be used on a device, and record the outcomes. On a CPU no package is tried.
 
-    Raises FailedPrecondition for a package that a setting names and that is absent, broken or not for the device, and
-    for a package whose failure leaves the device unusable.
+    Raises FailedPrecondition for a package that a setting names and that is missing, broken or not for the device, and
+    for a package that leaves the device unusable.
     """
     choice = choice or KernelChoice()
     if device.type != "cuda":
         if choice.required or choice.attention == "cudnn":
             named = choice.setting_of(choice.required[0]) if choice.required else "attention_backend: cudnn"
-            raise FailedPrecondition(f"{named} needs a GPU, and the device is {device}; leave the setting out")
+            raise FailedPrecondition(f"{named} needs a GPU, and the device is {device}; remove the setting")
         return
     with _TRYING:
         if _Latest.key == (device, choice):
@@ -71,27 +72,27 @@ def try_packages(device: torch.device, choice: KernelChoice | None = None) -> No
 
 
 def outcomes_on(device: torch.device, capability: Capability, choice: KernelChoice) -> list[Outcome]:
-    """Outcomes of the packages that the choice allows on GPUs of the capability. Raises as try_packages()."""
+    """Try the packages that the choice allows on GPUs of the capability. Raises the errors of try_packages()."""
     found = []
-    for package in _wanted(capability, choice):
+    for package in _packages_to_try(capability, choice):
         required = package.name in choice.required
         field = "kernels" if package.name in choice.packages else "attention_backend"
         if required and not package.is_for(capability):
             message = f"{choice.setting_of(package.name)} is not for compute capability {_dotted(capability)}"
             capabilities = ", ".join(map(_dotted, package.capabilities))
-            raise FailedPrecondition(f"{message}; it is for {capabilities}, and auto works here", field=field)
+            raise FailedPrecondition(f"{message}; it is for {capabilities}. Use auto on this GPU", field=field)
         outcome = try_package(package, device)
         if required and (outcome is None or outcome.error):
             error = "is not installed" if outcome is None else f"{outcome.version} is broken: {outcome.error}"
             message = f"{choice.setting_of(package.name)} is not usable here, {package.name} {error}"
-            raise FailedPrecondition(f"{message}; install a working one, or use auto", field=field)
+            raise FailedPrecondition(f"{message}; install a working version, or use auto", field=field)
         if outcome is not None:
             found.append(outcome)
     return found
 
 
 def try_package(package: KernelPackage, device: torch.device) -> Outcome | None:
-    """Import a package and run it on a tiny input; None where it is not installed. A failure is logged."""
+    """Import a package and run it on a tiny input. None: it is not installed. A failure is logged."""
     try:
         version = importlib.metadata.version(package.name)
     except importlib.metadata.PackageNotFoundError:
@@ -100,8 +101,8 @@ def try_package(package: KernelPackage, device: torch.device) -> Outcome | None:
         importlib.import_module(package.module)
         for result, expected in _TRIALS[package.name](device):
             _compare(result, expected)
-    except Exception as error:  # noqa: BLE001  (code of others: any exception means that the package is unusable)
-        text = textwrap.shorten(f"{type(error).__name__}: {error}", _MOST_LETTERS, placeholder=" ...")
+    except Exception as error:  # noqa: BLE001  (third-party code: any exception means that the package is unusable)
+        text = textwrap.shorten(f"{type(error).__name__}: {error}", _MAX_ERROR_LENGTH, placeholder=" ...")
         _log.warning(
             "kernel package is unusable",
             package=package.name,
@@ -127,8 +128,8 @@ def _require_cudnn(device: torch.device) -> None:
         ) from error
 
 
-def _wanted(capability: Capability, choice: KernelChoice) -> Iterator[KernelPackage]:
-    """Packages that may be used: required ones, and with auto those that layers or the attention table name."""
+def _packages_to_try(capability: Capability, choice: KernelChoice) -> Iterator[KernelPackage]:
+    """Packages to try: required packages; with auto also those that layers or the attention table use."""
     rows = TABLE.get(capability, ()) if choice.attention == "auto" else ()
     in_table = {ATTENTION_PACKAGES.get(row.backend) for row in rows}
     for package in PACKAGES:
@@ -142,15 +143,15 @@ def _dotted(capability: Capability) -> str:
 
 
 def _compare(result: Tensor, expected: Tensor) -> None:
-    """Raise ArithmeticError where a result is not the expected one. Waits for the device."""
+    """Raise ArithmeticError where a result is wrong by _TOLERANCE or more. Waits for the device."""
     error = float((result.float() - expected.float()).abs().max())
-    # Not a number is not smaller than anything.
+    # Not `error >= _TOLERANCE`, which is False for NaN.
     if not error < _TOLERANCE:
-        raise ArithmeticError(f"a wrong result, off by {error:g}")
+        raise ArithmeticError(f"wrong result: error {error:g} is not below {_TOLERANCE:g}")
 
 
 def _check_device(device: torch.device, package: KernelPackage) -> None:
-    """Refuse to go on with a device on which nothing runs any more, as after an illegal memory access."""
+    """Raise FailedPrecondition where the device is unusable, as after an illegal memory access."""
     try:
         torch.zeros(1, device=device).add_(1).item()
     except RuntimeError as error:
@@ -160,11 +161,11 @@ def _check_device(device: torch.device, package: KernelPackage) -> None:
 
 
 _Results = Iterator[tuple[Tensor, Tensor]]
-"""Pairs of a result and its expected value."""
+"""Pairs of result and expected value."""
 
 
 def _random(device: torch.device, *shape: int) -> Tensor:
-    """Numbers between -1 and 1 in bfloat16, the same in each process, from no generator of the process."""
+    """Deterministic bfloat16 numbers between -1 and 1, without the random generators of the process."""
     numbers = torch.arange(float(torch.Size(shape).numel()), device=device).mul_(0.7).sin_()
     return numbers.view(shape).to(torch.bfloat16)
 
@@ -179,8 +180,8 @@ def _try_triton(device: torch.device) -> _Results:
     yield out, gelu(x.float(), approximate="tanh")
 
 
-def _products(device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x (128, 64), weight (192, 64) and bias (192,) of a GEMM, and its empty result."""
+def _gemm_operands(device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x (128, 64), weight (192, 64), bias (192,) and uninitialized out (128, 192) of a GEMM."""
     x, weight, bias = _random(device, 128, 64), _random(device, 192, 64) / 8, _random(device, 192)
     return x, weight, bias, torch.empty(128, 192, dtype=x.dtype, device=device)
 
@@ -189,7 +190,7 @@ def _try_nvmath(device: torch.device) -> _Results:
     # An optional package for GPUs.
     from models.kernels import cublas_lt
 
-    x, weight, bias, out = _products(device)
+    x, weight, bias, out = _gemm_operands(device)
     cublas_lt.linear_into(x, weight, bias, out, gelu=True)
     yield out, gelu(linear(x.float(), weight.float(), bias.float()), approximate="tanh")
 
@@ -198,15 +199,12 @@ def _try_quack(device: torch.device) -> _Results:
     # An optional package for GPUs, which takes seconds to import.
     from models.kernels import quack_epilogues
 
-    x, weight, bias, out = _products(device)
+    x, weight, bias, out = _gemm_operands(device)
     quack_epilogues.gelu_into(x, weight, bias, out)
     yield out, gelu(linear(x.float(), weight.float(), bias.float()), approximate="tanh")
 
 
 def _try_cuda_bindings(device: torch.device) -> _Results:
-    # Needs torch with CUDA.
-    from models.parallel.peer_memory import CopyStreams
-
     streams = CopyStreams(device)
     source, copy = _random(device, 2, 16), torch.zeros(2, 16, dtype=torch.bfloat16, device=device)
     flag = torch.zeros(1, dtype=torch.int32, device=device)
@@ -221,7 +219,7 @@ def _try_attention(
     plain: Callable[[Tensor, Tensor, Tensor], Tensor],
     with_lse: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
 ) -> Callable[[torch.device], _Results]:
-    """A trial of an attention backend, in both of its forms."""
+    """Trial of an attention backend, without and with the log-sum-exp."""
 
     def run(device: torch.device) -> _Results:
         q, k, v = (_random(device, 1, tokens, 2, 128) for tokens in (128, 192, 192))

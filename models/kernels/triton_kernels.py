@@ -1,10 +1,10 @@
-"""One pass over memory for what DiT blocks compute between GEMM calls, in Triton. PyTorch's operators define it.
+"""Triton kernels for the operations of DiT blocks between GEMM calls, each in one pass over memory.
 
-Each program of the first two kernels owns a token; each of the third a token's queries or its keys. Arithmetic is
-float32, with the rounding of the stored type where PyTorch's operators round too.
+Each is equivalent to the PyTorch implementation that is registered for the same operation. Arithmetic is in float32,
+with rounding to the stored dtype wherever the PyTorch implementation rounds.
 """
 
-# ruff: noqa: ANN001, ANN202, N803  (in a kernel types are Triton's, and its constants are capitals)
+# ruff: noqa: ANN001, ANN202, N803  (Triton kernels have no annotations; their constexpr arguments are in capitals)
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from models.rotation import HeadRotation
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from models.kernels.head_norms import QKNormOperands
+    from models.kernels.qk_norm_parameters import QKNormParameters
     from models.rotation import Rotation
     from models.token_segments import SegmentVectors
 
@@ -76,7 +76,7 @@ def _gate_norm_scale_shift_kernel(
 
 
 def norm_modulate(x: Tensor, scale: SegmentVectors, shift: SegmentVectors, eps: float, is_centred: bool) -> Tensor:
-    """As models.kernels.norm_modulate.norm_modulate; x (B, S, D)."""
+    """See models.kernels.norm_modulate.norm_modulate; x is (B, S, D)."""
     x = x.contiguous()
     normed = torch.empty_like(x)
     _launch_norm(x, None, None, scale, shift, x, normed, eps, is_centred)
@@ -92,7 +92,7 @@ def gate_norm_modulate(
     eps: float,
     is_centred: bool,
 ) -> tuple[Tensor, Tensor]:
-    """As models.kernels.norm_modulate.gate_norm_modulate; x and update (B, S, D)."""
+    """See models.kernels.norm_modulate.gate_norm_modulate; x and update are (B, S, D)."""
     x = x.contiguous()
     added, normed = torch.empty_like(x), torch.empty_like(x)
     _launch_norm(x, update.contiguous(), gate, scale, shift, added, normed, eps, is_centred)
@@ -129,16 +129,16 @@ def _launch_norm(
 
 
 def _ends(vectors: SegmentVectors, tokens: int) -> tuple[int, int]:
-    """The end of the first of three segments, and the start of the last one."""
-    assert vectors.segments is not None, "several vectors have segments"
+    """End of the first of three segments, and start of the last one."""
+    assert vectors.segments is not None, "several vectors need segments"
     first, _, *last = vectors.segments.lengths
     return first, tokens - sum(last)
 
 
 def _three(vectors: SegmentVectors) -> list[Tensor]:
-    """A vector for each of the three segments that the kernel knows."""
+    """A vector for each of three segments, which the kernel expects."""
     first, *others = vectors.vectors
-    assert len(others) <= 2, "the kernel knows three segments"
+    assert len(others) <= 2, "the kernel supports at most three segments"
     second = others[0] if others else first
     return [first, second, others[1] if len(others) == 2 else second]
 
@@ -204,13 +204,13 @@ def _head_norm_rotary_kernel(
 
 def qk_norm_rotate(
     x: Tensor,
-    norms: QKNormOperands,
+    norms: QKNormParameters,
     rotation: Rotation | HeadRotation | None,
     first_tokens: int,
     square_sums: Tensor | None,
     out: Sequence[Tensor],
 ) -> None:
-    """As models.kernels.qk_norm_rotate.qk_norm_rotate, with one to three parts. The head size is a power of two."""
+    """See models.kernels.qk_norm_rotate.qk_norm_rotate. x has one to three parts; the head size is a power of two."""
     batch, tokens, width = x.shape
     size = width // len(out)
     heads, head_size = size // norms.head_size, norms.head_size
@@ -237,13 +237,13 @@ def _gelu_kernel(x_ptr, out_ptr, tokens, size, x_batch, x_token, out_batch, out_
     batch, token = (row // tokens).to(tl.int64), (row % tokens).to(tl.int64)
     inside = column < size
     x = tl.load(x_ptr + batch * x_batch + token * x_token + column, mask=inside, other=0.0).to(tl.float32)
-    # tanh(u) by the logistic function: 0.5 * (1 + tanh(u)) = sigmoid(2 * u)
+    # 0.5 * (1 + tanh(u)) = sigmoid(2 * u)
     gelu = x * tl.sigmoid(2 * 0.7978845608028654 * (x + 0.044715 * x * x * x))
     tl.store(out_ptr + batch * out_batch + token * out_token + column, gelu.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 def write_gelu(x: Tensor, out: Tensor) -> None:
-    """As models.kernels.activation.write_gelu."""
+    """See models.kernels.activation.write_gelu."""
     batch, tokens, size = x.shape
     assert all(each.stride(2) == 1 for each in (x, out)), "channels must be adjacent"
     block = 4096
@@ -262,7 +262,7 @@ def _gate_by_silu_kernel(x_ptr, out_ptr, size, BLOCK: tl.constexpr):
 
 
 def gate_by_silu(x: Tensor) -> Tensor:
-    """As models.kernels.activation.gate_by_silu."""
+    """See models.kernels.activation.gate_by_silu."""
     x = x.contiguous()
     batch, tokens, size = x.shape
     out = x.new_empty(batch, tokens, size // 2)
@@ -284,7 +284,7 @@ def _quantize_rows_kernel(
 
 
 def quantize_rows(x: Tensor, dtype: torch.dtype = FLOAT8) -> tuple[Tensor, Tensor]:
-    """As models.kernels.float8.quantize_rows; `dtype` is that of the values. Channels of x are adjacent."""
+    """See models.kernels.float8.quantize_rows. `dtype` is that of the values; channels of x must be adjacent."""
     rows, size = x.shape
     assert x.stride(1) == 1, "channels must be adjacent"
     values = torch.empty(rows, size, dtype=dtype, device=x.device)
@@ -314,7 +314,7 @@ def _channel_norm_silu_kernel(
 
 
 def channel_norm_silu(frame: Tensor, weight: Tensor, root: float) -> Tensor:
-    """As models.kernels.channel_norm.channel_norm_silu."""
+    """See models.kernels.channel_norm.channel_norm_silu."""
     frame = frame.contiguous(memory_format=torch.channels_last)
     out = torch.empty_like(frame)
     channels = frame.shape[1]
@@ -358,7 +358,7 @@ def _merge_attention_kernel(
 def merge_attention(
     one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """As models.kernels.attention.merge_attention."""
+    """See models.kernels.attention.merge_attention."""
     batch, tokens, heads, size = one[0].shape
     assert one[0].stride(3) == other[0].stride(3) == 1, "channels must be adjacent"
     out = one[0].new_empty(one[0].shape, dtype=dtype)

@@ -1,1 +1,1 @@
-"""Layers that transformers share; attention has its single entry point here."""
+"""Layers that several DiTs share."""

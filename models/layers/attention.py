@@ -1,9 +1,9 @@
-"""Attention of DiTs, and self-attention up to the projection of its result. Names are those of Diffusers' checkpoints.
+"""Attention of DiTs: the Attention module, and self-attention without its output projection.
 
-Shapes: B batch, S tokens, L tokens of this rank, D hidden size and H heads of this rank, K head size.
+Parameter names are those of Diffusers' checkpoints. Shapes: B batch, S tokens, D hidden size, H heads, K head size.
 """
 
-# ruff: noqa: N803  (the capitals of a tensor's name are its shape)
+# ruff: noqa: N803  (a tensor name ends in its shape, in capitals)
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from models.kernels.attention import attention
-from models.kernels.gemm import can_norm_rotate, has_heads, multiply_norm_rotate_into
+from models.kernels.gemm import can_norm_rotate, multiply_norm_rotate_into, supports_heads
 from models.kernels.qk_norm_rotate import AnyRotation, split_heads
 from models.layers.linear import ALL, JoinedLinear, JoinsWeights, Linear, project
 from models.layers.norms import QKNorm, RMSNorm
-from models.layers.qk_norm import HeadNorms, ProjectedHeads, apply_qk_norm, in_place
+from models.layers.qk_norm import ProjectedHeads, QKNormModules, apply_qk_norm, head_views
 from models.rotation import Rotation
 from models.token_segments import TokenSegments
 
@@ -28,19 +28,19 @@ QUERIES, KEYS_AND_VALUES = slice(0, 1), slice(1, 3)
 
 @dataclass(frozen=True)
 class KeyValueCache:
-    """Keys and values of earlier tokens, to which those of the current tokens are added in place.
+    """KV cache of earlier tokens; the keys and values of the current tokens are written into it.
 
-    `slab` is (2, B, capacity, H, K): keys, then values. `slots` are where the current tokens go, in their order, and
-    `length` is the number of tokens that are valid then, from the first on. Keys have no order in attention: a slot may
-    be that of a token that left the window.
+    `slab` is the tensor of the cache, (2, B, capacity, H, K): keys, then values. The current tokens are written to
+    `slots`, in order; afterwards the first `length` positions are valid. Attention does not depend on the order of
+    keys, so that `slots` may overwrite tokens that have left the attention window.
     """
 
     slab: Tensor
     slots: tuple[slice, ...]
     length: int
 
-    def extended(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write keys and values (B, tokens, H, K) to the slots; all valid ones (B, length, H, K), in the slab."""
+    def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write keys and values (B, S, H, K) to the slots. Returns views of all valid keys and values."""
         keys, values = self.slab.unbind()
         begin = 0
         for slot in self.slots:
@@ -52,87 +52,89 @@ class KeyValueCache:
 
 
 class Projection(Protocol):
-    """Queries, keys and values (B, L, H, K) of tokens, which attention has projected where it needs them."""
+    """Deferred projection of tokens to queries, keys and values (B, S, H, K). Attention chooses the buffers."""
 
     @property
     def key_values_shape(self) -> tuple[int, ...]:
-        """(B, L, 2, H, K)."""
+        """(B, S, 2, H, K)."""
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type of what is projected."""
+        """Element type of the projected tensors."""
 
     def all(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values, in one GEMM."""
+        """Queries, keys and values, by one GEMM."""
 
     def all_into(self, key_values: Tensor) -> Tensor:
-        """The queries, in one GEMM with keys and values, which are written to `key_values` (B, L, 2, H, K)."""
+        """Queries, by one GEMM that also computes keys and values, written to `key_values` (B, S, 2, H, K)."""
 
 
 class SeparableProjection(Projection, Protocol):
-    """A projection whose queries may have a GEMM of their own."""
+    """A projection that can also compute its queries by a separate GEMM."""
 
     def keys_and_values(self, out: Tensor | None = None) -> Tensor:
-        """Keys and values (B, L, 2, H, K), in `out` if given."""
+        """Keys and values (B, S, 2, H, K), in `out` if given."""
 
     def queries(self) -> Tensor:
-        """The queries alone."""
+        """Queries (B, S, H, K)."""
 
 
 class KeyValues:
-    """Keys and values (B, L, H, K) to attend to. In a parallel form they are on their way between ranks."""
+    """Keys and values (B, S, H, K) to attend to. Subclasses receive them asynchronously."""
 
     def __init__(self, k: Tensor, v: Tensor) -> None:
         self.k, self.v = k, v
 
     def wait(self) -> tuple[Tensor, Tensor]:
-        """Keys and values of all ranks, once they are there."""
+        """Wait for all keys and values, and return them."""
         return self.k, self.v
 
 
-class Started(NamedTuple):
-    """Queries, keys and values on their way: only finish() can read them."""
+class PendingAttention(NamedTuple):
+    """Inputs of an attention call that start() began. A transfer may be pending: only finish() may read them."""
 
     queries: Tensor
     key_values: KeyValues
 
 
 class Attention(nn.Module):
-    """attention() as a module, so that a parallel form can take its place in a model.
+    """attention() as a module, which a plan can replace in a model.
 
-    A parallel form sends tensors to other ranks: a model that has something else to compute meanwhile starts, computes
-    that, and finishes. Any other model attends at once.
+    A replacement may transfer queries, keys and values asynchronously. A block with independent computation calls
+    start(), computes, and calls finish(): the computation overlaps with the transfer. Other blocks call attend().
     """
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """(batch, tokens, heads, head size) each."""
-        return self.finish(Started(q, KeyValues(k, v)))
+        """Attention of queries, keys and values (B, S, H, K)."""
+        return self.finish(PendingAttention(q, KeyValues(k, v)))
 
     def attend(self, projection: SeparableProjection, cache: KeyValueCache | None = None) -> Tensor:
-        """Project and attend, also to the tokens in the cache, with nothing else to compute; (B, L, H, K)."""
+        """Project and attend, also to the tokens in the cache. Returns (B, S, H, K)."""
         return self.finish(self.start(projection), cache=cache)
 
-    def start(self, projection: Projection) -> Started:
-        """Project all in one GEMM, and begin to attend."""
+    def start(self, projection: Projection) -> PendingAttention:
+        """Project queries, keys and values by one GEMM, and start their transfer if there is one."""
         q, k, v = projection.all()
-        return Started(q, KeyValues(k, v))
+        return PendingAttention(q, KeyValues(k, v))
 
     def cached_heads(self, heads: int) -> int:
-        """Of `heads` heads of this rank, those whose keys and values a cache on this rank holds."""
+        """Number of heads in a KV cache of a layer with `heads` heads."""
         return heads
 
-    def finish(self, started: Started, out: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
-        """Attend to what was started, and to the tokens in the cache; into `out`, if given."""
-        keys, values = started.key_values.wait()
+    def finish(
+        self, pending: PendingAttention, out: Tensor | None = None, cache: KeyValueCache | None = None
+    ) -> Tensor:
+        """Complete the attention call, with the tokens in the cache as further keys. Writes to `out` if given."""
+        keys, values = pending.key_values.wait()
         if cache is not None:
-            keys, values = cache.extended(keys, values)
-        return attention(started.queries, keys, values, out=out)
+            keys, values = cache.update(keys, values)
+        return attention(pending.queries, keys, values, out=out)
 
 
 class SelfAttention(JoinsWeights):
-    """Tokens attend to each other; queries and keys are normalised, then rotated to their positions.
+    """Self-attention with norms and RoPE for queries and keys, without the output projection.
 
-    The norms are over each head, or over all heads together if they are as wide. The block projects the result.
+    `norm_size` None: the norms are over each head; otherwise they are over all heads together.
     """
 
     def __init__(
@@ -154,14 +156,14 @@ class SelfAttention(JoinsWeights):
         self.norm_k = norm(norm_size or head_size, eps)
         self.inner = Attention()
         self.joined: JoinedLinear | None = None
-        # Of queries and of keys (2, D), where each head is normalised by itself.
+        # Weights of the norms of queries and keys, (2, D); None where a GEMM epilogue cannot apply them.
         self.scales: Tensor | None = None
 
     def join_weights(self) -> None:
-        """Join the three projections into one GEMM, once the weights are in place."""
+        """Join the three projections into one GEMM. The weights must be loaded."""
         self.joined = JoinedLinear(self._projections)
         norms = [norm for norm in (self.norm_q, self.norm_k) if isinstance(norm, RMSNorm)]
-        if norms and all(has_heads(self.head_size, norm.size, norm.eps) for norm in norms):
+        if norms and all(supports_heads(self.head_size, norm.size, norm.eps) for norm in norms):
             heads = self._size // self.head_size
             self.scales = torch.stack([norm.weight.data.repeat(heads) for norm in norms])
 
@@ -172,25 +174,25 @@ class SelfAttention(JoinsWeights):
         segments: TokenSegments | None = None,
         cache: KeyValueCache | None = None,
     ) -> Tensor:
-        """(B, S, D), of a block with nothing to compute meanwhile; attends to the tokens in the cache, too.
+        """Attention output (B, S, D) of tokens (B, S, D), which also attend to the tokens in the cache.
 
-        `segments` are those with weights of their own.
+        `segments` are needed by subclasses with separate weights for each segment.
         """
         return self.inner.attend(_HeadProjection(self, x_BSD, rotation, segments), cache).flatten(2)
 
-    def start(self, x_BSD: Tensor, rotation: AnyRotation, segments: TokenSegments | None = None) -> Started:
-        """Project and begin to attend: computation before finish() overlaps with messages between ranks."""
+    def start(self, x_BSD: Tensor, rotation: AnyRotation, segments: TokenSegments | None = None) -> PendingAttention:
+        """Project the tokens and start the attention call. See Attention for what may run before finish()."""
         return self.inner.start(_HeadProjection(self, x_BSD, rotation, segments))
 
-    def finish(self, started: Started, out: Tensor | None = None) -> Tensor:
-        """(B, S, D), in `out` if given."""
+    def finish(self, pending: PendingAttention, out: Tensor | None = None) -> Tensor:
+        """Attention output (B, S, D), in `out` if given."""
         heads = None if out is None else split_heads(out, self.head_size)
-        attended = self.inner.finish(started, heads)
+        attended = self.inner.finish(pending, heads)
         return attended.flatten(2) if out is None else out
 
     @property
     def cached_heads(self) -> int:
-        """The heads whose keys and values a cache on this rank holds."""
+        """Number of heads in a KV cache of this layer."""
         return self.inner.cached_heads(self._size // self.head_size)
 
     @property
@@ -198,14 +200,14 @@ class SelfAttention(JoinsWeights):
         return self.to_q, self.to_k, self.to_v
 
     def _project(self, x_BSD: Tensor, out: Tensor, segments: TokenSegments | None, which: slice) -> None:
-        """Write queries, keys and values, or some of them, side by side."""
-        del segments  # All tokens have the same projections.
+        """Write the outputs of the projections `which` of (queries, keys, values), concatenated, to `out`."""
+        del segments  # All tokens have the same weights.
         project(x_BSD, out, self.joined, self._projections, which)
 
     def _project_normed(
         self, x_BSD: Tensor, out: Tensor, rotation: AnyRotation, segments: TokenSegments | None, which: slice
     ) -> None:
-        """The same, with queries and keys normalised and rotated."""
+        """As _project(), with norms and RoPE for queries and keys."""
         if isinstance(rotation, Rotation) and self._can_fuse(x_BSD, out):
             self._write_normed(x_BSD, out, rotation.interleaved, which)
         else:
@@ -213,19 +215,19 @@ class SelfAttention(JoinsWeights):
             self._normalise(out, rotation, segments, which)
 
     def _normalise(self, out: Tensor, rotation: AnyRotation, segments: TokenSegments | None, which: slice) -> None:
-        """What was projected, in place."""
+        """Apply norms and RoPE in place to the queries and keys in `out`."""
         normed, _ = _split(which)
         width = self._size * len(self._projections[normed])
         apply_qk_norm(out[..., :width], self._norms().of(normed), rotation, segments)
 
     def _can_fuse(self, x: Tensor, out: Tensor) -> bool:
-        """Whether GEMM of x (B, tokens, D) can normalise and rotate the heads in its epilogue."""
+        """Whether the epilogue of a GEMM of x (B, tokens, D) can apply norms and RoPE."""
         if self.joined is None or self.joined.weight.scale is not None or self.scales is None:
             return False
         return can_norm_rotate(x, self.joined.weight, out)
 
     def _write_normed(self, x: Tensor, out: Tensor, angles: Tensor, which: slice) -> None:
-        """Where _can_fuse(): queries and keys in one GEMM, values in another."""
+        """_project_normed() by GEMM epilogues: one GEMM for queries and keys, one for values. Needs _can_fuse()."""
         assert self.joined is not None, "weights are not joined"
         assert self.scales is not None, "norms are not over each head"
         normed, values = _split(which)
@@ -237,16 +239,16 @@ class SelfAttention(JoinsWeights):
 
     @property
     def _size(self) -> int:
-        """Of the queries of all heads that this rank has."""
+        """Output size of one projection. From the weight: a sharded layer has fewer heads than the config."""
         return len(self.to_q.weight)
 
-    def _norms(self) -> HeadNorms:
-        return HeadNorms((self.norm_q, self.norm_k), self.head_size)
+    def _norms(self) -> QKNormModules:
+        return QKNormModules((self.norm_q, self.norm_k), self.head_size)
 
 
 @dataclass(frozen=True)
 class _HeadProjection:
-    """The projections of a SelfAttention, for tokens x (B, S, D)."""
+    """The projections of a SelfAttention applied to tokens x (B, S, D)."""
 
     attention: SelfAttention
     x: Tensor
@@ -264,7 +266,7 @@ class _HeadProjection:
     def all(self) -> tuple[Tensor, Tensor, Tensor]:
         qkv = self._empty(3)
         self.attention._project_normed(self.x, qkv, self.rotation, self.segments, ALL)
-        q, k, v = in_place(qkv, 3, self.attention.head_size)
+        q, k, v = head_views(qkv, 3, self.attention.head_size)
         return q, k, v
 
     def all_into(self, key_values: Tensor) -> Tensor:
@@ -287,7 +289,7 @@ class _HeadProjection:
 
 
 def _split(which: slice) -> tuple[slice, slice]:
-    """Some of queries, keys and values: which of them are normalised, and which are not."""
-    # Not by indices(), which a compiler does not know before torch 2.13.
+    """Split a slice of (queries, keys, values) in two: queries and keys, which have norms, and values."""
+    # torch.compile supports slice.indices() only from torch 2.13 on.
     first, end = which.start or 0, 3 if which.stop is None else which.stop
     return slice(first, min(end, 2)), slice(2, max(end, 2))

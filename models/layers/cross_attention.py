@@ -1,9 +1,9 @@
-"""Attention to a context that stays the same through a request. Names are those of Diffusers' checkpoints.
+"""Cross-attention to a context that is constant during a request. Names are those of Diffusers' checkpoints.
 
-Shapes: B batch, S tokens, T tokens of the context, D hidden size (of this rank, after tp).
+Shapes: B batch, S tokens, T tokens of the context, D hidden size.
 """
 
-# ruff: noqa: N803  (the capitals of a tensor's name are its shape)
+# ruff: noqa: N803  (a tensor name ends in its shape, in capitals)
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from models.kernels.attention import attention
 from models.kernels.qk_norm_rotate import split_heads
 from models.layers.linear import Linear
 from models.layers.norms import RMSNorm
-from models.layers.qk_norm import HeadNorms, apply_qk_norm
+from models.layers.qk_norm import QKNormModules, apply_qk_norm
 
 
 class CrossAttention(nn.Module):
-    """Tokens attend to a context, such as a text, whose keys and values are made once a request.
+    """Cross-attention to a context such as a text. Its keys and values are computed once per request.
 
-    Queries and keys are normalised over all heads together. The context is as wide as the tokens.
+    The norms of queries and keys are over all heads together. Tokens and context have the same hidden size.
     """
 
     def __init__(self, size: int, head_size: int, eps: float) -> None:
@@ -34,7 +34,7 @@ class CrossAttention(nn.Module):
         self.norm_k = RMSNorm(size, eps)
 
     def keys_and_values(self, context_BTD: Tensor) -> Tensor:
-        """Keys, then values, (B, T, 2 * D)."""
+        """Keys, then values, of a context (B, T, D): (B, T, 2 * D)."""
         return self.project_keys_and_values(context_BTD, self.to_k, self.to_v, self.norm_k)
 
     def forward(self, x_BSD: Tensor, kv: Tensor) -> Tensor:
@@ -42,18 +42,18 @@ class CrossAttention(nn.Module):
         return self.attend(self.queries(x_BSD), kv)
 
     def queries(self, x_BSD: Tensor) -> Tensor:
-        """Normalised queries as heads, (B, S, heads, head size)."""
+        """Normalised queries (B, S, heads, head size)."""
         q = self.to_q(x_BSD)
-        apply_qk_norm(q, HeadNorms((self.norm_q,), self.head_size))
+        apply_qk_norm(q, QKNormModules((self.norm_q,), self.head_size))
         return split_heads(q, self.head_size)
 
     def attend(self, q: Tensor, kv: Tensor) -> Tensor:
-        """What queries take from keys and values (B, T, 2 * D): (B, S, D)."""
+        """Attention (B, S, D) of queries to keys and values (B, T, 2 * D)."""
         k, v = (split_heads(part, self.head_size) for part in kv.chunk(2, dim=-1))
         return attention(q, k, v).flatten(2)
 
     def project_keys_and_values(self, x: Tensor, to_k: Linear, to_v: Linear, norm: RMSNorm) -> Tensor:
-        """Keys, then values, by projections of a context of any width."""
+        """Keys, then values, of a context of any hidden size, by the given projections."""
         k: Tensor = to_k(x)
-        apply_qk_norm(k, HeadNorms((norm,), self.head_size))
+        apply_qk_norm(k, QKNormModules((norm,), self.head_size))
         return torch.cat((k, to_v(x)), dim=-1)

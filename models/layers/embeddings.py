@@ -10,7 +10,7 @@ from torch.nn.functional import gelu, silu
 
 
 def sinusoidal_embedding(values: Tensor, size: int, max_period: float = 10000.0) -> Tensor:
-    """(batch,) to float32 (batch, size): cosines, then sines, of the values at falling frequencies."""
+    """Sinusoidal embedding of values (batch,), float32 (batch, size): cosines, then sines, at falling frequencies."""
     half = size // 2
     falling = torch.arange(half, dtype=torch.float32, device=values.device) / half
     angles = values[:, None].float() * torch.exp(-math.log(max_period) * falling)
@@ -18,7 +18,7 @@ def sinusoidal_embedding(values: Tensor, size: int, max_period: float = 10000.0)
 
 
 class EmbeddingMLP(nn.Module):
-    """Two linear layers with SiLU between them: a feature vector (batch, in_size) to (batch, size)."""
+    """Two linear layers with SiLU between them, for feature vectors."""
 
     def __init__(self, in_size: int, size: int, *, has_bias: bool = True) -> None:
         super().__init__()
@@ -26,14 +26,14 @@ class EmbeddingMLP(nn.Module):
         self.linear_2 = nn.Linear(size, size, bias=has_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Computed in the weights' type."""
+        """(batch, in_size) to (batch, size), computed in the dtype of the weights."""
         hidden: Tensor = self.linear_1(x.to(self.linear_1.weight.dtype))
         embedded: Tensor = self.linear_2(silu(hidden))
         return embedded
 
 
 class TextProjection(nn.Module):
-    """Two linear layers with GELU (tanh form) between them: (B, T, in_size) to (B, T, D)."""
+    """Two linear layers with GELU (tanh approximation) between them, for text tokens."""
 
     def __init__(self, in_size: int, size: int) -> None:
         super().__init__()
@@ -41,6 +41,6 @@ class TextProjection(nn.Module):
         self.linear_2 = nn.Linear(size, size)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Per token."""
+        """(B, T, in_size) to (B, T, size)."""
         projected: Tensor = self.linear_2(gelu(self.linear_1(x), approximate="tanh"))
         return projected

@@ -1,4 +1,4 @@
-"""The feed-forward half of a transformer block."""
+"""Feed-forwards of transformer blocks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _ACTIVATIONS: Mapping[Activation, Callable[[Tensor], Tensor]] = {
 
 
 class _Projection(nn.Module):
-    """The layer that checkpoints call net.0.proj, with its activation."""
+    """The linear layer net.0.proj of Diffusers' checkpoints, with its activation."""
 
     def __init__(self, size: int, hidden: int, activation: Activation) -> None:
         super().__init__()
@@ -34,9 +34,9 @@ class _Projection(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Linear, activation, linear. Parameters are net.0.proj and net.2.
+    """Linear, activation, linear. The parameters are net.0.proj and net.2.
 
-    By default the hidden size is four times `size`, `out_size` is `size`, and the activation is GELU's tanh form.
+    Defaults: the hidden size is 4 * `size`, `out_size` is `size`, the activation is GELU (tanh approximation).
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class FeedForward(nn.Module):
     ) -> None:
         super().__init__()
         hidden = hidden or 4 * size
-        # Position 1 is a dropout in training code; it has no parameters, but the names count it.
+        # Index 1 is a dropout in Diffusers; it gives the second linear layer the name net.2.
         self.net = nn.Sequential(_Projection(size, hidden, activation), nn.Identity(), Linear(hidden, out_size or size))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -57,17 +57,17 @@ class FeedForward(nn.Module):
         return result
 
     def into(self, x: Tensor, out: Tensor) -> None:
-        """Write the result into `out`; for GELU's tanh form."""
+        """Write the result to `out` (batch, tokens, out_size). The activation must be "gelu_tanh"."""
         first, _, last = self.net
-        assert isinstance(first, _Projection), "the layers of net are those of __init__"
-        assert isinstance(last, Linear), "the layers of net are those of __init__"
+        assert isinstance(first, _Projection), "__init__ sets the layers of net"
+        assert isinstance(last, Linear), "__init__ sets the layers of net"
         hidden = x.new_empty(*x.shape[:2], first.proj.weight.shape[0])
         first.proj.gelu_into(x, hidden)
         last.into(hidden, out)
 
 
 class GatedFeedForward(JoinsWeights):
-    """w2(SiLU(w1(x)) * w3(x)), without biases: SwiGLU under the names of Llama's first checkpoints."""
+    """SwiGLU feed-forward without biases, w2(SiLU(w1(x)) * w3(x)). Names are those of Meta's Llama checkpoints."""
 
     def __init__(self, size: int, hidden: int) -> None:
         super().__init__()
@@ -77,11 +77,11 @@ class GatedFeedForward(JoinsWeights):
         self.joined: JoinedLinear | None = None
 
     def join_weights(self) -> None:
-        """Join w1 and w3 into one GEMM, once the weights are in place."""
+        """Join w1 and w3 into one GEMM. The weights must be loaded."""
         self.joined = JoinedLinear((self.w1, self.w3))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(batch, tokens, size) to the same."""
+        """(batch, tokens, size) to (batch, tokens, size)."""
         hidden = x.new_empty(*x.shape[:2], 2 * len(self.w1.weight))
         project(x, hidden, self.joined, (self.w1, self.w3))
         result: Tensor = self.w2(gate_by_silu(hidden))

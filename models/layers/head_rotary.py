@@ -1,9 +1,9 @@
-"""Rotary position embedding whose angles differ between heads: frequencies are spread over all channels of a token.
+"""RoPE with different angles for each head: the frequencies are spread over the channels of all heads.
 
 Shapes: T tokens, H heads, K head size, A axes of a position.
 """
 
-# ruff: noqa: N803, N806  (the capitals of a tensor's name are its shape)
+# ruff: noqa: N803, N806  (a tensor name ends in its shape, in capitals)
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from models.rotation import HeadRotation
 
 
-class OwnHeads(nn.Module):
-    """A tensor with a dimension of all heads. A parallel form takes those of its rank."""
+class SelectHeads(nn.Module):
+    """Identity on a tensor with a dimension of all heads. A plan can replace it by a selection of heads."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., H, K) to (..., heads of this rank, K)."""
+        """(..., H, K) to (..., selected heads, K)."""
         return x
 
 
@@ -33,11 +33,11 @@ def head_rotation(
     is_neox_style: bool,
     is_double: bool = True,
 ) -> HeadRotation:
-    """Angles for positions in [0, extent] of each axis, which are mapped to [-1, 1].
+    """RoPE for positions (T, A), where axis i ranges over [0, extents[i]] and is scaled to [-1, 1].
 
-    Each axis has as many frequencies as fit in heads x head size channels, from pi / 2 to theta * pi / 2 in geometric
-    steps, computed in float64 where `is_double`; axes alternate. The first channels are left alone where the number of
-    axes does not divide.
+    The heads * head_size / 2 channel pairs are divided evenly between the axes, interleaved. The frequencies of an axis
+    are spaced geometrically from pi / 2 to theta * pi / 2; they are computed in float64 with `is_double`, else in
+    float32. Where the number of axes does not divide the number of pairs, the first pairs are not rotated.
     """
     pairs, axes = heads * head_size // 2, positions_TA.shape[1]
     precision = torch.float64 if is_double else torch.float32
@@ -45,6 +45,6 @@ def head_rotation(
     frequencies = (torch.pow(theta, exponents) * torch.pi / 2.0).float()
     relative = torch.stack([positions_TA[:, axis] / extent for axis, extent in enumerate(extents)], dim=-1)
     angles = ((relative[..., None] * 2 - 1) * frequencies).transpose(1, 2).flatten(1)
-    still = angles.new_zeros(len(angles), pairs - angles.shape[1])
-    angles_THK = torch.cat((still, angles), dim=1).view(-1, heads, head_size // 2)
+    unrotated = angles.new_zeros(len(angles), pairs - angles.shape[1])
+    angles_THK = torch.cat((unrotated, angles), dim=1).view(-1, heads, head_size // 2)
     return HeadRotation(angles_THK.cos(), angles_THK.sin(), is_neox_style)

@@ -1,10 +1,12 @@
-"""Joint attention, and blocks of DiTs with weights of their own for text. Names are those of Diffusers' checkpoints.
+"""Joint attention of text and image, and the blocks of DiTs with separate text weights.
 
-Shapes: B batch, S tokens of all segments (text first), D hidden size, K head size. All segments are in one tensor: GEMM
-writes the text's part and the other part of the next tensor.
+Parameter names are those of Diffusers' checkpoints.
+
+Shapes: B batch, S tokens of all segments (text first), D hidden size, K head size. One tensor holds all segments: each
+GEMM writes its own tokens of the next tensor, so that no concatenation is needed.
 """
 
-# ruff: noqa: N803, N806  (the capitals of a tensor's name are its shape)
+# ruff: noqa: N803, N806  (a tensor name ends in its shape, in capitals)
 
 from __future__ import annotations
 
@@ -19,13 +21,13 @@ from models.kernels.qk_norm_rotate import AnyRotation
 from models.layers.attention import SelfAttention
 from models.layers.linear import JoinedLinear, Linear, only_linear, project
 from models.layers.norms import LayerNormScaleShift, Residual, RMSNorm
-from models.layers.qk_norm import HeadNorms
+from models.layers.qk_norm import QKNormModules
 from models.rotation import Rotation
 from models.token_segments import SegmentVectors, TokenSegments
 
 
 class JointAttention(SelfAttention):
-    """Attention over text and image at once, with projections of their own."""
+    """Joint attention over text and image tokens, with separate projections for the text."""
 
     def __init__(self, size: int, head_size: int, *, has_bias: bool = True) -> None:
         super().__init__(size, head_size, has_bias=has_bias)
@@ -39,12 +41,12 @@ class JointAttention(SelfAttention):
         self.added: JoinedLinear | None = None
 
     def join_weights(self) -> None:
-        """The same for both projections."""
+        """Join the image projections into one GEMM, and the text projections into another."""
         super().join_weights()
         self.added = JoinedLinear(self._added)
 
     def joint(self, x_BSD: Tensor, rotation: Rotation, segments: TokenSegments) -> Tensor:
-        """What all tokens (B, S, D) took from all; the first segment is the text."""
+        """Projected attention output (B, S, D) of all tokens (B, S, D); the first segment is the text."""
         attended = self(x_BSD, rotation, segments)
         result = x_BSD.new_empty(x_BSD.shape)
         text, image = _text_and_rest(segments)
@@ -73,45 +75,42 @@ class JointAttention(SelfAttention):
             project(x_BSD[:, text], out[:, text], self.added, self._added, which)
             self._normalise(out[:, text], rotation.of(text), TokenSegments((text.stop,)), which)
 
-    def _norms(self) -> HeadNorms:
+    def _norms(self) -> QKNormModules:
         return replace(super()._norms(), first=(self.norm_added_q, self.norm_added_k))
 
 
 def _text_and_rest(segments: TokenSegments | None) -> tuple[slice, slice]:
-    """The tokens of the text, which is the first segment, and all others."""
+    """Slices of the first segment, which is the text, and of all other segments."""
     assert segments is not None, "joint attention needs the length of the text"
     return slice(0, segments.lengths[0]), slice(segments.lengths[0], None)
 
 
+ImageModulation = tuple[Tensor, ...]
+"""A modulation (B, D) of the image tokens, then that of the third segment if there is one (reference images)."""
+
+
 class Modulation(NamedTuple):
-    """Shift, scale and gate of one half of a block, which the timestep decides: (B, D) for each segment."""
+    """Shift, scale and gate of one half of a block, computed from the timestep: (B, D) for each segment."""
 
     shift: SegmentVectors
     scale: SegmentVectors
     gate: SegmentVectors
 
 
-class WritesInto(Protocol):
-    """A feed-forward that writes its result into a part of a tensor."""
+class BlockFeedForward(Protocol):
+    """A feed-forward that writes its result into a given tensor."""
 
     def into(self, x: Tensor, out: Tensor) -> None:
         """Write the result (B, tokens, D) of x (B, tokens, D) into `out`."""
 
 
-def block_modulations(
-    segments: TokenSegments, image: Iterator[Tensor], last: Iterator[Tensor] | None = None
-) -> tuple[Modulation, Modulation]:
-    """Modulations of a block's attention and of its feed-forwards.
+def block_modulations(segments: TokenSegments, modulations: Iterator[ImageModulation]) -> tuple[Modulation, Modulation]:
+    """Take the next twelve of `modulations`: those of a block's attention and of its feed-forwards.
 
-    `image` yields the next six of the image, then six of the text. `last` yields as many for the last of three
-    segments, which has a timestep of its own; its text modulations are unused.
+    The first six are of the image, the last six of the text. Of a text modulation only the first tensor is used.
     """
-    own, text = (list(islice(image, 6)) for _ in range(2))
-    if last is None:
-        vectors = [segments.vectors(*pair) for pair in zip(text, own, strict=True)]
-    else:
-        of_last, _ = (list(islice(last, 6)) for _ in range(2))
-        vectors = [segments.vectors(*each) for each in zip(text, own, of_last, strict=True)]
+    image, text = (list(islice(modulations, 6)) for _ in range(2))
+    vectors = [segments.vectors(of_text[0], *of_image) for of_text, of_image in zip(text, image, strict=True)]
     return Modulation(*vectors[:3]), Modulation(*vectors[3:])
 
 
@@ -119,17 +118,17 @@ def joint_block(
     residual: Residual,
     norm: LayerNormScaleShift,
     attn: JointAttention,
-    feed_forwards: tuple[WritesInto, WritesInto],
-    modulations: tuple[Modulation, Modulation],
+    feed_forwards: tuple[BlockFeedForward, BlockFeedForward],
+    halves: tuple[Modulation, Modulation],
     rotation: Rotation,
     segments: TokenSegments,
 ) -> Residual:
-    """Joint attention, then a feed-forward for the text and one for all others, both modulated and gated."""
-    before, after = modulations
+    """Joint attention, then a feed-forward for the text and one for the image. Both halves are modulated and gated."""
+    before, after = halves
     x_BSD, normed = norm.after(residual, before.scale, before.shift)
     residual = Residual(x_BSD, attn.joint(normed, rotation, segments), before.gate)
     x_BSD, normed = norm.after(residual, after.scale, after.shift)
-    fed = normed.new_empty(normed.shape)
+    ff_out = normed.new_empty(normed.shape)
     for rows, feed_forward in zip(_text_and_rest(segments), feed_forwards, strict=True):
-        feed_forward.into(normed[:, rows], fed[:, rows])
-    return Residual(x_BSD, fed, after.gate)
+        feed_forward.into(normed[:, rows], ff_out[:, rows])
+    return Residual(x_BSD, ff_out, after.gate)

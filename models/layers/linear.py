@@ -1,4 +1,4 @@
-"""Linear layers that write their result where it is needed, so that streams and projections need no concatenation."""
+"""Linear layers that can write to a slice of a tensor, so that segments need no concatenation."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ from models.layers.norms import Residual
 from models.token_segments import SegmentVectors
 
 ALL = slice(None)
+"""All of several joined layers."""
 
 
 class Linear(nn.Linear):
-    """torch's linear layer, which can also write into a part of a larger tensor, and multiply in float8.
+    """nn.Linear that can also write to a slice of a larger tensor, and multiply in float8.
 
-    Parallel layers take its place and keep its methods: `weight` is then this rank's part. After quantize() `weight`
-    holds float8 numbers, to be multiplied by `scale`. `has_bias`: whether checkpoints have a bias of the layer; zeros
-    take the place of an absent one, so that all layers are computed alike.
+    After quantize() `weight` holds float8 values, and `scale` (out_features,) the factor of each row. `has_bias`:
+    whether checkpoints have a bias for the layer. The bias is zeros if they do not, so that all layers run the same
+    kernels.
     """
 
     scale: Tensor | None
@@ -35,66 +36,68 @@ class Linear(nn.Linear):
         self.register_buffer("scale", None, persistent=False)
 
     @property
-    def factor(self) -> Weight:
+    def scaled_weight(self) -> Weight:
         """The weight with its scale."""
         return Weight(self.weight, self.scale)
 
     def quantize(self) -> None:
-        """Keep the weights in float8 only. A layer that was joined with others must be joined anew."""
+        """Replace the weights by float8 values. Layers that were joined must be joined again afterwards."""
         values, scale = quantize_rows(self.weight.data)
         self.weight = nn.Parameter(values, requires_grad=False)
         self.scale = scale.flatten()
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) to (..., out_features)."""
-        return multiply(x, self.factor, self.bias)
+        return multiply(x, self.scaled_weight, self.bias)
 
     def into(self, x: Tensor, out: Tensor) -> None:
-        """Write the result (B, tokens, out_features) of x (B, tokens, in_features); both may be parts of others."""
-        multiply_into(x, self.factor, self.bias, out)
+        """Write the result for x (B, tokens, in_features) to `out` (B, tokens, out_features). Both may be slices."""
+        multiply_into(x, self.scaled_weight, self.bias, out)
 
     def gelu_into(self, x: Tensor, out: Tensor) -> None:
-        """The same, through GELU in its tanh form."""
-        multiply_gelu_into(x, self.factor, self.bias, out)
+        """As into(), followed by GELU (tanh approximation)."""
+        multiply_gelu_into(x, self.scaled_weight, self.bias, out)
 
-    def update(self, stream: Tensor, x: Tensor, gate: SegmentVectors) -> Residual:
-        """A stream with gate * the result, added in place where the GEMM's epilogue can.
+    def add_gated(self, x: Tensor, inputs: Tensor, gate: SegmentVectors) -> Residual:
+        """x + gate * self(inputs), for x (B, S, out_features). x is modified in place where the epilogue can add.
 
-        The last segment decides: the others often have too few tokens for the epilogue.
+        Where it cannot, the result has the sum as its pending update. The last segment decides between the two for all
+        segments: the other segments often have too few tokens for the epilogue.
         """
         *others, (rows, vector) = gate.used()
-        if not try_add_gated(x[:, rows], self.factor, self.bias, vector, stream[:, rows]):
-            return Residual(stream, self(x), gate)
+        if not try_add_gated(inputs[:, rows], self.scaled_weight, self.bias, vector, x[:, rows]):
+            return Residual(x, self(inputs), gate)
         for rows, vector in others:
-            stream_BLN, x_BLK = stream[:, rows], x[:, rows]  # noqa: N806
-            if not try_add_gated(x_BLK, self.factor, self.bias, vector, stream_BLN):
-                stream_BLN.copy_(Residual(stream_BLN, self(x_BLK), SegmentVectors.same(vector)).added())
-        return Residual(stream)
+            onto, segment = x[:, rows], inputs[:, rows]
+            if not try_add_gated(segment, self.scaled_weight, self.bias, vector, onto):
+                onto.copy_(Residual(onto, self(segment), SegmentVectors.same(vector)).added())
+        return Residual(x)
 
 
 def absent_biases(model: nn.Module) -> frozenset[str]:
-    """The names of a model's biases that checkpoints do not have."""
+    """Names of a model's biases that checkpoints do not contain."""
     linears = ((path, layer) for path, layer in model.named_modules() if isinstance(layer, Linear))
     return frozenset(f"{path}.bias" for path, layer in linears if not layer.has_bias)
 
 
 def only_linear(layers: nn.ModuleList) -> Linear:
-    """The layer of a list that checkpoints have for the sake of the dropout behind it."""
+    """The linear layer of Diffusers' ModuleList [linear, dropout], such as to_out."""
     layer = layers[0]
     assert isinstance(layer, Linear)
     return layer
 
 
 class JoinedLinear:
-    """Several linear layers of one input as one GEMM.
+    """Several linear layers with the same input, computed by one GEMM.
 
-    The layers' own parameters become views of the joined ones, so that names and memory stay as they were.
+    The parameters of the layers become views of the joined parameters: their names stay, and no memory is added.
+    Raises ValueError where only some of the layers are in float8.
     """
 
     def __init__(self, layers: Sequence[Linear]) -> None:
         scales = [layer.scale for layer in layers if layer.scale is not None]
         if len(scales) not in (0, len(layers)):
-            raise ValueError("layers in float8 cannot be joined with others")
+            raise ValueError("layers in float8 cannot be joined with layers of another dtype; quantize all or none")
         self.weight = Weight(_joined([layer.weight.data for layer in layers]), torch.cat(scales) if scales else None)
         self.bias = torch.cat([layer.bias.data for layer in layers])
         self._ends = list(accumulate((len(layer.weight) for layer in layers), initial=0))
@@ -103,29 +106,30 @@ class JoinedLinear:
             layer.bias = nn.Parameter(self.bias[start:end], requires_grad=False)
 
     def into(self, x: Tensor, out: Tensor, which: slice = ALL) -> None:
-        """Write the results (B, tokens, sum of out_features), side by side in the layers' order, of some layers."""
+        """Write the results of the layers `which`, concatenated, to `out` (B, tokens, sum of out_features)."""
         multiply_into(x, *self.of(which), out)
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """Weights, biases, and scales where there are any."""
+        """The joined weights, float8 scales if there are any, and biases."""
         return tuple(each for each in (*self.weight, self.bias) if each is not None)
 
     def of(self, which: slice) -> tuple[Weight, Tensor]:
-        """Weight and bias of some layers that follow on each other."""
+        """Weight and bias of the adjacent layers `which`."""
         first, *_, end = self._ends[which.start or 0 : None if which.stop is None else which.stop + 1]
         scale = None if self.weight.scale is None else self.weight.scale[first:end]
         return Weight(self.weight.values[first:end], scale), self.bias[first:end]
 
 
 def _joined(weights: Sequence[Tensor]) -> Tensor:
-    """Rows behind each other; those of float8 as the bytes that they are, which every device can join."""
+    """The weights, concatenated along the rows."""
     if weights[0].dtype != FLOAT8:
         return torch.cat(list(weights))
+    # Not every device can concatenate float8; every device can concatenate bytes.
     return torch.cat([weight.view(torch.uint8) for weight in weights]).view(FLOAT8)
 
 
 def project(x: Tensor, out: Tensor, joined: JoinedLinear | None, layers: Sequence[Linear], which: slice = ALL) -> None:
-    """Write what some of several layers make of x side by side into `out`: in one GEMM if they were joined."""
+    """Write the results of `layers[which]` for x, concatenated, to `out`, by one GEMM if they are joined."""
     if joined is not None:
         joined.into(x, out, which)
         return
@@ -135,25 +139,25 @@ def project(x: Tensor, out: Tensor, joined: JoinedLinear | None, layers: Sequenc
 
 
 class JoinsWeights(nn.Module, ABC):
-    """A module with layers that are joined once their weights are in place."""
+    """A module that joins some of its linear layers after their weights are loaded."""
 
     @abstractmethod
     def join_weights(self) -> None:
-        """Join them. The parameters stay, as views of what was joined."""
+        """Join the layers. Their parameters become views of the joined ones."""
 
 
 def join_all_weights(model: nn.Module) -> None:
-    """Join what a model's modules have to join. Its parameters keep their names, shapes and values."""
+    """Join the layers of all modules of a model. Parameters keep their names, shapes and values."""
     for module in model.modules():
         if isinstance(module, JoinsWeights):
             module.join_weights()
 
 
 def quantize_linears(model: nn.Module, patterns: Sequence[str]) -> None:
-    """Put the weights of the linear layers whose path matches into float8, and join anew what is joined.
+    """Quantize the weights of linear layers with a matching path to float8, and join the layers again.
 
-    A layer's former weights are freed before the next layer is quantized, except joined weights, which are freed at
-    the end. Raises InvalidInput for sizes that the device's float8 GEMM does not take.
+    The previous weights of a layer are freed before the next layer is quantized; joined weights are freed at the end.
+    Raises InvalidInput for sizes that the device's float8 GEMM does not support.
     """
     for path, layer in model.named_modules():
         if any(matches(path, pattern) for pattern in patterns):

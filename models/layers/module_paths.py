@@ -1,4 +1,4 @@
-"""Finds modules of a model by patterns of their paths: `*` is any index, `[qkv]` one of the letters."""
+"""Finds modules by patterns of their paths: `*` matches one name, `[qkv]` one of the letters."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def matches(path: str, pattern: str) -> bool:
-    """Whether the pattern is one of the path: a wildcard stands for one name, or a part of it, and for no dot."""
+    """Whether the pattern matches the path. A wildcard matches a name or a part of it, never a dot."""
     names, patterns = path.split("."), pattern.split(".")
     return len(names) == len(patterns) and all(map(fnmatchcase, names, patterns))
 
 
 def matching(model: nn.Module, pattern: str, kind: type[M]) -> Iterator[tuple[str, M]]:
-    """The modules whose path matches. Raises TypeError for one of another kind."""
+    """Modules of type `kind` with a matching path. Raises TypeError for a matching module of another type."""
     for path, module in list(model.named_modules()):
         if matches(path, pattern):
             if not isinstance(module, kind):

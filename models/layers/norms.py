@@ -1,9 +1,9 @@
-"""Norms of transformer blocks, modulated by a timestep, and the residual stream that they read.
+"""Norms of transformer blocks with modulation by the timestep, and the residual stream.
 
-Shapes: B batch, S tokens, D hidden size. Each segment of tokens (text, image, a first frame) has vectors of its own.
+Shapes: B batch, S tokens, D hidden size. Modulations may differ between token segments (text, image, first frame).
 """
 
-# ruff: noqa: N803, N806  (the capitals of a tensor's name are its shape)
+# ruff: noqa: N803, N806  (a tensor name ends in its shape, in capitals)
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm, rms_norm
 
-from models.kernels.head_norms import Norm
 from models.kernels.norm_modulate import Modulated, add_update, gate_norm_modulate, norm_modulate
+from models.kernels.qk_norm_parameters import NormParameters
 from models.token_segments import SegmentVectors
 
 
 class Residual(NamedTuple):
-    """A residual stream x (B, S, D), and an update that is still to be added to it: x + gate * update.
+    """Residual stream x (B, S, D) with a pending update: its value is x + gate * update.
 
-    A function that takes a Residual owns x, and may modify it in place.
+    The callee owns x and may modify it in place.
     """
 
     x: Tensor
@@ -29,20 +29,20 @@ class Residual(NamedTuple):
     gate: SegmentVectors | None = None
 
     def added(self) -> Tensor:
-        """The stream with its update; computed in float32, result in x's type."""
+        """x + gate * update, computed in float32, in x's dtype."""
         if self.update is None or self.gate is None:
             return self.x
         return add_update(self.x, self.update, self.gate)
 
 
 class LayerNormScaleShift(nn.Module):
-    """Layer norm without weights of its own, then a scale and a shift that the timestep decides.
+    """Layer norm without learnt weights, then scale and shift by modulations.
 
-    Statistics and modulation are computed in float32; results are in x's type.
+    Statistics and modulation are computed in float32; results are in x's dtype.
     """
 
     is_centred: ClassVar[bool] = True
-    """Whether the mean is subtracted."""
+    """Whether the norm subtracts the mean."""
 
     def __init__(self, size: int, eps: float = 1e-6) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class LayerNormScaleShift(nn.Module):
         return norm_modulate(x_BSD, Modulated(scale, shift, self.eps, self.is_centred))
 
     def after(self, residual: Residual, scale: SegmentVectors, shift: SegmentVectors) -> tuple[Tensor, Tensor]:
-        """The residual stream with its update, and that through forward()."""
+        """The value of the residual stream (B, S, D), and forward() of it."""
         x_BSD, update_BSD, gate = residual
         if update_BSD is None or gate is None:
             return x_BSD, self(x_BSD, scale, shift)
@@ -62,13 +62,13 @@ class LayerNormScaleShift(nn.Module):
 
 
 class RMSNormScaleShift(LayerNormScaleShift):
-    """RMS norm without a weight, then a scale and a shift that the timestep decides."""
+    """RMS norm without a learnt weight, then scale and shift by modulations."""
 
     is_centred: ClassVar[bool] = False
 
 
 class RMSNorm(nn.Module):
-    """Division by the root mean square over the last dimension, of `size`, times a weight."""
+    """RMS norm over the last dimension, of size `size`, with a weight."""
 
     def __init__(self, size: int, eps: float = 1e-6) -> None:
         super().__init__()
@@ -77,25 +77,26 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     @property
-    def operand(self) -> Norm:
-        """The norm as kernels take it."""
-        return Norm(self.size, self.eps, self.weight)
+    def norm_parameters(self) -> NormParameters:
+        """The norm as an argument of kernels."""
+        return NormParameters(self.size, self.eps, self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """x / rms(x) * weight."""
         return rms_norm(x, self.weight.shape, self.weight, self.eps)
 
     def square_sums(self, x: Tensor, parts: int) -> Tensor | None:
-        """Sums of squares (B, S, parts) that the mean is made of, where x is not the whole of it; else None.
+        """Sums of squares (B, S, parts) over all normalised channels, if x has only some of them; else None.
 
-        x (B, S, parts * channels) holds as many tensors to normalise side by side.
+        x (B, S, parts * channels) are `parts` tensors, concatenated, each with a norm of its own. This class returns
+        None: x has all channels.
         """
         del x, parts
         return None
 
 
 class PlainLayerNorm(nn.Module):
-    """Layer norm over the last dimension, of `size`, without weights."""
+    """Layer norm over the last dimension, of size `size`, without weights."""
 
     def __init__(self, size: int, eps: float = 1e-5) -> None:
         super().__init__()
@@ -103,9 +104,9 @@ class PlainLayerNorm(nn.Module):
         self.eps = eps
 
     @property
-    def operand(self) -> Norm:
-        """The norm as kernels take it."""
-        return Norm(self.size, self.eps, None)
+    def norm_parameters(self) -> NormParameters:
+        """The norm as an argument of kernels."""
+        return NormParameters(self.size, self.eps, None)
 
     def forward(self, x: Tensor) -> Tensor:
         """(x - mean(x)) / std(x)."""
@@ -113,4 +114,4 @@ class PlainLayerNorm(nn.Module):
 
 
 QKNorm = RMSNorm | PlainLayerNorm
-"""A norm of queries or keys. Only RMSNorm has a form whose channels are sharded."""
+"""Norm of queries or keys."""

@@ -1,4 +1,4 @@
-"""Rotary position embedding over several axes."""
+"""RoPE over several axes."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from models.rotation import Rotation
 
 
 def rotary_embedding(ids: Tensor, axes_dims: Sequence[int], theta: float = 10000.0) -> Rotation:
-    """Angles for positions `ids` (tokens, axes): axis i rotates axes_dims[i] channels of a head.
+    """RoPE for positions `ids` (tokens, axes), where axis i rotates axes_dims[i] channels of a head.
 
-    Computed in float64: at large positions float32 angles are visibly wrong.
+    Angles are computed in float64: at large positions the error of float32 is visible in the output.
     """
     angles = []
     for axis, dim in enumerate(axes_dims):

@@ -1,1 +1,1 @@
-"""How a DiT is computed by several ranks: mesh, plans, collectives, sharded layers, attention over shards."""
+"""Parallel execution of a DiT on several ranks: mesh, plans, collectives, sharded layers and attention."""

@@ -1,9 +1,9 @@
-"""Functional collectives on one axis of a worker group.
+"""Functional collectives on one axis of the mesh.
 
 They are the operators beneath torch.distributed's functional collectives, which torch.compile traces and CUDA graphs
-capture. What `start_...` returns has not arrived: it may be handed on, but nothing may read it before `wait`; whatever
-is computed between the two runs while the bytes travel. No size is ever exchanged and no host waits for a device: sizes
-follow from what all ranks know. Axes of one rank have no group: callers leave their collectives out.
+capture. The result of a start_...() function may be read only after wait(); computation between the two calls overlaps
+with the transfer. Ranks never exchange sizes, which all ranks know, and the host never waits for the device. An axis
+with one rank has no process group: callers must skip its collectives.
 """
 
 from __future__ import annotations
@@ -19,37 +19,36 @@ _OPS = torch.ops._c10d_functional
 
 
 def wait(started: Tensor) -> Tensor:
-    """What a collective was started for, once it is there."""
-    arrived: Tensor = _OPS.wait_tensor(started)
-    return arrived
+    """Wait for the result of a started collective, and return it."""
+    result: Tensor = _OPS.wait_tensor(started)
+    return result
 
 
 def all_reduce(x: Tensor, axis: Axis) -> Tensor:
-    """The sum over all ranks, the same bytes on each. x may be overwritten with it: it is a product made for this."""
-    # The compiler wants the form without side effects, and finds out itself that it may overwrite.
+    """Sum over all ranks, with the same bytes on each rank. The callee owns x and may overwrite it with the sum."""
+    # torch.compile needs the functional operator; the compiler itself makes it in place where it can.
     reduce = _OPS.all_reduce if torch.compiler.is_compiling() else _OPS.all_reduce_
     started: Tensor = reduce(x.contiguous(), "sum", axis.group)
     return wait(started)
 
 
 def all_gather(x: Tensor, axis: Axis) -> Tensor:
-    """The tensors of all ranks, which have one shape: (ranks, *shape)."""
+    """Tensors of all ranks, (ranks, *shape). x has the same shape on all ranks."""
     started: Tensor = _OPS.all_gather_into_tensor(x.contiguous()[None], axis.size, axis.group)
     return wait(started)
 
 
 def gather_last(x: Tensor, axis: Axis) -> Tensor:
-    """The ranks' equal parts of the last dimension, joined."""
+    """Tensors of all ranks, concatenated along the last dimension. x has the same shape on all ranks."""
     return torch.cat(all_gather(x, axis).unbind(), dim=-1)
 
 
 def gather_chunks(x: Tensor, dim: int, sizes: Sequence[int], axis: Axis) -> Tensor:
-    """The ranks' chunks along `dim`, joined. `sizes` are those of all ranks; only they may differ.
+    """Chunks of all ranks, concatenated along `dim`. `sizes` are the ranks' sizes of that dimension.
 
-    Small chunks travel with a tail that nobody reads, so that one all-gather does it.
+    Smaller chunks are padded to the largest size for a single all-gather; the padding is dropped from the result.
     """
-    most = max(sizes)
-    missing = most - x.shape[dim]
+    missing = max(sizes) - x.shape[dim]
     if missing:
         shape = (*x.shape[:dim], missing, *x.shape[dim + 1 :])
         x = torch.cat((x, x.new_zeros(shape)), dim=dim)
@@ -58,16 +57,16 @@ def gather_chunks(x: Tensor, dim: int, sizes: Sequence[int], axis: Axis) -> Tens
 
 
 def start_all_to_all(x: Tensor, sent: Sequence[int], received: Sequence[int], axis: Axis) -> Tensor:
-    """Begin to send rows of x, `sent` of them to each rank in order; what will arrive are `received` rows from each."""
+    """Start an all-to-all of rows of x: `sent[i]` rows to rank i, `received[i]` rows from rank i."""
     started: Tensor = _OPS.all_to_all_single(x.contiguous(), list(received), list(sent), axis.group)
     return started
 
 
 def start_shift(x: Tensor, received: int, axis: Axis) -> Tensor:
-    """Begin to send all rows of x to the next rank of the ring, and to receive `received` rows from the one before.
+    """Start to send all rows of x to the next rank of the ring, and to receive rows from the previous one.
 
-    It is an all-to-all in which each rank has something for one other only: functional point-to-point operators are
-    not yet captured by every backend.
+    `received` is the number of rows from the previous rank. The call is an all-to-all, because not all backends can
+    capture functional point-to-point operators.
     """
     sent_to, received_from = [0] * axis.size, [0] * axis.size
     sent_to[(axis.index + 1) % axis.size] = x.shape[0]

@@ -1,9 +1,10 @@
-"""The ranks of a worker group, in a grid of four axes: what each layer must know to work with its neighbours.
+"""Device mesh of a worker group: its ranks in a grid of four axes.
 
-One DiT is computed by `tp` x `ulysses` x `ring` x `cfg` ranks, one process and one device each. `tp` cuts the weights,
-`ulysses` and `ring` (together `sp`) cut the sequence of tokens, `cfg` shares out the branches of classifier-free
-guidance. Ranks that are neighbours on the tp axis talk most and get consecutive numbers, so that a launcher that fills
-one node after the other puts them on one node's NVLink; then come ulysses, ring and cfg.
+One DiT runs on tp x ulysses x ring x cfg ranks, with one process and one device each. `tp` shards the weights,
+`ulysses` and `ring` (together `sp`) shard the token sequence, and `cfg` distributes the branches of classifier-free
+guidance. From the innermost to the outermost the axes are tp, which communicates most, ulysses, ring and cfg. The ranks
+of a tp group have consecutive numbers, so that a launcher that fills nodes in order of rank places the group on the
+NVLink of one node.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ from models.kernels.packages import is_usable
 AxisName = Literal["cfg", "ring", "ulysses", "tp"]
 
 AXES: tuple[AxisName, ...] = get_args(AxisName)
-"""From the outermost to the innermost: consecutive ranks differ on the last."""
+"""Axes from the outermost to the innermost: consecutive ranks differ in the last one."""
 
 
 @dataclass(frozen=True)
 class Degrees:
-    """How many ranks share the work of one DiT along each axis. Raises InvalidInput for numbers that cannot be."""
+    """Number of ranks along each axis. Raises InvalidInput for a degree below 1."""
 
     tp: int = 1
     ulysses: int = 1
@@ -49,18 +50,18 @@ class Degrees:
 
     @property
     def sp(self) -> int:
-        """Into how many shards the sequence is cut."""
+        """Number of shards of the token sequence."""
         return self.ulysses * self.ring
 
     @property
     def world_size(self) -> int:
-        """Ranks of the worker group."""
+        """Number of ranks of the worker group."""
         return math.prod(self.of(axis) for axis in AXES)
 
     def check_model(self, heads: int, feed_forward: int | None = None) -> None:
-        """Refuse degrees that do not divide the model's attention heads and the width of its feed-forward layers.
+        """Check that the degrees divide the number of attention heads and the width of the feed-forward layers.
 
-        Raises InvalidInput, which says which degrees would divide them. `feed_forward` None: a multiple of heads.
+        `feed_forward` None: the width is a multiple of `heads`. Raises InvalidInput, with the degrees that divide both.
         """
         if heads % (self.tp * self.ulysses):
             raise InvalidInput(
@@ -79,9 +80,9 @@ class Degrees:
 
 @dataclass(frozen=True)
 class Axis:
-    """One axis, as one rank sees it: how many ranks are on it, which of them this one is, and their group's name.
+    """One mesh axis from the view of one rank: number of ranks, own index, and name of the process group.
 
-    The name is what functional collectives take; an axis with one rank has none.
+    Functional collectives take the name. It is empty for an axis with one rank.
     """
 
     size: int = 1
@@ -90,9 +91,9 @@ class Axis:
 
 
 class WorkerMesh:
-    """What one rank knows of its worker group.
+    """The mesh from the view of one rank.
 
-    `device` is where this rank computes; `shares_memory` says whether all ranks' devices can write to each other's.
+    `device` is this rank's device. `shares_memory`: all ranks' GPUs can write to each other's memory.
     """
 
     def __init__(
@@ -111,7 +112,7 @@ class WorkerMesh:
         self._axes = dict(axes)
 
     def axis(self, name: AxisName) -> Axis:
-        """This rank's neighbours on an axis."""
+        """This rank's view of an axis."""
         return self._axes[name]
 
     def size(self, name: AxisName) -> int:
@@ -119,47 +120,47 @@ class WorkerMesh:
         return self._axes[name].size
 
     def index(self, name: AxisName) -> int:
-        """This rank's place on an axis, from 0."""
+        """This rank's index on an axis, from 0."""
         return self._axes[name].index
 
     @property
     def sp_index(self) -> int:
-        """Which shard of the sequence this rank holds: those of one ulysses group lie behind each other."""
+        """Index of this rank's shard of the sequence. The shards of a ulysses group are adjacent."""
         return self.index("ring") * self.size("ulysses") + self.index("ulysses")
 
 
 def get_sp_world_size(mesh: WorkerMesh | None) -> int:
-    """Into how many shards the sequence is cut: ulysses x ring, and 1 without a mesh."""
+    """Number of shards of the token sequence: ulysses x ring; 1 without a mesh."""
     return 1 if mesh is None else mesh.degrees.sp
 
 
 def make_mesh(degrees: Degrees, device: torch.device, *, one_host: bool = False) -> WorkerMesh:
-    """This rank's view of the worker group. All ranks must call it together.
+    """Create this rank's view of the mesh. A collective call: all ranks must make it.
 
-    More than one rank needs torch.distributed, with gloo for CPUs or NCCL for GPUs, and exactly as many ranks as the
-    degrees multiply to; anything else raises InvalidInput. One rank needs nothing. `one_host`: the ranks are on one
-    machine, and each has its GPU of the same number.
+    More than one rank requires an initialized torch.distributed (gloo for CPUs, NCCL for GPUs). `one_host`: all ranks
+    are on one host, and rank i uses GPU i. Raises InvalidInput where the world size is not the product of the degrees.
     """
     if degrees.world_size == 1:
         return WorkerMesh(degrees, device, 0, {axis: Axis() for axis in AXES})
     ranks = distributed.get_world_size() if distributed.is_initialized() else 1
     if ranks != degrees.world_size:
-        raise InvalidInput(f"{degrees} takes {degrees.world_size} ranks, but the worker group has {ranks}")
+        message = f"{degrees} takes {degrees.world_size} ranks, but the worker group has {ranks}"
+        raise InvalidInput(f"{message}; start as many ranks as the product of the degrees")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    # An axis with one rank needs no group: each costs a connection between all ranks.
-    shared = tuple(axis for axis in AXES if degrees.of(axis) > 1)
-    grid = init_device_mesh(device.type, tuple(map(degrees.of, shared)), mesh_dim_names=shared)
+    # No process group for axes with one rank: each group costs connections between all ranks.
+    parallel = tuple(axis for axis in AXES if degrees.of(axis) > 1)
+    grid = init_device_mesh(device.type, tuple(map(degrees.of, parallel)), mesh_dim_names=parallel)
     axes = {axis: Axis() for axis in AXES}
-    for axis in shared:
+    for axis in parallel:
         axes[axis] = Axis(degrees.of(axis), grid.get_local_rank(axis), grid.get_group(axis).group_name)
     return WorkerMesh(
-        degrees, device, distributed.get_rank(), axes, shares_memory=one_host and _reach_each_other(device, ranks)
+        degrees, device, distributed.get_rank(), axes, shares_memory=one_host and _have_peer_access(device, ranks)
     )
 
 
-def _reach_each_other(device: torch.device, ranks: int) -> bool:
-    """Whether the first GPUs of this host, one for each rank, can write to each other's memory."""
+def _have_peer_access(device: torch.device, ranks: int) -> bool:
+    """Whether GPUs 0 to ranks - 1 of this host can all write to each other's memory."""
     if device.type != "cuda" or torch.cuda.device_count() < ranks or not is_usable("cuda-bindings"):
         return False
     return all(torch.cuda.can_device_access_peer(*pair) for pair in itertools.permutations(range(ranks), 2))

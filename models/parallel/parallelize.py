@@ -1,7 +1,7 @@
-"""Makes a single-device model the part of it that one rank of a worker group computes, after a plan beside the model.
+"""Applies a parallel plan to a single-device model: the model becomes one rank's shard of it.
 
-The model's code does not change: some of its layers are replaced by parallel ones of the same names, and arguments
-and results of its entry points are sharded and gathered.
+The code of the model does not change. Layers are replaced by parallel layers of the same name, arguments of entry
+points are sharded, and their results are gathered.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ import torch
 from torch import nn
 
 from models.dits.base import DiffusionTransformer
+from models.kernels.copy_streams import CopyStreams
 from models.layers.attention import Attention
-from models.layers.head_rotary import OwnHeads
+from models.layers.head_rotary import SelectHeads
 from models.layers.linear import Linear
 from models.layers.module_paths import matching
 from models.layers.norms import RMSNorm
 from models.parallel.mesh import Axis, WorkerMesh, get_sp_world_size
 from models.parallel.peer_gather import PeerGather
-from models.parallel.peer_memory import CopyStreams
 from models.parallel.plan import ParallelPlan
 from models.parallel.segment_lengths import SegmentScope
 from models.parallel.sequence_parallel import check_entry_points, shard_entry_points
@@ -39,11 +39,11 @@ def parallelize(
     heads: int,
     feed_forward: int | None = None,
 ) -> None:
-    """Make the model, built on the meta device, this rank's part of it; loading its weights then reads only that part.
+    """Shard a model on the meta device for this rank. Weights that are loaded afterwards are read shard by shard.
 
-    None is one rank. Raises InvalidInput for degrees that do not divide the attention heads or the feed-forward layers,
-    and TypeError where the plan names a module of another kind, a method that is no entry point or an argument that it
-    lacks.
+    `mesh` None: one rank. `heads` and `feed_forward` are as in Degrees.check_model(). Raises InvalidInput for degrees
+    that do not divide the attention heads or the feed-forward width, and TypeError where the plan names a module of
+    another type, a method that is no entry point, or an argument that the method lacks.
     """
     check_entry_points(model, plan)
     if mesh is None:
@@ -75,7 +75,7 @@ def _shard_weights(model: nn.Module, plan: ParallelPlan, axis: Axis) -> None:
         _replace(model, plan.gathered, Linear, gathered)
         _replace(model, plan.row, Linear, row)
         _replace(model, plan.norms, RMSNorm, norm)
-    _replace_each(model, plan.heads, OwnHeads, lambda *_: ShardedHeads(axis))
+    _replace_each(model, plan.select_heads, SelectHeads, lambda *_: ShardedHeads(axis))
 
 
 def _replace(model: nn.Module, patterns: tuple[str, ...], kind: type[M], make: Callable[[str, M], nn.Module]) -> None:
@@ -90,12 +90,13 @@ def _replace(model: nn.Module, patterns: tuple[str, ...], kind: type[M], make: C
 def _replace_each(
     model: nn.Module, patterns: tuple[str, ...], kind: type[M], make: Callable[[str, M], nn.Module]
 ) -> None:
-    """The same, where a pattern without a module would leave tokens or heads whole that others have shards of.
+    """As _replace(). Raises TypeError for a pattern that matches no module.
 
-    Raises TypeError for such a pattern.
+    Such a pattern would silently mix replicated tokens or heads with sharded ones.
     """
     if unmatched := [pattern for pattern in patterns if not list(matching(model, pattern, kind))]:
-        raise TypeError(f"{type(model).__name__} has no module {', '.join(unmatched)}, which its plan shards")
+        message = f"{type(model).__name__} has no module {', '.join(unmatched)}, which its plan shards"
+        raise TypeError(f"{message}; correct the pattern")
     _replace(model, patterns, kind, make)
 
 

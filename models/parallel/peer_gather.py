@@ -1,8 +1,8 @@
-"""Gathers keys and values of a ring of ranks whose GPUs share a host, while these compute.
+"""All-gather of keys and values along the ring for GPUs of one host; overlaps with computation.
 
-Each rank has places for what all ranks hold, in memory that its peers may write to. A rank writes its own chunk into
-its own place, copies it from there into every other rank's, and raises a flag there; who wants to read waits for the
-flags. One call of attention over all keys then needs no merging.
+Each rank has buffers for the keys and values of all ranks, in memory that its peers can write to. A rank writes its own
+chunk to its own buffer, copies it to the buffers of all other ranks, and sets a flag there. Readers wait for the flags.
+One attention call over all keys then replaces one call per block and the merging of their results.
 """
 
 from __future__ import annotations
@@ -15,35 +15,37 @@ import torch
 from torch import Tensor
 
 from models.kernels.attention import attention
+from models.kernels.copy_streams import CopyStreams
 from models.layers.attention import KeyValues
 from models.parallel.mesh import Axis
-from models.parallel.peer_memory import CopyStreams, PeerMemory, share_memory
+from models.parallel.peer_memory import PeerMemory, share_memory
 
-PLACES = 2
-"""Used in turn by one layer of attention after the other: see PeerGather."""
+NUM_BUFFERS = 2
+"""Attention layers use the buffers alternately: see PeerGather."""
 
-MOST_GROUPS = 2
-"""Of heads, that travel behind each other."""
+MAX_GROUPS = 2
+"""Largest number of head groups that are sent one after the other."""
 
-LEAST_WORK_OF_GROUPS = 350_000
-"""Products of heads and tokens from which on groups are worth it: each must still fill a GPU evenly.
+MIN_GROUPED_WORK = 350_000
+"""Smallest batch x heads x tokens for which head groups pay off: attention to a group must still occupy the whole GPU.
 
-On two H100s groups made a Wan step (12 x 32,760) faster, and a Flux step (24 x 4,608) slower.
+On two H100s groups made a Wan step (12 heads x 32,760 tokens) faster, and a Flux step (24 x 4,608) slower.
 """
 
 ALIGNMENT = 512
-"""Bytes."""
+"""Alignment of a buffer's size, in bytes."""
 
 _FLAG_BYTES = 4
+"""Size of a flag, in bytes."""
 
 
 class PeerGather:
-    """Places for keys and values of all ranks of an axis, on each of them.
+    """Buffers on each rank of an axis for the keys and values of all its ranks.
 
-    A place is written again two layers later. By then every rank has read it: a peer writes for a layer only when it
-    has what this rank sent for the layer before, and this rank sent that after it had attended in the layer before
-    that one. The last layers of a forward and the first of the next are kept apart by the join of what the forward
-    computed. All ranks call its methods in the same order.
+    A buffer is reused two layers later. A peer writes to a buffer in layer n only after it has received this rank's
+    chunk of layer n - 1. This rank sent that chunk after its attention in layer n - 2, which was the last to read the
+    buffer. Between two forward passes, the all-gather of the first one's result has the same effect. All ranks must
+    call the methods in the same order.
     """
 
     def __init__(
@@ -57,32 +59,32 @@ class PeerGather:
         self._device = device
         self._streams = streams
         self._allocate = allocate
-        self._places: list[_Places] = []
+        self._buffers: list[_PeerBuffers] = []
         self._layers = 0
 
     def key_values(self, shape: Sequence[int], dtype: torch.dtype, sizes: Sequence[int]) -> Gathered:
-        """A way for keys and values (B, L, 2, H, K) of this rank, where the ranks hold `sizes` tokens."""
+        """Buffer for one layer's keys and values (B, L, 2, H, K). `sizes` are the ranks' numbers of tokens."""
         batch, tokens, *rest = shape
-        assert tokens == sizes[self._axis.index], "a chunk of another size than was told"
-        form = _Form((batch, sum(sizes), *rest), dtype, sum(sizes[: self._axis.index]), tokens)
-        places = self._places_for(form.bytes)
+        assert tokens == sizes[self._axis.index], "this rank's chunk has another size than `sizes` states"
+        layout = _Layout((batch, sum(sizes), *rest), dtype, sum(sizes[: self._axis.index]), tokens)
+        buffers = self._buffers_for(layout.bytes)
         self._layers += 1
-        return Gathered(places, self._layers % PLACES, form)
+        return Gathered(buffers, self._layers % NUM_BUFFERS, layout)
 
-    def _places_for(self, needed: int) -> _Places:
-        """The latest places, or larger ones: graphs may still use the smaller ones, which are kept."""
-        if not self._places or self._places[-1].size < needed:
+    def _buffers_for(self, needed: int) -> _PeerBuffers:
+        """The latest buffers, or larger ones. Smaller ones are retained: captured CUDA graphs may use them."""
+        if not self._buffers or self._buffers[-1].size < needed:
             size = -(-needed // ALIGNMENT) * ALIGNMENT
-            memory = self._allocate(self._axis, self._device, PLACES * size + _Places.flag_bytes(self._axis))
-            self._places.append(_Places(self._axis, memory, size, self._streams))
-        return self._places[-1]
+            memory = self._allocate(self._axis, self._device, NUM_BUFFERS * size + _PeerBuffers.flag_bytes(self._axis))
+            self._buffers.append(_PeerBuffers(self._axis, memory, size, self._streams))
+        return self._buffers[-1]
 
 
 @dataclass(frozen=True)
-class _Form:
-    """Keys and values of all ranks as one tensor (B, tokens, 2, H, K), and which tokens are this rank's.
+class _Layout:
+    """Layout of a buffer: one tensor (B, tokens, 2, H, K) of all ranks. This rank has `tokens` tokens from `first` on.
 
-    They travel in groups of heads: who attends to the first ones need not wait for the others.
+    Heads are sent in groups, so that attention to the first group does not wait for the others.
     """
 
     shape: tuple[int, ...]
@@ -101,10 +103,10 @@ class _Form:
     @property
     def groups(self) -> int:
         batch, tokens, _, heads, _ = self.shape
-        return MOST_GROUPS if heads % MOST_GROUPS == 0 and batch * tokens * heads >= LEAST_WORK_OF_GROUPS else 1
+        return MAX_GROUPS if heads % MAX_GROUPS == 0 and batch * tokens * heads >= MIN_GROUPED_WORK else 1
 
     def parts(self, group: int) -> tuple[tuple[int, int], ...]:
-        """Where the keys and the values of a group lie in a token, and their width, in bytes."""
+        """Offset in a token, and width, of a group's keys and of its values, in bytes."""
         if self.groups == 1:
             return ((0, self.token_bytes),)
         width = self.token_bytes // 2 // self.groups
@@ -112,38 +114,38 @@ class _Form:
 
 
 class Gathered(KeyValues):
-    """Keys and values of one layer on their way into the places of all ranks.
+    """Keys and values of one layer, gathered into the buffers of all ranks.
 
-    They are sent once they are written to `buffer`, keys and values of each token concatenated: (B, L, 2, H, K).
+    The caller writes this rank's keys and values to `buffer` (B, L, 2, H, K), then calls send().
     """
 
-    def __init__(self, places: _Places, place: int, form: _Form) -> None:
-        self._places = places
-        self._place = place
-        self._form = form
-        self._whole = places.view(place, form)
-        self.buffer = self._whole.narrow(1, form.first, form.tokens)
+    def __init__(self, buffers: _PeerBuffers, index: int, layout: _Layout) -> None:
+        self._buffers = buffers
+        self._index = index
+        self._layout = layout
+        self._whole = buffers.view(index, layout)
+        self.buffer = self._whole.narrow(1, layout.first, layout.tokens)
         super().__init__(*self.buffer.unbind(2))
 
     def send(self) -> None:
-        """Begin to send them. What is computed next overlaps with it."""
-        self._places.send(self._place, self._form)
+        """Start to send this rank's chunk to all other ranks. Later computation overlaps with the copies."""
+        self._buffers.send(self._index, self._layout)
 
     def attend(self, q: Tensor, out: Tensor | None = None) -> Tensor:
-        """Queries (B, L, H, K) to the keys of all ranks, one group of heads after the other."""
+        """Attention of queries (B, L, H, K) to the keys of all ranks, one head group after the other."""
         out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
         whole = (q, *self._whole.unbind(2), out)
-        groups = zip(*(each.chunk(self._form.groups, dim=2) for each in whole), strict=True)
+        groups = zip(*(each.chunk(self._layout.groups, dim=2) for each in whole), strict=True)
         for group, (queries, keys, values, result) in enumerate(groups):
-            self._places.receive(self._place, group)
+            self._buffers.receive(self._index, group)
             if q.shape[1]:
                 attention(queries, keys, values, out=result)
-        self._places.finish()
+        self._buffers.finish()
         return out
 
 
-class _Places:
-    """The places of one size, of all ranks, and their flags: a place has one for each group and each writer."""
+class _PeerBuffers:
+    """Buffers of one size on all ranks, and their flags. A buffer has a flag for each head group and each writer."""
 
     def __init__(self, axis: Axis, memory: PeerMemory, size: int, streams: CopyStreams) -> None:
         self.size = size
@@ -153,34 +155,34 @@ class _Places:
 
     @staticmethod
     def flag_bytes(axis: Axis) -> int:
-        """What flags take behind the places."""
-        return _FLAG_BYTES * PLACES * MOST_GROUPS * axis.size
+        """Size of all flags of a rank, in bytes. They follow the buffers in memory."""
+        return _FLAG_BYTES * NUM_BUFFERS * MAX_GROUPS * axis.size
 
-    def view(self, place: int, form: _Form) -> Tensor:
-        """What this rank has in a place."""
-        start = place * self.size
-        return self._memory.own[start : start + form.bytes].view(form.dtype).view(form.shape)
+    def view(self, index: int, layout: _Layout) -> Tensor:
+        """This rank's buffer as a tensor of the layout."""
+        start = index * self.size
+        return self._memory.own[start : start + layout.bytes].view(layout.dtype).view(layout.shape)
 
-    def send(self, place: int, form: _Form) -> None:
-        """Copy this rank's tokens to the same place of every other rank, and tell them, group by group."""
+    def send(self, index: int, layout: _Layout) -> None:
+        """Copy this rank's chunk to the same buffer of all other ranks and set their flags, group by group."""
         streams = self._streams
         streams.await_stream(streams.side, streams.current)
-        for group in range(form.groups):
+        for group in range(layout.groups):
             for offset in range(1, self._axis.size):
-                # The next rank first, so that no two ranks begin with the same one.
+                # Each rank starts with the next one, so that no two ranks send to the same rank at once.
                 rank = (self._axis.index + offset) % self._axis.size
-                if form.tokens:
-                    self._copy(rank, place, group, form)
-                streams.write_flag(streams.side, self._flag(rank, place, group, self._axis.index), 1)
+                if layout.tokens:
+                    self._copy(rank, index, group, layout)
+                streams.write_flag(streams.side, self._flag(rank, index, group, self._axis.index), 1)
 
-    def receive(self, place: int, group: int) -> None:
-        """Let the current stream wait until all have written a group to a place of this rank; then lower their flags.
+    def receive(self, index: int, group: int) -> None:
+        """Make the current stream wait until all other ranks have written a group to this rank's buffer.
 
-        What comes next in the current stream need not wait for these to be lowered.
+        The side stream then clears the flags; the current stream does not wait for that.
         """
         streams = self._streams
         writers = [rank for rank in range(self._axis.size) if rank != self._axis.index]
-        flags = [self._flag(self._axis.index, place, group, writer) for writer in writers]
+        flags = [self._flag(self._axis.index, index, group, writer) for writer in writers]
         for flag in flags:
             streams.await_flag(streams.current, flag)
         streams.await_stream(streams.side, streams.current)
@@ -188,18 +190,19 @@ class _Places:
             streams.write_flag(streams.side, flag, 0)
 
     def finish(self) -> None:
-        """Let the current stream wait until all that was sent has been read here, and all flags are lowered."""
+        """Make the current stream wait until this rank's outgoing copies are done and its flags are cleared."""
         self._streams.await_stream(self._streams.current, self._streams.side)
 
-    def _copy(self, rank: int, place: int, group: int, form: _Form) -> None:
+    def _copy(self, rank: int, index: int, group: int, layout: _Layout) -> None:
         to, source = (self._memory.addresses[each] for each in (rank, self._axis.index))
-        for row in range(form.shape[0]):
-            token = place * self.size + (row * form.shape[1] + form.first) * form.token_bytes
-            for start, width in form.parts(group):
+        pitch = layout.token_bytes
+        for row in range(layout.shape[0]):
+            token = index * self.size + (row * layout.shape[1] + layout.first) * pitch
+            for start, width in layout.parts(group):
                 at = token + start
-                self._streams.copy_rows(self._streams.side, to + at, source + at, form.token_bytes, width, form.tokens)
+                self._streams.copy_rows(self._streams.side, to + at, source + at, pitch, width, layout.tokens)
 
-    def _flag(self, rank: int, place: int, group: int, writer: int) -> int:
-        """The address of a flag that a rank has for what another one writes."""
-        index = (place * MOST_GROUPS + group) * self._axis.size + writer
-        return self._memory.addresses[rank] + PLACES * self.size + _FLAG_BYTES * index
+    def _flag(self, rank: int, index: int, group: int, writer: int) -> int:
+        """Address of the flag in rank `rank` that rank `writer` sets for a head group of a buffer."""
+        flag = (index * MAX_GROUPS + group) * self._axis.size + writer
+        return self._memory.addresses[rank] + NUM_BUFFERS * self.size + _FLAG_BYTES * flag

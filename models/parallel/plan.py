@@ -1,4 +1,4 @@
-"""How a DiT is sharded between the ranks of a worker group, as data that stands beside the model."""
+"""Parallel plans: the sharding of a DiT between the ranks of a worker group, as data beside the model."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Literal
 
 from models.layers.module_paths import matches
 
-TokenSharding = Literal["sharded", "whole"]
-"""Whether each rank of the sequence axes has a chunk of a token segment, or all of it."""
+TokenSharding = Literal["sharded", "replicated"]
+"""Whether each rank of the sequence axes holds a chunk of a token segment, or the whole segment."""
 
 
 @dataclass(frozen=True)
-class Cut:
-    """An argument of one of the model's entry points of which each rank gets its chunk, along `dim`.
+class ShardedArgument:
+    """An argument of an entry point that is sharded along dimension `dim`: each rank receives its chunk.
 
-    All arguments of one segment have one length. An argument that is None: the segment has no tokens.
+    All arguments of one segment have the same length. An argument that is None means that the segment has no tokens.
     """
 
     method: str
@@ -26,11 +26,11 @@ class Cut:
 
 
 @dataclass(frozen=True)
-class Join:
-    """An entry point of the model that returns a chunk of a segment, along `dim`, which is gathered.
+class GatheredResult:
+    """A result of an entry point that is gathered along `dim`: each rank returns its chunk of a segment.
 
-    `result` names the chunk where the method returns a mapping; None: the method returns the chunk itself. Nothing is
-    gathered of a segment without tokens, and the mapping may lack it.
+    `result` is the chunk's key where the method returns a mapping; None: the method returns the chunk itself. A segment
+    without tokens is not gathered, and its key may be missing.
     """
 
     method: str
@@ -41,54 +41,56 @@ class Join:
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelPlan:
-    """How a DiT is sharded. Modules are shell patterns of their paths: `*` is any index, `[qkv]` one of the letters.
+    """Sharding of a DiT. Modules are named by patterns of their paths, as in models.layers.module_paths.
 
-    `column` layers keep some of their outputs; `row` layers take some inputs; `gathered` layers compute some outputs
-    and give all; `norms` (RMS) are over outputs of column layers. What is not named is whole on every rank. `minor` are
-    the column and row layers that are small or run once a request, so that nothing is gained in float8. `parts` are
-    those of a layer whose inputs or outputs have parts of different meaning, as ratios. `heads` are the modules that
-    tensors of all heads pass through (OwnHeads).
+    Tensor parallelism: `column` layers shard their outputs and `row` layers their inputs. `gathered` layers shard their
+    outputs and all-gather them. `norms` are RMS norms over the outputs of column layers. `select_heads` are the
+    SelectHeads modules. All other modules are replicated. `parts` are the sizes, as ratios, of the parts of a layer's
+    sharded dimension, where the parts have different meanings. `unquantized` are column and row layers that stay out of
+    `block_linears`: float8 does not pay off for small layers and for layers that run once per request.
 
-    `token_segments` are the model's token segments (text, image, video ...). `attention` are the calls of attention
-    among tokens that are sharded, `sharded_keys` those of queries that every rank has whole to such tokens; `cuts` and
-    `joins` are where that begins and ends.
+    Sequence parallelism: `token_segments` are the model's token segments (text, image, video ...). `attention` are the
+    Attention modules in which sharded tokens attend to each other; `sharded_keys` are those in which replicated queries
+    attend to sharded keys. `sharded_arguments` begin the sharded region of the model, and `gathered_results` end it.
 
-    Raises ValueError where a cut or a join is of a segment that is not sharded, where a sharded segment has no cut, and
-    for a minor layer that is neither a column nor a row layer.
+    Raises ValueError where an argument or a result belongs to a segment that is not sharded, where a sharded segment
+    has no argument, and for an `unquantized` layer that is neither a column nor a row layer.
     """
 
     column: tuple[str, ...]
     row: tuple[str, ...]
-    minor: tuple[str, ...] = ()
+    unquantized: tuple[str, ...] = ()
     gathered: tuple[str, ...] = ()
     norms: tuple[str, ...] = ()
     parts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    heads: tuple[str, ...] = ()
+    select_heads: tuple[str, ...] = ()
     token_segments: Mapping[str, TokenSharding]
     attention: tuple[str, ...]
     sharded_keys: tuple[str, ...] = ()
-    cuts: tuple[Cut, ...]
-    joins: tuple[Join, ...]
+    sharded_arguments: tuple[ShardedArgument, ...]
+    gathered_results: tuple[GatheredResult, ...]
 
     def __post_init__(self) -> None:
         sharded = {name for name, sharding in self.token_segments.items() if sharding == "sharded"}
-        cut, joined = {each.segment for each in self.cuts}, {each.segment for each in self.joins}
-        if whole := sorted((cut | joined) - sharded):
-            raise ValueError(f"token_segments: cuts or joins are of {whole}, which are not sharded")
-        if uncut := sorted(sharded - cut):
-            raise ValueError(f"token_segments: {uncut} are sharded, but no cut is of them")
-        if unknown := sorted({*self.minor} - {*self.column, *self.row}):
-            raise ValueError(f"minor: {unknown} are neither column nor row layers")
+        begun = {each.segment for each in self.sharded_arguments}
+        ended = {each.segment for each in self.gathered_results}
+        if unsharded := sorted((begun | ended) - sharded):
+            message = f"token_segments: {unsharded} are not sharded, but arguments or results of them are"
+            raise ValueError(f"{message}; mark them as sharded")
+        if missing := sorted(sharded - begun):
+            raise ValueError(f"token_segments: {missing} are sharded, but no sharded_arguments have them; add one each")
+        if unknown := sorted({*self.unquantized} - {*self.column, *self.row}):
+            raise ValueError(f"unquantized: {unknown} are neither column nor row layers; name layers of these")
 
     @property
     def block_linears(self) -> tuple[str, ...]:
-        """The large linear layers, of the blocks' attention and feed-forwards, as patterns of their paths."""
-        return tuple(pattern for pattern in (*self.column, *self.row) if pattern not in self.minor)
+        """Path patterns of the large linear layers: those of the blocks' attention and feed-forwards."""
+        return tuple(pattern for pattern in (*self.column, *self.row) if pattern not in self.unquantized)
 
     def parts_of(self, path: str, size: int) -> tuple[int, ...]:
-        """The parts of a module's dimension of this size. Raises ValueError where the ratios do not fit it."""
+        """Sizes of the parts of a module's dimension `size`. Raises ValueError where the ratios do not divide it."""
         ratios = next((ratios for pattern, ratios in self.parts.items() if matches(path, pattern)), (1,))
         unit, rest = divmod(size, sum(ratios))
         if rest:
-            raise ValueError(f"{path}: {size} cannot be cut into parts of {ratios}")
+            raise ValueError(f"{path}: size {size} is not a multiple of {sum(ratios)}, the sum of the ratios {ratios}")
         return tuple(unit * ratio for ratio in ratios)

@@ -1,4 +1,4 @@
-"""Lengths of the token segments of the forward in progress, and so how many tokens each rank of the sp axis holds."""
+"""Token segment lengths of the current forward pass, and numbers of tokens of the sp ranks."""
 
 from __future__ import annotations
 
@@ -10,18 +10,17 @@ from torch import Tensor
 
 
 def chunk_sizes(length: int, parts: int) -> tuple[int, ...]:
-    """The sizes of `parts` chunks in order, as even as can be: what torch.tensor_split makes. Some may be 0."""
-    # Not by divmod(), which a compiler does not trace for a length that it takes as variable.
+    """Sizes of `parts` chunks, as in torch.tensor_split: they differ by at most 1, and may be 0."""
+    # torch.compile cannot trace divmod() of a dynamic length.
     whole, more = length // parts, length % parts
     return tuple(whole + (part < more) for part in range(parts))
 
 
 @dataclass(frozen=True)
 class SegmentLengths:
-    """Whole lengths of token segments, each of which is sharded by itself between `ranks`; `index` is this rank's.
+    """Full lengths of token segments. Each segment is sharded by itself over `ranks` ranks; `index` is this rank.
 
-    Every rank knows the sizes of all chunks from the whole lengths, so that they are never exchanged, and nothing is
-    padded.
+    The sizes of all ranks' chunks follow from the full lengths: ranks never exchange sizes and never pad chunks.
     """
 
     ranks: int
@@ -29,32 +28,33 @@ class SegmentLengths:
     lengths: Mapping[str, int]
 
     def of(self, segment: str) -> tuple[int, ...]:
-        """The tokens of one segment that each rank holds."""
+        """Number of tokens of one segment on each rank."""
         return chunk_sizes(self.lengths[segment], self.ranks)
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """The tokens of all segments together that each rank holds."""
+        """Number of tokens of all segments on each rank."""
         return tuple(map(sum, zip(*map(self.of, self.lengths), strict=True)))
 
     def local(self, whole: Tensor, dim: int, segment: str) -> Tensor:
-        """This rank's chunk, along `dim`, of a tensor that holds a whole segment."""
+        """This rank's chunk, along `dim`, of a tensor that holds the whole segment."""
         sizes = self.of(segment)
         return whole.narrow(dim, sum(sizes[: self.index]), sizes[self.index])
 
     def extended(self, lengths: Mapping[str, int]) -> SegmentLengths:
-        """These and further ones. Raises ValueError for a segment that has another length already."""
+        """These lengths and further ones. Raises ValueError for a segment that already has another length."""
         for segment, length in lengths.items():
             if self.lengths.get(segment, length) != length:
-                raise ValueError(f"{segment}: {length} tokens is not the segment's length, {self.lengths[segment]}")
+                message = f"{segment}: {length} tokens is not the segment's length, {self.lengths[segment]}"
+                raise ValueError(f"{message}; a segment has one length in a forward pass")
         return SegmentLengths(self.ranks, self.index, {**self.lengths, **lengths})
 
 
 class SegmentScope:
-    """The segment lengths of a model's forward in progress, for `ranks` of which this one has an index.
+    """Segment lengths of a model's current forward pass, for `ranks` ranks of which this one is `index`.
 
-    Lengths change from request to request, and between the branches of guidance: each call of an entry point enters its
-    own, for its duration, on top of those that the calls around it entered.
+    Lengths differ between requests and between guidance branches. Each call of an entry point adds its lengths for the
+    duration of the call; nested calls add theirs to the lengths of the outer call.
     """
 
     def __init__(self, ranks: int, index: int) -> None:
@@ -63,14 +63,14 @@ class SegmentScope:
 
     @property
     def current(self) -> SegmentLengths:
-        """The lengths of the call in progress. Raises RuntimeError outside a call of an entry point."""
+        """The lengths of the current call. Raises RuntimeError outside a call of an entry point."""
         if self._current is None:
-            raise RuntimeError("segment lengths are read outside a call of an entry point, where there are none")
+            raise RuntimeError("segment lengths are undefined outside a call of an entry point; read them inside one")
         return self._current
 
     @contextmanager
     def entered(self, lengths: Mapping[str, int]) -> Iterator[SegmentLengths]:
-        """Add lengths until the end of the context. Raises ValueError for a segment that has another length already."""
+        """Add lengths until the end of the context. Raises ValueError for a segment that already has another length."""
         before = self._current
         self._current = (before or self._outside).extended(lengths)
         try:

@@ -1,8 +1,9 @@
-"""Shards arguments of a model's entry points along the sequence, and gathers their results.
+"""Sequence parallelism of a model's entry points: shards their arguments and gathers their results.
 
-A request is prepared once and predicted many times, and other requests, or the other branch of guidance, may be
-prepared in between. So the whole lengths of the segments that prepare() sharded go along with what it prepared, as
-static keywords of predict(): they tell graphs of other lengths apart even on ranks whose chunks are equal.
+prepare() runs once per request and predict() once per step; prepare() of other requests or guidance branches may run in
+between. The result of prepare() therefore contains the full lengths of the segments that prepare() sharded, and
+predict() receives them as static keywords. As part of a CUDA graph's key they also distinguish segment lengths that
+give this rank chunks of the same size.
 """
 
 from __future__ import annotations
@@ -17,46 +18,51 @@ from torch import Tensor
 from models.dits.base import DiffusionTransformer, Prepared, length_keyword
 from models.parallel.collectives import gather_chunks
 from models.parallel.mesh import WorkerMesh
-from models.parallel.plan import Cut, Join, ParallelPlan
+from models.parallel.plan import GatheredResult, ParallelPlan, ShardedArgument
 from models.parallel.segment_lengths import SegmentLengths, SegmentScope
 
 
 def shard_entry_points(model: DiffusionTransformer, plan: ParallelPlan, mesh: WorkerMesh, scope: SegmentScope) -> None:
-    """Register the sharded forms of the methods that the plan names; their calls enter lengths into the scope."""
-    prepared = sorted({cut.segment for cut in plan.cuts if cut.method == "prepare"})
-    methods = {cut.method for cut in plan.cuts} | {join.method for join in plan.joins}
+    """Register the sharded forms of the plan's entry points. Each call adds its segment lengths to `scope`."""
+    prepared = sorted({each.segment for each in plan.sharded_arguments if each.method == "prepare"})
+    methods = {each.method for each in plan.sharded_arguments} | {each.method for each in plan.gathered_results}
     if prepared:
         methods.add("predict")
     for name in sorted(methods):
         signature = model.entry_point_signature(name)
-        cuts = tuple(cut for cut in plan.cuts if cut.method == name)
-        gathers = tuple(_Gather(join, mesh) for join in plan.joins if join.method == name)
-        form = _ShardedMethod(signature, cuts, gathers, scope)
+        sharded = tuple(each for each in plan.sharded_arguments if each.method == name)
+        gathers = tuple(_Gather(each, mesh) for each in plan.gathered_results if each.method == name)
+        form = _ShardedMethod(signature, sharded, gathers, scope)
         if prepared and name == "prepare":
-            model.shard_entry_point(name, _Preparing(form, prepared))
+            model.shard_entry_point(name, _ShardedPrepare(form, prepared))
         elif prepared and name == "predict":
-            model.shard_entry_point(name, _Predicting(form, prepared, scope))
+            model.shard_entry_point(name, _ShardedPredict(form, prepared, scope))
         else:
             model.shard_entry_point(name, form)
 
 
 def check_entry_points(model: DiffusionTransformer, plan: ParallelPlan) -> None:
-    """Raise TypeError where the plan names a method that is no entry point, or an argument that the method lacks."""
-    for join in plan.joins:
-        model.entry_point_signature(join.method)
-    for cut in plan.cuts:
-        if cut.argument not in model.entry_point_signature(cut.method).parameters:
-            raise TypeError(f"{type(model).__name__}.{cut.method}() has no {cut.argument}, which its plan shards")
+    """Raise TypeError where the plan names a method that is no entry point, or an unknown argument."""
+    for result in plan.gathered_results:
+        model.entry_point_signature(result.method)
+    for sharded in plan.sharded_arguments:
+        if sharded.argument not in model.entry_point_signature(sharded.method).parameters:
+            method = f"{type(model).__name__}.{sharded.method}()"
+            raise TypeError(f"{method} has no {sharded.argument}, which its plan shards; correct sharded_arguments")
 
 
 class _ShardedMethod:
-    """A method that gets this rank's chunks of some arguments, and whose result may be gathered."""
+    """Sharded form of a method: passes this rank's chunks of some arguments, and gathers results."""
 
     def __init__(
-        self, signature: inspect.Signature, cuts: tuple[Cut, ...], gathers: tuple[_Gather, ...], scope: SegmentScope
+        self,
+        signature: inspect.Signature,
+        sharded: tuple[ShardedArgument, ...],
+        gathers: tuple[_Gather, ...],
+        scope: SegmentScope,
     ) -> None:
         self._signature = signature
-        self._cuts = cuts
+        self._sharded = sharded
         self._gathers = gathers
         self._scope = scope
 
@@ -66,31 +72,31 @@ class _ShardedMethod:
     def call(
         self, method: Callable[..., Any], args: Iterable[Any], kwargs: Mapping[str, Any]
     ) -> tuple[Any, SegmentLengths]:
-        """What the method returns, gathered, and the lengths that it was called with."""
-        given = self._signature.bind(*args, **kwargs)
-        with self._scope.entered(self._lengths(given.arguments)) as lengths:
-            for cut in self._cuts:
-                if (whole := given.arguments.get(cut.argument)) is not None:
-                    given.arguments[cut.argument] = lengths.local(whole, cut.dim, cut.segment)
-            result = method(*given.args, **given.kwargs)
+        """The gathered result of the method, and the segment lengths of the call."""
+        bound = self._signature.bind(*args, **kwargs)
+        with self._scope.entered(self._lengths(bound.arguments)) as lengths:
+            for each in self._sharded:
+                if (whole := bound.arguments.get(each.argument)) is not None:
+                    bound.arguments[each.argument] = lengths.local(whole, each.dim, each.segment)
+            result = method(*bound.args, **bound.kwargs)
             for gather in self._gathers:
                 result = gather(result, lengths)
         return result, lengths
 
     def _lengths(self, arguments: Mapping[str, Any]) -> dict[str, int]:
-        """Of the segments of the given arguments. Raises ValueError where arguments of one segment differ in length."""
+        """Full lengths of the arguments' segments. Raises ValueError where arguments of a segment differ in length."""
         lengths: dict[str, int] = {}
-        for cut in self._cuts:
-            whole = arguments.get(cut.argument)
-            length = 0 if whole is None else whole.shape[cut.dim]
-            if lengths.setdefault(cut.segment, length) != length:
-                message = f"{cut.method}(): {cut.argument} has {length} tokens, and other arguments of {cut.segment}"
-                raise ValueError(f"{message} have {lengths[cut.segment]}")
+        for each in self._sharded:
+            whole = arguments.get(each.argument)
+            length = 0 if whole is None else whole.shape[each.dim]
+            if lengths.setdefault(each.segment, length) != length:
+                message = f"{each.method}(): {each.argument} has {length} tokens, and other arguments of {each.segment}"
+                raise ValueError(f"{message} have {lengths[each.segment]}; a segment has one length")
         return lengths
 
 
-class _Preparing:
-    """prepare(), whose result also has the lengths of the segments that it sharded."""
+class _ShardedPrepare:
+    """prepare() with the full lengths of the segments that it sharded added to its result."""
 
     def __init__(self, form: _ShardedMethod, segments: list[str]) -> None:
         self._form = form
@@ -98,12 +104,15 @@ class _Preparing:
 
     def __call__(self, method: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Prepared:
         prepared, lengths = self._form.call(method, args, kwargs)
-        made: Prepared = replace(prepared, lengths={each: lengths.lengths[each] for each in self._segments})
-        return made
+        extended: Prepared = replace(prepared, lengths={each: lengths.lengths[each] for each in self._segments})
+        return extended
 
 
-class _Predicting:
-    """predict(), for segments of the lengths that were prepared: keywords that the model itself does not take."""
+class _ShardedPredict:
+    """predict() with a keyword for the full length of each segment that prepare() sharded.
+
+    The model's own method does not receive these keywords.
+    """
 
     def __init__(self, form: _ShardedMethod, segments: list[str], scope: SegmentScope) -> None:
         self._form = form
@@ -112,31 +121,31 @@ class _Predicting:
 
     def __call__(self, method: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         if missing := sorted(self._keywords.keys() - kwargs.keys()):
-            raise TypeError(f"predict() lacks {', '.join(missing)}; Prepared.inputs() has the lengths of segments")
+            raise TypeError(f"predict() lacks {', '.join(missing)}; pass the keywords of Prepared.inputs()")
         lengths = {segment: kwargs.pop(keyword) for keyword, segment in self._keywords.items()}
         with self._scope.entered(lengths):
             return self._form(method, *args, **kwargs)
 
 
 class _Gather:
-    """Gathers the chunks of a segment: first those of a ulysses group, then the groups'."""
+    """Gathers the chunks of a segment: within each ulysses group first, then between groups along the ring."""
 
-    def __init__(self, join: Join, mesh: WorkerMesh) -> None:
-        self._join = join
+    def __init__(self, gathered: GatheredResult, mesh: WorkerMesh) -> None:
+        self._gathered = gathered
         self._ulysses, self._ring = mesh.axis("ulysses"), mesh.axis("ring")
 
     def __call__(self, returned: Any, lengths: SegmentLengths) -> Any:
-        """What the method returned, with the whole segment in place of the chunk."""
-        if not lengths.lengths[self._join.segment]:
+        """The returned value with the whole segment in place of this rank's chunk."""
+        if not lengths.lengths[self._gathered.segment]:
             return returned
-        name, sizes = self._join.result, lengths.of(self._join.segment)
+        name, sizes = self._gathered.result, lengths.of(self._gathered.segment)
         return self._whole(returned, sizes) if name is None else {**returned, name: self._whole(returned[name], sizes)}
 
     def _whole(self, chunk: Tensor, sizes: tuple[int, ...]) -> Tensor:
         ranks = self._ulysses.size
         groups = [sizes[first : first + ranks] for first in range(0, len(sizes), ranks)]
         if ranks > 1:
-            chunk = gather_chunks(chunk, self._join.dim, groups[self._ring.index], self._ulysses)
+            chunk = gather_chunks(chunk, self._gathered.dim, groups[self._ring.index], self._ulysses)
         if self._ring.size > 1:
-            chunk = gather_chunks(chunk, self._join.dim, [sum(group) for group in groups], self._ring)
+            chunk = gather_chunks(chunk, self._gathered.dim, [sum(group) for group in groups], self._ring)
         return chunk

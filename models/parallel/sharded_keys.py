@@ -1,7 +1,7 @@
-"""Attention of queries that every rank has whole to keys that are sharded along the sequence.
+"""Attention of replicated queries to keys that are sharded along the sequence.
 
-For a short segment (audio) that attends to a long one (video): each rank attends to its own keys, and only the
-results, as long as the short segment, are exchanged.
+For a short segment (audio) that attends to a long one (video): each rank attends to its own keys, and all-gathers the
+results, which have the length of the short segment.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 
 from models.kernels.attention import attention_with_lse, merge_attention
-from models.layers.attention import Attention, KeyValueCache, Started
+from models.layers.attention import Attention, KeyValueCache, PendingAttention
 from models.parallel.collectives import all_gather
 from models.parallel.mesh import WorkerMesh
 from models.parallel.segment_lengths import SegmentScope
 
 
 class ShardedKeysAttention(Attention):
-    """Attention of whole queries to the keys of all ranks; the same bytes on every rank.
+    """Attention of replicated queries to the keys of all ranks; the result has the same bytes on all ranks.
 
-    A rank may have no keys. All ranks must call it together.
+    A rank may have no keys. A collective call: all ranks must make it.
     """
 
     def __init__(self, mesh: WorkerMesh, scope: SegmentScope) -> None:
@@ -27,10 +27,12 @@ class ShardedKeysAttention(Attention):
         self.axes = [axis for axis in (mesh.axis("ulysses"), mesh.axis("ring")) if axis.size > 1]
         self.scope = scope
 
-    def finish(self, started: Started, out: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
-        """Attend to this rank's keys (B, L, H, K) and merge the results of all ranks, in their order. No cache."""
-        assert cache is None, "attention to sharded keys has no cache"
-        q, key_values = started
+    def finish(
+        self, pending: PendingAttention, out: Tensor | None = None, cache: KeyValueCache | None = None
+    ) -> Tensor:
+        """Attend to this rank's keys (B, L, H, K), and merge the results of all ranks in rank order. No KV cache."""
+        assert cache is None, "attention to sharded keys has no KV cache"
+        q, key_values = pending
         keys, values = key_values.wait()
         if keys.shape[1]:
             attended, lse = attention_with_lse(q, keys, values)

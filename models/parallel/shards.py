@@ -1,4 +1,4 @@
-"""Which part of a parameter each rank of the tp axis holds."""
+"""Shards of parameters on the ranks of the tp axis."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Shard:
-    """One rank's share of a parameter: an equal share of each of its parts along one dimension, concatenated.
+    """One rank's shard of a parameter along dimension `dim`: an equal chunk of each part, concatenated.
 
-    Parts mean different things, so that each is sharded by itself: where a layer reads attention and feed-forward side
-    by side, each rank needs its heads of the one and its channels of the other. `parts` are their sizes in the whole
-    tensor. Raises ValueError for a part that does not divide.
+    `parts` are the sizes of the parts in the whole tensor. Parts have different meanings and are sharded separately:
+    where the inputs of a layer are attention heads followed by feed-forward channels, each rank needs a chunk of both.
+    Raises ValueError for a part that `ranks` does not divide.
     """
 
     dim: int
@@ -25,39 +25,39 @@ class Shard:
 
     def __post_init__(self) -> None:
         if odd := [size for size in self.parts if size % self.ranks]:
-            raise ValueError(f"parts of {odd} cannot be cut into {self.ranks} equal parts")
+            raise ValueError(f"parts: {odd} are not multiples of {self.ranks}, the number of ranks; use a smaller tp")
 
     @property
     def size(self) -> int:
-        """This rank's size along the dimension."""
+        """Size of the shard along `dim`."""
         return sum(self.parts) // self.ranks
 
     def whole_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """The shape of the tensor that a share of this shape is cut from."""
+        """Shape of the whole tensor, from the shape of the shard."""
         return (*shape[: self.dim], sum(self.parts), *shape[self.dim + 1 :])
 
     def slices(self) -> Iterator[tuple[slice, ...]]:
-        """Where the share lies in the whole tensor: an index for each part, in order."""
+        """Indices of the shard's chunks in the whole tensor: one for each part, in order."""
         start = 0
         for size in self.parts:
-            share = size // self.ranks
-            first = start + self.index * share
-            yield (*(slice(None),) * self.dim, slice(first, first + share))
+            chunk = size // self.ranks
+            first = start + self.index * chunk
+            yield (*(slice(None),) * self.dim, slice(first, first + chunk))
             start += size
 
-    def cut(self, whole: Tensor) -> Tensor:
-        """The share, from the whole tensor."""
+    def select(self, whole: Tensor) -> Tensor:
+        """The shard of the whole tensor."""
         return torch.cat([whole[index] for index in self.slices()], dim=self.dim)
 
 
 class Sharded(nn.Module):
-    """A module whose parameters are shares of the checkpoint's. `shards` says which, by the parameter's own name."""
+    """A module whose parameters are shards of the checkpoint's tensors: `shards`, by parameter name."""
 
     shards: Mapping[str, Shard]
 
 
 def parameter_shards(module: nn.Module) -> dict[str, Shard]:
-    """The shards of all parameters below a module, by their full name; whole parameters are not in it."""
+    """Shards of all sharded parameters of a module and its children, by full parameter name."""
     return {
         f"{path}.{name}" if path else name: shard
         for path, child in module.named_modules()

@@ -1,8 +1,8 @@
-"""Layers whose weights are cut between the ranks of the tp axis, after Megatron-LM (arXiv 1909.08053).
+"""Tensor-parallel layers: weights are sharded on the tp axis, as in Megatron-LM (arXiv 1909.08053).
 
-A column-parallel layer gives each rank some of its outputs, and a row-parallel layer behind it takes just these: the
-pair needs one sum over the ranks. Parameters are local tensors: whatever works on a Linear's weight works on theirs.
-`shards` says where they lie in the checkpoint's.
+A column-parallel layer shards its outputs, and the row-parallel layer after it shards its inputs in the same way: the
+pair needs a single all-reduce. Parameters are plain local tensors, so that all operations on a Linear's weight, such as
+quantization, apply to them. `shards` locates them in the checkpoint's tensors.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from models.kernels.activation import write_gelu
 from models.kernels.gemm import multiply
-from models.layers.head_rotary import OwnHeads
+from models.layers.head_rotary import SelectHeads
 from models.layers.linear import Linear
 from models.layers.norms import Residual, RMSNorm
 from models.parallel.collectives import all_reduce, gather_last
@@ -24,15 +24,15 @@ from models.token_segments import SegmentVectors
 
 
 class ColumnParallelLinear(Sharded, Linear):
-    """A linear layer of which this rank has an equal share of each part of the outputs.
+    """Linear layer with sharded outputs: this rank has an equal chunk of each part of them.
 
-    With `gather` the outputs of all ranks are joined, in the whole layer's order: for layers that are followed by
-    something that needs all of them. Such a layer can have one part only.
+    With `gather` forward() all-gathers the outputs of all ranks. Raises ValueError for `gather` with several parts: the
+    gathered outputs would not be in the order of the whole layer.
     """
 
     def __init__(self, in_features: int, parts: Sequence[int], axis: Axis, *, gather: bool = False) -> None:
         if gather and len(parts) > 1:
-            raise ValueError(f"outputs in {len(parts)} parts cannot be gathered: they would change places")
+            raise ValueError(f"outputs in {len(parts)} parts cannot be gathered in the layer's order; use one part")
         shard = Shard(0, axis.size, axis.index, tuple(parts))
         super().__init__(in_features, shard.size)
         self.shards = {"weight": shard, "bias": shard}
@@ -40,15 +40,15 @@ class ColumnParallelLinear(Sharded, Linear):
         self.gather = gather
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in_features) to (..., this rank's outputs), or to all outputs."""
+        """(..., in_features) to (..., this rank's outputs), or to (..., all outputs) with `gather`."""
         result = super().forward(x)
         return gather_last(result, self.axis) if self.gather else result
 
 
 class RowParallelLinear(Sharded, Linear):
-    """A linear layer of which this rank takes an equal share of each part of the inputs.
+    """Linear layer with sharded inputs: this rank has an equal chunk of each part of them.
 
-    The bias is whole on every rank, and added once: to the sum, not to one of its terms.
+    The bias is replicated, and added once, after the all-reduce.
     """
 
     def __init__(self, parts: Sequence[int], out_features: int, axis: Axis) -> None:
@@ -62,24 +62,24 @@ class RowParallelLinear(Sharded, Linear):
         return self._sum(x) + self.bias
 
     def into(self, x: Tensor, out: Tensor) -> None:
-        """Write the result (B, tokens, out_features) of this rank's inputs (B, tokens, inputs)."""
+        """Write the result for this rank's inputs (B, tokens, inputs) to `out` (B, tokens, out_features)."""
         torch.add(self._sum(x), self.bias, out=out)
 
     def gelu_into(self, x: Tensor, out: Tensor) -> None:
-        """The same, through GELU in its tanh form."""
+        """As into(), followed by GELU (tanh approximation)."""
         write_gelu(self(x), out)
 
-    def update(self, stream: Tensor, x: Tensor, gate: SegmentVectors) -> Residual:
-        """A stream, with gate * the result that is still to be added: it must have been summed first."""
-        return Residual(stream, self(x), gate)
+    def add_gated(self, x: Tensor, inputs: Tensor, gate: SegmentVectors) -> Residual:
+        """x + gate * self(inputs), as a pending update: a GEMM epilogue cannot add before the all-reduce."""
+        return Residual(x, self(inputs), gate)
 
     def _sum(self, x: Tensor) -> Tensor:
-        """The products of all ranks' inputs."""
-        return all_reduce(multiply(x, self.factor, None), self.axis)
+        """All-reduced GEMM of this rank's inputs and weights."""
+        return all_reduce(multiply(x, self.scaled_weight, None), self.axis)
 
 
 class ParallelRMSNorm(Sharded, RMSNorm):
-    """RMSNorm over a dimension that is cut between ranks: the mean square is that of all ranks' parts."""
+    """RMSNorm over a sharded dimension: the mean square is over the channels of all ranks."""
 
     def __init__(self, size: int, axis: Axis, eps: float) -> None:
         shard = Shard(0, axis.size, axis.index, (size,))
@@ -89,18 +89,18 @@ class ParallelRMSNorm(Sharded, RMSNorm):
         self.size = size
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, S, this rank's channels) to the same. Computed in float32, result in x's type."""
+        """(B, S, this rank's channels) to the same shape. Computed in float32; the result is in x's dtype."""
         inverse = torch.rsqrt(self.square_sums(x, 1) / self.size + self.eps)
         return (x.float() * inverse * self.weight.float()).to(x.dtype)
 
     def square_sums(self, x: Tensor, parts: int) -> Tensor:
-        """Sums of squares over all ranks (B, S, parts), float32, of each part of x (B, S, parts * channels)."""
+        """Sums of squares over all ranks, float32 (B, S, parts), of each part of x (B, S, parts * channels)."""
         squares = x.float().square().view(*x.shape[:-1], parts, x.shape[-1] // parts)
         return all_reduce(squares.sum(-1), self.axis)
 
 
-class ShardedHeads(OwnHeads):
-    """A tensor with a dimension of all heads: this rank takes its heads, an equal share in order."""
+class ShardedHeads(SelectHeads):
+    """Selects this rank's chunk of a dimension of all heads."""
 
     def __init__(self, axis: Axis) -> None:
         super().__init__()

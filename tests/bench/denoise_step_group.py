@@ -172,7 +172,9 @@ def sharded_weights(work: Work, theirs: Any, mesh: WorkerMesh) -> DiffusionTrans
     ours = on_meta(work, theirs)
     parallelize(ours, work.plan, mesh, heads=theirs.config[work.heads])
     shards = parameter_shards(ours)
-    state = {name: shards[name].cut(value) if name in shards else value for name, value in theirs.state_dict().items()}
+    state = {
+        name: shards[name].select(value) if name in shards else value for name, value in theirs.state_dict().items()
+    }
     return over_weights(ours, state)
 
 

@@ -29,7 +29,7 @@ from models.kernels.cublas_lt import linear_into
 from models.kernels.gemm_support import HEAD_SIZE
 from models.kernels.trials import try_packages
 from models.layers.norms import RMSNorm
-from models.layers.qk_norm import HeadNorms, apply_qk_norm
+from models.layers.qk_norm import QKNormModules, apply_qk_norm
 from models.layers.rotary import rotary_embedding
 
 ROWS, SIZE = 4608, 3072
@@ -166,7 +166,7 @@ def heads() -> list[Work]:
     """Queries and keys, normalised and turned, and values."""
     given = Operands(ROWS, 3 * SIZE, SIZE)
     norms = (RMSNorm(HEAD).to(**CARD), RMSNorm(HEAD).to(**CARD))
-    qk_norms = HeadNorms(norms, HEAD)
+    qk_norms = QKNormModules(norms, HEAD)
     rotation = rotary_embedding(torch.arange(ROWS, device="cuda")[:, None], (HEAD,))
     out, normed = given.out, 2 * SIZE
     scale = torch.ones(normed, **CARD)

@@ -18,7 +18,7 @@ from parallel_cases import FAMILIES, make_case
 ROOT = Path(__file__).resolve().parents[2]
 
 # They call what they are given: a reader passes them by.
-PASSED_BY = {"through_blocks", "through_joint_blocks", "through_modulated_blocks", "entered"}
+PASSED_BY = {"run_blocks", "run_joint_blocks", "run_modulated_blocks", "entered"}
 
 MOST_FILES = {
     "flux": 4,

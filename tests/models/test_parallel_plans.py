@@ -45,7 +45,7 @@ from models.layers.module_paths import matches
 from models.loader import load_module, load_stages, numerics_fingerprint
 from models.parallel.mesh import AXES, Axis, Degrees, WorkerMesh
 from models.parallel.parallelize import parallelize
-from models.parallel.plan import Cut, Join, ParallelPlan
+from models.parallel.plan import GatheredResult, ParallelPlan, ShardedArgument
 from models.parallel.shards import parameter_shards
 from models.parallel.usp_attention import USPAttention
 from models.registry import load_registry
@@ -160,7 +160,7 @@ def test_a_plan_for_something_else_is_refused() -> None:
     with pytest.raises(TypeError, match=r"transformer_blocks\.0\.attn is JointAttention, .* for Linear"):
         parallelize(model, plan, rank_of(Degrees(tp=2)), heads=24)
     plan = replace(FLUX_PLAN, parts={"single_transformer_blocks.*.proj_out": (7, 4)})
-    with pytest.raises(ValueError, match="proj_out: 15360 cannot be cut into parts of"):
+    with pytest.raises(ValueError, match="proj_out: size 15360 is not a multiple of"):
         parallelize(model, plan, rank_of(Degrees(tp=2)), heads=24)
 
 
@@ -168,11 +168,17 @@ def test_a_plan_for_something_else_is_refused() -> None:
 def test_a_plan_for_a_method_that_is_no_entry_point_is_refused(degrees: Degrees) -> None:
     model = on_meta(FluxTransformer2DModel, FluxTransformerConfig(num_layers=1, num_single_layers=1))
     for cuts, message in (
-        ((Cut("predict", "hidden", "image"),), "FluxTransformer2DModel.predict.. has no hidden, which its plan shards"),
-        ((Cut("forward", "hidden_states", "image"),), "FluxTransformer2DModel.forward is not an entry point"),
-        ((Cut("tokens", "hidden_states", "image"),), "FluxTransformer2DModel.tokens is not an entry point"),
+        (
+            (ShardedArgument("predict", "hidden", "image"),),
+            "FluxTransformer2DModel.predict.. has no hidden, which its plan shards",
+        ),
+        (
+            (ShardedArgument("forward", "hidden_states", "image"),),
+            "FluxTransformer2DModel.forward is not an entry point",
+        ),
+        ((ShardedArgument("tokens", "hidden_states", "image"),), "FluxTransformer2DModel.tokens is not an entry point"),
     ):
-        plan = replace(FLUX_PLAN, token_segments={"image": "sharded"}, cuts=cuts)
+        plan = replace(FLUX_PLAN, token_segments={"image": "sharded"}, sharded_arguments=cuts)
         with pytest.raises(TypeError, match=message):
             parallelize(model, plan, rank_of(degrees), heads=24)
 
@@ -180,11 +186,14 @@ def test_a_plan_for_a_method_that_is_no_entry_point_is_refused(degrees: Degrees)
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"token_segments": {"text": "sharded", "image": "whole"}}, r"cuts or joins are of \['image'\]"),
-        ({"token_segments": {"text": "sharded"}}, r"cuts or joins are of \['image'\]"),
-        ({"cuts": FLUX_PLAN.cuts[-1:]}, r"\['text'\] are sharded, but no cut is of them"),
-        ({"joins": (Join("predict", "video"),)}, r"cuts or joins are of \['video'\]"),
-        ({"minor": ("proj_out",)}, r"\['proj_out'\] are neither column nor row layers"),
+        ({"token_segments": {"text": "sharded", "image": "replicated"}}, r"\['image'\] are not sharded"),
+        ({"token_segments": {"text": "sharded"}}, r"\['image'\] are not sharded"),
+        (
+            {"sharded_arguments": FLUX_PLAN.sharded_arguments[-1:]},
+            r"\['text'\] are sharded, but no sharded_arguments have",
+        ),
+        ({"gathered_results": (GatheredResult("predict", "video"),)}, r"\['video'\] are not sharded"),
+        ({"unquantized": ("proj_out",)}, r"\['proj_out'\] are neither column nor row layers"),
     ],
 )
 def test_a_plan_that_contradicts_itself_is_refused(changes: dict[str, Any], message: str) -> None:

@@ -107,7 +107,7 @@ def test_the_change_of_a_step_is_that_of_all_ranks(monkeypatch: pytest.MonkeyPat
     changes = []
     for caching in (StepCaching(0.1), StepCaching(0.1, (Axis(2, 0, "tp"), Axis(), Axis(2, 1, "ring")))):
         cache = caching.new_cache()
-        cache.keep(torch.full((1, 2, 2), 1.0), torch.zeros(1, 2, 2))
+        cache.store(torch.full((1, 2, 2), 1.0), torch.zeros(1, 2, 2))
         cache.reuse(torch.full((1, 2, 2), 2.0))
         changes.append(cache.change())
     assert changes == [1.0, (4.0 + 2 * 6.0) / 4.0]

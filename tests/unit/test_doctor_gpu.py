@@ -167,7 +167,7 @@ def test_packages_are_tried_once_for_each_kind_of_gpu(tmp_path: Path, monkeypatc
         (
             "",
             KernelChoice(),
-            f"flash_attn_3 from {TABLE[HOPPER][0].least_work} heads x tokens on, else cudnn, else sdpa",
+            f"flash_attn_3 from {TABLE[HOPPER][0].min_work} heads x tokens on, else cudnn, else sdpa",
         ),
         ("broken", KernelChoice(), "cudnn, else sdpa"),
         ("", KernelChoice(attention="sdpa"), "sdpa, which attention_backend names; else sdpa"),

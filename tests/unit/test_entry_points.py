@@ -12,7 +12,7 @@ from torch import Tensor
 from models.dits.base import DiffusionTransformer, Predictions, Prepared, entry_point
 from models.parallel import sequence_parallel
 from models.parallel.mesh import AXES, Axis, Degrees, WorkerMesh
-from models.parallel.plan import Cut, Join, ParallelPlan
+from models.parallel.plan import GatheredResult, ParallelPlan, ShardedArgument
 from models.parallel.segment_lengths import SegmentScope
 from models.parallel.sequence_parallel import shard_entry_points
 
@@ -21,13 +21,13 @@ PLAN = ParallelPlan(
     column=(),
     row=(),
     attention=(),
-    token_segments={"text": "sharded", "image": "sharded", "audio": "whole"},
-    cuts=(
-        Cut("prepare", "text", "text"),
-        Cut("tokens", "image", "image"),
-        Cut("tokens", "positions", "image", dim=0),
+    token_segments={"text": "sharded", "image": "sharded", "audio": "replicated"},
+    sharded_arguments=(
+        ShardedArgument("prepare", "text", "text"),
+        ShardedArgument("tokens", "image", "image"),
+        ShardedArgument("tokens", "positions", "image", dim=0),
     ),
-    joins=(Join("tokens", "image", result="image"),),
+    gathered_results=(GatheredResult("tokens", "image", result="image"),),
 )
 
 

@@ -162,7 +162,7 @@ def test_a_device_without_8_bit_floats_is_refused(monkeypatch: pytest.MonkeyPatc
 def test_other_types_beside_it_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     check_float8(CUDA, torch.bfloat16)
-    with pytest.raises(InvalidInput, match="goes with dtype bfloat16 on CUDA, not with float32"):
+    with pytest.raises(InvalidInput, match="does not support dtype float32 on CUDA; use dtype bfloat16"):
         check_float8(CUDA, torch.float32)
 
 

@@ -146,11 +146,13 @@ def test_an_attention_backend_that_cannot_take_the_model_is_refused(
     config = build_tiny_wan_causal(tmp_path) / "transformer" / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "attention_head_dim": 12}))
     odd = open_model(f"odd={tmp_path}", load_registry())
-    message = f"attention_backend: {backend} takes heads of 8, 16, ... 128 channels, and the model has 12; auto and"
+    message = f"attention_backend: {backend} supports head sizes 8, 16, ... 128, and the model has 12; use auto"
     with pytest.raises(InvalidInput, match=re.escape(message)) as caught:
         check_attention(odd, settings_of(device="cuda", attention_backend=backend))
     assert caught.value.field == "attention_backend"
-    with pytest.raises(InvalidInput, match=f"attention_backend: {backend} takes bfloat16, and dtype is float32; auto"):
+    with pytest.raises(
+        InvalidInput, match=f"attention_backend: {backend} supports bfloat16, and dtype is float32; use auto"
+    ):
         check_attention(odd, settings_of(device="cuda", dtype="float32", attention_backend=backend))
     for fine in ("auto", "sdpa"):
         check_attention(odd, settings_of(device="cuda", attention_backend=fine))

@@ -47,7 +47,7 @@ BROKEN = {
     "library": ("raise OSError('libcudart.so.12: cannot open shared object file')", "OSError: libcudart.so.12"),
     "launch": (LAUNCH_FAILS, "RuntimeError: CUDA error: no kernel image"),
     "signature": ("def flash_attn_func(q, k): return q", "TypeError: flash_attn_func() takes 2"),
-    "result": (WRONG_RESULTS, "ArithmeticError: a wrong result, off by"),
+    "result": (WRONG_RESULTS, "ArithmeticError: wrong result: error"),
 }
 
 Install = Callable[[str], None]
@@ -328,7 +328,7 @@ def test_layers_leave_unusable_packages_alone(monkeypatch: pytest.MonkeyPatch) -
             operation.for_device_of(on_gpu) is by_triton,
             cublas_lt.can_multiply(x, x),
             quack_gemm.can_fuse(x, x, x),
-            mesh._reach_each_other(torch.device("cuda", 0), 2),
+            mesh._have_peer_access(torch.device("cuda", 0), 2),
         ]
 
     names: tuple[PackageName, ...] = ("triton", "nvmath-python", "quack-kernels", "cuda-bindings")

@@ -17,7 +17,7 @@ from models.layers.embeddings import EmbeddingMLP, sinusoidal_embedding
 from models.layers.feed_forward import FeedForward
 from models.layers.linear import JoinedLinear, Linear, project
 from models.layers.norms import LayerNormScaleShift, Residual, RMSNorm
-from models.layers.qk_norm import HeadNorms, apply_qk_norm
+from models.layers.qk_norm import QKNormModules, apply_qk_norm
 from models.layers.rotary import rotary_embedding
 from models.rotation import apply_rotary
 from models.token_segments import SegmentVectors, TokenSegments
@@ -106,7 +106,7 @@ def test_an_update_with_two_gates(
     gate = segments.vectors(image, image) if are_equal else segments.vectors(text, image)
     with torch.inference_mode():
         expected = Residual(stream, layer(x), gate).added()
-        got = layer.update(stream.clone(), x, gate).added()
+        got = layer.add_gated(stream.clone(), x, gate).added()
     torch.testing.assert_close(got, expected)
     lengths = [5] if are_equal or boundary in (0, 5) else [5 - boundary, boundary]
     decisive = lengths[0] >= smallest
@@ -145,7 +145,7 @@ def test_qk_norm_is_per_head_and_per_stream(rotated: bool) -> None:
         expected.append(normed if rotation is None else apply_rotary(normed, rotation))
     with torch.inference_mode():
         apply_qk_norm(
-            qk, HeadNorms((norms[2], norms[3]), 8, first=(norms[0], norms[1])), rotation, TokenSegments((1, 3))
+            qk, QKNormModules((norms[2], norms[3]), 8, first=(norms[0], norms[1])), rotation, TokenSegments((1, 3))
         )
     torch.testing.assert_close(qk, torch.stack(expected, dim=2).flatten(2))
 
@@ -155,7 +155,7 @@ def test_qk_norm_over_all_heads() -> None:
     q = torch.randn(1, 4, 16)
     expected = q / (q.square().mean(-1, keepdim=True) + 1e-6).sqrt()
     with torch.inference_mode():
-        apply_qk_norm(q, HeadNorms((norm,), 8))
+        apply_qk_norm(q, QKNormModules((norm,), 8))
     torch.testing.assert_close(q, expected)
 
 
@@ -166,7 +166,7 @@ def test_qk_norm_writes_elsewhere_and_takes_values_along() -> None:
     before = kv.clone()
     with torch.inference_mode():
         expected = norm(kv[..., :16].view(2, 4, 2, 8))
-        apply_qk_norm(kv, HeadNorms((norm,), 8), out=tuple(room[:, :, 3:7]))
+        apply_qk_norm(kv, QKNormModules((norm,), 8), out=tuple(room[:, :, 3:7]))
     torch.testing.assert_close(room[0, :, 3:7], expected)
     assert torch.equal(room[1, :, 3:7], before[..., 16:].view(2, 4, 2, 8))
     assert torch.equal(kv, before)

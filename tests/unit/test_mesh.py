@@ -64,14 +64,14 @@ def test_ranks_that_are_not_there() -> None:
         ("cpu", 4, None, False),
     ],
 )
-def test_cards_that_reach_each_other(
+def test_cards_that_have_peer_access(
     monkeypatch: pytest.MonkeyPatch, device: str, cards: int, unreachable: tuple[int, int] | None, expected: bool
 ) -> None:
     """Of three ranks, in both directions of all pairs."""
     monkeypatch.setattr(mesh_module, "is_usable", lambda name: name == "cuda-bindings")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: cards)
     monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda *pair: pair != unreachable)
-    assert mesh_module._reach_each_other(torch.device(device), 3) is expected
+    assert mesh_module._have_peer_access(torch.device(device), 3) is expected
 
 
 def test_shards_of_a_ulysses_group_lie_behind_each_other() -> None:

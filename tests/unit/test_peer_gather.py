@@ -18,10 +18,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from models.kernels.copy_streams import CopyStreams
 from models.parallel import peer_gather
 from models.parallel.mesh import Axis
 from models.parallel.peer_gather import PeerGather
-from models.parallel.peer_memory import CopyStreams, PeerMemory
+from models.parallel.peer_memory import PeerMemory
 
 CPU = torch.device("cpu")
 HEADS, SIZE = 2, 3
@@ -49,7 +50,7 @@ class Queue:
 
 
 class RecordedStreams:
-    """models.parallel.peer_memory.CopyStreams, on queues and the memory of this process."""
+    """models.kernels.copy_streams.CopyStreams, on queues and the memory of this process."""
 
     def __init__(self) -> None:
         self.current, self.side = Queue(), Queue()
@@ -171,13 +172,13 @@ def _attending(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peer_gather, "attention", attend)
 
 
-@pytest.mark.parametrize("least", [peer_gather.LEAST_WORK_OF_GROUPS, 0], ids=["whole", "in-groups"])
+@pytest.mark.parametrize("least", [peer_gather.MIN_GROUPED_WORK, 0], ids=["whole", "in-groups"])
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_every_rank_attends_to_what_all_ranks_sent(monkeypatch: pytest.MonkeyPatch, ranks: int, least: int) -> None:
     """Forwards of odd and even numbers of layers, of lengths that outgrow the memory, with chunks of no tokens."""
-    monkeypatch.setattr(peer_gather, "LEAST_WORK_OF_GROUPS", least)
+    monkeypatch.setattr(peer_gather, "MIN_GROUPED_WORK", least)
     forwards = [(3, [2] * ranks), (1, [1, *[0] * (ranks - 1)]), (1, [5, *[4] * (ranks - 1)]), (4, [2] * ranks)]
-    groups = 1 if least else peer_gather.MOST_GROUPS
+    groups = 1 if least else peer_gather.MAX_GROUPS
     for seed in range(8):
         memory, joined, attended = Memory(ranks), [0] * ranks, list[str]()
         everyone = [record(rank, memory, forwards, joined, attended) for rank in range(ranks)]
@@ -187,7 +188,7 @@ def test_every_rank_attends_to_what_all_ranks_sent(monkeypatch: pytest.MonkeyPat
 
 def test_fewer_places_would_not_do(monkeypatch: pytest.MonkeyPatch) -> None:
     """That the test above would find what it is for: with one place, a rank overwrites what another one still reads."""
-    monkeypatch.setattr(peer_gather, "PLACES", 1)
+    monkeypatch.setattr(peer_gather, "NUM_BUFFERS", 1)
 
     def all_runs() -> None:
         for seed in range(30):

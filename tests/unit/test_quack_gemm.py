@@ -23,7 +23,7 @@ from models.layers.joint_attention import JointAttention, Modulation, joint_bloc
 from models.layers.linear import Linear, join_all_weights
 from models.layers.norms import LayerNormScaleShift, Residual
 from models.layers.rotary import rotary_embedding
-from models.layers.step_cache import CacheUse, StepCache, through_blocks
+from models.layers.step_cache import CacheUse, StepCache, run_blocks
 from models.rotation import apply_rotary
 from models.token_segments import SegmentVectors, TokenSegments
 
@@ -122,7 +122,7 @@ class AddingBlock(nn.Module):
 
     def forward(self, residual: Residual) -> Residual:
         stream = residual.added()
-        return self.layer.update(stream, torch.tanh(stream), self.gate)
+        return self.layer.add_gated(stream, torch.tanh(stream), self.gate)
 
 
 @pytest.mark.parametrize("batch", [1, 2])
@@ -139,12 +139,12 @@ def test_an_update_is_added_in_place(kernels: Kernels, monkeypatch: pytest.Monke
 
 def test_the_step_cache_sees_what_blocks_were_given(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
     blocks, x = [random_weights(AddingBlock(1)) for _ in range(3)], torch.randn(1, TOKENS, SIZE)
-    expected = through_blocks(Residual(x), blocks, None).added()
+    expected = run_blocks(Residual(x), blocks, None).added()
     fuse(monkeypatch)
     cache = StepCache()
-    computed = through_blocks(Residual(x), blocks, CacheUse(cache, probe=False))
+    computed = run_blocks(Residual(x), blocks, CacheUse(cache, probe=False))
     torch.testing.assert_close(computed.added(), expected)
-    reused = through_blocks(Residual(x), blocks, CacheUse(cache, probe=True))
+    reused = run_blocks(Residual(x), blocks, CacheUse(cache, probe=True))
     torch.testing.assert_close(reused.added(), expected)
     assert cache.change() == 0
     assert kernels.calls == {"add_gated": 3 + 1}

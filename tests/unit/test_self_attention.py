@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from models.dits.flux2 import Flux2ParallelSelfAttention
+from models.kernels.copy_streams import CopyStreams
 from models.layers import attention as attention_module
 from models.layers.attention import Attention, KeyValues, SelfAttention
 from models.layers.joint_attention import JointAttention
@@ -18,7 +19,7 @@ from models.layers.rotary import rotary_embedding
 from models.parallel import usp_attention
 from models.parallel.mesh import AXES, Axis, Degrees, WorkerMesh
 from models.parallel.peer_gather import Gathered, PeerGather
-from models.parallel.peer_memory import CopyStreams, PeerMemory
+from models.parallel.peer_memory import PeerMemory
 from models.parallel.segment_lengths import SegmentScope
 from models.parallel.usp_attention import USPAttention
 from models.token_segments import TokenSegments

@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 def test_a_share_of_each_part() -> None:
     whole = torch.arange(10.0)
-    parts = [Shard(0, 2, index, (4, 6)).cut(whole).tolist() for index in range(2)]
+    parts = [Shard(0, 2, index, (4, 6)).select(whole).tolist() for index in range(2)]
     assert parts == [[0, 1, 4, 5, 6], [2, 3, 7, 8, 9]]
     assert Shard(0, 2, 0, (4, 6)).whole_shape((5,)) == (10,)
 
@@ -29,12 +29,12 @@ def test_a_share_of_each_part() -> None:
 def test_columns_of_a_matrix() -> None:
     whole = torch.arange(24.0).reshape(2, 12)
     shard = Shard(1, 3, 1, (3, 9))
-    assert torch.equal(shard.cut(whole), whole[:, [1, 6, 7, 8]])
+    assert torch.equal(shard.select(whole), whole[:, [1, 6, 7, 8]])
     assert shard.whole_shape((2, 4)) == (2, 12)
 
 
 def test_parts_that_do_not_divide() -> None:
-    with pytest.raises(ValueError, match="parts of \\[3\\] cannot be cut into 2"):
+    with pytest.raises(ValueError, match="parts: \\[3\\] are not multiples of 2"):
         Shard(0, 2, 0, (4, 3))
 
 
@@ -72,7 +72,7 @@ def test_ranks_read_their_parts_and_no_more(file: Path, caplog: pytest.LogCaptur
         shards = parameter_shards(part)
         assert shards.keys() == {"up.weight", "up.bias", "down.weight", "norm.weight"}
         for name, value in whole.state_dict().items():
-            expected = shards[name].cut(value) if name in shards else value
+            expected = shards[name].select(value) if name in shards else value
             assert torch.equal(part.state_dict()[name], expected), name
     # 8 x 4 + 8, 4 x 24 and 8 numbers are cut in four, 4 are whole.
     gigabytes = f"gigabytes={(144 / 4 + 4) * 4 / 1e9:g} "

@@ -17,7 +17,7 @@ from loop_family import LoopTransformer
 from loop_steps import EagerBranch, copied, equal, loop_step, predict
 from models.dits.base import Predictions, Prepared
 from models.layers.norms import Residual
-from models.layers.step_cache import CacheUse, StepCache, through_blocks
+from models.layers.step_cache import CacheUse, StepCache, run_blocks
 from models.runtime import Runtime
 from models.stages import step_memory
 from models.stages.predictor import StepCaching, lease_branch
@@ -305,7 +305,7 @@ class BlocksTransformer(LoopTransformer):
         def second(residual: Residual) -> Residual:
             return Residual(residual.x * time.mean() / 1000)
 
-        return {"video": through_blocks(Residual(video), (first, second), use).x, "sound": sound.cos()}
+        return {"video": run_blocks(Residual(video), (first, second), use).x, "sound": sound.cos()}
 
 
 def predictions_with_step_cache(

@@ -15,7 +15,7 @@ from models.kernels.activation import gate_by_silu, write_gelu
 from models.kernels.attention import merge_attention
 from models.kernels.float8 import quantize_rows
 from models.kernels.float8_format import FLOAT8
-from models.kernels.head_norms import QKNormOperands
+from models.kernels.qk_norm_parameters import QKNormParameters
 from models.layers.norms import (
     LayerNormScaleShift,
     PlainLayerNorm,
@@ -23,7 +23,7 @@ from models.layers.norms import (
     RMSNorm,
     RMSNormScaleShift,
 )
-from models.layers.qk_norm import HeadNorms, apply_qk_norm, in_place
+from models.layers.qk_norm import QKNormModules, apply_qk_norm, head_views
 from models.layers.rotary import rotary_embedding
 from models.rotation import HeadRotation
 from models.token_segments import SegmentVectors, TokenSegments
@@ -50,11 +50,11 @@ def assert_near(got: Tensor, expected: Tensor, most: float) -> None:
     assert float((got.float() - expected.float()).norm() / expected.float().norm()) <= most
 
 
-def operands(norms: HeadNorms) -> QKNormOperands:
+def operands(norms: QKNormModules) -> QKNormParameters:
     """Norms as the kernel takes them."""
-    rest = tuple(norm.operand for norm in norms.norms)
-    first = rest if norms.first is None else tuple(norm.operand for norm in norms.first)
-    return QKNormOperands(first, rest, norms.head_size)
+    rest = tuple(norm.norm_parameters for norm in norms.norms)
+    first = rest if norms.first is None else tuple(norm.norm_parameters for norm in norms.first)
+    return QKNormParameters(first, rest, norms.head_size)
 
 
 def modulations(dtype: torch.dtype) -> list[SegmentVectors]:
@@ -118,13 +118,13 @@ def test_qk_norm_rotary(dtype: torch.dtype, most: float, size: int, parts: int) 
     each = [RMSNorm(size).to(dtype) for _ in range(2 * parts)]
     for norm in each:
         norm.weight.normal_()
-    norms = HeadNorms(tuple(each[parts:]), HEAD, first=tuple(each[:parts]))
+    norms = QKNormModules(tuple(each[parts:]), HEAD, first=tuple(each[:parts]))
     rotation = rotary_embedding(torch.arange(TOKENS)[:, None], (HEAD,)) if parts == 2 else None
     qkv = torch.randn(BATCH, TOKENS, 3 * SIZE, dtype=dtype)
     expected = qkv.clone()
     apply_qk_norm(expected[..., : parts * SIZE], norms, rotation, SEGMENTS)
     qk = qkv[..., : parts * SIZE]
-    kernels.qk_norm_rotate(qk, operands(norms), rotation, FIRST, None, in_place(qk, parts, HEAD))
+    kernels.qk_norm_rotate(qk, operands(norms), rotation, FIRST, None, head_views(qk, parts, HEAD))
     assert_near(qkv, expected, most)
     assert torch.equal(qkv[..., parts * SIZE :], expected[..., parts * SIZE :])
 
@@ -134,14 +134,14 @@ def test_qk_norm_rotary(dtype: torch.dtype, most: float, size: int, parts: int) 
 def test_layer_norm_of_heads_in_neox_style(heads: int, dtype: torch.dtype, most: float) -> None:
     """Pairs of channels are half a head apart."""
     norm = PlainLayerNorm(HEAD)
-    norms = HeadNorms((norm, norm), HEAD)
+    norms = QKNormModules((norm, norm), HEAD)
     angles = rotary_embedding(torch.arange(TOKENS)[:, None], (HEAD,))
     rotation = replace(angles, is_neox_style=True)
     qkv = 3 + torch.randn(BATCH, TOKENS, 3 * heads * HEAD, dtype=dtype)
     expected = qkv.clone()
     qk = slice(0, 2 * heads * HEAD)
     apply_qk_norm(expected[..., qk], norms, rotation, SEGMENTS)
-    kernels.qk_norm_rotate(qkv[..., qk], operands(norms), rotation, FIRST, None, in_place(qkv[..., qk], 2, HEAD))
+    kernels.qk_norm_rotate(qkv[..., qk], operands(norms), rotation, FIRST, None, head_views(qkv[..., qk], 2, HEAD))
     assert_near(qkv, expected, most)
     neighbours = expected.clone()
     apply_qk_norm(neighbours[..., qk], norms, angles, SEGMENTS)
@@ -156,13 +156,13 @@ def test_qk_norm_with_angles_of_each_head(dtype: torch.dtype, most: float, parts
     each = tuple(RMSNorm(SIZE).to(dtype) for _ in range(parts))
     for norm in each:
         norm.weight.copy_(torch.randn(SIZE))
-    norms = HeadNorms(each, HEAD)
+    norms = QKNormModules(each, HEAD)
     angles = torch.randn(TOKENS, 2 * HEADS, HEAD // 2)
     rotation = HeadRotation(angles.cos()[:, HEADS:], angles.sin()[:, HEADS:], is_neox_style)
     x = torch.randn(BATCH, TOKENS, parts * SIZE, dtype=dtype)
     expected = x.clone()
     apply_qk_norm(expected, norms, rotation)
-    kernels.qk_norm_rotate(x, operands(norms), rotation, 0, None, in_place(x, parts, HEAD))
+    kernels.qk_norm_rotate(x, operands(norms), rotation, 0, None, head_views(x, parts, HEAD))
     assert_near(x, expected, most)
 
 
@@ -173,7 +173,7 @@ def test_qk_norm_of_a_part_uses_the_sums_of_the_whole() -> None:
     expected = norm(whole)[..., :SIZE]
     norm.weight = torch.nn.Parameter(norm.weight[:SIZE])
     part, sums = whole[..., :SIZE].contiguous(), whole.square().sum(-1, keepdim=True)
-    kernels.qk_norm_rotate(part, operands(HeadNorms((norm,), HEAD)), None, 0, sums, in_place(part, 1, HEAD))
+    kernels.qk_norm_rotate(part, operands(QKNormModules((norm,), HEAD)), None, 0, sums, head_views(part, 1, HEAD))
     assert_near(part, expected, 1e-6)
 
 
@@ -183,7 +183,7 @@ def test_qk_norm_writes_elsewhere_and_takes_values_along(normed: int) -> None:
     each = [RMSNorm(HEAD) for _ in range(2 * normed)]
     for norm in each:
         norm.weight.normal_()
-    norms = HeadNorms(tuple(each[normed:]), HEAD, first=tuple(each[:normed]))
+    norms = QKNormModules(tuple(each[normed:]), HEAD, first=tuple(each[:normed]))
     rotation = rotary_embedding(torch.arange(TOKENS)[:, None], (HEAD,))
     x = torch.randn(BATCH, TOKENS, (normed + 1) * SIZE)
     before = x.clone()
