@@ -26,7 +26,7 @@ class FluxPipeline(StandardPipeline):
 
 
 def register_configs(registry: Registry) -> None:
-    """Name the family's configs."""
+    """Register the family's configs."""
     registry.register_configs(
         FluxPipeline.pipeline_name,
         sampling_params="configs.sample.flux:FluxSamplingParams",

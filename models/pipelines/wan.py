@@ -14,20 +14,20 @@ if TYPE_CHECKING:
 
 _MODULES = ("text_encoder", "tokenizer", "transformer", "scheduler", "vae")
 EXPERTS = "experts"
-"""The variant of checkpoints with two experts, which have no other."""
+"""The only variant of checkpoints with two experts."""
 TWO_EXPERTS = {TRANSFORMER: "transformer", "transformer_2": "transformer_2"}
-"""Modules of the two experts by role."""
+"""Role to module name of the two experts."""
 
 
 class WanPipeline(StandardPipeline):
-    """Diffusers' WanPipeline: text to video, and image to video where the checkpoint is Wan 2.2 TI2V."""
+    """Diffusers' WanPipeline: text to video; with a Wan 2.2 TI2V checkpoint also image to video."""
 
     pipeline_name = "WanPipeline"
     _required_config_modules = _MODULES
 
     @classmethod
     def variants(cls, checkpoint: Checkpoint) -> Mapping[str, type[ComposedPipeline]]:
-        """Text and image with `expand_timesteps`, two experts with `boundary_ratio`, else text and one transformer."""
+        """TI2V variants for `expand_timesteps`, two experts for `boundary_ratio`, otherwise this pipeline."""
         if checkpoint.index.get("expand_timesteps"):
             return ti2v_variants()
         return {"": cls} if checkpoint.index.get("boundary_ratio") is None else {EXPERTS: WanExpertsPipeline}
@@ -44,7 +44,7 @@ class WanExpertsPipeline(StandardPipeline):
     _required_config_modules = (*_MODULES, "transformer_2")
 
     def create_pipeline_stages(self) -> None:
-        """Text to video, with a transformer for the high noise levels and one for the low."""
+        """Text to video, with one transformer for high and one for low noise levels."""
         self.add_standard_t2i_stages(decoding=VIDEO_DECODING, transformers=TWO_EXPERTS)
 
 

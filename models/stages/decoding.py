@@ -1,4 +1,4 @@
-"""Turns latents into whole files: images, and videos with sound."""
+"""Decodes latents to complete files: images, and videos with audio."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from configs.pipeline_configs.base import DecodingConfig
 from models.contracts import DecodingInput, DecodingOutput
 from models.media import MP4, PNG, SAFETENSORS, Sound, mp4_bytes, png_bytes
 from models.runtime import Runtime
-from models.stages.decoded_media import DEFAULT_FRAME_RATE, finite, media_item, pixels_of, unsupported_format
+from models.stages.decoded_media import DEFAULT_FRAME_RATE, check_finite, media_item, pixels_of, unsupported_format
 
 
 class DecodingStage(PipelineStage[DecodingInput, DecodingOutput]):
-    """Decodes with the VAE and encodes: a PNG an image (or a layer), an MP4 a video, or one file with tensors.
+    """Decodes with the VAE and encodes a PNG per image or layer, an MP4 per video, or one safetensors file.
 
-    A video has sound. Its model has two more modules: the VAE of the sound, and a vocoder that makes the samples. The
-    video's VAE yields frames, each of which is encoded while the next one is decoded.
+    Videos have audio, for which the model has an audio VAE and a vocoder. The video VAE yields frames; each is encoded
+    while the next one is decoded.
     """
 
     def __init__(self, config: DecodingConfig, runtime: Runtime, modules: Mapping[str, Any]) -> None:
@@ -35,7 +35,7 @@ class DecodingStage(PipelineStage[DecodingInput, DecodingOutput]):
 
     @torch.inference_mode()
     def run(self, x: DecodingInput, call: Call) -> DecodingOutput:
-        """The finished files. Raises InvalidInput for a format that this model does not make."""
+        """Return the finished files. Raises InvalidInput for an unsupported format."""
         part = x.denoised_latents.parts[self._config.visual_part]
         is_video = self._config.visual_part == "video"
         match x.canvas.output_format:
@@ -57,15 +57,15 @@ class DecodingStage(PipelineStage[DecodingInput, DecodingOutput]):
         return self._config.saved_pixels(self._images(part, call), part.latents.shape[0])
 
     def _images(self, part: LatentPart, call: Call) -> Tensor:
-        """Pixels of all images, (images, channels, height, width): one or more of each output."""
+        """Pixels of all images, (images, channels, height, width); one or more images per output."""
         decoded: Tensor = self._vae.decode(self._vae_latents(part.latents, part.raw_latent_shape), return_dict=False)[0]
-        # An image from the VAE of a video model is a video of one frame.
+        # A video model's VAE decodes an image as a video of one frame.
         pixels = pixels_of(decoded[:, :, 0] if decoded.ndim == 5 else decoded)
         call.progress(1, 1)
         return pixels
 
     def _frames(self, part: LatentPart, index: int, x: DecodingInput, call: Call) -> Iterator[Tensor]:
-        """Pixels of one output, frame by frame, (3, height, width)."""
+        """Frames of one output, each (3, height, width)."""
         frames = self._config.num_frames(x.canvas)
         shape, total = part.raw_latent_shape, frames * part.latents.shape[0]
         latents = self._vae_latents(part.latents[index : index + 1], (1, *shape[1:]))
@@ -84,7 +84,7 @@ class DecodingStage(PipelineStage[DecodingInput, DecodingOutput]):
 
     def _mp4(self, part: LatentPart, index: int, x: DecodingInput, call: Call) -> bytes:
         canvas, sounding = x.canvas, self._sound_part(x)
-        assert sounding is not None, "a video of a model without sound"
+        assert sounding is not None, "only models with audio are decoded to MP4 here"
         (samples,) = self._samples(sounding.latents[index : index + 1])
         sound = Sound(samples, self._config.sampling_rate)
         frames = self._frames(part, index, x, call)
@@ -95,7 +95,7 @@ class DecodingStage(PipelineStage[DecodingInput, DecodingOutput]):
         return None if name is None else x.denoised_latents.parts[name]
 
     def _sound_tensors(self, x: DecodingInput) -> dict[str, Tensor]:
-        """Latents and samples of the sound, of a model that makes any."""
+        """Latents and samples of the audio; empty for a model without audio."""
         part, name = self._sound_part(x), self._config.sound_part
         if part is None or name is None:
             return {}
@@ -103,11 +103,11 @@ class DecodingStage(PipelineStage[DecodingInput, DecodingOutput]):
         return {"audio_latents": self._saved(name, part, self._audio_vae), "audio": samples}
 
     def _samples(self, latents: Tensor) -> Tensor:
-        """Samples of the sound, float32 (outputs, channels, samples) in [-1, 1], on the CPU."""
-        assert self._audio_vae is not None, "sound of a model that makes none"
-        assert self._vocoder is not None, "sound of a model that makes none"
+        """Audio samples, float32 (outputs, channels, samples) in [-1, 1], on the CPU."""
+        assert self._audio_vae is not None, "only models with audio have an audio part"
+        assert self._vocoder is not None, "only models with audio have an audio part"
         samples: Tensor = self._vocoder(self._audio_vae.decode(latents.to(self._device)))
-        return finite(samples.float().cpu().contiguous(), "sound")
+        return check_finite(samples.float().cpu().contiguous(), "sound")
 
     def _saved(self, name: str, part: LatentPart, decoder: Any) -> Tensor:
         """A part's latents as Diffusers returns them."""
