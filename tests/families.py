@@ -71,7 +71,7 @@ class Served:
         shown = first.upper()
         if "layers" in {each.name for each in fields(self.params)} and issubclass(self.config, ImageLatentsConfig):
             shown = _PER_LAYER[self.config.image_mode]
-        if issubclass(self.config, DecodingConfig) and self.config.sound_part is not None:
+        if issubclass(self.config, DecodingConfig) and self.config.audio_part is not None:
             shown += " with sound"
         return ", ".join([shown, *others])
 

@@ -32,10 +32,10 @@ MAX_SEQUENCE_LENGTH = 512
 
 @dataclass(frozen=True, kw_only=True)
 class FluxPipelineConfig(PackedPipelineConfig, TextConfig):
-    """FluxPipeline's callbacks. A token is a 2x2 patch of latents, channels in the order (c, dy, dx)."""
+    """FluxPipeline's callbacks. A token is a 2x2 patch of latents with channels ordered (c, dy, dx)."""
 
     title: ClassVar[str] = "FLUX.1 (dev, schnell and fine-tunes)"
-    deviations: ClassVar[str] = "Images of IP-Adapters are not taken, as their encoders are not loaded."
+    deviations: ClassVar[str] = "IP-Adapter images are not supported, as their encoders are not loaded."
 
     transformer: FluxTransformerConfig
     vae: AutoencoderKLConfig
@@ -47,7 +47,7 @@ class FluxPipelineConfig(PackedPipelineConfig, TextConfig):
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Checkpoint) -> Self:
-        """Read transformer, VAE and scheduler. Raises CheckpointError when they do not fit together."""
+        """Parse the modules' config.json. Raises CheckpointError for incompatible modules."""
         transformer = FluxTransformerConfig.from_dict("transformer", checkpoint.module_config("transformer"))
         vae = AutoencoderKLConfig.from_dict("vae", checkpoint.module_config("vae"))
         if not transformer.in_channels == transformer.out_channels == 4 * vae.latent_channels:
@@ -62,12 +62,12 @@ class FluxPipelineConfig(PackedPipelineConfig, TextConfig):
 
     @property
     def pixels_per_latent(self) -> int:
-        """The VAE's."""
+        """The VAE's spatial factor."""
         return self.vae.spatial_factor
 
     @property
     def text_encodings(self) -> tuple[TextEncoding, ...]:
-        """CLIP's pooled vector, and T5's sequence. T5 gets no mask: padding is attended to, as in training."""
+        """CLIP's pooled output and T5's hidden states. T5 attends to padding, as in training."""
         clip = TextEncoding(
             keyword="pooled_projections",
             tokenizer="tokenizer",
@@ -87,7 +87,7 @@ class FluxPipelineConfig(PackedPipelineConfig, TextConfig):
         return (clip, t5)
 
     def conditioning_shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """T5's text is padded to 512 tokens, unless a request says otherwise."""
+        """T5's text is padded to 512 tokens by default."""
         return {
             "pooled_projections": (1, self.transformer.pooled_projection_dim),
             "encoder_hidden_states": (1, MAX_SEQUENCE_LENGTH, self.transformer.joint_attention_dim),
@@ -109,7 +109,7 @@ class FluxPipelineConfig(PackedPipelineConfig, TextConfig):
         return unpack_patches(latents, *raw_latent_shape[1:])
 
     def prepare_pos_cond_kwargs(self, embeds: Parts, shapes: Shapes, sampling: Sampling) -> Keywords:
-        """Guidance embedding of distilled models; positions (axis, row, column) of every token, all 0 for text."""
+        """Guidance for distilled models, and positions (0, row, column) of all tokens; 0 for text."""
         batch, _, rows, columns = shapes["image"]
         guidance = None
         if self.transformer.guidance_embeds:
@@ -122,7 +122,7 @@ class FluxPipelineConfig(PackedPipelineConfig, TextConfig):
         }
 
     def vae_latents(self, raw: Tensor) -> Tensor:
-        """Undo scale, then shift."""
+        """Undo scaling, then shift."""
         return raw / self.vae.scaling_factor + self.vae.shift_factor
 
 

@@ -63,7 +63,7 @@ class LTX2PipelineConfig(StandardPipelineConfig):
     prediction_dtype: ClassVar[torch.dtype | None] = torch.float32
     visual_part: ClassVar[str] = "video"
     has_float32_noise: ClassVar[bool] = True
-    sound_part: ClassVar[str | None] = "audio"
+    audio_part: ClassVar[str | None] = "audio"
     module_loaders: ClassVar[Mapping[str, str]] = {
         "AutoencoderKLLTX2Audio": "models.vaes.ltx2:load_ltx2_audio_vae",
         "AutoencoderKLLTX2Video": "models.vaes.ltx2:load_ltx2_video_vae",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 from torch import Tensor
 
 from configs.models.encodings import ImageTextEncoding, Template
-from configs.models.vaes.qwen_image import GIVEN_AREA, given_size
+from configs.models.vaes.qwen_image import IMAGE_AREA, image_size_of_area
 from configs.pipeline_configs.base import ImageLatentsConfig, ImageTextConfig, Parts, Shapes
 from configs.pipeline_configs.packed import CONDITION, condition_name
 from configs.pipeline_configs.qwen_image import QwenImageFamilyConfig
@@ -41,9 +41,9 @@ class QwenImageEditPipelineConfig(QwenImageFamilyConfig, ImageTextConfig, ImageL
         **QwenImageFamilyConfig.module_loaders,
         "Qwen2_5_VLForConditionalGeneration": "models.encoder_runners.qwen_vl:load_qwen_vl_model",
     }
-    given_area: ClassVar[int] = GIVEN_AREA
+    given_area: ClassVar[int] = IMAGE_AREA
     """Pixels of an image as the VAE encodes it."""
-    seen_area: ClassVar[int] = GIVEN_AREA
+    seen_area: ClassVar[int] = IMAGE_AREA
     """Pixels of an image as the language model sees it."""
 
     @property
@@ -56,19 +56,19 @@ class QwenImageEditPipelineConfig(QwenImageFamilyConfig, ImageTextConfig, ImageL
             processor="processor",
             template=lambda _: EDIT_TEMPLATE,
             picture_mark="<|image_pad|>",
-            picture_size=lambda height, width: given_size(height, width, self.seen_area),
+            picture_size=lambda height, width: image_size_of_area(height, width, self.seen_area),
             most_tokens=self._positions_beside,
         )
 
     def image_size(self, size: tuple[int, int], canvas: Canvas) -> tuple[int, int]:
         """Its own, whatever the size of the picture that is made."""
         del canvas
-        return given_size(*size, self.given_area)
+        return image_size_of_area(*size, self.given_area)
 
     def condition_shapes(self, canvas: Canvas) -> Shapes:
         """That of a picture with the proportions of the one that is made."""
         side = self.pixels_per_latent
-        height, width = given_size(canvas.height, canvas.width, self.given_area)
+        height, width = image_size_of_area(canvas.height, canvas.width, self.given_area)
         return {CONDITION: (1, 1, self.vae.z_dim, height // side, width // side)}
 
     def image_latents(self, encode: Callable[[Tensor], Tensor], images: Mapping[str, Tensor], canvas: Canvas) -> Parts:
@@ -79,5 +79,5 @@ class QwenImageEditPipelineConfig(QwenImageFamilyConfig, ImageTextConfig, ImageL
 
     def _positions_beside(self, height: int, width: int) -> int:
         """How many text tokens have positions next to a picture of that size (pixels)."""
-        side = max(given_size(height, width, self.given_area)) // (2 * self.pixels_per_latent)
+        side = max(image_size_of_area(height, width, self.given_area)) // (2 * self.pixels_per_latent)
         return POSITIONS - side // 2

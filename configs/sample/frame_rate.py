@@ -11,7 +11,7 @@ from common.artifacts import Canvas, Prompt, Sampling
 def with_conditioning_frame_rate(
     made: Mapping[str, Prompt | Canvas | Sampling], frame_rate: float
 ) -> dict[str, Prompt | Canvas | Sampling]:
-    """Artifacts by slot whose sampling has the rate, in frames a second, as `conditioning_frame_rate`."""
+    """Add `conditioning_frame_rate` (Hz) to the sampling artifact; `made` is by slot."""
     sampling = made["sampling"]
     assert isinstance(sampling, Sampling), "SamplingParams.artifacts() puts each in its slot"
     params = {**sampling.params, "conditioning_frame_rate": frame_rate}

@@ -1,4 +1,4 @@
-"""Bounds that `shift_terminal` of a scheduler sets: it stretches the schedule so that it ends at that noise level."""
+"""Bounds of schedules with `shift_terminal`: the scheduler stretches the schedule to end at that noise level."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ _HIGHEST_LAST_SIGMA = 0.9999
 
 
 def check_stretched(checkpoint: Checkpoint, steps: int, sigmas: Sequence[float] = ()) -> None:
-    """Refuse a schedule that cannot be stretched: Diffusers divides 0 by 0 there, and every pixel is NaN.
+    """Check that the schedule can be stretched; otherwise Diffusers divides 0 by 0, and all pixels are NaN.
 
     Raises InvalidInput.
     """
     if not checkpoint.config_of("scheduler").get("shift_terminal"):
         return
     if sigmas and sigmas[-1] > _HIGHEST_LAST_SIGMA:
-        message = f"the last of sigmas must be below {_HIGHEST_LAST_SIGMA}, but is {sigmas[-1]}"
-        raise InvalidInput(f"{message}; this model's schedule is stretched from 1 to it", field="sigmas")
+        message = f"sigmas: {sigmas[-1]}, the last one, is not at most {_HIGHEST_LAST_SIGMA}"
+        raise InvalidInput(f"{message}; this model stretches the schedule between 1 and the last one", field="sigmas")
     if steps < 2 and not sigmas:
-        message = "num_inference_steps must be at least 2, because this model's schedule has two fixed ends"
-        raise InvalidInput(f"{message}, but is {steps}", field="num_inference_steps")
+        message = f"num_inference_steps: {steps} is not at least 2"
+        raise InvalidInput(f"{message}; this model's schedule has two fixed ends", field="num_inference_steps")

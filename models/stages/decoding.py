@@ -30,7 +30,7 @@ class DecodingStage(PipelineStage[DecodingInput, DecodingOutput]):
         self._device = runtime.device
         self._dtype = config.dtype_of("vae", runtime.dtype)
         self._vae = modules["vae"]
-        has_sound = config.sound_part is not None
+        has_sound = config.audio_part is not None
         self._audio_vae, self._vocoder = (modules[role] if has_sound else None for role in ("audio_vae", "vocoder"))
 
     @torch.inference_mode()
@@ -91,12 +91,12 @@ class DecodingStage(PipelineStage[DecodingInput, DecodingOutput]):
         return mp4_bytes(frames, canvas.height, canvas.width, canvas.frame_rate or DEFAULT_FRAME_RATE, sound)
 
     def _sound_part(self, x: DecodingInput) -> LatentPart | None:
-        name = self._config.sound_part
+        name = self._config.audio_part
         return None if name is None else x.denoised_latents.parts[name]
 
     def _sound_tensors(self, x: DecodingInput) -> dict[str, Tensor]:
         """Latents and samples of the audio; empty for a model without audio."""
-        part, name = self._sound_part(x), self._config.sound_part
+        part, name = self._sound_part(x), self._config.audio_part
         if part is None or name is None:
             return {}
         samples = torch.cat([self._samples(each[None]) for each in part.latents])

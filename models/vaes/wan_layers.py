@@ -51,9 +51,10 @@ def up_blocks(decoder: Any, *, is_residual: bool) -> list[UpBlock]:
 
 
 def arrange_weights(decoder: Any) -> None:
-    """Add to each 3D convolution a 2D weight over a window of frames: (out, in, frames, h, w) to (out, frames * in, h, w).
+    """Register a 2D weight over a window of frames with each 3D convolution.
 
-    Both weights share memory. On CUDA the 2D weight is channels-last.
+    The 2D weight (out, frames * in, h, w) and the 3D weight (out, in, frames, h, w) share memory. On CUDA the 2D weight
+    is channels-last.
     """
     for module in decoder.modules():
         if isinstance(module, nn.Conv3d):
@@ -211,7 +212,7 @@ class _ShortcutUp:
 
 
 class _Unpatchify:
-    """Rearranges channels (colour, column, row of a patch) to pixels: (1, C * patch², H, W) to (1, C, H * patch, ...)."""
+    """Rearranges channels (colour, column, row of a patch) to pixels: (1, C * p², H, W) to (1, C, H * p, W * p)."""
 
     def __init__(self, patch_size: int) -> None:
         self._patch_size = patch_size

@@ -18,7 +18,7 @@ from PIL.PngImagePlugin import PngInfo
 from coarse_pictures import coarse_image, png
 from common.errors import CheckpointError, InvalidInput
 from common.image_header import ImageHeader
-from configs.models.vaes.qwen_image import given_size
+from configs.models.vaes.qwen_image import image_size_of_area
 from configs.pipeline_configs.qwen_image_edit import EDIT_TEMPLATE, POSITIONS, QwenImageEditPipelineConfig
 from configs.sample.qwen_image import QwenImageEditSamplingParams
 from local_fleet import Heard, LocalFleet, open_fleet, reference_run, relative_error
@@ -114,13 +114,13 @@ def test_a_tokenizer_that_the_encoder_does_not_know_is_refused(pair: Pair) -> No
 def test_pictures_are_edited_in_diffusers_sizes(size: tuple[int, int]) -> None:
     width, height = size
     theirs = calculate_dimensions(1024 * 1024, width / height)
-    assert given_size(height, width) == (theirs[1], theirs[0])
+    assert image_size_of_area(height, width) == (theirs[1], theirs[0])
 
 
 def test_the_size_follows_from_the_picture(pair: Pair) -> None:
     stage = InputValidationStage(pair[0].model)
     params = stage.run({"prompt": ""}, {"image": png(coarse_image(90, 60))}).params
-    assert (params.height, params.width) == given_size(60, 90) == (832, 1248)
+    assert (params.height, params.width) == image_size_of_area(60, 90) == (832, 1248)
     params = stage.run({"prompt": "", "height": 64}, {"image": png(coarse_image(90, 60))}).params
     assert (params.height, params.width) == (64, 1248)
     headers = {"image": ImageHeader(format="PNG", height=90, width=60)}
@@ -130,7 +130,7 @@ def test_the_size_follows_from_the_picture(pair: Pair) -> None:
 def test_the_size_follows_the_orientation_in_the_metadata(pair: Pair) -> None:
     sideways = xmp_rotated(png(coarse_image(90, 60)))
     params = InputValidationStage(pair[0].model).run({"prompt": ""}, {"image": sideways}).params
-    assert (params.height, params.width) == given_size(90, 60)
+    assert (params.height, params.width) == image_size_of_area(90, 60)
 
 
 def test_16_bit_grey_is_accepted_with_a_warning(pair: Pair) -> None:

@@ -22,7 +22,7 @@ from common.errors import Cancelled, CheckpointError, InvalidInput
 from common.image_header import MAX_IMAGES
 from common.stage import Call
 from common.tensors import TORCH
-from configs.models.vaes.qwen_image import given_size
+from configs.models.vaes.qwen_image import image_size_of_area
 from configs.pipeline_configs.qwen_image_edit_plus import QwenImageEditPlusPipelineConfig, plus_template
 from local_fleet import Heard, LocalFleet, call_of, open_fleet, reference_run, relative_error
 from models.contracts import DenoisingInput
@@ -169,7 +169,7 @@ def test_the_size_follows_from_the_last_image(pairs: dict[bool, Pair]) -> None:
     stage = InputValidationStage(pairs[True][0].model)
     images = files(given(2))
     params = stage.run({"prompt": ""}, {role: images[role] for role in reversed(images)}).params
-    assert (params.height, params.width) == given_size(200, 50)
+    assert (params.height, params.width) == image_size_of_area(200, 50)
 
 
 def test_the_template_is_as_long_as_with_the_published_tokenizer() -> None:

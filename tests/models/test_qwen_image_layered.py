@@ -25,7 +25,7 @@ from common.errors import Cancelled, CheckpointError, InvalidInput
 from common.stage import Call
 from common.tensors import TORCH
 from configs.models.dits.qwen_image import QwenImageTransformerConfig
-from configs.models.vaes.qwen_image import AutoencoderKLQwenImageConfig, given_size
+from configs.models.vaes.qwen_image import AutoencoderKLQwenImageConfig, image_size_of_area
 from configs.pipeline_configs.qwen_image import check_flags
 from configs.pipeline_configs.qwen_image_layered import QwenImageLayeredPipelineConfig
 from configs.sample.qwen_image_layered import QwenImageLayeredSamplingParams
@@ -241,7 +241,7 @@ def test_the_size_follows_from_image_and_resolution(fleet: LocalFleet) -> None:
         patch.setattr(QwenImageLayeredSamplingParams, "pixels_of", lambda resolution: resolution**2)
         for resolution in (640, 1024):
             validated = stage.run({"resolution": resolution}, {"image": png(WIDE)})
-            assert (validated.params.height, validated.params.width) == given_size(60, 90, resolution**2)
+            assert (validated.params.height, validated.params.width) == image_size_of_area(60, 90, resolution**2)
             again = stage.run(validated.params.as_mapping(), {"image": png(WIDE)})
             assert again.params == validated.params
 

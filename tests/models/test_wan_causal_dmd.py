@@ -308,7 +308,7 @@ def test_the_defaults_are_self_forcings(folder: Path) -> None:
     assert (params.num_inference_steps, params.guidance_scale, params.num_frames) == (4, 1.0, 81)
     assert not warnings
     config = WanCausalDMDPipelineConfig.from_checkpoint(Checkpoint.open(path)).transformer
-    assert (config.num_frames_per_block, config.local_attn_size, config.most_frames) == (3, None, 21)
+    assert (config.num_frames_per_block, config.local_attn_size, config.max_frames) == (3, None, 21)
 
 
 def test_a_checkpoint_without_the_causal_configuration_is_refused(folder: Path) -> None:
