@@ -97,6 +97,30 @@ def whole_prompt(prompt: Prompt) -> PromptText:
     return PromptText(field="prompt", text=prompt.prompt)
 
 
+def second_prompt(prompt: Prompt) -> PromptText:
+    """`prompt_2`, or the prompt if it is unset."""
+    return PromptText(field="prompt_2", text=prompt.prompt_2) if prompt.prompt_2 else whole_prompt(prompt)
+
+
+def pooled_output(output: Any, _: Tensor) -> Tensor:
+    """The encoder's pooled output, (B, size)."""
+    pooled: Tensor = output.pooler_output
+    return pooled
+
+
+def hidden_states(layer: int | None = None, *, skipped: int = 0) -> Callable[[Any, Tensor], Tensor]:
+    """Select the hidden states (B, tokens, size) of a layer, without the first `skipped` tokens.
+
+    `layer` indexes the encoder's hidden_states; None: the last hidden state, after the final norm.
+    """
+
+    def select(output: Any, _: Tensor) -> Tensor:
+        hidden: Tensor = output.last_hidden_state if layer is None else output.hidden_states[layer]
+        return hidden[:, skipped:]
+
+    return select
+
+
 def sequence_length(default: int) -> Callable[[Prompt], int]:
     """The request's `max_sequence_length`, or `default` if it is unset."""
     return lambda prompt: prompt.max_sequence_length or default

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from common.errors import CheckpointError
 from configs.models.dits.flux import FluxTransformerConfig
-from configs.models.encodings import PromptText, TextEncoding, sequence_length, whole_prompt
+from configs.models.encodings import (
+    TextEncoding,
+    hidden_states,
+    pooled_output,
+    second_prompt,
+    sequence_length,
+    whole_prompt,
+)
 from configs.models.fields import ConfigFields
 from configs.models.vaes.kl import AutoencoderKLConfig
 from configs.pipeline_configs.base import Keywords, Parts, Shapes, TextConfig
@@ -74,15 +81,15 @@ class FluxPipelineConfig(PackedPipelineConfig, TextConfig):
             encoder="text_encoder",
             text=whole_prompt,
             max_length=_tokenizers_own,
-            output=_pooled,
+            output=pooled_output,
         )
         t5 = TextEncoding(
             keyword="encoder_hidden_states",
             tokenizer="tokenizer_2",
             encoder="text_encoder_2",
-            text=_prompt_2,
+            text=second_prompt,
             max_length=sequence_length(MAX_SEQUENCE_LENGTH),
-            output=_last_hidden_state,
+            output=hidden_states(),
         )
         return (clip, t5)
 
@@ -131,19 +138,5 @@ def _check_size(checkpoint: Checkpoint, encoder: str, entry: str, taken: int) ->
     check_text_size(made, encoder, taken)
 
 
-def _prompt_2(prompt: Prompt) -> PromptText:
-    return PromptText(field="prompt_2", text=prompt.prompt_2) if prompt.prompt_2 else whole_prompt(prompt)
-
-
 def _tokenizers_own(_: Prompt) -> None:
     return None
-
-
-def _pooled(output: Any, _: Tensor) -> Tensor:
-    pooled: Tensor = output.pooler_output
-    return pooled
-
-
-def _last_hidden_state(output: Any, _: Tensor) -> Tensor:
-    hidden: Tensor = output.last_hidden_state
-    return hidden

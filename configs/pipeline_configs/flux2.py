@@ -20,8 +20,6 @@ from configs.models.encodings import TextEncoding, sequence_length
 from configs.models.fields import ConfigFields
 from configs.models.vaes.flux2 import AutoencoderKLFlux2Config, area_limited
 from configs.pipeline_configs.base import (
-    NEGATIVE,
-    POSITIVE,
     ImageLatentsConfig,
     Keywords,
     Parts,
@@ -29,6 +27,7 @@ from configs.pipeline_configs.base import (
     StandardPipelineConfig,
     Step,
 )
+from configs.pipeline_configs.guidance import classifier_free
 from configs.pipeline_configs.packed import CONDITION, check_text_size, condition_name, condition_parts
 
 if TYPE_CHECKING:
@@ -184,8 +183,7 @@ class Flux2FamilyConfig(StandardPipelineConfig):
     def guide(self, predictions: Mapping[str, Parts], latents: Parts, step: Step, sampling: Sampling) -> Parts:
         """Classifier-free guidance."""
         del latents, step
-        positive, negative = predictions[POSITIVE]["image"], predictions[NEGATIVE]["image"]
-        return {"image": negative + (sampling.guidance_scale or 0.0) * (positive - negative)}
+        return {"image": classifier_free(predictions, "image", sampling.guidance_scale or 0.0)}
 
     def vae_latents(self, raw: Tensor) -> Tensor:
         """Unchanged: the VAE denormalises with statistics in its weights."""

@@ -232,7 +232,7 @@ class SamplingParams:
 
     @classmethod
     def _spec(cls, item: Field[Any], default: ParamValue | None) -> ParameterSpec:
-        """Build a spec with the nearest base class's description and bounds; a subclass may override only the default."""
+        """Build a spec with the nearest base class's metadata; a subclass may override only the default."""
         annotation = str(item.type).removesuffix(" | None")
         for base in cls.__mro__:
             declared = vars(base).get("__dataclass_fields__", {}).get(item.name)
@@ -288,6 +288,11 @@ class SamplingParams:
         if area * self.num_outputs_per_prompt > limit:
             message = f"num_outputs_per_prompt: {self.num_outputs_per_prompt} is not at most {limit // area} at {size}"
             raise InvalidInput(message, field="num_outputs_per_prompt")
+
+
+def warnings_without_effect(reasons: Mapping[str, str], given: Collection[str]) -> tuple[ParamWarning, ...]:
+    """Warnings about the caller's parameters that have no effect. `reasons` are by parameter name."""
+    return tuple(ParamWarning(name, f"{name}: no effect {why}") for name, why in reasons.items() if name in given)
 
 
 def _checked_number(spec: ParameterSpec, value: object) -> int | float:

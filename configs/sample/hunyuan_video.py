@@ -3,33 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, replace
-from typing import ClassVar, Self
+from dataclasses import dataclass
+from typing import Self
 
 from common.checkpoint import Checkpoint
 from configs.models.vaes.hunyuan_video import AutoencoderKLHunyuanVideoConfig
-from configs.sample.base import ParamWarning, parameter
+from configs.sample.base import ParamWarning, parameter, warnings_without_effect
 from configs.sample.grid import check_multiples
 from configs.sample.sigmas import SigmasSamplingParams
 from configs.sample.terminal import check_stretched
+from configs.sample.video import VideoSamplingParams
 
 _SIZE_MULTIPLE = 16
 
 
 @dataclass(frozen=True, kw_only=True)
-class HunyuanVideoSamplingParams(SigmasSamplingParams):
+class HunyuanVideoSamplingParams(VideoSamplingParams, SigmasSamplingParams):
     """HunyuanVideo, text to video. guidance_scale is the guidance embedding.
 
     true_cfg_scale above 1 with a negative prompt enables classifier-free guidance.
     """
 
-    output_formats: ClassVar[tuple[str, ...]] = ("mp4", "safetensors")
-    max_total_pixels: ClassVar[int] = 2**28
-
     height: int = 720
     width: int = 1280
     num_frames: int = parameter("Number of frames; one more than a multiple of 4.", 129, minimum=1, maximum=4093)
-    frame_rate: float = parameter("Frames per second of the video.", 24.0, minimum=1.0, maximum=240.0)
     num_inference_steps: int = 50
     guidance_scale: float = 6.0
     true_cfg_scale: float = parameter(
@@ -47,17 +44,8 @@ class HunyuanVideoSamplingParams(SigmasSamplingParams):
         params, warnings = self.with_steps_of_sigmas(given)
         check_stretched(checkpoint, params.num_inference_steps, params.sigmas)
         vae = AutoencoderKLHunyuanVideoConfig.from_dict("vae", checkpoint.module_config("vae"))
-        frames = vae.whole_frames(self.num_frames)
-        if frames != self.num_frames:
-            rule = f"is not one more than a multiple of {vae.temporal_factor}"
-            message = f"num_frames {self.num_frames} {rule}; {frames} is used instead"
-            warnings = (*warnings, ParamWarning("num_frames", message))
-        idle = [
-            ParamWarning(name, f"{name}: no effect {why}")
-            for name, why in self._without_effect(checkpoint).items()
-            if name in given
-        ]
-        return replace(params, num_frames=frames), (*warnings, *idle)
+        params, more = params.with_whole_latent_frames(vae)
+        return params, (*warnings, *more, *warnings_without_effect(self._without_effect(checkpoint), given))
 
     def _without_effect(self, checkpoint: Checkpoint) -> dict[str, str]:
         """Parameters without effect in this request, each with the reason."""
@@ -76,8 +64,3 @@ class HunyuanVideoSamplingParams(SigmasSamplingParams):
     def branches(self) -> int:
         """Two with classifier-free guidance, otherwise one."""
         return 2 if self.true_cfg_scale > 1 and self.negative_prompt is not None else 1
-
-    @property
-    def extent(self) -> dict[str, int]:
-        """Also the frames."""
-        return {**super().extent, "num_frames": self.num_frames}

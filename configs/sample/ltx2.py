@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 from common.artifacts import Canvas, Prompt, Sampling
 from common.checkpoint import Checkpoint
@@ -16,13 +16,14 @@ from configs.sample.base import ImageRoles, ParamWarning, parameter
 from configs.sample.frame_rate import with_conditioning_frame_rate
 from configs.sample.sigmas import SigmasSamplingParams
 from configs.sample.terminal import check_stretched
+from configs.sample.video import VideoSamplingParams
 
 _MAX_SCALE = 1000.0
 _STG_PARAMETERS = ("stg_scale", "audio_stg_scale", "spatio_temporal_guidance_blocks")
 
 
 @dataclass(frozen=True, kw_only=True)
-class LTX2SamplingParams(SigmasSamplingParams):
+class LTX2SamplingParams(VideoSamplingParams, SigmasSamplingParams):
     """LTX-2, text to a video with audio. Parameters with the prefix audio_ are for the audio.
 
     There are three kinds of guidance, each with its own prediction: by a negative prompt (enabled above 1), by skipped
@@ -30,14 +31,10 @@ class LTX2SamplingParams(SigmasSamplingParams):
     Defaults are those of Diffusers' call, for LTX-2.3.
     """
 
-    output_formats: ClassVar[tuple[str, ...]] = ("mp4", "safetensors")
-    max_total_pixels: ClassVar[int] = 2**28
-
     prompt: str = parameter("Text prompt for video and audio.")
     height: int = 512
     width: int = 768
     num_frames: int = parameter("Number of frames; one more than a multiple of 8.", 121, minimum=1, maximum=4089)
-    frame_rate: float = parameter("Frames per second.", 24.0, minimum=1.0, maximum=240.0)
     motion_speed: float = parameter(
         "Speed of motion at the same frame rate; below 1 is slow motion.", 1.0, minimum=0.01, maximum=100.0
     )
@@ -85,11 +82,6 @@ class LTX2SamplingParams(SigmasSamplingParams):
             max(self.modality_scale, self.audio_modality_scale) > 1,
         )
         return 1 + sum(is_on)
-
-    @property
-    def extent(self) -> dict[str, int]:
-        """Also the frames."""
-        return {**super().extent, "num_frames": self.num_frames}
 
     def artifacts(self) -> dict[str, Prompt | Canvas | Sampling]:
         """Also the frame rate for conditioning, which accounts for `motion_speed`."""

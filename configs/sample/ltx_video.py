@@ -4,36 +4,34 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from dataclasses import dataclass, replace
-from typing import ClassVar, Self
+from dataclasses import dataclass
+from typing import Self
 
 from common.artifacts import Canvas, Prompt, Sampling
 from common.checkpoint import Checkpoint
 from common.errors import InvalidInput
 from configs.models.vaes.ltx_video import LTXVideoVAEConfig
-from configs.sample.base import ImageRoles, ParamWarning, SamplingParams, parameter
+from configs.sample.base import ImageRoles, ParamWarning, parameter, warnings_without_effect
 from configs.sample.frame_rate import with_conditioning_frame_rate
 from configs.sample.grid import check_multiples
 from configs.sample.terminal import check_stretched
+from configs.sample.video import VideoSamplingParams
 
 _SIZE_MULTIPLE = 32
 
 
 @dataclass(frozen=True, kw_only=True)
-class LTXVideoSamplingParams(SamplingParams):
+class LTXVideoSamplingParams(VideoSamplingParams):
     """LTX-Video, text to video. guidance_scale above 1 enables classifier-free guidance.
 
     An unset negative prompt is empty. Parameters with the prefix decode_ are for models whose decoder removes noise
     (0.9.5).
     """
 
-    output_formats: ClassVar[tuple[str, ...]] = ("mp4", "safetensors")
-    max_total_pixels: ClassVar[int] = 2**28
-
     height: int = 512
     width: int = 704
     num_frames: int = parameter("Number of frames; one more than a multiple of 8.", 161, minimum=1, maximum=4089)
-    frame_rate: float = parameter("Frames per second.", 25.0, minimum=1.0, maximum=240.0)
+    frame_rate: float = 25.0
     num_inference_steps: int = 50
     guidance_scale: float = 3.0
     guidance_rescale: float = parameter(
@@ -55,11 +53,6 @@ class LTXVideoSamplingParams(SamplingParams):
         """Two with classifier-free guidance, otherwise one."""
         return 2 if self.guidance_scale > 1 else 1
 
-    @property
-    def extent(self) -> dict[str, int]:
-        """Also the frames."""
-        return {**super().extent, "num_frames": self.num_frames}
-
     def artifacts(self) -> dict[str, Prompt | Canvas | Sampling]:
         """Also the frame rate for conditioning."""
         return with_conditioning_frame_rate(super().artifacts(), self.frame_rate)
@@ -71,17 +64,8 @@ class LTXVideoSamplingParams(SamplingParams):
         vae = LTXVideoVAEConfig.from_dict("vae", checkpoint.module_config("vae"))
         check_multiples({"height": self.height, "width": self.width}, math.lcm(_SIZE_MULTIPLE, vae.spatial_factor))
         check_stretched(checkpoint, self.num_inference_steps)
-        frames, warnings = vae.whole_frames(self.num_frames), []
-        if frames != self.num_frames:
-            rule = f"is not one more than a multiple of {vae.temporal_factor}"
-            message = f"num_frames {self.num_frames} {rule}; {frames} is used instead"
-            warnings.append(ParamWarning("num_frames", message))
-        warnings += [
-            ParamWarning(name, f"{name}: no effect {why}")
-            for name, why in self._without_effect(vae).items()
-            if name in given
-        ]
-        return replace(self, num_frames=frames), tuple(warnings)
+        params, warnings = self.with_whole_latent_frames(vae)
+        return params, (*warnings, *warnings_without_effect(self._without_effect(vae), given))
 
     def _without_effect(self, vae: LTXVideoVAEConfig) -> dict[str, str]:
         """Parameters without effect in this request, each with the reason."""

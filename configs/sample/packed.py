@@ -8,7 +8,7 @@ from typing import Self
 
 from common.artifacts import ParamValue
 from common.checkpoint import Checkpoint
-from configs.sample.base import ParamWarning, parameter
+from configs.sample.base import ParamWarning, parameter, warnings_without_effect
 from configs.sample.sigmas import SigmasSamplingParams
 from configs.sample.terminal import check_stretched
 
@@ -48,11 +48,7 @@ class PackedSamplingParams(SigmasSamplingParams):
         params, warnings = self.floored_size(_PATCH * self.pixels_per_latent(checkpoint))
         params, more = params.with_steps_of_sigmas(given)
         check_stretched(checkpoint, params.num_inference_steps, params.sigmas)
-        idle = params.without_effect(checkpoint)
-        idle_warnings = tuple(
-            ParamWarning(name, f"{name}: no effect {why}") for name, why in idle.items() if name in given
-        )
-        return params, (*warnings, *more, *idle_warnings)
+        return params, (*warnings, *more, *warnings_without_effect(params.without_effect(checkpoint), given))
 
     @property
     def branches(self) -> int:

@@ -9,23 +9,22 @@ from typing import Any, ClassVar, Self
 from common.artifacts import ParamValue
 from common.checkpoint import Checkpoint
 from common.errors import CheckpointError, InvalidInput
-from configs.sample.base import ImageRoles, ParamWarning, SamplingParams, parameter
+from configs.sample.base import ImageRoles, ParamWarning, parameter
 from configs.sample.grid import check_multiples
 from configs.sample.terminal import check_stretched
+from configs.sample.video import VideoSamplingParams
 
 _SIZE_MULTIPLE = 16
 _PATCH = (1, 2, 2)
 
 
 @dataclass(frozen=True, kw_only=True)
-class WanSamplingParams(SamplingParams):
+class WanSamplingParams(VideoSamplingParams):
     """Wan 2.1, text to video. guidance_scale above 1 enables classifier-free guidance.
 
     An unset negative prompt is empty. A video has 4k + 1 frames.
     """
 
-    output_formats: ClassVar[tuple[str, ...]] = ("mp4", "safetensors")
-    max_total_pixels: ClassVar[int] = 2**28
     supported_version: ClassVar[str] = "Wan 2.1"
     other_versions: ClassVar[Mapping[str, str]] = {
         "boundary_ratio": "two transformers",
@@ -36,7 +35,7 @@ class WanSamplingParams(SamplingParams):
     height: int = 480
     width: int = 832
     num_frames: int = parameter("Number of frames; one more than a multiple of 4.", 81, minimum=1, maximum=4093)
-    frame_rate: float = parameter("Frames per second of the video.", 16.0, minimum=1.0, maximum=240.0)
+    frame_rate: float = 16.0
     num_inference_steps: int = 50
     guidance_scale: float = 5.0
     max_sequence_length: int = parameter("Maximum number of prompt tokens for UMT5.", 512, minimum=1, maximum=512)
@@ -83,11 +82,6 @@ class WanSamplingParams(SamplingParams):
             return self, ()
         message = f"num_frames: {asked} is not one more than a multiple of {factor}; {frames} is used instead"
         return replace(self, num_frames=frames), (ParamWarning("num_frames", message),)
-
-    @property
-    def extent(self) -> dict[str, int]:
-        """Also the frames."""
-        return {**super().extent, "num_frames": self.num_frames}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from typing import Self
 from common.artifacts import ParamValue
 from common.checkpoint import Checkpoint
 from common.image_header import ImageHeader
-from configs.sample.base import ParamWarning, parameter
+from configs.sample.base import ParamWarning, parameter, warnings_without_effect
 from configs.sample.flux import vae_scale_factor
 from configs.sample.grid import check_multiples
 from configs.sample.sigmas import SigmasSamplingParams
@@ -77,8 +77,7 @@ class ZImageSamplingParams(SigmasSamplingParams):
         if self.guidance_scale > 0:
             return params, warnings
         idle = ("negative_prompt", _NORMALIZATION, "cfg_truncation")
-        more = [ParamWarning(name, f"{name}: no effect without guidance_scale") for name in idle if name in given]
-        return params, (*warnings, *more)
+        return params, (*warnings, *warnings_without_effect(dict.fromkeys(idle, "without guidance_scale"), given))
 
     @property
     def branches(self) -> int:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from common.artifacts import Schedule
 from common.errors import InvalidInput
+from models.schedulers.solver import check_empty
 
 
 class DrawNoise(Protocol):
@@ -63,9 +64,5 @@ class DmdSolver:
 
     def restore(self, step: int, state: Mapping[str, Tensor]) -> None:
         """Set the step counter. Raises InvalidInput for the state of another solver."""
-        if state:
-            raise InvalidInput(
-                f"resume_from.solver: {', '.join(state)} is not the state of this solver, which is empty",
-                field="resume_from.solver",
-            )
+        check_empty(state)
         self._done = step

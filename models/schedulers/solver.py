@@ -52,6 +52,13 @@ PRIVATE_API = {
 """Attributes of Diffusers' schedulers that the solvers set; setting a renamed attribute would have no effect."""
 
 
+def check_empty(state: Mapping[str, Tensor]) -> None:
+    """Check that the state of a solver without state is empty. Raises InvalidInput."""
+    if state:
+        message = f"resume_from.solver: {', '.join(state)} is not the state of this solver, which is empty"
+        raise InvalidInput(message, field="resume_from.solver")
+
+
 class FlowMatchEulerSolver:
     """First-order Euler solver: stateless except for the step counter."""
 
@@ -75,11 +82,7 @@ class FlowMatchEulerSolver:
 
     def restore(self, step: int, state: Mapping[str, Tensor]) -> None:
         """Set the step counter. Raises InvalidInput for the state of another solver."""
-        if state:
-            raise InvalidInput(
-                f"resume_from.solver: {', '.join(state)} is not the state of this solver, which is empty",
-                field="resume_from.solver",
-            )
+        check_empty(state)
         self._scheduler.set_begin_index(step)
 
 

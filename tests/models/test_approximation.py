@@ -72,7 +72,7 @@ Case = tuple[ServedModel, DenoisingInput, tuple[str, ...]]
 def _small_images() -> Iterator[None]:
     """Given images have fewer tokens than in Diffusers."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(QwenImageEditPipelineConfig, "given_area", 96 * 96)
+        patch.setattr(QwenImageEditPipelineConfig, "vae_image_area", 96 * 96)
         yield
 
 

@@ -66,7 +66,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[bool, Pair]
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Given images are encoded in fewer pixels."""
-    monkeypatch.setattr(QwenImageEditPlusPipelineConfig, "given_area", AREA)
+    monkeypatch.setattr(QwenImageEditPlusPipelineConfig, "vae_image_area", AREA)
     monkeypatch.setattr(reference, "VAE_IMAGE_SIZE", AREA)
 
 
@@ -101,8 +101,8 @@ def test_latents_and_pixels_are_diffusers(pairs: dict[bool, Pair], case: str) ->
 
 
 def test_images_are_encoded_in_diffusers_sizes() -> None:
-    assert QwenImageEditPlusPipelineConfig.given_area == reference.VAE_IMAGE_SIZE
-    assert QwenImageEditPlusPipelineConfig.seen_area == reference.CONDITION_IMAGE_SIZE
+    assert QwenImageEditPlusPipelineConfig.vae_image_area == reference.VAE_IMAGE_SIZE
+    assert QwenImageEditPlusPipelineConfig.encoder_image_area == reference.CONDITION_IMAGE_SIZE
 
 
 @pytest.mark.usefixtures("small")
