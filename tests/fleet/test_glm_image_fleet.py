@@ -20,7 +20,7 @@ from local_fleet import LocalFleet
 from models.catalog import ServedModel, open_model
 from models.registry import load_registry
 from served_fleet import ServedFleet, served_fleet
-from services.before_denoising import __main__ as before_denoising
+from services import stage_services
 from services.cli.__main__ import main
 from services.worker import Worker, start_worker
 from services.worker_settings import WarmUpSettings
@@ -196,6 +196,6 @@ def test_a_request_whose_worker_ends_goes_on_at_another_one(
 
 
 def test_a_model_of_the_modular_style_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert before_denoising.main(["--model", "emoji", "--redis", "unix:///x", "--device", "cpu"]) == 2
+    assert stage_services.main("before_denoising", ["--model", "emoji", "--redis", "unix:///x", "--device", "cpu"]) == 2
     message = "FluxPipeline has no before_denoising service; it has text_encoding, latent_preparation, denoising"
     assert message in capsys.readouterr().err

@@ -312,7 +312,15 @@ def test_sigterm_while_the_store_is_away_exits_with_0(toy: ServedModel, plugins:
 
     async def test() -> None:
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "services.decoding", *words, "--threads", "1", stderr=asyncio.subprocess.PIPE
+            sys.executable,
+            "-m",
+            "services.cli",
+            "serve",
+            "decoding",
+            *words,
+            "--threads",
+            "1",
+            stderr=asyncio.subprocess.PIPE,
         )
         try:
             assert process.stderr is not None

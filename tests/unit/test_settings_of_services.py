@@ -13,7 +13,7 @@ import pytest
 from common.pipeline import StageSpec
 from common.settings import SettingsError, load_settings
 from models.registry import load_registry, resolve
-from services.cli.serve import service_names, settings_class
+from services.cli.serve import module_of, service_names, settings_class
 from services.setting_readers import READERS
 from services.worker_settings import CachingSettings, StepSettings
 
@@ -77,7 +77,7 @@ def reads(tree: ast.AST, settings: tuple[str, ...] = ("settings",)) -> set[str]:
 @pytest.mark.parametrize("service", SERVICES)
 def test_every_setting_is_read(service: str) -> None:
     """By a module that the service imports."""
-    found = {name for module in modules_of(f"services.{service}.__main__") for name in reads(_tree(module))}
+    found = {name for module in modules_of(module_of(service)) for name in reads(_tree(module))}
     assert not fields_of(service) - found
 
 
