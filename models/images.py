@@ -60,10 +60,10 @@ def open_images(inputs: ImageInputs, mode: Literal["RGB", "RGBA"] = "RGB") -> Ma
 
 
 def open_image(role: str, data: bytes, mode: Literal["RGB", "RGBA"] = "RGB") -> Image.Image:
-    """Decode an image. CMYK, grey and palette images become RGB; RGB drops the alpha channel and keeps the colours.
+    """Decode an image and convert it to `mode`; conversion to RGB drops the alpha channel.
 
-    The size in the header is checked before Pillow allocates memory: Pillow's own limits are global to the process, and
-    other code may change them.
+    The size in the header is checked before Pillow allocates memory, because Pillow's own limits are process-wide and
+    other code may change them. Raises InvalidInput with the role.
     """
     header = read_image_header(role, data)
     try:

@@ -102,7 +102,7 @@ class _SecondHandle:
 
 
 @dataclass(frozen=True)
-class Sound:
+class Audio:
     """Audio samples (channels, samples), mono or stereo, and their rate in Hz."""
 
     samples: Tensor
@@ -115,7 +115,7 @@ class Mp4File:
     Audio packets are interleaved with the frames of the same time.
     """
 
-    def __init__(self, height: int, width: int, frame_rate: float, sound: Sound) -> None:
+    def __init__(self, height: int, width: int, frame_rate: float, audio: Audio) -> None:
         self._file = io.BytesIO()
         # To put the index first, the muxer opens the file a second time, for reading.
         self._container = av.open(
@@ -126,7 +126,7 @@ class Mp4File:
             io_open=lambda *_: _SecondHandle(self._file),
         )
         self._stream = _add_h264(self._container, height, width, frame_rate, _X264_OPTIONS)
-        self._sound = deque(self._encode_sound(sound))
+        self._audio = deque(self._encode_audio(audio))
 
     def add(self, pixels: Tensor) -> None:
         """Append a frame (3, height, width)."""
@@ -135,31 +135,31 @@ class Mp4File:
     def finish(self) -> bytes:
         """Finish the file and return its bytes."""
         self._mux(self._stream.encode(None))
-        while self._sound:
-            self._container.mux(self._sound.popleft())
+        while self._audio:
+            self._container.mux(self._audio.popleft())
         self._container.close()
         return self._file.getvalue()
 
     def _mux(self, packets: Iterable[av.Packet[Any]]) -> None:
         """Append video packets; audio packets up to the same time come first."""
         for packet in packets:
-            while self._sound and _seconds(self._sound[0]) <= _seconds(packet):
-                self._container.mux(self._sound.popleft())
+            while self._audio and _seconds(self._audio[0]) <= _seconds(packet):
+                self._container.mux(self._audio.popleft())
             self._container.mux(packet)
 
-    def _encode_sound(self, sound: Sound) -> list[av.Packet[Any]]:
-        layout = "mono" if len(sound.samples) == 1 else "stereo"
-        stream: Any = self._container.add_stream("aac", rate=sound.rate, layout=layout)
+    def _encode_audio(self, audio: Audio) -> list[av.Packet[Any]]:
+        layout = "mono" if len(audio.samples) == 1 else "stereo"
+        stream: Any = self._container.add_stream("aac", rate=audio.rate, layout=layout)
         stream.bit_rate, stream.codec_context.thread_count = _AAC_BITS_PER_SECOND, 1
-        frame: Any = av.AudioFrame.from_ndarray(sound.samples.numpy(), format="fltp", layout=layout)
-        frame.sample_rate, frame.time_base, frame.pts = sound.rate, Fraction(1, sound.rate), 0
+        frame: Any = av.AudioFrame.from_ndarray(audio.samples.numpy(), format="fltp", layout=layout)
+        frame.sample_rate, frame.time_base, frame.pts = audio.rate, Fraction(1, audio.rate), 0
         return [*stream.encode(frame), *stream.encode(None)]
 
 
 def _seconds(packet: av.Packet[Any]) -> Fraction:
     """Decoding time of a packet, in seconds."""
-    assert packet.dts is not None, "an encoder's packets have times"
-    assert packet.time_base is not None, "an encoder's packets have times"
+    assert packet.dts is not None, "encoded packets have timestamps"
+    assert packet.time_base is not None, "encoded packets have timestamps"
     return packet.dts * packet.time_base
 
 
@@ -257,9 +257,9 @@ def encoding_ahead() -> Iterator[EncodingAhead]:
         executor.shutdown(cancel_futures=True)
 
 
-def mp4_bytes(frames: Iterable[Tensor], height: int, width: int, frame_rate: float, sound: Sound) -> bytes:
+def mp4_bytes(frames: Iterable[Tensor], height: int, width: int, frame_rate: float, audio: Audio) -> bytes:
     """Encode frames (3, height, width) with audio, concurrently with the iteration over `frames`."""
-    file = Mp4File(height, width, frame_rate, sound)
+    file = Mp4File(height, width, frame_rate, audio)
     with encoding_ahead() as ahead:
         for frame in frames:
             ahead.submit(file.add, frame)

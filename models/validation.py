@@ -55,7 +55,7 @@ class InputValidationStage:
             (variant,) = self._model.variants
             self._check_roles(variant.roles, images)
             return variant
-        fits = [each for each in self._model.variants if _takes(each.roles, images)]
+        fits = [each for each in self._model.variants if _accepts(each.roles, images)]
         if not fits:
             raise self._no_variant(images)
         return next((each for each in fits if {spec.name for spec in each.specs}.issuperset(given)), fits[0])
@@ -89,11 +89,11 @@ class InputValidationStage:
     def _no_variant(self, images: Collection[str]) -> InvalidInput:
         known = {role for each in self._model.variants for role in (*each.roles.required, *each.roles.optional)}
         field = next((role for role in images if role not in known), "images")
-        came = ", ".join(role[:80] for role in images) or "no image"
-        takes = ", ".join(each.label for each in self._model.variants)
+        sent = ", ".join(role[:80] for role in images) or "no image"
+        accepted = ", ".join(each.label for each in self._model.variants)
         unserved = "".join(f"; variant {name} is not served: {why}" for name, why in self._model.unserved.items())
         return InvalidInput(
-            f"images: {came} is not a set of images that {self._model.name} accepts; it accepts {takes}{unserved}",
+            f"images: {sent} is not a set of images that {self._model.name} accepts; it accepts {accepted}{unserved}",
             field=field,
         )
 
@@ -109,13 +109,13 @@ class InputValidationStage:
                     field=role,
                 )
         if unknown := [role for role in images if role not in known]:
-            came = ", ".join(images)
+            sent = ", ".join(images)
             raise InvalidInput(
-                f"images: {came} are not among the roles that {name} accepts; {', '.join(known)} work", field=unknown[0]
+                f"images: {sent} are not among the roles that {name} accepts; {', '.join(known)} work", field=unknown[0]
             )
 
 
-def _takes(roles: ImageRoles, images: Collection[str]) -> bool:
+def _accepts(roles: ImageRoles, images: Collection[str]) -> bool:
     """Whether the images include all required roles, and only required or optional roles."""
     return set(roles.required) <= set(images) <= {*roles.required, *roles.optional}
 

@@ -135,9 +135,9 @@ def _inputs(
     config: DenoisingConfig, dtype: torch.dtype, request: Mapping[str, Prompt | Canvas | Sampling]
 ) -> dict[str, Any]:
     prompt, canvas, sampling = request["prompt"], request["canvas"], request["sampling"]
-    assert isinstance(prompt, Prompt), "SamplingParams.artifacts() puts each in its slot"
-    assert isinstance(canvas, Canvas), "SamplingParams.artifacts() puts each in its slot"
-    assert isinstance(sampling, Sampling), "SamplingParams.artifacts() puts each in its slot"
+    assert isinstance(prompt, Prompt), "SamplingParams.artifacts() has one artifact per slot"
+    assert isinstance(canvas, Canvas), "SamplingParams.artifacts() has one artifact per slot"
+    assert isinstance(sampling, Sampling), "SamplingParams.artifacts() has one artifact per slot"
     embeds = {name: _normal(shape, dtype) for name, shape in config.conditioning_shapes().items()}
     ids = config.conditioning_id_shapes(canvas)
     embeds |= {name: torch.zeros(shape, dtype=torch.int64) for name, shape in ids.items()}

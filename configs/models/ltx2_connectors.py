@@ -26,7 +26,7 @@ class LTX2ConnectorsConfig:
 
     @classmethod
     def from_dict(cls, module: str, values: Mapping[str, Any]) -> Self:
-        """Read config.json of the module. Raises CheckpointError."""
+        """Parse config.json. Raises CheckpointError."""
         fields = ConfigFields(module, values)
         sizes, registers = {}, {}
         for part in ("video", "audio"):

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, ClassVar, Self
 import torch
 from torch import Tensor
 
-from common.errors import CheckpointError
 from configs.models.dits.flux import FluxTransformerConfig
 from configs.models.encodings import (
     TextEncoding,
@@ -25,6 +24,7 @@ from configs.pipeline_configs.base import Keywords, Parts, Shapes, TextConfig
 from configs.pipeline_configs.packed import (
     PackedPipelineConfig,
     SequenceShift,
+    check_patch_channels,
     check_text_size,
     pack_patches,
     unpack_patches,
@@ -57,11 +57,7 @@ class FluxPipelineConfig(PackedPipelineConfig, TextConfig):
         """Parse the modules' config.json. Raises CheckpointError for incompatible modules."""
         transformer = FluxTransformerConfig.from_dict("transformer", checkpoint.module_config("transformer"))
         vae = AutoencoderKLConfig.from_dict("vae", checkpoint.module_config("vae"))
-        if not transformer.in_channels == transformer.out_channels == 4 * vae.latent_channels:
-            raise CheckpointError(
-                f"the transformer has {transformer.in_channels} input and {transformer.out_channels} output channels, "
-                f"but 2x2 patches of the VAE's {vae.latent_channels} latent channels have {4 * vae.latent_channels}"
-            )
+        check_patch_channels(transformer.in_channels, transformer.out_channels, vae.latent_channels)
         _check_size(checkpoint, "text_encoder", "hidden_size", transformer.pooled_projection_dim)
         _check_size(checkpoint, "text_encoder_2", "d_model", transformer.joint_attention_dim)
         shift = SequenceShift.from_dict("scheduler", checkpoint.config_of("scheduler"))

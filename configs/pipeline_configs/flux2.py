@@ -28,7 +28,13 @@ from configs.pipeline_configs.base import (
     Step,
 )
 from configs.pipeline_configs.guidance import classifier_free
-from configs.pipeline_configs.packed import CONDITION, check_text_size, condition_name, condition_parts
+from configs.pipeline_configs.packed import (
+    CONDITION,
+    check_patch_channels,
+    check_text_size,
+    condition_name,
+    condition_parts,
+)
 
 if TYPE_CHECKING:
     from common.artifacts import Canvas, Prompt, Sampling
@@ -69,11 +75,7 @@ class Flux2FamilyConfig(StandardPipelineConfig):
         """Parse the modules' config.json. Raises CheckpointError for incompatible modules."""
         transformer = Flux2TransformerConfig.from_dict("transformer", checkpoint.module_config("transformer"))
         vae = AutoencoderKLFlux2Config.from_dict("vae", checkpoint.module_config("vae"))
-        if not transformer.in_channels == transformer.out_channels == PATCH**2 * vae.latent_channels:
-            raise CheckpointError(
-                f"the transformer has {transformer.in_channels} input and {transformer.out_channels} output channels, "
-                f"but 2x2 patches of the VAE's {vae.latent_channels} latent channels have {4 * vae.latent_channels}"
-            )
+        check_patch_channels(transformer.in_channels, transformer.out_channels, vae.latent_channels)
         if transformer.guidance_embeds is not cls.guidance_embeds:
             found, supported = transformer.guidance_embeds, cls.guidance_embeds
             raise CheckpointError(
@@ -181,7 +183,7 @@ class Flux2FamilyConfig(StandardPipelineConfig):
         return timesteps / 1000
 
     def guide(self, predictions: Mapping[str, Parts], latents: Parts, step: Step, sampling: Sampling) -> Parts:
-        """Classifier-free guidance."""
+        """Classifier-free guidance with `guidance_scale`."""
         del latents, step
         return {"image": classifier_free(predictions, "image", sampling.guidance_scale or 0.0)}
 

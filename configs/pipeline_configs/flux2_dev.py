@@ -19,7 +19,7 @@ SYSTEM_MESSAGE = (
     "relationships, object\nattribution and actions without speculation."
 )
 BEFORE, AFTER = f"<s>[SYSTEM_PROMPT]{SYSTEM_MESSAGE}[/SYSTEM_PROMPT][INST]", "[/INST]"
-"""The chat text around a prompt, as the published tokenizer renders it."""
+"""Chat template text around a prompt, as rendered by the published tokenizer."""
 IMAGE_TOKEN = "[IMG]"
 """Image token of the language model; removed from prompts, as the language model reads only text."""
 
@@ -53,7 +53,7 @@ class Flux2PipelineConfig(Flux2FamilyConfig):
         return replace(super().text_encoding, has_special_tokens=True)
 
     def wants_negative(self, prompt: Prompt, sampling: Sampling) -> bool:
-        """Never: guidance is embedded."""
+        """False: guidance is embedded."""
         del prompt, sampling
         return False
 

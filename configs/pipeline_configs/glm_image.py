@@ -41,7 +41,7 @@ TYPICAL_GLYPH_TOKENS = 1
 
 @dataclass(frozen=True, kw_only=True)
 class GlmImagePipelineConfig(NegativePromptConfig, PreparationConfig, DenoisingConfig, DecodingConfig):
-    """GlmImagePipeline's callbacks. Latents stay (B, channels, rows, columns); a token is a 2x2 patch of them."""
+    """GlmImagePipeline's callbacks. Latents (B, channels, rows, columns) are not packed; a token is a 2x2 patch."""
 
     title: ClassVar[str] = "GLM-Image"
     deviations: ClassVar[str] = "Text to image only: Diffusers 0.42 fails for every input image."
@@ -154,11 +154,11 @@ class GlmImagePipelineConfig(NegativePromptConfig, PreparationConfig, DenoisingC
         return timesteps - 1
 
     def guide(self, predictions: Mapping[str, Parts], latents: Parts, step: Step, sampling: Sampling) -> Parts:
-        """Classifier-free guidance."""
+        """Classifier-free guidance with `guidance_scale`."""
         del latents, step
         return {"image": classifier_free(predictions, "image", sampling.guidance_scale or 0.0)}
 
     def vae_latents(self, raw: Tensor) -> Tensor:
-        """Undo the normalisation of each channel."""
+        """Undo the per-channel normalisation."""
         mean, std = channel_statistics(self.latents_mean, self.latents_std, raw)
         return raw * std + mean

@@ -56,7 +56,7 @@ TEMPLATE = Template(
 
 @dataclass(frozen=True, kw_only=True)
 class HunyuanVideoPipelineConfig(StandardPipelineConfig):
-    """HunyuanVideoPipeline's callbacks. Latents stay (B, channels, frames, rows, columns), float32."""
+    """HunyuanVideoPipeline's callbacks. Latents (B, channels, frames, rows, columns) are float32 and not packed."""
 
     title: ClassVar[str] = "HunyuanVideo"
     deviations: ClassVar[str] = (
@@ -155,7 +155,7 @@ class HunyuanVideoPipelineConfig(StandardPipelineConfig):
         return timesteps
 
     def guide(self, predictions: Mapping[str, Parts], latents: Parts, step: Step, sampling: Sampling) -> Parts:
-        """True classifier-free guidance."""
+        """Classifier-free guidance with `true_cfg_scale`."""
         del latents, step
         return {"video": classifier_free(predictions, "video", sampling.true_cfg_scale or 1.0)}
 

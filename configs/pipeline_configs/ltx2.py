@@ -48,7 +48,7 @@ class LTX2PipelineConfig(StandardPipelineConfig):
     title: ClassVar[str] = "LTX-2 (2.0 and 2.3)"
     deviations: ClassVar[str] = (
         "Prompt enhancement, predicted durations and LTX-2.5 are not supported, as their modules are not loaded. "
-        "A single step is refused, as it is NaN in Diffusers."
+        "A single step is rejected, as it is NaN in Diffusers."
     )
 
     transformer: LTX2TransformerConfig

@@ -99,7 +99,7 @@ class PackedPipelineConfig(NegativePromptConfig, PreparationConfig, DenoisingCon
         return timesteps / 1000
 
     def guide(self, predictions: Mapping[str, Parts], latents: Parts, step: Step, sampling: Sampling) -> Parts:
-        """True classifier-free guidance."""
+        """Classifier-free guidance with `true_cfg_scale`."""
         del latents, step
         positive, negative = predictions[POSITIVE]["image"], predictions[NEGATIVE]["image"]
         return {"image": self.guided(positive, negative, sampling.true_cfg_scale or 1.0)}
@@ -139,6 +139,16 @@ def check_channels(inputs: int, outputs: int, latent_channels: int) -> None:
         raise CheckpointError(
             f"transformer/config.json: {inputs} input and {outputs} output channels are not {latent_channels}, "
             f"the VAE's latent channels"
+        )
+
+
+def check_patch_channels(inputs: int, outputs: int, latent_channels: int) -> None:
+    """Check that the transformer's channels are those of 2x2 patches of the VAE's latents. Raises CheckpointError."""
+    expected = 4 * latent_channels
+    if not inputs == outputs == expected:
+        raise CheckpointError(
+            f"transformer/config.json: {inputs} input and {outputs} output channels are not {expected}, those of 2x2 "
+            f"patches of the VAE's {latent_channels} latent channels"
         )
 
 

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, ClassVar, Self
 import torch
 from torch import Tensor
 
-from common.errors import CheckpointError
 from configs.models.dits.qwen_image import QwenImageTransformerConfig
 from configs.models.encodings import Template, TextEncoding, hidden_states, sequence_length, whole_prompt
 from configs.models.fields import ConfigFields
@@ -20,6 +19,7 @@ from configs.pipeline_configs.packed import (
     CONDITION,
     PackedPipelineConfig,
     SequenceShift,
+    check_patch_channels,
     check_text_size,
     condition_parts,
     pack_patches,
@@ -71,11 +71,7 @@ class QwenImageFamilyConfig(PackedPipelineConfig):
         transformer = QwenImageTransformerConfig.from_dict("transformer", checkpoint.module_config("transformer"))
         check_flags(transformer, cls.transformer_flags)
         vae = AutoencoderKLQwenImageConfig.from_dict("vae", checkpoint.module_config("vae"), cls.channels)
-        if not transformer.in_channels == transformer.token_channels == 4 * vae.z_dim:
-            raise CheckpointError(
-                f"transformer/config.json: {transformer.in_channels} input and {transformer.token_channels} output "
-                f"channels of a token are not {4 * vae.z_dim}, 2x2 patches of the VAE's {vae.z_dim} latent channels"
-            )
+        check_patch_channels(transformer.in_channels, transformer.token_channels, vae.z_dim)
         text = checkpoint.module_config("text_encoder")
         # Older files do not nest the language model's entries.
         size = ConfigFields("text_encoder", text.get("text_config") or text).integer("hidden_size", 3584)

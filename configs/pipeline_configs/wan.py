@@ -123,7 +123,7 @@ class WanPipelineConfig(StandardPipelineConfig):
         return {}
 
     def guide(self, predictions: Mapping[str, Parts], latents: Parts, step: Step, sampling: Sampling) -> Parts:
-        """Classifier-free guidance."""
+        """Classifier-free guidance with `guidance_scale`."""
         del latents, step
         return {"video": classifier_free(predictions, "video", sampling.guidance_scale or 0.0)}
 

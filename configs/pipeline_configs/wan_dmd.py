@@ -31,7 +31,7 @@ class WanDMDPipelineConfig(WanPipelineConfig, DmdConfig):
     )
 
     def wants_negative(self, prompt: Prompt, sampling: Sampling) -> bool:
-        """Never: the model was distilled with guidance."""
+        """False: the model was distilled with guidance."""
         del prompt, sampling
         return False
 

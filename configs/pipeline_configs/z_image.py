@@ -42,7 +42,10 @@ TEMPLATE = Template(before="<|im_start|>user\n", after="<|im_end|>\n<|im_start|>
 
 @dataclass(frozen=True, kw_only=True)
 class ZImagePipelineConfig(StandardPipelineConfig):
-    """ZImagePipeline's callbacks. Latents stay (B, channels, rows, columns), float32; a token is a 2x2 patch."""
+    """ZImagePipeline's callbacks.
+
+    Latents (B, channels, rows, columns) are float32 and not packed; a token is a 2x2 patch.
+    """
 
     title: ClassVar[str] = "Z-Image and Z-Image-Turbo"
     deviations: ClassVar[str] = (

@@ -13,8 +13,8 @@ from common.image_header import MAX_IMAGES, ImageHeader
 from configs.models.vaes.flux2 import area_limited
 from configs.sample.base import ImageRoles, ParamWarning, parameter
 from configs.sample.flux import vae_scale_factor
+from configs.sample.shift_terminal import check_stretched
 from configs.sample.sigmas import SigmasSamplingParams
-from configs.sample.terminal import check_stretched
 
 MIN_IMAGE_SIDE = 64
 """Minimum width and height of a reference image, in pixels."""

@@ -10,8 +10,8 @@ from common.checkpoint import Checkpoint
 from common.errors import InvalidInput
 from configs.sample.base import ParamWarning, parameter
 from configs.sample.grid import check_multiples
+from configs.sample.shift_terminal import check_stretched
 from configs.sample.sigmas import SigmasSamplingParams
-from configs.sample.terminal import check_stretched
 
 GRID = 32
 """Pixels along each side of a token of the autoregressive model."""

@@ -10,8 +10,8 @@ from common.checkpoint import Checkpoint
 from configs.models.vaes.hunyuan_video import AutoencoderKLHunyuanVideoConfig
 from configs.sample.base import ParamWarning, parameter, warnings_without_effect
 from configs.sample.grid import check_multiples
+from configs.sample.shift_terminal import check_stretched
 from configs.sample.sigmas import SigmasSamplingParams
-from configs.sample.terminal import check_stretched
 from configs.sample.video import VideoSamplingParams
 
 _SIZE_MULTIPLE = 16

@@ -14,8 +14,8 @@ from configs.models.ltx2_connectors import LTX2ConnectorsConfig
 from configs.models.vaes.ltx2 import LTX2AudioVAEConfig, LTX2VideoVAEConfig
 from configs.sample.base import ImageRoles, ParamWarning, parameter
 from configs.sample.frame_rate import with_conditioning_frame_rate
+from configs.sample.shift_terminal import check_stretched
 from configs.sample.sigmas import SigmasSamplingParams
-from configs.sample.terminal import check_stretched
 from configs.sample.video import VideoSamplingParams
 
 _MAX_SCALE = 1000.0

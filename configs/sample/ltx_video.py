@@ -14,7 +14,7 @@ from configs.models.vaes.ltx_video import LTXVideoVAEConfig
 from configs.sample.base import ImageRoles, ParamWarning, parameter, warnings_without_effect
 from configs.sample.frame_rate import with_conditioning_frame_rate
 from configs.sample.grid import check_multiples
-from configs.sample.terminal import check_stretched
+from configs.sample.shift_terminal import check_stretched
 from configs.sample.video import VideoSamplingParams
 
 _SIZE_MULTIPLE = 32

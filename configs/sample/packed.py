@@ -9,8 +9,8 @@ from typing import Self
 from common.artifacts import ParamValue
 from common.checkpoint import Checkpoint
 from configs.sample.base import ParamWarning, parameter, warnings_without_effect
+from configs.sample.shift_terminal import check_stretched
 from configs.sample.sigmas import SigmasSamplingParams
-from configs.sample.terminal import check_stretched
 
 _DEFAULT_LATENT_SIZE = 128
 _PATCH = 2

@@ -98,5 +98,5 @@ class QwenImageLayeredSamplingParams(QwenImageSamplingParams):
         """As the base class, with the number of layers as the canvas' frames."""
         made = super().artifacts()
         canvas = made["canvas"]
-        assert isinstance(canvas, Canvas), "SamplingParams.artifacts() puts each in its slot"
+        assert isinstance(canvas, Canvas), "SamplingParams.artifacts() has one artifact per slot"
         return {**made, "canvas": replace(canvas, num_frames=self.layers)}

@@ -18,7 +18,10 @@ class SigmasSamplingParams(SamplingParams):
     """Parameters with custom sigmas, which may replace the evenly spaced noise levels."""
 
     sigmas: tuple[float, ...] = parameter(
-        "Noise level of each step, highest first; sets the number of steps.", (), minimum=_SMALLEST_SIGMA, maximum=1.0
+        "Noise levels of the steps, descending; sets the number of steps.",
+        (),
+        minimum=_SMALLEST_SIGMA,
+        maximum=1.0,
     )
 
     def with_steps_of_sigmas(self, given: Collection[str]) -> tuple[Self, tuple[ParamWarning, ...]]:

@@ -11,7 +11,7 @@ from common.checkpoint import Checkpoint
 from common.errors import CheckpointError, InvalidInput
 from configs.sample.base import ImageRoles, ParamWarning, parameter
 from configs.sample.grid import check_multiples
-from configs.sample.terminal import check_stretched
+from configs.sample.shift_terminal import check_stretched
 from configs.sample.video import VideoSamplingParams
 
 _SIZE_MULTIPLE = 16

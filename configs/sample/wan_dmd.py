@@ -96,8 +96,8 @@ class WanCausalDMDSamplingParams(WanDMDSamplingParams):
         blocks = max(1, (asked // factor + 1) // block)
         latent_frames = blocks * block
         if config.max_frames is not None and latent_frames > config.max_frames:
-            most = (config.max_frames // block * block - 1) * factor + 1
-            raise InvalidInput(f"num_frames: {asked} is not at most {most}; {most} works", field="num_frames")
+            limit = (config.max_frames // block * block - 1) * factor + 1
+            raise InvalidInput(f"num_frames: {asked} is not at most {limit}; {limit} works", field="num_frames")
         frames = (latent_frames - 1) * factor + 1
         if frames == asked:
             return self, ()

@@ -13,8 +13,8 @@ from common.image_header import ImageHeader
 from configs.sample.base import ParamWarning, parameter, warnings_without_effect
 from configs.sample.flux import vae_scale_factor
 from configs.sample.grid import check_multiples
+from configs.sample.shift_terminal import check_stretched
 from configs.sample.sigmas import SigmasSamplingParams
-from configs.sample.terminal import check_stretched
 
 _PATCH = 2
 _NORMALIZATION = "cfg_normalization"

@@ -53,8 +53,8 @@ def try_schedules(
             continue
         artifacts = params.artifacts()
         canvas, sampling = artifacts["canvas"], artifacts["sampling"]
-        assert isinstance(canvas, Canvas), "SamplingParams.artifacts() puts each in its slot"
-        assert isinstance(sampling, Sampling), "SamplingParams.artifacts() puts each in its slot"
+        assert isinstance(canvas, Canvas), "SamplingParams.artifacts() has one artifact per slot"
+        assert isinstance(sampling, Sampling), "SamplingParams.artifacts() has one artifact per slot"
         try:
             _run(config, scheduler, canvas, sampling)
         except InvalidInput as error:

@@ -252,7 +252,7 @@ class Predictor:
         return lease_branch(lease, role, transformer, prepared, latents, flags=flags, caching=caching)
 
     def _keywords(self, request: LoopRequest, branch: str) -> Keywords:
-        """The denoiser's keywords besides latents and timestep, batched and on the device."""
+        """The denoiser's keywords except latents and timesteps, batched and on the device."""
         config, embeds, sampling = self._config, request.embeds, request.x.sampling
         if branch == NEGATIVE:
             given = embeds.negative_prompt_embeds

@@ -35,7 +35,7 @@ class TimestepPreparationStage(PipelineStage[TimestepPreparationInput, TimestepP
         if (steps := self._config.own_schedule(x.sampling)) is not None:
             return TimestepPreparationOutput(schedule=_schedule_of(steps))
         scheduler: Any = copy.deepcopy(self._scheduler)
-        assert scheduler is not None, "the pipeline names a scheduler, or its config has a schedule"
+        assert scheduler is not None, "a pipeline without a scheduler defines its own schedule"
         sigmas, mu = self._config.sigmas(x.sampling), self._config.mu_of_steps(x.canvas, x.sampling)
         # Non-finite values are checked below; NumPy's warnings about a division by zero would only clutter the log.
         with np.errstate(divide="ignore", invalid="ignore"):

@@ -119,7 +119,7 @@ class _Decoder:
         return self._config.unpack(self._config.visual_part, part.latents, part.raw_latent_shape)
 
     def saved_latents(self, raw: Tensor) -> Tensor:
-        """Raw latents of whole videos as Diffusers returns them."""
+        """Convert raw latents of complete videos to the layout of Diffusers' output."""
         name = self._config.visual_part
         packed = self._config.pack(name, raw)
         return self._config.saved_latents(name, packed, tuple(raw.shape), self._vae).contiguous()
