@@ -101,7 +101,7 @@ class InputValidationStage:
         known = (*roles.required, *roles.optional)
         name = f"{self._model.name} ({self._model.checkpoint.pipeline_name})"
         if images and not known:
-            raise InvalidInput(f"images: {len(images)} is not 0; {name} accepts no images", field="images")
+            raise InvalidInput(f"images: {len(images)} is not 0; {name} takes no images", field="images")
         for role in roles.required:
             if role not in images:
                 raise InvalidInput(

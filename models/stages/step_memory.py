@@ -281,9 +281,7 @@ class StepMemoryPool:
         # Measured graph sizes are excluded, so that all ranks of a worker group decide alike.
         free = self._max_bytes - sum(memory.tensor_bytes for memory in self._leased.values())
         if size > free:
-            message = (
-                f"step_memory_bytes: {size} bytes for this request are not at most {free}, free of {self._max_bytes}"
-            )
+            message = f"step_memory_bytes: this request needs {size} bytes, but {free} of {self._max_bytes} are free"
             raise ResourceExhausted(f"{message}; a smaller request or a larger step_memory_bytes works")
         self._free_idle(self._max_bytes - size)
 

@@ -50,17 +50,23 @@ def _nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--model i2v --output a.mp4", "i2v (WanImageToVideoPipeline) needs a picture as 'image', but none came"),
+        ("--model i2v --output a.mp4", "image: no image was sent, which i2v (WanImageToVideoPipeline) requires"),
         ("--model i2v --image nowhere.png --output a.mp4", "cannot read the picture nowhere.png"),
         ("--model i2v --image words.png --output a.mp4", "image is not a PNG, JPEG or WebP picture"),
         ("--model i2v --image old.gif --output a.mp4", "image is not a PNG, JPEG or WebP picture but GIF"),
         ("--model i2v --image moving.webp --output a.mp4", "image is an animated WebP"),
         ("--model i2v --image cut.png --output a.mp4", "image is cut off"),
         ("--model i2v --image spoiled.png --output a.mp4", "image cannot be decoded"),
-        ("--model i2v --image good.png --image good.png --output a.mp4", "takes image as pictures, but image, image_1"),
+        (
+            "--model i2v --image good.png --image good.png --output a.mp4",
+            "images: image, image_1 are not among",
+        ),
         ("--model i2v --image good.png --param image=good.png --output a.mp4", "image is given twice"),
-        ("--model i2v --image good.png --param last_image=good.png --output a.mp4", "but image, last_image came"),
-        ("--model flf2v --image good.png --output a.mp4", "needs a picture as 'last_image'"),
+        (
+            "--model i2v --image good.png --param last_image=good.png --output a.mp4",
+            "images: image, last_image are not among",
+        ),
+        ("--model flf2v --image good.png --output a.mp4", "last_image: no image was sent"),
         (
             "--model ti2v --param last_image=good.png --output a.mp4",
             "last_image came; ti2v takes: text (no images), im",
@@ -71,7 +77,7 @@ def _nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         (
             "--model emoji-video --image good.png --output a.mp4",
-            "emoji-video (WanPipeline) takes no images, but 1 came",
+            "images: 1 is not 0; emoji-video (WanPipeline) takes no images",
         ),
         ("--model emoji-video --output a.png", "makes videos; .png needs an image model; give .mp4 or .safetensors"),
         ("--model emoji --output a.mp4", "makes images; .mp4 needs a video model; give .png or .safetensors"),

@@ -91,8 +91,8 @@ def test_the_command_line_lists_its_services(fleet: ServedFleet, capsys: pytest.
     [
         ({"height": 80}, (), "height", "height: 80 is not a multiple of 32; 64 or 96 works"),
         ({"width": 16}, (), "width", "width: 16 is not a multiple of 32; 32 works"),
-        ({}, ("image",), "images", "glm (GlmImagePipeline) takes no images, but 1 came"),
-        ({}, ("image", "image_1", "image_2"), "images", "glm (GlmImagePipeline) takes no images, but 3 came"),
+        ({}, ("image",), "images", "images: 1 is not 0; glm (GlmImagePipeline) takes no images"),
+        ({}, ("image", "image_1", "image_2"), "images", "images: 3 is not 0; glm (GlmImagePipeline) takes no images"),
     ],
 )
 def test_bad_input_is_refused_before_any_work(

@@ -117,12 +117,17 @@ def _spoiled(data: bytes) -> bytes:
     ("name", "images", "field", "message"),
     [
         ("t2v", {"image": image_file(1)}, "images", "takes no images"),
-        ("i2v", {}, "image", "needs a picture as 'image'"),
-        ("i2v", {"image": image_file(1), "image_1": image_file(1)}, "image_1", "takes image as pictures"),
+        ("i2v", {}, "image", "image: no image was sent"),
+        (
+            "i2v",
+            {"image": image_file(1), "image_1": image_file(1)},
+            "image_1",
+            "image, image_1 are not among",
+        ),
         ("i2v", {"image": b"no picture"}, "image", "is not a PNG, JPEG or WebP picture"),
         ("i2v", {"image": _cut(image_file(1))}, "image", "is cut off"),
         ("i2v", {"image": image_file(1, "GIF")}, "image", "but GIF"),
-        ("flf2v", {"image": image_file(1)}, "last_image", "needs a picture as 'last_image'"),
+        ("flf2v", {"image": image_file(1)}, "last_image", "last_image: no image was sent"),
     ],
 )
 def test_wrong_pictures_are_refused_before_they_are_accepted(

@@ -218,7 +218,7 @@ def test_another_model_under_the_same_name_is_refused(
     [
         (["--nonsense"], 2, "--nonsense"),
         ([], 2, "--redis is missing"),
-        (["--model", "no-such-model", "--redis", "unix:///x"], 2, "neither a directory nor a model"),
+        (["--model", "no-such-model", "--redis", "unix:///x"], 2, "neither a directory nor a shipped model"),
         (["--model", "emoji", "--redis", "unix:///x", "--device", "gpu"], 2, "device must be"),
     ],
 )

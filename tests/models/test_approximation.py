@@ -178,7 +178,7 @@ def test_a_loop_with_a_step_cache_has_no_checkpoints(case: Case) -> None:
     assert len(states) == STEPS - 1
     call = Call("test", on_item=step_checkpoints_to(lambda _: pytest.fail("a checkpoint was told")))
     latents_of(cached(model, 1e-9), x, call)
-    with pytest.raises(InvalidInput, match="starts at step 0") as caught:
+    with pytest.raises(InvalidInput, match="a loop with a step cache has no checkpoints") as caught:
         latents_of(cached(model, 1e-9), replace(x, resume_from=states[0]))
     assert caught.value.field == "resume_from"
 
@@ -216,4 +216,4 @@ def test_a_negative_threshold_is_refused_before_anything_is_started(
     monkeypatch.setattr(denoising, "serve", lambda *_, **__: pytest.fail("something was started"))
     flags = ["--model", "emoji", "--redis", "unix:///x", "--device", "cpu", "--step-cache-threshold", "-0.1"]
     assert denoising.main(flags) == 2
-    assert "step_cache_threshold is -0.1; it must be 0 (off) or more" in capsys.readouterr().err
+    assert "step_cache_threshold: -0.1 is not at least 0" in capsys.readouterr().err

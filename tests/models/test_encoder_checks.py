@@ -41,7 +41,7 @@ def test_a_tokenizer_fits_as_many_embeddings_as_it_has_tokens(build: type) -> No
 
 def test_an_id_beyond_the_embedding_is_refused_however_few_tokens_there_are() -> None:
     tokenizer = CLIPTokenizer(vocab={"a": 0, "<|startoftext|>": 1, "<|endoftext|>": 900}, merges=[])
-    with pytest.raises(CheckpointError, match="has 901 tokens, but text_encoder knows 100"):
+    with pytest.raises(CheckpointError, match="901 tokens are not at most 100, the embeddings of text_encoder"):
         check_tokenizer("tokenizer", tokenizer, "text_encoder", 100)
 
 
@@ -67,7 +67,7 @@ def test_images_of_another_size_than_the_vision_encoder_takes(wan: Path, tmp_pat
     path = shutil.copytree(wan, tmp_path / "wan")
     file, crop = "image_processor/preprocessor_config.json", {"height": 112, "width": 112}
     with pytest.raises(
-        CheckpointError, match="image_processor makes images of 112x112 pixels, but image_encoder takes"
+        CheckpointError, match=r"image_processor: 112x112 pixels are not .*, the input size of image_encoder"
     ):
         load_edited(path, file, "image_encoding", crop_size=crop)
 
@@ -75,8 +75,14 @@ def test_images_of_another_size_than_the_vision_encoder_takes(wan: Path, tmp_pat
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
-        ({"patch_size": 16}, "processor makes patches of 1536 values and merges 2 a side, but text_encoder takes 1176"),
-        ({"merge_size": 1}, "processor makes patches of 1176 values and merges 1 a side, but text_encoder takes 1176"),
+        (
+            {"patch_size": 16},
+            "patches of 1536 values with a merge size of 2 are not those of text_encoder, 1176",
+        ),
+        (
+            {"merge_size": 1},
+            "patches of 1176 values with a merge size of 1 are not those of text_encoder, 1176",
+        ),
     ],
 )
 def test_patches_that_the_vision_tower_does_not_take(

@@ -71,8 +71,8 @@ NOISE: dict[str, object] = {"prediction_type": "epsilon", "use_flow_sigmas": Fal
 CANNOT_RUN: dict[str, tuple[str, dict[str, object], str]] = {
     "dynamic shifting without a size": ("wan", {"use_dynamic_shifting": True}, "cannot run 50 steps .*`mu` must be"),
     "noise prediction of a flow": ("wan", {"predict_x0": False}, "cannot run 50 steps .*flow_prediction must be one"),
-    "noise prediction down to 0": ("wan", {**NOISE, "predict_x0": False}, "latents that are not finite"),
-    "exponential noise levels": ("wan", {"use_exponential_sigmas": True}, "latents that are not finite"),
+    "noise prediction down to 0": ("wan", {**NOISE, "predict_x0": False}, "the final latents are not finite"),
+    "exponential noise levels": ("wan", {"use_exponential_sigmas": True}, "the final latents are not finite"),
     "unknown spacing": ("wan", {"timestep_spacing": "x"}, "cannot run 50 steps .*x is not supported"),
     "no shift": ("wan", {"flow_shift": None}, "cannot run 50 steps .*NoneType"),
     "unknown shift": ("flux", {"time_shift_type": "x"}, "time_shift_type` must either be"),
@@ -125,7 +125,7 @@ def test_other_configurations_that_run_are_served(
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
-        ({"stochastic_sampling": True}, "stochastic_sampling is not supported"),
+        ({"stochastic_sampling": True}, "stochastic_sampling: true is not supported"),
         ({"solver_p": {}}, "solver_p is not supported"),
     ],
 )
