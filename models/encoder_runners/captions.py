@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +13,7 @@ from PIL import Image
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from common.json_file import is_listed, read_json
+from models.encoder_runners.callbacks import OnToken
 from models.encoder_runners.checks import check_patch_processor, check_tokenizer
 from models.loader import load_pretrained
 
@@ -74,9 +74,6 @@ ENGLISH = (
     "<|vision_start|><|image_pad|><|vision_end|><|im_end|>\n"
     "<|im_start|>assistant\n"
 )
-
-OnToken = Callable[[int, int], None]
-"""Called with the number of generated tokens and the maximum; may raise to stop the generation."""
 
 _SETTINGS_FILE = "generation_config.json"
 

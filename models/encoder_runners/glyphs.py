@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from models.encoder_runners.callbacks import Warn
 from models.encoder_runners.checks import check_tokenizer
-from models.encoder_runners.text import Warn, shorten
+from models.encoder_runners.text import shorten
 
 QUOTES = (("'", "'"), ("\u201c", "\u201d"), ('"', '"'), ("\u300c", "\u300d"))
 """Pairs of opening and closing quotation marks, in encoding order."""

@@ -7,7 +7,7 @@ equal those of Diffusers' pipeline for the same seed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +23,7 @@ from transformers import (
 
 from common.errors import CheckpointError, InvalidInput
 from common.package_guard import Attributes, Parameters, PrivateApi, check_private_api
+from models.encoder_runners.callbacks import OnToken
 from models.encoder_runners.checks import check_tokenizer
 from models.loader import load_pretrained, load_tokenizer
 
@@ -33,9 +34,6 @@ PIXELS = 32
 """Pixels along each side of an image token."""
 UPSAMPLING = 2
 """Prior tokens of the DiT along each side of an image token."""
-
-OnToken = Callable[[int, int], None]
-"""Called with the number of sampled tokens and the total; may raise to stop the sampling."""
 
 Grid = tuple[int, int]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,9 +11,8 @@ from torch import Tensor
 from common.artifacts import Prompt
 from common.errors import CheckpointError
 from configs.models.encodings import PromptText, Template, TextEncoding
+from models.encoder_runners.callbacks import Warn
 from models.encoder_runners.checks import check_tokenizer
-
-Warn = Callable[[str, str], None]
 
 MAX_WARNING_CHARS = 2000
 """Longest quotation of a prompt in a warning, in characters."""

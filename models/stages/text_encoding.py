@@ -12,7 +12,8 @@ from common.artifacts import Conditioning, Prompt
 from common.stage import Call, PipelineStage
 from configs.pipeline_configs.base import TextConfig
 from models.contracts import TextEncodingInput, TextEncodingOutput
-from models.encoder_runners.text import TextEncoder, Warn
+from models.encoder_runners.callbacks import Warn
+from models.encoder_runners.text import TextEncoder
 from models.runtime import Runtime
 
 

@@ -64,7 +64,7 @@ def _nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
         ("--model i2v --image good.png --param image=good.png --output a.mp4", "image is given twice"),
         (
             "--model i2v --image good.png --param last_image=good.png --output a.mp4",
-            "images: image, last_image are not among",
+            "image, last_image are not among",
         ),
         ("--model flf2v --image good.png --output a.mp4", "last_image: no image was sent"),
         (
