@@ -34,7 +34,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ServedVariant:
-    """One variant of a model's requests: its pipeline, its services in order, its parameters and its images.
+    """One variant of a model's requests: its pipeline, ordered services, parameters and image roles.
 
     `name` is empty if the model has only one variant. `pipeline_config` is a reference "package.module:Class";
     importing the class imports torch.

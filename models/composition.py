@@ -1,4 +1,4 @@
-"""Builders of pipelines from standard stages (modular), or from a model-specific stage and standard stages (hybrid)."""
+"""Builders of modular pipelines (standard stages) and hybrid pipelines (a model-specific stage first)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ DENOISING_STAGE = "models.stages.denoising:DenoisingStage"
 
 @dataclass(frozen=True)
 class Denoising:
-    """A denoising loop: contract, implementation ("package.module:Class") and optional inputs that it reads."""
+    """A denoising loop: contract, implementation ("package.module:Class") and optional inputs to read."""
 
     contract: Contract
     implementation: str
@@ -34,7 +34,7 @@ class Denoising:
 
 @dataclass(frozen=True)
 class Decoding:
-    """A decoder: contract, implementation ("package.module:Class"), result slot and optional inputs that it reads."""
+    """A decoder: contract, implementation ("package.module:Class"), result slot and optional inputs to read."""
 
     contract: Contract
     implementation: str
@@ -47,7 +47,7 @@ DMD_DENOISING = Denoising(
     contracts.DENOISING, "models.stages.dmd_denoising:DmdDenoisingStage", inputs=("latents_generator",)
 )
 GENERATOR_DENOISING = Denoising(contracts.DENOISING, DENOISING_STAGE, inputs=("latents_generator",))
-"""The standard loop for a decoder that draws noise: the request's generator is passed through to decoding."""
+"""The standard loop that passes the request's generator on to a decoder that draws noise."""
 CAUSAL_DMD_DENOISING = Denoising(
     contracts.CAUSAL_DENOISING,
     "models.stages.causal_dmd_denoising:CausalDMDDenoisingStage",

@@ -49,7 +49,7 @@ class ExpertBuffers:
 
 @dataclass(frozen=True, eq=False)
 class SwappedExpert:
-    """One of several experts: its weights as bytes in host memory, and the device buffers shared by all experts."""
+    """One of several experts: its weights in host memory (uint8), and the shared device buffers."""
 
     name: str
     weights: tuple[Tensor, ...]

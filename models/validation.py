@@ -1,4 +1,4 @@
-"""Validates a request before the coordinator accepts it, and creates the initial artifacts of its pipeline."""
+"""Validates requests for the coordinator and creates the initial artifacts of their pipelines."""
 
 from __future__ import annotations
 

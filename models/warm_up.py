@@ -171,7 +171,7 @@ def _latents(config: DenoisingConfig, shapes: Shapes, dtype: torch.dtype) -> Lat
 
 
 def _schedule(config: DenoisingConfig, steps: int) -> Schedule:
-    """A schedule with `steps` noise levels between 1 and 0 for each expert; kernels do not depend on the values."""
+    """A schedule with `steps` noise levels between 1 and 0 per expert; kernels ignore the values."""
     levels = [(_LEVELS - level) / _LEVELS for level in range(1, _LEVELS)]
     by_expert: dict[str, list[float]] = {}
     for index, (level, below) in enumerate(pairwise([*levels, 0.0])):

@@ -101,7 +101,7 @@ class VisionConfig(PipelineConfig):
 
     @abstractmethod
     def vision_tokens(self, hidden_states: Sequence[Tensor]) -> Mapping[str, Tensor]:
-        """Map the hidden states of all layers, each (images, tokens, size), to the denoiser's keywords, batch 1."""
+        """Map all layers' hidden states, each (images, tokens, size), to the denoiser's keywords, batch 1."""
 
 
 class LatentLayout(PipelineConfig):
@@ -198,7 +198,7 @@ class PreparationConfig(LatentLayout):
 
 @dataclass(frozen=True)
 class Step:
-    """One step of a denoising loop; `sigma` and `next_sigma` are the noise levels before and after it, by part."""
+    """A step of a denoising loop; `sigma` and `next_sigma` are its noise levels before and after, by part."""
 
     index: int
     timestep: float
@@ -318,7 +318,7 @@ class DenoisingConfig(LatentLayout):
 
 @dataclass(frozen=True)
 class DecodingNoise:
-    """Settings of a decoder that removes noise, both in [0, 1]: `scale` is the fraction of noise in the latents."""
+    """Settings of a decoder that removes noise, in [0, 1]; `scale` is the noise fraction of the latents."""
 
     scale: float
     timestep: float

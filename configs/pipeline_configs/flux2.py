@@ -198,7 +198,7 @@ class Flux2FamilyConfig(StandardPipelineConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class Flux2ReferencesConfig(Flux2FamilyConfig, ImageLatentsConfig):
-    """Reference images: each has latents of its own size; their tokens are concatenated after the noise tokens."""
+    """Adds reference images of any size, whose tokens are concatenated after the noise tokens."""
 
     def image_size(self, size: tuple[int, int], canvas: Canvas) -> tuple[int, int]:
         """The image's size, reduced to the VAE's maximum area."""

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from common.checkpoint import Checkpoint
 
 BEFORE, AFTER = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
-"""Chat template text around a prompt, as rendered by the published tokenizer with enable_thinking=False."""
+"""Chat template text around a prompt, as rendered by the tokenizer with enable_thinking=False."""
 
 
 @dataclass(frozen=True, kw_only=True)

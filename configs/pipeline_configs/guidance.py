@@ -24,7 +24,7 @@ def wants_true_guidance(prompt: Prompt, sampling: Sampling) -> bool:
 
 
 def classifier_free(predictions: Mapping[str, Parts], part: str, scale: float) -> Tensor:
-    """Classifier-free guidance of one latent part, from the predictions of the positive and the negative branch."""
+    """Classifier-free guidance of a latent part, from the positive and negative branches' predictions."""
     positive, negative = predictions[POSITIVE][part], predictions[NEGATIVE][part]
     return negative + scale * (positive - negative)
 

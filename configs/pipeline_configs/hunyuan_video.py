@@ -95,7 +95,7 @@ class HunyuanVideoPipelineConfig(StandardPipelineConfig):
 
     @property
     def text_encodings(self) -> tuple[TextEncoding, ...]:
-        """Llama's hidden states of the third-to-last layer after the template's prefix, and CLIP's pooled output."""
+        """Llama's third-to-last hidden states after the template's prefix, and CLIP's pooled output."""
         llama = TextEncoding(
             keyword="encoder_hidden_states",
             tokenizer="tokenizer",

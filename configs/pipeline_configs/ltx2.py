@@ -204,7 +204,7 @@ class LTX2PipelineConfig(StandardPipelineConfig):
         return {"isolate_modalities": True} if branch == ISOLATED else {}
 
     def _skipped(self, guidance: LTX2Guidance) -> tuple[int, ...]:
-        """The blocks whose self-attention the perturbed branch skips; indices beyond the model's blocks are dropped."""
+        """Existing blocks whose self-attention the perturbed branch skips."""
         blocks = range(self.transformer.num_layers if self.transformer.skips_attention else 0)
         return tuple(sorted(set(guidance.blocks).intersection(blocks)))
 

@@ -107,7 +107,7 @@ class QwenImageFamilyConfig(PackedPipelineConfig):
         return unpack_patches(patches, *size).view(len(latents), frames, *size).transpose(1, 2)
 
     def prepare_pos_cond_kwargs(self, embeds: Parts, shapes: Shapes, sampling: Sampling) -> Keywords:
-        """Positions (image, row, column) relative to each image's center, and diagonal text positions after them."""
+        """Positions (image, row, column) relative to each image's center, then diagonal text positions."""
         del sampling
         ordered = [shapes[part] for part in ("image", *condition_parts(shapes))]
         grids = [(shape[-2] // 2, shape[-1] // 2) for shape in ordered]

@@ -89,7 +89,7 @@ class QwenImageLayeredPipelineConfig(QwenImagePipelineConfig, ImageLatentsConfig
         return {"image": PackedPipelineConfig.guided(self, positive, negative, sampling.true_cfg_scale or 1.0)}
 
     def vae_latents(self, raw: Tensor) -> Tensor:
-        """Drop the whole image; each layer is an image: (B, C, 1 + layers, 2h, 2w) to (B * layers, C, 1, 2h, 2w)."""
+        """Drop the whole image; layers become images: (B, C, 1 + n, 2h, 2w) to (B * n, C, 1, 2h, 2w)."""
         layers = raw[:, :, 1:].transpose(1, 2).flatten(0, 1)
         return super().vae_latents(layers[:, :, None])
 

@@ -191,7 +191,7 @@ class WanImageToVideoPipelineConfig(WanPipelineConfig, VisionConfig, ImageLatent
         return {"encoder_hidden_states_image": tokens}
 
     def image_latents(self, encode: Callable[[Tensor], Tensor], images: Mapping[str, Tensor], canvas: Canvas) -> Parts:
-        """Mask and normalised latents of a video with grey frames except the input frames; float32 (1, 4 + z, ...)."""
+        """Mask and latents (float32, 1, 4 + z, ...) of a video that is grey except for the input frames."""
         frames = canvas.num_frames
         first, last = images["image"][:, :, None], images.get("last_image")
         count = 1 if last is None else 2

@@ -22,7 +22,7 @@ TRANSFORMER_2 = "transformer_2"
 
 @dataclass(frozen=True, kw_only=True)
 class WanA14BPipelineConfig(WanPipelineConfig):
-    """WanPipeline's callbacks with `boundary_ratio`: steps with a timestep below `boundary` use transformer_2.
+    """WanPipeline's callbacks with `boundary_ratio`: timesteps below `boundary` use transformer_2.
 
     Both experts have the same architecture.
     """

@@ -47,7 +47,7 @@ class WanDMDPipelineConfig(WanPipelineConfig, DmdConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class WanCausalDMDPipelineConfig(WanDMDPipelineConfig, CausalDmdConfig):
-    """Callbacks of FastVideo's WanCausalDMDPipeline (Self Forcing): timesteps are shifted like the noise levels."""
+    """FastVideo's WanCausalDMDPipeline (Self Forcing): timesteps are shifted like the noise levels."""
 
     title: ClassVar[str] = "Causal few-step Wan: Self Forcing"
     deviations: ClassVar[str] = (

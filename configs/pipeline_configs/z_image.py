@@ -1,4 +1,4 @@
-"""Z-Image: a language model with a prompt template; guidance can end at a noise level set by the request."""
+"""Z-Image: a language model with a prompt template; guidance can end before the last step."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class ZImagePipelineConfig(StandardPipelineConfig):
 
     @property
     def text_encodings(self) -> tuple[TextEncoding, ...]:
-        """The language model's hidden states of the second-to-last layer, including the template, without padding."""
+        """The language model's second-to-last hidden states, including the template, without padding."""
         qwen = TextEncoding(
             keyword="encoder_hidden_states",
             tokenizer="tokenizer",

@@ -120,7 +120,7 @@ class SamplingParams:
         checkpoint: Checkpoint,
         images: Mapping[str, ImageHeader] = MappingProxyType({}),
     ) -> tuple[Self, tuple[ParamWarning, ...]]:
-        """Complete the caller's values with the checkpoint's and the family's defaults, and validate all values.
+        """Complete the caller's values with the defaults of checkpoint and family, and validate all values.
 
         Returns the parameters and warnings about changed values. Raises InvalidInput, which states the field, the value
         and valid values.

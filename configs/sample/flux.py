@@ -1,4 +1,4 @@
-"""Sampling parameters of FLUX.1, with the rules of Diffusers 0.42's FluxPipeline."""
+"""Sampling parameters of FLUX.1, following Diffusers 0.42's FluxPipeline."""
 
 from __future__ import annotations
 

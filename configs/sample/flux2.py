@@ -1,4 +1,4 @@
-"""Sampling parameters of FLUX.2, with the rules of Diffusers 0.42's Flux2Pipeline."""
+"""Sampling parameters of FLUX.2, following Diffusers 0.42's Flux2Pipeline."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Flux2SamplingParams(SigmasSamplingParams):
     def round_and_validate(
         self, checkpoint: Checkpoint, given: Collection[str]
     ) -> tuple[Self, tuple[ParamWarning, ...]]:
-        """Round the size down to whole patches, and apply sigmas; drop parameters without effect, with a warning."""
+        """Round the size down to whole patches, apply sigmas, and drop parameters without effect."""
         params, warnings = self.floored_size(_PATCH * vae_scale_factor(checkpoint))
         # Diffusers computes the shift from num_inference_steps even if sigmas set a different number of steps.
         asked = params.num_inference_steps if params.shift_steps is None else params.shift_steps

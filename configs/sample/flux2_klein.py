@@ -1,4 +1,4 @@
-"""Sampling parameters of FLUX.2 klein, with the rules of Diffusers 0.42's Flux2KleinPipeline."""
+"""Sampling parameters of FLUX.2 klein, following Diffusers 0.42's Flux2KleinPipeline."""
 
 from __future__ import annotations
 

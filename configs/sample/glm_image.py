@@ -1,4 +1,4 @@
-"""Sampling parameters of GLM-Image, with the rules of Diffusers 0.42's GlmImagePipeline."""
+"""Sampling parameters of GLM-Image, following Diffusers 0.42's GlmImagePipeline."""
 
 from __future__ import annotations
 

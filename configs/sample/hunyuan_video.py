@@ -1,4 +1,4 @@
-"""Sampling parameters of HunyuanVideo, with the rules of Diffusers 0.42's HunyuanVideoPipeline."""
+"""Sampling parameters of HunyuanVideo, following Diffusers 0.42's HunyuanVideoPipeline."""
 
 from __future__ import annotations
 

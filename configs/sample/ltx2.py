@@ -1,4 +1,4 @@
-"""Sampling parameters of LTX-2, with the rules of Diffusers 0.42's LTX2Pipeline and LTX2ImageToVideoPipeline."""
+"""Sampling parameters of LTX-2, following Diffusers 0.42's LTX2 pipelines."""
 
 from __future__ import annotations
 

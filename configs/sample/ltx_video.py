@@ -1,4 +1,4 @@
-"""Sampling parameters of LTX-Video, with the rules of Diffusers 0.42's LTXPipeline and LTXImageToVideoPipeline."""
+"""Sampling parameters of LTX-Video, following Diffusers 0.42's LTX pipelines."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ class PackedSamplingParams(SigmasSamplingParams):
         return 2 if self.true_cfg_scale > 1 and self.negative_prompt is not None else 1
 
     def without_effect(self, checkpoint: Checkpoint) -> dict[str, str]:
-        """Parameters that the Diffusers pipeline ignores silently, each with the reason; a warning if they are set."""
+        """Parameters that the Diffusers pipeline ignores silently, each with the reason for a warning."""
         del checkpoint
         if self.negative_prompt is None:
             return {"true_cfg_scale": "without negative_prompt"} if self.true_cfg_scale > 1 else {}

@@ -1,4 +1,4 @@
-"""Sampling parameters of Qwen-Image and its editing pipelines, with the rules of Diffusers 0.42's pipelines."""
+"""Sampling parameters of Qwen-Image and its editing pipelines, following Diffusers 0.42's pipelines."""
 
 from __future__ import annotations
 

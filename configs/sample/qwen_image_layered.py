@@ -1,4 +1,4 @@
-"""Sampling parameters of Qwen-Image-Layered, with the rules of Diffusers 0.42's QwenImageLayeredPipeline."""
+"""Sampling parameters of Qwen-Image-Layered, following Diffusers 0.42's QwenImageLayeredPipeline."""
 
 from __future__ import annotations
 

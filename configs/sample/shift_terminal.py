@@ -1,4 +1,4 @@
-"""Bounds of schedules with `shift_terminal`: the scheduler stretches the schedule to end at that noise level."""
+"""Bounds of schedules that the scheduler stretches to end at the noise level `shift_terminal`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _HIGHEST_LAST_SIGMA = 0.9999
 
 
 def check_stretched(checkpoint: Checkpoint, steps: int, sigmas: Sequence[float] = ()) -> None:
-    """Check that the schedule can be stretched; otherwise Diffusers divides 0 by 0, and all pixels are NaN.
+    """Check that the schedule can be stretched; otherwise all pixels would be NaN, as in Diffusers.
 
     Raises InvalidInput.
     """

@@ -1,4 +1,4 @@
-"""Sampling parameters of Wan 2.1, with the rules of Diffusers 0.42's WanPipeline and WanImageToVideoPipeline."""
+"""Sampling parameters of Wan 2.1, following Diffusers 0.42's Wan pipelines."""
 
 from __future__ import annotations
 

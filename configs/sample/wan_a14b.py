@@ -1,4 +1,4 @@
-"""Sampling parameters of Wan 2.2 A14B, with the rules of Diffusers 0.42's pipelines with `boundary_ratio`."""
+"""Sampling parameters of Wan 2.2 A14B, following Diffusers 0.42's pipelines with `boundary_ratio`."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class WanA14BSamplingParams(WanSamplingParams):
 
 @dataclass(frozen=True, kw_only=True)
 class WanA14BImageSamplingParams(WanA14BSamplingParams):
-    """Wan 2.2 I2V A14B. The images, stretched to height x width, are the first and optionally the last frame."""
+    """Wan 2.2 I2V A14B. The images, stretched to height x width, are the first and the optional last frame."""
 
     @classmethod
     def build(

@@ -1,4 +1,4 @@
-"""Sampling parameters of Wan 2.2 TI2V, with the rules of Diffusers 0.42's pipelines with `expand_timesteps`."""
+"""Sampling parameters of Wan 2.2 TI2V, following Diffusers 0.42's pipelines with `expand_timesteps`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sampling parameters of Z-Image and Z-Image-Turbo, with the rules of Diffusers 0.42's ZImagePipeline."""
+"""Sampling parameters of Z-Image and Z-Image-Turbo, following Diffusers 0.42's ZImagePipeline."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ _PROBE_SIZE = (96, 64)
 
 
 def check_tokenizer(tokenizer_name: str, tokenizer: Any, encoder_name: str, known: int) -> None:
-    """Check that the tokenizer has a vocabulary of at most `known` tokens, the encoder's number of embeddings.
+    """Check that the tokenizer has a vocabulary of at most `known` tokens, the encoder's embeddings.
 
     Raises CheckpointError.
     """

@@ -36,7 +36,7 @@ class GlyphEncoder:
         check_tokenizer("tokenizer", tokenizer, "text_encoder", encoder.config.vocab_size)
 
     def encode(self, prompt: str, max_length: int, warn: Warn) -> Tensor:
-        """Hidden states (1, tokens, size) of all quoted texts, concatenated; of an empty text if there are none.
+        """Concatenated hidden states (1, tokens, size) of all quoted texts, or of an empty text.
 
         Each text is truncated to `max_length` tokens, which warn(field, message) reports.
         """

@@ -1,1 +1,1 @@
-"""Pipelines: one file per family with `EntryClass` and `register_configs()`, discovered by the registry; no torch."""
+"""Pipelines: one torch-free file per family, with `EntryClass` and `register_configs()`."""

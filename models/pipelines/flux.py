@@ -1,4 +1,4 @@
-"""FLUX.1: two text encoders (CLIP pooled, T5 sequence), a packed flow-matching DiT, a 16-channel image VAE."""
+"""FLUX.1: CLIP (pooled) and T5 as text encoders, a packed flow-matching DiT, a 16-channel image VAE."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""FLUX.2 dev: Mistral Small 3 as text encoder, the FLUX.2 DiT with embedded guidance, a 32-channel image VAE."""
+"""FLUX.2 dev: Mistral Small 3 as text encoder, a DiT with embedded guidance, a 32-channel image VAE."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""GLM-Image: a language model that samples image tokens, a glyph encoder, a flow-matching DiT, an image VAE."""
+"""GLM-Image: a language model for prior tokens, a glyph encoder, a flow-matching DiT, an image VAE."""
 
 from __future__ import annotations
 

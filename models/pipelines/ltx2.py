@@ -1,4 +1,4 @@
-"""LTX-2: Gemma 3 with connectors, a flow-matching DiT over video and audio latents, two VAEs and a vocoder."""
+"""LTX-2: Gemma 3 with connectors, a DiT over video and audio latents, two VAEs and a vocoder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LTX-2 in a checkpoint whose pipeline class is LTX2ImageToVideoPipeline: the same model and variants."""
+"""LTX-2 in a checkpoint with the pipeline class LTX2ImageToVideoPipeline: the same variants."""
 
 from __future__ import annotations
 

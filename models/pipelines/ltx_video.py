@@ -1,4 +1,4 @@
-"""LTX-Video: T5, a flow-matching DiT over packed video latents, a video VAE with an optional denoising decoder."""
+"""LTX-Video: T5, a DiT over packed video latents, a video VAE with an optional denoising decoder."""
 
 from __future__ import annotations
 

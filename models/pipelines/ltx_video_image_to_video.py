@@ -1,4 +1,4 @@
-"""LTX-Video in a checkpoint whose pipeline class is LTXImageToVideoPipeline: the same model and variants."""
+"""LTX-Video in a checkpoint with the pipeline class LTXImageToVideoPipeline: the same variants."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Qwen-Image: a language model as text encoder, a packed flow-matching DiT, a video VAE used for images."""
+"""Qwen-Image: a language model as text encoder, a packed flow-matching DiT, a video VAE for images."""
 
 from __future__ import annotations
 

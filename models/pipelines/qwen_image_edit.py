@@ -1,4 +1,4 @@
-"""Qwen-Image-Edit: Qwen-Image with an input image, which the language model reads and the DiT attends to."""
+"""Qwen-Image-Edit: Qwen-Image with an input image for the language model and the DiT."""
 
 from __future__ import annotations
 

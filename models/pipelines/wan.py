@@ -1,4 +1,4 @@
-"""Wan: UMT5, a flow-matching DiT over video latents, UniPC, a causal video VAE. Wan 2.1 T2V, Wan 2.2 TI2V and A14B."""
+"""Wan 2.1 T2V, Wan 2.2 TI2V and T2V A14B: UMT5, a DiT over video latents, UniPC, a causal video VAE."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class WanExpertsPipeline(StandardPipeline):
 
 
 class WanTI2VImagePipeline(StandardImagePipeline):
-    """Diffusers' WanImageToVideoPipeline over a checkpoint with `expand_timesteps`, which has no vision encoder."""
+    """Diffusers' WanImageToVideoPipeline with `expand_timesteps`; there is no vision encoder."""
 
     pipeline_name = "WanPipeline"
     _required_config_modules = _MODULES

@@ -1,4 +1,4 @@
-"""Wan image to video: Wan 2.1 I2V, FLF2V and Wan 2.2 I2V A14B.
+"""Wan image to video: Wan 2.1 I2V, Wan 2.1 FLF2V and Wan 2.2 I2V A14B (two experts).
 
 Wan 2.1 is conditioned on CLIP tokens of the image and on its latents, as further channels of the noise. Wan 2.2 I2V
 A14B has two experts and no CLIP.

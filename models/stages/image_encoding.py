@@ -64,7 +64,7 @@ class ImageVAEEncodingStage(PipelineStage[ImageVAEEncodingInput, ImageVAEEncodin
 
     @torch.inference_mode()
     def run(self, x: ImageVAEEncodingInput, call: Call) -> ImageVAEEncodingOutput:
-        """Latents of batch 1 on the CPU: the mode of the VAE's distribution, or a sample if the model draws one."""
+        """Latents of batch 1 on the CPU: the mode or a sample of the VAE's distribution."""
         call.check_cancelled()
         tensors: dict[str, Tensor] = {}
         for role, image in open_images(x.image_inputs, self._config.image_mode).items():

@@ -19,7 +19,7 @@ from models.runtime import Runtime
 
 
 class ImageTextEncodingStage(PipelineStage[ImageTextEncodingInput, TextEncodingOutput]):
-    """Runs the model's encoder on text and images; for guidance also on the negative text with the same images."""
+    """Runs the model's encoder on the images with the prompt and, for guidance, the negative prompt."""
 
     indifferent_to = frozenset({"sampling.seed", "sampling.num_inference_steps"})
 

@@ -16,7 +16,7 @@ from models.stages.first_draw import first_draw
 
 
 class LatentPreparationStage(PipelineStage[LatentPreparationInput, LatentPreparationOutput]):
-    """Draws each latent part once, for all outputs, with a CPU generator as in Diffusers: same seed, same noise."""
+    """Draws each latent part once, for all outputs, with a CPU generator as in Diffusers."""
 
     def __init__(self, config: PreparationConfig, runtime: Runtime, modules: Mapping[str, Any]) -> None:  # noqa: ARG002  (all stages have one signature)
         self._config = config

@@ -37,7 +37,7 @@ class LoopState:
 
     @classmethod
     def of(cls, x: DenoisingInput, parts: Collection[str], new_solver: NewSolver, blocks: int = 1) -> Self:
-        """Initial state of a loop over `blocks` blocks, or the state in resume_from; tensors are on the CPU.
+        """Initial state of a loop over `blocks` blocks, or the state in resume_from, on the CPU.
 
         Raises InvalidInput for a checkpoint of a different loop.
         """
@@ -88,7 +88,7 @@ class LoopState:
         return self
 
     def advance(self, predictions: Mapping[str, Tensor], frames: slice | None = None) -> None:
-        """Step all parts, or only the current block's `frames` of (B, channels, frames, ...), by the predictions."""
+        """Step all parts, or only a block's `frames` of (B, channels, frames, ...), by the predictions."""
         timestep = self.timesteps[self.step % len(self.timesteps)]
         now = self.latents if frames is None else self.block(frames)
         stepped = {

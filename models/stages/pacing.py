@@ -56,9 +56,10 @@ def _recorded(device: torch.device) -> DeviceEvent:
 
 
 def event_paced_steps(start: int, total: int, call: Call, record: Callable[[], DeviceEvent]) -> Iterator[int]:
-    """Yield steps as paced_steps() for an asynchronous device; `record` records an event after the enqueued work.
+    """Yield steps as paced_steps() for an asynchronous device.
 
-    Waits for the first two steps, to measure the duration of a step, and for the last step.
+    `record` records an event after the enqueued work. Waits for the first two steps, to measure the duration of a step,
+    and for the last step.
     """
     unfinished: list[tuple[int, DeviceEvent]] = []
     ends: list[float] = []

@@ -1,4 +1,4 @@
-"""Guided predictions of a denoising loop: branches are prepared once per request and predict at each step."""
+"""Guided predictions: branches are prepared once per request and predict at each step."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ from models.stages.step_memory import NO_FLAGS, Flags, Lease, StepInputs, StepKi
 
 @dataclass(frozen=True)
 class StepCaching:
-    """Settings of the step cache: a step reuses cached block outputs if the first block's change is below `threshold`.
+    """Settings of the step cache.
 
-    The change is a relative L1 distance. Ranks along `axes` decide together.
+    A step reuses cached block outputs if the first block's change is below `threshold`. The change is a relative L1
+    distance. Ranks along `axes` decide together.
     """
 
     threshold: float

@@ -58,7 +58,7 @@ Capture = Callable[[Callable[[], Predictions]], Captured]
 
 
 def cuda_capture() -> Capture:
-    """Return a capture function for CUDA graphs that share one memory pool; the graphs never run concurrently."""
+    """Return a capture function for CUDA graphs with one memory pool; they never run concurrently."""
     pool = torch.cuda.graph_pool_handle()
 
     def capture(run: Callable[[], Predictions]) -> Captured:
@@ -80,7 +80,10 @@ def _memory_outside_torch() -> int:
 
 @dataclass(frozen=True)
 class StepInputs:
-    """Example inputs of a step: latents by the denoiser's keyword, one row of each prepared tensor, and constants."""
+    """Example inputs of a step.
+
+    `latents` are by the denoiser's keyword, `row` has one row of each prepared tensor.
+    """
 
     latents: Tensors
     row: Tensors
@@ -148,7 +151,10 @@ class StepMemory:
         self._constants = {}
 
     def runs_eagerly(self, kind: StepKind) -> bool:
-        """Whether a step runs without a graph: the first of its kind, which loads kernels, and beyond MAX_GRAPHS."""
+        """Whether a step runs without a graph.
+
+        These are the first step of its kind, which loads kernels, and steps beyond MAX_GRAPHS.
+        """
         is_full = len(self._graphs) >= MAX_GRAPHS and kind not in self._graphs
         if self._capture is None or kind not in self._ran or is_full:
             self._ran.add(kind)
@@ -211,7 +217,7 @@ class Lease(Protocol):
         inputs: StepInputs,
         new_cache: Callable[[], StepCache] | None = None,
     ) -> StepMemory:
-        """Lease reset memory for steps of these shapes on a role's denoiser, with a step cache if `new_cache` is set.
+        """Lease reset memory for steps of these shapes on a role's denoiser. `new_cache` adds a step cache.
 
         Raises ResourceExhausted.
         """

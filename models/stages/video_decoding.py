@@ -1,4 +1,4 @@
-"""Decodes video latents to files in parts; the first frames are playable while later frames are decoded."""
+"""Decodes video latents to files in parts; early parts are playable while later frames are decoded."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _SLOT = "media_items"
 
 @dataclass(frozen=True)
 class _Piece:
-    """Raw latents (1, C, latent frames, h, w) of the next frames of one output of `num_outputs`, on the CPU."""
+    """Raw latents (1, C, latent frames, h, w) of an output's next frames, on the CPU."""
 
     index: int
     num_outputs: int

@@ -1,4 +1,4 @@
-"""The VAE of FLUX.2, which normalises 2x2 patches of latents with statistics stored in its weights.
+"""The VAE of FLUX.2, which normalises 2x2 patches of latents with statistics in its weights.
 
 Wraps Diffusers' AutoencoderKLFlux2.
 """

@@ -1,4 +1,4 @@
-"""The video VAE and the audio VAE of LTX-2, which normalise latents with statistics stored in their weights.
+"""The video and audio VAEs of LTX-2, which normalise latents with statistics in their weights.
 
 Wraps Diffusers' AutoencoderKLLTX2Video and AutoencoderKLLTX2Audio.
 """

@@ -59,7 +59,7 @@ class LTXVideoVAE(NormalisedVideoVAE):
         return self.frames(self.denormalised(latents))
 
     def decode_noisy(self, latents: Tensor, noise: Tensor, scale: float, timestep: float) -> Iterator[Tensor]:
-        """Decode with noise mixed into the latents, which a decoder conditioned on `timestep` in [0, 1] removes."""
+        """Decode with noise mixed into the latents, for a decoder conditioned on `timestep` in [0, 1]."""
         raw = self.denormalised(latents).to(self._vae.dtype)
         fraction = torch.tensor(scale, dtype=raw.dtype, device=raw.device)
         mixed = (1 - fraction) * raw + fraction * noise.to(raw)

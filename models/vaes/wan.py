@@ -32,12 +32,15 @@ if TYPE_CHECKING:
     from common.checkpoint import Checkpoint
 
 DECODING_BYTES = 3_750_000_000
-"""Memory bound in bytes of decoding with Wan 2.1's VAE, excluding weights and convolution workspaces (250 MB)."""
+"""Memory bound of decoding with Wan 2.1's VAE in bytes.
+
+Excludes weights and convolution workspaces (250 MB).
+"""
 
 RESIDUAL_DECODING_BYTES = 12_000_000_000
-"""Memory bound in bytes of decoding with Wan 2.2 TI2V-5B's VAE: sufficient for 704x1280 in one strip in float32.
+"""Memory bound of decoding with Wan 2.2 TI2V-5B's VAE in bytes.
 
-In bfloat16, that size takes 4.9 GB for any number of frames.
+Sufficient for 704x1280 in one strip in float32; in bfloat16, that size takes 4.9 GB for any number of frames.
 """
 
 # Activations in the size of a frame of the widest layer that are in memory at once, excluding the cached frames.
@@ -58,7 +61,7 @@ class _TailCosts:
 
 
 def _tail_costs(blocks: Sequence[UpBlock], last_channels: int) -> _TailCosts:
-    """Compute the costs of the up blocks and the last convolution, which has `last_channels` input channels.
+    """Costs of the up blocks and the last convolution, which has `last_channels` input channels.
 
     Each convolution caches two frames and extends the receptive field by one pixel at its own resolution.
     """
@@ -146,7 +149,7 @@ class DecodingSession:
 
 
 class WanVAE:
-    """Encoder and decoder of one video at a time, for Diffusers' AutoencoderKLWan of Wan 2.1 and of Wan 2.2 5B.
+    """Wraps Diffusers' AutoencoderKLWan of Wan 2.1 and Wan 2.2 5B, for one video at a time.
 
     `decoding_bytes` bounds the memory of decoding, excluding weights; None: the default of the VAE's version.
     """

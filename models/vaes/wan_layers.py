@@ -1,4 +1,4 @@
-"""Layers of the Wan VAE decoder that process one frame at a time and cache the frames that later frames depend on.
+"""Layers of the Wan VAE decoder that process one frame at a time and cache previous frames.
 
 The weights are those of Diffusers' AutoencoderKLWan: each class wraps one of its modules. The decoder of Wan 2.2's VAE
 (`is_residual`) differs in its up blocks, which add a shortcut from their input to their output, and in `patch_size`:
@@ -19,14 +19,14 @@ from models.kernels.channel_norm import channel_norm_silu
 
 
 class FrameLayer(Protocol):
-    """Maps a stream of frames (1, C, H, W) to another stream; each input frame yields no, one or two frames."""
+    """Maps a stream of frames (1, C, H, W) to another; each input frame yields zero to two frames."""
 
     def feed(self, frame: Tensor) -> Iterator[Tensor]:
         """Yield the output frames of the next input frame."""
 
 
 def feed_through(layers: Sequence[FrameLayer], frame: Tensor) -> Iterator[Tensor]:
-    """Yield the frames that all layers make of `frame`, depth first, so that few frames are alive at a time."""
+    """Pass a frame through all layers depth first, so that few frames are in memory at once."""
     if not layers:
         yield frame
         return
@@ -36,7 +36,7 @@ def feed_through(layers: Sequence[FrameLayer], frame: Tensor) -> Iterator[Tensor
 
 @dataclass(frozen=True)
 class UpBlock:
-    """The modules of one of Diffusers' up blocks, under the same names for WanUpBlock and WanResidualUpBlock."""
+    """The modules of a Diffusers up block, with the same names for WanUpBlock and WanResidualUpBlock."""
 
     resnets: Sequence[Any]
     resample: Any | None
@@ -96,7 +96,7 @@ def _up_layers(block: UpBlock) -> list[FrameLayer]:
 
 
 class _CausalConv:
-    """Causal 3D convolution over space, the current frame and the previous frames; zeros precede the first frame.
+    """Causal 3D convolution over the current and previous frames; zeros precede the first frame.
 
     A window of frames results in one frame. The window's frames are stacked as channels of one image and convolved in
     2D, because 2D kernels are much faster than 3D kernels for three frames.
@@ -212,7 +212,7 @@ class _ShortcutUp:
 
 
 class _Unpatchify:
-    """Rearranges channels (colour, column, row of a patch) to pixels: (1, C * p², H, W) to (1, C, H * p, W * p)."""
+    """Rearranges channels (colour, column, row) to pixels: (1, C * p², H, W) to (1, C, H * p, W * p)."""
 
     def __init__(self, patch_size: int) -> None:
         self._patch_size = patch_size
