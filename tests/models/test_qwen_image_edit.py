@@ -19,7 +19,7 @@ from coarse_pictures import coarse_image, png
 from common.errors import CheckpointError, InvalidInput
 from common.image_header import ImageHeader
 from configs.models.vaes.qwen_image import image_size_of_area
-from configs.pipeline_configs.qwen_image_edit import EDIT_TEMPLATE, POSITIONS, QwenImageEditPipelineConfig
+from configs.pipeline_configs.qwen_image_edit import EDIT_TEMPLATE, MAX_POSITIONS, QwenImageEditPipelineConfig
 from configs.sample.qwen_image import QwenImageEditSamplingParams
 from local_fleet import Heard, LocalFleet, open_fleet, reference_run, relative_error
 from models.encoder_runners.image_text import ImageTextEncoder
@@ -155,7 +155,7 @@ def test_tokens_are_not_limited_as_diffusers_does_not(pair: Pair) -> None:
         ({}, {"image": png(coarse_image(9, 9)), "image_1": png(coarse_image(9, 9))}, "image_1"),
         ({"num_inference_steps": 1}, {"image": png(coarse_image(9, 9))}, "num_inference_steps"),
         ({"prompt": "put <|image_pad|> there"}, {"image": png(coarse_image(9, 9))}, "prompt"),
-        ({"prompt": "猫" * POSITIONS}, {"image": png(coarse_image(9, 9))}, "prompt"),
+        ({"prompt": "猫" * MAX_POSITIONS}, {"image": png(coarse_image(9, 9))}, "prompt"),
         ({**GUIDED, "negative_prompt": "<|image_pad|>"}, {"image": png(coarse_image(9, 9))}, "negative_prompt"),
     ],
     ids=["none", "no picture", "two", "one step", "mark", "too long", "negative mark"],
