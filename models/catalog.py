@@ -139,7 +139,7 @@ def open_model(reference: str, registry: Registry) -> ServedModel:
 
 
 def _pipelines(entry: PipelineEntry, checkpoint: Checkpoint) -> tuple[dict[str, ComposedPipeline], dict[str, str]]:
-    """The pipelines of all variants whose modules are present, and the reason for each other variant.
+    """The pipelines of the variants whose modules are present, and why the other variants are not served.
 
     Raises MissingModules if no variant can be served, and PipelineError for an invalid variant name.
     """

@@ -74,8 +74,8 @@ _NEUTRAL: Mapping[str, tuple[object, ...]] = {
 class PriorTokenSampler:
     """The language model and its processor. Raises CheckpointError if they or the DiT are incompatible.
 
-    Raises UnsupportedPackage if transformers' private functions differ from PRIVATE_API. `codebook_size` is the number
-    of tokens that the DiT has embeddings for.
+    Raises UnsupportedPackage if transformers' private functions differ from PRIVATE_API. `codebook_size` is the DiT's
+    number of prior token embeddings.
     """
 
     def __init__(self, processor: Any, model: Any, codebook_size: int, device: torch.device) -> None:

@@ -38,7 +38,7 @@ class WanPipeline(StandardPipeline):
 
 
 class WanExpertsPipeline(StandardPipeline):
-    """Diffusers' WanPipeline over a checkpoint with `boundary_ratio`: Wan 2.2 T2V A14B."""
+    """Diffusers' WanPipeline with `boundary_ratio`: Wan 2.2 T2V A14B."""
 
     pipeline_name = "WanPipeline"
     _required_config_modules = (*_MODULES, "transformer_2")

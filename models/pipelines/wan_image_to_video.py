@@ -46,7 +46,7 @@ class WanImageToVideoPipeline(StandardImagePipeline):
 
 
 class WanExpertsImagePipeline(StandardImagePipeline):
-    """Diffusers' WanImageToVideoPipeline over a checkpoint with `boundary_ratio`: Wan 2.2 I2V A14B."""
+    """Diffusers' WanImageToVideoPipeline with `boundary_ratio`: Wan 2.2 I2V A14B."""
 
     pipeline_name = "WanImageToVideoPipeline"
     _required_config_modules = ("text_encoder", "tokenizer", "transformer", "transformer_2", "scheduler", "vae")
