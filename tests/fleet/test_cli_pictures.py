@@ -81,8 +81,8 @@ def _nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         ("--model emoji-video --output a.png", "makes videos; .png needs an image model; give .mp4 or .safetensors"),
         ("--model emoji --output a.mp4", "makes images; .mp4 needs a video model; give .png or .safetensors"),
-        ("--model emoji-video --num-frames 0 --output a.mp4", "num_frames must be a whole number from 1"),
-        ("--model emoji-video --height 72 --output a.mp4", "height must be a multiple of 16"),
+        ("--model emoji-video --num-frames 0 --output a.mp4", "num_frames: 0 is not a whole number from 1"),
+        ("--model emoji-video --height 72 --output a.mp4", "height: 72 is not a multiple of 16"),
     ],
 )
 def test_what_is_wrong_is_one_line(

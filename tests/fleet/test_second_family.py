@@ -131,9 +131,9 @@ def test_its_parameters_are_listed(served: Served) -> None:
 @pytest.mark.parametrize(
     ("word", "message"),
     [
-        ("--param=contrast=5", "contrast must be a finite number from 0.0 to 4.0, but is 5"),
+        ("--param=contrast=5", "contrast: 5 is not a finite number from 0.0 to 4.0"),
         ("--true-cfg-scale=2", "ToyPipeline has no parameter 'true_cfg_scale'"),
-        ("--width=7", "width must be at least 8, but is 7"),
+        ("--width=7", "width: 7 is not at least 8"),
     ],
 )
 def test_its_own_bounds_hold(served: Served, tmp_path: Path, word: str, message: str) -> None:

@@ -145,5 +145,5 @@ def test_a_duration_is_not_predicted(tmp_path: Path) -> None:
     """A later model, of another architecture."""
     path = build_tiny_ltx2(tmp_path / "m")
     edit_json(path / "transformer" / "config.json", use_prompt_adaln_single=False)
-    with pytest.raises(CheckpointError, match="use_prompt_adaln_single False is not supported"):
+    with pytest.raises(CheckpointError, match="use_prompt_adaln_single: False is not True"):
         open_model(str(path), load_registry())

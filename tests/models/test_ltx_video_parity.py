@@ -253,7 +253,7 @@ def test_bfloat16_is_rounded_where_diffusers_rounds(
         ("vae", {"decoder_spatio_temporal_scaling": [True, True]}, "spatial_compression_ratio"),
         ("vae", {"scaling_factor": 0}, "scaling_factor"),
         ("vae", {"latent_channels": 16}, "16 latent channels"),
-        ("text_encoder", {"d_model": 48}, "takes 32 text features where text_encoder makes 48"),
+        ("text_encoder", {"d_model": 48}, "text_encoder: 48 text features are not 32"),
     ],
     ids=str,
 )

@@ -104,7 +104,7 @@ def test_a_tokenizer_that_the_encoder_does_not_know_is_refused(pair: Pair) -> No
     tokenizer = qwen_tokenizer()
     assert len(tokenizer) == known
     tokenizer.add_tokens(["one more"])
-    with pytest.raises(CheckpointError, match=f"tokenizer has {known + 1} tokens, but text_encoder knows {known}"):
+    with pytest.raises(CheckpointError, match=f"tokenizer: {known + 1} tokens are not at most {known}"):
         ImageTextEncoder(encoding, tokenizer, pair[1].processor.image_processor, encoder, torch.device("cpu"))
 
 

@@ -217,5 +217,5 @@ def test_the_transformer_of_another_pipeline_is_refused(tmp_path: Path, pairs: d
     text = config.read_text().replace(f'"{flag}": false', f'"{flag}": true')
     config.unlink()
     config.write_text(text)
-    with pytest.raises(CheckpointError, match=f"{flag} True is not supported; supported is False"):
+    with pytest.raises(CheckpointError, match=f"{flag}: True is not False"):
         open_fleet(str(path))

@@ -157,7 +157,7 @@ def test_every_supported_scheduler_has_a_solver() -> None:
 def test_one_step_is_refused_where_the_schedule_has_two_fixed_ends(edited: Callable[..., Path], family: str) -> None:
     model = opened(edited(family, shift_terminal=0.1))
     load(model, "denoising")
-    with pytest.raises(InvalidInput, match="must be at least 2") as refused:
+    with pytest.raises(InvalidInput, match="is not at least 2") as refused:
         InputValidationStage(model).run({"prompt": "", "num_inference_steps": 1})
     assert refused.value.field == "num_inference_steps"
     InputValidationStage(model).run({"prompt": "", "num_inference_steps": 2})

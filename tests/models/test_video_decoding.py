@@ -243,7 +243,7 @@ def test_a_failing_encoder_is_heard(stages: Stages, latents: Tensor) -> None:
 @pytest.mark.parametrize("output_format", ["png", "gif"])
 def test_other_formats_are_refused(stages: Stages, latents: Tensor, output_format: str) -> None:
     canvas = replace(CANVAS, output_format=output_format)
-    message = f"output_format {output_format!r} is not made by this model; it makes mp4 and safetensors"
+    message = f"output_format: {output_format!r} is not supported by this model; mp4 and safetensors work"
     with pytest.raises(InvalidInput, match=message):
         decode(stages, latents, canvas)
     with pytest.raises(InvalidInput, match=message):
