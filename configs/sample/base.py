@@ -252,7 +252,7 @@ class SamplingParams:
             if not isinstance(value, tuple | list):
                 raise _refusal(spec, value)
             if len(value) > _MAX_LIST_LENGTH:
-                message = f"{spec.name} must have at most {_MAX_LIST_LENGTH} values, but has {len(value)}"
+                message = f"{spec.name}: {len(value)} values are not at most {_MAX_LIST_LENGTH}"
                 raise InvalidInput(message, field=spec.name)
             return tuple(float(_checked_number(spec, each)) for each in value)
         if spec.type == "bool":

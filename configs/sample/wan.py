@@ -50,7 +50,7 @@ class WanSamplingParams(VideoSamplingParams):
         """No defaults. Raises CheckpointError for other Wan versions."""
         for name, meaning in cls.other_versions.items():
             if checkpoint.index.get(name):
-                message = f"{checkpoint.name}: Wan 2.2 with {meaning} ({name}) is not supported here"
+                message = f"{checkpoint.name} is Wan 2.2 with {meaning} ({name})"
                 raise CheckpointError(f"{message}; supported is {cls.supported_version}")
         return {}
 

@@ -171,7 +171,7 @@ def test_inputs_choose_and_a_record_decides(registry: Registry, tmp_path: Path) 
     assert validation.choose({"prompt"}, (), "image").name == "image"
     assert validation.run({"prompt": "x"}, {}, recorded="text").variant.name == "text"
     with pytest.raises(
-        FailedPrecondition, match="'video' of twin is not served by this coordinator: it serves text, image"
+        FailedPrecondition, match="'video' of twin is not served by this coordinator; it serves text, image"
     ):
         validation.choose({"prompt"}, (), "video")
 
