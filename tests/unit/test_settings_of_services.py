@@ -13,6 +13,7 @@ import pytest
 from common.pipeline import StageSpec
 from common.settings import SettingsError, load_settings
 from models.registry import load_registry, resolve
+from services import stage_services
 from services.cli.serve import module_of, service_names, settings_class
 from services.setting_readers import READERS
 from services.worker_settings import CachingSettings, StepSettings
@@ -72,6 +73,12 @@ def reads(tree: ast.AST, settings: tuple[str, ...] = ("settings",)) -> set[str]:
             case ast.Attribute(ast.Attribute(_, "_settings"), attribute):
                 found.add(attribute)
     return found
+
+
+def test_stage_services_without_own_code_are_those_of_the_table() -> None:
+    assert sorted(stage_services.SETTINGS) == [
+        service for service in SERVICES if module_of(service) == stage_services.__name__
+    ]
 
 
 @pytest.mark.parametrize("service", SERVICES)
