@@ -93,7 +93,7 @@ class InputValidationStage:
         accepted = ", ".join(each.label for each in self._model.variants)
         unserved = "".join(f"; variant {name} is not served: {why}" for name, why in self._model.unserved.items())
         return InvalidInput(
-            f"images: {sent} is not a set of images that {self._model.name} accepts; it accepts {accepted}{unserved}",
+            f"images: {sent} is not a set of images of {self._model.name}, which takes: {accepted}{unserved}",
             field=field,
         )
 
@@ -111,7 +111,7 @@ class InputValidationStage:
         if unknown := [role for role in images if role not in known]:
             sent = ", ".join(images)
             raise InvalidInput(
-                f"images: {sent} are not among the roles that {name} accepts; {', '.join(known)} work", field=unknown[0]
+                f"images: {sent} are not among the roles of {name}, {', '.join(known)}", field=unknown[0]
             )
 
 
@@ -123,5 +123,5 @@ def _accepts(roles: ImageRoles, images: Collection[str]) -> bool:
 def _image_warnings(headers: Mapping[str, ImageHeader]) -> tuple[ParamWarning, ...]:
     message = "has 16-bit grey levels; levels above 255 become white, as in Diffusers; convert it to 8 bits"
     return tuple(
-        ParamWarning(role, f"{role}: the image {message}") for role, header in headers.items() if header.is_16_bit_grey
+        ParamWarning(role, f"the image {message}") for role, header in headers.items() if header.is_16_bit_grey
     )

@@ -70,7 +70,7 @@ class ImageRoles:
 
 @dataclass(frozen=True)
 class ParamWarning:
-    """A value of `field` that was changed or has no effect."""
+    """A warning about a value that was changed or has no effect. `message` does not repeat the field."""
 
     field: str
     message: str
@@ -203,7 +203,7 @@ class SamplingParams:
                 message = f"{name}: {asked} is not at least {multiple}; multiples of {multiple} work"
                 raise InvalidInput(message, field=name)
             if sizes[name] != asked:
-                message = f"{name}: {asked} is not a multiple of {multiple}; {sizes[name]} is used instead"
+                message = f"{asked} is not a multiple of {multiple}; {sizes[name]} is used instead"
                 warnings.append(ParamWarning(name, message))
         return replace(self, height=sizes["height"], width=sizes["width"]), tuple(warnings)
 
@@ -292,7 +292,7 @@ class SamplingParams:
 
 def warnings_without_effect(reasons: Mapping[str, str], given: Collection[str]) -> tuple[ParamWarning, ...]:
     """Warnings about the caller's parameters that have no effect. `reasons` are by parameter name."""
-    return tuple(ParamWarning(name, f"{name}: no effect {why}") for name, why in reasons.items() if name in given)
+    return tuple(ParamWarning(name, f"no effect {why}") for name, why in reasons.items() if name in given)
 
 
 def _checked_number(spec: ParameterSpec, value: object) -> int | float:

@@ -64,10 +64,10 @@ class Flux2SamplingParams(SigmasSamplingParams):
         check_stretched(checkpoint, params.num_inference_steps, params.sigmas)
         idle = []
         if self.shift_steps is not None and not self.sigmas:
-            idle.append(ParamWarning("shift_steps", "shift_steps: no effect without sigmas"))
+            idle.append(ParamWarning("shift_steps", "no effect without sigmas"))
         if params.negative_prompt is not None:
             params = replace(params, negative_prompt=None)
-            idle.append(ParamWarning("negative_prompt", "negative_prompt: no effect on this model"))
+            idle.append(ParamWarning("negative_prompt", "no effect on this model"))
         return params, (*warnings, *more, *idle)
 
 

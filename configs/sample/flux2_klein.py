@@ -33,7 +33,7 @@ class Flux2KleinSamplingParams(Flux2SamplingParams):
         params, warnings = super().round_and_validate(checkpoint, given)
         if params.guidance_scale <= 1 or not _is_distilled(checkpoint):
             return params, warnings
-        idle = ParamWarning("guidance_scale", "guidance_scale: no effect on this distilled model")
+        idle = ParamWarning("guidance_scale", "no effect on this distilled model")
         return replace(params, guidance_scale=1.0), (*warnings, idle)
 
     @property

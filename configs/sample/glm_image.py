@@ -47,7 +47,7 @@ class GlmImageSamplingParams(SigmasSamplingParams):
         params, warnings = self.with_steps_of_sigmas(given)
         check_stretched(checkpoint, params.num_inference_steps, params.sigmas)
         if "negative_prompt" in given and self.negative_prompt:
-            message = "negative_prompt: no effect on this model, whose negative prompt is always empty"
+            message = "no effect on this model, whose negative prompt is always empty"
             warnings = (*warnings, ParamWarning("negative_prompt", message))
         return params, warnings
 

@@ -141,7 +141,7 @@ class LTX2SamplingParams(VideoSamplingParams, SigmasSamplingParams):
         }
         changed = {name: video for name, (audio, video) in pairs.items() if not audio and video}
         warnings = [
-            ParamWarning(name, f"{name}: 0 means that of the video; {video} is used")
+            ParamWarning(name, f"0 means that of the video; {video} is used")
             for name, video in changed.items()
             if name in given
         ]
@@ -169,13 +169,13 @@ class LTX2SamplingParams(VideoSamplingParams, SigmasSamplingParams):
         elif any(block < transformer.num_layers for block in blocks):
             return ()
         asked = [each for each in _STG_PARAMETERS if each in given]
-        return tuple(ParamWarning(each, f"{each}: no effect, as {reason}") for each in asked[:1])
+        return tuple(ParamWarning(each, f"no effect, as {reason}") for each in asked[:1])
 
     def _frame_warnings(self, vae: LTX2VideoVAEConfig) -> tuple[ParamWarning, ...]:
         frames = vae.whole_frames(self.num_frames)
         if frames == self.num_frames:
             return ()
-        message = f"num_frames: {self.num_frames} is not one more than a multiple of {vae.temporal_factor}"
+        message = f"{self.num_frames} is not one more than a multiple of {vae.temporal_factor}"
         return (ParamWarning("num_frames", f"{message}; the video has {frames} frames, and the audio is longer"),)
 
 

@@ -41,7 +41,5 @@ class SigmasSamplingParams(SamplingParams):
         rounded = replace(self, num_inference_steps=steps)
         if "num_inference_steps" not in given or self.num_inference_steps == steps:
             return rounded, ()
-        message = (
-            f"num_inference_steps: {self.num_inference_steps} is not the number of sigmas; {steps} is used instead"
-        )
+        message = f"{self.num_inference_steps} is not the number of sigmas; {steps} is used instead"
         return rounded, (ParamWarning("num_inference_steps", message),)

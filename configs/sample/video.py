@@ -30,5 +30,5 @@ class VideoSamplingParams(SamplingParams):
         if frames == self.num_frames:
             return self, ()
         rule = f"is not one more than a multiple of {vae.temporal_factor}"
-        message = f"num_frames: {self.num_frames} {rule}; {frames} is used instead"
+        message = f"{self.num_frames} {rule}; {frames} is used instead"
         return replace(self, num_frames=frames), (ParamWarning("num_frames", message),)

@@ -80,7 +80,7 @@ class WanSamplingParams(VideoSamplingParams):
         frames = asked // factor * factor + 1
         if frames == asked:
             return self, ()
-        message = f"num_frames: {asked} is not one more than a multiple of {factor}; {frames} is used instead"
+        message = f"{asked} is not one more than a multiple of {factor}; {frames} is used instead"
         return replace(self, num_frames=frames), (ParamWarning("num_frames", message),)
 
 

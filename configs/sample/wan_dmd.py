@@ -54,10 +54,7 @@ class WanDMDSamplingParams(WanSamplingParams):
         params = replace(params, num_inference_steps=steps)
         if "num_inference_steps" not in given or self.num_inference_steps == steps:
             return params, warnings
-        message = (
-            f"num_inference_steps: {self.num_inference_steps} is not the number of dmd_denoising_steps; "
-            f"{steps} is used instead"
-        )
+        message = f"{self.num_inference_steps} is not the number of dmd_denoising_steps; {steps} is used instead"
         return params, (*warnings, ParamWarning("num_inference_steps", message))
 
     def _check_steps(self, checkpoint: Checkpoint) -> None:
@@ -101,7 +98,7 @@ class WanCausalDMDSamplingParams(WanDMDSamplingParams):
         frames = (latent_frames - 1) * factor + 1
         if frames == asked:
             return self, ()
-        message = f"num_frames: {asked} does not fill blocks of {block} latent frames; {frames} is used instead"
+        message = f"{asked} does not fill blocks of {block} latent frames; {frames} is used instead"
         return replace(self, num_frames=frames), (ParamWarning("num_frames", message),)
 
 

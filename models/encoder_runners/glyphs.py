@@ -44,9 +44,7 @@ class GlyphEncoder:
         rows = [self._tokenizer(text, max_length=max_length, truncation=True).input_ids for text in texts]
         for text, row in zip(texts, rows, strict=True):
             if len(row) < (length := len(self._tokenizer(text, verbose=False).input_ids)):
-                message = (
-                    f"prompt: a quoted text of {length} tokens is truncated to {max_length}, the limit of text_encoder"
-                )
+                message = f"a quoted text of {length} tokens is truncated to {max_length}, the limit of text_encoder"
                 warn("prompt", f"{message}: {shorten(text)}")
         # An even number of texts gets a leading padding token each, as in training.
         lead = [self._tokenizer.pad_token_id] if len(rows) % 2 == 0 else []

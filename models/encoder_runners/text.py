@@ -98,7 +98,7 @@ class TextEncoder:
     def _warn_of_truncation(self, warn: Warn, source: PromptText, limit: int, length: int, removed: Tensor) -> None:
         warn(
             source.field,
-            f"{source.field}: {length} tokens are truncated to {limit}, the limit of {self._encoding.encoder}; "
+            f"{length} tokens are truncated to {limit}, the limit of {self._encoding.encoder}; "
             f"removed: {shorten(self._tokenizer.decode(removed))}",
         )
 

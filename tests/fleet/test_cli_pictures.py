@@ -69,11 +69,11 @@ def _nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
         ("--model flf2v --image good.png --output a.mp4", "last_image: no image was sent"),
         (
             "--model ti2v --param last_image=good.png --output a.mp4",
-            "last_image came; ti2v takes: text (no images), im",
+            "last_image is not a set of images of ti2v, which takes: text (no images), im",
         ),
         (
             "--model ti2v --image good.png --image good.png --output a.mp4",
-            "image, image_1 came; ti2v takes: text (no i",
+            "image, image_1 is not a set of images of ti2v, which takes: text (no i",
         ),
         (
             "--model emoji-video --image good.png --output a.mp4",
@@ -125,7 +125,7 @@ def test_a_red_heart_beats(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{output}\n"
-    assert done.stderr.count("num_frames 12 is not one more than a multiple of 4; 13 is used instead") == 1
+    assert done.stderr.count("num_frames: 12 is not one more than a multiple of 4; 13 is used instead") == 1
     with av.open(str(output), "r") as container:
         stream = container.streams.video[0]
         assert (stream.width, stream.height, float(stream.average_rate or 0)) == (64, 64, 8.0)

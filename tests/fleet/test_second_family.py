@@ -102,7 +102,7 @@ def test_its_tensors_are_those_of_one_process(served: Served, tmp_path: Path) ->
     )
     done = served.run(*words, f"--output={output}")
     assert done.returncode == 0, done.stderr
-    assert "height 35 is not a multiple of 8; 32 is used instead" in done.stderr
+    assert "height: 35 is not a multiple of 8; 32 is used instead" in done.stderr
     assert "only the first 64 of 65 bytes are read" in done.stderr
 
     fleet = LocalFleet(open_model(f"toy={served.checkpoint}", load_registry([served.plugins])))

@@ -93,7 +93,7 @@ def test_videos_are_mp4_of_the_size_and_rate_asked_for(fleet: ServedFleet) -> No
         "t2v", ".mp4", **{**GIVEN, "num_frames": 11, "num_outputs_per_prompt": 2, "frame_rate": 12.5}
     )
     assert [(warning.field, warning.message) for warning in answer.warnings] == [
-        ("num_frames", "num_frames 11 is not one more than a multiple of 4; 9 is used instead")
+        ("num_frames", "11 is not one more than a multiple of 4; 9 is used instead")
     ]
     assert len(answer.files) == 2
     for data in answer.files:

@@ -122,7 +122,7 @@ def test_warnings_name_cut_glyphs_and_an_idle_negative_prompt(pair: Pair) -> Non
     heard = Heard()
     pair[0].tensors(heard, **BASE | QUOTED, max_sequence_length=4, seed=1)
     assert heard.warnings == [
-        ("prompt", "prompt: a quoted text of 10 tokens is truncated to 4, the limit of text_encoder: old stone")
+        ("prompt", "a quoted text of 10 tokens is truncated to 4, the limit of text_encoder: old stone")
     ]
 
 

@@ -166,7 +166,7 @@ def test_a_description_is_diffusers_and_a_warning(fleet: LocalFleet, pipeline: A
     with torch.inference_mode():
         caption = pipeline.get_image_caption(resized, use_en_prompt=False, device="cpu")
     assert caption
-    assert (field, message) == ("prompt", f"prompt: empty; a caption of the image is used instead: {caption}")
+    assert (field, message) == ("prompt", f"the prompt is empty; a caption of the image is used instead: {caption}")
     assert [token for token, total in heard.progress if total == captions.MAX_CAPTION_TOKENS][:2] == [1, 2]
     assert heard.progress[-3:] == [(1, 2), (2, 2), (1, 1)]
 
@@ -253,7 +253,7 @@ IMAGE = {"image": png(WIDE)}
     ("change", "images", "field", "message"),
     [
         ({}, {}, "image", "image: no image was sent"),
-        ({}, {**IMAGE, "image_1": png(WIDE)}, "image_1", "image, image_1 are not among .*; image works"),
+        ({}, {**IMAGE, "image_1": png(WIDE)}, "image_1", "image, image_1 are not among"),
         ({}, {"image": b"no image"}, "image", "is not a PNG, JPEG or WebP"),
         ({}, {"image": png(Image.new("RGB", (9000, 8000)))}, "image", "must have at most"),
         ({"layers": 0}, IMAGE, "layers", "from 1 to 20"),

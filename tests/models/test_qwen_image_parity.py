@@ -94,8 +94,8 @@ def test_a_prompt_that_is_cut_is_reported(pair: Pair) -> None:
     given = BASE | {"prompt": "a old stone river", "max_sequence_length": 2, "negative_prompt": "a red cat"}
     pair[0].tensors(heard, **given, seed=1)
     assert heard.warnings == [
-        ("prompt", "prompt: 4 tokens are truncated to 2, the limit of text_encoder; removed:  stone river"),
-        ("negative_prompt", "prompt: 3 tokens are truncated to 2, the limit of text_encoder; removed:  cat"),
+        ("prompt", "4 tokens are truncated to 2, the limit of text_encoder; removed:  stone river"),
+        ("negative_prompt", "3 tokens are truncated to 2, the limit of text_encoder; removed:  cat"),
     ]
 
 

@@ -144,7 +144,7 @@ def test_another_scheduler_is_refused_with_the_supported_schedulers(edited: Call
     with pytest.raises(CheckpointError) as refused:
         opened(path)
     assert refused.value.message == (
-        "scheduler: DDIMScheduler is not supported; supported schedulers are "
+        "scheduler: DDIMScheduler is not supported; supported are "
         "FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler"
     )
 
@@ -174,7 +174,7 @@ def test_noise_levels_that_are_not_finite_are_refused_at_the_request(
     scheduler.register_to_config(shift_terminal=0.1)
     sampling = Sampling(seed=0, num_inference_steps=1, num_outputs_per_prompt=1)
     x = TimestepPreparationInput(canvas=Canvas(height=16, width=16, num_frames=1), sampling=sampling)
-    with pytest.raises(InvalidInput, match="not finite; use more steps") as refused:
+    with pytest.raises(InvalidInput, match="non-finite noise levels") as refused:
         TimestepPreparationStage(config, Runtime(), {"scheduler": scheduler}).run(x, Call("test"))
     assert refused.value.field == "num_inference_steps"
     with caplog.at_level(logging.WARNING):

@@ -135,7 +135,11 @@ def test_a_missing_expert_is_named(copied: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("file", "entries", "message"),
     [
-        ("transformer_2/config.json", {"num_layers": 3}, "transformer_2/config.json: num_layers: 3 is not 2; both"),
+        (
+            "transformer_2/config.json",
+            {"num_layers": 3},
+            "num_layers: 3 is not 2, transformer's value; both",
+        ),
         ("model_index.json", {"boundary_ratio": 1.5}, "boundary_ratio: 1.5 is not a number from 0 to 1"),
         ("model_index.json", {"boundary_ratio": True}, "boundary_ratio: True is not a number from 0 to 1"),
     ],

@@ -272,7 +272,7 @@ def test_frames_that_fill_no_whole_block_are_refused(loop: CausalLoop) -> None:
 def test_a_step_cache_is_refused_at_start(loop: CausalLoop) -> None:
     model = open_model(str(loop.path), load_registry())
     cached = Runtime(approximation=Approximation(step_cache_threshold=0.1))
-    with pytest.raises(InvalidInput, match=r"step_cache_threshold: 0\.1 is not 0, .* has no step cache") as caught:
+    with pytest.raises(InvalidInput, match=r"step_cache_threshold: 0\.1 is not 0; .* has no step cache") as caught:
         load_stages(model, model.service("denoising"), cached)
     assert caught.value.field == "step_cache_threshold"
 

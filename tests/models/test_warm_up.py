@@ -186,7 +186,7 @@ def test_a_size_that_is_rounded_is_reported(caplog: pytest.LogCaptureFixture) ->
     ((_, params),) = WarmUp.parse(opened("emoji"), ("35x32",)).sizes
     assert params.height == 32
     assert len(caplog.messages) == 1
-    assert "height: 35 is not a multiple of 16; 32 is used instead" in caplog.messages[0]
+    assert "35 is not a multiple of 16; 32 is used instead" in caplog.messages[0]
 
 
 @pytest.mark.parametrize(

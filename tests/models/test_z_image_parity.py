@@ -85,7 +85,7 @@ def test_a_truncated_prompt_and_parameters_without_effect_are_reported(pair: Pai
     pair[0].tensors(
         heard, **BASE | {"prompt": "a old stone river", "max_sequence_length": 5}, guidance_scale=0.0, seed=1
     )
-    message = "prompt: 7 tokens are truncated to 5, the limit of text_encoder; removed:  stone river"
+    message = "7 tokens are truncated to 5, the limit of text_encoder; removed:  stone river"
     assert heard.warnings == [("prompt", message)]
     _, warnings = (
         pair[0]

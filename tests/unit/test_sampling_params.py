@@ -68,7 +68,7 @@ def test_the_native_size_follows_the_vae(tmp_path: Path) -> None:
     params, warnings = build(checkpoint, width=30)
     assert vae_scale_factor(checkpoint) == 2
     assert (params.height, params.width) == (256, 28)
-    assert warnings == {"width": "width: 30 is not a multiple of 4; 28 is used instead"}
+    assert warnings == {"width": "30 is not a multiple of 4; 28 is used instead"}
 
 
 def test_a_vae_that_does_not_tell_its_factor_is_refused(tmp_path: Path) -> None:
@@ -164,7 +164,7 @@ def test_sigmas_decide_the_number_of_steps(flux: Checkpoint) -> None:
     assert build(flux, sigmas=(1.0, 0.6, 0.3))[1] == {}
     params, warnings = build(flux, sigmas=(1.0, 0.6, 0.3), num_inference_steps=20)
     assert params.num_inference_steps == 3
-    assert warnings == {"num_inference_steps": "num_inference_steps: 20 is not the number of sigmas; 3 is used instead"}
+    assert warnings == {"num_inference_steps": "20 is not the number of sigmas; 3 is used instead"}
 
 
 @pytest.mark.parametrize(

@@ -143,7 +143,7 @@ def test_a_lacking_module_of_one_variant_leaves_the_others(
     with pytest.raises(InvalidInput) as caught:
         InputValidationStage(model).run({"prompt": "x"}, {"image": png()})
     assert caught.value.message == (
-        f"images: image is not a set of images that twin accepts; it accepts text (no images); variant image is not "
+        f"images: image is not a set of images of twin, which takes: text (no images); variant image is not "
         f"served: {reason}"
     )
     with pytest.raises(

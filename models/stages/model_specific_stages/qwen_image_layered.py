@@ -73,7 +73,7 @@ class QwenImageLayeredBeforeDenoisingStage(PipelineStage[BeforeDenoisingInput, B
         caption = self._captioner.caption(
             self._resized(images, x.canvas), call.progress, in_english=bool(x.sampling.params.get("use_en_prompt"))
         )
-        call.warn("prompt", f"prompt: empty; a caption of the image is used instead: {shorten(caption)}")
+        call.warn("prompt", f"the prompt is empty; a caption of the image is used instead: {shorten(caption)}")
         return replace(x.prompt, prompt=caption)
 
     def _resized(self, images: ImageInputs, canvas: Canvas) -> Image.Image:
